@@ -32,14 +32,20 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag.rsplit(":", 1)[1] not in ("timestamp", "float", "int", "bool")]
+    first: [
+        (tag, pattern)
+        for tag, pattern in resolvers
+        if tag.rsplit(":", 1)[1] not in ("timestamp", "float", "int", "bool")
+    ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|false|False)$"), list("tTfF"))
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9]*)$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9]+\.[0-9]*(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.[0-9]+(?:[eE][-+]?[0-9]+)?|\.inf|\.nan)$"),
+    re.compile(
+        r"^[-+]?(?:[0-9]+\.[0-9]*(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.[0-9]+(?:[eE][-+]?[0-9]+)?|\.inf|\.nan)$"
+    ),
     list("-+.0123456789"),
 )
 
@@ -72,7 +78,10 @@ def load_config(config_type: type[ConfigT], path: Path | str, overrides: Mapping
 
 
 def build_config(
-    config_type: type[ConfigT], tree: Mapping[str, Any], overrides: Mapping[str, str] | None = None, origin: str = "config"
+    config_type: type[ConfigT],
+    tree: Mapping[str, Any],
+    overrides: Mapping[str, str] | None = None,
+    origin: str = "config",
 ) -> ConfigT:
     """Typed config from a tree of plain values and overrides. `origin` is named in messages. Raises UserError."""
     merged: dict[str, Any] = json.loads(json.dumps(tree))
@@ -81,7 +90,9 @@ def build_config(
     try:
         return config_type.model_validate_json(json.dumps(merged))
     except ValidationError as error:
-        raise UserError("\n".join(f"{origin}: {_explain(config_type, problem)}" for problem in error.errors())) from None
+        raise UserError(
+            "\n".join(f"{origin}: {_explain(config_type, problem)}" for problem in error.errors())
+        ) from None
 
 
 def dump_config(config: Section) -> str:
@@ -130,7 +141,11 @@ def _parse_override(config_type: type[Section], key: str, raw: str) -> Any:
         value = read_yaml(raw)
     except yaml.YAMLError:
         return raw
-    if isinstance(value, str) and any((get_origin(kind) or kind) in (list, tuple) for kind in kinds) and str not in kinds:
+    if (
+        isinstance(value, str)
+        and any((get_origin(kind) or kind) in (list, tuple) for kind in kinds)
+        and str not in kinds
+    ):
         items = [item for item in value.split(",") if item]
         return [read_yaml(item) for item in items]
     return value
@@ -172,8 +187,19 @@ def _is_text_literal(kind: Any) -> bool:
 
 
 def _kind(value: Any) -> str:
-    names = {dict: "a mapping", list: "a list", str: "text", bool: "true/false", int: "a whole number", float: "a number"}
-    return "nothing" if value is None else f"{names.get(type(value), type(value).__name__)} ({json.dumps(value, default=str)[:80]})"
+    names = {
+        dict: "a mapping",
+        list: "a list",
+        str: "text",
+        bool: "true/false",
+        int: "a whole number",
+        float: "a number",
+    }
+    return (
+        "nothing"
+        if value is None
+        else f"{names.get(type(value), type(value).__name__)} ({json.dumps(value, default=str)[:80]})"
+    )
 
 
 _EXPECTED = {

@@ -4,8 +4,8 @@
 class UserError(ValueError):
     """A mistake of the user's: bad input, a bad config, a missing file.
 
-    The message stands alone: it names the file, line or field, the value found and what was expected. `deepcloze` prints
-    it to stderr without a trace and exits 2.
+    The message stands alone: it names the file, line or field, the value found and what was expected. `deepcloze`
+    prints it to stderr without a trace and exits 2.
     """
 
 

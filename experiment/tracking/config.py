@@ -11,4 +11,4 @@ class TrackingConfig(Section):
     wandb: Literal["online", "offline", "disabled"] = "disabled"
     project: str = "deepcloze"
     name: str | None = None  # default: the name of the run folder
-    tags: list[str] = []
+    tags: tuple[str, ...] = ()
