@@ -1,0 +1,126 @@
+"""Plots as PNG files, all in one style."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
+
+# Okabe & Ito (2008), "Color universal design": told apart by readers with any colour vision.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+GREY = "#596579"
+INK = "#1d2430"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve. Points whose y is None are left out.
+
+    smoothed: y is noisy; it is drawn pale behind its moving average. marked: measured now and then; points are shown.
+    """
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float | None]
+    smoothed: bool = False
+    marked: bool = False
+    colour: str | None = None  # default: the next of COLOURS
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes with its curves."""
+
+    y_label: str
+    lines: Sequence[Line]
+    scale: Literal["linear", "log"] = "linear"
+    percent: bool = False  # y is a fraction
+    from_zero: bool = False  # the y axis begins at 0
+
+
+def draw_panels(path: Path, panels: Sequence[Panel], x_label: str = "step") -> None:
+    """Draw panels under one another with one x axis."""
+    canvas = Canvas(figsize=(9, 1.0 + 3.2 * len(panels)), dpi=144, layout="constrained")
+    column = canvas.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, panel in zip(column, panels, strict=True):
+        _draw_panel(axes, panel)
+    column[-1].set_xlabel(x_label, color=GREY)
+    column[-1].xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    column[-1].xaxis.set_major_formatter(EngFormatter(sep=""))
+    _save(canvas, path)
+
+
+def draw_spread(path: Path, groups: Mapping[str, Sequence[float]], x_label: str) -> None:
+    """Draw one row a group: a dot for every value (a seed, as a rule), a bar at their mean and the mean in figures."""
+    canvas = Canvas(figsize=(9, 1.2 + 0.6 * len(groups)), dpi=144, layout="constrained")
+    axes = canvas.subplots()
+    for row, (values, colour) in enumerate(zip(groups.values(), _colours(len(groups)), strict=True)):
+        mean = sum(values) / len(values)
+        axes.plot(values, [row] * len(values), "o", color=colour, alpha=0.6, markersize=8, markeredgewidth=0)
+        axes.plot([mean, mean], [row - 0.28, row + 0.28], color=colour, linewidth=2.5)
+        axes.annotate(f"{mean:.3f}", (mean, row - 0.32), ha="center", va="bottom", color=colour, fontsize=10)
+    axes.set_yticks(range(len(groups)), list(groups))
+    axes.set_ylim(len(groups) - 0.4, -0.75)
+    axes.margins(x=0.08)
+    axes.set_xlabel(x_label, color=GREY)
+    _tidy(axes, grid="x")
+    _save(canvas, path)
+
+
+def _draw_panel(axes: Axes, panel: Panel) -> None:
+    colours = iter(_colours(len(panel.lines)))
+    for line in panel.lines:
+        colour = line.colour or next(colours)
+        points = [(x, y) for x, y in zip(line.x, line.y, strict=True) if y is not None]
+        if not points:
+            continue
+        x, y = [point[0] for point in points], [point[1] for point in points]
+        if line.smoothed and len(y) >= 20:
+            axes.plot(x, y, color=colour, linewidth=0.8, alpha=0.3)
+            y = moving_average(y, len(y) // 20)
+        marker = "o" if line.marked or len(y) == 1 else None
+        axes.plot(x, y, color=colour, linewidth=1.8, marker=marker, markersize=4.5, label=line.label)
+    if panel.scale == "log":
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_ylabel(panel.y_label, color=GREY)
+    if panel.percent:
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    if panel.from_zero:
+        axes.set_ylim(bottom=0.0)
+    if len(panel.lines) > 1:
+        axes.legend(frameon=False, labelcolor=GREY)
+    _tidy(axes, grid="both")
+
+
+def moving_average(values: Sequence[float], reach: int) -> list[float]:
+    """The mean of each value and up to `reach` neighbours on each side, as many on one side as on the other."""
+    smooth = []
+    for index in range(len(values)):
+        near = min(reach, index, len(values) - 1 - index)
+        window = values[index - near : index + near + 1]
+        smooth.append(sum(window) / len(window))
+    return smooth
+
+
+def _colours(count: int) -> list[str]:
+    return [COLOURS[index % len(COLOURS)] for index in range(count)]
+
+
+def _tidy(axes: Axes, grid: Literal["x", "both"]) -> None:
+    axes.grid(axis=grid, color="#e8ebf0", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(which="both", colors=GREY, length=0)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color("#c9d0da")
+
+
+def _save(canvas: Canvas, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    canvas.savefig(path, format="png", facecolor="white")
