@@ -1,80 +1,64 @@
 """YAML file + dotted overrides -> strict typed config.
 
-A config is a tree of `Section`s. Values are checked strictly: text where a number belongs, or a key that no section has,
-is refused with a message that names the key, the value and what was expected.
+A config is a tree of `Section`s. Values are checked strictly: text where a number belongs, or a key that no section
+has, is refused with a message that names the line, the key, the value and what was expected.
 """
 
 import difflib
 import json
-import re
-import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from experiment.errors import UserError
+from experiment.fields import NAMES, accepts, below, describe, is_section, known_keys, members, parse_text
+from experiment.yaml_dialect import Key, explain_yaml, read_yaml_with_lines, write_yaml
 
 
 class Section(BaseModel):
     """One part of a config: frozen, strict, without unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        ser_json_inf_nan="constants",
+        protected_namespaces=(),
+    )
 
 
 ConfigT = TypeVar("ConfigT", bound=Section)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML with numbers as people write them: `5e-4` is a float, `2024-01-01` is text, as is anything with an underscore."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [
-        (tag, pattern)
-        for tag, pattern in resolvers
-        if tag.rsplit(":", 1)[1] not in ("timestamp", "float", "int", "bool")
-    ]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|false|False)$"), list("tTfF"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9]*)$"), list("-+0123456789"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(?:[0-9]+\.[0-9]*(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.[0-9]+(?:[eE][-+]?[0-9]+)?|\.inf|\.nan)$"
-    ),
-    list("-+.0123456789"),
-)
-
-
-def read_yaml(text: str) -> Any:
-    """The value of one YAML document. Raises yaml.YAMLError."""
-    return yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader with fewer resolvers)
-
-
 def load_config(config_type: type[ConfigT], path: Path | str, overrides: Mapping[str, str] | None = None) -> ConfigT:
     """Read `path` (YAML), apply `overrides` (dotted key -> raw text of the value), return the typed config.
 
-    Raises UserError for a file that is missing or no mapping, an unknown key (naming the nearest known one), and a value
-    of the wrong type (naming field, value and what was expected).
+    The raw text is read as the type of its field: a text field takes it as it is, a list takes `[a, b]` and `a,b`, a
+    section `{steps: 3}`, which replaces the section. Raises UserError for a file that cannot be read or is no mapping,
+    an unknown key (naming the nearest known one), and a value of the wrong type.
     """
     path = Path(path)
     try:
-        tree = read_yaml(path.read_text(encoding="utf-8"))
+        text = path.read_bytes().decode("utf-8-sig")
+        tree, lines = read_yaml_with_lines(text)
     except OSError as error:
         raise UserError(f"cannot read the config file {path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error}") from None
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}, line {line}: not UTF-8 text: {error.reason}") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from None
+        raise UserError(f"{path}{explain_yaml(error)}") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply") from None
     if tree is None:
         tree = {}
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a mapping of sections at the top level, found {_kind(tree)}")
-    return build_config(config_type, tree, overrides, origin=str(path))
+    return _build(config_type, tree, overrides or {}, str(path), lines)
 
 
 def build_config(
@@ -84,20 +68,12 @@ def build_config(
     origin: str = "config",
 ) -> ConfigT:
     """Typed config from a tree of plain values and overrides. `origin` is named in messages. Raises UserError."""
-    merged: dict[str, Any] = json.loads(json.dumps(tree))
-    for key, raw in (overrides or {}).items():
-        _set(merged, key, _parse_override(config_type, key, raw))
-    try:
-        return config_type.model_validate_json(json.dumps(merged))
-    except ValidationError as error:
-        raise UserError(
-            "\n".join(f"{origin}: {_explain(config_type, problem)}" for problem in error.errors())
-        ) from None
+    return _build(config_type, tree, overrides or {}, origin, {})
 
 
 def dump_config(config: Section) -> str:
     """The config as YAML, every key written out; `load_config` of it gives an equal config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    return write_yaml(config.model_dump(mode="json"))
 
 
 def flatten(config: Section | Mapping[str, Any]) -> dict[str, Any]:
@@ -112,126 +88,155 @@ def flatten(config: Section | Mapping[str, Any]) -> dict[str, Any]:
     return leaves
 
 
-def nearest(word: str, known: Mapping[str, Any] | list[str]) -> str:
-    """' (did you mean …?)' for the known word that looks most like `word`, else the list of known ones."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(sorted(known))}"
+def nearest(word: str, known: Iterable[str]) -> str:
+    """'; did you mean …?' for the known word that looks most like `word`, else '; known: …' with all of them."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"
 
 
-def _set(tree: dict[str, Any], key: str, value: Any) -> None:
-    *parents, last = key.split(".")
+def _build(
+    config_type: type[ConfigT],
+    tree: Mapping[str, Any],
+    overrides: Mapping[str, str],
+    origin: str,
+    lines: Mapping[Key, int],
+) -> ConfigT:
+    try:
+        merged: dict[str, Any] = json.loads(json.dumps(tree, ensure_ascii=False).encode())
+    except (TypeError, ValueError, RecursionError):
+        raise UserError(
+            f"{origin}: holds something else than mappings, lists, text, numbers, true/false, null"
+        ) from None
+    # A section as a whole first, whatever the order: a key given besides refines it.
+    for dotted in sorted(overrides, key=lambda dotted: dotted.count(".")):
+        _set(merged, dotted, parse_text(_annotation(config_type, dotted), overrides[dotted]))
+    try:
+        return config_type.model_validate_json(json.dumps(merged))
+    except ValidationError as error:
+        messages = [
+            f"{_where(key, origin, lines, overrides)}: {_explain(config_type, key, problem)}"
+            for key, problem in _meant_branches(config_type, error.errors())
+        ]
+        raise UserError("\n".join(dict.fromkeys(messages))) from None
+
+
+def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
     for parent in parents:
-        below = tree.get(parent)
-        if not isinstance(below, dict):
-            below = tree[parent] = {}
-        tree = below
+        if not isinstance(tree.get(parent), dict):
+            tree[parent] = {}
+        tree = tree[parent]
     tree[last] = value
 
 
-def _parse_override(config_type: type[Section], key: str, raw: str) -> Any:
-    """The plain value that the raw text of an override stands for, read as the type its field has."""
-    annotation = _annotation(config_type, key)
-    kinds = _members(annotation)
-    if raw in ("null", "None") and type(None) in kinds:
-        return None
-    wants_collection = any((get_origin(kind) or kind) in (list, tuple, dict) or _is_section(kind) for kind in kinds)
-    if not wants_collection and any(kind is str or _is_text_literal(kind) for kind in kinds):
-        return raw
-    try:
-        value = read_yaml(raw)
-    except yaml.YAMLError:
-        return raw
-    if (
-        isinstance(value, str)
-        and any((get_origin(kind) or kind) in (list, tuple) for kind in kinds)
-        and str not in kinds
-    ):
-        items = [item for item in value.split(",") if item]
-        return [read_yaml(item) for item in items]
-    return value
+def _annotation(config_type: type[Section], dotted: str) -> Any:
+    """The type annotation of the key of an override. Raises UserError for a key nobody has."""
+    annotation: Any = config_type
+    parts = dotted.split(".")
+    for depth, part in enumerate(parts):
+        if not accepts(annotation, dict):
+            above = ".".join(parts[:depth])
+            raise UserError(f"command line: unknown config key '{dotted}': '{above}' is {describe(annotation)}")
+        sections = list(filter(is_section, members(annotation)))
+        if sections and not any(part in section.model_fields for section in sections):
+            raise UserError(f"command line: {_unknown(config_type, dotted)}")
+        annotation = below(annotation, part)
+    return annotation
 
 
-def _annotation(config_type: type[Section], key: str) -> Any:
-    """The type annotation of a dotted key; Any below a free-form mapping. Raises UserError for a key nobody has."""
-    current: Any = config_type
-    walked: list[str] = []
-    for part in key.split("."):
-        section = next((kind for kind in _members(current) if _is_section(kind)), None)
-        if section is not None:
-            if part not in section.model_fields:
-                where = ".".join(walked)
-                known = {f"{where}.{name}" if where else name: None for name in section.model_fields}
-                raise UserError(f"unknown config key '{key}'{nearest('.'.join([*walked, part]), known)}")
-            current = section.model_fields[part].annotation
-        else:
-            mapping = next((kind for kind in _members(current) if (get_origin(kind) or kind) in (dict, Mapping)), None)
-            if mapping is None and current is not Any:
-                raise UserError(f"unknown config key '{key}': '{'.'.join(walked)}' is a single value")
-            current = get_args(mapping)[1] if mapping is not None and get_args(mapping) else Any
-        walked.append(part)
-    return current
+def _where(key: Key, origin: str, lines: Mapping[Key, int], overrides: Mapping[str, str]) -> str:
+    """The place that a message about `key` is about: a line of the file, or the command line."""
+    dotted = ".".join(key)
+    if any(f"{dotted}.".startswith(f"{override}.") for override in overrides):
+        return "command line"
+    line = next((lines[key[:depth]] for depth in range(len(key), 0, -1) if key[:depth] in lines), None)
+    refined = [f"--{override}" for override in overrides if key and override.startswith(f"{dotted}.")]
+    return origin + (f", line {line}" if line else "") + (f", with {' and '.join(refined)}" if refined else "")
 
 
-def _members(annotation: Any) -> list[Any]:
-    if get_origin(annotation) in (Union, types.UnionType):
-        return [member for part in get_args(annotation) for member in _members(part)]
-    return [annotation]
+def _meant_branches(config_type: type[Section], problems: Sequence[Any]) -> list[tuple[Key, Any]]:
+    """(key, problem) of what pydantic reports, without the branches of a union that were not meant.
+
+    Of a list with one bad item it reports for `str | list[Source]` that it is no text as well.
+    """
+    located = [(*_locate(config_type, problem), problem) for problem in problems]
+    unmeant = [_is_mismatch(problem) and unions[-1:] == [key] for key, unions, problem in located]
+    meant = {union for (_, unions, _), skip in zip(located, unmeant, strict=True) if not skip for union in unions}
+    return [
+        (key, problem) for (key, _, problem), skip in zip(located, unmeant, strict=True) if not (skip and key in meant)
+    ]
 
 
-def _is_section(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, BaseModel)
+def _locate(config_type: type[Section], problem: Any) -> tuple[Key, list[Key]]:
+    """The key that a problem is about, and the keys above it, and itself, whose type is a union."""
+    location = [str(part) for part in problem["loc"][: -1 if _is_short_tuple(problem) else None]]
+    annotation: Any = config_type
+    key: Key = ()
+    unions: list[Key] = []
+    while location:
+        if len([kind for kind in members(annotation) if kind is not type(None)]) > 1:
+            unions.append(key)
+            location.pop(0)  # pydantic names the branch here
+            if not location:
+                break
+        part = location.pop(0)
+        key, annotation = (*key, part), below(annotation, part)
+    return key, unions
 
 
-def _is_text_literal(kind: Any) -> bool:
-    return "Literal" in str(get_origin(kind)) and all(isinstance(value, str) for value in get_args(kind))
+def _is_mismatch(problem: Any) -> bool:
+    """Whether the value is of another type than its field."""
+    kind: str = problem["type"]
+    return kind.endswith("_type") or kind == "literal_error" or _is_wrong_length(problem)
+
+
+def _is_wrong_length(problem: Any) -> bool:
+    too_long = problem["type"] == "too_long" and problem["ctx"]["field_type"] == "Tuple"
+    return too_long or _is_short_tuple(problem)
+
+
+def _is_short_tuple(problem: Any) -> bool:
+    return problem["type"] == "missing" and isinstance(problem["loc"][-1], int)
+
+
+def _explain(config_type: type[Section], key: Key, problem: Any) -> str:
+    dotted = ".".join(key)
+    if problem["type"] == "extra_forbidden":
+        return _unknown(config_type, dotted)
+    if _is_mismatch(problem):
+        annotation: Any = config_type
+        for part in key:
+            annotation = below(annotation, part)
+        quote = str in members(annotation) and isinstance(problem["input"], int | float)
+        hint = ": write it in quotes" if quote else ""
+        return f"'{dotted}': expected {describe(annotation)}, found {_kind(problem['input'])}{hint}"
+    if problem["type"] == "missing":
+        return f"'{dotted}' is missing: it has no default"
+    if problem["type"] == "value_error":
+        message = str(problem["ctx"]["error"])
+        return f"'{dotted}': {message}" if key else message
+    message = problem["msg"].removeprefix("Input ")
+    return f"'{dotted}': {message[0].lower()}{message[1:]}, found {_kind(problem['input'])}"
+
+
+def _unknown(config_type: type[Section], dotted: str) -> str:
+    """That nobody has the key, and which was probably meant: one spelled alike, or of that name in another section."""
+    known = list(known_keys(config_type))
+    above, _, last = dotted.rpartition(".")
+    close = difflib.get_close_matches(dotted, known, n=1, cutoff=0.8)
+    close = close or [name for name in known if name.rpartition(".")[2] == last]
+    if close:
+        return f"unknown config key '{dotted}'; did you mean '{close[0]}'?"
+    annotation: Any = config_type
+    for part in above.split(".") if above else ():
+        annotation = below(annotation, part)
+    siblings = [name for name in known_keys(annotation) if "." not in name]
+    return f"unknown config key '{dotted}'{nearest(last, siblings or list(config_type.model_fields))}"
 
 
 def _kind(value: Any) -> str:
-    names = {
-        dict: "a mapping",
-        list: "a list",
-        str: "text",
-        bool: "true/false",
-        int: "a whole number",
-        float: "a number",
-    }
-    return (
-        "nothing"
-        if value is None
-        else f"{names.get(type(value), type(value).__name__)} ({json.dumps(value, default=str)[:80]})"
-    )
-
-
-_EXPECTED = {
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "float_type": "a number",
-    "bool_type": "true or false",
-    "string_type": "text",
-    "list_type": "a list",
-    "tuple_type": "a list",
-    "dict_type": "a mapping",
-    "model_type": "a mapping",
-    "model_attributes_type": "a mapping",
-}
-
-
-def _explain(config_type: type[Section], problem: Any) -> str:
-    location = [str(part) for part in problem["loc"]]
-    key = ".".join(part for part in location if not re.search(r"\[|^(?:str|int|float|bool|dict|list)$", part))
-    kind = problem["type"]
-    if kind == "extra_forbidden":
-        try:
-            _annotation(config_type, key)
-        except UserError as error:
-            return str(error)
-        return f"unknown config key '{key}'"
-    if kind == "missing":
-        return f"'{key}' is missing: it has no default"
-    if kind in _EXPECTED:
-        return f"'{key}': expected {_EXPECTED[kind]}, found {_kind(problem['input'])}"
-    message = problem["msg"].removeprefix("Value error, ")
-    if kind == "value_error":
-        return f"'{key}': {message}" if key else message
-    message = message[0].lower() + message[1:]
-    return f"'{key}': {message}, found {_kind(problem['input'])}"
+    if value is None:
+        return "null"
+    name = "true/false" if isinstance(value, bool) else NAMES.get(type(value), type(value).__name__)
+    return f"{name} ({json.dumps(value, default=str, ensure_ascii=False)[:80]})"

@@ -123,4 +123,6 @@ def _tidy(axes: Axes, grid: Literal["x", "both"]) -> None:
 
 def _save(canvas: Canvas, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.savefig(path, format="png", facecolor="white")
+    aside = path.with_name(f".{path.name}")
+    canvas.savefig(aside, format="png", facecolor="white")
+    aside.replace(path)

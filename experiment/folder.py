@@ -74,11 +74,11 @@ class RunFolder:
         write_json(self.outcome, {"outcome": outcome.value, "message": message})
 
     def read_outcome(self) -> tuple[Outcome, str] | None:
-        """What the ranks agreed on, or None where they ended without a word."""
+        """What the ranks agreed on, or None where they ended without a word that can be read."""
         try:
             found = json.loads(self.outcome.read_text(encoding="utf-8"))
-            return Outcome(found["outcome"]), found["message"]
-        except FileNotFoundError:
+            return Outcome(found["outcome"]), str(found["message"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
 
 
@@ -100,8 +100,14 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file aside and move it into place."""
+    """Write a text file aside and move it into place: a crash, even of the machine, leaves the old file or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)

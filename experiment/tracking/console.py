@@ -31,7 +31,7 @@ class ConsoleTracker:
     def __init__(
         self,
         total_steps: int | None,
-        resumed_step: int = 0,
+        resumed_step: int = -1,
         unit: str = "step",
         console: Console | None = None,
         clock: Callable[[], float] = time.perf_counter,
@@ -51,7 +51,7 @@ class ConsoleTracker:
                 console=self._console,
                 auto_refresh=False,  # no thread beside the training loop: each event draws the line anew
             )
-            self._task = self._progress.add_task("", total=total_steps, completed=resumed_step, figures="")
+            self._task = self._progress.add_task("", total=total_steps, completed=max(resumed_step, 0), figures="")
             self._progress.start()
             self._console.show_cursor(True)  # a killed process must not leave the terminal without its cursor
 

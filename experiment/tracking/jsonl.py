@@ -14,12 +14,11 @@ from experiment.folder import Outcome, write_text
 class JsonlTracker:
     """Appends each event to `path` at once.
 
-    Events after `resumed_step` are dropped first, so that no step appears twice when a run goes on from a checkpoint;
-    a run that begins at 0 begins an empty file.
+    Events after `resumed_step` are dropped first, so that no step appears twice when a run goes on from a checkpoint.
     """
 
     def __init__(self, path: Path, resumed_step: int) -> None:
-        kept = [event for event in read_events(path) if event["step"] <= resumed_step] if resumed_step else []
+        kept = [event for event in read_events(path) if event["step"] <= resumed_step]
         write_text(path, "".join(_line(event) for event in kept))
         # Unbuffered: an event is in the file when `log` returns, whatever becomes of the process.
         self._file = path.open("ab", buffering=0)

@@ -39,8 +39,8 @@ def open_trackers(
     """The trackers that `config` asks for, as one.
 
     total_steps: where the run ends, None where that is not known in steps. resumed_step: the finished steps of the
-    checkpoint that the run goes on from, 0 for a new run; later events in `metrics.jsonl` are dropped. run_id: the same
-    one at each attempt of a run. parameters: the resolved config. unit: what a step is called on the console.
+    checkpoint that the run goes on from, -1 for a run that begins; later events in `metrics.jsonl` are dropped.
+    run_id: the same one at each attempt of a run. parameters: the resolved config. unit: what the console calls a step.
     """
     openers: dict[str, Callable[[], Tracker]] = {
         "console": lambda: ConsoleTracker(total_steps, resumed_step, unit),

@@ -1,0 +1,94 @@
+"""The YAML that configs are written in: YAML 1.2's idea of plain values, and no key twice.
+
+`5e-4` is a number; dates, `on`, `yes`, `010` and `1_000` are text.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+
+Key = tuple[str, ...]  # where a value stands: names of keys and, in a list, indices
+
+
+def read_yaml(text: str) -> Any:
+    """The value of one YAML document. Raises yaml.YAMLError."""
+    return yaml.load(text, Loader=Loader)
+
+
+def read_yaml_with_lines(text: str) -> tuple[Any, dict[Key, int]]:
+    """(value, line of each key and list item, counted from 1) of one YAML document. Raises yaml.YAMLError."""
+    loader = Loader(text)
+    try:
+        node = loader.get_single_node()
+        value = None if node is None else loader.construct_document(node)
+    finally:
+        loader.dispose()
+    return value, dict(_lines(node, (), ()))
+
+
+def write_yaml(value: Any) -> str:
+    """YAML text that `read_yaml`, and any other reader, takes for `value`."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def explain_yaml(error: yaml.YAMLError) -> str:
+    """', line N: what is wrong there', to follow the name of the file."""
+    if isinstance(error, yaml.MarkedYAMLError):
+        mark = error.problem_mark or error.context_mark
+        problem = ", ".join(part for part in (error.context, error.problem) if part)
+        return f", line {mark.line + 1}: {problem}" if mark else f": {problem}"
+    if isinstance(error, yaml.reader.ReaderError):
+        return f": the character {chr(error.character)!r} at position {error.position} is not allowed in YAML"
+    return f": {error}"
+
+
+class Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping, of which YAML loaders silently keep the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: dict[str, int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                line = key.start_mark.line + 1
+                if key.value in seen:
+                    problem = f"the key '{key.value}' stands here and in line {seen[key.value]}"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                seen[key.value] = line
+        return node
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that our loader, or another one, would read as something else."""
+
+
+_PLAIN_VALUES = {
+    "bool": (r"true|True|false|False", "tTfF"),
+    "int": (r"[-+]?(?:0|[1-9][0-9]*)", "-+0123456789"),
+    "float": (
+        r"[-+]?(?:[0-9]+\.[0-9]*(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.[0-9]+(?:[eE][-+]?[0-9]+)?|\.inf)|\.nan",
+        "-+.0123456789",
+    ),
+}
+Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.rsplit(":", 1)[1] in ("null", "merge")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _name, (_pattern, _first) in _PLAIN_VALUES.items():
+    for _class in (Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(rf"^(?:{_pattern})$"), list(_first))
+
+
+def _lines(node: yaml.Node | None, key: Key, parents: tuple[yaml.Node, ...]) -> Iterator[tuple[Key, int]]:
+    if node is None or node in parents:  # an alias may lead back to what contains it
+        return
+    children: list[tuple[str, yaml.Node, yaml.Node]] = []
+    if isinstance(node, yaml.MappingNode):
+        children = [(str(name.value), name, value) for name, value in node.value]
+    elif isinstance(node, yaml.SequenceNode):
+        children = [(str(index), item, item) for index, item in enumerate(node.value)]
+    for name, mark, value in children:
+        yield (*key, name), mark.start_mark.line + 1
+        yield from _lines(value, (*key, name), (*parents, node))
