@@ -1,0 +1,124 @@
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from experiment.errors import StoppedError, UserError
+from launcher.arguments import flags_of
+from launcher.cli import COMMANDS, main
+
+ROOT = Path(__file__).parents[3]
+
+
+def deepcloze(*argv: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "launcher", *argv],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture
+def report_stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[str], object]], None]:
+    """Puts a function in the place of what `deepcloze report` calls."""
+
+    def put(function: Callable[[str], object]) -> None:
+        module = ModuleType("experiment.report")
+        module.write_report = function  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "experiment.report", module)
+
+    return put
+
+
+@pytest.mark.parametrize("argv", [(), ("--help",), ("pretrain", "--help")])
+def test_help_answers_at_once(argv: tuple[str, ...]):
+    """Catches an import of torch and its like on the way to the help, which makes it take seconds."""
+    began = time.perf_counter()
+    answer = deepcloze(*argv)
+    seconds = time.perf_counter() - began
+    assert answer.returncode == 0
+    assert answer.stdout.startswith("usage: deepcloze")
+    imported = {
+        line.rsplit("|", 1)[1].strip() for line in answer.stderr.splitlines() if line.startswith("import time:")
+    }
+    assert "launcher.cli" in imported
+    assert not imported & {"torch", "transformers", "datasets", "wandb", "numpy", "deepspeed"}
+    assert seconds < 2.0  # 0.2 alone on a machine; more than that is other load
+
+
+def test_help_explains_every_command_and_flag(capsys: pytest.CaptureFixture[str]):
+    """Catches a command or flag that is not in its help, or an example that its own command refuses."""
+    assert main(["--help"]) == 0
+    overview = capsys.readouterr().out
+    for name, function in COMMANDS.items():
+        assert f"  {name}" in overview
+        assert main([name, "--help"]) == 0
+        page = capsys.readouterr().out
+        for flag in flags_of(function):
+            assert flag.meaning.split()[0] in page
+            assert (flag.placeholder if flag.positional else f"--{flag.name}") in page
+        assert f"  deepcloze {name} " in page
+
+
+@pytest.mark.parametrize("name", ["predict", "status", "_page", "main"])
+def test_only_commands_that_exist(name: str, capsys: pytest.CaptureFixture[str]):
+    """Catches a command that is listed or reachable but does nothing."""
+    assert main([name]) == 2
+    assert f"unknown command '{name}'" in capsys.readouterr().err
+
+
+def test_a_mistake_is_one_message_and_exit_2():
+    """Catches a trace, or a message on stdout, for a user's mistake, through the real entry point."""
+    answer = deepcloze("pretrain", "--config", "none.yaml", "--num_gpu", "2")
+    messages = [line for line in answer.stderr.splitlines() if not line.startswith("import time:")]
+    assert answer.returncode == 2
+    assert answer.stdout == ""
+    assert messages == ["deepcloze: unknown flag '--num_gpu'; did you mean '--num_gpus'? (deepcloze pretrain --help)"]
+
+
+def test_what_a_command_raises_becomes_the_exit_code(
+    report_stand_in: Callable[[Callable[[str], object]], None], capsys: pytest.CaptureFixture[str]
+):
+    """Catches endings that scripts and queues could not tell apart."""
+
+    def ends_with(error: BaseException) -> int:
+        def write_report(run: str) -> object:
+            raise error
+
+        report_stand_in(write_report)
+        return main(["report", "2024_01"])
+
+    assert ends_with(UserError("no such run")) == 2
+    assert capsys.readouterr().err == "deepcloze: no such run\n"
+    assert ends_with(StoppedError("stopped at step 5")) == 75
+    assert capsys.readouterr().err == "deepcloze: stopped at step 5\n"
+    assert ends_with(KeyboardInterrupt()) == 130
+    with pytest.raises(ZeroDivisionError):
+        ends_with(ZeroDivisionError())
+
+
+def test_an_interrupted_pretraining_can_go_on(monkeypatch: pytest.MonkeyPatch):
+    """Catches Ctrl-C before the ranks run being reported unlike Ctrl-C after."""
+    from launcher import launch
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launch, "launch_pretraining", interrupted)
+    assert main(["pretrain", "--config", "x"]) == 75
+
+
+def test_report_prints_the_path(
+    report_stand_in: Callable[[Callable[[str], object]], None], capsys: pytest.CaptureFixture[str]
+):
+    """Catches a raw name that is read as a number on its way: 2024_01 is a folder."""
+    report_stand_in(lambda run: Path(run) / "report" / "index.html")
+    assert main(["report", "2024_01"]) == 0
+    assert capsys.readouterr().out == "2024_01/report/index.html\n"

@@ -1,0 +1,76 @@
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from launcher.environment import launcher_environment, remote_environment_file, worker_environment
+
+ROOT = Path("/repository")
+
+
+@pytest.mark.parametrize(("cores", "ranks", "threads"), [(2, 1, "2"), (2, 2, "1"), (8, 3, "2"), (2, 5, "1")])
+def test_ranks_share_the_cores(cores: int, ranks: int, threads: str):
+    """Catches every rank using all cores, which makes two ranks slower than one; and no threads at all."""
+    assert worker_environment({}, cores, ranks, "cpu", ROOT)["OMP_NUM_THREADS"] == threads
+
+
+def test_a_cpu_run_keeps_its_memory_and_knows_its_device():
+    """Catches the allocator setting missing on CPUs, or slowing down GPU runs' hosts."""
+    cpu, gpu = (worker_environment({}, 2, 2, device, ROOT) for device in ("cpu", "cuda"))
+    assert cpu["GLIBC_TUNABLES"].startswith("glibc.malloc.mmap_threshold=4294967296:")
+    assert cpu["DS_ACCELERATOR"] == "cpu"
+    assert not {"GLIBC_TUNABLES", "DS_ACCELERATOR"} & gpu.keys()
+
+
+def test_glibc_understands_the_allocator_setting():
+    """Catches a misspelt tunable: glibc warns about a value it cannot read, and ignores a name it does not know."""
+    setting = worker_environment({}, 2, 2, "cpu", ROOT)["GLIBC_TUNABLES"]
+    listed = subprocess.run(
+        ["/lib64/ld-linux-x86-64.so.2", "--list-tunables"],
+        env=os.environ | {"GLIBC_TUNABLES": setting},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if listed.returncode != 0:
+        pytest.skip("this C library lists no tunables")
+    values = dict(line.split(":", 1) for line in listed.stdout.splitlines())
+    for entry in setting.split(":"):
+        name, value = entry.split("=")
+        assert int(values[name].split()[0], 16) == int(value)
+
+
+def test_the_users_own_settings_stay():
+    """Catches the launcher overruling what the user has set."""
+    own = {
+        "GLIBC_TUNABLES": "glibc.malloc.check=1",
+        "OMP_NUM_THREADS": "7",
+        "TOKENIZERS_PARALLELISM": "true",
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONPATH": f"/mine:{ROOT}",
+        "HF_HUB_OFFLINE": "1",
+    }
+    assert worker_environment(own, 8, 2, "cpu", ROOT) == {}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [(None, "/repository"), ("", "/repository"), ("/a:/b", "/repository:/a:/b")]
+)
+def test_the_repository_can_be_imported(before: str | None, after: str):
+    """Catches ranks without `pretrain` when started from another folder, and a user's PYTHONPATH that is lost."""
+    environ = {} if before is None else {"PYTHONPATH": before}
+    assert worker_environment(environ, 2, 2, "cuda", ROOT)["PYTHONPATH"] == after
+
+
+def test_deepspeed_does_not_see_the_visible_devices_again():
+    """Catches GPUs being filtered twice: the chosen slots are numbers of the whole machine."""
+    environ = {"CUDA_VISIBLE_DEVICES": "2,3", "HOME": "/home"}
+    assert launcher_environment(environ, {"A": "1"}) == {"HOME": "/home", "A": "1"}
+
+
+def test_what_travels_to_other_hosts():
+    """Catches a network interface that stays behind (gloo then takes a wrong one), and a secret in a logged command."""
+    environ = {"GLOO_SOCKET_IFNAME": "eth1", "WANDB_API_KEY": "secret", "HOME": "/home"}
+    text = remote_environment_file(environ, {"OMP_NUM_THREADS": "4"}, "NCCL_DEBUG=INFO\nOMP_NUM_THREADS = 2\n\n")
+    assert text.splitlines() == ["GLOO_SOCKET_IFNAME=eth1", "OMP_NUM_THREADS = 2", "NCCL_DEBUG=INFO"]

@@ -1,0 +1,148 @@
+import os
+import shlex
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+from experiment.errors import StoppedError, UserError
+from experiment.folder import Outcome
+from launcher import launch
+from launcher.launch import launch_pretraining
+from launcher.supervisor import Ending
+
+CONFIG = """
+run: {dir: my-run}
+model: {config: {model_type: bert}}
+corpus: {train: corpus}
+schedule: {steps: 10}
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A config file in the working directory, on a machine that computes on its CPU."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setattr("launcher.placement.cpu_cores", lambda: 2)
+    Path("config.yaml").write_text(CONFIG)
+    return "config.yaml"
+
+
+@pytest.fixture(autouse=True)
+def checked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, int]]:
+    """Stands for the check of corpora and model; holds what it was called with."""
+    seen: list[tuple[Any, int]] = []
+    module = ModuleType("pretrain.check")
+    module.check_run = lambda config, world_size: seen.append((config, world_size))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pretrain.check", module)
+    return seen
+
+
+@pytest.fixture(autouse=True)
+def attempts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Stands for the ranks; holds what they would have been started with."""
+    seen: list[tuple[Any, ...]] = []
+
+    def run_attempt(*arguments: Any) -> Ending:
+        seen.append(arguments)
+        return Ending(Outcome.DONE)
+
+    monkeypatch.setattr(launch, "run_attempt", run_attempt)
+    return seen
+
+
+def test_ranks_get_the_users_config_and_overrides(config: str, attempts: list[tuple[Any, ...]], checked: list[Any]):
+    """Catches ranks that run another config than the one that was checked."""
+    launch_pretraining(config, {"schedule.steps": "20"}, num_gpus=2)
+    ((folder, argv, environment, slots),) = attempts
+    assert argv[-5:] == [
+        "--module",
+        "pretrain.run",
+        "--config",
+        str(Path("config.yaml").absolute()),
+        "--schedule.steps=20",
+    ]
+    assert folder.path == Path("my-run").absolute()
+    assert folder.logs.is_dir()
+    assert slots == {"localhost": (0, 1)}
+    assert environment["OMP_NUM_THREADS"] == os.environ.get("OMP_NUM_THREADS", str(max(1, launch.cpu_cores() // 2)))
+    ((settings, world_size),) = checked
+    assert (settings.schedule.steps, world_size) == (20, 2)
+
+
+def test_dry_run_tells_all_and_touches_nothing(
+    config: str, attempts: list[tuple[Any, ...]], checked: list[Any], capsys: pytest.CaptureFixture[str]
+):
+    """Catches a dry run that starts or writes something, or prints other than what would run."""
+    launch_pretraining(config, {"run.dir": "2024 01"}, num_gpus=2, dry_run=True)
+    head, environment, command = capsys.readouterr().out.split("\n\n")
+    assert yaml.safe_load(head)["run"]["dir"] == "2024 01"
+    assert "TOKENIZERS_PARALLELISM=false" in environment or "TOKENIZERS_PARALLELISM" in os.environ
+    argv = shlex.split(command, comments=True)
+    assert argv[0] == sys.executable
+    assert "--num_gpus=2" in argv
+    assert argv[-1] == "--run.dir=2024 01"
+    assert len(checked) == 1
+    assert attempts == []
+    assert [path.name for path in Path.cwd().iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "flags", "message"),
+    [
+        ({"schedule.stepz": "1"}, {}, "schedule.steps"),
+        ({"schedule.steps": "soon"}, {}, "whole number"),
+        ({}, {"num_gpus": 3}, "--oversubscribe"),
+        ({}, {"hostfile": "hosts"}, "hosts, line 2"),
+        ({}, {"hostfile": "none"}, "cannot read the hostfile"),
+    ],
+)
+def test_mistakes_start_and_write_nothing(
+    config: str, attempts: list[tuple[Any, ...]], overrides: dict[str, str], flags: dict[str, Any], message: str
+):
+    """Catches a run folder, or ranks, left by a launch that could not work."""
+    Path("hosts").write_text("localhost slots=1\nworker slots\n")
+    with pytest.raises(UserError, match=message):
+        launch_pretraining(config, overrides, **flags)
+    assert attempts == []
+    assert not Path("my-run").exists()
+
+
+@pytest.mark.parametrize(
+    ("outcome", "error", "said"),
+    [
+        (Outcome.STOPPED, StoppedError, "because"),
+        (Outcome.REFUSED, SystemExit, 2),
+        (Outcome.FAILED, SystemExit, "deepcloze: the run failed: because"),
+    ],
+)
+def test_how_the_ranks_ended_is_how_the_command_ends(
+    config: str, monkeypatch: pytest.MonkeyPatch, outcome: Outcome, error: type[BaseException], said: str | int
+):
+    """Catches an ending that is swallowed: the command would exit 0 for a run that is not done."""
+    monkeypatch.setattr(launch, "run_attempt", lambda *_: Ending(outcome, "because"))
+    with pytest.raises(error) as raised:
+        launch_pretraining(config, {})
+    assert raised.value.args == (said,)
+
+
+def test_other_hosts_get_the_resolved_config_and_the_environment(
+    config: str, attempts: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+):
+    """Catches overrides that a remote shell would take apart, and settings that stay behind on this machine."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    monkeypatch.delenv("DS_ENV_FILE", raising=False)
+    Path(".deepspeed_env").write_text("NCCL_DEBUG=INFO\n")
+    Path("hosts").write_text("192.0.2.1 slots=2\n192.0.2.2 slots=2\n")
+    launch_pretraining(config, {"model.config": "{model_type: bert, hidden_size: 64}"}, hostfile="hosts")
+    ((folder, argv, environment, slots),) = attempts
+    assert slots == {"192.0.2.1": (0, 1), "192.0.2.2": (0, 1)}
+    assert argv[-2:] == ["--config", str(folder.logs / "launch.yaml")]
+    assert yaml.safe_load((folder.logs / "launch.yaml").read_text())["model"]["config"]["hidden_size"] == 64
+    exported = Path(environment["DS_ENV_FILE"]).read_text().splitlines()
+    assert {"GLOO_SOCKET_IFNAME=eth7", "NCCL_DEBUG=INFO", "TOKENIZERS_PARALLELISM=false"} <= set(exported)
