@@ -1,0 +1,178 @@
+"""manifest.json: what a corpus folder holds, and the checksums that prove it."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from experiment.errors import UserError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer"
+PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One Arrow file of a corpus: whole documents, back to back."""
+
+    file: str  # name inside the corpus folder
+    rows: int  # documents
+    tokens: int
+    unknown_tokens: int
+    words: int  # separated by whitespace
+    text_bytes: int  # UTF-8, of the documents it was made from
+    bytes: int  # of the file
+    sha256: str  # of the file
+    content: str  # sha256 of the token ids and document lengths alone, however the file lays them out
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a corpus was made from. Equal recipes give equal corpora: paths, time and workers have no part in it."""
+
+    source: str  # digest of every document read, in order
+    tokenizer: str  # its fingerprint
+    part: str  # main | heldout
+    seed: int | None  # of the draws; None where nothing was drawn
+    limit: int | None
+    holdout: int | None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `deepcloze corpus` made. Lengths are in tokens, without special tokens."""
+
+    recipe: Recipe
+    vocabulary_size: int
+    token_type: str  # Arrow type of a token id: uint16 | uint32
+    empty_documents: int  # dropped
+    length_percentiles: dict[str, int]  # percentile of document length -> tokens
+    shards: tuple[Shard, ...]
+
+    @property
+    def documents(self) -> int:
+        return sum(shard.rows for shard in self.shards)
+
+    @property
+    def tokens(self) -> int:
+        return sum(shard.tokens for shard in self.shards)
+
+    @property
+    def text_bytes(self) -> int:
+        return sum(shard.text_bytes for shard in self.shards)
+
+    @property
+    def unknown_token_rate(self) -> float:
+        return sum(shard.unknown_tokens for shard in self.shards) / self.tokens
+
+    @property
+    def tokens_per_word(self) -> float:
+        return self.tokens / max(1, sum(shard.words for shard in self.shards))
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the tokens and of the tokenizer that gives them a meaning."""
+        return digest_of([self.recipe.tokenizer, *([shard.rows, shard.tokens, shard.content] for shard in self.shards)])
+
+
+def digest_of(value: Any) -> str:
+    """Short sha256 of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=True).encode()).hexdigest()[:32]
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `folder/manifest.json`, on disk when this returns."""
+    write_json_durably(
+        folder / MANIFEST,
+        {
+            "format": FORMAT,
+            "fingerprint": manifest.fingerprint,
+            "tokenizer": {"fingerprint": manifest.recipe.tokenizer, "vocabulary_size": manifest.vocabulary_size},
+            "documents": manifest.documents,
+            "tokens": manifest.tokens,
+            "text_bytes": manifest.text_bytes,
+            "empty_documents": manifest.empty_documents,
+            "length_percentiles": manifest.length_percentiles,
+            "unknown_token_rate": manifest.unknown_token_rate,
+            "tokens_per_word": manifest.tokens_per_word,
+            "token_type": manifest.token_type,
+            "recipe": asdict(manifest.recipe),
+            "shards": [asdict(shard) for shard in manifest.shards],
+        },
+    )
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a finished corpus folder. Raises UserError where there is none or it cannot be understood."""
+    path = folder / MANIFEST
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["format"] != FORMAT:
+            raise UserError(
+                f"{path}: corpus format {found['format']}, this deepcloze reads format {FORMAT}; build the corpus again"
+            )
+        manifest = Manifest(
+            recipe=Recipe(**found["recipe"]),
+            vocabulary_size=found["tokenizer"]["vocabulary_size"],
+            token_type=found["token_type"],
+            empty_documents=found["empty_documents"],
+            length_percentiles=found["length_percentiles"],
+            shards=tuple(Shard(**shard) for shard in found["shards"]),
+        )
+        recorded = found["fingerprint"]
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{folder} is no corpus: it has no {MANIFEST} (`deepcloze corpus` makes one)") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is damaged ({error!r}); build the corpus again") from None
+    if manifest.fingerprint != recorded:
+        raise UserError(f"{path} is damaged: its shards do not give the fingerprint it records; build the corpus again")
+    return manifest
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json_durably(path: Path, value: Any) -> None:
+    """Replace a JSON file: after a crash or a power cut there is the old one or the new one, never a part."""
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    sync(aside)
+    aside.replace(path)
+    sync(path.parent)
+
+
+def sync(*paths: Path) -> None:
+    """Wait until these files or folders (their lists of names) are on disk."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def percentiles(lengths: Iterable[tuple[int, int]]) -> dict[str, int]:
+    """{percentile: document length} from (length, how many documents) pairs: the smallest length that as many reach."""
+    counts = sorted(lengths)
+    total = sum(count for _, count in counts)
+    found: dict[str, int] = {}
+    for percentile in PERCENTILES:
+        rank = max(1, -(-percentile * total // 100))  # nearest-rank definition
+        seen = 0
+        for length, count in counts:
+            seen += count
+            if seen >= rank:
+                found[str(percentile)] = int(length)
+                break
+    return found
