@@ -221,11 +221,13 @@ def _explain(config_type: type[Section], key: Key, problem: Any) -> str:
 
 
 def _unknown(config_type: type[Section], dotted: str) -> str:
-    """That nobody has the key, and which was probably meant: one spelled alike, or of that name in another section."""
+    """That nobody has the key, and which was probably meant: one of that name in another section, or spelled alike."""
     known = list(known_keys(config_type))
     above, _, last = dotted.rpartition(".")
-    close = difflib.get_close_matches(dotted, known, n=1, cutoff=0.8)
-    close = close or [name for name in known if name.rpartition(".")[2] == last]
+    namesakes = [name for name in known if name.rpartition(".")[2] == last]
+    peers = [name for name in known if name.count(".") == dotted.count(".")]
+    close = difflib.get_close_matches(dotted, namesakes, n=1, cutoff=0.0)
+    close = close or difflib.get_close_matches(dotted, peers, n=1, cutoff=0.8)
     if close:
         return f"unknown config key '{dotted}'; did you mean '{close[0]}'?"
     annotation: Any = config_type

@@ -81,7 +81,7 @@ def _scalar(text: str, value: Any, annotation: Any) -> Any:
     """`text` where only text will do, else `value`, which YAML made of it."""
     fits = any(
         kind is Any
-        or type(value) is kind
+        or (type(value) is kind and kind is not str)
         or (kind is float and type(value) is int)
         or (get_origin(kind) is Literal and (type(value), value) in [(type(known), known) for known in get_args(kind)])
         for kind in members(annotation)

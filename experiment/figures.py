@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
@@ -100,12 +101,11 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
 
 def moving_average(values: Sequence[float], reach: int) -> list[float]:
     """The mean of each value and up to `reach` neighbours on each side, as many on one side as on the other."""
-    smooth = []
-    for index in range(len(values)):
-        near = min(reach, index, len(values) - 1 - index)
-        window = values[index - near : index + near + 1]
-        smooth.append(sum(window) / len(window))
-    return smooth
+    sums = np.concatenate([[0.0], np.cumsum(np.asarray(values, dtype=np.float64))])
+    index = np.arange(len(values))
+    near = np.minimum(reach, np.minimum(index, len(values) - 1 - index))
+    means: list[float] = ((sums[index + near + 1] - sums[index - near]) / (2 * near + 1)).tolist()
+    return means
 
 
 def _colours(count: int) -> list[str]:

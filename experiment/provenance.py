@@ -73,9 +73,11 @@ def git_state(repository: Path) -> dict[str, Any] | None:
 
 
 def _git(repository: Path, *arguments: str) -> str:
-    # A folder inside of somebody else's checkout is no checkout of its own.
-    environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(repository.parent)}
-    command = ["git", "-C", str(repository), *arguments]
+    # A folder inside of somebody else's checkout is no checkout of its own; the GIT_DIR of a hook is not ours; a clone
+    # on a cluster's shared disk may belong to another user.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    environment["GIT_CEILING_DIRECTORIES"] = str(repository.parent)
+    command = ["git", "-c", "safe.directory=*", "-C", str(repository), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20, env=environment)
     return done.stdout.strip()
 

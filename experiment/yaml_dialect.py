@@ -63,6 +63,14 @@ class Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """Quotes every text that our loader, or another one, would read as something else."""
 
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        # PyYAML writes U+0085 and its like unescaped, and reads them back as line ends.
+        style = None if text.isprintable() else '"'
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
+
 
 _PLAIN_VALUES = {
     "bool": (r"true|True|false|False", "tTfF"),

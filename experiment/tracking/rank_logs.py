@@ -54,7 +54,10 @@ class _Terminal(logging.Handler):
         try:
             prefix = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
             terminal().print(
-                prefix + self.format(record), style=self.STYLES.get(record.levelno), markup=False, emoji=False
+                prefix + self.format(record),
+                style=self.STYLES.get(record.levelno),
+                markup=False,
+                emoji=False,
             )
         except Exception:
             self.handleError(record)

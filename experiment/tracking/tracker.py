@@ -43,7 +43,7 @@ def open_trackers(
     run_id: the same one at each attempt of a run. parameters: the resolved config. unit: what the console calls a step.
     """
     openers: dict[str, Callable[[], Tracker]] = {
-        "console": lambda: ConsoleTracker(total_steps, resumed_step, unit),
+        "the console": lambda: ConsoleTracker(total_steps, resumed_step, unit),
         "metrics.jsonl": lambda: JsonlTracker(folder.metrics, resumed_step),
     }
     if config.wandb != "disabled":
@@ -53,7 +53,7 @@ def open_trackers(
         try:
             trackers[name] = opener()
         except Exception as error:
-            logger.warning("%s could not be opened: %s", name, error)
+            logger.warning("the tracker of %s could not be opened, the run goes on: %s", name, error)
     return _Trackers(trackers)
 
 
@@ -77,4 +77,6 @@ class _Trackers:
             except Exception as error:
                 if name not in self._reported:
                     self._reported.add(name)
-                    logger.warning("%s failed, the run goes on: %s: %s", name, type(error).__name__, error)
+                    logger.warning(
+                        "the tracker of %s failed, the run goes on: %s: %s", name, type(error).__name__, error
+                    )

@@ -35,7 +35,7 @@ class WandbTracker:
         self._finish_seconds = finish_seconds
         self._off = False
         self._files = folder.path / "wandb"
-        options = {
+        self._options: dict[str, Any] = {
             "project": config.project,
             "name": config.name or folder.path.name,
             "tags": config.tags,
@@ -43,55 +43,64 @@ class WandbTracker:
             "config": dict(parameters),
             "dir": str(folder.path),
         }
-        settings = {"init_timeout": init_seconds, "finish_timeout": finish_seconds, "silent": True, "console": "off"}
-        self._worker = threading.Thread(
-            target=self._work, args=(config.wandb == "online", options, settings), name="wandb", daemon=True
-        )
+        self._settings: dict[str, Any] = {
+            "init_timeout": init_seconds,
+            "finish_timeout": finish_seconds,
+            "silent": True,
+            "console": "off",  # the terminal belongs to the console tracker and the rank logs
+        }
+        self._worker = threading.Thread(target=self._work, args=(config.wandb == "online",), name="wandb", daemon=True)
         self._worker.start()
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         if not self._off:
-            self._events.put(metrics)
+            self._events.put(dict(metrics))
 
     def close(self, outcome: Outcome) -> None:
         self._events.put(outcome)
         self._worker.join(self._finish_seconds)
         if self._worker.is_alive():
-            logger.warning(
-                "W&B did not finish within %.0f s; what is missing there can be uploaded with `wandb sync` from %s",
-                self._finish_seconds,
-                self._files,
-            )
+            self._warn(f"did not finish in {self._finish_seconds:g} s; what it has not uploaded is in {self._files}")
+            self._off = True
 
-    def _work(self, online: bool, options: dict[str, Any], settings: dict[str, Any]) -> None:
+    def _work(self, online: bool) -> None:
         try:
-            run = _start(online, options, settings)
+            run = self._start(online)
             while not isinstance(event := self._events.get(), Outcome):
                 run.log({key: value for key, value in event.items() if value is not None})
             if event is Outcome.STOPPED:
-                run.mark_preempting()  # to be resumed, neither finished nor failed
+                run.mark_preempting()  # to be resumed: neither finished nor failed
             run.finish(exit_code=event.exit_code)
         except Exception as error:
+            self._warn(f"is switched off for this run: {_described(error)}")
             self._off = True
-            logger.warning("W&B is switched off for this run: %s: %s", type(error).__name__, error)
+
+    def _start(self, online: bool) -> Any:
+        """The W&B run. One that cannot be reached is kept offline, for `wandb sync`."""
+        import wandb
+
+        run = None
+        if online:
+            try:
+                if not wandb.login(prompt=False):
+                    raise RuntimeError("no API key; `wandb login` stores one")
+                settings = wandb.Settings(**self._settings)
+                run = wandb.init(mode="online", resume="allow", settings=settings, **self._options)
+            except Exception as error:
+                self._warn(
+                    f"is out of reach, its files are kept in {self._files} for `wandb sync`: {_described(error)}"
+                )
+        if run is None:
+            run = wandb.init(mode="offline", settings=wandb.Settings(**self._settings), **self._options)
+        # A resumed run logs some steps again, which W&B would drop if they were its own, ever growing step.
+        run.define_metric("step")
+        run.define_metric("*", step_metric="step")
+        return run
+
+    def _warn(self, what: str) -> None:
+        if not self._off:
+            logger.warning("W&B %s", what)
 
 
-def _start(online: bool, options: dict[str, Any], settings: dict[str, Any]) -> Any:
-    """The W&B run. One that cannot be reached is kept offline, for `wandb sync`."""
-    import wandb
-
-    run = None
-    if online:
-        try:
-            if not wandb.login(prompt=False):
-                raise RuntimeError("no API key; `wandb login` stores one")
-            run = wandb.init(mode="online", resume="allow", settings=wandb.Settings(**settings), **options)
-        except Exception as error:
-            logger.warning(
-                "W&B is out of reach, its files are kept in %s/wandb for `wandb sync`: %s", options["dir"], error
-            )
-    run = run or wandb.init(mode="offline", settings=wandb.Settings(**settings), **options)
-    # A resumed run logs some steps again. W&B would drop them if they were its own, ever growing step.
-    run.define_metric("step")
-    run.define_metric("*", step_metric="step")
-    return run
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,88 @@
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from experiment.errors import UserError
+from experiment.folder import open_run_folder
+from experiment.provenance import collect_provenance, git_state, read_provenance, write_provenance
+
+
+def git(repository: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=t", "-c", "user.email=t@t"]
+    done = subprocess.run(
+        ["git", "-C", str(repository), *identity, *arguments], capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    path = tmp_path / "repository"
+    path.mkdir()
+    git(path, "init", "-q")
+    (path / "file").write_text("1")
+    git(path, "add", "file")
+    git(path, "commit", "-q", "-m", "first")
+    return path
+
+
+def test_a_checkout_is_named_by_commit_and_changes(repository: Path) -> None:
+    """Catches a run of changed code that is recorded as the commit's."""
+    commit = git(repository, "rev-parse", "HEAD")
+    assert git_state(repository) == {"commit": commit, "dirty": False}
+    (repository / "notes").write_text("untracked files change no code that git knows")
+    assert git_state(repository) == {"commit": commit, "dirty": False}
+    (repository / "file").write_text("2")
+    assert git_state(repository) == {"commit": commit, "dirty": True}
+
+
+def test_no_checkout_no_git_no_commit_are_none(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a trace on an installed copy, and the commit of another repository."""
+    assert git_state(tmp_path) is None
+    inside = repository / "copy"
+    inside.mkdir()
+    assert git_state(inside) is None
+    monkeypatch.setenv("GIT_DIR", str(repository / ".git"))
+    assert git_state(tmp_path) is None
+    monkeypatch.setenv("PATH", "")
+    assert git_state(repository) is None
+
+
+def test_an_attempt_says_what_ran_where_and_with_what() -> None:
+    """Catches facts that go missing, and values that JSON cannot hold."""
+    attempt = json.loads(json.dumps(collect_provenance(["deepcloze", "pretrain"], world_size=2)))
+    assert attempt["command"] == ["deepcloze", "pretrain"]
+    assert attempt["world_size"] == 2
+    assert attempt["date"].endswith("+00:00")
+    assert {"python", "torch", "deepspeed", "transformers"} <= attempt["versions"].keys()
+    assert attempt["versions"]["torch"]
+    assert attempt["hardware"]["cores"] >= 1
+    assert attempt["hardware"]["memory_bytes"] > 1e8
+    assert isinstance(attempt["hardware"]["gpus"], list)
+    assert attempt["hardware"]["cpu"]
+
+
+def test_the_first_attempt_is_kept_and_the_id_stays(tmp_path: Path) -> None:
+    """Catches a resume that overwrites how the run began, or takes a new id."""
+    folder = open_run_folder(tmp_path)
+    assert read_provenance(folder) is None
+    run_id = write_provenance(folder, {"date": 1}, ancestors=[{"run_id": "parent"}])
+    assert write_provenance(folder, {"date": 2}) == run_id
+    record = {"run_id": run_id, "ancestors": [{"run_id": "parent"}], "attempts": [{"date": 1}, {"date": 2}]}
+    assert read_provenance(folder) == record
+    assert list(record) == list(json.loads(folder.provenance.read_text()))
+    assert write_provenance(open_run_folder(tmp_path / "other"), {}) != run_id
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", "{}", '{"run_id": 1, "attempts": []}'])
+def test_a_damaged_file_is_refused_rather_than_replaced(tmp_path: Path, damage: str) -> None:
+    """Catches a history that is lost without a word."""
+    folder = open_run_folder(tmp_path)
+    folder.provenance.write_text(damage)
+    with pytest.raises(UserError, match=r"provenance\.json is damaged"):
+        write_provenance(folder, {})
+    assert folder.provenance.read_text() == damage

@@ -1,0 +1,113 @@
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from experiment.folder import Outcome
+from experiment.tracking.console import (
+    ConsoleTracker,
+    describe_duration,
+    describe_evaluation,
+    describe_training,
+)
+
+TRAINING: dict[str, Any] = {"loss": 6.12341, "lr": 5e-4, "tokens_per_second": 12345.6, "memory": 1 << 30, "mfu": None}
+EVALUATION = {
+    "eval/wiki/loss": 3.21,
+    "eval/wiki/perplexity": 24.78,
+    "eval/wiki/accuracy": 0.41234,
+    "eval/a/b/loss": None,
+}
+
+
+def plain(total: int | None, seconds: list[float]) -> tuple[ConsoleTracker, io.StringIO]:
+    """A tracker without a terminal whose clock reads `seconds`, one after the other, and what it writes to."""
+    output = io.StringIO()
+    clock = iter(seconds)
+    return ConsoleTracker(
+        total, console=Console(file=output, width=40, soft_wrap=True), clock=lambda: next(clock)
+    ), output
+
+
+def on_terminal(total: int | None) -> tuple[ConsoleTracker, io.StringIO]:
+    output = io.StringIO()
+    console = Console(
+        file=output, width=120, soft_wrap=True, force_terminal=True, force_interactive=True, color_system=None
+    )
+    return ConsoleTracker(total, resumed_step=10, console=console), output
+
+
+def test_without_a_terminal_each_event_is_one_line() -> None:
+    """Catches control characters and wrapped lines in log files, and figures that are missing there."""
+    tracker, output = plain(100, [0.0, 20.0, 30.0])
+    for step in (10, 20, 30):
+        tracker.log({"step": step, **TRAINING})
+    tracker.log({"step": 30, **EVALUATION})
+    tracker.close(Outcome.DONE)
+    figures = "loss 6.1234 · lr 5.00e-04 · 12,346 tokens/s"
+    assert output.getvalue().splitlines() == [
+        f"step 10/100 · {figures} · – left",
+        f"step 20/100 · {figures} · 2m40s left",
+        f"step 30/100 · {figures} · 1m45s left",
+        "step 30: wiki loss 3.21, perplexity 24.78, accuracy 0.4123 · a/b loss –",
+    ]
+
+
+def test_the_time_left_follows_the_recent_pace() -> None:
+    """Catches an estimate that a slow start spoils for hours."""
+    tracker, output = plain(1000, [0.0, *(1000.0 + step for step in range(1, 101))])
+    for step in range(101):
+        tracker.log({"step": step, "loss": 1.0})
+    assert output.getvalue().splitlines()[-1].endswith("15m00s left")
+
+
+def test_a_run_without_a_known_end_claims_none() -> None:
+    """Catches a time left that is made up."""
+    tracker, output = plain(None, [0.0, 1.0])
+    tracker.log({"step": 1, "loss": 1.0})
+    assert output.getvalue() == "step 1 · loss 1.0000\n"
+
+
+def test_on_a_terminal_the_progress_line_stays_below_the_other_lines() -> None:
+    """Catches evaluations that are drawn over, and counts that start at 0 after a resume."""
+    tracker, output = on_terminal(100)
+    tracker.log({"step": 50, **TRAINING})
+    tracker.log({"step": 50, **EVALUATION})
+    tracker.close(Outcome.DONE)
+    text = output.getvalue()
+    assert "10/100" in text
+    assert "step 50: wiki loss 3.21" in text
+    assert text.rindex("50/100 loss 6.1234") > text.rindex("step 50: wiki")
+    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
+
+
+def test_a_killed_run_leaves_the_cursor_visible() -> None:
+    """Catches a terminal without a cursor after SIGKILL, when nothing can be put right any more."""
+    tracker, output = on_terminal(None)
+    tracker.log({"step": 1, "loss": 1.0})
+    assert output.getvalue().rindex("\x1b[?25h") > output.getvalue().rindex("\x1b[?25l")
+    tracker.close(Outcome.FAILED)
+
+
+def test_names_are_shown_as_they_are() -> None:
+    """Catches corpus names read as markup."""
+    tracker, output = plain(None, [])
+    tracker.log({"step": 1, "eval/[red]x:smile:/loss": 1.0})
+    assert output.getvalue() == "step 1: [red]x:smile: loss 1\n"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(None, "–"), (0.4, "0s"), (59.6, "1m00s"), (130, "2m10s"), (3599.9, "1h00m"), (90000, "25h00m"), (-1, "0s")],
+)
+def test_durations_read_well(seconds: float | None, text: str) -> None:
+    """Catches 60 seconds and minutes without their zero."""
+    assert describe_duration(seconds) == text
+
+
+def test_figures_that_are_unknown_are_left_out() -> None:
+    """Catches 'None tokens/s'."""
+    assert describe_training({"step": 1, "loss": 1.0, "lr": None}) == "loss 1.0000"
+    assert describe_training({"step": 1, "loss": float("nan")}) == "loss nan"
+    assert describe_evaluation({"step": 1, "loss": 1.0}) == ""

@@ -1,0 +1,96 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from experiment.folder import Outcome
+from experiment.tracking.jsonl import JsonlTracker, read_events
+
+
+def steps(path: Path) -> list[int]:
+    return [event["step"] for event in read_events(path)]
+
+
+def written(path: Path, *values: int) -> None:
+    tracker = JsonlTracker(path, -1)
+    for step in values:
+        tracker.log({"step": step, "loss": step / 2})
+    tracker.close(Outcome.DONE)
+
+
+def test_an_event_is_in_the_file_when_log_returns(tmp_path: Path) -> None:
+    """Catches buffering: what a killed run logged last would be lost."""
+    tracker = JsonlTracker(tmp_path / "m.jsonl", -1)
+    tracker.log({"step": 1, "loss": 2.5, "mfu": None, "note": "é"})
+    assert (tmp_path / "m.jsonl").read_text(encoding="utf-8") == '{"step": 1, "loss": 2.5, "mfu": null, "note": "é"}\n'
+
+
+def test_what_came_after_the_checkpoint_is_dropped(tmp_path: Path) -> None:
+    """Catches steps that appear twice after a resume, or events before the checkpoint that are lost."""
+    path = tmp_path / "m.jsonl"
+    written(path, 0, 10, 20, 20, 30, 40)
+    tracker = JsonlTracker(path, 20)
+    assert steps(path) == [0, 10, 20, 20]
+    tracker.log({"step": 30})
+    assert steps(path) == [0, 10, 20, 20, 30]
+
+
+def test_a_run_that_begins_begins_an_empty_file(tmp_path: Path) -> None:
+    """Catches the step 0 of an attempt that died before its first checkpoint, kept beside the new one."""
+    path = tmp_path / "m.jsonl"
+    written(path, 0, 10)
+    JsonlTracker(path, -1)
+    assert path.read_bytes() == b""
+
+
+@pytest.mark.parametrize(
+    "torn", [b'{"step": 20, "lo', b'{"step": 20, "name": "\xc3', b'{"loss": 1}\n', b"[1]\n", b"\n"]
+)
+def test_a_line_that_is_no_event_is_dropped(tmp_path: Path, torn: bytes) -> None:
+    """Catches a half-written last line that spoils the first line after the resume."""
+    path = tmp_path / "m.jsonl"
+    written(path, 10)
+    path.write_bytes(path.read_bytes() + torn)
+    assert steps(path) == [10]
+    JsonlTracker(path, 20).log({"step": 30})
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [10, 30]
+
+
+def test_text_may_hold_any_line_separator(tmp_path: Path) -> None:
+    """Catches reading by str.splitlines, which cuts a JSON line at U+2028 in a corpus name."""
+    path = tmp_path / "m.jsonl"
+    JsonlTracker(path, -1).log({"step": 1, "eval/a\u2028b/loss": 1.0})
+    assert read_events(path) == [{"step": 1, "eval/a\u2028b/loss": 1.0}]
+
+
+def test_values_that_json_lacks_become_null(tmp_path: Path) -> None:
+    """Catches NaN in the file, which strict JSON readers refuse."""
+    path = tmp_path / "m.jsonl"
+    JsonlTracker(path, -1).log({"step": 1, "loss": float("nan"), "grad_norm": float("inf")})
+    assert path.read_text() == '{"step": 1, "loss": null, "grad_norm": null}\n'
+
+
+def test_a_full_disk_leaves_no_half_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a partial write that the next event would be glued to once there is room again."""
+    path = tmp_path / "m.jsonl"
+    tracker = JsonlTracker(path, -1)
+    tracker.log({"step": 1})
+    file = tracker._file
+
+    class FullDisk:
+        def write(self, line: bytes) -> int:
+            return file.write(line[:4])
+
+        tell, truncate = file.tell, file.truncate
+
+    monkeypatch.setattr(tracker, "_file", FullDisk())
+    with pytest.raises(OSError, match="No space left"):
+        tracker.log({"step": 2})
+    monkeypatch.setattr(tracker, "_file", file)
+    tracker.log({"step": 3})
+    assert path.read_text() == '{"step": 1}\n{"step": 3}\n'
+
+
+def test_no_file_means_no_events(tmp_path: Path) -> None:
+    """Catches a trace for a run that has not logged yet."""
+    assert read_events(tmp_path / "m.jsonl") == []

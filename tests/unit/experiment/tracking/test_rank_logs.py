@@ -1,0 +1,95 @@
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from experiment.folder import RunFolder
+from experiment.tracking.rank_logs import set_up_logging
+
+
+@pytest.fixture(autouse=True)
+def restored_logging() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    for handler in set(root.handlers) - set(handlers):
+        root.removeHandler(handler)
+        handler.close()
+    root.setLevel(level)
+    logging.captureWarnings(False)
+
+
+def test_rank_0_tells_people_what_concerns_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a console full of libraries' chatter, or one that hides their warnings."""
+    set_up_logging(RunFolder(tmp_path), 0)
+    logging.getLogger("pretrain.training").info("saved [step] %d", 5)
+    logging.getLogger("deepspeed").info("chatter")
+    logging.getLogger("datasets").warning("careful")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.warn("old", DeprecationWarning, stacklevel=1)
+    captured = capsys.readouterr()
+    assert captured.err == "saved [step] 5\nwarning: careful\n"
+    assert captured.out == ""
+    log = (tmp_path / "logs" / "rank-0.log").read_text()
+    for text in (
+        "INFO pretrain.training: saved [step] 5",
+        "INFO deepspeed: chatter",
+        "careful",
+        "DeprecationWarning: old",
+    ):
+        assert text in log
+    assert log[:4].isdigit(), "a line begins with the date"
+
+
+def test_the_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches each message once a rank on the terminal."""
+    set_up_logging(RunFolder(tmp_path), 3)
+    logging.getLogger("pretrain").error("lost")
+    assert capsys.readouterr() == ("", "")
+    assert "lost" in (tmp_path / "logs" / "rank-3.log").read_text()
+
+
+def test_a_library_with_its_own_handler_is_kept_from_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches lines that DeepSpeed and transformers write through their own handlers into the progress line."""
+    library = logging.getLogger("some_library")
+    library.propagate = False
+    library.setLevel(logging.INFO)
+    library.addHandler(logging.StreamHandler(sys.stdout))
+    kept = logging.FileHandler(tmp_path / "own.log")
+    library.addHandler(kept)
+    set_up_logging(RunFolder(tmp_path), 0)
+    library.info("chatter")
+    kept.close()
+    library.handlers.clear()
+    assert capsys.readouterr() == ("", "")
+    assert "chatter" in (tmp_path / "logs" / "rank-0.log").read_text()
+    assert (tmp_path / "own.log").read_text() == "chatter\n"
+
+
+def test_setting_up_twice_logs_once_and_a_second_attempt_appends(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches doubled lines, and a resume that wipes the log of what went wrong before."""
+    set_up_logging(RunFolder(tmp_path), 0)
+    logging.getLogger("pretrain").info("first")
+    set_up_logging(RunFolder(tmp_path), 0)
+    logging.getLogger("pretrain").info("second")
+    assert capsys.readouterr().err == "first\nsecond\n"
+    log = (tmp_path / "logs" / "rank-0.log").read_text()
+    assert (log.count("first"), log.count("second")) == (1, 1)
+
+
+def test_an_exception_is_logged_with_its_trace(tmp_path: Path) -> None:
+    """Catches a log that says that a rank failed, and not where."""
+    set_up_logging(RunFolder(tmp_path), 1)
+    try:
+        raise KeyError("x")
+    except KeyError:
+        logging.getLogger("pretrain").exception("failed")
+    assert "Traceback" in (tmp_path / "logs" / "rank-1.log").read_text()

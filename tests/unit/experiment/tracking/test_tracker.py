@@ -1,0 +1,110 @@
+import ast
+import json
+import logging
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import experiment
+from experiment.folder import Outcome, RunFolder, open_run_folder
+from experiment.tracking import Tracker, open_trackers, tracker
+from experiment.tracking.config import TrackingConfig
+
+REPOSITORY = Path(experiment.__file__).parents[1]
+
+
+def opened(folder: RunFolder, wandb: Any = "disabled", **options: Any) -> Tracker:
+    options = {"total_steps": 10, "resumed_step": -1, "run_id": "id", "parameters": {}, **options}
+    return open_trackers(TrackingConfig(wandb=wandb), folder, **options)
+
+
+class Broken:
+    """A tracker that fails at everything."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.tried = 0
+
+    def log(self, metrics: Mapping[str, Any]) -> None:
+        self.tried += 1
+        raise OSError("disk full")
+
+    def close(self, outcome: Outcome) -> None:
+        raise OSError("disk full")
+
+
+def test_an_event_reaches_the_console_and_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a tracker that is not opened, or console output on stdout, where commands print their results."""
+    folder = open_run_folder(tmp_path)
+    trackers = opened(folder, unit="update")
+    trackers.log({"step": 5, "loss": 1.5})
+    trackers.close(Outcome.DONE)
+    assert json.loads(folder.metrics.read_text()) == {"step": 5, "loss": 1.5}
+    captured = capsys.readouterr()
+    assert captured.err.startswith("update 5/10 · loss 1.5000")
+    assert captured.out == ""
+
+
+def test_a_failing_tracker_stops_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches a full disk or a closed terminal that ends a run, and a warning at every event."""
+    broken = Broken()
+    monkeypatch.setattr(tracker, "ConsoleTracker", lambda *arguments: broken)
+    folder = open_run_folder(tmp_path)
+    trackers = opened(folder)
+    for step in range(3):
+        trackers.log({"step": step})
+    trackers.close(Outcome.FAILED)
+    assert len(folder.metrics.read_text().splitlines()) == 3
+    assert broken.tried == 3, "there may be room again"
+    assert [record.getMessage() for record in caplog.records] == [
+        "the tracker of the console failed, the run goes on: OSError: disk full"
+    ]
+
+
+def test_a_tracker_that_cannot_be_opened_stops_nobody(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches a run that is refused since its metrics cannot be written."""
+    folder = open_run_folder(tmp_path)
+    folder.metrics.mkdir()
+    trackers = opened(folder)
+    trackers.log({"step": 1, "loss": 2.0})
+    trackers.close(Outcome.DONE)
+    assert "loss 2.0000" in capsys.readouterr().err
+    assert len(caplog.records) == 1
+    assert "metrics.jsonl" in caplog.records[0].getMessage()
+
+
+@pytest.mark.parametrize("mode", ["online", "offline", "disabled"])
+def test_wandb_is_used_only_when_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, mode: str
+) -> None:
+    """Catches an import of wandb, with its half second and its background process, in runs that do not use it."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    opened(open_run_folder(tmp_path), wandb=mode).close(Outcome.DONE)
+    warned = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert bool(warned) == (mode != "disabled")
+
+
+def test_only_the_trackers_know_wandb() -> None:
+    """Catches an import of wandb elsewhere, where nothing protects the run from it."""
+    folders = ("experiment", "pretrain", "finetune", "launcher", "benchmarks")
+    sources = [path for folder in folders for path in (REPOSITORY / folder).rglob("*.py")]
+    assert len(sources) > 5
+    importing = {path.relative_to(REPOSITORY).as_posix() for path in sources if "wandb" in imported(path)}
+    assert importing == {"experiment/tracking/weights_and_biases.py"}
+
+
+def imported(path: Path) -> set[str]:
+    """The top-level packages that a source file imports."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module.split(".")[0])
+    return names
