@@ -5,10 +5,13 @@ Call it after the libraries are imported, since they fit their loggers with hand
 
 import logging
 
+from rich.text import Text
+
 from experiment.folder import RunFolder
 from experiment.tracking.console import terminal
 
 OUR_PACKAGES = frozenset({"__main__", "launcher", "pretrain", "finetune", "experiment", "benchmarks"})
+COLOURS = {logging.WARNING: "yellow", logging.ERROR: "red", logging.CRITICAL: "red"}
 FILE_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -44,8 +47,6 @@ class _RankLog(logging.FileHandler):
 class _Terminal(logging.Handler):
     """Prints above the progress line."""
 
-    STYLES = {logging.WARNING: "yellow", logging.ERROR: "red", logging.CRITICAL: "red"}  # noqa: RUF012
-
     def filter(self, record: logging.LogRecord) -> bool:
         ours = record.name.split(".")[0] in OUR_PACKAGES
         return ours or (record.levelno >= logging.WARNING and record.name != "py.warnings")
@@ -53,11 +54,6 @@ class _Terminal(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             prefix = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
-            terminal().print(
-                prefix + self.format(record),
-                style=self.STYLES.get(record.levelno),
-                markup=False,
-                emoji=False,
-            )
+            terminal().print(Text(prefix + self.format(record), COLOURS.get(record.levelno, "")))
         except Exception:
             self.handleError(record)

@@ -79,19 +79,20 @@ class WandbTracker:
         """The W&B run. One that cannot be reached is kept offline, for `wandb sync`."""
         import wandb
 
+        settings = wandb.Settings(**self._settings)
         run = None
         if online:
             try:
+                wandb.setup(settings)  # `login` takes from here that it should say nothing
                 if not wandb.login(prompt=False):
                     raise RuntimeError("no API key; `wandb login` stores one")
-                settings = wandb.Settings(**self._settings)
                 run = wandb.init(mode="online", resume="allow", settings=settings, **self._options)
             except Exception as error:
                 self._warn(
                     f"is out of reach, its files are kept in {self._files} for `wandb sync`: {_described(error)}"
                 )
         if run is None:
-            run = wandb.init(mode="offline", settings=wandb.Settings(**self._settings), **self._options)
+            run = wandb.init(mode="offline", settings=settings, **self._options)
         # A resumed run logs some steps again, which W&B would drop if they were its own, ever growing step.
         run.define_metric("step")
         run.define_metric("*", step_metric="step")

@@ -1,3 +1,4 @@
+import io
 import logging
 import sys
 import warnings
@@ -5,8 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from experiment.folder import RunFolder
+from experiment.folder import Outcome, RunFolder
+from experiment.tracking import rank_logs
+from experiment.tracking.console import ConsoleTracker
 from experiment.tracking.rank_logs import set_up_logging
 
 
@@ -93,3 +97,22 @@ def test_an_exception_is_logged_with_its_trace(tmp_path: Path) -> None:
     except KeyError:
         logging.getLogger("pretrain").exception("failed")
     assert "Traceback" in (tmp_path / "logs" / "rank-1.log").read_text()
+
+
+def test_a_coloured_warning_leaves_the_progress_line_its_colour(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a style that the console lays over the progress line as well."""
+    output = io.StringIO()
+    console = Console(file=output, force_terminal=True, force_interactive=True, color_system="standard", width=99)
+    monkeypatch.setattr(rank_logs, "terminal", lambda: console)
+    set_up_logging(RunFolder(tmp_path), 0)
+    tracker = ConsoleTracker(10, console=console)
+    tracker.log({"step": 1, "loss": 1.0})
+    before = output.tell()
+    logging.getLogger("pretrain").warning("careful")
+    after = output.getvalue()[before:]
+    tracker.close(Outcome.DONE)
+    assert "\x1b[33mwarning: careful\x1b[0m" in after
+    assert "loss 1.0000" in after
+    assert after.count("\x1b[33m") == 1

@@ -41,9 +41,14 @@ class FakeWandb:
         self.runs: list[FakeRun] = []
         self.failing_modes: tuple[str, ...] = ()
         self.has_key = True
+        self.silent = False
+
+    def setup(self, settings: dict[str, Any]) -> None:
+        self.silent = settings["silent"]
 
     def login(self, prompt: bool) -> bool:
         assert not prompt, "asking at a terminal would stop the run"
+        assert self.silent, "it would write into the progress line"
         return self.has_key
 
     Settings = staticmethod(lambda **settings: settings)
@@ -214,6 +219,7 @@ def run_for_real(tmp_path: Path, mode: str, environment: dict[str, str]) -> tupl
     )
     assert done.returncode == 0, done.stderr
     assert not list(elsewhere.iterdir()), "wandb wrote into the working directory"
+    assert "wandb:" not in done.stderr, "it wrote into the progress line"
     logged, closed = map(float, done.stdout.split())
     return logged, closed, time.perf_counter() - began
 
