@@ -147,7 +147,7 @@ def decompressed(stream: IO[bytes], compression: str) -> IO[bytes]:
 
 
 class _Zstandard(io.RawIOBase):
-    """The frames of a .zst, one after the other; EOFError where the last is cut short, which zstandard's reader hides."""
+    """The frames of a .zst, one after the other; EOFError where the last one is cut short."""
 
     def __init__(self, compressed: IO[bytes]) -> None:
         self._compressed = compressed

@@ -77,7 +77,7 @@ def python_documents() -> Iterator[Record]:
 
     def unseen(package: str, name: str, text: str) -> Iterator[Record]:
         identity = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).digest()
-        if identity not in seen:
+        if text and identity not in seen:
             seen.add(identity)
             document = f"{package}/{name}"
             names[document] += 1

@@ -7,8 +7,11 @@ whether another tokenizer gives text the same ids.
 import json
 import re
 import shutil
+import string
 import sys
-from collections.abc import Iterator
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,8 +74,8 @@ def _open_folder(folder: Path) -> "PreTrainedTokenizerFast":
         held = ", ".join(sorted(entry.name for entry in folder.iterdir())[:12]) or "nothing"
         reason = f": {error}" if (folder / "tokenizer.json").is_file() else ""
         raise UserError(
-            f"tokenizer: cannot open {folder}{reason}; expected a Hugging Face folder with a tokenizer.json, or one with "
-            f"a vocab.txt, found {held}"
+            f"tokenizer: cannot open {folder}{reason}; expected a Hugging Face folder with a tokenizer.json, or one "
+            f"with a vocab.txt, found {held}"
         ) from None
     finally:
         logging.set_verbosity(verbosity)
@@ -212,25 +215,26 @@ def train_tokenizer(
     folder = Path(str(output))
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"--output {folder} already holds something; name a new folder")
-    tokenizer, trainer = _wordpiece(size, cased) if kind == "wordpiece" else _byte_level_bpe(size, cased)
+    documents = 0
 
-    reading = Reading()
-    with Progress("reading", sources) as progress:
-
-        def texts() -> Iterator[str]:
+    def texts(label: str) -> Iterator[str]:
+        nonlocal documents
+        reading = Reading()
+        with Progress(label, sources) as progress:
             for found in read_documents(sources, text_format, reading):
                 progress.advance(reading, len(found.text))
                 yield found.text
+        documents = progress.documents
 
-        tokenizer.train_from_iterator(texts(), trainer=trainer)
-    if progress.documents == 0:
+    tokenizer = _train_wordpiece(texts, size, cased) if kind == "wordpiece" else _train_bpe(texts, size, cased)
+    if documents == 0:
         raise UserError("--source holds no text: every document is empty")
     trained = _finish(tokenizer, kind)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     save_tokenizer(trained, partial)
     partial.replace(folder)
-    print(f"{folder}: {kind} tokenizer of {len(trained):,} tokens, trained on {progress.documents:,} documents")
+    print(f"{folder}: {kind} tokenizer of {len(trained):,} tokens, trained on {documents:,} documents")
     if len(trained) < size:
         print(
             f"the text gave {len(trained):,} tokens, fewer than --vocab_size {size:,}: it has no more pieces",
@@ -238,35 +242,70 @@ def train_tokenizer(
         )
 
 
-def _wordpiece(size: int, cased: bool) -> tuple[Tokenizer, trainers.Trainer]:
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=not cased)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
+def _train_wordpiece(texts: Callable[[str], Iterator[str]], size: int, cased: bool) -> Tokenizer:
     specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     if size < 2 * len(specials):
         raise UserError(f"--vocab_size {size} is too small: {len(specials)} of it are special tokens")
+    untrained = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    untrained.normalizer = normalizers.BertNormalizer(lowercase=not cased)
+    untrained.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     # Rare characters would crowd out words: a text with some Chinese in it has thousands of them.
-    alphabet = max(size // 4, min(1000, size // 2))
-    return tokenizer, trainers.WordPieceTrainer(vocab_size=size, special_tokens=specials, limit_alphabet=alphabet)
+    most = max(size // 4, min(1000, size // 2))
+    first, continuing = _alphabet(map(untrained.normalizer.normalize_str, texts("counting characters")), most)
+    # The trainer numbers the pieces it begins with in the order of a hash map, and breaks ties by number: the same text
+    # would give another vocabulary each time. Named as special tokens, the pieces are numbered in the order given here.
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=size,
+        min_frequency=2,
+        special_tokens=[*specials, *(f"##{character}" for character in continuing)],
+        initial_alphabet=first,
+        limit_alphabet=len(first),
+        show_progress=False,
+    )
+    untrained.train_from_iterator(texts("training"), trainer=trainer)
+
+    tokenizer = Tokenizer(models.WordPiece(untrained.get_vocab(with_added_tokens=False), unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = untrained.normalizer, untrained.pre_tokenizer
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.add_special_tokens(specials)
+    return tokenizer
 
 
-def _byte_level_bpe(size: int, cased: bool) -> tuple[Tokenizer, trainers.Trainer]:
+def _alphabet(texts: Iterator[str], most: int) -> tuple[list[str], list[str]]:
+    """The most frequent characters, and those of them that are also found inside words."""
+    counts: Counter[str] = Counter()
+    inside: set[str] = set()
+    for text in texts:
+        words = text.split()
+        counts.update("".join(words))
+        inside.update(*(word[1:] for word in words))
+    kept = sorted(sorted(counts, key=lambda character: (-counts[character], character))[:most])
+    # BERT's pre-tokenizer makes each punctuation character a word of its own.
+    return kept, [character for character in kept if character in inside and not _is_punctuation(character)]
+
+
+def _is_punctuation(character: str) -> bool:
+    return character in string.punctuation or unicodedata.category(character).startswith("P")
+
+
+def _train_bpe(texts: Callable[[str], Iterator[str]], size: int, cased: bool) -> Tokenizer:
+    specials = ["<s>", "<pad>", "</s>", "<unk>", AddedToken("<mask>", lstrip=True)]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if size < len(alphabet) + len(specials):
+        raise UserError(
+            f"--vocab_size {size} is too small for bpe: expected at least {len(alphabet) + len(specials)}, "
+            "the bytes and the special tokens"
+        )
     tokenizer = Tokenizer(models.BPE())
     if not cased:
         tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    specials = ["<s>", "<pad>", "</s>", "<unk>", AddedToken("<mask>", lstrip=True)]
-    bytes_ = pre_tokenizers.ByteLevel.alphabet()
-    if size < len(bytes_) + len(specials):
-        raise UserError(
-            f"--vocab_size {size} is too small for bpe: expected at least {len(bytes_) + len(specials)}, "
-            "the bytes and the special tokens"
-        )
-    return tokenizer, trainers.BpeTrainer(
-        vocab_size=size, special_tokens=specials, initial_alphabet=bytes_, min_frequency=2
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, min_frequency=2, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
     )
+    tokenizer.train_from_iterator(texts("training"), trainer=trainer)
+    return tokenizer
 
 
 def _finish(tokenizer: Tokenizer, kind: str) -> "PreTrainedTokenizerFast":
