@@ -100,11 +100,16 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
 
 
 def moving_average(values: Sequence[float], reach: int) -> list[float]:
-    """The mean of each value and up to `reach` neighbours on each side, as many on one side as on the other."""
+    """The mean of each value and up to `reach` neighbours on each side.
+
+    Near the start as few are taken after a value as before it, so that a loss that falls fast is shown as it falls; at
+    the end all of those before it, so that the curve does not end in the noise of a single value.
+    """
     sums = np.concatenate([[0.0], np.cumsum(np.asarray(values, dtype=np.float64))])
     index = np.arange(len(values))
-    near = np.minimum(reach, np.minimum(index, len(values) - 1 - index))
-    means: list[float] = ((sums[index + near + 1] - sums[index - near]) / (2 * near + 1)).tolist()
+    near = np.minimum(reach, index)
+    first, end = index - near, np.minimum(index + near + 1, len(values))
+    means: list[float] = ((sums[end] - sums[first]) / (end - first)).tolist()
     return means
 
 

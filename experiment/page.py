@@ -22,11 +22,12 @@ class Text:
 
 @dataclass(frozen=True)
 class Table:
-    """Cells are shown as they are given; the first column names the row, the others stand to the right."""
+    """Cells are shown as they are given; the first `labels` columns name the row, the others are figures."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     caption: str = ""
+    labels: int = 1
 
 
 @dataclass(frozen=True)
@@ -69,14 +70,17 @@ def _render(block: Block) -> str:
             )
         case Code(title, text):
             return f"<details><summary>{html.escape(title)}</summary><pre>{html.escape(text)}</pre></details>"
-        case Table(columns, rows, caption):
+        case Table(columns, rows, caption, labels):
             title = f"<caption>{html.escape(caption)}</caption>" if caption else ""
-            head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
-            lines = "\n".join(
-                "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-            )
+            head = _cells("th", columns, labels)
+            lines = "\n".join(f"<tr>{_cells('td', row, labels)}</tr>" for row in rows)
             table = f"<table>{title}<thead><tr>{head}</tr></thead><tbody>\n{lines}\n</tbody></table>"
             return f'<div class="wide">{table}</div>'
+
+
+def _cells(tag: str, row: Sequence[str], labels: int) -> str:
+    marks = [' class="label"' if column < labels else "" for column in range(len(row))]
+    return "".join(f"<{tag}{mark}>{html.escape(cell)}</{tag}>" for mark, cell in zip(marks, row, strict=True))
 
 
 _PAGE = """<!doctype html>
@@ -105,7 +109,7 @@ h2 { font-size: 1.15rem; margin: 2.5rem 0 .75rem; padding-bottom: .3rem; border-
 p { max-width: 46rem; }
 figure, .wide, details { background: #fff; border: 1px solid #e1e5eb; border-radius: 8px; margin: 1rem 0; }
 figure { padding: 1rem; }
-figure img { display: block; width: 100%; height: auto; }
+figure img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
 figcaption, caption { color: #596579; font-size: .875rem; }
 figcaption { margin-top: .5rem; }
 caption { caption-side: top; text-align: left; padding: .75rem 1rem .25rem; }
@@ -113,7 +117,7 @@ caption { caption-side: top; text-align: left; padding: .75rem 1rem .25rem; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: .5rem 1rem; text-align: right; border-top: 1px solid #eef1f5; }
 th { color: #596579; font-weight: 600; font-size: .8125rem; border-top: 0; vertical-align: bottom; }
-th:first-child, td:first-child { text-align: left; }
+.label { text-align: left; }
 td { overflow-wrap: anywhere; }
 summary { cursor: pointer; padding: .75rem 1rem; font-weight: 600; }
 pre { margin: 0; padding: 0 1rem 1rem; overflow-x: auto; font: .8125rem/1.5 ui-monospace, Menlo, Consolas, monospace; }

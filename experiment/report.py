@@ -14,6 +14,7 @@ from experiment.page import Block, Code, Figure, Heading, Table, Text, write_pag
 from experiment.provenance import read_provenance
 from experiment.tracking.jsonl import read_events
 
+UNKNOWN = "–"
 Events = Sequence[dict[str, Any]]
 
 
@@ -47,7 +48,11 @@ def training_blocks(folder: RunFolder, directory: Path, prefix: str = "") -> lis
     blocks += [Heading("Training"), training_table(events)]
     training = Line("training", *_curve(events, "loss"), smoothed=True, colour=INK)
     plots = [
-        ("loss", "Loss per masked token", [Panel("loss", [training, *_held_out(events, corpora, "loss")])]),
+        (
+            "loss",
+            "Loss: every log event (pale) and its moving average, and on held-out text",
+            [Panel("loss", [training, *_held_out(events, corpora, "loss")])],
+        ),
         (
             "perplexity",
             "Perplexity of held-out text",
@@ -55,7 +60,7 @@ def training_blocks(folder: RunFolder, directory: Path, prefix: str = "") -> lis
         ),
         (
             "accuracy",
-            "Masked-token accuracy on held-out text",
+            "Accuracy on held-out text",
             [Panel("accuracy", _held_out(events, corpora, "accuracy"), percent=True)],
         ),
         ("learning-rate", "Learning rate", [Panel("learning rate", [Line("lr", *_curve(events, "lr"))])]),
@@ -109,7 +114,7 @@ def result_blocks(folder: RunFolder, directory: Path, prefix: str = "") -> list[
     blocks: list[Block] = [
         Heading("Task"),
         Text(subject),
-        Table(["split", "metric", "mean", "std", "median", "per seed"], rows),
+        Table(["split", "metric", "mean", "std", "median", "per seed"], rows, labels=2),
     ]
     for name, caption in (("confusion.png", "Confusion matrix"), ("curves.png", "Scores by epoch")):
         if (folder.path / name).is_file():
@@ -126,7 +131,9 @@ def origin_blocks(folder: RunFolder) -> list[Block]:
         rows = [_attempt_row(attempt) for attempt in provenance["attempts"]]
         blocks += [
             Heading("Provenance"),
-            Table(["started", "host", "ranks", "commit", "device", "torch", "deepspeed", "transformers"], rows),
+            Table(
+                ["started", "host", "ranks", "commit", "device", "torch", "deepspeed", "transformers"], rows, labels=8
+            ),
             Code("provenance.json", json.dumps(provenance, indent=2, ensure_ascii=False)),
         ]
     if folder.config.is_file():
@@ -149,9 +156,9 @@ def held_out_table(events: Events, corpora: Sequence[str]) -> Table:
         best = min(zip(losses, steps, strict=True), default=None)
         rows.append(
             [corpus, _figure(figures[0], ".4f"), _figure(figures[1], ".2f"), _figure(figures[2], ".1%")]
-            + ([f"{best[0]:.4f}", f"{best[1]:,}"] if best else ["–", "–"])
+            + ([f"{best[0]:.4f}", f"{best[1]:,}"] if best else [UNKNOWN, UNKNOWN])
         )
-    return Table(["corpus", "loss", "perplexity", "accuracy", "least loss", "at step"], rows)
+    return _without_empty_columns(["corpus", "loss", "perplexity", "accuracy", "least loss", "at step"], rows)
 
 
 def training_table(events: Events) -> Table:
@@ -165,9 +172,16 @@ def training_table(events: Events) -> Table:
         _figure(statistics.median(speeds) if speeds else None, ",.0f"),
         _figure(statistics.median(mfus) if mfus else None, ".1%"),
         _figure(statistics.median(waits) if waits else None, ".1%"),
-        "–" if memory is None else f"{memory / 2**30:.2f} GiB",
+        UNKNOWN if memory is None else f"{memory / 2**30:.2f} GiB",
     ]
-    return Table(["steps", "tokens", "last loss", "tokens/s", "MFU", "data wait", "peak memory"], [row])
+    return _without_empty_columns(
+        ["steps", "tokens", "last loss", "tokens/s", "MFU", "data wait", "peak memory"], [row]
+    )
+
+
+def _without_empty_columns(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    shown = [index for index in range(len(columns)) if any(row[index] != UNKNOWN for row in rows)]
+    return Table([columns[index] for index in shown], [[row[index] for index in shown] for row in rows])
 
 
 def _held_out(events: Events, corpora: Sequence[str], metric: str) -> list[Line]:
@@ -186,7 +200,7 @@ def _last(events: Events, key: str) -> float | None:
 
 
 def _figure(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
+    return UNKNOWN if value is None else format(value, form)
 
 
 def _values(values: Sequence[float]) -> str:
@@ -195,8 +209,12 @@ def _values(values: Sequence[float]) -> str:
 
 def _attempt_row(attempt: dict[str, Any]) -> list[str]:
     git, hardware, versions = attempt.get("git"), attempt.get("hardware", {}), attempt.get("versions", {})
-    commit = f"{git['commit'][:10]}{' (changed)' if git['dirty'] else ''}" if git else "–"
+    commit = f"{git['commit'][:10]}{' (changed)' if git['dirty'] else ''}" if git else UNKNOWN
     gpus = hardware.get("gpus") or []
-    device = f"{len(gpus)} × {gpus[0]}" if gpus else f"{hardware.get('cores', '–')} cores, {hardware.get('cpu', '–')}"
-    libraries = [str(versions.get(name) or "–") for name in ("torch", "deepspeed", "transformers")]
-    return [*(str(attempt.get(key, "–")) for key in ("date", "host", "world_size")), commit, device, *libraries]
+    device = (
+        f"{len(gpus)} × {gpus[0]}"
+        if gpus
+        else f"{hardware.get('cores', UNKNOWN)} cores, {hardware.get('cpu', UNKNOWN)}"
+    )
+    libraries = [str(versions.get(name) or UNKNOWN) for name in ("torch", "deepspeed", "transformers")]
+    return [*(str(attempt.get(key, UNKNOWN)) for key in ("date", "host", "world_size")), commit, device, *libraries]

@@ -40,6 +40,7 @@ class WandbTracker:
             "name": config.name or folder.path.name,
             "tags": config.tags,
             "id": run_id,
+            "resume": "allow",  # offline too: `wandb sync` appends a later attempt instead of replacing the first
             "config": dict(parameters),
             "dir": str(folder.path),
         }
@@ -86,7 +87,7 @@ class WandbTracker:
                 wandb.setup(settings)  # `login` takes from here that it should say nothing
                 if not wandb.login(prompt=False):
                     raise RuntimeError("no API key; `wandb login` stores one")
-                run = wandb.init(mode="online", resume="allow", settings=settings, **self._options)
+                run = wandb.init(mode="online", settings=settings, **self._options)
             except Exception as error:
                 self._warn(
                     f"is out of reach, its files are kept in {self._files} for `wandb sync`: {_described(error)}"

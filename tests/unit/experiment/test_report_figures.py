@@ -77,8 +77,8 @@ def test_a_spread_shows_each_value_and_the_mean(tmp_path: Path, canvases: list[F
     assert axes.get_ylim()[0] > axes.get_ylim()[1], "the first group stands on top"
 
 
-def test_the_moving_average_is_centred() -> None:
-    """Catches a smoothed curve that lags behind, or whose ends bend away: a straight line stays itself."""
+def test_the_moving_average_follows_a_start_and_smooths_an_end() -> None:
+    """Catches a curve that lags behind a falling loss, or that ends in a hook towards its last value."""
     line = [float(value) for value in range(30)]
-    assert moving_average(line, 4) == pytest.approx(line)
-    assert moving_average([0.0, 3.0, 0.0, 3.0, 0.0], 1) == pytest.approx([0.0, 1.0, 2.0, 1.0, 0.0])
+    assert moving_average(line, 4)[:26] == pytest.approx(line[:26])
+    assert moving_average([0.0, 3.0, 0.0, 3.0, 0.0, 6.0], 1) == pytest.approx([0.0, 1.0, 2.0, 1.0, 3.0, 3.0])

@@ -114,7 +114,7 @@ def test_a_run_that_cannot_be_online_is_kept_offline(
     open_tracker = tracker(tmp_path)
     open_tracker.log({"step": 1})
     open_tracker.close(Outcome.DONE)
-    assert fake.runs[0].options["mode"] == "offline"
+    assert (fake.runs[0].options["mode"], fake.runs[0].options["resume"]) == ("offline", "allow")
     assert fake.runs[0].logged == [{"step": 1}]
     assert len(warnings(caplog)) == 1
 
