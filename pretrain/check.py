@@ -1,0 +1,69 @@
+"""What a run needs, opened and checked before a device is taken."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+
+from experiment.errors import UserError
+from pretrain.batching.vocabulary import Vocabulary, vocabulary_of
+from pretrain.config import PretrainConfig
+from pretrain.corpus.reader import Corpus, open_corpus
+from pretrain.corpus.tokenizer import load_tokenizer
+from pretrain.modeling.build import check_tokenizer, resolve_config, usable_positions
+from pretrain.training.ds_config import find_ds_config, read_ds_config
+from pretrain.training.engine import check_precision
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything a run reads, opened."""
+
+    train: Corpus
+    evaluation: dict[str, Corpus]
+    tokenizer: PreTrainedTokenizerFast
+    vocabulary: Vocabulary
+    model_config: PreTrainedConfig
+    ds_config: dict[str, Any]
+
+
+def check_run(config: PretrainConfig, world_size: int) -> Inputs:
+    """Open what the config names. Raises UserError for the first thing that would keep the run from starting."""
+    ds_config = read_ds_config(find_ds_config(config.engine.ds_config))
+    check_precision(ds_config)
+    train = _open("corpus.train", config.corpus.train)
+    evaluation = {name: _open(f"corpus.eval.{name}", path) for name, path in config.corpus.eval.items()}
+    for name, corpus in evaluation.items():
+        if corpus.tokenizer_fingerprint != train.tokenizer_fingerprint:
+            raise UserError(f"corpus.eval.{name}: {corpus.path} was built with another tokenizer than {train.path}")
+    check_tokenizer(config.model, train.tokenizer_fingerprint, train.path)
+    tokenizer = load_tokenizer(train.tokenizer_path)
+    vocabulary = vocabulary_of(tokenizer)
+    model_config = resolve_config(config.model, tokenizer)
+    positions = usable_positions(model_config)
+    if positions is not None and config.batch.max_seq_length > positions:
+        raise UserError(
+            f"batch.max_seq_length is {config.batch.max_seq_length}, but the model's positions suffice for {positions} tokens"
+        )
+    if config.batch.max_seq_length <= vocabulary.frame:
+        raise UserError(
+            f"batch.max_seq_length leaves no room beside the {vocabulary.frame} special tokens of a sequence"
+        )
+    if config.batch.sequences < world_size:
+        log.warning(
+            "batch.sequences is %d, fewer than the %d ranks: some will compute padding",
+            config.batch.sequences,
+            world_size,
+        )
+    return Inputs(train, evaluation, tokenizer, vocabulary, model_config, ds_config)
+
+
+def _open(key: str, path: str) -> Corpus:
+    try:
+        return open_corpus(Path(path))
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None

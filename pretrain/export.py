@@ -1,0 +1,65 @@
+"""fp32 weights -> a Hugging Face folder that transformers opens with no code of ours."""
+
+import copy
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from experiment.errors import UserError
+from pretrain.training.checkpoint import complete_checkpoints, newest_usable, verify
+
+
+def write_hugging_face_folder(
+    weights: dict[str, Tensor], model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path
+) -> None:
+    """Write safetensors, config and tokenizer. `weights`: fp32, by the model's own parameter names, tied ones once."""
+    folder.mkdir(parents=True)
+    persistent = model.state_dict().keys()
+    buffers = {name: buffer.detach().cpu().contiguous() for name, buffer in model.named_buffers() if name in persistent}
+    save_file(weights | buffers, folder / "model.safetensors", metadata={"format": "pt"})
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = torch.float32
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def find_hugging_face_folder(path: Path) -> Path:
+    """The Hugging Face folder that `path` means: itself, a checkpoint's, or that of a run's newest checkpoint.
+
+    Raises UserError.
+    """
+    if (path / "config.json").is_file():
+        return path
+    if (path / "hf" / "config.json").is_file():
+        problem = verify(path)
+        if problem is not None:
+            raise UserError(f"{path} is no usable checkpoint: {problem}")
+        return path / "hf"
+    if complete_checkpoints(path / "checkpoints"):
+        newest = newest_usable(path / "checkpoints")
+        assert newest is not None
+        return newest / "hf"
+    raise UserError(f"{path} is neither a Hugging Face folder, a checkpoint nor a run with a complete checkpoint")
+
+
+def export(checkpoint: str, output: str) -> None:
+    """Copy the Hugging Face folder of a checkpoint (or of a run's newest one) to `output`, which must not exist."""
+    source, target = find_hugging_face_folder(Path(checkpoint)), Path(output)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} is there already; name a folder that is not")
+    aside = target.with_name(f".{target.name}.partial")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(source, aside)
+        if target.exists():
+            target.rmdir()
+        aside.rename(target)
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror or error}") from None
+    print(f"{source} -> {target}")

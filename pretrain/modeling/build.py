@@ -1,0 +1,223 @@
+"""Config -> a transformers masked-LM model, from nothing or from a Hugging Face folder, and how it is to be fed."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModelForMaskedLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import logging as transformers_logging
+
+from experiment.configuration import nearest
+from experiment.errors import UserError
+from pretrain.config import ModelConfig
+from pretrain.corpus.tokenizer import load_tokenizer, tokenizer_fingerprint
+from pretrain.modeling.attention import PACKED, register_packed_attention
+
+log = logging.getLogger(__name__)
+
+_CHECK_TOLERANCE = 1e-4  # logits of a packed and a single sequence, fp32
+
+
+@dataclass(frozen=True)
+class BuiltModel:
+    model: PreTrainedModel
+    packed: bool  # several sequences share a window; else one sequence a row, padded
+    first_position: int  # position id of a sequence's first token
+
+
+def resolve_config(model: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
+    """The transformers config of the model, its vocabulary filled in from the tokenizer.
+
+    Raises UserError for an unknown model type or field, a type without masked-LM head, a folder that cannot be read, a
+    vocabulary smaller than the tokenizer's, and padding ids that disagree.
+    """
+    fields = dict(model.config or {})
+    if model.init_from is not None:
+        config = _read_config(Path(model.init_from))
+    else:
+        model_type = str(fields.pop("model_type"))
+        if model_type not in CONFIG_MAPPING:
+            raise UserError(
+                f"model.config.model_type: unknown model type '{model_type}'{nearest(model_type, _masked_lm_types())}"
+            )
+        config = AutoConfig.for_model(model_type)
+    if type(config) not in MODEL_FOR_MASKED_LM_MAPPING:
+        raise UserError(f"model: '{config.model_type}' has no masked-LM head in transformers")
+    known = {**config.to_dict(), **config.attribute_map}
+    for field in fields:
+        if field not in known:
+            raise UserError(
+                f"unknown config key 'model.config.{field}' for '{config.model_type}'{nearest(field, known)}"
+            )
+    if model.init_from is None:
+        given = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id} | fields
+        given |= {
+            name: getattr(tokenizer, name)
+            for name in ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
+            if name in known and name not in fields
+        }
+        if given["pad_token_id"] != tokenizer.pad_token_id:
+            raise UserError(
+                f"model.config.pad_token_id is {given['pad_token_id']}, the tokenizer's padding token is {tokenizer.pad_token_id}"
+            )
+        try:
+            config = AutoConfig.for_model(config.model_type, **given)
+        except Exception as error:  # transformers raises many types for values that make no model
+            raise UserError(f"model.config: {_first_line(error)}") from None
+    else:
+        for field, value in fields.items():
+            setattr(config, field, value)
+    if config.vocab_size <= max(tokenizer.get_vocab().values()):
+        raise UserError(
+            f"the model's vocab_size is {config.vocab_size}, but the tokenizer's ids go up to {max(tokenizer.get_vocab().values())}"
+        )
+    return config
+
+
+def check_tokenizer(model: ModelConfig, corpus_fingerprint: str, corpus: Path) -> None:
+    """Raises UserError unless the corpus was built with the tokenizer of the model that training begins with."""
+    if model.init_from is None:
+        return
+    try:
+        own = load_tokenizer(Path(model.init_from))
+    except UserError as error:
+        raise UserError(f"model.init_from: {error}") from None
+    if tokenizer_fingerprint(own) != corpus_fingerprint:
+        raise UserError(
+            f"the corpus {corpus} was built with another tokenizer than the one in {model.init_from}; its token ids mean "
+            "something else to this model. Build the corpus again with `--tokenizer` naming the model's folder"
+        )
+
+
+def build_model(model: ModelConfig, config: PreTrainedConfig, seed: int) -> BuiltModel:
+    """The model in fp32 on the CPU, the same on every rank. Raises UserError for weights that do not fit the config."""
+    register_packed_attention()
+    torch.manual_seed(seed)
+    built = _from_folder(Path(model.init_from), config) if model.init_from else _from_nothing(config)
+    built.float()
+    first_position = _first_position(built)
+    reason = _why_not_packed(built, first_position)
+    if reason:
+        built.set_attn_implementation("sdpa" if built._supports_sdpa else "eager")
+        log.warning("'%s' trains padded, one sequence a row: %s", config.model_type, reason)
+    return BuiltModel(built, packed=reason is None, first_position=first_position)
+
+
+def usable_positions(config: PreTrainedConfig) -> int | None:
+    """Tokens that the model's positions suffice for, None where it has no limit."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is None or limit <= 0:
+        return None
+    with torch.device("meta"):
+        return int(limit) - _first_position(AutoModelForMaskedLM.from_config(config))
+
+
+def _first_position(model: nn.Module) -> int:
+    """0, or padding_idx + 1 where the position table itself has a padding row, as in the RoBERTa family."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return module.padding_idx + 1
+    return 0
+
+
+def _from_nothing(config: PreTrainedConfig) -> PreTrainedModel:
+    try:
+        return AutoModelForMaskedLM.from_config(config)
+    except Exception as error:  # as above
+        raise UserError(f"model.config: {_first_line(error)}") from None
+
+
+def _from_folder(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # what is missing is said below, in one line
+    try:
+        model, report = AutoModelForMaskedLM.from_pretrained(
+            folder, config=config, local_files_only=True, output_loading_info=True, dtype=torch.float32
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"model.init_from: cannot load the weights in {folder}: {_first_line(error)}") from None
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    missing = sorted(report["missing_keys"])
+    encoder = f"{model.base_model_prefix}."
+    lost = [name for name in missing if name.startswith(encoder)]
+    if lost:
+        raise UserError(
+            f"model.init_from: {folder} has no weights for {', '.join(lost[:4])}{' …' if len(lost) > 4 else ''}"
+        )
+    if missing:
+        log.warning("%s has no masked-LM head; a fresh one is trained (%s)", folder, ", ".join(missing))
+    return model
+
+
+def _why_not_packed(model: PreTrainedModel, first_position: int) -> str | None:
+    """None if the model, packed, gives the logits that it gives each sequence alone; else why it cannot be packed.
+
+    Tried, not assumed: an architecture may take the attention function and still mix sequences elsewhere (convolutions,
+    relative positions).
+    """
+    if not type(model)._supports_attention_backend:
+        return "its attention cannot be replaced through transformers' attention interface"
+    model.set_attn_implementation(PACKED)
+    training = model.training
+    model.eval()
+    width, lengths = 12, (7, 4)
+    ids = torch.randint(0, model.config.vocab_size, (sum(lengths),), generator=torch.Generator().manual_seed(0))
+    packed = _probe_inputs(ids, lengths, width, first_position)
+    try:
+        with torch.inference_mode():
+            together = model(**packed).logits[0]
+            start = 0
+            for length in lengths:
+                alone = model(**_probe_inputs(ids[start : start + length], (length,), length, first_position)).logits[0]
+                if not torch.allclose(
+                    alone, together[start : start + length], atol=_CHECK_TOLERANCE, rtol=_CHECK_TOLERANCE
+                ):
+                    return "packed sequences would influence each other"
+                start += length
+    except (TypeError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
+        return f"it does not take packed input ({_first_line(error)})"
+    finally:
+        model.train(training)
+    return None
+
+
+def _probe_inputs(ids: torch.Tensor, lengths: tuple[int, ...], width: int, first_position: int) -> dict[str, Any]:
+    free = width - sum(lengths)
+    positions = torch.cat([torch.arange(length) for length in (*lengths, free)]) + first_position
+    segments = torch.cat([torch.full((length,), number + 1) for number, length in enumerate(lengths)])
+    bounds = torch.cumsum(torch.tensor([0, *lengths, *([free] if free else [])]), 0)
+    return {
+        "input_ids": torch.cat([ids, ids.new_zeros(free)])[None],
+        "position_ids": positions[None],
+        "segments": torch.cat([segments, segments.new_zeros(free)])[None].int(),
+        "cu_seqlens": bounds.int(),
+    }
+
+
+def _read_config(folder: Path) -> PreTrainedConfig:
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model.init_from: {folder} is no Hugging Face folder: it has no config.json")
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"model.init_from: cannot read {folder / 'config.json'}: {_first_line(error)}") from None
+
+
+def _masked_lm_types() -> list[str]:
+    return [name for name, config in CONFIG_MAPPING.items() if config in MODEL_FOR_MASKED_LM_MAPPING]
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,55 @@
+"""Floating-point operations of a training step, counted for real tokens only; recomputation is never counted.
+
+Forward and backward, per real token:
+
+    6 N_encoder  +  12 h sum over layers of s_eff  +  6 r (V h + h^2)
+
+N_encoder: parameters outside the embeddings and the head; s_eff = sum(s^2) / sum(s) over the sequences, capped by a local
+window where a layer has one; r: the share of tokens that are predicted. (Kaplan et al. 2020, section 2.1, with
+attention counted for the sequences that are really there.)
+"""
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class FlopsModel:
+    encoder_parameters: int
+    hidden_size: int
+    vocabulary: int
+    windows: tuple[int | None, ...]  # per layer: slots that a token can see, None: its whole sequence
+
+    def per_step(self, tokens: int, squared_lengths: int, predicted: int) -> float:
+        """FLOPs of a step over `tokens` real tokens whose sequences' squared lengths sum to `squared_lengths`."""
+        if tokens == 0:
+            return 0.0
+        mean_length = squared_lengths / tokens
+        seen = sum(mean_length if window is None else min(window, mean_length) for window in self.windows)
+        encoder = tokens * (6.0 * self.encoder_parameters + 12.0 * self.hidden_size * seen)
+        return encoder + 6.0 * predicted * (self.vocabulary * self.hidden_size + self.hidden_size**2)
+
+
+def flops_model(model: PreTrainedModel) -> FlopsModel:
+    """Read the counts off a model, before it is partitioned."""
+    config = model.config
+    embeddings = {
+        id(module) for name, module in model.base_model.named_modules() if name.split(".")[-1] == "embeddings"
+    }
+    in_embeddings = {
+        id(parameter)
+        for module in model.base_model.modules()
+        if id(module) in embeddings
+        for parameter in module.parameters()
+    }
+    encoder = sum(p.numel() for p in model.base_model.parameters() if id(p) not in in_embeddings)
+    layers = getattr(config, "num_hidden_layers", None) or getattr(config, "n_layers", 0)
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * layers
+    window = 2 * getattr(config, "sliding_window", 0) + 1 if "sliding_attention" in kinds else 0
+    return FlopsModel(
+        encoder_parameters=encoder,
+        hidden_size=config.hidden_size,
+        vocabulary=config.vocab_size,
+        windows=tuple(window if kind == "sliding_attention" else None for kind in kinds),
+    )

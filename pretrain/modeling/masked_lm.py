@@ -1,0 +1,64 @@
+"""A masked language model as the training engine sees it: microbatch in, summed loss out.
+
+The head is computed for the predicted positions only. No architecture is rewritten for that: a hook on the encoder keeps
+just those rows of its output, and the model's own head modules then run on [1, M, hidden] instead of [B, W, hidden].
+"""
+
+from typing import Any, NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pretrain.batching.loader import IGNORED
+
+
+class Predictions(NamedTuple):
+    loss_sum: Tensor  # scalar, fp32: sum over the predicted positions of the cross-entropy, in nats
+    correct: Tensor | None  # scalar: how many of them the model gets right; None while training
+
+
+class MaskedLanguageModel(nn.Module):
+    """Wraps a model that `AutoModelForMaskedLM` built. `packed`: it uses the packed attention."""
+
+    def __init__(self, model: PreTrainedModel, packed: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.packed = packed
+        self._masked_positions: Tensor | None = None
+        model.base_model.register_forward_hook(self._keep_masked_positions)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        segments: Tensor,
+        cu_seqlens: Tensor,
+        masked_positions: Tensor,
+        labels: Tensor,
+    ) -> Predictions:
+        """The fields of a `pretrain.batching.loader.Microbatch`."""
+        self._masked_positions = masked_positions
+        try:
+            if self.packed:
+                logits = self.model(
+                    input_ids=input_ids, position_ids=position_ids, segments=segments, cu_seqlens=cu_seqlens
+                ).logits
+            else:
+                logits = self.model(input_ids=input_ids, attention_mask=(segments > 0).long()).logits
+        finally:
+            self._masked_positions = None
+        logits_MV = logits.reshape(-1, logits.shape[-1]).float()
+        loss_sum = F.cross_entropy(logits_MV, labels, ignore_index=IGNORED, reduction="sum")
+        correct = None if self.training else (logits_MV.argmax(dim=-1) == labels).sum()
+        return Predictions(loss_sum, correct)
+
+    def _keep_masked_positions(self, _module: nn.Module, _inputs: Any, output: Any) -> Any:
+        if self._masked_positions is None:
+            return output
+        hidden = output[0]
+        kept = hidden.reshape(-1, hidden.shape[-1])[self._masked_positions][None]
+        if isinstance(output, tuple):
+            return (kept, *output[1:])
+        output[next(iter(output))] = kept
+        return output

@@ -1,0 +1,305 @@
+"""A checkpoint is complete or does not exist.
+
+    RUN/checkpoints/step-00000100/
+        engine/rank-00000.safetensors   each rank's fragments of the fp32 masters and optimizer state
+        engine/index.json               which slice of which parameter stands in which file
+        hf/                             fp32 weights, config and tokenizer, for transformers
+        state.json                      everything that is not a tensor
+        COMPLETE                        checksums of all of the above, written last
+
+Written aside, synced to disk, checksummed, marked, renamed. Fragments name the parameter and the slice, not the rank or
+the ZeRO stage, so a checkpoint loads at any world size, stage and precision. Saving needs no collective on tensors.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import xxhash
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from experiment.errors import UserError
+from pretrain.batching.loader import World
+from pretrain.training.engine import Engine
+from pretrain.training.partitions import (
+    fragments,
+    loss_scaler_state,
+    refresh_model,
+    restore_fragment,
+    restore_loss_scaler,
+    state_of,
+)
+
+log = logging.getLogger(__name__)
+
+_NAME = re.compile(r"step-(\d{8,})")
+_MARK = "COMPLETE"
+_MASTER = "fp32"  # among the optimizer's own names (exp_avg, exp_avg_sq, step)
+
+WriteModel = Callable[[dict[str, Tensor], Path], None]
+"""Writes a Hugging Face folder from fp32 weights by parameter name."""
+
+
+@dataclass(frozen=True)
+class Retention:
+    keep_last: int
+    keep_every: int | None = None
+
+
+def checkpoint_path(checkpoints: Path, step: int) -> Path:
+    return checkpoints / f"step-{step:08d}"
+
+
+def complete_checkpoints(checkpoints: Path) -> list[Path]:
+    """Marked checkpoints of a run, oldest first."""
+    found = [path for path in checkpoints.glob("step-*") if _NAME.fullmatch(path.name) and (path / _MARK).is_file()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def save(
+    engine: Engine, checkpoints: Path, step: int, state: dict[str, Any], write_model: WriteModel, keep: Retention
+) -> Path:
+    """Write the checkpoint of a step boundary. Called by all ranks; raises OSError on all where one cannot write."""
+    final = checkpoint_path(checkpoints, step)
+    aside = checkpoints / f".{final.name}.partial"
+    rank0 = engine.world.rank == 0
+    with _AllOrNone(engine.world):
+        if rank0:
+            shutil.rmtree(aside, ignore_errors=True)
+            (aside / "engine").mkdir(parents=True)
+    entries: dict[str, Any] = {}
+    with _AllOrNone(engine.world):
+        entries = _write_fragments(engine, aside / "engine" / f"rank-{engine.world.rank:05d}.safetensors")
+    gathered: list[Any] = [None] * engine.world.size
+    dist.all_gather_object(gathered, entries)
+    with _AllOrNone(engine.world):
+        if rank0:
+            index = _merge(gathered)
+            _write_json(aside / "engine" / "index.json", index)
+            reader = FragmentReader(aside / "engine")
+            weights = {name: reader.read(name, _MASTER).view(index[name]["shape"]) for name in index}
+            write_model(weights, aside / "hf")
+            state = state | {"step": step, "loss_scaler": loss_scaler_state(engine.deepspeed)}
+            _write_json(aside / "state.json", state)
+            _mark(aside)
+            if final.exists():  # unmarked or damaged: a marked one is never written again
+                shutil.rmtree(final)
+            aside.rename(final)
+            _sync(checkpoints)
+            _forget_old(checkpoints, keep)
+    return final
+
+
+def verify(checkpoint: Path) -> str | None:
+    """None for a complete, undamaged checkpoint, else what is wrong with it."""
+    try:
+        checksums: dict[str, str] = json.loads((checkpoint / _MARK).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return f"its {_MARK} file cannot be read: {error}"
+    for name, expected in checksums.items():
+        try:
+            found = _checksum(checkpoint / name)
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+        if found != expected:
+            return f"{name} is damaged (checksum {found}, expected {expected})"
+    return None
+
+
+def newest_usable(checkpoints: Path) -> Path | None:
+    """The newest complete and undamaged checkpoint; says why it passed over a newer one. Raises UserError if none of
+    several is usable."""
+    candidates = complete_checkpoints(checkpoints)
+    for checkpoint in reversed(candidates):
+        problem = verify(checkpoint)
+        if problem is None:
+            return checkpoint
+        log.warning("passing over checkpoint %s: %s", checkpoint, problem)
+    if candidates:
+        raise UserError(
+            f"none of the {len(candidates)} checkpoints in {checkpoints} can be read; the newest is {candidates[-1]}"
+        )
+    return None
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    return state
+
+
+def load(engine: Engine, checkpoint: Path) -> None:
+    """Overwrite the engine's weights and optimizer state with a checkpoint's. Collective.
+
+    Raises UserError where its parameters are not the model's.
+    """
+    reader = FragmentReader(checkpoint / "engine")
+    for fragment in fragments(engine.deepspeed):
+        shape = reader.shape(fragment.name)
+        if shape != fragment.shape:
+            raise UserError(
+                f"{checkpoint}: parameter '{fragment.name}' has shape {shape}, the model's has {fragment.shape}"
+            )
+        span = (fragment.start, fragment.start + fragment.numel)
+        state = {
+            kind: reader.read(fragment.name, kind, span) for kind in reader.kinds(fragment.name) if kind != _MASTER
+        }
+        restore_fragment(engine.deepspeed, fragment, reader.read(fragment.name, _MASTER, span), state)
+    refresh_model(engine.deepspeed)
+    restore_loss_scaler(engine.deepspeed, read_state(checkpoint)["loss_scaler"])
+
+
+class FragmentReader:
+    """Reads any slice of any parameter, from whichever ranks' files hold it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._index: dict[str, Any] = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        self._files: dict[str, Any] = {}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Raises UserError for a parameter the checkpoint does not have."""
+        if name not in self._index:
+            raise UserError(f"{self._folder.parent} has no parameter '{name}': it is a checkpoint of another model")
+        return tuple(self._index[name]["shape"])
+
+    def kinds(self, name: str) -> list[str]:
+        """What is kept of a parameter: the fp32 master and the optimizer's states."""
+        return list(self._index[name]["kinds"])
+
+    def read(self, name: str, kind: str, span: tuple[int, int] | None = None) -> Tensor:
+        """Elements [start, end) of the flattened parameter (all of them by default); a scalar state as it is."""
+        entry = self._index[name]
+        start, end = span or (0, torch.Size(entry["shape"]).numel())
+        if not entry["kinds"][kind]:
+            first = entry["fragments"][0]
+            scalar: Tensor = self._open(first["file"]).get_tensor(_key(name, first["start"], kind))
+            return scalar
+        whole: Tensor | None = None
+        for piece in entry["fragments"]:
+            low, high = max(start, piece["start"]), min(end, piece["start"] + piece["numel"])
+            if low < high:
+                stored = self._open(piece["file"]).get_slice(_key(name, piece["start"], kind))
+                part = stored[low - piece["start"] : high - piece["start"]]
+                whole = torch.empty(end - start, dtype=part.dtype) if whole is None else whole
+                whole[low - start : high - start] = part
+        assert whole is not None
+        return whole
+
+    def _open(self, name: str) -> Any:
+        if name not in self._files:
+            self._files[name] = safe_open(self._folder / name, framework="pt")
+        return self._files[name]
+
+
+def _write_fragments(engine: Engine, path: Path) -> dict[str, Any]:
+    """This rank's share; at stage 0, where every rank owns everything, rank 0's share is all of it."""
+    if engine.deepspeed.zero_optimization_stage() == 0 and engine.world.rank != 0:
+        return {}
+    tensors: dict[str, Tensor] = {}
+    entries: dict[str, Any] = {}
+    for fragment in fragments(engine.deepspeed):
+        kept = {_MASTER: fragment.master} | state_of(engine.deepspeed, fragment)
+        for kind, tensor in kept.items():
+            tensors[_key(fragment.name, fragment.start, kind)] = tensor.detach().to("cpu", copy=True).contiguous()
+        entries[fragment.name] = {
+            "shape": list(fragment.shape),
+            "kinds": {kind: tensor.dim() > 0 for kind, tensor in kept.items()},  # per element, or one for all
+            "fragments": [{"file": path.name, "start": fragment.start, "numel": fragment.numel}],
+        }
+    save_file(tensors, path)
+    _sync(path)
+    return entries
+
+
+def _key(name: str, start: int, kind: str) -> str:
+    return f"{name}@{start}/{kind}"
+
+
+def _merge(ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    for entries in ranks:
+        for name, entry in entries.items():
+            if name in merged:
+                merged[name]["fragments"] += entry["fragments"]
+            else:
+                merged[name] = entry
+    for name, entry in merged.items():
+        whole = torch.Size(entry["shape"]).numel()
+        assert sum(piece["numel"] for piece in entry["fragments"]) == whole, f"fragments of {name} do not add up"
+    return merged
+
+
+def _mark(folder: Path) -> None:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in files:
+        _sync(path)
+    for path in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
+        _sync(path)
+    _write_json(folder / _MARK, {str(path.relative_to(folder)): _checksum(path) for path in files})
+    _sync(folder)
+
+
+def _forget_old(checkpoints: Path, keep: Retention) -> None:
+    for path in complete_checkpoints(checkpoints)[: -keep.keep_last]:
+        step = int(path.name.removeprefix("step-"))
+        if keep.keep_every is None or step % keep.keep_every != 0:
+            (path / _MARK).unlink()  # first, so that a half-deleted checkpoint is none
+            shutil.rmtree(path)
+    for leftover in checkpoints.glob(".step-*.partial"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _checksum(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        for block in _blocks(file):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _blocks(file: Any) -> Iterator[bytes]:
+    while block := file.read(1 << 24):
+        yield block
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class _AllOrNone:
+    """A part of saving that fails on all ranks where it fails on one, so that none waits for the others for ever."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _kind: Any, error: BaseException | None, _trace: Any) -> bool:
+        if error is not None and not isinstance(error, OSError):
+            return False
+        found: list[str | None] = [None] * self._world.size
+        dist.all_gather_object(found, str(error) if error else None)
+        problems = {f"rank {rank}: {problem}" for rank, problem in enumerate(found) if problem}
+        if problems:
+            raise OSError("; ".join(sorted(problems))) from error
+        return True

@@ -1,0 +1,76 @@
+"""The DeepSpeed JSON: precision, ZeRO, offload, communication. What the run's own config decides is refused in it."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from experiment.errors import UserError
+
+Precision = Literal["fp16", "bf16", "fp32"]
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+_OURS = {
+    "train_batch_size": "batch.sequences",
+    "train_micro_batch_size_per_gpu": "batch.microbatch_tokens",
+    "gradient_accumulation_steps": "batch.sequences and batch.microbatch_tokens",
+    "gradient_clipping": "optimizer.grad_clip",
+    "optimizer": "the section 'optimizer'",
+    "scheduler": "the section 'schedule'",
+    "managed_gradient_accumulation": "deepcloze itself",
+    "activation_checkpointing": "deepcloze itself",
+    "wandb": "the section 'tracking'",
+}
+
+
+def find_ds_config(name: str) -> Path:
+    """`name` as a path from the working directory, else from the repository. Raises UserError."""
+    for path in (Path(name).absolute(), REPOSITORY / name):
+        if path.is_file():
+            return path
+    ready = sorted(path.name for path in (REPOSITORY / "ds_configs").glob("*.json"))
+    raise UserError(
+        f"engine.ds_config: no file '{name}', neither here nor in the repository; ready ones: {', '.join(ready)}"
+    )
+
+
+def read_ds_config(path: Path) -> dict[str, Any]:
+    """The JSON at `path`, checked. Raises UserError, naming the key."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(config).__name__}")
+    for key, owner in _OURS.items():
+        if key in config:
+            raise UserError(f"{path}: '{key}' is set by {owner} in the run's config; take it out of this file")
+    for key, value in _leaves(config):
+        if value == "auto":
+            raise UserError(
+                f"{path}: '{key}' is \"auto\", which only other frameworks fill in; write the value or leave it out"
+            )
+    zero = config.get("zero_optimization", {})
+    if zero.get("stage", 0) not in (0, 1, 2, 3):
+        raise UserError(f"{path}: 'zero_optimization.stage' is {zero.get('stage')}, expected 0, 1, 2 or 3")
+    if zero.get("round_robin_gradients"):
+        raise UserError(f"{path}: 'round_robin_gradients' breaks DeepSpeed's own parameter mapping; leave it out")
+    if config.get("fp16", {}).get("enabled") and config.get("bf16", {}).get("enabled"):
+        raise UserError(f"{path}: both 'fp16' and 'bf16' are enabled; choose one")
+    return config
+
+
+def precision_of(config: dict[str, Any]) -> Precision:
+    """What the model computes in."""
+    if config.get("fp16", {}).get("enabled"):
+        return "fp16"
+    return "bf16" if config.get("bf16", {}).get("enabled") else "fp32"
+
+
+def _leaves(tree: dict[str, Any], above: str = "") -> list[tuple[str, Any]]:
+    leaves: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        leaves += _leaves(value, f"{above}{key}.") if isinstance(value, dict) else [(f"{above}{key}", value)]
+    return leaves

@@ -1,0 +1,189 @@
+"""DeepSpeed, as the training loop sees it: forward and backward of a microbatch, one update a step.
+
+The objective is the mean over all predicted tokens of the global batch. Each microbatch contributes its summed loss over
+the global count; DeepSpeed averages gradients over ranks, so the contribution is multiplied by the world size first.
+Accumulation is unmanaged: as many backward passes as there are microbatches, then one `step`.
+"""
+
+import datetime
+import logging
+import math
+import os
+from typing import Any, NamedTuple
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
+
+from experiment.errors import UserError
+from pretrain.batching.counter_rng import key_of
+from pretrain.batching.loader import Microbatch, World
+from pretrain.config import OptimizerConfig
+from pretrain.modeling.masked_lm import Predictions
+from pretrain.training.ds_config import precision_of
+from pretrain.training.optimizers import build_optimizer
+
+log = logging.getLogger(__name__)
+
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)  # a rank that died must not hold the others for longer
+
+
+class StepResult(NamedTuple):
+    applied: bool  # False: the update was skipped (overflow, not a number)
+    grad_norm: float  # of the whole accumulated gradient, before clipping
+
+
+def connect(
+    rank: int | None = None, world_size: int | None = None, timeout: datetime.timedelta = COLLECTIVE_TIMEOUT
+) -> World:
+    """Join the process group that the environment (MASTER_ADDR, RANK, WORLD_SIZE …) describes."""
+    # DeepSpeed compiles a shared-memory kernel for CPU inference at the first init, which training never uses and which
+    # fails where there is no compiler. An empty table of available kernels keeps it from looking.
+    deepspeed.ops.__compatible_ops__ = {}
+    for name, alone in (
+        ("RANK", "0"),
+        ("LOCAL_RANK", "0"),
+        ("WORLD_SIZE", "1"),
+        ("LOCAL_SIZE", "1"),
+        ("MASTER_ADDR", "127.0.0.1"),
+    ):
+        os.environ.setdefault(name, alone)
+    os.environ.setdefault("MASTER_PORT", "29500")
+    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(
+        dist_backend=get_accelerator().communication_backend_name(),
+        auto_mpi_discovery=False,
+        timeout=timeout,
+        rank=-1 if rank is None else rank,
+        world_size=-1 if world_size is None else world_size,
+        verbose=False,
+    )
+    return World(dist.get_rank(), dist.get_world_size())
+
+
+def disconnect() -> None:
+    deepspeed.comm.destroy_process_group()
+
+
+def check_precision(ds_config: dict[str, Any]) -> None:
+    """Raises UserError where the device cannot compute in the configured precision, naming what it can."""
+    precision, accelerator = precision_of(ds_config), get_accelerator()
+    if precision == "fp16" and not accelerator.is_fp16_supported():
+        raise UserError(
+            f"engine.ds_config: this device ({accelerator.device_name()}) cannot train in fp16; "
+            "use the bf16 or fp32 file of the same ZeRO stage, such as ds_configs/bf16_zero1.json"
+        )
+    if precision == "bf16" and not accelerator.is_bf16_supported():
+        raise UserError(
+            f"engine.ds_config: this device ({accelerator.device_name()}) cannot train in bf16; "
+            "use the fp16 or fp32 file of the same ZeRO stage, such as ds_configs/fp16_zero1.json"
+        )
+
+
+def merged_ds_config(ds_config: dict[str, Any], grad_clip: float) -> dict[str, Any]:
+    """The JSON and what the run's own config decides."""
+    zero = {"stage": 0} | ds_config.get("zero_optimization", {})
+    if precision_of(ds_config) != "fp32" and zero["stage"] == 0:
+        # 16-bit stage 0 takes an optimizer step while it is built and cannot accumulate bf16 gradients in fp32.
+        log.warning(
+            "ZeRO 0 in %s runs as ZeRO 1: DeepSpeed's own stage 0 alters the weights at start", precision_of(ds_config)
+        )
+        zero["stage"] = 1
+    if zero["stage"] == 3:
+        zero.setdefault("memory_efficient_linear", False)  # else F.linear is replaced in the whole process
+    return ds_config | {
+        "zero_optimization": zero,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        # Stage 0 neither reports the norm nor checks it: the engine below clips there.
+        "gradient_clipping": grad_clip if zero["stage"] > 0 else 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+class Engine:
+    """One model under DeepSpeed on this rank."""
+
+    def __init__(
+        self, model: nn.Module, optimizer: OptimizerConfig, ds_config: dict[str, Any], world: World, seed: int
+    ) -> None:
+        """`model`: takes the fields of a Microbatch, returns Predictions; the same fp32 weights on every rank."""
+        self.world = world
+        self.seed = seed
+        config = merged_ds_config(ds_config, optimizer.grad_clip)
+        self.precision = precision_of(config)
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=build_optimizer(optimizer, model), config=config, dist_init_required=False
+        )
+        self.deepspeed = engine
+        _restore_buffers(engine.module, buffers)
+        self._grad_clip = optimizer.grad_clip
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.deepspeed.device)
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+    def accumulate(self, microbatch: Microbatch, global_masked: int, step: int, number: int) -> Tensor:
+        """Forward and backward of this rank's microbatch `number` of `step`; returns its summed loss, detached.
+
+        Dropout is keyed by (seed, step, rank, microbatch), so a resumed run draws what the unbroken one would have.
+        """
+        self.deepspeed.train()
+        torch.manual_seed(key_of(("dropout", self.seed, step, self.world.rank, number)) >> 1)
+        predictions: Predictions = self.deepspeed(*self._on_device(microbatch))
+        self.deepspeed.backward(predictions.loss_sum * (self.world.size / global_masked), scale_wrt_gas=False)
+        return predictions.loss_sum.detach()
+
+    def step(self) -> StepResult:
+        """Reduce, clip, update."""
+        if self.deepspeed.zero_optimization_stage() == 0:
+            return self._step_at_stage_0()
+        self.deepspeed.step()
+        return StepResult(bool(self.deepspeed.was_step_applied()), float(self.deepspeed.get_global_grad_norm()))
+
+    @torch.no_grad()
+    def predict(self, microbatch: Microbatch) -> Predictions:
+        """Forward only, dropout off."""
+        self.deepspeed.eval()
+        predictions: Predictions = self.deepspeed(*self._on_device(microbatch))
+        return predictions
+
+    @property
+    def loss_scale(self) -> float | None:
+        """The dynamic loss scale of fp16; None in other precisions."""
+        return float(self.deepspeed.optimizer.loss_scale) if self.precision == "fp16" else None
+
+    def close(self) -> None:
+        self.deepspeed.destroy()
+
+    def _step_at_stage_0(self) -> StepResult:
+        """DeepSpeed's stage 0 neither tells the gradient's norm nor stops at NaN, so both are done between its reduction
+        and its update."""
+        self.deepspeed.buffered_allreduce_fallback()
+        parameters = [parameter for group in self.deepspeed.optimizer.param_groups for parameter in group["params"]]
+        norm = nn.utils.clip_grad_norm_(parameters, self._grad_clip or float("inf")).item()
+        applied = math.isfinite(norm)
+        if applied:
+            self.deepspeed.optimizer.step()
+        self.deepspeed.optimizer.zero_grad(set_to_none=True)
+        return StepResult(applied, norm)
+
+    def _on_device(self, microbatch: Microbatch) -> list[Tensor]:
+        return [tensor.to(self.device, non_blocking=True) for tensor in microbatch]
+
+
+def _restore_buffers(module: nn.Module, buffers: dict[str, Tensor]) -> None:
+    """DeepSpeed casts buffers with the weights; rotary frequencies in bf16 would put positions in the wrong place."""
+    for name, buffer in buffers.items():
+        owner, _, leaf = name.rpartition(".")
+        cast = module.get_buffer(name)
+        module.get_submodule(owner)._buffers[leaf] = buffer.to(cast.device)

@@ -1,0 +1,126 @@
+"""Which slice of which parameter this rank owns, and where DeepSpeed keeps its fp32 master and optimizer state.
+
+The one module that knows DeepSpeed's private attributes (0.19): checkpoints, and whatever else has to see parameters
+whole or by name, stand on `fragments`. A DeepSpeed release that moves an attribute breaks this file and its test.
+
+    stage 0 fp32         the parameters themselves, all on every rank
+    stages 1, 2          one flat fp32 tensor per parameter group, cut across ranks; `param._hp_mapping` says where
+    stage 1 bf16 + fp32 gradient accumulation (BF16_Optimizer)   the same under other names
+    stage 3              flat tensors per sub-group; every parameter is cut across ranks, padded to equal parts
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """This rank's slice [start, start + numel) of one flattened parameter."""
+
+    name: str
+    shape: tuple[int, ...]  # of the whole parameter
+    start: int
+    master: Tensor  # fp32 [numel], a view
+    flat: Tensor  # the tensor that holds the master, and the key of its optimizer state
+    offset: int  # of the master in `flat`
+
+    @property
+    def numel(self) -> int:
+        return self.master.numel()
+
+
+def fragments(engine: Any) -> Iterator[Fragment]:
+    """The fragments that this rank owns. Stage 0: every rank owns everything."""
+    optimizer, names = engine.optimizer, engine.param_names
+    stage = engine.zero_optimization_stage()
+    if stage == 3:
+        for group in optimizer.fp16_groups:
+            for parameter in group:
+                sub_group, offset, part = optimizer.grad_position[optimizer.get_param_id(parameter)]
+                start = part * optimizer._get_param_partition_rank(parameter)
+                numel = min(part, parameter.ds_numel - start)  # the last parts are padded
+                if numel > 0:
+                    flat = optimizer.fp32_partitioned_groups_flat[sub_group]
+                    master = flat.data.narrow(0, offset, numel)
+                    yield Fragment(names[parameter], tuple(parameter.ds_shape), start, master, flat, offset)
+    elif stage in (1, 2):
+        bf16_optimizer = hasattr(optimizer, "fp32_groups_flat_partition")
+        flats = optimizer.fp32_groups_flat_partition if bf16_optimizer else optimizer.single_partition_of_fp32_groups
+        groups = optimizer.bf16_groups if bf16_optimizer else optimizer.bit16_groups
+        for flat, group in zip(flats, groups, strict=True):
+            for parameter in group:
+                mapping = parameter._hp_mapping
+                if mapping is not None:
+                    low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
+                    master = flat.data.narrow(0, high.start, high.numel)
+                    yield Fragment(names[parameter], tuple(parameter.shape), low.start, master, flat, high.start)
+    else:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                yield Fragment(names[parameter], tuple(parameter.shape), 0, parameter.data.view(-1), parameter, 0)
+
+
+def state_of(engine: Any, fragment: Fragment) -> dict[str, Tensor]:
+    """The optimizer state of a fragment: views [numel] of what is kept per element, scalars as they are.
+
+    Empty before the first update.
+    """
+    state = {}
+    for key, value in base_optimizer(engine).state.get(fragment.flat, {}).items():
+        per_element = value.dim() > 0 and value.numel() == fragment.flat.numel()
+        state[key] = value.reshape(-1).narrow(0, fragment.offset, fragment.numel) if per_element else value
+    return state
+
+
+@torch.no_grad()
+def restore_fragment(engine: Any, fragment: Fragment, master: Tensor, state: dict[str, Tensor]) -> None:
+    """Overwrite a fragment's master [numel] and optimizer state ([numel] per element, scalars 0-dimensional)."""
+    fragment.master.copy_(master)
+    kept = base_optimizer(engine).state[fragment.flat]
+    for key, value in state.items():
+        if value.dim() == 0:
+            kept[key] = value.clone()
+        else:
+            if key not in kept:
+                kept[key] = torch.zeros_like(fragment.flat)
+            kept[key].view(-1).narrow(0, fragment.offset, fragment.numel).copy_(value)
+
+
+@torch.no_grad()
+def refresh_model(engine: Any) -> None:
+    """After masters were restored: make the weights that the model computes with from them. Collective."""
+    optimizer = engine.optimizer
+    if engine.zero_optimization_stage() == 3:
+        optimizer._partition_all_parameters()
+        for group in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        if optimizer.persistent_parameters:
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+    elif hasattr(optimizer, "update_lp_params"):
+        optimizer.update_lp_params()
+
+
+def base_optimizer(engine: Any) -> torch.optim.Optimizer:
+    """The torch optimizer inside DeepSpeed's wrapper; its state is keyed by `Fragment.flat`."""
+    base: torch.optim.Optimizer = engine.basic_optimizer
+    return base
+
+
+def loss_scaler_state(engine: Any) -> dict[str, float]:
+    """The dynamic loss scaler's numbers; empty where there is none."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    return {} if scaler is None else {key: getattr(scaler, key) for key in _SCALER if hasattr(scaler, key)}
+
+
+def restore_loss_scaler(engine: Any, state: dict[str, float]) -> None:
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    for key, value in state.items():
+        if hasattr(scaler, key):
+            setattr(scaler, key, value)
+
+
+_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")

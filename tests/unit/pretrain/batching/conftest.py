@@ -1,0 +1,60 @@
+"""A corpus in memory, with token ids that tell where in the corpus a token stands."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from pretrain.batching.sequences import SequenceIndex, cut
+from pretrain.batching.vocabulary import Vocabulary
+
+PAD, CLS, SEP, UNK, MASK = range(5)
+
+
+@dataclass(frozen=True)
+class MemoryCorpus:
+    """Stands for pretrain.corpus.reader.Corpus where no file is needed."""
+
+    documents_tokens: tuple[NDArray[np.int32], ...]
+    fingerprint: str = "0123456789abcdef0123"
+    name: str = "memory"
+    path: Path = field(default=Path("/nowhere"))
+
+    @property
+    def stream(self) -> NDArray[np.int32]:
+        return np.concatenate(self.documents_tokens)
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.documents_tokens))
+
+    def read(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int32]:
+        stream = self.stream
+        pieces = [stream[start : start + length] for start, length in zip(starts, lengths, strict=True)]
+        return np.concatenate(pieces) if pieces else np.empty(0, np.int32)
+
+
+@pytest.fixture
+def vocabulary() -> Vocabulary:
+    """Ids 0-4 are special, 5-1999 are words."""
+    unmaskable = np.zeros(5000, dtype=bool)
+    unmaskable[:5] = True
+    return Vocabulary((CLS,), (SEP,), PAD, MASK, unmaskable, np.arange(5, 5000))
+
+
+@pytest.fixture
+def corpus() -> MemoryCorpus:
+    """300 documents of very different lengths, every token of the corpus with its own id."""
+    rng = np.random.default_rng(3)
+    lengths = rng.choice([1, 2, 3, 5, 8, 13, 40], size=300, p=[0.1, 0.1, 0.2, 0.2, 0.2, 0.15, 0.05])
+    ids = np.arange(5, 5 + lengths.sum(), dtype=np.int32)
+    return MemoryCorpus(tuple(np.split(ids, np.cumsum(lengths)[:-1])))
+
+
+@pytest.fixture
+def index(corpus: MemoryCorpus) -> SequenceIndex:
+    """The corpus cut into sequences of at most 14 text tokens."""
+    lengths = cut(np.array([len(document) for document in corpus.documents_tokens]), 14)
+    return SequenceIndex(np.concatenate([[0], np.cumsum(lengths)]))

@@ -1,0 +1,107 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from pretrain.batching.loader import IGNORED, BatchMaker, Layout, World, load
+from pretrain.batching.masking import Masker, MaskingPolicy
+from pretrain.batching.order import ShuffledOrder
+
+PAD, CLS, SEP = 0, 1, 2
+
+
+@pytest.fixture
+def maker(corpus, index, vocabulary):
+    masker = Masker(vocabulary, MaskingPolicy(0.15, 0.8, 0.1), seed=5, corpus=corpus.fingerprint)
+    order = ShuffledOrder(len(index), seed=5, batch_sequences=37)
+    return BatchMaker(corpus, index, order, masker, vocabulary, Layout(width=16, microbatch_tokens=64))
+
+
+def sequences_of(batches):
+    """{text as the model sees it -> labels} of every sequence in these batches, with tokens restored."""
+    found = []
+    for batch in batches:
+        for micro in batch.microbatches:
+            ids, segments = micro.input_ids.reshape(-1), micro.segments.reshape(-1)
+            real = micro.labels != IGNORED
+            restored = ids.clone()
+            restored[micro.masked_positions[real]] = micro.labels[real]
+            masked = torch.zeros(len(ids), dtype=torch.bool)
+            masked[micro.masked_positions[real]] = True
+            for segment in segments.unique():
+                if segment != 0:
+                    where = segments == segment
+                    found.append(
+                        (tuple(restored[where].tolist()), tuple(ids[where].tolist()), tuple(masked[where].tolist()))
+                    )
+    return found
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8, 1024])
+def test_a_global_batch_is_the_same_at_every_world_size(maker, world_size, packed):
+    """Catches sequences or masks that depend on the world size, and tokens lost or doubled between ranks."""
+    layout = dataclasses.replace(maker.layout, packed=packed)
+    reference = sorted(sequences_of([maker[3]]))
+    share = [dataclasses.replace(maker, layout=layout, world=World(rank, world_size))[3] for rank in range(world_size)]
+    assert sorted(sequences_of(share)) == reference
+    assert sum(batch.masked_tokens for batch in share) == maker[3].masked_tokens
+    assert len({len(batch.microbatches) for batch in share}) == 1, "ranks with unequal numbers of microbatches"
+
+
+def test_one_epoch_shows_every_token_once(maker, corpus):
+    """Catches lost tokens end to end: index, order, packing and layout together, at two ranks."""
+    order = dataclasses.replace(maker.order, epochs=1)
+    tokens = []
+    for rank in range(2):
+        of_rank = dataclasses.replace(maker, order=order, world=World(rank, 2))
+        for restored, _, _ in sequences_of(of_rank[step] for step in range(order.steps)):
+            assert restored[0] == CLS
+            assert restored[-1] == SEP
+            tokens += restored[1:-1]
+    assert sorted(tokens) == sorted(corpus.stream.tolist())
+
+
+def test_layout_of_a_microbatch(maker):
+    """Catches positions that do not restart, masks on special or padding slots, and boundaries off by one."""
+    batch = dataclasses.replace(maker, layout=dataclasses.replace(maker.layout, first_position=2))[0]
+    for micro in batch.microbatches:
+        assert micro.input_ids.shape == micro.position_ids.shape == micro.segments.shape == (4, 16)
+        ids, positions, segments = (t.reshape(-1) for t in (micro.input_ids, micro.position_ids, micro.segments))
+        bounds = micro.cu_seqlens.tolist()
+        assert bounds[0] == 0
+        assert bounds[-1] == 64
+        for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+            assert len(segments[start:end].unique()) == 1
+            assert start // 16 == (end - 1) // 16, "a span over two windows"
+            if segments[start] != 0:
+                assert positions[start:end].tolist() == list(range(2, 2 + end - start))
+                assert ids[start] == CLS
+                assert ids[end - 1] == SEP
+            else:
+                assert (ids[start:end] == PAD).all()
+        real = micro.labels != IGNORED
+        masked = micro.masked_positions[real]
+        assert (segments[masked] != 0).all()
+        assert not np.isin(micro.labels[real], [0, 1, 2, 3, 4]).any()
+        assert len(micro.labels) % 64 == 0
+
+
+def test_worker_processes_give_the_same_batches_and_seek(maker):
+    """Catches a loader whose read-ahead changes the order, or that starts elsewhere than asked."""
+    ahead = list(load(maker, 5, 9, workers=2))
+    assert [batch.step for batch in ahead] == [5, 6, 7, 8]
+    for batch in ahead:
+        for micro, expected in zip(batch.microbatches, maker[batch.step].microbatches, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(micro, expected, strict=True))
+
+
+def test_an_empty_share_still_has_its_microbatches(maker):
+    """Catches a rank without sequences that skips backward and hangs the others in a collective."""
+    small = dataclasses.replace(maker, order=ShuffledOrder(len(maker.index), 5, 1))
+    share = [dataclasses.replace(small, world=World(rank, 3))[0] for rank in range(3)]
+    assert sorted(batch.sequences for batch in share) == [0, 0, 1]
+    for batch in share:
+        assert len(batch.microbatches) == 1
+        assert batch.microbatches[0].labels.numel() > 0
