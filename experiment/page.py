@@ -118,7 +118,7 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { padding: .5rem 1rem; text-align: right; border-top: 1px solid #eef1f5; }
 th { color: #596579; font-weight: 600; font-size: .8125rem; border-top: 0; vertical-align: bottom; }
 .label { text-align: left; }
-td { overflow-wrap: anywhere; }
+td { overflow-wrap: break-word; }
 summary { cursor: pointer; padding: .75rem 1rem; font-weight: 600; }
 pre { margin: 0; padding: 0 1rem 1rem; overflow-x: auto; font: .8125rem/1.5 ui-monospace, Menlo, Consolas, monospace; }
 """

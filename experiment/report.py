@@ -216,5 +216,7 @@ def _attempt_row(attempt: dict[str, Any]) -> list[str]:
         if gpus
         else f"{hardware.get('cores', UNKNOWN)} cores, {hardware.get('cpu', UNKNOWN)}"
     )
+    date = str(attempt.get("date", UNKNOWN)).replace("T", " ").replace("+00:00", " UTC")
     libraries = [str(versions.get(name) or UNKNOWN) for name in ("torch", "deepspeed", "transformers")]
-    return [*(str(attempt.get(key, UNKNOWN)) for key in ("date", "host", "world_size")), commit, device, *libraries]
+    host, ranks = (str(attempt.get(key, UNKNOWN)) for key in ("host", "world_size"))
+    return [date, host, ranks, commit, device, *libraries]

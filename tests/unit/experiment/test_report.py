@@ -64,7 +64,9 @@ def test_the_report_of_a_pretraining_run(tmp_path: Path) -> None:
     folder.config.write_text("run:\n  seed: 42\n")
     hardware = {"gpus": [], "cores": 2, "cpu": "Fast CPU"}
     git = {"commit": "0123456789abcdef", "dirty": True}
-    write_provenance(folder, {"date": "2024-05-01", "host": "h", "world_size": 2, "git": git, "hardware": hardware})
+    write_provenance(
+        folder, {"date": "2024-05-01T10:20:30+00:00", "host": "h", "world_size": 2, "git": git, "hardware": hardware}
+    )
     page = write_report(folder.path)
     assert page == folder.report / "index.html"
     names = ["loss.png", "perplexity.png", "accuracy.png", "learning-rate.png", "gradient-norm.png", "throughput.png"]
@@ -72,7 +74,13 @@ def test_the_report_of_a_pretraining_run(tmp_path: Path) -> None:
     assert {path.name for path in folder.report.iterdir()} == {"index.html", *names}
     assert all((folder.report / name).read_bytes().startswith(b"\x89PNG") for name in names)
     text = page.read_text(encoding="utf-8")
-    for expected in ("<h1>my-run</h1>", "seed: 42", "0123456789 (changed)", "2 cores, Fast CPU", "2024-05-01"):
+    for expected in (
+        "<h1>my-run</h1>",
+        "seed: 42",
+        "0123456789 (changed)",
+        "2 cores, Fast CPU",
+        "2024-05-01 10:20:30 UTC",
+    ):
         assert expected in text
 
 

@@ -1,0 +1,15 @@
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    "module", ["configuration", "folder", "tracking", "tracking.rank_logs", "meters", "provenance", "report"]
+)
+def test_importing_it_takes_no_heavy_library(module: str) -> None:
+    """Catches an import that makes `deepcloze --help` wait for torch, or starts wandb where it is not asked for."""
+    heavy = {"torch", "transformers", "datasets", "deepspeed", "wandb"}
+    code = f"import sys, experiment.{module}; print(sorted({heavy!r} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
