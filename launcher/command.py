@@ -26,7 +26,8 @@ def deepspeed_argv(spec: LaunchSpec) -> list[str]:
     """The argv that starts one rank per slot, each running `module --config FILE --section.key=value …`."""
     return [
         # As a module, so that the ranks get this very interpreter whatever PATH says.
-        *(spec.python, "-m", "deepspeed.launcher.runner", "--quiet", f"--master_port={spec.master_port}"),
+        # It would log a rank that stopped as an error; what happened is told by the ranks and by `deepcloze`.
+        *(spec.python, "-m", "deepspeed.launcher.runner", "--log_level=critical", f"--master_port={spec.master_port}"),
         *_resources(spec),
         *("--module", spec.module, "--config", str(spec.config)),
         *(f"--{key}={text}" for key, text in spec.overrides.items()),

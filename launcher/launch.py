@@ -42,6 +42,9 @@ def launch_pretraining(
     hosts = read_hostfile(hostfile) if hostfile is not None else None
     devices = find_devices(os.environ)
     slots = place_ranks(devices, hosts, num_gpus, include, exclude, oversubscribe)
+    added = worker_environment(os.environ, cpu_cores(), max(map(len, slots.values())), devices.kind, _ROOT)
+    if devices.kind == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed checks what the ranks will compute on, and prints no guess
 
     from pretrain.check import check_run
 
@@ -61,7 +64,6 @@ def launch_pretraining(
         hostfile=None if local or hostfile is None else Path(hostfile).absolute(),
     )
     argv = deepspeed_argv(spec)
-    added = worker_environment(os.environ, cpu_cores(), max(map(len, slots.values())), devices.kind, _ROOT)
     if dry_run:
         print(_described(dump_config(settings), argv, added))
         return

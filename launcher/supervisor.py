@@ -79,11 +79,14 @@ def _run(folder: RunFolder, argv: Sequence[str], environment: Mapping[str, str])
         finally:
             _kill_group(process.pid)
     said = folder.read_outcome()
+    killed = _killed_by(code)
     if said is not None:
-        return Ending(*said)
+        outcome, message = said
+        # Ranks that are left behind can only tell that they lost another one.
+        return Ending(outcome, f"a rank was {killed}; {message}" if killed and outcome is Outcome.FAILED else message)
     if stop.impatient:
         return Ending(Outcome.STOPPED, "ended at once; the run can go on from its last complete checkpoint")
-    return Ending(Outcome.FAILED, _last_words(folder, code, began))
+    return Ending(Outcome.FAILED, _last_words(folder, killed or f"exit code {code}", began))
 
 
 @dataclass
@@ -161,13 +164,20 @@ def _kill_group(group: int) -> None:
         os.killpg(group, signal.SIGKILL)
 
 
-def _last_words(folder: RunFolder, code: int, began: float) -> str:
+def _killed_by(code: int) -> str | None:
+    """'killed by …' for the exit code of a process that a signal ended.
+
+    DeepSpeed's launcher passes on a rank's death by signal N as 256 - N.
+    """
+    number = -code if code < 0 else 256 - code
+    if not 0 < number < signal.NSIG:
+        return None
+    why = ", as the system does when memory runs out" if number == signal.SIGKILL else ""
+    return f"killed by {signal.Signals(number).name}{why}"
+
+
+def _last_words(folder: RunFolder, how: str, began: float) -> str:
     """What to say of ranks that ended without writing their outcome: where to look, and the log of the failed one."""
-    # DeepSpeed's launcher passes on a rank's death by signal N as exit code 256 - N.
-    number = -code if code < 0 else 256 - code if code > 256 - signal.NSIG else None
-    how = f"exit code {code}" if number is None else f"killed by {signal.Signals(number).name}"
-    if number == signal.SIGKILL:
-        how += ", as the system does when memory runs out"
     message = f"the ranks ended without a word ({how}); their logs are in {folder.logs}"
     tails = {path: _tail(path) for path in sorted(folder.logs.glob("rank-*.log")) if path.stat().st_mtime >= began}
     if not tails:

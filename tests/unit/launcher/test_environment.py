@@ -7,6 +7,7 @@ import pytest
 from launcher.environment import launcher_environment, remote_environment_file, worker_environment
 
 ROOT = Path("/repository")
+LOADER = Path("/lib64/ld-linux-x86-64.so.2")
 
 
 @pytest.mark.parametrize(("cores", "ranks", "threads"), [(2, 1, "2"), (2, 2, "1"), (8, 3, "2"), (2, 5, "1")])
@@ -23,18 +24,17 @@ def test_a_cpu_run_keeps_its_memory_and_knows_its_device():
     assert not {"GLIBC_TUNABLES", "DS_ACCELERATOR"} & gpu.keys()
 
 
+@pytest.mark.skipif(not LOADER.exists(), reason="another C library or processor")
 def test_glibc_understands_the_allocator_setting():
     """Catches a misspelt tunable: glibc warns about a value it cannot read, and ignores a name it does not know."""
     setting = worker_environment({}, 2, 2, "cpu", ROOT)["GLIBC_TUNABLES"]
     listed = subprocess.run(
-        ["/lib64/ld-linux-x86-64.so.2", "--list-tunables"],
+        [LOADER, "--list-tunables"],
         env=os.environ | {"GLIBC_TUNABLES": setting},
         capture_output=True,
         text=True,
-        check=False,
+        check=True,
     )
-    if listed.returncode != 0:
-        pytest.skip("this C library lists no tunables")
     values = dict(line.split(":", 1) for line in listed.stdout.splitlines())
     for entry in setting.split(":"):
         name, value = entry.split("=")

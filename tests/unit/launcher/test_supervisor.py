@@ -150,7 +150,10 @@ def test_a_silent_death_shows_the_log_of_the_rank_that_failed(folder: RunFolder)
 
 def test_a_rank_killed_by_the_system_is_told_as_such(folder: RunFolder):
     """Catches 'exit code 247' where memory ran out: so DeepSpeed's launcher reports a SIGKILL."""
-    assert "killed by SIGKILL, as the system does when memory runs out" in attempt(folder, "sys.exit(-9)").message
+    killed = "killed by SIGKILL, as the system does when memory runs out"
+    assert killed in attempt(folder, "sys.exit(-9)").message
+    orphaned = attempt(folder, "folder.write_outcome(Outcome.FAILED, 'rank 0: lost rank 1'); sys.exit(-9)")
+    assert orphaned.message == f"a rank was {killed}; rank 0: lost rank 1"
 
 
 def test_a_stop_file_from_before_does_not_end_the_run(folder: RunFolder, capsys: pytest.CaptureFixture[str]):
