@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 
 from experiment.errors import UserError
 from pretrain.corpus import encoding
-from pretrain.corpus.encoding import Encoded, Vocabulary
+from pretrain.corpus.encoding import Encoded, Encoder, Vocabulary
 from pretrain.corpus.flags import positive, whole
 from pretrain.corpus.formats import Document, Reading, TextFormat, parse_format
 from pretrain.corpus.manifest import MANIFEST, TOKENIZER, Manifest, Recipe, read_manifest
@@ -80,14 +80,17 @@ def build_corpus(
     text_format = parse_format(document, document_start, column, sep, quoting, header)
     sources = find_sources(source)
     opened = load_tokenizer(str(tokenizer))
-    plan = _Plan(Path(str(output)).absolute(), sources, text_format, draws, tokenizer_fingerprint(opened))
+    vocabulary = vocabulary_of(opened)
+    plan = _Plan(
+        Path(str(output)).absolute(), sources, text_format, draws, tokenizer_fingerprint(opened), Encoder(vocabulary)
+    )
     with _explaining_disk_errors(plan.folder), _alone(plan.folder):
         if _is_used(plan.folder):
             return _confirm(plan)
         total = _read_through("counting", plan) if draws.any else None
-        writers = _open_writers(plan, vocabulary_of(opened).token_type, total)
+        writers = _open_writers(plan, vocabulary.token_type, total)
         try:
-            end, empty = _encode(plan, writers, total, vocabulary_of(opened), worker_count)
+            end, empty = _encode(plan, writers, total, vocabulary, worker_count)
             manifests = {}
             for part, writer in writers.items():
                 save_tokenizer(opened, writer.partial / TOKENIZER)
@@ -165,6 +168,7 @@ class _Plan:
     text_format: TextFormat
     draws: Draws
     tokenizer: str  # fingerprint
+    encoder: Encoder  # for the few texts that may have no token
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -186,19 +190,24 @@ class _Item(NamedTuple):
 
 
 def _stream(plan: _Plan, reading: Reading, progress: Progress) -> Iterator[_Item]:
-    """All documents with text, each with the digest of everything up to it. Raises UserError on bad input, or none."""
-    digest = ""
-    for count, document in enumerate(read_documents(plan.sources, plan.text_format, reading), 1):
+    """All documents with tokens, each with the digest of everything up to it. Raises UserError on bad input or none."""
+    digest, count = "", 0
+    for document in read_documents(plan.sources, plan.text_format, reading):
         try:
             text = document.text.encode()
         except UnicodeEncodeError:
             raise UserError(f"{document.place}: half of a surrogate pair, which is no text") from None
+        # Control characters alone give no token; a letter or a digit always does. Draws must count what will be there.
+        if not any(map(str.isalnum, document.text)) and not plan.encoder.encode([document.text]).lengths[0]:
+            reading.empty += 1
+            continue
+        count += 1
         digest = xxhash.xxh3_128_hexdigest(digest.encode() + text)
         progress.advance(reading, len(text))
         yield _Item(document, len(text), Position(count, digest))
     if not digest:
         named = ", ".join(source.name for source in plan.sources)
-        raise UserError(f"--source {named}: no document in it has any text")
+        raise UserError(f"--source {named}: no document in it gives a token")
 
 
 def _read_through(label: str, plan: _Plan) -> Position:

@@ -111,7 +111,10 @@ def _without_code(lines: list[str]) -> Iterator[str]:
             block_indent = None
         if line.lstrip().startswith(">>>"):
             doctest = True
-        if doctest or _RULE.match(line) or _TABLE_ROW.match(line):
+        if doctest or _TABLE_ROW.match(line):
+            continue
+        if _RULE.match(line):  # what is underlined is no part of what follows
+            yield ""
             continue
         admonition = _ADMONITION.match(line)
         if admonition:

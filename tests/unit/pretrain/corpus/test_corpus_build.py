@@ -1,0 +1,413 @@
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import psutil
+import pytest
+from filelock import FileLock
+from hypothesis import given
+from hypothesis import strategies as st
+
+from experiment.errors import StoppedError, UserError
+from pretrain.corpus import build, shards
+from pretrain.corpus.build import HELDOUT, MAIN, Draws, build_corpus
+from pretrain.corpus.reader import open_corpus
+from pretrain.corpus.tokenizer import load_tokenizer
+
+Build = Callable[..., Any]
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many shards and batches out of a little text."""
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 700)
+    monkeypatch.setattr(build, "_BATCH_BYTES", 500)
+
+
+@pytest.fixture
+def source(tmp_path: Path, lines: list[str]) -> Path:
+    path = tmp_path / "source.txt"
+    path.write_text("\n".join([*lines[:100], "", " ", *lines[100:], "\x00"]) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def corpus(source: Path, vocabulary_folder: Path, tmp_path: Path) -> Build:
+    """build_corpus with everything given but the name of the output."""
+
+    def call(name: str, **flags: Any) -> Any:
+        settings = {"source": source, "tokenizer": vocabulary_folder, "workers": 1} | flags
+        return build_corpus(output=tmp_path / name, **settings)
+
+    return call
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_corpus_is_what_tokenizers_gives(
+    corpus: Build, tmp_path: Path, lines: list[str], vocabulary_folder: Path
+) -> None:
+    """Catches documents that are lost, reordered, cut or given special tokens on their way to the shards."""
+    manifest = corpus("c")
+    rows = datasets.load_from_disk(str(tmp_path / "c"))
+    tokenizer = load_tokenizer(vocabulary_folder)
+    expected = [tokenizer(line, add_special_tokens=False)["input_ids"] for line in lines]
+    assert rows["input_ids"] == expected
+    lengths = [len(row) for row in expected]
+    assert len(manifest.shards) > 3
+    assert (manifest.documents, manifest.tokens) == (len(lines), sum(lengths))
+    assert manifest.empty_documents == 3  # an empty line, one of spaces, one whose only character gives no token
+    assert manifest.tokens_per_word == pytest.approx(sum(lengths) / sum(len(line.split()) for line in lines), rel=0.01)
+    for percentile, length in manifest.length_percentiles.items():
+        assert length == np.percentile(lengths, float(percentile), method="inverted_cdf")
+    recorded = json.loads((tmp_path / "c" / "manifest.json").read_text())
+    assert recorded["fingerprint"] == open_corpus(tmp_path / "c").fingerprint == manifest.fingerprint
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "source.txt"]
+
+
+def test_unknown_tokens_are_counted(tmp_path: Path, vocabulary_folder: Path) -> None:
+    """Catches an unknown-token rate that is always nought."""
+    (tmp_path / "a.txt").write_text("the ŧ river ŧ\n")
+    assert build_corpus(tmp_path / "a.txt", vocabulary_folder, tmp_path / "c", workers=1).unknown_token_rate == 0.5
+
+
+def test_bytes_do_not_depend_on_workers_or_place(
+    corpus: Build, tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches results taken as they come, and paths or times inside the files."""
+    corpus("one", workers=1)
+    moved = tmp_path / "elsewhere" / "other.txt"
+    moved.parent.mkdir()
+    moved.write_bytes(source.read_bytes())
+    monkeypatch.setattr(build, "_BATCH_BYTES", 1300)
+    corpus("deep/three", workers="3", source=str(moved))
+    assert contents(tmp_path / "one") == contents(tmp_path / "deep" / "three")
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing that handles errors may catch it."""
+
+
+def die_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int, before: bool) -> None:
+    """Let the `call`-th call of a function be the last thing that happens, before or after it is done."""
+    real = getattr(owner, name)
+    calls = iter(range(1, 10**6))
+
+    def dying(*args: Any, **kwargs: Any) -> Any:
+        last = next(calls) == call
+        if last and before:
+            raise Killed
+        result = real(*args, **kwargs)
+        if last:
+            raise Killed
+        return result
+
+    monkeypatch.setattr(owner, name, dying)
+
+
+DEATHS = [
+    (shards, "write_shard", 1, True),
+    (shards, "write_shard", 3, False),
+    (shards, "write_json_durably", 2, True),
+    (shards, "write_json_durably", 4, False),
+    (build, "save_tokenizer", 1, False),
+    (shards, "write_manifest", 1, False),
+    (shards.ShardWriter, "publish", 1, True),
+    (shards.ShardWriter, "publish", 1, False),
+]
+
+
+@pytest.mark.parametrize(
+    "death", DEATHS, ids=lambda death: f"{death[1]}-{death[2]}-{'before' if death[3] else 'after'}"
+)
+def test_a_killed_build_goes_on_to_the_same_bytes(corpus: Build, tmp_path: Path, death: tuple[Any, ...]) -> None:
+    """Catches shards that are lost, doubled or tokenized again after a death at any stage, publishing included."""
+    flags = {"holdout": 40, "limit": 200}
+    corpus("whole", **flags)
+    with pytest.MonkeyPatch.context() as patch:
+        die_at(patch, *death)
+        with pytest.raises(Killed):
+            corpus("killed", **flags)
+    assert not (tmp_path / "killed").exists()
+    journal = tmp_path / "killed.partial" / "journal.json"
+    done = (
+        sum(entry["shard"]["rows"] for entry in json.loads(journal.read_text())["finished"]) if journal.exists() else 0
+    )
+    sent: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        real = build._send
+
+        def counting(pool: Any, writer: Any, batch: Any) -> Any:
+            if writer.folder.name == "killed":
+                sent.append(len(batch.documents))
+            return real(pool, writer, batch)
+
+        patch.setattr(build, "_send", counting)
+        corpus("killed", **flags)
+    assert done + sum(sent) == 200
+    for part in ("", "-heldout"):
+        assert contents(tmp_path / f"killed{part}") == contents(tmp_path / f"whole{part}")
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_death_while_files_are_renamed(corpus: Build, tmp_path: Path) -> None:
+    """Catches a half-published folder whose shards have their final names already."""
+    corpus("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Path, "unlink", lambda *_, **__: (_ for _ in ()).throw(Killed)
+        )  # the journal, before the last rename
+        with pytest.raises(Killed):
+            corpus("killed")
+    assert list((tmp_path / "killed.partial").glob("data-00000-of-*.arrow"))
+    (tmp_path / ".killed.lock").unlink()
+    corpus("killed")
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_sigkill_leaves_no_workers(tmp_path: Path, source: Path, vocabulary_folder: Path, corpus: Build) -> None:
+    """Catches worker processes that wait for a dead parent, and a real kill that cannot be resumed."""
+    script = (
+        "import sys; from pretrain.corpus import build, shards; shards.SHARD_TOKENS = 700; build._BATCH_BYTES = 500\n"
+        "import time; real = shards.ShardWriter._close\n"
+        "def close(self, position):\n    real(self, position)\n    print('shard', flush=True)\n    time.sleep(0.3)\n"
+        "shards.ShardWriter._close = close\n"
+        "build.build_corpus(sys.argv[1], sys.argv[2], sys.argv[3], workers=2)\n"
+    )
+    command = [sys.executable, "-c", script, str(source), str(vocabulary_folder), str(tmp_path / "killed")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert [process.stdout.readline() for _ in range(2)] == ["shard\n", "shard\n"]
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) >= 3
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert not [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
+    assert len(json.loads((tmp_path / "killed.partial" / "journal.json").read_text())["finished"]) == 2
+    corpus("killed")
+    corpus("whole")
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def interrupted(corpus: Build, name: str, **flags: Any) -> None:
+    """A build that died after three shards."""
+    with pytest.MonkeyPatch.context() as patch:
+        die_at(patch, shards, "write_json_durably", 3, False)
+        with pytest.raises(Killed):
+            corpus(name, **flags)
+
+
+@pytest.mark.parametrize("change", ["source", "flags", "tokenizer", "shorter", "damaged"])
+def test_an_unfinished_build_of_something_else(
+    corpus: Build, tmp_path: Path, source: Path, vocabulary_folder: Path, change: str
+) -> None:
+    """Catches shards of two different inputs in one corpus."""
+    interrupted(corpus, "c")
+    flags: dict[str, Any] = {}
+    if change == "source":
+        source.write_text(source.read_text().replace("actor", "river", 1))
+    elif change == "flags":
+        flags = {"document": "blank_line"}
+    elif change == "shorter":
+        source.write_text("".join(source.read_text().splitlines(keepends=True)[:20]))
+    elif change == "tokenizer":
+        other = tmp_path / "other"
+        other.mkdir()
+        (other / "vocab.txt").write_text((vocabulary_folder / "vocab.txt").read_text() + "New\n")
+        flags = {"tokenizer": other}
+    else:  # a shard that is not what the journal says is made again
+        shard = tmp_path / "c.partial" / "shard-00001.arrow"
+        shard.write_bytes(shard.read_bytes()[:-9] + b"123456789")
+        corpus("c")
+        corpus("whole")
+        assert contents(tmp_path / "c") == contents(tmp_path / "whole")
+        return
+    before = contents(tmp_path / "c.partial")
+    with pytest.raises(UserError, match="unfinished build"):
+        corpus("c", **flags)
+    assert contents(tmp_path / "c.partial") == before
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_source_that_grew_after_the_last_shard(corpus: Build, tmp_path: Path, source: Path) -> None:
+    """Catches a short shard in the middle of a corpus, which a build from the beginning would not have."""
+    with pytest.MonkeyPatch.context() as patch:
+        die_at(patch, shards.ShardWriter, "publish", 1, True)
+        with pytest.raises(Killed):
+            corpus("c")
+    source.write_text(source.read_text() + "the river is by the town\n")
+    with pytest.raises(UserError, match="has grown"):
+        corpus("c")
+
+
+def test_a_corpus_that_is_there(
+    corpus: Build, tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a finished corpus that is built again, or overwritten by another."""
+    first = corpus("c", holdout=10)
+    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert corpus("c", holdout="10") == first
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path != tmp_path} == stamps
+    assert "there already" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"another corpus \(another holdout"):
+        corpus("c", holdout=11)
+    source.write_text("something else\nand more\n" * 20)
+    with pytest.raises(UserError, match=r"another corpus \(other documents"):
+        corpus("c", holdout=10)
+
+
+def test_a_folder_that_holds_something_else(corpus: Build, tmp_path: Path) -> None:
+    """Catches a user's own files deleted or mixed with shards; an empty folder is nobody's."""
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="already holds something"):
+        corpus("c")
+    assert contents(tmp_path / "c") == {"thesis.tex": b"years of work"}
+    (tmp_path / "empty").mkdir()
+    assert corpus("empty").documents == 300
+
+
+def test_two_builds_of_one_corpus(corpus: Build, tmp_path: Path) -> None:
+    """Catches two processes that write the same shards."""
+    with FileLock(tmp_path / ".c.lock"), pytest.raises(UserError, match="another build"):
+        corpus("c")
+
+
+def test_a_full_disk(corpus: Build, tmp_path: Path) -> None:
+    """Catches a trace instead of a message, and finished shards that are thrown away."""
+    real, calls = shards.write_shard, iter(range(9))
+
+    def full(*args: Any) -> None:
+        if next(calls) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "write_shard", full)
+        with pytest.raises(UserError, match="disk is full"):
+            corpus("c")
+    assert not (tmp_path / "c").exists()
+    assert len(json.loads((tmp_path / "c.partial" / "journal.json").read_text())["finished"]) == 2
+    corpus("c")
+    corpus("whole")
+    assert contents(tmp_path / "c") == contents(tmp_path / "whole")
+
+
+def test_a_worker_that_is_killed(corpus: Build, tmp_path: Path) -> None:
+    """Catches a build that hangs, or ends with a trace, when the system kills a worker for its memory."""
+    real = build._send
+
+    def killing(pool: Any, writer: Any, batch: Any) -> Any:
+        sent = real(pool, writer, batch)
+        os.kill(next(iter(pool._processes)), signal.SIGKILL)
+        return sent
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "_send", killing)
+        began = time.monotonic()
+        with pytest.raises(StoppedError, match="killed"):
+            corpus("c")
+    assert time.monotonic() - began < 30
+    assert corpus("c").documents == 300
+
+
+@pytest.mark.parametrize("text", ["", " \n\n", "\x00\n\u200b\n"])
+def test_an_empty_source(tmp_path: Path, corpus: Build, text: str) -> None:
+    """Catches a corpus of nothing."""
+    path = tmp_path / "a.txt"
+    path.write_text(text)
+    with pytest.raises(UserError, match="gives a token"):
+        corpus("c", source=path)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.txt", "source.txt"]
+
+
+def test_bad_input_late_in_the_source(tmp_path: Path, corpus: Build, source: Path) -> None:
+    """Catches a corpus that looks whole although its source was not; mended, the build goes on."""
+    good = source.read_bytes()
+    source.write_bytes(good + b"\xe9t\xe9\n")
+    with pytest.raises(UserError, match=r"source\.txt:304: not UTF-8"):
+        corpus("c")
+    assert not (tmp_path / "c").exists()
+    source.write_bytes(good)
+    assert corpus("c").documents == 300
+
+
+def test_half_a_surrogate_pair_is_no_text(tmp_path: Path, corpus: Build) -> None:
+    """Catches a trace from deep inside the encoder for JSON that escapes what is no character."""
+    (tmp_path / "a.jsonl").write_text('{"text": "the \\ud800 river"}\n')
+    with pytest.raises(UserError, match=r"a\.jsonl:1: half of a surrogate pair"):
+        corpus("c", source=tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize(
+    "flags", [{"workers": "0"}, {"limit": "-1"}, {"holdout": "many"}, {"seed": "1.5"}, {"document": "page"}]
+)
+def test_wrong_flags(tmp_path: Path, corpus: Build, flags: dict[str, str]) -> None:
+    """Catches values that are rounded, ignored or found out after an hour."""
+    with pytest.raises(UserError, match=f"--{next(iter(flags))}: expected"):
+        corpus("c", **flags)
+    assert not list(tmp_path.glob("c*"))
+
+
+def rows(folder: Path) -> list[tuple[int, ...]]:
+    return [tuple(row) for row in datasets.load_from_disk(str(folder))["input_ids"]]
+
+
+def test_holdout_and_limit(tmp_path: Path, corpus: Build) -> None:
+    """Catches documents in both parts, draws that ignore the seed, and a held-out set that the limit changes."""
+    corpus("all")
+    corpus("a", holdout=50)
+    corpus("b", holdout=50, limit=100)
+    corpus("c", holdout=50, limit=100, seed=7)
+    everything, a, b = rows(tmp_path / "all"), rows(tmp_path / "a"), rows(tmp_path / "b")
+    heldout = rows(tmp_path / "a-heldout")
+    assert len(heldout) == 50
+    assert sorted(a + heldout) == sorted(everything)
+    assert [row for row in everything if row in set(a)] == a  # in the order of the source
+    assert rows(tmp_path / "b-heldout") == heldout
+    assert len(b) == 100
+    assert set(b) < set(a)
+    assert rows(tmp_path / "c-heldout") != heldout
+    with pytest.raises(UserError, match="--holdout 300: the source has only 300"):
+        corpus("d", holdout=300)
+
+
+@given(
+    documents=st.integers(1, 200),
+    holdout=st.integers(0, 220),
+    limit=st.none() | st.integers(1, 220),
+    seed=st.integers(0, 99),
+)
+def test_draws_are_exact(documents: int, holdout: int, limit: int | None, seed: int) -> None:
+    """Catches a draw of one document too many or too few."""
+    draws = Draws(seed, limit, holdout or None)
+    if holdout >= documents:
+        with pytest.raises(UserError):
+            draws.parts(documents)
+        return
+    parts = list(draws.parts(documents))
+    assert len(parts) == documents
+    assert parts.count(HELDOUT) == holdout
+    assert parts.count(MAIN) == min(documents - holdout, limit or documents)
+
+
+def test_every_document_is_as_likely() -> None:
+    """Catches a draw that favours one end of the source (chi-squared, 99.99 % point for 19 degrees of freedom)."""
+    drawn = np.zeros(20)
+    for seed in range(2000):
+        parts: Iterator[str | None] = Draws(seed, 5, 4).parts(20)
+        drawn += np.array([part == MAIN for part in parts])
+    assert ((drawn - 500) ** 2 / (500 * 0.75)).sum() < 52

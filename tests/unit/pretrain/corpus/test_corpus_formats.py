@@ -1,0 +1,214 @@
+import gzip
+import io
+import json
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from experiment.errors import UserError
+from pretrain.corpus.formats import Document, Reading, TextFormat, parse_format
+from pretrain.corpus.sources import find_sources, read_documents
+
+UNSET = dict.fromkeys(["document_start", "sep", "quoting", "header"])
+
+
+def read(source: object, **flags: object) -> list[Document]:
+    settings: dict[str, object] = UNSET | {"document": "line", "column": "text"} | flags
+    return list(read_documents(find_sources(source), parse_format(**settings), Reading()))
+
+
+def texts(source: object, **flags: object) -> list[str]:
+    return [document.text for document in read(source, **flags)]
+
+
+def test_lines_keep_all_but_their_end(tmp_path: Path) -> None:
+    """Catches stripped spaces, lines split at Unicode separators or lone carriage returns, a BOM taken for text."""
+    path = tmp_path / "a.txt"
+    path.write_bytes("\ufeff  one \u2028 still\x85one\t\r\ntwo\rtwo\n \t\n\n last".encode())
+    found = read(path)
+    assert [document.text for document in found] == ["  one \u2028 still\x85one\t", "two\rtwo", " last"]
+    assert [document.place for document in found] == [f"{path}:1", f"{path}:2", f"{path}:5"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"document": "blank_line"}, ["intro", " = A = \none", "two\n = B = \nthree"]),
+        ({"document": "file"}, ["intro\n\n = A = \none\n \ntwo\n = B = \nthree"]),
+        ({"document_start": "^ = [^=]"}, ["intro\n", " = A = \none\n \ntwo", " = B = \nthree"]),
+    ],
+)
+def test_documents_of_several_lines(tmp_path: Path, flags: dict[str, str], expected: list[str]) -> None:
+    """Catches a document cut or joined at the wrong line, and text before the first start that is lost."""
+    path = tmp_path / "a.txt"
+    path.write_text("intro\n\n = A = \none\n \ntwo\n = B = \nthree\n")
+    assert texts(path, **flags) == expected
+
+
+def test_document_start_that_matches_nothing_is_refused(tmp_path: Path) -> None:
+    """Catches a mistyped pattern that would make each file one document in silence."""
+    path = tmp_path / "a.txt"
+    path.write_text("one\ntwo\n")
+    with pytest.raises(UserError, match="matches no line"):
+        texts(path, document_start="^=")
+
+
+def test_bytes_that_are_no_text_name_file_and_line(tmp_path: Path) -> None:
+    """Catches replacement characters in the corpus, and a message without a place."""
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"good\nba\xffd\n")
+    with pytest.raises(UserError, match=r"a\.txt:2: not UTF-8 text \(byte 0xff at column 3\)"):
+        texts(path)
+
+
+def test_json_lines(tmp_path: Path) -> None:
+    """Catches a wrong column, line numbers that are off, and values that are no text."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a\\nb", "n": 1}\n\n{"text": null}\n{"text": "c"}\n')
+    assert [(document.text, document.line) for document in read(path)] == [("a\nb", 1), ("c", 4)]
+    with pytest.raises(UserError, match=r"a\.jsonl:1: no column 'body'; found: text, n"):
+        texts(path, column="body")
+    with pytest.raises(UserError, match=r"a\.jsonl:1: expected text in 'n', found 1"):
+        texts(path, column="n")
+    path.write_text('{"text": "a"}\n[1]\n')
+    with pytest.raises(UserError, match=r"a\.jsonl:2: expected one JSON object a line"):
+        texts(path)
+
+
+def test_csv_with_quotes_and_line_ends_inside(tmp_path: Path) -> None:
+    """Catches a CSV read line by line, and places that count rows instead of lines."""
+    path = tmp_path / "a.csv"
+    path.write_text('id,text\n1,"a, ""b""\nc"\n\n2,d\n', newline="")
+    assert [(document.text, document.line) for document in read(path)] == [('a, "b"\nc', 2), ("d", 5)]
+
+
+@pytest.mark.parametrize("row", ["3,d,e", "3", '3,"d', '3,"d"e'])
+def test_bad_csv_rows_name_file_and_line(tmp_path: Path, row: str) -> None:
+    """Catches rows with too many or too few fields, and stray quotes, that are read as if they were whole."""
+    path = tmp_path / "a.csv"
+    path.write_text(f"id,text\n1,b\n{row}\n4,f\n")
+    with pytest.raises(UserError, match=r"a\.csv:3: "):
+        texts(path)
+
+
+def test_csv_flags(tmp_path: Path) -> None:
+    """Catches flags of pandas' names that do not do what pandas does."""
+    path = tmp_path / "a.tsv"
+    path.write_text('1|"a\n2|b"\n')
+    assert texts(path, sep="|", quoting="3", header="none", column="1") == ['"a', 'b"']
+    with pytest.raises(UserError, match="--sep"):
+        texts(path, sep="||")
+    with pytest.raises(UserError, match="--quoting"):
+        texts(path, quoting="never")
+
+
+def test_parquet_plain_and_inside_an_archive(tmp_path: Path) -> None:
+    """Catches nulls taken for text, row numbers that are off, and Parquet read from a stream that cannot seek."""
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["a", None, "b"], "n": [1, 2, 3]}), path)
+    assert [(document.text, document.line) for document in read(path)] == [("a", 1), ("b", 3)]
+    with pytest.raises(UserError, match=r"no column 'body'; found: text, n"):
+        texts(path, column="body")
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.write(path, "a.parquet")
+    (tmp_path / "b.parquet.gz").write_bytes(gzip.compress(path.read_bytes()))
+    assert texts(f"{tmp_path}/a.zip,{tmp_path}/b.parquet.gz") == ["a", "b", "a", "b"]
+
+
+def compressed(data: bytes, suffix: str) -> bytes:
+    if suffix == "gz":
+        return gzip.compress(data[:9]) + gzip.compress(data[9:])
+    frame = zstandard.ZstdCompressor().compress
+    return frame(data[:9]) + frame(data[9:])
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_compressed_files_of_several_members(tmp_path: Path, suffix: str) -> None:
+    """Catches reading only the first gzip member or Zstandard frame."""
+    path = tmp_path / f"a.jsonl.{suffix}"
+    path.write_bytes(compressed(b'{"text": "a"}\n{"text": "b"}\n', suffix))
+    assert texts(path) == ["a", "b"]
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_a_file_cut_short_is_refused(tmp_path: Path, suffix: str) -> None:
+    """Catches a half-downloaded file that gives half a corpus."""
+    data = "\n".join(str(i * i) for i in range(20000)).encode()
+    path = tmp_path / f"a.txt.{suffix}"
+    path.write_bytes(compressed(data, suffix)[:-5])
+    with pytest.raises(UserError, match="damaged or cut short"):
+        texts(path)
+
+
+def tar_of(members: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def test_members_of_archives(tmp_path: Path) -> None:
+    """Catches members in another order than the archive's, patterns that stop at a slash, and nested compression."""
+    members = {"z/b.txt": b"b\n", "a.txt": b"a\n", "c.txt.gz": gzip.compress(b"c\n"), "notes.bin": b"\xff"}
+    (tmp_path / "a.tar.gz").write_bytes(tar_of(members))
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    for archive_name in ("a.tar.gz", "a.zip"):
+        path = tmp_path / archive_name
+        assert texts(f"{path}::*.txt") == ["b", "a"]
+        assert texts(path) == ["b", "a", "c"]
+        assert read(f"{path}::a.txt")[0].place == f"{path}::a.txt:1"
+        with pytest.raises(UserError, match="no member matches"):
+            texts(f"{path}::*.csv")
+    (tmp_path / "cut.zip").write_bytes((tmp_path / "a.zip").read_bytes()[:200])
+    with pytest.raises(UserError, match="damaged or cut short"):
+        texts(tmp_path / "cut.zip")
+
+
+def test_folders_and_globs_in_order_of_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches an order that is the file system's, hidden files read, and other kinds passed over in silence."""
+    for name in ("b.txt", "a/z.jsonl", "c.csv", ".hidden.txt", "notes.doc"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text({"jsonl": json.dumps({"text": "z"}), "csv": "text\nc\n"}.get(name.split(".")[-1], "b\n"))
+    assert texts(tmp_path) == ["z", "b", "c"]
+    assert "notes.doc" in capsys.readouterr().err
+    assert texts(f"{tmp_path}/*.txt,{tmp_path}/c.csv") == ["b", "c"]
+
+
+@pytest.mark.parametrize("source", ["", "nowhere.txt", "no*.txt", "hub:", "empty", "a.txt,a.txt", "a.txt::x"])
+def test_sources_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    """Catches a source that is missing, ambiguous or named twice and is found out late or not at all."""
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    Path("a.txt").write_text("a\n")
+    with pytest.raises(UserError, match="--source"):
+        find_sources(source)
+
+
+def test_a_data_set_that_datasets_loads(tmp_path: Path) -> None:
+    """Catches `hub:` sources that lose their order, their column or their split."""
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_text('{"text": "a", "n": 1}\n{"text": "b", "n": 2}\n')
+    assert texts(f"hub:{tmp_path / 'set'}:train") == ["a", "b"]
+    with pytest.raises(UserError, match="no column 'body'"):
+        texts(f"hub:{tmp_path / 'set'}", column="body")
+
+
+def test_empty_documents_are_counted(tmp_path: Path) -> None:
+    """Catches dropped documents that nobody hears of."""
+    path = tmp_path / "a.txt"
+    path.write_text("a\n\n \t\nb\n")
+    reading = Reading()
+    assert len(list(read_documents(find_sources(path), TextFormat(), reading))) == 2
+    assert reading.empty == 2
+    assert reading.bytes == path.stat().st_size

@@ -1,0 +1,119 @@
+import multiprocessing
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiment.errors import UserError
+from pretrain.corpus import shards
+from pretrain.corpus.build import build_corpus
+from pretrain.corpus.reader import Corpus, open_corpus
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, vocabulary_folder: Path) -> Path:
+    """A corpus of several shards."""
+    root = tmp_path_factory.mktemp("reader")
+    lines = ["the river and the town " * (1 + i % 9) + str(i) for i in range(200)]
+    (root / "a.txt").write_text("\n".join(lines))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "SHARD_TOKENS", 600)
+        build_corpus(root / "a.txt", vocabulary_folder, root / "corpus", workers=1)
+    return root / "corpus"
+
+
+def all_tokens(corpus: Corpus) -> np.ndarray:
+    return np.concatenate([shards.map_shard(corpus.path / shard.file)[0] for shard in corpus.manifest.shards])
+
+
+def test_spans_are_gathered_from_all_shards(folder: Path) -> None:
+    """Catches offsets that are off by a shard or a token, and spans returned in another order."""
+    corpus = open_corpus(folder)
+    lengths = np.concatenate(list(corpus.document_lengths())).astype(np.int64)
+    starts = np.cumsum(lengths) - lengths
+    tokens = all_tokens(corpus)
+    assert len(corpus.manifest.shards) > 3
+    assert (corpus.documents, corpus.tokens) == (len(lengths), len(tokens)) == (200, lengths.sum())
+    whole = corpus.read(starts, lengths)
+    assert whole.dtype == np.int32
+    assert (whole == tokens).all()
+    order = np.random.default_rng(0).permutation(len(lengths))
+    cut = np.maximum(lengths[order] - 3, 0)  # some spans are empty
+    expected = [tokens[start + 2 : start + 2 + length] for start, length in zip(starts[order], cut, strict=True)]
+    assert (corpus.read(starts[order] + 2, cut) == np.concatenate(expected)).all()
+    assert corpus.read(starts[:0], lengths[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize("span", [(-1, 2), (0, 10**6), (10**9, 1), (0, -1)])
+def test_spans_outside_a_shard_are_refused(folder: Path, span: tuple[int, int]) -> None:
+    """Catches tokens of somewhere else, or uninitialised memory, in a batch."""
+    corpus = open_corpus(folder)
+    with pytest.raises(ValueError, match="out of its shard"):
+        corpus.read(np.array([span[0]]), np.array([span[1]]))
+
+
+def _read_there(corpus: Corpus) -> int:
+    return int(corpus.read(np.array([0, 5]), np.array([5, 5])).sum())
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_worker_processes_read_too(folder: Path, method: str) -> None:
+    """Catches maps that are pickled whole or break in another process."""
+    corpus = open_corpus(folder)
+    here = _read_there(corpus)
+    assert len(pickle.dumps(corpus)) < 20_000
+    with multiprocessing.get_context(method).Pool(1) as pool:
+        assert pool.apply(_read_there, (corpus,)) == here
+
+
+def copy(folder: Path, to: Path) -> Path:
+    for path in folder.iterdir():
+        if path.is_file():
+            to.mkdir(exist_ok=True)
+            (to / path.name).write_bytes(path.read_bytes())
+    return to
+
+
+def test_damage_is_found(folder: Path, tmp_path: Path) -> None:
+    """Catches training on a shard that is missing, cut short or altered."""
+    damaged = copy(folder, tmp_path / "c")
+    shard = sorted(damaged.glob("data-*.arrow"))[2]
+    data = bytearray(shard.read_bytes())
+    open_corpus(damaged).verify()
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(UserError, match=shard.name):
+        open_corpus(damaged).verify()
+    shard.write_bytes(data[:-8])
+    with pytest.raises(UserError, match=shard.name):
+        open_corpus(damaged)
+    shard.unlink()
+    with pytest.raises(UserError, match=shard.name):
+        open_corpus(damaged)
+
+
+def test_folders_that_are_no_corpus(folder: Path, tmp_path: Path) -> None:
+    """Catches a trace for a mistyped path, a manifest from a newer version, and an edited manifest."""
+    with pytest.raises(UserError, match="is no corpus"):
+        open_corpus(tmp_path / "nowhere")
+    edited = copy(folder, tmp_path / "c") / "manifest.json"
+    text = edited.read_text()
+    for wrong, message in [
+        (text.replace('"format": 1', '"format": 99'), "format 99"),
+        (text[: len(text) // 2], "damaged"),
+        (text.replace('"rows": ', '"rows": 1'), "damaged"),
+    ]:
+        edited.write_text(wrong)
+        with pytest.raises(UserError, match=message):
+            open_corpus(edited.parent)
+
+
+def test_fingerprint_is_of_tokens_and_tokenizer(tmp_path: Path, vocabulary_folder: Path) -> None:
+    """Catches a fingerprint that two different corpora share, or that another folder name changes."""
+    found = []
+    for name, text in [("a", "the river\n"), ("b", "the\nriver\n"), ("c", "the river\n")]:
+        (tmp_path / f"{name}.txt").write_text(text)
+        build_corpus(tmp_path / f"{name}.txt", vocabulary_folder, tmp_path / name, workers=1)
+        found.append(open_corpus(tmp_path / name).fingerprint)
+    assert found[0] == found[2] != found[1]
