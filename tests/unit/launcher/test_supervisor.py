@@ -79,6 +79,7 @@ def start(folder: RunFolder, body: str) -> subprocess.Popen[str]:
 WAIT = """
 while not folder.stop.exists():
     time.sleep(0.01)
+time.sleep(0.3)  # saving
 folder.write_outcome(Outcome.STOPPED, "saved step 7")
 """
 WAIT_FOR_EVER = "(folder.path / 'ready').touch()\ntime.sleep(60)"
@@ -184,6 +185,7 @@ def test_a_signal_lets_the_ranks_save(folder: RunFolder, number: signal.Signals)
     """Catches a signal that kills the ranks before they have saved; some senders repeat it at once."""
     process = start(folder, "")
     process.send_signal(number)
+    until(folder.stop.exists)
     process.send_signal(number)
     out, err = process.communicate(timeout=10)
     assert (process.returncode, out.strip()) == (75, "saved step 7")
