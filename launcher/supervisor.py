@@ -112,7 +112,9 @@ def _signals_as_stop(folder: RunFolder) -> Iterator[_Stop]:
             stop.impatient = True
             stop.end_at_once()
 
-    before = {number: signal.signal(number, on_signal) for number in _STOP_SIGNALS}
+    # Under nohup the hang-up of the terminal is ignored, and shall be.
+    ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
+    before = {number: signal.signal(number, on_signal) for number in _STOP_SIGNALS if number not in ignored}
     try:
         yield stop
     finally:

@@ -57,10 +57,11 @@ def attempt(folder: RunFolder, body: str) -> Ending:
     return run_attempt(folder, rank(folder, body), os.environ | {"PYTHONPATH": str(ROOT)}, SLOTS)
 
 
-def start(folder: RunFolder, body: str) -> subprocess.Popen[str]:
+def start(folder: RunFolder, body: str, prefix: tuple[str, ...] = ()) -> subprocess.Popen[str]:
     """A launcher in the background, once its rank is at work."""
     process = subprocess.Popen(
         [
+            *prefix,
             sys.executable,
             "-c",
             LAUNCHER,
@@ -192,6 +193,18 @@ def test_a_signal_lets_the_ranks_save(folder: RunFolder, number: signal.Signals)
     assert "stopping: the ranks save a checkpoint" in err
     assert not folder.stop.exists()
     assert launches(folder)[0]["exit"] == 75
+
+
+def test_nohup_lets_a_run_outlive_its_terminal(folder: RunFolder):
+    """Catches `nohup deepcloze …` stopping at logout."""
+    process = start(folder, "", prefix=("nohup",))
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.3)
+    assert process.poll() is None
+    assert not folder.stop.exists()
+    process.terminate()
+    process.communicate(timeout=10)
+    assert process.returncode == 75
 
 
 def test_a_second_interrupt_ends_ranks_that_do_not_listen(folder: RunFolder):
