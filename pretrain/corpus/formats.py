@@ -31,6 +31,17 @@ Quoting = Literal[0, 1, 2, 3]  # the csv module's constants
 _QUOTING: dict[str, Quoting] = {"0": 0, "1": 0, "2": 0, "3": 3}
 
 
+# .raw and .tokens are WikiText's names for plain text.
+_SUFFIXES = {
+    "text": "txt text raw tokens",
+    "jsonl": "jsonl ndjson json",
+    "csv": "csv",
+    "tsv": "tsv",
+    "parquet": "parquet",
+}
+_KINDS = {suffix: kind for kind, suffixes in _SUFFIXES.items() for suffix in suffixes.split()}
+
+
 class Document(NamedTuple):
     """One text and where it was found."""
 
@@ -106,16 +117,7 @@ def format_of(name: str) -> tuple[str | None, str]:
     lower = name.lower()
     compression = next((suffix for suffix in ("gz", "zst") if lower.endswith(f".{suffix}")), "")
     stem = lower.removesuffix(f".{compression}") if compression else lower
-    kinds = {
-        "txt": "text",
-        "jsonl": "jsonl",
-        "ndjson": "jsonl",
-        "json": "jsonl",
-        "csv": "csv",
-        "tsv": "tsv",
-        "parquet": "parquet",
-    }
-    return (kinds.get(stem.rsplit(".", 1)[-1]) if "." in stem else None), compression
+    return (_KINDS.get(stem.rsplit(".", 1)[-1]) if "." in stem else None), compression
 
 
 def documents_of(

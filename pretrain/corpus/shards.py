@@ -144,13 +144,14 @@ class ShardWriter:
             shutil.rmtree(self.partial, ignore_errors=True)
 
     def _close(self, position: Position) -> None:
+        self.partial.mkdir(parents=True, exist_ok=True)
         index = len(self.finished)
         path = self.partial / f"shard-{index:05d}.arrow"
         ids = np.concatenate(self._ids)
         lengths = np.concatenate(self._lengths)
         write_shard(path, ids, lengths)
-        content = hashlib.sha256(lengths.astype("<i8").tobytes())
-        content.update(ids.astype("<u4").tobytes())
+        content = hashlib.sha256(lengths.data)
+        content.update(ids.data)
         shard = Shard(
             file=path.name,
             rows=len(lengths),
@@ -172,7 +173,8 @@ class ShardWriter:
 
     def _open_partial(self) -> list[Finished]:
         """The shards of an earlier build that can be kept; everything else in the partial folder goes."""
-        self.partial.mkdir(parents=True, exist_ok=True)
+        if not self.partial.is_dir():
+            return []
         for path in self.partial.glob("data-*-of-*.arrow"):  # killed while it was being published
             path.replace(path.with_name(f"shard-{path.name[5:10]}.arrow"))
         finished = list(_intact(self.partial, _read_journal(self.partial, self._arguments)))

@@ -219,6 +219,8 @@ def _hub(source: Source, text_format: TextFormat) -> Iterator[Document]:
         raise UserError(f"--source hub:{source.name}:{source.selection}: datasets cannot load it: {error}") from None
     if text_format.column not in rows.column_names:
         raise no_column(f"hub:{source.name}", text_format.column, rows.column_names)
-    for number, row in enumerate(rows.select_columns([text_format.column]), 1):
-        origin = f"hub:{source.name}:{source.selection}"
-        yield Document(text_of(row[text_format.column], f"{origin}:{number}", text_format.column), origin, number)
+    origin, number = f"hub:{source.name}:{source.selection}", 0
+    for batch in rows.select_columns([text_format.column]).iter(batch_size=1000):
+        for value in batch[text_format.column]:
+            number += 1
+            yield Document(text_of(value, f"{origin}:{number}", text_format.column), origin, number)
