@@ -40,6 +40,15 @@ class Throughput:
         finally:
             self._waited += self._clock() - began
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time inside out: it is spent on something else than training."""
+        began = self._clock()
+        try:
+            yield
+        finally:
+            self._began += self._clock() - began
+
     def lap(self) -> Pace:
         """The figures since the last lap, and begin the next one."""
         now = self._clock()

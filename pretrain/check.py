@@ -47,7 +47,7 @@ def check_run(config: PretrainConfig, world_size: int) -> Inputs:
     positions = usable_positions(model_config)
     if positions is not None and config.batch.max_seq_length > positions:
         raise UserError(
-            f"batch.max_seq_length is {config.batch.max_seq_length}, but the model's positions suffice for {positions} tokens"
+            f"batch.max_seq_length is {config.batch.max_seq_length}, but the model's positions suffice for {positions}"
         )
     if config.batch.max_seq_length <= vocabulary.frame:
         raise UserError(

@@ -49,7 +49,8 @@ class BatchConfig(Section):
     def _one_sequence_fits(self) -> Self:
         if self.microbatch_tokens < self.max_seq_length:
             raise ValueError(
-                f"microbatch_tokens ({self.microbatch_tokens}) must hold one sequence of max_seq_length ({self.max_seq_length})"
+                f"microbatch_tokens ({self.microbatch_tokens}) must hold one sequence of "
+                f"max_seq_length ({self.max_seq_length})"
             )
         return self
 

@@ -30,7 +30,7 @@ from pretrain.corpus.tokenizer import load_tokenizer, tokenizer_fingerprint
 from pretrain.export import find_hugging_face_folder
 from pretrain.modeling.build import build_model, resolve_config, usable_positions
 from pretrain.modeling.masked_lm import MaskedLanguageModel, Predictions
-from pretrain.training.checkpoint import read_state
+from pretrain.training.checkpoint_store import read_state
 
 _SEQUENCES = 256  # in an evaluation batch
 _DEFAULT_LENGTH = 128

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from experiment.errors import UserError
-from pretrain.training.checkpoint import complete_checkpoints, newest_usable, verify
+from pretrain.training.checkpoint_store import complete_checkpoints, newest_usable, verify
 
 
 def write_hugging_face_folder(

@@ -14,14 +14,11 @@ if not __package__:  # started as a file: the first place to import from would b
 import contextlib
 import logging
 import os
-import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import fire
 import torch
-from fire.decorators import SetParseFn
 from torch import Tensor
 
 from experiment.configuration import dump_config, load_config
@@ -42,8 +39,9 @@ from pretrain.export import write_hugging_face_folder
 from pretrain.modeling.build import BuiltModel, build_model
 from pretrain.modeling.flops import flops_model
 from pretrain.modeling.masked_lm import MaskedLanguageModel
-from pretrain.training import checkpoint
+from pretrain.training import checkpoint, checkpoint_store
 from pretrain.training.agreement import Agreement
+from pretrain.training.ds_config import find_ds_config
 from pretrain.training.engine import Engine, connect, disconnect
 from pretrain.training.loop import Parts, Progress, progress_of, train
 from pretrain.training.resume import check_resume, identity
@@ -59,14 +57,12 @@ def pretrain(config: PretrainConfig, world: World) -> Outcome:
     inputs = check_run(config, world.size)
     config = absolute_paths(config, inputs)
     agreement = Agreement()
-    stop = StopWish(folder.stop if world.rank == 0 else None)
     with contextlib.ExitStack() as closing:
-        closing.callback(stop.close)
-        resumed = agreement.of_rank_0(_find_checkpoint(config, folder) if world.rank == 0 else None)
+        resumed = agreement.of_rank_0(lambda: _find_checkpoint(config, folder))
         progress = Progress()
         who = identity(config.model_dump(mode="json"), inputs.model_config.to_dict(), inputs.train.fingerprint)
         if resumed is not None:
-            state = checkpoint.read_state(resumed)
+            state = checkpoint_store.read_state(resumed)
             differences = check_resume(state["identity"], who, str(resumed))
             progress = progress_of(state)
             log.info("continuing from %s%s", resumed, "".join(f"\n  {line}" for line in differences))
@@ -86,6 +82,9 @@ def pretrain(config: PretrainConfig, world: World) -> Outcome:
         tracker = (
             _open_tracker(config, folder, progress, resumed is not None, steps, world) if world.rank == 0 else None
         )
+        # Not before here: a signal to a rank that has nothing to save should end it at once.
+        stop = StopWish(folder.stop if world.rank == 0 else None)
+        closing.callback(stop.close)
         outcome = Outcome.FAILED
         try:
             outcome = train(
@@ -118,8 +117,6 @@ def pretrain(config: PretrainConfig, world: World) -> Outcome:
 
 def absolute_paths(config: PretrainConfig, inputs: Inputs) -> PretrainConfig:
     """The config with every path written out, so that RUN/config.yaml starts the same run from anywhere."""
-    from pretrain.training.ds_config import find_ds_config
-
     return config.model_copy(
         update={
             "run": config.run.model_copy(update={"dir": str(Path(config.run.dir).absolute())}),
@@ -140,10 +137,10 @@ def absolute_paths(config: PretrainConfig, inputs: Inputs) -> PretrainConfig:
 def _find_checkpoint(config: PretrainConfig, folder: RunFolder) -> Path | None:
     """The checkpoint to go on from. Raises UserError where a run must begin but has begun before."""
     if config.run.resume == "never" and (
-        folder.metrics.exists() or checkpoint.complete_checkpoints(folder.checkpoints)
+        folder.metrics.exists() or checkpoint_store.complete_checkpoints(folder.checkpoints)
     ):
         raise UserError(f"run.resume is 'never', but {folder.path} holds a run already; name another run.dir")
-    return checkpoint.newest_usable(folder.checkpoints)
+    return checkpoint_store.newest_usable(folder.checkpoints)
 
 
 def _training_batches(
@@ -191,7 +188,7 @@ def _saving(
 
     def save(progress: Progress) -> None:
         state = {"progress": asdict(progress), "config": config.model_dump(mode="json"), "identity": who}
-        keep = checkpoint.Retention(config.checkpoint.keep_last, config.checkpoint.keep_every)
+        keep = checkpoint_store.Retention(config.checkpoint.keep_last, config.checkpoint.keep_every)
         checkpoint.save(engine, folder.checkpoints, progress.step, state, write_model, keep)
 
     return save
@@ -212,38 +209,55 @@ def _open_tracker(
     )
 
 
-@SetParseFn(str)
-def main(*stray: str, config: str = "", local_rank: str = "0", **overrides: str) -> None:
-    """Start this rank. `local_rank` is what DeepSpeed's launcher adds; everything else overrides a key of the config."""
-    del local_rank  # the environment says the same
+def main(argv: Sequence[str]) -> None:
+    """Start this rank and end the process with the outcome's exit code."""
+    rank = int(os.environ.get("RANK", "0"))
     outcome, message = Outcome.FAILED, ""
-    settings: PretrainConfig | None = None
-    rank0 = int(os.environ.get("RANK", "0")) == 0
+    config: PretrainConfig | None = None
     try:
-        if stray:
-            raise UserError(f"unexpected argument '{stray[0]}'; write --section.key=value")
-        if not config:
-            raise UserError("--config FILE is missing")
-        settings = load_config(PretrainConfig, config, overrides)
-        world = connect()
-        outcome = pretrain(settings, world)
+        config = _read_arguments(argv)
+        outcome = pretrain(config, connect())
         disconnect()
     except UserError as error:
         outcome, message = Outcome.REFUSED, str(error)
-        if rank0:
+        if rank == 0:
             print(f"deepcloze: {message}", file=sys.stderr)
     except BaseException as error:
-        message = f"rank {os.environ.get('RANK', '0')}: {type(error).__name__}: {error}"
-        traceback.print_exc()
+        message = f"rank {rank}: {type(error).__name__}: {error}"
         log.exception("this rank failed")
-    if settings is not None and (rank0 or outcome == Outcome.FAILED):
-        with contextlib.suppress(OSError, UserError):
-            open_run_folder(settings.run.dir).write_outcome(outcome, message)
+    if config is not None:
+        _record(RunFolder(Path(config.run.dir).absolute()), outcome, message, rank)
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(outcome.exit_code)  # a normal exit of a rank with live collective threads has been seen to abort
 
 
+def _read_arguments(argv: Sequence[str]) -> PretrainConfig:
+    """--config FILE, what DeepSpeed's launcher adds (--local_rank), and config keys. Raises UserError."""
+    arguments: dict[str, str] = {}
+    rest = list(argv)
+    while rest:
+        key, equals, value = rest.pop(0).partition("=")
+        if not key.startswith("--"):
+            raise UserError(f"unexpected argument '{key}'; write --section.key=value")
+        if not equals:
+            if not rest:
+                raise UserError(f"{key} needs a value: {key}=…")
+            value = rest.pop(0)
+        arguments[key.removeprefix("--")] = value
+    arguments.pop("local_rank", None)  # the environment says the same
+    if "config" not in arguments:
+        raise UserError("--config FILE is missing")
+    return load_config(PretrainConfig, arguments.pop("config"), arguments)
+
+
+def _record(folder: RunFolder, outcome: Outcome, message: str, rank: int) -> None:
+    """Leave the outcome for the launcher: rank 0's word, or that of a rank that failed where rank 0 said nothing."""
+    with contextlib.suppress(OSError):
+        if rank == 0 or (outcome == Outcome.FAILED and folder.read_outcome() is None):
+            folder.write_outcome(outcome, message)
+
+
 if __name__ == "__main__":
-    fire.Fire(main)
+    main(sys.argv[1:])

@@ -4,13 +4,14 @@
 2. Their lengths decide which rank and microbatch computes which.       (the same on every rank)
 3. This rank reads, masks and lays out its own sequences only.
 
-A batch is a function of its number, so the loader is a map from step to batch: torch's DataLoader gives order, read-ahead
-and dead-worker detection, and starting at step k is starting at step k.
+A batch is a function of its number, so the loader is a map from step to batch: torch's DataLoader gives order,
+read-ahead and dead-worker detection, and starting at step k is starting at step k.
 """
 
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from types import FrameType
 from typing import NamedTuple
 
@@ -133,7 +134,7 @@ class BatchMaker(Dataset[RankBatch]):
                 masked_slots[low:high] - number * rows * width,
                 labels[low:high],
             )
-            for number, (low, high) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))
+            for number, (low, high) in enumerate(pairwise(bounds))
         ]
         squares = int((lengths * lengths).sum())
         return RankBatch(step, microbatches, len(labels), int(lengths.sum()), len(mine), squares)
@@ -200,7 +201,7 @@ class _Steps:
 
 
 def _outlive_the_rank(_worker: int) -> None:
-    """A launcher that ends a run signals the whole process tree, but the rank still needs batches to finish its step."""
+    """A launcher that ends a run signals the whole process tree; the rank still needs batches to finish its step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _live_a_little_longer)
 
@@ -212,4 +213,5 @@ def _live_a_little_longer(_number: int, _frame: FrameType | None) -> None:
 def _spans(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     """[start, start + 1, …] of each span, one after another."""
     first = np.cumsum(lengths) - lengths
-    return np.arange(lengths.sum()) + np.repeat(starts - first, lengths)
+    spans: NDArray[np.int64] = np.arange(lengths.sum()) + np.repeat(starts - first, lengths)
+    return spans

@@ -49,7 +49,7 @@ class Masker:
         within = np.arange(len(tokens)) - np.repeat(first, lengths)
         picked = uniform(draws(token_keys, 2 * within)) < self.policy.rate
         chosen = np.flatnonzero(picked & ~self.vocabulary.unmaskable[tokens])
-        # One more word decides the rest: what happens to the token by its high bits, which id replaces it by a hash of it.
+        # One more word decides the rest: its high bits what happens to the token, a hash of it which id replaces it.
         words = draws(token_keys[chosen], 2 * within[chosen] + 1)
         action = uniform(words)
         shown = tokens.copy()

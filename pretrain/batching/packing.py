@@ -2,8 +2,8 @@
 
 1. Whole sequences are packed into windows of W slots (best fit, longest first); a model that cannot be packed gets one
    sequence a window.
-2. Windows, fullest first, are dealt to the ranks in snake order, which balances the ranks by tokens, and each rank splits
-   its own, in that order, into as many microbatches as needed. (A padded microbatch thus holds sequences of like length.)
+2. Windows, fullest first, are dealt to the ranks in snake order, which balances the ranks by tokens. Each rank splits
+   its own, in that order, into as many microbatches as needed, so a padded one holds sequences of like length.
 3. All microbatches of a step have the same number of rows on every rank, rounded up to one of a few bucket sizes, so
    that compiled kernels meet few shapes. Rows nobody needs are padding, and take part with weight zero.
 
@@ -11,7 +11,6 @@ Pure functions of (lengths, world size, microbatch size); every rank computes th
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +18,8 @@ from numpy.typing import NDArray
 _ROW_BUCKETS = 8  # a microbatch has a multiple of 1/8 of the largest number of rows
 
 
-class Windows(NamedTuple):
+@dataclass(frozen=True)
+class Windows:
     """Where each of S sequences lies in the windows."""
 
     window: NDArray[np.int64]  # [S]
@@ -82,7 +82,7 @@ def deal(lengths: NDArray[np.int64], windows: Windows, world_size: int, max_rows
     rows = -(-windows.count // (world_size * microbatches))
     rows = min(max_rows, max(1, -(-rows // bucket)) * bucket)
 
-    # Ranks take windows in turns, back and forth, so that neither their number nor their fullness differs by more than one.
+    # Ranks take windows in turns, back and forth: their shares differ by one window at most.
     turn, seat = np.divmod(np.arange(windows.count), world_size)
     rank = np.where(turn % 2 == 1, world_size - 1 - seat, seat)
     bounds = np.arange(microbatches + 1) * -(-windows.count // world_size) // microbatches

@@ -42,8 +42,11 @@ def packed_attention(
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention output [B, W, H, D]. `sliding_window`: a slot sees those less than this many slots away, as transformers
-    hands it to flash attention (ModernBERT: half its local window, plus one)."""
+    """Attention output [B, W, H, D].
+
+    `sliding_window`: a slot sees those less than this many slots away, as transformers hands it to flash attention
+    (ModernBERT: half its local window, plus one).
+    """
     assert attention_mask is None, "transformers made a mask although the packed attention takes none"
     scaling = query_BHWD.shape[-1] ** -0.5 if scaling is None else scaling
     if not query_BHWD.is_cuda:
@@ -89,6 +92,9 @@ def _varlen_attention(
     batch, heads, width, size = query.shape
     # A window of (left, right) slots that may be seen on either side, the slot itself not counted; -1: all.
     window = (-1, -1) if sliding_window is None else (sliding_window - 1, sliding_window - 1)
-    flat = [tensor.transpose(1, 2).reshape(batch * width, heads, size) for tensor in (query, key, value)]
-    output = varlen_attn(*flat, cu_seqlens, cu_seqlens, width, width, scale=scaling, window_size=window)
-    return output.view(batch, width, heads, size)
+    query_THD, key_THD, value_THD = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
+    output_THD = varlen_attn(
+        query_THD, key_THD, value_THD, cu_seqlens, cu_seqlens, width, width, scale=scaling, window_size=window
+    )
+    assert isinstance(output_THD, Tensor)
+    return output_THD.view(batch, width, heads, size)

@@ -69,7 +69,8 @@ def resolve_config(model: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> Pr
         }
         if given["pad_token_id"] != tokenizer.pad_token_id:
             raise UserError(
-                f"model.config.pad_token_id is {given['pad_token_id']}, the tokenizer's padding token is {tokenizer.pad_token_id}"
+                f"model.config.pad_token_id is {given['pad_token_id']}, "
+                f"the tokenizer's padding token is {tokenizer.pad_token_id}"
             )
         try:
             config = AutoConfig.for_model(config.model_type, **given)
@@ -78,10 +79,9 @@ def resolve_config(model: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> Pr
     else:
         for field, value in fields.items():
             setattr(config, field, value)
-    if config.vocab_size <= max(tokenizer.get_vocab().values()):
-        raise UserError(
-            f"the model's vocab_size is {config.vocab_size}, but the tokenizer's ids go up to {max(tokenizer.get_vocab().values())}"
-        )
+    largest = max(tokenizer.get_vocab().values())
+    if config.vocab_size <= largest:
+        raise UserError(f"the model's vocab_size is {config.vocab_size}, but the tokenizer's ids go up to {largest}")
     return config
 
 
@@ -95,8 +95,8 @@ def check_tokenizer(model: ModelConfig, corpus_fingerprint: str, corpus: Path) -
         raise UserError(f"model.init_from: {error}") from None
     if tokenizer_fingerprint(own) != corpus_fingerprint:
         raise UserError(
-            f"the corpus {corpus} was built with another tokenizer than the one in {model.init_from}; its token ids mean "
-            "something else to this model. Build the corpus again with `--tokenizer` naming the model's folder"
+            f"the corpus {corpus} was built with another tokenizer than the one in {model.init_from}; its token ids "
+            "mean something else to this model. Build the corpus again with `--tokenizer` naming the model's folder"
         )
 
 

@@ -4,8 +4,8 @@ Forward and backward, per real token:
 
     6 N_encoder  +  12 h sum over layers of s_eff  +  6 r (V h + h^2)
 
-N_encoder: parameters outside the embeddings and the head; s_eff = sum(s^2) / sum(s) over the sequences, capped by a local
-window where a layer has one; r: the share of tokens that are predicted. (Kaplan et al. 2020, section 2.1, with
+N_encoder: parameters outside the embeddings and the head; s_eff = sum(s^2) / sum(s) over the sequences, capped by a
+local window where a layer has one; r: the share of tokens that are predicted. (Kaplan et al. 2020, section 2.1, with
 attention counted for the sequences that are really there.)
 """
 
@@ -44,7 +44,7 @@ def flops_model(model: PreTrainedModel) -> FlopsModel:
         for parameter in module.parameters()
     }
     encoder = sum(p.numel() for p in model.base_model.parameters() if id(p) not in in_embeddings)
-    layers = getattr(config, "num_hidden_layers", None) or getattr(config, "n_layers", 0)
+    layers: int = config.num_hidden_layers
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * layers
     window = 2 * getattr(config, "sliding_window", 0) + 1 if "sliding_attention" in kinds else 0
     return FlopsModel(

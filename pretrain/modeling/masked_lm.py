@@ -1,7 +1,7 @@
 """A masked language model as the training engine sees it: microbatch in, summed loss out.
 
-The head is computed for the predicted positions only. No architecture is rewritten for that: a hook on the encoder keeps
-just those rows of its output, and the model's own head modules then run on [1, M, hidden] instead of [B, W, hidden].
+The head is computed for the predicted positions only. No architecture is rewritten for that: a hook on the encoder
+keeps just those rows of its output, and the model's own head then runs on [1, M, hidden] instead of [B, W, hidden].
 """
 
 from typing import Any, NamedTuple

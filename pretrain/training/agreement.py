@@ -1,11 +1,12 @@
-"""What the ranks have to agree on once a step: whole numbers, over the network of the hosts, never through the device."""
+"""What the ranks agree on once a step: whole numbers, over the network of the hosts, never through the device."""
 
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from experiment.errors import UserError
 from pretrain.training.engine import COLLECTIVE_TIMEOUT
 
 T = TypeVar("T")
@@ -23,11 +24,19 @@ class Agreement:
         dist.all_reduce(summed, group=self._group)
         return [int(total) for total in summed]
 
-    def of_rank_0(self, value: T) -> T:
-        """Rank 0's value, on all ranks."""
-        box = [value]
+    def of_rank_0(self, find: Callable[[], T]) -> T:
+        """What `find` gives on rank 0, on all ranks; a UserError there is raised on all of them."""
+        box: list[Any] = [None, None]
+        if dist.get_rank() == 0:
+            try:
+                box[0] = find()
+            except UserError as error:
+                box[1] = str(error)
         dist.broadcast_object_list(box, src=0, group=self._group)
-        return box[0]
+        if box[1] is not None:
+            raise UserError(box[1])
+        found: T = box[0]
+        return found
 
     def wait(self) -> None:
         """Until every rank is here."""

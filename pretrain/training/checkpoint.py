@@ -12,24 +12,28 @@ the ZeRO stage, so a checkpoint loads at any world size, stage and precision. Sa
 """
 
 import json
-import logging
-import os
-import re
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import xxhash
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from experiment.errors import UserError
 from pretrain.batching.loader import World
+from pretrain.training.checkpoint_store import (
+    Retention,
+    checkpoint_path,
+    forget_old,
+    mark,
+    read_state,
+    sync,
+    write_json,
+)
 from pretrain.training.engine import Engine
 from pretrain.training.partitions import (
     fragments,
@@ -40,30 +44,10 @@ from pretrain.training.partitions import (
     state_of,
 )
 
-log = logging.getLogger(__name__)
-
-_NAME = re.compile(r"step-(\d{8,})")
-_MARK = "COMPLETE"
 _MASTER = "fp32"  # among the optimizer's own names (exp_avg, exp_avg_sq, step)
 
 WriteModel = Callable[[dict[str, Tensor], Path], None]
 """Writes a Hugging Face folder from fp32 weights by parameter name."""
-
-
-@dataclass(frozen=True)
-class Retention:
-    keep_last: int
-    keep_every: int | None = None
-
-
-def checkpoint_path(checkpoints: Path, step: int) -> Path:
-    return checkpoints / f"step-{step:08d}"
-
-
-def complete_checkpoints(checkpoints: Path) -> list[Path]:
-    """Marked checkpoints of a run, oldest first."""
-    found = [path for path in checkpoints.glob("step-*") if _NAME.fullmatch(path.name) and (path / _MARK).is_file()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def save(
@@ -85,56 +69,19 @@ def save(
     with _AllOrNone(engine.world):
         if rank0:
             index = _merge(gathered)
-            _write_json(aside / "engine" / "index.json", index)
+            write_json(aside / "engine" / "index.json", index)
             reader = FragmentReader(aside / "engine")
             weights = {name: reader.read(name, _MASTER).view(index[name]["shape"]) for name in index}
             write_model(weights, aside / "hf")
             state = state | {"step": step, "loss_scaler": loss_scaler_state(engine.deepspeed)}
-            _write_json(aside / "state.json", state)
-            _mark(aside)
+            write_json(aside / "state.json", state)
+            mark(aside)
             if final.exists():  # unmarked or damaged: a marked one is never written again
                 shutil.rmtree(final)
             aside.rename(final)
-            _sync(checkpoints)
-            _forget_old(checkpoints, keep)
+            sync(checkpoints)
+            forget_old(checkpoints, keep)
     return final
-
-
-def verify(checkpoint: Path) -> str | None:
-    """None for a complete, undamaged checkpoint, else what is wrong with it."""
-    try:
-        checksums: dict[str, str] = json.loads((checkpoint / _MARK).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        return f"its {_MARK} file cannot be read: {error}"
-    for name, expected in checksums.items():
-        try:
-            found = _checksum(checkpoint / name)
-        except OSError as error:
-            return f"{name} cannot be read: {error.strerror}"
-        if found != expected:
-            return f"{name} is damaged (checksum {found}, expected {expected})"
-    return None
-
-
-def newest_usable(checkpoints: Path) -> Path | None:
-    """The newest complete and undamaged checkpoint; says why it passed over a newer one. Raises UserError if none of
-    several is usable."""
-    candidates = complete_checkpoints(checkpoints)
-    for checkpoint in reversed(candidates):
-        problem = verify(checkpoint)
-        if problem is None:
-            return checkpoint
-        log.warning("passing over checkpoint %s: %s", checkpoint, problem)
-    if candidates:
-        raise UserError(
-            f"none of the {len(candidates)} checkpoints in {checkpoints} can be read; the newest is {candidates[-1]}"
-        )
-    return None
-
-
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-    return state
 
 
 def load(engine: Engine, checkpoint: Path) -> None:
@@ -217,7 +164,7 @@ def _write_fragments(engine: Engine, path: Path) -> dict[str, Any]:
             "fragments": [{"file": path.name, "start": fragment.start, "numel": fragment.numel}],
         }
     save_file(tensors, path)
-    _sync(path)
+    sync(path)
     return entries
 
 
@@ -237,52 +184,6 @@ def _merge(ranks: list[dict[str, Any]]) -> dict[str, Any]:
         whole = torch.Size(entry["shape"]).numel()
         assert sum(piece["numel"] for piece in entry["fragments"]) == whole, f"fragments of {name} do not add up"
     return merged
-
-
-def _mark(folder: Path) -> None:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    for path in files:
-        _sync(path)
-    for path in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
-        _sync(path)
-    _write_json(folder / _MARK, {str(path.relative_to(folder)): _checksum(path) for path in files})
-    _sync(folder)
-
-
-def _forget_old(checkpoints: Path, keep: Retention) -> None:
-    for path in complete_checkpoints(checkpoints)[: -keep.keep_last]:
-        step = int(path.name.removeprefix("step-"))
-        if keep.keep_every is None or step % keep.keep_every != 0:
-            (path / _MARK).unlink()  # first, so that a half-deleted checkpoint is none
-            shutil.rmtree(path)
-    for leftover in checkpoints.glob(".step-*.partial"):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _checksum(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        for block in _blocks(file):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _blocks(file: Any) -> Iterator[bytes]:
-    while block := file.read(1 << 24):
-        yield block
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class _AllOrNone:

@@ -1,7 +1,7 @@
 """DeepSpeed, as the training loop sees it: forward and backward of a microbatch, one update a step.
 
-The objective is the mean over all predicted tokens of the global batch. Each microbatch contributes its summed loss over
-the global count; DeepSpeed averages gradients over ranks, so the contribution is multiplied by the world size first.
+The objective is the mean over all predicted tokens of the global batch. Each microbatch contributes its summed loss
+over the global count; DeepSpeed averages gradients over ranks, so that is multiplied by the world size first.
 Accumulation is unmanaged: as many backward passes as there are microbatches, then one `step`.
 """
 
@@ -166,8 +166,7 @@ class Engine:
         self.deepspeed.destroy()
 
     def _step_at_stage_0(self) -> StepResult:
-        """DeepSpeed's stage 0 neither tells the gradient's norm nor stops at NaN, so both are done between its reduction
-        and its update."""
+        """DeepSpeed's stage 0 neither tells the gradient's norm nor stops at NaN: both are done here."""
         self.deepspeed.buffered_allreduce_fallback()
         parameters = [parameter for group in self.deepspeed.optimizer.param_groups for parameter in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, self._grad_clip or float("inf")).item()

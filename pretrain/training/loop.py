@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -53,22 +53,36 @@ class Parts:
     peak_flops: float | None  # of one device
 
 
+class _Totals(NamedTuple):
+    """One step's numbers, over all ranks."""
+
+    masked: int  # predicted tokens
+    tokens: int  # real tokens, special ones included
+    squared_lengths: int
+    stop_wishes: int  # ranks that were asked to stop
+    save_wishes: int  # 1: by rank 0's clock a checkpoint is due
+
+
 @dataclass
 class _Interval:
-    """The losses since the last log event, one number a step, summed over the ranks when they are asked for.
+    """The steps since the last log event.
 
     Each step's loss is reduced on its own and added up in the order of the steps, so that a run that was stopped in
     the middle of an interval logs the same figure as one that was not.
     """
 
-    losses: list[float]
-    masked: int
-    pending: list[Tensor] = field(default_factory=list)  # of this rank, still on the device
-    squared_lengths: int = 0
-    timed_tokens: int = 0  # since this process began the interval, as are the next
-    timed_masked: int = 0
+    losses: list[float] = field(default_factory=list)  # of each step, summed over ranks and predicted tokens
+    masked: int = 0
+    pending: list[Tensor] = field(default_factory=list)  # this rank's part of the next losses, still on the device
+    totals: list[_Totals] = field(default_factory=list)  # of the steps that this process timed
+
+    def add(self, loss: Tensor, totals: _Totals) -> None:
+        self.pending.append(loss)
+        self.totals.append(totals)
+        self.masked += totals.masked
 
     def reduce(self, device: torch.device) -> None:
+        """Bring all losses to the host. Collective; the interval's only wait for the device."""
         if self.pending:
             summed = torch.stack([loss.to(device, torch.float64) for loss in self.pending])
             dist.all_reduce(summed)
@@ -78,72 +92,92 @@ class _Interval:
 
 def train(parts: Parts, progress: Progress) -> Outcome:
     """Train from `progress` to the last step, or until a rank is asked to stop; the last step reached is saved."""
-    config = parts.config
     interval = _Interval(list(progress.interval_losses), progress.interval_masked)
     pace = Throughput()
-    began = saved_at = time.monotonic()
-    seconds_before = progress.seconds
+    clock = _Clock(progress.seconds)
     if _evaluation_due(parts, progress.step) and not progress.evaluated:
-        progress = _evaluate(parts, progress)
-        pace = Throughput()
+        with pace.paused():
+            progress = _evaluate(parts, progress)
     while progress.step < parts.steps:
         with pace.waiting():
             batch = next(parts.batches)
-        assert batch.step == progress.step
-        minutes = config.checkpoint.every_minutes
-        wishes = [parts.stop.reason is not None, minutes is not None and time.monotonic() - saved_at > 60 * minutes]
-        if parts.engine.world.rank != 0:
-            wishes[1] = False  # one clock: rank 0's
-        counts = [batch.masked_tokens, batch.tokens, batch.squared_lengths, *wishes]
-        masked, tokens, squared_lengths, stop_wishes, save_wishes = parts.agreement.totals(
-            [int(count) for count in counts]
-        )
+        totals = _agree(parts, batch, clock)
+        rate = learning_rate(parts.config.schedule, parts.config.optimizer.lr, progress.step, parts.steps)
+        loss, result = _train_step(parts.engine, batch, totals.masked, rate)
+        interval.add(loss, totals)
+        pace.add(totals.tokens)
+        progress = _advance(progress, totals, clock)
 
-        rate = learning_rate(config.schedule, config.optimizer.lr, progress.step, parts.steps)
-        result = _train_step(parts.engine, batch, masked, rate, interval)
-
-        interval.masked += masked
-        interval.timed_masked += masked
-        interval.timed_tokens += tokens
-        interval.squared_lengths += squared_lengths
-        pace.add(tokens)
-        progress = replace(
-            progress,
-            step=progress.step + 1,
-            tokens=progress.tokens + tokens,
-            seconds=seconds_before + time.monotonic() - began,
-            evaluated=False,
-        )
         last = progress.step == parts.steps
-        if last or progress.step % config.run.log_every == 0:
+        stop = totals.stop_wishes > 0 and not last
+        if last or progress.step % parts.config.run.log_every == 0:
             _log(parts, progress, interval, pace, rate, result)
-            interval = _Interval([], 0)
-        stop = bool(stop_wishes) and not last
+            interval = _Interval()
         if _evaluation_due(parts, progress.step) and not stop:
-            progress = _evaluate(parts, progress)
-        every = config.checkpoint.every_steps
-        if last or stop or save_wishes or (every is not None and progress.step % every == 0):
-            interval.reduce(parts.engine.device)
-            parts.save(replace(progress, interval_losses=tuple(interval.losses), interval_masked=interval.masked))
-            saved_at = time.monotonic()
+            with pace.paused():
+                progress = _evaluate(parts, progress)
+        if last or stop or totals.save_wishes or _divides(parts.config.checkpoint.every_steps, progress.step):
+            with pace.paused():
+                _save(parts, progress, interval)
+            clock.saved()
         if stop:
             log.info("stopping after step %d: %s", progress.step, parts.stop.reason or "another rank was asked to")
             return Outcome.STOPPED
     return Outcome.DONE
 
 
-def _train_step(engine: Engine, batch: RankBatch, global_masked: int, rate: float, interval: _Interval) -> StepResult:
-    """One consumed global batch. One without any predicted token updates nothing."""
+class _Clock:
+    """Seconds of training, over all attempts, and since the last checkpoint."""
+
+    def __init__(self, seconds_before: float) -> None:
+        self._began = time.monotonic() - seconds_before
+        self._saved = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._began
+
+    @property
+    def minutes_since_saved(self) -> float:
+        return (time.monotonic() - self._saved) / 60
+
+    def saved(self) -> None:
+        self._saved = time.monotonic()
+
+
+def _agree(parts: Parts, batch: RankBatch, clock: _Clock) -> _Totals:
+    every_minutes = parts.config.checkpoint.every_minutes
+    save = parts.engine.world.rank == 0 and every_minutes is not None and clock.minutes_since_saved >= every_minutes
+    stop = parts.stop.reason is not None
+    counts = (batch.masked_tokens, batch.tokens, batch.squared_lengths, int(stop), int(save))
+    return _Totals(*parts.agreement.totals(counts))
+
+
+def _train_step(engine: Engine, batch: RankBatch, global_masked: int, rate: float) -> tuple[Tensor, StepResult]:
+    """Consume one global batch; returns this rank's summed loss. One without any predicted token updates nothing."""
     if global_masked == 0:
-        interval.pending.append(torch.zeros((), device=engine.device))
-        return StepResult(applied=False, grad_norm=0.0)
+        return torch.zeros((), device=engine.device), StepResult(applied=False, grad_norm=0.0)
     engine.set_learning_rate(rate)
     losses = [
         engine.accumulate(microbatch, global_masked, batch.step, number)
         for number, microbatch in enumerate(batch.microbatches)
     ]
-    interval.pending.append(torch.stack(losses).sum(dtype=torch.float64))
-    return engine.step()
+    return torch.stack(losses).sum(dtype=torch.float64), engine.step()
+
+
+def _advance(progress: Progress, totals: _Totals, clock: _Clock) -> Progress:
+    return replace(
+        progress,
+        step=progress.step + 1,
+        tokens=progress.tokens + totals.tokens,
+        seconds=clock.seconds,
+        evaluated=False,
+    )
+
+
+def _save(parts: Parts, progress: Progress, interval: _Interval) -> None:
+    interval.reduce(parts.engine.device)
+    parts.save(replace(progress, interval_losses=tuple(interval.losses), interval_masked=interval.masked))
 
 
 def _log(
@@ -153,7 +187,7 @@ def _log(
     lap = pace.lap()
     mfu = None
     if parts.peak_flops is not None:
-        flops = parts.flops.per_step(interval.timed_tokens, interval.squared_lengths, interval.timed_masked)
+        flops = sum(parts.flops.per_step(step.tokens, step.squared_lengths, step.masked) for step in interval.totals)
         mfu = flops / lap.seconds / (parts.peak_flops * parts.engine.world.size)
     if parts.tracker is not None:
         parts.tracker.log(
@@ -173,7 +207,11 @@ def _log(
 
 
 def _evaluation_due(parts: Parts, step: int) -> bool:
-    return step in (0, parts.steps) or step % parts.config.evaluation.every_steps == 0
+    return step in (0, parts.steps) or _divides(parts.config.evaluation.every_steps, step)
+
+
+def _divides(every: int | None, step: int) -> bool:
+    return every is not None and step % every == 0
 
 
 def _evaluate(parts: Parts, progress: Progress) -> Progress:

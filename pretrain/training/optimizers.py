@@ -13,7 +13,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     norms = {
         id(p) for module in model.modules() if "Norm" in type(module).__name__ for p in module.parameters(recurse=False)
     }
-    decay, no_decay = [], []
+    decay: list[nn.Parameter] = []
+    no_decay: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         skip = id(parameter) in norms or name.endswith("bias") or parameter.dim() < 2
         (no_decay if skip else decay).append(parameter)

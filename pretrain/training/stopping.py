@@ -1,4 +1,4 @@
-"""Wishes to stop early: a signal to any rank, or a STOP file in the run folder. Deciding is left to all ranks together."""
+"""Wishes to stop early: a signal to any rank, or a STOP file in the run folder. All ranks decide together."""
 
 import signal
 import time

@@ -1,4 +1,5 @@
 import dataclasses
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -72,7 +73,7 @@ def test_layout_of_a_microbatch(maker):
         bounds = micro.cu_seqlens.tolist()
         assert bounds[0] == 0
         assert bounds[-1] == 64
-        for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+        for start, end in pairwise(bounds):
             assert len(segments[start:end].unique()) == 1
             assert start // 16 == (end - 1) // 16, "a span over two windows"
             if segments[start] != 0:

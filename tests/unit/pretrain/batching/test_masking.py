@@ -20,7 +20,7 @@ def sequences(ids, epoch=0):
 
 
 def test_shares_are_those_of_the_policy(masker):
-    """Catches a wrong threshold: 15 % chosen; of those 80 % [MASK], 10 % random, 10 % unchanged (4 standard deviations)."""
+    """Catches a wrong threshold: 15 % chosen, of those 80 % [MASK], 10 % random, 10 % as they are (4 sigma)."""
     lengths = np.full(4000, 100)
     tokens = np.random.default_rng(0).integers(5, 2000, lengths.sum())
     shown, chosen = masker.mask(tokens, lengths, masker.keys(sequences(np.arange(4000))))
