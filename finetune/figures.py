@@ -1,13 +1,14 @@
 """The pictures of a fine-tuning run: its confusion matrix and its curves."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from experiment.figures import COLOURS, GREY, Line, Panel, draw_panels
+from experiment.figures import COLOURS, GREY
 
 _WRITTEN_OUT = 25  # labels: of more, the matrix shows colours only
 
@@ -33,37 +34,36 @@ def draw_confusion(path: Path, confusion: NDArray[np.int64], labels: Sequence[st
                 axes.text(
                     column, row, f"{confusion[row, column]:,}", ha="center", va="center", color=colour, fontsize=8
                 )
-    _replace(path, lambda aside: canvas.savefig(aside, format="png", facecolor="white"))
+    _save(canvas, path)
 
 
 def draw_curves(path: Path, epochs: Mapping[int, Sequence[Mapping[str, float]]], metric: str) -> None:
-    """Loss on train and validation, and the metric on validation, by epoch; a line per seed.
+    """Loss on train and validation beside the metric on validation, by epoch; a colour per seed, the kept epoch ringed.
 
     epochs: seed -> what stands in its epochs.csv.
     """
+    canvas = Figure(figsize=(11.0, 4.2), dpi=144, layout="constrained")
+    losses, scores = canvas.subplots(1, 2)
+    for (seed, rows), colour in zip(epochs.items(), COLOURS * len(epochs), strict=False):
+        x = [row["epoch"] for row in rows]
+        best = max(rows, key=lambda row: row[metric])
+        losses.plot(x, [row["train_loss"] for row in rows], "--.", color=colour, linewidth=1.2)
+        losses.plot(x, [row["validation_loss"] for row in rows], "-o", color=colour, markersize=4)
+        scores.plot(x, [row[metric] for row in rows], "-o", color=colour, markersize=4, label=f"seed {seed}")
+        scores.plot(best["epoch"], best[metric], "o", color=colour, markersize=10, fillstyle="none")
+    for axes, label in ((losses, "loss (dashed: train, solid: validation)"), (scores, f"{metric} on validation")):
+        axes.set_xlim(0.5, max(len(rows) for rows in epochs.values()) + 0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
+        axes.set_xlabel("epoch", color=GREY)
+        axes.set_ylabel(label, color=GREY)
+        axes.grid(color="#e8ebf0", linewidth=0.8)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+    scores.legend(frameon=False, labelcolor=GREY)
+    _save(canvas, path)
 
-    def lines(key: str, label: str) -> list[Line]:
-        return [
-            Line(
-                f"{label}, seed {seed}",
-                [row["epoch"] for row in rows],
-                [row[key] for row in rows],
-                marked=True,
-                colour=colour,
-            )
-            for (seed, rows), colour in zip(epochs.items(), COLOURS * len(epochs), strict=False)
-        ]
 
-    panels = [
-        Panel("loss on train", lines("train_loss", "train")),
-        Panel("loss on validation", lines("validation_loss", "validation")),
-        Panel(f"{metric} on validation", lines(metric, "validation")),
-    ]
-    _replace(path, lambda aside: draw_panels(aside, panels, x_label="epoch"))
-
-
-def _replace(path: Path, draw: Callable[[Path], None]) -> None:
-    """Draw aside and move into place: a reader sees the old picture or the new one."""
+def _save(canvas: Figure, path: Path) -> None:
+    """Write aside and move into place: a reader sees the old picture or the new one."""
     aside = path.with_name(f".{path.name}")
-    draw(aside)
+    canvas.savefig(aside, format="png", facecolor="white")
     aside.replace(path)

@@ -161,7 +161,7 @@ def save_model(model: Any, tokenizer: Any, max_length: int, folder: Path) -> Non
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without progress bars and warnings of libraries: a fresh head, which we say in one line, reads like an error there."""
+    """Without the libraries' progress bars and warnings: a fresh head, which the run says in one line, reads badly."""
     disabled = logging.root.manager.disable
     bars = transformers.logging.is_progress_bar_enabled()
     logging.disable(logging.WARNING)

@@ -80,7 +80,8 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
     folder = open_run_folder(config.run.dir)
     settings = outcome_settings(config, labels, tables)
     records = finished_seeds(folder, settings)
-    _say(f"{config.task.name}: {describe_data(task, labels)}")
+    for line in describe_data(task, labels):
+        _say(f"{config.task.name}: {line}")
 
     write_text(folder.config, dump_config(config))
     run_id = write_provenance(folder, collect_provenance(sys.argv))
@@ -151,8 +152,7 @@ def outcome_settings(config: FinetuneConfig, labels: Sequence[str], tables: Mapp
     tree = config.model_dump(mode="json")
     del tree["run"], tree["tracking"], tree["task"]["name"], tree["training"]["seeds"]
     tree["task"]["labels"] = list(labels)
-    digests = {split: hashlib.sha256(table.path.read_bytes()).hexdigest() for split, table in tables.items()}
-    return {**tree, "sha256": digests}
+    return {**tree, "sha256": {split: _sha256(table.path) for split, table in tables.items()}}
 
 
 def finished_seeds(folder: RunFolder, settings: Mapping[str, Any]) -> dict[int, SeedRecord]:
@@ -164,7 +164,10 @@ def finished_seeds(folder: RunFolder, settings: Mapping[str, Any]) -> dict[int, 
         raise UserError(f"run.dir: {folder.path} holds a pretraining run; choose another folder")
     records = {}
     for marker in sorted(folder.path.glob(f"seed-*/{COMPLETE}")):
-        record = SeedRecord(**json.loads(marker.read_text(encoding="utf-8")))
+        try:
+            record = SeedRecord(**json.loads(marker.read_text(encoding="utf-8")))
+        except (ValueError, TypeError):
+            raise UserError(f"{marker} is damaged: remove {marker.parent}, and its seed is trained again") from None
         ours, theirs = flatten(settings), flatten(record.settings)
         if different := [key for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key)]:
             key = different[0]
@@ -257,21 +260,21 @@ def write_summary(
     return results
 
 
-def describe_data(task: Task, labels: Sequence[str]) -> str:
-    """'8,551 train, 1,043 validation; 2 labels: 0 29.6 %, 1 70.4 %; …'."""
+def describe_data(task: Task, labels: Sequence[str]) -> list[str]:
+    """Lines on what was read: sizes, shares of the labels, and what the user may not expect."""
     counts = ", ".join(f"{len(examples):,} {split}" for split, examples in task.splits.items())
     targets = np.array(task.splits["train"].targets)
     shares = np.bincount(targets, minlength=len(labels)) / len(targets)
     named = ", ".join(f"{label} {share:.1%}" for label, share in zip(labels, shares, strict=True))
-    notes = [f"{counts}; {len(labels)} labels in train: {named}"]
+    lines = [f"{counts}; {len(labels)} labels, in train: {named}"]
     for split, examples in task.splits.items():
         if examples.truncated:
-            notes.append(f"{examples.truncated:,} of {len(examples):,} {split} examples were cut to max_seq_length")
+            lines.append(f"{split}: {examples.truncated:,} of {len(examples):,} examples are cut at max_seq_length")
         if examples.targets is None:
-            notes.append(f"{split} has no labels: it is predicted, not scored")
+            lines.append(f"{split}: without labels, so it is predicted but not scored")
         if empty := sum(not all(text.strip() for text in task.kind.texts(row)) for row in examples.table.rows):
-            notes.append(f"{empty:,} {split} rows have an empty text")
-    return "; ".join(notes)
+            lines.append(f"{split}: {empty:,} rows have an empty text")
+    return lines
 
 
 def describe_model(model: Any, fresh: Sequence[str], start: Initialisation, device: Device) -> str:
@@ -286,8 +289,8 @@ def describe_model(model: Any, fresh: Sequence[str], start: Initialisation, devi
 def print_results(results: Mapping[str, Any], path: Path) -> None:
     """The table of scores on stdout: mean ± standard deviation over the seeds."""
     splits = results["splits"]
-    table = RichTable(title=f"{results['task']}, from {results['init']}, {len(results['seeds'])} seeds")
-    table.add_column("metric")
+    table = RichTable()
+    table.add_column(f"mean ± std of {len(results['seeds'])}")
     for split in splits:
         table.add_column(split, justify="right")
     for name in next(iter(splits.values())):
@@ -298,6 +301,11 @@ def print_results(results: Mapping[str, Any], path: Path) -> None:
     console.print(
         f"* decided which epoch was kept\n{path / 'results.json'}", markup=False, soft_wrap=True, highlight=False
     )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _say(line: str) -> None:

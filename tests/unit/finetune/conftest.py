@@ -1,0 +1,77 @@
+"""A tiny pretrained encoder, and a task that it can learn."""
+
+import csv
+import random
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertConfig, BertForMaskedLM
+
+WORDS = [f"word{number}" for number in range(40)]
+SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads cost tiny models more than they give, and a great deal where other processes hold the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder: a masked-LM BERT of 2 layers x 32, 64 positions, with the vocabulary of WORDS."""
+    folder = tmp_path_factory.mktemp("encoder")
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(SPECIALS + WORDS),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
+    BertForMaskedLM(config).save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(SPECIALS + WORDS) + "\n")
+    return folder
+
+
+Rows = Iterable[Iterable[str]]
+
+
+@pytest.fixture
+def write_tsv(tmp_path: Path) -> Callable[[str, Rows], Path]:
+    """Writes rows of fields as a TSV file of a given name."""
+
+    def write(name: str, rows: Rows) -> Path:
+        path = tmp_path / name
+        with path.open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file, delimiter="\t").writerows(rows)
+        return path
+
+    return write
+
+
+def labelled_rows(count: int, seed: int) -> list[list[str]]:
+    """A header, then rows whose label says which half of WORDS their text is drawn from."""
+    draw = random.Random(seed)
+    rows = [["label", "text"]]
+    for _ in range(count):
+        label = draw.choice(["low", "high"])
+        half = WORDS[:20] if label == "low" else WORDS[20:]
+        rows.append([label, " ".join(draw.choices(half, k=draw.randint(2, 9)))])
+    return rows
+
+
+@pytest.fixture
+def task_files(write_tsv: Callable[[str, Rows], Path]) -> dict[str, str]:
+    """train, validation and test of a task that a tiny model learns in seconds."""
+    sizes = {"train": 160, "validation": 40, "test": 30}
+    return {
+        split: str(write_tsv(f"{split}.tsv", labelled_rows(size, seed)))
+        for seed, (split, size) in enumerate(sizes.items())
+    }

@@ -1,0 +1,86 @@
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from finetune.model import load_tokenizer
+from finetune.tasks.examples import Examples, collate, evaluation_order, make_examples, training_order
+from finetune.tasks.kinds import KINDS
+from finetune.tasks.rows import Row, Table
+
+
+def examples(encoder: Path, *texts: tuple[str, ...], max_length: int = 64, labelled: bool = True) -> Examples:
+    rows = tuple(
+        Row(n, {**dict(zip(("text", "text_pair"), pair, strict=False)), **({"label": "a"} if labelled else {})})
+        for n, pair in enumerate(texts, 1)
+    )
+    table = Table(Path("f.csv"), rows, labelled)
+    return make_examples(table, KINDS["classification"], ("a", "b"), load_tokenizer(encoder), max_length, True)
+
+
+# The vocabulary: [PAD] 0, [UNK] 1, [CLS] 2, [SEP] 3, [MASK] 4, word0 5, word1 6, …
+
+
+def test_pairs_have_separators_and_token_types(encoder: Path) -> None:
+    """Catches pairs glued into one segment: the second text must have token type 1."""
+    made = examples(encoder, ("word0 word1", "word2"))
+    assert made.input_ids[0].tolist() == [2, 5, 6, 3, 7, 3]
+    assert made.token_type_ids is not None
+    assert made.token_type_ids[0].tolist() == [0, 0, 0, 0, 1, 1]
+
+
+def test_the_longer_text_of_a_pair_is_cut_and_counted(encoder: Path) -> None:
+    """Catches truncation from the second text only, and a count that takes a full sequence for a cut one."""
+    made = examples(
+        encoder, ("word0 word1 word2 word3 word4 word5", "word9"), ("word0 word1 word2 word3", "word4"), max_length=8
+    )
+    assert made.input_ids[0].tolist() == [2, 5, 6, 7, 8, 3, 14, 3]
+    assert made.input_ids[1].tolist() == [2, 5, 6, 7, 8, 3, 9, 3]
+    assert made.truncated == 1
+
+
+def test_special_tokens_in_a_text_are_text(encoder: Path) -> None:
+    """Catches a literal [MASK] or [SEP] in the data becoming the token that the model knows by that id."""
+    ids = examples(encoder, ("word0 [MASK] [SEP] word1",)).input_ids[0].tolist()
+    assert 4 not in ids
+    assert ids.count(3) == 1
+
+
+def test_a_batch_is_padded_to_its_longest_example(encoder: Path) -> None:
+    """Catches padding to max_seq_length, an attention mask over padding, and targets in another order."""
+    made = examples(encoder, ("word0",), ("word0 word1 word2",), ("word1",))
+    batch = collate(made, [2, 1], pad_token_id=0, device=torch.device("cpu"))
+    assert batch.inputs["input_ids"].tolist() == [[2, 6, 3, 0, 0], [2, 5, 6, 7, 3]]
+    assert batch.inputs["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
+    assert batch.targets.tolist() == [0, 0]
+
+
+def test_a_split_without_labels_has_no_targets(encoder: Path) -> None:
+    """Catches an unlabelled split that is scored against made-up labels."""
+    assert examples(encoder, ("word0",), labelled=False).targets is None
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=300), st.integers(1, 17), st.integers(0, 2**32))
+def test_an_epoch_visits_every_example_once(lengths: list[int], batch_size: int, seed: int) -> None:
+    """Catches examples that are lost or repeated by shuffling, by grouping, or in a last short batch."""
+    orders = [
+        training_order(lengths, batch_size, torch.Generator().manual_seed(seed)),
+        evaluation_order(lengths, batch_size),
+    ]
+    for order in orders:
+        assert sorted(place for batch in order for place in batch) == list(range(len(lengths)))
+        assert len(order) == -(-len(lengths) // batch_size)
+
+
+def test_training_batches_group_by_length_and_differ_by_epoch() -> None:
+    """Catches batches of mixed lengths (slow), and an order that repeats or ignores its generator."""
+    lengths = [n % 50 + 1 for n in range(1000)]
+    generator = torch.Generator().manual_seed(1)
+    first, second = (training_order(lengths, 10, generator) for _ in range(2))
+    assert first != second
+    assert first == training_order(lengths, 10, torch.Generator().manual_seed(1))
+    slots = sum(len(batch) * max(lengths[place] for place in batch) for batch in first)
+    assert slots == pytest.approx(sum(lengths), rel=0.05)

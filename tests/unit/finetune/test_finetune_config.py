@@ -1,0 +1,58 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiment.configuration import build_config, dump_config, load_config
+from experiment.errors import UserError
+from finetune.config import FinetuneConfig
+
+RECIPES = sorted((Path(__file__).parents[3] / "finetune" / "recipes").glob("*.yaml"))
+MINIMAL = {"run": {"dir": "r"}, "task": {"train": "a.csv", "validation": "b.csv"}, "model": {"init_from": "m"}}
+
+
+def config(**overrides: str) -> FinetuneConfig:
+    return build_config(FinetuneConfig, MINIMAL, {key.replace("__", "."): raw for key, raw in overrides.items()})
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipes_parse(recipe: Path, tmp_path: Path) -> None:
+    """Catches a recipe that has fallen behind the config, and a written config that does not read back the same."""
+    loaded = load_config(FinetuneConfig, recipe)
+    (tmp_path / "config.yaml").write_text(dump_config(loaded))
+    assert load_config(FinetuneConfig, tmp_path / "config.yaml") == loaded
+
+
+def test_there_are_recipes() -> None:
+    """Catches the test above passing because it looks into the wrong folder."""
+    assert {"cola", "sst2", "mrpc", "meld", "afqmc"} <= {recipe.stem for recipe in RECIPES}
+
+
+def test_labels_and_columns_may_look_like_numbers() -> None:
+    """Catches `labels: [0, 1]` and `columns: {label: 1}` being refused as no text."""
+    made = config(task__labels="[0, 1]", task__columns="{label: 1, text: 3}", task__header="null")
+    assert made.task.labels == ("0", "1")
+    assert (made.task.columns.label, made.task.columns.text) == ("1", "3")
+
+
+@pytest.mark.parametrize(
+    ("key", "raw", "message"),
+    [
+        ("task.header", "null", r"task.*columns\.label: without a header .* found 'label'"),
+        ("task.labels", "[a]", "needs two or more"),
+        ("task.labels", "[a, b, a]", "named twice: a"),
+        ("task.metric", "f1", "task.metric"),
+        ("task.kind", "cls", "task.kind"),
+        ("task.colums", "{}", "did you mean 'task.columns'"),
+        ("training.seeds", "[]", "needs one or more"),
+        ("training.seeds", "[1, 1]", "each once"),
+        ("training.lr", "high", r"training\.lr.*number"),
+        ("training.epochs", "0", r"training\.epochs"),
+        ("model.max_seq_length", "2", r"model\.max_seq_length"),
+    ],
+)
+def test_bad_values_are_refused_by_key(key: str, raw: str, message: str) -> None:
+    """Catches a bad value that surfaces as a trace, or only after minutes of training."""
+    tree: dict[str, Any] = MINIMAL
+    with pytest.raises(UserError, match=message):
+        build_config(FinetuneConfig, tree, {key: raw})

@@ -1,0 +1,159 @@
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification, BertForMaskedLM, RobertaConfig, RobertaForMaskedLM
+
+from experiment.errors import UserError
+from finetune.model import Initialisation, build_model, load_tokenizer, read_architecture, resolve_model
+
+AUTO = "AutoModelForSequenceClassification"
+
+
+def start(folder: Path, pretrained: bool = True, labels: tuple[str, ...] = ("a", "b", "c")) -> Initialisation:
+    return Initialisation(folder, pretrained, AUTO, labels)
+
+
+@pytest.fixture
+def copied(encoder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(encoder, tmp_path / "copy"))
+
+
+def test_a_model_is_found_in_folder_checkpoint_and_run(encoder: Path, tmp_path: Path) -> None:
+    """Catches an unfinished checkpoint being loaded, and an older one where a newer one is complete."""
+    for step, complete in ((20, True), (100, True), (200, False)):
+        checkpoint = tmp_path / "run" / "checkpoints" / f"step-{step:08d}"
+        shutil.copytree(encoder, checkpoint / "hf")
+        if complete:
+            (checkpoint / "COMPLETE").touch()
+    newest = tmp_path / "run" / "checkpoints" / "step-00000100"
+    assert resolve_model(tmp_path / "run") == newest / "hf"
+    assert resolve_model(newest) == newest / "hf"
+    assert resolve_model(newest / "hf") == newest / "hf"
+    with pytest.raises(UserError, match="step-00000200 is not complete"):
+        resolve_model(tmp_path / "run" / "checkpoints" / "step-00000200")
+
+
+def test_no_model_is_a_user_error(tmp_path: Path) -> None:
+    """Catches a missing folder being looked up on the network as a name, and a run without checkpoints."""
+    with pytest.raises(UserError, match=r"bert-base does not exist"):
+        resolve_model(tmp_path / "bert-base")
+    with pytest.raises(UserError, match="is none of these"):
+        resolve_model(tmp_path)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match="no complete checkpoint yet"):
+        resolve_model(tmp_path / "run")
+
+
+def test_pretrained_weights_arrive_and_only_the_head_is_fresh(encoder: Path) -> None:
+    """Catches an encoder that is silently left at random values: the commonest reason for bad scores."""
+    model, fresh = build_model(start(encoder))
+    word = "bert.embeddings.word_embeddings.weight"
+    assert torch.equal(model.state_dict()[word], load_file(encoder / "model.safetensors")[word])
+    assert all("classifier" in name or "pooler" in name for name in fresh)
+    assert "classifier.weight" in fresh
+    assert model.config.id2label == {0: "a", 1: "b", 2: "c"}
+    assert model.dtype == torch.float32
+
+
+def test_random_weights_are_the_same_architecture_with_none_of_the_values(encoder: Path) -> None:
+    """Catches a comparison of pretrained with random in which both are pretrained, or differ in shape."""
+    pretrained, _ = build_model(start(encoder))
+    random, _ = build_model(start(encoder, pretrained=False))
+    assert {n: p.shape for n, p in random.named_parameters()} == {n: p.shape for n, p in pretrained.named_parameters()}
+    matrices = [name for name, parameter in random.named_parameters() if parameter.ndim == 2 and "bert.e" in name]
+    assert matrices
+    for name in matrices:
+        ours, theirs = random.state_dict()[name], pretrained.state_dict()[name]
+        assert not torch.isclose(ours, theirs).float().mean() > 0.5
+
+
+def test_the_seed_decides_the_head(encoder: Path) -> None:
+    """Catches heads that do not follow the seed, which makes runs with one seed differ."""
+    heads = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        heads.append(build_model(start(encoder))[0].classifier.weight)
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], heads[2])
+
+
+def test_a_classifier_for_other_labels_gets_a_fresh_head(encoder: Path, tmp_path: Path) -> None:
+    """Catches continuing from another task's model failing because its head has another size."""
+    AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=5).save_pretrained(tmp_path)
+    model, fresh = build_model(start(tmp_path))
+    assert fresh == ["classifier.bias", "classifier.weight"]
+    assert model.classifier.out_features == 3
+
+
+def test_weights_that_lack_a_layer_are_refused(copied: Path) -> None:
+    """Catches a folder whose weights fill only part of the encoder being trained as if it were pretrained."""
+    weights = load_file(copied / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if "layer.1." not in name}
+    save_file(kept, copied / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"weights do not fit its config: no bert\.encoder\.layer\.1"):
+        build_model(start(copied))
+
+
+def test_loading_says_nothing_alarming(
+    encoder: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches transformers' progress bar and its report on a fresh head reaching the user, or its logging left off."""
+    level = logging.root.manager.disable
+    build_model(start(encoder))
+    assert capfd.readouterr() == ("", "")
+    assert not caplog.records
+    assert logging.root.manager.disable == level
+
+
+def test_usable_length_of_bert_and_roberta(encoder: Path, tmp_path: Path) -> None:
+    """Catches the RoBERTa family's offset being forgotten: its positions begin at padding_idx + 1."""
+    tokenizer = load_tokenizer(encoder)
+    bert = read_architecture(start(encoder), tokenizer)
+    assert (bert.max_length, bert.token_types) == (64, True)
+    config = RobertaConfig(
+        vocab_size=45,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=66,
+        pad_token_id=1,
+        type_vocab_size=1,
+    )
+    RobertaForMaskedLM(config).save_pretrained(tmp_path)
+    roberta = read_architecture(start(tmp_path), tokenizer)
+    assert (roberta.max_length, roberta.token_types) == (64, False)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(copied: Path) -> None:
+    """Catches an index error inside the embedding, minutes into a training."""
+    (copied / "vocab.txt").write_text((copied / "vocab.txt").read_text() + "extra\n")
+    with pytest.raises(UserError, match=r"ids go up to 45, vocab_size is 45"):
+        read_architecture(start(copied), load_tokenizer(copied))
+
+
+@pytest.mark.parametrize("missing", ["vocab.txt", "model.safetensors"])
+def test_an_incomplete_folder_is_a_user_error(copied: Path, missing: str) -> None:
+    """Catches a trace from inside transformers, or an empty tokenizer that maps every word to [UNK]."""
+    (copied / missing).unlink()
+    with pytest.raises(UserError, match="copy"):
+        load_tokenizer(copied) and build_model(start(copied))
+
+
+def test_an_unknown_model_type_is_a_user_error(copied: Path) -> None:
+    """Catches a trace for a config of a model that transformers does not have."""
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps({**config, "model_type": "bort"}))
+    with pytest.raises(UserError, match="copy"):
+        build_model(start(copied, pretrained=False))
+
+
+def test_the_encoder_of_the_fixture_is_a_masked_lm(encoder: Path) -> None:
+    """Catches the tests above testing a classifier's folder instead of a pretraining checkpoint's."""
+    assert isinstance(BertForMaskedLM.from_pretrained(encoder), BertForMaskedLM)
+    assert not any("classifier" in name for name in load_file(encoder / "model.safetensors"))

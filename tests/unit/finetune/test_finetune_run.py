@@ -1,0 +1,202 @@
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from experiment.errors import UserError
+from finetune import run as run_module
+from finetune.run import finetune
+
+
+@pytest.fixture
+def config_file(tmp_path: Path, encoder: Path, task_files: dict[str, str]) -> Path:
+    tree = {
+        "run": {"dir": str(tmp_path / "run")},
+        "task": {**task_files, "columns": {"label": "label", "text": "text"}, "metric": "macro_f1"},
+        "model": {"init_from": str(encoder), "max_seq_length": 16},
+        "training": {"lr": 1e-2, "epochs": 2, "batch_size": 16, "seeds": [1, 2], "precision": "fp32"},
+    }
+    path = tmp_path / "toy.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def results(run: Path) -> dict[str, Any]:
+    return dict(json.loads((run / "results.json").read_text()))
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def seeds_trained(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The seeds that were really trained, in their order."""
+    trained: list[int] = []
+    original = run_module.run_seed
+
+    def spy(seed: int, *rest: Any) -> Any:
+        trained.append(seed)
+        return original(seed, *rest)
+
+    monkeypatch.setattr(run_module, "run_seed", spy)
+    return trained
+
+
+def test_a_run_leaves_what_it_promises(
+    config_file: Path, encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a file or key that scripts rely on being renamed or lost, and predictions that contradict the scores."""
+    finetune(config_file, {"training.epochs": "6"})
+    run = tmp_path / "run"
+    found = results(run)
+    assert (found["task"], found["init"], found["metric"]) == ("toy", str(encoder), "macro_f1")
+    assert found["labels"] == ["high", "low"]
+    assert set(found["splits"]) == {"validation", "test"}
+    for scores in found["splits"].values():
+        assert set(scores) == {"accuracy", "macro_f1", "weighted_f1", "uar", "matthews"}
+        for score in scores.values():
+            assert set(score) == {"values", "mean", "std", "median"}
+            assert len(score["values"]) == 2
+    for picture in ("confusion.png", "curves.png"):
+        assert (run / picture).read_bytes().startswith(b"\x89PNG")
+    for place, seed in enumerate((1, 2)):
+        rows = read_csv(run / f"seed-{seed}" / "predictions-test.csv")
+        assert list(rows[0]) == ["row", "text", "label", "predicted", "probability_high", "probability_low"]
+        assert [row["row"] for row in rows] == [str(number) for number in range(1, 31)]
+        right = sum(row["label"] == row["predicted"] for row in rows) / len(rows)
+        assert right == pytest.approx(found["splits"]["test"]["accuracy"]["values"][place])
+        epochs = read_csv(run / f"seed-{seed}" / "epochs.csv")
+        best = max(float(row["macro_f1"]) for row in epochs)
+        assert best == pytest.approx(found["splits"]["validation"]["macro_f1"]["values"][place])
+    assert found["splits"]["test"]["accuracy"]["mean"] > 0.9
+    assert "macro_f1 *" in capsys.readouterr().out
+
+
+def test_the_model_folder_gives_the_predictions_without_our_code(config_file: Path, tmp_path: Path) -> None:
+    """Catches a saved model that is not the one that was scored, lacks its tokenizer, or has lost the label names."""
+    finetune(config_file, {"training.seeds": "[1]"})
+    folder = tmp_path / "run" / "seed-1"
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    assert tokenizer.model_max_length == 16
+    for row in read_csv(folder / "predictions-test.csv")[:5]:
+        with torch.inference_mode():
+            probabilities = model(**tokenizer(row["text"], return_tensors="pt")).logits.softmax(-1)[0]
+        assert model.config.id2label[int(probabilities.argmax())] == row["predicted"]
+        assert probabilities[0].item() == pytest.approx(float(row["probability_high"]), abs=1e-4)
+
+
+def test_finished_seeds_are_not_run_again(config_file: Path, tmp_path: Path, seeds_trained: list[int]) -> None:
+    """Catches a second start that trains everything anew, and a summary that forgets the seeds of the first."""
+    finetune(config_file, {"training.seeds": "[1]"})
+    weights = tmp_path / "run" / "seed-1" / "model" / "model.safetensors"
+    written = weights.stat().st_mtime_ns
+    finetune(config_file, {"training.seeds": "[1, 2]"})
+    assert seeds_trained == [1, 2]
+    assert weights.stat().st_mtime_ns == written
+    assert results(tmp_path / "run")["seeds"] == [1, 2]
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+    assert steps[-1] == 2 * 2 * 10
+
+
+def test_a_killed_seed_is_trained_again_and_agrees(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches half a seed's folder counting as a result, and a repeated seed that ends elsewhere."""
+    write = run_module.write_predictions
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_module, "write_predictions", killed)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(config_file, {"training.seeds": "[1]"})
+    assert not (tmp_path / "run" / "seed-1").exists()
+    assert not (tmp_path / "run" / "results.json").exists()
+    monkeypatch.setattr(run_module, "write_predictions", write)
+    finetune(config_file, {"training.seeds": "[1]"})
+    finetune(config_file, {"training.seeds": "[1]", "run.dir": str(tmp_path / "other")})
+    once, again = (load_file(tmp_path / name / "seed-1" / "model" / "model.safetensors") for name in ("run", "other"))
+    assert all(torch.equal(once[key], again[key]) for key in once)
+    assert not list((tmp_path / "run").glob(".*"))
+
+
+def test_other_settings_do_not_mix_into_a_run(config_file: Path, task_files: dict[str, str]) -> None:
+    """Catches seeds of two learning rates, or of two versions of the data, in one table."""
+    one_seed = {"training.seeds": "[1]"}
+    finetune(config_file, one_seed)
+    with pytest.raises(UserError, match=r"seed-1 was trained with other settings: training\.lr \(.*was 0\.01, is 0\.5"):
+        finetune(config_file, {"training.seeds": "[2]", "training.lr": "0.5"})
+    with Path(task_files["train"]).open("a", encoding="utf-8") as file:
+        file.write("low\tword1\n")
+    with pytest.raises(UserError, match=r"sha256\.train"):
+        finetune(config_file, one_seed)
+
+
+def test_the_resolved_config_starts_the_same_run(
+    config_file: Path, tmp_path: Path, seeds_trained: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches relative paths or a lost task name in RUN/config.yaml, which make it another run."""
+    relative = {"run.dir": "run", "training.seeds": "[1]", "task.train": "train.tsv"}
+    monkeypatch.chdir(tmp_path)
+    finetune(config_file, relative)
+    before = results(tmp_path / "run")
+    monkeypatch.chdir("/")
+    finetune(tmp_path / "run" / "config.yaml")
+    assert seeds_trained == [1]
+    assert results(tmp_path / "run") == before
+
+
+def test_random_initialisation_is_named(config_file: Path, tmp_path: Path) -> None:
+    """Catches a table in which the untrained baseline carries the pretrained model's name."""
+    finetune(config_file, {"model.weights": "random", "training.seeds": "[1]", "training.epochs": "1"})
+    assert results(tmp_path / "run")["init"] == "random"
+
+
+def test_an_unlabelled_test_split_is_only_predicted(
+    config_file: Path, tmp_path: Path, task_files: dict[str, str]
+) -> None:
+    """Catches scores against labels that nobody has, and an unlabelled test split stopping the run."""
+    path = Path(task_files["test"])
+    path.write_text("text\n" + "\n".join(row["text"] for row in csv.DictReader(path.open(), delimiter="\t")) + "\n")
+    finetune(config_file, {"training.seeds": "[1]", "training.epochs": "1"})
+    rows = read_csv(tmp_path / "run" / "seed-1" / "predictions-test.csv")
+    assert list(rows[0]) == ["row", "text", "predicted", "probability_high", "probability_low"]
+    assert len(rows) == 30
+    assert set(results(tmp_path / "run")["splits"]) == {"validation"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"task.train": "/none.tsv"}, r"cannot read /none\.tsv"),
+        ({"task.columns.text": "sentence"}, r"train\.tsv, line 1: task\.columns\.text: no column 'sentence'"),
+        ({"task.labels": "[low, medium]"}, r"train\.tsv, line \d+: unknown label 'high'; known: low, medium"),
+        ({"model.init_from": "/none"}, r"/none does not exist"),
+        ({"model.max_seq_length": "65"}, r"max_seq_length is 65, the model in .* has 64 positions"),
+        ({"training.learning_rate": "1"}, r"unknown config key"),
+    ],
+)
+def test_bad_input_leaves_no_run(config_file: Path, tmp_path: Path, overrides: dict[str, str], message: str) -> None:
+    """Catches a mistake that is found after training has begun, or that leaves a run folder behind."""
+    with pytest.raises(UserError, match=message):
+        finetune(config_file, overrides)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_pretraining_run_is_not_written_into(config_file: Path, tmp_path: Path) -> None:
+    """Catches run.dir pointing at the pretraining run: its config.yaml would be replaced."""
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").write_text("corpus: {}\n")
+    with pytest.raises(UserError, match="holds a pretraining run"):
+        finetune(config_file)
+    assert (tmp_path / "run" / "config.yaml").read_text() == "corpus: {}\n"
