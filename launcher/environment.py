@@ -7,7 +7,7 @@ from launcher.placement import DeviceKind
 
 # Tensors of a CPU run come from malloc. By default glibc maps and unmaps large blocks for each of them, and the page
 # faults cost more than the arithmetic on small models; with these it keeps what it has.
-_KEEP_MEMORY = "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=17179869184:glibc.malloc.mmap_max=0"
+KEEP_MEMORY = "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=17179869184:glibc.malloc.mmap_max=0"
 
 
 def worker_environment(
@@ -24,7 +24,7 @@ def worker_environment(
     """
     wanted = {"OMP_NUM_THREADS": str(max(1, cores // ranks)), "TOKENIZERS_PARALLELISM": "false"}
     if device == "cpu":
-        wanted |= {"DS_ACCELERATOR": "cpu", "GLIBC_TUNABLES": _KEEP_MEMORY}
+        wanted |= {"DS_ACCELERATOR": "cpu", "GLIBC_TUNABLES": KEEP_MEMORY}
     added = {name: value for name, value in wanted.items() if name not in environ}
     path = [entry for entry in environ.get("PYTHONPATH", "").split(":") if entry]
     if str(root) not in path:

@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from pretrain.modeling.dropout import fast_dropout
+
 PACKED = "deepcloze_packed"
 
 
@@ -53,18 +55,18 @@ def packed_attention(
         return _window_attention(query_BHWD, key_BHWD, value_BHWD, segments, scaling, dropout, sliding_window), None
     if dropout == 0.0 and query_BHWD.dtype in (torch.float16, torch.bfloat16):
         return _varlen_attention(query_BHWD, key_BHWD, value_BHWD, cu_seqlens, scaling, sliding_window), None
-    allowed = _same_sequence(segments, sliding_window)
+    allowed = ~_out_of_sight(segments, sliding_window)
     output = F.scaled_dot_product_attention(query_BHWD, key_BHWD, value_BHWD, allowed, dropout, scale=scaling)
     return output.transpose(1, 2), None
 
 
-def _same_sequence(segments: Tensor, sliding_window: int | None) -> Tensor:
-    """Which slots may look at which: bool [B, 1, W, W]. Padding looks at padding, so that no row is empty."""
-    allowed = segments[:, None, :, None] == segments[:, None, None, :]
+def _out_of_sight(segments: Tensor, sliding_window: int | None) -> Tensor:
+    """Which slots may not look at which: bool [B, 1, W, W]. Padding looks at padding, so that no row sees nothing."""
+    hidden = segments[:, None, :, None] != segments[:, None, None, :]
     if sliding_window is not None:
         place = torch.arange(segments.shape[1], device=segments.device)
-        allowed = allowed & ((place[:, None] - place[None, :]).abs() < sliding_window)
-    return allowed
+        hidden = hidden | ((place[:, None] - place[None, :]).abs() >= sliding_window)
+    return hidden
 
 
 def _window_attention(
@@ -77,10 +79,10 @@ def _window_attention(
     sliding_window: int | None,
 ) -> Tensor:
     scores_BHWW = torch.matmul(query * scaling, key.transpose(-1, -2))
-    scores_BHWW = scores_BHWW.masked_fill(~_same_sequence(segments, sliding_window), torch.finfo(scores_BHWW.dtype).min)
+    scores_BHWW.masked_fill_(_out_of_sight(segments, sliding_window), torch.finfo(scores_BHWW.dtype).min)
     weights_BHWW = F.softmax(scores_BHWW, dim=-1)
     if dropout:
-        weights_BHWW = F.dropout(weights_BHWW, dropout)
+        weights_BHWW = fast_dropout(weights_BHWW, dropout)
     return torch.matmul(weights_BHWW, value).transpose(1, 2)
 
 

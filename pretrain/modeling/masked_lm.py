@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pretrain.batching.loader import IGNORED
+from pretrain.modeling.dropout import use_fast_dropout
 
 
 class Predictions(NamedTuple):
@@ -26,6 +27,7 @@ class MaskedLanguageModel(nn.Module):
         self.model = model
         self.packed = packed
         self._masked_positions: Tensor | None = None
+        use_fast_dropout(model)
         model.base_model.register_forward_hook(self._keep_masked_positions)
 
     def forward(

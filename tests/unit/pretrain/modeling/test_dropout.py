@@ -1,0 +1,51 @@
+import pytest
+import torch
+from torch import nn
+
+from pretrain.modeling.dropout import fast_dropout, use_fast_dropout
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("probability", [0.1, 0.5])
+def test_share_and_expectation(dtype, probability):
+    """Catches a wrong share of zeros, a wrong scale, and correlation of neighbours that share a word."""
+    torch.manual_seed(0)
+    values = fast_dropout(torch.ones(1000, 1000, dtype=dtype), probability).float()
+    assert (values == 0).float().mean().item() == pytest.approx(probability, abs=0.003)
+    assert values.mean().item() == pytest.approx(1.0, abs=0.004)
+    zeros = (values == 0).float().flatten()
+    for distance in (1, 2, 4, 7, 8):
+        together = (zeros[distance:] * zeros[:-distance]).mean().item()
+        assert together == pytest.approx(zeros.mean().item() ** 2, abs=0.002)
+
+
+def test_gradient_is_that_of_the_mask():
+    """Catches a backward pass that scales or masks otherwise than the forward pass."""
+    values = torch.randn(37, 5, requires_grad=True)
+    dropped = fast_dropout(values, 0.3)
+    dropped.backward(torch.full_like(values, 2.0))
+    assert torch.allclose(values.grad, 2.0 * dropped.detach() / values.detach())
+
+
+def test_a_seed_decides_the_mask():
+    """Catches a generator of its own: a resumed run must draw what the unbroken one drew."""
+    torch.manual_seed(3)
+    first, second = fast_dropout(torch.ones(100), 0.5), fast_dropout(torch.ones(100), 0.5)
+    torch.manual_seed(3)
+    assert torch.equal(fast_dropout(torch.ones(100), 0.5), first)
+    assert not torch.equal(first, second)
+
+
+def test_layers_are_swapped_and_evaluation_is_untouched():
+    """Catches a layer that still draws with torch's kernel, and dropout while evaluating."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
+    names = list(model.state_dict())
+    use_fast_dropout(model)
+    assert list(model.state_dict()) == names
+    ones = torch.ones(64, 4)
+    torch.manual_seed(1)
+    through_model = model[1](ones)
+    torch.manual_seed(1)
+    assert torch.equal(through_model, fast_dropout(ones, 0.5))
+    model.eval()
+    assert torch.equal(model[1](ones), ones)
