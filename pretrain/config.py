@@ -19,7 +19,7 @@ class RunConfig(Section):
     dir: str  # the run folder
     seed: NotNegative = 42  # of initialisation, data order, masks and dropout
     log_every: Positive = 10  # steps between log events
-    resume: str = "auto"  # auto: continue what the folder holds | never: the folder must be unused
+    resume: Literal["auto", "never"] = "auto"  # auto: continue what the folder holds | never: the folder must be unused
 
 
 class ModelConfig(Section):

@@ -6,6 +6,7 @@ microbatch or the step, so they can be compared along a run and between runs.
 
 import json as json_format
 import math
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,20 +137,22 @@ def evaluate_command(checkpoint: str, corpus: str, json: bool = False) -> None:
         predictions: Predictions = module(*(tensor.to(device) for tensor in microbatch))
         return predictions
 
-    sets = [
-        held_out(
-            name,
-            opened,
-            vocabulary=vocabulary,
-            policy=settings.policy,
-            seed=settings.seed,
-            layout=layout,
-            world=World(),
-            index_folder=Path(opened.path.name + ".index"),
-        )
-        for name, opened in corpora.items()
-    ]
-    _print(evaluate(sets, predict, device, progress=not json), as_json=json)
+    with tempfile.TemporaryDirectory() as scratch:
+        sets = [
+            held_out(
+                name,
+                opened,
+                vocabulary=vocabulary,
+                policy=settings.policy,
+                seed=settings.seed,
+                layout=layout,
+                world=World(),
+                index_folder=Path(scratch),
+            )
+            for name, opened in corpora.items()
+        ]
+        scores = evaluate(sets, predict, device, progress=not json)
+    _print(scores, as_json=json)
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def build_corpus(
         limit=None if limit is None else positive("limit", limit),
         holdout=None if holdout is None else positive("holdout", holdout),
     )
-    worker_count = (os.cpu_count() or 1) if workers is None else positive("workers", workers)
+    worker_count = len(os.sched_getaffinity(0)) if workers is None else positive("workers", workers)
     text_format = parse_format(document, document_start, column, sep, quoting, header)
     sources = find_sources(source)
     opened = load_tokenizer(str(tokenizer))

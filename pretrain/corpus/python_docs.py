@@ -87,7 +87,7 @@ def python_documents() -> Iterator[Record]:
     for package, distribution in distributions:
         yield from unseen(package, "METADATA", _description(distribution))
     files = [*_standard_library(), *(file for package, found in distributions for file in _files(package, found))]
-    with worker_pool(os.cpu_count() or 1) as pool, _progress(len(files)) as advance:
+    with worker_pool(len(os.sched_getaffinity(0))) as pool, _progress(len(files)) as advance:
         for file, found in zip(files, pool.map(documents_in, [file.path for file in files], chunksize=16), strict=True):
             advance()
             for inner, text in found:
