@@ -21,7 +21,13 @@ def _number_as_text(value: Any) -> Any:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+def _written_tab(value: Any) -> Any:
+    """A tab as one types it on a command line."""
+    return "\t" if value == r"\t" else value
+
+
 Name = Annotated[str, BeforeValidator(_number_as_text), Field(min_length=1)]
+Separator = Annotated[str, BeforeValidator(_written_tab), Field(min_length=1, max_length=1)]
 
 
 class RunConfig(Section):
@@ -45,7 +51,7 @@ class TaskConfig(Section):
     columns: ColumnsConfig = ColumnsConfig()
     labels: tuple[Name, ...] | None = None  # in the order of their ids; default: those of train, sorted
     metric: MetricName = "accuracy"  # what 'best' means
-    sep: Annotated[str, Field(min_length=1, max_length=1)] | None = None  # default: a comma in .csv, else a tab
+    sep: Separator | None = None  # default: a comma in .csv, else a tab
     quoting: Literal[0, 3] = 0  # as pandas has it: 0: "…" quotes a field; 3: a quote is a character like any other
     header: Literal[0] | None = 0  # as pandas has it: 0: the first row names the columns; null: no names
 

@@ -76,6 +76,7 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
     tables, labels = read_splits(config)
     kind = KINDS[config.task.kind]
     start = Initialisation(Path(config.model.init_from), config.model.weights == "pretrained", kind.auto_model, labels)
+    _say(f"{config.task.name}: {', '.join(f'{len(table.rows):,} {split}' for split, table in tables.items())}")
     task = make_task(config, start, tables)
     folder = open_run_folder(config.run.dir)
     settings = outcome_settings(config, labels, tables)
@@ -261,12 +262,11 @@ def write_summary(
 
 
 def describe_data(task: Task, labels: Sequence[str]) -> list[str]:
-    """Lines on what was read: sizes, shares of the labels, and what the user may not expect."""
-    counts = ", ".join(f"{len(examples):,} {split}" for split, examples in task.splits.items())
+    """Lines on what was read: the labels' shares, and what the user may not expect."""
     targets = np.array(task.splits["train"].targets)
     shares = np.bincount(targets, minlength=len(labels)) / len(targets)
     named = ", ".join(f"{label} {share:.1%}" for label, share in zip(labels, shares, strict=True))
-    lines = [f"{counts}; {len(labels)} labels, in train: {named}"]
+    lines = [f"{len(labels)} labels, in train: {named}"]
     for split, examples in task.splits.items():
         if examples.truncated:
             lines.append(f"{split}: {examples.truncated:,} of {len(examples):,} examples are cut at max_seq_length")

@@ -35,6 +35,11 @@ def test_labels_and_columns_may_look_like_numbers() -> None:
     assert (made.task.columns.label, made.task.columns.text) == ("1", "3")
 
 
+def test_a_tab_can_be_typed() -> None:
+    r"""Catches `--task.sep='\t'` being refused as two characters: no shell makes a tab of it."""
+    assert config(task__sep=r"\t").task.sep == "\t"
+
+
 @pytest.mark.parametrize(
     ("key", "raw", "message"),
     [
