@@ -58,6 +58,7 @@ class BatchConfig(Section):
 class MaskingConfig(Section):
     """Dynamic masking as BERT (Devlin et al. 2019) defines it, drawn afresh in each epoch."""
 
+    unit: Literal["token"] = "token"  # what is chosen at once
     rate: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15  # share of the text tokens that are predicted
     mask_share: Fraction = 0.8  # of the predicted tokens, those shown as [MASK]
     random_share: Fraction = 0.1  # those shown as another, random token; the rest is shown as it is
