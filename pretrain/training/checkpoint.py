@@ -80,7 +80,7 @@ def save(
                 shutil.rmtree(final)
             aside.rename(final)
             sync(checkpoints)
-            forget_old(checkpoints, keep)
+            forget_old(checkpoints, keep, newest=step)
     return final
 
 

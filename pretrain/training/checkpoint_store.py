@@ -33,7 +33,7 @@ def checkpoint_path(checkpoints: Path, step: int) -> Path:
 def complete_checkpoints(checkpoints: Path) -> list[Path]:
     """Marked checkpoints of a run, oldest first."""
     found = [path for path in checkpoints.glob("step-*") if _NAME.fullmatch(path.name) and (path / _MARK).is_file()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(found, key=_step)
 
 
 def verify(checkpoint: Path) -> str | None:
@@ -42,6 +42,8 @@ def verify(checkpoint: Path) -> str | None:
         checksums: dict[str, str] = json.loads((checkpoint / _MARK).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         return f"its {_MARK} file cannot be read: {error}"
+    if not isinstance(checksums, dict) or not checksums:
+        return f"its {_MARK} file is damaged"
     for name, expected in checksums.items():
         try:
             found = _checksum(checkpoint / name)
@@ -84,15 +86,23 @@ def mark(folder: Path) -> None:
     sync(folder)
 
 
-def forget_old(checkpoints: Path, keep: Retention) -> None:
-    """Delete the checkpoints that need not be kept, and what unfinished saves left."""
-    for path in complete_checkpoints(checkpoints)[: -keep.keep_last]:
-        step = int(path.name.removeprefix("step-"))
+def forget_old(checkpoints: Path, keep: Retention, newest: int) -> None:
+    """Delete the checkpoints that need not be kept, and what unfinished saves left.
+
+    `newest`: the step of the one just saved. Those of later steps are damaged, or the run would have gone on from them;
+    they do not count as kept.
+    """
+    by_step = {_step(path): path for path in complete_checkpoints(checkpoints)}
+    for step in [step for step in by_step if step <= newest][: -keep.keep_last]:
         if keep.keep_every is None or step % keep.keep_every != 0:
-            (path / _MARK).unlink()  # first, so that a half-deleted checkpoint is none
-            shutil.rmtree(path)
+            (by_step[step] / _MARK).unlink()  # first, so that a half-deleted checkpoint is none
+            shutil.rmtree(by_step[step])
     for leftover in checkpoints.glob(".step-*.partial"):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def _checksum(path: Path) -> str:

@@ -52,6 +52,9 @@ def read_ds_config(path: Path) -> dict[str, Any]:
             raise UserError(
                 f"{path}: '{key}' is \"auto\", which only other frameworks fill in; write the value or leave it out"
             )
+    for section in ("zero_optimization", "fp16", "bf16"):
+        if not isinstance(config.get(section, {}), dict):
+            raise UserError(f"{path}: '{section}' is {json.dumps(config[section])}, expected a JSON object")
     zero = config.get("zero_optimization", {})
     if zero.get("stage", 0) not in (0, 1, 2, 3):
         raise UserError(f"{path}: 'zero_optimization.stage' is {zero.get('stage')}, expected 0, 1, 2 or 3")
