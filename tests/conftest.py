@@ -1,0 +1,86 @@
+"""What tests of several rooms share: soak tests on demand only, and small real corpora, built once a session."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Soak tests run only where `-m` speaks of them."""
+    if "soak" not in config.option.markexpr:
+        soak = [item for item in items if item.get_closest_marker("soak")]
+        items[:] = [item for item in items if not item.get_closest_marker("soak")]
+        config.hook.pytest_deselected(items=soak)
+
+
+_SYLLABLES = ["ba", "de", "fi", "go", "lu", "mar", "nes", "pol", "rin", "sta", "ter", "ud", "ven", "wil", "yon", "zed"]
+
+
+def _english(seed: int, documents: int) -> str:
+    """Text with the statistics that matter here: frequent short words, rare long ones, documents from 1 to 150 words.
+
+    A word leans on the one before it, so that a model has something to learn.
+    """
+    draw = random.Random(seed)
+    words = sorted({"".join(draw.choices(_SYLLABLES, k=1 + draw.randrange(4))) for _ in range(300)}, key=len)
+    lines = []
+    for _ in range(documents):
+        at, line = 0, []
+        for _ in range(min(150, 1 + int(draw.expovariate(1 / 18)))):
+            at = (7 * at + 1) % len(words) if draw.random() < 0.6 else int(len(words) * draw.random() ** 3)
+            line.append(words[at])
+        lines.append(" ".join(line).capitalize() + draw.choice(".?!"))
+    return "\n".join(lines) + "\n"
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """640 documents, one a line."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(_english(seed=1, documents=640), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def wordpiece(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
+    """A tokenizer like BERT's, of 200 tokens."""
+    from pretrain.corpus.tokenizer import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizers") / "wordpiece"
+    train_tokenizer(text_file, folder, vocab_size=200, lowercase=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def byte_level(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
+    """A tokenizer like RoBERTa's, of 330 tokens."""
+    from pretrain.corpus.tokenizer import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizers") / "byte_level"
+    train_tokenizer(text_file, folder, vocab_size=330, kind="bpe")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def wordpiece_corpus(tmp_path_factory: pytest.TempPathFactory, text_file: Path, wordpiece: Path) -> Path:
+    """600 documents; 40 more are in `heldout_corpus`."""
+    from pretrain.corpus.build import build_corpus
+
+    folder = tmp_path_factory.mktemp("corpora") / "text"
+    build_corpus(text_file, wordpiece, folder, holdout=40, workers=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def heldout_corpus(wordpiece_corpus: Path) -> Path:
+    return wordpiece_corpus.with_name(wordpiece_corpus.name + "-heldout")
+
+
+@pytest.fixture(scope="session")
+def byte_level_corpus(tmp_path_factory: pytest.TempPathFactory, text_file: Path, byte_level: Path) -> Path:
+    from pretrain.corpus.build import build_corpus
+
+    folder = tmp_path_factory.mktemp("corpora") / "bytes"
+    build_corpus(text_file, byte_level, folder, workers=1)
+    return folder

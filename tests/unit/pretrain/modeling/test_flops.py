@@ -1,0 +1,39 @@
+from collections.abc import Callable
+
+import pytest
+from conftest import LOCAL_WINDOW, Example
+
+from pretrain.modeling.flops import flops_model
+
+HIDDEN, INNER, VOCABULARY = 24, 40, 200
+LAYER = 4 * (HIDDEN * HIDDEN + HIDDEN) + 2 * HIDDEN * INNER + INNER + HIDDEN + 4 * HIDDEN  # attention, MLP, two norms
+HEAD = 6 * (VOCABULARY * HIDDEN + HIDDEN * HIDDEN)  # per predicted token
+
+
+@pytest.mark.parametrize(
+    ("model_type", "encoder"),
+    [("bert", 3 * LAYER), ("distilbert", 3 * LAYER), ("electra", 3 * LAYER + 16 * HIDDEN + HIDDEN)],
+)
+def test_flops_of_a_step(example: Callable[[str], Example], model_type: str, encoder: int) -> None:
+    """Catches parameters counted that no token is multiplied with, such as embeddings, and factors that are off.
+
+    Two sequences, of 10 and 30 tokens, six of them predicted, by hand: their mean attended length is 25.
+    """
+    flops = flops_model(example(model_type).built.model).per_step(tokens=40, squared_lengths=10**2 + 30**2, predicted=6)
+    assert flops == 40 * (6 * encoder + 12 * HIDDEN * 3 * 25) + 6 * HEAD
+
+
+def test_a_local_window_caps_the_attended_length(example: Callable[[str], Example]) -> None:
+    """Catches attention FLOPs of whole sequences where ModernBERT looks at a window, and windows off by one."""
+    model = flops_model(example("modernbert").built.model)
+    seen = LOCAL_WINDOW + 1  # as many on either side, and the token itself
+    assert model.windows == (None, seen, seen, None)
+    longer = model.per_step(tokens=50, squared_lengths=50**2, predicted=0)
+    assert longer == 50 * (6 * model.encoder_parameters + 12 * HIDDEN * (2 * 50 + 2 * seen))
+    shorter = model.per_step(tokens=50, squared_lengths=10 * 5**2, predicted=0)
+    assert shorter == 50 * (6 * model.encoder_parameters + 12 * HIDDEN * 4 * 5)
+
+
+def test_an_empty_step_costs_nothing(example: Callable[[str], Example]) -> None:
+    """Catches a division by zero tokens."""
+    assert flops_model(example("bert").built.model).per_step(0, 0, 0) == 0.0

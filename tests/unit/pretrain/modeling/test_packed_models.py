@@ -1,0 +1,121 @@
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import LOCAL_WINDOW, PACKED, PADDED, Example, sequences
+from torch import Tensor
+
+from pretrain.batching.loader import IGNORED
+from pretrain.batching.masking import MaskingPolicy
+from pretrain.modeling.masked_lm import MaskedLanguageModel
+
+ALL = (*PACKED, *PADDED)
+
+
+def one_by_one_loss(example: Example) -> Tensor:
+    """Summed loss over a global batch, each sequence alone, full head, nothing of ours."""
+    losses = []
+    for microbatch in example.microbatches:
+        for sequence in sequences(microbatch):
+            logits = example.plain(input_ids=sequence.input_ids[None]).logits[0]
+            losses.append(F.cross_entropy(logits, sequence.labels, ignore_index=IGNORED, reduction="sum"))
+    return torch.stack(losses).sum()
+
+
+@pytest.mark.parametrize("model_type", ALL)
+def test_which_models_are_packed(example: Callable[[str], Example], model_type: str) -> None:
+    """Catches a model that could be packed but trains padded, and one that cannot but is packed."""
+    assert example(model_type).built.packed == (model_type in PACKED)
+
+
+@pytest.mark.parametrize("model_type", PACKED)
+def test_packed_logits_are_those_of_each_sequence_alone(example: Callable[[str], Example], model_type: str) -> None:
+    """Catches attention across sequences, positions that go on counting or begin at the wrong number, local windows
+    measured across sequences or off by one."""
+    case = example(model_type)
+    lengths = []
+    with torch.inference_mode():
+        for microbatch in case.microbatches:
+            packed = case.built.model(
+                input_ids=microbatch.input_ids,
+                position_ids=microbatch.position_ids,
+                segments=microbatch.segments,
+                cu_seqlens=microbatch.cu_seqlens,
+            ).logits
+            for sequence in sequences(microbatch):
+                alone = case.plain(input_ids=sequence.input_ids[None]).logits[0]
+                torch.testing.assert_close(packed.flatten(0, 1)[sequence.slots], alone, atol=1e-5, rtol=1e-5)
+                lengths.append(len(sequence.slots))
+    assert len(lengths) == 23
+    assert max(lengths) > 4 * LOCAL_WINDOW, "sequences shorter than ModernBERT's window would prove nothing"
+    assert min(lengths) < 10
+
+
+def relative(difference: list[Tensor], of: list[Tensor]) -> float:
+    return float(torch.cat([t.flatten() for t in difference]).norm() / torch.cat([t.flatten() for t in of]).norm())
+
+
+@pytest.mark.parametrize("model_type", ALL)
+def test_loss_and_gradients_are_those_of_each_sequence_alone_with_the_full_head(
+    example: Callable[[str], Example], model_type: str
+) -> None:
+    """Catches a head that computes other rows than the predicted ones, shifted labels, and padding that takes part."""
+    case = example(model_type)
+    module = MaskedLanguageModel(case.built.model, case.built.packed).train()
+    loss = torch.stack([module(*microbatch).loss_sum for microbatch in case.microbatches]).sum()
+    expected = one_by_one_loss(case)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+    loss.backward()
+    expected.backward()
+    reference = dict(case.plain.named_parameters())
+    ours = {name.removeprefix("model."): p.grad for name, p in module.named_parameters() if p.grad is not None}
+    theirs = {name: p.grad for name, p in reference.items() if p.grad is not None}
+    assert set(ours) == set(theirs)
+    names = sorted(ours)
+    assert relative([ours[n] - theirs[n] for n in names], [theirs[n] for n in names]) < 1e-5
+
+
+@pytest.mark.parametrize("model_type", ["bert", "modernbert", "mpnet"])
+def test_a_microbatch_without_predicted_tokens_contributes_nothing(
+    example: Callable[[str], Example], model_type: str
+) -> None:
+    """Catches 0/0 in the loss, which would make every weight NaN, and fillers that are learnt from."""
+    case = example(model_type)
+    masker = dataclasses.replace(case.maker.masker, policy=MaskingPolicy(1e-9, 0.8, 0.1))
+    batch = dataclasses.replace(case.maker, masker=masker)[0]
+    assert batch.masked_tokens == 0
+    module = MaskedLanguageModel(case.built.model, case.built.packed).train()
+    for microbatch in batch.microbatches:
+        loss = module(*microbatch).loss_sum
+        assert loss.item() == 0.0
+        loss.backward()
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    assert gradients
+    assert all(bool((gradient == 0).all()) for gradient in gradients)
+
+
+def test_accuracy_counts_the_predicted_tokens_that_are_right(example: Callable[[str], Example]) -> None:
+    """Catches fillers counted as right, and comparison with the token that is shown, not the one that was there."""
+    case = example("bert")
+    module = MaskedLanguageModel(case.built.model, case.built.packed).eval()
+    with torch.inference_mode():
+        for microbatch in case.microbatches:
+            expected = 0
+            for sequence in sequences(microbatch):
+                guesses = case.plain(input_ids=sequence.input_ids[None]).logits[0].argmax(dim=-1)
+                expected += int(((guesses == sequence.labels) & (sequence.labels != IGNORED)).sum())
+            found = module(*microbatch).correct
+            assert found is not None
+            assert int(found) == expected
+
+
+def test_the_model_of_the_folder_keeps_its_names(example: Callable[[str], Example]) -> None:
+    """Catches wrappers that rename parameters, which would make checkpoints that transformers cannot open."""
+    case = example("bert")
+    module = MaskedLanguageModel(case.built.model, case.built.packed)
+    assert [name for name, _ in module.named_parameters()] == [
+        f"model.{name}" for name, _ in case.plain.named_parameters()
+    ]
