@@ -1,0 +1,38 @@
+# On a fresh machine with Python 3.11 or 3.12 and make:  make demo   make test   make check   make soak
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH ?= torch==2.13.0
+READY := $(VENV)/.ready
+
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test check soak
+
+help:
+	@echo "make demo    the whole path on real text, from documentation to a measured task: under 10 minutes on 2 cores"
+	@echo "make test    the tests"
+	@echo "make check   format, lint, types and the tests"
+	@echo "make soak    whole test matrices, long chaos runs, and the demo"
+
+setup: $(READY)
+
+# Nothing is done here as long as pyproject.toml and this file stay as they are.
+$(READY): pyproject.toml Makefile
+	PYTHON="$(PYTHON)" VENV="$(VENV)" TORCH="$(TORCH)" .ci/setup
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/python -m benchmarks.demo
+
+test: $(READY)
+	$(BIN)/python -m pytest -m "not soak"
+
+check: $(READY)
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -m "not soak"
+
+soak: $(READY)
+	$(BIN)/python -m pytest -m soak
+	$(BIN)/python -m benchmarks.demo

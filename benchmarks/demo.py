@@ -1,0 +1,250 @@
+"""The whole path on real text, in a few minutes on two CPU cores: `make demo`.
+
+1. Read the documentation of Python and the installed packages; cut a task out of it (benchmarks/package_task.py).
+2. Train a tokenizer, build a corpus.
+3. Pretrain a small BERT with two ranks under ZeRO, stop the run in the middle, let it go on, evaluate it.
+4. Fine-tune on the task from the pretrained weights and from random ones, three seeds each, and compare.
+
+Everything but the task and the comparison is a `deepcloze` command, shown as it is started. It computes on the CPU also
+where there are GPUs. A demo that is started again begins afresh.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from benchmarks.package_task import EXAMPLES, NAMES, make_task, read_documents, write_jsonl
+from experiment.configuration import load_config
+from experiment.errors import UserError
+from experiment.figures import draw_spread
+from experiment.folder import RunFolder
+from experiment.page import Block, Code, Figure, Heading, Table, Text, write_page
+from experiment.report import result_blocks, training_blocks
+from experiment.tracking.console import describe_duration
+from experiment.tracking.jsonl import read_events
+from pretrain.config import PretrainConfig
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PRETRAINING, TASK = "pretrain/recipes/demo.yaml", "finetune/recipes/demo.yaml"
+DEEPCLOZE = Path(sys.executable).with_name("deepcloze")
+TASK_SEED = 42
+HELD_OUT_DOCUMENTS = 600
+VOCABULARY = 8192
+MARKER = ".demo"  # in a folder that a demo has made, so that the next one may delete it
+STOPPED = 75
+
+
+def demo(output: Path) -> None:
+    """Run all of it in the folder `output`. Raises UserError; SystemExit where a command fails."""
+    began = time.monotonic()
+    prepare_folder(output)
+
+    heading("Text: the documentation on this machine, and a task cut out of it")
+    deepcloze("python_docs", output=output / "docs.jsonl")
+    describe = cut_out_task(output)
+
+    heading("A tokenizer of its own, and a corpus")
+    text = output / "pretraining.jsonl"
+    deepcloze("tokenizer", source=text, output=output / "tokenizer", vocab_size=VOCABULARY, lowercase=True)
+    corpus, held_out = output / "corpus", output / "corpus-heldout"
+    deepcloze("corpus", source=text, tokenizer=output / "tokenizer", output=corpus, holdout=HELD_OUT_DOCUMENTS)
+
+    heading("Pretraining: two ranks, stopped in the middle and started again")
+    run = RunFolder(output / "pretraining")
+    arguments: dict[str, Any] = {
+        "config": PRETRAINING,
+        "num_gpus": 2,
+        "run.dir": run.path,
+        "corpus.train": corpus,
+        "corpus.eval": json.dumps({"held-out": str(held_out)}),
+    }
+    if not has_bf16():
+        arguments["engine.ds_config"] = "ds_configs/fp32_zero1.json"
+    stop_in_the_middle(run, arguments)
+    deepcloze("pretrain", **arguments)
+    scores = json.loads(deepcloze("evaluate", checkpoint=run.path, corpus=held_out, json=True))
+
+    heading("The task, from random and from pretrained weights")
+    results = {weights: finetune(output, run, weights) for weights in ("random", "pretrained")}
+
+    heading("What came of it")
+    table = comparison(run, scores[held_out.name], results)
+    page = write_combined_page(output, run, table, results, describe)
+    show(table)
+    print(f"\nreport, with the curves: {page}\n{describe_duration(time.monotonic() - began)} in all")
+
+
+def prepare_folder(output: Path) -> None:
+    """An empty folder. Raises UserError rather than delete what no demo has made."""
+    if output.exists() and not (output / MARKER).is_file():
+        raise UserError(f"--output {output} exists, and no demo has made it; name another folder")
+    shutil.rmtree(output, ignore_errors=True)
+    output.mkdir(parents=True)
+    (output / MARKER).touch()
+
+
+def cut_out_task(output: Path) -> str:
+    """Write the task and the text for pretraining; returns what they are."""
+    documents = read_documents(output / "docs.jsonl")
+    task = make_task(documents, EXAMPLES, TASK_SEED)
+    for split, examples in task.splits.items():
+        write_jsonl(output / "task-data" / f"{split}.jsonl", examples)
+    write_jsonl(output / "pretraining.jsonl", task.pretraining)
+    sizes = ", ".join(f"{len(examples):,} {split}" for split, examples in task.splits.items())
+    description = (
+        f"The task: which of {len(NAMES)} packages is this sentence about? {sizes} sentences, equally many of each "
+        f"package, one a document. Not used: {task.repeated:,} sentences of which eight words in a row stand in "
+        f"another document too, and {task.giveaways:,} that name their package. The documents of validation and test "
+        f"are kept out of the text for pretraining: {len(documents) - len(task.pretraining):,} of {len(documents):,}."
+    )
+    print(description)
+    return description
+
+
+def stop_in_the_middle(run: RunFolder, arguments: dict[str, Any]) -> None:
+    """Pretrain until half of the steps are done, then stop it as a queue or a user would: with SIGTERM."""
+    steps = load_config(PretrainConfig, REPOSITORY / PRETRAINING).schedule.steps
+    assert steps is not None
+    argv = command("pretrain", **arguments)
+    with subprocess.Popen(argv, cwd=REPOSITORY, env=environment()) as process:
+        try:
+            while process.poll() is None and last_step(run) < steps // 2:
+                time.sleep(0.2)
+            say(f"half of the {steps} steps are done: SIGTERM")
+            process.send_signal(signal.SIGTERM)
+            code = process.wait()
+        finally:
+            process.kill()
+    if code != STOPPED:
+        raise SystemExit(f"demo: the pretraining that was asked to stop ended with exit code {code}, not {STOPPED}")
+    say(f"stopped with exit code {STOPPED}: it can go on. The same command again:")
+
+
+def last_step(run: RunFolder) -> int:
+    return max((event["step"] for event in read_events(run.metrics)), default=0)
+
+
+def finetune(output: Path, run: RunFolder, weights: str) -> dict[str, Any]:
+    """Fine-tune on the task; returns what results.json holds."""
+    folder = output / f"task-{weights}"
+    files = {f"task.{split}": output / "task-data" / f"{split}.jsonl" for split in EXAMPLES}
+    flags: dict[str, Any] = {"config": TASK, "run.dir": folder, "model.init_from": run.path, "model.weights": weights}
+    deepcloze("finetune", **flags, **files)
+    results: dict[str, Any] = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    return results
+
+
+def comparison(run: RunFolder, scores: dict[str, float], results: dict[str, dict[str, Any]]) -> Table:
+    """Random weights against pretrained ones: held-out text, and the task."""
+    before = next(event for event in read_events(run.metrics) if "eval/held-out/loss" in event)
+    accuracy = {weights: of["splits"]["test"]["accuracy"] for weights, of in results.items()}
+    seeds = len(accuracy["random"]["values"])
+    return Table(
+        ["", "random weights", "pretrained"],
+        [
+            ["held-out loss", f"{before['eval/held-out/loss']:.3f}", f"{scores['loss']:.3f}"],
+            ["held-out perplexity", f"{before['eval/held-out/perplexity']:,.0f}", f"{scores['perplexity']:,.1f}"],
+            ["masked-token accuracy", f"{before['eval/held-out/accuracy']:.1%}", f"{scores['accuracy']:.1%}"],
+            [
+                f"task accuracy on test, mean ± std of {seeds} seeds",
+                *(f"{accuracy[weights]['mean']:.1%} ± {accuracy[weights]['std']:.1%}" for weights in accuracy),
+            ],
+            ["task accuracy of always the same answer", *[f"{1 / len(NAMES):.1%}"] * 2],
+        ],
+    )
+
+
+def write_combined_page(
+    output: Path, run: RunFolder, table: Table, results: dict[str, dict[str, Any]], description: str
+) -> Path:
+    """One page with the comparison and the curves of all three runs."""
+    directory = output / "report"
+    values = {f"{weights} weights": of["splits"]["test"]["accuracy"]["values"] for weights, of in results.items()}
+    draw_spread(directory / "task.png", values, "accuracy on test, a dot a seed")
+    blocks: list[Block] = [table, Text(description), Figure("task.png", "The task, by the weights it began with")]
+    blocks += training_blocks(run, directory, "pretraining-")
+    for weights in results:
+        blocks += result_blocks(RunFolder(output / f"task-{weights}"), directory, f"task-{weights}-")
+    blocks += [
+        Heading("Configs"),
+        Code("pretraining", run.config.read_text(encoding="utf-8")),
+        Code("task", RunFolder(output / "task-pretrained").config.read_text(encoding="utf-8")),
+    ]
+    return write_page(directory, "deepcloze demo", blocks)
+
+
+def has_bf16() -> bool:
+    """Whether this CPU computes bf16 natively. Emulated, it is slower than fp32."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(feature, False) for feature in ("avx512_bf16", "amx_bf16", "sve_bf16"))
+
+
+def command(name: str, **flags: Any) -> list[str]:
+    """The command line, which is shown too."""
+    given = [f"--{flag}" if value is True else f"--{flag}={value}" for flag, value in flags.items()]
+    say(f"$ deepcloze {shlex.join([name, *given])}")
+    return [str(DEEPCLOZE), name, *given]
+
+
+def deepcloze(name: str, **flags: Any) -> str:
+    """Run one command to its end; returns its output under --json. Raises SystemExit with its exit code."""
+    kept = subprocess.PIPE if flags.get("json") else None
+    argv = command(name, **flags)
+    finished = subprocess.run(argv, cwd=REPOSITORY, env=environment(), stdout=kept, text=True, check=False)
+    if finished.returncode:
+        say(f"demo: deepcloze {name} ended with exit code {finished.returncode}")
+        raise SystemExit(finished.returncode)
+    return finished.stdout or ""
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+
+
+def heading(text: str) -> None:
+    Console(stderr=True).rule(text, align="left")
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def show(table: Table) -> None:
+    """The table on stdout."""
+    shown = RichTable(*table.columns)
+    for column in shown.columns[table.labels :]:
+        column.justify = "right"
+    for row in table.rows:
+        shown.add_row(*row)
+    Console().print(shown)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.demo", description=__doc__.partition("\n")[0])
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for everything (runs/demo)")
+    try:
+        demo(parser.parse_args(argv).output.absolute())
+    except UserError as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("demo: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

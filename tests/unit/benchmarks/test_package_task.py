@@ -1,0 +1,103 @@
+"""The demo's task is honest only as long as nothing of validation and test can be read beforehand."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from benchmarks.package_task import NAMES, Document, make_task, read_documents, sentences, write_jsonl
+from experiment.errors import UserError
+
+WORDS = [
+    f"{first}{second}" for first in ("ba", "de", "fi", "go", "lu") for second in ("mor", "ner", "sil", "tak", "vun")
+]
+SIZES = {"train": 4, "validation": 2, "test": 3}
+
+
+def documents(count: int = 12) -> list[Document]:
+    """`count` documents of each package and of another one, each of three sentences that no other has."""
+    draw = random.Random(0)
+
+    def sentence() -> str:
+        return " ".join(draw.choices(WORDS, k=20)).capitalize() + "."
+
+    return [
+        Document(" ".join(sentence() for _ in range(3)), package, f"{package}/{number}")
+        for package in (*NAMES, "other")
+        for number in range(count)
+    ]
+
+
+def test_splits_are_balanced_and_share_no_document() -> None:
+    """Accuracy would be misread: a label is more frequent than another, or one document is in two splits."""
+    task = make_task(documents(), SIZES, seed=1)
+    for split, size in SIZES.items():
+        assert sorted(example.package for example in task.splits[split]) == sorted([*NAMES] * size)
+    names = [example.document for examples in task.splits.values() for example in examples]
+    assert len(set(names)) == len(names)
+
+
+def test_held_out_documents_are_no_pretraining_text() -> None:
+    """The model has read what it is tested on."""
+    everything = documents()
+    task = make_task(everything, SIZES, seed=1)
+    held_out = {example.document for split in ("validation", "test") for example in task.splits[split]}
+    kept = {document.name for document in task.pretraining}
+    assert kept == {document.name for document in everything if document.package in NAMES} - held_out
+    text = "\n".join(document.text for document in task.pretraining)
+    assert not any(example.sentence in text for split in ("validation", "test") for example in task.splits[split])
+    assert all(example.sentence in text for example in task.splits["train"])
+
+
+def test_sentences_of_several_documents_are_no_examples() -> None:
+    """A sentence could be looked up in a document that is not held out, quoted or with another end there."""
+    everything = documents()
+    everything += [
+        Document(f'Elsewhere: "{sentence[:-8]} and so on.', "other", f"other/copy-{number}")
+        for number, sentence in enumerate(
+            first
+            for document in everything
+            if document.package == "torch"
+            for first in [next(sentences(document.text))]
+        )
+    ]
+    task = make_task(everything, SIZES, seed=1)
+    firsts = {next(sentences(document.text)) for document in everything}
+    chosen = [example for examples in task.splits.values() for example in examples if example.package == "torch"]
+    assert chosen
+    assert not firsts & {example.sentence for example in chosen}
+    assert task.repeated == 12
+
+
+def test_sentences_that_name_their_package_are_no_examples() -> None:
+    """The task would be to find the name."""
+    everything = [
+        document._replace(text=document.text.replace(".", " NumPy.", 2)) if document.package == "numpy" else document
+        for document in documents()
+    ]
+    task = make_task(everything, SIZES, seed=1)
+    assert task.giveaways == 24
+    assert not any("NumPy" in example.sentence for examples in task.splits.values() for example in examples)
+
+
+def test_the_draw_is_the_seed_s_alone() -> None:
+    """Two runs of the demo would not compare."""
+    first, again, other = (make_task(documents(), SIZES, seed) for seed in (1, 1, 2))
+    assert first == again
+    assert first.splits != other.splits
+
+
+def test_a_package_with_too_little_documentation_is_named() -> None:
+    """The task would be unbalanced, or the demo die of an index."""
+    few = [document for document in documents() if document.package != "scipy" or document.name.endswith("1")]
+    with pytest.raises(UserError, match=r"scipy gives 2 examples, 9 are needed"):
+        make_task(few, SIZES, seed=1)
+
+
+def test_documents_survive_the_file(tmp_path: Path) -> None:
+    """`text`, `package` and `document` are the names that `deepcloze python_docs` writes."""
+    path = tmp_path / "docs.jsonl"
+    path.write_text('{"text": "Größe.", "package": "numpy", "document": "numpy/a"}\n', encoding="utf-8")
+    assert read_documents(path) == [Document("Größe.", "numpy", "numpy/a")]
+    write_jsonl(path, [Document("Größe.", "numpy", "numpy/a")])
+    assert '"text": "Größe."' in path.read_text(encoding="utf-8")
