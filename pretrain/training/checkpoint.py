@@ -196,7 +196,8 @@ class _AllOrNone:
         pass
 
     def __exit__(self, _kind: Any, error: BaseException | None, _trace: Any) -> bool:
-        if error is not None and not isinstance(error, OSError):
+        # What safetensors and tokenizers, written in Rust, raise where they cannot write is no OSError.
+        if error is not None and not isinstance(error, OSError) and "(os error " not in str(error):
             return False
         found: list[str | None] = [None] * self._world.size
         dist.all_gather_object(found, str(error) if error else None)
