@@ -1,0 +1,189 @@
+"""A checkpoint is complete or does not exist, whatever happens while it is written."""
+
+import itertools
+import os
+import resource
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import RankPool
+from runs import Tree, curve, everything, pretrain_case, settings
+
+from experiment.configuration import build_config
+from experiment.folder import RunFolder
+from pretrain.batching.loader import World
+from pretrain.config import PretrainConfig
+from pretrain.training.checkpoint_store import Retention, checkpoint_path, complete_checkpoints, newest_usable, verify
+
+
+class Killed(BaseException):
+    """Stands for kill -9: once raised, every further change to the disk raises it again, so nothing can be tidied."""
+
+
+class _Killer:
+    """Refuses, when it is armed, the n-th change to files below a folder and all that follow."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = str(folder)
+        self._left: int | None = None
+        sys.addaudithook(self._on_event)
+
+    def arm(self, changes: int) -> None:
+        self._left = changes
+
+    def disarm(self) -> None:
+        self._left = None
+
+    def _on_event(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if self._left is None or not self._changes(event, arguments):
+            return
+        self._left -= 1
+        if self._left < 0:
+            raise Killed
+
+    def _changes(self, event: str, arguments: tuple[Any, ...]) -> bool:
+        if event == "open":
+            path, _, flags = arguments
+            # A sync opens what it syncs: not a change, but a moment to die at.
+            return self._folder in str(path) and (bool(flags & os.O_WRONLY) or "partial" in str(path))
+        if event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"):
+            # rmtree works by descriptors, so its inner events name no folder.
+            return event in ("os.remove", "os.rmdir") or self._folder in str(arguments[0])
+        return False
+
+
+def killed_saves_case(world: World, tree: Tree, folder: Path, every: int) -> int:
+    """Save step 2 over and over, killed at each `every`-th change to the disk; returns the number of changes."""
+    from pretrain.check import check_run
+    from pretrain.export import write_hugging_face_folder
+    from pretrain.modeling.build import build_model
+    from pretrain.modeling.masked_lm import MaskedLanguageModel
+    from pretrain.training import checkpoint
+    from pretrain.training.engine import Engine
+
+    config = build_config(PretrainConfig, tree)
+    inputs = check_run(config, world.size)
+    built = build_model(config.model, inputs.model_config, seed=1)
+    engine = Engine(MaskedLanguageModel(built.model, built.packed), config.optimizer, inputs.ds_config, world, 1)
+    checkpoints, before = folder / "checkpoints", folder / "before"
+
+    def write_model(weights: dict[str, Any], target: Path) -> None:
+        own = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+        write_hugging_face_folder(own, built.model, inputs.tokenizer, target)
+
+    def save(step: int) -> None:
+        checkpoint.save(engine, checkpoints, step, {"is": step}, write_model, Retention(1))
+
+    save(1)
+    shutil.copytree(checkpoints, before)
+    killer = _Killer(checkpoints)
+    for changes in itertools.count(0, every):
+        killer.arm(changes)
+        try:
+            save(2)
+        except Killed:
+            survived = True
+        else:
+            survived = False
+        killer.disarm()
+        usable = newest_usable(checkpoints)
+        assert usable in (checkpoint_path(checkpoints, 1), checkpoint_path(checkpoints, 2)), changes
+        for complete in complete_checkpoints(checkpoints):
+            assert verify(complete) is None, (changes, complete)
+        if not survived:
+            assert [path.name for path in checkpoints.iterdir()] == ["step-00000002"]
+            engine.close()
+            return changes
+        if changes % (4 * every) == 0:  # what is left lying about stands in no later save's way
+            save(2)
+            assert [path.name for path in checkpoints.iterdir()] == ["step-00000002"], changes
+        shutil.rmtree(checkpoints)
+        shutil.copytree(before, checkpoints)
+    raise AssertionError
+
+
+@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.soak)])
+def test_a_kill_while_saving_leaves_no_checkpoint_that_only_looks_whole(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, every: int
+) -> None:
+    """Catches marks that are written too early, deletions that come too early or in the wrong order."""
+    (changes,) = pools[1].run(killed_saves_case, settings(tmp_path, wordpiece_corpus), tmp_path, every)
+    assert changes > 30, "too few moments to die at: the killer sees nothing"
+
+
+def full_disk_case(world: World, tree: Tree, full_on: int, where: str) -> str:
+    """A run whose disk is full on one rank when it saves."""
+    import pretrain.run
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    original = pretrain.run.write_hugging_face_folder
+    if world.rank == full_on and where == "engine":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # bytes in a file: a share of the state has more
+    elif world.rank == full_on:
+
+        def full(*_: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        pretrain.run.write_hugging_face_folder = full
+    try:
+        return pretrain_case(world, tree)
+    finally:
+        pretrain.run.write_hugging_face_folder = original
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(("full_on", "where"), [(1, "engine"), (0, "engine"), (0, "hf")])
+def test_a_full_disk_stops_all_ranks(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, full_on: int, where: str
+) -> None:
+    """Catches ranks that wait for the one that failed until the collectives time out, and half a checkpoint."""
+    tree = settings(tmp_path, wordpiece_corpus, "fp32_zero2", schedule__steps=2)
+    assert pools[2].run(full_disk_case, tree, full_on, where) == ["stopped", "stopped"]
+    assert complete_checkpoints(tmp_path / "checkpoints") == []
+    log = RunFolder(tmp_path).rank_log(0).read_text(encoding="utf-8")
+    assert f"no checkpoint can be written: rank {full_on}: " in log
+    assert pools[2].run(pretrain_case, tree) == ["done", "done"]
+    assert curve(tmp_path, "step") == [1, 2]
+    assert newest_usable(tmp_path / "checkpoints") == checkpoint_path(tmp_path / "checkpoints", 2)
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path
+) -> None:
+    """Catches a run that loads flipped bits, or that falls back and then repeats steps in metrics.jsonl."""
+    tree = settings(tmp_path, wordpiece_corpus, checkpoint__every_steps=2)
+    pools[2].run(pretrain_case, tree)
+    checkpoints = tmp_path / "checkpoints"
+    before, losses = everything(checkpoint_path(checkpoints, 6)), curve(tmp_path)
+    for step, file in ((6, "engine/rank-00001.safetensors"), (4, "hf/model.safetensors")):
+        damaged = checkpoint_path(checkpoints, step) / file
+        content = bytearray(damaged.read_bytes())
+        content[-7] ^= 16
+        damaged.write_bytes(content)
+    assert pools[2].run(pretrain_case, tree) == ["done", "done"]
+    log = RunFolder(tmp_path).rank_log(0).read_text(encoding="utf-8")
+    assert f"continuing from {checkpoint_path(checkpoints, 2)}" in log
+    assert "engine/rank-00001.safetensors is damaged" in log
+    assert "hf/model.safetensors is damaged" in log
+    assert curve(tmp_path, "step") == [1, 2, 3, 4, 5, 6]
+    assert curve(tmp_path) == losses
+    assert [verify(checkpoint_path(checkpoints, step)) for step in (2, 4, 6)] == [None, None, None]
+    after = everything(checkpoint_path(checkpoints, 6))
+    assert all(bool((after[key] == before[key]).all()) for key in before)
+
+
+@pytest.mark.parametrize(
+    ("keep", "left"),
+    [({"every_steps": 1, "keep_last": 2}, [5, 6]), ({"every_steps": 1, "keep_last": 1, "keep_every": 2}, [2, 4, 6])],
+)
+def test_a_run_keeps_the_checkpoints_it_was_told_to(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, keep: dict[str, int], left: list[int]
+) -> None:
+    """Catches retention keys that do not reach the store."""
+    tree = settings(tmp_path, wordpiece_corpus)
+    pools[1].run(pretrain_case, tree | {"checkpoint": keep})
+    found = [int(path.name.removeprefix("step-")) for path in complete_checkpoints(tmp_path / "checkpoints")]
+    assert found == left

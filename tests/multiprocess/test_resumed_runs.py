@@ -1,0 +1,167 @@
+"""A run that was stopped and goes on is the run that was never stopped."""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import RankPool
+from runs import NO_DROPOUT, TINY, Tree, curve, everything, pretrain_case, settings
+
+from experiment.configuration import build_config
+from experiment.folder import RunFolder
+from pretrain.batching.loader import World
+from pretrain.config import PretrainConfig
+from pretrain.training.checkpoint_store import Retention, checkpoint_path, complete_checkpoints
+
+Layout = tuple[int, str]  # world size, DeepSpeed file
+
+LAYOUTS = [
+    (size, f"{precision}_zero{stage}")
+    for size, precision, stage in itertools.product((1, 2, 3), ("fp32", "bf16"), range(4))
+]
+EXACT_SAMPLE = [(1, "fp32_zero0"), (2, "fp32_zero1"), (2, "fp32_zero3"), (2, "bf16_zero1")]
+
+
+def untimed(folder: Path) -> list[Tree]:
+    """All events of a run, evaluations too, without what depends on the clock."""
+    timed = ("tokens_per_second", "mfu", "data_wait", "memory")
+    lines = RunFolder(folder).metrics.read_text(encoding="utf-8").splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key not in timed} for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "ds_config"),
+    [
+        pytest.param(
+            *layout,
+            marks=() if layout in EXACT_SAMPLE else pytest.mark.soak,
+        )
+        for layout in LAYOUTS
+    ],
+)
+def test_a_resumed_run_repeats_the_unbroken_one_exactly(
+    pools: dict[int, RankPool],
+    wordpiece_corpus: Path,
+    heldout_corpus: Path,
+    tmp_path: Path,
+    world_size: int,
+    ds_config: str,
+) -> None:
+    """Catches whatever a checkpoint forgets (moments, step counts, schedule, data position, dropout, open intervals).
+
+    Dropout is on; the stop falls into the middle of a logging interval; another rank than 0 is asked to stop.
+    """
+    runs = {}
+    for name, stop_after in (("unbroken", None), ("stopped", 4)):
+        tree = settings(
+            tmp_path / name,
+            wordpiece_corpus,
+            ds_config,
+            run__log_every=3,
+            schedule__steps=8,
+            corpus__eval={"held": str(heldout_corpus)},
+            evaluation__every_steps=5,
+        )
+        outcomes = pools[world_size].run(pretrain_case, tree, stop_after)
+        if stop_after is not None:
+            assert set(outcomes) == {"stopped"}
+            assert curve(tmp_path / name, "step") == [3]
+            assert complete_checkpoints(tmp_path / name / "checkpoints")[-1].name == "step-00000004"
+            outcomes = pools[world_size].run(pretrain_case, tree)
+        assert set(outcomes) == {"done"}
+        runs[name] = untimed(tmp_path / name)
+    assert [event["step"] for event in runs["unbroken"]] == [0, 3, 5, 6, 8, 8]
+    assert runs["stopped"] == runs["unbroken"]
+    last = [everything(checkpoint_path(tmp_path / name / "checkpoints", 8)) for name in runs]
+    assert all(torch.equal(last[0][key], last[1][key]) for key in last[0])
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [((2, "fp32_zero1"), (3, "fp32_zero2")), ((2, "fp32_zero3"), (1, "fp32_zero0"))],
+)
+def test_a_run_goes_on_at_another_layout(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, first: Layout, then: Layout
+) -> None:
+    """Catches state that is lost or misplaced where a run moves to more or fewer devices, or another ZeRO stage."""
+    model = TINY | NO_DROPOUT
+    unbroken = settings(tmp_path / "unbroken", wordpiece_corpus, first[1], model__config=model)
+    pools[first[0]].run(pretrain_case, unbroken)
+    moved = settings(tmp_path / "moved", wordpiece_corpus, first[1], model__config=model)
+    assert set(pools[first[0]].run(pretrain_case, moved, 3)) == {"stopped"}
+    elsewhere = settings(
+        tmp_path / "moved", wordpiece_corpus, then[1], model__config=model, batch__microbatch_tokens=300
+    )
+    assert set(pools[then[0]].run(pretrain_case, elsewhere)) == {"done"}
+    assert curve(tmp_path / "moved", "step") == [1, 2, 3, 4, 5, 6]
+    assert curve(tmp_path / "moved") == pytest.approx(curve(tmp_path / "unbroken"), rel=1e-5)
+    assert curve(tmp_path / "moved", "lr") == curve(tmp_path / "unbroken", "lr")
+
+
+def copy_case(world: World, tree: Tree, source: Path, target: Path) -> None:
+    """Load a checkpoint into an engine of this layout and save what the engine then holds."""
+    from pretrain.check import check_run
+    from pretrain.modeling.build import build_model
+    from pretrain.modeling.masked_lm import MaskedLanguageModel
+    from pretrain.training import checkpoint
+    from pretrain.training.engine import Engine
+
+    config = build_config(PretrainConfig, tree)
+    inputs = check_run(config, world.size)
+    built = build_model(config.model, inputs.model_config, seed=99)
+    engine = Engine(MaskedLanguageModel(built.model, built.packed), config.optimizer, inputs.ds_config, world, 99)
+    checkpoint.load(engine, source)
+    checkpoint.save(engine, target, 2, {}, lambda weights, folder: folder.mkdir(), Retention(100))
+    engine.close()
+
+
+@pytest.fixture(scope="session")
+def saved(pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Layout -> a checkpoint after two steps at that layout."""
+    made: dict[Layout, Path] = {}
+
+    def checkpoint_of(layout: Layout) -> Path:
+        if layout not in made:
+            folder = tmp_path_factory.mktemp("saved")
+            tree = settings(folder, wordpiece_corpus, layout[1], schedule__steps=2)
+            assert set(pools[layout[0]].run(pretrain_case, tree)) == {"done"}
+            made[layout] = checkpoint_path(folder / "checkpoints", 2)
+        return made[layout]
+
+    return checkpoint_of
+
+
+MOVES = {
+    ((2, "fp32_zero0"), (3, "bf16_zero3")),
+    ((3, "fp32_zero1"), (2, "fp32_zero3")),
+    ((3, "fp32_zero3"), (2, "fp32_zero2")),
+    ((2, "fp32_zero2"), (1, "fp32_zero0")),
+    ((2, "bf16_zero1"), (3, "bf16_zero2")),
+    ((3, "bf16_zero3"), (2, "bf16_zero1")),
+    ((1, "bf16_zero0"), (2, "fp32_zero0")),
+}
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        pytest.param(source, target, marks=() if (source, target) in MOVES else pytest.mark.soak)
+        for source in LAYOUTS
+        for target in LAYOUTS
+    ],
+)
+def test_a_checkpoint_moves_between_layouts_bit_by_bit(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, saved: Any, tmp_path: Path, source: Layout, target: Layout
+) -> None:
+    """Catches masters, moments or step counts that are cut, shifted, rounded or left behind at some layout."""
+    original = saved(source)
+    tree = settings(tmp_path, wordpiece_corpus, target[1])
+    pools[target[0]].run(copy_case, tree, original, tmp_path)
+    before, after = everything(original), everything(checkpoint_path(tmp_path, 2))
+    assert before.keys() == after.keys()
+    assert {key.rpartition("/")[2] for key in before} == {"fp32", "exp_avg", "exp_avg_sq", "step"}
+    assert [key for key in before if not torch.equal(before[key], after[key])] == []
+    assert {float(before[key]) for key in before if key.endswith("/step")} == {2.0}
