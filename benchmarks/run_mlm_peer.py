@@ -85,6 +85,7 @@ def run(
                 max_steps=steps,
                 per_device_train_batch_size=32,
                 bf16=precision == "bf16",
+                use_cpu=not torch.cuda.is_available(),
                 report_to=[],
                 save_strategy="no",
                 disable_tqdm=True,

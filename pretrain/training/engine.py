@@ -5,7 +5,9 @@ over the global count; DeepSpeed averages gradients over ranks, so that is multi
 Accumulation is unmanaged: as many backward passes as there are microbatches, then one `step`.
 """
 
+import contextlib
 import datetime
+import io
 import logging
 import math
 import os
@@ -117,9 +119,12 @@ class Engine:
         config = merged_ds_config(ds_config, optimizer.grad_clip)
         self.precision = precision_of(config)
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.is_floating_point()}
-        engine, *_ = deepspeed.initialize(
-            model=model, optimizer=build_optimizer(optimizer, model), config=config, dist_init_required=False
-        )
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):  # one of its optimizers prints the machine's memory six times
+            engine, *_ = deepspeed.initialize(
+                model=model, optimizer=build_optimizer(optimizer, model), config=config, dist_init_required=False
+            )
+        logging.getLogger("deepspeed").info("%s", said.getvalue())
         self.deepspeed = engine
         _restore_buffers(engine.module, buffers)
         self._grad_clip = optimizer.grad_clip
