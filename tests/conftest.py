@@ -23,7 +23,8 @@ def _english(seed: int, documents: int) -> str:
     A word leans on the one before it, so that a model has something to learn.
     """
     draw = random.Random(seed)
-    words = sorted({"".join(draw.choices(_SYLLABLES, k=1 + draw.randrange(4))) for _ in range(300)}, key=len)
+    drawn = {"".join(draw.choices(_SYLLABLES, k=1 + draw.randrange(4))) for _ in range(300)}
+    words = sorted(sorted(drawn), key=len)
     lines = []
     for _ in range(documents):
         at, line = 0, []

@@ -1,0 +1,118 @@
+"""What DeepSpeed must do, and must not do, at every ZeRO stage."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import RankPool
+from runs import NO_DROPOUT, TINY, Tree, everything, pretrain_case, settings
+
+from experiment.configuration import build_config
+from pretrain.batching.loader import Microbatch, World
+from pretrain.config import PretrainConfig
+from pretrain.training.checkpoint_store import checkpoint_path
+
+
+def build(world: World, tree: Tree) -> tuple[Any, Any]:
+    """The engine of a run, and its model as it was built."""
+    from pretrain.check import check_run
+    from pretrain.modeling.build import build_model
+    from pretrain.modeling.masked_lm import MaskedLanguageModel
+    from pretrain.training.engine import Engine
+
+    config = build_config(PretrainConfig, tree)
+    inputs = check_run(config, world.size)
+    built = build_model(config.model, inputs.model_config, config.run.seed)
+    module = MaskedLanguageModel(built.model, built.packed)
+    return Engine(module, config.optimizer, inputs.ds_config, world, config.run.seed), built.model
+
+
+def microbatch() -> Microbatch:
+    ids = torch.arange(10, 34).view(2, 12)
+    segments = torch.ones(2, 12, dtype=torch.int32)
+    positions = torch.arange(12).expand(2, 12).contiguous()
+    return Microbatch(ids, positions, segments, torch.tensor([0, 12, 24], dtype=torch.int32), ids[0, :3], ids[1, :3])
+
+
+def rotary_case(world: World, tree: Tree) -> dict[str, tuple[str, bool]]:
+    """Of each floating-point buffer: its precision in the engine, and whether it is what a new model has."""
+    from transformers import AutoModelForMaskedLM
+
+    engine, model = build(world, tree)
+    fresh = dict(AutoModelForMaskedLM.from_config(model.config).named_buffers())
+    found = {
+        name: (str(buffer.dtype), torch.equal(buffer.float(), fresh[name].float()))
+        for name, buffer in model.named_buffers()
+        if buffer.is_floating_point()
+    }
+    computed_in = {str(parameter.dtype) for parameter in model.parameters()}
+    engine.close()
+    assert computed_in == {"torch.bfloat16"}
+    return found
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_rotary_frequencies_stay_in_fp32(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, stage: int
+) -> None:
+    """Catches frequencies rounded to bf16 together with the weights, which moves positions of long sequences."""
+    model = {key: TINY[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")}
+    tree = settings(tmp_path, wordpiece_corpus, f"bf16_zero{stage}", model__config=model | {"model_type": "modernbert"})
+    (found,) = pools[1].run(rotary_case, tree)
+    assert any("inv_freq" in name for name in found)
+    assert set(found.values()) == {("torch.float32", True)}
+
+
+def steps_case(world: World, tree: Tree, folder: Path) -> list[bool]:
+    """A step with a rate of 0, a real one, one with NaN gradients; which were applied. Saved before and after each."""
+    from pretrain.training import checkpoint
+    from pretrain.training.checkpoint_store import Retention
+
+    engine, _ = build(world, tree)
+    applied = []
+    checkpoint.save(engine, folder, 1, {}, lambda _, hf: hf.mkdir(), Retention(9))
+    for step, (rate, masked) in enumerate([(0.0, 6.0), (0.01, 6.0), (0.01, float("nan"))], start=2):
+        engine.set_learning_rate(rate)
+        micro = microbatch()._replace(masked_positions=torch.tensor([1, 4, 20]))
+        engine.accumulate(micro, masked, step, 0)
+        applied.append(engine.step().applied)
+        checkpoint.save(engine, folder, step, {}, lambda _, hf: hf.mkdir(), Retention(9))
+    engine.close()
+    return applied
+
+
+@pytest.mark.parametrize(
+    "ds_config", [f"{precision}_zero{stage}" for precision in ("fp32", "bf16") for stage in range(4)]
+)
+def test_rates_are_applied_and_nan_is_not(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, ds_config: str
+) -> None:
+    """Catches learning rates that do not reach the optimizer, phantom steps at construction, and a single NaN gradient
+    that makes all weights NaN."""
+    tree = settings(tmp_path, wordpiece_corpus, ds_config)
+    assert pools[2].run(steps_case, tree, tmp_path) == [[True, True, False]] * 2
+    start, still, moved, last = (everything(checkpoint_path(tmp_path, step)) for step in (1, 2, 3, 4))
+    masters = [key for key in start if key.endswith("/fp32")]
+    assert all(torch.equal(start[key], still[key]) for key in masters)
+    assert not all(torch.equal(still[key], moved[key]) for key in masters)
+    assert all(torch.equal(moved[key], last[key]) for key in moved)
+
+
+@pytest.mark.parametrize("ds_config", ["fp32_zero0", "fp32_zero1", "fp32_zero2", "fp32_zero3", "bf16_zero1"])
+def test_the_gradient_is_clipped_to_the_norm_given(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, ds_config: str
+) -> None:
+    """Catches clipping of each rank's share by its own norm, of each group by its own, or none at all."""
+    tree = settings(
+        tmp_path,
+        wordpiece_corpus,
+        ds_config,
+        model__config=TINY | NO_DROPOUT,
+        optimizer__grad_clip=0.01,
+        schedule__steps=1,
+    )
+    pools[2].run(pretrain_case, tree)
+    kept = everything(checkpoint_path(tmp_path / "checkpoints", 1))
+    clipped = torch.cat([kept[key].flatten() for key in kept if key.endswith("/exp_avg")]) / (1 - 0.9)
+    assert clipped.norm().item() == pytest.approx(0.01, rel=1e-3)

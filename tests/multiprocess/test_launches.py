@@ -1,0 +1,187 @@
+"""Whole runs as users start them: `python -m pretrain.run`, `deepspeed` and `deepcloze`."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ranks import RankPool, free_port
+from runs import NO_DROPOUT, TINY, curve, everything, pretrain_case, settings
+
+from experiment.folder import RunFolder
+from pretrain.training.checkpoint_store import checkpoint_path, complete_checkpoints, newest_usable
+from pretrain.training.ds_config import REPOSITORY
+
+LONG = 5000  # steps that nobody waits for
+
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Start a command in a session of its own, from an empty folder; what is left of it is killed afterwards."""
+    processes: list[subprocess.Popen[str]] = []
+
+    def run(*command: str) -> subprocess.Popen[str]:
+        environment = os.environ | {
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1",
+            "TORCHDYNAMO_DISABLE": "1",
+            "MASTER_PORT": str(free_port()),
+        }
+        process = subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        processes.append(process)
+        return process
+
+    yield run
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def config_file(tmp_path: Path, corpus: Path, **changes: Any) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(settings(tmp_path / "run", corpus, **changes)))
+    return path
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """The exit code and what was printed."""
+    output, _ = process.communicate(timeout=90)
+    return process.returncode, output
+
+
+def wait_for_steps(folder: Path, steps: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 90
+    while not RunFolder(folder).metrics.exists() or len(curve(folder)) < steps:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, f"no {steps} steps in 90 s"
+        time.sleep(0.05)
+
+
+def test_a_rank_that_is_killed_goes_on_and_repeats_no_step(
+    start: Start, wordpiece_corpus: Path, tmp_path: Path, pools: dict[int, RankPool]
+) -> None:
+    """Catches steps that metrics.jsonl has twice or not at all after kill -9, and a run that goes on differently."""
+    config = config_file(tmp_path, wordpiece_corpus, schedule__steps=LONG, checkpoint__every_steps=5)
+    command = (sys.executable, "-m", "pretrain.run", "--config", str(config))
+    killed = start(*command)
+    wait_for_steps(tmp_path / "run", 13, killed)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    reached = len(curve(tmp_path / "run"))
+    assert newest_usable(tmp_path / "run" / "checkpoints") is not None
+
+    resumed = start(*command, f"--schedule.steps={LONG}")
+    wait_for_steps(tmp_path / "run", reached + 3, resumed)
+    (tmp_path / "run" / "STOP").touch()
+    code, output = ended(resumed)
+    assert code == 75, output
+    steps = curve(tmp_path / "run", "step")
+    assert steps == list(range(1, len(steps) + 1))
+    last = complete_checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    assert last == checkpoint_path(tmp_path / "run" / "checkpoints", steps[-1])
+
+    unbroken = settings(tmp_path / "unbroken", wordpiece_corpus, schedule__steps=LONG)
+    pools[1].run(pretrain_case, unbroken, len(steps))
+    assert curve(tmp_path / "unbroken") == curve(tmp_path / "run")
+
+
+def test_deepspeeds_own_launcher_gives_the_same_run(
+    start: Start, wordpiece_corpus: Path, tmp_path: Path, pools: dict[int, RankPool]
+) -> None:
+    """Catches a run.py that only deepcloze can start: its imports, --local_rank, the environment of the ranks."""
+    model = TINY | NO_DROPOUT
+    config = config_file(tmp_path, wordpiece_corpus, model__config=model)
+    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
+    script = str(REPOSITORY / "pretrain" / "run.py")
+    process = start(deepspeed, "--num_gpus", "2", f"--master_port={free_port()}", script, "--config", str(config))
+    code, output = ended(process)
+    assert code == 0, output
+    pools[2].run(pretrain_case, settings(tmp_path / "pooled", wordpiece_corpus, model__config=model))
+    assert curve(tmp_path / "run", "step") == [1, 2, 3, 4, 5, 6]
+    assert curve(tmp_path / "run") == curve(tmp_path / "pooled")
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(start: Start, wordpiece_corpus: Path, tmp_path: Path) -> None:
+    """Catches a signal that loses steps, a wrong exit code, and a second start that begins anew."""
+    config = config_file(tmp_path, wordpiece_corpus, ds_config="bf16_zero2", schedule__steps=LONG)
+    command = (str(Path(sys.executable).with_name("deepcloze")), "pretrain", "--config", str(config), "--num_gpus", "2")
+    process = start(*command, "--oversubscribe")
+    wait_for_steps(tmp_path / "run", 3, process)
+    process.send_signal(signal.SIGTERM)
+    code, output = ended(process)
+    assert code == 75, output
+    assert "Traceback" not in output
+    steps = curve(tmp_path / "run", "step")
+    saved = checkpoint_path(tmp_path / "run" / "checkpoints", steps[-1])
+    assert complete_checkpoints(saved.parent) == [saved]
+    assert not (tmp_path / "run" / "STOP").exists()
+
+    code, output = ended(start(*command, "--oversubscribe", f"--schedule.steps={steps[-1] + 2}"))
+    assert code == 0, output
+    assert f"continuing from {saved}" in output
+    assert f"schedule.steps: {LONG} -> {steps[-1] + 2}" in output
+    assert curve(tmp_path / "run", "step") == list(range(1, steps[-1] + 3))
+    launches = (tmp_path / "run" / "launch.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["outcome"] for line in launches] == ["stopped", "done"]
+
+
+def test_what_only_the_ranks_can_refuse_is_exit_code_2(start: Start, wordpiece_corpus: Path, tmp_path: Path) -> None:
+    """Catches refusals of rank 0 that the other ranks turn into a failure with a trace."""
+    config = config_file(tmp_path, wordpiece_corpus)
+    RunFolder(tmp_path / "run").metrics.parent.mkdir()
+    RunFolder(tmp_path / "run").metrics.write_text('{"step": 1, "loss": 5.0}\n')
+    command = (str(Path(sys.executable).with_name("deepcloze")), "pretrain", "--config", str(config), "--num_gpus", "2")
+    code, output = ended(start(*command, "--oversubscribe", "--run.resume=never"))
+    assert code == 2, output
+    assert "Traceback" not in output
+    assert output.count("run.resume is 'never'") == 1
+
+
+def refused_case(world: Any, tree: Any) -> str:
+    """The message with which a run is refused on this rank."""
+    from experiment.errors import UserError
+
+    try:
+        pretrain_case(world, tree)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"run__seed": 9}, "run.seed"),
+        ({"batch__sequences": 30}, "batch.sequences"),
+        ({"masking__rate": 0.3}, "masking.rate"),
+        ({"model__config": TINY | {"hidden_size": 32}}, "model.hidden_size"),
+    ],
+)
+def test_a_resume_that_would_be_another_run_is_refused_on_every_rank(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, changes: dict[str, Any], key: str
+) -> None:
+    """Catches a run that goes on with another seed or model, and ranks that are left waiting for rank 0."""
+    pools[2].run(pretrain_case, settings(tmp_path, wordpiece_corpus, schedule__steps=1))
+    before = everything(checkpoint_path(tmp_path / "checkpoints", 1))
+    messages = pools[2].run(refused_case, settings(tmp_path, wordpiece_corpus, **changes))
+    assert len(set(messages)) == 1
+    assert f"another {key}" in messages[0]
+    assert everything(checkpoint_path(tmp_path / "checkpoints", 1)).keys() == before.keys()

@@ -1,0 +1,132 @@
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM
+
+from experiment.errors import UserError
+from pretrain.batching.loader import Layout, Microbatch, World
+from pretrain.batching.masking import MaskingPolicy
+from pretrain.batching.vocabulary import vocabulary_of
+from pretrain.corpus.reader import open_corpus
+from pretrain.corpus.tokenizer import load_tokenizer, save_tokenizer
+from pretrain.evaluate import HeldOut, as_metrics, evaluate, evaluate_command, held_out
+from pretrain.modeling.masked_lm import Predictions
+
+POLICY = MaskingPolicy(0.15, 0.8, 0.1)
+
+
+def opened(corpus: Path, layout: Layout, seed: int = 42) -> HeldOut:
+    vocabulary = vocabulary_of(load_tokenizer(corpus / "tokenizer"))
+    return held_out(
+        "held",
+        open_corpus(corpus),
+        vocabulary=vocabulary,
+        policy=POLICY,
+        seed=seed,
+        layout=layout,
+        world=World(),
+        index_folder=corpus,
+    )
+
+
+def by_hand(ids: Tensor) -> Tensor:
+    """Logits of a model that has learnt nothing but to repeat what it sees, with some doubt: [B, W, 200]."""
+    return 3.0 * F.one_hot(ids, 200).float()
+
+
+def predict(microbatch: Microbatch) -> Predictions:
+    logits = by_hand(microbatch.input_ids).flatten(0, 1)[microbatch.masked_positions]
+    loss = F.cross_entropy(logits, microbatch.labels, reduction="sum", ignore_index=-100)
+    return Predictions(loss, (logits.argmax(-1) == microbatch.labels).sum())
+
+
+def test_figures_by_hand_whatever_the_microbatch(heldout_corpus: Path) -> None:
+    """Catches means of means, fillers that count, and figures that move with the microbatch or the packing."""
+    scores = [
+        evaluate([opened(heldout_corpus, Layout(40, tokens, packed))], predict, torch.device("cpu"))["held"]
+        for tokens, packed in ((40, True), (400, True), (4000, False))
+    ]
+    first = scores[0]
+    assert first.masked_tokens > 50
+    right = first.accuracy * first.masked_tokens
+    assert right == pytest.approx(round(right))
+    # The token shown gets probability e^3 / (e^3 + 199): right where it was left as it is, a tenth of the time.
+    wrong, hit = math.log(math.exp(3) + 199), math.log(math.exp(3) + 199) - 3
+    assert first.loss == pytest.approx((right * hit + (first.masked_tokens - right) * wrong) / first.masked_tokens)
+    assert first.perplexity == pytest.approx(math.exp(first.loss))
+    for other in scores[1:]:
+        assert other == pytest.approx(first, rel=1e-6)
+
+
+def test_masks_depend_on_the_seed_alone(heldout_corpus: Path) -> None:
+    """Catches figures that cannot be compared along a run, and a seed that is ignored."""
+    layout = Layout(40, 400)
+    again = [evaluate([opened(heldout_corpus, layout, seed)], predict, torch.device("cpu")) for seed in (1, 1, 2)]
+    assert again[0] == again[1]
+    assert again[0] != again[2]
+
+
+def test_a_corpus_without_predicted_tokens_has_no_figures(heldout_corpus: Path) -> None:
+    """Catches NaN in metrics.jsonl, or a division by zero at the end of a long run."""
+
+    def nothing(microbatch: Microbatch) -> Predictions:
+        return Predictions(torch.zeros(()), torch.zeros((), dtype=torch.int64))
+
+    held = opened(heldout_corpus, Layout(40, 400))
+    masker = replace(held.maker.masker, policy=MaskingPolicy(1e-9, 0.8, 0.1))
+    scores = evaluate([replace(held, maker=replace(held.maker, masker=masker))], nothing, torch.device("cpu"))
+    assert scores["held"].masked_tokens == 0
+    assert as_metrics(scores) == {"eval/held/loss": None, "eval/held/perplexity": None, "eval/held/accuracy": None}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, wordpiece: Path) -> Path:
+    """A Hugging Face folder that no run of ours made."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 40}
+    BertForMaskedLM(BertConfig(vocab_size=200, max_position_embeddings=48, **sizes)).save_pretrained(tmp_path / "m")
+    save_tokenizer(load_tokenizer(wordpiece), tmp_path / "m")
+    return tmp_path / "m"
+
+
+def test_the_command_scores_any_folder(
+    folder: Path, heldout_corpus: Path, wordpiece_corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a command that wants a run of ours, sequences longer than the model's positions, other output than JSON,
+    and figures that are not those of the model in the folder."""
+    evaluate_command(str(folder), f"{heldout_corpus},{wordpiece_corpus}", json=True)
+    printed = json.loads(capsys.readouterr().out)
+    assert set(printed) == {heldout_corpus.name, wordpiece_corpus.name}
+    for scores in printed.values():
+        assert set(scores) == {"loss", "perplexity", "accuracy", "masked_tokens"}
+
+    model = AutoModelForMaskedLM.from_pretrained(folder).eval()
+    held = opened(heldout_corpus, Layout(48, 48, packed=False))
+    loss_sum = 0.0
+    for step in range(held.batches):
+        for micro in held.maker[step].microbatches:
+            used, real = int((micro.segments[0] > 0).sum()), micro.labels >= 0
+            with torch.inference_mode():
+                logits = model(input_ids=micro.input_ids[:1, :used]).logits[0]
+            loss = F.cross_entropy(logits[micro.masked_positions[real]], micro.labels[real], reduction="sum")
+            loss_sum += float(loss)
+    found = printed[heldout_corpus.name]
+    assert loss_sum / found["masked_tokens"] == pytest.approx(found["loss"], rel=1e-5)
+
+
+def test_the_command_refuses_what_it_cannot_score(
+    folder: Path, byte_level_corpus: Path, tmp_path: Path, heldout_corpus: Path
+) -> None:
+    """Catches traces, and figures over token ids that mean something else to the model."""
+    with pytest.raises(UserError, match="another tokenizer"):
+        evaluate_command(str(folder), str(byte_level_corpus))
+    with pytest.raises(UserError, match="no corpus"):
+        evaluate_command(str(folder), ",")
+    with pytest.raises(UserError, match="nowhere"):
+        evaluate_command(str(tmp_path / "nowhere"), str(heldout_corpus))

@@ -1,0 +1,104 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM
+
+from experiment.errors import UserError
+from pretrain.corpus.tokenizer import load_tokenizer
+from pretrain.export import export, find_hugging_face_folder, write_hugging_face_folder
+from pretrain.training.checkpoint_store import checkpoint_path, mark
+
+TINY = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 40}
+
+
+@pytest.fixture(scope="module")
+def model() -> BertForMaskedLM:
+    torch.manual_seed(0)
+    return BertForMaskedLM(BertConfig(vocab_size=200, **TINY))
+
+
+@pytest.fixture
+def run(tmp_path: Path, model: BertForMaskedLM, wordpiece: Path) -> Path:
+    """A run with complete checkpoints of steps 1 and 2, whose weights are all 1 and all 2."""
+    for step in (1, 2):
+        weights = {name: torch.full_like(p, float(step)) for name, p in model.named_parameters()}
+        folder = checkpoint_path(tmp_path / "run" / "checkpoints", step)
+        write_hugging_face_folder(weights, model, load_tokenizer(wordpiece), folder / "hf")
+        mark(folder)
+    return tmp_path / "run"
+
+
+def step_of(folder: Path) -> float:
+    """Which step the weights of a Hugging Face folder are of."""
+    return AutoModelForMaskedLM.from_pretrained(folder).bert.embeddings.word_embeddings.weight[0, 0].item()
+
+
+def test_the_weights_given_are_written_not_those_of_the_model(run: Path, model: BertForMaskedLM) -> None:
+    """Catches a checkpoint of the weights that training began with, or computes with, instead of the fp32 masters."""
+    folder = checkpoint_path(run / "checkpoints", 1) / "hf"
+    written = AutoModelForMaskedLM.from_pretrained(folder)
+    assert all(bool((parameter == 1.0).all()) for parameter in written.parameters())
+    assert written.config.architectures == ["BertForMaskedLM"]
+    assert AutoTokenizer.from_pretrained(folder)("de fi")["input_ids"]
+    assert not bool((next(model.parameters()) == 1.0).all())
+
+
+def test_which_folder_a_path_means(run: Path) -> None:
+    """Catches an export of an older checkpoint than the newest, and of another one than the one named."""
+    assert step_of(find_hugging_face_folder(run)) == 2.0
+    assert step_of(find_hugging_face_folder(checkpoint_path(run / "checkpoints", 1))) == 1.0
+    assert step_of(find_hugging_face_folder(checkpoint_path(run / "checkpoints", 1) / "hf")) == 1.0
+
+
+def test_export(run: Path, tmp_path: Path) -> None:
+    """Catches an incomplete copy, and scraps beside it."""
+    export(str(run), str(tmp_path / "new" / "encoder"))
+    assert step_of(tmp_path / "new" / "encoder") == 2.0
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["encoder"]
+
+
+def test_what_is_there_is_not_overwritten(run: Path, tmp_path: Path) -> None:
+    """Catches somebody's files lost under an export."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("all of it")
+    with pytest.raises(UserError, match="mine is there already"):
+        export(str(run), str(tmp_path / "mine"))
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "all of it"
+
+
+def test_an_empty_folder_may_be_the_output(run: Path, tmp_path: Path) -> None:
+    """Catches a refusal of what `mkdir` just made."""
+    (tmp_path / "empty").mkdir()
+    export(str(run), str(tmp_path / "empty"))
+    assert step_of(tmp_path / "empty") == 2.0
+
+
+def test_a_failed_export_leaves_nothing_that_looks_whole(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches half a folder under the final name, and a trace for a full disk."""
+
+    def full(source: Path, target: Path, **_: Any) -> None:
+        target.mkdir()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pretrain.export.shutil.copytree", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        export(str(run), str(tmp_path / "encoder"))
+    assert not (tmp_path / "encoder").exists()
+
+
+def test_a_path_that_means_nothing_is_refused(run: Path, tmp_path: Path) -> None:
+    """Catches traces, and a damaged or unmarked checkpoint exported as if it were whole."""
+    with pytest.raises(UserError, match="neither"):
+        find_hugging_face_folder(tmp_path / "nothing")
+    damaged, unmarked = (checkpoint_path(run / "checkpoints", step) for step in (1, 2))
+    (damaged / "hf" / "config.json").write_text("{}")
+    (unmarked / "COMPLETE").unlink()
+    for folder in (damaged, unmarked):
+        with pytest.raises(UserError, match="no usable checkpoint"):
+            find_hugging_face_folder(folder)
+    with pytest.raises(UserError):
+        find_hugging_face_folder(run)
