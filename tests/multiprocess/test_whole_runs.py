@@ -108,10 +108,9 @@ def test_a_finished_run_that_is_started_again_is_finished(
 
 
 def test_what_a_run_leaves_starts_the_same_run(
-    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path
 ) -> None:
     """Catches relative paths in RUN/config.yaml, keys that are missing in it, and metrics without the promised keys."""
-    monkeypatch.chdir(wordpiece_corpus.parent)
     tree = settings(tmp_path / "first", wordpiece_corpus)
     pools[1].run(pretrain_case, tree)
     written = yaml.safe_load(RunFolder(tmp_path / "first").config.read_text(encoding="utf-8"))
