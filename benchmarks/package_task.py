@@ -32,7 +32,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "torch": ("torch",),
     "transformers": ("transformers", "hugging"),
 }
-EXAMPLES: Mapping[str, int] = {"train": 100, "validation": 50, "test": 150}  # of each package
+EXAMPLES: Mapping[str, int] = {"train": 60, "validation": 50, "test": 150}  # of each package
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z])|\n")
 _WORDS = range(12, 41)  # in a sentence that is an example
 _MARK_WORDS = 8
