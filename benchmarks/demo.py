@@ -40,6 +40,7 @@ from pretrain.config import PretrainConfig
 REPOSITORY = Path(__file__).resolve().parent.parent
 PRETRAINING, TASK = "pretrain/recipes/demo.yaml", "finetune/recipes/demo.yaml"
 DEEPCLOZE = Path(sys.executable).with_name("deepcloze")
+EVALUATION = "documentation"  # how the recipe calls the held-out corpus
 TASK_SEED = 42
 HELD_OUT_DOCUMENTS = 600
 VOCABULARY = 8192
@@ -69,7 +70,7 @@ def demo(output: Path) -> None:
         "num_gpus": 2,
         "run.dir": run.path,
         "corpus.train": corpus,
-        "corpus.eval": json.dumps({"held-out": str(held_out)}),
+        f"corpus.eval.{EVALUATION}": held_out,
     }
     if not has_bf16():
         arguments["engine.ds_config"] = "ds_configs/fp32_zero1.json"
@@ -107,8 +108,9 @@ def cut_out_task(output: Path) -> str:
     description = (
         f"The task: which of {len(NAMES)} packages is this sentence about? {sizes} sentences, equally many of each "
         f"package, one a document. Not used: {task.repeated:,} sentences of which eight words in a row stand in "
-        f"another document too, and {task.giveaways:,} that name their package. The documents of validation and test "
-        f"are kept out of the text for pretraining: {len(documents) - len(task.pretraining):,} of {len(documents):,}."
+        f"another document too, and {task.giveaways:,} that name their package. The text for pretraining is the "
+        f"documentation of the same packages without the documents of validation and test: "
+        f"{len(task.pretraining):,} documents."
     )
     print(description)
     return description
@@ -116,10 +118,10 @@ def cut_out_task(output: Path) -> str:
 
 def stop_in_the_middle(run: RunFolder, arguments: dict[str, Any]) -> None:
     """Pretrain until half of the steps are done, then stop it as a queue or a user would: with SIGTERM."""
-    steps = load_config(PretrainConfig, REPOSITORY / PRETRAINING).schedule.steps
+    steps = load_config(PretrainConfig, PRETRAINING).schedule.steps
     assert steps is not None
     argv = command("pretrain", **arguments)
-    with subprocess.Popen(argv, cwd=REPOSITORY, env=environment()) as process:
+    with subprocess.Popen(argv, env=environment()) as process:
         try:
             while process.poll() is None and last_step(run) < steps // 2:
                 time.sleep(0.2)
@@ -149,15 +151,16 @@ def finetune(output: Path, run: RunFolder, weights: str) -> dict[str, Any]:
 
 def comparison(run: RunFolder, scores: dict[str, float], results: dict[str, dict[str, Any]]) -> Table:
     """Random weights against pretrained ones: held-out text, and the task."""
-    before = next(event for event in read_events(run.metrics) if "eval/held-out/loss" in event)
+    before = next(event for event in read_events(run.metrics) if f"eval/{EVALUATION}/loss" in event)
+    untrained = {metric: before[f"eval/{EVALUATION}/{metric}"] for metric in ("loss", "perplexity", "accuracy")}
     accuracy = {weights: of["splits"]["test"]["accuracy"] for weights, of in results.items()}
     seeds = len(accuracy["random"]["values"])
     return Table(
         ["", "random weights", "pretrained"],
         [
-            ["held-out loss", f"{before['eval/held-out/loss']:.3f}", f"{scores['loss']:.3f}"],
-            ["held-out perplexity", f"{before['eval/held-out/perplexity']:,.0f}", f"{scores['perplexity']:,.1f}"],
-            ["masked-token accuracy", f"{before['eval/held-out/accuracy']:.1%}", f"{scores['accuracy']:.1%}"],
+            ["held-out loss", f"{untrained['loss']:.3f}", f"{scores['loss']:.3f}"],
+            ["held-out perplexity", f"{untrained['perplexity']:,.0f}", f"{scores['perplexity']:,.1f}"],
+            ["masked-token accuracy", f"{untrained['accuracy']:.1%}", f"{scores['accuracy']:.1%}"],
             [
                 f"task accuracy on test, mean ± std of {seeds} seeds",
                 *(f"{accuracy[weights]['mean']:.1%} ± {accuracy[weights]['std']:.1%}" for weights in accuracy),
@@ -203,7 +206,7 @@ def deepcloze(name: str, **flags: Any) -> str:
     """Run one command to its end; returns its output under --json. Raises SystemExit with its exit code."""
     kept = subprocess.PIPE if flags.get("json") else None
     argv = command(name, **flags)
-    finished = subprocess.run(argv, cwd=REPOSITORY, env=environment(), stdout=kept, text=True, check=False)
+    finished = subprocess.run(argv, env=environment(), stdout=kept, text=True, check=False)
     if finished.returncode:
         say(f"demo: deepcloze {name} ended with exit code {finished.returncode}")
         raise SystemExit(finished.returncode)
@@ -236,7 +239,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.demo", description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for everything (runs/demo)")
     try:
-        demo(parser.parse_args(argv).output.absolute())
+        output = parser.parse_args(argv).output.absolute()
+        os.chdir(REPOSITORY)
+        demo(output.relative_to(REPOSITORY) if output.is_relative_to(REPOSITORY) else output)
     except UserError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
