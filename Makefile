@@ -18,7 +18,7 @@ setup: $(READY)
 
 # Nothing is done here as long as pyproject.toml and this file stay as they are.
 $(READY): pyproject.toml Makefile
-	PYTHON="$(PYTHON)" VENV="$(VENV)" TORCH="$(TORCH)" .ci/setup
+	@PYTHON="$(PYTHON)" VENV="$(VENV)" TORCH="$(TORCH)" .ci/setup
 	@touch $@
 
 demo: $(READY)
