@@ -92,13 +92,14 @@ def forget_old(checkpoints: Path, keep: Retention, newest: int) -> None:
     `newest`: the step of the one just saved. Those of later steps are damaged, or the run would have gone on from them;
     they do not count as kept.
     """
+    for leftover in checkpoints.glob(".step-*.partial"):
+        shutil.rmtree(leftover, ignore_errors=True)
     by_step = {_step(path): path for path in complete_checkpoints(checkpoints)}
     for step in [step for step in by_step if step <= newest][: -keep.keep_last]:
         if keep.keep_every is None or step % keep.keep_every != 0:
-            (by_step[step] / _MARK).unlink()  # first, so that a half-deleted checkpoint is none
-            shutil.rmtree(by_step[step])
-    for leftover in checkpoints.glob(".step-*.partial"):
-        shutil.rmtree(leftover, ignore_errors=True)
+            # Renamed first: a half-deleted checkpoint is none, and the next save tidies it up.
+            aside = by_step[step].rename(checkpoints / f".{by_step[step].name}.partial")
+            shutil.rmtree(aside)
 
 
 def _step(checkpoint: Path) -> int:

@@ -134,9 +134,10 @@ def test_damaged_checkpoints_of_a_lost_future_push_out_none(tmp_path: Path) -> N
     assert {20, 25} <= set(steps(tmp_path))
 
 
-def test_a_checkpoint_is_unmarked_before_it_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a kill in the middle of a deletion that leaves a marked checkpoint without its files."""
+def test_a_checkpoint_is_put_aside_before_it_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a kill amid a deletion that leaves a marked checkpoint without its files, or files for good."""
     make(tmp_path, 1, 2)
+    rmtree = shutil.rmtree
 
     def killed(path: Path) -> None:
         raise KeyboardInterrupt
@@ -145,3 +146,6 @@ def test_a_checkpoint_is_unmarked_before_it_is_deleted(tmp_path: Path, monkeypat
     with pytest.raises(KeyboardInterrupt):
         forget_old(tmp_path, Retention(1), newest=2)
     assert steps(tmp_path) == [2]
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    forget_old(tmp_path, Retention(1), newest=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
