@@ -116,3 +116,26 @@ def test_the_gradient_is_clipped_to_the_norm_given(
     kept = everything(checkpoint_path(tmp_path / "checkpoints", 1))
     clipped = torch.cat([kept[key].flatten() for key in kept if key.endswith("/exp_avg")]) / (1 - 0.9)
     assert clipped.norm().item() == pytest.approx(0.01, rel=1e-3)
+
+
+def dropout_case(world: World, tree: Tree) -> dict[str, float]:
+    """The loss of the same microbatch under dropout, at several places of a run."""
+    engine, _ = build(world, tree)
+    places = {"here": (3, 0), "here again": (3, 0), "another step": (4, 0), "another microbatch": (3, 1)}
+    losses = {place: float(engine.accumulate(microbatch(), 6, *at)) for place, at in places.items()}
+    engine.close()
+    return losses
+
+
+def test_dropout_is_keyed_by_seed_step_rank_and_microbatch(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path
+) -> None:
+    """Catches masks of dropout that repeat at every step or on every rank, and ones that a resume would not repeat."""
+    trees = [settings(tmp_path, wordpiece_corpus, run__seed=seed) for seed in (1, 2)]
+    one, other = (pools[2].run(dropout_case, tree) for tree in trees)
+    for losses in (*one, *other):
+        assert losses["here"] == losses["here again"]
+    places = {(number, place) for number in range(2) for place in one[0] if place != "here again"}
+    distinct = {one[rank][place] for rank, place in places}
+    assert len(distinct) == len(places)
+    assert one[0]["here"] != other[0]["here"]

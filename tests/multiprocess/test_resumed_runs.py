@@ -21,6 +21,7 @@ Layout = tuple[int, str]  # world size, DeepSpeed file
 LAYOUTS = [
     (size, f"{precision}_zero{stage}")
     for size, precision, stage in itertools.product((1, 2, 3), ("fp32", "bf16"), range(4))
+    if (precision, stage) != ("bf16", 0)  # which runs as stage 1
 ]
 EXACT_SAMPLE = [(1, "fp32_zero0"), (2, "fp32_zero1"), (2, "fp32_zero3"), (2, "bf16_zero1")]
 
@@ -141,7 +142,7 @@ MOVES = {
     ((2, "fp32_zero2"), (1, "fp32_zero0")),
     ((2, "bf16_zero1"), (3, "bf16_zero2")),
     ((3, "bf16_zero3"), (2, "bf16_zero1")),
-    ((1, "bf16_zero0"), (2, "fp32_zero0")),
+    ((1, "bf16_zero1"), (2, "fp32_zero0")),
 }
 
 
@@ -149,8 +150,7 @@ MOVES = {
     ("source", "target"),
     [
         pytest.param(source, target, marks=() if (source, target) in MOVES else pytest.mark.soak)
-        for source in LAYOUTS
-        for target in LAYOUTS
+        for source, target in itertools.product(LAYOUTS, repeat=2)
     ],
 )
 def test_a_checkpoint_moves_between_layouts_bit_by_bit(
