@@ -125,8 +125,9 @@ def stop_in_the_middle(run: RunFolder, arguments: dict[str, Any]) -> None:
         try:
             while process.poll() is None and last_step(run) < steps // 2:
                 time.sleep(0.2)
-            say(f"half of the {steps} steps are done: SIGTERM")
-            process.send_signal(signal.SIGTERM)
+            if process.poll() is None:
+                say(f"half of the {steps} steps are done: SIGTERM")
+                process.send_signal(signal.SIGTERM)
             code = process.wait()
         finally:
             process.kill()

@@ -1,0 +1,70 @@
+"""What of the demo can be tested without running it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.demo import EVALUATION, PRETRAINING, TASK, comparison, main, prepare_folder
+from experiment.configuration import load_config
+from experiment.folder import RunFolder
+from finetune.config import FinetuneConfig
+from pretrain.config import PretrainConfig
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+
+
+def test_a_folder_that_no_demo_made_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--output ~` would delete everything there is."""
+    precious = tmp_path / "thesis.tex"
+    precious.write_text("all of it")
+    assert main(["--output", str(tmp_path)]) == 2
+    assert str(tmp_path) in capsys.readouterr().err
+    assert precious.read_text() == "all of it"
+
+
+def test_the_folder_of_an_earlier_demo_is_emptied(tmp_path: Path) -> None:
+    """The second demo would go on with, and report, what the first one left."""
+    output = tmp_path / "demo"
+    prepare_folder(output)
+    (output / "docs.jsonl").write_text("of the first demo")
+    prepare_folder(output)
+    assert not (output / "docs.jsonl").exists()
+
+
+def test_the_recipes_fit_the_demo() -> None:
+    """A run by epochs has no middle step to stop at; figures of another evaluation would not be found."""
+    pretraining = load_config(PretrainConfig, REPOSITORY / PRETRAINING)
+    task = load_config(FinetuneConfig, REPOSITORY / TASK)
+    assert pretraining.schedule.steps is not None
+    assert list(pretraining.corpus.eval) == [EVALUATION]
+    assert (task.task.columns.text, task.task.columns.label) == ("sentence", "package")
+
+
+def test_the_table_has_before_and_after_in_their_columns(tmp_path: Path) -> None:
+    """Swapped columns would say that pretraining does harm."""
+    run = RunFolder(tmp_path)
+    events = [
+        {
+            "step": 0,
+            "eval/documentation/loss": 9.0,
+            "eval/documentation/perplexity": 8103.0,
+            "eval/documentation/accuracy": 0.0,
+        },
+        {
+            "step": 8,
+            "eval/documentation/loss": 5.0,
+            "eval/documentation/perplexity": 148.0,
+            "eval/documentation/accuracy": 0.2,
+        },
+    ]
+    run.metrics.write_text("".join(json.dumps(event) + "\n" for event in events))
+    scores = {"loss": 4.0, "perplexity": 54.6, "accuracy": 0.25}
+    results = {
+        weights: {"splits": {"test": {"accuracy": {"values": [mean] * 3, "mean": mean, "std": 0.01}}}}
+        for weights, mean in (("random", 0.3), ("pretrained", 0.4))
+    }
+    rows = {row[0].split(",")[0]: tuple(row[1:]) for row in comparison(run, scores, results).rows}
+    assert rows["held-out loss"] == ("9.000", "4.000")
+    assert rows["masked-token accuracy"] == ("0.0%", "25.0%")
+    assert rows["task accuracy on test"] == ("30.0% ± 1.0%", "40.0% ± 1.0%")
