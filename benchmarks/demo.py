@@ -193,7 +193,7 @@ def write_combined_page(
 def has_bf16() -> bool:
     """Whether this CPU computes bf16 natively. Emulated, it is slower than fp32."""
     capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(feature, False) for feature in ("avx512_bf16", "amx_bf16", "sve_bf16"))
+    return any(capabilities.get(feature, False) for feature in ("avx512_bf16", "amx_bf16"))
 
 
 def command(name: str, **flags: Any) -> list[str]:
