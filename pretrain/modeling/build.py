@@ -174,6 +174,8 @@ def _why_not_packed(model: PreTrainedModel, first_position: int) -> str | None:
     model.eval()
     width, lengths = 12, (7, 4)
     ids = torch.randint(0, model.config.vocab_size, (sum(lengths),), generator=torch.Generator().manual_seed(0))
+    if getattr(model.config, "mask_token_id", None) is not None:
+        ids[:3] = model.config.mask_token_id  # ESM scales a row's embeddings by its share of masked tokens
     packed = _probe_inputs(ids, lengths, width, first_position)
     try:
         with torch.inference_mode():

@@ -151,3 +151,14 @@ def test_a_corpus_of_another_tokenizer_is_refused(
     check_tokenizer(settings, tokenizer_fingerprint(load_tokenizer(wordpiece)), tmp_path)
     with pytest.raises(UserError, match="another tokenizer"):
         check_tokenizer(settings, tokenizer_fingerprint(load_tokenizer(byte_level)), tmp_path)
+
+
+@pytest.mark.parametrize(("token_dropout", "packed"), [(False, True), (True, False)])
+def test_a_model_that_looks_at_the_share_of_masked_tokens_is_not_packed(
+    tokenizer: PreTrainedTokenizerFast, token_dropout: bool, packed: bool
+) -> None:
+    """Catches a trial of packing without masked tokens, which ESM-2 passes although its sequences mix."""
+    settings = ModelConfig(
+        config={"model_type": "esm", **TINY, "mask_token_id": tokenizer.mask_token_id, "token_dropout": token_dropout}
+    )
+    assert build_model(settings, resolve_config(settings, tokenizer), seed=1).packed == packed
