@@ -1,7 +1,7 @@
 from collections.abc import Callable
 
 import pytest
-from conftest import LOCAL_WINDOW, Example
+from model_examples import LOCAL_WINDOW, Example
 
 from pretrain.modeling.flops import flops_model
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import LOCAL_WINDOW, PACKED, PADDED, Example, sequences
+from model_examples import LOCAL_WINDOW, PACKED, PADDED, Example, sequences
 from torch import Tensor
 
 from pretrain.batching.loader import IGNORED
