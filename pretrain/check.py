@@ -14,7 +14,7 @@ from pretrain.corpus.reader import Corpus, open_corpus
 from pretrain.corpus.tokenizer import load_tokenizer
 from pretrain.modeling.build import check_tokenizer, resolve_config, usable_positions
 from pretrain.training.ds_config import find_ds_config, read_ds_config
-from pretrain.training.engine import check_precision
+from pretrain.training.engine import check_ds_config, check_precision
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,9 @@ class Inputs:
 
 def check_run(config: PretrainConfig, world_size: int) -> Inputs:
     """Open what the config names. Raises UserError for the first thing that would keep the run from starting."""
-    ds_config = read_ds_config(find_ds_config(config.engine.ds_config))
+    ds_config_path = find_ds_config(config.engine.ds_config)
+    ds_config = read_ds_config(ds_config_path)
+    check_ds_config(ds_config, ds_config_path)
     check_precision(ds_config)
     train = _open("corpus.train", config.corpus.train)
     evaluation = {name: _open(f"corpus.eval.{name}", path) for name, path in config.corpus.eval.items()}

@@ -105,7 +105,7 @@ def pretrain(config: PretrainConfig, world: World) -> Outcome:
                 ),
                 progress,
             )
-        except OSError as error:
+        except checkpoint.UnwritableError as error:
             log.error("no checkpoint can be written: %s", error)
             outcome = Outcome.STOPPED
         finally:

@@ -1,6 +1,9 @@
 """Config -> a transformers masked-LM model, from nothing or from a Hugging Face folder, and how it is to be fed."""
 
+import inspect
 import logging
+import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +59,7 @@ def resolve_config(model: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> Pr
         raise UserError(f"model: '{config.model_type}' has no masked-LM head in transformers")
     known = {**config.to_dict(), **config.attribute_map}
     for field in fields:
-        if field not in known:
+        if field not in known and not _is_read(field, config):
             raise UserError(
                 f"unknown config key 'model.config.{field}' for '{config.model_type}'{nearest(field, known)}"
             )
@@ -215,6 +218,12 @@ def _read_config(folder: Path) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"model.init_from: cannot read {folder / 'config.json'}: {_first_line(error)}") from None
+
+
+def _is_read(field: str, config: PreTrainedConfig) -> bool:
+    """Whether transformers reads a field that is not among the config's defaults: some are looked for by name only."""
+    sources = (type(config), MODEL_FOR_MASKED_LM_MAPPING[type(config)])
+    return any(re.search(rf"\b{re.escape(field)}\b", inspect.getsource(sys.modules[s.__module__])) for s in sources)
 
 
 def _masked_lm_types() -> list[str]:

@@ -53,7 +53,7 @@ WriteModel = Callable[[dict[str, Tensor], Path], None]
 def save(
     engine: Engine, checkpoints: Path, step: int, state: dict[str, Any], write_model: WriteModel, keep: Retention
 ) -> Path:
-    """Write the checkpoint of a step boundary. Called by all ranks; raises OSError on all where one cannot write."""
+    """Write the checkpoint of a step boundary. Called by all ranks; raises UnwritableError on all where one cannot."""
     final = checkpoint_path(checkpoints, step)
     aside = checkpoints / f".{final.name}.partial"
     rank0 = engine.world.rank == 0
@@ -103,6 +103,10 @@ def load(engine: Engine, checkpoint: Path) -> None:
         restore_fragment(engine.deepspeed, fragment, reader.read(fragment.name, _MASTER, span), state)
     refresh_model(engine.deepspeed)
     restore_loss_scaler(engine.deepspeed, read_state(checkpoint)["loss_scaler"])
+
+
+class UnwritableError(Exception):
+    """A checkpoint cannot be written; the message says by which ranks, and why."""
 
 
 class FragmentReader:
@@ -203,5 +207,5 @@ class _AllOrNone:
         dist.all_gather_object(found, str(error) if error else None)
         problems = {f"rank {rank}: {problem}" for rank, problem in enumerate(found) if problem}
         if problems:
-            raise OSError("; ".join(sorted(problems))) from error
+            raise UnwritableError("; ".join(sorted(problems))) from error
         return True

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
+from experiment.configuration import nearest
 from experiment.errors import UserError
 
 Precision = Literal["fp16", "bf16", "fp32"]
@@ -21,6 +22,13 @@ _OURS = {
     "activation_checkpointing": "deepcloze itself",
     "wandb": "the section 'tracking'",
 }
+
+
+_KNOWN = (
+    *("fp16", "bf16", "torch_autocast", "data_types", "zero_optimization", "communication_data_type"),
+    *("prescale_gradients", "gradient_predivide_factor", "sparse_gradients", "aio", "comms_logger"),
+    *("memory_breakdown", "wall_clock_breakdown", "steps_per_print", "dump_state", "flops_profiler"),
+)
 
 
 def find_ds_config(name: str) -> Path:
@@ -47,6 +55,9 @@ def read_ds_config(path: Path) -> dict[str, Any]:
     for key, owner in _OURS.items():
         if key in config:
             raise UserError(f"{path}: '{key}' is set by {owner} in the run's config; take it out of this file")
+    for key in config:  # DeepSpeed itself passes over what it does not know
+        if key not in _KNOWN:
+            raise UserError(f"{path}: unknown key '{key}'{nearest(key, _KNOWN)}")
     for key, value in _leaves(config):
         if value == "auto":
             raise UserError(

@@ -11,12 +11,15 @@ import io
 import logging
 import math
 import os
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfig
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from experiment.errors import UserError
@@ -82,6 +85,16 @@ def check_precision(ds_config: dict[str, Any]) -> None:
             f"engine.ds_config: this device ({accelerator.device_name()}) cannot train in bf16; "
             "use the fp16 or fp32 file of the same ZeRO stage, such as ds_configs/fp16_zero1.json"
         )
+
+
+def check_ds_config(ds_config: dict[str, Any], path: Path) -> None:
+    """Raises UserError for values that DeepSpeed's own parser refuses."""
+    try:
+        DeepSpeedConfig(merged_ds_config(ds_config, grad_clip=0.0))
+    except Exception as error:  # its parser raises many types
+        problems = error.errors() if isinstance(error, ValidationError) else []
+        what = "; ".join(f"'{'.'.join(map(str, p['loc']))}': {p['msg']}, found {p['input']!r}" for p in problems)
+        raise UserError(f"{path}: DeepSpeed refuses it: {what or error}") from None
 
 
 def merged_ds_config(ds_config: dict[str, Any], grad_clip: float) -> dict[str, Any]:

@@ -162,3 +162,14 @@ def test_a_model_that_looks_at_the_share_of_masked_tokens_is_not_packed(
         config={"model_type": "esm", **TINY, "mask_token_id": tokenizer.mask_token_id, "token_dropout": token_dropout}
     )
     assert build_model(settings, resolve_config(settings, tokenizer), seed=1).packed == packed
+
+
+@pytest.mark.parametrize(
+    ("model_type", "field"), [("deberta-v2", "position_buckets"), ("modernbert", "global_attn_every_n_layers")]
+)
+def test_fields_that_transformers_reads_without_a_default_are_known(
+    tokenizer: PreTrainedTokenizerFast, model_type: str, field: str
+) -> None:
+    """Catches a refusal of real settings: some fields are looked for by name only, and no default lists them."""
+    config = resolve(tokenizer, model_type=model_type, **{field: 2})
+    assert getattr(config, field) == 2

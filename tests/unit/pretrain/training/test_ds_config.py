@@ -8,7 +8,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 
 from experiment.errors import UserError
 from pretrain.training.ds_config import REPOSITORY, find_ds_config, precision_of, read_ds_config
-from pretrain.training.engine import check_precision, merged_ds_config
+from pretrain.training.engine import check_ds_config, check_precision, merged_ds_config
 
 FILES = sorted((REPOSITORY / "ds_configs").glob("*.json"))
 
@@ -67,6 +67,7 @@ def test_merging_changes_no_argument() -> None:
         ('{"zero_optimization": {"stage": 4}}', "'zero_optimization.stage' is 4"),
         ('{"zero_optimization": {"round_robin_gradients": true}}', "round_robin_gradients"),
         ('{"fp16": {"enabled": true}, "bf16": {"enabled": true}}', "both 'fp16' and 'bf16'"),
+        ('{"zero_optimisation": {"stage": 3}}', "unknown key 'zero_optimisation'; did you mean 'zero_optimization'?"),
     ],
 )
 def test_what_the_runs_own_config_decides_is_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -76,6 +77,24 @@ def test_what_the_runs_own_config_decides_is_refused(tmp_path: Path, text: str, 
     with pytest.raises(UserError) as refused:
         read_ds_config(path)
     assert message in str(refused.value)
+    assert str(path) in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ('{"zero_optimization": {"stage": 1, "stge": 2}}', "stge"),
+        ('{"bf16": {"enabled": "yess"}}', "yess"),
+        ('{"communication_data_type": "fp33"}', "fp33"),
+    ],
+)
+def test_what_deepspeed_refuses_is_refused_in_words(tmp_path: Path, text: str, named: str) -> None:
+    """Catches a trace from inside DeepSpeed, after the devices are taken, for a misspelt value in the JSON."""
+    path = tmp_path / "ds.json"
+    path.write_text(text)
+    with pytest.raises(UserError) as refused:
+        check_ds_config(read_ds_config(path), path)
+    assert named in str(refused.value)
     assert str(path) in str(refused.value)
 
 
