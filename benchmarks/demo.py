@@ -211,6 +211,8 @@ def deepcloze(name: str, **flags: Any) -> str:
     if finished.returncode:
         say(f"demo: deepcloze {name} ended with exit code {finished.returncode}")
         raise SystemExit(finished.returncode)
+    if kept:
+        print(finished.stdout, end="", flush=True)
     return finished.stdout or ""
 
 
