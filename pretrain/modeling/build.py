@@ -142,8 +142,9 @@ def _from_nothing(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def _from_folder(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
-    verbosity = transformers_logging.get_verbosity()
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()  # what is missing is said below, in one line
+    transformers_logging.disable_progress_bar()  # of a second, on every rank
     try:
         model, report = AutoModelForMaskedLM.from_pretrained(
             folder, config=config, local_files_only=True, output_loading_info=True, dtype=torch.float32
@@ -152,6 +153,8 @@ def _from_folder(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
         raise UserError(f"model.init_from: cannot load the weights in {folder}: {_first_line(error)}") from None
     finally:
         transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
     missing = sorted(report["missing_keys"])
     encoder = f"{model.base_model_prefix}."
     lost = [name for name in missing if name.startswith(encoder)]
