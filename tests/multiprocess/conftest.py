@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+
 from ranks import Nursery, RankPool
 
 torch.set_num_threads(1)  # the models are so small that a second thread only costs

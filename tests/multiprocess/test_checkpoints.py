@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import RankPool
-from runs import Tree, curve, everything, pretrain_case, settings
 
 from experiment.configuration import build_config
 from experiment.folder import RunFolder
 from pretrain.batching.loader import World
 from pretrain.config import PretrainConfig
 from pretrain.training.checkpoint_store import Retention, checkpoint_path, complete_checkpoints, newest_usable, verify
+from ranks import RankPool
+from runs import Tree, curve, everything, pretrain_case, settings
 
 
 class Killed(BaseException):

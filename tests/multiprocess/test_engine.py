@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import RankPool
-from runs import NO_DROPOUT, TINY, Tree, everything, pretrain_case, settings
 
 from experiment.configuration import build_config
 from pretrain.batching.loader import Microbatch, World
 from pretrain.config import PretrainConfig
 from pretrain.training.checkpoint_store import checkpoint_path
+from ranks import RankPool
+from runs import NO_DROPOUT, TINY, Tree, everything, pretrain_case, settings
 
 
 def build(world: World, tree: Tree) -> tuple[Any, Any]:

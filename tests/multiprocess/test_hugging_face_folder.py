@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import RankPool
-from runs import TINY, Tree, everything, pretrain_case, settings
 from transformers import AutoConfig, AutoModelForMaskedLM
 
 from pretrain.training.checkpoint_store import checkpoint_path
+from ranks import RankPool
+from runs import TINY, Tree, everything, pretrain_case, settings
 
 # As a user would, far from our code.
 _READER = """

@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks import RankPool
-from runs import NO_DROPOUT, TINY, Tree, curve, everything, pretrain_case, settings
 from transformers import AutoModelForMaskedLM
 
 from experiment.configuration import build_config
@@ -23,6 +21,8 @@ from pretrain.corpus.reader import open_corpus
 from pretrain.corpus.tokenizer import load_tokenizer
 from pretrain.modeling.build import build_model, resolve_config
 from pretrain.training.checkpoint_store import checkpoint_path
+from ranks import RankPool
+from runs import NO_DROPOUT, TINY, Tree, curve, everything, pretrain_case, settings
 
 LAYOUTS = list(itertools.product((1, 2, 3), (0, 1, 2, 3), (130, 700)))
 SAMPLE = [(1, 3, 130), (2, 0, 130), (2, 1, 700), (2, 3, 130), (3, 1, 130), (3, 2, 700)]

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import RankPool
-from runs import NO_DROPOUT, TINY, Tree, curve, everything, pretrain_case, settings
 
 from experiment.configuration import build_config
 from experiment.folder import RunFolder
 from pretrain.batching.loader import World
 from pretrain.config import PretrainConfig
 from pretrain.training.checkpoint_store import Retention, checkpoint_path, complete_checkpoints
+from ranks import RankPool
+from runs import NO_DROPOUT, TINY, Tree, curve, everything, pretrain_case, settings
 
 Layout = tuple[int, str]  # world size, DeepSpeed file
 

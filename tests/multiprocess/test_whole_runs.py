@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from ranks import RankPool
-from runs import Tree, curve, events, pretrain_case, settings
 
 from experiment.configuration import build_config
 from experiment.folder import RunFolder
@@ -15,6 +13,8 @@ from pretrain.config import PretrainConfig
 from pretrain.corpus.reader import open_corpus
 from pretrain.evaluate import evaluate_command
 from pretrain.training.checkpoint_store import checkpoint_path, complete_checkpoints
+from ranks import RankPool
+from runs import Tree, curve, events, pretrain_case, settings
 
 MODERN = {
     "model_type": "modernbert",
