@@ -131,7 +131,6 @@ class Engine:
         self.seed = seed
         config = merged_ds_config(ds_config, optimizer.grad_clip)
         self.precision = precision_of(config)
-        buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.is_floating_point()}
         said = io.StringIO()
         with contextlib.redirect_stdout(said):  # one of its optimizers prints the machine's memory six times
             engine, *_ = deepspeed.initialize(
@@ -139,7 +138,6 @@ class Engine:
             )
         logging.getLogger("deepspeed").info("%s", said.getvalue())
         self.deepspeed = engine
-        _restore_buffers(engine.module, buffers)
         self._grad_clip = optimizer.grad_clip
 
     @property
@@ -196,11 +194,3 @@ class Engine:
 
     def _on_device(self, microbatch: Microbatch) -> list[Tensor]:
         return [tensor.to(self.device, non_blocking=True) for tensor in microbatch]
-
-
-def _restore_buffers(module: nn.Module, buffers: dict[str, Tensor]) -> None:
-    """DeepSpeed casts buffers with the weights; rotary frequencies in bf16 would put positions in the wrong place."""
-    for name, buffer in buffers.items():
-        owner, _, leaf = name.rpartition(".")
-        cast = module.get_buffer(name)
-        module.get_submodule(owner)._buffers[leaf] = buffer.to(cast.device)
