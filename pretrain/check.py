@@ -37,6 +37,7 @@ def check_run(config: PretrainConfig, world_size: int) -> Inputs:
     ds_config = read_ds_config(ds_config_path)
     check_ds_config(ds_config, ds_config_path)
     check_precision(ds_config)
+    assert isinstance(config.corpus.train, str)
     train = _open("corpus.train", config.corpus.train)
     evaluation = {name: _open(f"corpus.eval.{name}", path) for name, path in config.corpus.eval.items()}
     for name, corpus in evaluation.items():

@@ -68,7 +68,7 @@ def test_the_config_itself_starts(config: Path, capsys: pytest.CaptureFixture[st
         (["--batch.sequences=0"], ["'batch.sequences'", "0"]),
         (["--batch.microbatch_tokens=16"], ["microbatch_tokens (16)", "max_seq_length (32)"]),
         (["--masking.mask_share=0.95"], ["mask_share + random_share"]),
-        (["--schedule.epochs=1"], ["exactly one of 'steps' and 'epochs'"]),
+        (["--schedule.epochs=1"], ["exactly one of 'steps', 'epochs'"]),
         (["--run.resume=sometimes"], ["'run.resume'", "sometimes"]),
         (["--corpus.train=/nowhere/at/all"], ["corpus.train", "/nowhere/at/all"]),
         (["--corpus.eval.held=/nowhere/at/all"], ["corpus.eval.held", "/nowhere/at/all"]),
