@@ -1,0 +1,131 @@
+"""The accumulated gradient is that of one plain PyTorch process, at every layout.
+
+The reference is transformers and torch alone: all sequences of the global batch padded into one tensor, the full head,
+one mean over all masked tokens, fp32. What a run accumulates is read from Adam's first moment after one step without
+clipping, which is the gradient before the optimizer times 1 - beta.
+"""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModelForMaskedLM
+
+from experiment.configuration import build_config
+from pretrain.batching.loader import IGNORED, BatchMaker, Layout, RankBatch, World
+from pretrain.batching.masking import Masker, MaskingPolicy
+from pretrain.batching.order import ShuffledOrder
+from pretrain.batching.sequences import open_index
+from pretrain.check import check_run
+from pretrain.config import PretrainConfig
+from pretrain.modeling.build import build_model
+from pretrain.training.checkpoint_store import checkpoint_path
+from ranks import RankPool
+from runs import NO_DROPOUT, TINY, everything, pretrain_case, settings
+
+SEQUENCES = 33  # whose masked tokens no layout divides evenly, see the test of the layouts
+TOLERANCE = {"fp32": 1e-5, "bf16": 0.02}  # of the gradient's norm
+ONE_MICROBATCH = 1200  # slots: enough for a whole batch on one rank
+THREE_MICROBATCHES = {1: 360, 2: 200, 3: 120}  # slots, by world size
+
+LAYOUTS = list(itertools.product(("fp32", "bf16"), (1, 2, 3), (1, 3), (0, 1, 2, 3)))
+SAMPLE = [
+    *(("fp32", 1, 3, 3), ("fp32", 2, 3, 0), ("fp32", 2, 1, 1), ("fp32", 2, 3, 3), ("fp32", 3, 3, 1), ("fp32", 3, 3, 2)),
+    *(("bf16", 1, 1, 2), ("bf16", 2, 3, 1), ("bf16", 3, 3, 3)),
+]
+
+
+def global_batch(corpus: Path, width: int, microbatch_tokens: int, world: World, packed: bool) -> RankBatch:
+    """A rank's share of the first global batch of a run with these settings."""
+    config = build_config(PretrainConfig, settings(Path("unused"), corpus, batch__sequences=SEQUENCES))
+    inputs = check_run(config, world.size)
+    train = inputs.train
+    index = open_index(train, width - inputs.vocabulary.frame, Path("unused"))
+    order = ShuffledOrder(len(index), config.run.seed, config.batch.sequences)
+    masker = Masker(inputs.vocabulary, MaskingPolicy(0.15, 0.8, 0.1), config.run.seed, train.fingerprint)
+    layout = Layout(width, microbatch_tokens, packed)
+    return BatchMaker(train, index, order, masker, inputs.vocabulary, layout, world)[0]
+
+
+@pytest.fixture(scope="session")
+def gradient(wordpiece_corpus: Path) -> dict[str, Tensor]:
+    """The reference, by parameter name, flattened."""
+    tree = settings(Path("unused"), wordpiece_corpus, model__config=TINY | NO_DROPOUT, batch__sequences=SEQUENCES)
+    config = build_config(PretrainConfig, tree)
+    inputs = check_run(config, 1)
+    start = build_model(config.model, inputs.model_config, config.run.seed).model.state_dict()
+    inputs.model_config._attn_implementation = "eager"
+    model = AutoModelForMaskedLM.from_config(inputs.model_config)
+    model.load_state_dict(start)
+
+    width = config.batch.max_seq_length
+    batch = global_batch(wordpiece_corpus, width, width * config.batch.sequences, World(), packed=False)
+    (padded,) = batch.microbatches
+    labels = torch.full((padded.input_ids.numel(),), IGNORED)
+    real = padded.labels != IGNORED
+    labels[padded.masked_positions[real]] = padded.labels[real]
+
+    rows = padded.segments.any(dim=1)
+    lengths = (padded.segments > 0).sum(dim=1)[rows]
+    masked = (labels.view_as(padded.input_ids) != IGNORED).sum(dim=1)[rows]
+    assert len(lengths) == config.batch.sequences
+    assert lengths.max() > 8 * lengths.min(), "sequences of very different lengths belong to the test"
+    assert masked.min() == 0, "and one without any masked token"
+    assert masked.max() > 4
+
+    logits = model(input_ids=padded.input_ids, attention_mask=(padded.segments > 0).long()).logits
+    F.cross_entropy(logits.flatten(0, 1), labels, ignore_index=IGNORED).backward()
+    return {name: p.grad.flatten() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_the_layouts_are_what_the_matrix_says(wordpiece_corpus: Path, world_size: int) -> None:
+    """Catches a matrix whose cells do not differ: equal microbatches and equal ranks would hide a wrong average."""
+    for expected, microbatch_tokens in ((1, ONE_MICROBATCH), (3, THREE_MICROBATCHES[world_size])):
+        shares = [
+            global_batch(wordpiece_corpus, 40, microbatch_tokens, World(rank, world_size), packed=True)
+            for rank in range(world_size)
+        ]
+        assert [len(share.microbatches) for share in shares] == [expected] * world_size
+        masked = {int((micro.labels != IGNORED).sum()) for share in shares for micro in share.microbatches}
+        assert len(masked) > 1 or expected * world_size == 1
+
+
+@pytest.mark.parametrize(
+    ("precision", "world_size", "microbatches", "stage"),
+    [pytest.param(*layout, marks=() if layout in SAMPLE else pytest.mark.soak) for layout in LAYOUTS],
+)
+def test_the_accumulated_gradient_is_that_of_plain_torch(
+    pools: dict[int, RankPool],
+    wordpiece_corpus: Path,
+    gradient: dict[str, Tensor],
+    tmp_path: Path,
+    record_property: Any,
+    precision: str,
+    world_size: int,
+    microbatches: int,
+    stage: int,
+) -> None:
+    """Catches averages per rank, microbatch or sequence in place of one mean over the global batch's masked tokens, and
+    a microbatch, filler or rank that is left out or counted twice."""
+    tree = settings(
+        tmp_path,
+        wordpiece_corpus,
+        f"{precision}_zero{stage}",
+        model__config=TINY | NO_DROPOUT,
+        batch__sequences=SEQUENCES,
+        batch__microbatch_tokens=ONE_MICROBATCH if microbatches == 1 else THREE_MICROBATCHES[world_size],
+        optimizer__grad_clip=0.0,
+        schedule__steps=1,
+    )
+    pools[world_size].run(pretrain_case, tree)
+    kept = everything(checkpoint_path(tmp_path / "checkpoints", 1))
+    found = {name: kept[f"model.{name}/exp_avg"] / (1 - 0.9) for name in gradient}
+    difference = torch.cat([found[name] - gradient[name] for name in gradient])
+    error = float(difference.norm() / torch.cat(list(gradient.values())).norm())
+    record_property("error", error)
+    assert error < TOLERANCE[precision]
