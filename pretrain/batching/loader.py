@@ -17,11 +17,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import xxhash
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from pretrain.batching.masking import Masker
-from pretrain.batching.order import Order
+from pretrain.batching.order import BatchSequences, Order
 from pretrain.batching.packing import deal, one_each, pack
 from pretrain.batching.sequences import SequenceIndex
 from pretrain.batching.vocabulary import Vocabulary
@@ -75,6 +76,8 @@ class RankBatch(NamedTuple):
     tokens: int
     sequences: int
     squared_lengths: int  # sum of the sequences' squared lengths, for attention FLOPs
+    origins: BatchSequences  # this rank's sequences; number n is segment n + 1 of its microbatches
+    fingerprint: int  # of the whole global batch's sequences, as this rank sees them
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,9 @@ class BatchMaker(Dataset[RankBatch]):
             for number, (low, high) in enumerate(pairwise(bounds))
         ]
         squares = int((lengths * lengths).sum())
-        return RankBatch(step, microbatches, len(labels), int(lengths.sum()), len(mine), squares)
+        own = BatchSequences(*(of_all[mine] for of_all in sequences))
+        fingerprint = _fingerprint(sequences)
+        return RankBatch(step, microbatches, len(labels), int(lengths.sum()), len(mine), squares, own, fingerprint)
 
     def _microbatch(
         self,
@@ -208,6 +213,13 @@ def _outlive_the_rank(_worker: int) -> None:
 
 def _live_a_little_longer(_number: int, _frame: FrameType | None) -> None:
     signal.alarm(_GRACE_SECONDS)  # whose signal ends the process
+
+
+def _fingerprint(sequences: BatchSequences) -> int:
+    digest = xxhash.xxh3_64()
+    for numbers in sequences:
+        digest.update(numbers.tobytes())
+    return digest.intdigest() >> 1  # that fits a signed number of 64 bits
 
 
 def _spans(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -106,3 +106,21 @@ def test_an_empty_share_still_has_its_microbatches(maker):
     for batch in share:
         assert len(batch.microbatches) == 1
         assert batch.microbatches[0].labels.numel() > 0
+
+
+def test_a_batch_knows_where_its_sequences_come_from(maker, corpus):
+    """Catches a bad batch that is put down to other sequences, and ranks that cannot tell that they disagree on it."""
+    share = [dataclasses.replace(maker, world=World(rank, 3))[2] for rank in range(3)]
+    for batch in share:
+        for micro in batch.microbatches:
+            ids, segments = micro.input_ids.reshape(-1), micro.segments.reshape(-1)
+            real = micro.labels != IGNORED
+            ids[micro.masked_positions[real]] = micro.labels[real]
+            for segment in segments.unique()[segments.unique() != 0].tolist():
+                sequence = batch.origins.ids[segment - 1]
+                start, end = maker.index.starts[sequence : sequence + 2]
+                assert ids[segments == segment].tolist() == [CLS, *corpus.stream[start:end].tolist(), SEP]
+    assert sum(len(batch.origins.ids) for batch in share) == 37
+    assert len({batch.fingerprint for batch in share}) == 1
+    assert share[0].fingerprint != maker[3].fingerprint
+    assert 0 <= share[0].fingerprint < 2**63
