@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+import torch
+from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedTokenizerFast
 
 from experiment.errors import UserError
 from pretrain.batching.vocabulary import Vocabulary, vocabulary_of
@@ -13,6 +14,7 @@ from pretrain.config import PretrainConfig
 from pretrain.corpus.reader import Corpus, open_corpus
 from pretrain.corpus.tokenizer import load_tokenizer
 from pretrain.modeling.build import check_tokenizer, resolve_config, usable_positions
+from pretrain.modeling.depth import check_freeze
 from pretrain.training.ds_config import find_ds_config, read_ds_config
 from pretrain.training.engine import check_ds_config, check_precision
 
@@ -47,6 +49,9 @@ def check_run(config: PretrainConfig, world_size: int) -> Inputs:
     tokenizer = load_tokenizer(train.tokenizer_path)
     vocabulary = vocabulary_of(tokenizer)
     model_config = resolve_config(config.model, tokenizer)
+    if config.model.freeze:
+        with torch.device("meta"):
+            check_freeze(config.model.freeze, AutoModelForMaskedLM.from_config(model_config))
     positions = usable_positions(model_config)
     if positions is not None and config.batch.max_seq_length > positions:
         raise UserError(

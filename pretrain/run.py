@@ -71,7 +71,7 @@ def pretrain(config: PretrainConfig, world: World) -> Outcome:
         built = build_model(config.model, inputs.model_config, config.run.seed)
         flops = flops_model(built.model)
         module = MaskedLanguageModel(built.model, built.packed)
-        engine = Engine(module, config.optimizer, inputs.ds_config, world, config.run.seed)
+        engine = Engine(module, config, inputs.ds_config, world)
         closing.callback(engine.close)
         if resumed is not None:
             checkpoint.load(engine, resumed)

@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from experiment.errors import UserError
 from pretrain.batching.counter_rng import key_of
 from pretrain.batching.loader import Microbatch, World
-from pretrain.config import OptimizerConfig
-from pretrain.modeling.masked_lm import Predictions
+from pretrain.config import PretrainConfig
+from pretrain.modeling.masked_lm import MaskedLanguageModel, Predictions
 from pretrain.training.ds_config import precision_of
-from pretrain.training.optimizers import build_optimizer
+from pretrain.training.optimizers import build_optimizer, parameter_groups
+from pretrain.training.partitions import global_norm
 
 log = logging.getLogger(__name__)
 
@@ -124,29 +125,40 @@ class Engine:
     """One model under DeepSpeed on this rank."""
 
     def __init__(
-        self, model: nn.Module, optimizer: OptimizerConfig, ds_config: dict[str, Any], world: World, seed: int
+        self, model: MaskedLanguageModel, config: PretrainConfig, ds_config: dict[str, Any], world: World
     ) -> None:
-        """`model`: takes the fields of a Microbatch, returns Predictions; the same fp32 weights on every rank."""
+        """`model`: the same fp32 weights on every rank."""
         self.world = world
-        self.seed = seed
-        config = merged_ds_config(ds_config, optimizer.grad_clip)
-        self.precision = precision_of(config)
+        self.seed = config.run.seed
+        merged = merged_ds_config(ds_config, config.optimizer.grad_clip)
+        self.precision = precision_of(merged)
+        groups = parameter_groups(model.model, config.optimizer, config.model)
+        frozen = [parameter for group in groups if group["frozen_until"] for parameter in group["params"]]
+        optimizer = build_optimizer(config.optimizer, groups)
         said = io.StringIO()
         with contextlib.redirect_stdout(said):  # one of its optimizers prints the machine's memory six times
-            engine, *_ = deepspeed.initialize(
-                model=model, optimizer=build_optimizer(optimizer, model), config=config, dist_init_required=False
-            )
+            engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=merged, dist_init_required=False)
         logging.getLogger("deepspeed").info("%s", said.getvalue())
         self.deepspeed = engine
-        self._grad_clip = optimizer.grad_clip
+        self._grad_clip = config.optimizer.grad_clip
+        self._freeze_steps = config.model.freeze_steps
+        self._step = 0
+        self._limit = math.inf
+        self._within_limit: bool | None = None  # of the update that DeepSpeed is about to make, once it was asked
+        optimizer.allowed = self._allowed
+        for parameter in frozen:
+            parameter.register_hook(self._gradient_unless_frozen)
 
     @property
     def device(self) -> torch.device:
         return torch.device(self.deepspeed.device)
 
-    def set_learning_rate(self, learning_rate: float) -> None:
+    def begin_step(self, step: int, learning_rate: float) -> None:
+        """Before the first microbatch of `step`. `learning_rate`: of the layers that learn fastest."""
+        self._step = step
         for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["lr_scale"]
+            group["frozen"] = step < group["frozen_until"]
 
     def accumulate(self, microbatch: Microbatch, global_masked: int, step: int, number: int) -> Tensor:
         """Forward and backward of this rank's microbatch `number` of `step`; returns its summed loss, detached.
@@ -159,12 +171,15 @@ class Engine:
         self.deepspeed.backward(predictions.loss_sum * (self.world.size / global_masked), scale_wrt_gas=False)
         return predictions.loss_sum.detach()
 
-    def step(self) -> StepResult:
-        """Reduce, clip, update."""
+    def step(self, limit: float = math.inf) -> StepResult:
+        """Reduce, clip, update. An update whose gradient's norm exceeds `limit` or is not finite is not applied: no
+        weight, moment, step counter or decay changes. Frozen parameters are no part of the norm."""
+        self._limit, self._within_limit = limit, None
         if self.deepspeed.zero_optimization_stage() == 0:
             return self._step_at_stage_0()
         self.deepspeed.step()
-        return StepResult(bool(self.deepspeed.was_step_applied()), float(self.deepspeed.get_global_grad_norm()))
+        norm = float(self.deepspeed.get_global_grad_norm())
+        return StepResult(bool(self.deepspeed.was_step_applied()) and self._is_within_limit(norm), norm)
 
     @torch.no_grad()
     def predict(self, microbatch: Microbatch) -> Predictions:
@@ -185,12 +200,27 @@ class Engine:
         """DeepSpeed's stage 0 neither tells the gradient's norm nor stops at NaN: both are done here."""
         self.deepspeed.buffered_allreduce_fallback()
         parameters = [parameter for group in self.deepspeed.optimizer.param_groups for parameter in group["params"]]
-        norm = nn.utils.clip_grad_norm_(parameters, self._grad_clip or float("inf")).item()
-        applied = math.isfinite(norm)
+        norm = nn.utils.clip_grad_norm_(parameters, self._grad_clip or math.inf).item()
+        applied = self._is_within_limit(norm)
         if applied:
+            self._within_limit = True
             self.deepspeed.optimizer.step()
         self.deepspeed.optimizer.zero_grad(set_to_none=True)
         return StepResult(applied, norm)
+
+    def _allowed(self) -> bool:
+        """Asked by the optimizer for each of its groups; the norm is brought to the host once a step."""
+        if self._within_limit is None:
+            self._within_limit = self._is_within_limit(global_norm(self.deepspeed))
+        return self._within_limit
+
+    def _is_within_limit(self, norm: float) -> bool:
+        return math.isfinite(norm) and norm <= self._limit
+
+    def _gradient_unless_frozen(self, gradient: Tensor) -> Tensor:
+        """Runs before DeepSpeed sees the gradient of a parameter that begins frozen. Zeros leave the norm to the
+        others, and DeepSpeed, which counts gradients as they arrive, still gets one."""
+        return torch.zeros_like(gradient) if self._step < self._freeze_steps else gradient
 
     def _on_device(self, microbatch: Microbatch) -> list[Tensor]:
         return [tensor.to(self.device, non_blocking=True) for tensor in microbatch]

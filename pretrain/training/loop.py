@@ -157,7 +157,7 @@ def _train_step(engine: Engine, batch: RankBatch, global_masked: int, rate: floa
     """Consume one global batch; returns this rank's summed loss. One without any predicted token updates nothing."""
     if global_masked == 0:
         return torch.zeros((), device=engine.device), StepResult(applied=False, grad_norm=0.0)
-    engine.set_learning_rate(rate)
+    engine.begin_step(batch.step, rate)
     losses = [
         engine.accumulate(microbatch, global_masked, batch.step, number)
         for number, microbatch in enumerate(batch.microbatches)

@@ -1,27 +1,71 @@
-"""Parameter groups and update rules."""
+"""Parameter groups and the optimizer: which parameters decay, how fast each layer learns, which are frozen.
 
+A parameter group carries, besides what torch's optimizers read,
+
+    lr_scale        its learning rate is the schedule's times this
+    frozen_until    the first step that updates it
+    frozen          whether the coming update passes over it
+"""
+
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
-from pretrain.config import OptimizerConfig
+from pretrain.config import ModelConfig, OptimizerConfig
+from pretrain.modeling.depth import layer_ids, matches
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: weights that decay, and biases and norms, which do not."""
+class GatedOptimizer(torch.optim.Optimizer):
+    """Passes over frozen groups, and over everything where the engine does not allow the update.
+
+    What is passed over keeps its weights, moments and step counter, and does not decay. DeepSpeed calls `step` once for
+    each group or part of one, always after it knows the norm of the whole gradient, and clears the gradients after it.
+    """
+
+    allowed: Callable[[], bool] = staticmethod(lambda: True)
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group["frozen"]] if self.allowed() else []
+        try:
+            super().step(closure)
+        finally:
+            self.param_groups = groups
+
+
+class AdamW(GatedOptimizer, torch.optim.AdamW):
+    """AdamW (Loshchilov and Hutter 2019), one fused kernel per group."""
+
+
+def parameter_groups(model: PreTrainedModel, optimizer: OptimizerConfig, freeze: ModelConfig) -> list[dict[str, Any]]:
+    """Weights decay; biases and norms do not. Layers learn at `layer_decay` times the rate of the one above them.
+
+    With `layer_decay` 1 and nothing frozen there are two groups: what decays, and what does not.
+    """
     norms = {
         id(p) for module in model.modules() if "Norm" in type(module).__name__ for p in module.parameters(recurse=False)
     }
-    decay: list[nn.Parameter] = []
-    no_decay: list[nn.Parameter] = []
+    depths = layer_ids(model)
+    groups: dict[tuple[float, int, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
-        skip = id(parameter) in norms or name.endswith("bias") or parameter.dim() < 2
-        (no_decay if skip else decay).append(parameter)
-    return [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
+        decays = id(parameter) not in norms and not name.endswith("bias") and parameter.dim() >= 2
+        lr_scale = optimizer.layer_decay ** (max(depths.values()) - depths[name])
+        frozen_until = freeze.freeze_steps if any(matches(item, name) for item in freeze.freeze) else 0
+        group = groups.setdefault(
+            (lr_scale, frozen_until, not decays),
+            {
+                "params": [],
+                "weight_decay": optimizer.weight_decay if decays else 0.0,
+                "lr_scale": lr_scale,
+                "frozen_until": frozen_until,
+                "frozen": False,
+            },
+        )
+        group["params"].append(parameter)
+    return [groups[key] for key in sorted(groups)]
 
 
-def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019), one fused kernel per group."""
-    groups = parameter_groups(model, config.weight_decay)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+def build_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]]) -> GatedOptimizer:
+    return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)

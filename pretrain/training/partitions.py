@@ -110,6 +110,11 @@ def base_optimizer(engine: Any) -> torch.optim.Optimizer:
     return base
 
 
+def global_norm(engine: Any) -> float:
+    """Of the whole gradient before clipping, at stages 1 to 3; known by the time the torch optimizer is called."""
+    return float(engine.optimizer._global_grad_norm)
+
+
 def loss_scaler_state(engine: Any) -> dict[str, float]:
     """The dynamic loss scaler's numbers; empty where there is none."""
     scaler = getattr(engine.optimizer, "loss_scaler", None)

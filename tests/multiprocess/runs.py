@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from experiment.configuration import build_config
 from experiment.folder import RunFolder
-from pretrain.batching.loader import World
+from pretrain.batching.loader import Microbatch, World
 from pretrain.config import PretrainConfig
 from pretrain.training.checkpoint import FragmentReader
 from pretrain.training.stopping import StopWish
@@ -72,6 +73,28 @@ class _StopAfter(StopWish):
     def reason(self) -> str | None:
         self._left -= 1
         return "the test wants it" if self._left <= 0 else None
+
+
+def build_engine(world: World, tree: Tree) -> tuple[Any, Any]:
+    """The engine of a run, as a case, and its model as it was built."""
+    from pretrain.check import check_run
+    from pretrain.modeling.build import build_model
+    from pretrain.modeling.masked_lm import MaskedLanguageModel
+    from pretrain.training.engine import Engine
+
+    config = build_config(PretrainConfig, tree)
+    inputs = check_run(config, world.size)
+    built = build_model(config.model, inputs.model_config, config.run.seed)
+    module = MaskedLanguageModel(built.model, built.packed)
+    return Engine(module, config, inputs.ds_config, world), built.model
+
+
+def microbatch() -> Microbatch:
+    """Two sequences of 12 tokens, three of them predicted."""
+    ids = torch.arange(10, 34).view(2, 12)
+    segments = torch.ones(2, 12, dtype=torch.int32)
+    positions = torch.arange(12).expand(2, 12).contiguous()
+    return Microbatch(ids, positions, segments, torch.tensor([0, 12, 24], dtype=torch.int32), ids[0, :3], ids[1, :3])
 
 
 def events(folder: Path) -> list[Tree]:

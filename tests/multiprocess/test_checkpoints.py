@@ -67,7 +67,7 @@ def killed_saves_case(world: World, tree: Tree, folder: Path, every: int) -> int
     config = build_config(PretrainConfig, tree)
     inputs = check_run(config, world.size)
     built = build_model(config.model, inputs.model_config, seed=1)
-    engine = Engine(MaskedLanguageModel(built.model, built.packed), config.optimizer, inputs.ds_config, world, 1)
+    engine = Engine(MaskedLanguageModel(built.model, built.packed), config, inputs.ds_config, world)
     checkpoints, before = folder / "checkpoints", folder / "before"
 
     def write_model(weights: dict[str, Any], target: Path) -> None:

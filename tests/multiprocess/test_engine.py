@@ -1,45 +1,21 @@
 """What DeepSpeed must do, and must not do, at every ZeRO stage."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from experiment.configuration import build_config
-from pretrain.batching.loader import Microbatch, World
-from pretrain.config import PretrainConfig
+from pretrain.batching.loader import World
 from pretrain.training.checkpoint_store import checkpoint_path
 from ranks import RankPool
-from runs import NO_DROPOUT, TINY, Tree, everything, pretrain_case, settings
-
-
-def build(world: World, tree: Tree) -> tuple[Any, Any]:
-    """The engine of a run, and its model as it was built."""
-    from pretrain.check import check_run
-    from pretrain.modeling.build import build_model
-    from pretrain.modeling.masked_lm import MaskedLanguageModel
-    from pretrain.training.engine import Engine
-
-    config = build_config(PretrainConfig, tree)
-    inputs = check_run(config, world.size)
-    built = build_model(config.model, inputs.model_config, config.run.seed)
-    module = MaskedLanguageModel(built.model, built.packed)
-    return Engine(module, config.optimizer, inputs.ds_config, world, config.run.seed), built.model
-
-
-def microbatch() -> Microbatch:
-    ids = torch.arange(10, 34).view(2, 12)
-    segments = torch.ones(2, 12, dtype=torch.int32)
-    positions = torch.arange(12).expand(2, 12).contiguous()
-    return Microbatch(ids, positions, segments, torch.tensor([0, 12, 24], dtype=torch.int32), ids[0, :3], ids[1, :3])
+from runs import NO_DROPOUT, TINY, Tree, build_engine, everything, microbatch, pretrain_case, settings
 
 
 def rotary_case(world: World, tree: Tree) -> dict[str, tuple[str, bool]]:
     """Of each floating-point buffer: its precision in the engine, and whether it is what a new model has."""
     from transformers import AutoModelForMaskedLM
 
-    engine, model = build(world, tree)
+    engine, model = build_engine(world, tree)
     fresh = dict(AutoModelForMaskedLM.from_config(model.config).named_buffers())
     found = {
         name: (str(buffer.dtype), torch.equal(buffer.float(), fresh[name].float()))
@@ -69,11 +45,11 @@ def steps_case(world: World, tree: Tree, folder: Path) -> list[bool]:
     from pretrain.training import checkpoint
     from pretrain.training.checkpoint_store import Retention
 
-    engine, _ = build(world, tree)
+    engine, _ = build_engine(world, tree)
     applied = []
     checkpoint.save(engine, folder, 1, {}, lambda _, hf: hf.mkdir(), Retention(9))
     for step, (rate, masked) in enumerate([(0.0, 6.0), (0.01, 6.0), (0.01, float("nan"))], start=2):
-        engine.set_learning_rate(rate)
+        engine.begin_step(step, rate)
         micro = microbatch()._replace(masked_positions=torch.tensor([1, 4, 20]))
         engine.accumulate(micro, masked, step, 0)
         applied.append(engine.step().applied)
@@ -120,7 +96,7 @@ def test_the_gradient_is_clipped_to_the_norm_given(
 
 def dropout_case(world: World, tree: Tree) -> dict[str, float]:
     """The loss of the same microbatch under dropout, at several places of a run."""
-    engine, _ = build(world, tree)
+    engine, _ = build_engine(world, tree)
     places = {"here": (3, 0), "here again": (3, 0), "another step": (4, 0), "another microbatch": (3, 1)}
     losses = {place: float(engine.accumulate(microbatch(), 6, *at)) for place, at in places.items()}
     engine.close()

@@ -113,7 +113,7 @@ def copy_case(world: World, tree: Tree, source: Path, target: Path) -> None:
     config = build_config(PretrainConfig, tree)
     inputs = check_run(config, world.size)
     built = build_model(config.model, inputs.model_config, seed=99)
-    engine = Engine(MaskedLanguageModel(built.model, built.packed), config.optimizer, inputs.ds_config, world, 99)
+    engine = Engine(MaskedLanguageModel(built.model, built.packed), config, inputs.ds_config, world)
     checkpoint.load(engine, source)
     checkpoint.save(engine, target, 2, {}, lambda weights, folder: folder.mkdir(), Retention(100))
     engine.close()

@@ -75,6 +75,7 @@ def test_the_config_itself_starts(config: Path, capsys: pytest.CaptureFixture[st
         (["--engine.ds_config=nothing.json"], ["engine.ds_config", "nothing.json", "bf16_zero1.json"]),
         (["--model.config.model_type=brt"], ["unknown model type 'brt'", "'bert'"]),
         (["--model.config.hiden_size=24"], ["'model.config.hiden_size'", "'hidden_size'"]),
+        (["--model.freeze=[embeding]", "--model.freeze_steps=2"], ["model.freeze", "'embeding'", "'embeddings'"]),
         (["--batch.max_seq_length=65", "--batch.microbatch_tokens=100"], ["max_seq_length is 65", "64"]),
         (["--model.init_from=/nowhere/at/all"], ["model.init_from", "/nowhere/at/all"]),
         (["stray"], ["stray"]),

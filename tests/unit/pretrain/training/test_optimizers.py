@@ -1,8 +1,10 @@
+from typing import Any
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
 
-from pretrain.config import OptimizerConfig
+from pretrain.config import ModelConfig, OptimizerConfig
 from pretrain.training.optimizers import build_optimizer, parameter_groups
 
 
@@ -14,11 +16,21 @@ def tiny(model_type: str) -> PreTrainedModel:
     return AutoModelForMaskedLM.from_config(config)
 
 
+def groups_of(model: PreTrainedModel, freeze: tuple[str, ...] = (), **optimizer: Any) -> list[dict[str, Any]]:
+    frozen = ModelConfig(config={"model_type": "bert"}, freeze=freeze, freeze_steps=7 if freeze else 0)
+    return parameter_groups(model, OptimizerConfig(**optimizer), frozen)
+
+
+def names_of(model: PreTrainedModel, group: dict[str, Any]) -> set[str]:
+    members = {id(parameter) for parameter in group["params"]}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in members}
+
+
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "electra", "distilbert", "modernbert", "mpnet"])
 def test_every_parameter_is_in_one_group_and_only_weights_decay(model_type: str) -> None:
     """Catches parameters that are never trained or trained twice (tied ones), and decay on biases and norms."""
     model = tiny(model_type)
-    decay, rest = parameter_groups(model, 0.1)
+    decay, rest = groups_of(model, weight_decay=0.1)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     grouped = [id(parameter) for parameter in (*decay["params"], *rest["params"])]
     assert len(grouped) == len(set(grouped)) == len(names)
@@ -35,7 +47,7 @@ def test_every_parameter_is_in_one_group_and_only_weights_decay(model_type: str)
         assert name.endswith("bias") or "norm" in name, name
 
 
-def test_frozen_weights_of_norms_do_not_decay_whatever_their_shape() -> None:
+def test_weights_of_norms_do_not_decay_whatever_their_shape() -> None:
     """Catches a rule by dimension alone."""
 
     class MatrixNorm(torch.nn.Module):
@@ -43,9 +55,49 @@ def test_frozen_weights_of_norms_do_not_decay_whatever_their_shape() -> None:
             super().__init__()
             self.weight = torch.nn.Parameter(torch.ones(3, 3))
 
-    decay, rest = parameter_groups(torch.nn.Sequential(torch.nn.Linear(3, 3), MatrixNorm()), 0.1)
-    assert [parameter.shape for parameter in decay["params"]] == [(3, 3)]
-    assert len(rest["params"]) == 2
+    model = tiny("bert")
+    model.add_module("extra", MatrixNorm())
+    assert "extra.weight" in names_of(model, groups_of(model)[-1])
+
+
+def test_layers_learn_more_slowly_the_deeper_they_lie() -> None:
+    """Catches a decay that runs the other way, or one that is off by a layer."""
+    model = tiny("bert")
+    scales = {name: group["lr_scale"] for group in groups_of(model, layer_decay=0.5) for name in names_of(model, group)}
+    assert scales.keys() == dict(model.named_parameters()).keys()
+    assert scales["bert.embeddings.word_embeddings.weight"] == 0.25
+    assert scales["bert.encoder.layer.0.output.dense.weight"] == 0.5
+    assert scales["cls.predictions.transform.dense.weight"] == 1.0
+
+
+def test_frozen_parameters_have_groups_of_their_own() -> None:
+    """Catches a frozen parameter in a group that is trained, and the other way round."""
+    model = tiny("bert")
+    frozen = {group["frozen_until"]: set() for group in groups_of(model, freeze=("embeddings", "layer.0.attention"))}
+    for group in groups_of(model, freeze=("embeddings", "layer.0.attention")):
+        frozen[group["frozen_until"]] |= names_of(model, group)
+    assert frozen.keys() == {0, 7}
+    assert all("embeddings" in name or "layer.0.attention" in name for name in frozen[7])
+    assert not any("embeddings" in name or "layer.0.attention" in name for name in frozen[0])
+
+
+def test_what_is_passed_over_keeps_everything() -> None:
+    """Catches decay, moments or a step of what is frozen or not allowed; and groups that get lost on the way."""
+    weights = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    groups = [{"params": [weight], "lr": 0.1, "frozen": False} for weight in weights]
+    optimizer = build_optimizer(OptimizerConfig(weight_decay=0.1), groups)
+    for weight in weights:
+        weight.grad = torch.ones(3)
+    optimizer.allowed = lambda: False
+    optimizer.step()
+    assert not optimizer.state
+    optimizer.allowed = lambda: True
+    optimizer.param_groups[0]["frozen"] = True
+    optimizer.step()
+    assert torch.equal(weights[0], torch.ones(3))
+    assert not torch.equal(weights[1], torch.ones(3))
+    assert set(optimizer.state) == {weights[1]}
+    assert len(optimizer.param_groups) == 2
 
 
 def test_the_update_is_that_of_adamw() -> None:
@@ -53,8 +105,12 @@ def test_the_update_is_that_of_adamw() -> None:
     layer = torch.nn.Linear(2, 1, dtype=torch.float64)
     before = {name: parameter.detach().clone() for name, parameter in layer.named_parameters()}
     gradients = {name: torch.full_like(parameter, 0.3) for name, parameter in layer.named_parameters()}
-    config = OptimizerConfig(lr=0.01, weight_decay=0.2, betas=(0.8, 0.9), eps=0.5)
-    optimizer = build_optimizer(config, layer)
+    config = OptimizerConfig(lr=0.01, betas=(0.8, 0.9), eps=0.5)
+    groups = [
+        {"params": [layer.weight], "weight_decay": 0.2, "frozen": False},
+        {"params": [layer.bias], "weight_decay": 0.0, "frozen": False},
+    ]
+    optimizer = build_optimizer(config, groups)
     for _ in range(2):
         for name, parameter in layer.named_parameters():
             parameter.grad = gradients[name].clone()

@@ -1,0 +1,102 @@
+"""Which updates are made, and of what: the veto by the gradient's norm, and parameters that are frozen at first."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from pretrain.batching.loader import World
+from pretrain.training.checkpoint_store import checkpoint_path
+from ranks import RankPool
+from runs import NO_DROPOUT, TINY, Tree, build_engine, curve, everything, microbatch, pretrain_case, settings
+
+FP32 = [f"fp32_zero{stage}" for stage in range(4)]
+FROZEN = ("embeddings", "layer.0")
+
+
+def veto_case(world: World, tree: Tree, folder: Path, limits: list[float]) -> list[tuple[bool, float]]:
+    """One step for each limit, on gradients that are the same but for the weights; then a save."""
+    from pretrain.training import checkpoint
+    from pretrain.training.checkpoint_store import Retention
+
+    engine, _ = build_engine(world, tree)
+    results = []
+    for step, limit in enumerate(limits):
+        engine.begin_step(step, 0.01)
+        engine.accumulate(microbatch(), 6.0, 0, 0)
+        results.append(tuple(engine.step(limit)))
+    checkpoint.save(engine, folder, 1, {}, lambda _, hf: hf.mkdir(), Retention(9))
+    engine.close()
+    return results
+
+
+@pytest.mark.parametrize("ds_config", [*FP32, "bf16_zero1", "bf16_zero2", "bf16_zero3"])
+def test_an_update_over_the_limit_leaves_no_trace(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, ds_config: str
+) -> None:
+    """Catches a vetoed update that decays weights, moves moments or step counters, or leaves its gradient behind; and a
+    limit that is compared with the clipped norm."""
+    tree = settings(tmp_path, wordpiece_corpus, ds_config, optimizer__grad_clip=1e-3)
+    free = float("inf")
+    (vetoed, *_) = pools[2].run(veto_case, tree, tmp_path / "vetoed", [free, 0.002, free])
+    (without, *_) = pools[2].run(veto_case, tree, tmp_path / "without", [free, free])
+    assert [applied for applied, _ in vetoed] == [True, False, True]
+    assert vetoed[1][1] == vetoed[2][1] > 0.002
+    assert [vetoed[0], vetoed[2]] == without
+    left, right = (everything(checkpoint_path(tmp_path / which, 1)) for which in ("vetoed", "without"))
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[key], right[key]) for key in left)
+
+
+def is_frozen(key: str) -> bool:
+    return any(f".{item}." in key for item in FROZEN)
+
+
+def gradient_norm(kept: dict[str, Tensor], keys: list[str]) -> float:
+    """After a first step without clipping: Adam's first moment is then the gradient times 0.1."""
+    return float(torch.cat([kept[key] for key in keys]).double().norm()) / (1 - 0.9)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "ds_config"),
+    [(2, "fp32_zero0"), (3, "fp32_zero1"), (2, "fp32_zero2"), (2, "fp32_zero3"), (2, "bf16_zero1"), (1, "bf16_zero3")],
+)
+def test_frozen_parameters_are_left_out_until_they_thaw(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, world_size: int, ds_config: str
+) -> None:
+    """Catches decay, moments or step counters of frozen parameters, their part in the norm, an endless frost, and
+    moments after it that are those of a parameter trained from the start."""
+    changes = {
+        "model__config": TINY | NO_DROPOUT,
+        "optimizer__grad_clip": 0.0,
+        "optimizer__weight_decay": 0.5,
+        "schedule__steps": 4,
+        "checkpoint__every_steps": 1,
+    }
+    trees = {
+        "free": settings(tmp_path / "free", wordpiece_corpus, ds_config, **changes | {"schedule__steps": 1}),
+        "frozen": settings(tmp_path / "frozen", wordpiece_corpus, ds_config, **changes),
+    }
+    trees["frozen"]["model"] |= {"freeze": list(FROZEN), "freeze_steps": 2}
+    trees["frozen"]["schedule"]["warmup_steps"] = 0
+    for tree in trees.values():
+        pools[world_size].run(pretrain_case, tree)
+    free = everything(checkpoint_path(tmp_path / "free" / "checkpoints", 1))
+    frozen = [everything(checkpoint_path(tmp_path / "frozen" / "checkpoints", step)) for step in (1, 2, 3, 4)]
+    cold = [key for key in frozen[0] if is_frozen(key)]
+    warm = [key for key in free if not is_frozen(key) and key.endswith("/exp_avg")]
+
+    assert cold
+    assert all(key.endswith("/fp32") for key in cold), "a frozen parameter has optimizer state"
+    assert all(torch.equal(frozen[0][key], frozen[1][key]) for key in cold)
+    assert not any(torch.equal(frozen[1][key], frozen[2][key]) for key in cold if "padding" not in key)
+    assert {float(value) for key, value in frozen[3].items() if is_frozen(key) and key.endswith("/step")} == {2.0}
+    assert {float(value) for key, value in frozen[3].items() if not is_frozen(key) and key.endswith("/step")} == {4.0}
+
+    relative = 1e-5 if ds_config.startswith("fp32") else 1e-2
+    norms = curve(tmp_path / "frozen", "grad_norm")
+    assert norms[0] == pytest.approx(gradient_norm(free, warm), rel=relative)
+    assert norms[0] < 0.95 * curve(tmp_path / "free", "grad_norm")[0], "the frozen part is too small to show"
+    first = gradient_norm(frozen[2], [key for key in frozen[2] if is_frozen(key) and key.endswith("/exp_avg")])
+    assert 0.1 * norms[2] < first < norms[2], "the first moment after the thaw is one gradient, weighted as a first"
