@@ -1,8 +1,12 @@
 """`RUN/provenance.json`: which code, on which machine, with which libraries, made this run, and from what.
 
 {"run_id": …, "ancestors": […], "attempts": [{"command": …, "git": …, "versions": …, "hardware": …, …}, …]}
+
+Every model folder that a run writes holds a `deepcloze.json`, {"run_id": …, "folder": …, "step": …, "ancestors": […]},
+which goes wherever the folder is copied, so that whatever begins with it knows the whole line it descends from.
 """
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -20,6 +24,8 @@ from experiment.folder import RunFolder, write_json
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LIBRARIES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "safetensors", "numpy", "pyarrow", "wandb")
+_ORIGIN = "deepcloze.json"
+_WEIGHTS = (".safetensors", ".bin")
 
 
 def collect_provenance(command: Sequence[str], world_size: int = 1) -> dict[str, Any]:
@@ -37,13 +43,17 @@ def collect_provenance(command: Sequence[str], world_size: int = 1) -> dict[str,
     }
 
 
-def write_provenance(folder: RunFolder, attempt: Mapping[str, Any], ancestors: Sequence[Mapping[str, Any]] = ()) -> str:
+def write_provenance(
+    folder: RunFolder, attempt: Mapping[str, Any], ancestors: Sequence[Mapping[str, Any]] | None = None
+) -> str:
     """Add an attempt to RUN/provenance.json and return the run's id, which is drawn at the first attempt.
 
-    ancestors: the runs that this one's weights came from, oldest first; set at the first attempt. Raises UserError for
-    a file that is damaged.
+    ancestors: the models that this one's weights came from, oldest first (see `ancestors_of`); None at an attempt that
+    goes on from an earlier one. Raises UserError for a file that is damaged.
     """
-    record = read_provenance(folder) or {"run_id": secrets.token_hex(8), "ancestors": list(ancestors), "attempts": []}
+    record = read_provenance(folder) or {"run_id": secrets.token_hex(8), "ancestors": [], "attempts": []}
+    if ancestors is not None:
+        record["ancestors"] = list(ancestors)
     write_json(folder.provenance, {**record, "attempts": [*record["attempts"], dict(attempt)]})
     run_id: str = record["run_id"]
     return run_id
@@ -60,6 +70,43 @@ def read_provenance(folder: RunFolder) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{folder.provenance} is damaged: expected an object with 'run_id' and 'attempts'") from None
     return dict(record)
+
+
+def write_origin(model: Path, folder: RunFolder, record: Mapping[str, Any], step: int) -> None:
+    """Leave in a model folder which run wrote it. `record`: the run's provenance."""
+    run = {"run_id": record["run_id"], "folder": str(folder.path), "step": step}
+    write_json(model / _ORIGIN, run | {"ancestors": record["ancestors"]})
+
+
+def origin_of(model: Path) -> dict[str, Any] | None:
+    """The run that wrote a model folder, {run_id, folder, step, ancestors}, None for somebody else's model. Raises
+    UserError for a file that is damaged."""
+    path = model / _ORIGIN
+    try:
+        origin = json.loads(path.read_text(encoding="utf-8"))
+        return {key: origin[key] for key in ("run_id", "folder", "step", "ancestors")}
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged: expected an object with run_id, folder, step and ancestors") from None
+
+
+def ancestors_of(model: Path, relation: str) -> list[dict[str, Any]]:
+    """The ancestors of a run that begins with the weights in a Hugging Face folder, oldest first.
+
+    relation: how it takes over from the last one, init_from (weights alone) or fork (the whole state). A model that no
+    run of ours wrote is known by its folder and the SHA-256 of its weight files, by which model hubs know them too.
+    """
+    origin = origin_of(model)
+    if origin is None:
+        weights = {path.name: _sha256(path) for path in sorted(model.iterdir()) if path.suffix in _WEIGHTS}
+        return [{"relation": relation, "folder": str(model.absolute()), "name": model.name, "weights": weights}]
+    return [*origin.pop("ancestors"), {"relation": relation, **origin}]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def git_state(repository: Path) -> dict[str, Any] | None:

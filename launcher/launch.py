@@ -46,9 +46,9 @@ def launch_pretraining(
     if devices.kind == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed checks what the ranks will compute on, and prints no guess
 
-    from pretrain.check import check_run
+    from pretrain.check import check_beginning, check_run
 
-    check_run(settings, sum(map(len, slots.values())))
+    check_beginning(settings, check_run(settings, sum(map(len, slots.values()))))
 
     local = only_this_machine(slots)
     folder = RunFolder(Path(settings.run.dir).absolute())

@@ -9,14 +9,17 @@ import torch
 from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedTokenizerFast
 
 from experiment.errors import UserError
+from experiment.folder import RunFolder
 from pretrain.batching.vocabulary import Vocabulary, vocabulary_of
 from pretrain.config import PretrainConfig
 from pretrain.corpus.reader import Corpus, open_corpus
-from pretrain.corpus.tokenizer import load_tokenizer
+from pretrain.corpus.tokenizer import load_tokenizer, tokenizer_fingerprint
 from pretrain.modeling.build import check_tokenizer, resolve_config, usable_positions
 from pretrain.modeling.depth import check_freeze
+from pretrain.training.checkpoint_store import read_state
 from pretrain.training.ds_config import find_ds_config, read_ds_config
 from pretrain.training.engine import check_ds_config, check_precision
+from pretrain.training.resume import Beginning, find_beginning, identity
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +71,34 @@ def check_run(config: PretrainConfig, world_size: int) -> Inputs:
             world_size,
         )
     return Inputs(train, evaluation, tokenizer, vocabulary, model_config, ds_config)
+
+
+def run_identity(config: PretrainConfig, inputs: Inputs) -> dict[str, Any]:
+    """See `pretrain.training.resume.identity`."""
+    return identity(config.model_dump(mode="json"), inputs.model_config.to_dict(), inputs.train.fingerprint)
+
+
+def check_beginning(config: PretrainConfig, inputs: Inputs) -> Beginning:
+    """Which checkpoint the run starts from, if any. Raises UserError for one that it cannot start from.
+
+    Reads the whole checkpoint to verify it: for the launcher and rank 0.
+    """
+    folder = RunFolder(Path(config.run.dir).absolute())
+    beginning = find_beginning(config.run, folder, run_identity(config, inputs))
+    if beginning.checkpoint is not None and beginning.fork:
+        tokenizer = load_tokenizer(beginning.checkpoint / "hf")
+        if tokenizer_fingerprint(tokenizer) != inputs.train.tokenizer_fingerprint:
+            raise UserError(
+                f"run.resume: the model in {beginning.checkpoint} has another tokenizer than the corpus "
+                f"{inputs.train.path}; build the corpus again with `--tokenizer` naming {beginning.checkpoint / 'hf'}"
+            )
+        step, steps = read_state(beginning.checkpoint)["progress"]["step"], config.schedule.steps
+        if steps is not None and step >= steps:
+            raise UserError(
+                f"schedule.steps is {steps}, but a fork counts on from its parent's steps, and {beginning.checkpoint} "
+                f"has {step} behind it"
+            )
+    return beginning
 
 
 def _open(key: str, path: str) -> Corpus:

@@ -21,7 +21,14 @@ class RunConfig(Section):
     dir: str  # the run folder
     seed: NotNegative = 42  # of initialisation, data order, masks and dropout
     log_every: Positive = 10  # steps between log events
-    resume: str = "auto"  # auto: continue what the folder holds | never: it must be unused | a checkpoint to fork
+    resume: str = (
+        "auto"  # auto: continue what the folder holds | never: it must be unused | a run or checkpoint to fork
+    )
+
+    @property
+    def parent(self) -> str | None:
+        """The run or checkpoint of another run that this one is a fork of."""
+        return None if self.resume in ("auto", "never") else self.resume
 
 
 class ModelConfig(Section):

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from experiment.errors import UserError
-from pretrain.training.checkpoint_store import complete_checkpoints, newest_usable, verify
+from pretrain.training.checkpoint_store import last_usable, named_checkpoints, verify
 
 
 def write_hugging_face_folder(
@@ -40,10 +40,8 @@ def find_hugging_face_folder(path: Path) -> Path:
         if problem is not None:
             raise UserError(f"{path} is no usable checkpoint: {problem}")
         return path / "hf"
-    if complete_checkpoints(path / "checkpoints"):
-        newest = newest_usable(path / "checkpoints")
-        assert newest is not None
-        return newest / "hf"
+    if candidates := named_checkpoints(path):
+        return last_usable(candidates) / "hf"
     raise UserError(f"{path} is neither a Hugging Face folder, a checkpoint nor a run with a complete checkpoint")
 
 

@@ -25,14 +25,14 @@ from experiment.configuration import dump_config, load_config
 from experiment.errors import UserError
 from experiment.folder import Outcome, RunFolder, open_run_folder, write_text
 from experiment.meters import peak_flops
-from experiment.provenance import collect_provenance, write_provenance
+from experiment.provenance import ancestors_of, collect_provenance, read_provenance, write_origin, write_provenance
 from experiment.tracking import Tracker, open_trackers
 from experiment.tracking.rank_logs import set_up_logging
 from pretrain.batching.loader import BatchMaker, Layout, World, load
 from pretrain.batching.masking import Masker, MaskingPolicy
 from pretrain.batching.order import ShuffledOrder
 from pretrain.batching.sequences import open_index
-from pretrain.check import Inputs, check_run
+from pretrain.check import Inputs, check_beginning, check_run, run_identity
 from pretrain.config import PretrainConfig
 from pretrain.evaluate import as_metrics, evaluate, held_out
 from pretrain.export import write_hugging_face_folder
@@ -43,8 +43,8 @@ from pretrain.training import checkpoint, checkpoint_store
 from pretrain.training.agreement import Agreement
 from pretrain.training.ds_config import find_ds_config
 from pretrain.training.engine import Engine, connect, disconnect
-from pretrain.training.loop import Parts, Progress, progress_of, train
-from pretrain.training.resume import check_resume, identity
+from pretrain.training.loop import Parts, Progress, fork_of, progress_of, train
+from pretrain.training.resume import Beginning
 from pretrain.training.stopping import StopWish
 
 log = logging.getLogger(__name__)
@@ -58,14 +58,8 @@ def pretrain(config: PretrainConfig, world: World) -> Outcome:
     config = absolute_paths(config, inputs)
     agreement = Agreement()
     with contextlib.ExitStack() as closing:
-        resumed = agreement.of_rank_0(lambda: _find_checkpoint(config, folder))
-        progress = Progress()
-        who = identity(config.model_dump(mode="json"), inputs.model_config.to_dict(), inputs.train.fingerprint)
-        if resumed is not None:
-            state = checkpoint_store.read_state(resumed)
-            differences = check_resume(state["identity"], who, str(resumed))
-            progress = progress_of(state)
-            log.info("continuing from %s%s", resumed, "".join(f"\n  {line}" for line in differences))
+        beginning = agreement.of_rank_0(lambda: check_beginning(config, inputs))
+        progress = _progress_at(beginning)
         agreement.wait()
 
         built = build_model(config.model, inputs.model_config, config.run.seed)
@@ -73,15 +67,13 @@ def pretrain(config: PretrainConfig, world: World) -> Outcome:
         module = MaskedLanguageModel(built.model, built.packed)
         engine = Engine(module, config, inputs.ds_config, world)
         closing.callback(engine.close)
-        if resumed is not None:
-            checkpoint.load(engine, resumed)
+        if beginning.checkpoint is not None:
+            checkpoint.load(engine, beginning.checkpoint, beginning.moments)
 
         layout = Layout(config.batch.max_seq_length, config.batch.microbatch_tokens, built.packed, built.first_position)
         maker, steps = _training_batches(config, inputs, layout, world, folder)
         on_gpu = engine.device.type == "cuda"
-        tracker = (
-            _open_tracker(config, folder, progress, resumed is not None, steps, world) if world.rank == 0 else None
-        )
+        tracker = _open_tracker(config, folder, progress, beginning, steps, world) if world.rank == 0 else None
         # Not before here: a signal to a rank that has nothing to save should end it at once.
         stop = StopWish(folder.stop if world.rank == 0 else None)
         closing.callback(stop.close)
@@ -95,7 +87,7 @@ def pretrain(config: PretrainConfig, world: World) -> Outcome:
                     batches=load(maker, progress.step, steps, workers=2 if on_gpu else 1, pin_memory=on_gpu),
                     steps=steps,
                     evaluate=_evaluation(config, inputs, layout, engine, folder),
-                    save=_saving(config, inputs, built, engine, folder, who),
+                    save=_saving(config, inputs, built, engine, folder),
                     stop=stop,
                     tracker=tracker,
                     flops=flops,
@@ -117,9 +109,10 @@ def pretrain(config: PretrainConfig, world: World) -> Outcome:
 
 def absolute_paths(config: PretrainConfig, inputs: Inputs) -> PretrainConfig:
     """The config with every path written out, so that RUN/config.yaml starts the same run from anywhere."""
+    resume = config.run.resume if config.run.parent is None else str(Path(config.run.parent).absolute())
     return config.model_copy(
         update={
-            "run": config.run.model_copy(update={"dir": str(Path(config.run.dir).absolute())}),
+            "run": config.run.model_copy(update={"dir": str(Path(config.run.dir).absolute()), "resume": resume}),
             "corpus": config.corpus.model_copy(
                 update={
                     "train": str(inputs.train.path.absolute()),
@@ -127,20 +120,26 @@ def absolute_paths(config: PretrainConfig, inputs: Inputs) -> PretrainConfig:
                 }
             ),
             "model": config.model.model_copy(
-                update={"init_from": config.model.init_from and str(Path(config.model.init_from).absolute())}
+                update={
+                    key: str(Path(path).absolute())
+                    for key in ("init_from", "added_tokens")
+                    if (path := getattr(config.model, key)) is not None
+                }
             ),
             "engine": config.engine.model_copy(update={"ds_config": str(find_ds_config(config.engine.ds_config))}),
         }
     )
 
 
-def _find_checkpoint(config: PretrainConfig, folder: RunFolder) -> Path | None:
-    """The checkpoint to go on from. Raises UserError where a run must begin but has begun before."""
-    if config.run.resume == "never" and (
-        folder.metrics.exists() or checkpoint_store.complete_checkpoints(folder.checkpoints)
-    ):
-        raise UserError(f"run.resume is 'never', but {folder.path} holds a run already; name another run.dir")
-    return checkpoint_store.newest_usable(folder.checkpoints)
+def _progress_at(beginning: Beginning) -> Progress:
+    if beginning.checkpoint is None:
+        return Progress()
+    changes = "".join(f"\n  {line}" for line in beginning.changes)
+    log.info("%s %s%s", "forking" if beginning.fork else "continuing from", beginning.checkpoint, changes)
+    if not beginning.moments:
+        log.warning("the optimizer is another one: its moments begin at nothing")
+    progress = progress_of(checkpoint_store.read_state(beginning.checkpoint))
+    return fork_of(progress) if beginning.fork else progress
 
 
 def _training_batches(
@@ -180,13 +179,18 @@ def _evaluation(
 
 
 def _saving(
-    config: PretrainConfig, inputs: Inputs, built: BuiltModel, engine: Engine, folder: RunFolder, who: dict[str, Any]
+    config: PretrainConfig, inputs: Inputs, built: BuiltModel, engine: Engine, folder: RunFolder
 ) -> Callable[[Progress], None]:
-    def write_model(weights: dict[str, Tensor], target: Path) -> None:
-        own = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
-        write_hugging_face_folder(own, built.model, inputs.tokenizer, target)
+    who = run_identity(config, inputs)
+    record = read_provenance(folder) if engine.world.rank == 0 else None
 
     def save(progress: Progress) -> None:
+        def write_model(weights: dict[str, Tensor], target: Path) -> None:
+            own = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+            write_hugging_face_folder(own, built.model, inputs.tokenizer, target)
+            assert record is not None  # rank 0, which writes models, has written it
+            write_origin(target, folder, record, progress.step)
+
         state = {"progress": asdict(progress), "config": config.model_dump(mode="json"), "identity": who}
         keep = checkpoint_store.Retention(config.checkpoint.keep_last, config.checkpoint.keep_every)
         checkpoint.save(engine, folder.checkpoints, progress.step, state, write_model, keep)
@@ -195,18 +199,25 @@ def _saving(
 
 
 def _open_tracker(
-    config: PretrainConfig, folder: RunFolder, progress: Progress, resumed: bool, steps: int, world: World
+    config: PretrainConfig, folder: RunFolder, progress: Progress, beginning: Beginning, steps: int, world: World
 ) -> Tracker:
-    run_id = write_provenance(folder, collect_provenance(sys.argv, world.size))
+    run_id = write_provenance(folder, collect_provenance(sys.argv, world.size), _ancestors(config, beginning))
     write_text(folder.config, dump_config(config))
     return open_trackers(
         config.tracking,
         folder,
         total_steps=steps,
-        resumed_step=progress.step if resumed else -1,
+        resumed_step=-1 if beginning.fork or beginning.checkpoint is None else progress.step,
         run_id=run_id,
         parameters=config.model_dump(mode="json"),
     )
+
+
+def _ancestors(config: PretrainConfig, beginning: Beginning) -> list[dict[str, Any]] | None:
+    """Whose weights a run begins with; None for one that goes on."""
+    if beginning.checkpoint is not None:
+        return ancestors_of(beginning.checkpoint / "hf", "fork") if beginning.fork else None
+    return ancestors_of(Path(config.model.init_from), "init_from") if config.model.init_from else []
 
 
 def main(argv: Sequence[str]) -> None:

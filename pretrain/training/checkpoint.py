@@ -84,8 +84,10 @@ def save(
     return final
 
 
-def load(engine: Engine, checkpoint: Path) -> None:
+def load(engine: Engine, checkpoint: Path, moments: bool = True) -> None:
     """Overwrite the engine's weights and optimizer state with a checkpoint's. Collective.
+
+    moments: False leaves the optimizer's state as new, for one that cannot take over what another optimizer kept.
 
     Raises UserError where its parameters are not the model's.
     """
@@ -98,7 +100,9 @@ def load(engine: Engine, checkpoint: Path) -> None:
             )
         span = (fragment.start, fragment.start + fragment.numel)
         state = {
-            kind: reader.read(fragment.name, kind, span) for kind in reader.kinds(fragment.name) if kind != _MASTER
+            kind: reader.read(fragment.name, kind, span)
+            for kind in reader.kinds(fragment.name)
+            if moments and kind != _MASTER
         }
         restore_fragment(engine.deepspeed, fragment, reader.read(fragment.name, _MASTER, span), state)
     refresh_model(engine.deepspeed)

@@ -5,7 +5,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,15 @@ def complete_checkpoints(checkpoints: Path) -> list[Path]:
     return sorted(found, key=_step)
 
 
+def named_checkpoints(path: Path) -> list[Path]:
+    """The complete checkpoints that a path means, oldest first: one checkpoint, the one that `checkpoints/best` names,
+    or all of a run. None where it means nothing."""
+    if path.name == "best" and path.is_file():
+        path = path.parent / path.read_text(encoding="utf-8").strip()
+    path = path.resolve()
+    return [path] if (path / _MARK).is_file() else complete_checkpoints(path / "checkpoints")
+
+
 def verify(checkpoint: Path) -> str | None:
     """None for a complete, undamaged checkpoint, else what is wrong with it."""
     try:
@@ -58,16 +67,20 @@ def newest_usable(checkpoints: Path) -> Path | None:
     """The newest complete and undamaged checkpoint; says why it passed over a newer one. Raises UserError if none of
     several is usable."""
     candidates = complete_checkpoints(checkpoints)
+    return last_usable(candidates) if candidates else None
+
+
+def last_usable(candidates: Sequence[Path]) -> Path:
+    """The last of some complete checkpoints that is undamaged, as `newest_usable`."""
     for checkpoint in reversed(candidates):
         problem = verify(checkpoint)
         if problem is None:
             return checkpoint
         log.warning("passing over checkpoint %s: %s", checkpoint, problem)
-    if candidates:
-        raise UserError(
-            f"none of the {len(candidates)} checkpoints in {checkpoints} can be read; the newest is {candidates[-1]}"
-        )
-    return None
+    raise UserError(
+        f"none of the {len(candidates)} checkpoints in {candidates[-1].parent} can be read; "
+        f"the newest is {candidates[-1]}"
+    )
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

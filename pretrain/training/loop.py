@@ -221,6 +221,11 @@ def _evaluate(parts: Parts, progress: Progress) -> Progress:
     return replace(progress, evaluated=True)
 
 
+def fork_of(progress: Progress) -> Progress:
+    """Where a fork of a run begins: at its step and tokens. The clock, the log interval and evaluations are its own."""
+    return Progress(step=progress.step, tokens=progress.tokens)
+
+
 def progress_of(state: dict[str, Any]) -> Progress:
     """The progress that a checkpoint's state.json holds."""
     saved = state["progress"]

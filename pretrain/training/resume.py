@@ -1,10 +1,16 @@
-"""What may change between the attempts of one run, and what may not."""
+"""Which checkpoint a run begins with, its own or that of a run it forks, and what may have changed since then."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from experiment.configuration import flatten
 from experiment.errors import UserError
+from experiment.folder import RunFolder
+from experiment.provenance import origin_of, read_provenance
+from pretrain.config import ModelConfig, RunConfig
+from pretrain.training.checkpoint_store import complete_checkpoints, last_usable, named_checkpoints, read_state
 
 # Whatever determines the stream of batches, the masks or the parameters.
 _FIXED = (
@@ -17,25 +23,104 @@ _FIXED = (
     "corpus.train",
 )
 # Where a run lies and where it reads from may change; what is read is compared by fingerprint instead.
-_BY_CONTENT = ("run.dir", "run.resume", "model.config", "model.init_from", "corpus.train")
+_BY_CONTENT = (
+    "run.dir",
+    "run.resume",
+    "model.config",
+    "model.init_from",
+    "model.added_tokens",
+    "model.max_positions",
+    "corpus.train",
+)
+# How the model is trained, which a fork may change, as opposed to what it is.
+_TRAINED = tuple(f"model.{field}" for field in ModelConfig.model_fields)
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What a run starts from."""
+
+    checkpoint: Path | None = None  # None: nothing, or the weights of model.init_from alone
+    fork: bool = False  # it is another run's
+    changes: tuple[str, ...] = ()  # what the config says now that it did not say there, a line each
+    moments: bool = True  # whether the optimizer takes over its state
+
+
+def find_beginning(run: RunConfig, folder: RunFolder, now: Mapping[str, Any]) -> Beginning:
+    """What `run.resume` means for a run folder. `now`: the identity of the run, see `identity`.
+
+    A fork that has saved a checkpoint goes on from that; one that has not forks again. The checkpoint is read once to
+    verify it. Raises UserError for a text that names no checkpoint, a run folder that is used but should not be, and a
+    checkpoint of a run that this one cannot continue or fork.
+    """
+    own, parents = complete_checkpoints(folder.checkpoints), []
+    if run.resume == "never" and (own or folder.metrics.exists()):
+        raise UserError(f"run.resume is 'never', but {folder.path} holds a run already; name another run.dir")
+    if run.parent is not None:
+        parents = named_checkpoints(Path(run.parent))
+        if own:
+            _check_is_fork(run.parent, parents, folder)
+        elif not parents:
+            what = "holds no complete checkpoint" if Path(run.parent).exists() else "is not there"
+            raise UserError(
+                "'run.resume': expected auto, never, or a run or checkpoint to fork, such as "
+                f"RUN/checkpoints/step-00001000; '{run.parent}' {what}"
+            )
+    if not (own or parents):
+        return Beginning()
+    fork = not own
+    checkpoint = last_usable(own or parents)
+    before = read_state(checkpoint)["identity"]
+    changes = (check_fork if fork else check_resume)(before, now, str(checkpoint))
+    return Beginning(checkpoint, fork, tuple(changes), before["optimizer.name"] == now["optimizer.name"])
+
+
+def _check_is_fork(named: str, parents: Sequence[Path], folder: RunFolder) -> None:
+    """Raises UserError for a used folder whose run was not forked from the one that `named` means."""
+    ancestors = (read_provenance(folder) or {}).get("ancestors", [])
+    parent = ancestors[-1] if ancestors and ancestors[-1]["relation"] == "fork" else None
+    origins = [origin_of(checkpoint / "hf") for checkpoint in parents]
+    if parent is None or any(origin and origin["run_id"] != parent["run_id"] for origin in origins):
+        raise UserError(f"run.dir: {folder.path} holds a run that was not forked from {named}; name another run.dir")
 
 
 def check_resume(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -> list[str]:
     """Compare identities (see `identity`). Returns one line for each harmless difference; raises UserError for one that
     would make it another run. `where`: the checkpoint, for the message."""
-    old, new = flatten(before), flatten(now)
-    harmless = []
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) == new.get(key):
-            continue
-        line = f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
-        if any(key == fixed or key.startswith(f"{fixed}.") for fixed in _FIXED):
+    changes = _changes(before, now)
+    for key, (old, new) in changes.items():
+        if _under(key, _FIXED):
             raise UserError(
-                f"{where} cannot be continued with another {key}: it began with {old.get(key)!r}, the config says "
-                f"{new.get(key)!r}. Restore the value, or start a new run in another run.dir"
+                f"{where} cannot be continued with another {key}: it began with {old!r}, the config says {new!r}. "
+                "Restore the value, or start a new run in another run.dir, which may be a fork of this one"
             )
-        harmless.append(line)
-    return harmless
+    return _lines(changes)
+
+
+def check_fork(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -> list[str]:
+    """As `check_resume`, for another run that takes over the state: all but the model may change."""
+    changes = _changes(before, now)
+    for key, (old, new) in changes.items():
+        if _under(key, ("model",)) and key not in _TRAINED:
+            raise UserError(
+                f"run.resume: {where} cannot be forked with another {key}: its model has {old!r}, the config says "
+                f"{new!r}. To begin with its weights alone, name its folder hf/ in model.init_from"
+            )
+    return _lines(changes)
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    old, new = flatten(before), flatten(now)
+    keys = sorted(old.keys() | new.keys())
+    return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
+
+
+def _under(key: str, sections: tuple[str, ...]) -> bool:
+    return any(key == section or key.startswith(f"{section}.") for section in sections)
+
+
+def _lines(changes: Mapping[str, tuple[Any, Any]]) -> list[str]:
+    return [f"{key}: {old!r} -> {new!r}" for key, (old, new) in changes.items()]
 
 
 def identity(config: Mapping[str, Any], model_config: Mapping[str, Any], corpus_fingerprint: str) -> dict[str, Any]:

@@ -6,7 +6,14 @@ import pytest
 
 from experiment.errors import UserError
 from experiment.folder import open_run_folder
-from experiment.provenance import collect_provenance, git_state, read_provenance, write_provenance
+from experiment.provenance import (
+    ancestors_of,
+    collect_provenance,
+    git_state,
+    origin_of,
+    read_provenance,
+    write_provenance,
+)
 
 
 def git(repository: Path, *arguments: str) -> str:
@@ -86,3 +93,24 @@ def test_a_damaged_file_is_refused_rather_than_replaced(tmp_path: Path, damage: 
     with pytest.raises(UserError, match=r"provenance\.json is damaged"):
         write_provenance(folder, {})
     assert folder.provenance.read_text() == damage
+
+
+def test_a_model_of_somebody_elses_is_known_by_its_weights(tmp_path: Path) -> None:
+    """Catches an ancestor that cannot be told from another one of the same name."""
+    (tmp_path / "model.safetensors").write_bytes(b"abc")
+    (tmp_path / "config.json").write_text("{}")
+    (ancestor,) = ancestors_of(tmp_path, "init_from")
+    assert ancestor == {
+        "relation": "init_from",
+        "folder": str(tmp_path),
+        "name": tmp_path.name,
+        "weights": {"model.safetensors": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"},
+    }
+
+
+def test_a_damaged_origin_is_refused(tmp_path: Path) -> None:
+    """Catches ancestors that are lost without a word, and a trace."""
+    assert origin_of(tmp_path) is None
+    (tmp_path / "deepcloze.json").write_text('{"run_id": "a"}')
+    with pytest.raises(UserError, match=r"deepcloze\.json is damaged"):
+        origin_of(tmp_path)

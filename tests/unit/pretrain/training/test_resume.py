@@ -1,11 +1,15 @@
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from experiment.errors import UserError
-from pretrain.config import PretrainConfig
-from pretrain.training.resume import check_resume, identity
+from experiment.folder import RunFolder
+from experiment.provenance import ancestors_of, write_origin, write_provenance
+from pretrain.config import PretrainConfig, RunConfig
+from pretrain.training.checkpoint_store import checkpoint_path, mark
+from pretrain.training.resume import Beginning, check_fork, check_resume, find_beginning, identity
 
 CONFIG = {"run": {"dir": "/runs/a"}, "model": {"config": {"model_type": "bert"}}, "corpus": {"train": "/data/a"}}
 MODEL = {"model_type": "bert", "hidden_size": 24, "transformers_version": "5.0", "dtype": None}
@@ -66,3 +70,89 @@ def test_an_identity_survives_json() -> None:
     """Catches tuples and other values that compare unequal after a checkpoint was written and read."""
 
     assert check_resume(json.loads(json.dumps(who())), who(), "a checkpoint") == []
+
+
+def test_a_fork_may_change_what_a_resume_may_not() -> None:
+    """Catches a fork that is bound to its parent's data, or that trains another model with its parent's state."""
+    now = who(run__seed=1, batch__sequences=64, masking__rate=0.3, fingerprint="f2", optimizer__name="lamb")
+    assert {line.partition(":")[0] for line in check_fork(who(), now, "a checkpoint")} == {
+        "run.seed",
+        "batch.sequences",
+        "masking.rate",
+        "corpus.train",
+        "optimizer.name",
+    }
+    frozen = {"config": {"model_type": "bert"}, "freeze": ["embeddings"], "freeze_steps": 5, "ema_decay": 0.9}
+    assert len(check_fork(who(), {**who(), **identity_of_model(frozen)}, "a checkpoint")) == 3
+    with pytest.raises(UserError, match=r"another model\.hidden_size.*init_from"):
+        check_fork(who(), who(model=MODEL | {"hidden_size": 32}), "a checkpoint")
+
+
+def identity_of_model(settings: dict[str, Any]) -> dict[str, Any]:
+    tree = {**CONFIG, "schedule": {"steps": 10}, "model": settings}
+    return identity(PretrainConfig.model_validate_json(json.dumps(tree)).model_dump(mode="json"), MODEL, "f1")
+
+
+def make_run(path: Path, steps: tuple[int, ...], relation: str | None = None, parent: Path | None = None) -> Path:
+    """A run with checkpoints of these steps, that began with the newest one of `parent`."""
+    folder = RunFolder(path)
+    ancestors = ancestors_of(checkpoint_path(parent / "checkpoints", 4) / "hf", relation) if parent and relation else []
+    run_id = write_provenance(folder, {}, ancestors)
+    for step in steps:
+        checkpoint = checkpoint_path(folder.checkpoints, step)
+        (checkpoint / "hf").mkdir(parents=True)
+        write_origin(checkpoint / "hf", folder, {"run_id": run_id, "ancestors": ancestors}, step)
+        (checkpoint / "state.json").write_text(json.dumps({"identity": who()}))
+        mark(checkpoint)
+    return path
+
+
+def begin(run: Path, resume: str) -> Beginning:
+    return find_beginning(RunConfig(dir=str(run), resume=resume), RunFolder(run), who())
+
+
+def test_what_a_checkpoint_may_be_called(tmp_path: Path) -> None:
+    """Catches a fork of another checkpoint than the one that a path names."""
+    parent, new = make_run(tmp_path / "parent", (2, 4)), tmp_path / "new"
+    (parent / "checkpoints" / "best").write_text("step-00000002\n")
+    (tmp_path / "link").symlink_to(checkpoint_path(parent / "checkpoints", 2))
+    names = {
+        parent: 4,
+        checkpoint_path(parent / "checkpoints", 2): 2,
+        parent / "checkpoints" / "best": 2,
+        tmp_path / "link": 2,
+    }
+    for name, step in names.items():
+        assert begin(new, str(name)) == Beginning(checkpoint_path(parent / "checkpoints", step), fork=True)
+    (checkpoint_path(parent / "checkpoints", 4) / "state.json").write_text("{}")
+    assert begin(new, str(parent)).checkpoint == checkpoint_path(parent / "checkpoints", 2)
+    with pytest.raises(UserError, match="can be read"):
+        begin(new, str(checkpoint_path(parent / "checkpoints", 4)))
+
+
+def test_a_fork_goes_on_and_nothing_else_is_overwritten(tmp_path: Path) -> None:
+    """Catches a fork that forks again after it has saved, and one into somebody else's run folder."""
+    parent, other = make_run(tmp_path / "parent", (2, 4)), make_run(tmp_path / "other", (4,))
+    fork = make_run(tmp_path / "fork", (6,), "fork", parent)
+    own = Beginning(checkpoint_path(fork / "checkpoints", 6))
+    assert begin(fork, str(parent)) == begin(fork, "auto") == own
+    assert begin(fork, str(tmp_path / "deleted")) == own, "the parent is not needed any more"
+    for run in (other, parent, make_run(tmp_path / "continued", (6,), "init_from", parent)):
+        with pytest.raises(UserError, match="was not forked from"):
+            begin(run, str(parent))
+    with pytest.raises(UserError, match="was not forked from"):
+        begin(fork, str(other))
+
+
+@pytest.mark.parametrize(("resume", "why"), [("sometimes", "is not there"), ("", "holds no complete checkpoint")])
+def test_what_names_no_checkpoint_is_refused(tmp_path: Path, resume: str, why: str) -> None:
+    """Catches a misspelled path that begins a run from nothing."""
+    with pytest.raises(UserError, match=rf"'run\.resume': expected auto, never.*{why}"):
+        begin(tmp_path / "run", resume or str(tmp_path))
+
+
+def test_never_wants_an_unused_folder(tmp_path: Path) -> None:
+    """Catches a second run on top of a first one."""
+    assert begin(tmp_path / "new", "never") == begin(tmp_path / "new", "auto") == Beginning()
+    with pytest.raises(UserError, match="holds a run already"):
+        begin(make_run(tmp_path / "run", (4,)), "never")

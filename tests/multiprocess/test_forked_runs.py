@@ -1,0 +1,94 @@
+"""A fork takes over the whole state of another run, and is a run of its own."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from experiment.folder import RunFolder
+from experiment.provenance import ancestors_of, origin_of
+from pretrain.export import export
+from pretrain.training.checkpoint_store import checkpoint_path
+from ranks import RankPool
+from runs import TINY, Tree, curve, everything, pretrain_case, settings
+
+
+def provenance(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(RunFolder(folder).provenance.read_text(encoding="utf-8"))
+    return found
+
+
+@pytest.fixture(scope="module")
+def parent(pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of six steps with dropout on, all of whose even checkpoints are there."""
+    folder = tmp_path_factory.mktemp("parent")
+    tree = settings(folder, wordpiece_corpus)
+    tree["checkpoint"] = {"every_steps": 2, "keep_last": 100}
+    pools[2].run(pretrain_case, tree)
+    return folder
+
+
+def fork(folder: Path, corpus: Path, parent: Path, step: int = 2, **changes: Any) -> Tree:
+    tree = settings(folder, corpus, **changes)
+    tree["run"]["resume"] = str(checkpoint_path(parent / "checkpoints", step))
+    return tree
+
+
+def test_a_fork_of_the_same_config_does_what_its_parent_did(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, parent: Path, tmp_path: Path
+) -> None:
+    """Catches weights, moments, schedule, data position or dropout that a fork begins anew, also after it was stopped
+    before and after its first checkpoint, where it must fork again or go on from its own."""
+    tree = fork(tmp_path, wordpiece_corpus, parent)
+    RunFolder(tmp_path).metrics.write_text('{"step": 3, "loss": 1.0}\n')  # it had begun, and had not saved
+    assert set(pools[2].run(pretrain_case, tree, 2)) == {"stopped"}
+    assert curve(tmp_path, "step") == [3, 4]
+    assert set(pools[2].run(pretrain_case, tree)) == {"done"}
+    assert curve(tmp_path, "step") == [3, 4, 5, 6]
+    for key in ("loss", "lr", "grad_norm", "tokens"):
+        assert curve(tmp_path, key) == curve(parent, key)[2:]
+    theirs, ours = (everything(checkpoint_path(folder / "checkpoints", 6)) for folder in (parent, tmp_path))
+    assert all(torch.equal(theirs[key], ours[key]) for key in theirs)
+    assert provenance(tmp_path)["run_id"] != provenance(parent)["run_id"]
+    assert len(provenance(tmp_path)["attempts"]) == 2
+    assert provenance(tmp_path)["ancestors"] == [
+        {"relation": "fork", "run_id": provenance(parent)["run_id"], "folder": str(parent), "step": 2}
+    ]
+
+
+def test_a_fork_may_change_all_but_the_model(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, heldout_corpus: Path, parent: Path, tmp_path: Path
+) -> None:
+    """Catches another corpus, seed or batch that a fork refuses or ignores, and a difference that nobody hears of."""
+    changes: dict[str, Any] = {"run__seed": 3, "batch__sequences": 11, "optimizer__lr": 1e-3, "schedule__steps": 4}
+    tree = fork(tmp_path / "new", heldout_corpus, parent, **changes)
+    tree["run"]["resume"] = str(checkpoint_path(parent / "checkpoints", 2))
+    assert set(pools[1].run(pretrain_case, tree)) == {"done"}
+    assert curve(tmp_path / "new", "step") == [3, 4]
+    said = RunFolder(tmp_path / "new").rank_log(0).read_text(encoding="utf-8")
+    for line in ("forking", "batch.sequences: 29 -> 11", "optimizer.lr: 0.003 -> 0.001", "corpus.train: "):
+        assert line in said
+    other = fork(tmp_path / "wide", wordpiece_corpus, parent, model__config=TINY | {"intermediate_size": 48})
+    with pytest.raises(Exception, match=r"cannot be forked with another model\.intermediate_size"):
+        pools[1].run(pretrain_case, other)
+
+
+def test_every_model_knows_its_ancestors(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, parent: Path, tmp_path: Path
+) -> None:
+    """Catches a line of descent that breaks at a fork, at an exported folder, or at a run of another folder's."""
+    pools[1].run(pretrain_case, fork(tmp_path / "forked", wordpiece_corpus, parent, step=4, schedule__steps=5))
+    export(str(tmp_path / "forked"), str(tmp_path / "exported"))
+    tree = settings(tmp_path / "target", wordpiece_corpus, schedule__steps=1)
+    pools[1].run(pretrain_case, tree | {"model": {"init_from": str(tmp_path / "exported")}})
+    ids = [provenance(folder)["run_id"] for folder in (parent, tmp_path / "forked", tmp_path / "target")]
+    line = [
+        {"relation": "fork", "run_id": ids[0], "folder": str(parent), "step": 4},
+        {"relation": "init_from", "run_id": ids[1], "folder": str(tmp_path / "forked"), "step": 5},
+    ]
+    assert provenance(tmp_path / "target")["ancestors"] == line
+    last = checkpoint_path(tmp_path / "target" / "checkpoints", 1) / "hf"
+    assert origin_of(last) == {"run_id": ids[2], "folder": str(tmp_path / "target"), "step": 1, "ancestors": line}
+    assert [ancestor["run_id"] for ancestor in ancestors_of(last, "init_from")] == ids
