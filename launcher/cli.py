@@ -100,6 +100,7 @@ def corpus(
     sep: str | None = None,
     quoting: str | None = None,
     header: str | None = None,
+    segmenter: str | None = None,
 ) -> None:
     """Build a tokenized corpus from raw text.
 
@@ -121,6 +122,7 @@ def corpus(
         sep (CHARACTER): between the columns of CSV files, as in pandas; by default a comma, in .tsv a tab
         quoting (N): of CSV files, as in pandas: 0 where quotes enclose a field (the default), 3 where they are text
         header (ROW): of CSV files: infer where the first row names the columns (the default), none where no row does
+        segmenter (NAME): jieba finds the words of Chinese text, for whole-word and span masking; pip install jieba
 
     Example:
         deepcloze corpus --source 'wiki/*.txt.gz' --tokenizer tokenizer --output corpora/wiki --holdout 1000
@@ -141,6 +143,7 @@ def corpus(
         sep=sep,
         quoting=quoting,
         header=header,
+        segmenter=segmenter,
     )
 
 

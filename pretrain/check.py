@@ -51,6 +51,11 @@ def check_run(config: PretrainConfig, world_size: int) -> Inputs:
     check_tokenizer(config.model, train.tokenizer_fingerprint, train.path)
     tokenizer = load_tokenizer(train.tokenizer_path)
     vocabulary = vocabulary_of(tokenizer)
+    if config.masking.unit != "token" and vocabulary.word_marks is None:
+        raise UserError(
+            f"masking.unit is '{config.masking.unit}', but the tokenizer of {train.path} does not mark where words "
+            "begin as WordPiece, byte-level BPE or SentencePiece do; expected 'token'"
+        )
     model_config = resolve_config(config.model, tokenizer)
     if config.model.freeze:
         with torch.device("meta"):

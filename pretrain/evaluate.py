@@ -168,7 +168,9 @@ def _settings(folder: Path) -> _Settings:
         config: dict[str, Any] = read_state(folder.parent)["config"]
         masking = build_config(MaskingConfig, config["masking"])
         seed, length = config["run"]["seed"], config["batch"]["max_seq_length"]
-    return _Settings(seed, length, MaskingPolicy(masking.rates[-1], masking.mask_share, masking.random_share))
+    return _Settings(
+        seed, length, MaskingPolicy(masking.rates[-1], masking.mask_share, masking.random_share, masking.unit)
+    )
 
 
 def _open_all(names: str, fingerprint: str, folder: Path) -> dict[str, Corpus]:

@@ -156,7 +156,9 @@ def _training_batches(
 
 
 def _policy(config: PretrainConfig) -> MaskingPolicy:
-    return MaskingPolicy(config.masking.rates[-1], config.masking.mask_share, config.masking.random_share)
+    return MaskingPolicy(
+        config.masking.rates[-1], config.masking.mask_share, config.masking.random_share, config.masking.unit
+    )
 
 
 def _evaluation(

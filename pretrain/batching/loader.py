@@ -21,7 +21,7 @@ import xxhash
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from pretrain.batching.masking import Masker
+from pretrain.batching.masking import Masker, Runs
 from pretrain.batching.order import BatchSequences, Order
 from pretrain.batching.packing import deal, one_each, pack
 from pretrain.batching.sequences import SequenceIndex
@@ -106,13 +106,14 @@ class BatchMaker(Dataset[RankBatch]):
             lengths[mine],
         )
         tokens = self.corpus.read(starts, text_lengths).astype(np.int64)
-        shown, chosen = self.masker.mask(tokens, text_lengths, self.masker.keys(sequences)[mine])
+        word_starts = None if self.masker.policy.unit == "token" else self.corpus.read_word_starts(starts, text_lengths)
+        shown, chosen = self.masker.mask(tokens, text_lengths, self.masker.keys(sequences)[mine], word_starts)
 
         rows, width = dealing.rows, self.layout.width
         slots = dealing.microbatches * rows * width
         first_slot = ((dealing.microbatch * rows + dealing.row) * width + dealing.offset)[mine]
-        text_slots = _spans(first_slot + len(self.vocabulary.prefix), text_lengths)
-        all_slots = _spans(first_slot, lengths)
+        text_slots = Runs(first_slot + len(self.vocabulary.prefix), text_lengths).members()
+        all_slots = Runs(first_slot, lengths).members()
         input_ids = np.full(slots, self.vocabulary.pad_id, dtype=np.int64)
         input_ids[text_slots] = shown
         for place, token in enumerate(self.vocabulary.prefix):
@@ -220,10 +221,3 @@ def _fingerprint(sequences: BatchSequences) -> int:
     for numbers in sequences:
         digest.update(numbers.tobytes())
     return digest.intdigest() >> 1  # that fits a signed number of 64 bits
-
-
-def _spans(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """[start, start + 1, …] of each span, one after another."""
-    first = np.cumsum(lengths) - lengths
-    spans: NDArray[np.int64] = np.arange(lengths.sum()) + np.repeat(starts - first, lengths)
-    return spans

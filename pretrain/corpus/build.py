@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 from experiment.errors import UserError
 from pretrain.corpus import encoding
 from pretrain.corpus.encoding import Encoded, Encoder, Vocabulary
-from pretrain.corpus.flags import positive, whole
+from pretrain.corpus.flags import choice, positive, whole
 from pretrain.corpus.formats import Document, Reading, TextFormat, parse_format
 from pretrain.corpus.manifest import MANIFEST, TOKENIZER, Manifest, Recipe, read_manifest
 from pretrain.corpus.progress import Progress
@@ -42,6 +42,7 @@ from pretrain.corpus.tokenizer import (
     vocabulary_of,
     vocabulary_size,
 )
+from pretrain.corpus.words import SEGMENTERS, segmenter_identity, word_marks
 from pretrain.corpus.workers import worker_pool
 
 _BATCH_BYTES = 1 << 20  # of text that a worker is given at once
@@ -63,6 +64,7 @@ def build_corpus(
     sep: Any = None,
     quoting: Any = None,
     header: Any = None,
+    segmenter: Any = None,
 ) -> Manifest:
     """Build the corpus `output` (and `output`-heldout under `holdout`); returns its manifest.
 
@@ -79,10 +81,19 @@ def build_corpus(
     worker_count = len(os.sched_getaffinity(0)) if workers is None else positive("workers", workers)
     text_format = parse_format(document, document_start, column, sep, quoting, header)
     sources = find_sources(source)
+    segmenter = None if segmenter is None else choice("segmenter", segmenter, SEGMENTERS)
     opened = load_tokenizer(str(tokenizer))
-    vocabulary = vocabulary_of(opened)
+    vocabulary = replace(vocabulary_of(opened), segmenter=segmenter)
+    if segmenter is not None and word_marks(vocabulary.tokenizer_json) is None:
+        raise UserError(f"--segmenter {segmenter}: the tokenizer {tokenizer} marks words in a way that is not known")
     plan = _Plan(
-        Path(str(output)).absolute(), sources, text_format, draws, tokenizer_fingerprint(opened), Encoder(vocabulary)
+        folder=Path(str(output)).absolute(),
+        sources=sources,
+        text_format=text_format,
+        draws=draws,
+        tokenizer=tokenizer_fingerprint(opened),
+        segmenter=None if segmenter is None else segmenter_identity(segmenter),
+        encoder=Encoder(replace(vocabulary, segmenter=None)),
     )
     with _explaining_disk_errors(plan.folder), _alone(plan.folder):
         if _is_used(plan.folder):
@@ -168,6 +179,7 @@ class _Plan:
     text_format: TextFormat
     draws: Draws
     tokenizer: str  # fingerprint
+    segmenter: str | None  # identity
     encoder: Encoder  # for the few texts that may have no token
 
     @property
@@ -180,7 +192,9 @@ class _Plan:
     def recipe(self, part: str, end: Position) -> Recipe:
         """`end`: the position behind the last document of the source."""
         seed = self.draws.seed if self.draws.any else None
-        return Recipe(end.digest, self.tokenizer, part, seed, self.draws.limit, self.draws.holdout)
+        return Recipe(
+            end.digest, self.tokenizer, part, seed, self.draws.limit, self.draws.holdout, segmenter=self.segmenter
+        )
 
 
 class _Item(NamedTuple):
@@ -242,7 +256,7 @@ def _refuse_other(plan: _Plan, manifests: dict[str, Manifest], end: Position | N
     for part, manifest in manifests.items():
         found = manifest.recipe
         expected = plan.recipe(part, end or Position(0, found.source))
-        for name in ("tokenizer", "part", "limit", "holdout", "seed", "source"):
+        for name in ("tokenizer", "segmenter", "part", "limit", "holdout", "seed", "source"):
             if getattr(found, name) != getattr(expected, name):
                 what = "other documents" if name == "source" else f"another {name}: {getattr(found, name)}"
                 raise UserError(
@@ -255,6 +269,7 @@ def _open_writers(plan: _Plan, token_type: str, total: Position | None) -> dict[
     """A writer for each part that is not finished."""
     arguments = {
         "tokenizer": plan.tokenizer,
+        "segmenter": plan.segmenter,
         "limit": plan.draws.limit,
         "holdout": plan.draws.holdout,
         "seed": plan.draws.seed if plan.draws.any else None,

@@ -1,14 +1,18 @@
 """Text -> token ids, in a worker process.
 
-This module imports `tokenizers` and NumPy only, so that a worker is up in a fraction of a second and stays small.
+This module imports `tokenizers` and NumPy only, so that a worker is up in a fraction of a second and stays small. A
+segmenter is opened with the first text that it is needed for.
 """
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
+
+from pretrain.corpus.words import Cut, Flags, WordMarks, open_segmenter, segmented_starts, word_marks
 
 TokenIds = npt.NDArray[np.unsignedinteger]
 Counts = npt.NDArray[np.int64]
@@ -22,6 +26,7 @@ class Vocabulary:
     unknown_id: int | None
     special_ids: tuple[int, ...]  # without the unknown token
     token_type: str  # uint16 | uint32
+    segmenter: str | None = None  # that says where words begin
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,7 @@ class Encoded:
     unknown: Counts  # [D], unknown tokens
     words: Counts  # [D], separated by whitespace
     special: int | None
+    word_starts: Flags | None  # [tokens of all documents] which ones begin a word; None: no segmenter was asked for
 
 
 class Encoder:
@@ -43,13 +49,17 @@ class Encoder:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # a literal [MASK] in the text is ordinary text
+        self._tokenizer.post_processor = None  # it may move offsets
         self._vocabulary = vocabulary
         self._is_special = np.zeros(max((*vocabulary.special_ids, -1)) + 1, dtype=bool)
         self._is_special[list(vocabulary.special_ids)] = True
 
     def encode(self, texts: list[str]) -> Encoded:
         """Token ids of D texts. Whatever `tokenizers` raises passes through."""
-        ids = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        segmented = self._vocabulary.segmenter is not None
+        encode = self._tokenizer.encode_batch if segmented else self._tokenizer.encode_batch_fast  # without offsets
+        encodings = encode(texts, add_special_tokens=False)
+        ids = [encoding.ids for encoding in encodings]
         lengths = np.array([len(document) for document in ids], dtype=np.int64)
         flat = np.array([token for document in ids for token in document], dtype=self._vocabulary.token_type)
         ends = np.cumsum(lengths)
@@ -62,7 +72,29 @@ class Encoder:
             else np.zeros_like(lengths),
             words=np.array([len(text.split()) for text in texts], dtype=np.int64),
             special=self._first_special(flat, ends) if special else None,
+            word_starts=self._word_starts(texts, encodings) if segmented else None,
         )
+
+    def _word_starts(self, texts: list[str], encodings: list[Encoding]) -> Flags:
+        marks, cut = self._segmenter
+        return np.concatenate(
+            [
+                segmented_starts(
+                    text, np.array(encoding.ids), np.array([first for first, _ in encoding.offsets]), marks, cut
+                )
+                for text, encoding in zip(texts, encodings, strict=True)
+                if encoding.ids
+            ]
+            or [np.zeros(0, dtype=np.bool_)]
+        )
+
+    @cached_property
+    def _segmenter(self) -> tuple[WordMarks, Cut]:
+        """Opened for the first text that needs it."""
+        assert self._vocabulary.segmenter is not None
+        marks = word_marks(self._vocabulary.tokenizer_json)
+        assert marks is not None, "refused before the build"
+        return marks, open_segmenter(self._vocabulary.segmenter)
 
     def _first_special(self, flat: TokenIds, ends: Counts) -> int:
         first = np.flatnonzero(np.isin(flat, self._vocabulary.special_ids))[0]

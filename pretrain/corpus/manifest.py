@@ -28,7 +28,7 @@ class Shard:
     text_bytes: int  # UTF-8, of the documents it was made from
     bytes: int  # of the file
     sha256: str  # of the file
-    content: str  # sha256 of the token ids and document lengths alone, however the file lays them out
+    content: str  # sha256 of document lengths, token ids and word starts alone, however the file lays them out
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Recipe:
     seed: int | None  # of the draws; None where nothing was drawn
     limit: int | None
     holdout: int | None
+    segmenter: str | None = None  # that word starts are from, with its version; None: the corpus has none
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """Identity of the tokens and of the tokenizer that gives them a meaning."""
+        """Identity of the tokens, of their word starts, and of the tokenizer that gives them a meaning."""
         return digest_of([self.recipe.tokenizer, *([shard.rows, shard.tokens, shard.content] for shard in self.shards)])
 
 

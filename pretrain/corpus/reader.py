@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from experiment.errors import UserError
-from pretrain.corpus.encoding import TokenIds
 from pretrain.corpus.manifest import TOKENIZER, Manifest, file_sha256, read_manifest
-from pretrain.corpus.shards import map_shard, row_lengths
+from pretrain.corpus.shards import MappedShard, map_shard, row_lengths
+from pretrain.corpus.words import Flags
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Corpus:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the token content and the tokenizer, wherever the corpus lies."""
+        """Of the tokens, their word starts and the tokenizer, wherever the corpus lies."""
         return self.manifest.fingerprint
 
     @property
@@ -57,19 +57,40 @@ class Corpus:
 
         `starts` [S] count in the stream of all documents' tokens, in order. A span must lie within one document.
         """
+        spans = self._spans(starts, lengths)
+        out = np.empty(int(lengths.sum()), dtype=np.int32)
+        at = 0
+        # One copy a span is faster than fancy indexing, which needs an index per token.
+        for shard, begin, end in spans:
+            out[at : at + end - begin] = shard.ids[begin:end]
+            at += end - begin
+        return out
+
+    def read_word_starts(self, starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> Flags | None:
+        """Which tokens of S spans (see `read`) begin a word: [sum(lengths)]; None: the corpus does not tell."""
+        if self.manifest.recipe.segmenter is None:
+            return None
+        spans = self._spans(starts, lengths)
+        out = np.empty(int(lengths.sum()), dtype=np.bool_)
+        at = 0
+        for shard, begin, end in spans:
+            assert shard.word_starts is not None
+            bits = np.unpackbits(shard.word_starts[begin // 8 : -(-end // 8)], bitorder="little")
+            out[at : at + end - begin] = bits[begin % 8 :][: end - begin]
+            at += end - begin
+        return out
+
+    def _spans(
+        self, starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]
+    ) -> Iterator[tuple[MappedShard, int, int]]:
+        """(shard, begin, end) of each span, counted in its shard."""
         shards = np.searchsorted(self._starts[:-1], starts, side="right") - 1
         begins = starts - self._starts[shards]
         ends = begins + lengths
         if (starts < 0).any() or (lengths < 0).any() or (starts + lengths > self._starts[shards + 1]).any():
             raise ValueError("a span reaches out of its shard, so it is not within one document")
-        out = np.empty(int(lengths.sum()), dtype=np.int32)
-        ids = self._ids
-        at = 0
-        # One copy a span is faster than fancy indexing, which needs an index per token.
-        for shard, begin, end in zip(shards.tolist(), begins.tolist(), ends.tolist(), strict=True):
-            out[at : at + end - begin] = ids[shard][begin:end]
-            at += end - begin
-        return out
+        mapped = [self._shards[shard] for shard in shards.tolist()]
+        return zip(mapped, begins.tolist(), ends.tolist(), strict=True)
 
     def verify(self) -> None:
         """Read every shard and compare it with its checksum. Raises UserError that names the first damaged one."""
@@ -83,8 +104,8 @@ class Corpus:
         return np.array(list(itertools.accumulate((shard.tokens for shard in self.manifest.shards), initial=0)))
 
     @cached_property
-    def _ids(self) -> tuple[TokenIds, ...]:
-        return tuple(map_shard(self.path / shard.file)[0] for shard in self.manifest.shards)
+    def _shards(self) -> tuple[MappedShard, ...]:
+        return tuple(map_shard(self.path / shard.file) for shard in self.manifest.shards)
 
     def __getstate__(self) -> dict[str, object]:
         return {"path": self.path, "manifest": self.manifest}  # maps don't cross to another process

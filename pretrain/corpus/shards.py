@@ -32,6 +32,7 @@ from pretrain.corpus.manifest import (
     write_json_durably,
     write_manifest,
 )
+from pretrain.corpus.words import Flags
 
 SHARD_TOKENS = 32 * 2**20  # a shard closes at the first document that brings it here
 JOURNAL = "journal.json"
@@ -70,6 +71,7 @@ class ShardWriter:
         self._resumed_at = self.finished[-1].position if self.finished else Position(0, "")
         self._ids: list[TokenIds] = []
         self._lengths: list[Counts] = []
+        self._word_starts: list[Flags] = []
         self._tokens = self._unknown = self._words = self._text_bytes = self._empty = 0
 
     @property
@@ -93,6 +95,8 @@ class ShardWriter:
             here, end = slice(first, last + 1), int(ends[last])
             lengths = encoded.lengths[here]
             self._ids.append(encoded.ids[token:end])
+            if encoded.word_starts is not None:
+                self._word_starts.append(encoded.word_starts[token:end])
             self._lengths.append(lengths[lengths > 0])
             self._empty += int((lengths == 0).sum())
             self._tokens += end - token
@@ -149,9 +153,12 @@ class ShardWriter:
         path = self.partial / f"shard-{index:05d}.arrow"
         ids = np.concatenate(self._ids)
         lengths = np.concatenate(self._lengths)
-        write_shard(path, ids, lengths)
+        word_starts = np.concatenate(self._word_starts) if self._word_starts else None
+        write_shard(path, ids, lengths, word_starts)
         content = hashlib.sha256(lengths.data)
         content.update(ids.data)
+        if word_starts is not None:
+            content.update(np.packbits(word_starts).data)
         shard = Shard(
             file=path.name,
             rows=len(lengths),
@@ -168,7 +175,7 @@ class ShardWriter:
             self.partial / JOURNAL,
             {"arguments": self._arguments, "finished": [asdict(entry) for entry in self.finished]},
         )
-        self._ids, self._lengths = [], []
+        self._ids, self._lengths, self._word_starts = [], [], []
         self._tokens = self._unknown = self._words = self._text_bytes = self._empty = 0
 
     def _open_partial(self) -> list[Finished]:
@@ -186,7 +193,12 @@ class ShardWriter:
 
     def _write_for_datasets(self, manifest: Manifest) -> None:
         """What `datasets.load_from_disk` reads beside the shards."""
-        features = {"input_ids": {"feature": {"dtype": self._token_type, "_type": "Value"}, "_type": "List"}}
+        types = {"input_ids": self._token_type}
+        if manifest.recipe.segmenter is not None:
+            types["word_starts"] = "bool"
+        features = {
+            column: {"feature": {"dtype": dtype, "_type": "Value"}, "_type": "List"} for column, dtype in types.items()
+        }
         write_json_durably(
             self.partial / "dataset_info.json",
             {"citation": "", "description": "", "features": features, "homepage": "", "license": ""},
@@ -211,9 +223,10 @@ def _read_journal(partial: Path, arguments: dict[str, Any]) -> list[Finished]:
     except (FileNotFoundError, ValueError):
         return []
     for name, value in arguments.items():
-        if found["arguments"][name] != value:
+        before = found["arguments"].get(name)
+        if before != value:
             raise UserError(
-                f"{partial} holds an unfinished build with another {name} ({found['arguments'][name]}, now {value}); "
+                f"{partial} holds an unfinished build with another {name} ({before}, now {value}); "
                 f"give the same arguments to go on with it, or delete {partial} to start over"
             )
     return [
@@ -231,23 +244,41 @@ def _intact(partial: Path, finished: list[Finished]) -> Iterator[Finished]:
         yield entry
 
 
-def write_shard(path: Path, ids: TokenIds, lengths: Counts) -> None:
-    """One Arrow stream of one record batch, `input_ids: list<uint16 | uint32>`, on disk when this returns."""
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    column = pa.ListArray.from_arrays(pa.array(offsets), pa.array(ids))
-    batch = pa.record_batch([column], names=["input_ids"])
+class MappedShard(NamedTuple):
+    """A shard on disk, memory-mapped: nothing is read before it is asked for."""
+
+    ids: TokenIds  # [tokens]
+    offsets: npt.NDArray[np.int32]  # [rows + 1] where documents begin and the last one ends
+    word_starts: npt.NDArray[np.uint8] | None  # [at least tokens / 8] a bit a token, the lowest first
+
+
+def write_shard(path: Path, ids: TokenIds, lengths: Counts, word_starts: Flags | None = None) -> None:
+    """One Arrow stream of one record batch, on disk when this returns.
+
+    `input_ids: list<uint16 | uint32>` and, where they are given, `word_starts: list<bool>`, a bit a token.
+    """
+    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+    columns = {"input_ids": pa.ListArray.from_arrays(offsets, pa.array(ids))}
+    if word_starts is not None:
+        columns["word_starts"] = pa.ListArray.from_arrays(offsets, pa.array(word_starts))
+    batch = pa.record_batch(columns)
     with path.open("wb") as file, pa.ipc.new_stream(file, batch.schema) as writer:
         writer.write_batch(batch)
     sync(path)
 
 
-def map_shard(path: Path) -> tuple[TokenIds, npt.NDArray[np.int32]]:
-    """(token ids [tokens], document offsets [rows + 1]) of a shard, memory-mapped: nothing is read yet."""
+def map_shard(path: Path) -> MappedShard:
     with pa.memory_map(str(path)) as file:
-        column = pa.ipc.open_stream(file).read_next_batch().column(0)
-    return column.values.to_numpy(zero_copy_only=True), column.offsets.to_numpy(zero_copy_only=True)
+        batch = pa.ipc.open_stream(file).read_next_batch()
+    column = batch.column("input_ids")
+    word_starts = None
+    if "word_starts" in batch.schema.names:
+        word_starts = np.frombuffer(batch.column("word_starts").values.buffers()[1], dtype=np.uint8)
+    return MappedShard(
+        column.values.to_numpy(zero_copy_only=True), column.offsets.to_numpy(zero_copy_only=True), word_starts
+    )
 
 
 def row_lengths(path: Path) -> npt.NDArray[np.int32]:
     """Tokens of each document of a shard, [rows]."""
-    return np.diff(map_shard(path)[1])
+    return np.diff(map_shard(path).offsets)

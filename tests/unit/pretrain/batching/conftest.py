@@ -30,6 +30,9 @@ class MemoryCorpus:
     def tokens(self) -> int:
         return sum(map(len, self.documents_tokens))
 
+    def read_word_starts(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> None:
+        return None
+
     def read(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int32]:
         stream = self.stream
         pieces = [stream[start : start + length] for start, length in zip(starts, lengths, strict=True)]
