@@ -35,11 +35,13 @@ def python_docs(*, output: str) -> None:
 @command
 def tokenizer(
     *,
-    source: str,
     output: str,
-    vocab_size: int,
+    source: str | None = None,
+    vocab_size: int | None = None,
     kind: str = "wordpiece",
     lowercase: bool = False,
+    extend: str | None = None,
+    added: str | None = None,
     document: str = "line",
     document_start: str | None = None,
     column: str = "text",
@@ -47,16 +49,20 @@ def tokenizer(
     quoting: str | None = None,
     header: str | None = None,
 ) -> None:
-    """Train a tokenizer on raw text.
+    """Train a tokenizer on raw text, or add words to one.
 
-    The result is a Hugging Face tokenizer folder, which `deepcloze corpus` and transformers open.
+    The result is a Hugging Face tokenizer folder, which `deepcloze corpus` and transformers open. Training one takes
+    --source and --vocab_size. With --extend and --added, the tokenizer of a model gets new words of one token each,
+    behind the old ones, whose ids stay; model.added_tokens of a pretraining then names the result.
 
     Args:
-        source (PATH[,PATH…]): files, folders and globs of text, as for `deepcloze corpus`
         output (DIR): the tokenizer folder to write
+        source (PATH[,PATH…]): files, folders and globs of text, as for `deepcloze corpus`
         vocab_size (N): entries of the vocabulary, special tokens included
         kind (KIND): wordpiece (as BERT) or bpe (byte-level, as RoBERTa)
         lowercase: treat upper and lower case alike
+        extend (DIR): the folder of a tokenizer to add words to, instead
+        added (FILE): the words, one a line; for WordPiece also continuations such as ##itis
         document (UNIT): what a document is in plain text: line, blank_line or file
         document_start (REGEX): a document begins at each line that matches, instead
         column (NAME): the text column of .jsonl, .csv, .tsv and .parquet files
@@ -67,6 +73,15 @@ def tokenizer(
     Example:
         deepcloze tokenizer --source docs.jsonl --output tokenizer --vocab_size 8000 --lowercase
     """
+    if extend is not None and added is not None and source is None and vocab_size is None:
+        from pretrain.corpus.extension import extend_tokenizer
+
+        extend_tokenizer(extend, added, output)
+        return
+    if source is None or vocab_size is None or extend is not None or added is not None:
+        raise UserError(
+            "tokenizer: expected --source and --vocab_size to train one, or --extend and --added to add words to one"
+        )
     from pretrain.corpus.tokenizer import train_tokenizer
 
     train_tokenizer(

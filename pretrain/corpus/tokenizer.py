@@ -212,9 +212,7 @@ def train_tokenizer(
     cased = not flag("lowercase", lowercase)
     text_format = parse_format(document, document_start, column, sep, quoting, header)
     sources = find_sources(source)
-    folder = Path(str(output))
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"--output {folder} already holds something; name a new folder")
+    folder = new_folder(output)
     documents = 0
 
     def texts(label: str) -> Iterator[str]:
@@ -240,6 +238,14 @@ def train_tokenizer(
             f"the text gave {len(trained):,} tokens, fewer than --vocab_size {size:,}: it has no more pieces",
             file=sys.stderr,
         )
+
+
+def new_folder(output: Any) -> Path:
+    """Raises UserError for an --output that holds something."""
+    folder = Path(str(output))
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"--output {folder} already holds something; name a new folder")
+    return folder
 
 
 def _train_wordpiece(texts: Callable[[str], Iterator[str]], size: int, cased: bool) -> Tokenizer:
