@@ -12,6 +12,7 @@ if not __package__:  # started as a file: the first place to import from would b
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import contextlib
+import datetime
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -42,7 +43,7 @@ from pretrain.modeling.masked_lm import MaskedLanguageModel
 from pretrain.training import checkpoint, checkpoint_store
 from pretrain.training.agreement import Agreement
 from pretrain.training.ds_config import find_ds_config
-from pretrain.training.engine import Engine, connect, disconnect
+from pretrain.training.engine import Engine, LossScaleError, connect, disconnect
 from pretrain.training.loop import Parts, Progress, fork_of, progress_of, train
 from pretrain.training.resume import Beginning
 from pretrain.training.stopping import StopWish
@@ -56,7 +57,7 @@ def pretrain(config: PretrainConfig, world: World) -> Outcome:
     set_up_logging(folder, world.rank)
     inputs = check_run(config, world.size)
     config = absolute_paths(config, inputs)
-    agreement = Agreement()
+    agreement = Agreement(_timeout(config))
     with contextlib.ExitStack() as closing:
         beginning = agreement.of_rank_0(lambda: check_beginning(config, inputs))
         progress = _progress_at(beginning)
@@ -229,12 +230,15 @@ def main(argv: Sequence[str]) -> None:
     config: PretrainConfig | None = None
     try:
         config = _read_arguments(argv)
-        outcome = pretrain(config, connect())
+        outcome = pretrain(config, connect(_timeout(config)))
         disconnect()
     except UserError as error:
         outcome, message = Outcome.REFUSED, str(error)
         if rank == 0:
             print(f"deepcloze: {message}", file=sys.stderr)
+    except LossScaleError as error:
+        message = str(error)
+        log.error("%s", message)
     except BaseException as error:
         message = f"rank {rank}: {type(error).__name__}: {error}"
         log.exception("this rank failed")
@@ -244,6 +248,10 @@ def main(argv: Sequence[str]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(outcome.exit_code)  # a normal exit of a rank with live collective threads has been seen to abort
+
+
+def _timeout(config: PretrainConfig) -> datetime.timedelta:
+    return datetime.timedelta(seconds=config.health.hang_seconds)
 
 
 def _read_arguments(argv: Sequence[str]) -> PretrainConfig:

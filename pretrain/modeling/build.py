@@ -5,11 +5,13 @@ import logging
 import re
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -57,6 +59,11 @@ def resolve_config(model: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> Pr
         config = AutoConfig.for_model(model_type)
     if type(config) not in MODEL_FOR_MASKED_LM_MAPPING:
         raise UserError(f"model: '{config.model_type}' has no masked-LM head in transformers")
+    if model.activation_checkpointing and not MODEL_FOR_MASKED_LM_MAPPING[type(config)].supports_gradient_checkpointing:
+        raise UserError(
+            f"model.activation_checkpointing: transformers cannot recompute the activations of '{config.model_type}'; "
+            "lower batch.microbatch_tokens if memory runs out"
+        )
     known = {**config.to_dict(), **config.attribute_map}
     for field in fields:
         if field not in known and not _is_read(field, config):
@@ -114,6 +121,8 @@ def build_model(model: ModelConfig, config: PreTrainedConfig, seed: int) -> Buil
     if reason:
         built.set_attn_implementation("sdpa" if built._supports_sdpa else "eager")
         log.warning("'%s' trains padded, one sequence a row: %s", config.model_type, reason)
+    if model.activation_checkpointing:
+        _recompute_activations(built)
     return BuiltModel(built, packed=reason is None, first_position=first_position)
 
 
@@ -124,6 +133,15 @@ def usable_positions(config: PreTrainedConfig) -> int | None:
         return None
     with torch.device("meta"):
         return int(limit) - _first_position(AutoModelForMaskedLM.from_config(config))
+
+
+def _recompute_activations(model: PreTrainedModel) -> None:
+    """Keep only the input of each layer for the backward pass (Chen et al. 2016), which computes the rest once more.
+
+    The state of torch's generator is put back for it, so dropout draws the same masks.
+    """
+    # The public name of this is another one in each of the releases of transformers that we run on.
+    model._set_gradient_checkpointing(gradient_checkpointing_func=partial(checkpoint, use_reentrant=False))
 
 
 def _first_position(model: nn.Module) -> int:

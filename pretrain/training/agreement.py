@@ -1,5 +1,6 @@
 """What the ranks agree on once a step: whole numbers, over the network of the hosts, never through the device."""
 
+import datetime
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -7,16 +8,15 @@ import torch
 import torch.distributed as dist
 
 from experiment.errors import UserError
-from pretrain.training.engine import COLLECTIVE_TIMEOUT
 
 T = TypeVar("T")
 
 
 class Agreement:
-    def __init__(self) -> None:
-        """Collective: all ranks at once."""
+    def __init__(self, timeout: datetime.timedelta) -> None:
+        """Collective: all ranks at once. `timeout`: how long one rank waits for the others."""
         on_host = dist.get_backend() == "gloo"
-        self._group = None if on_host else dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+        self._group = None if on_host else dist.new_group(backend="gloo", timeout=timeout)
 
     def totals(self, counts: Sequence[int]) -> list[int]:
         """The sum of each number over all ranks."""

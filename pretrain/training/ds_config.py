@@ -8,6 +8,7 @@ from experiment.configuration import nearest
 from experiment.errors import UserError
 
 Precision = Literal["fp16", "bf16", "fp32"]
+Device = Literal["none", "cpu", "nvme"]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -22,7 +23,6 @@ _OURS = {
     "activation_checkpointing": "deepcloze itself",
     "wandb": "the section 'tracking'",
 }
-
 
 _KNOWN = (
     *("fp16", "bf16", "torch_autocast", "data_types", "zero_optimization", "communication_data_type"),
@@ -71,6 +71,7 @@ def read_ds_config(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: 'zero_optimization.stage' is {zero.get('stage')}, expected 0, 1, 2 or 3")
     if zero.get("round_robin_gradients"):
         raise UserError(f"{path}: 'round_robin_gradients' breaks DeepSpeed's own parameter mapping; leave it out")
+    _check_offload(zero, path)
     if config.get("fp16", {}).get("enabled") and config.get("bf16", {}).get("enabled"):
         raise UserError(f"{path}: both 'fp16' and 'bf16' are enabled; choose one")
     return config
@@ -81,6 +82,55 @@ def precision_of(config: dict[str, Any]) -> Precision:
     if config.get("fp16", {}).get("enabled"):
         return "fp16"
     return "bf16" if config.get("bf16", {}).get("enabled") else "fp32"
+
+
+def stage_of(config: dict[str, Any]) -> int:
+    """The ZeRO stage that the JSON asks for; see `stage_run`."""
+    stage: int = config.get("zero_optimization", {}).get("stage", 0)
+    return stage
+
+
+def offload_of(config: dict[str, Any]) -> Device:
+    """Where masters and optimizer states are kept: on the computing device, in the host's memory or on its disk."""
+    offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
+    device: Device = offload.get("device", "none")
+    return device
+
+
+def stage_run(config: dict[str, Any]) -> tuple[int, str]:
+    """The ZeRO stage that a run takes, and why it is not the one in the JSON where it is not."""
+    stage = stage_of(config)
+    if stage == 0 and precision_of(config) != "fp32":
+        return 1, "DeepSpeed's own stage 0 alters 16-bit weights at start, and cannot accumulate gradients in fp32"
+    if stage < 3 and offload_of(config) == "nvme":
+        return 3, "DeepSpeed offloads to NVMe at stage 3 only; below, it would fill the host's memory instead"
+    return stage, ""
+
+
+def ready_file(config: dict[str, Any], precision: Precision) -> str:
+    """The name of the ready file with the same stage and offload in another precision."""
+    device = offload_of(config)
+    offload = "" if device == "none" else f"_{device}_offload"
+    stage = max(stage_of(config), 2) if offload else stage_of(config)
+    return f"ds_configs/{precision}_zero{stage}{offload}.json"
+
+
+def _check_offload(zero: dict[str, Any], path: Path) -> None:
+    stage = zero.get("stage", 0)
+    for key, lowest in (("offload_optimizer", 1), ("offload_param", 3)):
+        offload = zero.get(key) or {}
+        if not isinstance(offload, dict):
+            raise UserError(f"{path}: 'zero_optimization.{key}' is {json.dumps(offload)}, expected a JSON object")
+        if offload.get("device", "none") not in ("none", "cpu", "nvme"):
+            raise UserError(
+                f"{path}: 'zero_optimization.{key}.device' is {json.dumps(offload['device'])}, "
+                'expected "cpu", "nvme" or "none"'
+            )
+        if offload.get("device", "none") != "none" and stage < lowest:
+            raise UserError(f"{path}: '{key}' needs at least ZeRO stage {lowest}, found stage {stage}")
+        for option, only in (("ratio", 1), ("super_offload", False)):
+            if offload.get(option, only) != only:
+                raise UserError(f"{path}: '{key}.{option}' splits the optimizer in two; leave it out")
 
 
 def _leaves(tree: dict[str, Any], above: str = "") -> list[tuple[str, Any]]:

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -27,13 +28,11 @@ from pretrain.batching.counter_rng import key_of
 from pretrain.batching.loader import Microbatch, World
 from pretrain.config import PretrainConfig
 from pretrain.modeling.masked_lm import MaskedLanguageModel, Predictions
-from pretrain.training.ds_config import precision_of
+from pretrain.training.ds_config import Precision, precision_of, ready_file, stage_of, stage_run
 from pretrain.training.optimizers import build_optimizer, parameter_groups
 from pretrain.training.partitions import global_norm
 
 log = logging.getLogger(__name__)
-
-COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)  # a rank that died must not hold the others for longer
 
 
 class StepResult(NamedTuple):
@@ -41,10 +40,15 @@ class StepResult(NamedTuple):
     grad_norm: float  # of the whole accumulated gradient, before clipping
 
 
-def connect(
-    rank: int | None = None, world_size: int | None = None, timeout: datetime.timedelta = COLLECTIVE_TIMEOUT
-) -> World:
-    """Join the process group that the environment (MASTER_ADDR, RANK, WORLD_SIZE …) describes."""
+class LossScaleError(Exception):
+    """fp16 gradients overflow even at the smallest loss scale. Raised on all ranks in the same step."""
+
+
+def connect(timeout: datetime.timedelta, rank: int | None = None, world_size: int | None = None) -> World:
+    """Join the process group that the environment (MASTER_ADDR, RANK, WORLD_SIZE …) describes.
+
+    `timeout`: how long a rank waits for the others before it takes them for dead.
+    """
     # DeepSpeed compiles a shared-memory kernel for CPU inference at the first init, which training never uses and which
     # fails where there is no compiler. An empty table of available kernels keeps it from looking.
     deepspeed.ops.__compatible_ops__ = {}
@@ -74,17 +78,18 @@ def disconnect() -> None:
 
 
 def check_precision(ds_config: dict[str, Any]) -> None:
-    """Raises UserError where the device cannot compute in the configured precision, naming what it can."""
-    precision, accelerator = precision_of(ds_config), get_accelerator()
-    if precision == "fp16" and not accelerator.is_fp16_supported():
+    """Raises UserError where the device cannot compute in the configured precision, naming the file to use instead."""
+    wanted, accelerator = precision_of(ds_config), get_accelerator()
+    supported: dict[Precision, bool] = {
+        "bf16": accelerator.is_bf16_supported(),
+        "fp16": accelerator.is_fp16_supported(),
+        "fp32": True,
+    }
+    if not supported[wanted]:
+        instead = next(precision for precision, has in supported.items() if has)
         raise UserError(
-            f"engine.ds_config: this device ({accelerator.device_name()}) cannot train in fp16; "
-            "use the bf16 or fp32 file of the same ZeRO stage, such as ds_configs/bf16_zero1.json"
-        )
-    if precision == "bf16" and not accelerator.is_bf16_supported():
-        raise UserError(
-            f"engine.ds_config: this device ({accelerator.device_name()}) cannot train in bf16; "
-            "use the fp16 or fp32 file of the same ZeRO stage, such as ds_configs/fp16_zero1.json"
+            f"engine.ds_config: this device ({accelerator.device_name()}) cannot train in {wanted}; "
+            f"use --engine.ds_config={ready_file(ds_config, instead)}"
         )
 
 
@@ -100,13 +105,7 @@ def check_ds_config(ds_config: dict[str, Any], path: Path) -> None:
 
 def merged_ds_config(ds_config: dict[str, Any], grad_clip: float) -> dict[str, Any]:
     """The JSON and what the run's own config decides."""
-    zero = {"stage": 0} | ds_config.get("zero_optimization", {})
-    if precision_of(ds_config) != "fp32" and zero["stage"] == 0:
-        # 16-bit stage 0 takes an optimizer step while it is built and cannot accumulate bf16 gradients in fp32.
-        log.warning(
-            "ZeRO 0 in %s runs as ZeRO 1: DeepSpeed's own stage 0 alters the weights at start", precision_of(ds_config)
-        )
-        zero["stage"] = 1
+    zero = ds_config.get("zero_optimization", {}) | {"stage": stage_run(ds_config)[0]}
     if zero["stage"] == 3:
         zero.setdefault("memory_efficient_linear", False)  # else F.linear is replaced in the whole process
     return ds_config | {
@@ -132,6 +131,9 @@ class Engine:
         self.seed = config.run.seed
         merged = merged_ds_config(ds_config, config.optimizer.grad_clip)
         self.precision = precision_of(merged)
+        stage, why = stage_run(ds_config)
+        if why and world.rank == 0:
+            log.warning("ZeRO %d in %s runs as ZeRO %d: %s", stage_of(ds_config), self.precision, stage, why)
         groups = parameter_groups(model.model, config.optimizer, config.model)
         frozen = [parameter for group in groups if group["frozen_until"] for parameter in group["params"]]
         optimizer = build_optimizer(config.optimizer, groups)
@@ -140,6 +142,7 @@ class Engine:
             engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=merged, dist_init_required=False)
         logging.getLogger("deepspeed").info("%s", said.getvalue())
         self.deepspeed = engine
+        self._loss_scaler = _defer_growth(engine.optimizer)
         self._grad_clip = config.optimizer.grad_clip
         self._freeze_steps = config.model.freeze_steps
         self._step = 0
@@ -173,11 +176,16 @@ class Engine:
 
     def step(self, limit: float = math.inf) -> StepResult:
         """Reduce, clip, update. An update whose gradient's norm exceeds `limit` or is not finite is not applied: no
-        weight, moment, step counter or decay changes. Frozen parameters are no part of the norm."""
+        weight, moment, step counter or decay changes. Frozen parameters are no part of the norm.
+
+        Raises LossScaleError, on all ranks.
+        """
         self._limit, self._within_limit = limit, None
         if self.deepspeed.zero_optimization_stage() == 0:
             return self._step_at_stage_0()
         self.deepspeed.step()
+        if self._loss_scaler is not None:
+            self._loss_scaler.settle()
         norm = float(self.deepspeed.get_global_grad_norm())
         return StepResult(bool(self.deepspeed.was_step_applied()) and self._is_within_limit(norm), norm)
 
@@ -192,6 +200,10 @@ class Engine:
     def loss_scale(self) -> float | None:
         """The dynamic loss scale of fp16; None in other precisions."""
         return float(self.deepspeed.optimizer.loss_scale) if self.precision == "fp16" else None
+
+    def overflowed(self, result: StepResult) -> bool:
+        """Whether an update was skipped because a gradient overflowed fp16, as happens while the loss scale settles."""
+        return self.precision == "fp16" and not math.isfinite(result.grad_norm)
 
     def close(self) -> None:
         self.deepspeed.destroy()
@@ -224,3 +236,44 @@ class Engine:
 
     def _on_device(self, microbatch: Microbatch) -> list[Tensor]:
         return [tensor.to(self.device, non_blocking=True) for tensor in microbatch]
+
+
+class _LossScaler(DynamicLossScaler):  # type: ignore[misc]
+    """DeepSpeed's dynamic loss scale (Micikevicius et al. 2018), put right in two places.
+
+    DeepSpeed changes the scale before it divides the gradients by it, so that a step after which the scale doubles
+    would be taken with half of its gradient: here a new scale holds from the next step on. And an overflow at the
+    smallest scale raises a bare Exception there.
+    """
+
+    cur_scale: float
+    _next: float
+    _stuck: bool
+
+    def update_scale(self, overflow: bool) -> None:
+        scale, spent = self.cur_scale, 1 in (self.delayed_shift, self.cur_hysteresis)
+        self._stuck = overflow and spent and scale <= self.min_scale
+        super().update_scale(overflow)
+        self.cur_scale, self._next = scale, self.cur_scale
+
+    def settle(self) -> None:
+        """After the step. Raises LossScaleError."""
+        self.cur_scale = self._next
+        if self._stuck:
+            raise LossScaleError(
+                f"fp16: gradients overflow even at the smallest loss scale, {self.cur_scale:g} (fp16.min_loss_scale in "
+                "the DeepSpeed JSON). Either the loss has diverged or activations exceed fp16's range: go on from an "
+                "earlier checkpoint with a lower optimizer.lr or a longer schedule.warmup_steps, use a bf16 file where "
+                "the device has bf16, or lower min_loss_scale if it is above 1"
+            )
+
+
+def _defer_growth(optimizer: Any) -> "_LossScaler | None":
+    """The optimizer's loss scaler, made one of ours; None without dynamic loss scaling."""
+    scaler = getattr(optimizer, "loss_scaler", None)
+    if not isinstance(scaler, DynamicLossScaler):
+        return None
+    scaler.__class__ = _LossScaler
+    scaler.raise_error_at_min_scale = False
+    assert isinstance(scaler, _LossScaler)
+    return scaler

@@ -33,6 +33,8 @@ class Progress:
     seconds: float = 0.0  # spent training, over all attempts
     interval_losses: tuple[float, ...] = ()  # summed loss of each step since the last log event
     interval_masked: int = 0  # predicted tokens in them
+    skipped_steps: int = 0  # of them, those that updated nothing
+    overflows: int = 0  # of those, because a gradient overflowed fp16
     evaluated: bool = False  # whether this step's evaluation, if one is due, is done
 
 
@@ -106,7 +108,7 @@ def train(parts: Parts, progress: Progress) -> Outcome:
         loss, result = _train_step(parts.engine, batch, totals.masked, rate)
         interval.add(loss, totals)
         pace.add(totals.tokens)
-        progress = _advance(progress, totals, clock)
+        progress = _advance(progress, totals, clock, parts.engine, result)
 
         last = progress.step == parts.steps
         stop = totals.stop_wishes > 0 and not last
@@ -165,12 +167,14 @@ def _train_step(engine: Engine, batch: RankBatch, global_masked: int, rate: floa
     return torch.stack(losses).sum(dtype=torch.float64), engine.step()
 
 
-def _advance(progress: Progress, totals: _Totals, clock: _Clock) -> Progress:
+def _advance(progress: Progress, totals: _Totals, clock: _Clock, engine: Engine, result: StepResult) -> Progress:
     return replace(
         progress,
         step=progress.step + 1,
         tokens=progress.tokens + totals.tokens,
         seconds=clock.seconds,
+        skipped_steps=progress.skipped_steps + (not result.applied),
+        overflows=progress.overflows + engine.overflowed(result),
         evaluated=False,
     )
 
@@ -198,6 +202,8 @@ def _log(
                 "lr": rate,
                 "grad_norm": result.grad_norm,
                 "loss_scale": parts.engine.loss_scale,
+                "skipped_steps": progress.skipped_steps,
+                "overflows": progress.overflows if parts.engine.precision == "fp16" else None,
                 "tokens_per_second": lap.tokens_per_second,
                 "mfu": mfu,
                 "data_wait": lap.data_wait,

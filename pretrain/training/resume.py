@@ -22,6 +22,8 @@ _FIXED = (
     "optimizer.name",
     "corpus.train",
 )
+# Unless it only says how the same is computed.
+_LAYOUT = ("model.activation_checkpointing",)
 # Where a run lies and where it reads from may change; what is read is compared by fingerprint instead.
 _BY_CONTENT = (
     "run.dir",
@@ -89,7 +91,7 @@ def check_resume(before: Mapping[str, Any], now: Mapping[str, Any], where: str) 
     would make it another run. `where`: the checkpoint, for the message."""
     changes = _changes(before, now)
     for key, (old, new) in changes.items():
-        if _under(key, _FIXED):
+        if _under(key, _FIXED) and key not in _LAYOUT:
             raise UserError(
                 f"{where} cannot be continued with another {key}: it began with {old!r}, the config says {new!r}. "
                 "Restore the value, or start a new run in another run.dir, which may be a fork of this one"

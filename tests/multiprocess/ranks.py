@@ -162,7 +162,7 @@ def _be_rank(rank: int, size: int, address: str, port: int) -> NoReturn:
         connection.send(rank)
         from pretrain.training.engine import connect
 
-        world = connect(rank, size, timeout=timedelta(seconds=COLLECTIVE_SECONDS))
+        world = connect(timedelta(seconds=COLLECTIVE_SECONDS), rank, size)
         while True:
             case, args = connection.recv()
             try:

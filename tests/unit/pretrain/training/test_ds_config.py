@@ -1,5 +1,4 @@
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -7,16 +6,27 @@ import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
 
 from experiment.errors import UserError
-from pretrain.training.ds_config import REPOSITORY, find_ds_config, precision_of, read_ds_config
+from pretrain.training.ds_config import (
+    REPOSITORY,
+    Precision,
+    find_ds_config,
+    offload_of,
+    precision_of,
+    read_ds_config,
+    ready_file,
+    stage_of,
+)
 from pretrain.training.engine import check_ds_config, check_precision, merged_ds_config
 
+PRECISIONS: tuple[Precision, ...] = ("fp16", "bf16", "fp32")
 FILES = sorted((REPOSITORY / "ds_configs").glob("*.json"))
 
 
-def test_there_is_a_file_for_each_precision_and_stage() -> None:
+def test_there_is_a_file_for_each_precision_stage_and_offload() -> None:
     """Catches a file that was lost or renamed: messages and recipes name them."""
-    expected = {f"{precision}_zero{stage}" for precision in ("fp16", "bf16", "fp32") for stage in range(4)}
-    assert expected <= {path.stem for path in FILES}
+    kinds = [f"zero{stage}" for stage in range(4)]
+    kinds += [f"zero{stage}_{device}_offload" for stage in (2, 3) for device in ("cpu", "nvme")]
+    assert {path.stem for path in FILES} == {f"{precision}_{kind}" for precision in PRECISIONS for kind in kinds}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -25,25 +35,21 @@ def test_deepspeed_understands_the_file(path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("WORLD_SIZE", "1")
     config = read_ds_config(path)
     parsed = DeepSpeedConfig(merged_ds_config(config, grad_clip=0.7))
-    precision, stage = path.stem.split("_")[0], int(path.stem.split("_")[1][-1])
+    precision, kind, *offload = path.stem.split("_")
+    stage, device = int(kind[-1]), offload[0] if offload else "none"
     assert precision_of(config) == precision
-    assert config["zero_optimization"]["stage"] == stage
-    runs_as = 1 if precision != "fp32" and stage == 0 else stage
+    assert stage_of(config) == stage
+    assert offload_of(config) == device
+    runs_as = 1 if precision != "fp32" and stage == 0 else 3 if device == "nvme" else stage
     assert parsed.zero_optimization_stage == runs_as
+    found = parsed.zero_config.offload_optimizer
+    assert (str(found.device) if found else "none") == device
     assert parsed.gradient_clipping == (0.7 if runs_as else 0.0)
     assert parsed.float16_config.enabled == (precision == "fp16")
     assert parsed.bfloat16_config.enabled == (precision == "bf16")
     if precision != "fp32":
         assert parsed.communication_data_type is not None
         assert parsed.grad_accum_dtype == "fp32"
-
-
-def test_stage_0_in_16_bit_runs_as_stage_1_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    """Catches DeepSpeed's own 16-bit stage 0, which takes an optimizer step while it is built."""
-    with caplog.at_level(logging.WARNING):
-        merged = merged_ds_config({"bf16": {"enabled": True}}, 1.0)
-    assert merged["zero_optimization"]["stage"] == 1
-    assert "ZeRO 0 in bf16 runs as ZeRO 1" in caplog.text
 
 
 def test_merging_changes_no_argument() -> None:
@@ -67,6 +73,17 @@ def test_merging_changes_no_argument() -> None:
         ('{"zero_optimization": {"stage": 4}}', "'zero_optimization.stage' is 4"),
         ('{"zero_optimization": {"round_robin_gradients": true}}', "round_robin_gradients"),
         ('{"fp16": {"enabled": true}, "bf16": {"enabled": true}}', "both 'fp16' and 'bf16'"),
+        (
+            '{"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}',
+            "needs at least ZeRO stage 1, found stage 0",
+        ),
+        ('{"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}', "needs at least ZeRO stage 3"),
+        ('{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "disk"}}}', 'device\' is "disk"'),
+        (
+            '{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}',
+            "'offload_optimizer.ratio'",
+        ),
+        ('{"zero_optimization": {"stage": 3, "offload_optimizer": "cpu"}}', "expected a JSON object"),
         ('{"zero_optimisation": {"stage": 3}}', "unknown key 'zero_optimisation'; did you mean 'zero_optimization'?"),
     ],
 )
@@ -120,13 +137,32 @@ def test_a_file_is_looked_for_here_and_in_the_repository(tmp_path: Path, monkeyp
         find_ds_config("mine.json")
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_a_precision_that_the_device_lacks_is_refused(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a run that dies in DeepSpeed, or trains on numbers the device emulates, without a word of what to use."""
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("has", [("fp32",), ("fp16", "fp32"), ("bf16", "fp32")], ids="+".join)
+def test_a_precision_that_the_device_lacks_is_refused_with_the_file_to_use(
+    path: Path, has: tuple[Precision, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a run that dies in DeepSpeed, or trains on numbers the device emulates, and a message that names a file
+    of another stage or offload, or one that does not exist or cannot be used either."""
     from deepspeed.accelerator import get_accelerator
 
-    monkeypatch.setattr(get_accelerator(), f"is_{precision}_supported", lambda: False)
-    other = {"fp16": "bf16_zero1.json", "bf16": "fp16_zero1.json"}[precision]
-    with pytest.raises(UserError, match=f"cannot train in {precision}.*ds_configs/{other}"):
-        check_precision({precision: {"enabled": True}})
-    check_precision({})
+    for precision in ("fp16", "bf16"):
+        monkeypatch.setattr(
+            get_accelerator(), f"is_{precision}_supported", lambda precision=precision: precision in has
+        )
+    config = read_ds_config(path)
+    wanted, _, kind = path.stem.partition("_")
+    if wanted in has:
+        check_precision(config)
+        return
+    with pytest.raises(UserError, match=f"cannot train in {wanted}") as refused:
+        check_precision(config)
+    instead = find_ds_config(str(refused.value).partition("--engine.ds_config=")[2])
+    assert instead.stem == f"{has[0]}_{kind}"
+    check_precision(read_ds_config(instead))
+
+
+def test_own_offload_at_a_stage_without_a_ready_file_is_sent_to_the_next_one() -> None:
+    """Catches a message that names a file which does not exist."""
+    own = {"fp16": {"enabled": True}, "zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}
+    assert ready_file(own, "bf16") == "ds_configs/bf16_zero2_cpu_offload.json"

@@ -1,0 +1,186 @@
+"""fp16 with dynamic loss scaling, on a CPU that computes it slowly and is asked to say that it can."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pretrain.batching.loader import World
+from pretrain.training.checkpoint_store import checkpoint_path, read_state
+from ranks import RankPool
+from runs import NO_DROPOUT, TINY, Tree, curve, everything, pretrain_case, settings
+
+SAMPLED = [pytest.param(1, marks=pytest.mark.soak), 2, pytest.param(3, marks=pytest.mark.soak)]
+
+
+@contextmanager
+def fp16_supported() -> Iterator[None]:
+    """Answer the device check, which CPUs without fp16 arithmetic fail although torch emulates it."""
+    from deepspeed.accelerator import get_accelerator
+
+    device: Any = get_accelerator()
+    before = device.is_fp16_supported
+    device.is_fp16_supported = lambda: True
+    try:
+        yield
+    finally:
+        device.is_fp16_supported = before
+
+
+def fp16_case(
+    world: World, tree: Tree, stop_after: int | None = None, poisoned: tuple[tuple[int, int], ...] = ()
+) -> str:
+    """A run in fp16; the message where it fails for its loss scale. At each (step, rank) of `poisoned` a gradient is
+    infinite there."""
+    from pretrain.training.engine import Engine, LossScaleError
+
+    accumulate = Engine.accumulate
+
+    def with_poison(self: Any, microbatch: Any, global_masked: int, step: int, number: int) -> Any:
+        parameter = next(self.deepspeed.module.parameters())
+        hook = parameter.register_hook(
+            lambda gradient: gradient.fill_(torch.inf) if (step, world.rank) in poisoned and number == 0 else gradient
+        )
+        try:
+            return accumulate(self, microbatch, global_masked, step, number)
+        finally:
+            hook.remove()
+
+    Engine.accumulate = with_poison  # type: ignore[method-assign]
+    try:
+        with fp16_supported():
+            return pretrain_case(world, tree, stop_after)
+    except LossScaleError as error:
+        return str(error)
+    finally:
+        Engine.accumulate = accumulate  # type: ignore[method-assign]
+
+
+def fp16_settings(folder: Path, corpus: Path, stage: int, scaling: dict[str, Any], **changes: Any) -> Tree:
+    """A run under the ready file with some of its fp16 values changed."""
+    from pretrain.training.ds_config import REPOSITORY
+
+    ready = json.loads((REPOSITORY / "ds_configs" / f"fp16_zero{stage}.json").read_text())
+    tree = settings(folder, corpus, model__config=TINY | NO_DROPOUT, **changes)
+    folder.mkdir(exist_ok=True)
+    own = folder / "ds.json"
+    own.write_text(json.dumps(ready | {"fp16": ready["fp16"] | scaling}))
+    tree["engine"] = {"ds_config": str(own)}
+    return tree
+
+
+def in_fp32(pools: dict[int, RankPool], corpus: Path, folder: Path, **changes: Any) -> list[Any]:
+    tree = settings(folder, corpus, "fp32_zero1", model__config=TINY | NO_DROPOUT, **changes)
+    pools[2].run(pretrain_case, tree)
+    return curve(folder)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_fp16_follows_fp32(pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, stage: int) -> None:
+    """Catches gradients that are not divided by the loss scale, and a scale that is not told."""
+    tree = fp16_settings(tmp_path / "fp16", wordpiece_corpus, stage, {})
+    assert pools[2].run(fp16_case, tree) == ["done"] * 2
+    assert curve(tmp_path / "fp16") == pytest.approx(in_fp32(pools, wordpiece_corpus, tmp_path / "fp32"), rel=1e-3)
+    assert curve(tmp_path / "fp16", "loss_scale") == [2.0**16] * 6
+    assert curve(tmp_path / "fp16", "skipped_steps") == curve(tmp_path / "fp16", "overflows") == [0] * 6
+    assert curve(tmp_path / "fp32", "skipped_steps") == [0] * 6
+    assert curve(tmp_path / "fp32", "overflows") == curve(tmp_path / "fp32", "loss_scale") == [None] * 6
+
+
+@pytest.mark.parametrize("stage", SAMPLED)
+def test_an_overflow_consumes_its_batch_and_changes_nothing_but_the_scale(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, stage: int
+) -> None:
+    """Catches moments, masters or decay that a skipped step moves, on the rank that overflowed or on another, batches
+    that are given twice, and counts that a resume forgets."""
+    scaling = {"initial_scale_power": 12, "hysteresis": 1}
+    tree = fp16_settings(tmp_path, wordpiece_corpus, stage, scaling, checkpoint__every_steps=1)
+    # The second and fifth batch: in the one a gradient is infinite on rank 1, in the other on both.
+    poisoned = ((1, 1), (4, 0), (4, 1))
+    assert pools[2].run(fp16_case, tree, 3, poisoned) == ["stopped"] * 2
+    assert pools[2].run(fp16_case, tree, None, poisoned) == ["done"] * 2
+    kept = [everything(checkpoint_path(tmp_path / "checkpoints", step)) for step in range(1, 7)]
+    same = [all(torch.equal(before[key], after[key]) for key in after) for before, after in pairwise(kept)]
+    assert same == [True, False, False, True, False]
+    assert curve(tmp_path, "skipped_steps") == curve(tmp_path, "overflows") == [0, 1, 1, 1, 2, 2]
+    assert curve(tmp_path, "loss_scale") == [2.0**12, 2.0**11, 2.0**11, 2.0**11, 2.0**10, 2.0**10]
+    assert curve(tmp_path, "grad_norm")[1] in (None, float("inf"))
+    tokens = curve(tmp_path, "tokens")
+    assert sorted(set(tokens)) == tokens
+
+
+@pytest.mark.parametrize("stage", SAMPLED)
+def test_a_scale_that_is_too_high_comes_down_by_itself(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, stage: int
+) -> None:
+    """Catches overflows that nobody notices, and skipped steps that hold up the schedule."""
+    tree = fp16_settings(tmp_path, wordpiece_corpus, stage, {"initial_scale_power": 20, "hysteresis": 1})
+    assert pools[2].run(fp16_case, tree) == ["done"] * 2
+    skipped = curve(tmp_path, "skipped_steps")
+    assert 0 < skipped[-1] < 6
+    assert skipped == [min(step, skipped[-1]) for step in range(1, 7)]
+    assert curve(tmp_path, "loss_scale")[-1] == 2.0 ** (20 - skipped[-1])
+    assert curve(tmp_path, "step") == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("stage", SAMPLED)
+def test_a_step_after_which_the_scale_doubles_is_taken_with_its_whole_gradient(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, stage: int
+) -> None:
+    """Catches DeepSpeed's order of things, which divides a gradient by a scale that has just been doubled."""
+    trees = {
+        name: fp16_settings(tmp_path / name, wordpiece_corpus, stage, scaling, optimizer__grad_clip=0.0)
+        for name, scaling in {
+            "growing": {"initial_scale_power": 8, "loss_scale_window": 1},
+            "constant": {"initial_scale_power": 8},
+        }.items()
+    }
+    for tree in trees.values():
+        pools[2].run(fp16_case, tree)
+    growing, constant = (everything(checkpoint_path(tmp_path / name / "checkpoints", 6)) for name in trees)
+    assert curve(tmp_path / "growing", "loss_scale")[-1] >= 2.0**12
+    norms = (curve(tmp_path / name, "grad_norm") for name in trees)
+    assert next(norms) == pytest.approx(next(norms), rel=1e-2)
+    for kind in ("exp_avg", "fp32"):
+        one, other = (
+            torch.cat([kept[key] for key in kept if key.endswith(f"/{kind}")]) for kept in (growing, constant)
+        )
+        assert float((one - other).norm() / other.norm()) < 0.02
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_scale_stuck_at_its_floor_ends_the_run_with_advice(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, stage: int
+) -> None:
+    """Catches a run that skips every step for ever, one that ends in a trace, and ranks that wait for others."""
+    scaling = {"initial_scale_power": 3, "hysteresis": 1, "min_loss_scale": 4}
+    tree = fp16_settings(tmp_path, wordpiece_corpus, stage, scaling)
+    messages = pools[2].run(fp16_case, tree, None, tuple((step, 1) for step in range(1, 6)))
+    assert len(set(messages)) == 1
+    assert "gradients overflow even at the smallest loss scale, 4 (fp16.min_loss_scale" in messages[0]
+    assert "lower optimizer.lr" in messages[0]
+    assert "bf16" in messages[0]
+    assert curve(tmp_path, "loss_scale") == [8.0, 4.0]
+
+
+@pytest.mark.parametrize("stage", SAMPLED)
+def test_the_loss_scale_survives_a_resume(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, stage: int
+) -> None:
+    """Catches a scale that starts anew, and a window or hysteresis that is forgotten."""
+    scaling = {"initial_scale_power": 5, "loss_scale_window": 2, "hysteresis": 2}
+    poisoned = ((1, 0),)
+    for name, parts in {"unbroken": [None], "broken": [2, 3, None]}.items():
+        tree = fp16_settings(tmp_path / name, wordpiece_corpus, stage, scaling)
+        for stop_after in parts:
+            pools[2].run(fp16_case, tree, stop_after, poisoned)
+    for key in ("loss", "loss_scale", "grad_norm", "skipped_steps"):
+        assert curve(tmp_path / "broken", key) == curve(tmp_path / "unbroken", key)
+    states = [read_state(checkpoint_path(tmp_path / name / "checkpoints", 6)) for name in ("broken", "unbroken")]
+    assert states[0]["loss_scaler"] == states[1]["loss_scaler"]
+    assert states[0]["loss_scaler"]["cur_scale"] > 2**5

@@ -1,0 +1,59 @@
+"""How a rank ends that cannot go on, without processes."""
+
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import pretrain.run
+from experiment.folder import Outcome, RunFolder
+from pretrain.batching.loader import World
+from pretrain.training.engine import LossScaleError
+
+
+class Ended(BaseException):
+    """In the place of the end of the process."""
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    def end(code: int) -> None:
+        raise Ended(code)
+
+    monkeypatch.setattr(os, "_exit", end)
+    path = tmp_path / "run.yaml"
+    tree = {
+        "run": {"dir": str(tmp_path / "run")},
+        "model": {"config": {"model_type": "bert"}},
+        "corpus": {"train": "unused"},
+        "schedule": {"steps": 2},
+        "health": {"hang_seconds": 77},
+    }
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def test_a_loss_scale_at_its_floor_is_a_failure_with_a_message(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches a trace in the place of advice, and a launcher that learns nothing; and a hang_seconds nobody reads."""
+    timeouts: list[timedelta] = []
+
+    def connect(timeout: timedelta) -> World:
+        timeouts.append(timeout)
+        return World(0, 1)
+
+    def fail(*_: Any) -> Outcome:
+        raise LossScaleError("try a lower optimizer.lr")
+
+    monkeypatch.setattr(pretrain.run, "connect", connect)
+    monkeypatch.setattr(pretrain.run, "pretrain", fail)
+    with pytest.raises(Ended, match="1"):
+        pretrain.run.main(["--config", str(config)])
+    assert timeouts == [timedelta(seconds=77)]
+    assert RunFolder(tmp_path / "run").read_outcome() == (Outcome.FAILED, "try a lower optimizer.lr")
+    assert "try a lower optimizer.lr" in caplog.text
+    assert "Traceback" not in caplog.text
