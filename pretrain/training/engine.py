@@ -30,7 +30,8 @@ from pretrain.config import PretrainConfig
 from pretrain.modeling.masked_lm import MaskedLanguageModel, Predictions
 from pretrain.training.ds_config import Precision, precision_of, ready_file, stage_of, stage_run
 from pretrain.training.optimizers import build_optimizer, parameter_groups
-from pretrain.training.partitions import global_norm
+from pretrain.training.partitions import fragments, global_norm
+from pretrain.training.update_rules import PerParameterOptimizer
 
 log = logging.getLogger(__name__)
 
@@ -149,6 +150,8 @@ class Engine:
         self._limit = math.inf
         self._within_limit: bool | None = None  # of the update that DeepSpeed is about to make, once it was asked
         optimizer.allowed = self._allowed
+        if isinstance(optimizer, PerParameterOptimizer):
+            optimizer.attach(fragments(engine), sorted(engine.param_names.values()), self._sum_over_parts)
         for parameter in frozen:
             parameter.register_hook(self._gradient_unless_frozen)
 
@@ -225,6 +228,14 @@ class Engine:
         if self._within_limit is None:
             self._within_limit = self._is_within_limit(global_norm(self.deepspeed))
         return self._within_limit
+
+    def _sum_over_parts(self, sums: Tensor) -> Tensor:
+        """Of figures of whole parameters, from those of each rank's parts. The parts may lie on the CPU (offload)."""
+        if self.deepspeed.zero_optimization_stage() == 0:
+            return sums
+        total = sums.to(self.device)
+        dist.all_reduce(total)
+        return total.to(sums.device)
 
     def _is_within_limit(self, norm: float) -> bool:
         return math.isfinite(norm) and norm <= self._limit

@@ -2,41 +2,19 @@
 
 A parameter group carries, besides what torch's optimizers read,
 
+    decays          whether its parameters are weights, not biases and norms
     lr_scale        its learning rate is the schedule's times this
     frozen_until    the first step that updates it
     frozen          whether the coming update passes over it
 """
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from pretrain.config import ModelConfig, OptimizerConfig
 from pretrain.modeling.depth import layer_ids, matches
-
-
-class GatedOptimizer(torch.optim.Optimizer):
-    """Passes over frozen groups, and over everything where the engine does not allow the update.
-
-    What is passed over keeps its weights, moments and step counter, and does not decay. DeepSpeed calls `step` once for
-    each group or part of one, always after it knows the norm of the whole gradient, and clears the gradients after it.
-    """
-
-    allowed: Callable[[], bool] = staticmethod(lambda: True)
-
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        groups = self.param_groups
-        self.param_groups = [group for group in groups if not group["frozen"]] if self.allowed() else []
-        try:
-            super().step(closure)
-        finally:
-            self.param_groups = groups
-
-
-class AdamW(GatedOptimizer, torch.optim.AdamW):
-    """AdamW (Loshchilov and Hutter 2019), one fused kernel per group."""
+from pretrain.training.update_rules import AdamW, GatedOptimizer, Lamb, StableAdamW
 
 
 def parameter_groups(model: PreTrainedModel, optimizer: OptimizerConfig, freeze: ModelConfig) -> list[dict[str, Any]]:
@@ -58,6 +36,7 @@ def parameter_groups(model: PreTrainedModel, optimizer: OptimizerConfig, freeze:
             {
                 "params": [],
                 "weight_decay": optimizer.weight_decay if decays else 0.0,
+                "decays": decays,
                 "lr_scale": lr_scale,
                 "frozen_until": frozen_until,
                 "frozen": False,
@@ -68,4 +47,5 @@ def parameter_groups(model: PreTrainedModel, optimizer: OptimizerConfig, freeze:
 
 
 def build_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]]) -> GatedOptimizer:
-    return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    rule = {"adamw": AdamW, "lamb": Lamb, "stableadamw": StableAdamW}[config.name]
+    return rule(groups, lr=config.lr, betas=config.betas, eps=config.eps)

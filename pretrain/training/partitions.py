@@ -83,7 +83,7 @@ def restore_fragment(engine: Any, fragment: Fragment, master: Tensor, state: dic
     kept = base_optimizer(engine).state[fragment.flat]
     for key, value in state.items():
         if value.dim() == 0:
-            kept[key] = value.clone()
+            kept[key] = value.to(fragment.flat.device, copy=True)
         else:
             if key not in kept:
                 kept[key] = torch.zeros_like(fragment.flat)
