@@ -1,6 +1,7 @@
 """What a run needs, opened and checked before a device is taken."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedToken
 from experiment.errors import UserError
 from experiment.folder import RunFolder
 from pretrain.batching.vocabulary import Vocabulary, vocabulary_of
-from pretrain.config import PretrainConfig
+from pretrain.config import CorpusConfig, PretrainConfig
 from pretrain.corpus.reader import Corpus, open_corpus
 from pretrain.corpus.tokenizer import load_tokenizer, tokenizer_fingerprint
 from pretrain.modeling.build import check_tokenizer, resolve_config, usable_positions
@@ -25,10 +26,19 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class TrainingCorpus:
+    """A corpus of the mixture that is trained on; or the only one."""
+
+    name: str  # unlike the others'
+    corpus: Corpus
+    weight: float = 1.0  # share of the tokens, relative to the others' weights
+
+
+@dataclass(frozen=True)
 class Inputs:
     """Everything a run reads, opened."""
 
-    train: Corpus
+    train: tuple[TrainingCorpus, ...]
     evaluation: dict[str, Corpus]
     tokenizer: PreTrainedTokenizerFast
     vocabulary: Vocabulary
@@ -42,8 +52,8 @@ def check_run(config: PretrainConfig, world_size: int) -> Inputs:
     ds_config = read_ds_config(ds_config_path)
     check_ds_config(ds_config, ds_config_path)
     check_precision(ds_config)
-    assert isinstance(config.corpus.train, str)
-    train = _open("corpus.train", config.corpus.train)
+    mixture = _open_mixture(config.corpus)
+    train = mixture[0].corpus
     evaluation = {name: _open(f"corpus.eval.{name}", path) for name, path in config.corpus.eval.items()}
     for name, corpus in evaluation.items():
         if corpus.tokenizer_fingerprint != train.tokenizer_fingerprint:
@@ -61,26 +71,53 @@ def check_run(config: PretrainConfig, world_size: int) -> Inputs:
         with torch.device("meta"):
             check_freeze(config.model.freeze, AutoModelForMaskedLM.from_config(model_config))
     positions = usable_positions(model_config)
-    if positions is not None and config.batch.max_seq_length > positions:
-        raise UserError(
-            f"batch.max_seq_length is {config.batch.max_seq_length}, but the model's positions suffice for {positions}"
-        )
-    if config.batch.max_seq_length <= vocabulary.frame:
-        raise UserError(
-            f"batch.max_seq_length leaves no room beside the {vocabulary.frame} special tokens of a sequence"
-        )
-    if config.batch.sequences < world_size:
-        log.warning(
-            "batch.sequences is %d, fewer than the %d ranks: some will compute padding",
-            config.batch.sequences,
-            world_size,
-        )
-    return Inputs(train, evaluation, tokenizer, vocabulary, model_config, ds_config)
+    lengths = {"batch.max_seq_length": config.batch.max_seq_length} | {
+        f"max_seq_length of number {number + 1} of schedule.stages": stage.max_seq_length
+        for number, stage in enumerate(config.stages)
+    }
+    for key, length in lengths.items():
+        if positions is not None and length > positions:
+            raise UserError(f"{key} is {length}, but the model's positions suffice for {positions}")
+        if length <= vocabulary.frame:
+            raise UserError(f"{key} leaves no room beside the {vocabulary.frame} special tokens of a sequence")
+    fewest = min(stage.sequences for stage in config.stages)
+    if fewest < world_size:
+        log.warning("a batch has %d sequences, fewer than the %d ranks: some will compute padding", fewest, world_size)
+    return Inputs(mixture, evaluation, tokenizer, vocabulary, model_config, ds_config)
+
+
+def _open_mixture(config: CorpusConfig) -> tuple[TrainingCorpus, ...]:
+    if isinstance(config.train, str):
+        corpus = _open("corpus.train", config.train)
+        return (TrainingCorpus(corpus.name, corpus),)
+    corpora = [_open("corpus.train", given.path) for given in config.train]
+    first = corpora[0]
+    for number, corpus in enumerate(corpora):
+        if corpus.tokenizer_fingerprint != first.tokenizer_fingerprint:
+            raise UserError(f"corpus.train: {corpus.path} was built with another tokenizer than {first.path}")
+        for other in corpora[:number]:
+            if corpus.fingerprint == other.fingerprint:
+                raise UserError(f"corpus.train: {other.path} and {corpus.path} are the same corpus; add up the weights")
+    return tuple(
+        TrainingCorpus(name, corpus, given.weight)
+        for name, corpus, given in zip(_names(corpora), corpora, config.train, strict=True)
+    )
+
+
+def _names(corpora: Sequence[Corpus]) -> list[str]:
+    """The corpora's folder names, with as many folders above as tell them apart."""
+    paths = [corpus.path.resolve() for corpus in corpora]
+    for depth in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return names
 
 
 def run_identity(config: PretrainConfig, inputs: Inputs) -> dict[str, Any]:
     """See `pretrain.training.resume.identity`."""
-    return identity(config.model_dump(mode="json"), inputs.model_config.to_dict(), inputs.train.fingerprint)
+    corpora = [(given.corpus.fingerprint, given.weight) for given in inputs.train]
+    return identity(config, inputs.model_config.to_dict(), corpora)
 
 
 def check_beginning(config: PretrainConfig, inputs: Inputs) -> Beginning:
@@ -92,15 +129,16 @@ def check_beginning(config: PretrainConfig, inputs: Inputs) -> Beginning:
     beginning = find_beginning(config.run, folder, run_identity(config, inputs))
     if beginning.checkpoint is not None and beginning.fork:
         tokenizer = load_tokenizer(beginning.checkpoint / "hf")
-        if tokenizer_fingerprint(tokenizer) != inputs.train.tokenizer_fingerprint:
+        train = inputs.train[0].corpus
+        if tokenizer_fingerprint(tokenizer) != train.tokenizer_fingerprint:
             raise UserError(
                 f"run.resume: the model in {beginning.checkpoint} has another tokenizer than the corpus "
-                f"{inputs.train.path}; build the corpus again with `--tokenizer` naming {beginning.checkpoint / 'hf'}"
+                f"{train.path}; build the corpus again with `--tokenizer` naming {beginning.checkpoint / 'hf'}"
             )
-        step, steps = read_state(beginning.checkpoint)["progress"]["step"], config.schedule.steps
+        step, steps = read_state(beginning.checkpoint)["progress"]["step"], config.schedule.known_steps
         if steps is not None and step >= steps:
             raise UserError(
-                f"schedule.steps is {steps}, but a fork counts on from its parent's steps, and {beginning.checkpoint} "
+                f"the run has {steps} steps, but a fork counts on from its parent's steps, and {beginning.checkpoint} "
                 f"has {step} behind it"
             )
     return beginning

@@ -4,7 +4,7 @@ Each field's comment says what it means; `pretrain/recipes/*.yaml` are whole run
 """
 
 import re
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -150,6 +150,13 @@ class ScheduleConfig(Section):
     def budget_seconds(self) -> float | None:
         return None if self.budget is None else _seconds(self.budget)
 
+    @property
+    def known_steps(self) -> int | None:
+        """The length of the run, where the config says it in steps."""
+        if self.steps is None and self.stages and self.stages[-1].steps is not None:
+            return sum(stage.steps or 0 for stage in self.stages)
+        return self.steps
+
     @field_validator("budget")
     @classmethod
     def _readable(cls, budget: str | None) -> str | None:
@@ -218,6 +225,15 @@ class HealthConfig(Section):
     hang_seconds: Positive = 600  # that a rank waits for the others before it takes them for dead
 
 
+class Stage(NamedTuple):
+    """A stage with nothing left out."""
+
+    first_step: int
+    max_seq_length: int
+    sequences: int
+    microbatch_tokens: int
+
+
 class EngineConfig(Section):
     ds_config: str = "ds_configs/bf16_zero1.json"  # precision, ZeRO stage, offload, communication
 
@@ -238,8 +254,30 @@ class PretrainConfig(Section):
     engine: EngineConfig = EngineConfig()
     tracking: TrackingConfig = TrackingConfig()
 
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages of the run: a single one where the config names none."""
+        resolved, first_step = [], 0
+        for stage in self.schedule.stages or (StageConfig(),):
+            resolved.append(
+                Stage(
+                    first_step,
+                    stage.max_seq_length or self.batch.max_seq_length,
+                    stage.sequences or self.batch.sequences,
+                    stage.microbatch_tokens or self.batch.microbatch_tokens,
+                )
+            )
+            first_step += stage.steps or 0
+        return tuple(resolved)
+
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
+        for number, stage in enumerate(self.stages):
+            if stage.microbatch_tokens < stage.max_seq_length:
+                raise ValueError(
+                    f"'schedule.stages': microbatch_tokens ({stage.microbatch_tokens}) of number {number + 1} must "
+                    f"hold one sequence of its max_seq_length ({stage.max_seq_length})"
+                )
         if self.schedule.epochs is not None and not isinstance(self.corpus.train, str):
             raise ValueError("'schedule.epochs': the corpora of a mixture each have their own; give steps or tokens")
         if self.schedule.budget is not None and self.masking.schedule != "constant":

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from experiment.configuration import build_config
 from experiment.errors import UserError
-from pretrain.batching.loader import BatchMaker, Layout, Microbatch, World, load
+from pretrain.batching.loader import BatchMaker, Layout, Microbatch, Source, World, load
 from pretrain.batching.masking import Masker, MaskingPolicy
 from pretrain.batching.order import CorpusOrder
 from pretrain.batching.sequences import open_index
@@ -67,8 +67,8 @@ def held_out(
     """`index_folder`: where the sequence index goes if the corpus folder cannot be written to."""
     index = open_index(corpus, layout.width - vocabulary.frame, index_folder)
     order = CorpusOrder(len(index), _SEQUENCES)
-    masker = Masker(vocabulary, policy, seed, corpus.fingerprint)
-    return HeldOut(name, BatchMaker(corpus, index, order, masker, vocabulary, layout, world), order.steps)
+    source = Source(corpus, index, Masker(vocabulary, policy, seed, corpus.fingerprint))
+    return HeldOut(name, BatchMaker((source,), order, vocabulary, layout, world), order.steps)
 
 
 def evaluate(

@@ -29,17 +29,15 @@ from experiment.meters import peak_flops
 from experiment.provenance import ancestors_of, collect_provenance, read_provenance, write_origin, write_provenance
 from experiment.tracking import Tracker, open_trackers
 from experiment.tracking.rank_logs import set_up_logging
-from pretrain.batching.loader import BatchMaker, Layout, World, load
-from pretrain.batching.masking import Masker, MaskingPolicy
-from pretrain.batching.order import ShuffledOrder
-from pretrain.batching.sequences import open_index
+from pretrain.batching.loader import Layout, World
 from pretrain.check import Inputs, check_beginning, check_run, run_identity
-from pretrain.config import PretrainConfig
+from pretrain.config import PretrainConfig, WeightedCorpus
 from pretrain.evaluate import as_metrics, evaluate, held_out
 from pretrain.export import write_hugging_face_folder
 from pretrain.modeling.build import BuiltModel, build_model
 from pretrain.modeling.flops import flops_model
 from pretrain.modeling.masked_lm import MaskedLanguageModel
+from pretrain.stream import masking_policy, open_stream
 from pretrain.training import checkpoint, checkpoint_store
 from pretrain.training.agreement import Agreement
 from pretrain.training.ds_config import find_ds_config
@@ -65,16 +63,15 @@ def pretrain(config: PretrainConfig, world: World) -> Outcome:
 
         built = build_model(config.model, inputs.model_config, config.run.seed)
         flops = flops_model(built.model)
+        stream = open_stream(config, inputs, built.packed, built.first_position, world, folder.path / "index")
         module = MaskedLanguageModel(built.model, built.packed)
         engine = Engine(module, config, inputs.ds_config, world)
         closing.callback(engine.close)
         if beginning.checkpoint is not None:
             checkpoint.load(engine, beginning.checkpoint, beginning.moments)
 
-        layout = Layout(config.batch.max_seq_length, config.batch.microbatch_tokens, built.packed, built.first_position)
-        maker, steps = _training_batches(config, inputs, layout, world, folder)
         on_gpu = engine.device.type == "cuda"
-        tracker = _open_tracker(config, folder, progress, beginning, steps, world) if world.rank == 0 else None
+        tracker = _open_tracker(config, folder, progress, beginning, stream.steps, world) if world.rank == 0 else None
         # Not before here: a signal to a rank that has nothing to save should end it at once.
         stop = StopWish(folder.stop if world.rank == 0 else None)
         closing.callback(stop.close)
@@ -85,9 +82,10 @@ def pretrain(config: PretrainConfig, world: World) -> Outcome:
                     config=config,
                     engine=engine,
                     agreement=agreement,
-                    batches=load(maker, progress.step, steps, workers=2 if on_gpu else 1, pin_memory=on_gpu),
-                    steps=steps,
-                    evaluate=_evaluation(config, inputs, layout, engine, folder),
+                    batches=stream.load(progress.step, on_gpu),
+                    steps=stream.steps,
+                    corpora=tuple(given.name for given in inputs.train),
+                    evaluate=_evaluation(config, inputs, built, engine, folder),
                     save=_saving(config, inputs, built, engine, folder),
                     stop=stop,
                     tracker=tracker,
@@ -116,7 +114,7 @@ def absolute_paths(config: PretrainConfig, inputs: Inputs) -> PretrainConfig:
             "run": config.run.model_copy(update={"dir": str(Path(config.run.dir).absolute()), "resume": resume}),
             "corpus": config.corpus.model_copy(
                 update={
-                    "train": str(inputs.train.path.absolute()),
+                    "train": _absolute_corpora(config.corpus.train, inputs),
                     "eval": {name: str(corpus.path.absolute()) for name, corpus in inputs.evaluation.items()},
                 }
             ),
@@ -132,6 +130,13 @@ def absolute_paths(config: PretrainConfig, inputs: Inputs) -> PretrainConfig:
     )
 
 
+def _absolute_corpora(train: str | tuple[WeightedCorpus, ...], inputs: Inputs) -> str | tuple[WeightedCorpus, ...]:
+    paths = [str(given.corpus.path.absolute()) for given in inputs.train]
+    if isinstance(train, str):
+        return paths[0]
+    return tuple(given.model_copy(update={"path": path}) for given, path in zip(train, paths, strict=True))
+
+
 def _progress_at(beginning: Beginning) -> Progress:
     if beginning.checkpoint is None:
         return Progress()
@@ -143,34 +148,17 @@ def _progress_at(beginning: Beginning) -> Progress:
     return fork_of(progress) if beginning.fork else progress
 
 
-def _training_batches(
-    config: PretrainConfig, inputs: Inputs, layout: Layout, world: World, folder: RunFolder
-) -> tuple[BatchMaker, int]:
-    """The maker of this rank's batches, and how many steps there are."""
-    index = open_index(inputs.train, layout.width - inputs.vocabulary.frame, folder.path / "index")
-    order = ShuffledOrder(len(index), config.run.seed, config.batch.sequences, config.schedule.epochs)
-    masker = Masker(inputs.vocabulary, _policy(config), config.run.seed, inputs.train.fingerprint)
-    maker = BatchMaker(inputs.train, index, order, masker, inputs.vocabulary, layout, world)
-    steps = config.schedule.steps or order.steps
-    assert steps is not None
-    return maker, steps
-
-
-def _policy(config: PretrainConfig) -> MaskingPolicy:
-    return MaskingPolicy(
-        config.masking.rates[-1], config.masking.mask_share, config.masking.random_share, config.masking.unit
-    )
-
-
 def _evaluation(
-    config: PretrainConfig, inputs: Inputs, layout: Layout, engine: Engine, folder: RunFolder
+    config: PretrainConfig, inputs: Inputs, built: BuiltModel, engine: Engine, folder: RunFolder
 ) -> Callable[[], dict[str, float | int | None]]:
+    # One length for the whole run, whatever its stages: figures along it can then be compared.
+    layout = Layout(config.batch.max_seq_length, config.batch.microbatch_tokens, built.packed, built.first_position)
     corpora = [
         held_out(
             name,
             corpus,
             vocabulary=inputs.vocabulary,
-            policy=_policy(config),
+            policy=masking_policy(config.masking),
             seed=config.run.seed,
             layout=layout,
             world=engine.world,
@@ -202,7 +190,7 @@ def _saving(
 
 
 def _open_tracker(
-    config: PretrainConfig, folder: RunFolder, progress: Progress, beginning: Beginning, steps: int, world: World
+    config: PretrainConfig, folder: RunFolder, progress: Progress, beginning: Beginning, steps: int | None, world: World
 ) -> Tracker:
     run_id = write_provenance(folder, collect_provenance(sys.argv, world.size), _ancestors(config, beginning))
     write_text(folder.config, dump_config(config))

@@ -9,7 +9,7 @@ read-ahead and dead-worker detection, and starting at step k is starting at step
 """
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from types import FrameType
@@ -21,7 +21,7 @@ import xxhash
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from pretrain.batching.masking import Masker, Runs
+from pretrain.batching.masking import Masker, MaskingRate, Runs
 from pretrain.batching.order import BatchSequences, Order
 from pretrain.batching.packing import deal, one_each, pack
 from pretrain.batching.sequences import SequenceIndex
@@ -76,38 +76,54 @@ class RankBatch(NamedTuple):
     tokens: int
     sequences: int
     squared_lengths: int  # sum of the sequences' squared lengths, for attention FLOPs
+    corpus_tokens: Sequence[int]  # tokens by corpus of the mixture
     origins: BatchSequences  # this rank's sequences; number n is segment n + 1 of its microbatches
     fingerprint: int  # of the whole global batch's sequences, as this rank sees them
+
+
+@dataclass(frozen=True)
+class Source:
+    """A corpus of the order, cut into sequences, and what masks them."""
+
+    corpus: Corpus
+    index: SequenceIndex
+    masker: Masker
+
+
+class _Texts(NamedTuple):
+    """The text tokens [T] of S sequences, one after the other."""
+
+    tokens: NDArray[np.int64]  # [T]
+    shown: NDArray[np.int64]  # [T], masked
+    chosen: NDArray[np.int64]  # [M] indices of the predicted tokens
 
 
 @dataclass(frozen=True)
 class BatchMaker(Dataset[RankBatch]):
     """Step -> RankBatch."""
 
-    corpus: Corpus
-    index: SequenceIndex
+    sources: tuple[Source, ...]  # by the order's corpus numbers
     order: Order
-    masker: Masker
     vocabulary: Vocabulary
     layout: Layout
     world: World = World()
+    rate: MaskingRate | None = None  # by step; None: always the maskers' own
 
     def __getitem__(self, step: int) -> RankBatch:
         sequences = self.order.batch(step)
-        text_lengths = self.index.lengths(sequences.ids)
+        text_lengths = np.empty_like(sequences.ids)
+        for number, source in enumerate(self.sources):
+            here = sequences.corpora == number
+            text_lengths[here] = source.index.lengths(sequences.ids[here])
         lengths = text_lengths + self.vocabulary.frame
         windows = pack(lengths, self.layout.width) if self.layout.packed else one_each(lengths)
         dealing = deal(lengths, windows, self.world.size, self.layout.max_rows)
 
         mine = np.flatnonzero(dealing.rank == self.world.rank)
-        starts, text_lengths, lengths = (
-            np.asarray(self.index.starts[sequences.ids[mine]]),
-            text_lengths[mine],
-            lengths[mine],
-        )
-        tokens = self.corpus.read(starts, text_lengths).astype(np.int64)
-        word_starts = None if self.masker.policy.unit == "token" else self.corpus.read_word_starts(starts, text_lengths)
-        shown, chosen = self.masker.mask(tokens, text_lengths, self.masker.keys(sequences)[mine], word_starts)
+        mine = mine[np.argsort(sequences.corpora[mine], kind="stable")]  # one corpus after the other
+        own = BatchSequences(*(of_all[mine] for of_all in sequences))
+        text_lengths, lengths = text_lengths[mine], lengths[mine]
+        tokens, shown, chosen = self._texts(step, own, text_lengths)
 
         rows, width = dealing.rows, self.layout.width
         slots = dealing.microbatches * rows * width
@@ -141,9 +157,34 @@ class BatchMaker(Dataset[RankBatch]):
             for number, (low, high) in enumerate(pairwise(bounds))
         ]
         squares = int((lengths * lengths).sum())
-        own = BatchSequences(*(of_all[mine] for of_all in sequences))
-        fingerprint = _fingerprint(sequences)
-        return RankBatch(step, microbatches, len(labels), int(lengths.sum()), len(mine), squares, own, fingerprint)
+        by_corpus = [int(lengths[own.corpora == number].sum()) for number in range(len(self.sources))]
+        return RankBatch(
+            step=step,
+            microbatches=microbatches,
+            masked_tokens=len(labels),
+            tokens=sum(by_corpus),
+            sequences=len(mine),
+            squared_lengths=squares,
+            corpus_tokens=by_corpus,
+            origins=own,
+            fingerprint=_fingerprint(sequences),
+        )
+
+    def _texts(self, step: int, sequences: BatchSequences, lengths: NDArray[np.int64]) -> _Texts:
+        """Read and mask sequences that come one corpus after the other."""
+        parts, before = [], 0
+        for number, source in enumerate(self.sources):
+            here = sequences.corpora == number
+            of_source = BatchSequences(*(of_all[here] for of_all in sequences))
+            masker = source.masker if self.rate is None else source.masker.at_rate(self.rate.at(step))
+            starts = np.asarray(source.index.starts[of_source.ids])
+            tokens = source.corpus.read(starts, lengths[here]).astype(np.int64)
+            by_token = masker.policy.unit == "token"
+            word_starts = None if by_token else source.corpus.read_word_starts(starts, lengths[here])
+            shown, chosen = masker.mask(tokens, lengths[here], masker.keys(of_source), word_starts)
+            parts.append(_Texts(tokens, shown, chosen + before))
+            before += len(tokens)
+        return _Texts(*map(np.concatenate, zip(*parts, strict=True)))
 
     def _microbatch(
         self,
@@ -174,7 +215,7 @@ class BatchMaker(Dataset[RankBatch]):
 
 
 def load(
-    maker: BatchMaker, first: int, last: int | None, workers: int, pin_memory: bool = False
+    batches: Dataset[RankBatch], first: int, last: int | None, workers: int, pin_memory: bool = False
 ) -> Iterator[RankBatch]:
     """Batches first, first + 1, … up to `last` (exclusive; None: without end), made ahead by `workers` processes.
 
@@ -183,7 +224,7 @@ def load(
     steps = _Steps(first, last)
     return iter(
         DataLoader(
-            maker,
+            batches,
             batch_size=None,
             sampler=steps,
             num_workers=workers,

@@ -6,8 +6,8 @@ epoch. What is drawn at once is a token (Devlin et al. 2019, section 3.1), a who
 al. 2020, section 3.1); under each of them every token has the same chance to be predicted, in sequences of any length.
 """
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,6 +55,10 @@ class Masker:
     seed: int
     corpus: str  # fingerprint
     stage: int = 0
+
+    def at_rate(self, rate: float) -> Self:
+        """The same masker, predicting another share of the tokens."""
+        return replace(self, policy=replace(self.policy, rate=rate))
 
     def keys(self, sequences: BatchSequences) -> U64:
         """The key of each sequence's random stream [S]."""
@@ -178,3 +182,21 @@ def draw_spans(words: NDArray[np.int64], keys: U64, rate: float) -> Runs:
         (begins + np.repeat(first, words))[found],
         (np.minimum(ends, limit) - begins)[found],
     )
+
+
+@dataclass(frozen=True)
+class MaskingRate:
+    """A masking rate that changes along a run of `steps` steps (cf. Yang et al. 2023, "Learning better masking for
+    better language model pre-training", who let it fall)."""
+
+    rates: tuple[float, ...]
+    schedule: Literal["linear", "stepped"]
+    steps: int
+
+    def at(self, step: int) -> float:
+        """Linear: from the first rate at the first step through the others, equally far apart, to the last rate at the
+        last step. Stepped: each rate for an equal part of the run."""
+        if self.schedule == "stepped":
+            return self.rates[min(step * len(self.rates) // self.steps, len(self.rates) - 1)]
+        at = step / max(1, self.steps - 1) * (len(self.rates) - 1)
+        return float(np.interp(at, np.arange(len(self.rates)), self.rates))

@@ -30,7 +30,8 @@ class Progress:
 
     step: int = 0  # finished steps
     tokens: int = 0  # real tokens so far, special ones included
-    seconds: float = 0.0  # spent training, over all attempts
+    tokens_by_corpus: dict[str, int] = field(default_factory=dict)  # of each corpus that was trained on
+    seconds: float = 0.0  # spent training, over all attempts, by rank 0's clock
     interval_losses: tuple[float, ...] = ()  # summed loss of each step since the last log event
     interval_masked: int = 0  # predicted tokens in them
     skipped_steps: int = 0  # of them, those that updated nothing
@@ -46,7 +47,8 @@ class Parts:
     engine: Engine
     agreement: Agreement
     batches: Iterator[RankBatch]  # from the first step that is not done
-    steps: int  # in the whole run
+    steps: int | None  # in the whole run; None: schedule.budget ends it
+    corpora: tuple[str, ...]  # names of those that are trained on
     evaluate: Callable[[], dict[str, float | int | None]]  # flat metrics
     save: Callable[[Progress], None]
     stop: StopWish
@@ -63,6 +65,8 @@ class _Totals(NamedTuple):
     squared_lengths: int
     stop_wishes: int  # ranks that were asked to stop
     save_wishes: int  # 1: by rank 0's clock a checkpoint is due
+    milliseconds: int  # spent training before this step, by rank 0's clock
+    corpus_tokens: tuple[int, ...]  # real tokens by corpus
 
 
 @dataclass
@@ -97,30 +101,31 @@ def train(parts: Parts, progress: Progress) -> Outcome:
     interval = _Interval(list(progress.interval_losses), progress.interval_masked)
     pace = Throughput()
     clock = _Clock(progress.seconds)
-    if _evaluation_due(parts, progress.step) and not progress.evaluated:
+    if _evaluation_due(parts, progress) and not progress.evaluated:
         with pace.paused():
             progress = _evaluate(parts, progress)
-    while progress.step < parts.steps:
+    while not _finished(parts, progress):
         with pace.waiting():
             batch = next(parts.batches)
         totals = _agree(parts, batch, clock)
-        rate = learning_rate(parts.config.schedule, parts.config.optimizer.lr, progress.step, parts.steps)
+        seconds = totals.milliseconds / 1000
+        rate = learning_rate(parts.config.schedule, parts.config.optimizer.lr, progress.step, parts.steps, seconds)
         loss, result = _train_step(parts.engine, batch, totals.masked, rate)
         interval.add(loss, totals)
         pace.add(totals.tokens)
-        progress = _advance(progress, totals, clock, parts.engine, result)
+        progress = _advance(parts, progress, totals, result)
 
-        last = progress.step == parts.steps
+        last = _finished(parts, progress)
         stop = totals.stop_wishes > 0 and not last
         if last or progress.step % parts.config.run.log_every == 0:
             _log(parts, progress, interval, pace, rate, result)
             interval = _Interval()
-        if _evaluation_due(parts, progress.step) and not stop:
+        if _evaluation_due(parts, progress) and not stop:
             with pace.paused():
                 progress = _evaluate(parts, progress)
         if last or stop or totals.save_wishes or _divides(parts.config.checkpoint.every_steps, progress.step):
             with pace.paused():
-                _save(parts, progress, interval)
+                _save(parts, replace(progress, seconds=clock.seconds), interval)
             clock.saved()
         if stop:
             log.info("stopping after step %d: %s", progress.step, parts.stop.reason or "another rank was asked to")
@@ -149,10 +154,15 @@ class _Clock:
 
 def _agree(parts: Parts, batch: RankBatch, clock: _Clock) -> _Totals:
     every_minutes = parts.config.checkpoint.every_minutes
-    save = parts.engine.world.rank == 0 and every_minutes is not None and clock.minutes_since_saved >= every_minutes
+    on_rank_0 = parts.engine.world.rank == 0
+    save = on_rank_0 and every_minutes is not None and clock.minutes_since_saved >= every_minutes
     stop = parts.stop.reason is not None
-    counts = (batch.masked_tokens, batch.tokens, batch.squared_lengths, int(stop), int(save))
-    return _Totals(*parts.agreement.totals(counts))
+    milliseconds = int(clock.seconds * 1000) if on_rank_0 else 0
+    counts = (batch.masked_tokens, batch.tokens, batch.squared_lengths, int(stop), int(save), milliseconds)
+    masked, tokens, squared_lengths, stops, saves, spent, *by_corpus = parts.agreement.totals(
+        [*counts, *batch.corpus_tokens]
+    )
+    return _Totals(masked, tokens, squared_lengths, stops, saves, spent, tuple(by_corpus))
 
 
 def _train_step(engine: Engine, batch: RankBatch, global_masked: int, rate: float) -> tuple[Tensor, StepResult]:
@@ -167,14 +177,17 @@ def _train_step(engine: Engine, batch: RankBatch, global_masked: int, rate: floa
     return torch.stack(losses).sum(dtype=torch.float64), engine.step()
 
 
-def _advance(progress: Progress, totals: _Totals, clock: _Clock, engine: Engine, result: StepResult) -> Progress:
+def _advance(parts: Parts, progress: Progress, totals: _Totals, result: StepResult) -> Progress:
+    before = progress.tokens_by_corpus
+    of_step = zip(parts.corpora, totals.corpus_tokens, strict=True)
     return replace(
         progress,
         step=progress.step + 1,
         tokens=progress.tokens + totals.tokens,
-        seconds=clock.seconds,
+        tokens_by_corpus=before | {name: before.get(name, 0) + tokens for name, tokens in of_step},
+        seconds=totals.milliseconds / 1000,
         skipped_steps=progress.skipped_steps + (not result.applied),
-        overflows=progress.overflows + engine.overflowed(result),
+        overflows=progress.overflows + parts.engine.overflowed(result),
         evaluated=False,
     )
 
@@ -208,12 +221,27 @@ def _log(
                 "mfu": mfu,
                 "data_wait": lap.data_wait,
                 "memory": device_memory(),
+                **_tokens_by_corpus(progress),
             }
         )
 
 
-def _evaluation_due(parts: Parts, step: int) -> bool:
-    return step in (0, parts.steps) or _divides(parts.config.evaluation.every_steps, step)
+def _tokens_by_corpus(progress: Progress) -> dict[str, int]:
+    of = progress.tokens_by_corpus
+    return {f"tokens/{name}": tokens for name, tokens in of.items()} if len(of) > 1 else {}
+
+
+def _finished(parts: Parts, progress: Progress) -> bool:
+    if parts.steps is not None:
+        return progress.step >= parts.steps
+    budget = parts.config.schedule.budget_seconds
+    return budget is not None and progress.seconds >= budget
+
+
+def _evaluation_due(parts: Parts, progress: Progress) -> bool:
+    return (
+        progress.step == 0 or _finished(parts, progress) or _divides(parts.config.evaluation.every_steps, progress.step)
+    )
 
 
 def _divides(every: int | None, step: int) -> bool:
@@ -229,7 +257,7 @@ def _evaluate(parts: Parts, progress: Progress) -> Progress:
 
 def fork_of(progress: Progress) -> Progress:
     """Where a fork of a run begins: at its step and tokens. The clock, the log interval and evaluations are its own."""
-    return Progress(step=progress.step, tokens=progress.tokens)
+    return Progress(step=progress.step, tokens=progress.tokens, tokens_by_corpus=progress.tokens_by_corpus)
 
 
 def progress_of(state: dict[str, Any]) -> Progress:

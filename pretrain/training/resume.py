@@ -9,7 +9,7 @@ from experiment.configuration import flatten
 from experiment.errors import UserError
 from experiment.folder import RunFolder
 from experiment.provenance import origin_of, read_provenance
-from pretrain.config import ModelConfig, RunConfig
+from pretrain.config import ModelConfig, PretrainConfig, RunConfig
 from pretrain.training.checkpoint_store import complete_checkpoints, last_usable, named_checkpoints, read_state
 
 # Whatever determines the stream of batches, the masks or the parameters.
@@ -21,9 +21,13 @@ _FIXED = (
     "masking",
     "optimizer.name",
     "corpus.train",
+    "schedule.batch_warmup_steps",
+    "schedule.stages",
 )
 # Unless it only says how the same is computed.
 _LAYOUT = ("model.activation_checkpointing",)
+# A masking rate that changes along the run depends on how long the run is.
+_LENGTH = ("schedule.steps", "schedule.epochs", "schedule.tokens")
 # Where a run lies and where it reads from may change; what is read is compared by fingerprint instead.
 _BY_CONTENT = (
     "run.dir",
@@ -33,6 +37,7 @@ _BY_CONTENT = (
     "model.added_tokens",
     "model.max_positions",
     "corpus.train",
+    "schedule.stages",
 )
 # How the model is trained, which a fork may change, as opposed to what it is.
 _TRAINED = tuple(f"model.{field}" for field in ModelConfig.model_fields)
@@ -90,8 +95,9 @@ def check_resume(before: Mapping[str, Any], now: Mapping[str, Any], where: str) 
     """Compare identities (see `identity`). Returns one line for each harmless difference; raises UserError for one that
     would make it another run. `where`: the checkpoint, for the message."""
     changes = _changes(before, now)
+    fixed = _FIXED if before["masking.schedule"] == "constant" else (*_FIXED, *_LENGTH)
     for key, (old, new) in changes.items():
-        if _under(key, _FIXED) and key not in _LAYOUT:
+        if _under(key, fixed) and key not in _LAYOUT:
             raise UserError(
                 f"{where} cannot be continued with another {key}: it began with {old!r}, the config says {new!r}. "
                 "Restore the value, or start a new run in another run.dir, which may be a fork of this one"
@@ -125,9 +131,20 @@ def _lines(changes: Mapping[str, tuple[Any, Any]]) -> list[str]:
     return [f"{key}: {old!r} -> {new!r}" for key, (old, new) in changes.items()]
 
 
-def identity(config: Mapping[str, Any], model_config: Mapping[str, Any], corpus_fingerprint: str) -> dict[str, Any]:
-    """What a run is: its config, with the model and the training corpus replaced by what they resolve to."""
+def identity(
+    config: PretrainConfig, model_config: Mapping[str, Any], corpora: Sequence[tuple[str, float]]
+) -> dict[str, Any]:
+    """What a run is: its config, with model, training corpora and stages replaced by what they resolve to.
+
+    `corpora`: the fingerprint and weight of each corpus that is trained on.
+    """
     plain = {key: value for key, value in flatten(config).items() if not key.startswith(_BY_CONTENT)}
     ignored = ("transformers_version", "_name_or_path", "dtype")
     model = {f"model.{key}": value for key, value in model_config.items() if key not in ignored}
-    return plain | model | {"corpus.train": corpus_fingerprint}
+    stages = [[stage.first_step, stage.max_seq_length, stage.sequences] for stage in config.stages]
+    resolved = {
+        "corpus.train": [list(corpus) for corpus in corpora] if len(corpora) > 1 else corpora[0][0],
+        "schedule.stages": stages if config.schedule.stages else [],
+        "schedule.steps": config.schedule.known_steps,
+    }
+    return plain | model | resolved

@@ -1,15 +1,51 @@
-"""The learning rate as a function of the step."""
+"""The learning rate: a function of the step, or, under a time budget, of the step and the share of it that is spent."""
+
+import math
 
 from pretrain.config import ScheduleConfig
 
 
-def learning_rate(schedule: ScheduleConfig, peak: float, step: int, steps: int) -> float:
-    """Learning rate of the update after `step` finished ones, of `steps` in all.
+def learning_rate(schedule: ScheduleConfig, peak: float, step: int, steps: int | None, seconds: float) -> float:
+    """Learning rate of the update after `step` finished ones, of `steps` in all; `seconds` of training are behind it.
 
-    Linear: it climbs in `warmup_steps` equal stairs to `peak`, the first of which is not zero, and falls in a straight
-    line that would reach `min_lr_ratio * peak` at `steps`.
+    It climbs in `warmup_steps` equal stairs to `peak`, the first of which is not zero. From there it falls to
+    `min_lr_ratio * peak`, where it would arrive at step `steps`. A budget in place of `steps` makes the fall a function
+    of its spent share alone: rates that fall from the first step on are then a little below their peak at the end of
+    the warmup.
     """
-    if step < schedule.warmup_steps:
-        return peak * (step + 1) / schedule.warmup_steps
-    left = (steps - step) / max(1, steps - schedule.warmup_steps)
-    return peak * (schedule.min_lr_ratio + (1.0 - schedule.min_lr_ratio) * max(0.0, left))
+    warmup = min(1.0, (step + 1) / schedule.warmup_steps) if schedule.warmup_steps else 1.0
+    if schedule.name == "inverse_sqrt":  # knows no end, so the floor is where it stops to fall
+        first = max(1, schedule.warmup_steps)
+        return peak * warmup * max(schedule.min_lr_ratio, math.sqrt(first / max(first, step)))
+    done = _done(schedule, step, steps, seconds)
+    floor = schedule.min_lr_ratio
+    return peak * warmup * (floor + (1.0 - floor) * _height(schedule, done))
+
+
+def _done(schedule: ScheduleConfig, step: int, steps: int | None, seconds: float) -> float:
+    """How far the fall has come: 0 at the peak, 1 at the floor."""
+    if steps is None:
+        assert schedule.budget_seconds is not None
+        spent, begin, end = seconds / schedule.budget_seconds, 0.9 if schedule.name == "wsd" else 0.0, 1.0
+    else:
+        spent, begin, end = step, schedule.warmup_steps, steps
+        if schedule.name == "wsd":
+            begin = max(begin, end - (schedule.decay_steps or round(0.1 * end)))
+    return min(1.0, max(0.0, (spent - begin) / max(end - begin, 1e-9)))
+
+
+def _height(schedule: ScheduleConfig, done: float) -> float:
+    """Of the curve between floor (0) and peak (1)."""
+    match schedule.name:
+        case "constant":
+            return 1.0
+        case "cosine":  # Loshchilov and Hutter 2017, "SGDR"
+            return 0.5 * (1.0 + math.cos(math.pi * done))
+        case "polynomial":
+            return math.pow(1.0 - done, schedule.power)
+        case "wsd":
+            # Hu et al. 2024 (MiniCPM) decay exponentially; Hägele et al. 2024, "Scaling laws and compute-optimal
+            # training beyond fixed training durations", find 1 - sqrt better than a straight line at every length.
+            return 1.0 - math.sqrt(done)
+        case _:
+            return 1.0 - done

@@ -11,7 +11,7 @@ from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM
 
 from experiment.errors import UserError
 from pretrain.batching.loader import Layout, Microbatch, World
-from pretrain.batching.masking import MaskingPolicy
+from pretrain.batching.masking import MaskingPolicy, MaskingRate
 from pretrain.batching.vocabulary import vocabulary_of
 from pretrain.corpus.reader import open_corpus
 from pretrain.corpus.tokenizer import load_tokenizer, save_tokenizer
@@ -79,8 +79,8 @@ def test_a_corpus_without_predicted_tokens_has_no_figures(heldout_corpus: Path) 
         return Predictions(torch.zeros(()), torch.zeros((), dtype=torch.int64))
 
     held = opened(heldout_corpus, Layout(40, 400))
-    masker = replace(held.maker.masker, policy=MaskingPolicy(1e-9, 0.8, 0.1))
-    scores = evaluate([replace(held, maker=replace(held.maker, masker=masker))], nothing, torch.device("cpu"))
+    maker = replace(held.maker, rate=MaskingRate((1e-9,), "stepped", steps=1))
+    scores = evaluate([replace(held, maker=maker)], nothing, torch.device("cpu"))
     assert scores["held"].masked_tokens == 0
     assert as_metrics(scores) == {"eval/held/loss": None, "eval/held/perplexity": None, "eval/held/accuracy": None}
 

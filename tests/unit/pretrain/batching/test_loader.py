@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.batching.loader import IGNORED, BatchMaker, Layout, World, load
+from pretrain.batching.loader import IGNORED, BatchMaker, Layout, Source, World, load
 from pretrain.batching.masking import Masker, MaskingPolicy
-from pretrain.batching.order import ShuffledOrder
+from pretrain.batching.order import BatchSizes, CorpusStream, ShuffledOrder
 
 PAD, CLS, SEP = 0, 1, 2
 
@@ -15,8 +15,8 @@ PAD, CLS, SEP = 0, 1, 2
 @pytest.fixture
 def maker(corpus, index, vocabulary):
     masker = Masker(vocabulary, MaskingPolicy(0.15, 0.8, 0.1), seed=5, corpus=corpus.fingerprint)
-    order = ShuffledOrder(len(index), seed=5, batch_sequences=37)
-    return BatchMaker(corpus, index, order, masker, vocabulary, Layout(width=16, microbatch_tokens=64))
+    order = ShuffledOrder((CorpusStream(len(index), seed=5),), BatchSizes(37))
+    return BatchMaker((Source(corpus, index, masker),), order, vocabulary, Layout(width=16, microbatch_tokens=64))
 
 
 def sequences_of(batches):
@@ -53,11 +53,11 @@ def test_a_global_batch_is_the_same_at_every_world_size(maker, world_size, packe
 
 def test_one_epoch_shows_every_token_once(maker, corpus):
     """Catches lost tokens end to end: index, order, packing and layout together, at two ranks."""
-    order = dataclasses.replace(maker.order, epochs=1)
+    order = dataclasses.replace(maker.order, positions=len(maker.sources[0].index))
     tokens = []
     for rank in range(2):
         of_rank = dataclasses.replace(maker, order=order, world=World(rank, 2))
-        for restored, _, _ in sequences_of(of_rank[step] for step in range(order.steps)):
+        for restored, _, _ in sequences_of(of_rank[step] for step in range(order.end)):
             assert restored[0] == CLS
             assert restored[-1] == SEP
             tokens += restored[1:-1]
@@ -100,7 +100,7 @@ def test_worker_processes_give_the_same_batches_and_seek(maker):
 
 def test_an_empty_share_still_has_its_microbatches(maker):
     """Catches a rank without sequences that skips backward and hangs the others in a collective."""
-    small = dataclasses.replace(maker, order=ShuffledOrder(len(maker.index), 5, 1))
+    small = dataclasses.replace(maker, order=dataclasses.replace(maker.order, sizes=BatchSizes(1)))
     share = [dataclasses.replace(small, world=World(rank, 3))[0] for rank in range(3)]
     assert sorted(batch.sequences for batch in share) == [0, 0, 1]
     for batch in share:
@@ -118,7 +118,7 @@ def test_a_batch_knows_where_its_sequences_come_from(maker, corpus):
             ids[micro.masked_positions[real]] = micro.labels[real]
             for segment in segments.unique()[segments.unique() != 0].tolist():
                 sequence = batch.origins.ids[segment - 1]
-                start, end = maker.index.starts[sequence : sequence + 2]
+                start, end = maker.sources[0].index.starts[sequence : sequence + 2]
                 assert ids[segments == segment].tolist() == [CLS, *corpus.stream[start:end].tolist(), SEP]
     assert sum(len(batch.origins.ids) for batch in share) == 37
     assert len({batch.fingerprint for batch in share}) == 1

@@ -16,7 +16,7 @@ def masker(vocabulary):
 
 
 def sequences(ids, epoch=0):
-    return BatchSequences(np.full(len(ids), epoch), np.asarray(ids))
+    return BatchSequences(np.zeros(len(ids), np.int64), np.full(len(ids), epoch), np.asarray(ids))
 
 
 def test_shares_are_those_of_the_policy(masker):

@@ -1,44 +1,119 @@
 import time
+from itertools import pairwise
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from pretrain.batching.order import CorpusOrder, ShuffledOrder
+from pretrain.batching.order import BatchSizes, CorpusOrder, CorpusStream, ShuffledOrder, quotas
+
+
+def alone(sequences=101, batch_sequences=13, positions=None, **sizes):
+    """The order of a single corpus."""
+    return ShuffledOrder((CorpusStream(sequences, seed=1),), BatchSizes(batch_sequences, **sizes), positions)
+
+
+def mixture(batch_sequences=64, warmup_steps=0):
+    """Corpora of very different sizes, so that epochs are short in some and long in others."""
+    streams = tuple(CorpusStream(count, seed) for seed, count in enumerate((101, 7, 5000)))
+    return ShuffledOrder(streams, BatchSizes(batch_sequences, warmup_steps), shares=(5.0, 1.0, 2.5))
+
+
+def joined(order, steps):
+    return tuple(np.concatenate(parts) for parts in zip(*map(order.batch, steps), strict=True))
 
 
 def test_each_epoch_visits_every_sequence_once():
     """Catches lost and repeated sequences where batches straddle epochs and divide nothing."""
-    order = ShuffledOrder(sequences=101, seed=1, batch_sequences=13)
-    batches = [order.batch(step) for step in range(40)]
-    epochs, ids = (np.concatenate(parts) for parts in zip(*batches, strict=True))
+    _, epochs, ids = joined(alone(), range(40))
     for epoch in range(4):
         assert np.array_equal(np.sort(ids[epochs == epoch]), np.arange(101))
 
 
-def test_a_batch_does_not_depend_on_those_before():
+@pytest.mark.parametrize("warmup", [0, 30])
+def test_each_epoch_of_each_corpus_of_a_mixture_visits_every_sequence_once(warmup):
+    """Catches corpora that lose, repeat or reorder sequences at the borders of blocks, batches and epochs."""
+    corpora, epochs, ids = joined(mixture(64, warmup), range(200))
+    for corpus, sequences in enumerate((101, 7, 5000)):
+        own_epochs, own_ids = epochs[corpora == corpus], ids[corpora == corpus]
+        expected_epochs, expected_ids = CorpusStream(sequences, corpus).at(np.arange(len(own_ids)))
+        assert np.array_equal(own_epochs, expected_epochs)
+        assert np.array_equal(own_ids, expected_ids)
+    assert epochs[corpora == 1].max() > 50
+
+
+@given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=6), st.integers(0, 10**15))
+def test_quotas_keep_the_shares_and_never_fall(shares, positions):
+    """Catches a corpus that loses a position it had, and shares that drift away from the weights."""
+    before, after = quotas(shares, positions), quotas(shares, positions + 1024)
+    assert before.sum() == positions
+    assert (after >= before).all()
+    exact = np.array(shares) / sum(shares) * positions
+    assert (abs(before - exact) <= len(shares) + 1e-9 * positions).all()
+
+
+def test_corpora_interleave():
+    """Catches a mixture that is read corpus by corpus: each batch of 64 should show them about as they are weighted."""
+    counts = np.array([np.bincount(mixture().batch(step).corpora, minlength=3) for step in range(100)])
+    assert counts[:, 0].min() > 20
+    assert counts[:, 2].max() < 40
+
+
+def test_neighbouring_blocks_of_a_mixture_differ():
+    """Catches a pattern of corpora that repeats all through the run."""
+    first, second = (mixture(1024).batch(step).corpora for step in range(2))
+    assert not np.array_equal(first, second)
+
+
+@pytest.mark.parametrize("order", [alone(), alone(warmup_steps=9), mixture(64, 9)])
+def test_a_batch_does_not_depend_on_those_before(order):
     """Catches state: batch 7 asked for first is batch 7 asked for eighth."""
-    one, other = (ShuffledOrder(sequences=101, seed=1, batch_sequences=13) for _ in range(2))
-    for step in range(7):
-        one.batch(step)
-    assert np.array_equal(one.batch(7).ids, other.batch(7).ids)
+    fresh = order.batch(7)
+    in_order = [order.batch(step) for step in range(8)]
+    assert all(np.array_equal(one, other) for one, other in zip(fresh, in_order[7], strict=True))
 
 
-@pytest.mark.parametrize(("epochs", "steps", "last"), [(1, 8, 10), (2, 16, 7), (0.5, 4, 11), (0.001, 1, 1)])
-def test_an_epochs_run_ends_with_a_short_batch(epochs, steps, last):
+@pytest.mark.parametrize(("positions", "end", "last"), [(101, 8, 10), (202, 16, 7), (50, 4, 11), (1, 1, 1)])
+def test_a_stream_that_ends_does_so_with_a_short_batch(positions, end, last):
     """Catches a last batch that wraps into the next epoch, or is dropped."""
-    order = ShuffledOrder(sequences=101, seed=1, batch_sequences=13, epochs=epochs)
-    assert order.steps == steps
-    assert len(order.batch(steps - 1).ids) == last
+    order = alone(positions=positions)
+    assert order.end == end
+    assert len(order.batch(end - 1).ids) == last
 
 
-def test_seeking_is_constant_time():
+@given(st.integers(1, 300), st.integers(0, 60), st.integers(0, 80))
+def test_batches_grow_along_a_line(sequences, warmup, first_step):
+    """Catches gaps, overlaps, empty batches and ones that are too large, wherever in the warmup a stage begins."""
+    sizes = BatchSizes(sequences, warmup, first_step)
+    starts = [sizes.start(step) for step in range(first_step, first_step + 100)]
+    assert starts[0] == 0
+    for step, (start, after) in enumerate(pairwise(starts), first_step):
+        grown = min(1.0, (step + 1) / (warmup + 1)) * sequences
+        assert 1 <= after - start <= sequences
+        assert abs(after - start - grown) <= 1
+        if step >= warmup:
+            assert after - start == sequences
+
+
+@given(st.integers(1, 300), st.integers(0, 60), st.integers(0, 80), st.integers(1, 10_000))
+def test_the_end_is_the_first_step_that_reaches_all_positions(sequences, warmup, first_step, positions):
+    """Catches a run of so many epochs or tokens that is a batch too short or too long."""
+    sizes = BatchSizes(sequences, warmup, first_step)
+    end = sizes.end(positions)
+    assert sizes.start(end - 1) < positions <= sizes.start(end)
+
+
+@pytest.mark.parametrize("order", [alone(10**10, 4096, warmup_steps=10**6), mixture(4096, 10**6)])
+def test_seeking_is_constant_time(order):
     """Catches skipping: batch 10^9 of a simulated corpus of 10^10 sequences takes milliseconds."""
-    order = ShuffledOrder(sequences=10**10, seed=1, batch_sequences=4096)
     order.batch(0)
     began = time.perf_counter()
     batch = order.batch(10**9)
-    assert time.perf_counter() - began < 0.1
-    assert np.array_equal(np.unique(batch.epochs), [409])
+    assert time.perf_counter() - began < 0.2
+    assert len(batch.ids) == 4096
+    if len(order.corpora) == 1:
+        assert np.array_equal(np.unique(batch.epochs), [409])
 
 
 def test_corpus_order_goes_front_to_back_once():

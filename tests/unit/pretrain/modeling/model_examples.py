@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForMaskedLM, PreTrainedModel
 
-from pretrain.batching.loader import IGNORED, BatchMaker, Layout, Microbatch
+from pretrain.batching.loader import IGNORED, BatchMaker, Layout, Microbatch, Source
 from pretrain.batching.masking import Masker, MaskingPolicy
-from pretrain.batching.order import ShuffledOrder
+from pretrain.batching.order import BatchSizes, CorpusStream, ShuffledOrder
 from pretrain.batching.sequences import open_index
 from pretrain.batching.vocabulary import vocabulary_of
 from pretrain.config import ModelConfig
@@ -103,10 +103,8 @@ def make_example(model_type: str, corpus_folder: Path) -> Example:
     vocabulary = vocabulary_of(tokenizer)
     index = open_index(corpus, WIDTH - vocabulary.frame, corpus.path)
     maker = BatchMaker(
-        corpus,
-        index,
-        ShuffledOrder(len(index), seed=5, batch_sequences=23),
-        Masker(vocabulary, MaskingPolicy(0.15, 0.8, 0.1), seed=5, corpus=corpus.fingerprint),
+        (Source(corpus, index, Masker(vocabulary, MaskingPolicy(0.15, 0.8, 0.1), seed=5, corpus=corpus.fingerprint)),),
+        ShuffledOrder((CorpusStream(len(index), seed=5),), BatchSizes(23)),
         vocabulary,
         Layout(WIDTH, 4 * WIDTH, built.packed, built.first_position),
     )

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from experiment.configuration import build_config
 from experiment.errors import UserError
 from experiment.folder import RunFolder
 from experiment.provenance import ancestors_of, write_origin, write_provenance
@@ -13,14 +14,17 @@ from pretrain.training.resume import Beginning, check_fork, check_resume, find_b
 
 CONFIG = {"run": {"dir": "/runs/a"}, "model": {"config": {"model_type": "bert"}}, "corpus": {"train": "/data/a"}}
 MODEL = {"model_type": "bert", "hidden_size": 24, "transformers_version": "5.0", "dtype": None}
+STAGES = [{"steps": 3, "max_seq_length": 64}, {"sequences": 32}]
 
 
-def who(model: dict[str, Any] = MODEL, fingerprint: str = "f1", **changes: Any) -> dict[str, Any]:
+def who(
+    model: dict[str, Any] = MODEL, corpora: tuple[tuple[str, float], ...] = (("f1", 1.0),), **changes: Any
+) -> dict[str, Any]:
     tree: dict[str, Any] = {**CONFIG, "schedule": {"steps": 10}}
     for dotted, value in changes.items():
         section, _, key = dotted.partition("__")
         tree[section] = tree.get(section, {}) | {key: value}
-    return identity(PretrainConfig.model_validate(tree).model_dump(mode="json"), model, fingerprint)
+    return identity(build_config(PretrainConfig, tree), model, corpora)
 
 
 @pytest.mark.parametrize(
@@ -31,7 +35,10 @@ def who(model: dict[str, Any] = MODEL, fingerprint: str = "f1", **changes: Any) 
         (who(batch__max_seq_length=64), "batch.max_seq_length"),
         (who(masking__rate=0.3), "masking.rate"),
         (who(model=MODEL | {"hidden_size": 32}), "model.hidden_size"),
-        (who(fingerprint="f2"), "corpus.train"),
+        (who(corpora=(("f2", 1.0),)), "corpus.train"),
+        (who(corpora=(("f1", 1.0), ("f2", 1.0))), "corpus.train"),
+        (who(schedule__batch_warmup_steps=5), "schedule.batch_warmup_steps"),
+        (who(schedule__stages=STAGES), "schedule.stages"),
     ],
 )
 def test_what_makes_it_another_run_is_refused(now: dict[str, Any], key: str) -> None:
@@ -40,6 +47,38 @@ def test_what_makes_it_another_run_is_refused(now: dict[str, Any], key: str) -> 
         check_resume(who(), now, "RUN/checkpoints/step-00000010")
     assert f"another {key}" in str(refused.value)
     assert "RUN/checkpoints/step-00000010" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "key"),
+    [
+        ({"corpora": (("f1", 1.0), ("f2", 1.0))}, {"corpora": (("f1", 1.0), ("f2", 2.0))}, "corpus.train"),
+        ({"schedule__stages": STAGES}, {"schedule__stages": [STAGES[0] | {"steps": 4}, STAGES[1]]}, "schedule.stages"),
+        ({"schedule__stages": STAGES}, {"schedule__stages": [STAGES[0], {"sequences": 31}]}, "schedule.stages"),
+        (
+            {"masking__rate": [0.3, 0.1], "masking__schedule": "linear"},
+            {"masking__rate": [0.3, 0.1], "masking__schedule": "linear", "schedule__steps": 11},
+            "schedule.steps",
+        ),
+    ],
+)
+def test_another_stream_is_refused(before: dict[str, Any], now: dict[str, Any], key: str) -> None:
+    """Catches weights, stages and a masking rate's run length that change under a run."""
+    with pytest.raises(UserError, match=f"another {key}"):
+        check_resume(who(**before), who(**now), "a checkpoint")
+
+
+@pytest.mark.parametrize(
+    "now",
+    [
+        [STAGES[0] | {"microbatch_tokens": 512}, STAGES[1]],
+        [STAGES[0], STAGES[1] | {"steps": 7}],
+        [STAGES[0], STAGES[1] | {"max_seq_length": 128}],
+    ],
+)
+def test_what_a_stage_says_in_other_words_may_change(now: list[dict[str, int]]) -> None:
+    """Catches stages that are compared as they are written instead of by what they do to the stream."""
+    assert check_resume(who(schedule__stages=STAGES), who(schedule__stages=now), "a checkpoint") == []
 
 
 @pytest.mark.parametrize(
@@ -74,7 +113,7 @@ def test_an_identity_survives_json() -> None:
 
 def test_a_fork_may_change_what_a_resume_may_not() -> None:
     """Catches a fork that is bound to its parent's data, or that trains another model with its parent's state."""
-    now = who(run__seed=1, batch__sequences=64, masking__rate=0.3, fingerprint="f2", optimizer__name="lamb")
+    now = who(run__seed=1, batch__sequences=64, masking__rate=0.3, corpora=(("f2", 1.0),), optimizer__name="lamb")
     assert {line.partition(":")[0] for line in check_fork(who(), now, "a checkpoint")} == {
         "run.seed",
         "batch.sequences",
@@ -90,7 +129,7 @@ def test_a_fork_may_change_what_a_resume_may_not() -> None:
 
 def identity_of_model(settings: dict[str, Any]) -> dict[str, Any]:
     tree = {**CONFIG, "schedule": {"steps": 10}, "model": settings}
-    return identity(PretrainConfig.model_validate_json(json.dumps(tree)).model_dump(mode="json"), MODEL, "f1")
+    return identity(build_config(PretrainConfig, tree), MODEL, [("f1", 1.0)])
 
 
 def make_run(path: Path, steps: tuple[int, ...], relation: str | None = None, parent: Path | None = None) -> Path:

@@ -1,0 +1,126 @@
+"""The stream of batches of a run: step -> this rank's share of the global batch, and where the stream ends."""
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch.utils.data import Dataset
+
+from experiment.errors import UserError
+from pretrain.batching.counter_rng import key_of
+from pretrain.batching.loader import BatchMaker, Layout, RankBatch, Source, World, load
+from pretrain.batching.masking import Masker, MaskingPolicy, MaskingRate
+from pretrain.batching.order import BatchSizes, CorpusStream, ShuffledOrder
+from pretrain.batching.sequences import SequenceIndex, open_index
+from pretrain.check import Inputs
+from pretrain.config import MaskingConfig, PretrainConfig
+
+
+@dataclass(frozen=True)
+class Stream(Dataset[RankBatch]):
+    """One maker of batches for each stage of the run; all count steps from the beginning of the run."""
+
+    makers: tuple[BatchMaker, ...]
+    first_steps: tuple[int, ...]  # of each stage
+    steps: int | None  # in the whole run; None: a time budget ends it
+
+    def __getitem__(self, step: int) -> RankBatch:
+        return self.makers[bisect_right(self.first_steps, step) - 1][step]
+
+    def load(self, first: int, on_gpu: bool) -> Iterator[RankBatch]:
+        """The batches from step `first` on, made ahead in worker processes."""
+        return load(self, first, self.steps, workers=2 if on_gpu else 1, pin_memory=on_gpu)
+
+
+def open_stream(
+    config: PretrainConfig, inputs: Inputs, packed: bool, first_position: int, world: World, index_folder: Path
+) -> Stream:
+    """`packed`, `first_position`: what the model wants, see Layout. `index_folder`: where sequence indexes go if a
+    corpus folder cannot be written to. Raises UserError where the length of the run does not fit its stages."""
+    frame = inputs.vocabulary.frame
+    indexes = [
+        [open_index(given.corpus, stage.max_seq_length - frame, index_folder) for given in inputs.train]
+        for stage in config.stages
+    ]
+    orders = tuple(_order(config, inputs, number, of_stage) for number, of_stage in enumerate(indexes))
+    steps = _steps(config, orders, [_mean_length(inputs, of_stage) for of_stage in indexes])
+    rate = None
+    if config.masking.schedule != "constant":
+        assert steps is not None, "a budget with a masking schedule is refused when the config is built"
+        rate = MaskingRate(config.masking.rates, config.masking.schedule, steps)
+    makers = [
+        BatchMaker(
+            tuple(
+                Source(
+                    given.corpus,
+                    index,
+                    Masker(
+                        inputs.vocabulary,
+                        masking_policy(config.masking),
+                        config.run.seed,
+                        given.corpus.fingerprint,
+                        number,
+                    ),
+                )
+                for given, index in zip(inputs.train, of_stage, strict=True)
+            ),
+            orders[number],
+            inputs.vocabulary,
+            Layout(stage.max_seq_length, stage.microbatch_tokens, packed, first_position),
+            world,
+            rate,
+        )
+        for number, (stage, of_stage) in enumerate(zip(config.stages, indexes, strict=True))
+    ]
+    return Stream(tuple(makers), tuple(stage.first_step for stage in config.stages), steps)
+
+
+def masking_policy(masking: MaskingConfig) -> MaskingPolicy:
+    """How held-out text is masked, and training text where the rate does not change."""
+    return MaskingPolicy(masking.rates[-1], masking.mask_share, masking.random_share, masking.unit)
+
+
+def _order(config: PretrainConfig, inputs: Inputs, number: int, indexes: list[SequenceIndex]) -> ShuffledOrder:
+    """The order of a stage: its sequences are others than those of the stage before, so its epochs begin anew."""
+    stage, epochs = config.stages[number], config.schedule.epochs
+    streams = tuple(
+        CorpusStream(len(index), key_of(("order", config.run.seed, given.corpus.fingerprint, number)))
+        for given, index in zip(inputs.train, indexes, strict=True)
+    )
+    return ShuffledOrder(
+        streams,
+        BatchSizes(stage.sequences, config.schedule.batch_warmup_steps, stage.first_step),
+        None if epochs is None else max(1, round(epochs * len(indexes[0]))),
+        _shares(inputs, indexes),
+    )
+
+
+def _shares(inputs: Inputs, indexes: list[SequenceIndex]) -> tuple[float, ...]:
+    """Of the sequences, so that the weights are shares of the tokens."""
+    return tuple(
+        given.weight / (given.corpus.tokens / len(index) + inputs.vocabulary.frame)
+        for given, index in zip(inputs.train, indexes, strict=True)
+    )
+
+
+def _mean_length(inputs: Inputs, indexes: list[SequenceIndex]) -> float:
+    """Tokens in a sequence of the stream, special ones included."""
+    return sum(given.weight for given in inputs.train) / sum(_shares(inputs, indexes))
+
+
+def _steps(config: PretrainConfig, orders: tuple[ShuffledOrder, ...], mean_lengths: list[float]) -> int | None:
+    schedule, last = config.schedule, orders[-1]
+    if schedule.tokens is None:
+        return schedule.known_steps or last.end
+    seen = sum(
+        order.sizes.start(after.sizes.first_step) * mean
+        for order, after, mean in zip(orders, orders[1:], mean_lengths, strict=False)
+    )
+    if seen >= schedule.tokens:
+        raise UserError(
+            f"schedule.tokens: the first {len(orders) - 1} of schedule.stages take about {seen:.4g} tokens, "
+            f"which leaves none of {schedule.tokens:.4g} for the last one"
+        )
+    return last.sizes.end(math.ceil((schedule.tokens - seen) / mean_lengths[-1]))
