@@ -26,8 +26,10 @@ from transformers.utils import logging as transformers_logging
 from experiment.configuration import nearest
 from experiment.errors import UserError
 from pretrain.config import ModelConfig
+from pretrain.corpus.extension import check_extends, old_pieces
 from pretrain.corpus.tokenizer import load_tokenizer, tokenizer_fingerprint
 from pretrain.modeling.attention import PACKED, register_packed_attention
+from pretrain.modeling.extension import enlarge, with_positions
 
 log = logging.getLogger(__name__)
 
@@ -87,8 +89,7 @@ def resolve_config(model: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> Pr
         except Exception as error:  # transformers raises many types for values that make no model
             raise UserError(f"model.config: {_first_line(error)}") from None
     else:
-        for field, value in fields.items():
-            setattr(config, field, value)
+        config = _extended(_source_config(model), model, tokenizer)
     largest = max(tokenizer.get_vocab().values())
     if config.vocab_size <= largest:
         raise UserError(f"the model's vocab_size is {config.vocab_size}, but the tokenizer's ids go up to {largest}")
@@ -96,25 +97,37 @@ def resolve_config(model: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> Pr
 
 
 def check_tokenizer(model: ModelConfig, corpus_fingerprint: str, corpus: Path) -> None:
-    """Raises UserError unless the corpus was built with the tokenizer of the model that training begins with."""
+    """Raises UserError unless the corpus was built with the tokenizer of the model that training begins with, or with
+    the one that adds words to it."""
     if model.init_from is None:
         return
-    try:
-        own = load_tokenizer(Path(model.init_from))
-    except UserError as error:
-        raise UserError(f"model.init_from: {error}") from None
+    folder, own = model.init_from, _own_tokenizer("init_from", model.init_from)
+    if model.added_tokens is not None:
+        folder, extended = model.added_tokens, _own_tokenizer("added_tokens", model.added_tokens)
+        try:
+            check_extends(extended, own)
+        except UserError as error:
+            raise UserError(f"model.added_tokens: {folder}: {error}") from None
+        own = extended
     if tokenizer_fingerprint(own) != corpus_fingerprint:
         raise UserError(
-            f"the corpus {corpus} was built with another tokenizer than the one in {model.init_from}; its token ids "
-            "mean something else to this model. Build the corpus again with `--tokenizer` naming the model's folder"
+            f"the corpus {corpus} was built with another tokenizer than the one in {folder}; its token ids mean "
+            f"something else to this model. Build the corpus again with `--tokenizer {folder}`"
         )
+
+
+def _own_tokenizer(key: str, folder: str) -> PreTrainedTokenizerFast:
+    try:
+        return load_tokenizer(folder)
+    except UserError as error:
+        raise UserError(f"model.{key}: {error}") from None
 
 
 def build_model(model: ModelConfig, config: PreTrainedConfig, seed: int) -> BuiltModel:
     """The model in fp32 on the CPU, the same on every rank. Raises UserError for weights that do not fit the config."""
     register_packed_attention()
     torch.manual_seed(seed)
-    built = _from_folder(Path(model.init_from), config) if model.init_from else _from_nothing(config)
+    built = _continued(model, config) if model.init_from else _from_nothing(config)
     built.float()
     first_position = _first_position(built)
     reason = _why_not_packed(built, first_position)
@@ -131,8 +144,12 @@ def usable_positions(config: PreTrainedConfig) -> int | None:
     limit = getattr(config, "max_position_embeddings", None)
     if limit is None or limit <= 0:
         return None
+    return int(limit) - _first_position_of(config)
+
+
+def _first_position_of(config: PreTrainedConfig) -> int:
     with torch.device("meta"):
-        return int(limit) - _first_position(AutoModelForMaskedLM.from_config(config))
+        return _first_position(AutoModelForMaskedLM.from_config(config))
 
 
 def _recompute_activations(model: PreTrainedModel) -> None:
@@ -150,6 +167,37 @@ def _first_position(model: nn.Module) -> int:
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
             return module.padding_idx + 1
     return 0
+
+
+def _source_config(model: ModelConfig) -> PreTrainedConfig:
+    """The config that the weights in the folder fit, with the fields that the user changes."""
+    assert model.init_from is not None
+    config = _read_config(Path(model.init_from))
+    for field, value in (model.config or {}).items():
+        setattr(config, field, value)
+    return config
+
+
+def _extended(config: PreTrainedConfig, model: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
+    """The config of a folder's model with room for added tokens and positions."""
+    if model.max_positions is not None:
+        first, rope = _first_position_of(config), "rope_parameters" not in (model.config or {})
+        config = with_positions(config, usable_positions(config), first, model.max_positions, rope)
+    if model.added_tokens is not None:
+        config.vocab_size = max(config.vocab_size, len(tokenizer))
+    return config
+
+
+def _continued(model: ModelConfig, config: PreTrainedConfig) -> PreTrainedModel:
+    assert model.init_from is not None
+    source = _source_config(model)
+    built = _from_folder(Path(model.init_from), source)
+    if model.added_tokens is None and model.max_positions is None:
+        return built
+    pieces = {}
+    if model.added_tokens is not None:
+        pieces = old_pieces(load_tokenizer(model.added_tokens), load_tokenizer(model.init_from))
+    return enlarge(built, config, _first_position(built), pieces)
 
 
 def _from_nothing(config: PreTrainedConfig) -> PreTrainedModel:

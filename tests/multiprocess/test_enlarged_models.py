@@ -1,0 +1,56 @@
+"""A model that gets new words and a longer context goes on training as what it then is."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+from pretrain.corpus.build import build_corpus
+from pretrain.corpus.extension import extend_tokenizer
+from pretrain.corpus.reader import open_corpus
+from pretrain.training.checkpoint_store import checkpoint_path
+from ranks import RankPool
+from runs import TINY, Tree, curve, pretrain_case, settings
+
+
+@pytest.fixture(scope="module")
+def grown(text_file: Path, wordpiece: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tokenizer with two more words, one of them in the text, and the corpus built with it."""
+    folder = tmp_path_factory.mktemp("grown")
+    words = text_file.read_text(encoding="utf-8").split()
+    longest = max(filter(str.isalpha, words), key=lambda word: (len(word), word))
+    (folder / "words").write_text(f"{longest}\nzedzedzed\n")
+    extend_tokenizer(str(wordpiece), str(folder / "words"), str(folder / "tokenizer"))
+    build_corpus(text_file, folder / "tokenizer", folder / "corpus", workers=1)
+    made = open_corpus(folder / "corpus")
+    tokens = made.read(np.array([0]), np.array([made.tokens]))
+    assert 200 in tokens.tolist(), "the new word is in the text"
+    return folder / "tokenizer", folder / "corpus"
+
+
+@pytest.mark.parametrize("ds_config", [pytest.param("fp32_zero1", marks=pytest.mark.soak), "bf16_zero3"])
+def test_new_words_and_a_longer_context(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, grown: tuple[Path, Path], tmp_path: Path, ds_config: str
+) -> None:
+    """Catches a run at the new length that dies or cannot be resumed, and checkpoints of the old tokenizer or sizes."""
+    first = settings(tmp_path / "first", wordpiece_corpus, schedule__steps=1, model__config=TINY)
+    pools[2].run(pretrain_case, first)
+    start = checkpoint_path(tmp_path / "first" / "checkpoints", 1) / "hf"
+    tokenizer, corpus = grown
+    model: Tree = {"init_from": str(start), "added_tokens": str(tokenizer), "max_positions": 120}
+    tree = settings(tmp_path / "grown", corpus, ds_config, schedule__steps=4) | {"model": model}
+    tree["batch"] = {"sequences": 29, "max_seq_length": 120, "microbatch_tokens": 250}
+    assert set(pools[2].run(pretrain_case, tree, 2)) == {"stopped"}
+    assert set(pools[2].run(pretrain_case, tree)) == {"done"}
+    assert curve(tmp_path / "grown", "step") == [1, 2, 3, 4]
+    hf = checkpoint_path(tmp_path / "grown" / "checkpoints", 4) / "hf"
+    config = AutoModelForMaskedLM.from_pretrained(hf).config
+    assert (config.vocab_size, config.max_position_embeddings) == (202, 120)
+    assert AutoTokenizer.from_pretrained(hf).convert_ids_to_tokens(201) == "zedzedzed"
+    # A third run of the chain: the folder is complete, neither key is needed any more.
+    tree = settings(tmp_path / "third", corpus, schedule__steps=1) | {"model": {"init_from": str(hf)}}
+    pools[1].run(pretrain_case, tree)
+    ancestors = json.loads((tmp_path / "third" / "provenance.json").read_text())["ancestors"]
+    assert [Path(ancestor["folder"]).name for ancestor in ancestors] == ["first", "grown"]
