@@ -159,29 +159,30 @@ def draw_spans(words: NDArray[np.int64], keys: U64, rate: float) -> Runs:
     begin = rate / (rate + mean * (1 - rate))
     longer = np.cumsum(lengths[::-1])[::-1]  # P(L ≥ k)
     # Inverse distribution functions as tables: unlike logarithms, the same to the last bit on every machine.
-    gap_table = 1 - np.cumprod(np.full(int(words.max(initial=0)), 1 - begin))
+    most = int(words.max(initial=0))
+    gap_table = 1 - np.cumprod(np.full(most, 1 - begin))
     length_table, rest_table = np.cumsum(lengths)[:-1], np.cumsum(longer / mean)[:-1]
 
-    # Cycle j of a sequence is its j-th gap and the span behind it. There are at most as many as words.
+    # Cycle j of a sequence is its j-th gap and the span behind it, drawn with counter 2j. How many are drawn at once
+    # is a guess, twice the expected number, and has no effect on the outcome.
+    cycles = 4 + int(2 * most * rate / mean)
+    while True:
+        drawn = draws(keys[:, None], 2 * np.arange(cycles))
+        for_gap, for_size = uniform(drawn), uniform(fold(0, drawn))
+        gap = np.searchsorted(gap_table, for_gap, side="right")
+        size = 1 + np.searchsorted(length_table, for_size, side="right")
+        inside = for_gap[:, 0] < rate
+        outside = 1 + np.searchsorted(gap_table, (for_gap[:, 0] - rate) / (1 - rate), side="right")
+        gap[:, 0] = np.where(inside, 0, outside)
+        size[inside, 0] = 1 + np.searchsorted(rest_table, for_size[inside, 0], side="right")
+        ends = np.cumsum(gap + size, axis=1)
+        if (ends[:, -1] >= words).all():
+            break
+        cycles *= 2
+    begins, ends = ends - size, np.minimum(ends, words[:, None])
     first = np.cumsum(words) - words
-    drawn = draws(np.repeat(keys, words), 2 * (np.arange(words.sum()) - np.repeat(first, words)))
-    for_gap, for_length = uniform(drawn), uniform(fold(0, drawn))
-    gap = np.searchsorted(gap_table, for_gap, side="right")
-    size = 1 + np.searchsorted(length_table, for_length, side="right")
-    inside = for_gap[first] < rate
-    uncovered = 1 + np.searchsorted(gap_table, (for_gap[first] - rate) / (1 - rate), side="right")
-    gap[first] = np.where(inside, 0, uncovered)
-    size[first[inside]] = 1 + np.searchsorted(rest_table, for_length[first[inside]], side="right")
-
-    ends = np.cumsum(gap + size)
-    ends -= np.repeat(ends[first] - (gap + size)[first], words)  # counted from the sequence's first word
-    begins = ends - size
-    limit = np.repeat(words, words)
-    found = begins < limit
-    return Runs(
-        (begins + np.repeat(first, words))[found],
-        (np.minimum(ends, limit) - begins)[found],
-    )
+    within = begins < words[:, None]
+    return Runs((first[:, None] + begins)[within], (ends - begins)[within])
 
 
 @dataclass(frozen=True)

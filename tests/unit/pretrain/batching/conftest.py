@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from pretrain.batching.sequences import SequenceIndex, cut
 from pretrain.batching.vocabulary import Vocabulary
+from pretrain.corpus.words import WordMarks
 
 PAD, CLS, SEP, UNK, MASK = range(5)
 
@@ -41,10 +42,11 @@ class MemoryCorpus:
 
 @pytest.fixture
 def vocabulary() -> Vocabulary:
-    """Ids 0-4 are special, 5-1999 are words."""
+    """Ids 0-4 are special, the others are real; those that 3 divides continue a word."""
     unmaskable = np.zeros(5000, dtype=bool)
     unmaskable[:5] = True
-    return Vocabulary((CLS,), (SEP,), PAD, MASK, unmaskable, np.arange(5, 5000))
+    marks = WordMarks(begins=np.arange(5000) % 3 != 0, ends=np.zeros(5000, dtype=bool))
+    return Vocabulary((CLS,), (SEP,), PAD, MASK, unmaskable, np.arange(5, 5000), marks)
 
 
 @pytest.fixture

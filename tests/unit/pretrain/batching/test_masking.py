@@ -1,80 +1,290 @@
 import dataclasses
+import hashlib
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from pretrain.batching.masking import Masker, MaskingPolicy
+from pretrain.batching.counter_rng import fold
+from pretrain.batching.masking import LONGEST_SPAN, Masker, MaskingPolicy, Runs, draw_spans
 from pretrain.batching.order import BatchSequences
 
 MASK, UNK = 4, 3
-POLICY = MaskingPolicy(rate=0.15, mask_share=0.8, random_share=0.1)
+UNITS = ("token", "word", "span")
+KEYS = fold(1, np.arange(200_000))
 
 
 @pytest.fixture
 def masker(vocabulary):
-    return Masker(vocabulary, POLICY, seed=11, corpus="corpus")
+    return Masker(vocabulary, MaskingPolicy(rate=0.15, mask_share=0.8, random_share=0.1), seed=11, corpus="corpus")
+
+
+def of(masker, **policy):
+    return dataclasses.replace(masker, policy=dataclasses.replace(masker.policy, **policy))
 
 
 def sequences(ids, epoch=0):
     return BatchSequences(np.zeros(len(ids), np.int64), np.full(len(ids), epoch), np.asarray(ids))
 
 
-def test_shares_are_those_of_the_policy(masker):
-    """Catches a wrong threshold: 15 % chosen, of those 80 % [MASK], 10 % random, 10 % as they are (4 sigma)."""
+def text(length, seed=0):
+    """Token ids of which a third continue a word: those that 3 divides."""
+    return np.random.default_rng(seed).integers(5, 2000, length)
+
+
+def words_of(tokens, lengths):
+    """Number of the word that each token is in, by the fixture's marks."""
+    starts = tokens % 3 != 0
+    starts[np.cumsum(lengths) - lengths] = True
+    return np.cumsum(starts) - 1
+
+
+def flags(chosen, length):
+    found = np.zeros(length, dtype=bool)
+    found[chosen] = True
+    return found
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_shares_are_those_of_the_policy(masker, unit):
+    """Catches a wrong threshold: 15 % chosen, of those 80 % [MASK], 10 % random, 10 % as they are.
+
+    Within 4 sigma, where the tokens of a unit share one fate, of as many draws as there are units.
+    """
+    masker = of(masker, unit=unit)
     lengths = np.full(4000, 100)
-    tokens = np.random.default_rng(0).integers(5, 2000, lengths.sum())
+    tokens = text(lengths.sum())
     shown, chosen = masker.mask(tokens, lengths, masker.keys(sequences(np.arange(4000))))
     before, after = tokens[chosen], shown[chosen]
-    n = len(chosen)
-    assert n / len(tokens) == pytest.approx(0.15, abs=4 * (0.15 * 0.85 / len(tokens)) ** 0.5)
-    assert (after == MASK).mean() == pytest.approx(0.8, abs=4 * (0.8 * 0.2 / n) ** 0.5)
-    assert (after == before).mean() == pytest.approx(0.1 + 0.1 / 4995, abs=4 * (0.1 * 0.9 / n) ** 0.5)
-    others = np.delete(np.arange(len(tokens)), chosen)
+    # Tokens that share a fate, on average over tokens: words have 1.5, spans 3.8 words, long ones count more.
+    chosen_together = {"token": 1, "word": 2, "span": 9}[unit]
+    decided_together = {"token": 1, "word": 1, "span": 9}[unit]
+    n, units = len(tokens), len(chosen) / decided_together
+    assert len(chosen) / n == pytest.approx(0.15, abs=4 * (0.15 * 0.85 * chosen_together / n) ** 0.5)
+    assert (after == MASK).mean() == pytest.approx(0.8, abs=4 * (0.8 * 0.2 / units) ** 0.5)
+    assert (after == before).mean() == pytest.approx(0.1 + 0.1 / 4995, abs=4 * (0.1 * 0.9 / units) ** 0.5)
+    others = ~flags(chosen, n)
     assert np.array_equal(tokens[others], shown[others])
 
 
+@pytest.mark.parametrize("rate", [0.05, 0.15, 0.4])
+@pytest.mark.parametrize("length", [1, 2, 3, 7, 40])
+@pytest.mark.parametrize("unit", UNITS)
+def test_the_rate_holds_at_every_place_of_sequences_of_every_length(masker, unit, length, rate):
+    """Catches short sequences that are always or never masked, and first or last tokens that are masked less."""
+    masker = of(masker, unit=unit, rate=rate)
+    count = 20_000
+    lengths = np.full(count, length)
+    _, chosen = masker.mask(text(count * length), lengths, masker.keys(sequences(np.arange(count))))
+    share = flags(chosen, count * length).reshape(count, length).mean(axis=0)  # sequences are independent
+    assert share == pytest.approx(np.full(length, rate), abs=4.5 * (rate * (1 - rate) / count) ** 0.5)
+
+
+@pytest.mark.parametrize("unit", ["word", "span"])
+def test_words_are_chosen_as_a_whole_and_end_with_their_sequence(masker, unit):
+    """Catches half words, and a word that goes on from one sequence into the next."""
+    masker = of(masker, unit=unit, rate=0.3)
+    lengths = np.random.default_rng(2).integers(1, 30, 3000)
+    tokens = text(lengths.sum())
+    _, chosen = masker.mask(tokens, lengths, masker.keys(sequences(np.arange(3000))))
+    words = words_of(tokens, lengths)
+    share = np.bincount(words, flags(chosen, len(tokens))) / np.bincount(words)
+    assert set(share) == {0.0, 1.0}
+    # The first word of a sequence knows nothing of the last one before it, though their tokens would make one word.
+    first = words[np.cumsum(lengths) - lengths][1:]
+    table = np.histogram2d(share[first - 1], share[first], bins=2)[0]
+    assert stats.chi2_contingency(table).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("unit", ["word", "span"])
+def test_the_corpus_can_say_where_words_begin(masker, unit):
+    """Catches word starts of a segmenter that are not used, or that change what the caller holds."""
+    masker = of(masker, unit=unit, rate=0.3)
+    lengths = np.full(500, 40)
+    tokens = np.full(lengths.sum(), 7)  # each a word by the marks
+    word_starts = np.arange(len(tokens)) % 4 == 2
+    given = word_starts.copy()
+    _, chosen = masker.mask(tokens, lengths, masker.keys(sequences(np.arange(500))), given)
+    assert np.array_equal(given, word_starts)
+    fates = flags(chosen, len(tokens)).reshape(500, 40)
+    inner = fates[:, 2:38].reshape(500, 9, 4)
+    assert (inner.all(axis=2) | ~inner.any(axis=2)).all()
+    assert (fates[:, 0] == fates[:, 1]).all()
+    assert (fates[:, 38] == fates[:, 39]).all()
+    assert (fates[:, 1] != fates[:, 2]).any()
+
+
+def test_what_happens_to_a_word_is_decided_for_each_token(masker):
+    """Catches words whose tokens share the 80/10/10 draw: BERT's whole-word masking decides for each."""
+    shown, pairs = pairs_of_tokens(of(masker, unit="word"))
+    masked = (shown == MASK)[pairs]
+    assert stats.chi2_contingency(np.histogram2d(*masked.T, bins=2)[0]).pvalue > 1e-3
+
+
+def test_what_happens_to_a_span_happens_to_all_its_tokens(masker):
+    """Catches spans of which some tokens are shown as [MASK] and others are not, and one random id for a whole span."""
+    shown, pairs = pairs_of_tokens(of(masker, unit="span", mask_share=0.4, random_share=0.3))
+    masked, kept = (shown == MASK)[pairs], (shown < 10)[pairs] & (shown != MASK)[pairs]
+    assert (masked[:, 0] == masked[:, 1]).all()
+    assert (kept[:, 0] == kept[:, 1]).mean() > 0.99  # a random id may be one of the text's
+    replaced = shown[pairs][~masked.any(axis=1) & ~kept.any(axis=1)]
+    assert len(replaced) > 1000
+    assert (replaced[:, 0] == replaced[:, 1]).mean() < 0.01
+
+
+def pairs_of_tokens(masker):
+    """Tokens as shown, and the indices of those of each chosen word of two tokens [n, 2]."""
+    lengths = np.full(3000, 40)
+    tokens = np.tile([8, 9], lengths.sum() // 2)  # 9 continues the word that 8 begins
+    shown, chosen = masker.mask(tokens, lengths, masker.keys(sequences(np.arange(3000))))
+    pairs = chosen.reshape(-1, 2)
+    assert (np.diff(pairs) == 1).all()
+    return shown, pairs
+
+
+def test_span_lengths_are_cut_off_geometric():
+    """Catches a wrong distribution (chi-square), such as lengths above 10 that count as 10, whose mean is 4.5."""
+    words = np.full(500, 4000)
+    spans = draw_spans(words, KEYS[:500], 0.15)
+    whole = spans.size[(spans.first % 4000 > 0) & ((spans.first + spans.size) % 4000 > 0)]
+    lengths = np.arange(1, LONGEST_SPAN + 1)
+    expected = 0.2 * 0.8 ** (lengths - 1) / (1 - 0.8**LONGEST_SPAN)
+    assert whole.mean() == pytest.approx(3.797, abs=0.03)
+    counts = np.bincount(whole, minlength=LONGEST_SPAN + 1)[1:]
+    assert stats.chisquare(counts, expected * len(whole)).pvalue > 1e-3
+
+
+def test_gaps_between_spans_are_geometric():
+    """Catches spans that avoid or attract each other. A word after an uncovered one begins a span with chance q."""
+    spans = draw_spans(np.full(500, 4000), KEYS[:500], 0.15)
+    gaps = np.concatenate(
+        [
+            np.diff(of_sequence) - size[:-1]
+            for of_sequence, size in zip(*by_sequence(spans, 4000, 500), strict=True)
+            if len(of_sequence) > 1
+        ]
+    )
+    q = 0.15 / (0.15 + 3.797097503983286 * 0.85)
+    edges = np.arange(41)
+    expected = np.append(q * (1 - q) ** edges[:-1], (1 - q) ** 40)
+    counts = np.bincount(np.minimum(gaps, 40), minlength=41)
+    assert stats.chisquare(counts, expected * len(gaps)).pvalue > 1e-3
+
+
+def by_sequence(spans, words, count):
+    where = np.searchsorted(spans.first, np.arange(1, count) * words)
+    return np.split(spans.first, where), np.split(spans.size, where)
+
+
+def test_a_sequence_begins_like_a_window_into_an_endless_text():
+    """Catches a first span that is drawn like any other: what is left of it has the equilibrium distribution."""
+    spans = draw_spans(np.full(100_000, 20), KEYS[:100_000], 0.3)
+    at_start = spans.size[spans.first % 20 == 0]
+    lengths = np.arange(1, LONGEST_SPAN + 1)
+    geometric = 0.2 * 0.8 ** (lengths - 1) / (1 - 0.8**LONGEST_SPAN)
+    left = geometric[::-1].cumsum()[::-1]
+    left /= left.sum()
+    counts = np.bincount(at_start, minlength=LONGEST_SPAN + 1)[1:]
+    assert stats.chisquare(counts, left * len(at_start)).pvalue > 1e-3
+
+
+def test_spans_neither_overlap_nor_leave_their_sequence():
+    """Catches spans over the end of a sequence, or in each other's words, also where nearly all is covered."""
+    words = np.random.default_rng(4).integers(1, 60, 5000)
+    for rate in (0.01, 0.15, 0.9, 0.99):
+        spans = draw_spans(words, KEYS[:5000], rate)
+        assert (spans.size >= 1).all()
+        assert (np.diff(spans.first) >= spans.size[:-1]).all()
+        ends = np.cumsum(words)
+        assert (spans.first + spans.size <= ends[np.searchsorted(ends, spans.first, side="right")]).all()
+
+
+def test_runs_without_any():
+    """Catches a rank that has no sequence in a batch, or a batch without a masked token."""
+    none = np.zeros(0, dtype=np.int64)
+    assert Runs(none, none).members().tolist() == []
+    assert draw_spans(none, KEYS[:0], 0.15).first.tolist() == []
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_a_rank_without_sequences(masker, unit):
+    """Catches ranks that fail because a small batch leaves nothing for them."""
+    none = np.zeros(0, dtype=np.int64)
+    shown, chosen = of(masker, unit=unit).mask(none, none, KEYS[:0])
+    assert len(shown) == len(chosen) == 0
+
+
 def test_random_replacements_are_real_words_evenly_drawn(masker):
-    """Catches replacements by special ids, and a draw that favours some of the vocabulary."""
-    masker = dataclasses.replace(masker, policy=MaskingPolicy(0.5, 0.0, 1.0))
+    """Catches replacements by special ids, and a draw that favours some of the vocabulary or hangs on the 80/10/10."""
     lengths = np.full(5000, 100)
-    shown, chosen = masker.mask(np.full(lengths.sum(), 5), lengths, masker.keys(sequences(np.arange(5000))))
-    drawn = shown[chosen]
-    assert drawn.min() >= 5
-    counts = np.bincount(drawn - 5, minlength=4995)
-    assert counts.min() > 15
-    assert counts.max() < 100
+    tokens = np.full(lengths.sum(), 5)
+    for unit in UNITS:
+        for random_share, bins in ((1.0, 4995), (0.1, 45)):
+            often = of(masker, unit=unit, rate=0.5, mask_share=1 - random_share, random_share=random_share)
+            shown, chosen = often.mask(tokens, lengths, masker.keys(sequences(np.arange(5000))))
+            drawn = shown[chosen][shown[chosen] != MASK]
+            assert drawn.min() >= 5
+            assert stats.chisquare(np.bincount((drawn - 5) * bins // 4995, minlength=bins)).pvalue > 1e-3
 
 
-def test_special_tokens_are_never_chosen(masker):
-    """Catches masks on the unknown token, which teach nothing."""
-    masker = dataclasses.replace(masker, policy=MaskingPolicy(0.9, 0.8, 0.1))
-    tokens = np.tile([UNK, 7], 500)
-    _, chosen = masker.mask(tokens, np.array([1000]), masker.keys(sequences([0])))
-    assert (tokens[chosen] == 7).all()
+@pytest.mark.parametrize("unit", UNITS)
+def test_special_tokens_are_never_chosen(masker, unit):
+    """Catches masks on the unknown token, which teach nothing, also inside a word; the rest of the word is chosen."""
+    masker = of(masker, unit=unit, rate=0.9)
+    tokens = np.tile([7, UNK, 9], 500)  # by the marks of the fixture a single word: neither 3 nor 9 begins one
+    _, chosen = masker.mask(tokens, np.array([1500]), masker.keys(sequences([0])))
+    assert set(tokens[chosen]) == {7, 9}
 
 
-def test_masks_depend_on_the_sequence_and_epoch_not_on_the_company(masker):
+@pytest.mark.parametrize("unit", UNITS)
+def test_masks_depend_on_the_sequence_and_epoch_not_on_the_company(masker, unit):
     """Catches masks that change with the rank, the microbatch or a restart, or stay the same in the next epoch."""
-    lengths = np.array([40, 60, 80])
-    tokens = np.random.default_rng(1).integers(5, 2000, lengths.sum())
+    masker = of(masker, unit=unit)
+    lengths = np.array([40, 160, 3000])
+    tokens = text(lengths.sum(), seed=1)
     shown, _ = masker.mask(tokens, lengths, masker.keys(sequences([8, 3, 5])))
-    alone, _ = masker.mask(tokens[40:100], lengths[1:2], masker.keys(sequences([3])))
-    assert np.array_equal(shown[40:100], alone)
-    next_epoch, _ = masker.mask(tokens[40:100], lengths[1:2], masker.keys(sequences([3], epoch=1)))
-    assert not np.array_equal(next_epoch, alone)
-    for changed in (
-        dataclasses.replace(masker, seed=12),
-        dataclasses.replace(masker, corpus="other"),
-        dataclasses.replace(masker, stage=1),
+    alone, _ = masker.mask(tokens[40:200], lengths[1:2], masker.keys(sequences([3])))
+    assert np.array_equal(shown[40:200], alone)
+    for changed, epoch in (
+        (masker, 1),
+        (dataclasses.replace(masker, seed=12), 0),
+        (dataclasses.replace(masker, corpus="other"), 0),
+        (dataclasses.replace(masker, stage=1), 0),
     ):
-        other, _ = changed.mask(tokens[40:100], lengths[1:2], changed.keys(sequences([3])))
+        other, _ = changed.mask(tokens[40:200], lengths[1:2], changed.keys(sequences([3], epoch)))
         assert not np.array_equal(other, alone)
 
 
-def test_a_higher_rate_keeps_the_masks_of_a_lower_one(masker):
+@pytest.mark.parametrize("unit", UNITS)
+def test_epochs_are_independent(masker, unit):
+    """Catches an epoch that changes the key but little: what one epoch masks the next masks as often as anything."""
+    masker = of(masker, unit=unit)
+    lengths = np.full(3000, 40)
+    tokens = text(lengths.sum())
+    before, after = (
+        flags(masker.mask(tokens, lengths, masker.keys(sequences(np.arange(3000), epoch))).chosen, len(tokens))
+        for epoch in (0, 1)
+    )
+    together = {"token": 1, "word": 2, "span": 9}[unit]  # tokens of one fate, as above
+    deviation = (0.15 * 0.85 * together / before.sum()) ** 0.5
+    assert after[before].mean() == pytest.approx(0.15, abs=4 * deviation)
+
+
+@pytest.mark.parametrize("unit", ["token", "word"])
+def test_a_higher_rate_keeps_the_masks_of_a_lower_one(masker, unit):
     """Catches a rate that enters the key: a rate schedule must not redraw everything at each step."""
-    tokens, lengths = np.full(1000, 9), np.array([1000])
-    _, low = masker.mask(tokens, lengths, masker.keys(sequences([0])))
-    higher = dataclasses.replace(masker, policy=MaskingPolicy(0.3, 0.8, 0.1))
-    _, high = higher.mask(tokens, lengths, higher.keys(sequences([0])))
+    tokens, lengths = text(1000), np.array([1000])
+    _, low = of(masker, unit=unit).mask(tokens, lengths, masker.keys(sequences([0])))
+    _, high = of(masker, unit=unit, rate=0.3).mask(tokens, lengths, masker.keys(sequences([0])))
     assert set(low) < set(high)
+
+
+@pytest.mark.parametrize(
+    ("unit", "digest"), [("token", "a7fa85049c7bb2f0"), ("word", "a5d4e113b05e5786"), ("span", "cedc03617d631046")]
+)
+def test_masks_stay_what_they_are(masker, unit, digest):
+    """Catches a change of any mask: a run that was begun with another version would be continued with other masks."""
+    lengths = np.arange(1, 60)
+    tokens = 3 + np.arange(lengths.sum()) % 4000
+    shown, chosen = of(masker, unit=unit).mask(tokens, lengths, masker.keys(sequences(np.arange(59), epoch=2)))
+    assert hashlib.sha256(shown.tobytes() + chosen.tobytes()).hexdigest()[:16] == digest
