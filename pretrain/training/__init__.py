@@ -3,6 +3,7 @@
 - loop: load, step, log, evaluate, save
 - engine: the only module that drives DeepSpeed; partitions: the only one that knows where it keeps a parameter
 - optimizers: parameter groups (decay, layer decay, freezing); update_rules: AdamW, LAMB, StableAdamW
+- averaging: a moving average of the weights
 - schedules: the learning rate as a function of the step
 - checkpoint: what is saved and restored; checkpoint_store: complete or not there; resume: what may change
 - stopping: signals and the STOP file; agreement: one decision for all ranks

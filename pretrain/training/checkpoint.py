@@ -4,6 +4,7 @@
         engine/rank-00000.safetensors   each rank's fragments of the fp32 masters and optimizer state
         engine/index.json               which slice of which parameter stands in which file
         hf/                             fp32 weights, config and tokenizer, for transformers
+        hf-ema/                         the same with the averaged weights, where they are kept
         state.json                      everything that is not a tensor
         COMPLETE                        checksums of all of the above, written last
 
@@ -44,7 +45,9 @@ from pretrain.training.partitions import (
     state_of,
 )
 
-_MASTER = "fp32"  # among the optimizer's own names (exp_avg, exp_avg_sq, step)
+# Kinds of tensors that are kept of a fragment, besides the optimizer's own (exp_avg, exp_avg_sq, step).
+_MASTER = "fp32"
+_AVERAGE = "ema"
 
 WriteModel = Callable[[dict[str, Tensor], Path], None]
 """Writes a Hugging Face folder from fp32 weights by parameter name."""
@@ -71,8 +74,9 @@ def save(
             index = _merge(gathered)
             write_json(aside / "engine" / "index.json", index)
             reader = FragmentReader(aside / "engine")
-            weights = {name: reader.read(name, _MASTER).view(index[name]["shape"]) for name in index}
-            write_model(weights, aside / "hf")
+            write_model(reader.read_all(_MASTER), aside / "hf")
+            if engine.average is not None:
+                write_model(reader.read_all(_AVERAGE), aside / "hf-ema")
             state = state | {"step": step, "loss_scaler": loss_scaler_state(engine.deepspeed)}
             write_json(aside / "state.json", state)
             mark(aside)
@@ -99,12 +103,16 @@ def load(engine: Engine, checkpoint: Path, moments: bool = True) -> None:
                 f"{checkpoint}: parameter '{fragment.name}' has shape {shape}, the model's has {fragment.shape}"
             )
         span = (fragment.start, fragment.start + fragment.numel)
+        master, kinds = reader.read(fragment.name, _MASTER, span), reader.kinds(fragment.name)
         state = {
             kind: reader.read(fragment.name, kind, span)
-            for kind in reader.kinds(fragment.name)
-            if moments and kind != _MASTER
+            for kind in kinds
+            if moments and kind not in (_MASTER, _AVERAGE)
         }
-        restore_fragment(engine.deepspeed, fragment, reader.read(fragment.name, _MASTER, span), state)
+        restore_fragment(engine.deepspeed, fragment, master, state)
+        if engine.average is not None:  # which begins at the weights where a fork has switched it on
+            average = reader.read(fragment.name, _AVERAGE, span) if _AVERAGE in kinds else master
+            engine.average.of(fragment).copy_(average)
     refresh_model(engine.deepspeed)
     restore_loss_scaler(engine.deepspeed, read_state(checkpoint)["loss_scaler"])
 
@@ -128,7 +136,7 @@ class FragmentReader:
         return tuple(self._index[name]["shape"])
 
     def kinds(self, name: str) -> list[str]:
-        """What is kept of a parameter: the fp32 master and the optimizer's states."""
+        """What is kept of a parameter: the fp32 master, the optimizer's states, the average."""
         return list(self._index[name]["kinds"])
 
     def read(self, name: str, kind: str, span: tuple[int, int] | None = None) -> Tensor:
@@ -150,6 +158,10 @@ class FragmentReader:
         assert whole is not None
         return whole
 
+    def read_all(self, kind: str) -> dict[str, Tensor]:
+        """Whole parameters in their own shapes, by name."""
+        return {name: self.read(name, kind).view(self.shape(name)) for name in self._index}
+
     def _open(self, name: str) -> Any:
         if name not in self._files:
             self._files[name] = safe_open(self._folder / name, framework="pt")
@@ -164,6 +176,8 @@ def _write_fragments(engine: Engine, path: Path) -> dict[str, Any]:
     entries: dict[str, Any] = {}
     for fragment in fragments(engine.deepspeed):
         kept = {_MASTER: fragment.master} | state_of(engine.deepspeed, fragment)
+        if engine.average is not None:
+            kept[_AVERAGE] = engine.average.of(fragment)
         for kind, tensor in kept.items():
             tensors[_key(fragment.name, fragment.start, kind)] = tensor.detach().to("cpu", copy=True).contiguous()
         entries[fragment.name] = {

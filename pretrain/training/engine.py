@@ -28,6 +28,7 @@ from pretrain.batching.counter_rng import key_of
 from pretrain.batching.loader import Microbatch, World
 from pretrain.config import PretrainConfig
 from pretrain.modeling.masked_lm import MaskedLanguageModel, Predictions
+from pretrain.training.averaging import AveragedWeights
 from pretrain.training.ds_config import Precision, precision_of, ready_file, stage_of, stage_run
 from pretrain.training.optimizers import build_optimizer, parameter_groups
 from pretrain.training.partitions import fragments, global_norm
@@ -154,6 +155,8 @@ class Engine:
             optimizer.attach(fragments(engine), sorted(engine.param_names.values()), self._sum_over_parts)
         for parameter in frozen:
             parameter.register_hook(self._gradient_unless_frozen)
+        decay = config.model.ema_decay
+        self.average = None if decay is None else AveragedWeights(fragments(engine), decay)
 
     @property
     def device(self) -> torch.device:
@@ -184,13 +187,11 @@ class Engine:
         Raises LossScaleError, on all ranks.
         """
         self._limit, self._within_limit = limit, None
-        if self.deepspeed.zero_optimization_stage() == 0:
-            return self._step_at_stage_0()
-        self.deepspeed.step()
-        if self._loss_scaler is not None:
-            self._loss_scaler.settle()
-        norm = float(self.deepspeed.get_global_grad_norm())
-        return StepResult(bool(self.deepspeed.was_step_applied()) and self._is_within_limit(norm), norm)
+        sharded = self.deepspeed.zero_optimization_stage() > 0
+        result = self._step_when_sharded() if sharded else self._step_at_stage_0()
+        if result.applied and self.average is not None:
+            self.average.update()
+        return result
 
     @torch.no_grad()
     def predict(self, microbatch: Microbatch) -> Predictions:
@@ -210,6 +211,13 @@ class Engine:
 
     def close(self) -> None:
         self.deepspeed.destroy()
+
+    def _step_when_sharded(self) -> StepResult:
+        self.deepspeed.step()
+        if self._loss_scaler is not None:
+            self._loss_scaler.settle()
+        norm = float(self.deepspeed.get_global_grad_norm())
+        return StepResult(bool(self.deepspeed.was_step_applied()) and self._is_within_limit(norm), norm)
 
     def _step_at_stage_0(self) -> StepResult:
         """DeepSpeed's stage 0 neither tells the gradient's norm nor stops at NaN: both are done here."""

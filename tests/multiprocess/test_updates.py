@@ -100,3 +100,22 @@ def test_frozen_parameters_are_left_out_until_they_thaw(
     assert norms[0] < 0.95 * curve(tmp_path / "free", "grad_norm")[0], "the frozen part is too small to show"
     first = gradient_norm(frozen[2], [key for key in frozen[2] if is_frozen(key) and key.endswith("/exp_avg")])
     assert 0.1 * norms[2] < first < norms[2], "the first moment after the thaw is one gradient, weighted as a first"
+
+
+@pytest.mark.parametrize(("world_size", "ds_config"), [(2, "fp32_zero0"), (2, "fp32_zero1"), (2, "bf16_zero3")])
+def test_a_run_that_is_resumed_before_the_thaw_is_the_unbroken_one(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, world_size: int, ds_config: str
+) -> None:
+    """Catches a thaw that is counted from the resume, and moments or counters that a resume gives to what is frozen."""
+    trees = {name: settings(tmp_path / name, wordpiece_corpus, ds_config) for name in ("unbroken", "broken")}
+    for tree in trees.values():
+        tree["model"] |= {"freeze": list(FROZEN), "freeze_steps": 4}
+        tree["optimizer"] |= {"layer_decay": 0.7}
+    pools[world_size].run(pretrain_case, trees["unbroken"])
+    for steps in (3, 1):
+        assert pools[world_size].run(pretrain_case, trees["broken"], steps)[0] == "stopped"
+    pools[world_size].run(pretrain_case, trees["broken"])
+    one, other = (everything(checkpoint_path(tmp_path / name / "checkpoints", 6)) for name in trees)
+    assert {float(value) for key, value in one.items() if is_frozen(key) and key.endswith("/step")} == {2.0}
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert curve(tmp_path / "broken", "grad_norm") == curve(tmp_path / "unbroken", "grad_norm")
