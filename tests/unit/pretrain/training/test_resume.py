@@ -38,4 +38,164 @@ def who(
         (who(model__freeze=["embeddings"], model__freeze_steps=5), "model.freeze"),
         (who(model__ema_decay=0.99), "model.ema_decay"),
         (who(optimizer__name="lamb"), "optimizer.name"),
-        (who(fingerprint="f2"), "corpus.train"),
+        (who(corpora=(("f2", 1.0),)), "corpus.train"),
+        (who(corpora=(("f1", 1.0), ("f2", 1.0))), "corpus.train"),
+        (who(schedule__batch_warmup_steps=5), "schedule.batch_warmup_steps"),
+        (who(schedule__stages=STAGES), "schedule.stages"),
+    ],
+)
+def test_what_makes_it_another_run_is_refused(now: dict[str, Any], key: str) -> None:
+    """Catches a run that goes on with other data, masks or parameters under the same name."""
+    with pytest.raises(UserError) as refused:
+        check_resume(who(), now, "RUN/checkpoints/step-00000010")
+    assert f"another {key}" in str(refused.value)
+    assert "RUN/checkpoints/step-00000010" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "key"),
+    [
+        ({"corpora": (("f1", 1.0), ("f2", 1.0))}, {"corpora": (("f1", 1.0), ("f2", 2.0))}, "corpus.train"),
+        ({"schedule__stages": STAGES}, {"schedule__stages": [STAGES[0] | {"steps": 4}, STAGES[1]]}, "schedule.stages"),
+        ({"schedule__stages": STAGES}, {"schedule__stages": [STAGES[0], {"sequences": 31}]}, "schedule.stages"),
+        (
+            {"masking__rate": [0.3, 0.1], "masking__schedule": "linear"},
+            {"masking__rate": [0.3, 0.1], "masking__schedule": "linear", "schedule__steps": 11},
+            "schedule.steps",
+        ),
+    ],
+)
+def test_another_stream_is_refused(before: dict[str, Any], now: dict[str, Any], key: str) -> None:
+    """Catches weights, stages and a masking rate's run length that change under a run."""
+    with pytest.raises(UserError, match=f"another {key}"):
+        check_resume(who(**before), who(**now), "a checkpoint")
+
+
+@pytest.mark.parametrize(
+    "now",
+    [
+        [STAGES[0] | {"microbatch_tokens": 512}, STAGES[1]],
+        [STAGES[0], STAGES[1] | {"steps": 7}],
+        [STAGES[0], STAGES[1] | {"max_seq_length": 128}],
+    ],
+)
+def test_what_a_stage_says_in_other_words_may_change(now: list[dict[str, int]]) -> None:
+    """Catches stages that are compared as they are written instead of by what they do to the stream."""
+    assert check_resume(who(schedule__stages=STAGES), who(schedule__stages=now), "a checkpoint") == []
+
+
+@pytest.mark.parametrize(
+    ("now", "key"),
+    [
+        (who(optimizer__lr=1.0), "optimizer.lr"),
+        (who(optimizer__layer_decay=0.9), "optimizer.layer_decay"),
+        (who(schedule__steps=20), "schedule.steps"),
+        (who(batch__microbatch_tokens=4096), "batch.microbatch_tokens"),
+        (who(engine__ds_config="x.json"), "engine.ds_config"),
+        (who(run__log_every=3), "run.log_every"),
+        (who(checkpoint__keep_last=1), "checkpoint.keep_last"),
+        (who(corpus__eval={"more": "/data/b"}), "corpus.eval.more"),
+    ],
+)
+def test_what_may_change_is_told(now: dict[str, Any], key: str) -> None:
+    """Catches a harmless change that is refused, and one that nobody hears of."""
+    (line,) = [line for line in check_resume(who(), now, "a checkpoint") if line.startswith(key)]
+    assert "->" in line
+
+
+def test_a_run_may_move() -> None:
+    """Catches a run that cannot go on after its folder, its corpus or transformers changed place or version."""
+    now = who(run__dir="/elsewhere", corpus__train="/mnt/data/a", model=MODEL | {"transformers_version": "6.0"})
+    assert check_resume(who(), now, "a checkpoint") == []
+
+
+def test_an_identity_survives_json() -> None:
+    """Catches tuples and other values that compare unequal after a checkpoint was written and read."""
+
+    assert check_resume(json.loads(json.dumps(who())), who(), "a checkpoint") == []
+
+
+def test_a_fork_may_change_what_a_resume_may_not() -> None:
+    """Catches a fork that is bound to its parent's data, or that trains another model with its parent's state."""
+    now = who(run__seed=1, batch__sequences=64, masking__rate=0.3, corpora=(("f2", 1.0),), optimizer__name="lamb")
+    assert {line.partition(":")[0] for line in check_fork(who(), now, "a checkpoint")} == {
+        "run.seed",
+        "batch.sequences",
+        "masking.rate",
+        "corpus.train",
+        "optimizer.name",
+    }
+    frozen = {"config": {"model_type": "bert"}, "freeze": ["embeddings"], "freeze_steps": 5, "ema_decay": 0.9}
+    assert len(check_fork(who(), {**who(), **identity_of_model(frozen)}, "a checkpoint")) == 3
+    with pytest.raises(UserError, match=r"another model\.hidden_size.*init_from"):
+        check_fork(who(), who(model=MODEL | {"hidden_size": 32}), "a checkpoint")
+
+
+def identity_of_model(settings: dict[str, Any]) -> dict[str, Any]:
+    tree = {**CONFIG, "schedule": {"steps": 10}, "model": settings}
+    return identity(build_config(PretrainConfig, tree), MODEL, [("f1", 1.0)])
+
+
+def make_run(path: Path, steps: tuple[int, ...], relation: str | None = None, parent: Path | None = None) -> Path:
+    """A run with checkpoints of these steps, that began with the newest one of `parent`."""
+    folder = RunFolder(path)
+    ancestors = ancestors_of(checkpoint_path(parent / "checkpoints", 4) / "hf", relation) if parent and relation else []
+    run_id = write_provenance(folder, {}, ancestors)
+    for step in steps:
+        checkpoint = checkpoint_path(folder.checkpoints, step)
+        (checkpoint / "hf").mkdir(parents=True)
+        write_origin(checkpoint / "hf", folder, {"run_id": run_id, "ancestors": ancestors}, step)
+        (checkpoint / "state.json").write_text(json.dumps({"identity": who()}))
+        mark(checkpoint)
+    return path
+
+
+def begin(run: Path, resume: str) -> Beginning:
+    return find_beginning(RunConfig(dir=str(run), resume=resume), RunFolder(run), who())
+
+
+def test_what_a_checkpoint_may_be_called(tmp_path: Path) -> None:
+    """Catches a fork of another checkpoint than the one that a path names."""
+    parent, new = make_run(tmp_path / "parent", (2, 4)), tmp_path / "new"
+    (parent / "checkpoints" / "best").write_text("step-00000002\n")
+    (tmp_path / "link").symlink_to(checkpoint_path(parent / "checkpoints", 2))
+    names = {
+        parent: 4,
+        checkpoint_path(parent / "checkpoints", 2): 2,
+        parent / "checkpoints" / "best": 2,
+        tmp_path / "link": 2,
+    }
+    for name, step in names.items():
+        assert begin(new, str(name)) == Beginning(checkpoint_path(parent / "checkpoints", step), fork=True)
+    (checkpoint_path(parent / "checkpoints", 4) / "state.json").write_text("{}")
+    assert begin(new, str(parent)).checkpoint == checkpoint_path(parent / "checkpoints", 2)
+    with pytest.raises(UserError, match="can be read"):
+        begin(new, str(checkpoint_path(parent / "checkpoints", 4)))
+
+
+def test_a_fork_goes_on_and_nothing_else_is_overwritten(tmp_path: Path) -> None:
+    """Catches a fork that forks again after it has saved, and one into somebody else's run folder."""
+    parent, other = make_run(tmp_path / "parent", (2, 4)), make_run(tmp_path / "other", (4,))
+    fork = make_run(tmp_path / "fork", (6,), "fork", parent)
+    own = Beginning(checkpoint_path(fork / "checkpoints", 6))
+    assert begin(fork, str(parent)) == begin(fork, "auto") == own
+    assert begin(fork, str(tmp_path / "deleted")) == own, "the parent is not needed any more"
+    for run in (other, parent, make_run(tmp_path / "continued", (6,), "init_from", parent)):
+        with pytest.raises(UserError, match="was not forked from"):
+            begin(run, str(parent))
+    with pytest.raises(UserError, match="was not forked from"):
+        begin(fork, str(other))
+
+
+@pytest.mark.parametrize(("resume", "why"), [("sometimes", "is not there"), ("", "holds no complete checkpoint")])
+def test_what_names_no_checkpoint_is_refused(tmp_path: Path, resume: str, why: str) -> None:
+    """Catches a misspelled path that begins a run from nothing."""
+    with pytest.raises(UserError, match=rf"'run\.resume': expected auto, never.*{why}"):
+        begin(tmp_path / "run", resume or str(tmp_path))
+
+
+def test_never_wants_an_unused_folder(tmp_path: Path) -> None:
+    """Catches a second run on top of a first one."""
+    assert begin(tmp_path / "new", "never") == begin(tmp_path / "new", "auto") == Beginning()
+    with pytest.raises(UserError, match="holds a run already"):
+        begin(make_run(tmp_path / "run", (4,)), "never")
