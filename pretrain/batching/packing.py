@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-_ROW_BUCKETS = 8  # a microbatch has a multiple of 1/8 of the largest number of rows
+_ROW_BUCKETS = 16  # a microbatch has a multiple of 1/16 of the largest number of rows
 
 
 @dataclass(frozen=True)
