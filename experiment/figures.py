@@ -8,7 +8,15 @@ from typing import Literal
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import (
+    EngFormatter,
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    NullLocator,
+    PercentFormatter,
+)
 
 # Okabe & Ito (2008), "Color universal design": told apart by readers with any colour vision.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -51,6 +59,20 @@ def draw_panels(path: Path, panels: Sequence[Panel], x_label: str = "step") -> N
     column[-1].set_xlabel(x_label, color=GREY)
     column[-1].xaxis.set_major_locator(MaxNLocator(8, integer=True))
     column[-1].xaxis.set_major_formatter(EngFormatter(sep=""))
+    _save(canvas, path)
+
+
+def draw_grid(path: Path, panel: Panel, x_label: str, ticks: Mapping[float, str], log_x: bool) -> None:
+    """Draw one panel over values that were chosen: `ticks` names each of them."""
+    canvas = Canvas(figsize=(9, 5), dpi=144, layout="constrained")
+    axes = canvas.subplots()
+    if log_x:
+        axes.set_xscale("log")
+    _draw_panel(axes, panel)
+    axes.set_xticks(list(ticks), list(ticks.values()))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.margins(x=0.08)
+    axes.set_xlabel(x_label, color=GREY)
     _save(canvas, path)
 
 

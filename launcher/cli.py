@@ -260,6 +260,60 @@ def finetune(*, config: str, overrides: Overrides) -> None:
 
 
 @command
+def sweep(
+    *,
+    config: str,
+    grid: str,
+    output: str | None = None,
+    metric: str | None = None,
+    hostfile: str | None = None,
+    num_gpus: int | None = None,
+    include: str | None = None,
+    exclude: str | None = None,
+    oversubscribe: bool = False,
+    dry_run: bool = False,
+    overrides: Overrides,
+) -> None:
+    """Run a pretraining or fine-tuning config at every point of a grid.
+
+    Every point is checked before the first one starts; then they run one after the other, each in a folder of its own.
+    Started again, finished runs are passed over and interrupted ones go on; one that fails does not end the others. At
+    the end there is one table, best first, and one plot, also as sweep.csv, sweep.json and sweep.png.
+
+    Args:
+        config (FILE): the run as YAML, of either kind
+        grid (GRID): values of any config keys, as 'KEY=VALUE,VALUE KEY=VALUE,VALUE', lists in brackets
+        output (DIR): where the runs and the results go; by default the config's run.dir with -sweep behind it
+        metric (NAME): what is compared; by default the last eval/NAME/loss of the first corpus, or the task's metric
+        hostfile (FILE): as for `deepcloze pretrain`
+        num_gpus (N): as for `deepcloze pretrain`
+        include (FILTER): as for `deepcloze pretrain`
+        exclude (FILTER): as for `deepcloze pretrain`
+        oversubscribe: as for `deepcloze pretrain`
+        dry_run: check every point, print its command, and start nothing
+        overrides: any key of the config file, the same for all runs, such as --schedule.steps=500
+
+    Example:
+        deepcloze sweep --config my-run.yaml --grid "optimizer.lr=1e-4,5e-4 schedule.epochs=1,2"
+    """
+    from launcher.sweep import launch_sweep
+
+    launch_sweep(
+        config,
+        overrides,
+        grid,
+        output=output,
+        metric=metric,
+        dry_run=dry_run,
+        hostfile=hostfile,
+        num_gpus=num_gpus,
+        include=include,
+        exclude=exclude,
+        oversubscribe=oversubscribe,
+    )
+
+
+@command
 def report(run: str) -> None:
     """Draw the curves and tables of a run.
 
@@ -276,7 +330,7 @@ def report(run: str) -> None:
 
 COMMANDS: dict[str, Command] = {
     function.__name__: function
-    for function in (python_docs, tokenizer, corpus, pretrain, evaluate, export, finetune, report)
+    for function in (python_docs, tokenizer, corpus, pretrain, evaluate, export, finetune, sweep, report)
 }
 
 

@@ -5,7 +5,7 @@ import pytest
 
 
 @pytest.mark.parametrize(
-    "module", ["configuration", "folder", "tracking", "tracking.rank_logs", "meters", "provenance", "report"]
+    "module", ["configuration", "folder", "tracking", "tracking.rank_logs", "meters", "provenance", "report", "sweep"]
 )
 def test_importing_it_takes_no_heavy_library(module: str) -> None:
     """Catches an import that makes `deepcloze --help` wait for torch, or starts wandb where it is not asked for."""
