@@ -24,7 +24,7 @@ with (folder / "metrics.jsonl").open("a") as file:
     if loss == "fail":
         sys.exit(1)
     time.sleep(seconds)
-    file.write(json.dumps({"step": 2, "eval/held/loss": float(loss)}) + "\\n")
+    file.write(json.dumps({"step": 2, "eval/held/loss": float(loss)}) + "\n")
 (folder / "logs" / "outcome.json").write_text(json.dumps({"outcome": "done", "message": ""}))
 """
 
