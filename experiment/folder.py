@@ -67,6 +67,10 @@ class RunFolder:
         """Written by the ranks when they end, read by the launcher: {"outcome": …, "message": …}."""
         return self.path / "logs" / "outcome.json"
 
+    def bad_batch(self, step: int) -> Path:
+        """What is known of a batch that training could not go on with."""
+        return self.path / "health" / f"step-{step:08d}"
+
     def rank_log(self, rank: int) -> Path:
         return self.logs / f"rank-{rank}.log"
 

@@ -29,7 +29,7 @@ from experiment.meters import peak_flops
 from experiment.provenance import ancestors_of, collect_provenance, read_provenance, write_origin, write_provenance
 from experiment.tracking import Tracker, open_trackers
 from experiment.tracking.rank_logs import set_up_logging
-from pretrain.batching.loader import Layout, World
+from pretrain.batching.loader import Layout, RankBatch, World
 from pretrain.check import Inputs, check_beginning, check_run, run_identity
 from pretrain.config import PretrainConfig, WeightedCorpus
 from pretrain.evaluate import as_metrics, evaluate, held_out
@@ -38,10 +38,11 @@ from pretrain.modeling.build import BuiltModel, build_model
 from pretrain.modeling.flops import flops_model
 from pretrain.modeling.masked_lm import MaskedLanguageModel
 from pretrain.stream import masking_policy, open_stream
-from pretrain.training import checkpoint, checkpoint_store
+from pretrain.training import checkpoint, checkpoint_store, quarantine
 from pretrain.training.agreement import Agreement
 from pretrain.training.ds_config import find_ds_config
 from pretrain.training.engine import Engine, LossScaleError, connect, disconnect
+from pretrain.training.health import Fault, UnhealthyError
 from pretrain.training.loop import Parts, Progress, fork_of, progress_of, train
 from pretrain.training.resume import Beginning
 from pretrain.training.stopping import StopWish
@@ -82,11 +83,14 @@ def pretrain(config: PretrainConfig, world: World) -> Outcome:
                     config=config,
                     engine=engine,
                     agreement=agreement,
-                    batches=stream.load(progress.step, on_gpu),
+                    batches=lambda step: stream.load(step, on_gpu),
                     steps=stream.steps,
                     corpora=tuple(given.name for given in inputs.train),
                     evaluate=_evaluation(config, inputs, built, engine, folder),
                     save=_saving(config, inputs, built, engine, folder),
+                    saved=None if beginning.fork or beginning.checkpoint is None else progress.step,
+                    go_back=_going_back(engine, agreement, folder),
+                    set_aside=_setting_aside(inputs, world, folder),
                     stop=stop,
                     tracker=tracker,
                     flops=flops,
@@ -99,6 +103,10 @@ def pretrain(config: PretrainConfig, world: World) -> Outcome:
         except checkpoint.UnwritableError as error:
             log.error("no checkpoint can be written: %s", error)
             outcome = Outcome.STOPPED
+        except (LossScaleError, UnhealthyError) as error:
+            log.error("%s", error)
+            agreement.wait()  # a rank that ends before rank 0 has spoken takes it along
+            raise
         finally:
             if tracker is not None:
                 tracker.close(outcome)
@@ -183,10 +191,37 @@ def _saving(
             write_origin(target, folder, record, progress.step)
 
         state = {"progress": asdict(progress), "config": config.model_dump(mode="json"), "identity": who}
-        keep = checkpoint_store.Retention(config.checkpoint.keep_last, config.checkpoint.keep_every)
+        best = progress.standing.best_step
+        keep = checkpoint_store.Retention(config.checkpoint.keep_last, config.checkpoint.keep_every, best)
         checkpoint.save(engine, folder.checkpoints, progress.step, state, write_model, keep)
+        if best is not None and engine.world.rank == 0:
+            checkpoint_store.name_best(folder.checkpoints, best)
 
     return save
+
+
+def _going_back(engine: Engine, agreement: Agreement, folder: RunFolder) -> Callable[[], Progress]:
+    def go_back() -> Progress:
+        newest = agreement.of_rank_0(lambda: checkpoint_store.newest_usable(folder.checkpoints))
+        assert newest is not None  # the loop has saved one before it goes on from anywhere
+        checkpoint.load(engine, newest)
+        return progress_of(checkpoint_store.read_state(newest))
+
+    return go_back
+
+
+def _setting_aside(inputs: Inputs, world: World, folder: RunFolder) -> Callable[[RankBatch, list[float], Fault], Path]:
+    corpora = [given.name for given in inputs.train]
+
+    def set_aside(batch: RankBatch, losses: list[float], fault: Fault) -> Path:
+        where = folder.bad_batch(fault.step)
+        try:
+            quarantine.set_aside(where, world, batch, losses, fault, corpora, inputs.tokenizer.decode)
+        except OSError as error:
+            log.warning("this rank's share of the bad batch cannot be written to %s: %s", where, error)
+        return where
+
+    return set_aside
 
 
 def _open_tracker(
@@ -224,9 +259,8 @@ def main(argv: Sequence[str]) -> None:
         outcome, message = Outcome.REFUSED, str(error)
         if rank == 0:
             print(f"deepcloze: {message}", file=sys.stderr)
-    except LossScaleError as error:
+    except (LossScaleError, UnhealthyError) as error:
         message = str(error)
-        log.error("%s", message)
     except BaseException as error:
         message = f"rank {rank}: {type(error).__name__}: {error}"
         log.exception("this rank failed")

@@ -24,6 +24,13 @@ class Agreement:
         dist.all_reduce(summed, group=self._group)
         return [int(total) for total in summed]
 
+    def gathered(self, numbers: Sequence[int]) -> list[list[int]]:
+        """The numbers of every rank, by rank."""
+        own = torch.tensor(numbers, dtype=torch.int64)
+        found = [torch.empty_like(own) for _ in range(dist.get_world_size(self._group))]
+        dist.all_gather(found, own, group=self._group)
+        return [of_rank.tolist() for of_rank in found]
+
     def of_rank_0(self, find: Callable[[], T]) -> T:
         """What `find` gives on rank 0, on all ranks; a UserError there is raised on all of them."""
         box: list[Any] = [None, None]

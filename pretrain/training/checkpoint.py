@@ -37,6 +37,7 @@ from pretrain.training.checkpoint_store import (
 )
 from pretrain.training.engine import Engine
 from pretrain.training.partitions import (
+    forget_state,
     fragments,
     loss_scaler_state,
     refresh_model,
@@ -96,6 +97,7 @@ def load(engine: Engine, checkpoint: Path, moments: bool = True) -> None:
     Raises UserError where its parameters are not the model's.
     """
     reader = FragmentReader(checkpoint / "engine")
+    forget_state(engine.deepspeed)
     for fragment in fragments(engine.deepspeed):
         shape = reader.shape(fragment.name)
         if shape != fragment.shape:

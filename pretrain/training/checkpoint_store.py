@@ -13,6 +13,7 @@ from typing import Any
 import xxhash
 
 from experiment.errors import UserError
+from experiment.folder import write_text
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +25,7 @@ _MARK = "COMPLETE"
 class Retention:
     keep_last: int
     keep_every: int | None = None
+    best: int | None = None  # this step's is kept as long as it is the best
 
 
 def checkpoint_path(checkpoints: Path, step: int) -> Path:
@@ -99,6 +101,11 @@ def mark(folder: Path) -> None:
     sync(folder)
 
 
+def name_best(checkpoints: Path, step: int) -> None:
+    """Let `checkpoints/best` say which checkpoint is the best one."""
+    write_text(checkpoints / "best", f"{checkpoint_path(checkpoints, step).name}\n")
+
+
 def forget_old(checkpoints: Path, keep: Retention, newest: int) -> None:
     """Delete the checkpoints that need not be kept, and what unfinished saves left.
 
@@ -109,7 +116,7 @@ def forget_old(checkpoints: Path, keep: Retention, newest: int) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
     by_step = {_step(path): path for path in complete_checkpoints(checkpoints)}
     for step in [step for step in by_step if step <= newest][: -keep.keep_last]:
-        if keep.keep_every is None or step % keep.keep_every != 0:
+        if step != keep.best and (keep.keep_every is None or step % keep.keep_every != 0):
             # Renamed first: a half-deleted checkpoint is none, and the next save tidies it up.
             aside = by_step[step].rename(checkpoints / f".{by_step[step].name}.partial")
             shutil.rmtree(aside)

@@ -177,8 +177,12 @@ class Engine:
         self.deepspeed.train()
         torch.manual_seed(key_of(("dropout", self.seed, step, self.world.rank, number)) >> 1)
         predictions: Predictions = self.deepspeed(*self._on_device(microbatch))
-        self.deepspeed.backward(predictions.loss_sum * (self.world.size / global_masked), scale_wrt_gas=False)
-        return predictions.loss_sum.detach()
+        loss_sum = predictions.loss_sum.detach()
+        # Times NaN where the loss is not finite, which not every such loss makes of its gradient by itself: the norm of
+        # the gradient then tells all ranks.
+        weight = self.world.size / global_masked + 0.0 * loss_sum
+        self.deepspeed.backward(predictions.loss_sum * weight, scale_wrt_gas=False)
+        return loss_sum
 
     def step(self, limit: float = math.inf) -> StepResult:
         """Reduce, clip, update. An update whose gradient's norm exceeds `limit` or is not finite is not applied: no

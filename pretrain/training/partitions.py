@@ -104,6 +104,26 @@ def refresh_model(engine: Any) -> None:
         optimizer.update_lp_params()
 
 
+def forget_state(engine: Any) -> None:
+    """Before a restoring: what the engine has learned since a checkpoint that knows less must not stay."""
+    base_optimizer(engine).state.clear()
+
+
+def replicas(engine: Any) -> Iterator[tuple[str, Tensor]]:
+    """The weights that every rank holds whole, by name, as the model computes with them.
+
+    At stage 3 those are the small ones that DeepSpeed keeps gathered; the others exist once, cut across ranks.
+    """
+    for name, parameter in engine.module.named_parameters():
+        if not hasattr(parameter, "ds_persist") or (parameter.ds_persist and parameter.numel() == parameter.ds_numel):
+            yield name, parameter.data
+
+
+def all_finite(engine: Any) -> bool:
+    """Whether all fp32 masters that this rank owns are numbers."""
+    return all(bool(fragment.master.isfinite().all()) for fragment in fragments(engine))
+
+
 def base_optimizer(engine: Any) -> torch.optim.Optimizer:
     """The torch optimizer inside DeepSpeed's wrapper; its state is keyed by `Fragment.flat`."""
     base: torch.optim.Optimizer = engine.basic_optimizer

@@ -107,6 +107,13 @@ def curve(folder: Path, key: str = "loss") -> list[Any]:
     return [event[key] for event in events(folder)]
 
 
+def untimed(folder: Path) -> list[Tree]:
+    """All events of a run, evaluations too, without what depends on the clock."""
+    timed = ("tokens_per_second", "mfu", "data_wait", "memory")
+    lines = RunFolder(folder).metrics.read_text(encoding="utf-8").splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key not in timed} for line in lines]
+
+
 def everything(checkpoint: Path) -> dict[str, Tensor]:
     """All that a checkpoint keeps of the parameters: "name/kind" -> the flattened fp32 master or state, or a scalar."""
     reader = FragmentReader(checkpoint / "engine")

@@ -1,7 +1,6 @@
 """A run that was stopped and goes on is the run that was never stopped."""
 
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +8,11 @@ import pytest
 import torch
 
 from experiment.configuration import build_config
-from experiment.folder import RunFolder
 from pretrain.batching.loader import World
 from pretrain.config import PretrainConfig
 from pretrain.training.checkpoint_store import Retention, checkpoint_path, complete_checkpoints
 from ranks import RankPool
-from runs import NO_DROPOUT, TINY, Tree, curve, everything, pretrain_case, settings
+from runs import NO_DROPOUT, TINY, Tree, curve, everything, pretrain_case, settings, untimed
 
 Layout = tuple[int, str]  # world size, DeepSpeed file
 
@@ -24,13 +22,6 @@ LAYOUTS = [
     if (precision, stage) != ("bf16", 0)  # which runs as stage 1
 ]
 EXACT_SAMPLE = [(1, "fp32_zero0"), (2, "fp32_zero1"), (2, "fp32_zero3"), (2, "bf16_zero1")]
-
-
-def untimed(folder: Path) -> list[Tree]:
-    """All events of a run, evaluations too, without what depends on the clock."""
-    timed = ("tokens_per_second", "mfu", "data_wait", "memory")
-    lines = RunFolder(folder).metrics.read_text(encoding="utf-8").splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key not in timed} for line in lines]
 
 
 @pytest.mark.parametrize(
