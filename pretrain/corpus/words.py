@@ -32,13 +32,19 @@ class WordMarks:
 
     begins: Flags  # [largest id + 1] a word begins with this token
     ends: Flags  # [largest id + 1] a word begins after this token
+    opens: Flags  # [largest id + 1] this token is a space alone, which belongs to what follows it
 
     def starts(self, ids: NDArray[np.integer[Any]]) -> Flags:
         """Which tokens [T] of a text begin a word; the first always does."""
         found: Flags = self.begins[ids]
         found[1:] |= self.ends[ids[:-1]]
-        found[:1] = True
-        return found
+        return self.joined(found, ids)
+
+    def joined(self, starts: Flags, ids: NDArray[np.integer[Any]]) -> Flags:
+        """Word starts [T], changed in place: none after a lone space, one at the first token."""
+        starts[1:] &= ~self.opens[ids[:-1]]
+        starts[:1] = True
+        return starts
 
 
 def word_marks(tokenizer_json: str) -> WordMarks | None:
@@ -57,7 +63,7 @@ def word_marks(tokenizer_json: str) -> WordMarks | None:
         vocabulary if isinstance(vocabulary, dict) else {piece: token for token, (piece, _) in enumerate(vocabulary)}
     )
     added = [token["id"] for token in state["added_tokens"]]
-    begins, ends = np.zeros((2, max([*pieces.values(), *added]) + 1), dtype=np.bool_)
+    begins, ends, opens = np.zeros((3, max([*pieces.values(), *added]) + 1), dtype=np.bool_)
     ids = list(pieces.values())
     if continuing := model.get("continuing_subword_prefix"):
         begins[ids] = [not piece.startswith(continuing) for piece in pieces]
@@ -67,12 +73,15 @@ def word_marks(tokenizer_json: str) -> WordMarks | None:
         texts = [_text_of(piece) for piece in pieces]
         begins[ids] = [text[:1] == " " or _is_apart(text[:1]) for text in texts]
         ends[ids] = [_is_apart(text[-1:]) for text in texts]
+        opens[ids] = [text == " " for text in texts]
     elif "Metaspace" in kinds:
-        begins[ids] = [piece.startswith(kinds["Metaspace"]["replacement"]) for piece in pieces]
+        space = kinds["Metaspace"]["replacement"]
+        begins[ids] = [piece.startswith(space) for piece in pieces]
+        opens[ids] = [piece == space for piece in pieces]
     else:
         return None
     begins[added] = ends[added] = True
-    return WordMarks(begins, ends)
+    return WordMarks(begins, ends, opens)
 
 
 def _parts(pre_tokenizer: Any) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -120,8 +129,7 @@ def segmented_starts(
     after_chinese = chinese[places - 1] & (places > 0)
     first_of_character = np.diff(places, prepend=-1) != 0
     starts: Flags = np.where(chinese[places] | after_chinese, begins[places] & first_of_character, marks.starts(ids))
-    starts[:1] = True
-    return starts
+    return marks.joined(starts, ids)
 
 
 def _is_chinese(characters: NDArray[np.uint32]) -> Flags:

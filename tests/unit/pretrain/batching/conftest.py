@@ -45,7 +45,7 @@ def vocabulary() -> Vocabulary:
     """Ids 0-4 are special, the others are real; those that 3 divides continue a word."""
     unmaskable = np.zeros(5000, dtype=bool)
     unmaskable[:5] = True
-    marks = WordMarks(begins=np.arange(5000) % 3 != 0, ends=np.zeros(5000, dtype=bool))
+    marks = WordMarks(begins=np.arange(5000) % 3 != 0, ends=np.zeros(5000, bool), opens=np.zeros(5000, bool))
     return Vocabulary((CLS,), (SEP,), PAD, MASK, unmaskable, np.arange(5, 5000), marks)
 
 

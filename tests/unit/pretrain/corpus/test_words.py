@@ -1,0 +1,351 @@
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from experiment.errors import UserError
+from pretrain.batching.masking import Masker, MaskingPolicy
+from pretrain.batching.order import BatchSequences
+from pretrain.batching.vocabulary import vocabulary_of
+from pretrain.corpus import build, shards, words
+from pretrain.corpus.build import build_corpus
+from pretrain.corpus.reader import open_corpus
+from pretrain.corpus.tokenizer import load_tokenizer
+from pretrain.corpus.words import WordMarks, segmented_starts, word_marks
+
+needs_jieba = pytest.mark.skipif(find_spec("jieba") is None, reason="the package jieba is not installed")
+
+SENTENCES = ["我在图书馆看电影", "天气很好，我们去北京大学。", "他用google搜索了3.5万条结果", "the knowns of film"]
+
+
+def byte_level() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("k", "n"), ("o", "w"), ("kn", "ow"), ("Ġ", "w"), ("'", "t"), ("å", "¤"), ("å¤", "©"), (".", ".")]
+    vocabulary = {piece: token for token, piece in enumerate([*alphabet, *map("".join, merges), "<mask>"])}
+    tokenizer.model = models.BPE(vocab=vocabulary, merges=merges)
+    tokenizer.add_special_tokens(["<mask>"])
+    return tokenizer
+
+
+def unigram() -> Tokenizer:
+    pieces = ["<unk>", "▁", "▁known", "s", ",", "(", ")", "▁(", "un", "▁un", "well", "天"]
+    tokenizer = Tokenizer(models.Unigram([(piece, -1.0) for piece in pieces], unk_id=0))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+    return tokenizer
+
+
+def word_piece(chinese_alone: bool = True) -> Tokenizer:
+    pieces = [
+        "[UNK]",
+        "known",
+        "##s",
+        "well",
+        "the",
+        ",",
+        ".",
+        "(",
+        ")",
+        "-",
+        "你",
+        "好",
+        "##你",
+        "##好",
+        "ok",
+        "3",
+        "5",
+    ]
+    tokenizer = Tokenizer(models.WordPiece({piece: token for token, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(handle_chinese_chars=chinese_alone)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.add_special_tokens(["[UNK]"])
+    return tokenizer
+
+
+def marks_of(tokenizer: Tokenizer) -> WordMarks:
+    marks = word_marks(tokenizer.to_str())
+    assert marks is not None
+    return marks
+
+
+def in_words(text: str, encoding: Any, starts: Any) -> list[str]:
+    """The text cut where words begin, without spaces."""
+    first = [begin for (begin, _), start in zip(encoding.offsets, starts, strict=True) if start]
+    assert first[0] <= len(text)
+    return ["".join(text[begin:end].split()) for begin, end in zip(first, [*first[1:], len(text)], strict=True)]
+
+
+def split(tokenizer: Tokenizer, text: str) -> list[str]:
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    return in_words(text, encoding, marks_of(tokenizer).starts(np.array(encoding.ids)))
+
+
+def test_word_piece_marks() -> None:
+    """Catches punctuation that is joined to a word, pieces that are not, and Chinese characters that are."""
+    text = "the well-knowns (known), 你好 xyz"
+    expected = ["the", "well", "-", "knowns", "(", "known", ")", ",", "你", "好", "xyz"]
+    assert split(word_piece(), text) == expected
+
+
+def test_byte_level_marks() -> None:
+    """Catches words that go on over punctuation, white space or an added token, and characters torn apart."""
+    text = "known, well-known (天天) 2nd...\n\nnow won't 天"
+    expected = "known|,|well|-|known|(|天天|)|2nd|..|.|||now|won|'t|天"
+    assert split(byte_level(), text) == expected.split("|")
+    assert split(byte_level(), "known \n now") == ["known", "", "now"]
+    extended = byte_level()
+    extended.add_tokens([AddedToken("covid", normalized=False)])
+    assert split(extended, "xcovids covid") == ["x", "covid", "s", "covid"]
+
+
+def test_sentence_piece_marks() -> None:
+    """Catches punctuation that is cut off, though SentencePiece's words are what white space separates."""
+    assert split(unigram(), "known, knowns (well) 天") == ["known,", "knowns", "(well)", "天"]
+
+
+def test_tokens_that_are_whole_words() -> None:
+    """Catches a tokenizer whose tokens are words, taken for one that marks nothing."""
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    assert marks_of(tokenizer).starts(np.array([0, 1, 1])).tolist() == [True, True, True]
+
+
+def test_marks_at_the_end_of_words_are_not_known() -> None:
+    """Catches a tokenizer that marks ends (`low</w>`), of which every token would begin a word, or none."""
+    tokenizer = Tokenizer(models.BPE(vocab={"a": 0, "a</w>": 1}, merges=[], end_of_word_suffix="</w>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    assert word_marks(tokenizer.to_str()) is None
+
+
+def cut_at_bars(text: str) -> Iterator[str]:
+    return iter(CUTS[text])
+
+
+CUTS = {
+    text.replace("|", ""): text.split("|")
+    for text in (
+        "你好|你|好好",
+        "你好|ok|,|好",
+        "你ok|3|5|ok你|.| |the| |know|ns",
+        "天|天天|known| |天天",
+        "天known|,|天",
+    )
+}
+
+
+@pytest.mark.parametrize(
+    ("make", "text", "expected"),
+    [
+        (word_piece, "你好你好好", "你好|你|好好"),
+        (lambda: word_piece(chinese_alone=False), "你好你好好", "你好|你|好好"),
+        (word_piece, "你好ok,好", "你好|ok|,|好"),
+        # Next to a Chinese character the segmenter has its way, elsewhere the marks: `35` and `knowns` are not cut.
+        (word_piece, "你ok35ok你. the knowns", "你ok35ok你|.|the|knowns"),
+        (byte_level, "天天天known 天天", "天|天天|known|天天"),
+        (byte_level, "天known,天", "天known|,|天"),
+    ],
+)
+def test_a_segmenter_decides_about_chinese_only(make: Any, text: str, expected: str) -> None:
+    """Catches Chinese characters that stay alone, several tokens of one character that each begin a word, and Latin
+    words that a segmenter cuts."""
+    tokenizer = make()
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    starts = segmented_starts(
+        text,
+        np.array(encoding.ids),
+        np.array([first for first, _ in encoding.offsets]),
+        marks_of(tokenizer),
+        cut_at_bars,
+    )
+    assert in_words(text, encoding, starts) == expected.split("|")
+
+
+def test_jieba_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, vocabulary_folder: Path) -> None:
+    """Catches a trace, or a build that ends in its workers, where the package is not installed."""
+    monkeypatch.setitem(sys.modules, "jieba", None)
+    (tmp_path / "s.txt").write_text("你好\n", encoding="utf-8")
+    with pytest.raises(UserError, match="pip install jieba"):
+        build_corpus(tmp_path / "s.txt", vocabulary_folder, tmp_path / "c", segmenter="jieba")
+    assert not (tmp_path / "c").exists()
+
+
+def test_an_unknown_segmenter_is_refused(tmp_path: Path, vocabulary_folder: Path) -> None:
+    """Catches a misspelt segmenter that would build a corpus without words."""
+    (tmp_path / "s.txt").write_text("你好\n", encoding="utf-8")
+    with pytest.raises(UserError, match="--segmenter: expected one of jieba, found jeiba"):
+        build_corpus(tmp_path / "s.txt", vocabulary_folder, tmp_path / "c", segmenter="jeiba")
+
+
+def test_a_tokenizer_without_marks_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, vocabulary_folder: Path
+) -> None:
+    """Catches a build that fails in its workers for a tokenizer of which nothing is known but the segmenter's words."""
+    (tmp_path / "s.txt").write_text("你好\n", encoding="utf-8")
+    monkeypatch.setattr(build, "word_marks", lambda _json: None)
+    with pytest.raises(UserError, match="marks words in a way that is not known"):
+        build_corpus(tmp_path / "s.txt", vocabulary_folder, tmp_path / "c", segmenter="jieba")
+
+
+@pytest.fixture
+def chinese(tmp_path: Path) -> Path:
+    """A tokenizer folder in which each of the sentences' characters is a token."""
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    characters = sorted({character for sentence in SENTENCES for character in sentence if not character.isspace()})
+    pieces = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *characters,
+        *(f"##{character}" for character in characters),
+    ]
+    (folder / "vocab.txt").write_text("\n".join([*pieces, "the", "of", "known"]) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 700)
+    monkeypatch.setattr(build, "_BATCH_BYTES", 500)
+    path = tmp_path / "source.txt"
+    path.write_text("".join(f"{SENTENCES[number % 4]}\n" for number in range(300)), encoding="utf-8")
+    return path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@needs_jieba
+def test_a_segmented_corpus(tmp_path: Path, chinese: Path, source: Path) -> None:
+    """Catches words that are not jieba's, bytes that depend on the workers, bits read off by some, and a fingerprint
+    that does not know the words: masks of one corpus would be taken for those of another."""
+    build_corpus(source, chinese, tmp_path / "one", workers=1, segmenter="jieba")
+    build_corpus(source, chinese, tmp_path / "two", workers=2, segmenter="jieba")
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    corpus = open_corpus(tmp_path / "one")
+    assert len(corpus.manifest.shards) > 3
+    recorded = json.loads((tmp_path / "one" / "manifest.json").read_text())["recipe"]["segmenter"]
+    assert recorded.startswith("jieba 0.")
+    assert "dictionary" in recorded
+
+    rows = datasets.load_from_disk(str(tmp_path / "one"))
+    assert rows.features["word_starts"] == datasets.List(datasets.Value("bool"))
+    lengths = np.array([len(row) for row in rows["input_ids"]])
+    starts = np.cumsum(lengths) - lengths
+    read = corpus.read_word_starts(starts, lengths)
+    assert read is not None
+    assert read.tolist() == [flag for row in rows["word_starts"] for flag in row]
+    inner = corpus.read_word_starts(starts + 3, lengths - 4)
+    assert inner is not None
+    assert inner.tolist() == [flag for row in rows["word_starts"] for flag in row[3:-1]]
+
+    tokenizer = load_tokenizer(chinese)
+    found = []
+    for ids, flags in zip(rows["input_ids"][:4], rows["word_starts"][:4], strict=True):
+        pieces = tokenizer.convert_ids_to_tokens(ids)
+        marked = "".join(
+            ("|" if flag else "") + piece.removeprefix("##") for piece, flag in zip(pieces, flags, strict=True)
+        )
+        found.append(marked[1:])
+    assert found == [
+        "我|在|图书馆|看|电影",
+        "天气|很|好|，|我们|去|北京大学|。",
+        "他用|google|搜索|了|3|.|5|万条|结果",
+        "the|knowns|of|film",
+    ]
+
+    plain = build_corpus(source, chinese, tmp_path / "plain", workers=1)
+    assert open_corpus(tmp_path / "plain").read_word_starts(starts, lengths) is None
+    assert plain.fingerprint != corpus.fingerprint
+    with pytest.raises(UserError, match="another segmenter"):
+        build_corpus(source, chinese, tmp_path / "plain", workers=1, segmenter="jieba")
+
+
+@needs_jieba
+def test_a_killed_segmented_build_goes_on_to_the_same_bytes(
+    tmp_path: Path, chinese: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches word starts that slip against their tokens on resumption, and shards with and without in one corpus."""
+    build_corpus(source, chinese, tmp_path / "whole", workers=1, segmenter="jieba")
+    real, calls = shards.write_shard, iter(range(10))
+
+    def dying(*args: Any) -> None:
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "write_shard", dying)
+        with pytest.raises(KeyboardInterrupt):
+            build_corpus(source, chinese, tmp_path / "c", workers=1, segmenter="jieba")
+    assert (tmp_path / "c.partial" / "shard-00002.arrow").exists()
+    with pytest.raises(UserError, match="another segmenter"):
+        build_corpus(source, chinese, tmp_path / "c", workers=1)
+    build_corpus(source, chinese, tmp_path / "c", workers=1, segmenter="jieba")
+    assert contents(tmp_path / "c") == contents(tmp_path / "whole")
+
+
+@needs_jieba
+def test_jieba_is_quiet_and_leaves_no_cache(tmp_path: Path) -> None:
+    """Catches what jieba does by itself: log lines, a cache in the folder for temporary files, and words from a cache
+    that somebody else left there."""
+    (tmp_path / "jieba.cache").write_bytes(b"of another version")
+    code = "from pretrain.corpus.words import open_segmenter as o; print('|'.join(o('jieba')('他来到了网易杭研大厦')))"
+    done = subprocess.run(
+        [sys.executable, "-W", "always", "-c", code],
+        env=os.environ | {"TMPDIR": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "他|来到|了|网易|杭研|大厦"  # 杭研 is in no dictionary
+    assert done.stderr == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["jieba.cache"]
+
+
+@needs_jieba
+@pytest.mark.parametrize("unit", ["word", "span"])
+def test_segmented_words_are_masked_as_a_whole(tmp_path: Path, chinese: Path, source: Path, unit: Any) -> None:
+    """Catches half Chinese words, from the raw text to the mask, and a share that is not the rate."""
+    build_corpus(source, chinese, tmp_path / "c", workers=1, segmenter="jieba")
+    corpus = open_corpus(tmp_path / "c")
+    lengths = np.concatenate(list(corpus.document_lengths())).astype(np.int64)
+    starts = np.cumsum(lengths) - lengths
+    tokens, word_starts = corpus.read(starts, lengths).astype(np.int64), corpus.read_word_starts(starts, lengths)
+    assert word_starts is not None
+    masker = Masker(vocabulary_of(load_tokenizer(chinese)), MaskingPolicy(0.15, 0.8, 0.1, unit), 1, corpus.fingerprint)
+    hits = np.zeros(len(tokens))
+    for epoch in range(40):
+        keys = masker.keys(
+            BatchSequences(np.zeros_like(lengths), np.full_like(lengths, epoch), np.arange(len(lengths)))
+        )
+        _, chosen = masker.mask(tokens, lengths, keys, word_starts)
+        hit = np.zeros(len(tokens))
+        hit[chosen] = 1
+        whole = np.add.reduceat(hit, np.flatnonzero(word_starts)) / np.diff(np.flatnonzero(np.r_[word_starts, True]))
+        assert set(whole) <= {0.0, 1.0}
+        hits += hit
+    assert hits.mean() / 40 == pytest.approx(0.15, abs=0.005)
+
+
+def test_marks_are_those_of_the_module() -> None:
+    """Catches a byte that GPT-2 writes as another character than we read it as."""
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    assert set(words._BYTES) == set(alphabet)
+    for text in ("é", "\n", "天", " ", "\x7f", "—", "­"):
+        pieces = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)
+        assert words._text_of("".join(piece for piece, _ in pieces)) == text
