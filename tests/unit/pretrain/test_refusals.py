@@ -116,6 +116,14 @@ def test_a_precision_the_device_lacks_is_refused(refuse: Refuse, monkeypatch: py
     assert "ds_configs/bf16_zero" in message
 
 
+def test_words_that_nothing_marks_are_refused(refuse: Refuse, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a run by words that dies with its first batch, where the tokenizer does not tell words apart."""
+    monkeypatch.setattr("pretrain.batching.vocabulary.word_marks", lambda _json: None)
+    message = refuse("--masking.unit=word")
+    assert "masking.unit is 'word'" in message
+    assert "expected 'token'" in message
+
+
 def test_a_corpus_of_another_tokenizer_is_refused(
     refuse: Refuse, tmp_path: Path, wordpiece: Path, wordpiece_corpus: Path, byte_level_corpus: Path
 ) -> None:

@@ -39,10 +39,19 @@ def sequences_of(batches):
     return found
 
 
-@pytest.mark.parametrize("packed", [True, False])
+def by_unit(maker, unit):
+    """The maker with another masking unit."""
+    (source,) = maker.sources
+    policy = dataclasses.replace(source.masker.policy, unit=unit)
+    masker = dataclasses.replace(source.masker, policy=policy)
+    return dataclasses.replace(maker, sources=(dataclasses.replace(source, masker=masker),))
+
+
+@pytest.mark.parametrize(("packed", "unit"), [(True, "token"), (False, "token"), (True, "word"), (True, "span")])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8, 1024])
-def test_a_global_batch_is_the_same_at_every_world_size(maker, world_size, packed):
+def test_a_global_batch_is_the_same_at_every_world_size(maker, world_size, packed, unit):
     """Catches sequences or masks that depend on the world size, and tokens lost or doubled between ranks."""
+    maker = by_unit(maker, unit)
     layout = dataclasses.replace(maker.layout, packed=packed)
     reference = sorted(sequences_of([maker[3]]))
     share = [dataclasses.replace(maker, layout=layout, world=World(rank, world_size))[3] for rank in range(world_size)]
@@ -87,6 +96,17 @@ def test_layout_of_a_microbatch(maker):
         assert (segments[masked] != 0).all()
         assert not np.isin(micro.labels[real], [0, 1, 2, 3, 4]).any()
         assert len(micro.labels) % 64 == 0
+
+
+def test_words_are_those_of_the_corpus(maker, corpus, monkeypatch):
+    """Catches word starts that a corpus has and no mask knows of, or that belong to other tokens."""
+    whole = by_unit(maker, "word")
+    assert any(0 < sum(masked) < len(masked) - 2 for _, _, masked in sequences_of([whole[0]]))
+    monkeypatch.setattr(
+        type(corpus), "read_word_starts", lambda _corpus, _starts, lengths: np.zeros(lengths.sum(), bool)
+    )
+    fates = [sum(masked) / (len(masked) - 2) for _, _, masked in sequences_of([whole[0]])]
+    assert set(fates) == {0.0, 1.0}, "each sequence is one word now"
 
 
 def test_worker_processes_give_the_same_batches_and_seek(maker):
