@@ -35,4 +35,4 @@ def test_recipe_has_a_model_that_holds_its_sequences(path: Path) -> None:
     built = AutoConfig.for_model(fields.pop("model_type"))
     assert fields.keys() <= built.to_dict().keys()
     positions = fields.get("max_position_embeddings", built.max_position_embeddings)
-    assert config.batch.max_seq_length <= positions
+    assert max(stage.max_seq_length for stage in config.stages) <= positions
