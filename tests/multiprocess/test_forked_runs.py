@@ -75,6 +75,35 @@ def test_a_fork_may_change_all_but_the_model(
         pools[1].run(pretrain_case, other)
 
 
+def test_a_decay_forked_from_a_stable_run(pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path) -> None:
+    """Catches a decay whose learning rate jumps where it is forked, or that sees other batches than the stable run."""
+    stable = settings(tmp_path / "stable", wordpiece_corpus, schedule__name="wsd", schedule__steps=60)
+    assert set(pools[1].run(pretrain_case, stable, 5)) == {"stopped"}
+    tree = settings(
+        tmp_path / "decay", wordpiece_corpus, schedule__name="wsd", schedule__steps=8, schedule__decay_steps=4
+    )
+    tree["run"]["resume"] = str(tmp_path / "stable")
+    pools[1].run(pretrain_case, tree)
+    pools[1].run(pretrain_case, stable, 2)
+    assert curve(tmp_path / "decay", "step") == [6, 7, 8]
+    peak = stable["optimizer"]["lr"]
+    assert curve(tmp_path / "stable", "lr")[2:] == [peak] * 5
+    assert curve(tmp_path / "decay", "lr") == pytest.approx([peak * (1 - (done / 4) ** 0.5) for done in (1, 2, 3)])
+    assert curve(tmp_path / "decay")[0] == curve(tmp_path / "stable")[5], "the update is another one, the batch is not"
+
+
+def test_a_fork_with_another_optimizer(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, parent: Path, tmp_path: Path
+) -> None:
+    """Catches moments of one optimizer that another one takes for its own, and a fork that keeps silent about it."""
+    tree = fork(tmp_path, wordpiece_corpus, parent, step=4, optimizer__name="lamb", optimizer__lr=1e-2)
+    assert set(pools[2].run(pretrain_case, tree)) == {"done"}
+    assert curve(tmp_path)[0] == curve(parent)[4]
+    state = everything(checkpoint_path(tmp_path / "checkpoints", 6))
+    assert {float(value) for key, value in state.items() if key.endswith("/step")} == {2.0}
+    assert "its moments begin at nothing" in RunFolder(tmp_path).rank_log(0).read_text(encoding="utf-8")
+
+
 def test_every_model_knows_its_ancestors(
     pools: dict[int, RankPool], wordpiece_corpus: Path, parent: Path, tmp_path: Path
 ) -> None:
