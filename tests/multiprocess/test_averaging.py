@@ -27,7 +27,17 @@ def tree_of(folder: Path, corpus: Path, ds_config: str, **changes: Any) -> Tree:
 
 
 @pytest.mark.parametrize(
-    ("world_size", "ds_config"), [(2, "fp32_zero0"), (3, "fp32_zero1"), (2, "fp32_zero3"), (2, "bf16_zero1")]
+    ("world_size", "ds_config"),
+    [(3, "fp32_zero1"), (2, "bf16_zero3")]
+    + [
+        pytest.param(*layout, marks=pytest.mark.soak)
+        for layout in (
+            (2, "fp32_zero0"),
+            (2, "bf16_zero1"),
+            (2, "fp32_zero2_cpu_offload"),
+            (2, "bf16_zero3_cpu_offload"),
+        )
+    ],
 )
 def test_it_follows_the_masters(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, world_size: int, ds_config: str
@@ -91,8 +101,8 @@ def test_it_begins_at_the_weights_and_an_update_that_is_not_applied_leaves_it(
     ("source", "target"),
     [
         ((2, "fp32_zero1"), (3, "fp32_zero3")),
-        ((3, "fp32_zero3"), (1, "fp32_zero0")),
-        ((1, "fp32_zero0"), (2, "bf16_zero1")),
+        pytest.param((3, "fp32_zero3"), (1, "fp32_zero0"), marks=pytest.mark.soak),
+        pytest.param((1, "fp32_zero0"), (2, "bf16_zero1"), marks=pytest.mark.soak),
     ],
 )
 def test_it_moves_to_any_layout_bit_by_bit(

@@ -1,6 +1,7 @@
 """Which updates are made, and of what: the veto by the gradient's norm, and parameters that are frozen at first."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,11 @@ from pretrain.training.checkpoint_store import checkpoint_path
 from ranks import RankPool
 from runs import NO_DROPOUT, TINY, Tree, build_engine, curve, everything, microbatch, pretrain_case, settings
 
-FP32 = [f"fp32_zero{stage}" for stage in range(4)]
 FROZEN = ("embeddings", "layer.0")
+
+
+def soak(*layouts: Any) -> list[Any]:
+    return [pytest.param(*(x if isinstance(x, tuple) else (x,)), marks=pytest.mark.soak) for x in layouts]
 
 
 def veto_case(world: World, tree: Tree, folder: Path, limits: list[float]) -> list[tuple[bool, float]]:
@@ -31,7 +35,16 @@ def veto_case(world: World, tree: Tree, folder: Path, limits: list[float]) -> li
     return results
 
 
-@pytest.mark.parametrize("ds_config", [*FP32, "bf16_zero1", "bf16_zero2", "bf16_zero3"])
+@pytest.mark.parametrize(
+    "ds_config",
+    [
+        "fp32_zero0",
+        "fp32_zero2",
+        "bf16_zero1",
+        "bf16_zero3",
+        *soak("fp32_zero1", "fp32_zero3", "bf16_zero2", "fp32_zero2_cpu_offload", "fp32_zero3_cpu_offload"),
+    ],
+)
 def test_an_update_over_the_limit_leaves_no_trace(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, ds_config: str
 ) -> None:
@@ -60,7 +73,13 @@ def gradient_norm(kept: dict[str, Tensor], keys: list[str]) -> float:
 
 @pytest.mark.parametrize(
     ("world_size", "ds_config"),
-    [(2, "fp32_zero0"), (3, "fp32_zero1"), (2, "fp32_zero2"), (2, "fp32_zero3"), (2, "bf16_zero1"), (1, "bf16_zero3")],
+    [
+        (2, "fp32_zero0"),
+        (2, "fp32_zero2"),
+        (2, "fp32_zero3"),
+        (3, "bf16_zero1"),
+        *soak((3, "fp32_zero1"), (1, "bf16_zero3"), (2, "bf16_zero2_cpu_offload"), (2, "fp32_zero3_cpu_offload")),
+    ],
 )
 def test_frozen_parameters_are_left_out_until_they_thaw(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, world_size: int, ds_config: str
@@ -102,7 +121,7 @@ def test_frozen_parameters_are_left_out_until_they_thaw(
     assert 0.1 * norms[2] < first < norms[2], "the first moment after the thaw is one gradient, weighted as a first"
 
 
-@pytest.mark.parametrize(("world_size", "ds_config"), [(2, "fp32_zero0"), (2, "fp32_zero1"), (2, "bf16_zero3")])
+@pytest.mark.parametrize(("world_size", "ds_config"), [(2, "fp32_zero1"), *soak((2, "fp32_zero0"), (2, "bf16_zero3"))])
 def test_a_run_that_is_resumed_before_the_thaw_is_the_unbroken_one(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, world_size: int, ds_config: str
 ) -> None:
