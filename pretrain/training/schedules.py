@@ -45,7 +45,7 @@ def _height(schedule: ScheduleConfig, done: float) -> float:
             return math.pow(1.0 - done, schedule.power)
         case "wsd":
             # Hu et al. 2024 (MiniCPM) decay exponentially; Hägele et al. 2024, "Scaling laws and compute-optimal
-            # training beyond fixed training durations", find 1 - sqrt better than a straight line at every length.
+            # training beyond fixed training durations", find 1 - sqrt consistently better than a straight line.
             return 1.0 - math.sqrt(done)
         case _:
             return 1.0 - done
