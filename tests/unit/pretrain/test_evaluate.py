@@ -21,13 +21,13 @@ from pretrain.modeling.masked_lm import Predictions
 POLICY = MaskingPolicy(0.15, 0.8, 0.1)
 
 
-def opened(corpus: Path, layout: Layout, seed: int = 42) -> HeldOut:
+def opened(corpus: Path, layout: Layout, seed: int = 42, policy: MaskingPolicy = POLICY) -> HeldOut:
     vocabulary = vocabulary_of(load_tokenizer(corpus / "tokenizer"))
     return held_out(
         "held",
         open_corpus(corpus),
         vocabulary=vocabulary,
-        policy=POLICY,
+        policy=policy,
         seed=seed,
         layout=layout,
         world=World(),
@@ -118,6 +118,23 @@ def test_the_command_scores_any_folder(
             loss_sum += float(loss)
     found = printed[heldout_corpus.name]
     assert loss_sum / found["masked_tokens"] == pytest.approx(found["loss"], rel=1e-5)
+
+
+def test_a_checkpoint_is_scored_as_its_run_scores_it(
+    folder: Path, heldout_corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches figures of a checkpoint that are masked by tokens though its run masks spans, or at another rate."""
+    folder = folder.rename(folder.with_name("hf"))
+    masking = {"unit": "span", "rate": [0.5, 0.3], "schedule": "linear"}
+    config = {"masking": masking, "run": {"seed": 7}, "batch": {"max_seq_length": 40}}
+    (folder.parent / "state.json").write_text(json.dumps({"config": config}))
+    evaluate_command(str(folder), str(heldout_corpus), json=True)
+    found = json.loads(capsys.readouterr().out)[heldout_corpus.name]
+    masked = {}
+    for unit in ("token", "span"):
+        held = opened(heldout_corpus, Layout(40, 400), seed=7, policy=MaskingPolicy(0.3, 0.8, 0.1, unit))
+        masked[unit] = sum(held.maker[step].masked_tokens for step in range(held.batches))
+    assert found["masked_tokens"] == masked["span"] != masked["token"]
 
 
 def test_the_command_refuses_what_it_cannot_score(
