@@ -19,7 +19,7 @@ from pretrain.modeling.build import check_tokenizer, resolve_config, usable_posi
 from pretrain.modeling.depth import check_freeze
 from pretrain.training.checkpoint_store import read_state
 from pretrain.training.ds_config import find_ds_config, read_ds_config
-from pretrain.training.engine import check_ds_config, check_precision
+from pretrain.training.engine import check_ds_config, check_offload, check_precision
 from pretrain.training.resume import Beginning, find_beginning, identity
 
 log = logging.getLogger(__name__)
@@ -52,6 +52,7 @@ def check_run(config: PretrainConfig, world_size: int) -> Inputs:
     ds_config = read_ds_config(ds_config_path)
     check_ds_config(ds_config, ds_config_path)
     check_precision(ds_config)
+    check_offload(ds_config)
     mixture = _open_mixture(config.corpus)
     train = mixture[0].corpus
     evaluation = {name: _open(f"corpus.eval.{name}", path) for name, path in config.corpus.eval.items()}

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
+from xxhash import xxh64_hexdigest
+
 from experiment.configuration import nearest
 from experiment.errors import UserError
 
@@ -97,6 +99,18 @@ def offload_of(config: dict[str, Any]) -> Device:
     return device
 
 
+def swap_folder(config: dict[str, Any], run: Path) -> Path | None:
+    """Where a run with NVMe offload swaps to; None for other runs.
+
+    It is below the `nvme_path` of the JSON, in a folder of this run's own, since DeepSpeed's file names are the same
+    in all runs; without that, in the run folder.
+    """
+    if offload_of(config) != "nvme":
+        return None
+    disk = config["zero_optimization"]["offload_optimizer"].get("nvme_path")
+    return run / "swap" if disk is None else Path(disk) / f"deepcloze-{xxh64_hexdigest(str(run).encode())}"
+
+
 def stage_run(config: dict[str, Any]) -> tuple[int, str]:
     """The ZeRO stage that a run takes, and why it is not the one in the JSON where it is not."""
     stage = stage_of(config)
@@ -107,9 +121,8 @@ def stage_run(config: dict[str, Any]) -> tuple[int, str]:
     return stage, ""
 
 
-def ready_file(config: dict[str, Any], precision: Precision) -> str:
-    """The name of the ready file with the same stage and offload in another precision."""
-    device = offload_of(config)
+def ready_file(config: dict[str, Any], precision: Precision, device: Device) -> str:
+    """The name of the ready file with the same stage, of another precision or offload device."""
     offload = "" if device == "none" else f"_{device}_offload"
     stage = max(stage_of(config), 2) if offload else stage_of(config)
     return f"ds_configs/{precision}_zero{stage}{offload}.json"

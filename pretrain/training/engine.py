@@ -11,6 +11,7 @@ import io
 import logging
 import math
 import os
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from pydantic import ValidationError
 from torch import Tensor, nn
+from torch.utils.cpp_extension import is_ninja_available
 
 from experiment.errors import UserError
 from pretrain.batching.counter_rng import key_of
@@ -29,7 +31,15 @@ from pretrain.batching.loader import Microbatch, World
 from pretrain.config import PretrainConfig
 from pretrain.modeling.masked_lm import MaskedLanguageModel, Predictions
 from pretrain.training.averaging import AveragedWeights
-from pretrain.training.ds_config import Precision, precision_of, ready_file, stage_of, stage_run
+from pretrain.training.ds_config import (
+    Precision,
+    offload_of,
+    precision_of,
+    ready_file,
+    stage_of,
+    stage_run,
+    swap_folder,
+)
 from pretrain.training.optimizers import build_optimizer, parameter_groups
 from pretrain.training.partitions import fragments, global_norm
 from pretrain.training.update_rules import PerParameterOptimizer
@@ -91,7 +101,22 @@ def check_precision(ds_config: dict[str, Any]) -> None:
         instead = next(precision for precision, has in supported.items() if has)
         raise UserError(
             f"engine.ds_config: this device ({accelerator.device_name()}) cannot train in {wanted}; "
-            f"use --engine.ds_config={ready_file(ds_config, instead)}"
+            f"use --engine.ds_config={ready_file(ds_config, instead, offload_of(ds_config))}"
+        )
+
+
+def check_offload(ds_config: dict[str, Any]) -> None:
+    """Raises UserError where NVMe offload cannot work on this machine, naming the file to use instead."""
+    if offload_of(ds_config) != "nvme":
+        return
+    disk = ds_config["zero_optimization"]["offload_optimizer"].get("nvme_path")
+    if disk is not None and not (Path(disk).is_dir() and os.access(disk, os.W_OK)):
+        raise UserError(f"engine.ds_config: 'nvme_path' is {disk}, which is no folder that can be written to here")
+    if not (get_accelerator().create_op_builder("AsyncIOBuilder").is_compatible() and is_ninja_available()):
+        raise UserError(
+            "engine.ds_config: for NVMe offload DeepSpeed builds its kernel 'async_io', which needs a C++ compiler, "
+            "ninja and the headers of libaio (Debian: g++, ninja-build, libaio-dev) on every host; without them use "
+            f"--engine.ds_config={ready_file(ds_config, precision_of(ds_config), 'cpu')}"
         )
 
 
@@ -105,9 +130,15 @@ def check_ds_config(ds_config: dict[str, Any], path: Path) -> None:
         raise UserError(f"{path}: DeepSpeed refuses it: {what or error}") from None
 
 
-def merged_ds_config(ds_config: dict[str, Any], grad_clip: float) -> dict[str, Any]:
-    """The JSON and what the run's own config decides."""
+def merged_ds_config(ds_config: dict[str, Any], grad_clip: float, swap: Path | None = None) -> dict[str, Any]:
+    """The JSON and what the run's own config decides. `swap`: this rank's folder for NVMe offload."""
     zero = ds_config.get("zero_optimization", {}) | {"stage": stage_run(ds_config)[0]}
+    for key in ("offload_optimizer", "offload_param"):
+        if swap is not None and (zero.get(key) or {}).get("device") == "nvme":
+            zero[key] = zero[key] | {"nvme_path": str(swap)}
+    if swap is not None:
+        # One each for master, gradient and two moments; EMA weights want another.
+        zero["offload_optimizer"] = {"buffer_count": 5} | zero["offload_optimizer"]
     if zero["stage"] == 3:
         zero.setdefault("memory_efficient_linear", False)  # else F.linear is replaced in the whole process
     return ds_config | {
@@ -131,7 +162,9 @@ class Engine:
         """`model`: the same fp32 weights on every rank."""
         self.world = world
         self.seed = config.run.seed
-        merged = merged_ds_config(ds_config, config.optimizer.grad_clip)
+        swap = swap_folder(ds_config, Path(config.run.dir).absolute())
+        self._swap = swap and swap / f"rank-{world.rank}"
+        merged = merged_ds_config(ds_config, config.optimizer.grad_clip, self._swap)
         self.precision = precision_of(merged)
         stage, why = stage_run(ds_config)
         if why and world.rank == 0:
@@ -215,6 +248,8 @@ class Engine:
 
     def close(self) -> None:
         self.deepspeed.destroy()
+        if self._swap is not None:
+            shutil.rmtree(self._swap, ignore_errors=True)
 
     def _step_when_sharded(self) -> StepResult:
         self.deepspeed.step()

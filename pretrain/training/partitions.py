@@ -7,9 +7,13 @@ whole or by name, stand on `fragments`. A DeepSpeed release that moves an attrib
     stages 1, 2          one flat fp32 tensor per parameter group, cut across ranks; `param._hp_mapping` says where
     stage 1 bf16 + fp32 gradient accumulation (BF16_Optimizer)   the same under other names
     stage 3              flat tensors per sub-group; every parameter is cut across ranks, padded to equal parts
+    offload to the CPU   the same, in the host's memory
+    offload to NVMe      stage 3 only; the flat tensors are empty but while their sub-group is resident
+
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,19 +38,23 @@ class Fragment:
 
 
 def fragments(engine: Any) -> Iterator[Fragment]:
-    """The fragments that this rank owns. Stage 0: every rank owns everything."""
+    """The fragments that this rank owns. Stage 0: every rank owns everything.
+
+    Under NVMe offload a fragment's tensors can be read and written until the next one is asked for, not afterwards.
+    """
     optimizer, names = engine.optimizer, engine.param_names
     stage = engine.zero_optimization_stage()
     if stage == 3:
-        for group in optimizer.fp16_groups:
-            for parameter in group:
-                sub_group, offset, part = optimizer.grad_position[optimizer.get_param_id(parameter)]
-                start = part * optimizer._get_param_partition_rank(parameter)
-                numel = min(part, parameter.ds_numel - start)  # the last parts are padded
-                if numel > 0:
-                    flat = optimizer.fp32_partitioned_groups_flat[sub_group]
-                    master = flat.data.narrow(0, offset, numel)
-                    yield Fragment(names[parameter], tuple(parameter.ds_shape), start, master, flat, offset)
+        for sub_group, group in enumerate(optimizer.fp16_groups):
+            with _resident(optimizer, sub_group):
+                for parameter in group:
+                    _, offset, part = optimizer.grad_position[optimizer.get_param_id(parameter)]
+                    start = part * optimizer._get_param_partition_rank(parameter)
+                    numel = min(part, parameter.ds_numel - start)  # the last parts are padded
+                    if numel > 0:
+                        flat = optimizer.fp32_partitioned_groups_flat[sub_group]
+                        master = flat.data.narrow(0, offset, numel)
+                        yield Fragment(names[parameter], tuple(parameter.ds_shape), start, master, flat, offset)
     elif stage in (1, 2):
         bf16_optimizer = hasattr(optimizer, "fp32_groups_flat_partition")
         flats = optimizer.fp32_groups_flat_partition if bf16_optimizer else optimizer.single_partition_of_fp32_groups
@@ -96,17 +104,32 @@ def refresh_model(engine: Any) -> None:
     optimizer = engine.optimizer
     if engine.zero_optimization_stage() == 3:
         optimizer._partition_all_parameters()
-        for group in range(len(optimizer.fp16_groups)):
-            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        for sub_group in range(len(optimizer.fp16_groups)):
+            with _resident(optimizer, sub_group):
+                optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
         if optimizer.persistent_parameters:
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
     elif hasattr(optimizer, "update_lp_params"):
         optimizer.update_lp_params()
 
 
+@contextmanager
+def _resident(optimizer: Any, sub_group: int) -> Iterator[None]:
+    """Masters and states of a sub-group of stage 3 in memory, then back on the disk if that is their place."""
+    swapped = optimizer._swappable_optimizer_subgroup(sub_group)
+    if swapped:
+        optimizer._optimizer_states_and_gradient_swap_in(sub_group)
+    yield
+    if swapped:
+        optimizer._optimizer_states_and_gradient_swap_out(sub_group)
+
+
 def forget_state(engine: Any) -> None:
     """Before a restoring: what the engine has learned since a checkpoint that knows less must not stay."""
     base_optimizer(engine).state.clear()
+    swapper = getattr(engine.optimizer, "optimizer_swapper", None)
+    if swapper is not None:  # NVMe offload
+        swapper.purge_state()
 
 
 def replicas(engine: Any) -> Iterator[tuple[str, Tensor]]:

@@ -165,4 +165,4 @@ def test_a_precision_that_the_device_lacks_is_refused_with_the_file_to_use(
 def test_own_offload_at_a_stage_without_a_ready_file_is_sent_to_the_next_one() -> None:
     """Catches a message that names a file which does not exist."""
     own = {"fp16": {"enabled": True}, "zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}
-    assert ready_file(own, "bf16") == "ds_configs/bf16_zero2_cpu_offload.json"
+    assert ready_file(own, "bf16", "cpu") == "ds_configs/bf16_zero2_cpu_offload.json"
