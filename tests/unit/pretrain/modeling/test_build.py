@@ -173,3 +173,10 @@ def test_fields_that_transformers_reads_without_a_default_are_known(
     """Catches a refusal of real settings: some fields are looked for by name only, and no default lists them."""
     config = resolve(tokenizer, model_type=model_type, **{field: 2})
     assert getattr(config, field) == 2
+
+
+def test_activations_that_transformers_cannot_recompute_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Catches a trace after the devices are taken, and a key that is silently without effect."""
+    albert = ModelConfig(config={"model_type": "albert", **TINY}, activation_checkpointing=True)
+    with pytest.raises(UserError, match=r"model\.activation_checkpointing: .* 'albert'"):
+        resolve_config(albert, tokenizer)

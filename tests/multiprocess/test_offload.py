@@ -1,0 +1,145 @@
+"""Masters and optimizer states that lie in the host's memory or on its disk are the same numbers."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from experiment.errors import UserError
+from pretrain.batching.loader import World
+from pretrain.training.checkpoint_store import checkpoint_path
+from pretrain.training.engine import Engine, check_offload
+from ranks import RankPool
+from runs import NO_DROPOUT, TINY, Tree, curve, everything, pretrain_case, settings
+from test_fp16 import fp16_supported
+from test_resumed_runs import copy_case
+
+WIDE = TINY | NO_DROPOUT | {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}
+SAME = {
+    "fp32": 1e-5,
+    "bf16": 1e-3,
+    "fp16": 1e-3,
+}  # of losses: kernels round differently where memory is aligned otherwise
+
+
+def case(world: World, function: Any, *args: Any) -> Any:
+    with fp16_supported():
+        return function(world, *args)
+
+
+def sampled(files: list[str], *sample: str) -> list[Any]:
+    return [pytest.param(file, marks=() if file in sample else pytest.mark.soak) for file in files]
+
+
+def names(device: str) -> list[str]:
+    return [f"{precision}_zero{stage}_{device}_offload" for precision in SAME for stage in (2, 3)]
+
+
+def compare(pools: dict[int, RankPool], corpus: Path, folder: Path, ds_config: str, **changes: Any) -> None:
+    """The offloaded run against the plain one: losses, a checkpoint in both directions, and one bit by bit."""
+    plain, tolerance = ds_config.rpartition("_")[0].rpartition("_")[0], SAME[ds_config.partition("_")[0]]
+    runs = {
+        "plain": [(plain, None)],
+        "onto": [(plain, 2), (ds_config, None)],
+        "off": [(ds_config, 2), (plain, None)],
+    }
+    for name, parts in runs.items():
+        for file, stop_after in parts:
+            tree = settings(folder / name, corpus, file, schedule__steps=4, **changes)
+            assert pools[2].run(case, pretrain_case, tree, stop_after) == ["stopped" if stop_after else "done"] * 2
+        assert curve(folder / name) == pytest.approx(curve(folder / "plain"), rel=tolerance)
+        norms = curve(folder / "plain", "grad_norm")
+        assert curve(folder / name, "grad_norm") == pytest.approx(norms, rel=10 * tolerance)
+    source = checkpoint_path(folder / "onto" / "checkpoints", 4)
+    pools[2].run(case, copy_case, settings(folder / "copy", corpus, ds_config, **changes), source, folder / "copies")
+    before, after = everything(source), everything(checkpoint_path(folder / "copies", 2))
+    assert any(key.endswith("/exp_avg") for key in before)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("ds_config", sampled(names("cpu"), "bf16_zero2_cpu_offload", "fp32_zero3_cpu_offload"))
+def test_cpu_offload_changes_nothing(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, ds_config: str
+) -> None:
+    """Catches a gradient that is lost on its way to the host, a norm or clipping of another gradient, a checkpoint that
+    misses what is offloaded, and one that only offloaded runs can go on from."""
+    compare(pools, wordpiece_corpus, tmp_path, ds_config, model__config=TINY | NO_DROPOUT)
+
+
+@pytest.fixture(scope="session")
+def nvme() -> None:
+    """The kernel that DeepSpeed builds for NVMe offload, which takes minutes the first time."""
+    try:
+        check_offload({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}})
+    except UserError as reason:
+        pytest.skip(str(reason))
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().create_op_builder("AsyncIOBuilder").load(verbose=False)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+@pytest.mark.usefixtures("nvme")
+@pytest.mark.parametrize("ds_config", names("nvme"))
+def test_nvme_offload_changes_nothing(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, ds_config: str
+) -> None:
+    """As above; and catches masters that are read while they are on the disk."""
+    compare(pools, wordpiece_corpus, tmp_path, ds_config, model__config=WIDE)
+
+
+def swapping_case(world: World, tree: Tree, swap: Path) -> int:
+    """A run under NVMe offload; bytes on the disk before it ends."""
+    found = 0
+    close = Engine.close
+
+    def look(self: Any) -> None:
+        nonlocal found
+        found = sum(path.stat().st_size for path in (swap / f"rank-{world.rank}").rglob("*.swp"))
+        close(self)
+
+    Engine.close = look  # type: ignore[method-assign]
+    try:
+        pretrain_case(world, tree)
+    finally:
+        Engine.close = close  # type: ignore[method-assign]
+    return found
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+@pytest.mark.usefixtures("nvme")
+@pytest.mark.parametrize("rule", ["adamw", "lamb", "stableadamw"])
+def test_what_is_swapped_lies_on_the_disk_until_the_run_ends(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, rule: str
+) -> None:
+    """Catches NVMe offload in name only, files that stay behind, and rules that see only what is in memory."""
+    rows = [(tmp_path / name, f"fp32_{name}", name == "zero3_nvme_offload") for name in ("zero3_nvme_offload", "zero1")]
+    for folder, ds_config, offloaded in rows:
+        tree = settings(folder, wordpiece_corpus, ds_config, model__config=WIDE)
+        tree["optimizer"] = {"name": rule, "lr": 3e-3, "eps": 1e-4}
+        found = pools[2].run(swapping_case, tree, folder / "swap")
+        elements = sum(tensor.numel() for key, tensor in everything(checkpoint_path(folder / "checkpoints", 6)).items())
+        assert (sum(found) > 0.9 * 4 * elements) is offloaded
+        assert not any((folder / "swap").rglob("*.swp")) if offloaded else not (folder / "swap").exists()
+    assert curve(rows[0][0]) == pytest.approx(curve(rows[1][0]), rel=1e-4)
+
+
+def test_nvme_offload_is_refused_where_its_kernel_cannot_be_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a trace from a compiler, after the devices are taken."""
+    monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
+    monkeypatch.setattr("pretrain.training.engine.is_ninja_available", lambda: False)
+    config = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}
+    with pytest.raises(UserError, match=r"libaio.*--engine\.ds_config=ds_configs/bf16_zero3_cpu_offload\.json"):
+        check_offload(config)
+
+
+def test_an_nvme_path_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    """Catches a disk that is filled up at its mount point, because nothing is mounted there."""
+    offload = {"device": "nvme", "nvme_path": str(tmp_path / "nothing")}
+    with pytest.raises(UserError, match=r"'nvme_path' is .*nothing"):
+        check_offload({"zero_optimization": {"stage": 3, "offload_optimizer": offload}})
