@@ -9,10 +9,10 @@ from pretrain.batching.loader import World
 from pretrain.training.checkpoint_store import Retention, checkpoint_path
 from ranks import RankPool
 from runs import NO_DROPOUT, TINY, Tree, build_engine, everything, microbatch, settings
-
 from test_fp16 import fp16_supported
 
 MANY = 400  # more than a bf16 has steps between a number and its double, so that a sum in bf16 would come to a halt
+SMALL = TINY | NO_DROPOUT | {"num_hidden_layers": 1}
 
 
 def summing_case(world: World, tree: Tree, folder: Path, microbatches: int) -> None:
@@ -32,7 +32,9 @@ def summing_case(world: World, tree: Tree, folder: Path, microbatches: int) -> N
 @pytest.mark.parametrize(
     "ds_config",
     [
-        pytest.param(f"{precision}_zero{kind}", marks=() if kind in ("1", "3") else pytest.mark.soak)
+        pytest.param(
+            f"{precision}_zero{kind}", marks=() if f"{precision}{kind}" in ("bf161", "bf163") else pytest.mark.soak
+        )
         for precision in ("bf16", "fp16")
         for kind in ("1", "2", "3", "2_cpu_offload", "3_cpu_offload")
     ],
@@ -44,9 +46,9 @@ def test_many_microbatches_add_up_exactly(
     first: dict[int, torch.Tensor] = {}
     for count in (1, MANY):
         folder = tmp_path / str(count)
-        tree = settings(folder, wordpiece_corpus, ds_config, model__config=TINY | NO_DROPOUT)
+        tree = settings(folder, wordpiece_corpus, ds_config, model__config=SMALL)
         tree["optimizer"] |= {"grad_clip": 0.0}
-        pools[2].run(summing_case, tree, folder / "checkpoints", count)
+        pools[1].run(summing_case, tree, folder / "checkpoints", count)
         kept = everything(checkpoint_path(folder / "checkpoints", 1))
         first[count] = torch.cat([kept[key].double() for key in kept if key.endswith("/exp_avg")])
     expected = MANY * first[1]
