@@ -105,10 +105,14 @@ def check_precision(ds_config: dict[str, Any]) -> None:
         )
 
 
-def check_offload(ds_config: dict[str, Any]) -> None:
-    """Raises UserError where NVMe offload cannot work on this machine, naming the file to use instead."""
+def check_offload(ds_config: dict[str, Any], averaged: bool) -> None:
+    """Raises UserError where NVMe offload cannot work, naming the file to use instead. `averaged`: whether an average
+    of the weights is kept."""
     if offload_of(ds_config) != "nvme":
         return
+    instead = f"--engine.ds_config={ready_file(ds_config, precision_of(ds_config), 'cpu')}"
+    if averaged:
+        raise UserError(f"model.ema_decay: masters on the disk are not averaged; leave it out, or use {instead}")
     disk = ds_config["zero_optimization"]["offload_optimizer"].get("nvme_path")
     if disk is not None and not (Path(disk).is_dir() and os.access(disk, os.W_OK)):
         raise UserError(f"engine.ds_config: 'nvme_path' is {disk}, which is no folder that can be written to here")
@@ -116,7 +120,7 @@ def check_offload(ds_config: dict[str, Any]) -> None:
         raise UserError(
             "engine.ds_config: for NVMe offload DeepSpeed builds its kernel 'async_io', which needs a C++ compiler, "
             "ninja and the headers of libaio (Debian: g++, ninja-build, libaio-dev) on every host; without them use "
-            f"--engine.ds_config={ready_file(ds_config, precision_of(ds_config), 'cpu')}"
+            + instead
         )
 
 
@@ -136,9 +140,6 @@ def merged_ds_config(ds_config: dict[str, Any], grad_clip: float, swap: Path | N
     for key in ("offload_optimizer", "offload_param"):
         if swap is not None and (zero.get(key) or {}).get("device") == "nvme":
             zero[key] = zero[key] | {"nvme_path": str(swap)}
-    if swap is not None:
-        # One each for master, gradient and two moments; EMA weights want another.
-        zero["offload_optimizer"] = {"buffer_count": 5} | zero["offload_optimizer"]
     if zero["stage"] == 3:
         zero.setdefault("memory_efficient_linear", False)  # else F.linear is replaced in the whole process
     return ds_config | {
@@ -219,10 +220,7 @@ class Engine:
 
     def step(self, limit: float = math.inf) -> StepResult:
         """Reduce, clip, update. An update whose gradient's norm exceeds `limit` or is not finite is not applied: no
-        weight, moment, step counter or decay changes. Frozen parameters are no part of the norm.
-
-        Raises LossScaleError, on all ranks.
-        """
+        weight, moment, step counter or decay changes. Frozen parameters are no part of the norm."""
         self._limit, self._within_limit = limit, None
         sharded = self.deepspeed.zero_optimization_stage() > 0
         result = self._step_when_sharded() if sharded else self._step_at_stage_0()
@@ -241,6 +239,16 @@ class Engine:
     def loss_scale(self) -> float | None:
         """The dynamic loss scale of fp16; None in other precisions."""
         return float(self.deepspeed.optimizer.loss_scale) if self.precision == "fp16" else None
+
+    def check_loss_scale(self) -> None:
+        """After a step that overflowed. Raises LossScaleError, on all ranks, where the loss scale cannot be lowered."""
+        if self._loss_scaler is not None and self._loss_scaler.stuck:
+            raise LossScaleError(
+                f"fp16: gradients overflow even at the smallest loss scale, {self.loss_scale:g} (fp16.min_loss_scale "
+                "in the DeepSpeed JSON). Either the loss has diverged or activations exceed fp16's range: go on from "
+                "an earlier checkpoint with a lower optimizer.lr or a longer schedule.warmup_steps, use a bf16 file "
+                "where the device has bf16, or lower min_loss_scale if it is above 1"
+            )
 
     def overflowed(self, result: StepResult) -> bool:
         """Whether an update was skipped because a gradient overflowed fp16, as happens while the loss scale settles."""
@@ -300,30 +308,23 @@ class _LossScaler(DynamicLossScaler):  # type: ignore[misc]
     """DeepSpeed's dynamic loss scale (Micikevicius et al. 2018), put right in two places.
 
     DeepSpeed changes the scale before it divides the gradients by it, so that a step after which the scale doubles
-    would be taken with half of its gradient: here a new scale holds from the next step on. And an overflow at the
-    smallest scale raises a bare Exception there.
+    would be taken with half of its gradient: here a new scale holds from the next step on. And where DeepSpeed raises
+    a bare Exception, at an overflow at the smallest scale, this one remembers it.
     """
 
     cur_scale: float
+    stuck = False  # whether the last step overflowed at the smallest scale
     _next: float
-    _stuck: bool
 
     def update_scale(self, overflow: bool) -> None:
         scale, spent = self.cur_scale, 1 in (self.delayed_shift, self.cur_hysteresis)
-        self._stuck = overflow and spent and scale <= self.min_scale
+        self.stuck = overflow and spent and scale <= self.min_scale
         super().update_scale(overflow)
         self.cur_scale, self._next = scale, self.cur_scale
 
     def settle(self) -> None:
-        """After the step. Raises LossScaleError."""
+        """After the step."""
         self.cur_scale = self._next
-        if self._stuck:
-            raise LossScaleError(
-                f"fp16: gradients overflow even at the smallest loss scale, {self.cur_scale:g} (fp16.min_loss_scale in "
-                "the DeepSpeed JSON). Either the loss has diverged or activations exceed fp16's range: go on from an "
-                "earlier checkpoint with a lower optimizer.lr or a longer schedule.warmup_steps, use a bf16 file where "
-                "the device has bf16, or lower min_loss_scale if it is above 1"
-            )
 
 
 def _defer_growth(optimizer: Any) -> "_LossScaler | None":

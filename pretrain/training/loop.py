@@ -241,7 +241,9 @@ def _train_step(parts: Parts, progress: Progress, batch: RankBatch, global_maske
     mean = loss.item() / global_masked
     scaled = engine.loss_scale is not None
     fault = diagnose(batch.step + 1, mean, result.grad_norm, progress.norms, scaled)
-    if fault is not None:
+    if fault is None:
+        engine.check_loss_scale()
+    else:
         restore_loss_scaler(engine.deepspeed, scaler)  # which takes any gradient that is not finite for an overflow
     return _Update(result, losses, fault)
 
@@ -307,6 +309,7 @@ def _advance(parts: Parts, progress: Progress, totals: _Totals, update: _Update)
     before = progress.tokens_by_corpus
     of_step = zip(parts.corpora, totals.corpus_tokens, strict=True)
     applied, norm = update.result
+    overflowed = update.losses is not None and update.fault is None and parts.engine.overflowed(update.result)
     return replace(
         progress,
         step=progress.step + 1,
@@ -314,7 +317,7 @@ def _advance(parts: Parts, progress: Progress, totals: _Totals, update: _Update)
         tokens_by_corpus=before | {name: before.get(name, 0) + tokens for name, tokens in of_step},
         seconds=totals.milliseconds / 1000,
         skipped_steps=progress.skipped_steps + (not applied),
-        overflows=progress.overflows + (update.losses is not None and parts.engine.overflowed(update.result)),
+        overflows=progress.overflows + overflowed,
         norms=remember(progress.norms, norm) if applied else progress.norms,
         evaluated=False,
     )

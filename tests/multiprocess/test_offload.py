@@ -73,7 +73,7 @@ def test_cpu_offload_changes_nothing(
 def nvme() -> None:
     """The kernel that DeepSpeed builds for NVMe offload, which takes minutes the first time."""
     try:
-        check_offload({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}})
+        check_offload({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, averaged=False)
     except UserError as reason:
         pytest.skip(str(reason))
     from deepspeed.accelerator import get_accelerator
@@ -135,11 +135,18 @@ def test_nvme_offload_is_refused_where_its_kernel_cannot_be_built(monkeypatch: p
     monkeypatch.setattr("pretrain.training.engine.is_ninja_available", lambda: False)
     config = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}
     with pytest.raises(UserError, match=r"libaio.*--engine\.ds_config=ds_configs/bf16_zero3_cpu_offload\.json"):
-        check_offload(config)
+        check_offload(config, averaged=False)
 
 
 def test_an_nvme_path_that_is_not_there_is_refused(tmp_path: Path) -> None:
     """Catches a disk that is filled up at its mount point, because nothing is mounted there."""
     offload = {"device": "nvme", "nvme_path": str(tmp_path / "nothing")}
     with pytest.raises(UserError, match=r"'nvme_path' is .*nothing"):
-        check_offload({"zero_optimization": {"stage": 3, "offload_optimizer": offload}})
+        check_offload({"zero_optimization": {"stage": 3, "offload_optimizer": offload}}, averaged=False)
+
+
+def test_averages_of_masters_on_the_disk_are_refused() -> None:
+    """Catches an average of tensors that are empty between two updates."""
+    config = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}
+    with pytest.raises(UserError, match=r"model\.ema_decay: .*ds_configs/fp32_zero3_cpu_offload\.json"):
+        check_offload(config, averaged=True)

@@ -55,5 +55,4 @@ def test_a_loss_scale_at_its_floor_is_a_failure_with_a_message(
         pretrain.run.main(["--config", str(config)])
     assert timeouts == [timedelta(seconds=77)]
     assert RunFolder(tmp_path / "run").read_outcome() == (Outcome.FAILED, "try a lower optimizer.lr")
-    assert "try a lower optimizer.lr" in caplog.text
     assert "Traceback" not in caplog.text
