@@ -16,13 +16,14 @@ STAGES = [{"steps": 4, "max_seq_length": 20, "sequences": 37, "microbatch_tokens
 
 
 def changing(folder: Path, corpus: Path, heldout: Path, ds_config: str = "fp32_zero1", **changes: Any) -> Tree:
-    """A run of 8 steps: batches grow for 6 of them, and after 4 the sequences get longer."""
+    """A run of 8 steps: batches grow for 6 of them, after 4 the sequences get longer; ever fewer spans are masked."""
     tree = settings(
         folder,
         corpus,
         ds_config,
         corpus__train=[{"path": str(corpus), "weight": 2.0}, {"path": str(heldout)}],
         corpus__eval={"held": str(heldout)},
+        masking__unit="span",
         masking__rate=[0.4, 0.1],
         masking__schedule="linear",
         **changes,
