@@ -34,6 +34,16 @@ def config(tmp_path: Path, wordpiece_corpus: Path) -> Path:
 
 
 @pytest.fixture
+def start(tmp_path: Path, wordpiece: Path) -> Path:
+    """A Hugging Face folder that a run may begin with."""
+    tokenizer, folder = load_tokenizer(wordpiece), tmp_path / "start"
+    torch.manual_seed(0)
+    BertForMaskedLM(BertConfig(vocab_size=500, pad_token_id=tokenizer.pad_token_id, **TINY)).save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
+    return folder
+
+
+@pytest.fixture
 def refuse(config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Refuse:
     """Call `deepcloze pretrain`, which must refuse; returns the message."""
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
@@ -108,6 +118,27 @@ def test_more_ranks_than_cores_are_refused(refuse: Refuse) -> None:
     assert "--oversubscribe" in message
 
 
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--model.added_tokens=/nowhere"], ["model.added_tokens", "/nowhere"]),
+        (["--model.added_tokens={byte_level}"], ["model.added_tokens", "{byte_level}", "does not extend"]),
+        (["--model.max_positions=100"], ["model.max_positions is 100", "512"]),
+        (["--batch.max_seq_length=600", "--batch.microbatch_tokens=600", "--model.max_positions=599"], ["599"]),
+        (["--run.resume={start}"], ["'run.resume'", "{start}", "holds no complete checkpoint"]),
+    ],
+)
+def test_what_does_not_fit_the_model_that_goes_on_is_refused(
+    refuse: Refuse, start: Path, byte_level: Path, arguments: list[str], parts: list[str]
+) -> None:
+    """Catches a model with other words or positions than the config says, found only when the devices are taken."""
+    named = {"start": start, "byte_level": byte_level}
+    filled = [argument.format(**named) for argument in arguments]
+    message = refuse(f"--model.init_from={start}", "--model.config=null", *filled)
+    for part in parts:
+        assert part.format(**named) in message
+
+
 def test_a_precision_the_device_lacks_is_refused(refuse: Refuse, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a launch that dies inside DeepSpeed, and a refusal that does not say what to use."""
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False)
@@ -124,15 +155,8 @@ def test_words_that_nothing_marks_are_refused(refuse: Refuse, monkeypatch: pytes
     assert "expected 'token'" in message
 
 
-def test_a_corpus_of_another_tokenizer_is_refused(
-    refuse: Refuse, tmp_path: Path, wordpiece: Path, wordpiece_corpus: Path, byte_level_corpus: Path
-) -> None:
+def test_a_corpus_of_another_tokenizer_is_refused(refuse: Refuse, start: Path, byte_level_corpus: Path) -> None:
     """Catches token ids that fit a model's vocabulary and mean something else to it."""
-    tokenizer = load_tokenizer(wordpiece)
-    start = tmp_path / "start"
-    torch.manual_seed(0)
-    BertForMaskedLM(BertConfig(vocab_size=500, pad_token_id=tokenizer.pad_token_id, **TINY)).save_pretrained(start)
-    save_tokenizer(tokenizer, start)
     message = refuse(f"--model.init_from={start}", "--model.config=null", f"--corpus.train={byte_level_corpus}")
     assert "another tokenizer" in message
     assert str(start) in message
