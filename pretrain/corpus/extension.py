@@ -32,21 +32,19 @@ def extend_tokenizer(extend: str, added: str, output: str) -> None:
     if vocabulary_size(old) != len(old.get_vocab()):
         raise UserError(f"--extend: {extend} has ids that no token uses, which new ones would be given")
     state = json.loads(old.backend_tokenizer.to_str())
-    new: dict[str, tuple[int, int]] = {}  # token -> (id, line)
+    entries: dict[str, int] = {}  # of the vocabulary, token -> line
+    whole_words: dict[str, int] = {}  # added tokens
     for number, word in lines:
-        token, entry = _token_of(word, state, old, f"{added}, line {number}")
-        if token in new or _is_known(token, old):
-            continue
-        new[token] = (vocabulary_size(old) + len(new), number)
-        if entry:
-            state["model"]["vocab"][token] = new[token][0]
-    if not new:
+        token, is_entry = _token_of(word, state, old, f"{added}, line {number}")
+        if token not in entries and token not in whole_words and not _is_known(token, old):
+            (entries if is_entry else whole_words)[token] = number
+    if not (entries or whole_words):
         raise UserError(f"--added: all {len(lines)} words of {added} are one token in {extend} already")
-    state["added_tokens"] += [
-        _added_token(token, identifier, state)
-        for token, (identifier, _) in new.items()
-        if token not in state["model"]["vocab"]
-    ]
+    # `tokenizers` numbers added tokens behind the vocabulary, so entries come first.
+    new = {token: vocabulary_size(old) + place for place, token in enumerate([*entries, *whole_words])}
+    if entries:
+        state["model"]["vocab"] |= {token: new[token] for token in entries}
+    state["added_tokens"] += [_added_token(token, new[token], state) for token in whole_words]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as aside:
         partial = Path(aside) / "tokenizer"
@@ -54,7 +52,7 @@ def extend_tokenizer(extend: str, added: str, output: str) -> None:
         Tokenizer.from_str(json.dumps(state)).save(str(partial / "tokenizer.json"))
         extended = load_tokenizer(partial)
         save_tokenizer(extended, partial)
-        _check(extended, old, new, state, added)
+        _check(extended, old, new, entries | whole_words, added)
         partial.replace(folder)
     print(
         f"{folder}: {len(new):,} of {len(lines):,} words added to {vocabulary_size(old):,} tokens, "
@@ -111,20 +109,23 @@ def _read_words(path: Path) -> list[tuple[int, str]]:
 
 def _token_of(word: str, state: dict[str, Any], tokenizer: "PreTrainedTokenizerFast", where: str) -> tuple[str, bool]:
     """How the tokenizer writes a word, and whether as an entry of its vocabulary. Raises UserError."""
-    prefix = _continuation(state)
+    prefix, backend = _continuation(state), tokenizer.backend_tokenizer
     if word.startswith("##") and prefix is None:
         raise UserError(f"{where}: '{word}': only WordPiece tokenizers know continuations of words")
-    if prefix is None:
-        return word, False
-    rest = word.removeprefix(prefix)
-    backend = tokenizer.backend_tokenizer
+    rest = word.removeprefix(prefix or "")
     normal = backend.normalizer.normalize_str(rest) if backend.normalizer else rest
-    cut = backend.pre_tokenizer.pre_tokenize_str(normal)
-    if rest != word:
-        if len(cut) != 1 or cut[0][0] != normal:
-            raise UserError(f"{where}: '{word}' can never be found: text is cut inside it")
-        return prefix + normal, True
-    return (normal, True) if [piece for piece, _ in cut] == [normal] else (word, False)
+    if prefix is None:
+        return normal, False
+    # Ids behind the vocabulary may be taken by added tokens, which `tokenizers` would then number anew.
+    room = all(token["id"] < len(state["model"]["vocab"]) for token in state["added_tokens"])
+    whole = [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(normal)] == [normal]
+    if rest != word and not whole:
+        raise UserError(f"{where}: '{word}' can never be found: text is cut inside it")
+    if rest != word and not room:
+        raise UserError(
+            f"{where}: '{word}': the tokenizer has added tokens behind its vocabulary, which cannot grow now"
+        )
+    return (normal if rest == word else prefix + normal), whole and room
 
 
 def _is_known(token: str, tokenizer: "PreTrainedTokenizerFast") -> bool:
@@ -150,18 +151,18 @@ def _added_token(token: str, identifier: int, state: dict[str, Any]) -> dict[str
 def _check(
     extended: "PreTrainedTokenizerFast",
     old: "PreTrainedTokenizerFast",
-    new: dict[str, tuple[int, int]],
-    state: dict[str, Any],
+    new: dict[str, int],
+    lines: dict[str, int],
     path: str,
 ) -> None:
-    """Raises UserError for a word that did not become one token."""
+    """Raises UserError for a word that did not become one token, naming its line."""
     check_extends(extended, old)
-    prefix = _continuation(state)
-    for token, (identifier, number) in new.items():
+    prefix = _continuation(json.loads(old.backend_tokenizer.to_str()))
+    for token, identifier in new.items():
         found = extended(token, add_special_tokens=False)["input_ids"]
         if found != [identifier] and not (prefix and token.startswith(prefix)):
             raise UserError(
-                f"{path}, line {number}: '{token}' would not become one token, the tokenizer makes "
+                f"{path}, line {lines[token]}: '{token}' would not become one token, the tokenizer makes "
                 f"{extended.convert_ids_to_tokens(found)} of it"
             )
 

@@ -39,7 +39,7 @@ def unigram(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_words_of_wordpiece(wordpiece: Path, tmp_path: Path) -> None:
     """Catches words that stay in pieces, that are found inside other words, or that move an old id."""
     old = load_tokenizer(wordpiece)
-    new = extend(wordpiece, tmp_path, "Zedwilmar", "##zzed", "ba", "covid-19", "zedwilmar")
+    new = extend(wordpiece, tmp_path, "COVID-19", "Zedwilmar", "##Zzed", "ba", "zedwilmar")
     check_extends(new, old)
     assert [new.convert_ids_to_tokens(200 + added) for added in range(3)] == ["zedwilmar", "##zzed", "covid-19"]
     assert len(new) == 203
@@ -77,6 +77,24 @@ def test_added_words_are_text(kind: str, request: pytest.FixtureRequest, tmp_pat
     encoded = Encoder(corpus_vocabulary(new)).encode(["in zedwilmar re-zed the"])
     assert encoded.special is None
     assert set(added) <= set(encoded.ids.tolist())
+
+
+def test_words_for_a_tokenizer_that_has_added_ones(wordpiece: Path, tmp_path: Path) -> None:
+    """Catches a second extension that gives the words of the first one other ids."""
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+    first = extend(wordpiece, tmp_path / "a", "zedwilmar", "re-zed")
+    second = extend(tmp_path / "a" / "extended", tmp_path / "b", "lumarfigo", "ba-de")
+    check_extends(second, first)
+    assert second.tokenize("re-zed lumarfigo, zedwilmar ba-de") == [
+        "re-zed",
+        "lumarfigo",
+        "[UNK]",
+        "zedwilmar",
+        "ba-de",
+    ]
+    with pytest.raises(UserError, match="line 1: '##zzed': the tokenizer has added tokens"):
+        extend(tmp_path / "a" / "extended", tmp_path / "c", "##zzed")
 
 
 def test_the_same_words_give_the_same_bytes(wordpiece: Path, tmp_path: Path) -> None:
