@@ -18,10 +18,13 @@ from experiment.errors import UserError
 def resolve_model(path: Path | str) -> Path:
     """The Hugging Face folder that `path` stands for.
 
-    `path` is such a folder, a checkpoint `RUN/checkpoints/step-…`, or a run (its newest complete checkpoint).
+    `path` is such a folder, a checkpoint `RUN/checkpoints/step-…`, the one that `RUN/checkpoints/best` names, or a run
+    (its newest complete checkpoint).
     Raises UserError where there is none.
     """
     path = Path(path).absolute()
+    if path.name == "best" and path.is_file():
+        path = path.parent / path.read_text(encoding="utf-8").strip()
     if (path / "config.json").is_file():
         return path
     if (path / "hf").is_dir():

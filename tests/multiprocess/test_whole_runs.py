@@ -127,6 +127,8 @@ def test_what_a_run_leaves_starts_the_same_run(
         "lr",
         "grad_norm",
         "loss_scale",
+        "skipped_steps",
+        "overflows",
         "tokens_per_second",
         "mfu",
         "data_wait",

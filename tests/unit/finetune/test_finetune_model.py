@@ -24,7 +24,8 @@ def copied(encoder: Path, tmp_path: Path) -> Path:
 
 
 def test_a_model_is_found_in_folder_checkpoint_and_run(encoder: Path, tmp_path: Path) -> None:
-    """Catches an unfinished checkpoint being loaded, and an older one where a newer one is complete."""
+    """Catches an unfinished checkpoint being loaded, an older one where a newer one is complete, and the newest where
+    the best is asked for."""
     for step, complete in ((20, True), (100, True), (200, False)):
         checkpoint = tmp_path / "run" / "checkpoints" / f"step-{step:08d}"
         shutil.copytree(encoder, checkpoint / "hf")
@@ -34,6 +35,9 @@ def test_a_model_is_found_in_folder_checkpoint_and_run(encoder: Path, tmp_path: 
     assert resolve_model(tmp_path / "run") == newest / "hf"
     assert resolve_model(newest) == newest / "hf"
     assert resolve_model(newest / "hf") == newest / "hf"
+    (tmp_path / "run" / "checkpoints" / "best").write_text("step-00000020\n")
+    best = tmp_path / "run" / "checkpoints" / "step-00000020"
+    assert resolve_model(tmp_path / "run" / "checkpoints" / "best") == best / "hf"
     with pytest.raises(UserError, match="step-00000200 is not complete"):
         resolve_model(tmp_path / "run" / "checkpoints" / "step-00000200")
 

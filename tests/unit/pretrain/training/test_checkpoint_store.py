@@ -11,6 +11,8 @@ from pretrain.training.checkpoint_store import (
     complete_checkpoints,
     forget_old,
     mark,
+    name_best,
+    named_checkpoints,
     newest_usable,
     verify,
 )
@@ -111,6 +113,8 @@ def test_if_no_checkpoint_is_usable_the_run_does_not_begin_anew(tmp_path: Path) 
         (Retention(3), [40, 50, 60]),
         (Retention(1, keep_every=20), [20, 40, 60]),
         (Retention(2, keep_every=30), [30, 50, 60]),
+        (Retention(1, best=20), [20, 60]),
+        (Retention(1, keep_every=30, best=60), [30, 60]),
         (Retention(9), [10, 20, 30, 40, 50, 60]),
     ],
 )
@@ -121,6 +125,15 @@ def test_retention(tmp_path: Path, keep: Retention, left: list[int]) -> None:
     forget_old(tmp_path, keep, newest=60)
     assert steps(tmp_path) == left
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-{step:08d}" for step in left]
+
+
+def test_the_best_has_a_name(tmp_path: Path) -> None:
+    """Catches a name that does not follow the best, or that is taken for another checkpoint."""
+    make(tmp_path, 10, 20)
+    for step in (20, 10):
+        name_best(tmp_path, step)
+        assert named_checkpoints(tmp_path / "best") == [checkpoint_path(tmp_path, step)]
+    assert steps(tmp_path) == [10, 20]
 
 
 def test_damaged_checkpoints_of_a_lost_future_push_out_none(tmp_path: Path) -> None:
