@@ -260,7 +260,7 @@ def main(argv: Sequence[str]) -> None:
         if rank == 0:
             print(f"deepcloze: {message}", file=sys.stderr)
     except (LossScaleError, UnhealthyError) as error:
-        message = str(error)
+        message = str(error).partition("\n")[0]  # the whole has been logged
     except BaseException as error:
         message = f"rank {rank}: {type(error).__name__}: {error}"
         log.exception("this rank failed")

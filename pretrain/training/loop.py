@@ -256,25 +256,25 @@ def _act_on(parts: Parts, state: _State, batch: RankBatch, update: _Update) -> b
     assert update.fault is not None
     assert update.losses is not None
     fault, policy = update.fault, parts.config.health.policy
-    what = f"{fault}. The batch lies in {parts.set_aside(batch, update.losses.tolist(), fault)}"
+    what = f"{fault}\n  its batch: {parts.set_aside(batch, update.losses.tolist(), fault)}"
     if policy == "stop":
-        raise UnhealthyError(f"{what}. {_rescue(parts, state)}")
+        raise UnhealthyError(f"{what}\n{_rescue(parts, state)}")
     skipped = (*state.progress.skipped, fault.step)
     if in_a_row(skipped, fault.step) >= MOST_IN_A_ROW:
-        raise UnhealthyError(f"{what}. The last {MOST_IN_A_ROW} steps were all bad: it is the weights. {_REMEDY}")
+        raise UnhealthyError(f"{what}\n  the last {MOST_IN_A_ROW} steps were all bad: it is the weights\n{_REMEDY}")
     if policy == "rewind" and state.rewinds >= MOST_REWINDS:
-        raise UnhealthyError(f"{what}. The run has gone back to step {state.saved} {MOST_REWINDS} times. {_REMEDY}")
+        raise UnhealthyError(f"{what}\n  the run has gone back to step {state.saved} {MOST_REWINDS} times\n{_REMEDY}")
     state.progress = replace(state.progress, skipped=skipped)
     if policy == "rewind":
         _go_back(parts, state)
-        log.warning("%s; going back to step %d, from where it is left out", what, state.progress.step)
+        log.warning("%s\n  policy: going back to step %d, from where it is left out", what, state.progress.step)
         return True
-    log.warning("%s; it is left out", what)
+    log.warning("%s\n  policy: it is left out", what)
     return False
 
 
 _REMEDY = (
-    "Fork an earlier checkpoint with run.resume, or begin again, with a lower optimizer.lr, a longer "
+    "  to try: fork an earlier checkpoint (run.resume), or begin again, with a lower optimizer.lr, a longer "
     "schedule.warmup_steps or a smaller optimizer.grad_clip"
 )
 
@@ -283,11 +283,11 @@ def _rescue(parts: Parts, state: _State) -> str:
     """Save the state before a bad batch if it is any good; returns what can be done then."""
     (broken,) = parts.agreement.totals([int(not all_finite(parts.engine.deepspeed))])
     if broken:
-        return f"The weights were not finite before it, so they are not saved. {_REMEDY}"
+        return f"  the weights before it: not finite either, so not saved\n{_REMEDY}"
     _save(parts, state, state.progress.seconds)
     return (
-        f"The state before it is saved: the same command with --health.policy=skip leaves it out and goes on. "
-        f"Should more follow, they are due to the weights rather than the data. {_REMEDY}"
+        "  the state before it: saved; the same command with --health.policy=skip leaves the batch out and goes on\n"
+        f"  should more follow, it is the weights and not the data\n{_REMEDY}"
     )
 
 

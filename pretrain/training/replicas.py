@@ -30,8 +30,9 @@ def compare_replicas(engine: Engine, agreement: Agreement, batch: RankBatch, lea
     difference = first_difference(mine, agreement.gathered(list(mine.values())))
     if difference is not None:
         raise UnhealthyError(
-            f"step {batch.step + 1}: {difference}. The update is lost; the same command goes on from the last "
-            "checkpoint. If it happens again, suspect that machine's memory or device"
+            f"step {batch.step + 1}: {difference}\n"
+            "  to try: the same command goes on from the last checkpoint; should it happen again, suspect the device "
+            "or the memory of that rank's host"
         )
 
 

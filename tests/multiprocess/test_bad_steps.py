@@ -187,7 +187,7 @@ def test_weights_that_are_bad_end_the_run(
     tree = settings(tmp_path, wordpiece_corpus, schedule__steps=20, health__policy=policy)
     (message,) = pools[1].run(poisoned_case, tree, {step: Poison(NAN) for step in range(3, 21)})
     assert message.startswith("step 6: the loss is nan")
-    assert "The last 4 steps were all bad" in message
+    assert "the last 4 steps were all bad" in message
 
 
 def test_a_run_does_not_go_back_for_ever(pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path) -> None:
