@@ -24,6 +24,8 @@ from pretrain.training.resume import Beginning, find_beginning, identity
 
 log = logging.getLogger(__name__)
 
+_TOKENS_PER_WORD = 5.0  # more are rare in text that is written with spaces
+
 
 @dataclass(frozen=True)
 class TrainingCorpus:
@@ -62,11 +64,8 @@ def check_run(config: PretrainConfig, world_size: int) -> Inputs:
     check_tokenizer(config.model, train.tokenizer_fingerprint, train.path)
     tokenizer = load_tokenizer(train.tokenizer_path)
     vocabulary = vocabulary_of(tokenizer)
-    if config.masking.unit != "token" and vocabulary.word_marks is None:
-        raise UserError(
-            f"masking.unit is '{config.masking.unit}', but the tokenizer of {train.path} does not mark where words "
-            "begin as WordPiece, byte-level BPE or SentencePiece do; expected 'token'"
-        )
+    if config.masking.unit != "token":
+        _check_words(config.masking.unit, mixture, vocabulary)
     model_config = resolve_config(config.model, tokenizer)
     if config.model.freeze:
         with torch.device("meta"):
@@ -103,6 +102,24 @@ def _open_mixture(config: CorpusConfig) -> tuple[TrainingCorpus, ...]:
         TrainingCorpus(name, corpus, given.weight)
         for name, corpus, given in zip(_names(corpora), corpora, config.train, strict=True)
     )
+
+
+def _check_words(unit: str, mixture: tuple[TrainingCorpus, ...], vocabulary: Vocabulary) -> None:
+    """Raises UserError where nothing tells words apart; warns of text that seems to be written without spaces."""
+    for corpus in (given.corpus for given in mixture):
+        if vocabulary.word_marks is None:
+            raise UserError(
+                f"masking.unit is '{unit}', but the tokenizer of {corpus.path} does not mark where words begin as "
+                "WordPiece, byte-level BPE or SentencePiece do; expected 'token'"
+            )
+        if corpus.manifest.recipe.segmenter is None and corpus.manifest.tokens_per_word > _TOKENS_PER_WORD:
+            log.warning(
+                "masking.unit is '%s', but %s has %.1f tokens between white space: nothing tells its words apart. "
+                "If it is Chinese, build it with --segmenter jieba; else masking.unit 'token' may serve better",
+                unit,
+                corpus.path,
+                corpus.manifest.tokens_per_word,
+            )
 
 
 def _names(corpora: Sequence[Corpus]) -> list[str]:
