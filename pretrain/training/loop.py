@@ -310,6 +310,7 @@ def _advance(parts: Parts, progress: Progress, totals: _Totals, update: _Update)
     of_step = zip(parts.corpora, totals.corpus_tokens, strict=True)
     applied, norm = update.result
     overflowed = update.losses is not None and update.fault is None and parts.engine.overflowed(update.result)
+    thaws = progress.step + 1 == parts.config.model.freeze_steps  # the norm will be one of more parameters
     return replace(
         progress,
         step=progress.step + 1,
@@ -318,7 +319,7 @@ def _advance(parts: Parts, progress: Progress, totals: _Totals, update: _Update)
         seconds=totals.milliseconds / 1000,
         skipped_steps=progress.skipped_steps + (not applied),
         overflows=progress.overflows + overflowed,
-        norms=remember(progress.norms, norm) if applied else progress.norms,
+        norms=() if thaws else remember(progress.norms, norm) if applied else progress.norms,
         evaluated=False,
     )
 

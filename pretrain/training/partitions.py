@@ -130,6 +130,11 @@ def forget_state(engine: Any) -> None:
     swapper = getattr(engine.optimizer, "optimizer_swapper", None)
     if swapper is not None:  # NVMe offload
         swapper.purge_state()
+    if hasattr(engine.optimizer, "_hp_optimizer_states_linked"):  # stages 1 and 2 have views, which would keep it alive
+        for parameter in engine.param_names:
+            if parameter._hp_mapping is not None:
+                parameter._hp_mapping.optim_fragment = {}
+        engine.optimizer._hp_optimizer_states_linked = False
 
 
 def replicas(engine: Any) -> Iterator[tuple[str, Tensor]]:

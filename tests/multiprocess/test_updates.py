@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from pretrain.batching.loader import World
-from pretrain.training.checkpoint_store import checkpoint_path
+from pretrain.training.checkpoint_store import checkpoint_path, read_state
 from ranks import RankPool
 from runs import NO_DROPOUT, TINY, Tree, build_engine, curve, everything, microbatch, pretrain_case, settings
 
@@ -118,6 +119,11 @@ def test_frozen_parameters_are_left_out_until_they_thaw(
     assert norms[0] == pytest.approx(gradient_norm(free, warm), rel=relative)
     assert norms[0] < 0.95 * curve(tmp_path / "free", "grad_norm")[0], "the frozen part is too small to show"
     first = gradient_norm(frozen[2], [key for key in frozen[2] if is_frozen(key) and key.endswith("/exp_avg")])
+    usual = [
+        len(read_state(checkpoint_path(tmp_path / "frozen" / "checkpoints", step))["progress"]["norms"])
+        for step in (1, 2, 3)
+    ]
+    assert usual == [1, 0, 1], "the norm of what was frozen is taken for a spike"
     assert 0.1 * norms[2] < first < norms[2], "the first moment after the thaw is one gradient, weighted as a first"
 
 
@@ -138,3 +144,49 @@ def test_a_run_that_is_resumed_before_the_thaw_is_the_unbroken_one(
     assert {float(value) for key, value in one.items() if is_frozen(key) and key.endswith("/step")} == {2.0}
     assert all(torch.equal(one[key], other[key]) for key in one)
     assert curve(tmp_path / "broken", "grad_norm") == curve(tmp_path / "unbroken", "grad_norm")
+
+
+def rewind_case(world: World, tree: Tree, folder: Path) -> None:
+    """A frozen step, saved as 1; one after the thaw, as 2; then back to 1, saved as 3, and the same step, as 4."""
+    from pretrain.training import checkpoint
+    from pretrain.training.checkpoint_store import Retention
+    from pretrain.training.partitions import base_optimizer
+
+    engine, _ = build_engine(world, tree)
+
+    def step(number: int) -> None:
+        engine.begin_step(number, 0.01)
+        engine.accumulate(microbatch(), 6.0, number, 0)
+        engine.step()
+
+    def save(name: int) -> None:
+        checkpoint.save(engine, folder, name, {}, lambda _, hf: hf.mkdir(), Retention(9))
+
+    step(0)
+    save(1)
+    step(1)
+    save(2)
+    states = base_optimizer(engine.deepspeed).state.values()
+    moments = [StorageWeakRef(state["exp_avg"].untyped_storage()) for state in states]
+    assert moments
+    checkpoint.load(engine, checkpoint_path(folder, 1))
+    assert all(moment.expired() for moment in moments)
+    save(3)
+    step(1)
+    save(4)
+    engine.close()
+
+
+@pytest.mark.parametrize("ds_config", ["fp32_zero0", "bf16_zero1", "fp32_zero3", *soak("fp32_zero2")])
+def test_a_used_engine_goes_back_to_a_checkpoint(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, ds_config: str
+) -> None:
+    """Catches moments, counters and averages of the future that survive a rewind to before a thaw, or fill memory."""
+    tree = settings(tmp_path, wordpiece_corpus, ds_config)
+    tree["model"] |= {"freeze": list(FROZEN), "freeze_steps": 1, "ema_decay": 0.9}
+    pools[2].run(rewind_case, tree, tmp_path)
+    first, second, back, again = (everything(checkpoint_path(tmp_path, name)) for name in (1, 2, 3, 4))
+    assert any(is_frozen(key) and key.endswith("/exp_avg") for key in second)
+    for one, other in ((first, back), (second, again)):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one)
