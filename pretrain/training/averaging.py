@@ -4,25 +4,27 @@ After each applied update, average <- decay * average + (1 - decay) * master (Po
 steps alike; the exponential form is that of Tarvainen and Valpola 2017). It begins at the weights as they are.
 """
 
-from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pretrain.training.partitions import Fragment
+from pretrain.training.partitions import Fragment, fragments
 
 
 class AveragedWeights:
-    def __init__(self, fragments: Iterable[Fragment], decay: float) -> None:
+    def __init__(self, engine: Any, decay: float) -> None:
+        """`engine`: DeepSpeed's, with the weights that the average begins at."""
+        self._engine = engine
         self._decay = decay
-        self._averages = {fragment.flat: fragment.flat.detach().clone() for fragment in fragments}
+        self._averages = {fragment.name: fragment.master.clone() for fragment in fragments(engine)}
 
     @torch.no_grad()
     def update(self) -> None:
         """After an applied update. No collective: each rank averages what it owns."""
-        masters = [flat.detach() for flat in self._averages]
-        torch._foreach_lerp_(list(self._averages.values()), masters, 1 - self._decay)
+        for fragment in fragments(self._engine):
+            self.of(fragment).lerp_(fragment.master, 1 - self._decay)
 
     def of(self, fragment: Fragment) -> Tensor:
-        """The average of a fragment's master, a view [numel]."""
-        return self._averages[fragment.flat].view(-1).narrow(0, fragment.offset, fragment.numel)
+        """The average of a fragment's master, [numel]."""
+        return self._averages[fragment.name]

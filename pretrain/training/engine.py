@@ -190,7 +190,7 @@ class Engine:
         for parameter in frozen:
             parameter.register_hook(self._gradient_unless_frozen)
         decay = config.model.ema_decay
-        self.average = None if decay is None else AveragedWeights(fragments(engine), decay)
+        self.average = None if decay is None else AveragedWeights(engine, decay)
 
     @property
     def device(self) -> torch.device:
