@@ -16,6 +16,7 @@ from ranks import RankPool
 from runs import Tree, curve, everything, pretrain_case, settings, untimed
 
 NAN = float("nan")
+SOAK = pytest.mark.soak
 
 
 class Poison(NamedTuple):
@@ -90,7 +91,7 @@ BAD_SAMPLE = [("fp32_zero0", "spike"), ("bf16_zero1", "gradient"), ("fp32_zero3"
 @pytest.mark.parametrize(
     ("ds_config", "poison"),
     [
-        pytest.param(*case, marks=() if case in BAD_SAMPLE else pytest.mark.soak)
+        pytest.param(*case, marks=() if case in BAD_SAMPLE else SOAK)
         for case in itertools.product(
             [f"{precision}_zero{stage}" for precision in ("fp32", "bf16") for stage in range(4)], POISONS
         )
@@ -136,6 +137,26 @@ def test_a_bad_batch_under_each_policy(
     again = trees["stop"] | {"health": {"policy": "skip"}}
     assert pools[2].run(poisoned_case, again, bad) == ["done", "done"]
     assert same(tmp_path / "skip", tmp_path / "stop", 8)
+
+
+@pytest.mark.parametrize("ds_config", ["fp32_zero1", *(pytest.param(f"bf16_zero{n}", marks=SOAK) for n in (1, 2, 3))])
+def test_a_run_goes_back_to_its_very_beginning(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, heldout_corpus: Path, tmp_path: Path, ds_config: str
+) -> None:
+    """Catches a run that has nothing to go back to, moments that stay where the beginning has none, and what was
+    evaluated and logged before that is evaluated or logged anew."""
+    for policy in ("skip", "rewind"):
+        tree = settings(
+            tmp_path / policy,
+            wordpiece_corpus,
+            ds_config,
+            health__policy=policy,
+            corpus__eval={"held": str(heldout_corpus)},
+            evaluation__every_steps=2,
+        )
+        assert pools[2].run(poisoned_case, tree, {4: Poison(NAN)}) == ["done", "done"]
+    assert complete_checkpoints(tmp_path / "rewind" / "checkpoints")[0].name == "step-00000000"
+    assert same(tmp_path / "skip", tmp_path / "rewind", 6)
 
 
 def test_a_resume_leaves_out_what_was_found_bad_further_on(
@@ -233,9 +254,9 @@ def flipped_case(world: World, tree: Mapping[str, Any], flipped_rank: int) -> st
     [
         (3, "fp32_zero0"),
         (3, "bf16_zero1"),
-        pytest.param(3, "fp32_zero2", marks=pytest.mark.soak),
+        pytest.param(3, "fp32_zero2", marks=SOAK),
         (2, "fp32_zero3"),
-        pytest.param(2, "fp32_zero0", marks=pytest.mark.soak),
+        pytest.param(2, "fp32_zero0", marks=SOAK),
     ],
 )
 def test_a_rank_whose_weights_changed_is_named(
