@@ -39,42 +39,32 @@ def open_stream(
 ) -> Stream:
     """`packed`, `first_position`: what the model wants, see Layout. `index_folder`: where sequence indexes go if a
     corpus folder cannot be written to. Raises UserError where the length of the run does not fit its stages."""
-    frame = inputs.vocabulary.frame
-    indexes = [
-        [open_index(given.corpus, stage.max_seq_length - frame, index_folder) for given in inputs.train]
-        for stage in config.stages
+    stages = config.stages
+    cuts = [
+        [
+            open_index(given.corpus, stage.max_seq_length - inputs.vocabulary.frame, index_folder)
+            for given in inputs.train
+        ]
+        for stage in stages
     ]
-    orders = tuple(_order(config, inputs, number, of_stage) for number, of_stage in enumerate(indexes))
-    steps = _steps(config, orders, [_mean_length(inputs, of_stage) for of_stage in indexes])
+    orders = [_order(config, inputs, number, cut) for number, cut in enumerate(cuts)]
+    steps = _steps(config, orders, [_mean_length(inputs, cut) for cut in cuts])
     rate = None
     if config.masking.schedule != "constant":
         assert steps is not None, "a budget with a masking schedule is refused when the config is built"
         rate = MaskingRate(config.masking.rates, config.masking.schedule, steps)
-    makers = [
+    makers = (
         BatchMaker(
-            tuple(
-                Source(
-                    given.corpus,
-                    index,
-                    Masker(
-                        inputs.vocabulary,
-                        masking_policy(config.masking),
-                        config.run.seed,
-                        given.corpus.fingerprint,
-                        number,
-                    ),
-                )
-                for given, index in zip(inputs.train, of_stage, strict=True)
-            ),
+            _sources(config, inputs, number, cuts[number]),
             orders[number],
             inputs.vocabulary,
             Layout(stage.max_seq_length, stage.microbatch_tokens, packed, first_position),
             world,
             rate,
         )
-        for number, (stage, of_stage) in enumerate(zip(config.stages, indexes, strict=True))
-    ]
-    return Stream(tuple(makers), tuple(stage.first_step for stage in config.stages), steps)
+        for number, stage in enumerate(stages)
+    )
+    return Stream(tuple(makers), tuple(stage.first_step for stage in stages), steps)
 
 
 def masking_policy(masking: MaskingConfig) -> MaskingPolicy:
@@ -82,35 +72,44 @@ def masking_policy(masking: MaskingConfig) -> MaskingPolicy:
     return MaskingPolicy(masking.rates[-1], masking.mask_share, masking.random_share, masking.unit)
 
 
-def _order(config: PretrainConfig, inputs: Inputs, number: int, indexes: list[SequenceIndex]) -> ShuffledOrder:
-    """The order of a stage: its sequences are others than those of the stage before, so its epochs begin anew."""
+def _sources(config: PretrainConfig, inputs: Inputs, number: int, cut: list[SequenceIndex]) -> tuple[Source, ...]:
+    """The corpora of stage `number`, with masks of its own."""
+    policy, seed = masking_policy(config.masking), config.run.seed
+    return tuple(
+        Source(given.corpus, index, Masker(inputs.vocabulary, policy, seed, given.corpus.fingerprint, stage=number))
+        for given, index in zip(inputs.train, cut, strict=True)
+    )
+
+
+def _order(config: PretrainConfig, inputs: Inputs, number: int, cut: list[SequenceIndex]) -> ShuffledOrder:
+    """The order of stage `number`: its sequences are others than those of the one before, so its epochs begin anew."""
     stage, epochs = config.stages[number], config.schedule.epochs
     streams = tuple(
         CorpusStream(len(index), key_of(("order", config.run.seed, given.corpus.fingerprint, number)))
-        for given, index in zip(inputs.train, indexes, strict=True)
+        for given, index in zip(inputs.train, cut, strict=True)
     )
     return ShuffledOrder(
         streams,
         BatchSizes(stage.sequences, config.schedule.batch_warmup_steps, stage.first_step),
-        None if epochs is None else max(1, round(epochs * len(indexes[0]))),
-        _shares(inputs, indexes),
+        None if epochs is None else max(1, round(epochs * len(cut[0]))),
+        _shares(inputs, cut),
     )
 
 
-def _shares(inputs: Inputs, indexes: list[SequenceIndex]) -> tuple[float, ...]:
+def _shares(inputs: Inputs, cut: list[SequenceIndex]) -> tuple[float, ...]:
     """Of the sequences, so that the weights are shares of the tokens."""
     return tuple(
         given.weight / (given.corpus.tokens / len(index) + inputs.vocabulary.frame)
-        for given, index in zip(inputs.train, indexes, strict=True)
+        for given, index in zip(inputs.train, cut, strict=True)
     )
 
 
-def _mean_length(inputs: Inputs, indexes: list[SequenceIndex]) -> float:
+def _mean_length(inputs: Inputs, cut: list[SequenceIndex]) -> float:
     """Tokens in a sequence of the stream, special ones included."""
-    return sum(given.weight for given in inputs.train) / sum(_shares(inputs, indexes))
+    return sum(given.weight for given in inputs.train) / sum(_shares(inputs, cut))
 
 
-def _steps(config: PretrainConfig, orders: tuple[ShuffledOrder, ...], mean_lengths: list[float]) -> int | None:
+def _steps(config: PretrainConfig, orders: list[ShuffledOrder], mean_lengths: list[float]) -> int | None:
     schedule, last = config.schedule, orders[-1]
     if schedule.tokens is None:
         return schedule.known_steps or last.end
