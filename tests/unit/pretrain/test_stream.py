@@ -13,7 +13,7 @@ import torch
 
 from experiment.configuration import build_config
 from experiment.errors import UserError
-from pretrain.batching.loader import RankBatch, World
+from pretrain.batching.loader import IGNORED, RankBatch, World
 from pretrain.batching.masking import MaskingRate
 from pretrain.check import Inputs, check_run
 from pretrain.config import PretrainConfig
@@ -118,6 +118,23 @@ def test_all_ranks_together_see_each_sequence_once(open_: Open, world_size: int)
         assert sum(batch.masked_tokens for batch in share) == whole.masked_tokens
         assert {batch.fingerprint for batch in share} == {whole.fingerprint}
         assert np.array_equal(np.sum([batch.corpus_tokens for batch in share], axis=0), whole.corpus_tokens)
+
+
+def test_sequences_of_a_mixture_keep_their_own_text(open_: Open) -> None:
+    """Catches texts or labels of one corpus that land in the slots of another's sequences."""
+    maker = open_().makers[0]
+    batch = maker[3]
+    corpora, _, ids = batch.origins
+    assert set(corpora) == {0, 1}
+    for micro in batch.microbatches:
+        restored, segments = micro.input_ids.reshape(-1).clone(), micro.segments.reshape(-1)
+        real = micro.labels != IGNORED
+        restored[micro.masked_positions[real]] = micro.labels[real]
+        for segment in segments.unique()[segments.unique() != 0].tolist():
+            source, sequence = maker.sources[corpora[segment - 1]], ids[segment - 1]
+            start, end = source.index.starts[sequence : sequence + 2]
+            text = source.corpus.read(np.array([start]), np.array([end - start]))
+            assert restored[segments == segment][1:-1].tolist() == text.tolist()
 
 
 def test_weights_are_shares_of_the_tokens(open_: Open) -> None:
