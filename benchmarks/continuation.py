@@ -10,6 +10,7 @@ tries the same learning rates, and the best one stands for it. The folder need n
 encoder such as this one gets a fresh one, as the model from nothing does.
 """
 
+import contextlib
 import csv
 import json
 import os
@@ -39,8 +40,8 @@ def continuation(
     held_out: str,
     output: str,
     *,
-    steps: int = 100,
-    rates: str = "2e-4,5e-4,1e-3",
+    steps: int = 300,
+    rates: str = "2e-4,5e-4",
     sequences: int = 16,
     length: int = 64,
     documents: int = 200,
@@ -67,7 +68,10 @@ def continuation(
     for name, settings in (("continued", {"init_from": model}), ("from nothing", {"config": _shape(Path(model))})):
         folder = work / name.replace(" ", "-")
         config = _write_config(folder.with_suffix(".yaml"), work, settings, steps, sequences, length)
-        _deepcloze("sweep", f"--config={config}", f"--grid=optimizer.lr={rates}", f"--output={folder}", "--num_gpus=1")
+        with contextlib.suppress(subprocess.CalledProcessError):  # a rate at which a run diverged stands last
+            _deepcloze(
+                "sweep", f"--config={config}", f"--grid=optimizer.lr={rates}", f"--output={folder}", "--num_gpus=1"
+            )
         with (folder / "sweep.csv").open(encoding="utf-8") as file:
             best[name] = next(csv.DictReader(file))
     _print(best, work, f"{Path(model).parent.name}, {steps} steps of {sequences} sequences of up to {length} tokens")

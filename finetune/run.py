@@ -24,7 +24,7 @@ from rich.table import Table as RichTable
 from experiment.configuration import dump_config, flatten, load_config
 from experiment.errors import UserError
 from experiment.folder import Outcome, RunFolder, open_run_folder, write_json, write_text
-from experiment.provenance import collect_provenance, write_provenance
+from experiment.provenance import ancestors_of, collect_provenance, write_provenance
 from experiment.tracking.console import terminal
 from experiment.tracking.tracker import Tracker, open_trackers
 from finetune.config import FinetuneConfig
@@ -85,7 +85,8 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
         _say(f"{config.task.name}: {line}")
 
     write_text(folder.config, dump_config(config))
-    run_id = write_provenance(folder, collect_provenance(sys.argv))
+    ancestors = ancestors_of(start.folder, "init_from") if start.pretrained else []
+    run_id = write_provenance(folder, collect_provenance(sys.argv), ancestors)
     seeds = config.training.seeds
     steps = steps_per_epoch(task, config.training) * config.training.epochs
     done = [seed for seed in seeds if seed in records]

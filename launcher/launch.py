@@ -46,9 +46,10 @@ def launch_pretraining(
     if devices.kind == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed checks what the ranks will compute on, and prints no guess
 
-    from pretrain.check import check_beginning, check_run
+    from pretrain.check import check_beginning, check_run, resolve_source
 
-    check_beginning(settings, check_run(settings, sum(map(len, slots.values()))))
+    resolved = resolve_source(settings)
+    check_beginning(resolved, check_run(resolved, sum(map(len, slots.values()))))
 
     local = only_this_machine(slots)
     folder = RunFolder(Path(settings.run.dir).absolute())

@@ -15,6 +15,7 @@ from pretrain.batching.vocabulary import Vocabulary, vocabulary_of
 from pretrain.config import CorpusConfig, PretrainConfig
 from pretrain.corpus.reader import Corpus, open_corpus
 from pretrain.corpus.tokenizer import load_tokenizer, tokenizer_fingerprint
+from pretrain.export import find_hugging_face_folder
 from pretrain.modeling.build import check_tokenizer, resolve_config, usable_positions
 from pretrain.modeling.depth import check_freeze
 from pretrain.training.checkpoint_store import read_state
@@ -48,8 +49,21 @@ class Inputs:
     ds_config: dict[str, Any]
 
 
+def resolve_source(config: PretrainConfig) -> PretrainConfig:
+    """With the Hugging Face folder that `model.init_from` means, which may be a checkpoint or a run, whose newest one
+    it is then. Raises UserError."""
+    if config.model.init_from is None:
+        return config
+    try:
+        folder = find_hugging_face_folder(Path(config.model.init_from))
+    except UserError as error:
+        raise UserError(f"model.init_from: {error}") from None
+    return config.model_copy(update={"model": config.model.model_copy(update={"init_from": str(folder)})})
+
+
 def check_run(config: PretrainConfig, world_size: int) -> Inputs:
-    """Open what the config names. Raises UserError for the first thing that would keep the run from starting."""
+    """Open what the config names, `resolve_source` behind it. Raises UserError for the first thing that would keep the
+    run from starting."""
     ds_config_path = find_ds_config(config.engine.ds_config)
     ds_config = read_ds_config(ds_config_path)
     check_ds_config(ds_config, ds_config_path)

@@ -33,7 +33,7 @@ class RunConfig(Section):
 
 class ModelConfig(Section):
     config: dict[str, Any] | None = None  # a transformers config: {model_type: bert, hidden_size: 256, …}
-    init_from: str | None = None  # a Hugging Face folder whose weights training begins with
+    init_from: str | None = None  # whose weights training begins with: a Hugging Face folder, a checkpoint or a run
     freeze: tuple[str, ...] = ()  # modules that stay as they are at first: embeddings, layer.0, …
     freeze_steps: NotNegative = 0  # for so many steps
     added_tokens: str | None = None  # init_from's tokenizer with words added (`deepcloze tokenizer --extend`)

@@ -30,7 +30,7 @@ from experiment.provenance import ancestors_of, collect_provenance, read_provena
 from experiment.tracking import Tracker, open_trackers
 from experiment.tracking.rank_logs import set_up_logging
 from pretrain.batching.loader import Layout, RankBatch, World
-from pretrain.check import Inputs, check_beginning, check_run, run_identity
+from pretrain.check import Inputs, check_beginning, check_run, resolve_source, run_identity
 from pretrain.config import PretrainConfig, WeightedCorpus
 from pretrain.evaluate import as_metrics, evaluate, held_out
 from pretrain.export import write_hugging_face_folder
@@ -54,9 +54,10 @@ def pretrain(config: PretrainConfig, world: World) -> Outcome:
     """Run or continue a pretraining on this rank; the process group is connected. Raises UserError."""
     folder = open_run_folder(config.run.dir)
     set_up_logging(folder, world.rank)
+    agreement = Agreement(_timeout(config))
+    config = agreement.of_rank_0(lambda: resolve_source(config))  # a run that goes on has ever newer checkpoints
     inputs = check_run(config, world.size)
     config = absolute_paths(config, inputs)
-    agreement = Agreement(_timeout(config))
     with contextlib.ExitStack() as closing:
         beginning = agreement.of_rank_0(lambda: check_beginning(config, inputs))
         progress = _progress_at(beginning)

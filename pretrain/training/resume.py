@@ -112,7 +112,7 @@ def check_fork(before: Mapping[str, Any], now: Mapping[str, Any], where: str) ->
         if _under(key, ("model",)) and key not in _TRAINED:
             raise UserError(
                 f"run.resume: {where} cannot be forked with another {key}: its model has {old!r}, the config says "
-                f"{new!r}. To begin with its weights alone, name its folder hf/ in model.init_from"
+                f"{new!r}. To begin with its weights alone, name it in model.init_from"
             )
     return _lines(changes)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from pretrain.corpus.build import build_corpus
@@ -49,8 +50,9 @@ def test_new_words_and_a_longer_context(
     config = AutoModelForMaskedLM.from_pretrained(hf).config
     assert (config.vocab_size, config.max_position_embeddings) == (202, 120)
     assert AutoTokenizer.from_pretrained(hf).convert_ids_to_tokens(201) == "zedzedzed"
-    # A third run of the chain: the folder is complete, neither key is needed any more.
-    tree = settings(tmp_path / "third", corpus, schedule__steps=1) | {"model": {"init_from": str(hf)}}
+    # A third run of the chain: the second one's model is complete, neither key is needed any more.
+    tree = settings(tmp_path / "third", corpus, schedule__steps=1) | {"model": {"init_from": str(tmp_path / "grown")}}
     pools[1].run(pretrain_case, tree)
+    assert yaml.safe_load((tmp_path / "third" / "config.yaml").read_text())["model"]["init_from"] == str(hf)
     ancestors = json.loads((tmp_path / "third" / "provenance.json").read_text())["ancestors"]
     assert [Path(ancestor["folder"]).name for ancestor in ancestors] == ["first", "grown"]
