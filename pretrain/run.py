@@ -154,7 +154,7 @@ def _progress_at(beginning: Beginning) -> Progress:
     if not beginning.moments:
         log.warning("the optimizer is another one: its moments begin at nothing")
     progress = progress_of(checkpoint_store.read_state(beginning.checkpoint))
-    return fork_of(progress) if beginning.fork else progress
+    return fork_of(progress, beginning.same_stream) if beginning.fork else progress
 
 
 def _evaluation(

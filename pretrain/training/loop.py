@@ -452,9 +452,15 @@ def _interval_of(progress: Progress) -> _Interval:
     return _Interval(list(progress.interval_losses), progress.interval_masked)
 
 
-def fork_of(progress: Progress) -> Progress:
-    """Where a fork of a run begins: at its step and tokens. The clock, the log interval and evaluations are its own."""
-    return Progress(step=progress.step, tokens=progress.tokens, tokens_by_corpus=progress.tokens_by_corpus)
+def fork_of(progress: Progress, same_stream: bool) -> Progress:
+    """Where a fork of a run begins: at its step and tokens. The clock, the log interval and evaluations are its own; a
+    batch that the run knew as bad is passed over as long as the stream is the same."""
+    return Progress(
+        step=progress.step,
+        tokens=progress.tokens,
+        tokens_by_corpus=progress.tokens_by_corpus,
+        skipped=progress.skipped if same_stream else (),
+    )
 
 
 def progress_of(state: dict[str, Any]) -> Progress:

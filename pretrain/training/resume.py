@@ -12,18 +12,17 @@ from experiment.provenance import origin_of, read_provenance
 from pretrain.config import ModelConfig, PretrainConfig, RunConfig
 from pretrain.training.checkpoint_store import complete_checkpoints, last_usable, named_checkpoints, read_state
 
-# Whatever determines the stream of batches, the masks or the parameters.
-_FIXED = (
+# What determines which sequences are in a batch.
+_STREAM = (
     "run.seed",
-    "model",
     "batch.sequences",
     "batch.max_seq_length",
-    "masking",
-    "optimizer.name",
     "corpus.train",
     "schedule.batch_warmup_steps",
     "schedule.stages",
 )
+# Whatever determines the stream of batches, the masks or the parameters.
+_FIXED = ("model", "masking", "optimizer.name", *_STREAM)
 # Unless it only says how the same is computed.
 _LAYOUT = ("model.activation_checkpointing",)
 # A masking rate that changes along the run depends on how long the run is.
@@ -51,6 +50,7 @@ class Beginning:
     fork: bool = False  # it is another run's
     changes: tuple[str, ...] = ()  # what the config says now that it did not say there, a line each
     moments: bool = True  # whether the optimizer takes over its state
+    same_stream: bool = True  # whether the batch of a step is the same, so that a bad one is bad still
 
 
 def find_beginning(run: RunConfig, folder: RunFolder, now: Mapping[str, Any]) -> Beginning:
@@ -78,8 +78,15 @@ def find_beginning(run: RunConfig, folder: RunFolder, now: Mapping[str, Any]) ->
     fork = not own
     checkpoint = last_usable(own or parents)
     before = read_state(checkpoint)["identity"]
-    changes = (check_fork if fork else check_resume)(before, now, str(checkpoint))
-    return Beginning(checkpoint, fork, tuple(changes), before["optimizer.name"] == now["optimizer.name"])
+    lines = (check_fork if fork else check_resume)(before, now, str(checkpoint))
+    changed = _changes(before, now)
+    return Beginning(
+        checkpoint,
+        fork,
+        tuple(lines),
+        moments="optimizer.name" not in changed,
+        same_stream=not any(_under(key, _STREAM) for key in changed),
+    )
 
 
 def _check_is_fork(named: str, parents: Sequence[Path], folder: RunFolder) -> None:

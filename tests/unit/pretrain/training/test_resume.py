@@ -10,6 +10,7 @@ from experiment.folder import RunFolder
 from experiment.provenance import ancestors_of, write_origin, write_provenance
 from pretrain.config import PretrainConfig, RunConfig
 from pretrain.training.checkpoint_store import checkpoint_path, mark
+from pretrain.training.loop import Progress, fork_of
 from pretrain.training.resume import Beginning, check_fork, check_resume, find_beginning, identity
 
 CONFIG = {"run": {"dir": "/runs/a"}, "model": {"config": {"model_type": "bert"}}, "corpus": {"train": "/data/a"}}
@@ -150,8 +151,26 @@ def make_run(path: Path, steps: tuple[int, ...], relation: str | None = None, pa
     return path
 
 
-def begin(run: Path, resume: str) -> Beginning:
-    return find_beginning(RunConfig(dir=str(run), resume=resume), RunFolder(run), who())
+def begin(run: Path, resume: str, **changes: Any) -> Beginning:
+    return find_beginning(RunConfig(dir=str(run), resume=resume), RunFolder(run), who(**changes))
+
+
+def test_what_a_fork_takes_over(tmp_path: Path) -> None:
+    """Catches moments that mean nothing to another optimizer, and batches left out of a stream they are not in."""
+    parent = make_run(tmp_path / "parent", (4,))
+    cases: list[tuple[dict[str, Any], bool, bool]] = [
+        ({"optimizer__lr": 1.0, "masking__rate": 0.3, "schedule__steps": 20}, True, True),
+        ({"optimizer__name": "lamb"}, False, True),
+        ({"batch__sequences": 64}, True, False),
+        ({"schedule__batch_warmup_steps": 3}, True, False),
+        ({"corpora": (("f2", 1.0),)}, True, False),
+    ]
+    for changes, moments, same_stream in cases:
+        beginning = begin(tmp_path / "new", str(parent), **changes)
+        assert (beginning.moments, beginning.same_stream) == (moments, same_stream)
+    progress = Progress(step=4, tokens=9, seconds=5.0, norms=(1.0,), skipped=(2, 6), interval_masked=3, evaluated=True)
+    assert fork_of(progress, same_stream=True) == Progress(step=4, tokens=9, skipped=(2, 6))
+    assert fork_of(progress, same_stream=False) == Progress(step=4, tokens=9)
 
 
 def test_what_a_checkpoint_may_be_called(tmp_path: Path) -> None:
