@@ -174,8 +174,12 @@ class ScheduleConfig(Section):
             )
         if self.decay_steps is not None and (self.name != "wsd" or self.budget is not None):
             raise ValueError("'decay_steps' belongs to the schedule 'wsd' with a length in steps, epochs or tokens")
+        if self.name == "inverse_sqrt" and self.warmup_steps == 0:
+            raise ValueError("'inverse_sqrt' is lr * sqrt(warmup_steps / step), so 'warmup_steps' must not be 0")
         if self.stages:
             self._check_stages()
+        if self.decay_steps is not None and self.known_steps is not None and self.decay_steps > self.known_steps:
+            raise ValueError(f"'decay_steps' is {self.decay_steps}, longer than the run of {self.known_steps} steps")
         return self
 
     def _check_stages(self) -> None:

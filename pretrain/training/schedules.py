@@ -15,8 +15,8 @@ def learning_rate(schedule: ScheduleConfig, peak: float, step: int, steps: int |
     """
     warmup = min(1.0, (step + 1) / schedule.warmup_steps) if schedule.warmup_steps else 1.0
     if schedule.name == "inverse_sqrt":  # knows no end, so the floor is where it stops to fall
-        first = max(1, schedule.warmup_steps)
-        return peak * warmup * max(schedule.min_lr_ratio, math.sqrt(first / max(first, step)))
+        height = math.sqrt(schedule.warmup_steps / max(schedule.warmup_steps, step))
+        return peak * warmup * max(schedule.min_lr_ratio, height)
     done = _done(schedule, step, steps, seconds)
     floor = schedule.min_lr_ratio
     return peak * warmup * (floor + (1.0 - floor) * _height(schedule, done))

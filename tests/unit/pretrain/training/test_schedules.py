@@ -1,4 +1,5 @@
 import math
+from itertools import product
 from typing import Any
 
 import pytest
@@ -57,8 +58,9 @@ def test_the_floor_is_where_the_decay_would_arrive() -> None:
     assert curve(5, warmup_steps=1, min_lr_ratio=0.5) == pytest.approx([2.0, 2.0, 1.75, 1.5, 1.25])
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("warmup", [0, 1, 7, 8, 100])
+@pytest.mark.parametrize(
+    ("name", "warmup"), [case for case in product(NAMES, (0, 1, 7, 8, 100)) if case != ("inverse_sqrt", 0)]
+)
 @pytest.mark.parametrize("steps", [1, 7, 8])
 def test_every_step_learns(name: str, warmup: int, steps: int) -> None:
     """Catches divisions by zero and rates of zero or above the peak, in runs shorter than their warmup or decay."""
@@ -98,3 +100,25 @@ def test_a_budget_is_spent_with_the_decay(name: str, heights: list[float]) -> No
             assert rate == pytest.approx(2 * (0.1 + 0.9 * height), abs=1e-9)
     assert by_the_clock(4, 0.0, name=name, warmup_steps=10) == pytest.approx(1.0)
     assert by_the_clock(10, 1.2, name=name, warmup_steps=10) >= 0.0
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"steps": 5, "epochs": 1.0}, "'steps' and 'epochs'"),
+        ({}, "exactly one of"),
+        ({"budget": "2 hours"}, "no duration"),
+        ({"steps": 5, "decay_steps": 2}, "belongs to the schedule 'wsd'"),
+        ({"budget": "1h", "name": "wsd", "decay_steps": 2}, "belongs to the schedule 'wsd'"),
+        ({"steps": 5, "name": "wsd", "decay_steps": 6}, "longer than the run of 5 steps"),
+        ({"steps": 5, "name": "inverse_sqrt", "warmup_steps": 0}, "must not be 0"),
+        ({"epochs": 1.0, "stages": ({},)}, "cannot be given in 'epochs'"),
+        ({"steps": 5, "stages": ({"steps": 5}, {})}, "leaves none of 5"),
+        ({"steps": 5, "stages": ({}, {"steps": 5})}, "only the last one may leave out"),
+        ({"steps": 5, "stages": ({"steps": 3}, {"steps": 3})}, "not the length of the run"),
+    ],
+)
+def test_what_makes_no_schedule_is_refused(fields: dict[str, Any], message: str) -> None:
+    """Catches a run whose length or curve nobody can tell, and that finds out on its devices."""
+    with pytest.raises(ValueError, match=message):
+        ScheduleConfig.model_validate(fields)
