@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from experiment.folder import RunFolder
+from fp16 import fp16_supported
 from pretrain.batching.loader import World
 from pretrain.training.checkpoint_store import checkpoint_path, complete_checkpoints, read_state
 from ranks import RankPool
@@ -55,7 +56,7 @@ def poisoned_case(
         here[:] = [poisons[step + 1]] if step + 1 in poisons and world.rank == world.size - 1 else []
         return original(self, microbatch, global_masked, step, number)
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, fp16_supported():
         original = Engine.accumulate
         patch.setattr(Engine, "accumulate", accumulate)
         patch.setattr(pretrain.run, "MaskedLanguageModel", Poisoned)
@@ -69,8 +70,10 @@ def poisoned_case(
 
 
 def saved_progress(folder: Path, step: int) -> Tree:
-    progress: Tree = read_state(checkpoint_path(folder / "checkpoints", step))["progress"]
-    return {key: value for key, value in progress.items() if key != "seconds"}
+    """All that a checkpoint says of its run, but for the time."""
+    state = read_state(checkpoint_path(folder / "checkpoints", step))
+    progress = {key: value for key, value in state["progress"].items() if key != "seconds"}
+    return progress | {"loss_scaler": state["loss_scaler"]}
 
 
 def same(one: Path, other: Path, step: int) -> bool:
@@ -85,7 +88,7 @@ def same(one: Path, other: Path, step: int) -> bool:
 
 
 POISONS = {"loss": Poison(NAN), "gradient": Poison(NAN, in_loss=False), "spike": Poison(1e4)}
-BAD_SAMPLE = [("fp32_zero0", "spike"), ("bf16_zero1", "gradient"), ("fp32_zero3", "loss")]
+BAD_SAMPLE = [("fp32_zero0", "spike"), ("bf16_zero1", "gradient"), ("fp32_zero3", "loss"), ("fp16_zero2", "loss")]
 
 
 @pytest.mark.parametrize(
@@ -93,9 +96,10 @@ BAD_SAMPLE = [("fp32_zero0", "spike"), ("bf16_zero1", "gradient"), ("fp32_zero3"
     [
         pytest.param(*case, marks=() if case in BAD_SAMPLE else SOAK)
         for case in itertools.product(
-            [f"{precision}_zero{stage}" for precision in ("fp32", "bf16") for stage in range(4)], POISONS
+            [f"{precision}_zero{stage}" for precision in ("fp32", "bf16", "fp16") for stage in range(4)], POISONS
         )
-        if case[0] != "bf16_zero0"  # which runs as stage 1
+        if case[0] not in ("bf16_zero0", "fp16_zero0")  # which run as stage 1
+        if case[0][:4] != "fp16" or case[1] == "loss"  # the others overflow, which is no fault
     ],
 )
 def test_a_bad_batch_under_each_policy(

@@ -1,8 +1,6 @@
 """fp16 with dynamic loss scaling, on a CPU that computes it slowly and is asked to say that it can."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,26 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from fp16 import fp16_supported
 from pretrain.batching.loader import World
 from pretrain.training.checkpoint_store import checkpoint_path, read_state
 from ranks import RankPool
 from runs import NO_DROPOUT, TINY, Tree, curve, everything, pretrain_case, settings
 
 SAMPLED = [pytest.param(1, marks=pytest.mark.soak), 2, pytest.param(3, marks=pytest.mark.soak)]
-
-
-@contextmanager
-def fp16_supported() -> Iterator[None]:
-    """Answer the device check, which CPUs without fp16 arithmetic fail although torch emulates it."""
-    from deepspeed.accelerator import get_accelerator
-
-    device: Any = get_accelerator()
-    before = device.is_fp16_supported
-    device.is_fp16_supported = lambda: True
-    try:
-        yield
-    finally:
-        device.is_fp16_supported = before
 
 
 def fp16_case(
