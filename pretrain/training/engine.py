@@ -21,6 +21,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS, is_zero_supported_optimizer
 from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.utils.cpp_extension import is_ninja_available
@@ -149,7 +150,6 @@ def merged_ds_config(ds_config: dict[str, Any], grad_clip: float, swap: Path | N
         "managed_gradient_accumulation": False,
         # Stage 0 neither reports the norm nor checks it: the engine below clips there.
         "gradient_clipping": grad_clip if zero["stage"] > 0 else 0.0,
-        "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
 
@@ -173,6 +173,8 @@ class Engine:
         groups = parameter_groups(model.model, config.optimizer, config.model)
         frozen = [parameter for group in groups if group["frozen_until"] for parameter in group["params"]]
         optimizer = build_optimizer(config.optimizer, groups)
+        if not is_zero_supported_optimizer(optimizer):
+            ZERO_SUPPORTED_OPTIMIZERS.append(type(optimizer))  # else it warns of an untested one: ours are tested here
         said = io.StringIO()
         with contextlib.redirect_stdout(said):  # one of its optimizers prints the machine's memory six times
             engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=merged, dist_init_required=False)
