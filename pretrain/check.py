@@ -68,7 +68,7 @@ def check_run(config: PretrainConfig, world_size: int) -> Inputs:
     ds_config = read_ds_config(ds_config_path)
     check_ds_config(ds_config, ds_config_path)
     check_precision(ds_config)
-    check_offload(ds_config, averaged=config.model.ema_decay is not None)
+    check_offload(ds_config)
     mixture = _open_mixture(config.corpus)
     train = mixture[0].corpus
     evaluation = {name: _open(f"corpus.eval.{name}", path) for name, path in config.corpus.eval.items()}

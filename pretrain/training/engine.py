@@ -21,7 +21,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
-from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS, is_zero_supported_optimizer
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.utils.cpp_extension import is_ninja_available
@@ -106,14 +106,10 @@ def check_precision(ds_config: dict[str, Any]) -> None:
         )
 
 
-def check_offload(ds_config: dict[str, Any], averaged: bool) -> None:
-    """Raises UserError where NVMe offload cannot work, naming the file to use instead. `averaged`: whether an average
-    of the weights is kept."""
+def check_offload(ds_config: dict[str, Any]) -> None:
+    """Raises UserError where NVMe offload cannot work on this machine, naming the file to use instead."""
     if offload_of(ds_config) != "nvme":
         return
-    instead = f"--engine.ds_config={ready_file(ds_config, precision_of(ds_config), 'cpu')}"
-    if averaged:
-        raise UserError(f"model.ema_decay: masters on the disk are not averaged; leave it out, or use {instead}")
     disk = ds_config["zero_optimization"]["offload_optimizer"].get("nvme_path")
     if disk is not None and not (Path(disk).is_dir() and os.access(disk, os.W_OK)):
         raise UserError(f"engine.ds_config: 'nvme_path' is {disk}, which is no folder that can be written to here")
@@ -121,7 +117,7 @@ def check_offload(ds_config: dict[str, Any], averaged: bool) -> None:
         raise UserError(
             "engine.ds_config: for NVMe offload DeepSpeed builds its kernel 'async_io', which needs a C++ compiler, "
             "ninja and the headers of libaio (Debian: g++, ninja-build, libaio-dev) on every host; without them use "
-            + instead
+            f"--engine.ds_config={ready_file(ds_config, precision_of(ds_config), 'cpu')}"
         )
 
 
@@ -173,7 +169,7 @@ class Engine:
         groups = parameter_groups(model.model, config.optimizer, config.model)
         frozen = [parameter for group in groups if group["frozen_until"] for parameter in group["params"]]
         optimizer = build_optimizer(config.optimizer, groups)
-        if not is_zero_supported_optimizer(optimizer):
+        if type(optimizer) not in ZERO_SUPPORTED_OPTIMIZERS:
             ZERO_SUPPORTED_OPTIMIZERS.append(type(optimizer))  # else it warns of an untested one: ours are tested here
         said = io.StringIO()
         with contextlib.redirect_stdout(said):  # one of its optimizers prints the machine's memory six times

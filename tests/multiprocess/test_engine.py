@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from experiment.folder import RunFolder
 from pretrain.batching.loader import World
 from pretrain.training.checkpoint_store import checkpoint_path
 from ranks import RankPool
@@ -115,3 +116,12 @@ def test_dropout_is_keyed_by_seed_step_rank_and_microbatch(
     distinct = {one[rank][place] for rank, place in places}
     assert len(distinct) == len(places)
     assert one[0]["here"] != other[0]["here"]
+
+
+def test_a_stage_that_is_not_the_one_asked_for_is_told_once(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path
+) -> None:
+    """Catches a stage that is changed without a word, and one message for each rank and each reading of the file."""
+    pools[2].run(pretrain_case, settings(tmp_path, wordpiece_corpus, "bf16_zero0", schedule__steps=1))
+    logs = [RunFolder(tmp_path).rank_log(rank).read_text(encoding="utf-8") for rank in (0, 1)]
+    assert [log.count("ZeRO 0 in bf16 runs as ZeRO 1") for log in logs] == [1, 0]
