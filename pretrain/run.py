@@ -43,7 +43,8 @@ from pretrain.training.agreement import Agreement
 from pretrain.training.ds_config import find_ds_config
 from pretrain.training.engine import Engine, LossScaleError, connect, disconnect
 from pretrain.training.health import Fault, UnhealthyError
-from pretrain.training.loop import Parts, Progress, fork_of, progress_of, train
+from pretrain.training.loop import Parts, train
+from pretrain.training.progress import Progress, fork_of, progress_of
 from pretrain.training.resume import Beginning
 from pretrain.training.stopping import StopWish
 

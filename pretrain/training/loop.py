@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,32 +31,13 @@ from pretrain.training.health import (
     remember,
 )
 from pretrain.training.partitions import all_finite, loss_scaler_state, restore_loss_scaler
+from pretrain.training.progress import Progress
 from pretrain.training.replicas import compare_replicas
 from pretrain.training.schedules import learning_rate
-from pretrain.training.selection import Metrics, Standing, judge, out_of_patience, overfitted, standing_of
+from pretrain.training.selection import Metrics, Standing, judge, out_of_patience, overfitted
 from pretrain.training.stopping import StopWish
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run has come. Saved with every checkpoint; the same on all ranks."""
-
-    step: int = 0  # finished steps
-    tokens: int = 0  # real tokens so far, special ones included
-    tokens_by_corpus: dict[str, int] = field(default_factory=dict)  # of each corpus that was trained on
-    seconds: float = 0.0  # spent training, over all attempts, by rank 0's clock
-    interval_losses: tuple[float, ...] = ()  # summed loss of each step since the last log event
-    interval_masked: int = 0  # predicted tokens in them
-    skipped_steps: int = 0  # finished steps that updated nothing
-    overflows: int = 0  # of those, because a gradient overflowed fp16
-    loss_sum: float = 0.0  # summed loss of all steps up to the last log event
-    masked: int = 0  # predicted tokens in them
-    norms: tuple[float, ...] = ()  # gradient norms of the recent updates
-    skipped: tuple[int, ...] = ()  # bad steps, which consume their batch and update nothing
-    standing: Standing = field(default_factory=Standing)  # what the evaluations so far say
-    evaluated: bool = False  # whether this step's evaluation, if one is due, is done
 
 
 @dataclass(frozen=True)
@@ -450,22 +431,3 @@ def _tell_why_it_ends(parts: Parts, standing: Standing) -> None:
 
 def _interval_of(progress: Progress) -> _Interval:
     return _Interval(list(progress.interval_losses), progress.interval_masked)
-
-
-def fork_of(progress: Progress, same_stream: bool) -> Progress:
-    """Where a fork of a run begins: at its step and tokens. The clock, the log interval and evaluations are its own; a
-    batch that the run knew as bad is passed over as long as the stream is the same."""
-    return Progress(
-        step=progress.step,
-        tokens=progress.tokens,
-        tokens_by_corpus=progress.tokens_by_corpus,
-        skipped=progress.skipped if same_stream else (),
-    )
-
-
-def progress_of(state: dict[str, Any]) -> Progress:
-    """The progress that a checkpoint's state.json holds."""
-    saved: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in state["progress"].items()
-    }
-    return Progress(**{**saved, "standing": standing_of(saved["standing"])})
