@@ -197,7 +197,7 @@ def _continued(model: ModelConfig, config: PreTrainedConfig) -> PreTrainedModel:
     pieces = {}
     if model.added_tokens is not None:
         pieces = old_pieces(load_tokenizer(model.added_tokens), load_tokenizer(model.init_from))
-    return enlarge(built, config, _first_position(built), pieces)
+    return enlarge(built, config, usable_positions(source), pieces)
 
 
 def _from_nothing(config: PreTrainedConfig) -> PreTrainedModel:

@@ -46,11 +46,11 @@ def with_positions(
 
 
 def enlarge(
-    model: PreTrainedModel, config: PreTrainedConfig, first: int, pieces: Mapping[int, Sequence[int]]
+    model: PreTrainedModel, config: PreTrainedConfig, usable: int | None, pieces: Mapping[int, Sequence[int]]
 ) -> PreTrainedModel:
     """The model as `config` describes it: the same but for a larger vocabulary and more positions.
 
-    first: position id of a sequence's first token. pieces: id of each added token -> the ids that its text had before.
+    usable: positions that the model has so far. pieces: id of each added token -> the ids that its text had before.
     What an added token is embedded as and is predicted by, bias included, is the mean of its pieces, or of all tokens
     where it has none. Learned positions are repeated blockwise (Beltagy et al. 2020, "Longformer", section 5), so that
     nothing changes up to the old limit and local order is known from the start beyond it.
@@ -62,7 +62,8 @@ def enlarge(
             if parameter.shape == old[name].shape:
                 parameter.copy_(old[name])
             elif name.endswith(_LEARNED):
-                parameter.copy_(_repeated(old[name], len(parameter), first))
+                assert usable is not None
+                parameter.copy_(_repeated(old[name], len(parameter), len(old[name]) - usable))
             elif (len(old[name]), len(parameter)) == (model.config.vocab_size, config.vocab_size):
                 parameter[: len(old[name])] = old[name]
             else:
@@ -80,7 +81,7 @@ def enlarge(
 
 
 def _repeated(table_PD: Tensor, rows: int, first: int) -> Tensor:
-    """The table with its rows from `first` on repeated until there are `rows`."""
+    """The table with its rows from `first` on, before which none is a position, repeated until there are `rows`."""
     positions = torch.arange(rows - first) % (len(table_PD) - first) + first
     return torch.cat([table_PD[:first], table_PD[positions]])
 
