@@ -10,7 +10,7 @@ from experiment.folder import RunFolder
 from experiment.provenance import ancestors_of, write_origin, write_provenance
 from pretrain.config import PretrainConfig, RunConfig
 from pretrain.training.checkpoint_store import checkpoint_path, mark
-from pretrain.training.loop import Progress, fork_of
+from pretrain.training.progress import Progress, fork_of
 from pretrain.training.resume import Beginning, check_fork, check_resume, find_beginning, identity
 
 CONFIG = {"run": {"dir": "/runs/a"}, "model": {"config": {"model_type": "bert"}}, "corpus": {"train": "/data/a"}}
