@@ -16,15 +16,16 @@ from pretrain.training.checkpoint_store import checkpoint_path, complete_checkpo
 from ranks import RankPool
 from runs import Tree, curve, everything, pretrain_case, settings, untimed
 
-NAN = float("nan")
+NAN, INF = float("nan"), float("inf")
 SOAK = pytest.mark.soak
 
 
 class Poison(NamedTuple):
-    """What a step's loss, or only its gradient, is multiplied with."""
+    """What happens to the loss of a step."""
 
-    factor: float
+    factor: float = 1.0  # of the loss, or of its gradient only
     in_loss: bool = True
+    added: float = 0.0  # to the loss, of which its gradient knows nothing
 
 
 def poisoned_case(
@@ -45,9 +46,9 @@ def poisoned_case(
     class Poisoned(MaskedLanguageModel):
         def forward(self, *microbatch: torch.Tensor) -> Any:
             found = super().forward(*microbatch)
-            for factor, in_loss in here if self.training else []:
+            for factor, in_loss, added in here if self.training else []:
                 if in_loss:
-                    found = found._replace(loss_sum=found.loss_sum * factor)
+                    found = found._replace(loss_sum=found.loss_sum * factor + added)
                 else:
                     found.loss_sum.register_hook(lambda gradient, factor=factor: gradient * factor)
             return found
@@ -87,8 +88,13 @@ def same(one: Path, other: Path, step: int) -> bool:
     )
 
 
-POISONS = {"loss": Poison(NAN), "gradient": Poison(NAN, in_loss=False), "spike": Poison(1e4)}
-BAD_SAMPLE = [("fp32_zero0", "spike"), ("bf16_zero1", "gradient"), ("fp32_zero3", "loss"), ("fp16_zero2", "loss")]
+POISONS = {
+    "loss": Poison(NAN),
+    "gradient": Poison(NAN, in_loss=False),
+    "spike": Poison(1e4),
+    "alone": Poison(added=INF),
+}
+BAD_SAMPLE = [("fp32_zero0", "spike"), ("bf16_zero1", "gradient"), ("fp32_zero3", "alone"), ("fp16_zero2", "loss")]
 
 
 @pytest.mark.parametrize(
@@ -99,7 +105,7 @@ BAD_SAMPLE = [("fp32_zero0", "spike"), ("bf16_zero1", "gradient"), ("fp32_zero3"
             [f"{precision}_zero{stage}" for precision in ("fp32", "bf16", "fp16") for stage in range(4)], POISONS
         )
         if case[0] not in ("bf16_zero0", "fp16_zero0")  # which run as stage 1
-        if case[0][:4] != "fp16" or case[1] == "loss"  # the others overflow, which is no fault
+        if case[0][:4] != "fp16" or case[1] in ("loss", "alone")  # the others overflow, which is no fault
     ],
 )
 def test_a_bad_batch_under_each_policy(
