@@ -190,3 +190,37 @@ def test_a_used_engine_goes_back_to_a_checkpoint(
     for one, other in ((first, back), (second, again)):
         assert one.keys() == other.keys()
         assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def step_or_load_case(world: World, tree: Tree, folder: Path, source: Path | None) -> int:
+    """A step, or `source` in its place, then a save as 1. Returns how many parameter groups there are."""
+    from pretrain.training import checkpoint
+    from pretrain.training.checkpoint_store import Retention
+    from pretrain.training.partitions import base_optimizer
+
+    engine, _ = build_engine(world, tree)
+    if source is None:
+        engine.begin_step(0, 0.01)
+        engine.accumulate(microbatch(), 6.0, 0, 0)
+        engine.step()
+    else:
+        checkpoint.load(engine, source)
+    checkpoint.save(engine, folder, 1, {}, lambda _, hf: hf.mkdir(), Retention(9))
+    groups = len(base_optimizer(engine.deepspeed).param_groups)
+    engine.close()
+    return groups
+
+
+@pytest.mark.parametrize("ds_config", ["fp32_zero1", *soak("fp32_zero3", "bf16_zero2")])
+def test_layer_decay_may_change_on_resume(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, ds_config: str
+) -> None:
+    """Catches moments and counters that stay with a parameter group instead of going with the parameter."""
+    tree = settings(tmp_path, wordpiece_corpus, ds_config)
+    made, moved = tmp_path / "made", tmp_path / "moved"
+    assert pools[2].run(step_or_load_case, tree, made, None) == [2, 2]
+    tree["optimizer"] |= {"layer_decay": 0.8}
+    assert pools[2].run(step_or_load_case, tree, moved, checkpoint_path(made, 1)) == [8, 8]
+    one, other = everything(checkpoint_path(made, 1)), everything(checkpoint_path(moved, 1))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
