@@ -139,7 +139,11 @@ def merged_ds_config(ds_config: dict[str, Any], grad_clip: float, swap: Path | N
             zero[key] = zero[key] | {"nvme_path": str(swap)}
     if zero["stage"] == 3:
         zero.setdefault("memory_efficient_linear", False)  # else F.linear is replaced in the whole process
-    return ds_config | {
+    merged = dict(ds_config)
+    if precision_of(ds_config) != "fp32":  # where DeepSpeed would sum gradients of microbatches and ranks in 16 bit
+        merged.setdefault("communication_data_type", "fp32")
+        merged["data_types"] = {"grad_accum_dtype": "fp32"} | ds_config.get("data_types", {})
+    return merged | {
         "zero_optimization": zero,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -256,6 +260,8 @@ class Engine:
         self.deepspeed.destroy()
         if self._swap is not None:
             shutil.rmtree(self._swap, ignore_errors=True)
+            with contextlib.suppress(OSError):  # not yet empty, or gone already
+                self._swap.parent.rmdir()
 
     def _step_when_sharded(self) -> StepResult:
         self.deepspeed.step()

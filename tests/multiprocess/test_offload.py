@@ -126,7 +126,7 @@ def test_what_is_swapped_lies_on_the_disk_until_the_run_ends(
         found = pools[2].run(swapping_case, tree, folder / "swap")
         elements = sum(tensor.numel() for key, tensor in everything(checkpoint_path(folder / "checkpoints", 6)).items())
         assert (sum(found) > 0.9 * 4 * elements) is offloaded
-        assert not any((folder / "swap").rglob("*.swp")) if offloaded else not (folder / "swap").exists()
+        assert not (folder / "swap").exists()
     assert curve(rows[0][0]) == pytest.approx(curve(rows[1][0]), rel=1e-4)
 
 

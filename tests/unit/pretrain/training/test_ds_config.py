@@ -52,6 +52,16 @@ def test_deepspeed_understands_the_file(path: Path, monkeypatch: pytest.MonkeyPa
         assert parsed.grad_accum_dtype == "fp32"
 
 
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_gradients_are_summed_in_fp32_unless_the_file_says_otherwise(precision: str) -> None:
+    """Catches a file of the user's own that leaves it out, with which DeepSpeed would sum in 16 bit."""
+    silent = merged_ds_config({precision: {"enabled": True}}, 1.0)
+    assert (silent["communication_data_type"], silent["data_types"]) == ("fp32", {"grad_accum_dtype": "fp32"})
+    said = {"communication_data_type": precision, "data_types": {"grad_accum_dtype": precision}}
+    merged = merged_ds_config({precision: {"enabled": True}} | said, 1.0)
+    assert {key: merged[key] for key in said} == said
+
+
 def test_merging_changes_no_argument() -> None:
     """Catches a second engine that is built from what the first one made of the file."""
     config: dict[str, Any] = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 0}}

@@ -93,6 +93,7 @@ def test_what_a_stage_says_in_other_words_may_change(now: list[dict[str, int]]) 
         (who(schedule__steps=20), "schedule.steps"),
         (who(batch__microbatch_tokens=4096), "batch.microbatch_tokens"),
         (who(engine__ds_config="x.json"), "engine.ds_config"),
+        (who(model__activation_checkpointing=True), "model.activation_checkpointing"),
         (who(run__log_every=3), "run.log_every"),
         (who(checkpoint__keep_last=1), "checkpoint.keep_last"),
         (who(corpus__eval={"more": "/data/b"}), "corpus.eval.more"),
