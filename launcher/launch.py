@@ -1,9 +1,11 @@
 """`deepcloze pretrain`: check, place the ranks, launch, and report how it ended."""
 
+import contextlib
+import logging
 import os
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from experiment.configuration import dump_config, load_config
@@ -46,10 +48,10 @@ def launch_pretraining(
     if devices.kind == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed checks what the ranks will compute on, and prints no guess
 
-    from pretrain.check import check_beginning, check_run, resolve_source
+    from pretrain.check import check_start
 
-    resolved = resolve_source(settings)
-    check_beginning(resolved, check_run(resolved, sum(map(len, slots.values()))))
+    with contextlib.nullcontext() if dry_run else _left_to_rank_0():
+        check_start(settings, sum(map(len, slots.values())))
 
     local = only_this_machine(slots)
     folder = RunFolder(Path(settings.run.dir).absolute())
@@ -75,6 +77,18 @@ def launch_pretraining(
         write_text(spec.config, dump_config(settings))
         environment["DS_ENV_FILE"] = str(_write_remote_environment(folder, added))
     _conclude(run_attempt(folder, argv, environment, slots))
+
+
+@contextlib.contextmanager
+def _left_to_rank_0() -> Iterator[None]:
+    """Warnings are not printed meanwhile: rank 0 checks the same and says them once more."""
+    logger = logging.getLogger("pretrain")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _conclude(ending: Ending) -> None:

@@ -61,6 +61,12 @@ def resolve_source(config: PretrainConfig) -> PretrainConfig:
     return config.model_copy(update={"model": config.model.model_copy(update={"init_from": str(folder)})})
 
 
+def check_start(config: PretrainConfig, world_size: int) -> None:
+    """All that can be told on the launching machine. Raises UserError for whatever would keep the run from starting."""
+    resolved = resolve_source(config)
+    check_beginning(resolved, check_run(resolved, world_size))
+
+
 def check_run(config: PretrainConfig, world_size: int) -> Inputs:
     """Open what the config names, `resolve_source` behind it. Raises UserError for the first thing that would keep the
     run from starting."""
@@ -173,7 +179,25 @@ def check_beginning(config: PretrainConfig, inputs: Inputs) -> Beginning:
                 f"the run has {steps} steps, but a fork counts on from its parent's steps, and {beginning.checkpoint} "
                 f"has {step} behind it"
             )
+    if beginning.checkpoint is None and config.model.init_from is not None:
+        _warn_of_repetition(config, inputs, Path(config.model.init_from))
     return beginning
+
+
+def _warn_of_repetition(config: PretrainConfig, inputs: Inputs, model: Path) -> None:
+    """Order and masks follow from seed and corpus: what the model's own run began with would be met again just so."""
+    if not (model.parent / "state.json").is_file():
+        return
+    before = read_state(model.parent)["identity"]
+    for given in inputs.train:
+        if before["run.seed"] == config.run.seed and given.corpus.fingerprint in str(before["corpus.train"]):
+            log.warning(
+                "the model in %s was trained on %s with run.seed %d too: with another seed it would not meet the same "
+                "batches under the same masks again",
+                model,
+                given.corpus.path,
+                config.run.seed,
+            )
 
 
 def _open(key: str, path: str) -> Corpus:

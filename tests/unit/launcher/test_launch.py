@@ -1,3 +1,4 @@
+import logging
 import os
 import shlex
 import sys
@@ -37,7 +38,12 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, int]]:
     """Stands for the check of corpora and model; holds what it was called with."""
     seen: list[tuple[Any, int]] = []
     module = ModuleType("pretrain.check")
-    module.check_run = lambda config, world_size: seen.append((config, world_size))  # type: ignore[attr-defined]
+
+    def check_start(config: Any, world_size: int) -> None:
+        logging.getLogger("pretrain.check").warning("something is odd")
+        seen.append((config, world_size))
+
+    module.check_start = check_start  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "pretrain.check", module)
     return seen
 
@@ -53,6 +59,15 @@ def attempts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
     monkeypatch.setattr(launch, "run_attempt", run_attempt)
     return seen
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_warnings_are_left_to_rank_0_where_there_is_one(
+    config: str, caplog: pytest.LogCaptureFixture, dry_run: bool
+) -> None:
+    """Catches each warning of a check printed twice, and a dry run that keeps them to itself."""
+    launch_pretraining(config, {}, num_gpus=2, dry_run=dry_run)
+    assert ("something is odd" in caplog.text) == dry_run
 
 
 def test_ranks_get_the_users_config_and_overrides(config: str, attempts: list[tuple[Any, ...]], checked: list[Any]):
