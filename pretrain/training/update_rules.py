@@ -27,8 +27,9 @@ class GatedOptimizer(torch.optim.Optimizer):
     allowed: Callable[[], bool] = staticmethod(lambda: True)
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        groups = self.param_groups
-        self.param_groups = [group for group in groups if not group["frozen"]] if self.allowed() else []
+        groups = self.param_groups  # at stage 3 all but the one whose turn it is are empty
+        live = [group for group in groups if group["params"] and not group["frozen"]]
+        self.param_groups = live if self.allowed() else []
         try:
             if self.param_groups:
                 self._update()
