@@ -165,15 +165,22 @@ def global_norm(engine: Any) -> float:
 
 def loss_scaler_state(engine: Any) -> dict[str, float]:
     """The dynamic loss scaler's numbers; empty where there is none."""
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
-    return {} if scaler is None else {key: getattr(scaler, key) for key in _SCALER if hasattr(scaler, key)}
+    scaler = _dynamic_scaler(engine)
+    return {} if scaler is None else {key: getattr(scaler, key) for key in _SCALER}
 
 
 def restore_loss_scaler(engine: Any, state: dict[str, float]) -> None:
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
-    for key, value in state.items():
-        if hasattr(scaler, key):
+    """Left as new where the state is empty, that of another precision; passed over where the scale is constant."""
+    scaler = _dynamic_scaler(engine)
+    if scaler is not None:
+        for key, value in state.items():
             setattr(scaler, key, value)
+
+
+def _dynamic_scaler(engine: Any) -> Any:
+    """None in bf16 and fp32, where DeepSpeed has a constant scale of 1 at some stages."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    return scaler if getattr(scaler, "dynamic", False) else None
 
 
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")

@@ -169,3 +169,19 @@ def test_the_loss_scale_survives_a_resume(
     states = [read_state(checkpoint_path(tmp_path / name / "checkpoints", 6)) for name in ("broken", "unbroken")]
     assert states[0]["loss_scaler"] == states[1]["loss_scaler"]
     assert states[0]["loss_scaler"]["cur_scale"] > 2**5
+
+
+@pytest.mark.parametrize(("first", "then"), [("bf16_zero2", "fp16_zero2"), ("fp16_zero1", "fp32_zero3")])
+def test_a_loss_scale_stays_in_fp16(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, first: str, then: str
+) -> None:
+    """Catches the constant scale 1 of another precision in place of fp16's own, under which small gradients vanish."""
+    trees = [
+        settings(tmp_path, wordpiece_corpus, ds_config, model__config=TINY | NO_DROPOUT) for ds_config in (first, then)
+    ]
+    assert pools[2].run(fp16_case, trees[0], 3) == ["stopped"] * 2
+    assert pools[2].run(fp16_case, trees[1]) == ["done"] * 2
+    scales = [2.0**16 if ds_config.startswith("fp16") else None for ds_config in (first, then)]
+    assert curve(tmp_path, "loss_scale") == [*[scales[0]] * 3, *[scales[1]] * 3]
+    kept = [read_state(checkpoint_path(tmp_path / "checkpoints", step))["loss_scaler"] for step in (3, 6)]
+    assert [bool(numbers) for numbers in kept] == [scale is not None for scale in scales]
