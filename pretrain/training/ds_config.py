@@ -73,6 +73,18 @@ def read_ds_config(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: 'zero_optimization.stage' is {zero.get('stage')}, expected 0, 1, 2 or 3")
     if zero.get("round_robin_gradients"):
         raise UserError(f"{path}: 'round_robin_gradients' breaks DeepSpeed's own parameter mapping; leave it out")
+    if zero.get("compute_grad_norm") is False:
+        raise UserError(f"{path}: 'compute_grad_norm' is false, but every update waits for the norm; leave it out")
+    if config.get("fp16", {}).get("loss_scale"):
+        raise UserError(
+            f"{path}: 'fp16.loss_scale' is {config['fp16']['loss_scale']}: a constant scale at which gradients "
+            "overflow would skip every update; write 0, which lets it find its place"
+        )
+    if config.get("torch_autocast"):
+        raise UserError(
+            f"{path}: 'torch_autocast' scales gradients after their norm is taken and clipped; leave it out and enable "
+            "'fp16' or 'bf16'"
+        )
     _check_offload(zero, path)
     if config.get("fp16", {}).get("enabled") and config.get("bf16", {}).get("enabled"):
         raise UserError(f"{path}: both 'fp16' and 'bf16' are enabled; choose one")

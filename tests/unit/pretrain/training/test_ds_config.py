@@ -94,11 +94,15 @@ def test_merging_changes_no_argument() -> None:
             "'offload_optimizer.ratio'",
         ),
         ('{"zero_optimization": {"stage": 3, "offload_optimizer": "cpu"}}', "expected a JSON object"),
+        ('{"fp16": {"enabled": true, "loss_scale": 128}}', "'fp16.loss_scale' is 128"),
+        ('{"torch_autocast": {"enabled": true, "dtype": "float16"}}', "leave it out and enable 'fp16' or 'bf16'"),
+        ('{"zero_optimization": {"stage": 2, "compute_grad_norm": false}}', "'compute_grad_norm' is false"),
         ('{"zero_optimisation": {"stage": 3}}', "unknown key 'zero_optimisation'; did you mean 'zero_optimization'?"),
     ],
 )
 def test_what_the_runs_own_config_decides_is_refused(tmp_path: Path, text: str, message: str) -> None:
-    """Catches two places that say different things of the batch size, and values that only other frameworks fill in."""
+    """Catches two places that say different things of the batch size, values that only other frameworks fill in, and
+    those under which updates would be skipped for ever, clipped wrongly, or end in a trace."""
     path = tmp_path / "ds.json"
     path.write_text(text)
     with pytest.raises(UserError) as refused:
