@@ -55,7 +55,7 @@ def enlarge(
     where it has none. Learned positions are repeated blockwise (Beltagy et al. 2020, "Longformer", section 5), so that
     nothing changes up to the old limit and local order is known from the start beyond it.
     """
-    larger: PreTrainedModel = AutoModelForMaskedLM.from_config(config)
+    larger: PreTrainedModel = AutoModelForMaskedLM.from_config(config, dtype=torch.float32)
     old = dict(model.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for name, parameter in larger.named_parameters():

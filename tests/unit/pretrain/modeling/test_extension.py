@@ -73,6 +73,18 @@ def test_added_tokens(wordpiece: Path, extended: Path, tmp_path: Path, model_typ
     write_hugging_face_folder(weights, after, new, tmp_path / "hf")
     reopened = AutoModelForMaskedLM.from_pretrained(tmp_path / "hf").eval()
     assert torch.equal(logits(reopened, ids), logits(after, ids))
+
+
+def test_rows_of_a_16_bit_folder_are_means_in_fp32(wordpiece: Path, extended: Path, tmp_path: Path) -> None:
+    """Catches new rows and fresh heads that are rounded to the precision that the folder's config names."""
+    old, new = load_tokenizer(wordpiece), load_tokenizer(extended)
+    make_folder(tmp_path, old, "bert").bfloat16().save_pretrained(tmp_path)
+    before = AutoModelForMaskedLM.from_pretrained(tmp_path, dtype=torch.float32).get_input_embeddings().weight
+    after = continued(ModelConfig(init_from=str(tmp_path), added_tokens=str(extended)), new)
+    table = after.get_input_embeddings().weight
+    for token, pieces in old_pieces(new, old).items():
+        expected = before[pieces].mean(0) if pieces else before.mean(0)
+        assert torch.allclose(table[token], expected, atol=1e-6)
     assert tokenizer_fingerprint(load_tokenizer(tmp_path / "hf")) == tokenizer_fingerprint(new)
 
 
