@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from experiment.errors import UserError
 from experiment.fields import NAMES, accepts, below, describe, is_section, known_keys, members, parse_text
-from experiment.yaml_dialect import Key, explain_yaml, read_yaml_with_lines, write_yaml
+from experiment.yaml_dialect import Key, explain_yaml, read_yaml, read_yaml_with_lines, write_yaml
 
 
 class Section(BaseModel):
@@ -209,7 +209,7 @@ def _explain(config_type: type[Section], key: Key, problem: Any) -> str:
         for part in key:
             annotation = below(annotation, part)
         quote = str in members(annotation) and isinstance(problem["input"], int | float)
-        hint = ": write it in quotes" if quote else ""
+        hint = ": write it in quotes" if quote else _why_no_yaml(problem["input"])
         return f"'{dotted}': expected {describe(annotation)}, found {_kind(problem['input'])}{hint}"
     if problem["type"] == "missing":
         return f"'{dotted}' is missing: it has no default"
@@ -218,6 +218,16 @@ def _explain(config_type: type[Section], key: Key, problem: Any) -> str:
         return f"'{dotted}': {message}" if key else message
     message = problem["msg"].removeprefix("Input ")
     return f"'{dotted}': {message[0].lower()}{message[1:]}, found {_kind(problem['input'])}"
+
+
+def _why_no_yaml(value: Any) -> str:
+    """What keeps text that was meant as a list or mapping from being one."""
+    if isinstance(value, str) and value.startswith(("[", "{")):
+        try:
+            read_yaml(value)
+        except yaml.YAMLError as error:
+            return explain_yaml(error)
+    return ""
 
 
 def _unknown(config_type: type[Section], dotted: str) -> str:

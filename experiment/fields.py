@@ -61,10 +61,15 @@ def parse_text(annotation: Any, raw: str) -> Any:
             value = raw
     except (yaml.YAMLError, RecursionError):
         return raw
-    if accepts(annotation, list) and not accepts(annotation, str):
+    if accepts(annotation, list) and not accepts(annotation, str) and ("," in raw or not _may_be_single(annotation)):
         items = raw.split(",") if raw.strip() else []
         return [parse_text(below(annotation, str(index)), item.strip()) for index, item in enumerate(items)]
     return _scalar(raw, value, annotation)
+
+
+def _may_be_single(annotation: Any) -> bool:
+    """Whether a number, say, may stand there as well as a list."""
+    return any(_plain(kind) not in (list, dict, type(None)) for kind in members(annotation))
 
 
 def _typed(node: yaml.Node, annotation: Any) -> Any:

@@ -45,13 +45,19 @@ def explain_yaml(error: yaml.YAMLError) -> str:
 
 
 class Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice in a mapping, of which YAML loaders silently keep the last."""
+    """Refuses what loaders take in silence for something else: a key that stands twice in a mapping, of which they keep
+    the last, and `{steps:3}`, which to them is a key without a value.
+    """
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         seen: dict[str, int] = {}
-        for key, _ in node.value:
+        for key, value in node.value:
             if isinstance(key, yaml.ScalarNode):
+                name, colon, rest = key.value.partition(":")
+                if node.flow_style and colon and key.style is None and value.value == "":
+                    problem = f"write '{name}: {rest}', with a space behind the colon"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
                 line = key.start_mark.line + 1
                 if key.value in seen:
                     problem = f"the key '{key.value}' stands here and in line {seen[key.value]}"

@@ -28,6 +28,7 @@ class Schedule(Section):
     unit: Literal["token", "word"] = "token"
     size: Positive | Literal["auto"] = "auto"
     betas: tuple[float, float] = (0.9, 0.98)
+    rate: Annotated[float, Field(lt=1)] | tuple[float, ...] = 0.15
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -100,6 +101,7 @@ def test_an_empty_file_and_a_byte_order_mark_are_no_error(tmp_path: Path, text: 
         (b"run: {}\nrun: {}\n", "FILE, line 2: the key 'run' stands here and in line 1"),
         (b"run:\n  lr: 1\n  name: x\n  lr: 2\n", "FILE, line 4: the key 'lr' stands here and in line 2"),
         (b"run:\n\tlr: 1\n", "FILE, line 2: "),
+        (b"run: {lr:1}\n", "FILE, line 1: write 'lr: 1', with a space behind the colon"),
         (b"run: [1,\n", "FILE, line 2: "),
         (b"run: {}\n---\nrun: {}\n", "FILE, line 2: "),
         (b"run:\n  lr: \xff\n", "FILE, line 2: not UTF-8 text"),
@@ -268,6 +270,8 @@ def test_nothing_stands_below_a_single_value(key: str) -> None:
         ("schedule.size", "8", 8),
         ("schedule.size", "auto", "auto"),
         ("schedule.betas", "0.8,0.9", (0.8, 0.9)),
+        ("schedule.rate", "0.3", 0.3),
+        ("schedule.rate", "0.3,0.1", (0.3, 0.1)),
         ("schedule.unit", "word", "word"),
         ("schedule", "{steps: 3, unit: word}", Schedule(steps=3, unit="word")),
     ],
@@ -290,6 +294,8 @@ def test_an_override_is_read_as_its_field(key: str, raw: str, value: Any) -> Non
         ("run.limits", "[&a [*a]]", "expected a list, found text"),
         ("run.limits", "!!python/name:os.system x", "expected a list, found text"),
         ("run.model", "x", "expected a mapping, found text"),
+        ("run.model", "{a:1}", "line 1: write 'a: 1', with a space behind the colon"),
+        ("schedule.rate", "15", "'schedule.rate': should be less than 1, found a whole number (15)"),
         ("schedule", "{steps: 1, epochs: 1}", "needs one of"),
     ],
 )
