@@ -49,7 +49,7 @@ def launch_sweep(
     for name, values in points.items():
         try:
             if output is None:
-                output = f"{resolve({**overrides, **values})['run.dir']}-sweep"
+                output = f"{_run_dir(config, {**overrides, **values}, finetuning)}-sweep"
             settings = {**overrides, **values, "run.dir": str(Path(output).absolute() / name)}
             resolved = resolve(settings)
         except UserError as error:
@@ -61,6 +61,15 @@ def launch_sweep(
         print("\n".join(shlex.join(run.argv) for run in runs))
         return
     sweep(runs, Path(output).absolute(), metric)
+
+
+def _run_dir(config: str, overrides: Mapping[str, str], finetuning: bool) -> str:
+    """The run folder that the config names, which may be in use: no run of the sweep goes there."""
+    from pretrain.config import PretrainConfig
+
+    if finetuning:
+        return str(_finetuning(config)(overrides)["run.dir"])
+    return load_config(PretrainConfig, config, overrides).run.dir
 
 
 def _pretraining(config: str, placement: Mapping[str, Any]) -> Resolve:

@@ -67,6 +67,17 @@ def test_what_is_wrong_with_any_point_is_said_first(refused: Said) -> None:
     assert "did you mean 'eval/held/loss'" in refused("optimizer.lr=1e-4", "--metric=eval/hold/loss")
 
 
+def test_the_run_that_the_config_names_may_be_there_already(
+    pretraining: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches points that are checked as continuations of a run that was made with the same config."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    arguments = ["--config", str(pretraining), "--grid", "batch.sequences=4,8", "--run.resume=never", "--dry_run"]
+    assert main(["sweep", *arguments]) == 0
+    assert f"--run.dir={tmp_path}/run-sweep/sequences=4" in capsys.readouterr().out
+
+
 def test_flags_of_pretraining_are_refused_for_fine_tuning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches flags that are ignored in silence, and a fine-tuning that is taken for a pretraining."""
     path = tmp_path / "task.yaml"
