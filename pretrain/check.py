@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 from experiment.errors import UserError
 from experiment.folder import RunFolder
@@ -16,7 +15,7 @@ from pretrain.config import CorpusConfig, PretrainConfig
 from pretrain.corpus.reader import Corpus, open_corpus
 from pretrain.corpus.tokenizer import load_tokenizer, tokenizer_fingerprint
 from pretrain.export import find_hugging_face_folder
-from pretrain.modeling.build import check_tokenizer, resolve_config, usable_positions
+from pretrain.modeling.build import check_tokenizer, resolve_config, skeleton, usable_positions
 from pretrain.modeling.depth import check_freeze
 from pretrain.training.checkpoint_store import read_state
 from pretrain.training.ds_config import find_ds_config, read_ds_config
@@ -88,8 +87,7 @@ def check_run(config: PretrainConfig, world_size: int) -> Inputs:
         _check_words(config.masking.unit, mixture, vocabulary)
     model_config = resolve_config(config.model, tokenizer)
     if config.model.freeze:
-        with torch.device("meta"):
-            check_freeze(config.model.freeze, AutoModelForMaskedLM.from_config(model_config))
+        check_freeze(config.model.freeze, skeleton(model_config))
     positions = usable_positions(model_config)
     lengths = {"batch.max_seq_length": config.batch.max_seq_length} | {
         f"max_seq_length of number {number + 1} of schedule.stages": stage.max_seq_length

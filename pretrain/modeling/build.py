@@ -52,6 +52,11 @@ def resolve_config(model: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> Pr
     fields = dict(model.config or {})
     if model.init_from is not None:
         config = _read_config(Path(model.init_from))
+        if fields.pop("model_type", config.model_type) != config.model_type:
+            raise UserError(
+                f"model.config.model_type is '{(model.config or {})['model_type']}', but the model in "
+                f"{model.init_from} is of type '{config.model_type}'; leave it out"
+            )
     else:
         model_type = str(fields.pop("model_type"))
         if model_type not in CONFIG_MAPPING:
@@ -147,9 +152,14 @@ def usable_positions(config: PreTrainedConfig) -> int | None:
     return int(limit) - _first_position_of(config)
 
 
-def _first_position_of(config: PreTrainedConfig) -> int:
+def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model without weights. Raises UserError for a config that makes no model."""
     with torch.device("meta"):
-        return _first_position(AutoModelForMaskedLM.from_config(config))
+        return _from_nothing(config)
+
+
+def _first_position_of(config: PreTrainedConfig) -> int:
+    return _first_position(skeleton(config))
 
 
 def _recompute_activations(model: PreTrainedModel) -> None:
@@ -157,6 +167,7 @@ def _recompute_activations(model: PreTrainedModel) -> None:
 
     The state of torch's generator is put back for it, so dropout draws the same masks.
     """
+    model.config.use_cache = False  # encoders keep no cache; transformers would warn that it cannot be had besides
     # The public name of this is another one in each of the releases of transformers that we run on.
     model._set_gradient_checkpointing(gradient_checkpointing_func=partial(checkpoint, use_reentrant=False))
 
@@ -204,7 +215,7 @@ def _from_nothing(config: PreTrainedConfig) -> PreTrainedModel:
     try:
         return AutoModelForMaskedLM.from_config(config)
     except Exception as error:  # as above
-        raise UserError(f"model.config: {_first_line(error)}") from None
+        raise UserError(f"model.config: makes no '{config.model_type}' model: {_first_line(error)}") from None
 
 
 def _from_folder(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
@@ -213,14 +224,24 @@ def _from_folder(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
     transformers_logging.disable_progress_bar()  # of a second, on every rank
     try:
         model, report = AutoModelForMaskedLM.from_pretrained(
-            folder, config=config, local_files_only=True, output_loading_info=True, dtype=torch.float32
+            folder,
+            config=config,
+            local_files_only=True,
+            output_loading_info=True,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,  # refused below, by name
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # transformers raises many types for values that make no model
         raise UserError(f"model.init_from: cannot load the weights in {folder}: {_first_line(error)}") from None
     finally:
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
+    for name, there, here in sorted(report["mismatched_keys"]):
+        raise UserError(
+            f"model.init_from: in {folder} the shape of {name} is {list(there)}, but the config makes it {list(here)}; "
+            "model.config may only change what the weights do not depend on"
+        )
     missing = sorted(report["missing_keys"])
     encoder = f"{model.base_model_prefix}."
     lost = [name for name in missing if name.startswith(encoder)]

@@ -146,7 +146,7 @@ def identity(
     `corpora`: the fingerprint and weight of each corpus that is trained on.
     """
     plain = {key: value for key, value in flatten(config).items() if not key.startswith(_BY_CONTENT)}
-    ignored = ("transformers_version", "_name_or_path", "dtype")
+    ignored = ("transformers_version", "_name_or_path", "dtype", "architectures")
     model = {f"model.{key}": value for key, value in model_config.items() if key not in ignored}
     stages = [[stage.first_step, stage.max_seq_length, stage.sequences] for stage in config.stages]
     resolved = {

@@ -56,6 +56,8 @@ def test_sizes_that_do_not_fit_together_are_refused(tokenizer: PreTrainedTokeniz
     """Catches a trace for a model that can be described but not built."""
     settings = ModelConfig(config={"model_type": "bert", **TINY, "num_attention_heads": 5})
     with pytest.raises(UserError, match=r"model\.config"):
+        usable_positions(resolve_config(settings, tokenizer))  # the first that builds it, before the launch
+    with pytest.raises(UserError, match=r"model\.config"):
         build_model(settings, resolve_config(settings, tokenizer), seed=1)
 
 
@@ -130,8 +132,16 @@ def test_a_folder_whose_weights_do_not_fit_the_config_is_refused(
 ) -> None:
     """Catches a trace of transformers' for weights of other shapes."""
     settings = ModelConfig(init_from=str(folder), config={field: 240})
-    with pytest.raises(UserError, match=r"model\.init_from"):
+    with pytest.raises(UserError, match=r"model\.init_from: .* the shape of bert\.\S+ is .*, but .* \[240"):
         build_model(settings, resolve_config(settings, tokenizer), seed=1)
+
+
+def test_a_folder_with_a_model_of_another_type_is_refused(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Catches a model type that is ignored in silence; the same one is no change."""
+    with pytest.raises(UserError, match=r"model_type is 'roberta', but the model in .* is of type 'bert'"):
+        resolve_config(ModelConfig(init_from=str(folder), config={"model_type": "roberta"}), tokenizer)
+    same = ModelConfig(init_from=str(folder), config={"model_type": "bert"})
+    assert resolve_config(same, tokenizer).model_type == "bert"
 
 
 def test_a_folder_that_is_none_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -180,3 +190,17 @@ def test_activations_that_transformers_cannot_recompute_are_refused(tokenizer: P
     albert = ModelConfig(config={"model_type": "albert", **TINY}, activation_checkpointing=True)
     with pytest.raises(UserError, match=r"model\.activation_checkpointing: .* 'albert'"):
         resolve_config(albert, tokenizer)
+
+
+def test_recomputing_activations_warns_of_nothing(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches transformers' advice about a cache, which encoders do not have, on the terminal of every such run."""
+    said: list[str] = []
+    monkeypatch.setattr(logging.Logger, "warning_once", lambda _, message, *__, **___: said.append(message))
+    model = build_model(
+        ModelConfig(config={"model_type": "bert", **TINY}, activation_checkpointing=True), resolve(tokenizer), 1
+    ).model
+    model.set_attn_implementation("eager")
+    model.train()(input_ids=torch.zeros(1, 4, dtype=torch.long))
+    assert said == []

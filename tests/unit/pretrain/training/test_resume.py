@@ -111,6 +111,12 @@ def test_a_run_may_move() -> None:
     assert check_resume(who(), now, "a checkpoint") == []
 
 
+def test_a_config_read_from_a_folder_is_the_same_model() -> None:
+    """Catches a fork that is refused because its config names its own folder in model.init_from, where transformers has
+    noted the class it wrote."""
+    assert check_fork(who(), who(model=MODEL | {"architectures": ["BertForMaskedLM"]}), "a checkpoint") == []
+
+
 def test_an_identity_survives_json() -> None:
     """Catches tuples and other values that compare unequal after a checkpoint was written and read."""
 
