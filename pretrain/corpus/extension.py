@@ -56,7 +56,7 @@ def extend_tokenizer(extend: str, added: str, output: str) -> None:
         partial.replace(folder)
     print(
         f"{folder}: {len(new):,} of {len(lines):,} words added to {vocabulary_size(old):,} tokens, "
-        f"{len(lines) - len(new):,} were in the vocabulary"
+        f"{len(lines) - len(new):,} in the vocabulary already"
     )
 
 

@@ -421,7 +421,7 @@ def _evaluate(parts: Parts, state: _State) -> None:
 def _tell_why_it_ends(parts: Parts, standing: Standing) -> None:
     if out_of_patience(standing, parts.config.evaluation):
         log.info(
-            "ending early: %s has not improved for %d evaluations; the best was %s at step %s",
+            "ending early: %s has not improved for %d evaluations; the best was %.4g at step %s",
             standing.metric,
             standing.waited,
             standing.best,

@@ -136,7 +136,9 @@ def test_a_bad_batch_under_each_policy(
     assert None not in curve(tmp_path / "skip")
 
     assert pools[2].run(poisoned_case, trees["rewind"], bad) == ["done", "done"]
-    assert "going back to step 3" in RunFolder(tmp_path / "rewind").rank_log(0).read_text(encoding="utf-8")
+    said = RunFolder(tmp_path / "rewind").rank_log(0).read_text(encoding="utf-8")
+    assert "going back to step 3" in said
+    assert "OVERFLOW" not in said  # DeepSpeed's word for it
     assert same(tmp_path / "skip", tmp_path / "rewind", 8)
 
     messages = pools[2].run(poisoned_case, trees["stop"], bad)
@@ -312,13 +314,13 @@ def test_the_best_checkpoint_stays_and_patience_ends_the_run(
             checkpoint__keep_last=1,
         )
 
-    losses = [5.0, 4.0, 3.0, 3.2, 3.4, 3.6]
+    losses = [5.0, 4.0, 3.00001, 3.2, 3.4, 3.6]
     assert pools[2].run(scripted_case, tree("unbroken"), losses) == ["done", "done"]
     checkpoints = tmp_path / "unbroken" / "checkpoints"
     assert [path.name for path in complete_checkpoints(checkpoints)] == ["step-00000002", "step-00000005"]
     assert (checkpoints / "best").read_text(encoding="utf-8") == "step-00000002\n"
     said = RunFolder(tmp_path / "unbroken").rank_log(0).read_text(encoding="utf-8")
-    assert "ending early: eval/held/loss has not improved for 3 evaluations; the best was 3.0 at step 2" in said
+    assert "ending early: eval/held/loss has not improved for 3 evaluations; the best was 3 at step 2" in said
     assert pools[2].run(scripted_case, tree("unbroken"), []) == ["done", "done"]
 
     assert pools[2].run(scripted_case, tree("stopped"), losses[:4], 4) == ["stopped", "stopped"]
