@@ -196,8 +196,6 @@ def _saving(
         best = progress.standing.best_step
         keep = checkpoint_store.Retention(config.checkpoint.keep_last, config.checkpoint.keep_every, best)
         checkpoint.save(engine, folder.checkpoints, progress.step, state, write_model, keep)
-        if best is not None and engine.world.rank == 0:
-            checkpoint_store.name_best(folder.checkpoints, best)
 
     return save
 

@@ -31,6 +31,7 @@ from pretrain.training.checkpoint_store import (
     checkpoint_path,
     forget_old,
     mark,
+    name_best,
     read_state,
     sync,
     write_json,
@@ -85,6 +86,8 @@ def save(
                 shutil.rmtree(final)
             aside.rename(final)
             sync(checkpoints)
+            if keep.best is not None:
+                name_best(checkpoints, keep.best)  # before the one that was the best is forgotten
             forget_old(checkpoints, keep, newest=step)
     return final
 

@@ -117,9 +117,11 @@ def test_a_kill_while_saving_leaves_no_checkpoint_that_only_looks_whole(
 def full_disk_case(world: World, tree: Tree, full_on: int, where: str) -> str:
     """A run whose disk is full on one rank when it saves."""
     import pretrain.run
+    from pretrain.training import checkpoint_store
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    original = pretrain.run.write_hugging_face_folder
+    module, name = (checkpoint_store, "write_text") if where == "best" else (pretrain.run, "write_hugging_face_folder")
+    original = getattr(module, name)
     if world.rank == full_on and where == "engine":
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # bytes in a file: a share of the state has more
     elif world.rank == full_on:
@@ -127,11 +129,11 @@ def full_disk_case(world: World, tree: Tree, full_on: int, where: str) -> str:
         def full(*_: Any) -> None:
             raise OSError(28, "No space left on device")
 
-        pretrain.run.write_hugging_face_folder = full
+        setattr(module, name, full)
     try:
         return pretrain_case(world, tree)
     finally:
-        pretrain.run.write_hugging_face_folder = original
+        setattr(module, name, original)
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
@@ -148,6 +150,17 @@ def test_a_full_disk_stops_all_ranks(
     assert pools[2].run(pretrain_case, tree) == ["done", "done"]
     assert curve(tmp_path, "step") == [1, 2]
     assert newest_usable(tmp_path / "checkpoints") == checkpoint_path(tmp_path / "checkpoints", 2)
+
+
+def test_a_disk_that_is_full_when_the_best_is_named_stops_all_ranks(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, heldout_corpus: Path, tmp_path: Path
+) -> None:
+    """Catches an error on rank 0 alone, after a save, for which the others wait in the next step."""
+    tree = settings(tmp_path, wordpiece_corpus, schedule__steps=2, corpus__eval={"held": str(heldout_corpus)})
+    tree["evaluation"] = {"best_metric": "eval/held/loss"}
+    assert pools[2].run(full_disk_case, tree, 0, "best") == ["stopped", "stopped"]
+    assert pools[2].run(pretrain_case, tree) == ["done", "done"]
+    assert (tmp_path / "checkpoints" / "best").read_text(encoding="utf-8") == "step-00000002\n"
 
 
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
