@@ -239,7 +239,8 @@ def _act_on(parts: Parts, state: _State, batch: RankBatch, update: _Update) -> b
     fault, policy = update.fault, parts.config.health.policy
     what = f"{fault}\n  its batch: {parts.set_aside(batch, update.losses.tolist(), fault)}"
     if policy == "stop":
-        raise UnhealthyError(f"{what}\n{_rescue(parts, state)}")
+        log.error("%s", what)  # now: the save may fail
+        raise UnhealthyError(f"{fault}\n{_rescue(parts, state)}")
     skipped = (*state.progress.skipped, fault.step)
     if in_a_row(skipped, fault.step) >= MOST_IN_A_ROW:
         raise UnhealthyError(f"{what}\n  the last {MOST_IN_A_ROW} steps were all bad: it is the weights\n{_REMEDY}")

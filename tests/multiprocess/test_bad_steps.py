@@ -212,6 +212,28 @@ def test_the_bad_batch_can_be_looked_at(pools: dict[int, RankPool], wordpiece_co
     assert not any("[MASK]" in sequence["text"] for share in shares for sequence in share)
 
 
+def full_disk_case(world: World, tree: Mapping[str, Any]) -> str:
+    """A run that meets poison in step 3 and cannot save."""
+    import pretrain.run
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain.run, "write_hugging_face_folder", full)
+        return poisoned_case(world, tree, {3: Poison(NAN)})
+
+
+def test_a_bad_batch_is_told_where_the_state_before_it_cannot_be_saved(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path
+) -> None:
+    """Catches a run that ends over a full disk and says nothing of the batch it had stopped at."""
+    assert pools[2].run(full_disk_case, settings(tmp_path, wordpiece_corpus)) == ["stopped", "stopped"]
+    log = RunFolder(tmp_path).rank_log(0).read_text(encoding="utf-8")
+    assert "step 3: the loss is nan" in log
+    assert "no checkpoint can be written" in log
+
+
 @pytest.mark.parametrize("policy", ["skip", "rewind"])
 def test_weights_that_are_bad_end_the_run(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, policy: str
