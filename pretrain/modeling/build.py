@@ -251,6 +251,11 @@ def _from_folder(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
         )
     if missing:
         log.warning("%s has no masked-LM head; a fresh one is trained (%s)", folder, ", ".join(missing))
+    unused = [name for name in sorted(report["unexpected_keys"]) if re.search(r"\.\d+\.", name)]  # of a layer, that is
+    if unused:
+        log.warning(
+            "the config has fewer layers than %s: %d tensors are left out (%s …)", folder, len(unused), unused[0]
+        )
     return model
 
 

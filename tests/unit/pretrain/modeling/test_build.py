@@ -126,6 +126,16 @@ def test_weights_that_are_missing_in_the_encoder_are_refused(folder: Path, token
         build_model(settings, resolve_config(settings, tokenizer), seed=1)
 
 
+def test_layers_that_are_left_out_are_told(
+    folder: Path, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches a config that cuts a model in silence, and a warning where all layers are there."""
+    for layers, told in ((2, False), (1, True)):
+        settings = ModelConfig(init_from=str(folder), config={"num_hidden_layers": layers})
+        build_model(settings, resolve_config(settings, tokenizer), seed=1)
+        assert ("fewer layers" in caplog.text) == told
+
+
 @pytest.mark.parametrize("field", ["hidden_size", "vocab_size"])
 def test_a_folder_whose_weights_do_not_fit_the_config_is_refused(
     folder: Path, tokenizer: PreTrainedTokenizerFast, field: str
