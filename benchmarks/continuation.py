@@ -29,6 +29,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from experiment.tracking.jsonl import read_events
 from pretrain.corpus.tokenizer import load_tokenizer
 
 METRIC = "eval/held_out/loss"
@@ -111,8 +112,7 @@ def _print(best: dict[str, dict[str, str]], work: Path, what: str) -> None:
     )
     for name, row in best.items():
         folder = work / name.replace(" ", "-") / row["folder"]
-        events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        scores = [event for event in events if METRIC in event]
+        scores = [event for event in read_events(folder / "metrics.jsonl") if METRIC in event]
         first, last = scores[0], scores[-1]
         table.add_row(
             name,

@@ -119,9 +119,7 @@ class OptimizerConfig(Section):
     betas: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], Annotated[float, Field(ge=0.0, lt=1.0)]] = (0.9, 0.98)
     eps: Annotated[float, Field(gt=0.0)] = 1.0e-6
     grad_clip: Annotated[float, Field(ge=0.0)] = 1.0  # largest global gradient norm; 0: no clipping
-    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = (
-        1.0  # each layer learns at this share of the rate of the next
-    )
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0  # a layer's rate over the next one's
 
 
 class StageConfig(Section):
@@ -222,9 +220,7 @@ class HealthConfig(Section):
     """What is done about a loss or gradient that is not a number, or a gradient that jumps."""
 
     policy: Literal["stop", "skip", "rewind"] = "stop"  # rewind: back to the last checkpoint, then past the bad batch
-    spike_factor: Annotated[float, Field(gt=1.0)] = (
-        10.0  # a gradient norm this many times the recent ones' median is bad
-    )
+    spike_factor: Annotated[float, Field(gt=1.0)] = 10.0  # times the recent gradient norms' median
     compare_every: Positive | None = 100  # steps between comparisons of what all ranks must have in common; null: never
     hang_seconds: Positive = 600  # that a rank waits for the others before it takes them for dead
 

@@ -71,6 +71,11 @@ def held_out(
     return HeldOut(name, BatchMaker((source,), order, vocabulary, layout, world), order.steps)
 
 
+def masking_policy(masking: MaskingConfig) -> MaskingPolicy:
+    """How held-out text is masked, and training text where the rate does not change."""
+    return MaskingPolicy(masking.rates[-1], masking.mask_share, masking.random_share, masking.unit)
+
+
 def evaluate(
     corpora: Sequence[HeldOut],
     predict: Callable[[Microbatch], Predictions],
@@ -168,9 +173,7 @@ def _settings(folder: Path) -> _Settings:
         config: dict[str, Any] = read_state(folder.parent)["config"]
         masking = build_config(MaskingConfig, config["masking"])
         seed, length = config["run"]["seed"], config["batch"]["max_seq_length"]
-    return _Settings(
-        seed, length, MaskingPolicy(masking.rates[-1], masking.mask_share, masking.random_share, masking.unit)
-    )
+    return _Settings(seed, length, masking_policy(masking))
 
 
 def _open_all(names: str, fingerprint: str, folder: Path) -> dict[str, Corpus]:

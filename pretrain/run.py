@@ -32,12 +32,12 @@ from experiment.tracking.rank_logs import set_up_logging
 from pretrain.batching.loader import Layout, RankBatch, World
 from pretrain.check import Inputs, check_beginning, check_run, resolve_source, run_identity
 from pretrain.config import PretrainConfig, WeightedCorpus
-from pretrain.evaluate import as_metrics, evaluate, held_out
+from pretrain.evaluate import as_metrics, evaluate, held_out, masking_policy
 from pretrain.export import write_hugging_face_folder
 from pretrain.modeling.build import BuiltModel, build_model
 from pretrain.modeling.flops import flops_model
 from pretrain.modeling.masked_lm import MaskedLanguageModel
-from pretrain.stream import masking_policy, open_stream
+from pretrain.stream import open_stream
 from pretrain.training import checkpoint, checkpoint_store, quarantine
 from pretrain.training.agreement import Agreement
 from pretrain.training.ds_config import find_ds_config

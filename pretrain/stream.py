@@ -11,11 +11,12 @@ from torch.utils.data import Dataset
 from experiment.errors import UserError
 from pretrain.batching.counter_rng import key_of
 from pretrain.batching.loader import BatchMaker, Layout, RankBatch, Source, World, load
-from pretrain.batching.masking import Masker, MaskingPolicy, MaskingRate
+from pretrain.batching.masking import Masker, MaskingRate
 from pretrain.batching.order import BatchSizes, CorpusStream, ShuffledOrder
 from pretrain.batching.sequences import SequenceIndex, open_index
 from pretrain.check import Inputs
-from pretrain.config import MaskingConfig, PretrainConfig
+from pretrain.config import PretrainConfig
+from pretrain.evaluate import masking_policy
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,6 @@ def open_stream(
         for number, stage in enumerate(stages)
     )
     return Stream(tuple(makers), tuple(stage.first_step for stage in stages), steps)
-
-
-def masking_policy(masking: MaskingConfig) -> MaskingPolicy:
-    """How held-out text is masked, and training text where the rate does not change."""
-    return MaskingPolicy(masking.rates[-1], masking.mask_share, masking.random_share, masking.unit)
 
 
 def _sources(config: PretrainConfig, inputs: Inputs, number: int, cut: list[SequenceIndex]) -> tuple[Source, ...]:

@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 
 
 class StepResult(NamedTuple):
-    applied: bool  # False: the update was skipped (overflow, not a number)
+    applied: bool  # False: the norm is not finite, or above the limit
     grad_norm: float  # of the whole accumulated gradient, before clipping
 
 
@@ -84,12 +84,6 @@ def connect(timeout: datetime.timedelta, rank: int | None = None, world_size: in
         verbose=False,
     )
     return World(dist.get_rank(), dist.get_world_size())
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    """Whether DeepSpeed says something that we do not: of a gradient that is not finite the loop says more, and with a
-    fixed loss scale it is no overflow."""
-    return "OVERFLOW! Skipping step" not in record.getMessage()
 
 
 def disconnect() -> None:
@@ -347,3 +341,9 @@ def _defer_growth(optimizer: Any) -> "_LossScaler | None":
     scaler.raise_error_at_min_scale = False
     assert isinstance(scaler, _LossScaler)
     return scaler
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether DeepSpeed says something that we do not: of a gradient that is not finite the loop says more, and with a
+    fixed loss scale it is no overflow."""
+    return "OVERFLOW! Skipping step" not in record.getMessage()

@@ -1,6 +1,5 @@
 """Runs whose batches change along the way (stages, batch warmup, mixture, masking rate), and runs by the clock."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from experiment.folder import RunFolder
 from pretrain.training.checkpoint_store import checkpoint_path, complete_checkpoints, read_state
 from ranks import RankPool
-from runs import NO_DROPOUT, TINY, Tree, curve, events, everything, pretrain_case, settings
+from runs import NO_DROPOUT, TINY, Tree, curve, events, everything, pretrain_case, settings, untimed
 
 STAGES = [{"steps": 4, "max_seq_length": 20, "sequences": 37, "microbatch_tokens": 70}, {}]
 
@@ -29,12 +28,6 @@ def changing(folder: Path, corpus: Path, heldout: Path, ds_config: str = "fp32_z
         **changes,
     )
     return tree | {"schedule": {"steps": 8, "warmup_steps": 2, "batch_warmup_steps": 6, "stages": STAGES}}
-
-
-def untimed(folder: Path) -> list[Tree]:
-    timed = ("tokens_per_second", "mfu", "data_wait", "memory")
-    lines = RunFolder(folder).metrics.read_text(encoding="utf-8").splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key not in timed} for line in lines]
 
 
 @pytest.fixture(scope="module")
