@@ -1,9 +1,16 @@
 """What tests of several rooms share: soak tests on demand only, and small real corpora, built once a session."""
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from ranks import Nursery, RankPool
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record", action="store_true", help="record the golden runs anew instead of comparing with them")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -85,3 +92,14 @@ def byte_level_corpus(tmp_path_factory: pytest.TempPathFactory, text_file: Path,
     folder = tmp_path_factory.mktemp("corpora") / "bytes"
     build_corpus(text_file, byte_level, folder, workers=1)
     return folder
+
+
+@pytest.fixture(scope="session")
+def pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, RankPool]]:
+    """World size -> pool of rank processes."""
+    nursery = Nursery(tmp_path_factory.mktemp("ranks") / "output.log")
+    pools = {size: RankPool(nursery, size) for size in (1, 2, 3)}
+    yield pools
+    for pool in pools.values():
+        pool.close()
+    nursery.close()

@@ -1,0 +1,146 @@
+"""Five small runs whose losses, learning rates and masks are recorded in `tests/golden/recorded/`.
+
+`python -m pytest tests/golden --record` writes the files anew: only for a change that is meant to change results, and
+the commit says why.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiment.configuration import build_config
+from experiment.folder import RunFolder
+from pretrain.batching.loader import World
+from pretrain.check import check_run
+from pretrain.config import PretrainConfig
+from pretrain.corpus.build import build_corpus
+from pretrain.stream import open_stream
+from pretrain.training.checkpoint_store import checkpoint_path
+from ranks import RankPool
+from runs import TINY, Tree, everything, pretrain_case, settings
+
+HERE = Path(__file__).parent
+RECORDED = HERE / "recorded"
+TOKENIZER = HERE / "tokenizer"
+RANKS = 2
+KEYS = ("step", "tokens", "loss", "lr", "grad_norm")
+
+
+def build_corpora(text: Path, folder: Path) -> Path:
+    """Corpora `all`, `all-heldout` and `part` in `folder`, built with the recorded tokenizer."""
+    build_corpus(text, TOKENIZER, folder / "all", holdout=40, workers=1)
+    build_corpus(text, TOKENIZER, folder / "part", limit=150, seed=3, workers=1)
+    return folder
+
+
+def fp32(folder: Path, corpora: Path) -> Tree:
+    """ZeRO 2, three microbatches a step, dropout on."""
+    return settings(
+        folder,
+        corpora / "all",
+        "fp32_zero2",
+        corpus__eval={"held": str(corpora / "all-heldout")},
+        evaluation__every_steps=3,
+    )
+
+
+def bf16(folder: Path, corpora: Path) -> Tree:
+    return settings(folder, corpora / "all", "bf16_zero1", masking__unit="word")
+
+
+def lamb_with_stages(folder: Path, corpora: Path) -> Tree:
+    return settings(
+        folder,
+        corpora / "all",
+        "fp32_zero1",
+        optimizer__name="lamb",
+        schedule__name="cosine",
+        schedule__batch_warmup_steps=3,
+        schedule__stages=[{"steps": 3, "max_seq_length": 24}, {"sequences": 17}],
+    )
+
+
+def mixture_with_spans(folder: Path, corpora: Path) -> Tree:
+    train = [{"path": str(corpora / "all"), "weight": 0.6}, {"path": str(corpora / "part"), "weight": 0.4}]
+    return settings(
+        folder,
+        corpora / "all",
+        "fp32_zero3",
+        corpus__train=train,
+        masking__unit="span",
+        masking__rate=[0.3, 0.15],
+        masking__schedule="linear",
+    )
+
+
+def parent(folder: Path, corpora: Path) -> Tree:
+    """The run that `fork_with_ema` forks at its last step."""
+    return settings(folder, corpora / "all", schedule__name="constant", schedule__steps=3)
+
+
+def fork_with_ema(folder: Path, corpora: Path) -> Tree:
+    tree = settings(
+        folder,
+        corpora / "all",
+        model__ema_decay=0.8,
+        schedule__name="wsd",
+        schedule__steps=7,
+        schedule__decay_steps=3,
+    )
+    tree["run"]["resume"] = str(folder.with_name("parent"))
+    return tree
+
+
+def resumed(folder: Path, corpora: Path) -> Tree:
+    """The run whose first two steps made `tests/golden/checkpoint_0_1`."""
+    small = {"hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 12, "max_position_embeddings": 40}
+    return settings(folder, corpora / "all", model__config=TINY | small, schedule__steps=4)
+
+
+RUNS = {run.__name__: run for run in (fp32, bf16, lamb_with_stages, mixture_with_spans, fork_with_ema)}
+
+
+def carry_out(name: str, pool: RankPool, corpora: Path, folder: Path) -> Tree:
+    """What is recorded of a run."""
+    run_folder = folder / name
+    if name == "fork_with_ema":
+        pool.run(pretrain_case, parent(folder / "parent", corpora))
+    tree = RUNS[name](run_folder, corpora)
+    assert set(pool.run(pretrain_case, tree)) == {"done"}
+    lines = RunFolder(run_folder).metrics.read_text(encoding="utf-8").splitlines()
+    logged = list(map(json.loads, lines))
+    steps = [{key: event[key] for key in KEYS} for event in logged if "loss" in event]
+    return {
+        "steps": steps,
+        "evaluations": [event for event in logged if "loss" not in event],
+        "masks": masks(tree, steps[0]["step"] - 1, steps[-1]["step"], folder / "index"),
+        "norms": norms(checkpoint_path(RunFolder(run_folder).checkpoints, steps[-1]["step"])),
+    }
+
+
+def masks(tree: Tree, first: int, last: int, index_folder: Path) -> list[str]:
+    """A digest of what the model sees, is asked and where, for each of the steps from `first` to `last`."""
+    config = build_config(PretrainConfig, tree)
+    stream = open_stream(config, check_run(config, 1), True, 0, World(), index_folder)
+    return [digest(stream[step]) for step in range(first, last)]
+
+
+def digest(batch: Any) -> str:
+    found = hashlib.sha256()
+    for microbatch in batch.microbatches:
+        for tensor in microbatch:
+            found.update(np.ascontiguousarray(tensor.numpy().astype(np.int64)).data)
+    return found.hexdigest()[:16]
+
+
+def norms(checkpoint: Path) -> dict[str, float]:
+    """Of masters, moments and averages, each over all parameters."""
+    sums: dict[str, float] = {}
+    for name, tensor in everything(checkpoint).items():
+        if tensor.dim() and not name.endswith("step"):
+            kind = name.rpartition("/")[2]
+            sums[kind] = sums.get(kind, 0.0) + float(tensor.double().square().sum())
+    return {kind: total**0.5 for kind, total in sorted(sums.items())}

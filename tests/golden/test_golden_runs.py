@@ -1,0 +1,56 @@
+"""Small runs compute what they computed when they were recorded."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from golden_runs import HERE, RANKS, RECORDED, RUNS, build_corpora, carry_out, resumed
+from ranks import RankPool
+from runs import curve, pretrain_case
+
+# Other CPUs sum in another order, which a few steps of Adam enlarge; a changed mask, rate or order is far outside.
+RELATIVE = {"fp32": 1e-3, "bf16": 2e-2}
+
+
+@pytest.fixture(scope="module")
+def corpora(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_corpora(text_file, tmp_path_factory.mktemp("golden_corpora"))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_computes_what_was_recorded(
+    name: str, pools: dict[int, RankPool], corpora: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Catches a change of order, masks, schedule, gradient, optimizer or averaging that nobody meant to make."""
+    found = carry_out(name, pools[RANKS], corpora, tmp_path)
+    path = RECORDED / f"{name}.json"
+    if request.config.getoption("--record"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    expected = json.loads(path.read_text(encoding="utf-8"))
+    relative = RELATIVE["bf16" if name == "bf16" else "fp32"]
+    assert found["masks"] == expected["masks"]
+    assert len(found["steps"]) == len(expected["steps"])
+    for event, recorded in zip(found["steps"], expected["steps"], strict=True):
+        assert {key: event[key] for key in ("step", "tokens")} == {key: recorded[key] for key in ("step", "tokens")}
+        assert event["lr"] == pytest.approx(recorded["lr"], rel=1e-12)
+        assert event["loss"] == pytest.approx(recorded["loss"], rel=relative)
+        assert event["grad_norm"] == pytest.approx(recorded["grad_norm"], rel=10 * relative)
+    assert len(found["evaluations"]) == len(expected["evaluations"])
+    for event, recorded in zip(found["evaluations"], expected["evaluations"], strict=True):
+        assert event == pytest.approx(recorded, rel=relative, abs=2e-2)
+    assert found["norms"] == pytest.approx(expected["norms"], rel=10 * relative)
+
+
+def test_a_checkpoint_of_version_0_1_is_resumed(pools: dict[int, RankPool], corpora: Path, tmp_path: Path) -> None:
+    """Catches a change of names or format that shuts out checkpoints which people have.
+
+    `checkpoint_0_1` was written by two ranks at commit 98378c0, by the run of which `losses.json` has all four losses.
+    """
+    written = tmp_path / "checkpoints" / "step-00000002"
+    shutil.copytree(HERE / "checkpoint_0_1" / written.name, written)
+    assert set(pools[RANKS].run(pretrain_case, resumed(tmp_path, corpora))) == {"done"}
+    expected = json.loads((HERE / "checkpoint_0_1" / "losses.json").read_text(encoding="utf-8"))
+    assert curve(tmp_path) == pytest.approx(expected[2:], rel=RELATIVE["fp32"])
