@@ -27,12 +27,12 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from benchmarks.package_task import EXAMPLES, NAMES, make_task, read_documents, write_jsonl
-from experiment.configuration import load_config
+from experiment.config import load_config
 from experiment.errors import UserError
-from experiment.figures import draw_spread
-from experiment.folder import RunFolder
-from experiment.page import Block, Code, Figure, Heading, Table, Text, write_page
-from experiment.report import result_blocks, training_blocks
+from experiment.results.figures import draw_spread
+from experiment.results.page import Block, Code, Figure, Heading, Table, Text, write_page
+from experiment.results.report import result_blocks, training_blocks
+from experiment.run_folder import RunFolder
 from experiment.tracking.console import describe_duration
 from experiment.tracking.jsonl import read_events
 from pretrain.config import PretrainConfig

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from experiment.errors import UserError
-from experiment.folder import RunFolder, write_json
+from experiment.run_folder import RunFolder, write_json
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LIBRARIES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "safetensors", "numpy", "pyarrow", "wandb")

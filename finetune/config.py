@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from experiment.configuration import Section
+from experiment.config import Section
 from experiment.tracking.config import TrackingConfig
 
 Positive = Annotated[int, Field(gt=0)]

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from experiment.figures import COLOURS, GREY
+from experiment.results.figures import COLOURS, GREY
 
 _WRITTEN_OUT = 25  # labels: of more, the matrix shows colours only
 

@@ -21,10 +21,10 @@ import torch
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from experiment.configuration import dump_config, flatten, load_config
+from experiment.config import dump_config, flatten, load_config
 from experiment.errors import UserError
-from experiment.folder import Outcome, RunFolder, open_run_folder, write_json, write_text
 from experiment.provenance import ancestors_of, collect_provenance, write_provenance
+from experiment.run_folder import Outcome, RunFolder, open_run_folder, write_json, write_text
 from experiment.tracking.console import terminal
 from experiment.tracking.tracker import Tracker, open_trackers
 from finetune.config import FinetuneConfig

@@ -14,7 +14,7 @@ from typing import Any, NewType, TypeVar
 
 import fire.decorators
 
-from experiment.configuration import nearest
+from experiment.config import nearest
 from experiment.errors import UserError
 
 Overrides = NewType("Overrides", dict[str, str])

@@ -27,7 +27,7 @@ def python_docs(*, output: str) -> None:
     Example:
         deepcloze python_docs --output docs.jsonl
     """
-    from pretrain.corpus.python_docs import write_python_docs
+    from pretrain.corpus.python_docs.collect import write_python_docs
 
     write_python_docs(output)
 
@@ -74,7 +74,7 @@ def tokenizer(
         deepcloze tokenizer --source docs.jsonl --output tokenizer --vocab_size 8000 --lowercase
     """
     if extend is not None and added is not None and source is None and vocab_size is None:
-        from pretrain.corpus.extension import extend_tokenizer
+        from pretrain.corpus.added_tokens import extend_tokenizer
 
         extend_tokenizer(extend, added, output)
         return
@@ -323,7 +323,7 @@ def report(run: str) -> None:
     Example:
         deepcloze report runs/first
     """
-    from experiment.report import write_report
+    from experiment.results.report import write_report
 
     print(write_report(run))
 

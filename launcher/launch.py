@@ -8,9 +8,9 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from experiment.configuration import dump_config, load_config
+from experiment.config import dump_config, load_config
 from experiment.errors import StoppedError
-from experiment.folder import Outcome, RunFolder, open_run_folder, write_text
+from experiment.run_folder import Outcome, RunFolder, open_run_folder, write_text
 from launcher.command import LaunchSpec, deepspeed_argv
 from launcher.environment import launcher_environment, remote_environment_file, worker_environment
 from launcher.hostfile import read_hostfile
@@ -48,7 +48,7 @@ def launch_pretraining(
     if devices.kind == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed checks what the ranks will compute on, and prints no guess
 
-    from pretrain.check import check_start
+    from pretrain.resolve import check_start
 
     with contextlib.nullcontext() if dry_run else _left_to_rank_0():
         check_start(settings, sum(map(len, slots.values())))

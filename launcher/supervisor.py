@@ -21,7 +21,7 @@ from types import FrameType
 import filelock
 
 from experiment.errors import UserError
-from experiment.folder import Outcome, RunFolder, write_text
+from experiment.run_folder import Outcome, RunFolder, write_text
 from launcher.hostfile import Slots
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -10,10 +10,10 @@ from typing import Any, get_args
 
 import yaml
 
-from experiment.configuration import flatten, load_config, nearest
+from experiment.config import flatten, load_config, nearest
+from experiment.config.yaml_dialect import read_yaml
 from experiment.errors import UserError
-from experiment.sweep import Run, combinations, parse_grid, sweep
-from experiment.yaml_dialect import read_yaml
+from experiment.results.sweep import Run, combinations, parse_grid, sweep
 
 Resolve = Callable[[Mapping[str, str]], dict[str, Any]]
 """Config overrides -> the whole config, flat. Raises UserError for what would keep the run from starting."""
@@ -32,7 +32,7 @@ def launch_sweep(
     """Run the config at every point of the grid, whether it pretrains or fine-tunes.
 
     `placement`: flags of `deepcloze pretrain` (num_gpus, hostfile …), passed on. `dry_run` prints the commands and
-    starts nothing. Raises as `experiment.sweep.sweep`, and UserError for what any of the runs would be refused for.
+    starts nothing. Raises as `experiment.results.sweep.sweep`, and UserError for what any run would be refused for.
     """
     finetuning = _is_finetuning(config)
     given = {name: value for name, value in placement.items() if value not in (None, False)}

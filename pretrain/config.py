@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from experiment.configuration import Section, nearest
+from experiment.config import Section, nearest
 from experiment.tracking.config import TrackingConfig
 
 Positive = Annotated[int, Field(gt=0)]

@@ -18,9 +18,11 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from experiment.configuration import build_config
+from experiment.checkpoints import read_state
+from experiment.config import build_config
 from experiment.errors import UserError
-from pretrain.batching.loader import BatchMaker, Layout, Microbatch, Source, World, load
+from pretrain.batching.batch import Microbatch
+from pretrain.batching.loader import BatchMaker, Layout, Source, load
 from pretrain.batching.masking import Masker, MaskingPolicy
 from pretrain.batching.order import CorpusOrder
 from pretrain.batching.sequences import open_index
@@ -31,7 +33,7 @@ from pretrain.corpus.tokenizer import load_tokenizer, tokenizer_fingerprint
 from pretrain.export import find_hugging_face_folder
 from pretrain.modeling.build import build_model, resolve_config, usable_positions
 from pretrain.modeling.masked_lm import MaskedLanguageModel, Predictions
-from pretrain.training.checkpoint_store import read_state
+from pretrain.world import World
 
 _SEQUENCES = 256  # in an evaluation batch
 _DEFAULT_LENGTH = 128
@@ -65,7 +67,7 @@ def held_out(
     index_folder: Path,
 ) -> HeldOut:
     """`index_folder`: where the sequence index goes if the corpus folder cannot be written to."""
-    index = open_index(corpus, layout.width - vocabulary.frame, index_folder)
+    index = open_index(corpus, layout.width - vocabulary.num_special_tokens, index_folder)
     order = CorpusOrder(len(index), _SEQUENCES)
     source = Source(corpus, index, Masker(vocabulary, policy, seed, corpus.fingerprint))
     return HeldOut(name, BatchMaker((source,), order, vocabulary, layout, world), order.steps)

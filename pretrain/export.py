@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from experiment.checkpoints import last_usable, named_checkpoints, verify
 from experiment.errors import UserError
-from pretrain.training.checkpoint_store import last_usable, named_checkpoints, verify
 
 
 def write_hugging_face_folder(

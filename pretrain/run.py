@@ -22,31 +22,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiment.configuration import dump_config, load_config
+from experiment import checkpoints as checkpoint_store
+from experiment.config import dump_config, load_config
 from experiment.errors import UserError
-from experiment.folder import Outcome, RunFolder, open_run_folder, write_text
 from experiment.meters import peak_flops
 from experiment.provenance import ancestors_of, collect_provenance, read_provenance, write_origin, write_provenance
+from experiment.run_folder import Outcome, RunFolder, open_run_folder, write_text
 from experiment.tracking import Tracker, open_trackers
 from experiment.tracking.rank_logs import set_up_logging
-from pretrain.batching.loader import Layout, RankBatch, World
-from pretrain.check import Inputs, check_beginning, check_run, resolve_source, run_identity
+from pretrain.batching.batch import RankBatch
+from pretrain.batching.loader import Layout
 from pretrain.config import PretrainConfig, WeightedCorpus
+from pretrain.engine.engine import Engine, LossScaleError, connect, disconnect
+from pretrain.engine.settings import find_ds_config
 from pretrain.evaluate import as_metrics, evaluate, held_out, masking_policy
 from pretrain.export import write_hugging_face_folder
 from pretrain.modeling.build import BuiltModel, build_model
 from pretrain.modeling.flops import flops_model
 from pretrain.modeling.masked_lm import MaskedLanguageModel
+from pretrain.resolve import Inputs, check_beginning, check_run, resolve_source, run_identity
 from pretrain.stream import open_stream
-from pretrain.training import checkpoint, checkpoint_store, quarantine
-from pretrain.training.agreement import Agreement
-from pretrain.training.ds_config import find_ds_config
-from pretrain.training.engine import Engine, LossScaleError, connect, disconnect
+from pretrain.training import bad_batch as quarantine
+from pretrain.training import checkpointer as checkpoint
 from pretrain.training.health import Fault, UnhealthyError
-from pretrain.training.loop import Parts, train
+from pretrain.training.host_group import HostGroup
 from pretrain.training.progress import Progress, fork_of, progress_of
-from pretrain.training.resume import Beginning
-from pretrain.training.stopping import StopWish
+from pretrain.training.resume import ResumePlan
+from pretrain.training.stop_request import StopRequest
+from pretrain.training.trainer import Parts, train
+from pretrain.world import World
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +59,7 @@ def pretrain(config: PretrainConfig, world: World) -> Outcome:
     """Run or continue a pretraining on this rank; the process group is connected. Raises UserError."""
     folder = open_run_folder(config.run.dir)
     set_up_logging(folder, world.rank)
-    agreement = Agreement(_timeout(config))
+    agreement = HostGroup(_timeout(config))
     config = agreement.of_rank_0(lambda: resolve_source(config))  # a run that goes on has ever newer checkpoints
     inputs = check_run(config, world.size)
     config = absolute_paths(config, inputs)
@@ -76,7 +80,7 @@ def pretrain(config: PretrainConfig, world: World) -> Outcome:
         on_gpu = engine.device.type == "cuda"
         tracker = _open_tracker(config, folder, progress, beginning, stream.steps, world) if world.rank == 0 else None
         # Not before here: a signal to a rank that has nothing to save should end it at once.
-        stop = StopWish(folder.stop if world.rank == 0 else None)
+        stop = StopRequest(folder.stop if world.rank == 0 else None)
         closing.callback(stop.close)
         outcome = Outcome.FAILED
         try:
@@ -147,7 +151,7 @@ def _absolute_corpora(train: str | tuple[WeightedCorpus, ...], inputs: Inputs) -
     return tuple(given.model_copy(update={"path": path}) for given, path in zip(train, paths, strict=True))
 
 
-def _progress_at(beginning: Beginning) -> Progress:
+def _progress_at(beginning: ResumePlan) -> Progress:
     if beginning.checkpoint is None:
         return Progress()
     changes = "".join(f"\n  {line}" for line in beginning.changes)
@@ -200,7 +204,7 @@ def _saving(
     return save
 
 
-def _going_back(engine: Engine, agreement: Agreement, folder: RunFolder) -> Callable[[], Progress]:
+def _going_back(engine: Engine, agreement: HostGroup, folder: RunFolder) -> Callable[[], Progress]:
     def go_back() -> Progress:
         newest = agreement.of_rank_0(lambda: checkpoint_store.newest_usable(folder.checkpoints))
         assert newest is not None  # the loop has saved one before it goes on from anywhere
@@ -225,7 +229,12 @@ def _setting_aside(inputs: Inputs, world: World, folder: RunFolder) -> Callable[
 
 
 def _open_tracker(
-    config: PretrainConfig, folder: RunFolder, progress: Progress, beginning: Beginning, steps: int | None, world: World
+    config: PretrainConfig,
+    folder: RunFolder,
+    progress: Progress,
+    beginning: ResumePlan,
+    steps: int | None,
+    world: World,
 ) -> Tracker:
     run_id = write_provenance(folder, collect_provenance(sys.argv, world.size), _ancestors(config, beginning))
     write_text(folder.config, dump_config(config))
@@ -239,7 +248,7 @@ def _open_tracker(
     )
 
 
-def _ancestors(config: PretrainConfig, beginning: Beginning) -> list[dict[str, Any]] | None:
+def _ancestors(config: PretrainConfig, beginning: ResumePlan) -> list[dict[str, Any]] | None:
     """Whose weights a run begins with; None for one that goes on."""
     if beginning.checkpoint is not None:
         return ancestors_of(beginning.checkpoint / "hf", "fork") if beginning.fork else None

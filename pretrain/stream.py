@@ -9,14 +9,16 @@ from pathlib import Path
 from torch.utils.data import Dataset
 
 from experiment.errors import UserError
+from pretrain.batching.batch import RankBatch
 from pretrain.batching.counter_rng import key_of
-from pretrain.batching.loader import BatchMaker, Layout, RankBatch, Source, World, load
+from pretrain.batching.loader import BatchMaker, Layout, Source, load
 from pretrain.batching.masking import Masker, MaskingRate
 from pretrain.batching.order import BatchSizes, CorpusStream, ShuffledOrder
 from pretrain.batching.sequences import SequenceIndex, open_index
-from pretrain.check import Inputs
 from pretrain.config import PretrainConfig
 from pretrain.evaluate import masking_policy
+from pretrain.resolve import Inputs
+from pretrain.world import World
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ def open_stream(
     stages = config.stages
     cuts = [
         [
-            open_index(given.corpus, stage.max_seq_length - inputs.vocabulary.frame, index_folder)
+            open_index(given.corpus, stage.max_seq_length - inputs.vocabulary.num_special_tokens, index_folder)
             for given in inputs.train
         ]
         for stage in stages
@@ -95,7 +97,7 @@ def _order(config: PretrainConfig, inputs: Inputs, number: int, cut: list[Sequen
 def _shares(inputs: Inputs, cut: list[SequenceIndex]) -> tuple[float, ...]:
     """Of the sequences, so that the weights are shares of the tokens."""
     return tuple(
-        given.weight / (given.corpus.tokens / len(index) + inputs.vocabulary.frame)
+        given.weight / (given.corpus.tokens / len(index) + inputs.vocabulary.num_special_tokens)
         for given, index in zip(inputs.train, cut, strict=True)
     )
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ranks import Nursery, RankPool
+from rank_pool import ForkServer, RankPool
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -97,7 +97,7 @@ def byte_level_corpus(tmp_path_factory: pytest.TempPathFactory, text_file: Path,
 @pytest.fixture(scope="session")
 def pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, RankPool]]:
     """World size -> pool of rank processes."""
-    nursery = Nursery(tmp_path_factory.mktemp("ranks") / "output.log")
+    nursery = ForkServer(tmp_path_factory.mktemp("ranks") / "output.log")
     pools = {size: RankPool(nursery, size) for size in (1, 2, 3)}
     yield pools
     for pool in pools.values():

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from experiment.configuration import Section
+from experiment.config import Section
 
 
 class TrackingConfig(Section):

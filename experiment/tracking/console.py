@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from experiment.folder import Outcome
+from experiment.run_folder import Outcome
 
 RATE_EVENTS = 20  # the time left is reckoned from the pace of the last so many log events
 

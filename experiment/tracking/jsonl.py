@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiment.folder import Outcome, write_text
+from experiment.run_folder import Outcome, write_text
 
 
 class JsonlTracker:

@@ -7,7 +7,7 @@ import logging
 
 from rich.text import Text
 
-from experiment.folder import RunFolder
+from experiment.run_folder import RunFolder
 from experiment.tracking.console import terminal
 
 OUR_PACKAGES = frozenset({"__main__", "launcher", "pretrain", "finetune", "experiment", "benchmarks"})

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from queue import SimpleQueue
 from typing import Any
 
-from experiment.folder import Outcome, RunFolder
+from experiment.run_folder import Outcome, RunFolder
 from experiment.tracking.config import TrackingConfig
 
 logger = logging.getLogger(__name__)

@@ -9,8 +9,8 @@ read-ahead and dead-worker detection, and starting at step k is starting at step
 """
 
 import signal
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from itertools import pairwise
 from types import FrameType
 from typing import NamedTuple
@@ -21,25 +21,18 @@ import xxhash
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
+from pretrain.batching.batch import IGNORED, Microbatch, RankBatch
 from pretrain.batching.masking import Masker, MaskingRate, Runs
 from pretrain.batching.order import BatchSequences, Order
 from pretrain.batching.packing import deal, one_each, pack
 from pretrain.batching.sequences import SequenceIndex
 from pretrain.batching.vocabulary import Vocabulary
 from pretrain.corpus.reader import Corpus
+from pretrain.world import World
 
 _MASKED_BUCKET = 64  # the number of predicted positions is rounded up to a multiple, so that kernels meet few shapes
 _WIDTH_BUCKET = 16  # and so is the width of a padded microbatch
 _GRACE_SECONDS = 40  # that a worker lives on after SIGTERM
-IGNORED = -100  # label of a predicted position that is there to fill the bucket only
-
-
-@dataclass(frozen=True)
-class World:
-    """Which process this is among how many."""
-
-    rank: int = 0
-    size: int = 1
 
 
 @dataclass(frozen=True)
@@ -54,31 +47,6 @@ class Layout:
     @property
     def max_rows(self) -> int:
         return max(1, self.microbatch_tokens // self.width)
-
-
-class Microbatch(NamedTuple):
-    """B rows of W slots. Padding slots have segment 0 and, in cu_seqlens, spans of their own."""
-
-    input_ids: torch.Tensor  # int64 [B, W], masked
-    position_ids: torch.Tensor  # int64 [B, W], restarting with each sequence
-    segments: torch.Tensor  # int32 [B, W], which sequence a slot belongs to
-    cu_seqlens: torch.Tensor  # int32 [spans + 1], the same as boundaries in the flattened slots
-    masked_positions: torch.Tensor  # int64 [M], flattened slots whose token is predicted
-    labels: torch.Tensor  # int64 [M], the token; IGNORED where the position is a filler
-
-
-class RankBatch(NamedTuple):
-    """One rank's share of one global batch. Counts are of this rank, special tokens included."""
-
-    step: int
-    microbatches: list[Microbatch]
-    masked_tokens: int
-    tokens: int
-    sequences: int
-    squared_lengths: int  # sum of the sequences' squared lengths, for attention FLOPs
-    corpus_tokens: Sequence[int]  # tokens by corpus of the mixture
-    origins: BatchSequences  # this rank's sequences; number n is segment n + 1 of its microbatches
-    fingerprint: int  # of the whole global batch's sequences, as this rank sees them
 
 
 @dataclass(frozen=True)
@@ -106,7 +74,7 @@ class BatchMaker(Dataset[RankBatch]):
     order: Order
     vocabulary: Vocabulary
     layout: Layout
-    world: World = World()
+    world: World = field(default_factory=World)
     rate: MaskingRate | None = None  # by step; None: always the maskers' own
 
     def __getitem__(self, step: int) -> RankBatch:
@@ -115,7 +83,7 @@ class BatchMaker(Dataset[RankBatch]):
         for number, source in enumerate(self.sources):
             here = sequences.corpora == number
             text_lengths[here] = source.index.lengths(sequences.ids[here])
-        lengths = text_lengths + self.vocabulary.frame
+        lengths = text_lengths + self.vocabulary.num_special_tokens
         windows = pack(lengths, self.layout.width) if self.layout.packed else one_each(lengths)
         dealing = deal(lengths, windows, self.world.size, self.layout.max_rows)
 
@@ -230,7 +198,7 @@ def load(
             num_workers=workers,
             prefetch_factor=4 if workers else None,
             pin_memory=pin_memory,
-            worker_init_fn=_outlive_the_rank,
+            worker_init_fn=_defer_sigterm,
         )
     )
 
@@ -247,7 +215,7 @@ class _Steps:
             step += 1
 
 
-def _outlive_the_rank(_worker: int) -> None:
+def _defer_sigterm(_worker: int) -> None:
     """A launcher that ends a run signals the whole process tree; the rank still needs batches to finish its step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _live_a_little_longer)

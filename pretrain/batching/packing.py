@@ -28,7 +28,7 @@ class Windows:
 
 
 @dataclass(frozen=True)
-class Dealing:
+class Assignment:
     """Where each of S sequences is computed."""
 
     rank: NDArray[np.int64]  # [S]
@@ -73,7 +73,7 @@ def one_each(lengths: NDArray[np.int64]) -> Windows:
     return Windows(np.arange(len(lengths)), np.zeros(len(lengths), dtype=np.int64), len(lengths))
 
 
-def deal(lengths: NDArray[np.int64], windows: Windows, world_size: int, max_rows: int) -> Dealing:
+def deal(lengths: NDArray[np.int64], windows: Windows, world_size: int, max_rows: int) -> Assignment:
     """Deal windows to (rank, microbatch, row), balanced by tokens. `max_rows`: windows that fit one microbatch."""
     filled = np.bincount(windows.window, weights=lengths, minlength=windows.count).astype(np.int64)
     fullest_first = np.argsort(-filled, kind="stable")
@@ -95,4 +95,4 @@ def deal(lengths: NDArray[np.int64], windows: Windows, world_size: int, max_rows
         of_window[fullest_first] = of_place
         return of_window[windows.window]
 
-    return Dealing(of_sequence(rank), of_sequence(microbatch), of_sequence(row), windows.offset, microbatches, rows)
+    return Assignment(of_sequence(rank), of_sequence(microbatch), of_sequence(row), windows.offset, microbatches, rows)

@@ -21,7 +21,7 @@ class Vocabulary:
     word_marks: WordMarks | None = None  # where words begin; None: the tokenizer does not tell
 
     @property
-    def frame(self) -> int:
+    def num_special_tokens(self) -> int:
         """Special tokens around every sequence."""
         return len(self.prefix) + len(self.suffix)
 

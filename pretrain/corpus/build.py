@@ -32,7 +32,7 @@ from pretrain.corpus.encoding import Encoded, Encoder, Vocabulary
 from pretrain.corpus.flags import choice, positive, whole
 from pretrain.corpus.formats import Document, Reading, TextFormat, parse_format
 from pretrain.corpus.manifest import MANIFEST, TOKENIZER, Manifest, Recipe, read_manifest
-from pretrain.corpus.progress import Progress
+from pretrain.corpus.progress_bar import Progress
 from pretrain.corpus.shards import Position, ShardWriter
 from pretrain.corpus.sources import Source, find_sources, read_documents
 from pretrain.corpus.tokenizer import (

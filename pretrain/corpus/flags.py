@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from experiment.configuration import nearest
+from experiment.config import nearest
 from experiment.errors import UserError
 
 

@@ -150,7 +150,7 @@ def read_documents(sources: Iterable[Source], text_format: TextFormat, reading: 
 
 def _read(source: Source, text_format: TextFormat, reading: Reading) -> Iterator[Document]:
     if source.kind == PYTHON_DOCS:
-        from pretrain.corpus.python_docs import python_documents
+        from pretrain.corpus.python_docs.collect import python_documents
 
         for record in python_documents():
             yield Document(record.text, f"{PYTHON_DOCS}:{record.document}", 1)

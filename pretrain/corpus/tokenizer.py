@@ -22,7 +22,7 @@ from pretrain.corpus.encoding import Vocabulary
 from pretrain.corpus.flags import choice, flag, positive
 from pretrain.corpus.formats import Reading, parse_format
 from pretrain.corpus.manifest import digest_of, sync
-from pretrain.corpus.progress import Progress
+from pretrain.corpus.progress_bar import Progress
 from pretrain.corpus.sources import find_sources, read_documents
 
 if TYPE_CHECKING:

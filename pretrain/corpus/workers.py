@@ -20,7 +20,7 @@ def worker_pool(workers: int, start: Callable[..., None] | None = None, *args: A
     Workers come from a server process that never held threads, locks or libraries, so they can be forked safely.
     """
     context = get_context("forkserver")
-    context.set_forkserver_preload(["pretrain.corpus.encoding", "pretrain.corpus.docstrings"])
+    context.set_forkserver_preload(["pretrain.corpus.encoding", "pretrain.corpus.python_docs.docstrings"])
     pool = ProcessPoolExecutor(workers, context, _start, (start, args))
     try:
         yield pool

@@ -23,13 +23,13 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from experiment.configuration import nearest
+from experiment.config import nearest
 from experiment.errors import UserError
 from pretrain.config import ModelConfig
-from pretrain.corpus.extension import check_extends, old_pieces
+from pretrain.corpus.added_tokens import check_extends, old_pieces
 from pretrain.corpus.tokenizer import load_tokenizer, tokenizer_fingerprint
 from pretrain.modeling.attention import PACKED, register_packed_attention
-from pretrain.modeling.extension import enlarge, with_positions
+from pretrain.modeling.resize import enlarge, with_positions
 
 log = logging.getLogger(__name__)
 

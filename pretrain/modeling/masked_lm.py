@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pretrain.batching.loader import IGNORED
+from pretrain.batching.batch import IGNORED
 from pretrain.modeling.dropout import use_fast_dropout
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from pretrain.training.selection import Standing, standing_of
+from pretrain.training.early_stopping import EvaluationHistory, standing_of
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Progress:
     masked: int = 0  # predicted tokens in them
     norms: tuple[float, ...] = ()  # gradient norms of the recent updates
     skipped: tuple[int, ...] = ()  # bad steps, which consume their batch and update nothing
-    standing: Standing = field(default_factory=Standing)  # what the evaluations so far say
+    standing: EvaluationHistory = field(default_factory=EvaluationHistory)  # what the evaluations so far say
     evaluated: bool = False  # whether this step's evaluation, if one is due, is done
 
 

@@ -13,14 +13,14 @@ import torch
 import xxhash
 from torch import Tensor
 
-from pretrain.batching.loader import RankBatch
-from pretrain.training.agreement import Agreement
-from pretrain.training.engine import Engine
+from pretrain.batching.batch import RankBatch
+from pretrain.engine.engine import Engine
+from pretrain.engine.partitions import replicas
 from pretrain.training.health import UnhealthyError
-from pretrain.training.partitions import replicas
+from pretrain.training.host_group import HostGroup
 
 
-def compare_replicas(engine: Engine, agreement: Agreement, batch: RankBatch, learning_rate: float) -> None:
+def compare_replicas(engine: Engine, agreement: HostGroup, batch: RankBatch, learning_rate: float) -> None:
     """Collective, after the update of `batch`. Raises UnhealthyError on all ranks, naming the first difference."""
     mine = {
         "the position in the data": batch.step,

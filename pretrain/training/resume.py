@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiment.configuration import flatten
+from experiment.checkpoints import complete_checkpoints, last_usable, named_checkpoints, read_state
+from experiment.config import flatten
 from experiment.errors import UserError
-from experiment.folder import RunFolder
 from experiment.provenance import origin_of, read_provenance
+from experiment.run_folder import RunFolder
 from pretrain.config import ModelConfig, PretrainConfig, RunConfig
-from pretrain.training.checkpoint_store import complete_checkpoints, last_usable, named_checkpoints, read_state
 
 # What determines which sequences are in a batch.
 _STREAM = (
@@ -43,7 +43,7 @@ _TRAINED = tuple(f"model.{field}" for field in ModelConfig.model_fields)
 
 
 @dataclass(frozen=True)
-class Beginning:
+class ResumePlan:
     """What a run starts from."""
 
     checkpoint: Path | None = None  # None: nothing, or the weights of model.init_from alone
@@ -53,7 +53,7 @@ class Beginning:
     same_stream: bool = True  # whether the batch of a step is the same, so that a bad one is bad still
 
 
-def find_beginning(run: RunConfig, folder: RunFolder, now: Mapping[str, Any]) -> Beginning:
+def plan_resume(run: RunConfig, folder: RunFolder, now: Mapping[str, Any]) -> ResumePlan:
     """What `run.resume` means for a run folder. `now`: the identity of the run, see `identity`.
 
     A fork that has saved a checkpoint goes on from that; one that has not forks again. The checkpoint is read once to
@@ -74,13 +74,13 @@ def find_beginning(run: RunConfig, folder: RunFolder, now: Mapping[str, Any]) ->
                 f"RUN/checkpoints/step-00001000; '{run.parent}' {what}"
             )
     if not (own or parents):
-        return Beginning()
+        return ResumePlan()
     fork = not own
     checkpoint = last_usable(own or parents)
     before = read_state(checkpoint)["identity"]
     lines = (check_fork if fork else check_resume)(before, now, str(checkpoint))
     changed = _changes(before, now)
-    return Beginning(
+    return ResumePlan(
         checkpoint,
         fork,
         tuple(lines),

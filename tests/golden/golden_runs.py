@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from experiment.configuration import build_config
-from experiment.folder import RunFolder
-from pretrain.batching.loader import World
-from pretrain.check import check_run
+from experiment.checkpoints import checkpoint_path
+from experiment.config import build_config
+from experiment.run_folder import RunFolder
 from pretrain.config import PretrainConfig
 from pretrain.corpus.build import build_corpus
+from pretrain.resolve import check_run
 from pretrain.stream import open_stream
-from pretrain.training.checkpoint_store import checkpoint_path
-from ranks import RankPool
+from pretrain.world import World
+from rank_pool import RankPool
 from runs import TINY, Tree, everything, pretrain_case, settings
 
 HERE = Path(__file__).parent

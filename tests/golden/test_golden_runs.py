@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from golden_runs import HERE, RANKS, RECORDED, RUNS, build_corpora, carry_out, resumed
-from ranks import RankPool
+from rank_pool import RankPool
 from runs import curve, pretrain_case
 
 # Other CPUs sum in another order, which a few steps of Adam enlarge; a changed mask, rate or order is far outside.

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from pretrain.batching.loader import World
-from ranks import free_port
+from pretrain.world import World
+from rank_pool import free_port
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -49,7 +49,7 @@ def _join(rank: int, size: int, port: int, device: str) -> None:
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "TORCHDYNAMO_DISABLE": "1"}
     if device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-    from pretrain.training.engine import connect
+    from pretrain.engine.engine import connect
 
     connect(timedelta(seconds=60), rank, size)
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from pretrain.batching.loader import World
-from pretrain.training.checkpoint_store import checkpoint_path
+from experiment.checkpoints import checkpoint_path
+from pretrain.world import World
 from runs import NO_DROPOUT, Tree, curve, everything, pretrain_case, settings
 
 MODEL = {

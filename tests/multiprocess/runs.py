@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiment.configuration import build_config
-from experiment.folder import RunFolder
-from pretrain.batching.loader import Microbatch, World
+from experiment.config import build_config
+from experiment.run_folder import RunFolder
+from pretrain.batching.batch import Microbatch
 from pretrain.config import PretrainConfig
-from pretrain.training.checkpoint import FragmentReader
-from pretrain.training.stopping import StopWish
+from pretrain.training.checkpointer import FragmentReader
+from pretrain.training.stop_request import StopRequest
+from pretrain.world import World
 
 TINY = {
     "model_type": "bert",
@@ -53,16 +54,16 @@ def pretrain_case(world: World, tree: Mapping[str, Any], stop_after: int | None 
     """Carry out a run on this rank; its outcome. `stop_after`: so many steps on, the last rank is asked to stop."""
     import pretrain.run
 
-    original = pretrain.run.StopWish
+    original = pretrain.run.StopRequest
     if stop_after is not None and world.rank == world.size - 1:
-        pretrain.run.StopWish = functools.partial(_StopAfter, stop_after)  # type: ignore[misc,assignment]
+        pretrain.run.StopRequest = functools.partial(_StopAfter, stop_after)  # type: ignore[misc,assignment]
     try:
         return pretrain.run.pretrain(build_config(PretrainConfig, tree), world).value
     finally:
-        pretrain.run.StopWish = original  # type: ignore[misc]
+        pretrain.run.StopRequest = original  # type: ignore[misc]
 
 
-class _StopAfter(StopWish):
+class _StopAfter(StopRequest):
     """Wishes to stop once so many steps have begun, since each step asks once before it begins."""
 
     def __init__(self, steps: int, stop_file: Path | None) -> None:
@@ -77,10 +78,10 @@ class _StopAfter(StopWish):
 
 def build_engine(world: World, tree: Tree) -> tuple[Any, Any]:
     """The engine of a run, as a case, and its model as it was built."""
-    from pretrain.check import check_run
+    from pretrain.engine.engine import Engine
     from pretrain.modeling.build import build_model
     from pretrain.modeling.masked_lm import MaskedLanguageModel
-    from pretrain.training.engine import Engine
+    from pretrain.resolve import check_run
 
     config = build_config(PretrainConfig, tree)
     inputs = check_run(config, world.size)

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.batching.loader import World
-from pretrain.training.checkpoint_store import Retention, checkpoint_path
-from ranks import RankPool
+from experiment.checkpoints import Retention, checkpoint_path
+from pretrain.world import World
+from rank_pool import RankPool
 from runs import NO_DROPOUT, TINY, Tree, build_engine, everything, microbatch, settings
 from test_fp16 import fp16_supported
 
@@ -17,7 +17,7 @@ SMALL = TINY | NO_DROPOUT | {"num_hidden_layers": 1}
 
 def summing_case(world: World, tree: Tree, folder: Path, microbatches: int) -> None:
     """One update from so many equal microbatches."""
-    from pretrain.training import checkpoint
+    from pretrain.training import checkpointer as checkpoint
 
     with fp16_supported():
         engine, _ = build_engine(world, tree)

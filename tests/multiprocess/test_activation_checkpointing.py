@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.batching.loader import World
-from pretrain.training.checkpoint_store import checkpoint_path
-from ranks import RankPool
+from experiment.checkpoints import checkpoint_path
+from pretrain.world import World
+from rank_pool import RankPool
 from runs import TINY, Tree, curve, everything, pretrain_case, settings
 
 DROPOUT = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2}

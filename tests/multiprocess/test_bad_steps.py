@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from experiment.folder import RunFolder
+from experiment.checkpoints import checkpoint_path, complete_checkpoints, read_state
+from experiment.run_folder import RunFolder
 from fp16 import fp16_supported
-from pretrain.batching.loader import World
-from pretrain.training.checkpoint_store import checkpoint_path, complete_checkpoints, read_state
-from ranks import RankPool
+from pretrain.world import World
+from rank_pool import RankPool
 from runs import Tree, curve, everything, pretrain_case, settings, untimed
 
 NAN, INF = float("nan"), float("inf")
@@ -37,9 +37,9 @@ def poisoned_case(
     """
     import pretrain.run
     import pretrain.training.health as health
-    import pretrain.training.loop as loop
+    import pretrain.training.trainer as loop
+    from pretrain.engine.engine import Engine
     from pretrain.modeling.masked_lm import MaskedLanguageModel
-    from pretrain.training.engine import Engine
 
     here: list[Poison] = []
 
@@ -255,7 +255,7 @@ def test_a_run_does_not_go_back_for_ever(pools: dict[int, RankPool], wordpiece_c
 
 def flipped_case(world: World, tree: Mapping[str, Any], flipped_rank: int) -> str:
     """A run in which one rank's copy of a weight changes by one bit after step 4; why it could not go on."""
-    from pretrain.training.engine import Engine
+    from pretrain.engine.engine import Engine
     from pretrain.training.health import UnhealthyError
 
     def begin_step(self: Engine, step: int, learning_rate: float) -> None:

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from experiment.configuration import build_config
-from experiment.folder import RunFolder
-from pretrain.batching.loader import World
+from experiment.checkpoints import Retention, checkpoint_path, complete_checkpoints, newest_usable, verify
+from experiment.config import build_config
+from experiment.run_folder import RunFolder
 from pretrain.config import PretrainConfig
-from pretrain.training.checkpoint_store import Retention, checkpoint_path, complete_checkpoints, newest_usable, verify
-from ranks import RankPool
+from pretrain.world import World
+from rank_pool import RankPool
 from runs import Tree, curve, everything, pretrain_case, settings
 
 
@@ -57,12 +57,12 @@ class _Killer:
 
 def killed_saves_case(world: World, tree: Tree, folder: Path, every: int) -> int:
     """Save step 2 over and over, killed at each `every`-th change to the disk; returns the number of changes."""
-    from pretrain.check import check_run
+    from pretrain.engine.engine import Engine
     from pretrain.export import write_hugging_face_folder
     from pretrain.modeling.build import build_model
     from pretrain.modeling.masked_lm import MaskedLanguageModel
-    from pretrain.training import checkpoint
-    from pretrain.training.engine import Engine
+    from pretrain.resolve import check_run
+    from pretrain.training import checkpointer as checkpoint
 
     config = build_config(PretrainConfig, tree)
     inputs = check_run(config, world.size)
@@ -117,7 +117,7 @@ def test_a_kill_while_saving_leaves_no_checkpoint_that_only_looks_whole(
 def full_disk_case(world: World, tree: Tree, full_on: int, where: str) -> str:
     """A run whose disk is full on one rank when it saves."""
     import pretrain.run
-    from pretrain.training import checkpoint_store
+    from experiment import checkpoints as checkpoint_store
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     module, name = (checkpoint_store, "write_text") if where == "best" else (pretrain.run, "write_hugging_face_folder")

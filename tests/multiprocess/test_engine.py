@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiment.folder import RunFolder
-from pretrain.batching.loader import World
-from pretrain.training.checkpoint_store import checkpoint_path
-from ranks import RankPool
+from experiment.checkpoints import checkpoint_path
+from experiment.run_folder import RunFolder
+from pretrain.world import World
+from rank_pool import RankPool
 from runs import NO_DROPOUT, TINY, Tree, build_engine, everything, microbatch, pretrain_case, settings
 
 
@@ -43,8 +43,8 @@ def test_rotary_frequencies_stay_in_fp32(
 
 def steps_case(world: World, tree: Tree, folder: Path) -> list[bool]:
     """A step with a rate of 0, a real one, one with NaN gradients; which were applied. Saved before and after each."""
-    from pretrain.training import checkpoint
-    from pretrain.training.checkpoint_store import Retention
+    from experiment.checkpoints import Retention
+    from pretrain.training import checkpointer as checkpoint
 
     engine, _ = build_engine(world, tree)
     applied = []

@@ -8,11 +8,11 @@ import pytest
 import yaml
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
+from experiment.checkpoints import checkpoint_path
+from pretrain.corpus.added_tokens import extend_tokenizer
 from pretrain.corpus.build import build_corpus
-from pretrain.corpus.extension import extend_tokenizer
 from pretrain.corpus.reader import open_corpus
-from pretrain.training.checkpoint_store import checkpoint_path
-from ranks import RankPool
+from rank_pool import RankPool
 from runs import TINY, Tree, curve, pretrain_case, settings
 
 

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from experiment.folder import RunFolder
+from experiment.checkpoints import checkpoint_path
 from experiment.provenance import ancestors_of, origin_of
+from experiment.run_folder import RunFolder
 from pretrain.export import export
-from pretrain.training.checkpoint_store import checkpoint_path
-from ranks import RankPool
+from rank_pool import RankPool
 from runs import TINY, Tree, curve, everything, pretrain_case, settings
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from experiment.checkpoints import checkpoint_path, read_state
 from fp16 import fp16_supported
-from pretrain.batching.loader import World
-from pretrain.training.checkpoint_store import checkpoint_path, read_state
-from ranks import RankPool
+from pretrain.world import World
+from rank_pool import RankPool
 from runs import NO_DROPOUT, TINY, Tree, curve, everything, pretrain_case, settings
 
 SAMPLED = [pytest.param(1, marks=pytest.mark.soak), 2, pytest.param(3, marks=pytest.mark.soak)]
@@ -22,7 +22,7 @@ def fp16_case(
 ) -> str:
     """A run in fp16; the message where it fails for its loss scale. At each (step, rank) of `poisoned` a gradient is
     infinite there."""
-    from pretrain.training.engine import Engine, LossScaleError
+    from pretrain.engine.engine import Engine, LossScaleError
 
     accumulate = Engine.accumulate
 
@@ -48,7 +48,7 @@ def fp16_case(
 
 def fp16_settings(folder: Path, corpus: Path, stage: int, scaling: dict[str, Any], **changes: Any) -> Tree:
     """A run under the ready file with some of its fp16 values changed."""
-    from pretrain.training.ds_config import REPOSITORY
+    from pretrain.engine.settings import REPOSITORY
 
     ready = json.loads((REPOSITORY / "ds_configs" / f"fp16_zero{stage}.json").read_text())
     tree = settings(folder, corpus, model__config=TINY | NO_DROPOUT, **changes)

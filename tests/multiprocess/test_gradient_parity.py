@@ -15,14 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForMaskedLM
 
-from experiment.configuration import build_config
-from pretrain.batching.loader import IGNORED, RankBatch, World
-from pretrain.check import check_run
+from experiment.checkpoints import checkpoint_path
+from experiment.config import build_config
+from pretrain.batching.batch import IGNORED, RankBatch
 from pretrain.config import PretrainConfig
 from pretrain.modeling.build import build_model
+from pretrain.resolve import check_run
 from pretrain.stream import open_stream
-from pretrain.training.checkpoint_store import checkpoint_path
-from ranks import RankPool
+from pretrain.world import World
+from rank_pool import RankPool
 from runs import NO_DROPOUT, TINY, everything, pretrain_case, settings
 
 SEED, SEQUENCES = 7, 33  # a batch whose masked tokens no layout divides evenly, see the test of the layouts

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForMaskedLM
 
-from pretrain.training.checkpoint_store import checkpoint_path
-from ranks import RankPool
+from experiment.checkpoints import checkpoint_path
+from rank_pool import RankPool
 from runs import TINY, Tree, everything, pretrain_case, settings
 
 # As a user would, far from our code.

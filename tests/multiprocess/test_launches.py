@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import yaml
 
-from experiment.folder import RunFolder
-from pretrain.training.checkpoint_store import checkpoint_path, complete_checkpoints, newest_usable
-from pretrain.training.ds_config import REPOSITORY
-from ranks import RankPool, free_port
+from experiment.checkpoints import checkpoint_path, complete_checkpoints, newest_usable
+from experiment.run_folder import RunFolder
+from pretrain.engine.settings import REPOSITORY
+from rank_pool import RankPool, free_port
 from runs import NO_DROPOUT, TINY, curve, everything, pretrain_case, settings
 
 LONG = 5000  # steps that nobody waits for

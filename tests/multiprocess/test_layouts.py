@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiment.folder import RunFolder
-from pretrain.training.checkpoint_store import checkpoint_path
-from ranks import RankPool
+from experiment.checkpoints import checkpoint_path
+from experiment.run_folder import RunFolder
+from rank_pool import RankPool
 from runs import NO_DROPOUT, TINY, Tree, curve, everything, pretrain_case, settings
 
 LAYOUTS = list(itertools.product((1, 2, 3), (0, 1, 2, 3), (130, 700)))

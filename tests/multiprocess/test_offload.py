@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from experiment.checkpoints import checkpoint_path
 from experiment.errors import UserError
-from pretrain.batching.loader import World
-from pretrain.training.checkpoint_store import checkpoint_path
-from pretrain.training.engine import Engine, check_offload
-from ranks import RankPool
+from pretrain.engine.engine import Engine, check_offload
+from pretrain.world import World
+from rank_pool import RankPool
 from runs import NO_DROPOUT, TINY, Tree, curve, everything, pretrain_case, settings
 from test_fp16 import fp16_supported
 from test_resumed_runs import copy_case
@@ -133,7 +133,7 @@ def test_what_is_swapped_lies_on_the_disk_until_the_run_ends(
 def test_nvme_offload_is_refused_where_its_kernel_cannot_be_built(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a trace from a compiler, after the devices are taken."""
     monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
-    monkeypatch.setattr("pretrain.training.engine.is_ninja_available", lambda: False)
+    monkeypatch.setattr("pretrain.engine.engine.is_ninja_available", lambda: False)
     config = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}
     with pytest.raises(UserError, match=r"libaio.*--engine\.ds_config=ds_configs/bf16_zero3_cpu_offload\.json"):
         check_offload(config)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pretrain.training.checkpoint_store import checkpoint_path
-from ranks import RankPool
+from experiment.checkpoints import checkpoint_path
+from rank_pool import RankPool
 from runs import NO_DROPOUT, TINY, Tree, curve, everything, pretrain_case, settings
 
 RULES = ("lamb", "stableadamw")

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from experiment.configuration import build_config
-from pretrain.batching.loader import World
+from experiment.checkpoints import Retention, checkpoint_path, complete_checkpoints
+from experiment.config import build_config
 from pretrain.config import PretrainConfig
-from pretrain.training.checkpoint_store import Retention, checkpoint_path, complete_checkpoints
-from ranks import RankPool
+from pretrain.world import World
+from rank_pool import RankPool
 from runs import NO_DROPOUT, TINY, Tree, curve, everything, pretrain_case, settings, untimed
 
 Layout = tuple[int, str]  # world size, DeepSpeed file
@@ -95,11 +95,11 @@ def test_a_run_goes_on_at_another_layout(
 
 def copy_case(world: World, tree: Tree, source: Path, target: Path) -> None:
     """Load a checkpoint into an engine of this layout and save what the engine then holds."""
-    from pretrain.check import check_run
+    from pretrain.engine.engine import Engine
     from pretrain.modeling.build import build_model
     from pretrain.modeling.masked_lm import MaskedLanguageModel
-    from pretrain.training import checkpoint
-    from pretrain.training.engine import Engine
+    from pretrain.resolve import check_run
+    from pretrain.training import checkpointer as checkpoint
 
     config = build_config(PretrainConfig, tree)
     inputs = check_run(config, world.size)

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from experiment.folder import RunFolder
-from pretrain.training.checkpoint_store import checkpoint_path, complete_checkpoints, read_state
-from ranks import RankPool
+from experiment.checkpoints import checkpoint_path, complete_checkpoints, read_state
+from experiment.run_folder import RunFolder
+from rank_pool import RankPool
 from runs import NO_DROPOUT, TINY, Tree, curve, events, everything, pretrain_case, settings, untimed
 
 STAGES = [{"steps": 4, "max_seq_length": 20, "sequences": 37, "microbatch_tokens": 70}, {}]

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from pretrain.batching.loader import World
-from pretrain.training.checkpoint_store import checkpoint_path, read_state
-from ranks import RankPool
+from experiment.checkpoints import checkpoint_path, read_state
+from pretrain.world import World
+from rank_pool import RankPool
 from runs import NO_DROPOUT, TINY, Tree, build_engine, curve, everything, microbatch, pretrain_case, settings
 
 FROZEN = ("embeddings", "layer.0")
@@ -22,8 +22,8 @@ def soak(*layouts: Any) -> list[Any]:
 
 def veto_case(world: World, tree: Tree, folder: Path, limits: list[float]) -> list[tuple[bool, float]]:
     """One step for each limit, on gradients that are the same but for the weights; then a save."""
-    from pretrain.training import checkpoint
-    from pretrain.training.checkpoint_store import Retention
+    from experiment.checkpoints import Retention
+    from pretrain.training import checkpointer as checkpoint
 
     engine, _ = build_engine(world, tree)
     results = []
@@ -156,9 +156,9 @@ def test_a_run_that_is_resumed_before_the_thaw_is_the_unbroken_one(
 
 def rewind_case(world: World, tree: Tree, folder: Path) -> None:
     """A frozen step, saved as 1; one after the thaw, as 2; then back to 1, saved as 3, and the same step, as 4."""
-    from pretrain.training import checkpoint
-    from pretrain.training.checkpoint_store import Retention
-    from pretrain.training.partitions import base_optimizer
+    from experiment.checkpoints import Retention
+    from pretrain.engine.partitions import base_optimizer
+    from pretrain.training import checkpointer as checkpoint
 
     engine, _ = build_engine(world, tree)
 
@@ -202,9 +202,9 @@ def test_a_used_engine_goes_back_to_a_checkpoint(
 
 def step_or_load_case(world: World, tree: Tree, folder: Path, source: Path | None) -> int:
     """A step, or `source` in its place, then a save as 1. Returns how many parameter groups there are."""
-    from pretrain.training import checkpoint
-    from pretrain.training.checkpoint_store import Retention
-    from pretrain.training.partitions import base_optimizer
+    from experiment.checkpoints import Retention
+    from pretrain.engine.partitions import base_optimizer
+    from pretrain.training import checkpointer as checkpoint
 
     engine, _ = build_engine(world, tree)
     if source is None:

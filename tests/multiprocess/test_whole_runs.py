@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from experiment.configuration import build_config
-from experiment.folder import RunFolder
+from experiment.checkpoints import checkpoint_path, complete_checkpoints
+from experiment.config import build_config
+from experiment.run_folder import RunFolder
 from pretrain.batching.sequences import open_index
 from pretrain.config import PretrainConfig
 from pretrain.corpus.reader import open_corpus
 from pretrain.evaluate import evaluate_command
-from pretrain.training.checkpoint_store import checkpoint_path, complete_checkpoints
-from ranks import RankPool
+from rank_pool import RankPool
 from runs import Tree, curve, events, pretrain_case, settings
 
 MODERN = {

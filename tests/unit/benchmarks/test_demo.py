@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.demo import EVALUATION, PRETRAINING, TASK, comparison, main, prepare_folder
-from experiment.configuration import load_config
-from experiment.folder import RunFolder
+from experiment.config import load_config
+from experiment.run_folder import RunFolder
 from finetune.config import FinetuneConfig
 from pretrain.config import PretrainConfig
 

@@ -5,7 +5,17 @@ import pytest
 
 
 @pytest.mark.parametrize(
-    "module", ["configuration", "folder", "tracking", "tracking.rank_logs", "meters", "provenance", "report", "sweep"]
+    "module",
+    [
+        "config",
+        "run_folder",
+        "tracking",
+        "tracking.rank_logs",
+        "meters",
+        "provenance",
+        "results.report",
+        "results.sweep",
+    ],
 )
 def test_importing_it_takes_no_heavy_library(module: str) -> None:
     """Catches an import that makes `deepcloze --help` wait for torch, or starts wandb where it is not asked for."""

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from experiment.errors import UserError
-from experiment.folder import open_run_folder
 from experiment.provenance import (
     ancestors_of,
     collect_provenance,
@@ -14,6 +13,7 @@ from experiment.provenance import (
     read_provenance,
     write_provenance,
 )
+from experiment.run_folder import open_run_folder
 
 
 def git(repository: Path, *arguments: str) -> str:

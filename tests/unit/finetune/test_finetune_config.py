@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from experiment.configuration import build_config, dump_config, load_config
+from experiment.config import build_config, dump_config, load_config
 from experiment.errors import UserError
 from finetune.config import FinetuneConfig
 

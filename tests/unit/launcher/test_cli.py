@@ -30,9 +30,9 @@ def report_stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[str]
     """Puts a function in the place of what `deepcloze report` calls."""
 
     def put(function: Callable[[str], object]) -> None:
-        module = ModuleType("experiment.report")
+        module = ModuleType("experiment.results.report")
         module.write_report = function  # type: ignore[attr-defined]
-        monkeypatch.setitem(sys.modules, "experiment.report", module)
+        monkeypatch.setitem(sys.modules, "experiment.results.report", module)
 
     return put
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from experiment.errors import StoppedError, UserError
-from experiment.folder import Outcome
+from experiment.run_folder import Outcome
 from launcher import launch
 from launcher.launch import launch_pretraining
 from launcher.supervisor import Ending
@@ -37,14 +37,14 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def checked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, int]]:
     """Stands for the check of corpora and model; holds what it was called with."""
     seen: list[tuple[Any, int]] = []
-    module = ModuleType("pretrain.check")
+    module = ModuleType("pretrain.resolve")
 
     def check_start(config: Any, world_size: int) -> None:
-        logging.getLogger("pretrain.check").warning("something is odd")
+        logging.getLogger("pretrain.resolve").warning("something is odd")
         seen.append((config, world_size))
 
     module.check_start = check_start  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "pretrain.check", module)
+    monkeypatch.setitem(sys.modules, "pretrain.resolve", module)
     return seen
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from experiment.errors import UserError
-from experiment.folder import Outcome, RunFolder, open_run_folder
+from experiment.run_folder import Outcome, RunFolder, open_run_folder
 from launcher.supervisor import Ending, run_attempt
 
 ROOT = Path(__file__).parents[3]
@@ -19,7 +19,7 @@ SLOTS = {"localhost": (0, 2)}
 CHILD = """
 import os, signal, sys, time
 from pathlib import Path
-from experiment.folder import Outcome, RunFolder
+from experiment.run_folder import Outcome, RunFolder
 folder = RunFolder(Path({path!r}))
 {body}
 """
@@ -28,7 +28,7 @@ folder = RunFolder(Path({path!r}))
 LAUNCHER = """
 import os, sys
 from pathlib import Path
-from experiment.folder import RunFolder
+from experiment.run_folder import RunFolder
 from launcher.supervisor import run_attempt
 ending = run_attempt(RunFolder(Path(sys.argv[1])), sys.argv[2:], os.environ, {"localhost": (0,)})
 print(ending.message)

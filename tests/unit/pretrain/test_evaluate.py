@@ -10,13 +10,15 @@ from torch import Tensor
 from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM
 
 from experiment.errors import UserError
-from pretrain.batching.loader import Layout, Microbatch, World
+from pretrain.batching.batch import Microbatch
+from pretrain.batching.loader import Layout
 from pretrain.batching.masking import MaskingPolicy, MaskingRate
 from pretrain.batching.vocabulary import vocabulary_of
 from pretrain.corpus.reader import open_corpus
 from pretrain.corpus.tokenizer import load_tokenizer, save_tokenizer
 from pretrain.evaluate import HeldOut, as_metrics, evaluate, evaluate_command, held_out
 from pretrain.modeling.masked_lm import Predictions
+from pretrain.world import World
 
 POLICY = MaskingPolicy(0.15, 0.8, 0.1)
 

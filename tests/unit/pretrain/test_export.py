@@ -5,10 +5,10 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM
 
+from experiment.checkpoints import checkpoint_path, mark
 from experiment.errors import UserError
 from pretrain.corpus.tokenizer import load_tokenizer
 from pretrain.export import export, find_hugging_face_folder, write_hugging_face_folder
-from pretrain.training.checkpoint_store import checkpoint_path, mark
 
 TINY = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 40}
 

@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 import pretrain.run
-from experiment.folder import Outcome, RunFolder
-from pretrain.batching.loader import World
-from pretrain.training.engine import LossScaleError
+from experiment.run_folder import Outcome, RunFolder
+from pretrain.engine.engine import LossScaleError
+from pretrain.world import World
 
 
 class Ended(BaseException):

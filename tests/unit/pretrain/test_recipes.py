@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
-from experiment.configuration import load_config
+from experiment.config import load_config
 from pretrain.config import PretrainConfig
-from pretrain.training.ds_config import find_ds_config, read_ds_config
+from pretrain.engine.settings import find_ds_config, read_ds_config
 
 RECIPES = sorted((Path(__file__).resolve().parents[3] / "pretrain" / "recipes").glob("*.yaml"))
 

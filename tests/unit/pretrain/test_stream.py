@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from experiment.configuration import build_config
+from experiment.config import build_config
 from experiment.errors import UserError
-from pretrain.batching.loader import IGNORED, RankBatch, World
+from pretrain.batching.batch import IGNORED, RankBatch
 from pretrain.batching.masking import MaskingRate
-from pretrain.check import Inputs, check_run
 from pretrain.config import PretrainConfig
+from pretrain.resolve import Inputs, check_run
 from pretrain.stream import Stream, open_stream
+from pretrain.world import World
 
 TINY = {"model_type": "bert", "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 Open = Callable[..., Stream]

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from experiment.folder import Outcome
+from experiment.run_folder import Outcome
 from experiment.tracking.jsonl import JsonlTracker, read_events
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import experiment
-from experiment.folder import Outcome, RunFolder, open_run_folder
+from experiment.run_folder import Outcome, RunFolder, open_run_folder
 from experiment.tracking import Tracker, open_trackers, tracker
 from experiment.tracking.config import TrackingConfig
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from experiment.folder import Outcome, RunFolder
+from experiment.run_folder import Outcome, RunFolder
 from experiment.tracking.config import TrackingConfig
 from experiment.tracking.weights_and_biases import WandbTracker
 
@@ -183,7 +183,7 @@ def test_events_are_taken_as_they_are_at_log(tmp_path: Path, fake: FakeWandb, mo
 SCRIPT = """
     import sys, time
     from pathlib import Path
-    from experiment.folder import Outcome, RunFolder
+    from experiment.run_folder import Outcome, RunFolder
     from experiment.tracking.config import TrackingConfig
     from experiment.tracking.weights_and_biases import WandbTracker
 

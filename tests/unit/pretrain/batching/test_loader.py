@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.batching.loader import IGNORED, BatchMaker, Layout, Source, World, load
+from pretrain.batching.batch import IGNORED
+from pretrain.batching.loader import BatchMaker, Layout, Source, load
 from pretrain.batching.masking import Masker, MaskingPolicy
 from pretrain.batching.order import BatchSizes, CorpusStream, ShuffledOrder
+from pretrain.world import World
 
 PAD, CLS, SEP = 0, 1, 2
 

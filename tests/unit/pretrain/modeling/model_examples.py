@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForMaskedLM, PreTrainedModel
 
-from pretrain.batching.loader import IGNORED, BatchMaker, Layout, Microbatch, Source
+from pretrain.batching.batch import IGNORED, Microbatch
+from pretrain.batching.loader import BatchMaker, Layout, Source
 from pretrain.batching.masking import Masker, MaskingPolicy
 from pretrain.batching.order import BatchSizes, CorpusStream, ShuffledOrder
 from pretrain.batching.sequences import open_index
@@ -101,7 +102,7 @@ def make_example(model_type: str, corpus_folder: Path) -> Example:
     plain = AutoModelForMaskedLM.from_config(copy.deepcopy(config), attn_implementation="eager")
     plain.load_state_dict(built.model.state_dict())
     vocabulary = vocabulary_of(tokenizer)
-    index = open_index(corpus, WIDTH - vocabulary.frame, corpus.path)
+    index = open_index(corpus, WIDTH - vocabulary.num_special_tokens, corpus.path)
     maker = BatchMaker(
         (Source(corpus, index, Masker(vocabulary, MaskingPolicy(0.15, 0.8, 0.1), seed=5, corpus=corpus.fingerprint)),),
         ShuffledOrder((CorpusStream(len(index), seed=5),), BatchSizes(23)),

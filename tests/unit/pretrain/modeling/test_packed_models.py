@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from model_examples import LOCAL_WINDOW, PACKED, PADDED, Example, sequences
 from torch import Tensor
 
-from pretrain.batching.loader import IGNORED
+from pretrain.batching.batch import IGNORED
 from pretrain.batching.masking import MaskingRate
 from pretrain.modeling.masked_lm import MaskedLanguageModel
 

@@ -4,14 +4,14 @@ from typing import Any
 
 import pytest
 
-from experiment.configuration import build_config
+from experiment.checkpoints import checkpoint_path, mark
+from experiment.config import build_config
 from experiment.errors import UserError
-from experiment.folder import RunFolder
 from experiment.provenance import ancestors_of, write_origin, write_provenance
+from experiment.run_folder import RunFolder
 from pretrain.config import PretrainConfig, RunConfig
-from pretrain.training.checkpoint_store import checkpoint_path, mark
 from pretrain.training.progress import Progress, fork_of
-from pretrain.training.resume import Beginning, check_fork, check_resume, find_beginning, identity
+from pretrain.training.resume import ResumePlan, check_fork, check_resume, identity, plan_resume
 
 CONFIG = {"run": {"dir": "/runs/a"}, "model": {"config": {"model_type": "bert"}}, "corpus": {"train": "/data/a"}}
 MODEL = {"model_type": "bert", "hidden_size": 24, "transformers_version": "5.0", "dtype": None}
@@ -158,8 +158,8 @@ def make_run(path: Path, steps: tuple[int, ...], relation: str | None = None, pa
     return path
 
 
-def begin(run: Path, resume: str, **changes: Any) -> Beginning:
-    return find_beginning(RunConfig(dir=str(run), resume=resume), RunFolder(run), who(**changes))
+def begin(run: Path, resume: str, **changes: Any) -> ResumePlan:
+    return plan_resume(RunConfig(dir=str(run), resume=resume), RunFolder(run), who(**changes))
 
 
 def test_what_a_fork_takes_over(tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_what_a_checkpoint_may_be_called(tmp_path: Path) -> None:
         tmp_path / "link": 2,
     }
     for name, step in names.items():
-        assert begin(new, str(name)) == Beginning(checkpoint_path(parent / "checkpoints", step), fork=True)
+        assert begin(new, str(name)) == ResumePlan(checkpoint_path(parent / "checkpoints", step), fork=True)
     (checkpoint_path(parent / "checkpoints", 4) / "state.json").write_text("{}")
     assert begin(new, str(parent)).checkpoint == checkpoint_path(parent / "checkpoints", 2)
     with pytest.raises(UserError, match="can be read"):
@@ -203,7 +203,7 @@ def test_a_fork_goes_on_and_nothing_else_is_overwritten(tmp_path: Path) -> None:
     """Catches a fork that forks again after it has saved, and one into somebody else's run folder."""
     parent, other = make_run(tmp_path / "parent", (2, 4)), make_run(tmp_path / "other", (4,))
     fork = make_run(tmp_path / "fork", (6,), "fork", parent)
-    own = Beginning(checkpoint_path(fork / "checkpoints", 6))
+    own = ResumePlan(checkpoint_path(fork / "checkpoints", 6))
     assert begin(fork, str(parent)) == begin(fork, "auto") == own
     assert begin(fork, str(tmp_path / "deleted")) == own, "the parent is not needed any more"
     for run in (other, parent, make_run(tmp_path / "continued", (6,), "init_from", parent)):
@@ -222,6 +222,6 @@ def test_what_names_no_checkpoint_is_refused(tmp_path: Path, resume: str, why: s
 
 def test_never_wants_an_unused_folder(tmp_path: Path) -> None:
     """Catches a second run on top of a first one."""
-    assert begin(tmp_path / "new", "never") == begin(tmp_path / "new", "auto") == Beginning()
+    assert begin(tmp_path / "new", "never") == begin(tmp_path / "new", "auto") == ResumePlan()
     with pytest.raises(UserError, match="holds a run already"):
         begin(make_run(tmp_path / "run", (4,)), "never")

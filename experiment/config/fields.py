@@ -1,0 +1,133 @@
+"""The types of config fields, taken apart: what stands below a key, what raw text means there, how a type is called."""
+
+import types
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel
+
+from experiment.config.yaml_dialect import Loader, read_yaml
+
+
+def members(annotation: Any) -> list[Any]:
+    """The types that a union consists of, without their constraints."""
+    if get_origin(annotation) is Annotated:
+        return members(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [member for part in get_args(annotation) for member in members(part)]
+    return [annotation]
+
+
+def is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def accepts(annotation: Any, plain: type) -> bool:
+    """Whether a value of the YAML type `plain` (str, int, float, bool, list or dict) may stand there."""
+    return any(kind is Any or _plain(kind) is plain for kind in members(annotation))
+
+
+def below(annotation: Any, part: str) -> Any:
+    """The annotation of the field, item or value `part` of a value; Any where the type does not say."""
+    for kind in members(annotation):
+        arguments = get_args(kind)
+        if is_section(kind) and part in kind.model_fields:
+            return kind.model_fields[part].annotation
+        if _plain(kind) is dict and len(arguments) == 2:
+            return arguments[1]
+        if _plain(kind) is list and arguments and part.isdecimal():
+            return arguments[min(int(part), len(arguments) - 1)] if is_fixed_tuple(kind) else arguments[0]
+    return Any
+
+
+def known_keys(annotation: Any, above: str = "") -> Iterator[str]:
+    """The dotted keys of all fields of a section and of the sections in it."""
+    for section in filter(is_section, members(annotation)):
+        for name, field in section.model_fields.items():
+            yield above + name
+            yield from known_keys(field.annotation, f"{above}{name}.")
+
+
+def parse_text(annotation: Any, raw: str) -> Any:
+    """The plain value that raw text, as it stands on a command line, means as a value of the annotated type."""
+    if type(None) in members(annotation) and raw in ("null", "None"):
+        return None
+    try:
+        node, value = yaml.compose(raw, Loader=Loader), read_yaml(raw)
+        if isinstance(node, yaml.SequenceNode | yaml.MappingNode):
+            if accepts(annotation, type(value)):
+                return _typed(node, annotation)
+            value = raw
+    except (yaml.YAMLError, RecursionError):
+        return raw
+    if accepts(annotation, list) and not accepts(annotation, str) and ("," in raw or not _may_be_single(annotation)):
+        items = raw.split(",") if raw.strip() else []
+        return [parse_text(below(annotation, str(index)), item.strip()) for index, item in enumerate(items)]
+    return _scalar(raw, value, annotation)
+
+
+def _may_be_single(annotation: Any) -> bool:
+    """Whether a number, say, may stand there as well as a list."""
+    return any(_plain(kind) not in (list, dict, type(None)) for kind in members(annotation))
+
+
+def _typed(node: yaml.Node, annotation: Any) -> Any:
+    if isinstance(node, yaml.SequenceNode):
+        return [_typed(item, below(annotation, str(index))) for index, item in enumerate(node.value)]
+    if isinstance(node, yaml.MappingNode):
+        return {str(key.value): _typed(value, below(annotation, str(key.value))) for key, value in node.value}
+    assert isinstance(node, yaml.ScalarNode)
+    quoted = node.style in ("'", '"')
+    return _scalar(node.value, node.value if quoted else read_yaml(node.value), annotation)
+
+
+def _scalar(text: str, value: Any, annotation: Any) -> Any:
+    """`text` where only text will do, else `value`, which YAML made of it."""
+    fits = any(
+        kind is Any
+        or (type(value) is kind and kind is not str)
+        or (kind is float and type(value) is int)
+        or (get_origin(kind) is Literal and (type(value), value) in [(type(known), known) for known in get_args(kind)])
+        for kind in members(annotation)
+    )
+    return text if not fits and accepts(annotation, str) else value
+
+
+def _plain(kind: Any) -> Any:
+    """What a type is in YAML: str, int, float, bool, list or dict."""
+    origin = get_origin(kind) or kind
+    if origin is tuple:
+        return list
+    if origin is Literal:
+        return type(get_args(kind)[0])
+    return dict if isinstance(origin, type) and issubclass(origin, Mapping | BaseModel) else origin
+
+
+def is_fixed_tuple(kind: Any) -> bool:
+    return get_origin(kind) is tuple and Ellipsis not in get_args(kind)
+
+
+NAMES: Mapping[Any, str] = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    list: "a list",
+    dict: "a mapping",
+}
+
+
+def describe(annotation: Any) -> str:
+    """What a value of the type looks like: 'text or a list', "'online', 'offline' or 'disabled'"."""
+    names: list[str] = []
+    for kind in members(annotation):
+        if get_origin(kind) is Literal:
+            names += [f"'{value}'" if isinstance(value, str) else str(value) for value in get_args(kind)]
+        elif is_fixed_tuple(kind):
+            names.append(f"a list of {len(get_args(kind))}")
+        elif kind is type(None):
+            names.append("null")
+        else:
+            names.append(NAMES.get(_plain(kind), str(kind)))
+    return " or ".join(filter(None, [", ".join(names[:-1]), names[-1]]))

@@ -1,0 +1,1 @@
+"""What comes of runs: report pages, figures, sweeps."""

@@ -1,0 +1,1 @@
+"""Documentation of Python and the installed packages, as text to train on."""

@@ -1,0 +1,51 @@
+"""Parameter groups and the optimizer: which parameters decay, how fast each layer learns, which are frozen.
+
+A parameter group carries, besides what torch's optimizers read,
+
+    decays          whether its parameters are weights, not biases and norms
+    lr_scale        its learning rate is the schedule's times this
+    frozen_until    the first step that updates it
+    frozen          whether the coming update passes over it
+"""
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from pretrain.config import ModelConfig, OptimizerConfig
+from pretrain.engine.optimizers import AdamW, GatedOptimizer, Lamb, StableAdamW
+from pretrain.modeling.layer_ids import layer_ids, matches
+
+
+def parameter_groups(model: PreTrainedModel, optimizer: OptimizerConfig, freeze: ModelConfig) -> list[dict[str, Any]]:
+    """Weights decay; biases and norms do not. Layers learn at `layer_decay` times the rate of the one above them.
+
+    With `layer_decay` 1 and nothing frozen there are two groups: what decays, and what does not.
+    """
+    norms = {
+        id(p) for module in model.modules() if "Norm" in type(module).__name__ for p in module.parameters(recurse=False)
+    }
+    depths = layer_ids(model)
+    groups: dict[tuple[float, int, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        decays = id(parameter) not in norms and not name.endswith("bias") and parameter.dim() >= 2
+        lr_scale = optimizer.layer_decay ** (max(depths.values()) - depths[name])
+        frozen_until = freeze.freeze_steps if any(matches(item, name) for item in freeze.freeze) else 0
+        group = groups.setdefault(
+            (lr_scale, frozen_until, not decays),
+            {
+                "params": [],
+                "weight_decay": optimizer.weight_decay if decays else 0.0,
+                "decays": decays,
+                "lr_scale": lr_scale,
+                "frozen_until": frozen_until,
+                "frozen": False,
+            },
+        )
+        group["params"].append(parameter)
+    return [groups[key] for key in sorted(groups)]
+
+
+def build_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]]) -> GatedOptimizer:
+    rule = {"adamw": AdamW, "lamb": Lamb, "stableadamw": StableAdamW}[config.name]
+    return rule(groups, lr=config.lr, betas=config.betas, eps=config.eps)

@@ -1,0 +1,9 @@
+"""Which process this is among how many."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int = 0
+    size: int = 1

@@ -1,0 +1,152 @@
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiment.errors import UserError
+from experiment.provenance import write_provenance
+from experiment.results.page import Figure, Table, write_page
+from experiment.results.report import (
+    evaluated_corpora,
+    held_out_table,
+    result_blocks,
+    training_blocks,
+    training_table,
+    write_report,
+)
+from experiment.run_folder import RunFolder, open_run_folder, write_json
+
+
+def training(step: int, **figures: Any) -> dict[str, Any]:
+    event = {"step": step, "tokens": 1000 * step, "loss": 10.0 / step, "lr": 1e-4, "grad_norm": 1.0, "loss_scale": None}
+    return event | {"tokens_per_second": 100.0 * step, "mfu": None, "data_wait": 0.01, "memory": 2**30} | figures
+
+
+def evaluation(step: int, corpus: str, loss: float) -> dict[str, Any]:
+    return {
+        "step": step,
+        **{
+            f"eval/{corpus}/{name}": value
+            for name, value in (("loss", loss), ("perplexity", 2.0**loss), ("accuracy", 0.5))
+        },
+    }
+
+
+EVENTS = [
+    evaluation(0, "wiki", 9.0),
+    *[training(step) for step in range(1, 6)],
+    evaluation(3, "wiki", 2.0) | evaluation(3, "a/b", 4.0),
+    evaluation(5, "wiki", 3.0) | evaluation(5, "a/b", 3.5),
+]
+RESULTS = {
+    "task": "topics",
+    "init": "pretrained",
+    "metric": "accuracy",
+    "splits": {"test": {"accuracy": {"values": [0.8, 0.9], "mean": 0.85, "std": 0.0707, "median": 0.85}}},
+}
+
+
+def run_with(path: Path, events: list[dict[str, Any]]) -> RunFolder:
+    folder = open_run_folder(path / "my-run")
+    folder.metrics.write_text("".join(json.dumps(event) + "\n" for event in events))
+    return folder
+
+
+def images(page: Path) -> list[str]:
+    return re.findall(r'<img src="([^"]+)"', page.read_text(encoding="utf-8"))
+
+
+def test_the_report_of_a_pretraining_run(tmp_path: Path) -> None:
+    """Catches images that the page names and nobody wrote, and figures that are missing from it."""
+    folder = run_with(tmp_path, EVENTS)
+    folder.config.write_text("run:\n  seed: 42\n")
+    hardware = {"gpus": [], "cores": 2, "cpu": "Fast CPU"}
+    git = {"commit": "0123456789abcdef", "dirty": True}
+    write_provenance(
+        folder, {"date": "2024-05-01T10:20:30+00:00", "host": "h", "world_size": 2, "git": git, "hardware": hardware}
+    )
+    page = write_report(folder.path)
+    assert page == folder.report / "index.html"
+    names = ["loss.png", "perplexity.png", "accuracy.png", "learning-rate.png", "gradient-norm.png", "throughput.png"]
+    assert images(page) == names
+    assert {path.name for path in folder.report.iterdir()} == {"index.html", *names}
+    assert all((folder.report / name).read_bytes().startswith(b"\x89PNG") for name in names)
+    text = page.read_text(encoding="utf-8")
+    for expected in (
+        "<h1>my-run</h1>",
+        "seed: 42",
+        "0123456789 (changed)",
+        "2 cores, Fast CPU",
+        "2024-05-01 10:20:30 UTC",
+    ):
+        assert expected in text
+
+
+def test_the_tables_say_what_the_events_say() -> None:
+    """Catches a first value in place of the last, a best loss at the wrong step, and nulls that are counted."""
+    corpora = evaluated_corpora(EVENTS)
+    assert corpora == ["wiki", "a/b"]
+    assert held_out_table(EVENTS, corpora).rows == [
+        ["wiki", "3.0000", "8.00", "50.0%", "2.0000", "3"],
+        ["a/b", "3.5000", "11.31", "50.0%", "3.5000", "5"],
+    ]
+    table = training_table(EVENTS)
+    assert table.columns == ["steps", "tokens", "last loss", "tokens/s", "data wait", "peak memory"], "MFU is unknown"
+    assert table.rows == [["5", "5,000", "2.0000", "300", "1.0%", "1.00 GiB"]]
+
+
+def test_what_was_never_measured_is_left_out(tmp_path: Path) -> None:
+    """Catches empty plots, and a report that fails for a run without evaluation."""
+    folder = run_with(tmp_path, [{"step": 1, "loss": 1.0, "grad_norm": None}, {"step": 2, "loss": None}])
+    page = write_report(str(folder.path))
+    assert images(page) == ["loss.png"]
+
+
+def test_the_report_of_a_fine_tuning_run(tmp_path: Path) -> None:
+    """Catches scores that are not shown, and images outside of the report's own folder."""
+    folder = open_run_folder(tmp_path / "task")
+    write_json(folder.path / "results.json", RESULTS)
+    (folder.path / "confusion.png").write_bytes(b"\x89PNG confusion")
+    page = write_report(folder.path)
+    assert images(page) == ["confusion.png"]
+    assert (folder.report / "confusion.png").read_bytes() == b"\x89PNG confusion"
+    cells = re.findall(r"<td[^>]*>([^<]*)</td>", page.read_text(encoding="utf-8"))
+    assert cells == ["test", "accuracy", "0.8500", "0.0707", "0.8500", "0.8000, 0.9000"]
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"splits": {}}', '{"task": "a", "init": "b", "splits": {"test": 1}}'])
+def test_damaged_results_are_refused(tmp_path: Path, damage: str) -> None:
+    """Catches a trace for a file that somebody edited."""
+    folder = run_with(tmp_path, EVENTS)
+    (folder.path / "results.json").write_text(damage)
+    with pytest.raises(UserError, match=r"results\.json is damaged"):
+        write_report(folder.path)
+
+
+def test_a_run_without_anything_to_report_is_refused(tmp_path: Path) -> None:
+    """Catches an empty report that looks like one."""
+    with pytest.raises(UserError, match="there is no run folder"):
+        write_report(tmp_path / "missing")
+    for folder in (open_run_folder(tmp_path / "new"), run_with(tmp_path, [])):
+        with pytest.raises(UserError, match="nothing to report"):
+            write_report(folder.path)
+        assert not folder.report.exists()
+
+
+def test_several_runs_share_a_page(tmp_path: Path) -> None:
+    """Catches images of one run that overwrite another's."""
+    first, second = run_with(tmp_path / "1", EVENTS), run_with(tmp_path / "2", EVENTS)
+    write_json(second.path / "results.json", RESULTS)
+    out = tmp_path / "out"
+    blocks = [
+        *training_blocks(first, out, "first-"),
+        *training_blocks(second, out, "second-"),
+        *result_blocks(second, out, "second-"),
+    ]
+    page = write_page(out, "Both", blocks)
+    assert len(set(images(page))) == 12
+    assert all((out / name).is_file() for name in images(page))
+    assert sum(isinstance(block, Table) for block in blocks) == 5
+    assert [block.file for block in blocks if isinstance(block, Figure)] == images(page)

@@ -1,0 +1,164 @@
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+
+from experiment.checkpoints import (
+    Retention,
+    apply_retention,
+    checkpoint_path,
+    complete_checkpoints,
+    mark,
+    name_best,
+    named_checkpoints,
+    newest_usable,
+    verify,
+)
+from experiment.errors import UserError
+
+
+def make(checkpoints: Path, *steps: int) -> list[Path]:
+    """Checkpoints of these steps, complete."""
+    made = []
+    for step in steps:
+        path = checkpoint_path(checkpoints, step)
+        (path / "engine").mkdir(parents=True)
+        (path / "engine" / "rank-00000.safetensors").write_bytes(bytes(range(256)) + bytes([step % 256]))
+        (path / "state.json").write_text(f'{{"step": {step}}}\n')
+        mark(path)
+        made.append(path)
+    return made
+
+
+def flip(path: Path, at: int = 100) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def steps(checkpoints: Path) -> list[int]:
+    return [int(path.name.removeprefix("step-")) for path in complete_checkpoints(checkpoints)]
+
+
+def test_the_newest_is_the_one_of_the_largest_step(tmp_path: Path) -> None:
+    """Catches an order by name, where step 100,000,000 comes before step 20."""
+    make(tmp_path, 20, 3, 123_456_789)
+    assert steps(tmp_path) == [3, 20, 123_456_789]
+    assert newest_usable(tmp_path) == checkpoint_path(tmp_path, 123_456_789)
+
+
+def test_a_run_without_checkpoints_has_none(tmp_path: Path) -> None:
+    """Catches an error at the very first start of a run."""
+    assert newest_usable(tmp_path / "checkpoints") is None
+
+
+def test_what_is_not_marked_is_no_checkpoint(tmp_path: Path) -> None:
+    """Catches half-written checkpoints, half-deleted ones and other people's folders taken for whole ones."""
+    (whole,) = make(tmp_path, 1)
+    unmarked, aside = make(tmp_path, 2, 3)
+    (unmarked / "COMPLETE").unlink()
+    aside.rename(tmp_path / f".{aside.name}.partial")
+    shutil.copytree(whole, tmp_path / "step-copy")
+    (tmp_path / "best").write_text("step-00000001")
+    assert complete_checkpoints(tmp_path) == [whole]
+    assert newest_usable(tmp_path) == whole
+
+
+@pytest.mark.parametrize("victim", ["engine/rank-00000.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "gone"])
+def test_a_damaged_checkpoint_is_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, victim: str, damage: str
+) -> None:
+    """Catches a run that goes on from rotten bits, and one that goes back without a word why."""
+    before, newest = make(tmp_path, 1, 2)
+    file = newest / victim
+    match damage:
+        case "flipped":
+            flip(file, at=5)
+        case "truncated":
+            file.write_bytes(file.read_bytes()[:-1])
+        case "gone":
+            file.unlink()
+    problem = verify(newest)
+    assert problem is not None
+    assert victim in problem
+    with caplog.at_level(logging.WARNING):
+        assert newest_usable(tmp_path) == before
+    assert str(newest) in caplog.text
+    assert victim in caplog.text
+
+
+@pytest.mark.parametrize("mark_text", ["", "{", "{}", "[]", "null"])
+def test_a_damaged_mark_is_damage(tmp_path: Path, mark_text: str) -> None:
+    """Catches a trace, or an empty list of checksums that everything agrees with."""
+    before, newest = make(tmp_path, 1, 2)
+    (newest / "COMPLETE").write_text(mark_text)
+    assert verify(newest) is not None
+    assert newest_usable(tmp_path) == before
+
+
+def test_if_no_checkpoint_is_usable_the_run_does_not_begin_anew(tmp_path: Path) -> None:
+    """Catches days of training thrown away in silence."""
+    for path in make(tmp_path, 1, 2):
+        flip(path / "state.json", at=5)
+    with pytest.raises(UserError, match="none of the 2 checkpoints"):
+        newest_usable(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("keep", "left"),
+    [
+        (Retention(1), [60]),
+        (Retention(3), [40, 50, 60]),
+        (Retention(1, keep_every=20), [20, 40, 60]),
+        (Retention(2, keep_every=30), [30, 50, 60]),
+        (Retention(1, best=20), [20, 60]),
+        (Retention(1, keep_every=30, best=60), [30, 60]),
+        (Retention(9), [10, 20, 30, 40, 50, 60]),
+    ],
+)
+def test_retention(tmp_path: Path, keep: Retention, left: list[int]) -> None:
+    """Catches a newest checkpoint that is deleted, and milestones that are not kept."""
+    make(tmp_path, 10, 20, 30, 40, 50, 60)
+    (tmp_path / ".step-00000070.partial").mkdir()
+    apply_retention(tmp_path, keep, newest=60)
+    assert steps(tmp_path) == left
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-{step:08d}" for step in left]
+
+
+def test_the_best_has_a_name(tmp_path: Path) -> None:
+    """Catches a name that does not follow the best, or that is taken for another checkpoint."""
+    make(tmp_path, 10, 20)
+    for step in (20, 10):
+        name_best(tmp_path, step)
+        assert named_checkpoints(tmp_path / "best") == [checkpoint_path(tmp_path, step)]
+    assert steps(tmp_path) == [10, 20]
+
+
+def test_damaged_checkpoints_of_a_lost_future_push_out_none(tmp_path: Path) -> None:
+    """Catches the loss of every usable checkpoint: a run fell back behind damaged ones, and saves on."""
+    make(tmp_path, 10, 20, 30, 40)
+    for step in (30, 40):
+        flip(checkpoint_path(tmp_path, step) / "state.json", at=5)
+    make(tmp_path, 25)
+    apply_retention(tmp_path, Retention(2), newest=25)
+    assert newest_usable(tmp_path) == checkpoint_path(tmp_path, 25)
+    assert {20, 25} <= set(steps(tmp_path))
+
+
+def test_a_checkpoint_is_put_aside_before_it_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a kill amid a deletion that leaves a marked checkpoint without its files, or files for good."""
+    make(tmp_path, 1, 2)
+    rmtree = shutil.rmtree
+
+    def killed(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        apply_retention(tmp_path, Retention(1), newest=2)
+    assert steps(tmp_path) == [2]
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    apply_retention(tmp_path, Retention(1), newest=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]

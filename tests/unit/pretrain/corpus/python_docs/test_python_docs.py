@@ -1,0 +1,164 @@
+import importlib.metadata
+import json
+from pathlib import Path
+
+import pytest
+
+from experiment.errors import UserError
+from pretrain.corpus.formats import Reading, TextFormat
+from pretrain.corpus.python_docs import collect as python_docs
+from pretrain.corpus.python_docs.collect import python_documents, write_python_docs
+from pretrain.corpus.python_docs.docstrings import documents_in, prose
+from pretrain.corpus.sources import find_sources, read_documents
+
+SOURCE = '''
+"""This module is for things that need eight words at the least."""
+import nowhere_to_be_found
+
+raise SystemExit("imported")
+
+class Shape:
+    """A shape that has an area and a perimeter, both of them positive."""
+
+    def area(self):
+        """Return the area of the shape in the unit of its sides, squared."""
+
+    def short(self):
+        """Too short."""
+
+add_docstr(Shape.perimeter, r"""
+perimeter(input) -> float
+
+Return the length of the line that runs around the whole shape.
+""")
+'''
+
+
+def test_docstrings_are_read_without_importing(tmp_path: Path) -> None:
+    """Catches code that is run, names that are wrong, and documentation added by calls that is missed."""
+    path = tmp_path / "shapes.py"
+    path.write_text(SOURCE)
+    found = dict(documents_in(str(path)))
+    assert list(found) == ["", "Shape", "Shape.area", "Shape.perimeter"]
+    assert found["Shape.area"] == "Return the area of the shape in the unit of its sides, squared."
+    assert "runs around the whole shape." in found["Shape.perimeter"]
+
+
+@pytest.mark.parametrize("source", [b'print \'old\'  """', b'\xff\xfe"""', b'x = """\0"""', b'{{ template }}"""'])
+def test_files_that_are_no_python_are_passed_over(tmp_path: Path, source: bytes) -> None:
+    """Catches one odd file among thousands that ends the whole reading."""
+    path = tmp_path / "odd.py"
+    path.write_bytes(source)
+    assert documents_in(str(path)) == []
+    assert documents_in(str(tmp_path / "nowhere.py")) == []
+
+
+def test_prose_without_examples_and_markup() -> None:
+    """Catches doctests, code blocks and tables in the corpus, and prose that is thrown out with them."""
+    text = """Compute the :func:`~numpy.mean` of `a` and **b**, see `the guide <http://x.org>`_ for
+    what is meant by that.
+
+    Notes
+    -----
+    It is slow, as in::
+
+        for i in range(10): pass
+
+    .. code-block:: python
+
+        mean(3)
+
+    .. note::
+        Values that are missing
+        are left out.
+
+    >>> mean([1, 2])
+    1.5
+
+    ====  =====
+    name  value
+    ====  =====
+
+    | a | b |
+
+    ```python
+    mean()
+    ```
+    - first thing
+    - second thing
+    """
+    assert prose(text).split("\n") == [
+        "Compute the numpy.mean of a and b, see the guide for what is meant by that.",
+        "",
+        "Notes",
+        "",
+        "It is slow, as in:",
+        "",
+        "Values that are missing are left out.",
+        "",
+        "name value",
+        "",
+        "- first thing",
+        "- second thing",
+    ]
+    assert prose("x = [1, 2, 3] + {4: 5} * (6 ** 7) // 8 % 9 - 0x1f") == ""
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A world in which one package is installed, beside a standard library of one module."""
+    site = tmp_path / "site"
+    info = site / "My_Shapes-1.0.dist-info"
+    info.mkdir(parents=True)
+    description = "My shapes is a package about shapes of all kinds, and what their areas are.\n"
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: My_Shapes\nVersion: 1.0\n\n{description}")
+    names = ["shapes/__init__.py", "shapes/area.py", "shapes/tests/test_a.py", "shapes/LICENSE.md", "shapes/guide.md"]
+    for name in names:
+        path = site / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = f"The file {path.stem} tells in eight words or more what it does."
+        path.write_text(
+            f'"""{text}"""\n\ndef f():\n    """Return the same words in both of the files, always so."""\n'
+            if name.endswith(".py")
+            else text
+        )
+    (info / "RECORD").write_text("".join(f"{name},,\n" for name in [*names, "../../bin/shapes.py"]))
+    library = tmp_path / "lib"
+    (library / "site-packages").mkdir(parents=True)
+    (library / "abc.py").write_text('"""The standard library says in eight words what it is for."""\n')
+    (library / "site-packages" / "other.py").write_text(
+        '"""Not of the standard library, though it has eight words."""\n'
+    )
+    real = importlib.metadata.distributions
+    monkeypatch.setattr(importlib.metadata, "distributions", lambda: real(path=[str(site)]))
+    monkeypatch.setattr(python_docs.sysconfig, "get_paths", lambda: {"stdlib": str(library)})
+    return tmp_path
+
+
+def test_what_is_installed_becomes_documents(installed: Path) -> None:
+    """Catches tests and licences among the documents, texts that come twice, and an order that is not stable."""
+    records = list(python_documents())
+    assert [record.document for record in records] == [
+        "my-shapes/METADATA",
+        "python/abc",
+        "my-shapes/shapes",
+        "my-shapes/shapes.f",
+        "my-shapes/shapes.area",
+        "my-shapes/shapes/guide.md",
+    ]
+    assert {record.package for record in records} == {"python", "my-shapes"}
+    assert list(python_documents()) == records
+
+
+def test_the_file_and_the_source_hold_the_same(installed: Path) -> None:
+    """Catches a JSONL that `deepcloze corpus` cannot read, and a `python-docs` source that differs from it."""
+    path = installed / "docs.jsonl"
+    write_python_docs(path)
+    assert set(json.loads(path.read_text().splitlines()[0])) == {"text", "package", "document"}
+    read = [
+        [document.text for document in read_documents(find_sources(source), TextFormat(), Reading())]
+        for source in (path, "python-docs")
+    ]
+    assert read[0] == read[1]
+    with pytest.raises(UserError, match="is a folder"):
+        write_python_docs(installed)

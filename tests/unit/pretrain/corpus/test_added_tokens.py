@@ -1,0 +1,160 @@
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from experiment.errors import UserError
+from launcher.cli import main
+from pretrain.batching.vocabulary import vocabulary_of
+from pretrain.corpus.added_tokens import check_extends, extend_tokenizer, old_pieces
+from pretrain.corpus.encoding import Encoder
+from pretrain.corpus.tokenizer import load_tokenizer, save_tokenizer, tokenizer_fingerprint
+from pretrain.corpus.tokenizer import vocabulary_of as corpus_vocabulary
+
+
+def extend(tokenizer: Path, folder: Path, *words: str) -> PreTrainedTokenizerFast:
+    """The tokenizer with these words added, from the files of the command."""
+    (folder / "words.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    extend_tokenizer(str(tokenizer), str(folder / "words.txt"), str(folder / "extended"))
+    return load_tokenizer(folder / "extended")
+
+
+@pytest.fixture(scope="session")
+def unigram(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer like XLM-RoBERTa's."""
+    specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    pieces = [(token, 0.0) for token in specials]
+    pieces += [(piece, -3.0) for piece in ("▁", "▁the", "▁in", *"abcdefghijklmnopqrstuvwxyz")]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=3))
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.add_special_tokens(specials)
+    folder = tmp_path_factory.mktemp("tokenizers") / "unigram"
+    roles = dict(zip(("cls_token", "pad_token", "sep_token", "unk_token", "mask_token"), specials, strict=True))
+    save_tokenizer(PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles), folder)
+    return folder
+
+
+def test_words_of_wordpiece(wordpiece: Path, tmp_path: Path) -> None:
+    """Catches words that stay in pieces, that are found inside other words, or that move an old id."""
+    old = load_tokenizer(wordpiece)
+    new = extend(wordpiece, tmp_path, "COVID-19", "Zedwilmar", "##Zzed", "ba", "zedwilmar")
+    check_extends(new, old)
+    assert [new.convert_ids_to_tokens(200 + added) for added in range(3)] == ["zedwilmar", "##zzed", "covid-19"]
+    assert len(new) == 203
+    text = "The zedwilmar, ZEDWILMAR and Covid-19; bazzed covid-190."
+    tokens = new.tokenize(text)
+    assert (tokens.count("zedwilmar"), tokens.count("covid-19"), tokens.count("##zzed")) == (2, 1, 1)
+    assert tokens[tokens.index("##zzed") - 1] == "ba"
+    untouched = "bade figolu marnes. polrin"
+    assert new(untouched)["input_ids"] == old(untouched)["input_ids"]
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "unigram"])
+def test_words_of_other_tokenizers(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """Catches added tokens that are matched inside of words, or that leave the space before them as a token."""
+    folder = request.getfixturevalue(kind)
+    old, new = load_tokenizer(folder), extend(folder, tmp_path, "zedwilmar")
+    identifier = len(old)
+    check_extends(new, old)
+    plain = new("in zedwilmar the", add_special_tokens=False)["input_ids"]
+    assert plain.count(identifier) == 1
+    before, after = (old(text, add_special_tokens=False)["input_ids"] for text in ("in", " the"))
+    assert plain == [*before, identifier, *after]
+    for inside in ("inzedwilmar", "zedwilmarin", "zedwilmar2"):
+        assert identifier not in new(inside, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "byte_level", "unigram"])
+def test_added_words_are_text(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """Catches added words that are special: never masked, never drawn as replacements, or refused in a corpus."""
+    new = extend(request.getfixturevalue(kind), tmp_path, "zedwilmar", "re-zed")
+    added = [len(new) - 2, len(new) - 1]
+    vocabulary = vocabulary_of(new)
+    assert not vocabulary.unmaskable[added].any()
+    assert set(added) <= set(vocabulary.replacements.tolist())
+    encoded = Encoder(corpus_vocabulary(new)).encode(["in zedwilmar re-zed the"])
+    assert encoded.special is None
+    assert set(added) <= set(encoded.ids.tolist())
+
+
+def test_words_for_a_tokenizer_that_has_added_ones(wordpiece: Path, tmp_path: Path) -> None:
+    """Catches a second extension that gives the words of the first one other ids."""
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+    first = extend(wordpiece, tmp_path / "a", "zedwilmar", "re-zed")
+    second = extend(tmp_path / "a" / "extended", tmp_path / "b", "lumarfigo", "ba-de")
+    check_extends(second, first)
+    assert second.tokenize("re-zed lumarfigo, zedwilmar ba-de") == [
+        "re-zed",
+        "lumarfigo",
+        "[UNK]",
+        "zedwilmar",
+        "ba-de",
+    ]
+    with pytest.raises(UserError, match="line 1: '##zzed': the tokenizer has added tokens"):
+        extend(tmp_path / "a" / "extended", tmp_path / "c", "##zzed")
+
+
+def test_the_same_words_give_the_same_bytes(wordpiece: Path, tmp_path: Path) -> None:
+    """Catches ids that depend on a hash or on the time; a corpus is bound to them."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        extend(wordpiece, tmp_path / name, "zedwilmar", "##zzed", "re-zed", "lumar")
+    files = [{path.name: path.read_bytes() for path in (tmp_path / n / "extended").iterdir()} for n in ("a", "b")]
+    assert files[0] == files[1]
+    again = load_tokenizer(tmp_path / "a" / "extended")
+    save_tokenizer(again, tmp_path / "copy")
+    assert tokenizer_fingerprint(load_tokenizer(tmp_path / "copy")) == tokenizer_fingerprint(again)
+
+
+def test_what_is_said(wordpiece: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches words that are passed over in silence, through the command itself."""
+    (tmp_path / "words").write_text("zedwilmar\n\nba\n  zedwilmar\n")
+    arguments = ["--extend", str(wordpiece), "--added", str(tmp_path / "words"), "--output", str(tmp_path / "new")]
+    assert main(["tokenizer", *arguments]) == 0
+    assert "1 of 3 words added to 200 tokens, 2 in the vocabulary already" in capsys.readouterr().out
+    assert main(["tokenizer", *arguments]) == 2
+    assert "already holds something" in capsys.readouterr().err
+    assert main(["tokenizer", *arguments, "--source", "x"]) == 2
+    assert "expected --source and --vocab_size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "message"),
+    [
+        ("wordpiece", ["new york"], "line 1: expected one word a line, found 'new york'"),
+        ("wordpiece", ["zed", "##a-b"], "line 2: '##a-b' can never be found"),
+        ("wordpiece", ["z" * 101], "line 1: 'zzz.* would not become one token"),
+        ("wordpiece", ["ba", "de"], "all 2 words of"),
+        ("wordpiece", [""], "has no words"),
+        ("byte_level", ["##zzed"], "line 1: '##zzed': only WordPiece"),
+    ],
+)
+def test_what_is_no_word_is_refused(
+    kind: str, words: list[str], message: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Catches entries that no text can ever reach, and a folder that is left behind though the command failed."""
+    with pytest.raises(UserError, match=message):
+        extend(request.getfixturevalue(kind), tmp_path, *words)
+    assert [path.name for path in tmp_path.iterdir()] == ["words.txt"]
+
+
+def test_the_old_pieces_of_new_words(wordpiece: Path, byte_level: Path, tmp_path: Path) -> None:
+    """Catches initial embeddings that are taken from other pieces than the word had in text."""
+    for folder, words in ((wordpiece, ("zedwilmar", "##zzed", "ba-de")), (byte_level, ("zedwilmar", "ba-de"))):
+        (tmp_path / folder.name).mkdir()
+        old, new = load_tokenizer(folder), extend(folder, tmp_path / folder.name, *words)
+        pieces = old_pieces(new, old)
+        assert sorted(pieces) == list(range(len(old), len(new)))
+        for identifier, word in enumerate(words, start=len(old)):
+            text = f"ba{word[2:]}" if word.startswith("##") else f" {word}"
+            in_text = [i for i in old(text, add_special_tokens=False)["input_ids"] if i != old.unk_token_id]
+            assert pieces[identifier] == (in_text[1:] if word.startswith("##") else in_text)
+
+
+def test_another_tokenizer_does_not_extend(wordpiece: Path, byte_level: Path) -> None:
+    """Catches a folder whose old ids mean something else."""
+    with pytest.raises(UserError, match="has id"):
+        check_extends(load_tokenizer(byte_level), load_tokenizer(wordpiece))

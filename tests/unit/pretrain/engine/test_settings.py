@@ -1,0 +1,182 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from deepspeed.runtime.config import DeepSpeedConfig
+
+from experiment.errors import UserError
+from pretrain.engine.engine import check_ds_config, check_precision, merged_ds_config
+from pretrain.engine.settings import (
+    REPOSITORY,
+    Precision,
+    find_ds_config,
+    offload_of,
+    precision_of,
+    read_ds_config,
+    ready_file,
+    stage_of,
+)
+
+PRECISIONS: tuple[Precision, ...] = ("fp16", "bf16", "fp32")
+FILES = sorted((REPOSITORY / "ds_configs").glob("*.json"))
+
+
+def test_there_is_a_file_for_each_precision_stage_and_offload() -> None:
+    """Catches a file that was lost or renamed: messages and recipes name them."""
+    kinds = [f"zero{stage}" for stage in range(4)]
+    kinds += [f"zero{stage}_{device}_offload" for stage in (2, 3) for device in ("cpu", "nvme")]
+    assert {path.stem for path in FILES} == {f"{precision}_{kind}" for precision in PRECISIONS for kind in kinds}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_deepspeed_understands_the_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches keys that DeepSpeed refuses, files that belie their name, and DeepSpeed's default clipping of 1.0."""
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    config = read_ds_config(path)
+    parsed = DeepSpeedConfig(merged_ds_config(config, grad_clip=0.7))
+    precision, kind, *offload = path.stem.split("_")
+    stage, device = int(kind[-1]), offload[0] if offload else "none"
+    assert precision_of(config) == precision
+    assert stage_of(config) == stage
+    assert offload_of(config) == device
+    runs_as = 1 if precision != "fp32" and stage == 0 else 3 if device == "nvme" else stage
+    assert parsed.zero_optimization_stage == runs_as
+    found = parsed.zero_config.offload_optimizer
+    assert (str(found.device) if found else "none") == device
+    assert parsed.gradient_clipping == (0.7 if runs_as else 0.0)
+    assert parsed.float16_config.enabled == (precision == "fp16")
+    assert parsed.bfloat16_config.enabled == (precision == "bf16")
+    if precision != "fp32":
+        assert parsed.communication_data_type is not None
+        assert parsed.grad_accum_dtype == "fp32"
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_gradients_are_summed_in_fp32_unless_the_file_says_otherwise(precision: str) -> None:
+    """Catches a file of the user's own that leaves it out, with which DeepSpeed would sum in 16 bit."""
+    silent = merged_ds_config({precision: {"enabled": True}}, 1.0)
+    assert (silent["communication_data_type"], silent["data_types"]) == ("fp32", {"grad_accum_dtype": "fp32"})
+    said = {"communication_data_type": precision, "data_types": {"grad_accum_dtype": precision}}
+    merged = merged_ds_config({precision: {"enabled": True}} | said, 1.0)
+    assert {key: merged[key] for key in said} == said
+
+
+def test_merging_changes_no_argument() -> None:
+    """Catches a second engine that is built from what the first one made of the file."""
+    config: dict[str, Any] = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 0}}
+    before = json.dumps(config)
+    merged_ds_config(config, 1.0)
+    assert json.dumps(config) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "line 1: not valid JSON"),
+        ('{\n "bf16": {"enabled": true,}}', "line 2: not valid JSON"),
+        ("[]", "expected a JSON object, found list"),
+        ('{"train_batch_size": 8}', "'train_batch_size' is set by batch.sequences"),
+        ('{"gradient_clipping": 1.0}', "'gradient_clipping' is set by optimizer.grad_clip"),
+        ('{"optimizer": {"type": "Adam"}}', "'optimizer' is set by the section 'optimizer'"),
+        ('{"zero_optimization": {"reduce_bucket_size": "auto"}}', "'zero_optimization.reduce_bucket_size' is \"auto\""),
+        ('{"zero_optimization": {"stage": 4}}', "'zero_optimization.stage' is 4"),
+        ('{"zero_optimization": {"round_robin_gradients": true}}', "round_robin_gradients"),
+        ('{"fp16": {"enabled": true}, "bf16": {"enabled": true}}', "both 'fp16' and 'bf16'"),
+        (
+            '{"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}',
+            "needs at least ZeRO stage 1, found stage 0",
+        ),
+        ('{"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}', "needs at least ZeRO stage 3"),
+        ('{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "disk"}}}', 'device\' is "disk"'),
+        (
+            '{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}',
+            "'offload_optimizer.ratio'",
+        ),
+        ('{"zero_optimization": {"stage": 3, "offload_optimizer": "cpu"}}', "expected a JSON object"),
+        ('{"fp16": {"enabled": true, "loss_scale": 128}}', "'fp16.loss_scale' is 128"),
+        ('{"torch_autocast": {"enabled": true, "dtype": "float16"}}', "leave it out and enable 'fp16' or 'bf16'"),
+        ('{"zero_optimization": {"stage": 2, "compute_grad_norm": false}}', "'compute_grad_norm' is false"),
+        ('{"zero_optimisation": {"stage": 3}}', "unknown key 'zero_optimisation'; did you mean 'zero_optimization'?"),
+    ],
+)
+def test_what_the_runs_own_config_decides_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    """Catches two places that say different things of the batch size, values that only other frameworks fill in, and
+    those under which updates would be skipped for ever, clipped wrongly, or end in a trace."""
+    path = tmp_path / "ds.json"
+    path.write_text(text)
+    with pytest.raises(UserError) as refused:
+        read_ds_config(path)
+    assert message in str(refused.value)
+    assert str(path) in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ('{"zero_optimization": {"stage": 1, "stge": 2}}', "stge"),
+        ('{"bf16": {"enabled": "yess"}}', "yess"),
+        ('{"communication_data_type": "fp33"}', "fp33"),
+    ],
+)
+def test_what_deepspeed_refuses_is_refused_in_words(tmp_path: Path, text: str, named: str) -> None:
+    """Catches a trace from inside DeepSpeed, after the devices are taken, for a misspelt value in the JSON."""
+    path = tmp_path / "ds.json"
+    path.write_text(text)
+    with pytest.raises(UserError) as refused:
+        check_ds_config(read_ds_config(path), path)
+    assert named in str(refused.value)
+    assert str(path) in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "text", ['{"bf16": true}', '{"zero_optimization": 2}', '{"zero_optimization": {"stage": "2"}}']
+)
+def test_a_section_of_the_wrong_type_is_refused(tmp_path: Path, text: str) -> None:
+    """Catches a trace for a user's mistake in the JSON."""
+    path = tmp_path / "ds.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=str(path)):
+        precision_of(read_ds_config(path))
+
+
+def test_a_file_is_looked_for_here_and_in_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches runs that only start in the repository's root, and a user's file that the repository's shadows."""
+    monkeypatch.chdir(tmp_path)
+    assert find_ds_config("ds_configs/bf16_zero1.json") == REPOSITORY / "ds_configs" / "bf16_zero1.json"
+    (tmp_path / "ds_configs").mkdir()
+    (tmp_path / "ds_configs" / "bf16_zero1.json").write_text("{}")
+    assert find_ds_config("ds_configs/bf16_zero1.json") == tmp_path / "ds_configs" / "bf16_zero1.json"
+    with pytest.raises(UserError, match=r"no file 'mine\.json'.*bf16_zero1\.json"):
+        find_ds_config("mine.json")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("has", [("fp32",), ("fp16", "fp32"), ("bf16", "fp32")], ids="+".join)
+def test_a_precision_that_the_device_lacks_is_refused_with_the_file_to_use(
+    path: Path, has: tuple[Precision, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a run that dies in DeepSpeed, or trains on numbers the device emulates, and a message that names a file
+    of another stage or offload, or one that does not exist or cannot be used either."""
+    from deepspeed.accelerator import get_accelerator
+
+    for precision in ("fp16", "bf16"):
+        monkeypatch.setattr(
+            get_accelerator(), f"is_{precision}_supported", lambda precision=precision: precision in has
+        )
+    config = read_ds_config(path)
+    wanted, _, kind = path.stem.partition("_")
+    if wanted in has:
+        check_precision(config)
+        return
+    with pytest.raises(UserError, match=f"cannot train in {wanted}") as refused:
+        check_precision(config)
+    instead = find_ds_config(str(refused.value).partition("--engine.ds_config=")[2])
+    assert instead.stem == f"{has[0]}_{kind}"
+    check_precision(read_ds_config(instead))
+
+
+def test_own_offload_at_a_stage_without_a_ready_file_is_sent_to_the_next_one() -> None:
+    """Catches a message that names a file which does not exist."""
+    own = {"fp16": {"enabled": True}, "zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}
+    assert ready_file(own, "bf16", "cpu") == "ds_configs/bf16_zero2_cpu_offload.json"

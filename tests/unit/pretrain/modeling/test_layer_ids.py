@@ -1,0 +1,69 @@
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
+
+from experiment.errors import UserError
+from pretrain.modeling.layer_ids import check_freeze, layer_ids, matches
+
+
+def model_of(model_type: str, **fields: Any) -> PreTrainedModel:
+    """Without memory for its weights: names and structure."""
+    with torch.device("meta"):
+        return AutoModelForMaskedLM.from_config(AutoConfig.for_model(model_type, **fields))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "layers", "bottom", "top", "head"),
+    [
+        ("bert", 12, "embeddings.word_embeddings", "encoder.layer.11.", "cls.predictions.transform"),
+        ("roberta", 12, "embeddings.position_embeddings", "encoder.layer.11.", "lm_head.dense"),
+        ("electra", 12, "embeddings_project", "encoder.layer.11.", "generator_predictions.dense"),
+        ("distilbert", 6, "embeddings.word_embeddings", "transformer.layer.5.", "vocab_transform"),
+        ("albert", 1, "embedding_hidden_mapping_in", "albert_layer_groups.0.", "predictions.dense"),
+        ("modernbert", 22, "embeddings.tok_embeddings", "layers.21.", "final_norm"),
+        ("deberta-v2", 24, "rel_embeddings", "encoder.layer.23.", "cls.predictions.transform"),
+        ("mpnet", 12, "relative_attention_bias", "encoder.layer.11.", "lm_head.dense"),
+        ("esm", 12, "embeddings.word_embeddings", "encoder.layer.11.", "lm_head.dense"),
+        ("mobilebert", 24, "embeddings.embedding_transformation", "encoder.layer.23.ffn.2", "cls.predictions"),
+        ("xlm", 12, "position_embeddings", "attentions.11.", "pred_layer.proj"),
+    ],
+)
+def test_every_architecture_is_numbered_from_the_embeddings_to_the_head(
+    model_type: str, layers: int, bottom: str, top: str, head: str
+) -> None:
+    """Catches layers counted from elsewhere, numbers of modules inside a layer, and a head at the rate of a layer."""
+    fields = {"relative_attention": True} if "deberta" in model_type else {}
+    ids = layer_ids(model_of(model_type, vocab_size=50, pad_token_id=1, mask_token_id=2, **fields))
+    assert set(ids.values()) == set(range(layers + 2))
+    for part, number in ((bottom, 0), (top, layers), (head, layers + 1)):
+        found = {name: depth for name, depth in ids.items() if part in name}
+        assert found, f"no parameter of {model_type} has '{part}' in its name"
+        tied = {name for name in found if "embeddings" in name and number}
+        assert {depth for name, depth in found.items() if name not in tied} == {number}, found
+
+
+def test_items_are_whole_consecutive_parts() -> None:
+    """Catches layer.1 that freezes layer.10 to layer.19 too."""
+    assert matches("layer.1", "bert.encoder.layer.1.output.dense.weight")
+    assert not matches("layer.1", "bert.encoder.layer.11.output.dense.weight")
+    assert matches("encoder", "bert.encoder.layer.1.output.dense.weight")
+    assert not matches("embedding", "bert.embeddings.word_embeddings.weight")
+
+
+@pytest.mark.parametrize(
+    ("freeze", "says"),
+    [
+        (("embeddings", "layers.0"), "'layers.0'; did you mean 'layer.0'?"),
+        (("layer.7",), "'layer.7'"),
+        (("bert", "cls"), "whole model"),
+    ],
+)
+def test_names_of_nothing_and_of_everything_are_refused(freeze: tuple[str, ...], says: str) -> None:
+    """Catches a typing error that freezes nothing without a word."""
+    model = model_of("bert", num_hidden_layers=2)
+    with pytest.raises(UserError, match=r"^model\.freeze: ") as error:
+        check_freeze(freeze, model)
+    assert says in str(error.value)
+    check_freeze(("embeddings", "layer.0", "bert.encoder.layer.1.output"), model)

@@ -1,0 +1,174 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from model_examples import CONFIGS
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedTokenizerFast
+
+from experiment.errors import UserError
+from pretrain.config import ModelConfig
+from pretrain.corpus.added_tokens import extend_tokenizer, old_pieces
+from pretrain.corpus.tokenizer import load_tokenizer, save_tokenizer, tokenizer_fingerprint
+from pretrain.export import write_hugging_face_folder
+from pretrain.modeling.build import build_model, check_tokenizer, resolve_config, usable_positions
+
+KINDS = ("bert", "roberta", "electra", "distilbert", "modernbert", "mpnet")
+WORDS = ("zedwilmar", "##zzed", "q")
+
+
+@pytest.fixture(scope="session")
+def extended(wordpiece: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("extended")
+    (folder / "words").write_text("\n".join(WORDS))
+    extend_tokenizer(str(wordpiece), str(folder / "words"), str(folder / "tokenizer"))
+    return folder / "tokenizer"
+
+
+def make_folder(path: Path, tokenizer: PreTrainedTokenizerFast, model_type: str, **fields: Any) -> Any:
+    """A Hugging Face folder with random weights, biases and norms too; returns its model."""
+    torch.manual_seed(1)
+    sizes = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    config = AutoConfig.for_model(model_type, **CONFIGS[model_type] | sizes | fields)
+    model = AutoModelForMaskedLM.from_config(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(path)
+    save_tokenizer(tokenizer, path)
+    return model
+
+
+def continued(settings: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> Any:
+    return build_model(settings, resolve_config(settings, tokenizer), seed=2).model.eval()
+
+
+def logits(model: Any, ids: Tensor) -> Tensor:
+    with torch.inference_mode():
+        found: Tensor = model.set_attn_implementation("eager") or model(input_ids=ids[None]).logits[0]
+    return found
+
+
+@pytest.mark.parametrize("padded", [0, 8])
+@pytest.mark.parametrize("model_type", KINDS)
+def test_added_tokens(wordpiece: Path, extended: Path, tmp_path: Path, model_type: str, padded: int) -> None:
+    """Catches old tokens that mean something else afterwards, rows at random for new ones (in a vocabulary that was
+    padded for speed too), a decoder or its bias left behind, and tied tensors that came apart."""
+    old, new = load_tokenizer(wordpiece), load_tokenizer(extended)
+    before = make_folder(tmp_path / "start", old, model_type, vocab_size=len(old) + padded)
+    settings = ModelConfig(init_from=str(tmp_path / "start"), added_tokens=str(extended))
+    after = continued(settings, new)
+    assert after.config.vocab_size == max(len(new), len(old) + padded)
+    ids = torch.randint(5, len(old), (31,))
+    assert torch.allclose(logits(after, ids)[:, : len(old)], logits(before, ids)[:, : len(old)], atol=1e-5)
+    tables = [model.get_input_embeddings().weight for model in (before, after)]
+    decoders = [model.get_output_embeddings() for model in (before, after)]
+    assert decoders[1].weight.data_ptr() == tables[1].data_ptr()
+    everything = [row for row in range(len(old) + padded) if not len(old) <= row < len(new)]
+    for token, pieces in old_pieces(new, old).items():
+        assert pieces or new.convert_ids_to_tokens(token) == "q"
+        assert torch.allclose(tables[1][token], tables[0][pieces or everything].mean(0), atol=1e-6)
+        assert torch.allclose(decoders[1].bias[token], decoders[0].bias[pieces or everything].mean(0), atol=1e-6)
+    weights = {name: parameter.detach() for name, parameter in after.named_parameters()}
+    write_hugging_face_folder(weights, after, new, tmp_path / "hf")
+    reopened = AutoModelForMaskedLM.from_pretrained(tmp_path / "hf").eval()
+    assert torch.equal(logits(reopened, ids), logits(after, ids))
+    assert tokenizer_fingerprint(load_tokenizer(tmp_path / "hf")) == tokenizer_fingerprint(new)
+
+
+def test_rows_of_a_16_bit_folder_are_means_in_fp32(wordpiece: Path, extended: Path, tmp_path: Path) -> None:
+    """Catches new rows and fresh heads that are rounded to the precision that the folder's config names."""
+    old, new = load_tokenizer(wordpiece), load_tokenizer(extended)
+    make_folder(tmp_path, old, "bert").bfloat16().save_pretrained(tmp_path)
+    before = AutoModelForMaskedLM.from_pretrained(tmp_path, dtype=torch.float32).get_input_embeddings().weight
+    after = continued(ModelConfig(init_from=str(tmp_path), added_tokens=str(extended)), new)
+    table = after.get_input_embeddings().weight
+    for token, pieces in old_pieces(new, old).items():
+        expected = before[pieces].mean(0) if pieces else before.mean(0)
+        assert torch.allclose(table[token], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "electra", "distilbert", "mpnet"])
+def test_learned_positions(wordpiece: Path, tmp_path: Path, model_type: str) -> None:
+    """Catches a model that is another one below the old limit, a table that is one or two rows off (RoBERTa's begin
+    after the padding row), and sequences of the new length that do not fit."""
+    tokenizer = load_tokenizer(wordpiece)
+    before = make_folder(tmp_path, tokenizer, model_type)
+    first = {"roberta": tokenizer.pad_token_id + 1, "mpnet": 2}.get(model_type, 0)
+    usable = usable_positions(before.config)
+    assert usable == 70 - first
+    settings = ModelConfig(init_from=str(tmp_path), max_positions=150)
+    config = resolve_config(settings, tokenizer)
+    assert usable_positions(config) == 150
+    after = build_model(settings, config, seed=2).model.eval()
+    ids = torch.randint(5, len(tokenizer), (150,))
+    assert torch.allclose(logits(after, ids[:usable]), logits(before, ids[:usable]), atol=1e-5)
+    assert logits(after, ids).isfinite().all()
+    old, new = (
+        next(p for name, p in model.named_parameters() if name.endswith("position_embeddings.weight"))
+        for model in (before, after)
+    )
+    for position in (0, usable - 1, usable, 2 * usable, 149):
+        assert torch.equal(new[first + position], old[first + position % usable])
+
+
+def test_rotary_positions(wordpiece: Path, tmp_path: Path) -> None:
+    """Catches a base that is not the formula's, local layers changed with it, and a base of the user's overridden."""
+    tokenizer = load_tokenizer(wordpiece)
+    before = make_folder(tmp_path, tokenizer, "modernbert")
+    config = resolve_config(ModelConfig(init_from=str(tmp_path), max_positions=280), tokenizer)
+    assert config.max_position_embeddings == usable_positions(config) == 280
+    old, new = before.config.rope_parameters, config.rope_parameters
+    assert new["sliding_attention"] == old["sliding_attention"]
+    base = old["full_attention"]["rope_theta"] * 4 ** (12 / 10)  # four times the positions, heads of 12
+    assert new["full_attention"]["rope_theta"] == pytest.approx(base)
+    settings = ModelConfig(init_from=str(tmp_path), max_positions=280)
+    assert logits(continued(settings, tokenizer), torch.randint(5, len(tokenizer), (280,))).isfinite().all()
+
+    kept = old | {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}
+    own = ModelConfig(init_from=str(tmp_path), max_positions=280, config={"rope_parameters": kept})
+    assert resolve_config(own, tokenizer).rope_parameters["full_attention"]["rope_theta"] == 1e6
+
+
+def test_as_many_positions_as_there_are(wordpiece: Path, tmp_path: Path) -> None:
+    """Catches the next run of a chain, whose config still says what its model has by now, being refused or changed."""
+    tokenizer = load_tokenizer(wordpiece)
+    make_folder(tmp_path, tokenizer, "modernbert")
+    same = resolve_config(ModelConfig(init_from=str(tmp_path), max_positions=70), tokenizer)
+    assert same.to_dict() == resolve_config(ModelConfig(init_from=str(tmp_path)), tokenizer).to_dict()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "positions", "message"),
+    [
+        ("bert", {}, 60, "model.max_positions is 60, but the model has 70 usable positions"),
+        ("deberta-v2", {"position_biased_input": False}, 100, "neither learned nor rotary"),
+        ("roformer", {}, 2000, "neither learned nor rotary"),
+    ],
+)
+def test_positions_that_cannot_be_had_are_refused(
+    wordpiece: Path, tmp_path: Path, model_type: str, fields: dict[str, Any], positions: int, message: str
+) -> None:
+    """Catches a model cut down by a typo, and one that is told to hold more than it can."""
+    tokenizer = load_tokenizer(wordpiece)
+    settings = CONFIGS.get(model_type, CONFIGS["bert"]) | fields | {"vocab_size": len(tokenizer)}
+    AutoConfig.for_model(model_type, **settings).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=message):
+        resolve_config(ModelConfig(init_from=str(tmp_path), max_positions=positions), tokenizer)
+
+
+def test_tokenizers_that_do_not_belong_together_are_refused(
+    wordpiece: Path, byte_level: Path, extended: Path, tmp_path: Path
+) -> None:
+    """Catches added tokens of another model, and a corpus without the added tokens that the config names."""
+    old, new = (tokenizer_fingerprint(load_tokenizer(folder)) for folder in (wordpiece, extended))
+    make_folder(tmp_path, load_tokenizer(wordpiece), "bert")
+    settings = ModelConfig(init_from=str(tmp_path), added_tokens=str(extended))
+    check_tokenizer(settings, new, tmp_path)
+    with pytest.raises(UserError, match=f"another tokenizer than the one in {extended}"):
+        check_tokenizer(settings, old, tmp_path)
+    with pytest.raises(UserError, match=f"another tokenizer than the one in {tmp_path}"):
+        check_tokenizer(ModelConfig(init_from=str(tmp_path)), new, tmp_path)
+    for folder, message in ((byte_level, "does not extend"), (tmp_path / "none", "is no folder")):
+        with pytest.raises(UserError, match=rf"model\.added_tokens: .*{message}"):
+            check_tokenizer(ModelConfig(init_from=str(tmp_path), added_tokens=str(folder)), new, tmp_path)

@@ -1,0 +1,62 @@
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from experiment.config import build_config
+from pretrain.config import PretrainConfig
+from pretrain.corpus.build import build_corpus
+from pretrain.export import write_hugging_face_folder
+from pretrain.modeling.build import build_model
+from pretrain.resolve import check_beginning, check_run, run_identity
+
+TINY = {"model_type": "bert", "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize(("unit", "space", "warned"), [("word", "", True), ("word", " ", False), ("token", "", False)])
+def test_words_in_text_without_spaces(
+    tmp_path: Path, wordpiece: Path, caplog: pytest.LogCaptureFixture, unit: str, space: str, warned: bool
+) -> None:
+    """Catches a run over Chinese that masks single characters, or whole sentences, without a word said about it."""
+    (tmp_path / "s.txt").write_text(space.join("你好世界今天天气") + "\n", encoding="utf-8")
+    build_corpus(tmp_path / "s.txt", wordpiece, tmp_path / "corpus", workers=1)
+    tree = {
+        "run": {"dir": str(tmp_path / "run")},
+        "model": {"config": TINY},
+        "corpus": {"train": str(tmp_path / "corpus")},
+        "masking": {"unit": unit},
+        "batch": {"sequences": 8, "max_seq_length": 32, "microbatch_tokens": 64},
+        "schedule": {"steps": 2},
+        "engine": {"ds_config": "ds_configs/fp32_zero1.json"},
+    }
+    with caplog.at_level(logging.WARNING):
+        check_run(build_config(PretrainConfig, tree), 1)
+    assert ("--segmenter jieba" in caplog.text) == warned
+
+
+@pytest.mark.parametrize(("seed", "warned"), [(8, True), (9, False)])
+def test_beginning_with_a_model_of_the_same_corpus_and_seed(
+    tmp_path: Path, wordpiece_corpus: Path, caplog: pytest.LogCaptureFixture, seed: int, warned: bool
+) -> None:
+    """Catches a continuation that meets every batch of the run before again, under the same masks, without a word."""
+    tree = {
+        "run": {"dir": str(tmp_path / "first"), "seed": 8},
+        "model": {"config": TINY | {"intermediate_size": 32}},
+        "corpus": {"train": str(wordpiece_corpus)},
+        "batch": {"sequences": 8, "max_seq_length": 32, "microbatch_tokens": 64},
+        "schedule": {"steps": 2},
+        "engine": {"ds_config": "ds_configs/fp32_zero1.json"},
+    }
+    config = build_config(PretrainConfig, tree)
+    inputs = check_run(config, 1)
+    built = build_model(config.model, inputs.model_config, 8).model
+    write_hugging_face_folder(dict(built.named_parameters()), built, inputs.tokenizer, tmp_path / "step" / "hf")
+    (tmp_path / "step" / "state.json").write_text(json.dumps({"identity": run_identity(config, inputs)}))
+
+    tree["run"] = {"dir": str(tmp_path / "second"), "seed": seed}
+    tree["model"] = {"init_from": str(tmp_path / "step" / "hf")}
+    config = build_config(PretrainConfig, tree)
+    with caplog.at_level(logging.WARNING):
+        check_beginning(config, check_run(config, 1))
+    assert ("another seed" in caplog.text) == warned

@@ -1,0 +1,81 @@
+import json
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+
+from pretrain.config import EvaluationConfig
+from pretrain.training.early_stopping import EvaluationHistory, judge, out_of_patience, overfitted, standing_of
+
+
+def after(
+    config: EvaluationConfig, *evaluations: dict[str, Any], training: tuple[float, ...] = ()
+) -> list[EvaluationHistory]:
+    """The standing after each evaluation, one every 10 steps. `training`: mean loss of the steps before each."""
+    standing, found, trained = EvaluationHistory(), [], (0.0, 0)
+    for number, metrics in enumerate(evaluations):
+        if training and number:
+            trained = (trained[0] + 50 * training[number], trained[1] + 50)
+        standing = judge(standing, config, 10 * number, metrics, trained)
+        found.append(standing)
+    return found
+
+
+def losses(*values: float | None, kind: str = "loss") -> list[dict[str, Any]]:
+    return [{f"eval/a/{kind}": value} for value in values]
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "best_step"),
+    [
+        ("loss", (3.0, 2.0, 2.5, 2.0), 10),
+        ("perplexity", (30.0, 20.0, 10.0), 20),
+        ("accuracy", (0.1, 0.3, 0.2), 10),
+        ("loss", (None, 2.0, None), 10),
+        ("loss", (None, None), None),
+    ],
+)
+def test_the_best_step(kind: str, values: tuple[float | None, ...], best_step: int | None) -> None:
+    """Catches accuracy taken for better where it is lower, a tie that moves the best, and NaN that is the best."""
+    config = EvaluationConfig(best_metric=f"eval/a/{kind}")
+    assert after(config, *losses(*values, kind=kind))[-1].best_step == best_step
+
+
+def test_patience_counts_evaluations_since_the_best() -> None:
+    """Catches a count that is not reset by a new best, or that is off by one."""
+    config = EvaluationConfig(best_metric="eval/a/loss", patience=2)
+    standings = after(config, *losses(3.0, 3.1, 2.9, 2.9, 3.0))
+    assert [out_of_patience(standing, config) for standing in standings] == [False, False, False, False, True]
+    assert not out_of_patience(standings[-1], EvaluationConfig(best_metric="eval/a/loss", patience=3))
+    assert not out_of_patience(standings[-1], EvaluationConfig(best_metric="eval/b/loss", patience=2))
+
+
+def test_another_metric_begins_anew() -> None:
+    """Catches a loss that is compared with an accuracy after the config has changed."""
+    standing = after(EvaluationConfig(best_metric="eval/a/loss"), *losses(0.2))[-1]
+    config = EvaluationConfig(best_metric="eval/a/accuracy")
+    standing = judge(standing, config, 50, {"eval/a/accuracy": 0.1}, (0.0, 0))
+    assert (standing.best, standing.best_step) == (0.1, 50)
+
+
+def test_overfitting_is_training_loss_down_and_held_out_loss_up() -> None:
+    """Catches warnings at each evaluation of a streak, streaks of a loss that rises with the training loss, and corpora
+    that are mixed up."""
+    config = EvaluationConfig(overfitting_after=2)
+    evaluations = [
+        {"eval/a/loss": a, "eval/b/loss": 1.0}
+        for a in (5.0, 4.0, 4.1, 4.2, 4.3, 4.0, 4.1, 4.2)  # up at 2, 3, 4, 6 and 7
+    ]
+    falling = after(config, *evaluations, training=(0, 6, 5, 4, 3, 2, 1, 0.5))
+    assert [overfitted(standing, config) for standing in falling] == [[], [], [], ["a"], [], [], [], ["a"]]
+    rising = after(config, *evaluations, training=(0, 1, 2, 3, 4, 5, 6, 7))
+    assert not any(overfitted(standing, config) for standing in rising)
+    assert falling[3].train_loss == 4.0
+
+
+def test_a_standing_survives_json() -> None:
+    """Catches what a resumed run would forget."""
+    config = EvaluationConfig(best_metric="eval/a/loss", patience=2)
+    standing = after(config, *losses(3.0, 2.1, 2.9, 3.3), training=(0, 6, 5, 4.1))[-1]
+    assert standing.rising
+    assert standing_of(json.loads(json.dumps(asdict(standing)))) == standing
