@@ -1,31 +1,35 @@
-"""Checkpoints on disk: their names, what makes one complete, and which are kept. Knows nothing of engines."""
+"""Checkpoints on disk: their names, finding and verifying one, and which are kept. Independent of the engine.
+
+A checkpoint is the folder RUN/checkpoints/step-XXXXXXXX. It is complete once it holds the file COMPLETE, which lists
+the checksums of all its other files and is written last.
+"""
 
 import json
 import logging
-import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from experiment.errors import UserError
-from experiment.run_folder import write_text
+from experiment.files import checksum, fsync_tree, write_json, write_text
 
 log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step-(\d{8,})")
-_MARK = "COMPLETE"
+_COMPLETE = "COMPLETE"
+_BEST = "best"
 
 
 @dataclass(frozen=True)
 class Retention:
+    """Which checkpoints to keep."""
+
     keep_last: int
-    keep_every: int | None = None
-    best: int | None = None  # this step's is kept as long as it is the best
+    keep_every: int | None = None  # also keep every step that is a multiple of this
+    best: int | None = None  # also keep the best one, of this step
 
 
 def checkpoint_path(checkpoints: Path, step: int) -> Path:
@@ -33,120 +37,119 @@ def checkpoint_path(checkpoints: Path, step: int) -> Path:
 
 
 def complete_checkpoints(checkpoints: Path) -> list[Path]:
-    """Marked checkpoints of a run, oldest first."""
-    found = [path for path in checkpoints.glob("step-*") if _NAME.fullmatch(path.name) and (path / _MARK).is_file()]
+    """The complete checkpoints of a run, oldest first. Does not verify them."""
+    found = [path for path in checkpoints.glob("step-*") if _NAME.fullmatch(path.name) and (path / _COMPLETE).is_file()]
     return sorted(found, key=_step)
 
 
-def named_checkpoints(path: Path) -> list[Path]:
-    """The complete checkpoints that a path means, oldest first: one checkpoint, the one that `checkpoints/best` names,
-    or all of a run. None where it means nothing."""
-    if path.name == "best" and path.is_file():
+def find_model_folder(path: Path) -> Path:
+    """The Hugging Face folder that `path` refers to: itself, or the one of the checkpoint that `find_checkpoint` finds.
+
+    Raises UserError like `find_checkpoint`.
+    """
+    return path if (path / "config.json").is_file() else find_checkpoint(path) / "hf"
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The undamaged checkpoint that `path` refers to.
+
+    `path` is a checkpoint, `RUN/checkpoints/best`, or a run: then it is the newest checkpoint, and a damaged one is
+    skipped with a warning. Raises UserError if there is none, if all are damaged, or if the checkpoint that `path`
+    names is damaged or incomplete.
+    """
+    if candidates := checkpoint_candidates(path):
+        return last_usable(candidates)
+    if (path / "hf" / "config.json").is_file():
+        raise UserError(f"the checkpoint {path} is incomplete: it has no {_COMPLETE} file, so its save did not finish")
+    if (path / "checkpoints").is_dir():
+        raise UserError(f"the run {path} has no complete checkpoint")
+    if path.exists():
+        raise UserError(f"{path} is neither a Hugging Face folder, a checkpoint nor a run with a complete checkpoint")
+    raise UserError(f"{path} does not exist: expected a Hugging Face folder, a checkpoint or a run")
+
+
+def checkpoint_candidates(path: Path) -> list[Path]:
+    """The complete checkpoints that `path` refers to, oldest first: a checkpoint itself, the one that
+    `RUN/checkpoints/best` names, or all of a run. Empty if there are none. Does not verify them."""
+    if path.name == _BEST and path.is_file():
         path = path.parent / path.read_text(encoding="utf-8").strip()
     path = path.resolve()
-    return [path] if (path / _MARK).is_file() else complete_checkpoints(path / "checkpoints")
-
-
-def verify(checkpoint: Path) -> str | None:
-    """None for a complete, undamaged checkpoint, else what is wrong with it."""
-    try:
-        checksums: dict[str, str] = json.loads((checkpoint / _MARK).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        return f"its {_MARK} file cannot be read: {error}"
-    if not isinstance(checksums, dict) or not checksums:
-        return f"its {_MARK} file is damaged"
-    for name, expected in checksums.items():
-        try:
-            found = _checksum(checkpoint / name)
-        except OSError as error:
-            return f"{name} cannot be read: {error.strerror}"
-        if found != expected:
-            return f"{name} is damaged (checksum {found}, expected {expected})"
-    return None
-
-
-def newest_usable(checkpoints: Path) -> Path | None:
-    """The newest complete and undamaged checkpoint; says why it passed over a newer one. Raises UserError if none of
-    several is usable."""
-    candidates = complete_checkpoints(checkpoints)
-    return last_usable(candidates) if candidates else None
+    return [path] if (path / _COMPLETE).is_file() else complete_checkpoints(path / "checkpoints")
 
 
 def last_usable(candidates: Sequence[Path]) -> Path:
-    """The last of some complete checkpoints that is undamaged, as `newest_usable`."""
+    """The last undamaged one of one or more complete checkpoints; logs a warning for each damaged one it skips.
+
+    Raises UserError if all are damaged.
+    """
     for checkpoint in reversed(candidates):
         problem = verify(checkpoint)
         if problem is None:
             return checkpoint
-        log.warning("passing over checkpoint %s: %s", checkpoint, problem)
-    raise UserError(
-        f"none of the {len(candidates)} checkpoints in {candidates[-1].parent} can be read; "
-        f"the newest is {candidates[-1]}"
-    )
+        if len(candidates) == 1:
+            raise UserError(f"the checkpoint {checkpoint} is damaged: {problem}")
+        log.warning("skipping damaged checkpoint %s: %s", checkpoint, problem)
+    raise UserError(f"all {len(candidates)} checkpoints in {candidates[-1].parent} are damaged")
+
+
+def newest_usable(checkpoints: Path) -> Path | None:
+    """The newest undamaged checkpoint in a run's checkpoints folder, as `last_usable`; None if none is complete."""
+    candidates = complete_checkpoints(checkpoints)
+    return last_usable(candidates) if candidates else None
+
+
+def verify(checkpoint: Path) -> str | None:
+    """Compare a checkpoint with its checksums. Returns None if it is complete and undamaged, else what is wrong."""
+    try:
+        checksums: dict[str, str] = json.loads((checkpoint / _COMPLETE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return f"its {_COMPLETE} file cannot be read: {error}"
+    if not isinstance(checksums, dict) or not checksums:
+        return f"its {_COMPLETE} file lists no checksums"
+    for name, expected in checksums.items():
+        try:
+            found = checksum(checkpoint / name)
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+        if found != expected:
+            return f"{name} has checksum {found}, expected {expected}"
+    return None
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
+    """state.json: everything in a checkpoint that is not a tensor."""
     state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
     return state
 
 
-def mark(folder: Path) -> None:
-    """Make a folder a complete checkpoint: sync all that is in it to disk, then write its checksums."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    for path in files:
-        sync(path)
-    for path in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
-        sync(path)
-    write_json(folder / _MARK, {str(path.relative_to(folder)): _checksum(path) for path in files})
-    sync(folder)
+def mark_complete(checkpoint: Path) -> None:
+    """Make a folder a complete checkpoint: fsync everything in it, then write its checksums."""
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    fsync_tree(checkpoint)
+    checksums = {str(path.relative_to(checkpoint)): checksum(path) for path in files}
+    write_json(checkpoint / _COMPLETE, checksums, indent=1)
 
 
-def name_best(checkpoints: Path, step: int) -> None:
-    """Let `checkpoints/best` say which checkpoint is the best one."""
-    write_text(checkpoints / "best", f"{checkpoint_path(checkpoints, step).name}\n")
+def write_best(checkpoints: Path, step: int) -> None:
+    """Let `RUN/checkpoints/best` name the checkpoint of `step`."""
+    write_text(checkpoints / _BEST, f"{checkpoint_path(checkpoints, step).name}\n")
 
 
 def apply_retention(checkpoints: Path, keep: Retention, newest: int) -> None:
-    """Delete the checkpoints that need not be kept, and what unfinished saves left.
+    """Delete the checkpoints that need not be kept, and the leftovers of interrupted saves.
 
-    `newest`: the step of the one just saved. Those of later steps are damaged, or the run would have gone on from them;
-    they do not count as kept.
+    newest: step of the checkpoint just saved. Checkpoints of later steps are damaged, or the run would have resumed
+    from them; they are left alone and do not count towards `keep_last`.
     """
     for leftover in checkpoints.glob(".step-*.partial"):
         shutil.rmtree(leftover, ignore_errors=True)
     by_step = {_step(path): path for path in complete_checkpoints(checkpoints)}
     for step in [step for step in by_step if step <= newest][: -keep.keep_last]:
         if step != keep.best and (keep.keep_every is None or step % keep.keep_every != 0):
-            # Renamed first: a half-deleted checkpoint is none, and the next save tidies it up.
-            aside = by_step[step].rename(checkpoints / f".{by_step[step].name}.partial")
-            shutil.rmtree(aside)
+            # Rename first: a kill while deleting must not leave a folder that looks complete.
+            doomed = by_step[step].rename(checkpoints / f".{by_step[step].name}.partial")
+            shutil.rmtree(doomed)
 
 
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
-
-
-def _checksum(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        for block in _blocks(file):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _blocks(file: Any) -> Iterator[bytes]:
-    while block := file.read(1 << 24):
-        yield block
-
-
-def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    sync(path)
-
-
-def sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

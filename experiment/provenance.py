@@ -6,7 +6,6 @@ Every model folder that a run writes holds a `deepcloze.json`, {"run_id": …, "
 which goes wherever the folder is copied, so that whatever begins with it knows the whole line it descends from.
 """
 
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -20,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from experiment.errors import UserError
-from experiment.run_folder import RunFolder, write_json
+from experiment.files import sha256, write_json
+from experiment.run_folder import RunFolder
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LIBRARIES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "safetensors", "numpy", "pyarrow", "wandb")
@@ -99,14 +99,9 @@ def ancestors_of(model: Path, relation: str) -> list[dict[str, Any]]:
     """
     origin = origin_of(model)
     if origin is None:
-        weights = {path.name: _sha256(path) for path in sorted(model.iterdir()) if path.suffix in _WEIGHTS}
+        weights = {path.name: sha256(path) for path in sorted(model.iterdir()) if path.suffix in _WEIGHTS}
         return [{"relation": relation, "folder": str(model.absolute()), "name": model.name, "weights": weights}]
     return [*origin.pop("ancestors"), {"relation": relation, **origin}]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def git_state(repository: Path) -> dict[str, Any] | None:

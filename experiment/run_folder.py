@@ -5,9 +5,9 @@ import os
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
 
 from experiment.errors import UserError
+from experiment.files import write_json
 
 
 class Outcome(StrEnum):
@@ -96,22 +96,3 @@ def open_run_folder(path: Path | str) -> RunFolder:
     if not os.access(folder.path, os.W_OK):
         raise UserError(f"run.dir: the run folder {folder.path} is not writable")
     return folder
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file so that a reader sees the old one or the new one, never a part."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file aside and move it into place: a crash, even of the machine, leaves the old file or the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from experiment.files import atomic_write
 from experiment.results.figures import COLOURS, GREY
 
 _WRITTEN_OUT = 25  # labels: of more, the matrix shows colours only
@@ -63,7 +64,5 @@ def draw_curves(path: Path, epochs: Mapping[int, Sequence[Mapping[str, float]]],
 
 
 def _save(canvas: Figure, path: Path) -> None:
-    """Write aside and move into place: a reader sees the old picture or the new one."""
-    aside = path.with_name(f".{path.name}")
-    canvas.savefig(aside, format="png", facecolor="white")
-    aside.replace(path)
+    with atomic_write(path) as temporary:
+        canvas.savefig(temporary, format="png", facecolor="white")

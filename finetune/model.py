@@ -15,34 +15,6 @@ from torch import nn
 from experiment.errors import UserError
 
 
-def resolve_model(path: Path | str) -> Path:
-    """The Hugging Face folder that `path` stands for.
-
-    `path` is such a folder, a checkpoint `RUN/checkpoints/step-…`, the one that `RUN/checkpoints/best` names, or a run
-    (its newest complete checkpoint).
-    Raises UserError where there is none.
-    """
-    path = Path(path).absolute()
-    if path.name == "best" and path.is_file():
-        path = path.parent / path.read_text(encoding="utf-8").strip()
-    if (path / "config.json").is_file():
-        return path
-    if (path / "hf").is_dir():
-        if not (path / "COMPLETE").is_file():
-            raise UserError(f"the checkpoint {path} is not complete: it was being written when its run ended")
-        return path / "hf"
-    if (path / "checkpoints").is_dir():
-        complete = sorted(marker.parent for marker in path.glob("checkpoints/step-*/COMPLETE"))
-        if not complete:
-            raise UserError(f"the run {path} has no complete checkpoint yet")
-        return complete[-1] / "hf"
-    found = "does not exist" if not path.exists() else "is none of these"
-    raise UserError(
-        "model.init_from: expected a Hugging Face folder, a checkpoint of a pretraining run, or such a run; "
-        f"{path} {found}"
-    )
-
-
 @dataclass(frozen=True)
 class Initialisation:
     """What a model is built from."""

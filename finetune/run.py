@@ -7,7 +7,6 @@
 """
 
 import csv
-import hashlib
 import json
 import shutil
 import sys
@@ -21,16 +20,18 @@ import torch
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from experiment.checkpoints import find_model_folder
 from experiment.config import dump_config, flatten, load_config
 from experiment.errors import UserError
+from experiment.files import sha256, write_json, write_text
 from experiment.provenance import ancestors_of, collect_provenance, write_provenance
-from experiment.run_folder import Outcome, RunFolder, open_run_folder, write_json, write_text
+from experiment.run_folder import Outcome, RunFolder, open_run_folder
 from experiment.tracking.console import terminal
 from experiment.tracking.tracker import Tracker, open_trackers
 from finetune.config import FinetuneConfig
 from finetune.figures import draw_confusion, draw_curves
 from finetune.metrics import confusion_matrix, spread
-from finetune.model import Initialisation, build_model, load_tokenizer, read_architecture, resolve_model, save_model
+from finetune.model import Initialisation, build_model, load_tokenizer, read_architecture, save_model
 from finetune.tasks.examples import Examples, make_examples
 from finetune.tasks.kinds import KINDS, balanced_weights
 from finetune.tasks.rows import Table, TableFormat, read_table
@@ -65,9 +66,16 @@ def resolve_paths(config: FinetuneConfig, default_name: str) -> FinetuneConfig:
         update={
             "run": config.run.model_copy(update={"dir": str(Path(config.run.dir).absolute())}),
             "task": config.task.model_copy(update={**files, "name": config.task.name or default_name}),
-            "model": config.model.model_copy(update={"init_from": str(resolve_model(config.model.init_from))}),
+            "model": config.model.model_copy(update={"init_from": str(_find_model(config.model.init_from))}),
         }
     )
+
+
+def _find_model(init_from: str) -> Path:
+    try:
+        return find_model_folder(Path(init_from).absolute())
+    except UserError as error:
+        raise UserError(f"model.init_from: {error}") from None
 
 
 def run(config: FinetuneConfig) -> dict[str, Any]:
@@ -154,7 +162,7 @@ def outcome_settings(config: FinetuneConfig, labels: Sequence[str], tables: Mapp
     tree = config.model_dump(mode="json")
     del tree["run"], tree["tracking"], tree["task"]["name"], tree["training"]["seeds"]
     tree["task"]["labels"] = list(labels)
-    return {**tree, "sha256": {split: _sha256(table.path) for split, table in tables.items()}}
+    return {**tree, "sha256": {split: sha256(table.path) for split, table in tables.items()}}
 
 
 def finished_seeds(folder: RunFolder, settings: Mapping[str, Any]) -> dict[int, SeedRecord]:
@@ -302,11 +310,6 @@ def print_results(results: Mapping[str, Any], path: Path) -> None:
     console.print(
         f"* decided which epoch was kept\n{path / 'results.json'}", markup=False, soft_wrap=True, highlight=False
     )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _say(line: str) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from experiment.config import dump_config, load_config
 from experiment.errors import StoppedError
-from experiment.run_folder import Outcome, RunFolder, open_run_folder, write_text
+from experiment.files import write_text
+from experiment.run_folder import Outcome, RunFolder, open_run_folder
 from launcher.command import LaunchSpec, deepspeed_argv
 from launcher.environment import launcher_environment, remote_environment_file, worker_environment
 from launcher.hostfile import read_hostfile

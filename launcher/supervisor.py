@@ -21,7 +21,8 @@ from types import FrameType
 import filelock
 
 from experiment.errors import UserError
-from experiment.run_folder import Outcome, RunFolder, write_text
+from experiment.files import write_text
+from experiment.run_folder import Outcome, RunFolder
 from launcher.hostfile import Slots
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

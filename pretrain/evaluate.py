@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from experiment.checkpoints import read_state
+from experiment.checkpoints import find_model_folder, read_state
 from experiment.config import build_config
 from experiment.errors import UserError
 from pretrain.batching.batch import Microbatch
@@ -30,7 +30,6 @@ from pretrain.batching.vocabulary import Vocabulary, vocabulary_of
 from pretrain.config import MaskingConfig, ModelConfig
 from pretrain.corpus.reader import Corpus, open_corpus
 from pretrain.corpus.tokenizer import load_tokenizer, tokenizer_fingerprint
-from pretrain.export import find_hugging_face_folder
 from pretrain.modeling.build import build_model, resolve_config, usable_positions
 from pretrain.modeling.masked_lm import MaskedLanguageModel, Predictions
 from pretrain.world import World
@@ -125,7 +124,7 @@ def evaluate_command(checkpoint: str, corpus: str, json: bool = False) -> None:
     A checkpoint is scored as its run scores it (seed, masking, sequence length); any other folder with the defaults.
     Raises UserError.
     """
-    folder = find_hugging_face_folder(Path(checkpoint))
+    folder = find_model_folder(Path(checkpoint))
     settings = _settings(folder)
     tokenizer = load_tokenizer(folder)
     vocabulary = vocabulary_of(tokenizer)

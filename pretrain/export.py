@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from experiment.checkpoints import last_usable, named_checkpoints, verify
+from experiment.checkpoints import find_model_folder
 from experiment.errors import UserError
 
 
@@ -28,26 +28,9 @@ def write_hugging_face_folder(
     tokenizer.save_pretrained(folder)
 
 
-def find_hugging_face_folder(path: Path) -> Path:
-    """The Hugging Face folder that `path` means: itself, a checkpoint's, or that of a run's newest checkpoint.
-
-    Raises UserError.
-    """
-    if (path / "config.json").is_file():
-        return path
-    if (path / "hf" / "config.json").is_file():
-        problem = verify(path)
-        if problem is not None:
-            raise UserError(f"{path} is no usable checkpoint: {problem}")
-        return path / "hf"
-    if candidates := named_checkpoints(path):
-        return last_usable(candidates) / "hf"
-    raise UserError(f"{path} is neither a Hugging Face folder, a checkpoint nor a run with a complete checkpoint")
-
-
 def export(checkpoint: str, output: str) -> None:
     """Copy the Hugging Face folder of a checkpoint (or of a run's newest one) to `output`, which must not exist."""
-    source, target = find_hugging_face_folder(Path(checkpoint)), Path(output)
+    source, target = find_model_folder(Path(checkpoint)), Path(output)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} is there already; name a folder that is not")
     aside = target.with_name(f".{target.name}.partial")

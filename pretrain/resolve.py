@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
-from experiment.checkpoints import read_state
+from experiment.checkpoints import find_model_folder, read_state
 from experiment.errors import UserError
 from experiment.run_folder import RunFolder
 from pretrain.batching.vocabulary import Vocabulary, vocabulary_of
@@ -17,7 +17,6 @@ from pretrain.corpus.reader import Corpus, open_corpus
 from pretrain.corpus.tokenizer import load_tokenizer, tokenizer_fingerprint
 from pretrain.engine.engine import check_ds_config, check_offload, check_precision
 from pretrain.engine.settings import find_ds_config, read_ds_config
-from pretrain.export import find_hugging_face_folder
 from pretrain.modeling.build import check_tokenizer, resolve_config, skeleton, usable_positions
 from pretrain.modeling.layer_ids import check_freeze
 from pretrain.training.resume import ResumePlan, identity, plan_resume
@@ -54,7 +53,7 @@ def resolve_source(config: PretrainConfig) -> PretrainConfig:
     if config.model.init_from is None:
         return config
     try:
-        folder = find_hugging_face_folder(Path(config.model.init_from))
+        folder = find_model_folder(Path(config.model.init_from))
     except UserError as error:
         raise UserError(f"model.init_from: {error}") from None
     return config.model_copy(update={"model": config.model.model_copy(update={"init_from": str(folder)})})

@@ -25,9 +25,10 @@ from torch import Tensor
 from experiment import checkpoints as checkpoint_store
 from experiment.config import dump_config, load_config
 from experiment.errors import UserError
+from experiment.files import write_text
 from experiment.meters import peak_flops
 from experiment.provenance import ancestors_of, collect_provenance, read_provenance, write_origin, write_provenance
-from experiment.run_folder import Outcome, RunFolder, open_run_folder, write_text
+from experiment.run_folder import Outcome, RunFolder, open_run_folder
 from experiment.tracking import Tracker, open_trackers
 from experiment.tracking.rank_logs import set_up_logging
 from pretrain.batching.batch import RankBatch

@@ -18,6 +18,8 @@ from matplotlib.ticker import (
     PercentFormatter,
 )
 
+from experiment.files import atomic_write
+
 # Okabe & Ito (2008), "Color universal design": told apart by readers with any colour vision.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 GREY = "#596579"
@@ -149,7 +151,5 @@ def _tidy(axes: Axes, grid: Literal["x", "both"]) -> None:
 
 
 def _save(canvas: Canvas, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}")
-    canvas.savefig(aside, format="png", facecolor="white")
-    aside.replace(path)
+    with atomic_write(path) as temporary:
+        canvas.savefig(temporary, format="png", facecolor="white")

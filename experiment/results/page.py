@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiment.run_folder import write_text
+from experiment.files import write_text
 
 
 @dataclass(frozen=True)

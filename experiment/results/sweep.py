@@ -22,7 +22,8 @@ from types import FrameType
 from typing import Any
 
 from experiment.errors import StoppedError, UserError
-from experiment.run_folder import Outcome, RunFolder, write_json, write_text
+from experiment.files import write_json, write_text
+from experiment.run_folder import Outcome, RunFolder
 from experiment.tracking.jsonl import read_events
 
 Grid = Mapping[str, Sequence[str]]

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiment.run_folder import Outcome, write_text
+from experiment.files import write_text
+from experiment.run_folder import Outcome
 
 
 class JsonlTracker:

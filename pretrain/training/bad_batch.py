@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from experiment.run_folder import write_json, write_text
+from experiment.files import write_json, write_text
 from pretrain.batching.batch import IGNORED, RankBatch
 from pretrain.training.health import Fault
 from pretrain.world import World

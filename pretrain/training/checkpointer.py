@@ -28,13 +28,12 @@ from experiment.checkpoints import (
     Retention,
     apply_retention,
     checkpoint_path,
-    mark,
-    name_best,
+    mark_complete,
     read_state,
-    sync,
-    write_json,
+    write_best,
 )
 from experiment.errors import UserError
+from experiment.files import fsync, write_json
 from pretrain.engine.engine import Engine
 from pretrain.engine.partitions import (
     forget_state,
@@ -74,20 +73,20 @@ def save(
     with _AllOrNone(engine.world):
         if rank0:
             index = _merge(gathered)
-            write_json(aside / "engine" / "index.json", index)
+            write_json(aside / "engine" / "index.json", index, indent=1)
             reader = FragmentReader(aside / "engine")
             write_model(reader.read_all(_MASTER), aside / "hf")
             if engine.average is not None:
                 write_model(reader.read_all(_AVERAGE), aside / "hf-ema")
             state = state | {"step": step, "loss_scaler": loss_scaler_state(engine.deepspeed)}
-            write_json(aside / "state.json", state)
-            mark(aside)
+            write_json(aside / "state.json", state, indent=1)
+            mark_complete(aside)
             if final.exists():  # unmarked or damaged: a marked one is never written again
                 shutil.rmtree(final)
             aside.rename(final)
-            sync(checkpoints)
+            fsync(checkpoints)
             if keep.best is not None:
-                name_best(checkpoints, keep.best)  # before the one that was the best is forgotten
+                write_best(checkpoints, keep.best)  # before the one that was the best is forgotten
             apply_retention(checkpoints, keep, newest=step)
     return final
 
@@ -191,7 +190,7 @@ def _write_fragments(engine: Engine, path: Path) -> dict[str, Any]:
             "fragments": [{"file": path.name, "start": fragment.start, "numel": fragment.numel}],
         }
     save_file(tensors, path)
-    sync(path)
+    fsync(path)
     return entries
 
 

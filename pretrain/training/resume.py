@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiment.checkpoints import complete_checkpoints, last_usable, named_checkpoints, read_state
+from experiment.checkpoints import checkpoint_candidates, complete_checkpoints, last_usable, read_state
 from experiment.config import flatten
 from experiment.errors import UserError
 from experiment.provenance import origin_of, read_provenance
@@ -64,7 +64,7 @@ def plan_resume(run: RunConfig, folder: RunFolder, now: Mapping[str, Any]) -> Re
     if run.resume == "never" and (own or folder.metrics.exists()):
         raise UserError(f"run.resume is 'never', but {folder.path} holds a run already; name another run.dir")
     if run.parent is not None:
-        parents = named_checkpoints(Path(run.parent))
+        parents = checkpoint_candidates(Path(run.parent))
         if own:
             _check_is_fork(run.parent, parents, folder)
         elif not parents:

@@ -7,13 +7,15 @@ import pytest
 from experiment.checkpoints import (
     Retention,
     apply_retention,
+    checkpoint_candidates,
     checkpoint_path,
     complete_checkpoints,
-    mark,
-    name_best,
-    named_checkpoints,
+    find_checkpoint,
+    find_model_folder,
+    mark_complete,
     newest_usable,
     verify,
+    write_best,
 )
 from experiment.errors import UserError
 
@@ -26,7 +28,9 @@ def make(checkpoints: Path, *steps: int) -> list[Path]:
         (path / "engine").mkdir(parents=True)
         (path / "engine" / "rank-00000.safetensors").write_bytes(bytes(range(256)) + bytes([step % 256]))
         (path / "state.json").write_text(f'{{"step": {step}}}\n')
-        mark(path)
+        (path / "hf").mkdir()
+        (path / "hf" / "config.json").write_text("{}")
+        mark_complete(path)
         made.append(path)
     return made
 
@@ -102,7 +106,7 @@ def test_if_no_checkpoint_is_usable_the_run_does_not_begin_anew(tmp_path: Path) 
     """Catches days of training thrown away in silence."""
     for path in make(tmp_path, 1, 2):
         flip(path / "state.json", at=5)
-    with pytest.raises(UserError, match="none of the 2 checkpoints"):
+    with pytest.raises(UserError, match=r"all 2 checkpoints in .* are damaged"):
         newest_usable(tmp_path)
 
 
@@ -127,12 +131,42 @@ def test_retention(tmp_path: Path, keep: Retention, left: list[int]) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-{step:08d}" for step in left]
 
 
+def test_which_checkpoint_a_path_means(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Catches an incomplete or damaged checkpoint that is loaded, an older one where a newer one is usable, and the
+    newest where the best was asked for."""
+    run = tmp_path / "run"
+    oldest, newest, damaged, incomplete = make(run / "checkpoints", 20, 100, 150, 200)
+    write_best(run / "checkpoints", 20)
+    (incomplete / "COMPLETE").unlink()
+    flip(damaged / "state.json", at=5)
+    with caplog.at_level(logging.WARNING):
+        assert find_checkpoint(run) == newest
+    assert f"skipping damaged checkpoint {damaged}: state.json has checksum" in caplog.text
+    assert find_checkpoint(oldest) == find_checkpoint(run / "checkpoints" / "best") == oldest
+    assert find_model_folder(run) == find_model_folder(newest) == find_model_folder(newest / "hf") == newest / "hf"
+    with pytest.raises(UserError, match=r"step-00000150 is damaged: state\.json has checksum"):
+        find_checkpoint(damaged)
+    with pytest.raises(UserError, match="step-00000200 is incomplete"):
+        find_checkpoint(incomplete)
+
+
+def test_a_path_without_a_checkpoint_is_rejected(tmp_path: Path) -> None:
+    """Catches a trace, or a missing folder that is looked up on the network as a model name."""
+    with pytest.raises(UserError, match="bert-base does not exist"):
+        find_model_folder(tmp_path / "bert-base")
+    with pytest.raises(UserError, match="is neither a Hugging Face folder, a checkpoint nor a run"):
+        find_model_folder(tmp_path)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match="run has no complete checkpoint"):
+        find_checkpoint(tmp_path / "run")
+
+
 def test_the_best_has_a_name(tmp_path: Path) -> None:
     """Catches a name that does not follow the best, or that is taken for another checkpoint."""
     make(tmp_path, 10, 20)
     for step in (20, 10):
-        name_best(tmp_path, step)
-        assert named_checkpoints(tmp_path / "best") == [checkpoint_path(tmp_path, step)]
+        write_best(tmp_path, step)
+        assert checkpoint_candidates(tmp_path / "best") == [checkpoint_path(tmp_path, step)]
     assert steps(tmp_path) == [10, 20]
 
 

@@ -1,10 +1,10 @@
-import json
 from pathlib import Path
 
 import pytest
 
 from experiment.errors import UserError
-from experiment.run_folder import Outcome, RunFolder, open_run_folder, write_json, write_text
+from experiment.files import write_text
+from experiment.run_folder import Outcome, RunFolder, open_run_folder
 
 
 def test_exit_codes_are_the_ones_that_scripts_rely_on() -> None:
@@ -57,26 +57,3 @@ def test_a_damaged_outcome_is_silence(tmp_path: Path, damage: str) -> None:
     folder = RunFolder(tmp_path)
     write_text(folder.outcome, damage)
     assert folder.read_outcome() is None
-
-
-def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path: Path) -> None:
-    """Catches files written in place, and leftovers beside them."""
-    path = tmp_path / "a" / "state.json"
-    write_json(path, {"é": 1})
-    with pytest.raises(TypeError):
-        write_json(path, {"x": object()})
-    with pytest.raises(UnicodeEncodeError):
-        write_text(path, "half of it \ud800")
-    assert json.loads(path.read_text(encoding="utf-8")) == {"é": 1}
-    assert [entry.name for entry in path.parent.iterdir()] == ["state.json"]
-
-
-def test_a_reader_never_sees_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a file that is moved into place before its content is on the disk."""
-    path = tmp_path / "f"
-    write_text(path, "old")
-    seen: list[str] = []
-    monkeypatch.setattr("os.fsync", lambda descriptor: seen.append(path.read_text()))
-    write_text(path, "new")
-    assert seen == ["old"]
-    assert path.read_text() == "new"

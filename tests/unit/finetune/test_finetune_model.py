@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, BertForMaskedLM, RobertaConfig, RobertaForMaskedLM
 
 from experiment.errors import UserError
-from finetune.model import Initialisation, build_model, load_tokenizer, read_architecture, resolve_model
+from finetune.model import Initialisation, build_model, load_tokenizer, read_architecture
 
 AUTO = "AutoModelForSequenceClassification"
 
@@ -21,36 +21,6 @@ def start(folder: Path, pretrained: bool = True, labels: tuple[str, ...] = ("a",
 @pytest.fixture
 def copied(encoder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(encoder, tmp_path / "copy"))
-
-
-def test_a_model_is_found_in_folder_checkpoint_and_run(encoder: Path, tmp_path: Path) -> None:
-    """Catches an unfinished checkpoint being loaded, an older one where a newer one is complete, and the newest where
-    the best is asked for."""
-    for step, complete in ((20, True), (100, True), (200, False)):
-        checkpoint = tmp_path / "run" / "checkpoints" / f"step-{step:08d}"
-        shutil.copytree(encoder, checkpoint / "hf")
-        if complete:
-            (checkpoint / "COMPLETE").touch()
-    newest = tmp_path / "run" / "checkpoints" / "step-00000100"
-    assert resolve_model(tmp_path / "run") == newest / "hf"
-    assert resolve_model(newest) == newest / "hf"
-    assert resolve_model(newest / "hf") == newest / "hf"
-    (tmp_path / "run" / "checkpoints" / "best").write_text("step-00000020\n")
-    best = tmp_path / "run" / "checkpoints" / "step-00000020"
-    assert resolve_model(tmp_path / "run" / "checkpoints" / "best") == best / "hf"
-    with pytest.raises(UserError, match="step-00000200 is not complete"):
-        resolve_model(tmp_path / "run" / "checkpoints" / "step-00000200")
-
-
-def test_no_model_is_a_user_error(tmp_path: Path) -> None:
-    """Catches a missing folder being looked up on the network as a name, and a run without checkpoints."""
-    with pytest.raises(UserError, match=r"bert-base does not exist"):
-        resolve_model(tmp_path / "bert-base")
-    with pytest.raises(UserError, match="is none of these"):
-        resolve_model(tmp_path)
-    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    with pytest.raises(UserError, match="no complete checkpoint yet"):
-        resolve_model(tmp_path / "run")
 
 
 def test_pretrained_weights_arrive_and_only_the_head_is_fresh(encoder: Path) -> None:

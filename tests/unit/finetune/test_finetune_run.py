@@ -1,5 +1,7 @@
 import csv
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from experiment.checkpoints import checkpoint_path, mark_complete
 from experiment.errors import UserError
 from finetune import run as run_module
 from finetune.run import finetune
@@ -200,3 +203,23 @@ def test_a_pretraining_run_is_not_written_into(config_file: Path, tmp_path: Path
     with pytest.raises(UserError, match="holds a pretraining run"):
         finetune(config_file)
     assert (tmp_path / "run" / "config.yaml").read_text() == "corpus: {}\n"
+
+
+def test_a_damaged_checkpoint_is_not_fine_tuned(
+    config_file: Path, encoder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches weights that are loaded without a look at their checksums."""
+    checkpoints = tmp_path / "pretraining" / "checkpoints"
+    older, newest = (checkpoint_path(checkpoints, step) for step in (10, 20))
+    for checkpoint in (older, newest):
+        shutil.copytree(encoder, checkpoint / "hf")
+        mark_complete(checkpoint)
+    with (newest / "hf" / "model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x7f")
+    overrides = {"model.init_from": str(tmp_path / "pretraining"), "training.seeds": "1", "training.epochs": "1"}
+    finetune(config_file, overrides)
+    assert results(tmp_path / "run")["init"] == str(older / "hf")
+    assert "skipping damaged checkpoint" in caplog.text
+    with pytest.raises(UserError, match=r"model\.init_from: the checkpoint .*step-00000020 is damaged: hf/model"):
+        finetune(config_file, {"model.init_from": str(newest)})

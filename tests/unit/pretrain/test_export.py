@@ -5,10 +5,10 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM
 
-from experiment.checkpoints import checkpoint_path, mark
+from experiment.checkpoints import checkpoint_path, mark_complete
 from experiment.errors import UserError
 from pretrain.corpus.tokenizer import load_tokenizer
-from pretrain.export import export, find_hugging_face_folder, write_hugging_face_folder
+from pretrain.export import export, write_hugging_face_folder
 
 TINY = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 40}
 
@@ -26,7 +26,7 @@ def run(tmp_path: Path, model: BertForMaskedLM, wordpiece: Path) -> Path:
         weights = {name: torch.full_like(p, float(step)) for name, p in model.named_parameters()}
         folder = checkpoint_path(tmp_path / "run" / "checkpoints", step)
         write_hugging_face_folder(weights, model, load_tokenizer(wordpiece), folder / "hf")
-        mark(folder)
+        mark_complete(folder)
     return tmp_path / "run"
 
 
@@ -43,13 +43,6 @@ def test_the_weights_given_are_written_not_those_of_the_model(run: Path, model: 
     assert written.config.architectures == ["BertForMaskedLM"]
     assert AutoTokenizer.from_pretrained(folder)("de fi")["input_ids"]
     assert not bool((next(model.parameters()) == 1.0).all())
-
-
-def test_which_folder_a_path_means(run: Path) -> None:
-    """Catches an export of an older checkpoint than the newest, and of another one than the one named."""
-    assert step_of(find_hugging_face_folder(run)) == 2.0
-    assert step_of(find_hugging_face_folder(checkpoint_path(run / "checkpoints", 1))) == 1.0
-    assert step_of(find_hugging_face_folder(checkpoint_path(run / "checkpoints", 1) / "hf")) == 1.0
 
 
 def test_export(run: Path, tmp_path: Path) -> None:
@@ -88,17 +81,3 @@ def test_a_failed_export_leaves_nothing_that_looks_whole(
     with pytest.raises(UserError, match="No space left on device"):
         export(str(run), str(tmp_path / "encoder"))
     assert not (tmp_path / "encoder").exists()
-
-
-def test_a_path_that_means_nothing_is_refused(run: Path, tmp_path: Path) -> None:
-    """Catches traces, and a damaged or unmarked checkpoint exported as if it were whole."""
-    with pytest.raises(UserError, match="neither"):
-        find_hugging_face_folder(tmp_path / "nothing")
-    damaged, unmarked = (checkpoint_path(run / "checkpoints", step) for step in (1, 2))
-    (damaged / "hf" / "config.json").write_text("{}")
-    (unmarked / "COMPLETE").unlink()
-    for folder in (damaged, unmarked):
-        with pytest.raises(UserError, match="no usable checkpoint"):
-            find_hugging_face_folder(folder)
-    with pytest.raises(UserError):
-        find_hugging_face_folder(run)

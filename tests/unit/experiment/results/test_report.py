@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from experiment.errors import UserError
+from experiment.files import write_json
 from experiment.provenance import write_provenance
 from experiment.results.page import Figure, Table, write_page
 from experiment.results.report import (
@@ -16,7 +17,7 @@ from experiment.results.report import (
     training_table,
     write_report,
 )
-from experiment.run_folder import RunFolder, open_run_folder, write_json
+from experiment.run_folder import RunFolder, open_run_folder
 
 
 def training(step: int, **figures: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from experiment.checkpoints import checkpoint_path, mark
+from experiment.checkpoints import checkpoint_path, mark_complete
 from experiment.config import build_config
 from experiment.errors import UserError
 from experiment.provenance import ancestors_of, write_origin, write_provenance
@@ -154,7 +154,7 @@ def make_run(path: Path, steps: tuple[int, ...], relation: str | None = None, pa
         (checkpoint / "hf").mkdir(parents=True)
         write_origin(checkpoint / "hf", folder, {"run_id": run_id, "ancestors": ancestors}, step)
         (checkpoint / "state.json").write_text(json.dumps({"identity": who()}))
-        mark(checkpoint)
+        mark_complete(checkpoint)
     return path
 
 
@@ -195,7 +195,7 @@ def test_what_a_checkpoint_may_be_called(tmp_path: Path) -> None:
         assert begin(new, str(name)) == ResumePlan(checkpoint_path(parent / "checkpoints", step), fork=True)
     (checkpoint_path(parent / "checkpoints", 4) / "state.json").write_text("{}")
     assert begin(new, str(parent)).checkpoint == checkpoint_path(parent / "checkpoints", 2)
-    with pytest.raises(UserError, match="can be read"):
+    with pytest.raises(UserError, match=r"step-00000004 is damaged: state\.json"):
         begin(new, str(checkpoint_path(parent / "checkpoints", 4)))
 
 

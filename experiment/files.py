@@ -1,0 +1,72 @@
+"""Files on disk: atomic writes, fsync, JSON and checksums."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+_BLOCK = 1 << 24  # bytes
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Replace the file `path` with what is written to the temporary path that this yields.
+
+    After a crash or a power cut, `path` holds the old content or the new, never a part of it. Missing folders are
+    created. If the block raises, `path` stays as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        fsync(temporary)
+        temporary.replace(path)
+        fsync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file atomically, see `atomic_write`."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any, indent: int = 2) -> None:
+    """Replace a JSON file atomically, see `atomic_write`."""
+    write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+
+
+def fsync(*paths: Path) -> None:
+    """Wait until the contents of these files, or the entries of these folders, are on disk."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def fsync_tree(folder: Path) -> None:
+    """Wait until a folder and everything in it are on disk."""
+    fsync(*folder.rglob("*"), folder)
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checksum(path: Path) -> str:
+    """Hexadecimal XXH3-128 of a file: detects damage, far faster than SHA-256, but not secure against forgery."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()

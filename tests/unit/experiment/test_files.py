@@ -1,0 +1,56 @@
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import xxhash
+
+from experiment.files import atomic_write, checksum, sha256, write_json, write_text
+
+
+def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path: Path) -> None:
+    """Catches files written in place, and leftovers beside them."""
+    path = tmp_path / "a" / "state.json"
+    write_json(path, {"é": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"x": object()})
+    with pytest.raises(UnicodeEncodeError):
+        write_text(path, "half of it \ud800")
+    assert json.loads(path.read_text(encoding="utf-8")) == {"é": 1}
+    assert [entry.name for entry in path.parent.iterdir()] == ["state.json"]
+
+
+def test_a_reader_never_sees_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a file that is moved into place before its content is on the disk."""
+    path = tmp_path / "f"
+    write_text(path, "old")
+    seen: list[str] = []
+    monkeypatch.setattr("os.fsync", lambda descriptor: seen.append(path.read_text()))
+    write_text(path, "new")
+    assert seen == ["old", "new"], "the file before it is renamed, then its folder"
+    assert path.read_text() == "new"
+
+
+def test_an_error_while_writing_keeps_the_old_content(tmp_path: Path) -> None:
+    """Catches a figure or an index that is half written, and a temporary file left behind."""
+    path = tmp_path / "f.png"
+    path.write_bytes(b"old")
+
+    def fail() -> None:
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        fail()
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_digests_are_the_published_ones(tmp_path: Path) -> None:
+    """Catches a block that is skipped or read twice: checkpoints and corpora on disk record these digests."""
+    path = tmp_path / "f"
+    content = bytes(range(256)) * (1 << 17)  # two blocks
+    path.write_bytes(content)
+    assert sha256(path) == hashlib.sha256(content).hexdigest()
+    assert checksum(path) == xxhash.xxh3_128_hexdigest(content)
