@@ -126,7 +126,7 @@ def _open_mixture(config: CorpusConfig) -> tuple[TrainingCorpus, ...]:
 def _check_words(unit: str, mixture: tuple[TrainingCorpus, ...], vocabulary: Vocabulary) -> None:
     """Raises UserError where nothing tells words apart; warns of text that seems to be written without spaces."""
     for corpus in (given.corpus for given in mixture):
-        if vocabulary.word_marks is None:
+        if vocabulary.word_boundaries is None:
             raise UserError(
                 f"masking.unit is '{unit}', but the tokenizer of {corpus.path} does not mark where words begin as "
                 "WordPiece, byte-level BPE or SentencePiece do; expected 'token'"

@@ -117,8 +117,8 @@ class Masker:
     ) -> Runs:
         """The words of sequences whose first tokens are `first` [S]; none reaches from one into the next."""
         if word_starts is None:
-            assert self.vocabulary.word_marks is not None, "refused when the run was checked"
-            word_starts = self.vocabulary.word_marks.starts(tokens)
+            assert self.vocabulary.word_boundaries is not None, "refused when the run was checked"
+            word_starts = self.vocabulary.word_boundaries.word_starts(tokens)
         starts = word_starts.copy()
         starts[first] = True
         heads = np.flatnonzero(starts)

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
 from experiment.errors import UserError
-from pretrain.corpus.words import WordMarks, word_marks
+from pretrain.corpus.words import WordBoundaries, word_boundaries
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Vocabulary:
     mask_id: int
     unmaskable: NDArray[np.bool_]  # [largest id + 1] special tokens, the unknown token included
     replacements: NDArray[np.int64]  # ids that a random replacement is drawn from: real ones, none of them special
-    word_marks: WordMarks | None = None  # where words begin; None: the tokenizer does not tell
+    word_boundaries: WordBoundaries | None = None  # where words begin; None: the tokenizer does not tell
 
     @property
     def num_special_tokens(self) -> int:
@@ -43,7 +43,7 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerFast) -> Vocabulary:
         mask_id=tokenizer.mask_token_id,
         unmaskable=unmaskable,
         replacements=np.array([token for token in real if token not in special], dtype=np.int64),
-        word_marks=word_marks(tokenizer.backend_tokenizer.to_str()),
+        word_boundaries=word_boundaries(tokenizer.backend_tokenizer.to_str()),
     )
 
 

@@ -42,7 +42,7 @@ from pretrain.corpus.tokenizer import (
     vocabulary_of,
     vocabulary_size,
 )
-from pretrain.corpus.words import SEGMENTERS, segmenter_identity, word_marks
+from pretrain.corpus.words import SEGMENTERS, segmenter_identity, word_boundaries
 from pretrain.corpus.workers import worker_pool
 
 _BATCH_BYTES = 1 << 20  # of text that a worker is given at once
@@ -84,7 +84,7 @@ def build_corpus(
     segmenter = None if segmenter is None else choice("segmenter", segmenter, SEGMENTERS)
     opened = load_tokenizer(str(tokenizer))
     vocabulary = replace(vocabulary_of(opened), segmenter=segmenter)
-    if segmenter is not None and word_marks(vocabulary.tokenizer_json) is None:
+    if segmenter is not None and word_boundaries(vocabulary.tokenizer_json) is None:
         raise UserError(f"--segmenter {segmenter}: the tokenizer {tokenizer} marks words in a way that is not known")
     plan = _Plan(
         folder=Path(str(output)).absolute(),

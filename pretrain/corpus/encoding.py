@@ -12,7 +12,14 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer
 
-from pretrain.corpus.words import Cut, Flags, WordMarks, open_segmenter, segmented_starts, word_marks
+from pretrain.corpus.words import (
+    BoolArray,
+    Segmenter,
+    WordBoundaries,
+    load_segmenter,
+    segmented_word_starts,
+    word_boundaries,
+)
 
 TokenIds = npt.NDArray[np.unsignedinteger]
 Counts = npt.NDArray[np.int64]
@@ -38,7 +45,7 @@ class Encoded:
     unknown: Counts  # [D], unknown tokens
     words: Counts  # [D], separated by whitespace
     special: int | None
-    word_starts: Flags | None  # [tokens of all documents] which ones begin a word; None: no segmenter was asked for
+    word_starts: BoolArray | None  # [tokens of all documents] which ones begin a word; None: no segmenter was asked for
 
 
 class Encoder:
@@ -75,11 +82,11 @@ class Encoder:
             word_starts=self._word_starts(texts, encodings) if segmented else None,
         )
 
-    def _word_starts(self, texts: list[str], encodings: list[Encoding]) -> Flags:
+    def _word_starts(self, texts: list[str], encodings: list[Encoding]) -> BoolArray:
         marks, cut = self._segmenter
         return np.concatenate(
             [
-                segmented_starts(
+                segmented_word_starts(
                     text, np.array(encoding.ids), np.array([first for first, _ in encoding.offsets]), marks, cut
                 )
                 for text, encoding in zip(texts, encodings, strict=True)
@@ -89,12 +96,12 @@ class Encoder:
         )
 
     @cached_property
-    def _segmenter(self) -> tuple[WordMarks, Cut]:
+    def _segmenter(self) -> tuple[WordBoundaries, Segmenter]:
         """Opened for the first text that needs it."""
         assert self._vocabulary.segmenter is not None
-        marks = word_marks(self._vocabulary.tokenizer_json)
+        marks = word_boundaries(self._vocabulary.tokenizer_json)
         assert marks is not None, "refused before the build"
-        return marks, open_segmenter(self._vocabulary.segmenter)
+        return marks, load_segmenter(self._vocabulary.segmenter)
 
     def _first_special(self, flat: TokenIds, ends: Counts) -> int:
         first = np.flatnonzero(np.isin(flat, self._vocabulary.special_ids))[0]

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from experiment.errors import UserError
 from pretrain.corpus.manifest import TOKENIZER, Manifest, file_sha256, read_manifest
 from pretrain.corpus.shards import MappedShard, map_shard, row_lengths
-from pretrain.corpus.words import Flags
+from pretrain.corpus.words import BoolArray
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Corpus:
             at += end - begin
         return out
 
-    def read_word_starts(self, starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> Flags | None:
+    def read_word_starts(self, starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> BoolArray | None:
         """Which tokens of S spans (see `read`) begin a word: [sum(lengths)]; None: the corpus does not tell."""
         if self.manifest.recipe.segmenter is None:
             return None

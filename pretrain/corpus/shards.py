@@ -32,7 +32,7 @@ from pretrain.corpus.manifest import (
     write_json_durably,
     write_manifest,
 )
-from pretrain.corpus.words import Flags
+from pretrain.corpus.words import BoolArray
 
 SHARD_TOKENS = 32 * 2**20  # a shard closes at the first document that brings it here
 JOURNAL = "journal.json"
@@ -71,7 +71,7 @@ class ShardWriter:
         self._resumed_at = self.finished[-1].position if self.finished else Position(0, "")
         self._ids: list[TokenIds] = []
         self._lengths: list[Counts] = []
-        self._word_starts: list[Flags] = []
+        self._word_starts: list[BoolArray] = []
         self._tokens = self._unknown = self._words = self._text_bytes = self._empty = 0
 
     @property
@@ -252,7 +252,7 @@ class MappedShard(NamedTuple):
     word_starts: npt.NDArray[np.uint8] | None  # [at least tokens / 8] a bit a token, the lowest first
 
 
-def write_shard(path: Path, ids: TokenIds, lengths: Counts, word_starts: Flags | None = None) -> None:
+def write_shard(path: Path, ids: TokenIds, lengths: Counts, word_starts: BoolArray | None = None) -> None:
     """One Arrow stream of one record batch, on disk when this returns.
 
     `input_ids: list<uint16 | uint32>` and, where they are given, `word_starts: list<bool>`, a bit a token.

@@ -1,8 +1,8 @@
-"""Where words begin in a stream of tokens: by the tokenizer's own marks, and in Chinese by a segmenter.
+"""Find where words begin in a stream of tokens, from the tokenizer's own marks or, in Chinese, from a segmenter.
 
-WordPiece marks what continues a word (`##ing`), byte-level BPE and SentencePiece mark what follows a space (`Ġword`,
-`▁word`). Chinese has no spaces, and BERT's WordPiece makes each of its characters a word. A segmenter finds the real
-words in the raw text, which is there only while a corpus is built.
+WordPiece marks the pieces that continue a word (`##ing`). Byte-level BPE and SentencePiece mark the pieces that follow
+a space (`Ġword`, `▁word`). Chinese has no spaces, and BERT's WordPiece makes every Chinese character a word of its own.
+A segmenter finds the real words, but it needs the raw text, which is available only while a corpus is built.
 """
 
 import hashlib
@@ -20,120 +20,132 @@ from numpy.typing import NDArray
 
 from experiment.errors import UserError
 
-Flags = NDArray[np.bool_]
-Cut = Callable[[str], Iterator[str]]  # text -> its words, which make up the text
+BoolArray = NDArray[np.bool_]
+Segmenter = Callable[[str], Iterator[str]]  # text -> its words, which joined give the text again
 
 SEGMENTERS = ("jieba",)
 
 
 @dataclass(frozen=True)
-class WordMarks:
-    """What the tokens themselves say of words."""
+class WordBoundaries:
+    """What a tokenizer's vocabulary says about words, one flag per token id."""
 
-    begins: Flags  # [largest id + 1] a word begins with this token
-    ends: Flags  # [largest id + 1] a word begins after this token
-    opens: Flags  # [largest id + 1] this token is a space alone, which belongs to what follows it
+    begins_word: BoolArray  # [largest id + 1] a word begins at this token
+    ends_word: BoolArray  # [largest id + 1] a word ends with this token
+    is_space: BoolArray  # [largest id + 1] a lone space, which belongs to the word after it
 
-    def starts(self, ids: NDArray[np.integer[Any]]) -> Flags:
-        """Which tokens [T] of a text begin a word; the first always does."""
-        found: Flags = self.begins[ids]
-        found[1:] |= self.ends[ids[:-1]]
-        return self.joined(found, ids)
+    def word_starts(self, ids: NDArray[np.integer[Any]]) -> BoolArray:
+        """Mark the tokens [T] of one text that begin a word. The first token always does."""
+        starts: BoolArray = self.begins_word[ids]
+        starts[1:] |= self.ends_word[ids[:-1]]
+        return self.attach_spaces(starts, ids)
 
-    def joined(self, starts: Flags, ids: NDArray[np.integer[Any]]) -> Flags:
-        """Word starts [T], changed in place: none after a lone space, one at the first token."""
-        starts[1:] &= ~self.opens[ids[:-1]]
+    def attach_spaces(self, starts: BoolArray, ids: NDArray[np.integer[Any]]) -> BoolArray:
+        """Change word starts [T] in place: none right after a lone space, one at the first token."""
+        starts[1:] &= ~self.is_space[ids[:-1]]
         starts[:1] = True
         return starts
 
 
-def word_marks(tokenizer_json: str) -> WordMarks | None:
-    """The marks of a tokenizer in `tokenizers`' JSON; None for one that marks words in no known way.
+def word_boundaries(tokenizer_json: str) -> WordBoundaries | None:
+    """Read the word boundaries from a `tokenizers` JSON. None: the tokenizer marks words in a way not supported here.
 
-    WordPiece: a token without `##` begins a word; so does each punctuation character, which its pre-tokenizer cuts out.
-    Byte-level BPE: a token begins a word if it begins with a space, other white space, punctuation or a symbol, or
-    follows one of the latter three, which is where its pre-tokenizer cuts, but that letters and digits stay together.
-    SentencePiece: a token that begins with `▁`, whatever punctuation is in the word. Added tokens, the unknown token
-    among them, are words of their own.
+    - WordPiece: a token without `##` begins a word. Every punctuation character does, because the pre-tokenizer splits
+      there.
+    - Byte-level BPE: a token begins a word if it starts with a space, other whitespace, punctuation or a symbol, or if
+      it follows one of the last three. The pre-tokenizer splits at these places too, and also between letters and
+      digits, which stay together here.
+    - SentencePiece: a token that starts with `▁` begins a word. Punctuation does not split words.
+    - Added tokens, including the unknown token, are words of their own.
     """
     state = json.loads(tokenizer_json)
-    model, kinds = state["model"], dict(_parts(state["pre_tokenizer"]))
+    model, pre_tokenizers = state["model"], dict(_flatten(state["pre_tokenizer"]))
     vocabulary = model["vocab"]
     pieces: dict[str, int] = (
         vocabulary if isinstance(vocabulary, dict) else {piece: token for token, (piece, _) in enumerate(vocabulary)}
     )
     added = [token["id"] for token in state["added_tokens"]]
-    begins, ends, opens = np.zeros((3, max([*pieces.values(), *added]) + 1), dtype=np.bool_)
+    begins, ends, spaces = np.zeros((3, max([*pieces.values(), *added]) + 1), dtype=np.bool_)
     ids = list(pieces.values())
-    if continuing := model.get("continuing_subword_prefix"):
-        begins[ids] = [not piece.startswith(continuing) for piece in pieces]
+    if prefix := model.get("continuing_subword_prefix"):
+        begins[ids] = [not piece.startswith(prefix) for piece in pieces]
     elif model["type"] == "WordLevel":
         begins[ids] = True
-    elif "ByteLevel" in kinds:
-        texts = [_text_of(piece) for piece in pieces]
-        begins[ids] = [text[:1] == " " or _is_apart(text[:1]) for text in texts]
-        ends[ids] = [_is_apart(text[-1:]) for text in texts]
-        opens[ids] = [text == " " for text in texts]
-    elif "Metaspace" in kinds:
-        space = kinds["Metaspace"]["replacement"]
-        begins[ids] = [piece.startswith(space) for piece in pieces]
-        opens[ids] = [piece == space for piece in pieces]
+    elif "ByteLevel" in pre_tokenizers:
+        texts = [_decode_byte_level(piece) for piece in pieces]
+        begins[ids] = [text[:1] == " " or _splits_words(text[:1]) for text in texts]
+        ends[ids] = [_splits_words(text[-1:]) for text in texts]
+        spaces[ids] = [text == " " for text in texts]
+    elif "Metaspace" in pre_tokenizers:
+        mark = pre_tokenizers["Metaspace"]["replacement"]
+        begins[ids] = [piece.startswith(mark) for piece in pieces]
+        spaces[ids] = [piece == mark for piece in pieces]
     else:
         return None
     begins[added] = ends[added] = True
-    return WordMarks(begins, ends, opens)
+    return WordBoundaries(begins, ends, spaces)
 
 
-def _parts(pre_tokenizer: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(type, settings) of a pre-tokenizer and of those that it is a sequence of."""
+def _flatten(pre_tokenizer: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (type, settings) of a pre-tokenizer and, for a sequence, of its members."""
     if pre_tokenizer is not None:
         yield pre_tokenizer["type"], pre_tokenizer
-        for part in pre_tokenizer.get("pretokenizers", ()):
-            yield from _parts(part)
+        for member in pre_tokenizer.get("pretokenizers", ()):
+            yield from _flatten(member)
 
 
-def _text_of(piece: str) -> str:
-    """The text of a byte-level token, U+FFFD for bytes that are no whole character.
+def _decode_byte_level(piece: str) -> str:
+    """Decode a byte-level token to text, with U+FFFD for bytes that form no whole character.
 
-    GPT-2 (Radford et al. 2019) writes the printable bytes of Latin-1 as themselves, the others as U+0100 and up.
+    GPT-2 (Radford et al. 2019) writes printable Latin-1 bytes as themselves and the others as U+0100 and up.
     """
-    return bytes(_BYTES.get(character, 0) for character in piece).decode(errors="replace")
+    return bytes(_BYTE_OF.get(character, 0) for character in piece).decode(errors="replace")
 
 
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-_BYTES = {chr(byte): byte for byte in _PRINTABLE} | {
-    chr(0x100 + place): byte for place, byte in enumerate(byte for byte in range(0x100) if byte not in _PRINTABLE)
+_BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {
+    chr(0x100 + index): byte for index, byte in enumerate(byte for byte in range(0x100) if byte not in _PRINTABLE)
 }
 
 
-def _is_apart(character: str) -> bool:
-    """White space (but for the space, which belongs to what follows it), punctuation and symbols."""
+def _splits_words(character: str) -> bool:
+    """True for punctuation, symbols, and whitespace other than the space, which belongs to the word after it."""
     if character in ("", " ", "\ufffd"):
         return False
     return character.isspace() or unicodedata.category(character)[0] in "PS"
 
 
-def segmented_starts(
-    text: str, ids: NDArray[np.integer[Any]], offsets: NDArray[np.int64], marks: WordMarks, cut: Cut
-) -> Flags:
-    """Which tokens [T] of a text begin a word, the segmenter's in Chinese. `offsets` [T]: of their first characters.
+def segmented_word_starts(
+    text: str,
+    ids: NDArray[np.integer[Any]],
+    offsets: NDArray[np.int64],
+    boundaries: WordBoundaries,
+    segmenter: Segmenter,
+) -> BoolArray:
+    """Mark the tokens [T] of one text that begin a word, using the segmenter for Chinese.
 
-    The segmenter decides about tokens that begin with a Chinese character or right after one, the tokenizer's marks
-    about all others. Of several tokens that share a character the first can begin a word.
+    The segmenter decides for tokens that begin with a Chinese character or directly follow one; `boundaries` decide for
+    the others. Of several tokens that share a character, only the first can begin a word.
+
+    Args:
+        ids: token ids, [T].
+        offsets: index in `text` of each token's first character, [T].
     """
     characters = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
     chinese = _is_chinese(characters)
-    begins = np.zeros(len(characters), dtype=np.bool_)
-    begins[np.cumsum([0, *map(len, cut(text))])[:-1]] = True
-    places = np.minimum(offsets, len(characters) - 1)
-    after_chinese = chinese[places - 1] & (places > 0)
-    first_of_character = np.diff(places, prepend=-1) != 0
-    starts: Flags = np.where(chinese[places] | after_chinese, begins[places] & first_of_character, marks.starts(ids))
-    return marks.joined(starts, ids)
+    segment_starts = np.zeros(len(characters), dtype=np.bool_)
+    segment_starts[np.cumsum([0, *map(len, segmenter(text))])[:-1]] = True
+    first = np.minimum(offsets, len(characters) - 1)
+    follows_chinese = chinese[first - 1] & (first > 0)
+    first_of_character = np.diff(first, prepend=-1) != 0
+    starts: BoolArray = np.where(
+        chinese[first] | follows_chinese, segment_starts[first] & first_of_character, boundaries.word_starts(ids)
+    )
+    return boundaries.attach_spaces(starts, ids)
 
 
-def _is_chinese(characters: NDArray[np.uint32]) -> Flags:
-    """CJK ideographs, by code point; not the syllables of Japanese and Korean."""
+def _is_chinese(characters: NDArray[np.uint32]) -> BoolArray:
+    """Mark CJK ideographs by code point; Japanese and Korean syllables are not included."""
     found = np.zeros(len(characters), dtype=np.bool_)
     for first, last in ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x323AF)):
         found |= (characters >= first) & (characters <= last)
@@ -141,16 +153,16 @@ def _is_chinese(characters: NDArray[np.uint32]) -> Flags:
 
 
 def segmenter_identity(name: str) -> str:
-    """What decides about a segmenter's words: its version and dictionary. Raises UserError where it is missing."""
+    """Return the segmenter's version and dictionary hash, which determine its words. Raises UserError if missing."""
     jieba = _import_jieba()
     return f"{name} {jieba.__version__}, dictionary {hashlib.sha256(_dictionary(jieba).read_bytes()).hexdigest()[:16]}"
 
 
-def open_segmenter(name: str) -> Cut:
-    """jieba in its default mode: the likeliest cut into words of its dictionary, and a hidden Markov model for others.
+def load_segmenter(name: str) -> Segmenter:
+    """Load jieba in its default mode: the most likely split into dictionary words, and an HMM for unknown words.
 
-    The dictionary is read here and not by jieba, which would take it from a file in the folder for temporary files,
-    whoever wrote that, and log what it does. Raises UserError where jieba is missing.
+    The dictionary is read here because jieba itself would log, and would load a cache from the temporary folder that
+    anyone may have written. Raises UserError if jieba is missing.
     """
     assert name in SEGMENTERS
     jieba = _import_jieba()
@@ -163,7 +175,7 @@ def open_segmenter(name: str) -> Cut:
 def _import_jieba() -> ModuleType:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # escapes in its regular expressions, and pkg_resources
+            warnings.simplefilter("ignore")  # jieba has invalid escapes and imports pkg_resources
             import jieba
     except ImportError:
         raise UserError("--segmenter jieba needs the package jieba: pip install jieba") from None

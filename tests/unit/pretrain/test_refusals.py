@@ -149,7 +149,7 @@ def test_a_precision_the_device_lacks_is_refused(refuse: Refuse, monkeypatch: py
 
 def test_words_that_nothing_marks_are_refused(refuse: Refuse, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a run by words that dies with its first batch, where the tokenizer does not tell words apart."""
-    monkeypatch.setattr("pretrain.batching.vocabulary.word_marks", lambda _json: None)
+    monkeypatch.setattr("pretrain.batching.vocabulary.word_boundaries", lambda _json: None)
     message = refuse("--masking.unit=word")
     assert "masking.unit is 'word'" in message
     assert "expected 'token'" in message

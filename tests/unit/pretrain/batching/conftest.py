@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from pretrain.batching.sequences import SequenceIndex, cut
 from pretrain.batching.vocabulary import Vocabulary
-from pretrain.corpus.words import WordMarks
+from pretrain.corpus.words import WordBoundaries
 
 PAD, CLS, SEP, UNK, MASK = range(5)
 
@@ -45,7 +45,9 @@ def vocabulary() -> Vocabulary:
     """Ids 0-4 are special, the others are real; those that 3 divides continue a word."""
     unmaskable = np.zeros(5000, dtype=bool)
     unmaskable[:5] = True
-    marks = WordMarks(begins=np.arange(5000) % 3 != 0, ends=np.zeros(5000, bool), opens=np.zeros(5000, bool))
+    marks = WordBoundaries(
+        begins_word=np.arange(5000) % 3 != 0, ends_word=np.zeros(5000, bool), is_space=np.zeros(5000, bool)
+    )
     return Vocabulary((CLS,), (SEP,), PAD, MASK, unmaskable, np.arange(5, 5000), marks)
 
 

@@ -20,7 +20,7 @@ from pretrain.corpus import build, shards, words
 from pretrain.corpus.build import build_corpus
 from pretrain.corpus.reader import open_corpus
 from pretrain.corpus.tokenizer import load_tokenizer
-from pretrain.corpus.words import WordMarks, segmented_starts, word_marks
+from pretrain.corpus.words import WordBoundaries, segmented_word_starts, word_boundaries
 
 needs_jieba = pytest.mark.skipif(find_spec("jieba") is None, reason="the package jieba is not installed")
 
@@ -73,8 +73,8 @@ def word_piece(chinese_alone: bool = True) -> Tokenizer:
     return tokenizer
 
 
-def marks_of(tokenizer: Tokenizer) -> WordMarks:
-    marks = word_marks(tokenizer.to_str())
+def boundaries_of(tokenizer: Tokenizer) -> WordBoundaries:
+    marks = word_boundaries(tokenizer.to_str())
     assert marks is not None
     return marks
 
@@ -88,7 +88,7 @@ def in_words(text: str, encoding: Any, starts: Any) -> list[str]:
 
 def split(tokenizer: Tokenizer, text: str) -> list[str]:
     encoding = tokenizer.encode(text, add_special_tokens=False)
-    return in_words(text, encoding, marks_of(tokenizer).starts(np.array(encoding.ids)))
+    return in_words(text, encoding, boundaries_of(tokenizer).word_starts(np.array(encoding.ids)))
 
 
 def test_word_piece_marks() -> None:
@@ -118,14 +118,14 @@ def test_tokens_that_are_whole_words() -> None:
     """Catches a tokenizer whose tokens are words, taken for one that marks nothing."""
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    assert marks_of(tokenizer).starts(np.array([0, 1, 1])).tolist() == [True, True, True]
+    assert boundaries_of(tokenizer).word_starts(np.array([0, 1, 1])).tolist() == [True, True, True]
 
 
 def test_marks_at_the_end_of_words_are_not_known() -> None:
     """Catches a tokenizer that marks ends (`low</w>`), of which every token would begin a word, or none."""
     tokenizer = Tokenizer(models.BPE(vocab={"a": 0, "a</w>": 1}, merges=[], end_of_word_suffix="</w>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    assert word_marks(tokenizer.to_str()) is None
+    assert word_boundaries(tokenizer.to_str()) is None
 
 
 def cut_at_bars(text: str) -> Iterator[str]:
@@ -161,11 +161,11 @@ def test_a_segmenter_decides_about_chinese_only(make: Any, text: str, expected: 
     words that a segmenter cuts."""
     tokenizer = make()
     encoding = tokenizer.encode(text, add_special_tokens=False)
-    starts = segmented_starts(
+    starts = segmented_word_starts(
         text,
         np.array(encoding.ids),
         np.array([first for first, _ in encoding.offsets]),
-        marks_of(tokenizer),
+        boundaries_of(tokenizer),
         cut_at_bars,
     )
     assert in_words(text, encoding, starts) == expected.split("|")
@@ -192,7 +192,7 @@ def test_a_tokenizer_without_marks_is_refused(
 ) -> None:
     """Catches a build that fails in its workers for a tokenizer of which nothing is known but the segmenter's words."""
     (tmp_path / "s.txt").write_text("你好\n", encoding="utf-8")
-    monkeypatch.setattr(build, "word_marks", lambda _json: None)
+    monkeypatch.setattr(build, "word_boundaries", lambda _json: None)
     with pytest.raises(UserError, match="marks words in a way that is not known"):
         build_corpus(tmp_path / "s.txt", vocabulary_folder, tmp_path / "c", segmenter="jieba")
 
@@ -304,7 +304,7 @@ def test_jieba_is_quiet_and_leaves_no_cache(tmp_path: Path) -> None:
     """Catches what jieba does by itself: log lines, a cache in the folder for temporary files, and words from a cache
     that somebody else left there."""
     (tmp_path / "jieba.cache").write_bytes(b"of another version")
-    code = "from pretrain.corpus.words import open_segmenter as o; print('|'.join(o('jieba')('他来到了网易杭研大厦')))"
+    code = "from pretrain.corpus.words import load_segmenter as o; print('|'.join(o('jieba')('他来到了网易杭研大厦')))"
     done = subprocess.run(
         [sys.executable, "-W", "always", "-c", code],
         env=os.environ | {"TMPDIR": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"},
@@ -345,7 +345,7 @@ def test_segmented_words_are_masked_as_a_whole(tmp_path: Path, chinese: Path, so
 def test_marks_are_those_of_the_module() -> None:
     """Catches a byte that GPT-2 writes as another character than we read it as."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    assert set(words._BYTES) == set(alphabet)
+    assert set(words._BYTE_OF) == set(alphabet)
     for text in ("é", "\n", "天", " ", "\x7f", "—", "­"):
         pieces = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)
-        assert words._text_of("".join(piece for piece, _ in pieces)) == text
+        assert words._decode_byte_level("".join(piece for piece, _ in pieces)) == text
