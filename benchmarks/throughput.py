@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launcher.environment import KEEP_MEMORY
-from pretrain.batching.sequences import cut
+from pretrain.batching.sequences import split_documents
 from pretrain.corpus.reader import open_corpus
 
 MODELS = {
@@ -96,7 +96,9 @@ def throughput(
 def _write_config(work: Path, model: dict[str, int], precision: str, length: int, steps: int) -> Path:
     """A run whose steps take about as many token slots as the peer's longest."""
     corpus = open_corpus(work / "corpus")
-    lengths = np.concatenate([cut(shard.astype(np.int64), length - 2) for shard in corpus.document_lengths()])
+    lengths = np.concatenate(
+        [split_documents(shard.astype(np.int64), length - 2) for shard in corpus.document_lengths()]
+    )
     path = work / "run.yaml"
     config = {
         "run": {"dir": "set on the command line", "log_every": 5},

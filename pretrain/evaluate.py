@@ -22,11 +22,13 @@ from experiment.checkpoints import find_model_folder, read_state
 from experiment.config import build_config
 from experiment.errors import UserError
 from pretrain.batching.batch import Microbatch
-from pretrain.batching.loader import BatchMaker, Layout, Source, load
-from pretrain.batching.masking import Masker, MaskingPolicy
-from pretrain.batching.order import CorpusOrder
+from pretrain.batching.batch_maker import BatchMaker, MaskedCorpus
+from pretrain.batching.loader import load_batches
+from pretrain.batching.masking import Masker, MaskingPolicy, masking_policy
+from pretrain.batching.order import SequentialOrder
+from pretrain.batching.packing import MicrobatchLayout
 from pretrain.batching.sequences import open_index
-from pretrain.batching.vocabulary import Vocabulary, vocabulary_of
+from pretrain.batching.vocabulary import Vocabulary, build_vocabulary
 from pretrain.config import MaskingConfig, ModelConfig
 from pretrain.corpus.reader import Corpus, open_corpus
 from pretrain.corpus.tokenizer import load_tokenizer, tokenizer_fingerprint
@@ -61,20 +63,15 @@ def held_out(
     vocabulary: Vocabulary,
     policy: MaskingPolicy,
     seed: int,
-    layout: Layout,
+    layout: MicrobatchLayout,
     world: World,
     index_folder: Path,
 ) -> HeldOut:
     """`index_folder`: where the sequence index goes if the corpus folder cannot be written to."""
     index = open_index(corpus, layout.width - vocabulary.num_special_tokens, index_folder)
-    order = CorpusOrder(len(index), _SEQUENCES)
-    source = Source(corpus, index, Masker(vocabulary, policy, seed, corpus.fingerprint))
+    order = SequentialOrder(len(index), _SEQUENCES)
+    source = MaskedCorpus(corpus, index, Masker(vocabulary, policy, seed, corpus.fingerprint))
     return HeldOut(name, BatchMaker((source,), order, vocabulary, layout, world), order.steps)
-
-
-def masking_policy(masking: MaskingConfig) -> MaskingPolicy:
-    """How held-out text is masked, and training text where the rate does not change."""
-    return MaskingPolicy(masking.rates[-1], masking.mask_share, masking.random_share, masking.unit)
 
 
 def evaluate(
@@ -91,7 +88,7 @@ def _evaluate_one(
     corpus: HeldOut, predict: Callable[[Microbatch], Predictions], device: torch.device, progress: bool
 ) -> Scores:
     totals = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct, predicted
-    batches = load(corpus.maker, 0, corpus.batches, workers=0)
+    batches = load_batches(corpus.maker, 0, corpus.batches, workers=0)
     for batch in tqdm(batches, desc=corpus.name, total=corpus.batches, unit="batch", disable=not progress, leave=False):
         for microbatch in batch.microbatches:
             loss_sum, correct = predict(microbatch)
@@ -127,7 +124,7 @@ def evaluate_command(checkpoint: str, corpus: str, json: bool = False) -> None:
     folder = find_model_folder(Path(checkpoint))
     settings = _settings(folder)
     tokenizer = load_tokenizer(folder)
-    vocabulary = vocabulary_of(tokenizer)
+    vocabulary = build_vocabulary(tokenizer)
     model_config = ModelConfig(init_from=str(folder))
     config = resolve_config(model_config, tokenizer)
     length = min(settings.max_seq_length, usable_positions(config) or settings.max_seq_length)
@@ -136,7 +133,7 @@ def evaluate_command(checkpoint: str, corpus: str, json: bool = False) -> None:
     built = build_model(model_config, config, settings.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module = MaskedLanguageModel(built.model, built.packed).to(device).eval()
-    layout = Layout(length, max(8192, length), built.packed, built.first_position)
+    layout = MicrobatchLayout(length, max(8192, length), built.packed, built.first_position)
 
     @torch.inference_mode()
     def predict(microbatch: Microbatch) -> Predictions:

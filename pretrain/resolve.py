@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 from experiment.checkpoints import find_model_folder, read_state
 from experiment.errors import UserError
 from experiment.run_folder import RunFolder
-from pretrain.batching.vocabulary import Vocabulary, vocabulary_of
+from pretrain.batching.vocabulary import Vocabulary, build_vocabulary
 from pretrain.config import CorpusConfig, PretrainConfig
 from pretrain.corpus.reader import Corpus, open_corpus
 from pretrain.corpus.tokenizer import load_tokenizer, tokenizer_fingerprint
@@ -81,7 +81,7 @@ def check_run(config: PretrainConfig, world_size: int) -> Inputs:
             raise UserError(f"corpus.eval.{name}: {corpus.path} was built with another tokenizer than {train.path}")
     check_tokenizer(config.model, train.tokenizer_fingerprint, train.path)
     tokenizer = load_tokenizer(train.tokenizer_path)
-    vocabulary = vocabulary_of(tokenizer)
+    vocabulary = build_vocabulary(tokenizer)
     if config.masking.unit != "token":
         _check_words(config.masking.unit, mixture, vocabulary)
     model_config = resolve_config(config.model, tokenizer)

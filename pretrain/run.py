@@ -32,11 +32,12 @@ from experiment.run_folder import Outcome, RunFolder, open_run_folder
 from experiment.tracking import Tracker, open_trackers
 from experiment.tracking.rank_logs import set_up_logging
 from pretrain.batching.batch import RankBatch
-from pretrain.batching.loader import Layout
+from pretrain.batching.masking import masking_policy
+from pretrain.batching.packing import MicrobatchLayout
 from pretrain.config import PretrainConfig, WeightedCorpus
 from pretrain.engine.engine import Engine, LossScaleError, connect, disconnect
 from pretrain.engine.settings import find_ds_config
-from pretrain.evaluate import as_metrics, evaluate, held_out, masking_policy
+from pretrain.evaluate import as_metrics, evaluate, held_out
 from pretrain.export import write_hugging_face_folder
 from pretrain.modeling.build import BuiltModel, build_model
 from pretrain.modeling.flops import flops_model
@@ -167,7 +168,9 @@ def _evaluation(
     config: PretrainConfig, inputs: Inputs, built: BuiltModel, engine: Engine, folder: RunFolder
 ) -> Callable[[], dict[str, float | int | None]]:
     # One length for the whole run, whatever its stages: figures along it can then be compared.
-    layout = Layout(config.batch.max_seq_length, config.batch.microbatch_tokens, built.packed, built.first_position)
+    layout = MicrobatchLayout(
+        config.batch.max_seq_length, config.batch.microbatch_tokens, built.packed, built.first_position
+    )
     corpora = [
         held_out(
             name,

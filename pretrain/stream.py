@@ -10,13 +10,14 @@ from torch.utils.data import Dataset
 
 from experiment.errors import UserError
 from pretrain.batching.batch import RankBatch
-from pretrain.batching.counter_rng import key_of
-from pretrain.batching.loader import BatchMaker, Layout, Source, load
-from pretrain.batching.masking import Masker, MaskingRate
+from pretrain.batching.batch_maker import BatchMaker, MaskedCorpus
+from pretrain.batching.counter_rng import make_key
+from pretrain.batching.loader import load_batches
+from pretrain.batching.masking import Masker, MaskingSchedule, masking_policy
 from pretrain.batching.order import BatchSizes, CorpusStream, ShuffledOrder
+from pretrain.batching.packing import MicrobatchLayout
 from pretrain.batching.sequences import SequenceIndex, open_index
 from pretrain.config import PretrainConfig
-from pretrain.evaluate import masking_policy
 from pretrain.resolve import Inputs
 from pretrain.world import World
 
@@ -34,14 +35,14 @@ class Stream(Dataset[RankBatch]):
 
     def load(self, first: int, on_gpu: bool) -> Iterator[RankBatch]:
         """The batches from step `first` on, made ahead in worker processes."""
-        return load(self, first, self.steps, workers=2 if on_gpu else 1, pin_memory=on_gpu)
+        return load_batches(self, first, self.steps, workers=2 if on_gpu else 1, pin_memory=on_gpu)
 
 
 def open_stream(
     config: PretrainConfig, inputs: Inputs, packed: bool, first_position: int, world: World, index_folder: Path
 ) -> Stream:
-    """`packed`, `first_position`: what the model wants, see Layout. `index_folder`: where sequence indexes go if a
-    corpus folder cannot be written to. Raises UserError where the length of the run does not fit its stages."""
+    """`packed`, `first_position`: see MicrobatchLayout. `index_folder`: where sequence indexes go if a corpus folder
+    cannot be written to. Raises UserError where the length of the run does not fit its stages."""
     stages = config.stages
     cuts = [
         [
@@ -55,13 +56,13 @@ def open_stream(
     rate = None
     if config.masking.schedule != "constant":
         assert steps is not None, "a budget with a masking schedule is refused when the config is built"
-        rate = MaskingRate(config.masking.rates, config.masking.schedule, steps)
+        rate = MaskingSchedule(config.masking.rates, config.masking.schedule, steps)
     makers = (
         BatchMaker(
             _sources(config, inputs, number, cuts[number]),
             orders[number],
             inputs.vocabulary,
-            Layout(stage.max_seq_length, stage.microbatch_tokens, packed, first_position),
+            MicrobatchLayout(stage.max_seq_length, stage.microbatch_tokens, packed, first_position),
             world,
             rate,
         )
@@ -70,11 +71,13 @@ def open_stream(
     return Stream(tuple(makers), tuple(stage.first_step for stage in stages), steps)
 
 
-def _sources(config: PretrainConfig, inputs: Inputs, number: int, cut: list[SequenceIndex]) -> tuple[Source, ...]:
+def _sources(config: PretrainConfig, inputs: Inputs, number: int, cut: list[SequenceIndex]) -> tuple[MaskedCorpus, ...]:
     """The corpora of stage `number`, with masks of its own."""
     policy, seed = masking_policy(config.masking), config.run.seed
     return tuple(
-        Source(given.corpus, index, Masker(inputs.vocabulary, policy, seed, given.corpus.fingerprint, stage=number))
+        MaskedCorpus(
+            given.corpus, index, Masker(inputs.vocabulary, policy, seed, given.corpus.fingerprint, stage=number)
+        )
         for given, index in zip(inputs.train, cut, strict=True)
     )
 
@@ -83,7 +86,7 @@ def _order(config: PretrainConfig, inputs: Inputs, number: int, cut: list[Sequen
     """The order of stage `number`: its sequences are others than those of the one before, so its epochs begin anew."""
     stage, epochs = config.stages[number], config.schedule.epochs
     streams = tuple(
-        CorpusStream(len(index), key_of(("order", config.run.seed, given.corpus.fingerprint, number)))
+        CorpusStream(len(index), make_key(("order", config.run.seed, given.corpus.fingerprint, number)))
         for given, index in zip(inputs.train, cut, strict=True)
     )
     return ShuffledOrder(

@@ -1,8 +1,9 @@
 """Corpus -> microbatches: pure functions of (corpus, seed, step).
 
-- sequences: a corpus is cut into sequences, losslessly
+- sequences: split documents into sequences without losing a token
 - order: which sequences make up global batch k
-- masking: which of their tokens are predicted, and what the model is shown instead
-- packing: sequences -> windows of fixed width -> (rank, microbatch)
-- loader: the above, ahead of the device, in worker processes
+- masking: which of their tokens are predicted, and what the model sees in their place
+- packing: sequences -> packed rows -> (rank, microbatch, row)
+- batch_maker: all of the above for one rank and step, as tensors
+- loader: batches prefetched in worker processes
 """

@@ -25,19 +25,19 @@ def mix(values: U64) -> U64:
     return mixed
 
 
-def key_of(parts: Iterable[int | str]) -> int:
+def make_key(parts: Iterable[int | str]) -> int:
     """A 64-bit key for a tuple of numbers and names; stable across machines and versions."""
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
     return xxhash.xxh3_64_intdigest(text.encode())
 
 
-def fold(keys: U64 | int, values: NDArray[np.integer]) -> U64:
+def fold_in(keys: U64 | int, values: NDArray[np.integer]) -> U64:
     """Keys of (key, value): one level deeper in a tree of independent streams. Shapes broadcast."""
     parents = np.asarray(keys, dtype=np.uint64)
     return mix(mix(values.astype(np.uint64) + _GOLDEN) ^ parents)
 
 
-def draws(keys: U64, counters: NDArray[np.integer]) -> U64:
+def random_bits(keys: U64, counters: NDArray[np.integer]) -> U64:
     """Random 64-bit words, word number `counter` of each key's SplitMix64 stream. Shapes broadcast."""
     return mix(keys + (counters.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
 
@@ -47,6 +47,6 @@ def uniform(words: U64) -> NDArray[np.float64]:
     return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def below(words: U64, bound: int) -> NDArray[np.int64]:
+def randint(words: U64, bound: int) -> NDArray[np.int64]:
     """Words -> whole numbers in [0, bound), bound < 2^32, by multiplication (Lemire 2019); bias below 2^-32 * bound."""
     return ((words >> np.uint64(32)) * np.uint64(bound) >> np.uint64(32)).astype(np.int64)

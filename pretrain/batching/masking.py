@@ -1,9 +1,9 @@
-"""Which tokens are predicted, and what the model is shown in their place.
+"""Which tokens are predicted, and what the model sees in their place.
 
-Every sequence draws its own random words from a counter-based generator keyed by (seed, corpus, epoch, sequence), so
-its masks are the same on whichever rank, in whichever microbatch and after however many restarts, and fresh in each
-epoch. What is drawn at once is a token (Devlin et al. 2019, section 3.1), a whole word, or a span of words (Joshi et
-al. 2020, section 3.1); under each of them every token has the same chance to be predicted, in sequences of any length.
+Every sequence draws from a counter-based generator keyed by (seed, corpus, stage, epoch, sequence), so its masks do not
+depend on rank, microbatch or restarts, and are new in each epoch. The masking unit is a token (Devlin et al. 2019,
+section 3.1), a whole word, or a span of words (Joshi et al. 2020, section 3.1). With each of them, every token has the
+same probability of being predicted, in sequences of any length.
 """
 
 from dataclasses import dataclass, replace
@@ -12,43 +12,70 @@ from typing import Literal, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.batching.counter_rng import U64, below, draws, fold, key_of, uniform
+from pretrain.batching.counter_rng import U64, fold_in, make_key, randint, random_bits, uniform
 from pretrain.batching.order import BatchSequences
+from pretrain.batching.ranges import Ranges
 from pretrain.batching.vocabulary import Vocabulary
+from pretrain.config import MaskingConfig
 
-LONGEST_SPAN = 10  # in words, as in SpanBERT
-_SPAN_STOPS = 0.2  # the chance that a span ends after any of its words, before it is as long as that
+MAX_SPAN_WORDS = 10  # as in SpanBERT
+_SPAN_END_PROBABILITY = 0.2  # that a span shorter than the maximum ends after the current word
 
 
 @dataclass(frozen=True)
 class MaskingPolicy:
     rate: float  # share of the text tokens that are predicted
-    mask_share: float  # of those, shown as the mask token
-    random_share: float  # of those, shown as a random token; the rest is shown as it is
-    unit: Literal["token", "word", "span"] = "token"  # what is chosen at once
+    mask_share: float  # share of the predicted tokens that the model sees as the mask token
+    random_share: float  # share of the predicted tokens that it sees as a random token; the rest is unchanged
+    unit: Literal["token", "word", "span"] = "token"  # what is chosen as a whole
+
+
+def masking_policy(masking: MaskingConfig) -> MaskingPolicy:
+    """The policy for held-out text, and for training text unless a schedule changes the rate (the last rate counts)."""
+    return MaskingPolicy(masking.rates[-1], masking.mask_share, masking.random_share, masking.unit)
+
+
+@dataclass(frozen=True)
+class MaskingSchedule:
+    """A masking rate that changes over a run of `steps` steps (cf. Yang et al. 2023, "Learning better masking for
+    better language model pre-training", who decrease it)."""
+
+    rates: tuple[float, ...]
+    schedule: Literal["linear", "stepped"]
+    steps: int
+
+    def at(self, step: int) -> float:
+        """The rate at `step`. Linear: interpolated between the rates, which are equally spaced over the run; the first
+        and last step have the first and last rate. Stepped: each rate for an equal part of the run."""
+        if self.schedule == "stepped":
+            return self.rates[min(step * len(self.rates) // self.steps, len(self.rates) - 1)]
+        at = step / max(1, self.steps - 1) * (len(self.rates) - 1)
+        return float(np.interp(at, np.arange(len(self.rates)), self.rates))
 
 
 class MaskedTokens(NamedTuple):
-    shown: NDArray[np.int64]  # [T] what the model sees
-    chosen: NDArray[np.int64]  # [M] indices of the predicted tokens, ascending
+    inputs: NDArray[np.int64]  # [T] what the model sees
+    indices: NDArray[np.int64]  # [M] which tokens are predicted, ascending
 
 
-class Runs(NamedTuple):
-    """Stretches [first, first + size) of tokens, words or slots."""
+class _TokenStreams(NamedTuple):
+    """The random stream of each token's sequence, and the token's position in the sequence."""
 
-    first: NDArray[np.int64]
-    size: NDArray[np.int64]
+    keys: U64  # [T]
+    positions: NDArray[np.int64]  # [T]
 
-    def members(self) -> NDArray[np.int64]:
-        """[first, first + 1, …] of each run, one after another."""
-        before = np.cumsum(self.size) - self.size
-        members: NDArray[np.int64] = np.arange(self.size.sum()) + np.repeat(self.first - before, self.size)
-        return members
+    def unit_bits(self, tokens: NDArray[np.int64] | slice) -> U64:
+        """Random words that decide whether the units that begin with these tokens are chosen."""
+        return random_bits(self.keys[tokens], 2 * self.positions[tokens])
+
+    def replacement_bits(self, tokens: NDArray[np.int64]) -> U64:
+        """Random words that decide what the model sees in place of these tokens."""
+        return random_bits(self.keys[tokens], 2 * self.positions[tokens] + 1)
 
 
 @dataclass(frozen=True)
 class Masker:
-    """Masks the sequences of one corpus under one seed."""
+    """Masks the sequences of one corpus with one seed."""
 
     vocabulary: Vocabulary
     policy: MaskingPolicy
@@ -56,13 +83,14 @@ class Masker:
     corpus: str  # fingerprint
     stage: int = 0
 
-    def at_rate(self, rate: float) -> Self:
-        """The same masker, predicting another share of the tokens."""
+    def with_rate(self, rate: float) -> Self:
+        """The same masker with another masking rate."""
         return replace(self, policy=replace(self.policy, rate=rate))
 
     def keys(self, sequences: BatchSequences) -> U64:
         """The key of each sequence's random stream [S]."""
-        return fold(fold(key_of(("masks", self.seed, self.corpus, self.stage)), sequences.epochs), sequences.ids)
+        stream = make_key(("masks", self.seed, self.corpus, self.stage))
+        return fold_in(fold_in(stream, sequences.epochs), sequences.ids)
 
     def mask(
         self,
@@ -73,56 +101,69 @@ class Masker:
     ) -> MaskedTokens:
         """Mask the text tokens [T] of sequences with these lengths [S] (sum: T) and keys [S].
 
-        `word_starts` [T]: which tokens begin a word; None: the tokenizer's marks tell. A sequence's first token always
-        does. A special token (the unknown one is the only one in text) is never predicted, even within a chosen unit.
+        word_starts [T]: which tokens begin a word; None: as the tokenizer's word boundaries say. The first token of a
+        sequence always does. Special tokens (text contains only the unknown token) are never predicted, even inside a
+        chosen unit.
         """
-        first = np.cumsum(lengths) - lengths
-        token_keys = np.repeat(keys, lengths)
-        within = np.arange(len(tokens)) - np.repeat(first, lengths)
-
+        starts = np.cumsum(lengths) - lengths
+        streams = _TokenStreams(np.repeat(keys, lengths), np.arange(len(tokens)) - np.repeat(starts, lengths))
         if self.policy.unit == "token":
-            heads = np.flatnonzero(uniform(draws(token_keys, 2 * within)) < self.policy.rate)
-            units = Runs(heads, np.ones_like(heads))
+            units = self._choose_tokens(streams)
         else:
-            words = self._words(tokens, first, word_starts)
+            words = self._words(tokens, starts, word_starts)
             if self.policy.unit == "word":
-                picked = uniform(draws(token_keys[words.first], 2 * within[words.first])) < self.policy.rate
-                units = Runs(words.first[picked], words.size[picked])
+                units = self._choose_words(words, streams)
             else:
-                first_words = np.searchsorted(words.first, first)
-                spans = draw_spans(np.diff(first_words, append=len(words.first)), keys, self.policy.rate)
-                ends = np.append(words.first, len(tokens))[spans.first + spans.size]
-                units = Runs(words.first[spans.first], ends - words.first[spans.first])
+                units = self._choose_spans(words, len(tokens), starts, keys)
 
-        chosen = units.members()
-        maskable = ~self.vocabulary.unmaskable[tokens[chosen]]
-        chosen = chosen[maskable]
-        # One more word a token decides the rest: its high bits what happens to the token, a hash of it which id
-        # replaces it. Within a span, what happens to the first token happens to all (SpanBERT, section 3.1); BERT's
-        # whole-word masking decides about each token.
-        words_of_tokens = draws(token_keys[chosen], 2 * within[chosen] + 1)
-        action = uniform(words_of_tokens)
+        indices = units.indices()
+        maskable = ~self.vocabulary.unmaskable[tokens[indices]]
+        indices = indices[maskable]
+        # The high bits decide what happens to a token, a hash of the bits which id replaces it. In a span, all tokens
+        # share the decision for the first (SpanBERT, section 3.1); BERT's whole-word masking decides for each token.
+        bits = streams.replacement_bits(indices)
+        action = uniform(bits)
         if self.policy.unit == "span":
-            leaders = np.repeat(units.first, units.size)[maskable]
-            action = uniform(draws(token_keys[leaders], 2 * within[leaders] + 1))
-        shown = tokens.copy()
-        shown[chosen[action < self.policy.mask_share]] = self.vocabulary.mask_id
-        random = (action >= self.policy.mask_share) & (action < self.policy.mask_share + self.policy.random_share)
-        drawn = below(fold(0, words_of_tokens[random]), len(self.vocabulary.replacements))
-        shown[chosen[random]] = self.vocabulary.replacements[drawn]
-        return MaskedTokens(shown, chosen)
+            action = uniform(streams.replacement_bits(np.repeat(units.starts, units.sizes)[maskable]))
+        return MaskedTokens(self._replace(tokens, indices, action, bits), indices)
+
+    def _choose_tokens(self, streams: _TokenStreams) -> Ranges:
+        chosen = np.flatnonzero(uniform(streams.unit_bits(slice(None))) < self.policy.rate)
+        return Ranges(chosen, np.ones_like(chosen))
+
+    def _choose_words(self, words: Ranges, streams: _TokenStreams) -> Ranges:
+        chosen = uniform(streams.unit_bits(words.starts)) < self.policy.rate
+        return Ranges(words.starts[chosen], words.sizes[chosen])
+
+    def _choose_spans(self, words: Ranges, tokens: int, starts: NDArray[np.int64], keys: U64) -> Ranges:
+        first_words = np.searchsorted(words.starts, starts)
+        spans = draw_spans(np.diff(first_words, append=len(words.starts)), keys, self.policy.rate)
+        ends = np.append(words.starts, tokens)[spans.starts + spans.sizes]
+        return Ranges(words.starts[spans.starts], ends - words.starts[spans.starts])
 
     def _words(
-        self, tokens: NDArray[np.int64], first: NDArray[np.int64], word_starts: NDArray[np.bool_] | None
-    ) -> Runs:
-        """The words of sequences whose first tokens are `first` [S]; none reaches from one into the next."""
+        self, tokens: NDArray[np.int64], starts: NDArray[np.int64], word_starts: NDArray[np.bool_] | None
+    ) -> Ranges:
+        """The words of sequences that start at the tokens `starts` [S]. A word never crosses sequences."""
         if word_starts is None:
-            assert self.vocabulary.word_boundaries is not None, "refused when the run was checked"
+            assert self.vocabulary.word_boundaries is not None, "rejected when the run was resolved"
             word_starts = self.vocabulary.word_boundaries.word_starts(tokens)
-        starts = word_starts.copy()
-        starts[first] = True
-        heads = np.flatnonzero(starts)
-        return Runs(heads, np.diff(heads, append=len(tokens)))
+        begins = word_starts.copy()
+        begins[starts] = True
+        firsts = np.flatnonzero(begins)
+        return Ranges(firsts, np.diff(firsts, append=len(tokens)))
+
+    def _replace(
+        self, tokens: NDArray[np.int64], indices: NDArray[np.int64], action: NDArray[np.float64], bits: U64
+    ) -> NDArray[np.int64]:
+        """What the model sees [T]. `action` [M] in [0, 1) decides between mask, random and unchanged."""
+        mask_share, random_share = self.policy.mask_share, self.policy.random_share
+        inputs = tokens.copy()
+        inputs[indices[action < mask_share]] = self.vocabulary.mask_id
+        random = (action >= mask_share) & (action < mask_share + random_share)
+        drawn = randint(fold_in(0, bits[random]), len(self.vocabulary.replacements))
+        inputs[indices[random]] = self.vocabulary.replacements[drawn]
+        return inputs
 
 
 def span_lengths() -> NDArray[np.float64]:
@@ -131,12 +172,12 @@ def span_lengths() -> NDArray[np.float64]:
     Cut off means that lengths above 10 are drawn again, not that they count as 10, whose mean would be 4.5; so it is
     in SpanBERT's code and in its figure 2.
     """
-    falling = np.cumprod(np.full(LONGEST_SPAN, 1 - _SPAN_STOPS))
+    falling = np.cumprod(np.full(MAX_SPAN_WORDS, 1 - _SPAN_END_PROBABILITY))
     lengths: NDArray[np.float64] = falling / falling.sum()
     return lengths
 
 
-def draw_spans(words: NDArray[np.int64], keys: U64, rate: float) -> Runs:
+def draw_spans(words: NDArray[np.int64], keys: U64, rate: float) -> Ranges:
     """Spans of words that cover each word of each sequence with probability `rate`. Pure in each sequence's key.
 
     SpanBERT draws spans until the wanted share of a sequence is covered, which no short sequence can hit: of 3 tokens
@@ -155,7 +196,7 @@ def draw_spans(words: NDArray[np.int64], keys: U64, rate: float) -> Runs:
     reaches from one sequence into the next.
     """
     lengths = span_lengths()
-    mean = float((lengths * np.arange(1, LONGEST_SPAN + 1)).sum())
+    mean = float((lengths * np.arange(1, MAX_SPAN_WORDS + 1)).sum())
     begin = rate / (rate + mean * (1 - rate))
     longer = np.cumsum(lengths[::-1])[::-1]  # P(L ≥ k)
     # Inverse distribution functions as tables: unlike logarithms, the same to the last bit on every machine.
@@ -167,8 +208,8 @@ def draw_spans(words: NDArray[np.int64], keys: U64, rate: float) -> Runs:
     # is a guess, twice the expected number, and has no effect on the outcome.
     cycles = 4 + int(2 * most * rate / mean)
     while True:
-        drawn = draws(keys[:, None], 2 * np.arange(cycles))
-        for_gap, for_size = uniform(drawn), uniform(fold(0, drawn))
+        drawn = random_bits(keys[:, None], 2 * np.arange(cycles))
+        for_gap, for_size = uniform(drawn), uniform(fold_in(0, drawn))
         gap = np.searchsorted(gap_table, for_gap, side="right")
         size = 1 + np.searchsorted(length_table, for_size, side="right")
         inside = for_gap[:, 0] < rate
@@ -182,22 +223,4 @@ def draw_spans(words: NDArray[np.int64], keys: U64, rate: float) -> Runs:
     begins, ends = ends - size, np.minimum(ends, words[:, None])
     first = np.cumsum(words) - words
     within = begins < words[:, None]
-    return Runs((first[:, None] + begins)[within], (ends - begins)[within])
-
-
-@dataclass(frozen=True)
-class MaskingRate:
-    """A masking rate that changes along a run of `steps` steps (cf. Yang et al. 2023, "Learning better masking for
-    better language model pre-training", who let it fall)."""
-
-    rates: tuple[float, ...]
-    schedule: Literal["linear", "stepped"]
-    steps: int
-
-    def at(self, step: int) -> float:
-        """Linear: from the first rate at the first step through the others, equally far apart, to the last rate at the
-        last step. Stepped: each rate for an equal part of the run."""
-        if self.schedule == "stepped":
-            return self.rates[min(step * len(self.rates) // self.steps, len(self.rates) - 1)]
-        at = step / max(1, self.steps - 1) * (len(self.rates) - 1)
-        return float(np.interp(at, np.arange(len(self.rates)), self.rates))
+    return Ranges((first[:, None] + begins)[within], (ends - begins)[within])

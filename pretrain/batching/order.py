@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.batching.counter_rng import key_of
+from pretrain.batching.counter_rng import make_key
 from pretrain.batching.permutation import permute
 
 _BLOCK = 1024  # positions among which a mixture's shares are kept; their order within is shuffled
@@ -114,7 +114,7 @@ class ShuffledOrder:
         if len(self.corpora) == 1:
             return np.zeros_like(positions), positions
         corpora, own = np.empty_like(positions), np.empty_like(positions)
-        seed = key_of(("mixture", *(corpus.seed for corpus in self.corpora)))
+        seed = make_key(("mixture", *(corpus.seed for corpus in self.corpora)))
         blocks = positions // _BLOCK
         for block in np.unique(blocks).tolist():
             before = quotas(self.shares, block * _BLOCK)
@@ -146,7 +146,7 @@ def quotas(shares: Sequence[float], positions: int) -> NDArray[np.int64]:
 
 
 @dataclass(frozen=True)
-class CorpusOrder:
+class SequentialOrder:
     """The evaluation order: the corpus once, front to back."""
 
     sequences: int

@@ -8,7 +8,7 @@ domain is less than twice n, so that takes fewer than two passes on average.
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.batching.counter_rng import U64, fold, key_of
+from pretrain.batching.counter_rng import U64, fold_in, make_key
 
 _ROUNDS = 8
 
@@ -20,7 +20,7 @@ def permute(seed: int, epoch: int, indices: NDArray[np.int64], n: int) -> NDArra
         return np.zeros_like(indices)
     low_bits = (n - 1).bit_length() // 2
     high_bits = (n - 1).bit_length() - low_bits
-    keys = [key_of(("permutation", seed, epoch, round_)) for round_ in range(_ROUNDS)]
+    keys = [make_key(("permutation", seed, epoch, round_)) for round_ in range(_ROUNDS)]
     words = _network(indices.astype(np.uint64), low_bits, high_bits, keys)
     while (outside := np.flatnonzero(words >= n)).size:
         words[outside] = _network(words[outside], low_bits, high_bits, keys)
@@ -33,7 +33,7 @@ def _network(words: U64, low_bits: int, high_bits: int, keys: list[int]) -> U64:
     low, high = words & low_mask, words >> np.uint64(low_bits)
     for round_, key in enumerate(keys):
         if round_ % 2 == 0:
-            high = (high ^ fold(key, low)) & high_mask
+            high = (high ^ fold_in(key, low)) & high_mask
         else:
-            low = (low ^ fold(key, high)) & low_mask
+            low = (low ^ fold_in(key, high)) & low_mask
     return (high << np.uint64(low_bits)) | low

@@ -33,7 +33,7 @@ class SequenceIndex:
         return np.asarray(self.starts[ids + 1]) - np.asarray(self.starts[ids])
 
 
-def cut(document_lengths: NDArray[np.int64], capacity: int) -> NDArray[np.int64]:
+def split_documents(document_lengths: NDArray[np.int64], capacity: int) -> NDArray[np.int64]:
     """Lengths of the sequences that documents of these lengths are cut into, in order.
 
     Each is at most `capacity`; the sequences of one document differ by at most one token; their sum is the document.
@@ -68,7 +68,7 @@ def _build(corpus: Corpus, capacity: int, path: Path) -> None:
     starts = np.lib.format.open_memmap(aside, mode="w+", dtype=np.int64, shape=(count + 1,))
     starts[0], filled = 0, 0
     for document_lengths in corpus.document_lengths():
-        lengths = cut(document_lengths.astype(np.int64), capacity)
+        lengths = split_documents(document_lengths.astype(np.int64), capacity)
         starts[filled + 1 : filled + 1 + len(lengths)] = starts[filled] + np.cumsum(lengths)
         filled += len(lengths)
     if filled != count or starts[-1] != corpus.tokens:

@@ -26,7 +26,7 @@ class Vocabulary:
         return len(self.prefix) + len(self.suffix)
 
 
-def vocabulary_of(tokenizer: PreTrainedTokenizerFast) -> Vocabulary:
+def build_vocabulary(tokenizer: PreTrainedTokenizerFast) -> Vocabulary:
     """Raises UserError for a tokenizer that masked language modelling cannot be done with."""
     if tokenizer.mask_token_id is None or tokenizer.pad_token_id is None:
         missing = [name for name in ("mask_token", "pad_token") if getattr(tokenizer, f"{name}_id") is None]

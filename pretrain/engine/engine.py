@@ -28,7 +28,7 @@ from torch.utils.cpp_extension import is_ninja_available
 
 from experiment.errors import UserError
 from pretrain.batching.batch import Microbatch
-from pretrain.batching.counter_rng import key_of
+from pretrain.batching.counter_rng import make_key
 from pretrain.config import PretrainConfig
 from pretrain.engine.ema import WeightAverage
 from pretrain.engine.optimizers import PerParameterOptimizer
@@ -213,7 +213,7 @@ class Engine:
         Dropout is keyed by (seed, step, rank, microbatch), so a resumed run draws what the unbroken one would have.
         """
         self.deepspeed.train()
-        torch.manual_seed(key_of(("dropout", self.seed, step, self.world.rank, number)) >> 1)
+        torch.manual_seed(make_key(("dropout", self.seed, step, self.world.rank, number)) >> 1)
         predictions: Predictions = self.deepspeed(*self._on_device(microbatch))
         loss_sum = predictions.loss_sum.detach()
         # Times NaN where the loss is not finite, which not every such loss makes of its gradient by itself: the norm of

@@ -11,9 +11,9 @@ from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM
 
 from experiment.errors import UserError
 from pretrain.batching.batch import Microbatch
-from pretrain.batching.loader import Layout
-from pretrain.batching.masking import MaskingPolicy, MaskingRate
-from pretrain.batching.vocabulary import vocabulary_of
+from pretrain.batching.masking import MaskingPolicy, MaskingSchedule
+from pretrain.batching.packing import MicrobatchLayout
+from pretrain.batching.vocabulary import build_vocabulary
 from pretrain.corpus.reader import open_corpus
 from pretrain.corpus.tokenizer import load_tokenizer, save_tokenizer
 from pretrain.evaluate import HeldOut, as_metrics, evaluate, evaluate_command, held_out
@@ -23,8 +23,8 @@ from pretrain.world import World
 POLICY = MaskingPolicy(0.15, 0.8, 0.1)
 
 
-def opened(corpus: Path, layout: Layout, seed: int = 42, policy: MaskingPolicy = POLICY) -> HeldOut:
-    vocabulary = vocabulary_of(load_tokenizer(corpus / "tokenizer"))
+def opened(corpus: Path, layout: MicrobatchLayout, seed: int = 42, policy: MaskingPolicy = POLICY) -> HeldOut:
+    vocabulary = build_vocabulary(load_tokenizer(corpus / "tokenizer"))
     return held_out(
         "held",
         open_corpus(corpus),
@@ -51,7 +51,7 @@ def predict(microbatch: Microbatch) -> Predictions:
 def test_figures_by_hand_whatever_the_microbatch(heldout_corpus: Path) -> None:
     """Catches means of means, fillers that count, and figures that move with the microbatch or the packing."""
     scores = [
-        evaluate([opened(heldout_corpus, Layout(40, tokens, packed))], predict, torch.device("cpu"))["held"]
+        evaluate([opened(heldout_corpus, MicrobatchLayout(40, tokens, packed))], predict, torch.device("cpu"))["held"]
         for tokens, packed in ((40, True), (400, True), (4000, False))
     ]
     first = scores[0]
@@ -68,7 +68,7 @@ def test_figures_by_hand_whatever_the_microbatch(heldout_corpus: Path) -> None:
 
 def test_masks_depend_on_the_seed_alone(heldout_corpus: Path) -> None:
     """Catches figures that cannot be compared along a run, and a seed that is ignored."""
-    layout = Layout(40, 400)
+    layout = MicrobatchLayout(40, 400)
     again = [evaluate([opened(heldout_corpus, layout, seed)], predict, torch.device("cpu")) for seed in (1, 1, 2)]
     assert again[0] == again[1]
     assert again[0] != again[2]
@@ -80,8 +80,8 @@ def test_a_corpus_without_predicted_tokens_has_no_figures(heldout_corpus: Path) 
     def nothing(microbatch: Microbatch) -> Predictions:
         return Predictions(torch.zeros(()), torch.zeros((), dtype=torch.int64))
 
-    held = opened(heldout_corpus, Layout(40, 400))
-    maker = replace(held.maker, rate=MaskingRate((1e-9,), "stepped", steps=1))
+    held = opened(heldout_corpus, MicrobatchLayout(40, 400))
+    maker = replace(held.maker, masking_schedule=MaskingSchedule((1e-9,), "stepped", steps=1))
     scores = evaluate([replace(held, maker=maker)], nothing, torch.device("cpu"))
     assert scores["held"].masked_tokens == 0
     assert as_metrics(scores) == {"eval/held/loss": None, "eval/held/perplexity": None, "eval/held/accuracy": None}
@@ -109,7 +109,7 @@ def test_the_command_scores_any_folder(
         assert set(scores) == {"loss", "perplexity", "accuracy", "masked_tokens"}
 
     model = AutoModelForMaskedLM.from_pretrained(folder).eval()
-    held = opened(heldout_corpus, Layout(48, 48, packed=False))
+    held = opened(heldout_corpus, MicrobatchLayout(48, 48, packed=False))
     loss_sum = 0.0
     for step in range(held.batches):
         for micro in held.maker[step].microbatches:
@@ -134,7 +134,7 @@ def test_a_checkpoint_is_scored_as_its_run_scores_it(
     found = json.loads(capsys.readouterr().out)[heldout_corpus.name]
     masked = {}
     for unit in ("token", "span"):
-        held = opened(heldout_corpus, Layout(40, 400), seed=7, policy=MaskingPolicy(0.3, 0.8, 0.1, unit))
+        held = opened(heldout_corpus, MicrobatchLayout(40, 400), seed=7, policy=MaskingPolicy(0.3, 0.8, 0.1, unit))
         masked[unit] = sum(held.maker[step].masked_tokens for step in range(held.batches))
     assert found["masked_tokens"] == masked["span"] != masked["token"]
 

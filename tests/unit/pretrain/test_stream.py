@@ -14,7 +14,7 @@ import torch
 from experiment.config import build_config
 from experiment.errors import UserError
 from pretrain.batching.batch import IGNORED, RankBatch
-from pretrain.batching.masking import MaskingRate
+from pretrain.batching.masking import MaskingSchedule
 from pretrain.config import PretrainConfig
 from pretrain.resolve import Inputs, check_run
 from pretrain.stream import Stream, open_stream
@@ -100,7 +100,7 @@ def test_each_stage_begins_fresh_epochs(open_: Open, stage: int) -> None:
     maker = stream.makers[stage]
     seen = [origin for step in range(first, first + 60) for origin in origins(maker[step])]
     assert len(seen) == len(set(seen))
-    for corpus, source in enumerate(maker.sources):
+    for corpus, source in enumerate(maker.corpora):
         own = [(epoch, sequence) for number, epoch, sequence in seen if number == corpus]
         assert min(epoch for epoch, _ in own) == 0
         for epoch in range(max(epoch for epoch, _ in own)):
@@ -132,7 +132,7 @@ def test_sequences_of_a_mixture_keep_their_own_text(open_: Open) -> None:
         real = micro.labels != IGNORED
         restored[micro.masked_positions[real]] = micro.labels[real]
         for segment in segments.unique()[segments.unique() != 0].tolist():
-            source, sequence = maker.sources[corpora[segment - 1]], ids[segment - 1]
+            source, sequence = maker.corpora[corpora[segment - 1]], ids[segment - 1]
             start, end = source.index.starts[sequence : sequence + 2]
             text = source.corpus.read(np.array([start]), np.array([end - start]))
             assert restored[segments == segment][1:-1].tolist() == text.tolist()
@@ -143,7 +143,7 @@ def test_weights_are_shares_of_the_tokens(open_: Open) -> None:
     stream = open_(schedule={"steps": 150})
     tokens = np.sum([stream[step].corpus_tokens for step in range(150)], axis=0)
     assert tokens[0] / tokens.sum() == pytest.approx(0.75, abs=0.01)
-    short, long = (source.corpus.tokens / len(source.index) for source in stream.makers[0].sources)
+    short, long = (source.corpus.tokens / len(source.index) for source in stream.makers[0].corpora)
     assert abs(short / long - 1) > 0.02, "the corpora's sequences are too alike for this test"
 
 
@@ -164,7 +164,7 @@ def test_epochs_end_with_the_last_sequence(open_: Open, warmup: int) -> None:
     stream = open_(mixed=False, schedule={"epochs": 2.0, "batch_warmup_steps": warmup})
     assert stream.steps is not None
     seen = [origin for step in range(stream.steps) for origin in origins(stream[step])]
-    sequences = len(stream.makers[0].sources[0].index)
+    sequences = len(stream.makers[0].corpora[0].index)
     assert sorted(seen) == [(0, epoch, sequence) for epoch in range(2) for sequence in range(sequences)]
 
 
@@ -189,7 +189,7 @@ def test_the_masking_rate_follows_the_run(open_: Open) -> None:
 def test_masks_of_another_stage_are_others(open_: Open) -> None:
     """Catches a second stage that shows a sequence with the very masks of the first."""
     stream = open_(mixed=False, schedule={"steps": 9, "stages": [{"steps": 4}, {}]}, masking={"rate": 0.3})
-    first, second = (maker.sources[0].masker for maker in stream.makers)
+    first, second = (maker.corpora[0].masker for maker in stream.makers)
     ids = np.arange(50)
     sequences = stream[0].origins._replace(corpora=ids * 0, epochs=ids * 0, ids=ids)
     assert not np.intersect1d(first.keys(sequences), second.keys(sequences)).size
@@ -199,17 +199,17 @@ def test_masks_of_another_stage_are_others(open_: Open) -> None:
 @pytest.mark.parametrize(
     ("rate", "expected"),
     [
-        (MaskingRate((0.3, 0.15, 0.05), "stepped", 9), [0.3] * 3 + [0.15] * 3 + [0.05] * 3),
-        (MaskingRate((0.3, 0.15), "stepped", 5), [0.3] * 3 + [0.15] * 2),
-        (MaskingRate((0.3, 0.1), "linear", 5), [0.3, 0.25, 0.2, 0.15, 0.1]),
-        (MaskingRate((0.3, 0.1, 0.4), "linear", 5), [0.3, 0.2, 0.1, 0.25, 0.4]),
+        (MaskingSchedule((0.3, 0.15, 0.05), "stepped", 9), [0.3] * 3 + [0.15] * 3 + [0.05] * 3),
+        (MaskingSchedule((0.3, 0.15), "stepped", 5), [0.3] * 3 + [0.15] * 2),
+        (MaskingSchedule((0.3, 0.1), "linear", 5), [0.3, 0.25, 0.2, 0.15, 0.1]),
+        (MaskingSchedule((0.3, 0.1, 0.4), "linear", 5), [0.3, 0.2, 0.1, 0.25, 0.4]),
     ],
 )
-def test_masking_rates_are_their_closed_form(rate: MaskingRate, expected: list[float]) -> None:
+def test_masking_rates_are_their_closed_form(rate: MaskingSchedule, expected: list[float]) -> None:
     """Catches unequal parts, and a line that misses a rate on its way or its end."""
     assert [rate.at(step) for step in range(len(expected))] == pytest.approx(expected)
     assert rate.at(len(expected)) == rate.rates[-1], "a step beyond the end"
-    assert math.isclose(MaskingRate(rate.rates, rate.schedule, 1).at(0), rate.rates[0])
+    assert math.isclose(MaskingSchedule(rate.rates, rate.schedule, 1).at(0), rate.rates[0])
 
 
 @pytest.mark.parametrize(

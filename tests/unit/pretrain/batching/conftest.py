@@ -7,7 +7,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pretrain.batching.sequences import SequenceIndex, cut
+from pretrain.batching.batch_maker import BatchMaker, MaskedCorpus
+from pretrain.batching.masking import Masker, MaskingPolicy
+from pretrain.batching.order import BatchSizes, CorpusStream, ShuffledOrder
+from pretrain.batching.packing import MicrobatchLayout
+from pretrain.batching.sequences import SequenceIndex, split_documents
 from pretrain.batching.vocabulary import Vocabulary
 from pretrain.corpus.words import WordBoundaries
 
@@ -63,5 +67,15 @@ def corpus() -> MemoryCorpus:
 @pytest.fixture
 def index(corpus: MemoryCorpus) -> SequenceIndex:
     """The corpus cut into sequences of at most 14 text tokens."""
-    lengths = cut(np.array([len(document) for document in corpus.documents_tokens]), 14)
+    lengths = split_documents(np.array([len(document) for document in corpus.documents_tokens]), 14)
     return SequenceIndex(np.concatenate([[0], np.cumsum(lengths)]))
+
+
+@pytest.fixture
+def maker(corpus: MemoryCorpus, index: SequenceIndex, vocabulary: Vocabulary) -> BatchMaker:
+    """Global batches of 37 sequences of at most 16 slots, on one rank."""
+    masker = Masker(vocabulary, MaskingPolicy(0.15, 0.8, 0.1), seed=5, corpus=corpus.fingerprint)
+    order = ShuffledOrder((CorpusStream(len(index), seed=5),), BatchSizes(37))
+    return BatchMaker(
+        (MaskedCorpus(corpus, index, masker),), order, vocabulary, MicrobatchLayout(width=16, microbatch_tokens=64)
+    )

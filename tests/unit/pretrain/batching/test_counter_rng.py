@@ -1,25 +1,25 @@
 import numpy as np
 
-from pretrain.batching.counter_rng import below, draws, fold, key_of, uniform
+from pretrain.batching.counter_rng import fold_in, make_key, randint, random_bits, uniform
 
 
 def test_key_of_is_stable_across_versions():
     """Catches a change of the hash: every mask and every order of every saved run would change with it."""
-    assert key_of(("masks", 42, "abc", 0)) == 18245591027822071797
-    assert key_of((1, "1")) != key_of(("1", 1)) != key_of(("11",))
+    assert make_key(("masks", 42, "abc", 0)) == 18245591027822071797
+    assert make_key((1, "1")) != make_key(("1", 1)) != make_key(("11",))
 
 
 def test_draws_depend_on_key_and_counter_only():
     """Catches hidden state: the same word must come in any order and in any company."""
-    keys = fold(7, np.arange(10))
-    together = draws(keys[:, None], np.arange(50)[None, :])
+    keys = fold_in(7, np.arange(10))
+    together = random_bits(keys[:, None], np.arange(50)[None, :])
     assert together.shape == (10, 50)
-    assert draws(keys[3:4], np.array([17]))[0] == together[3, 17]
+    assert random_bits(keys[3:4], np.array([17]))[0] == together[3, 17]
 
 
 def test_uniform_is_uniform_and_uncorrelated():
     """Catches a weak mixer: moments, neighbours along the counter, neighbours along the key."""
-    sample = uniform(draws(fold(1, np.arange(1000))[:, None], np.arange(1000)[None, :]))
+    sample = uniform(random_bits(fold_in(1, np.arange(1000))[:, None], np.arange(1000)[None, :]))
     assert sample.min() >= 0.0
     assert sample.max() < 1.0
     assert abs(sample.mean() - 0.5) < 2e-3
@@ -30,7 +30,7 @@ def test_uniform_is_uniform_and_uncorrelated():
 
 def test_below_covers_the_range_evenly():
     """Catches an off-by-one at either end and a biased reduction."""
-    counts = np.bincount(below(draws(fold(5, np.arange(1)), np.arange(100_000)), 10), minlength=10)
+    counts = np.bincount(randint(random_bits(fold_in(5, np.arange(1)), np.arange(100_000)), 10), minlength=10)
     assert len(counts) == 10
     assert counts.min() > 9_500
     assert counts.max() < 10_500

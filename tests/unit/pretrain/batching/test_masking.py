@@ -5,13 +5,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pretrain.batching.counter_rng import fold
-from pretrain.batching.masking import LONGEST_SPAN, Masker, MaskingPolicy, Runs, draw_spans
+from pretrain.batching.counter_rng import fold_in
+from pretrain.batching.masking import MAX_SPAN_WORDS, Masker, MaskingPolicy, draw_spans
 from pretrain.batching.order import BatchSequences
+from pretrain.batching.ranges import Ranges
 
 MASK, UNK = 4, 3
 UNITS = ("token", "word", "span")
-KEYS = fold(1, np.arange(200_000))
+KEYS = fold_in(1, np.arange(200_000))
 
 
 @pytest.fixture
@@ -146,11 +147,11 @@ def test_span_lengths_are_cut_off_geometric():
     """Catches a wrong distribution (chi-square), such as lengths above 10 that count as 10, whose mean is 4.5."""
     words = np.full(500, 4000)
     spans = draw_spans(words, KEYS[:500], 0.15)
-    whole = spans.size[(spans.first % 4000 > 0) & ((spans.first + spans.size) % 4000 > 0)]
-    lengths = np.arange(1, LONGEST_SPAN + 1)
-    expected = 0.2 * 0.8 ** (lengths - 1) / (1 - 0.8**LONGEST_SPAN)
+    whole = spans.sizes[(spans.starts % 4000 > 0) & ((spans.starts + spans.sizes) % 4000 > 0)]
+    lengths = np.arange(1, MAX_SPAN_WORDS + 1)
+    expected = 0.2 * 0.8 ** (lengths - 1) / (1 - 0.8**MAX_SPAN_WORDS)
     assert whole.mean() == pytest.approx(3.797, abs=0.03)
-    counts = np.bincount(whole, minlength=LONGEST_SPAN + 1)[1:]
+    counts = np.bincount(whole, minlength=MAX_SPAN_WORDS + 1)[1:]
     assert stats.chisquare(counts, expected * len(whole)).pvalue > 1e-3
 
 
@@ -172,19 +173,19 @@ def test_gaps_between_spans_are_geometric():
 
 
 def by_sequence(spans, words, count):
-    where = np.searchsorted(spans.first, np.arange(1, count) * words)
-    return np.split(spans.first, where), np.split(spans.size, where)
+    where = np.searchsorted(spans.starts, np.arange(1, count) * words)
+    return np.split(spans.starts, where), np.split(spans.sizes, where)
 
 
 def test_a_sequence_begins_like_a_window_into_an_endless_text():
     """Catches a first span that is drawn like any other: what is left of it has the equilibrium distribution."""
     spans = draw_spans(np.full(100_000, 20), KEYS[:100_000], 0.3)
-    at_start = spans.size[spans.first % 20 == 0]
-    lengths = np.arange(1, LONGEST_SPAN + 1)
-    geometric = 0.2 * 0.8 ** (lengths - 1) / (1 - 0.8**LONGEST_SPAN)
+    at_start = spans.sizes[spans.starts % 20 == 0]
+    lengths = np.arange(1, MAX_SPAN_WORDS + 1)
+    geometric = 0.2 * 0.8 ** (lengths - 1) / (1 - 0.8**MAX_SPAN_WORDS)
     left = geometric[::-1].cumsum()[::-1]
     left /= left.sum()
-    counts = np.bincount(at_start, minlength=LONGEST_SPAN + 1)[1:]
+    counts = np.bincount(at_start, minlength=MAX_SPAN_WORDS + 1)[1:]
     assert stats.chisquare(counts, left * len(at_start)).pvalue > 1e-3
 
 
@@ -193,17 +194,17 @@ def test_spans_neither_overlap_nor_leave_their_sequence():
     words = np.random.default_rng(4).integers(1, 60, 5000)
     for rate in (0.01, 0.15, 0.9, 0.99):
         spans = draw_spans(words, KEYS[:5000], rate)
-        assert (spans.size >= 1).all()
-        assert (np.diff(spans.first) >= spans.size[:-1]).all()
+        assert (spans.sizes >= 1).all()
+        assert (np.diff(spans.starts) >= spans.sizes[:-1]).all()
         ends = np.cumsum(words)
-        assert (spans.first + spans.size <= ends[np.searchsorted(ends, spans.first, side="right")]).all()
+        assert (spans.starts + spans.sizes <= ends[np.searchsorted(ends, spans.starts, side="right")]).all()
 
 
 def test_runs_without_any():
     """Catches a rank that has no sequence in a batch, or a batch without a masked token."""
     none = np.zeros(0, dtype=np.int64)
-    assert Runs(none, none).members().tolist() == []
-    assert draw_spans(none, KEYS[:0], 0.15).first.tolist() == []
+    assert Ranges(none, none).indices().tolist() == []
+    assert draw_spans(none, KEYS[:0], 0.15).starts.tolist() == []
 
 
 @pytest.mark.parametrize("unit", UNITS)
@@ -262,7 +263,7 @@ def test_epochs_are_independent(masker, unit):
     lengths = np.full(3000, 40)
     tokens = text(lengths.sum())
     before, after = (
-        flags(masker.mask(tokens, lengths, masker.keys(sequences(np.arange(3000), epoch))).chosen, len(tokens))
+        flags(masker.mask(tokens, lengths, masker.keys(sequences(np.arange(3000), epoch))).indices, len(tokens))
         for epoch in (0, 1)
     )
     together = {"token": 1, "word": 2, "span": 9}[unit]  # tokens of one fate, as above

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.batching.order import BatchSizes, CorpusOrder, CorpusStream, ShuffledOrder, quotas
+from pretrain.batching.order import BatchSizes, CorpusStream, SequentialOrder, ShuffledOrder, quotas
 
 
 def alone(sequences=101, batch_sequences=13, positions=None, **sizes):
@@ -118,5 +118,5 @@ def test_seeking_is_constant_time(order):
 
 def test_corpus_order_goes_front_to_back_once():
     """Catches an evaluation that shuffles, repeats or leaves out the tail."""
-    order = CorpusOrder(sequences=10, batch_sequences=4)
+    order = SequentialOrder(sequences=10, batch_sequences=4)
     assert np.concatenate([order.batch(step).ids for step in range(order.steps)]).tolist() == list(range(10))

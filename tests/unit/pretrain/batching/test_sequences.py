@@ -3,13 +3,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.batching.sequences import cut
+from pretrain.batching.sequences import split_documents
 
 
 @given(st.lists(st.integers(1, 400), max_size=40), st.integers(1, 60))
 def test_cut_loses_nothing_and_balances(documents, capacity):
     """Catches lost or doubled tokens, sequences that are too long, and one-token tails."""
-    lengths = cut(np.array(documents, dtype=np.int64), capacity)
+    lengths = split_documents(np.array(documents, dtype=np.int64), capacity)
     taken = 0
     for document in documents:
         parts = -(-document // capacity)
@@ -24,4 +24,4 @@ def test_cut_loses_nothing_and_balances(documents, capacity):
 @pytest.mark.parametrize(("length", "expected"), [(10, [10]), (11, [6, 5]), (20, [10, 10]), (21, [7, 7, 7])])
 def test_cut_examples(length, expected):
     """Catches a change of the rule, which would change every stream of every saved run."""
-    assert cut(np.array([length]), 10).tolist() == expected
+    assert split_documents(np.array([length]), 10).tolist() == expected

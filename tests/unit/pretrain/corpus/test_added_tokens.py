@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerFast
 
 from experiment.errors import UserError
 from launcher.cli import main
-from pretrain.batching.vocabulary import vocabulary_of
+from pretrain.batching.vocabulary import build_vocabulary
 from pretrain.corpus.added_tokens import check_extends, extend_tokenizer, old_pieces
 from pretrain.corpus.encoding import Encoder
 from pretrain.corpus.tokenizer import load_tokenizer, save_tokenizer, tokenizer_fingerprint
@@ -71,7 +71,7 @@ def test_added_words_are_text(kind: str, request: pytest.FixtureRequest, tmp_pat
     """Catches added words that are special: never masked, never drawn as replacements, or refused in a corpus."""
     new = extend(request.getfixturevalue(kind), tmp_path, "zedwilmar", "re-zed")
     added = [len(new) - 2, len(new) - 1]
-    vocabulary = vocabulary_of(new)
+    vocabulary = build_vocabulary(new)
     assert not vocabulary.unmaskable[added].any()
     assert set(added) <= set(vocabulary.replacements.tolist())
     encoded = Encoder(corpus_vocabulary(new)).encode(["in zedwilmar re-zed the"])

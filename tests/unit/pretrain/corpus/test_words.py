@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from experiment.errors import UserError
 from pretrain.batching.masking import Masker, MaskingPolicy
 from pretrain.batching.order import BatchSequences
-from pretrain.batching.vocabulary import vocabulary_of
+from pretrain.batching.vocabulary import build_vocabulary
 from pretrain.corpus import build, shards, words
 from pretrain.corpus.build import build_corpus
 from pretrain.corpus.reader import open_corpus
@@ -327,7 +327,9 @@ def test_segmented_words_are_masked_as_a_whole(tmp_path: Path, chinese: Path, so
     starts = np.cumsum(lengths) - lengths
     tokens, word_starts = corpus.read(starts, lengths).astype(np.int64), corpus.read_word_starts(starts, lengths)
     assert word_starts is not None
-    masker = Masker(vocabulary_of(load_tokenizer(chinese)), MaskingPolicy(0.15, 0.8, 0.1, unit), 1, corpus.fingerprint)
+    masker = Masker(
+        build_vocabulary(load_tokenizer(chinese)), MaskingPolicy(0.15, 0.8, 0.1, unit), 1, corpus.fingerprint
+    )
     hits = np.zeros(len(tokens))
     for epoch in range(40):
         keys = masker.keys(

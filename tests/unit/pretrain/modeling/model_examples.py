@@ -10,11 +10,12 @@ from torch import Tensor
 from transformers import AutoModelForMaskedLM, PreTrainedModel
 
 from pretrain.batching.batch import IGNORED, Microbatch
-from pretrain.batching.loader import BatchMaker, Layout, Source
+from pretrain.batching.batch_maker import BatchMaker, MaskedCorpus
 from pretrain.batching.masking import Masker, MaskingPolicy
 from pretrain.batching.order import BatchSizes, CorpusStream, ShuffledOrder
+from pretrain.batching.packing import MicrobatchLayout
 from pretrain.batching.sequences import open_index
-from pretrain.batching.vocabulary import vocabulary_of
+from pretrain.batching.vocabulary import build_vocabulary
 from pretrain.config import ModelConfig
 from pretrain.corpus.reader import open_corpus
 from pretrain.corpus.tokenizer import load_tokenizer
@@ -101,12 +102,16 @@ def make_example(model_type: str, corpus_folder: Path) -> Example:
     built = build_model(settings, config, seed=3)
     plain = AutoModelForMaskedLM.from_config(copy.deepcopy(config), attn_implementation="eager")
     plain.load_state_dict(built.model.state_dict())
-    vocabulary = vocabulary_of(tokenizer)
+    vocabulary = build_vocabulary(tokenizer)
     index = open_index(corpus, WIDTH - vocabulary.num_special_tokens, corpus.path)
     maker = BatchMaker(
-        (Source(corpus, index, Masker(vocabulary, MaskingPolicy(0.15, 0.8, 0.1), seed=5, corpus=corpus.fingerprint)),),
+        (
+            MaskedCorpus(
+                corpus, index, Masker(vocabulary, MaskingPolicy(0.15, 0.8, 0.1), seed=5, corpus=corpus.fingerprint)
+            ),
+        ),
         ShuffledOrder((CorpusStream(len(index), seed=5),), BatchSizes(23)),
         vocabulary,
-        Layout(WIDTH, 4 * WIDTH, built.packed, built.first_position),
+        MicrobatchLayout(WIDTH, 4 * WIDTH, built.packed, built.first_position),
     )
     return Example(built, plain.eval(), maker[0].microbatches, maker)

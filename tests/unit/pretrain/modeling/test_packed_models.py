@@ -8,7 +8,7 @@ from model_examples import LOCAL_WINDOW, PACKED, PADDED, Example, sequences
 from torch import Tensor
 
 from pretrain.batching.batch import IGNORED
-from pretrain.batching.masking import MaskingRate
+from pretrain.batching.masking import MaskingSchedule
 from pretrain.modeling.masked_lm import MaskedLanguageModel
 
 ALL = (*PACKED, *PADDED)
@@ -84,7 +84,7 @@ def test_a_microbatch_without_predicted_tokens_contributes_nothing(
 ) -> None:
     """Catches 0/0 in the loss, which would make every weight NaN, and fillers that are learnt from."""
     case = example(model_type)
-    batch = dataclasses.replace(case.maker, rate=MaskingRate((1e-9,), "stepped", steps=1))[0]
+    batch = dataclasses.replace(case.maker, masking_schedule=MaskingSchedule((1e-9,), "stepped", steps=1))[0]
     assert batch.masked_tokens == 0
     module = MaskedLanguageModel(case.built.model, case.built.packed).train()
     for microbatch in batch.microbatches:

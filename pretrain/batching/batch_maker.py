@@ -1,0 +1,224 @@
+"""Build one rank's share of a global batch as tensors.
+
+1. The order gives the sequences of global batch k.                              (identical on every rank)
+2. Packing assigns each sequence to a rank, a microbatch and a place in a row.   (identical on every rank)
+3. This rank reads and masks its own sequences and lays them out in its microbatches.
+"""
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import xxhash
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+
+from pretrain.batching.batch import IGNORED, Microbatch, RankBatch
+from pretrain.batching.masking import MaskedTokens, Masker, MaskingSchedule
+from pretrain.batching.order import BatchSequences, Order
+from pretrain.batching.packing import Assignment, MicrobatchLayout, assign_to_ranks, one_per_row, pack
+from pretrain.batching.ranges import Ranges
+from pretrain.batching.sequences import SequenceIndex
+from pretrain.batching.vocabulary import Vocabulary
+from pretrain.corpus.reader import Corpus
+from pretrain.world import World
+
+_MASKED_BUCKET = 64  # masked positions are padded to a multiple, so that kernels see few shapes
+_WIDTH_BUCKET = 16  # and so is the width of a padded microbatch
+
+
+@dataclass(frozen=True)
+class MaskedCorpus:
+    """A corpus split into sequences, and the masker of its tokens."""
+
+    corpus: Corpus
+    index: SequenceIndex
+    masker: Masker
+
+
+class _OwnSequences(NamedTuple):
+    """This rank's S sequences of a batch, grouped by corpus."""
+
+    origins: BatchSequences
+    lengths: NDArray[np.int64]  # [S] tokens, special tokens included
+    text_lengths: NDArray[np.int64]  # [S] special tokens not counted
+    first_slots: NDArray[np.int64]  # [S] in the rank's flattened microbatches
+
+
+class _Text(NamedTuple):
+    """The T text tokens of a rank's sequences, concatenated."""
+
+    tokens: NDArray[np.int64]  # [T]
+    masked: MaskedTokens
+
+
+class _Slots(NamedTuple):
+    """A rank's slots: K microbatches of B rows of W slots."""
+
+    input_ids: NDArray[np.int64]  # [K, B, W]
+    position_ids: NDArray[np.int64]  # [K, B, W]
+    segments: NDArray[np.int32]  # [K, B, W]
+    text: NDArray[np.int64]  # [T] the flattened slot of each text token
+
+
+@dataclass(frozen=True)
+class BatchMaker(Dataset[RankBatch]):
+    """Step -> RankBatch."""
+
+    corpora: tuple[MaskedCorpus, ...]  # indexed by the order's corpus numbers
+    order: Order
+    vocabulary: Vocabulary
+    layout: MicrobatchLayout
+    world: World = field(default_factory=World)
+    masking_schedule: MaskingSchedule | None = None  # None: the rate of each masker's policy
+
+    def __getitem__(self, step: int) -> RankBatch:
+        # 1. Which sequences?
+        sequences = self.order.batch(step)
+        # 2. Where is each computed?
+        text_lengths = self._text_lengths(sequences)
+        lengths = text_lengths + self.vocabulary.num_special_tokens
+        rows = pack(lengths, self.layout.width) if self.layout.packed else one_per_row(lengths)
+        assignment = assign_to_ranks(lengths, rows, self.world.size, self.layout.max_rows)
+        # 3. This rank's share.
+        own = self._own(sequences, text_lengths, assignment)
+        text = self._read_and_mask(step, own)
+        slots = self._fill_slots(own, text, assignment)
+        tokens = [int(own.lengths[own.origins.corpora == number].sum()) for number in range(len(self.corpora))]
+        return RankBatch(
+            step=step,
+            microbatches=self._microbatches(slots, text),
+            masked_tokens=len(text.masked.indices),
+            tokens=sum(tokens),
+            sequences=len(own.lengths),
+            squared_lengths=int((own.lengths * own.lengths).sum()),
+            corpus_tokens=tokens,
+            origins=own.origins,
+            fingerprint=_fingerprint(sequences),
+        )
+
+    def _text_lengths(self, sequences: BatchSequences) -> NDArray[np.int64]:
+        lengths = np.empty_like(sequences.ids)
+        for number, corpus in enumerate(self.corpora):
+            selected = sequences.corpora == number
+            lengths[selected] = corpus.index.lengths(sequences.ids[selected])
+        return lengths
+
+    def _own(self, sequences: BatchSequences, text_lengths: NDArray[np.int64], assignment: Assignment) -> _OwnSequences:
+        own = np.flatnonzero(assignment.rank == self.world.rank)
+        own = own[np.argsort(sequences.corpora[own], kind="stable")]
+        own_lengths = text_lengths[own]
+        return _OwnSequences(
+            BatchSequences(*(column[own] for column in sequences)),
+            own_lengths + self.vocabulary.num_special_tokens,
+            own_lengths,
+            assignment.first_slots(self.layout.width)[own],
+        )
+
+    def _read_and_mask(self, step: int, own: _OwnSequences) -> _Text:
+        tokens_by_corpus, inputs_by_corpus, indices_by_corpus, before = [], [], [], 0
+        for number, (corpus, index, masker) in enumerate(
+            (given.corpus, given.index, given.masker) for given in self.corpora
+        ):
+            selected = own.origins.corpora == number
+            sequences = BatchSequences(*(column[selected] for column in own.origins))
+            starts, lengths = np.asarray(index.starts[sequences.ids]), own.text_lengths[selected]
+            tokens = corpus.read(starts, lengths).astype(np.int64)
+            word_starts = None if masker.policy.unit == "token" else corpus.read_word_starts(starts, lengths)
+            if self.masking_schedule is not None:
+                masker = masker.with_rate(self.masking_schedule.at(step))
+            inputs, indices = masker.mask(tokens, lengths, masker.keys(sequences), word_starts)
+            tokens_by_corpus.append(tokens)
+            inputs_by_corpus.append(inputs)
+            indices_by_corpus.append(indices + before)
+            before += len(tokens)
+        masked = MaskedTokens(np.concatenate(inputs_by_corpus), np.concatenate(indices_by_corpus))
+        return _Text(np.concatenate(tokens_by_corpus), masked)
+
+    def _fill_slots(self, own: _OwnSequences, text: _Text, assignment: Assignment) -> _Slots:
+        prefix, suffix = self.vocabulary.prefix, self.vocabulary.suffix
+        shape = (assignment.microbatches, assignment.rows, self.layout.width)
+        text_slots = Ranges(own.first_slots + len(prefix), own.text_lengths).indices()
+        all_slots = Ranges(own.first_slots, own.lengths).indices()
+
+        input_ids = np.full(shape, self.vocabulary.pad_id, dtype=np.int64)
+        flat_ids = input_ids.reshape(-1)
+        flat_ids[text_slots] = text.masked.inputs
+        for place, token in enumerate(prefix):
+            flat_ids[own.first_slots + place] = token
+        for place, token in enumerate(suffix):
+            flat_ids[own.first_slots + own.lengths - len(suffix) + place] = token
+
+        position_ids = np.full(shape, self.layout.first_position, dtype=np.int64)
+        position_ids.reshape(-1)[all_slots] += all_slots - np.repeat(own.first_slots, own.lengths)
+        segments = np.zeros(shape, dtype=np.int32)
+        numbers = np.arange(1, len(own.lengths) + 1, dtype=np.int32)
+        segments.reshape(-1)[all_slots] = np.repeat(numbers, own.lengths)
+        return _Slots(input_ids, position_ids, segments, text_slots)
+
+    def _microbatches(self, slots: _Slots, text: _Text) -> list[Microbatch]:
+        masked = slots.text[text.masked.indices]
+        labels = text.tokens[text.masked.indices]
+        by_slot = np.argsort(masked, kind="stable")
+        masked, labels = masked[by_slot], labels[by_slot]
+
+        count, rows, width = slots.input_ids.shape
+        bounds = np.searchsorted(masked, np.arange(count + 1) * rows * width)
+        return [
+            self._microbatch(
+                slots.input_ids[number],
+                slots.position_ids[number],
+                slots.segments[number],
+                masked[low:high] - number * rows * width,
+                labels[low:high],
+            )
+            for number, (low, high) in enumerate(pairwise(bounds))
+        ]
+
+    def _microbatch(
+        self,
+        input_ids: NDArray[np.int64],
+        position_ids: NDArray[np.int64],
+        segments: NDArray[np.int32],
+        masked: NDArray[np.int64],
+        labels: NDArray[np.int64],
+    ) -> Microbatch:
+        """Shapes [B, W], [B, W], [B, W], [M] and [M]; `masked` are slots of this microbatch, flattened."""
+        if not self.layout.packed:
+            full, width = segments.shape[1], _used_width(segments)
+            masked = masked // full * width + masked % full
+            input_ids, position_ids, segments = input_ids[:, :width], position_ids[:, :width], segments[:, :width]
+        padding = max(1, -(-len(masked) // _MASKED_BUCKET)) * _MASKED_BUCKET - len(masked)
+        return Microbatch(
+            input_ids=torch.from_numpy(np.ascontiguousarray(input_ids)),
+            position_ids=torch.from_numpy(np.ascontiguousarray(position_ids)),
+            segments=torch.from_numpy(np.ascontiguousarray(segments)),
+            cu_seqlens=torch.from_numpy(_boundaries(segments)),
+            masked_positions=torch.from_numpy(np.pad(masked, (0, padding))),
+            labels=torch.from_numpy(np.pad(labels, (0, padding), constant_values=IGNORED)),
+        )
+
+
+def _used_width(segments: NDArray[np.int32]) -> int:
+    """Columns up to the last that is not padding in every row, rounded up to a bucket."""
+    used = int(np.flatnonzero(segments.any(axis=0)).max(initial=0)) + 1
+    width: int = min(segments.shape[1], -(-used // _WIDTH_BUCKET) * _WIDTH_BUCKET)
+    return width
+
+
+def _boundaries(segments: NDArray[np.int32]) -> NDArray[np.int32]:
+    """`cu_seqlens`: the flattened slots at which a sequence, a stretch of padding or a row begins, and the total."""
+    flat = segments.reshape(-1)
+    begins = np.ones(flat.size + 1, dtype=np.bool_)
+    np.not_equal(flat[1:], flat[:-1], out=begins[1:-1])
+    begins[:: segments.shape[1]] = True
+    return np.flatnonzero(begins).astype(np.int32)
+
+
+def _fingerprint(sequences: BatchSequences) -> int:
+    digest = xxhash.xxh3_64()
+    for column in sequences:
+        digest.update(column.tobytes())
+    return digest.intdigest() >> 1  # fits a signed 64-bit integer

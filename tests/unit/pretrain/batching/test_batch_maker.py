@@ -1,0 +1,130 @@
+import dataclasses
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from pretrain.batching.batch import IGNORED
+from pretrain.batching.order import BatchSizes
+from pretrain.world import World
+
+PAD, CLS, SEP = 0, 1, 2
+
+
+def sequences_of(batches):
+    """{text as the model sees it -> labels} of every sequence in these batches, with tokens restored."""
+    found = []
+    for batch in batches:
+        for micro in batch.microbatches:
+            ids, segments = micro.input_ids.reshape(-1), micro.segments.reshape(-1)
+            real = micro.labels != IGNORED
+            restored = ids.clone()
+            restored[micro.masked_positions[real]] = micro.labels[real]
+            masked = torch.zeros(len(ids), dtype=torch.bool)
+            masked[micro.masked_positions[real]] = True
+            for segment in segments.unique():
+                if segment != 0:
+                    where = segments == segment
+                    found.append(
+                        (tuple(restored[where].tolist()), tuple(ids[where].tolist()), tuple(masked[where].tolist()))
+                    )
+    return found
+
+
+def by_unit(maker, unit):
+    """The maker with another masking unit."""
+    (source,) = maker.corpora
+    policy = dataclasses.replace(source.masker.policy, unit=unit)
+    masker = dataclasses.replace(source.masker, policy=policy)
+    return dataclasses.replace(maker, corpora=(dataclasses.replace(source, masker=masker),))
+
+
+@pytest.mark.parametrize(("packed", "unit"), [(True, "token"), (False, "token"), (True, "word"), (True, "span")])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8, 1024])
+def test_a_global_batch_is_the_same_at_every_world_size(maker, world_size, packed, unit):
+    """Catches sequences or masks that depend on the world size, and tokens lost or doubled between ranks."""
+    maker = by_unit(maker, unit)
+    layout = dataclasses.replace(maker.layout, packed=packed)
+    reference = sorted(sequences_of([maker[3]]))
+    share = [dataclasses.replace(maker, layout=layout, world=World(rank, world_size))[3] for rank in range(world_size)]
+    assert sorted(sequences_of(share)) == reference
+    assert sum(batch.masked_tokens for batch in share) == maker[3].masked_tokens
+    assert len({len(batch.microbatches) for batch in share}) == 1, "ranks with unequal numbers of microbatches"
+
+
+def test_one_epoch_shows_every_token_once(maker, corpus):
+    """Catches lost tokens end to end: index, order, packing and layout together, at two ranks."""
+    order = dataclasses.replace(maker.order, positions=len(maker.corpora[0].index))
+    tokens = []
+    for rank in range(2):
+        of_rank = dataclasses.replace(maker, order=order, world=World(rank, 2))
+        for restored, _, _ in sequences_of(of_rank[step] for step in range(order.end)):
+            assert restored[0] == CLS
+            assert restored[-1] == SEP
+            tokens += restored[1:-1]
+    assert sorted(tokens) == sorted(corpus.stream.tolist())
+
+
+def test_layout_of_a_microbatch(maker):
+    """Catches positions that do not restart, masks on special or padding slots, and boundaries off by one."""
+    batch = dataclasses.replace(maker, layout=dataclasses.replace(maker.layout, first_position=2))[0]
+    for micro in batch.microbatches:
+        assert micro.input_ids.shape == micro.position_ids.shape == micro.segments.shape == (4, 16)
+        ids, positions, segments = (t.reshape(-1) for t in (micro.input_ids, micro.position_ids, micro.segments))
+        bounds = micro.cu_seqlens.tolist()
+        assert bounds[0] == 0
+        assert bounds[-1] == 64
+        for start, end in pairwise(bounds):
+            assert len(segments[start:end].unique()) == 1
+            assert start // 16 == (end - 1) // 16, "a span over two windows"
+            if segments[start] != 0:
+                assert positions[start:end].tolist() == list(range(2, 2 + end - start))
+                assert ids[start] == CLS
+                assert ids[end - 1] == SEP
+            else:
+                assert (ids[start:end] == PAD).all()
+        real = micro.labels != IGNORED
+        masked = micro.masked_positions[real]
+        assert (segments[masked] != 0).all()
+        assert not np.isin(micro.labels[real], [0, 1, 2, 3, 4]).any()
+        assert len(micro.labels) % 64 == 0
+
+
+def test_words_are_those_of_the_corpus(maker, corpus, monkeypatch):
+    """Catches word starts that a corpus has and no mask knows of, or that belong to other tokens."""
+    whole = by_unit(maker, "word")
+    assert any(0 < sum(masked) < len(masked) - 2 for _, _, masked in sequences_of([whole[0]]))
+    monkeypatch.setattr(
+        type(corpus), "read_word_starts", lambda _corpus, _starts, lengths: np.zeros(lengths.sum(), bool)
+    )
+    fates = [sum(masked) / (len(masked) - 2) for _, _, masked in sequences_of([whole[0]])]
+    assert set(fates) == {0.0, 1.0}, "each sequence is one word now"
+
+
+def test_an_empty_share_still_has_its_microbatches(maker):
+    """Catches a rank without sequences that skips backward and hangs the others in a collective."""
+    small = dataclasses.replace(maker, order=dataclasses.replace(maker.order, sizes=BatchSizes(1)))
+    share = [dataclasses.replace(small, world=World(rank, 3))[0] for rank in range(3)]
+    assert sorted(batch.sequences for batch in share) == [0, 0, 1]
+    for batch in share:
+        assert len(batch.microbatches) == 1
+        assert batch.microbatches[0].labels.numel() > 0
+
+
+def test_a_batch_knows_where_its_sequences_come_from(maker, corpus):
+    """Catches a bad batch that is put down to other sequences, and ranks that cannot tell that they disagree on it."""
+    share = [dataclasses.replace(maker, world=World(rank, 3))[2] for rank in range(3)]
+    for batch in share:
+        for micro in batch.microbatches:
+            ids, segments = micro.input_ids.reshape(-1), micro.segments.reshape(-1)
+            real = micro.labels != IGNORED
+            ids[micro.masked_positions[real]] = micro.labels[real]
+            for segment in segments.unique()[segments.unique() != 0].tolist():
+                sequence = batch.origins.ids[segment - 1]
+                start, end = maker.corpora[0].index.starts[sequence : sequence + 2]
+                assert ids[segments == segment].tolist() == [CLS, *corpus.stream[start:end].tolist(), SEP]
+    assert sum(len(batch.origins.ids) for batch in share) == 37
+    assert len({batch.fingerprint for batch in share}) == 1
+    assert share[0].fingerprint != maker[3].fingerprint
+    assert 0 <= share[0].fingerprint < 2**63
