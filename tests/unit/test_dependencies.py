@@ -1,0 +1,70 @@
+"""`pyproject.toml` declares what the code imports, and nothing else."""
+
+import ast
+import re
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+from experiment.results.page import TEMPLATE
+
+ROOT = Path(__file__).resolve().parents[2]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PRODUCT = ("launcher", "pretrain", "finetune", "experiment")
+# Needed without an import: command-line tools, pytest plugins, stubs for mypy; transformers' Trainer needs accelerate.
+NOT_IMPORTED = {"accelerate", "mypy", "pytest-timeout", "ruff"}
+
+
+def normalised(name: str) -> str:
+    """A distribution's name as PEP 503 compares it, without version or extras."""
+    return re.sub(r"[-_.]+", "-", re.split(r"[<>=!~\[; ]", name)[0]).lower()
+
+
+def declared(*extras: str) -> set[str]:
+    """The distributions in `dependencies`, or in these extras."""
+    lists = [PYPROJECT["project"]["optional-dependencies"][extra] for extra in extras] or [
+        PYPROJECT["project"]["dependencies"]
+    ]
+    return {normalised(requirement) for requirements in lists for requirement in requirements}
+
+
+def imported(*folders: str) -> set[str]:
+    """The distributions that these folders import, wherever in a file the import is."""
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    own = {*PRODUCT, "benchmarks", *(path.stem for path in (ROOT / "tests").rglob("*.py"))}
+    modules: set[str] = set()
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                modules |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module is not None and node.level == 0:
+                modules.add(node.module.split(".")[0])
+    distributions = packages_distributions()
+    return {
+        normalised(distributions.get(module, [module])[0]) for module in modules - own - set(sys.stdlib_module_names)
+    }
+
+
+def test_the_product_imports_what_it_declares() -> None:
+    """Catches a library that is there only because another one needs it, and one that nothing imports any more."""
+    optional = declared("chinese")
+    assert imported(*PRODUCT) - optional == declared()
+    assert optional <= imported(*PRODUCT)
+
+
+def test_tests_and_benchmarks_import_what_they_declare() -> None:
+    """Catches a fresh checkout whose tests fail for want of a library, and leftovers in the test extra."""
+    extra, uses = declared("test"), imported("tests", "benchmarks")
+    assert uses <= declared() | extra
+    stubs = {name for name in extra if name.startswith("types-")}
+    assert extra - NOT_IMPORTED - stubs - declared("chinese") <= uses
+    assert {normalised(name.removeprefix("types-")) for name in stubs} <= declared()
+
+
+def test_the_page_template_is_installed() -> None:
+    """Catches a wheel without the template, with which `deepcloze report` fails on every machine but the author's."""
+    data = PYPROJECT["tool"]["setuptools"]["package-data"]["experiment.results"]
+    assert {path for pattern in data for path in (ROOT / "experiment/results").glob(pattern)} >= {
+        ROOT / "experiment/results" / TEMPLATE
+    }
