@@ -53,20 +53,22 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def wordpiece(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
     """A tokenizer like BERT's, of 200 tokens."""
+    from pretrain.corpus.options import TokenizerOptions
     from pretrain.corpus.tokenizer import train_tokenizer
 
     folder = tmp_path_factory.mktemp("tokenizers") / "wordpiece"
-    train_tokenizer(text_file, folder, vocab_size=200, lowercase=True)
+    train_tokenizer(TokenizerOptions(source=text_file, output=folder, vocab_size=200, lowercase=True))
     return folder
 
 
 @pytest.fixture(scope="session")
 def byte_level(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
     """A tokenizer like RoBERTa's, of 330 tokens."""
+    from pretrain.corpus.options import TokenizerOptions
     from pretrain.corpus.tokenizer import train_tokenizer
 
     folder = tmp_path_factory.mktemp("tokenizers") / "byte_level"
-    train_tokenizer(text_file, folder, vocab_size=330, kind="bpe")
+    train_tokenizer(TokenizerOptions(source=text_file, output=folder, vocab_size=330, kind="bpe"))
     return folder
 
 
@@ -74,9 +76,10 @@ def byte_level(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Pat
 def wordpiece_corpus(tmp_path_factory: pytest.TempPathFactory, text_file: Path, wordpiece: Path) -> Path:
     """600 documents; 40 more are in `heldout_corpus`."""
     from pretrain.corpus.build import build_corpus
+    from pretrain.corpus.options import CorpusOptions
 
     folder = tmp_path_factory.mktemp("corpora") / "text"
-    build_corpus(text_file, wordpiece, folder, holdout=40, workers=1)
+    build_corpus(CorpusOptions(source=text_file, tokenizer=wordpiece, output=folder, holdout=40, workers=1))
     return folder
 
 
@@ -88,9 +91,10 @@ def heldout_corpus(wordpiece_corpus: Path) -> Path:
 @pytest.fixture(scope="session")
 def byte_level_corpus(tmp_path_factory: pytest.TempPathFactory, text_file: Path, byte_level: Path) -> Path:
     from pretrain.corpus.build import build_corpus
+    from pretrain.corpus.options import CorpusOptions
 
     folder = tmp_path_factory.mktemp("corpora") / "bytes"
-    build_corpus(text_file, byte_level, folder, workers=1)
+    build_corpus(CorpusOptions(source=text_file, tokenizer=byte_level, output=folder, workers=1))
     return folder
 
 

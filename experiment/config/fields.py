@@ -1,13 +1,28 @@
-"""The types of config fields, taken apart: what stands below a key, what raw text means there, how a type is called."""
+"""Inspect the types of config fields: what is below a key, what raw text means there, how to describe a type."""
 
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+import annotated_types
 import yaml
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from experiment.config.yaml_dialect import Loader, read_yaml
+
+
+@dataclass(frozen=True)
+class Metavar:
+    """What the help shows for the value of a flag, such as FILE: `config: Annotated[str, Metavar("FILE")]`."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Positional(Metavar):
+    """A flag that is also accepted by position: `deepcloze report RUN`."""
 
 
 def members(annotation: Any) -> list[Any]:
@@ -130,4 +145,44 @@ def describe(annotation: Any) -> str:
             names.append("null")
         else:
             names.append(NAMES.get(_plain(kind), str(kind)))
+    return _joined(names)
+
+
+def _joined(names: list[str]) -> str:
+    """'a, b or c'"""
     return " or ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def describe_field(field: FieldInfo) -> str:
+    """`describe` of a field, with its limits: 'a whole number > 0 or null'."""
+    return _describe_with_limits(field.annotation, field.metadata)
+
+
+def _describe_with_limits(annotation: Any, metadata: Iterable[Any] = ()) -> str:
+    if get_origin(annotation) is Annotated:
+        annotation, *inner = get_args(annotation)
+        return _describe_with_limits(annotation, [*inner, *metadata])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return _joined([_describe_with_limits(part) for part in get_args(annotation)])
+    if get_origin(annotation) in (list, tuple):
+        items = dict.fromkeys(_describe_with_limits(part) for part in get_args(annotation) if part is not Ellipsis)
+        return f"{describe(annotation)} (each {_joined(list(items))})"
+    return " ".join(filter(None, [describe(annotation), _limits(metadata)]))
+
+
+def _limits(metadata: Iterable[Any]) -> str:
+    """The numeric limits in the metadata of a field, such as '>= 0 and < 1'."""
+    limits: list[str] = []
+    for entry in metadata:
+        match entry:
+            case FieldInfo():
+                limits.append(_limits(entry.metadata))
+            case annotated_types.Gt(gt=limit):
+                limits.append(f"> {limit:g}")
+            case annotated_types.Ge(ge=limit):
+                limits.append(f">= {limit:g}")
+            case annotated_types.Lt(lt=limit):
+                limits.append(f"< {limit:g}")
+            case annotated_types.Le(le=limit):
+                limits.append(f"<= {limit:g}")
+    return " and ".join(filter(None, limits))

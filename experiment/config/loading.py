@@ -19,7 +19,10 @@ from experiment.errors import UserError
 
 
 class Section(BaseModel):
-    """One part of a config: frozen, strict, without unknown keys."""
+    """One part of a config, or the flags of a command: frozen, strict, without unknown keys.
+
+    The string literal below each field documents it; `deepcloze config` and `--help` print it.
+    """
 
     model_config = ConfigDict(
         extra="forbid",
@@ -28,6 +31,7 @@ class Section(BaseModel):
         allow_inf_nan=False,
         ser_json_inf_nan="constants",
         protected_namespaces=(),
+        use_attribute_docstrings=True,
     )
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-def extend_tokenizer(extend: str, added: str, output: str) -> None:
+def extend_tokenizer(extend: Path, added: Path, output: Path) -> None:
     """`deepcloze tokenizer --extend DIR --added FILE --output DIR`: one word a line; the same input, the same bytes.
 
     A WordPiece tokenizer gets words and continuations (`##itis`) as entries of its vocabulary. Words that it would cut
@@ -28,7 +28,7 @@ def extend_tokenizer(extend: str, added: str, output: str) -> None:
     UserError for a file that cannot be read, a line that is no word, and a word that would not become one token.
     """
     old, folder = load_tokenizer(extend), new_folder(output)
-    lines = _read_words(Path(added))
+    lines = _read_words(added)
     if vocabulary_size(old) != len(old.get_vocab()):
         raise UserError(f"--extend: {extend} has ids that no token uses, which new ones would be given")
     state = json.loads(old.backend_tokenizer.to_str())
@@ -153,7 +153,7 @@ def _check(
     old: "PreTrainedTokenizerFast",
     new: dict[str, int],
     lines: dict[str, int],
-    path: str,
+    path: Path,
 ) -> None:
     """Raises UserError for a word that did not become one token, naming its line."""
     check_extends(extended, old)

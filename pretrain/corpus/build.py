@@ -20,7 +20,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -29,9 +29,9 @@ from filelock import FileLock, Timeout
 from experiment.errors import UserError
 from pretrain.corpus import encoding
 from pretrain.corpus.encoding import Encoded, Encoder, Vocabulary
-from pretrain.corpus.flags import choice, positive, whole
-from pretrain.corpus.formats import Document, Reading, TextFormat, parse_format
+from pretrain.corpus.formats import Document, Reading
 from pretrain.corpus.manifest import MANIFEST, TOKENIZER, Manifest, Recipe, read_manifest
+from pretrain.corpus.options import CorpusOptions, TextOptions
 from pretrain.corpus.progress_bar import Progress
 from pretrain.corpus.shards import Position, ShardWriter
 from pretrain.corpus.sources import Source, find_sources, read_documents
@@ -42,7 +42,7 @@ from pretrain.corpus.tokenizer import (
     vocabulary_of,
     vocabulary_size,
 )
-from pretrain.corpus.words import SEGMENTERS, segmenter_identity, word_boundaries
+from pretrain.corpus.words import segmenter_identity, word_boundaries
 from pretrain.corpus.workers import worker_pool
 
 _BATCH_BYTES = 1 << 20  # of text that a worker is given at once
@@ -50,46 +50,26 @@ _BATCHES_PER_WORKER = 3  # in flight: bounds memory, and keeps a worker busy whi
 MAIN, HELDOUT = PARTS = ("main", "heldout")
 
 
-def build_corpus(
-    source: Any,
-    tokenizer: Any,
-    output: Any,
-    document: Any = "line",
-    document_start: Any = None,
-    column: Any = "text",
-    workers: Any = None,
-    seed: Any = 42,
-    limit: Any = None,
-    holdout: Any = None,
-    sep: Any = None,
-    quoting: Any = None,
-    header: Any = None,
-    segmenter: Any = None,
-) -> Manifest:
-    """Build the corpus `output` (and `output`-heldout under `holdout`); returns its manifest.
+def build_corpus(options: CorpusOptions) -> Manifest:
+    """Build the corpus `options.output` (and, with `holdout`, `output`-heldout) and return its manifest.
 
-    The arguments are the flags of `deepcloze corpus`, typed or as raw text. A corpus that is there already, made of the
-    same documents by the same tokenizer, is left as it is. Raises UserError for bad input, naming file and line, for an
-    output folder that holds something else, and for a full disk; StoppedError where a worker died. However it ends,
-    finished shards are kept, and the same call goes on with them.
+    If the corpus exists already, made from the same documents with the same tokenizer, it is left as it is. Finished
+    shards survive any ending; the same call resumes after them. Raises UserError for bad input (naming file and line),
+    an output folder that holds something else, and a full disk; StoppedError if a worker process died.
     """
-    draws = Draws(
-        seed=whole("seed", seed),
-        limit=None if limit is None else positive("limit", limit),
-        holdout=None if holdout is None else positive("holdout", holdout),
-    )
-    worker_count = len(os.sched_getaffinity(0)) if workers is None else positive("workers", workers)
-    text_format = parse_format(document, document_start, column, sep, quoting, header)
-    sources = find_sources(source)
-    segmenter = None if segmenter is None else choice("segmenter", segmenter, SEGMENTERS)
-    opened = load_tokenizer(str(tokenizer))
+    draws = Draws(options.seed, options.limit, options.holdout)
+    sources = find_sources(options.source)
+    segmenter = options.segmenter
+    opened = load_tokenizer(options.tokenizer)
     vocabulary = replace(vocabulary_of(opened), segmenter=segmenter)
     if segmenter is not None and word_boundaries(vocabulary.tokenizer_json) is None:
-        raise UserError(f"--segmenter {segmenter}: the tokenizer {tokenizer} marks words in a way that is not known")
+        raise UserError(
+            f"--segmenter {segmenter}: the tokenizer {options.tokenizer} marks words in a way that is not known"
+        )
     plan = _Plan(
-        folder=Path(str(output)).absolute(),
+        folder=options.output.absolute(),
         sources=sources,
-        text_format=text_format,
+        text_format=options,
         draws=draws,
         tokenizer=tokenizer_fingerprint(opened),
         segmenter=None if segmenter is None else segmenter_identity(segmenter),
@@ -101,7 +81,7 @@ def build_corpus(
         total = _read_through("counting", plan) if draws.any else None
         writers = _open_writers(plan, vocabulary.token_type, total)
         try:
-            end, empty = _encode(plan, writers, total, vocabulary, worker_count)
+            end, empty = _encode(plan, writers, total, vocabulary, options.workers or len(os.sched_getaffinity(0)))
             manifests = {}
             for part, writer in writers.items():
                 save_tokenizer(opened, writer.partial / TOKENIZER)
@@ -176,7 +156,7 @@ class _Plan:
 
     folder: Path
     sources: tuple[Source, ...]
-    text_format: TextFormat
+    text_format: TextOptions
     draws: Draws
     tokenizer: str  # fingerprint
     segmenter: str | None  # identity

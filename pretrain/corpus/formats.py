@@ -8,7 +8,6 @@ import csv
 import gzip
 import io
 import json
-import re
 import shutil
 import tarfile
 import tempfile
@@ -17,19 +16,15 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO, Any, Literal, NamedTuple, cast
+from typing import IO, Any, NamedTuple, cast
 
 import zstandard
 
 from experiment.errors import UserError
-from pretrain.corpus.flags import choice
+from pretrain.corpus.options import TextOptions
 
 # A quote that is never closed swallows the rows after it. No honest field is longer than this many characters.
 _LONGEST_FIELD = 1 << 27
-Quoting = Literal[0, 1, 2, 3]  # the csv module's constants
-# As in pandas, 0 to 2 differ in writing only.
-_QUOTING: dict[str, Quoting] = {"0": 0, "1": 0, "2": 0, "3": 3}
-
 
 # .raw and .tokens are WikiText's names for plain text.
 _SUFFIXES = {
@@ -68,50 +63,6 @@ class Reading:
         return self.finished_bytes + self.position()
 
 
-@dataclass(frozen=True)
-class TextFormat:
-    """How documents lie in the files."""
-
-    document: str = "line"  # what a document is in plain text: line | blank_line | file
-    document_start: re.Pattern[str] | None = None  # or: begun by each line in which this is found
-    column: str = "text"
-    separator: str | None = None  # None: as the file's name says
-    quoting: Quoting = csv.QUOTE_MINIMAL
-    header: bool = True
-
-
-def parse_format(document: Any, document_start: Any, column: Any, sep: Any, quoting: Any, header: Any) -> TextFormat:
-    """The flags of `deepcloze corpus` that say how to read text. Raises UserError for a value that makes no sense."""
-    document = choice("document", document, ("line", "blank_line", "file"))
-    pattern = None
-    if document_start is not None:
-        if document != "line":
-            raise UserError(
-                f"--document_start says what a document is in plain text, and so does --document {document}"
-            )
-        try:
-            pattern = re.compile(str(document_start))
-        except re.error as error:
-            raise UserError(f"--document_start: '{document_start}' is no regular expression: {error}") from None
-    separator = None if sep is None else {"\\t": "\t", "tab": "\t"}.get(str(sep), str(sep))
-    if separator is not None and (len(separator) != 1 or separator in '\r\n"'):
-        raise UserError(f"--sep: expected one character (\\t is a tab), found {sep!r}")
-    if quoting is not None and str(quoting) not in _QUOTING:
-        raise UserError(f"--quoting: expected 0, 1, 2 or 3 (3: quotes are ordinary characters), found {quoting}")
-    if header is not None and str(header).lower() not in ("infer", "0", "none"):
-        raise UserError(
-            f"--header: expected infer (the first row names the columns) or none (there is no header), found {header}"
-        )
-    return TextFormat(
-        document=document,
-        document_start=pattern,
-        column=str(column),
-        separator=separator,
-        quoting=csv.QUOTE_MINIMAL if quoting is None else _QUOTING[str(quoting)],
-        header=str(header).lower() != "none" or header is None,
-    )
-
-
 def format_of(name: str) -> tuple[str | None, str]:
     """(text | jsonl | csv | tsv | parquet, or None for a name that says nothing; compression: gz | zst | '')."""
     lower = name.lower()
@@ -121,7 +72,7 @@ def format_of(name: str) -> tuple[str | None, str]:
 
 
 def documents_of(
-    stream: IO[bytes], name: str, origin: str, text_format: TextFormat, reading: Reading
+    stream: IO[bytes], name: str, origin: str, text_format: TextOptions, reading: Reading
 ) -> Iterator[Document]:
     """The documents of one file's bytes, in order. Its name says what they are; plain text where it says nothing."""
     kind, compression = format_of(name)
@@ -208,7 +159,7 @@ def _without_end(line: str) -> str:
     return line[:-1] if line.endswith("\n") else line
 
 
-def _plain(lines: Iterable[str], origin: str, text_format: TextFormat, reading: Reading) -> Iterator[Document]:
+def _plain(lines: Iterable[str], origin: str, text_format: TextOptions, reading: Reading) -> Iterator[Document]:
     pattern = text_format.document_start
     numbered = enumerate(map(_without_end, lines), 1)
     if text_format.document == "line" and pattern is None:
@@ -231,7 +182,7 @@ def _plain(lines: Iterable[str], origin: str, text_format: TextFormat, reading: 
         yield Document("\n".join(held), origin, begun)
 
 
-def _json_lines(lines: Iterable[str], origin: str, text_format: TextFormat) -> Iterator[Document]:
+def _json_lines(lines: Iterable[str], origin: str, text_format: TextOptions) -> Iterator[Document]:
     column = text_format.column
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -247,14 +198,15 @@ def _json_lines(lines: Iterable[str], origin: str, text_format: TextFormat) -> I
         yield Document(text_of(row[column], f"{origin}:{number}", column), origin, number)
 
 
-def _separated(lines: Iterable[str], origin: str, text_format: TextFormat, separator: str) -> Iterator[Document]:
+def _separated(lines: Iterable[str], origin: str, text_format: TextOptions, separator: str) -> Iterator[Document]:
     csv.field_size_limit(_LONGEST_FIELD)
     rows = csv.reader(
         lines,
-        delimiter=text_format.separator or separator,
-        quoting=text_format.quoting,
+        delimiter=text_format.sep or separator,
+        quoting=csv.QUOTE_NONE if text_format.quoting == csv.QUOTE_NONE else csv.QUOTE_MINIMAL,
         strict=True,
     )
+    has_header = text_format.header != "none"
     names: list[str] | None = None
     place, before = 0, 0
     while True:
@@ -273,9 +225,9 @@ def _separated(lines: Iterable[str], origin: str, text_format: TextFormat, separ
         if not row:  # an empty line
             continue
         if names is None:
-            names = [str(cell) for cell in row] if text_format.header else [str(index) for index in range(len(row))]
+            names = [str(cell) for cell in row] if has_header else [str(index) for index in range(len(row))]
             place = _column_place(origin, names, text_format)
-            if text_format.header:
+            if has_header:
                 continue
         if len(row) != len(names):
             hint = (
@@ -287,7 +239,7 @@ def _separated(lines: Iterable[str], origin: str, text_format: TextFormat, separ
         yield Document(str(row[place]), origin, before + 1)
 
 
-def _column_place(origin: str, names: list[str], text_format: TextFormat) -> int:
+def _column_place(origin: str, names: list[str], text_format: TextOptions) -> int:
     if text_format.column not in names:
         raise no_column(origin, text_format.column, names)
     if names.count(text_format.column) > 1:
@@ -295,7 +247,7 @@ def _column_place(origin: str, names: list[str], text_format: TextFormat) -> int
     return names.index(text_format.column)
 
 
-def _parquet(stream: IO[bytes], origin: str, text_format: TextFormat) -> Iterator[Document]:
+def _parquet(stream: IO[bytes], origin: str, text_format: TextOptions) -> Iterator[Document]:
     import pyarrow
     import pyarrow.parquet
 

@@ -12,13 +12,12 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from experiment.errors import UserError
 from pretrain.corpus.formats import (
     Document,
     Reading,
-    TextFormat,
     decompressed,
     documents_of,
     format_of,
@@ -26,6 +25,7 @@ from pretrain.corpus.formats import (
     refusing_damage,
     text_of,
 )
+from pretrain.corpus.options import SourceName, TextOptions
 
 PYTHON_DOCS = "python-docs"
 _TAR = (".tar", ".tar.gz", ".tgz", ".tar.zst")
@@ -41,8 +41,8 @@ class Source:
     bytes: int | None = None  # on disk, where that is known
 
 
-def find_sources(named: Any) -> tuple[Source, ...]:
-    """The sources that `--source` names: text with commas, or a list. Nothing is read.
+def find_sources(named: SourceName) -> tuple[Source, ...]:
+    """The sources that `--source` names: text with commas, or a tuple. Nothing is read.
 
     Raises UserError for a path that is not there, a folder or glob without text files, and a file named twice.
     """
@@ -59,14 +59,12 @@ def find_sources(named: Any) -> tuple[Source, ...]:
     return tuple(sources)
 
 
-def _items(named: Any) -> list[str]:
+def _items(named: SourceName) -> list[str]:
     if isinstance(named, str | Path):
         text = str(named)
         items = [text] if Path(text).exists() else text.split(",")
-    elif isinstance(named, list | tuple):
-        items = [str(item) for item in named]
     else:
-        items = []
+        items = [str(item) for item in named]
     items = [item.strip() for item in items if item.strip()]
     if not items:
         raise UserError("--source names nothing to read")
@@ -134,7 +132,7 @@ def _archive(path: Path, members: str) -> Source:
     return Source("archive", str(path), members, path.stat().st_size)
 
 
-def read_documents(sources: Iterable[Source], text_format: TextFormat, reading: Reading) -> Iterator[Document]:
+def read_documents(sources: Iterable[Source], text_format: TextOptions, reading: Reading) -> Iterator[Document]:
     """Every document that has text, in order; those without are counted in `reading`. Raises UserError on bad input."""
     for source in sources:
         for document in _read(source, text_format, reading):
@@ -148,7 +146,7 @@ def read_documents(sources: Iterable[Source], text_format: TextFormat, reading: 
         raise UserError(f"--document_start '{text_format.document_start.pattern}' matches no line of the text")
 
 
-def _read(source: Source, text_format: TextFormat, reading: Reading) -> Iterator[Document]:
+def _read(source: Source, text_format: TextOptions, reading: Reading) -> Iterator[Document]:
     if source.kind == PYTHON_DOCS:
         from pretrain.corpus.python_docs.collect import python_documents
 
@@ -165,7 +163,7 @@ def _read(source: Source, text_format: TextFormat, reading: Reading) -> Iterator
                 yield from _members(file, source, text_format, reading)
 
 
-def _members(file: IO[bytes], source: Source, text_format: TextFormat, reading: Reading) -> Iterator[Document]:
+def _members(file: IO[bytes], source: Source, text_format: TextOptions, reading: Reading) -> Iterator[Document]:
     found = 0
     for name, member in (
         _zip_members(file, source) if source.name.lower().endswith(".zip") else _tar_members(file, source)
@@ -206,7 +204,7 @@ def _is_selected(name: str, pattern: str) -> bool:
     return fnmatch.fnmatchcase(name, pattern)
 
 
-def _hub(source: Source, text_format: TextFormat) -> Iterator[Document]:
+def _hub(source: Source, text_format: TextOptions) -> Iterator[Document]:
     """A data set that `datasets.load_dataset` can load: `owner/name`, `owner/name/configuration`, or a local folder."""
     import datasets
 

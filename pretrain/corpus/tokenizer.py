@@ -19,9 +19,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from experiment.errors import UserError
 from pretrain.corpus.encoding import Vocabulary
-from pretrain.corpus.flags import choice, flag, positive
-from pretrain.corpus.formats import Reading, parse_format
+from pretrain.corpus.formats import Reading
 from pretrain.corpus.manifest import digest_of, sync
+from pretrain.corpus.options import TokenizerOptions
 from pretrain.corpus.progress_bar import Progress
 from pretrain.corpus.sources import find_sources, read_documents
 
@@ -188,38 +188,25 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
     sync(*folder.iterdir(), folder)
 
 
-def train_tokenizer(
-    source: Any,
-    output: Any,
-    vocab_size: Any,
-    kind: Any = "wordpiece",
-    lowercase: Any = False,
-    document: Any = "line",
-    document_start: Any = None,
-    column: Any = "text",
-    sep: Any = None,
-    quoting: Any = None,
-    header: Any = None,
-) -> None:
-    """`deepcloze tokenizer`: train a tokenizer on the same sources that `deepcloze corpus` reads.
+def train_tokenizer(options: TokenizerOptions) -> None:
+    """Train a tokenizer on `options.source` and write it to `options.output`, which `AutoTokenizer` opens.
 
     kind: `wordpiece` (BERT's, with [PAD] [UNK] [CLS] [SEP] [MASK]) or `bpe` (RoBERTa's byte-level one, with <s> <pad>
-    </s> <unk> <mask>). `output` becomes a folder that `AutoTokenizer.from_pretrained` opens. Raises UserError for bad
-    values, an empty source, and an output folder that holds something.
+    </s> <unk> <mask>). Raises UserError for a vocabulary that is too small, an empty source, and an output folder that
+    is not empty.
     """
-    size = positive("vocab_size", vocab_size)
-    kind = choice("kind", kind, ("wordpiece", "bpe"))
-    cased = not flag("lowercase", lowercase)
-    text_format = parse_format(document, document_start, column, sep, quoting, header)
-    sources = find_sources(source)
-    folder = new_folder(output)
+    assert options.source is not None
+    assert options.vocab_size is not None
+    size, kind, cased = options.vocab_size, options.kind, not options.lowercase
+    sources = find_sources(options.source)
+    folder = new_folder(options.output)
     documents = 0
 
     def texts(label: str) -> Iterator[str]:
         nonlocal documents
         reading = Reading()
         with Progress(label, sources) as progress:
-            for found in read_documents(sources, text_format, reading):
+            for found in read_documents(sources, options, reading):
                 progress.advance(reading, len(found.text))
                 yield found.text
         documents = progress.documents
@@ -240,9 +227,8 @@ def train_tokenizer(
         )
 
 
-def new_folder(output: Any) -> Path:
-    """Raises UserError for an --output that holds something."""
-    folder = Path(str(output))
+def new_folder(folder: Path) -> Path:
+    """`folder`, the value of --output. Raises UserError unless it is empty or missing."""
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"--output {folder} already holds something; name a new folder")
     return folder

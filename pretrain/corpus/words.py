@@ -23,8 +23,6 @@ from experiment.errors import UserError
 BoolArray = NDArray[np.bool_]
 Segmenter = Callable[[str], Iterator[str]]  # text -> its words, which joined give the text again
 
-SEGMENTERS = ("jieba",)
-
 
 @dataclass(frozen=True)
 class WordBoundaries:
@@ -164,7 +162,7 @@ def load_segmenter(name: str) -> Segmenter:
     The dictionary is read here because jieba itself would log, and would load a cache from the temporary folder that
     anyone may have written. Raises UserError if jieba is missing.
     """
-    assert name in SEGMENTERS
+    assert name == "jieba"
     jieba = _import_jieba()
     tokenizer = jieba.Tokenizer()
     tokenizer.FREQ, tokenizer.total = jieba.Tokenizer.gen_pfdict(_dictionary(jieba).open("rb"))

@@ -16,6 +16,7 @@ from experiment.config import build_config
 from experiment.run_folder import RunFolder
 from pretrain.config import PretrainConfig
 from pretrain.corpus.build import build_corpus
+from pretrain.corpus.options import CorpusOptions
 from pretrain.resolve import check_run
 from pretrain.stream import open_stream
 from pretrain.world import World
@@ -31,8 +32,8 @@ KEYS = ("step", "tokens", "loss", "lr", "grad_norm")
 
 def build_corpora(text: Path, folder: Path) -> Path:
     """Corpora `all`, `all-heldout` and `part` in `folder`, built with the recorded tokenizer."""
-    build_corpus(text, TOKENIZER, folder / "all", holdout=40, workers=1)
-    build_corpus(text, TOKENIZER, folder / "part", limit=150, seed=3, workers=1)
+    build_corpus(CorpusOptions(source=text, tokenizer=TOKENIZER, output=folder / "all", holdout=40, workers=1))
+    build_corpus(CorpusOptions(source=text, tokenizer=TOKENIZER, output=folder / "part", limit=150, seed=3, workers=1))
     return folder
 
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 from experiment.checkpoints import checkpoint_path
 from pretrain.corpus.added_tokens import extend_tokenizer
 from pretrain.corpus.build import build_corpus
+from pretrain.corpus.options import CorpusOptions
 from pretrain.corpus.reader import open_corpus
 from rank_pool import RankPool
 from runs import TINY, Tree, curve, pretrain_case, settings
@@ -23,8 +24,8 @@ def grown(text_file: Path, wordpiece: Path, tmp_path_factory: pytest.TempPathFac
     words = text_file.read_text(encoding="utf-8").split()
     longest = max(filter(str.isalpha, words), key=lambda word: (len(word), word))
     (folder / "words").write_text(f"{longest}\nzedzedzed\n")
-    extend_tokenizer(str(wordpiece), str(folder / "words"), str(folder / "tokenizer"))
-    build_corpus(text_file, folder / "tokenizer", folder / "corpus", workers=1)
+    extend_tokenizer(wordpiece, folder / "words", folder / "tokenizer")
+    build_corpus(CorpusOptions(source=text_file, tokenizer=folder / "tokenizer", output=folder / "corpus", workers=1))
     made = open_corpus(folder / "corpus")
     tokens = made.read(np.array([0]), np.array([made.tokens]))
     assert 200 in tokens.tolist(), "the new word is in the text"

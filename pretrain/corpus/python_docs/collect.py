@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.progress import Progress as RichProgress
@@ -44,9 +44,8 @@ class _File(NamedTuple):
     name: str  # module, or path inside the package
 
 
-def write_python_docs(output: Any) -> None:
+def write_python_docs(path: Path) -> None:
     """`deepcloze python_docs`: all of it as JSON lines of `text`, `package`, `document`. Raises UserError."""
-    path = Path(str(output))
     if path.is_dir():
         raise UserError(f"--output {path} is a folder; expected the name of a file")
     partial = path.with_name(f".{path.name}.partial")

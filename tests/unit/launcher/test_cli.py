@@ -9,8 +9,8 @@ from types import ModuleType
 import pytest
 
 from experiment.errors import StoppedError, UserError
-from launcher.arguments import flags_of
 from launcher.cli import COMMANDS, main
+from launcher.command_line import flags_of, options_of
 
 ROOT = Path(__file__).parents[3]
 
@@ -57,17 +57,17 @@ def test_help_explains_every_command_and_flag(capsys: pytest.CaptureFixture[str]
     """Catches a command or flag that is not in its help, or an example that its own command refuses."""
     assert main(["--help"]) == 0
     overview = capsys.readouterr().out
-    for name, function in COMMANDS.items():
+    for name, command in COMMANDS.items():
         assert f"  {name}" in overview
         assert main([name, "--help"]) == 0
         page = capsys.readouterr().out
-        for flag in flags_of(function):
+        for flag in flags_of(options_of(command)).values():
             assert flag.meaning.split()[0] in page
-            assert (flag.placeholder if flag.positional else f"--{flag.name}") in page
+            assert (flag.metavar if flag.positional else f"--{flag.name}") in page
         assert f"  deepcloze {name} " in page
 
 
-@pytest.mark.parametrize("name", ["predict", "status", "_page", "main"])
+@pytest.mark.parametrize("name", ["predict", "status", "_fail", "main"])
 def test_only_commands_that_exist(name: str, capsys: pytest.CaptureFixture[str]):
     """Catches a command that is listed or reachable but does nothing."""
     assert main([name]) == 2

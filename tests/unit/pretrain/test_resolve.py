@@ -7,6 +7,7 @@ import pytest
 from experiment.config import build_config
 from pretrain.config import PretrainConfig
 from pretrain.corpus.build import build_corpus
+from pretrain.corpus.options import CorpusOptions
 from pretrain.export import write_hugging_face_folder
 from pretrain.modeling.build import build_model
 from pretrain.resolve import check_beginning, check_run, run_identity
@@ -20,7 +21,7 @@ def test_words_in_text_without_spaces(
 ) -> None:
     """Catches a run over Chinese that masks single characters, or whole sentences, without a word said about it."""
     (tmp_path / "s.txt").write_text(space.join("你好世界今天天气") + "\n", encoding="utf-8")
-    build_corpus(tmp_path / "s.txt", wordpiece, tmp_path / "corpus", workers=1)
+    build_corpus(CorpusOptions(source=tmp_path / "s.txt", tokenizer=wordpiece, output=tmp_path / "corpus", workers=1))
     tree = {
         "run": {"dir": str(tmp_path / "run")},
         "model": {"config": TINY},

@@ -16,7 +16,7 @@ from pretrain.corpus.tokenizer import vocabulary_of as corpus_vocabulary
 def extend(tokenizer: Path, folder: Path, *words: str) -> PreTrainedTokenizerFast:
     """The tokenizer with these words added, from the files of the command."""
     (folder / "words.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
-    extend_tokenizer(str(tokenizer), str(folder / "words.txt"), str(folder / "extended"))
+    extend_tokenizer(tokenizer, folder / "words.txt", folder / "extended")
     return load_tokenizer(folder / "extended")
 
 

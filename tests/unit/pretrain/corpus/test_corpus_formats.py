@@ -4,25 +4,25 @@ import json
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from pydantic import ValidationError
 
 from experiment.errors import UserError
-from pretrain.corpus.formats import Document, Reading, TextFormat, parse_format
+from pretrain.corpus.formats import Document, Reading
+from pretrain.corpus.options import SourceName, TextOptions
 from pretrain.corpus.sources import find_sources, read_documents
 
-UNSET = dict.fromkeys(["document_start", "sep", "quoting", "header"])
+
+def read(source: SourceName, **flags: Any) -> list[Document]:
+    return list(read_documents(find_sources(source), TextOptions(**flags), Reading()))
 
 
-def read(source: object, **flags: object) -> list[Document]:
-    settings: dict[str, object] = UNSET | {"document": "line", "column": "text"} | flags
-    return list(read_documents(find_sources(source), parse_format(**settings), Reading()))
-
-
-def texts(source: object, **flags: object) -> list[str]:
+def texts(source: SourceName, **flags: Any) -> list[str]:
     return [document.text for document in read(source, **flags)]
 
 
@@ -100,11 +100,27 @@ def test_csv_flags(tmp_path: Path) -> None:
     """Catches flags of pandas' names that do not do what pandas does."""
     path = tmp_path / "a.tsv"
     path.write_text('1|"a\n2|b"\n')
-    assert texts(path, sep="|", quoting="3", header="none", column="1") == ['"a', 'b"']
-    with pytest.raises(UserError, match="--sep"):
+    assert texts(path, sep="|", quoting=3, header="none", column="1") == ['"a', 'b"']
+    with pytest.raises(ValidationError, match="expected one character"):
         texts(path, sep="||")
-    with pytest.raises(UserError, match="--quoting"):
-        texts(path, quoting="never")
+    path.write_text('text|n\n"a|b"|2\n')
+    for quoting in (0, 1, 2):
+        assert texts(path, sep="|", quoting=quoting, header="0") == ["a|b"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"document_start": "("}, "'\\(' is not a regular expression"),
+        ({"document_start": "a", "document": "file"}, "exclude each other"),
+        ({"quoting": 4}, "quoting"),
+        ({"header": "first"}, "header"),
+    ],
+)
+def test_wrong_text_options(flags: dict[str, Any], message: str) -> None:
+    """Catches options that are found out while the text is read, or never."""
+    with pytest.raises(ValidationError, match=message):
+        TextOptions(**flags)
 
 
 def test_parquet_plain_and_inside_an_archive(tmp_path: Path) -> None:
@@ -209,6 +225,6 @@ def test_empty_documents_are_counted(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("a\n\n \t\nb\n")
     reading = Reading()
-    assert len(list(read_documents(find_sources(path), TextFormat(), reading))) == 2
+    assert len(list(read_documents(find_sources(path), TextOptions(), reading))) == 2
     assert reading.empty == 2
     assert reading.bytes == path.stat().st_size

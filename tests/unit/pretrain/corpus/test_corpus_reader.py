@@ -8,6 +8,7 @@ import pytest
 from experiment.errors import UserError
 from pretrain.corpus import shards
 from pretrain.corpus.build import build_corpus
+from pretrain.corpus.options import CorpusOptions
 from pretrain.corpus.reader import Corpus, open_corpus
 
 
@@ -19,7 +20,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, vocabulary_folder: Path) ->
     (root / "a.txt").write_text("\n".join(lines))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "SHARD_TOKENS", 600)
-        build_corpus(root / "a.txt", vocabulary_folder, root / "corpus", workers=1)
+        build_corpus(
+            CorpusOptions(source=root / "a.txt", tokenizer=vocabulary_folder, output=root / "corpus", workers=1)
+        )
     return root / "corpus"
 
 
@@ -114,6 +117,10 @@ def test_fingerprint_is_of_tokens_and_tokenizer(tmp_path: Path, vocabulary_folde
     found = []
     for name, text in [("a", "the river\n"), ("b", "the\nriver\n"), ("c", "the river\n")]:
         (tmp_path / f"{name}.txt").write_text(text)
-        build_corpus(tmp_path / f"{name}.txt", vocabulary_folder, tmp_path / name, workers=1)
+        build_corpus(
+            CorpusOptions(
+                source=tmp_path / f"{name}.txt", tokenizer=vocabulary_folder, output=tmp_path / name, workers=1
+            )
+        )
         found.append(open_corpus(tmp_path / name).fingerprint)
     assert found[0] == found[2] != found[1]

@@ -2,11 +2,13 @@ import json
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from experiment.errors import UserError
 from pretrain.corpus.encoding import Encoder
+from pretrain.corpus.options import TokenizerOptions
 from pretrain.corpus.tokenizer import (
     load_tokenizer,
     save_tokenizer,
@@ -30,7 +32,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_training_gives_a_folder_that_transformers_opens(tmp_path: Path, text: Path, kind: str) -> None:
     """Catches missing special tokens or post-processing, and a vocabulary that differs between two trainings."""
     for name in ("a", "b"):
-        train_tokenizer(text, tmp_path / name, "300", kind, lowercase="true")
+        train_tokenizer(
+            TokenizerOptions(source=text, output=tmp_path / name, vocab_size=300, kind=kind, lowercase=True)
+        )
     for file in (tmp_path / "a").iterdir():
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
     tokenizer = AutoTokenizer.from_pretrained(str(tmp_path / "a"))
@@ -49,7 +53,7 @@ def test_training_gives_a_folder_that_transformers_opens(tmp_path: Path, text: P
 @pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
 def test_text_never_gives_a_special_token(tmp_path: Path, text: Path, kind: str) -> None:
     """Catches a literal [MASK] or </s> in the text that becomes the special token."""
-    train_tokenizer(text, tmp_path / "t", 400, kind)
+    train_tokenizer(TokenizerOptions(source=text, output=tmp_path / "t", vocab_size=400, kind=kind))
     vocabulary = vocabulary_of(load_tokenizer(tmp_path / "t"))
     encoded = Encoder(vocabulary).encode([TRICKS, "the river", TRICKS.lower()])
     assert encoded.special is None
@@ -139,15 +143,14 @@ def test_folders_without_a_usable_tokenizer(tmp_path: Path) -> None:
 
 def test_wrong_values(tmp_path: Path, text: Path) -> None:
     """Catches bad flags that train for an hour before they are noticed, and an output that is overwritten."""
-    with pytest.raises(UserError, match="--vocab_size: expected a whole number"):
-        train_tokenizer(text, tmp_path / "t", "many")
-    with pytest.raises(UserError, match=r"--kind: .*wordpiece"):
-        train_tokenizer(text, tmp_path / "t", 300, "word_piece")
+    for flags in ({"vocab_size": "many"}, {"vocab_size": 300, "kind": "word_piece"}, {"vocab_size": 300, "added": "a"}):
+        with pytest.raises(ValidationError):
+            TokenizerOptions(source=text, output=tmp_path / "t", **flags)
     with pytest.raises(UserError, match="too small for bpe"):
-        train_tokenizer(text, tmp_path / "t", 100, "bpe")
+        train_tokenizer(TokenizerOptions(source=text, output=tmp_path / "t", vocab_size=100, kind="bpe"))
     (tmp_path / "a.jsonl").write_text('{"body": "a"}\n')
     with pytest.raises(UserError, match="no column"):
-        train_tokenizer(tmp_path / "a.jsonl", tmp_path / "t", 300)
+        train_tokenizer(TokenizerOptions(source=tmp_path / "a.jsonl", output=tmp_path / "t", vocab_size=300))
     with pytest.raises(UserError, match="already holds"):
-        train_tokenizer(text, tmp_path, 300)
+        train_tokenizer(TokenizerOptions(source=text, output=tmp_path, vocab_size=300))
     assert not (tmp_path / "t").exists()

@@ -18,6 +18,7 @@ from pretrain.batching.order import BatchSequences
 from pretrain.batching.vocabulary import build_vocabulary
 from pretrain.corpus import build, shards, words
 from pretrain.corpus.build import build_corpus
+from pretrain.corpus.options import CorpusOptions
 from pretrain.corpus.reader import open_corpus
 from pretrain.corpus.tokenizer import load_tokenizer
 from pretrain.corpus.words import WordBoundaries, segmented_word_starts, word_boundaries
@@ -176,15 +177,12 @@ def test_jieba_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, vocab
     monkeypatch.setitem(sys.modules, "jieba", None)
     (tmp_path / "s.txt").write_text("你好\n", encoding="utf-8")
     with pytest.raises(UserError, match="pip install jieba"):
-        build_corpus(tmp_path / "s.txt", vocabulary_folder, tmp_path / "c", segmenter="jieba")
+        build_corpus(
+            CorpusOptions(
+                source=tmp_path / "s.txt", tokenizer=vocabulary_folder, output=tmp_path / "c", segmenter="jieba"
+            )
+        )
     assert not (tmp_path / "c").exists()
-
-
-def test_an_unknown_segmenter_is_refused(tmp_path: Path, vocabulary_folder: Path) -> None:
-    """Catches a misspelt segmenter that would build a corpus without words."""
-    (tmp_path / "s.txt").write_text("你好\n", encoding="utf-8")
-    with pytest.raises(UserError, match="--segmenter: expected one of jieba, found jeiba"):
-        build_corpus(tmp_path / "s.txt", vocabulary_folder, tmp_path / "c", segmenter="jeiba")
 
 
 def test_a_tokenizer_without_marks_is_refused(
@@ -194,7 +192,11 @@ def test_a_tokenizer_without_marks_is_refused(
     (tmp_path / "s.txt").write_text("你好\n", encoding="utf-8")
     monkeypatch.setattr(build, "word_boundaries", lambda _json: None)
     with pytest.raises(UserError, match="marks words in a way that is not known"):
-        build_corpus(tmp_path / "s.txt", vocabulary_folder, tmp_path / "c", segmenter="jieba")
+        build_corpus(
+            CorpusOptions(
+                source=tmp_path / "s.txt", tokenizer=vocabulary_folder, output=tmp_path / "c", segmenter="jieba"
+            )
+        )
 
 
 @pytest.fixture
@@ -233,8 +235,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_a_segmented_corpus(tmp_path: Path, chinese: Path, source: Path) -> None:
     """Catches words that are not jieba's, bytes that depend on the workers, bits read off by some, and a fingerprint
     that does not know the words: masks of one corpus would be taken for those of another."""
-    build_corpus(source, chinese, tmp_path / "one", workers=1, segmenter="jieba")
-    build_corpus(source, chinese, tmp_path / "two", workers=2, segmenter="jieba")
+    build_corpus(CorpusOptions(source=source, tokenizer=chinese, output=tmp_path / "one", workers=1, segmenter="jieba"))
+    build_corpus(CorpusOptions(source=source, tokenizer=chinese, output=tmp_path / "two", workers=2, segmenter="jieba"))
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     corpus = open_corpus(tmp_path / "one")
     assert len(corpus.manifest.shards) > 3
@@ -268,11 +270,13 @@ def test_a_segmented_corpus(tmp_path: Path, chinese: Path, source: Path) -> None
         "the|knowns|of|film",
     ]
 
-    plain = build_corpus(source, chinese, tmp_path / "plain", workers=1)
+    plain = build_corpus(CorpusOptions(source=source, tokenizer=chinese, output=tmp_path / "plain", workers=1))
     assert open_corpus(tmp_path / "plain").read_word_starts(starts, lengths) is None
     assert plain.fingerprint != corpus.fingerprint
     with pytest.raises(UserError, match="another segmenter"):
-        build_corpus(source, chinese, tmp_path / "plain", workers=1, segmenter="jieba")
+        build_corpus(
+            CorpusOptions(source=source, tokenizer=chinese, output=tmp_path / "plain", workers=1, segmenter="jieba")
+        )
 
 
 @needs_jieba
@@ -280,7 +284,9 @@ def test_a_killed_segmented_build_goes_on_to_the_same_bytes(
     tmp_path: Path, chinese: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches word starts that slip against their tokens on resumption, and shards with and without in one corpus."""
-    build_corpus(source, chinese, tmp_path / "whole", workers=1, segmenter="jieba")
+    build_corpus(
+        CorpusOptions(source=source, tokenizer=chinese, output=tmp_path / "whole", workers=1, segmenter="jieba")
+    )
     real, calls = shards.write_shard, iter(range(10))
 
     def dying(*args: Any) -> None:
@@ -291,11 +297,13 @@ def test_a_killed_segmented_build_goes_on_to_the_same_bytes(
     with monkeypatch.context() as patch:
         patch.setattr(shards, "write_shard", dying)
         with pytest.raises(KeyboardInterrupt):
-            build_corpus(source, chinese, tmp_path / "c", workers=1, segmenter="jieba")
+            build_corpus(
+                CorpusOptions(source=source, tokenizer=chinese, output=tmp_path / "c", workers=1, segmenter="jieba")
+            )
     assert (tmp_path / "c.partial" / "shard-00002.arrow").exists()
     with pytest.raises(UserError, match="another segmenter"):
-        build_corpus(source, chinese, tmp_path / "c", workers=1)
-    build_corpus(source, chinese, tmp_path / "c", workers=1, segmenter="jieba")
+        build_corpus(CorpusOptions(source=source, tokenizer=chinese, output=tmp_path / "c", workers=1))
+    build_corpus(CorpusOptions(source=source, tokenizer=chinese, output=tmp_path / "c", workers=1, segmenter="jieba"))
     assert contents(tmp_path / "c") == contents(tmp_path / "whole")
 
 
@@ -321,7 +329,7 @@ def test_jieba_is_quiet_and_leaves_no_cache(tmp_path: Path) -> None:
 @pytest.mark.parametrize("unit", ["word", "span"])
 def test_segmented_words_are_masked_as_a_whole(tmp_path: Path, chinese: Path, source: Path, unit: Any) -> None:
     """Catches half Chinese words, from the raw text to the mask, and a share that is not the rate."""
-    build_corpus(source, chinese, tmp_path / "c", workers=1, segmenter="jieba")
+    build_corpus(CorpusOptions(source=source, tokenizer=chinese, output=tmp_path / "c", workers=1, segmenter="jieba"))
     corpus = open_corpus(tmp_path / "c")
     lengths = np.concatenate(list(corpus.document_lengths())).astype(np.int64)
     starts = np.cumsum(lengths) - lengths

@@ -22,7 +22,7 @@ WORDS = ("zedwilmar", "##zzed", "q")
 def extended(wordpiece: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("extended")
     (folder / "words").write_text("\n".join(WORDS))
-    extend_tokenizer(str(wordpiece), str(folder / "words"), str(folder / "tokenizer"))
+    extend_tokenizer(wordpiece, folder / "words", folder / "tokenizer")
     return folder / "tokenizer"
 
 

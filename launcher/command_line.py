@@ -1,0 +1,263 @@
+"""Parse the command line into typed options, and print the help.
+
+A command is a function of one argument, a `Section` whose fields are the command's flags: name, type, default, checks
+and help text (the string literal below the field). Fire, which dispatches the commands, would call a function first and
+report an unknown flag afterwards, and would read values as Python literals; so the line is parsed and checked here.
+
+- `--flag value`, `--flag=value`; `-` and `_` are the same in names of flags. A `bool` field is a switch.
+- A field annotated with `Positional` is also accepted by position.
+- A field of type `dict[str, str]` collects `--section.key=value` overrides: dotted key -> raw text.
+"""
+
+import inspect
+import re
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import ValidationError
+
+from experiment.config import Metavar, Positional, Section, nearest
+from experiment.config.fields import describe_field, members
+from experiment.errors import UserError
+
+Command = Callable[[Any], None]
+"""A function of its options, a subclass of `Section`."""
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag of a command."""
+
+    name: str
+    types: tuple[Any, ...]  # what its values may be
+    positional: bool
+    required: bool
+    default: Any
+    metavar: str  # empty for a switch
+    meaning: str
+    expected: str  # 'a whole number > 0'
+
+    @property
+    def is_switch(self) -> bool:
+        return self.types == (bool,)
+
+
+def is_help_request(argv: Sequence[str]) -> bool:
+    """Whether the command line is empty or asks for help."""
+    return not argv or "--help" in argv or "-h" in argv
+
+
+def parse_command_line(argv: Sequence[str], commands: Mapping[str, Command]) -> tuple[str, Section]:
+    """The command's name and its options.
+
+    Raises UserError for an unknown command or flag (naming the nearest known one), a stray argument, a flag without its
+    value, a missing required flag, and a value of the wrong type or out of range.
+    """
+    name, command = find_command(argv, commands)
+    options_type = options_of(command)
+    try:
+        texts, overrides = _split(argv[1:], options_type)
+        return name, _build_options(options_type, texts, overrides)
+    except _UsageError as error:
+        raise UserError(f"{error} (deepcloze {name} --help)") from None
+
+
+def find_command(argv: Sequence[str], commands: Mapping[str, Command]) -> tuple[str, Command]:
+    """The command that a command line begins with. Raises UserError for an unknown one."""
+    name = argv[0].replace("-", "_")
+    if name not in commands:
+        raise UserError(f"unknown command '{argv[0]}'{nearest(name, list(commands))}; see `deepcloze --help`")
+    return name, commands[name]
+
+
+def options_of(command: Command) -> type[Section]:
+    """The type of a command's only argument."""
+    (parameter,) = inspect.signature(command).parameters.values()
+    options_type: type[Section] = parameter.annotation
+    return options_type
+
+
+def flags_of(options_type: type[Section]) -> dict[str, Flag]:
+    """The flags by name, in the order of the fields."""
+    flags = {}
+    for field_name, field in options_type.model_fields.items():
+        name = field.alias or field_name
+        types = tuple(kind for kind in members(field.annotation) if kind is not type(None))
+        metavar = next((entry for entry in field.metadata if isinstance(entry, Metavar)), None)
+        if name != _overrides_field(options_type):
+            flags[name] = Flag(
+                name=name,
+                types=types,
+                positional=isinstance(metavar, Positional),
+                required=field.is_required(),
+                default=field.default,
+                metavar=metavar.name if metavar else _default_metavar(types),
+                meaning=_one_line(field.description),
+                expected=describe_field(field).removesuffix(" or null"),
+            )
+    return flags
+
+
+def help_text(argv: Sequence[str], commands: Mapping[str, Command], about: str, width: int) -> str:
+    """The overview of all commands, or the help of the command that `argv` begins with. Raises UserError."""
+    if not argv or argv[0].startswith("-"):
+        return _overview(commands, about, width)
+    return _command_help(*find_command(argv, commands), width)
+
+
+class _UsageError(UserError):
+    """A mistake that the command's help would clear up."""
+
+
+def _split(arguments: Sequence[str], options_type: type[Section]) -> tuple[dict[str, str], dict[str, str]]:
+    """(raw text by flag, raw text by config key)"""
+    flags = flags_of(options_type)
+    positional = [flag.name for flag in flags.values() if flag.positional]
+    texts: dict[str, str] = {}
+    overrides: dict[str, str] = {}
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if not argument.startswith("--"):
+            if not positional or argument.startswith("-"):
+                raise _UsageError(f"unexpected argument '{argument}'; flags are written --name=value")
+            texts[positional.pop(0)] = argument
+            continue
+        written, equals, value = argument[2:].partition("=")
+        name = written.replace("-", "_")
+        is_override = "." in written and _overrides_field(options_type) is not None
+        if not is_override and name not in flags:
+            raise _UsageError(f"unknown flag '--{written}'{nearest(f'--{name}', [f'--{known}' for known in flags])}")
+        if not equals and not is_override and flags[name].is_switch:
+            value = "true"
+        elif not equals:
+            if not rest or rest[0].startswith("--"):
+                raise _UsageError(f"--{written} needs a value: --{written}=…")
+            value = rest.pop(0)
+        if is_override:
+            overrides[written] = value
+        else:
+            texts[name] = value
+            positional = [other for other in positional if other != name]
+    return texts, overrides
+
+
+def _build_options(options_type: type[Section], texts: Mapping[str, str], overrides: Mapping[str, str]) -> Section:
+    flags = flags_of(options_type)
+    missing = [_usage(flag) for flag in flags.values() if flag.required and flag.name not in texts]
+    if missing:
+        raise _UsageError(f"missing: {', '.join(missing)}")
+    values: dict[str, Any] = {name: _value(flags[name], text) for name, text in texts.items()}
+    if field := _overrides_field(options_type):
+        values[field] = dict(overrides)
+    try:
+        return options_type(**values)
+    except ValidationError as error:
+        problems = [_explain(problem, flags, texts) for problem in error.errors()]
+        raise _UsageError("\n".join(dict.fromkeys(problems))) from None
+
+
+def _value(flag: Flag, text: str) -> Any:
+    """The value that raw text stands for; the text itself where it fits none of the flag's types."""
+    for kind in flag.types:
+        if kind is int and re.fullmatch(r"-?[0-9]+", text):
+            return int(text)
+        if kind is bool and text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        if get_origin(kind) is Literal:
+            return next((choice for choice in get_args(kind) if str(choice) == text), text)
+    return text
+
+
+def _explain(problem: Any, flags: Mapping[str, Flag], texts: Mapping[str, str]) -> str:
+    """A problem that pydantic reports, as a message about a flag."""
+    if not problem["loc"]:
+        return str(problem["ctx"]["error"])
+    flag = flags[problem["loc"][0]]
+    if problem["type"] == "value_error":
+        return f"--{flag.name}: {problem['ctx']['error']}"
+    expected = f"nothing, {flag.expected}" if flag.is_switch else flag.expected
+    choices = [str(choice) for kind in flag.types if get_origin(kind) is Literal for choice in get_args(kind)]
+    close = nearest(texts[flag.name], choices) if choices else ""
+    return f"--{flag.name}: expected {expected}, found '{texts[flag.name]}'{close if 'did you mean' in close else ''}"
+
+
+def _overrides_field(options_type: type[Section]) -> str | None:
+    """The field that collects `--section.key=value`, if the command takes a config."""
+    return next((name for name, field in options_type.model_fields.items() if field.annotation == dict[str, str]), None)
+
+
+def _default_metavar(types: Sequence[Any]) -> str:
+    if types == (bool,):
+        return ""
+    if get_origin(types[0]) is Literal:
+        return "|".join(str(choice) for choice in get_args(types[0]))
+    return "N" if types[0] is int else "VALUE"
+
+
+def _overview(commands: Mapping[str, Command], about: str, width: int) -> str:
+    rows = [(name, _description(command).partition("\n")[0]) for name, command in commands.items()]
+    return "\n".join(
+        [
+            *("usage: deepcloze COMMAND [--flag=value …]", "", _filled(about, width), "", "commands:"),
+            *_table(rows, width),
+            *("", _filled("Run `deepcloze COMMAND --help` for the flags of a command and an example.", width)),
+        ]
+    )
+
+
+def _command_help(name: str, command: Command, width: int) -> str:
+    options_type = options_of(command)
+    flags = flags_of(options_type).values()
+    usage = [_usage(flag) for flag in flags if flag.required]
+    usage += [f"[{_usage(flag)}]" for flag in flags if flag.positional and not flag.required]
+    usage += ["[flags]"] if any(not flag.required and not flag.positional for flag in flags) else []
+    rows = [(_usage(flag), _meaning(flag)) for flag in sorted(flags, key=lambda flag: not flag.required)]
+    if field := _overrides_field(options_type):
+        usage.append("[--section.key=value …]")
+        rows.append(("--section.key=value", _one_line(options_type.model_fields[field].description)))
+    description, _, example = inspect.cleandoc(command.__doc__ or "").partition("\n\nExample:\n")
+    return "\n".join(
+        [
+            *(f"usage: deepcloze {' '.join([name, *usage])}", "", _filled(description, width), "", "flags:"),
+            *_table(rows, width),
+            *("", "example:", textwrap.indent(textwrap.dedent(example).strip(), "  ")),
+        ]
+    )
+
+
+def _one_line(docstring: str | None) -> str:
+    return " ".join((docstring or "").split()).removesuffix(".")
+
+
+def _usage(flag: Flag) -> str:
+    if flag.positional:
+        return flag.metavar
+    return f"--{flag.name} {flag.metavar}".strip()
+
+
+def _meaning(flag: Flag) -> str:
+    if flag.required:
+        return f"{flag.meaning} (required)"
+    return flag.meaning if flag.default is None or flag.is_switch else f"{flag.meaning} (default: {flag.default})"
+
+
+def _description(command: Command) -> str:
+    return inspect.cleandoc(command.__doc__ or "")
+
+
+def _filled(text: str, width: int) -> str:
+    return "\n\n".join(textwrap.fill(" ".join(paragraph.split()), width) for paragraph in text.split("\n\n"))
+
+
+def _table(rows: Sequence[tuple[str, str]], width: int) -> list[str]:
+    """Two columns; the second one is wrapped."""
+    column = max(len(left) for left, _ in rows) + 4
+    return [
+        textwrap.fill(
+            right, max(width, column + 30), initial_indent=f"  {left}".ljust(column), subsequent_indent=" " * column
+        )
+        for left, right in rows
+    ]

@@ -1,0 +1,89 @@
+"""The flags of the commands, except those that make corpora (pretrain/corpus/options.py)."""
+
+from typing import Annotated
+
+from pydantic import Field, PositiveInt
+
+from experiment.config import Metavar, Positional, Section
+
+
+class PlacementOptions(Section):
+    """Which machines and devices the ranks use."""
+
+    hostfile: Annotated[str | None, Metavar("FILE")] = None
+    """Machines to run on, one `NAME slots=N` per line; default: this machine."""
+
+    num_gpus: PositiveInt | None = None
+    """Ranks per machine; default: one per GPU, or 1 on a CPU, where each rank is a process."""
+
+    include: Annotated[str | None, Metavar("FILTER")] = None
+    """GPUs to use, as HOST[:SLOT,…][@HOST…], for example localhost:0,2; on a CPU, only their number counts."""
+
+    exclude: Annotated[str | None, Metavar("FILTER")] = None
+    """GPUs not to use."""
+
+    oversubscribe: bool = False
+    """Allow more ranks than CPU cores."""
+
+
+class PretrainOptions(PlacementOptions):
+    config: Annotated[str, Metavar("FILE")]
+    """The run as YAML; see pretrain/recipes for complete examples."""
+
+    dry_run: bool = False
+    """Print the resolved config, the added environment variables and the command; start nothing."""
+
+    overrides: dict[str, str] = {}
+    """Any config key, for example --optimizer.lr=1e-4; `deepcloze config pretrain` lists them."""
+
+
+class SweepOptions(PlacementOptions):
+    config: Annotated[str, Metavar("FILE")]
+    """The run as YAML, for pretraining or fine-tuning."""
+
+    grid: Annotated[str, Metavar("GRID")]
+    """Values of any config keys, as 'KEY=VALUE,VALUE KEY=VALUE,VALUE'; put lists in brackets."""
+
+    output: Annotated[str | None, Metavar("DIR")] = None
+    """Folder for the runs and results; default: the config's run.dir with the suffix -sweep."""
+
+    metric: Annotated[str | None, Metavar("NAME")] = None
+    """Metric to compare; default: the last eval/NAME/loss of the first corpus, or the task's metric."""
+
+    dry_run: bool = False
+    """Check every point and print its command; start nothing."""
+
+    overrides: dict[str, str] = {}
+    """Any config key, applied to every run, for example --schedule.steps=500."""
+
+
+class EvaluateOptions(Section):
+    checkpoint: Annotated[str, Metavar("DIR")]
+    """Checkpoint of a run, or any Hugging Face folder with a masked-LM head."""
+
+    corpus: Annotated[str, Metavar("DIR[,DIR…]")]
+    """Folders built by `deepcloze corpus` with the model's tokenizer."""
+
+    json_output: Annotated[bool, Field(alias="json")] = False
+    """Print one JSON object on stdout: {corpus: {loss, perplexity, accuracy, masked_tokens}}."""
+
+
+class ExportOptions(Section):
+    checkpoint: Annotated[str, Metavar("DIR")]
+    """Checkpoint of a run."""
+
+    output: Annotated[str, Metavar("DIR")]
+    """Folder to write: fp32 weights as safetensors, config and tokenizer."""
+
+
+class FinetuneOptions(Section):
+    config: Annotated[str, Metavar("FILE")]
+    """The task as YAML; see finetune/recipes for complete examples."""
+
+    overrides: dict[str, str] = {}
+    """Any config key, for example --training.lr=3e-5; `deepcloze config finetune` lists them."""
+
+
+class ReportOptions(Section):
+    run: Annotated[str, Positional("RUN")]
+    """Run folder; the report is written to RUN/report."""

@@ -1,0 +1,133 @@
+"""Options of `deepcloze python_docs`, `tokenizer` and `corpus`: each field is a flag, and an argument from Python.
+
+Imports nothing heavy: `deepcloze --help` reads this module.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BeforeValidator, Field, PositiveInt, Strict, model_validator
+
+from experiment.config import Metavar, Section
+
+SourceName = str | Path | tuple[str | Path, ...]
+"""What to read: a path, glob, archive::members, hub:NAME[:SPLIT] or python-docs; several in a tuple or with commas."""
+
+PathName = Annotated[Path, Strict(False)]  # text will do
+
+
+def _compiled(pattern: object) -> object:
+    if not isinstance(pattern, str):
+        return pattern
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"'{pattern}' is not a regular expression: {error}") from None
+
+
+def _separator(text: object) -> object:
+    separator = "\t" if text in ("\\t", "tab") else text
+    if isinstance(separator, str) and (len(separator) != 1 or separator in '\r\n"'):
+        raise ValueError(f"expected one character (\\t is a tab), found {text!r}")
+    return separator
+
+
+def _lower_case(text: object) -> object:
+    return text.lower() if isinstance(text, str) else text
+
+
+class TextOptions(Section):
+    """How to read text files."""
+
+    document: Literal["line", "blank_line", "file"] = "line"
+    """What a document is in plain text: a line, a block between blank lines, or a whole file."""
+
+    document_start: Annotated[re.Pattern[str] | None, BeforeValidator(_compiled), Metavar("REGEX")] = None
+    """Instead of --document: start a document at each line that matches."""
+
+    column: Annotated[str, Metavar("NAME")] = "text"
+    """Text column of .jsonl, .csv, .tsv and .parquet files."""
+
+    sep: Annotated[str | None, BeforeValidator(_separator), Metavar("CHARACTER")] = None
+    """Separator of CSV files, as in pandas; default: a comma, in .tsv files a tab."""
+
+    quoting: Literal[0, 1, 2, 3] = 0
+    """Quoting of CSV files, as in pandas: with 3, quotes are ordinary characters; 0, 1 and 2 read alike."""
+
+    header: Annotated[Literal["infer", "0", "none"], BeforeValidator(_lower_case)] = "infer"
+    """Header of CSV files: infer (or 0) takes column names from the first row; none: there is no header."""
+
+    @model_validator(mode="after")
+    def _one_definition_of_a_document(self) -> Self:
+        if self.document_start is not None and self.document != "line":
+            raise ValueError(f"--document_start and --document {self.document} exclude each other")
+        return self
+
+
+class PythonDocsOptions(Section):
+    output: Annotated[PathName, Metavar("FILE")]
+    """The .jsonl file to write."""
+
+
+class TokenizerOptions(TextOptions):
+    """Either `source` and `vocab_size` (train a tokenizer) or `extend` and `added` (add tokens to one)."""
+
+    output: Annotated[PathName, Metavar("DIR")]
+    """Tokenizer folder to write."""
+
+    source: Annotated[SourceName | None, Metavar("PATH[,PATH…]")] = None
+    """Text to train on: files, folders and globs, as for `deepcloze corpus`."""
+
+    vocab_size: PositiveInt | None = None
+    """Size of the vocabulary, special tokens included."""
+
+    kind: Literal["wordpiece", "bpe"] = "wordpiece"
+    """WordPiece as in BERT, or byte-level BPE as in RoBERTa."""
+
+    lowercase: bool = False
+    """Lowercase the text."""
+
+    extend: Annotated[PathName | None, Metavar("DIR")] = None
+    """Instead of training: the tokenizer folder to add tokens to."""
+
+    added: Annotated[PathName | None, Metavar("FILE")] = None
+    """The words to add, one per line; for WordPiece also continuations such as ##itis."""
+
+    @model_validator(mode="after")
+    def _train_or_extend(self) -> Self:
+        to_train, to_extend = (self.source, self.vocab_size), (self.extend, self.added)
+        if not (None not in to_train and to_extend == (None, None)) and not (
+            None not in to_extend and to_train == (None, None)
+        ):
+            raise ValueError(
+                "expected --source and --vocab_size to train a tokenizer, or --extend and --added to add tokens to one"
+            )
+        return self
+
+
+class CorpusOptions(TextOptions):
+    source: Annotated[SourceName, Metavar("PATH[,PATH…]")]
+    """Files, folders and globs of .txt, .jsonl, .csv, .tsv or .parquet, plain or compressed (.gz, .zst); members of
+    an archive as a.zip::*.txt; hub:NAME[:SPLIT]; or python-docs."""
+
+    tokenizer: Annotated[PathName, Metavar("DIR")]
+    """Hugging Face tokenizer folder, or a folder with just a vocab.txt."""
+
+    output: Annotated[PathName, Metavar("DIR")]
+    """Corpus folder to write."""
+
+    workers: PositiveInt | None = None
+    """Number of tokenizing processes; default: one per core."""
+
+    seed: Annotated[int, Field(ge=0)] = 42
+    """Seed of the draws of --holdout and --limit."""
+
+    limit: PositiveInt | None = None
+    """Keep only N documents, drawn at random."""
+
+    holdout: PositiveInt | None = None
+    """Put N documents, drawn at random, into the corpus DIR-heldout instead."""
+
+    segmenter: Literal["jieba"] | None = None
+    """Find the words of Chinese text for whole-word and span masking; needs `pip install jieba`."""

@@ -1,0 +1,205 @@
+import re
+from typing import Annotated, Any, Literal, Self
+
+import pytest
+from pydantic import Field, PositiveInt, field_validator, model_validator
+
+from experiment.config import Metavar, Positional, Section
+from experiment.errors import UserError
+from launcher.command_line import Command, flags_of, help_text, is_help_request, parse_command_line
+
+
+class TrainOptions(Section):
+    config: Annotated[str, Metavar("FILE")]
+    """What
+    to train."""
+
+    ranks: PositiveInt | None = None
+    """Number of ranks."""
+
+    seed: int = 42
+    """Seed of the order."""
+
+    unit: Literal["line", "file"] = "line"
+    """What is read."""
+
+    quoting: Literal[0, 3] = 0
+    """How it is read."""
+
+    dry_run: bool = False
+    """Print the plan only."""
+
+    overrides: dict[str, str] = {}
+    """Any key."""
+
+    @field_validator("config")
+    @classmethod
+    def _no_folder(cls, config: str) -> str:
+        if config.endswith("/"):
+            raise ValueError(f"'{config}' is a folder")
+        return config
+
+    @model_validator(mode="after")
+    def _ranks_of_a_file(self) -> Self:
+        if self.unit == "file" and self.ranks is not None:
+            raise ValueError("--unit file takes no --ranks")
+        return self
+
+
+class ShowOptions(Section):
+    run: Annotated[str, Positional("RUN")]
+    """The folder."""
+
+    key: Annotated[str | None, Positional("KEY")] = None
+    """One key of it."""
+
+    as_json: Annotated[bool, Field(alias="json")] = False
+    """As JSON."""
+
+
+def train(options: TrainOptions) -> None:
+    """Train a model.
+
+    In many steps.
+
+    Example:
+        deepcloze train --config a.yaml
+    """
+
+
+def show(options: ShowOptions) -> None:
+    """Show a run.
+
+    Example:
+        deepcloze show a
+    """
+
+
+COMMANDS: dict[str, Command] = {"train": train, "show": show}
+
+
+def parsed(line: str) -> dict[str, Any]:
+    """The options of a line of words separated by |."""
+    name, options = parse_command_line(line.split("|"), COMMANDS)
+    assert isinstance(options, {"train": TrainOptions, "show": ShowOptions}[name])
+    return dict(options)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "2024_01",
+        "a,b",
+        "run#1",
+        "1e5",
+        "0x10",
+        "[1,2]",
+        "None",
+        "True",
+        "'q'",
+        '"',
+        "a=b",
+        "-1",
+        "-",
+        "",
+        "a b",
+        "ü",
+        "{x: 1}",
+    ],
+)
+def test_text_arrives_as_it_was_typed(text: str):
+    """Catches values read as Python or YAML: 2024_01 as 202401, run#1 as run, a,b as a tuple."""
+    assert parsed(f"train|--config={text}")["config"] == text
+    assert parsed(f"train|--config|{text}")["config"] == text
+    assert parsed(f"train|--config=c|--a.b={text}")["overrides"] == {"a.b": text}
+    assert parsed(f"train|--config=c|--a.b|{text}")["overrides"] == {"a.b": text}
+
+
+def test_numbers_switches_and_defaults():
+    """Catches a switch that swallows the next word, and numbers that arrive as text."""
+    assert parsed("train|--dry_run|--ranks|2|--config|c|--quoting=3") == dict(
+        TrainOptions(config="c", ranks=2, dry_run=True, quoting=3)
+    )
+    assert parsed("train|--dry-run=false|--seed=7|--config=c") == dict(TrainOptions(config="c", seed=7))
+
+
+def test_override_keys_stay_as_they_are():
+    """Catches `-` becoming `_` in a key, which would rename a corpus, and a lost order of overrides."""
+    overrides = parsed("train|--config=c|--corpus.eval.my-news=d|--a.b=1|--a.b=2")["overrides"]
+    assert list(overrides.items()) == [("corpus.eval.my-news", "d"), ("a.b", "2")]
+
+
+def test_a_positional_argument():
+    """Catches `deepcloze report RUN` not finding RUN, by place or by name."""
+    expected = {"run": "a/b", "key": None, "as_json": True}
+    assert parsed("show|a/b|--json") == parsed("show|--json|--run=a/b") == expected
+    assert parsed("show|a/b|c|--json") == parsed("show|--run=a/b|c|--json") == expected | {"key": "c"}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("trian", "unknown command 'trian'; did you mean 'train'?"),
+        ("train|--config=c|--rank=2", "unknown flag '--rank'; did you mean '--ranks'?"),
+        ("train|--config=c|--overrides={}", "unknown flag '--overrides'"),
+        ("show|a|--x.y=1", "unknown flag '--x.y'"),
+        ("train|--config=c|stray", "unexpected argument 'stray'"),
+        ("train|--config=c|--dry_run|true", "unexpected argument 'true'"),
+        ("train|--config=c|-x", "unexpected argument '-x'"),
+        ("show|a|b|c", "unexpected argument 'c'"),
+        ("show|--run=a|b|c", "unexpected argument 'c'"),
+        ("train|--config", "--config needs a value"),
+        ("train|--config|--dry_run", "--config needs a value"),
+        ("train|--config=c|--a.b", "--a.b needs a value"),
+        ("train|--dry_run", "missing: --config FILE"),
+        ("show", "missing: RUN"),
+        ("train|--config=c|--ranks=two", "--ranks: expected a whole number > 0, found 'two'"),
+        ("train|--config=c|--ranks=1_0", "--ranks: expected a whole number > 0, found '1_0'"),
+        ("train|--config=c|--ranks=0", "--ranks: expected a whole number > 0, found '0'"),
+        ("train|--config=c|--seed=1.5", "--seed: expected a whole number, found '1.5'"),
+        ("train|--config=c|--unit=lin", "--unit: expected 'line' or 'file', found 'lin'; did you mean 'line'?"),
+        ("train|--config=c|--quoting=1", "--quoting: expected 0 or 3, found '1' (deepcloze train --help)"),
+        ("train|--config=c/", "--config: 'c/' is a folder (deepcloze train --help)"),
+        ("train|--config=c|--unit=file|--ranks=1", "--unit file takes no --ranks (deepcloze train --help)"),
+        ("train|--config=c|--dry_run=maybe", "--dry_run: expected nothing, true or false, found 'maybe'"),
+        ("train|--config=c|--", "unknown flag '--'"),
+    ],
+)
+def test_mistakes_are_refused_before_anything_runs(line: str, message: str):
+    """Catches a mistake that is found after the command has run, or read as something else."""
+    with pytest.raises(UserError, match=re.escape(message)):
+        parsed(line)
+
+
+def test_flags_come_from_the_fields():
+    """Catches help that drifts from what the command takes."""
+    config, ranks, *_, dry_run = flags_of(TrainOptions).values()
+    assert (config.metavar, config.meaning, config.required, config.types) == ("FILE", "What to train", True, (str,))
+    assert (ranks.required, ranks.types, ranks.metavar) == (False, (int,), "N")
+    assert (dry_run.is_switch, dry_run.metavar) == (True, "")
+
+
+@pytest.mark.parametrize("line", ["", "--help", "-h", "train|--help", "train|--config|c|-h"])
+def test_asking_for_help(line: str):
+    """Catches a command that runs although help was asked for."""
+    assert is_help_request(line.split("|") if line else [])
+    assert not is_help_request(["train", "--config", "c"])
+
+
+def test_help_teaches():
+    """Catches a flag, default or example missing from the help, and lines wider than the terminal."""
+    page = help_text(["train", "--help"], COMMANDS, "about", width=60)
+    assert page.splitlines()[0] == "usage: deepcloze train --config FILE [flags] [--section.key=value …]"
+    for part in (
+        "In many steps.",
+        "What to train (required)",
+        "Seed of the order (default: 42)",
+        "--unit line|file",
+        "How it is read (default: 0)",
+        "--section.key=value  Any key",
+    ):
+        assert part in page
+    assert page.endswith("example:\n  deepcloze train --config a.yaml")
+    overview = help_text([], COMMANDS, "about " * 30, width=60)
+    assert "  train  Train a model." in overview
+    assert max(map(len, overview.splitlines())) <= 60
