@@ -29,8 +29,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from experiment.tokenizer import load_tokenizer
 from experiment.tracking.jsonl import read_events
-from pretrain.corpus.tokenizer import load_tokenizer
 
 METRIC = "eval/held_out/loss"
 

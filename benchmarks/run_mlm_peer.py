@@ -23,7 +23,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from pretrain.corpus.tokenizer import load_tokenizer
+from experiment.tokenizer import load_tokenizer
 
 
 class _Watch(TrainerCallback):  # type: ignore[misc]

@@ -26,12 +26,13 @@ from experiment.errors import UserError
 from experiment.files import sha256, write_json, write_text
 from experiment.provenance import ancestors_of, collect_provenance, write_provenance
 from experiment.run_folder import Outcome, RunFolder, open_run_folder
+from experiment.tokenizer import load_any_tokenizer
 from experiment.tracking.console import terminal
 from experiment.tracking.tracker import Tracker, open_trackers
 from finetune.config import FinetuneConfig
 from finetune.figures import draw_confusion, draw_curves
 from finetune.metrics import confusion_matrix, spread
-from finetune.model import Initialisation, build_model, load_tokenizer, read_architecture, save_model
+from finetune.model import Initialisation, build_model, read_architecture, save_model
 from finetune.tasks.examples import Examples, make_examples
 from finetune.tasks.kinds import KINDS, balanced_weights
 from finetune.tasks.rows import Table, TableFormat, read_table
@@ -140,7 +141,7 @@ def read_splits(config: FinetuneConfig) -> tuple[dict[str, Table], tuple[str, ..
 def make_task(config: FinetuneConfig, start: Initialisation, tables: Mapping[str, Table]) -> Task:
     """Tokenise. Raises UserError for an unknown label, or sequences longer than the model's positions."""
     kind = KINDS[config.task.kind]
-    tokenizer = load_tokenizer(start.folder)
+    tokenizer = load_any_tokenizer(start.folder, needed=("pad_token",))
     architecture = read_architecture(start, tokenizer)
     length = config.model.max_seq_length
     if architecture.max_length is not None and length > architecture.max_length:
@@ -221,7 +222,9 @@ def run_seed(
     for left_over in (aside, final):
         shutil.rmtree(left_over, ignore_errors=True)
     aside.mkdir()
-    tokenizer = load_tokenizer(start.folder)  # afresh: tokenising left its settings behind in the other one
+    tokenizer = load_any_tokenizer(
+        start.folder, needed=("pad_token",)
+    )  # afresh: tokenising left its settings behind in the other one
     save_model(model, tokenizer, config.model.max_seq_length, aside / "model")
     _write_csv(aside / "epochs.csv", list(epochs[0]), [list(row.values()) for row in epochs])
     for split, probabilities in fitted.probabilities.items():

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from experiment.checkpoints import find_model_folder, read_state
 from experiment.config import build_config
 from experiment.errors import UserError
+from experiment.tokenizer import load_tokenizer, tokenizer_fingerprint
 from pretrain.batching.batch import Microbatch
 from pretrain.batching.batch_maker import BatchMaker, MaskedCorpus
 from pretrain.batching.loader import load_batches
@@ -31,7 +32,6 @@ from pretrain.batching.sequences import open_index
 from pretrain.batching.vocabulary import Vocabulary, build_vocabulary
 from pretrain.config import MaskingConfig, ModelConfig
 from pretrain.corpus.reader import Corpus, open_corpus
-from pretrain.corpus.tokenizer import load_tokenizer, tokenizer_fingerprint
 from pretrain.modeling.build import build_model, resolve_config, usable_positions
 from pretrain.modeling.masked_lm import MaskedLanguageModel, Predictions
 from pretrain.world import World

@@ -11,10 +11,10 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 from experiment.checkpoints import find_model_folder, read_state
 from experiment.errors import UserError
 from experiment.run_folder import RunFolder
+from experiment.tokenizer import load_tokenizer, tokenizer_fingerprint
 from pretrain.batching.vocabulary import Vocabulary, build_vocabulary
 from pretrain.config import CorpusConfig, PretrainConfig
 from pretrain.corpus.reader import Corpus, open_corpus
-from pretrain.corpus.tokenizer import load_tokenizer, tokenizer_fingerprint
 from pretrain.engine.engine import check_ds_config, check_offload, check_precision
 from pretrain.engine.settings import find_ds_config, read_ds_config
 from pretrain.modeling.build import check_tokenizer, resolve_config, skeleton, usable_positions

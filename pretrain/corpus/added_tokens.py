@@ -8,12 +8,8 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer
 
 from experiment.errors import UserError
-from pretrain.corpus.tokenizer import (
-    load_tokenizer,
-    new_folder,
-    save_tokenizer,
-    vocabulary_size,
-)
+from experiment.tokenizer import load_tokenizer, save_tokenizer, vocabulary_size
+from pretrain.corpus.tokenizer import new_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -27,6 +27,7 @@ import xxhash
 from filelock import FileLock, Timeout
 
 from experiment.errors import UserError
+from experiment.tokenizer import load_tokenizer, save_tokenizer, tokenizer_fingerprint, vocabulary_size
 from pretrain.corpus import encoding
 from pretrain.corpus.encoding import Encoded, Encoder, Vocabulary
 from pretrain.corpus.formats import Document, Reading
@@ -35,13 +36,7 @@ from pretrain.corpus.options import CorpusOptions, TextOptions
 from pretrain.corpus.progress_bar import Progress
 from pretrain.corpus.shards import Position, ShardWriter
 from pretrain.corpus.sources import Source, find_sources, read_documents
-from pretrain.corpus.tokenizer import (
-    load_tokenizer,
-    save_tokenizer,
-    tokenizer_fingerprint,
-    vocabulary_of,
-    vocabulary_size,
-)
+from pretrain.corpus.tokenizer import vocabulary_of
 from pretrain.corpus.words import segmenter_identity, word_boundaries
 from pretrain.corpus.workers import worker_pool
 

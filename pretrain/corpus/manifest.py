@@ -1,14 +1,12 @@
 """manifest.json: what a corpus folder holds, and the checksums that prove it."""
 
-import hashlib
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from experiment.errors import UserError
+from experiment.files import json_digest, write_json
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -78,17 +76,14 @@ class Manifest:
     @property
     def fingerprint(self) -> str:
         """Identity of the tokens, of their word starts, and of the tokenizer that gives them a meaning."""
-        return digest_of([self.recipe.tokenizer, *([shard.rows, shard.tokens, shard.content] for shard in self.shards)])
-
-
-def digest_of(value: Any) -> str:
-    """Short sha256 of a JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=True).encode()).hexdigest()[:32]
+        return json_digest(
+            [self.recipe.tokenizer, *([shard.rows, shard.tokens, shard.content] for shard in self.shards)]
+        )
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `folder/manifest.json`, on disk when this returns."""
-    write_json_durably(
+    write_json(
         folder / MANIFEST,
         {
             "format": FORMAT,
@@ -105,6 +100,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
             "recipe": asdict(manifest.recipe),
             "shards": [asdict(shard) for shard in manifest.shards],
         },
+        indent=1,
     )
 
 
@@ -137,30 +133,6 @@ def read_manifest(folder: Path) -> Manifest:
     if manifest.fingerprint != recorded:
         raise UserError(f"{path} is damaged: its shards do not give the fingerprint it records; build the corpus again")
     return manifest
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_json_durably(path: Path, value: Any) -> None:
-    """Replace a JSON file: after a crash or a power cut there is the old one or the new one, never a part."""
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    sync(aside)
-    aside.replace(path)
-    sync(path.parent)
-
-
-def sync(*paths: Path) -> None:
-    """Wait until these files or folders (their lists of names) are on disk."""
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def percentiles(lengths: Iterable[tuple[int, int]]) -> dict[str, int]:

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from experiment.errors import UserError
-from pretrain.corpus.manifest import TOKENIZER, Manifest, file_sha256, read_manifest
+from experiment.files import sha256
+from pretrain.corpus.manifest import TOKENIZER, Manifest, read_manifest
 from pretrain.corpus.shards import MappedShard, map_shard, row_lengths
 from pretrain.corpus.words import BoolArray
 
@@ -95,7 +96,7 @@ class Corpus:
     def verify(self) -> None:
         """Read every shard and compare it with its checksum. Raises UserError that names the first damaged one."""
         for shard in self.manifest.shards:
-            if file_sha256(self.path / shard.file) != shard.sha256:
+            if sha256(self.path / shard.file) != shard.sha256:
                 raise UserError(f"{self.path / shard.file} is damaged: it has not the sha256 that the manifest records")
 
     @cached_property

@@ -21,15 +21,13 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from experiment.errors import UserError
+from experiment.files import fsync, sha256, write_json
 from pretrain.corpus.encoding import Counts, Encoded, TokenIds
 from pretrain.corpus.manifest import (
     Manifest,
     Recipe,
     Shard,
-    file_sha256,
     percentiles,
-    sync,
-    write_json_durably,
     write_manifest,
 )
 from pretrain.corpus.words import BoolArray
@@ -138,9 +136,9 @@ class ShardWriter:
         for entry, shard in zip(self.finished, manifest.shards, strict=True):
             (self.partial / entry.shard.file).replace(self.partial / shard.file)
         (self.partial / JOURNAL).unlink()
-        sync(self.partial)
+        fsync(self.partial)
         self.partial.replace(self.folder)
-        sync(self.folder.parent)
+        fsync(self.folder.parent)
 
     def discard_if_useless(self) -> None:
         """Leave nothing behind where no shard was finished."""
@@ -167,13 +165,14 @@ class ShardWriter:
             words=self._words,
             text_bytes=self._text_bytes,
             bytes=path.stat().st_size,
-            sha256=file_sha256(path),
+            sha256=sha256(path),
             content=content.hexdigest(),
         )
         self.finished.append(Finished(shard, position, self._empty))
-        write_json_durably(
+        write_json(
             self.partial / JOURNAL,
             {"arguments": self._arguments, "finished": [asdict(entry) for entry in self.finished]},
+            indent=1,
         )
         self._ids, self._lengths, self._word_starts = [], [], []
         self._tokens = self._unknown = self._words = self._text_bytes = self._empty = 0
@@ -199,11 +198,12 @@ class ShardWriter:
         features = {
             column: {"feature": {"dtype": dtype, "_type": "Value"}, "_type": "List"} for column, dtype in types.items()
         }
-        write_json_durably(
+        write_json(
             self.partial / "dataset_info.json",
             {"citation": "", "description": "", "features": features, "homepage": "", "license": ""},
+            indent=1,
         )
-        write_json_durably(
+        write_json(
             self.partial / "state.json",
             {
                 "_data_files": [{"filename": shard.file} for shard in manifest.shards],
@@ -214,6 +214,7 @@ class ShardWriter:
                 "_output_all_columns": False,
                 "_split": None,
             },
+            indent=1,
         )
 
 
@@ -239,7 +240,7 @@ def _intact(partial: Path, finished: list[Finished]) -> Iterator[Finished]:
     """The shards up to the first that is not what the journal says."""
     for entry in finished:
         path = partial / entry.shard.file
-        if not path.is_file() or path.stat().st_size != entry.shard.bytes or file_sha256(path) != entry.shard.sha256:
+        if not path.is_file() or path.stat().st_size != entry.shard.bytes or sha256(path) != entry.shard.sha256:
             return
         yield entry
 
@@ -264,7 +265,7 @@ def write_shard(path: Path, ids: TokenIds, lengths: Counts, word_starts: BoolArr
     batch = pa.record_batch(columns)
     with path.open("wb") as file, pa.ipc.new_stream(file, batch.schema) as writer:
         writer.write_batch(batch)
-    sync(path)
+    fsync(path)
 
 
 def map_shard(path: Path) -> MappedShard:

@@ -1,11 +1,5 @@
-"""Tokenizers: opened from a Hugging Face folder or a bare vocab.txt, trained on the user's text, and identified.
+"""Train a tokenizer on the user's text."""
 
-A corpus is made of token ids, which mean something only beside the tokenizer that made them. Its fingerprint says
-whether another tokenizer gives text the same ids.
-"""
-
-import json
-import re
 import shutil
 import string
 import sys
@@ -13,144 +7,20 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from experiment.errors import UserError
+from experiment.tokenizer import BERT_TOKENS, ROBERTA_TOKENS, save_tokenizer, vocabulary_size
 from pretrain.corpus.encoding import Vocabulary
 from pretrain.corpus.formats import Reading
-from pretrain.corpus.manifest import digest_of, sync
 from pretrain.corpus.options import TokenizerOptions
 from pretrain.corpus.progress_bar import Progress
 from pretrain.corpus.sources import find_sources, read_documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-# The roles a masked language model needs, under the names that BERT and RoBERTa gave them.
-_FAMILIES = (
-    {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]", "mask_token": "[MASK]"},
-    {"cls_token": "<s>", "sep_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>", "mask_token": "<mask>"},
-)
-_NEEDED = ("cls_token", "sep_token", "pad_token", "mask_token")
-
-
-def load_tokenizer(path: Path | str) -> "PreTrainedTokenizerFast":
-    """The tokenizer of a Hugging Face folder, or of a folder with just a BERT `vocab.txt`; never from the network.
-
-    Where a folder names no special tokens, those of its vocabulary are taken that have BERT's or RoBERTa's names. A
-    bare vocab.txt is uncased if no entry has an upper-case letter. Raises UserError for a folder that has no tokenizer,
-    or one without the special tokens that a masked language model needs.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise UserError(f"tokenizer: {folder} is no folder; expected a Hugging Face folder, or one with a vocab.txt")
-    tokenizer = _open_bare_vocabulary(folder) if _is_bare_vocabulary(folder) else _open_folder(folder)
-    vocabulary = tokenizer.get_vocab()
-    for family in _FAMILIES:
-        if all(token in vocabulary for token in family.values()):
-            for role, token in family.items():
-                if getattr(tokenizer, role) is None:
-                    setattr(tokenizer, role, token)
-    missing = [role for role in _NEEDED if getattr(tokenizer, role) is None]
-    if missing:
-        raise UserError(
-            f"tokenizer: {folder} has no {', '.join(missing)}; masked-language-model pretraining needs all of "
-            f"{', '.join(_NEEDED)} (`deepcloze tokenizer` trains one that has them)"
-        )
-    return tokenizer
-
-
-def _open_folder(folder: Path) -> "PreTrainedTokenizerFast":
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # what goes wrong is in the one message below
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # transformers and tokenizers raise whatever is at hand, bare Exception included
-        held = ", ".join(sorted(entry.name for entry in folder.iterdir())[:12]) or "nothing"
-        reason = f": {error}" if (folder / "tokenizer.json").is_file() else ""
-        raise UserError(
-            f"tokenizer: cannot open {folder}{reason}; expected a Hugging Face folder with a tokenizer.json, or one "
-            f"with a vocab.txt, found {held}"
-        ) from None
-    finally:
-        logging.set_verbosity(verbosity)
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise UserError(
-            f"tokenizer: {folder} holds a {type(tokenizer).__name__}, which has no tokenizer.json to convert to"
-        )
-    return tokenizer
-
-
-def _is_bare_vocabulary(folder: Path) -> bool:
-    """A vocab.txt and nothing that says it is another tokenizer's than BERT's."""
-    if not (folder / "vocab.txt").is_file() or (folder / "tokenizer.json").is_file():
-        return False
-    return _tokenizer_config(folder).get("tokenizer_class") in (None, "BertTokenizer", "BertTokenizerFast")
-
-
-def _open_bare_vocabulary(folder: Path) -> "PreTrainedTokenizerFast":
-    from transformers import BertTokenizer
-
-    path = folder / "vocab.txt"
-    try:
-        entries = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"tokenizer: cannot read {path}: {error}") from None
-    absent = [token for token in _FAMILIES[0].values() if token not in entries]
-    if absent:
-        raise UserError(f"tokenizer: {path} is no BERT vocabulary: it has no {', '.join(absent)}")
-    config = _tokenizer_config(folder)
-    names = re.compile(r"\[.*\]|<.*>")  # [CLS], [unused1], <S>
-    lowercase = not any(entry != entry.lower() for entry in entries if not names.fullmatch(entry))
-    settings = {
-        key: config[key] for key in ("tokenize_chinese_chars", "strip_accents", "model_max_length") if key in config
-    }
-    return BertTokenizer(vocab=str(path), do_lower_case=bool(config.get("do_lower_case", lowercase)), **settings)
-
-
-def _tokenizer_config(folder: Path) -> dict[str, Any]:
-    path = folder / "tokenizer_config.json"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"tokenizer: cannot read {path}: {error}") from None
-    return found if isinstance(found, dict) else {}
-
-
-def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerFast") -> str:
-    """Equal for two tokenizers that give every text the same ids.
-
-    Covers normalizer, pre-tokenizer, model, vocabulary and added tokens; not padding, truncation, post-processing, nor
-    what only matters where special tokens are recognised in text, which they never are in a corpus.
-    """
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    model = {key: value for key, value in state["model"].items() if value not in (None, "", False)}
-    model["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges", [])]
-    added = [
-        {"content": token["content"], "id": token["id"]} if token["special"] else token
-        for token in state["added_tokens"]
-    ]
-    return digest_of(
-        {
-            "normalizer": state["normalizer"],
-            "pre_tokenizer": _without(state["pre_tokenizer"], "trim_offsets"),  # moves offsets, not ids
-            "model": model,
-            "added_tokens": sorted(added, key=lambda token: int(token["id"])),
-        }
-    )
-
-
-def _without(value: Any, name: str) -> Any:
-    if isinstance(value, dict):
-        return {key: _without(below, name) for key, below in value.items() if key != name}
-    return [_without(below, name) for below in value] if isinstance(value, list) else value
 
 
 def vocabulary_of(tokenizer: "PreTrainedTokenizerFast") -> Vocabulary:
@@ -162,30 +32,6 @@ def vocabulary_of(tokenizer: "PreTrainedTokenizerFast") -> Vocabulary:
         special_ids=tuple(sorted(set(tokenizer.all_special_ids) - {unknown})),
         token_type="uint16" if vocabulary_size(tokenizer) <= 2**16 else "uint32",
     )
-
-
-def vocabulary_size(tokenizer: "PreTrainedTokenizerFast") -> int:
-    """One more than the largest id."""
-    return int(max(tokenizer.get_vocab().values())) + 1
-
-
-def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
-    """Write a Hugging Face folder: the same bytes for the same tokenizer, wherever it came from."""
-    tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.backend_tokenizer.no_padding()
-    tokenizer.save_pretrained(str(folder))
-    config = folder / "tokenizer_config.json"
-    kept = json.loads(config.read_text(encoding="utf-8"))
-    for about_the_source in (
-        "is_local",
-        "local_files_only",
-        "name_or_path",
-        "special_tokens_map_file",
-        "tokenizer_file",
-    ):
-        kept.pop(about_the_source, None)
-    config.write_text(json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
-    sync(*folder.iterdir(), folder)
 
 
 def train_tokenizer(options: TokenizerOptions) -> None:
@@ -304,7 +150,7 @@ def _finish(tokenizer: Tokenizer, kind: str) -> "PreTrainedTokenizerFast":
     """Add what turns ids into a model's input: post-processing, the roles of the special tokens."""
     from transformers import PreTrainedTokenizerFast
 
-    roles = dict(_FAMILIES[0] if kind == "wordpiece" else _FAMILIES[1])
+    roles = dict(BERT_TOKENS if kind == "wordpiece" else ROBERTA_TOKENS)
     cls, sep = roles["cls_token"], roles["sep_token"]
     # RoBERTa has one token type, and two separators between the sentences of a pair.
     pair = f"{cls} $A {sep} $B:1 {sep}:1" if kind == "wordpiece" else f"{cls} $A {sep} {sep} $B {sep}"

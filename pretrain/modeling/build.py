@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     CONFIG_MAPPING,
@@ -21,13 +20,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
-from transformers.utils import logging as transformers_logging
 
 from experiment.config import nearest
 from experiment.errors import UserError
+from experiment.hugging_face import first_position, max_positions, quiet
+from experiment.tokenizer import load_tokenizer, tokenizer_fingerprint
 from pretrain.config import ModelConfig
 from pretrain.corpus.added_tokens import check_extends, old_pieces
-from pretrain.corpus.tokenizer import load_tokenizer, tokenizer_fingerprint
 from pretrain.modeling.attention import PACKED, register_packed_attention
 from pretrain.modeling.resize import enlarge, with_positions
 
@@ -134,32 +133,25 @@ def build_model(model: ModelConfig, config: PreTrainedConfig, seed: int) -> Buil
     torch.manual_seed(seed)
     built = _continued(model, config) if model.init_from else _from_nothing(config)
     built.float()
-    first_position = _first_position(built)
-    reason = _why_not_packed(built, first_position)
+    first = first_position(built)
+    reason = _why_not_packed(built, first)
     if reason:
         built.set_attn_implementation("sdpa" if built._supports_sdpa else "eager")
         log.warning("'%s' trains padded, one sequence a row: %s", config.model_type, reason)
     if model.activation_checkpointing:
         _recompute_activations(built)
-    return BuiltModel(built, packed=reason is None, first_position=first_position)
+    return BuiltModel(built, packed=reason is None, first_position=first)
 
 
 def usable_positions(config: PreTrainedConfig) -> int | None:
     """Tokens that the model's positions suffice for, None where it has no limit."""
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is None or limit <= 0:
-        return None
-    return int(limit) - _first_position_of(config)
+    return max_positions(skeleton(config))
 
 
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """The model without weights. Raises UserError for a config that makes no model."""
     with torch.device("meta"):
         return _from_nothing(config)
-
-
-def _first_position_of(config: PreTrainedConfig) -> int:
-    return _first_position(skeleton(config))
 
 
 def _recompute_activations(model: PreTrainedModel) -> None:
@@ -170,14 +162,6 @@ def _recompute_activations(model: PreTrainedModel) -> None:
     model.config.use_cache = False  # encoders keep no cache; transformers would warn that it cannot be had besides
     # The public name of this is another one in each of the releases of transformers that we run on.
     model._set_gradient_checkpointing(gradient_checkpointing_func=partial(checkpoint, use_reentrant=False))
-
-
-def _first_position(model: nn.Module) -> int:
-    """0, or padding_idx + 1 where the position table itself has a padding row, as in the RoBERTa family."""
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            return module.padding_idx + 1
-    return 0
 
 
 def _source_config(model: ModelConfig) -> PreTrainedConfig:
@@ -192,7 +176,7 @@ def _source_config(model: ModelConfig) -> PreTrainedConfig:
 def _extended(config: PreTrainedConfig, model: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
     """The config of a folder's model with room for added tokens and positions."""
     if model.max_positions is not None:
-        first, rope = _first_position_of(config), "rope_parameters" not in (model.config or {})
+        first, rope = first_position(skeleton(config)), "rope_parameters" not in (model.config or {})
         config = with_positions(config, usable_positions(config), first, model.max_positions, rope)
     if model.added_tokens is not None:
         config.vocab_size = max(config.vocab_size, len(tokenizer))
@@ -219,24 +203,18 @@ def _from_nothing(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def _from_folder(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()  # what is missing is said below, in one line
-    transformers_logging.disable_progress_bar()  # of a second, on every rank
-    try:
-        model, report = AutoModelForMaskedLM.from_pretrained(
-            folder,
-            config=config,
-            local_files_only=True,
-            output_loading_info=True,
-            dtype=torch.float32,
-            ignore_mismatched_sizes=True,  # refused below, by name
-        )
-    except Exception as error:  # transformers raises many types for values that make no model
-        raise UserError(f"model.init_from: cannot load the weights in {folder}: {_first_line(error)}") from None
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
+    with quiet():
+        try:
+            model, report = AutoModelForMaskedLM.from_pretrained(
+                folder,
+                config=config,
+                local_files_only=True,
+                output_loading_info=True,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,  # refused below, by name
+            )
+        except Exception as error:  # transformers raises many types for values that make no model
+            raise UserError(f"model.init_from: cannot load the weights in {folder}: {_first_line(error)}") from None
     for name, there, here in sorted(report["mismatched_keys"]):
         raise UserError(
             f"model.init_from: in {folder} the shape of {name} is {list(there)}, but the config makes it {list(here)}; "

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import Progress as RichProgress
 
 from experiment.errors import UserError
-from pretrain.corpus.manifest import sync
+from experiment.files import fsync
 from pretrain.corpus.python_docs.docstrings import documents_in, prose
 from pretrain.corpus.workers import worker_pool
 
@@ -58,7 +58,7 @@ def write_python_docs(path: Path) -> None:
                 file.write(json.dumps(record._asdict(), ensure_ascii=False) + "\n")
                 counts[record.package] += 1
                 characters += len(record.text)
-        sync(partial)
+        fsync(partial)
         partial.replace(path)
     except OSError as error:
         raise UserError(f"--output {path}: cannot write: {error.strerror or error}") from None

@@ -1,5 +1,4 @@
 import json
-import logging
 import shutil
 from pathlib import Path
 
@@ -7,9 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, BertForMaskedLM, RobertaConfig, RobertaForMaskedLM
+from transformers.utils import logging
 
 from experiment.errors import UserError
-from finetune.model import Initialisation, build_model, load_tokenizer, read_architecture
+from experiment.tokenizer import load_tokenizer
+from finetune.model import Initialisation, build_model, read_architecture
 
 AUTO = "AutoModelForSequenceClassification"
 
@@ -77,11 +78,11 @@ def test_loading_says_nothing_alarming(
     encoder: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Catches transformers' progress bar and its report on a fresh head reaching the user, or its logging left off."""
-    level = logging.root.manager.disable
+    level = logging.get_verbosity()
     build_model(start(encoder))
     assert capfd.readouterr() == ("", "")
     assert not caplog.records
-    assert logging.root.manager.disable == level
+    assert logging.get_verbosity() == level
 
 
 def test_usable_length_of_bert_and_roberta(encoder: Path, tmp_path: Path) -> None:

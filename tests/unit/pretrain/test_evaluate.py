@@ -10,12 +10,12 @@ from torch import Tensor
 from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM
 
 from experiment.errors import UserError
+from experiment.tokenizer import load_tokenizer, save_tokenizer
 from pretrain.batching.batch import Microbatch
 from pretrain.batching.masking import MaskingPolicy, MaskingSchedule
 from pretrain.batching.packing import MicrobatchLayout
 from pretrain.batching.vocabulary import build_vocabulary
 from pretrain.corpus.reader import open_corpus
-from pretrain.corpus.tokenizer import load_tokenizer, save_tokenizer
 from pretrain.evaluate import HeldOut, as_metrics, evaluate, evaluate_command, held_out
 from pretrain.modeling.masked_lm import Predictions
 from pretrain.world import World

@@ -7,7 +7,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertFo
 
 from experiment.checkpoints import checkpoint_path, mark_complete
 from experiment.errors import UserError
-from pretrain.corpus.tokenizer import load_tokenizer
+from experiment.tokenizer import load_tokenizer
 from pretrain.export import export, write_hugging_face_folder
 
 TINY = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 40}

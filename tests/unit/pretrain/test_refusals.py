@@ -9,9 +9,9 @@ import yaml
 from deepspeed.accelerator import get_accelerator
 from transformers import BertConfig, BertForMaskedLM
 
+from experiment.tokenizer import load_tokenizer, save_tokenizer
 from launcher.cli import main
 from launcher.placement import cpu_cores
-from pretrain.corpus.tokenizer import load_tokenizer, save_tokenizer
 
 TINY = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 40}
 Refuse = Callable[..., str]

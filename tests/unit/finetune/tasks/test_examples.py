@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.model import load_tokenizer
+from experiment.tokenizer import load_tokenizer
 from finetune.tasks.examples import Examples, collate, evaluation_order, make_examples, training_order
 from finetune.tasks.kinds import KINDS
 from finetune.tasks.rows import Row, Table

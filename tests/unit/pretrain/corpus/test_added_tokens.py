@@ -5,11 +5,11 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from experiment.errors import UserError
+from experiment.tokenizer import load_tokenizer, save_tokenizer, tokenizer_fingerprint
 from launcher.cli import main
 from pretrain.batching.vocabulary import build_vocabulary
 from pretrain.corpus.added_tokens import check_extends, extend_tokenizer, old_pieces
 from pretrain.corpus.encoding import Encoder
-from pretrain.corpus.tokenizer import load_tokenizer, save_tokenizer, tokenizer_fingerprint
 from pretrain.corpus.tokenizer import vocabulary_of as corpus_vocabulary
 
 

@@ -18,12 +18,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiment.errors import StoppedError, UserError
+from experiment.tokenizer import load_tokenizer
 from launcher.cli import main
 from pretrain.corpus import build, shards
 from pretrain.corpus.build import HELDOUT, MAIN, Draws, build_corpus
 from pretrain.corpus.options import CorpusOptions
 from pretrain.corpus.reader import open_corpus
-from pretrain.corpus.tokenizer import load_tokenizer
 
 Build = Callable[..., Any]
 
@@ -123,8 +123,8 @@ def die_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int, be
 DEATHS = [
     (shards, "write_shard", 1, True),
     (shards, "write_shard", 3, False),
-    (shards, "write_json_durably", 2, True),
-    (shards, "write_json_durably", 4, False),
+    (shards, "write_json", 2, True),
+    (shards, "write_json", 4, False),
     (build, "save_tokenizer", 1, False),
     (shards, "write_manifest", 1, False),
     (shards.ShardWriter, "publish", 1, True),
@@ -210,7 +210,7 @@ def test_sigkill_leaves_no_workers(tmp_path: Path, source: Path, vocabulary_fold
 def interrupted(corpus: Build, name: str, **flags: Any) -> None:
     """A build that died after three shards."""
     with pytest.MonkeyPatch.context() as patch:
-        die_at(patch, shards, "write_json_durably", 3, False)
+        die_at(patch, shards, "write_json", 3, False)
         with pytest.raises(Killed):
             corpus(name, **flags)
 

@@ -13,6 +13,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from experiment.errors import UserError
+from experiment.tokenizer import load_tokenizer
 from pretrain.batching.masking import Masker, MaskingPolicy
 from pretrain.batching.order import BatchSequences
 from pretrain.batching.vocabulary import build_vocabulary
@@ -20,7 +21,6 @@ from pretrain.corpus import build, shards, words
 from pretrain.corpus.build import build_corpus
 from pretrain.corpus.options import CorpusOptions
 from pretrain.corpus.reader import open_corpus
-from pretrain.corpus.tokenizer import load_tokenizer
 from pretrain.corpus.words import WordBoundaries, segmented_word_starts, word_boundaries
 
 needs_jieba = pytest.mark.skipif(find_spec("jieba") is None, reason="the package jieba is not installed")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForMaskedLM, PreTrainedModel
 
+from experiment.tokenizer import load_tokenizer
 from pretrain.batching.batch import IGNORED, Microbatch
 from pretrain.batching.batch_maker import BatchMaker, MaskedCorpus
 from pretrain.batching.masking import Masker, MaskingPolicy
@@ -18,7 +19,6 @@ from pretrain.batching.sequences import open_index
 from pretrain.batching.vocabulary import build_vocabulary
 from pretrain.config import ModelConfig
 from pretrain.corpus.reader import open_corpus
-from pretrain.corpus.tokenizer import load_tokenizer
 from pretrain.modeling.build import BuiltModel, build_model, resolve_config
 
 WIDTH = 60

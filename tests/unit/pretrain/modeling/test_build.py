@@ -7,8 +7,8 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, BertModel, PreTrainedTokenizerFast
 
 from experiment.errors import UserError
+from experiment.tokenizer import load_tokenizer, save_tokenizer, tokenizer_fingerprint
 from pretrain.config import ModelConfig
-from pretrain.corpus.tokenizer import load_tokenizer, save_tokenizer, tokenizer_fingerprint
 from pretrain.modeling.build import build_model, check_tokenizer, resolve_config, usable_positions
 
 TINY = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40}

@@ -8,9 +8,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedTokenizerFast
 
 from experiment.errors import UserError
+from experiment.tokenizer import load_tokenizer, save_tokenizer, tokenizer_fingerprint
 from pretrain.config import ModelConfig
 from pretrain.corpus.added_tokens import extend_tokenizer, old_pieces
-from pretrain.corpus.tokenizer import load_tokenizer, save_tokenizer, tokenizer_fingerprint
 from pretrain.export import write_hugging_face_folder
 from pretrain.modeling.build import build_model, check_tokenizer, resolve_config, usable_positions
 
@@ -169,6 +169,6 @@ def test_tokenizers_that_do_not_belong_together_are_refused(
         check_tokenizer(settings, old, tmp_path)
     with pytest.raises(UserError, match=f"another tokenizer than the one in {tmp_path}"):
         check_tokenizer(ModelConfig(init_from=str(tmp_path)), new, tmp_path)
-    for folder, message in ((byte_level, "does not extend"), (tmp_path / "none", "is no folder")):
+    for folder, message in ((byte_level, "does not extend"), (tmp_path / "none", "is not a folder")):
         with pytest.raises(UserError, match=rf"model\.added_tokens: .*{message}"):
             check_tokenizer(ModelConfig(init_from=str(tmp_path), added_tokens=str(folder)), new, tmp_path)

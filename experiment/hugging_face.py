@@ -1,0 +1,42 @@
+"""What pretraining and fine-tuning need to know about transformers and its models."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' warnings and progress bars; the caller reports what matters in its own words."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def first_position(model: "nn.Module") -> int:
+    """Position id of a sequence's first token: 0, or padding_idx + 1 if the position embeddings have a padding row, as
+    in the RoBERTa family."""
+    from torch import nn
+
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return module.padding_idx + 1
+    return 0
+
+
+def max_positions(model: "PreTrainedModel") -> int | None:
+    """Length in tokens of the longest sequence the model has positions for; None if it has no limit."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    return None if limit is None or limit <= 0 else int(limit) - first_position(model)

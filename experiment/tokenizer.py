@@ -1,0 +1,185 @@
+"""Tokenizers: load, save and fingerprint them.
+
+Token ids mean nothing without the tokenizer that made them. Two tokenizers with the same fingerprint give every text
+the same ids.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiment.errors import UserError
+from experiment.files import fsync, json_digest
+from experiment.hugging_face import quiet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+# The special tokens of a masked language model, under the names that BERT and RoBERTa gave them.
+BERT_TOKENS = {
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "mask_token": "[MASK]",
+}
+ROBERTA_TOKENS = {
+    "cls_token": "<s>",
+    "sep_token": "</s>",
+    "pad_token": "<pad>",
+    "unk_token": "<unk>",
+    "mask_token": "<mask>",
+}
+_PRETRAINING_NEEDS = ("cls_token", "sep_token", "pad_token", "mask_token")
+# What transformers writes about where a tokenizer was loaded from.
+_SOURCE_KEYS = ("is_local", "local_files_only", "name_or_path", "special_tokens_map_file", "tokenizer_file")
+
+
+def load_tokenizer(path: Path | str) -> "PreTrainedTokenizerFast":
+    """A tokenizer for masked-LM pretraining, see `load_any_tokenizer`.
+
+    Raises UserError also for one that is not backed by the tokenizers library, or lacks a special token that masked-LM
+    pretraining needs.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = load_any_tokenizer(path, _PRETRAINING_NEEDS)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(
+            f"tokenizer: {path} holds a {type(tokenizer).__name__}, which cannot be converted to a tokenizer.json"
+        )
+    return tokenizer
+
+
+def load_any_tokenizer(path: Path | str, needed: Sequence[str]) -> "PreTrainedTokenizerBase":
+    """The tokenizer in a Hugging Face folder, or in a folder with just a BERT `vocab.txt`; never from the network.
+
+    If the folder does not say which tokens are special, tokens with BERT's or RoBERTa's names are used. A vocab.txt on
+    its own is uncased if no entry has an upper-case letter.
+
+    needed: special tokens it must have, such as "pad_token". Raises UserError if one is missing, or if there is no
+    tokenizer.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(f"tokenizer: {folder} is not a folder; expected a Hugging Face folder, or one with a vocab.txt")
+    tokenizer = _load_bare_vocabulary(folder) if _is_bare_vocabulary(folder) else _load_folder(folder)
+    vocabulary = tokenizer.get_vocab()
+    for family in (BERT_TOKENS, ROBERTA_TOKENS):
+        if all(token in vocabulary for token in family.values()):
+            for role, token in family.items():
+                if getattr(tokenizer, role) is None:
+                    setattr(tokenizer, role, token)
+    if missing := [role for role in needed if getattr(tokenizer, role) is None]:
+        raise UserError(
+            f"tokenizer: {folder} has no {', '.join(missing)}; needed: {', '.join(needed)} "
+            "(`deepcloze tokenizer` trains a tokenizer that has them)"
+        )
+    return tokenizer
+
+
+def _load_folder(folder: Path) -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer
+
+    with quiet():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # transformers and tokenizers raise many types, also plain Exception
+            reason = f": {error}" if (folder / "tokenizer.json").is_file() else ""
+            raise UserError(f"tokenizer: cannot load {folder}{reason}; {_expected(folder)}") from None
+    # Without a vocabulary file, some tokenizers of transformers load with their special tokens and nothing else.
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise UserError(f"tokenizer: {folder} has no vocabulary; {_expected(folder)}")
+    loaded: PreTrainedTokenizerBase = tokenizer
+    return loaded
+
+
+def _expected(folder: Path) -> str:
+    found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:12]) or "nothing"
+    return f"expected a Hugging Face folder with a tokenizer.json, or one with a vocab.txt, found {found}"
+
+
+def _is_bare_vocabulary(folder: Path) -> bool:
+    """Whether there is a vocab.txt and nothing says that it belongs to another tokenizer than BERT's."""
+    if not (folder / "vocab.txt").is_file() or (folder / "tokenizer.json").is_file():
+        return False
+    return _read_tokenizer_config(folder).get("tokenizer_class") in (None, "BertTokenizer", "BertTokenizerFast")
+
+
+def _load_bare_vocabulary(folder: Path) -> "PreTrainedTokenizerFast":
+    from transformers import BertTokenizer
+
+    path = folder / "vocab.txt"
+    try:
+        entries = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"tokenizer: cannot read {path}: {error}") from None
+    if absent := [token for token in BERT_TOKENS.values() if token not in entries]:
+        raise UserError(f"tokenizer: {path} is not a BERT vocabulary: it has no {', '.join(absent)}")
+    config = _read_tokenizer_config(folder)
+    special = re.compile(r"\[.*\]|<.*>")  # [CLS], [unused1], <S>
+    lowercase = not any(entry != entry.lower() for entry in entries if not special.fullmatch(entry))
+    settings = {
+        key: config[key] for key in ("tokenize_chinese_chars", "strip_accents", "model_max_length") if key in config
+    }
+    return BertTokenizer(vocab=str(path), do_lower_case=bool(config.get("do_lower_case", lowercase)), **settings)
+
+
+def _read_tokenizer_config(folder: Path) -> dict[str, Any]:
+    path = folder / "tokenizer_config.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"tokenizer: cannot read {path}: {error}") from None
+    return found if isinstance(found, dict) else {}
+
+
+def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
+    """Write a Hugging Face folder: the same bytes for the same tokenizer, wherever it was loaded from."""
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.save_pretrained(str(folder))
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    kept = {key: value for key, value in config.items() if key not in _SOURCE_KEYS}
+    path.write_text(json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    fsync(*folder.iterdir(), folder)
+
+
+def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerFast") -> str:
+    """Equal for two tokenizers that give every text the same ids.
+
+    Covers normalizer, pre-tokenizer, model, vocabulary and added tokens; not padding, truncation, post-processing, nor
+    how special tokens are recognised in text: in a corpus, text never gives a special token.
+    """
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = {key: value for key, value in state["model"].items() if value not in (None, "", False)}
+    model["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges", [])]
+    added = [
+        {"content": token["content"], "id": token["id"]} if token["special"] else token
+        for token in state["added_tokens"]
+    ]
+    return json_digest(
+        {
+            "normalizer": state["normalizer"],
+            "pre_tokenizer": _without(state["pre_tokenizer"], "trim_offsets"),  # changes offsets, not ids
+            "model": model,
+            "added_tokens": sorted(added, key=lambda token: int(token["id"])),
+        }
+    )
+
+
+def _without(value: Any, key: str) -> Any:
+    """A JSON value without an object key, at any depth."""
+    if isinstance(value, dict):
+        return {name: _without(below, key) for name, below in value.items() if name != key}
+    return [_without(below, key) for below in value] if isinstance(value, list) else value
+
+
+def vocabulary_size(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """Largest token id plus one."""
+    return int(max(tokenizer.get_vocab().values())) + 1
