@@ -9,7 +9,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from experiment.files import atomic_write
-from experiment.results.figures import COLOURS, GREY
+from experiment.results.figures import COLORS, GREY
 
 _WRITTEN_OUT = 25  # labels: of more, the matrix shows colours only
 
@@ -45,7 +45,7 @@ def draw_curves(path: Path, epochs: Mapping[int, Sequence[Mapping[str, float]]],
     """
     canvas = Figure(figsize=(11.0, 4.2), dpi=144, layout="constrained")
     losses, scores = canvas.subplots(1, 2)
-    for (seed, rows), colour in zip(epochs.items(), COLOURS * len(epochs), strict=False):
+    for (seed, rows), colour in zip(epochs.items(), COLORS * len(epochs), strict=False):
         x = [row["epoch"] for row in rows]
         best = max(rows, key=lambda row: row[metric])
         losses.plot(x, [row["train_loss"] for row in rows], "--.", color=colour, linewidth=1.2)

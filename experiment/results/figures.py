@@ -1,4 +1,4 @@
-"""Plots as PNG files, all in one style."""
+"""Plots as PNG files in one style."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,8 +20,8 @@ from matplotlib.ticker import (
 
 from experiment.files import atomic_write
 
-# Okabe & Ito (2008), "Color universal design": told apart by readers with any colour vision.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+# Okabe & Ito (2008), "Color universal design": distinguishable with any kind of color vision.
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 GREY = "#596579"
 INK = "#1d2430"
 
@@ -30,7 +30,7 @@ INK = "#1d2430"
 class Line:
     """One curve. Points whose y is None are left out.
 
-    smoothed: y is noisy; it is drawn pale behind its moving average. marked: measured now and then; points are shown.
+    smoothed: draw a pale line behind its moving average, for noisy values. marked: show the points, for sparse values.
     """
 
     label: str
@@ -38,22 +38,22 @@ class Line:
     y: Sequence[float | None]
     smoothed: bool = False
     marked: bool = False
-    colour: str | None = None  # default: the next of COLOURS
+    color: str | None = None  # default: the next of COLORS
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes with its curves."""
+    """One set of axes with its curves."""
 
     y_label: str
     lines: Sequence[Line]
     scale: Literal["linear", "log"] = "linear"
     percent: bool = False  # y is a fraction
-    from_zero: bool = False  # the y axis begins at 0
+    from_zero: bool = False  # the y axis starts at 0
 
 
 def draw_panels(path: Path, panels: Sequence[Panel], x_label: str = "step") -> None:
-    """Draw panels under one another with one x axis."""
+    """Draw panels below each other with a shared x axis, and save them as a PNG."""
     canvas = Canvas(figsize=(9, 1.0 + 3.2 * len(panels)), dpi=144, layout="constrained")
     column = canvas.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for axes, panel in zip(column, panels, strict=True):
@@ -65,7 +65,7 @@ def draw_panels(path: Path, panels: Sequence[Panel], x_label: str = "step") -> N
 
 
 def draw_grid(path: Path, panel: Panel, x_label: str, ticks: Mapping[float, str], log_x: bool) -> None:
-    """Draw one panel over values that were chosen: `ticks` names each of them."""
+    """Draw one panel over the values of a grid, whose labels are in `ticks`, and save it as a PNG."""
     canvas = Canvas(figsize=(9, 5), dpi=144, layout="constrained")
     axes = canvas.subplots()
     if log_x:
@@ -79,14 +79,14 @@ def draw_grid(path: Path, panel: Panel, x_label: str, ticks: Mapping[float, str]
 
 
 def draw_spread(path: Path, groups: Mapping[str, Sequence[float]], x_label: str) -> None:
-    """Draw one row a group: a dot for every value (a seed, as a rule), a bar at their mean and the mean in figures."""
+    """Draw one row per group, with a dot per value (usually a seed) and a bar at the mean, and save it as a PNG."""
     canvas = Canvas(figsize=(9, 1.2 + 0.6 * len(groups)), dpi=144, layout="constrained")
     axes = canvas.subplots()
-    for row, (values, colour) in enumerate(zip(groups.values(), _colours(len(groups)), strict=True)):
+    for row, (values, color) in enumerate(zip(groups.values(), _colors(len(groups)), strict=True)):
         mean = sum(values) / len(values)
-        axes.plot(values, [row] * len(values), "o", color=colour, alpha=0.6, markersize=8, markeredgewidth=0)
-        axes.plot([mean, mean], [row - 0.28, row + 0.28], color=colour, linewidth=2.5)
-        axes.annotate(f"{mean:.3f}", (mean, row - 0.32), ha="center", va="bottom", color=colour, fontsize=10)
+        axes.plot(values, [row] * len(values), "o", color=color, alpha=0.6, markersize=8, markeredgewidth=0)
+        axes.plot([mean, mean], [row - 0.28, row + 0.28], color=color, linewidth=2.5)
+        axes.annotate(f"{mean:.3f}", (mean, row - 0.32), ha="center", va="bottom", color=color, fontsize=10)
     axes.set_yticks(range(len(groups)), list(groups))
     axes.set_ylim(len(groups) - 0.4, -0.75)
     axes.margins(x=0.08)
@@ -96,18 +96,9 @@ def draw_spread(path: Path, groups: Mapping[str, Sequence[float]], x_label: str)
 
 
 def _draw_panel(axes: Axes, panel: Panel) -> None:
-    colours = iter(_colours(len(panel.lines)))
+    colors = iter(_colors(len(panel.lines)))
     for line in panel.lines:
-        colour = line.colour or next(colours)
-        points = [(x, y) for x, y in zip(line.x, line.y, strict=True) if y is not None]
-        if not points:
-            continue
-        x, y = [point[0] for point in points], [point[1] for point in points]
-        if line.smoothed and len(y) >= 20:
-            axes.plot(x, y, color=colour, linewidth=0.8, alpha=0.3)
-            y = moving_average(y, len(y) // 20)
-        marker = "o" if line.marked or len(y) == 1 else None
-        axes.plot(x, y, color=colour, linewidth=1.8, marker=marker, markersize=4.5, label=line.label)
+        _draw_line(axes, line, line.color or next(colors))
     if panel.scale == "log":
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -123,22 +114,34 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
     _tidy(axes, grid="both")
 
 
-def moving_average(values: Sequence[float], reach: int) -> list[float]:
-    """The mean of each value and up to `reach` neighbours on each side.
+def _draw_line(axes: Axes, line: Line, color: str) -> None:
+    points = [(x, y) for x, y in zip(line.x, line.y, strict=True) if y is not None]
+    if not points:
+        return
+    x, y = [point[0] for point in points], [point[1] for point in points]
+    if line.smoothed and len(y) >= 20:
+        axes.plot(x, y, color=color, linewidth=0.8, alpha=0.3)
+        y = moving_average(y, len(y) // 20)
+    marker = "o" if line.marked or len(y) == 1 else None
+    axes.plot(x, y, color=color, linewidth=1.8, marker=marker, markersize=4.5, label=line.label)
 
-    Near the start as few are taken after a value as before it, so that a loss that falls fast is shown as it falls; at
-    the end all of those before it, so that the curve does not end in the noise of a single value.
+
+def moving_average(values: Sequence[float], radius: int) -> list[float]:
+    """The mean of each value and up to `radius` neighbours on each side.
+
+    Near the start the neighbourhood is symmetric, so that the average follows a loss that falls fast. Near the end it
+    is not: it keeps all values on the left, so that the curve does not end in the noise of a single value.
     """
     sums = np.concatenate([[0.0], np.cumsum(np.asarray(values, dtype=np.float64))])
     index = np.arange(len(values))
-    near = np.minimum(reach, index)
+    near = np.minimum(radius, index)
     first, end = index - near, np.minimum(index + near + 1, len(values))
     means: list[float] = ((sums[end] - sums[first]) / (end - first)).tolist()
     return means
 
 
-def _colours(count: int) -> list[str]:
-    return [COLOURS[index % len(COLOURS)] for index in range(count)]
+def _colors(count: int) -> list[str]:
+    return [COLORS[index % len(COLORS)] for index in range(count)]
 
 
 def _tidy(axes: Axes, grid: Literal["x", "both"]) -> None:

@@ -1,9 +1,10 @@
-"""The report of a run: curves as PNG, a page with them, the final figures, the config and the provenance."""
+"""The report of a run: an HTML page with curves, final metrics, the config and the provenance."""
 
 import json
 import shutil
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,26 @@ from experiment.provenance import read_provenance
 from experiment.results.figures import INK, Line, Panel, draw_panels
 from experiment.results.page import Block, Code, Figure, Heading, Table, Text, write_page
 from experiment.run_folder import RunFolder
-from experiment.tracking.jsonl import read_events
+from experiment.tracking.jsonl import Event, read_events
 
 UNKNOWN = "–"
-Events = Sequence[dict[str, Any]]
+_LIBRARIES = ("torch", "deepspeed", "transformers")
+_ATTEMPT_COLUMNS = ("started", "host", "ranks", "commit", "device", *_LIBRARIES)
+
+
+@dataclass(frozen=True)
+class _Plot:
+    """One image of the page. Panels without data are not drawn."""
+
+    name: str
+    caption: str
+    panels: Sequence[Panel]
 
 
 def write_report(run: str | Path) -> Path:
-    """Write RUN/report/ with index.html and its images, return the path of index.html.
+    """Write RUN/report/index.html and its images; return the path of the page.
 
-    Raises UserError for a folder that is no run, or a run that has logged nothing yet.
+    Raises UserError if the folder is not a run, or the run has not logged anything yet.
     """
     folder = RunFolder(Path(run).absolute())
     if not folder.path.is_dir():
@@ -31,78 +42,61 @@ def write_report(run: str | Path) -> Path:
         raise UserError(
             f"{folder.path} has nothing to report: neither results.json nor an event in {folder.metrics.name}"
         )
-    return write_page(folder.report, folder.path.name, [*blocks, *origin_blocks(folder)])
+    return write_page(folder.report, folder.path.name, [*blocks, *provenance_blocks(folder)])
 
 
 def training_blocks(folder: RunFolder, directory: Path, prefix: str = "") -> list[Block]:
-    """Final figures and curves of the events in RUN/metrics.jsonl; none without events.
+    """Final metrics and curves from RUN/metrics.jsonl; empty without events.
 
-    The images go to `directory`, their names begin with `prefix`: a page may show several runs.
+    Images are written to `directory`; `prefix` keeps the images of several runs on one page apart.
     """
     events = read_events(folder.metrics)
     if not events:
         return []
     blocks: list[Block] = []
-    if corpora := evaluated_corpora(events):
+    corpora = evaluated_corpora(events)
+    if corpora:
         blocks += [Heading("Held-out text"), held_out_table(events, corpora)]
     blocks += [Heading("Training"), training_table(events)]
-    training = Line("training", *_curve(events, "loss"), smoothed=True, colour=INK)
-    plots = [
-        (
-            "loss",
-            "Loss: every log event (pale) and its moving average, and on held-out text",
-            [Panel("loss", [training, *_held_out(events, corpora, "loss")])],
-        ),
-        (
-            "perplexity",
-            "Perplexity of held-out text",
-            [Panel("perplexity", _held_out(events, corpora, "perplexity"), "log")],
-        ),
-        (
-            "accuracy",
-            "Accuracy on held-out text",
-            [Panel("accuracy", _held_out(events, corpora, "accuracy"), percent=True)],
-        ),
-        ("learning-rate", "Learning rate", [Panel("learning rate", [Line("lr", *_curve(events, "lr"))])]),
-        (
-            "gradient-norm",
-            "Gradient norm before clipping",
-            [Panel("gradient norm", [Line("norm", *_curve(events, "grad_norm"), smoothed=True)])],
-        ),
-        (
-            "throughput",
-            "Real tokens per second of all ranks, and the share of the time spent waiting for data",
-            [
-                Panel(
-                    "tokens/s",
-                    [Line("tokens/s", *_curve(events, "tokens_per_second"), smoothed=True)],
-                    from_zero=True,
-                ),
-                Panel(
-                    "data wait",
-                    [Line("wait", *_curve(events, "data_wait"), smoothed=True)],
-                    percent=True,
-                    from_zero=True,
-                ),
-            ],
-        ),
-    ]
-    for name, caption, panels in plots:
-        shown = [panel for panel in panels if any(line.x for line in panel.lines)]
+    for plot in _plots(events, corpora):
+        shown = [panel for panel in plot.panels if any(line.x for line in panel.lines)]
         if shown:
-            file = f"{prefix}{name}.png"
+            file = f"{prefix}{plot.name}.png"
             draw_panels(directory / file, shown)
-            blocks.append(Figure(file, caption))
+            blocks.append(Figure(file, plot.caption))
     return blocks
 
 
+def _plots(events: Sequence[Event], corpora: Sequence[str]) -> list[_Plot]:
+    loss = [_training_line(events, "loss", color=INK), *_held_out_lines(events, corpora, "loss")]
+    loss_caption = "Training loss (pale: each log event; solid: moving average) and loss on held-out text"
+    perplexity = Panel("perplexity", _held_out_lines(events, corpora, "perplexity"), "log")
+    accuracy = Panel("accuracy", _held_out_lines(events, corpora, "accuracy"), percent=True)
+    learning_rate = Panel("learning rate", [Line("lr", *_curve(events, "lr"))])
+    gradient_norm = Panel("gradient norm", [_training_line(events, "grad_norm")])
+    speed = Panel("tokens/s", [_training_line(events, "tokens_per_second")], from_zero=True)
+    wait = Panel("data wait", [_training_line(events, "data_wait")], percent=True, from_zero=True)
+    speed_caption = "Tokens per second over all ranks, without padding, and the share of time spent waiting for data"
+    return [
+        _Plot("loss", loss_caption, [Panel("loss", loss)]),
+        _Plot("perplexity", "Perplexity on held-out text", [perplexity]),
+        _Plot("accuracy", "Accuracy on held-out text", [accuracy]),
+        _Plot("learning-rate", "Learning rate", [learning_rate]),
+        _Plot("gradient-norm", "Gradient norm before clipping", [gradient_norm]),
+        _Plot("throughput", speed_caption, [speed, wait]),
+    ]
+
+
 def result_blocks(folder: RunFolder, directory: Path, prefix: str = "") -> list[Block]:
-    """Scores and images of a fine-tuning run (RUN/results.json); none for a run that is none."""
+    """Scores and images of a fine-tuning run, from RUN/results.json; empty if there is none.
+
+    Images are copied to `directory`, see `training_blocks`. Raises UserError for a damaged results.json.
+    """
     path = folder.path / "results.json"
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
         rows = [
-            [split, metric, *(f"{scores[key]:.4f}" for key in ("mean", "std", "median")), _values(scores["values"])]
+            [split, metric, *(f"{scores[key]:.4f}" for key in ("mean", "std", "median")), _joined(scores["values"])]
             for split, metrics in results["splits"].items()
             for metric, scores in metrics.items()
         ]
@@ -124,16 +118,14 @@ def result_blocks(folder: RunFolder, directory: Path, prefix: str = "") -> list[
     return blocks
 
 
-def origin_blocks(folder: RunFolder) -> list[Block]:
-    """Where the run comes from: attempts, machine and libraries, and the config."""
+def provenance_blocks(folder: RunFolder) -> list[Block]:
+    """The attempts at the run with their machines and library versions, and the config."""
     blocks: list[Block] = []
     if provenance := read_provenance(folder):
         rows = [_attempt_row(attempt) for attempt in provenance["attempts"]]
         blocks += [
             Heading("Provenance"),
-            Table(
-                ["started", "host", "ranks", "commit", "device", "torch", "deepspeed", "transformers"], rows, labels=8
-            ),
+            Table(_ATTEMPT_COLUMNS, rows, labels=len(_ATTEMPT_COLUMNS)),
             Code("provenance.json", json.dumps(provenance, indent=2, ensure_ascii=False)),
         ]
     if folder.config.is_file():
@@ -141,37 +133,36 @@ def origin_blocks(folder: RunFolder) -> list[Block]:
     return blocks
 
 
-def evaluated_corpora(events: Events) -> list[str]:
-    """The names of the corpora that were evaluated, in the order of their first evaluation."""
+def evaluated_corpora(events: Sequence[Event]) -> list[str]:
+    """Names of the held-out corpora, in the order of their first evaluation."""
     keys = [key for event in events for key in event if key.startswith("eval/")]
     return list(dict.fromkeys(key.removeprefix("eval/").rsplit("/", 1)[0] for key in keys))
 
 
-def held_out_table(events: Events, corpora: Sequence[str]) -> Table:
-    """Loss, perplexity and accuracy of each corpus at its last evaluation, and where its loss was least."""
+def held_out_table(events: Sequence[Event], corpora: Sequence[str]) -> Table:
+    """One row per corpus: loss, perplexity and accuracy at the last evaluation, and the best loss with its step."""
     rows = []
     for corpus in corpora:
         steps, losses = _curve(events, f"eval/{corpus}/loss")
-        figures = [_last(events, f"eval/{corpus}/{metric}") for metric in ("loss", "perplexity", "accuracy")]
+        last = [_last(events, f"eval/{corpus}/{metric}") for metric in ("loss", "perplexity", "accuracy")]
         best = min(zip(losses, steps, strict=True), default=None)
         rows.append(
-            [corpus, _figure(figures[0], ".4f"), _figure(figures[1], ".2f"), _figure(figures[2], ".1%")]
+            [corpus, _format(last[0], ".4f"), _format(last[1], ".2f"), _format(last[2], ".1%")]
             + ([f"{best[0]:.4f}", f"{best[1]:,}"] if best else [UNKNOWN, UNKNOWN])
         )
-    return _without_empty_columns(["corpus", "loss", "perplexity", "accuracy", "least loss", "at step"], rows)
+    return _without_empty_columns(["corpus", "loss", "perplexity", "accuracy", "best loss", "at step"], rows)
 
 
-def training_table(events: Events) -> Table:
-    """One row: how long, how far and how fast the run trained. Speed is the median of the log events."""
-    speeds, waits, mfus = (_curve(events, key)[1] for key in ("tokens_per_second", "data_wait", "mfu"))
+def training_table(events: Sequence[Event]) -> Table:
+    """One row: steps, tokens, loss, speed and memory. Speed, MFU and data wait are medians over the log events."""
     memory = max(_curve(events, "memory")[1], default=None)
     row = [
         f"{max(event['step'] for event in events):,}",
-        _figure(_last(events, "tokens"), ",.0f"),
-        _figure(_last(events, "loss"), ".4f"),
-        _figure(statistics.median(speeds) if speeds else None, ",.0f"),
-        _figure(statistics.median(mfus) if mfus else None, ".1%"),
-        _figure(statistics.median(waits) if waits else None, ".1%"),
+        _format(_last(events, "tokens"), ",.0f"),
+        _format(_last(events, "loss"), ".4f"),
+        _format(_median(events, "tokens_per_second"), ",.0f"),
+        _format(_median(events, "mfu"), ".1%"),
+        _format(_median(events, "data_wait"), ".1%"),
         UNKNOWN if memory is None else f"{memory / 2**30:.2f} GiB",
     ]
     return _without_empty_columns(
@@ -184,39 +175,49 @@ def _without_empty_columns(columns: Sequence[str], rows: Sequence[Sequence[str]]
     return Table([columns[index] for index in shown], [[row[index] for index in shown] for row in rows])
 
 
-def _held_out(events: Events, corpora: Sequence[str], metric: str) -> list[Line]:
+def _training_line(events: Sequence[Event], key: str, color: str | None = None) -> Line:
+    return Line("training", *_curve(events, key), smoothed=True, color=color)
+
+
+def _held_out_lines(events: Sequence[Event], corpora: Sequence[str], metric: str) -> list[Line]:
     return [Line(corpus, *_curve(events, f"eval/{corpus}/{metric}"), marked=True) for corpus in corpora]
 
 
-def _curve(events: Events, key: str) -> tuple[list[int], list[float]]:
-    """(steps, values) of the events that have a value for `key`."""
+def _curve(events: Sequence[Event], key: str) -> tuple[list[int], list[float]]:
+    """(steps, values) of the events in which `key` is not null."""
     points = [(event["step"], event[key]) for event in events if event.get(key) is not None]
     return [step for step, _ in points], [value for _, value in points]
 
 
-def _last(events: Events, key: str) -> float | None:
+def _last(events: Sequence[Event], key: str) -> float | None:
     values = _curve(events, key)[1]
     return values[-1] if values else None
 
 
-def _figure(value: float | None, form: str) -> str:
-    return UNKNOWN if value is None else format(value, form)
+def _median(events: Sequence[Event], key: str) -> float | None:
+    values = _curve(events, key)[1]
+    return statistics.median(values) if values else None
 
 
-def _values(values: Sequence[float]) -> str:
+def _format(value: float | None, spec: str) -> str:
+    return UNKNOWN if value is None else format(value, spec)
+
+
+def _joined(values: Sequence[float]) -> str:
     return ", ".join(f"{value:.4f}" for value in values)
 
 
-def _attempt_row(attempt: dict[str, Any]) -> list[str]:
-    git, hardware, versions = attempt.get("git"), attempt.get("hardware", {}), attempt.get("versions", {})
+def _attempt_row(attempt: Mapping[str, Any]) -> list[str]:
+    """`attempt`: as in provenance.json; keys that an older version did not write are unknown."""
+    git, versions = attempt.get("git"), attempt.get("versions", {})
     commit = f"{git['commit'][:10]}{' (changed)' if git['dirty'] else ''}" if git else UNKNOWN
-    gpus = hardware.get("gpus") or []
-    device = (
-        f"{len(gpus)} × {gpus[0]}"
-        if gpus
-        else f"{hardware.get('cores', UNKNOWN)} cores, {hardware.get('cpu', UNKNOWN)}"
-    )
     date = str(attempt.get("date", UNKNOWN)).replace("T", " ").replace("+00:00", " UTC")
-    libraries = [str(versions.get(name) or UNKNOWN) for name in ("torch", "deepspeed", "transformers")]
+    libraries = [str(versions.get(name) or UNKNOWN) for name in _LIBRARIES]
     host, ranks = (str(attempt.get(key, UNKNOWN)) for key in ("host", "world_size"))
-    return [date, host, ranks, commit, device, *libraries]
+    return [date, host, ranks, commit, _device(attempt.get("hardware", {})), *libraries]
+
+
+def _device(hardware: Mapping[str, Any]) -> str:
+    if gpus := hardware.get("gpus"):
+        return f"{len(gpus)} × {gpus[0]}"
+    return f"{hardware.get('cores', UNKNOWN)} cores, {hardware.get('cpu', UNKNOWN)}"

@@ -1,4 +1,4 @@
-"""Where the figures and messages of a run go."""
+"""What a run reports: metrics to trackers, messages to logs."""
 
 from experiment.tracking.tracker import Tracker, open_trackers
 

@@ -1,31 +1,31 @@
-"""The run on the terminal: a progress line where somebody watches, plain lines where the output is kept."""
+"""The run on the terminal: a progress bar if stderr is interactive, plain lines otherwise."""
 
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cache
 from itertools import groupby
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from experiment.run_folder import Outcome
+from experiment.tracking.metrics import Metrics
 
-RATE_EVENTS = 20  # the time left is reckoned from the pace of the last so many log events
+RATE_EVENTS = 20  # log events over which the time left is estimated
 
 
 @cache
 def terminal() -> Console:
-    """The terminal, shared by the progress line and the log messages so that neither breaks the other."""
+    """The console on stderr; the progress bar and the log messages share it so as not to overwrite each other."""
     return Console(stderr=True, highlight=False, soft_wrap=True, force_interactive=sys.stderr.isatty())
 
 
 class ConsoleTracker:
-    """Shows training events as a progress line (without a terminal: one line each), evaluations as lines of their own.
+    """Shows training events as a progress bar, or as one line each without a terminal; prints evaluations as lines.
 
-    total_steps: None where the end is not known in steps. clock: seconds, for the time left.
+    total_steps: None if the last step is not known. clock: returns seconds, for estimating the time left.
     """
 
     def __init__(
@@ -40,24 +40,24 @@ class ConsoleTracker:
         self._unit = unit
         self._console = console or terminal()
         self._clock = clock
-        self._marks: deque[tuple[float, int]] = deque(maxlen=RATE_EVENTS)
+        self._recent: deque[tuple[float, int]] = deque(maxlen=RATE_EVENTS)  # (seconds, step)
         self._progress: Progress | None = None
         if self._console.is_interactive:
             self._progress = Progress(
                 TextColumn(unit),
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[figures]}", markup=False),
+                TextColumn("{task.fields[values]}", markup=False),
                 console=self._console,
-                auto_refresh=False,  # no thread beside the training loop: each event draws the line anew
+                auto_refresh=False,  # no refresh thread: each event redraws the bar
             )
-            self._task = self._progress.add_task("", total=total_steps, completed=max(resumed_step, 0), figures="")
+            self._task = self._progress.add_task("", total=total_steps, completed=max(resumed_step, 0), values="")
             self._progress.start()
-            self._console.show_cursor(True)  # a killed process must not leave the terminal without its cursor
+            self._console.show_cursor(True)  # rich hides it; a killed process would leave it hidden
 
-    def log(self, metrics: Mapping[str, Any]) -> None:
+    def log(self, metrics: Metrics) -> None:
         if "loss" in metrics:
-            self._training(metrics)
+            self._log_training(metrics)
         if evaluation := describe_evaluation(metrics):
             self._print(f"{self._unit} {metrics['step']}: {evaluation}")
 
@@ -65,42 +65,43 @@ class ConsoleTracker:
         if self._progress is not None:
             self._progress.stop()
 
-    def _training(self, metrics: Mapping[str, Any]) -> None:
+    def _log_training(self, metrics: Metrics) -> None:
         step = metrics["step"]
-        self._marks.append((self._clock(), step))
-        figures = describe_training(metrics)
+        assert isinstance(step, int)
+        self._recent.append((self._clock(), step))
+        values = describe_training(metrics)
         if self._total is not None:
-            figures += f" · {describe_duration(self._seconds_left())} left"
+            values += f" · {describe_duration(self._seconds_left())} left"
         if self._progress is not None:
-            self._progress.update(self._task, completed=step, figures=figures, refresh=True)
+            self._progress.update(self._task, completed=step, values=values, refresh=True)
         else:
             of = "" if self._total is None else f"/{self._total}"
-            self._print(f"{self._unit} {step}{of} · {figures}")
+            self._print(f"{self._unit} {step}{of} · {values}")
 
     def _seconds_left(self) -> float | None:
-        (began, first), (now, step) = self._marks[0], self._marks[-1]
+        (start, first), (now, step) = self._recent[0], self._recent[-1]
         if step <= first or self._total is None:
             return None
-        return (self._total - step) * (now - began) / (step - first)
+        return (self._total - step) * (now - start) / (step - first)
 
     def _print(self, line: str) -> None:
         self._console.print(line, markup=False, emoji=False)
 
 
-def describe_training(metrics: Mapping[str, Any]) -> str:
-    """'loss 6.1234 · lr 5.00e-04 · 12,345 tokens/s' of the figures that the event has."""
+def describe_training(metrics: Metrics) -> str:
+    """'loss 6.1234 · lr 5.00e-04 · 12,345 tokens/s' for the keys that the event has."""
     shown = (("loss", "loss {:.4f}"), ("lr", "lr {:.2e}"), ("tokens_per_second", "{:,.0f} tokens/s"))
     return " · ".join(form.format(metrics[key]) for key, form in shown if metrics.get(key) is not None)
 
 
-def describe_evaluation(metrics: Mapping[str, Any]) -> str:
-    """'wiki loss 3.21, perplexity 24.8, accuracy 0.412 · news …' of the `eval/<corpus>/<metric>` figures."""
-    figures = [
+def describe_evaluation(metrics: Metrics) -> str:
+    """'wiki loss 3.21, perplexity 24.8, accuracy 0.412 · news …' from the keys `eval/<corpus>/<metric>`."""
+    values = [
         (*key.removeprefix("eval/").rsplit("/", 1), value) for key, value in metrics.items() if key.startswith("eval/")
     ]
     return " · ".join(
         f"{corpus} " + ", ".join(f"{metric} {_number(value)}" for _, metric, value in group)
-        for corpus, group in groupby(figures, key=lambda figure: figure[0])
+        for corpus, group in groupby(values, key=lambda value: value[0])
     )
 
 

@@ -1,7 +1,4 @@
-"""Log messages: every rank's to its own file in the run folder, those that people should see to the terminal as well.
-
-Call it after the libraries are imported, since they fit their loggers with handlers of their own then.
-"""
+"""Log messages: each rank writes its own file in the run folder; rank 0 also prints to the terminal."""
 
 import logging
 
@@ -11,27 +8,23 @@ from experiment.run_folder import RunFolder
 from experiment.tracking.console import terminal
 
 OUR_PACKAGES = frozenset({"__main__", "launcher", "pretrain", "finetune", "experiment", "benchmarks"})
-COLOURS = {logging.WARNING: "yellow", logging.ERROR: "red", logging.CRITICAL: "red"}
+COLORS = {logging.WARNING: "yellow", logging.ERROR: "red", logging.CRITICAL: "red"}
 FILE_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 def set_up_logging(folder: RunFolder, rank: int) -> None:
-    """Send what is logged to RUN/logs/rank-N.log; on rank 0 our own messages and all warnings to the terminal as well.
+    """Log to RUN/logs/rank-N.log; on rank 0, also print our messages and the libraries' warnings to the terminal.
 
-    Python's warnings go to the file only. Handlers with which libraries write to the terminal themselves are removed.
+    Python's warnings go to the file only. Removes the handlers through which libraries print to the terminal, so call
+    it after they are imported.
     """
     folder.logs.mkdir(parents=True, exist_ok=True)
     logging.captureWarnings(True)
-    for library in [
-        logger for logger in logging.root.manager.loggerDict.values() if isinstance(logger, logging.Logger)
-    ]:
-        for handler in [handler for handler in library.handlers if type(handler) is logging.StreamHandler]:
-            library.removeHandler(handler)
-            library.propagate = True
+    _remove_terminal_handlers()
     root = logging.getLogger()
-    for earlier in [handler for handler in root.handlers if isinstance(handler, _RankLog | _Terminal)]:
-        root.removeHandler(earlier)
-        earlier.close()
+    for handler in [handler for handler in root.handlers if isinstance(handler, _RankLog | _Terminal)]:
+        root.removeHandler(handler)
+        handler.close()
     root.setLevel(logging.INFO)
     log_file = _RankLog(folder.rank_log(rank), encoding="utf-8")
     log_file.setFormatter(logging.Formatter(FILE_FORMAT))
@@ -40,8 +33,17 @@ def set_up_logging(folder: RunFolder, rank: int) -> None:
         root.addHandler(_Terminal())
 
 
+def _remove_terminal_handlers() -> None:
+    """Make libraries that print their own messages pass them to the root logger instead."""
+    loggers = [logger for logger in logging.root.manager.loggerDict.values() if isinstance(logger, logging.Logger)]
+    for logger in loggers:
+        for handler in [handler for handler in logger.handlers if type(handler) is logging.StreamHandler]:
+            logger.removeHandler(handler)
+            logger.propagate = True
+
+
 class _RankLog(logging.FileHandler):
-    """A rank's log file."""
+    """A rank's log file; a class of its own so that a second set-up can replace it."""
 
 
 class _Terminal(logging.Handler):
@@ -54,6 +56,6 @@ class _Terminal(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             prefix = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
-            terminal().print(Text(prefix + self.format(record), COLOURS.get(record.levelno, "")))
+            terminal().print(Text(prefix + self.format(record), COLORS.get(record.levelno, "")))
         except Exception:
             self.handleError(record)

@@ -1,6 +1,6 @@
-"""Where the figures of a run go: console, `metrics.jsonl` and Weights & Biases, as one tracker.
+"""The trackers of a run as one: console, `metrics.jsonl` and Weights & Biases.
 
-Rank 0 alone opens trackers. A tracker that fails is reported once and never stops the run or the other trackers.
+Only rank 0 opens trackers. A tracker that fails is reported once and never stops the run or the other trackers.
 """
 
 import logging
@@ -11,15 +11,14 @@ from experiment.run_folder import Outcome, RunFolder
 from experiment.tracking.config import TrackingConfig
 from experiment.tracking.console import ConsoleTracker
 from experiment.tracking.jsonl import JsonlTracker
+from experiment.tracking.metrics import Metrics
 from experiment.tracking.weights_and_biases import WandbTracker
 
 logger = logging.getLogger(__name__)
 
-Metrics = Mapping[str, int | float | str | None]
-
 
 class Tracker(Protocol):
-    """Takes the events of a run, one flat mapping each; every event has the key `step` (finished steps)."""
+    """Records the events of a run."""
 
     def log(self, metrics: Metrics) -> None: ...
 
@@ -36,11 +35,11 @@ def open_trackers(
     parameters: Mapping[str, object],
     unit: str = "step",
 ) -> Tracker:
-    """The trackers that `config` asks for, as one.
+    """Open the trackers that `config` enables, as one.
 
-    total_steps: where the run ends, None where that is not known in steps. resumed_step: the finished steps of the
-    checkpoint that the run goes on from, -1 for a run that begins; later events in `metrics.jsonl` are dropped.
-    run_id: the same one at each attempt of a run. parameters: the resolved config. unit: what the console calls a step.
+    total_steps: the last step, None if it is not known (a time budget). resumed_step: finished steps of the checkpoint
+    that the run resumes from, -1 for a new run; later events in `metrics.jsonl` are dropped. run_id: the same for all
+    attempts of a run. parameters: the resolved config. unit: what the console calls a step.
     """
     openers: dict[str, Callable[[], Tracker]] = {
         "the console": lambda: ConsoleTracker(total_steps, resumed_step, unit),
@@ -53,12 +52,12 @@ def open_trackers(
         try:
             trackers[name] = opener()
         except Exception as error:
-            logger.warning("the tracker of %s could not be opened, the run goes on: %s", name, error)
-    return _Trackers(trackers)
+            logger.warning("could not open the tracker for %s; the run continues without it: %s", name, error)
+    return _TrackerGroup(trackers)
 
 
-class _Trackers:
-    """Several trackers as one. Each is tried at every event: a full disk may have room again at the next."""
+class _TrackerGroup:
+    """Several trackers as one. A failed tracker is tried again at every event: a full disk may have room by then."""
 
     def __init__(self, trackers: Mapping[str, Tracker]) -> None:
         self._trackers = trackers
@@ -78,5 +77,5 @@ class _Trackers:
                 if name not in self._reported:
                     self._reported.add(name)
                     logger.warning(
-                        "the tracker of %s failed, the run goes on: %s: %s", name, type(error).__name__, error
+                        "the tracker for %s failed; the run continues: %s: %s", name, type(error).__name__, error
                     )

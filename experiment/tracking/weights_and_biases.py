@@ -1,26 +1,30 @@
-"""Weights & Biases. It may be slow, misconfigured or out of reach: the run must not notice.
+"""Weights & Biases. It may be slow, misconfigured or unreachable without affecting the run.
 
-Everything that talks to W&B happens in one daemon thread that is fed by a queue. `log` therefore costs the training
-loop nothing, whatever the network does, and `close` waits for a bounded time.
+All calls to W&B are made in one daemon thread that reads a queue: `log` never blocks the training loop, and `close` has
+a timeout.
 """
 
 import logging
 import threading
 from collections.abc import Mapping
 from queue import SimpleQueue
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from experiment.run_folder import Outcome, RunFolder
 from experiment.tracking.config import TrackingConfig
+from experiment.tracking.metrics import Metrics
+
+if TYPE_CHECKING:
+    import wandb
 
 logger = logging.getLogger(__name__)
 
-INIT_SECONDS = 60.0  # to reach the server before the run is kept offline
-FINISH_SECONDS = 30.0  # to upload the rest when the run ends
+INIT_SECONDS = 60.0  # timeout for reaching the server; the run is then logged offline
+FINISH_SECONDS = 30.0  # timeout for uploading the rest when the run ends
 
 
 class WandbTracker:
-    """Logs to the W&B run `run_id`, online or offline, with `step` as the x axis; its files stand in RUN/wandb."""
+    """Logs to the W&B run `run_id`, online or offline, with `step` as the x axis. Its files are in RUN/wandb."""
 
     def __init__(
         self,
@@ -31,7 +35,7 @@ class WandbTracker:
         init_seconds: float = INIT_SECONDS,
         finish_seconds: float = FINISH_SECONDS,
     ) -> None:
-        self._events: SimpleQueue[Mapping[str, Any] | Outcome] = SimpleQueue()
+        self._events: SimpleQueue[Metrics | Outcome] = SimpleQueue()
         self._finish_seconds = finish_seconds
         self._off = False
         self._files = folder.path / "wandb"
@@ -40,7 +44,7 @@ class WandbTracker:
             "name": config.name or folder.path.name,
             "tags": config.tags,
             "id": run_id,
-            "resume": "allow",  # offline too: `wandb sync` appends a later attempt instead of replacing the first
+            "resume": "allow",  # also offline: `wandb sync` then appends a later attempt instead of replacing the first
             "config": dict(parameters),
             "dir": str(folder.path),
         }
@@ -53,7 +57,7 @@ class WandbTracker:
         self._worker = threading.Thread(target=self._work, args=(config.wandb == "online",), name="wandb", daemon=True)
         self._worker.start()
 
-    def log(self, metrics: Mapping[str, Any]) -> None:
+    def log(self, metrics: Metrics) -> None:
         if not self._off:
             self._events.put(dict(metrics))
 
@@ -70,39 +74,37 @@ class WandbTracker:
             while not isinstance(event := self._events.get(), Outcome):
                 run.log({key: value for key, value in event.items() if value is not None})
             if event is Outcome.STOPPED:
-                run.mark_preempting()  # to be resumed: neither finished nor failed
+                run.mark_preempting()  # stopped but resumable: neither finished nor failed
             run.finish(exit_code=event.exit_code)
         except Exception as error:
-            self._warn(f"is switched off for this run: {_described(error)}")
+            self._warn(f"is switched off for this run: {_describe(error)}")
             self._off = True
 
-    def _start(self, online: bool) -> Any:
-        """The W&B run. One that cannot be reached is kept offline, for `wandb sync`."""
+    def _start(self, online: bool) -> "wandb.Run":
+        """Open the W&B run; offline, for a later `wandb sync`, if the server cannot be reached."""
         import wandb
 
         settings = wandb.Settings(**self._settings)
         run = None
         if online:
             try:
-                wandb.setup(settings)  # `login` takes from here that it should say nothing
+                wandb.setup(settings)  # so that `login` is silent too
                 if not wandb.login(prompt=False):
                     raise RuntimeError("no API key; `wandb login` stores one")
                 run = wandb.init(mode="online", settings=settings, **self._options)
             except Exception as error:
-                self._warn(
-                    f"is out of reach, its files are kept in {self._files} for `wandb sync`: {_described(error)}"
-                )
+                self._warn(f"cannot be reached; run `wandb sync` on {self._files} later: {_describe(error)}")
         if run is None:
             run = wandb.init(mode="offline", settings=settings, **self._options)
-        # A resumed run logs some steps again, which W&B would drop if they were its own, ever growing step.
+        # A resumed run logs some steps a second time; W&B drops them unless `step` is an ordinary metric.
         run.define_metric("step")
         run.define_metric("*", step_metric="step")
         return run
 
-    def _warn(self, what: str) -> None:
+    def _warn(self, message: str) -> None:
         if not self._off:
-            logger.warning("W&B %s", what)
+            logger.warning("W&B %s", message)
 
 
-def _described(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"

@@ -29,9 +29,9 @@ def inked(path: Path) -> float:
 
 
 def test_panels_show_every_line_and_a_legend_where_there_are_several(tmp_path: Path, canvases: list[Figure]) -> None:
-    """Catches curves that are not drawn, points without a value drawn as zero, and a lost colour."""
+    """Catches curves that are not drawn, points without a value drawn as zero, and a lost color."""
     loss = [
-        Line("training", [1, 2, 3], [3.0, None, 1.0], colour="#000000"),
+        Line("training", [1, 2, 3], [3.0, None, 1.0], color="#000000"),
         Line("wiki", [1, 3], [4.0, 2.0], marked=True),
     ]
     draw_panels(

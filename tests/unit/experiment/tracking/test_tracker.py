@@ -61,7 +61,7 @@ def test_a_failing_tracker_stops_nobody(
     assert len(folder.metrics.read_text().splitlines()) == 3
     assert broken.tried == 3, "there may be room again"
     assert [record.getMessage() for record in caplog.records] == [
-        "the tracker of the console failed, the run goes on: OSError: disk full"
+        "the tracker for the console failed; the run continues: OSError: disk full"
     ]
 
 
