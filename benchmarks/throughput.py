@@ -30,7 +30,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from launcher.environment import KEEP_MEMORY
+from launcher.environment import GLIBC_TUNABLES
 from pretrain.batching.sequences import split_documents
 from pretrain.corpus.reader import open_corpus
 
@@ -80,7 +80,7 @@ def throughput(
         contestants: dict[str, Callable[[int], float]] = {
             "run_mlm, as anyone starts it": lambda turn: _run_peer(peer, threads, {}),
             "run_mlm, with our allocator setting": lambda turn: _run_peer(
-                peer, threads, {"GLIBC_TUNABLES": KEEP_MEMORY}
+                peer, threads, {"GLIBC_TUNABLES": GLIBC_TUNABLES}
             ),
             "deepcloze": lambda turn: _run_deepcloze(config, work / f"run-{turn}", threads, warm),
         }

@@ -85,7 +85,7 @@ def pretrain(options: PretrainOptions) -> None:
     """
     from launcher.launch import launch_pretraining
 
-    launch_pretraining(**dict(options))
+    launch_pretraining(options)
 
 
 def evaluate(options: EvaluateOptions) -> None:
@@ -137,7 +137,7 @@ def sweep(options: SweepOptions) -> None:
     """
     from launcher.sweep import launch_sweep
 
-    launch_sweep(**dict(options))
+    launch_sweep(options)
 
 
 def report(options: ReportOptions) -> None:

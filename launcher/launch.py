@@ -1,4 +1,4 @@
-"""`deepcloze pretrain`: check, place the ranks, launch, and report how it ended."""
+"""`deepcloze pretrain`: plan a launch, carry it out and report how it ended."""
 
 import contextlib
 import logging
@@ -6,115 +6,135 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from experiment.config import dump_config, load_config
 from experiment.errors import StoppedError
 from experiment.files import write_text
 from experiment.run_folder import Outcome, RunFolder, open_run_folder
-from launcher.command import LaunchSpec, deepspeed_argv
-from launcher.environment import launcher_environment, remote_environment_file, worker_environment
-from launcher.hostfile import read_hostfile
-from launcher.placement import cpu_cores, find_devices, free_port, only_this_machine, place_ranks
-from launcher.supervisor import Ending, run_attempt
+from launcher.deepspeed_command import DeepSpeedCommand, deepspeed_argv
+from launcher.environment import deepspeed_environment, remote_environment_text, worker_environment
+from launcher.hostfile import Slots, read_hostfile
+from launcher.machine import Machine, inspect_machine
+from launcher.options import PretrainOptions
+from launcher.placement import is_local, place_ranks
+from launcher.supervisor import supervise
+from pretrain.config import PretrainConfig
 
-_ROOT = Path(__file__).resolve().parent.parent
+_REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-def launch_pretraining(
-    config: str,
-    overrides: Mapping[str, str],
-    *,
-    hostfile: str | None = None,
-    num_gpus: int | None = None,
-    include: str | None = None,
-    exclude: str | None = None,
-    oversubscribe: bool = False,
-    dry_run: bool = False,
-) -> None:
-    """Pretrain as the config file says, one process per slot, and return when the run is done.
+@dataclass(frozen=True)
+class LaunchPlan:
+    """Everything needed to start a run, or to show how it would start."""
 
-    `dry_run` prints the resolved config, the additions to the environment and the command, and starts nothing.
+    config: PretrainConfig  # resolved
+    folder: RunFolder
+    slots: Slots
+    argv: tuple[str, ...]  # the `deepspeed` command
+    added_environment: Mapping[str, str]  # variables that the launch adds for its ranks
+    environment: Mapping[str, str]  # all variables of the `deepspeed` process
+    files: Mapping[Path, str]  # path -> text: what ranks on other hosts read, written before the start
 
-    Raises UserError for whatever is wrong before the ranks start, StoppedError for a run that ended early but can go
-    on, and SystemExit for one that failed (with a message) or that the ranks refused (rank 0 prints why).
+
+def launch_pretraining(options: PretrainOptions) -> None:
+    """Pretrain, one process per slot, and return when the run is done; or print the plan, for a dry run.
+
+    Raises UserError for anything that would keep the ranks from starting, StoppedError for a run that stopped early but
+    can resume, and SystemExit for one that failed (with a message) or that the ranks rejected (rank 0 prints why).
     """
-    from pretrain.config import PretrainConfig
+    machine = inspect_machine()
+    use_devices(machine)
+    if options.dry_run:
+        print(describe(plan_launch(options, machine)))
+        return
+    with warnings_left_to_rank0():
+        plan = plan_launch(options, machine)
+    launch(plan)
 
-    settings = load_config(PretrainConfig, config, overrides)
-    hosts = read_hostfile(hostfile) if hostfile is not None else None
-    devices = find_devices(os.environ)
-    slots = place_ranks(devices, hosts, num_gpus, include, exclude, oversubscribe)
-    added = worker_environment(os.environ, cpu_cores(), max(map(len, slots.values())), devices.kind, _ROOT)
-    if devices.kind == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed checks what the ranks will compute on, and prints no guess
 
-    from pretrain.resolve import check_start
+def plan_launch(options: PretrainOptions, machine: Machine) -> LaunchPlan:
+    """Resolve the config and decide which ranks run where. Reads files; writes and starts nothing.
 
-    with contextlib.nullcontext() if dry_run else _left_to_rank_0():
-        check_start(settings, sum(map(len, slots.values())))
+    `machine` is the one to launch from; call `use_devices` first. Raises UserError for anything that would keep the run
+    from starting.
+    """
+    settings = load_config(PretrainConfig, options.config, options.overrides)
+    hosts = read_hostfile(options.hostfile) if options.hostfile is not None else None
+    slots = place_ranks(machine.devices, options, hosts)
 
-    local = only_this_machine(slots)
+    from pretrain.resolve import check_start  # imports torch and DeepSpeed
+
+    check_start(settings, sum(map(len, slots.values())))
+
+    local = is_local(slots)
     folder = RunFolder(Path(settings.run.dir).absolute())
-    spec = LaunchSpec(
+    command = DeepSpeedCommand(
         python=sys.executable,
         module="pretrain.run",
-        # Another host's shell would read the overrides once more, so they travel in a file there.
-        config=Path(config).absolute() if local else folder.logs / "launch.yaml",
-        overrides=overrides if local else {},
+        # The shell of another host would parse the overrides again, so they are passed in a file there.
+        config=Path(options.config).absolute() if local else folder.logs / "launch.yaml",
+        overrides=options.overrides if local else {},
         slots=slots,
-        device=devices.kind,
-        master_port=free_port(),
-        hostfile=None if local or hostfile is None else Path(hostfile).absolute(),
+        device=machine.devices.kind,
+        master_port=machine.free_port,
+        hostfile=None if local or options.hostfile is None else Path(options.hostfile).absolute(),
     )
-    argv = deepspeed_argv(spec)
-    if dry_run:
-        print(_described(dump_config(settings), argv, added))
-        return
-
-    open_run_folder(folder.path)
-    environment = launcher_environment(os.environ, added)
+    most_ranks = max(map(len, slots.values()))
+    added = worker_environment(machine.environ, machine.cores, most_ranks, machine.devices.kind, _REPOSITORY)
+    environment = deepspeed_environment(machine.environ, added)
+    files: dict[Path, str] = {}
     if not local:
-        write_text(spec.config, dump_config(settings))
-        environment["DS_ENV_FILE"] = str(_write_remote_environment(folder, added))
-    _conclude(run_attempt(folder, argv, environment, slots))
+        worker_env = folder.logs / "worker.env"
+        environment["DS_ENV_FILE"] = str(worker_env)
+        user_text = "\n".join(path.read_text(encoding="utf-8") for path in machine.deepspeed_env_files)
+        files = {
+            command.config: dump_config(settings),
+            worker_env: remote_environment_text(machine.environ, added, user_text),
+        }
+    return LaunchPlan(settings, folder, slots, tuple(deepspeed_argv(command)), added, environment, files)
 
 
-@contextlib.contextmanager
-def _left_to_rank_0() -> Iterator[None]:
-    """Warnings are not printed meanwhile: rank 0 checks the same and says them once more."""
-    logger = logging.getLogger("pretrain")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+def describe(plan: LaunchPlan) -> str:
+    """The plan as text: the config, the added environment and the command."""
+    variables = "\n".join(f"{name}={shlex.quote(value)}" for name, value in plan.added_environment.items())
+    config = dump_config(plan.config)
+    return f"# config\n{config}\n# added to the environment\n{variables}\n\n# command\n{shlex.join(plan.argv)}"
 
 
-def _conclude(ending: Ending) -> None:
-    """The ending as `deepcloze` reports it: nothing, or what it raises."""
-    match ending.outcome:
+def launch(plan: LaunchPlan) -> None:
+    """Start the ranks and wait until they have exited. Raises StoppedError and SystemExit as `launch_pretraining`."""
+    open_run_folder(plan.folder.path)
+    for path, text in plan.files.items():
+        write_text(path, text)
+    result = supervise(plan.folder, plan.argv, plan.environment, plan.slots)
+    match result.outcome:
         case Outcome.DONE:
             return
         case Outcome.STOPPED:
-            raise StoppedError(ending.message)
+            raise StoppedError(result.message)
         case Outcome.REFUSED:
-            sys.exit(ending.outcome.exit_code)  # rank 0 has printed the message
+            sys.exit(result.outcome.exit_code)  # rank 0 has printed the message
         case Outcome.FAILED:
-            sys.exit(f"deepcloze: the run failed: {ending.message}")
+            sys.exit(f"deepcloze: the run failed: {result.message}")
 
 
-def _described(config: str, argv: list[str], added: Mapping[str, str]) -> str:
-    variables = "\n".join(f"{name}={shlex.quote(value)}" for name, value in added.items())
-    return f"# config\n{config}\n# added to the environment\n{variables}\n\n# command\n{shlex.join(argv)}"
+def use_devices(machine: Machine) -> None:
+    """Make DeepSpeed check, in this process, what the ranks will compute on, instead of detecting it."""
+    if machine.devices.kind == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
 
 
-def _write_remote_environment(folder: RunFolder, added: Mapping[str, str]) -> Path:
-    """The file that DeepSpeed exports to other hosts, in the place of the user's own, whose lines it takes over."""
-    name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
-    users = [path for path in (Path.home() / name, Path.cwd() / name) if path.is_file()]
-    path = folder.logs / "worker.env"
-    text = "\n".join(user.read_text(encoding="utf-8") for user in users)
-    write_text(path, remote_environment_file(os.environ, added, text))
-    return path
+@contextlib.contextmanager
+def warnings_left_to_rank0() -> Iterator[None]:
+    """Suppress the warnings of planning: rank 0 runs the same checks and logs them."""
+    loggers = [logging.getLogger(package) for package in ("experiment", "pretrain")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,8 +1,8 @@
-"""Runs the ranks of a launch, passes on the wish to stop, and finds out how they ended.
+"""Runs the ranks of a launch, turns signals into a STOP file and finds out how the run ended.
 
-DeepSpeed's launcher answers a signal by killing the ranks and may turn any ending into 0 or 1. So the ranks run in a
-session of their own, where no Ctrl-C reaches them; the first signal becomes a STOP file, which the training loop looks
-for; and what the ranks agreed on is read from the run folder.
+DeepSpeed's launcher kills the ranks when it gets a signal and reduces most exit codes to 0 or 1. Therefore the ranks
+run in a session of their own, which Ctrl-C does not reach. The first signal creates a STOP file, for which the training
+loop checks. The outcome is read from the run folder, where the ranks write it.
 """
 
 import json
@@ -16,7 +16,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from types import FrameType
 
 import filelock
 
@@ -24,112 +23,110 @@ from experiment.errors import UserError
 from experiment.files import write_text
 from experiment.run_folder import Outcome, RunFolder
 from launcher.hostfile import Slots
+from launcher.signals import handle_stop_signals
 
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# `timeout` and some wrappers deliver one Ctrl-C twice.
-_IMPATIENCE_SECONDS = 1.0
-# DeepSpeed's launcher gives ranks 30 s to end when one of them failed or it got a signal itself.
-_GRACE_SECONDS = 40.0
+# A second Ctrl-C within this time is the first one again: `timeout` and some wrappers deliver it twice.
+_REPEATED_SIGNAL_SECONDS = 1.0
+# DeepSpeed's launcher gives ranks 30 s to exit after one of them failed or it got a signal.
+_EXIT_TIMEOUT_SECONDS = 40.0
 _TAIL_LINES = 15
 
 
 @dataclass(frozen=True)
-class Ending:
-    """How an attempt ended, with what there is to say about it."""
+class LaunchResult:
+    """How a launch ended."""
 
     outcome: Outcome
     message: str = ""
 
 
-def run_attempt(folder: RunFolder, argv: Sequence[str], environment: Mapping[str, str], slots: Slots) -> Ending:
-    """Run `argv` (a `deepspeed` command) until all its processes have ended; `RUN/launch.jsonl` gets a line about it.
+def supervise(folder: RunFolder, argv: Sequence[str], environment: Mapping[str, str], slots: Slots) -> LaunchResult:
+    """Run `argv` (a `deepspeed` command) until all its processes have exited, and record it in `RUN/launch.jsonl`.
 
-    SIGTERM, SIGHUP or Ctrl-C make the ranks save and end; another Ctrl-C ends them at once. No rank outlives this
-    process. Raises UserError where another launch is at work in the run folder.
+    On SIGTERM, SIGHUP or Ctrl-C the ranks save a checkpoint and exit; a second Ctrl-C kills them. No rank outlives this
+    process. Raises UserError if another launch uses the run folder.
     """
-    with _sole_launch(folder):
+    with _lock(folder):
         folder.outcome.unlink(missing_ok=True)
         if folder.stop.exists():
             folder.stop.unlink()
-            _tell(f"removed {folder.stop}, left from before this launch")
+            _notify(f"removed {folder.stop}, which is older than this launch")
         attempts = _read_attempts(folder)
         record: dict[str, object] = {
             "attempt": len(attempts) + 1,
             "time": datetime.now().astimezone().isoformat(timespec="seconds"),
             "hosts": {host: list(numbers) for host, numbers in slots.items()},
             "argv": list(argv),
-            "outcome": None,  # stays so if this process is killed
+            "outcome": None,  # remains null if this process is killed
             "exit": None,
         }
         _write_attempts(folder, [*attempts, record])
-        ending = _run(folder, argv, environment)
-        record |= {"outcome": ending.outcome.value, "exit": ending.outcome.exit_code}
+        result = _run_deepspeed(folder, argv, environment)
+        record |= {"outcome": result.outcome.value, "exit": result.outcome.exit_code}
         _write_attempts(folder, [*attempts, record])
-        return ending
+        return result
 
 
-def _run(folder: RunFolder, argv: Sequence[str], environment: Mapping[str, str]) -> Ending:
-    began = time.time()
-    with _signals_as_stop(folder) as stop:
+def _run_deepspeed(folder: RunFolder, argv: Sequence[str], environment: Mapping[str, str]) -> LaunchResult:
+    start_time = time.time()
+    with _stop_file_on_signal(folder) as stop:
         process = subprocess.Popen(argv, env=dict(environment), stdin=subprocess.DEVNULL, start_new_session=True)
         try:
             with _watchdog(process.pid):
-                stop.end_at_once = lambda: _kill_group(process.pid)
-                code = process.wait()
-                _await_group(process.pid)
+                stop.kill = lambda: _kill_group(process.pid)
+                exit_code = process.wait()
+                _wait_for_group(process.pid)
         finally:
             _kill_group(process.pid)
-    said = folder.read_outcome()
-    killed = _killed_by(code)
-    if said is not None:
-        outcome, message = said
-        # Ranks that are left behind can only tell that they lost another one.
-        return Ending(outcome, f"a rank was {killed}; {message}" if killed and outcome is Outcome.FAILED else message)
-    if stop.impatient:
-        return Ending(Outcome.STOPPED, "ended at once; the run can go on from its last complete checkpoint")
-    return Ending(Outcome.FAILED, _last_words(folder, killed or f"exit code {code}", began))
+    reported = folder.read_outcome()
+    killed = _describe_kill(exit_code)
+    if reported is not None:
+        outcome, message = reported
+        # The other ranks only know that they lost their peer, not why.
+        if killed and outcome is Outcome.FAILED:
+            message = f"a rank was {killed}; {message}"
+        return LaunchResult(outcome, message)
+    if stop.killed:
+        return LaunchResult(Outcome.STOPPED, "killed; the run can resume from its last complete checkpoint")
+    return LaunchResult(Outcome.FAILED, _failure_message(folder, killed or f"exit code {exit_code}", start_time))
 
 
 @dataclass
 class _Stop:
-    """What the user's signals have asked for."""
+    """What signals have requested so far."""
 
-    end_at_once: Callable[[], None]
-    asked: float | None = None  # time.monotonic() of the first signal
-    impatient: bool = False
+    kill: Callable[[], None]
+    requested_at: float | None = None  # time.monotonic() of the first signal
+    killed: bool = False
 
 
 @contextmanager
-def _signals_as_stop(folder: RunFolder) -> Iterator[_Stop]:
-    """While inside, the first signal makes RUN/STOP, and Ctrl-C after it ends the ranks. Takes its STOP away again."""
-    stop = _Stop(end_at_once=lambda: None)
+def _stop_file_on_signal(folder: RunFolder) -> Iterator[_Stop]:
+    """Create RUN/STOP on the first signal and kill the ranks on a later Ctrl-C. The STOP file is removed on exit."""
+    stop = _Stop(kill=lambda: None)
 
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        if stop.asked is None:
-            stop.asked = time.monotonic()
+    def on_signal(number: int) -> None:
+        if stop.requested_at is None:
+            stop.requested_at = time.monotonic()
             folder.stop.touch()
-            _tell("stopping: the ranks save a checkpoint and end; Ctrl-C again ends them at once")
-        elif number == signal.SIGINT and time.monotonic() - stop.asked > _IMPATIENCE_SECONDS:
-            stop.impatient = True
-            stop.end_at_once()
+            _notify("stopping: the ranks save a checkpoint and exit; press Ctrl-C again to kill them")
+        elif number == signal.SIGINT and time.monotonic() - stop.requested_at > _REPEATED_SIGNAL_SECONDS:
+            stop.killed = True
+            stop.kill()
 
-    # Under nohup the hang-up of the terminal is ignored, and shall be.
-    ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
-    before = {number: signal.signal(number, on_signal) for number in _STOP_SIGNALS if number not in ignored}
     try:
-        yield stop
+        with handle_stop_signals(on_signal):
+            yield stop
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if stop.asked is not None:
+        if stop.requested_at is not None:
             folder.stop.unlink(missing_ok=True)
 
 
 @contextmanager
 def _watchdog(group: int) -> Iterator[None]:
-    """While inside, another process waits to kill the group as soon as this one is gone, however it went.
+    """Kill the process group if this process dies, even by SIGKILL.
 
-    It notices by the pipe between them, which closes then.
+    A second process waits on a pipe, which closes when this process exits.
     """
     shell = 'read -r _; kill -s KILL -- "-$0"'
     watchdog = subprocess.Popen(["sh", "-c", shell, str(group)], stdin=subprocess.PIPE, start_new_session=True)
@@ -141,21 +138,21 @@ def _watchdog(group: int) -> Iterator[None]:
 
 
 @contextmanager
-def _sole_launch(folder: RunFolder) -> Iterator[None]:
+def _lock(folder: RunFolder) -> Iterator[None]:
     lock = filelock.FileLock(folder.logs / "launch.lock")
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        raise UserError(f"run.dir: another deepcloze is at work in {folder.path}") from None
+        raise UserError(f"run.dir: another deepcloze process is using {folder.path}") from None
     try:
         yield
     finally:
         lock.release()
 
 
-def _await_group(group: int) -> None:
-    """Wait until no process of the group is left, for a while: DeepSpeed's processes may end before the ranks do."""
-    deadline = time.monotonic() + _GRACE_SECONDS
+def _wait_for_group(group: int) -> None:
+    """Wait until the process group is empty, or time out: DeepSpeed's launcher may exit before the ranks do."""
+    deadline = time.monotonic() + _EXIT_TIMEOUT_SECONDS
     with suppress(ProcessLookupError):
         while time.monotonic() < deadline:
             os.killpg(group, 0)
@@ -167,31 +164,29 @@ def _kill_group(group: int) -> None:
         os.killpg(group, signal.SIGKILL)
 
 
-def _killed_by(code: int) -> str | None:
-    """'killed by …' for the exit code of a process that a signal ended.
-
-    DeepSpeed's launcher passes on a rank's death by signal N as 256 - N.
-    """
-    number = -code if code < 0 else 256 - code
+def _describe_kill(exit_code: int) -> str | None:
+    """'killed by SIGNAL' if the exit code means that a signal ended the process or, as 256 - signal, a rank."""
+    number = -exit_code if exit_code < 0 else 256 - exit_code
     if not 0 < number < signal.NSIG:
         return None
-    why = ", as the system does when memory runs out" if number == signal.SIGKILL else ""
-    return f"killed by {signal.Signals(number).name}{why}"
+    reason = ", possibly because the system ran out of memory" if number == signal.SIGKILL else ""
+    return f"killed by {signal.Signals(number).name}{reason}"
 
 
-def _last_words(folder: RunFolder, how: str, began: float) -> str:
-    """What to say of ranks that ended without writing their outcome: where to look, and the log of the failed one."""
-    message = f"the ranks ended without a word ({how}); their logs are in {folder.logs}"
-    tails = {path: _tail(path) for path in sorted(folder.logs.glob("rank-*.log")) if path.stat().st_mtime >= began}
+def _failure_message(folder: RunFolder, reason: str, start_time: float) -> str:
+    """The message for ranks that exited without writing an outcome, with the end of the failed rank's log."""
+    message = f"the ranks exited without reporting an outcome ({reason}); their logs are in {folder.logs}"
+    logs = [path for path in sorted(folder.logs.glob("rank-*.log")) if path.stat().st_mtime >= start_time]
+    tails = {path: _tail(path) for path in logs}
     if not tails:
         return message
-    # The rank that failed falls silent first; the others notice later that it is gone.
+    # The failed rank stops logging first; the others notice its loss later.
     failed = [path for path, tail in tails.items() if "Traceback" in tail]
-    path = min(failed, key=_changed) if failed else max(tails, key=_changed)
+    path = min(failed, key=_modified_ns) if failed else max(tails, key=_modified_ns)
     return f"{message}\nthe end of {path.name}:\n{tails[path]}"
 
 
-def _changed(path: Path) -> int:
+def _modified_ns(path: Path) -> int:
     return path.stat().st_mtime_ns
 
 
@@ -209,6 +204,6 @@ def _write_attempts(folder: RunFolder, attempts: Sequence[Mapping[str, object]])
     write_text(folder.launches, "".join(json.dumps(attempt, ensure_ascii=False) + "\n" for attempt in attempts))
 
 
-def _tell(message: str) -> None:
-    with suppress(OSError):  # the terminal may be gone
+def _notify(message: str) -> None:
+    with suppress(OSError):  # the terminal may be closed
         print(f"deepcloze: {message}", file=sys.stderr, flush=True)

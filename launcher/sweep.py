@@ -1,117 +1,136 @@
-"""`deepcloze sweep`: every point of a grid is checked as the run it will be, before the first one starts."""
+"""`deepcloze sweep`: run each point of a grid, one after the other.
 
-import contextlib
-import io
+Each run is a command with a run folder of its own. OUTPUT/sweep.json keeps the config of each run, so that a restarted
+sweep skips finished runs and does not mix in runs of another config.
+"""
+
+import json
 import shlex
+import subprocess
 import sys
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, get_args
+import time
+from collections.abc import Mapping, Sequence
+from signal import SIGINT
+from typing import TypedDict
 
-import yaml
+from experiment.errors import StoppedError, UserError
+from experiment.files import write_json
+from experiment.results.sweep_summary import SweepResult, read_metric, write_summary
+from experiment.run_folder import Outcome, RunFolder
+from launcher.options import SweepOptions
+from launcher.signals import handle_stop_signals
+from launcher.sweep_plan import FlatConfig, SweepPlan, SweepRun, plan_sweep
 
-from experiment.config import flatten, load_config, nearest
-from experiment.config.yaml_dialect import read_yaml
-from experiment.errors import UserError
-from experiment.results.sweep import Run, combinations, parse_grid, sweep
-
-Resolve = Callable[[Mapping[str, str]], dict[str, Any]]
-"""Config overrides -> the whole config, flat. Raises UserError for what would keep the run from starting."""
+_STOPPED_CODES = (Outcome.STOPPED.exit_code, 128 + SIGINT)
 
 
-def launch_sweep(
-    config: str,
-    overrides: Mapping[str, str],
-    grid: str,
-    *,
-    output: str | None = None,
-    metric: str | None = None,
-    dry_run: bool = False,
-    **placement: Any,
-) -> None:
-    """Run the config at every point of the grid, whether it pretrains or fine-tunes.
+class _RunRecord(TypedDict, total=False):
+    config: FlatConfig
+    values: Mapping[str, str]
+    state: str  # as in SweepResult
+    value: float | None
 
-    `placement`: flags of `deepcloze pretrain` (num_gpus, hostfile …), passed on. `dry_run` prints the commands and
-    starts nothing. Raises as `experiment.results.sweep.sweep`, and UserError for what any run would be refused for.
+
+class _SweepRecord(TypedDict):
+    """The content of sweep.json."""
+
+    metric: str
+    runs: dict[str, _RunRecord]
+
+
+def launch_sweep(options: SweepOptions) -> None:
+    """Run a config at each point of a grid; or print the commands, for a dry run.
+
+    Raises as `plan_sweep` and `run_sweep`.
     """
-    finetuning = _is_finetuning(config)
-    given = {name: value for name, value in placement.items() if value not in (None, False)}
-    if finetuning and given:
-        raise UserError(f"--{next(iter(given))} belongs to pretraining; {config} is a fine-tuning")
-    points = combinations(parse_grid(grid))
-    if twice := [key for key in next(iter(points.values())) if key in overrides]:
-        raise UserError(f"'{twice[0]}' stands in --grid and on the command line")
-    resolve: Resolve = _finetuning(config) if finetuning else _pretraining(config, given)
-    command = [sys.executable, "-m", "launcher", "finetune" if finetuning else "pretrain", "--config", config]
-    command += [f"--{name}={value}" for name, value in given.items()]
-
-    runs = []
-    for name, values in points.items():
-        try:
-            if output is None:
-                output = f"{_run_dir(config, {**overrides, **values}, finetuning)}-sweep"
-            settings = {**overrides, **values, "run.dir": str(Path(output).absolute() / name)}
-            resolved = resolve(settings)
-        except UserError as error:
-            raise UserError(f"sweep: {name}: {error}") from None
-        runs.append(Run(name, values, [*command, *(f"--{key}={text}" for key, text in settings.items())], resolved))
-    assert output is not None
-    metric = _metric(metric, runs[0].config, finetuning)
-    if dry_run:
-        print("\n".join(shlex.join(run.argv) for run in runs))
-        return
-    sweep(runs, Path(output).absolute(), metric)
-
-
-def _run_dir(config: str, overrides: Mapping[str, str], finetuning: bool) -> str:
-    """The run folder that the config names, which may be in use: no run of the sweep goes there."""
-    from pretrain.config import PretrainConfig
-
-    if finetuning:
-        return str(_finetuning(config)(overrides)["run.dir"])
-    return load_config(PretrainConfig, config, overrides).run.dir
-
-
-def _pretraining(config: str, placement: Mapping[str, Any]) -> Resolve:
-    from launcher.launch import launch_pretraining
-    from pretrain.config import PretrainConfig
-
-    def resolve(overrides: Mapping[str, str]) -> dict[str, Any]:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            launch_pretraining(config, overrides, dry_run=True, **placement)
-        return flatten(load_config(PretrainConfig, config, overrides))
-
-    return resolve
-
-
-def _finetuning(config: str) -> Resolve:
-    from finetune.config import FinetuneConfig
-    from finetune.run import resolve_paths
-
-    def resolve(overrides: Mapping[str, str]) -> dict[str, Any]:
-        return flatten(resolve_paths(load_config(FinetuneConfig, config, overrides), default_name=Path(config).stem))
-
-    return resolve
-
-
-def _is_finetuning(config: str) -> bool:
-    try:
-        tree = read_yaml(Path(config).read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return False  # the message is `load_config`'s
-    return isinstance(tree, dict) and "task" in tree
-
-
-def _metric(named: str | None, config: Mapping[str, Any], finetuning: bool) -> str:
-    """What the runs are compared by. Raises UserError for a metric that they will not have."""
-    if finetuning:
-        from finetune.config import MetricName
-
-        default, known = str(config["task.metric"]), [str(name) for name in get_args(MetricName)]
+    plan = plan_sweep(options)
+    if options.dry_run:
+        print("\n".join(shlex.join(run.argv) for run in plan.runs))
     else:
-        corpora = [key.removeprefix("corpus.eval.") for key in config if key.startswith("corpus.eval.")]
-        known = [*(f"eval/{name}/{kind}" for name in corpora for kind in ("loss", "perplexity", "accuracy")), "loss"]
-        default = known[0]
-    if named is not None and named not in known:
-        raise UserError(f"--metric: no run will have '{named}'{nearest(named, known)}")
-    return named or default
+        run_sweep(plan)
+
+
+def run_sweep(plan: SweepPlan) -> None:
+    """Run what is not finished, then write OUTPUT/sweep.{json,csv,png} and print the table.
+
+    Raises UserError if OUTPUT has runs of other configs, StoppedError if a signal or a run's own STOP file stops it
+    early, and SystemExit if runs failed, after all others have been run.
+    """
+    record = _open_record(plan)
+    results = []
+    for number, run in enumerate(plan.runs, start=1):
+        folder = RunFolder(plan.output / run.name)
+        state = _finish(run, folder, f"[{number}/{len(plan.runs)}] {run.name}")
+        value = read_metric(folder, plan.metric) if state == "done" else None
+        results.append(SweepResult(run.name, run.values, state, value))
+        record["runs"][run.name] |= {"state": state, "value": value}
+        write_json(plan.output / "sweep.json", record)
+    write_summary(results, plan.output, plan.metric)
+    if failed := [result.name for result in results if result.state != "done"]:
+        sys.exit(f"deepcloze: sweep: {len(failed)} of {len(plan.runs)} runs failed: {', '.join(failed)}")
+
+
+def _open_record(plan: SweepPlan) -> _SweepRecord:
+    """Read OUTPUT/sweep.json, add the runs of this sweep and write it. Raises UserError if their configs differ."""
+    path = plan.output / "sweep.json"
+    known: dict[str, _RunRecord] = {}
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))["runs"]
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--output: cannot read {path}: {error}") from None
+    runs = dict(known)
+    for run in plan.runs:
+        before = known.get(run.name, {}).get("config", run.config)
+        keys = sorted(key for key in {*before, *run.config} if before.get(key) != run.config.get(key))
+        if keys:
+            raise UserError(
+                f"--output: {plan.output / run.name} was started with another {keys[0]}: {before.get(keys[0])!r}, now "
+                f"{run.config.get(keys[0])!r}; choose another --output"
+            )
+        runs[run.name] = {**known.get(run.name, {"config": dict(run.config)}), "values": dict(run.values)}
+    record: _SweepRecord = {"metric": plan.metric, "runs": runs}
+    try:
+        write_json(path, record)
+    except OSError as error:
+        raise UserError(f"--output: cannot write {path}: {error.strerror}") from None
+    return record
+
+
+def _finish(run: SweepRun, folder: RunFolder, label: str) -> str:
+    """Start or resume a run that is not done; return its state. Raises StoppedError if it was stopped."""
+    outcome = folder.read_outcome()
+    if (folder.path / "results.json").is_file() or (outcome is not None and outcome[0] is Outcome.DONE):
+        _notify(f"{label}: already finished")
+        return "done"
+    _notify(f"{label}: running")
+    start_time = time.monotonic()
+    exit_code = _run_command(run.argv)
+    if exit_code in _STOPPED_CODES:
+        raise StoppedError(f"sweep: stopped at {label}; run the same command again to resume")
+    state = "done" if exit_code == 0 else f"failed (exit code {exit_code})"
+    _notify(f"{label}: {state} after {time.monotonic() - start_time:,.0f} s")
+    return state
+
+
+def _run_command(argv: Sequence[str]) -> int:
+    """Run a command, forward stop signals to it and return its exit code.
+
+    A command that fails after a forwarded signal counts as stopped.
+    """
+    process = subprocess.Popen(argv, start_new_session=True)  # so that Ctrl-C does not reach it twice
+    signalled = False
+
+    def forward(number: int) -> None:
+        nonlocal signalled
+        signalled = True
+        process.send_signal(number)
+
+    with handle_stop_signals(forward):
+        exit_code = process.wait()
+    return Outcome.STOPPED.exit_code if signalled and exit_code != 0 else exit_code
+
+
+def _notify(message: str) -> None:
+    print(f"deepcloze: sweep: {message}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""A sweep of real runs, each launched as anyone would."""
+"""`deepcloze sweep` with real runs."""
 
 import csv
 import os
@@ -15,7 +15,7 @@ from runs import settings
 @pytest.mark.soak
 @pytest.mark.timeout(300)
 def test_a_sweep_of_pretrainings(wordpiece_corpus: Path, heldout_corpus: Path, tmp_path: Path) -> None:
-    """Catches commands that do not start, a metric that is not found in what runs write, and finished runs repeated."""
+    """Catches commands that do not start, a metric that is not found in the runs, and finished runs that run again."""
     tree = settings(tmp_path / "run", wordpiece_corpus, corpus__eval={"held": str(heldout_corpus)})
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
     command = [sys.executable, "-m", "launcher", "sweep", "--config", str(tmp_path / "run.yaml")]
@@ -23,7 +23,7 @@ def test_a_sweep_of_pretrainings(wordpiece_corpus: Path, heldout_corpus: Path, t
     for attempt in (1, 2):
         done = subprocess.run(command, env=os.environ | {"DS_ACCELERATOR": "cpu"}, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        assert done.stderr.count("finished before") == 2 * (attempt - 1)
+        assert done.stderr.count("already finished") == 2 * (attempt - 1)
     with (tmp_path / "run-sweep" / "sweep.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["optimizer.lr"] for row in rows] == ["3e-3", "1e-5"]

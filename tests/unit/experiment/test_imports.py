@@ -14,7 +14,7 @@ import pytest
         "meters",
         "provenance",
         "results.report",
-        "results.sweep",
+        "results.sweep_summary",
     ],
 )
 def test_importing_it_takes_no_heavy_library(module: str) -> None:

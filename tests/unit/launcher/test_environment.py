@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.environment import launcher_environment, remote_environment_file, worker_environment
+from launcher.environment import deepspeed_environment, remote_environment_text, worker_environment
 
 ROOT = Path("/repository")
 LOADER = Path("/lib64/ld-linux-x86-64.so.2")
@@ -16,8 +16,8 @@ def test_ranks_share_the_cores(cores: int, ranks: int, threads: str):
     assert worker_environment({}, cores, ranks, "cpu", ROOT)["OMP_NUM_THREADS"] == threads
 
 
-def test_a_cpu_run_keeps_its_memory_and_knows_its_device():
-    """Catches the allocator setting missing on CPUs, or slowing down GPU runs' hosts."""
+def test_a_cpu_run_sets_the_allocator_and_the_device():
+    """Catches a missing allocator setting on CPUs, or one that slows down the hosts of GPU runs."""
     cpu, gpu = (worker_environment({}, 2, 2, device, ROOT) for device in ("cpu", "cuda"))
     assert cpu["GLIBC_TUNABLES"].startswith("glibc.malloc.mmap_threshold=4294967296:")
     assert cpu["DS_ACCELERATOR"] == "cpu"
@@ -26,7 +26,7 @@ def test_a_cpu_run_keeps_its_memory_and_knows_its_device():
 
 @pytest.mark.skipif(not LOADER.exists(), reason="another C library or processor")
 def test_glibc_understands_the_allocator_setting():
-    """Catches a misspelt tunable: glibc warns about a value it cannot read, and ignores a name it does not know."""
+    """Catches a misspelled tunable: glibc warns about a bad value but ignores an unknown name."""
     setting = worker_environment({}, 2, 2, "cpu", ROOT)["GLIBC_TUNABLES"]
     listed = subprocess.run(
         [LOADER, "--list-tunables"],
@@ -41,8 +41,8 @@ def test_glibc_understands_the_allocator_setting():
         assert int(values[name].split()[0], 16) == int(value)
 
 
-def test_the_users_own_settings_stay():
-    """Catches the launcher overruling what the user has set."""
+def test_user_settings_are_kept():
+    """Catches the launcher overriding variables set by the user."""
     own = {
         "GLIBC_TUNABLES": "glibc.malloc.check=1",
         "OMP_NUM_THREADS": "7",
@@ -58,19 +58,19 @@ def test_the_users_own_settings_stay():
     ("before", "after"), [(None, "/repository"), ("", "/repository"), ("/a:/b", "/repository:/a:/b")]
 )
 def test_the_repository_can_be_imported(before: str | None, after: str):
-    """Catches ranks without `pretrain` when started from another folder, and a user's PYTHONPATH that is lost."""
+    """Catches ranks that cannot import `pretrain` from another folder, and a lost user PYTHONPATH."""
     environ = {} if before is None else {"PYTHONPATH": before}
     assert worker_environment(environ, 2, 2, "cuda", ROOT)["PYTHONPATH"] == after
 
 
-def test_deepspeed_does_not_see_the_visible_devices_again():
-    """Catches GPUs being filtered twice: the chosen slots are numbers of the whole machine."""
+def test_deepspeed_does_not_see_cuda_visible_devices():
+    """Catches GPUs filtered twice: slots are numbered over the whole machine."""
     environ = {"CUDA_VISIBLE_DEVICES": "2,3", "HOME": "/home"}
-    assert launcher_environment(environ, {"A": "1"}) == {"HOME": "/home", "A": "1"}
+    assert deepspeed_environment(environ, {"A": "1"}) == {"HOME": "/home", "A": "1"}
 
 
-def test_what_travels_to_other_hosts():
-    """Catches a network interface that stays behind (gloo then takes a wrong one), and a secret in a logged command."""
+def test_variables_forwarded_to_other_hosts():
+    """Catches a network interface that is not forwarded (gloo then picks a wrong one), and a logged secret."""
     environ = {"GLOO_SOCKET_IFNAME": "eth1", "WANDB_API_KEY": "secret", "HOME": "/home"}
-    text = remote_environment_file(environ, {"OMP_NUM_THREADS": "4"}, "NCCL_DEBUG=INFO\nOMP_NUM_THREADS = 2\n\n")
+    text = remote_environment_text(environ, {"OMP_NUM_THREADS": "4"}, "NCCL_DEBUG=INFO\nOMP_NUM_THREADS = 2\n\n")
     assert text.splitlines() == ["GLOO_SOCKET_IFNAME=eth1", "OMP_NUM_THREADS = 2", "NCCL_DEBUG=INFO"]

@@ -12,7 +12,7 @@ TWO_HOSTS = {"a": (0, 1, 2, 3), "b": (0, 1)}
 
 
 def test_reads_hosts_in_order_past_comments_and_blank_lines():
-    """Catches a lost or reordered host: the order decides who is rank 0."""
+    """Catches a lost or reordered host: the order decides which is rank 0."""
     text = "# the cluster\n\nworker-2 slots=4\n\tworker-1.example.org   slots=08  # the new one\r\n10.0.0.7 slots=1"
     assert parse_hostfile(text) == (Host("worker-2", 4), Host("worker-1.example.org", 8), Host("10.0.0.7", 1))
 
@@ -35,38 +35,38 @@ def test_reads_hosts_in_order_past_comments_and_blank_lines():
         "user@worker-1 slots=2",
     ],
 )
-def test_refuses_a_bad_line_by_its_number(line: str):
-    """Catches a line that is guessed at or skipped, which would train on other machines than asked for."""
+def test_rejects_a_bad_line_by_its_number(line: str):
+    """Catches a bad line that is skipped, which would train on other machines than requested."""
     with pytest.raises(UserError, match=r"cluster, line 3: expected 'NAME slots=N', found " + re.escape(repr(line))):
         parse_hostfile(f"# head\nworker-0 slots=1\n{line}\n", origin="cluster")
 
 
-def test_refuses_a_host_that_stands_twice():
-    """Catches silently keeping one of two lines: the message names both."""
-    with pytest.raises(UserError, match=r"line 4: a stands on line 1 already"):
+def test_rejects_a_duplicate_host():
+    """Catches silently keeping one of two lines. The message names both."""
+    with pytest.raises(UserError, match=r"line 4: duplicate host a, already on line 1"):
         parse_hostfile("a slots=1\nb slots=1\n\na slots=2\n")
 
 
-def test_refuses_a_host_without_slots():
-    """Catches a host that counts as used and gets no rank."""
+def test_rejects_a_host_without_slots():
+    """Catches a host that is listed but gets no rank."""
     with pytest.raises(UserError, match=r"line 2: b has slots=0"):
         parse_hostfile("a slots=1\nb slots=0\n")
 
 
 @pytest.mark.parametrize("text", ["", "\n\n", "# only a comment\n"])
-def test_refuses_a_hostfile_without_hosts(text: str):
+def test_rejects_a_hostfile_without_hosts(text: str):
     """Catches an empty hostfile that falls back to the local machine."""
     with pytest.raises(UserError, match="no hosts"):
         parse_hostfile(text)
 
 
-def test_refuses_a_file_that_is_not_there(tmp_path: Path):
+def test_rejects_a_missing_file(tmp_path: Path):
     """Catches DeepSpeed's own behaviour: a warning, then training on the local machine."""
     with pytest.raises(UserError, match=r"cannot read the hostfile .*none: No such file"):
         read_hostfile(tmp_path / "none")
 
 
-def test_refuses_a_file_that_is_not_text(tmp_path: Path):
+def test_rejects_a_file_that_is_not_text(tmp_path: Path):
     """Catches a decoding trace for a binary file."""
     (tmp_path / "hosts").write_bytes(b"a slots=1\n\xff\xfe")
     with pytest.raises(UserError, match="not UTF-8"):
@@ -75,18 +75,18 @@ def test_refuses_a_file_that_is_not_text(tmp_path: Path):
 
 @given(st.dictionaries(st.from_regex(r"[a-z0-9][a-z0-9.-]{0,8}", fullmatch=True), st.integers(1, 99), min_size=1))
 def test_reads_back_what_was_written(hosts: dict[str, int]):
-    """Catches names or counts that the pattern reads differently than they are written."""
+    """Catches names or counts that do not round-trip."""
     text = "".join(f"{name} slots={slots}\n" for name, slots in hosts.items())
     assert parse_hostfile(text) == tuple(Host(name, slots) for name, slots in hosts.items())
 
 
 def test_reads_filters():
-    """Catches a misread filter syntax: slots are sorted and single, a bare host means all of it."""
+    """Catches misparsed filters: slots are sorted and unique, a bare host means all its slots."""
     assert parse_filter("a:2,0,2@b", "--include") == {"a": (0, 2), "b": None}
 
 
 @pytest.mark.parametrize("text", ["", "a:", "a:x", "a:0,", "a:-1", "a@", "@a", "a b", "a:0:1", "0,1,", "a:0 @b"])
-def test_refuses_what_is_no_filter(text: str):
+def test_rejects_malformed_filters(text: str):
     """Catches a malformed filter that selects something."""
     with pytest.raises(UserError, match=r"--exclude: expected HOST\[:SLOT"):
         parse_filter(text, "--exclude")
@@ -112,15 +112,15 @@ def test_selects_slots(include: str | None, exclude: str | None, expected: dict[
 @pytest.mark.parametrize(
     ("include", "exclude", "message"),
     [
-        ("c", None, "--include: there is no host 'c'; known: a, b"),
+        ("c", None, "--include: unknown host 'c'; known: a, b"),
         ("b:0,2", None, "--include: b has no slot 2; it has 0, 1"),
         (None, "b:7", "--exclude: b has no slot 7"),
-        (None, "a@b", "leaves no slot"),
-        ("a", "b", "give one of them"),
-        ("a:0@a:1", None, "a is named twice"),
+        (None, "a@b", "leaves no slots"),
+        ("a", "b", "--include cannot be combined with --exclude"),
+        ("a:0@a:1", None, "a appears twice"),
     ],
 )
-def test_refuses_filters_that_do_not_fit(include: str | None, exclude: str | None, message: str):
-    """Catches a filter for something that is not there, which would leave a run smaller than asked for."""
+def test_rejects_filters_that_do_not_fit(include: str | None, exclude: str | None, message: str):
+    """Catches a filter for a missing host or slot, which would run fewer ranks than requested."""
     with pytest.raises(UserError, match=re.escape(message)):
         select_slots(TWO_HOSTS, include, exclude)

@@ -13,7 +13,9 @@ from experiment.errors import StoppedError, UserError
 from experiment.run_folder import Outcome
 from launcher import launch
 from launcher.launch import launch_pretraining
-from launcher.supervisor import Ending
+from launcher.machine import cpu_cores
+from launcher.options import PretrainOptions
+from launcher.supervisor import LaunchResult
 
 CONFIG = """
 run: {dir: my-run}
@@ -28,7 +30,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A config file in the working directory, on a machine that computes on its CPU."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    monkeypatch.setattr("launcher.placement.cpu_cores", lambda: 2)
+    monkeypatch.setattr("launcher.machine.cpu_cores", lambda: 2)
     Path("config.yaml").write_text(CONFIG)
     return "config.yaml"
 
@@ -53,11 +55,11 @@ def attempts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """Stands for the ranks; holds what they would have been started with."""
     seen: list[tuple[Any, ...]] = []
 
-    def run_attempt(*arguments: Any) -> Ending:
+    def supervise(*arguments: Any) -> LaunchResult:
         seen.append(arguments)
-        return Ending(Outcome.DONE)
+        return LaunchResult(Outcome.DONE)
 
-    monkeypatch.setattr(launch, "run_attempt", run_attempt)
+    monkeypatch.setattr(launch, "supervise", supervise)
     return seen
 
 
@@ -66,15 +68,15 @@ def test_warnings_are_left_to_rank_0_where_there_is_one(
     config: str, caplog: pytest.LogCaptureFixture, dry_run: bool
 ) -> None:
     """Catches each warning of a check printed twice, and a dry run that keeps them to itself."""
-    launch_pretraining(config, {}, num_gpus=2, dry_run=dry_run)
+    launch_pretraining(PretrainOptions(config=config, num_gpus=2, dry_run=dry_run))
     assert ("something is odd" in caplog.text) == dry_run
 
 
 def test_ranks_get_the_users_config_and_overrides(config: str, attempts: list[tuple[Any, ...]], checked: list[Any]):
     """Catches ranks that run another config than the one that was checked."""
-    launch_pretraining(config, {"schedule.steps": "20"}, num_gpus=2)
+    launch_pretraining(PretrainOptions(config=config, num_gpus=2, overrides={"schedule.steps": "20"}))
     ((folder, argv, environment, slots),) = attempts
-    assert argv[-5:] == [
+    assert list(argv[-5:]) == [
         "--module",
         "pretrain.run",
         "--config",
@@ -84,7 +86,7 @@ def test_ranks_get_the_users_config_and_overrides(config: str, attempts: list[tu
     assert folder.path == Path("my-run").absolute()
     assert folder.logs.is_dir()
     assert slots == {"localhost": (0, 1)}
-    assert environment["OMP_NUM_THREADS"] == os.environ.get("OMP_NUM_THREADS", str(max(1, launch.cpu_cores() // 2)))
+    assert environment["OMP_NUM_THREADS"] == os.environ.get("OMP_NUM_THREADS", str(max(1, cpu_cores() // 2)))
     ((settings, world_size),) = checked
     assert (settings.schedule.steps, world_size) == (20, 2)
 
@@ -93,7 +95,7 @@ def test_dry_run_tells_all_and_touches_nothing(
     config: str, attempts: list[tuple[Any, ...]], checked: list[Any], capsys: pytest.CaptureFixture[str]
 ):
     """Catches a dry run that starts or writes something, or prints other than what would run."""
-    launch_pretraining(config, {"run.dir": "2024 01"}, num_gpus=2, dry_run=True)
+    launch_pretraining(PretrainOptions(config=config, num_gpus=2, dry_run=True, overrides={"run.dir": "2024 01"}))
     head, environment, command = capsys.readouterr().out.split("\n\n")
     assert yaml.safe_load(head)["run"]["dir"] == "2024 01"
     assert "TOKENIZERS_PARALLELISM=false" in environment or "TOKENIZERS_PARALLELISM" in os.environ
@@ -122,7 +124,7 @@ def test_mistakes_start_and_write_nothing(
     """Catches a run folder, or ranks, left by a launch that could not work."""
     Path("hosts").write_text("localhost slots=1\nworker slots\n")
     with pytest.raises(UserError, match=message):
-        launch_pretraining(config, overrides, **flags)
+        launch_pretraining(PretrainOptions(config=config, overrides=overrides, **flags))
     assert attempts == []
     assert not Path("my-run").exists()
 
@@ -139,9 +141,9 @@ def test_how_the_ranks_ended_is_how_the_command_ends(
     config: str, monkeypatch: pytest.MonkeyPatch, outcome: Outcome, error: type[BaseException], said: str | int
 ):
     """Catches an ending that is swallowed: the command would exit 0 for a run that is not done."""
-    monkeypatch.setattr(launch, "run_attempt", lambda *_: Ending(outcome, "because"))
+    monkeypatch.setattr(launch, "supervise", lambda *_: LaunchResult(outcome, "because"))
     with pytest.raises(error) as raised:
-        launch_pretraining(config, {})
+        launch_pretraining(PretrainOptions(config=config))
     assert raised.value.args == (said,)
 
 
@@ -154,10 +156,11 @@ def test_other_hosts_get_the_resolved_config_and_the_environment(
     monkeypatch.delenv("DS_ENV_FILE", raising=False)
     Path(".deepspeed_env").write_text("NCCL_DEBUG=INFO\n")
     Path("hosts").write_text("192.0.2.1 slots=2\n192.0.2.2 slots=2\n")
-    launch_pretraining(config, {"model.config": "{model_type: bert, hidden_size: 64}"}, hostfile="hosts")
+    overrides = {"model.config": "{model_type: bert, hidden_size: 64}"}
+    launch_pretraining(PretrainOptions(config=config, hostfile="hosts", overrides=overrides))
     ((folder, argv, environment, slots),) = attempts
     assert slots == {"192.0.2.1": (0, 1), "192.0.2.2": (0, 1)}
-    assert argv[-2:] == ["--config", str(folder.logs / "launch.yaml")]
+    assert list(argv[-2:]) == ["--config", str(folder.logs / "launch.yaml")]
     assert yaml.safe_load((folder.logs / "launch.yaml").read_text())["model"]["config"]["hidden_size"] == 64
     exported = Path(environment["DS_ENV_FILE"]).read_text().splitlines()
     assert {"GLOO_SOCKET_IFNAME=eth7", "NCCL_DEBUG=INFO", "TOKENIZERS_PARALLELISM=false"} <= set(exported)

@@ -1,4 +1,4 @@
-"""`deepcloze sweep`: what it makes of a config and a grid before the first run starts."""
+"""`deepcloze sweep` before the first run starts."""
 
 import shlex
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import yaml
 
 from launcher.cli import main
 
-Said = Callable[..., str]
+Reject = Callable[..., str]
 
 
 @pytest.fixture
@@ -29,10 +29,10 @@ def pretraining(tmp_path: Path, wordpiece_corpus: Path, heldout_corpus: Path) ->
 
 
 @pytest.fixture
-def refused(
+def reject(
     pretraining: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Said:
-    """The message of a sweep that must be refused, with nothing started."""
+) -> Reject:
+    """Call `deepcloze sweep`, which must reject the grid and start nothing; returns the message."""
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
 
     def command(grid: str, *arguments: str) -> str:
@@ -44,7 +44,7 @@ def refused(
 
 
 def test_the_commands_of_a_sweep(pretraining: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Catches overrides or flags that the runs do not get, and two runs in one folder."""
+    """Catches overrides or flags that do not reach the runs, and two runs in one folder."""
     grid = "optimizer.lr=1e-4,5e-4 optimizer.betas=[0.9,0.98],[0.9,0.999]"
     arguments = ["--config", str(pretraining), "--grid", grid, "--num_gpus", "1", "--schedule.steps=3", "--dry_run"]
     assert main(["sweep", *arguments]) == 0
@@ -58,19 +58,21 @@ def test_the_commands_of_a_sweep(pretraining: Path, tmp_path: Path, capsys: pyte
     assert not (tmp_path / "run-sweep").exists()
 
 
-def test_what_is_wrong_with_any_point_is_said_first(refused: Said) -> None:
-    """Catches a typo in the last value that is found hours later, and a metric that no run will have."""
-    assert "lr=fast: command line: 'optimizer.lr'" in refused("optimizer.lr=1e-4,fast")
-    assert "unknown config key 'optimizer.rate'" in refused("optimizer.rate=1e-4")
-    assert "max_seq_length=128" in refused("batch.max_seq_length=32,128 batch.microbatch_tokens=128")
-    assert "stands in --grid and on the command line" in refused("optimizer.lr=1e-4", "--optimizer.lr=1e-3")
-    assert "did you mean 'eval/held/loss'" in refused("optimizer.lr=1e-4", "--metric=eval/hold/loss")
+def test_every_point_is_validated_before_the_first_run(reject: Reject) -> None:
+    """Catches a typo in the last value that is found hours later, and a metric that no run reports."""
+    assert "lr=fast: command line: 'optimizer.lr'" in reject("optimizer.lr=1e-4,fast")
+    assert "unknown config key 'optimizer.rate'" in reject("optimizer.rate=1e-4")
+    assert "max_seq_length=128" in reject("batch.max_seq_length=32,128 batch.microbatch_tokens=128")
+    assert "'optimizer.lr' is given both in --grid and as an override" in reject(
+        "optimizer.lr=1e-4", "--optimizer.lr=1e-3"
+    )
+    assert "did you mean 'eval/held/loss'" in reject("optimizer.lr=1e-4", "--metric=eval/hold/loss")
 
 
-def test_the_run_that_the_config_names_may_be_there_already(
+def test_the_run_folder_of_the_config_may_be_in_use(
     pretraining: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches points that are checked as continuations of a run that was made with the same config."""
+    """Catches points validated as resumes of a run made with the same config."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").touch()
     arguments = ["--config", str(pretraining), "--grid", "batch.sequences=4,8", "--run.resume=never", "--dry_run"]
@@ -78,13 +80,13 @@ def test_the_run_that_the_config_names_may_be_there_already(
     assert f"--run.dir={tmp_path}/run-sweep/sequences=4" in capsys.readouterr().out
 
 
-def test_flags_of_pretraining_are_refused_for_fine_tuning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Catches flags that are ignored in silence, and a fine-tuning that is taken for a pretraining."""
+def test_launch_flags_are_rejected_for_fine_tuning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches flags that are silently ignored, and a fine-tuning config taken for a pretraining config."""
     path = tmp_path / "task.yaml"
     tree = {"run": {"dir": "a"}, "task": {"train": "t.csv", "validation": "v.csv"}, "model": {"init_from": "none"}}
     path.write_text(yaml.safe_dump(tree))
     arguments = ["sweep", "--config", str(path), "--grid", "training.lr=1e-5,2e-5"]
     assert main([*arguments, "--num_gpus", "2"]) == 2
-    assert "--num_gpus belongs to pretraining" in capsys.readouterr().err
+    assert "--num_gpus applies to pretraining only" in capsys.readouterr().err
     assert main(arguments) == 2
-    assert "lr=1e-5: model.init_from: expected a Hugging Face folder" in capsys.readouterr().err
+    assert f"lr=1e-5: model.init_from: {Path.cwd() / 'none'} does not exist" in capsys.readouterr().err

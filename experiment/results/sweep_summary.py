@@ -1,0 +1,112 @@
+"""The results of a sweep: the metric of each run, one table and one plot."""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from experiment.files import write_text
+from experiment.run_folder import RunFolder
+from experiment.tracking.jsonl import read_events
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """How one run of a sweep ended."""
+
+    name: str  # of its folder
+    values: Mapping[str, str]  # dotted config key -> raw text; the same keys in all runs of a sweep
+    state: str  # "done", or how it failed
+    value: float | None  # of the metric; None if the run has none
+
+
+def read_metric(folder: RunFolder, metric: str) -> float | None:
+    """The metric of a finished run: on validation in results.json, or its last value in metrics.jsonl."""
+    results = folder.path / "results.json"
+    if results.is_file():
+        scores = json.loads(results.read_text(encoding="utf-8"))["splits"]["validation"]
+        return float(scores[metric]["mean"]) if metric in scores else None
+    values = [event[metric] for event in read_events(folder.metrics) if event.get(metric) is not None]
+    return float(values[-1]) if values else None
+
+
+def rank_results(results: Sequence[SweepResult], metric: str) -> list[SweepResult]:
+    """Sort results, best first: lowest loss or perplexity, highest other metric; those without a value come last."""
+    sign = 1.0 if metric.rpartition("/")[2] in ("loss", "perplexity") else -1.0
+    return sorted(results, key=lambda result: math.inf if result.value is None else sign * result.value)
+
+
+def short_names(keys: Sequence[str]) -> dict[str, str]:
+    """Config key -> short label: its last part, or the whole key if another one ends in the same part."""
+    last = [key.rpartition(".")[2] for key in keys]
+    return {key: part if last.count(part) == 1 else key for key, part in zip(keys, last, strict=True)}
+
+
+def write_summary(results: Sequence[SweepResult], output: Path, metric: str) -> None:
+    """Write OUTPUT/sweep.csv, best run first, and OUTPUT/sweep.png, and print the table."""
+    ranked = rank_results(results, metric)
+    keys = list(ranked[0].values)
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow([*keys, metric, "state", "folder"])
+    for result in ranked:
+        writer.writerow([*result.values.values(), result.value, result.state, result.name])
+    write_text(output / "sweep.csv", table.getvalue())
+    _print_table(ranked, keys, metric)
+    plotted = any(result.value is not None for result in ranked)
+    if plotted:
+        _plot(ranked, keys, metric, output / "sweep.png")
+    print(f"{output}/sweep.csv, sweep.json" + (", sweep.png" if plotted else ""))
+
+
+def _print_table(ranked: Sequence[SweepResult], keys: Sequence[str], metric: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for key in keys:
+        table.add_column(key, justify="right", overflow="fold")
+    table.add_column(metric, justify="right")
+    for result in ranked:
+        shown = f"{result.value:.4f}" if result.value is not None else ("–" if result.state == "done" else result.state)
+        table.add_row(*result.values.values(), shown)
+    Console(highlight=False, markup=False).print(table)
+
+
+def _plot(results: Sequence[SweepResult], keys: Sequence[str], metric: str, path: Path) -> None:
+    """Plot the metric over the first key, with one line for each combination of the other keys."""
+    from experiment.results.figures import Line, Panel, draw_grid
+
+    first, *others = keys
+    labels = short_names(keys)
+    measured = [(result.values, result.value) for result in results if result.value is not None]
+    positions = _axis_positions(list(dict.fromkeys(values[first] for values, _ in measured)))
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for values, value in measured:
+        label = " ".join(f"{labels[key]}={values[key]}" for key in others)
+        lines.setdefault(label, []).append((positions[values[first]], value))
+    panel = Panel(
+        metric,
+        [
+            Line(label, [x for x, _ in sorted(points)], [y for _, y in sorted(points)], marked=True)
+            for label, points in sorted(lines.items())
+        ],
+        scale="log" if _spans_decades([value for _, value in measured]) else "linear",
+    )
+    ticks = {position: text for text, position in positions.items()}
+    draw_grid(path, panel, first, ticks, _spans_decades(list(positions.values())))
+
+
+def _axis_positions(texts: Sequence[str]) -> dict[str, float]:
+    """Text of a value -> x: the numbers themselves, or 0, 1, 2, … if one of the texts is not a number."""
+    try:
+        return {text: float(text) for text in texts}
+    except ValueError:
+        return {text: float(index) for index, text in enumerate(texts)}
+
+
+def _spans_decades(values: Sequence[float]) -> bool:
+    return min(values) > 0 and max(values) >= 10 * min(values)

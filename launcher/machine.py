@@ -1,0 +1,111 @@
+"""What this machine has: GPUs or CPU cores, its names and addresses, a free port."""
+
+import os
+import socket
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from experiment.errors import UserError
+
+DeviceKind = Literal["cuda", "cpu"]
+
+
+@dataclass(frozen=True)
+class Devices:
+    """What this machine computes on: GPUs by index, or its CPU cores counted from 0."""
+
+    kind: DeviceKind
+    indices: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The machine a launch starts from."""
+
+    devices: Devices
+    cores: int  # CPU cores this process may use
+    free_port: int
+    environ: Mapping[str, str]
+    deepspeed_env_files: tuple[Path, ...] = ()  # the user's own, which DeepSpeed exports to other hosts
+
+
+def inspect_machine() -> Machine:
+    """The current state of this machine and this process's environment.
+
+    Raises UserError for a CUDA_VISIBLE_DEVICES that DeepSpeed's launcher does not understand.
+    """
+    return Machine(
+        devices=find_devices(os.environ),
+        cores=cpu_cores(),
+        free_port=free_port(),
+        environ=dict(os.environ),
+        deepspeed_env_files=_find_deepspeed_env(os.environ.get("DS_ENV_FILE", ".deepspeed_env")),
+    )
+
+
+def find_devices(environ: Mapping[str, str]) -> Devices:
+    """The GPUs in CUDA_VISIBLE_DEVICES, or, without GPUs, the cores this process may use.
+
+    DS_ACCELERATOR=cpu selects the cores on a machine with GPUs too. Raises UserError for GPUs that are not listed by
+    number, which DeepSpeed's launcher does not understand.
+    """
+    cores = Devices("cpu", tuple(range(cpu_cores())))
+    if environ.get("DS_ACCELERATOR") == "cpu":
+        return cores
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    if count == 0:
+        return cores
+    return Devices("cuda", tuple(range(count)) if visible is None else _parse_visible_devices(visible)[:count])
+
+
+def is_this_machine(host: str) -> bool:
+    """Whether a host name, or the address it resolves to, belongs to this machine."""
+    if host == "localhost" or host in (socket.gethostname(), socket.getfqdn()):
+        return True
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.bind(address)  # succeeds for this machine's own addresses only
+    except OSError:
+        return False
+    return True
+
+
+def cpu_cores() -> int:
+    """CPU cores this process may use: its affinity, limited by a container's quota (cgroup v2)."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    with suppress(OSError, ValueError):  # no such file, or no quota: 'max'
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
+        cores = min(cores, max(1, quota // period))
+    return cores
+
+
+def free_port() -> int:
+    """A TCP port of this machine on which no process listens now."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def _parse_visible_devices(visible: str) -> tuple[int, ...]:
+    names = [name.strip() for name in visible.split(",")]
+    for name in names:
+        if not name.isdigit():
+            raise UserError(
+                f"CUDA_VISIBLE_DEVICES={visible}: expected GPU numbers such as 0,1, found {name!r}; "
+                "DeepSpeed's launcher accepts nothing else"
+            )
+    return tuple(map(int, names))
+
+
+def _find_deepspeed_env(name: str) -> tuple[Path, ...]:
+    """The files of that name in the folders where DeepSpeed looks for it."""
+    return tuple(path for path in (Path.home() / name, Path.cwd() / name) if path.is_file())

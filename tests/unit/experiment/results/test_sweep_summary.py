@@ -1,0 +1,23 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from experiment.results.sweep_summary import SweepResult, rank_results, read_metric
+from experiment.run_folder import RunFolder
+
+
+@pytest.mark.parametrize(("metric", "best"), [("eval/held/loss", 1.0), ("perplexity", 1.0), ("macro_f1", 3.0)])
+def test_best_first(metric: str, best: float) -> None:
+    """Catches a reversed table, and runs without a value at its top."""
+    results = [SweepResult("a", {}, "done", value) for value in (2.0, None, 3.0, 1.0)]
+    ranked = [result.value for result in rank_results(results, metric)]
+    assert (ranked[0], ranked[-1]) == (best, None)
+
+
+def test_results_of_fine_tuning(tmp_path: Path) -> None:
+    """Catches a comparison by another split or metric than requested."""
+    results = {"splits": {"validation": {"macro_f1": {"mean": 0.5}}, "test": {"macro_f1": {"mean": 0.7}}}}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    assert read_metric(RunFolder(tmp_path), "macro_f1") == 0.5
+    assert read_metric(RunFolder(tmp_path), "accuracy") is None
