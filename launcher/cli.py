@@ -54,7 +54,7 @@ def tokenizer(options: TokenizerOptions) -> None:
 
         extend_tokenizer(options.extend, options.added, options.output)
     else:
-        from pretrain.corpus.tokenizer import train_tokenizer
+        from pretrain.corpus.train_tokenizer import train_tokenizer
 
         train_tokenizer(options)
 

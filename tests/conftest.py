@@ -54,7 +54,7 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def wordpiece(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
     """A tokenizer like BERT's, of 200 tokens."""
     from pretrain.corpus.options import TokenizerOptions
-    from pretrain.corpus.tokenizer import train_tokenizer
+    from pretrain.corpus.train_tokenizer import train_tokenizer
 
     folder = tmp_path_factory.mktemp("tokenizers") / "wordpiece"
     train_tokenizer(TokenizerOptions(source=text_file, output=folder, vocab_size=200, lowercase=True))
@@ -65,7 +65,7 @@ def wordpiece(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path
 def byte_level(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
     """A tokenizer like RoBERTa's, of 330 tokens."""
     from pretrain.corpus.options import TokenizerOptions
-    from pretrain.corpus.tokenizer import train_tokenizer
+    from pretrain.corpus.train_tokenizer import train_tokenizer
 
     folder = tmp_path_factory.mktemp("tokenizers") / "byte_level"
     train_tokenizer(TokenizerOptions(source=text_file, output=folder, vocab_size=330, kind="bpe"))

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from experiment.errors import UserError
 from experiment.tokenizer import load_tokenizer, save_tokenizer, vocabulary_size
-from pretrain.corpus.tokenizer import new_folder
+from pretrain.corpus.train_tokenizer import new_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -50,17 +50,17 @@ class Document(NamedTuple):
 
 
 @dataclass
-class Reading:
-    """How far the reading has come. Counted while documents are drawn from it."""
+class ReadStats:
+    """Counters that the readers update while documents are drawn from them."""
 
-    empty: int = 0  # documents without text, dropped
-    finished_bytes: int = 0  # of the files read so far, as they are on disk
-    started: int = 0  # lines that matched --document_start
-    position: Callable[[], int] = lambda: 0  # in the current file
+    empty_documents: int = 0  # dropped because they have no text
+    finished_bytes: int = 0  # sizes on disk of the files read so far
+    start_matches: int = 0  # lines that matched --document_start
+    file_position: Callable[[], int] = lambda: 0  # bytes read of the current file
 
     @property
-    def bytes(self) -> int:
-        return self.finished_bytes + self.position()
+    def bytes_read(self) -> int:
+        return self.finished_bytes + self.file_position()
 
 
 def format_of(name: str) -> tuple[str | None, str]:
@@ -72,7 +72,7 @@ def format_of(name: str) -> tuple[str | None, str]:
 
 
 def documents_of(
-    stream: IO[bytes], name: str, origin: str, text_format: TextOptions, reading: Reading
+    stream: IO[bytes], name: str, origin: str, text_format: TextOptions, stats: ReadStats
 ) -> Iterator[Document]:
     """The documents of one file's bytes, in order. Its name says what they are; plain text where it says nothing."""
     kind, compression = format_of(name)
@@ -87,7 +87,7 @@ def documents_of(
         elif kind in ("csv", "tsv"):
             yield from _separated(_lines(stream, origin), origin, text_format, "," if kind == "csv" else "\t")
         else:
-            yield from _plain(_lines(stream, origin), origin, text_format, reading)
+            yield from _plain(_lines(stream, origin), origin, text_format, stats)
 
 
 def decompressed(stream: IO[bytes], compression: str) -> IO[bytes]:
@@ -159,7 +159,7 @@ def _without_end(line: str) -> str:
     return line[:-1] if line.endswith("\n") else line
 
 
-def _plain(lines: Iterable[str], origin: str, text_format: TextOptions, reading: Reading) -> Iterator[Document]:
+def _plain(lines: Iterable[str], origin: str, text_format: TextOptions, stats: ReadStats) -> Iterator[Document]:
     pattern = text_format.document_start
     numbered = enumerate(map(_without_end, lines), 1)
     if text_format.document == "line" and pattern is None:
@@ -171,7 +171,7 @@ def _plain(lines: Iterable[str], origin: str, text_format: TextOptions, reading:
     for number, line in numbered:
         blank = text_format.document == "blank_line" and not line.strip()
         starts = pattern is not None and pattern.search(line) is not None
-        reading.started += starts
+        stats.start_matches += starts
         if (blank or starts) and held:
             yield Document("\n".join(held), origin, begun)
             held = []

@@ -1,4 +1,4 @@
-"""manifest.json: what a corpus folder holds, and the checksums that prove it."""
+"""manifest.json: the contents of a corpus folder, with checksums."""
 
 import json
 from collections.abc import Iterable
@@ -16,41 +16,41 @@ PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 
 @dataclass(frozen=True)
 class Shard:
-    """One Arrow file of a corpus: whole documents, back to back."""
+    """One Arrow file of a corpus, made of whole documents."""
 
     file: str  # name inside the corpus folder
     rows: int  # documents
     tokens: int
     unknown_tokens: int
     words: int  # separated by whitespace
-    text_bytes: int  # UTF-8, of the documents it was made from
-    bytes: int  # of the file
+    text_bytes: int  # UTF-8 bytes of the source documents
+    bytes: int  # file size
     sha256: str  # of the file
-    content: str  # sha256 of document lengths, token ids and word starts alone, however the file lays them out
+    content: str  # SHA-256 of document lengths, token ids and word starts, independent of the file layout
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a corpus was made from. Equal recipes give equal corpora: paths, time and workers have no part in it."""
+    """The inputs of a corpus. Equal recipes give equal corpora; paths, time and the number of workers do not matter."""
 
-    source: str  # digest of every document read, in order
-    tokenizer: str  # its fingerprint
+    source: str  # digest of all documents read, in order
+    tokenizer: str  # fingerprint
     part: str  # main | heldout
-    seed: int | None  # of the draws; None where nothing was drawn
+    seed: int | None  # for holdout and limit; None without either
     limit: int | None
     holdout: int | None
-    segmenter: str | None = None  # that word starts are from, with its version; None: the corpus has none
+    segmenter: str | None = None  # name and version of what found the word starts; None: the corpus has none
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `deepcloze corpus` made. Lengths are in tokens, without special tokens."""
+    """The contents of manifest.json. Lengths are in tokens, without special tokens."""
 
     recipe: Recipe
     vocabulary_size: int
     token_type: str  # Arrow type of a token id: uint16 | uint32
     empty_documents: int  # dropped
-    length_percentiles: dict[str, int]  # percentile of document length -> tokens
+    length_percentiles: dict[str, int]  # percentile -> document length in tokens
     shards: tuple[Shard, ...]
 
     @property
@@ -75,14 +75,14 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """Identity of the tokens, of their word starts, and of the tokenizer that gives them a meaning."""
+        """Identity of the tokens, their word starts and the tokenizer."""
         return json_digest(
             [self.recipe.tokenizer, *([shard.rows, shard.tokens, shard.content] for shard in self.shards)]
         )
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write `folder/manifest.json`, on disk when this returns."""
+    """Write `folder/manifest.json` atomically."""
     write_json(
         folder / MANIFEST,
         {
@@ -105,14 +105,12 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a finished corpus folder. Raises UserError where there is none or it cannot be understood."""
+    """Read the manifest of a finished corpus. Raises UserError if it is missing or damaged, or has another format."""
     path = folder / MANIFEST
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if found["format"] != FORMAT:
-            raise UserError(
-                f"{path}: corpus format {found['format']}, this deepcloze reads format {FORMAT}; build the corpus again"
-            )
+            raise UserError(f"{path}: found corpus format {found['format']}, expected {FORMAT}; rebuild the corpus")
         manifest = Manifest(
             recipe=Recipe(**found["recipe"]),
             vocabulary_size=found["tokenizer"]["vocabulary_size"],
@@ -123,25 +121,25 @@ def read_manifest(folder: Path) -> Manifest:
         )
         recorded = found["fingerprint"]
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{folder} is no corpus: it has no {MANIFEST} (`deepcloze corpus` makes one)") from None
+        raise UserError(f"{folder} is not a corpus: it has no {MANIFEST}; build one with `deepcloze corpus`") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path} is damaged ({error!r}); build the corpus again") from None
+        raise UserError(f"{path} is damaged ({error!r}); rebuild the corpus") from None
     if manifest.fingerprint != recorded:
-        raise UserError(f"{path} is damaged: its shards do not give the fingerprint it records; build the corpus again")
+        raise UserError(f"{path} is damaged: its fingerprint does not match its shards; rebuild the corpus")
     return manifest
 
 
 def percentiles(lengths: Iterable[tuple[int, int]]) -> dict[str, int]:
-    """{percentile: document length} from (length, how many documents) pairs: the smallest length that as many reach."""
+    """Return {percentile: document length}, by the nearest-rank definition, from (length, count) pairs."""
     counts = sorted(lengths)
     total = sum(count for _, count in counts)
     found: dict[str, int] = {}
     for percentile in PERCENTILES:
-        rank = max(1, -(-percentile * total // 100))  # nearest-rank definition
+        rank = max(1, -(-percentile * total // 100))
         seen = 0
         for length, count in counts:
             seen += count

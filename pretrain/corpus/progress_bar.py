@@ -1,4 +1,4 @@
-"""How far a long reading has come, on stderr: a bar on a terminal, a line every ten seconds in a log."""
+"""Progress of reading text, on stderr: a bar on a terminal, otherwise a line every ten seconds."""
 
 import sys
 import time
@@ -7,17 +7,16 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from pretrain.corpus.formats import Reading
+from pretrain.corpus.formats import ReadStats
 from pretrain.corpus.sources import Source
 
 _SECONDS_BETWEEN_LINES = 10.0
 
 
-class Progress:
-    """Counts documents and megabytes of text while they are read; `with` shows and removes the bar."""
+class ProgressBar:
+    """Shows how many documents and megabytes of text have been read, while its `with` block runs."""
 
     def __init__(self, label: str, sources: Iterable[Source]) -> None:
         sizes = [source.bytes for source in sources]
@@ -25,7 +24,7 @@ class Progress:
         self._total = sum(known) if len(known) == len(sizes) else None
         self._label = label
         self._console = Console(stderr=True)
-        self._bar = RichProgress(
+        self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             TextColumn("{task.fields[state]}"),
@@ -35,8 +34,8 @@ class Progress:
             transient=True,
         )
         self._task = self._bar.add_task(label, total=self._total, state="")
-        self._began = time.monotonic()
-        self._shown = self._began
+        self._started_at = time.monotonic()
+        self._shown_at = self._started_at
         self.documents = 0
         self.text_bytes = 0
 
@@ -53,22 +52,22 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        return time.monotonic() - self._began
+        return time.monotonic() - self._started_at
 
-    def advance(self, reading: Reading, text_bytes: int) -> None:
-        """One more document has been read."""
+    def advance(self, stats: ReadStats, text_bytes: int) -> None:
+        """Count one more document of `text_bytes`."""
         self.documents += 1
         self.text_bytes += text_bytes
         if self.documents % 64:
             return
         now = time.monotonic()
         if self._console.is_terminal:
-            if now - self._shown > 0.2:
-                self._shown = now
-                self._bar.update(self._task, completed=reading.bytes if self._total else None, state=self._state())
-        elif now - self._shown > _SECONDS_BETWEEN_LINES:
-            self._shown = now
-            share = f"{reading.bytes / self._total:.0%}, " if self._total else ""
+            if now - self._shown_at > 0.2:
+                self._shown_at = now
+                self._bar.update(self._task, completed=stats.bytes_read if self._total else None, state=self._state())
+        elif now - self._shown_at > _SECONDS_BETWEEN_LINES:
+            self._shown_at = now
+            share = f"{stats.bytes_read / self._total:.0%}, " if self._total else ""
             print(f"{self._label}: {share}{self._state()}, {self.seconds:.0f} s", file=sys.stderr, flush=True)
 
     def _state(self) -> str:

@@ -1,4 +1,4 @@
-"""A finished corpus folder, opened for training: memory-mapped, nothing read before it is asked for."""
+"""Read a finished corpus through memory maps."""
 
 import itertools
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from pretrain.corpus.words import BoolArray
 
 @dataclass(frozen=True)
 class Corpus:
-    """A corpus folder. Copies in other processes (fork or pickle) read the same files through maps of their own."""
+    """An open corpus folder. It can be pickled or forked; each process memory-maps the files again."""
 
     path: Path
     manifest: Manifest
@@ -29,7 +29,7 @@ class Corpus:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the tokens, their word starts and the tokenizer, wherever the corpus lies."""
+        """Identity of the tokens, their word starts and the tokenizer, independent of the path."""
         return self.manifest.fingerprint
 
     @property
@@ -49,29 +49,33 @@ class Corpus:
         return self.manifest.tokens
 
     def document_lengths(self) -> Iterator[npt.NDArray[np.int32]]:
-        """Tokens of each document, one array a shard, in order; none is empty."""
+        """Yield the length in tokens of each document, one array per shard, in order. No document is empty."""
         for shard in self.manifest.shards:
             yield row_lengths(self.path / shard.file)
 
     def read(self, starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
-        """Token ids of S spans, one after the other: [sum(lengths)].
+        """Return the token ids of S spans, concatenated: [sum(lengths)].
 
-        `starts` [S] count in the stream of all documents' tokens, in order. A span must lie within one document.
+        Raises ValueError if a span crosses the end of a shard.
+
+        Args:
+            starts: offset of each span in the token stream of the whole corpus, [S].
+            lengths: tokens of each span, [S]. A span must lie within one document.
         """
-        spans = self._spans(starts, lengths)
+        spans = self._locate(starts, lengths)
         out = np.empty(int(lengths.sum()), dtype=np.int32)
         at = 0
-        # One copy a span is faster than fancy indexing, which needs an index per token.
+        # One copy per span is faster than fancy indexing, which needs an index per token.
         for shard, begin, end in spans:
             out[at : at + end - begin] = shard.ids[begin:end]
             at += end - begin
         return out
 
     def read_word_starts(self, starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> BoolArray | None:
-        """Which tokens of S spans (see `read`) begin a word: [sum(lengths)]; None: the corpus does not tell."""
+        """Mark the tokens of S spans (see `read`) that begin a word. None: the corpus was built without a segmenter."""
         if self.manifest.recipe.segmenter is None:
             return None
-        spans = self._spans(starts, lengths)
+        spans = self._locate(starts, lengths)
         out = np.empty(int(lengths.sum()), dtype=np.bool_)
         at = 0
         for shard, begin, end in spans:
@@ -81,41 +85,41 @@ class Corpus:
             at += end - begin
         return out
 
-    def _spans(
+    def _locate(
         self, starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]
     ) -> Iterator[tuple[MappedShard, int, int]]:
-        """(shard, begin, end) of each span, counted in its shard."""
-        shards = np.searchsorted(self._starts[:-1], starts, side="right") - 1
-        begins = starts - self._starts[shards]
+        """Return (shard, begin, end) of each span; begin and end count from the start of the shard."""
+        shards = np.searchsorted(self._shard_starts[:-1], starts, side="right") - 1
+        begins = starts - self._shard_starts[shards]
         ends = begins + lengths
-        if (starts < 0).any() or (lengths < 0).any() or (starts + lengths > self._starts[shards + 1]).any():
-            raise ValueError("a span reaches out of its shard, so it is not within one document")
-        mapped = [self._shards[shard] for shard in shards.tolist()]
+        if (starts < 0).any() or (lengths < 0).any() or (starts + lengths > self._shard_starts[shards + 1]).any():
+            raise ValueError("a span crosses the end of its shard, so it is not within one document")
+        mapped = [self._mapped_shards[shard] for shard in shards.tolist()]
         return zip(mapped, begins.tolist(), ends.tolist(), strict=True)
 
     def verify(self) -> None:
-        """Read every shard and compare it with its checksum. Raises UserError that names the first damaged one."""
+        """Compare every shard with its checksum. Raises UserError naming the first damaged one."""
         for shard in self.manifest.shards:
             if sha256(self.path / shard.file) != shard.sha256:
-                raise UserError(f"{self.path / shard.file} is damaged: it has not the sha256 that the manifest records")
+                raise UserError(f"{self.path / shard.file} is damaged: its SHA-256 differs from the manifest")
 
     @cached_property
-    def _starts(self) -> npt.NDArray[np.int64]:
-        """Where each shard begins in the stream of tokens, and where the last one ends: [shards + 1]."""
+    def _shard_starts(self) -> npt.NDArray[np.int64]:
+        """Offset of each shard in the token stream, and the end of the last one: [shards + 1]."""
         return np.array(list(itertools.accumulate((shard.tokens for shard in self.manifest.shards), initial=0)))
 
     @cached_property
-    def _shards(self) -> tuple[MappedShard, ...]:
+    def _mapped_shards(self) -> tuple[MappedShard, ...]:
         return tuple(map_shard(self.path / shard.file) for shard in self.manifest.shards)
 
     def __getstate__(self) -> dict[str, object]:
-        return {"path": self.path, "manifest": self.manifest}  # maps don't cross to another process
+        return {"path": self.path, "manifest": self.manifest}  # memory maps cannot be pickled
 
 
 def open_corpus(path: Path | str) -> Corpus:
-    """The corpus in the folder `path`. Raises UserError for a folder that is no finished, whole corpus.
+    """Open a corpus folder. Raises UserError if it is not a finished corpus, or if a shard is missing or truncated.
 
-    Takes time per shard, not per token: sizes are compared with the manifest, contents by `Corpus.verify`.
+    Compares file sizes with the manifest, which takes time per shard, not per token. `Corpus.verify` checks contents.
     """
     folder = Path(path).absolute()
     manifest = read_manifest(folder)
@@ -124,7 +128,7 @@ def open_corpus(path: Path | str) -> Corpus:
         try:
             size = file.stat().st_size
         except OSError as error:
-            raise UserError(f"{folder} is not whole: cannot read its shard {shard.file}: {error.strerror}") from None
+            raise UserError(f"{folder} is incomplete: cannot read shard {shard.file}: {error.strerror}") from None
         if size != shard.bytes:
-            raise UserError(f"{folder} is damaged: {shard.file} has {size:,} bytes, the manifest says {shard.bytes:,}")
+            raise UserError(f"{folder} is damaged: {shard.file} has {size:,} bytes, expected {shard.bytes:,}")
     return Corpus(folder, manifest)

@@ -17,7 +17,7 @@ from typing import IO
 from experiment.errors import UserError
 from pretrain.corpus.formats import (
     Document,
-    Reading,
+    ReadStats,
     decompressed,
     documents_of,
     format_of,
@@ -132,21 +132,21 @@ def _archive(path: Path, members: str) -> Source:
     return Source("archive", str(path), members, path.stat().st_size)
 
 
-def read_documents(sources: Iterable[Source], text_format: TextOptions, reading: Reading) -> Iterator[Document]:
-    """Every document that has text, in order; those without are counted in `reading`. Raises UserError on bad input."""
+def read_documents(sources: Iterable[Source], text_format: TextOptions, stats: ReadStats) -> Iterator[Document]:
+    """Every document that has text, in order; those without are counted in `stats`. Raises UserError on bad input."""
     for source in sources:
-        for document in _read(source, text_format, reading):
+        for document in _read(source, text_format, stats):
             if document.text and not document.text.isspace():
                 yield document
             else:
-                reading.empty += 1
-        reading.position = lambda: 0
-        reading.finished_bytes += source.bytes or 0
-    if text_format.document_start is not None and reading.started == 0:
+                stats.empty_documents += 1
+        stats.file_position = lambda: 0
+        stats.finished_bytes += source.bytes or 0
+    if text_format.document_start is not None and stats.start_matches == 0:
         raise UserError(f"--document_start '{text_format.document_start.pattern}' matches no line of the text")
 
 
-def _read(source: Source, text_format: TextOptions, reading: Reading) -> Iterator[Document]:
+def _read(source: Source, text_format: TextOptions, stats: ReadStats) -> Iterator[Document]:
     if source.kind == PYTHON_DOCS:
         from pretrain.corpus.python_docs.collect import python_documents
 
@@ -156,20 +156,20 @@ def _read(source: Source, text_format: TextOptions, reading: Reading) -> Iterato
         yield from _hub(source, text_format)
     else:
         with refusing_damage(source.name), Path(source.name).open("rb", buffering=1 << 20) as file:
-            reading.position = file.tell
+            stats.file_position = file.tell
             if source.kind == "file":
-                yield from documents_of(file, source.name, source.name, text_format, reading)
+                yield from documents_of(file, source.name, source.name, text_format, stats)
             else:
-                yield from _members(file, source, text_format, reading)
+                yield from _members(file, source, text_format, stats)
 
 
-def _members(file: IO[bytes], source: Source, text_format: TextOptions, reading: Reading) -> Iterator[Document]:
+def _members(file: IO[bytes], source: Source, text_format: TextOptions, stats: ReadStats) -> Iterator[Document]:
     found = 0
     for name, member in (
         _zip_members(file, source) if source.name.lower().endswith(".zip") else _tar_members(file, source)
     ):
         found += 1
-        yield from documents_of(member, name, f"{source.name}::{name}", text_format, reading)
+        yield from documents_of(member, name, f"{source.name}::{name}", text_format, stats)
     if not found:
         raise UserError(f"{source.name}: no member matches '{source.selection}'")
 

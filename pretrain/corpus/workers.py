@@ -1,4 +1,4 @@
-"""Worker processes for text: they start quickly, inherit nothing and never outlive who started them."""
+"""Worker processes for text. They start fast, inherit no state and exit when their parent dies."""
 
 import os
 import signal
@@ -8,40 +8,45 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import connection, get_context, parent_process
-from typing import Any
+from typing import TypeVarTuple
 
 from experiment.errors import StoppedError
 
+Args = TypeVarTuple("Args")
+
 
 @contextmanager
-def worker_pool(workers: int, start: Callable[..., None] | None = None, *args: Any) -> Iterator[ProcessPoolExecutor]:
-    """A pool whose processes each call `start(*args)` first. Raises StoppedError where one of them is killed.
+def worker_pool(
+    workers: int, initializer: Callable[[*Args], None] | None = None, *initargs: *Args
+) -> Iterator[ProcessPoolExecutor]:
+    """Open a pool of processes that each call `initializer(*initargs)` first.
 
-    Workers come from a server process that never held threads, locks or libraries, so they can be forked safely.
+    Workers are forked from a fork server, which has no threads or locks that a fork could break. Raises StoppedError if
+    a worker is killed.
     """
     context = get_context("forkserver")
     context.set_forkserver_preload(["pretrain.corpus.encoding", "pretrain.corpus.python_docs.docstrings"])
-    pool = ProcessPoolExecutor(workers, context, _start, (start, args))
+    pool = ProcessPoolExecutor(workers, context, _start, (initializer, initargs))
     try:
         yield pool
     except BrokenProcessPool:
         raise StoppedError(
-            "a worker process was killed, perhaps for want of memory (fewer --workers need less); "
-            "the same command goes on with what is finished"
+            "a worker process was killed, perhaps because memory ran out (use fewer --workers); "
+            "run the same command again to resume from the finished shards"
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _start(start: Callable[..., None] | None, args: tuple[Any, ...]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent decides
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    if start is not None:
-        start(*args)
+def _start(initializer: Callable[[*Args], None] | None, initargs: tuple[*Args]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent handles it
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    if initializer is not None:
+        initializer(*initargs)
 
 
-def _end_with_parent() -> None:
-    """Workers of a killed parent would wait for work for ever."""
+def _exit_with_parent() -> None:
+    """Without this, the workers of a killed parent would wait for work forever."""
     parent = parent_process()
     assert parent is not None
     connection.wait([parent.sentinel])

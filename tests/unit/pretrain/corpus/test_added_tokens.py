@@ -9,8 +9,7 @@ from experiment.tokenizer import load_tokenizer, save_tokenizer, tokenizer_finge
 from launcher.cli import main
 from pretrain.batching.vocabulary import build_vocabulary
 from pretrain.corpus.added_tokens import check_extends, extend_tokenizer, old_pieces
-from pretrain.corpus.encoding import Encoder
-from pretrain.corpus.tokenizer import vocabulary_of as corpus_vocabulary
+from pretrain.corpus.encoding import DocumentEncoder, tokenizer_spec
 
 
 def extend(tokenizer: Path, folder: Path, *words: str) -> PreTrainedTokenizerFast:
@@ -74,7 +73,7 @@ def test_added_words_are_text(kind: str, request: pytest.FixtureRequest, tmp_pat
     vocabulary = build_vocabulary(new)
     assert not vocabulary.unmaskable[added].any()
     assert set(added) <= set(vocabulary.replacements.tolist())
-    encoded = Encoder(corpus_vocabulary(new)).encode(["in zedwilmar re-zed the"])
+    encoded = DocumentEncoder(tokenizer_spec(new)).encode(["in zedwilmar re-zed the"])
     assert encoded.special is None
     assert set(added) <= set(encoded.ids.tolist())
 

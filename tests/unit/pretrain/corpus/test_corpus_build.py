@@ -20,10 +20,11 @@ from hypothesis import strategies as st
 from experiment.errors import StoppedError, UserError
 from experiment.tokenizer import load_tokenizer
 from launcher.cli import main
-from pretrain.corpus import build, shards
-from pretrain.corpus.build import HELDOUT, MAIN, Draws, build_corpus
+from pretrain.corpus import build, pipeline, shards
+from pretrain.corpus.build import build_corpus
 from pretrain.corpus.options import CorpusOptions
 from pretrain.corpus.reader import open_corpus
+from pretrain.corpus.sampling import HELDOUT, MAIN, Sampling
 
 Build = Callable[..., Any]
 
@@ -32,7 +33,7 @@ Build = Callable[..., Any]
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many shards and batches out of a little text."""
     monkeypatch.setattr(shards, "SHARD_TOKENS", 700)
-    monkeypatch.setattr(build, "_BATCH_BYTES", 500)
+    monkeypatch.setattr(pipeline, "_BATCH_BYTES", 500)
 
 
 @pytest.fixture
@@ -94,7 +95,7 @@ def test_bytes_do_not_depend_on_workers_or_place(
     moved = tmp_path / "elsewhere" / "other.txt"
     moved.parent.mkdir()
     moved.write_bytes(source.read_bytes())
-    monkeypatch.setattr(build, "_BATCH_BYTES", 1300)
+    monkeypatch.setattr(pipeline, "_BATCH_BYTES", 1300)
     corpus("deep/three", workers=3, source=str(moved))
     assert contents(tmp_path / "one") == contents(tmp_path / "deep" / "three")
 
@@ -150,14 +151,14 @@ def test_a_killed_build_goes_on_to_the_same_bytes(corpus: Build, tmp_path: Path,
     )
     sent: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
-        real = build._send
+        real = pipeline._EncodeQueue.submit
 
-        def counting(pool: Any, writer: Any, batch: Any) -> Any:
+        def counting(queue: Any, writer: Any, batch: Any) -> None:
             if writer.folder.name == "killed":
                 sent.append(len(batch.documents))
-            return real(pool, writer, batch)
+            real(queue, writer, batch)
 
-        patch.setattr(build, "_send", counting)
+        patch.setattr(pipeline._EncodeQueue, "submit", counting)
         corpus("killed", **flags)
     assert done + sum(sent) == 200
     for part in ("", "-heldout"):
@@ -168,14 +169,18 @@ def test_a_killed_build_goes_on_to_the_same_bytes(corpus: Build, tmp_path: Path,
 def test_a_death_while_files_are_renamed(corpus: Build, tmp_path: Path) -> None:
     """Catches a half-published folder whose shards have their final names already."""
     corpus("whole")
+    real = Path.unlink
+
+    def dying(path: Path, missing_ok: bool = False) -> None:
+        if path.name == shards.JOURNAL:  # removed right before the last rename
+            raise Killed
+        real(path, missing_ok)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            Path, "unlink", lambda *_, **__: (_ for _ in ()).throw(Killed)
-        )  # the journal, before the last rename
+        patch.setattr(Path, "unlink", dying)
         with pytest.raises(Killed):
             corpus("killed")
     assert list((tmp_path / "killed.partial").glob("data-00000-of-*.arrow"))
-    (tmp_path / ".killed.lock").unlink()
     corpus("killed")
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
@@ -184,7 +189,7 @@ def test_sigkill_leaves_no_workers(tmp_path: Path, source: Path, vocabulary_fold
     """Catches worker processes that wait for a dead parent, and a real kill that cannot be resumed."""
     script = (
         "import sys; from pretrain.corpus.options import CorpusOptions\n"
-        "from pretrain.corpus import build, shards; shards.SHARD_TOKENS = 700; build._BATCH_BYTES = 500\n"
+        "from pretrain.corpus import build, pipeline, shards; shards.SHARD_TOKENS = 700; pipeline._BATCH_BYTES = 500\n"
         "import time; real = shards.ShardWriter._close\n"
         "def close(self, position):\n    real(self, position)\n    print('shard', flush=True)\n    time.sleep(0.3)\n"
         "shards.ShardWriter._close = close\n"
@@ -266,7 +271,7 @@ def test_a_corpus_that_is_there(
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     assert corpus("c", holdout=10) == first
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path != tmp_path} == stamps
-    assert "there already" in capsys.readouterr().out
+    assert "already exists" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"another corpus \(another holdout"):
         corpus("c", holdout=11)
     source.write_text("something else\nand more\n" * 20)
@@ -313,15 +318,14 @@ def test_a_full_disk(corpus: Build, tmp_path: Path) -> None:
 
 def test_a_worker_that_is_killed(corpus: Build, tmp_path: Path) -> None:
     """Catches a build that hangs, or ends with a trace, when the system kills a worker for its memory."""
-    real = build._send
+    real = pipeline._EncodeQueue.submit
 
-    def killing(pool: Any, writer: Any, batch: Any) -> Any:
-        sent = real(pool, writer, batch)
-        os.kill(next(iter(pool._processes)), signal.SIGKILL)
-        return sent
+    def killing(queue: Any, writer: Any, batch: Any) -> None:
+        real(queue, writer, batch)
+        os.kill(next(iter(queue._pool._processes)), signal.SIGKILL)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "_send", killing)
+        patch.setattr(pipeline._EncodeQueue, "submit", killing)
         began = time.monotonic()
         with pytest.raises(StoppedError, match="killed"):
             corpus("c")
@@ -334,7 +338,7 @@ def test_an_empty_source(tmp_path: Path, corpus: Build, text: str) -> None:
     """Catches a corpus of nothing."""
     path = tmp_path / "a.txt"
     path.write_text(text)
-    with pytest.raises(UserError, match="gives a token"):
+    with pytest.raises(UserError, match="none of its documents gives a token"):
         corpus("c", source=path)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.txt", "source.txt"]
 
@@ -353,7 +357,7 @@ def test_bad_input_late_in_the_source(tmp_path: Path, corpus: Build, source: Pat
 def test_half_a_surrogate_pair_is_no_text(tmp_path: Path, corpus: Build) -> None:
     """Catches a trace from deep inside the encoder for JSON that escapes what is no character."""
     (tmp_path / "a.jsonl").write_text('{"text": "the \\ud800 river"}\n')
-    with pytest.raises(UserError, match=r"a\.jsonl:1: half of a surrogate pair"):
+    with pytest.raises(UserError, match=r"a\.jsonl:1: expected Unicode text, found half of a surrogate pair"):
         corpus("c", source=tmp_path / "a.jsonl")
 
 
@@ -401,12 +405,12 @@ def test_holdout_and_limit(tmp_path: Path, corpus: Build) -> None:
 )
 def test_draws_are_exact(documents: int, holdout: int, limit: int | None, seed: int) -> None:
     """Catches a draw of one document too many or too few."""
-    draws = Draws(seed, limit, holdout or None)
+    draws = Sampling(seed, limit, holdout or None)
     if holdout >= documents:
         with pytest.raises(UserError):
-            draws.parts(documents)
+            draws.assign(documents)
         return
-    parts = list(draws.parts(documents))
+    parts = list(draws.assign(documents))
     assert len(parts) == documents
     assert parts.count(HELDOUT) == holdout
     assert parts.count(MAIN) == min(documents - holdout, limit or documents)
@@ -416,6 +420,6 @@ def test_every_document_is_as_likely() -> None:
     """Catches a draw that favours one end of the source (chi-squared, 99.99 % point for 19 degrees of freedom)."""
     drawn = np.zeros(20)
     for seed in range(2000):
-        parts: Iterator[str | None] = Draws(seed, 5, 4).parts(20)
+        parts: Iterator[str | None] = Sampling(seed, 5, 4).assign(20)
         drawn += np.array([part == MAIN for part in parts])
     assert ((drawn - 500) ** 2 / (500 * 0.75)).sum() < 52

@@ -13,13 +13,13 @@ import zstandard
 from pydantic import ValidationError
 
 from experiment.errors import UserError
-from pretrain.corpus.formats import Document, Reading
+from pretrain.corpus.formats import Document, ReadStats
 from pretrain.corpus.options import SourceName, TextOptions
 from pretrain.corpus.sources import find_sources, read_documents
 
 
 def read(source: SourceName, **flags: Any) -> list[Document]:
-    return list(read_documents(find_sources(source), TextOptions(**flags), Reading()))
+    return list(read_documents(find_sources(source), TextOptions(**flags), ReadStats()))
 
 
 def texts(source: SourceName, **flags: Any) -> list[str]:
@@ -224,7 +224,7 @@ def test_empty_documents_are_counted(tmp_path: Path) -> None:
     """Catches dropped documents that nobody hears of."""
     path = tmp_path / "a.txt"
     path.write_text("a\n\n \t\nb\n")
-    reading = Reading()
-    assert len(list(read_documents(find_sources(path), TextOptions(), reading))) == 2
-    assert reading.empty == 2
-    assert reading.bytes == path.stat().st_size
+    stats = ReadStats()
+    assert len(list(read_documents(find_sources(path), TextOptions(), stats))) == 2
+    assert stats.empty_documents == 2
+    assert stats.bytes_read == path.stat().st_size

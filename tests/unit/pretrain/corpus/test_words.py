@@ -17,7 +17,7 @@ from experiment.tokenizer import load_tokenizer
 from pretrain.batching.masking import Masker, MaskingPolicy
 from pretrain.batching.order import BatchSequences
 from pretrain.batching.vocabulary import build_vocabulary
-from pretrain.corpus import build, shards, words
+from pretrain.corpus import build_plan, pipeline, shards, words
 from pretrain.corpus.build import build_corpus
 from pretrain.corpus.options import CorpusOptions
 from pretrain.corpus.reader import open_corpus
@@ -190,8 +190,8 @@ def test_a_tokenizer_without_marks_is_refused(
 ) -> None:
     """Catches a build that fails in its workers for a tokenizer of which nothing is known but the segmenter's words."""
     (tmp_path / "s.txt").write_text("你好\n", encoding="utf-8")
-    monkeypatch.setattr(build, "word_boundaries", lambda _json: None)
-    with pytest.raises(UserError, match="marks words in a way that is not known"):
+    monkeypatch.setattr(build_plan, "word_boundaries", lambda _json: None)
+    with pytest.raises(UserError, match="cannot tell where words begin"):
         build_corpus(
             CorpusOptions(
                 source=tmp_path / "s.txt", tokenizer=vocabulary_folder, output=tmp_path / "c", segmenter="jieba"
@@ -221,7 +221,7 @@ def chinese(tmp_path: Path) -> Path:
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(shards, "SHARD_TOKENS", 700)
-    monkeypatch.setattr(build, "_BATCH_BYTES", 500)
+    monkeypatch.setattr(pipeline, "_BATCH_BYTES", 500)
     path = tmp_path / "source.txt"
     path.write_text("".join(f"{SENTENCES[number % 4]}\n" for number in range(300)), encoding="utf-8")
     return path

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from experiment.errors import UserError
-from pretrain.corpus.formats import Reading
+from pretrain.corpus.formats import ReadStats
 from pretrain.corpus.options import TextOptions
 from pretrain.corpus.python_docs import collect as python_docs
 from pretrain.corpus.python_docs.collect import python_documents, write_python_docs
@@ -157,7 +157,7 @@ def test_the_file_and_the_source_hold_the_same(installed: Path) -> None:
     write_python_docs(path)
     assert set(json.loads(path.read_text().splitlines()[0])) == {"text", "package", "document"}
     read = [
-        [document.text for document in read_documents(find_sources(source), TextOptions(), Reading())]
+        [document.text for document in read_documents(find_sources(source), TextOptions(), ReadStats())]
         for source in (path, "python-docs")
     ]
     assert read[0] == read[1]

@@ -12,26 +12,14 @@ from typing import TYPE_CHECKING
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from experiment.errors import UserError
-from experiment.tokenizer import BERT_TOKENS, ROBERTA_TOKENS, save_tokenizer, vocabulary_size
-from pretrain.corpus.encoding import Vocabulary
-from pretrain.corpus.formats import Reading
+from experiment.tokenizer import BERT_TOKENS, ROBERTA_TOKENS, save_tokenizer
+from pretrain.corpus.formats import ReadStats
 from pretrain.corpus.options import TokenizerOptions
-from pretrain.corpus.progress_bar import Progress
+from pretrain.corpus.progress_bar import ProgressBar
 from pretrain.corpus.sources import find_sources, read_documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-
-def vocabulary_of(tokenizer: "PreTrainedTokenizerFast") -> Vocabulary:
-    """What the worker processes need of a tokenizer."""
-    unknown = tokenizer.unk_token_id
-    return Vocabulary(
-        tokenizer_json=tokenizer.backend_tokenizer.to_str(),
-        unknown_id=unknown,
-        special_ids=tuple(sorted(set(tokenizer.all_special_ids) - {unknown})),
-        token_type="uint16" if vocabulary_size(tokenizer) <= 2**16 else "uint32",
-    )
 
 
 def train_tokenizer(options: TokenizerOptions) -> None:
@@ -50,10 +38,10 @@ def train_tokenizer(options: TokenizerOptions) -> None:
 
     def texts(label: str) -> Iterator[str]:
         nonlocal documents
-        reading = Reading()
-        with Progress(label, sources) as progress:
-            for found in read_documents(sources, options, reading):
-                progress.advance(reading, len(found.text))
+        stats = ReadStats()
+        with ProgressBar(label, sources) as progress:
+            for found in read_documents(sources, options, stats):
+                progress.advance(stats, len(found.text))
                 yield found.text
         documents = progress.documents
 

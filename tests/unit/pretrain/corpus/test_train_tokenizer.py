@@ -7,9 +7,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from experiment.errors import UserError
 from experiment.tokenizer import load_tokenizer, tokenizer_fingerprint
-from pretrain.corpus.encoding import Encoder
+from pretrain.corpus.encoding import DocumentEncoder, tokenizer_spec
 from pretrain.corpus.options import TokenizerOptions
-from pretrain.corpus.tokenizer import train_tokenizer, vocabulary_of
+from pretrain.corpus.train_tokenizer import train_tokenizer
 
 TEXT = "The river ran by the town .\nThe actor was born in the town by the river !\n" * 20 + "你好 世界 ünknown\n" * 3
 TRICKS = "[CLS] [SEP] [PAD] [MASK] [UNK] <s> </s> <pad> <mask> <unk> [unused0] ##the x[MASK]y"
@@ -48,11 +48,11 @@ def test_training_gives_a_folder_that_transformers_opens(tmp_path: Path, text: P
 def test_text_never_gives_a_special_token(tmp_path: Path, text: Path, kind: str) -> None:
     """Catches a literal [MASK] or </s> in the text that becomes the special token."""
     train_tokenizer(TokenizerOptions(source=text, output=tmp_path / "t", vocab_size=400, kind=kind))
-    vocabulary = vocabulary_of(load_tokenizer(tmp_path / "t"))
-    encoded = Encoder(vocabulary).encode([TRICKS, "the river", TRICKS.lower()])
+    spec = tokenizer_spec(load_tokenizer(tmp_path / "t"))
+    encoded = DocumentEncoder(spec).encode([TRICKS, "the river", TRICKS.lower()])
     assert encoded.special is None
-    assert not set(encoded.ids.tolist()) & set(vocabulary.special_ids)
-    assert len(vocabulary.special_ids) == 4
+    assert not set(encoded.ids.tolist()) & set(spec.special_ids)
+    assert len(spec.special_ids) == 4
 
 
 def test_a_tokenizer_that_makes_special_tokens_of_text_is_found_out() -> None:
@@ -60,13 +60,13 @@ def test_a_tokenizer_that_makes_special_tokens_of_text_is_found_out() -> None:
     tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "[MASK]": 1, "a": 2}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", mask_token="[MASK]")
-    assert Encoder(vocabulary_of(wrapped)).encode(["a", "b", "a [MASK]", "[MASK]"]).special == 2
+    assert DocumentEncoder(tokenizer_spec(wrapped)).encode(["a", "b", "a [MASK]", "[MASK]"]).special == 2
 
 
 def test_counts_a_document(vocabulary_folder: Path) -> None:
     """Catches counts that slip to a neighbour when a document has no token."""
     tokenizer = load_tokenizer(vocabulary_folder)
-    encoded = Encoder(vocabulary_of(tokenizer)).encode(["\x00", "the ŧ ŧ", "\x01", "a river", ""])
+    encoded = DocumentEncoder(tokenizer_spec(tokenizer)).encode(["\x00", "the ŧ ŧ", "\x01", "a river", ""])
     assert encoded.lengths.tolist() == [0, 3, 0, 2, 0]
     assert encoded.unknown.tolist() == [0, 2, 0, 0, 0]
     assert encoded.words.tolist() == [1, 3, 1, 2, 0]
