@@ -21,6 +21,7 @@ from tqdm import tqdm
 from experiment.checkpoints import find_model_folder, read_state
 from experiment.config import build_config
 from experiment.errors import UserError
+from experiment.hugging_face import max_positions
 from experiment.tokenizer import load_tokenizer, tokenizer_fingerprint
 from pretrain.batching.batch import Microbatch
 from pretrain.batching.batch_maker import BatchMaker, MaskedCorpus
@@ -32,8 +33,9 @@ from pretrain.batching.sequences import open_index
 from pretrain.batching.vocabulary import Vocabulary, build_vocabulary
 from pretrain.config import MaskingConfig, ModelConfig
 from pretrain.corpus.reader import Corpus, open_corpus
-from pretrain.modeling.build import build_model, resolve_config, usable_positions
+from pretrain.modeling.build import build_model
 from pretrain.modeling.masked_lm import MaskedLanguageModel, Predictions
+from pretrain.modeling.model_config import resolve_model_config
 from pretrain.world import World
 
 _SEQUENCES = 256  # in an evaluation batch
@@ -126,11 +128,11 @@ def evaluate_command(checkpoint: str, corpus: str, json: bool = False) -> None:
     tokenizer = load_tokenizer(folder)
     vocabulary = build_vocabulary(tokenizer)
     model_config = ModelConfig(init_from=str(folder))
-    config = resolve_config(model_config, tokenizer)
-    length = min(settings.max_seq_length, usable_positions(config) or settings.max_seq_length)
+    config = resolve_model_config(model_config, tokenizer)
     corpora = _open_all(corpus, tokenizer_fingerprint(tokenizer), folder)
 
     built = build_model(model_config, config, settings.seed)
+    length = min(settings.max_seq_length, max_positions(built.model) or settings.max_seq_length)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module = MaskedLanguageModel(built.model, built.packed).to(device).eval()
     layout = MicrobatchLayout(length, max(8192, length), built.packed, built.first_position)

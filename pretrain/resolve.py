@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 from experiment.checkpoints import find_model_folder, read_state
 from experiment.errors import UserError
+from experiment.hugging_face import max_positions
 from experiment.run_folder import RunFolder
 from experiment.tokenizer import load_tokenizer, tokenizer_fingerprint
 from pretrain.batching.vocabulary import Vocabulary, build_vocabulary
@@ -17,8 +18,8 @@ from pretrain.config import CorpusConfig, PretrainConfig
 from pretrain.corpus.reader import Corpus, open_corpus
 from pretrain.engine.engine import check_ds_config, check_offload, check_precision
 from pretrain.engine.settings import find_ds_config, read_ds_config
-from pretrain.modeling.build import check_tokenizer, resolve_config, skeleton, usable_positions
 from pretrain.modeling.layer_ids import check_freeze
+from pretrain.modeling.model_config import check_tokenizer, meta_model, resolve_model_config
 from pretrain.training.resume import ResumePlan, identity, plan_resume
 
 log = logging.getLogger(__name__)
@@ -84,10 +85,11 @@ def check_run(config: PretrainConfig, world_size: int) -> Inputs:
     vocabulary = build_vocabulary(tokenizer)
     if config.masking.unit != "token":
         _check_words(config.masking.unit, mixture, vocabulary)
-    model_config = resolve_config(config.model, tokenizer)
+    model_config = resolve_model_config(config.model, tokenizer)
+    skeleton = meta_model(model_config)
     if config.model.freeze:
-        check_freeze(config.model.freeze, skeleton(model_config))
-    positions = usable_positions(model_config)
+        check_freeze(config.model.freeze, skeleton)
+    positions = max_positions(skeleton)
     lengths = {"batch.max_seq_length": config.batch.max_seq_length} | {
         f"max_seq_length of number {number + 1} of schedule.stages": stage.max_seq_length
         for number, stage in enumerate(config.stages)

@@ -1,4 +1,4 @@
-"""A model made larger than the folder it comes from: rows for added words, more positions."""
+"""Resize a model from a Hugging Face folder: rows for added tokens, more positions."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -9,85 +9,93 @@ from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 
 from experiment.errors import UserError
+from experiment.hugging_face import first_position, max_positions
 
-_LEARNED = "position_embeddings.weight"
+_LEARNED_POSITIONS = "position_embeddings.weight"
 
 
-def with_positions(
-    config: PreTrainedConfig, usable: int | None, first: int, wanted: int, rope: bool
-) -> PreTrainedConfig:
-    """The config of the same model with `wanted` usable positions instead of `usable`.
+def config_with_positions(model: PreTrainedModel, wanted: int, scale_rope: bool) -> PreTrainedConfig:
+    """The config of the same model for sequences of up to `wanted` tokens. The model may be on the meta device.
 
-    first: position id of a sequence's first token. Learned positions are repeated by `enlarge`. Rotary ones of full
-    attention get a larger base by the NTK-aware formula (bloc97 2023; Peng et al. 2023, "YaRN", section 3.1),
-    base · s^(d / (d - 2)) for s times the positions and heads of d dimensions: the slowest rotation then covers the new
-    length as it covered the old one, and the fastest hardly changes. `rope` False leaves the base as it is. Raises
-    UserError for fewer positions than there are, and for models whose positions are of another kind.
+    Learned positions are extended by `resize_model`. Rotary positions of full attention get a larger base by the
+    NTK-aware formula (bloc97 2023; Peng et al. 2023, "YaRN", section 3.1), base · s^(d / (d - 2)) for s times the
+    positions and heads of d dimensions: the slowest rotation then covers the new length as it covered the old one, and
+    the fastest hardly changes. `scale_rope` False keeps the base. Raises UserError for fewer positions than the model
+    has, and for models whose positions are of another kind.
     """
-    if usable is None or not (_learned_positions(config) or _rotary(config)):
+    config, present = model.config, max_positions(model)
+    learned = any(name.endswith(_LEARNED_POSITIONS) for name, _ in model.named_parameters())
+    if present is None or not (learned or _rope_parameters(config)):
         raise UserError(
-            f"model.max_positions: the positions of '{config.model_type}' are neither learned nor rotary embeddings "
-            "that could be extended"
+            f"model.max_positions: the positions of '{config.model_type}' are neither learned nor rotary embeddings, "
+            "so they cannot be extended"
         )
-    if wanted < usable:
-        raise UserError(f"model.max_positions is {wanted}, but the model has {usable} usable positions already")
+    if wanted < present:
+        raise UserError(f"model.max_positions is {wanted}, but the model has {present} usable positions already")
     larger = copy.deepcopy(config)
-    larger.max_position_embeddings = wanted + first
-    if rope and wanted > usable:
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        for rotary in _rotary(larger):
-            if rotary.get("rope_type", "default") != "default":
+    larger.max_position_embeddings = wanted + first_position(model)
+    if scale_rope and wanted > present:
+        dimensions = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        for rope in _rope_parameters(larger):
+            if rope.get("rope_type", "default") != "default":
                 raise UserError(
-                    f"model.max_positions: the rotary positions of the model are scaled already "
-                    f"('{rotary['rope_type']}'); set model.config.rope_parameters as a whole"
+                    f"model.max_positions: the model's rotary positions are already scaled ('{rope['rope_type']}'); "
+                    "set model.config.rope_parameters as a whole"
                 )
-            rotary["rope_theta"] *= (wanted / usable) ** (size / (size - 2))
+            rope["rope_theta"] *= (wanted / present) ** (dimensions / (dimensions - 2))
     return larger
 
 
-def enlarge(
-    model: PreTrainedModel, config: PreTrainedConfig, usable: int | None, pieces: Mapping[int, Sequence[int]]
+def resize_model(
+    model: PreTrainedModel, config: PreTrainedConfig, pieces: Mapping[int, Sequence[int]]
 ) -> PreTrainedModel:
-    """The model as `config` describes it: the same but for a larger vocabulary and more positions.
+    """A model with the weights of `model` and the larger vocabulary and positions of `config`.
 
-    usable: positions that the model has so far. pieces: id of each added token -> the ids that its text had before.
-    What an added token is embedded as and is predicted by, bias included, is the mean of its pieces, or of all tokens
-    where it has none. Learned positions are repeated blockwise (Beltagy et al. 2020, "Longformer", section 5), so that
-    nothing changes up to the old limit and local order is known from the start beyond it.
+    pieces: id of each added token -> the ids that its text had before. Embedding, decoder row and decoder bias of an
+    added token are the mean of its pieces', or of all tokens' if it has none. Learned positions are repeated blockwise
+    (Beltagy et al. 2020, "Longformer", section 5): nothing changes up to the old limit, and beyond it local order is
+    known from the start. Raises UserError if `config` changes another shape.
     """
     larger: PreTrainedModel = AutoModelForMaskedLM.from_config(config, dtype=torch.float32)
-    old = dict(model.named_parameters(remove_duplicate=False))
+    _copy_parameters(model, larger)
     with torch.no_grad():
-        for name, parameter in larger.named_parameters():
-            if parameter.shape == old[name].shape:
-                parameter.copy_(old[name])
-            elif name.endswith(_LEARNED):
-                assert usable is not None
-                parameter.copy_(_repeated(old[name], len(parameter), len(old[name]) - usable))
-            elif (len(old[name]), len(parameter)) == (model.config.vocab_size, config.vocab_size):
-                parameter[: len(old[name])] = old[name]
-            else:
-                raise UserError(
-                    f"model.max_positions: '{config.model_type}' then has the shape {tuple(parameter.shape)} for "
-                    f"'{name}', and the weights have {tuple(old[name].shape)}"
-                )
         known = sorted(set(range(model.config.vocab_size)) - pieces.keys())
-        for table in _vocabulary_tables(larger):
-            average = table[known].mean(0)
+        for table_VD in _vocabulary_tables(larger):
+            average = table_VD[known].mean(0)
             for token, parts in pieces.items():
-                table[token] = table[list(parts)].mean(0) if parts else average
+                table_VD[token] = table_VD[list(parts)].mean(0) if parts else average
     larger.load_state_dict(_persistent_buffers(model, larger), strict=False)
     return larger
 
 
+@torch.no_grad()
+def _copy_parameters(model: PreTrainedModel, larger: PreTrainedModel) -> None:
+    """Copy parameters of equal shape, repeat position tables, and fill vocabulary tables up to the old size."""
+    old = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in larger.named_parameters():
+        if parameter.shape == old[name].shape:
+            parameter.copy_(old[name])
+        elif name.endswith(_LEARNED_POSITIONS):
+            positions = max_positions(model)
+            assert positions is not None
+            parameter.copy_(_repeated(old[name], len(parameter), len(old[name]) - positions))
+        elif (len(old[name]), len(parameter)) == (model.config.vocab_size, larger.config.vocab_size):
+            parameter[: len(old[name])] = old[name]
+        else:
+            raise UserError(
+                f"model.max_positions: it would change the shape of '{name}' in '{larger.config.model_type}' to "
+                f"{tuple(parameter.shape)}; the weights have {tuple(old[name].shape)}"
+            )
+
+
 def _repeated(table_PD: Tensor, rows: int, first: int) -> Tensor:
-    """The table with its rows from `first` on, before which none is a position, repeated until there are `rows`."""
+    """The table with the rows from `first` repeated until there are `rows`; earlier rows are not positions."""
     positions = torch.arange(rows - first) % (len(table_PD) - first) + first
     return torch.cat([table_PD[:first], table_PD[positions]])
 
 
 def _vocabulary_tables(model: PreTrainedModel) -> list[Tensor]:
-    """Whatever has a row for each token, tied tensors once: input embeddings, decoder, decoder bias."""
+    """Tensors with a row per token: input embeddings, decoder and its bias; tied tensors once."""
     output = model.get_output_embeddings()
     tables = [model.get_input_embeddings().weight, output.weight, getattr(output, "bias", None)]
     return list({id(table): table for table in tables if table is not None}.values())
@@ -98,14 +106,8 @@ def _persistent_buffers(model: nn.Module, larger: nn.Module) -> dict[str, Tensor
     return {name: kept[name] for name, buffer in target.items() if name in kept and kept[name].shape == buffer.shape}
 
 
-def _learned_positions(config: PreTrainedConfig) -> bool:
-    with torch.device("meta"):
-        model = AutoModelForMaskedLM.from_config(config)
-    return any(name.endswith(_LEARNED) for name, _ in model.named_parameters())
-
-
-def _rotary(config: PreTrainedConfig) -> list[dict[str, Any]]:
-    """The rotary parameters of the layers that attend to everything; a local window never sees the new distances."""
+def _rope_parameters(config: PreTrainedConfig) -> list[dict[str, Any]]:
+    """The rotary parameters of layers with full attention; a local window never spans the new distances."""
     parameters = getattr(config, "rope_parameters", None) or {}
     if "rope_theta" in parameters:
         return [parameters]

@@ -1,10 +1,14 @@
-"""Models to try things on."""
+"""Models, tokenizers and folders for tests of modeling."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from model_examples import Example, make_example
+import torch
+from model_examples import TINY, Example, make_example
+from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
+
+from experiment.tokenizer import load_tokenizer, save_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -13,3 +17,20 @@ def example(wordpiece_corpus: Path, byte_level_corpus: Path) -> Callable[[str], 
     return lambda model_type: make_example(
         model_type, byte_level_corpus if model_type == "roberta" else wordpiece_corpus
     )
+
+
+@pytest.fixture(scope="session")
+def tokenizer(wordpiece: Path) -> PreTrainedTokenizerFast:
+    return load_tokenizer(wordpiece)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A Hugging Face folder of a masked-LM BERT in half precision."""
+    path = tmp_path / "start"
+    torch.manual_seed(0)
+    BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **TINY)).to(
+        torch.bfloat16
+    ).save_pretrained(path)
+    save_tokenizer(tokenizer, path)
+    return path

@@ -19,10 +19,12 @@ from pretrain.batching.sequences import open_index
 from pretrain.batching.vocabulary import build_vocabulary
 from pretrain.config import ModelConfig
 from pretrain.corpus.reader import open_corpus
-from pretrain.modeling.build import BuiltModel, build_model, resolve_config
+from pretrain.modeling.build import BuiltModel, build_model
+from pretrain.modeling.model_config import resolve_model_config
 
 WIDTH = 60
 LOCAL_WINDOW = 12  # of ModernBERT
+TINY = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40}
 
 _BERT_LIKE = {
     "hidden_size": 24,
@@ -98,7 +100,7 @@ def make_example(model_type: str, corpus_folder: Path) -> Example:
     corpus = open_corpus(corpus_folder)
     tokenizer = load_tokenizer(corpus.tokenizer_path)
     settings = ModelConfig(config={"model_type": model_type} | CONFIGS[model_type])
-    config = resolve_config(settings, tokenizer)
+    config = resolve_model_config(settings, tokenizer)
     built = build_model(settings, config, seed=3)
     plain = AutoModelForMaskedLM.from_config(copy.deepcopy(config), attn_implementation="eager")
     plain.load_state_dict(built.model.state_dict())

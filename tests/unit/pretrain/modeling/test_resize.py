@@ -8,11 +8,13 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedTokenizerFast
 
 from experiment.errors import UserError
+from experiment.hugging_face import max_positions
 from experiment.tokenizer import load_tokenizer, save_tokenizer, tokenizer_fingerprint
 from pretrain.config import ModelConfig
 from pretrain.corpus.added_tokens import extend_tokenizer, old_pieces
 from pretrain.export import write_hugging_face_folder
-from pretrain.modeling.build import build_model, check_tokenizer, resolve_config, usable_positions
+from pretrain.modeling.build import build_model
+from pretrain.modeling.model_config import check_tokenizer, meta_model, resolve_model_config
 
 KINDS = ("bert", "roberta", "electra", "distilbert", "modernbert", "mpnet")
 WORDS = ("zedwilmar", "##zzed", "q")
@@ -40,7 +42,7 @@ def make_folder(path: Path, tokenizer: PreTrainedTokenizerFast, model_type: str,
 
 
 def continued(settings: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> Any:
-    return build_model(settings, resolve_config(settings, tokenizer), seed=2).model.eval()
+    return build_model(settings, resolve_model_config(settings, tokenizer), seed=2).model.eval()
 
 
 def logits(model: Any, ids: Tensor) -> Tensor:
@@ -95,11 +97,11 @@ def test_learned_positions(wordpiece: Path, tmp_path: Path, model_type: str) -> 
     tokenizer = load_tokenizer(wordpiece)
     before = make_folder(tmp_path, tokenizer, model_type)
     first = {"roberta": tokenizer.pad_token_id + 1, "mpnet": 2}.get(model_type, 0)
-    usable = usable_positions(before.config)
+    usable = max_positions(before)
     assert usable == 70 - first
     settings = ModelConfig(init_from=str(tmp_path), max_positions=150)
-    config = resolve_config(settings, tokenizer)
-    assert usable_positions(config) == 150
+    config = resolve_model_config(settings, tokenizer)
+    assert max_positions(meta_model(config)) == 150
     after = build_model(settings, config, seed=2).model.eval()
     ids = torch.randint(5, len(tokenizer), (150,))
     assert torch.allclose(logits(after, ids[:usable]), logits(before, ids[:usable]), atol=1e-5)
@@ -116,8 +118,8 @@ def test_rotary_positions(wordpiece: Path, tmp_path: Path) -> None:
     """Catches a base that is not the formula's, local layers changed with it, and a base of the user's overridden."""
     tokenizer = load_tokenizer(wordpiece)
     before = make_folder(tmp_path, tokenizer, "modernbert")
-    config = resolve_config(ModelConfig(init_from=str(tmp_path), max_positions=280), tokenizer)
-    assert config.max_position_embeddings == usable_positions(config) == 280
+    config = resolve_model_config(ModelConfig(init_from=str(tmp_path), max_positions=280), tokenizer)
+    assert config.max_position_embeddings == max_positions(meta_model(config)) == 280
     old, new = before.config.rope_parameters, config.rope_parameters
     assert new["sliding_attention"] == old["sliding_attention"]
     base = old["full_attention"]["rope_theta"] * 4 ** (12 / 10)  # four times the positions, heads of 12
@@ -127,15 +129,15 @@ def test_rotary_positions(wordpiece: Path, tmp_path: Path) -> None:
 
     kept = old | {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}
     own = ModelConfig(init_from=str(tmp_path), max_positions=280, config={"rope_parameters": kept})
-    assert resolve_config(own, tokenizer).rope_parameters["full_attention"]["rope_theta"] == 1e6
+    assert resolve_model_config(own, tokenizer).rope_parameters["full_attention"]["rope_theta"] == 1e6
 
 
 def test_as_many_positions_as_there_are(wordpiece: Path, tmp_path: Path) -> None:
     """Catches the next run of a chain, whose config still says what its model has by now, being refused or changed."""
     tokenizer = load_tokenizer(wordpiece)
     make_folder(tmp_path, tokenizer, "modernbert")
-    same = resolve_config(ModelConfig(init_from=str(tmp_path), max_positions=70), tokenizer)
-    assert same.to_dict() == resolve_config(ModelConfig(init_from=str(tmp_path)), tokenizer).to_dict()
+    same = resolve_model_config(ModelConfig(init_from=str(tmp_path), max_positions=70), tokenizer)
+    assert same.to_dict() == resolve_model_config(ModelConfig(init_from=str(tmp_path)), tokenizer).to_dict()
 
 
 @pytest.mark.parametrize(
@@ -154,7 +156,7 @@ def test_positions_that_cannot_be_had_are_refused(
     settings = CONFIGS.get(model_type, CONFIGS["bert"]) | fields | {"vocab_size": len(tokenizer)}
     AutoConfig.for_model(model_type, **settings).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=message):
-        resolve_config(ModelConfig(init_from=str(tmp_path), max_positions=positions), tokenizer)
+        resolve_model_config(ModelConfig(init_from=str(tmp_path), max_positions=positions), tokenizer)
 
 
 def test_tokenizers_that_do_not_belong_together_are_refused(

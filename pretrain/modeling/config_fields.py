@@ -1,0 +1,101 @@
+"""Check that a transformers config and its models use the fields that the user sets in `model.config`.
+
+A transformers config keeps any keyword as an attribute, so a misspelt field changes nothing and raises nothing. A field
+is used if one of these holds:
+
+- The config declares it: a default, an alias (`attribute_map`) or a property with a setter.
+- The config class computes something from it, such as ModernBERT's `global_attn_every_n_layers`.
+- A model looks it up in the config while it is built, such as DeBERTa's `position_buckets`.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_MULTIPLE_CHOICE_MAPPING,
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    PreTrainedConfig,
+)
+
+from experiment.config import nearest
+from experiment.errors import UserError
+from experiment.hugging_face import quiet
+
+# Pretraining uses the first; the others are what the model may be fine-tuned as, with fields of their own.
+_HEADS = (
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_MULTIPLE_CHOICE_MAPPING,
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+)
+
+
+def check_fields(fields: Mapping[str, Any], make_config: Callable[[Mapping[str, Any]], PreTrainedConfig]) -> None:
+    """Raise UserError for the first of the `fields` that is not used. `make_config`: fields -> config with them set.
+
+    Whether a model looks a field up can depend on other fields (DeBERTa's `position_buckets` on `relative_attention`),
+    so models are built with all fields that are known to be used, until no more turn out to be.
+    """
+    config = make_config({})
+    known = declared_fields(config)
+    used = {field for field in fields if field in known or _is_computed_with(field, make_config)}
+    while unused := [field for field in fields if field not in used]:
+        looked_up = _missing_lookups(make_config({field: fields[field] for field in fields if field in used}))
+        if looked_up.isdisjoint(unused):
+            raise UserError(
+                f"unknown config key 'model.config.{unused[0]}' for '{config.model_type}'"
+                f"{nearest(unused[0], known | {name for name in looked_up if not name.startswith('_')})}"
+            )
+        used |= looked_up.intersection(unused)
+
+
+def declared_fields(config: PreTrainedConfig) -> set[str]:
+    """Fields with a default, aliases of them, and properties that can be set."""
+    members = inspect.getmembers_static(type(config))
+    properties = {name for name, member in members if isinstance(member, property) and member.fset}
+    return {*config.to_dict(), *config.attribute_map, *(name for name in properties if not name.startswith("_"))}
+
+
+def _is_computed_with(field: str, make_config: Callable[[Mapping[str, Any]], PreTrainedConfig]) -> bool:
+    """Whether the value of an undeclared field influences anything but the attribute of that name.
+
+    The value tried supports no operation, so that computing with it raises, and equals no other, so that passing it on
+    is seen.
+    """
+    try:
+        with quiet():
+            config = make_config({field: object()})
+    except Exception:  # transformers raises many types for values that it cannot use
+        return True
+    return _other_fields(config, field) != _other_fields(make_config({}), field)
+
+
+def _other_fields(config: PreTrainedConfig, field: str) -> dict[str, Any]:
+    """What is set besides `field`. Private attributes are transformers' own, such as the attention implementation."""
+    return {name: value for name, value in vars(config).items() if name != field and not name.startswith("_")}
+
+
+def _missing_lookups(config: PreTrainedConfig) -> set[str]:
+    """Attributes that models with this config look up in it while they are built, and that it does not have."""
+    missing: set[str] = set()
+
+    def record(_: PreTrainedConfig, name: str) -> None:
+        missing.add(name)
+        raise AttributeError(name)
+
+    # Python calls __getattr__ for missing attributes only. Models check the exact type of their config, which rules a
+    # subclass out.
+    with quiet(), torch.device("meta"), patch.object(type(config), "__getattr__", record, create=True):
+        for models in _HEADS:
+            # A config that makes no model is reported when the model itself is built.
+            with suppress(Exception):
+                models[type(config)](config)
+    return missing

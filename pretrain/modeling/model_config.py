@@ -1,0 +1,190 @@
+"""The `model` section of a pretraining config and a tokenizer -> a transformers config, checked."""
+
+import copy
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModelForMaskedLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from experiment.config import nearest
+from experiment.errors import UserError
+from experiment.tokenizer import load_tokenizer, tokenizer_fingerprint
+from pretrain.config import ModelConfig
+from pretrain.corpus.added_tokens import check_extends
+from pretrain.modeling.config_fields import check_fields, declared_fields
+from pretrain.modeling.resize import config_with_positions
+
+_SPECIAL_TOKEN_IDS = ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
+
+
+def resolve_model_config(model: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
+    """The transformers config of the model to train. The tokenizer sets vocabulary size and special token ids.
+
+    Raises UserError for an unknown model type or field, a type without a masked-LM head, a folder that cannot be read,
+    a vocabulary smaller than the tokenizer's, and a padding id other than the tokenizer's.
+    """
+    default = _default_config(model)
+    _check_trainable(default, model.activation_checkpointing)
+    fields = _fields(model)
+    if model.init_from is None:
+        check_fields(fields, partial(_new_config, default, tokenizer))
+        if fields.get("pad_token_id", tokenizer.pad_token_id) != tokenizer.pad_token_id:
+            raise UserError(
+                f"model.config.pad_token_id is {fields['pad_token_id']}, "
+                f"the tokenizer's padding token is {tokenizer.pad_token_id}"
+            )
+        config = _new_config(default, tokenizer, fields)
+    else:
+        check_fields(fields, partial(_with_fields, default))
+        config = _resized_config(model, tokenizer)
+    largest = max(tokenizer.get_vocab().values())
+    if config.vocab_size <= largest:
+        raise UserError(f"the model's vocab_size is {config.vocab_size}, but the tokenizer's ids go up to {largest}")
+    return config
+
+
+def source_config(model: ModelConfig) -> PreTrainedConfig:
+    """The config that matches the weights in `model.init_from`, with the fields of `model.config` set."""
+    assert model.init_from is not None
+    return _with_fields(_read_config(Path(model.init_from)), _fields(model))
+
+
+def check_tokenizer(model: ModelConfig, corpus_fingerprint: str, corpus: Path) -> None:
+    """Raise UserError unless the corpus was built with the tokenizer of `model.init_from`, or with `model.added_tokens`
+    if set, which must extend it."""
+    if model.init_from is None:
+        return
+    folder, tokenizer = model.init_from, _load_tokenizer("init_from", model.init_from)
+    if model.added_tokens is not None:
+        folder, extended = model.added_tokens, _load_tokenizer("added_tokens", model.added_tokens)
+        try:
+            check_extends(extended, tokenizer)
+        except UserError as error:
+            raise UserError(f"model.added_tokens: {folder}: {error}") from None
+        tokenizer = extended
+    if tokenizer_fingerprint(tokenizer) != corpus_fingerprint:
+        raise UserError(
+            f"the corpus {corpus} was built with another tokenizer than the one in {folder}, so its token ids do not "
+            f"match the model's. Rebuild the corpus with `--tokenizer {folder}`"
+        )
+
+
+def random_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """A model with random weights from torch's generator. Raises UserError for a config that makes no model."""
+    try:
+        # transformers stores dtype and attention implementation in the config it is given.
+        return AutoModelForMaskedLM.from_config(copy.deepcopy(config))
+    except Exception as error:  # transformers raises many types for values that make no model
+        raise UserError(
+            f"model.config: cannot build a '{config.model_type}' model from it: {first_line(error)}"
+        ) from None
+
+
+def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model on the meta device: modules, names and shapes without memory for weights. Raises as `random_model`."""
+    with torch.device("meta"):
+        return random_model(config)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; its type if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _default_config(model: ModelConfig) -> PreTrainedConfig:
+    """The config without the fields of `model.config`: the model type's defaults, or that of `model.init_from`."""
+    given = (model.config or {}).get("model_type")
+    if model.init_from is not None:
+        config = _read_config(Path(model.init_from))
+        if given not in (None, config.model_type):
+            raise UserError(
+                f"model.config.model_type is '{given}', but the model in {model.init_from} is of type "
+                f"'{config.model_type}'; leave it out"
+            )
+        return config
+    model_type = str(given)
+    if model_type not in CONFIG_MAPPING:
+        raise UserError(
+            f"model.config.model_type: unknown model type '{model_type}'{nearest(model_type, _masked_lm_types())}"
+        )
+    return AutoConfig.for_model(model_type)
+
+
+def _check_trainable(config: PreTrainedConfig, activation_checkpointing: bool) -> None:
+    if type(config) not in MODEL_FOR_MASKED_LM_MAPPING:
+        raise UserError(f"model: '{config.model_type}' has no masked-LM head in transformers")
+    if activation_checkpointing and not MODEL_FOR_MASKED_LM_MAPPING[type(config)].supports_gradient_checkpointing:
+        raise UserError(
+            f"model.activation_checkpointing: transformers does not support it for '{config.model_type}'; "
+            "if memory runs out, lower batch.microbatch_tokens"
+        )
+
+
+def _fields(model: ModelConfig) -> dict[str, Any]:
+    return {field: value for field, value in (model.config or {}).items() if field != "model_type"}
+
+
+def _new_config(
+    default: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast, fields: Mapping[str, Any]
+) -> PreTrainedConfig:
+    """Raises UserError for values that make no config."""
+    known = declared_fields(default)
+    ids = {name: getattr(tokenizer, name) for name in _SPECIAL_TOKEN_IDS if name in known}
+    given = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id} | ids | dict(fields)
+    try:
+        return AutoConfig.for_model(default.model_type, **given)
+    except Exception as error:  # as above
+        raise UserError(f"model.config: {first_line(error)}") from None
+
+
+def _with_fields(config: PreTrainedConfig, fields: Mapping[str, Any]) -> PreTrainedConfig:
+    """A copy with these fields set. Raises UserError for values that make no config."""
+    config = copy.deepcopy(config)
+    try:
+        for field, value in fields.items():
+            setattr(config, field, value)
+    except Exception as error:  # as above
+        raise UserError(f"model.config: {first_line(error)}") from None
+    return config
+
+
+def _resized_config(model: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
+    """The config of the model in `model.init_from` with room for added tokens and positions."""
+    config = source_config(model)
+    if model.max_positions is not None:
+        scale_rope = "rope_parameters" not in (model.config or {})
+        config = config_with_positions(meta_model(config), model.max_positions, scale_rope)
+    if model.added_tokens is not None:
+        config.vocab_size = max(config.vocab_size, len(tokenizer))
+    return config
+
+
+def _read_config(folder: Path) -> PreTrainedConfig:
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model.init_from: {folder} is not a Hugging Face folder: it has no config.json")
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"model.init_from: cannot read {folder / 'config.json'}: {first_line(error)}") from None
+
+
+def _load_tokenizer(key: str, folder: str) -> PreTrainedTokenizerFast:
+    try:
+        return load_tokenizer(folder)
+    except UserError as error:
+        raise UserError(f"model.{key}: {error}") from None
+
+
+def _masked_lm_types() -> list[str]:
+    return [name for name, config in CONFIG_MAPPING.items() if config in MODEL_FOR_MASKED_LM_MAPPING]

@@ -1,0 +1,113 @@
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from model_examples import CONFIGS
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerFast
+
+from experiment.errors import UserError
+from pretrain.config import ModelConfig
+from pretrain.modeling.config_fields import check_fields
+from pretrain.modeling.model_config import resolve_model_config
+
+
+def check(model_type: str, fields: Mapping[str, Any]) -> None:
+    def make_config(fields: Mapping[str, Any]) -> PreTrainedConfig:
+        return AutoConfig.for_model(model_type, **{"vocab_size": 50, "pad_token_id": 0, **fields})
+
+    check_fields(fields, make_config)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields"),
+    [
+        ("bert", {"num_attention_heads": 2, "num_labels": 3, "output_attentions": True}),
+        ("roberta", {"layer_norm_eps": 1e-6}),
+        ("xlm-roberta", {"classifier_dropout": 0.1}),
+        ("distilbert", {"dim": 24, "hidden_size": 24}),
+        ("albert", {"embedding_size": 16, "inner_group_num": 2}),
+        ("mpnet", {"relative_attention_num_buckets": 16}),
+        ("esm", {"mask_token_id": 4, "token_dropout": True, "position_embedding_type": "rotary"}),
+        ("modernbert", {"local_attention": 12, "sliding_window": 6}),
+    ],
+)
+def test_declared_fields_are_known(model_type: str, fields: dict[str, Any]) -> None:
+    """Catches rejection of a field with a default, of another name for it, and of a property."""
+    check(model_type, fields)
+
+
+@pytest.mark.parametrize("field", ["global_attn_every_n_layers", "global_rope_theta", "local_rope_theta"])
+@pytest.mark.parametrize("value", [2, 3])
+def test_fields_that_the_config_class_computes_with_are_known(field: str, value: int) -> None:
+    """Catches rejection of older names, which no default lists, also with the value that is used without them."""
+    check("modernbert", {field: value})
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields"),
+    [
+        ("deberta-v2", {"position_buckets": 16, "relative_attention": True}),
+        ("deberta-v2", {"conv_act": "gelu", "conv_kernel_size": 3}),
+        ("deberta-v2", {"share_att_key": True, "norm_rel_ebd": "layer_norm", "cls_dropout": 0.1}),
+        ("electra", {"summary_first_dropout": 0.1}),
+        ("convbert", {"summary_type": "mean"}),
+    ],
+)
+def test_fields_that_models_look_up_are_known(model_type: str, fields: dict[str, Any]) -> None:
+    """Catches rejection of fields without a default: of the encoder, of a fine-tuning head, and those that are looked
+    up only if another field, which may have no default either, has some value."""
+    check(model_type, fields)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "field", "nearest"),
+    [
+        ("bert", "dropout", "classifier_dropout"),  # a name in the models' source
+        ("bert", "embedding_size", "hidden_size"),  # looked up only where it would be an error
+        ("roberta", "hidden_dropout", "hidden_dropout_prob"),
+        ("xlm-roberta", "num_hidden_layer", "num_hidden_layers"),
+        ("modernbert", "attention_droput", "attention_dropout"),
+        ("electra", "embeding_size", "embedding_size"),
+        ("distilbert", "n_layer", "n_layers"),
+        ("albert", "hidden_dropout", "hidden_dropout_prob"),
+        ("deberta-v2", "conv_kernel", "conv_kernel_size"),
+        ("mpnet", "relative_buckets", "relative_attention_num_buckets"),
+        ("esm", "token_dropot", "token_dropout"),
+        ("bert", "temperature", None),  # transformers drops settings of text generation
+        ("bert", "attn_implementation", None),  # chosen when the model is built
+        ("bert", "to_dict", None),  # a method
+    ],
+)
+def test_other_fields_are_rejected(model_type: str, field: str, nearest: str | None) -> None:
+    """Catches misspelt fields and fields of other models, which transformers would keep without using them."""
+    with pytest.raises(UserError, match=f"^unknown config key 'model.config.{field}' for '{model_type}'") as error:
+        check(model_type, {field: 1})
+    if nearest is not None:
+        assert f"did you mean '{nearest}'?" in str(error.value)
+
+
+def test_a_field_that_depends_on_another_is_rejected_without_it() -> None:
+    """Catches a field that is accepted for its name alone, though it changes nothing."""
+    with pytest.raises(UserError, match="position_buckets"):
+        check("deberta-v2", {"position_buckets": 16, "relative_attention": False})
+
+
+def test_the_check_leaves_config_classes_as_they_were() -> None:
+    """Catches lookups that are recorded after the check, or in other models."""
+    with pytest.raises(UserError):
+        check("bert", {"dropout": 0.1})
+    config = AutoConfig.for_model("bert")
+    assert not hasattr(type(config), "__getattr__")
+    assert not hasattr(config, "dropout")
+
+
+@pytest.mark.parametrize(("model_type", "field"), [("deberta-v2", "position_buckets"), ("bert", "hidden_act")])
+def test_fields_of_a_folder(tokenizer: PreTrainedTokenizerFast, tmp_path: Any, model_type: str, field: str) -> None:
+    """Catches checks that hold for new models only, and rejection of fields that the folder's config has."""
+    given = CONFIGS[model_type] | {"vocab_size": len(tokenizer), "position_buckets": 16, "made_up": 1}
+    AutoConfig.for_model(model_type, **given).save_pretrained(tmp_path)
+    for known in (field, "made_up"):
+        config = resolve_model_config(ModelConfig(init_from=str(tmp_path), config={known: "gelu"}), tokenizer)
+        assert getattr(config, known) == "gelu"
+    with pytest.raises(UserError, match=r"'model\.config\.dropot'"):
+        resolve_model_config(ModelConfig(init_from=str(tmp_path), config={"dropot": 0.1}), tokenizer)

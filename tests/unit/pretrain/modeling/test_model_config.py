@@ -1,0 +1,98 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+from model_examples import TINY
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+
+from experiment.errors import UserError
+from experiment.hugging_face import max_positions
+from experiment.tokenizer import load_tokenizer, tokenizer_fingerprint
+from pretrain.config import ModelConfig
+from pretrain.modeling.build import build_model
+from pretrain.modeling.model_config import check_tokenizer, meta_model, resolve_model_config
+
+
+def resolve(tokenizer: PreTrainedTokenizerFast, **fields: Any) -> PreTrainedConfig:
+    return resolve_model_config(ModelConfig(config={"model_type": "bert", **TINY} | fields), tokenizer)
+
+
+def test_the_vocabulary_comes_from_the_tokenizer(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Catches models with transformers' default vocabulary size of 30,522 and padding id."""
+    config = resolve(tokenizer)
+    assert config.vocab_size == len(tokenizer)
+    assert config.pad_token_id == tokenizer.pad_token_id
+    assert resolve(tokenizer, vocab_size=256).vocab_size == 256, "a vocabulary padded for speed is kept"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model_type": "brt"}, "unknown model type 'brt'; did you mean 'bert'?"),
+        ({"model_type": "llama"}, "'llama' has no masked-LM head"),
+        ({"hiden_size": 24}, "'model.config.hiden_size' for 'bert'; did you mean 'hidden_size'?"),
+        ({"vocab_size": 100}, "vocab_size is 100, but the tokenizer's ids go up to 199"),
+        ({"pad_token_id": 3}, "model.config.pad_token_id is 3"),
+        ({"hidden_size": "wide"}, "model.config"),
+    ],
+)
+def test_a_config_that_makes_no_model_is_rejected(
+    tokenizer: PreTrainedTokenizerFast, fields: dict[str, Any], message: str
+) -> None:
+    """Catches typos that train another model than intended, and tracebacks from transformers."""
+    with pytest.raises(UserError) as error:
+        resolve(tokenizer, **fields)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_sizes_that_do_not_fit_together_are_rejected(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Catches a traceback for a config that can be read but makes no model."""
+    settings = ModelConfig(config={"model_type": "bert", **TINY, "num_attention_heads": 5})
+    with pytest.raises(UserError, match=r"model\.config"):
+        meta_model(resolve_model_config(settings, tokenizer))  # before the launch
+    with pytest.raises(UserError, match=r"model\.config"):
+        build_model(settings, resolve_model_config(settings, tokenizer), seed=1)
+
+
+@pytest.mark.parametrize(("model_type", "positions"), [("bert", 70), ("roberta", 69), ("distilbert", 70)])
+def test_max_positions(tokenizer: PreTrainedTokenizerFast, model_type: str, positions: int) -> None:
+    """Catches sequences longer than RoBERTa's position table, whose first rows belong to padding (id 0 here)."""
+    config = resolve_model_config(
+        ModelConfig(config={"model_type": model_type, "max_position_embeddings": 70}), tokenizer
+    )
+    assert max_positions(meta_model(config)) == positions
+
+
+def test_a_folder_with_a_model_of_another_type_is_rejected(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Catches a model type that is silently ignored, and rejection of the folder's own type."""
+    with pytest.raises(UserError, match=r"model_type is 'roberta', but the model in .* is of type 'bert'"):
+        resolve_model_config(ModelConfig(init_from=str(folder), config={"model_type": "roberta"}), tokenizer)
+    same = ModelConfig(init_from=str(folder), config={"model_type": "bert"})
+    assert resolve_model_config(same, tokenizer).model_type == "bert"
+
+
+def test_a_folder_without_a_model_is_rejected(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Catches an attempt to download a folder's name from the hub, and a traceback for a damaged config.json."""
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        resolve_model_config(ModelConfig(init_from=str(tmp_path)), tokenizer)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json"):
+        resolve_model_config(ModelConfig(init_from=str(tmp_path)), tokenizer)
+
+
+def test_a_corpus_of_another_tokenizer_is_rejected(
+    folder: Path, wordpiece: Path, byte_level: Path, tmp_path: Path
+) -> None:
+    """Catches training on token ids that fit the model's vocabulary but mean other tokens."""
+    settings = ModelConfig(init_from=str(folder))
+    check_tokenizer(settings, tokenizer_fingerprint(load_tokenizer(wordpiece)), tmp_path)
+    with pytest.raises(UserError, match="another tokenizer"):
+        check_tokenizer(settings, tokenizer_fingerprint(load_tokenizer(byte_level)), tmp_path)
+
+
+def test_unsupported_activation_checkpointing_is_rejected(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Catches a traceback after the launch, and a key without effect."""
+    albert = ModelConfig(config={"model_type": "albert", **TINY}, activation_checkpointing=True)
+    with pytest.raises(UserError, match=r"model\.activation_checkpointing: .* 'albert'"):
+        resolve_model_config(albert, tokenizer)
