@@ -1,6 +1,7 @@
-"""The config of a fine-tuning run. Every value is checked when the config is built.
+"""The config of a fine-tuning run, checked when it is built.
 
-Each field's comment says what it means; `finetune/recipes/*.yaml` are whole runs written in it.
+The string literal below each field documents it; docs/config.md is generated from them. `finetune/recipes/*.yaml` are
+complete examples.
 """
 
 from typing import Annotated, Any, Literal, Self
@@ -17,12 +18,12 @@ MetricName = Literal["accuracy", "macro_f1", "weighted_f1", "uar", "matthews"]
 
 
 def _number_as_text(value: Any) -> Any:
-    """Labels and column names are text, also where YAML reads `0` or `1` as numbers."""
+    """Labels and column names are text, even if YAML reads `0` or `1` as a number."""
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _written_tab(value: Any) -> Any:
-    """A tab as one types it on a command line."""
+    """A tab, as typed on a command line."""
     return "\t" if value == r"\t" else value
 
 
@@ -31,29 +32,59 @@ Separator = Annotated[str, BeforeValidator(_written_tab), Field(min_length=1, ma
 
 
 class RunConfig(Section):
-    dir: str  # the run folder
+    """The run folder."""
+
+    dir: str
+    """Run folder; see docs/finetuning.md for its contents."""
 
 
 class ColumnsConfig(Section):
-    """Which column holds what: its name, or its number from 0 where `header` is null."""
+    """Names of the columns, or their numbers from 0 if `header` is null."""
 
     label: Name = "label"
+    """Column with the label."""
+
     text: Name = "sentence1"
-    text_pair: Name | None = None  # the second sentence, where the task is about pairs
+    """Column with the text."""
+
+    text_pair: Name | None = None
+    """Column with the second text, for tasks on pairs."""
 
 
 class TaskConfig(Section):
-    name: str | None = None  # how results.json calls the task; default: the name of the config file
+    """The task and its data. See docs/finetuning.md."""
+
+    name: str | None = None
+    """Name of the task in results.json; default: the name of the config file."""
+
     kind: Literal["classification"] = "classification"
-    train: str  # .csv, .tsv, .txt (tab-separated) or .jsonl, each also as .gz
-    validation: str  # decides which epoch is kept
-    test: str | None = None  # scored at that epoch; without labels it is only predicted
+    """Kind of task: `classification` of single texts or pairs."""
+
+    train: str
+    """Training split: a .csv, .tsv, .txt (tab-separated) or .jsonl file, plain or .gz."""
+
+    validation: str
+    """Validation split, which decides which epoch is kept."""
+
+    test: str | None = None
+    """Test split, scored with the best epoch; predicted only, if it has no labels."""
+
     columns: ColumnsConfig = ColumnsConfig()
-    labels: tuple[Name, ...] | None = None  # in the order of their ids; default: those of train, sorted
-    metric: MetricName = "accuracy"  # what 'best' means
-    sep: Separator | None = None  # default: a comma in .csv, else a tab
-    quoting: Literal[0, 3] = 0  # as pandas has it: 0: "…" quotes a field; 3: a quote is a character like any other
-    header: Literal[0] | None = 0  # as pandas has it: 0: the first row names the columns; null: no names
+
+    labels: tuple[Name, ...] | None = None
+    """Labels in the order of their ids; default: the labels of the training split, sorted."""
+
+    metric: MetricName = "accuracy"
+    """Metric that selects the best epoch. All metrics are reported."""
+
+    sep: Separator | None = None
+    """Column separator; default: a comma in .csv files, otherwise a tab."""
+
+    quoting: Literal[0, 3] = 0
+    """As in pandas: with 0, double quotes enclose a field; with 3, quotes are ordinary characters."""
+
+    header: Literal[0] | None = 0
+    """As in pandas: 0 takes column names from the first row; null: there is no header."""
 
     @model_validator(mode="after")
     def _columns_are_numbers_without_header(self) -> Self:
@@ -76,20 +107,44 @@ class TaskConfig(Section):
 
 
 class ModelConfig(Section):
-    init_from: str  # a Hugging Face folder, a checkpoint of a pretraining run, or such a run (its newest checkpoint)
-    weights: Literal["pretrained", "random"] = "pretrained"  # random: the same architecture, nothing learned
-    max_seq_length: Annotated[int, Field(ge=8)] = 128  # tokens of one example, special tokens included; longer: cut
+    """The encoder to fine-tune."""
+
+    init_from: str
+    """A Hugging Face folder, a pretraining run (its newest checkpoint), or a checkpoint of one."""
+
+    weights: Literal["pretrained", "random"] = "pretrained"
+    """`random` keeps the architecture and initializes the weights randomly, as a baseline."""
+
+    max_seq_length: Annotated[int, Field(ge=8)] = 128
+    """Maximum length of an example in tokens, special tokens included; longer examples are truncated."""
 
 
 class TrainingConfig(Section):
-    lr: Annotated[float, Field(gt=0.0)] = 2.0e-5  # at the peak of a linear warmup and decay
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01  # not applied to biases and norms
+    """Training of the classifier, once per seed."""
+
+    lr: Annotated[float, Field(gt=0.0)] = 2.0e-5
+    """Peak learning rate of a linear warmup and decay."""
+
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    """Decoupled weight decay; not applied to biases and norms."""
+
     epochs: Positive = 3
-    batch_size: Positive = 32  # examples
-    warmup_ratio: Fraction = 0.1  # share of all steps
-    seeds: tuple[NotNegative, ...] = (42,)  # one training each
-    class_weights: Literal["none", "balanced"] = "none"  # balanced: a label's loss weighs inversely to its frequency
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where the device has it, else fp32
+    """Number of epochs."""
+
+    batch_size: Positive = 32
+    """Examples per batch."""
+
+    warmup_ratio: Fraction = 0.1
+    """Fraction of all steps used for the warmup."""
+
+    seeds: tuple[NotNegative, ...] = (42,)
+    """Train once with each of these seeds."""
+
+    class_weights: Literal["none", "balanced"] = "none"
+    """`balanced` weights the loss of each label inversely to its frequency, for rare labels."""
+
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """`auto` is bf16 if the device supports it natively, otherwise fp32. fp16 needs CUDA."""
 
     @model_validator(mode="after")
     def _seeds_are_distinct(self) -> Self:
@@ -99,7 +154,7 @@ class TrainingConfig(Section):
 
 
 class FinetuneConfig(Section):
-    """One task, one or more seeds."""
+    """One fine-tuning run: one task, one or more seeds."""
 
     run: RunConfig
     task: TaskConfig

@@ -10,6 +10,7 @@ import fire
 from experiment.errors import StoppedError, UserError
 from launcher.command_line import Command, help_text, is_help_request, parse_command_line
 from launcher.options import (
+    ConfigOptions,
     EvaluateOptions,
     ExportOptions,
     FinetuneOptions,
@@ -151,9 +152,24 @@ def report(options: ReportOptions) -> None:
     print(write_report(options.run))
 
 
+def config(options: ConfigOptions) -> None:
+    """Explain the keys of a config: meaning, type and default.
+
+    Example:
+        deepcloze config pretrain optimizer.lr
+    """
+    from experiment.config.reference import as_text, config_reference, find_keys
+    from finetune.config import FinetuneConfig
+    from pretrain.config import PretrainConfig
+
+    config_type = PretrainConfig if options.kind == "pretrain" else FinetuneConfig
+    sections = [find_keys(config_type, options.key)] if options.key else config_reference(config_type)
+    print("\n\n".join(as_text(section, _terminal_width()) for section in sections))
+
+
 COMMANDS: dict[str, Command] = {
     command.__name__: command
-    for command in (python_docs, tokenizer, corpus, pretrain, evaluate, export, finetune, sweep, report)
+    for command in (python_docs, tokenizer, corpus, pretrain, evaluate, export, finetune, sweep, report, config)
 }
 
 
@@ -162,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         if is_help_request(argv):
-            print(help_text(argv, COMMANDS, ABOUT, width=min(100, shutil.get_terminal_size().columns)))
+            print(help_text(argv, COMMANDS, ABOUT, width=_terminal_width()))
         else:
             name, options = parse_command_line(argv, COMMANDS)
             fire.Fire({name: partial(COMMANDS[name], options)}, command=[name], name="deepcloze")
@@ -173,6 +189,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", 75 if argv[0] == "pretrain" else 130)
     return 0
+
+
+def _terminal_width() -> int:
+    return min(100, shutil.get_terminal_size().columns)
 
 
 def _fail(message: str, code: int) -> int:

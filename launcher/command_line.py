@@ -43,6 +43,11 @@ class Flag:
     def is_switch(self) -> bool:
         return self.types == (bool,)
 
+    @property
+    def label(self) -> str:
+        """How messages call it."""
+        return self.metavar if self.positional else f"--{self.name}"
+
 
 def is_help_request(argv: Sequence[str]) -> bool:
     """Whether the command line is empty or asks for help."""
@@ -177,11 +182,11 @@ def _explain(problem: Any, flags: Mapping[str, Flag], texts: Mapping[str, str]) 
         return str(problem["ctx"]["error"])
     flag = flags[problem["loc"][0]]
     if problem["type"] == "value_error":
-        return f"--{flag.name}: {problem['ctx']['error']}"
+        return f"{flag.label}: {problem['ctx']['error']}"
     expected = f"nothing, {flag.expected}" if flag.is_switch else flag.expected
     choices = [str(choice) for kind in flag.types if get_origin(kind) is Literal for choice in get_args(kind)]
     close = nearest(texts[flag.name], choices) if choices else ""
-    return f"--{flag.name}: expected {expected}, found '{texts[flag.name]}'{close if 'did you mean' in close else ''}"
+    return f"{flag.label}: expected {expected}, found '{texts[flag.name]}'{close if 'did you mean' in close else ''}"
 
 
 def _overrides_field(options_type: type[Section]) -> str | None:

@@ -1,6 +1,6 @@
 """The flags of the commands, except those that make corpora (pretrain/corpus/options.py)."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
@@ -87,3 +87,11 @@ class FinetuneOptions(Section):
 class ReportOptions(Section):
     run: Annotated[str, Positional("RUN")]
     """Run folder; the report is written to RUN/report."""
+
+
+class ConfigOptions(Section):
+    kind: Annotated[Literal["pretrain", "finetune"], Positional("pretrain|finetune")]
+    """The kind of config."""
+
+    key: Annotated[str | None, Positional("KEY")] = None
+    """A key such as optimizer.lr, or a section such as optimizer; default: all keys."""

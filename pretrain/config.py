@@ -1,6 +1,7 @@
-"""The config of a pretraining run. Every value is checked when the config is built.
+"""The config of a pretraining run, checked when it is built.
 
-Each field's comment says what it means; `pretrain/recipes/*.yaml` are whole runs written in it.
+The string literal below each field documents it; docs/config.md is generated from them. `pretrain/recipes/*.yaml` are
+complete examples.
 """
 
 import re
@@ -18,64 +19,113 @@ Rate = Annotated[float, Field(gt=0.0, lt=1.0)]
 
 
 class RunConfig(Section):
-    dir: str  # the run folder
-    seed: NotNegative = 42  # of initialisation, data order, masks and dropout
-    log_every: Positive = 10  # steps between log events
-    resume: str = (
-        "auto"  # auto: continue what the folder holds | never: it must be unused | a run or checkpoint to fork
-    )
+    """The run folder, the seed, and what to resume."""
+
+    dir: str
+    """Run folder; see docs/tracking.md for its contents."""
+
+    seed: NotNegative = 42
+    """Seed of weight initialization, data order, masks and dropout."""
+
+    log_every: Positive = 10
+    """Steps between log events."""
+
+    resume: str = "auto"
+    """`auto` resumes from the newest checkpoint in the run folder, if any. `never` rejects a used folder. The path of
+    another run, or of one of its checkpoints, forks it: the full state in a new run. See docs/checkpoints.md and
+    docs/continued_pretraining.md."""
 
     @property
     def parent(self) -> str | None:
-        """The run or checkpoint of another run that this one is a fork of."""
+        """The run or checkpoint to fork, if any."""
         return None if self.resume in ("auto", "never") else self.resume
 
 
 class ModelConfig(Section):
-    config: dict[str, Any] | None = None  # a transformers config: {model_type: bert, hidden_size: 256, …}
-    init_from: str | None = None  # whose weights training begins with: a Hugging Face folder, a checkpoint or a run
-    freeze: tuple[str, ...] = ()  # modules that stay as they are at first: embeddings, layer.0, …
-    freeze_steps: NotNegative = 0  # for so many steps
-    added_tokens: str | None = None  # init_from's tokenizer with words added (`deepcloze tokenizer --extend`)
-    max_positions: Positive | None = None  # a longest sequence beyond what init_from was made for
-    ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None  # of the averaged weights; null: none are kept
-    activation_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
+    """A new model (`config`) or an existing one (`init_from`)."""
+
+    config: dict[str, Any] | None = None
+    """A transformers config, such as {model_type: bert, hidden_size: 256}. The vocabulary size and special token ids
+    are filled in from the corpus's tokenizer. With `init_from`, single fields to change, such as dropout."""
+
+    init_from: str | None = None
+    """Pretrained weights to start from, at step 0: a Hugging Face folder, a checkpoint or a run. See
+    docs/continued_pretraining.md."""
+
+    freeze: tuple[str, ...] = ()
+    """Modules to freeze for the first `freeze_steps` steps: one or more whole, consecutive parts of parameter names,
+    such as embeddings, layer.0 or encoder. See docs/optimizers.md."""
+
+    freeze_steps: NotNegative = 0
+    """Number of steps during which the modules in `freeze` are not updated."""
+
+    added_tokens: str | None = None
+    """Tokenizer folder that extends the tokenizer of `init_from` (`deepcloze tokenizer --extend`). The model gets an
+    embedding for each added token. See docs/continued_pretraining.md."""
+
+    max_positions: Positive | None = None
+    """Extend the model in `init_from` to this many usable positions. See docs/continued_pretraining.md."""
+
+    ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Decay of an exponential moving average of the weights, such as 0.999; checkpoints then hold the average in
+    `hf-ema/`. null: no average. See docs/optimizers.md."""
+
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass instead of storing them: less memory, about a third more time. See
+    docs/precision.md."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if self.config is None and self.init_from is None:
-            raise ValueError("needs either 'config' (a new model) or 'init_from' (a Hugging Face folder)")
+            raise ValueError("expected 'config' (a new model) or 'init_from' (a pretrained one)")
         if self.config is not None and self.init_from is None and "model_type" not in self.config:
-            raise ValueError("'config' needs 'model_type', such as bert, roberta or modernbert")
+            raise ValueError("'config' has no 'model_type', such as bert, roberta or modernbert")
         for key in ("added_tokens", "max_positions"):
             if getattr(self, key) is not None and self.init_from is None:
-                raise ValueError(f"'{key}' changes the model in 'init_from', which is not given")
+                raise ValueError(f"'{key}' extends the model in 'init_from', which is missing")
         if bool(self.freeze) != bool(self.freeze_steps):
-            raise ValueError("'freeze' (what) and 'freeze_steps' (how long) need each other")
+            raise ValueError("'freeze' and 'freeze_steps' must be set together")
         return self
 
 
 class WeightedCorpus(Section):
-    path: str  # a folder made by `deepcloze corpus`
-    weight: Annotated[float, Field(gt=0.0)] = 1.0  # its share of the tokens seen, relative to the others' weights
+    """One corpus of a mixture."""
+
+    path: str
+    """Folder built by `deepcloze corpus`."""
+
+    weight: Annotated[float, Field(gt=0.0)] = 1.0
+    """Share of the training tokens, relative to the weights of the other corpora."""
 
 
 class CorpusConfig(Section):
-    train: str | tuple[WeightedCorpus, ...]  # a folder made by `deepcloze corpus`, or a mixture of several
-    eval: dict[str, str] = {}  # name -> corpus folder, for the held-out figures
+    """Training and evaluation data, built by `deepcloze corpus`."""
+
+    train: str | tuple[WeightedCorpus, ...]
+    """Corpus folder to train on, or a list of {path, weight} for a mixture. See docs/data_mixtures.md."""
+
+    eval: dict[str, str] = {}
+    """Corpora for held-out metrics, as {name: folder}. See docs/evaluation.md."""
 
     @field_validator("train")
     @classmethod
     def _not_empty(cls, train: str | tuple[WeightedCorpus, ...]) -> str | tuple[WeightedCorpus, ...]:
         if not train:
-            raise ValueError("names no corpus")
+            raise ValueError("expected at least one corpus")
         return train
 
 
 class BatchConfig(Section):
-    sequences: Positive = 256  # sequences in a global batch
-    max_seq_length: Annotated[int, Field(ge=8)] = 128  # tokens in a sequence, its special tokens included
-    microbatch_tokens: Positive = 8192  # token slots that one rank computes at once
+    """Size of the global batch and of the microbatches."""
+
+    sequences: Positive = 256
+    """Sequences per global batch. Any number: it need not be divisible by the number of ranks."""
+
+    max_seq_length: Annotated[int, Field(ge=8)] = 128
+    """Maximum length of a sequence in tokens, special tokens included."""
+
+    microbatch_tokens: Positive = 8192
+    """Token slots per microbatch and rank. Lower it if memory runs out; results do not change."""
 
     @model_validator(mode="after")
     def _one_sequence_fits(self) -> Self:
@@ -88,13 +138,23 @@ class BatchConfig(Section):
 
 
 class MaskingConfig(Section):
-    """Dynamic masking as BERT (Devlin et al. 2019) defines it, drawn afresh in each epoch."""
+    """Dynamic masking as in BERT (Devlin et al. 2019), with new masks in every epoch. See docs/masking.md."""
 
-    unit: Literal["token", "word", "span"] = "token"  # what is chosen at once
-    rate: Rate | tuple[Rate, ...] = 0.15  # share of the text tokens that are predicted; several: see schedule
-    schedule: Literal["constant", "linear", "stepped"] = "constant"  # how a run passes through several rates
-    mask_share: Fraction = 0.8  # of the predicted tokens, those shown as [MASK]
-    random_share: Fraction = 0.1  # those shown as another, random token; the rest is shown as it is
+    unit: Literal["token", "word", "span"] = "token"
+    """What is masked as a whole: single tokens, whole words, or spans of words."""
+
+    rate: Rate | tuple[Rate, ...] = 0.15
+    """Fraction of the text tokens to predict; a list of rates if `schedule` is `linear` or `stepped`."""
+
+    schedule: Literal["constant", "linear", "stepped"] = "constant"
+    """How the rate changes during the run: `constant` (one rate), `linear` (linear interpolation through a list of
+    rates) or `stepped` (each rate for an equal part of the run)."""
+
+    mask_share: Fraction = 0.8
+    """Fraction of the predicted tokens that are replaced by the mask token."""
+
+    random_share: Fraction = 0.1
+    """Fraction of the predicted tokens that are replaced by a random token. The rest stay unchanged."""
 
     @property
     def rates(self) -> tuple[float, ...]:
@@ -113,36 +173,82 @@ class MaskingConfig(Section):
 
 
 class OptimizerConfig(Section):
+    """The update rule. See docs/optimizers.md."""
+
     name: Literal["adamw", "lamb", "stableadamw"] = "adamw"
-    lr: Annotated[float, Field(gt=0.0)] = 5.0e-4  # at the peak of the schedule
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01  # not applied to biases and norms
+    """Optimizer. It cannot change on resume; a fork may use another."""
+
+    lr: Annotated[float, Field(gt=0.0)] = 5.0e-4
+    """Peak learning rate, reached after the warmup."""
+
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    """Decoupled weight decay; not applied to biases and norms."""
+
     betas: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], Annotated[float, Field(ge=0.0, lt=1.0)]] = (0.9, 0.98)
+    """Decay rates of the running averages of the gradient and its square."""
+
     eps: Annotated[float, Field(gt=0.0)] = 1.0e-6
-    grad_clip: Annotated[float, Field(ge=0.0)] = 1.0  # largest global gradient norm; 0: no clipping
-    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0  # a layer's rate over the next one's
+    """Added to the denominator of the update for numerical stability."""
+
+    grad_clip: Annotated[float, Field(ge=0.0)] = 1.0
+    """Maximum norm of the global gradient; 0 disables clipping."""
+
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Layer-wise learning-rate decay: ratio of a layer's learning rate to that of the next layer. 1 disables it."""
 
 
 class StageConfig(Section):
-    """A part of a run with its own sequence length. What is left out is as in `batch`."""
+    """A part of a run. Missing values are taken from `batch`."""
 
-    steps: Positive | None = None  # how long; the last stage may leave it out and takes the rest of the run
+    steps: Positive | None = None
+    """Length of the stage. Only the last stage may omit it; it then takes the rest of the run."""
+
     max_seq_length: Annotated[int, Field(ge=8)] | None = None
+    """As `batch.max_seq_length`."""
+
     sequences: Positive | None = None
+    """As `batch.sequences`."""
+
     microbatch_tokens: Positive | None = None
+    """As `batch.microbatch_tokens`."""
 
 
 class ScheduleConfig(Section):
+    """The learning-rate schedule and the length of the run. Set exactly one of `steps`, `epochs`, `tokens` and
+    `budget`. See docs/schedules.md."""
+
     name: Literal["linear", "cosine", "constant", "polynomial", "inverse_sqrt", "wsd"] = "linear"
-    warmup_steps: NotNegative = 100  # from 0 up to lr
-    steps: Positive | None = None  # how long to train: one of steps, epochs, tokens and budget
+    """Shape of the decay after the warmup. `wsd` is warmup-stable-decay."""
+
+    warmup_steps: NotNegative = 100
+    """Steps of linear warmup to `optimizer.lr`."""
+
+    steps: Positive | None = None
+    """Train for this many steps (global batches)."""
+
     epochs: Annotated[float, Field(gt=0.0)] | None = None
-    tokens: Annotated[float, Field(gt=0.0)] | None = None  # real ones, special tokens included
-    budget: str | None = None  # time spent training, over all attempts: 30m, 24h, 1d12h
-    min_lr_ratio: Fraction = 0.0  # the learning rate does not fall below lr times this
-    decay_steps: Positive | None = None  # of wsd: how long the final decay takes; null: a tenth of the run
-    power: Annotated[float, Field(gt=0.0)] = 2.0  # of polynomial
-    batch_warmup_steps: NotNegative = 0  # over which the global batch grows to batch.sequences
-    stages: tuple[StageConfig, ...] = ()  # of different sequence lengths, one after the other
+    """Train for this many epochs, such as 0.5 or 3. For a single corpus, without stages."""
+
+    tokens: Annotated[float, Field(gt=0.0)] | None = None
+    """Train for about this many tokens, special tokens included and padding excluded."""
+
+    budget: str | None = None
+    """Train for this much time, such as 30m, 24h or 1d12h, summed over restarts."""
+
+    min_lr_ratio: Fraction = 0.0
+    """Minimum learning rate, as a fraction of `optimizer.lr`."""
+
+    decay_steps: Positive | None = None
+    """Length of the final decay of `wsd`; null: a tenth of the run."""
+
+    power: Annotated[float, Field(gt=0.0)] = 2.0
+    """Exponent of `polynomial`; 1 is linear."""
+
+    batch_warmup_steps: NotNegative = 0
+    """Steps over which the global batch grows to `batch.sequences`."""
+
+    stages: tuple[StageConfig, ...] = ()
+    """Consecutive parts of the run, each with its own sequence length and batch size."""
 
     @property
     def budget_seconds(self) -> float | None:
@@ -150,7 +256,7 @@ class ScheduleConfig(Section):
 
     @property
     def known_steps(self) -> int | None:
-        """The length of the run, where the config says it in steps."""
+        """The length of the run, if the config gives it in steps."""
         if self.steps is None and self.stages and self.stages[-1].steps is not None:
             return sum(stage.steps or 0 for stage in self.stages)
         return self.steps
@@ -182,25 +288,40 @@ class ScheduleConfig(Section):
 
     def _check_stages(self) -> None:
         if self.epochs is not None:
-            raise ValueError("'stages' cut the corpus anew, so the length of the run cannot be given in 'epochs'")
+            raise ValueError("'stages' cannot be combined with 'epochs': every stage starts new epochs")
         *others, last = self.stages
         if any(stage.steps is None for stage in others):
-            raise ValueError("'stages': only the last one may leave out 'steps'")
+            raise ValueError("'stages': only the last one may omit 'steps'")
         total = sum(stage.steps or 0 for stage in self.stages)
         if last.steps is None:
             if self.steps is None and self.tokens is None and self.budget is None:
-                raise ValueError("'stages': the last one leaves out 'steps', so the run needs a length")
+                raise ValueError("'stages': the last one omits 'steps', so set 'steps', 'tokens' or 'budget'")
             if self.steps is not None and total >= self.steps:
-                raise ValueError(f"'stages' take {total} steps, which leaves none of {self.steps} for the last one")
+                raise ValueError(
+                    f"'stages' take {total} steps, which leaves none of the run's {self.steps} for the last one"
+                )
         elif self.steps not in (None, total) or self.tokens is not None or self.budget is not None:
-            raise ValueError(f"'stages' take {total} steps, which is not the length of the run; leave out the last's")
+            raise ValueError(
+                f"'stages' take {total} steps, which is not the length of the run; omit 'steps' of the last one"
+            )
 
 
 class EvaluationConfig(Section):
-    every_steps: Positive = 500  # also before the first step and after the last
-    best_metric: str | None = None  # as in metrics.jsonl, eval/NAME/loss: the best checkpoint by it is kept
-    patience: Positive | None = None  # evaluations without a better best_metric after which the run ends
-    overfitting_after: Positive = 3  # evaluations in which held-out loss rose while training loss fell: then a warning
+    """Held-out metrics, the best checkpoint and early stopping. See docs/evaluation.md."""
+
+    every_steps: Positive = 500
+    """Steps between evaluations of the corpora in `corpus.eval`. The run also evaluates before the first step and after
+    the last."""
+
+    best_metric: str | None = None
+    """Metric that selects the best checkpoint: eval/NAME/loss, eval/NAME/perplexity (lowest) or eval/NAME/accuracy
+    (highest), where NAME is a key of `corpus.eval`. null: no best checkpoint."""
+
+    patience: Positive | None = None
+    """Stop after this many evaluations in a row without an improvement of `best_metric`. null: no early stopping."""
+
+    overfitting_after: Positive = 3
+    """Warn after this many evaluations in a row in which a held-out loss rose while the training loss fell."""
 
     @model_validator(mode="after")
     def _patience_with_what(self) -> Self:
@@ -210,23 +331,40 @@ class EvaluationConfig(Section):
 
 
 class CheckpointConfig(Section):
+    """When to save checkpoints and which to keep. The last step is always saved. See docs/checkpoints.md."""
+
     every_steps: Positive | None = 100
-    every_minutes: Annotated[float, Field(gt=0.0)] | None = None  # by rank 0's clock, besides every_steps
-    keep_last: Positive = 3  # the newest ones kept
-    keep_every: Positive | None = None  # multiples of this step are kept as well
+    """Steps between checkpoints; null: none."""
+
+    every_minutes: Annotated[float, Field(gt=0.0)] | None = None
+    """Minutes between checkpoints on rank 0's clock, in addition to `every_steps`; null: none."""
+
+    keep_last: Positive = 3
+    """Number of newest checkpoints to keep."""
+
+    keep_every: Positive | None = None
+    """Also keep checkpoints whose step is a multiple of this; null: none. The best checkpoint is always kept."""
 
 
 class HealthConfig(Section):
-    """What is done about a loss or gradient that is not a number, or a gradient that jumps."""
+    """What to do about bad batches, diverged ranks and hung ranks. See docs/health.md."""
 
-    policy: Literal["stop", "skip", "rewind"] = "stop"  # rewind: back to the last checkpoint, then past the bad batch
-    spike_factor: Annotated[float, Field(gt=1.0)] = 10.0  # times the recent gradient norms' median
-    compare_every: Positive | None = 100  # steps between comparisons of what all ranks must have in common; null: never
-    hang_seconds: Positive = 600  # that a rank waits for the others before it takes them for dead
+    policy: Literal["stop", "skip", "rewind"] = "stop"
+    """What to do about a bad batch (the loss or gradient is not finite, or the gradient norm spikes): `stop` the run,
+    `skip` the update, or `rewind` to the newest checkpoint and skip the batch from there."""
+
+    spike_factor: Annotated[float, Field(gt=1.0)] = 10.0
+    """A gradient norm is a spike if it exceeds this factor times the median of recent norms."""
+
+    compare_every: Positive | None = 100
+    """Steps between checks that all ranks hold the same weights and data position; null: never."""
+
+    hang_seconds: Positive = 600
+    """Timeout in seconds after which a rank that waits for the others fails."""
 
 
 class Stage(NamedTuple):
-    """A stage with nothing left out."""
+    """A stage with every value filled in."""
 
     first_step: int
     max_seq_length: int
@@ -235,7 +373,11 @@ class Stage(NamedTuple):
 
 
 class EngineConfig(Section):
-    ds_config: str = "ds_configs/bf16_zero1.json"  # precision, ZeRO stage, offload, communication
+    """DeepSpeed."""
+
+    ds_config: str = "ds_configs/bf16_zero1.json"
+    """DeepSpeed config: precision, ZeRO stage, offload and communication. Looked up in the working directory, then in
+    the repository. See ds_configs/README.md."""
 
 
 class PretrainConfig(Section):
@@ -256,7 +398,7 @@ class PretrainConfig(Section):
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """The stages of the run: a single one where the config names none."""
+        """The stages of the run; a single one if the config has none."""
         resolved, first_step = [], 0
         for stage in self.schedule.stages or (StageConfig(),):
             resolved.append(
@@ -279,14 +421,18 @@ class PretrainConfig(Section):
                     f"hold one sequence of its max_seq_length ({stage.max_seq_length})"
                 )
         if self.schedule.epochs is not None and not isinstance(self.corpus.train, str):
-            raise ValueError("'schedule.epochs': the corpora of a mixture each have their own; give steps or tokens")
+            raise ValueError(
+                "'schedule.epochs': every corpus of a mixture has its own epochs; set steps, tokens or budget"
+            )
         if self.schedule.budget is not None and self.masking.schedule != "constant":
-            raise ValueError("'masking.schedule': with a time budget nobody knows how many steps there will be")
+            raise ValueError(
+                "'masking.schedule': must be constant with a time budget, which leaves the number of steps open"
+            )
         metric = self.evaluation.best_metric
         known = [f"eval/{name}/{kind}" for name in self.corpus.eval for kind in ("loss", "perplexity", "accuracy")]
         if metric is not None and metric not in known:
             raise ValueError(
-                f"'evaluation.best_metric': nothing is evaluated under the name '{metric}'"
+                f"'evaluation.best_metric': no metric is called '{metric}'"
                 + (nearest(metric, known) if known else "; corpus.eval is empty")
             )
         return self
@@ -298,5 +444,5 @@ def _seconds(text: str) -> float:
     parts = re.findall(r"(\d+(?:\.\d+)?)([dhms])", text)
     seconds = sum(float(number) * units[unit] for number, unit in parts)
     if seconds <= 0 or "".join(number + unit for number, unit in parts) != text:
-        raise ValueError(f"'{text}' is no duration such as 90s, 30m, 24h or 1d12h")
+        raise ValueError(f"'{text}' is not a duration such as 90s, 30m, 24h or 1d12h")
     return seconds

@@ -1,9 +1,10 @@
 """Inspect the types of config fields: what is below a key, what raw text means there, how to describe a type."""
 
+import re
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_origin
 
 import annotated_types
 import yaml
@@ -34,7 +35,7 @@ def members(annotation: Any) -> list[Any]:
     return [annotation]
 
 
-def is_section(kind: Any) -> bool:
+def is_section(kind: Any) -> TypeGuard[type[BaseModel]]:
     return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
@@ -166,8 +167,14 @@ def _describe_with_limits(annotation: Any, metadata: Iterable[Any] = ()) -> str:
         return _joined([_describe_with_limits(part) for part in get_args(annotation)])
     if get_origin(annotation) in (list, tuple):
         items = dict.fromkeys(_describe_with_limits(part) for part in get_args(annotation) if part is not Ellipsis)
-        return f"{describe(annotation)} (each {_joined(list(items))})"
+        count = f"{len(get_args(annotation))} " if is_fixed_tuple(annotation) else ""
+        return f"a list of {count}{_plural(_joined(list(items)))}"
     return " ".join(filter(None, [describe(annotation), _limits(metadata)]))
+
+
+def _plural(description: str) -> str:
+    """'numbers > 0' for 'a number > 0'"""
+    return re.sub("^a (.*?)(number|mapping|list)", r"\1\2s", description)
 
 
 def _limits(metadata: Iterable[Any]) -> str:

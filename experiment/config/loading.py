@@ -144,7 +144,7 @@ def _annotation(config_type: type[Section], dotted: str) -> Any:
             raise UserError(f"command line: unknown config key '{dotted}': '{above}' is {describe(annotation)}")
         sections = list(filter(is_section, members(annotation)))
         if sections and not any(part in section.model_fields for section in sections):
-            raise UserError(f"command line: {_unknown(config_type, dotted)}")
+            raise UserError(f"command line: {explain_unknown_key(config_type, dotted)}")
         annotation = below(annotation, part)
     return annotation
 
@@ -207,7 +207,7 @@ def _is_short_tuple(problem: Any) -> bool:
 def _explain(config_type: type[Section], key: Key, problem: Any) -> str:
     dotted = ".".join(key)
     if problem["type"] == "extra_forbidden":
-        return _unknown(config_type, dotted)
+        return explain_unknown_key(config_type, dotted)
     if _is_mismatch(problem):
         annotation: Any = config_type
         for part in key:
@@ -234,8 +234,8 @@ def _why_no_yaml(value: Any) -> str:
     return ""
 
 
-def _unknown(config_type: type[Section], dotted: str) -> str:
-    """That nobody has the key, and which was probably meant: one of that name in another section, or spelled alike."""
+def explain_unknown_key(config_type: type[Section], dotted: str) -> str:
+    """Message about an unknown key, suggesting one of the same name in another section or with a similar spelling."""
     known = list(known_keys(config_type))
     above, _, last = dotted.rpartition(".")
     namesakes = [name for name in known if name.rpartition(".")[2] == last]

@@ -1,4 +1,4 @@
-"""The `tracking:` section that pretraining and fine-tuning share."""
+"""The `tracking:` section of both pretraining and fine-tuning."""
 
 from typing import Literal
 
@@ -6,9 +6,16 @@ from experiment.config import Section
 
 
 class TrackingConfig(Section):
-    """Weights & Biases; console and JSONL are always written."""
+    """Weights & Biases. The console log and metrics.jsonl are always written. See docs/tracking.md."""
 
     wandb: Literal["online", "offline", "disabled"] = "disabled"
+    """Log to Weights & Biases; `offline` writes local files for `wandb sync`."""
+
     project: str = "deepcloze"
-    name: str | None = None  # default: the name of the run folder
+    """Weights & Biases project."""
+
+    name: str | None = None
+    """Name of the run in Weights & Biases; default: the name of the run folder."""
+
     tags: tuple[str, ...] = ()
+    """Tags of the run in Weights & Biases."""

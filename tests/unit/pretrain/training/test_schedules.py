@@ -107,14 +107,14 @@ def test_a_budget_is_spent_with_the_decay(name: str, heights: list[float]) -> No
     [
         ({"steps": 5, "epochs": 1.0}, "'steps' and 'epochs'"),
         ({}, "exactly one of"),
-        ({"budget": "2 hours"}, "no duration"),
+        ({"budget": "2 hours"}, "not a duration"),
         ({"steps": 5, "decay_steps": 2}, "belongs to the schedule 'wsd'"),
         ({"budget": "1h", "name": "wsd", "decay_steps": 2}, "belongs to the schedule 'wsd'"),
         ({"steps": 5, "name": "wsd", "decay_steps": 6}, "longer than the run of 5 steps"),
         ({"steps": 5, "name": "inverse_sqrt", "warmup_steps": 0}, "must not be 0"),
-        ({"epochs": 1.0, "stages": ({},)}, "cannot be given in 'epochs'"),
-        ({"steps": 5, "stages": ({"steps": 5}, {})}, "leaves none of 5"),
-        ({"steps": 5, "stages": ({}, {"steps": 5})}, "only the last one may leave out"),
+        ({"epochs": 1.0, "stages": ({},)}, "cannot be combined with 'epochs'"),
+        ({"steps": 5, "stages": ({"steps": 5}, {})}, "leaves none of the run's 5"),
+        ({"steps": 5, "stages": ({}, {"steps": 5})}, "only the last one may omit"),
         ({"steps": 5, "stages": ({"steps": 3}, {"steps": 3})}, "not the length of the run"),
     ],
 )

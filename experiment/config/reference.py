@@ -1,0 +1,127 @@
+"""The reference of config keys: `deepcloze config` and docs/config.md, from the docstrings of the fields."""
+
+import json
+import re
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from experiment.config.fields import describe_field, is_section, members
+from experiment.config.loading import Section, explain_unknown_key
+from experiment.errors import UserError
+
+REQUIRED = "required"
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of a config."""
+
+    name: str  # dotted; keys of list items as `schedule.stages[].steps`
+    type: str
+    default: str  # as YAML, or REQUIRED
+    meaning: str
+
+
+@dataclass(frozen=True)
+class KeySection:
+    """A section and its keys, those of the sections in it included."""
+
+    name: str
+    meaning: str
+    keys: tuple[Key, ...]
+
+
+def config_reference(config_type: type[Section]) -> tuple[KeySection, ...]:
+    """All sections of a config, in the order of the fields."""
+    return tuple(
+        KeySection(name, _one_line(kind.__doc__), tuple(_keys(kind, f"{name}.")))
+        for name, field in config_type.model_fields.items()
+        for kind in _sections_in(field.annotation)
+    )
+
+
+def find_keys(config_type: type[Section], name: str) -> KeySection:
+    """The section called `name`, or the key of that name and the keys below it. Raises UserError for an unknown one."""
+    reference = config_reference(config_type)
+    for section in reference:
+        if section.name == name:
+            return section
+        keys = tuple(key for key in section.keys if re.match(rf"{re.escape(name)}(\.|\[|$)", key.name))
+        if keys:
+            return KeySection(name, "", keys)
+    raise UserError(explain_unknown_key(config_type, name))
+
+
+def as_text(section: KeySection, width: int) -> str:
+    """For a terminal: the keys with meaning, type and default, wrapped in a second column."""
+    column = max(len(key.name) for key in section.keys) + 2
+    paragraphs = [textwrap.fill(f"{section.name}: {section.meaning}", width)] if section.meaning else []
+    for key in section.keys:
+        default = key.default if key.default == REQUIRED else f"default: {key.default}"
+        lines = [
+            *textwrap.wrap(key.meaning, max(width - column, 30), break_on_hyphens=False),
+            *textwrap.wrap(f"({key.type}; {default})", max(width - column, 30), break_on_hyphens=False),
+        ]
+        paragraphs.append("\n".join([key.name.ljust(column) + lines[0], *(" " * column + line for line in lines[1:])]))
+    return "\n\n".join(paragraphs)
+
+
+def as_markdown(reference: Sequence[KeySection]) -> str:
+    """A heading and a table for each section."""
+    parts = []
+    for section in reference:
+        rows = [
+            f"| `{key.name}` | {key.type} | {f'`{key.default}`' if key.default != REQUIRED else REQUIRED} "
+            f"| {_linked(key.meaning)} |"
+            for key in section.keys
+        ]
+        table = "\n".join(["| key | type | default | meaning |", "|---|---|---|---|", *rows])
+        parts.append(f"### `{section.name}`\n\n{_linked(section.meaning)}\n\n{table}\n")
+    return "\n".join(parts)
+
+
+def _keys(section: type[BaseModel], prefix: str) -> Iterator[Key]:
+    for name, field in section.model_fields.items():
+        if is_section(field.annotation):
+            yield from _keys(field.annotation, f"{prefix}{name}.")
+            continue
+        yield Key(prefix + name, describe_field(field), _default(field), _one_line(field.description))
+        for item in _item_sections(field.annotation):
+            yield from _keys(item, f"{prefix}{name}[].")
+
+
+def _sections_in(annotation: Any) -> list[type[BaseModel]]:
+    return [kind for kind in members(annotation) if is_section(kind)]
+
+
+def _item_sections(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that the items of a list may be."""
+    lists = [kind for kind in members(annotation) if get_origin(kind) in (list, tuple)]
+    return [item for kind in lists for part in get_args(kind) for item in _sections_in(part)]
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return REQUIRED
+    value = field.get_default(call_default_factory=True)
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _one_line(docstring: str | None) -> str:
+    return " ".join((docstring or "").split())
+
+
+def _linked(text: str) -> str:
+    """Paths of pages as links from docs/config.md."""
+
+    def link(match: re.Match[str]) -> str:
+        path = PurePath(match[0])
+        return f"[{path.name}]({path.name})" if path.parts[0] == "docs" else f"[{path}](../{path})"
+
+    return re.sub(r"\b[\w/]+\.md\b", link, text)
