@@ -26,6 +26,7 @@ from experiment.errors import UserError
 from experiment.files import sha256, write_json, write_text
 from experiment.provenance import ancestors_of, collect_provenance, write_provenance
 from experiment.run_folder import Outcome, RunFolder, open_run_folder
+from experiment.tables import CsvFormat
 from experiment.tokenizer import load_any_tokenizer
 from experiment.tracking.console import terminal
 from experiment.tracking.tracker import Tracker, open_trackers
@@ -35,7 +36,7 @@ from finetune.metrics import confusion_matrix, spread
 from finetune.model import Initialisation, build_model, read_architecture, save_model
 from finetune.tasks.examples import Examples, make_examples
 from finetune.tasks.kinds import KINDS, balanced_weights
-from finetune.tasks.rows import Table, TableFormat, read_table
+from finetune.tasks.rows import Table, read_table
 from finetune.training import Device, Epoch, Log, Probabilities, Task, choose_device, fit, score, steps_per_epoch
 
 SPLITS = ("train", "validation", "test")
@@ -129,9 +130,9 @@ def read_splits(config: FinetuneConfig) -> tuple[dict[str, Table], tuple[str, ..
     """The rows of each split, and the labels in the order of their ids. Raises UserError."""
     task = config.task
     columns = {role: column for role, column in task.columns.model_dump().items() if column is not None}
-    table_format = TableFormat(task.sep, task.quoting, task.header)
+    csv_format = CsvFormat(task.sep, task.quoting, header=task.header == 0, quoting_key="task.quoting:")
     tables = {
-        split: read_table(Path(path), columns, table_format, label_required=split != "test")
+        split: read_table(Path(path), columns, csv_format, label_required=split != "test")
         for split in SPLITS
         if (path := getattr(task, split)) is not None
     }

@@ -45,7 +45,7 @@ def _one_or_two_texts(row: Row) -> tuple[str, ...]:
 def _label_id(table: Table, row: Row, labels: Sequence[str]) -> int:
     label = row.values["label"]
     if label not in labels:
-        raise UserError(f"{table.path}, line {row.line}: unknown label '{label}'; known: {', '.join(labels)}")
+        raise UserError(f"{table.path}:{row.line}: unknown label '{label}'; known: {', '.join(labels)}")
     return labels.index(label)
 
 

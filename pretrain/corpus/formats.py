@@ -4,10 +4,8 @@ A document is a string that keeps the place it came from. Lines end at "\\n" or 
 separators), only the line end is removed, and bytes that are no UTF-8 are refused with their line.
 """
 
-import csv
 import gzip
 import io
-import json
 import shutil
 import tarfile
 import tempfile
@@ -21,10 +19,16 @@ from typing import IO, Any, NamedTuple, cast
 import zstandard
 
 from experiment.errors import UserError
+from experiment.tables import (
+    CsvFormat,
+    column_index,
+    missing_column,
+    not_text,
+    read_csv,
+    read_json_lines,
+    text_lines,
+)
 from pretrain.corpus.options import TextOptions
-
-# A quote that is never closed swallows the rows after it. No honest field is longer than this many characters.
-_LONGEST_FIELD = 1 << 27
 
 # .raw and .tokens are WikiText's names for plain text.
 _SUFFIXES = {
@@ -83,11 +87,13 @@ def documents_of(
             direct = not compression and origin == name
             yield from _parquet(stream if direct else _spooled(stream), origin, text_format)
         elif kind == "jsonl":
-            yield from _json_lines(_lines(stream, origin), origin, text_format)
+            yield from _json_lines(text_lines(stream, origin), origin, text_format.column)
         elif kind in ("csv", "tsv"):
-            yield from _separated(_lines(stream, origin), origin, text_format, "," if kind == "csv" else "\t")
+            separator = text_format.sep or ("," if kind == "csv" else "\t")
+            csv_format = CsvFormat(separator, text_format.quoting, text_format.header != "none", "--quoting")
+            yield from _csv(text_lines(stream, origin), origin, csv_format, text_format.column)
         else:
-            yield from _plain(_lines(stream, origin), origin, text_format, stats)
+            yield from _plain(text_lines(stream, origin), origin, text_format, stats)
 
 
 def decompressed(stream: IO[bytes], compression: str) -> IO[bytes]:
@@ -140,19 +146,6 @@ def refusing_damage(origin: str) -> Iterator[None]:
         raise UserError(f"cannot read {origin}: {error.strerror or error}") from None
 
 
-def _lines(stream: IO[bytes], origin: str) -> Iterator[str]:
-    """Lines as text, line ends included; a byte order mark is not text."""
-    for number, raw in enumerate(stream, 1):
-        try:
-            line = raw.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{origin}:{number}: not UTF-8 text (byte 0x{raw[error.start]:02x} at column {error.start + 1}); "
-                "convert the file first, for instance with iconv"
-            ) from None
-        yield line.removeprefix("\ufeff") if number == 1 else line
-
-
 def _without_end(line: str) -> str:
     if line.endswith("\r\n"):
         return line[:-2]
@@ -182,69 +175,19 @@ def _plain(lines: Iterable[str], origin: str, text_format: TextOptions, stats: R
         yield Document("\n".join(held), origin, begun)
 
 
-def _json_lines(lines: Iterable[str], origin: str, text_format: TextOptions) -> Iterator[Document]:
-    column = text_format.column
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise UserError(f"{origin}:{number}: expected one JSON object a line: {error}") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{origin}:{number}: expected one JSON object a line, found {line.strip()[:60]}")
+def _json_lines(lines: Iterable[str], origin: str, column: str) -> Iterator[Document]:
+    for number, row in read_json_lines(lines, origin):
         if column not in row:
-            raise no_column(f"{origin}:{number}", column, list(row))
+            raise missing_column(f"{origin}:{number}", column, row, "--column")
         yield Document(text_of(row[column], f"{origin}:{number}", column), origin, number)
 
 
-def _separated(lines: Iterable[str], origin: str, text_format: TextOptions, separator: str) -> Iterator[Document]:
-    csv.field_size_limit(_LONGEST_FIELD)
-    rows = csv.reader(
-        lines,
-        delimiter=text_format.sep or separator,
-        quoting=csv.QUOTE_NONE if text_format.quoting == csv.QUOTE_NONE else csv.QUOTE_MINIMAL,
-        strict=True,
-    )
-    has_header = text_format.header != "none"
-    names: list[str] | None = None
-    place, before = 0, 0
-    while True:
-        before = rows.line_num
-        try:
-            row = next(rows, None)
-        except csv.Error as error:
-            hint = (
-                ""
-                if text_format.quoting == csv.QUOTE_NONE
-                else "; if quotes are ordinary characters there, give --quoting 3"
-            )
-            raise UserError(f"{origin}:{before + 1}: bad row: {error}{hint}") from None
-        if row is None:
-            return
-        if not row:  # an empty line
-            continue
-        if names is None:
-            names = [str(cell) for cell in row] if has_header else [str(index) for index in range(len(row))]
-            place = _column_place(origin, names, text_format)
-            if has_header:
-                continue
-        if len(row) != len(names):
-            hint = (
-                ""
-                if text_format.quoting == csv.QUOTE_NONE
-                else "; if quotes are ordinary characters there, give --quoting 3"
-            )
-            raise UserError(f"{origin}:{before + 1}: expected {len(names)} fields, found {len(row)}{hint}")
-        yield Document(str(row[place]), origin, before + 1)
-
-
-def _column_place(origin: str, names: list[str], text_format: TextOptions) -> int:
-    if text_format.column not in names:
-        raise no_column(origin, text_format.column, names)
-    if names.count(text_format.column) > 1:
-        raise UserError(f"{origin}: two columns are called '{text_format.column}'")
-    return names.index(text_format.column)
+def _csv(lines: Iterable[str], origin: str, csv_format: CsvFormat, column: str) -> Iterator[Document]:
+    names, rows = read_csv(lines, origin, csv_format)
+    if names:
+        index = column_index(names, column, origin, "--column")
+        for number, cells in rows:
+            yield Document(cells[index], origin, number)
 
 
 def _parquet(stream: IO[bytes], origin: str, text_format: TextOptions) -> Iterator[Document]:
@@ -255,7 +198,7 @@ def _parquet(stream: IO[bytes], origin: str, text_format: TextOptions) -> Iterat
     try:
         file = pyarrow.parquet.ParquetFile(stream)
         if column not in file.schema_arrow.names:
-            raise no_column(origin, column, file.schema_arrow.names)
+            raise missing_column(origin, column, file.schema_arrow.names, "--column")
         row = 0
         for batch in file.iter_batches(batch_size=1024, columns=[column]):
             for value in batch.column(0).to_pylist():
@@ -277,11 +220,5 @@ def text_of(value: Any, place: str, column: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise UserError(f"{place}: expected text in '{column}', found {json.dumps(value, default=str)[:60]}")
+        raise not_text(place, column, value)
     return value
-
-
-def no_column(place: str, column: str, found: list[str]) -> UserError:
-    return UserError(
-        f"{place}: no column '{column}'; found: {', '.join(map(str, found))} (--column names the one with the text)"
-    )

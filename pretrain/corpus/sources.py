@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import IO
 
 from experiment.errors import UserError
+from experiment.tables import missing_column
 from pretrain.corpus.formats import (
     Document,
     ReadStats,
     decompressed,
     documents_of,
     format_of,
-    no_column,
     refusing_damage,
     text_of,
 )
@@ -216,7 +216,7 @@ def _hub(source: Source, text_format: TextOptions) -> Iterator[Document]:
     except Exception as error:  # no network, no such name, no such split, a bad file: each has its own exception there
         raise UserError(f"--source hub:{source.name}:{source.selection}: datasets cannot load it: {error}") from None
     if text_format.column not in rows.column_names:
-        raise no_column(f"hub:{source.name}", text_format.column, rows.column_names)
+        raise missing_column(f"hub:{source.name}", text_format.column, rows.column_names, "--column")
     origin, number = f"hub:{source.name}:{source.selection}", 0
     for batch in rows.select_columns([text_format.column]).iter(batch_size=1000):
         for value in batch[text_format.column]:

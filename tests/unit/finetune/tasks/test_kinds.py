@@ -33,7 +33,7 @@ def test_one_label_is_no_task() -> None:
 def test_an_unknown_label_is_named_with_its_line() -> None:
     """Catches labels of validation that training never saw being mapped to some id."""
     rows = table("a", "c")
-    with pytest.raises(UserError, match=r"f\.csv, line 3: unknown label 'c'; known: a, b"):
+    with pytest.raises(UserError, match=r"f\.csv:3: unknown label 'c'; known: a, b"):
         [KIND.target(rows, row, ("a", "b")) for row in rows.rows]
 
 

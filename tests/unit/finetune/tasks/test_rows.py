@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from experiment.errors import UserError
-from finetune.tasks.rows import TableFormat, read_table
+from experiment.tables import CsvFormat
+from finetune.tasks.rows import read_table
 
 COLUMNS = {"label": "label", "text": "text"}
 
@@ -23,7 +24,7 @@ def values(table: object) -> list[dict[str, str]]:
 def test_csv_with_quotes_commas_and_windows_line_ends(tmp_path: Path) -> None:
     """Catches splitting at commas inside quotes, line ends kept in the last field, and lost typographic apostrophes."""
     path = write(tmp_path / "a.csv", 'id,text,label\r\n1,"Well, you’ve ""done"" it",joy\r\n2,No,anger\r\n')
-    table = read_table(path, COLUMNS, TableFormat())
+    table = read_table(path, COLUMNS)
     assert values(table) == [{"label": "joy", "text": 'Well, you’ve "done" it'}, {"label": "anger", "text": "No"}]
     assert [row.line for row in table.rows] == [2, 3]
 
@@ -31,7 +32,7 @@ def test_csv_with_quotes_commas_and_windows_line_ends(tmp_path: Path) -> None:
 def test_headerless_tsv_by_column_number(tmp_path: Path) -> None:
     """Catches a first row that is lost as a header, and columns counted from 1."""
     path = write(tmp_path / "a.tsv", "gj04\t1\t\tOne.\ngj04\t0\t*\tTwo.\n")
-    table = read_table(path, {"label": "1", "text": "3"}, TableFormat(header=None))
+    table = read_table(path, {"label": "1", "text": "3"}, CsvFormat(header=False))
     assert values(table) == [{"label": "1", "text": "One."}, {"label": "0", "text": "Two."}]
     assert table.rows[0].line == 1
 
@@ -39,69 +40,81 @@ def test_headerless_tsv_by_column_number(tmp_path: Path) -> None:
 def test_byte_order_mark_and_quotes_that_are_no_quotes(tmp_path: Path) -> None:
     """Catches a BOM glued to the first column's name, and quote characters that swallow tabs when quoting is off."""
     path = write(tmp_path / "a.tsv", '\ufefflabel\ttext\n1\t" he said\n0\tshe "did\n')
-    table = read_table(path, COLUMNS, TableFormat(quoting=csv.QUOTE_NONE))
+    table = read_table(path, COLUMNS, CsvFormat(quoting=csv.QUOTE_NONE))
     assert values(table) == [{"label": "1", "text": '" he said'}, {"label": "0", "text": 'she "did'}]
 
 
 def test_unbalanced_quotes_are_refused_and_the_cure_named(tmp_path: Path) -> None:
     """Catches rows that silently disappear inside a quoted field which never ends."""
     path = write(tmp_path / "a.tsv", 'label\ttext\n1\t" he said\n0\tshe did\n')
-    with pytest.raises(UserError, match=r"a\.tsv, line 3: .*task\.quoting: 3"):
-        read_table(path, COLUMNS, TableFormat())
+    with pytest.raises(UserError, match=r"a\.tsv:2: malformed row: .*set quoting 3"):
+        read_table(path, COLUMNS)
 
 
 def test_jsonl_reads_texts_and_simple_labels(tmp_path: Path) -> None:
     """Catches labels that are numbers or booleans in JSON being refused or written as Python writes them."""
     rows = [{"text": "a", "label": 1}, {"text": "b", "label": True}, {"text": "c", "label": "x", "more": None}]
     path = write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows) + "\n")
-    assert [row["label"] for row in values(read_table(path, COLUMNS, TableFormat()))] == ["1", "true", "x"]
+    assert [row["label"] for row in values(read_table(path, COLUMNS))] == ["1", "true", "x"]
 
 
 def test_gzip_and_chosen_separator(tmp_path: Path) -> None:
     """Catches a suffix read from .gz instead of from the name before it, and task.sep being ignored."""
     path = write(tmp_path / "a.csv.gz", gzip.compress(b"label;text\nx;one, two\n"))
-    assert values(read_table(path, COLUMNS, TableFormat(sep=";"))) == [{"label": "x", "text": "one, two"}]
+    assert values(read_table(path, COLUMNS, CsvFormat(separator=";"))) == [{"label": "x", "text": "one, two"}]
 
 
 @pytest.mark.parametrize("text", ["text\none\ntwo\n", "text,label\none,\ntwo, \n"])
 def test_a_split_without_labels_may_be_allowed(tmp_path: Path, text: str) -> None:
     """Catches an unlabelled test split being refused, or taken for one with the label ''."""
     path = write(tmp_path / "a.csv", text)
-    table = read_table(path, COLUMNS, TableFormat(), label_required=False)
+    table = read_table(path, COLUMNS, label_required=False)
     assert not table.labelled
     assert [row.values["text"] for row in table.rows] == ["one", "two"]
     with pytest.raises(UserError, match="label"):
-        read_table(path, COLUMNS, TableFormat(), label_required=True)
+        read_table(path, COLUMNS, label_required=True)
 
 
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.csv", "sentence,label\na,1\n", r"a\.csv, line 1: task\.columns\.text: no column 'text'; .*sentence, label"),
-        ("a.csv", "text,text,label\na,b,1\n", r"line 1: task\.columns\.text: 'text' names 2 columns"),
-        ("a.csv", "text,label\na,1\n\nb\n", r"line 4: expected 2 columns, found 1"),
-        ("a.csv", "text,label\na,1\nb,\n", r"line 3: the label is empty"),
-        ("a.csv", "text,label\na,\nb,1\nc,\n", r"line 2 \(and 1 more lines\): the label is empty"),
-        ("a.csv", b"text,label\na,1\n\xff,1\n", r"line 3: not UTF-8"),
-        ("a.csv", "", r"a\.csv"),
+        (
+            "a.csv",
+            "sentence,label\na,1\n",
+            r"a\.csv:1: no column 'text'; found: sentence, label \(task\.columns\.text names",
+        ),
+        ("a.csv", "text,text,label\na,b,1\n", r"a\.csv:1: 2 columns are called 'text' \(task\.columns\.text names"),
+        ("a.csv", "text,label\na,1\n\nb\n", r"a\.csv:4: expected 2 columns, found 1"),
+        ("a.csv", "text,label\na,1\nb,\n", r"a\.csv:3: the label is empty"),
+        ("a.csv", "text,label\na,\nb,1\nc,\n", r"a\.csv:2 \(and 1 more lines\): the label is empty"),
+        ("a.csv", b"text,label\na,1\n\xff,1\n", r"a\.csv:3: not UTF-8 text \(byte 0xff at column 1\)"),
+        ("a.csv", "", r"a\.csv has no rows"),
         ("a.csv", "text,label\n", r"a\.csv has no rows"),
         ("a.xlsx", "text,label\n", r"a\.xlsx: expected a file that ends in"),
         ("a.csv.gz", b"text,label\n", r"cannot read .*a\.csv\.gz"),
-        ("a.jsonl", '{"text": "a", "label": 1}\n{"text": ', r"line 2: not JSON"),
-        ("a.jsonl", "[1]\n", r"line 1: expected a JSON object, found \[1\]"),
-        ("a.jsonl", '{"label": 1, "sentence": "a"}\n', r"line 1: task\.columns\.text: no column 'text'"),
-        ("a.jsonl", '{"text": 5, "label": 1}\n', r"line 1, 'text': expected text, found 5"),
-        ("a.jsonl", '{"text": "a", "label": 0.5}\n', r"line 1, 'label': expected text, found 0\.5"),
-        ("a.jsonl", '{"text": "a", "label": null}\n', r"line 1: the label is empty"),
+        (
+            "a.jsonl",
+            '{"text": "a", "label": 1}\n{"text": ',
+            r"a\.jsonl:2: expected one JSON object per line: Expecting value",
+        ),
+        ("a.jsonl", "[1]\n", r"a\.jsonl:1: expected one JSON object per line, found \[1\]"),
+        (
+            "a.jsonl",
+            '{"label": 1, "sentence": "a"}\n',
+            r"a\.jsonl:1: no column 'text'; found: label, sentence \(task\.columns\.text",
+        ),
+        ("a.jsonl", '{"text": 5, "label": 1}\n', r"a\.jsonl:1: expected text in 'text', found 5"),
+        ("a.jsonl", '{"text": "a", "label": 0.5}\n', r"a\.jsonl:1: expected text in 'label', found 0\.5"),
+        ("a.jsonl", '{"text": "a", "label": null}\n', r"a\.jsonl:1: the label is empty"),
     ],
 )
 def test_bad_files_are_refused_by_file_and_line(tmp_path: Path, name: str, text: str | bytes, message: str) -> None:
     """Catches a bad row that is skipped or repaired in silence, and a message that does not say where it is."""
     with pytest.raises(UserError, match=message):
-        read_table(write(tmp_path / name, text), COLUMNS, TableFormat())
+        read_table(write(tmp_path / name, text), COLUMNS)
 
 
 def test_a_missing_file_is_a_user_error(tmp_path: Path) -> None:
     """Catches a trace for a path that is not there."""
     with pytest.raises(UserError, match=r"cannot read .*none\.csv"):
-        read_table(tmp_path / "none.csv", COLUMNS, TableFormat())
+        read_table(tmp_path / "none.csv", COLUMNS)

@@ -76,7 +76,7 @@ def test_json_lines(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a\.jsonl:1: expected text in 'n', found 1"):
         texts(path, column="n")
     path.write_text('{"text": "a"}\n[1]\n')
-    with pytest.raises(UserError, match=r"a\.jsonl:2: expected one JSON object a line"):
+    with pytest.raises(UserError, match=r"a\.jsonl:2: expected one JSON object per line"):
         texts(path)
 
 

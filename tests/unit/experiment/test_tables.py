@@ -1,0 +1,56 @@
+import itertools
+from collections.abc import Iterator
+
+import pytest
+
+from experiment.errors import UserError
+from experiment.tables import CsvFormat, column_index, read_csv, read_json_lines, text_lines
+
+
+def test_rows_are_read_one_by_one() -> None:
+    """Catches a file that is read into memory before its first row is used."""
+    names, rows = read_csv((f"{number},x\n" for number in itertools.count()), "f", CsvFormat(header=False))
+    assert names == ["0", "1"]
+    assert [line for line, _ in itertools.islice(rows, 3)] == [1, 2, 3]
+    objects = read_json_lines(('{"a": 1}\n' for _ in itertools.count()), "f")
+    assert next(objects) == (1, {"a": 1})
+
+
+def test_a_row_is_found_where_it_begins() -> None:
+    """Catches lines counted as rows, after empty lines and line breaks inside quotes."""
+    lines = ["a,b\r\n", "\r\n", '1,"x\n', 'y"\n', "2,z\n", "3\n"]
+    names, rows = read_csv(lines, "f.csv", CsvFormat())
+    assert names == ["a", "b"]
+    assert [next(rows), next(rows)] == [(3, ["1", "x\ny"]), (5, ["2", "z"])]
+    with pytest.raises(UserError, match=r"f\.csv:6: expected 2 columns, found 1; is the separator ','"):
+        next(rows)
+
+
+def test_a_file_without_rows_has_no_columns() -> None:
+    """Catches a StopIteration or an index error for an empty file."""
+    nothing: list[str] = []
+    for header in (True, False):
+        names, rows = read_csv(nothing, "f", CsvFormat(header=header))
+        assert (names, list(rows)) == ([], [])
+
+
+def test_bad_text_is_found_while_reading() -> None:
+    """Catches an error that is raised before the good rows are read, or that does not say where it is."""
+
+    def raw() -> Iterator[bytes]:
+        yield "\ufeffa\n".encode()
+        yield b"\xff\n"
+
+    lines = text_lines(raw(), "f")
+    assert next(lines) == "a\n"
+    with pytest.raises(UserError, match=r"f:2: not UTF-8 text \(byte 0xff at column 1\)"):
+        next(lines)
+
+
+def test_a_column_must_be_there_once() -> None:
+    """Catches the first of two columns of one name taken for the one that is meant."""
+    assert column_index(["a", "b"], "b", "f:1", "--column") == 1
+    with pytest.raises(UserError, match=r"f:1: no column 'c'; found: a, b \(--column names"):
+        column_index(["a", "b"], "c", "f:1", "--column")
+    with pytest.raises(UserError, match="f:1: 2 columns are called 'a'"):
+        column_index(["a", "a"], "a", "f:1", "--column")
