@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
@@ -16,7 +15,7 @@ from experiment.run_folder import Outcome, RunFolder, open_run_folder
 from launcher.deepspeed_command import DeepSpeedCommand, deepspeed_argv
 from launcher.environment import deepspeed_environment, remote_environment_text, worker_environment
 from launcher.hostfile import Slots, read_hostfile
-from launcher.machine import Machine, inspect_machine
+from launcher.machine import Machine, inspect_machine, select_accelerator
 from launcher.options import PretrainOptions
 from launcher.placement import is_local, place_ranks
 from launcher.supervisor import supervise
@@ -45,9 +44,9 @@ def launch_pretraining(options: PretrainOptions) -> None:
     can resume, and SystemExit for one that failed (with a message) or that the ranks rejected (rank 0 prints why).
     """
     machine = inspect_machine()
-    use_devices(machine)
+    select_accelerator(machine.devices)
     if options.dry_run:
-        print(describe(plan_launch(options, machine)))
+        print(describe_plan(plan_launch(options, machine)))
         return
     with warnings_left_to_rank0():
         plan = plan_launch(options, machine)
@@ -57,8 +56,11 @@ def launch_pretraining(options: PretrainOptions) -> None:
 def plan_launch(options: PretrainOptions, machine: Machine) -> LaunchPlan:
     """Resolve the config and decide which ranks run where. Reads files; writes and starts nothing.
 
-    `machine` is the one to launch from; call `use_devices` first. Raises UserError for anything that would keep the run
-    from starting.
+    Args:
+        options: what the user asked for; `dry_run` is ignored.
+        machine: the machine to launch from; call `select_accelerator` for its devices first.
+
+    Raises UserError for anything that would keep the run from starting.
     """
     settings = load_config(PretrainConfig, options.config, options.overrides)
     hosts = read_hostfile(options.hostfile) if options.hostfile is not None else None
@@ -96,7 +98,7 @@ def plan_launch(options: PretrainOptions, machine: Machine) -> LaunchPlan:
     return LaunchPlan(settings, folder, slots, tuple(deepspeed_argv(command)), added, environment, files)
 
 
-def describe(plan: LaunchPlan) -> str:
+def describe_plan(plan: LaunchPlan) -> str:
     """The plan as text: the config, the added environment and the command."""
     variables = "\n".join(f"{name}={shlex.quote(value)}" for name, value in plan.added_environment.items())
     config = dump_config(plan.config)
@@ -118,12 +120,6 @@ def launch(plan: LaunchPlan) -> None:
             sys.exit(result.outcome.exit_code)  # rank 0 has printed the message
         case Outcome.FAILED:
             sys.exit(f"deepcloze: the run failed: {result.message}")
-
-
-def use_devices(machine: Machine) -> None:
-    """Make DeepSpeed check, in this process, what the ranks will compute on, instead of detecting it."""
-    if machine.devices.kind == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"
 
 
 @contextlib.contextmanager

@@ -65,6 +65,15 @@ def find_devices(environ: Mapping[str, str]) -> Devices:
     return Devices("cuda", tuple(range(count)) if visible is None else _parse_visible_devices(visible)[:count])
 
 
+def select_accelerator(devices: Devices) -> None:
+    """Make DeepSpeed, if imported later in this process, use what the ranks will compute on, instead of detecting it.
+
+    Sets DS_ACCELERATOR in this process's environment.
+    """
+    if devices.kind == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+
+
 def is_this_machine(host: str) -> bool:
     """Whether a host name, or the address it resolves to, belongs to this machine."""
     if host == "localhost" or host in (socket.gethostname(), socket.getfqdn()):

@@ -12,8 +12,8 @@ from experiment.config import flatten, load_config, nearest
 from experiment.config.yaml_dialect import read_yaml
 from experiment.errors import UserError
 from launcher.grid import grid_points, parse_grid
-from launcher.launch import plan_launch, use_devices, warnings_left_to_rank0
-from launcher.machine import inspect_machine
+from launcher.launch import plan_launch, warnings_left_to_rank0
+from launcher.machine import inspect_machine, select_accelerator
 from launcher.options import PlacementOptions, PretrainOptions, SweepOptions
 from pretrain.config import PretrainConfig
 
@@ -92,7 +92,7 @@ def _run_dir(config: str, overrides: dict[str, str], finetuning: bool) -> str:
 
 def _validate_pretraining(config: str, placement: Mapping[str, Any]) -> Validate:
     machine = inspect_machine()
-    use_devices(machine)
+    select_accelerator(machine.devices)
 
     def validate(overrides: dict[str, str]) -> FlatConfig:
         with warnings_left_to_rank0():

@@ -19,14 +19,14 @@ from pretrain.engine.settings import REPOSITORY
 from rank_pool import RankPool, free_port
 from runs import NO_DROPOUT, TINY, curve, everything, pretrain_case, settings
 
-LONG = 5000  # steps that nobody waits for
+LONG = 5000  # steps: the test stops the run earlier
 
 Start = Callable[..., subprocess.Popen[str]]
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Start a command in a session of its own, from an empty folder; what is left of it is killed afterwards."""
+    """Start commands, each in a session of its own, in an empty folder; kill what is left of them afterwards."""
     processes: list[subprocess.Popen[str]] = []
 
     def run(*command: str) -> subprocess.Popen[str]:
@@ -61,8 +61,8 @@ def config_file(tmp_path: Path, corpus: Path, **changes: Any) -> Path:
     return path
 
 
-def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """The exit code and what was printed."""
+def wait_for_exit(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """The exit code and the output."""
     output, _ = process.communicate(timeout=90)
     return process.returncode, output
 
@@ -75,10 +75,10 @@ def wait_for_steps(folder: Path, steps: int, process: subprocess.Popen[str]) -> 
         time.sleep(0.05)
 
 
-def test_a_rank_that_is_killed_goes_on_and_repeats_no_step(
+def test_a_killed_rank_resumes_and_repeats_no_step(
     start: Start, wordpiece_corpus: Path, tmp_path: Path, pools: dict[int, RankPool]
 ) -> None:
-    """Catches steps that metrics.jsonl has twice or not at all after kill -9, and a run that goes on differently."""
+    """Catches steps missing or repeated in metrics.jsonl after kill -9, and a resume that changes the losses."""
     config = config_file(tmp_path, wordpiece_corpus, schedule__steps=LONG, checkpoint__every_steps=5)
     command = (sys.executable, "-m", "pretrain.run", "--config", str(config))
     killed = start(*command)
@@ -91,7 +91,7 @@ def test_a_rank_that_is_killed_goes_on_and_repeats_no_step(
     resumed = start(*command, f"--schedule.steps={LONG}")
     wait_for_steps(tmp_path / "run", reached + 3, resumed)
     (tmp_path / "run" / "STOP").touch()
-    code, output = ended(resumed)
+    code, output = wait_for_exit(resumed)
     assert code == 75, output
     steps = curve(tmp_path / "run", "step")
     assert steps == list(range(1, len(steps) + 1))
@@ -106,27 +106,27 @@ def test_a_rank_that_is_killed_goes_on_and_repeats_no_step(
 def test_deepspeeds_own_launcher_gives_the_same_run(
     start: Start, wordpiece_corpus: Path, tmp_path: Path, pools: dict[int, RankPool]
 ) -> None:
-    """Catches a run.py that only deepcloze can start: its imports, --local_rank, the environment of the ranks."""
+    """Catches a run.py that only deepcloze can start: its imports, --local_rank, the environment of ranks."""
     model = TINY | NO_DROPOUT
     config = config_file(tmp_path, wordpiece_corpus, model__config=model)
     deepspeed = str(Path(sys.executable).with_name("deepspeed"))
     script = str(REPOSITORY / "pretrain" / "run.py")
     process = start(deepspeed, "--num_gpus", "2", f"--master_port={free_port()}", script, "--config", str(config))
-    code, output = ended(process)
+    code, output = wait_for_exit(process)
     assert code == 0, output
     pools[2].run(pretrain_case, settings(tmp_path / "pooled", wordpiece_corpus, model__config=model))
     assert curve(tmp_path / "run", "step") == [1, 2, 3, 4, 5, 6]
     assert curve(tmp_path / "run") == curve(tmp_path / "pooled")
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(start: Start, wordpiece_corpus: Path, tmp_path: Path) -> None:
-    """Catches a signal that loses steps, a wrong exit code, and a second start that begins anew."""
+def test_sigterm_saves_and_the_same_command_resumes(start: Start, wordpiece_corpus: Path, tmp_path: Path) -> None:
+    """Catches a signal that loses steps, a wrong exit code, and a restart from step 0."""
     config = config_file(tmp_path, wordpiece_corpus, ds_config="bf16_zero2", schedule__steps=LONG)
     command = (str(Path(sys.executable).with_name("deepcloze")), "pretrain", "--config", str(config), "--num_gpus", "2")
     process = start(*command, "--oversubscribe")
     wait_for_steps(tmp_path / "run", 3, process)
     process.send_signal(signal.SIGTERM)
-    code, output = ended(process)
+    code, output = wait_for_exit(process)
     assert code == 75, output
     assert "Traceback" not in output
     steps = curve(tmp_path / "run", "step")
@@ -134,7 +134,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(start: Start, wordpiece_corp
     assert complete_checkpoints(saved.parent) == [saved]
     assert not (tmp_path / "run" / "STOP").exists()
 
-    code, output = ended(start(*command, "--oversubscribe", f"--schedule.steps={steps[-1] + 2}"))
+    code, output = wait_for_exit(start(*command, "--oversubscribe", f"--schedule.steps={steps[-1] + 2}"))
     assert code == 0, output
     assert f"continuing from {saved}" in output
     assert f"schedule.steps: {LONG} -> {steps[-1] + 2}" in output
@@ -143,20 +143,20 @@ def test_sigterm_saves_and_the_same_command_goes_on(start: Start, wordpiece_corp
     assert [json.loads(line)["outcome"] for line in launches] == ["stopped", "done"]
 
 
-def test_what_only_the_ranks_can_refuse_is_exit_code_2(start: Start, wordpiece_corpus: Path, tmp_path: Path) -> None:
-    """Catches refusals of rank 0 that the other ranks turn into a failure with a trace."""
+def test_a_run_rejected_by_the_ranks_exits_with_2(start: Start, wordpiece_corpus: Path, tmp_path: Path) -> None:
+    """Catches errors of rank 0 that the other ranks turn into a failure with a traceback."""
     config = config_file(tmp_path, wordpiece_corpus)
     RunFolder(tmp_path / "run").metrics.parent.mkdir()
     RunFolder(tmp_path / "run").metrics.write_text('{"step": 1, "loss": 5.0}\n')
     command = (str(Path(sys.executable).with_name("deepcloze")), "pretrain", "--config", str(config), "--num_gpus", "2")
-    code, output = ended(start(*command, "--oversubscribe", "--run.resume=never"))
+    code, output = wait_for_exit(start(*command, "--oversubscribe", "--run.resume=never"))
     assert code == 2, output
     assert "Traceback" not in output
     assert output.count("run.resume is 'never'") == 1
 
 
-def refused_case(world: Any, tree: Any) -> str:
-    """The message with which a run is refused on this rank."""
+def rejected_case(world: Any, tree: Any) -> str:
+    """The message with which this rank rejects a run; empty if it does not."""
     from experiment.errors import UserError
 
     try:
@@ -175,13 +175,13 @@ def refused_case(world: Any, tree: Any) -> str:
         ({"model__config": TINY | {"hidden_size": 32}}, "model.hidden_size"),
     ],
 )
-def test_a_resume_that_would_be_another_run_is_refused_on_every_rank(
+def test_a_resume_with_another_identity_is_rejected_on_every_rank(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, changes: dict[str, Any], key: str
 ) -> None:
-    """Catches a run that goes on with another seed or model, and ranks that are left waiting for rank 0."""
+    """Catches a run that resumes with another seed or model, and ranks left waiting for rank 0."""
     pools[2].run(pretrain_case, settings(tmp_path, wordpiece_corpus, schedule__steps=1))
     before = everything(checkpoint_path(tmp_path / "checkpoints", 1))
-    messages = pools[2].run(refused_case, settings(tmp_path, wordpiece_corpus, **changes))
+    messages = pools[2].run(rejected_case, settings(tmp_path, wordpiece_corpus, **changes))
     assert len(set(messages)) == 1
     assert f"another {key}" in messages[0]
     assert everything(checkpoint_path(tmp_path / "checkpoints", 1)).keys() == before.keys()

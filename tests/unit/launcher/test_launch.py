@@ -12,8 +12,8 @@ import yaml
 from experiment.errors import StoppedError, UserError
 from experiment.run_folder import Outcome
 from launcher import launch
-from launcher.launch import launch_pretraining
-from launcher.machine import cpu_cores
+from launcher.launch import launch_pretraining, plan_launch
+from launcher.machine import Devices, Machine, cpu_cores
 from launcher.options import PretrainOptions
 from launcher.supervisor import LaunchResult
 
@@ -27,7 +27,7 @@ schedule: {steps: 10}
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A config file in the working directory, on a machine that computes on its CPU."""
+    """A config file in the working directory, on a machine with two CPU cores."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setattr("launcher.machine.cpu_cores", lambda: 2)
@@ -37,7 +37,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture(autouse=True)
 def checked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, int]]:
-    """Stands for the check of corpora and model; holds what it was called with."""
+    """Stands for the validation of corpora and model; records its arguments."""
     seen: list[tuple[Any, int]] = []
     module = ModuleType("pretrain.resolve")
 
@@ -52,7 +52,7 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, int]]:
 
 @pytest.fixture(autouse=True)
 def attempts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """Stands for the ranks; holds what they would have been started with."""
+    """Stands for the ranks; records the arguments they would be started with."""
     seen: list[tuple[Any, ...]] = []
 
     def supervise(*arguments: Any) -> LaunchResult:
@@ -63,17 +63,28 @@ def attempts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     return seen
 
 
+def test_a_plan_depends_on_the_given_machine_only(config: str, checked: list[tuple[Any, int]]) -> None:
+    """Catches a plan that reads the environment or the devices of the machine it is made on."""
+    gpus = Machine(Devices("cuda", (4, 5, 6)), cores=12, free_port=29501, environ={"CUDA_VISIBLE_DEVICES": "4,5,6"})
+    plan = plan_launch(PretrainOptions(config=config, num_gpus=2), gpus)
+    assert plan.slots == {"localhost": (4, 5)}
+    assert {"--master_port=29501", "--include=localhost:4,5"} <= set(plan.argv)
+    assert plan.added_environment["OMP_NUM_THREADS"] == "6"
+    assert plan.environment == plan.added_environment
+    assert plan.files == {}
+    assert checked[0][1] == 2
+    assert [path.name for path in Path.cwd().iterdir()] == ["config.yaml"]
+
+
 @pytest.mark.parametrize("dry_run", [True, False])
-def test_warnings_are_left_to_rank_0_where_there_is_one(
-    config: str, caplog: pytest.LogCaptureFixture, dry_run: bool
-) -> None:
-    """Catches each warning of a check printed twice, and a dry run that keeps them to itself."""
+def test_only_a_dry_run_prints_warnings(config: str, caplog: pytest.LogCaptureFixture, dry_run: bool) -> None:
+    """Catches warnings printed twice, by the launcher and by rank 0, and a dry run that hides them."""
     launch_pretraining(PretrainOptions(config=config, num_gpus=2, dry_run=dry_run))
     assert ("something is odd" in caplog.text) == dry_run
 
 
 def test_ranks_get_the_users_config_and_overrides(config: str, attempts: list[tuple[Any, ...]], checked: list[Any]):
-    """Catches ranks that run another config than the one that was checked."""
+    """Catches ranks that run another config than the validated one."""
     launch_pretraining(PretrainOptions(config=config, num_gpus=2, overrides={"schedule.steps": "20"}))
     ((folder, argv, environment, slots),) = attempts
     assert list(argv[-5:]) == [
@@ -91,10 +102,10 @@ def test_ranks_get_the_users_config_and_overrides(config: str, attempts: list[tu
     assert (settings.schedule.steps, world_size) == (20, 2)
 
 
-def test_dry_run_tells_all_and_touches_nothing(
+def test_a_dry_run_prints_the_plan_and_starts_nothing(
     config: str, attempts: list[tuple[Any, ...]], checked: list[Any], capsys: pytest.CaptureFixture[str]
 ):
-    """Catches a dry run that starts or writes something, or prints other than what would run."""
+    """Catches a dry run that starts or writes something, or prints something else than what would run."""
     launch_pretraining(PretrainOptions(config=config, num_gpus=2, dry_run=True, overrides={"run.dir": "2024 01"}))
     head, environment, command = capsys.readouterr().out.split("\n\n")
     assert yaml.safe_load(head)["run"]["dir"] == "2024 01"
@@ -118,10 +129,10 @@ def test_dry_run_tells_all_and_touches_nothing(
         ({}, {"hostfile": "none"}, "cannot read the hostfile"),
     ],
 )
-def test_mistakes_start_and_write_nothing(
+def test_a_rejected_launch_starts_and_writes_nothing(
     config: str, attempts: list[tuple[Any, ...]], overrides: dict[str, str], flags: dict[str, Any], message: str
 ):
-    """Catches a run folder, or ranks, left by a launch that could not work."""
+    """Catches a run folder or ranks left by a launch that could not work."""
     Path("hosts").write_text("localhost slots=1\nworker slots\n")
     with pytest.raises(UserError, match=message):
         launch_pretraining(PretrainOptions(config=config, overrides=overrides, **flags))
@@ -130,27 +141,27 @@ def test_mistakes_start_and_write_nothing(
 
 
 @pytest.mark.parametrize(
-    ("outcome", "error", "said"),
+    ("outcome", "error", "argument"),
     [
         (Outcome.STOPPED, StoppedError, "because"),
         (Outcome.REFUSED, SystemExit, 2),
         (Outcome.FAILED, SystemExit, "deepcloze: the run failed: because"),
     ],
 )
-def test_how_the_ranks_ended_is_how_the_command_ends(
-    config: str, monkeypatch: pytest.MonkeyPatch, outcome: Outcome, error: type[BaseException], said: str | int
+def test_the_outcome_of_the_ranks_decides_how_the_command_ends(
+    config: str, monkeypatch: pytest.MonkeyPatch, outcome: Outcome, error: type[BaseException], argument: str | int
 ):
-    """Catches an ending that is swallowed: the command would exit 0 for a run that is not done."""
+    """Catches a lost outcome: the command would exit with 0 for a run that is not done."""
     monkeypatch.setattr(launch, "supervise", lambda *_: LaunchResult(outcome, "because"))
     with pytest.raises(error) as raised:
         launch_pretraining(PretrainOptions(config=config))
-    assert raised.value.args == (said,)
+    assert raised.value.args == (argument,)
 
 
 def test_other_hosts_get_the_resolved_config_and_the_environment(
     config: str, attempts: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
 ):
-    """Catches overrides that a remote shell would take apart, and settings that stay behind on this machine."""
+    """Catches overrides that a remote shell would split, and settings that do not reach other hosts."""
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
     monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
     monkeypatch.delenv("DS_ENV_FILE", raising=False)
