@@ -148,9 +148,9 @@ def read_documents(sources: Iterable[Source], text_format: TextOptions, stats: R
 
 def _read(source: Source, text_format: TextOptions, stats: ReadStats) -> Iterator[Document]:
     if source.kind == PYTHON_DOCS:
-        from pretrain.corpus.python_docs.collect import python_documents
+        from pretrain.corpus.python_docs.collect import read_python_docs
 
-        for record in python_documents():
+        for record in read_python_docs():
             yield Document(record.text, f"{PYTHON_DOCS}:{record.document}", 1)
     elif source.kind == "hub":
         yield from _hub(source, text_format)

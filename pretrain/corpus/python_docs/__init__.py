@@ -1,1 +1,7 @@
-"""Documentation of Python and the installed packages, as text to train on."""
+"""The documentation of Python and the installed packages, as text to train on.
+
+It needs no network, and its vocabulary and style differ from package to package, so it makes a good first corpus.
+
+- collect.py: find the files, read them in worker processes, drop duplicates; `deepcloze python_docs`
+- docstrings.py: extract prose from one source file or documentation page
+"""

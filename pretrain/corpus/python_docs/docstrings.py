@@ -1,4 +1,4 @@
-"""Prose out of Python source and documentation pages. Source is parsed, never imported."""
+"""Extract prose from Python source and documentation pages. Source is parsed, never imported."""
 
 import ast
 import inspect
@@ -7,9 +7,9 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-_FEWEST_WORDS = 8
-_FEWEST_LETTERS = 0.75  # share of letters and spaces below which a text is no prose
-_RULE = re.compile(r"\s*[-=~^\"'`*#+_.|:\s]{3,}$")  # underlines of headings, borders of tables
+_MIN_WORDS = 8
+_MIN_LETTERS = 0.75  # share of letters and spaces; text with less is not prose
+_RULE = re.compile(r"\s*[-=~^\"'`*#+_.|:\s]{3,}$")  # heading underlines, table borders
 _TABLE_ROW = re.compile(r"\s*\|.*\|\s*$|\s*(?:\S+ {3,}){3,}\S+$")
 _LIST_ITEM = re.compile(r"(?:[-*+•]|\d+[.)]|#+|\w[\w, *]* ?: ?\S.*|:\w.*)\s*")
 _ADMONITION = re.compile(
@@ -26,10 +26,10 @@ _MARKUP = (
 )
 
 
-def documents_in(path: str) -> list[tuple[str, str]]:
-    """(name inside the file, prose) of every piece of documentation in a .py, .pyi, .rst, .md or .txt file.
+def extract_docs(path: str) -> list[tuple[str, str]]:
+    """Return (name inside the file, prose) of each text in a .py, .pyi, .rst, .md or .txt file.
 
-    The name of a page is empty. A file that cannot be read or parsed has none.
+    The name is empty for a page. A file that cannot be read or parsed has no texts.
     """
     file = Path(path)
     try:
@@ -44,13 +44,13 @@ def documents_in(path: str) -> list[tuple[str, str]]:
 
 
 def prose(text: str) -> str:
-    """`text` without examples, tables and markup, wrapped lines joined; empty if little prose is left."""
+    """Remove examples, tables and markup, and join wrapped lines. Returns "" if little prose is left."""
     kept = "\n".join(_unwrapped(_without_code(inspect.cleandoc(text).splitlines())))
     for pattern, replacement in _MARKUP:
         kept = pattern.sub(replacement, kept)
     kept = re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+", " ", kept)).strip()
     letters = sum(character.isalpha() or character.isspace() for character in kept)
-    if len(kept.split()) < _FEWEST_WORDS or letters < _FEWEST_LETTERS * len(kept):
+    if len(kept.split()) < _MIN_WORDS or letters < _MIN_LETTERS * len(kept):
         return ""
     return kept
 
@@ -65,7 +65,7 @@ def _in_source(source: bytes) -> Iterator[tuple[str, str]]:
 
 
 def _in_node(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
-    """Docstrings, and the texts handed to functions such as `add_docstr` or stored in dictionaries of topics."""
+    """Yield docstrings, texts passed to functions such as `add_docstr`, and texts in dictionaries of help topics."""
     if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         docstring = ast.get_docstring(node, clean=False)
         if docstring:
@@ -93,7 +93,7 @@ def _in_expression(value: ast.expr, name: str) -> Iterator[tuple[str, str]]:
 
 def _without_code(lines: list[str]) -> Iterator[str]:
     fenced = doctest = False
-    block_indent: int | None = None  # of the line whose indented block is being dropped
+    block_indent: int | None = None  # of the line whose indented block is skipped
     for line in lines:
         indent = len(line) - len(line.lstrip())
         if line.lstrip().startswith(("```", "~~~")):
@@ -113,7 +113,7 @@ def _without_code(lines: list[str]) -> Iterator[str]:
             doctest = True
         if doctest or _TABLE_ROW.match(line):
             continue
-        if _RULE.match(line):  # what is underlined is no part of what follows
+        if _RULE.match(line):  # an underlined heading is separate from the text after it
             yield ""
             continue
         admonition = _ADMONITION.match(line)
@@ -133,18 +133,24 @@ def _without_code(lines: list[str]) -> Iterator[str]:
 
 
 def _unwrapped(lines: Iterator[str]) -> Iterator[str]:
-    """Lines of one paragraph joined: same indent, and no item of a list."""
-    held, held_indent = "", 0
+    """Join the lines of a paragraph: those with the same indent that do not start a list item."""
+    paragraph, paragraph_indent = "", 0
     for line in lines:
         text = line.strip()
         indent = len(line) - len(line.lstrip())
-        if held and text and indent == held_indent and not _LIST_ITEM.match(text) and not held.endswith(":"):
-            held += " " + text
+        if (
+            paragraph
+            and text
+            and indent == paragraph_indent
+            and not _LIST_ITEM.match(text)
+            and not paragraph.endswith(":")
+        ):
+            paragraph += " " + text
             continue
-        if held:
-            yield held
+        if paragraph:
+            yield paragraph
         if not text:
             yield ""
-        held, held_indent = text, indent
-    if held:
-        yield held
+        paragraph, paragraph_indent = text, indent
+    if paragraph:
+        yield paragraph

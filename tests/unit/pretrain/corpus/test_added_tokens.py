@@ -123,8 +123,8 @@ def test_what_is_said(wordpiece: Path, tmp_path: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("kind", "words", "message"),
     [
-        ("wordpiece", ["new york"], "line 1: expected one word a line, found 'new york'"),
-        ("wordpiece", ["zed", "##a-b"], "line 2: '##a-b' can never be found"),
+        ("wordpiece", ["new york"], "line 1: expected one word per line, found 'new york'"),
+        ("wordpiece", ["zed", "##a-b"], "line 2: '##a-b' can never match"),
         ("wordpiece", ["z" * 101], "line 1: 'zzz.* would not become one token"),
         ("wordpiece", ["ba", "de"], "all 2 words of"),
         ("wordpiece", [""], "has no words"),
@@ -155,5 +155,5 @@ def test_the_old_pieces_of_new_words(wordpiece: Path, byte_level: Path, tmp_path
 
 def test_another_tokenizer_does_not_extend(wordpiece: Path, byte_level: Path) -> None:
     """Catches a folder whose old ids mean something else."""
-    with pytest.raises(UserError, match="has id"):
+    with pytest.raises(UserError, match="to have id"):
         check_extends(load_tokenizer(byte_level), load_tokenizer(wordpiece))

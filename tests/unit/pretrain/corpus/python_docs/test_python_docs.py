@@ -7,9 +7,9 @@ import pytest
 from experiment.errors import UserError
 from pretrain.corpus.formats import ReadStats
 from pretrain.corpus.options import TextOptions
-from pretrain.corpus.python_docs import collect as python_docs
-from pretrain.corpus.python_docs.collect import python_documents, write_python_docs
-from pretrain.corpus.python_docs.docstrings import documents_in, prose
+from pretrain.corpus.python_docs import collect
+from pretrain.corpus.python_docs.collect import read_python_docs, write_python_docs
+from pretrain.corpus.python_docs.docstrings import extract_docs, prose
 from pretrain.corpus.sources import find_sources, read_documents
 
 SOURCE = '''
@@ -39,7 +39,7 @@ def test_docstrings_are_read_without_importing(tmp_path: Path) -> None:
     """Catches code that is run, names that are wrong, and documentation added by calls that is missed."""
     path = tmp_path / "shapes.py"
     path.write_text(SOURCE)
-    found = dict(documents_in(str(path)))
+    found = dict(extract_docs(str(path)))
     assert list(found) == ["", "Shape", "Shape.area", "Shape.perimeter"]
     assert found["Shape.area"] == "Return the area of the shape in the unit of its sides, squared."
     assert "runs around the whole shape." in found["Shape.perimeter"]
@@ -50,8 +50,8 @@ def test_files_that_are_no_python_are_passed_over(tmp_path: Path, source: bytes)
     """Catches one odd file among thousands that ends the whole reading."""
     path = tmp_path / "odd.py"
     path.write_bytes(source)
-    assert documents_in(str(path)) == []
-    assert documents_in(str(tmp_path / "nowhere.py")) == []
+    assert extract_docs(str(path)) == []
+    assert extract_docs(str(tmp_path / "nowhere.py")) == []
 
 
 def test_prose_without_examples_and_markup() -> None:
@@ -132,13 +132,13 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )
     real = importlib.metadata.distributions
     monkeypatch.setattr(importlib.metadata, "distributions", lambda: real(path=[str(site)]))
-    monkeypatch.setattr(python_docs.sysconfig, "get_paths", lambda: {"stdlib": str(library)})
+    monkeypatch.setattr(collect.sysconfig, "get_paths", lambda: {"stdlib": str(library)})
     return tmp_path
 
 
 def test_what_is_installed_becomes_documents(installed: Path) -> None:
     """Catches tests and licences among the documents, texts that come twice, and an order that is not stable."""
-    records = list(python_documents())
+    records = list(read_python_docs())
     assert [record.document for record in records] == [
         "my-shapes/METADATA",
         "python/abc",
@@ -148,7 +148,7 @@ def test_what_is_installed_becomes_documents(installed: Path) -> None:
         "my-shapes/shapes/guide.md",
     ]
     assert {record.package for record in records} == {"python", "my-shapes"}
-    assert list(python_documents()) == records
+    assert list(read_python_docs()) == records
 
 
 def test_the_file_and_the_source_hold_the_same(installed: Path) -> None:
