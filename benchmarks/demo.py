@@ -1,12 +1,12 @@
-"""The whole path on real text, in a few minutes on two CPU cores: `make demo`.
+"""The full pipeline on real text, in a few minutes on two CPU cores: `make demo`.
 
-1. Read the documentation of Python and the installed packages; cut a task out of it (benchmarks/package_task.py).
+1. Read the documentation of Python and the installed packages; extract a task from it (benchmarks/package_task.py).
 2. Train a tokenizer, build a corpus.
-3. Pretrain a small BERT with two ranks under ZeRO, stop the run in the middle, let it go on, evaluate it.
-4. Fine-tune on the task from the pretrained weights and from random ones, three seeds each, and compare.
+3. Pretrain a small encoder with two ranks under ZeRO, stop the run halfway, resume it, evaluate it.
+4. Fine-tune on the task from pretrained and from random weights, three seeds each, and compare.
 
-Everything but the task and the comparison is a `deepcloze` command, shown as it is started. It computes on the CPU also
-where there are GPUs. A demo that is started again begins afresh.
+Everything but the task and the comparison is a `deepcloze` command, which is printed. The demo uses the CPU even if
+there are GPUs. Restarting it starts over.
 """
 
 import argparse
@@ -40,30 +40,30 @@ from pretrain.config import PretrainConfig
 REPOSITORY = Path(__file__).resolve().parent.parent
 PRETRAINING, TASK = "pretrain/recipes/demo.yaml", "finetune/recipes/demo.yaml"
 DEEPCLOZE = Path(sys.executable).with_name("deepcloze")
-EVALUATION = "documentation"  # how the recipe calls the held-out corpus
+EVALUATION = "documentation"  # name of the held-out corpus in the recipe
 TASK_SEED = 42
 HELD_OUT_DOCUMENTS = 400
 VOCABULARY = 8192
-MARKER = ".demo"  # in a folder that a demo has made, so that the next one may delete it
-STOPPED = 75
+MARKER = ".demo"  # marks a folder made by the demo, which the next one may delete
+STOPPED = 75  # exit code of a run that can be resumed
 
 
 def demo(output: Path) -> None:
-    """Run all of it in the folder `output`. Raises UserError; SystemExit where a command fails."""
-    began = time.monotonic()
+    """Run the demo in the folder `output`. Raises UserError, or SystemExit if a command fails."""
+    started = time.monotonic()
     prepare_folder(output)
 
-    heading("Text: the documentation on this machine, and a task cut out of it")
+    heading("Text: the documentation on this machine, and a task extracted from it")
     deepcloze("python_docs", output=output / "docs.jsonl")
-    describe = cut_out_task(output)
+    description = write_task(output)
 
-    heading("A tokenizer of its own, and a corpus")
+    heading("Tokenizer and corpus")
     text = output / "pretraining.jsonl"
     deepcloze("tokenizer", source=text, output=output / "tokenizer", vocab_size=VOCABULARY, lowercase=True)
     corpus, held_out = output / "corpus", output / "corpus-heldout"
     deepcloze("corpus", source=text, tokenizer=output / "tokenizer", output=corpus, holdout=HELD_OUT_DOCUMENTS)
 
-    heading("Pretraining: two ranks, stopped in the middle and started again")
+    heading("Pretraining: two ranks, stopped halfway and resumed")
     run = RunFolder(output / "pretraining")
     arguments: dict[str, Any] = {
         "config": PRETRAINING,
@@ -74,31 +74,31 @@ def demo(output: Path) -> None:
     }
     if not has_bf16():
         arguments["engine.ds_config"] = "ds_configs/fp32_zero1.json"
-    stop_in_the_middle(run, arguments)
+    pretrain_until_halfway(run, arguments)
     deepcloze("pretrain", **arguments)
     scores = json.loads(deepcloze("evaluate", checkpoint=run.path, corpus=held_out, json=True))
 
-    heading("The task, from random and from pretrained weights")
+    heading("Fine-tuning, from random and from pretrained weights")
     results = {weights: finetune(output, run, weights) for weights in ("random", "pretrained")}
 
-    heading("What came of it")
+    heading("Results")
     table = comparison(run, scores[held_out.name], results)
-    page = write_combined_page(output, run, table, results, describe)
+    page = write_combined_page(output, run, table, results, description)
     show(table)
-    print(f"\nreport, with the curves: {page}\n{describe_duration(time.monotonic() - began)} in all")
+    print(f"\nreport, with the curves: {page}\n{describe_duration(time.monotonic() - started)} in all")
 
 
 def prepare_folder(output: Path) -> None:
-    """An empty folder. Raises UserError rather than delete what no demo has made."""
+    """Create or empty the folder. Raises UserError if it exists and was not made by the demo."""
     if output.exists() and not (output / MARKER).is_file():
-        raise UserError(f"--output {output} exists, and no demo has made it; name another folder")
+        raise UserError(f"--output {output} exists and was not made by the demo; use another folder")
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
     (output / MARKER).touch()
 
 
-def cut_out_task(output: Path) -> str:
-    """Write the task and the text for pretraining; returns what they are."""
+def write_task(output: Path) -> str:
+    """Write the task and the pretraining text; return a description."""
     documents = read_documents(output / "docs.jsonl")
     task = make_task(documents, EXAMPLES, TASK_SEED)
     for split, examples in task.splits.items():
@@ -106,18 +106,17 @@ def cut_out_task(output: Path) -> str:
     write_jsonl(output / "pretraining.jsonl", task.pretraining)
     sizes = ", ".join(f"{len(examples):,} {split}" for split, examples in task.splits.items())
     description = (
-        f"The task: which of {len(NAMES)} packages is this sentence about? {sizes} sentences, equally many of each "
-        f"package, one a document. Not used: {task.repeated:,} sentences of which eight words in a row stand in "
-        f"another document too, and {task.giveaways:,} that name their package. The text for pretraining is the "
-        f"documentation of the same packages without the documents of validation and test: "
-        f"{len(task.pretraining):,} documents."
+        f"The task: which of {len(NAMES)} packages is this sentence about? {sizes} sentences, balanced over packages, "
+        f"one per document. Excluded: {task.repeated:,} sentences with eight consecutive words that occur in another "
+        f"document too, and {task.giveaways:,} that name their package. The pretraining text is the documentation "
+        f"of the same packages without the documents of validation and test: {len(task.pretraining):,} documents."
     )
     print(description)
     return description
 
 
-def stop_in_the_middle(run: RunFolder, arguments: dict[str, Any]) -> None:
-    """Pretrain until half of the steps are done, then stop it as a queue or a user would: with SIGTERM."""
+def pretrain_until_halfway(run: RunFolder, arguments: dict[str, Any]) -> None:
+    """Pretrain for half of the steps, then send SIGTERM, as a job queue or a user would."""
     steps = load_config(PretrainConfig, PRETRAINING).schedule.steps
     assert steps is not None
     argv = command("pretrain", **arguments)
@@ -126,14 +125,14 @@ def stop_in_the_middle(run: RunFolder, arguments: dict[str, Any]) -> None:
             while process.poll() is None and last_step(run) < steps // 2:
                 time.sleep(0.2)
             if process.poll() is None:
-                say(f"half of the {steps} steps are done: SIGTERM")
+                say(f"{steps // 2} of {steps} steps are done: sending SIGTERM")
                 process.send_signal(signal.SIGTERM)
             code = process.wait()
         finally:
             process.kill()
     if code != STOPPED:
-        raise SystemExit(f"demo: the pretraining that was asked to stop ended with exit code {code}, not {STOPPED}")
-    say(f"stopped with exit code {STOPPED}: it can go on. The same command again:")
+        raise SystemExit(f"demo: expected exit code {STOPPED} after SIGTERM, got {code}")
+    say(f"stopped with exit code {STOPPED}. The same command resumes it:")
 
 
 def last_step(run: RunFolder) -> int:
@@ -141,7 +140,7 @@ def last_step(run: RunFolder) -> int:
 
 
 def finetune(output: Path, run: RunFolder, weights: str) -> dict[str, Any]:
-    """Fine-tune on the task; returns what results.json holds."""
+    """Fine-tune on the task; return the content of results.json."""
     folder = output / f"task-{weights}"
     files = {f"task.{split}": output / "task-data" / f"{split}.jsonl" for split in EXAMPLES}
     flags: dict[str, Any] = {"config": TASK, "run.dir": folder, "model.init_from": run.path, "model.weights": weights}
@@ -151,7 +150,7 @@ def finetune(output: Path, run: RunFolder, weights: str) -> dict[str, Any]:
 
 
 def comparison(run: RunFolder, scores: dict[str, float], results: dict[str, dict[str, Any]]) -> Table:
-    """Random weights against pretrained ones: held-out text, and the task."""
+    """Random weights against pretrained ones, on held-out text and on the task."""
     before = next(event for event in read_events(run.metrics) if f"eval/{EVALUATION}/loss" in event)
     untrained = {metric: before[f"eval/{EVALUATION}/{metric}"] for metric in ("loss", "perplexity", "accuracy")}
     accuracy = {weights: of["splits"]["test"]["accuracy"] for weights, of in results.items()}
@@ -166,7 +165,7 @@ def comparison(run: RunFolder, scores: dict[str, float], results: dict[str, dict
                 f"task accuracy on test, mean ± std of {seeds} seeds",
                 *(f"{accuracy[weights]['mean']:.1%} ± {accuracy[weights]['std']:.1%}" for weights in accuracy),
             ],
-            ["task accuracy of always the same answer", *[f"{1 / len(NAMES):.1%}"] * 2],
+            ["task accuracy of a constant answer", *[f"{1 / len(NAMES):.1%}"] * 2],
         ],
     )
 
@@ -177,8 +176,8 @@ def write_combined_page(
     """One page with the comparison and the curves of all three runs."""
     directory = output / "report"
     values = {f"{weights} weights": of["splits"]["test"]["accuracy"]["values"] for weights, of in results.items()}
-    draw_spread(directory / "task.png", values, "accuracy on test, a dot a seed")
-    blocks: list[Block] = [table, Text(description), Figure("task.png", "The task, by the weights it began with")]
+    draw_spread(directory / "task.png", values, "accuracy on test, one dot per seed")
+    blocks: list[Block] = [table, Text(description), Figure("task.png", "Task accuracy by initial weights")]
     blocks += training_blocks(run, directory, "pretraining-")
     for weights in results:
         blocks += result_blocks(RunFolder(output / f"task-{weights}"), directory, f"task-{weights}-")
@@ -191,25 +190,25 @@ def write_combined_page(
 
 
 def has_bf16() -> bool:
-    """Whether this CPU computes bf16 natively. Emulated, it is slower than fp32."""
+    """Whether this CPU supports bf16 natively. Emulated bf16 is slower than fp32."""
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(feature, False) for feature in ("avx512_bf16", "amx_bf16"))
 
 
 def command(name: str, **flags: Any) -> list[str]:
-    """The command line, which is shown too."""
+    """Print and return the command line."""
     given = [f"--{flag}" if value is True else f"--{flag}={value}" for flag, value in flags.items()]
     say(f"$ deepcloze {shlex.join([name, *given])}")
     return [str(DEEPCLOZE), name, *given]
 
 
 def deepcloze(name: str, **flags: Any) -> str:
-    """Run one command to its end; returns its output under --json. Raises SystemExit with its exit code."""
+    """Run one command; return its output if it has --json. Raises SystemExit with its exit code if it fails."""
     kept = subprocess.PIPE if flags.get("json") else None
     argv = command(name, **flags)
     finished = subprocess.run(argv, env=environment(), stdout=kept, text=True, check=False)
     if finished.returncode:
-        say(f"demo: deepcloze {name} ended with exit code {finished.returncode}")
+        say(f"demo: deepcloze {name} failed with exit code {finished.returncode}")
         raise SystemExit(finished.returncode)
     if kept:
         print(finished.stdout, end="", flush=True)
@@ -229,7 +228,7 @@ def say(text: str) -> None:
 
 
 def show(table: Table) -> None:
-    """The table on stdout."""
+    """Print the table."""
     shown = RichTable(*table.columns)
     for column in shown.columns[table.labels :]:
         column.justify = "right"

@@ -1,11 +1,11 @@
-"""The demo's task: tell from one sentence of documentation which package it is about.
+"""The demo's task: classify a sentence of documentation by the package it is about.
 
-1. A sentence of which eight words in a row stand in another document, of whatever package, is no example: it, or the
-   template it was written by, could be looked up.
-2. Nor is one that names its own package.
+1. A sentence is excluded if eight of its consecutive words occur in another document, of any package: it, or its
+   template, could have been memorized.
+2. A sentence is excluded if it names its own package.
 3. A document gives at most one example, so that examples are independent, and belongs to one split.
-4. The text for pretraining is the documentation of these packages but for the documents of validation and test. Those
-   of train stay in it: their text may be read beforehand, their labels are never seen there.
+4. The pretraining text is the documentation of these packages without the documents of validation and test. Those of
+   train stay in it: their text may be read during pretraining, but not their labels.
 """
 
 import json
@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from experiment.errors import UserError
 
-# deepcloze itself needs these, so they are always installed. In lower case, what gives each of them away.
+# Dependencies of deepcloze, so always installed; in lower case, the words that name each.
 NAMES: Mapping[str, tuple[str, ...]] = {
     "matplotlib": ("matplotlib", "pyplot", "mpl"),
     "networkx": ("networkx", "nx."),
@@ -32,13 +32,14 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "torch": ("torch",),
     "transformers": ("transformers", "hugging"),
 }
-EXAMPLES: Mapping[str, int] = {"train": 60, "validation": 50, "test": 150}  # of each package
+EXAMPLES: Mapping[str, int] = {"train": 60, "validation": 50, "test": 150}  # per package
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z])|\n")
-_WORDS = range(12, 41)  # in a sentence that is an example
-_MARK_WORDS = 8
-_FEWEST_LETTERS = 0.85  # share of letters and spaces below which it is rather a formula
+_WORDS = range(12, 41)  # number of words in an example
+_SHINGLE_WORDS = 8
+_MIN_LETTERS = 0.85  # fraction of letters and spaces; below it the text is more of a formula
 
-Mark = tuple[str, ...]
+Shingle = tuple[str, ...]
+"""Consecutive lower-case words."""
 
 
 class Document(NamedTuple):
@@ -55,37 +56,22 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class PackageTask:
-    splits: Mapping[str, Sequence[Example]]  # balanced, in random order
+    splits: Mapping[str, Sequence[Example]]  # balanced and shuffled
     pretraining: Sequence[Document]
-    repeated: int  # sentences of the packages that were dropped since they stand in several documents
-    giveaways: int  # … since they name their package
+    repeated: int  # sentences excluded because they occur in several documents
+    giveaways: int  # sentences excluded because they name their package
 
 
 def read_documents(path: Path) -> list[Document]:
-    """What `deepcloze python_docs` wrote."""
+    """Read the output of `deepcloze python_docs`."""
     with path.open(encoding="utf-8") as lines:
         rows = map(json.loads, lines)
         return [Document(row["text"], row["package"], row["document"]) for row in rows]
 
 
 def make_task(documents: Sequence[Document], sizes: Mapping[str, int], seed: int) -> PackageTask:
-    """Draw `sizes[split]` examples of each package. Raises UserError where a package has too few."""
-    fitting = [
-        (document, found)
-        for document in documents
-        if document.package in NAMES and (found := list(filter(_is_example, sentences(document.text))))
-    ]
-    appearances = _count_documents({_mark(sentence) for _, found in fitting for sentence in found}, documents)
-    candidates: dict[str, list[tuple[str, list[str]]]] = {package: [] for package in NAMES}
-    repeated = giveaways = 0
-    for document, found in fitting:
-        unique = [sentence for sentence in found if appearances[_mark(sentence)] == 1]
-        usable = [sentence for sentence in unique if not _names(document.package, sentence)]
-        repeated += len(found) - len(unique)
-        giveaways += len(unique) - len(usable)
-        if usable:
-            candidates[document.package].append((document.name, usable))
-
+    """Draw `sizes[split]` examples of each package. Raises UserError if a package has too few."""
+    candidates, repeated, giveaways = _find_candidates(documents)
     splits: dict[str, list[Example]] = {split: [] for split in sizes}
     needed = sum(sizes.values())
     for package, choice in candidates.items():
@@ -104,10 +90,30 @@ def make_task(documents: Sequence[Document], sizes: Mapping[str, int], seed: int
 
 
 def sentences(text: str) -> Iterator[str]:
-    """The sentences of a document, white space made single spaces."""
+    """The sentences of a document, with white space normalized to single spaces."""
     for sentence in _SENTENCE_END.split(text):
         if words := sentence.split():
             yield " ".join(words)
+
+
+def _find_candidates(documents: Sequence[Document]) -> tuple[dict[str, list[tuple[str, list[str]]]], int, int]:
+    """For each package, its documents' names and usable sentences; how many are repeated; how many name the package."""
+    found = [
+        (document, list(filter(_is_example, sentences(document.text))))
+        for document in documents
+        if document.package in NAMES
+    ]
+    occurrences = _count_documents({_shingle(sentence) for _, examples in found for sentence in examples}, documents)
+    candidates: dict[str, list[tuple[str, list[str]]]] = {package: [] for package in NAMES}
+    repeated = giveaways = 0
+    for document, examples in found:
+        unique = [sentence for sentence in examples if occurrences[_shingle(sentence)] == 1]
+        usable = [sentence for sentence in unique if not _names_package(sentence, document.package)]
+        repeated += len(examples) - len(unique)
+        giveaways += len(unique) - len(usable)
+        if usable:
+            candidates[document.package].append((document.name, usable))
+    return candidates, repeated, giveaways
 
 
 def write_jsonl(path: Path, rows: Iterable[Example | Document]) -> None:
@@ -116,25 +122,25 @@ def write_jsonl(path: Path, rows: Iterable[Example | Document]) -> None:
         file.writelines(json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in rows)
 
 
-def _mark(sentence: str) -> Mark:
-    """Eight words by which a sentence is recognised wherever it stands; the first may have a bracket or quote there."""
-    return tuple(sentence.lower().split()[1 : 1 + _MARK_WORDS])
+def _shingle(sentence: str) -> Shingle:
+    """Eight words that identify a sentence. Skips the first word, which may have a bracket or quote elsewhere."""
+    return tuple(sentence.lower().split()[1 : 1 + _SHINGLE_WORDS])
 
 
-def _count_documents(marks: set[Mark], documents: Sequence[Document]) -> Counter[Mark]:
-    """In how many documents each of the marks stands."""
-    counts: Counter[Mark] = Counter()
+def _count_documents(shingles: set[Shingle], documents: Sequence[Document]) -> Counter[Shingle]:
+    """The number of documents that contain each shingle."""
+    counts: Counter[Shingle] = Counter()
     for document in documents:
         words = document.text.lower().split()
-        counts.update(marks.intersection(zip(*(words[first:] for first in range(_MARK_WORDS)), strict=False)))
+        counts.update(shingles.intersection(zip(*(words[first:] for first in range(_SHINGLE_WORDS)), strict=False)))
     return counts
 
 
-def _names(package: str, sentence: str) -> bool:
+def _names_package(sentence: str, package: str) -> bool:
     return any(name in sentence.lower() for name in NAMES[package])
 
 
 def _is_example(sentence: str) -> bool:
     letters = sum(character.isalpha() or character == " " for character in sentence)
     whole = sentence[0].isupper() and sentence.endswith(".")
-    return whole and sentence.count(" ") + 1 in _WORDS and letters >= _FEWEST_LETTERS * len(sentence)
+    return whole and sentence.count(" ") + 1 in _WORDS and letters >= _MIN_LETTERS * len(sentence)

@@ -1,14 +1,15 @@
 """The transformers `run_mlm` recipe, timed: Trainer and DataCollatorForLanguageModeling on plain text.
 
-Run by `benchmarks.throughput` in a process of its own; prints one JSON object. What it does is what `run_mlm` does with
-its defaults, less the downloading: tokenise, join and cut into blocks (or one line an example), mask 15 % in the
-collator, compute the full head, step AdamW. Read-ahead is off, as there.
+`benchmarks.throughput` runs it in a separate process; it prints one JSON object. It does what `run_mlm` does by
+default, except for downloading: tokenize, concatenate and split into blocks (or one line per example), mask 15 % in the
+collator, compute the full head, step AdamW. Prefetching is off, as in `run_mlm`.
 """
 
 import json
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -25,90 +26,107 @@ from transformers import (
 
 from experiment.tokenizer import load_tokenizer
 
+_BATCH = 32  # examples
+_KEYS = ("input_ids", "attention_mask", "special_tokens_mask")
 
-class _Watch(TrainerCallback):  # type: ignore[misc]
-    """The time at the end of the warm-up and at the end of the last step."""
 
-    def __init__(self, warm_steps: int) -> None:
-        self.warm_steps = warm_steps
-        self.began = self.ended = 0.0
+@dataclass(frozen=True)
+class PeerSettings:
+    """What the peer trains, and for how long."""
+
+    source: str  # text file, one document per line
+    tokenizer: str
+    model: dict[str, int]  # fields of the BERT config
+    lines: bool  # one line per example; otherwise blocks
+    precision: str
+    length: int  # longest example, in tokens
+    threads: int
+    steps: int
+    warmup_steps: int  # the first steps, not timed
+
+
+class _Timer(TrainerCallback):  # type: ignore[misc]
+    """Records when the untimed steps end, and when the last step ends."""
+
+    def __init__(self, warmup_steps: int) -> None:
+        self.warmup_steps = warmup_steps
+        self.started = self.ended = 0.0
 
     def on_step_end(self, _arguments: Any, state: Any, _control: Any, **_: Any) -> None:
         self.ended = time.perf_counter()
-        if state.global_step == self.warm_steps:
-            self.began = self.ended
+        if state.global_step == self.warmup_steps:
+            self.started = self.ended
 
 
-class _Counting:
-    """A collator that counts the real tokens of the batches after the warm-up."""
+class _CountingCollator:
+    """Counts the real tokens of the batches after the untimed steps."""
 
-    def __init__(self, collator: DataCollatorForLanguageModeling, warm_steps: int) -> None:
+    def __init__(self, collator: DataCollatorForLanguageModeling, warmup_steps: int) -> None:
         self.collator = collator
-        self.left = warm_steps
+        self.untimed_left = warmup_steps
         self.tokens = 0
 
     def __call__(self, examples: list[Any]) -> Any:
         batch = self.collator(examples)
-        self.left -= 1
-        if self.left < 0:
+        self.untimed_left -= 1
+        if self.untimed_left < 0:
             self.tokens += int(batch["attention_mask"].sum())
         return batch
 
 
-def run(
-    source: str,
-    tokenizer: str,
-    model: str,
-    lines: bool,
-    precision: str,
-    length: int,
-    threads: int,
-    steps: int,
-    warm: int,
-) -> None:
-    """Train `steps` steps of 32 examples and print {"tokens_per_second": …} of those after the first `warm`."""
-    torch.set_num_threads(threads)
-    opened = load_tokenizer(Path(tokenizer))
-    text = [line for line in Path(source).read_text(encoding="utf-8").splitlines() if line and not line.isspace()]
-    encoded = opened(text, return_special_tokens_mask=True, truncation=lines, max_length=length if lines else None)
-    examples = _lines(encoded) if lines else _blocks(encoded, length)
-    while len(examples) < 32 * steps:
-        examples = examples + examples
-    config = AutoConfig.for_model("bert", vocab_size=len(opened), **json.loads(model))
-    watch = _Watch(warm)
-    collator = _Counting(DataCollatorForLanguageModeling(opened, mlm_probability=0.15), warm)
+def run(settings: PeerSettings) -> float:
+    """Train and return the tokens per second of the timed steps."""
+    torch.set_num_threads(settings.threads)
+    tokenizer = load_tokenizer(Path(settings.tokenizer))
+    config = AutoConfig.for_model("bert", vocab_size=len(tokenizer), **settings.model)
+    timer = _Timer(settings.warmup_steps)
+    masking = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15)
+    collator = _CountingCollator(masking, settings.warmup_steps)
     with tempfile.TemporaryDirectory() as scratch:
         Trainer(
             model=AutoModelForMaskedLM.from_config(config),
             args=TrainingArguments(
                 output_dir=scratch,
-                max_steps=steps,
-                per_device_train_batch_size=32,
-                bf16=precision == "bf16",
+                max_steps=settings.steps,
+                per_device_train_batch_size=_BATCH,
+                bf16=settings.precision == "bf16",
                 use_cpu=not torch.cuda.is_available(),
                 report_to=[],
                 save_strategy="no",
                 disable_tqdm=True,
             ),
-            train_dataset=examples,
+            train_dataset=_examples(settings, tokenizer),
             data_collator=collator,
-            callbacks=[watch],
+            callbacks=[timer],
         ).train()
-    print(json.dumps({"tokens_per_second": collator.tokens / (watch.ended - watch.began)}), flush=True)
+    return collator.tokens / (timer.ended - timer.started)
+
+
+def _examples(settings: PeerSettings, tokenizer: Any) -> list[dict[str, list[int]]]:
+    """Tokenized examples, repeated until they suffice for all steps."""
+    text = Path(settings.source).read_text(encoding="utf-8").splitlines()
+    encoded = tokenizer(
+        [line for line in text if line and not line.isspace()],
+        return_special_tokens_mask=True,
+        truncation=settings.lines,
+        max_length=settings.length if settings.lines else None,
+    )
+    examples = _lines(encoded) if settings.lines else _blocks(encoded, settings.length)
+    while len(examples) < _BATCH * settings.steps:
+        examples = examples + examples
+    return examples
 
 
 def _lines(encoded: Any) -> list[dict[str, list[int]]]:
-    keys = ("input_ids", "attention_mask", "special_tokens_mask")
-    return [dict(zip(keys, row, strict=True)) for row in zip(*(encoded[key] for key in keys), strict=True)]
+    return [dict(zip(_KEYS, row, strict=True)) for row in zip(*(encoded[key] for key in _KEYS), strict=True)]
 
 
 def _blocks(encoded: Any, length: int) -> list[dict[str, list[int]]]:
-    joined = {
-        key: list(chain.from_iterable(encoded[key])) for key in ("input_ids", "attention_mask", "special_tokens_mask")
-    }
+    joined = {key: list(chain.from_iterable(encoded[key])) for key in _KEYS}
     whole = len(joined["input_ids"]) // length * length
     return [{key: row[start : start + length] for key, row in joined.items()} for start in range(0, whole, length)]
 
 
 if __name__ == "__main__":
-    run(**json.loads(sys.argv[1]))
+    rate = run(PeerSettings(**json.loads(sys.argv[1])))
+    print(json.dumps({"tokens_per_second": rate}), flush=True)

@@ -1,4 +1,4 @@
-"""What of the demo can be tested without running it."""
+"""Parts of the demo that can be tested without running it."""
 
 import json
 from pathlib import Path
@@ -14,8 +14,8 @@ from pretrain.config import PretrainConfig
 REPOSITORY = Path(__file__).resolve().parents[3]
 
 
-def test_a_folder_that_no_demo_made_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`--output ~` would delete everything there is."""
+def test_a_folder_not_made_by_the_demo_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--output ~` would delete the home folder."""
     precious = tmp_path / "thesis.tex"
     precious.write_text("all of it")
     assert main(["--output", str(tmp_path)]) == 2
@@ -24,7 +24,7 @@ def test_a_folder_that_no_demo_made_is_left_alone(tmp_path: Path, capsys: pytest
 
 
 def test_the_folder_of_an_earlier_demo_is_emptied(tmp_path: Path) -> None:
-    """The second demo would go on with, and report, what the first one left."""
+    """The second demo would resume and report what the first one left."""
     output = tmp_path / "demo"
     prepare_folder(output)
     (output / "docs.jsonl").write_text("of the first demo")
@@ -33,7 +33,7 @@ def test_the_folder_of_an_earlier_demo_is_emptied(tmp_path: Path) -> None:
 
 
 def test_the_recipes_fit_the_demo() -> None:
-    """A run by epochs has no middle step to stop at; figures of another evaluation would not be found."""
+    """A run by epochs has no known halfway step to stop at; metrics of another evaluation would not be found."""
     pretraining = load_config(PretrainConfig, REPOSITORY / PRETRAINING)
     task = load_config(FinetuneConfig, REPOSITORY / TASK)
     assert pretraining.schedule.steps is not None
@@ -42,7 +42,7 @@ def test_the_recipes_fit_the_demo() -> None:
 
 
 def test_the_table_has_before_and_after_in_their_columns(tmp_path: Path) -> None:
-    """Swapped columns would say that pretraining does harm."""
+    """Swapped columns would show pretraining as harmful."""
     run = RunFolder(tmp_path)
     events = [
         {

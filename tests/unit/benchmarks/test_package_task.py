@@ -1,4 +1,4 @@
-"""The demo's task is honest only as long as nothing of validation and test can be read beforehand."""
+"""The demo's task is valid only if pretraining sees nothing of validation and test."""
 
 import random
 from pathlib import Path
@@ -15,7 +15,7 @@ SIZES = {"train": 4, "validation": 2, "test": 3}
 
 
 def documents(count: int = 12) -> list[Document]:
-    """`count` documents of each package and of another one, each of three sentences that no other has."""
+    """`count` documents of each package and of another one, each with three unique sentences."""
     draw = random.Random(0)
 
     def sentence() -> str:
@@ -29,7 +29,7 @@ def documents(count: int = 12) -> list[Document]:
 
 
 def test_splits_are_balanced_and_share_no_document() -> None:
-    """Accuracy would be misread: a label is more frequent than another, or one document is in two splits."""
+    """Accuracy would be misleading: labels are imbalanced, or a document is in two splits."""
     task = make_task(documents(), SIZES, seed=1)
     for split, size in SIZES.items():
         assert sorted(example.package for example in task.splits[split]) == sorted([*NAMES] * size)
@@ -37,8 +37,8 @@ def test_splits_are_balanced_and_share_no_document() -> None:
     assert len(set(names)) == len(names)
 
 
-def test_held_out_documents_are_no_pretraining_text() -> None:
-    """The model has read what it is tested on."""
+def test_held_out_documents_are_not_in_the_pretraining_text() -> None:
+    """The model would be tested on text it was pretrained on."""
     everything = documents()
     task = make_task(everything, SIZES, seed=1)
     held_out = {example.document for split in ("validation", "test") for example in task.splits[split]}
@@ -49,8 +49,8 @@ def test_held_out_documents_are_no_pretraining_text() -> None:
     assert all(example.sentence in text for example in task.splits["train"])
 
 
-def test_sentences_of_several_documents_are_no_examples() -> None:
-    """A sentence could be looked up in a document that is not held out, quoted or with another end there."""
+def test_sentences_in_several_documents_are_excluded() -> None:
+    """A sentence could be memorized from a document that is not held out, where it is quoted or ends differently."""
     everything = documents()
     everything += [
         Document(f'Elsewhere: "{sentence[:-8]} and so on.', "other", f"other/copy-{number}")
@@ -69,8 +69,8 @@ def test_sentences_of_several_documents_are_no_examples() -> None:
     assert task.repeated == 12
 
 
-def test_sentences_that_name_their_package_are_no_examples() -> None:
-    """The task would be to find the name."""
+def test_sentences_that_name_their_package_are_excluded() -> None:
+    """The task would be reduced to finding the name."""
     everything = [
         document._replace(text=document.text.replace(".", " NumPy.", 2)) if document.package == "numpy" else document
         for document in documents()
@@ -80,21 +80,21 @@ def test_sentences_that_name_their_package_are_no_examples() -> None:
     assert not any("NumPy" in example.sentence for examples in task.splits.values() for example in examples)
 
 
-def test_the_draw_is_the_seed_s_alone() -> None:
-    """Two runs of the demo would not compare."""
+def test_the_draw_depends_on_the_seed_only() -> None:
+    """Two runs of the demo would not be comparable."""
     first, again, other = (make_task(documents(), SIZES, seed) for seed in (1, 1, 2))
     assert first == again
     assert first.splits != other.splits
 
 
 def test_a_package_with_too_little_documentation_is_named() -> None:
-    """The task would be unbalanced, or the demo die of an index."""
+    """The task would be imbalanced, or the demo would fail with an IndexError."""
     few = [document for document in documents() if document.package != "scipy" or document.name.endswith("1")]
     with pytest.raises(UserError, match=r"scipy gives 2 examples, 9 are needed"):
         make_task(few, SIZES, seed=1)
 
 
-def test_documents_survive_the_file(tmp_path: Path) -> None:
+def test_documents_round_trip(tmp_path: Path) -> None:
     """`text`, `package` and `document` are the names that `deepcloze python_docs` writes."""
     path = tmp_path / "docs.jsonl"
     path.write_text('{"text": "Größe.", "package": "numpy", "document": "numpy/a"}\n', encoding="utf-8")
