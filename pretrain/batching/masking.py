@@ -167,46 +167,46 @@ class Masker:
 
 
 def span_lengths() -> NDArray[np.float64]:
-    """P(length = 1 … 10 words): SpanBERT's geometric distribution with p = 0.2, cut off at 10; its mean is 3.8.
+    """P(length = 1 … 10 words): SpanBERT's geometric distribution with p = 0.2, truncated at 10; its mean is 3.8.
 
-    Cut off means that lengths above 10 are drawn again, not that they count as 10, whose mean would be 4.5; so it is
-    in SpanBERT's code and in its figure 2.
+    As in SpanBERT's code and figure 2, lengths above 10 are redrawn rather than clipped to 10 (a mean of 4.5).
     """
-    falling = np.cumprod(np.full(MAX_SPAN_WORDS, 1 - _SPAN_END_PROBABILITY))
-    lengths: NDArray[np.float64] = falling / falling.sum()
+    unnormalized = np.cumprod(np.full(MAX_SPAN_WORDS, 1 - _SPAN_END_PROBABILITY))
+    lengths: NDArray[np.float64] = unnormalized / unnormalized.sum()
     return lengths
 
 
 def draw_spans(words: NDArray[np.int64], keys: U64, rate: float) -> Ranges:
-    """Spans of words that cover each word of each sequence with probability `rate`. Pure in each sequence's key.
+    """Draw spans that cover each word of each sequence with probability `rate`. Pure in each sequence's key.
 
-    SpanBERT draws spans until the wanted share of a sequence is covered, which no short sequence can hit: of 3 tokens
-    it always masks. Here a sequence is a window, cut at random, of an endless text in which every word outside a span
-    begins one with probability q, else stays uncovered. Lengths L are drawn from `span_lengths`, with mean μ. This is
-    an alternating renewal process: after (1 - q) / q uncovered words on average there are μ covered ones, so the share
+    SpanBERT draws spans until it has covered the required share of a sequence, which short sequences cannot meet: it
+    masks at least one of 3 tokens, always. Here a sequence is a random excerpt of an endless text, in which each word
+    outside a span starts one with probability q or else is not covered. Span lengths L follow `span_lengths`, with mean
+    μ. This is an alternating renewal process: on average, (1 - q) / q uncovered words are followed by μ covered ones,
+    so the covered share is
 
         μ / (μ + (1 - q) / q) = rate      for      q = rate / (rate + μ (1 - rate)).
 
-    A window begins in equilibrium (Cox, Renewal Theory, 1962, section 5.2): with probability `rate` inside a span, of
-    which R words are left with P(R = k) = P(L ≥ k) / μ; else on an uncovered word. Then every word of it is covered
-    with probability `rate` exactly, however short it is. A span at either end may be cut, as words are at the ends of
-    sequences; two spans may touch, with probability q, but do not overlap.
+    The excerpt starts in equilibrium (Cox, Renewal Theory, 1962, section 5.2): with probability `rate` inside a span,
+    of which R words remain with P(R = k) = P(L ≥ k) / μ; otherwise on an uncovered word. Each of its words is then
+    covered with probability `rate` exactly, however short it is. Spans may be cut at both ends of a sequence; two spans
+    may be adjacent (with probability q) but do not overlap.
 
-    Args: words [S] of each sequence, at least 1; keys [S]. Returns spans in the numbering of all sequences' words; none
-    reaches from one sequence into the next.
+    Args: words [S] per sequence, at least 1; keys [S]. Returns ranges of words, numbered over all sequences; no span
+    crosses from one sequence into the next.
     """
     lengths = span_lengths()
     mean = float((lengths * np.arange(1, MAX_SPAN_WORDS + 1)).sum())
-    begin = rate / (rate + mean * (1 - rate))
+    start_probability = rate / (rate + mean * (1 - rate))
     longer = np.cumsum(lengths[::-1])[::-1]  # P(L ≥ k)
-    # Inverse distribution functions as tables: unlike logarithms, the same to the last bit on every machine.
-    most = int(words.max(initial=0))
-    gap_table = 1 - np.cumprod(np.full(most, 1 - begin))
+    # Inverse distribution functions as tables, which are bit-identical on every machine, unlike logarithms.
+    longest = int(words.max(initial=0))
+    gap_table = 1 - np.cumprod(np.full(longest, 1 - start_probability))
     length_table, rest_table = np.cumsum(lengths)[:-1], np.cumsum(longer / mean)[:-1]
 
-    # Cycle j of a sequence is its j-th gap and the span behind it, drawn with counter 2j. How many are drawn at once
-    # is a guess, twice the expected number, and has no effect on the outcome.
-    cycles = 4 + int(2 * most * rate / mean)
+    # Cycle j of a sequence is its j-th gap and the span after it, drawn with counter 2j. Drawing twice the expected
+    # number of cycles is usually enough; the number does not affect the result.
+    cycles = 4 + int(2 * longest * rate / mean)
     while True:
         drawn = random_bits(keys[:, None], 2 * np.arange(cycles))
         for_gap, for_size = uniform(drawn), uniform(fold_in(0, drawn))

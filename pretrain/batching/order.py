@@ -1,11 +1,10 @@
-"""Which sequences make up global batch k: a pure function of (the corpora's numbers of sequences, seeds, weights, k).
+"""Which sequences make up global batch k: a pure function of (sequences per corpus, seeds, mixture shares, k).
 
-1. Global batch k is the slice [S(k), S(k + 1)) of an endless stream of positions; S is a closed form in whole numbers.
-2. A mixture gives each position to one of its corpora, block by block, in proportion to their shares.
+1. Global batch k is the slice [S(k), S(k + 1)) of an endless stream of positions; S has a closed form in integers.
+2. A mixture assigns each position to one of its corpora, block by block, in proportion to their shares.
 3. Position p of a corpus's own stream is sequence `permute(seed, p // N, p mod N)` of epoch p // N.
 
-Nothing else has a say: not the world size, not the microbatch, not what ran before; and batch 10^9 costs what batch 0
-costs.
+The order does not depend on world size, microbatch size or earlier batches, and batch 10^9 costs as much as batch 0.
 """
 
 from bisect import bisect_left
@@ -19,60 +18,60 @@ from numpy.typing import NDArray
 from pretrain.batching.counter_rng import make_key
 from pretrain.batching.permutation import permute
 
-_BLOCK = 1024  # positions among which a mixture's shares are kept; their order within is shuffled
-_WHOLE = 1 << 32  # what the shares of a mixture add up to, about
+_BLOCK = 1024  # positions in which a mixture has exact shares; they are shuffled inside
+_SHARE_UNITS = 1 << 32  # resolution of the shares: they are rounded to multiples of 1 / this
 
 
 class BatchSequences(NamedTuple):
     """The sequences of one global batch, in the order of the stream."""
 
-    corpora: NDArray[np.int64]  # [S] which corpus of a mixture
-    epochs: NDArray[np.int64]  # [S] which pass over that corpus
-    ids: NDArray[np.int64]  # [S] which sequence of the corpus
+    corpora: NDArray[np.int64]  # [S] number of the corpus in the mixture
+    epochs: NDArray[np.int64]  # [S] number of the pass over that corpus
+    ids: NDArray[np.int64]  # [S] number of the sequence in the corpus
 
 
 class Order(Protocol):
-    """Global batches by number."""
+    """Step -> global batch."""
 
     def batch(self, step: int) -> BatchSequences:
-        """Global batch number `step`, counted from 0."""
+        """The global batch of this step, counted from 0."""
         ...
 
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """How many sequences the global batches of a stream hold, and so where each begins.
+    """How many sequences each global batch of a stream has, and thus where it starts.
 
-    Batches grow linearly over the first `warmup_steps` steps of the run, to `sequences`: that of step k holds about
-    `sequences * (k + 1) / (warmup_steps + 1)`, and at least one.
+    Batch warmup: over the first `warmup_steps` steps of the run, batches grow linearly to `sequences`; the batch of
+    step k has about `sequences * (k + 1) / (warmup_steps + 1)`, at least one.
     """
 
     sequences: int
     warmup_steps: int = 0
-    first_step: int = 0  # of the run, which the stream begins with
+    first_step: int = 0  # step of the run at which the stream starts
 
     def start(self, step: int) -> int:
-        """S(step): the position in the stream with which the batch of this step of the run begins."""
-        warm = max(self.first_step, min(step, self.warmup_steps))  # the step up to which batches grow
+        """S(step): the position in the stream at which the batch of this step of the run starts."""
+        warm = max(self.first_step, min(step, self.warmup_steps))  # the last step with a growing batch
         triangle = (warm * (warm + 1) - self.first_step * (self.first_step + 1)) // 2
         grown = -(-self.sequences * triangle // (self.warmup_steps + 1))
         return max(warm - self.first_step, grown) + (step - warm) * self.sequences
 
     def end(self, positions: int) -> int:
-        """The step after the one whose batch holds the last of so many positions."""
-        steps = range(self.first_step, self.first_step + positions + 1)  # each batch holds at least one
+        """The first step of the run at whose start `positions` positions of the stream have been read."""
+        steps = range(self.first_step, self.first_step + positions + 1)  # each batch has at least one
         return self.first_step + bisect_left(steps, positions, key=self.start)
 
 
 @dataclass(frozen=True)
 class CorpusStream:
-    """One corpus, epoch after epoch, each in an order of its own."""
+    """An endless stream of one corpus, shuffled anew in each epoch."""
 
-    sequences: int  # N, in the corpus
+    sequences: int  # N, sequences in the corpus
     seed: int
 
     def at(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The epoch and the sequence at each of `positions` of this stream."""
+        """(epochs, sequence ids) at `positions` of this stream; same shape."""
         epochs, indices = np.divmod(positions, self.sequences)
         ids = np.empty_like(indices)
         for epoch in np.unique(epochs):
@@ -83,34 +82,34 @@ class CorpusStream:
 
 @dataclass(frozen=True)
 class ShuffledOrder:
-    """The training order: every epoch of every corpus visits each of its sequences once; batches may straddle epochs.
+    """The training order: each epoch of a corpus visits each of its sequences once; batches may straddle epochs.
 
-    With several corpora, `shares` are their shares of the positions, relative to each other. Each corpus's own stream
-    is read in its order and without gaps, so its epochs are those it would have alone.
+    With several corpora, `shares` are their relative shares of the positions. A corpus's own stream is read in order
+    and without gaps, so its epochs are the same as without the other corpora.
     """
 
     corpora: tuple[CorpusStream, ...]
     sizes: BatchSizes
-    positions: int | None = None  # the stream ends here; None: it is endless
+    positions: int | None = None  # the length of the stream; None: endless
     shares: tuple[float, ...] = (1.0,)
 
     @property
     def end(self) -> int | None:
-        """The step after the last; the batch of the last may be short."""
+        """The step after the last, whose batch may be smaller; None: endless."""
         return None if self.positions is None else self.sizes.end(self.positions)
 
     def batch(self, step: int) -> BatchSequences:
         start, end = self.sizes.start(step), self.sizes.start(step + 1)
         positions = np.arange(start, end if self.positions is None else min(end, self.positions), dtype=np.int64)
-        corpora, own = self._of_corpora(positions)
+        corpora, own = self._split_by_corpus(positions)
         epochs, ids = np.empty_like(own), np.empty_like(own)
         for number, corpus in enumerate(self.corpora):
-            here = corpora == number
-            epochs[here], ids[here] = corpus.at(own[here])
+            selected = corpora == number
+            epochs[selected], ids[selected] = corpus.at(own[selected])
         return BatchSequences(corpora, epochs, ids)
 
-    def _of_corpora(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The corpus that each position is given to, and the position in that corpus's own stream."""
+    def _split_by_corpus(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(corpora, positions in the corpus's own stream) for each of `positions`; same shape."""
         if len(self.corpora) == 1:
             return np.zeros_like(positions), positions
         corpora, own = np.empty_like(positions), np.empty_like(positions)
@@ -118,28 +117,28 @@ class ShuffledOrder:
         blocks = positions // _BLOCK
         for block in np.unique(blocks).tolist():
             before = quotas(self.shares, block * _BLOCK)
-            here = quotas(self.shares, (block + 1) * _BLOCK) - before
-            of_slot = np.repeat(np.arange(len(here)), here)[permute(seed, block, np.arange(_BLOCK), _BLOCK)]
-            of_own = np.empty_like(of_slot)
+            counts = quotas(self.shares, (block + 1) * _BLOCK) - before
+            corpus_of_slot = np.repeat(np.arange(len(counts)), counts)[permute(seed, block, np.arange(_BLOCK), _BLOCK)]
+            own_of_slot = np.empty_like(corpus_of_slot)
             for number, first in enumerate(before):
-                slots = np.flatnonzero(of_slot == number)
-                of_own[slots] = first + np.arange(len(slots))
-            asked = blocks == block
-            slots = positions[asked] - block * _BLOCK
-            corpora[asked], own[asked] = of_slot[slots], of_own[slots]
+                slots = np.flatnonzero(corpus_of_slot == number)
+                own_of_slot[slots] = first + np.arange(len(slots))
+            selected = blocks == block
+            slots = positions[selected] - block * _BLOCK
+            corpora[selected], own[selected] = corpus_of_slot[slots], own_of_slot[slots]
         return corpora, own
 
 
 def quotas(shares: Sequence[float], positions: int) -> NDArray[np.int64]:
-    """How many of the first `positions` positions each corpus gets; no entry ever falls as `positions` grows.
+    """How many of the first `positions` positions each corpus gets, monotonic in `positions`.
 
-    The last corpus gets its share of all, the one before it its share of what that leaves, and so on: each entry is
-    within one of exact, times the number of corpora.
+    The last corpus gets its share of all positions, the one before it its share of the remainder, and so on. Each count
+    deviates from its exact share by less than the number of corpora.
     """
-    whole = [max(1, round(share / sum(shares) * _WHOLE)) for share in shares]
+    units = [max(1, round(share / sum(shares) * _SHARE_UNITS)) for share in shares]
     counts = []
-    for number in reversed(range(len(whole))):
-        below = positions * sum(whole[:number]) // sum(whole[: number + 1])
+    for number in reversed(range(len(units))):
+        below = positions * sum(units[:number]) // sum(units[: number + 1])
         counts.append(positions - below)
         positions = below
     return np.array(counts[::-1], dtype=np.int64)
@@ -147,7 +146,7 @@ def quotas(shares: Sequence[float], positions: int) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class SequentialOrder:
-    """The evaluation order: the corpus once, front to back."""
+    """The evaluation order: one pass over the corpus, not shuffled."""
 
     sequences: int
     batch_sequences: int
@@ -157,7 +156,6 @@ class SequentialOrder:
         return -(-self.sequences // self.batch_sequences)
 
     def batch(self, step: int) -> BatchSequences:
-        ids = np.arange(
-            step * self.batch_sequences, min((step + 1) * self.batch_sequences, self.sequences), dtype=np.int64
-        )
+        start, end = step * self.batch_sequences, min((step + 1) * self.batch_sequences, self.sequences)
+        ids = np.arange(start, end, dtype=np.int64)
         return BatchSequences(np.zeros_like(ids), np.zeros_like(ids), ids)

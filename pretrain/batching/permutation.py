@@ -1,7 +1,7 @@
-"""A keyed permutation of [0, n) with O(1) access: no table, any index at any time.
+"""A keyed permutation of [0, n) with O(1) access and without a table.
 
-A Feistel network permutes the smallest power-of-two domain that holds n; indices that land outside are sent through
-again until they land inside ("cycle walking", Black and Rogaway, "Ciphers with arbitrary finite domains", 2002). The
+A Feistel network permutes the smallest power-of-two domain that holds n; values outside [0, n) are permuted again until
+they are inside ("cycle walking", Black and Rogaway, "Ciphers with arbitrary finite domains", 2002). The
 domain is less than twice n, so that takes fewer than two passes on average.
 """
 
@@ -14,7 +14,7 @@ _ROUNDS = 8
 
 
 def permute(seed: int, epoch: int, indices: NDArray[np.int64], n: int) -> NDArray[np.int64]:
-    """Where each of `indices` (values in [0, n)) goes in the permutation of (seed, epoch); same shape."""
+    """The image of each of `indices` (values in [0, n)) in the permutation of (seed, epoch); same shape."""
     assert n >= 1
     if n == 1:
         return np.zeros_like(indices)
@@ -28,7 +28,7 @@ def permute(seed: int, epoch: int, indices: NDArray[np.int64], n: int) -> NDArra
 
 
 def _network(words: U64, low_bits: int, high_bits: int, keys: list[int]) -> U64:
-    """An unbalanced Feistel network: halves of `low_bits` and `high_bits` take turns to change each other."""
+    """An unbalanced Feistel network: each round mixes one half (`low_bits` or `high_bits` wide) into the other."""
     low_mask, high_mask = np.uint64((1 << low_bits) - 1), np.uint64((1 << high_bits) - 1)
     low, high = words & low_mask, words >> np.uint64(low_bits)
     for round_, key in enumerate(keys):

@@ -1,8 +1,8 @@
-"""A corpus is cut into sequences, losslessly.
+"""Split the documents of a corpus into sequences without losing a token.
 
-A document longer than a sequence can hold is cut into chunks whose lengths differ by at most one token, so that no
-one-token tails arise; shorter documents are sequences of their own. Sequences therefore follow one another in the
-corpus's token stream without gap or overlap, and an array of their start positions says everything.
+A document that exceeds the maximum sequence length is split into chunks whose lengths differ by at most one token, so
+there are no one-token tails; a shorter document is a sequence of its own. Sequences therefore cover the corpus's token
+stream without gaps or overlaps, and an array of their start positions describes them completely.
 """
 
 import logging
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SequenceIndex:
-    """Where each sequence lies in the corpus's token stream: sequence i is [starts[i], starts[i + 1])."""
+    """Where each sequence is in the corpus's token stream: sequence i is tokens [starts[i], starts[i + 1])."""
 
     starts: NDArray[np.int64]  # [N + 1], memory-mapped
 
@@ -29,14 +29,14 @@ class SequenceIndex:
         return len(self.starts) - 1
 
     def lengths(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Tokens of each sequence, special tokens not counted."""
+        """The number of tokens of each sequence in `ids` [S], special tokens not counted."""
         return np.asarray(self.starts[ids + 1]) - np.asarray(self.starts[ids])
 
 
 def split_documents(document_lengths: NDArray[np.int64], capacity: int) -> NDArray[np.int64]:
-    """Lengths of the sequences that documents of these lengths are cut into, in order.
+    """Lengths of the sequences into which documents of these lengths are split, in order.
 
-    Each is at most `capacity`; the sequences of one document differ by at most one token; their sum is the document.
+    Each is at most `capacity`; those of one document differ by at most one token and add up to its length.
     """
     counts = -(-document_lengths // capacity)
     first = np.cumsum(counts) - counts
@@ -46,9 +46,9 @@ def split_documents(document_lengths: NDArray[np.int64], capacity: int) -> NDArr
 
 
 def open_index(corpus: Corpus, capacity: int, fallback: Path) -> SequenceIndex:
-    """The index of `corpus` cut into sequences of at most `capacity` text tokens, built on first use.
+    """The index of `corpus` split into sequences of at most `capacity` text tokens; built and saved on first use.
 
-    It is kept in the corpus folder, or in `fallback` where that is read-only. Safe to call from several processes.
+    Saved in the corpus folder, or in `fallback` if that is read-only. Safe to call from several processes.
     """
     name = f"sequences-{capacity}-{corpus.fingerprint[:16]}.npy"
     folder = corpus.path / "index"
@@ -73,10 +73,10 @@ def _build(corpus: Corpus, capacity: int, path: Path) -> None:
         filled += len(lengths)
     if filled != count or starts[-1] != corpus.tokens:
         raise RuntimeError(
-            f"{corpus.path}: {int(starts[-1])} tokens were cut into sequences, the corpus has {corpus.tokens}"
+            f"{corpus.path}: {int(starts[-1])} tokens were split into sequences, but the corpus has {corpus.tokens}"
         )
     starts.flush()
     aside.replace(path)
     log.info(
-        "%s: %d tokens cut into %d sequences of at most %d text tokens", corpus.name, corpus.tokens, count, capacity
+        "%s: %d tokens split into %d sequences of at most %d text tokens", corpus.name, corpus.tokens, count, capacity
     )

@@ -1,4 +1,4 @@
-"""What batching has to know of a tokenizer: which ids frame a sequence, which may be masked, which may replace one."""
+"""What batching needs from a tokenizer: special ids around a sequence, ids never masked, ids for random replacement."""
 
 from dataclasses import dataclass
 
@@ -12,22 +12,22 @@ from pretrain.corpus.words import WordBoundaries, word_boundaries
 
 @dataclass(frozen=True)
 class Vocabulary:
-    prefix: tuple[int, ...]  # special ids before the text of a sequence, such as [CLS]
-    suffix: tuple[int, ...]  # and after it, such as [SEP]
+    prefix: tuple[int, ...]  # special ids before the text of each sequence, such as [CLS]
+    suffix: tuple[int, ...]  # special ids after it, such as [SEP]
     pad_id: int
     mask_id: int
-    unmaskable: NDArray[np.bool_]  # [largest id + 1] special tokens, the unknown token included
-    replacements: NDArray[np.int64]  # ids that a random replacement is drawn from: real ones, none of them special
-    word_boundaries: WordBoundaries | None = None  # where words begin; None: the tokenizer does not tell
+    unmaskable: NDArray[np.bool_]  # [largest id + 1] True for special tokens, including the unknown token
+    replacements: NDArray[np.int64]  # ids for random replacement: those of real tokens that are not special
+    word_boundaries: WordBoundaries | None = None  # None: the tokenizer does not mark where words begin
 
     @property
     def num_special_tokens(self) -> int:
-        """Special tokens around every sequence."""
+        """Special tokens that are added to each sequence."""
         return len(self.prefix) + len(self.suffix)
 
 
 def build_vocabulary(tokenizer: PreTrainedTokenizerFast) -> Vocabulary:
-    """Raises UserError for a tokenizer that masked language modelling cannot be done with."""
+    """Raises UserError for a tokenizer that is unsuitable for masked language modelling."""
     if tokenizer.mask_token_id is None or tokenizer.pad_token_id is None:
         missing = [name for name in ("mask_token", "pad_token") if getattr(tokenizer, f"{name}_id") is None]
         raise UserError(f"the tokenizer {tokenizer.name_or_path} has no {' and no '.join(missing)}: it cannot mask")
@@ -35,7 +35,7 @@ def build_vocabulary(tokenizer: PreTrainedTokenizerFast) -> Vocabulary:
     real = sorted(set(tokenizer.get_vocab().values()))
     unmaskable = np.zeros(real[-1] + 1, dtype=np.bool_)
     unmaskable[sorted(special)] = True
-    prefix, suffix = _frame(tokenizer)
+    prefix, suffix = _special_affixes(tokenizer)
     return Vocabulary(
         prefix=prefix,
         suffix=suffix,
@@ -47,12 +47,12 @@ def build_vocabulary(tokenizer: PreTrainedTokenizerFast) -> Vocabulary:
     )
 
 
-def _frame(tokenizer: PreTrainedTokenizerFast) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _special_affixes(tokenizer: PreTrainedTokenizerFast) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The special ids that the tokenizer's post-processor puts before and after a text."""
     text = next(word for word in tokenizer.get_vocab() if word.isalnum())
     bare = tokenizer(text, add_special_tokens=False)["input_ids"]
-    framed = tokenizer(text)["input_ids"]
-    for start in range(len(framed) - len(bare) + 1):
-        if framed[start : start + len(bare)] == bare:
-            return tuple(framed[:start]), tuple(framed[start + len(bare) :])
-    raise UserError(f"the tokenizer {tokenizer.name_or_path} changes a text's own tokens when it adds special ones")
+    full = tokenizer(text)["input_ids"]
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return tuple(full[:start]), tuple(full[start + len(bare) :])
+    raise UserError(f"the tokenizer {tokenizer.name_or_path} changes the tokens of a text when it adds special tokens")
