@@ -66,9 +66,9 @@ def plan_launch(options: PretrainOptions, machine: Machine) -> LaunchPlan:
     hosts = read_hostfile(options.hostfile) if options.hostfile is not None else None
     slots = place_ranks(machine.devices, options, hosts)
 
-    from pretrain.resolve import check_start  # imports torch and DeepSpeed
+    from pretrain.resolve import resolve  # imports torch and DeepSpeed
 
-    check_start(settings, sum(map(len, slots.values())))
+    resolve(settings, sum(map(len, slots.values())))
 
     local = is_local(slots)
     folder = RunFolder(Path(settings.run.dir).absolute())

@@ -1,13 +1,13 @@
 """Held-out loss, perplexity and masked-token accuracy, with masks fixed by the seed.
 
-The figures depend on the corpus, the seed, the masking policy and the sequence length; not on the number of ranks, the
-microbatch or the step, so they can be compared along a run and between runs.
+The figures depend on the corpus, the seed, the masking policy and the sequence length, but not on the number of ranks,
+the microbatch size or the step, so they are comparable within a run and between runs.
 """
 
 import json as json_format
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,60 +38,72 @@ from pretrain.modeling.masked_lm import MaskedLanguageModel, Predictions
 from pretrain.modeling.model_config import resolve_model_config
 from pretrain.world import World
 
-_SEQUENCES = 256  # in an evaluation batch
+_SEQUENCES = 256  # per evaluation batch
 _DEFAULT_LENGTH = 128
 
 
 class Scores(NamedTuple):
-    loss: float  # nats per predicted token
+    loss: float  # nats per masked token
     perplexity: float
-    accuracy: float  # share of the predicted tokens that are right
+    accuracy: float  # fraction of the masked tokens that are predicted correctly
     masked_tokens: int
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """One named evaluation corpus, ready to be read."""
+Predict = Callable[[Microbatch], Predictions]
 
-    name: str
+
+@dataclass(frozen=True)
+class HeldOutSettings:
+    """How held-out text becomes batches. The figures depend on all of it but the layout's microbatch size."""
+
+    vocabulary: Vocabulary
+    policy: MaskingPolicy
+    seed: int  # of the masks
+    layout: MicrobatchLayout
+
+
+@dataclass(frozen=True)
+class HeldOutCorpus:
+    """An evaluation corpus as batches."""
+
     maker: BatchMaker
     batches: int
 
 
-def held_out(
-    name: str,
-    corpus: Corpus,
-    *,
-    vocabulary: Vocabulary,
-    policy: MaskingPolicy,
-    seed: int,
-    layout: MicrobatchLayout,
-    world: World,
-    index_folder: Path,
-) -> HeldOut:
-    """`index_folder`: where the sequence index goes if the corpus folder cannot be written to."""
+def open_held_out(corpus: Corpus, settings: HeldOutSettings, world: World, index_folder: Path) -> HeldOutCorpus:
+    """`index_folder`: for the sequence index, if the corpus folder is read-only."""
+    vocabulary, layout = settings.vocabulary, settings.layout
     index = open_index(corpus, layout.width - vocabulary.num_special_tokens, index_folder)
     order = SequentialOrder(len(index), _SEQUENCES)
-    source = MaskedCorpus(corpus, index, Masker(vocabulary, policy, seed, corpus.fingerprint))
-    return HeldOut(name, BatchMaker((source,), order, vocabulary, layout, world), order.steps)
+    masker = Masker(vocabulary, settings.policy, settings.seed, corpus.fingerprint)
+    maker = BatchMaker((MaskedCorpus(corpus, index, masker),), order, vocabulary, layout, world)
+    return HeldOutCorpus(maker, order.steps)
 
 
-def evaluate(
-    corpora: Sequence[HeldOut],
-    predict: Callable[[Microbatch], Predictions],
-    device: torch.device,
-    progress: bool = False,
-) -> dict[str, Scores]:
-    """Scores by corpus. `predict` is called equally often on all ranks; their sums are added up."""
-    return {corpus.name: _evaluate_one(corpus, predict, device, progress) for corpus in corpora}
+@dataclass(frozen=True)
+class HeldOutEvaluator:
+    """Scores a model on corpora."""
+
+    corpora: Mapping[str, HeldOutCorpus]  # by name
+
+    def evaluate(self, predict: Predict, device: torch.device, show_progress: bool = False) -> dict[str, Scores]:
+        """Scores by corpus. Collective: every rank calls `predict` equally often, and the sums are reduced."""
+        return {name: _score(name, corpus, predict, device, show_progress) for name, corpus in self.corpora.items()}
+
+    def metrics(self, predict: Predict, device: torch.device) -> dict[str, float | int | None]:
+        """The scores as flat metrics: eval/<corpus>/{loss,perplexity,accuracy}; None where not finite."""
+        return {
+            f"eval/{name}/{kind}": value if math.isfinite(value) else None
+            for name, scores in self.evaluate(predict, device).items()
+            for kind, value in scores._asdict().items()
+            if kind != "masked_tokens"
+        }
 
 
-def _evaluate_one(
-    corpus: HeldOut, predict: Callable[[Microbatch], Predictions], device: torch.device, progress: bool
-) -> Scores:
-    totals = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct, predicted
+def _score(name: str, corpus: HeldOutCorpus, predict: Predict, device: torch.device, show_progress: bool) -> Scores:
+    totals = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct, masked tokens
     batches = load_batches(corpus.maker, 0, corpus.batches, workers=0)
-    for batch in tqdm(batches, desc=corpus.name, total=corpus.batches, unit="batch", disable=not progress, leave=False):
+    for batch in tqdm(batches, desc=name, total=corpus.batches, unit="batch", disable=not show_progress, leave=False):
         for microbatch in batch.microbatches:
             loss_sum, correct = predict(microbatch)
             assert correct is not None
@@ -100,27 +112,17 @@ def _evaluate_one(
         totals[2] += batch.masked_tokens
     if dist.is_initialized():
         dist.all_reduce(totals)
-    loss_sum_, correct_, masked = totals.tolist()
+    total_loss, total_correct, masked = totals.tolist()
     if masked == 0:
         return Scores(math.nan, math.nan, math.nan, 0)
-    loss = loss_sum_ / masked
-    return Scores(loss, math.exp(min(loss, 700.0)), correct_ / masked, int(masked))
-
-
-def as_metrics(scores: Mapping[str, Scores]) -> dict[str, float | int | None]:
-    """Flat metrics: eval/<corpus>/{loss,perplexity,accuracy}."""
-    return {
-        f"eval/{name}/{kind}": value if math.isfinite(value) else None
-        for name, of_corpus in scores.items()
-        for kind, value in of_corpus._asdict().items()
-        if kind != "masked_tokens"
-    }
+    loss = total_loss / masked
+    return Scores(loss, math.exp(min(loss, 700.0)), total_correct / masked, int(masked))
 
 
 def evaluate_command(checkpoint: str, corpus: str, json: bool = False) -> None:
-    """Score a checkpoint, a run's newest one, or any Hugging Face folder on corpora (comma-separated folders).
+    """Score a checkpoint, a run's newest checkpoint or any Hugging Face folder on corpora (comma-separated folders).
 
-    A checkpoint is scored as its run scores it (seed, masking, sequence length); any other folder with the defaults.
+    A checkpoint is scored with its run's seed, masking and sequence length; any other folder with the defaults.
     Raises UserError.
     """
     folder = find_model_folder(Path(checkpoint))
@@ -142,21 +144,12 @@ def evaluate_command(checkpoint: str, corpus: str, json: bool = False) -> None:
         predictions: Predictions = module(*(tensor.to(device) for tensor in microbatch))
         return predictions
 
-    with tempfile.TemporaryDirectory() as scratch:
-        sets = [
-            held_out(
-                name,
-                opened,
-                vocabulary=vocabulary,
-                policy=settings.policy,
-                seed=settings.seed,
-                layout=layout,
-                world=World(),
-                index_folder=Path(scratch),
-            )
-            for name, opened in corpora.items()
-        ]
-        scores = evaluate(sets, predict, device, progress=not json)
+    with tempfile.TemporaryDirectory() as index_folder:
+        held_out = HeldOutSettings(vocabulary, settings.policy, settings.seed, layout)
+        opened = {
+            name: open_held_out(corpus, held_out, World(), Path(index_folder)) for name, corpus in corpora.items()
+        }
+        scores = HeldOutEvaluator(opened).evaluate(predict, device, show_progress=not json)
     _print(scores, as_json=json)
 
 

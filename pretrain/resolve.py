@@ -1,10 +1,14 @@
-"""What a run needs, opened and checked before a device is taken."""
+"""Resolve a run: config -> everything that is known before a device is used.
+
+`resolve` opens what the config names, checks that it fits together, and decides which checkpoint the run starts from.
+The launcher, every rank, `--dry_run` and sweeps call it. What follows takes the typed result and reads no file again.
+"""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
@@ -14,137 +18,153 @@ from experiment.hugging_face import max_positions
 from experiment.run_folder import RunFolder
 from experiment.tokenizer import load_tokenizer, tokenizer_fingerprint
 from pretrain.batching.vocabulary import Vocabulary, build_vocabulary
-from pretrain.config import CorpusConfig, PretrainConfig
+from pretrain.config import CorpusConfig, PretrainConfig, Stage, WeightedCorpus
 from pretrain.corpus.reader import Corpus, open_corpus
-from pretrain.engine.engine import check_ds_config, check_offload, check_precision
-from pretrain.engine.settings import find_ds_config, read_ds_config
+from pretrain.engine.settings import DeepSpeedSettings, check_device_support, load_settings
 from pretrain.modeling.layer_ids import check_freeze
 from pretrain.modeling.model_config import check_tokenizer, meta_model, resolve_model_config
-from pretrain.training.resume import ResumePlan, identity, plan_resume
+from pretrain.training.resume import ResumePlan, plan_resume, run_identity
 
 log = logging.getLogger(__name__)
 
-_TOKENS_PER_WORD = 5.0  # more are rare in text that is written with spaces
+T = TypeVar("T")
+
+_MAX_TOKENS_PER_WORD = 5.0  # higher values are rare in text that is written with spaces
 
 
 @dataclass(frozen=True)
 class TrainingCorpus:
-    """A corpus of the mixture that is trained on; or the only one."""
+    """A corpus of the training mixture, or the only one."""
 
-    name: str  # unlike the others'
+    name: str  # unique in the mixture
     corpus: Corpus
-    weight: float = 1.0  # share of the tokens, relative to the others' weights
+    weight: float = 1.0  # share of the tokens, relative to the weights of the others
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """Everything a run reads, opened."""
+class ResolvedRun:
+    """Everything about a run that is known before a device is used."""
 
-    train: tuple[TrainingCorpus, ...]
-    evaluation: dict[str, Corpus]
+    config: PretrainConfig  # with absolute paths, as written to RUN/config.yaml
+    folder: RunFolder
+    deepspeed: DeepSpeedSettings
+    corpora: tuple[TrainingCorpus, ...]
+    held_out: Mapping[str, Corpus]  # by name
     tokenizer: PreTrainedTokenizerFast
     vocabulary: Vocabulary
     model_config: PreTrainedConfig
-    ds_config: dict[str, Any]
+    stages: tuple[Stage, ...]
+    identity: Mapping[str, Any]  # see `run_identity`
+    resume: ResumePlan
 
 
-def resolve_source(config: PretrainConfig) -> PretrainConfig:
-    """With the Hugging Face folder that `model.init_from` means, which may be a checkpoint or a run, whose newest one
-    it is then. Raises UserError."""
-    if config.model.init_from is None:
-        return config
-    try:
-        folder = find_model_folder(Path(config.model.init_from))
-    except UserError as error:
-        raise UserError(f"model.init_from: {error}") from None
-    return config.model_copy(update={"model": config.model.model_copy(update={"init_from": str(folder)})})
+def _decide_locally(choose: Callable[[], T]) -> T:
+    return choose()
 
 
-def check_start(config: PretrainConfig, world_size: int) -> None:
-    """All that can be told on the launching machine. Raises UserError for whatever would keep the run from starting."""
-    resolved = resolve_source(config)
-    check_beginning(resolved, check_run(resolved, world_size))
+def resolve(
+    config: PretrainConfig, world_size: int, decide: Callable[[Callable[[], Any]], Any] = _decide_locally
+) -> ResolvedRun:
+    """Resolve and check a run. Raises UserError for the first thing that would keep it from starting.
 
-
-def check_run(config: PretrainConfig, world_size: int) -> Inputs:
-    """Open what the config names, `resolve_source` behind it. Raises UserError for the first thing that would keep the
-    run from starting."""
-    ds_config_path = find_ds_config(config.engine.ds_config)
-    ds_config = read_ds_config(ds_config_path)
-    check_ds_config(ds_config, ds_config_path)
-    check_precision(ds_config)
-    check_offload(ds_config)
-    mixture = _open_mixture(config.corpus)
-    train = mixture[0].corpus
-    evaluation = {name: _open(f"corpus.eval.{name}", path) for name, path in config.corpus.eval.items()}
-    for name, corpus in evaluation.items():
-        if corpus.tokenizer_fingerprint != train.tokenizer_fingerprint:
-            raise UserError(f"corpus.eval.{name}: {corpus.path} was built with another tokenizer than {train.path}")
+    `decide`: calls a function that chooses among checkpoints, of which there may be more at any moment. Ranks pass
+    `HostGroup.from_rank0`, so that all of them use rank 0's choice.
+    """
+    deepspeed = load_settings(config.engine.ds_config)
+    check_device_support(deepspeed)
+    config = _with_absolute_paths(config, deepspeed.path, decide(lambda: _find_init_from(config)))
+    corpora = _open_mixture(config.corpus)
+    held_out = {name: _open_corpus(f"corpus.eval.{name}", path) for name, path in config.corpus.eval.items()}
+    _check_same_tokenizer(corpora, held_out)
+    train = corpora[0].corpus
     check_tokenizer(config.model, train.tokenizer_fingerprint, train.path)
     tokenizer = load_tokenizer(train.tokenizer_path)
     vocabulary = build_vocabulary(tokenizer)
     if config.masking.unit != "token":
-        _check_words(config.masking.unit, mixture, vocabulary)
+        _check_word_boundaries(config.masking.unit, corpora, vocabulary)
     model_config = resolve_model_config(config.model, tokenizer)
     skeleton = meta_model(model_config)
-    if config.model.freeze:
-        check_freeze(config.model.freeze, skeleton)
-    positions = max_positions(skeleton)
-    lengths = {"batch.max_seq_length": config.batch.max_seq_length} | {
-        f"max_seq_length of number {number + 1} of schedule.stages": stage.max_seq_length
-        for number, stage in enumerate(config.stages)
-    }
-    for key, length in lengths.items():
-        if positions is not None and length > positions:
-            raise UserError(f"{key} is {length}, but the model's positions suffice for {positions}")
-        if length <= vocabulary.num_special_tokens:
-            raise UserError(
-                f"{key} leaves no room beside the {vocabulary.num_special_tokens} special tokens of a sequence"
-            )
+    check_freeze(config.model.freeze, skeleton)
+    _check_lengths(config, max_positions(skeleton), vocabulary)
     fewest = min(stage.sequences for stage in config.stages)
     if fewest < world_size:
-        log.warning("a batch has %d sequences, fewer than the %d ranks: some will compute padding", fewest, world_size)
-    return Inputs(mixture, evaluation, tokenizer, vocabulary, model_config, ds_config)
+        log.warning("a batch has %d sequences, fewer than the %d ranks: some compute padding only", fewest, world_size)
+    folder = RunFolder(Path(config.run.dir))
+    identity = run_identity(config, model_config.to_dict(), [(c.corpus.fingerprint, c.weight) for c in corpora])
+    return ResolvedRun(
+        config=config,
+        folder=folder,
+        deepspeed=deepspeed,
+        corpora=corpora,
+        held_out=held_out,
+        tokenizer=tokenizer,
+        vocabulary=vocabulary,
+        model_config=model_config,
+        stages=config.stages,
+        identity=identity,
+        resume=decide(lambda: _plan_resume(config, folder, identity, corpora)),
+    )
+
+
+def _find_init_from(config: PretrainConfig) -> str | None:
+    """The Hugging Face folder that `model.init_from` names; for a run, that of its newest checkpoint."""
+    if config.model.init_from is None:
+        return None
+    try:
+        return str(find_model_folder(Path(config.model.init_from)).absolute())
+    except UserError as error:
+        raise UserError(f"model.init_from: {error}") from None
+
+
+def _with_absolute_paths(config: PretrainConfig, ds_config: Path, init_from: str | None) -> PretrainConfig:
+    """The config with every path absolute, so that RUN/config.yaml starts the same run from any directory."""
+    run, model, corpus = config.run, config.model, config.corpus
+    train: str | tuple[WeightedCorpus, ...]
+    if isinstance(corpus.train, str):
+        train = _absolute(corpus.train)
+    else:
+        train = tuple(given.model_copy(update={"path": _absolute(given.path)}) for given in corpus.train)
+    resume = run.resume if run.parent is None else _absolute(run.parent)
+    added_tokens = None if model.added_tokens is None else _absolute(model.added_tokens)
+    sections = {
+        "run": run.model_copy(update={"dir": _absolute(run.dir), "resume": resume}),
+        "model": model.model_copy(update={"init_from": init_from, "added_tokens": added_tokens}),
+        "corpus": corpus.model_copy(
+            update={"train": train, "eval": {name: _absolute(path) for name, path in corpus.eval.items()}}
+        ),
+        "engine": config.engine.model_copy(update={"ds_config": str(ds_config)}),
+    }
+    return config.model_copy(update=sections)
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).absolute())
 
 
 def _open_mixture(config: CorpusConfig) -> tuple[TrainingCorpus, ...]:
     if isinstance(config.train, str):
-        corpus = _open("corpus.train", config.train)
+        corpus = _open_corpus("corpus.train", config.train)
         return (TrainingCorpus(corpus.name, corpus),)
-    corpora = [_open("corpus.train", given.path) for given in config.train]
-    first = corpora[0]
-    for number, corpus in enumerate(corpora):
-        if corpus.tokenizer_fingerprint != first.tokenizer_fingerprint:
-            raise UserError(f"corpus.train: {corpus.path} was built with another tokenizer than {first.path}")
-        for other in corpora[:number]:
+    opened = [_open_corpus("corpus.train", given.path) for given in config.train]
+    for number, corpus in enumerate(opened):
+        for other in opened[:number]:
             if corpus.fingerprint == other.fingerprint:
                 raise UserError(f"corpus.train: {other.path} and {corpus.path} are the same corpus; add up the weights")
     return tuple(
         TrainingCorpus(name, corpus, given.weight)
-        for name, corpus, given in zip(_names(corpora), corpora, config.train, strict=True)
+        for name, corpus, given in zip(_unique_names(opened), opened, config.train, strict=True)
     )
 
 
-def _check_words(unit: str, mixture: tuple[TrainingCorpus, ...], vocabulary: Vocabulary) -> None:
-    """Raises UserError where nothing tells words apart; warns of text that seems to be written without spaces."""
-    for corpus in (given.corpus for given in mixture):
-        if vocabulary.word_boundaries is None:
-            raise UserError(
-                f"masking.unit is '{unit}', but the tokenizer of {corpus.path} does not mark where words begin as "
-                "WordPiece, byte-level BPE or SentencePiece do; expected 'token'"
-            )
-        if corpus.manifest.recipe.segmenter is None and corpus.manifest.tokens_per_word > _TOKENS_PER_WORD:
-            log.warning(
-                "masking.unit is '%s', but %s has %.1f tokens between white space: nothing tells its words apart. "
-                "If it is Chinese, build it with --segmenter jieba; else masking.unit 'token' may serve better",
-                unit,
-                corpus.path,
-                corpus.manifest.tokens_per_word,
-            )
+def _open_corpus(key: str, path: str) -> Corpus:
+    try:
+        return open_corpus(Path(path))
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
 
 
-def _names(corpora: Sequence[Corpus]) -> list[str]:
-    """The corpora's folder names, with as many folders above as tell them apart."""
+def _unique_names(corpora: Sequence[Corpus]) -> list[str]:
+    """The corpora's folder names, with as many parent folders as make them unique."""
     paths = [corpus.path.resolve() for corpus in corpora]
     for depth in range(1, max(len(path.parts) for path in paths) + 1):
         names = ["/".join(path.parts[-depth:]) for path in paths]
@@ -153,56 +173,87 @@ def _names(corpora: Sequence[Corpus]) -> list[str]:
     return names
 
 
-def run_identity(config: PretrainConfig, inputs: Inputs) -> dict[str, Any]:
-    """See `pretrain.training.resume.identity`."""
-    corpora = [(given.corpus.fingerprint, given.weight) for given in inputs.train]
-    return identity(config, inputs.model_config.to_dict(), corpora)
+def _check_same_tokenizer(corpora: Sequence[TrainingCorpus], held_out: Mapping[str, Corpus]) -> None:
+    first = corpora[0].corpus
+    others = [("corpus.train", given.corpus) for given in corpora[1:]]
+    others += [(f"corpus.eval.{name}", corpus) for name, corpus in held_out.items()]
+    for key, corpus in others:
+        if corpus.tokenizer_fingerprint != first.tokenizer_fingerprint:
+            raise UserError(f"{key}: {corpus.path} was built with another tokenizer than {first.path}")
 
 
-def check_beginning(config: PretrainConfig, inputs: Inputs) -> ResumePlan:
-    """Which checkpoint the run starts from, if any. Raises UserError for one that it cannot start from.
-
-    Reads the whole checkpoint to verify it: for the launcher and rank 0.
-    """
-    folder = RunFolder(Path(config.run.dir).absolute())
-    beginning = plan_resume(config.run, folder, run_identity(config, inputs))
-    if beginning.checkpoint is not None and beginning.fork:
-        tokenizer = load_tokenizer(beginning.checkpoint / "hf")
-        train = inputs.train[0].corpus
-        if tokenizer_fingerprint(tokenizer) != train.tokenizer_fingerprint:
+def _check_word_boundaries(unit: str, corpora: Sequence[TrainingCorpus], vocabulary: Vocabulary) -> None:
+    """Raises UserError where word boundaries are unknown; warns of text that seems to be written without spaces."""
+    for corpus in (given.corpus for given in corpora):
+        if vocabulary.word_boundaries is None:
             raise UserError(
-                f"run.resume: the model in {beginning.checkpoint} has another tokenizer than the corpus "
-                f"{train.path}; build the corpus again with `--tokenizer` naming {beginning.checkpoint / 'hf'}"
+                f"masking.unit is '{unit}', but the tokenizer of {corpus.path} does not mark word boundaries as "
+                "WordPiece, byte-level BPE or SentencePiece do; expected 'token'"
             )
-        step, steps = read_state(beginning.checkpoint)["progress"]["step"], config.schedule.known_steps
-        if steps is not None and step >= steps:
+        tokens_per_word = corpus.manifest.tokens_per_word
+        if corpus.manifest.recipe.segmenter is None and tokens_per_word > _MAX_TOKENS_PER_WORD:
+            log.warning(
+                "masking.unit is '%s', but %s has %.1f tokens between spaces, so its word boundaries are unknown. "
+                "Build Chinese corpora with --segmenter jieba; for other text without spaces use masking.unit 'token'",
+                unit,
+                corpus.path,
+                tokens_per_word,
+            )
+
+
+def _check_lengths(config: PretrainConfig, positions: int | None, vocabulary: Vocabulary) -> None:
+    lengths = {"batch.max_seq_length": config.batch.max_seq_length} | {
+        f"max_seq_length of number {number + 1} of schedule.stages": stage.max_seq_length
+        for number, stage in enumerate(config.stages)
+    }
+    for key, length in lengths.items():
+        if positions is not None and length > positions:
+            raise UserError(f"{key} is {length}, but the model has {positions} positions")
+        if length <= vocabulary.num_special_tokens:
             raise UserError(
-                f"the run has {steps} steps, but a fork counts on from its parent's steps, and {beginning.checkpoint} "
-                f"has {step} behind it"
+                f"{key} leaves no room beside the {vocabulary.num_special_tokens} special tokens of a sequence"
             )
-    if beginning.checkpoint is None and config.model.init_from is not None:
-        _warn_of_repetition(config, inputs, Path(config.model.init_from))
-    return beginning
 
 
-def _warn_of_repetition(config: PretrainConfig, inputs: Inputs, model: Path) -> None:
-    """Order and masks follow from seed and corpus: what the model's own run began with would be met again just so."""
+def _plan_resume(
+    config: PretrainConfig, folder: RunFolder, identity: Mapping[str, Any], corpora: Sequence[TrainingCorpus]
+) -> ResumePlan:
+    plan = plan_resume(config.run, folder, identity)
+    _check_fork(plan, config, corpora[0].corpus)
+    if plan.checkpoint is None and config.model.init_from is not None:
+        _warn_of_same_seed(config, corpora, Path(config.model.init_from))
+    return plan
+
+
+def _check_fork(plan: ResumePlan, config: PretrainConfig, train: Corpus) -> None:
+    """Raises UserError for a fork of a model with another tokenizer, or one whose steps are already done."""
+    if plan.checkpoint is None or not plan.fork:
+        return
+    folder = plan.checkpoint / "hf"
+    if tokenizer_fingerprint(load_tokenizer(folder)) != train.tokenizer_fingerprint:
+        raise UserError(
+            f"run.resume: the model in {plan.checkpoint} has another tokenizer than the corpus {train.path}; "
+            f"build the corpus again with `--tokenizer {folder}`"
+        )
+    step, steps = read_state(plan.checkpoint)["progress"]["step"], config.schedule.known_steps
+    if steps is not None and step >= steps:
+        raise UserError(
+            f"the run has {steps} steps, but a fork continues its parent's step count, and {plan.checkpoint} is at "
+            f"step {step} already"
+        )
+
+
+def _warn_of_same_seed(config: PretrainConfig, corpora: Sequence[TrainingCorpus], model: Path) -> None:
+    """Order and masks follow from seed and corpus: with both unchanged, a run repeats those of the model's own run."""
     if not (model.parent / "state.json").is_file():
         return
     before = read_state(model.parent)["identity"]
-    for given in inputs.train:
+    for given in corpora:
         if before["run.seed"] == config.run.seed and given.corpus.fingerprint in str(before["corpus.train"]):
             log.warning(
-                "the model in %s was trained on %s with run.seed %d too: with another seed it would not meet the same "
-                "batches under the same masks again",
+                "the model in %s was also trained on %s with run.seed %d; use another seed, or it sees the same "
+                "batches with the same masks again",
                 model,
                 given.corpus.path,
                 config.run.seed,
             )
-
-
-def _open(key: str, path: str) -> Corpus:
-    try:
-        return open_corpus(Path(path))
-    except UserError as error:
-        raise UserError(f"{key}: {error}") from None

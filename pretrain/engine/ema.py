@@ -1,7 +1,7 @@
-"""An exponential moving average of the weights, on the fp32 masters of this rank.
+"""Exponential moving average of the weights, kept on this rank's fp32 masters.
 
 After each applied update, average <- decay * average + (1 - decay) * master (Polyak and Juditsky 1992 averaged all
-steps alike; the exponential form is that of Tarvainen and Valpola 2017). It begins at the weights as they are.
+steps equally; the exponential form is from Tarvainen and Valpola 2017). The average starts at the current weights.
 """
 
 from typing import Any
@@ -12,16 +12,16 @@ from torch import Tensor
 from pretrain.engine.partitions import Fragment, fragments
 
 
-class WeightAverage:
+class ExponentialMovingAverage:
     def __init__(self, engine: Any, decay: float) -> None:
-        """`engine`: DeepSpeed's, with the weights that the average begins at."""
+        """`engine`: a DeepSpeedEngine with the weights that the average starts at."""
         self._engine = engine
         self._decay = decay
         self._averages = {fragment.name: fragment.master.clone() for fragment in fragments(engine)}
 
     @torch.no_grad()
     def update(self) -> None:
-        """After an applied update. No collective: each rank averages what it owns."""
+        """Call after each applied update. Not collective: each rank averages what it owns."""
         for fragment in fragments(self._engine):
             self.of(fragment).lerp_(fragment.master, 1 - self._decay)
 

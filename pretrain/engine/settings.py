@@ -1,20 +1,31 @@
-"""The DeepSpeed JSON: precision, ZeRO, offload, communication. What the run's own config decides is refused in it."""
+"""The DeepSpeed JSON: precision, ZeRO, offload, communication.
+
+`load_settings` reads it once; everything after that takes `DeepSpeedSettings`. Keys that the run's own config decides
+are rejected.
+"""
 
 import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfig
+from pydantic import ValidationError
+from torch.utils.cpp_extension import is_ninja_available
 from xxhash import xxh64_hexdigest
 
 from experiment.config import nearest
 from experiment.errors import UserError
 
 Precision = Literal["fp16", "bf16", "fp32"]
-Device = Literal["none", "cpu", "nvme"]
+OffloadDevice = Literal["none", "cpu", "nvme"]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
-_OURS = {
+_SET_BY_RUN_CONFIG = {
     "train_batch_size": "batch.sequences",
     "train_micro_batch_size_per_gpu": "batch.microbatch_tokens",
     "gradient_accumulation_steps": "batch.sequences and batch.microbatch_tokens",
@@ -26,11 +37,79 @@ _OURS = {
     "wandb": "the section 'tracking'",
 }
 
-_KNOWN = (
+_KNOWN_KEYS = (
     *("fp16", "bf16", "torch_autocast", "data_types", "zero_optimization", "communication_data_type"),
     *("prescale_gradients", "gradient_predivide_factor", "sparse_gradients", "aio", "comms_logger"),
     *("memory_breakdown", "wall_clock_breakdown", "steps_per_print", "dump_state", "flops_profiler"),
 )
+
+
+@dataclass(frozen=True)
+class DeepSpeedSettings:
+    """What a DeepSpeed JSON says, checked."""
+
+    path: Path
+    precision: Precision  # of weights and activations
+    requested_zero_stage: int  # in the JSON
+    zero_stage: int  # that the run uses
+    stage_change: str  # why the two differ; empty where they don't
+    offload: OffloadDevice  # where master weights and optimizer states are kept; none: on the device
+    nvme_path: Path | None  # where NVMe offload swaps to, if the JSON says so
+    raw: Mapping[str, Any]
+
+    def preset(self, precision: Precision, offload: OffloadDevice) -> str:
+        """The file in ds_configs/ with the same ZeRO stage and another precision or offload device."""
+        suffix = "" if offload == "none" else f"_{offload}_offload"
+        stage = max(self.requested_zero_stage, 2) if suffix else self.requested_zero_stage
+        return f"ds_configs/{precision}_zero{stage}{suffix}.json"
+
+    def swap_folder(self, run: Path) -> Path | None:
+        """Where a run swaps to under NVMe offload; None for other runs.
+
+        It is a folder of the run's own, because DeepSpeed's file names are the same in all runs: below the JSON's
+        `nvme_path`, or in the run folder where there is none.
+        """
+        if self.offload != "nvme":
+            return None
+        if self.nvme_path is None:
+            return run / "swap"
+        return self.nvme_path / f"deepcloze-{xxh64_hexdigest(str(run).encode())}"
+
+    def engine_config(self, grad_clip: float, swap_folder: Path | None = None) -> dict[str, Any]:
+        """The config for `deepspeed.initialize`: the JSON and what deepcloze decides.
+
+        `swap_folder`: this rank's folder for NVMe offload.
+        """
+        zero = self.raw.get("zero_optimization", {}) | {"stage": self.zero_stage}
+        for key in ("offload_optimizer", "offload_param"):
+            if swap_folder is not None and (zero.get(key) or {}).get("device") == "nvme":
+                zero[key] = zero[key] | {"nvme_path": str(swap_folder)}
+        if self.zero_stage == 3:
+            zero.setdefault("memory_efficient_linear", False)  # it would replace F.linear in the whole process
+        merged = dict(self.raw)
+        if self.precision != "fp32":  # DeepSpeed would accumulate and reduce gradients in 16 bit
+            merged.setdefault("communication_data_type", "fp32")
+            merged["data_types"] = {"grad_accum_dtype": "fp32"} | self.raw.get("data_types", {})
+        return merged | {
+            "zero_optimization": zero,
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "managed_gradient_accumulation": False,
+            # At stage 0 DeepSpeed neither reports nor checks the norm: `Engine` clips there.
+            "gradient_clipping": grad_clip if self.zero_stage > 0 else 0.0,
+            "zero_force_ds_cpu_optimizer": False,
+        }
+
+
+def load_settings(name: str) -> DeepSpeedSettings:
+    """Find, read and check a DeepSpeed JSON.
+
+    Raises UserError that names the file and the key, also for values that DeepSpeed's own parser rejects.
+    """
+    path = find_ds_config(name)
+    settings = parse_settings(_read_json(path), path)
+    _check_with_deepspeed(settings)
+    return settings
 
 
 def find_ds_config(name: str) -> Path:
@@ -38,128 +117,159 @@ def find_ds_config(name: str) -> Path:
     for path in (Path(name).absolute(), REPOSITORY / name):
         if path.is_file():
             return path
-    ready = sorted(path.name for path in (REPOSITORY / "ds_configs").glob("*.json"))
+    presets = sorted(path.name for path in (REPOSITORY / "ds_configs").glob("*.json"))
     raise UserError(
-        f"engine.ds_config: no file '{name}', neither here nor in the repository; ready ones: {', '.join(ready)}"
+        f"engine.ds_config: no file '{name}' in the working directory or the repository; "
+        f"presets in ds_configs/: {', '.join(presets)}"
     )
 
 
-def read_ds_config(path: Path) -> dict[str, Any]:
-    """The JSON at `path`, checked. Raises UserError, naming the key."""
+def parse_settings(raw: Any, path: Path) -> DeepSpeedSettings:
+    """Check the content of a DeepSpeed JSON. `path` is named in messages. Raises UserError."""
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(raw).__name__}")
+    _check_keys(raw, path)
+    zero = _check_zero(raw, path)
+    precision = _check_precision_keys(raw, path)
+    requested: int = zero.get("stage", 0)
+    offload: OffloadDevice = (zero.get("offload_optimizer") or {}).get("device", "none")
+    nvme_path = (zero.get("offload_optimizer") or {}).get("nvme_path")
+    stage, change = _usable_stage(requested, precision, offload)
+    return DeepSpeedSettings(
+        path=path,
+        precision=precision,
+        requested_zero_stage=requested,
+        zero_stage=stage,
+        stage_change=change,
+        offload=offload,
+        nvme_path=None if nvme_path is None else Path(nvme_path),
+        raw=raw,
+    )
+
+
+def check_device_support(settings: DeepSpeedSettings) -> None:
+    """Raises UserError where this machine lacks the precision or what NVMe offload needs, naming the file to use."""
+    accelerator = get_accelerator()
+    supported: dict[Precision, bool] = {
+        "bf16": accelerator.is_bf16_supported(),
+        "fp16": accelerator.is_fp16_supported(),
+        "fp32": True,
+    }
+    if not supported[settings.precision]:
+        instead = next(precision for precision, has in supported.items() if has)
+        raise UserError(
+            f"engine.ds_config: this device ({accelerator.device_name()}) cannot train in {settings.precision}; "
+            f"use --engine.ds_config={settings.preset(instead, settings.offload)}"
+        )
+    if settings.offload == "nvme":
+        _check_nvme(settings)
+
+
+def _check_nvme(settings: DeepSpeedSettings) -> None:
+    disk = settings.nvme_path
+    if disk is not None and not (disk.is_dir() and os.access(disk, os.W_OK)):
+        raise UserError(f"engine.ds_config: 'nvme_path' is {disk}, which is not a writable folder on this machine")
+    if not (get_accelerator().create_op_builder("AsyncIOBuilder").is_compatible() and is_ninja_available()):
+        raise UserError(
+            "engine.ds_config: for NVMe offload DeepSpeed builds its kernel 'async_io', which needs a C++ compiler, "
+            "ninja and the headers of libaio (Debian: g++, ninja-build, libaio-dev) on every host; without them use "
+            f"--engine.ds_config={settings.preset(settings.precision, 'cpu')}"
+        )
+
+
+def _usable_stage(requested: int, precision: Precision, offload: OffloadDevice) -> tuple[int, str]:
+    """The ZeRO stage that a run uses, and why it is not the requested one."""
+    if requested == 0 and precision != "fp32":
+        return 1, "DeepSpeed's stage 0 changes 16-bit weights at start-up and cannot accumulate gradients in fp32"
+    if requested < 3 and offload == "nvme":
+        return 3, "DeepSpeed offloads to NVMe at stage 3 only; at lower stages it would use host memory instead"
+    return requested, ""
+
+
+def _read_json(path: Path) -> Any:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(config).__name__}")
-    for key, owner in _OURS.items():
-        if key in config:
-            raise UserError(f"{path}: '{key}' is set by {owner} in the run's config; take it out of this file")
-    for key in config:  # DeepSpeed itself passes over what it does not know
-        if key not in _KNOWN:
-            raise UserError(f"{path}: unknown key '{key}'{nearest(key, _KNOWN)}")
-    for key, value in _leaves(config):
+
+
+def _check_keys(raw: Mapping[str, Any], path: Path) -> None:
+    for key, owner in _SET_BY_RUN_CONFIG.items():
+        if key in raw:
+            raise UserError(f"{path}: '{key}' is set by {owner} in the run's config; remove it from this file")
+    for key in raw:  # DeepSpeed ignores unknown keys
+        if key not in _KNOWN_KEYS:
+            raise UserError(f"{path}: unknown key '{key}'{nearest(key, _KNOWN_KEYS)}")
+    for key, value in _leaves(raw):
         if value == "auto":
-            raise UserError(
-                f"{path}: '{key}' is \"auto\", which only other frameworks fill in; write the value or leave it out"
-            )
+            raise UserError(f"{path}: '{key}' is \"auto\", which deepcloze does not support; set a value or remove it")
     for section in ("zero_optimization", "fp16", "bf16"):
-        if not isinstance(config.get(section, {}), dict):
-            raise UserError(f"{path}: '{section}' is {json.dumps(config[section])}, expected a JSON object")
-    zero = config.get("zero_optimization", {})
+        if not isinstance(raw.get(section, {}), dict):
+            raise UserError(f"{path}: '{section}' is {json.dumps(raw[section])}, expected a JSON object")
+
+
+def _check_zero(raw: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
+    """The section zero_optimization."""
+    zero: dict[str, Any] = raw.get("zero_optimization", {})
     if zero.get("stage", 0) not in (0, 1, 2, 3):
         raise UserError(f"{path}: 'zero_optimization.stage' is {zero.get('stage')}, expected 0, 1, 2 or 3")
     if zero.get("round_robin_gradients"):
-        raise UserError(f"{path}: 'round_robin_gradients' breaks DeepSpeed's own parameter mapping; leave it out")
+        raise UserError(f"{path}: 'round_robin_gradients' breaks DeepSpeed's parameter mapping; remove it")
     if zero.get("compute_grad_norm") is False:
-        raise UserError(f"{path}: 'compute_grad_norm' is false, but every update waits for the norm; leave it out")
-    if config.get("fp16", {}).get("loss_scale"):
+        raise UserError(f"{path}: 'compute_grad_norm' is false, but every update needs the norm; remove it")
+    for key, lowest in (("offload_optimizer", 1), ("offload_param", 3)):
+        _check_offload(zero, key, lowest, path)
+    return zero
+
+
+def _check_offload(zero: Mapping[str, Any], key: str, lowest_stage: int, path: Path) -> None:
+    offload, stage = zero.get(key) or {}, zero.get("stage", 0)
+    if not isinstance(offload, dict):
+        raise UserError(f"{path}: 'zero_optimization.{key}' is {json.dumps(offload)}, expected a JSON object")
+    if offload.get("device", "none") not in ("none", "cpu", "nvme"):
         raise UserError(
-            f"{path}: 'fp16.loss_scale' is {config['fp16']['loss_scale']}: a constant scale at which gradients "
-            "overflow would skip every update; write 0, which lets it find its place"
+            f"{path}: 'zero_optimization.{key}.device' is {json.dumps(offload['device'])}, "
+            'expected "cpu", "nvme" or "none"'
         )
-    if config.get("torch_autocast"):
+    if offload.get("device", "none") != "none" and stage < lowest_stage:
+        raise UserError(f"{path}: '{key}' needs at least ZeRO stage {lowest_stage}, found stage {stage}")
+    for option, only in (("ratio", 1), ("super_offload", False)):
+        if offload.get(option, only) != only:
+            raise UserError(f"{path}: '{key}.{option}' splits the optimizer in two; remove it")
+
+
+def _check_precision_keys(raw: Mapping[str, Any], path: Path) -> Precision:
+    fp16, bf16 = (raw.get(key, {}) for key in ("fp16", "bf16"))
+    if fp16.get("loss_scale"):
         raise UserError(
-            f"{path}: 'torch_autocast' scales gradients after their norm is taken and clipped; leave it out and enable "
+            f"{path}: 'fp16.loss_scale' is {fp16['loss_scale']}: a constant scale at which gradients overflow would "
+            "skip every update; set 0 for dynamic loss scaling"
+        )
+    if raw.get("torch_autocast"):
+        raise UserError(
+            f"{path}: 'torch_autocast' scales gradients after their norm is taken and clipped; remove it and enable "
             "'fp16' or 'bf16'"
         )
-    _check_offload(zero, path)
-    if config.get("fp16", {}).get("enabled") and config.get("bf16", {}).get("enabled"):
+    if fp16.get("enabled") and bf16.get("enabled"):
         raise UserError(f"{path}: both 'fp16' and 'bf16' are enabled; choose one")
-    return config
-
-
-def precision_of(config: dict[str, Any]) -> Precision:
-    """What the model computes in."""
-    if config.get("fp16", {}).get("enabled"):
+    if fp16.get("enabled"):
         return "fp16"
-    return "bf16" if config.get("bf16", {}).get("enabled") else "fp32"
+    return "bf16" if bf16.get("enabled") else "fp32"
 
 
-def stage_of(config: dict[str, Any]) -> int:
-    """The ZeRO stage that the JSON asks for; see `stage_run`."""
-    stage: int = config.get("zero_optimization", {}).get("stage", 0)
-    return stage
+def _check_with_deepspeed(settings: DeepSpeedSettings) -> None:
+    try:
+        DeepSpeedConfig(settings.engine_config(grad_clip=0.0))
+    except Exception as error:  # its parser raises many types
+        problems = error.errors() if isinstance(error, ValidationError) else []
+        what = "; ".join(f"'{'.'.join(map(str, p['loc']))}': {p['msg']}, found {p['input']!r}" for p in problems)
+        raise UserError(f"{settings.path}: DeepSpeed rejects it: {what or error}") from None
 
 
-def offload_of(config: dict[str, Any]) -> Device:
-    """Where masters and optimizer states are kept: on the computing device, in the host's memory or on its disk."""
-    offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
-    device: Device = offload.get("device", "none")
-    return device
-
-
-def swap_folder(config: dict[str, Any], run: Path) -> Path | None:
-    """Where a run with NVMe offload swaps to; None for other runs.
-
-    It is below the `nvme_path` of the JSON, in a folder of this run's own, since DeepSpeed's file names are the same
-    in all runs; without that, in the run folder.
-    """
-    if offload_of(config) != "nvme":
-        return None
-    disk = config["zero_optimization"]["offload_optimizer"].get("nvme_path")
-    return run / "swap" if disk is None else Path(disk) / f"deepcloze-{xxh64_hexdigest(str(run).encode())}"
-
-
-def stage_run(config: dict[str, Any]) -> tuple[int, str]:
-    """The ZeRO stage that a run takes, and why it is not the one in the JSON where it is not."""
-    stage = stage_of(config)
-    if stage == 0 and precision_of(config) != "fp32":
-        return 1, "DeepSpeed's own stage 0 alters 16-bit weights at start, and cannot accumulate gradients in fp32"
-    if stage < 3 and offload_of(config) == "nvme":
-        return 3, "DeepSpeed offloads to NVMe at stage 3 only; below, it would fill the host's memory instead"
-    return stage, ""
-
-
-def ready_file(config: dict[str, Any], precision: Precision, device: Device) -> str:
-    """The name of the ready file with the same stage, of another precision or offload device."""
-    offload = "" if device == "none" else f"_{device}_offload"
-    stage = max(stage_of(config), 2) if offload else stage_of(config)
-    return f"ds_configs/{precision}_zero{stage}{offload}.json"
-
-
-def _check_offload(zero: dict[str, Any], path: Path) -> None:
-    stage = zero.get("stage", 0)
-    for key, lowest in (("offload_optimizer", 1), ("offload_param", 3)):
-        offload = zero.get(key) or {}
-        if not isinstance(offload, dict):
-            raise UserError(f"{path}: 'zero_optimization.{key}' is {json.dumps(offload)}, expected a JSON object")
-        if offload.get("device", "none") not in ("none", "cpu", "nvme"):
-            raise UserError(
-                f"{path}: 'zero_optimization.{key}.device' is {json.dumps(offload['device'])}, "
-                'expected "cpu", "nvme" or "none"'
-            )
-        if offload.get("device", "none") != "none" and stage < lowest:
-            raise UserError(f"{path}: '{key}' needs at least ZeRO stage {lowest}, found stage {stage}")
-        for option, only in (("ratio", 1), ("super_offload", False)):
-            if offload.get(option, only) != only:
-                raise UserError(f"{path}: '{key}.{option}' splits the optimizer in two; leave it out")
-
-
-def _leaves(tree: dict[str, Any], above: str = "") -> list[tuple[str, Any]]:
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     leaves: list[tuple[str, Any]] = []
     for key, value in tree.items():
-        leaves += _leaves(value, f"{above}{key}.") if isinstance(value, dict) else [(f"{above}{key}", value)]
+        leaves += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
     return leaves

@@ -1,73 +1,85 @@
-"""A bad batch is set aside for people to look at.
+"""Write a bad batch to the run folder, for people to look at.
 
 RUN/health/step-00000107/
-    fault.json          what was seen, and the figures
-    rank-00000.jsonl    the sequences of each rank's share: where they come from, what they say, what the model saw
+    fault.json          what was wrong, with figures
+    rank-00000.jsonl    the sequences of each rank's share: their origin, their text, what the model saw
 """
 
 import json
+import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from experiment.files import write_json, write_text
+from experiment.run_folder import RunFolder
 from pretrain.batching.batch import IGNORED, RankBatch
 from pretrain.training.health import Fault
 from pretrain.world import World
 
+log = logging.getLogger(__name__)
+
 Decode = Callable[[Sequence[int]], str]
 
 
-def set_aside(
-    folder: Path,
-    world: World,
-    batch: RankBatch,
-    losses: Sequence[float],
-    fault: Fault,
-    corpora: Sequence[str],
-    decode: Decode,
-) -> None:
-    """Write this rank's share of a batch. `losses`: summed, of each microbatch; `corpora`: names. Raises OSError."""
-    if world.rank == 0:
-        figures = {key: _finite(value) for key, value in asdict(fault).items()}
-        write_json(folder / "fault.json", figures | {"what": str(fault)})
-    lines = (json.dumps(sequence, ensure_ascii=False) for sequence in sequences(batch, losses, corpora, decode))
-    write_text(folder / f"rank-{world.rank:05d}.jsonl", "".join(f"{line}\n" for line in lines))
+@dataclass(frozen=True)
+class BadBatchWriter:
+    folder: RunFolder
+    world: World
+    corpora: Sequence[str]  # names, by corpus number
+    decode: Decode
+
+    def dump_bad_batch(self, batch: RankBatch, losses: Sequence[float], fault: Fault) -> Path:
+        """Write this rank's share and return its folder. `losses`: summed, of each microbatch.
+
+        A share that cannot be written is logged, not raised.
+        """
+        target = self.folder.bad_batch(fault.step)
+        try:
+            if self.world.rank == 0:
+                figures = {key: _finite_or_none(value) for key, value in asdict(fault).items()}
+                write_json(target / "fault.json", figures | {"what": str(fault)})
+            rows = describe_sequences(batch, losses, self.corpora, self.decode)
+            lines = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
+            write_text(target / f"rank-{self.world.rank:05d}.jsonl", lines)
+        except OSError as error:
+            log.warning("cannot write this rank's share of the bad batch to %s: %s", target, error)
+        return target
 
 
-def sequences(
+def describe_sequences(
     batch: RankBatch, losses: Sequence[float], corpora: Sequence[str], decode: Decode
 ) -> list[dict[str, Any]]:
-    """Each sequence of a rank's share, in the order of its microbatches."""
-    found = []
+    """The sequences of a rank's share, in the order of its microbatches."""
+    rows = []
     for number, (microbatch, loss) in enumerate(zip(batch.microbatches, losses, strict=True)):
         shown, segments = microbatch.input_ids.reshape(-1), microbatch.segments.reshape(-1)
-        predicted = microbatch.labels != IGNORED
+        masked = microbatch.labels != IGNORED
         original = shown.clone()
-        original[microbatch.masked_positions[predicted]] = microbatch.labels[predicted]
+        original[microbatch.masked_positions[masked]] = microbatch.labels[masked]
         for segment in np.unique(segments[segments != 0]).tolist():
             here = segments == segment
             ids, shown_ids = original[here].tolist(), shown[here].tolist()
-            found.append(
+            rows.append(
                 {
                     "corpus": corpora[batch.origins.corpora[segment - 1]],
                     "epoch": int(batch.origins.epochs[segment - 1]),
                     "sequence": int(batch.origins.ids[segment - 1]),
                     "microbatch": number,
-                    "microbatch_loss": _finite(loss),  # summed over its predicted tokens
+                    "microbatch_loss": _finite_or_none(loss),  # summed over its masked tokens
                     "text": decode(ids),
                     "shown": decode(shown_ids),
                     "input_ids": ids,
                     "shown_ids": shown_ids,
                 }
             )
-    return found
+    return rows
 
 
-def _finite(value: float | None) -> float | None:
-    """JSON has neither NaN nor infinity."""
+def _finite_or_none(value: float | None) -> float | None:
+    """JSON has no NaN and no infinity."""
     return value if value is not None and math.isfinite(value) else None

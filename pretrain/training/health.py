@@ -1,8 +1,8 @@
-"""Whether training can go on from this step's loss and gradient. Decisions only: the loop carries them out.
+"""Decide whether a step's batch is bad from its loss and gradient norm. Pure functions; `recovery` acts on them.
 
-A batch is bad where its loss or gradient is not finite, or where the norm of its gradient is `spike_factor` times the
-median of the recent ones. The norm is that of the gradient summed over all ranks, and a loss that is not finite makes
-it NaN (see Engine.accumulate): so every rank sees the same, in the step itself, and the update is never applied.
+A batch is bad if its loss or gradient is not finite, or if its gradient norm is more than `spike_factor` times the
+median of the recent norms. The norm is that of the gradient reduced over all ranks, and a loss that is not finite makes
+it NaN (see `Engine.accumulate`): every rank decides the same, within the step, and the update is never applied.
 """
 
 import math
@@ -10,61 +10,69 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-WINDOW = 128  # the recent norms: those of so many applied updates
-HISTORY = 20  # of them are needed before one can be far from the others
-MOST_IN_A_ROW = 10  # bad batches one after another: then it is the weights that are bad
-MOST_REWINDS = 10  # without a new checkpoint in between
+NORM_WINDOW = 128  # norms that the median is taken over
+
+
+@dataclass(frozen=True)
+class HealthLimits:
+    """When to call a norm a spike at all, and when to give up."""
+
+    min_norms: int = 20  # norms needed before one can count as a spike
+    max_consecutive: int = 10  # bad batches in a row, after which the weights must be to blame
+    max_rewinds: int = 10  # to the same checkpoint
+
+
+HEALTH_LIMITS = HealthLimits()
 
 
 class UnhealthyError(Exception):
-    """The run cannot go on. Raised on all ranks in the same step; the message is for the user."""
+    """The run cannot continue. Raised on all ranks in the same step; the message is for the user."""
 
 
 @dataclass(frozen=True)
 class Fault:
     """What is wrong with a step. Its update was not applied."""
 
-    step: int  # counted as in metrics.jsonl: the one that would have finished so many
-    loss: float  # mean over the predicted tokens of the global batch
+    step: int  # as in metrics.jsonl: counted from 1
+    loss: float  # mean over the masked tokens of the global batch
     grad_norm: float
-    median: float | None  # of the recent norms; None while there are none
+    median: float | None  # of the recent norms; None if there are none
 
     def __str__(self) -> str:
         if not math.isfinite(self.loss):
             return f"step {self.step}: the loss is {self.loss}"
         if not math.isfinite(self.grad_norm):
-            return f"step {self.step}: the norm of the gradient is {self.grad_norm}, the loss {self.loss:.4g}"
+            return f"step {self.step}: the gradient norm is {self.grad_norm}, the loss {self.loss:.4g}"
         assert self.median is not None
-        times = self.grad_norm / self.median
         return (
-            f"step {self.step}: the norm of the gradient is {self.grad_norm:.4g}, {times:.3g} times the median of the "
-            f"recent steps ({self.median:.4g}); the loss is {self.loss:.4g}"
+            f"step {self.step}: the gradient norm is {self.grad_norm:.4g}, {self.grad_norm / self.median:.3g} times "
+            f"the median of the recent steps ({self.median:.4g}); the loss is {self.loss:.4g}"
         )
 
 
-def norm_limit(norms: Sequence[float], spike_factor: float) -> float:
-    """The largest norm that is no spike after these recent ones; infinite while they are too few."""
-    return spike_factor * median(norms) or math.inf if len(norms) >= HISTORY else math.inf
+def norm_limit(norms: Sequence[float], spike_factor: float, limits: HealthLimits) -> float:
+    """The largest gradient norm that is not a spike after these recent ones; infinite while there are too few."""
+    return spike_factor * median(norms) or math.inf if len(norms) >= limits.min_norms else math.inf
 
 
-def remember(norms: tuple[float, ...], norm: float) -> tuple[float, ...]:
-    """The recent norms after an applied update. Bad ones never enter, so a spike does not make room for the next."""
-    return (*norms, norm)[-WINDOW:]
+def append_norm(norms: tuple[float, ...], norm: float) -> tuple[float, ...]:
+    """The recent norms after an applied update. Norms of bad batches are never added."""
+    return (*norms, norm)[-NORM_WINDOW:]
 
 
 def diagnose(step: int, loss: float, grad_norm: float, norms: Sequence[float], scaled: bool) -> Fault | None:
-    """What is wrong with a step whose update was not applied.
+    """What is wrong with a step whose update was not applied; None for an ordinary fp16 overflow.
 
-    `scaled`: the loss is scaled dynamically (fp16), whose gradients overflow now and then with a sound loss: None.
+    `scaled`: the loss is scaled dynamically, so that gradients overflow now and then although the loss is finite.
     """
     if scaled and math.isfinite(loss) and not math.isfinite(grad_norm):
         return None
     return Fault(step, loss, grad_norm, median(norms) if norms else None)
 
 
-def in_a_row(skipped: Sequence[int], step: int) -> int:
-    """How many steps up to and including `step` were bad, without a good one in between."""
-    bad, first = set(skipped), step
+def count_consecutive(bad_steps: Sequence[int], step: int) -> int:
+    """How many consecutive steps up to and including `step` are bad."""
+    bad, first = set(bad_steps), step
     while first in bad:
         first -= 1
     return step - first

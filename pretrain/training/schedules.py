@@ -1,4 +1,4 @@
-"""The learning rate: a function of the step, or, under a time budget, of the step and the share of it that is spent."""
+"""The learning rate: a function of the step, or, under a time budget, of the step and the fraction of it spent."""
 
 import math
 
@@ -6,24 +6,27 @@ from pretrain.config import ScheduleConfig
 
 
 def learning_rate(schedule: ScheduleConfig, peak: float, step: int, steps: int | None, seconds: float) -> float:
-    """Learning rate of the update after `step` finished ones, of `steps` in all; `seconds` of training are behind it.
+    """Learning rate of step `step` (from 0).
 
-    It climbs in `warmup_steps` equal stairs to `peak`, the first of which is not zero. From there it falls to
-    `min_lr_ratio * peak`, where it would arrive at step `steps`. A budget in place of `steps` makes the fall a function
-    of its spent share alone: rates that fall from the first step on are then a little below their peak at the end of
-    the warmup.
+    Linear warmup over `warmup_steps` to `peak`; the first rate is not zero. Then a decay to `min_lr_ratio * peak`,
+    which would be reached at step `steps`. Under a time budget the decay depends only on the fraction of the budget
+    spent, so that a schedule which decays from the start is slightly below its peak at the end of the warmup.
+
+    Args:
+        steps: in the whole run; None under a time budget.
+        seconds: of training so far.
     """
     warmup = min(1.0, (step + 1) / schedule.warmup_steps) if schedule.warmup_steps else 1.0
-    if schedule.name == "inverse_sqrt":  # knows no end, so the floor is where it stops to fall
+    if schedule.name == "inverse_sqrt":  # independent of the run's length, so min_lr_ratio is a lower bound
         height = math.sqrt(schedule.warmup_steps / max(schedule.warmup_steps, step))
         return peak * warmup * max(schedule.min_lr_ratio, height)
-    done = _done(schedule, step, steps, seconds)
+    done = _decay_fraction(schedule, step, steps, seconds)
     floor = schedule.min_lr_ratio
     return peak * warmup * (floor + (1.0 - floor) * _height(schedule, done))
 
 
-def _done(schedule: ScheduleConfig, step: int, steps: int | None, seconds: float) -> float:
-    """How far the fall has come: 0 at the peak, 1 at the floor."""
+def _decay_fraction(schedule: ScheduleConfig, step: int, steps: int | None, seconds: float) -> float:
+    """Fraction of the decay that is done: 0 at the peak, 1 at the floor."""
     if steps is None:
         assert schedule.budget_seconds is not None
         spent, begin, end = seconds / schedule.budget_seconds, 0.9 if schedule.name == "wsd" else 0.0, 1.0
@@ -35,7 +38,7 @@ def _done(schedule: ScheduleConfig, step: int, steps: int | None, seconds: float
 
 
 def _height(schedule: ScheduleConfig, done: float) -> float:
-    """Of the curve between floor (0) and peak (1)."""
+    """Height of the decay curve between floor (0) and peak (1)."""
     match schedule.name:
         case "constant":
             return 1.0
@@ -45,7 +48,7 @@ def _height(schedule: ScheduleConfig, done: float) -> float:
             return math.pow(1.0 - done, schedule.power)
         case "wsd":
             # Hu et al. 2024 (MiniCPM) decay exponentially; Hägele et al. 2024, "Scaling laws and compute-optimal
-            # training beyond fixed training durations", find 1 - sqrt consistently better than a straight line.
+            # training beyond fixed training durations", find 1 - sqrt consistently better than linear.
             return 1.0 - math.sqrt(done)
         case _:
             return 1.0 - done

@@ -17,7 +17,7 @@ from experiment.run_folder import RunFolder
 from pretrain.config import PretrainConfig
 from pretrain.corpus.build import build_corpus
 from pretrain.corpus.options import CorpusOptions
-from pretrain.resolve import check_run
+from pretrain.resolve import resolve
 from pretrain.stream import open_stream
 from pretrain.world import World
 from rank_pool import RankPool
@@ -117,15 +117,15 @@ def carry_out(name: str, pool: RankPool, corpora: Path, folder: Path) -> Tree:
     return {
         "steps": steps,
         "evaluations": [event for event in logged if "loss" not in event],
-        "masks": masks(tree, steps[0]["step"] - 1, steps[-1]["step"], folder / "index"),
+        "masks": masks(tree, steps[0]["step"] - 1, steps[-1]["step"]),
         "norms": norms(checkpoint_path(RunFolder(run_folder).checkpoints, steps[-1]["step"])),
     }
 
 
-def masks(tree: Tree, first: int, last: int, index_folder: Path) -> list[str]:
+def masks(tree: Tree, first: int, last: int) -> list[str]:
     """A digest of what the model sees, is asked and where, for each of the steps from `first` to `last`."""
     config = build_config(PretrainConfig, tree)
-    stream = open_stream(config, check_run(config, 1), True, 0, World(), index_folder)
+    stream = open_stream(resolve(config, 1), World(), packed=True, first_position=0)
     return [digest(stream[step]) for step in range(first, last)]
 
 

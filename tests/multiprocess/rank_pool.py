@@ -160,7 +160,7 @@ def _rank_main(rank: int, size: int, address: str, port: int) -> NoReturn:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         connection = Client(address)
         connection.send(rank)
-        from pretrain.engine.engine import connect
+        from pretrain.engine.process_group import connect
 
         world = connect(timedelta(seconds=COLLECTIVE_SECONDS), rank, size)
         while True:

@@ -13,7 +13,8 @@ from experiment.config import build_config
 from experiment.run_folder import RunFolder
 from pretrain.batching.batch import Microbatch
 from pretrain.config import PretrainConfig
-from pretrain.training.checkpointer import FragmentReader
+from pretrain.training.checkpoint_io import FragmentReader
+from pretrain.training.health import HEALTH_LIMITS, HealthLimits
 from pretrain.training.stop_request import StopRequest
 from pretrain.world import World
 
@@ -50,17 +51,18 @@ def settings(folder: Path, corpus: Path, ds_config: str = "fp32_zero1", **change
     return tree
 
 
-def pretrain_case(world: World, tree: Mapping[str, Any], stop_after: int | None = None) -> str:
+def pretrain_case(
+    world: World,
+    tree: Mapping[str, Any],
+    stop_after: int | None = None,
+    limits: HealthLimits = HEALTH_LIMITS,
+) -> str:
     """Carry out a run on this rank; its outcome. `stop_after`: so many steps on, the last rank is asked to stop."""
-    import pretrain.run
+    from pretrain.run import pretrain
 
-    original = pretrain.run.StopRequest
-    if stop_after is not None and world.rank == world.size - 1:
-        pretrain.run.StopRequest = functools.partial(_StopAfter, stop_after)  # type: ignore[misc,assignment]
-    try:
-        return pretrain.run.pretrain(build_config(PretrainConfig, tree), world).value
-    finally:
-        pretrain.run.StopRequest = original  # type: ignore[misc]
+    asked = stop_after is not None and world.rank == world.size - 1
+    stop_request = functools.partial(_StopAfter, stop_after) if asked else StopRequest
+    return pretrain(build_config(PretrainConfig, tree), world, stop_request, limits).value
 
 
 class _StopAfter(StopRequest):
@@ -76,18 +78,26 @@ class _StopAfter(StopRequest):
         return "the test wants it" if self._left <= 0 else None
 
 
-def build_engine(world: World, tree: Tree) -> tuple[Any, Any]:
+def build_engine(world: World, tree: Tree, seed: int | None = None) -> tuple[Any, Any]:
     """The engine of a run, as a case, and its model as it was built."""
     from pretrain.engine.engine import Engine
     from pretrain.modeling.build import build_model
     from pretrain.modeling.masked_lm import MaskedLanguageModel
-    from pretrain.resolve import check_run
+    from pretrain.resolve import resolve
 
-    config = build_config(PretrainConfig, tree)
-    inputs = check_run(config, world.size)
-    built = build_model(config.model, inputs.model_config, config.run.seed)
-    module = MaskedLanguageModel(built.model, built.packed)
-    return Engine(module, config, inputs.ds_config, world), built.model
+    run = resolve(build_config(PretrainConfig, tree), world.size)
+    config = run.config
+    built = build_model(config.model, run.model_config, config.run.seed if seed is None else seed)
+    engine = Engine(
+        MaskedLanguageModel(built.model, built.packed),
+        run.deepspeed,
+        config.optimizer,
+        config.model,
+        seed=config.run.seed,
+        world=world,
+        swap_folder=run.deepspeed.swap_folder(run.folder.path),
+    )
+    return engine, built.model
 
 
 def microbatch() -> Microbatch:

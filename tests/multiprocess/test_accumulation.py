@@ -17,7 +17,7 @@ SMALL = TINY | NO_DROPOUT | {"num_hidden_layers": 1}
 
 def summing_case(world: World, tree: Tree, folder: Path, microbatches: int) -> None:
     """One update from so many equal microbatches."""
-    from pretrain.training import checkpointer as checkpoint
+    from pretrain.training.checkpoint_io import save_checkpoint
 
     with fp16_supported():
         engine, _ = build_engine(world, tree)
@@ -25,7 +25,7 @@ def summing_case(world: World, tree: Tree, folder: Path, microbatches: int) -> N
     for number in range(microbatches):
         engine.accumulate(microbatch(), 6 * MANY, 0, number)
     assert engine.step().applied
-    checkpoint.save(engine, folder, 1, {}, lambda _, hf: hf.mkdir(), Retention(1))
+    save_checkpoint(engine, folder, 1, {}, lambda _, hf: hf.mkdir(), Retention(1))
     engine.close()
 
 

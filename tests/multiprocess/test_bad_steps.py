@@ -36,10 +36,9 @@ def poisoned_case(
     A gradient counts as a spike after 3 steps already, and a run is given up after 4 bad ones or 3 rewinds.
     """
     import pretrain.run
-    import pretrain.training.health as health
-    import pretrain.training.trainer as loop
     from pretrain.engine.engine import Engine
     from pretrain.modeling.masked_lm import MaskedLanguageModel
+    from pretrain.training.health import HealthLimits, UnhealthyError
 
     here: list[Poison] = []
 
@@ -61,12 +60,9 @@ def poisoned_case(
         original = Engine.accumulate
         patch.setattr(Engine, "accumulate", accumulate)
         patch.setattr(pretrain.run, "MaskedLanguageModel", Poisoned)
-        patch.setattr(health, "HISTORY", 3)
-        patch.setattr(loop, "MOST_IN_A_ROW", 4)
-        patch.setattr(loop, "MOST_REWINDS", 3)
         try:
-            return pretrain_case(world, tree, stop_after)
-        except health.UnhealthyError as error:
+            return pretrain_case(world, tree, stop_after, HealthLimits(min_norms=3, max_consecutive=4, max_rewinds=3))
+        except UnhealthyError as error:
             return str(error)
 
 
@@ -137,7 +133,7 @@ def test_a_bad_batch_under_each_policy(
 
     assert pools[2].run(poisoned_case, trees["rewind"], bad) == ["done", "done"]
     said = RunFolder(tmp_path / "rewind").rank_log(0).read_text(encoding="utf-8")
-    assert "going back to step 3" in said
+    assert "rewound to step 3" in said
     assert "OVERFLOW" not in said  # DeepSpeed's word for it
     assert same(tmp_path / "skip", tmp_path / "rewind", 8)
 
@@ -214,13 +210,13 @@ def test_the_bad_batch_can_be_looked_at(pools: dict[int, RankPool], wordpiece_co
 
 def full_disk_case(world: World, tree: Mapping[str, Any]) -> str:
     """A run that meets poison in step 3 and cannot save."""
-    import pretrain.run
+    import pretrain.training.checkpointer
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrain.run, "write_hugging_face_folder", full)
+        patch.setattr(pretrain.training.checkpointer, "write_hugging_face_folder", full)
         return poisoned_case(world, tree, {3: Poison(NAN)})
 
 
@@ -250,7 +246,7 @@ def test_a_run_does_not_go_back_for_ever(pools: dict[int, RankPool], wordpiece_c
     tree = settings(tmp_path, wordpiece_corpus, schedule__steps=20, health__policy="rewind")
     (message,) = pools[1].run(poisoned_case, tree, {step: Poison(NAN) for step in range(2, 21, 2)})
     assert message.startswith("step 8: the loss is nan")
-    assert "gone back to step 0 3 times" in message
+    assert "rewound to step 0 3 times" in message
 
 
 def flipped_case(world: World, tree: Mapping[str, Any], flipped_rank: int) -> str:
@@ -265,7 +261,7 @@ def flipped_case(world: World, tree: Mapping[str, Any], flipped_rank: int) -> st
     def step(self: Engine, limit: float) -> Any:
         result = stepped(self, limit)
         if steps[-1] == 4 and world.rank == flipped_rank:
-            weight = dict(self.deepspeed.module.named_parameters())[
+            weight = dict(self._deepspeed.module.named_parameters())[
                 "model.bert.encoder.layer.1.attention.output.dense.weight"
             ]
             bits = weight.data.view(-1)[7:8].view(torch.uint8)
@@ -307,11 +303,11 @@ def test_a_rank_whose_weights_changed_is_named(
 
 def scripted_case(world: World, tree: Mapping[str, Any], losses: Sequence[float], stop_after: int | None = None) -> str:
     """A run whose evaluations find these losses, one after the other."""
-    import pretrain.run
+    from pretrain.evaluate import HeldOutEvaluator
 
     left = list(losses)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrain.run, "as_metrics", lambda _: {"eval/held/loss": left.pop(0)})
+        patch.setattr(HeldOutEvaluator, "metrics", lambda *_: {"eval/held/loss": left.pop(0)})
         return pretrain_case(world, tree, stop_after)
 
 

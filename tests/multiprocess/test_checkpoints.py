@@ -11,12 +11,11 @@ from typing import Any
 import pytest
 
 from experiment.checkpoints import Retention, checkpoint_path, complete_checkpoints, newest_usable, verify
-from experiment.config import build_config
 from experiment.run_folder import RunFolder
-from pretrain.config import PretrainConfig
+from experiment.tokenizer import load_tokenizer
 from pretrain.world import World
 from rank_pool import RankPool
-from runs import Tree, curve, everything, pretrain_case, settings
+from runs import Tree, build_engine, curve, everything, pretrain_case, settings
 
 
 class Killed(BaseException):
@@ -57,25 +56,19 @@ class _Killer:
 
 def killed_saves_case(world: World, tree: Tree, folder: Path, every: int) -> int:
     """Save step 2 over and over, killed at each `every`-th change to the disk; returns the number of changes."""
-    from pretrain.engine.engine import Engine
     from pretrain.export import write_hugging_face_folder
-    from pretrain.modeling.build import build_model
-    from pretrain.modeling.masked_lm import MaskedLanguageModel
-    from pretrain.resolve import check_run
-    from pretrain.training import checkpointer as checkpoint
+    from pretrain.training.checkpoint_io import save_checkpoint
 
-    config = build_config(PretrainConfig, tree)
-    inputs = check_run(config, world.size)
-    built = build_model(config.model, inputs.model_config, seed=1)
-    engine = Engine(MaskedLanguageModel(built.model, built.packed), config, inputs.ds_config, world)
+    tokenizer = load_tokenizer(Path(tree["corpus"]["train"]) / "tokenizer")
+    engine, model = build_engine(world, tree, seed=1)
     checkpoints, before = folder / "checkpoints", folder / "before"
 
     def write_model(weights: dict[str, Any], target: Path) -> None:
         own = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
-        write_hugging_face_folder(own, built.model, inputs.tokenizer, target)
+        write_hugging_face_folder(own, model, tokenizer, target)
 
     def save(step: int) -> None:
-        checkpoint.save(engine, checkpoints, step, {"is": step}, write_model, Retention(1))
+        save_checkpoint(engine, checkpoints, step, {"is": step}, write_model, Retention(1))
 
     save(1)
     shutil.copytree(checkpoints, before)

@@ -64,17 +64,17 @@ def test_it_follows_the_masters(
 
 def average_case(world: World, tree: Tree, folder: Path, source: Path | None, limits: list[float]) -> list[bool]:
     """Load `source`, if any, make a step for each limit, save."""
-    from pretrain.training import checkpointer as checkpoint
+    from pretrain.training.checkpoint_io import load_checkpoint, save_checkpoint
 
     engine, _ = build_engine(world, tree)
     if source is not None:
-        checkpoint.load(engine, source)
+        load_checkpoint(engine, source)
     applied = []
     for step, limit in enumerate(limits):
         engine.begin_step(step, 0.01)
         engine.accumulate(microbatch(), 6.0, 0, 0)
         applied.append(engine.step(limit).applied)
-    checkpoint.save(engine, folder, 1, {}, lambda _, hf: hf.mkdir(), Retention(9))
+    save_checkpoint(engine, folder, 1, {}, lambda _, hf: hf.mkdir(), Retention(9))
     engine.close()
     return applied
 

@@ -44,17 +44,17 @@ def test_rotary_frequencies_stay_in_fp32(
 def steps_case(world: World, tree: Tree, folder: Path) -> list[bool]:
     """A step with a rate of 0, a real one, one with NaN gradients; which were applied. Saved before and after each."""
     from experiment.checkpoints import Retention
-    from pretrain.training import checkpointer as checkpoint
+    from pretrain.training.checkpoint_io import save_checkpoint
 
     engine, _ = build_engine(world, tree)
     applied = []
-    checkpoint.save(engine, folder, 1, {}, lambda _, hf: hf.mkdir(), Retention(9))
+    save_checkpoint(engine, folder, 1, {}, lambda _, hf: hf.mkdir(), Retention(9))
     for step, (rate, masked) in enumerate([(0.0, 6.0), (0.01, 6.0), (0.01, float("nan"))], start=2):
         engine.begin_step(step, rate)
         micro = microbatch()._replace(masked_positions=torch.tensor([1, 4, 20]))
         engine.accumulate(micro, masked, step, 0)
         applied.append(engine.step().applied)
-        checkpoint.save(engine, folder, step, {}, lambda _, hf: hf.mkdir(), Retention(9))
+        save_checkpoint(engine, folder, step, {}, lambda _, hf: hf.mkdir(), Retention(9))
     engine.close()
     return applied
 

@@ -22,12 +22,13 @@ def fp16_case(
 ) -> str:
     """A run in fp16; the message where it fails for its loss scale. At each (step, rank) of `poisoned` a gradient is
     infinite there."""
-    from pretrain.engine.engine import Engine, LossScaleError
+    from pretrain.engine.engine import Engine
+    from pretrain.engine.loss_scaler import LossScaleError
 
     accumulate = Engine.accumulate
 
     def with_poison(self: Any, microbatch: Any, global_masked: int, step: int, number: int) -> Any:
-        parameter = next(self.deepspeed.module.parameters())
+        parameter = next(self._deepspeed.module.parameters())
         hook = parameter.register_hook(
             lambda gradient: gradient.fill_(torch.inf) if (step, world.rank) in poisoned and number == 0 else gradient
         )

@@ -20,7 +20,7 @@ from experiment.config import build_config
 from pretrain.batching.batch import IGNORED, RankBatch
 from pretrain.config import PretrainConfig
 from pretrain.modeling.build import build_model
-from pretrain.resolve import check_run
+from pretrain.resolve import resolve
 from pretrain.stream import open_stream
 from pretrain.world import World
 from rank_pool import RankPool
@@ -42,8 +42,7 @@ def global_batch(corpus: Path, width: int, microbatch_tokens: int, world: World,
     """A rank's share of the first global batch of a run with these settings."""
     batch = {"sequences": SEQUENCES, "max_seq_length": width, "microbatch_tokens": microbatch_tokens}
     config = build_config(PretrainConfig, settings(Path("unused"), corpus, run__seed=SEED) | {"batch": batch})
-    inputs = check_run(config, world.size)
-    return open_stream(config, inputs, packed, 0, world, Path("unused"))[0]
+    return open_stream(resolve(config, world.size), world, packed=packed, first_position=0)[0]
 
 
 @pytest.fixture(scope="session")
@@ -53,10 +52,10 @@ def gradient(wordpiece_corpus: Path) -> dict[str, Tensor]:
         Path("unused"), wordpiece_corpus, run__seed=SEED, model__config=TINY | NO_DROPOUT, batch__sequences=SEQUENCES
     )
     config = build_config(PretrainConfig, tree)
-    inputs = check_run(config, 1)
-    start = build_model(config.model, inputs.model_config, config.run.seed).model.state_dict()
-    inputs.model_config._attn_implementation = "eager"
-    model = AutoModelForMaskedLM.from_config(inputs.model_config)
+    run = resolve(config, 1)
+    start = build_model(config.model, run.model_config, config.run.seed).model.state_dict()
+    run.model_config._attn_implementation = "eager"
+    model = AutoModelForMaskedLM.from_config(run.model_config)
     model.load_state_dict(start)
 
     width = config.batch.max_seq_length

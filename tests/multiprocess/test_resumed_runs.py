@@ -8,11 +8,9 @@ import pytest
 import torch
 
 from experiment.checkpoints import Retention, checkpoint_path, complete_checkpoints
-from experiment.config import build_config
-from pretrain.config import PretrainConfig
 from pretrain.world import World
 from rank_pool import RankPool
-from runs import NO_DROPOUT, TINY, Tree, curve, everything, pretrain_case, settings, untimed
+from runs import NO_DROPOUT, TINY, Tree, build_engine, curve, everything, pretrain_case, settings, untimed
 
 Layout = tuple[int, str]  # world size, DeepSpeed file
 
@@ -95,18 +93,11 @@ def test_a_run_goes_on_at_another_layout(
 
 def copy_case(world: World, tree: Tree, source: Path, target: Path) -> None:
     """Load a checkpoint into an engine of this layout and save what the engine then holds."""
-    from pretrain.engine.engine import Engine
-    from pretrain.modeling.build import build_model
-    from pretrain.modeling.masked_lm import MaskedLanguageModel
-    from pretrain.resolve import check_run
-    from pretrain.training import checkpointer as checkpoint
+    from pretrain.training.checkpoint_io import load_checkpoint, save_checkpoint
 
-    config = build_config(PretrainConfig, tree)
-    inputs = check_run(config, world.size)
-    built = build_model(config.model, inputs.model_config, seed=99)
-    engine = Engine(MaskedLanguageModel(built.model, built.packed), config, inputs.ds_config, world)
-    checkpoint.load(engine, source)
-    checkpoint.save(engine, target, 2, {}, lambda weights, folder: folder.mkdir(), Retention(100))
+    engine, _ = build_engine(world, tree, seed=99)
+    load_checkpoint(engine, source)
+    save_checkpoint(engine, target, 2, {}, lambda weights, folder: folder.mkdir(), Retention(100))
     engine.close()
 
 

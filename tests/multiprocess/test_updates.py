@@ -23,7 +23,7 @@ def soak(*layouts: Any) -> list[Any]:
 def veto_case(world: World, tree: Tree, folder: Path, limits: list[float]) -> list[tuple[bool, float]]:
     """One step for each limit, on gradients that are the same but for the weights; then a save."""
     from experiment.checkpoints import Retention
-    from pretrain.training import checkpointer as checkpoint
+    from pretrain.training.checkpoint_io import save_checkpoint
 
     engine, _ = build_engine(world, tree)
     results = []
@@ -31,7 +31,7 @@ def veto_case(world: World, tree: Tree, folder: Path, limits: list[float]) -> li
         engine.begin_step(step, 0.01)
         engine.accumulate(microbatch(), 6.0, 0, 0)
         results.append(tuple(engine.step(limit)))
-    checkpoint.save(engine, folder, 1, {}, lambda _, hf: hf.mkdir(), Retention(9))
+    save_checkpoint(engine, folder, 1, {}, lambda _, hf: hf.mkdir(), Retention(9))
     engine.close()
     return results
 
@@ -158,7 +158,7 @@ def rewind_case(world: World, tree: Tree, folder: Path) -> None:
     """A frozen step, saved as 1; one after the thaw, as 2; then back to 1, saved as 3, and the same step, as 4."""
     from experiment.checkpoints import Retention
     from pretrain.engine.partitions import base_optimizer
-    from pretrain.training import checkpointer as checkpoint
+    from pretrain.training.checkpoint_io import load_checkpoint, save_checkpoint
 
     engine, _ = build_engine(world, tree)
 
@@ -168,16 +168,16 @@ def rewind_case(world: World, tree: Tree, folder: Path) -> None:
         engine.step()
 
     def save(name: int) -> None:
-        checkpoint.save(engine, folder, name, {}, lambda _, hf: hf.mkdir(), Retention(9))
+        save_checkpoint(engine, folder, name, {}, lambda _, hf: hf.mkdir(), Retention(9))
 
     step(0)
     save(1)
     step(1)
     save(2)
-    states = base_optimizer(engine.deepspeed).state.values()
+    states = base_optimizer(engine._deepspeed).state.values()
     moments = [StorageWeakRef(state["exp_avg"].untyped_storage()) for state in states]
     assert moments
-    checkpoint.load(engine, checkpoint_path(folder, 1))
+    load_checkpoint(engine, checkpoint_path(folder, 1))
     assert all(moment.expired() for moment in moments)
     save(3)
     step(1)
@@ -204,7 +204,7 @@ def step_or_load_case(world: World, tree: Tree, folder: Path, source: Path | Non
     """A step, or `source` in its place, then a save as 1. Returns how many parameter groups there are."""
     from experiment.checkpoints import Retention
     from pretrain.engine.partitions import base_optimizer
-    from pretrain.training import checkpointer as checkpoint
+    from pretrain.training.checkpoint_io import load_checkpoint, save_checkpoint
 
     engine, _ = build_engine(world, tree)
     if source is None:
@@ -212,9 +212,9 @@ def step_or_load_case(world: World, tree: Tree, folder: Path, source: Path | Non
         engine.accumulate(microbatch(), 6.0, 0, 0)
         engine.step()
     else:
-        checkpoint.load(engine, source)
-    checkpoint.save(engine, folder, 1, {}, lambda _, hf: hf.mkdir(), Retention(9))
-    groups = len(base_optimizer(engine.deepspeed).param_groups)
+        load_checkpoint(engine, source)
+    save_checkpoint(engine, folder, 1, {}, lambda _, hf: hf.mkdir(), Retention(9))
+    groups = len(base_optimizer(engine._deepspeed).param_groups)
     engine.close()
     return groups
 

@@ -16,25 +16,28 @@ from pretrain.batching.masking import MaskingPolicy, MaskingSchedule
 from pretrain.batching.packing import MicrobatchLayout
 from pretrain.batching.vocabulary import build_vocabulary
 from pretrain.corpus.reader import open_corpus
-from pretrain.evaluate import HeldOut, as_metrics, evaluate, evaluate_command, held_out
+from pretrain.evaluate import (
+    HeldOutCorpus,
+    HeldOutEvaluator,
+    HeldOutSettings,
+    Predict,
+    Scores,
+    evaluate_command,
+    open_held_out,
+)
 from pretrain.modeling.masked_lm import Predictions
 from pretrain.world import World
 
 POLICY = MaskingPolicy(0.15, 0.8, 0.1)
 
 
-def opened(corpus: Path, layout: MicrobatchLayout, seed: int = 42, policy: MaskingPolicy = POLICY) -> HeldOut:
+def opened(corpus: Path, layout: MicrobatchLayout, seed: int = 42, policy: MaskingPolicy = POLICY) -> HeldOutCorpus:
     vocabulary = build_vocabulary(load_tokenizer(corpus / "tokenizer"))
-    return held_out(
-        "held",
-        open_corpus(corpus),
-        vocabulary=vocabulary,
-        policy=policy,
-        seed=seed,
-        layout=layout,
-        world=World(),
-        index_folder=corpus,
-    )
+    return open_held_out(open_corpus(corpus), HeldOutSettings(vocabulary, policy, seed, layout), World(), corpus)
+
+
+def evaluate(held: HeldOutCorpus, predict: Predict) -> Scores:
+    return HeldOutEvaluator({"held": held}).evaluate(predict, torch.device("cpu"))["held"]
 
 
 def by_hand(ids: Tensor) -> Tensor:
@@ -51,7 +54,7 @@ def predict(microbatch: Microbatch) -> Predictions:
 def test_figures_by_hand_whatever_the_microbatch(heldout_corpus: Path) -> None:
     """Catches means of means, fillers that count, and figures that move with the microbatch or the packing."""
     scores = [
-        evaluate([opened(heldout_corpus, MicrobatchLayout(40, tokens, packed))], predict, torch.device("cpu"))["held"]
+        evaluate(opened(heldout_corpus, MicrobatchLayout(40, tokens, packed)), predict)
         for tokens, packed in ((40, True), (400, True), (4000, False))
     ]
     first = scores[0]
@@ -69,7 +72,7 @@ def test_figures_by_hand_whatever_the_microbatch(heldout_corpus: Path) -> None:
 def test_masks_depend_on_the_seed_alone(heldout_corpus: Path) -> None:
     """Catches figures that cannot be compared along a run, and a seed that is ignored."""
     layout = MicrobatchLayout(40, 400)
-    again = [evaluate([opened(heldout_corpus, layout, seed)], predict, torch.device("cpu")) for seed in (1, 1, 2)]
+    again = [evaluate(opened(heldout_corpus, layout, seed), predict) for seed in (1, 1, 2)]
     assert again[0] == again[1]
     assert again[0] != again[2]
 
@@ -82,9 +85,13 @@ def test_a_corpus_without_predicted_tokens_has_no_figures(heldout_corpus: Path) 
 
     held = opened(heldout_corpus, MicrobatchLayout(40, 400))
     maker = replace(held.maker, masking_schedule=MaskingSchedule((1e-9,), "stepped", steps=1))
-    scores = evaluate([replace(held, maker=maker)], nothing, torch.device("cpu"))
-    assert scores["held"].masked_tokens == 0
-    assert as_metrics(scores) == {"eval/held/loss": None, "eval/held/perplexity": None, "eval/held/accuracy": None}
+    held = replace(held, maker=maker)
+    assert evaluate(held, nothing).masked_tokens == 0
+    assert HeldOutEvaluator({"held": held}).metrics(nothing, torch.device("cpu")) == {
+        "eval/held/loss": None,
+        "eval/held/perplexity": None,
+        "eval/held/accuracy": None,
+    }
 
 
 @pytest.fixture

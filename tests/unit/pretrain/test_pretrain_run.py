@@ -10,7 +10,7 @@ import yaml
 
 import pretrain.run
 from experiment.run_folder import Outcome, RunFolder
-from pretrain.engine.engine import LossScaleError
+from pretrain.engine.loss_scaler import LossScaleError
 from pretrain.world import World
 
 

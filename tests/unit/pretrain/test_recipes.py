@@ -7,7 +7,7 @@ from transformers import AutoConfig
 
 from experiment.config import load_config
 from pretrain.config import PretrainConfig
-from pretrain.engine.settings import find_ds_config, read_ds_config
+from pretrain.engine.settings import load_settings
 
 RECIPES = sorted((Path(__file__).resolve().parents[3] / "pretrain" / "recipes").glob("*.yaml"))
 
@@ -21,7 +21,7 @@ def test_there_are_recipes() -> None:
 def test_recipe_is_a_run(path: Path) -> None:
     """A key was renamed, a value fell out of its range, or the DeepSpeed JSON that is named has gone."""
     config = load_config(PretrainConfig, path)
-    read_ds_config(find_ds_config(config.engine.ds_config))
+    load_settings(config.engine.ds_config)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -125,7 +125,7 @@ def test_more_ranks_than_cores_are_refused(refuse: Refuse) -> None:
         (["--model.added_tokens={byte_level}"], ["model.added_tokens", "{byte_level}", "does not extend"]),
         (["--model.max_positions=100"], ["model.max_positions is 100", "512"]),
         (["--batch.max_seq_length=600", "--batch.microbatch_tokens=600", "--model.max_positions=599"], ["599"]),
-        (["--run.resume={start}"], ["'run.resume'", "{start}", "holds no complete checkpoint"]),
+        (["--run.resume={start}"], ["'run.resume'", "{start}", "has no complete checkpoint"]),
     ],
 )
 def test_what_does_not_fit_the_model_that_goes_on_is_refused(

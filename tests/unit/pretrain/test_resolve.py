@@ -10,7 +10,7 @@ from pretrain.corpus.build import build_corpus
 from pretrain.corpus.options import CorpusOptions
 from pretrain.export import write_hugging_face_folder
 from pretrain.modeling.build import build_model
-from pretrain.resolve import check_beginning, check_run, run_identity
+from pretrain.resolve import resolve
 
 TINY = {"model_type": "bert", "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 
@@ -32,7 +32,7 @@ def test_words_in_text_without_spaces(
         "engine": {"ds_config": "ds_configs/fp32_zero1.json"},
     }
     with caplog.at_level(logging.WARNING):
-        check_run(build_config(PretrainConfig, tree), 1)
+        resolve(build_config(PretrainConfig, tree), 1)
     assert ("--segmenter jieba" in caplog.text) == warned
 
 
@@ -50,14 +50,14 @@ def test_beginning_with_a_model_of_the_same_corpus_and_seed(
         "engine": {"ds_config": "ds_configs/fp32_zero1.json"},
     }
     config = build_config(PretrainConfig, tree)
-    inputs = check_run(config, 1)
-    built = build_model(config.model, inputs.model_config, 8).model
-    write_hugging_face_folder(dict(built.named_parameters()), built, inputs.tokenizer, tmp_path / "step" / "hf")
-    (tmp_path / "step" / "state.json").write_text(json.dumps({"identity": run_identity(config, inputs)}))
+    run = resolve(config, 1)
+    built = build_model(config.model, run.model_config, 8).model
+    write_hugging_face_folder(dict(built.named_parameters()), built, run.tokenizer, tmp_path / "step" / "hf")
+    (tmp_path / "step" / "state.json").write_text(json.dumps({"identity": run.identity}))
 
     tree["run"] = {"dir": str(tmp_path / "second"), "seed": seed}
     tree["model"] = {"init_from": str(tmp_path / "step" / "hf")}
     config = build_config(PretrainConfig, tree)
     with caplog.at_level(logging.WARNING):
-        check_beginning(config, check_run(config, 1))
+        resolve(config, 1)
     assert ("another seed" in caplog.text) == warned

@@ -16,12 +16,12 @@ from experiment.errors import UserError
 from pretrain.batching.batch import IGNORED, RankBatch
 from pretrain.batching.masking import MaskingSchedule
 from pretrain.config import PretrainConfig
-from pretrain.resolve import Inputs, check_run
-from pretrain.stream import Stream, open_stream
+from pretrain.resolve import ResolvedRun, resolve
+from pretrain.stream import TrainingStream, open_stream
 from pretrain.world import World
 
 TINY = {"model_type": "bert", "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-Open = Callable[..., Stream]
+Open = Callable[..., TrainingStream]
 Origin = tuple[int, int, int]  # corpus, epoch, sequence
 
 STAGES = [
@@ -32,17 +32,17 @@ STAGES = [
 
 
 @pytest.fixture
-def open_(wordpiece_corpus: Path, heldout_corpus: Path, tmp_path: Path) -> Open:
+def open_(wordpiece_corpus: Path, heldout_corpus: Path) -> Open:
     """The stream of a run whose mixture is of the training corpus (weight 3) and the held-out one (weight 1)."""
 
-    def open_it(world: World = World(), mixed: bool = True, **sections: Any) -> Stream:  # noqa: B008 (it is frozen)
-        config, inputs = _inputs(wordpiece_corpus, heldout_corpus, mixed, sections)
-        return open_stream(config, inputs, packed=True, first_position=0, world=world, index_folder=tmp_path)
+    def open_it(world: World = World(), mixed: bool = True, **sections: Any) -> TrainingStream:  # noqa: B008 (it is frozen)
+        run = resolved(wordpiece_corpus, heldout_corpus, mixed, sections)
+        return open_stream(run, world, packed=True, first_position=0)
 
     return open_it
 
 
-def _inputs(train: Path, heldout: Path, mixed: bool, sections: dict[str, Any]) -> tuple[PretrainConfig, Inputs]:
+def resolved(train: Path, heldout: Path, mixed: bool, sections: dict[str, Any]) -> ResolvedRun:
     mixture = [{"path": str(train), "weight": 3.0}, {"path": str(heldout), "weight": 1.0}]
     tree = {
         "run": {"dir": "unused", "seed": 4},
@@ -52,8 +52,7 @@ def _inputs(train: Path, heldout: Path, mixed: bool, sections: dict[str, Any]) -
         "schedule": {"steps": 16},
         "engine": {"ds_config": "ds_configs/fp32_zero1.json"},
     }
-    config = build_config(PretrainConfig, tree | sections)
-    return config, check_run(config, 1)
+    return resolve(build_config(PretrainConfig, tree | sections), 1)
 
 
 def everything(steps: int = 16) -> dict[str, Any]:
@@ -226,7 +225,7 @@ def test_what_does_not_fit_together_is_refused(
 ) -> None:
     """Catches stages that outgrow the model or their microbatches, and lengths nobody can reckon with."""
     with pytest.raises(UserError) as refused:
-        _inputs(wordpiece_corpus, heldout_corpus, True, sections)
+        resolved(wordpiece_corpus, heldout_corpus, True, sections)
     assert all(part in str(refused.value) for part in parts)
 
 
@@ -235,17 +234,17 @@ def test_a_mixture_of_what_does_not_mix_is_refused(
 ) -> None:
     """Catches ids of two tokenizers in one batch, and a corpus that is there twice under two names."""
     with pytest.raises(UserError, match="another tokenizer"):
-        _inputs(wordpiece_corpus, byte_level_corpus, True, {})
+        resolved(wordpiece_corpus, byte_level_corpus, True, {})
     with pytest.raises(UserError, match="the same corpus"):
-        _inputs(wordpiece_corpus, wordpiece_corpus, True, {})
+        resolved(wordpiece_corpus, wordpiece_corpus, True, {})
 
 
 def test_corpora_of_a_mixture_have_names_that_tell_them_apart(
     wordpiece_corpus: Path, heldout_corpus: Path, tmp_path: Path
 ) -> None:
     """Catches figures of two corpora that are logged under one name."""
-    _, inputs = _inputs(wordpiece_corpus, heldout_corpus, True, {})
-    assert [given.name for given in inputs.train] == ["text", "text-heldout"]
+    run = resolved(wordpiece_corpus, heldout_corpus, True, {})
+    assert [given.name for given in run.corpora] == ["text", "text-heldout"]
     namesake = shutil.copytree(heldout_corpus, tmp_path / "other" / "text")
-    _, inputs = _inputs(wordpiece_corpus, namesake, True, {})
-    assert [given.name for given in inputs.train] == [f"{wordpiece_corpus.parent.name}/text", "other/text"]
+    run = resolved(wordpiece_corpus, namesake, True, {})
+    assert [given.name for given in run.corpora] == [f"{wordpiece_corpus.parent.name}/text", "other/text"]

@@ -6,20 +6,21 @@ import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
 
 from experiment.errors import UserError
-from pretrain.engine.engine import check_ds_config, check_precision, merged_ds_config
 from pretrain.engine.settings import (
     REPOSITORY,
     Precision,
+    check_device_support,
     find_ds_config,
-    offload_of,
-    precision_of,
-    read_ds_config,
-    ready_file,
-    stage_of,
+    load_settings,
+    parse_settings,
 )
 
 PRECISIONS: tuple[Precision, ...] = ("fp16", "bf16", "fp32")
 FILES = sorted((REPOSITORY / "ds_configs").glob("*.json"))
+
+
+def engine_config(raw: dict[str, Any]) -> dict[str, Any]:
+    return parse_settings(raw, Path("own.json")).engine_config(grad_clip=1.0)
 
 
 def test_there_is_a_file_for_each_precision_stage_and_offload() -> None:
@@ -33,15 +34,15 @@ def test_there_is_a_file_for_each_precision_stage_and_offload() -> None:
 def test_deepspeed_understands_the_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches keys that DeepSpeed refuses, files that belie their name, and DeepSpeed's default clipping of 1.0."""
     monkeypatch.setenv("WORLD_SIZE", "1")
-    config = read_ds_config(path)
-    parsed = DeepSpeedConfig(merged_ds_config(config, grad_clip=0.7))
+    settings = load_settings(str(path))
+    parsed = DeepSpeedConfig(settings.engine_config(grad_clip=0.7))
     precision, kind, *offload = path.stem.split("_")
     stage, device = int(kind[-1]), offload[0] if offload else "none"
-    assert precision_of(config) == precision
-    assert stage_of(config) == stage
-    assert offload_of(config) == device
+    assert settings.precision == precision
+    assert settings.requested_zero_stage == stage
+    assert settings.offload == device
     runs_as = 1 if precision != "fp32" and stage == 0 else 3 if device == "nvme" else stage
-    assert parsed.zero_optimization_stage == runs_as
+    assert parsed.zero_optimization_stage == runs_as == settings.zero_stage
     found = parsed.zero_config.offload_optimizer
     assert (str(found.device) if found else "none") == device
     assert parsed.gradient_clipping == (0.7 if runs_as else 0.0)
@@ -55,10 +56,10 @@ def test_deepspeed_understands_the_file(path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_gradients_are_summed_in_fp32_unless_the_file_says_otherwise(precision: str) -> None:
     """Catches a file of the user's own that leaves it out, with which DeepSpeed would sum in 16 bit."""
-    silent = merged_ds_config({precision: {"enabled": True}}, 1.0)
+    silent = engine_config({precision: {"enabled": True}})
     assert (silent["communication_data_type"], silent["data_types"]) == ("fp32", {"grad_accum_dtype": "fp32"})
     said = {"communication_data_type": precision, "data_types": {"grad_accum_dtype": precision}}
-    merged = merged_ds_config({precision: {"enabled": True}} | said, 1.0)
+    merged = engine_config({precision: {"enabled": True}} | said)
     assert {key: merged[key] for key in said} == said
 
 
@@ -66,7 +67,7 @@ def test_merging_changes_no_argument() -> None:
     """Catches a second engine that is built from what the first one made of the file."""
     config: dict[str, Any] = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 0}}
     before = json.dumps(config)
-    merged_ds_config(config, 1.0)
+    engine_config(config)
     assert json.dumps(config) == before
 
 
@@ -95,7 +96,7 @@ def test_merging_changes_no_argument() -> None:
         ),
         ('{"zero_optimization": {"stage": 3, "offload_optimizer": "cpu"}}', "expected a JSON object"),
         ('{"fp16": {"enabled": true, "loss_scale": 128}}', "'fp16.loss_scale' is 128"),
-        ('{"torch_autocast": {"enabled": true, "dtype": "float16"}}', "leave it out and enable 'fp16' or 'bf16'"),
+        ('{"torch_autocast": {"enabled": true, "dtype": "float16"}}', "remove it and enable 'fp16' or 'bf16'"),
         ('{"zero_optimization": {"stage": 2, "compute_grad_norm": false}}', "'compute_grad_norm' is false"),
         ('{"zero_optimisation": {"stage": 3}}', "unknown key 'zero_optimisation'; did you mean 'zero_optimization'?"),
     ],
@@ -106,7 +107,7 @@ def test_what_the_runs_own_config_decides_is_refused(tmp_path: Path, text: str, 
     path = tmp_path / "ds.json"
     path.write_text(text)
     with pytest.raises(UserError) as refused:
-        read_ds_config(path)
+        load_settings(str(path))
     assert message in str(refused.value)
     assert str(path) in str(refused.value)
 
@@ -124,7 +125,7 @@ def test_what_deepspeed_refuses_is_refused_in_words(tmp_path: Path, text: str, n
     path = tmp_path / "ds.json"
     path.write_text(text)
     with pytest.raises(UserError) as refused:
-        check_ds_config(read_ds_config(path), path)
+        load_settings(str(path))
     assert named in str(refused.value)
     assert str(path) in str(refused.value)
 
@@ -137,7 +138,7 @@ def test_a_section_of_the_wrong_type_is_refused(tmp_path: Path, text: str) -> No
     path = tmp_path / "ds.json"
     path.write_text(text)
     with pytest.raises(UserError, match=str(path)):
-        precision_of(read_ds_config(path))
+        load_settings(str(path))
 
 
 def test_a_file_is_looked_for_here_and_in_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,19 +165,20 @@ def test_a_precision_that_the_device_lacks_is_refused_with_the_file_to_use(
         monkeypatch.setattr(
             get_accelerator(), f"is_{precision}_supported", lambda precision=precision: precision in has
         )
-    config = read_ds_config(path)
+    settings = load_settings(str(path))
+    monkeypatch.setattr("pretrain.engine.settings._check_nvme", lambda _: None)  # has tests of its own
     wanted, _, kind = path.stem.partition("_")
     if wanted in has:
-        check_precision(config)
+        check_device_support(settings)
         return
     with pytest.raises(UserError, match=f"cannot train in {wanted}") as refused:
-        check_precision(config)
+        check_device_support(settings)
     instead = find_ds_config(str(refused.value).partition("--engine.ds_config=")[2])
     assert instead.stem == f"{has[0]}_{kind}"
-    check_precision(read_ds_config(instead))
+    check_device_support(load_settings(str(instead)))
 
 
 def test_own_offload_at_a_stage_without_a_ready_file_is_sent_to_the_next_one() -> None:
     """Catches a message that names a file which does not exist."""
     own = {"fp16": {"enabled": True}, "zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}
-    assert ready_file(own, "bf16", "cpu") == "ds_configs/bf16_zero2_cpu_offload.json"
+    assert parse_settings(own, Path("own.json")).preset("bf16", "cpu") == "ds_configs/bf16_zero2_cpu_offload.json"

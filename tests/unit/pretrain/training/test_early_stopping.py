@@ -5,19 +5,25 @@ from typing import Any
 import pytest
 
 from pretrain.config import EvaluationConfig
-from pretrain.training.early_stopping import EvaluationHistory, judge, out_of_patience, overfitted, standing_of
+from pretrain.training.early_stopping import (
+    EvaluationHistory,
+    history_from_json,
+    newly_overfitting,
+    should_stop_early,
+    update_history,
+)
 
 
 def after(
     config: EvaluationConfig, *evaluations: dict[str, Any], training: tuple[float, ...] = ()
 ) -> list[EvaluationHistory]:
-    """The standing after each evaluation, one every 10 steps. `training`: mean loss of the steps before each."""
-    standing, found, trained = EvaluationHistory(), [], (0.0, 0)
+    """The history after each evaluation, one every 10 steps. `training`: mean loss of the steps before each."""
+    history, found, trained = EvaluationHistory(), [], (0.0, 0)
     for number, metrics in enumerate(evaluations):
         if training and number:
             trained = (trained[0] + 50 * training[number], trained[1] + 50)
-        standing = judge(standing, config, 10 * number, metrics, trained)
-        found.append(standing)
+        history = update_history(history, config, 10 * number, metrics, trained)
+        found.append(history)
     return found
 
 
@@ -44,18 +50,18 @@ def test_the_best_step(kind: str, values: tuple[float | None, ...], best_step: i
 def test_patience_counts_evaluations_since_the_best() -> None:
     """Catches a count that is not reset by a new best, or that is off by one."""
     config = EvaluationConfig(best_metric="eval/a/loss", patience=2)
-    standings = after(config, *losses(3.0, 3.1, 2.9, 2.9, 3.0))
-    assert [out_of_patience(standing, config) for standing in standings] == [False, False, False, False, True]
-    assert not out_of_patience(standings[-1], EvaluationConfig(best_metric="eval/a/loss", patience=3))
-    assert not out_of_patience(standings[-1], EvaluationConfig(best_metric="eval/b/loss", patience=2))
+    histories = after(config, *losses(3.0, 3.1, 2.9, 2.9, 3.0))
+    assert [should_stop_early(history, config) for history in histories] == [False, False, False, False, True]
+    assert not should_stop_early(histories[-1], EvaluationConfig(best_metric="eval/a/loss", patience=3))
+    assert not should_stop_early(histories[-1], EvaluationConfig(best_metric="eval/b/loss", patience=2))
 
 
 def test_another_metric_begins_anew() -> None:
     """Catches a loss that is compared with an accuracy after the config has changed."""
-    standing = after(EvaluationConfig(best_metric="eval/a/loss"), *losses(0.2))[-1]
+    history = after(EvaluationConfig(best_metric="eval/a/loss"), *losses(0.2))[-1]
     config = EvaluationConfig(best_metric="eval/a/accuracy")
-    standing = judge(standing, config, 50, {"eval/a/accuracy": 0.1}, (0.0, 0))
-    assert (standing.best, standing.best_step) == (0.1, 50)
+    history = update_history(history, config, 50, {"eval/a/accuracy": 0.1}, (0.0, 0))
+    assert (history.best, history.best_step) == (0.1, 50)
 
 
 def test_overfitting_is_training_loss_down_and_held_out_loss_up() -> None:
@@ -67,15 +73,15 @@ def test_overfitting_is_training_loss_down_and_held_out_loss_up() -> None:
         for a in (5.0, 4.0, 4.1, 4.2, 4.3, 4.0, 4.1, 4.2)  # up at 2, 3, 4, 6 and 7
     ]
     falling = after(config, *evaluations, training=(0, 6, 5, 4, 3, 2, 1, 0.5))
-    assert [overfitted(standing, config) for standing in falling] == [[], [], [], ["a"], [], [], [], ["a"]]
+    assert [newly_overfitting(history, config) for history in falling] == [[], [], [], ["a"], [], [], [], ["a"]]
     rising = after(config, *evaluations, training=(0, 1, 2, 3, 4, 5, 6, 7))
-    assert not any(overfitted(standing, config) for standing in rising)
+    assert not any(newly_overfitting(history, config) for history in rising)
     assert falling[3].train_loss == 4.0
 
 
-def test_a_standing_survives_json() -> None:
+def test_a_history_survives_json() -> None:
     """Catches what a resumed run would forget."""
     config = EvaluationConfig(best_metric="eval/a/loss", patience=2)
-    standing = after(config, *losses(3.0, 2.1, 2.9, 3.3), training=(0, 6, 5, 4.1))[-1]
-    assert standing.rising
-    assert standing_of(json.loads(json.dumps(asdict(standing)))) == standing
+    history = after(config, *losses(3.0, 2.1, 2.9, 3.3), training=(0, 6, 5, 4.1))[-1]
+    assert history.rising
+    assert history_from_json(json.loads(json.dumps(asdict(history)))) == history

@@ -2,23 +2,35 @@ import math
 
 import pytest
 
-from pretrain.training.health import HISTORY, WINDOW, Fault, diagnose, in_a_row, norm_limit, remember
+from pretrain.training.health import (
+    HEALTH_LIMITS,
+    NORM_WINDOW,
+    Fault,
+    append_norm,
+    count_consecutive,
+    diagnose,
+    norm_limit,
+)
 
 
 def test_a_spike_is_far_above_the_median_once_there_is_one() -> None:
     """Catches spikes seen in the first wild steps of a run, and a limit that is a mean, which one large norm moves."""
-    assert norm_limit([1.0] * (HISTORY - 1), 10.0) == math.inf
-    assert norm_limit([1.0] * HISTORY, 10.0) == 10.0
-    assert norm_limit([1.0] * HISTORY + [9.0] * (HISTORY - 1), 10.0) == 10.0
-    assert norm_limit([0.0] * HISTORY, 10.0) == math.inf, "every gradient is above nothing"
+    assert norm_limit([1.0] * (HEALTH_LIMITS.min_norms - 1), 10.0, HEALTH_LIMITS) == math.inf
+    assert norm_limit([1.0] * HEALTH_LIMITS.min_norms, 10.0, HEALTH_LIMITS) == 10.0
+    assert (
+        norm_limit([1.0] * HEALTH_LIMITS.min_norms + [9.0] * (HEALTH_LIMITS.min_norms - 1), 10.0, HEALTH_LIMITS) == 10.0
+    )
+    assert norm_limit([0.0] * HEALTH_LIMITS.min_norms, 10.0, HEALTH_LIMITS) == math.inf, (
+        "every gradient is above nothing"
+    )
 
 
 def test_the_window_forgets() -> None:
     """Catches a median over the whole run, beside which the small gradients of its end never stand out."""
     norms: tuple[float, ...] = ()
-    for norm in [100.0] * WINDOW + [1.0] * WINDOW:
-        norms = remember(norms, norm)
-    assert norms == (1.0,) * WINDOW
+    for norm in [100.0] * NORM_WINDOW + [1.0] * NORM_WINDOW:
+        norms = append_norm(norms, norm)
+    assert norms == (1.0,) * NORM_WINDOW
 
 
 @pytest.mark.parametrize(
@@ -26,8 +38,8 @@ def test_the_window_forgets() -> None:
     [
         (math.nan, math.nan, False, "the loss is nan"),
         (math.inf, math.nan, True, "the loss is inf"),
-        (2.5, math.inf, False, "the norm of the gradient is inf, the loss 2.5"),
-        (2.5, math.nan, False, "the norm of the gradient is nan"),
+        (2.5, math.inf, False, "the gradient norm is inf, the loss 2.5"),
+        (2.5, math.nan, False, "the gradient norm is nan"),
         (2.5, 42.0, False, "42, 21 times the median of the recent steps (2)"),
         (2.5, 42.0, True, "21 times"),
     ],
@@ -47,7 +59,7 @@ def test_an_overflow_of_fp16_is_no_fault() -> None:
 
 def test_bad_steps_are_counted_without_a_good_one_in_between() -> None:
     """Catches a run that ends since ten batches of a million were bad."""
-    assert in_a_row([3, 7, 8, 9], 9) == 3
-    assert in_a_row([3, 7, 8, 9], 3) == 1
-    assert in_a_row([9, 8, 12, 7], 9) == 3
-    assert in_a_row([], 4) == 0
+    assert count_consecutive([3, 7, 8, 9], 9) == 3
+    assert count_consecutive([3, 7, 8, 9], 3) == 1
+    assert count_consecutive([9, 8, 12, 7], 9) == 3
+    assert count_consecutive([], 4) == 0

@@ -10,8 +10,8 @@ from experiment.errors import UserError
 from experiment.provenance import ancestors_of, write_origin, write_provenance
 from experiment.run_folder import RunFolder
 from pretrain.config import PretrainConfig, RunConfig
-from pretrain.training.progress import Progress, fork_of
-from pretrain.training.resume import ResumePlan, check_fork, check_resume, identity, plan_resume
+from pretrain.training.progress import TrainingProgress, fork_progress
+from pretrain.training.resume import ResumePlan, check_fork, check_resume, plan_resume, run_identity
 
 CONFIG = {"run": {"dir": "/runs/a"}, "model": {"config": {"model_type": "bert"}}, "corpus": {"train": "/data/a"}}
 MODEL = {"model_type": "bert", "hidden_size": 24, "transformers_version": "5.0", "dtype": None}
@@ -25,7 +25,7 @@ def who(
     for dotted, value in changes.items():
         section, _, key = dotted.partition("__")
         tree[section] = tree.get(section, {}) | {key: value}
-    return identity(build_config(PretrainConfig, tree), model, corpora)
+    return run_identity(build_config(PretrainConfig, tree), model, corpora)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_a_fork_may_change_what_a_resume_may_not() -> None:
 
 def identity_of_model(settings: dict[str, Any]) -> dict[str, Any]:
     tree = {**CONFIG, "schedule": {"steps": 10}, "model": settings}
-    return identity(build_config(PretrainConfig, tree), MODEL, [("f1", 1.0)])
+    return run_identity(build_config(PretrainConfig, tree), MODEL, [("f1", 1.0)])
 
 
 def make_run(path: Path, steps: tuple[int, ...], relation: str | None = None, parent: Path | None = None) -> Path:
@@ -173,11 +173,13 @@ def test_what_a_fork_takes_over(tmp_path: Path) -> None:
         ({"corpora": (("f2", 1.0),)}, True, False),
     ]
     for changes, moments, same_stream in cases:
-        beginning = begin(tmp_path / "new", str(parent), **changes)
-        assert (beginning.moments, beginning.same_stream) == (moments, same_stream)
-    progress = Progress(step=4, tokens=9, seconds=5.0, norms=(1.0,), skipped=(2, 6), interval_masked=3, evaluated=True)
-    assert fork_of(progress, same_stream=True) == Progress(step=4, tokens=9, skipped=(2, 6))
-    assert fork_of(progress, same_stream=False) == Progress(step=4, tokens=9)
+        plan = begin(tmp_path / "new", str(parent), **changes)
+        assert (plan.load_optimizer_state, plan.same_stream) == (moments, same_stream)
+    progress = TrainingProgress(
+        step=4, tokens=9, seconds=5.0, grad_norms=(1.0,), bad_steps=(2, 6), interval_masked=3, evaluated=True
+    )
+    assert fork_progress(progress, same_stream=True) == TrainingProgress(step=4, tokens=9, bad_steps=(2, 6))
+    assert fork_progress(progress, same_stream=False) == TrainingProgress(step=4, tokens=9)
 
 
 def test_what_a_checkpoint_may_be_called(tmp_path: Path) -> None:
@@ -207,13 +209,13 @@ def test_a_fork_goes_on_and_nothing_else_is_overwritten(tmp_path: Path) -> None:
     assert begin(fork, str(parent)) == begin(fork, "auto") == own
     assert begin(fork, str(tmp_path / "deleted")) == own, "the parent is not needed any more"
     for run in (other, parent, make_run(tmp_path / "continued", (6,), "init_from", parent)):
-        with pytest.raises(UserError, match="was not forked from"):
+        with pytest.raises(UserError, match="is not a fork of"):
             begin(run, str(parent))
-    with pytest.raises(UserError, match="was not forked from"):
+    with pytest.raises(UserError, match="is not a fork of"):
         begin(fork, str(other))
 
 
-@pytest.mark.parametrize(("resume", "why"), [("sometimes", "is not there"), ("", "holds no complete checkpoint")])
+@pytest.mark.parametrize(("resume", "why"), [("sometimes", "does not exist"), ("", "has no complete checkpoint")])
 def test_what_names_no_checkpoint_is_refused(tmp_path: Path, resume: str, why: str) -> None:
     """Catches a misspelled path that begins a run from nothing."""
     with pytest.raises(UserError, match=rf"'run\.resume': expected auto, never.*{why}"):
@@ -223,5 +225,5 @@ def test_what_names_no_checkpoint_is_refused(tmp_path: Path, resume: str, why: s
 def test_never_wants_an_unused_folder(tmp_path: Path) -> None:
     """Catches a second run on top of a first one."""
     assert begin(tmp_path / "new", "never") == begin(tmp_path / "new", "auto") == ResumePlan()
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="already holds a run"):
         begin(make_run(tmp_path / "run", (4,)), "never")

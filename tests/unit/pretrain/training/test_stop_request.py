@@ -32,7 +32,7 @@ def test_a_stop_file_is_a_wish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         now += 0.1
         assert stop.reason is None, "looked again after a tenth of a second"
         now += 1.0
-        assert stop.reason == f"{tmp_path / 'STOP'} is there"
+        assert stop.reason == f"found {tmp_path / 'STOP'}"
         (tmp_path / "STOP").unlink()
         assert stop.reason is not None, "a wish is not taken back"
     finally:

@@ -1,0 +1,229 @@
+"""Write and read the tensors of a checkpoint. A checkpoint is complete or does not exist.
+
+    RUN/checkpoints/step-00000100/
+        engine/rank-00000.safetensors   each rank's fragments of the fp32 masters and optimizer state
+        engine/index.json               which slice of which parameter is in which file
+        hf/                             fp32 weights, config and tokenizer, for transformers
+        hf-ema/                         the same with the averaged weights, if they are kept
+        state.json                      everything that is not a tensor
+        COMPLETE                        checksums of all of the above, written last
+
+It is written to a temporary folder, synced, checksummed, marked complete and renamed. Fragments are named by parameter
+and slice, not by rank or ZeRO stage, so a checkpoint loads at any world size, stage and precision. Saving needs no
+collective on tensors.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from experiment.checkpoints import (
+    Retention,
+    apply_retention,
+    checkpoint_path,
+    mark_complete,
+    read_state,
+    write_best,
+)
+from experiment.errors import UserError
+from experiment.files import fsync, write_json
+from pretrain.engine.engine import Engine
+from pretrain.world import World
+
+# Kinds of tensors that are saved of a parameter, besides the optimizer's own (exp_avg, exp_avg_sq, step).
+MASTER = "fp32"
+AVERAGE = "ema"
+
+WriteModel = Callable[[dict[str, Tensor], Path], None]
+"""Writes a Hugging Face folder from fp32 weights by parameter name."""
+
+
+class UnwritableError(Exception):
+    """A checkpoint cannot be written; the message says on which ranks, and why."""
+
+
+def save_checkpoint(
+    engine: Engine, checkpoints: Path, step: int, state: dict[str, Any], write_model: WriteModel, keep: Retention
+) -> Path:
+    """Write the checkpoint of `step` and delete old ones. Collective; raises UnwritableError on all ranks if one
+    cannot write."""
+    final = checkpoint_path(checkpoints, step)
+    partial = checkpoints / f".{final.name}.partial"
+    is_rank0 = engine.world.rank == 0
+    with _AllRanksOrNone(engine.world):
+        if is_rank0:
+            shutil.rmtree(partial, ignore_errors=True)
+            (partial / "engine").mkdir(parents=True)
+    entries: dict[str, Any] = {}
+    with _AllRanksOrNone(engine.world):
+        entries = _write_fragments(engine, partial / "engine" / f"rank-{engine.world.rank:05d}.safetensors")
+    gathered: list[Any] = [None] * engine.world.size
+    dist.all_gather_object(gathered, entries)
+    with _AllRanksOrNone(engine.world):
+        if is_rank0:
+            write_json(partial / "engine" / "index.json", _merge(gathered), indent=1)
+            reader = FragmentReader(partial / "engine")
+            write_model(reader.read_all(MASTER), partial / "hf")
+            if engine.ema is not None:
+                write_model(reader.read_all(AVERAGE), partial / "hf-ema")
+            state = state | {"step": step, "loss_scaler": engine.loss_scaler_state()}
+            write_json(partial / "state.json", state, indent=1)
+            mark_complete(partial)
+            if final.exists():  # incomplete or damaged: a good one is never written again
+                shutil.rmtree(final)
+            partial.rename(final)
+            fsync(checkpoints)
+            if keep.best is not None:
+                write_best(checkpoints, keep.best)  # before the previous best may be deleted
+            apply_retention(checkpoints, keep, newest=step)
+    return final
+
+
+def load_checkpoint(engine: Engine, checkpoint: Path, load_optimizer_state: bool = True) -> None:
+    """Overwrite the engine's weights and optimizer state. Collective.
+
+    `load_optimizer_state`: False if the checkpoint was written with another optimizer.
+
+    Raises UserError if its parameters are not the model's.
+    """
+    reader = FragmentReader(checkpoint / "engine")
+    engine.clear_optimizer_state()
+    for fragment in engine.fragments():
+        shape = reader.shape(fragment.name)
+        if shape != fragment.shape:
+            raise UserError(
+                f"{checkpoint}: parameter '{fragment.name}' has shape {shape}, the model's has {fragment.shape}"
+            )
+        span = (fragment.start, fragment.start + fragment.numel)
+        master, kinds = reader.read(fragment.name, MASTER, span), reader.kinds(fragment.name)
+        state = {
+            kind: reader.read(fragment.name, kind, span)
+            for kind in kinds
+            if load_optimizer_state and kind not in (MASTER, AVERAGE)
+        }
+        engine.restore_fragment(fragment, master, state)
+        if engine.ema is not None:  # a fork may have enabled it: then it starts at the weights
+            average = reader.read(fragment.name, AVERAGE, span) if AVERAGE in kinds else master
+            engine.ema.of(fragment).copy_(average)
+    engine.copy_masters_to_model()
+    engine.load_loss_scaler_state(read_state(checkpoint)["loss_scaler"])
+
+
+class FragmentReader:
+    """Reads any slice of any parameter from the files of all ranks."""
+
+    def __init__(self, folder: Path) -> None:
+        """`folder`: engine/ of a checkpoint."""
+        self._folder = folder
+        self._index: dict[str, Any] = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        self._files: dict[str, Any] = {}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Raises UserError for a parameter that the checkpoint does not have."""
+        if name not in self._index:
+            raise UserError(f"{self._folder.parent} has no parameter '{name}': it is a checkpoint of another model")
+        return tuple(self._index[name]["shape"])
+
+    def kinds(self, name: str) -> list[str]:
+        """What is saved of a parameter: the fp32 master, optimizer states, the average."""
+        return list(self._index[name]["kinds"])
+
+    def read(self, name: str, kind: str, span: tuple[int, int] | None = None) -> Tensor:
+        """Elements [start, end) of the flattened parameter (default: all); a scalar state whole."""
+        entry = self._index[name]
+        start, end = span or (0, torch.Size(entry["shape"]).numel())
+        if not entry["kinds"][kind]:
+            first = entry["fragments"][0]
+            scalar: Tensor = self._open(first["file"]).get_tensor(_key(name, first["start"], kind))
+            return scalar
+        whole: Tensor | None = None
+        for piece in entry["fragments"]:
+            low, high = max(start, piece["start"]), min(end, piece["start"] + piece["numel"])
+            if low < high:
+                stored = self._open(piece["file"]).get_slice(_key(name, piece["start"], kind))
+                part = stored[low - piece["start"] : high - piece["start"]]
+                whole = torch.empty(end - start, dtype=part.dtype) if whole is None else whole
+                whole[low - start : high - start] = part
+        assert whole is not None
+        return whole
+
+    def read_all(self, kind: str) -> dict[str, Tensor]:
+        """Whole parameters in their own shapes, by name."""
+        return {name: self.read(name, kind).view(self.shape(name)) for name in self._index}
+
+    def _open(self, name: str) -> Any:
+        if name not in self._files:
+            self._files[name] = safe_open(self._folder / name, framework="pt")
+        return self._files[name]
+
+
+def _write_fragments(engine: Engine, path: Path) -> dict[str, Any]:
+    """Write this rank's fragments and return their index. At ZeRO 0 every rank owns everything: rank 0 writes."""
+    if engine.zero_stage == 0 and engine.world.rank != 0:
+        return {}
+    tensors: dict[str, Tensor] = {}
+    entries: dict[str, Any] = {}
+    for fragment in engine.fragments():
+        kept = {MASTER: fragment.master} | engine.optimizer_state(fragment)
+        if engine.ema is not None:
+            kept[AVERAGE] = engine.ema.of(fragment)
+        for kind, tensor in kept.items():
+            tensors[_key(fragment.name, fragment.start, kind)] = tensor.detach().to("cpu", copy=True).contiguous()
+        entries[fragment.name] = {
+            "shape": list(fragment.shape),
+            "kinds": {kind: tensor.dim() > 0 for kind, tensor in kept.items()},  # False: one scalar for all elements
+            "fragments": [{"file": path.name, "start": fragment.start, "numel": fragment.numel}],
+        }
+    save_file(tensors, path)
+    fsync(path)
+    return entries
+
+
+def _key(name: str, start: int, kind: str) -> str:
+    return f"{name}@{start}/{kind}"
+
+
+def _merge(ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    for entries in ranks:
+        for name, entry in entries.items():
+            if name in merged:
+                merged[name]["fragments"] += entry["fragments"]
+            else:
+                merged[name] = entry
+    for name, entry in merged.items():
+        whole = torch.Size(entry["shape"]).numel()
+        assert sum(piece["numel"] for piece in entry["fragments"]) == whole, f"fragments of {name} do not add up"
+    return merged
+
+
+class _AllRanksOrNone:
+    """A part of a save that fails on all ranks if it fails on one, so that no rank waits for the others."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
+    ) -> bool:
+        # safetensors and tokenizers, written in Rust, do not raise OSError when they cannot write.
+        if error is not None and not isinstance(error, OSError) and "(os error " not in str(error):
+            return False
+        errors: list[str | None] = [None] * self._world.size
+        dist.all_gather_object(errors, str(error) if error else None)
+        problems = {f"rank {rank}: {problem}" for rank, problem in enumerate(errors) if problem}
+        if problems:
+            raise UnwritableError("; ".join(sorted(problems))) from error
+        return True

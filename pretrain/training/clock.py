@@ -1,0 +1,22 @@
+"""Training time of a run, over all attempts, and time since the last checkpoint."""
+
+import time
+
+
+class TrainingClock:
+    def __init__(self, seconds_before: float) -> None:
+        """`seconds_before`: of training in earlier attempts."""
+        self._start = time.monotonic() - seconds_before
+        self._saved = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Of training, over all attempts."""
+        return time.monotonic() - self._start
+
+    @property
+    def minutes_since_save(self) -> float:
+        return (time.monotonic() - self._saved) / 60
+
+    def restart_save_timer(self) -> None:
+        self._saved = time.monotonic()
