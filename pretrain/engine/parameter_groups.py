@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from pretrain.config import ModelConfig, OptimizerConfig
 from pretrain.engine.optimizers import AdamW, GatedOptimizer, Lamb, StableAdamW
-from pretrain.modeling.layer_ids import layer_ids, matches
+from pretrain.modeling.layer_ids import is_in_module, layer_ids
 
 
 def parameter_groups(model: PreTrainedModel, optimizer: OptimizerConfig, freeze: ModelConfig) -> list[dict[str, Any]]:
@@ -30,7 +30,7 @@ def parameter_groups(model: PreTrainedModel, optimizer: OptimizerConfig, freeze:
     for name, parameter in model.named_parameters():
         decays = id(parameter) not in norms and not name.endswith("bias") and parameter.dim() >= 2
         lr_scale = optimizer.layer_decay ** (max(depths.values()) - depths[name])
-        frozen_until = freeze.freeze_steps if any(matches(item, name) for item in freeze.freeze) else 0
+        frozen_until = freeze.freeze_steps if any(is_in_module(name, module) for module in freeze.freeze) else 0
         group = groups.setdefault(
             (lr_scale, frozen_until, not decays),
             {

@@ -1,7 +1,8 @@
 """transformers' own masked-LM models, and how they are computed here.
 
-- build: config or folder -> model; extension: one with more words or positions; depth: the layer of a parameter
-- masked_lm: microbatch -> loss, the head on the predicted positions only
-- attention: packed sequences do not see each other; dropout: cheap on a CPU
-- flops: what a step costs
+- model_config: the `model` section of a config -> transformers config; config_fields: which fields a model uses
+- build: config or Hugging Face folder -> model; packability: whether it can be packed; resize: more tokens or positions
+- masked_lm: microbatch -> loss, with the head on predicted positions only
+- attention: packed sequences do not attend to each other; dropout: fast on a CPU
+- layer_ids: the layer of each parameter; flops: FLOPs of a step
 """

@@ -1,9 +1,9 @@
-"""Dropout that is cheap on a CPU.
+"""Fast dropout on a CPU.
 
-torch draws one 32-bit number per element, which takes longer than the layer that the dropout follows. Here every
-element gets a byte of a 64-bit word, about five times faster. The probability is thus a multiple of 1/256 (0.1 becomes
-26/256), and what is kept is scaled by the probability that is really used, so the expectation is exact. The words come
-from torch's own generator, so a seed decides them as ever.
+torch draws one 32-bit number per element, which takes longer than the layer before the dropout. Here every element uses
+one byte of a random 64-bit word, about five times faster. The probability is rounded to a multiple of 1/256 (0.1 to
+26/256), and kept elements are scaled by the rounded probability, so the expectation is exact. The words come from
+torch's generator and depend on its seed.
 """
 
 from typing import Any
@@ -16,7 +16,9 @@ _BYTE = 256
 
 
 def fast_dropout(values: Tensor, probability: float) -> Tensor:
-    """Zero each element with `probability`, scale the others up; any shape, for training."""
+    """Zero each element with `probability` and scale the others up; any shape. Always drops: call it in training only.
+
+    On CUDA, and for a probability that rounds to 0 or 1, torch's own dropout."""
     threshold = round(probability * _BYTE)
     if values.is_cuda or threshold in (0, _BYTE):
         return F.dropout(values, probability)
@@ -25,7 +27,7 @@ def fast_dropout(values: Tensor, probability: float) -> Tensor:
 
 
 def use_fast_dropout(model: nn.Module) -> None:
-    """Let the model's dropout layers compute `fast_dropout`. Neither parameters nor names change."""
+    """Switch the model's dropout layers to `fast_dropout`. Parameters and their names do not change."""
     for module in model.modules():
         if type(module) is nn.Dropout:
             module.__class__ = _FastDropout

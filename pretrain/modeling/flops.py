@@ -1,12 +1,12 @@
-"""Floating-point operations of a training step, counted for real tokens only; recomputation is never counted.
+"""Floating-point operations (FLOPs) of a training step. Padding and recomputed activations do not count.
 
 Forward and backward, per real token:
 
     6 N_encoder  +  12 h sum over layers of s_eff  +  6 r (V h + h^2)
 
-N_encoder: parameters outside the embeddings and the head; s_eff = sum(s^2) / sum(s) over the sequences, capped by a
-local window where a layer has one; r: the share of tokens that are predicted. (Kaplan et al. 2020, section 2.1, with
-attention counted for the sequences that are really there.)
+N_encoder: parameters outside the embeddings and the head; s_eff = sum(s^2) / sum(s) over the sequences, at most the
+local window where a layer has one; r: the fraction of tokens that are predicted; h: hidden size; V: vocabulary size.
+(Kaplan et al. 2020, section 2.1, with attention inside each sequence only.)
 """
 
 from dataclasses import dataclass
@@ -16,23 +16,25 @@ from transformers import PreTrainedModel
 
 @dataclass(frozen=True)
 class FlopsModel:
+    """What the FLOPs of a step depend on, besides its tokens."""
+
     encoder_parameters: int
     hidden_size: int
     vocabulary: int
-    windows: tuple[int | None, ...]  # per layer: slots that a token can see, None: its whole sequence
+    windows: tuple[int | None, ...]  # per layer: tokens in the local window, None for full attention
 
     def per_step(self, tokens: int, squared_lengths: int, predicted: int) -> float:
         """FLOPs of a step over `tokens` real tokens whose sequences' squared lengths sum to `squared_lengths`."""
         if tokens == 0:
             return 0.0
         mean_length = squared_lengths / tokens
-        seen = sum(mean_length if window is None else min(window, mean_length) for window in self.windows)
-        encoder = tokens * (6.0 * self.encoder_parameters + 12.0 * self.hidden_size * seen)
+        attended = sum(mean_length if window is None else min(window, mean_length) for window in self.windows)
+        encoder = tokens * (6.0 * self.encoder_parameters + 12.0 * self.hidden_size * attended)
         return encoder + 6.0 * predicted * (self.vocabulary * self.hidden_size + self.hidden_size**2)
 
 
 def flops_model(model: PreTrainedModel) -> FlopsModel:
-    """Read the counts off a model, before it is partitioned."""
+    """Count the parameters of a model that is not yet partitioned (ZeRO 3)."""
     config = model.config
     embeddings = {
         id(module) for name, module in model.base_model.named_modules() if name.split(".")[-1] == "embeddings"

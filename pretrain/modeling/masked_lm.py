@@ -1,7 +1,9 @@
-"""A masked language model as the training engine sees it: microbatch in, summed loss out.
+"""The module that the engine trains: microbatch in, summed loss out.
 
-The head is computed for the predicted positions only. No architecture is rewritten for that: a hook on the encoder
-keeps just those rows of its output, and the model's own head then runs on [1, M, hidden] instead of [B, W, hidden].
+The head computes predicted positions only, without code per architecture: a hook on the encoder keeps the hidden states
+of these positions, so that the model's own head runs on [1, M, D] instead of [B, W, D].
+
+Shapes: B rows, W slots, D hidden, V vocabulary, M masked positions.
 """
 
 from typing import Any, NamedTuple
@@ -15,12 +17,12 @@ from pretrain.modeling.dropout import use_fast_dropout
 
 
 class Predictions(NamedTuple):
-    loss_sum: Tensor  # scalar, fp32: sum over the predicted positions of the cross-entropy, in nats
-    correct: Tensor | None  # scalar: how many of them the model gets right; None while training
+    loss_sum: Tensor  # scalar, fp32: cross-entropy summed over the predicted positions, in nats
+    correct: Tensor | None  # scalar: number of them that the model predicts correctly; None while training
 
 
 class MaskedLanguageModel(nn.Module):
-    """Wraps a model that `AutoModelForMaskedLM` built. `packed`: it uses the packed attention."""
+    """Wraps a model from `AutoModelForMaskedLM`. `packed`: it uses the packed attention."""
 
     def __init__(self, model: PreTrainedModel, packed: bool) -> None:
         super().__init__()
@@ -39,7 +41,7 @@ class MaskedLanguageModel(nn.Module):
         masked_positions: Tensor,
         labels: Tensor,
     ) -> Predictions:
-        """The fields of a `pretrain.batching.loader.Microbatch`."""
+        """The arguments are the fields of a `pretrain.batching.batch.Microbatch`."""
         self._masked_positions = masked_positions
         try:
             if self.packed:
@@ -58,8 +60,8 @@ class MaskedLanguageModel(nn.Module):
     def _keep_masked_positions(self, _module: nn.Module, _inputs: Any, output: Any) -> Any:
         if self._masked_positions is None:
             return output
-        hidden = output[0]
-        kept = hidden.reshape(-1, hidden.shape[-1])[self._masked_positions][None]
+        hidden_BWD = output[0]
+        kept = hidden_BWD.reshape(-1, hidden_BWD.shape[-1])[self._masked_positions][None]
         if isinstance(output, tuple):
             return (kept, *output[1:])
         output[next(iter(output))] = kept

@@ -1,4 +1,4 @@
-"""Tiny models of several architectures, and the microbatches that they are fed in training."""
+"""Tiny models of several architectures, and microbatches to train them on."""
 
 import copy
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ _BERT_LIKE = {
     "max_position_embeddings": 70,
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
-    "initializer_range": 0.1,  # large, so that whatever leaks from one sequence to another is seen
+    "initializer_range": 0.1,  # large, so that a leak from one sequence to another shows
 }
 CONFIGS: dict[str, dict[str, Any]] = {
     "bert": _BERT_LIKE,
@@ -68,7 +68,7 @@ PADDED = ("deberta-v2", "mpnet")
 
 @dataclass(frozen=True)
 class Example:
-    """A model as deepcloze built it, the same model as transformers alone builds it, and a global batch."""
+    """A model as deepcloze builds it, the same model as transformers builds it, and a global batch."""
 
     built: BuiltModel
     plain: PreTrainedModel
@@ -78,7 +78,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Sequence:
-    """One sequence of a microbatch, as it would be fed alone."""
+    """One sequence of a microbatch, as input of its own."""
 
     slots: Tensor  # flattened slots of its tokens
     input_ids: Tensor  # [T]
@@ -86,7 +86,7 @@ class Sequence:
 
 
 def sequences(microbatch: Microbatch) -> list[Sequence]:
-    """The sequences of a microbatch, taken apart by their segment numbers."""
+    """Split a microbatch into its sequences."""
     labels = torch.full((microbatch.input_ids.numel(),), IGNORED)
     real = microbatch.labels != IGNORED
     labels[microbatch.masked_positions[real]] = microbatch.labels[real]
@@ -96,7 +96,7 @@ def sequences(microbatch: Microbatch) -> list[Sequence]:
 
 
 def make_example(model_type: str, corpus_folder: Path) -> Example:
-    """The tokenizer of the corpus decides the vocabulary."""
+    """The vocabulary is that of the corpus's tokenizer."""
     corpus = open_corpus(corpus_folder)
     tokenizer = load_tokenizer(corpus.tokenizer_path)
     settings = ModelConfig(config={"model_type": model_type} | CONFIGS[model_type])

@@ -8,7 +8,7 @@ from pretrain.modeling.dropout import fast_dropout, use_fast_dropout
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("probability", [0.1, 0.5])
 def test_share_and_expectation(dtype, probability):
-    """Catches a wrong share of zeros, a wrong scale, and correlation of neighbours that share a word."""
+    """Catches a wrong share of zeros, a wrong scale, and correlation between elements that share a word."""
     torch.manual_seed(0)
     values = fast_dropout(torch.ones(1000, 1000, dtype=dtype), probability).float()
     assert (values == 0).float().mean().item() == pytest.approx(probability, abs=0.003)
@@ -20,15 +20,15 @@ def test_share_and_expectation(dtype, probability):
 
 
 def test_gradient_is_that_of_the_mask():
-    """Catches a backward pass that scales or masks otherwise than the forward pass."""
+    """Catches a backward pass with another mask or scale than the forward pass."""
     values = torch.randn(37, 5, requires_grad=True)
     dropped = fast_dropout(values, 0.3)
     dropped.backward(torch.full_like(values, 2.0))
     assert torch.allclose(values.grad, 2.0 * dropped.detach() / values.detach())
 
 
-def test_a_seed_decides_the_mask():
-    """Catches a generator of its own: a resumed run must draw what the unbroken one drew."""
+def test_the_seed_determines_the_mask():
+    """Catches a generator other than torch's, which a resumed run could not restore."""
     torch.manual_seed(3)
     first, second = fast_dropout(torch.ones(100), 0.5), fast_dropout(torch.ones(100), 0.5)
     torch.manual_seed(3)
@@ -36,8 +36,8 @@ def test_a_seed_decides_the_mask():
     assert not torch.equal(first, second)
 
 
-def test_layers_are_swapped_and_evaluation_is_untouched():
-    """Catches a layer that still draws with torch's kernel, and dropout while evaluating."""
+def test_layers_are_switched_and_evaluation_drops_nothing():
+    """Catches a layer that still uses torch's kernel, and dropout during evaluation."""
     model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
     names = list(model.state_dict())
     use_fast_dropout(model)

@@ -15,7 +15,7 @@ HEAD = 6 * (VOCABULARY * HIDDEN + HIDDEN * HIDDEN)  # per predicted token
     [("bert", 3 * LAYER), ("distilbert", 3 * LAYER), ("electra", 3 * LAYER + 16 * HIDDEN + HIDDEN)],
 )
 def test_flops_of_a_step(example: Callable[[str], Example], model_type: str, encoder: int) -> None:
-    """Catches parameters counted that no token is multiplied with, such as embeddings, and factors that are off.
+    """Catches counted parameters that no token is multiplied with, such as embeddings, and wrong factors.
 
     Two sequences, of 10 and 30 tokens, six of them predicted, by hand: their mean attended length is 25.
     """
@@ -24,16 +24,16 @@ def test_flops_of_a_step(example: Callable[[str], Example], model_type: str, enc
 
 
 def test_a_local_window_caps_the_attended_length(example: Callable[[str], Example]) -> None:
-    """Catches attention FLOPs of whole sequences where ModernBERT looks at a window, and windows off by one."""
+    """Catches attention FLOPs of whole sequences in ModernBERT's local layers, and a window off by one."""
     model = flops_model(example("modernbert").built.model)
-    seen = LOCAL_WINDOW + 1  # as many on either side, and the token itself
-    assert model.windows == (None, seen, seen, None)
+    window = LOCAL_WINDOW + 1  # half on either side, and the token itself
+    assert model.windows == (None, window, window, None)
     longer = model.per_step(tokens=50, squared_lengths=50**2, predicted=0)
-    assert longer == 50 * (6 * model.encoder_parameters + 12 * HIDDEN * (2 * 50 + 2 * seen))
+    assert longer == 50 * (6 * model.encoder_parameters + 12 * HIDDEN * (2 * 50 + 2 * window))
     shorter = model.per_step(tokens=50, squared_lengths=10 * 5**2, predicted=0)
     assert shorter == 50 * (6 * model.encoder_parameters + 12 * HIDDEN * 4 * 5)
 
 
-def test_an_empty_step_costs_nothing(example: Callable[[str], Example]) -> None:
+def test_an_empty_step_has_no_flops(example: Callable[[str], Example]) -> None:
     """Catches a division by zero tokens."""
     assert flops_model(example("bert").built.model).per_step(0, 0, 0) == 0.0

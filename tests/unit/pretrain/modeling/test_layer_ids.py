@@ -5,11 +5,11 @@ import torch
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
 
 from experiment.errors import UserError
-from pretrain.modeling.layer_ids import check_freeze, layer_ids, matches
+from pretrain.modeling.layer_ids import check_freeze, is_in_module, layer_ids
 
 
 def model_of(model_type: str, **fields: Any) -> PreTrainedModel:
-    """Without memory for its weights: names and structure."""
+    """On the meta device: names and shapes only."""
     with torch.device("meta"):
         return AutoModelForMaskedLM.from_config(AutoConfig.for_model(model_type, **fields))
 
@@ -30,40 +30,40 @@ def model_of(model_type: str, **fields: Any) -> PreTrainedModel:
         ("xlm", 12, "position_embeddings", "attentions.11.", "pred_layer.proj"),
     ],
 )
-def test_every_architecture_is_numbered_from_the_embeddings_to_the_head(
+def test_layers_are_numbered_from_the_embeddings_to_the_head(
     model_type: str, layers: int, bottom: str, top: str, head: str
 ) -> None:
-    """Catches layers counted from elsewhere, numbers of modules inside a layer, and a head at the rate of a layer."""
+    """Catches a wrong origin, numbers of modules inside a layer, and a head counted as a layer."""
     fields = {"relative_attention": True} if "deberta" in model_type else {}
     ids = layer_ids(model_of(model_type, vocab_size=50, pad_token_id=1, mask_token_id=2, **fields))
     assert set(ids.values()) == set(range(layers + 2))
     for part, number in ((bottom, 0), (top, layers), (head, layers + 1)):
-        found = {name: depth for name, depth in ids.items() if part in name}
+        found = {name: layer for name, layer in ids.items() if part in name}
         assert found, f"no parameter of {model_type} has '{part}' in its name"
         tied = {name for name in found if "embeddings" in name and number}
-        assert {depth for name, depth in found.items() if name not in tied} == {number}, found
+        assert {layer for name, layer in found.items() if name not in tied} == {number}, found
 
 
-def test_items_are_whole_consecutive_parts() -> None:
-    """Catches layer.1 that freezes layer.10 to layer.19 too."""
-    assert matches("layer.1", "bert.encoder.layer.1.output.dense.weight")
-    assert not matches("layer.1", "bert.encoder.layer.11.output.dense.weight")
-    assert matches("encoder", "bert.encoder.layer.1.output.dense.weight")
-    assert not matches("embedding", "bert.embeddings.word_embeddings.weight")
+def test_modules_are_whole_consecutive_parts_of_a_name() -> None:
+    """Catches `layer.1` that also freezes layer.10 to layer.19."""
+    assert is_in_module("bert.encoder.layer.1.output.dense.weight", "layer.1")
+    assert not is_in_module("bert.encoder.layer.11.output.dense.weight", "layer.1")
+    assert is_in_module("bert.encoder.layer.1.output.dense.weight", "encoder")
+    assert not is_in_module("bert.embeddings.word_embeddings.weight", "embedding")
 
 
 @pytest.mark.parametrize(
-    ("freeze", "says"),
+    ("freeze", "message"),
     [
         (("embeddings", "layers.0"), "'layers.0'; did you mean 'layer.0'?"),
         (("layer.7",), "'layer.7'"),
         (("bert", "cls"), "whole model"),
     ],
 )
-def test_names_of_nothing_and_of_everything_are_refused(freeze: tuple[str, ...], says: str) -> None:
-    """Catches a typing error that freezes nothing without a word."""
+def test_unknown_modules_and_the_whole_model_are_rejected(freeze: tuple[str, ...], message: str) -> None:
+    """Catches a typo that silently freezes nothing, and a run that trains nothing."""
     model = model_of("bert", num_hidden_layers=2)
     with pytest.raises(UserError, match=r"^model\.freeze: ") as error:
         check_freeze(freeze, model)
-    assert says in str(error.value)
+    assert message in str(error.value)
     check_freeze(("embeddings", "layer.0", "bert.encoder.layer.1.output"), model)

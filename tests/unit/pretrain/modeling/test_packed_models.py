@@ -15,7 +15,7 @@ ALL = (*PACKED, *PADDED)
 
 
 def one_by_one_loss(example: Example) -> Tensor:
-    """Summed loss over a global batch, each sequence alone, full head, nothing of ours."""
+    """Summed loss over a global batch, each sequence alone, with the full head and none of our code."""
     losses = []
     for microbatch in example.microbatches:
         for sequence in sequences(microbatch):
@@ -26,14 +26,14 @@ def one_by_one_loss(example: Example) -> Tensor:
 
 @pytest.mark.parametrize("model_type", ALL)
 def test_which_models_are_packed(example: Callable[[str], Example], model_type: str) -> None:
-    """Catches a model that could be packed but trains padded, and one that cannot but is packed."""
+    """Catches a model that could be packed but trains padded, and the reverse."""
     assert example(model_type).built.packed == (model_type in PACKED)
 
 
 @pytest.mark.parametrize("model_type", PACKED)
 def test_packed_logits_are_those_of_each_sequence_alone(example: Callable[[str], Example], model_type: str) -> None:
-    """Catches attention across sequences, positions that go on counting or begin at the wrong number, local windows
-    measured across sequences or off by one."""
+    """Catches attention across sequences, positions that do not restart or start at the wrong number, and local windows
+    that are off by one or span sequences."""
     case = example(model_type)
     lengths = []
     with torch.inference_mode():
@@ -61,7 +61,7 @@ def relative(difference: list[Tensor], of: list[Tensor]) -> float:
 def test_loss_and_gradients_are_those_of_each_sequence_alone_with_the_full_head(
     example: Callable[[str], Example], model_type: str
 ) -> None:
-    """Catches a head that computes other rows than the predicted ones, shifted labels, and padding that takes part."""
+    """Catches a head on other positions than the predicted ones, shifted labels, and padding in the loss."""
     case = example(model_type)
     module = MaskedLanguageModel(case.built.model, case.built.packed).train()
     loss = torch.stack([module(*microbatch).loss_sum for microbatch in case.microbatches]).sum()
@@ -82,7 +82,7 @@ def test_loss_and_gradients_are_those_of_each_sequence_alone_with_the_full_head(
 def test_a_microbatch_without_predicted_tokens_contributes_nothing(
     example: Callable[[str], Example], model_type: str
 ) -> None:
-    """Catches 0/0 in the loss, which would make every weight NaN, and fillers that are learnt from."""
+    """Catches 0/0 in the loss, which would make every weight NaN, and gradients from filler positions."""
     case = example(model_type)
     batch = dataclasses.replace(case.maker, masking_schedule=MaskingSchedule((1e-9,), "stepped", steps=1))[0]
     assert batch.masked_tokens == 0
@@ -96,8 +96,8 @@ def test_a_microbatch_without_predicted_tokens_contributes_nothing(
     assert all(bool((gradient == 0).all()) for gradient in gradients)
 
 
-def test_accuracy_counts_the_predicted_tokens_that_are_right(example: Callable[[str], Example]) -> None:
-    """Catches fillers counted as right, and comparison with the token that is shown, not the one that was there."""
+def test_correct_counts_right_predictions(example: Callable[[str], Example]) -> None:
+    """Catches fillers counted as correct, and comparison with the masked input instead of the original token."""
     case = example("bert")
     module = MaskedLanguageModel(case.built.model, case.built.packed).eval()
     with torch.inference_mode():
@@ -111,8 +111,8 @@ def test_accuracy_counts_the_predicted_tokens_that_are_right(example: Callable[[
             assert int(found) == expected
 
 
-def test_the_model_of_the_folder_keeps_its_names(example: Callable[[str], Example]) -> None:
-    """Catches wrappers that rename parameters, which would make checkpoints that transformers cannot open."""
+def test_parameters_keep_their_names(example: Callable[[str], Example]) -> None:
+    """Catches a wrapper that renames parameters, so that transformers could not load the checkpoint."""
     case = example("bert")
     module = MaskedLanguageModel(case.built.model, case.built.packed)
     assert [name for name, _ in module.named_parameters()] == [

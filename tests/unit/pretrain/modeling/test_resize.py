@@ -16,7 +16,7 @@ from pretrain.export import write_hugging_face_folder
 from pretrain.modeling.build import build_model
 from pretrain.modeling.model_config import check_tokenizer, meta_model, resolve_model_config
 
-KINDS = ("bert", "roberta", "electra", "distilbert", "modernbert", "mpnet")
+MODEL_TYPES = ("bert", "roberta", "electra", "distilbert", "modernbert", "mpnet")
 WORDS = ("zedwilmar", "##zzed", "q")
 
 
@@ -41,7 +41,7 @@ def make_folder(path: Path, tokenizer: PreTrainedTokenizerFast, model_type: str,
     return model
 
 
-def continued(settings: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> Any:
+def resized(settings: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> Any:
     return build_model(settings, resolve_model_config(settings, tokenizer), seed=2).model.eval()
 
 
@@ -52,14 +52,14 @@ def logits(model: Any, ids: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("padded", [0, 8])
-@pytest.mark.parametrize("model_type", KINDS)
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_added_tokens(wordpiece: Path, extended: Path, tmp_path: Path, model_type: str, padded: int) -> None:
-    """Catches old tokens that mean something else afterwards, rows at random for new ones (in a vocabulary that was
-    padded for speed too), a decoder or its bias left behind, and tied tensors that came apart."""
+    """Catches changed logits of old tokens, random rows for new ones (also in a vocabulary padded for speed), a decoder
+    or its bias that is not resized, and tied tensors that are no longer tied."""
     old, new = load_tokenizer(wordpiece), load_tokenizer(extended)
     before = make_folder(tmp_path / "start", old, model_type, vocab_size=len(old) + padded)
     settings = ModelConfig(init_from=str(tmp_path / "start"), added_tokens=str(extended))
-    after = continued(settings, new)
+    after = resized(settings, new)
     assert after.config.vocab_size == max(len(new), len(old) + padded)
     ids = torch.randint(5, len(old), (31,))
     assert torch.allclose(logits(after, ids)[:, : len(old)], logits(before, ids)[:, : len(old)], atol=1e-5)
@@ -79,11 +79,11 @@ def test_added_tokens(wordpiece: Path, extended: Path, tmp_path: Path, model_typ
 
 
 def test_rows_of_a_16_bit_folder_are_means_in_fp32(wordpiece: Path, extended: Path, tmp_path: Path) -> None:
-    """Catches new rows and fresh heads that are rounded to the precision that the folder's config names."""
+    """Catches new rows rounded to the dtype in the folder's config."""
     old, new = load_tokenizer(wordpiece), load_tokenizer(extended)
     make_folder(tmp_path, old, "bert").bfloat16().save_pretrained(tmp_path)
     before = AutoModelForMaskedLM.from_pretrained(tmp_path, dtype=torch.float32).get_input_embeddings().weight
-    after = continued(ModelConfig(init_from=str(tmp_path), added_tokens=str(extended)), new)
+    after = resized(ModelConfig(init_from=str(tmp_path), added_tokens=str(extended)), new)
     table = after.get_input_embeddings().weight
     for token, pieces in old_pieces(new, old).items():
         expected = before[pieces].mean(0) if pieces else before.mean(0)
@@ -92,8 +92,8 @@ def test_rows_of_a_16_bit_folder_are_means_in_fp32(wordpiece: Path, extended: Pa
 
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "electra", "distilbert", "mpnet"])
 def test_learned_positions(wordpiece: Path, tmp_path: Path, model_type: str) -> None:
-    """Catches a model that is another one below the old limit, a table that is one or two rows off (RoBERTa's begin
-    after the padding row), and sequences of the new length that do not fit."""
+    """Catches changed logits up to the old limit, a table that is one or two rows off (RoBERTa's positions start after
+    the padding row), and sequences of the new length that do not fit."""
     tokenizer = load_tokenizer(wordpiece)
     before = make_folder(tmp_path, tokenizer, model_type)
     first = {"roberta": tokenizer.pad_token_id + 1, "mpnet": 2}.get(model_type, 0)
@@ -115,7 +115,7 @@ def test_learned_positions(wordpiece: Path, tmp_path: Path, model_type: str) -> 
 
 
 def test_rotary_positions(wordpiece: Path, tmp_path: Path) -> None:
-    """Catches a base that is not the formula's, local layers changed with it, and a base of the user's overridden."""
+    """Catches a wrong base, changed local layers, and a base set by the user that is overridden."""
     tokenizer = load_tokenizer(wordpiece)
     before = make_folder(tmp_path, tokenizer, "modernbert")
     config = resolve_model_config(ModelConfig(init_from=str(tmp_path), max_positions=280), tokenizer)
@@ -125,7 +125,7 @@ def test_rotary_positions(wordpiece: Path, tmp_path: Path) -> None:
     base = old["full_attention"]["rope_theta"] * 4 ** (12 / 10)  # four times the positions, heads of 12
     assert new["full_attention"]["rope_theta"] == pytest.approx(base)
     settings = ModelConfig(init_from=str(tmp_path), max_positions=280)
-    assert logits(continued(settings, tokenizer), torch.randint(5, len(tokenizer), (280,))).isfinite().all()
+    assert logits(resized(settings, tokenizer), torch.randint(5, len(tokenizer), (280,))).isfinite().all()
 
     kept = old | {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}
     own = ModelConfig(init_from=str(tmp_path), max_positions=280, config={"rope_parameters": kept})
@@ -133,7 +133,7 @@ def test_rotary_positions(wordpiece: Path, tmp_path: Path) -> None:
 
 
 def test_as_many_positions_as_there_are(wordpiece: Path, tmp_path: Path) -> None:
-    """Catches the next run of a chain, whose config still says what its model has by now, being refused or changed."""
+    """Catches rejection or another model when init_from already has as many positions as the config asks for."""
     tokenizer = load_tokenizer(wordpiece)
     make_folder(tmp_path, tokenizer, "modernbert")
     same = resolve_model_config(ModelConfig(init_from=str(tmp_path), max_positions=70), tokenizer)
@@ -148,10 +148,10 @@ def test_as_many_positions_as_there_are(wordpiece: Path, tmp_path: Path) -> None
         ("roformer", {}, 2000, "neither learned nor rotary"),
     ],
 )
-def test_positions_that_cannot_be_had_are_refused(
+def test_unsupported_positions_are_rejected(
     wordpiece: Path, tmp_path: Path, model_type: str, fields: dict[str, Any], positions: int, message: str
 ) -> None:
-    """Catches a model cut down by a typo, and one that is told to hold more than it can."""
+    """Catches a model shortened by a typo, and positions of a kind that cannot be extended."""
     tokenizer = load_tokenizer(wordpiece)
     settings = CONFIGS.get(model_type, CONFIGS["bert"]) | fields | {"vocab_size": len(tokenizer)}
     AutoConfig.for_model(model_type, **settings).save_pretrained(tmp_path)
@@ -159,10 +159,10 @@ def test_positions_that_cannot_be_had_are_refused(
         resolve_model_config(ModelConfig(init_from=str(tmp_path), max_positions=positions), tokenizer)
 
 
-def test_tokenizers_that_do_not_belong_together_are_refused(
+def test_tokenizers_that_do_not_match_are_rejected(
     wordpiece: Path, byte_level: Path, extended: Path, tmp_path: Path
 ) -> None:
-    """Catches added tokens of another model, and a corpus without the added tokens that the config names."""
+    """Catches added tokens of another model, and a corpus built without the added tokens in the config."""
     old, new = (tokenizer_fingerprint(load_tokenizer(folder)) for folder in (wordpiece, extended))
     make_folder(tmp_path, load_tokenizer(wordpiece), "bert")
     settings = ModelConfig(init_from=str(tmp_path), added_tokens=str(extended))
