@@ -84,7 +84,8 @@ class TaskConfig(Section):
     """As in pandas: with 0, double quotes enclose a field; with 3, quotes are ordinary characters."""
 
     header: Literal[0] | None = 0
-    """As in pandas: 0 takes column names from the first row; null: there is no header."""
+    """As in pandas: 0 takes column names from the first row; null: there is no header, and `columns` are numbers
+    from 0."""
 
     @model_validator(mode="after")
     def _columns_are_numbers_without_header(self) -> Self:
