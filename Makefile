@@ -9,14 +9,14 @@ READY := $(VENV)/.ready
 .PHONY: help setup demo test check soak
 
 help:
-	@echo "make demo    the whole path on real text, from documentation to a measured task: under 10 minutes on 2 cores"
+	@echo "make demo    the full pipeline on real text, from documentation to task scores: under 10 minutes on 2 cores"
 	@echo "make test    the tests"
 	@echo "make check   format, lint, types and the tests"
-	@echo "make soak    whole test matrices, long chaos runs, and the demo"
+	@echo "make soak    full test matrices, long chaos runs, and the demo"
 
 setup: $(READY)
 
-# Nothing is done here as long as pyproject.toml and this file stay as they are.
+# Runs again only if pyproject.toml or this file changes.
 $(READY): pyproject.toml Makefile
 	@PYTHON="$(PYTHON)" VENV="$(VENV)" TORCH="$(TORCH)" .ci/setup
 	@touch $@
