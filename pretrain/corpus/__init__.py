@@ -1,10 +1,12 @@
 """Raw text to token ids on disk.
 
-`deepcloze corpus` (build.py) makes a build plan from the options, reads documents, encodes them in worker processes and
-writes Arrow shards:
+`deepcloze corpus`, top-down:
 
-    options.py → build_plan.py → sources.py, formats.py → pipeline.py: encoding.py, words.py → shards.py → manifest.py
+- options.py: the flags; build.py: the build; build_plan.py: what it reads and writes
+- sources.py, documents.py, formats.py, compression.py: names of sources to documents
+- pipeline.py: documents to worker processes (workers.py, encoding.py, words.py) to shard writers
+- sampling.py: --holdout and --limit
+- shards.py, manifest.py: the files of a corpus; reader.py: opens a finished corpus for training
 
-sampling.py draws the held-out documents. reader.py opens a finished corpus for training. train_tokenizer.py and
-added_tokens.py are `deepcloze tokenizer`; python_docs/ is a source of text that needs no network.
+train_tokenizer.py and added_tokens.py are `deepcloze tokenizer`; python_docs/ is text that needs no network.
 """

@@ -1,22 +1,14 @@
-"""The bytes of one file -> its documents: plain text, JSON lines, CSV and Parquet, each perhaps compressed.
+"""Split one file into documents: plain text, JSON lines, CSV, TSV or Parquet, possibly compressed.
 
-A document is a string that keeps the place it came from. Lines end at "\\n" or "\\r\\n" alone (no Unicode line
-separators), only the line end is removed, and bytes that are no UTF-8 are refused with their line.
+A line ends at "\\n" or "\\r\\n" only, not at Unicode line separators. Only the line end is removed. Bytes that are not
+UTF-8 are rejected, naming the line.
 """
 
-import gzip
-import io
 import shutil
-import tarfile
 import tempfile
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO, Any, NamedTuple, cast
-
-import zstandard
+from typing import IO, NamedTuple
 
 from experiment.errors import UserError
 from experiment.tables import (
@@ -28,6 +20,7 @@ from experiment.tables import (
     read_json_lines,
     text_lines,
 )
+from pretrain.corpus.compression import decompress, explain_read_errors
 from pretrain.corpus.options import TextOptions
 
 # .raw and .tokens are WikiText's names for plain text.
@@ -38,15 +31,15 @@ _SUFFIXES = {
     "tsv": "tsv",
     "parquet": "parquet",
 }
-_KINDS = {suffix: kind for kind, suffixes in _SUFFIXES.items() for suffix in suffixes.split()}
+_FORMAT_OF = {suffix: name for name, suffixes in _SUFFIXES.items() for suffix in suffixes.split()}
 
 
 class Document(NamedTuple):
-    """One text and where it was found."""
+    """A text and its place in the source."""
 
     text: str
-    origin: str  # the file, or archive::member
-    line: int  # the line (in Parquet and hub data sets: the row) it begins at, from 1
+    origin: str  # file, or archive::member
+    line: int  # first line, or row in Parquet and hub data sets; counted from 1
 
     @property
     def place(self) -> str:
@@ -67,122 +60,79 @@ class ReadStats:
         return self.finished_bytes + self.file_position()
 
 
-def format_of(name: str) -> tuple[str | None, str]:
-    """(text | jsonl | csv | tsv | parquet, or None for a name that says nothing; compression: gz | zst | '')."""
+def detect_format(name: str) -> tuple[str | None, str]:
+    """Tell from a file name its format (text, jsonl, csv, tsv, parquet or None) and compression (gz, zst or "")."""
     lower = name.lower()
     compression = next((suffix for suffix in ("gz", "zst") if lower.endswith(f".{suffix}")), "")
     stem = lower.removesuffix(f".{compression}") if compression else lower
-    return (_KINDS.get(stem.rsplit(".", 1)[-1]) if "." in stem else None), compression
+    return (_FORMAT_OF.get(stem.rsplit(".", 1)[-1]) if "." in stem else None), compression
 
 
-def documents_of(
-    stream: IO[bytes], name: str, origin: str, text_format: TextOptions, stats: ReadStats
+def parse_documents(
+    stream: IO[bytes], name: str, origin: str, options: TextOptions, stats: ReadStats
 ) -> Iterator[Document]:
-    """The documents of one file's bytes, in order. Its name says what they are; plain text where it says nothing."""
-    kind, compression = format_of(name)
-    with refusing_damage(origin):
-        stream = decompressed(stream, compression)
-        if kind == "parquet":
-            # Only a plain file can be sought in; the index of a Parquet file stands at its end.
-            direct = not compression and origin == name
-            yield from _parquet(stream if direct else _spooled(stream), origin, text_format)
-        elif kind == "jsonl":
-            yield from _json_lines(text_lines(stream, origin), origin, text_format.column)
-        elif kind in ("csv", "tsv"):
-            separator = text_format.sep or ("," if kind == "csv" else "\t")
-            csv_format = CsvFormat(separator, text_format.quoting, text_format.header != "none", "--quoting")
-            yield from _csv(text_lines(stream, origin), origin, csv_format, text_format.column)
+    """Yield the documents of one file in order. If its name tells no format, it is plain text."""
+    file_format, compression = detect_format(name)
+    with explain_read_errors(origin):
+        stream = decompress(stream, compression)
+        if file_format == "parquet":
+            # Parquet has its index at the end, and only plain files are seekable.
+            seekable = not compression and origin == name
+            yield from _parse_parquet(stream if seekable else _copy_to_disk(stream), origin, options.column)
+        elif file_format == "jsonl":
+            yield from _parse_json_lines(text_lines(stream, origin), origin, options.column)
+        elif file_format in ("csv", "tsv"):
+            separator = options.sep or ("," if file_format == "csv" else "\t")
+            csv_format = CsvFormat(separator, options.quoting, options.header != "none", "--quoting")
+            yield from _parse_csv(text_lines(stream, origin), origin, csv_format, options.column)
         else:
-            yield from _plain(text_lines(stream, origin), origin, text_format, stats)
+            yield from _parse_text(text_lines(stream, origin), origin, options, stats)
 
 
-def decompressed(stream: IO[bytes], compression: str) -> IO[bytes]:
-    """The bytes inside a .gz or .zst; other streams pass through."""
-    if compression == "gz":
-        return cast(IO[bytes], gzip.GzipFile(fileobj=stream))
-    if compression == "zst":
-        return io.BufferedReader(_Zstandard(stream), 1 << 20)
-    return stream
+def cell_document(value: object, origin: str, row: int, column: str) -> Document:
+    """Make a document of a table cell; null gives an empty one. Raises UserError for anything else but text."""
+    if value is not None and not isinstance(value, str):
+        raise not_text(f"{origin}:{row}", column, value)
+    return Document(value or "", origin, row)
 
 
-class _Zstandard(io.RawIOBase):
-    """The frames of a .zst, one after the other; EOFError where the last one is cut short."""
-
-    def __init__(self, compressed: IO[bytes]) -> None:
-        self._compressed = compressed
-        self._frame: zstandard.ZstdDecompressionObj | None = None
-        self._input, self._output = b"", memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._output:
-            chunk = self._input or self._compressed.read(1 << 17)
-            if not chunk:
-                if self._frame is not None:
-                    raise EOFError("its last Zstandard frame has no end")
-                return 0
-            # 2**31 is the largest window that `zstd --long` writes.
-            self._frame = self._frame or zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
-            self._output = memoryview(self._frame.decompress(chunk))
-            self._input = b""
-            if self._frame.eof:
-                self._input, self._frame = self._frame.unused_data, None
-        size = min(len(buffer), len(self._output))
-        buffer[:size] = self._output[:size]
-        self._output = self._output[size:]
-        return size
+def _parse_text(lines: Iterable[str], origin: str, options: TextOptions, stats: ReadStats) -> Iterator[Document]:
+    pattern = options.document_start
+    numbered = enumerate(map(_strip_line_end, lines), 1)
+    if options.document == "line" and pattern is None:
+        for number, line in numbered:
+            yield Document(line, origin, number)
+        return
+    first = 1
+    collected: list[str] = []
+    for number, line in numbered:
+        is_separator = options.document == "blank_line" and not line.strip()
+        is_start = pattern is not None and pattern.search(line) is not None
+        stats.start_matches += is_start
+        if (is_separator or is_start) and collected:
+            yield Document("\n".join(collected), origin, first)
+            collected = []
+        if not is_separator:
+            first = first if collected else number
+            collected.append(line)
+    if collected:
+        yield Document("\n".join(collected), origin, first)
 
 
-@contextmanager
-def refusing_damage(origin: str) -> Iterator[None]:
-    """Turns what the readers of compressed files and archives raise into one message that names the file."""
-    try:
-        yield
-    except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError, zipfile.BadZipFile, tarfile.TarError) as error:
-        raise UserError(f"{origin} is damaged or cut short: {error}") from None
-    except OSError as error:
-        raise UserError(f"cannot read {origin}: {error.strerror or error}") from None
-
-
-def _without_end(line: str) -> str:
+def _strip_line_end(line: str) -> str:
     if line.endswith("\r\n"):
         return line[:-2]
     return line[:-1] if line.endswith("\n") else line
 
 
-def _plain(lines: Iterable[str], origin: str, text_format: TextOptions, stats: ReadStats) -> Iterator[Document]:
-    pattern = text_format.document_start
-    numbered = enumerate(map(_without_end, lines), 1)
-    if text_format.document == "line" and pattern is None:
-        for number, line in numbered:
-            yield Document(line, origin, number)
-        return
-    begun = 1
-    held: list[str] = []
-    for number, line in numbered:
-        blank = text_format.document == "blank_line" and not line.strip()
-        starts = pattern is not None and pattern.search(line) is not None
-        stats.start_matches += starts
-        if (blank or starts) and held:
-            yield Document("\n".join(held), origin, begun)
-            held = []
-        if not blank:
-            begun = begun if held else number
-            held.append(line)
-    if held:
-        yield Document("\n".join(held), origin, begun)
-
-
-def _json_lines(lines: Iterable[str], origin: str, column: str) -> Iterator[Document]:
+def _parse_json_lines(lines: Iterable[str], origin: str, column: str) -> Iterator[Document]:
     for number, row in read_json_lines(lines, origin):
         if column not in row:
             raise missing_column(f"{origin}:{number}", column, row, "--column")
-        yield Document(text_of(row[column], f"{origin}:{number}", column), origin, number)
+        yield cell_document(row[column], origin, number, column)
 
 
-def _csv(lines: Iterable[str], origin: str, csv_format: CsvFormat, column: str) -> Iterator[Document]:
+def _parse_csv(lines: Iterable[str], origin: str, csv_format: CsvFormat, column: str) -> Iterator[Document]:
     names, rows = read_csv(lines, origin, csv_format)
     if names:
         index = column_index(names, column, origin, "--column")
@@ -190,11 +140,10 @@ def _csv(lines: Iterable[str], origin: str, csv_format: CsvFormat, column: str) 
             yield Document(cells[index], origin, number)
 
 
-def _parquet(stream: IO[bytes], origin: str, text_format: TextOptions) -> Iterator[Document]:
+def _parse_parquet(stream: IO[bytes], origin: str, column: str) -> Iterator[Document]:
     import pyarrow
     import pyarrow.parquet
 
-    column = text_format.column
     try:
         file = pyarrow.parquet.ParquetFile(stream)
         if column not in file.schema_arrow.names:
@@ -203,22 +152,13 @@ def _parquet(stream: IO[bytes], origin: str, text_format: TextOptions) -> Iterat
         for batch in file.iter_batches(batch_size=1024, columns=[column]):
             for value in batch.column(0).to_pylist():
                 row += 1
-                yield Document(text_of(value, f"{origin}:{row}", column), origin, row)
+                yield cell_document(value, origin, row, column)
     except pyarrow.ArrowException as error:
-        raise UserError(f"{origin} is no whole Parquet file: {error}") from None
+        raise UserError(f"{origin} is not a Parquet file, or damaged: {error}") from None
 
 
-def _spooled(stream: IO[bytes]) -> IO[bytes]:
-    spool = tempfile.TemporaryFile()  # noqa: SIM115  (gone with its last reference)
-    shutil.copyfileobj(stream, spool, 1 << 20)
-    spool.seek(0)
-    return spool
-
-
-def text_of(value: Any, place: str, column: str) -> str:
-    """The text of a cell; nothing at all counts as an empty document."""
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise not_text(place, column, value)
-    return value
+def _copy_to_disk(stream: IO[bytes]) -> IO[bytes]:
+    copy = tempfile.TemporaryFile()  # noqa: SIM115  (deleted when it is closed)
+    shutil.copyfileobj(stream, copy, 1 << 20)
+    copy.seek(0)
+    return copy

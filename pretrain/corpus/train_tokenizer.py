@@ -14,10 +14,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from experiment.errors import UserError
 from experiment.tokenizer import BERT_TOKENS, ROBERTA_TOKENS, save_tokenizer
+from pretrain.corpus.documents import read_documents
 from pretrain.corpus.formats import ReadStats
 from pretrain.corpus.options import TextOptions, TokenizerOptions
 from pretrain.corpus.progress_bar import ProgressBar
-from pretrain.corpus.sources import Source, find_sources, read_documents
+from pretrain.corpus.sources import Source, find_sources
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -13,9 +13,10 @@ import zstandard
 from pydantic import ValidationError
 
 from experiment.errors import UserError
+from pretrain.corpus.documents import read_documents
 from pretrain.corpus.formats import Document, ReadStats
 from pretrain.corpus.options import SourceName, TextOptions
-from pretrain.corpus.sources import find_sources, read_documents
+from pretrain.corpus.sources import find_sources
 
 
 def read(source: SourceName, **flags: Any) -> list[Document]:
@@ -157,7 +158,7 @@ def test_a_file_cut_short_is_refused(tmp_path: Path, suffix: str) -> None:
     data = "\n".join(str(i * i) for i in range(20000)).encode()
     path = tmp_path / f"a.txt.{suffix}"
     path.write_bytes(compressed(data, suffix)[:-5])
-    with pytest.raises(UserError, match="damaged or cut short"):
+    with pytest.raises(UserError, match="damaged or truncated"):
         texts(path)
 
 
@@ -186,7 +187,7 @@ def test_members_of_archives(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="no member matches"):
             texts(f"{path}::*.csv")
     (tmp_path / "cut.zip").write_bytes((tmp_path / "a.zip").read_bytes()[:200])
-    with pytest.raises(UserError, match="damaged or cut short"):
+    with pytest.raises(UserError, match="damaged or truncated"):
         texts(tmp_path / "cut.zip")
 
 

@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 
 from experiment.errors import UserError
+from pretrain.corpus.documents import read_documents
 from pretrain.corpus.formats import ReadStats
 from pretrain.corpus.options import TextOptions
 from pretrain.corpus.python_docs import collect
 from pretrain.corpus.python_docs.collect import read_python_docs, write_python_docs
 from pretrain.corpus.python_docs.docstrings import extract_docs, prose
-from pretrain.corpus.sources import find_sources, read_documents
+from pretrain.corpus.sources import find_sources
 
 SOURCE = '''
 """This module is for things that need eight words at the least."""
