@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from pretrain.batching.batch import IGNORED, Microbatch, RankBatch
-from pretrain.batching.masking import MaskedTokens, Masker, MaskingSchedule
+from pretrain.batching.masking import Masker, MaskingSchedule
 from pretrain.batching.order import BatchSequences, Order
 from pretrain.batching.packing import Assignment, MicrobatchLayout, assign_to_ranks, one_per_row, pack
 from pretrain.batching.ranges import Ranges
@@ -29,6 +29,14 @@ _MASKED_BUCKET = 64  # masked positions are padded to a multiple, so that kernel
 _WIDTH_BUCKET = 16  # and so is the width of a padded microbatch
 
 
+class MaskedText(NamedTuple):
+    """The T text tokens of several sequences, concatenated."""
+
+    tokens: NDArray[np.int64]  # [T]
+    inputs: NDArray[np.int64]  # [T] what the model sees
+    masked: NDArray[np.int64]  # [M] indices of the predicted tokens
+
+
 @dataclass(frozen=True)
 class MaskedCorpus:
     """A corpus split into sequences, and the masker of its tokens."""
@@ -36,6 +44,14 @@ class MaskedCorpus:
     corpus: Corpus
     index: SequenceIndex
     masker: Masker
+
+    def read_and_mask(self, sequences: BatchSequences, lengths: NDArray[np.int64], rate: float | None) -> MaskedText:
+        """The text of sequences with these text lengths [S]. `rate` None: the masking rate of the masker's policy."""
+        masker = self.masker if rate is None else self.masker.with_rate(rate)
+        starts = np.asarray(self.index.starts[sequences.ids])
+        tokens = self.corpus.read(starts, lengths).astype(np.int64)
+        word_starts = None if masker.policy.unit == "token" else self.corpus.read_word_starts(starts, lengths)
+        return MaskedText(tokens, *masker.mask(tokens, lengths, masker.keys(sequences), word_starts))
 
 
 class _OwnSequences(NamedTuple):
@@ -45,13 +61,6 @@ class _OwnSequences(NamedTuple):
     lengths: NDArray[np.int64]  # [S] tokens, special tokens included
     text_lengths: NDArray[np.int64]  # [S] special tokens not counted
     first_slots: NDArray[np.int64]  # [S] in the rank's flattened microbatches
-
-
-class _Text(NamedTuple):
-    """The T text tokens of a rank's sequences, concatenated."""
-
-    tokens: NDArray[np.int64]  # [T]
-    masked: MaskedTokens
 
 
 class _Slots(NamedTuple):
@@ -90,7 +99,7 @@ class BatchMaker(Dataset[RankBatch]):
         return RankBatch(
             step=step,
             microbatches=self._microbatches(slots, text),
-            masked_tokens=len(text.masked.indices),
+            masked_tokens=len(text.masked),
             tokens=sum(tokens),
             sequences=len(own.lengths),
             squared_lengths=int((own.lengths * own.lengths).sum()),
@@ -117,27 +126,18 @@ class BatchMaker(Dataset[RankBatch]):
             assignment.first_slots(self.layout.width)[own],
         )
 
-    def _read_and_mask(self, step: int, own: _OwnSequences) -> _Text:
-        tokens_by_corpus, inputs_by_corpus, indices_by_corpus, before = [], [], [], 0
-        for number, (corpus, index, masker) in enumerate(
-            (given.corpus, given.index, given.masker) for given in self.corpora
-        ):
+    def _read_and_mask(self, step: int, own: _OwnSequences) -> MaskedText:
+        rate = None if self.masking_schedule is None else self.masking_schedule.at(step)
+        texts, before = [], 0
+        for number, corpus in enumerate(self.corpora):
             selected = own.origins.corpora == number
             sequences = BatchSequences(*(column[selected] for column in own.origins))
-            starts, lengths = np.asarray(index.starts[sequences.ids]), own.text_lengths[selected]
-            tokens = corpus.read(starts, lengths).astype(np.int64)
-            word_starts = None if masker.policy.unit == "token" else corpus.read_word_starts(starts, lengths)
-            if self.masking_schedule is not None:
-                masker = masker.with_rate(self.masking_schedule.at(step))
-            inputs, indices = masker.mask(tokens, lengths, masker.keys(sequences), word_starts)
-            tokens_by_corpus.append(tokens)
-            inputs_by_corpus.append(inputs)
-            indices_by_corpus.append(indices + before)
-            before += len(tokens)
-        masked = MaskedTokens(np.concatenate(inputs_by_corpus), np.concatenate(indices_by_corpus))
-        return _Text(np.concatenate(tokens_by_corpus), masked)
+            text = corpus.read_and_mask(sequences, own.text_lengths[selected], rate)
+            texts.append(text._replace(masked=text.masked + before))
+            before += len(text.tokens)
+        return MaskedText(*map(np.concatenate, zip(*texts, strict=True)))
 
-    def _fill_slots(self, own: _OwnSequences, text: _Text, assignment: Assignment) -> _Slots:
+    def _fill_slots(self, own: _OwnSequences, text: MaskedText, assignment: Assignment) -> _Slots:
         prefix, suffix = self.vocabulary.prefix, self.vocabulary.suffix
         shape = (assignment.microbatches, assignment.rows, self.layout.width)
         text_slots = Ranges(own.first_slots + len(prefix), own.text_lengths).indices()
@@ -145,7 +145,7 @@ class BatchMaker(Dataset[RankBatch]):
 
         input_ids = np.full(shape, self.vocabulary.pad_id, dtype=np.int64)
         flat_ids = input_ids.reshape(-1)
-        flat_ids[text_slots] = text.masked.inputs
+        flat_ids[text_slots] = text.inputs
         for place, token in enumerate(prefix):
             flat_ids[own.first_slots + place] = token
         for place, token in enumerate(suffix):
@@ -158,9 +158,9 @@ class BatchMaker(Dataset[RankBatch]):
         segments.reshape(-1)[all_slots] = np.repeat(numbers, own.lengths)
         return _Slots(input_ids, position_ids, segments, text_slots)
 
-    def _microbatches(self, slots: _Slots, text: _Text) -> list[Microbatch]:
-        masked = slots.text[text.masked.indices]
-        labels = text.tokens[text.masked.indices]
+    def _microbatches(self, slots: _Slots, text: MaskedText) -> list[Microbatch]:
+        masked = slots.text[text.masked]
+        labels = text.tokens[text.masked]
         by_slot = np.argsort(masked, kind="stable")
         masked, labels = masked[by_slot], labels[by_slot]
 

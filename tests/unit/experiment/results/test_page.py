@@ -37,7 +37,7 @@ class Outline(HTMLParser):
 
 
 def test_blocks_become_html_in_their_order(tmp_path: Path) -> None:
-    """Catches text read as markup, tags that do not nest, and blocks that go missing."""
+    """Catches text that is not escaped, tags that do not nest, and missing blocks."""
     path = write_page(tmp_path / "new", "Run {1}", BLOCKS)
     assert path == tmp_path / "new" / "index.html"
     outline = Outline()
@@ -60,6 +60,6 @@ def test_blocks_become_html_in_their_order(tmp_path: Path) -> None:
 
 
 def test_a_page_needs_nothing_from_elsewhere(tmp_path: Path) -> None:
-    """Catches scripts, fonts or styles from the network: clusters have none."""
+    """Catches scripts, fonts or styles from the network: clusters often have no access."""
     text = write_page(tmp_path, "Run", BLOCKS).read_text(encoding="utf-8")
     assert not re.search(r"https?:|<script|<link|@import|url\(", text)

@@ -60,7 +60,7 @@ def images(page: Path) -> list[str]:
 
 
 def test_the_report_of_a_pretraining_run(tmp_path: Path) -> None:
-    """Catches images that the page names and nobody wrote, and figures that are missing from it."""
+    """Catches images that are referenced but not written, and values missing from the page."""
     folder = run_with(tmp_path, EVENTS)
     folder.config.write_text("run:\n  seed: 42\n")
     hardware = {"gpus": [], "cores": 2, "cpu": "Fast CPU"}
@@ -86,7 +86,7 @@ def test_the_report_of_a_pretraining_run(tmp_path: Path) -> None:
 
 
 def test_the_tables_say_what_the_events_say() -> None:
-    """Catches a first value in place of the last, a best loss at the wrong step, and nulls that are counted."""
+    """Catches the first value instead of the last, a best loss at the wrong step, and nulls that count as values."""
     corpora = evaluated_corpora(EVENTS)
     assert corpora == ["wiki", "a/b"]
     assert held_out_table(EVENTS, corpora).rows == [
@@ -106,7 +106,7 @@ def test_what_was_never_measured_is_left_out(tmp_path: Path) -> None:
 
 
 def test_the_report_of_a_fine_tuning_run(tmp_path: Path) -> None:
-    """Catches scores that are not shown, and images outside of the report's own folder."""
+    """Catches missing scores, and images outside the report folder."""
     folder = open_run_folder(tmp_path / "task")
     write_json(folder.path / "results.json", RESULTS)
     (folder.path / "confusion.png").write_bytes(b"\x89PNG confusion")
@@ -119,7 +119,7 @@ def test_the_report_of_a_fine_tuning_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["{", "[]", '{"splits": {}}', '{"task": "a", "init": "b", "splits": {"test": 1}}'])
 def test_damaged_results_are_refused(tmp_path: Path, damage: str) -> None:
-    """Catches a trace for a file that somebody edited."""
+    """Catches a stack trace for a file that was edited by hand."""
     folder = run_with(tmp_path, EVENTS)
     (folder.path / "results.json").write_text(damage)
     with pytest.raises(UserError, match=r"results\.json is damaged"):
@@ -127,7 +127,7 @@ def test_damaged_results_are_refused(tmp_path: Path, damage: str) -> None:
 
 
 def test_a_run_without_anything_to_report_is_refused(tmp_path: Path) -> None:
-    """Catches an empty report that looks like one."""
+    """Catches an empty report."""
     with pytest.raises(UserError, match="there is no run folder"):
         write_report(tmp_path / "missing")
     for folder in (open_run_folder(tmp_path / "new"), run_with(tmp_path, [])):
@@ -137,7 +137,7 @@ def test_a_run_without_anything_to_report_is_refused(tmp_path: Path) -> None:
 
 
 def test_several_runs_share_a_page(tmp_path: Path) -> None:
-    """Catches images of one run that overwrite another's."""
+    """Catches images of one run that overwrite those of another."""
     first, second = run_with(tmp_path / "1", EVENTS), run_with(tmp_path / "2", EVENTS)
     write_json(second.path / "results.json", RESULTS)
     out = tmp_path / "out"

@@ -11,7 +11,7 @@ from experiment.results.figures import Line, Panel, draw_panels, draw_spread, mo
 
 @pytest.fixture
 def canvases(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The matplotlib figures that were drawn."""
+    """The matplotlib figures that a test draws."""
     drawn: list[Figure] = []
 
     class Recorded(Figure):
@@ -29,7 +29,7 @@ def inked(path: Path) -> float:
 
 
 def test_panels_show_every_line_and_a_legend_where_there_are_several(tmp_path: Path, canvases: list[Figure]) -> None:
-    """Catches curves that are not drawn, points without a value drawn as zero, and a lost color."""
+    """Catches missing curves, null values drawn as zero, and an ignored color."""
     loss = [
         Line("training", [1, 2, 3], [3.0, None, 1.0], color="#000000"),
         Line("wiki", [1, 3], [4.0, 2.0], marked=True),
@@ -48,8 +48,8 @@ def test_panels_show_every_line_and_a_legend_where_there_are_several(tmp_path: P
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["loss.png"]
 
 
-def test_scales_are_as_asked(tmp_path: Path, canvases: list[Figure]) -> None:
-    """Catches perplexities of 30,000 that flatten everything else, and an axis that exaggerates a difference."""
+def test_scales_and_limits(tmp_path: Path, canvases: list[Figure]) -> None:
+    """Catches a linear axis for perplexities up to 30,000, and an axis that exaggerates a difference."""
     line = Line("a", [1, 2], [10.0, 30000.0])
     speed = Panel("s", [Line("a", [1, 2], [0.5, 0.6])], percent=True, from_zero=True)
     draw_panels(tmp_path / "f.png", [Panel("p", [line], "log"), speed])
@@ -61,24 +61,24 @@ def test_scales_are_as_asked(tmp_path: Path, canvases: list[Figure]) -> None:
 
 @pytest.mark.parametrize("y", [[], [None, None], [1.0], [2.0] * 50])
 def test_odd_curves_are_drawn(tmp_path: Path, y: list[float | None]) -> None:
-    """Catches a report that fails for a run that has just begun, or whose gradient norm is unknown."""
+    """Catches a report that fails for a run with few events or without gradient norms."""
     panel = Panel("y", [Line("a", list(range(len(y))), y, smoothed=True), Line("b", [1, 2], [1.0, 2.0])])
     draw_panels(tmp_path / "f.png", [panel])
     assert inked(tmp_path / "f.png") > 0.0
 
 
 def test_a_spread_shows_each_value_and_the_mean(tmp_path: Path, canvases: list[Figure]) -> None:
-    """Catches a mean without the seeds behind it."""
+    """Catches a mean that is shown without its seeds."""
     draw_spread(tmp_path / "f.png", {"pretrained": [0.8, 0.9], "random": [0.5, 0.7]}, "accuracy")
     (axes,) = canvases[0].axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["pretrained", "random"]
     assert [text.get_text() for text in axes.texts] == ["0.850", "0.600"]
     assert [line.get_xdata().tolist() for line in axes.lines[::2]] == [[0.8, 0.9], [0.5, 0.7]]  # type: ignore[union-attr]
-    assert axes.get_ylim()[0] > axes.get_ylim()[1], "the first group stands on top"
+    assert axes.get_ylim()[0] > axes.get_ylim()[1], "the first group is at the top"
 
 
 def test_the_moving_average_follows_a_start_and_smooths_an_end() -> None:
-    """Catches a curve that lags behind a falling loss, or that ends in a hook towards its last value."""
+    """Catches a curve that lags behind a falling loss, or bends towards the last value at its end."""
     line = [float(value) for value in range(30)]
     assert moving_average(line, 4)[:26] == pytest.approx(line[:26])
     assert moving_average([0.0, 3.0, 0.0, 3.0, 0.0, 6.0], 1) == pytest.approx([0.0, 1.0, 2.0, 1.0, 3.0, 3.0])

@@ -22,7 +22,7 @@ EVALUATION = {
 
 
 def plain(total: int | None, seconds: list[float]) -> tuple[ConsoleTracker, io.StringIO]:
-    """A tracker without a terminal whose clock reads `seconds`, one after the other, and what it writes to."""
+    """A tracker without a terminal whose clock returns `seconds` in turn, and its output."""
     output = io.StringIO()
     clock = iter(seconds)
     return ConsoleTracker(
@@ -39,7 +39,7 @@ def on_terminal(total: int | None) -> tuple[ConsoleTracker, io.StringIO]:
 
 
 def test_without_a_terminal_each_event_is_one_line() -> None:
-    """Catches control characters and wrapped lines in log files, and figures that are missing there."""
+    """Catches control characters, wrapped lines and missing values in log files."""
     tracker, output = plain(100, [0.0, 20.0, 30.0])
     for step in (10, 20, 30):
         tracker.log({"step": step, **TRAINING})
@@ -55,22 +55,22 @@ def test_without_a_terminal_each_event_is_one_line() -> None:
 
 
 def test_the_time_left_follows_the_recent_pace() -> None:
-    """Catches an estimate that a slow start spoils for hours."""
+    """Catches an estimate that stays wrong for hours after a slow start."""
     tracker, output = plain(1000, [0.0, *(1000.0 + step for step in range(1, 101))])
     for step in range(101):
         tracker.log({"step": step, "loss": 1.0})
     assert output.getvalue().splitlines()[-1].endswith("15m00s left")
 
 
-def test_a_run_without_a_known_end_claims_none() -> None:
-    """Catches a time left that is made up."""
+def test_no_time_left_without_a_known_end() -> None:
+    """Catches a time left where the end is unknown."""
     tracker, output = plain(None, [0.0, 1.0])
     tracker.log({"step": 1, "loss": 1.0})
     assert output.getvalue() == "step 1 · loss 1.0000\n"
 
 
-def test_on_a_terminal_the_progress_line_stays_below_the_other_lines() -> None:
-    """Catches evaluations that are drawn over, and counts that start at 0 after a resume."""
+def test_on_a_terminal_the_progress_bar_stays_below_the_other_lines() -> None:
+    """Catches evaluations that the progress bar overwrites, and counts that start at 0 after a resume."""
     tracker, output = on_terminal(100)
     tracker.log({"step": 50, **TRAINING})
     tracker.log({"step": 50, **EVALUATION})
@@ -83,14 +83,14 @@ def test_on_a_terminal_the_progress_line_stays_below_the_other_lines() -> None:
 
 
 def test_a_killed_run_leaves_the_cursor_visible() -> None:
-    """Catches a terminal without a cursor after SIGKILL, when nothing can be put right any more."""
+    """Catches a terminal without a cursor after SIGKILL, when no handler can restore it."""
     tracker, output = on_terminal(None)
     tracker.log({"step": 1, "loss": 1.0})
     assert output.getvalue().rindex("\x1b[?25h") > output.getvalue().rindex("\x1b[?25l")
     tracker.close(Outcome.FAILED)
 
 
-def test_names_are_shown_as_they_are() -> None:
+def test_names_are_not_read_as_markup() -> None:
     """Catches corpus names read as markup."""
     tracker, output = plain(None, [])
     tracker.log({"step": 1, "eval/[red]x:smile:/loss": 1.0})
@@ -102,11 +102,11 @@ def test_names_are_shown_as_they_are() -> None:
     [(None, "–"), (0.4, "0s"), (59.6, "1m00s"), (130, "2m10s"), (3599.9, "1h00m"), (90000, "25h00m"), (-1, "0s")],
 )
 def test_durations_read_well(seconds: float | None, text: str) -> None:
-    """Catches 60 seconds and minutes without their zero."""
+    """Catches "60s" and minutes without a leading zero."""
     assert describe_duration(seconds) == text
 
 
-def test_figures_that_are_unknown_are_left_out() -> None:
+def test_unknown_values_are_left_out() -> None:
     """Catches 'None tokens/s'."""
     assert describe_training({"step": 1, "loss": 1.0, "lr": None}) == "loss 1.0000"
     assert describe_training({"step": 1, "loss": float("nan")}) == "loss nan"

@@ -19,13 +19,13 @@ def written(path: Path, *values: int) -> None:
 
 
 def test_an_event_is_in_the_file_when_log_returns(tmp_path: Path) -> None:
-    """Catches buffering: what a killed run logged last would be lost."""
+    """Catches buffering, with which the last events of a killed run are lost."""
     tracker = JsonlTracker(tmp_path / "m.jsonl", -1)
     tracker.log({"step": 1, "loss": 2.5, "mfu": None, "note": "é"})
     assert (tmp_path / "m.jsonl").read_text(encoding="utf-8") == '{"step": 1, "loss": 2.5, "mfu": null, "note": "é"}\n'
 
 
-def test_what_came_after_the_checkpoint_is_dropped(tmp_path: Path) -> None:
+def test_events_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
     """Catches steps that appear twice after a resume, or events before the checkpoint that are lost."""
     path = tmp_path / "m.jsonl"
     written(path, 0, 10, 20, 20, 30, 40)
@@ -35,8 +35,8 @@ def test_what_came_after_the_checkpoint_is_dropped(tmp_path: Path) -> None:
     assert steps(path) == [0, 10, 20, 20, 30]
 
 
-def test_a_run_that_begins_begins_an_empty_file(tmp_path: Path) -> None:
-    """Catches the step 0 of an attempt that died before its first checkpoint, kept beside the new one."""
+def test_a_new_run_starts_an_empty_file(tmp_path: Path) -> None:
+    """Catches events of an attempt that died before its first checkpoint, kept next to the new ones."""
     path = tmp_path / "m.jsonl"
     written(path, 0, 10)
     JsonlTracker(path, -1)
@@ -46,8 +46,8 @@ def test_a_run_that_begins_begins_an_empty_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "torn", [b'{"step": 20, "lo', b'{"step": 20, "name": "\xc3', b'{"loss": 1}\n', b"[1]\n", b"\n"]
 )
-def test_a_line_that_is_no_event_is_dropped(tmp_path: Path, torn: bytes) -> None:
-    """Catches a half-written last line that spoils the first line after the resume."""
+def test_a_line_that_is_not_an_event_is_dropped(tmp_path: Path, torn: bytes) -> None:
+    """Catches an incomplete last line that corrupts the first line after a resume."""
     path = tmp_path / "m.jsonl"
     written(path, 10)
     path.write_bytes(path.read_bytes() + torn)
@@ -57,21 +57,21 @@ def test_a_line_that_is_no_event_is_dropped(tmp_path: Path, torn: bytes) -> None
 
 
 def test_text_may_hold_any_line_separator(tmp_path: Path) -> None:
-    """Catches reading by str.splitlines, which cuts a JSON line at U+2028 in a corpus name."""
+    """Catches reading by str.splitlines, which splits a JSON line at U+2028 in a corpus name."""
     path = tmp_path / "m.jsonl"
     JsonlTracker(path, -1).log({"step": 1, "eval/a\u2028b/loss": 1.0})
     assert read_events(path) == [{"step": 1, "eval/a\u2028b/loss": 1.0}]
 
 
-def test_values_that_json_lacks_become_null(tmp_path: Path) -> None:
-    """Catches NaN in the file, which strict JSON readers refuse."""
+def test_nan_and_infinity_become_null(tmp_path: Path) -> None:
+    """Catches NaN in the file, which strict JSON parsers reject."""
     path = tmp_path / "m.jsonl"
     JsonlTracker(path, -1).log({"step": 1, "loss": float("nan"), "grad_norm": float("inf")})
     assert path.read_text() == '{"step": 1, "loss": null, "grad_norm": null}\n'
 
 
 def test_a_full_disk_leaves_no_half_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a partial write that the next event would be glued to once there is room again."""
+    """Catches a partial line to which the next event is appended once there is space again."""
     path = tmp_path / "m.jsonl"
     tracker = JsonlTracker(path, -1)
     tracker.log({"step": 1})
@@ -92,5 +92,5 @@ def test_a_full_disk_leaves_no_half_line(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_no_file_means_no_events(tmp_path: Path) -> None:
-    """Catches a trace for a run that has not logged yet."""
+    """Catches a stack trace for a run that has not logged yet."""
     assert read_events(tmp_path / "m.jsonl") == []

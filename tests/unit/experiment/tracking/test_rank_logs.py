@@ -26,8 +26,8 @@ def restored_logging() -> Iterator[None]:
     logging.captureWarnings(False)
 
 
-def test_rank_0_tells_people_what_concerns_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Catches a console full of libraries' chatter, or one that hides their warnings."""
+def test_rank_0_prints_our_messages_and_all_warnings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a terminal full of the libraries' messages, or without their warnings."""
     set_up_logging(RunFolder(tmp_path), 0)
     logging.getLogger("pretrain.training").info("saved [step] %d", 5)
     logging.getLogger("deepspeed").info("chatter")
@@ -50,17 +50,15 @@ def test_rank_0_tells_people_what_concerns_them(tmp_path: Path, capsys: pytest.C
 
 
 def test_the_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Catches each message once a rank on the terminal."""
+    """Catches messages printed once per rank."""
     set_up_logging(RunFolder(tmp_path), 3)
     logging.getLogger("pretrain").error("lost")
     assert capsys.readouterr() == ("", "")
     assert "lost" in (tmp_path / "logs" / "rank-3.log").read_text()
 
 
-def test_a_library_with_its_own_handler_is_kept_from_the_terminal(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Catches lines that DeepSpeed and transformers write through their own handlers into the progress line."""
+def test_handlers_of_libraries_do_not_print(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches lines that DeepSpeed's and transformers' own handlers print over the progress bar."""
     library = logging.getLogger("some_library")
     library.propagate = False
     library.setLevel(logging.INFO)
@@ -79,7 +77,7 @@ def test_a_library_with_its_own_handler_is_kept_from_the_terminal(
 def test_setting_up_twice_logs_once_and_a_second_attempt_appends(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches doubled lines, and a resume that wipes the log of what went wrong before."""
+    """Catches duplicate lines, and a resume that deletes the log of the failure."""
     set_up_logging(RunFolder(tmp_path), 0)
     logging.getLogger("pretrain").info("first")
     set_up_logging(RunFolder(tmp_path), 0)
@@ -90,7 +88,7 @@ def test_setting_up_twice_logs_once_and_a_second_attempt_appends(
 
 
 def test_an_exception_is_logged_with_its_trace(tmp_path: Path) -> None:
-    """Catches a log that says that a rank failed, and not where."""
+    """Catches a log without the stack trace of a failure."""
     set_up_logging(RunFolder(tmp_path), 1)
     try:
         raise KeyError("x")
@@ -99,10 +97,8 @@ def test_an_exception_is_logged_with_its_trace(tmp_path: Path) -> None:
     assert "Traceback" in (tmp_path / "logs" / "rank-1.log").read_text()
 
 
-def test_a_coloured_warning_leaves_the_progress_line_its_colour(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Catches a style that the console lays over the progress line as well."""
+def test_a_colored_warning_does_not_color_the_progress_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a style that is also applied to the progress bar."""
     output = io.StringIO()
     console = Console(file=output, force_terminal=True, force_interactive=True, color_system="standard", width=99)
     monkeypatch.setattr(rank_logs, "terminal", lambda: console)

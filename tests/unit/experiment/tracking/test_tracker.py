@@ -22,7 +22,7 @@ def opened(folder: RunFolder, wandb: Any = "disabled", **options: Any) -> Tracke
 
 
 class Broken:
-    """A tracker that fails at everything."""
+    """A tracker whose methods all fail."""
 
     def __init__(self, *arguments: Any) -> None:
         self.tried = 0
@@ -36,7 +36,7 @@ class Broken:
 
 
 def test_an_event_reaches_the_console_and_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Catches a tracker that is not opened, or console output on stdout, where commands print their results."""
+    """Catches a tracker that is not opened, and console output on stdout, which is for results."""
     folder = open_run_folder(tmp_path)
     trackers = opened(folder, unit="update")
     trackers.log({"step": 5, "loss": 1.5})
@@ -47,10 +47,10 @@ def test_an_event_reaches_the_console_and_the_file(tmp_path: Path, capsys: pytes
     assert captured.out == ""
 
 
-def test_a_failing_tracker_stops_nobody(
+def test_a_failing_tracker_does_not_stop_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Catches a full disk or a closed terminal that ends a run, and a warning at every event."""
+    """Catches a full disk or a closed terminal that stops a run, and a warning at every event."""
     broken = Broken()
     monkeypatch.setattr(tracker, "ConsoleTracker", lambda *arguments: broken)
     folder = open_run_folder(tmp_path)
@@ -65,10 +65,10 @@ def test_a_failing_tracker_stops_nobody(
     ]
 
 
-def test_a_tracker_that_cannot_be_opened_stops_nobody(
+def test_a_tracker_that_cannot_be_opened_does_not_stop_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Catches a run that is refused since its metrics cannot be written."""
+    """Catches a run that fails to start because its metrics cannot be written."""
     folder = open_run_folder(tmp_path)
     folder.metrics.mkdir()
     trackers = opened(folder)
@@ -80,18 +80,18 @@ def test_a_tracker_that_cannot_be_opened_stops_nobody(
 
 
 @pytest.mark.parametrize("mode", ["online", "offline", "disabled"])
-def test_wandb_is_used_only_when_asked_for(
+def test_wandb_is_imported_only_when_enabled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, mode: str
 ) -> None:
-    """Catches an import of wandb, with its half second and its background process, in runs that do not use it."""
+    """Catches an import of wandb, which costs half a second, in runs that do not use it."""
     monkeypatch.setitem(sys.modules, "wandb", None)
     opened(open_run_folder(tmp_path), wandb=mode).close(Outcome.DONE)
     warned = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert bool(warned) == (mode != "disabled")
 
 
-def test_only_the_trackers_know_wandb() -> None:
-    """Catches an import of wandb elsewhere, where nothing protects the run from it."""
+def test_only_tracking_imports_wandb() -> None:
+    """Catches an import of wandb outside the tracker, which isolates the run from its failures."""
     folders = ("experiment", "pretrain", "finetune", "launcher", "benchmarks")
     sources = [path for folder in folders for path in (REPOSITORY / folder).rglob("*.py")]
     assert len(sources) > 5

@@ -35,7 +35,7 @@ class FakeRun:
 
 
 class FakeWandb:
-    """Stands for the module. What it may do wrong is set on it."""
+    """A replacement for the module; its attributes select what fails."""
 
     def __init__(self) -> None:
         self.runs: list[FakeRun] = []
@@ -76,8 +76,8 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-def test_the_run_goes_on_under_its_id_with_our_step_as_axis(tmp_path: Path, fake: FakeWandb) -> None:
-    """Catches a resume that opens a second run, W&B's own step as x axis, and nulls that it would plot as text."""
+def test_a_run_resumes_under_its_id_with_our_step_as_axis(tmp_path: Path, fake: FakeWandb) -> None:
+    """Catches a resume that opens a second run, W&B's own step as the x axis, and nulls, which it plots as text."""
     open_tracker = tracker(tmp_path)
     open_tracker.log({"step": 20, "loss": 1.0, "mfu": None})
     open_tracker.log({"step": 10, "loss": 2.0})
@@ -106,10 +106,10 @@ def test_the_outcome_reaches_the_server(tmp_path: Path, fake: FakeWandb, outcome
 
 
 @pytest.mark.parametrize("trouble", ["network", "key"])
-def test_a_run_that_cannot_be_online_is_kept_offline(
+def test_a_run_that_cannot_be_online_is_logged_offline(
     tmp_path: Path, fake: FakeWandb, caplog: pytest.LogCaptureFixture, trouble: str
 ) -> None:
-    """Catches events that are lost for W&B because its server was down when the run began."""
+    """Catches events that are lost because the W&B server was down when the run started."""
     fake.failing_modes, fake.has_key = (("online",), True) if trouble == "network" else ((), False)
     open_tracker = tracker(tmp_path)
     open_tracker.log({"step": 1})
@@ -119,7 +119,7 @@ def test_a_run_that_cannot_be_online_is_kept_offline(
     assert len(warnings(caplog)) == 1
 
 
-def test_a_missing_package_is_one_warning(
+def test_a_missing_package_warns_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Catches an ImportError that reaches the training loop."""
@@ -132,10 +132,10 @@ def test_a_missing_package_is_one_warning(
 
 
 @pytest.mark.parametrize("method", ["define_metric", "log", "finish"])
-def test_a_failure_later_on_is_one_warning(
+def test_a_later_failure_warns_once(
     tmp_path: Path, fake: FakeWandb, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, method: str
 ) -> None:
-    """Catches a warning at every log event of a week."""
+    """Catches a warning at every log event."""
 
     def fail(*arguments: Any, **options: Any) -> None:
         raise BrokenPipeError("gone")
@@ -149,10 +149,10 @@ def test_a_failure_later_on_is_one_warning(
 
 
 @pytest.mark.parametrize("method", ["log", "finish"])
-def test_a_server_that_never_answers_costs_a_bounded_time(
+def test_an_unresponsive_server_does_not_block(
     tmp_path: Path, fake: FakeWandb, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, method: str
 ) -> None:
-    """Catches a run that waits for the network: at any log event, or for ever at its end."""
+    """Catches a run that waits for the network at a log event, or without a timeout at its end."""
     never = threading.Event()
     monkeypatch.setattr(FakeRun, method, lambda *arguments, **options: never.wait())
     began = time.perf_counter()
@@ -167,8 +167,8 @@ def test_a_server_that_never_answers_costs_a_bounded_time(
     assert "did not finish in 0.3 s" in warnings(caplog)[0]
 
 
-def test_events_are_taken_as_they_are_at_log(tmp_path: Path, fake: FakeWandb, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a mapping that the caller goes on filling while it waits in the queue."""
+def test_log_copies_the_event(tmp_path: Path, fake: FakeWandb, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a queued mapping that the caller modifies later."""
     ready = threading.Event()
     monkeypatch.setattr(FakeWandb, "login", lambda self, prompt: ready.wait())
     open_tracker = tracker(tmp_path)
@@ -225,13 +225,13 @@ def run_for_real(tmp_path: Path, mode: str, environment: dict[str, str]) -> tupl
 
 
 def test_offline_writes_into_the_run_folder(tmp_path: Path) -> None:
-    """Catches settings that the installed wandb refuses, and a `wandb/` in the working directory."""
+    """Catches settings that the installed wandb rejects, and a `wandb/` in the working directory."""
     run_for_real(tmp_path, "offline", {})
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*-id7/*.wandb"))
 
 
-def test_a_network_that_is_down_does_not_hold_up_a_run(tmp_path: Path) -> None:
-    """Catches retries of the real wandb that hold up the start, the end, or the exit of the process."""
+def test_an_unreachable_network_does_not_delay_a_run(tmp_path: Path) -> None:
+    """Catches retries of the real wandb that delay the start, the end or the exit of the process."""
     down = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}
     logged, closed, whole = run_for_real(tmp_path, "online", down)
     assert logged < 1.0

@@ -1,4 +1,4 @@
-"""A corpus in memory, with token ids that tell where in the corpus a token stands."""
+"""A corpus in memory whose token ids are the positions of the tokens."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ PAD, CLS, SEP, UNK, MASK = range(5)
 
 @dataclass(frozen=True)
 class MemoryCorpus:
-    """Stands for pretrain.corpus.reader.Corpus where no file is needed."""
+    """A replacement for pretrain.corpus.reader.Corpus without files."""
 
     documents_tokens: tuple[NDArray[np.int32], ...]
     fingerprint: str = "0123456789abcdef0123"
@@ -46,7 +46,7 @@ class MemoryCorpus:
 
 @pytest.fixture
 def vocabulary() -> Vocabulary:
-    """Ids 0-4 are special, the others are real; those that 3 divides continue a word."""
+    """Ids 0-4 are special; of the others, multiples of 3 continue a word."""
     unmaskable = np.zeros(5000, dtype=bool)
     unmaskable[:5] = True
     marks = WordBoundaries(
@@ -57,7 +57,7 @@ def vocabulary() -> Vocabulary:
 
 @pytest.fixture
 def corpus() -> MemoryCorpus:
-    """300 documents of very different lengths, every token of the corpus with its own id."""
+    """300 documents of very different lengths; each token of the corpus has its own id."""
     rng = np.random.default_rng(3)
     lengths = rng.choice([1, 2, 3, 5, 8, 13, 40], size=300, p=[0.1, 0.1, 0.2, 0.2, 0.2, 0.15, 0.05])
     ids = np.arange(5, 5 + lengths.sum(), dtype=np.int32)
@@ -66,7 +66,7 @@ def corpus() -> MemoryCorpus:
 
 @pytest.fixture
 def index(corpus: MemoryCorpus) -> SequenceIndex:
-    """The corpus cut into sequences of at most 14 text tokens."""
+    """The corpus split into sequences of at most 14 text tokens."""
     lengths = split_documents(np.array([len(document) for document in corpus.documents_tokens]), 14)
     return SequenceIndex(np.concatenate([[0], np.cumsum(lengths)]))
 

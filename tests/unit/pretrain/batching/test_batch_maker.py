@@ -43,7 +43,7 @@ def by_unit(maker, unit):
 @pytest.mark.parametrize(("packed", "unit"), [(True, "token"), (False, "token"), (True, "word"), (True, "span")])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8, 1024])
 def test_a_global_batch_is_the_same_at_every_world_size(maker, world_size, packed, unit):
-    """Catches sequences or masks that depend on the world size, and tokens lost or doubled between ranks."""
+    """Catches sequences or masks that depend on the world size, and tokens lost or duplicated between ranks."""
     maker = by_unit(maker, unit)
     layout = dataclasses.replace(maker.layout, packed=packed)
     reference = sorted(sequences_of([maker[3]]))
@@ -66,7 +66,7 @@ def test_one_epoch_shows_every_token_once(maker, corpus):
     assert sorted(tokens) == sorted(corpus.stream.tolist())
 
 
-def test_layout_of_a_microbatch(maker):
+def test_microbatch_layout(maker):
     """Catches positions that do not restart, masks on special or padding slots, and boundaries off by one."""
     batch = dataclasses.replace(maker, layout=dataclasses.replace(maker.layout, first_position=2))[0]
     for micro in batch.microbatches:
@@ -77,7 +77,7 @@ def test_layout_of_a_microbatch(maker):
         assert bounds[-1] == 64
         for start, end in pairwise(bounds):
             assert len(segments[start:end].unique()) == 1
-            assert start // 16 == (end - 1) // 16, "a span over two windows"
+            assert start // 16 == (end - 1) // 16, "a sequence in two rows"
             if segments[start] != 0:
                 assert positions[start:end].tolist() == list(range(2, 2 + end - start))
                 assert ids[start] == CLS
@@ -91,15 +91,15 @@ def test_layout_of_a_microbatch(maker):
         assert len(micro.labels) % 64 == 0
 
 
-def test_words_are_those_of_the_corpus(maker, corpus, monkeypatch):
-    """Catches word starts that a corpus has and no mask knows of, or that belong to other tokens."""
+def test_word_starts_come_from_the_corpus(maker, corpus, monkeypatch):
+    """Catches masks that ignore the corpus's word starts, or apply them to other tokens."""
     whole = by_unit(maker, "word")
     assert any(0 < sum(masked) < len(masked) - 2 for _, _, masked in sequences_of([whole[0]]))
     monkeypatch.setattr(
         type(corpus), "read_word_starts", lambda _corpus, _starts, lengths: np.zeros(lengths.sum(), bool)
     )
-    fates = [sum(masked) / (len(masked) - 2) for _, _, masked in sequences_of([whole[0]])]
-    assert set(fates) == {0.0, 1.0}, "each sequence is one word now"
+    shares = [sum(masked) / (len(masked) - 2) for _, _, masked in sequences_of([whole[0]])]
+    assert set(shares) == {0.0, 1.0}, "each sequence is one word now"
 
 
 def test_an_empty_share_still_has_its_microbatches(maker):
@@ -113,7 +113,7 @@ def test_an_empty_share_still_has_its_microbatches(maker):
 
 
 def test_a_batch_knows_where_its_sequences_come_from(maker, corpus):
-    """Catches a bad batch that is put down to other sequences, and ranks that cannot tell that they disagree on it."""
+    """Catches a bad batch attributed to the wrong sequences, and ranks that cannot detect that their batches differ."""
     share = [dataclasses.replace(maker, world=World(rank, 3))[2] for rank in range(3)]
     for batch in share:
         for micro in batch.microbatches:

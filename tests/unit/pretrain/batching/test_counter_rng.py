@@ -3,14 +3,14 @@ import numpy as np
 from pretrain.batching.counter_rng import fold_in, make_key, randint, random_bits, uniform
 
 
-def test_key_of_is_stable_across_versions():
-    """Catches a change of the hash: every mask and every order of every saved run would change with it."""
+def test_make_key_is_stable_across_versions():
+    """Catches a change of the hash, which would change the masks and the order of every existing run."""
     assert make_key(("masks", 42, "abc", 0)) == 18245591027822071797
     assert make_key((1, "1")) != make_key(("1", 1)) != make_key(("11",))
 
 
-def test_draws_depend_on_key_and_counter_only():
-    """Catches hidden state: the same word must come in any order and in any company."""
+def test_random_bits_depend_on_key_and_counter_only():
+    """Catches hidden state: a word must not depend on the order of the draws or on what is drawn with it."""
     keys = fold_in(7, np.arange(10))
     together = random_bits(keys[:, None], np.arange(50)[None, :])
     assert together.shape == (10, 50)
@@ -28,7 +28,7 @@ def test_uniform_is_uniform_and_uncorrelated():
         assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 5e-3
 
 
-def test_below_covers_the_range_evenly():
+def test_randint_covers_the_range_evenly():
     """Catches an off-by-one at either end and a biased reduction."""
     counts = np.bincount(randint(random_bits(fold_in(5, np.arange(1)), np.arange(100_000)), 10), minlength=10)
     assert len(counts) == 10

@@ -29,12 +29,12 @@ def sequences(ids, epoch=0):
 
 
 def text(length, seed=0):
-    """Token ids of which a third continue a word: those that 3 divides."""
+    """Token ids of which a third, the multiples of 3, continue a word."""
     return np.random.default_rng(seed).integers(5, 2000, length)
 
 
 def words_of(tokens, lengths):
-    """Number of the word that each token is in, by the fixture's marks."""
+    """The word number of each token, by the word boundaries of the fixture."""
     starts = tokens % 3 != 0
     starts[np.cumsum(lengths) - lengths] = True
     return np.cumsum(starts) - 1
@@ -48,16 +48,16 @@ def flags(chosen, length):
 
 @pytest.mark.parametrize("unit", UNITS)
 def test_shares_are_those_of_the_policy(masker, unit):
-    """Catches a wrong threshold: 15 % chosen, of those 80 % [MASK], 10 % random, 10 % as they are.
+    """Catches a wrong threshold: 15 % chosen, of those 80 % [MASK], 10 % random, 10 % unchanged.
 
-    Within 4 sigma, where the tokens of a unit share one fate, of as many draws as there are units.
+    Within 4 sigma for as many draws as there are units, since the tokens of a unit share one draw.
     """
     masker = of(masker, unit=unit)
     lengths = np.full(4000, 100)
     tokens = text(lengths.sum())
     shown, chosen = masker.mask(tokens, lengths, masker.keys(sequences(np.arange(4000))))
     before, after = tokens[chosen], shown[chosen]
-    # Tokens that share a fate, on average over tokens: words have 1.5, spans 3.8 words, long ones count more.
+    # Tokens that share a draw, averaged over tokens: words have 1.5 tokens, spans 3.8 words, long ones count more.
     chosen_together = {"token": 1, "word": 2, "span": 9}[unit]
     decided_together = {"token": 1, "word": 1, "span": 9}[unit]
     n, units = len(tokens), len(chosen) / decided_together
@@ -83,7 +83,7 @@ def test_the_rate_holds_at_every_place_of_sequences_of_every_length(masker, unit
 
 @pytest.mark.parametrize("unit", ["word", "span"])
 def test_words_are_chosen_as_a_whole_and_end_with_their_sequence(masker, unit):
-    """Catches half words, and a word that goes on from one sequence into the next."""
+    """Catches partial words, and words that cross from one sequence into the next."""
     masker = of(masker, unit=unit, rate=0.3)
     lengths = np.random.default_rng(2).integers(1, 30, 3000)
     tokens = text(lengths.sum())
@@ -98,8 +98,8 @@ def test_words_are_chosen_as_a_whole_and_end_with_their_sequence(masker, unit):
 
 
 @pytest.mark.parametrize("unit", ["word", "span"])
-def test_the_corpus_can_say_where_words_begin(masker, unit):
-    """Catches word starts of a segmenter that are not used, or that change what the caller holds."""
+def test_word_starts_can_be_given(masker, unit):
+    """Catches a segmenter's word starts that are ignored, or whose array is modified in place."""
     masker = of(masker, unit=unit, rate=0.3)
     lengths = np.full(500, 40)
     tokens = np.full(lengths.sum(), 7)  # each a word by the marks
@@ -107,23 +107,23 @@ def test_the_corpus_can_say_where_words_begin(masker, unit):
     given = word_starts.copy()
     _, chosen = masker.mask(tokens, lengths, masker.keys(sequences(np.arange(500))), given)
     assert np.array_equal(given, word_starts)
-    fates = flags(chosen, len(tokens)).reshape(500, 40)
-    inner = fates[:, 2:38].reshape(500, 9, 4)
+    masked = flags(chosen, len(tokens)).reshape(500, 40)
+    inner = masked[:, 2:38].reshape(500, 9, 4)
     assert (inner.all(axis=2) | ~inner.any(axis=2)).all()
-    assert (fates[:, 0] == fates[:, 1]).all()
-    assert (fates[:, 38] == fates[:, 39]).all()
-    assert (fates[:, 1] != fates[:, 2]).any()
+    assert (masked[:, 0] == masked[:, 1]).all()
+    assert (masked[:, 38] == masked[:, 39]).all()
+    assert (masked[:, 1] != masked[:, 2]).any()
 
 
-def test_what_happens_to_a_word_is_decided_for_each_token(masker):
+def test_each_token_of_a_word_has_its_own_replacement(masker):
     """Catches words whose tokens share the 80/10/10 draw: BERT's whole-word masking decides for each."""
     shown, pairs = pairs_of_tokens(of(masker, unit="word"))
     masked = (shown == MASK)[pairs]
     assert stats.chi2_contingency(np.histogram2d(*masked.T, bins=2)[0]).pvalue > 1e-3
 
 
-def test_what_happens_to_a_span_happens_to_all_its_tokens(masker):
-    """Catches spans of which some tokens are shown as [MASK] and others are not, and one random id for a whole span."""
+def test_all_tokens_of_a_span_share_the_decision(masker):
+    """Catches spans that are only partly replaced by [MASK], and one random id for a whole span."""
     shown, pairs = pairs_of_tokens(of(masker, unit="span", mask_share=0.4, random_share=0.3))
     masked, kept = (shown == MASK)[pairs], (shown < 10)[pairs] & (shown != MASK)[pairs]
     assert (masked[:, 0] == masked[:, 1]).all()
@@ -134,7 +134,7 @@ def test_what_happens_to_a_span_happens_to_all_its_tokens(masker):
 
 
 def pairs_of_tokens(masker):
-    """Tokens as shown, and the indices of those of each chosen word of two tokens [n, 2]."""
+    """The inputs, and the token indices of each chosen word of two tokens [n, 2]."""
     lengths = np.full(3000, 40)
     tokens = np.tile([8, 9], lengths.sum() // 2)  # 9 continues the word that 8 begins
     shown, chosen = masker.mask(tokens, lengths, masker.keys(sequences(np.arange(3000))))
@@ -143,8 +143,8 @@ def pairs_of_tokens(masker):
     return shown, pairs
 
 
-def test_span_lengths_are_cut_off_geometric():
-    """Catches a wrong distribution (chi-square), such as lengths above 10 that count as 10, whose mean is 4.5."""
+def test_span_lengths_are_truncated_geometric():
+    """Catches a wrong distribution (chi-square), such as lengths clipped to 10, whose mean is 4.5."""
     words = np.full(500, 4000)
     spans = draw_spans(words, KEYS[:500], 0.15)
     whole = spans.sizes[(spans.starts % 4000 > 0) & ((spans.starts + spans.sizes) % 4000 > 0)]
@@ -156,7 +156,7 @@ def test_span_lengths_are_cut_off_geometric():
 
 
 def test_gaps_between_spans_are_geometric():
-    """Catches spans that avoid or attract each other. A word after an uncovered one begins a span with chance q."""
+    """Catches spans that avoid or attract each other. After an uncovered word, a span starts with probability q."""
     spans = draw_spans(np.full(500, 4000), KEYS[:500], 0.15)
     gaps = np.concatenate(
         [
@@ -177,8 +177,8 @@ def by_sequence(spans, words, count):
     return np.split(spans.starts, where), np.split(spans.sizes, where)
 
 
-def test_a_sequence_begins_like_a_window_into_an_endless_text():
-    """Catches a first span that is drawn like any other: what is left of it has the equilibrium distribution."""
+def test_a_sequence_begins_like_an_excerpt_of_an_endless_text():
+    """Catches a first span drawn like the others: the rest of it has the equilibrium distribution."""
     spans = draw_spans(np.full(100_000, 20), KEYS[:100_000], 0.3)
     at_start = spans.sizes[spans.starts % 20 == 0]
     lengths = np.arange(1, MAX_SPAN_WORDS + 1)
@@ -189,8 +189,8 @@ def test_a_sequence_begins_like_a_window_into_an_endless_text():
     assert stats.chisquare(counts, left * len(at_start)).pvalue > 1e-3
 
 
-def test_spans_neither_overlap_nor_leave_their_sequence():
-    """Catches spans over the end of a sequence, or in each other's words, also where nearly all is covered."""
+def test_spans_neither_overlap_nor_cross_sequences():
+    """Catches spans that cross sequences or overlap, also at a rate that covers nearly all words."""
     words = np.random.default_rng(4).integers(1, 60, 5000)
     for rate in (0.01, 0.15, 0.9, 0.99):
         spans = draw_spans(words, KEYS[:5000], rate)
@@ -200,7 +200,7 @@ def test_spans_neither_overlap_nor_leave_their_sequence():
         assert (spans.starts + spans.sizes <= ends[np.searchsorted(ends, spans.starts, side="right")]).all()
 
 
-def test_runs_without_any():
+def test_empty_ranges():
     """Catches a rank that has no sequence in a batch, or a batch without a masked token."""
     none = np.zeros(0, dtype=np.int64)
     assert Ranges(none, none).indices().tolist() == []
@@ -209,14 +209,14 @@ def test_runs_without_any():
 
 @pytest.mark.parametrize("unit", UNITS)
 def test_a_rank_without_sequences(masker, unit):
-    """Catches ranks that fail because a small batch leaves nothing for them."""
+    """Catches ranks that fail because a small batch has no sequence for them."""
     none = np.zeros(0, dtype=np.int64)
     shown, chosen = of(masker, unit=unit).mask(none, none, KEYS[:0])
     assert len(shown) == len(chosen) == 0
 
 
 def test_random_replacements_are_real_words_evenly_drawn(masker):
-    """Catches replacements by special ids, and a draw that favours some of the vocabulary or hangs on the 80/10/10."""
+    """Catches replacements by special ids, and draws that are not uniform or correlate with the 80/10/10 decision."""
     lengths = np.full(5000, 100)
     tokens = np.full(lengths.sum(), 5)
     for unit in UNITS:
@@ -230,16 +230,16 @@ def test_random_replacements_are_real_words_evenly_drawn(masker):
 
 @pytest.mark.parametrize("unit", UNITS)
 def test_special_tokens_are_never_chosen(masker, unit):
-    """Catches masks on the unknown token, which teach nothing, also inside a word; the rest of the word is chosen."""
+    """Catches a masked unknown token, which teaches nothing, also inside a word whose other tokens are masked."""
     masker = of(masker, unit=unit, rate=0.9)
-    tokens = np.tile([7, UNK, 9], 500)  # by the marks of the fixture a single word: neither 3 nor 9 begins one
+    tokens = np.tile([7, UNK, 9], 500)  # a single word by the fixture: neither 3 nor 9 begins one
     _, chosen = masker.mask(tokens, np.array([1500]), masker.keys(sequences([0])))
     assert set(tokens[chosen]) == {7, 9}
 
 
 @pytest.mark.parametrize("unit", UNITS)
-def test_masks_depend_on_the_sequence_and_epoch_not_on_the_company(masker, unit):
-    """Catches masks that change with the rank, the microbatch or a restart, or stay the same in the next epoch."""
+def test_masks_depend_on_the_sequence_and_epoch_not_on_the_batch(masker, unit):
+    """Catches masks that depend on rank, microbatch or restarts, or that repeat in the next epoch."""
     masker = of(masker, unit=unit)
     lengths = np.array([40, 160, 3000])
     tokens = text(lengths.sum(), seed=1)
@@ -258,7 +258,7 @@ def test_masks_depend_on_the_sequence_and_epoch_not_on_the_company(masker, unit)
 
 @pytest.mark.parametrize("unit", UNITS)
 def test_epochs_are_independent(masker, unit):
-    """Catches an epoch that changes the key but little: what one epoch masks the next masks as often as anything."""
+    """Catches keys of epochs that correlate: what one epoch masks, the next must mask as often as anything else."""
     masker = of(masker, unit=unit)
     lengths = np.full(3000, 40)
     tokens = text(lengths.sum())
@@ -266,14 +266,14 @@ def test_epochs_are_independent(masker, unit):
         flags(masker.mask(tokens, lengths, masker.keys(sequences(np.arange(3000), epoch))).indices, len(tokens))
         for epoch in (0, 1)
     )
-    together = {"token": 1, "word": 2, "span": 9}[unit]  # tokens of one fate, as above
+    together = {"token": 1, "word": 2, "span": 9}[unit]  # tokens that share a draw, as above
     deviation = (0.15 * 0.85 * together / before.sum()) ** 0.5
     assert after[before].mean() == pytest.approx(0.15, abs=4 * deviation)
 
 
 @pytest.mark.parametrize("unit", ["token", "word"])
 def test_a_higher_rate_keeps_the_masks_of_a_lower_one(masker, unit):
-    """Catches a rate that enters the key: a rate schedule must not redraw everything at each step."""
+    """Catches a rate that is part of the key: a masking schedule must not redraw all masks at each step."""
     tokens, lengths = text(1000), np.array([1000])
     _, low = of(masker, unit=unit).mask(tokens, lengths, masker.keys(sequences([0])))
     _, high = of(masker, unit=unit, rate=0.3).mask(tokens, lengths, masker.keys(sequences([0])))
@@ -283,8 +283,8 @@ def test_a_higher_rate_keeps_the_masks_of_a_lower_one(masker, unit):
 @pytest.mark.parametrize(
     ("unit", "digest"), [("token", "a7fa85049c7bb2f0"), ("word", "a5d4e113b05e5786"), ("span", "cedc03617d631046")]
 )
-def test_masks_stay_what_they_are(masker, unit, digest):
-    """Catches a change of any mask: a run that was begun with another version would be continued with other masks."""
+def test_masks_are_stable_across_versions(masker, unit, digest):
+    """Catches a change of any mask: a run started with another version would resume with different masks."""
     lengths = np.arange(1, 60)
     tokens = 3 + np.arange(lengths.sum()) % 4000
     shown, chosen = of(masker, unit=unit).mask(tokens, lengths, masker.keys(sequences(np.arange(59), epoch=2)))

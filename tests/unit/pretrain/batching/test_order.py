@@ -25,7 +25,7 @@ def joined(order, steps):
 
 
 def test_each_epoch_visits_every_sequence_once():
-    """Catches lost and repeated sequences where batches straddle epochs and divide nothing."""
+    """Catches lost and repeated sequences where batches straddle epochs and no size divides another."""
     _, epochs, ids = joined(alone(), range(40))
     for epoch in range(4):
         assert np.array_equal(np.sort(ids[epochs == epoch]), np.arange(101))
@@ -44,8 +44,8 @@ def test_each_epoch_of_each_corpus_of_a_mixture_visits_every_sequence_once(warmu
 
 
 @given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=6), st.integers(0, 10**15))
-def test_quotas_keep_the_shares_and_never_fall(shares, positions):
-    """Catches a corpus that loses a position it had, and shares that drift away from the weights."""
+def test_quotas_keep_the_shares_and_never_decrease(shares, positions):
+    """Catches counts that decrease, and shares that drift away from the weights."""
     before, after = quotas(shares, positions), quotas(shares, positions + 1024)
     assert before.sum() == positions
     assert (after >= before).all()
@@ -54,21 +54,21 @@ def test_quotas_keep_the_shares_and_never_fall(shares, positions):
 
 
 def test_corpora_interleave():
-    """Catches a mixture that is read corpus by corpus: each batch of 64 should show them about as they are weighted."""
+    """Catches a mixture that is read corpus by corpus: each batch of 64 should have about the shares of the weights."""
     counts = np.array([np.bincount(mixture().batch(step).corpora, minlength=3) for step in range(100)])
     assert counts[:, 0].min() > 20
     assert counts[:, 2].max() < 40
 
 
 def test_neighbouring_blocks_of_a_mixture_differ():
-    """Catches a pattern of corpora that repeats all through the run."""
+    """Catches a pattern of corpora that repeats throughout the run."""
     first, second = (mixture(1024).batch(step).corpora for step in range(2))
     assert not np.array_equal(first, second)
 
 
 @pytest.mark.parametrize("order", [alone(), alone(warmup_steps=9), mixture(64, 9)])
 def test_a_batch_does_not_depend_on_those_before(order):
-    """Catches state: batch 7 asked for first is batch 7 asked for eighth."""
+    """Catches state: batch 7 is the same whether it is the first or the eighth request."""
     fresh = order.batch(7)
     in_order = [order.batch(step) for step in range(8)]
     assert all(np.array_equal(one, other) for one, other in zip(fresh, in_order[7], strict=True))
@@ -83,8 +83,8 @@ def test_a_stream_that_ends_does_so_with_a_short_batch(positions, end, last):
 
 
 @given(st.integers(1, 300), st.integers(0, 60), st.integers(0, 80))
-def test_batches_grow_along_a_line(sequences, warmup, first_step):
-    """Catches gaps, overlaps, empty batches and ones that are too large, wherever in the warmup a stage begins."""
+def test_batches_grow_linearly(sequences, warmup, first_step):
+    """Catches gaps, overlaps, empty batches and ones that are too large, wherever in the warmup a stage starts."""
     sizes = BatchSizes(sequences, warmup, first_step)
     starts = [sizes.start(step) for step in range(first_step, first_step + 100)]
     assert starts[0] == 0
@@ -98,7 +98,7 @@ def test_batches_grow_along_a_line(sequences, warmup, first_step):
 
 @given(st.integers(1, 300), st.integers(0, 60), st.integers(0, 80), st.integers(1, 10_000))
 def test_the_end_is_the_first_step_that_reaches_all_positions(sequences, warmup, first_step, positions):
-    """Catches a run of so many epochs or tokens that is a batch too short or too long."""
+    """Catches a run limited by epochs or tokens that is one batch too short or too long."""
     sizes = BatchSizes(sequences, warmup, first_step)
     end = sizes.end(positions)
     assert sizes.start(end - 1) < positions <= sizes.start(end)
@@ -106,7 +106,7 @@ def test_the_end_is_the_first_step_that_reaches_all_positions(sequences, warmup,
 
 @pytest.mark.parametrize("order", [alone(10**10, 4096, warmup_steps=10**6), mixture(4096, 10**6)])
 def test_seeking_is_constant_time(order):
-    """Catches skipping: batch 10^9 of a simulated corpus of 10^10 sequences takes milliseconds."""
+    """Catches seeking by iteration: batch 10^9 of a simulated corpus of 10^10 sequences takes milliseconds."""
     order.batch(0)
     began = time.perf_counter()
     batch = order.batch(10**9)
@@ -116,7 +116,7 @@ def test_seeking_is_constant_time(order):
         assert np.array_equal(np.unique(batch.epochs), [409])
 
 
-def test_corpus_order_goes_front_to_back_once():
+def test_sequential_order_is_one_pass():
     """Catches an evaluation that shuffles, repeats or leaves out the tail."""
     order = SequentialOrder(sequences=10, batch_sequences=4)
     assert np.concatenate([order.batch(step).ids for step in range(order.steps)]).tolist() == list(range(10))

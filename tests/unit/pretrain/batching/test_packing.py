@@ -9,7 +9,7 @@ LENGTHS = st.lists(st.integers(1, 32), min_size=1, max_size=200).map(np.array)
 
 
 @given(LENGTHS)
-def test_windows_hold_whole_sequences_side_by_side(lengths):
+def test_rows_hold_whole_sequences_side_by_side(lengths):
     """Catches overlapping sequences and sequences that stick out of a row."""
     packed_rows = pack(lengths, 32)
     slots = np.zeros((packed_rows.count, 32), dtype=int)
@@ -20,14 +20,14 @@ def test_windows_hold_whole_sequences_side_by_side(lengths):
     assert slots.any(axis=1).all(), "an empty row"
 
 
-def test_windows_are_nearly_full():
-    """Catches a packer that wastes slots: under 2 % empty for the lengths of a mixed corpus."""
+def test_rows_are_nearly_full():
+    """Catches a packer that leaves 2 % of the slots or more empty for the lengths of a mixed corpus."""
     lengths = np.random.default_rng(0).integers(3, 129, 4096)
     assert lengths.sum() / (pack(lengths, 128).count * 128) > 0.98
 
 
 @given(LENGTHS, st.sampled_from([1, 2, 3, 8, 1024]), st.integers(1, 20), st.booleans())
-def test_every_sequence_is_dealt_to_one_place(lengths, world_size, max_rows, packed):
+def test_every_sequence_is_assigned_one_place(lengths, world_size, max_rows, packed):
     """Catches sequences lost or computed twice at any world size, and ranks with unequal numbers of microbatches."""
     packed_rows = pack(lengths, 32) if packed else one_per_row(lengths)
     assignment = assign_to_ranks(lengths, packed_rows, world_size, max_rows)
@@ -53,7 +53,7 @@ def test_ranks_get_equal_tokens(world_size):
 
 
 def test_few_shapes_occur():
-    """Catches a row count that follows every batch: compiled kernels would be built again and again."""
+    """Catches a row count that varies from batch to batch, for which kernels would be recompiled."""
     rng = np.random.default_rng(0)
     shapes = set()
     for _ in range(200):
@@ -64,6 +64,6 @@ def test_few_shapes_occur():
 
 @pytest.mark.parametrize("count", range(30, 70))
 def test_few_rows_are_empty(count):
-    """Catches microbatches whose rows are rounded up by a fifth where a batch just outgrows one of them."""
+    """Catches rows rounded up by a fifth when a batch is slightly larger than one microbatch."""
     assignment = assign_to_ranks(np.full(count, 128), one_per_row(np.full(count, 128)), 1, 32)
     assert assignment.rows * assignment.microbatches - count <= 0.12 * count
