@@ -22,7 +22,8 @@ from pretrain.config import CorpusConfig, PretrainConfig, Stage, WeightedCorpus
 from pretrain.corpus.reader import Corpus, open_corpus
 from pretrain.engine.settings import DeepSpeedSettings, check_device_support, load_settings
 from pretrain.modeling.layer_ids import check_freeze
-from pretrain.modeling.model_config import check_tokenizer, meta_model, resolve_model_config
+from pretrain.modeling.model_config import check_tokenizer, resolve_model_config
+from pretrain.modeling.random_model import meta_model
 from pretrain.training.resume import ResumePlan, plan_resume, run_identity
 
 log = logging.getLogger(__name__)

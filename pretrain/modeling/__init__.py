@@ -1,7 +1,8 @@
 """transformers' own masked-LM models, and how they are computed here.
 
 - model_config: the `model` section of a config -> transformers config; config_fields: which fields a model uses
-- build: config or Hugging Face folder -> model; packability: whether it can be packed; resize: more tokens or positions
+- build: config or Hugging Face folder -> model; random_model: from a config alone; resize: more tokens or positions
+- packability: whether a model can be packed
 - masked_lm: microbatch -> loss, with the head on predicted positions only
 - attention: packed sequences do not attend to each other; dropout: fast on a CPU
 - layer_ids: the layer of each parameter; flops: FLOPs of a step

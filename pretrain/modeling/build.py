@@ -17,8 +17,9 @@ from experiment.hugging_face import first_position, quiet
 from experiment.tokenizer import load_tokenizer
 from pretrain.config import ModelConfig
 from pretrain.corpus.added_tokens import old_pieces
-from pretrain.modeling.model_config import first_line, random_model, source_config
+from pretrain.modeling.model_config import source_config
 from pretrain.modeling.packability import why_not_packed
+from pretrain.modeling.random_model import first_line, random_model
 from pretrain.modeling.resize import resize_model
 
 log = logging.getLogger(__name__)

@@ -8,6 +8,7 @@ is used if one of these holds:
 - A model looks it up in the config while it is built, such as DeBERTa's `position_buckets`.
 """
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -16,7 +17,6 @@ from unittest.mock import patch
 
 import torch
 from transformers import (
-    MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_FOR_MULTIPLE_CHOICE_MAPPING,
     MODEL_FOR_QUESTION_ANSWERING_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
@@ -27,10 +27,10 @@ from transformers import (
 from experiment.config import nearest
 from experiment.errors import UserError
 from experiment.hugging_face import quiet
+from pretrain.modeling.random_model import meta_model
 
-# Pretraining uses the first; the others are what the model may be fine-tuned as, with fields of their own.
-_HEADS = (
-    MODEL_FOR_MASKED_LM_MAPPING,
+# What a pretrained model may be fine-tuned as, with fields of its own.
+_FINE_TUNING_HEADS = (
     MODEL_FOR_MULTIPLE_CHOICE_MAPPING,
     MODEL_FOR_QUESTION_ANSWERING_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
@@ -84,7 +84,10 @@ def _other_fields(config: PreTrainedConfig, field: str) -> dict[str, Any]:
 
 
 def _missing_lookups(config: PreTrainedConfig) -> set[str]:
-    """Attributes that models with this config look up in it while they are built, and that it does not have."""
+    """Attributes that models look up in their config while they are built, and that it does not have.
+
+    Raises UserError for a config that makes no masked-LM model.
+    """
     missing: set[str] = set()
 
     def record(_: PreTrainedConfig, name: str) -> None:
@@ -94,8 +97,8 @@ def _missing_lookups(config: PreTrainedConfig) -> set[str]:
     # Python calls __getattr__ for missing attributes only. Models check the exact type of their config, which rules a
     # subclass out.
     with quiet(), torch.device("meta"), patch.object(type(config), "__getattr__", record, create=True):
-        for models in _HEADS:
-            # A config that makes no model is reported when the model itself is built.
-            with suppress(Exception):
-                models[type(config)](config)
+        meta_model(config)
+        for models in _FINE_TUNING_HEADS:
+            with suppress(Exception):  # not every type has every head
+                models[type(config)](copy.deepcopy(config))
     return missing

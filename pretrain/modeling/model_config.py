@@ -6,14 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
-    AutoModelForMaskedLM,
     PreTrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
@@ -23,6 +20,7 @@ from experiment.tokenizer import load_tokenizer, tokenizer_fingerprint
 from pretrain.config import ModelConfig
 from pretrain.corpus.added_tokens import check_extends
 from pretrain.modeling.config_fields import check_fields, declared_fields
+from pretrain.modeling.random_model import first_line, meta_model
 from pretrain.modeling.resize import config_with_positions
 
 _SPECIAL_TOKEN_IDS = ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
@@ -78,28 +76,6 @@ def check_tokenizer(model: ModelConfig, corpus_fingerprint: str, corpus: Path) -
             f"the corpus {corpus} was built with another tokenizer than the one in {folder}, so its token ids do not "
             f"match the model's. Rebuild the corpus with `--tokenizer {folder}`"
         )
-
-
-def random_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """A model with random weights from torch's generator. Raises UserError for a config that makes no model."""
-    try:
-        # transformers stores dtype and attention implementation in the config it is given.
-        return AutoModelForMaskedLM.from_config(copy.deepcopy(config))
-    except Exception as error:  # transformers raises many types for values that make no model
-        raise UserError(
-            f"model.config: cannot build a '{config.model_type}' model from it: {first_line(error)}"
-        ) from None
-
-
-def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model on the meta device: modules, names and shapes without memory for weights. Raises as `random_model`."""
-    with torch.device("meta"):
-        return random_model(config)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message; its type if it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _default_config(model: ModelConfig) -> PreTrainedConfig:

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pretrain.modeling.attention import PACKED, register_packed_attention
-from pretrain.modeling.model_config import first_line
+from pretrain.modeling.random_model import first_line
 
 _TOLERANCE = 1e-4  # absolute and relative, on fp32 logits
 _WIDTH, _LENGTHS = 12, (7, 4)  # a row of two sequences and padding

@@ -9,7 +9,8 @@ from transformers import BertConfig, BertForMaskedLM, BertModel, PreTrainedToken
 from experiment.errors import UserError
 from pretrain.config import ModelConfig
 from pretrain.modeling.build import build_model
-from pretrain.modeling.model_config import meta_model, resolve_model_config
+from pretrain.modeling.model_config import resolve_model_config
+from pretrain.modeling.random_model import meta_model
 
 BERT = ModelConfig(config={"model_type": "bert", **TINY})
 

@@ -10,7 +10,8 @@ from experiment.hugging_face import max_positions
 from experiment.tokenizer import load_tokenizer, tokenizer_fingerprint
 from pretrain.config import ModelConfig
 from pretrain.modeling.build import build_model
-from pretrain.modeling.model_config import check_tokenizer, meta_model, resolve_model_config
+from pretrain.modeling.model_config import check_tokenizer, resolve_model_config
+from pretrain.modeling.random_model import meta_model
 
 
 def resolve(tokenizer: PreTrainedTokenizerFast, **fields: Any) -> PreTrainedConfig:
@@ -53,6 +54,8 @@ def test_sizes_that_do_not_fit_together_are_rejected(tokenizer: PreTrainedTokeni
         meta_model(resolve_model_config(settings, tokenizer))  # before the launch
     with pytest.raises(UserError, match=r"model\.config"):
         build_model(settings, resolve_model_config(settings, tokenizer), seed=1)
+    with pytest.raises(UserError, match="cannot build a 'deberta-v2' model"):  # not: position_buckets is unknown
+        resolve(tokenizer, model_type="deberta-v2", num_attention_heads=5, relative_attention=True, position_buckets=16)
 
 
 @pytest.mark.parametrize(("model_type", "positions"), [("bert", 70), ("roberta", 69), ("distilbert", 70)])

@@ -14,7 +14,8 @@ from pretrain.config import ModelConfig
 from pretrain.corpus.added_tokens import extend_tokenizer, old_pieces
 from pretrain.export import write_hugging_face_folder
 from pretrain.modeling.build import build_model
-from pretrain.modeling.model_config import check_tokenizer, meta_model, resolve_model_config
+from pretrain.modeling.model_config import check_tokenizer, resolve_model_config
+from pretrain.modeling.random_model import meta_model
 
 MODEL_TYPES = ("bert", "roberta", "electra", "distilbert", "modernbert", "mpnet")
 WORDS = ("zedwilmar", "##zzed", "q")

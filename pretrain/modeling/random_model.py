@@ -1,0 +1,30 @@
+"""A transformers masked-LM model that is built from its config alone."""
+
+import copy
+
+import torch
+from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
+
+from experiment.errors import UserError
+
+
+def random_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """A model with random weights from torch's generator. Raises UserError for a config that makes no model."""
+    try:
+        # transformers stores dtype and attention implementation in the config it is given.
+        return AutoModelForMaskedLM.from_config(copy.deepcopy(config))
+    except Exception as error:  # transformers raises many types for values that make no model
+        raise UserError(
+            f"model.config: cannot build a '{config.model_type}' model from it: {first_line(error)}"
+        ) from None
+
+
+def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model on the meta device: modules, names and shapes without memory for weights. Raises as `random_model`."""
+    with torch.device("meta"):
+        return random_model(config)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; its type if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
