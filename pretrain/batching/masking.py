@@ -24,6 +24,8 @@ _SPAN_END_PROBABILITY = 0.2  # that a span shorter than the maximum ends after t
 
 @dataclass(frozen=True)
 class MaskingPolicy:
+    """What share of the tokens is predicted, and how the model sees those."""
+
     rate: float  # share of the text tokens that are predicted
     mask_share: float  # share of the predicted tokens that the model sees as the mask token
     random_share: float  # share of the predicted tokens that it sees as a random token; the rest is unchanged
@@ -31,7 +33,7 @@ class MaskingPolicy:
 
 
 def masking_policy(masking: MaskingConfig) -> MaskingPolicy:
-    """The policy for held-out text, and for training text unless a schedule changes the rate (the last rate counts)."""
+    """The policy for held-out text, and for training unless a schedule changes the rate. Of several rates, the last."""
     return MaskingPolicy(masking.rates[-1], masking.mask_share, masking.random_share, masking.unit)
 
 
@@ -54,6 +56,8 @@ class MaskingSchedule:
 
 
 class MaskedTokens(NamedTuple):
+    """The text tokens [T] of several sequences after masking."""
+
     inputs: NDArray[np.int64]  # [T] what the model sees
     indices: NDArray[np.int64]  # [M] which tokens are predicted, ascending
 

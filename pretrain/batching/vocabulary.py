@@ -12,6 +12,8 @@ from pretrain.corpus.words import WordBoundaries, word_boundaries
 
 @dataclass(frozen=True)
 class Vocabulary:
+    """The special tokens and the maskable and replaceable ids of a tokenizer."""
+
     prefix: tuple[int, ...]  # special ids before the text of each sequence, such as [CLS]
     suffix: tuple[int, ...]  # special ids after it, such as [SEP]
     pad_id: int
