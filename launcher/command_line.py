@@ -18,8 +18,8 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import ValidationError
 
-from experiment.config import Metavar, Positional, Section, nearest
-from experiment.config.fields import describe_field, members
+from experiment.config import Metavar, Positional, Section, did_you_mean
+from experiment.config.field_types import describe_field, union_members
 from experiment.errors import UserError
 
 Command = Callable[[Any], None]
@@ -57,7 +57,7 @@ def is_help_request(argv: Sequence[str]) -> bool:
 def parse_command_line(argv: Sequence[str], commands: Mapping[str, Command]) -> tuple[str, Section]:
     """The command's name and its options.
 
-    Raises UserError for an unknown command or flag (naming the nearest known one), a stray argument, a flag without its
+    Raises UserError for an unknown command or flag (suggesting a known one), a stray argument, a flag without its
     value, a missing required flag, and a value of the wrong type or out of range.
     """
     name, command = find_command(argv, commands)
@@ -73,7 +73,7 @@ def find_command(argv: Sequence[str], commands: Mapping[str, Command]) -> tuple[
     """The command that a command line begins with. Raises UserError for an unknown one."""
     name = argv[0].replace("-", "_")
     if name not in commands:
-        raise UserError(f"unknown command '{argv[0]}'{nearest(name, list(commands))}; see `deepcloze --help`")
+        raise UserError(f"unknown command '{argv[0]}'{did_you_mean(name, list(commands))}; see `deepcloze --help`")
     return name, commands[name]
 
 
@@ -89,7 +89,7 @@ def flags_of(options_type: type[Section]) -> dict[str, Flag]:
     flags = {}
     for field_name, field in options_type.model_fields.items():
         name = field.alias or field_name
-        types = tuple(kind for kind in members(field.annotation) if kind is not type(None))
+        types = tuple(kind for kind in union_members(field.annotation) if kind is not type(None))
         metavar = next((entry for entry in field.metadata if isinstance(entry, Metavar)), None)
         if name != _overrides_field(options_type):
             flags[name] = Flag(
@@ -134,7 +134,9 @@ def _split(arguments: Sequence[str], options_type: type[Section]) -> tuple[dict[
         name = written.replace("-", "_")
         is_override = "." in written and _overrides_field(options_type) is not None
         if not is_override and name not in flags:
-            raise _UsageError(f"unknown flag '--{written}'{nearest(f'--{name}', [f'--{known}' for known in flags])}")
+            raise _UsageError(
+                f"unknown flag '--{written}'{did_you_mean(f'--{name}', [f'--{known}' for known in flags])}"
+            )
         if not equals and not is_override and flags[name].is_switch:
             value = "true"
         elif not equals:
@@ -185,7 +187,7 @@ def _explain(problem: Any, flags: Mapping[str, Flag], texts: Mapping[str, str]) 
         return f"{flag.label}: {problem['ctx']['error']}"
     expected = f"nothing, {flag.expected}" if flag.is_switch else flag.expected
     choices = [str(choice) for kind in flag.types if get_origin(kind) is Literal for choice in get_args(kind)]
-    close = nearest(texts[flag.name], choices) if choices else ""
+    close = did_you_mean(texts[flag.name], choices) if choices else ""
     return f"{flag.label}: expected {expected}, found '{texts[flag.name]}'{close if 'did you mean' in close else ''}"
 
 

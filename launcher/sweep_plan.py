@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import yaml
 
-from experiment.config import flatten, load_config, nearest
+from experiment.config import did_you_mean, flatten, load_config
 from experiment.config.yaml_dialect import read_yaml
 from experiment.errors import UserError
 from launcher.grid import grid_points, parse_grid
@@ -124,5 +124,5 @@ def _choose_metric(requested: str | None, config: FlatConfig, finetuning: bool) 
         known = [*(f"eval/{name}/{kind}" for name in corpora for kind in ("loss", "perplexity", "accuracy")), "loss"]
         default = known[0]
     if requested is not None and requested not in known:
-        raise UserError(f"--metric: the runs do not report '{requested}'{nearest(requested, known)}")
+        raise UserError(f"--metric: the runs do not report '{requested}'{did_you_mean(requested, known)}")
     return requested or default

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from experiment.config import Section, nearest
+from experiment.config import Section, did_you_mean
 from experiment.tracking.config import TrackingConfig
 
 Positive = Annotated[int, Field(gt=0)]
@@ -433,7 +433,7 @@ class PretrainConfig(Section):
         if metric is not None and metric not in known:
             raise ValueError(
                 f"'evaluation.best_metric': no metric is called '{metric}'"
-                + (nearest(metric, known) if known else "; corpus.eval is empty")
+                + (did_you_mean(metric, known) if known else "; corpus.eval is empty")
             )
         return self
 

@@ -1,15 +1,15 @@
 """YAML file + `--section.key=value` overrides -> a strict, typed config."""
 
-from experiment.config.fields import Metavar, Positional
-from experiment.config.loading import Section, build_config, dump_config, flatten, load_config, nearest
+from experiment.config.field_types import Metavar, Positional
+from experiment.config.loading import Section, build_config, did_you_mean, dump_config, flatten, load_config
 
 __all__ = [
     "Metavar",
     "Positional",
     "Section",
     "build_config",
+    "did_you_mean",
     "dump_config",
     "flatten",
     "load_config",
-    "nearest",
 ]

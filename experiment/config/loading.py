@@ -1,7 +1,7 @@
 """YAML file + dotted overrides -> strict typed config.
 
-A config is a tree of `Section`s. Values are checked strictly: text where a number belongs, or a key that no section
-has, is refused with a message that names the line, the key, the value and what was expected.
+A config is a tree of `Section`s. Values are checked strictly: a value of the wrong type and an unknown key are rejected
+with a message that names the line, the key, the value and what was expected.
 """
 
 import difflib
@@ -13,7 +13,16 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from experiment.config.fields import NAMES, accepts, below, describe, is_section, known_keys, members, parse_text
+from experiment.config.field_types import (
+    TYPE_NAMES,
+    accepts,
+    annotation_below,
+    describe_type,
+    is_section,
+    known_keys,
+    parse_text,
+    union_members,
+)
 from experiment.config.yaml_dialect import Key, explain_yaml, read_yaml, read_yaml_with_lines, write_yaml
 from experiment.errors import UserError
 
@@ -39,11 +48,11 @@ ConfigT = TypeVar("ConfigT", bound=Section)
 
 
 def load_config(config_type: type[ConfigT], path: Path | str, overrides: Mapping[str, str] | None = None) -> ConfigT:
-    """Read `path` (YAML), apply `overrides` (dotted key -> raw text of the value), return the typed config.
+    """Read `path` (YAML), apply `overrides` (dotted key -> raw text of the value) and return the typed config.
 
-    The raw text is read as the type of its field: a text field takes it as it is, a list takes `[a, b]` and `a,b`, a
-    section `{steps: 3}`, which replaces the section. Raises UserError for a file that cannot be read or is no mapping,
-    an unknown key (naming the nearest known one), and a value of the wrong type.
+    Raw text is read as the type of its field: a text field takes it literally, a list takes `[a, b]` or `a,b`, and a
+    section takes `{steps: 3}`, which replaces it. Raises UserError for a file that cannot be read or is not a mapping, an
+    unknown key (suggesting a known one) and a value of the wrong type.
     """
     path = Path(path)
     try:
@@ -61,7 +70,7 @@ def load_config(config_type: type[ConfigT], path: Path | str, overrides: Mapping
     if tree is None:
         tree = {}
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected a mapping of sections at the top level, found {_kind(tree)}")
+        raise UserError(f"{path}: expected a mapping of sections at the top level, found {_describe_value(tree)}")
     return _build(config_type, tree, overrides or {}, str(path), lines)
 
 
@@ -71,29 +80,29 @@ def build_config(
     overrides: Mapping[str, str] | None = None,
     origin: str = "config",
 ) -> ConfigT:
-    """Typed config from a tree of plain values and overrides. `origin` is named in messages. Raises UserError."""
+    """Build a typed config from a tree of plain values and overrides. Messages name `origin`. Raises UserError."""
     return _build(config_type, tree, overrides or {}, origin, {})
 
 
 def dump_config(config: Section) -> str:
-    """The config as YAML, every key written out; `load_config` of it gives an equal config."""
+    """The config as YAML, with all keys; `load_config` of it gives an equal config."""
     return write_yaml(config.model_dump(mode="json"))
 
 
 def flatten(config: Section | Mapping[str, Any]) -> dict[str, Any]:
-    """{'section.key': value} of every leaf; lists are leaves."""
+    """{'section.key': value} for every leaf; lists are leaves."""
     tree = config.model_dump(mode="json") if isinstance(config, Section) else config
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
-            leaves.update({f"{key}.{below}": leaf for below, leaf in flatten(value).items()})
+            leaves.update({f"{key}.{annotation_below}": leaf for annotation_below, leaf in flatten(value).items()})
         else:
             leaves[key] = value
     return leaves
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """'; did you mean …?' for the known word that looks most like `word`, else '; known: …' with all of them."""
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown word: '; did you mean …?', or '; known: …' if none is similar."""
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"
@@ -109,23 +118,21 @@ def _build(
     try:
         merged: dict[str, Any] = json.loads(json.dumps(tree, ensure_ascii=False).encode())
     except (TypeError, ValueError, RecursionError):
-        raise UserError(
-            f"{origin}: holds something else than mappings, lists, text, numbers, true/false, null"
-        ) from None
-    # A section as a whole first, whatever the order: a key given besides refines it.
+        raise UserError(f"{origin}: expected only mappings, lists, text, numbers, true, false and null") from None
+    # Whole sections first, in any order of the flags: overrides of single keys refine them.
     for dotted in sorted(overrides, key=lambda dotted: dotted.count(".")):
-        _set(merged, dotted, parse_text(_annotation(config_type, dotted), overrides[dotted]))
+        _set_key(merged, dotted, parse_text(_annotation_of_override(config_type, dotted), overrides[dotted]))
     try:
         return config_type.model_validate_json(json.dumps(merged))
     except ValidationError as error:
         messages = [
-            f"{_where(key, origin, lines, overrides)}: {_explain(config_type, key, problem)}"
-            for key, problem in _meant_branches(config_type, error.errors())
+            f"{_place(key, origin, lines, overrides)}: {_explain(config_type, key, problem)}"
+            for key, problem in _without_other_branches(config_type, error.errors())
         ]
         raise UserError("\n".join(dict.fromkeys(messages))) from None
 
 
-def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
+def _set_key(tree: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, last = dotted.split(".")
     for parent in parents:
         if not isinstance(tree.get(parent), dict):
@@ -134,23 +141,23 @@ def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
     tree[last] = value
 
 
-def _annotation(config_type: type[Section], dotted: str) -> Any:
-    """The type annotation of the key of an override. Raises UserError for a key nobody has."""
+def _annotation_of_override(config_type: type[Section], dotted: str) -> Any:
+    """The annotation of an overridden key. Raises UserError for an unknown key."""
     annotation: Any = config_type
     parts = dotted.split(".")
     for depth, part in enumerate(parts):
         if not accepts(annotation, dict):
             above = ".".join(parts[:depth])
-            raise UserError(f"command line: unknown config key '{dotted}': '{above}' is {describe(annotation)}")
-        sections = list(filter(is_section, members(annotation)))
+            raise UserError(f"command line: unknown config key '{dotted}': '{above}' is {describe_type(annotation)}")
+        sections = list(filter(is_section, union_members(annotation)))
         if sections and not any(part in section.model_fields for section in sections):
             raise UserError(f"command line: {explain_unknown_key(config_type, dotted)}")
-        annotation = below(annotation, part)
+        annotation = annotation_below(annotation, part)
     return annotation
 
 
-def _where(key: Key, origin: str, lines: Mapping[Key, int], overrides: Mapping[str, str]) -> str:
-    """The place that a message about `key` is about: a line of the file, or the command line."""
+def _place(key: Key, origin: str, lines: Mapping[Key, int], overrides: Mapping[str, str]) -> str:
+    """Where the value of `key` comes from, for messages: a line of the file, or the command line."""
     dotted = ".".join(key)
     if any(f"{dotted}.".startswith(f"{override}.") for override in overrides):
         return "command line"
@@ -159,10 +166,10 @@ def _where(key: Key, origin: str, lines: Mapping[Key, int], overrides: Mapping[s
     return origin + (f", line {line}" if line else "") + (f", with {' and '.join(refined)}" if refined else "")
 
 
-def _meant_branches(config_type: type[Section], problems: Sequence[Any]) -> list[tuple[Key, Any]]:
-    """(key, problem) of what pydantic reports, without the branches of a union that were not meant.
+def _without_other_branches(config_type: type[Section], problems: Sequence[Any]) -> list[tuple[Key, Any]]:
+    """(key, problem) for each error of pydantic, without those of union branches that the user did not mean.
 
-    Of a list with one bad item it reports for `str | list[Source]` that it is no text as well.
+    For a list with a bad item in `str | list[Source]`, pydantic also reports that the list is not text.
     """
     located = [(*_locate(config_type, problem), problem) for problem in problems]
     unmeant = [_is_mismatch(problem) and unions[-1:] == [key] for key, unions, problem in located]
@@ -173,24 +180,24 @@ def _meant_branches(config_type: type[Section], problems: Sequence[Any]) -> list
 
 
 def _locate(config_type: type[Section], problem: Any) -> tuple[Key, list[Key]]:
-    """The key that a problem is about, and the keys above it, and itself, whose type is a union."""
+    """The key that an error is about, and those keys on the path to it whose type is a union."""
     location = [str(part) for part in problem["loc"][: -1 if _is_short_tuple(problem) else None]]
     annotation: Any = config_type
     key: Key = ()
     unions: list[Key] = []
     while location:
-        if len([kind for kind in members(annotation) if kind is not type(None)]) > 1:
+        if len([kind for kind in union_members(annotation) if kind is not type(None)]) > 1:
             unions.append(key)
-            location.pop(0)  # pydantic names the branch here
+            location.pop(0)  # here pydantic names the branch of the union
             if not location:
                 break
         part = location.pop(0)
-        key, annotation = (*key, part), below(annotation, part)
+        key, annotation = (*key, part), annotation_below(annotation, part)
     return key, unions
 
 
 def _is_mismatch(problem: Any) -> bool:
-    """Whether the value is of another type than its field."""
+    """Whether the value has the wrong type for its field."""
     kind: str = problem["type"]
     return kind.endswith("_type") or kind == "literal_error" or _is_wrong_length(problem)
 
@@ -211,21 +218,21 @@ def _explain(config_type: type[Section], key: Key, problem: Any) -> str:
     if _is_mismatch(problem):
         annotation: Any = config_type
         for part in key:
-            annotation = below(annotation, part)
-        quote = str in members(annotation) and isinstance(problem["input"], int | float)
-        hint = ": write it in quotes" if quote else _why_no_yaml(problem["input"])
-        return f"'{dotted}': expected {describe(annotation)}, found {_kind(problem['input'])}{hint}"
+            annotation = annotation_below(annotation, part)
+        quote = str in union_members(annotation) and isinstance(problem["input"], int | float)
+        hint = ": write it in quotes" if quote else _yaml_problem(problem["input"])
+        return f"'{dotted}': expected {describe_type(annotation)}, found {_describe_value(problem['input'])}{hint}"
     if problem["type"] == "missing":
         return f"'{dotted}' is missing: it has no default"
     if problem["type"] == "value_error":
         message = str(problem["ctx"]["error"])
         return f"'{dotted}': {message}" if key else message
     message = problem["msg"].removeprefix("Input ")
-    return f"'{dotted}': {message[0].lower()}{message[1:]}, found {_kind(problem['input'])}"
+    return f"'{dotted}': {message[0].lower()}{message[1:]}, found {_describe_value(problem['input'])}"
 
 
-def _why_no_yaml(value: Any) -> str:
-    """What keeps text that was meant as a list or mapping from being one."""
+def _yaml_problem(value: Any) -> str:
+    """The YAML error, if the value is text that looks like a list or mapping."""
     if isinstance(value, str) and value.startswith(("[", "{")):
         try:
             read_yaml(value)
@@ -246,13 +253,13 @@ def explain_unknown_key(config_type: type[Section], dotted: str) -> str:
         return f"unknown config key '{dotted}'; did you mean '{close[0]}'?"
     annotation: Any = config_type
     for part in above.split(".") if above else ():
-        annotation = below(annotation, part)
+        annotation = annotation_below(annotation, part)
     siblings = [name for name in known_keys(annotation) if "." not in name]
-    return f"unknown config key '{dotted}'{nearest(last, siblings or list(config_type.model_fields))}"
+    return f"unknown config key '{dotted}'{did_you_mean(last, siblings or list(config_type.model_fields))}"
 
 
-def _kind(value: Any) -> str:
+def _describe_value(value: Any) -> str:
     if value is None:
         return "null"
-    name = "true/false" if isinstance(value, bool) else NAMES.get(type(value), type(value).__name__)
+    name = "true/false" if isinstance(value, bool) else TYPE_NAMES.get(type(value), type(value).__name__)
     return f"{name} ({json.dumps(value, default=str, ensure_ascii=False)[:80]})"

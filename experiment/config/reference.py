@@ -11,7 +11,7 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from experiment.config.fields import describe_field, is_section, members
+from experiment.config.field_types import describe_field, is_section, union_members
 from experiment.config.loading import Section, explain_unknown_key
 from experiment.errors import UserError
 
@@ -97,12 +97,12 @@ def _keys(section: type[BaseModel], prefix: str) -> Iterator[Key]:
 
 
 def _sections_in(annotation: Any) -> list[type[BaseModel]]:
-    return [kind for kind in members(annotation) if is_section(kind)]
+    return [kind for kind in union_members(annotation) if is_section(kind)]
 
 
 def _item_sections(annotation: Any) -> list[type[BaseModel]]:
     """The sections that the items of a list may be."""
-    lists = [kind for kind in members(annotation) if get_origin(kind) in (list, tuple)]
+    lists = [kind for kind in union_members(annotation) if get_origin(kind) in (list, tuple)]
     return [item for kind in lists for part in get_args(kind) for item in _sections_in(part)]
 
 

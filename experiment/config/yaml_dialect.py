@@ -1,4 +1,4 @@
-"""The YAML that configs are written in: YAML 1.2's idea of plain values, and no key twice.
+"""The YAML dialect of configs: plain scalars as in YAML 1.2, and no duplicate keys.
 
 `5e-4` is a number; dates, `on`, `yes`, `010` and `1_000` are text.
 """
@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-Key = tuple[str, ...]  # where a value stands: names of keys and, in a list, indices
+Key = tuple[str, ...]  # path of a value: keys and, in lists, indices
 
 
 def read_yaml(text: str) -> Any:
@@ -29,12 +29,12 @@ def read_yaml_with_lines(text: str) -> tuple[Any, dict[Key, int]]:
 
 
 def write_yaml(value: Any) -> str:
-    """YAML text that `read_yaml`, and any other reader, takes for `value`."""
+    """YAML text that `read_yaml`, or any other YAML reader, reads as `value`."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def explain_yaml(error: yaml.YAMLError) -> str:
-    """', line N: what is wrong there', to follow the name of the file."""
+    """', line N: the problem', to append to the name of the file."""
     if isinstance(error, yaml.MarkedYAMLError):
         mark = error.problem_mark or error.context_mark
         problem = ", ".join(part for part in (error.context, error.problem) if part)
@@ -45,8 +45,8 @@ def explain_yaml(error: yaml.YAMLError) -> str:
 
 
 class Loader(yaml.SafeLoader):
-    """Refuses what loaders take in silence for something else: a key that stands twice in a mapping, of which they keep
-    the last, and `{steps:3}`, which to them is a key without a value.
+    """Rejects what YAML loaders silently misread: duplicate keys, of which they keep the last, and `{steps:3}`, a key
+    without a value.
     """
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
@@ -56,21 +56,21 @@ class Loader(yaml.SafeLoader):
             if isinstance(key, yaml.ScalarNode):
                 name, colon, rest = key.value.partition(":")
                 if node.flow_style and colon and key.style is None and value.value == "":
-                    problem = f"write '{name}: {rest}', with a space behind the colon"
+                    problem = f"write '{name}: {rest}', with a space after the colon"
                     raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
                 line = key.start_mark.line + 1
                 if key.value in seen:
-                    problem = f"the key '{key.value}' stands here and in line {seen[key.value]}"
+                    problem = f"duplicate key '{key.value}', already in line {seen[key.value]}"
                     raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
                 seen[key.value] = line
         return node
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes every text that our loader, or another one, would read as something else."""
+    """Quotes all text that our loader, or another, would read as something else."""
 
     def represent_text(self, text: str) -> yaml.ScalarNode:
-        # PyYAML writes U+0085 and its like unescaped, and reads them back as line ends.
+        # PyYAML writes U+0085 and similar characters unescaped, and reads them back as line breaks.
         style = None if text.isprintable() else '"'
         return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
@@ -96,7 +96,7 @@ for _name, (_pattern, _first) in _PLAIN_VALUES.items():
 
 
 def _lines(node: yaml.Node | None, key: Key, parents: tuple[yaml.Node, ...]) -> Iterator[tuple[Key, int]]:
-    if node is None or node in parents:  # an alias may lead back to what contains it
+    if node is None or node in parents:  # an alias may point to a node that contains it
         return
     children: list[tuple[str, yaml.Node, yaml.Node]] = []
     if isinstance(node, yaml.MappingNode):

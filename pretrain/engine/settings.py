@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from torch.utils.cpp_extension import is_ninja_available
 from xxhash import xxh64_hexdigest
 
-from experiment.config import nearest
+from experiment.config import did_you_mean
 from experiment.errors import UserError
 
 Precision = Literal["fp16", "bf16", "fp32"]
@@ -201,7 +201,7 @@ def _check_keys(raw: Mapping[str, Any], path: Path) -> None:
             raise UserError(f"{path}: '{key}' is set by {owner} in the run's config; remove it from this file")
     for key in raw:  # DeepSpeed ignores unknown keys
         if key not in _KNOWN_KEYS:
-            raise UserError(f"{path}: unknown key '{key}'{nearest(key, _KNOWN_KEYS)}")
+            raise UserError(f"{path}: unknown key '{key}'{did_you_mean(key, _KNOWN_KEYS)}")
     for key, value in _leaves(raw):
         if value == "auto":
             raise UserError(f"{path}: '{key}' is \"auto\", which deepcloze does not support; set a value or remove it")

@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from experiment.config import nearest
+from experiment.config import did_you_mean
 from experiment.errors import UserError
 from experiment.hugging_face import quiet
 from pretrain.modeling.random_model import meta_model
@@ -52,7 +52,7 @@ def check_fields(fields: Mapping[str, Any], make_config: Callable[[Mapping[str, 
         if looked_up.isdisjoint(unused):
             raise UserError(
                 f"unknown config key 'model.config.{unused[0]}' for '{config.model_type}'"
-                f"{nearest(unused[0], known | {name for name in looked_up if not name.startswith('_')})}"
+                f"{did_you_mean(unused[0], known | {name for name in looked_up if not name.startswith('_')})}"
             )
         used |= looked_up.intersection(unused)
 

@@ -5,7 +5,7 @@ import re
 from torch import nn
 from transformers import PreTrainedModel
 
-from experiment.config import nearest
+from experiment.config import did_you_mean
 from experiment.errors import UserError
 
 _NUMBERED = re.compile(r"\.(\d+)\.")
@@ -45,7 +45,8 @@ def check_freeze(freeze: tuple[str, ...], model: nn.Module) -> None:
     for module in freeze:
         if not any(is_in_module(name, module) for name in names):
             raise UserError(
-                f"model.freeze: no parameter of the model is in a module '{module}'{nearest(module, _modules(names))}"
+                f"model.freeze: no parameter of the model is in a module '{module}'"
+                f"{did_you_mean(module, _modules(names))}"
             )
     if freeze and all(any(is_in_module(name, module) for module in freeze) for name in names):
         raise UserError(f"model.freeze: {', '.join(freeze)} is the whole model; nothing would be trained")

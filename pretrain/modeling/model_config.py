@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from experiment.config import nearest
+from experiment.config import did_you_mean
 from experiment.errors import UserError
 from experiment.tokenizer import load_tokenizer, tokenizer_fingerprint
 from pretrain.config import ModelConfig
@@ -92,7 +92,7 @@ def _default_config(model: ModelConfig) -> PreTrainedConfig:
     model_type = str(given)
     if model_type not in CONFIG_MAPPING:
         raise UserError(
-            f"model.config.model_type: unknown model type '{model_type}'{nearest(model_type, _masked_lm_types())}"
+            f"model.config.model_type: unknown model type '{model_type}'{did_you_mean(model_type, _masked_lm_types())}"
         )
     return AutoConfig.for_model(model_type)
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import Field, model_validator
 
-from experiment.config import Section, build_config, dump_config, flatten, load_config, nearest
+from experiment.config import Section, build_config, did_you_mean, dump_config, flatten, load_config
 from experiment.errors import UserError
 
 Positive = Annotated[int, Field(gt=0)]
@@ -98,18 +98,18 @@ def test_an_empty_file_and_a_byte_order_mark_are_no_error(tmp_path: Path, text: 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (b"run: {}\nrun: {}\n", "FILE, line 2: the key 'run' stands here and in line 1"),
-        (b"run:\n  lr: 1\n  name: x\n  lr: 2\n", "FILE, line 4: the key 'lr' stands here and in line 2"),
+        (b"run: {}\nrun: {}\n", "FILE, line 2: duplicate key 'run', already in line 1"),
+        (b"run:\n  lr: 1\n  name: x\n  lr: 2\n", "FILE, line 4: duplicate key 'lr', already in line 2"),
         (b"run:\n\tlr: 1\n", "FILE, line 2: "),
-        (b"run: {lr:1}\n", "FILE, line 1: write 'lr: 1', with a space behind the colon"),
+        (b"run: {lr:1}\n", "FILE, line 1: write 'lr: 1', with a space after the colon"),
         (b"run: [1,\n", "FILE, line 2: "),
         (b"run: {}\n---\nrun: {}\n", "FILE, line 2: "),
         (b"run:\n  lr: \xff\n", "FILE, line 2: not UTF-8 text"),
         (b"run: \x07\n", "FILE: the character '\\x07'"),
         (b"run: {name: !!python/name:os.system }\n", "FILE, line 1: could not determine a constructor"),
-        (b"run: {name: !!binary eA== }\n", "FILE: holds something else than"),
-        (b"run: &again {model: *again}\n", "FILE: holds something else than"),
-        (b'run: {name: "\\ud800"}\n', "FILE: holds something else than"),
+        (b"run: {name: !!binary eA== }\n", "FILE: expected only mappings"),
+        (b"run: &again {model: *again}\n", "FILE: expected only mappings"),
+        (b'run: {name: "\\ud800"}\n', "FILE: expected only mappings"),
         (b"[" * 5000, "FILE: nested too deeply"),
         (b"- run\n", 'FILE: expected a mapping of sections at the top level, found a list (["run"])'),
         (b"run\n", "found text"),
@@ -212,7 +212,7 @@ def test_an_unknown_key_names_the_one_that_was_meant(key: str, meant: str) -> No
 def test_a_key_like_no_other_lists_the_known_ones() -> None:
     """Catches a far-fetched suggestion."""
     assert message({}, {"run.zzzzzz": "1"}).endswith("; known: limits, lr, model, name, resume, tags")
-    assert nearest("zzz", {"b": 1, "a": 2}) == "; known: a, b"
+    assert did_you_mean("zzz", {"b": 1, "a": 2}) == "; known: a, b"
 
 
 def test_all_problems_are_reported_at_once() -> None:
@@ -294,7 +294,7 @@ def test_an_override_is_read_as_its_field(key: str, raw: str, value: Any) -> Non
         ("run.limits", "[&a [*a]]", "expected a list, found text"),
         ("run.limits", "!!python/name:os.system x", "expected a list, found text"),
         ("run.model", "x", "expected a mapping, found text"),
-        ("run.model", "{a:1}", "line 1: write 'a: 1', with a space behind the colon"),
+        ("run.model", "{a:1}", "line 1: write 'a: 1', with a space after the colon"),
         ("schedule.rate", "15", "'schedule.rate': should be less than 1, found a whole number (15)"),
         ("schedule", "{steps: 1, epochs: 1}", "needs one of"),
     ],

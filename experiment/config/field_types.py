@@ -1,4 +1,4 @@
-"""Inspect the types of config fields: what is below a key, what raw text means there, how to describe a type."""
+"""Types of config fields: what is below a key, which value raw text stands for, and how to describe a type."""
 
 import re
 import types
@@ -26,12 +26,12 @@ class Positional(Metavar):
     """A flag that is also accepted by position: `deepcloze report RUN`."""
 
 
-def members(annotation: Any) -> list[Any]:
-    """The types that a union consists of, without their constraints."""
+def union_members(annotation: Any) -> list[Any]:
+    """The members of a union, without constraints; a single type is a union of one."""
     if get_origin(annotation) is Annotated:
-        return members(get_args(annotation)[0])
+        return union_members(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType):
-        return [member for part in get_args(annotation) for member in members(part)]
+        return [member for part in get_args(annotation) for member in union_members(part)]
     return [annotation]
 
 
@@ -40,34 +40,34 @@ def is_section(kind: Any) -> TypeGuard[type[BaseModel]]:
 
 
 def accepts(annotation: Any, plain: type) -> bool:
-    """Whether a value of the YAML type `plain` (str, int, float, bool, list or dict) may stand there."""
-    return any(kind is Any or _plain(kind) is plain for kind in members(annotation))
+    """Whether the annotation accepts a value of the YAML type `plain` (str, int, float, bool, list or dict)."""
+    return any(kind is Any or _yaml_type(kind) is plain for kind in union_members(annotation))
 
 
-def below(annotation: Any, part: str) -> Any:
-    """The annotation of the field, item or value `part` of a value; Any where the type does not say."""
-    for kind in members(annotation):
+def annotation_below(annotation: Any, part: str) -> Any:
+    """The annotation of the field, list item or mapping value called `part`; Any if unknown."""
+    for kind in union_members(annotation):
         arguments = get_args(kind)
         if is_section(kind) and part in kind.model_fields:
             return kind.model_fields[part].annotation
-        if _plain(kind) is dict and len(arguments) == 2:
+        if _yaml_type(kind) is dict and len(arguments) == 2:
             return arguments[1]
-        if _plain(kind) is list and arguments and part.isdecimal():
+        if _yaml_type(kind) is list and arguments and part.isdecimal():
             return arguments[min(int(part), len(arguments) - 1)] if is_fixed_tuple(kind) else arguments[0]
     return Any
 
 
 def known_keys(annotation: Any, above: str = "") -> Iterator[str]:
-    """The dotted keys of all fields of a section and of the sections in it."""
-    for section in filter(is_section, members(annotation)):
+    """The dotted keys of all fields of a section, nested sections included."""
+    for section in filter(is_section, union_members(annotation)):
         for name, field in section.model_fields.items():
             yield above + name
             yield from known_keys(field.annotation, f"{above}{name}.")
 
 
 def parse_text(annotation: Any, raw: str) -> Any:
-    """The plain value that raw text, as it stands on a command line, means as a value of the annotated type."""
-    if type(None) in members(annotation) and raw in ("null", "None"):
+    """The plain value that raw text from a command line stands for, given the type of its field."""
+    if type(None) in union_members(annotation) and raw in ("null", "None"):
         return None
     try:
         node, value = yaml.compose(raw, Loader=Loader), read_yaml(raw)
@@ -77,41 +77,47 @@ def parse_text(annotation: Any, raw: str) -> Any:
             value = raw
     except (yaml.YAMLError, RecursionError):
         return raw
-    if accepts(annotation, list) and not accepts(annotation, str) and ("," in raw or not _may_be_single(annotation)):
+    if (
+        accepts(annotation, list)
+        and not accepts(annotation, str)
+        and ("," in raw or not _accepts_single_value(annotation))
+    ):
         items = raw.split(",") if raw.strip() else []
-        return [parse_text(below(annotation, str(index)), item.strip()) for index, item in enumerate(items)]
+        return [parse_text(annotation_below(annotation, str(index)), item.strip()) for index, item in enumerate(items)]
     return _scalar(raw, value, annotation)
 
 
-def _may_be_single(annotation: Any) -> bool:
-    """Whether a number, say, may stand there as well as a list."""
-    return any(_plain(kind) not in (list, dict, type(None)) for kind in members(annotation))
+def _accepts_single_value(annotation: Any) -> bool:
+    """Whether the annotation accepts a single value as well as a list."""
+    return any(_yaml_type(kind) not in (list, dict, type(None)) for kind in union_members(annotation))
 
 
 def _typed(node: yaml.Node, annotation: Any) -> Any:
     if isinstance(node, yaml.SequenceNode):
-        return [_typed(item, below(annotation, str(index))) for index, item in enumerate(node.value)]
+        return [_typed(item, annotation_below(annotation, str(index))) for index, item in enumerate(node.value)]
     if isinstance(node, yaml.MappingNode):
-        return {str(key.value): _typed(value, below(annotation, str(key.value))) for key, value in node.value}
+        return {
+            str(key.value): _typed(value, annotation_below(annotation, str(key.value))) for key, value in node.value
+        }
     assert isinstance(node, yaml.ScalarNode)
     quoted = node.style in ("'", '"')
     return _scalar(node.value, node.value if quoted else read_yaml(node.value), annotation)
 
 
 def _scalar(text: str, value: Any, annotation: Any) -> Any:
-    """`text` where only text will do, else `value`, which YAML made of it."""
+    """`text` if the annotation accepts nothing but text, otherwise `value`, which YAML reads it as."""
     fits = any(
         kind is Any
         or (type(value) is kind and kind is not str)
         or (kind is float and type(value) is int)
         or (get_origin(kind) is Literal and (type(value), value) in [(type(known), known) for known in get_args(kind)])
-        for kind in members(annotation)
+        for kind in union_members(annotation)
     )
     return text if not fits and accepts(annotation, str) else value
 
 
-def _plain(kind: Any) -> Any:
-    """What a type is in YAML: str, int, float, bool, list or dict."""
+def _yaml_type(kind: Any) -> Any:
+    """The YAML type of an annotation: str, int, float, bool, list or dict."""
     origin = get_origin(kind) or kind
     if origin is tuple:
         return list
@@ -124,7 +130,7 @@ def is_fixed_tuple(kind: Any) -> bool:
     return get_origin(kind) is tuple and Ellipsis not in get_args(kind)
 
 
-NAMES: Mapping[Any, str] = {
+TYPE_NAMES: Mapping[Any, str] = {
     str: "text",
     int: "a whole number",
     float: "a number",
@@ -134,10 +140,10 @@ NAMES: Mapping[Any, str] = {
 }
 
 
-def describe(annotation: Any) -> str:
-    """What a value of the type looks like: 'text or a list', "'online', 'offline' or 'disabled'"."""
+def describe_type(annotation: Any) -> str:
+    """The accepted values in words: 'text or a list', "'online', 'offline' or 'disabled'"."""
     names: list[str] = []
-    for kind in members(annotation):
+    for kind in union_members(annotation):
         if get_origin(kind) is Literal:
             names += [f"'{value}'" if isinstance(value, str) else str(value) for value in get_args(kind)]
         elif is_fixed_tuple(kind):
@@ -145,7 +151,7 @@ def describe(annotation: Any) -> str:
         elif kind is type(None):
             names.append("null")
         else:
-            names.append(NAMES.get(_plain(kind), str(kind)))
+            names.append(TYPE_NAMES.get(_yaml_type(kind), str(kind)))
     return _joined(names)
 
 
@@ -155,7 +161,7 @@ def _joined(names: list[str]) -> str:
 
 
 def describe_field(field: FieldInfo) -> str:
-    """`describe` of a field, with its limits: 'a whole number > 0 or null'."""
+    """`describe_type` of a field, with its limits: 'a whole number > 0 or null'."""
     return _describe_with_limits(field.annotation, field.metadata)
 
 
@@ -169,7 +175,7 @@ def _describe_with_limits(annotation: Any, metadata: Iterable[Any] = ()) -> str:
         items = dict.fromkeys(_describe_with_limits(part) for part in get_args(annotation) if part is not Ellipsis)
         count = f"{len(get_args(annotation))} " if is_fixed_tuple(annotation) else ""
         return f"a list of {count}{_plural(_joined(list(items)))}"
-    return " ".join(filter(None, [describe(annotation), _limits(metadata)]))
+    return " ".join(filter(None, [describe_type(annotation), _limits(metadata)]))
 
 
 def _plural(description: str) -> str:
