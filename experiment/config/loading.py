@@ -51,8 +51,8 @@ def load_config(config_type: type[ConfigT], path: Path | str, overrides: Mapping
     """Read `path` (YAML), apply `overrides` (dotted key -> raw text of the value) and return the typed config.
 
     Raw text is read as the type of its field: a text field takes it literally, a list takes `[a, b]` or `a,b`, and a
-    section takes `{steps: 3}`, which replaces it. Raises UserError for a file that cannot be read or is not a mapping, an
-    unknown key (suggesting a known one) and a value of the wrong type.
+    section takes `{steps: 3}`, which replaces it. Raises UserError for a file that cannot be read or is not a mapping,
+    an unknown key (suggesting a known one) and a value of the wrong type.
     """
     path = Path(path)
     try:
