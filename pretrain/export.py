@@ -1,4 +1,4 @@
-"""fp32 weights -> a Hugging Face folder that transformers opens with no code of ours."""
+"""Write a Hugging Face folder that transformers opens without deepcloze."""
 
 import copy
 import shutil

@@ -17,16 +17,15 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 
-from experiment.config import load_config
 from experiment.errors import UserError
 from experiment.run_folder import Outcome, RunFolder, open_run_folder
 from experiment.tracking.rank_logs import set_up_logging
+from pretrain.arguments import read_arguments
 from pretrain.config import PretrainConfig
 from pretrain.engine.engine import Engine
 from pretrain.engine.loss_scaler import LossScaleError
 from pretrain.engine.process_group import connect, disconnect
 from pretrain.modeling.build import build_model
-from pretrain.modeling.flops import flops_model
 from pretrain.modeling.masked_lm import MaskedLanguageModel
 from pretrain.resolve import resolve
 from pretrain.stream import open_stream
@@ -52,7 +51,6 @@ def pretrain(
     run = resolve(config, world.size, decide=hosts.from_rank0)
     hosts.barrier()
     model = build_model(run.config.model, run.model_config, run.config.run.seed)
-    flops = flops_model(model.model)  # before ZeRO partitions the parameters
     stream = open_stream(run, world, packed=model.packed, first_position=model.first_position)
     with contextlib.ExitStack() as resources:
         engine = Engine(
@@ -67,7 +65,7 @@ def pretrain(
         resources.callback(engine.close)
         # Not earlier: a signal to a rank with nothing to save should end it at once.
         stop = resources.enter_context(stop_request(run.folder.stop if world.rank == 0 else None))
-        trainer = Trainer(run, model, flops, engine, stream, hosts, stop, limits=limits)
+        trainer = Trainer(run, model, engine, stream, hosts, stop, limits)
         outcome = Outcome.FAILED
         try:
             outcome = trainer.train()
@@ -90,7 +88,7 @@ def main(argv: Sequence[str]) -> None:
     outcome, message = Outcome.FAILED, ""
     config: PretrainConfig | None = None
     try:
-        config = _read_arguments(argv)
+        config = read_arguments(argv)
         outcome = pretrain(config, connect(_timeout(config)))
         disconnect()
     except UserError as error:
@@ -112,25 +110,6 @@ def main(argv: Sequence[str]) -> None:
 
 def _timeout(config: PretrainConfig) -> datetime.timedelta:
     return datetime.timedelta(seconds=config.health.hang_seconds)
-
-
-def _read_arguments(argv: Sequence[str]) -> PretrainConfig:
-    """--config FILE, config keys, and the --local_rank that DeepSpeed's launcher adds. Raises UserError."""
-    arguments: dict[str, str] = {}
-    rest = list(argv)
-    while rest:
-        key, equals, value = rest.pop(0).partition("=")
-        if not key.startswith("--"):
-            raise UserError(f"unexpected argument '{key}'; write --section.key=value")
-        if not equals:
-            if not rest:
-                raise UserError(f"{key} needs a value: {key}=…")
-            value = rest.pop(0)
-        arguments[key.removeprefix("--")] = value
-    arguments.pop("local_rank", None)  # LOCAL_RANK in the environment is the same
-    if "config" not in arguments:
-        raise UserError("--config FILE is missing")
-    return load_config(PretrainConfig, arguments.pop("config"), arguments)
 
 
 def _record_outcome(folder: RunFolder, outcome: Outcome, message: str, rank: int) -> None:

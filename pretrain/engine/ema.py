@@ -4,17 +4,16 @@ After each applied update, average <- decay * average + (1 - decay) * master (Po
 steps equally; the exponential form is from Tarvainen and Valpola 2017). The average starts at the current weights.
 """
 
-from typing import Any
-
 import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
 from pretrain.engine.partitions import Fragment, fragments
 
 
 class ExponentialMovingAverage:
-    def __init__(self, engine: Any, decay: float) -> None:
-        """`engine`: a DeepSpeedEngine with the weights that the average starts at."""
+    def __init__(self, engine: DeepSpeedEngine, decay: float) -> None:
+        """`engine`: with the weights that the average starts at."""
         self._engine = engine
         self._decay = decay
         self._averages = {fragment.name: fragment.master.clone() for fragment in fragments(engine)}

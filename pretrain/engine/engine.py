@@ -12,11 +12,12 @@ import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from torch import Tensor, nn
 
@@ -77,18 +78,8 @@ class Engine:
         groups = parameter_groups(model.model, optimizer, options)
         frozen = [parameter for group in groups if group["frozen_until"] for parameter in group["params"]]
         torch_optimizer = build_optimizer(optimizer, groups)
-        if type(torch_optimizer) not in ZERO_SUPPORTED_OPTIMIZERS:
-            ZERO_SUPPORTED_OPTIMIZERS.append(type(torch_optimizer))  # it warns of optimizers that it has not tested
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):  # one of its optimizers prints the machine's memory six times
-            self._deepspeed, *_ = deepspeed.initialize(
-                model=model,
-                optimizer=torch_optimizer,
-                config=settings.engine_config(optimizer.grad_clip, self._swap_folder),
-                dist_init_required=False,
-            )
-        logging.getLogger("deepspeed").info("%s", printed.getvalue())
-        logging.getLogger("DeepSpeed").addFilter(_is_not_overflow_message)
+        ds_config = settings.engine_config(optimizer.grad_clip, self._swap_folder)
+        self._deepspeed = _initialize(model, torch_optimizer, ds_config)
         self._loss_scaler = install_loss_scaler(self._deepspeed.optimizer)
         self._grad_clip = optimizer.grad_clip
         self._freeze_steps = options.freeze_steps
@@ -253,6 +244,18 @@ class Engine:
 
     def _on_device(self, microbatch: Microbatch) -> list[Tensor]:
         return [tensor.to(self.device, non_blocking=True) for tensor in microbatch]
+
+
+def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, ds_config: dict[str, Any]) -> DeepSpeedEngine:
+    """`deepspeed.initialize`, without its output on the terminal."""
+    if type(optimizer) not in ZERO_SUPPORTED_OPTIMIZERS:
+        ZERO_SUPPORTED_OPTIMIZERS.append(type(optimizer))  # it warns of optimizers that it has not tested
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):  # one of its optimizers prints the machine's memory six times
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
+    logging.getLogger("deepspeed").info("%s", printed.getvalue())
+    logging.getLogger("DeepSpeed").addFilter(_is_not_overflow_message)
+    return engine
 
 
 def _is_not_overflow_message(record: logging.LogRecord) -> bool:

@@ -1,9 +1,8 @@
-"""AdamW, LAMB and StableAdamW, which can pass an update over, under ZeRO.
+"""AdamW, LAMB and StableAdamW under ZeRO, with updates that can be skipped.
 
-ZeRO hands a torch optimizer flat tensors that hold slices of many parameters, cut across ranks. AdamW, which treats
-every element alike, does not care. LAMB and StableAdamW scale each parameter's update by a figure of the whole
-parameter: they are told which slices their tensors hold (`attach`), take squared sums slice by slice, and add them up
-over ranks.
+ZeRO passes a torch optimizer flat tensors that hold slices of many parameters, sharded across ranks. AdamW treats every
+element alike. LAMB and StableAdamW scale each parameter's update by a statistic of the whole parameter: `attach` tells
+them which slices their tensors hold, and they sum squares per slice and then over ranks.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -18,16 +17,16 @@ Group = dict[str, Any]
 
 
 class GatedOptimizer(torch.optim.Optimizer):
-    """Passes over frozen groups, and over everything where the engine does not allow the update.
+    """Skips frozen groups, and the whole update if the engine does not allow it.
 
-    What is passed over keeps its weights, moments and step counter, and does not decay. DeepSpeed calls `step` once for
-    each group or part of one, always after it knows the norm of the whole gradient, and clears the gradients after it.
+    What is skipped keeps its weights, moments and step counter, and does not decay. DeepSpeed calls `step` once per
+    group or part of one, always after it knows the norm of the whole gradient, and clears the gradients afterwards.
     """
 
     allowed: Callable[[], bool] = staticmethod(lambda: True)
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        groups = self.param_groups  # at stage 3 all but the one whose turn it is are empty
+        groups = self.param_groups  # at ZeRO 3 all but one are empty in each call
         live = [group for group in groups if group["params"] and not group["frozen"]]
         self.param_groups = live if self.allowed() else []
         try:
@@ -41,7 +40,7 @@ class GatedOptimizer(torch.optim.Optimizer):
 
 
 class AdamW(GatedOptimizer, torch.optim.AdamW):
-    """Loshchilov and Hutter 2019, arXiv 1711.05101: torch's fused kernel, on a GPU and on a CPU."""
+    """Loshchilov and Hutter 2019, arXiv 1711.05101, with torch's fused kernel on GPUs and CPUs."""
 
     def __init__(self, groups: list[Group], *, lr: float, betas: tuple[float, float], eps: float) -> None:
         torch.optim.AdamW.__init__(self, groups, lr=lr, betas=betas, eps=eps, fused=True)
@@ -54,8 +53,8 @@ class _Slices(NamedTuple):
     """The slices of parameters that one tensor of the optimizer holds."""
 
     spans: list[tuple[int, int]]  # offset in the flattened tensor, number of elements
-    parameters: Tensor  # int64: which parameter each belongs to, by the same numbers on all ranks
-    sizes: Tensor  # float64: elements in the whole of it
+    parameters: Tensor  # int64: which parameter each belongs to; numbers are the same on all ranks
+    sizes: Tensor  # float64: elements in the whole parameter
 
     def views(self, tensor: Tensor) -> list[Tensor]:
         flat = tensor.view(-1)
@@ -63,7 +62,7 @@ class _Slices(NamedTuple):
 
 
 class PerParameterOptimizer(GatedOptimizer):
-    """What LAMB and StableAdamW share: norms over whole parameters, in float64, summed over ranks once a call."""
+    """Base of LAMB and StableAdamW: norms over whole parameters, in float64, reduced over ranks once per call."""
 
     def __init__(self, groups: list[Group], *, lr: float, betas: tuple[float, float], eps: float) -> None:
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
@@ -74,7 +73,7 @@ class PerParameterOptimizer(GatedOptimizer):
     def attach(
         self, fragments: Iterable[Fragment], names: Sequence[str], sum_over_ranks: Callable[[Tensor], Tensor]
     ) -> None:
-        """Say what this rank's tensors hold. `names`: of all parameters, in the same order on all ranks."""
+        """Register what this rank's tensors hold. `names`: of all parameters, in the same order on all ranks."""
         numbers = {name: number for number, name in enumerate(names)}
         held: dict[Tensor, list[Fragment]] = {}
         for fragment in fragments:
@@ -96,8 +95,8 @@ class PerParameterOptimizer(GatedOptimizer):
 
     @torch.no_grad()
     def _update(self) -> None:
-        # A rank whose part of a group is nothing but padding has a tensor without slices: nothing of it is updated, but
-        # the rank takes part in the sum.
+        # A rank whose share of a group is only padding has a tensor without slices: it updates nothing, but takes part
+        # in the reduction.
         tensors = [(group, tensor) for group in self.param_groups for tensor in group["params"]]
         held = [(group, tensor, self._slices[tensor]) for group, tensor in tensors if tensor in self._slices]
         sums = torch.zeros(self._parameters, self.measures, dtype=torch.float64, device=tensors[0][1].device)
@@ -114,16 +113,16 @@ class PerParameterOptimizer(GatedOptimizer):
     def _moments(self, tensor: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[tensor]
         if not state:
-            state["step"] = torch.zeros((), device=tensor.device)  # there, so that no update waits for the device
+            state["step"] = torch.zeros((), device=tensor.device)  # on the device, so that no update waits for it
             state["exp_avg"] = torch.zeros_like(tensor)
             state["exp_avg_sq"] = torch.zeros_like(tensor)
         state["step"] += 1
         return state
 
-    measures: int  # figures needed of each parameter
+    measures: int  # squared norms needed per parameter
 
     def _advance(self, group: Group, tensor: Tensor, state: dict[str, Tensor]) -> Iterable[Tensor]:
-        """Advance the moments; yields the tensors whose norms over whole parameters `_apply` needs."""
+        """Update the moments; yields the tensors whose norms over whole parameters `_apply` needs."""
         raise NotImplementedError
 
     def _apply(self, group: Group, tensor: Tensor, slices: _Slices, squared_norms: Tensor) -> None:
@@ -134,8 +133,8 @@ class PerParameterOptimizer(GatedOptimizer):
 class Lamb(PerParameterOptimizer):
     """LAMB: You et al. 2020, arXiv 1904.00962, algorithm 2.
 
-    With bias correction; weight decay inside the update, so that the trust ratio sees it; phi the identity. As in the
-    authors' code, what does not decay (biases and norms) is not scaled either, nor what has a norm of zero.
+    With bias correction; weight decay is part of the update that the trust ratio scales; phi is the identity. As in the
+    authors' code, parameters without weight decay (biases and norms) are not scaled, nor those with a norm of zero.
     """
 
     measures = 2

@@ -1,11 +1,11 @@
-"""Parameter groups and the optimizer: which parameters decay, how fast each layer learns, which are frozen.
+"""Parameter groups and the optimizer: weight decay, layer-wise learning rates, freezing.
 
-A parameter group carries, besides what torch's optimizers read,
+A parameter group has these keys besides those of torch's optimizers:
 
-    decays          whether its parameters are weights, not biases and norms
+    decays          its parameters are weights, not biases or norms
     lr_scale        its learning rate is the schedule's times this
     frozen_until    the first step that updates it
-    frozen          whether the coming update passes over it
+    frozen          the next update skips it
 """
 
 from typing import Any
@@ -18,9 +18,9 @@ from pretrain.modeling.layer_ids import is_in_module, layer_ids
 
 
 def parameter_groups(model: PreTrainedModel, optimizer: OptimizerConfig, freeze: ModelConfig) -> list[dict[str, Any]]:
-    """Weights decay; biases and norms do not. Layers learn at `layer_decay` times the rate of the one above them.
+    """Weights decay; biases and norms do not. A layer's rate is `layer_decay` times that of the layer above it.
 
-    With `layer_decay` 1 and nothing frozen there are two groups: what decays, and what does not.
+    With `layer_decay` 1 and nothing frozen there are two groups, with and without weight decay.
     """
     norms = {
         id(p) for module in model.modules() if "Norm" in type(module).__name__ for p in module.parameters(recurse=False)

@@ -9,8 +9,6 @@ built on `fragments`. A DeepSpeed release that moves an attribute breaks this fi
     ZeRO 3               flat tensors per sub-group; every parameter is sharded across ranks, padded to equal parts
     CPU offload          the same, in host memory
     NVMe offload         ZeRO 3 only; the flat tensors are empty except while their sub-group is resident
-
-In all functions, `engine` is a DeepSpeedEngine.
 """
 
 from collections.abc import Iterator
@@ -19,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
 
@@ -38,7 +37,7 @@ class Fragment:
         return self.master.numel()
 
 
-def fragments(engine: Any) -> Iterator[Fragment]:
+def fragments(engine: DeepSpeedEngine) -> Iterator[Fragment]:
     """The fragments that this rank owns. At ZeRO 0 every rank owns everything.
 
     Under NVMe offload a fragment's tensors are valid only until the next fragment is requested.
@@ -55,7 +54,7 @@ def fragments(engine: Any) -> Iterator[Fragment]:
                     yield Fragment(name, tuple(parameter.shape), 0, parameter.data.view(-1), parameter, 0)
 
 
-def _fragments_zero3(engine: Any) -> Iterator[Fragment]:
+def _fragments_zero3(engine: DeepSpeedEngine) -> Iterator[Fragment]:
     optimizer, names = engine.optimizer, engine.param_names
     for sub_group, group in enumerate(optimizer.fp16_groups):
         with _resident(optimizer, sub_group):
@@ -69,7 +68,7 @@ def _fragments_zero3(engine: Any) -> Iterator[Fragment]:
                     yield Fragment(names[parameter], tuple(parameter.ds_shape), start, master, flat, offset)
 
 
-def _fragments_zero12(engine: Any) -> Iterator[Fragment]:
+def _fragments_zero12(engine: DeepSpeedEngine) -> Iterator[Fragment]:
     optimizer, names = engine.optimizer, engine.param_names
     bf16_optimizer = hasattr(optimizer, "fp32_groups_flat_partition")
     flats = optimizer.fp32_groups_flat_partition if bf16_optimizer else optimizer.single_partition_of_fp32_groups
@@ -83,7 +82,7 @@ def _fragments_zero12(engine: Any) -> Iterator[Fragment]:
                 yield Fragment(names[parameter], tuple(parameter.shape), low.start, master, flat, high.start)
 
 
-def optimizer_state(engine: Any, fragment: Fragment) -> dict[str, Tensor]:
+def optimizer_state(engine: DeepSpeedEngine, fragment: Fragment) -> dict[str, Tensor]:
     """The optimizer state of a fragment: a view [numel] of each per-element state, scalars unchanged.
 
     Empty before the first update.
@@ -96,7 +95,7 @@ def optimizer_state(engine: Any, fragment: Fragment) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def restore_fragment(engine: Any, fragment: Fragment, master: Tensor, state: dict[str, Tensor]) -> None:
+def restore_fragment(engine: DeepSpeedEngine, fragment: Fragment, master: Tensor, state: dict[str, Tensor]) -> None:
     """Overwrite a fragment's master [numel] and optimizer state ([numel] per element, scalars 0-dimensional)."""
     fragment.master.copy_(master)
     kept = base_optimizer(engine).state[fragment.flat]
@@ -110,7 +109,7 @@ def restore_fragment(engine: Any, fragment: Fragment, master: Tensor, state: dic
 
 
 @torch.no_grad()
-def copy_masters_to_model(engine: Any) -> None:
+def copy_masters_to_model(engine: DeepSpeedEngine) -> None:
     """Update the weights that the model computes with, after masters were restored. Collective."""
     optimizer = engine.optimizer
     if engine.zero_optimization_stage() == 3:
@@ -135,7 +134,7 @@ def _resident(optimizer: Any, sub_group: int) -> Iterator[None]:
         optimizer._optimizer_states_and_gradient_swap_out(sub_group)
 
 
-def clear_optimizer_state(engine: Any) -> None:
+def clear_optimizer_state(engine: DeepSpeedEngine) -> None:
     """Drop all optimizer state, so that nothing is left of it that a checkpoint does not overwrite."""
     base_optimizer(engine).state.clear()
     swapper = getattr(engine.optimizer, "optimizer_swapper", None)
@@ -148,7 +147,7 @@ def clear_optimizer_state(engine: Any) -> None:
         engine.optimizer._hp_optimizer_states_linked = False
 
 
-def replicated_weights(engine: Any) -> Iterator[tuple[str, Tensor]]:
+def replicated_weights(engine: DeepSpeedEngine) -> Iterator[tuple[str, Tensor]]:
     """The weights of the model that every rank holds in full, by name.
 
     At ZeRO 3 these are the small ones that DeepSpeed keeps gathered; the others exist once, sharded across ranks.
@@ -158,17 +157,17 @@ def replicated_weights(engine: Any) -> Iterator[tuple[str, Tensor]]:
             yield name, parameter.data
 
 
-def masters_are_finite(engine: Any) -> bool:
+def masters_are_finite(engine: DeepSpeedEngine) -> bool:
     """Whether all fp32 masters that this rank owns are finite."""
     return all(bool(fragment.master.isfinite().all()) for fragment in fragments(engine))
 
 
-def base_optimizer(engine: Any) -> torch.optim.Optimizer:
+def base_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
     """The torch optimizer inside DeepSpeed's wrapper; its state is keyed by `Fragment.flat`."""
     base: torch.optim.Optimizer = engine.basic_optimizer
     return base
 
 
-def global_grad_norm(engine: Any) -> float:
+def global_grad_norm(engine: DeepSpeedEngine) -> float:
     """Norm of the whole gradient before clipping, at ZeRO 1 to 3; known when the torch optimizer is called."""
     return float(engine.optimizer._global_grad_norm)

@@ -124,7 +124,7 @@ def find_ds_config(name: str) -> Path:
     )
 
 
-def parse_settings(raw: Any, path: Path) -> DeepSpeedSettings:
+def parse_settings(raw: object, path: Path) -> DeepSpeedSettings:
     """Check the content of a DeepSpeed JSON. `path` is named in messages. Raises UserError."""
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(raw).__name__}")
@@ -162,10 +162,11 @@ def check_device_support(settings: DeepSpeedSettings) -> None:
             f"use --engine.ds_config={settings.preset(instead, settings.offload)}"
         )
     if settings.offload == "nvme":
-        _check_nvme(settings)
+        check_nvme(settings)
 
 
-def _check_nvme(settings: DeepSpeedSettings) -> None:
+def check_nvme(settings: DeepSpeedSettings) -> None:
+    """Raises UserError where NVMe offload cannot work on this machine."""
     disk = settings.nvme_path
     if disk is not None and not (disk.is_dir() and os.access(disk, os.W_OK)):
         raise UserError(f"engine.ds_config: 'nvme_path' is {disk}, which is not a writable folder on this machine")

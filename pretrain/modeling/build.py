@@ -17,6 +17,7 @@ from experiment.hugging_face import first_position, quiet
 from experiment.tokenizer import load_tokenizer
 from pretrain.config import ModelConfig
 from pretrain.corpus.added_tokens import old_pieces
+from pretrain.modeling.flops import FlopsModel, flops_model
 from pretrain.modeling.model_config import source_config
 from pretrain.modeling.packability import why_not_packed
 from pretrain.modeling.random_model import first_line, random_model
@@ -32,6 +33,7 @@ class BuiltModel:
     model: PreTrainedModel
     packed: bool  # a row holds several sequences; else one, padded
     first_position: int  # position id of a sequence's first token
+    flops: FlopsModel
 
 
 def build_model(model: ModelConfig, config: PreTrainedConfig, seed: int) -> BuiltModel:
@@ -49,7 +51,7 @@ def build_model(model: ModelConfig, config: PreTrainedConfig, seed: int) -> Buil
         log.warning("'%s' trains padded, one sequence a row: %s", config.model_type, reason)
     if model.activation_checkpointing:
         _checkpoint_activations(built)
-    return BuiltModel(built, packed=reason is None, first_position=first)
+    return BuiltModel(built, packed=reason is None, first_position=first, flops=flops_model(built))
 
 
 def _pretrained_model(model: ModelConfig, config: PreTrainedConfig) -> PreTrainedModel:

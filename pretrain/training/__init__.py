@@ -1,13 +1,10 @@
-"""The training loop and what it stands on.
+"""The training loop and its parts.
 
-- loop: load, step, log, evaluate, save; progress: how far a run has come, saved with every checkpoint
-- engine: the only module that drives DeepSpeed; partitions: the only one that knows where it keeps a parameter
-- optimizers: parameter groups (decay, layer decay, freezing); update_rules: AdamW, LAMB, StableAdamW
-- averaging: a moving average of the weights
-- schedules: the learning rate as a function of the step
-- checkpoint: what is saved and restored; checkpoint_store: complete or not there; resume: what may change
-- health: is this batch bad; quarantine: bad batches set aside; replicas: do the ranks hold the same
-- selection: the best checkpoint, patience, overfitting
-- stopping: signals and the STOP file; agreement: one decision for all ranks
-- ds_config: the DeepSpeed JSON, checked
+- trainer: load, step, log, evaluate, save; progress: how far a run has come
+- checkpointer: the checkpoints of a run; checkpoint_io: their tensors; resume: which one a run starts from
+- schedules: the learning rate as a function of the step; clock: training time over all attempts
+- step_agreement: one all-reduce per step of what ranks decide together; host_group: collectives between hosts
+- health: is this batch bad; recovery: stop, skip or rewind; bad_batch: write it down; replicas: do ranks still agree
+- early_stopping: best checkpoint, patience, overfitting
+- log_interval, run_tracker: what is logged; stop_request: signals and the STOP file
 """

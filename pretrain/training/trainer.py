@@ -19,7 +19,6 @@ from pretrain.batching.packing import MicrobatchLayout
 from pretrain.engine.engine import Engine, StepResult
 from pretrain.evaluate import HeldOutEvaluator, HeldOutSettings, open_held_out
 from pretrain.modeling.build import BuiltModel
-from pretrain.modeling.flops import FlopsModel
 from pretrain.resolve import ResolvedRun
 from pretrain.stream import TrainingStream
 from pretrain.training.bad_batch import BadBatchWriter
@@ -63,18 +62,16 @@ class Trainer:
         self,
         run: ResolvedRun,
         model: BuiltModel,
-        flops: FlopsModel,
         engine: Engine,
         stream: TrainingStream,
         hosts: HostGroup,
         stop: StopRequest,
-        *,
         limits: HealthLimits = HEALTH_LIMITS,
     ) -> None:
         config = run.config
         self._run = run
         self._config = config
-        self._flops = flops
+        self._flops = model.flops
         self._engine = engine
         self._stream = stream
         self._hosts = hosts

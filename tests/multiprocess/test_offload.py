@@ -9,7 +9,8 @@ import torch
 
 from experiment.checkpoints import checkpoint_path
 from experiment.errors import UserError
-from pretrain.engine.engine import Engine, check_offload
+from pretrain.engine.engine import Engine
+from pretrain.engine.settings import DeepSpeedSettings, check_nvme, parse_settings
 from pretrain.world import World
 from rank_pool import RankPool
 from runs import NO_DROPOUT, TINY, Tree, curve, everything, pretrain_case, settings
@@ -35,6 +36,11 @@ def sampled(files: list[str], *sample: str) -> list[Any]:
 
 def names(device: str) -> list[str]:
     return [f"{precision}_zero{stage}_{device}_offload" for precision in SAME for stage in (2, 3)]
+
+
+def nvme_settings(nvme_path: str | None = None, **sections: Any) -> DeepSpeedSettings:
+    offload = {"device": "nvme"} | ({} if nvme_path is None else {"nvme_path": nvme_path})
+    return parse_settings(sections | {"zero_optimization": {"stage": 3, "offload_optimizer": offload}}, Path("ds.json"))
 
 
 def compare(pools: dict[int, RankPool], corpus: Path, folder: Path, ds_config: str, model: Tree) -> None:
@@ -74,7 +80,7 @@ def test_cpu_offload_changes_nothing(
 def nvme() -> None:
     """The kernel that DeepSpeed builds for NVMe offload, which takes minutes the first time."""
     try:
-        check_offload({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}})
+        check_nvme(nvme_settings())
     except UserError as reason:
         pytest.skip(str(reason))
     from deepspeed.accelerator import get_accelerator
@@ -133,14 +139,12 @@ def test_what_is_swapped_lies_on_the_disk_until_the_run_ends(
 def test_nvme_offload_is_refused_where_its_kernel_cannot_be_built(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a trace from a compiler, after the devices are taken."""
     monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
-    monkeypatch.setattr("pretrain.engine.engine.is_ninja_available", lambda: False)
-    config = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}
+    monkeypatch.setattr("pretrain.engine.settings.is_ninja_available", lambda: False)
     with pytest.raises(UserError, match=r"libaio.*--engine\.ds_config=ds_configs/bf16_zero3_cpu_offload\.json"):
-        check_offload(config)
+        check_nvme(nvme_settings(bf16={"enabled": True}))
 
 
 def test_an_nvme_path_that_is_not_there_is_refused(tmp_path: Path) -> None:
     """Catches a disk that is filled up at its mount point, because nothing is mounted there."""
-    offload = {"device": "nvme", "nvme_path": str(tmp_path / "nothing")}
     with pytest.raises(UserError, match=r"'nvme_path' is .*nothing"):
-        check_offload({"zero_optimization": {"stage": 3, "offload_optimizer": offload}})
+        check_nvme(nvme_settings(nvme_path=str(tmp_path / "nothing")))

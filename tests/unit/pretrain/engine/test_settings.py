@@ -166,7 +166,7 @@ def test_a_precision_that_the_device_lacks_is_refused_with_the_file_to_use(
             get_accelerator(), f"is_{precision}_supported", lambda precision=precision: precision in has
         )
     settings = load_settings(str(path))
-    monkeypatch.setattr("pretrain.engine.settings._check_nvme", lambda _: None)  # has tests of its own
+    monkeypatch.setattr("pretrain.engine.settings.check_nvme", lambda _: None)  # has tests of its own
     wanted, _, kind = path.stem.partition("_")
     if wanted in has:
         check_device_support(settings)
