@@ -28,7 +28,7 @@ _REPOSITORY = Path(__file__).resolve().parent.parent
 class LaunchPlan:
     """Everything needed to start a run, or to show how it would start."""
 
-    config: PretrainConfig  # resolved
+    config: PretrainConfig  # resolved, with absolute paths
     folder: RunFolder
     slots: Slots
     argv: tuple[str, ...]  # the `deepspeed` command
@@ -62,21 +62,20 @@ def plan_launch(options: PretrainOptions, machine: Machine) -> LaunchPlan:
 
     Raises UserError for anything that would keep the run from starting.
     """
-    settings = load_config(PretrainConfig, options.config, options.overrides)
+    config = load_config(PretrainConfig, options.config, options.overrides)
     hosts = read_hostfile(options.hostfile) if options.hostfile is not None else None
     slots = place_ranks(machine.devices, options, hosts)
 
     from pretrain.resolve import resolve  # imports torch and DeepSpeed
 
-    resolve(settings, sum(map(len, slots.values())))
+    run = resolve(config, world_size=sum(map(len, slots.values())))
 
     local = is_local(slots)
-    folder = RunFolder(Path(settings.run.dir).absolute())
     command = DeepSpeedCommand(
         python=sys.executable,
         module="pretrain.run",
         # The shell of another host would parse the overrides again, so they are passed in a file there.
-        config=Path(options.config).absolute() if local else folder.logs / "launch.yaml",
+        config=Path(options.config).absolute() if local else run.folder.logs / "launch.yaml",
         overrides=options.overrides if local else {},
         slots=slots,
         device=machine.devices.kind,
@@ -88,14 +87,14 @@ def plan_launch(options: PretrainOptions, machine: Machine) -> LaunchPlan:
     environment = deepspeed_environment(machine.environ, added)
     files: dict[Path, str] = {}
     if not local:
-        worker_env = folder.logs / "worker.env"
+        worker_env = run.folder.logs / "worker.env"
         environment["DS_ENV_FILE"] = str(worker_env)
         user_text = "\n".join(path.read_text(encoding="utf-8") for path in machine.deepspeed_env_files)
         files = {
-            command.config: dump_config(settings),
+            command.config: dump_config(run.config),
             worker_env: remote_environment_text(machine.environ, added, user_text),
         }
-    return LaunchPlan(settings, folder, slots, tuple(deepspeed_argv(command)), added, environment, files)
+    return LaunchPlan(run.config, run.folder, slots, tuple(deepspeed_argv(command)), added, environment, files)
 
 
 def describe_plan(plan: LaunchPlan) -> str:

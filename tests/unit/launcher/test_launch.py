@@ -3,19 +3,20 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
 from experiment.errors import StoppedError, UserError
-from experiment.run_folder import Outcome
+from experiment.run_folder import Outcome, RunFolder
 from launcher import launch
 from launcher.launch import launch_pretraining, plan_launch
 from launcher.machine import Devices, Machine, cpu_cores
 from launcher.options import PretrainOptions
 from launcher.supervisor import LaunchResult
+from pretrain.config import PretrainConfig
 
 CONFIG = """
 run: {dir: my-run}
@@ -36,16 +37,19 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.fixture(autouse=True)
-def checked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, int]]:
-    """Stands for the validation of corpora and model; records its arguments."""
+def resolved(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, int]]:
+    """Stands for `resolve`, which opens corpora and model; records its arguments."""
     seen: list[tuple[Any, int]] = []
     module = ModuleType("pretrain.resolve")
 
-    def check_start(config: Any, world_size: int) -> None:
+    def resolve(config: PretrainConfig, world_size: int) -> SimpleNamespace:
         logging.getLogger("pretrain.resolve").warning("something is odd")
         seen.append((config, world_size))
+        folder = RunFolder(Path(config.run.dir).absolute())
+        absolute = config.run.model_copy(update={"dir": str(folder.path)})
+        return SimpleNamespace(config=config.model_copy(update={"run": absolute}), folder=folder)
 
-    module.check_start = check_start  # type: ignore[attr-defined]
+    module.resolve = resolve  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "pretrain.resolve", module)
     return seen
 
@@ -63,7 +67,7 @@ def attempts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     return seen
 
 
-def test_a_plan_depends_on_the_given_machine_only(config: str, checked: list[tuple[Any, int]]) -> None:
+def test_a_plan_depends_on_the_given_machine_only(config: str, resolved: list[tuple[Any, int]]) -> None:
     """Catches a plan that reads the environment or the devices of the machine it is made on."""
     gpus = Machine(Devices("cuda", (4, 5, 6)), cores=12, free_port=29501, environ={"CUDA_VISIBLE_DEVICES": "4,5,6"})
     plan = plan_launch(PretrainOptions(config=config, num_gpus=2), gpus)
@@ -72,7 +76,7 @@ def test_a_plan_depends_on_the_given_machine_only(config: str, checked: list[tup
     assert plan.added_environment["OMP_NUM_THREADS"] == "6"
     assert plan.environment == plan.added_environment
     assert plan.files == {}
-    assert checked[0][1] == 2
+    assert resolved[0][1] == 2
     assert [path.name for path in Path.cwd().iterdir()] == ["config.yaml"]
 
 
@@ -83,7 +87,7 @@ def test_only_a_dry_run_prints_warnings(config: str, caplog: pytest.LogCaptureFi
     assert ("something is odd" in caplog.text) == dry_run
 
 
-def test_ranks_get_the_users_config_and_overrides(config: str, attempts: list[tuple[Any, ...]], checked: list[Any]):
+def test_ranks_get_the_users_config_and_overrides(config: str, attempts: list[tuple[Any, ...]], resolved: list[Any]):
     """Catches ranks that run another config than the validated one."""
     launch_pretraining(PretrainOptions(config=config, num_gpus=2, overrides={"schedule.steps": "20"}))
     ((folder, argv, environment, slots),) = attempts
@@ -98,23 +102,23 @@ def test_ranks_get_the_users_config_and_overrides(config: str, attempts: list[tu
     assert folder.logs.is_dir()
     assert slots == {"localhost": (0, 1)}
     assert environment["OMP_NUM_THREADS"] == os.environ.get("OMP_NUM_THREADS", str(max(1, cpu_cores() // 2)))
-    ((settings, world_size),) = checked
+    ((settings, world_size),) = resolved
     assert (settings.schedule.steps, world_size) == (20, 2)
 
 
 def test_a_dry_run_prints_the_plan_and_starts_nothing(
-    config: str, attempts: list[tuple[Any, ...]], checked: list[Any], capsys: pytest.CaptureFixture[str]
+    config: str, attempts: list[tuple[Any, ...]], resolved: list[Any], capsys: pytest.CaptureFixture[str]
 ):
     """Catches a dry run that starts or writes something, or prints something else than what would run."""
     launch_pretraining(PretrainOptions(config=config, num_gpus=2, dry_run=True, overrides={"run.dir": "2024 01"}))
     head, environment, command = capsys.readouterr().out.split("\n\n")
-    assert yaml.safe_load(head)["run"]["dir"] == "2024 01"
+    assert yaml.safe_load(head)["run"]["dir"] == str(Path("2024 01").absolute())
     assert "TOKENIZERS_PARALLELISM=false" in environment or "TOKENIZERS_PARALLELISM" in os.environ
     argv = shlex.split(command, comments=True)
     assert argv[0] == sys.executable
     assert "--num_gpus=2" in argv
     assert argv[-1] == "--run.dir=2024 01"
-    assert len(checked) == 1
+    assert len(resolved) == 1
     assert attempts == []
     assert [path.name for path in Path.cwd().iterdir()] == ["config.yaml"]
 
@@ -172,6 +176,7 @@ def test_other_hosts_get_the_resolved_config_and_the_environment(
     ((folder, argv, environment, slots),) = attempts
     assert slots == {"192.0.2.1": (0, 1), "192.0.2.2": (0, 1)}
     assert list(argv[-2:]) == ["--config", str(folder.logs / "launch.yaml")]
-    assert yaml.safe_load((folder.logs / "launch.yaml").read_text())["model"]["config"]["hidden_size"] == 64
+    sent = yaml.safe_load((folder.logs / "launch.yaml").read_text())
+    assert (sent["run"]["dir"], sent["model"]["config"]["hidden_size"]) == (str(folder.path), 64)
     exported = Path(environment["DS_ENV_FILE"]).read_text().splitlines()
     assert {"GLOO_SOCKET_IFNAME=eth7", "NCCL_DEBUG=INFO", "TOKENIZERS_PARALLELISM=false"} <= set(exported)
