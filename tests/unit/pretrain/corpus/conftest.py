@@ -1,4 +1,4 @@
-"""A small BERT tokenizer and helpers that the corpus tests share."""
+"""A small BERT tokenizer and text, shared by the corpus tests."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ LETTERS = [*_ALPHANUMERIC, *".,;:!?()[]<>/=-'\"你好世界", *(f"##{character}"
 
 @pytest.fixture(scope="session")
 def vocabulary_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with nothing but an uncased vocab.txt."""
+    """A folder with only an uncased vocab.txt."""
     folder = tmp_path_factory.mktemp("vocabulary")
     entries = ["[PAD]", "[unused0]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *LETTERS]
     (folder / "vocab.txt").write_text("\n".join(entries) + "\n", encoding="utf-8")
@@ -21,5 +21,5 @@ def vocabulary_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def lines() -> list[str]:
-    """Three hundred lines of unequal length."""
+    """Three hundred lines of different lengths."""
     return [" ".join(WORDS[(i * j) % 22] for j in range(1, 3 + i % 17)) + f" {i}" for i in range(300)]

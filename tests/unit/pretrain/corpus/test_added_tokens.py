@@ -13,7 +13,7 @@ from pretrain.corpus.encoding import DocumentEncoder, tokenizer_spec
 
 
 def extend(tokenizer: Path, folder: Path, *words: str) -> PreTrainedTokenizerFast:
-    """The tokenizer with these words added, from the files of the command."""
+    """Add words to a tokenizer and load the result."""
     (folder / "words.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
     extend_tokenizer(tokenizer, folder / "words.txt", folder / "extended")
     return load_tokenizer(folder / "extended")
@@ -21,7 +21,7 @@ def extend(tokenizer: Path, folder: Path, *words: str) -> PreTrainedTokenizerFas
 
 @pytest.fixture(scope="session")
 def unigram(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer like XLM-RoBERTa's."""
+    """A Unigram tokenizer, as in XLM-RoBERTa."""
     specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     pieces = [(token, 0.0) for token in specials]
     pieces += [(piece, -3.0) for piece in ("▁", "▁the", "▁in", *"abcdefghijklmnopqrstuvwxyz")]
@@ -35,8 +35,8 @@ def unigram(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_words_of_wordpiece(wordpiece: Path, tmp_path: Path) -> None:
-    """Catches words that stay in pieces, that are found inside other words, or that move an old id."""
+def test_add_words_to_wordpiece(wordpiece: Path, tmp_path: Path) -> None:
+    """Catches words that stay split, that match inside other words, or that change an existing id."""
     old = load_tokenizer(wordpiece)
     new = extend(wordpiece, tmp_path, "COVID-19", "Zedwilmar", "##Zzed", "ba", "zedwilmar")
     check_extends(new, old)
@@ -51,8 +51,8 @@ def test_words_of_wordpiece(wordpiece: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "unigram"])
-def test_words_of_other_tokenizers(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    """Catches added tokens that are matched inside of words, or that leave the space before them as a token."""
+def test_add_words_to_other_tokenizers(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """Catches added tokens that match inside words, or that leave the space before them as a token."""
     folder = request.getfixturevalue(kind)
     old, new = load_tokenizer(folder), extend(folder, tmp_path, "zedwilmar")
     identifier = len(old)
@@ -66,8 +66,8 @@ def test_words_of_other_tokenizers(kind: str, request: pytest.FixtureRequest, tm
 
 
 @pytest.mark.parametrize("kind", ["wordpiece", "byte_level", "unigram"])
-def test_added_words_are_text(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    """Catches added words that are special: never masked, never drawn as replacements, or refused in a corpus."""
+def test_added_words_are_not_special(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """Catches added words that are special: never masked, never drawn as replacements, or rejected in a corpus."""
     new = extend(request.getfixturevalue(kind), tmp_path, "zedwilmar", "re-zed")
     added = [len(new) - 2, len(new) - 1]
     vocabulary = build_vocabulary(new)
@@ -78,8 +78,8 @@ def test_added_words_are_text(kind: str, request: pytest.FixtureRequest, tmp_pat
     assert set(added) <= set(encoded.ids.tolist())
 
 
-def test_words_for_a_tokenizer_that_has_added_ones(wordpiece: Path, tmp_path: Path) -> None:
-    """Catches a second extension that gives the words of the first one other ids."""
+def test_extend_twice(wordpiece: Path, tmp_path: Path) -> None:
+    """Catches a second extension that changes the ids of the first one's words."""
     for name in ("a", "b", "c"):
         (tmp_path / name).mkdir()
     first = extend(wordpiece, tmp_path / "a", "zedwilmar", "re-zed")
@@ -96,8 +96,8 @@ def test_words_for_a_tokenizer_that_has_added_ones(wordpiece: Path, tmp_path: Pa
         extend(tmp_path / "a" / "extended", tmp_path / "c", "##zzed")
 
 
-def test_the_same_words_give_the_same_bytes(wordpiece: Path, tmp_path: Path) -> None:
-    """Catches ids that depend on a hash or on the time; a corpus is bound to them."""
+def test_same_words_give_same_bytes(wordpiece: Path, tmp_path: Path) -> None:
+    """Catches ids that depend on a hash or the time, which would make a corpus useless."""
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         extend(wordpiece, tmp_path / name, "zedwilmar", "##zzed", "re-zed", "lumar")
@@ -108,8 +108,8 @@ def test_the_same_words_give_the_same_bytes(wordpiece: Path, tmp_path: Path) -> 
     assert tokenizer_fingerprint(load_tokenizer(tmp_path / "copy")) == tokenizer_fingerprint(again)
 
 
-def test_what_is_said(wordpiece: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Catches words that are passed over in silence, through the command itself."""
+def test_command_reports_skipped_words(wordpiece: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches words that the command skips without saying so."""
     (tmp_path / "words").write_text("zedwilmar\n\nba\n  zedwilmar\n")
     arguments = ["--extend", str(wordpiece), "--added", str(tmp_path / "words"), "--output", str(tmp_path / "new")]
     assert main(["tokenizer", *arguments]) == 0
@@ -131,17 +131,17 @@ def test_what_is_said(wordpiece: Path, tmp_path: Path, capsys: pytest.CaptureFix
         ("byte_level", ["##zzed"], "line 1: '##zzed': only WordPiece"),
     ],
 )
-def test_what_is_no_word_is_refused(
+def test_unusable_words_are_rejected(
     kind: str, words: list[str], message: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    """Catches entries that no text can ever reach, and a folder that is left behind though the command failed."""
+    """Catches entries that no text can match, and a folder left behind by a failed command."""
     with pytest.raises(UserError, match=message):
         extend(request.getfixturevalue(kind), tmp_path, *words)
     assert [path.name for path in tmp_path.iterdir()] == ["words.txt"]
 
 
-def test_the_old_pieces_of_new_words(wordpiece: Path, byte_level: Path, tmp_path: Path) -> None:
-    """Catches initial embeddings that are taken from other pieces than the word had in text."""
+def test_old_pieces_of_new_words(wordpiece: Path, byte_level: Path, tmp_path: Path) -> None:
+    """Catches initial embeddings taken from other pieces than those of the word in text."""
     for folder, words in ((wordpiece, ("zedwilmar", "##zzed", "ba-de")), (byte_level, ("zedwilmar", "ba-de"))):
         (tmp_path / folder.name).mkdir()
         old, new = load_tokenizer(folder), extend(folder, tmp_path / folder.name, *words)
@@ -153,7 +153,7 @@ def test_the_old_pieces_of_new_words(wordpiece: Path, byte_level: Path, tmp_path
             assert pieces[identifier] == (in_text[1:] if word.startswith("##") else in_text)
 
 
-def test_another_tokenizer_does_not_extend(wordpiece: Path, byte_level: Path) -> None:
-    """Catches a folder whose old ids mean something else."""
+def test_other_tokenizer_does_not_extend(wordpiece: Path, byte_level: Path) -> None:
+    """Catches a tokenizer in which existing ids stand for other tokens."""
     with pytest.raises(UserError, match="to have id"):
         check_extends(load_tokenizer(byte_level), load_tokenizer(wordpiece))

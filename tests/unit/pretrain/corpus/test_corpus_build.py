@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,6 @@ import numpy as np
 import psutil
 import pytest
 from filelock import FileLock
-from hypothesis import given
-from hypothesis import strategies as st
 
 from experiment.errors import StoppedError, UserError
 from experiment.tokenizer import load_tokenizer
@@ -24,14 +22,13 @@ from pretrain.corpus import build, pipeline, shards
 from pretrain.corpus.build import build_corpus
 from pretrain.corpus.options import CorpusOptions
 from pretrain.corpus.reader import open_corpus
-from pretrain.corpus.sampling import HELDOUT, MAIN, Sampling
 
 Build = Callable[..., Any]
 
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many shards and batches out of a little text."""
+    """Make small shards and batches, so that little text gives many."""
     monkeypatch.setattr(shards, "SHARD_TOKENS", 700)
     monkeypatch.setattr(pipeline, "_BATCH_BYTES", 500)
 
@@ -45,7 +42,7 @@ def source(tmp_path: Path, lines: list[str]) -> Path:
 
 @pytest.fixture
 def corpus(source: Path, vocabulary_folder: Path, tmp_path: Path) -> Build:
-    """build_corpus with everything given but the name of the output."""
+    """build_corpus with defaults for everything but the output."""
 
     def call(name: str, **flags: Any) -> Any:
         settings = {"source": source, "tokenizer": vocabulary_folder, "workers": 1} | flags
@@ -55,14 +52,14 @@ def corpus(source: Path, vocabulary_folder: Path, tmp_path: Path) -> Build:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder."""
+    """Path and bytes of every file below a folder."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_corpus_is_what_tokenizers_gives(
+def test_corpus_equals_tokenizer_output(
     corpus: Build, tmp_path: Path, lines: list[str], vocabulary_folder: Path
 ) -> None:
-    """Catches documents that are lost, reordered, cut or given special tokens on their way to the shards."""
+    """Catches documents that are lost, reordered or truncated, or get special tokens."""
     manifest = corpus("c")
     rows = datasets.load_from_disk(str(tmp_path / "c"))
     tokenizer = load_tokenizer(vocabulary_folder)
@@ -71,7 +68,7 @@ def test_a_corpus_is_what_tokenizers_gives(
     lengths = [len(row) for row in expected]
     assert len(manifest.shards) > 3
     assert (manifest.documents, manifest.tokens) == (len(lines), sum(lengths))
-    assert manifest.empty_documents == 3  # an empty line, one of spaces, one whose only character gives no token
+    assert manifest.empty_documents == 3  # an empty line, a line of spaces, a control character
     assert manifest.tokens_per_word == pytest.approx(sum(lengths) / sum(len(line.split()) for line in lines), rel=0.01)
     for percentile, length in manifest.length_percentiles.items():
         assert length == np.percentile(lengths, float(percentile), method="inverted_cdf")
@@ -81,16 +78,16 @@ def test_a_corpus_is_what_tokenizers_gives(
 
 
 def test_unknown_tokens_are_counted(tmp_path: Path, vocabulary_folder: Path) -> None:
-    """Catches an unknown-token rate that is always nought."""
+    """Catches an unknown-token rate that is always 0."""
     (tmp_path / "a.txt").write_text("the ŧ river ŧ\n")
     options = CorpusOptions(source=tmp_path / "a.txt", tokenizer=vocabulary_folder, output=tmp_path / "c", workers=1)
     assert build_corpus(options).unknown_token_rate == 0.5
 
 
-def test_bytes_do_not_depend_on_workers_or_place(
+def test_bytes_do_not_depend_on_workers_or_path(
     corpus: Build, tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches results taken as they come, and paths or times inside the files."""
+    """Catches results taken in the order of completion, and paths or times inside the files."""
     corpus("one", workers=1)
     moved = tmp_path / "elsewhere" / "other.txt"
     moved.parent.mkdir()
@@ -101,11 +98,11 @@ def test_bytes_do_not_depend_on_workers_or_place(
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nothing that handles errors may catch it."""
+    """Stands for SIGKILL: error handlers must not catch it."""
 
 
 def die_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int, before: bool) -> None:
-    """Let the `call`-th call of a function be the last thing that happens, before or after it is done."""
+    """Raise Killed right before or after the `call`-th call of a function."""
     real = getattr(owner, name)
     calls = iter(range(1, 10**6))
 
@@ -136,8 +133,8 @@ DEATHS = [
 @pytest.mark.parametrize(
     "death", DEATHS, ids=lambda death: f"{death[1]}-{death[2]}-{'before' if death[3] else 'after'}"
 )
-def test_a_killed_build_goes_on_to_the_same_bytes(corpus: Build, tmp_path: Path, death: tuple[Any, ...]) -> None:
-    """Catches shards that are lost, doubled or tokenized again after a death at any stage, publishing included."""
+def test_killed_build_resumes_to_same_bytes(corpus: Build, tmp_path: Path, death: tuple[Any, ...]) -> None:
+    """Catches shards that are lost, duplicated or tokenized again after a kill at any stage, publishing included."""
     flags = {"holdout": 40, "limit": 200}
     corpus("whole", **flags)
     with pytest.MonkeyPatch.context() as patch:
@@ -166,8 +163,8 @@ def test_a_killed_build_goes_on_to_the_same_bytes(corpus: Build, tmp_path: Path,
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_a_death_while_files_are_renamed(corpus: Build, tmp_path: Path) -> None:
-    """Catches a half-published folder whose shards have their final names already."""
+def test_killed_while_publishing(corpus: Build, tmp_path: Path) -> None:
+    """Catches a half-published folder, whose shards already have their final names, that cannot be resumed."""
     corpus("whole")
     real = Path.unlink
 
@@ -186,7 +183,7 @@ def test_a_death_while_files_are_renamed(corpus: Build, tmp_path: Path) -> None:
 
 
 def test_sigkill_leaves_no_workers(tmp_path: Path, source: Path, vocabulary_folder: Path, corpus: Build) -> None:
-    """Catches worker processes that wait for a dead parent, and a real kill that cannot be resumed."""
+    """Catches workers that outlive a killed parent, and a real kill that cannot be resumed."""
     script = (
         "import sys; from pretrain.corpus.options import CorpusOptions\n"
         "from pretrain.corpus import build, pipeline, shards; shards.SHARD_TOKENS = 700; pipeline._BATCH_BYTES = 500\n"
@@ -213,7 +210,7 @@ def test_sigkill_leaves_no_workers(tmp_path: Path, source: Path, vocabulary_fold
 
 
 def interrupted(corpus: Build, name: str, **flags: Any) -> None:
-    """A build that died after three shards."""
+    """Run a build that is killed after three shards."""
     with pytest.MonkeyPatch.context() as patch:
         die_at(patch, shards, "write_json", 3, False)
         with pytest.raises(Killed):
@@ -221,7 +218,7 @@ def interrupted(corpus: Build, name: str, **flags: Any) -> None:
 
 
 @pytest.mark.parametrize("change", ["source", "flags", "tokenizer", "shorter", "damaged"])
-def test_an_unfinished_build_of_something_else(
+def test_unfinished_build_of_other_input(
     corpus: Build, tmp_path: Path, source: Path, vocabulary_folder: Path, change: str
 ) -> None:
     """Catches shards of two different inputs in one corpus."""
@@ -238,7 +235,7 @@ def test_an_unfinished_build_of_something_else(
         other.mkdir()
         (other / "vocab.txt").write_text((vocabulary_folder / "vocab.txt").read_text() + "New\n")
         flags = {"tokenizer": other}
-    else:  # a shard that is not what the journal says is made again
+    else:  # a shard that differs from the journal is rebuilt
         shard = tmp_path / "c.partial" / "shard-00001.arrow"
         shard.write_bytes(shard.read_bytes()[:-9] + b"123456789")
         corpus("c")
@@ -252,8 +249,8 @@ def test_an_unfinished_build_of_something_else(
     assert not (tmp_path / "c").exists()
 
 
-def test_a_source_that_grew_after_the_last_shard(corpus: Build, tmp_path: Path, source: Path) -> None:
-    """Catches a short shard in the middle of a corpus, which a build from the beginning would not have."""
+def test_source_grew_after_last_shard(corpus: Build, tmp_path: Path, source: Path) -> None:
+    """Catches a short shard in the middle of a corpus, which an uninterrupted build would not have."""
     with pytest.MonkeyPatch.context() as patch:
         die_at(patch, shards.ShardWriter, "publish", 1, True)
         with pytest.raises(Killed):
@@ -263,10 +260,8 @@ def test_a_source_that_grew_after_the_last_shard(corpus: Build, tmp_path: Path, 
         corpus("c")
 
 
-def test_a_corpus_that_is_there(
-    corpus: Build, tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Catches a finished corpus that is built again, or overwritten by another."""
+def test_existing_corpus(corpus: Build, tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a finished corpus that is rebuilt, or overwritten by another."""
     first = corpus("c", holdout=10)
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     assert corpus("c", holdout=10) == first
@@ -279,8 +274,8 @@ def test_a_corpus_that_is_there(
         corpus("c", holdout=10)
 
 
-def test_a_folder_that_holds_something_else(corpus: Build, tmp_path: Path) -> None:
-    """Catches a user's own files deleted or mixed with shards; an empty folder is nobody's."""
+def test_output_folder_with_other_files(corpus: Build, tmp_path: Path) -> None:
+    """Catches a user's files deleted or mixed with shards, and an empty folder rejected."""
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match="already holds something"):
@@ -290,14 +285,14 @@ def test_a_folder_that_holds_something_else(corpus: Build, tmp_path: Path) -> No
     assert corpus("empty").documents == 300
 
 
-def test_two_builds_of_one_corpus(corpus: Build, tmp_path: Path) -> None:
+def test_concurrent_builds(corpus: Build, tmp_path: Path) -> None:
     """Catches two processes that write the same shards."""
     with FileLock(tmp_path / ".c.lock"), pytest.raises(UserError, match="another build"):
         corpus("c")
 
 
-def test_a_full_disk(corpus: Build, tmp_path: Path) -> None:
-    """Catches a trace instead of a message, and finished shards that are thrown away."""
+def test_full_disk(corpus: Build, tmp_path: Path) -> None:
+    """Catches a traceback instead of a message, and finished shards that are deleted."""
     real, calls = shards.write_shard, iter(range(9))
 
     def full(*args: Any) -> None:
@@ -316,8 +311,8 @@ def test_a_full_disk(corpus: Build, tmp_path: Path) -> None:
     assert contents(tmp_path / "c") == contents(tmp_path / "whole")
 
 
-def test_a_worker_that_is_killed(corpus: Build, tmp_path: Path) -> None:
-    """Catches a build that hangs, or ends with a trace, when the system kills a worker for its memory."""
+def test_killed_worker(corpus: Build, tmp_path: Path) -> None:
+    """Catches a build that hangs, or ends with a traceback, when the system kills a worker for its memory."""
     real = pipeline._EncodeQueue.submit
 
     def killing(queue: Any, writer: Any, batch: Any) -> None:
@@ -334,8 +329,8 @@ def test_a_worker_that_is_killed(corpus: Build, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", " \n\n", "\x00\n\u200b\n"])
-def test_an_empty_source(tmp_path: Path, corpus: Build, text: str) -> None:
-    """Catches a corpus of nothing."""
+def test_empty_source(tmp_path: Path, corpus: Build, text: str) -> None:
+    """Catches a corpus without documents."""
     path = tmp_path / "a.txt"
     path.write_text(text)
     with pytest.raises(UserError, match="none of its documents gives a token"):
@@ -344,7 +339,7 @@ def test_an_empty_source(tmp_path: Path, corpus: Build, text: str) -> None:
 
 
 def test_bad_input_late_in_the_source(tmp_path: Path, corpus: Build, source: Path) -> None:
-    """Catches a corpus that looks whole although its source was not; mended, the build goes on."""
+    """Catches a corpus that looks complete although its source was damaged, and a build that cannot resume."""
     good = source.read_bytes()
     source.write_bytes(good + b"\xe9t\xe9\n")
     with pytest.raises(UserError, match=r"source\.txt:304: not UTF-8"):
@@ -354,8 +349,8 @@ def test_bad_input_late_in_the_source(tmp_path: Path, corpus: Build, source: Pat
     assert corpus("c").documents == 300
 
 
-def test_half_a_surrogate_pair_is_no_text(tmp_path: Path, corpus: Build) -> None:
-    """Catches a trace from deep inside the encoder for JSON that escapes what is no character."""
+def test_half_a_surrogate_pair_is_rejected(tmp_path: Path, corpus: Build) -> None:
+    """Catches a traceback from the tokenizer for JSON with an escape that is not a character."""
     (tmp_path / "a.jsonl").write_text('{"text": "the \\ud800 river"}\n')
     with pytest.raises(UserError, match=r"a\.jsonl:1: expected Unicode text, found half of a surrogate pair"):
         corpus("c", source=tmp_path / "a.jsonl")
@@ -364,10 +359,10 @@ def test_half_a_surrogate_pair_is_no_text(tmp_path: Path, corpus: Build) -> None
 @pytest.mark.parametrize(
     "flag", ["--workers=0", "--limit=-1", "--holdout=many", "--seed=1.5", "--document=page", "--segmenter=jeiba"]
 )
-def test_wrong_flags(
+def test_invalid_options(
     tmp_path: Path, source: Path, vocabulary_folder: Path, capsys: pytest.CaptureFixture[str], flag: str
 ) -> None:
-    """Catches values that are rounded, ignored or found out after an hour."""
+    """Catches invalid values that are rounded, ignored or found late."""
     arguments = ["--source", str(source), "--tokenizer", str(vocabulary_folder), "--output", str(tmp_path / "c"), flag]
     assert main(["corpus", *arguments]) == 2
     assert f"{flag.partition('=')[0]}: expected" in capsys.readouterr().err
@@ -379,7 +374,7 @@ def rows(folder: Path) -> list[tuple[int, ...]]:
 
 
 def test_holdout_and_limit(tmp_path: Path, corpus: Build) -> None:
-    """Catches documents in both parts, draws that ignore the seed, and a held-out set that the limit changes."""
+    """Catches documents in both parts, an ignored seed, and held-out documents that depend on the limit."""
     corpus("all")
     corpus("a", holdout=50)
     corpus("b", holdout=50, limit=100)
@@ -388,38 +383,10 @@ def test_holdout_and_limit(tmp_path: Path, corpus: Build) -> None:
     heldout = rows(tmp_path / "a-heldout")
     assert len(heldout) == 50
     assert sorted(a + heldout) == sorted(everything)
-    assert [row for row in everything if row in set(a)] == a  # in the order of the source
+    assert [row for row in everything if row in set(a)] == a  # in source order
     assert rows(tmp_path / "b-heldout") == heldout
     assert len(b) == 100
     assert set(b) < set(a)
     assert rows(tmp_path / "c-heldout") != heldout
     with pytest.raises(UserError, match="--holdout 300: the source has only 300"):
         corpus("d", holdout=300)
-
-
-@given(
-    documents=st.integers(1, 200),
-    holdout=st.integers(0, 220),
-    limit=st.none() | st.integers(1, 220),
-    seed=st.integers(0, 99),
-)
-def test_draws_are_exact(documents: int, holdout: int, limit: int | None, seed: int) -> None:
-    """Catches a draw of one document too many or too few."""
-    draws = Sampling(seed, limit, holdout or None)
-    if holdout >= documents:
-        with pytest.raises(UserError):
-            draws.assign(documents)
-        return
-    parts = list(draws.assign(documents))
-    assert len(parts) == documents
-    assert parts.count(HELDOUT) == holdout
-    assert parts.count(MAIN) == min(documents - holdout, limit or documents)
-
-
-def test_every_document_is_as_likely() -> None:
-    """Catches a draw that favours one end of the source (chi-squared, 99.99 % point for 19 degrees of freedom)."""
-    drawn = np.zeros(20)
-    for seed in range(2000):
-        parts: Iterator[str | None] = Sampling(seed, 5, 4).assign(20)
-        drawn += np.array([part == MAIN for part in parts])
-    assert ((drawn - 500) ** 2 / (500 * 0.75)).sum() < 52

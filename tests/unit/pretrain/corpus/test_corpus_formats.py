@@ -28,7 +28,7 @@ def texts(source: SourceName, **flags: Any) -> list[str]:
 
 
 def test_lines_keep_all_but_their_end(tmp_path: Path) -> None:
-    """Catches stripped spaces, lines split at Unicode separators or lone carriage returns, a BOM taken for text."""
+    """Catches stripped spaces, lines split at Unicode separators or lone carriage returns, and a BOM read as text."""
     path = tmp_path / "a.txt"
     path.write_bytes("\ufeff  one \u2028 still\x85one\t\r\ntwo\rtwo\n \t\n\n last".encode())
     found = read(path)
@@ -45,22 +45,22 @@ def test_lines_keep_all_but_their_end(tmp_path: Path) -> None:
     ],
 )
 def test_documents_of_several_lines(tmp_path: Path, flags: dict[str, str], expected: list[str]) -> None:
-    """Catches a document cut or joined at the wrong line, and text before the first start that is lost."""
+    """Catches documents split or joined at the wrong line, and lost text before the first start."""
     path = tmp_path / "a.txt"
     path.write_text("intro\n\n = A = \none\n \ntwo\n = B = \nthree\n")
     assert texts(path, **flags) == expected
 
 
-def test_document_start_that_matches_nothing_is_refused(tmp_path: Path) -> None:
-    """Catches a mistyped pattern that would make each file one document in silence."""
+def test_document_start_without_match_is_rejected(tmp_path: Path) -> None:
+    """Catches a mistyped pattern that silently makes each file one document."""
     path = tmp_path / "a.txt"
     path.write_text("one\ntwo\n")
     with pytest.raises(UserError, match="matches no line"):
         texts(path, document_start="^=")
 
 
-def test_bytes_that_are_no_text_name_file_and_line(tmp_path: Path) -> None:
-    """Catches replacement characters in the corpus, and a message without a place."""
+def test_invalid_utf8_names_file_and_line(tmp_path: Path) -> None:
+    """Catches replacement characters in the corpus, and a message without file and line."""
     path = tmp_path / "a.txt"
     path.write_bytes(b"good\nba\xffd\n")
     with pytest.raises(UserError, match=r"a\.txt:2: not UTF-8 text \(byte 0xff at column 3\)"):
@@ -68,7 +68,7 @@ def test_bytes_that_are_no_text_name_file_and_line(tmp_path: Path) -> None:
 
 
 def test_json_lines(tmp_path: Path) -> None:
-    """Catches a wrong column, line numbers that are off, and values that are no text."""
+    """Catches a wrong column, wrong line numbers, and values that are not text."""
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a\\nb", "n": 1}\n\n{"text": null}\n{"text": "c"}\n')
     assert [(document.text, document.line) for document in read(path)] == [("a\nb", 1), ("c", 4)]
@@ -90,7 +90,7 @@ def test_csv_with_quotes_and_line_ends_inside(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("row", ["3,d,e", "3", '3,"d', '3,"d"e'])
 def test_bad_csv_rows_name_file_and_line(tmp_path: Path, row: str) -> None:
-    """Catches rows with too many or too few fields, and stray quotes, that are read as if they were whole."""
+    """Catches accepted rows with too many or too few fields, or stray quotes."""
     path = tmp_path / "a.csv"
     path.write_text(f"id,text\n1,b\n{row}\n4,f\n")
     with pytest.raises(UserError, match=r"a\.csv:3: "):
@@ -98,7 +98,7 @@ def test_bad_csv_rows_name_file_and_line(tmp_path: Path, row: str) -> None:
 
 
 def test_csv_flags(tmp_path: Path) -> None:
-    """Catches flags of pandas' names that do not do what pandas does."""
+    """Catches options with pandas' names that do not do what pandas does."""
     path = tmp_path / "a.tsv"
     path.write_text('1|"a\n2|b"\n')
     assert texts(path, sep="|", quoting=3, header="none", column="1") == ['"a', 'b"']
@@ -118,14 +118,14 @@ def test_csv_flags(tmp_path: Path) -> None:
         ({"header": "first"}, "header"),
     ],
 )
-def test_wrong_text_options(flags: dict[str, Any], message: str) -> None:
-    """Catches options that are found out while the text is read, or never."""
+def test_invalid_text_options(flags: dict[str, Any], message: str) -> None:
+    """Catches invalid options that are found late or never."""
     with pytest.raises(ValidationError, match=message):
         TextOptions(**flags)
 
 
 def test_parquet_plain_and_inside_an_archive(tmp_path: Path) -> None:
-    """Catches nulls taken for text, row numbers that are off, and Parquet read from a stream that cannot seek."""
+    """Catches nulls read as text, wrong row numbers, and Parquet read from a stream that cannot seek."""
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": ["a", None, "b"], "n": [1, 2, 3]}), path)
     assert [(document.text, document.line) for document in read(path)] == [("a", 1), ("b", 3)]
@@ -153,8 +153,8 @@ def test_compressed_files_of_several_members(tmp_path: Path, suffix: str) -> Non
 
 
 @pytest.mark.parametrize("suffix", ["gz", "zst"])
-def test_a_file_cut_short_is_refused(tmp_path: Path, suffix: str) -> None:
-    """Catches a half-downloaded file that gives half a corpus."""
+def test_truncated_file_is_rejected(tmp_path: Path, suffix: str) -> None:
+    """Catches a partial download that gives a partial corpus."""
     data = "\n".join(str(i * i) for i in range(20000)).encode()
     path = tmp_path / f"a.txt.{suffix}"
     path.write_bytes(compressed(data, suffix)[:-5])
@@ -173,7 +173,7 @@ def tar_of(members: dict[str, bytes]) -> bytes:
 
 
 def test_members_of_archives(tmp_path: Path) -> None:
-    """Catches members in another order than the archive's, patterns that stop at a slash, and nested compression."""
+    """Catches members out of order, patterns that stop at a slash, and compressed members that are not decompressed."""
     members = {"z/b.txt": b"b\n", "a.txt": b"a\n", "c.txt.gz": gzip.compress(b"c\n"), "notes.bin": b"\xff"}
     (tmp_path / "a.tar.gz").write_bytes(tar_of(members))
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
@@ -191,8 +191,8 @@ def test_members_of_archives(tmp_path: Path) -> None:
         texts(tmp_path / "cut.zip")
 
 
-def test_folders_and_globs_in_order_of_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Catches an order that is the file system's, hidden files read, and other kinds passed over in silence."""
+def test_folders_and_globs_sorted_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches file-system order, hidden files that are read, and other formats skipped silently."""
     for name in ("b.txt", "a/z.jsonl", "c.csv", ".hidden.txt", "notes.doc"):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
@@ -203,8 +203,8 @@ def test_folders_and_globs_in_order_of_names(tmp_path: Path, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize("source", ["", "nowhere.txt", "no*.txt", "hub:", "empty", "a.txt,a.txt", "a.txt::x"])
-def test_sources_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
-    """Catches a source that is missing, ambiguous or named twice and is found out late or not at all."""
+def test_unusable_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    """Catches a missing, ambiguous or repeated source that is found late or never."""
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
     Path("a.txt").write_text("a\n")
@@ -212,8 +212,8 @@ def test_sources_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         find_sources(source)
 
 
-def test_a_data_set_that_datasets_loads(tmp_path: Path) -> None:
-    """Catches `hub:` sources that lose their order, their column or their split."""
+def test_hub_source(tmp_path: Path) -> None:
+    """Catches `hub:` sources with the wrong order, column or split."""
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train.jsonl").write_text('{"text": "a", "n": 1}\n{"text": "b", "n": 2}\n')
     assert texts(f"hub:{tmp_path / 'set'}:train") == ["a", "b"]
@@ -222,7 +222,7 @@ def test_a_data_set_that_datasets_loads(tmp_path: Path) -> None:
 
 
 def test_empty_documents_are_counted(tmp_path: Path) -> None:
-    """Catches dropped documents that nobody hears of."""
+    """Catches empty documents that are dropped without being counted."""
     path = tmp_path / "a.txt"
     path.write_text("a\n\n \t\nb\n")
     stats = ReadStats()

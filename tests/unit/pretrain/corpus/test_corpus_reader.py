@@ -30,8 +30,8 @@ def all_tokens(corpus: Corpus) -> np.ndarray:
     return np.concatenate([shards.map_shard(corpus.path / shard.file)[0] for shard in corpus.manifest.shards])
 
 
-def test_spans_are_gathered_from_all_shards(folder: Path) -> None:
-    """Catches offsets that are off by a shard or a token, and spans returned in another order."""
+def test_read_spans_of_all_shards(folder: Path) -> None:
+    """Catches offsets that are off by a shard or a token, and spans in the wrong order."""
     corpus = open_corpus(folder)
     lengths = np.concatenate(list(corpus.document_lengths())).astype(np.int64)
     starts = np.cumsum(lengths) - lengths
@@ -49,25 +49,25 @@ def test_spans_are_gathered_from_all_shards(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("span", [(-1, 2), (0, 10**6), (10**9, 1), (0, -1)])
-def test_spans_outside_a_shard_are_refused(folder: Path, span: tuple[int, int]) -> None:
-    """Catches tokens of somewhere else, or uninitialised memory, in a batch."""
+def test_spans_outside_a_shard_are_rejected(folder: Path, span: tuple[int, int]) -> None:
+    """Catches other tokens, or uninitialized memory, in a batch."""
     corpus = open_corpus(folder)
     with pytest.raises(ValueError, match="end of its shard"):
         corpus.read(np.array([span[0]]), np.array([span[1]]))
 
 
-def _read_there(corpus: Corpus) -> int:
+def _checksum(corpus: Corpus) -> int:
     return int(corpus.read(np.array([0, 5]), np.array([5, 5])).sum())
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_worker_processes_read_too(folder: Path, method: str) -> None:
-    """Catches maps that are pickled whole or break in another process."""
+def test_read_in_worker_processes(folder: Path, method: str) -> None:
+    """Catches memory maps that are pickled, or break in another process."""
     corpus = open_corpus(folder)
-    here = _read_there(corpus)
+    here = _checksum(corpus)
     assert len(pickle.dumps(corpus)) < 20_000
     with multiprocessing.get_context(method).Pool(1) as pool:
-        assert pool.apply(_read_there, (corpus,)) == here
+        assert pool.apply(_checksum, (corpus,)) == here
 
 
 def copy(folder: Path, to: Path) -> Path:
@@ -78,8 +78,8 @@ def copy(folder: Path, to: Path) -> Path:
     return to
 
 
-def test_damage_is_found(folder: Path, tmp_path: Path) -> None:
-    """Catches training on a shard that is missing, cut short or altered."""
+def test_damage_is_detected(folder: Path, tmp_path: Path) -> None:
+    """Catches training on a shard that is missing, truncated or modified."""
     damaged = copy(folder, tmp_path / "c")
     shard = sorted(damaged.glob("data-*.arrow"))[2]
     data = bytearray(shard.read_bytes())
@@ -96,8 +96,8 @@ def test_damage_is_found(folder: Path, tmp_path: Path) -> None:
         open_corpus(damaged)
 
 
-def test_folders_that_are_no_corpus(folder: Path, tmp_path: Path) -> None:
-    """Catches a trace for a mistyped path, a manifest from a newer version, and an edited manifest."""
+def test_folders_that_are_not_a_corpus(folder: Path, tmp_path: Path) -> None:
+    """Catches a traceback for a mistyped path, and a manifest that is from a newer version or was edited."""
     with pytest.raises(UserError, match="is not a corpus"):
         open_corpus(tmp_path / "nowhere")
     edited = copy(folder, tmp_path / "c") / "manifest.json"
@@ -112,8 +112,8 @@ def test_folders_that_are_no_corpus(folder: Path, tmp_path: Path) -> None:
             open_corpus(edited.parent)
 
 
-def test_fingerprint_is_of_tokens_and_tokenizer(tmp_path: Path, vocabulary_folder: Path) -> None:
-    """Catches a fingerprint that two different corpora share, or that another folder name changes."""
+def test_fingerprint_covers_tokens_and_tokenizer(tmp_path: Path, vocabulary_folder: Path) -> None:
+    """Catches different corpora with the same fingerprint, and a fingerprint that depends on the folder name."""
     found = []
     for name, text in [("a", "the river\n"), ("b", "the\nriver\n"), ("c", "the river\n")]:
         (tmp_path / f"{name}.txt").write_text(text)

@@ -81,7 +81,7 @@ def boundaries_of(tokenizer: Tokenizer) -> WordBoundaries:
 
 
 def in_words(text: str, encoding: Any, starts: Any) -> list[str]:
-    """The text cut where words begin, without spaces."""
+    """Split the text where words begin, and remove spaces."""
     first = [begin for (begin, _), start in zip(encoding.offsets, starts, strict=True) if start]
     assert first[0] <= len(text)
     return ["".join(text[begin:end].split()) for begin, end in zip(first, [*first[1:], len(text)], strict=True)]
@@ -92,15 +92,15 @@ def split(tokenizer: Tokenizer, text: str) -> list[str]:
     return in_words(text, encoding, boundaries_of(tokenizer).word_starts(np.array(encoding.ids)))
 
 
-def test_word_piece_marks() -> None:
-    """Catches punctuation that is joined to a word, pieces that are not, and Chinese characters that are."""
+def test_wordpiece_boundaries() -> None:
+    """Catches punctuation or Chinese characters joined to a word, and continuations that are not."""
     text = "the well-knowns (known), 你好 xyz"
     expected = ["the", "well", "-", "knowns", "(", "known", ")", ",", "你", "好", "xyz"]
     assert split(word_piece(), text) == expected
 
 
-def test_byte_level_marks() -> None:
-    """Catches words that go on over punctuation, white space or an added token, and characters torn apart."""
+def test_byte_level_boundaries() -> None:
+    """Catches words that include punctuation, whitespace or an added token, and characters that are split."""
     text = "known, well-known (天天) 2nd...\n\nnow won't 天"
     expected = "known|,|well|-|known|(|天天|)|2nd|..|.|||now|won|'t|天"
     assert split(byte_level(), text) == expected.split("|")
@@ -110,20 +110,20 @@ def test_byte_level_marks() -> None:
     assert split(extended, "xcovids covid") == ["x", "covid", "s", "covid"]
 
 
-def test_sentence_piece_marks() -> None:
-    """Catches punctuation that is cut off, though SentencePiece's words are what white space separates."""
+def test_sentencepiece_boundaries() -> None:
+    """Catches punctuation that is split off; SentencePiece's words are separated by whitespace only."""
     assert split(unigram(), "known, knowns (well) 天") == ["known,", "knowns", "(well)", "天"]
 
 
-def test_tokens_that_are_whole_words() -> None:
-    """Catches a tokenizer whose tokens are words, taken for one that marks nothing."""
+def test_word_level_boundaries() -> None:
+    """Catches a word-level tokenizer that is rejected because it has no marks."""
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     assert boundaries_of(tokenizer).word_starts(np.array([0, 1, 1])).tolist() == [True, True, True]
 
 
-def test_marks_at_the_end_of_words_are_not_known() -> None:
-    """Catches a tokenizer that marks ends (`low</w>`), of which every token would begin a word, or none."""
+def test_end_of_word_marks_are_not_supported() -> None:
+    """Catches a tokenizer that marks word ends (`low</w>`) with wrong boundaries instead of none."""
     tokenizer = Tokenizer(models.BPE(vocab={"a": 0, "a</w>": 1}, merges=[], end_of_word_suffix="</w>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     assert word_boundaries(tokenizer.to_str()) is None
@@ -151,15 +151,15 @@ CUTS = {
         (word_piece, "你好你好好", "你好|你|好好"),
         (lambda: word_piece(chinese_alone=False), "你好你好好", "你好|你|好好"),
         (word_piece, "你好ok,好", "你好|ok|,|好"),
-        # Next to a Chinese character the segmenter has its way, elsewhere the marks: `35` and `knowns` are not cut.
+        # The segmenter decides next to Chinese characters only: `35` and `knowns` are not split.
         (word_piece, "你ok35ok你. the knowns", "你ok35ok你|.|the|knowns"),
         (byte_level, "天天天known 天天", "天|天天|known|天天"),
         (byte_level, "天known,天", "天known|,|天"),
     ],
 )
-def test_a_segmenter_decides_about_chinese_only(make: Any, text: str, expected: str) -> None:
-    """Catches Chinese characters that stay alone, several tokens of one character that each begin a word, and Latin
-    words that a segmenter cuts."""
+def test_segmenter_decides_for_chinese_only(make: Any, text: str, expected: str) -> None:
+    """Catches Chinese characters that are not joined to words, several tokens of one character that each begin a
+    word, and Latin words that the segmenter splits."""
     tokenizer = make()
     encoding = tokenizer.encode(text, add_special_tokens=False)
     starts = segmented_word_starts(
@@ -172,8 +172,8 @@ def test_a_segmenter_decides_about_chinese_only(make: Any, text: str, expected: 
     assert in_words(text, encoding, starts) == expected.split("|")
 
 
-def test_jieba_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, vocabulary_folder: Path) -> None:
-    """Catches a trace, or a build that ends in its workers, where the package is not installed."""
+def test_jieba_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, vocabulary_folder: Path) -> None:
+    """Catches a traceback, or a build that fails in its workers, if the package is not installed."""
     monkeypatch.setitem(sys.modules, "jieba", None)
     (tmp_path / "s.txt").write_text("你好\n", encoding="utf-8")
     with pytest.raises(UserError, match="pip install jieba"):
@@ -185,10 +185,10 @@ def test_jieba_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, vocab
     assert not (tmp_path / "c").exists()
 
 
-def test_a_tokenizer_without_marks_is_refused(
+def test_tokenizer_without_boundaries_is_rejected(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, vocabulary_folder: Path
 ) -> None:
-    """Catches a build that fails in its workers for a tokenizer of which nothing is known but the segmenter's words."""
+    """Catches a build that fails in its workers because the tokenizer has no word boundaries."""
     (tmp_path / "s.txt").write_text("你好\n", encoding="utf-8")
     monkeypatch.setattr(build_plan, "word_boundaries", lambda _json: None)
     with pytest.raises(UserError, match="cannot tell where words begin"):
@@ -201,7 +201,7 @@ def test_a_tokenizer_without_marks_is_refused(
 
 @pytest.fixture
 def chinese(tmp_path: Path) -> Path:
-    """A tokenizer folder in which each of the sentences' characters is a token."""
+    """A tokenizer folder in which every character of the sentences is a token."""
     folder = tmp_path / "tokenizer"
     folder.mkdir()
     characters = sorted({character for sentence in SENTENCES for character in sentence if not character.isspace()})
@@ -232,9 +232,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @needs_jieba
-def test_a_segmented_corpus(tmp_path: Path, chinese: Path, source: Path) -> None:
-    """Catches words that are not jieba's, bytes that depend on the workers, bits read off by some, and a fingerprint
-    that does not know the words: masks of one corpus would be taken for those of another."""
+def test_segmented_corpus(tmp_path: Path, chinese: Path, source: Path) -> None:
+    """Catches words that are not jieba's, bytes that depend on the workers, word starts read at wrong offsets, and a
+    fingerprint that ignores word starts, although masks depend on them."""
     build_corpus(CorpusOptions(source=source, tokenizer=chinese, output=tmp_path / "one", workers=1, segmenter="jieba"))
     build_corpus(CorpusOptions(source=source, tokenizer=chinese, output=tmp_path / "two", workers=2, segmenter="jieba"))
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
@@ -280,10 +280,10 @@ def test_a_segmented_corpus(tmp_path: Path, chinese: Path, source: Path) -> None
 
 
 @needs_jieba
-def test_a_killed_segmented_build_goes_on_to_the_same_bytes(
+def test_killed_segmented_build_resumes_to_same_bytes(
     tmp_path: Path, chinese: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches word starts that slip against their tokens on resumption, and shards with and without in one corpus."""
+    """Catches word starts misaligned with their tokens after a resume, and some shards without them."""
     build_corpus(
         CorpusOptions(source=source, tokenizer=chinese, output=tmp_path / "whole", workers=1, segmenter="jieba")
     )
@@ -309,8 +309,8 @@ def test_a_killed_segmented_build_goes_on_to_the_same_bytes(
 
 @needs_jieba
 def test_jieba_is_quiet_and_leaves_no_cache(tmp_path: Path) -> None:
-    """Catches what jieba does by itself: log lines, a cache in the folder for temporary files, and words from a cache
-    that somebody else left there."""
+    """Catches jieba's defaults: log lines, a cache in the temporary folder, and words from a cache that someone else
+    left there."""
     (tmp_path / "jieba.cache").write_bytes(b"of another version")
     code = "from pretrain.corpus.words import load_segmenter as o; print('|'.join(o('jieba')('他来到了网易杭研大厦')))"
     done = subprocess.run(
@@ -320,15 +320,15 @@ def test_jieba_is_quiet_and_leaves_no_cache(tmp_path: Path) -> None:
         text=True,
         check=True,
     )
-    assert done.stdout.strip() == "他|来到|了|网易|杭研|大厦"  # 杭研 is in no dictionary
+    assert done.stdout.strip() == "他|来到|了|网易|杭研|大厦"  # 杭研 is not in the dictionary
     assert done.stderr == ""
     assert [path.name for path in tmp_path.iterdir()] == ["jieba.cache"]
 
 
 @needs_jieba
 @pytest.mark.parametrize("unit", ["word", "span"])
-def test_segmented_words_are_masked_as_a_whole(tmp_path: Path, chinese: Path, source: Path, unit: Any) -> None:
-    """Catches half Chinese words, from the raw text to the mask, and a share that is not the rate."""
+def test_segmented_words_are_masked_whole(tmp_path: Path, chinese: Path, source: Path, unit: Any) -> None:
+    """Catches Chinese words that are masked in part, and a masked share other than the rate."""
     build_corpus(CorpusOptions(source=source, tokenizer=chinese, output=tmp_path / "c", workers=1, segmenter="jieba"))
     corpus = open_corpus(tmp_path / "c")
     lengths = np.concatenate(list(corpus.document_lengths())).astype(np.int64)
@@ -352,8 +352,8 @@ def test_segmented_words_are_masked_as_a_whole(tmp_path: Path, chinese: Path, so
     assert hits.mean() / 40 == pytest.approx(0.15, abs=0.005)
 
 
-def test_marks_are_those_of_the_module() -> None:
-    """Catches a byte that GPT-2 writes as another character than we read it as."""
+def test_byte_alphabet_equals_tokenizers() -> None:
+    """Catches bytes that are decoded to another character than GPT-2 encodes them as."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     assert set(words._BYTE_OF) == set(alphabet)
     for text in ("é", "\n", "天", " ", "\x7f", "—", "­"):

@@ -37,7 +37,7 @@ Return the length of the line that runs around the whole shape.
 
 
 def test_docstrings_are_read_without_importing(tmp_path: Path) -> None:
-    """Catches code that is run, names that are wrong, and documentation added by calls that is missed."""
+    """Catches code that is executed, wrong names, and missed documentation that is added by calls."""
     path = tmp_path / "shapes.py"
     path.write_text(SOURCE)
     found = dict(extract_docs(str(path)))
@@ -47,8 +47,8 @@ def test_docstrings_are_read_without_importing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("source", [b'print \'old\'  """', b'\xff\xfe"""', b'x = """\0"""', b'{{ template }}"""'])
-def test_files_that_are_no_python_are_passed_over(tmp_path: Path, source: bytes) -> None:
-    """Catches one odd file among thousands that ends the whole reading."""
+def test_unparsable_files_are_skipped(tmp_path: Path, source: bytes) -> None:
+    """Catches one odd file among thousands that stops the command."""
     path = tmp_path / "odd.py"
     path.write_bytes(source)
     assert extract_docs(str(path)) == []
@@ -56,7 +56,7 @@ def test_files_that_are_no_python_are_passed_over(tmp_path: Path, source: bytes)
 
 
 def test_prose_without_examples_and_markup() -> None:
-    """Catches doctests, code blocks and tables in the corpus, and prose that is thrown out with them."""
+    """Catches doctests, code blocks and tables in the corpus, and prose that is removed with them."""
     text = """Compute the :func:`~numpy.mean` of `a` and **b**, see `the guide <http://x.org>`_ for
     what is meant by that.
 
@@ -108,7 +108,7 @@ def test_prose_without_examples_and_markup() -> None:
 
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A world in which one package is installed, beside a standard library of one module."""
+    """An environment with one installed package and a standard library of one module."""
     site = tmp_path / "site"
     info = site / "My_Shapes-1.0.dist-info"
     info.mkdir(parents=True)
@@ -137,10 +137,10 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_what_is_installed_becomes_documents(installed: Path) -> None:
-    """Catches tests and licences among the documents, texts that come twice, and an order that is not stable."""
-    records = list(read_python_docs())
-    assert [record.document for record in records] == [
+def test_read_installed_packages(installed: Path) -> None:
+    """Catches tests and licenses among the documents, duplicate texts, and an unstable order."""
+    docs = list(read_python_docs())
+    assert [doc.document for doc in docs] == [
         "my-shapes/METADATA",
         "python/abc",
         "my-shapes/shapes",
@@ -148,12 +148,12 @@ def test_what_is_installed_becomes_documents(installed: Path) -> None:
         "my-shapes/shapes.area",
         "my-shapes/shapes/guide.md",
     ]
-    assert {record.package for record in records} == {"python", "my-shapes"}
-    assert list(read_python_docs()) == records
+    assert {doc.package for doc in docs} == {"python", "my-shapes"}
+    assert list(read_python_docs()) == docs
 
 
-def test_the_file_and_the_source_hold_the_same(installed: Path) -> None:
-    """Catches a JSONL that `deepcloze corpus` cannot read, and a `python-docs` source that differs from it."""
+def test_file_equals_source(installed: Path) -> None:
+    """Catches JSON lines that `deepcloze corpus` cannot read, and a `python-docs` source that differs from them."""
     path = installed / "docs.jsonl"
     write_python_docs(path)
     assert set(json.loads(path.read_text().splitlines()[0])) == {"text", "package", "document"}
