@@ -1,4 +1,4 @@
-"""The pictures of a fine-tuning run: its confusion matrix and its curves."""
+"""Figures of a fine-tuning run: confusion matrix and curves."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from experiment.files import atomic_write
 from experiment.results.figures import COLORS, GREY
 
-_WRITTEN_OUT = 25  # labels: of more, the matrix shows colours only
+_MAX_ANNOTATED = 25  # with more labels, the matrix shows colours only
 
 
 def draw_confusion(path: Path, confusion: NDArray[np.int64], labels: Sequence[str], title: str) -> None:
-    """The CC counts of gold label by predicted label, coloured by the share of the gold label's examples."""
+    """CC counts: rows by label, columns by predicted label; coloured by the share of the row."""
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     side = min(2.5 + 0.55 * len(labels), 16.0)
     canvas = Figure(figsize=(side + 1.0, side), dpi=144, layout="constrained")
@@ -25,7 +25,7 @@ def draw_confusion(path: Path, confusion: NDArray[np.int64], labels: Sequence[st
     axes.set_title(title, color=GREY, fontsize=10)
     axes.set_xlabel("predicted", color=GREY)
     axes.set_ylabel("label", color=GREY)
-    if len(labels) <= _WRITTEN_OUT:
+    if len(labels) <= _MAX_ANNOTATED:
         ticks = range(len(labels))
         axes.set_xticks(ticks, labels, rotation=45, ha="right")
         axes.set_yticks(ticks, labels)
@@ -39,9 +39,10 @@ def draw_confusion(path: Path, confusion: NDArray[np.int64], labels: Sequence[st
 
 
 def draw_curves(path: Path, epochs: Mapping[int, Sequence[Mapping[str, float]]], metric: str) -> None:
-    """Loss on train and validation beside the metric on validation, by epoch; a colour per seed, the kept epoch ringed.
+    """Loss on train and validation, and the metric on validation, by epoch. One colour per seed; a ring marks the best
+    epoch.
 
-    epochs: seed -> what stands in its epochs.csv.
+    epochs: seed -> rows of its epochs.csv.
     """
     canvas = Figure(figsize=(11.0, 4.2), dpi=144, layout="constrained")
     losses, scores = canvas.subplots(1, 2)

@@ -1,4 +1,4 @@
-"""Scores of predictions against gold labels: pure functions of two arrays."""
+"""Metrics of predictions: pure functions of arrays."""
 
 import statistics
 import warnings
@@ -8,20 +8,18 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, matthews_corrcoef
 
-Ids = NDArray[np.int64]
+LabelIds = NDArray[np.int64]  # N
 
 
-def classification_scores(gold: Ids, predicted: Ids) -> dict[str, float]:
-    """Every classification metric of N label ids against N gold ones, each in [0, 1] but Matthews' in [-1, 1].
+def classification_scores(gold: LabelIds, predicted: LabelIds) -> dict[str, float]:
+    """All classification metrics, each in [0, 1] except matthews in [-1, 1].
 
-    F1 averages over the labels that occur in either array, as scikit-learn does by default; uar, the unweighted average
-    recall (or balanced accuracy), over those that occur in `gold`. matthews is the correlation coefficient of Matthews
-    (1975), for more than two labels as Gorodkin (2004) extends it; 0 where it is undefined.
+    F1 is averaged over the labels that occur in either array, as scikit-learn does by default; uar, the unweighted
+    average recall (balanced accuracy), over those in `gold`. matthews is the correlation coefficient of Matthews
+    (1975), extended to more than two labels by Gorodkin (2004); 0 if undefined.
     """
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message=".*not in y_true.*"
-        )  # a label predicted that gold never has: no matter
+        warnings.filterwarnings("ignore", message=".*not in y_true.*")  # a predicted label that never occurs
         warnings.filterwarnings("ignore", message=".*single label.*")
         return {
             "accuracy": float(accuracy_score(gold, predicted)),
@@ -32,13 +30,13 @@ def classification_scores(gold: Ids, predicted: Ids) -> dict[str, float]:
         }
 
 
-def confusion_matrix(gold: Ids, predicted: Ids, label_count: int) -> Ids:
+def confusion_matrix(gold: LabelIds, predicted: LabelIds, label_count: int) -> NDArray[np.int64]:
     """CC counts: rows by gold label, columns by predicted label."""
     return np.bincount(gold * label_count + predicted, minlength=label_count**2).reshape(label_count, label_count)
 
 
-def spread(values: Sequence[float]) -> dict[str, list[float] | float]:
-    """One metric over the seeds: values, mean, sample standard deviation (0 for a single seed) and median."""
+def summarize(values: Sequence[float]) -> dict[str, list[float] | float]:
+    """A metric over the seeds: values, mean, sample standard deviation (0 for a single seed) and median."""
     return {
         "values": list(values),
         "mean": statistics.fmean(values),

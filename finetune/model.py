@@ -1,12 +1,12 @@
-"""The encoder that a fine-tuning begins with: found, checked against the task, and given a fresh head."""
+"""Load an encoder and put a task head on it."""
 
 import inspect
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from experiment.errors import UserError
 from experiment.hugging_face import max_positions, quiet
@@ -14,53 +14,53 @@ from experiment.tokenizer import vocabulary_size
 
 
 @dataclass(frozen=True)
-class Initialisation:
-    """What a model is built from."""
+class ModelSpec:
+    """What to build a model from."""
 
     folder: Path  # Hugging Face folder
-    pretrained: bool  # False: its architecture only
-    auto_model: str
+    pretrained: bool  # False: its architecture, with random weights
+    auto_model: str  # transformers class, such as AutoModelForSequenceClassification
     labels: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """What tokenisation needs to know about a model."""
+class ModelInputs:
+    """What a model accepts."""
 
-    max_length: int | None  # tokens that its positions can hold; None: no limit
-    token_types: bool  # tells the two texts of a pair apart
+    max_length: int | None  # tokens; None: no limit
+    token_types: bool  # whether it tells the two texts of a pair apart by token_type_ids
 
 
-def read_architecture(start: Initialisation, tokenizer: Any) -> Architecture:
-    """Build the model without memory and look at it.
+def read_model_inputs(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase) -> ModelInputs:
+    """Inspect the model, built without weights.
 
-    Raises UserError for a config that transformers does not know, and for a tokenizer with more tokens than the model.
+    Raises UserError for a config that transformers does not support, and a vocabulary smaller than the tokenizer's.
     """
     with torch.device("meta"):
-        model = _from_config(start)
-    highest = vocabulary_size(tokenizer) - 1
-    if highest >= model.config.vocab_size:
+        model = _build_from_config(spec)
+    largest = vocabulary_size(tokenizer) - 1
+    if largest >= model.config.vocab_size:
         raise UserError(
-            f"{start.folder}: the tokenizer's ids go up to {highest}, vocab_size is {model.config.vocab_size}"
+            f"{spec.folder}: the tokenizer's ids go up to {largest}, vocab_size is {model.config.vocab_size}"
         )
-    takes_token_types = "token_type_ids" in inspect.signature(model.forward).parameters
-    return Architecture(max_positions(model), takes_token_types and getattr(model.config, "type_vocab_size", 0) > 1)
+    accepts_token_types = "token_type_ids" in inspect.signature(model.forward).parameters
+    return ModelInputs(max_positions(model), accepts_token_types and getattr(model.config, "type_vocab_size", 0) > 1)
 
 
-def build_model(start: Initialisation) -> tuple[Any, list[str]]:
-    """The model in fp32, and the names of the parameters that were initialised afresh (from torch's global generator).
+def build_model(spec: ModelSpec) -> tuple[PreTrainedModel, list[str]]:
+    """The model in fp32, and the names of its newly initialized parameters (drawn from torch's global generator).
 
-    Raises UserError where the folder's weights leave parts of the encoder without values or do not fit it.
+    Raises UserError for weights that do not fit the config, or lack a part of the encoder.
     """
-    if not start.pretrained:
-        model = _from_config(start)
+    if not spec.pretrained:
+        model = _build_from_config(spec)
         return model, [name for name, _ in model.named_parameters()]
-    auto_model = getattr(transformers, start.auto_model)
+    auto_model = getattr(transformers, spec.auto_model)
     with quiet():
         try:
-            model, loading = auto_model.from_pretrained(
-                start.folder,
-                config=_config(start),
+            model, report = auto_model.from_pretrained(
+                spec.folder,
+                config=_load_config(spec),
                 dtype=torch.float32,
                 local_files_only=True,
                 trust_remote_code=False,
@@ -68,38 +68,42 @@ def build_model(start: Initialisation) -> tuple[Any, list[str]]:
                 output_loading_info=True,
             )
         except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"cannot load the weights in {start.folder}: {error}") from None
-    fresh = sorted({*loading["missing_keys"], *(key[0] for key in loading["mismatched_keys"])})
-    encoder = [name for name in fresh if name.startswith(f"{model.base_model_prefix}.") and "pooler" not in name]
+            raise UserError(f"cannot load the weights in {spec.folder}: {error}") from None
+    new = sorted({*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])})
+    encoder = [name for name in new if name.startswith(f"{model.base_model_prefix}.") and "pooler" not in name]
     if encoder:
         more = f" and {len(encoder) - 3} more" if len(encoder) > 3 else ""
-        raise UserError(f"{start.folder}: its weights do not fit its config: no {', '.join(encoder[:3])}{more}")
-    return model, fresh
+        raise UserError(f"{spec.folder}: its weights do not fit its config: no {', '.join(encoder[:3])}{more}")
+    return model, new
 
 
-def _config(start: Initialisation) -> Any:
+def _load_config(spec: ModelSpec) -> PreTrainedConfig:
     try:
-        return transformers.AutoConfig.from_pretrained(
-            start.folder,
+        config: PreTrainedConfig = transformers.AutoConfig.from_pretrained(
+            spec.folder,
             local_files_only=True,
             trust_remote_code=False,
-            num_labels=len(start.labels),
-            id2label=dict(enumerate(start.labels)),
-            label2id={label: number for number, label in enumerate(start.labels)},
+            num_labels=len(spec.labels),
+            id2label=dict(enumerate(spec.labels)),
+            label2id={label: number for number, label in enumerate(spec.labels)},
         )
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot read the model config in {start.folder}: {error}") from None
+        raise UserError(f"cannot read the model config in {spec.folder}: {error}") from None
+    return config
 
 
-def _from_config(start: Initialisation) -> Any:
+def _build_from_config(spec: ModelSpec) -> PreTrainedModel:
     try:
-        return getattr(transformers, start.auto_model).from_config(_config(start), dtype=torch.float32)
+        model: PreTrainedModel = getattr(transformers, spec.auto_model).from_config(
+            _load_config(spec), dtype=torch.float32
+        )
     except ValueError as error:
-        raise UserError(f"{start.folder}: {error}") from None
+        raise UserError(f"{spec.folder}: {error}") from None
+    return model
 
 
-def save_model(model: Any, tokenizer: Any, max_length: int, folder: Path) -> None:
-    """Write a Hugging Face folder that cuts its inputs at `max_length` tokens, as in training."""
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int, folder: Path) -> None:
+    """Write a Hugging Face folder whose tokenizer truncates at `max_length` tokens, as in training."""
     tokenizer.model_max_length = max_length
     with quiet():
         model.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Rows -> token ids -> padded batches."""
+"""Table rows to token ids to padded batches."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,24 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
 
 from finetune.tasks.kinds import TaskKind
 from finetune.tasks.rows import Table
 
 # Shape suffixes: B examples, T tokens of the longest of them.
 
-_GROUP_BATCHES = 50  # batches whose examples are sorted by length together: little padding, and still random enough
+_SORTED_BATCHES = 50  # examples of this many batches are sorted by length together: less padding, still random
 
 
 @dataclass(frozen=True)
 class Examples:
-    """The tokenised rows of a split, in their order."""
+    """The tokenized rows of a split, in order."""
 
     table: Table
     input_ids: tuple[Tensor, ...]  # T int64 each
-    token_type_ids: tuple[Tensor, ...] | None  # None where the model has none
-    targets: tuple[int, ...] | None  # None where the split has no labels
-    truncated: int  # examples that lost tokens
+    token_type_ids: tuple[Tensor, ...] | None  # None if the model has none
+    targets: tuple[int, ...] | None  # None if the split has no labels
+    truncated: int  # number of examples that were cut
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -38,16 +39,21 @@ class Examples:
 
 @dataclass(frozen=True)
 class Batch:
-    inputs: dict[str, Tensor]  # what the model's forward takes, BT each
-    targets: Tensor  # B; empty where the split has no labels
+    inputs: dict[str, Tensor]  # arguments of the model's forward, BT each
+    targets: Tensor  # B; empty if the split has no labels
 
 
-def make_examples(
-    table: Table, kind: TaskKind, labels: Sequence[str], tokenizer: Any, max_length: int, token_types: bool
+def tokenize(
+    table: Table,
+    kind: TaskKind,
+    labels: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    token_types: bool,
 ) -> Examples:
-    """Tokenise every row; what is longer than `max_length` tokens loses tokens at the end of its longer text.
+    """Tokenize every row. If it is longer than `max_length` tokens, the longer text of a pair is cut at its end.
 
-    Special tokens written out in a text are ordinary text. Raises UserError for a label that is not among `labels`.
+    Special tokens written out in a text are ordinary text. Raises UserError for a label that is not in `labels`.
     """
     texts = [kind.texts(row) for row in table.rows]
     columns = [list(column) for column in zip(*texts, strict=True)]
@@ -59,9 +65,10 @@ def make_examples(
         return_token_type_ids=token_types,
         **options,
     )
-    full = [place for place, ids in enumerate(encoded["input_ids"]) if len(ids) == max_length]
+    # Tokenize those of full length again, without truncation, to see which were cut.
+    full = [index for index, ids in enumerate(encoded["input_ids"]) if len(ids) == max_length]
     whole = (
-        tokenizer(*([column[place] for place in full] for column in columns), verbose=False, **options)
+        tokenizer(*([column[index] for index in full] for column in columns), verbose=False, **options)
         if full
         else None
     )
@@ -74,32 +81,33 @@ def make_examples(
     )
 
 
-def training_order(lengths: Sequence[int], batch_size: int, generator: torch.Generator) -> list[list[int]]:
-    """One epoch: every example once, in shuffled batches of examples of similar length."""
+def training_batches(lengths: Sequence[int], batch_size: int, generator: torch.Generator) -> list[list[int]]:
+    """The examples of one epoch by index: each once, in shuffled batches of similar length."""
     shuffled = torch.randperm(len(lengths), generator=generator).tolist()
-    group = batch_size * _GROUP_BATCHES
+    group = batch_size * _SORTED_BATCHES
     batches: list[list[int]] = []
     for start in range(0, len(shuffled), group):
-        by_length = sorted(shuffled[start : start + group], key=lambda place: lengths[place])
+        by_length = sorted(shuffled[start : start + group], key=lambda index: lengths[index])
         batches += [by_length[at : at + batch_size] for at in range(0, len(by_length), batch_size)]
-    return [batches[place] for place in torch.randperm(len(batches), generator=generator).tolist()]
+    return [batches[index] for index in torch.randperm(len(batches), generator=generator).tolist()]
 
 
-def evaluation_order(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Every example once, in batches of similar length, longest first: if they fit into memory, all do."""
-    by_length = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+def evaluation_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """All examples by index, in batches of similar length. The longest come first, to run out of memory early if at
+    all."""
+    by_length = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     return [by_length[at : at + batch_size] for at in range(0, len(by_length), batch_size)]
 
 
-def collate(examples: Examples, places: Sequence[int], pad_token_id: int, device: torch.device) -> Batch:
-    """The examples at `places`, padded to the longest of them."""
-    input_ids = [examples.input_ids[place] for place in places]
+def collate(examples: Examples, indices: Sequence[int], pad_token_id: int, device: torch.device) -> Batch:
+    """The examples at `indices`, padded to the longest of them."""
+    input_ids = [examples.input_ids[index] for index in indices]
     lengths = torch.tensor([len(ids) for ids in input_ids])
     inputs = {"input_ids": pad_sequence(input_ids, batch_first=True, padding_value=pad_token_id)}
     inputs["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
     if examples.token_type_ids is not None:
-        inputs["token_type_ids"] = pad_sequence([examples.token_type_ids[place] for place in places], batch_first=True)
-    targets = torch.tensor([] if examples.targets is None else [examples.targets[place] for place in places])
+        inputs["token_type_ids"] = pad_sequence([examples.token_type_ids[i] for i in indices], batch_first=True)
+    targets = torch.tensor([] if examples.targets is None else [examples.targets[index] for index in indices])
     return Batch(
         {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()},
         targets.to(device, non_blocking=True),

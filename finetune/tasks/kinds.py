@@ -1,4 +1,4 @@
-"""The table of task kinds: what reading, training and scoring need to know about each, not how they do it."""
+"""Kinds of tasks: what reading, training and scoring need to know about each."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,22 +19,22 @@ from finetune.tasks.rows import Row, Table
 
 @dataclass(frozen=True)
 class TaskKind:
-    """One kind of task. `target` gives a row's gold value as the loss and the scores want it."""
+    """One kind of task."""
 
-    auto_model: str  # the class of transformers that puts the right head on an encoder
+    auto_model: str  # transformers class with the head for it
     find_labels: Callable[[Table], tuple[str, ...]]
-    texts: Callable[[Row], tuple[str, ...]]  # what the tokenizer joins into one sequence
-    target: Callable[[Table, Row, Sequence[str]], int]
+    texts: Callable[[Row], tuple[str, ...]]  # to be joined into one sequence
+    target: Callable[[Table, Row, Sequence[str]], int]  # label id of a row
     loss: Callable[[Tensor, Tensor, Tensor | None], Tensor]  # logits_BC, targets_B, weights_C -> mean over B
     probabilities: Callable[[Tensor], Tensor]  # logits_BC -> BC
     scores: Callable[[NDArray[np.int64], NDArray[np.float32]], dict[str, float]]  # targets_N, probabilities_NC
 
 
 def _distinct_labels(train: Table) -> tuple[str, ...]:
-    """The labels of the training rows, sorted: as numbers where all are."""
+    """The labels of the training rows, sorted, as numbers if all of them are."""
     labels = {row.values["label"] for row in train.rows}
     if len(labels) < 2:
-        raise UserError(f"{train.path}: every row has the label '{labels.pop()}': nothing to tell apart")
+        raise UserError(f"{train.path}: every row has the label '{labels.pop()}'; expected two or more labels")
     return tuple(sorted(labels, key=int) if all(label.isdecimal() for label in labels) else sorted(labels))
 
 
@@ -75,9 +75,9 @@ KINDS: dict[str, TaskKind] = {
 
 
 def balanced_weights(targets: Sequence[int], label_count: int) -> list[float]:
-    """A weight per label so that each label has the same share of the loss: N / (C · count), King & Zeng (2001).
+    """Weights that give each label the same share of the loss: N / (C · count), King & Zeng (2001).
 
-    A label that no example has weighs nothing.
+    A label without examples has weight 0.
     """
     counts = Counter(targets)
     present = len(counts)

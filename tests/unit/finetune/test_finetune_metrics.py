@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from finetune.config import MetricName
-from finetune.metrics import classification_scores, confusion_matrix, spread
+from finetune.metrics import classification_scores, confusion_matrix, summarize
 
 
 def test_scores_of_a_case_counted_by_hand() -> None:
@@ -51,7 +51,7 @@ def test_confusion_has_gold_in_rows() -> None:
     assert confusion_matrix(np.array([0, 0, 1]), np.array([1, 0, 1]), 3).tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 0]]
 
 
-def test_spread_over_seeds() -> None:
+def test_summarize_over_seeds() -> None:
     """Catches the population's standard deviation, which flatters few seeds, and a failure on a single one."""
-    assert spread([1.0, 2.0, 6.0]) == {"values": [1.0, 2.0, 6.0], "mean": 3.0, "std": 7.0**0.5, "median": 2.0}
-    assert spread([0.5])["std"] == 0.0
+    assert summarize([1.0, 2.0, 6.0]) == {"values": [1.0, 2.0, 6.0], "mean": 3.0, "std": 7.0**0.5, "median": 2.0}
+    assert summarize([0.5])["std"] == 0.0

@@ -10,13 +10,13 @@ from transformers.utils import logging
 
 from experiment.errors import UserError
 from experiment.tokenizer import load_tokenizer
-from finetune.model import Initialisation, build_model, read_architecture
+from finetune.model import ModelSpec, build_model, read_model_inputs
 
 AUTO = "AutoModelForSequenceClassification"
 
 
-def start(folder: Path, pretrained: bool = True, labels: tuple[str, ...] = ("a", "b", "c")) -> Initialisation:
-    return Initialisation(folder, pretrained, AUTO, labels)
+def start(folder: Path, pretrained: bool = True, labels: tuple[str, ...] = ("a", "b", "c")) -> ModelSpec:
+    return ModelSpec(folder, pretrained, AUTO, labels)
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_loading_says_nothing_alarming(
 def test_usable_length_of_bert_and_roberta(encoder: Path, tmp_path: Path) -> None:
     """Catches the RoBERTa family's offset being forgotten: its positions begin at padding_idx + 1."""
     tokenizer = load_tokenizer(encoder)
-    bert = read_architecture(start(encoder), tokenizer)
+    bert = read_model_inputs(start(encoder), tokenizer)
     assert (bert.max_length, bert.token_types) == (64, True)
     config = RobertaConfig(
         vocab_size=45,
@@ -101,7 +101,7 @@ def test_usable_length_of_bert_and_roberta(encoder: Path, tmp_path: Path) -> Non
         type_vocab_size=1,
     )
     RobertaForMaskedLM(config).save_pretrained(tmp_path)
-    roberta = read_architecture(start(tmp_path), tokenizer)
+    roberta = read_model_inputs(start(tmp_path), tokenizer)
     assert (roberta.max_length, roberta.token_types) == (64, False)
 
 
@@ -109,7 +109,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(copied: Path) ->
     """Catches an index error inside the embedding, minutes into a training."""
     (copied / "vocab.txt").write_text((copied / "vocab.txt").read_text() + "extra\n")
     with pytest.raises(UserError, match=r"ids go up to 45, vocab_size is 45"):
-        read_architecture(start(copied), load_tokenizer(copied))
+        read_model_inputs(start(copied), load_tokenizer(copied))
 
 
 @pytest.mark.parametrize("missing", ["vocab.txt", "model.safetensors"])

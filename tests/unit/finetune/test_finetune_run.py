@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from experiment.checkpoints import checkpoint_path, mark_complete
 from experiment.errors import UserError
 from finetune import run as run_module
+from finetune import seeds as seeds_module
 from finetune.run import finetune
 
 
@@ -43,13 +44,13 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 def seeds_trained(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The seeds that were really trained, in their order."""
     trained: list[int] = []
-    original = run_module.run_seed
+    original = run_module.train_seed
 
     def spy(seed: int, *rest: Any) -> Any:
         trained.append(seed)
         return original(seed, *rest)
 
-    monkeypatch.setattr(run_module, "run_seed", spy)
+    monkeypatch.setattr(run_module, "train_seed", spy)
     return trained
 
 
@@ -115,17 +116,17 @@ def test_a_killed_seed_is_trained_again_and_agrees(
     config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches half a seed's folder counting as a result, and a repeated seed that ends elsewhere."""
-    write = run_module.write_predictions
+    write = seeds_module.write_predictions
 
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run_module, "write_predictions", killed)
+    monkeypatch.setattr(seeds_module, "write_predictions", killed)
     with pytest.raises(KeyboardInterrupt):
         finetune(config_file, {"training.seeds": "[1]"})
     assert not (tmp_path / "run" / "seed-1").exists()
     assert not (tmp_path / "run" / "results.json").exists()
-    monkeypatch.setattr(run_module, "write_predictions", write)
+    monkeypatch.setattr(seeds_module, "write_predictions", write)
     finetune(config_file, {"training.seeds": "[1]"})
     finetune(config_file, {"training.seeds": "[1]", "run.dir": str(tmp_path / "other")})
     once, again = (load_file(tmp_path / name / "seed-1" / "model" / "model.safetensors") for name in ("run", "other"))

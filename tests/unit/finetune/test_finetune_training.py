@@ -12,10 +12,12 @@ from torch import nn
 from experiment.errors import UserError
 from finetune import training
 from finetune.config import TrainingConfig
+from finetune.data import Task
+from finetune.device import Device, choose_device
 from finetune.tasks.examples import Examples
 from finetune.tasks.kinds import KINDS
 from finetune.tasks.rows import Table
-from finetune.training import Device, Task, choose_device, fit, lr_factor, parameter_groups, predict
+from finetune.training import fit, lr_factor, parameter_groups, predict
 
 CPU = Device(torch.device("cpu"), None)
 
@@ -157,8 +159,8 @@ def test_precision_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches bf16 on a CPU that only emulates it (several times slower than fp32), and fp16 failing late."""
     for native, expected in ((True, torch.bfloat16), (False, None)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda native=native: {"avx512_bf16": native})
-        assert choose_device("auto").autocast is expected
-    assert choose_device("fp32").autocast is None
+        assert choose_device("auto").dtype is expected
+    assert choose_device("fp32").dtype is None
     with pytest.raises(UserError, match="fp16 needs a CUDA device"):
         choose_device("fp16")
 

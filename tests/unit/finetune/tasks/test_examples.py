@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiment.tokenizer import load_tokenizer
-from finetune.tasks.examples import Examples, collate, evaluation_order, make_examples, training_order
+from finetune.tasks.examples import Examples, collate, evaluation_batches, tokenize, training_batches
 from finetune.tasks.kinds import KINDS
 from finetune.tasks.rows import Row, Table
 
@@ -17,7 +17,7 @@ def examples(encoder: Path, *texts: tuple[str, ...], max_length: int = 64, label
         for n, pair in enumerate(texts, 1)
     )
     table = Table(Path("f.csv"), rows, labelled)
-    return make_examples(table, KINDS["classification"], ("a", "b"), load_tokenizer(encoder), max_length, True)
+    return tokenize(table, KINDS["classification"], ("a", "b"), load_tokenizer(encoder), max_length, True)
 
 
 # The vocabulary: [PAD] 0, [UNK] 1, [CLS] 2, [SEP] 3, [MASK] 4, word0 5, word1 6, …
@@ -67,8 +67,8 @@ def test_a_split_without_labels_has_no_targets(encoder: Path) -> None:
 def test_an_epoch_visits_every_example_once(lengths: list[int], batch_size: int, seed: int) -> None:
     """Catches examples that are lost or repeated by shuffling, by grouping, or in a last short batch."""
     orders = [
-        training_order(lengths, batch_size, torch.Generator().manual_seed(seed)),
-        evaluation_order(lengths, batch_size),
+        training_batches(lengths, batch_size, torch.Generator().manual_seed(seed)),
+        evaluation_batches(lengths, batch_size),
     ]
     for order in orders:
         assert sorted(place for batch in order for place in batch) == list(range(len(lengths)))
@@ -79,8 +79,8 @@ def test_training_batches_group_by_length_and_differ_by_epoch() -> None:
     """Catches batches of mixed lengths (slow), and an order that repeats or ignores its generator."""
     lengths = [n % 50 + 1 for n in range(1000)]
     generator = torch.Generator().manual_seed(1)
-    first, second = (training_order(lengths, 10, generator) for _ in range(2))
+    first, second = (training_batches(lengths, 10, generator) for _ in range(2))
     assert first != second
-    assert first == training_order(lengths, 10, torch.Generator().manual_seed(1))
+    assert first == training_batches(lengths, 10, torch.Generator().manual_seed(1))
     slots = sum(len(batch) * max(lengths[place] for place in batch) for batch in first)
     assert slots == pytest.approx(sum(lengths), rel=0.05)

@@ -1,0 +1,62 @@
+"""The results of all seeds together: results.json, confusion.png, curves.png and a table on stdout."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from experiment.files import write_json
+from experiment.run_folder import RunFolder
+from finetune.config import FinetuneConfig
+from finetune.figures import draw_confusion, draw_curves
+from finetune.metrics import summarize
+from finetune.seeds import SeedRecord
+
+
+def write_results(
+    folder: RunFolder, config: FinetuneConfig, labels: Sequence[str], records: Mapping[int, SeedRecord]
+) -> dict[str, Any]:
+    """Write results.json, confusion.png and curves.png. Returns the content of results.json.
+
+    The confusion matrix is summed over the seeds; it is of the test split, or of validation if test has no labels.
+    """
+    first = next(iter(records.values()))
+    results = {
+        "task": config.task.name,
+        "kind": config.task.kind,
+        "init": config.model.init_from if config.model.weights == "pretrained" else "random",
+        "metric": config.task.metric,
+        "labels": list(labels),
+        "seeds": list(records),
+        "best_epochs": [record.best_epoch for record in records.values()],
+        "splits": {
+            split: {name: summarize([record.scores[split][name] for record in records.values()]) for name in metrics}
+            for split, metrics in first.scores.items()
+        },
+    }
+    split = list(first.confusion)[-1]
+    confusion = np.sum([record.confusion[split] for record in records.values()], axis=0)
+    title = f"{config.task.name}, {split}, {len(records)} seed{'s' if len(records) > 1 else ''}"
+    draw_confusion(folder.path / "confusion.png", confusion, labels, title)
+    curves = {seed: record.epochs for seed, record in records.items()}
+    draw_curves(folder.path / "curves.png", curves, config.task.metric)
+    write_json(folder.path / "results.json", results)
+    return results
+
+
+def print_results(results: Mapping[str, Any], path: Path) -> None:
+    """Print the scores: mean ± standard deviation over the seeds. path: where results.json is."""
+    splits = results["splits"]
+    table = Table()
+    table.add_column(f"mean ± std of {len(results['seeds'])}")
+    for split in splits:
+        table.add_column(split, justify="right")
+    for name in next(iter(splits.values())):
+        cells = [f"{scores[name]['mean']:.4f} ± {scores[name]['std']:.4f}" for scores in splits.values()]
+        table.add_row(f"{name} *" if name == results["metric"] else name, *cells)
+    console = Console()
+    console.print(table)
+    console.print(f"* selected the best epoch\n{path}", markup=False, soft_wrap=True, highlight=False)

@@ -1,0 +1,161 @@
+"""Train one model per seed. A finished seed is a folder RUN/seed-N that is written aside and renamed."""
+
+import csv
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from experiment.config import flatten
+from experiment.errors import UserError
+from experiment.files import sha256, write_json
+from experiment.run_folder import RunFolder
+from experiment.tokenizer import load_any_tokenizer
+from experiment.tracking.console import terminal
+from finetune.config import FinetuneConfig
+from finetune.data import Task
+from finetune.device import Device
+from finetune.metrics import confusion_matrix
+from finetune.model import ModelSpec, build_model, save_model
+from finetune.tasks.examples import Examples
+from finetune.tasks.rows import Table
+from finetune.training import Epoch, Fitted, Log, Probabilities, fit, score
+
+_COMPLETE = "COMPLETE"  # written last into a seed's folder
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all seeds of a run share."""
+
+    config: FinetuneConfig
+    model: ModelSpec
+    task: Task
+    device: Device
+    folder: RunFolder
+    settings: dict[str, Any]  # see `result_settings`
+
+
+@dataclass(frozen=True)
+class SeedRecord:
+    """The results of a finished seed, stored in `seed-N/COMPLETE`."""
+
+    settings: dict[str, Any]  # see `result_settings`
+    best_epoch: int
+    epochs: list[dict[str, float]]
+    scores: dict[str, dict[str, float]]  # split -> metric -> value, of the best epoch
+    confusion: dict[str, list[list[int]]]  # split -> counts: rows by label, columns by predicted label
+
+
+def result_settings(config: FinetuneConfig, labels: Sequence[str], tables: Mapping[str, Table]) -> dict[str, Any]:
+    """Everything the results of a seed depend on, apart from the seed: only equal settings may share a table."""
+    tree = config.model_dump(mode="json")
+    del tree["run"], tree["tracking"], tree["task"]["name"], tree["training"]["seeds"]
+    tree["task"]["labels"] = list(labels)
+    return {**tree, "sha256": {split: sha256(table.path) for split, table in tables.items()}}
+
+
+def finished_seeds(folder: RunFolder, settings: Mapping[str, Any]) -> dict[int, SeedRecord]:
+    """The finished seeds in a run folder.
+
+    Raises UserError for a folder of a pretraining run, or of a run with other settings.
+    """
+    if folder.checkpoints.exists():
+        raise UserError(f"run.dir: {folder.path} holds a pretraining run; choose another folder")
+    records = {}
+    for path in sorted(folder.path.glob(f"seed-*/{_COMPLETE}")):
+        try:
+            record = SeedRecord(**json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError):
+            raise UserError(f"{path} is damaged: remove {path.parent} to train this seed again") from None
+        _check_settings(path.parent, settings, record.settings)
+        records[int(path.parent.name.removeprefix("seed-"))] = record
+    return records
+
+
+def _check_settings(seed_folder: Path, settings: Mapping[str, Any], recorded: Mapping[str, Any]) -> None:
+    now, before = flatten(settings), flatten(recorded)
+    if different := [key for key in sorted({*now, *before}) if now.get(key) != before.get(key)]:
+        key = different[0]
+        raise UserError(
+            f"run.dir: {seed_folder} was trained with other settings: {', '.join(different)} "
+            f"({key} was {before.get(key)!r}, is {now.get(key)!r}); choose another run.dir"
+        )
+
+
+def train_seed(seed: int, setup: Setup, log: Log) -> SeedRecord:
+    """Build, train and save one model in RUN/seed-N."""
+    torch.manual_seed(seed)  # for the new head; `fit` seeds again
+    model, new = build_model(setup.model)
+    terminal().print(f"seed {seed}: {_describe(model, new, setup)}", markup=False, emoji=False)
+    fitted = fit(model, setup.task, setup.config.training, seed, setup.device, log)
+    record = _make_record(fitted, setup)
+    partial = setup.folder.path / f".seed-{seed}"
+    final = setup.folder.path / f"seed-{seed}"
+    for leftover in (partial, final):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir()
+    # Load it again: tokenizing has changed the truncation settings of the other one.
+    tokenizer = load_any_tokenizer(setup.model.folder, needed=("pad_token",))
+    save_model(model, tokenizer, setup.config.model.max_seq_length, partial / "model")
+    _write_csv(partial / "epochs.csv", list(record.epochs[0]), [list(row.values()) for row in record.epochs])
+    for split, probabilities in fitted.probabilities.items():
+        path = partial / f"predictions-{split}.csv"
+        write_predictions(path, setup.task.splits[split], probabilities, setup.model.labels)
+    write_json(partial / _COMPLETE, asdict(record))
+    partial.rename(final)
+    return record
+
+
+def _describe(model: PreTrainedModel, new: Sequence[str], setup: Setup) -> str:
+    size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    source = "randomly initialized"
+    if setup.model.pretrained:
+        source = f"from {setup.model.folder}, newly initialized: {', '.join(new) or 'nothing'}"
+    device = f"{setup.device.precision} on {setup.device.device.type}"
+    return f"{model.config.model_type}, {size:.1f} M parameters, {source}; {device}"
+
+
+def _make_record(fitted: Fitted, setup: Setup) -> SeedRecord:
+    splits, labels = setup.task.splits, setup.model.labels
+    labelled = {split: p for split, p in fitted.probabilities.items() if splits[split].targets is not None}
+    return SeedRecord(
+        settings=setup.settings,
+        best_epoch=fitted.best.epoch,
+        epochs=[_epoch_row(epoch) for epoch in fitted.epochs],
+        scores={split: score(setup.task, split, probabilities) for split, probabilities in labelled.items()},
+        confusion={
+            split: confusion_matrix(np.array(splits[split].targets), p.argmax(axis=1), len(labels)).tolist()
+            for split, p in labelled.items()
+        },
+    )
+
+
+def _epoch_row(epoch: Epoch) -> dict[str, float]:
+    row = asdict(epoch)
+    scores = row.pop("scores")
+    return {**row, **scores}
+
+
+def write_predictions(path: Path, examples: Examples, probabilities: Probabilities, labels: Sequence[str]) -> None:
+    """The rows of a split, in order: row (from 1), text, text_pair, label, predicted, the probability of each label."""
+    roles = [role for role in ("text", "text_pair", "label") if role in examples.table.rows[0].values]
+    header = ["row", *roles, "predicted", *(f"probability_{label}" for label in labels)]
+    rows = [
+        [number, *(row.values[role] for role in roles), labels[p.argmax()], *(f"{value:.6f}" for value in p)]
+        for number, (row, p) in enumerate(zip(examples.table.rows, probabilities, strict=True), start=1)
+    ]
+    _write_csv(path, header, rows)
+
+
+def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(rows)
