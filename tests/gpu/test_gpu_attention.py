@@ -1,4 +1,4 @@
-"""Packed attention on a GPU gives what it gives on the CPU, forward and backward."""
+"""Packed attention computes the same on a GPU as on the CPU, forward and backward."""
 
 from typing import Any
 
@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 from pretrain.modeling.attention import packed_attention
 
-LENGTHS = [(13, 40, 7), (64,), (1, 1, 50)]  # of the sequences in each window; what is left of 64 slots is padding
+LENGTHS = [(13, 40, 7), (64,), (1, 1, 50)]  # of the sequences in each row of 64 slots; the rest is padding
 WIDTH = 64
 CLOSE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
 def boundaries() -> tuple[Tensor, Tensor]:
-    """The windows' segments and boundaries, as a microbatch has them."""
+    """Segments and boundaries of the rows, as in a microbatch."""
     segments = torch.zeros(len(LENGTHS), WIDTH, dtype=torch.int32)
     bounds = [0]
     for row, lengths in enumerate(LENGTHS):
@@ -53,7 +53,7 @@ def attend(device: str, dtype: torch.dtype, sliding_window: int | None) -> list[
 @pytest.mark.parametrize("sliding_window", [None, 5])
 @pytest.mark.parametrize("dtype", list(CLOSE), ids=str)
 def test_kernels_agree_with_the_cpu(dtype: torch.dtype, sliding_window: int | None) -> None:
-    """Catches boundaries that are off by one, windows of local attention measured otherwise, and another scaling."""
+    """Catches boundaries that are off by one, a wrong local window, and a wrong scaling."""
     expected = attend("cpu", torch.float32, sliding_window)
     found = attend("cuda", dtype, sliding_window)
     errors = [float((one - other).norm() / other.norm()) for one, other in zip(found, expected, strict=True)]

@@ -1,4 +1,5 @@
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -102,7 +103,7 @@ def test_the_check_leaves_config_classes_as_they_were() -> None:
 
 
 @pytest.mark.parametrize(("model_type", "field"), [("deberta-v2", "position_buckets"), ("bert", "hidden_act")])
-def test_fields_of_a_folder(tokenizer: PreTrainedTokenizerFast, tmp_path: Any, model_type: str, field: str) -> None:
+def test_fields_of_a_folder(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, model_type: str, field: str) -> None:
     """Catches checks that hold for new models only, and rejection of fields that the folder's config has."""
     given = CONFIGS[model_type] | {"vocab_size": len(tokenizer), "position_buckets": 16, "made_up": 1}
     AutoConfig.for_model(model_type, **given).save_pretrained(tmp_path)
