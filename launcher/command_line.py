@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from experiment.config import Metavar, Positional, Section, did_you_mean
 from experiment.config.field_types import describe_field, union_members
@@ -162,8 +163,8 @@ def _build_options(options_type: type[Section], texts: Mapping[str, str], overri
     try:
         return options_type(**values)
     except ValidationError as error:
-        problems = [_explain(problem, flags, texts) for problem in error.errors()]
-        raise _UsageError("\n".join(dict.fromkeys(problems))) from None
+        messages = [_explain(details, flags, texts) for details in error.errors()]
+        raise _UsageError("\n".join(dict.fromkeys(messages))) from None
 
 
 def _value(flag: Flag, text: str) -> Any:
@@ -178,13 +179,13 @@ def _value(flag: Flag, text: str) -> Any:
     return text
 
 
-def _explain(problem: Any, flags: Mapping[str, Flag], texts: Mapping[str, str]) -> str:
-    """A problem that pydantic reports, as a message about a flag."""
-    if not problem["loc"]:
-        return str(problem["ctx"]["error"])
-    flag = flags[problem["loc"][0]]
-    if problem["type"] == "value_error":
-        return f"{flag.label}: {problem['ctx']['error']}"
+def _explain(details: ErrorDetails, flags: Mapping[str, Flag], texts: Mapping[str, str]) -> str:
+    """An error that pydantic reports, as a message about a flag."""
+    if not details["loc"]:
+        return str(details["ctx"]["error"])
+    flag = flags[str(details["loc"][0])]
+    if details["type"] == "value_error":
+        return f"{flag.label}: {details['ctx']['error']}"
     expected = f"nothing, {flag.expected}" if flag.is_switch else flag.expected
     choices = [str(choice) for kind in flag.types if get_origin(kind) is Literal for choice in get_args(kind)]
     close = did_you_mean(texts[flag.name], choices) if choices else ""

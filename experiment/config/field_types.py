@@ -65,7 +65,7 @@ def known_keys(annotation: Any, above: str = "") -> Iterator[str]:
             yield from known_keys(field.annotation, f"{above}{name}.")
 
 
-def parse_text(annotation: Any, raw: str) -> Any:
+def parse_value(annotation: Any, raw: str) -> Any:
     """The plain value that raw text from a command line stands for, given the type of its field."""
     if type(None) in union_members(annotation) and raw in ("null", "None"):
         return None
@@ -73,7 +73,7 @@ def parse_text(annotation: Any, raw: str) -> Any:
         node, value = yaml.compose(raw, Loader=Loader), read_yaml(raw)
         if isinstance(node, yaml.SequenceNode | yaml.MappingNode):
             if accepts(annotation, type(value)):
-                return _typed(node, annotation)
+                return _value_of_node(node, annotation)
             value = raw
     except (yaml.YAMLError, RecursionError):
         return raw
@@ -83,8 +83,8 @@ def parse_text(annotation: Any, raw: str) -> Any:
         and ("," in raw or not _accepts_single_value(annotation))
     ):
         items = raw.split(",") if raw.strip() else []
-        return [parse_text(annotation_below(annotation, str(index)), item.strip()) for index, item in enumerate(items)]
-    return _scalar(raw, value, annotation)
+        return [parse_value(annotation_below(annotation, str(index)), item.strip()) for index, item in enumerate(items)]
+    return _value_of_scalar(raw, value, annotation)
 
 
 def _accepts_single_value(annotation: Any) -> bool:
@@ -92,19 +92,20 @@ def _accepts_single_value(annotation: Any) -> bool:
     return any(_yaml_type(kind) not in (list, dict, type(None)) for kind in union_members(annotation))
 
 
-def _typed(node: yaml.Node, annotation: Any) -> Any:
+def _value_of_node(node: yaml.Node, annotation: Any) -> Any:
     if isinstance(node, yaml.SequenceNode):
-        return [_typed(item, annotation_below(annotation, str(index))) for index, item in enumerate(node.value)]
+        return [_value_of_node(item, annotation_below(annotation, str(index))) for index, item in enumerate(node.value)]
     if isinstance(node, yaml.MappingNode):
         return {
-            str(key.value): _typed(value, annotation_below(annotation, str(key.value))) for key, value in node.value
+            str(key.value): _value_of_node(value, annotation_below(annotation, str(key.value)))
+            for key, value in node.value
         }
     assert isinstance(node, yaml.ScalarNode)
     quoted = node.style in ("'", '"')
-    return _scalar(node.value, node.value if quoted else read_yaml(node.value), annotation)
+    return _value_of_scalar(node.value, node.value if quoted else read_yaml(node.value), annotation)
 
 
-def _scalar(text: str, value: Any, annotation: Any) -> Any:
+def _value_of_scalar(text: str, value: Any, annotation: Any) -> Any:
     """`text` if the annotation accepts nothing but text, otherwise `value`, which YAML reads it as."""
     fits = any(
         kind is Any

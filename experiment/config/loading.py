@@ -4,9 +4,8 @@ A config is a tree of `Section`s. Values are checked strictly: a value of the wr
 with a message that names the line, the key, the value and what was expected.
 """
 
-import difflib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,16 +13,15 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from experiment.config.field_types import (
-    TYPE_NAMES,
     accepts,
     annotation_below,
     describe_type,
     is_section,
-    known_keys,
-    parse_text,
+    parse_value,
     union_members,
 )
-from experiment.config.yaml_dialect import Key, explain_yaml, read_yaml, read_yaml_with_lines, write_yaml
+from experiment.config.validation_errors import describe_value, explain_errors, explain_unknown_key
+from experiment.config.yaml_dialect import Key, explain_yaml, read_yaml_with_lines, write_yaml
 from experiment.errors import UserError
 
 
@@ -70,7 +68,7 @@ def load_config(config_type: type[ConfigT], path: Path | str, overrides: Mapping
     if tree is None:
         tree = {}
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected a mapping of sections at the top level, found {_describe_value(tree)}")
+        raise UserError(f"{path}: expected a mapping of sections at the top level, found {describe_value(tree)}")
     return _build(config_type, tree, overrides or {}, str(path), lines)
 
 
@@ -101,13 +99,6 @@ def flatten(config: Section | Mapping[str, Any]) -> dict[str, Any]:
     return leaves
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown word: '; did you mean …?', or '; known: …' if none is similar."""
-    known = sorted(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"
-
-
 def _build(
     config_type: type[ConfigT],
     tree: Mapping[str, Any],
@@ -121,13 +112,12 @@ def _build(
         raise UserError(f"{origin}: expected only mappings, lists, text, numbers, true, false and null") from None
     # Whole sections first, in any order of the flags: overrides of single keys refine them.
     for dotted in sorted(overrides, key=lambda dotted: dotted.count(".")):
-        _set_key(merged, dotted, parse_text(_annotation_of_override(config_type, dotted), overrides[dotted]))
+        _set_key(merged, dotted, parse_value(_annotation_of_override(config_type, dotted), overrides[dotted]))
     try:
         return config_type.model_validate_json(json.dumps(merged))
     except ValidationError as error:
         messages = [
-            f"{_place(key, origin, lines, overrides)}: {_explain(config_type, key, problem)}"
-            for key, problem in _without_other_branches(config_type, error.errors())
+            f"{_place(key, origin, lines, overrides)}: {message}" for key, message in explain_errors(config_type, error)
         ]
         raise UserError("\n".join(dict.fromkeys(messages))) from None
 
@@ -164,102 +154,3 @@ def _place(key: Key, origin: str, lines: Mapping[Key, int], overrides: Mapping[s
     line = next((lines[key[:depth]] for depth in range(len(key), 0, -1) if key[:depth] in lines), None)
     refined = [f"--{override}" for override in overrides if key and override.startswith(f"{dotted}.")]
     return origin + (f", line {line}" if line else "") + (f", with {' and '.join(refined)}" if refined else "")
-
-
-def _without_other_branches(config_type: type[Section], problems: Sequence[Any]) -> list[tuple[Key, Any]]:
-    """(key, problem) for each error of pydantic, without those of union branches that the user did not mean.
-
-    For a list with a bad item in `str | list[Source]`, pydantic also reports that the list is not text.
-    """
-    located = [(*_locate(config_type, problem), problem) for problem in problems]
-    unmeant = [_is_mismatch(problem) and unions[-1:] == [key] for key, unions, problem in located]
-    meant = {union for (_, unions, _), skip in zip(located, unmeant, strict=True) if not skip for union in unions}
-    return [
-        (key, problem) for (key, _, problem), skip in zip(located, unmeant, strict=True) if not (skip and key in meant)
-    ]
-
-
-def _locate(config_type: type[Section], problem: Any) -> tuple[Key, list[Key]]:
-    """The key that an error is about, and those keys on the path to it whose type is a union."""
-    location = [str(part) for part in problem["loc"][: -1 if _is_short_tuple(problem) else None]]
-    annotation: Any = config_type
-    key: Key = ()
-    unions: list[Key] = []
-    while location:
-        if len([kind for kind in union_members(annotation) if kind is not type(None)]) > 1:
-            unions.append(key)
-            location.pop(0)  # here pydantic names the branch of the union
-            if not location:
-                break
-        part = location.pop(0)
-        key, annotation = (*key, part), annotation_below(annotation, part)
-    return key, unions
-
-
-def _is_mismatch(problem: Any) -> bool:
-    """Whether the value has the wrong type for its field."""
-    kind: str = problem["type"]
-    return kind.endswith("_type") or kind == "literal_error" or _is_wrong_length(problem)
-
-
-def _is_wrong_length(problem: Any) -> bool:
-    too_long = problem["type"] == "too_long" and problem["ctx"]["field_type"] == "Tuple"
-    return too_long or _is_short_tuple(problem)
-
-
-def _is_short_tuple(problem: Any) -> bool:
-    return problem["type"] == "missing" and isinstance(problem["loc"][-1], int)
-
-
-def _explain(config_type: type[Section], key: Key, problem: Any) -> str:
-    dotted = ".".join(key)
-    if problem["type"] == "extra_forbidden":
-        return explain_unknown_key(config_type, dotted)
-    if _is_mismatch(problem):
-        annotation: Any = config_type
-        for part in key:
-            annotation = annotation_below(annotation, part)
-        quote = str in union_members(annotation) and isinstance(problem["input"], int | float)
-        hint = ": write it in quotes" if quote else _yaml_problem(problem["input"])
-        return f"'{dotted}': expected {describe_type(annotation)}, found {_describe_value(problem['input'])}{hint}"
-    if problem["type"] == "missing":
-        return f"'{dotted}' is missing: it has no default"
-    if problem["type"] == "value_error":
-        message = str(problem["ctx"]["error"])
-        return f"'{dotted}': {message}" if key else message
-    message = problem["msg"].removeprefix("Input ")
-    return f"'{dotted}': {message[0].lower()}{message[1:]}, found {_describe_value(problem['input'])}"
-
-
-def _yaml_problem(value: Any) -> str:
-    """The YAML error, if the value is text that looks like a list or mapping."""
-    if isinstance(value, str) and value.startswith(("[", "{")):
-        try:
-            read_yaml(value)
-        except yaml.YAMLError as error:
-            return explain_yaml(error)
-    return ""
-
-
-def explain_unknown_key(config_type: type[Section], dotted: str) -> str:
-    """Message about an unknown key, suggesting one of the same name in another section or with a similar spelling."""
-    known = list(known_keys(config_type))
-    above, _, last = dotted.rpartition(".")
-    namesakes = [name for name in known if name.rpartition(".")[2] == last]
-    peers = [name for name in known if name.count(".") == dotted.count(".")]
-    close = difflib.get_close_matches(dotted, namesakes, n=1, cutoff=0.0)
-    close = close or difflib.get_close_matches(dotted, peers, n=1, cutoff=0.8)
-    if close:
-        return f"unknown config key '{dotted}'; did you mean '{close[0]}'?"
-    annotation: Any = config_type
-    for part in above.split(".") if above else ():
-        annotation = annotation_below(annotation, part)
-    siblings = [name for name in known_keys(annotation) if "." not in name]
-    return f"unknown config key '{dotted}'{did_you_mean(last, siblings or list(config_type.model_fields))}"
-
-
-def _describe_value(value: Any) -> str:
-    if value is None:
-        return "null"
-    name = "true/false" if isinstance(value, bool) else TYPE_NAMES.get(type(value), type(value).__name__)
-    return f"{name} ({json.dumps(value, default=str, ensure_ascii=False)[:80]})"

@@ -12,7 +12,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from experiment.config.field_types import describe_field, is_section, union_members
-from experiment.config.loading import Section, explain_unknown_key
+from experiment.config.loading import Section
+from experiment.config.validation_errors import explain_unknown_key
 from experiment.errors import UserError
 
 REQUIRED = "required"

@@ -1,0 +1,134 @@
+"""Messages about invalid configs: what pydantic reports, in terms of keys, values and what was expected."""
+
+import difflib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from experiment.config.field_types import (
+    TYPE_NAMES,
+    annotation_below,
+    describe_type,
+    known_keys,
+    union_members,
+)
+from experiment.config.yaml_dialect import Key, explain_yaml, read_yaml
+
+
+def explain_errors(config_type: type[BaseModel], error: ValidationError) -> Iterator[tuple[Key, str]]:
+    """(key, message) for each problem that the user has to solve."""
+    for key, details in _without_other_branches(config_type, error.errors()):
+        yield key, _explain(config_type, key, details)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown word: '; did you mean …?', or '; known: …' if none is similar."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"
+
+
+def explain_unknown_key(config_type: type[BaseModel], dotted: str) -> str:
+    """Message about an unknown key, suggesting one of the same name in another section or with a similar spelling."""
+    known = list(known_keys(config_type))
+    above, _, last = dotted.rpartition(".")
+    namesakes = [name for name in known if name.rpartition(".")[2] == last]
+    peers = [name for name in known if name.count(".") == dotted.count(".")]
+    close = difflib.get_close_matches(dotted, namesakes, n=1, cutoff=0.0)
+    close = close or difflib.get_close_matches(dotted, peers, n=1, cutoff=0.8)
+    if close:
+        return f"unknown config key '{dotted}'; did you mean '{close[0]}'?"
+    annotation: Any = config_type
+    for part in above.split(".") if above else ():
+        annotation = annotation_below(annotation, part)
+    siblings = [name for name in known_keys(annotation) if "." not in name]
+    return f"unknown config key '{dotted}'{did_you_mean(last, siblings or list(config_type.model_fields))}"
+
+
+def describe_value(value: Any) -> str:
+    """Type and value in words: 'a number (1.5)'."""
+    if value is None:
+        return "null"
+    name = "true/false" if isinstance(value, bool) else TYPE_NAMES.get(type(value), type(value).__name__)
+    return f"{name} ({json.dumps(value, default=str, ensure_ascii=False)[:80]})"
+
+
+def _explain(config_type: type[BaseModel], key: Key, details: ErrorDetails) -> str:
+    dotted = ".".join(key)
+    if details["type"] == "extra_forbidden":
+        return explain_unknown_key(config_type, dotted)
+    if _is_mismatch(details):
+        annotation: Any = config_type
+        for part in key:
+            annotation = annotation_below(annotation, part)
+        quote = str in union_members(annotation) and isinstance(details["input"], int | float)
+        hint = ": write it in quotes" if quote else _yaml_problem(details["input"])
+        return f"'{dotted}': expected {describe_type(annotation)}, found {describe_value(details['input'])}{hint}"
+    if details["type"] == "missing":
+        return f"'{dotted}' is missing: it has no default"
+    if details["type"] == "value_error":
+        message = str(details["ctx"]["error"])
+        return f"'{dotted}': {message}" if key else message
+    message = details["msg"].removeprefix("Input ")
+    return f"'{dotted}': {message[0].lower()}{message[1:]}, found {describe_value(details['input'])}"
+
+
+def _without_other_branches(
+    config_type: type[BaseModel], errors: Sequence[ErrorDetails]
+) -> list[tuple[Key, ErrorDetails]]:
+    """(key, error) for each error of pydantic, without those of union branches that the user did not mean.
+
+    For a list with a bad item in `str | list[Source]`, pydantic also reports that the list is not text.
+    """
+    located = [(*_locate(config_type, details), details) for details in errors]
+    unmeant = [_is_mismatch(details) and unions[-1:] == [key] for key, unions, details in located]
+    meant = {union for (_, unions, _), skip in zip(located, unmeant, strict=True) if not skip for union in unions}
+    return [
+        (key, details) for (key, _, details), skip in zip(located, unmeant, strict=True) if not (skip and key in meant)
+    ]
+
+
+def _locate(config_type: type[BaseModel], details: ErrorDetails) -> tuple[Key, list[Key]]:
+    """The key that an error is about, and those keys on the path to it whose type is a union."""
+    location = [str(part) for part in details["loc"][: -1 if _is_short_tuple(details) else None]]
+    annotation: Any = config_type
+    key: Key = ()
+    unions: list[Key] = []
+    while location:
+        if len([kind for kind in union_members(annotation) if kind is not type(None)]) > 1:
+            unions.append(key)
+            location.pop(0)  # here pydantic names the branch of the union
+            if not location:
+                break
+        part = location.pop(0)
+        key, annotation = (*key, part), annotation_below(annotation, part)
+    return key, unions
+
+
+def _is_mismatch(details: ErrorDetails) -> bool:
+    """Whether the value has the wrong type for its field."""
+    kind = details["type"]
+    return kind.endswith("_type") or kind == "literal_error" or _is_wrong_length(details)
+
+
+def _is_wrong_length(details: ErrorDetails) -> bool:
+    too_long = details["type"] == "too_long" and details["ctx"]["field_type"] == "Tuple"
+    return too_long or _is_short_tuple(details)
+
+
+def _is_short_tuple(details: ErrorDetails) -> bool:
+    return details["type"] == "missing" and isinstance(details["loc"][-1], int)
+
+
+def _yaml_problem(value: Any) -> str:
+    """The YAML error, if the value is text that looks like a list or mapping."""
+    if isinstance(value, str) and value.startswith(("[", "{")):
+        try:
+            read_yaml(value)
+        except yaml.YAMLError as error:
+            return explain_yaml(error)
+    return ""
