@@ -24,7 +24,7 @@ from pretrain.engine.settings import DeepSpeedSettings, check_device_support, lo
 from pretrain.modeling.layer_ids import check_freeze
 from pretrain.modeling.model_config import check_tokenizer, resolve_model_config
 from pretrain.modeling.random_model import meta_model
-from pretrain.training.resume import ResumePlan, plan_resume, run_identity
+from pretrain.resume import ResumePlan, plan_resume, run_identity
 
 log = logging.getLogger(__name__)
 

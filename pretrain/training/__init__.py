@@ -1,7 +1,7 @@
 """The training loop and its parts.
 
 - trainer: load, step, log, evaluate, save; progress: how far a run has come
-- checkpointer: the checkpoints of a run; checkpoint_io: their tensors; resume: which one a run starts from
+- checkpointer: the checkpoints of a run; checkpoint_io: their tensors
 - schedules: the learning rate as a function of the step; clock: training time over all attempts
 - step_agreement: one all-reduce per step of what ranks decide together; host_group: collectives between hosts
 - health: is this batch bad; recovery: stop, skip or rewind; bad_batch: write it down; replicas: do ranks still agree

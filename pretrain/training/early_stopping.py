@@ -9,7 +9,8 @@ from typing import Any
 
 from pretrain.config import EvaluationConfig
 
-Metrics = Mapping[str, float | int | None]
+EvaluationMetrics = Mapping[str, float | int | None]
+"""Flat: eval/<corpus>/{loss,perplexity,accuracy}; None where not finite."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,11 @@ class EvaluationHistory:
 
 
 def update_history(
-    history: EvaluationHistory, config: EvaluationConfig, step: int, metrics: Metrics, trained: tuple[float, int]
+    history: EvaluationHistory,
+    config: EvaluationConfig,
+    step: int,
+    metrics: EvaluationMetrics,
+    trained: tuple[float, int],
 ) -> EvaluationHistory:
     """The history after the evaluation of `step`. `trained`: summed training loss and masked tokens up to this step."""
     best, best_step, waited = history.best, history.best_step, history.waited + 1

@@ -13,6 +13,7 @@ from torch import Tensor
 from experiment.meters import Throughput, device_memory, peak_flops
 from experiment.run_folder import Outcome
 from experiment.tracking import Tracker
+from experiment.tracking.metrics import Metrics
 from pretrain.batching.batch import RankBatch
 from pretrain.batching.masking import masking_policy
 from pretrain.batching.packing import MicrobatchLayout
@@ -24,7 +25,7 @@ from pretrain.stream import TrainingStream
 from pretrain.training.bad_batch import BadBatchWriter
 from pretrain.training.checkpointer import Checkpointer
 from pretrain.training.clock import TrainingClock
-from pretrain.training.early_stopping import Metrics, newly_overfitting, should_stop_early, update_history
+from pretrain.training.early_stopping import newly_overfitting, should_stop_early, update_history
 from pretrain.training.health import (
     HEALTH_LIMITS,
     Fault,
