@@ -33,7 +33,7 @@ def read_metric(folder: RunFolder, metric: str) -> float | None:
     return float(values[-1]) if values else None
 
 
-def rank_results(results: Sequence[SweepResult], metric: str) -> list[SweepResult]:
+def sort_results(results: Sequence[SweepResult], metric: str) -> list[SweepResult]:
     """Sort results, best first: lowest loss or perplexity, highest other metric; those without a value come last."""
     sign = 1.0 if metric.rpartition("/")[2] in ("loss", "perplexity") else -1.0
     return sorted(results, key=lambda result: math.inf if result.value is None else sign * result.value)
@@ -47,22 +47,22 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
 
 def write_summary(results: Sequence[SweepResult], output: Path, metric: str) -> None:
     """Write OUTPUT/sweep.csv, best run first, and OUTPUT/sweep.png, and print the table."""
-    ranked = rank_results(results, metric)
-    keys = list(ranked[0].values)
+    best_first = sort_results(results, metric)
+    keys = list(best_first[0].values)
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow([*keys, metric, "state", "folder"])
-    for result in ranked:
+    for result in best_first:
         writer.writerow([*result.values.values(), result.value, result.state, result.name])
     write_text(output / "sweep.csv", table.getvalue())
-    _print_table(ranked, keys, metric)
-    plotted = any(result.value is not None for result in ranked)
+    _print_table(best_first, keys, metric)
+    plotted = any(result.value is not None for result in best_first)
     if plotted:
-        _plot(ranked, keys, metric, output / "sweep.png")
+        _plot(best_first, keys, metric, output / "sweep.png")
     print(f"{output}/sweep.csv, sweep.json" + (", sweep.png" if plotted else ""))
 
 
-def _print_table(ranked: Sequence[SweepResult], keys: Sequence[str], metric: str) -> None:
+def _print_table(best_first: Sequence[SweepResult], keys: Sequence[str], metric: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -70,7 +70,7 @@ def _print_table(ranked: Sequence[SweepResult], keys: Sequence[str], metric: str
     for key in keys:
         table.add_column(key, justify="right", overflow="fold")
     table.add_column(metric, justify="right")
-    for result in ranked:
+    for result in best_first:
         shown = f"{result.value:.4f}" if result.value is not None else ("–" if result.state == "done" else result.state)
         table.add_row(*result.values.values(), shown)
     Console(highlight=False, markup=False).print(table)

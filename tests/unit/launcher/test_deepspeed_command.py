@@ -22,12 +22,12 @@ def parsed(command: DeepSpeedCommand):
 
 
 def test_runs_deepspeed_with_this_interpreter():
-    """Catches another environment's deepspeed, found on PATH, starting the ranks."""
+    """Catches a deepspeed of another environment, found on PATH."""
     assert deepspeed_argv(COMMAND)[:3] == ["/venv/bin/python", "-m", "deepspeed.launcher.runner"]
 
 
 def test_the_ranks_get_config_and_overrides_unchanged():
-    """Catches an override that is lost, split or taken by DeepSpeed's launcher for itself."""
+    """Catches an override that is lost, split or consumed by DeepSpeed's launcher."""
     args = parsed(COMMAND)
     assert args.module
     assert args.user_script == "pretrain.run"
@@ -42,7 +42,7 @@ def test_the_ranks_get_config_and_overrides_unchanged():
 
 
 def test_a_cpu_run_counts_its_slots():
-    """Catches slot numbers reaching DeepSpeed, which knows one slot on a CPU and refuses slot 2."""
+    """Catches slot numbers reaching DeepSpeed, which knows one slot on a CPU and rejects slot 2."""
     args = parsed(replace(COMMAND, slots={"localhost": (0, 2)}))
     assert (args.num_gpus, args.include) == (2, "")
 

@@ -48,7 +48,7 @@ def test_more_ranks_than_cores_need_oversubscribe():
 
 @pytest.mark.parametrize("oversubscribe", [False, True])
 def test_more_ranks_than_gpus_are_rejected(oversubscribe: bool):
-    """Catches two ranks on one GPU, which NCCL refuses only after minutes of start-up."""
+    """Catches two ranks on one GPU, which NCCL rejects only after minutes of startup."""
     with pytest.raises(UserError, match="5 ranks requested, but this machine has 4 GPUs"):
         place_ranks(GPUS, num_gpus=5, oversubscribe=oversubscribe)
     with pytest.raises(UserError, match="no GPU 4 on this machine"):

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from experiment.results.sweep_summary import SweepResult, rank_results, read_metric
+from experiment.results.sweep_summary import SweepResult, read_metric, sort_results
 from experiment.run_folder import RunFolder
 
 
@@ -11,8 +11,8 @@ from experiment.run_folder import RunFolder
 def test_best_first(metric: str, best: float) -> None:
     """Catches a reversed table, and runs without a value at its top."""
     results = [SweepResult("a", {}, "done", value) for value in (2.0, None, 3.0, 1.0)]
-    ranked = [result.value for result in rank_results(results, metric)]
-    assert (ranked[0], ranked[-1]) == (best, None)
+    best_first = [result.value for result in sort_results(results, metric)]
+    assert (best_first[0], best_first[-1]) == (best, None)
 
 
 def test_results_of_fine_tuning(tmp_path: Path) -> None:
