@@ -21,7 +21,7 @@ from experiment.config.field_types import (
     union_members,
 )
 from experiment.config.validation_errors import describe_value, explain_errors, explain_unknown_key
-from experiment.config.yaml_dialect import Key, explain_yaml, read_yaml_with_lines, write_yaml
+from experiment.config.yaml_dialect import KeyPath, explain_yaml, read_yaml_with_lines, write_yaml
 from experiment.errors import UserError
 
 
@@ -104,7 +104,7 @@ def _build(
     tree: Mapping[str, Any],
     overrides: Mapping[str, str],
     origin: str,
-    lines: Mapping[Key, int],
+    lines: Mapping[KeyPath, int],
 ) -> ConfigT:
     try:
         merged: dict[str, Any] = json.loads(json.dumps(tree, ensure_ascii=False).encode())
@@ -146,7 +146,7 @@ def _annotation_of_override(config_type: type[Section], dotted: str) -> Any:
     return annotation
 
 
-def _place(key: Key, origin: str, lines: Mapping[Key, int], overrides: Mapping[str, str]) -> str:
+def _place(key: KeyPath, origin: str, lines: Mapping[KeyPath, int], overrides: Mapping[str, str]) -> str:
     """Where the value of `key` comes from, for messages: a line of the file, or the command line."""
     dotted = ".".join(key)
     if any(f"{dotted}.".startswith(f"{override}.") for override in overrides):

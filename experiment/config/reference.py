@@ -20,7 +20,7 @@ REQUIRED = "required"
 
 
 @dataclass(frozen=True)
-class Key:
+class ConfigKey:
     """One key of a config."""
 
     name: str  # dotted; keys of list items as `schedule.stages[].steps`
@@ -30,24 +30,24 @@ class Key:
 
 
 @dataclass(frozen=True)
-class KeySection:
+class ConfigSection:
     """A section and its keys, those of the sections in it included."""
 
     name: str
     meaning: str
-    keys: tuple[Key, ...]
+    keys: tuple[ConfigKey, ...]
 
 
-def config_reference(config_type: type[Section]) -> tuple[KeySection, ...]:
+def config_reference(config_type: type[Section]) -> tuple[ConfigSection, ...]:
     """All sections of a config, in the order of the fields."""
     return tuple(
-        KeySection(name, _one_line(kind.__doc__), tuple(_keys(kind, f"{name}.")))
+        ConfigSection(name, _one_line(kind.__doc__), tuple(_keys(kind, f"{name}.")))
         for name, field in config_type.model_fields.items()
         for kind in _sections_in(field.annotation)
     )
 
 
-def find_keys(config_type: type[Section], name: str) -> KeySection:
+def find_keys(config_type: type[Section], name: str) -> ConfigSection:
     """The section called `name`, or the key of that name and the keys below it. Raises UserError for an unknown one."""
     reference = config_reference(config_type)
     for section in reference:
@@ -55,11 +55,11 @@ def find_keys(config_type: type[Section], name: str) -> KeySection:
             return section
         keys = tuple(key for key in section.keys if re.match(rf"{re.escape(name)}(\.|\[|$)", key.name))
         if keys:
-            return KeySection(name, "", keys)
+            return ConfigSection(name, "", keys)
     raise UserError(explain_unknown_key(config_type, name))
 
 
-def as_text(section: KeySection, width: int) -> str:
+def as_text(section: ConfigSection, width: int) -> str:
     """For a terminal: the keys with meaning, type and default, wrapped in a second column."""
     column = max(len(key.name) for key in section.keys) + 2
     paragraphs = [textwrap.fill(f"{section.name}: {section.meaning}", width)] if section.meaning else []
@@ -73,7 +73,7 @@ def as_text(section: KeySection, width: int) -> str:
     return "\n\n".join(paragraphs)
 
 
-def as_markdown(reference: Sequence[KeySection]) -> str:
+def as_markdown(reference: Sequence[ConfigSection]) -> str:
     """A heading and a table for each section."""
     parts = []
     for section in reference:
@@ -87,12 +87,12 @@ def as_markdown(reference: Sequence[KeySection]) -> str:
     return "\n".join(parts)
 
 
-def _keys(section: type[BaseModel], prefix: str) -> Iterator[Key]:
+def _keys(section: type[BaseModel], prefix: str) -> Iterator[ConfigKey]:
     for name, field in section.model_fields.items():
         if is_section(field.annotation):
             yield from _keys(field.annotation, f"{prefix}{name}.")
             continue
-        yield Key(prefix + name, describe_field(field), _default(field), _one_line(field.description))
+        yield ConfigKey(prefix + name, describe_field(field), _default(field), _one_line(field.description))
         for item in _item_sections(field.annotation):
             yield from _keys(item, f"{prefix}{name}[].")
 

@@ -16,10 +16,10 @@ from experiment.config.field_types import (
     known_keys,
     union_members,
 )
-from experiment.config.yaml_dialect import Key, explain_yaml, read_yaml
+from experiment.config.yaml_dialect import KeyPath, explain_yaml, read_yaml
 
 
-def explain_errors(config_type: type[BaseModel], error: ValidationError) -> Iterator[tuple[Key, str]]:
+def explain_errors(config_type: type[BaseModel], error: ValidationError) -> Iterator[tuple[KeyPath, str]]:
     """(key, message) for each problem that the user has to solve."""
     for key, details in _without_other_branches(config_type, error.errors()):
         yield key, _explain(config_type, key, details)
@@ -57,7 +57,7 @@ def describe_value(value: Any) -> str:
     return f"{name} ({json.dumps(value, default=str, ensure_ascii=False)[:80]})"
 
 
-def _explain(config_type: type[BaseModel], key: Key, details: ErrorDetails) -> str:
+def _explain(config_type: type[BaseModel], key: KeyPath, details: ErrorDetails) -> str:
     dotted = ".".join(key)
     if details["type"] == "extra_forbidden":
         return explain_unknown_key(config_type, dotted)
@@ -79,7 +79,7 @@ def _explain(config_type: type[BaseModel], key: Key, details: ErrorDetails) -> s
 
 def _without_other_branches(
     config_type: type[BaseModel], errors: Sequence[ErrorDetails]
-) -> list[tuple[Key, ErrorDetails]]:
+) -> list[tuple[KeyPath, ErrorDetails]]:
     """(key, error) for each error of pydantic, without those of union branches that the user did not mean.
 
     For a list with a bad item in `str | list[Source]`, pydantic also reports that the list is not text.
@@ -92,12 +92,12 @@ def _without_other_branches(
     ]
 
 
-def _locate(config_type: type[BaseModel], details: ErrorDetails) -> tuple[Key, list[Key]]:
+def _locate(config_type: type[BaseModel], details: ErrorDetails) -> tuple[KeyPath, list[KeyPath]]:
     """The key that an error is about, and those keys on the path to it whose type is a union."""
     location = [str(part) for part in details["loc"][: -1 if _is_short_tuple(details) else None]]
     annotation: Any = config_type
-    key: Key = ()
-    unions: list[Key] = []
+    key: KeyPath = ()
+    unions: list[KeyPath] = []
     while location:
         if len([kind for kind in union_members(annotation) if kind is not type(None)]) > 1:
             unions.append(key)

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-Key = tuple[str, ...]  # path of a value: keys and, in lists, indices
+KeyPath = tuple[str, ...]  # path of a value: keys and, in lists, indices
 
 
 def read_yaml(text: str) -> Any:
@@ -17,7 +17,7 @@ def read_yaml(text: str) -> Any:
     return yaml.load(text, Loader=Loader)
 
 
-def read_yaml_with_lines(text: str) -> tuple[Any, dict[Key, int]]:
+def read_yaml_with_lines(text: str) -> tuple[Any, dict[KeyPath, int]]:
     """(value, line of each key and list item, counted from 1) of one YAML document. Raises yaml.YAMLError."""
     loader = Loader(text)
     try:
@@ -95,7 +95,7 @@ for _name, (_pattern, _first) in _PLAIN_VALUES.items():
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(rf"^(?:{_pattern})$"), list(_first))
 
 
-def _lines(node: yaml.Node | None, key: Key, parents: tuple[yaml.Node, ...]) -> Iterator[tuple[Key, int]]:
+def _lines(node: yaml.Node | None, key: KeyPath, parents: tuple[yaml.Node, ...]) -> Iterator[tuple[KeyPath, int]]:
     if node is None or node in parents:  # an alias may point to a node that contains it
         return
     children: list[tuple[str, yaml.Node, yaml.Node]] = []

@@ -1,4 +1,5 @@
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ import pytest
 
 from experiment.errors import StoppedError, UserError
 from launcher.cli import COMMANDS, main
-from launcher.command_line import flags_of, options_of
+from launcher.command_line import flags_of, options_of, parse_command_line
 
 ROOT = Path(__file__).parents[3]
 
@@ -27,7 +28,7 @@ def deepcloze(*argv: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def report_stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[str], object]], None]:
-    """Puts a function in the place of what `deepcloze report` calls."""
+    """Replaces the function that `deepcloze report` calls."""
 
     def put(function: Callable[[str], object]) -> None:
         module = ModuleType("experiment.results.report")
@@ -38,8 +39,8 @@ def report_stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[str]
 
 
 @pytest.mark.parametrize("argv", [(), ("--help",), ("pretrain", "--help")])
-def test_help_answers_at_once(argv: tuple[str, ...]):
-    """Catches an import of torch and its like on the way to the help, which makes it take seconds."""
+def test_help_is_fast(argv: tuple[str, ...]):
+    """Catches an import of torch or other heavy libraries, which makes help take seconds."""
     began = time.perf_counter()
     answer = deepcloze(*argv)
     seconds = time.perf_counter() - began
@@ -54,7 +55,7 @@ def test_help_answers_at_once(argv: tuple[str, ...]):
 
 
 def test_help_explains_every_command_and_flag(capsys: pytest.CaptureFixture[str]):
-    """Catches a command or flag that is not in its help, or an example that its own command refuses."""
+    """Catches a command or flag that is missing from the help, and an example that the command would reject."""
     assert main(["--help"]) == 0
     overview = capsys.readouterr().out
     for name, command in COMMANDS.items():
@@ -64,7 +65,9 @@ def test_help_explains_every_command_and_flag(capsys: pytest.CaptureFixture[str]
         for flag in flags_of(options_of(command)).values():
             assert flag.meaning.split()[0] in page
             assert (flag.metavar if flag.positional else f"--{flag.name}") in page
-        assert f"  deepcloze {name} " in page
+        program, *example = shlex.split(page.partition("\nexample:\n")[2])
+        assert program == "deepcloze"
+        assert parse_command_line(example, COMMANDS)[0] == name
 
 
 @pytest.mark.parametrize("name", ["predict", "status", "_fail", "main"])
@@ -75,7 +78,7 @@ def test_only_commands_that_exist(name: str, capsys: pytest.CaptureFixture[str])
 
 
 def test_a_mistake_is_one_message_and_exit_2():
-    """Catches a trace, or a message on stdout, for a user's mistake, through the real entry point."""
+    """Catches a traceback, or a message on stdout, for a user's mistake, through the real entry point."""
     answer = deepcloze("pretrain", "--config", "none.yaml", "--num_gpu", "2")
     messages = [line for line in answer.stderr.splitlines() if not line.startswith("import time:")]
     assert answer.returncode == 2
@@ -83,10 +86,10 @@ def test_a_mistake_is_one_message_and_exit_2():
     assert messages == ["deepcloze: unknown flag '--num_gpu'; did you mean '--num_gpus'? (deepcloze pretrain --help)"]
 
 
-def test_what_a_command_raises_becomes_the_exit_code(
+def test_exceptions_become_exit_codes(
     report_stand_in: Callable[[Callable[[str], object]], None], capsys: pytest.CaptureFixture[str]
 ):
-    """Catches endings that scripts and queues could not tell apart."""
+    """Catches outcomes that scripts and job queues cannot tell apart."""
 
     def ends_with(error: BaseException) -> int:
         def write_report(run: str) -> object:
@@ -104,8 +107,8 @@ def test_what_a_command_raises_becomes_the_exit_code(
         ends_with(ZeroDivisionError())
 
 
-def test_an_interrupted_pretraining_can_go_on(monkeypatch: pytest.MonkeyPatch):
-    """Catches Ctrl-C before the ranks run being reported unlike Ctrl-C after."""
+def test_an_interrupted_pretraining_can_be_resumed(monkeypatch: pytest.MonkeyPatch):
+    """Catches Ctrl-C before the ranks start giving another exit code than Ctrl-C after."""
     from launcher import launch
 
     def interrupted(*_: object, **__: object) -> None:
@@ -118,7 +121,7 @@ def test_an_interrupted_pretraining_can_go_on(monkeypatch: pytest.MonkeyPatch):
 def test_report_prints_the_path(
     report_stand_in: Callable[[Callable[[str], object]], None], capsys: pytest.CaptureFixture[str]
 ):
-    """Catches a raw name that is read as a number on its way: 2024_01 is a folder."""
+    """Catches a folder name read as a number: 2024_01 is a folder."""
     report_stand_in(lambda run: Path(run) / "report" / "index.html")
     assert main(["report", "2024_01"]) == 0
     assert capsys.readouterr().out == "2024_01/report/index.html\n"

@@ -107,8 +107,8 @@ def parsed(line: str) -> dict[str, Any]:
         "{x: 1}",
     ],
 )
-def test_text_arrives_as_it_was_typed(text: str):
-    """Catches values read as Python or YAML: 2024_01 as 202401, run#1 as run, a,b as a tuple."""
+def test_text_is_taken_literally(text: str):
+    """Catches values parsed as Python or YAML: 2024_01 as 202401, run#1 as run, a,b as a tuple."""
     assert parsed(f"train|--config={text}")["config"] == text
     assert parsed(f"train|--config|{text}")["config"] == text
     assert parsed(f"train|--config=c|--a.b={text}")["overrides"] == {"a.b": text}
@@ -116,21 +116,21 @@ def test_text_arrives_as_it_was_typed(text: str):
 
 
 def test_numbers_switches_and_defaults():
-    """Catches a switch that swallows the next word, and numbers that arrive as text."""
+    """Catches a switch that consumes the next argument, and numbers left as text."""
     assert parsed("train|--dry_run|--ranks|2|--config|c|--quoting=3") == dict(
         TrainOptions(config="c", ranks=2, dry_run=True, quoting=3)
     )
     assert parsed("train|--dry-run=false|--seed=7|--config=c") == dict(TrainOptions(config="c", seed=7))
 
 
-def test_override_keys_stay_as_they_are():
-    """Catches `-` becoming `_` in a key, which would rename a corpus, and a lost order of overrides."""
+def test_override_keys_are_taken_literally():
+    """Catches `-` becoming `_` in a key, which would rename a corpus, and a changed order of overrides."""
     overrides = parsed("train|--config=c|--corpus.eval.my-news=d|--a.b=1|--a.b=2")["overrides"]
     assert list(overrides.items()) == [("corpus.eval.my-news", "d"), ("a.b", "2")]
 
 
 def test_a_positional_argument():
-    """Catches `deepcloze report RUN` not finding RUN, by place or by name."""
+    """Catches a positional argument that is not accepted by position and by name."""
     expected = {"run": "a/b", "key": None, "as_json": True}
     assert parsed("show|a/b|--json") == parsed("show|--json|--run=a/b") == expected
     assert parsed("show|a/b|c|--json") == parsed("show|--run=a/b|c|--json") == expected | {"key": "c"}
@@ -165,14 +165,14 @@ def test_a_positional_argument():
         ("train|--config=c|--", "unknown flag '--'"),
     ],
 )
-def test_mistakes_are_refused_before_anything_runs(line: str, message: str):
-    """Catches a mistake that is found after the command has run, or read as something else."""
+def test_mistakes_are_rejected(line: str, message: str):
+    """Catches a mistake that is ignored, or that only the running command would find."""
     with pytest.raises(UserError, match=re.escape(message)):
         parsed(line)
 
 
 def test_flags_come_from_the_fields():
-    """Catches help that drifts from what the command takes."""
+    """Catches help that differs from what the command accepts."""
     config, ranks, *_, dry_run = flags_of(TrainOptions).values()
     assert (config.metavar, config.meaning, config.required, config.types) == ("FILE", "What to train", True, (str,))
     assert (ranks.required, ranks.types, ranks.metavar) == (False, (int,), "N")
@@ -180,13 +180,13 @@ def test_flags_come_from_the_fields():
 
 
 @pytest.mark.parametrize("line", ["", "--help", "-h", "train|--help", "train|--config|c|-h"])
-def test_asking_for_help(line: str):
-    """Catches a command that runs although help was asked for."""
+def test_a_request_for_help(line: str):
+    """Catches a command that runs although help was requested."""
     assert is_help_request(line.split("|") if line else [])
     assert not is_help_request(["train", "--config", "c"])
 
 
-def test_help_teaches():
+def test_help_lists_flags_defaults_and_an_example():
     """Catches a flag, default or example missing from the help, and lines wider than the terminal."""
     page = help_text(["train", "--help"], COMMANDS, "about", width=60)
     assert page.splitlines()[0] == "usage: deepcloze train --config FILE [flags] [--section.key=value …]"

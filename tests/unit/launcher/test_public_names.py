@@ -1,3 +1,4 @@
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,9 +36,11 @@ def test_no_name_changes_by_accident() -> None:
 
 
 def test_the_config_page_is_up_to_date() -> None:
-    """Catches docs/config.md drifting from the docstrings of the fields."""
+    """Catches docs/config.md drifting from the docstrings of the fields, and a link to a page that does not exist."""
     page = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
     assert page == config_page(), "python -m launcher.config_page > docs/config.md"
+    for link in re.findall(r"\]\(([^)]+)\)", page):
+        assert (ROOT / "docs" / link).is_file(), link
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

@@ -89,7 +89,7 @@ def test_a_file_and_overrides_become_a_typed_config(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", [b"", b"# only a comment\n", b"---\n", b"\xef\xbb\xbfrun: {}\n"])
 def test_an_empty_file_and_a_byte_order_mark_are_no_error(tmp_path: Path, text: bytes) -> None:
-    """Catches an empty file read as null, and the mark that some editors put first read as part of a key."""
+    """Catches an empty file read as null, and a byte order mark read as part of a key."""
     path = tmp_path / "c.yaml"
     path.write_bytes(text)
     assert load_config(Config, path) == Config()
@@ -119,20 +119,20 @@ def test_an_empty_file_and_a_byte_order_mark_are_no_error(tmp_path: Path, text: 
         (b"schedule:\n  stps: 3\n", "FILE, line 2: unknown config key 'schedule.stps'; did you mean 'schedule.steps'?"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_named_with_its_line(tmp_path: Path, text: bytes, expected: str) -> None:
-    """Catches traces, and messages that leave the user to search the file."""
+def test_an_invalid_file_gives_the_line_of_the_problem(tmp_path: Path, text: bytes, expected: str) -> None:
+    """Catches tracebacks, and messages that leave the user to search the file."""
     assert expected in message_of_file(tmp_path, text)
 
 
 @pytest.mark.parametrize("name", ["missing.yaml", "."])
-def test_a_file_that_cannot_be_read_is_the_users_mistake(tmp_path: Path, name: str) -> None:
-    """Catches a trace for a mistyped path or a folder in place of a file."""
+def test_an_unreadable_file_is_a_user_error(tmp_path: Path, name: str) -> None:
+    """Catches a traceback for a mistyped path, or for a folder instead of a file."""
     with pytest.raises(UserError, match="cannot read the config file"):
         load_config(Config, tmp_path / name)
 
 
-def test_a_problem_is_traced_to_the_file_or_the_command_line(tmp_path: Path) -> None:
-    """Catches a message that blames a line of the file for what an override said."""
+def test_a_message_names_the_file_or_the_command_line(tmp_path: Path) -> None:
+    """Catches a message that blames a line of the file for the value of an override."""
     text = "schedule:\n  epochs: 2\nrun:\n  lr: 1\n"
     assert message_of_file(tmp_path, text, {"run.lr": "fast"}).startswith("command line: 'run.lr': expected a number")
     both = message_of_file(tmp_path, text, {"schedule.steps": "3"})
@@ -140,7 +140,7 @@ def test_a_problem_is_traced_to_the_file_or_the_command_line(tmp_path: Path) -> 
 
 
 def test_merge_keys_and_aliases_are_no_duplicates(tmp_path: Path) -> None:
-    """Catches a check for keys that stand twice which counts what `<<` brings in."""
+    """Catches a check for duplicate keys that counts keys merged with `<<`."""
     path = tmp_path / "c.yaml"
     path.write_text("run: {model: {a: &base {x: 1, y: 2}, b: {<<: *base, x: 3}}}\n")
     assert load_config(Config, path).run.model == {"a": {"x": 1, "y": 2}, "b": {"x": 3, "y": 2}}
@@ -184,8 +184,9 @@ def test_merge_keys_and_aliases_are_no_duplicates(tmp_path: Path) -> None:
         ({"schedule": {"steps": 1, "epochs": 1}}, "'schedule': needs one of 'steps' and 'epochs'"),
     ],
 )
-def test_a_wrong_value_gives_one_message_with_field_value_and_expectation(tree: dict[str, Any], expected: str) -> None:
-    """Catches messages of a schema library, and several of them about the branches of one union."""
+def test_a_wrong_value_gives_one_message(tree: dict[str, Any], expected: str) -> None:
+    """Catches pydantic's own messages, several messages about the branches of one union, and a missing value or
+    expectation."""
     assert message(tree) == f"config: {expected}"
 
 
@@ -200,7 +201,7 @@ def test_a_wrong_value_gives_one_message_with_field_value_and_expectation(tree: 
         ("corpus.evals", "corpus.eval"),
     ],
 )
-def test_an_unknown_key_names_the_one_that_was_meant(key: str, meant: str) -> None:
+def test_an_unknown_key_suggests_a_known_one(key: str, meant: str) -> None:
     """Catches a suggestion that ignores the other sections, in overrides and in files alike."""
     assert message({}, {key: "1"}) == f"command line: unknown config key '{key}'; did you mean '{meant}'?"
     tree: Any = 1
@@ -209,20 +210,20 @@ def test_an_unknown_key_names_the_one_that_was_meant(key: str, meant: str) -> No
     assert f"did you mean '{meant}" in message(tree) or f"did you mean '{meant.split('.')[0]}'" in message(tree)
 
 
-def test_a_key_like_no_other_lists_the_known_ones() -> None:
+def test_a_key_unlike_any_other_lists_the_known_ones() -> None:
     """Catches a far-fetched suggestion."""
     assert message({}, {"run.zzzzzz": "1"}).endswith("; known: limits, lr, model, name, resume, tags")
     assert did_you_mean("zzz", {"b": 1, "a": 2}) == "; known: a, b"
 
 
 def test_all_problems_are_reported_at_once() -> None:
-    """Catches a config that has to be mended one run at a time."""
+    """Catches a config whose problems are reported one run at a time."""
     assert len(message({"run": {"lr": "x", "nme": 1}, "schedule": {"steps": -1}}).splitlines()) == 3
 
 
 @pytest.mark.parametrize("key", ["run.name.x", "run.tags.0", "run.lr.x.y"])
-def test_nothing_stands_below_a_single_value(key: str) -> None:
-    """Catches an override that replaces a value by a mapping, and only then is refused, or isn't."""
+def test_an_override_below_a_scalar_is_rejected(key: str) -> None:
+    """Catches an override that replaces a scalar by a mapping."""
     assert message({}, {key: "1"}).startswith(f"command line: unknown config key '{key}'")
 
 
@@ -276,8 +277,8 @@ def test_nothing_stands_below_a_single_value(key: str) -> None:
         ("schedule", "{steps: 3, unit: word}", Schedule(steps=3, unit="word")),
     ],
 )
-def test_an_override_is_read_as_its_field(key: str, raw: str, value: Any) -> None:
-    """Catches values that are guessed from their looks: `2024_01` as a number, `run#1` cut at a comment sign."""
+def test_an_override_is_read_as_the_type_of_its_field(key: str, raw: str, value: Any) -> None:
+    """Catches guessed types: `2024_01` as a number, `run#1` cut off at the comment sign."""
     found = overridden(key, raw)
     assert (found, type(found)) == (value, type(value))
 
@@ -299,15 +300,15 @@ def test_an_override_is_read_as_its_field(key: str, raw: str, value: Any) -> Non
         ("schedule", "{steps: 1, epochs: 1}", "needs one of"),
     ],
 )
-def test_a_wrong_override_is_refused(key: str, raw: str, expected: str) -> None:
-    """Catches a trace, or a value that is taken for another."""
+def test_a_wrong_override_is_rejected(key: str, raw: str, expected: str) -> None:
+    """Catches a traceback, or a value that is silently read as another."""
     found = message({}, {key: raw})
     assert found.startswith("command line: ")
     assert expected in found
 
 
-def test_a_section_as_a_whole_replaces_and_its_keys_refine_it_in_any_order() -> None:
-    """Catches an override that is lost because another one came after it."""
+def test_keys_refine_a_whole_section_in_any_order() -> None:
+    """Catches an override that is lost because another one follows it."""
     tree = {"schedule": {"epochs": 2.0, "unit": "word"}}
     whole, part = ("schedule", "{steps: 3}"), ("schedule.betas", "0.5,0.6")
     expected = Schedule(steps=3, betas=(0.5, 0.6))
@@ -317,8 +318,8 @@ def test_a_section_as_a_whole_replaces_and_its_keys_refine_it_in_any_order() -> 
 
 @settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"])))
-def test_a_text_field_takes_any_text_as_it_is(text: str) -> None:
-    """Catches quoting, stripping and YAML meaning in what should be raw text."""
+def test_a_text_field_takes_any_text_literally(text: str) -> None:
+    """Catches quoting, stripping and YAML parsing of raw text."""
     assert overridden("run.name", text) == text
 
 
@@ -348,7 +349,7 @@ trees = st.dictionaries(
 def test_a_dumped_config_loads_as_itself(
     tmp_path_factory: pytest.TempPathFactory, name: str, lr: float, tags: list[str], model: Any, train: Any
 ) -> None:
-    """Catches values that change their type on the way through RUN/config.yaml, such as the text '5e-4'."""
+    """Catches values that change their type in RUN/config.yaml, such as the text '5e-4'."""
     run = Run(name=name, lr=lr, tags=tuple(tags), model=model)
     config = Config(run=run, corpus=Corpus(train=train))
     path = tmp_path_factory.getbasetemp() / "dumped.yaml"
@@ -358,14 +359,14 @@ def test_a_dumped_config_loads_as_itself(
     assert repr(loaded) == repr(config)
 
 
-def test_infinity_in_a_free_form_mapping_survives() -> None:
-    """Catches a dump that turns what JSON cannot say into null."""
+def test_infinity_in_a_mapping_is_kept() -> None:
+    """Catches a dump that writes null for what JSON cannot represent."""
     config = Config(run=Run(model={"x": float("inf")}))
     assert ".inf" in dump_config(config)
 
 
 def test_flatten_names_every_leaf() -> None:
-    """Catches keys that get lost, which a resume would then not compare."""
+    """Catches missing keys, which a resume would then not compare."""
     flat = flatten(Config(run=Run(model={"a": {"b": [1]}, "c": {}})))
     assert flat["run.model.a.b"] == [1]
     assert flat["run.model.c"] == {}
@@ -374,6 +375,6 @@ def test_flatten_names_every_leaf() -> None:
 
 
 def test_a_config_cannot_be_changed() -> None:
-    """Catches a section that code could alter after it was checked and written down."""
+    """Catches a section that can be modified after validation."""
     with pytest.raises(ValueError, match="frozen"):
         Config().run.lr = 1.0  # type: ignore[misc]
