@@ -1,0 +1,95 @@
+"""Imports follow docs/architecture.md."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("launcher", "pretrain", "finetune", "experiment")
+
+# From the top down: a module imports from its own layer or one below.
+PRETRAIN_LAYERS = (
+    ("pretrain.run",),
+    ("pretrain.training",),
+    ("pretrain.stream", "pretrain.evaluate"),
+    ("pretrain.resolve",),
+    ("pretrain.engine", "pretrain.resume"),
+    ("pretrain.modeling",),
+    ("pretrain.batching", "pretrain.export", "pretrain.arguments"),
+    ("pretrain.corpus", "pretrain.config"),
+    ("pretrain.world",),
+)
+
+ONLY_IN = {
+    "deepspeed": ("pretrain.engine",),
+    "wandb": ("experiment.tracking",),
+    "datasets": ("pretrain.corpus", "finetune.tasks"),
+}
+
+
+def imports_by_module() -> Iterator[tuple[str, list[str]]]:
+    """(module, modules that it imports anywhere, also within functions) of the product."""
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+            imported = []
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Import):
+                    imported += [alias.name for alias in node.names]
+                elif isinstance(node, ast.ImportFrom) and node.module:
+                    imported.append(node.module)
+            yield module, imported
+
+
+def is_within(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
+
+
+IMPORTS = dict(imports_by_module())
+
+
+@pytest.mark.parametrize(
+    ("package", "others"),
+    [
+        ("experiment", ("pretrain", "finetune", "launcher")),
+        ("pretrain", ("finetune", "launcher")),
+        ("finetune", ("pretrain", "launcher")),
+    ],
+)
+def test_packages_import_down_only(package: str, others: tuple[str, ...]) -> None:
+    """Catches a shared module that knows who uses it, and pretraining and fine-tuning that depend on each other."""
+    found = [
+        (module, name)
+        for module, imported in IMPORTS.items()
+        for name in imported
+        if is_within(module, package) and any(is_within(name, other) for other in others)
+    ]
+    assert found == []
+
+
+def test_layers_of_pretraining_import_down_only() -> None:
+    """Catches a module that imports from a layer above it: values would climb back up."""
+
+    def layer(module: str) -> int | None:
+        return next(
+            (n for n, layer in enumerate(PRETRAIN_LAYERS) if any(is_within(module, package) for package in layer)), None
+        )
+
+    assert [module for module in IMPORTS if module.startswith("pretrain.") and layer(module) is None] == []
+    found = [
+        (module, name)
+        for module, imported in IMPORTS.items()
+        for name in imported
+        if (here := layer(module)) is not None and (there := layer(name)) is not None and there < here
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize("library", ONLY_IN)
+def test_only_these_packages_import_it(library: str) -> None:
+    """Catches a library whose changes would have to be followed all over the tree."""
+    users = [module for module, imported in IMPORTS.items() if any(is_within(name, library) for name in imported)]
+    assert users, f"nothing imports {library}: is this test looking at the right folders?"
+    assert [user for user in users if not any(is_within(user, package) for package in ONLY_IN[library])] == []
