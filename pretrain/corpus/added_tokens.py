@@ -27,18 +27,13 @@ def extend_tokenizer(extend: Path, added: Path, output: Path) -> None:
     one token.
     """
     check_output_folder(output)
-    old, lines = load_tokenizer(extend), _read_words(added)
+    old, words = load_tokenizer(extend), _read_words(added)
     if vocabulary_size(old) != len(old.get_vocab()):
         raise UserError(f"--extend: {extend} has unused ids, which the new tokens would get")
     state = json.loads(old.backend_tokenizer.to_str())
-    entries: dict[str, int] = {}  # of the vocabulary: token -> line
-    added_tokens: dict[str, int] = {}  # token -> line
-    for number, word in lines:
-        token, is_entry = _parse_word(word, state, old, f"{added}, line {number}")
-        if token not in entries and token not in added_tokens and not _is_one_token(token, old):
-            (entries if is_entry else added_tokens)[token] = number
+    entries, added_tokens = _new_tokens(words, state, old, added)
     if not (entries or added_tokens):
-        raise UserError(f"--added: all {len(lines)} words of {added} are one token in {extend} already")
+        raise UserError(f"--added: all {len(words)} words of {added} are one token in {extend} already")
     # `tokenizers` gives added tokens ids after the vocabulary, so entries come first.
     new_ids = {token: vocabulary_size(old) + index for index, token in enumerate([*entries, *added_tokens])}
     if entries:
@@ -55,8 +50,8 @@ def extend_tokenizer(extend: Path, added: Path, output: Path) -> None:
         _check_new_tokens(new, new_ids, entries | added_tokens, added)
         partial.replace(output)
     print(
-        f"{output}: {len(new_ids):,} of {len(lines):,} words added to {vocabulary_size(old):,} tokens, "
-        f"{len(lines) - len(new_ids):,} in the vocabulary already"
+        f"{output}: {len(new_ids):,} of {len(words):,} words added to {vocabulary_size(old):,} tokens, "
+        f"{len(words) - len(new_ids):,} in the vocabulary already"
     )
 
 
@@ -105,6 +100,19 @@ def _read_words(path: Path) -> list[tuple[int, str]]:
     if not words:
         raise UserError(f"--added: {path} has no words")
     return words
+
+
+def _new_tokens(
+    words: list[tuple[int, str]], state: dict[str, Any], tokenizer: "PreTrainedTokenizerFast", path: Path
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Return the new entries of the vocabulary and the new added tokens, each as {token: line}."""
+    entries: dict[str, int] = {}
+    added_tokens: dict[str, int] = {}
+    for line, word in words:
+        token, is_entry = _parse_word(word, state, tokenizer, f"{path}, line {line}")
+        if token not in entries and token not in added_tokens and not _is_one_token(token, tokenizer):
+            (entries if is_entry else added_tokens)[token] = line
+    return entries, added_tokens
 
 
 def _parse_word(word: str, state: dict[str, Any], tokenizer: "PreTrainedTokenizerFast", where: str) -> tuple[str, bool]:

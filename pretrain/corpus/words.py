@@ -84,7 +84,7 @@ def word_boundaries(tokenizer_json: str) -> WordBoundaries | None:
     return WordBoundaries(begins, ends, spaces)
 
 
-def _flatten(pre_tokenizer: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+def _flatten(pre_tokenizer: dict[str, Any] | None) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (type, settings) of a pre-tokenizer and, for a sequence, of its members."""
     if pre_tokenizer is not None:
         yield pre_tokenizer["type"], pre_tokenizer

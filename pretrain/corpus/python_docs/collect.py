@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console
-from rich.progress import Progress as RichProgress
+from rich.progress import Progress
 
 from experiment.errors import UserError
-from experiment.files import fsync
+from experiment.files import atomic_write
 from pretrain.corpus.python_docs.docstrings import extract_docs, prose
 from pretrain.corpus.workers import worker_pool
 
@@ -46,28 +46,24 @@ class _DocFile(NamedTuple):
     name: str  # module name, or path inside the package
 
 
-def write_python_docs(path: Path) -> None:
-    """`deepcloze python_docs`: all of it as JSON lines of `text`, `package`, `document`. Raises UserError."""
-    if path.is_dir():
-        raise UserError(f"--output {path} is a folder; expected a file")
-    partial = path.with_name(f".{path.name}.partial")
+def write_python_docs(output: Path) -> None:
+    """`deepcloze python_docs`: write all documents as JSON lines. Raises UserError if the file cannot be written."""
+    if output.is_dir():
+        raise UserError(f"--output {output} is a folder; expected a file")
     counts: Counter[str] = Counter()
     characters = 0
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8") as file:
+        with atomic_write(output) as temporary, temporary.open("w", encoding="utf-8") as file:
             for doc in read_python_docs():
                 file.write(json.dumps(doc._asdict(), ensure_ascii=False) + "\n")
                 counts[doc.package] += 1
                 characters += len(doc.text)
-        fsync(partial)
-        partial.replace(path)
     except OSError as error:
-        raise UserError(f"--output {path}: cannot write: {error.strerror or error}") from None
-    finally:
-        partial.unlink(missing_ok=True)
+        raise UserError(f"--output {output}: cannot write: {error.strerror or error}") from None
     largest = ", ".join(f"{package} {count:,}" for package, count in counts.most_common(8))
-    print(f"{path}: {sum(counts.values()):,} documents of {len(counts)} packages, {characters / 1e6:.1f} M characters")
+    print(
+        f"{output}: {sum(counts.values()):,} documents of {len(counts)} packages, {characters / 1e6:.1f} M characters"
+    )
     print(f"  most from: {largest}")
 
 
@@ -148,7 +144,7 @@ def _progress(total: int) -> Iterator[Callable[[], None]]:
     """Show progress: a bar on a terminal, otherwise a line every 5,000 files. Call the result once per file."""
     console = Console(stderr=True)
     done = itertools.count(1)
-    with RichProgress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("reading documentation", total=total)
 
         def advance() -> None:
