@@ -1,13 +1,13 @@
-"""The two ways in which a command ends that are nobody's bug."""
+"""Exceptions that end a command without being a bug."""
 
 
 class UserError(ValueError):
-    """A mistake of the user's: bad input, a bad config, a missing file.
+    """A mistake of the user: bad input, a bad config, a missing file.
 
-    The message stands alone: it names the file, line or field, the value found and what was expected. `deepcloze`
-    prints it to stderr without a trace and exits 2.
+    The message is complete: it names the file, line or key, the value found and what was expected. `deepcloze` prints
+    it to stderr without a traceback and exits 2.
     """
 
 
 class StoppedError(Exception):
-    """The run was stopped early but can be resumed (signal, STOP file, time of a queue). `deepcloze` exits 75."""
+    """The run was stopped early and can be resumed (signal, STOP file, time limit). `deepcloze` exits 75."""

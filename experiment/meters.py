@@ -1,4 +1,4 @@
-"""Speed and memory: what the training loop measures about itself."""
+"""Measure throughput and memory of training; look up the peak FLOP/s of devices."""
 
 import re
 import resource
@@ -10,56 +10,56 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Pace:
-    """The figures of one logging interval."""
+class Lap:
+    """Throughput of one logging interval."""
 
     seconds: float
     tokens_per_second: float
-    data_wait: float  # share of the interval that was spent waiting for data, 0 to 1
+    data_wait: float  # fraction of the interval spent waiting for data
 
 
 class Throughput:
-    """Counts tokens and waiting time from one `lap` to the next. clock: seconds, monotonic."""
+    """Counts tokens and waiting time between calls of `lap`. clock: monotonic, in seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
-        self._began = clock()
+        self._started = clock()
         self._tokens = 0
         self._waited = 0.0
 
     def add(self, tokens: int) -> None:
-        """Count real tokens (no padding) that were trained on."""
+        """Count tokens trained on, without padding."""
         self._tokens += tokens
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """Count the time inside as waiting for data."""
-        began = self._clock()
+        started = self._clock()
         try:
             yield
         finally:
-            self._waited += self._clock() - began
+            self._waited += self._clock() - started
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave the time inside out: it is spent on something else than training."""
-        began = self._clock()
+        """Exclude the time inside, which is not spent on training."""
+        started = self._clock()
         try:
             yield
         finally:
-            self._began += self._clock() - began
+            self._started += self._clock() - started
 
-    def lap(self) -> Pace:
-        """The figures since the last lap, and begin the next one."""
+    def lap(self) -> Lap:
+        """The throughput since the last call. Starts the next interval."""
         now = self._clock()
-        seconds = max(now - self._began, 1e-9)
-        pace = Pace(seconds, self._tokens / seconds, min(self._waited / seconds, 1.0))
-        self._began, self._tokens, self._waited = now, 0, 0.0
-        return pace
+        seconds = max(now - self._started, 1e-9)
+        lap = Lap(seconds, self._tokens / seconds, min(self._waited / seconds, 1.0))
+        self._started, self._tokens, self._waited = now, 0, 0.0
+        return lap
 
 
-def device_memory() -> int:
-    """Peak bytes: of CUDA memory allocated by this process or, without CUDA, of the process' resident memory."""
+def peak_memory() -> int:
+    """Peak memory of this process in bytes: allocated CUDA memory or, without CUDA, resident memory."""
     import torch
 
     if torch.cuda.is_available():
@@ -69,13 +69,13 @@ def device_memory() -> int:
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
-    """Dense peak in FLOP/s of the device (as `torch.cuda.get_device_name` calls it) at `precision`.
+    """Peak FLOP/s of a device for dense matrices; None if unknown, as for every CPU.
 
-    precision: fp16, bf16 (both: tensor cores, fp32 accumulation) or fp32 (no tensor cores). None where it is not known,
-    as for every CPU.
+    device_name: as from `torch.cuda.get_device_name`. precision: fp16 or bf16 (tensor cores, fp32 accumulation), or
+    fp32 (no tensor cores).
     """
     if "MIG" in device_name:
-        return None  # a slice of a device
+        return None  # a part of a device
     for pattern, peaks in _PEAKS:
         if re.search(pattern, device_name):
             peak = peaks.get(precision)
@@ -83,7 +83,7 @@ def peak_flops(device_name: str, precision: str) -> float | None:
     return None
 
 
-# TFLOP/s without sparsity; the first pattern that is found in the name counts.
+# TFLOP/s without sparsity. The first pattern found in the name applies.
 _PEAKS: tuple[tuple[str, dict[str, float]], ...] = (
     # NVIDIA Tesla V100 GPU accelerator, data sheet, January 2020 (the V100S in the 2019 one)
     (r"\bV100S", {"fp16": 130.0, "fp32": 16.4}),

@@ -1,9 +1,9 @@
-"""`RUN/provenance.json`: which code, on which machine, with which libraries, made this run, and from what.
+"""`RUN/provenance.json`: the code, machine, libraries and models that a run came from.
 
 {"run_id": …, "ancestors": […], "attempts": [{"command": …, "git": …, "versions": …, "hardware": …, …}, …]}
 
-Every model folder that a run writes holds a `deepcloze.json`, {"run_id": …, "folder": …, "step": …, "ancestors": […]},
-which goes wherever the folder is copied, so that whatever begins with it knows the whole line it descends from.
+Every model folder that a run writes contains `deepcloze.json`, {"run_id": …, "folder": …, "step": …, "ancestors": […]}.
+It is copied along with the folder, so a run that starts from the model can record all of its ancestors.
 """
 
 import importlib.metadata
@@ -29,7 +29,7 @@ _WEIGHTS = (".safetensors", ".bin")
 
 
 def collect_provenance(command: Sequence[str], world_size: int = 1) -> dict[str, Any]:
-    """One attempt at a run: what was started, when, where, with which code and libraries."""
+    """Describe one attempt at a run: command, date, machine, code and libraries."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": list(command),
@@ -46,10 +46,10 @@ def collect_provenance(command: Sequence[str], world_size: int = 1) -> dict[str,
 def write_provenance(
     folder: RunFolder, attempt: Mapping[str, Any], ancestors: Sequence[Mapping[str, Any]] | None = None
 ) -> str:
-    """Add an attempt to RUN/provenance.json and return the run's id, which is drawn at the first attempt.
+    """Add an attempt to RUN/provenance.json. Returns the run's id, which is drawn at random at the first attempt.
 
-    ancestors: the models that this one's weights came from, oldest first (see `ancestors_of`); None at an attempt that
-    goes on from an earlier one. Raises UserError for a file that is damaged.
+    ancestors: the models that the run's weights came from, oldest first (see `ancestors_of`); None if the run is
+    resumed. Raises UserError if the file is damaged.
     """
     record = read_provenance(folder) or {"run_id": secrets.token_hex(8), "ancestors": [], "attempts": []}
     if ancestors is not None:
@@ -60,7 +60,7 @@ def write_provenance(
 
 
 def read_provenance(folder: RunFolder) -> dict[str, Any] | None:
-    """RUN/provenance.json, None for a run that never began. Raises UserError for a file that is damaged."""
+    """RUN/provenance.json, None if the run was never started. Raises UserError if the file is damaged."""
     try:
         record = json.loads(folder.provenance.read_text(encoding="utf-8"))
         if not (isinstance(record["run_id"], str) and isinstance(record["attempts"], list)):
@@ -73,14 +73,16 @@ def read_provenance(folder: RunFolder) -> dict[str, Any] | None:
 
 
 def write_origin(model: Path, folder: RunFolder, record: Mapping[str, Any], step: int) -> None:
-    """Leave in a model folder which run wrote it. `record`: the run's provenance."""
+    """Write deepcloze.json into a model folder of a run. record: the run's provenance."""
     run = {"run_id": record["run_id"], "folder": str(folder.path), "step": step}
     write_json(model / _ORIGIN, run | {"ancestors": record["ancestors"]})
 
 
-def origin_of(model: Path) -> dict[str, Any] | None:
-    """The run that wrote a model folder, {run_id, folder, step, ancestors}, None for somebody else's model. Raises
-    UserError for a file that is damaged."""
+def read_origin(model: Path) -> dict[str, Any] | None:
+    """deepcloze.json of a model folder: {run_id, folder, step, ancestors}; None if it was not written by deepcloze.
+
+    Raises UserError if the file is damaged.
+    """
     path = model / _ORIGIN
     try:
         origin = json.loads(path.read_text(encoding="utf-8"))
@@ -92,12 +94,12 @@ def origin_of(model: Path) -> dict[str, Any] | None:
 
 
 def ancestors_of(model: Path, relation: str) -> list[dict[str, Any]]:
-    """The ancestors of a run that begins with the weights in a Hugging Face folder, oldest first.
+    """The ancestors of a run that starts from the weights in a Hugging Face folder, oldest first.
 
-    relation: how it takes over from the last one, init_from (weights alone) or fork (the whole state). A model that no
-    run of ours wrote is known by its folder and the SHA-256 of its weight files, by which model hubs know them too.
+    relation: of the run to the last ancestor, "init_from" (weights only) or "fork" (full state). A model that was not
+    written by deepcloze is identified by its folder and the SHA-256 of its weight files, which model hubs show too.
     """
-    origin = origin_of(model)
+    origin = read_origin(model)
     if origin is None:
         weights = {path.name: sha256(path) for path in sorted(model.iterdir()) if path.suffix in _WEIGHTS}
         return [{"relation": relation, "folder": str(model.absolute()), "name": model.name, "weights": weights}]
@@ -105,7 +107,7 @@ def ancestors_of(model: Path, relation: str) -> list[dict[str, Any]]:
 
 
 def git_state(repository: Path) -> dict[str, Any] | None:
-    """{'commit', 'dirty'} of a checkout; None where it is none or git is missing."""
+    """{'commit', 'dirty'} of a git checkout; None if it is not one, or git is missing."""
     try:
         commit = _git(repository, "rev-parse", "HEAD")
         changes = _git(repository, "status", "--porcelain", "--untracked-files=no")
@@ -115,8 +117,8 @@ def git_state(repository: Path) -> dict[str, Any] | None:
 
 
 def _git(repository: Path, *arguments: str) -> str:
-    # A folder inside of somebody else's checkout is no checkout of its own; the GIT_DIR of a hook is not ours; a clone
-    # on a cluster's shared disk may belong to another user.
+    # Ignore the checkout of a parent folder, and the GIT_DIR of a hook that runs us. Accept a clone that belongs to
+    # another user, as on a cluster's shared disk.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     environment["GIT_CEILING_DIRECTORIES"] = str(repository.parent)
     command = ["git", "-c", "safe.directory=*", "-C", str(repository), *arguments]

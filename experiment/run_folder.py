@@ -1,4 +1,4 @@
-"""The run folder: where everything a run writes stands, and under which name."""
+"""The run folder: names of all files that a run writes."""
 
 import json
 import os
@@ -11,11 +11,11 @@ from experiment.files import write_json
 
 
 class Outcome(StrEnum):
-    """How a run ended, agreed by all ranks."""
+    """How a run ended; the same on all ranks."""
 
     DONE = "done"
-    STOPPED = "stopped"  # early, but resumable
-    REFUSED = "refused"  # the user's mistake
+    STOPPED = "stopped"  # early; can be resumed
+    REFUSED = "refused"  # a mistake of the user
     FAILED = "failed"
 
     @property
@@ -25,7 +25,7 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Names of the files of one run. Nothing is created before it is written."""
+    """Paths of the files of a run. Creates nothing."""
 
     path: Path
 
@@ -59,16 +59,16 @@ class RunFolder:
 
     @property
     def stop(self) -> Path:
-        """Made by the user (or the launcher, on a signal): save and stop."""
+        """Created by the user, or by the launcher on a signal: save a checkpoint and stop."""
         return self.path / "STOP"
 
     @property
     def outcome(self) -> Path:
-        """Written by the ranks when they end, read by the launcher: {"outcome": …, "message": …}."""
+        """Written by rank 0 at the end, read by the launcher: {"outcome": …, "message": …}."""
         return self.path / "logs" / "outcome.json"
 
     def bad_batch(self, step: int) -> Path:
-        """What is known of a batch that training could not go on with."""
+        """Folder with a dump of the bad batch of this step."""
         return self.path / "health" / f"step-{step:08d}"
 
     def rank_log(self, rank: int) -> Path:
@@ -78,7 +78,7 @@ class RunFolder:
         write_json(self.outcome, {"outcome": outcome.value, "message": message})
 
     def read_outcome(self) -> tuple[Outcome, str] | None:
-        """What the ranks agreed on, or None where they ended without a word that can be read."""
+        """The outcome and its message; None if the file is missing or damaged."""
         try:
             found = json.loads(self.outcome.read_text(encoding="utf-8"))
             return Outcome(found["outcome"]), str(found["message"])
@@ -87,7 +87,7 @@ class RunFolder:
 
 
 def open_run_folder(path: Path | str) -> RunFolder:
-    """The run folder at `path`, made if needed. Raises UserError where it cannot be written to."""
+    """The run folder at `path`, created if needed. Raises UserError if it is not writable."""
     folder = RunFolder(Path(path).absolute())
     try:
         folder.logs.mkdir(parents=True, exist_ok=True)

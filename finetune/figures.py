@@ -8,14 +8,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from experiment.files import atomic_write
-from experiment.results.figures import COLORS, GREY
+from experiment.results.figures import COLORS, GREY, save_figure
 
-_MAX_ANNOTATED = 25  # with more labels, the matrix shows colours only
+_MAX_ANNOTATED = 25  # with more labels, the matrix shows colors only
 
 
 def draw_confusion(path: Path, confusion: NDArray[np.int64], labels: Sequence[str], title: str) -> None:
-    """CC counts: rows by label, columns by predicted label; coloured by the share of the row."""
+    """CC counts: rows by label, columns by predicted label; colored by the share of the row."""
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     side = min(2.5 + 0.55 * len(labels), 16.0)
     canvas = Figure(figsize=(side + 1.0, side), dpi=144, layout="constrained")
@@ -31,28 +30,26 @@ def draw_confusion(path: Path, confusion: NDArray[np.int64], labels: Sequence[st
         axes.set_yticks(ticks, labels)
         for row in ticks:
             for column in ticks:
-                colour = "white" if shares[row, column] > 0.5 else "black"
-                axes.text(
-                    column, row, f"{confusion[row, column]:,}", ha="center", va="center", color=colour, fontsize=8
-                )
-    _save(canvas, path)
+                color = "white" if shares[row, column] > 0.5 else "black"
+                axes.text(column, row, f"{confusion[row, column]:,}", ha="center", va="center", color=color, fontsize=8)
+    save_figure(canvas, path)
 
 
 def draw_curves(path: Path, epochs: Mapping[int, Sequence[Mapping[str, float]]], metric: str) -> None:
-    """Loss on train and validation, and the metric on validation, by epoch. One colour per seed; a ring marks the best
+    """Loss on train and validation, and the metric on validation, by epoch. One color per seed; a ring marks the best
     epoch.
 
     epochs: seed -> rows of its epochs.csv.
     """
     canvas = Figure(figsize=(11.0, 4.2), dpi=144, layout="constrained")
     losses, scores = canvas.subplots(1, 2)
-    for (seed, rows), colour in zip(epochs.items(), COLORS * len(epochs), strict=False):
+    for (seed, rows), color in zip(epochs.items(), COLORS * len(epochs), strict=False):
         x = [row["epoch"] for row in rows]
         best = max(rows, key=lambda row: row[metric])
-        losses.plot(x, [row["train_loss"] for row in rows], "--.", color=colour, linewidth=1.2)
-        losses.plot(x, [row["validation_loss"] for row in rows], "-o", color=colour, markersize=4)
-        scores.plot(x, [row[metric] for row in rows], "-o", color=colour, markersize=4, label=f"seed {seed}")
-        scores.plot(best["epoch"], best[metric], "o", color=colour, markersize=10, fillstyle="none")
+        losses.plot(x, [row["train_loss"] for row in rows], "--.", color=color, linewidth=1.2)
+        losses.plot(x, [row["validation_loss"] for row in rows], "-o", color=color, markersize=4)
+        scores.plot(x, [row[metric] for row in rows], "-o", color=color, markersize=4, label=f"seed {seed}")
+        scores.plot(best["epoch"], best[metric], "o", color=color, markersize=10, fillstyle="none")
     for axes, label in ((losses, "loss (dashed: train, solid: validation)"), (scores, f"{metric} on validation")):
         axes.set_xlim(0.5, max(len(rows) for rows in epochs.values()) + 0.5)
         axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
@@ -61,9 +58,4 @@ def draw_curves(path: Path, epochs: Mapping[int, Sequence[Mapping[str, float]]],
         axes.grid(color="#e8ebf0", linewidth=0.8)
         axes.spines[["top", "right", "left"]].set_visible(False)
     scores.legend(frameon=False, labelcolor=GREY)
-    _save(canvas, path)
-
-
-def _save(canvas: Figure, path: Path) -> None:
-    with atomic_write(path) as temporary:
-        canvas.savefig(temporary, format="png", facecolor="white")
+    save_figure(canvas, path)

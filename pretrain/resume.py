@@ -8,7 +8,7 @@ from typing import Any
 from experiment.checkpoints import checkpoint_candidates, complete_checkpoints, last_usable, read_state
 from experiment.config import flatten
 from experiment.errors import UserError
-from experiment.provenance import origin_of, read_provenance
+from experiment.provenance import read_origin, read_provenance
 from experiment.run_folder import RunFolder
 from pretrain.config import ModelConfig, PretrainConfig, RunConfig
 
@@ -100,7 +100,7 @@ def _check_is_fork_of(named: str, parents: Sequence[Path], folder: RunFolder) ->
     """Raises UserError for a used folder whose run was not forked from the run that `named` means."""
     ancestors = (read_provenance(folder) or {}).get("ancestors", [])
     parent = ancestors[-1] if ancestors and ancestors[-1]["relation"] == "fork" else None
-    origins = [origin_of(checkpoint / "hf") for checkpoint in parents]
+    origins = [read_origin(checkpoint / "hf") for checkpoint in parents]
     if parent is None or any(origin and origin["run_id"] != parent["run_id"] for origin in origins):
         raise UserError(f"run.dir: {folder.path} holds a run that is not a fork of {named}; choose another run.dir")
 

@@ -61,7 +61,7 @@ def draw_panels(path: Path, panels: Sequence[Panel], x_label: str = "step") -> N
     column[-1].set_xlabel(x_label, color=GREY)
     column[-1].xaxis.set_major_locator(MaxNLocator(8, integer=True))
     column[-1].xaxis.set_major_formatter(EngFormatter(sep=""))
-    _save(canvas, path)
+    save_figure(canvas, path)
 
 
 def draw_grid(path: Path, panel: Panel, x_label: str, ticks: Mapping[float, str], log_x: bool) -> None:
@@ -75,7 +75,7 @@ def draw_grid(path: Path, panel: Panel, x_label: str, ticks: Mapping[float, str]
     axes.xaxis.set_minor_locator(NullLocator())
     axes.margins(x=0.08)
     axes.set_xlabel(x_label, color=GREY)
-    _save(canvas, path)
+    save_figure(canvas, path)
 
 
 def draw_spread(path: Path, groups: Mapping[str, Sequence[float]], x_label: str) -> None:
@@ -92,7 +92,7 @@ def draw_spread(path: Path, groups: Mapping[str, Sequence[float]], x_label: str)
     axes.margins(x=0.08)
     axes.set_xlabel(x_label, color=GREY)
     _tidy(axes, grid="x")
-    _save(canvas, path)
+    save_figure(canvas, path)
 
 
 def _draw_panel(axes: Axes, panel: Panel) -> None:
@@ -153,6 +153,7 @@ def _tidy(axes: Axes, grid: Literal["x", "both"]) -> None:
     axes.spines["bottom"].set_color("#c9d0da")
 
 
-def _save(canvas: Canvas, path: Path) -> None:
+def save_figure(canvas: Canvas, path: Path) -> None:
+    """Write a PNG, replacing an old one atomically."""
     with atomic_write(path) as temporary:
         canvas.savefig(temporary, format="png", facecolor="white")

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from experiment.meters import Throughput, device_memory, peak_flops
+from experiment.meters import Throughput, peak_flops, peak_memory
 from experiment.run_folder import Outcome
 from experiment.tracking import Tracker
 from experiment.tracking.metrics import Metrics
@@ -262,7 +262,7 @@ class Trainer:
                 "tokens_per_second": pace.tokens_per_second,
                 "mfu": self._mfu(pace.seconds),
                 "data_wait": pace.data_wait,
-                "memory": device_memory(),
+                "memory": peak_memory(),
                 **({f"tokens/{name}": tokens for name, tokens in by_corpus.items()} if len(by_corpus) > 1 else {}),
             }
         )

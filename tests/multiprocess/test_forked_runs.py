@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from experiment.checkpoints import checkpoint_path
-from experiment.provenance import ancestors_of, origin_of
+from experiment.provenance import ancestors_of, read_origin
 from experiment.run_folder import RunFolder
 from pretrain.export import export
 from rank_pool import RankPool
@@ -119,5 +119,5 @@ def test_every_model_knows_its_ancestors(
     ]
     assert provenance(tmp_path / "target")["ancestors"] == line
     last = checkpoint_path(tmp_path / "target" / "checkpoints", 1) / "hf"
-    assert origin_of(last) == {"run_id": ids[2], "folder": str(tmp_path / "target"), "step": 1, "ancestors": line}
+    assert read_origin(last) == {"run_id": ids[2], "folder": str(tmp_path / "target"), "step": 1, "ancestors": line}
     assert [ancestor["run_id"] for ancestor in ancestors_of(last, "init_from")] == ids

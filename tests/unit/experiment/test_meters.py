@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from experiment.meters import Throughput, device_memory, peak_flops
+from experiment.meters import Throughput, peak_flops, peak_memory
 
 
 class Clock:
@@ -53,10 +53,10 @@ def test_a_lap_without_time_is_no_error() -> None:
 def test_memory_is_in_bytes() -> None:
     """Catches KiB taken for bytes: a process with torch in it holds far more than 20 MB and less than a TB."""
     if not torch.cuda.is_available():
-        assert 20e6 < device_memory() < 1e12
+        assert 20e6 < peak_memory() < 1e12
     else:
         kept = torch.empty(10**8, dtype=torch.uint8, device="cuda")
-        assert kept.numel() <= device_memory() < 1e12
+        assert kept.numel() <= peak_memory() < 1e12
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from experiment.provenance import (
     ancestors_of,
     collect_provenance,
     git_state,
-    origin_of,
+    read_origin,
     read_provenance,
     write_provenance,
 )
@@ -110,7 +110,7 @@ def test_a_model_of_somebody_elses_is_known_by_its_weights(tmp_path: Path) -> No
 
 def test_a_damaged_origin_is_refused(tmp_path: Path) -> None:
     """Catches ancestors that are lost without a word, and a trace."""
-    assert origin_of(tmp_path) is None
+    assert read_origin(tmp_path) is None
     (tmp_path / "deepcloze.json").write_text('{"run_id": "a"}')
     with pytest.raises(UserError, match=r"deepcloze\.json is damaged"):
-        origin_of(tmp_path)
+        read_origin(tmp_path)
