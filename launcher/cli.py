@@ -169,7 +169,7 @@ def config(options: ConfigOptions) -> None:
 
 COMMANDS: dict[str, Command] = {
     command.__name__: command
-    for command in (python_docs, tokenizer, corpus, pretrain, evaluate, export, finetune, sweep, report, config)
+    for command in (python_docs, tokenizer, corpus, config, pretrain, evaluate, export, finetune, sweep, report)
 }
 
 
