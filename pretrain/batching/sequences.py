@@ -14,6 +14,7 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
+from experiment.files import atomic_write
 from pretrain.corpus.reader import Corpus
 
 log = logging.getLogger(__name__)
@@ -64,19 +65,18 @@ def open_index(corpus: Corpus, capacity: int, fallback: Path) -> SequenceIndex:
 
 def _build(corpus: Corpus, capacity: int, path: Path) -> None:
     count = sum(int((-(-lengths // capacity)).sum()) for lengths in corpus.document_lengths())
-    aside = path.with_name(f".{path.stem}.{os.getpid()}.npy")
-    starts = np.lib.format.open_memmap(aside, mode="w+", dtype=np.int64, shape=(count + 1,))
-    starts[0], filled = 0, 0
-    for document_lengths in corpus.document_lengths():
-        lengths = split_documents(document_lengths.astype(np.int64), capacity)
-        starts[filled + 1 : filled + 1 + len(lengths)] = starts[filled] + np.cumsum(lengths)
-        filled += len(lengths)
-    if filled != count or starts[-1] != corpus.tokens:
-        raise RuntimeError(
-            f"{corpus.path}: {int(starts[-1])} tokens were split into sequences, but the corpus has {corpus.tokens}"
-        )
-    starts.flush()
-    aside.replace(path)
+    with atomic_write(path) as temporary:
+        starts = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.int64, shape=(count + 1,))
+        starts[0], filled = 0, 0
+        for document_lengths in corpus.document_lengths():
+            lengths = split_documents(document_lengths.astype(np.int64), capacity)
+            starts[filled + 1 : filled + 1 + len(lengths)] = starts[filled] + np.cumsum(lengths)
+            filled += len(lengths)
+        if filled != count or starts[-1] != corpus.tokens:
+            raise RuntimeError(
+                f"{corpus.path}: {int(starts[-1])} tokens were split into sequences, but the corpus has {corpus.tokens}"
+            )
+        starts.flush()
     log.info(
         "%s: %d tokens split into %d sequences of at most %d text tokens", corpus.name, corpus.tokens, count, capacity
     )
