@@ -57,8 +57,8 @@ def test_a_run_without_checkpoints_has_none(tmp_path: Path) -> None:
     assert newest_usable(tmp_path / "checkpoints") is None
 
 
-def test_what_is_not_marked_is_no_checkpoint(tmp_path: Path) -> None:
-    """Catches half-written checkpoints, half-deleted ones and other people's folders taken for whole ones."""
+def test_a_folder_without_the_complete_file_is_not_a_checkpoint(tmp_path: Path) -> None:
+    """Catches partly written or deleted checkpoints, and other folders, taken for complete checkpoints."""
     (whole,) = make(tmp_path, 1)
     unmarked, aside = make(tmp_path, 2, 3)
     (unmarked / "COMPLETE").unlink()
@@ -71,10 +71,10 @@ def test_what_is_not_marked_is_no_checkpoint(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("victim", ["engine/rank-00000.safetensors", "state.json"])
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "gone"])
-def test_a_damaged_checkpoint_is_passed_over(
+def test_a_damaged_checkpoint_is_skipped(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, victim: str, damage: str
 ) -> None:
-    """Catches a run that goes on from rotten bits, and one that goes back without a word why."""
+    """Catches a run that resumes from a damaged checkpoint, or falls back without a warning."""
     before, newest = make(tmp_path, 1, 2)
     file = newest / victim
     match damage:
@@ -93,17 +93,17 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert victim in caplog.text
 
 
-@pytest.mark.parametrize("mark_text", ["", "{", "{}", "[]", "null"])
-def test_a_damaged_mark_is_damage(tmp_path: Path, mark_text: str) -> None:
-    """Catches a trace, or an empty list of checksums that everything agrees with."""
+@pytest.mark.parametrize("text", ["", "{", "{}", "[]", "null"])
+def test_a_damaged_complete_file_is_damage(tmp_path: Path, text: str) -> None:
+    """Catches a traceback, or an empty list of checksums that matches any folder."""
     before, newest = make(tmp_path, 1, 2)
-    (newest / "COMPLETE").write_text(mark_text)
+    (newest / "COMPLETE").write_text(text)
     assert verify(newest) is not None
     assert newest_usable(tmp_path) == before
 
 
-def test_if_no_checkpoint_is_usable_the_run_does_not_begin_anew(tmp_path: Path) -> None:
-    """Catches days of training thrown away in silence."""
+def test_if_all_checkpoints_are_damaged_the_run_does_not_start_over(tmp_path: Path) -> None:
+    """Catches days of training silently thrown away."""
     for path in make(tmp_path, 1, 2):
         flip(path / "state.json", at=5)
     with pytest.raises(UserError, match=r"all 2 checkpoints in .* are damaged"):
@@ -151,7 +151,7 @@ def test_which_checkpoint_a_path_means(tmp_path: Path, caplog: pytest.LogCapture
 
 
 def test_a_path_without_a_checkpoint_is_rejected(tmp_path: Path) -> None:
-    """Catches a trace, or a missing folder that is looked up on the network as a model name."""
+    """Catches a traceback, or a missing folder that is looked up on the network as a model name."""
     with pytest.raises(UserError, match="bert-base does not exist"):
         find_model_folder(tmp_path / "bert-base")
     with pytest.raises(UserError, match="is neither a Hugging Face folder, a checkpoint nor a run"):
@@ -161,8 +161,8 @@ def test_a_path_without_a_checkpoint_is_rejected(tmp_path: Path) -> None:
         find_checkpoint(tmp_path / "run")
 
 
-def test_the_best_has_a_name(tmp_path: Path) -> None:
-    """Catches a name that does not follow the best, or that is taken for another checkpoint."""
+def test_best_names_a_checkpoint(tmp_path: Path) -> None:
+    """Catches a file `best` that is not updated, or taken for a checkpoint."""
     make(tmp_path, 10, 20)
     for step in (20, 10):
         write_best(tmp_path, step)
@@ -170,8 +170,8 @@ def test_the_best_has_a_name(tmp_path: Path) -> None:
     assert steps(tmp_path) == [10, 20]
 
 
-def test_damaged_checkpoints_of_a_lost_future_push_out_none(tmp_path: Path) -> None:
-    """Catches the loss of every usable checkpoint: a run fell back behind damaged ones, and saves on."""
+def test_damaged_later_checkpoints_do_not_count_as_kept(tmp_path: Path) -> None:
+    """Catches the loss of every usable checkpoint after a run fell back behind damaged ones and saved again."""
     make(tmp_path, 10, 20, 30, 40)
     for step in (30, 40):
         flip(checkpoint_path(tmp_path, step) / "state.json", at=5)
@@ -181,8 +181,8 @@ def test_damaged_checkpoints_of_a_lost_future_push_out_none(tmp_path: Path) -> N
     assert {20, 25} <= set(steps(tmp_path))
 
 
-def test_a_checkpoint_is_put_aside_before_it_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a kill amid a deletion that leaves a marked checkpoint without its files, or files for good."""
+def test_a_checkpoint_is_renamed_before_it_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a kill during a deletion that leaves a complete-looking checkpoint without files, or leftovers."""
     make(tmp_path, 1, 2)
     rmtree = shutil.rmtree
 

@@ -9,7 +9,7 @@ from experiment.files import atomic_write, checksum, sha256, write_json, write_t
 
 
 def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path: Path) -> None:
-    """Catches files written in place, and leftovers beside them."""
+    """Catches files written in place, and temporary files left behind."""
     path = tmp_path / "a" / "state.json"
     write_json(path, {"é": 1})
     with pytest.raises(TypeError):
@@ -21,7 +21,7 @@ def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path: Path) -> None:
 
 
 def test_a_reader_never_sees_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a file that is moved into place before its content is on the disk."""
+    """Catches a file that is renamed before its content is on disk."""
     path = tmp_path / "f"
     write_text(path, "old")
     seen: list[str] = []

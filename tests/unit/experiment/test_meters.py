@@ -13,7 +13,7 @@ class Clock:
 
 
 def test_tokens_and_waiting_are_those_of_one_lap() -> None:
-    """Catches figures that leak from one logging interval into the next."""
+    """Catches metrics that leak from one logging interval into the next."""
     clock = Clock()
     meter = Throughput(clock)
     with meter.waiting():

@@ -36,7 +36,7 @@ def repository(tmp_path: Path) -> Path:
 
 
 def test_a_checkout_is_named_by_commit_and_changes(repository: Path) -> None:
-    """Catches a run of changed code that is recorded as the commit's."""
+    """Catches a run of modified code that is recorded as the commit."""
     commit = git(repository, "rev-parse", "HEAD")
     assert git_state(repository) == {"commit": commit, "dirty": False}
     (repository / "notes").write_text("untracked files change no code that git knows")
@@ -48,7 +48,7 @@ def test_a_checkout_is_named_by_commit_and_changes(repository: Path) -> None:
 def test_no_checkout_no_git_no_commit_are_none(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches a trace on an installed copy, and the commit of another repository."""
+    """Catches a traceback for an installed copy, and the commit of another repository."""
     assert git_state(tmp_path) is None
     inside = repository / "copy"
     inside.mkdir()
@@ -74,7 +74,7 @@ def test_an_attempt_says_what_ran_where_and_with_what() -> None:
 
 
 def test_the_first_attempt_is_kept_and_the_id_stays(tmp_path: Path) -> None:
-    """Catches a resume that overwrites how the run began, or takes a new id."""
+    """Catches a resume that overwrites the first attempt, or takes a new id."""
     folder = open_run_folder(tmp_path)
     assert read_provenance(folder) is None
     run_id = write_provenance(folder, {"date": 1}, ancestors=[{"run_id": "parent"}])
@@ -86,8 +86,8 @@ def test_the_first_attempt_is_kept_and_the_id_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", "{}", '{"run_id": 1, "attempts": []}'])
-def test_a_damaged_file_is_refused_rather_than_replaced(tmp_path: Path, damage: str) -> None:
-    """Catches a history that is lost without a word."""
+def test_a_damaged_file_is_rejected_rather_than_replaced(tmp_path: Path, damage: str) -> None:
+    """Catches a history that is silently lost."""
     folder = open_run_folder(tmp_path)
     folder.provenance.write_text(damage)
     with pytest.raises(UserError, match=r"provenance\.json is damaged"):
@@ -95,7 +95,7 @@ def test_a_damaged_file_is_refused_rather_than_replaced(tmp_path: Path, damage: 
     assert folder.provenance.read_text() == damage
 
 
-def test_a_model_of_somebody_elses_is_known_by_its_weights(tmp_path: Path) -> None:
+def test_a_foreign_model_is_identified_by_its_weights(tmp_path: Path) -> None:
     """Catches an ancestor that cannot be told from another one of the same name."""
     (tmp_path / "model.safetensors").write_bytes(b"abc")
     (tmp_path / "config.json").write_text("{}")
@@ -108,8 +108,8 @@ def test_a_model_of_somebody_elses_is_known_by_its_weights(tmp_path: Path) -> No
     }
 
 
-def test_a_damaged_origin_is_refused(tmp_path: Path) -> None:
-    """Catches ancestors that are lost without a word, and a trace."""
+def test_a_damaged_origin_is_rejected(tmp_path: Path) -> None:
+    """Catches ancestors that are silently lost, and a traceback."""
     assert read_origin(tmp_path) is None
     (tmp_path / "deepcloze.json").write_text('{"run_id": "a"}')
     with pytest.raises(UserError, match=r"deepcloze\.json is damaged"):

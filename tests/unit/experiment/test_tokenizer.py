@@ -56,7 +56,7 @@ def test_fingerprint_is_of_what_makes_ids(tmp_path: Path, vocabulary_folder: Pat
     assert tokenizer_fingerprint(tokenizer) != plain
 
 
-def test_saved_tokenizers_say_nothing_of_their_source(tmp_path: Path, vocabulary_folder: Path) -> None:
+def test_saved_tokenizers_do_not_depend_on_their_source(tmp_path: Path, vocabulary_folder: Path) -> None:
     """Catches paths or loading options in the files, which would make equal corpora differ."""
     save_tokenizer(load_tokenizer(vocabulary_folder), tmp_path / "one")
     save_tokenizer(load_tokenizer(tmp_path / "one"), tmp_path / "two")
@@ -66,7 +66,7 @@ def test_saved_tokenizers_say_nothing_of_their_source(tmp_path: Path, vocabulary
 
 
 def test_folders_without_a_usable_tokenizer(tmp_path: Path) -> None:
-    """Catches a trace, or a tokenizer without a mask token that fails at the first batch."""
+    """Catches a traceback, or a tokenizer without a mask token that fails at the first batch."""
     with pytest.raises(UserError, match="is not a folder"):
         load_tokenizer(tmp_path / "nowhere")
     (tmp_path / "encoder.json").write_text("{}")

@@ -15,7 +15,7 @@ SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Threads cost tiny models more than they give, and a great deal where other processes hold the cores."""
+    """One thread: more slow tiny models down, most of all on busy cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -17,7 +17,7 @@ def config(**overrides: str) -> FinetuneConfig:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipes_parse(recipe: Path, tmp_path: Path) -> None:
-    """Catches a recipe that has fallen behind the config, and a written config that does not read back the same."""
+    """Catches a recipe that does not match the config, and a written config that does not read back the same."""
     loaded = load_config(FinetuneConfig, recipe)
     (tmp_path / "config.yaml").write_text(dump_config(loaded))
     assert load_config(FinetuneConfig, tmp_path / "config.yaml") == loaded
@@ -29,14 +29,14 @@ def test_there_are_recipes() -> None:
 
 
 def test_labels_and_columns_may_look_like_numbers() -> None:
-    """Catches `labels: [0, 1]` and `columns: {label: 1}` being refused as no text."""
+    """Catches `labels: [0, 1]` and `columns: {label: 1}` being rejected as not text."""
     made = config(task__labels="[0, 1]", task__columns="{label: 1, text: 3}", task__header="null")
     assert made.task.labels == ("0", "1")
     assert (made.task.columns.label, made.task.columns.text) == ("1", "3")
 
 
 def test_a_tab_can_be_typed() -> None:
-    r"""Catches `--task.sep='\t'` being refused as two characters: no shell makes a tab of it."""
+    r"""Catches `--task.sep='\t'` being rejected as two characters: shells do not turn it into a tab."""
     assert config(task__sep=r"\t").task.sep == "\t"
 
 
@@ -56,8 +56,8 @@ def test_a_tab_can_be_typed() -> None:
         ("model.max_seq_length", "2", r"model\.max_seq_length"),
     ],
 )
-def test_bad_values_are_refused_by_key(key: str, raw: str, message: str) -> None:
-    """Catches a bad value that surfaces as a trace, or only after minutes of training."""
+def test_bad_values_are_rejected_by_key(key: str, raw: str, message: str) -> None:
+    """Catches a bad value that ends in a traceback, or is found only after minutes of training."""
     tree: dict[str, Any] = MINIMAL
     with pytest.raises(UserError, match=message):
         build_config(FinetuneConfig, tree, {key: raw})

@@ -39,7 +39,7 @@ def test_every_metric_of_the_config_is_scored() -> None:
     assert set(classification_scores(np.array([0, 1]), np.array([0, 1]))) == set(get_args(MetricName))
 
 
-def test_a_label_that_gold_lacks_warns_nobody(recwarn: pytest.WarningsRecorder) -> None:
+def test_a_predicted_label_that_never_occurs_does_not_warn(recwarn: pytest.WarningsRecorder) -> None:
     """Catches scikit-learn's warnings on the user's terminal in ordinary cases of small splits."""
     classification_scores(np.array([0, 0]), np.array([0, 1]))
     classification_scores(np.array([0, 0]), np.array([0, 0]))
@@ -52,6 +52,6 @@ def test_confusion_has_gold_in_rows() -> None:
 
 
 def test_summarize_over_seeds() -> None:
-    """Catches the population's standard deviation, which flatters few seeds, and a failure on a single one."""
+    """Catches the population standard deviation, which is too small for few seeds, and an error for a single seed."""
     assert summarize([1.0, 2.0, 6.0]) == {"values": [1.0, 2.0, 6.0], "mean": 3.0, "std": 7.0**0.5, "median": 2.0}
     assert summarize([0.5])["std"] == 0.0

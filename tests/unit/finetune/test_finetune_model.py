@@ -24,8 +24,8 @@ def copied(encoder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(encoder, tmp_path / "copy"))
 
 
-def test_pretrained_weights_arrive_and_only_the_head_is_fresh(encoder: Path) -> None:
-    """Catches an encoder that is silently left at random values: the commonest reason for bad scores."""
+def test_pretrained_weights_arrive_and_only_the_head_is_new(encoder: Path) -> None:
+    """Catches an encoder silently left at random values, the most common reason for bad scores."""
     model, fresh = build_model(start(encoder))
     word = "bert.embeddings.word_embeddings.weight"
     assert torch.equal(model.state_dict()[word], load_file(encoder / "model.safetensors")[word])
@@ -57,15 +57,15 @@ def test_the_seed_decides_the_head(encoder: Path) -> None:
     assert not torch.equal(heads[0], heads[2])
 
 
-def test_a_classifier_for_other_labels_gets_a_fresh_head(encoder: Path, tmp_path: Path) -> None:
-    """Catches continuing from another task's model failing because its head has another size."""
+def test_a_classifier_for_other_labels_gets_a_new_head(encoder: Path, tmp_path: Path) -> None:
+    """Catches a failure to start from another task's model because its head has another size."""
     AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=5).save_pretrained(tmp_path)
     model, fresh = build_model(start(tmp_path))
     assert fresh == ["classifier.bias", "classifier.weight"]
     assert model.classifier.out_features == 3
 
 
-def test_weights_that_lack_a_layer_are_refused(copied: Path) -> None:
+def test_weights_that_lack_a_layer_are_rejected(copied: Path) -> None:
     """Catches a folder whose weights fill only part of the encoder being trained as if it were pretrained."""
     weights = load_file(copied / "model.safetensors")
     kept = {name: value for name, value in weights.items() if "layer.1." not in name}
@@ -74,10 +74,8 @@ def test_weights_that_lack_a_layer_are_refused(copied: Path) -> None:
         build_model(start(copied))
 
 
-def test_loading_says_nothing_alarming(
-    encoder: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
-) -> None:
-    """Catches transformers' progress bar and its report on a fresh head reaching the user, or its logging left off."""
+def test_loading_is_quiet(encoder: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
+    """Catches transformers' progress bar and its report on new weights on the terminal, or its logging left off."""
     level = logging.get_verbosity()
     build_model(start(encoder))
     assert capfd.readouterr() == ("", "")
@@ -105,7 +103,7 @@ def test_usable_length_of_bert_and_roberta(encoder: Path, tmp_path: Path) -> Non
     assert (roberta.max_length, roberta.token_types) == (64, False)
 
 
-def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(copied: Path) -> None:
+def test_a_tokenizer_with_more_tokens_than_the_model_is_rejected(copied: Path) -> None:
     """Catches an index error inside the embedding, minutes into a training."""
     (copied / "vocab.txt").write_text((copied / "vocab.txt").read_text() + "extra\n")
     with pytest.raises(UserError, match=r"ids go up to 45, vocab_size is 45"):
@@ -114,14 +112,14 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(copied: Path) ->
 
 @pytest.mark.parametrize("missing", ["vocab.txt", "model.safetensors"])
 def test_an_incomplete_folder_is_a_user_error(copied: Path, missing: str) -> None:
-    """Catches a trace from inside transformers, or an empty tokenizer that maps every word to [UNK]."""
+    """Catches a traceback from transformers, or an empty tokenizer that maps every word to [UNK]."""
     (copied / missing).unlink()
     with pytest.raises(UserError, match="copy"):
         load_tokenizer(copied) and build_model(start(copied))
 
 
 def test_an_unknown_model_type_is_a_user_error(copied: Path) -> None:
-    """Catches a trace for a config of a model that transformers does not have."""
+    """Catches a traceback for a model type that transformers does not support."""
     config = json.loads((copied / "config.json").read_text())
     (copied / "config.json").write_text(json.dumps({**config, "model_type": "bort"}))
     with pytest.raises(UserError, match="copy"):

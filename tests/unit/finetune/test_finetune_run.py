@@ -42,7 +42,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 @pytest.fixture
 def seeds_trained(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The seeds that were really trained, in their order."""
+    """The seeds that were trained, in order."""
     trained: list[int] = []
     original = run_module.train_seed
 
@@ -99,7 +99,7 @@ def test_the_model_folder_gives_the_predictions_without_our_code(config_file: Pa
 
 
 def test_finished_seeds_are_not_run_again(config_file: Path, tmp_path: Path, seeds_trained: list[int]) -> None:
-    """Catches a second start that trains everything anew, and a summary that forgets the seeds of the first."""
+    """Catches a restart that trains finished seeds again, and results without the seeds of the first start."""
     finetune(config_file, {"training.seeds": "[1]"})
     weights = tmp_path / "run" / "seed-1" / "model" / "model.safetensors"
     written = weights.stat().st_mtime_ns
@@ -115,7 +115,7 @@ def test_finished_seeds_are_not_run_again(config_file: Path, tmp_path: Path, see
 def test_a_killed_seed_is_trained_again_and_agrees(
     config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches half a seed's folder counting as a result, and a repeated seed that ends elsewhere."""
+    """Catches an incomplete seed folder counted as a result, and a repeated seed with other weights."""
     write = seeds_module.write_predictions
 
     def killed(*_: Any) -> None:
@@ -169,7 +169,7 @@ def test_random_initialisation_is_named(config_file: Path, tmp_path: Path) -> No
 def test_an_unlabelled_test_split_is_only_predicted(
     config_file: Path, tmp_path: Path, task_files: dict[str, str]
 ) -> None:
-    """Catches scores against labels that nobody has, and an unlabelled test split stopping the run."""
+    """Catches scores without labels, and an unlabelled test split that stops the run."""
     path = Path(task_files["test"])
     path.write_text("text\n" + "\n".join(row["text"] for row in csv.DictReader(path.open(), delimiter="\t")) + "\n")
     finetune(config_file, {"training.seeds": "[1]", "training.epochs": "1"})
@@ -191,7 +191,7 @@ def test_an_unlabelled_test_split_is_only_predicted(
     ],
 )
 def test_bad_input_leaves_no_run(config_file: Path, tmp_path: Path, overrides: dict[str, str], message: str) -> None:
-    """Catches a mistake that is found after training has begun, or that leaves a run folder behind."""
+    """Catches a mistake that is found after training has started, or that leaves a run folder."""
     with pytest.raises(UserError, match=message):
         finetune(config_file, overrides)
     assert not (tmp_path / "run").exists()
@@ -209,7 +209,7 @@ def test_a_pretraining_run_is_not_written_into(config_file: Path, tmp_path: Path
 def test_a_damaged_checkpoint_is_not_fine_tuned(
     config_file: Path, encoder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Catches weights that are loaded without a look at their checksums."""
+    """Catches weights that are loaded without verifying their checksums."""
     checkpoints = tmp_path / "pretraining" / "checkpoints"
     older, newest = (checkpoint_path(checkpoints, step) for step in (10, 20))
     for checkpoint in (older, newest):

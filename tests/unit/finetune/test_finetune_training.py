@@ -53,7 +53,7 @@ def task(**splits: Examples) -> Task:
 
 
 def ignore(step: int, figures: Any) -> None:
-    """A log that nobody reads."""
+    """A log that drops its metrics."""
 
 
 def test_one_seed_is_one_result() -> None:
@@ -77,7 +77,7 @@ def test_it_learns_and_predicts_in_the_order_of_the_rows() -> None:
     assert fitted.probabilities["test"].sum(axis=1) == pytest.approx(np.ones(50))
 
 
-def test_the_best_epoch_is_kept_and_of_equals_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_epoch_is_kept_and_the_first_of_a_tie(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches the last epoch being kept, or test being predicted with weights other than the kept ones."""
     accuracies = iter([0.5, 0.9, 0.9, 0.2])
     weights: list[torch.Tensor] = []
@@ -113,8 +113,8 @@ def test_a_split_without_labels_is_predicted_without_a_loss() -> None:
     assert math.isnan(loss)
 
 
-def test_divergence_is_said() -> None:
-    """Catches NaN weights being scored as a result: every example then gets the first label."""
+def test_divergence_is_reported() -> None:
+    """Catches NaN weights that are scored: every example then gets the first label."""
     with pytest.raises(UserError, match=r"diverged.*training\.lr below 1e\+30"):
         fit(Bag(), task(), TrainingConfig(lr=1e30, epochs=3, batch_size=8), 1, CPU, ignore)
 
@@ -134,7 +134,7 @@ def test_events_count_steps_and_carry_figures() -> None:
     assert fitted.epochs[0].train_loss == pytest.approx(mean)
 
 
-def test_learning_rate_goes_up_and_down() -> None:
+def test_learning_rate_warms_up_and_decays() -> None:
     """Catches a first step at rate 0, a peak that is not 1, and a last step at rate 0 or below."""
     factors = [lr_factor(step, 100, 0.1) for step in range(100)]
     assert 0 < factors[0] < factors[9] < 1

@@ -25,13 +25,13 @@ def test_labels_are_found_in_one_order(labels: list[str], expected: tuple[str, .
 
 
 def test_one_label_is_no_task() -> None:
-    """Catches a training on a wrong column that holds one value."""
+    """Catches training on a wrong column that has a single value."""
     with pytest.raises(UserError, match="every row has the label 'x'"):
         KIND.find_labels(table("x", "x"))
 
 
 def test_an_unknown_label_is_named_with_its_line() -> None:
-    """Catches labels of validation that training never saw being mapped to some id."""
+    """Catches validation labels that do not occur in train mapped to some id."""
     rows = table("a", "c")
     with pytest.raises(UserError, match=r"f\.csv:3: unknown label 'c'; known: a, b"):
         [KIND.target(rows, row, ("a", "b")) for row in rows.rows]

@@ -37,14 +37,14 @@ def test_headerless_tsv_by_column_number(tmp_path: Path) -> None:
     assert table.rows[0].line == 1
 
 
-def test_byte_order_mark_and_quotes_that_are_no_quotes(tmp_path: Path) -> None:
+def test_byte_order_mark_and_ordinary_quotes(tmp_path: Path) -> None:
     """Catches a BOM glued to the first column's name, and quote characters that swallow tabs when quoting is off."""
     path = write(tmp_path / "a.tsv", '\ufefflabel\ttext\n1\t" he said\n0\tshe "did\n')
     table = read_table(path, COLUMNS, CsvFormat(quoting=csv.QUOTE_NONE))
     assert values(table) == [{"label": "1", "text": '" he said'}, {"label": "0", "text": 'she "did'}]
 
 
-def test_unbalanced_quotes_are_refused_and_the_cure_named(tmp_path: Path) -> None:
+def test_unbalanced_quotes_are_rejected_with_a_hint(tmp_path: Path) -> None:
     """Catches rows that silently disappear inside a quoted field which never ends."""
     path = write(tmp_path / "a.tsv", 'label\ttext\n1\t" he said\n0\tshe did\n')
     with pytest.raises(UserError, match=r"a\.tsv:2: malformed row: .*set quoting 3"):
@@ -52,7 +52,7 @@ def test_unbalanced_quotes_are_refused_and_the_cure_named(tmp_path: Path) -> Non
 
 
 def test_jsonl_reads_texts_and_simple_labels(tmp_path: Path) -> None:
-    """Catches labels that are numbers or booleans in JSON being refused or written as Python writes them."""
+    """Catches labels that are numbers or booleans in JSON being rejected or written as Python writes them."""
     rows = [{"text": "a", "label": 1}, {"text": "b", "label": True}, {"text": "c", "label": "x", "more": None}]
     path = write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows) + "\n")
     assert [row["label"] for row in values(read_table(path, COLUMNS))] == ["1", "true", "x"]
@@ -66,7 +66,7 @@ def test_gzip_and_chosen_separator(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["text\none\ntwo\n", "text,label\none,\ntwo, \n"])
 def test_a_split_without_labels_may_be_allowed(tmp_path: Path, text: str) -> None:
-    """Catches an unlabelled test split being refused, or taken for one with the label ''."""
+    """Catches an unlabelled test split being rejected, or taken for one with the label ''."""
     path = write(tmp_path / "a.csv", text)
     table = read_table(path, COLUMNS, label_required=False)
     assert not table.labelled
@@ -108,13 +108,13 @@ def test_a_split_without_labels_may_be_allowed(tmp_path: Path, text: str) -> Non
         ("a.jsonl", '{"text": "a", "label": null}\n', r"a\.jsonl:1: the label is empty"),
     ],
 )
-def test_bad_files_are_refused_by_file_and_line(tmp_path: Path, name: str, text: str | bytes, message: str) -> None:
-    """Catches a bad row that is skipped or repaired in silence, and a message that does not say where it is."""
+def test_bad_files_are_rejected_with_file_and_line(tmp_path: Path, name: str, text: str | bytes, message: str) -> None:
+    """Catches a bad row that is silently skipped or repaired, and a message without file and line."""
     with pytest.raises(UserError, match=message):
         read_table(write(tmp_path / name, text), COLUMNS)
 
 
 def test_a_missing_file_is_a_user_error(tmp_path: Path) -> None:
-    """Catches a trace for a path that is not there."""
+    """Catches a traceback for a missing file."""
     with pytest.raises(UserError, match=r"cannot read .*none\.csv"):
         read_table(tmp_path / "none.csv", COLUMNS)
