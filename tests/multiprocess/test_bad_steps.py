@@ -338,7 +338,7 @@ def test_the_best_checkpoint_stays_and_patience_ends_the_run(
     assert [path.name for path in complete_checkpoints(checkpoints)] == ["step-00000002", "step-00000005"]
     assert (checkpoints / "best").read_text(encoding="utf-8") == "step-00000002\n"
     said = RunFolder(tmp_path / "unbroken").rank_log(0).read_text(encoding="utf-8")
-    assert "ending early: eval/held/loss has not improved for 3 evaluations; the best was 3 at step 2" in said
+    assert "stopping early: eval/held/loss has not improved for 3 evaluations; the best was 3 at step 2" in said
     assert pools[2].run(scripted_case, tree("unbroken"), []) == ["done", "done"]
 
     assert pools[2].run(scripted_case, tree("stopped"), losses[:4], 4) == ["stopped", "stopped"]
