@@ -1,0 +1,81 @@
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from pretrain.batching.batch import RankBatch
+from pretrain.batching.order import BatchSequences
+from pretrain.training.clock import TrainingClock
+from pretrain.training.host_group import HostGroup
+from pretrain.training.step_agreement import StepAgreement, StepTotals
+from pretrain.training.stop_request import StopRequest
+from pretrain.world import World
+
+MASKED, TOKENS, SQUARED = (5, 30, 200), (9, 70, 800), (0, 2, 4)  # of three ranks
+
+
+class RecordedHosts:
+    """In place of the process group: keeps what each rank contributes."""
+
+    def __init__(self) -> None:
+        self.contributions: list[list[int]] = []
+
+    def all_reduce_sum(self, numbers: Sequence[int]) -> list[int]:
+        self.contributions.append(list(numbers))
+        return [sum(column) for column in zip(*self.contributions, strict=True)]
+
+
+class Requested:
+    def __init__(self, reason: str | None) -> None:
+        self.reason = reason
+
+
+def rank_batch(masked: int, tokens: int, squared_lengths: int) -> RankBatch:
+    nothing = np.zeros(0, dtype=np.int64)
+    origins = BatchSequences(*[nothing] * len(BatchSequences._fields))
+    return RankBatch(0, [], masked, tokens, 1, squared_lengths, [tokens - 1, 1], origins, 0)
+
+
+def agree(monkeypatch: pytest.MonkeyPatch, save_minutes: float | None, asked: tuple[str | None, ...]) -> StepTotals:
+    """The totals of three ranks whose clocks disagree: 100, 170 and 240 seconds of training, as long since a save."""
+    now = 0.0
+    monkeypatch.setattr("pretrain.training.clock.time.monotonic", lambda: now)
+    hosts: Any = RecordedHosts()
+    for rank, reason in enumerate(asked):
+        now = 0.0
+        clock = TrainingClock(0.0)
+        now = 100.0 + 70.0 * rank
+        stop = cast(StopRequest, Requested(reason))
+        agreement = StepAgreement(cast(HostGroup, hosts), World(rank, 3), clock, stop, save_minutes)
+        totals = agreement.totals(rank_batch(MASKED[rank], TOKENS[rank], SQUARED[rank]))
+    return totals
+
+
+def test_totals_are_sums_over_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches numbers that change places on the way, and corpora that are mixed up."""
+    totals = agree(monkeypatch, None, (None, None, None))
+    assert (totals.masked_tokens, totals.tokens, totals.squared_lengths) == (235, 879, 6)
+    assert totals.corpus_tokens == (876, 3)
+    assert (totals.stop_requests, totals.save_requests) == (0, 0)
+
+
+def test_time_is_that_of_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches clocks that are added up, or a budget that each rank measures for itself."""
+    assert agree(monkeypatch, None, (None, None, None)).seconds == 100.0
+
+
+@pytest.mark.parametrize(("save_minutes", "requests"), [(None, 0), (1.0, 1), (2.0, 0)])
+def test_saves_are_due_by_the_clock_of_rank_0(
+    monkeypatch: pytest.MonkeyPatch, save_minutes: float | None, requests: int
+) -> None:
+    """Catches a save that only some ranks start, and seconds compared with minutes."""
+    assert agree(monkeypatch, save_minutes, (None, None, None)).save_requests == requests
+
+
+@pytest.mark.parametrize(("asked", "requests"), [((None, None, "signal"), 1), (("STOP", "signal", None), 2)])
+def test_any_rank_can_request_a_stop(
+    monkeypatch: pytest.MonkeyPatch, asked: tuple[str | None, ...], requests: int
+) -> None:
+    """Catches a signal to a rank other than 0 that is ignored."""
+    assert agree(monkeypatch, None, asked).stop_requests == requests
