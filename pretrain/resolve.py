@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
@@ -59,17 +59,21 @@ class ResolvedRun:
     resume: ResumePlan
 
 
-def _decide_locally(choose: Callable[[], T]) -> T:
+class Decide(Protocol):
+    """Calls a function that chooses among checkpoints, and returns the choice."""
+
+    def __call__(self, choose: Callable[[], T], /) -> T: ...
+
+
+def _decide_locally(choose: Callable[[], T], /) -> T:
     return choose()
 
 
-def resolve(
-    config: PretrainConfig, world_size: int, decide: Callable[[Callable[[], Any]], Any] = _decide_locally
-) -> ResolvedRun:
+def resolve(config: PretrainConfig, world_size: int, decide: Decide = _decide_locally) -> ResolvedRun:
     """Resolve and check a run. Raises UserError for the first thing that would keep it from starting.
 
-    `decide`: calls a function that chooses among checkpoints, of which there may be more at any moment. Ranks pass
-    `HostGroup.from_rank0`, so that all of them use rank 0's choice.
+    `decide`: ranks pass `HostGroup.from_rank0`, so that all of them use rank 0's choice even if a checkpoint appears or
+    disappears at this moment.
     """
     deepspeed = load_settings(config.engine.ds_config)
     check_device_support(deepspeed)
