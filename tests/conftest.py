@@ -1,4 +1,4 @@
-"""What tests of several rooms share: soak tests on demand only, and small real corpora, built once a session."""
+"""Shared by all tests: `--record`, soak tests on request only, and tiny corpora that are built once per session."""
 
 import random
 from collections.abc import Iterator
@@ -10,11 +10,11 @@ from rank_pool import ForkServer, RankPool
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--record", action="store_true", help="record the golden runs anew instead of comparing with them")
+    parser.addoption("--record", action="store_true", help="record the golden runs instead of comparing with them")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Soak tests run only where `-m` speaks of them."""
+    """Deselect soak tests unless `-m` names them."""
     if "soak" not in config.option.markexpr:
         soak = [item for item in items if item.get_closest_marker("soak")]
         items[:] = [item for item in items if not item.get_closest_marker("soak")]
@@ -25,9 +25,9 @@ _SYLLABLES = ["ba", "de", "fi", "go", "lu", "mar", "nes", "pol", "rin", "sta", "
 
 
 def _english(seed: int, documents: int) -> str:
-    """Text with the statistics that matter here: frequent short words, rare long ones, documents from 1 to 150 words.
+    """Random text like English: short words are frequent, long ones rare, and documents have 1 to 150 words.
 
-    A word leans on the one before it, so that a model has something to learn.
+    Each word depends on the previous one, so that a model can learn something.
     """
     draw = random.Random(seed)
     drawn = {"".join(draw.choices(_SYLLABLES, k=1 + draw.randrange(4))) for _ in range(300)}
@@ -44,7 +44,7 @@ def _english(seed: int, documents: int) -> str:
 
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """640 documents, one a line."""
+    """640 documents, one per line."""
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(_english(seed=1, documents=640), encoding="utf-8")
     return path
@@ -52,7 +52,7 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def wordpiece(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
-    """A tokenizer like BERT's, of 200 tokens."""
+    """A WordPiece tokenizer like BERT's, with 200 tokens."""
     from pretrain.corpus.options import TokenizerOptions
     from pretrain.corpus.train_tokenizer import train_tokenizer
 
@@ -63,7 +63,7 @@ def wordpiece(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path
 
 @pytest.fixture(scope="session")
 def byte_level(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
-    """A tokenizer like RoBERTa's, of 330 tokens."""
+    """A byte-level BPE tokenizer like RoBERTa's, with 330 tokens."""
     from pretrain.corpus.options import TokenizerOptions
     from pretrain.corpus.train_tokenizer import train_tokenizer
 
@@ -74,7 +74,7 @@ def byte_level(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Pat
 
 @pytest.fixture(scope="session")
 def wordpiece_corpus(tmp_path_factory: pytest.TempPathFactory, text_file: Path, wordpiece: Path) -> Path:
-    """600 documents; 40 more are in `heldout_corpus`."""
+    """600 documents; the other 40 are `heldout_corpus`."""
     from pretrain.corpus.build import build_corpus
     from pretrain.corpus.options import CorpusOptions
 
@@ -100,10 +100,10 @@ def byte_level_corpus(tmp_path_factory: pytest.TempPathFactory, text_file: Path,
 
 @pytest.fixture(scope="session")
 def pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, RankPool]]:
-    """World size -> pool of rank processes."""
-    nursery = ForkServer(tmp_path_factory.mktemp("ranks") / "output.log")
-    pools = {size: RankPool(nursery, size) for size in (1, 2, 3)}
+    """Pools of rank processes, by world size."""
+    fork_server = ForkServer(tmp_path_factory.mktemp("ranks") / "output.log")
+    pools = {size: RankPool(fork_server, size) for size in (1, 2, 3)}
     yield pools
     for pool in pools.values():
         pool.close()
-    nursery.close()
+    fork_server.close()

@@ -21,7 +21,7 @@ from pretrain.resolve import resolve
 from pretrain.stream import open_stream
 from pretrain.world import World
 from rank_pool import RankPool
-from runs import TINY, Tree, everything, pretrain_case, settings
+from runs import TINY, Tree, pretrain_case, run_config, saved_tensors
 
 HERE = Path(__file__).parent
 RECORDED = HERE / "recorded"
@@ -39,7 +39,7 @@ def build_corpora(text: Path, folder: Path) -> Path:
 
 def fp32(folder: Path, corpora: Path) -> Tree:
     """ZeRO 2, three microbatches a step, dropout on."""
-    return settings(
+    return run_config(
         folder,
         corpora / "all",
         "fp32_zero2",
@@ -49,11 +49,11 @@ def fp32(folder: Path, corpora: Path) -> Tree:
 
 
 def bf16(folder: Path, corpora: Path) -> Tree:
-    return settings(folder, corpora / "all", "bf16_zero1", masking__unit="word")
+    return run_config(folder, corpora / "all", "bf16_zero1", masking__unit="word")
 
 
 def lamb_with_stages(folder: Path, corpora: Path) -> Tree:
-    return settings(
+    return run_config(
         folder,
         corpora / "all",
         "fp32_zero1",
@@ -66,7 +66,7 @@ def lamb_with_stages(folder: Path, corpora: Path) -> Tree:
 
 def mixture_with_spans(folder: Path, corpora: Path) -> Tree:
     train = [{"path": str(corpora / "all"), "weight": 0.6}, {"path": str(corpora / "part"), "weight": 0.4}]
-    return settings(
+    return run_config(
         folder,
         corpora / "all",
         "fp32_zero3",
@@ -79,11 +79,11 @@ def mixture_with_spans(folder: Path, corpora: Path) -> Tree:
 
 def parent(folder: Path, corpora: Path) -> Tree:
     """The run that `fork_with_ema` forks at its last step."""
-    return settings(folder, corpora / "all", schedule__name="constant", schedule__steps=3)
+    return run_config(folder, corpora / "all", schedule__name="constant", schedule__steps=3)
 
 
 def fork_with_ema(folder: Path, corpora: Path) -> Tree:
-    tree = settings(
+    tree = run_config(
         folder,
         corpora / "all",
         model__ema_decay=0.8,
@@ -98,7 +98,7 @@ def fork_with_ema(folder: Path, corpora: Path) -> Tree:
 def resumed(folder: Path, corpora: Path) -> Tree:
     """The run whose first two steps made `tests/golden/checkpoint_0_1`."""
     small = {"hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 12, "max_position_embeddings": 40}
-    return settings(folder, corpora / "all", model__config=TINY | small, schedule__steps=4)
+    return run_config(folder, corpora / "all", model__config=TINY | small, schedule__steps=4)
 
 
 RUNS = {run.__name__: run for run in (fp32, bf16, lamb_with_stages, mixture_with_spans, fork_with_ema)}
@@ -140,7 +140,7 @@ def digest(batch: Any) -> str:
 def norms(checkpoint: Path) -> dict[str, float]:
     """Of masters, moments and averages, each over all parameters."""
     sums: dict[str, float] = {}
-    for name, tensor in everything(checkpoint).items():
+    for name, tensor in saved_tensors(checkpoint).items():
         if tensor.dim() and not name.endswith("step"):
             kind = name.rpartition("/")[2]
             sums[kind] = sums.get(kind, 0.0) + float(tensor.double().square().sum())

@@ -8,7 +8,7 @@ import pytest
 
 from golden_runs import HERE, RANKS, RECORDED, RUNS, build_corpora, carry_out, resumed
 from rank_pool import RankPool
-from runs import curve, pretrain_case
+from runs import logged, pretrain_case
 
 # Other CPUs sum in another order, which a few steps of Adam enlarge; a changed mask, rate or order is far outside.
 RELATIVE = {"fp32": 1e-3, "bf16": 2e-2}
@@ -53,4 +53,4 @@ def test_a_checkpoint_of_version_0_1_is_resumed(pools: dict[int, RankPool], corp
     shutil.copytree(HERE / "checkpoint_0_1" / written.name, written)
     assert set(pools[RANKS].run(pretrain_case, resumed(tmp_path, corpora))) == {"done"}
     expected = json.loads((HERE / "checkpoint_0_1" / "losses.json").read_text(encoding="utf-8"))
-    assert curve(tmp_path) == pytest.approx(expected[2:], rel=RELATIVE["fp32"])
+    assert logged(tmp_path) == pytest.approx(expected[2:], rel=RELATIVE["fp32"])

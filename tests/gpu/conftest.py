@@ -49,7 +49,7 @@ def _join(rank: int, size: int, port: int, device: str) -> None:
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "TORCHDYNAMO_DISABLE": "1"}
     if device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-    from pretrain.engine.engine import connect
+    from pretrain.engine.process_group import connect
 
     connect(timedelta(seconds=60), rank, size)
 

@@ -8,7 +8,7 @@ import torch
 
 from experiment.checkpoints import checkpoint_path
 from pretrain.world import World
-from runs import NO_DROPOUT, Tree, curve, everything, pretrain_case, settings
+from runs import NO_DROPOUT, Tree, logged, pretrain_case, run_config, saved_tensors
 
 MODEL = {
     "model_type": "bert",
@@ -25,7 +25,7 @@ FOLLOWS = {"fp16": 2e-3, "bf16": 1e-2}
 
 def tree_of(folder: Path, corpus: Path, ds_config: str, **changes: Any) -> Tree:
     changes = {"model__config": MODEL | NO_DROPOUT, "batch__microbatch_tokens": 400, "schedule__steps": STEPS} | changes
-    return settings(folder, corpus, ds_config, **changes)
+    return run_config(folder, corpus, ds_config, **changes)
 
 
 def counting_case(world: World, tree: Tree, stop_after: int | None = None) -> tuple[str, int, int]:
@@ -56,13 +56,13 @@ def fp32(gpus: Any, wordpiece_corpus: Path, tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp("fp32")
     ended = gpus.run(counting_case, tree_of(folder, wordpiece_corpus, "fp32_zero1"))
     assert all((outcome, calls) == ("done", 0) for outcome, calls, _ in ended)
-    return curve(folder)
+    return logged(folder)
 
 
 def test_fp32_on_a_gpu_follows_the_cpu(cpu: Any, fp32: list[float], wordpiece_corpus: Path, tmp_path: Path) -> None:
     """Catches batches, positions or masks that get lost on their way to the device, and TF32 that nobody asked for."""
     cpu.run(pretrain_case, tree_of(tmp_path, wordpiece_corpus, "fp32_zero1"))
-    assert fp32 == pytest.approx(curve(tmp_path), rel=1e-3)
+    assert fp32 == pytest.approx(logged(tmp_path), rel=1e-3)
     assert fp32[-1] < fp32[0] - 0.2
 
 
@@ -76,13 +76,13 @@ def test_16_bit_with_the_real_kernels_follows_fp32(
     ended = gpus.run(counting_case, tree_of(tmp_path, wordpiece_corpus, f"{precision}_zero{stage}"))
     assert all(outcome == "done" for outcome, _, _ in ended)
     assert all(calls >= STEPS * MODEL["num_hidden_layers"] for _, calls, _ in ended)  # type: ignore[operator]
-    skipped = curve(tmp_path, "skipped_steps")[-1]
-    assert skipped == (0 if precision == "bf16" else curve(tmp_path, "overflows")[-1])
+    skipped = logged(tmp_path, "skipped_steps")[-1]
+    assert skipped == (0 if precision == "bf16" else logged(tmp_path, "overflows")[-1])
     if skipped == 0:
-        assert curve(tmp_path) == pytest.approx(fp32, rel=FOLLOWS[precision])
+        assert logged(tmp_path) == pytest.approx(fp32, rel=FOLLOWS[precision])
     else:  # the first scales were too high: as many steps less of learning
         assert skipped < 5
-        assert curve(tmp_path)[-1] == pytest.approx(fp32[-1], rel=0.02)
+        assert logged(tmp_path)[-1] == pytest.approx(fp32[-1], rel=0.02)
 
 
 @pytest.mark.parametrize("rule", ["adamw", "lamb", "stableadamw"])
@@ -97,8 +97,8 @@ def test_offload_changes_nothing(gpus: Any, wordpiece_corpus: Path, tmp_path: Pa
     gpus.run(pretrain_case, trees["plain"])
     assert set(gpus.run(pretrain_case, trees["offloaded"], 4)) == {"stopped"}
     assert set(gpus.run(pretrain_case, trees["offloaded"])) == {"done"}
-    assert curve(tmp_path / "offloaded") == pytest.approx(curve(tmp_path / "plain"), rel=5e-3)
-    plain, offloaded = (everything(checkpoint_path(tmp_path / name / "checkpoints", 8)) for name in rows)
+    assert logged(tmp_path / "offloaded") == pytest.approx(logged(tmp_path / "plain"), rel=5e-3)
+    plain, offloaded = (saved_tensors(checkpoint_path(tmp_path / name / "checkpoints", 8)) for name in rows)
     assert plain.keys() == offloaded.keys()
     assert all(tensor.isfinite().all() for tensor in offloaded.values())
 
@@ -116,5 +116,5 @@ def test_recomputed_activations_save_memory_and_change_nothing(
         tree["model"]["activation_checkpointing"] = recompute
         peaks[recompute] = max(peak for _, _, peak in gpus.run(counting_case, tree))
     # Atomic additions in the gradient of embeddings make no two runs the same to the last bit.
-    assert curve(tmp_path / "True") == pytest.approx(curve(tmp_path / "False"), rel=1e-3)
+    assert logged(tmp_path / "True") == pytest.approx(logged(tmp_path / "False"), rel=1e-3)
     assert peaks[True] < 0.8 * peaks[False]

@@ -1,5 +1,5 @@
-"""Settings for tests that start ranks."""
+"""Settings of tests that start ranks."""
 
 import torch
 
-torch.set_num_threads(1)  # the models are so small that a second thread only costs
+torch.set_num_threads(1)  # more threads only slow down models this small

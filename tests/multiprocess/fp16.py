@@ -1,4 +1,4 @@
-"""fp16 on CPUs."""
+"""Run fp16 tests on CPUs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ from typing import Any
 
 @contextmanager
 def fp16_supported() -> Iterator[None]:
-    """Answer the device check, which CPUs without fp16 arithmetic fail although torch emulates it."""
+    """Pass the device check, which CPUs without fp16 arithmetic fail although torch emulates it."""
     from deepspeed.accelerator import get_accelerator
 
     device: Any = get_accelerator()

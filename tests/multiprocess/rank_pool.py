@@ -1,14 +1,13 @@
-"""Rank processes that live as long as the test session: a case costs what it computes, not the imports.
+"""Rank processes that are reused for the whole test session, so that a test does not pay for imports.
 
-    with ForkServer() as nursery:
-        pool = RankPool(nursery, 2)
-        pool.run(case, *args)       # case(world, *args) on every rank -> [result of rank 0, result of rank 1]
+    fork_server = ForkServer(log)
+    pool = RankPool(fork_server, 2)
+    pool.run(case, *args)       # case(world, *args) on every rank -> [result of rank 0, result of rank 1]
 
-A case is a function of a module, its arguments and result are picklable, and it builds what it uses afresh. After a
-case that fails or hangs, the ranks are killed and the next case gets new ones.
+A case is a module-level function with picklable arguments and result, and builds all that it uses. If a case fails or
+hangs, the ranks are killed and the next case gets new ones.
 
-The nursery is a process without threads that has imported everything and only forks ranks, a few hundredths of a second
-each.
+The fork server is a single-threaded process that has imported everything; it forks a rank within 0.1 s.
 """
 
 import os
@@ -26,44 +25,44 @@ from multiprocessing.connection import Client, Connection, Listener, wait
 from pathlib import Path
 from typing import Any, NoReturn
 
-COLLECTIVE_SECONDS = 25  # a rank that waits this long for another one gives up
+COLLECTIVE_SECONDS = 25  # timeout of collectives
 CASE_SECONDS = 100
 
 
 class RankError(Exception):
-    """A case raised on some rank, or did not end."""
+    """A case raised on a rank, or timed out."""
 
 
 class ForkServer:
     def __init__(self, log: Path) -> None:
-        """`log`: where ranks print to."""
+        """`log`: file for the ranks' output."""
         self._requests, theirs = get_context("spawn").Pipe()
         self._process = get_context("spawn").Process(target=_fork_server, args=(theirs, log, sys.path))
         self._process.start()
         theirs.close()
 
     def fork(self, size: int, address: str, port: int) -> list[int]:
-        """Start the ranks of a pool, which then connect to `address`; returns their process ids."""
+        """Start `size` ranks that connect to `address`. Returns their process ids."""
         self._requests.send((size, address, port))
         pids: list[int] = self._requests.recv()
         return pids
 
     def close(self) -> None:
-        self._requests.close()  # which it takes as the sign to end
+        self._requests.close()  # ends the fork server
         self._process.join(10)
         if self._process.is_alive():
             self._process.kill()
 
 
 class RankPool:
-    def __init__(self, nursery: ForkServer, size: int) -> None:
+    def __init__(self, fork_server: ForkServer, size: int) -> None:
         self.size = size
-        self._nursery = nursery
+        self._fork_server = fork_server
         self._pids: list[int] = []
         self._connections: list[Connection] = []
 
     def run(self, case: Callable[..., Any], *args: Any) -> list[Any]:
-        """The results of `case(world, *args)`, by rank. Raises RankError."""
+        """Run `case(world, *args)` on every rank. Returns the results by rank; raises RankError."""
         if not self._connections:
             self._start()
         for connection in self._connections:
@@ -82,16 +81,16 @@ class RankPool:
                     failure = "the process died"
                 if failure:
                     failures[rank] = failure
-                    # The others may wait for this one: what they have to say is wanted, but not for long.
+                    # The others may be waiting for this one: give them a little time to report.
                     deadline = min(deadline, time.monotonic() + COLLECTIVE_SECONDS / 5)
-        failures |= dict.fromkeys(waiting.values(), "did not end")
+        failures |= dict.fromkeys(waiting.values(), "timed out")
         if failures:
             self.kill()
             raise RankError("\n".join(f"rank {rank}: {failure}" for rank, failure in sorted(failures.items())))
         return results
 
     def kill(self) -> None:
-        """End the ranks at once; the next case gets new ones."""
+        """Kill the ranks; the next case gets new ones."""
         for pid in self._pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -100,14 +99,14 @@ class RankPool:
         self._pids, self._connections = [], []
 
     def close(self) -> None:
-        """Let the ranks end by themselves."""
+        """Close the connections, which ends the ranks."""
         for connection in self._connections:
             connection.close()
         self._connections = []
 
     def _start(self) -> None:
         with tempfile.TemporaryDirectory() as folder, Listener(f"{folder}/socket") as listener:
-            self._pids = self._nursery.fork(self.size, str(listener.address), free_port())
+            self._pids = self._fork_server.fork(self.size, str(listener.address), free_port())
             connections = [listener.accept() for _ in range(self.size)]
             self._connections = [connection for _, connection in sorted((c.recv(), c) for c in connections)]
 
@@ -133,11 +132,11 @@ def _fork_server(requests: Connection, log: Path, path: list[str]) -> NoReturn:
 
     import pretrain.run  # noqa: F401
 
-    set_start_method("fork", force=True)  # of processes that ranks start, as in a rank that was not spawned
+    set_start_method("fork", force=True)  # for processes that ranks start: the default in a rank that was not spawned
     torch.set_num_threads(1)  # torch may have been imported before the variable was set
     gc.freeze()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the tests decide
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # dead ranks leave no zombies
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group: pytest handles it
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # leaves no zombies
     while True:
         try:
             size, address, port = requests.recv()

@@ -1,4 +1,4 @@
-"""Whole pretraining runs of a tiny model, as cases for a pool of ranks."""
+"""Pretraining runs of a tiny model, as cases for a pool of ranks, and what they wrote."""
 
 import functools
 import json
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from experiment.checkpoints import Retention
 from experiment.config import build_config
 from experiment.run_folder import RunFolder
 from pretrain.batching.batch import Microbatch
@@ -30,10 +31,10 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 Tree = dict[str, Any]
 
 
-def settings(folder: Path, corpus: Path, ds_config: str = "fp32_zero1", **changes: Any) -> Tree:
-    """The config of a run of 6 steps that logs each of them; `changes` are given as `section__key=value`.
+def run_config(folder: Path, corpus: Path, ds_config: str = "fp32_zero1", **changes: Any) -> Tree:
+    """Config of a run of 6 steps that logs every step. `changes`: `section__key=value`.
 
-    Nothing divides anything: 29 sequences a batch, windows of 40 slots, three of which make a microbatch.
+    No size divides another: 29 sequences a batch, rows of 40 slots, three rows a microbatch.
     """
     tree: Tree = {
         "run": {"dir": str(folder), "seed": 8, "log_every": 1},
@@ -57,16 +58,16 @@ def pretrain_case(
     stop_after: int | None = None,
     limits: HealthLimits = HEALTH_LIMITS,
 ) -> str:
-    """Carry out a run on this rank; its outcome. `stop_after`: so many steps on, the last rank is asked to stop."""
+    """Run on this rank and return the outcome. `stop_after`: steps after which the last rank is asked to stop."""
     from pretrain.run import pretrain
 
-    asked = stop_after is not None and world.rank == world.size - 1
-    stop_request = functools.partial(_StopAfter, stop_after) if asked else StopRequest
+    is_asked = stop_after is not None and world.rank == world.size - 1
+    stop_request = functools.partial(_StopAfter, stop_after) if is_asked else StopRequest
     return pretrain(build_config(PretrainConfig, tree), world, stop_request, limits).value
 
 
 class _StopAfter(StopRequest):
-    """Wishes to stop once so many steps have begun, since each step asks once before it begins."""
+    """Asks to stop after `steps` steps: each step checks once, before it starts."""
 
     def __init__(self, steps: int, stop_file: Path | None) -> None:
         super().__init__(stop_file)
@@ -75,11 +76,11 @@ class _StopAfter(StopRequest):
     @property
     def reason(self) -> str | None:
         self._left -= 1
-        return "the test wants it" if self._left <= 0 else None
+        return "requested by the test" if self._left <= 0 else None
 
 
 def build_engine(world: World, tree: Tree, seed: int | None = None) -> tuple[Any, Any]:
-    """The engine of a run, as a case, and its model as it was built."""
+    """The engine that a run would build, and the transformers model in it. Collective."""
     from pretrain.engine.engine import Engine
     from pretrain.modeling.build import build_model
     from pretrain.modeling.masked_lm import MaskedLanguageModel
@@ -100,33 +101,64 @@ def build_engine(world: World, tree: Tree, seed: int | None = None) -> tuple[Any
     return engine, built.model
 
 
+def save_engine(engine: Any, checkpoints: Path, step: int) -> None:
+    """Save a checkpoint with an empty Hugging Face folder. Collective."""
+    from pretrain.training.checkpoint_io import save_checkpoint
+
+    save_checkpoint(engine, checkpoints, step, {}, lambda _, hf: hf.mkdir(), Retention(100))
+
+
+def copy_case(world: World, tree: Tree, source: Path, target: Path) -> None:
+    """Load a checkpoint into an engine of this layout, with other initial weights, and save it as step 2."""
+    from pretrain.training.checkpoint_io import load_checkpoint
+
+    engine, _ = build_engine(world, tree, seed=99)
+    load_checkpoint(engine, source)
+    save_engine(engine, target, 2)
+    engine.close()
+
+
 def microbatch() -> Microbatch:
-    """Two sequences of 12 tokens, three of them predicted."""
+    """Two sequences of 12 tokens, three of which are masked."""
     ids = torch.arange(10, 34).view(2, 12)
     segments = torch.ones(2, 12, dtype=torch.int32)
     positions = torch.arange(12).expand(2, 12).contiguous()
     return Microbatch(ids, positions, segments, torch.tensor([0, 12, 24], dtype=torch.int32), ids[0, :3], ids[1, :3])
 
 
-def events(folder: Path) -> list[Tree]:
-    """What a run has logged of its steps, in order."""
+def step_events(folder: Path) -> list[Tree]:
+    """The log events of a run's steps, in order, without evaluations."""
+    return [event for event in _events(folder) if "loss" in event]
+
+
+def evaluation_events(folder: Path) -> list[Tree]:
+    return [event for event in _events(folder) if "loss" not in event]
+
+
+def logged(folder: Path, key: str = "loss") -> list[Any]:
+    """A metric at every logged step."""
+    return [event[key] for event in step_events(folder)]
+
+
+def events_without_timing(folder: Path) -> list[Tree]:
+    """All events of a run, evaluations too, without the metrics that differ from run to run."""
+    measured = ("tokens_per_second", "mfu", "data_wait", "memory")
+    return [{key: value for key, value in event.items() if key not in measured} for event in _events(folder)]
+
+
+def _events(folder: Path) -> list[Tree]:
     lines = RunFolder(folder).metrics.read_text(encoding="utf-8").splitlines()
-    return [event for event in map(json.loads, lines) if "loss" in event]
+    return [json.loads(line) for line in lines]
 
 
-def curve(folder: Path, key: str = "loss") -> list[Any]:
-    return [event[key] for event in events(folder)]
-
-
-def untimed(folder: Path) -> list[Tree]:
-    """All events of a run, evaluations too, without what depends on the clock."""
-    timed = ("tokens_per_second", "mfu", "data_wait", "memory")
-    lines = RunFolder(folder).metrics.read_text(encoding="utf-8").splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key not in timed} for line in lines]
-
-
-def everything(checkpoint: Path) -> dict[str, Tensor]:
-    """All that a checkpoint keeps of the parameters: "name/kind" -> the flattened fp32 master or state, or a scalar."""
+def saved_tensors(checkpoint: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint: "parameter/kind" -> flattened master weights or optimizer state, or a scalar."""
     reader = FragmentReader(checkpoint / "engine")
     index = json.loads((checkpoint / "engine" / "index.json").read_text(encoding="utf-8"))
     return {f"{name}/{kind}": reader.read(name, kind) for name in sorted(index) for kind in reader.kinds(name)}
+
+
+def assert_same_tensors(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
+    """Bit by bit."""
+    assert one.keys() == other.keys()
+    assert [key for key in one if not torch.equal(one[key], other[key])] == []

@@ -1,4 +1,4 @@
-"""Activations that are computed once more in the backward pass change no gradient."""
+"""Activation checkpointing changes no gradient."""
 
 from pathlib import Path
 
@@ -8,10 +8,10 @@ import torch
 from experiment.checkpoints import checkpoint_path
 from pretrain.world import World
 from rank_pool import RankPool
-from runs import TINY, Tree, curve, everything, pretrain_case, settings
+from runs import TINY, Tree, assert_same_tensors, logged, pretrain_case, run_config, saved_tensors
 
 DROPOUT = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2}
-# Shared by both runs of a comparison. DeBERTa trains padded, one sequence a row.
+# DeBERTa trains padded, one sequence a row.
 MODELS = {
     "packed": TINY | DROPOUT,
     "padded": {**TINY, **DROPOUT, "model_type": "deberta"},
@@ -19,7 +19,7 @@ MODELS = {
 
 
 def counting_case(world: World, tree: Tree) -> int:
-    """A run; how often the first layer was computed in it."""
+    """Run, and return how often a layer's forward was called."""
     from transformers.models.bert.modeling_bert import BertIntermediate
 
     calls = 0
@@ -47,42 +47,42 @@ def counting_case(world: World, tree: Tree) -> int:
         "bf16_zero3",
     ],
 )
-def test_gradients_are_the_same_to_the_last_bit(
+def test_recomputation_changes_no_bit(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, ds_config: str
 ) -> None:
-    """Catches dropout that draws other masks the second time, hooks that run twice (the head's selection of predicted
-    positions, ZeRO's gathering), and a config key that does nothing."""
+    """Catches recomputation with other dropout masks, hooks that run twice (the head's selection of masked positions,
+    ZeRO's gathering), and a config key that has no effect."""
     calls, kept = {}, {}
     for recompute in (False, True):
         folder = tmp_path / str(recompute)
-        tree = settings(folder, wordpiece_corpus, ds_config, model__config=MODELS["packed"], schedule__steps=3)
+        tree = run_config(folder, wordpiece_corpus, ds_config, model__config=MODELS["packed"], schedule__steps=3)
         tree["model"]["activation_checkpointing"] = recompute
         (calls[recompute], _) = pools[2].run(counting_case, tree)
-        kept[recompute] = everything(checkpoint_path(folder / "checkpoints", 3))
+        kept[recompute] = saved_tensors(checkpoint_path(folder / "checkpoints", 3))
     assert calls[True] == 2 * calls[False] > 0
-    assert curve(tmp_path / "True") == curve(tmp_path / "False")
-    assert all(torch.equal(kept[True][key], kept[False][key]) for key in kept[False])
+    assert logged(tmp_path / "True") == logged(tmp_path / "False")
+    assert_same_tensors(kept[True], kept[False])
 
 
-def test_so_are_those_of_a_padded_model(pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path) -> None:
-    """As above, for a model that transformers' attention interface does not reach."""
-    for recompute in (False, True):
-        tree = settings(tmp_path / str(recompute), wordpiece_corpus, "fp32_zero3", model__config=MODELS["padded"])
-        tree["model"]["activation_checkpointing"] = recompute
-        pools[2].run(pretrain_case, tree)
-    assert curve(tmp_path / "True") == curve(tmp_path / "False")
-    assert curve(tmp_path / "True", "grad_norm") == curve(tmp_path / "False", "grad_norm")
-
-
-def test_a_run_may_take_it_up_when_it_goes_on(
+def test_recomputation_of_a_padded_model_changes_no_bit(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path
 ) -> None:
-    """Catches a run that ran out of memory and is refused the remedy."""
+    """Catches the same in a model that does not use transformers' attention interface."""
+    for recompute in (False, True):
+        tree = run_config(tmp_path / str(recompute), wordpiece_corpus, "fp32_zero3", model__config=MODELS["padded"])
+        tree["model"]["activation_checkpointing"] = recompute
+        pools[2].run(pretrain_case, tree)
+    assert logged(tmp_path / "True") == logged(tmp_path / "False")
+    assert logged(tmp_path / "True", "grad_norm") == logged(tmp_path / "False", "grad_norm")
+
+
+def test_a_resumed_run_can_turn_it_on(pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path) -> None:
+    """Catches a run that ran out of memory and is not allowed to resume with less."""
     trees = {}
-    for name in ("unbroken", "broken"):
-        trees[name] = settings(tmp_path / name, wordpiece_corpus, model__config=MODELS["packed"])
-    pools[2].run(pretrain_case, trees["unbroken"])
-    assert set(pools[2].run(pretrain_case, trees["broken"], 3)) == {"stopped"}
-    trees["broken"]["model"]["activation_checkpointing"] = True
-    assert set(pools[2].run(pretrain_case, trees["broken"])) == {"done"}
-    assert curve(tmp_path / "broken") == curve(tmp_path / "unbroken")
+    for name in ("uninterrupted", "resumed"):
+        trees[name] = run_config(tmp_path / name, wordpiece_corpus, model__config=MODELS["packed"])
+    pools[2].run(pretrain_case, trees["uninterrupted"])
+    assert set(pools[2].run(pretrain_case, trees["resumed"], 3)) == {"stopped"}
+    trees["resumed"]["model"]["activation_checkpointing"] = True
+    assert set(pools[2].run(pretrain_case, trees["resumed"])) == {"done"}
+    assert logged(tmp_path / "resumed") == logged(tmp_path / "uninterrupted")

@@ -15,7 +15,7 @@ from experiment.run_folder import RunFolder
 from experiment.tokenizer import load_tokenizer
 from pretrain.world import World
 from rank_pool import RankPool
-from runs import Tree, build_engine, curve, everything, pretrain_case, settings
+from runs import Tree, build_engine, logged, pretrain_case, run_config, saved_tensors
 
 
 class Killed(BaseException):
@@ -103,17 +103,17 @@ def test_a_kill_while_saving_leaves_no_checkpoint_that_only_looks_whole(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, every: int
 ) -> None:
     """Catches marks that are written too early, deletions that come too early or in the wrong order."""
-    (changes,) = pools[1].run(killed_saves_case, settings(tmp_path, wordpiece_corpus), tmp_path, every)
+    (changes,) = pools[1].run(killed_saves_case, run_config(tmp_path, wordpiece_corpus), tmp_path, every)
     assert changes > 30, "too few moments to die at: the killer sees nothing"
 
 
 def full_disk_case(world: World, tree: Tree, full_on: int, where: str) -> str:
     """A run whose disk is full on one rank when it saves."""
-    import pretrain.run
     from experiment import checkpoints as checkpoint_store
+    from pretrain.training import checkpointer
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    module, name = (checkpoint_store, "write_text") if where == "best" else (pretrain.run, "write_hugging_face_folder")
+    module, name = (checkpoint_store, "write_text") if where == "best" else (checkpointer, "write_hugging_face_folder")
     original = getattr(module, name)
     if world.rank == full_on and where == "engine":
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # bytes in a file: a share of the state has more
@@ -135,13 +135,13 @@ def test_a_full_disk_stops_all_ranks(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, full_on: int, where: str
 ) -> None:
     """Catches ranks that wait for the one that failed until the collectives time out, and half a checkpoint."""
-    tree = settings(tmp_path, wordpiece_corpus, "fp32_zero2", schedule__steps=2)
+    tree = run_config(tmp_path, wordpiece_corpus, "fp32_zero2", schedule__steps=2)
     assert pools[2].run(full_disk_case, tree, full_on, where) == ["stopped", "stopped"]
     assert complete_checkpoints(tmp_path / "checkpoints") == []
     log = RunFolder(tmp_path).rank_log(0).read_text(encoding="utf-8")
     assert f"no checkpoint can be written: rank {full_on}: " in log
     assert pools[2].run(pretrain_case, tree) == ["done", "done"]
-    assert curve(tmp_path, "step") == [1, 2]
+    assert logged(tmp_path, "step") == [1, 2]
     assert newest_usable(tmp_path / "checkpoints") == checkpoint_path(tmp_path / "checkpoints", 2)
 
 
@@ -149,7 +149,7 @@ def test_a_disk_that_is_full_when_the_best_is_named_stops_all_ranks(
     pools: dict[int, RankPool], wordpiece_corpus: Path, heldout_corpus: Path, tmp_path: Path
 ) -> None:
     """Catches an error on rank 0 alone, after a save, for which the others wait in the next step."""
-    tree = settings(tmp_path, wordpiece_corpus, schedule__steps=2, corpus__eval={"held": str(heldout_corpus)})
+    tree = run_config(tmp_path, wordpiece_corpus, schedule__steps=2, corpus__eval={"held": str(heldout_corpus)})
     tree["evaluation"] = {"best_metric": "eval/held/loss"}
     assert pools[2].run(full_disk_case, tree, 0, "best") == ["stopped", "stopped"]
     assert pools[2].run(pretrain_case, tree) == ["done", "done"]
@@ -160,24 +160,25 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path
 ) -> None:
     """Catches a run that loads flipped bits, or that falls back and then repeats steps in metrics.jsonl."""
-    tree = settings(tmp_path, wordpiece_corpus, checkpoint__every_steps=2)
+    tree = run_config(tmp_path, wordpiece_corpus, checkpoint__every_steps=2)
     pools[2].run(pretrain_case, tree)
     checkpoints = tmp_path / "checkpoints"
-    before, losses = everything(checkpoint_path(checkpoints, 6)), curve(tmp_path)
-    for step, file in ((6, "engine/rank-00001.safetensors"), (4, "hf/model.safetensors")):
+    before, losses = saved_tensors(checkpoint_path(checkpoints, 6)), logged(tmp_path)
+    damaged_files = {6: "engine/rank-00001.safetensors", 4: "hf/model.safetensors"}
+    for step, file in damaged_files.items():
         damaged = checkpoint_path(checkpoints, step) / file
         content = bytearray(damaged.read_bytes())
         content[-7] ^= 16
         damaged.write_bytes(content)
     assert pools[2].run(pretrain_case, tree) == ["done", "done"]
     log = RunFolder(tmp_path).rank_log(0).read_text(encoding="utf-8")
-    assert f"continuing from {checkpoint_path(checkpoints, 2)}" in log
-    assert "engine/rank-00001.safetensors is damaged" in log
-    assert "hf/model.safetensors is damaged" in log
-    assert curve(tmp_path, "step") == [1, 2, 3, 4, 5, 6]
-    assert curve(tmp_path) == losses
+    assert f"resuming from {checkpoint_path(checkpoints, 2)}" in log
+    for step, file in damaged_files.items():
+        assert f"skipping damaged checkpoint {checkpoint_path(checkpoints, step)}: {file} has checksum" in log
+    assert logged(tmp_path, "step") == [1, 2, 3, 4, 5, 6]
+    assert logged(tmp_path) == losses
     assert [verify(checkpoint_path(checkpoints, step)) for step in (2, 4, 6)] == [None, None, None]
-    after = everything(checkpoint_path(checkpoints, 6))
+    after = saved_tensors(checkpoint_path(checkpoints, 6))
     assert all(bool((after[key] == before[key]).all()) for key in before)
 
 
@@ -189,7 +190,7 @@ def test_a_run_keeps_the_checkpoints_it_was_told_to(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, keep: dict[str, int], left: list[int]
 ) -> None:
     """Catches retention keys that do not reach the store."""
-    tree = settings(tmp_path, wordpiece_corpus)
+    tree = run_config(tmp_path, wordpiece_corpus)
     pools[1].run(pretrain_case, tree | {"checkpoint": keep})
     found = [int(path.name.removeprefix("step-")) for path in complete_checkpoints(tmp_path / "checkpoints")]
     assert found == left

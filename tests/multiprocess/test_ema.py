@@ -11,7 +11,7 @@ from transformers import AutoModelForMaskedLM
 from experiment.checkpoints import Retention, checkpoint_path
 from pretrain.world import World
 from rank_pool import RankPool
-from runs import Tree, build_engine, everything, microbatch, pretrain_case, settings
+from runs import Tree, build_engine, microbatch, pretrain_case, run_config, saved_tensors
 
 DECAY = 0.7
 
@@ -21,7 +21,7 @@ def kind_of(kept: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
 
 
 def tree_of(folder: Path, corpus: Path, ds_config: str, **changes: Any) -> Tree:
-    tree = settings(folder, corpus, ds_config, checkpoint__every_steps=1, schedule__steps=4, **changes)
+    tree = run_config(folder, corpus, ds_config, checkpoint__every_steps=1, schedule__steps=4, **changes)
     tree["model"]["ema_decay"] = DECAY
     return tree
 
@@ -45,7 +45,7 @@ def test_it_follows_the_masters(
     """Catches an average of rounded weights, a decay the other way round, one step too few or too many, slices that are
     mixed up, and a folder that holds the weights instead or does not open."""
     pools[world_size].run(pretrain_case, tree_of(tmp_path, wordpiece_corpus, ds_config))
-    kept = [everything(checkpoint_path(tmp_path / "checkpoints", step)) for step in (1, 2, 3, 4)]
+    kept = [saved_tensors(checkpoint_path(tmp_path / "checkpoints", step)) for step in (1, 2, 3, 4)]
     expected = {name: tensor.double() for name, tensor in kind_of(kept[0], "ema").items()}
     for step in kept[1:]:
         for name, master in kind_of(step, "fp32").items():
@@ -88,7 +88,7 @@ def test_it_begins_at_the_weights_and_an_update_that_is_not_applied_leaves_it(
     saved = {}
     for name, limits in {"start": [], "one": [9.0], "vetoed": [9.0, 1e-9]}.items():
         assert pools[2].run(average_case, tree, tmp_path / name, None, limits)[0] == [limit > 1 for limit in limits]
-        saved[name] = everything(checkpoint_path(tmp_path / name, 1))
+        saved[name] = saved_tensors(checkpoint_path(tmp_path / name, 1))
     start = kind_of(saved["start"], "fp32")
     for name, tensor in kind_of(saved["start"], "ema").items():
         assert torch.equal(tensor, start[name])
@@ -118,7 +118,7 @@ def test_it_moves_to_any_layout_bit_by_bit(
     pools[target[0]].run(
         average_case, tree_of(tmp_path, wordpiece_corpus, target[1]), moved, checkpoint_path(made, 1), []
     )
-    one, other = everything(checkpoint_path(made, 1)), everything(checkpoint_path(moved, 1))
+    one, other = saved_tensors(checkpoint_path(made, 1)), saved_tensors(checkpoint_path(moved, 1))
     assert any(key.endswith("/ema") for key in one)
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
@@ -127,19 +127,19 @@ def test_it_moves_to_any_layout_bit_by_bit(
 def test_a_fork_may_begin_or_end_it(pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path) -> None:
     """Catches a fork that cannot be made, one whose average begins elsewhere than at the weights it was given, and an
     average that is handed to the optimizer of a run that keeps none."""
-    without = settings(tmp_path / "without", wordpiece_corpus, "fp32_zero1", schedule__steps=2)
+    without = run_config(tmp_path / "without", wordpiece_corpus, "fp32_zero1", schedule__steps=2)
     with_it = tree_of(tmp_path / "with", wordpiece_corpus, "fp32_zero1")
     pools[2].run(pretrain_case, without)
     parent = checkpoint_path(tmp_path / "without" / "checkpoints", 2)
     with_it["run"]["resume"] = str(parent)
     assert set(pools[2].run(pretrain_case, with_it)) == {"done"}
-    begun = everything(checkpoint_path(tmp_path / "with" / "checkpoints", 3))
-    before = kind_of(everything(parent), "fp32")
+    begun = saved_tensors(checkpoint_path(tmp_path / "with" / "checkpoints", 3))
+    before = kind_of(saved_tensors(parent), "fp32")
     for name, tensor in kind_of(begun, "ema").items():
         torch.testing.assert_close(tensor, DECAY * before[name] + (1 - DECAY) * begun[f"{name}/fp32"])
-    again = settings(tmp_path / "again", wordpiece_corpus, "fp32_zero1", schedule__steps=5)
+    again = run_config(tmp_path / "again", wordpiece_corpus, "fp32_zero1", schedule__steps=5)
     again["run"]["resume"] = str(checkpoint_path(tmp_path / "with" / "checkpoints", 4))
     assert set(pools[2].run(pretrain_case, again)) == {"done"}
     ended = checkpoint_path(tmp_path / "again" / "checkpoints", 5)
-    assert not any(key.endswith("/ema") for key in everything(ended))
+    assert not any(key.endswith("/ema") for key in saved_tensors(ended))
     assert not (ended / "hf-ema").exists()

@@ -9,7 +9,7 @@ from experiment.checkpoints import checkpoint_path
 from experiment.run_folder import RunFolder
 from pretrain.world import World
 from rank_pool import RankPool
-from runs import NO_DROPOUT, TINY, Tree, build_engine, everything, microbatch, pretrain_case, settings
+from runs import NO_DROPOUT, TINY, Tree, build_engine, microbatch, pretrain_case, run_config, saved_tensors
 
 
 def rotary_case(world: World, tree: Tree) -> dict[str, tuple[str, bool]]:
@@ -35,7 +35,9 @@ def test_rotary_frequencies_stay_in_fp32(
 ) -> None:
     """Catches frequencies rounded to bf16 together with the weights, which moves positions of long sequences."""
     model = {key: TINY[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")}
-    tree = settings(tmp_path, wordpiece_corpus, f"bf16_zero{stage}", model__config=model | {"model_type": "modernbert"})
+    tree = run_config(
+        tmp_path, wordpiece_corpus, f"bf16_zero{stage}", model__config=model | {"model_type": "modernbert"}
+    )
     (found,) = pools[1].run(rotary_case, tree)
     assert any("inv_freq" in name for name in found)
     assert set(found.values()) == {("torch.float32", True)}
@@ -67,9 +69,9 @@ def test_rates_are_applied_and_nan_is_not(
 ) -> None:
     """Catches learning rates that do not reach the optimizer, phantom steps at construction, and a single NaN gradient
     that makes all weights NaN."""
-    tree = settings(tmp_path, wordpiece_corpus, ds_config)
+    tree = run_config(tmp_path, wordpiece_corpus, ds_config)
     assert pools[2].run(steps_case, tree, tmp_path) == [[True, True, False]] * 2
-    start, still, moved, last = (everything(checkpoint_path(tmp_path, step)) for step in (1, 2, 3, 4))
+    start, still, moved, last = (saved_tensors(checkpoint_path(tmp_path, step)) for step in (1, 2, 3, 4))
     masters = [key for key in start if key.endswith("/fp32")]
     assert all(torch.equal(start[key], still[key]) for key in masters)
     assert not all(torch.equal(still[key], moved[key]) for key in masters)
@@ -81,7 +83,7 @@ def test_the_gradient_is_clipped_to_the_norm_given(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, ds_config: str
 ) -> None:
     """Catches clipping of each rank's share by its own norm, of each group by its own, or none at all."""
-    tree = settings(
+    tree = run_config(
         tmp_path,
         wordpiece_corpus,
         ds_config,
@@ -90,7 +92,7 @@ def test_the_gradient_is_clipped_to_the_norm_given(
         schedule__steps=1,
     )
     pools[2].run(pretrain_case, tree)
-    kept = everything(checkpoint_path(tmp_path / "checkpoints", 1))
+    kept = saved_tensors(checkpoint_path(tmp_path / "checkpoints", 1))
     clipped = torch.cat([kept[key].flatten() for key in kept if key.endswith("/exp_avg")]) / (1 - 0.9)
     assert clipped.norm().item() == pytest.approx(0.01, rel=1e-3)
 
@@ -108,7 +110,7 @@ def test_dropout_is_keyed_by_seed_step_rank_and_microbatch(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path
 ) -> None:
     """Catches masks of dropout that repeat at every step or on every rank, and ones that a resume would not repeat."""
-    trees = [settings(tmp_path, wordpiece_corpus, run__seed=seed) for seed in (1, 2)]
+    trees = [run_config(tmp_path, wordpiece_corpus, run__seed=seed) for seed in (1, 2)]
     one, other = (pools[2].run(dropout_case, tree) for tree in trees)
     for losses in (*one, *other):
         assert losses["here"] == losses["here again"]
@@ -122,6 +124,6 @@ def test_a_stage_that_is_not_the_one_asked_for_is_told_once(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path
 ) -> None:
     """Catches a stage that is changed without a word, and one message for each rank and each reading of the file."""
-    pools[2].run(pretrain_case, settings(tmp_path, wordpiece_corpus, "bf16_zero0", schedule__steps=1))
+    pools[2].run(pretrain_case, run_config(tmp_path, wordpiece_corpus, "bf16_zero0", schedule__steps=1))
     logs = [RunFolder(tmp_path).rank_log(rank).read_text(encoding="utf-8") for rank in (0, 1)]
     assert [log.count("ZeRO 0 in bf16 runs as ZeRO 1") for log in logs] == [1, 0]

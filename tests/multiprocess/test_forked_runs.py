@@ -12,7 +12,7 @@ from experiment.provenance import ancestors_of, read_origin
 from experiment.run_folder import RunFolder
 from pretrain.export import export
 from rank_pool import RankPool
-from runs import TINY, Tree, curve, everything, pretrain_case, settings
+from runs import TINY, Tree, logged, pretrain_case, run_config, saved_tensors
 
 
 def provenance(folder: Path) -> dict[str, Any]:
@@ -24,14 +24,14 @@ def provenance(folder: Path) -> dict[str, Any]:
 def parent(pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of six steps with dropout on, all of whose even checkpoints are there."""
     folder = tmp_path_factory.mktemp("parent")
-    tree = settings(folder, wordpiece_corpus)
+    tree = run_config(folder, wordpiece_corpus)
     tree["checkpoint"] = {"every_steps": 2, "keep_last": 100}
     pools[2].run(pretrain_case, tree)
     return folder
 
 
 def fork(folder: Path, corpus: Path, parent: Path, step: int = 2, **changes: Any) -> Tree:
-    tree = settings(folder, corpus, **changes)
+    tree = run_config(folder, corpus, **changes)
     tree["run"]["resume"] = str(checkpoint_path(parent / "checkpoints", step))
     return tree
 
@@ -44,12 +44,12 @@ def test_a_fork_of_the_same_config_does_what_its_parent_did(
     tree = fork(tmp_path, wordpiece_corpus, parent)
     RunFolder(tmp_path).metrics.write_text('{"step": 3, "loss": 1.0}\n')  # it had begun, and had not saved
     assert set(pools[2].run(pretrain_case, tree, 2)) == {"stopped"}
-    assert curve(tmp_path, "step") == [3, 4]
+    assert logged(tmp_path, "step") == [3, 4]
     assert set(pools[2].run(pretrain_case, tree)) == {"done"}
-    assert curve(tmp_path, "step") == [3, 4, 5, 6]
+    assert logged(tmp_path, "step") == [3, 4, 5, 6]
     for key in ("loss", "lr", "grad_norm", "tokens"):
-        assert curve(tmp_path, key) == curve(parent, key)[2:]
-    theirs, ours = (everything(checkpoint_path(folder / "checkpoints", 6)) for folder in (parent, tmp_path))
+        assert logged(tmp_path, key) == logged(parent, key)[2:]
+    theirs, ours = (saved_tensors(checkpoint_path(folder / "checkpoints", 6)) for folder in (parent, tmp_path))
     assert all(torch.equal(theirs[key], ours[key]) for key in theirs)
     assert provenance(tmp_path)["run_id"] != provenance(parent)["run_id"]
     assert len(provenance(tmp_path)["attempts"]) == 2
@@ -66,7 +66,7 @@ def test_a_fork_may_change_all_but_the_model(
     tree = fork(tmp_path / "new", heldout_corpus, parent, **changes)
     tree["run"]["resume"] = str(checkpoint_path(parent / "checkpoints", 2))
     assert set(pools[1].run(pretrain_case, tree)) == {"done"}
-    assert curve(tmp_path / "new", "step") == [3, 4]
+    assert logged(tmp_path / "new", "step") == [3, 4]
     said = RunFolder(tmp_path / "new").rank_log(0).read_text(encoding="utf-8")
     for line in ("forking", "batch.sequences: 29 -> 11", "optimizer.lr: 0.003 -> 0.001", "corpus.train: "):
         assert line in said
@@ -77,19 +77,21 @@ def test_a_fork_may_change_all_but_the_model(
 
 def test_a_decay_forked_from_a_stable_run(pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path) -> None:
     """Catches a decay whose learning rate jumps where it is forked, or that sees other batches than the stable run."""
-    stable = settings(tmp_path / "stable", wordpiece_corpus, schedule__name="wsd", schedule__steps=60)
+    stable = run_config(tmp_path / "stable", wordpiece_corpus, schedule__name="wsd", schedule__steps=60)
     assert set(pools[1].run(pretrain_case, stable, 5)) == {"stopped"}
-    tree = settings(
+    tree = run_config(
         tmp_path / "decay", wordpiece_corpus, schedule__name="wsd", schedule__steps=8, schedule__decay_steps=4
     )
     tree["run"]["resume"] = str(tmp_path / "stable")
     pools[1].run(pretrain_case, tree)
     pools[1].run(pretrain_case, stable, 2)
-    assert curve(tmp_path / "decay", "step") == [6, 7, 8]
+    assert logged(tmp_path / "decay", "step") == [6, 7, 8]
     peak = stable["optimizer"]["lr"]
-    assert curve(tmp_path / "stable", "lr")[2:] == [peak] * 5
-    assert curve(tmp_path / "decay", "lr") == pytest.approx([peak * (1 - (done / 4) ** 0.5) for done in (1, 2, 3)])
-    assert curve(tmp_path / "decay")[0] == curve(tmp_path / "stable")[5], "the update is another one, the batch is not"
+    assert logged(tmp_path / "stable", "lr")[2:] == [peak] * 5
+    assert logged(tmp_path / "decay", "lr") == pytest.approx([peak * (1 - (done / 4) ** 0.5) for done in (1, 2, 3)])
+    assert logged(tmp_path / "decay")[0] == logged(tmp_path / "stable")[5], (
+        "the update is another one, the batch is not"
+    )
 
 
 def test_a_fork_with_another_optimizer(
@@ -98,10 +100,10 @@ def test_a_fork_with_another_optimizer(
     """Catches moments of one optimizer that another one takes for its own, and a fork that keeps silent about it."""
     tree = fork(tmp_path, wordpiece_corpus, parent, step=4, optimizer__name="lamb", optimizer__lr=1e-2)
     assert set(pools[2].run(pretrain_case, tree)) == {"done"}
-    assert curve(tmp_path)[0] == curve(parent)[4]
-    state = everything(checkpoint_path(tmp_path / "checkpoints", 6))
+    assert logged(tmp_path)[0] == logged(parent)[4]
+    state = saved_tensors(checkpoint_path(tmp_path / "checkpoints", 6))
     assert {float(value) for key, value in state.items() if key.endswith("/step")} == {2.0}
-    assert "its moments begin at nothing" in RunFolder(tmp_path).rank_log(0).read_text(encoding="utf-8")
+    assert "optimizer states start at zero" in RunFolder(tmp_path).rank_log(0).read_text(encoding="utf-8")
 
 
 def test_every_model_knows_its_ancestors(
@@ -110,7 +112,7 @@ def test_every_model_knows_its_ancestors(
     """Catches a line of descent that breaks at a fork, at an exported folder, or at a run of another folder's."""
     pools[1].run(pretrain_case, fork(tmp_path / "forked", wordpiece_corpus, parent, step=4, schedule__steps=5))
     export(str(tmp_path / "forked"), str(tmp_path / "exported"))
-    tree = settings(tmp_path / "target", wordpiece_corpus, schedule__steps=1)
+    tree = run_config(tmp_path / "target", wordpiece_corpus, schedule__steps=1)
     pools[1].run(pretrain_case, tree | {"model": {"init_from": str(tmp_path / "exported")}})
     ids = [provenance(folder)["run_id"] for folder in (parent, tmp_path / "forked", tmp_path / "target")]
     line = [

@@ -12,7 +12,7 @@ from experiment.checkpoints import checkpoint_path, read_state
 from fp16 import fp16_supported
 from pretrain.world import World
 from rank_pool import RankPool
-from runs import NO_DROPOUT, TINY, Tree, curve, everything, pretrain_case, settings
+from runs import NO_DROPOUT, TINY, Tree, logged, pretrain_case, run_config, saved_tensors
 
 SAMPLED = [pytest.param(1, marks=pytest.mark.soak), 2, pytest.param(3, marks=pytest.mark.soak)]
 
@@ -52,7 +52,7 @@ def fp16_settings(folder: Path, corpus: Path, stage: int, scaling: dict[str, Any
     from pretrain.engine.settings import REPOSITORY
 
     ready = json.loads((REPOSITORY / "ds_configs" / f"fp16_zero{stage}.json").read_text())
-    tree = settings(folder, corpus, model__config=TINY | NO_DROPOUT, **changes)
+    tree = run_config(folder, corpus, model__config=TINY | NO_DROPOUT, **changes)
     folder.mkdir(exist_ok=True)
     own = folder / "ds.json"
     own.write_text(json.dumps(ready | {"fp16": ready["fp16"] | scaling}))
@@ -61,9 +61,9 @@ def fp16_settings(folder: Path, corpus: Path, stage: int, scaling: dict[str, Any
 
 
 def in_fp32(pools: dict[int, RankPool], corpus: Path, folder: Path, **changes: Any) -> list[Any]:
-    tree = settings(folder, corpus, "fp32_zero1", model__config=TINY | NO_DROPOUT, **changes)
+    tree = run_config(folder, corpus, "fp32_zero1", model__config=TINY | NO_DROPOUT, **changes)
     pools[2].run(pretrain_case, tree)
-    return curve(folder)
+    return logged(folder)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -71,11 +71,11 @@ def test_fp16_follows_fp32(pools: dict[int, RankPool], wordpiece_corpus: Path, t
     """Catches gradients that are not divided by the loss scale, and a scale that is not told."""
     tree = fp16_settings(tmp_path / "fp16", wordpiece_corpus, stage, {})
     assert pools[2].run(fp16_case, tree) == ["done"] * 2
-    assert curve(tmp_path / "fp16") == pytest.approx(in_fp32(pools, wordpiece_corpus, tmp_path / "fp32"), rel=1e-3)
-    assert curve(tmp_path / "fp16", "loss_scale") == [2.0**16] * 6
-    assert curve(tmp_path / "fp16", "skipped_steps") == curve(tmp_path / "fp16", "overflows") == [0] * 6
-    assert curve(tmp_path / "fp32", "skipped_steps") == [0] * 6
-    assert curve(tmp_path / "fp32", "overflows") == curve(tmp_path / "fp32", "loss_scale") == [None] * 6
+    assert logged(tmp_path / "fp16") == pytest.approx(in_fp32(pools, wordpiece_corpus, tmp_path / "fp32"), rel=1e-3)
+    assert logged(tmp_path / "fp16", "loss_scale") == [2.0**16] * 6
+    assert logged(tmp_path / "fp16", "skipped_steps") == logged(tmp_path / "fp16", "overflows") == [0] * 6
+    assert logged(tmp_path / "fp32", "skipped_steps") == [0] * 6
+    assert logged(tmp_path / "fp32", "overflows") == logged(tmp_path / "fp32", "loss_scale") == [None] * 6
 
 
 @pytest.mark.parametrize("stage", SAMPLED)
@@ -90,13 +90,13 @@ def test_an_overflow_consumes_its_batch_and_changes_nothing_but_the_scale(
     poisoned = ((1, 1), (4, 0), (4, 1))
     assert pools[2].run(fp16_case, tree, 3, poisoned) == ["stopped"] * 2
     assert pools[2].run(fp16_case, tree, None, poisoned) == ["done"] * 2
-    kept = [everything(checkpoint_path(tmp_path / "checkpoints", step)) for step in range(1, 7)]
+    kept = [saved_tensors(checkpoint_path(tmp_path / "checkpoints", step)) for step in range(1, 7)]
     same = [all(torch.equal(before[key], after[key]) for key in after) for before, after in pairwise(kept)]
     assert same == [True, False, False, True, False]
-    assert curve(tmp_path, "skipped_steps") == curve(tmp_path, "overflows") == [0, 1, 1, 1, 2, 2]
-    assert curve(tmp_path, "loss_scale") == [2.0**12, 2.0**11, 2.0**11, 2.0**11, 2.0**10, 2.0**10]
-    assert curve(tmp_path, "grad_norm")[1] in (None, float("inf"))
-    tokens = curve(tmp_path, "tokens")
+    assert logged(tmp_path, "skipped_steps") == logged(tmp_path, "overflows") == [0, 1, 1, 1, 2, 2]
+    assert logged(tmp_path, "loss_scale") == [2.0**12, 2.0**11, 2.0**11, 2.0**11, 2.0**10, 2.0**10]
+    assert logged(tmp_path, "grad_norm")[1] in (None, float("inf"))
+    tokens = logged(tmp_path, "tokens")
     assert sorted(set(tokens)) == tokens
 
 
@@ -107,11 +107,11 @@ def test_a_scale_that_is_too_high_comes_down_by_itself(
     """Catches overflows that nobody notices, and skipped steps that hold up the schedule."""
     tree = fp16_settings(tmp_path, wordpiece_corpus, stage, {"initial_scale_power": 20, "hysteresis": 1})
     assert pools[2].run(fp16_case, tree) == ["done"] * 2
-    skipped = curve(tmp_path, "skipped_steps")
+    skipped = logged(tmp_path, "skipped_steps")
     assert 0 < skipped[-1] < 6
     assert skipped == [min(step, skipped[-1]) for step in range(1, 7)]
-    assert curve(tmp_path, "loss_scale")[-1] == 2.0 ** (20 - skipped[-1])
-    assert curve(tmp_path, "step") == [1, 2, 3, 4, 5, 6]
+    assert logged(tmp_path, "loss_scale")[-1] == 2.0 ** (20 - skipped[-1])
+    assert logged(tmp_path, "step") == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("stage", SAMPLED)
@@ -128,9 +128,9 @@ def test_a_step_after_which_the_scale_doubles_is_taken_with_its_whole_gradient(
     }
     for tree in trees.values():
         pools[2].run(fp16_case, tree)
-    growing, constant = (everything(checkpoint_path(tmp_path / name / "checkpoints", 6)) for name in trees)
-    assert curve(tmp_path / "growing", "loss_scale")[-1] >= 2.0**12
-    norms = (curve(tmp_path / name, "grad_norm") for name in trees)
+    growing, constant = (saved_tensors(checkpoint_path(tmp_path / name / "checkpoints", 6)) for name in trees)
+    assert logged(tmp_path / "growing", "loss_scale")[-1] >= 2.0**12
+    norms = (logged(tmp_path / name, "grad_norm") for name in trees)
     assert next(norms) == pytest.approx(next(norms), rel=1e-2)
     for kind in ("exp_avg", "fp32"):
         one, other = (
@@ -151,7 +151,7 @@ def test_a_scale_stuck_at_its_floor_ends_the_run_with_advice(
     assert "gradients overflow even at the smallest loss scale, 4 (fp16.min_loss_scale" in messages[0]
     assert "lower optimizer.lr" in messages[0]
     assert "bf16" in messages[0]
-    assert curve(tmp_path, "loss_scale") == [8.0, 4.0]
+    assert logged(tmp_path, "loss_scale") == [8.0, 4.0]
 
 
 @pytest.mark.parametrize("stage", SAMPLED)
@@ -166,7 +166,7 @@ def test_the_loss_scale_survives_a_resume(
         for stop_after in parts:
             pools[2].run(fp16_case, tree, stop_after, poisoned)
     for key in ("loss", "loss_scale", "grad_norm", "skipped_steps"):
-        assert curve(tmp_path / "broken", key) == curve(tmp_path / "unbroken", key)
+        assert logged(tmp_path / "broken", key) == logged(tmp_path / "unbroken", key)
     states = [read_state(checkpoint_path(tmp_path / name / "checkpoints", 6)) for name in ("broken", "unbroken")]
     assert states[0]["loss_scaler"] == states[1]["loss_scaler"]
     assert states[0]["loss_scaler"]["cur_scale"] > 2**5
@@ -178,11 +178,12 @@ def test_a_loss_scale_stays_in_fp16(
 ) -> None:
     """Catches the constant scale 1 of another precision in place of fp16's own, under which small gradients vanish."""
     trees = [
-        settings(tmp_path, wordpiece_corpus, ds_config, model__config=TINY | NO_DROPOUT) for ds_config in (first, then)
+        run_config(tmp_path, wordpiece_corpus, ds_config, model__config=TINY | NO_DROPOUT)
+        for ds_config in (first, then)
     ]
     assert pools[2].run(fp16_case, trees[0], 3) == ["stopped"] * 2
     assert pools[2].run(fp16_case, trees[1]) == ["done"] * 2
     scales = [2.0**16 if ds_config.startswith("fp16") else None for ds_config in (first, then)]
-    assert curve(tmp_path, "loss_scale") == [*[scales[0]] * 3, *[scales[1]] * 3]
+    assert logged(tmp_path, "loss_scale") == [*[scales[0]] * 3, *[scales[1]] * 3]
     kept = [read_state(checkpoint_path(tmp_path / "checkpoints", step))["loss_scaler"] for step in (3, 6)]
     assert [bool(numbers) for numbers in kept] == [scale is not None for scale in scales]

@@ -24,7 +24,7 @@ from pretrain.resolve import resolve
 from pretrain.stream import open_stream
 from pretrain.world import World
 from rank_pool import RankPool
-from runs import NO_DROPOUT, TINY, everything, pretrain_case, settings
+from runs import NO_DROPOUT, TINY, pretrain_case, run_config, saved_tensors
 
 SEED, SEQUENCES = 7, 33  # a batch whose masked tokens no layout divides evenly, see the test of the layouts
 TOLERANCE = {"fp32": 1e-5, "bf16": 0.02}  # of the gradient's norm
@@ -41,14 +41,14 @@ SAMPLE = [
 def global_batch(corpus: Path, width: int, microbatch_tokens: int, world: World, packed: bool) -> RankBatch:
     """A rank's share of the first global batch of a run with these settings."""
     batch = {"sequences": SEQUENCES, "max_seq_length": width, "microbatch_tokens": microbatch_tokens}
-    config = build_config(PretrainConfig, settings(Path("unused"), corpus, run__seed=SEED) | {"batch": batch})
+    config = build_config(PretrainConfig, run_config(Path("unused"), corpus, run__seed=SEED) | {"batch": batch})
     return open_stream(resolve(config, world.size), world, packed=packed, first_position=0)[0]
 
 
 @pytest.fixture(scope="session")
 def gradient(wordpiece_corpus: Path) -> dict[str, Tensor]:
     """The reference, by parameter name, flattened."""
-    tree = settings(
+    tree = run_config(
         Path("unused"), wordpiece_corpus, run__seed=SEED, model__config=TINY | NO_DROPOUT, batch__sequences=SEQUENCES
     )
     config = build_config(PretrainConfig, tree)
@@ -108,7 +108,7 @@ def test_the_accumulated_gradient_is_that_of_plain_torch(
 ) -> None:
     """Catches averages per rank, microbatch or sequence in place of one mean over the global batch's masked tokens, and
     a microbatch, filler or rank that is left out or counted twice."""
-    tree = settings(
+    tree = run_config(
         tmp_path,
         wordpiece_corpus,
         f"{precision}_zero{stage}",
@@ -120,7 +120,7 @@ def test_the_accumulated_gradient_is_that_of_plain_torch(
         schedule__steps=1,
     )
     pools[world_size].run(pretrain_case, tree)
-    kept = everything(checkpoint_path(tmp_path / "checkpoints", 1))
+    kept = saved_tensors(checkpoint_path(tmp_path / "checkpoints", 1))
     found = {name: kept[f"model.{name}/exp_avg"] / (1 - 0.9) for name in gradient}
     difference = torch.cat([found[name] - gradient[name] for name in gradient])
     error = float(difference.norm() / torch.cat(list(gradient.values())).norm())

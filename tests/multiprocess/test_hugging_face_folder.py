@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM
 
 from experiment.checkpoints import checkpoint_path
 from rank_pool import RankPool
-from runs import TINY, Tree, everything, pretrain_case, settings
+from runs import TINY, Tree, pretrain_case, run_config, saved_tensors
 
 # As a user would, far from our code.
 _READER = """
@@ -58,7 +58,7 @@ def folders(pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path_factory
     made = []
     for world_size, ds_config, model in RUNS:
         folder = tmp_path_factory.mktemp("run")
-        tree = settings(folder, wordpiece_corpus, ds_config, model__config=model, schedule__steps=2)
+        tree = run_config(folder, wordpiece_corpus, ds_config, model__config=model, schedule__steps=2)
         assert set(pools[world_size].run(pretrain_case, tree)) == {"done"}
         made.append(checkpoint_path(folder / "checkpoints", 2))
     return made
@@ -82,7 +82,7 @@ def test_a_plain_process_gets_the_logits_of_the_fp32_masters(folders: list[Path]
 
         ids, logits = torch.load(tmp_path / f"{number}.pt")
         model = AutoModelForMaskedLM.from_config(AutoConfig.from_pretrained(folder / "hf"))
-        masters = everything(folder)
+        masters = saved_tensors(folder)
         with torch.inference_mode():
             for name, parameter in model.named_parameters():
                 parameter.copy_(masters[f"model.{name}/fp32"].view(parameter.shape))

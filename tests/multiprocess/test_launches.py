@@ -17,7 +17,7 @@ from experiment.checkpoints import checkpoint_path, complete_checkpoints, newest
 from experiment.run_folder import RunFolder
 from pretrain.engine.settings import REPOSITORY
 from rank_pool import RankPool, free_port
-from runs import NO_DROPOUT, TINY, curve, everything, pretrain_case, settings
+from runs import NO_DROPOUT, TINY, logged, pretrain_case, run_config, saved_tensors
 
 LONG = 5000  # steps: the test stops the run earlier
 
@@ -57,7 +57,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 def config_file(tmp_path: Path, corpus: Path, **changes: Any) -> Path:
     path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(settings(tmp_path / "run", corpus, **changes)))
+    path.write_text(yaml.safe_dump(run_config(tmp_path / "run", corpus, **changes)))
     return path
 
 
@@ -69,7 +69,7 @@ def wait_for_exit(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 def wait_for_steps(folder: Path, steps: int, process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 90
-    while not RunFolder(folder).metrics.exists() or len(curve(folder)) < steps:
+    while not RunFolder(folder).metrics.exists() or len(logged(folder)) < steps:
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, f"no {steps} steps in 90 s"
         time.sleep(0.05)
@@ -85,7 +85,7 @@ def test_a_killed_rank_resumes_and_repeats_no_step(
     wait_for_steps(tmp_path / "run", 13, killed)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
-    reached = len(curve(tmp_path / "run"))
+    reached = len(logged(tmp_path / "run"))
     assert newest_usable(tmp_path / "run" / "checkpoints") is not None
 
     resumed = start(*command, f"--schedule.steps={LONG}")
@@ -93,14 +93,14 @@ def test_a_killed_rank_resumes_and_repeats_no_step(
     (tmp_path / "run" / "STOP").touch()
     code, output = wait_for_exit(resumed)
     assert code == 75, output
-    steps = curve(tmp_path / "run", "step")
+    steps = logged(tmp_path / "run", "step")
     assert steps == list(range(1, len(steps) + 1))
     last = complete_checkpoints(tmp_path / "run" / "checkpoints")[-1]
     assert last == checkpoint_path(tmp_path / "run" / "checkpoints", steps[-1])
 
-    unbroken = settings(tmp_path / "unbroken", wordpiece_corpus, schedule__steps=LONG)
+    unbroken = run_config(tmp_path / "unbroken", wordpiece_corpus, schedule__steps=LONG)
     pools[1].run(pretrain_case, unbroken, len(steps))
-    assert curve(tmp_path / "unbroken") == curve(tmp_path / "run")
+    assert logged(tmp_path / "unbroken") == logged(tmp_path / "run")
 
 
 def test_deepspeeds_own_launcher_gives_the_same_run(
@@ -114,9 +114,9 @@ def test_deepspeeds_own_launcher_gives_the_same_run(
     process = start(deepspeed, "--num_gpus", "2", f"--master_port={free_port()}", script, "--config", str(config))
     code, output = wait_for_exit(process)
     assert code == 0, output
-    pools[2].run(pretrain_case, settings(tmp_path / "pooled", wordpiece_corpus, model__config=model))
-    assert curve(tmp_path / "run", "step") == [1, 2, 3, 4, 5, 6]
-    assert curve(tmp_path / "run") == curve(tmp_path / "pooled")
+    pools[2].run(pretrain_case, run_config(tmp_path / "pooled", wordpiece_corpus, model__config=model))
+    assert logged(tmp_path / "run", "step") == [1, 2, 3, 4, 5, 6]
+    assert logged(tmp_path / "run") == logged(tmp_path / "pooled")
 
 
 def test_sigterm_saves_and_the_same_command_resumes(start: Start, wordpiece_corpus: Path, tmp_path: Path) -> None:
@@ -129,16 +129,16 @@ def test_sigterm_saves_and_the_same_command_resumes(start: Start, wordpiece_corp
     code, output = wait_for_exit(process)
     assert code == 75, output
     assert "Traceback" not in output
-    steps = curve(tmp_path / "run", "step")
+    steps = logged(tmp_path / "run", "step")
     saved = checkpoint_path(tmp_path / "run" / "checkpoints", steps[-1])
     assert complete_checkpoints(saved.parent) == [saved]
     assert not (tmp_path / "run" / "STOP").exists()
 
     code, output = wait_for_exit(start(*command, "--oversubscribe", f"--schedule.steps={steps[-1] + 2}"))
     assert code == 0, output
-    assert f"continuing from {saved}" in output
+    assert f"resuming from {saved}" in output
     assert f"schedule.steps: {LONG} -> {steps[-1] + 2}" in output
-    assert curve(tmp_path / "run", "step") == list(range(1, steps[-1] + 3))
+    assert logged(tmp_path / "run", "step") == list(range(1, steps[-1] + 3))
     launches = (tmp_path / "run" / "launch.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["outcome"] for line in launches] == ["stopped", "done"]
 
@@ -179,9 +179,9 @@ def test_a_resume_with_another_identity_is_rejected_on_every_rank(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, changes: dict[str, Any], key: str
 ) -> None:
     """Catches a run that resumes with another seed or model, and ranks left waiting for rank 0."""
-    pools[2].run(pretrain_case, settings(tmp_path, wordpiece_corpus, schedule__steps=1))
-    before = everything(checkpoint_path(tmp_path / "checkpoints", 1))
-    messages = pools[2].run(rejected_case, settings(tmp_path, wordpiece_corpus, **changes))
+    pools[2].run(pretrain_case, run_config(tmp_path, wordpiece_corpus, schedule__steps=1))
+    before = saved_tensors(checkpoint_path(tmp_path / "checkpoints", 1))
+    messages = pools[2].run(rejected_case, run_config(tmp_path, wordpiece_corpus, **changes))
     assert len(set(messages)) == 1
     assert f"another {key}" in messages[0]
-    assert everything(checkpoint_path(tmp_path / "checkpoints", 1)).keys() == before.keys()
+    assert saved_tensors(checkpoint_path(tmp_path / "checkpoints", 1)).keys() == before.keys()

@@ -10,7 +10,7 @@ import torch
 from experiment.checkpoints import checkpoint_path
 from experiment.run_folder import RunFolder
 from rank_pool import RankPool
-from runs import NO_DROPOUT, TINY, Tree, curve, everything, pretrain_case, settings
+from runs import NO_DROPOUT, TINY, Tree, logged, pretrain_case, run_config, saved_tensors
 
 LAYOUTS = list(itertools.product((1, 2, 3), (0, 1, 2, 3), (130, 700)))
 SAMPLE = [(1, 3, 130), (2, 0, 130), (2, 1, 700), (2, 3, 130), (3, 1, 130), (3, 2, 700)]
@@ -31,7 +31,7 @@ def reference(
 ) -> Path:
     """A run of one rank, ZeRO 0, one microbatch a step."""
     folder = tmp_path_factory.mktemp("reference")
-    tree = settings(
+    tree = run_config(
         folder,
         wordpiece_corpus,
         "fp32_zero0",
@@ -55,7 +55,7 @@ def test_losses_and_held_out_figures_do_not_depend_on_the_layout(
     microbatch_tokens: int,
 ) -> None:
     """Catches losses averaged per rank or microbatch, gradients lost in an accumulation, ranks that see other data."""
-    tree = settings(
+    tree = run_config(
         tmp_path,
         wordpiece_corpus,
         f"fp32_zero{stage}",
@@ -64,11 +64,11 @@ def test_losses_and_held_out_figures_do_not_depend_on_the_layout(
         corpus__eval={"held": str(heldout_corpus)},
     )
     assert set(pools[world_size].run(pretrain_case, tree)) == {"done"}
-    assert curve(tmp_path, "step") == [1, 2, 3, 4, 5, 6]
-    assert curve(tmp_path) == pytest.approx(curve(reference), rel=1e-4)
-    assert curve(tmp_path, "grad_norm") == pytest.approx(curve(reference, "grad_norm"), rel=1e-3)
-    assert curve(tmp_path, "tokens") == curve(reference, "tokens")
-    assert curve(tmp_path, "lr") == curve(reference, "lr")
+    assert logged(tmp_path, "step") == [1, 2, 3, 4, 5, 6]
+    assert logged(tmp_path) == pytest.approx(logged(reference), rel=1e-4)
+    assert logged(tmp_path, "grad_norm") == pytest.approx(logged(reference, "grad_norm"), rel=1e-3)
+    assert logged(tmp_path, "tokens") == logged(reference, "tokens")
+    assert logged(tmp_path, "lr") == logged(reference, "lr")
 
     first, last = evaluations(tmp_path)
     expected_first, expected_last = evaluations(reference)
@@ -83,10 +83,10 @@ def test_batches_without_any_masked_token_update_nothing(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, world_size: int, stage: int
 ) -> None:
     """Catches NaN weights from a loss of 0/0, and weight decay in a step that learns nothing."""
-    tree = settings(tmp_path, wordpiece_corpus, f"fp32_zero{stage}", masking__rate=1e-9, schedule__steps=2)
+    tree = run_config(tmp_path, wordpiece_corpus, f"fp32_zero{stage}", masking__rate=1e-9, schedule__steps=2)
     tree["checkpoint"]["every_steps"] = 1
     pools[world_size].run(pretrain_case, tree)
-    assert curve(tmp_path) == [None, None]
-    first, second = (everything(checkpoint_path(tmp_path / "checkpoints", step)) for step in (1, 2))
+    assert logged(tmp_path) == [None, None]
+    first, second = (saved_tensors(checkpoint_path(tmp_path / "checkpoints", step)) for step in (1, 2))
     assert all(key.endswith("/fp32") for key in first), "the optimizer has a state without an update"
     assert all(torch.equal(first[key], second[key]) for key in first)

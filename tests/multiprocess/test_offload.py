@@ -9,12 +9,12 @@ import torch
 
 from experiment.checkpoints import checkpoint_path
 from experiment.errors import UserError
+from fp16 import fp16_supported
 from pretrain.engine.engine import Engine
 from pretrain.engine.settings import DeepSpeedSettings, check_nvme, parse_settings
 from pretrain.world import World
 from rank_pool import RankPool
-from runs import NO_DROPOUT, TINY, Tree, curve, everything, pretrain_case, settings
-from test_fp16 import fp16_supported
+from runs import NO_DROPOUT, TINY, Tree, logged, pretrain_case, run_config, saved_tensors
 from test_resumed_runs import copy_case
 
 WIDE = TINY | NO_DROPOUT | {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}
@@ -53,15 +53,15 @@ def compare(pools: dict[int, RankPool], corpus: Path, folder: Path, ds_config: s
     }
     for name, parts in runs.items():
         for file, stop_after in parts:
-            tree = settings(folder / name, corpus, file, schedule__steps=4) | {"model": model}
+            tree = run_config(folder / name, corpus, file, schedule__steps=4) | {"model": model}
             assert pools[2].run(case, pretrain_case, tree, stop_after) == ["stopped" if stop_after else "done"] * 2
-        assert curve(folder / name) == pytest.approx(curve(folder / "plain"), rel=tolerance)
-        norms = curve(folder / "plain", "grad_norm")
-        assert curve(folder / name, "grad_norm") == pytest.approx(norms, rel=10 * tolerance)
+        assert logged(folder / name) == pytest.approx(logged(folder / "plain"), rel=tolerance)
+        norms = logged(folder / "plain", "grad_norm")
+        assert logged(folder / name, "grad_norm") == pytest.approx(norms, rel=10 * tolerance)
     source = checkpoint_path(folder / "onto" / "checkpoints", 4)
-    copying = settings(folder / "copy", corpus, ds_config) | {"model": model}
+    copying = run_config(folder / "copy", corpus, ds_config) | {"model": model}
     pools[2].run(case, copy_case, copying, source, folder / "copies")
-    before, after = everything(source), everything(checkpoint_path(folder / "copies", 2))
+    before, after = saved_tensors(source), saved_tensors(checkpoint_path(folder / "copies", 2))
     assert {key.rpartition("/")[2] for key in before} == {"fp32", "exp_avg", "exp_avg_sq", "step", "ema"}
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
@@ -127,13 +127,15 @@ def test_what_is_swapped_lies_on_the_disk_until_the_run_ends(
     """Catches NVMe offload in name only, files that stay behind, and rules that see only what is in memory."""
     rows = [(tmp_path / name, f"fp32_{name}", name == "zero3_nvme_offload") for name in ("zero3_nvme_offload", "zero1")]
     for folder, ds_config, offloaded in rows:
-        tree = settings(folder, wordpiece_corpus, ds_config, model__config=WIDE)
+        tree = run_config(folder, wordpiece_corpus, ds_config, model__config=WIDE)
         tree["optimizer"] = {"name": rule, "lr": 3e-3, "eps": 1e-4}
         found = pools[2].run(swapping_case, tree, folder / "swap")
-        elements = sum(tensor.numel() for key, tensor in everything(checkpoint_path(folder / "checkpoints", 6)).items())
+        elements = sum(
+            tensor.numel() for key, tensor in saved_tensors(checkpoint_path(folder / "checkpoints", 6)).items()
+        )
         assert (sum(found) > 0.9 * 4 * elements) is offloaded
         assert not (folder / "swap").exists()
-    assert curve(rows[0][0]) == pytest.approx(curve(rows[1][0]), rel=1e-4)
+    assert logged(rows[0][0]) == pytest.approx(logged(rows[1][0]), rel=1e-4)
 
 
 def test_nvme_offload_is_refused_where_its_kernel_cannot_be_built(monkeypatch: pytest.MonkeyPatch) -> None:

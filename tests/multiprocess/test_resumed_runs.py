@@ -10,7 +10,17 @@ import torch
 from experiment.checkpoints import Retention, checkpoint_path, complete_checkpoints
 from pretrain.world import World
 from rank_pool import RankPool
-from runs import NO_DROPOUT, TINY, Tree, build_engine, curve, everything, pretrain_case, settings, untimed
+from runs import (
+    NO_DROPOUT,
+    TINY,
+    Tree,
+    build_engine,
+    events_without_timing,
+    logged,
+    pretrain_case,
+    run_config,
+    saved_tensors,
+)
 
 Layout = tuple[int, str]  # world size, DeepSpeed file
 
@@ -46,7 +56,7 @@ def test_a_resumed_run_repeats_the_unbroken_one_exactly(
     """
     runs = {}
     for name, stop_after in (("unbroken", None), ("stopped", 4)):
-        tree = settings(
+        tree = run_config(
             tmp_path / name,
             wordpiece_corpus,
             ds_config,
@@ -58,14 +68,14 @@ def test_a_resumed_run_repeats_the_unbroken_one_exactly(
         outcomes = pools[world_size].run(pretrain_case, tree, stop_after)
         if stop_after is not None:
             assert set(outcomes) == {"stopped"}
-            assert curve(tmp_path / name, "step") == [3]
+            assert logged(tmp_path / name, "step") == [3]
             assert complete_checkpoints(tmp_path / name / "checkpoints")[-1].name == "step-00000004"
             outcomes = pools[world_size].run(pretrain_case, tree)
         assert set(outcomes) == {"done"}
-        runs[name] = untimed(tmp_path / name)
+        runs[name] = events_without_timing(tmp_path / name)
     assert [event["step"] for event in runs["unbroken"]] == [0, 3, 5, 6, 8, 8]
     assert runs["stopped"] == runs["unbroken"]
-    last = [everything(checkpoint_path(tmp_path / name / "checkpoints", 8)) for name in runs]
+    last = [saved_tensors(checkpoint_path(tmp_path / name / "checkpoints", 8)) for name in runs]
     assert all(torch.equal(last[0][key], last[1][key]) for key in last[0])
 
 
@@ -78,17 +88,17 @@ def test_a_run_goes_on_at_another_layout(
 ) -> None:
     """Catches state that is lost or misplaced where a run moves to more or fewer devices, or another ZeRO stage."""
     model = TINY | NO_DROPOUT
-    unbroken = settings(tmp_path / "unbroken", wordpiece_corpus, first[1], model__config=model)
+    unbroken = run_config(tmp_path / "unbroken", wordpiece_corpus, first[1], model__config=model)
     pools[first[0]].run(pretrain_case, unbroken)
-    moved = settings(tmp_path / "moved", wordpiece_corpus, first[1], model__config=model)
+    moved = run_config(tmp_path / "moved", wordpiece_corpus, first[1], model__config=model)
     assert set(pools[first[0]].run(pretrain_case, moved, 3)) == {"stopped"}
-    elsewhere = settings(
+    elsewhere = run_config(
         tmp_path / "moved", wordpiece_corpus, then[1], model__config=model, batch__microbatch_tokens=300
     )
     assert set(pools[then[0]].run(pretrain_case, elsewhere)) == {"done"}
-    assert curve(tmp_path / "moved", "step") == [1, 2, 3, 4, 5, 6]
-    assert curve(tmp_path / "moved") == pytest.approx(curve(tmp_path / "unbroken"), rel=1e-5)
-    assert curve(tmp_path / "moved", "lr") == curve(tmp_path / "unbroken", "lr")
+    assert logged(tmp_path / "moved", "step") == [1, 2, 3, 4, 5, 6]
+    assert logged(tmp_path / "moved") == pytest.approx(logged(tmp_path / "unbroken"), rel=1e-5)
+    assert logged(tmp_path / "moved", "lr") == logged(tmp_path / "unbroken", "lr")
 
 
 def copy_case(world: World, tree: Tree, source: Path, target: Path) -> None:
@@ -109,7 +119,7 @@ def saved(pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path_factory: 
     def checkpoint_of(layout: Layout) -> Path:
         if layout not in made:
             folder = tmp_path_factory.mktemp("saved")
-            tree = settings(folder, wordpiece_corpus, layout[1], schedule__steps=2)
+            tree = run_config(folder, wordpiece_corpus, layout[1], schedule__steps=2)
             assert set(pools[layout[0]].run(pretrain_case, tree)) == {"done"}
             made[layout] = checkpoint_path(folder / "checkpoints", 2)
         return made[layout]
@@ -140,9 +150,9 @@ def test_a_checkpoint_moves_between_layouts_bit_by_bit(
 ) -> None:
     """Catches masters, moments or step counts that are cut, shifted, rounded or left behind at some layout."""
     original = saved(source)
-    tree = settings(tmp_path, wordpiece_corpus, target[1])
+    tree = run_config(tmp_path, wordpiece_corpus, target[1])
     pools[target[0]].run(copy_case, tree, original, tmp_path)
-    before, after = everything(original), everything(checkpoint_path(tmp_path, 2))
+    before, after = saved_tensors(original), saved_tensors(checkpoint_path(tmp_path, 2))
     assert before.keys() == after.keys()
     assert {key.rpartition("/")[2] for key in before} == {"fp32", "exp_avg", "exp_avg_sq", "step"}
     assert [key for key in before if not torch.equal(before[key], after[key])] == []

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from runs import settings
+from runs import run_config
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(300)
 def test_a_sweep_of_pretrainings(wordpiece_corpus: Path, heldout_corpus: Path, tmp_path: Path) -> None:
     """Catches commands that do not start, a metric that is not found in the runs, and finished runs that run again."""
-    tree = settings(tmp_path / "run", wordpiece_corpus, corpus__eval={"held": str(heldout_corpus)})
+    tree = run_config(tmp_path / "run", wordpiece_corpus, corpus__eval={"held": str(heldout_corpus)})
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
     command = [sys.executable, "-m", "launcher", "sweep", "--config", str(tmp_path / "run.yaml")]
     command += ["--grid", "optimizer.lr=1e-5,3e-3", "--num_gpus", "1"]

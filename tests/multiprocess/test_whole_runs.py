@@ -14,7 +14,7 @@ from pretrain.config import PretrainConfig
 from pretrain.corpus.reader import open_corpus
 from pretrain.evaluate import evaluate_command
 from rank_pool import RankPool
-from runs import Tree, curve, events, pretrain_case, settings
+from runs import Tree, logged, pretrain_case, run_config, step_events
 
 MODERN = {
     "model_type": "modernbert",
@@ -35,13 +35,13 @@ def test_one_epoch_trains_on_every_token_once(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path
 ) -> None:
     """Catches a short last batch that is dropped, filled up or counted wrongly."""
-    tree = settings(tmp_path, wordpiece_corpus, "fp32_zero2", batch__sequences=250) | {"schedule": {"epochs": 1.0}}
+    tree = run_config(tmp_path, wordpiece_corpus, "fp32_zero2", batch__sequences=250) | {"schedule": {"epochs": 1.0}}
     assert pools[2].run(pretrain_case, tree) == ["done", "done"]
     corpus = open_corpus(wordpiece_corpus)
     sequences = len(open_index(corpus, 38, tmp_path))
     assert sequences % 250 != 0
-    assert curve(tmp_path, "step") == list(range(1, -(-sequences // 250) + 1))
-    assert curve(tmp_path, "tokens")[-1] == corpus.tokens + 2 * sequences
+    assert logged(tmp_path, "step") == list(range(1, -(-sequences // 250) + 1))
+    assert logged(tmp_path, "tokens")[-1] == corpus.tokens + 2 * sequences
 
 
 def test_training_on_from_a_folder_and_scoring_it(
@@ -53,7 +53,7 @@ def test_training_on_from_a_folder_and_scoring_it(
 ) -> None:
     """Catches a folder that init_from opens differently than it was saved, and figures of `deepcloze evaluate` that are
     not those of the run."""
-    first = settings(
+    first = run_config(
         tmp_path / "first",
         wordpiece_corpus,
         "fp32_zero3",
@@ -63,7 +63,7 @@ def test_training_on_from_a_folder_and_scoring_it(
     )
     pools[2].run(pretrain_case, first)
     start = checkpoint_path(tmp_path / "first" / "checkpoints", 3) / "hf"
-    second = settings(
+    second = run_config(
         tmp_path / "second", wordpiece_corpus, schedule__steps=1, corpus__eval={"held": str(heldout_corpus)}
     ) | {"model": {"init_from": str(start)}}
     pools[3].run(pretrain_case, second)
@@ -82,15 +82,15 @@ def test_a_padded_model_trains_too(pools: dict[int, RankPool], wordpiece_corpus:
     """Catches a run that only packed models survive; and one that does not say that it is slower than it could be."""
     model = MODERN | {"model_type": "mpnet", "max_position_embeddings": 64}
     del model["local_attention"]
-    pools[2].run(pretrain_case, settings(tmp_path, wordpiece_corpus, "bf16_zero1", model__config=model))
-    losses = curve(tmp_path)
+    pools[2].run(pretrain_case, run_config(tmp_path, wordpiece_corpus, "bf16_zero1", model__config=model))
+    losses = logged(tmp_path)
     assert losses[-1] < losses[0]
     assert "'mpnet' trains padded" in RunFolder(tmp_path).rank_log(0).read_text(encoding="utf-8")
 
 
 def test_checkpoints_by_the_clock(pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path) -> None:
     """Catches ranks that look at their own clocks, of which one would save alone and wait for ever."""
-    tree = settings(tmp_path, wordpiece_corpus, schedule__steps=3)
+    tree = run_config(tmp_path, wordpiece_corpus, schedule__steps=3)
     tree["checkpoint"] = {"every_steps": None, "every_minutes": 1e-9, "keep_last": 9}
     pools[3].run(pretrain_case, tree)
     assert len(complete_checkpoints(tmp_path / "checkpoints")) == 3
@@ -100,7 +100,7 @@ def test_a_finished_run_that_is_started_again_is_finished(
     pools: dict[int, RankPool], wordpiece_corpus: Path, heldout_corpus: Path, tmp_path: Path
 ) -> None:
     """Catches a step too many, and evaluations that are logged twice."""
-    tree = settings(tmp_path, wordpiece_corpus, schedule__steps=2, corpus__eval={"held": str(heldout_corpus)})
+    tree = run_config(tmp_path, wordpiece_corpus, schedule__steps=2, corpus__eval={"held": str(heldout_corpus)})
     pools[2].run(pretrain_case, tree)
     before = RunFolder(tmp_path).metrics.read_text(encoding="utf-8")
     assert pools[2].run(pretrain_case, tree) == ["done", "done"]
@@ -111,14 +111,14 @@ def test_what_a_run_leaves_starts_the_same_run(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path
 ) -> None:
     """Catches relative paths in RUN/config.yaml, keys that are missing in it, and metrics without the promised keys."""
-    tree = settings(tmp_path / "first", wordpiece_corpus)
+    tree = run_config(tmp_path / "first", wordpiece_corpus)
     pools[1].run(pretrain_case, tree)
     written = yaml.safe_load(RunFolder(tmp_path / "first").config.read_text(encoding="utf-8"))
     assert Path(written["engine"]["ds_config"]).is_absolute()
     assert build_config(PretrainConfig, written).model_dump(mode="json") == written
     written["run"]["dir"] = str(tmp_path / "second")
     pools[1].run(pretrain_case, written)
-    assert curve(tmp_path / "second") == curve(tmp_path / "first")
+    assert logged(tmp_path / "second") == logged(tmp_path / "first")
     assert json.loads(RunFolder(tmp_path / "first").provenance.read_text(encoding="utf-8"))
     promised = {
         "step",
@@ -134,4 +134,4 @@ def test_what_a_run_leaves_starts_the_same_run(
         "data_wait",
         "memory",
     }
-    assert all(set(event) == promised for event in events(tmp_path / "first"))
+    assert all(set(event) == promised for event in step_events(tmp_path / "first"))

@@ -1,4 +1,4 @@
-"""The models of these tests are so small that a second thread only costs, most of all where cores are shared."""
+"""One thread: more only slow down models this small."""
 
 import torch
 

@@ -14,7 +14,7 @@ from pretrain.corpus.build import build_corpus
 from pretrain.corpus.options import CorpusOptions
 from pretrain.corpus.reader import open_corpus
 from rank_pool import RankPool
-from runs import TINY, Tree, curve, pretrain_case, settings
+from runs import TINY, Tree, logged, pretrain_case, run_config
 
 
 @pytest.fixture(scope="module")
@@ -37,22 +37,22 @@ def test_new_words_and_a_longer_context(
     pools: dict[int, RankPool], wordpiece_corpus: Path, grown: tuple[Path, Path], tmp_path: Path, ds_config: str
 ) -> None:
     """Catches a run at the new length that dies or cannot be resumed, and checkpoints of the old tokenizer or sizes."""
-    first = settings(tmp_path / "first", wordpiece_corpus, schedule__steps=1, model__config=TINY)
+    first = run_config(tmp_path / "first", wordpiece_corpus, schedule__steps=1, model__config=TINY)
     pools[2].run(pretrain_case, first)
     start = checkpoint_path(tmp_path / "first" / "checkpoints", 1) / "hf"
     tokenizer, corpus = grown
     model: Tree = {"init_from": str(start), "added_tokens": str(tokenizer), "max_positions": 120}
-    tree = settings(tmp_path / "grown", corpus, ds_config, schedule__steps=4) | {"model": model}
+    tree = run_config(tmp_path / "grown", corpus, ds_config, schedule__steps=4) | {"model": model}
     tree["batch"] = {"sequences": 29, "max_seq_length": 120, "microbatch_tokens": 250}
     assert set(pools[2].run(pretrain_case, tree, 2)) == {"stopped"}
     assert set(pools[2].run(pretrain_case, tree)) == {"done"}
-    assert curve(tmp_path / "grown", "step") == [1, 2, 3, 4]
+    assert logged(tmp_path / "grown", "step") == [1, 2, 3, 4]
     hf = checkpoint_path(tmp_path / "grown" / "checkpoints", 4) / "hf"
     config = AutoModelForMaskedLM.from_pretrained(hf).config
     assert (config.vocab_size, config.max_position_embeddings) == (202, 120)
     assert AutoTokenizer.from_pretrained(hf).convert_ids_to_tokens(201) == "zedzedzed"
     # A third run of the chain: the second one's model is complete, neither key is needed any more.
-    tree = settings(tmp_path / "third", corpus, schedule__steps=1) | {"model": {"init_from": str(tmp_path / "grown")}}
+    tree = run_config(tmp_path / "third", corpus, schedule__steps=1) | {"model": {"init_from": str(tmp_path / "grown")}}
     pools[1].run(pretrain_case, tree)
     assert yaml.safe_load((tmp_path / "third" / "config.yaml").read_text())["model"]["init_from"] == str(hf)
     ancestors = json.loads((tmp_path / "third" / "provenance.json").read_text())["ancestors"]

@@ -14,7 +14,7 @@ from experiment.run_folder import RunFolder
 from fp16 import fp16_supported
 from pretrain.world import World
 from rank_pool import RankPool
-from runs import Tree, curve, everything, pretrain_case, settings, untimed
+from runs import Tree, events_without_timing, logged, pretrain_case, run_config, saved_tensors
 
 NAN, INF = float("nan"), float("inf")
 SOAK = pytest.mark.soak
@@ -75,9 +75,9 @@ def saved_progress(folder: Path, step: int) -> Tree:
 
 def same(one: Path, other: Path, step: int) -> bool:
     """Whether two runs are the same up to their last bit."""
-    kept = [everything(checkpoint_path(folder / "checkpoints", step)) for folder in (one, other)]
+    kept = [saved_tensors(checkpoint_path(folder / "checkpoints", step)) for folder in (one, other)]
     return (
-        untimed(one) == untimed(other)
+        events_without_timing(one) == events_without_timing(other)
         and saved_progress(one, step) == saved_progress(other, step)
         and kept[0].keys() == kept[1].keys()
         and all(torch.equal(kept[0][key], kept[1][key]) for key in kept[0])
@@ -113,7 +113,7 @@ def test_a_bad_batch_under_each_policy(
     The three policies end in the same run, bit by bit, dropout included.
     """
     trees = {
-        policy: settings(
+        policy: run_config(
             tmp_path / policy,
             wordpiece_corpus,
             ds_config,
@@ -128,8 +128,8 @@ def test_a_bad_batch_under_each_policy(
     assert pools[2].run(poisoned_case, trees["skip"], bad) == ["done", "done"]
     assert saved_progress(tmp_path / "skip", 3)["skipped"] == []
     assert saved_progress(tmp_path / "skip", 8)["skipped"] == [5]
-    assert curve(tmp_path / "skip", "step") == [2, 4, 6, 8]
-    assert None not in curve(tmp_path / "skip")
+    assert logged(tmp_path / "skip", "step") == [2, 4, 6, 8]
+    assert None not in logged(tmp_path / "skip")
 
     assert pools[2].run(poisoned_case, trees["rewind"], bad) == ["done", "done"]
     said = RunFolder(tmp_path / "rewind").rank_log(0).read_text(encoding="utf-8")
@@ -154,7 +154,7 @@ def test_a_run_goes_back_to_its_very_beginning(
     """Catches a run that has nothing to go back to, moments that stay where the beginning has none, and what was
     evaluated and logged before that is evaluated or logged anew."""
     for policy in ("skip", "rewind"):
-        tree = settings(
+        tree = run_config(
             tmp_path / policy,
             wordpiece_corpus,
             ds_config,
@@ -172,7 +172,7 @@ def test_a_resume_leaves_out_what_was_found_bad_further_on(
 ) -> None:
     """Catches a skip list that is forgotten: the run went back before the bad step, and was stopped before it again."""
     trees = [
-        settings(
+        run_config(
             tmp_path / policy, wordpiece_corpus, schedule__steps=8, checkpoint__every_steps=3, health__policy=policy
         )
         for policy in ("skip", "rewind")
@@ -189,7 +189,7 @@ def test_a_resume_leaves_out_what_was_found_bad_further_on(
 
 def test_the_bad_batch_can_be_looked_at(pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path) -> None:
     """Catches a batch that is gone when somebody asks what was wrong with it, or of which a share is missing."""
-    tree = settings(tmp_path, wordpiece_corpus, schedule__steps=3, health__policy="skip")
+    tree = run_config(tmp_path, wordpiece_corpus, schedule__steps=3, health__policy="skip")
     pools[2].run(poisoned_case, tree, {3: Poison(NAN)})
     folder = tmp_path / "health" / "step-00000003"
     fault = json.loads((folder / "fault.json").read_text(encoding="utf-8"))
@@ -224,7 +224,7 @@ def test_a_bad_batch_is_told_where_the_state_before_it_cannot_be_saved(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path
 ) -> None:
     """Catches a run that ends over a full disk and says nothing of the batch it had stopped at."""
-    assert pools[2].run(full_disk_case, settings(tmp_path, wordpiece_corpus)) == ["stopped", "stopped"]
+    assert pools[2].run(full_disk_case, run_config(tmp_path, wordpiece_corpus)) == ["stopped", "stopped"]
     log = RunFolder(tmp_path).rank_log(0).read_text(encoding="utf-8")
     assert "step 3: the loss is nan" in log
     assert "no checkpoint can be written" in log
@@ -235,7 +235,7 @@ def test_weights_that_are_bad_end_the_run(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, policy: str
 ) -> None:
     """Catches a run that skips, or goes back, for ever since nothing it does helps."""
-    tree = settings(tmp_path, wordpiece_corpus, schedule__steps=20, health__policy=policy)
+    tree = run_config(tmp_path, wordpiece_corpus, schedule__steps=20, health__policy=policy)
     (message,) = pools[1].run(poisoned_case, tree, {step: Poison(NAN) for step in range(3, 21)})
     assert message.startswith("step 6: the loss is nan")
     assert "the last 4 steps were all bad" in message
@@ -243,7 +243,7 @@ def test_weights_that_are_bad_end_the_run(
 
 def test_a_run_does_not_go_back_for_ever(pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path) -> None:
     """Catches a run that spends its life between one checkpoint and the next."""
-    tree = settings(tmp_path, wordpiece_corpus, schedule__steps=20, health__policy="rewind")
+    tree = run_config(tmp_path, wordpiece_corpus, schedule__steps=20, health__policy="rewind")
     (message,) = pools[1].run(poisoned_case, tree, {step: Poison(NAN) for step in range(2, 21, 2)})
     assert message.startswith("step 8: the loss is nan")
     assert "rewound to step 0 3 times" in message
@@ -293,7 +293,7 @@ def test_a_rank_whose_weights_changed_is_named(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, world_size: int, ds_config: str
 ) -> None:
     """Catches silent corruption, and a comparison that some ranks leave alone, in which the others then wait."""
-    tree = settings(tmp_path, wordpiece_corpus, ds_config, health__compare_every=2)
+    tree = run_config(tmp_path, wordpiece_corpus, ds_config, health__compare_every=2)
     messages = pools[world_size].run(flipped_case, tree, 1)
     who = "rank 1 differs from the others" if world_size == 3 else "ranks 0 and 1 differ from each other"
     what = f"step 4: {who} in the weights of bert.encoder.layer.1.attention.output.dense.weight"
@@ -319,7 +319,7 @@ def test_the_best_checkpoint_stays_and_patience_ends_the_run(
     silence."""
 
     def tree(name: str, patience: int = 3) -> Tree:
-        return settings(
+        return run_config(
             tmp_path / name,
             wordpiece_corpus,
             schedule__steps=12,
@@ -355,7 +355,7 @@ def test_what_health_remembers_survives_a_restart(
     """Catches a window of norms that begins anew, in which the next spike is none."""
     runs = {}
     for name, stop_after in (("unbroken", None), ("stopped", 5)):
-        tree = settings(
+        tree = run_config(
             tmp_path / name,
             wordpiece_corpus,
             schedule__steps=9,

@@ -9,14 +9,24 @@ import torch
 from experiment.checkpoints import checkpoint_path, complete_checkpoints, read_state
 from experiment.run_folder import RunFolder
 from rank_pool import RankPool
-from runs import NO_DROPOUT, TINY, Tree, curve, events, everything, pretrain_case, settings, untimed
+from runs import (
+    NO_DROPOUT,
+    TINY,
+    Tree,
+    events_without_timing,
+    logged,
+    pretrain_case,
+    run_config,
+    saved_tensors,
+    step_events,
+)
 
 STAGES = [{"steps": 4, "max_seq_length": 20, "sequences": 37, "microbatch_tokens": 70}, {}]
 
 
 def changing(folder: Path, corpus: Path, heldout: Path, ds_config: str = "fp32_zero1", **changes: Any) -> Tree:
     """A run of 8 steps: batches grow for 6 of them, after 4 the sequences get longer; ever fewer spans are masked."""
-    tree = settings(
+    tree = run_config(
         folder,
         corpus,
         ds_config,
@@ -56,18 +66,18 @@ def test_a_run_resumes_exactly_wherever_its_stream_is(
     tree = changing(tmp_path, wordpiece_corpus, heldout_corpus)
     assert set(pools[2].run(pretrain_case, tree, stop_after)) == {"stopped"}
     assert set(pools[2].run(pretrain_case, tree)) == {"done"}
-    assert untimed(tmp_path) == untimed(unbroken)
-    last, expected = (everything(checkpoint_path(folder / "checkpoints", 8)) for folder in (tmp_path, unbroken))
+    assert events_without_timing(tmp_path) == events_without_timing(unbroken)
+    last, expected = (saved_tensors(checkpoint_path(folder / "checkpoints", 8)) for folder in (tmp_path, unbroken))
     assert all(torch.equal(last[key], expected[key]) for key in expected)
 
 
 def test_tokens_are_counted_by_corpus(unbroken: Path) -> None:
     """Catches corpora whose tokens are counted per rank, per interval, or under each other's name."""
-    last = events(unbroken)[-1]
+    last = step_events(unbroken)[-1]
     first, second = last["tokens/text"], last["tokens/text-heldout"]
     assert first + second == last["tokens"]
     assert first / last["tokens"] == pytest.approx(2 / 3, abs=0.1)
-    assert curve(unbroken, "tokens/text") == sorted(curve(unbroken, "tokens/text"))
+    assert logged(unbroken, "tokens/text") == sorted(logged(unbroken, "tokens/text"))
     saved = read_state(checkpoint_path(unbroken / "checkpoints", 8))["progress"]["tokens_by_corpus"]
     assert saved == {"text": first, "text-heldout": second}
 
@@ -88,7 +98,7 @@ def test_a_changing_stream_does_not_depend_on_the_layout(
     shared = changing(tmp_path / "shared", wordpiece_corpus, heldout_corpus, ds_config, model__config=model)
     pools[world_size].run(pretrain_case, shared)
     for key, tolerance in (("loss", 1e-4), ("grad_norm", 1e-3), ("tokens", 0.0), ("tokens/text", 0.0)):
-        assert curve(tmp_path / "shared", key) == pytest.approx(curve(tmp_path / "alone", key), rel=tolerance)
+        assert logged(tmp_path / "shared", key) == pytest.approx(logged(tmp_path / "alone", key), rel=tolerance)
 
 
 def test_a_budget_ends_a_run_and_survives_a_stop(
@@ -96,7 +106,7 @@ def test_a_budget_ends_a_run_and_survives_a_stop(
 ) -> None:
     """Catches ranks that look at their own clocks, spent time that a restart forgets, a rate that does not arrive at
     its floor, and an end without an evaluation or a checkpoint."""
-    tree = settings(tmp_path, wordpiece_corpus, corpus__eval={"held": str(heldout_corpus)})
+    tree = run_config(tmp_path, wordpiece_corpus, corpus__eval={"held": str(heldout_corpus)})
     tree["schedule"] = {"budget": "3s", "warmup_steps": 2, "min_lr_ratio": 0.1}
     assert set(pools[2].run(pretrain_case, tree, 5)) == {"stopped"}
     stopped = read_state(complete_checkpoints(tmp_path / "checkpoints")[-1])["progress"]
@@ -104,15 +114,15 @@ def test_a_budget_ends_a_run_and_survives_a_stop(
     assert set(pools[2].run(pretrain_case, tree)) == {"done"}
 
     ended = read_state(complete_checkpoints(tmp_path / "checkpoints")[-1])["progress"]
-    rates = curve(tmp_path, "lr")
+    rates = logged(tmp_path, "lr")
     assert 3.0 <= ended["seconds"] < 4.5
     assert len(rates) == ended["step"] > 5
     assert rates[1:] == sorted(rates[1:], reverse=True)
     assert rates[-1] == pytest.approx(0.1 * 3e-3)
     share = stopped["seconds"] / 3.0
     assert 0.7 < rates[5] / (3e-3 * (1.0 - 0.9 * share)) <= 1.0, "the second attempt did not take up the first's clock"
-    assert untimed(tmp_path)[-1].keys() > {"step", "eval/held/loss"}
-    assert untimed(tmp_path)[-1]["step"] == ended["step"]
+    assert events_without_timing(tmp_path)[-1].keys() > {"step", "eval/held/loss"}
+    assert events_without_timing(tmp_path)[-1]["step"] == ended["step"]
 
     before = RunFolder(tmp_path).metrics.read_text(encoding="utf-8")
     assert set(pools[2].run(pretrain_case, tree)) == {"done"}

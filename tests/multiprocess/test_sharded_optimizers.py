@@ -9,7 +9,7 @@ from torch import Tensor
 
 from experiment.checkpoints import checkpoint_path
 from rank_pool import RankPool
-from runs import NO_DROPOUT, TINY, Tree, curve, everything, pretrain_case, settings
+from runs import NO_DROPOUT, TINY, Tree, logged, pretrain_case, run_config, saved_tensors
 
 RULES = ("lamb", "stableadamw")
 LAYOUTS = [(size, f"fp32_zero{stage}") for size in (1, 2, 3) for stage in range(4)]
@@ -26,7 +26,7 @@ def tree_of(folder: Path, corpus: Path, rule: str, ds_config: str) -> Tree:
     """Five steps of a model whose parameters are divisible by nothing. A large eps keeps rounding from being magnified
     where gradients are almost zero."""
     model = TINY | NO_DROPOUT | {"hidden_size": 22, "intermediate_size": 37}
-    tree = settings(folder, corpus, ds_config, model__config=model, schedule__steps=5)
+    tree = run_config(folder, corpus, ds_config, model__config=model, schedule__steps=5)
     tree["optimizer"] = {"name": rule, "lr": 0.02, "weight_decay": 0.1, "eps": 1e-4}
     return tree
 
@@ -40,7 +40,7 @@ def alone(
     for rule in RULES:
         folder = tmp_path_factory.mktemp(rule)
         pools[1].run(pretrain_case, tree_of(folder, wordpiece_corpus, rule, "fp32_zero0"))
-        found[rule] = everything(checkpoint_path(folder / "checkpoints", 5))
+        found[rule] = saved_tensors(checkpoint_path(folder / "checkpoints", 5))
     return found
 
 
@@ -72,7 +72,7 @@ def test_every_layout_arrives_where_one_process_does(
 ) -> None:
     """Catches norms of a rank's share in place of the parameter's, and ranks that sum a different number of times."""
     pools[world_size].run(pretrain_case, tree_of(tmp_path, wordpiece_corpus, rule, ds_config))
-    found = everything(checkpoint_path(tmp_path / "checkpoints", 5))
+    found = saved_tensors(checkpoint_path(tmp_path / "checkpoints", 5))
     assert found.keys() == alone[rule].keys()
     assert distance(alone[rule], found, "fp32") < 1e-6
     assert distance(alone[rule], found, "exp_avg") < 1e-7
@@ -97,6 +97,6 @@ def test_a_resumed_run_is_the_unbroken_one(
     pools[world_size].run(pretrain_case, trees["unbroken"])
     assert pools[world_size].run(pretrain_case, trees["broken"], 2)[0] == "stopped"
     pools[world_size].run(pretrain_case, trees["broken"])
-    one, other = (everything(checkpoint_path(tmp_path / name / "checkpoints", 5)) for name in trees)
+    one, other = (saved_tensors(checkpoint_path(tmp_path / name / "checkpoints", 5)) for name in trees)
     assert all(torch.equal(one[key], other[key]) for key in one)
-    assert curve(tmp_path / "broken") == curve(tmp_path / "unbroken")
+    assert logged(tmp_path / "broken") == logged(tmp_path / "unbroken")

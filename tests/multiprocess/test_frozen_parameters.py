@@ -11,7 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from experiment.checkpoints import checkpoint_path, read_state
 from pretrain.world import World
 from rank_pool import RankPool
-from runs import NO_DROPOUT, TINY, Tree, build_engine, curve, everything, microbatch, pretrain_case, settings
+from runs import NO_DROPOUT, TINY, Tree, build_engine, logged, microbatch, pretrain_case, run_config, saved_tensors
 
 FROZEN = ("embeddings", "layer.0")
 
@@ -51,14 +51,14 @@ def test_an_update_over_the_limit_leaves_no_trace(
 ) -> None:
     """Catches a vetoed update that decays weights, moves moments or step counters, or leaves its gradient behind; and a
     limit that is compared with the clipped norm."""
-    tree = settings(tmp_path, wordpiece_corpus, ds_config, optimizer__grad_clip=1e-3)
+    tree = run_config(tmp_path, wordpiece_corpus, ds_config, optimizer__grad_clip=1e-3)
     free = float("inf")
     (vetoed, *_) = pools[2].run(veto_case, tree, tmp_path / "vetoed", [free, 0.002, free])
     (without, *_) = pools[2].run(veto_case, tree, tmp_path / "without", [free, free])
     assert [applied for applied, _ in vetoed] == [True, False, True]
     assert vetoed[1][1] == vetoed[2][1] > 0.002
     assert [vetoed[0], vetoed[2]] == without
-    left, right = (everything(checkpoint_path(tmp_path / which, 1)) for which in ("vetoed", "without"))
+    left, right = (saved_tensors(checkpoint_path(tmp_path / which, 1)) for which in ("vetoed", "without"))
     assert left.keys() == right.keys()
     assert all(torch.equal(left[key], right[key]) for key in left)
 
@@ -95,15 +95,15 @@ def test_frozen_parameters_are_left_out_until_they_thaw(
         "checkpoint__every_steps": 1,
     }
     trees = {
-        "free": settings(tmp_path / "free", wordpiece_corpus, ds_config, **changes | {"schedule__steps": 1}),
-        "frozen": settings(tmp_path / "frozen", wordpiece_corpus, ds_config, **changes),
+        "free": run_config(tmp_path / "free", wordpiece_corpus, ds_config, **changes | {"schedule__steps": 1}),
+        "frozen": run_config(tmp_path / "frozen", wordpiece_corpus, ds_config, **changes),
     }
     trees["frozen"]["model"] |= {"freeze": list(FROZEN), "freeze_steps": 2}
     trees["frozen"]["schedule"]["warmup_steps"] = 0
     for tree in trees.values():
         pools[world_size].run(pretrain_case, tree)
-    free = everything(checkpoint_path(tmp_path / "free" / "checkpoints", 1))
-    frozen = [everything(checkpoint_path(tmp_path / "frozen" / "checkpoints", step)) for step in (1, 2, 3, 4)]
+    free = saved_tensors(checkpoint_path(tmp_path / "free" / "checkpoints", 1))
+    frozen = [saved_tensors(checkpoint_path(tmp_path / "frozen" / "checkpoints", step)) for step in (1, 2, 3, 4)]
     cold = [key for key in frozen[0] if is_frozen(key)]
     warm = [key for key in free if not is_frozen(key) and key.endswith("/exp_avg")]
 
@@ -115,9 +115,9 @@ def test_frozen_parameters_are_left_out_until_they_thaw(
     assert {float(value) for key, value in frozen[3].items() if not is_frozen(key) and key.endswith("/step")} == {4.0}
 
     relative = 1e-5 if ds_config.startswith("fp32") else 1e-2
-    norms = curve(tmp_path / "frozen", "grad_norm")
+    norms = logged(tmp_path / "frozen", "grad_norm")
     assert norms[0] == pytest.approx(gradient_norm(free, warm), rel=relative)
-    assert norms[0] < 0.95 * curve(tmp_path / "free", "grad_norm")[0], "the frozen part is too small to show"
+    assert norms[0] < 0.95 * logged(tmp_path / "free", "grad_norm")[0], "the frozen part is too small to show"
     first = gradient_norm(frozen[2], [key for key in frozen[2] if is_frozen(key) and key.endswith("/exp_avg")])
     usual = [
         len(read_state(checkpoint_path(tmp_path / "frozen" / "checkpoints", step))["progress"]["norms"])
@@ -140,7 +140,7 @@ def test_a_run_that_is_resumed_before_the_thaw_is_the_unbroken_one(
 ) -> None:
     """Catches a thaw that is counted from the resume, moments or counters that a resume gives to what is frozen, and an
     optimizer that cannot tell a frozen group from one that stage 3 has emptied."""
-    trees = {name: settings(tmp_path / name, wordpiece_corpus, ds_config) for name in ("unbroken", "broken")}
+    trees = {name: run_config(tmp_path / name, wordpiece_corpus, ds_config) for name in ("unbroken", "broken")}
     for tree in trees.values():
         tree["model"] |= {"freeze": list(FROZEN), "freeze_steps": 4}
         tree["optimizer"] |= {"layer_decay": 0.7, "name": optimizer}
@@ -148,10 +148,10 @@ def test_a_run_that_is_resumed_before_the_thaw_is_the_unbroken_one(
     for steps in (3, 1):
         assert pools[world_size].run(pretrain_case, trees["broken"], steps)[0] == "stopped"
     pools[world_size].run(pretrain_case, trees["broken"])
-    one, other = (everything(checkpoint_path(tmp_path / name / "checkpoints", 6)) for name in trees)
+    one, other = (saved_tensors(checkpoint_path(tmp_path / name / "checkpoints", 6)) for name in trees)
     assert {float(value) for key, value in one.items() if is_frozen(key) and key.endswith("/step")} == {2.0}
     assert all(torch.equal(one[key], other[key]) for key in one)
-    assert curve(tmp_path / "broken", "grad_norm") == curve(tmp_path / "unbroken", "grad_norm")
+    assert logged(tmp_path / "broken", "grad_norm") == logged(tmp_path / "unbroken", "grad_norm")
 
 
 def rewind_case(world: World, tree: Tree, folder: Path) -> None:
@@ -190,10 +190,10 @@ def test_a_used_engine_goes_back_to_a_checkpoint(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, ds_config: str
 ) -> None:
     """Catches moments, counters and averages of the future that survive a rewind to before a thaw, or fill memory."""
-    tree = settings(tmp_path, wordpiece_corpus, ds_config)
+    tree = run_config(tmp_path, wordpiece_corpus, ds_config)
     tree["model"] |= {"freeze": list(FROZEN), "freeze_steps": 1, "ema_decay": 0.9}
     pools[2].run(rewind_case, tree, tmp_path)
-    first, second, back, again = (everything(checkpoint_path(tmp_path, name)) for name in (1, 2, 3, 4))
+    first, second, back, again = (saved_tensors(checkpoint_path(tmp_path, name)) for name in (1, 2, 3, 4))
     assert any(is_frozen(key) and key.endswith("/exp_avg") for key in second)
     for one, other in ((first, back), (second, again)):
         assert one.keys() == other.keys()
@@ -224,11 +224,11 @@ def test_layer_decay_may_change_on_resume(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, ds_config: str
 ) -> None:
     """Catches moments and counters that stay with a parameter group instead of going with the parameter."""
-    tree = settings(tmp_path, wordpiece_corpus, ds_config)
+    tree = run_config(tmp_path, wordpiece_corpus, ds_config)
     made, moved = tmp_path / "made", tmp_path / "moved"
     assert pools[2].run(step_or_load_case, tree, made, None) == [2, 2]
     tree["optimizer"] |= {"layer_decay": 0.8}
     assert pools[2].run(step_or_load_case, tree, moved, checkpoint_path(made, 1)) == [8, 8]
-    one, other = everything(checkpoint_path(made, 1)), everything(checkpoint_path(moved, 1))
+    one, other = saved_tensors(checkpoint_path(made, 1)), saved_tensors(checkpoint_path(moved, 1))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
