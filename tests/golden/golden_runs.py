@@ -1,19 +1,19 @@
 """Five small runs whose losses, learning rates and masks are recorded in `tests/golden/recorded/`.
 
-`python -m pytest tests/golden --record` writes the files anew: only for a change that is meant to change results, and
-the commit says why.
+`python -m pytest tests/golden --record` records them again: only for a change that is meant to change results, with the
+reason in the commit.
 """
 
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from experiment.checkpoints import checkpoint_path
 from experiment.config import build_config
 from experiment.run_folder import RunFolder
+from pretrain.batching.batch import RankBatch
 from pretrain.config import PretrainConfig
 from pretrain.corpus.build import build_corpus
 from pretrain.corpus.options import CorpusOptions
@@ -31,14 +31,14 @@ KEYS = ("step", "tokens", "loss", "lr", "grad_norm")
 
 
 def build_corpora(text: Path, folder: Path) -> Path:
-    """Corpora `all`, `all-heldout` and `part` in `folder`, built with the recorded tokenizer."""
+    """Build the corpora `all`, `all-heldout` and `part` in `folder` with the recorded tokenizer."""
     build_corpus(CorpusOptions(source=text, tokenizer=TOKENIZER, output=folder / "all", holdout=40, workers=1))
     build_corpus(CorpusOptions(source=text, tokenizer=TOKENIZER, output=folder / "part", limit=150, seed=3, workers=1))
     return folder
 
 
 def fp32(folder: Path, corpora: Path) -> Tree:
-    """ZeRO 2, three microbatches a step, dropout on."""
+    """ZeRO 2, three microbatches per step, dropout."""
     return run_config(
         folder,
         corpora / "all",
@@ -96,7 +96,7 @@ def fork_with_ema(folder: Path, corpora: Path) -> Tree:
 
 
 def resumed(folder: Path, corpora: Path) -> Tree:
-    """The run whose first two steps made `tests/golden/checkpoint_0_1`."""
+    """The run that wrote `tests/golden/checkpoint_0_1` after two steps."""
     small = {"hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 12, "max_position_embeddings": 40}
     return run_config(folder, corpora / "all", model__config=TINY | small, schedule__steps=4)
 
@@ -104,41 +104,41 @@ def resumed(folder: Path, corpora: Path) -> Tree:
 RUNS = {run.__name__: run for run in (fp32, bf16, lamb_with_stages, mixture_with_spans, fork_with_ema)}
 
 
-def carry_out(name: str, pool: RankPool, corpora: Path, folder: Path) -> Tree:
-    """What is recorded of a run."""
+def results_of(name: str, pool: RankPool, corpora: Path, folder: Path) -> Tree:
+    """Run and return what is recorded of it."""
     run_folder = folder / name
     if name == "fork_with_ema":
         pool.run(pretrain_case, parent(folder / "parent", corpora))
     tree = RUNS[name](run_folder, corpora)
     assert set(pool.run(pretrain_case, tree)) == {"done"}
     lines = RunFolder(run_folder).metrics.read_text(encoding="utf-8").splitlines()
-    logged = list(map(json.loads, lines))
-    steps = [{key: event[key] for key in KEYS} for event in logged if "loss" in event]
+    events = list(map(json.loads, lines))
+    steps = [{key: event[key] for key in KEYS} for event in events if "loss" in event]
     return {
         "steps": steps,
-        "evaluations": [event for event in logged if "loss" not in event],
-        "masks": masks(tree, steps[0]["step"] - 1, steps[-1]["step"]),
-        "norms": norms(checkpoint_path(RunFolder(run_folder).checkpoints, steps[-1]["step"])),
+        "evaluations": [event for event in events if "loss" not in event],
+        "masks": batch_hashes(tree, steps[0]["step"] - 1, steps[-1]["step"]),
+        "norms": tensor_norms(checkpoint_path(RunFolder(run_folder).checkpoints, steps[-1]["step"])),
     }
 
 
-def masks(tree: Tree, first: int, last: int) -> list[str]:
-    """A digest of what the model sees, is asked and where, for each of the steps from `first` to `last`."""
+def batch_hashes(tree: Tree, first: int, last: int) -> list[str]:
+    """Hashes of the batches (inputs, positions, labels) of the steps from `first` up to, not including, `last`."""
     config = build_config(PretrainConfig, tree)
     stream = open_stream(resolve(config, 1), World(), packed=True, first_position=0)
-    return [digest(stream[step]) for step in range(first, last)]
+    return [hash_batch(stream[step]) for step in range(first, last)]
 
 
-def digest(batch: Any) -> str:
-    found = hashlib.sha256()
+def hash_batch(batch: RankBatch) -> str:
+    digest = hashlib.sha256()
     for microbatch in batch.microbatches:
         for tensor in microbatch:
-            found.update(np.ascontiguousarray(tensor.numpy().astype(np.int64)).data)
-    return found.hexdigest()[:16]
+            digest.update(np.ascontiguousarray(tensor.numpy().astype(np.int64)).data)
+    return digest.hexdigest()[:16]
 
 
-def norms(checkpoint: Path) -> dict[str, float]:
-    """Of masters, moments and averages, each over all parameters."""
+def tensor_norms(checkpoint: Path) -> dict[str, float]:
+    """The norm over all parameters of each kind of tensor: master weights, each moment, averages."""
     sums: dict[str, float] = {}
     for name, tensor in saved_tensors(checkpoint).items():
         if tensor.dim() and not name.endswith("step"):

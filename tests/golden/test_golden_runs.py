@@ -1,4 +1,4 @@
-"""Small runs compute what they computed when they were recorded."""
+"""Small runs still give the recorded results."""
 
 import json
 import shutil
@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from golden_runs import HERE, RANKS, RECORDED, RUNS, build_corpora, carry_out, resumed
+from golden_runs import HERE, RANKS, RECORDED, RUNS, build_corpora, results_of, resumed
 from rank_pool import RankPool
 from runs import logged, pretrain_case
 
-# Other CPUs sum in another order, which a few steps of Adam enlarge; a changed mask, rate or order is far outside.
+# Other CPUs sum in another order, which Adam amplifies; a change of masks, rates or order is far outside.
 RELATIVE = {"fp32": 1e-3, "bf16": 2e-2}
 
 
@@ -20,11 +20,11 @@ def corpora(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_computes_what_was_recorded(
+def test_results_are_those_recorded(
     name: str, pools: dict[int, RankPool], corpora: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """Catches a change of order, masks, schedule, gradient, optimizer or averaging that nobody meant to make."""
-    found = carry_out(name, pools[RANKS], corpora, tmp_path)
+    """Catches an unintended change of order, masks, schedules, gradients, optimizers or averages."""
+    found = results_of(name, pools[RANKS], corpora, tmp_path)
     path = RECORDED / f"{name}.json"
     if request.config.getoption("--record"):
         path.parent.mkdir(exist_ok=True)
@@ -44,10 +44,10 @@ def test_a_run_computes_what_was_recorded(
     assert found["norms"] == pytest.approx(expected["norms"], rel=10 * relative)
 
 
-def test_a_checkpoint_of_version_0_1_is_resumed(pools: dict[int, RankPool], corpora: Path, tmp_path: Path) -> None:
-    """Catches a change of names or format that shuts out checkpoints which people have.
+def test_a_checkpoint_of_version_0_1_resumes(pools: dict[int, RankPool], corpora: Path, tmp_path: Path) -> None:
+    """Catches a change of names or format that makes existing checkpoints unusable.
 
-    `checkpoint_0_1` was written by two ranks at commit 98378c0, by the run of which `losses.json` has all four losses.
+    Two ranks wrote `checkpoint_0_1` at commit 98378c0; `losses.json` has the four losses of the same run uninterrupted.
     """
     written = tmp_path / "checkpoints" / "step-00000002"
     shutil.copytree(HERE / "checkpoint_0_1" / written.name, written)

@@ -1,4 +1,4 @@
-"""Ranks on GPUs, each a process of its own, since CUDA does not survive a fork."""
+"""Ranks on GPUs: spawned processes, because CUDA does not work in forked ones."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ from rank_pool import free_port
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything in this folder needs a CUDA device."""
+    """Skip the tests in this folder if there is no CUDA device."""
     missing = pytest.mark.skip(reason="no CUDA device")
     for item in items:
         if "tests/gpu/" in item.path.as_posix():
@@ -25,17 +25,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class SpawnedRanks:
-    """Runs a case, `case(world, *args)`, on all of them; both must be picklable."""
+    """Like RankPool: `run` calls `case(world, *args)` on every rank."""
 
     def __init__(self, size: int, device: Literal["cuda", "cpu"]) -> None:
         port = free_port()
         self._ranks = [
-            ProcessPoolExecutor(1, get_context("spawn"), initializer=_join, initargs=(rank, size, port, device))
+            ProcessPoolExecutor(1, get_context("spawn"), initializer=_connect, initargs=(rank, size, port, device))
             for rank in range(size)
         ]
 
     def run(self, case: Callable[..., Any], *args: Any) -> list[Any]:
-        running: list[Future[Any]] = [rank.submit(_in_this_world, case, *args) for rank in self._ranks]
+        running: list[Future[Any]] = [rank.submit(_run_case, case, *args) for rank in self._ranks]
         return [result.result(timeout=150) for result in running]
 
     def close(self) -> None:
@@ -43,7 +43,7 @@ class SpawnedRanks:
             rank.shutdown(wait=False, cancel_futures=True)
 
 
-def _join(rank: int, size: int, port: int, device: str) -> None:
+def _connect(rank: int, size: int, port: int, device: str) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WANDB_MODE": "disabled"}
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "TORCHDYNAMO_DISABLE": "1"}
@@ -54,14 +54,14 @@ def _join(rank: int, size: int, port: int, device: str) -> None:
     connect(timedelta(seconds=60), rank, size)
 
 
-def _in_this_world(case: Callable[..., Any], *args: Any) -> Any:
+def _run_case(case: Callable[..., Any], *args: Any) -> Any:
     world = World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
     return case(world, *args)
 
 
 @pytest.fixture(scope="session")
 def gpus() -> Iterator[SpawnedRanks]:
-    """Two ranks where there are two GPUs, else one: NCCL lets no two ranks share a GPU."""
+    """Two ranks if there are two GPUs, else one: NCCL does not let ranks share a GPU."""
     ranks = SpawnedRanks(min(torch.cuda.device_count(), 2), "cuda")
     yield ranks
     ranks.close()
@@ -69,7 +69,7 @@ def gpus() -> Iterator[SpawnedRanks]:
 
 @pytest.fixture(scope="session")
 def cpu() -> Iterator[SpawnedRanks]:
-    """One rank on the CPU, to compare with."""
+    """One rank on the CPU, for comparison."""
     ranks = SpawnedRanks(1, "cpu")
     yield ranks
     ranks.close()

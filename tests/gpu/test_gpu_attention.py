@@ -1,4 +1,4 @@
-"""Packed attention computes the same on a GPU as on the CPU, forward and backward."""
+"""Packed attention on a GPU equals that on the CPU, forward and backward."""
 
 from typing import Any
 
@@ -10,11 +10,11 @@ from pretrain.modeling.attention import packed_attention
 
 LENGTHS = [(13, 40, 7), (64,), (1, 1, 50)]  # of the sequences in each row of 64 slots; the rest is padding
 WIDTH = 64
-CLOSE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
 def boundaries() -> tuple[Tensor, Tensor]:
-    """Segments and boundaries of the rows, as in a microbatch."""
+    """Segments and boundaries (cu_seqlens) of the rows, as in a microbatch."""
     segments = torch.zeros(len(LENGTHS), WIDTH, dtype=torch.int32)
     bounds = [0]
     for row, lengths in enumerate(LENGTHS):
@@ -29,7 +29,7 @@ def boundaries() -> tuple[Tensor, Tensor]:
 
 
 def attend(device: str, dtype: torch.dtype, sliding_window: int | None) -> list[Tensor]:
-    """Output and the gradients of query, key and value, of real slots, in fp32 on the CPU."""
+    """Output and gradients of query, key and value at real slots, copied to the CPU in fp32."""
     segments, cu_seqlens = boundaries()
     draw = torch.Generator().manual_seed(5)
     shape = (len(LENGTHS), 4, WIDTH, 32)
@@ -51,18 +51,18 @@ def attend(device: str, dtype: torch.dtype, sliding_window: int | None) -> list[
 
 
 @pytest.mark.parametrize("sliding_window", [None, 5])
-@pytest.mark.parametrize("dtype", list(CLOSE), ids=str)
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 def test_kernels_agree_with_the_cpu(dtype: torch.dtype, sliding_window: int | None) -> None:
-    """Catches boundaries that are off by one, a wrong local window, and a wrong scaling."""
+    """Catches boundaries that are off by one, a wrong local window, and a wrong scale."""
     expected = attend("cpu", torch.float32, sliding_window)
     found = attend("cuda", dtype, sliding_window)
     errors = [float((one - other).norm() / other.norm()) for one, other in zip(found, expected, strict=True)]
-    assert max(errors) < CLOSE[dtype], errors
+    assert max(errors) < TOLERANCE[dtype], errors
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_half_precision_takes_the_varlen_kernel(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches the slow path, with a mask, being taken where the fast one exists."""
+def test_16_bit_uses_the_varlen_kernel(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches attention with a mask, which is slow, where the varlen kernel is available."""
     from pretrain.modeling import attention
 
     def refuse(*_: Any, **__: Any) -> Tensor:

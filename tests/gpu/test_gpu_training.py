@@ -1,4 +1,4 @@
-"""Training on GPUs: every precision, ZeRO stage and offload follows fp32, and fp32 follows the CPU."""
+"""Training on GPUs: losses in every precision, ZeRO stage and offload follow fp32, and fp32 follows the CPU."""
 
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,17 @@ MODEL = {
     "max_position_embeddings": 64,
 }
 STEPS = 20
-# Of a loss of about 5 that falls by a tenth: what 16-bit weights and activations may do to it.
-FOLLOWS = {"fp16": 2e-3, "bf16": 1e-2}
+# Of a loss of about 5 that falls by a tenth: the effect of 16-bit weights and activations.
+RELATIVE = {"fp16": 2e-3, "bf16": 1e-2}
 
 
-def tree_of(folder: Path, corpus: Path, ds_config: str, **changes: Any) -> Tree:
+def gpu_run(folder: Path, corpus: Path, ds_config: str, **changes: Any) -> Tree:
     changes = {"model__config": MODEL | NO_DROPOUT, "batch__microbatch_tokens": 400, "schedule__steps": STEPS} | changes
     return run_config(folder, corpus, ds_config, **changes)
 
 
 def counting_case(world: World, tree: Tree, stop_after: int | None = None) -> tuple[str, int, int]:
-    """A run; its outcome, how often the varlen kernel was called, and the peak of allocated bytes."""
+    """A run. Returns its outcome, the number of calls of the varlen kernel, and the peak of allocated bytes."""
     from pretrain.modeling import attention
 
     calls, kernel = 0, attention._varlen_attention
@@ -52,35 +52,35 @@ def counting_case(world: World, tree: Tree, stop_after: int | None = None) -> tu
 
 @pytest.fixture(scope="session")
 def fp32(gpus: Any, wordpiece_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """Losses in fp32, where attention is computed with a mask."""
+    """Losses in fp32, where attention uses a mask."""
     folder = tmp_path_factory.mktemp("fp32")
-    ended = gpus.run(counting_case, tree_of(folder, wordpiece_corpus, "fp32_zero1"))
+    ended = gpus.run(counting_case, gpu_run(folder, wordpiece_corpus, "fp32_zero1"))
     assert all((outcome, calls) == ("done", 0) for outcome, calls, _ in ended)
     return logged(folder)
 
 
 def test_fp32_on_a_gpu_follows_the_cpu(cpu: Any, fp32: list[float], wordpiece_corpus: Path, tmp_path: Path) -> None:
-    """Catches batches, positions or masks that get lost on their way to the device, and TF32 that nobody asked for."""
-    cpu.run(pretrain_case, tree_of(tmp_path, wordpiece_corpus, "fp32_zero1"))
+    """Catches batches, positions or masks that are corrupted on the way to the device, and unintended TF32."""
+    cpu.run(pretrain_case, gpu_run(tmp_path, wordpiece_corpus, "fp32_zero1"))
     assert fp32 == pytest.approx(logged(tmp_path), rel=1e-3)
     assert fp32[-1] < fp32[0] - 0.2
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_16_bit_with_the_real_kernels_follows_fp32(
+def test_16_bit_follows_fp32(
     gpus: Any, fp32: list[float], wordpiece_corpus: Path, tmp_path: Path, precision: str, stage: int
 ) -> None:
-    """Catches sequences that see each other in the varlen kernel, gradients that are not unscaled, and a slow path that
-    is taken without a word."""
-    ended = gpus.run(counting_case, tree_of(tmp_path, wordpiece_corpus, f"{precision}_zero{stage}"))
+    """Catches sequences that attend to each other in the varlen kernel, gradients that are not unscaled, and attention
+    that silently falls back to a mask."""
+    ended = gpus.run(counting_case, gpu_run(tmp_path, wordpiece_corpus, f"{precision}_zero{stage}"))
     assert all(outcome == "done" for outcome, _, _ in ended)
     assert all(calls >= STEPS * MODEL["num_hidden_layers"] for _, calls, _ in ended)  # type: ignore[operator]
     skipped = logged(tmp_path, "skipped_steps")[-1]
     assert skipped == (0 if precision == "bf16" else logged(tmp_path, "overflows")[-1])
     if skipped == 0:
-        assert logged(tmp_path) == pytest.approx(fp32, rel=FOLLOWS[precision])
-    else:  # the first scales were too high: as many steps less of learning
+        assert logged(tmp_path) == pytest.approx(fp32, rel=RELATIVE[precision])
+    else:  # the first loss scales were too high: so many fewer updates
         assert skipped < 5
         assert logged(tmp_path)[-1] == pytest.approx(fp32[-1], rel=0.02)
 
@@ -88,10 +88,10 @@ def test_16_bit_with_the_real_kernels_follows_fp32(
 @pytest.mark.parametrize("rule", ["adamw", "lamb", "stableadamw"])
 @pytest.mark.parametrize("ds_config", ["bf16_zero2_cpu_offload", "bf16_zero3_cpu_offload", "fp16_zero3_cpu_offload"])
 def test_offload_changes_nothing(gpus: Any, wordpiece_corpus: Path, tmp_path: Path, ds_config: str, rule: str) -> None:
-    """Catches masters that are read before they arrive, norms and sums over ranks of tensors that lie on the host, and
-    checkpoints that miss what is offloaded."""
+    """Catches master weights that are read before they are copied, wrong norms and reductions of tensors on the CPU,
+    and checkpoints without the offloaded tensors."""
     rows = {"plain": ds_config.removesuffix("_cpu_offload"), "offloaded": ds_config}
-    trees = {name: tree_of(tmp_path / name, wordpiece_corpus, file, schedule__steps=8) for name, file in rows.items()}
+    trees = {name: gpu_run(tmp_path / name, wordpiece_corpus, file, schedule__steps=8) for name, file in rows.items()}
     for tree in trees.values():
         tree["optimizer"] = {"name": rule, "lr": 3e-3, "eps": 1e-4}
     gpus.run(pretrain_case, trees["plain"])
@@ -104,17 +104,17 @@ def test_offload_changes_nothing(gpus: Any, wordpiece_corpus: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("ds_config", ["bf16_zero1", "bf16_zero3"])
-def test_recomputed_activations_save_memory_and_change_nothing(
+def test_activation_checkpointing_saves_memory_and_changes_nothing(
     gpus: Any, wordpiece_corpus: Path, tmp_path: Path, ds_config: str
 ) -> None:
-    """Catches dropout that draws other masks the second time, and activations that are kept all the same."""
+    """Catches recomputation with other dropout masks, and activations that are kept nevertheless."""
     model = MODEL | {"num_hidden_layers": 8, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.0}
     peaks = {}
     for recompute in (False, True):
-        tree = tree_of(tmp_path / str(recompute), wordpiece_corpus, ds_config, model__config=model, schedule__steps=4)
+        tree = gpu_run(tmp_path / str(recompute), wordpiece_corpus, ds_config, model__config=model, schedule__steps=4)
         tree["batch"] |= {"sequences": 500, "microbatch_tokens": 16000}
         tree["model"]["activation_checkpointing"] = recompute
         peaks[recompute] = max(peak for _, _, peak in gpus.run(counting_case, tree))
-    # Atomic additions in the gradient of embeddings make no two runs the same to the last bit.
+    # Atomic additions in the gradient of embeddings make runs differ in the last bits.
     assert logged(tmp_path / "True") == pytest.approx(logged(tmp_path / "False"), rel=1e-3)
     assert peaks[True] < 0.8 * peaks[False]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiment.checkpoints import Retention
+from experiment.checkpoints import Retention, checkpoint_path, read_state
 from experiment.config import build_config
 from experiment.run_folder import RunFolder
 from pretrain.batching.batch import Microbatch
@@ -162,3 +162,18 @@ def assert_same_tensors(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) 
     """Bit by bit."""
     assert one.keys() == other.keys()
     assert [key for key in one if not torch.equal(one[key], other[key])] == []
+
+
+def saved_progress(folder: Path, step: int) -> Tree:
+    """The progress and the loss scaler in a checkpoint of a run, without the time."""
+    state = read_state(checkpoint_path(folder / "checkpoints", step))
+    progress = {key: value for key, value in state["progress"].items() if key != "seconds"}
+    return progress | {"loss_scaler": state["loss_scaler"]}
+
+
+def assert_same_run(one: Path, other: Path, step: int) -> None:
+    """Events, progress and tensors of two run folders are equal, bit by bit."""
+    assert events_without_timing(one) == events_without_timing(other)
+    assert saved_progress(one, step) == saved_progress(other, step)
+    saved = [saved_tensors(checkpoint_path(folder / "checkpoints", step)) for folder in (one, other)]
+    assert_same_tensors(*saved)

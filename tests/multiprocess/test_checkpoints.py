@@ -19,11 +19,11 @@ from runs import Tree, build_engine, logged, pretrain_case, run_config, saved_te
 
 
 class Killed(BaseException):
-    """Stands for kill -9: once raised, every further change to the disk raises it again, so nothing can be tidied."""
+    """In place of kill -9: once raised, every later change to the disk raises it again, so nothing is cleaned up."""
 
 
 class _Killer:
-    """Refuses, when it is armed, the n-th change to files below a folder and all that follow."""
+    """Once armed, raises Killed at the n-th change to files in a folder and at every later one."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = str(folder)
@@ -46,16 +46,16 @@ class _Killer:
     def _changes(self, event: str, arguments: tuple[Any, ...]) -> bool:
         if event == "open":
             path, _, flags = arguments
-            # A sync opens what it syncs: not a change, but a moment to die at.
+            # fsync opens the file: not a change, but a moment to be killed at.
             return self._folder in str(path) and (bool(flags & os.O_WRONLY) or "partial" in str(path))
         if event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"):
-            # rmtree works by descriptors, so its inner events name no folder.
+            # rmtree uses file descriptors, so its inner events name no folder.
             return event in ("os.remove", "os.rmdir") or self._folder in str(arguments[0])
         return False
 
 
 def killed_saves_case(world: World, tree: Tree, folder: Path, every: int) -> int:
-    """Save step 2 over and over, killed at each `every`-th change to the disk; returns the number of changes."""
+    """Save step 2 repeatedly, killed at every `every`-th change to the disk. Returns the changes of one save."""
     from pretrain.export import write_hugging_face_folder
     from pretrain.training.checkpoint_io import save_checkpoint
 
@@ -90,7 +90,7 @@ def killed_saves_case(world: World, tree: Tree, folder: Path, every: int) -> int
             assert [path.name for path in checkpoints.iterdir()] == ["step-00000002"]
             engine.close()
             return changes
-        if changes % (4 * every) == 0:  # what is left lying about stands in no later save's way
+        if changes % (4 * every) == 0:  # leftovers do not disturb the next save
             save(2)
             assert [path.name for path in checkpoints.iterdir()] == ["step-00000002"], changes
         shutil.rmtree(checkpoints)
@@ -99,16 +99,16 @@ def killed_saves_case(world: World, tree: Tree, folder: Path, every: int) -> int
 
 
 @pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.soak)])
-def test_a_kill_while_saving_leaves_no_checkpoint_that_only_looks_whole(
+def test_a_kill_while_saving_leaves_only_complete_checkpoints(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, every: int
 ) -> None:
-    """Catches marks that are written too early, deletions that come too early or in the wrong order."""
+    """Catches a COMPLETE file that is written too early, and deletions that are too early or in the wrong order."""
     (changes,) = pools[1].run(killed_saves_case, run_config(tmp_path, wordpiece_corpus), tmp_path, every)
-    assert changes > 30, "too few moments to die at: the killer sees nothing"
+    assert changes > 30, "the killer sees too few changes"
 
 
 def full_disk_case(world: World, tree: Tree, full_on: int, where: str) -> str:
-    """A run whose disk is full on one rank when it saves."""
+    """A run in which the disk of one rank is full when it saves."""
     from experiment import checkpoints as checkpoint_store
     from pretrain.training import checkpointer
 
@@ -116,7 +116,7 @@ def full_disk_case(world: World, tree: Tree, full_on: int, where: str) -> str:
     module, name = (checkpoint_store, "write_text") if where == "best" else (checkpointer, "write_hugging_face_folder")
     original = getattr(module, name)
     if world.rank == full_on and where == "engine":
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # bytes in a file: a share of the state has more
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # bytes per file: less than a rank's shard
     elif world.rank == full_on:
 
         def full(*_: Any) -> None:
@@ -134,7 +134,7 @@ def full_disk_case(world: World, tree: Tree, full_on: int, where: str) -> str:
 def test_a_full_disk_stops_all_ranks(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, full_on: int, where: str
 ) -> None:
-    """Catches ranks that wait for the one that failed until the collectives time out, and half a checkpoint."""
+    """Catches ranks that wait for the failed one until a timeout, and a partial checkpoint."""
     tree = run_config(tmp_path, wordpiece_corpus, "fp32_zero2", schedule__steps=2)
     assert pools[2].run(full_disk_case, tree, full_on, where) == ["stopped", "stopped"]
     assert complete_checkpoints(tmp_path / "checkpoints") == []
@@ -145,10 +145,10 @@ def test_a_full_disk_stops_all_ranks(
     assert newest_usable(tmp_path / "checkpoints") == checkpoint_path(tmp_path / "checkpoints", 2)
 
 
-def test_a_disk_that_is_full_when_the_best_is_named_stops_all_ranks(
+def test_a_full_disk_while_writing_best_stops_all_ranks(
     pools: dict[int, RankPool], wordpiece_corpus: Path, heldout_corpus: Path, tmp_path: Path
 ) -> None:
-    """Catches an error on rank 0 alone, after a save, for which the others wait in the next step."""
+    """Catches an error on rank 0 alone, after a save, while the others hang in the next step."""
     tree = run_config(tmp_path, wordpiece_corpus, schedule__steps=2, corpus__eval={"held": str(heldout_corpus)})
     tree["evaluation"] = {"best_metric": "eval/held/loss"}
     assert pools[2].run(full_disk_case, tree, 0, "best") == ["stopped", "stopped"]
@@ -156,10 +156,8 @@ def test_a_disk_that_is_full_when_the_best_is_named_stops_all_ranks(
     assert (tmp_path / "checkpoints" / "best").read_text(encoding="utf-8") == "step-00000002\n"
 
 
-def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
-    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path
-) -> None:
-    """Catches a run that loads flipped bits, or that falls back and then repeats steps in metrics.jsonl."""
+def test_resuming_skips_damaged_checkpoints(pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path) -> None:
+    """Catches a run that loads flipped bits, or falls back and then repeats steps in metrics.jsonl."""
     tree = run_config(tmp_path, wordpiece_corpus, checkpoint__every_steps=2)
     pools[2].run(pretrain_case, tree)
     checkpoints = tmp_path / "checkpoints"
@@ -186,10 +184,10 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
     ("keep", "left"),
     [({"every_steps": 1, "keep_last": 2}, [5, 6]), ({"every_steps": 1, "keep_last": 1, "keep_every": 2}, [2, 4, 6])],
 )
-def test_a_run_keeps_the_checkpoints_it_was_told_to(
+def test_retention_keeps_the_configured_checkpoints(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, keep: dict[str, int], left: list[int]
 ) -> None:
-    """Catches retention keys that do not reach the store."""
+    """Catches retention keys that have no effect."""
     tree = run_config(tmp_path, wordpiece_corpus)
     pools[1].run(pretrain_case, tree | {"checkpoint": keep})
     found = [int(path.name.removeprefix("step-")) for path in complete_checkpoints(tmp_path / "checkpoints")]

@@ -1,4 +1,4 @@
-"""The moving average of the weights: what it is, and that nothing but an applied update moves it."""
+"""The exponential moving average of the weights (EMA)."""
 
 from pathlib import Path
 from typing import Any
@@ -8,19 +8,28 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForMaskedLM
 
-from experiment.checkpoints import Retention, checkpoint_path
+from experiment.checkpoints import checkpoint_path
 from pretrain.world import World
 from rank_pool import RankPool
-from runs import Tree, build_engine, microbatch, pretrain_case, run_config, saved_tensors
+from runs import (
+    Tree,
+    assert_same_tensors,
+    build_engine,
+    microbatch,
+    pretrain_case,
+    run_config,
+    save_engine,
+    saved_tensors,
+)
 
 DECAY = 0.7
 
 
-def kind_of(kept: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+def tensors_of_kind(kept: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
     return {key.removesuffix(f"/{kind}"): tensor for key, tensor in kept.items() if key.endswith(f"/{kind}")}
 
 
-def tree_of(folder: Path, corpus: Path, ds_config: str, **changes: Any) -> Tree:
+def ema_config(folder: Path, corpus: Path, ds_config: str, **changes: Any) -> Tree:
     tree = run_config(folder, corpus, ds_config, checkpoint__every_steps=1, schedule__steps=4, **changes)
     tree["model"]["ema_decay"] = DECAY
     return tree
@@ -39,19 +48,19 @@ def tree_of(folder: Path, corpus: Path, ds_config: str, **changes: Any) -> Tree:
         )
     ],
 )
-def test_it_follows_the_masters(
+def test_ema_is_that_of_the_master_weights(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, world_size: int, ds_config: str
 ) -> None:
-    """Catches an average of rounded weights, a decay the other way round, one step too few or too many, slices that are
-    mixed up, and a folder that holds the weights instead or does not open."""
-    pools[world_size].run(pretrain_case, tree_of(tmp_path, wordpiece_corpus, ds_config))
+    """Catches an average of rounded weights, a decay and its complement swapped, a step too few or too many, fragments
+    that are mixed up, and an hf-ema folder that holds the plain weights or does not open."""
+    pools[world_size].run(pretrain_case, ema_config(tmp_path, wordpiece_corpus, ds_config))
     kept = [saved_tensors(checkpoint_path(tmp_path / "checkpoints", step)) for step in (1, 2, 3, 4)]
-    expected = {name: tensor.double() for name, tensor in kind_of(kept[0], "ema").items()}
+    expected = {name: tensor.double() for name, tensor in tensors_of_kind(kept[0], "ema").items()}
     for step in kept[1:]:
-        for name, master in kind_of(step, "fp32").items():
+        for name, master in tensors_of_kind(step, "fp32").items():
             expected[name] = DECAY * expected[name] + (1 - DECAY) * master.double()
-    found = kind_of(kept[-1], "ema")
-    assert found.keys() == kind_of(kept[-1], "fp32").keys()
+    found = tensors_of_kind(kept[-1], "ema")
+    assert found.keys() == tensors_of_kind(kept[-1], "fp32").keys()
     for name, tensor in found.items():
         torch.testing.assert_close(tensor.double(), expected[name], rtol=1e-5, atol=1e-7, msg=name)
 
@@ -63,8 +72,8 @@ def test_it_follows_the_masters(
 
 
 def average_case(world: World, tree: Tree, folder: Path, source: Path | None, limits: list[float]) -> list[bool]:
-    """Load `source`, if any, make a step for each limit, save."""
-    from pretrain.training.checkpoint_io import load_checkpoint, save_checkpoint
+    """Load `source`, if any, take a step for each norm limit, save. Returns which updates were applied."""
+    from pretrain.training.checkpoint_io import load_checkpoint
 
     engine, _ = build_engine(world, tree)
     if source is not None:
@@ -74,25 +83,25 @@ def average_case(world: World, tree: Tree, folder: Path, source: Path | None, li
         engine.begin_step(step, 0.01)
         engine.accumulate(microbatch(), 6.0, 0, 0)
         applied.append(engine.step(limit).applied)
-    save_checkpoint(engine, folder, 1, {}, lambda _, hf: hf.mkdir(), Retention(9))
+    save_engine(engine, folder, 1)
     engine.close()
     return applied
 
 
 @pytest.mark.parametrize("ds_config", ["fp32_zero0", "fp32_zero2"])
-def test_it_begins_at_the_weights_and_an_update_that_is_not_applied_leaves_it(
+def test_ema_starts_at_the_weights_and_skips_vetoed_updates(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, ds_config: str
 ) -> None:
-    """Catches an average that begins at zero, or counts steps that changed nothing."""
-    tree = tree_of(tmp_path, wordpiece_corpus, ds_config)
+    """Catches an average that starts at zero, or one that moves in steps without an update."""
+    tree = ema_config(tmp_path, wordpiece_corpus, ds_config)
     saved = {}
     for name, limits in {"start": [], "one": [9.0], "vetoed": [9.0, 1e-9]}.items():
         assert pools[2].run(average_case, tree, tmp_path / name, None, limits)[0] == [limit > 1 for limit in limits]
         saved[name] = saved_tensors(checkpoint_path(tmp_path / name, 1))
-    start = kind_of(saved["start"], "fp32")
-    for name, tensor in kind_of(saved["start"], "ema").items():
+    start = tensors_of_kind(saved["start"], "fp32")
+    for name, tensor in tensors_of_kind(saved["start"], "ema").items():
         assert torch.equal(tensor, start[name])
-    for name, tensor in kind_of(saved["one"], "ema").items():
+    for name, tensor in tensors_of_kind(saved["one"], "ema").items():
         torch.testing.assert_close(tensor, DECAY * start[name] + (1 - DECAY) * saved["one"][f"{name}/fp32"])
     assert all(torch.equal(saved["one"][key], saved["vetoed"][key]) for key in saved["one"])
 
@@ -105,37 +114,36 @@ def test_it_begins_at_the_weights_and_an_update_that_is_not_applied_leaves_it(
         pytest.param((1, "fp32_zero0"), (2, "bf16_zero1"), marks=pytest.mark.soak),
     ],
 )
-def test_it_moves_to_any_layout_bit_by_bit(
+def test_ema_moves_between_layouts_bit_by_bit(
     pools: dict[int, RankPool],
     wordpiece_corpus: Path,
     tmp_path: Path,
     source: tuple[int, str],
     target: tuple[int, str],
 ) -> None:
-    """Catches an average that begins anew after a resume, or is taken for state of the optimizer."""
+    """Catches an average that a resume resets, or treats as optimizer state."""
     made, moved = tmp_path / "made", tmp_path / "moved"
-    pools[source[0]].run(average_case, tree_of(tmp_path, wordpiece_corpus, source[1]), made, None, [9.0, 9.0])
+    pools[source[0]].run(average_case, ema_config(tmp_path, wordpiece_corpus, source[1]), made, None, [9.0, 9.0])
     pools[target[0]].run(
-        average_case, tree_of(tmp_path, wordpiece_corpus, target[1]), moved, checkpoint_path(made, 1), []
+        average_case, ema_config(tmp_path, wordpiece_corpus, target[1]), moved, checkpoint_path(made, 1), []
     )
     one, other = saved_tensors(checkpoint_path(made, 1)), saved_tensors(checkpoint_path(moved, 1))
     assert any(key.endswith("/ema") for key in one)
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert_same_tensors(one, other)
 
 
-def test_a_fork_may_begin_or_end_it(pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path) -> None:
-    """Catches a fork that cannot be made, one whose average begins elsewhere than at the weights it was given, and an
-    average that is handed to the optimizer of a run that keeps none."""
-    without = run_config(tmp_path / "without", wordpiece_corpus, "fp32_zero1", schedule__steps=2)
-    with_it = tree_of(tmp_path / "with", wordpiece_corpus, "fp32_zero1")
-    pools[2].run(pretrain_case, without)
+def test_a_fork_can_start_or_end_ema(pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path) -> None:
+    """Catches a fork that is rejected, an average that does not start at the loaded weights, and one that a run without
+    EMA loads into its optimizer."""
+    without_ema = run_config(tmp_path / "without", wordpiece_corpus, "fp32_zero1", schedule__steps=2)
+    with_ema = ema_config(tmp_path / "with", wordpiece_corpus, "fp32_zero1")
+    pools[2].run(pretrain_case, without_ema)
     parent = checkpoint_path(tmp_path / "without" / "checkpoints", 2)
-    with_it["run"]["resume"] = str(parent)
-    assert set(pools[2].run(pretrain_case, with_it)) == {"done"}
+    with_ema["run"]["resume"] = str(parent)
+    assert set(pools[2].run(pretrain_case, with_ema)) == {"done"}
     begun = saved_tensors(checkpoint_path(tmp_path / "with" / "checkpoints", 3))
-    before = kind_of(saved_tensors(parent), "fp32")
-    for name, tensor in kind_of(begun, "ema").items():
+    before = tensors_of_kind(saved_tensors(parent), "fp32")
+    for name, tensor in tensors_of_kind(begun, "ema").items():
         torch.testing.assert_close(tensor, DECAY * before[name] + (1 - DECAY) * begun[f"{name}/fp32"])
     again = run_config(tmp_path / "again", wordpiece_corpus, "fp32_zero1", schedule__steps=5)
     again["run"]["resume"] = str(checkpoint_path(tmp_path / "with" / "checkpoints", 4))

@@ -1,6 +1,7 @@
-"""What DeepSpeed must do, and must not do, at every ZeRO stage."""
+"""The engine at every ZeRO stage: precision, learning rates, vetoed updates, clipping, dropout."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,11 +10,26 @@ from experiment.checkpoints import checkpoint_path
 from experiment.run_folder import RunFolder
 from pretrain.world import World
 from rank_pool import RankPool
-from runs import NO_DROPOUT, TINY, Tree, build_engine, microbatch, pretrain_case, run_config, saved_tensors
+from runs import (
+    NO_DROPOUT,
+    TINY,
+    Tree,
+    assert_same_tensors,
+    build_engine,
+    microbatch,
+    pretrain_case,
+    run_config,
+    save_engine,
+    saved_tensors,
+)
+
+
+def soak(*ds_configs: str) -> list[Any]:
+    return [pytest.param(name, marks=pytest.mark.soak) for name in ds_configs]
 
 
 def rotary_case(world: World, tree: Tree) -> dict[str, tuple[str, bool]]:
-    """Of each floating-point buffer: its precision in the engine, and whether it is what a new model has."""
+    """The dtype of each floating-point buffer in the engine, and whether its values are those of a new model."""
     from transformers import AutoModelForMaskedLM
 
     engine, model = build_engine(world, tree)
@@ -33,7 +49,7 @@ def rotary_case(world: World, tree: Tree) -> dict[str, tuple[str, bool]]:
 def test_rotary_frequencies_stay_in_fp32(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, stage: int
 ) -> None:
-    """Catches frequencies rounded to bf16 together with the weights, which moves positions of long sequences."""
+    """Catches frequencies that are rounded to bf16 with the weights, which shifts positions in long sequences."""
     model = {key: TINY[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")}
     tree = run_config(
         tmp_path, wordpiece_corpus, f"bf16_zero{stage}", model__config=model | {"model_type": "modernbert"}
@@ -44,19 +60,17 @@ def test_rotary_frequencies_stay_in_fp32(
 
 
 def steps_case(world: World, tree: Tree, folder: Path) -> list[bool]:
-    """A step with a rate of 0, a real one, one with NaN gradients; which were applied. Saved before and after each."""
-    from experiment.checkpoints import Retention
-    from pretrain.training.checkpoint_io import save_checkpoint
+    """Steps with a learning rate of 0, a normal one, and NaN gradients, each saved. Returns which were applied."""
 
     engine, _ = build_engine(world, tree)
     applied = []
-    save_checkpoint(engine, folder, 1, {}, lambda _, hf: hf.mkdir(), Retention(9))
+    save_engine(engine, folder, 1)
     for step, (rate, masked) in enumerate([(0.0, 6.0), (0.01, 6.0), (0.01, float("nan"))], start=2):
         engine.begin_step(step, rate)
         micro = microbatch()._replace(masked_positions=torch.tensor([1, 4, 20]))
         engine.accumulate(micro, masked, step, 0)
         applied.append(engine.step().applied)
-        save_checkpoint(engine, folder, step, {}, lambda _, hf: hf.mkdir(), Retention(9))
+        save_engine(engine, folder, step)
     engine.close()
     return applied
 
@@ -64,11 +78,11 @@ def steps_case(world: World, tree: Tree, folder: Path) -> list[bool]:
 @pytest.mark.parametrize(
     "ds_config", [f"{precision}_zero{stage}" for precision in ("fp32", "bf16") for stage in range(4)]
 )
-def test_rates_are_applied_and_nan_is_not(
+def test_learning_rates_are_applied_and_nan_is_not(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, ds_config: str
 ) -> None:
-    """Catches learning rates that do not reach the optimizer, phantom steps at construction, and a single NaN gradient
-    that makes all weights NaN."""
+    """Catches learning rates that do not reach the optimizer, updates while the engine is built, and weights that a NaN
+    gradient makes NaN."""
     tree = run_config(tmp_path, wordpiece_corpus, ds_config)
     assert pools[2].run(steps_case, tree, tmp_path) == [[True, True, False]] * 2
     start, still, moved, last = (saved_tensors(checkpoint_path(tmp_path, step)) for step in (1, 2, 3, 4))
@@ -79,10 +93,10 @@ def test_rates_are_applied_and_nan_is_not(
 
 
 @pytest.mark.parametrize("ds_config", ["fp32_zero0", "fp32_zero1", "fp32_zero2", "fp32_zero3", "bf16_zero1"])
-def test_the_gradient_is_clipped_to_the_norm_given(
+def test_the_gradient_is_clipped_by_its_global_norm(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, ds_config: str
 ) -> None:
-    """Catches clipping of each rank's share by its own norm, of each group by its own, or none at all."""
+    """Catches clipping by the norm of a rank's share or of a parameter group, or none at all."""
     tree = run_config(
         tmp_path,
         wordpiece_corpus,
@@ -97,8 +111,48 @@ def test_the_gradient_is_clipped_to_the_norm_given(
     assert clipped.norm().item() == pytest.approx(0.01, rel=1e-3)
 
 
+def veto_case(world: World, tree: Tree, folder: Path, limits: list[float]) -> list[tuple[bool, float]]:
+    """Take a step of the same microbatch for each norm limit, then save."""
+
+    engine, _ = build_engine(world, tree)
+    results = []
+    for step, limit in enumerate(limits):
+        engine.begin_step(step, 0.01)
+        engine.accumulate(microbatch(), 6.0, 0, 0)
+        results.append(tuple(engine.step(limit)))
+    save_engine(engine, folder, 1)
+    engine.close()
+    return results
+
+
+@pytest.mark.parametrize(
+    "ds_config",
+    [
+        "fp32_zero0",
+        "fp32_zero2",
+        "bf16_zero1",
+        "bf16_zero3",
+        *soak("fp32_zero1", "fp32_zero3", "bf16_zero2", "fp32_zero2_cpu_offload", "fp32_zero3_cpu_offload"),
+    ],
+)
+def test_a_vetoed_update_changes_nothing(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, ds_config: str
+) -> None:
+    """Catches a vetoed update that decays weights, changes moments or step counters, or keeps its gradient for the next
+    one; and a limit that is compared with the clipped norm."""
+    tree = run_config(tmp_path, wordpiece_corpus, ds_config, optimizer__grad_clip=1e-3)
+    free = float("inf")
+    (vetoed, *_) = pools[2].run(veto_case, tree, tmp_path / "vetoed", [free, 0.002, free])
+    (without, *_) = pools[2].run(veto_case, tree, tmp_path / "without", [free, free])
+    assert [applied for applied, _ in vetoed] == [True, False, True]
+    assert vetoed[1][1] == vetoed[2][1] > 0.002
+    assert [vetoed[0], vetoed[2]] == without
+    left, right = (saved_tensors(checkpoint_path(tmp_path / which, 1)) for which in ("vetoed", "without"))
+    assert_same_tensors(left, right)
+
+
 def dropout_case(world: World, tree: Tree) -> dict[str, float]:
-    """The loss of the same microbatch under dropout, at several places of a run."""
+    """The loss of the same microbatch with dropout, at several places of a run."""
     engine, _ = build_engine(world, tree)
     places = {"here": (3, 0), "here again": (3, 0), "another step": (4, 0), "another microbatch": (3, 1)}
     losses = {place: float(engine.accumulate(microbatch(), 6, *at)) for place, at in places.items()}
@@ -109,7 +163,7 @@ def dropout_case(world: World, tree: Tree) -> dict[str, float]:
 def test_dropout_is_keyed_by_seed_step_rank_and_microbatch(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path
 ) -> None:
-    """Catches masks of dropout that repeat at every step or on every rank, and ones that a resume would not repeat."""
+    """Catches dropout masks that repeat at every step or on every rank, and masks that a resume would not repeat."""
     trees = [run_config(tmp_path, wordpiece_corpus, run__seed=seed) for seed in (1, 2)]
     one, other = (pools[2].run(dropout_case, tree) for tree in trees)
     for losses in (*one, *other):
@@ -120,10 +174,10 @@ def test_dropout_is_keyed_by_seed_step_rank_and_microbatch(
     assert one[0]["here"] != other[0]["here"]
 
 
-def test_a_stage_that_is_not_the_one_asked_for_is_told_once(
+def test_a_changed_zero_stage_is_logged_once(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path
 ) -> None:
-    """Catches a stage that is changed without a word, and one message for each rank and each reading of the file."""
+    """Catches a ZeRO stage that is changed silently, and a message from each rank or for each time the file is read."""
     pools[2].run(pretrain_case, run_config(tmp_path, wordpiece_corpus, "bf16_zero0", schedule__steps=1))
     logs = [RunFolder(tmp_path).rank_log(rank).read_text(encoding="utf-8") for rank in (0, 1)]
     assert [log.count("ZeRO 0 in bf16 runs as ZeRO 1") for log in logs] == [1, 0]

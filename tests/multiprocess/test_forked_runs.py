@@ -1,18 +1,17 @@
-"""A fork takes over the whole state of another run, and is a run of its own."""
+"""Forks: runs that start from the full state of another run."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from experiment.checkpoints import checkpoint_path
 from experiment.provenance import ancestors_of, read_origin
 from experiment.run_folder import RunFolder
 from pretrain.export import export
 from rank_pool import RankPool
-from runs import TINY, Tree, logged, pretrain_case, run_config, saved_tensors
+from runs import TINY, Tree, assert_same_tensors, logged, pretrain_case, run_config, saved_tensors
 
 
 def provenance(folder: Path) -> dict[str, Any]:
@@ -22,7 +21,7 @@ def provenance(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def parent(pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of six steps with dropout on, all of whose even checkpoints are there."""
+    """A run of six steps with dropout, and a checkpoint every second step."""
     folder = tmp_path_factory.mktemp("parent")
     tree = run_config(folder, wordpiece_corpus)
     tree["checkpoint"] = {"every_steps": 2, "keep_last": 100}
@@ -36,13 +35,13 @@ def fork(folder: Path, corpus: Path, parent: Path, step: int = 2, **changes: Any
     return tree
 
 
-def test_a_fork_of_the_same_config_does_what_its_parent_did(
+def test_a_fork_with_the_same_config_repeats_its_parent(
     pools: dict[int, RankPool], wordpiece_corpus: Path, parent: Path, tmp_path: Path
 ) -> None:
-    """Catches weights, moments, schedule, data position or dropout that a fork begins anew, also after it was stopped
-    before and after its first checkpoint, where it must fork again or go on from its own."""
+    """Catches weights, moments, schedule, data position or dropout that a fork resets, also when it was stopped before
+    its first checkpoint, where it forks again, and after it, where it resumes."""
     tree = fork(tmp_path, wordpiece_corpus, parent)
-    RunFolder(tmp_path).metrics.write_text('{"step": 3, "loss": 1.0}\n')  # it had begun, and had not saved
+    RunFolder(tmp_path).metrics.write_text('{"step": 3, "loss": 1.0}\n')  # stopped before its first checkpoint
     assert set(pools[2].run(pretrain_case, tree, 2)) == {"stopped"}
     assert logged(tmp_path, "step") == [3, 4]
     assert set(pools[2].run(pretrain_case, tree)) == {"done"}
@@ -50,7 +49,7 @@ def test_a_fork_of_the_same_config_does_what_its_parent_did(
     for key in ("loss", "lr", "grad_norm", "tokens"):
         assert logged(tmp_path, key) == logged(parent, key)[2:]
     theirs, ours = (saved_tensors(checkpoint_path(folder / "checkpoints", 6)) for folder in (parent, tmp_path))
-    assert all(torch.equal(theirs[key], ours[key]) for key in theirs)
+    assert_same_tensors(theirs, ours)
     assert provenance(tmp_path)["run_id"] != provenance(parent)["run_id"]
     assert len(provenance(tmp_path)["attempts"]) == 2
     assert provenance(tmp_path)["ancestors"] == [
@@ -58,25 +57,25 @@ def test_a_fork_of_the_same_config_does_what_its_parent_did(
     ]
 
 
-def test_a_fork_may_change_all_but_the_model(
+def test_a_fork_can_change_all_but_the_model(
     pools: dict[int, RankPool], wordpiece_corpus: Path, heldout_corpus: Path, parent: Path, tmp_path: Path
 ) -> None:
-    """Catches another corpus, seed or batch that a fork refuses or ignores, and a difference that nobody hears of."""
+    """Catches another corpus, seed or batch size that a fork rejects or ignores, and changes that are not logged."""
     changes: dict[str, Any] = {"run__seed": 3, "batch__sequences": 11, "optimizer__lr": 1e-3, "schedule__steps": 4}
     tree = fork(tmp_path / "new", heldout_corpus, parent, **changes)
     tree["run"]["resume"] = str(checkpoint_path(parent / "checkpoints", 2))
     assert set(pools[1].run(pretrain_case, tree)) == {"done"}
     assert logged(tmp_path / "new", "step") == [3, 4]
-    said = RunFolder(tmp_path / "new").rank_log(0).read_text(encoding="utf-8")
+    log = RunFolder(tmp_path / "new").rank_log(0).read_text(encoding="utf-8")
     for line in ("forking", "batch.sequences: 29 -> 11", "optimizer.lr: 0.003 -> 0.001", "corpus.train: "):
-        assert line in said
+        assert line in log
     other = fork(tmp_path / "wide", wordpiece_corpus, parent, model__config=TINY | {"intermediate_size": 48})
     with pytest.raises(Exception, match=r"cannot be forked with another model\.intermediate_size"):
         pools[1].run(pretrain_case, other)
 
 
 def test_a_decay_forked_from_a_stable_run(pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path) -> None:
-    """Catches a decay whose learning rate jumps where it is forked, or that sees other batches than the stable run."""
+    """Catches a learning rate that jumps at the fork, and a decay that sees other batches than the stable run."""
     stable = run_config(tmp_path / "stable", wordpiece_corpus, schedule__name="wsd", schedule__steps=60)
     assert set(pools[1].run(pretrain_case, stable, 5)) == {"stopped"}
     tree = run_config(
@@ -90,14 +89,14 @@ def test_a_decay_forked_from_a_stable_run(pools: dict[int, RankPool], wordpiece_
     assert logged(tmp_path / "stable", "lr")[2:] == [peak] * 5
     assert logged(tmp_path / "decay", "lr") == pytest.approx([peak * (1 - (done / 4) ** 0.5) for done in (1, 2, 3)])
     assert logged(tmp_path / "decay")[0] == logged(tmp_path / "stable")[5], (
-        "the update is another one, the batch is not"
+        "the first batch after the fork is another one"
     )
 
 
 def test_a_fork_with_another_optimizer(
     pools: dict[int, RankPool], wordpiece_corpus: Path, parent: Path, tmp_path: Path
 ) -> None:
-    """Catches moments of one optimizer that another one takes for its own, and a fork that keeps silent about it."""
+    """Catches moments of one optimizer that another one loads, and a missing warning."""
     tree = fork(tmp_path, wordpiece_corpus, parent, step=4, optimizer__name="lamb", optimizer__lr=1e-2)
     assert set(pools[2].run(pretrain_case, tree)) == {"done"}
     assert logged(tmp_path)[0] == logged(parent)[4]
@@ -106,10 +105,10 @@ def test_a_fork_with_another_optimizer(
     assert "optimizer states start at zero" in RunFolder(tmp_path).rank_log(0).read_text(encoding="utf-8")
 
 
-def test_every_model_knows_its_ancestors(
+def test_ancestors_are_recorded(
     pools: dict[int, RankPool], wordpiece_corpus: Path, parent: Path, tmp_path: Path
 ) -> None:
-    """Catches a line of descent that breaks at a fork, at an exported folder, or at a run of another folder's."""
+    """Catches ancestors that are lost at a fork, in an exported folder, or in a run that starts from such a folder."""
     pools[1].run(pretrain_case, fork(tmp_path / "forked", wordpiece_corpus, parent, step=4, schedule__steps=5))
     export(str(tmp_path / "forked"), str(tmp_path / "exported"))
     tree = run_config(tmp_path / "target", wordpiece_corpus, schedule__steps=1)

@@ -1,4 +1,4 @@
-"""fp16 with dynamic loss scaling, on a CPU that computes it slowly and is asked to say that it can."""
+"""fp16 with dynamic loss scaling, on a CPU that emulates it."""
 
 import json
 from itertools import pairwise
@@ -20,8 +20,8 @@ SAMPLED = [pytest.param(1, marks=pytest.mark.soak), 2, pytest.param(3, marks=pyt
 def fp16_case(
     world: World, tree: Tree, stop_after: int | None = None, poisoned: tuple[tuple[int, int], ...] = ()
 ) -> str:
-    """A run in fp16; the message where it fails for its loss scale. At each (step, rank) of `poisoned` a gradient is
-    infinite there."""
+    """An fp16 run with infinite gradients at each (step, rank) of `poisoned`. Returns the outcome, or the message of
+    LossScaleError."""
     from pretrain.engine.engine import Engine
     from pretrain.engine.loss_scaler import LossScaleError
 
@@ -47,20 +47,20 @@ def fp16_case(
         Engine.accumulate = accumulate  # type: ignore[method-assign]
 
 
-def fp16_settings(folder: Path, corpus: Path, stage: int, scaling: dict[str, Any], **changes: Any) -> Tree:
-    """A run under the ready file with some of its fp16 values changed."""
+def fp16_config(folder: Path, corpus: Path, stage: int, scaling: dict[str, Any], **changes: Any) -> Tree:
+    """Config of a run with a preset whose fp16 section is changed by `scaling`."""
     from pretrain.engine.settings import REPOSITORY
 
-    ready = json.loads((REPOSITORY / "ds_configs" / f"fp16_zero{stage}.json").read_text())
+    preset = json.loads((REPOSITORY / "ds_configs" / f"fp16_zero{stage}.json").read_text())
     tree = run_config(folder, corpus, model__config=TINY | NO_DROPOUT, **changes)
     folder.mkdir(exist_ok=True)
     own = folder / "ds.json"
-    own.write_text(json.dumps(ready | {"fp16": ready["fp16"] | scaling}))
+    own.write_text(json.dumps(preset | {"fp16": preset["fp16"] | scaling}))
     tree["engine"] = {"ds_config": str(own)}
     return tree
 
 
-def in_fp32(pools: dict[int, RankPool], corpus: Path, folder: Path, **changes: Any) -> list[Any]:
+def fp32_losses(pools: dict[int, RankPool], corpus: Path, folder: Path, **changes: Any) -> list[Any]:
     tree = run_config(folder, corpus, "fp32_zero1", model__config=TINY | NO_DROPOUT, **changes)
     pools[2].run(pretrain_case, tree)
     return logged(folder)
@@ -68,10 +68,10 @@ def in_fp32(pools: dict[int, RankPool], corpus: Path, folder: Path, **changes: A
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_fp16_follows_fp32(pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, stage: int) -> None:
-    """Catches gradients that are not divided by the loss scale, and a scale that is not told."""
-    tree = fp16_settings(tmp_path / "fp16", wordpiece_corpus, stage, {})
+    """Catches gradients that are not unscaled, and a loss scale that is not logged."""
+    tree = fp16_config(tmp_path / "fp16", wordpiece_corpus, stage, {})
     assert pools[2].run(fp16_case, tree) == ["done"] * 2
-    assert logged(tmp_path / "fp16") == pytest.approx(in_fp32(pools, wordpiece_corpus, tmp_path / "fp32"), rel=1e-3)
+    assert logged(tmp_path / "fp16") == pytest.approx(fp32_losses(pools, wordpiece_corpus, tmp_path / "fp32"), rel=1e-3)
     assert logged(tmp_path / "fp16", "loss_scale") == [2.0**16] * 6
     assert logged(tmp_path / "fp16", "skipped_steps") == logged(tmp_path / "fp16", "overflows") == [0] * 6
     assert logged(tmp_path / "fp32", "skipped_steps") == [0] * 6
@@ -79,14 +79,14 @@ def test_fp16_follows_fp32(pools: dict[int, RankPool], wordpiece_corpus: Path, t
 
 
 @pytest.mark.parametrize("stage", SAMPLED)
-def test_an_overflow_consumes_its_batch_and_changes_nothing_but_the_scale(
+def test_an_overflow_consumes_its_batch_and_only_changes_the_loss_scale(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, stage: int
 ) -> None:
-    """Catches moments, masters or decay that a skipped step moves, on the rank that overflowed or on another, batches
-    that are given twice, and counts that a resume forgets."""
+    """Catches a skipped step that changes moments or weights, on the rank that overflowed or another, batches that are
+    repeated, and counts that a resume resets."""
     scaling = {"initial_scale_power": 12, "hysteresis": 1}
-    tree = fp16_settings(tmp_path, wordpiece_corpus, stage, scaling, checkpoint__every_steps=1)
-    # The second and fifth batch: in the one a gradient is infinite on rank 1, in the other on both.
+    tree = fp16_config(tmp_path, wordpiece_corpus, stage, scaling, checkpoint__every_steps=1)
+    # In the second batch a gradient is infinite on rank 1, in the fifth on both.
     poisoned = ((1, 1), (4, 0), (4, 1))
     assert pools[2].run(fp16_case, tree, 3, poisoned) == ["stopped"] * 2
     assert pools[2].run(fp16_case, tree, None, poisoned) == ["done"] * 2
@@ -101,11 +101,11 @@ def test_an_overflow_consumes_its_batch_and_changes_nothing_but_the_scale(
 
 
 @pytest.mark.parametrize("stage", SAMPLED)
-def test_a_scale_that_is_too_high_comes_down_by_itself(
+def test_a_loss_scale_that_is_too_high_falls(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, stage: int
 ) -> None:
-    """Catches overflows that nobody notices, and skipped steps that hold up the schedule."""
-    tree = fp16_settings(tmp_path, wordpiece_corpus, stage, {"initial_scale_power": 20, "hysteresis": 1})
+    """Catches overflows that are not detected, and skipped steps that delay the schedule."""
+    tree = fp16_config(tmp_path, wordpiece_corpus, stage, {"initial_scale_power": 20, "hysteresis": 1})
     assert pools[2].run(fp16_case, tree) == ["done"] * 2
     skipped = logged(tmp_path, "skipped_steps")
     assert 0 < skipped[-1] < 6
@@ -115,12 +115,12 @@ def test_a_scale_that_is_too_high_comes_down_by_itself(
 
 
 @pytest.mark.parametrize("stage", SAMPLED)
-def test_a_step_after_which_the_scale_doubles_is_taken_with_its_whole_gradient(
+def test_a_doubled_loss_scale_applies_from_the_next_step(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, stage: int
 ) -> None:
-    """Catches DeepSpeed's order of things, which divides a gradient by a scale that has just been doubled."""
+    """Catches DeepSpeed's order, in which a gradient is divided by a scale that has just doubled."""
     trees = {
-        name: fp16_settings(tmp_path / name, wordpiece_corpus, stage, scaling, optimizer__grad_clip=0.0)
+        name: fp16_config(tmp_path / name, wordpiece_corpus, stage, scaling, optimizer__grad_clip=0.0)
         for name, scaling in {
             "growing": {"initial_scale_power": 8, "loss_scale_window": 1},
             "constant": {"initial_scale_power": 8},
@@ -140,12 +140,12 @@ def test_a_step_after_which_the_scale_doubles_is_taken_with_its_whole_gradient(
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_a_scale_stuck_at_its_floor_ends_the_run_with_advice(
+def test_overflows_at_the_smallest_loss_scale_end_the_run(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, stage: int
 ) -> None:
-    """Catches a run that skips every step for ever, one that ends in a trace, and ranks that wait for others."""
+    """Catches a run that skips every step endlessly, a trace instead of advice, and ranks that hang."""
     scaling = {"initial_scale_power": 3, "hysteresis": 1, "min_loss_scale": 4}
-    tree = fp16_settings(tmp_path, wordpiece_corpus, stage, scaling)
+    tree = fp16_config(tmp_path, wordpiece_corpus, stage, scaling)
     messages = pools[2].run(fp16_case, tree, None, tuple((step, 1) for step in range(1, 6)))
     assert len(set(messages)) == 1
     assert "gradients overflow even at the smallest loss scale, 4 (fp16.min_loss_scale" in messages[0]
@@ -158,25 +158,25 @@ def test_a_scale_stuck_at_its_floor_ends_the_run_with_advice(
 def test_the_loss_scale_survives_a_resume(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, stage: int
 ) -> None:
-    """Catches a scale that starts anew, and a window or hysteresis that is forgotten."""
+    """Catches a resume that resets the scale, its window or its hysteresis."""
     scaling = {"initial_scale_power": 5, "loss_scale_window": 2, "hysteresis": 2}
     poisoned = ((1, 0),)
-    for name, parts in {"unbroken": [None], "broken": [2, 3, None]}.items():
-        tree = fp16_settings(tmp_path / name, wordpiece_corpus, stage, scaling)
+    for name, parts in {"uninterrupted": [None], "resumed": [2, 3, None]}.items():
+        tree = fp16_config(tmp_path / name, wordpiece_corpus, stage, scaling)
         for stop_after in parts:
             pools[2].run(fp16_case, tree, stop_after, poisoned)
     for key in ("loss", "loss_scale", "grad_norm", "skipped_steps"):
-        assert logged(tmp_path / "broken", key) == logged(tmp_path / "unbroken", key)
-    states = [read_state(checkpoint_path(tmp_path / name / "checkpoints", 6)) for name in ("broken", "unbroken")]
+        assert logged(tmp_path / "resumed", key) == logged(tmp_path / "uninterrupted", key)
+    states = [read_state(checkpoint_path(tmp_path / name / "checkpoints", 6)) for name in ("resumed", "uninterrupted")]
     assert states[0]["loss_scaler"] == states[1]["loss_scaler"]
     assert states[0]["loss_scaler"]["cur_scale"] > 2**5
 
 
 @pytest.mark.parametrize(("first", "then"), [("bf16_zero2", "fp16_zero2"), ("fp16_zero1", "fp32_zero3")])
-def test_a_loss_scale_stays_in_fp16(
+def test_the_loss_scale_is_not_carried_to_another_precision(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, first: str, then: str
 ) -> None:
-    """Catches the constant scale 1 of another precision in place of fp16's own, under which small gradients vanish."""
+    """Catches the constant scale of 1 of another precision in fp16, where small gradients would underflow."""
     trees = [
         run_config(tmp_path, wordpiece_corpus, ds_config, model__config=TINY | NO_DROPOUT)
         for ds_config in (first, then)

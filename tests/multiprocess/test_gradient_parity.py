@@ -1,8 +1,8 @@
-"""The accumulated gradient is that of one plain PyTorch process, at every layout.
+"""The accumulated gradient equals that of a single PyTorch process, at every layout.
 
-The reference is transformers and torch alone: all sequences of the global batch padded into one tensor, the full head,
-one mean over all masked tokens, fp32. What a run accumulates is read from Adam's first moment after one step without
-clipping, which is the gradient before the optimizer times 1 - beta.
+The reference uses only transformers and torch: all sequences of the global batch padded into one tensor, the full head,
+one mean over all masked tokens, fp32. The accumulated gradient of a run is read from Adam's first moment after one step
+without clipping, which is the gradient times 1 - beta.
 """
 
 import itertools
@@ -26,9 +26,9 @@ from pretrain.world import World
 from rank_pool import RankPool
 from runs import NO_DROPOUT, TINY, pretrain_case, run_config, saved_tensors
 
-SEED, SEQUENCES = 7, 33  # a batch whose masked tokens no layout divides evenly, see the test of the layouts
-TOLERANCE = {"fp32": 1e-5, "bf16": 0.02}  # of the gradient's norm
-ONE_MICROBATCH = 1200  # slots: enough for a whole batch on one rank
+SEED, SEQUENCES = 7, 33  # no layout divides the masked tokens of this batch evenly
+TOLERANCE = {"fp32": 1e-5, "bf16": 0.02}  # relative to the gradient norm
+ONE_MICROBATCH = 1200  # slots: enough for the whole batch on one rank
 THREE_MICROBATCHES = {1: 360, 2: 200, 3: 120}  # slots, by world size
 
 LAYOUTS = list(itertools.product(("fp32", "bf16"), (1, 2, 3), (1, 3), (0, 1, 2, 3)))
@@ -46,8 +46,8 @@ def global_batch(corpus: Path, width: int, microbatch_tokens: int, world: World,
 
 
 @pytest.fixture(scope="session")
-def gradient(wordpiece_corpus: Path) -> dict[str, Tensor]:
-    """The reference, by parameter name, flattened."""
+def reference_gradients(wordpiece_corpus: Path) -> dict[str, Tensor]:
+    """The reference gradients: parameter name -> flattened gradient."""
     tree = run_config(
         Path("unused"), wordpiece_corpus, run__seed=SEED, model__config=TINY | NO_DROPOUT, batch__sequences=SEQUENCES
     )
@@ -69,8 +69,8 @@ def gradient(wordpiece_corpus: Path) -> dict[str, Tensor]:
     lengths = (padded.segments > 0).sum(dim=1)[rows]
     masked = (labels.view_as(padded.input_ids) != IGNORED).sum(dim=1)[rows]
     assert len(lengths) == config.batch.sequences
-    assert lengths.max() > 8 * lengths.min(), "sequences of very different lengths belong to the test"
-    assert masked.min() == 0, "and one without any masked token"
+    assert lengths.max() > 8 * lengths.min(), "the sequences should differ much in length"
+    assert masked.min() == 0, "one sequence should have no masked token"
     assert masked.max() > 4
 
     logits = model(input_ids=padded.input_ids, attention_mask=(padded.segments > 0).long()).logits
@@ -79,8 +79,8 @@ def gradient(wordpiece_corpus: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_the_layouts_are_what_the_matrix_says(wordpiece_corpus: Path, world_size: int) -> None:
-    """Catches a matrix whose cells do not differ: equal microbatches and equal ranks would hide a wrong average."""
+def test_layouts_have_the_expected_microbatches(wordpiece_corpus: Path, world_size: int) -> None:
+    """Catches test cases that do not differ: equal microbatches and equal ranks would hide a wrong average."""
     for expected, microbatch_tokens in ((1, ONE_MICROBATCH), (3, THREE_MICROBATCHES[world_size])):
         shares = [
             global_batch(wordpiece_corpus, 40, microbatch_tokens, World(rank, world_size), packed=True)
@@ -95,10 +95,10 @@ def test_the_layouts_are_what_the_matrix_says(wordpiece_corpus: Path, world_size
     ("precision", "world_size", "microbatches", "stage"),
     [pytest.param(*layout, marks=() if layout in SAMPLE else pytest.mark.soak) for layout in LAYOUTS],
 )
-def test_the_accumulated_gradient_is_that_of_plain_torch(
+def test_the_accumulated_gradient_equals_that_of_plain_torch(
     pools: dict[int, RankPool],
     wordpiece_corpus: Path,
-    gradient: dict[str, Tensor],
+    reference_gradients: dict[str, Tensor],
     tmp_path: Path,
     record_property: Any,
     precision: str,
@@ -106,8 +106,8 @@ def test_the_accumulated_gradient_is_that_of_plain_torch(
     microbatches: int,
     stage: int,
 ) -> None:
-    """Catches averages per rank, microbatch or sequence in place of one mean over the global batch's masked tokens, and
-    a microbatch, filler or rank that is left out or counted twice."""
+    """Catches means per rank, microbatch or sequence instead of one over all masked tokens of the global batch, and a
+    microbatch, filler or rank that is dropped or counted twice."""
     tree = run_config(
         tmp_path,
         wordpiece_corpus,
@@ -121,8 +121,8 @@ def test_the_accumulated_gradient_is_that_of_plain_torch(
     )
     pools[world_size].run(pretrain_case, tree)
     kept = saved_tensors(checkpoint_path(tmp_path / "checkpoints", 1))
-    found = {name: kept[f"model.{name}/exp_avg"] / (1 - 0.9) for name in gradient}
-    difference = torch.cat([found[name] - gradient[name] for name in gradient])
-    error = float(difference.norm() / torch.cat(list(gradient.values())).norm())
+    found = {name: kept[f"model.{name}/exp_avg"] / (1 - 0.9) for name in reference_gradients}
+    difference = torch.cat([found[name] - reference_gradients[name] for name in reference_gradients])
+    error = float(difference.norm() / torch.cat(list(reference_gradients.values())).norm())
     record_property("error", error)
     assert error < TOLERANCE[precision]

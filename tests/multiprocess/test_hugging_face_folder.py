@@ -1,4 +1,4 @@
-"""Every checkpoint holds a folder that transformers opens with no code of ours."""
+"""The hf/ folder of a checkpoint opens in transformers without our code."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ from experiment.checkpoints import checkpoint_path
 from rank_pool import RankPool
 from runs import TINY, Tree, pretrain_case, run_config, saved_tensors
 
-# As a user would, far from our code.
+# Run in a process that does not import our code.
 _READER = """
 import json, sys
 import torch
@@ -54,7 +54,7 @@ RUNS = [
 
 @pytest.fixture(scope="module")
 def folders(pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The checkpoints of RUNS."""
+    """A checkpoint of each of RUNS."""
     made = []
     for world_size, ds_config, model in RUNS:
         folder = tmp_path_factory.mktemp("run")
@@ -64,8 +64,8 @@ def folders(pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path_factory
     return made
 
 
-def test_a_plain_process_gets_the_logits_of_the_fp32_masters(folders: list[Path], tmp_path: Path) -> None:
-    """Catches weights that are rounded, partitioned or renamed, tied ones that are lost, and a missing tokenizer."""
+def test_transformers_computes_the_logits_of_the_master_weights(folders: list[Path], tmp_path: Path) -> None:
+    """Catches weights that are rounded, sharded or renamed, tied weights that are lost, and a missing tokenizer."""
     hf = [str(folder / "hf") for folder in folders]
     command = [sys.executable, "-c", _READER, str(tmp_path), *hf]
     read = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
@@ -77,7 +77,7 @@ def test_a_plain_process_gets_the_logits_of_the_fp32_masters(folders: list[Path]
         assert found["problems"] == [[], [], []], run
         assert found["dtype"] == "torch.float32", run
         assert found["mask"] == "[MASK]", run
-        assert found["fresh"], "a classifier has a head of its own"
+        assert found["fresh"], "a classifier has a new head"
         assert all("classifier" in name or "pooler" in name or "head" in name for name in found["fresh"]), run
 
         ids, logits = torch.load(tmp_path / f"{number}.pt")

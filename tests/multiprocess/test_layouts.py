@@ -1,25 +1,26 @@
-"""The same run gives the same losses and held-out figures at every world size, microbatch and ZeRO stage."""
+"""A run has the same losses and evaluations at every world size, microbatch size and ZeRO stage."""
 
 import itertools
-import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from experiment.checkpoints import checkpoint_path
-from experiment.run_folder import RunFolder
 from rank_pool import RankPool
-from runs import NO_DROPOUT, TINY, Tree, logged, pretrain_case, run_config, saved_tensors
+from runs import (
+    NO_DROPOUT,
+    TINY,
+    assert_same_tensors,
+    evaluation_events,
+    logged,
+    pretrain_case,
+    run_config,
+    saved_tensors,
+)
 
 LAYOUTS = list(itertools.product((1, 2, 3), (0, 1, 2, 3), (130, 700)))
 SAMPLE = [(1, 3, 130), (2, 0, 130), (2, 1, 700), (2, 3, 130), (3, 1, 130), (3, 2, 700)]
 SAMPLED = [pytest.param(*layout, marks=() if layout in SAMPLE else pytest.mark.soak) for layout in LAYOUTS]
-
-
-def evaluations(folder: Path) -> list[Tree]:
-    lines = RunFolder(folder).metrics.read_text(encoding="utf-8").splitlines()
-    return [event for event in map(json.loads, lines) if "eval/held/loss" in event]
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +30,7 @@ def reference(
     heldout_corpus: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """A run of one rank, ZeRO 0, one microbatch a step."""
+    """A run of one rank, ZeRO 0, one microbatch per step."""
     folder = tmp_path_factory.mktemp("reference")
     tree = run_config(
         folder,
@@ -44,7 +45,7 @@ def reference(
 
 
 @pytest.mark.parametrize(("world_size", "stage", "microbatch_tokens"), SAMPLED)
-def test_losses_and_held_out_figures_do_not_depend_on_the_layout(
+def test_losses_and_evaluations_do_not_depend_on_the_layout(
     pools: dict[int, RankPool],
     wordpiece_corpus: Path,
     heldout_corpus: Path,
@@ -54,7 +55,7 @@ def test_losses_and_held_out_figures_do_not_depend_on_the_layout(
     stage: int,
     microbatch_tokens: int,
 ) -> None:
-    """Catches losses averaged per rank or microbatch, gradients lost in an accumulation, ranks that see other data."""
+    """Catches losses averaged per rank or microbatch, gradients lost in accumulation, and ranks that see other data."""
     tree = run_config(
         tmp_path,
         wordpiece_corpus,
@@ -70,8 +71,8 @@ def test_losses_and_held_out_figures_do_not_depend_on_the_layout(
     assert logged(tmp_path, "tokens") == logged(reference, "tokens")
     assert logged(tmp_path, "lr") == logged(reference, "lr")
 
-    first, last = evaluations(tmp_path)
-    expected_first, expected_last = evaluations(reference)
+    first, last = evaluation_events(tmp_path)
+    expected_first, expected_last = evaluation_events(reference)
     assert (first["step"], last["step"]) == (0, 6)
     assert first == pytest.approx(expected_first, rel=1e-5)
     assert last == pytest.approx(expected_last, rel=1e-4)
@@ -79,14 +80,14 @@ def test_losses_and_held_out_figures_do_not_depend_on_the_layout(
 
 
 @pytest.mark.parametrize(("world_size", "stage"), [(1, 0), (2, 1), (2, 3)])
-def test_batches_without_any_masked_token_update_nothing(
+def test_batches_without_masked_tokens_update_nothing(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, world_size: int, stage: int
 ) -> None:
-    """Catches NaN weights from a loss of 0/0, and weight decay in a step that learns nothing."""
+    """Catches NaN weights from a loss of 0/0, and weight decay in a step without gradients."""
     tree = run_config(tmp_path, wordpiece_corpus, f"fp32_zero{stage}", masking__rate=1e-9, schedule__steps=2)
     tree["checkpoint"]["every_steps"] = 1
     pools[world_size].run(pretrain_case, tree)
     assert logged(tmp_path) == [None, None]
     first, second = (saved_tensors(checkpoint_path(tmp_path / "checkpoints", step)) for step in (1, 2))
-    assert all(key.endswith("/fp32") for key in first), "the optimizer has a state without an update"
-    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert all(key.endswith("/fp32") for key in first), "optimizer state without an update"
+    assert_same_tensors(first, second)

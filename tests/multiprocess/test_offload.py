@@ -1,11 +1,10 @@
-"""Masters and optimizer states that lie in the host's memory or on its disk are the same numbers."""
+"""Offloading master weights and optimizer state to CPU memory or NVMe changes no result."""
 
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from experiment.checkpoints import checkpoint_path
 from experiment.errors import UserError
@@ -14,18 +13,27 @@ from pretrain.engine.engine import Engine
 from pretrain.engine.settings import DeepSpeedSettings, check_nvme, parse_settings
 from pretrain.world import World
 from rank_pool import RankPool
-from runs import NO_DROPOUT, TINY, Tree, logged, pretrain_case, run_config, saved_tensors
-from test_resumed_runs import copy_case
+from runs import (
+    NO_DROPOUT,
+    TINY,
+    Tree,
+    assert_same_tensors,
+    copy_case,
+    logged,
+    pretrain_case,
+    run_config,
+    saved_tensors,
+)
 
 WIDE = TINY | NO_DROPOUT | {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}
-SAME = {
+RELATIVE = {
     "fp32": 1e-5,
     "bf16": 1e-3,
     "fp16": 1e-3,
-}  # of losses: kernels round differently where memory is aligned otherwise
+}  # tolerance of losses: kernels round differently if memory is aligned differently
 
 
-def case(world: World, function: Any, *args: Any) -> Any:
+def with_fp16(world: World, function: Any, *args: Any) -> Any:
     with fp16_supported():
         return function(world, *args)
 
@@ -34,8 +42,8 @@ def sampled(files: list[str], *sample: str) -> list[Any]:
     return [pytest.param(file, marks=() if file in sample else pytest.mark.soak) for file in files]
 
 
-def names(device: str) -> list[str]:
-    return [f"{precision}_zero{stage}_{device}_offload" for precision in SAME for stage in (2, 3)]
+def presets(device: str) -> list[str]:
+    return [f"{precision}_zero{stage}_{device}_offload" for precision in RELATIVE for stage in (2, 3)]
 
 
 def nvme_settings(nvme_path: str | None = None, **sections: Any) -> DeepSpeedSettings:
@@ -43,9 +51,9 @@ def nvme_settings(nvme_path: str | None = None, **sections: Any) -> DeepSpeedSet
     return parse_settings(sections | {"zero_optimization": {"stage": 3, "offload_optimizer": offload}}, Path("ds.json"))
 
 
-def compare(pools: dict[int, RankPool], corpus: Path, folder: Path, ds_config: str, model: Tree) -> None:
-    """The offloaded run against the plain one: losses, a checkpoint in both directions, and one bit by bit."""
-    plain, tolerance = ds_config.rpartition("_")[0].rpartition("_")[0], SAME[ds_config.partition("_")[0]]
+def compare_with_plain_run(pools: dict[int, RankPool], corpus: Path, folder: Path, ds_config: str, model: Tree) -> None:
+    """Compare an offloaded run with a plain one, resume each from the other, and copy a checkpoint bit by bit."""
+    plain, tolerance = ds_config.rpartition("_")[0].rpartition("_")[0], RELATIVE[ds_config.partition("_")[0]]
     runs = {
         "plain": [(plain, None)],
         "onto": [(plain, 2), (ds_config, None)],
@@ -54,31 +62,32 @@ def compare(pools: dict[int, RankPool], corpus: Path, folder: Path, ds_config: s
     for name, parts in runs.items():
         for file, stop_after in parts:
             tree = run_config(folder / name, corpus, file, schedule__steps=4) | {"model": model}
-            assert pools[2].run(case, pretrain_case, tree, stop_after) == ["stopped" if stop_after else "done"] * 2
+            assert pools[2].run(with_fp16, pretrain_case, tree, stop_after) == ["stopped" if stop_after else "done"] * 2
         assert logged(folder / name) == pytest.approx(logged(folder / "plain"), rel=tolerance)
         norms = logged(folder / "plain", "grad_norm")
         assert logged(folder / name, "grad_norm") == pytest.approx(norms, rel=10 * tolerance)
     source = checkpoint_path(folder / "onto" / "checkpoints", 4)
     copying = run_config(folder / "copy", corpus, ds_config) | {"model": model}
-    pools[2].run(case, copy_case, copying, source, folder / "copies")
+    pools[2].run(with_fp16, copy_case, copying, source, folder / "copies")
     before, after = saved_tensors(source), saved_tensors(checkpoint_path(folder / "copies", 2))
     assert {key.rpartition("/")[2] for key in before} == {"fp32", "exp_avg", "exp_avg_sq", "step", "ema"}
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert_same_tensors(before, after)
 
 
-@pytest.mark.parametrize("ds_config", sampled(names("cpu"), "bf16_zero2_cpu_offload", "fp32_zero3_cpu_offload"))
+@pytest.mark.parametrize("ds_config", sampled(presets("cpu"), "bf16_zero2_cpu_offload", "fp32_zero3_cpu_offload"))
 def test_cpu_offload_changes_nothing(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, ds_config: str
 ) -> None:
-    """Catches a gradient that is lost on its way to the host, a norm or clipping of another gradient, a checkpoint that
-    misses what is offloaded, and one that only offloaded runs can go on from."""
-    compare(pools, wordpiece_corpus, tmp_path, ds_config, model={"config": TINY | NO_DROPOUT, "ema_decay": 0.9})
+    """Catches a gradient that is lost on the way to the CPU, a norm or clipping of another gradient, and a checkpoint
+    without the offloaded tensors or one that only offloaded runs can resume from."""
+    compare_with_plain_run(
+        pools, wordpiece_corpus, tmp_path, ds_config, model={"config": TINY | NO_DROPOUT, "ema_decay": 0.9}
+    )
 
 
 @pytest.fixture(scope="session")
 def nvme() -> None:
-    """The kernel that DeepSpeed builds for NVMe offload, which takes minutes the first time."""
+    """Build DeepSpeed's kernel for NVMe offload, which takes minutes the first time."""
     try:
         check_nvme(nvme_settings())
     except UserError as reason:
@@ -91,16 +100,16 @@ def nvme() -> None:
 @pytest.mark.soak
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("nvme")
-@pytest.mark.parametrize("ds_config", names("nvme"))
+@pytest.mark.parametrize("ds_config", presets("nvme"))
 def test_nvme_offload_changes_nothing(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, ds_config: str
 ) -> None:
-    """As above; and catches masters that are read while they are on the disk."""
-    compare(pools, wordpiece_corpus, tmp_path, ds_config, model={"config": WIDE, "ema_decay": 0.9})
+    """Catches the same, and master weights that are read while they are swapped out."""
+    compare_with_plain_run(pools, wordpiece_corpus, tmp_path, ds_config, model={"config": WIDE, "ema_decay": 0.9})
 
 
 def swapping_case(world: World, tree: Tree, swap: Path) -> int:
-    """A run under NVMe offload; bytes on the disk before it ends."""
+    """A run with NVMe offload. Returns the bytes in its swap files before it ends."""
     found = 0
     close = Engine.close
 
@@ -121,10 +130,10 @@ def swapping_case(world: World, tree: Tree, swap: Path) -> int:
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("nvme")
 @pytest.mark.parametrize("rule", ["adamw", "lamb", "stableadamw"])
-def test_what_is_swapped_lies_on_the_disk_until_the_run_ends(
+def test_swap_files_exist_until_the_run_ends(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, rule: str
 ) -> None:
-    """Catches NVMe offload in name only, files that stay behind, and rules that see only what is in memory."""
+    """Catches NVMe offload that has no effect, swap files that are not deleted, and state that an optimizer skips."""
     rows = [(tmp_path / name, f"fp32_{name}", name == "zero3_nvme_offload") for name in ("zero3_nvme_offload", "zero1")]
     for folder, ds_config, offloaded in rows:
         tree = run_config(folder, wordpiece_corpus, ds_config, model__config=WIDE)
@@ -138,15 +147,15 @@ def test_what_is_swapped_lies_on_the_disk_until_the_run_ends(
     assert logged(rows[0][0]) == pytest.approx(logged(rows[1][0]), rel=1e-4)
 
 
-def test_nvme_offload_is_refused_where_its_kernel_cannot_be_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a trace from a compiler, after the devices are taken."""
+def test_nvme_offload_without_its_kernel_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a compiler's trace after the launch."""
     monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
     monkeypatch.setattr("pretrain.engine.settings.is_ninja_available", lambda: False)
     with pytest.raises(UserError, match=r"libaio.*--engine\.ds_config=ds_configs/bf16_zero3_cpu_offload\.json"):
         check_nvme(nvme_settings(bf16={"enabled": True}))
 
 
-def test_an_nvme_path_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    """Catches a disk that is filled up at its mount point, because nothing is mounted there."""
+def test_a_missing_nvme_path_is_rejected(tmp_path: Path) -> None:
+    """Catches swap files on the wrong disk because nothing is mounted at the path."""
     with pytest.raises(UserError, match=r"'nvme_path' is .*nothing"):
         check_nvme(nvme_settings(nvme_path=str(tmp_path / "nothing")))

@@ -1,4 +1,4 @@
-"""A model that gets new words and a longer context goes on training as what it then is."""
+"""Continued pretraining with added tokens and a longer context."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ from runs import TINY, Tree, logged, pretrain_case, run_config
 
 @pytest.fixture(scope="module")
 def grown(text_file: Path, wordpiece: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A tokenizer with two more words, one of them in the text, and the corpus built with it."""
+    """A tokenizer with two added words, one of them in the text, and a corpus built with it."""
     folder = tmp_path_factory.mktemp("grown")
     words = text_file.read_text(encoding="utf-8").split()
     longest = max(filter(str.isalpha, words), key=lambda word: (len(word), word))
@@ -33,10 +33,10 @@ def grown(text_file: Path, wordpiece: Path, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.mark.parametrize("ds_config", [pytest.param("fp32_zero1", marks=pytest.mark.soak), "bf16_zero3"])
-def test_new_words_and_a_longer_context(
+def test_added_tokens_and_a_longer_context(
     pools: dict[int, RankPool], wordpiece_corpus: Path, grown: tuple[Path, Path], tmp_path: Path, ds_config: str
 ) -> None:
-    """Catches a run at the new length that dies or cannot be resumed, and checkpoints of the old tokenizer or sizes."""
+    """Catches a resized run that fails or cannot resume, and checkpoints with the old tokenizer or sizes."""
     first = run_config(tmp_path / "first", wordpiece_corpus, schedule__steps=1, model__config=TINY)
     pools[2].run(pretrain_case, first)
     start = checkpoint_path(tmp_path / "first" / "checkpoints", 1) / "hf"
@@ -51,7 +51,7 @@ def test_new_words_and_a_longer_context(
     config = AutoModelForMaskedLM.from_pretrained(hf).config
     assert (config.vocab_size, config.max_position_embeddings) == (202, 120)
     assert AutoTokenizer.from_pretrained(hf).convert_ids_to_tokens(201) == "zedzedzed"
-    # A third run of the chain: the second one's model is complete, neither key is needed any more.
+    # A third run starts from the resized model without added_tokens and max_positions.
     tree = run_config(tmp_path / "third", corpus, schedule__steps=1) | {"model": {"init_from": str(tmp_path / "grown")}}
     pools[1].run(pretrain_case, tree)
     assert yaml.safe_load((tmp_path / "third" / "config.yaml").read_text())["model"]["init_from"] == str(hf)

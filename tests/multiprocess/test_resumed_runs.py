@@ -1,4 +1,4 @@
-"""A run that was stopped and goes on is the run that was never stopped."""
+"""A run that was stopped and resumed equals the uninterrupted run."""
 
 import itertools
 from pathlib import Path
@@ -7,18 +7,22 @@ from typing import Any
 import pytest
 import torch
 
-from experiment.checkpoints import Retention, checkpoint_path, complete_checkpoints
+from experiment.checkpoints import checkpoint_path, complete_checkpoints
 from pretrain.world import World
 from rank_pool import RankPool
 from runs import (
     NO_DROPOUT,
     TINY,
     Tree,
+    assert_same_tensors,
     build_engine,
+    copy_case,
     events_without_timing,
     logged,
+    microbatch,
     pretrain_case,
     run_config,
+    save_engine,
     saved_tensors,
 )
 
@@ -27,22 +31,16 @@ Layout = tuple[int, str]  # world size, DeepSpeed file
 LAYOUTS = [
     (size, f"{precision}_zero{stage}")
     for size, precision, stage in itertools.product((1, 2, 3), ("fp32", "bf16"), range(4))
-    if (precision, stage) != ("bf16", 0)  # which runs as stage 1
+    if (precision, stage) != ("bf16", 0)  # it runs as stage 1
 ]
 EXACT_SAMPLE = [(1, "fp32_zero0"), (2, "fp32_zero1"), (2, "fp32_zero3"), (2, "bf16_zero1")]
 
 
 @pytest.mark.parametrize(
     ("world_size", "ds_config"),
-    [
-        pytest.param(
-            *layout,
-            marks=() if layout in EXACT_SAMPLE else pytest.mark.soak,
-        )
-        for layout in LAYOUTS
-    ],
+    [pytest.param(*layout, marks=() if layout in EXACT_SAMPLE else pytest.mark.soak) for layout in LAYOUTS],
 )
-def test_a_resumed_run_repeats_the_unbroken_one_exactly(
+def test_a_resumed_run_equals_the_uninterrupted_one(
     pools: dict[int, RankPool],
     wordpiece_corpus: Path,
     heldout_corpus: Path,
@@ -50,12 +48,12 @@ def test_a_resumed_run_repeats_the_unbroken_one_exactly(
     world_size: int,
     ds_config: str,
 ) -> None:
-    """Catches whatever a checkpoint forgets (moments, step counts, schedule, data position, dropout, open intervals).
+    """Catches state that a checkpoint lacks: moments, step counts, schedule, data position, dropout, log interval.
 
-    Dropout is on; the stop falls into the middle of a logging interval; another rank than 0 is asked to stop.
+    With dropout; the stop is in the middle of a log interval, and a rank other than 0 is asked to stop.
     """
     runs = {}
-    for name, stop_after in (("unbroken", None), ("stopped", 4)):
+    for name, stop_after in (("uninterrupted", None), ("stopped", 4)):
         tree = run_config(
             tmp_path / name,
             wordpiece_corpus,
@@ -73,23 +71,23 @@ def test_a_resumed_run_repeats_the_unbroken_one_exactly(
             outcomes = pools[world_size].run(pretrain_case, tree)
         assert set(outcomes) == {"done"}
         runs[name] = events_without_timing(tmp_path / name)
-    assert [event["step"] for event in runs["unbroken"]] == [0, 3, 5, 6, 8, 8]
-    assert runs["stopped"] == runs["unbroken"]
+    assert [event["step"] for event in runs["uninterrupted"]] == [0, 3, 5, 6, 8, 8]
+    assert runs["stopped"] == runs["uninterrupted"]
     last = [saved_tensors(checkpoint_path(tmp_path / name / "checkpoints", 8)) for name in runs]
-    assert all(torch.equal(last[0][key], last[1][key]) for key in last[0])
+    assert_same_tensors(*last)
 
 
 @pytest.mark.parametrize(
     ("first", "then"),
     [((2, "fp32_zero1"), (3, "fp32_zero2")), ((2, "fp32_zero3"), (1, "fp32_zero0"))],
 )
-def test_a_run_goes_on_at_another_layout(
+def test_a_run_resumes_at_another_layout(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, first: Layout, then: Layout
 ) -> None:
-    """Catches state that is lost or misplaced where a run moves to more or fewer devices, or another ZeRO stage."""
+    """Catches state that is lost or misplaced when the world size or the ZeRO stage changes."""
     model = TINY | NO_DROPOUT
-    unbroken = run_config(tmp_path / "unbroken", wordpiece_corpus, first[1], model__config=model)
-    pools[first[0]].run(pretrain_case, unbroken)
+    uninterrupted = run_config(tmp_path / "uninterrupted", wordpiece_corpus, first[1], model__config=model)
+    pools[first[0]].run(pretrain_case, uninterrupted)
     moved = run_config(tmp_path / "moved", wordpiece_corpus, first[1], model__config=model)
     assert set(pools[first[0]].run(pretrain_case, moved, 3)) == {"stopped"}
     elsewhere = run_config(
@@ -97,23 +95,13 @@ def test_a_run_goes_on_at_another_layout(
     )
     assert set(pools[then[0]].run(pretrain_case, elsewhere)) == {"done"}
     assert logged(tmp_path / "moved", "step") == [1, 2, 3, 4, 5, 6]
-    assert logged(tmp_path / "moved") == pytest.approx(logged(tmp_path / "unbroken"), rel=1e-5)
-    assert logged(tmp_path / "moved", "lr") == logged(tmp_path / "unbroken", "lr")
-
-
-def copy_case(world: World, tree: Tree, source: Path, target: Path) -> None:
-    """Load a checkpoint into an engine of this layout and save what the engine then holds."""
-    from pretrain.training.checkpoint_io import load_checkpoint, save_checkpoint
-
-    engine, _ = build_engine(world, tree, seed=99)
-    load_checkpoint(engine, source)
-    save_checkpoint(engine, target, 2, {}, lambda weights, folder: folder.mkdir(), Retention(100))
-    engine.close()
+    assert logged(tmp_path / "moved") == pytest.approx(logged(tmp_path / "uninterrupted"), rel=1e-5)
+    assert logged(tmp_path / "moved", "lr") == logged(tmp_path / "uninterrupted", "lr")
 
 
 @pytest.fixture(scope="session")
 def saved(pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Layout -> a checkpoint after two steps at that layout."""
+    """Returns a function: layout -> a checkpoint after two steps at that layout."""
     made: dict[Layout, Path] = {}
 
     def checkpoint_of(layout: Layout) -> Path:
@@ -148,7 +136,7 @@ MOVES = {
 def test_a_checkpoint_moves_between_layouts_bit_by_bit(
     pools: dict[int, RankPool], wordpiece_corpus: Path, saved: Any, tmp_path: Path, source: Layout, target: Layout
 ) -> None:
-    """Catches masters, moments or step counts that are cut, shifted, rounded or left behind at some layout."""
+    """Catches master weights, moments or step counts that are cut, shifted, rounded or lost at some layout."""
     original = saved(source)
     tree = run_config(tmp_path, wordpiece_corpus, target[1])
     pools[target[0]].run(copy_case, tree, original, tmp_path)
@@ -157,3 +145,41 @@ def test_a_checkpoint_moves_between_layouts_bit_by_bit(
     assert {key.rpartition("/")[2] for key in before} == {"fp32", "exp_avg", "exp_avg_sq", "step"}
     assert [key for key in before if not torch.equal(before[key], after[key])] == []
     assert {float(before[key]) for key in before if key.endswith("/step")} == {2.0}
+
+
+def step_or_load_case(world: World, tree: Tree, folder: Path, source: Path | None) -> int:
+    """Take a step, or load `source` instead, and save as step 1. Returns the number of parameter groups."""
+    from pretrain.engine.partitions import base_optimizer
+    from pretrain.training.checkpoint_io import load_checkpoint
+
+    engine, _ = build_engine(world, tree)
+    if source is None:
+        engine.begin_step(0, 0.01)
+        engine.accumulate(microbatch(), 6.0, 0, 0)
+        engine.step()
+    else:
+        load_checkpoint(engine, source)
+    save_engine(engine, folder, 1)
+    groups = len(base_optimizer(engine._deepspeed).param_groups)
+    engine.close()
+    return groups
+
+
+@pytest.mark.parametrize(
+    "ds_config",
+    [
+        "fp32_zero1",
+        *(pytest.param(name, marks=pytest.mark.soak) for name in ("fp32_zero3", "bf16_zero2")),
+    ],
+)
+def test_layer_decay_can_change_on_resume(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, ds_config: str
+) -> None:
+    """Catches moments and step counters that are restored by parameter group instead of by parameter."""
+    tree = run_config(tmp_path, wordpiece_corpus, ds_config)
+    made, moved = tmp_path / "made", tmp_path / "moved"
+    assert pools[2].run(step_or_load_case, tree, made, None) == [2, 2]
+    tree["optimizer"] |= {"layer_decay": 0.8}
+    assert pools[2].run(step_or_load_case, tree, moved, checkpoint_path(made, 1)) == [8, 8]
+    one, other = saved_tensors(checkpoint_path(made, 1)), saved_tensors(checkpoint_path(moved, 1))
+    assert_same_tensors(one, other)

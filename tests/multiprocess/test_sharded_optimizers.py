@@ -1,15 +1,14 @@
-"""LAMB and StableAdamW scale an update by figures of whole parameters, which ZeRO cuts across ranks."""
+"""LAMB and StableAdamW scale updates by norms of whole parameters, which ZeRO shards across ranks."""
 
 import json
 from pathlib import Path
 
 import pytest
-import torch
 from torch import Tensor
 
 from experiment.checkpoints import checkpoint_path
 from rank_pool import RankPool
-from runs import NO_DROPOUT, TINY, Tree, logged, pretrain_case, run_config, saved_tensors
+from runs import NO_DROPOUT, TINY, Tree, assert_same_tensors, logged, pretrain_case, run_config, saved_tensors
 
 RULES = ("lamb", "stableadamw")
 LAYOUTS = [(size, f"fp32_zero{stage}") for size in (1, 2, 3) for stage in range(4)]
@@ -22,9 +21,9 @@ SAMPLE = [
 ]
 
 
-def tree_of(folder: Path, corpus: Path, rule: str, ds_config: str) -> Tree:
-    """Five steps of a model whose parameters are divisible by nothing. A large eps keeps rounding from being magnified
-    where gradients are almost zero."""
+def optimizer_config(folder: Path, corpus: Path, rule: str, ds_config: str) -> Tree:
+    """Five steps of a model whose sizes no world size divides. The large eps keeps Adam from amplifying rounding errors
+    of gradients near zero."""
     model = TINY | NO_DROPOUT | {"hidden_size": 22, "intermediate_size": 37}
     tree = run_config(folder, corpus, ds_config, model__config=model, schedule__steps=5)
     tree["optimizer"] = {"name": rule, "lr": 0.02, "weight_decay": 0.1, "eps": 1e-4}
@@ -32,22 +31,22 @@ def tree_of(folder: Path, corpus: Path, rule: str, ds_config: str) -> Tree:
 
 
 @pytest.fixture(scope="session")
-def alone(
+def one_process(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, Tensor]]:
-    """Rule -> what one process without ZeRO arrives at."""
+    """Rule -> final tensors of one process without ZeRO."""
     found = {}
     for rule in RULES:
         folder = tmp_path_factory.mktemp(rule)
-        pools[1].run(pretrain_case, tree_of(folder, wordpiece_corpus, rule, "fp32_zero0"))
+        pools[1].run(pretrain_case, optimizer_config(folder, wordpiece_corpus, rule, "fp32_zero0"))
         found[rule] = saved_tensors(checkpoint_path(folder / "checkpoints", 5))
     return found
 
 
 def distance(one: dict[str, Tensor], other: dict[str, Tensor], kind: str) -> float:
-    """The largest of a parameter's masters or states, element by element root mean square.
+    """The largest root mean square difference of a parameter's master weights or state.
 
-    Not relative to the parameter: the biases of BERT's keys have no gradient but rounding, and stay almost zero.
+    Not relative to the parameter: the gradients of BERT's key biases are rounding errors only, so they stay near zero.
     """
     keys = [key for key in one if key.endswith(f"/{kind}")]
     return max(float((one[key] - other[key]).square().mean().sqrt()) for key in keys)
@@ -61,24 +60,24 @@ def distance(one: dict[str, Tensor], other: dict[str, Tensor], kind: str) -> flo
         for layout in LAYOUTS
     ],
 )
-def test_every_layout_arrives_where_one_process_does(
+def test_every_layout_equals_one_process(
     pools: dict[int, RankPool],
     wordpiece_corpus: Path,
-    alone: dict[str, dict[str, Tensor]],
+    one_process: dict[str, dict[str, Tensor]],
     tmp_path: Path,
     rule: str,
     world_size: int,
     ds_config: str,
 ) -> None:
-    """Catches norms of a rank's share in place of the parameter's, and ranks that sum a different number of times."""
-    pools[world_size].run(pretrain_case, tree_of(tmp_path, wordpiece_corpus, rule, ds_config))
+    """Catches norms of a rank's fragment instead of the parameter, and ranks with different numbers of collectives."""
+    pools[world_size].run(pretrain_case, optimizer_config(tmp_path, wordpiece_corpus, rule, ds_config))
     found = saved_tensors(checkpoint_path(tmp_path / "checkpoints", 5))
-    assert found.keys() == alone[rule].keys()
-    assert distance(alone[rule], found, "fp32") < 1e-6
-    assert distance(alone[rule], found, "exp_avg") < 1e-7
+    assert found.keys() == one_process[rule].keys()
+    assert distance(one_process[rule], found, "fp32") < 1e-6
+    assert distance(one_process[rule], found, "exp_avg") < 1e-7
     index = json.loads((checkpoint_path(tmp_path / "checkpoints", 5) / "engine" / "index.json").read_text("utf-8"))
-    cut = sum(len(entry["fragments"]) > 1 for entry in index.values())
-    assert (cut > 0) == (world_size > 1 and not ds_config.endswith("0")), "the layout cuts no parameter"
+    sharded = sum(len(entry["fragments"]) > 1 for entry in index.values())
+    assert (sharded > 0) == (world_size > 1 and not ds_config.endswith("0")), "the layout shards no parameter"
 
 
 @pytest.mark.parametrize(
@@ -89,14 +88,17 @@ def test_every_layout_arrives_where_one_process_does(
         pytest.param("stableadamw", 1, "bf16_zero3", marks=pytest.mark.soak),
     ],
 )
-def test_a_resumed_run_is_the_unbroken_one(
+def test_a_resumed_run_is_the_uninterrupted_one(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, rule: str, world_size: int, ds_config: str
 ) -> None:
-    """Catches state that is not saved or not restored: moments, and the counter that the bias correction needs."""
-    trees = {name: tree_of(tmp_path / name, wordpiece_corpus, rule, ds_config) for name in ("unbroken", "broken")}
-    pools[world_size].run(pretrain_case, trees["unbroken"])
-    assert pools[world_size].run(pretrain_case, trees["broken"], 2)[0] == "stopped"
-    pools[world_size].run(pretrain_case, trees["broken"])
+    """Catches moments, or the step counter of the bias correction, that are not saved or not restored."""
+    trees = {
+        name: optimizer_config(tmp_path / name, wordpiece_corpus, rule, ds_config)
+        for name in ("uninterrupted", "resumed")
+    }
+    pools[world_size].run(pretrain_case, trees["uninterrupted"])
+    assert pools[world_size].run(pretrain_case, trees["resumed"], 2)[0] == "stopped"
+    pools[world_size].run(pretrain_case, trees["resumed"])
     one, other = (saved_tensors(checkpoint_path(tmp_path / name / "checkpoints", 5)) for name in trees)
-    assert all(torch.equal(one[key], other[key]) for key in one)
-    assert logged(tmp_path / "broken") == logged(tmp_path / "unbroken")
+    assert_same_tensors(one, other)
+    assert logged(tmp_path / "resumed") == logged(tmp_path / "uninterrupted")

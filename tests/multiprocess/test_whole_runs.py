@@ -1,4 +1,4 @@
-"""Runs from their config to their last file."""
+"""Whole runs, from the config to the last file."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from experiment.checkpoints import checkpoint_path, complete_checkpoints
+from experiment.checkpoints import checkpoint_path, complete_checkpoints, read_state
 from experiment.config import build_config
 from experiment.run_folder import RunFolder
 from pretrain.batching.sequences import open_index
@@ -14,7 +14,7 @@ from pretrain.config import PretrainConfig
 from pretrain.corpus.reader import open_corpus
 from pretrain.evaluate import evaluate_command
 from rank_pool import RankPool
-from runs import Tree, logged, pretrain_case, run_config, step_events
+from runs import evaluation_events, events_without_timing, logged, pretrain_case, run_config, step_events
 
 MODERN = {
     "model_type": "modernbert",
@@ -26,15 +26,10 @@ MODERN = {
 }
 
 
-def evaluations(folder: Path) -> list[Tree]:
-    lines = RunFolder(folder).metrics.read_text(encoding="utf-8").splitlines()
-    return [event for event in map(json.loads, lines) if "loss" not in event]
-
-
 def test_one_epoch_trains_on_every_token_once(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path
 ) -> None:
-    """Catches a short last batch that is dropped, filled up or counted wrongly."""
+    """Catches a short last batch that is dropped, filled up or miscounted."""
     tree = run_config(tmp_path, wordpiece_corpus, "fp32_zero2", batch__sequences=250) | {"schedule": {"epochs": 1.0}}
     assert pools[2].run(pretrain_case, tree) == ["done", "done"]
     corpus = open_corpus(wordpiece_corpus)
@@ -44,15 +39,15 @@ def test_one_epoch_trains_on_every_token_once(
     assert logged(tmp_path, "tokens")[-1] == corpus.tokens + 2 * sequences
 
 
-def test_training_on_from_a_folder_and_scoring_it(
+def test_init_from_and_evaluate_agree_with_the_run(
     pools: dict[int, RankPool],
     wordpiece_corpus: Path,
     heldout_corpus: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Catches a folder that init_from opens differently than it was saved, and figures of `deepcloze evaluate` that are
-    not those of the run."""
+    """Catches a Hugging Face folder that init_from loads differently than it was saved, and scores of `deepcloze
+    evaluate` that are not the run's."""
     first = run_config(
         tmp_path / "first",
         wordpiece_corpus,
@@ -67,19 +62,19 @@ def test_training_on_from_a_folder_and_scoring_it(
         tmp_path / "second", wordpiece_corpus, schedule__steps=1, corpus__eval={"held": str(heldout_corpus)}
     ) | {"model": {"init_from": str(start)}}
     pools[3].run(pretrain_case, second)
-    last, beginning = evaluations(tmp_path / "first")[-1], evaluations(tmp_path / "second")[0]
-    assert (last["step"], beginning["step"]) == (3, 0)
-    for figure in ("loss", "perplexity", "accuracy"):
-        assert beginning[f"eval/held/{figure}"] == pytest.approx(last[f"eval/held/{figure}"], rel=1e-5)
+    last, first_event = evaluation_events(tmp_path / "first")[-1], evaluation_events(tmp_path / "second")[0]
+    assert (last["step"], first_event["step"]) == (3, 0)
+    for metric in ("loss", "perplexity", "accuracy"):
+        assert first_event[f"eval/held/{metric}"] == pytest.approx(last[f"eval/held/{metric}"], rel=1e-5)
 
     evaluate_command(str(tmp_path / "first"), str(heldout_corpus), json=True)
     (scores,) = json.loads(capsys.readouterr().out).values()
-    for figure in ("loss", "perplexity", "accuracy"):
-        assert scores[figure] == pytest.approx(last[f"eval/held/{figure}"], rel=1e-5)
+    for metric in ("loss", "perplexity", "accuracy"):
+        assert scores[metric] == pytest.approx(last[f"eval/held/{metric}"], rel=1e-5)
 
 
 def test_a_padded_model_trains_too(pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path) -> None:
-    """Catches a run that only packed models survive; and one that does not say that it is slower than it could be."""
+    """Catches a run that fails for padded models, and a missing warning about them."""
     model = MODERN | {"model_type": "mpnet", "max_position_embeddings": 64}
     del model["local_attention"]
     pools[2].run(pretrain_case, run_config(tmp_path, wordpiece_corpus, "bf16_zero1", model__config=model))
@@ -89,17 +84,45 @@ def test_a_padded_model_trains_too(pools: dict[int, RankPool], wordpiece_corpus:
 
 
 def test_checkpoints_by_the_clock(pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path) -> None:
-    """Catches ranks that look at their own clocks, of which one would save alone and wait for ever."""
+    """Catches ranks that go by their own clocks, so that one would save alone and hang."""
     tree = run_config(tmp_path, wordpiece_corpus, schedule__steps=3)
     tree["checkpoint"] = {"every_steps": None, "every_minutes": 1e-9, "keep_last": 9}
     pools[3].run(pretrain_case, tree)
     assert len(complete_checkpoints(tmp_path / "checkpoints")) == 3
 
 
-def test_a_finished_run_that_is_started_again_is_finished(
+def test_a_time_budget_spans_attempts(
     pools: dict[int, RankPool], wordpiece_corpus: Path, heldout_corpus: Path, tmp_path: Path
 ) -> None:
-    """Catches a step too many, and evaluations that are logged twice."""
+    """Catches ranks that go by their own clocks, time that a resume forgets, a learning rate that does not reach its
+    minimum, and an end without an evaluation or a checkpoint."""
+    tree = run_config(tmp_path, wordpiece_corpus, corpus__eval={"held": str(heldout_corpus)})
+    tree["schedule"] = {"budget": "3s", "warmup_steps": 2, "min_lr_ratio": 0.1}
+    assert set(pools[2].run(pretrain_case, tree, 5)) == {"stopped"}
+    stopped = read_state(complete_checkpoints(tmp_path / "checkpoints")[-1])["progress"]
+    assert (stopped["step"], 0.0 < stopped["seconds"] < 3.0) == (5, True)
+    assert set(pools[2].run(pretrain_case, tree)) == {"done"}
+
+    ended = read_state(complete_checkpoints(tmp_path / "checkpoints")[-1])["progress"]
+    rates = logged(tmp_path, "lr")
+    assert 3.0 <= ended["seconds"] < 4.5
+    assert len(rates) == ended["step"] > 5
+    assert rates[1:] == sorted(rates[1:], reverse=True)
+    assert rates[-1] == pytest.approx(0.1 * 3e-3)
+    share = stopped["seconds"] / 3.0
+    assert 0.7 < rates[5] / (3e-3 * (1.0 - 0.9 * share)) <= 1.0, "the second attempt starts a new clock"
+    assert events_without_timing(tmp_path)[-1].keys() > {"step", "eval/held/loss"}
+    assert events_without_timing(tmp_path)[-1]["step"] == ended["step"]
+
+    before = RunFolder(tmp_path).metrics.read_text(encoding="utf-8")
+    assert set(pools[2].run(pretrain_case, tree)) == {"done"}
+    assert RunFolder(tmp_path).metrics.read_text(encoding="utf-8") == before
+
+
+def test_restarting_a_finished_run_does_nothing(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, heldout_corpus: Path, tmp_path: Path
+) -> None:
+    """Catches an extra step, and evaluations that are logged twice."""
     tree = run_config(tmp_path, wordpiece_corpus, schedule__steps=2, corpus__eval={"held": str(heldout_corpus)})
     pools[2].run(pretrain_case, tree)
     before = RunFolder(tmp_path).metrics.read_text(encoding="utf-8")
@@ -107,10 +130,10 @@ def test_a_finished_run_that_is_started_again_is_finished(
     assert RunFolder(tmp_path).metrics.read_text(encoding="utf-8") == before
 
 
-def test_what_a_run_leaves_starts_the_same_run(
+def test_the_written_config_starts_the_same_run(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path
 ) -> None:
-    """Catches relative paths in RUN/config.yaml, keys that are missing in it, and metrics without the promised keys."""
+    """Catches relative paths or missing keys in RUN/config.yaml, and metrics without the documented keys."""
     tree = run_config(tmp_path / "first", wordpiece_corpus)
     pools[1].run(pretrain_case, tree)
     written = yaml.safe_load(RunFolder(tmp_path / "first").config.read_text(encoding="utf-8"))
@@ -120,7 +143,7 @@ def test_what_a_run_leaves_starts_the_same_run(
     pools[1].run(pretrain_case, written)
     assert logged(tmp_path / "second") == logged(tmp_path / "first")
     assert json.loads(RunFolder(tmp_path / "first").provenance.read_text(encoding="utf-8"))
-    promised = {
+    documented = {
         "step",
         "tokens",
         "loss",
@@ -134,4 +157,4 @@ def test_what_a_run_leaves_starts_the_same_run(
         "data_wait",
         "memory",
     }
-    assert all(set(event) == promised for event in step_events(tmp_path / "first"))
+    assert all(set(event) == documented for event in step_events(tmp_path / "first"))
