@@ -1,4 +1,4 @@
-"""Update rules against direct transcriptions of their papers, in float64."""
+"""Optimizers compared with direct transcriptions of their papers, in float64."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -28,7 +28,7 @@ def adamw(x: Vector, gradients: list[Vector], decays: bool) -> Vector:
 
 
 def lamb(x: Vector, gradients: list[Vector], decays: bool) -> Vector:
-    """You et al. 2020, algorithm 2; biases and norms neither decay nor are they scaled."""
+    """You et al. 2020, algorithm 2; biases and norms have neither weight decay nor a trust ratio."""
     (beta1, beta2), m, v = BETAS, np.zeros_like(x), np.zeros_like(x)
     for t, g in enumerate(gradients, start=1):
         m = beta1 * m + (1 - beta1) * g
@@ -60,14 +60,14 @@ RULES: list[tuple[type[GatedOptimizer], Rule]] = [(AdamW, adamw), (Lamb, lamb), 
 
 
 def problem() -> Iterator[tuple[str, Vector, list[Vector], bool]]:
-    """Parameters of very different size and gradients that jump, so that ratios and clipping matter."""
+    """Parameters of very different scale and gradients that jump, so that trust ratios and clipping have an effect."""
     draw = np.random.default_rng(3)
     for name, shape, scale, decays in (
         ("weight", (7, 5), 2.0, True),
         ("small", (3, 11), 0.01, True),
         ("zero", (2, 3), 0.0, True),
         ("bias", (5,), 0.5, False),
-        ("unused", (4,), 0.7, True),  # without a gradient but not without decay
+        ("unused", (4,), 0.7, True),  # no gradient, but weight decay
     ):
         gradients = [draw.normal(size=shape) * (20.0 if t == 3 else 0.1) for t in range(STEPS)]
         if name == "unused":
@@ -75,16 +75,16 @@ def problem() -> Iterator[tuple[str, Vector, list[Vector], bool]]:
         yield name, draw.normal(size=shape) * scale, gradients, decays
 
 
-def group_of(tensor: torch.Tensor, decays: bool) -> dict[str, Any]:
+def parameter_group(tensor: torch.Tensor, decays: bool) -> dict[str, Any]:
     return {"params": [tensor], "weight_decay": DECAY if decays else 0.0, "decays": decays, "frozen": False}
 
 
 @pytest.mark.parametrize(("rule", "transcription"), RULES)
-def test_the_update_is_that_of_the_paper(rule: type[GatedOptimizer], transcription: Rule) -> None:
-    """Catches betas, eps or decay that do not reach the rule, a bias correction or a norm in another place, and ratios
-    that are taken over several parameters at once."""
+def test_updates_are_those_of_the_paper(rule: type[GatedOptimizer], transcription: Rule) -> None:
+    """Catches betas, eps or weight decay that have no effect, a misplaced bias correction or norm, and trust ratios
+    over several parameters."""
     parameters = {name: (torch.nn.Parameter(torch.tensor(x)), g, decays) for name, x, g, decays in problem()}
-    groups = [group_of(parameter, decays) for parameter, _, decays in parameters.values()]
+    groups = [parameter_group(parameter, decays) for parameter, _, decays in parameters.values()]
     optimizer = rule(groups, lr=LR, betas=BETAS, eps=EPS)  # type: ignore[call-arg,arg-type]
     if isinstance(optimizer, PerParameterOptimizer):
         whole = [Fragment(n, tuple(p.shape), 0, p.data.view(-1), p, 0) for n, (p, _, _) in parameters.items()]
@@ -99,8 +99,10 @@ def test_the_update_is_that_of_the_paper(rule: type[GatedOptimizer], transcripti
 
 
 @pytest.mark.parametrize(("rule", "transcription"), RULES[1:])
-def test_a_tensor_may_hold_slices_of_several_parameters(rule: type[PerParameterOptimizer], transcription: Rule) -> None:
-    """Catches figures of a flat tensor in place of those of its parameters, and updates of the padding between them."""
+def test_a_flat_tensor_can_hold_fragments_of_several_parameters(
+    rule: type[PerParameterOptimizer], transcription: Rule
+) -> None:
+    """Catches norms of the flat tensor instead of its parameters, and updates of the padding between them."""
     parts = [(name, x.ravel(), [g.ravel() for g in gradients]) for name, x, gradients, decays in problem() if decays]
     starts = np.cumsum([3] + [x.size + 2 for _, x, _ in parts])
     flat = torch.nn.Parameter(torch.full((int(starts[-1]),), 9.0, dtype=torch.float64))
@@ -108,7 +110,7 @@ def test_a_tensor_may_hold_slices_of_several_parameters(rule: type[PerParameterO
     for (name, x, _), start in zip(parts, starts, strict=False):
         flat.data[start : start + x.size] = torch.tensor(x)
         slices.append(Fragment(name, (x.size,), 0, flat.data[start : start + x.size], flat, int(start)))
-    optimizer = rule([group_of(flat, True)], lr=LR, betas=BETAS, eps=EPS)
+    optimizer = rule([parameter_group(flat, True)], lr=LR, betas=BETAS, eps=EPS)
     optimizer.attach(slices, [name for name, _, _ in parts], lambda sums: sums)
     for step in range(STEPS):
         flat.grad = torch.ones_like(flat)
@@ -123,8 +125,8 @@ def test_a_tensor_may_hold_slices_of_several_parameters(rule: type[PerParameterO
     assert torch.equal(flat.detach()[:3], torch.full((3,), 9.0, dtype=torch.float64))
 
 
-def test_stableadamw_clips_what_adamw_does_not() -> None:
-    """Catches clipping that never comes into effect in the problem above."""
+def test_stableadamw_clips_in_the_problem_above() -> None:
+    """Catches a problem in which clipping has no effect, so that the tests above would not test it."""
     (name, x, gradients, decays), *_ = problem()
     assert name == "weight"
     assert np.abs(stableadamw(x, gradients, decays) - adamw(x, gradients, decays)).max() > 0.01

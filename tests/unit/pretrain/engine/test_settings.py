@@ -23,16 +23,16 @@ def engine_config(raw: dict[str, Any]) -> dict[str, Any]:
     return parse_settings(raw, Path("own.json")).engine_config(grad_clip=1.0)
 
 
-def test_there_is_a_file_for_each_precision_stage_and_offload() -> None:
-    """Catches a file that was lost or renamed: messages and recipes name them."""
+def test_there_is_a_preset_for_each_precision_stage_and_offload() -> None:
+    """Catches a deleted or renamed file that messages and recipes name."""
     kinds = [f"zero{stage}" for stage in range(4)]
     kinds += [f"zero{stage}_{device}_offload" for stage in (2, 3) for device in ("cpu", "nvme")]
     assert {path.stem for path in FILES} == {f"{precision}_{kind}" for precision in PRECISIONS for kind in kinds}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_deepspeed_understands_the_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches keys that DeepSpeed refuses, files that belie their name, and DeepSpeed's default clipping of 1.0."""
+def test_deepspeed_accepts_the_preset(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches keys that DeepSpeed rejects, files that do not match their name, and DeepSpeed's default clipping."""
     monkeypatch.setenv("WORLD_SIZE", "1")
     settings = load_settings(str(path))
     parsed = DeepSpeedConfig(settings.engine_config(grad_clip=0.7))
@@ -54,17 +54,17 @@ def test_deepspeed_understands_the_file(path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_gradients_are_summed_in_fp32_unless_the_file_says_otherwise(precision: str) -> None:
-    """Catches a file of the user's own that leaves it out, with which DeepSpeed would sum in 16 bit."""
-    silent = engine_config({precision: {"enabled": True}})
-    assert (silent["communication_data_type"], silent["data_types"]) == ("fp32", {"grad_accum_dtype": "fp32"})
-    said = {"communication_data_type": precision, "data_types": {"grad_accum_dtype": precision}}
-    merged = engine_config({precision: {"enabled": True}} | said)
-    assert {key: merged[key] for key in said} == said
+def test_gradients_are_accumulated_in_fp32_by_default(precision: str) -> None:
+    """Catches a user's file without these keys, with which DeepSpeed would accumulate in 16 bit."""
+    default = engine_config({precision: {"enabled": True}})
+    assert (default["communication_data_type"], default["data_types"]) == ("fp32", {"grad_accum_dtype": "fp32"})
+    given = {"communication_data_type": precision, "data_types": {"grad_accum_dtype": precision}}
+    merged = engine_config({precision: {"enabled": True}} | given)
+    assert {key: merged[key] for key in given} == given
 
 
-def test_merging_changes_no_argument() -> None:
-    """Catches a second engine that is built from what the first one made of the file."""
+def test_engine_config_does_not_change_its_input() -> None:
+    """Catches a second engine that is built from a config that the first one changed."""
     config: dict[str, Any] = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 0}}
     before = json.dumps(config)
     engine_config(config)
@@ -101,15 +101,15 @@ def test_merging_changes_no_argument() -> None:
         ('{"zero_optimisation": {"stage": 3}}', "unknown key 'zero_optimisation'; did you mean 'zero_optimization'?"),
     ],
 )
-def test_what_the_runs_own_config_decides_is_refused(tmp_path: Path, text: str, message: str) -> None:
-    """Catches two places that say different things of the batch size, values that only other frameworks fill in, and
-    those under which updates would be skipped for ever, clipped wrongly, or end in a trace."""
+def test_invalid_files_are_rejected(tmp_path: Path, text: str, message: str) -> None:
+    """Catches values that contradict the run's config, "auto" values that only other frameworks fill in, and values
+    with which updates would be skipped endlessly, clipped wrongly, or fail with a trace."""
     path = tmp_path / "ds.json"
     path.write_text(text)
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as rejected:
         load_settings(str(path))
-    assert message in str(refused.value)
-    assert str(path) in str(refused.value)
+    assert message in str(rejected.value)
+    assert str(path) in str(rejected.value)
 
 
 @pytest.mark.parametrize(
@@ -120,29 +120,29 @@ def test_what_the_runs_own_config_decides_is_refused(tmp_path: Path, text: str, 
         ('{"communication_data_type": "fp33"}', "fp33"),
     ],
 )
-def test_what_deepspeed_refuses_is_refused_in_words(tmp_path: Path, text: str, named: str) -> None:
-    """Catches a trace from inside DeepSpeed, after the devices are taken, for a misspelt value in the JSON."""
+def test_values_that_deepspeed_rejects_are_rejected(tmp_path: Path, text: str, named: str) -> None:
+    """Catches a trace from inside DeepSpeed, after the launch, for a misspelled value in the JSON."""
     path = tmp_path / "ds.json"
     path.write_text(text)
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as rejected:
         load_settings(str(path))
-    assert named in str(refused.value)
-    assert str(path) in str(refused.value)
+    assert named in str(rejected.value)
+    assert str(path) in str(rejected.value)
 
 
 @pytest.mark.parametrize(
     "text", ['{"bf16": true}', '{"zero_optimization": 2}', '{"zero_optimization": {"stage": "2"}}']
 )
-def test_a_section_of_the_wrong_type_is_refused(tmp_path: Path, text: str) -> None:
-    """Catches a trace for a user's mistake in the JSON."""
+def test_a_section_of_the_wrong_type_is_rejected(tmp_path: Path, text: str) -> None:
+    """Catches a trace for a mistake in the JSON."""
     path = tmp_path / "ds.json"
     path.write_text(text)
     with pytest.raises(UserError, match=str(path)):
         load_settings(str(path))
 
 
-def test_a_file_is_looked_for_here_and_in_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches runs that only start in the repository's root, and a user's file that the repository's shadows."""
+def test_files_are_found_here_or_in_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches runs that start only in the repository's root, and a preset that shadows a user's file."""
     monkeypatch.chdir(tmp_path)
     assert find_ds_config("ds_configs/bf16_zero1.json") == REPOSITORY / "ds_configs" / "bf16_zero1.json"
     (tmp_path / "ds_configs").mkdir()
@@ -154,11 +154,11 @@ def test_a_file_is_looked_for_here_and_in_the_repository(tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 @pytest.mark.parametrize("has", [("fp32",), ("fp16", "fp32"), ("bf16", "fp32")], ids="+".join)
-def test_a_precision_that_the_device_lacks_is_refused_with_the_file_to_use(
+def test_an_unsupported_precision_is_rejected_with_the_preset_to_use(
     path: Path, has: tuple[Precision, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches a run that dies in DeepSpeed, or trains on numbers the device emulates, and a message that names a file
-    of another stage or offload, or one that does not exist or cannot be used either."""
+    """Catches a run that fails in DeepSpeed or trains in an emulated precision, and a message that names a preset with
+    another stage or offload, or one that does not exist or is not supported either."""
     from deepspeed.accelerator import get_accelerator
 
     for precision in ("fp16", "bf16"):
@@ -166,19 +166,19 @@ def test_a_precision_that_the_device_lacks_is_refused_with_the_file_to_use(
             get_accelerator(), f"is_{precision}_supported", lambda precision=precision: precision in has
         )
     settings = load_settings(str(path))
-    monkeypatch.setattr("pretrain.engine.settings.check_nvme", lambda _: None)  # has tests of its own
+    monkeypatch.setattr("pretrain.engine.settings.check_nvme", lambda _: None)  # tested in test_offload.py
     wanted, _, kind = path.stem.partition("_")
     if wanted in has:
         check_device_support(settings)
         return
-    with pytest.raises(UserError, match=f"cannot train in {wanted}") as refused:
+    with pytest.raises(UserError, match=f"cannot train in {wanted}") as rejected:
         check_device_support(settings)
-    instead = find_ds_config(str(refused.value).partition("--engine.ds_config=")[2])
+    instead = find_ds_config(str(rejected.value).partition("--engine.ds_config=")[2])
     assert instead.stem == f"{has[0]}_{kind}"
     check_device_support(load_settings(str(instead)))
 
 
-def test_own_offload_at_a_stage_without_a_ready_file_is_sent_to_the_next_one() -> None:
-    """Catches a message that names a file which does not exist."""
+def test_preset_for_offload_at_a_stage_without_one_is_of_the_next_stage() -> None:
+    """Catches a message that names a file that does not exist."""
     own = {"fp16": {"enabled": True}, "zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}
     assert parse_settings(own, Path("own.json")).preset("bf16", "cpu") == "ds_configs/bf16_zero2_cpu_offload.json"

@@ -14,10 +14,10 @@ from pretrain.training.early_stopping import (
 )
 
 
-def after(
+def histories_after(
     config: EvaluationConfig, *evaluations: dict[str, Any], training: tuple[float, ...] = ()
 ) -> list[EvaluationHistory]:
-    """The history after each evaluation, one every 10 steps. `training`: mean loss of the steps before each."""
+    """The history after each evaluation, one every 10 steps. `training`: mean training loss before each."""
     history, found, trained = EvaluationHistory(), [], (0.0, 0)
     for number, metrics in enumerate(evaluations):
         if training and number:
@@ -42,46 +42,46 @@ def losses(*values: float | None, kind: str = "loss") -> list[dict[str, Any]]:
     ],
 )
 def test_the_best_step(kind: str, values: tuple[float | None, ...], best_step: int | None) -> None:
-    """Catches accuracy taken for better where it is lower, a tie that moves the best, and NaN that is the best."""
+    """Catches a lower accuracy that counts as better, a tie that replaces the best, and a NaN that becomes the best."""
     config = EvaluationConfig(best_metric=f"eval/a/{kind}")
-    assert after(config, *losses(*values, kind=kind))[-1].best_step == best_step
+    assert histories_after(config, *losses(*values, kind=kind))[-1].best_step == best_step
 
 
 def test_patience_counts_evaluations_since_the_best() -> None:
-    """Catches a count that is not reset by a new best, or that is off by one."""
+    """Catches a counter that a new best does not reset, or that is off by one."""
     config = EvaluationConfig(best_metric="eval/a/loss", patience=2)
-    histories = after(config, *losses(3.0, 3.1, 2.9, 2.9, 3.0))
+    histories = histories_after(config, *losses(3.0, 3.1, 2.9, 2.9, 3.0))
     assert [should_stop_early(history, config) for history in histories] == [False, False, False, False, True]
     assert not should_stop_early(histories[-1], EvaluationConfig(best_metric="eval/a/loss", patience=3))
     assert not should_stop_early(histories[-1], EvaluationConfig(best_metric="eval/b/loss", patience=2))
 
 
-def test_another_metric_begins_anew() -> None:
-    """Catches a loss that is compared with an accuracy after the config has changed."""
-    history = after(EvaluationConfig(best_metric="eval/a/loss"), *losses(0.2))[-1]
+def test_another_metric_resets_the_best() -> None:
+    """Catches a loss that is compared with an accuracy after the config changed."""
+    history = histories_after(EvaluationConfig(best_metric="eval/a/loss"), *losses(0.2))[-1]
     config = EvaluationConfig(best_metric="eval/a/accuracy")
     history = update_history(history, config, 50, {"eval/a/accuracy": 0.1}, (0.0, 0))
     assert (history.best, history.best_step) == (0.1, 50)
 
 
 def test_overfitting_is_training_loss_down_and_held_out_loss_up() -> None:
-    """Catches warnings at each evaluation of a streak, streaks of a loss that rises with the training loss, and corpora
-    that are mixed up."""
+    """Catches repeated warnings within a streak, a warning while the training loss rises too, and corpora that are
+    mixed up."""
     config = EvaluationConfig(overfitting_after=2)
     evaluations = [
         {"eval/a/loss": a, "eval/b/loss": 1.0}
         for a in (5.0, 4.0, 4.1, 4.2, 4.3, 4.0, 4.1, 4.2)  # up at 2, 3, 4, 6 and 7
     ]
-    falling = after(config, *evaluations, training=(0, 6, 5, 4, 3, 2, 1, 0.5))
+    falling = histories_after(config, *evaluations, training=(0, 6, 5, 4, 3, 2, 1, 0.5))
     assert [newly_overfitting(history, config) for history in falling] == [[], [], [], ["a"], [], [], [], ["a"]]
-    rising = after(config, *evaluations, training=(0, 1, 2, 3, 4, 5, 6, 7))
+    rising = histories_after(config, *evaluations, training=(0, 1, 2, 3, 4, 5, 6, 7))
     assert not any(newly_overfitting(history, config) for history in rising)
     assert falling[3].train_loss == 4.0
 
 
 def test_a_history_survives_json() -> None:
-    """Catches what a resumed run would forget."""
+    """Catches a field that a resume loses."""
     config = EvaluationConfig(best_metric="eval/a/loss", patience=2)
-    history = after(config, *losses(3.0, 2.1, 2.9, 3.3), training=(0, 6, 5, 4.1))[-1]
+    history = histories_after(config, *losses(3.0, 2.1, 2.9, 3.3), training=(0, 6, 5, 4.1))[-1]
     assert history.rising
     assert history_from_json(json.loads(json.dumps(asdict(history)))) == history

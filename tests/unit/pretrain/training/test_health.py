@@ -13,20 +13,20 @@ from pretrain.training.health import (
 )
 
 
-def test_a_spike_is_far_above_the_median_once_there_is_one() -> None:
-    """Catches spikes seen in the first wild steps of a run, and a limit that is a mean, which one large norm moves."""
+def test_the_norm_limit_is_a_multiple_of_the_median() -> None:
+    """Catches spikes in the first, irregular steps, and a mean instead of the median, which one outlier would move."""
     assert norm_limit([1.0] * (HEALTH_LIMITS.min_norms - 1), 10.0, HEALTH_LIMITS) == math.inf
     assert norm_limit([1.0] * HEALTH_LIMITS.min_norms, 10.0, HEALTH_LIMITS) == 10.0
     assert (
         norm_limit([1.0] * HEALTH_LIMITS.min_norms + [9.0] * (HEALTH_LIMITS.min_norms - 1), 10.0, HEALTH_LIMITS) == 10.0
     )
     assert norm_limit([0.0] * HEALTH_LIMITS.min_norms, 10.0, HEALTH_LIMITS) == math.inf, (
-        "every gradient is above nothing"
+        "a limit of 0 would veto every update"
     )
 
 
-def test_the_window_forgets() -> None:
-    """Catches a median over the whole run, beside which the small gradients of its end never stand out."""
+def test_old_norms_leave_the_window() -> None:
+    """Catches a median over the whole run, which hides spikes when gradients have become small."""
     norms: tuple[float, ...] = ()
     for norm in [100.0] * NORM_WINDOW + [1.0] * NORM_WINDOW:
         norms = append_norm(norms, norm)
@@ -34,7 +34,7 @@ def test_the_window_forgets() -> None:
 
 
 @pytest.mark.parametrize(
-    ("loss", "norm", "scaled", "said"),
+    ("loss", "norm", "scaled", "message"),
     [
         (math.nan, math.nan, False, "the loss is nan"),
         (math.inf, math.nan, True, "the loss is inf"),
@@ -44,21 +44,21 @@ def test_the_window_forgets() -> None:
         (2.5, 42.0, True, "21 times"),
     ],
 )
-def test_what_is_wrong_is_said(loss: float, norm: float, scaled: bool, said: str) -> None:
-    """Catches a message that names the consequence (NaN gradients) in the place of the cause."""
+def test_faults_name_the_cause(loss: float, norm: float, scaled: bool, message: str) -> None:
+    """Catches a message that names the consequence (NaN gradients) instead of the cause."""
     fault = diagnose(7, loss, norm, [1.0, 2.0, 3.0], scaled)
     assert isinstance(fault, Fault)
     assert str(fault).startswith("step 7: ")
-    assert said in str(fault)
+    assert message in str(fault)
 
 
-def test_an_overflow_of_fp16_is_no_fault() -> None:
-    """Catches a run in fp16 that is stopped by its own loss scaler at work."""
+def test_an_fp16_overflow_is_no_fault() -> None:
+    """Catches an fp16 run that stops at an ordinary overflow."""
     assert diagnose(7, 2.5, math.inf, [], scaled=True) is None
 
 
-def test_bad_steps_are_counted_without_a_good_one_in_between() -> None:
-    """Catches a run that ends since ten batches of a million were bad."""
+def test_only_consecutive_bad_steps_are_counted() -> None:
+    """Catches a run that ends because ten of a million batches were bad."""
     assert count_consecutive([3, 7, 8, 9], 9) == 3
     assert count_consecutive([3, 7, 8, 9], 3) == 1
     assert count_consecutive([9, 8, 12, 7], 9) == 3

@@ -5,7 +5,7 @@ from pretrain.training.replicas import _hash, first_difference
 
 
 @pytest.mark.parametrize(
-    ("by_rank", "said"),
+    ("by_rank", "message"),
     [
         ([[1, 2], [1, 2], [1, 2]], None),
         ([[1, 2], [1, 3], [1, 2]], "rank 1 differs from the others in b"),
@@ -15,14 +15,14 @@ from pretrain.training.replicas import _hash, first_difference
         ([[1], [2], [1], [2]], "ranks 0, 1, 2 and 3 differ from each other in a"),
     ],
 )
-def test_the_first_difference_and_who_is_alone_with_it(by_rank: list[list[int]], said: str | None) -> None:
-    """Catches a majority that is blamed, one of two ranks that is, and a later difference named for the first."""
-    assert first_difference({"a": 0, "b": 0}, by_rank) == said
+def test_first_difference_names_the_minority(by_rank: list[list[int]], message: str | None) -> None:
+    """Catches a message that blames the majority, or one of two ranks, or names a later difference."""
+    assert first_difference({"a": 0, "b": 0}, by_rank) == message
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_hash_sees_every_bit_and_where_it_is(dtype: torch.dtype) -> None:
-    """Catches sums, in which a sign that flips twice or two exchanged rows do not show."""
+def test_hashes_depend_on_every_bit_and_its_place(dtype: torch.dtype) -> None:
+    """Catches sums, which do not change when two rows are exchanged or two signs flip."""
     weights = torch.arange(12, dtype=torch.float32).view(3, 4).to(dtype)
     exchanged, negative = weights[[1, 0, 2]], -weights
     assert _hash(weights) == _hash(weights.clone())
