@@ -1,4 +1,4 @@
-"""Imports follow docs/architecture.md."""
+"""Imports follow the layers in docs/architecture.md."""
 
 import ast
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("launcher", "pretrain", "finetune", "experiment")
 
-# From the top down: a module imports from its own layer or one below.
+# Top to bottom: a module imports from its own layer or a lower one.
 PRETRAIN_LAYERS = (
     ("pretrain.run",),
     ("pretrain.training",),
@@ -30,7 +30,7 @@ ONLY_IN = {
 
 
 def imports_by_module() -> Iterator[tuple[str, list[str]]]:
-    """(module, modules that it imports anywhere, also within functions) of the product."""
+    """Yields (module, modules that it imports, also inside functions)."""
     for package in PACKAGES:
         for path in sorted((ROOT / package).rglob("*.py")):
             module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
@@ -58,8 +58,8 @@ IMPORTS = dict(imports_by_module())
         ("finetune", ("pretrain", "launcher")),
     ],
 )
-def test_packages_import_down_only(package: str, others: tuple[str, ...]) -> None:
-    """Catches a shared module that knows who uses it, and pretraining and fine-tuning that depend on each other."""
+def test_packages_import_only_lower_packages(package: str, others: tuple[str, ...]) -> None:
+    """Catches a shared module that imports its users, and pretraining and fine-tuning that import each other."""
     found = [
         (module, name)
         for module, imported in IMPORTS.items()
@@ -69,8 +69,8 @@ def test_packages_import_down_only(package: str, others: tuple[str, ...]) -> Non
     assert found == []
 
 
-def test_layers_of_pretraining_import_down_only() -> None:
-    """Catches a module that imports from a layer above it: values would climb back up."""
+def test_pretraining_imports_only_lower_layers() -> None:
+    """Catches a module that imports from a higher layer."""
 
     def layer(module: str) -> int | None:
         return next(
@@ -88,8 +88,8 @@ def test_layers_of_pretraining_import_down_only() -> None:
 
 
 @pytest.mark.parametrize("library", ONLY_IN)
-def test_only_these_packages_import_it(library: str) -> None:
-    """Catches a library whose changes would have to be followed all over the tree."""
+def test_libraries_are_imported_only_in_their_packages(library: str) -> None:
+    """Catches a library that is imported outside its packages, so that its API changes affect the whole tree."""
     users = [module for module, imported in IMPORTS.items() if any(is_within(name, library) for name in imported)]
-    assert users, f"nothing imports {library}: is this test looking at the right folders?"
+    assert users, f"nothing imports {library}: were folders renamed?"
     assert [user for user in users if not any(is_within(user, package) for package in ONLY_IN[library])] == []

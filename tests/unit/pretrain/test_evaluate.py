@@ -31,7 +31,7 @@ from pretrain.world import World
 POLICY = MaskingPolicy(0.15, 0.8, 0.1)
 
 
-def opened(corpus: Path, layout: MicrobatchLayout, seed: int = 42, policy: MaskingPolicy = POLICY) -> HeldOutCorpus:
+def held_out(corpus: Path, layout: MicrobatchLayout, seed: int = 42, policy: MaskingPolicy = POLICY) -> HeldOutCorpus:
     vocabulary = build_vocabulary(load_tokenizer(corpus / "tokenizer"))
     return open_held_out(open_corpus(corpus), HeldOutSettings(vocabulary, policy, seed, layout), World(), corpus)
 
@@ -40,50 +40,52 @@ def evaluate(held: HeldOutCorpus, predict: Predict) -> Scores:
     return HeldOutEvaluator({"held": held}).evaluate(predict, torch.device("cpu"))["held"]
 
 
-def by_hand(ids: Tensor) -> Tensor:
-    """Logits of a model that has learnt nothing but to repeat what it sees, with some doubt: [B, W, 200]."""
+def copying_logits(ids: Tensor) -> Tensor:
+    """Logits [B, W, 200] of a model that predicts the token it sees, with probability e^3 / (e^3 + 199)."""
     return 3.0 * F.one_hot(ids, 200).float()
 
 
 def predict(microbatch: Microbatch) -> Predictions:
-    logits = by_hand(microbatch.input_ids).flatten(0, 1)[microbatch.masked_positions]
+    logits = copying_logits(microbatch.input_ids).flatten(0, 1)[microbatch.masked_positions]
     loss = F.cross_entropy(logits, microbatch.labels, reduction="sum", ignore_index=-100)
     return Predictions(loss, (logits.argmax(-1) == microbatch.labels).sum())
 
 
-def test_figures_by_hand_whatever_the_microbatch(heldout_corpus: Path) -> None:
-    """Catches means of means, fillers that count, and figures that move with the microbatch or the packing."""
+def test_scores_are_exact_at_any_microbatch_size(heldout_corpus: Path) -> None:
+    """Catches means of means, fillers that count, and scores that depend on the microbatch size or packing."""
     scores = [
-        evaluate(opened(heldout_corpus, MicrobatchLayout(40, tokens, packed)), predict)
+        evaluate(held_out(heldout_corpus, MicrobatchLayout(40, tokens, packed)), predict)
         for tokens, packed in ((40, True), (400, True), (4000, False))
     ]
     first = scores[0]
     assert first.masked_tokens > 50
     right = first.accuracy * first.masked_tokens
     assert right == pytest.approx(round(right))
-    # The token shown gets probability e^3 / (e^3 + 199): right where it was left as it is, a tenth of the time.
-    wrong, hit = math.log(math.exp(3) + 199), math.log(math.exp(3) + 199) - 3
-    assert first.loss == pytest.approx((right * hit + (first.masked_tokens - right) * wrong) / first.masked_tokens)
+    # The prediction is right where a masked token was kept, a tenth of the time.
+    wrong_loss, right_loss = math.log(math.exp(3) + 199), math.log(math.exp(3) + 199) - 3
+    assert first.loss == pytest.approx(
+        (right * right_loss + (first.masked_tokens - right) * wrong_loss) / first.masked_tokens
+    )
     assert first.perplexity == pytest.approx(math.exp(first.loss))
     for other in scores[1:]:
         assert other == pytest.approx(first, rel=1e-6)
 
 
-def test_masks_depend_on_the_seed_alone(heldout_corpus: Path) -> None:
-    """Catches figures that cannot be compared along a run, and a seed that is ignored."""
+def test_masks_depend_only_on_the_seed(heldout_corpus: Path) -> None:
+    """Catches scores that are not comparable within a run, and a seed that is ignored."""
     layout = MicrobatchLayout(40, 400)
-    again = [evaluate(opened(heldout_corpus, layout, seed), predict) for seed in (1, 1, 2)]
+    again = [evaluate(held_out(heldout_corpus, layout, seed), predict) for seed in (1, 1, 2)]
     assert again[0] == again[1]
     assert again[0] != again[2]
 
 
-def test_a_corpus_without_predicted_tokens_has_no_figures(heldout_corpus: Path) -> None:
+def test_a_corpus_without_masked_tokens_has_no_scores(heldout_corpus: Path) -> None:
     """Catches NaN in metrics.jsonl, or a division by zero at the end of a long run."""
 
     def nothing(microbatch: Microbatch) -> Predictions:
         return Predictions(torch.zeros(()), torch.zeros((), dtype=torch.int64))
 
-    held = opened(heldout_corpus, MicrobatchLayout(40, 400))
+    held = held_out(heldout_corpus, MicrobatchLayout(40, 400))
     maker = replace(held.maker, masking_schedule=MaskingSchedule((1e-9,), "stepped", steps=1))
     held = replace(held, maker=maker)
     assert evaluate(held, nothing).masked_tokens == 0
@@ -96,7 +98,7 @@ def test_a_corpus_without_predicted_tokens_has_no_figures(heldout_corpus: Path) 
 
 @pytest.fixture
 def folder(tmp_path: Path, wordpiece: Path) -> Path:
-    """A Hugging Face folder that no run of ours made."""
+    """A Hugging Face folder that is not from a run."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 40}
     BertForMaskedLM(BertConfig(vocab_size=200, max_position_embeddings=48, **sizes)).save_pretrained(tmp_path / "m")
@@ -104,11 +106,11 @@ def folder(tmp_path: Path, wordpiece: Path) -> Path:
     return tmp_path / "m"
 
 
-def test_the_command_scores_any_folder(
+def test_evaluate_scores_any_hugging_face_folder(
     folder: Path, heldout_corpus: Path, wordpiece_corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches a command that wants a run of ours, sequences longer than the model's positions, other output than JSON,
-    and figures that are not those of the model in the folder."""
+    """Catches a command that accepts only runs, sequences longer than the model's positions, output besides the JSON,
+    and scores that are not those of the model in the folder."""
     evaluate_command(str(folder), f"{heldout_corpus},{wordpiece_corpus}", json=True)
     printed = json.loads(capsys.readouterr().out)
     assert set(printed) == {heldout_corpus.name, wordpiece_corpus.name}
@@ -116,7 +118,7 @@ def test_the_command_scores_any_folder(
         assert set(scores) == {"loss", "perplexity", "accuracy", "masked_tokens"}
 
     model = AutoModelForMaskedLM.from_pretrained(folder).eval()
-    held = opened(heldout_corpus, MicrobatchLayout(48, 48, packed=False))
+    held = held_out(heldout_corpus, MicrobatchLayout(48, 48, packed=False))
     loss_sum = 0.0
     for step in range(held.batches):
         for micro in held.maker[step].microbatches:
@@ -132,7 +134,7 @@ def test_the_command_scores_any_folder(
 def test_a_checkpoint_is_scored_as_its_run_scores_it(
     folder: Path, heldout_corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches figures of a checkpoint that are masked by tokens though its run masks spans, or at another rate."""
+    """Catches a checkpoint that is scored with another masking unit or rate than its run."""
     folder = folder.rename(folder.with_name("hf"))
     masking = {"unit": "span", "rate": [0.5, 0.3], "schedule": "linear"}
     config = {"masking": masking, "run": {"seed": 7}, "batch": {"max_seq_length": 40}}
@@ -141,15 +143,15 @@ def test_a_checkpoint_is_scored_as_its_run_scores_it(
     found = json.loads(capsys.readouterr().out)[heldout_corpus.name]
     masked = {}
     for unit in ("token", "span"):
-        held = opened(heldout_corpus, MicrobatchLayout(40, 400), seed=7, policy=MaskingPolicy(0.3, 0.8, 0.1, unit))
+        held = held_out(heldout_corpus, MicrobatchLayout(40, 400), seed=7, policy=MaskingPolicy(0.3, 0.8, 0.1, unit))
         masked[unit] = sum(held.maker[step].masked_tokens for step in range(held.batches))
     assert found["masked_tokens"] == masked["span"] != masked["token"]
 
 
-def test_the_command_refuses_what_it_cannot_score(
+def test_evaluate_rejects_invalid_input(
     folder: Path, byte_level_corpus: Path, tmp_path: Path, heldout_corpus: Path
 ) -> None:
-    """Catches traces, and figures over token ids that mean something else to the model."""
+    """Catches traces, and scores on token ids of another tokenizer."""
     with pytest.raises(UserError, match="another tokenizer"):
         evaluate_command(str(folder), str(byte_level_corpus))
     with pytest.raises(UserError, match="no corpus"):

@@ -31,12 +31,12 @@ def run(tmp_path: Path, model: BertForMaskedLM, wordpiece: Path) -> Path:
 
 
 def step_of(folder: Path) -> float:
-    """Which step the weights of a Hugging Face folder are of."""
+    """The step that the weights in a Hugging Face folder are from."""
     return AutoModelForMaskedLM.from_pretrained(folder).bert.embeddings.word_embeddings.weight[0, 0].item()
 
 
-def test_the_weights_given_are_written_not_those_of_the_model(run: Path, model: BertForMaskedLM) -> None:
-    """Catches a checkpoint of the weights that training began with, or computes with, instead of the fp32 masters."""
+def test_the_given_weights_are_written(run: Path, model: BertForMaskedLM) -> None:
+    """Catches a checkpoint of the initial or the 16-bit weights instead of the fp32 master weights."""
     folder = checkpoint_path(run / "checkpoints", 1) / "hf"
     written = AutoModelForMaskedLM.from_pretrained(folder)
     assert all(bool((parameter == 1.0).all()) for parameter in written.parameters())
@@ -45,15 +45,15 @@ def test_the_weights_given_are_written_not_those_of_the_model(run: Path, model: 
     assert not bool((next(model.parameters()) == 1.0).all())
 
 
-def test_export(run: Path, tmp_path: Path) -> None:
-    """Catches an incomplete copy, and scraps beside it."""
+def test_export_copies_the_newest_checkpoint(run: Path, tmp_path: Path) -> None:
+    """Catches an older checkpoint, an incomplete copy, and temporary files next to it."""
     export(str(run), str(tmp_path / "new" / "encoder"))
     assert step_of(tmp_path / "new" / "encoder") == 2.0
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["encoder"]
 
 
-def test_what_is_there_is_not_overwritten(run: Path, tmp_path: Path) -> None:
-    """Catches somebody's files lost under an export."""
+def test_export_does_not_overwrite(run: Path, tmp_path: Path) -> None:
+    """Catches a user's files that an export replaces."""
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("all of it")
     with pytest.raises(UserError, match="mine is there already"):
@@ -61,17 +61,15 @@ def test_what_is_there_is_not_overwritten(run: Path, tmp_path: Path) -> None:
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "all of it"
 
 
-def test_an_empty_folder_may_be_the_output(run: Path, tmp_path: Path) -> None:
-    """Catches a refusal of what `mkdir` just made."""
+def test_the_output_can_be_an_empty_folder(run: Path, tmp_path: Path) -> None:
+    """Catches an empty folder that is rejected."""
     (tmp_path / "empty").mkdir()
     export(str(run), str(tmp_path / "empty"))
     assert step_of(tmp_path / "empty") == 2.0
 
 
-def test_a_failed_export_leaves_nothing_that_looks_whole(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Catches half a folder under the final name, and a trace for a full disk."""
+def test_a_failed_export_leaves_no_folder(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a partial folder under the final name, and a trace for a full disk."""
 
     def full(source: Path, target: Path, **_: Any) -> None:
         target.mkdir()

@@ -1,4 +1,4 @@
-"""How a rank ends that cannot go on, without processes."""
+"""How a rank exits when a run fails, without processes."""
 
 import os
 from datetime import timedelta
@@ -14,14 +14,14 @@ from pretrain.engine.loss_scaler import LossScaleError
 from pretrain.world import World
 
 
-class Ended(BaseException):
-    """In the place of the end of the process."""
+class Exited(BaseException):
+    """Raised in place of the process's exit."""
 
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def end(code: int) -> None:
-        raise Ended(code)
+        raise Exited(code)
 
     monkeypatch.setattr(os, "_exit", end)
     path = tmp_path / "run.yaml"
@@ -36,10 +36,10 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_a_loss_scale_at_its_floor_is_a_failure_with_a_message(
+def test_loss_scale_errors_exit_with_their_message(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Catches a trace in the place of advice, and a launcher that learns nothing; and a hang_seconds nobody reads."""
+    """Catches a trace instead of advice, an outcome that is not recorded, and a hang_seconds that has no effect."""
     timeouts: list[timedelta] = []
 
     def connect(timeout: timedelta) -> World:
@@ -51,7 +51,7 @@ def test_a_loss_scale_at_its_floor_is_a_failure_with_a_message(
 
     monkeypatch.setattr(pretrain.run, "connect", connect)
     monkeypatch.setattr(pretrain.run, "pretrain", fail)
-    with pytest.raises(Ended, match="1"):
+    with pytest.raises(Exited, match="1"):
         pretrain.run.main(["--config", str(config)])
     assert timeouts == [timedelta(seconds=77)]
     assert RunFolder(tmp_path / "run").read_outcome() == (Outcome.FAILED, "try a lower optimizer.lr")

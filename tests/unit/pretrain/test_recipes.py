@@ -1,4 +1,4 @@
-"""The recipes are whole runs that somebody starts from: each has to stay one."""
+"""Every recipe is a valid config."""
 
 from pathlib import Path
 
@@ -13,20 +13,20 @@ RECIPES = sorted((Path(__file__).resolve().parents[3] / "pretrain" / "recipes").
 
 
 def test_there_are_recipes() -> None:
-    """A renamed folder would leave the other tests with nothing to do."""
+    """Catches a renamed folder, with which the other tests would test nothing."""
     assert {"demo.yaml", "continue.yaml"} <= {path.name for path in RECIPES}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_recipe_is_a_run(path: Path) -> None:
-    """A key was renamed, a value fell out of its range, or the DeepSpeed JSON that is named has gone."""
+def test_recipes_are_valid(path: Path) -> None:
+    """Catches a renamed key, a value that is no longer valid, and a DeepSpeed file that does not exist."""
     config = load_config(PretrainConfig, path)
     load_settings(config.engine.ds_config)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_recipe_has_a_model_that_holds_its_sequences(path: Path) -> None:
-    """A field of the model was misspelled, or max_seq_length outgrew the positions."""
+def test_models_of_recipes_fit_their_sequences(path: Path) -> None:
+    """Catches a misspelled field of the model, and a max_seq_length above its position limit."""
     config = load_config(PretrainConfig, path)
     if config.model.config is None:
         assert config.model.init_from is not None

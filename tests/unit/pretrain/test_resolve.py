@@ -19,7 +19,7 @@ TINY = {"model_type": "bert", "hidden_size": 24, "num_hidden_layers": 1, "num_at
 def test_words_in_text_without_spaces(
     tmp_path: Path, wordpiece: Path, caplog: pytest.LogCaptureFixture, unit: str, space: str, warned: bool
 ) -> None:
-    """Catches a run over Chinese that masks single characters, or whole sentences, without a word said about it."""
+    """Catches a missing warning for text such as Chinese, where whole-word masking masks characters or sentences."""
     (tmp_path / "s.txt").write_text(space.join("你好世界今天天气") + "\n", encoding="utf-8")
     build_corpus(CorpusOptions(source=tmp_path / "s.txt", tokenizer=wordpiece, output=tmp_path / "corpus", workers=1))
     tree = {
@@ -37,10 +37,10 @@ def test_words_in_text_without_spaces(
 
 
 @pytest.mark.parametrize(("seed", "warned"), [(8, True), (9, False)])
-def test_beginning_with_a_model_of_the_same_corpus_and_seed(
+def test_init_from_a_run_with_the_same_corpus_and_seed(
     tmp_path: Path, wordpiece_corpus: Path, caplog: pytest.LogCaptureFixture, seed: int, warned: bool
 ) -> None:
-    """Catches a continuation that meets every batch of the run before again, under the same masks, without a word."""
+    """Catches a missing warning about continued pretraining on the same batches with the same masks."""
     tree = {
         "run": {"dir": str(tmp_path / "first"), "seed": 8},
         "model": {"config": TINY | {"intermediate_size": 32}},

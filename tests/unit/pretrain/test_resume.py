@@ -18,7 +18,7 @@ MODEL = {"model_type": "bert", "hidden_size": 24, "transformers_version": "5.0",
 STAGES = [{"steps": 3, "max_seq_length": 64}, {"sequences": 32}]
 
 
-def who(
+def identity(
     model: dict[str, Any] = MODEL, corpora: tuple[tuple[str, float], ...] = (("f1", 1.0),), **changes: Any
 ) -> dict[str, Any]:
     tree: dict[str, Any] = {**CONFIG, "schedule": {"steps": 10}}
@@ -31,26 +31,26 @@ def who(
 @pytest.mark.parametrize(
     ("now", "key"),
     [
-        (who(run__seed=1), "run.seed"),
-        (who(batch__sequences=64), "batch.sequences"),
-        (who(batch__max_seq_length=64), "batch.max_seq_length"),
-        (who(masking__rate=0.3), "masking.rate"),
-        (who(model=MODEL | {"hidden_size": 32}), "model.hidden_size"),
-        (who(model__freeze=["embeddings"], model__freeze_steps=5), "model.freeze"),
-        (who(model__ema_decay=0.99), "model.ema_decay"),
-        (who(optimizer__name="lamb"), "optimizer.name"),
-        (who(corpora=(("f2", 1.0),)), "corpus.train"),
-        (who(corpora=(("f1", 1.0), ("f2", 1.0))), "corpus.train"),
-        (who(schedule__batch_warmup_steps=5), "schedule.batch_warmup_steps"),
-        (who(schedule__stages=STAGES), "schedule.stages"),
+        (identity(run__seed=1), "run.seed"),
+        (identity(batch__sequences=64), "batch.sequences"),
+        (identity(batch__max_seq_length=64), "batch.max_seq_length"),
+        (identity(masking__rate=0.3), "masking.rate"),
+        (identity(model=MODEL | {"hidden_size": 32}), "model.hidden_size"),
+        (identity(model__freeze=["embeddings"], model__freeze_steps=5), "model.freeze"),
+        (identity(model__ema_decay=0.99), "model.ema_decay"),
+        (identity(optimizer__name="lamb"), "optimizer.name"),
+        (identity(corpora=(("f2", 1.0),)), "corpus.train"),
+        (identity(corpora=(("f1", 1.0), ("f2", 1.0))), "corpus.train"),
+        (identity(schedule__batch_warmup_steps=5), "schedule.batch_warmup_steps"),
+        (identity(schedule__stages=STAGES), "schedule.stages"),
     ],
 )
-def test_what_makes_it_another_run_is_refused(now: dict[str, Any], key: str) -> None:
-    """Catches a run that goes on with other data, masks or parameters under the same name."""
-    with pytest.raises(UserError) as refused:
-        check_resume(who(), now, "RUN/checkpoints/step-00000010")
-    assert f"another {key}" in str(refused.value)
-    assert "RUN/checkpoints/step-00000010" in str(refused.value)
+def test_changed_identity_cannot_resume(now: dict[str, Any], key: str) -> None:
+    """Catches a run that resumes with other data, masks or parameters."""
+    with pytest.raises(UserError) as rejected:
+        check_resume(identity(), now, "RUN/checkpoints/step-00000010")
+    assert f"another {key}" in str(rejected.value)
+    assert "RUN/checkpoints/step-00000010" in str(rejected.value)
 
 
 @pytest.mark.parametrize(
@@ -66,10 +66,10 @@ def test_what_makes_it_another_run_is_refused(now: dict[str, Any], key: str) -> 
         ),
     ],
 )
-def test_another_stream_is_refused(before: dict[str, Any], now: dict[str, Any], key: str) -> None:
-    """Catches weights, stages and a masking rate's run length that change under a run."""
+def test_another_stream_cannot_resume(before: dict[str, Any], now: dict[str, Any], key: str) -> None:
+    """Catches changed mixture weights or stages, and a changed run length where the masking rate depends on it."""
     with pytest.raises(UserError, match=f"another {key}"):
-        check_resume(who(**before), who(**now), "a checkpoint")
+        check_resume(identity(**before), identity(**now), "a checkpoint")
 
 
 @pytest.mark.parametrize(
@@ -80,53 +80,52 @@ def test_another_stream_is_refused(before: dict[str, Any], now: dict[str, Any], 
         [STAGES[0], STAGES[1] | {"max_seq_length": 128}],
     ],
 )
-def test_what_a_stage_says_in_other_words_may_change(now: list[dict[str, int]]) -> None:
-    """Catches stages that are compared as they are written instead of by what they do to the stream."""
-    assert check_resume(who(schedule__stages=STAGES), who(schedule__stages=now), "a checkpoint") == []
+def test_equivalent_stages_can_resume(now: list[dict[str, int]]) -> None:
+    """Catches stages that are compared as written instead of by the stream they give."""
+    assert check_resume(identity(schedule__stages=STAGES), identity(schedule__stages=now), "a checkpoint") == []
 
 
 @pytest.mark.parametrize(
     ("now", "key"),
     [
-        (who(optimizer__lr=1.0), "optimizer.lr"),
-        (who(optimizer__layer_decay=0.9), "optimizer.layer_decay"),
-        (who(schedule__steps=20), "schedule.steps"),
-        (who(batch__microbatch_tokens=4096), "batch.microbatch_tokens"),
-        (who(engine__ds_config="x.json"), "engine.ds_config"),
-        (who(model__activation_checkpointing=True), "model.activation_checkpointing"),
-        (who(run__log_every=3), "run.log_every"),
-        (who(checkpoint__keep_last=1), "checkpoint.keep_last"),
-        (who(corpus__eval={"more": "/data/b"}), "corpus.eval.more"),
+        (identity(optimizer__lr=1.0), "optimizer.lr"),
+        (identity(optimizer__layer_decay=0.9), "optimizer.layer_decay"),
+        (identity(schedule__steps=20), "schedule.steps"),
+        (identity(batch__microbatch_tokens=4096), "batch.microbatch_tokens"),
+        (identity(engine__ds_config="x.json"), "engine.ds_config"),
+        (identity(model__activation_checkpointing=True), "model.activation_checkpointing"),
+        (identity(run__log_every=3), "run.log_every"),
+        (identity(checkpoint__keep_last=1), "checkpoint.keep_last"),
+        (identity(corpus__eval={"more": "/data/b"}), "corpus.eval.more"),
     ],
 )
-def test_what_may_change_is_told(now: dict[str, Any], key: str) -> None:
-    """Catches a harmless change that is refused, and one that nobody hears of."""
-    (line,) = [line for line in check_resume(who(), now, "a checkpoint") if line.startswith(key)]
+def test_allowed_changes_are_reported(now: dict[str, Any], key: str) -> None:
+    """Catches a harmless change that is rejected, and one that is not reported."""
+    (line,) = [line for line in check_resume(identity(), now, "a checkpoint") if line.startswith(key)]
     assert "->" in line
 
 
-def test_a_run_may_move() -> None:
-    """Catches a run that cannot go on after its folder, its corpus or transformers changed place or version."""
-    now = who(run__dir="/elsewhere", corpus__train="/mnt/data/a", model=MODEL | {"transformers_version": "6.0"})
-    assert check_resume(who(), now, "a checkpoint") == []
+def test_a_moved_run_resumes() -> None:
+    """Catches a run that cannot resume after its folder or corpus moved, or with another version of transformers."""
+    now = identity(run__dir="/elsewhere", corpus__train="/mnt/data/a", model=MODEL | {"transformers_version": "6.0"})
+    assert check_resume(identity(), now, "a checkpoint") == []
 
 
 def test_a_config_read_from_a_folder_is_the_same_model() -> None:
-    """Catches a fork that is refused because its config names its own folder in model.init_from, where transformers has
-    noted the class it wrote."""
-    assert check_fork(who(), who(model=MODEL | {"architectures": ["BertForMaskedLM"]}), "a checkpoint") == []
+    """Catches a fork that is rejected because transformers added the class to the config.json that model.init_from
+    names."""
+    assert check_fork(identity(), identity(model=MODEL | {"architectures": ["BertForMaskedLM"]}), "a checkpoint") == []
 
 
 def test_an_identity_survives_json() -> None:
-    """Catches tuples and other values that compare unequal after a checkpoint was written and read."""
+    """Catches tuples and other values that differ after a round trip through a checkpoint."""
+    assert check_resume(json.loads(json.dumps(identity())), identity(), "a checkpoint") == []
 
-    assert check_resume(json.loads(json.dumps(who())), who(), "a checkpoint") == []
 
-
-def test_a_fork_may_change_what_a_resume_may_not() -> None:
-    """Catches a fork that is bound to its parent's data, or that trains another model with its parent's state."""
-    now = who(run__seed=1, batch__sequences=64, masking__rate=0.3, corpora=(("f2", 1.0),), optimizer__name="lamb")
-    assert {line.partition(":")[0] for line in check_fork(who(), now, "a checkpoint")} == {
+def test_a_fork_can_change_what_a_resume_cannot() -> None:
+    """Catches a fork that cannot change the data, and one that loads its parent's state into another model."""
+    now = identity(run__seed=1, batch__sequences=64, masking__rate=0.3, corpora=(("f2", 1.0),), optimizer__name="lamb")
+    assert {line.partition(":")[0] for line in check_fork(identity(), now, "a checkpoint")} == {
         "run.seed",
         "batch.sequences",
         "masking.rate",
@@ -134,18 +133,18 @@ def test_a_fork_may_change_what_a_resume_may_not() -> None:
         "optimizer.name",
     }
     frozen = {"config": {"model_type": "bert"}, "freeze": ["embeddings"], "freeze_steps": 5, "ema_decay": 0.9}
-    assert len(check_fork(who(), {**who(), **identity_of_model(frozen)}, "a checkpoint")) == 3
+    assert len(check_fork(identity(), {**identity(), **identity_with_model(frozen)}, "a checkpoint")) == 3
     with pytest.raises(UserError, match=r"another model\.hidden_size.*init_from"):
-        check_fork(who(), who(model=MODEL | {"hidden_size": 32}), "a checkpoint")
+        check_fork(identity(), identity(model=MODEL | {"hidden_size": 32}), "a checkpoint")
 
 
-def identity_of_model(settings: dict[str, Any]) -> dict[str, Any]:
+def identity_with_model(settings: dict[str, Any]) -> dict[str, Any]:
     tree = {**CONFIG, "schedule": {"steps": 10}, "model": settings}
     return run_identity(build_config(PretrainConfig, tree), MODEL, [("f1", 1.0)])
 
 
 def make_run(path: Path, steps: tuple[int, ...], relation: str | None = None, parent: Path | None = None) -> Path:
-    """A run with checkpoints of these steps, that began with the newest one of `parent`."""
+    """A run with checkpoints of these steps, descended from step 4 of `parent`."""
     folder = RunFolder(path)
     ancestors = ancestors_of(checkpoint_path(parent / "checkpoints", 4) / "hf", relation) if parent and relation else []
     run_id = write_provenance(folder, {}, ancestors)
@@ -153,17 +152,17 @@ def make_run(path: Path, steps: tuple[int, ...], relation: str | None = None, pa
         checkpoint = checkpoint_path(folder.checkpoints, step)
         (checkpoint / "hf").mkdir(parents=True)
         write_origin(checkpoint / "hf", folder, {"run_id": run_id, "ancestors": ancestors}, step)
-        (checkpoint / "state.json").write_text(json.dumps({"identity": who()}))
+        (checkpoint / "state.json").write_text(json.dumps({"identity": identity()}))
         mark_complete(checkpoint)
     return path
 
 
-def begin(run: Path, resume: str, **changes: Any) -> ResumePlan:
-    return plan_resume(RunConfig(dir=str(run), resume=resume), RunFolder(run), who(**changes))
+def plan(run: Path, resume: str, **changes: Any) -> ResumePlan:
+    return plan_resume(RunConfig(dir=str(run), resume=resume), RunFolder(run), identity(**changes))
 
 
-def test_what_a_fork_takes_over(tmp_path: Path) -> None:
-    """Catches moments that mean nothing to another optimizer, and batches left out of a stream they are not in."""
+def test_what_a_fork_loads(tmp_path: Path) -> None:
+    """Catches moments of another optimizer, and bad steps that are skipped in another stream."""
     parent = make_run(tmp_path / "parent", (4,))
     cases: list[tuple[dict[str, Any], bool, bool]] = [
         ({"optimizer__lr": 1.0, "masking__rate": 0.3, "schedule__steps": 20}, True, True),
@@ -173,8 +172,8 @@ def test_what_a_fork_takes_over(tmp_path: Path) -> None:
         ({"corpora": (("f2", 1.0),)}, True, False),
     ]
     for changes, moments, same_stream in cases:
-        plan = begin(tmp_path / "new", str(parent), **changes)
-        assert (plan.load_optimizer_state, plan.same_stream) == (moments, same_stream)
+        planned = plan(tmp_path / "new", str(parent), **changes)
+        assert (planned.load_optimizer_state, planned.same_stream) == (moments, same_stream)
     progress = TrainingProgress(
         step=4, tokens=9, seconds=5.0, grad_norms=(1.0,), bad_steps=(2, 6), interval_masked=3, evaluated=True
     )
@@ -182,8 +181,8 @@ def test_what_a_fork_takes_over(tmp_path: Path) -> None:
     assert fork_progress(progress, same_stream=False) == TrainingProgress(step=4, tokens=9)
 
 
-def test_what_a_checkpoint_may_be_called(tmp_path: Path) -> None:
-    """Catches a fork of another checkpoint than the one that a path names."""
+def test_paths_that_name_a_checkpoint(tmp_path: Path) -> None:
+    """Catches a fork of another checkpoint than the path names."""
     parent, new = make_run(tmp_path / "parent", (2, 4)), tmp_path / "new"
     (parent / "checkpoints" / "best").write_text("step-00000002\n")
     (tmp_path / "link").symlink_to(checkpoint_path(parent / "checkpoints", 2))
@@ -194,36 +193,36 @@ def test_what_a_checkpoint_may_be_called(tmp_path: Path) -> None:
         tmp_path / "link": 2,
     }
     for name, step in names.items():
-        assert begin(new, str(name)) == ResumePlan(checkpoint_path(parent / "checkpoints", step), fork=True)
+        assert plan(new, str(name)) == ResumePlan(checkpoint_path(parent / "checkpoints", step), fork=True)
     (checkpoint_path(parent / "checkpoints", 4) / "state.json").write_text("{}")
-    assert begin(new, str(parent)).checkpoint == checkpoint_path(parent / "checkpoints", 2)
+    assert plan(new, str(parent)).checkpoint == checkpoint_path(parent / "checkpoints", 2)
     with pytest.raises(UserError, match=r"step-00000004 is damaged: state\.json"):
-        begin(new, str(checkpoint_path(parent / "checkpoints", 4)))
+        plan(new, str(checkpoint_path(parent / "checkpoints", 4)))
 
 
-def test_a_fork_goes_on_and_nothing_else_is_overwritten(tmp_path: Path) -> None:
-    """Catches a fork that forks again after it has saved, and one into somebody else's run folder."""
+def test_a_fork_resumes_and_no_other_run_is_overwritten(tmp_path: Path) -> None:
+    """Catches a fork that forks again after its first checkpoint, and one into the folder of another run."""
     parent, other = make_run(tmp_path / "parent", (2, 4)), make_run(tmp_path / "other", (4,))
     fork = make_run(tmp_path / "fork", (6,), "fork", parent)
     own = ResumePlan(checkpoint_path(fork / "checkpoints", 6))
-    assert begin(fork, str(parent)) == begin(fork, "auto") == own
-    assert begin(fork, str(tmp_path / "deleted")) == own, "the parent is not needed any more"
+    assert plan(fork, str(parent)) == plan(fork, "auto") == own
+    assert plan(fork, str(tmp_path / "deleted")) == own, "the parent is no longer needed"
     for run in (other, parent, make_run(tmp_path / "continued", (6,), "init_from", parent)):
         with pytest.raises(UserError, match="is not a fork of"):
-            begin(run, str(parent))
+            plan(run, str(parent))
     with pytest.raises(UserError, match="is not a fork of"):
-        begin(fork, str(other))
+        plan(fork, str(other))
 
 
 @pytest.mark.parametrize(("resume", "why"), [("sometimes", "does not exist"), ("", "has no complete checkpoint")])
-def test_what_names_no_checkpoint_is_refused(tmp_path: Path, resume: str, why: str) -> None:
-    """Catches a misspelled path that begins a run from nothing."""
+def test_a_path_without_a_checkpoint_is_rejected(tmp_path: Path, resume: str, why: str) -> None:
+    """Catches a misspelled path that starts a new run."""
     with pytest.raises(UserError, match=rf"'run\.resume': expected auto, never.*{why}"):
-        begin(tmp_path / "run", resume or str(tmp_path))
+        plan(tmp_path / "run", resume or str(tmp_path))
 
 
-def test_never_wants_an_unused_folder(tmp_path: Path) -> None:
-    """Catches a second run on top of a first one."""
-    assert begin(tmp_path / "new", "never") == begin(tmp_path / "new", "auto") == ResumePlan()
+def test_never_needs_an_unused_folder(tmp_path: Path) -> None:
+    """Catches a second run in the folder of a first one."""
+    assert plan(tmp_path / "new", "never") == plan(tmp_path / "new", "auto") == ResumePlan()
     with pytest.raises(UserError, match="already holds a run"):
-        begin(make_run(tmp_path / "run", (4,)), "never")
+        plan(make_run(tmp_path / "run", (4,)), "never")

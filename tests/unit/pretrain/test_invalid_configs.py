@@ -1,4 +1,4 @@
-"""What keeps a pretraining from starting ends `deepcloze pretrain` with exit code 2 and one message."""
+"""`deepcloze pretrain` rejects invalid configs with exit code 2 and one message."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,12 +14,12 @@ from launcher.cli import main
 from launcher.machine import cpu_cores
 
 TINY = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 40}
-Refuse = Callable[..., str]
+Reject = Callable[..., str]
 
 
 @pytest.fixture
 def config(tmp_path: Path, wordpiece_corpus: Path) -> Path:
-    """A config file that would start."""
+    """A valid config file."""
     path = tmp_path / "run.yaml"
     tree = {
         "run": {"dir": str(tmp_path / "run")},
@@ -35,7 +35,7 @@ def config(tmp_path: Path, wordpiece_corpus: Path) -> Path:
 
 @pytest.fixture
 def start(tmp_path: Path, wordpiece: Path) -> Path:
-    """A Hugging Face folder that a run may begin with."""
+    """A Hugging Face folder for model.init_from."""
     tokenizer, folder = load_tokenizer(wordpiece), tmp_path / "start"
     torch.manual_seed(0)
     BertForMaskedLM(BertConfig(vocab_size=500, pad_token_id=tokenizer.pad_token_id, **TINY)).save_pretrained(folder)
@@ -44,8 +44,8 @@ def start(tmp_path: Path, wordpiece: Path) -> Path:
 
 
 @pytest.fixture
-def refuse(config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Refuse:
-    """Call `deepcloze pretrain`, which must refuse; returns the message."""
+def rejected_message(config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Reject:
+    """Returns a function that calls `deepcloze pretrain`, checks that it is rejected, and returns the message."""
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
 
     def command(*arguments: str, file: Path = config) -> str:
@@ -60,9 +60,9 @@ def refuse(config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     return command
 
 
-def test_the_config_itself_starts(config: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Catches a config that is refused for another reason than the one each test below is about; and a dry run that
-    leaves something behind."""
+def test_the_config_itself_is_valid(config: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Catches a config that is rejected for another reason than the one that a test is about, and a dry run that
+    writes files."""
     assert main(["pretrain", "--config", str(config), "--dry_run"]) == 0
     printed = capsys.readouterr().out
     assert "pretrain.run" in printed
@@ -91,29 +91,29 @@ def test_the_config_itself_starts(config: Path, capsys: pytest.CaptureFixture[st
         (["stray"], ["stray"]),
     ],
 )
-def test_a_bad_value_is_refused(refuse: Refuse, arguments: list[str], parts: list[str]) -> None:
-    """Catches traces, messages that name neither the key nor the value, and bad values found after the launch."""
-    message = refuse(*arguments)
+def test_invalid_values_are_rejected(rejected_message: Reject, arguments: list[str], parts: list[str]) -> None:
+    """Catches traces, messages without the key or the value, and values that are rejected only after the launch."""
+    message = rejected_message(*arguments)
     assert "\n" not in message
     for part in parts:
         assert part in message
 
 
-def test_a_missing_file_is_refused(refuse: Refuse, tmp_path: Path) -> None:
-    """Catches a trace where the config's name is misspelled."""
-    assert str(tmp_path / "no.yaml") in refuse(file=tmp_path / "no.yaml")
+def test_a_missing_file_is_rejected(rejected_message: Reject, tmp_path: Path) -> None:
+    """Catches a trace for a misspelled file name."""
+    assert str(tmp_path / "no.yaml") in rejected_message(file=tmp_path / "no.yaml")
 
 
-def test_the_line_of_the_file_is_named(refuse: Refuse, config: Path) -> None:
-    """Catches messages about a file that leave its reader to search it."""
+def test_the_line_of_the_file_is_named(rejected_message: Reject, config: Path) -> None:
+    """Catches messages about a file without the line."""
     config.write_text(config.read_text().replace("sequences: 8", "sequences: eight"))
     line = 1 + config.read_text().splitlines().index("  sequences: eight")
-    assert f"{config}, line {line}: 'batch.sequences'" in refuse()
+    assert f"{config}, line {line}: 'batch.sequences'" in rejected_message()
 
 
-def test_more_ranks_than_cores_are_refused(refuse: Refuse) -> None:
-    """Catches ranks that fight for cores because of a typo."""
-    message = refuse(f"--num_gpus={cpu_cores() + 1}")
+def test_more_ranks_than_cores_are_rejected(rejected_message: Reject) -> None:
+    """Catches ranks that share cores because of a typo."""
+    message = rejected_message(f"--num_gpus={cpu_cores() + 1}")
     assert str(cpu_cores()) in message
     assert "--oversubscribe" in message
 
@@ -128,39 +128,43 @@ def test_more_ranks_than_cores_are_refused(refuse: Refuse) -> None:
         (["--run.resume={start}"], ["'run.resume'", "{start}", "has no complete checkpoint"]),
     ],
 )
-def test_what_does_not_fit_the_model_that_goes_on_is_refused(
-    refuse: Refuse, start: Path, byte_level: Path, arguments: list[str], parts: list[str]
+def test_values_that_do_not_fit_init_from_are_rejected(
+    rejected_message: Reject, start: Path, byte_level: Path, arguments: list[str], parts: list[str]
 ) -> None:
-    """Catches a model with other words or positions than the config says, found only when the devices are taken."""
+    """Catches another tokenizer or position limit than the model's that is rejected only after the launch."""
     named = {"start": start, "byte_level": byte_level}
     filled = [argument.format(**named) for argument in arguments]
-    message = refuse(f"--model.init_from={start}", "--model.config=null", *filled)
+    message = rejected_message(f"--model.init_from={start}", "--model.config=null", *filled)
     for part in parts:
         assert part.format(**named) in message
 
 
-def test_a_precision_the_device_lacks_is_refused(refuse: Refuse, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a launch that dies inside DeepSpeed, and a refusal that does not say what to use."""
+def test_an_unsupported_precision_is_rejected(rejected_message: Reject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a launch that fails inside DeepSpeed, and a message that does not name what to use instead."""
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False)
-    message = refuse("--engine.ds_config=ds_configs/fp16_zero2.json")
+    message = rejected_message("--engine.ds_config=ds_configs/fp16_zero2.json")
     assert "fp16" in message
     assert "ds_configs/bf16_zero" in message
 
 
-def test_words_that_nothing_marks_are_refused(refuse: Refuse, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a run by words that dies with its first batch, where the tokenizer does not tell words apart."""
+def test_word_masking_needs_word_boundaries(rejected_message: Reject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a run that fails at its first batch because its tokenizer has no word boundaries."""
     monkeypatch.setattr("pretrain.batching.vocabulary.word_boundaries", lambda _json: None)
-    message = refuse("--masking.unit=word")
+    message = rejected_message("--masking.unit=word")
     assert "masking.unit is 'word'" in message
     assert "expected 'token'" in message
 
 
-def test_a_corpus_of_another_tokenizer_is_refused(refuse: Refuse, start: Path, byte_level_corpus: Path) -> None:
-    """Catches token ids that fit a model's vocabulary and mean something else to it."""
-    message = refuse(f"--model.init_from={start}", "--model.config=null", f"--corpus.train={byte_level_corpus}")
+def test_a_corpus_of_another_tokenizer_is_rejected(
+    rejected_message: Reject, start: Path, byte_level_corpus: Path
+) -> None:
+    """Catches token ids that are valid in the model's vocabulary but stand for other tokens."""
+    message = rejected_message(
+        f"--model.init_from={start}", "--model.config=null", f"--corpus.train={byte_level_corpus}"
+    )
     assert "another tokenizer" in message
     assert str(start) in message
     assert str(byte_level_corpus) in message
-    message = refuse(f"--corpus.eval.other={byte_level_corpus}")
+    message = rejected_message(f"--corpus.eval.other={byte_level_corpus}")
     assert "corpus.eval.other" in message
     assert "another tokenizer" in message
