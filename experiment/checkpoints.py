@@ -1,4 +1,4 @@
-"""Checkpoints on disk: their names, finding and verifying one, and which are kept. Independent of the engine.
+"""Checkpoints on disk: their names, finding and verifying one. Independent of the engine.
 
 A checkpoint is the folder RUN/checkpoints/step-XXXXXXXX. It is complete once it holds the file COMPLETE, which lists
 the checksums of all its other files and is written last.
@@ -7,9 +7,7 @@ the checksums of all its other files and is written last.
 import json
 import logging
 import re
-import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +21,6 @@ _COMPLETE = "COMPLETE"
 _BEST = "best"
 
 
-@dataclass(frozen=True)
-class Retention:
-    """Which checkpoints to keep."""
-
-    keep_last: int
-    keep_every: int | None = None  # also keep every step that is a multiple of this
-    best: int | None = None  # also keep the best one, of this step
-
-
 def checkpoint_path(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step-{step:08d}"
 
@@ -39,7 +28,7 @@ def checkpoint_path(checkpoints: Path, step: int) -> Path:
 def complete_checkpoints(checkpoints: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first. Does not verify them."""
     found = [path for path in checkpoints.glob("step-*") if _NAME.fullmatch(path.name) and (path / _COMPLETE).is_file()]
-    return sorted(found, key=_step)
+    return sorted(found, key=checkpoint_step)
 
 
 def find_model_folder(path: Path) -> Path:
@@ -135,21 +124,6 @@ def write_best(checkpoints: Path, step: int) -> None:
     write_text(checkpoints / _BEST, f"{checkpoint_path(checkpoints, step).name}\n")
 
 
-def apply_retention(checkpoints: Path, keep: Retention, newest: int) -> None:
-    """Delete the checkpoints that need not be kept, and the leftovers of interrupted saves.
-
-    newest: step of the checkpoint just saved. Checkpoints of later steps are damaged, or the run would have resumed
-    from them; they are left alone and do not count towards `keep_last`.
-    """
-    for leftover in checkpoints.glob(".step-*.partial"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    by_step = {_step(path): path for path in complete_checkpoints(checkpoints)}
-    for step in [step for step in by_step if step <= newest][: -keep.keep_last]:
-        if step != keep.best and (keep.keep_every is None or step % keep.keep_every != 0):
-            # Rename first: a kill while deleting must not leave a folder that looks complete.
-            doomed = by_step[step].rename(checkpoints / f".{by_step[step].name}.partial")
-            shutil.rmtree(doomed)
-
-
-def _step(checkpoint: Path) -> int:
+def checkpoint_step(checkpoint: Path) -> int:
+    """The step in the name of a checkpoint."""
     return int(checkpoint.name.removeprefix("step-"))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiment.errors import UserError
 from experiment.files import fsync, json_digest
-from experiment.hugging_face import quiet
+from experiment.transformers_logging import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -83,7 +83,7 @@ def load_any_tokenizer(path: Path | str, needed: Sequence[str]) -> "PreTrainedTo
 def _load_folder(folder: Path) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
-    with quiet():
+    with quiet_transformers():
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # transformers and tokenizers raise many types, also plain Exception

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from experiment.csv_and_jsonl import CsvFormat
 from experiment.errors import UserError
-from experiment.tables import CsvFormat
 from experiment.tokenizer import load_any_tokenizer
 from finetune.config import FinetuneConfig, TaskConfig
 from finetune.model import ModelSpec, read_model_inputs

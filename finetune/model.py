@@ -9,8 +9,9 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from experiment.errors import UserError
-from experiment.hugging_face import max_positions, quiet
+from experiment.positions import max_positions
 from experiment.tokenizer import vocabulary_size
+from experiment.transformers_logging import quiet_transformers
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def build_model(spec: ModelSpec) -> tuple[PreTrainedModel, list[str]]:
         model = _build_from_config(spec)
         return model, [name for name, _ in model.named_parameters()]
     auto_model = getattr(transformers, spec.auto_model)
-    with quiet():
+    with quiet_transformers():
         try:
             model, report = auto_model.from_pretrained(
                 spec.folder,
@@ -105,6 +106,6 @@ def _build_from_config(spec: ModelSpec) -> PreTrainedModel:
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int, folder: Path) -> None:
     """Write a Hugging Face folder whose tokenizer truncates at `max_length` tokens, as in training."""
     tokenizer.model_max_length = max_length
-    with quiet():
+    with quiet_transformers():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 
 from experiment.errors import UserError
-from launcher.hostfile import Host, Slots, parse_filter, select_slots
+from launcher.hostfile import Host, Slots
 from launcher.machine import Devices, is_this_machine
 from launcher.options import PlacementOptions
+from launcher.slot_filters import parse_filter, select_slots
 
 
 def place_ranks(devices: Devices, options: PlacementOptions, hosts: Sequence[Host] | None = None) -> Slots:

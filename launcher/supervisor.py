@@ -23,7 +23,7 @@ from experiment.errors import UserError
 from experiment.files import write_text
 from experiment.run_folder import Outcome, RunFolder
 from launcher.hostfile import Slots
-from launcher.signals import handle_stop_signals
+from launcher.signal_handlers import handle_stop_signals
 
 # A second Ctrl-C within this time is the first one again: `timeout` and some wrappers deliver it twice.
 _REPEATED_SIGNAL_SECONDS = 1.0

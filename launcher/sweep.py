@@ -18,7 +18,7 @@ from experiment.files import write_json
 from experiment.results.sweep_summary import SweepResult, read_metric, write_summary
 from experiment.run_folder import Outcome, RunFolder
 from launcher.options import SweepOptions
-from launcher.signals import handle_stop_signals
+from launcher.signal_handlers import handle_stop_signals
 from launcher.sweep_plan import FlatConfig, SweepPlan, SweepRun, plan_sweep
 
 _STOPPED_CODES = (Outcome.STOPPED.exit_code, 128 + SIGINT)

@@ -11,10 +11,10 @@ import yaml
 from experiment.config import did_you_mean, flatten, load_config
 from experiment.config.yaml_dialect import read_yaml
 from experiment.errors import UserError
-from launcher.grid import grid_points, parse_grid
 from launcher.launch import plan_launch, warnings_left_to_rank0
 from launcher.machine import inspect_machine, select_accelerator
 from launcher.options import PlacementOptions, PretrainOptions, SweepOptions
+from launcher.sweep_grid import grid_points, parse_grid
 from pretrain.config import PretrainConfig
 
 FlatConfig = Mapping[str, object]

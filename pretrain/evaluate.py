@@ -21,7 +21,7 @@ from tqdm import tqdm
 from experiment.checkpoints import find_model_folder, read_state
 from experiment.config import build_config
 from experiment.errors import UserError
-from experiment.hugging_face import max_positions
+from experiment.positions import max_positions
 from experiment.tokenizer import load_tokenizer, tokenizer_fingerprint
 from pretrain.batching.batch import Microbatch
 from pretrain.batching.batch_maker import BatchMaker, MaskedCorpus

@@ -14,13 +14,13 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 from experiment.checkpoints import find_model_folder, read_state
 from experiment.errors import UserError
-from experiment.hugging_face import max_positions
+from experiment.positions import max_positions
 from experiment.run_folder import RunFolder
 from experiment.tokenizer import load_tokenizer, tokenizer_fingerprint
 from pretrain.batching.vocabulary import Vocabulary, build_vocabulary
 from pretrain.config import CorpusConfig, PretrainConfig, Stage, WeightedCorpus
 from pretrain.corpus.reader import Corpus, open_corpus
-from pretrain.engine.settings import DeepSpeedSettings, check_device_support, load_settings
+from pretrain.engine.deepspeed_settings import DeepSpeedSettings, check_device_support, load_settings
 from pretrain.modeling.layer_ids import check_freeze
 from pretrain.modeling.model_config import check_tokenizer, resolve_model_config
 from pretrain.modeling.random_model import meta_model

@@ -28,12 +28,12 @@ from pretrain.engine.process_group import connect, disconnect
 from pretrain.modeling.build import build_model
 from pretrain.modeling.masked_lm import MaskedLanguageModel
 from pretrain.resolve import resolve
-from pretrain.stream import open_stream
 from pretrain.training.checkpoint_io import UnwritableError
 from pretrain.training.health import HEALTH_LIMITS, HealthLimits, UnhealthyError
 from pretrain.training.host_group import HostGroup
 from pretrain.training.stop_request import StopRequest
 from pretrain.training.trainer import Trainer
+from pretrain.training_stream import open_stream
 from pretrain.world import World
 
 log = logging.getLogger(__name__)

@@ -8,8 +8,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from experiment.csv_and_jsonl import (
+    CsvFormat,
+    column_index,
+    missing_column,
+    not_text,
+    read_csv,
+    read_json_lines,
+    text_lines,
+)
 from experiment.errors import UserError
-from experiment.tables import CsvFormat, column_index, missing_column, not_text, read_csv, read_json_lines, text_lines
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t", ".txt": "\t"}
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from experiment.errors import UserError
 from experiment.tokenizer import load_tokenizer, tokenizer_fingerprint
-from pretrain.corpus.encoding import DocumentEncoder, TokenizerSpec, tokenizer_spec
 from pretrain.corpus.manifest import Recipe
 from pretrain.corpus.options import CorpusOptions, TextOptions
 from pretrain.corpus.sampling import MAIN, Part, Sampling
 from pretrain.corpus.sources import Source, find_sources
+from pretrain.corpus.tokenization import DocumentEncoder, TokenizerSpec, tokenizer_spec
 from pretrain.corpus.words import segmenter_identity, word_boundaries
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
+from experiment.csv_and_jsonl import missing_column
 from experiment.errors import UserError
-from experiment.tables import missing_column
 from pretrain.corpus.compression import decompress, explain_read_errors
 from pretrain.corpus.formats import Document, ReadStats, cell_document, parse_documents
 from pretrain.corpus.options import TextOptions

@@ -10,8 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import IO, NamedTuple
 
-from experiment.errors import UserError
-from experiment.tables import (
+from experiment.csv_and_jsonl import (
     CsvFormat,
     column_index,
     missing_column,
@@ -20,6 +19,7 @@ from experiment.tables import (
     read_json_lines,
     text_lines,
 )
+from experiment.errors import UserError
 from pretrain.corpus.compression import decompress, explain_read_errors
 from pretrain.corpus.options import TextOptions
 

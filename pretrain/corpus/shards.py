@@ -22,8 +22,8 @@ import pyarrow as pa
 
 from experiment.errors import UserError
 from experiment.files import fsync, sha256, write_json
-from pretrain.corpus.encoding import Counts, EncodedBatch, TokenIds
 from pretrain.corpus.manifest import Manifest, Recipe, Shard, percentiles, write_manifest
+from pretrain.corpus.tokenization import Counts, EncodedBatch, TokenIds
 from pretrain.corpus.words import BoolArray
 
 SHARD_TOKENS = 32 * 2**20  # close a shard at the first document that reaches this

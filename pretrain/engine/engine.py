@@ -25,12 +25,12 @@ from pretrain.batching.batch import Microbatch
 from pretrain.batching.counter_rng import make_key
 from pretrain.config import ModelConfig, OptimizerConfig
 from pretrain.engine import partitions
+from pretrain.engine.deepspeed_settings import DeepSpeedSettings
 from pretrain.engine.ema import ExponentialMovingAverage
 from pretrain.engine.loss_scaler import LossScaleError, install_loss_scaler
 from pretrain.engine.optimizers import PerParameterOptimizer
 from pretrain.engine.parameter_groups import build_optimizer, parameter_groups
 from pretrain.engine.partitions import Fragment
-from pretrain.engine.settings import DeepSpeedSettings
 from pretrain.modeling.masked_lm import MaskedLanguageModel, Predictions
 from pretrain.world import World
 

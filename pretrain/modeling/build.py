@@ -13,8 +13,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 
 from experiment.errors import UserError
-from experiment.hugging_face import first_position, quiet
+from experiment.positions import first_position
 from experiment.tokenizer import load_tokenizer
+from experiment.transformers_logging import quiet_transformers
 from pretrain.config import ModelConfig
 from pretrain.corpus.added_tokens import old_pieces
 from pretrain.modeling.flops import FlopsModel, flops_model
@@ -67,7 +68,7 @@ def _pretrained_model(model: ModelConfig, config: PreTrainedConfig) -> PreTraine
 
 
 def _load(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
-    with quiet():  # _check_names reports what is missing, in one line
+    with quiet_transformers():  # _check_names reports what is missing, in one line
         try:
             model, report = AutoModelForMaskedLM.from_pretrained(
                 folder,

@@ -26,7 +26,7 @@ from transformers import (
 
 from experiment.config import did_you_mean
 from experiment.errors import UserError
-from experiment.hugging_face import quiet
+from experiment.transformers_logging import quiet_transformers
 from pretrain.modeling.random_model import meta_model
 
 # What a pretrained model may be fine-tuned as, with fields of its own.
@@ -71,7 +71,7 @@ def _is_computed_with(field: str, make_config: Callable[[Mapping[str, Any]], Pre
     is seen.
     """
     try:
-        with quiet():
+        with quiet_transformers():
             config = make_config({field: object()})
     except Exception:  # transformers raises many types for values that it cannot use
         return True
@@ -96,7 +96,7 @@ def _missing_lookups(config: PreTrainedConfig) -> set[str]:
 
     # Python calls __getattr__ for missing attributes only. Models check the exact type of their config, which rules a
     # subclass out.
-    with quiet(), torch.device("meta"), patch.object(type(config), "__getattr__", record, create=True):
+    with quiet_transformers(), torch.device("meta"), patch.object(type(config), "__getattr__", record, create=True):
         meta_model(config)
         for models in _FINE_TUNING_HEADS:
             with suppress(Exception):  # not every type has every head

@@ -26,16 +26,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from experiment.checkpoints import (
-    Retention,
-    apply_retention,
-    checkpoint_path,
-    mark_complete,
-    read_state,
-    write_best,
-)
+from experiment.checkpoints import checkpoint_path, mark_complete, read_state, write_best
 from experiment.errors import UserError
 from experiment.files import fsync, write_json
+from experiment.retention import Retention, apply_retention
 from pretrain.engine.engine import Engine
 from pretrain.world import World
 

@@ -6,8 +6,9 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from experiment.checkpoints import Retention, newest_usable, read_state
+from experiment.checkpoints import newest_usable, read_state
 from experiment.provenance import read_provenance, write_origin
+from experiment.retention import Retention
 from pretrain.engine.engine import Engine
 from pretrain.export import write_hugging_face_folder
 from pretrain.resolve import ResolvedRun

@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from experiment.meters import Throughput, peak_flops, peak_memory
+from experiment.device_peaks import peak_flops, peak_memory
 from experiment.run_folder import Outcome
+from experiment.throughput import Throughput
 from experiment.tracking import Tracker
 from experiment.tracking.metrics import Metrics
 from pretrain.batching.batch import RankBatch
@@ -21,7 +22,6 @@ from pretrain.engine.engine import Engine, StepResult
 from pretrain.evaluate import HeldOutEvaluator, HeldOutSettings, open_held_out
 from pretrain.modeling.build import BuiltModel
 from pretrain.resolve import ResolvedRun
-from pretrain.stream import TrainingStream
 from pretrain.training.bad_batch import BadBatchWriter
 from pretrain.training.checkpointer import Checkpointer
 from pretrain.training.clock import TrainingClock
@@ -44,6 +44,7 @@ from pretrain.training.run_tracker import open_run_tracker
 from pretrain.training.schedules import learning_rate
 from pretrain.training.step_agreement import StepAgreement, StepTotals
 from pretrain.training.stop_request import StopRequest
+from pretrain.training_stream import TrainingStream
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from pretrain.config import PretrainConfig
 from pretrain.corpus.build import build_corpus
 from pretrain.corpus.options import CorpusOptions
 from pretrain.resolve import resolve
-from pretrain.stream import open_stream
+from pretrain.training_stream import open_stream
 from pretrain.world import World
 from rank_pool import RankPool
 from runs import TINY, Tree, pretrain_case, run_config, saved_tensors

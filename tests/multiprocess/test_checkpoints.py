@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from experiment.checkpoints import Retention, checkpoint_path, complete_checkpoints, newest_usable, verify
+from experiment.checkpoints import checkpoint_path, complete_checkpoints, newest_usable, verify
+from experiment.retention import Retention
 from experiment.run_folder import RunFolder
 from experiment.tokenizer import load_tokenizer
 from pretrain.world import World

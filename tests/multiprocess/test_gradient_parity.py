@@ -21,7 +21,7 @@ from pretrain.batching.batch import IGNORED, RankBatch
 from pretrain.config import PretrainConfig
 from pretrain.modeling.build import build_model
 from pretrain.resolve import resolve
-from pretrain.stream import open_stream
+from pretrain.training_stream import open_stream
 from pretrain.world import World
 from rank_pool import RankPool
 from runs import NO_DROPOUT, TINY, pretrain_case, run_config, saved_tensors

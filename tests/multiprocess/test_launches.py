@@ -15,7 +15,7 @@ import yaml
 
 from experiment.checkpoints import checkpoint_path, complete_checkpoints, newest_usable
 from experiment.run_folder import RunFolder
-from pretrain.engine.settings import REPOSITORY
+from pretrain.engine.deepspeed_settings import REPOSITORY
 from rank_pool import RankPool, free_port
 from runs import NO_DROPOUT, TINY, logged, pretrain_case, run_config, saved_tensors
 

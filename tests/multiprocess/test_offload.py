@@ -9,8 +9,8 @@ import pytest
 from experiment.checkpoints import checkpoint_path
 from experiment.errors import UserError
 from fp16 import fp16_supported
+from pretrain.engine.deepspeed_settings import DeepSpeedSettings, check_nvme, parse_settings
 from pretrain.engine.engine import Engine
-from pretrain.engine.settings import DeepSpeedSettings, check_nvme, parse_settings
 from pretrain.world import World
 from rank_pool import RankPool
 from runs import (
@@ -150,7 +150,7 @@ def test_swap_files_exist_until_the_run_ends(
 def test_nvme_offload_without_its_kernel_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a compiler's trace after the launch."""
     monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
-    monkeypatch.setattr("pretrain.engine.settings.is_ninja_available", lambda: False)
+    monkeypatch.setattr("pretrain.engine.deepspeed_settings.is_ninja_available", lambda: False)
     with pytest.raises(UserError, match=r"libaio.*--engine\.ds_config=ds_configs/bf16_zero3_cpu_offload\.json"):
         check_nvme(nvme_settings(bf16={"enabled": True}))
 

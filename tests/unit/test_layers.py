@@ -13,7 +13,7 @@ PACKAGES = ("launcher", "pretrain", "finetune", "experiment")
 PRETRAIN_LAYERS = (
     ("pretrain.run",),
     ("pretrain.training",),
-    ("pretrain.stream", "pretrain.evaluate"),
+    ("pretrain.training_stream", "pretrain.evaluate"),
     ("pretrain.resolve",),
     ("pretrain.engine", "pretrain.resume"),
     ("pretrain.modeling",),

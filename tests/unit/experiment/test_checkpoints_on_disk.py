@@ -5,8 +5,6 @@ from pathlib import Path
 import pytest
 
 from experiment.checkpoints import (
-    Retention,
-    apply_retention,
     checkpoint_candidates,
     checkpoint_path,
     complete_checkpoints,
@@ -18,6 +16,7 @@ from experiment.checkpoints import (
     write_best,
 )
 from experiment.errors import UserError
+from experiment.retention import Retention, apply_retention
 
 
 def make(checkpoints: Path, *steps: int) -> list[Path]:

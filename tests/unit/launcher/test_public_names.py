@@ -9,7 +9,7 @@ from experiment.config.reference import config_reference
 from finetune.config import FinetuneConfig
 from launcher.cli import COMMANDS, main
 from launcher.command_line import flags_of, options_of
-from launcher.config_page import config_page
+from launcher.config_docs import config_page
 from pretrain.config import PretrainConfig
 
 ROOT = Path(__file__).parents[3]
@@ -38,7 +38,7 @@ def test_no_name_changes_by_accident() -> None:
 def test_the_config_page_is_up_to_date() -> None:
     """Catches docs/config.md drifting from the docstrings of the fields, and a link to a page that does not exist."""
     page = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
-    assert page == config_page(), "python -m launcher.config_page > docs/config.md"
+    assert page == config_page(), "python -m launcher.config_docs > docs/config.md"
     for link in re.findall(r"\]\(([^)]+)\)", page):
         assert (ROOT / "docs" / link).is_file(), link
 

@@ -7,7 +7,7 @@ from transformers import AutoConfig
 
 from experiment.config import load_config
 from pretrain.config import PretrainConfig
-from pretrain.engine.settings import load_settings
+from pretrain.engine.deepspeed_settings import load_settings
 
 RECIPES = sorted((Path(__file__).resolve().parents[3] / "pretrain" / "recipes").glob("*.yaml"))
 

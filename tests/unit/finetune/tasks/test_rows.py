@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from experiment.csv_and_jsonl import CsvFormat
 from experiment.errors import UserError
-from experiment.tables import CsvFormat
 from finetune.tasks.rows import read_table
 
 COLUMNS = {"label": "label", "text": "text"}

@@ -9,7 +9,7 @@ from experiment.tokenizer import load_tokenizer, save_tokenizer, tokenizer_finge
 from launcher.cli import main
 from pretrain.batching.vocabulary import build_vocabulary
 from pretrain.corpus.added_tokens import check_extends, extend_tokenizer, old_pieces
-from pretrain.corpus.encoding import DocumentEncoder, tokenizer_spec
+from pretrain.corpus.tokenization import DocumentEncoder, tokenizer_spec
 
 
 def extend(tokenizer: Path, folder: Path, *words: str) -> PreTrainedTokenizerFast:

@@ -6,7 +6,7 @@ from model_examples import TINY
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 from experiment.errors import UserError
-from experiment.hugging_face import max_positions
+from experiment.positions import max_positions
 from experiment.tokenizer import load_tokenizer, tokenizer_fingerprint
 from pretrain.config import ModelConfig
 from pretrain.modeling.build import build_model

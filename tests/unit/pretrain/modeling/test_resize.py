@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedTokenizerFast
 
 from experiment.errors import UserError
-from experiment.hugging_face import max_positions
+from experiment.positions import max_positions
 from experiment.tokenizer import load_tokenizer, save_tokenizer, tokenizer_fingerprint
 from pretrain.config import ModelConfig
 from pretrain.corpus.added_tokens import extend_tokenizer, old_pieces

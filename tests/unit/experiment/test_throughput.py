@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from experiment.meters import Throughput, peak_flops, peak_memory
+from experiment.device_peaks import peak_flops, peak_memory
+from experiment.throughput import Throughput
 
 
 class Clock:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from launcher.signals import handle_stop_signals
+from launcher.signal_handlers import handle_stop_signals
 
 
 @pytest.fixture

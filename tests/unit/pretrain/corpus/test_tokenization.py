@@ -5,8 +5,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from experiment.tokenizer import load_tokenizer
-from pretrain.corpus.encoding import DocumentEncoder, tokenizer_spec
 from pretrain.corpus.options import TokenizerOptions
+from pretrain.corpus.tokenization import DocumentEncoder, tokenizer_spec
 from pretrain.corpus.train_tokenizer import train_tokenizer
 
 TEXT = "The river ran by the town .\nThe actor was born in the town by the river !\n" * 20 + "你好 世界 ünknown\n" * 3

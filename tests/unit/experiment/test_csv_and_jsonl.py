@@ -3,8 +3,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from experiment.csv_and_jsonl import CsvFormat, column_index, read_csv, read_json_lines, text_lines
 from experiment.errors import UserError
-from experiment.tables import CsvFormat, column_index, read_csv, read_json_lines, text_lines
 
 
 def test_rows_are_read_one_by_one() -> None:

@@ -17,7 +17,7 @@ from pretrain.batching.batch import IGNORED, RankBatch
 from pretrain.batching.masking import MaskingSchedule
 from pretrain.config import PretrainConfig
 from pretrain.resolve import ResolvedRun, resolve
-from pretrain.stream import TrainingStream, open_stream
+from pretrain.training_stream import TrainingStream, open_stream
 from pretrain.world import World
 
 TINY = {"model_type": "bert", "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}

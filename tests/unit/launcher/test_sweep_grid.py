@@ -1,7 +1,7 @@
 import pytest
 
 from experiment.errors import UserError
-from launcher.grid import grid_points, parse_grid
+from launcher.sweep_grid import grid_points, parse_grid
 
 
 def test_grid_syntax() -> None:

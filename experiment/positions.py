@@ -1,28 +1,10 @@
-"""What pretraining and fine-tuning need to know about transformers and its models."""
+"""Position limits of transformers models."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence transformers' warnings and progress bars; the caller reports what matters in its own words."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def first_position(model: "nn.Module") -> int:

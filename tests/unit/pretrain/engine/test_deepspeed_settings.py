@@ -6,7 +6,7 @@ import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
 
 from experiment.errors import UserError
-from pretrain.engine.settings import (
+from pretrain.engine.deepspeed_settings import (
     REPOSITORY,
     Precision,
     check_device_support,
@@ -166,7 +166,7 @@ def test_an_unsupported_precision_is_rejected_with_the_preset_to_use(
             get_accelerator(), f"is_{precision}_supported", lambda precision=precision: precision in has
         )
     settings = load_settings(str(path))
-    monkeypatch.setattr("pretrain.engine.settings.check_nvme", lambda _: None)  # tested in test_offload.py
+    monkeypatch.setattr("pretrain.engine.deepspeed_settings.check_nvme", lambda _: None)  # tested in test_offload.py
     wanted, _, kind = path.stem.partition("_")
     if wanted in has:
         check_device_support(settings)

@@ -1,11 +1,11 @@
-"""docs/config.md, the reference of all config keys: `python -m launcher.config_page > docs/config.md`."""
+"""docs/config.md, the reference of all config keys: `python -m launcher.config_docs > docs/config.md`."""
 
 from experiment.config.reference import as_markdown, config_reference
 from finetune.config import FinetuneConfig
 from pretrain.config import PretrainConfig
 
 _HEAD = """\
-<!-- Generated from the docstrings of the config fields: python -m launcher.config_page > docs/config.md -->
+<!-- Generated from the docstrings of the config fields: python -m launcher.config_docs > docs/config.md -->
 
 # Config reference
 
