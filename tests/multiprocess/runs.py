@@ -2,10 +2,11 @@
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -30,6 +31,16 @@ TINY = {
 }
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 Tree = dict[str, Any]
+
+
+def soak(*cases: Any) -> list[Any]:
+    """Parameters of soak tests. A tuple is one case of several arguments."""
+    return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.soak) for case in cases]
+
+
+def sampled(cases: Iterable[Any], sample: Collection[Any]) -> list[Any]:
+    """Parameters of a test of which only those in `sample` are no soak tests."""
+    return [case if case in sample else soak(case)[0] for case in cases]
 
 
 def run_config(folder: Path, corpus: Path, ds_config: str = "fp32_zero1", **changes: Any) -> Tree:

@@ -8,7 +8,7 @@ import torch
 from experiment.checkpoints import checkpoint_path
 from pretrain.world import World
 from rank_pool import RankPool
-from runs import TINY, Tree, assert_same_tensors, logged, pretrain_case, run_config, saved_tensors
+from runs import TINY, Tree, assert_same_tensors, logged, pretrain_case, run_config, saved_tensors, soak
 
 DROPOUT = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2}
 # DeBERTa trains padded, one sequence a row.
@@ -42,8 +42,7 @@ def counting_case(world: World, tree: Tree) -> int:
     "ds_config",
     [
         "fp32_zero0",
-        pytest.param("fp32_zero1", marks=pytest.mark.soak),
-        pytest.param("bf16_zero2", marks=pytest.mark.soak),
+        *soak("fp32_zero1", "bf16_zero2"),
         "bf16_zero3",
     ],
 )

@@ -20,6 +20,7 @@ from runs import (
     run_config,
     save_engine,
     saved_tensors,
+    soak,
 )
 
 DECAY = 0.7
@@ -37,15 +38,10 @@ def ema_config(folder: Path, corpus: Path, ds_config: str, **changes: Any) -> Tr
 
 @pytest.mark.parametrize(
     ("world_size", "ds_config"),
-    [(3, "fp32_zero1"), (2, "bf16_zero3")]
-    + [
-        pytest.param(*layout, marks=pytest.mark.soak)
-        for layout in (
-            (2, "fp32_zero0"),
-            (2, "bf16_zero1"),
-            (2, "fp32_zero2_cpu_offload"),
-            (2, "bf16_zero3_cpu_offload"),
-        )
+    [
+        (3, "fp32_zero1"),
+        (2, "bf16_zero3"),
+        *soak((2, "fp32_zero0"), (2, "bf16_zero1"), (2, "fp32_zero2_cpu_offload"), (2, "bf16_zero3_cpu_offload")),
     ],
 )
 def test_ema_is_that_of_the_master_weights(
@@ -110,8 +106,7 @@ def test_ema_starts_at_the_weights_and_skips_vetoed_updates(
     ("source", "target"),
     [
         ((2, "fp32_zero1"), (3, "fp32_zero3")),
-        pytest.param((3, "fp32_zero3"), (1, "fp32_zero0"), marks=pytest.mark.soak),
-        pytest.param((1, "fp32_zero0"), (2, "bf16_zero1"), marks=pytest.mark.soak),
+        *soak(((3, "fp32_zero3"), (1, "fp32_zero0")), ((1, "fp32_zero0"), (2, "bf16_zero1"))),
     ],
 )
 def test_ema_moves_between_layouts_bit_by_bit(

@@ -1,7 +1,6 @@
 """The engine at every ZeRO stage: precision, learning rates, vetoed updates, clipping, dropout."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,11 +20,8 @@ from runs import (
     run_config,
     save_engine,
     saved_tensors,
+    soak,
 )
-
-
-def soak(*ds_configs: str) -> list[Any]:
-    return [pytest.param(name, marks=pytest.mark.soak) for name in ds_configs]
 
 
 def rotary_case(world: World, tree: Tree) -> dict[str, tuple[str, bool]]:

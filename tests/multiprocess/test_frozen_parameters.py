@@ -1,7 +1,6 @@
 """Parameters that are frozen for the first steps: `model.freeze`."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -23,13 +22,10 @@ from runs import (
     run_config,
     save_engine,
     saved_tensors,
+    soak,
 )
 
 FROZEN = ("embeddings", "layer.0")
-
-
-def soak(*layouts: Any) -> list[Any]:
-    return [pytest.param(*(x if isinstance(x, tuple) else (x,)), marks=pytest.mark.soak) for x in layouts]
 
 
 def is_frozen(key: str) -> bool:

@@ -24,7 +24,7 @@ from pretrain.resolve import resolve
 from pretrain.training_stream import open_stream
 from pretrain.world import World
 from rank_pool import RankPool
-from runs import NO_DROPOUT, TINY, pretrain_case, run_config, saved_tensors
+from runs import NO_DROPOUT, TINY, pretrain_case, run_config, sampled, saved_tensors
 
 SEED, SEQUENCES = 7, 33  # no layout divides the masked tokens of this batch evenly
 TOLERANCE = {"fp32": 1e-5, "bf16": 0.02}  # relative to the gradient norm
@@ -93,7 +93,7 @@ def test_layouts_have_the_expected_microbatches(wordpiece_corpus: Path, world_si
 
 @pytest.mark.parametrize(
     ("precision", "world_size", "microbatches", "stage"),
-    [pytest.param(*layout, marks=() if layout in SAMPLE else pytest.mark.soak) for layout in LAYOUTS],
+    sampled(LAYOUTS, SAMPLE),
 )
 def test_the_accumulated_gradient_equals_that_of_plain_torch(
     pools: dict[int, RankPool],

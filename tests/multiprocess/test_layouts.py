@@ -15,12 +15,12 @@ from runs import (
     logged,
     pretrain_case,
     run_config,
+    sampled,
     saved_tensors,
 )
 
 LAYOUTS = list(itertools.product((1, 2, 3), (0, 1, 2, 3), (130, 700)))
 SAMPLE = [(1, 3, 130), (2, 0, 130), (2, 1, 700), (2, 3, 130), (3, 1, 130), (3, 2, 700)]
-SAMPLED = [pytest.param(*layout, marks=() if layout in SAMPLE else pytest.mark.soak) for layout in LAYOUTS]
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +44,7 @@ def reference(
     return folder
 
 
-@pytest.mark.parametrize(("world_size", "stage", "microbatch_tokens"), SAMPLED)
+@pytest.mark.parametrize(("world_size", "stage", "microbatch_tokens"), sampled(LAYOUTS, SAMPLE))
 def test_losses_and_evaluations_do_not_depend_on_the_layout(
     pools: dict[int, RankPool],
     wordpiece_corpus: Path,

@@ -22,10 +22,12 @@ from runs import (
     logged,
     pretrain_case,
     run_config,
+    sampled,
     saved_tensors,
 )
 
 WIDE = TINY | NO_DROPOUT | {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}
+SAMPLE = ["bf16_zero2_cpu_offload", "fp32_zero3_cpu_offload"]
 RELATIVE = {
     "fp32": 1e-5,
     "bf16": 1e-3,
@@ -36,10 +38,6 @@ RELATIVE = {
 def with_fp16(world: World, function: Any, *args: Any) -> Any:
     with fp16_supported():
         return function(world, *args)
-
-
-def sampled(files: list[str], *sample: str) -> list[Any]:
-    return [pytest.param(file, marks=() if file in sample else pytest.mark.soak) for file in files]
 
 
 def presets(device: str) -> list[str]:
@@ -74,7 +72,7 @@ def compare_with_plain_run(pools: dict[int, RankPool], corpus: Path, folder: Pat
     assert_same_tensors(before, after)
 
 
-@pytest.mark.parametrize("ds_config", sampled(presets("cpu"), "bf16_zero2_cpu_offload", "fp32_zero3_cpu_offload"))
+@pytest.mark.parametrize("ds_config", sampled(presets("cpu"), SAMPLE))
 def test_cpu_offload_changes_nothing(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, ds_config: str
 ) -> None:

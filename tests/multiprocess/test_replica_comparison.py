@@ -9,7 +9,7 @@ import torch
 
 from pretrain.world import World
 from rank_pool import RankPool
-from runs import pretrain_case, run_config
+from runs import pretrain_case, run_config, soak
 
 
 def flipped_case(world: World, tree: Mapping[str, Any], flipped_rank: int) -> str:
@@ -47,9 +47,8 @@ def flipped_case(world: World, tree: Mapping[str, Any], flipped_rank: int) -> st
     [
         (3, "fp32_zero0"),
         (3, "bf16_zero1"),
-        pytest.param(3, "fp32_zero2", marks=pytest.mark.soak),
         (2, "fp32_zero3"),
-        pytest.param(2, "fp32_zero0", marks=pytest.mark.soak),
+        *soak((3, "fp32_zero2"), (2, "fp32_zero0")),
     ],
 )
 def test_a_flipped_bit_is_reported(

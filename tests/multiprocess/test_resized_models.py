@@ -14,7 +14,7 @@ from pretrain.corpus.build import build_corpus
 from pretrain.corpus.options import CorpusOptions
 from pretrain.corpus.reader import open_corpus
 from rank_pool import RankPool
-from runs import TINY, Tree, logged, pretrain_case, run_config
+from runs import TINY, Tree, logged, pretrain_case, run_config, soak
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def grown(text_file: Path, wordpiece: Path, tmp_path_factory: pytest.TempPathFac
     return folder / "tokenizer", folder / "corpus"
 
 
-@pytest.mark.parametrize("ds_config", [pytest.param("fp32_zero1", marks=pytest.mark.soak), "bf16_zero3"])
+@pytest.mark.parametrize("ds_config", ["bf16_zero3", *soak("fp32_zero1")])
 def test_added_tokens_and_a_longer_context(
     pools: dict[int, RankPool], wordpiece_corpus: Path, grown: tuple[Path, Path], tmp_path: Path, ds_config: str
 ) -> None:

@@ -22,8 +22,10 @@ from runs import (
     microbatch,
     pretrain_case,
     run_config,
+    sampled,
     save_engine,
     saved_tensors,
+    soak,
 )
 
 Layout = tuple[int, str]  # world size, DeepSpeed file
@@ -38,7 +40,7 @@ EXACT_SAMPLE = [(1, "fp32_zero0"), (2, "fp32_zero1"), (2, "fp32_zero3"), (2, "bf
 
 @pytest.mark.parametrize(
     ("world_size", "ds_config"),
-    [pytest.param(*layout, marks=() if layout in EXACT_SAMPLE else pytest.mark.soak) for layout in LAYOUTS],
+    sampled(LAYOUTS, EXACT_SAMPLE),
 )
 def test_a_resumed_run_equals_the_uninterrupted_one(
     pools: dict[int, RankPool],
@@ -128,10 +130,7 @@ MOVES = {
 
 @pytest.mark.parametrize(
     ("source", "target"),
-    [
-        pytest.param(source, target, marks=() if (source, target) in MOVES else pytest.mark.soak)
-        for source, target in itertools.product(LAYOUTS, repeat=2)
-    ],
+    sampled(itertools.product(LAYOUTS, repeat=2), MOVES),
 )
 def test_a_checkpoint_moves_between_layouts_bit_by_bit(
     pools: dict[int, RankPool], wordpiece_corpus: Path, saved: Any, tmp_path: Path, source: Layout, target: Layout
@@ -167,10 +166,7 @@ def step_or_load_case(world: World, tree: Tree, folder: Path, source: Path | Non
 
 @pytest.mark.parametrize(
     "ds_config",
-    [
-        "fp32_zero1",
-        *(pytest.param(name, marks=pytest.mark.soak) for name in ("fp32_zero3", "bf16_zero2")),
-    ],
+    ["fp32_zero1", *soak("fp32_zero3", "bf16_zero2")],
 )
 def test_layer_decay_can_change_on_resume(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, ds_config: str

@@ -8,7 +8,18 @@ from torch import Tensor
 
 from experiment.checkpoints import checkpoint_path
 from rank_pool import RankPool
-from runs import NO_DROPOUT, TINY, Tree, assert_same_tensors, logged, pretrain_case, run_config, saved_tensors
+from runs import (
+    NO_DROPOUT,
+    TINY,
+    Tree,
+    assert_same_tensors,
+    logged,
+    pretrain_case,
+    run_config,
+    sampled,
+    saved_tensors,
+    soak,
+)
 
 RULES = ("lamb", "stableadamw")
 LAYOUTS = [(size, f"fp32_zero{stage}") for size in (1, 2, 3) for stage in range(4)]
@@ -54,11 +65,7 @@ def distance(one: dict[str, Tensor], other: dict[str, Tensor], kind: str) -> flo
 
 @pytest.mark.parametrize(
     ("rule", "world_size", "ds_config"),
-    [
-        pytest.param(rule, *layout, marks=() if (rule, *layout) in SAMPLE else pytest.mark.soak)
-        for rule in RULES
-        for layout in LAYOUTS
-    ],
+    sampled([(rule, *layout) for rule in RULES for layout in LAYOUTS], SAMPLE),
 )
 def test_every_layout_equals_one_process(
     pools: dict[int, RankPool],
@@ -84,8 +91,7 @@ def test_every_layout_equals_one_process(
     ("rule", "world_size", "ds_config"),
     [
         ("lamb", 2, "bf16_zero1"),
-        pytest.param("stableadamw", 2, "fp32_zero2", marks=pytest.mark.soak),
-        pytest.param("stableadamw", 1, "bf16_zero3", marks=pytest.mark.soak),
+        *soak(("stableadamw", 2, "fp32_zero2"), ("stableadamw", 1, "bf16_zero3")),
     ],
 )
 def test_a_resumed_run_is_the_uninterrupted_one(
