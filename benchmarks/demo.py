@@ -26,11 +26,11 @@ import torch
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from benchmarks.package_task import EXAMPLES, NAMES, make_task, read_documents, write_jsonl
+from benchmarks.package_task import EXAMPLES, NAMES, make_package_task, read_package_documents, write_jsonl
 from experiment.config import load_config
 from experiment.errors import UserError
-from experiment.results.figures import draw_spread
 from experiment.results.page import Block, Code, Figure, Heading, Table, Text, write_page
+from experiment.results.plots import draw_spread
 from experiment.results.report import result_blocks, training_blocks
 from experiment.run_folder import RunFolder
 from experiment.tracking.console import describe_duration
@@ -99,8 +99,8 @@ def prepare_folder(output: Path) -> None:
 
 def write_task(output: Path) -> str:
     """Write the task and the pretraining text; return a description."""
-    documents = read_documents(output / "docs.jsonl")
-    task = make_task(documents, EXAMPLES, TASK_SEED)
+    documents = read_package_documents(output / "docs.jsonl")
+    task = make_package_task(documents, EXAMPLES, TASK_SEED)
     for split, examples in task.splits.items():
         write_jsonl(output / "task-data" / f"{split}.jsonl", examples)
     write_jsonl(output / "pretraining.jsonl", task.pretraining)

@@ -42,7 +42,7 @@ Shingle = tuple[str, ...]
 """Consecutive lower-case words."""
 
 
-class Document(NamedTuple):
+class PackageDocument(NamedTuple):
     text: str
     package: str
     name: str  # unique
@@ -57,19 +57,19 @@ class Example(NamedTuple):
 @dataclass(frozen=True)
 class PackageTask:
     splits: Mapping[str, Sequence[Example]]  # balanced and shuffled
-    pretraining: Sequence[Document]
+    pretraining: Sequence[PackageDocument]
     repeated: int  # sentences excluded because they occur in several documents
     giveaways: int  # sentences excluded because they name their package
 
 
-def read_documents(path: Path) -> list[Document]:
+def read_package_documents(path: Path) -> list[PackageDocument]:
     """Read the output of `deepcloze python_docs`."""
     with path.open(encoding="utf-8") as lines:
         rows = map(json.loads, lines)
-        return [Document(row["text"], row["package"], row["document"]) for row in rows]
+        return [PackageDocument(row["text"], row["package"], row["document"]) for row in rows]
 
 
-def make_task(documents: Sequence[Document], sizes: Mapping[str, int], seed: int) -> PackageTask:
+def make_package_task(documents: Sequence[PackageDocument], sizes: Mapping[str, int], seed: int) -> PackageTask:
     """Draw `sizes[split]` examples of each package. Raises UserError if a package has too few."""
     candidates, repeated, giveaways = _find_candidates(documents)
     splits: dict[str, list[Example]] = {split: [] for split in sizes}
@@ -96,7 +96,7 @@ def sentences(text: str) -> Iterator[str]:
             yield " ".join(words)
 
 
-def _find_candidates(documents: Sequence[Document]) -> tuple[dict[str, list[tuple[str, list[str]]]], int, int]:
+def _find_candidates(documents: Sequence[PackageDocument]) -> tuple[dict[str, list[tuple[str, list[str]]]], int, int]:
     """For each package, its documents' names and usable sentences; how many are repeated; how many name the package."""
     found = [
         (document, list(filter(_is_example, sentences(document.text))))
@@ -116,7 +116,7 @@ def _find_candidates(documents: Sequence[Document]) -> tuple[dict[str, list[tupl
     return candidates, repeated, giveaways
 
 
-def write_jsonl(path: Path, rows: Iterable[Example | Document]) -> None:
+def write_jsonl(path: Path, rows: Iterable[Example | PackageDocument]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in rows)
@@ -127,7 +127,7 @@ def _shingle(sentence: str) -> Shingle:
     return tuple(sentence.lower().split()[1 : 1 + _SHINGLE_WORDS])
 
 
-def _count_documents(shingles: set[Shingle], documents: Sequence[Document]) -> Counter[Shingle]:
+def _count_documents(shingles: set[Shingle], documents: Sequence[PackageDocument]) -> Counter[Shingle]:
     """The number of documents that contain each shingle."""
     counts: Counter[Shingle] = Counter()
     for document in documents:

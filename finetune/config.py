@@ -6,14 +6,20 @@ complete examples.
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from experiment.config import Section
+from experiment.config.constraints import Fraction, SequenceLength
 from experiment.tracking.config import TrackingConfig
 
-Positive = Annotated[int, Field(gt=0)]
-NotNegative = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 MetricName = Literal["accuracy", "macro_f1", "weighted_f1", "uar", "matthews"]
 
 
@@ -116,29 +122,29 @@ class ModelConfig(Section):
     weights: Literal["pretrained", "random"] = "pretrained"
     """`random` keeps the architecture and initializes the weights randomly, as a baseline."""
 
-    max_seq_length: Annotated[int, Field(ge=8)] = 128
+    max_seq_length: SequenceLength = 128
     """Maximum length of an example in tokens, special tokens included; longer examples are truncated."""
 
 
 class TrainingConfig(Section):
     """Training of the classifier, once per seed."""
 
-    lr: Annotated[float, Field(gt=0.0)] = 2.0e-5
+    lr: PositiveFloat = 2.0e-5
     """Peak learning rate of a linear warmup and decay."""
 
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    weight_decay: NonNegativeFloat = 0.01
     """Decoupled weight decay; not applied to biases and norms."""
 
-    epochs: Positive = 3
+    epochs: PositiveInt = 3
     """Number of epochs."""
 
-    batch_size: Positive = 32
+    batch_size: PositiveInt = 32
     """Examples per batch."""
 
     warmup_ratio: Fraction = 0.1
     """Fraction of all steps used for the warmup."""
 
-    seeds: tuple[NotNegative, ...] = (42,)
+    seeds: tuple[NonNegativeInt, ...] = (42,)
     """Train once with each of these seeds."""
 
     class_weights: Literal["none", "balanced"] = "none"

@@ -13,7 +13,7 @@ from finetune.config import FinetuneConfig, TaskConfig
 from finetune.model import ModelSpec, read_model_inputs
 from finetune.tasks.examples import Examples, tokenize
 from finetune.tasks.kinds import KINDS, TaskKind, balanced_weights
-from finetune.tasks.rows import Table, read_table
+from finetune.tasks.rows import TaskTable, read_table
 
 SPLITS = ("train", "validation", "test")
 
@@ -29,7 +29,7 @@ class Task:
     pad_token_id: int
 
 
-def read_splits(task: TaskConfig) -> dict[str, Table]:
+def read_splits(task: TaskConfig) -> dict[str, TaskTable]:
     """The rows of each split. Raises UserError with file and line."""
     columns = {role: column for role, column in task.columns.model_dump().items() if column is not None}
     csv_format = CsvFormat(task.sep, task.quoting, header=task.header == 0, quoting_key="task.quoting:")
@@ -40,12 +40,12 @@ def read_splits(task: TaskConfig) -> dict[str, Table]:
     }
 
 
-def find_labels(task: TaskConfig, train: Table) -> tuple[str, ...]:
+def find_labels(task: TaskConfig, train: TaskTable) -> tuple[str, ...]:
     """The labels in the order of their ids. Raises UserError if there is only one."""
     return task.labels or KINDS[task.kind].find_labels(train)
 
 
-def make_task(config: FinetuneConfig, spec: ModelSpec, tables: Mapping[str, Table]) -> Task:
+def make_task(config: FinetuneConfig, spec: ModelSpec, tables: Mapping[str, TaskTable]) -> Task:
     """Tokenize. Raises UserError for an unknown label, and sequences longer than the model's positions."""
     kind = KINDS[config.task.kind]
     tokenizer = load_any_tokenizer(spec.folder, needed=("pad_token",))

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from experiment.results.figures import COLORS, GREY, save_figure
+from experiment.results.plots import COLORS, GREY, save_figure
 
 _MAX_ANNOTATED = 25  # with more labels, the matrix shows colors only
 

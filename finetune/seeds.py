@@ -24,7 +24,7 @@ from finetune.device import Device
 from finetune.metrics import confusion_matrix
 from finetune.model import ModelSpec, build_model, save_model
 from finetune.tasks.examples import Examples
-from finetune.tasks.rows import Table
+from finetune.tasks.rows import TaskTable
 from finetune.training import Epoch, Fitted, Log, Probabilities, fit, score
 
 _COMPLETE = "COMPLETE"  # written last into a seed's folder
@@ -53,7 +53,7 @@ class SeedRecord:
     confusion: dict[str, list[list[int]]]  # split -> counts: rows by label, columns by predicted label
 
 
-def result_settings(config: FinetuneConfig, labels: Sequence[str], tables: Mapping[str, Table]) -> dict[str, Any]:
+def result_settings(config: FinetuneConfig, labels: Sequence[str], tables: Mapping[str, TaskTable]) -> dict[str, Any]:
     """Everything the results of a seed depend on, apart from the seed: only equal settings may share a table."""
     tree = config.model_dump(mode="json")
     del tree["run"], tree["tracking"], tree["task"]["name"], tree["training"]["seeds"]

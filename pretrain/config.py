@@ -7,14 +7,20 @@ complete examples.
 import re
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from experiment.config import Section, did_you_mean
+from experiment.config.constraints import Fraction, SequenceLength
 from experiment.tracking.config import TrackingConfig
 
-Positive = Annotated[int, Field(gt=0)]
-NotNegative = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Rate = Annotated[float, Field(gt=0.0, lt=1.0)]
 
 
@@ -24,10 +30,10 @@ class RunConfig(Section):
     dir: str
     """Run folder; see docs/tracking.md for its contents."""
 
-    seed: NotNegative = 42
+    seed: NonNegativeInt = 42
     """Seed of weight initialization, data order, masks and dropout."""
 
-    log_every: Positive = 10
+    log_every: PositiveInt = 10
     """Steps between log events."""
 
     resume: str = "auto"
@@ -56,17 +62,17 @@ class ModelConfig(Section):
     """Modules to freeze for the first `freeze_steps` steps: one or more whole, consecutive parts of parameter names,
     such as embeddings, layer.0 or encoder. See docs/optimizers.md."""
 
-    freeze_steps: NotNegative = 0
+    freeze_steps: NonNegativeInt = 0
     """Number of steps during which the modules in `freeze` are not updated."""
 
     added_tokens: str | None = None
     """Tokenizer folder that extends the tokenizer of `init_from` (`deepcloze tokenizer --extend`). The model gets an
     embedding for each added token. See docs/continued_pretraining.md."""
 
-    max_positions: Positive | None = None
+    max_positions: PositiveInt | None = None
     """Extend the model in `init_from` to this many usable positions. See docs/continued_pretraining.md."""
 
-    ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    ema_decay: Rate | None = None
     """Decay of an exponential moving average of the weights, such as 0.999; checkpoints then hold the average in
     `hf-ema/`. null: no average. See docs/optimizers.md."""
 
@@ -94,7 +100,7 @@ class WeightedCorpus(Section):
     path: str
     """Folder built by `deepcloze corpus`."""
 
-    weight: Annotated[float, Field(gt=0.0)] = 1.0
+    weight: PositiveFloat = 1.0
     """Share of the training tokens, relative to the weights of the other corpora."""
 
 
@@ -118,13 +124,13 @@ class CorpusConfig(Section):
 class BatchConfig(Section):
     """Size of the global batch and of the microbatches."""
 
-    sequences: Positive = 256
+    sequences: PositiveInt = 256
     """Sequences per global batch. Any number: it need not be divisible by the number of ranks."""
 
-    max_seq_length: Annotated[int, Field(ge=8)] = 128
+    max_seq_length: SequenceLength = 128
     """Maximum length of a sequence in tokens, special tokens included."""
 
-    microbatch_tokens: Positive = 8192
+    microbatch_tokens: PositiveInt = 8192
     """Token slots per microbatch and rank. Lower it if memory runs out; results do not change."""
 
     @model_validator(mode="after")
@@ -178,19 +184,19 @@ class OptimizerConfig(Section):
     name: Literal["adamw", "lamb", "stableadamw"] = "adamw"
     """Optimizer. It cannot change on resume; a fork may use another."""
 
-    lr: Annotated[float, Field(gt=0.0)] = 5.0e-4
+    lr: PositiveFloat = 5.0e-4
     """Peak learning rate, reached after the warmup."""
 
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    weight_decay: NonNegativeFloat = 0.01
     """Decoupled weight decay; not applied to biases and norms."""
 
     betas: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], Annotated[float, Field(ge=0.0, lt=1.0)]] = (0.9, 0.98)
     """Decay rates of the running averages of the gradient and its square."""
 
-    eps: Annotated[float, Field(gt=0.0)] = 1.0e-6
+    eps: PositiveFloat = 1.0e-6
     """Added to the denominator of the update for numerical stability."""
 
-    grad_clip: Annotated[float, Field(ge=0.0)] = 1.0
+    grad_clip: NonNegativeFloat = 1.0
     """Maximum norm of the global gradient; 0 disables clipping."""
 
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
@@ -200,16 +206,16 @@ class OptimizerConfig(Section):
 class StageConfig(Section):
     """A part of a run. Missing values are taken from `batch`."""
 
-    steps: Positive | None = None
+    steps: PositiveInt | None = None
     """Length of the stage. Only the last stage may omit it; it then takes the rest of the run."""
 
-    max_seq_length: Annotated[int, Field(ge=8)] | None = None
+    max_seq_length: SequenceLength | None = None
     """As `batch.max_seq_length`."""
 
-    sequences: Positive | None = None
+    sequences: PositiveInt | None = None
     """As `batch.sequences`."""
 
-    microbatch_tokens: Positive | None = None
+    microbatch_tokens: PositiveInt | None = None
     """As `batch.microbatch_tokens`."""
 
 
@@ -220,16 +226,16 @@ class ScheduleConfig(Section):
     name: Literal["linear", "cosine", "constant", "polynomial", "inverse_sqrt", "wsd"] = "linear"
     """Shape of the decay after the warmup. `wsd` is warmup-stable-decay."""
 
-    warmup_steps: NotNegative = 100
+    warmup_steps: NonNegativeInt = 100
     """Steps of linear warmup to `optimizer.lr`."""
 
-    steps: Positive | None = None
+    steps: PositiveInt | None = None
     """Train for this many steps (global batches)."""
 
-    epochs: Annotated[float, Field(gt=0.0)] | None = None
+    epochs: PositiveFloat | None = None
     """Train for this many epochs, such as 0.5 or 3. For a single corpus, without stages."""
 
-    tokens: Annotated[float, Field(gt=0.0)] | None = None
+    tokens: PositiveFloat | None = None
     """Train for about this many tokens, special tokens included and padding excluded."""
 
     budget: str | None = None
@@ -238,13 +244,13 @@ class ScheduleConfig(Section):
     min_lr_ratio: Fraction = 0.0
     """Minimum learning rate, as a fraction of `optimizer.lr`."""
 
-    decay_steps: Positive | None = None
+    decay_steps: PositiveInt | None = None
     """Length of the final decay of `wsd`; null: a tenth of the run."""
 
-    power: Annotated[float, Field(gt=0.0)] = 2.0
+    power: PositiveFloat = 2.0
     """Exponent of `polynomial`; 1 is linear."""
 
-    batch_warmup_steps: NotNegative = 0
+    batch_warmup_steps: NonNegativeInt = 0
     """Steps over which the global batch grows to `batch.sequences`."""
 
     stages: tuple[StageConfig, ...] = ()
@@ -309,7 +315,7 @@ class ScheduleConfig(Section):
 class EvaluationConfig(Section):
     """Held-out metrics, the best checkpoint and early stopping. See docs/evaluation.md."""
 
-    every_steps: Positive = 500
+    every_steps: PositiveInt = 500
     """Steps between evaluations of the corpora in `corpus.eval`. The run also evaluates before the first step and after
     the last."""
 
@@ -317,10 +323,10 @@ class EvaluationConfig(Section):
     """Metric that selects the best checkpoint: eval/NAME/loss, eval/NAME/perplexity (lowest) or eval/NAME/accuracy
     (highest), where NAME is a key of `corpus.eval`. null: no best checkpoint."""
 
-    patience: Positive | None = None
+    patience: PositiveInt | None = None
     """Stop after this many evaluations in a row without an improvement of `best_metric`. null: no early stopping."""
 
-    overfitting_after: Positive = 3
+    overfitting_after: PositiveInt = 3
     """Warn after this many evaluations in a row in which a held-out loss rose while the training loss fell."""
 
     @model_validator(mode="after")
@@ -333,16 +339,16 @@ class EvaluationConfig(Section):
 class CheckpointConfig(Section):
     """When to save checkpoints and which to keep. The last step is always saved. See docs/checkpoints.md."""
 
-    every_steps: Positive | None = 100
+    every_steps: PositiveInt | None = 100
     """Steps between checkpoints; null: none."""
 
-    every_minutes: Annotated[float, Field(gt=0.0)] | None = None
+    every_minutes: PositiveFloat | None = None
     """Minutes between checkpoints on rank 0's clock, in addition to `every_steps`; null: none."""
 
-    keep_last: Positive = 3
+    keep_last: PositiveInt = 3
     """Number of newest checkpoints to keep."""
 
-    keep_every: Positive | None = None
+    keep_every: PositiveInt | None = None
     """Also keep checkpoints whose step is a multiple of this; null: none. The best checkpoint is always kept."""
 
 
@@ -356,10 +362,10 @@ class HealthConfig(Section):
     spike_factor: Annotated[float, Field(gt=1.0)] = 10.0
     """A gradient norm is a spike if it exceeds this factor times the median of recent norms."""
 
-    compare_every: Positive | None = 100
+    compare_every: PositiveInt | None = 100
     """Steps between checks that all ranks hold the same weights and data position; null: never."""
 
-    hang_seconds: Positive = 600
+    hang_seconds: PositiveInt = 600
     """Timeout in seconds after which a rank that waits for the others fails."""
 
 

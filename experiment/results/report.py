@@ -10,8 +10,8 @@ from typing import Any
 
 from experiment.errors import UserError
 from experiment.provenance import read_provenance
-from experiment.results.figures import INK, Line, Panel, draw_panels
 from experiment.results.page import Block, Code, Figure, Heading, Table, Text, write_page
+from experiment.results.plots import INK, Line, Panel, draw_panels
 from experiment.run_folder import RunFolder
 from experiment.tracking.jsonl import Event, read_events
 

@@ -78,7 +78,7 @@ def _print_table(best_first: Sequence[SweepResult], keys: Sequence[str], metric:
 
 def _plot(results: Sequence[SweepResult], keys: Sequence[str], metric: str, path: Path) -> None:
     """Plot the metric over the first key, with one line for each combination of the other keys."""
-    from experiment.results.figures import Line, Panel, draw_grid
+    from experiment.results.plots import Line, Panel, draw_grid
 
     first, *others = keys
     labels = short_names(keys)

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from finetune.tasks.kinds import TaskKind
-from finetune.tasks.rows import Table
+from finetune.tasks.rows import TaskTable
 
 # Shape suffixes: B examples, T tokens of the longest of them.
 
@@ -22,7 +22,7 @@ _SORTED_BATCHES = 50  # examples of this many batches are sorted by length toget
 class Examples:
     """The tokenized rows of a split, in order."""
 
-    table: Table
+    table: TaskTable
     input_ids: tuple[Tensor, ...]  # T int64 each
     token_type_ids: tuple[Tensor, ...] | None  # None if the model has none
     targets: tuple[int, ...] | None  # None if the split has no labels
@@ -44,7 +44,7 @@ class Batch:
 
 
 def tokenize(
-    table: Table,
+    table: TaskTable,
     kind: TaskKind,
     labels: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,

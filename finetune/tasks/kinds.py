@@ -12,7 +12,7 @@ from torch import Tensor
 
 from experiment.errors import UserError
 from finetune.metrics import classification_scores
-from finetune.tasks.rows import Row, Table
+from finetune.tasks.rows import Row, TaskTable
 
 # Shape suffixes: N examples of a split, B examples of a batch, C labels.
 
@@ -22,15 +22,15 @@ class TaskKind:
     """One kind of task."""
 
     auto_model: str  # transformers class with the head for it
-    find_labels: Callable[[Table], tuple[str, ...]]
+    find_labels: Callable[[TaskTable], tuple[str, ...]]
     texts: Callable[[Row], tuple[str, ...]]  # to be joined into one sequence
-    target: Callable[[Table, Row, Sequence[str]], int]  # label id of a row
+    target: Callable[[TaskTable, Row, Sequence[str]], int]  # label id of a row
     loss: Callable[[Tensor, Tensor, Tensor | None], Tensor]  # logits_BC, targets_B, weights_C -> mean over B
     probabilities: Callable[[Tensor], Tensor]  # logits_BC -> BC
     scores: Callable[[NDArray[np.int64], NDArray[np.float32]], dict[str, float]]  # targets_N, probabilities_NC
 
 
-def _distinct_labels(train: Table) -> tuple[str, ...]:
+def _distinct_labels(train: TaskTable) -> tuple[str, ...]:
     """The labels of the training rows, sorted, as numbers if all of them are."""
     labels = {row.values["label"] for row in train.rows}
     if len(labels) < 2:
@@ -42,7 +42,7 @@ def _one_or_two_texts(row: Row) -> tuple[str, ...]:
     return tuple(row.values[role] for role in ("text", "text_pair") if role in row.values)
 
 
-def _label_id(table: Table, row: Row, labels: Sequence[str]) -> int:
+def _label_id(table: TaskTable, row: Row, labels: Sequence[str]) -> int:
     label = row.values["label"]
     if label not in labels:
         raise UserError(f"{table.path}:{row.line}: unknown label '{label}'; known: {', '.join(labels)}")

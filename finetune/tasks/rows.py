@@ -29,7 +29,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Table:
+class TaskTable:
     path: Path
     rows: tuple[Row, ...]
     labelled: bool  # whether the rows have the role "label"
@@ -37,7 +37,7 @@ class Table:
 
 def read_table(
     path: Path, columns: Mapping[str, str], csv_format: CsvFormat | None = None, label_required: bool = True
-) -> Table:
+) -> TaskTable:
     """Read the rows of a .csv, .tsv, .txt or .jsonl file, perhaps compressed (.gz).
 
     Labels are stripped, text is not.
@@ -62,7 +62,7 @@ def read_table(
     return _check_labels(path, rows, label_required)
 
 
-def _check_labels(path: Path, rows: list[Row], label_required: bool) -> Table:
+def _check_labels(path: Path, rows: list[Row], label_required: bool) -> TaskTable:
     rows = [
         Row(row.line, {**row.values, "label": row.values["label"].strip()} if "label" in row.values else row.values)
         for row in rows
@@ -72,7 +72,7 @@ def _check_labels(path: Path, rows: list[Row], label_required: bool) -> Table:
     if unlabelled and (label_required or labelled):
         more = f" (and {len(unlabelled) - 1} more lines)" if len(unlabelled) > 1 else ""
         raise UserError(f"{path}:{unlabelled[0]}{more}: the label is empty")
-    return Table(path, tuple(rows), labelled)
+    return TaskTable(path, tuple(rows), labelled)
 
 
 def _csv_rows(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from experiment.device_peaks import peak_flops, peak_memory
 from experiment.run_folder import Outcome
-from experiment.throughput import Throughput
+from experiment.throughput_meter import Throughput
 from experiment.tracking import Tracker
 from experiment.tracking.metrics import Metrics
 from pretrain.batching.batch import RankBatch

@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.package_task import NAMES, Document, make_task, read_documents, sentences, write_jsonl
+from benchmarks.package_task import (
+    NAMES,
+    PackageDocument,
+    make_package_task,
+    read_package_documents,
+    sentences,
+    write_jsonl,
+)
 from experiment.errors import UserError
 
 WORDS = [
@@ -14,7 +21,7 @@ WORDS = [
 SIZES = {"train": 4, "validation": 2, "test": 3}
 
 
-def documents(count: int = 12) -> list[Document]:
+def documents(count: int = 12) -> list[PackageDocument]:
     """`count` documents of each package and of another one, each with three unique sentences."""
     draw = random.Random(0)
 
@@ -22,7 +29,7 @@ def documents(count: int = 12) -> list[Document]:
         return " ".join(draw.choices(WORDS, k=20)).capitalize() + "."
 
     return [
-        Document(" ".join(sentence() for _ in range(3)), package, f"{package}/{number}")
+        PackageDocument(" ".join(sentence() for _ in range(3)), package, f"{package}/{number}")
         for package in (*NAMES, "other")
         for number in range(count)
     ]
@@ -30,7 +37,7 @@ def documents(count: int = 12) -> list[Document]:
 
 def test_splits_are_balanced_and_share_no_document() -> None:
     """Accuracy would be misleading: labels are imbalanced, or a document is in two splits."""
-    task = make_task(documents(), SIZES, seed=1)
+    task = make_package_task(documents(), SIZES, seed=1)
     for split, size in SIZES.items():
         assert sorted(example.package for example in task.splits[split]) == sorted([*NAMES] * size)
     names = [example.document for examples in task.splits.values() for example in examples]
@@ -40,7 +47,7 @@ def test_splits_are_balanced_and_share_no_document() -> None:
 def test_held_out_documents_are_not_in_the_pretraining_text() -> None:
     """The model would be tested on text it was pretrained on."""
     everything = documents()
-    task = make_task(everything, SIZES, seed=1)
+    task = make_package_task(everything, SIZES, seed=1)
     held_out = {example.document for split in ("validation", "test") for example in task.splits[split]}
     kept = {document.name for document in task.pretraining}
     assert kept == {document.name for document in everything if document.package in NAMES} - held_out
@@ -53,7 +60,7 @@ def test_sentences_in_several_documents_are_excluded() -> None:
     """A sentence could be memorized from a document that is not held out, where it is quoted or ends differently."""
     everything = documents()
     everything += [
-        Document(f'Elsewhere: "{sentence[:-8]} and so on.', "other", f"other/copy-{number}")
+        PackageDocument(f'Elsewhere: "{sentence[:-8]} and so on.', "other", f"other/copy-{number}")
         for number, sentence in enumerate(
             first
             for document in everything
@@ -61,7 +68,7 @@ def test_sentences_in_several_documents_are_excluded() -> None:
             for first in [next(sentences(document.text))]
         )
     ]
-    task = make_task(everything, SIZES, seed=1)
+    task = make_package_task(everything, SIZES, seed=1)
     firsts = {next(sentences(document.text)) for document in everything}
     chosen = [example for examples in task.splits.values() for example in examples if example.package == "torch"]
     assert chosen
@@ -75,14 +82,14 @@ def test_sentences_that_name_their_package_are_excluded() -> None:
         document._replace(text=document.text.replace(".", " NumPy.", 2)) if document.package == "numpy" else document
         for document in documents()
     ]
-    task = make_task(everything, SIZES, seed=1)
+    task = make_package_task(everything, SIZES, seed=1)
     assert task.giveaways == 24
     assert not any("NumPy" in example.sentence for examples in task.splits.values() for example in examples)
 
 
 def test_the_draw_depends_on_the_seed_only() -> None:
     """Two runs of the demo would not be comparable."""
-    first, again, other = (make_task(documents(), SIZES, seed) for seed in (1, 1, 2))
+    first, again, other = (make_package_task(documents(), SIZES, seed) for seed in (1, 1, 2))
     assert first == again
     assert first.splits != other.splits
 
@@ -91,13 +98,13 @@ def test_a_package_with_too_little_documentation_is_named() -> None:
     """The task would be imbalanced, or the demo would fail with an IndexError."""
     few = [document for document in documents() if document.package != "scipy" or document.name.endswith("1")]
     with pytest.raises(UserError, match=r"scipy gives 2 examples, 9 are needed"):
-        make_task(few, SIZES, seed=1)
+        make_package_task(few, SIZES, seed=1)
 
 
 def test_documents_round_trip(tmp_path: Path) -> None:
     """`text`, `package` and `document` are the names that `deepcloze python_docs` writes."""
     path = tmp_path / "docs.jsonl"
     path.write_text('{"text": "Größe.", "package": "numpy", "document": "numpy/a"}\n', encoding="utf-8")
-    assert read_documents(path) == [Document("Größe.", "numpy", "numpy/a")]
-    write_jsonl(path, [Document("Größe.", "numpy", "numpy/a")])
+    assert read_package_documents(path) == [PackageDocument("Größe.", "numpy", "numpy/a")]
+    write_jsonl(path, [PackageDocument("Größe.", "numpy", "numpy/a")])
     assert '"text": "Größe."' in path.read_text(encoding="utf-8")

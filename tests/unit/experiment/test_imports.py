@@ -11,7 +11,7 @@ import pytest
         "run_folder",
         "tracking",
         "tracking.rank_logs",
-        "throughput",
+        "throughput_meter",
         "checkpoints",
         "provenance",
         "results.report",

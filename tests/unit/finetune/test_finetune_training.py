@@ -16,7 +16,7 @@ from finetune.data import Task
 from finetune.device import Device, choose_device
 from finetune.tasks.examples import Examples
 from finetune.tasks.kinds import KINDS
-from finetune.tasks.rows import Table
+from finetune.tasks.rows import TaskTable
 from finetune.training import fit, lr_factor, parameter_groups, predict
 
 CPU = Device(torch.device("cpu"), None)
@@ -43,7 +43,7 @@ def split(count: int, seed: int, labelled: bool = True) -> Examples:
     draw = np.random.default_rng(seed)
     targets = draw.integers(0, 2, count)
     ids = [torch.tensor(draw.integers(1, 5, draw.integers(1, 7)) + 4 * target) for target in targets]
-    table = Table(Path("f.csv"), (), labelled)
+    table = TaskTable(Path("f.csv"), (), labelled)
     return Examples(table, tuple(ids), None, tuple(targets.tolist()) if labelled else None, truncated=0)
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from experiment.tokenizer import load_tokenizer
 from finetune.tasks.examples import Examples, collate, evaluation_batches, tokenize, training_batches
 from finetune.tasks.kinds import KINDS
-from finetune.tasks.rows import Row, Table
+from finetune.tasks.rows import Row, TaskTable
 
 
 def examples(encoder: Path, *texts: tuple[str, ...], max_length: int = 64, labelled: bool = True) -> Examples:
@@ -16,7 +16,7 @@ def examples(encoder: Path, *texts: tuple[str, ...], max_length: int = 64, label
         Row(n, {**dict(zip(("text", "text_pair"), pair, strict=False)), **({"label": "a"} if labelled else {})})
         for n, pair in enumerate(texts, 1)
     )
-    table = Table(Path("f.csv"), rows, labelled)
+    table = TaskTable(Path("f.csv"), rows, labelled)
     return tokenize(table, KINDS["classification"], ("a", "b"), load_tokenizer(encoder), max_length, True)
 
 

@@ -5,13 +5,15 @@ import torch
 
 from experiment.errors import UserError
 from finetune.tasks.kinds import KINDS, balanced_weights
-from finetune.tasks.rows import Row, Table
+from finetune.tasks.rows import Row, TaskTable
 
 KIND = KINDS["classification"]
 
 
-def table(*labels: str) -> Table:
-    return Table(Path("f.csv"), tuple(Row(n, {"label": label, "text": ""}) for n, label in enumerate(labels, 2)), True)
+def table(*labels: str) -> TaskTable:
+    return TaskTable(
+        Path("f.csv"), tuple(Row(n, {"label": label, "text": ""}) for n, label in enumerate(labels, 2)), True
+    )
 
 
 @pytest.mark.parametrize(

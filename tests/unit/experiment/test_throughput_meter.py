@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from experiment.device_peaks import peak_flops, peak_memory
-from experiment.throughput import Throughput
+from experiment.throughput_meter import Throughput
 
 
 class Clock:

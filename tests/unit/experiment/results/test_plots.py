@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from experiment.results import figures
-from experiment.results.figures import Line, Panel, draw_panels, draw_spread, moving_average
+from experiment.results import plots as figures
+from experiment.results.plots import Line, Panel, draw_panels, draw_spread, moving_average
 
 
 @pytest.fixture
