@@ -98,9 +98,9 @@ def test_a_killed_rank_resumes_and_repeats_no_step(
     last = complete_checkpoints(tmp_path / "run" / "checkpoints")[-1]
     assert last == checkpoint_path(tmp_path / "run" / "checkpoints", steps[-1])
 
-    unbroken = run_config(tmp_path / "unbroken", wordpiece_corpus, schedule__steps=LONG)
-    pools[1].run(pretrain_case, unbroken, len(steps))
-    assert logged(tmp_path / "unbroken") == logged(tmp_path / "run")
+    uninterrupted = run_config(tmp_path / "uninterrupted", wordpiece_corpus, schedule__steps=LONG)
+    pools[1].run(pretrain_case, uninterrupted, len(steps))
+    assert logged(tmp_path / "uninterrupted") == logged(tmp_path / "run")
 
 
 def test_deepspeeds_own_launcher_gives_the_same_run(

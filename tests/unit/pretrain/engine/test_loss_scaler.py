@@ -59,13 +59,16 @@ def test_new_scale_applies_from_the_next_step(hysteresis: int) -> None:
 def test_overflow_at_the_smallest_scale_is_reported_not_raised() -> None:
     """Catches DeepSpeed's bare Exception, a run reported as stuck while the scale can still fall or hysteresis is
     left, and one that stays stuck after a good step."""
-    scaler = scaler_of(scale=8.0, min_scale=4.0, hysteresis=2)
-    stuck = []
-    for overflow in (True, True, True, False, True):
-        scaler.update_scale(overflow)
-        scaler.finish_step()
-        stuck.append((scaler.cur_scale, scaler.stuck))
-    assert stuck == [(8.0, False), (4.0, False), (4.0, True), (4.0, False), (4.0, True)]
+    falling = [(8.0, False), (4.0, False), (4.0, True), (4.0, False), (4.0, True)]
+    at_smallest = [(4.0, False), (4.0, True), (4.0, True), (4.0, False), (4.0, True)]
+    for scale, expected in ((8.0, falling), (4.0, at_smallest)):
+        scaler = scaler_of(scale, min_scale=4.0, hysteresis=2)
+        found = []
+        for overflow in (True, True, True, False, True):
+            scaler.update_scale(overflow)
+            scaler.finish_step()
+            found.append((scaler.cur_scale, scaler.stuck))
+        assert found == expected
 
 
 def test_loaded_state_repeats_the_uninterrupted_scales() -> None:
