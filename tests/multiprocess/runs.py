@@ -39,7 +39,7 @@ def soak(*cases: Any) -> list[Any]:
 
 
 def sampled(cases: Iterable[Any], sample: Collection[Any]) -> list[Any]:
-    """Parameters of a test of which only those in `sample` are no soak tests."""
+    """Parameters of a test. Cases that are not in `sample` are soak tests."""
     return [case if case in sample else soak(case)[0] for case in cases]
 
 

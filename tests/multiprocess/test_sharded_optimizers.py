@@ -94,7 +94,7 @@ def test_every_layout_equals_one_process(
         *soak(("stableadamw", 2, "fp32_zero2"), ("stableadamw", 1, "bf16_zero3")),
     ],
 )
-def test_a_resumed_run_is_the_uninterrupted_one(
+def test_resumed_optimizers_equal_the_uninterrupted_ones(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, rule: str, world_size: int, ds_config: str
 ) -> None:
     """Catches moments, or the step counter of the bias correction, that are not saved or not restored."""

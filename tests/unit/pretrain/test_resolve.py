@@ -16,7 +16,7 @@ TINY = {"model_type": "bert", "hidden_size": 24, "num_hidden_layers": 1, "num_at
 
 
 @pytest.mark.parametrize(("unit", "space", "warned"), [("word", "", True), ("word", " ", False), ("token", "", False)])
-def test_words_in_text_without_spaces(
+def test_word_masking_warns_of_text_without_spaces(
     tmp_path: Path, wordpiece: Path, caplog: pytest.LogCaptureFixture, unit: str, space: str, warned: bool
 ) -> None:
     """Catches a missing warning for text such as Chinese, where whole-word masking masks characters or sentences."""
@@ -37,7 +37,7 @@ def test_words_in_text_without_spaces(
 
 
 @pytest.mark.parametrize(("seed", "warned"), [(8, True), (9, False)])
-def test_init_from_a_run_with_the_same_corpus_and_seed(
+def test_init_from_warns_of_the_same_corpus_and_seed(
     tmp_path: Path, wordpiece_corpus: Path, caplog: pytest.LogCaptureFixture, seed: int, warned: bool
 ) -> None:
     """Catches a missing warning about continued pretraining on the same batches with the same masks."""

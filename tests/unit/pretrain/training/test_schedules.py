@@ -92,7 +92,7 @@ def test_a_decay_forked_from_a_stable_phase_starts_at_its_rate(fork: int) -> Non
         ("wsd", [1.0, 1.0, 1.0, 1.0 - math.sqrt(0.5), 0.0]),
     ],
 )
-def test_a_time_budget_decays_rate_at(name: str, fractions: list[float]) -> None:
+def test_a_time_budget_decays_by_the_clock(name: str, fractions: list[float]) -> None:
     """Catches a decay that follows the steps instead of the time spent, or does not reach its end."""
     for share, fraction in zip((0.0, 0.45, 0.9, 0.95, 1.0), fractions, strict=True):
         for step in (10, 123_456):
