@@ -23,8 +23,8 @@ from finetune.config import FinetuneConfig
 from finetune.data import SPLITS, describe_task, find_labels, make_task, read_splits
 from finetune.device import choose_device
 from finetune.model import ModelSpec
-from finetune.results import print_results, write_results
-from finetune.seeds import SeedRecord, Setup, finished_seeds, result_settings, train_seed
+from finetune.seed_run import SeedRecord, Setup, finished_seeds, result_settings, train_seed
+from finetune.seed_summary import print_results, write_results
 from finetune.tasks.kinds import KINDS
 from finetune.training import Log, steps_per_epoch
 

@@ -28,7 +28,7 @@ from pretrain.engine.process_group import connect, disconnect
 from pretrain.modeling.build import build_model
 from pretrain.modeling.masked_lm import MaskedLanguageModel
 from pretrain.resolve import resolve
-from pretrain.training.checkpoint_io import UnwritableError
+from pretrain.training.checkpoint_tensors import UnwritableError
 from pretrain.training.health import HEALTH_LIMITS, HealthLimits, UnhealthyError
 from pretrain.training.host_group import HostGroup
 from pretrain.training.stop_request import StopRequest

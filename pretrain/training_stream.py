@@ -9,15 +9,14 @@ from torch.utils.data import Dataset
 
 from experiment.errors import UserError
 from pretrain.batching.batch import RankBatch
-from pretrain.batching.batch_maker import BatchMaker, MaskedCorpus
-from pretrain.batching.counter_rng import make_key
+from pretrain.batching.batch_maker import BatchMaker
 from pretrain.batching.loader import load_batches
-from pretrain.batching.masking import Masker, MaskingSchedule, masking_policy
-from pretrain.batching.order import BatchSizes, CorpusStream, ShuffledOrder
+from pretrain.batching.masking import MaskingSchedule
+from pretrain.batching.order import ShuffledOrder
 from pretrain.batching.packing import MicrobatchLayout
-from pretrain.batching.sequences import SequenceIndex, open_index
 from pretrain.config import MaskingConfig, ScheduleConfig
-from pretrain.resolve import ResolvedRun, TrainingCorpus
+from pretrain.mixture import open_stage
+from pretrain.resolve import ResolvedRun
 from pretrain.world import World
 
 
@@ -44,7 +43,7 @@ def open_stream(run: ResolvedRun, world: World, *, packed: bool, first_position:
     Raises UserError where the length of the run does not fit its stages.
     """
     config = run.config
-    stages = [_CutMixture(run, number) for number in range(len(run.stages))]
+    stages = [open_stage(run, number) for number in range(len(run.stages))]
     orders = [stage.order(config.schedule, config.run.seed) for stage in stages]
     steps = _total_steps(config.schedule, orders, [stage.mean_length for stage in stages])
     makers = (
@@ -64,58 +63,6 @@ def open_stream(run: ResolvedRun, world: World, *, packed: bool, first_position:
         steps,
         tuple(given.name for given in run.corpora),
     )
-
-
-class _CutMixture:
-    """The training corpora, cut to the sequence length of one stage."""
-
-    def __init__(self, run: ResolvedRun, number: int) -> None:
-        self._number = number
-        self._stage = run.stages[number]
-        self._vocabulary = run.vocabulary
-        self._corpora: Sequence[TrainingCorpus] = run.corpora
-        capacity = self._stage.max_seq_length - run.vocabulary.num_special_tokens
-        index_folder = run.folder.path / "index"
-        self._indexes: list[SequenceIndex] = [open_index(given.corpus, capacity, index_folder) for given in run.corpora]
-
-    @property
-    def mean_length(self) -> float:
-        """Mean tokens per sequence of the stream, special tokens included."""
-        return sum(given.weight for given in self._corpora) / sum(self._shares)
-
-    @property
-    def _shares(self) -> tuple[float, ...]:
-        """Shares of the sequences that make the weights shares of the tokens."""
-        return tuple(
-            given.weight / (given.corpus.tokens / len(index) + self._vocabulary.num_special_tokens)
-            for given, index in zip(self._corpora, self._indexes, strict=True)
-        )
-
-    def masked_corpora(self, masking: MaskingConfig, seed: int) -> tuple[MaskedCorpus, ...]:
-        """The cut corpora with masks that no other stage has."""
-        policy = masking_policy(masking)
-        return tuple(
-            MaskedCorpus(
-                given.corpus,
-                index,
-                Masker(self._vocabulary, policy, seed, given.corpus.fingerprint, stage=self._number),
-            )
-            for given, index in zip(self._corpora, self._indexes, strict=True)
-        )
-
-    def order(self, schedule: ScheduleConfig, seed: int) -> ShuffledOrder:
-        """The order of the stage. Its sequences are not those of the previous stage, so it starts new epochs."""
-        streams = tuple(
-            CorpusStream(len(index), make_key(("order", seed, given.corpus.fingerprint, self._number)))
-            for given, index in zip(self._corpora, self._indexes, strict=True)
-        )
-        epochs = schedule.epochs
-        return ShuffledOrder(
-            streams,
-            BatchSizes(self._stage.sequences, schedule.batch_warmup_steps, self._stage.first_step),
-            None if epochs is None else max(1, round(epochs * len(self._indexes[0]))),
-            self._shares,
-        )
 
 
 def _masking_rate(masking: MaskingConfig, steps: int | None) -> MaskingSchedule | None:

@@ -3,6 +3,8 @@
 DeepSpeed's scaler, with two changes. DeepSpeed updates the scale before it unscales the gradients, so that a step
 after which the scale doubles is taken with half its gradient: here a new scale applies from the next step. And where
 DeepSpeed raises a bare Exception on an overflow at the smallest scale, `Fp16LossScaler.stuck` is set.
+
+The trainer restores the state after a bad batch, which the scaler takes for an overflow.
 """
 
 from typing import Any

@@ -1,10 +1,10 @@
 """The training loop and its parts.
 
-- trainer: load, step, log, evaluate, save; progress: how far a run has come
-- checkpointer: the checkpoints of a run; checkpoint_io: their tensors
-- schedules: the learning rate as a function of the step; clock: training time over all attempts
+- trainer: load, step, log, evaluate, save; training_progress: how far a run has come
+- checkpointer: the checkpoints of a run; checkpoint_tensors: what is in them
+- learning_rate: a function of the step; clock: training time over all attempts
 - step_agreement: one all-reduce per step of what ranks decide together; host_group: collectives between hosts
-- health: is this batch bad; recovery: stop, skip or rewind; bad_batch: write it down; replicas: do ranks still agree
-- early_stopping: best checkpoint, patience, overfitting
+- health: is this batch bad; recovery: stop, skip or rewind; bad_batch_dump: write it to the run folder
+- replicas: do the ranks still agree; early_stopping: best checkpoint, patience, overfitting
 - log_interval, run_tracker: what is logged; stop_request: signals and the STOP file
 """

@@ -12,9 +12,9 @@ from experiment.retention import Retention
 from pretrain.engine.engine import Engine
 from pretrain.export import write_hugging_face_folder
 from pretrain.resolve import ResolvedRun
-from pretrain.training.checkpoint_io import load_checkpoint, save_checkpoint
+from pretrain.training.checkpoint_tensors import load_checkpoint, save_checkpoint
 from pretrain.training.host_group import HostGroup
-from pretrain.training.progress import TrainingProgress, fork_progress, progress_from_json, progress_to_json
+from pretrain.training.training_progress import TrainingProgress, fork_progress, progress_from_json, progress_to_json
 
 log = logging.getLogger(__name__)
 

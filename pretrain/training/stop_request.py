@@ -1,4 +1,7 @@
-"""Requests to stop early: a signal to any rank, or a STOP file in the run folder."""
+"""Requests to stop early: a signal to any rank, or a STOP file in the run folder, which rank 0 checks for.
+
+`step_agreement` tells the other ranks.
+"""
 
 import signal
 import time

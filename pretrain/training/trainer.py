@@ -22,7 +22,7 @@ from pretrain.engine.engine import Engine, StepResult
 from pretrain.evaluate import HeldOutEvaluator, HeldOutSettings, open_held_out
 from pretrain.modeling.build import BuiltModel
 from pretrain.resolve import ResolvedRun
-from pretrain.training.bad_batch import BadBatchWriter
+from pretrain.training.bad_batch_dump import BadBatchWriter
 from pretrain.training.checkpointer import Checkpointer
 from pretrain.training.clock import TrainingClock
 from pretrain.training.early_stopping import newly_overfitting, should_stop_early, update_history
@@ -36,14 +36,14 @@ from pretrain.training.health import (
     norm_limit,
 )
 from pretrain.training.host_group import HostGroup
+from pretrain.training.learning_rate import learning_rate
 from pretrain.training.log_interval import LogInterval
-from pretrain.training.progress import TrainingProgress
 from pretrain.training.recovery import ADVICE, Recovery, Response
 from pretrain.training.replicas import compare_replicas
 from pretrain.training.run_tracker import open_run_tracker
-from pretrain.training.schedules import learning_rate
 from pretrain.training.step_agreement import StepAgreement, StepTotals
 from pretrain.training.stop_request import StopRequest
+from pretrain.training.training_progress import TrainingProgress
 from pretrain.training_stream import TrainingStream
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from experiment.retention import Retention
 from experiment.run_folder import RunFolder
 from pretrain.batching.batch import Microbatch
 from pretrain.config import PretrainConfig
-from pretrain.training.checkpoint_io import FragmentReader
+from pretrain.training.checkpoint_tensors import FragmentReader
 from pretrain.training.health import HEALTH_LIMITS, HealthLimits
 from pretrain.training.stop_request import StopRequest
 from pretrain.world import World
@@ -115,14 +115,14 @@ def build_engine(world: World, tree: Tree, seed: int | None = None) -> tuple[Any
 
 def save_engine(engine: Any, checkpoints: Path, step: int) -> None:
     """Save a checkpoint with an empty Hugging Face folder. Collective."""
-    from pretrain.training.checkpoint_io import save_checkpoint
+    from pretrain.training.checkpoint_tensors import save_checkpoint
 
     save_checkpoint(engine, checkpoints, step, {}, lambda _, hf: hf.mkdir(), Retention(100))
 
 
 def copy_case(world: World, tree: Tree, source: Path, target: Path) -> None:
     """Load a checkpoint into an engine of this layout, with other initial weights, and save it as step 2."""
-    from pretrain.training.checkpoint_io import load_checkpoint
+    from pretrain.training.checkpoint_tensors import load_checkpoint
 
     engine, _ = build_engine(world, tree, seed=99)
     load_checkpoint(engine, source)

@@ -69,7 +69,7 @@ def test_ema_is_that_of_the_master_weights(
 
 def average_case(world: World, tree: Tree, folder: Path, source: Path | None, limits: list[float]) -> list[bool]:
     """Load `source`, if any, take a step for each norm limit, save. Returns which updates were applied."""
-    from pretrain.training.checkpoint_io import load_checkpoint
+    from pretrain.training.checkpoint_tensors import load_checkpoint
 
     engine, _ = build_engine(world, tree)
     if source is not None:

@@ -122,7 +122,7 @@ def test_a_run_resumed_before_unfreezing_is_the_uninterrupted_one(
 def rewind_case(world: World, tree: Tree, folder: Path) -> None:
     """Save a frozen step as 1 and an unfrozen one as 2; rewind to 1, save that as 3, and the repeated step as 4."""
     from pretrain.engine.partitions import base_optimizer
-    from pretrain.training.checkpoint_io import load_checkpoint
+    from pretrain.training.checkpoint_tensors import load_checkpoint
 
     engine, _ = build_engine(world, tree)
 

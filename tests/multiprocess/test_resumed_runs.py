@@ -149,7 +149,7 @@ def test_a_checkpoint_moves_between_layouts_bit_by_bit(
 def step_or_load_case(world: World, tree: Tree, folder: Path, source: Path | None) -> int:
     """Take a step, or load `source` instead, and save as step 1. Returns the number of parameter groups."""
     from pretrain.engine.partitions import base_optimizer
-    from pretrain.training.checkpoint_io import load_checkpoint
+    from pretrain.training.checkpoint_tensors import load_checkpoint
 
     engine, _ = build_engine(world, tree)
     if source is None:

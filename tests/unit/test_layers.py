@@ -14,6 +14,7 @@ PRETRAIN_LAYERS = (
     ("pretrain.run",),
     ("pretrain.training",),
     ("pretrain.training_stream", "pretrain.evaluate"),
+    ("pretrain.mixture",),
     ("pretrain.resolve",),
     ("pretrain.engine", "pretrain.resume"),
     ("pretrain.modeling",),

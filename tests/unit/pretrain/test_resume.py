@@ -11,7 +11,7 @@ from experiment.provenance import ancestors_of, write_origin, write_provenance
 from experiment.run_folder import RunFolder
 from pretrain.config import PretrainConfig, RunConfig
 from pretrain.resume import ResumePlan, check_fork, check_resume, plan_resume, run_identity
-from pretrain.training.progress import TrainingProgress, fork_progress
+from pretrain.training.training_progress import TrainingProgress, fork_progress
 
 CONFIG = {"run": {"dir": "/runs/a"}, "model": {"config": {"model_type": "bert"}}, "corpus": {"train": "/data/a"}}
 MODEL = {"model_type": "bert", "hidden_size": 24, "transformers_version": "5.0", "dtype": None}

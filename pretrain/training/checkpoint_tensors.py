@@ -83,7 +83,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(engine: Engine, checkpoint: Path, load_optimizer_state: bool = True) -> None:
-    """Overwrite the engine's weights and optimizer state. Collective.
+    """Overwrite the engine's weights and optimizer state with those of a verified checkpoint. Collective.
 
     `load_optimizer_state`: False if the checkpoint was written with another optimizer.
 

@@ -13,7 +13,7 @@ from experiment.run_folder import RunFolder
 from finetune.config import FinetuneConfig
 from finetune.figures import draw_confusion, draw_curves
 from finetune.metrics import summarize
-from finetune.seeds import SeedRecord
+from finetune.seed_run import SeedRecord
 
 
 def write_results(

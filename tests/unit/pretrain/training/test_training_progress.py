@@ -2,7 +2,7 @@ import dataclasses
 import json
 
 from pretrain.training.early_stopping import EvaluationHistory
-from pretrain.training.progress import TrainingProgress, progress_from_json, progress_to_json
+from pretrain.training.training_progress import TrainingProgress, progress_from_json, progress_to_json
 
 PROGRESS = TrainingProgress(
     step=7,

@@ -1,4 +1,7 @@
-"""The learning rate: a function of the step, or, under a time budget, of the step and the fraction of it spent."""
+"""The learning rate: a function of the step, or, under a time budget, of the step and the fraction of it spent.
+
+Batch warmup is in `pretrain/batching/order.py`, stages in `pretrain/training_stream.py`.
+"""
 
 import math
 
