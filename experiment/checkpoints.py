@@ -62,8 +62,9 @@ def checkpoint_candidates(path: Path) -> list[Path]:
     `RUN/checkpoints/best` names, or all of a run. Empty if there are none. Does not verify them."""
     if path.name == _BEST and path.is_file():
         path = path.parent / path.read_text(encoding="utf-8").strip()
-    path = path.resolve()
-    return [path] if (path / _COMPLETE).is_file() else complete_checkpoints(path / "checkpoints")
+    if (path / _COMPLETE).is_file():
+        return [path.resolve()]  # a link may have any name
+    return complete_checkpoints(path.absolute() / "checkpoints")
 
 
 def last_usable(candidates: Sequence[Path]) -> Path:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    fsync(path.parent)
+    with suppress(OSError):  # some network file systems cannot sync a folder
+        fsync(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -64,7 +64,7 @@ class RunFolder:
 
     @property
     def outcome(self) -> Path:
-        """Written by rank 0 at the end, read by the launcher: {"outcome": …, "message": …}."""
+        """{"outcome": …, "message": …}, written at the end by rank 0 or a rank that fails, read by the launcher."""
         return self.path / "logs" / "outcome.json"
 
     def bad_batch(self, step: int) -> Path:

@@ -105,7 +105,10 @@ def _is_bare_vocabulary(folder: Path) -> bool:
     """Whether there is a vocab.txt and nothing says that it belongs to another tokenizer than BERT's."""
     if not (folder / "vocab.txt").is_file() or (folder / "tokenizer.json").is_file():
         return False
-    return _read_tokenizer_config(folder).get("tokenizer_class") in (None, "BertTokenizer", "BertTokenizerFast")
+    tokenizer_class = _read_json(folder / "tokenizer_config.json").get("tokenizer_class")
+    if tokenizer_class is None:
+        tokenizer_class = _read_json(folder / "config.json").get("tokenizer_class")
+    return tokenizer_class in (None, "BertTokenizer", "BertTokenizerFast")
 
 
 def _load_bare_vocabulary(folder: Path) -> "PreTrainedTokenizerFast":
@@ -118,7 +121,7 @@ def _load_bare_vocabulary(folder: Path) -> "PreTrainedTokenizerFast":
         raise UserError(f"tokenizer: cannot read {path}: {error}") from None
     if absent := [token for token in BERT_TOKENS.values() if token not in entries]:
         raise UserError(f"tokenizer: {path} is not a BERT vocabulary: it has no {', '.join(absent)}")
-    config = _read_tokenizer_config(folder)
+    config = _read_json(folder / "tokenizer_config.json")
     special = re.compile(r"\[.*\]|<.*>")  # [CLS], [unused1], <S>
     lowercase = not any(entry != entry.lower() for entry in entries if not special.fullmatch(entry))
     settings = {
@@ -127,8 +130,8 @@ def _load_bare_vocabulary(folder: Path) -> "PreTrainedTokenizerFast":
     return BertTokenizer(vocab=str(path), do_lower_case=bool(config.get("do_lower_case", lowercase)), **settings)
 
 
-def _read_tokenizer_config(folder: Path) -> dict[str, Any]:
-    path = folder / "tokenizer_config.json"
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, empty if there is no file."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -114,7 +114,7 @@ def help_text(argv: Sequence[str], commands: Mapping[str, Command], about: str, 
 
 
 class _UsageError(UserError):
-    """A mistake that the command's help would clear up."""
+    """A usage error; the message points to --help."""
 
 
 def _split(arguments: Sequence[str], options_type: type[Section]) -> tuple[dict[str, str], dict[str, str]]:

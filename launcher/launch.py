@@ -43,26 +43,27 @@ def launch_pretraining(options: PretrainOptions) -> None:
     Raises UserError for anything that would keep the ranks from starting, StoppedError for a run that stopped early but
     can resume, and SystemExit for one that failed (with a message) or that the ranks rejected (rank 0 prints why).
     """
+    config = load_config(PretrainConfig, options.config, options.overrides)
     machine = inspect_machine()
     select_accelerator(machine.devices)
     if options.dry_run:
-        print(describe_plan(plan_launch(options, machine)))
+        print(describe_plan(plan_launch(options, config, machine)))
         return
     with warnings_left_to_rank0():
-        plan = plan_launch(options, machine)
+        plan = plan_launch(options, config, machine)
     launch(plan)
 
 
-def plan_launch(options: PretrainOptions, machine: Machine) -> LaunchPlan:
+def plan_launch(options: PretrainOptions, config: PretrainConfig, machine: Machine) -> LaunchPlan:
     """Resolve the config and decide which ranks run where. Reads files; writes and starts nothing.
 
     Args:
         options: what the user asked for; `dry_run` is ignored.
+        config: what `options.config` and `options.overrides` say.
         machine: the machine to launch from; call `select_accelerator` for its devices first.
 
     Raises UserError for anything that would keep the run from starting.
     """
-    config = load_config(PretrainConfig, options.config, options.overrides)
     hosts = read_hostfile(options.hostfile) if options.hostfile is not None else None
     slots = place_ranks(machine.devices, options, hosts)
 
@@ -79,7 +80,7 @@ def plan_launch(options: PretrainOptions, machine: Machine) -> LaunchPlan:
         overrides=options.overrides if local else {},
         slots=slots,
         device=machine.devices.kind,
-        master_port=machine.free_port,
+        master_port=machine.find_port(),
         hostfile=None if local or options.hostfile is None else Path(options.hostfile).absolute(),
     )
     most_ranks = max(map(len, slots.values()))

@@ -3,7 +3,7 @@
 import os
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +28,8 @@ class Machine:
 
     devices: Devices
     cores: int  # CPU cores this process may use
-    free_port: int
     environ: Mapping[str, str]
+    find_port: Callable[[], int]  # a free port, called as late as possible
     deepspeed_env_files: tuple[Path, ...] = ()  # the user's own, which DeepSpeed exports to other hosts
 
 
@@ -41,8 +41,8 @@ def inspect_machine() -> Machine:
     return Machine(
         devices=find_devices(os.environ),
         cores=cpu_cores(),
-        free_port=free_port(),
         environ=dict(os.environ),
+        find_port=free_port,
         deepspeed_env_files=_find_deepspeed_env(os.environ.get("DS_ENV_FILE", ".deepspeed_env")),
     )
 

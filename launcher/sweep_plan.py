@@ -95,10 +95,10 @@ def _validate_pretraining(config: str, placement: Mapping[str, Any]) -> Validate
     select_accelerator(machine.devices)
 
     def validate(overrides: dict[str, str]) -> FlatConfig:
+        point = load_config(PretrainConfig, config, overrides)
         with warnings_left_to_rank0():
-            plan_launch(PretrainOptions(config=config, overrides=overrides, **placement), machine)
-        # Not the resolved one: after a restart it may name a newer checkpoint as model.init_from.
-        return flatten(load_config(PretrainConfig, config, overrides))
+            plan_launch(PretrainOptions(config=config, overrides=overrides, **placement), point, machine)
+        return flatten(point)  # not the resolved one, whose model.init_from may be a newer checkpoint after a restart
 
     return validate
 

@@ -33,9 +33,10 @@ from pretrain.batching.sequences import open_index
 from pretrain.batching.vocabulary import Vocabulary, build_vocabulary
 from pretrain.config import MaskingConfig, ModelConfig
 from pretrain.corpus.reader import Corpus, open_corpus
-from pretrain.modeling.build import build_model
+from pretrain.modeling.build import BuiltModel, build_model
 from pretrain.modeling.masked_lm import MaskedLanguageModel, Predictions
 from pretrain.modeling.model_config import resolve_model_config
+from pretrain.resolve import ResolvedRun
 from pretrain.world import World
 
 _SEQUENCES = 256  # per evaluation batch
@@ -98,6 +99,17 @@ class HeldOutEvaluator:
             for kind, value in scores._asdict().items()
             if kind != "masked_tokens"
         }
+
+
+def open_evaluator(run: ResolvedRun, model: BuiltModel, world: World) -> HeldOutEvaluator:
+    """The evaluator of a run. It uses one sequence length in all stages, so that the figures are comparable."""
+    batch = run.config.batch
+    layout = MicrobatchLayout(batch.max_seq_length, batch.microbatch_tokens, model.packed, model.first_position)
+    settings = HeldOutSettings(run.vocabulary, masking_policy(run.config.masking), run.config.run.seed, layout)
+    index_folder = run.folder.path / "index"
+    return HeldOutEvaluator(
+        {name: open_held_out(corpus, settings, world, index_folder) for name, corpus in run.held_out.items()}
+    )
 
 
 def _score(name: str, corpus: HeldOutCorpus, predict: Predict, device: torch.device, show_progress: bool) -> Scores:
@@ -177,7 +189,7 @@ def _open_all(names: str, fingerprint: str, folder: Path) -> dict[str, Corpus]:
             raise UserError(f"the corpus {name} was built with another tokenizer than the one in {folder}")
         opened[corpus.name if corpus.name not in opened else name] = corpus
     if not opened:
-        raise UserError("--corpus names no corpus")
+        raise UserError("--corpus is empty: expected corpus folders")
     return opened
 
 

@@ -1,7 +1,7 @@
 """Resolve a run: config -> everything that is known before a device is used.
 
 `resolve` opens what the config names, checks that it fits together, and decides which checkpoint the run starts from.
-The launcher, every rank, `--dry_run` and sweeps call it. What follows takes the typed result and reads no file again.
+The launcher, every rank, `--dry_run` and sweeps call it. What follows takes the typed result.
 """
 
 import logging
@@ -56,7 +56,7 @@ class ResolvedRun:
     model_config: PreTrainedConfig
     stages: tuple[Stage, ...]
     identity: Mapping[str, Any]  # see `run_identity`
-    resume: ResumePlan
+    resume_plan: ResumePlan
 
 
 class Decide(Protocol):
@@ -107,7 +107,7 @@ def resolve(config: PretrainConfig, world_size: int, decide: Decide = _decide_lo
         model_config=model_config,
         stages=config.stages,
         identity=identity,
-        resume=decide(lambda: _plan_resume(config, folder, identity, corpora)),
+        resume_plan=decide(lambda: _plan_resume(config, folder, identity, corpora)),
     )
 
 
@@ -216,7 +216,7 @@ def _check_lengths(config: PretrainConfig, positions: int | None, vocabulary: Vo
             raise UserError(f"{key} is {length}, but the model has {positions} positions")
         if length <= vocabulary.num_special_tokens:
             raise UserError(
-                f"{key} leaves no room beside the {vocabulary.num_special_tokens} special tokens of a sequence"
+                f"{key} must be greater than the {vocabulary.num_special_tokens} special tokens of a sequence"
             )
 
 

@@ -1,4 +1,4 @@
-"""Decide which checkpoint a run starts from, its own or that of a run it forks, and what may have changed since."""
+"""Choose the checkpoint that a run resumes or forks, and check that the config is compatible with it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +25,8 @@ _STREAM = (
 _FIXED = ("model", "masking", "optimizer.name", *_STREAM)
 # Keys below these that only change how the same result is computed.
 _LAYOUT = ("model.activation_checkpointing",)
+# Keys that change nothing in an encoder. Older identities have use_cache as activation checkpointing sets it.
+_NO_EFFECT = {"model.use_cache"}
 # Keys that determine masks if the masking rate is a function of the run's length.
 _LENGTH = ("schedule.steps", "schedule.epochs", "schedule.tokens")
 # Keys that name paths, or that `run_identity` replaces by what they resolve to.
@@ -152,7 +154,7 @@ def run_identity(
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     old, new = flatten(before), flatten(now)
-    keys = sorted(old.keys() | new.keys())
+    keys = sorted((old.keys() | new.keys()) - _NO_EFFECT)
     return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
 
 

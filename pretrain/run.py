@@ -1,4 +1,4 @@
-"""Entry point of pretraining, started once per device: parse, resolve, connect, build, train, exit.
+"""Entry point of pretraining, started once per device: parse, connect, resolve, build, train, exit.
 
 `deepcloze pretrain` starts it; so does DeepSpeed's launcher:
 
@@ -63,12 +63,12 @@ def pretrain(
             swap_folder=run.deepspeed.swap_folder(run.folder.path),
         )
         resources.callback(engine.close)
-        # Not earlier: a signal to a rank with nothing to save should end it at once.
+        trainer = Trainer(run, model, engine, stream, hosts, limits)
+        # Not earlier: a signal to a rank that has not loaded its checkpoint should end it at once.
         stop = resources.enter_context(stop_request(run.folder.stop if world.rank == 0 else None))
-        trainer = Trainer(run, model, engine, stream, hosts, stop, limits)
         outcome = Outcome.FAILED
         try:
-            outcome = trainer.train()
+            outcome = trainer.train(stop)
         except UnwritableError as error:
             log.error("no checkpoint can be written: %s", error)
             outcome = Outcome.STOPPED

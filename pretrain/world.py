@@ -1,4 +1,4 @@
-"""Which process this is among how many."""
+"""Rank and world size."""
 
 from dataclasses import dataclass
 

@@ -236,6 +236,10 @@ def _check_offload(zero: Mapping[str, Any], key: str, lowest_stage: int, path: P
         )
     if offload.get("device", "none") != "none" and stage < lowest_stage:
         raise UserError(f"{path}: '{key}' needs at least ZeRO stage {lowest_stage}, found stage {stage}")
+    if not isinstance(offload.get("nvme_path"), str | None):
+        raise UserError(
+            f"{path}: 'zero_optimization.{key}.nvme_path' is {json.dumps(offload['nvme_path'])}, expected a folder"
+        )
     for option, only in (("ratio", 1), ("super_offload", False)):
         if offload.get(option, only) != only:
             raise UserError(f"{path}: '{key}.{option}' splits the optimizer in two; remove it")

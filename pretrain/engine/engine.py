@@ -194,7 +194,7 @@ class Engine:
         partitions.copy_masters_to_model(self._deepspeed)
 
     def masters_are_finite(self) -> bool:
-        """Of the masters that this rank owns."""
+        """Whether all fp32 masters that this rank owns are finite."""
         return partitions.masters_are_finite(self._deepspeed)
 
     def replicated_weights(self) -> Iterator[tuple[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""Which slice of which parameter this rank owns, and where DeepSpeed keeps its fp32 master and optimizer state.
+"""Map parameters to this rank's ZeRO partitions: the fp32 masters and optimizer states of its slices.
 
 The only module that uses DeepSpeed's private attributes (0.19). Checkpoints, LAMB, StableAdamW and averaged weights are
 built on `fragments`. A DeepSpeed release that moves an attribute breaks this file and its test.

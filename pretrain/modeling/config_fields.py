@@ -51,7 +51,7 @@ def check_fields(fields: Mapping[str, Any], make_config: Callable[[Mapping[str, 
         looked_up = _missing_lookups(make_config({field: fields[field] for field in fields if field in used}))
         if looked_up.isdisjoint(unused):
             raise UserError(
-                f"unknown config key 'model.config.{unused[0]}' for '{config.model_type}'"
+                f"unknown config key 'model.config.{unused[0]}': '{config.model_type}' does not use it with this config"
                 f"{did_you_mean(unused[0], known | {name for name in looked_up if not name.startswith('_')})}"
             )
         used |= looked_up.intersection(unused)

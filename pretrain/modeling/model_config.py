@@ -120,7 +120,7 @@ def _new_config(
     given = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id} | ids | dict(fields)
     try:
         return AutoConfig.for_model(default.model_type, **given)
-    except Exception as error:  # as above
+    except Exception as error:  # transformers raises many types
         raise UserError(f"model.config: {first_line(error)}") from None
 
 
@@ -130,7 +130,7 @@ def _with_fields(config: PreTrainedConfig, fields: Mapping[str, Any]) -> PreTrai
     try:
         for field, value in fields.items():
             setattr(config, field, value)
-    except Exception as error:  # as above
+    except Exception as error:  # transformers raises many types
         raise UserError(f"model.config: {first_line(error)}") from None
     return config
 

@@ -1,7 +1,7 @@
 """Whether a model can be packed: several sequences in one row, none of which influences another.
 
-Tried, not assumed: a model may use the packed attention and still mix sequences elsewhere (convolutions, relative
-positions, statistics of a whole row).
+Tested with a forward pass: a model may use the packed attention and still mix sequences elsewhere (convolutions,
+relative positions, statistics of a whole row).
 """
 
 import torch

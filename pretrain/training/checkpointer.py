@@ -1,17 +1,20 @@
-"""The checkpoints of one run: when to save, what a save contains, and loading one."""
+"""The checkpoints of one run: what a save contains, and loading one."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from experiment.checkpoints import newest_usable, read_state
-from experiment.provenance import read_provenance, write_origin
+from experiment.checkpoints import checkpoint_step, newest_usable, read_state
+from experiment.provenance import write_origin
 from experiment.retention import Retention
 from pretrain.engine.engine import Engine
 from pretrain.export import write_hugging_face_folder
 from pretrain.resolve import ResolvedRun
+from pretrain.resume import ResumePlan
 from pretrain.training.checkpoint_tensors import load_checkpoint, save_checkpoint
 from pretrain.training.host_group import HostGroup
 from pretrain.training.training_progress import TrainingProgress, fork_progress, progress_from_json, progress_to_json
@@ -19,30 +22,41 @@ from pretrain.training.training_progress import TrainingProgress, fork_progress,
 log = logging.getLogger(__name__)
 
 
+def load_resumed(plan: ResumePlan, engine: Engine) -> TrainingProgress:
+    """Load the checkpoint of the resume plan, if any, and return the progress to start at. Collective."""
+    if plan.checkpoint is None:
+        return TrainingProgress()
+    changes = "".join(f"\n  {line}" for line in plan.changes)
+    log.info("%s %s%s", "forking" if plan.fork else "resuming from", plan.checkpoint, changes)
+    if not plan.load_optimizer_state:
+        log.warning("the checkpoint has another optimizer: optimizer states start at zero")
+    load_checkpoint(engine, plan.checkpoint, plan.load_optimizer_state)
+    progress = progress_from_json(read_state(plan.checkpoint)["progress"])
+    return fork_progress(progress, plan.same_stream) if plan.fork else progress
+
+
 class Checkpointer:
-    def __init__(self, run: ResolvedRun, engine: Engine, model: PreTrainedModel, hosts: HostGroup) -> None:
-        """`model`: whose config and buffers go to the Hugging Face folder."""
+    def __init__(
+        self,
+        run: ResolvedRun,
+        engine: Engine,
+        model: PreTrainedModel,
+        hosts: HostGroup,
+        provenance: Mapping[str, Any] | None,
+    ) -> None:
+        """Args:
+        model: whose config and buffers go to the Hugging Face folder.
+        provenance: of the run; None on other ranks than 0.
+        """
         self._run = run
         self._engine = engine
         self._model = model
         self._hosts = hosts
-        self.saved_step: int | None = None  # of the newest checkpoint of this run
-
-    def load(self) -> TrainingProgress:
-        """Load what the resume plan says and return its progress. Collective."""
-        plan = self._run.resume
-        if plan.checkpoint is None:
-            return TrainingProgress()
-        changes = "".join(f"\n  {line}" for line in plan.changes)
-        log.info("%s %s%s", "forking" if plan.fork else "resuming from", plan.checkpoint, changes)
-        if not plan.load_optimizer_state:
-            log.warning("the checkpoint has another optimizer: optimizer states start at zero")
-        load_checkpoint(self._engine, plan.checkpoint, plan.load_optimizer_state)
-        progress = progress_from_json(read_state(plan.checkpoint)["progress"])
-        if plan.fork:
-            return fork_progress(progress, plan.same_stream)
-        self.saved_step = progress.step
-        return progress
+        self._provenance = provenance
+        plan = run.resume_plan
+        resumed = plan.checkpoint is not None and not plan.fork
+        # Step of the newest checkpoint of this run, None if it has none.
+        self.saved_step = checkpoint_step(plan.checkpoint) if plan.checkpoint is not None and resumed else None
 
     def load_newest(self) -> TrainingProgress:
         """Load this run's newest checkpoint, to rewind. Collective."""
@@ -81,6 +95,5 @@ class Checkpointer:
     def _write_model(self, weights: dict[str, Tensor], folder: Path, step: int) -> None:
         own = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
         write_hugging_face_folder(own, self._model, self._run.tokenizer, folder)
-        record = read_provenance(self._run.folder)
-        assert record is not None, "rank 0 writes provenance before it trains"
-        write_origin(folder, self._run.folder, record, step)
+        assert self._provenance is not None, "rank 0 writes models"
+        write_origin(folder, self._run.folder, self._provenance, step)

@@ -27,7 +27,7 @@ class LogInterval:
             self._pending.append(losses.sum(dtype=torch.float64))
             self.masked_tokens += totals.masked_tokens
 
-    def reduce(self, device: torch.device) -> None:
+    def all_reduce_losses(self, device: torch.device) -> None:
         """Copy all losses to the host: the interval's only wait for the device. Collective."""
         if self._pending:
             summed = torch.stack([loss.to(device, torch.float64) for loss in self._pending])

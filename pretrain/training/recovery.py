@@ -40,7 +40,8 @@ class Recovery:
         what = f"{fault}\n  its batch: {dumped}"
         if count_consecutive((*bad_steps, fault.step), fault.step) >= self._limits.max_consecutive:
             raise UnhealthyError(
-                f"{what}\n  the last {self._limits.max_consecutive} steps were all bad, so the weights are\n{ADVICE}"
+                f"{what}\n  the last {self._limits.max_consecutive} steps were all bad: the weights have probably "
+                f"diverged\n{ADVICE}"
             )
         if self._policy == "skip":
             return Response.SKIP

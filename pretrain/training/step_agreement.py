@@ -1,7 +1,7 @@
 """What all ranks agree on before each step: token counts, requests to stop or save, and the time.
 
-One all-reduce of whole numbers per step, between hosts and not through the device. Decisions that depend on a clock are
-rank 0's.
+One all-reduce of whole numbers per step over gloo, without a device sync. Decisions that depend on time use rank 0's
+clock.
 """
 
 from typing import NamedTuple
@@ -9,7 +9,6 @@ from typing import NamedTuple
 from pretrain.batching.batch import RankBatch
 from pretrain.training.clock import TrainingClock
 from pretrain.training.host_group import HostGroup
-from pretrain.training.stop_request import StopRequest
 from pretrain.world import World
 
 
@@ -30,24 +29,21 @@ class StepTotals(NamedTuple):
 
 
 class StepAgreement:
-    def __init__(
-        self, hosts: HostGroup, world: World, clock: TrainingClock, stop: StopRequest, save_minutes: float | None
-    ) -> None:
-        """`save_minutes`: after which a checkpoint is due; None: never by the clock."""
+    def __init__(self, hosts: HostGroup, world: World, clock: TrainingClock, save_minutes: float | None) -> None:
+        """`save_minutes`: between checkpoints; None: none are due by the clock."""
         self._hosts = hosts
         self._is_rank0 = world.rank == 0
         self._clock = clock
-        self._stop = stop
         self._save_minutes = save_minutes
 
-    def totals(self, batch: RankBatch) -> StepTotals:
-        """Collective. `batch`: this rank's share of the next global batch."""
+    def all_reduce(self, batch: RankBatch, stop_requested: bool) -> StepTotals:
+        """Collective. `batch`: this rank's share of the next global batch; `stop_requested`: of this rank."""
         save_due = self._save_minutes is not None and self._clock.minutes_since_save >= self._save_minutes
         own = (
             batch.masked_tokens,
             batch.tokens,
             batch.squared_lengths,
-            int(self._stop.reason is not None),
+            int(stop_requested),
             int(save_due and self._is_rank0),
             int(self._clock.seconds * 1000) if self._is_rank0 else 0,
         )

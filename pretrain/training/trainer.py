@@ -16,14 +16,12 @@ from experiment.throughput_meter import Throughput
 from experiment.tracking import Tracker
 from experiment.tracking.metrics import Metrics
 from pretrain.batching.batch import RankBatch
-from pretrain.batching.masking import masking_policy
-from pretrain.batching.packing import MicrobatchLayout
 from pretrain.engine.engine import Engine, StepResult
-from pretrain.evaluate import HeldOutEvaluator, HeldOutSettings, open_held_out
+from pretrain.evaluate import open_evaluator
 from pretrain.modeling.build import BuiltModel
 from pretrain.resolve import ResolvedRun
 from pretrain.training.bad_batch_dump import BadBatchWriter
-from pretrain.training.checkpointer import Checkpointer
+from pretrain.training.checkpointer import Checkpointer, load_resumed
 from pretrain.training.clock import TrainingClock
 from pretrain.training.early_stopping import newly_overfitting, should_stop_early, update_history
 from pretrain.training.health import (
@@ -40,17 +38,16 @@ from pretrain.training.learning_rate import learning_rate
 from pretrain.training.log_interval import LogInterval
 from pretrain.training.recovery import ADVICE, Recovery, Response
 from pretrain.training.replicas import compare_replicas
-from pretrain.training.run_tracker import open_run_tracker
+from pretrain.training.run_start import open_run_tracker, record_start
 from pretrain.training.step_agreement import StepAgreement, StepTotals
 from pretrain.training.stop_request import StopRequest
-from pretrain.training.training_progress import TrainingProgress
 from pretrain.training_stream import TrainingStream
 
 log = logging.getLogger(__name__)
 
 
 class Update(NamedTuple):
-    """What became of one global batch."""
+    """The result of training on one global batch."""
 
     result: StepResult = StepResult(applied=False, grad_norm=math.nan)
     losses: Tensor | None = None  # summed, of each microbatch of this rank; None: the batch was not trained on
@@ -67,35 +64,41 @@ class Trainer:
         engine: Engine,
         stream: TrainingStream,
         hosts: HostGroup,
-        stop: StopRequest,
         limits: HealthLimits = HEALTH_LIMITS,
     ) -> None:
-        config = run.config
-        self._run = run
+        """Loads the checkpoint that the run resumes from, if any, and opens the trackers."""
+        config, world = run.config, engine.world
         self._config = config
         self._flops = model.flops
         self._engine = engine
         self._stream = stream
         self._hosts = hosts
-        self._stop = stop
         self._limits = limits
         self._on_gpu = engine.device.type == "cuda"
-        self._evaluator = _held_out_evaluator(run, model, engine)
-        self._checkpointer = Checkpointer(run, engine, model.model, hosts)
+        self._evaluator = open_evaluator(run, model, world)
+        self._progress = load_resumed(run.resume_plan, engine)
+        self._tracker: Tracker | None = None
+        provenance = None
+        if world.rank == 0:
+            provenance = record_start(run, world.size)
+            self._tracker = open_run_tracker(run, provenance, self._progress.step, stream.steps)
+        self._checkpointer = Checkpointer(run, engine, model.model, hosts, provenance)
         self._recovery = Recovery(config.health, limits)
-        self._bad_batches = BadBatchWriter(run.folder, engine.world, stream.corpora, run.tokenizer.decode)
-        self._tracker: Tracker | None = None  # on rank 0, once training starts
+        self._bad_batches = BadBatchWriter(run.folder, world, stream.corpora, run.tokenizer.decode)
+        self._clock, self._throughput = TrainingClock(self._progress.seconds), Throughput()
+        self._agreement = StepAgreement(hosts, world, self._clock, config.checkpoint.every_minutes)
         self._logged_step = -1  # events up to this step were logged before a rewind
+        self._open_data()
 
-    def train(self) -> Outcome:
+    def train(self, stop: StopRequest) -> Outcome:
         """Train to the end, or until a rank is asked to stop. Saves the last step.
 
         Raises UnhealthyError, LossScaleError or UnwritableError, each on all ranks, if the run cannot continue.
         """
-        self._start()
+        self._evaluate_and_save_if_due()
         while not self._is_finished():
             batch = self._next_batch()
-            totals = self._agreement.totals(batch)
+            totals = self._agreement.all_reduce(batch, stop_requested=stop.reason is not None)
             rate = self._learning_rate(batch.step, totals.seconds)
             update = self._train_step(batch, totals.masked_tokens, rate)
             if update.fault is not None:
@@ -117,7 +120,7 @@ class Trainer:
                 self._save(self._clock.seconds)
                 self._clock.restart_save_timer()
             if stopping:
-                log.info("stopping after step %d: %s", self._progress.step, self._stop.reason or "on another rank")
+                log.info("stopping after step %d: %s", self._progress.step, stop.reason or "on another rank")
                 return Outcome.STOPPED
         self._log_early_stop()
         return Outcome.DONE
@@ -127,25 +130,18 @@ class Trainer:
         if self._tracker is not None:
             self._tracker.close(outcome)
 
-    def _start(self) -> None:
-        """Load the checkpoint that the run resumes from, if any, and do what is due before the first step."""
-        progress = self._checkpointer.load()
-        world = self._engine.world
-        if world.rank == 0:
-            self._tracker = open_run_tracker(self._run, world.size, progress.step, self._stream.steps)
-        self._clock, self._throughput = TrainingClock(progress.seconds), Throughput()
-        save_minutes = self._config.checkpoint.every_minutes
-        self._agreement = StepAgreement(self._hosts, world, self._clock, self._stop, save_minutes)
-        self._start_at(progress)
-
-    def _start_at(self, progress: TrainingProgress) -> None:
-        self._progress = progress
+    def _open_data(self) -> None:
+        """Start the log interval and the data stream at the current progress."""
+        progress = self._progress
         self._interval = LogInterval(progress.interval_losses, progress.interval_masked)
         self._batches: Iterator[RankBatch] = self._stream.load(progress.step, self._on_gpu)
-        if self._is_evaluation_due() and not progress.evaluated:
+
+    def _evaluate_and_save_if_due(self) -> None:
+        """Before the next step."""
+        if self._is_evaluation_due() and not self._progress.evaluated:
             self._evaluate()
-        must_rewind_to_something = self._checkpointer.saved_step is None and self._config.health.policy == "rewind"
-        if must_rewind_to_something or self._is_best_step():
+        needs_rewind_target = self._checkpointer.saved_step is None and self._config.health.policy == "rewind"
+        if needs_rewind_target or self._is_best_step():
             self._save(self._progress.seconds)
 
     def _next_batch(self) -> RankBatch:
@@ -211,7 +207,7 @@ class Trainer:
         self._save(self._progress.seconds)
         return (
             "  the state before it: saved; the same command with --health.policy=skip resumes and skips the batch\n"
-            f"  if more follow, the weights are to blame and not the data\n{ADVICE}"
+            f"  if more batches are bad, the weights have diverged\n{ADVICE}"
         )
 
     def _rewind(self) -> None:
@@ -220,8 +216,10 @@ class Trainer:
         with self._throughput.paused():
             del self._batches  # ends its worker processes
             progress = self._checkpointer.load_newest()
+            self._progress = replace(progress, bad_steps=reached.bad_steps)
+            self._open_data()
         self._logged_step = max(self._logged_step, reached.step)
-        self._start_at(replace(progress, bad_steps=reached.bad_steps))
+        self._evaluate_and_save_if_due()
 
     def _advance(self, totals: StepTotals, update: Update) -> None:
         """Count the step."""
@@ -249,7 +247,7 @@ class Trainer:
     def _log(self, rate: float, grad_norm: float) -> None:
         """Log the interval and start the next one."""
         interval, progress = self._interval, self._progress
-        interval.reduce(self._engine.device)
+        interval.all_reduce_losses(self._engine.device)
         pace = self._throughput.lap()
         by_corpus = progress.tokens_by_corpus
         self._track(
@@ -295,7 +293,7 @@ class Trainer:
             metrics = self._evaluator.metrics(self._engine.predict, self._engine.device)
             if metrics:
                 self._track(metrics)
-            interval.reduce(self._engine.device)
+            interval.all_reduce_losses(self._engine.device)
             trained = progress.loss_sum + interval.loss_sum, progress.masked_tokens + interval.masked_tokens
             history = update_history(progress.evaluations, config, progress.step, metrics, trained)
             for name in newly_overfitting(history, config):
@@ -310,7 +308,7 @@ class Trainer:
     def _save(self, seconds: float) -> None:
         """Save a checkpoint of this step, unless there is one. `seconds`: of training so far."""
         with self._throughput.paused():
-            self._interval.reduce(self._engine.device)
+            self._interval.all_reduce_losses(self._engine.device)
             saved = self._checkpointer.save(
                 replace(
                     self._progress,
@@ -352,14 +350,3 @@ class Trainer:
                 history.best,
                 history.best_step,
             )
-
-
-def _held_out_evaluator(run: ResolvedRun, model: BuiltModel, engine: Engine) -> HeldOutEvaluator:
-    batch = run.config.batch
-    # One sequence length for the whole run, whatever its stages, so that the figures are comparable.
-    layout = MicrobatchLayout(batch.max_seq_length, batch.microbatch_tokens, model.packed, model.first_position)
-    settings = HeldOutSettings(run.vocabulary, masking_policy(run.config.masking), run.config.run.seed, layout)
-    index_folder = run.folder.path / "index"
-    return HeldOutEvaluator(
-        {name: open_held_out(corpus, settings, engine.world, index_folder) for name, corpus in run.held_out.items()}
-    )

@@ -5,7 +5,7 @@ from typing import Any
 
 from pretrain.training.early_stopping import EvaluationHistory, history_from_json
 
-# state.json is older than these names.
+# Names in state.json, kept so that existing checkpoints load.
 _SAVED_AS = {"masked_tokens": "masked", "grad_norms": "norms", "bad_steps": "skipped", "evaluations": "standing"}
 
 

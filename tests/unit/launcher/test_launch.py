@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from experiment.config import load_config
 from experiment.errors import StoppedError, UserError
 from experiment.run_folder import Outcome, RunFolder
 from launcher import launch
@@ -69,8 +70,9 @@ def attempts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
 def test_a_plan_depends_on_the_given_machine_only(config: str, resolved: list[tuple[Any, int]]) -> None:
     """Catches a plan that reads the environment or the devices of the machine it is made on."""
-    gpus = Machine(Devices("cuda", (4, 5, 6)), cores=12, free_port=29501, environ={"CUDA_VISIBLE_DEVICES": "4,5,6"})
-    plan = plan_launch(PretrainOptions(config=config, num_gpus=2), gpus)
+    environ = {"CUDA_VISIBLE_DEVICES": "4,5,6"}
+    gpus = Machine(Devices("cuda", (4, 5, 6)), cores=12, environ=environ, find_port=lambda: 29501)
+    plan = plan_launch(PretrainOptions(config=config, num_gpus=2), load_config(PretrainConfig, config), gpus)
     assert plan.slots == {"localhost": (4, 5)}
     assert {"--master_port=29501", "--include=localhost:4,5"} <= set(plan.argv)
     assert plan.added_environment["OMP_NUM_THREADS"] == "6"

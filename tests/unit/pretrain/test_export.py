@@ -56,7 +56,7 @@ def test_export_does_not_overwrite(run: Path, tmp_path: Path) -> None:
     """Catches a user's files that an export replaces."""
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("all of it")
-    with pytest.raises(UserError, match="mine is there already"):
+    with pytest.raises(UserError, match="mine already exists"):
         export(str(run), str(tmp_path / "mine"))
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "all of it"
 

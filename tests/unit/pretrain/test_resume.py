@@ -226,3 +226,11 @@ def test_never_needs_an_unused_folder(tmp_path: Path) -> None:
     assert plan(tmp_path / "new", "never") == plan(tmp_path / "new", "auto") == ResumePlan()
     with pytest.raises(UserError, match="already holds a run"):
         plan(make_run(tmp_path / "run", (4,)), "never")
+
+
+def test_use_cache_does_not_matter() -> None:
+    """Catches runs with activation checkpointing that cannot be resumed: older checkpoints have `use_cache: false` in
+    their identity, because building the model changed it."""
+    old, new = identity(model=MODEL | {"use_cache": False}), identity(model=MODEL | {"use_cache": True})
+    assert check_resume(old, new, "a checkpoint") == []
+    assert check_fork(old, identity(), "a checkpoint") == []

@@ -98,6 +98,10 @@ def test_engine_config_does_not_change_its_input() -> None:
             "needs at least ZeRO stage 1, found stage 0",
         ),
         ('{"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}', "needs at least ZeRO stage 3"),
+        (
+            '{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": 5}}}',
+            "'zero_optimization.offload_optimizer.nvme_path' is 5",
+        ),
         ('{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "disk"}}}', 'device\' is "disk"'),
         (
             '{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}',

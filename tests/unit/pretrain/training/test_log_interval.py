@@ -37,7 +37,7 @@ def add_steps(interval: LogInterval, steps: Iterable[tuple[list[float] | None, i
 def test_mean_loss_is_per_masked_token_of_all_ranks() -> None:
     """Catches a mean over steps or microbatches, one rank's share, and masked tokens of steps that were skipped."""
     interval = add_steps(LogInterval(), STEPS)
-    interval.reduce(CPU)
+    interval.all_reduce_losses(CPU)
     assert interval.masked_tokens == 11
     assert interval.mean_loss == pytest.approx(2 * (0.1 + 0.7 + 1e-3 + 1.3 + 2.1 + 0.3 + 0.9) / 11)
 
@@ -46,11 +46,11 @@ def test_mean_loss_is_per_masked_token_of_all_ranks() -> None:
 def test_resumed_interval_logs_the_same_loss(stop_after: int) -> None:
     """Catches steps before a stop that a resume drops or counts twice, and sums in another order: not a bit differs."""
     uninterrupted = add_steps(LogInterval(), STEPS)
-    uninterrupted.reduce(CPU)
+    uninterrupted.all_reduce_losses(CPU)
     before = add_steps(LogInterval(), STEPS[:stop_after])
-    before.reduce(CPU)
+    before.all_reduce_losses(CPU)
     resumed = add_steps(LogInterval(tuple(before.losses), before.masked_tokens), STEPS[stop_after:])
-    resumed.reduce(CPU)
+    resumed.all_reduce_losses(CPU)
     assert resumed.losses == uninterrupted.losses
     assert resumed.mean_loss == uninterrupted.mean_loss
 
@@ -58,18 +58,18 @@ def test_resumed_interval_logs_the_same_loss(stop_after: int) -> None:
 def test_reducing_twice_changes_nothing() -> None:
     """Catches losses that an evaluation or a save within the interval reduces, and the log event reduces again."""
     once, twice = add_steps(LogInterval(), STEPS), add_steps(LogInterval(), STEPS[:2])
-    twice.reduce(CPU)
-    twice.reduce(CPU)
+    twice.all_reduce_losses(CPU)
+    twice.all_reduce_losses(CPU)
     add_steps(twice, STEPS[2:])
     for interval in (once, twice):
-        interval.reduce(CPU)
+        interval.all_reduce_losses(CPU)
     assert once.losses == twice.losses
 
 
 def test_interval_without_a_trained_step_has_no_loss() -> None:
     """Catches a division by zero where every batch of an interval was skipped."""
     interval = add_steps(LogInterval(), [(None, 4)])
-    interval.reduce(CPU)
+    interval.all_reduce_losses(CPU)
     assert interval.mean_loss is None
 
 

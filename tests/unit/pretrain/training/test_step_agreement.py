@@ -9,7 +9,6 @@ from pretrain.batching.order import BatchSequences
 from pretrain.training.clock import TrainingClock
 from pretrain.training.host_group import HostGroup
 from pretrain.training.step_agreement import StepAgreement, StepTotals
-from pretrain.training.stop_request import StopRequest
 from pretrain.world import World
 
 MASKED, TOKENS, SQUARED = (5, 30, 200), (9, 70, 800), (0, 2, 4)  # of three ranks
@@ -24,11 +23,6 @@ class RecordedHosts:
     def all_reduce_sum(self, numbers: Sequence[int]) -> list[int]:
         self.contributions.append(list(numbers))
         return [sum(column) for column in zip(*self.contributions, strict=True)]
-
-
-class Requested:
-    def __init__(self, reason: str | None) -> None:
-        self.reason = reason
 
 
 def rank_batch(masked: int, tokens: int, squared_lengths: int) -> RankBatch:
@@ -46,9 +40,9 @@ def agree(monkeypatch: pytest.MonkeyPatch, save_minutes: float | None, asked: tu
         now = 0.0
         clock = TrainingClock(0.0)
         now = 100.0 + 70.0 * rank
-        stop = cast(StopRequest, Requested(reason))
-        agreement = StepAgreement(cast(HostGroup, hosts), World(rank, 3), clock, stop, save_minutes)
-        totals = agreement.totals(rank_batch(MASKED[rank], TOKENS[rank], SQUARED[rank]))
+        agreement = StepAgreement(cast(HostGroup, hosts), World(rank, 3), clock, save_minutes)
+        batch = rank_batch(MASKED[rank], TOKENS[rank], SQUARED[rank])
+        totals = agreement.all_reduce(batch, stop_requested=reason is not None)
     return totals
 
 

@@ -1,0 +1,42 @@
+"""What rank 0 does when a run starts: write RUN/config.yaml and RUN/provenance.json, open the trackers."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from experiment.config import dump_config
+from experiment.files import write_text
+from experiment.provenance import ancestors_of, collect_provenance, read_provenance, write_provenance
+from experiment.tracking import Tracker, open_trackers
+from pretrain.resolve import ResolvedRun
+
+
+def record_start(run: ResolvedRun, world_size: int) -> Mapping[str, Any]:
+    """Write RUN/config.yaml, and this attempt to RUN/provenance.json. Returns the run's provenance."""
+    write_provenance(run.folder, collect_provenance(sys.argv, world_size), _ancestors(run))
+    write_text(run.folder.config, dump_config(run.config))
+    provenance = read_provenance(run.folder)
+    assert provenance is not None
+    return provenance
+
+
+def open_run_tracker(run: ResolvedRun, provenance: Mapping[str, Any], step: int, total_steps: int | None) -> Tracker:
+    """`step`: finished steps when this attempt starts. `total_steps`: None under a time budget."""
+    resumed = run.resume_plan.checkpoint is not None and not run.resume_plan.fork
+    return open_trackers(
+        run.config.tracking,
+        run.folder,
+        total_steps=total_steps,
+        resumed_step=step if resumed else -1,
+        run_id=provenance["run_id"],
+        parameters=run.config.model_dump(mode="json"),
+    )
+
+
+def _ancestors(run: ResolvedRun) -> list[dict[str, Any]] | None:
+    """The models that the run's first weights came from; None for a resumed run, which has recorded them."""
+    if run.resume_plan.checkpoint is not None:
+        return ancestors_of(run.resume_plan.checkpoint / "hf", "fork") if run.resume_plan.fork else None
+    init_from = run.config.model.init_from
+    return ancestors_of(Path(init_from), "init_from") if init_from else []
