@@ -187,9 +187,10 @@ SCRIPT = """
     from experiment.tracking.config import TrackingConfig
     from experiment.tracking.weights_and_biases import WandbTracker
 
-    folder, mode = Path(sys.argv[1]), sys.argv[2]
+    folder, mode, finish_seconds = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
     began = time.perf_counter()
-    tracker = WandbTracker(TrackingConfig(wandb=mode), RunFolder(folder), "id7", {"a": {"b": 1}}, finish_seconds=3)
+    config = TrackingConfig(wandb=mode)
+    tracker = WandbTracker(config, RunFolder(folder), "id7", {"a": {"b": 1}}, finish_seconds=finish_seconds)
     for step in range(100):
         tracker.log({"step": step, "loss": 1.0})
     logged = time.perf_counter()
@@ -198,7 +199,9 @@ SCRIPT = """
 """
 
 
-def run_for_real(tmp_path: Path, mode: str, environment: dict[str, str]) -> tuple[float, float, float]:
+def run_for_real(
+    tmp_path: Path, mode: str, environment: dict[str, str], finish_seconds: float
+) -> tuple[float, float, float]:
     """Seconds to open and log, to close, and for the whole process; with the real wandb."""
     folder, elsewhere = tmp_path / "run", tmp_path / "cwd"
     folder.mkdir()
@@ -209,13 +212,13 @@ def run_for_real(tmp_path: Path, mode: str, environment: dict[str, str]) -> tupl
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": str(repository), **environment}
     began = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, str(script), str(folder), mode],
+        [sys.executable, str(script), str(folder), mode, str(finish_seconds)],
         cwd=elsewhere,
         env=environment,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=150,
     )
     assert done.returncode == 0, done.stderr
     assert not list(elsewhere.iterdir()), "wandb wrote into the working directory"
@@ -226,14 +229,14 @@ def run_for_real(tmp_path: Path, mode: str, environment: dict[str, str]) -> tupl
 
 def test_offline_writes_into_the_run_folder(tmp_path: Path) -> None:
     """Catches settings that the installed wandb rejects, and a `wandb/` in the working directory."""
-    run_for_real(tmp_path, "offline", {})
+    run_for_real(tmp_path, "offline", {}, finish_seconds=120)
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*-id7/*.wandb"))
 
 
 def test_an_unreachable_network_does_not_delay_a_run(tmp_path: Path) -> None:
     """Catches retries of the real wandb that delay the start, the end or the exit of the process."""
     down = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}
-    logged, closed, whole = run_for_real(tmp_path, "online", down)
+    logged, closed, whole = run_for_real(tmp_path, "online", down, finish_seconds=3)
     assert logged < 1.0
     assert closed < 4.0
     assert whole < 20.0
