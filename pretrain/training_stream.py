@@ -15,8 +15,8 @@ from pretrain.batching.masking import MaskingSchedule
 from pretrain.batching.order import ShuffledOrder
 from pretrain.batching.packing import MicrobatchLayout
 from pretrain.config import MaskingConfig, ScheduleConfig
-from pretrain.mixture import open_stage
 from pretrain.resolve import ResolvedRun
+from pretrain.stage_data import open_stage
 from pretrain.world import World
 
 

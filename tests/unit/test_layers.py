@@ -14,7 +14,7 @@ PRETRAIN_LAYERS = (
     ("pretrain.run",),
     ("pretrain.training",),
     ("pretrain.training_stream", "pretrain.evaluate"),
-    ("pretrain.mixture",),
+    ("pretrain.stage_data",),
     ("pretrain.resolve",),
     ("pretrain.engine", "pretrain.resume"),
     ("pretrain.modeling",),

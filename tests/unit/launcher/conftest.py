@@ -5,8 +5,11 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def not_under_nohup() -> Iterator[None]:
-    """The tests may run under nohup, which ignores SIGHUP; so would the processes that they start."""
-    previous = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+def default_signals() -> Iterator[None]:
+    """The tests may run under nohup, which ignores SIGHUP, or in the background of a script, which ignores SIGINT; so
+    would the processes that they start."""
+    defaults = ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler))
+    previous = {number: signal.signal(number, handler) for number, handler in defaults}
     yield
-    signal.signal(signal.SIGHUP, previous)
+    for number, handler in previous.items():
+        signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""The mixture of training corpora in one stage of a run: sequences, shares, order and masks.
+"""The training data of one stage of a run: sequences, shares of the mixture, order and masks.
 
 The weights of a mixture are shares of tokens. `batching/order.py` deals positions to corpora, one per sequence, so the
 weights are converted here.
@@ -17,7 +17,7 @@ from pretrain.resolve import ResolvedRun, TrainingCorpus
 
 
 @dataclass(frozen=True)
-class StageMixture:
+class StageData:
     """The training corpora, split to the sequence length of one stage."""
 
     number: int  # of the stage
@@ -66,9 +66,9 @@ class StageMixture:
         )
 
 
-def open_stage(run: ResolvedRun, number: int) -> StageMixture:
+def open_stage(run: ResolvedRun, number: int) -> StageData:
     """Open the sequence indexes of stage `number`; those that do not exist are built."""
     stage = run.stages[number]
     capacity = stage.max_seq_length - run.vocabulary.num_special_tokens
     indexes = tuple(open_index(given.corpus, capacity, run.folder.path / "index") for given in run.corpora)
-    return StageMixture(number, stage, run.corpora, indexes, run.vocabulary)
+    return StageData(number, stage, run.corpora, indexes, run.vocabulary)
