@@ -15,6 +15,7 @@ import contextlib
 import datetime
 import logging
 import os
+import resource
 from collections.abc import Callable, Sequence
 
 from experiment.errors import UserError
@@ -85,6 +86,7 @@ def pretrain(
 def main(argv: Sequence[str]) -> None:
     """Run this rank and end the process with the outcome's exit code."""
     rank = int(os.environ.get("RANK", "0"))
+    _raise_limit_of_open_files()
     outcome, message = Outcome.FAILED, ""
     config: PretrainConfig | None = None
     try:
@@ -106,6 +108,13 @@ def main(argv: Sequence[str]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(outcome.exit_code)  # a normal exit with live collective threads sometimes aborts
+
+
+def _raise_limit_of_open_files() -> None:
+    """Raise the soft limit, often 1024, to the hard limit: shared tensors and connections take file descriptors."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # some systems allow less than their hard limit says
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _timeout(config: PretrainConfig) -> datetime.timedelta:

@@ -11,7 +11,7 @@ from types import FrameType
 
 from torch.utils.data import DataLoader, Dataset
 
-from pretrain.batching.batch import RankBatch
+from pretrain.batching.batch import RankBatch, pack_batch, unpack_batch
 
 _GRACE_SECONDS = 40  # how long a worker keeps running after SIGTERM
 
@@ -23,17 +23,17 @@ def load_batches(
 
     With `workers` = 0 each batch is made in this process when it is requested.
     """
-    return iter(
-        DataLoader(
-            batches,
-            batch_size=None,
-            sampler=_Steps(first, last),
-            num_workers=workers,
-            prefetch_factor=4 if workers else None,
-            pin_memory=pin_memory,
-            worker_init_fn=_defer_sigterm,
-        )
+    packed = DataLoader(
+        batches,
+        batch_size=None,
+        sampler=_Steps(first, last),
+        num_workers=workers,
+        collate_fn=pack_batch,  # called in the workers
+        prefetch_factor=4 if workers else None,
+        pin_memory=pin_memory,
+        worker_init_fn=_defer_sigterm,
     )
+    return map(unpack_batch, packed)
 
 
 @dataclass(frozen=True)
