@@ -74,6 +74,7 @@ def _load(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
                 folder,
                 config=config,
                 local_files_only=True,
+                trust_remote_code=False,
                 output_loading_info=True,
                 dtype=torch.float32,
                 ignore_mismatched_sizes=True,  # rejected below, with the name of the tensor
