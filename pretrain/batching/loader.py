@@ -8,6 +8,7 @@ import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
@@ -23,12 +24,13 @@ def load_batches(
 
     With `workers` = 0 each batch is made in this process when it is requested.
     """
+    collate: Any = pack_batch  # called in the workers; with batch_size None it gets an item, not a list
     packed = DataLoader(
         batches,
         batch_size=None,
         sampler=_Steps(first, last),
         num_workers=workers,
-        collate_fn=pack_batch,  # called in the workers
+        collate_fn=collate,
         prefetch_factor=4 if workers else None,
         pin_memory=pin_memory,
         worker_init_fn=_defer_sigterm,
