@@ -34,7 +34,7 @@ class BuiltModel:
     model: PreTrainedModel
     packed: bool  # a row holds several sequences; else one, padded
     first_position: int  # position id of a sequence's first token
-    flops: FlopsModel
+    flops: FlopsModel | None  # None: unknown
 
 
 def build_model(model: ModelConfig, config: PreTrainedConfig, seed: int, new_head: bool = True) -> BuiltModel:
