@@ -250,3 +250,16 @@ def refuse(patch: pytest.MonkeyPatch, method: str, name: str) -> None:
         raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
 
     patch.setattr(owner, method, busy)
+
+
+def test_a_complete_file_that_is_a_folder_is_damage(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Catches a checkpoint that is skipped without a word, so that the run starts over."""
+    before, newest = make(tmp_path / "run" / "checkpoints", 1, 2)
+    for path in (newest, before):
+        (path / "COMPLETE").unlink()
+        (path / "COMPLETE").mkdir()
+    with pytest.raises(UserError, match=r"all 2 checkpoints .* are damaged"):
+        newest_usable(before.parent)
+    assert f"skipping damaged checkpoint {newest}: its COMPLETE file cannot be read" in caplog.text
+    with pytest.raises(UserError, match="is damaged: its COMPLETE file cannot be read"):
+        find_checkpoint(newest)
