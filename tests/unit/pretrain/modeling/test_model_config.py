@@ -48,7 +48,10 @@ def test_special_token_ids_come_from_the_tokenizer(
     [
         ({"model_type": "brt"}, "unknown model type 'brt'; did you mean 'bert'?"),
         ({"model_type": "llama"}, "'llama' has no masked-LM head"),
-        ({"hiden_size": 24}, "'model.config.hiden_size' for 'bert'; did you mean 'hidden_size'?"),
+        (
+            {"hiden_size": 24},
+            "'model.config.hiden_size': 'bert' does not use it with this config; did you mean 'hidden_size'?",
+        ),
         ({"vocab_size": 100}, "vocab_size is 100, but the tokenizer's ids go up to 199"),
         ({"pad_token_id": 3}, "model.config.pad_token_id is 3"),
         ({"hidden_size": "wide"}, "model.config"),
