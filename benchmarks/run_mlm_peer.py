@@ -84,7 +84,7 @@ def run(settings: PeerSettings) -> float:
     collator = _CountingCollator(masking, settings.warmup_steps)
     with tempfile.TemporaryDirectory() as scratch:
         Trainer(
-            model=AutoModelForMaskedLM.from_config(config),
+            model=AutoModelForMaskedLM.from_config(config, trust_remote_code=False),
             args=TrainingArguments(
                 output_dir=scratch,
                 max_steps=settings.steps,

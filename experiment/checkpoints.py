@@ -27,7 +27,7 @@ def checkpoint_path(checkpoints: Path, step: int) -> Path:
 
 def complete_checkpoints(checkpoints: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first. Does not verify them."""
-    found = [path for path in checkpoints.glob("step-*") if _NAME.fullmatch(path.name) and (path / _COMPLETE).is_file()]
+    found = [path for path in checkpoints.glob("step-*") if _NAME.fullmatch(path.name) and (path / _COMPLETE).exists()]
     return sorted(found, key=checkpoint_step)
 
 
@@ -62,7 +62,7 @@ def checkpoint_candidates(path: Path) -> list[Path]:
     `RUN/checkpoints/best` names, or all of a run. Empty if there are none. Does not verify them."""
     if path.name == _BEST and path.is_file():
         path = path.parent / path.read_text(encoding="utf-8").strip()
-    if (path / _COMPLETE).is_file():
+    if (path / _COMPLETE).exists():
         return [path.resolve()]  # a link may have any name
     return complete_checkpoints(path.absolute() / "checkpoints")
 
@@ -92,15 +92,15 @@ def verify(checkpoint: Path) -> str | None:
     """Compare a checkpoint with its checksums. Returns None if it is complete and undamaged, else what is wrong."""
     try:
         checksums: dict[str, str] = json.loads((checkpoint / _COMPLETE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return f"its {_COMPLETE} file cannot be read: {error}"
     if not isinstance(checksums, dict) or not checksums:
         return f"its {_COMPLETE} file lists no checksums"
     for name, expected in checksums.items():
         try:
             found = checksum(checkpoint / name)
-        except OSError as error:
-            return f"{name} cannot be read: {error.strerror}"
+        except (OSError, ValueError) as error:  # ValueError: a NUL character in the name
+            return f"{name} cannot be read: {getattr(error, 'strerror', None) or error}"
         if found != expected:
             return f"{name} has checksum {found}, expected {expected}"
     return None

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from experiment.errors import UserError
+from experiment.strict_json import parse_json
 
 # An unclosed quote swallows the rows after it. No real field is longer than this many characters.
 _MAX_FIELD = 1 << 27
@@ -104,8 +105,8 @@ def read_json_lines(lines: Iterable[str], origin: str) -> Iterator[JsonRow]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            row = parse_json(line)
+        except ValueError as error:
             raise UserError(f"{origin}:{number}: expected one JSON object per line: {error}") from None
         if not isinstance(row, dict):
             raise UserError(f"{origin}:{number}: expected one JSON object per line, found {line.strip()[:60]}")

@@ -1,10 +1,13 @@
 """Which checkpoints of a run to keep."""
 
+import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from experiment.checkpoints import checkpoint_step, complete_checkpoints
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -17,16 +20,40 @@ class Retention:
 
 
 def apply_retention(checkpoints: Path, keep: Retention, newest: int) -> None:
-    """Delete the checkpoints that need not be kept, and the leftovers of interrupted saves.
+    """Delete the checkpoints that need not be kept, and the leftovers of interrupted saves and deletions.
 
     newest: step of the checkpoint just saved. Checkpoints of later steps are damaged, or the run would have resumed
-    from them; they are left alone and do not count towards `keep_last`.
+    from them; they are left alone and do not count towards `keep_last`. Warns about what cannot be deleted (open on a
+    network file system, immutable); the next call tries again.
     """
     for leftover in checkpoints.glob(".step-*.partial"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        _delete(leftover)
     by_step = {checkpoint_step(path): path for path in complete_checkpoints(checkpoints)}
     for step in [step for step in by_step if step <= newest][: -keep.keep_last]:
         if step != keep.best and (keep.keep_every is None or step % keep.keep_every != 0):
-            # Rename first: a kill while deleting must not leave a folder that looks complete.
-            doomed = by_step[step].rename(checkpoints / f".{by_step[step].name}.partial")
-            shutil.rmtree(doomed)
+            discard(by_step[step])
+
+
+def discard(checkpoint: Path) -> None:
+    """Delete a checkpoint, complete or not. Warns if it cannot be deleted; `apply_retention` tries again."""
+    # Rename first: a kill while deleting must not leave a folder that looks complete. The name differs from that of a
+    # save in progress, which what cannot be deleted must not block.
+    doomed = checkpoint.with_name(f".{checkpoint.name.removeprefix('.')}.deleted.partial")
+    try:
+        checkpoint.rename(doomed)
+    except OSError as error:
+        _warn(checkpoint, error)
+    else:
+        _delete(doomed)
+
+
+def _delete(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)  # delete the rest: the disk may be full
+        _warn(folder, error)
+
+
+def _warn(folder: Path, error: OSError) -> None:
+    log.warning("cannot delete %s, the next save tries again: %s", folder, error.strerror)

@@ -186,3 +186,10 @@ def _without(value: Any, key: str) -> Any:
 def vocabulary_size(tokenizer: "PreTrainedTokenizerBase") -> int:
     """Largest token id plus one."""
     return int(max(tokenizer.get_vocab().values())) + 1
+
+
+def special_token_ids(tokenizer: "PreTrainedTokenizerBase") -> set[int]:
+    """Ids of all special tokens: those with a role, such as the padding token, and those that are only marked as
+    special in tokenizer.json."""
+    marked = {identifier for identifier, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return marked | set(tokenizer.all_special_ids)

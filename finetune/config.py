@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from experiment.config import Section
-from experiment.config.constraints import Fraction, SequenceLength
+from experiment.config.constraints import Fraction, PathText, SequenceLength
 from experiment.tracking.config import TrackingConfig
 
 MetricName = Literal["accuracy", "macro_f1", "weighted_f1", "uar", "matthews"]
@@ -40,7 +40,7 @@ Separator = Annotated[str, BeforeValidator(_written_tab), Field(min_length=1, ma
 class RunConfig(Section):
     """The run folder."""
 
-    dir: str
+    dir: PathText
     """Run folder; see docs/finetuning.md for its contents."""
 
 
@@ -66,13 +66,13 @@ class TaskConfig(Section):
     kind: Literal["classification"] = "classification"
     """Kind of task: `classification` of single texts or pairs."""
 
-    train: str
+    train: PathText
     """Training split: a .csv, .tsv, .txt (tab-separated) or .jsonl file, plain or .gz."""
 
-    validation: str
+    validation: PathText
     """Validation split, which decides which epoch is kept."""
 
-    test: str | None = None
+    test: PathText | None = None
     """Test split, scored with the best epoch; predicted only, if it has no labels."""
 
     columns: ColumnsConfig = ColumnsConfig()

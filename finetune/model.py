@@ -96,7 +96,7 @@ def _load_config(spec: ModelSpec) -> PreTrainedConfig:
 def _build_from_config(spec: ModelSpec) -> PreTrainedModel:
     try:
         model: PreTrainedModel = getattr(transformers, spec.auto_model).from_config(
-            _load_config(spec), dtype=torch.float32
+            _load_config(spec), dtype=torch.float32, trust_remote_code=False
         )
     except ValueError as error:
         raise UserError(f"{spec.folder}: {error}") from None

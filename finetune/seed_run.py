@@ -72,7 +72,7 @@ def finished_seeds(folder: RunFolder, settings: Mapping[str, Any]) -> dict[int, 
     for path in sorted(folder.path.glob(f"seed-*/{_COMPLETE}")):
         try:
             record = SeedRecord(**json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError):
+        except (OSError, ValueError, TypeError):
             raise UserError(f"{path} is damaged: remove {path.parent} to train this seed again") from None
         _check_settings(path.parent, settings, record.settings)
         records[int(path.parent.name.removeprefix("seed-"))] = record

@@ -195,9 +195,25 @@ def _tail(path: Path) -> str:
 
 
 def _read_attempts(folder: RunFolder) -> list[dict[str, object]]:
-    if not folder.launches.exists():
+    """The launches so far. Skips what a full disk or a power cut left of a line, and says so."""
+    try:
+        lines = folder.launches.read_bytes().split(b"\n")  # not str.splitlines, which also splits at U+2028 and others
+    except FileNotFoundError:
         return []
-    return [json.loads(line) for line in folder.launches.read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise UserError(f"run.dir: cannot read {folder.launches}: {error.strerror}") from None
+    attempts = list(map(_attempt, filter(None, lines)))
+    if damaged := attempts.count(None):
+        _notify(f"{folder.launches} is damaged: removed {damaged} of its {len(attempts)} lines")
+    return [attempt for attempt in attempts if attempt is not None]
+
+
+def _attempt(line: bytes) -> dict[str, object] | None:
+    try:
+        attempt = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return attempt if isinstance(attempt, dict) else None
 
 
 def _write_attempts(folder: RunFolder, attempts: Sequence[Mapping[str, object]]) -> None:

@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from experiment.config import Section, did_you_mean
-from experiment.config.constraints import Fraction, SequenceLength
+from experiment.config.constraints import Fraction, PathText, SequenceLength
 from experiment.tracking.config import TrackingConfig
 
 Rate = Annotated[float, Field(gt=0.0, lt=1.0)]
@@ -27,7 +27,7 @@ Rate = Annotated[float, Field(gt=0.0, lt=1.0)]
 class RunConfig(Section):
     """The run folder, the seed, and what to resume."""
 
-    dir: str
+    dir: PathText
     """Run folder; see docs/tracking.md for its contents."""
 
     seed: NonNegativeInt = 42

@@ -49,6 +49,10 @@ class Scores(NamedTuple):
     accuracy: float  # fraction of the masked tokens that are predicted correctly
     masked_tokens: int
 
+    def finite(self) -> dict[str, float | int | None]:
+        """By name; None where not finite, which JSON cannot express."""
+        return {name: value if math.isfinite(value) else None for name, value in self._asdict().items()}
+
 
 Predict = Callable[[Microbatch], Predictions]
 
@@ -94,9 +98,9 @@ class HeldOutEvaluator:
     def metrics(self, predict: Predict, device: torch.device) -> dict[str, float | int | None]:
         """The scores as flat metrics: eval/<corpus>/{loss,perplexity,accuracy}; None where not finite."""
         return {
-            f"eval/{name}/{kind}": value if math.isfinite(value) else None
+            f"eval/{name}/{kind}": value
             for name, scores in self.evaluate(predict, device).items()
-            for kind, value in scores._asdict().items()
+            for kind, value in scores.finite().items()
             if kind != "masked_tokens"
         }
 
@@ -145,7 +149,7 @@ def evaluate_command(checkpoint: str, corpus: str, json: bool = False) -> None:
     config = resolve_model_config(model_config, tokenizer)
     corpora = _open_all(corpus, tokenizer_fingerprint(tokenizer), folder)
 
-    built = build_model(model_config, config, settings.seed)
+    built = build_model(model_config, config, settings.seed, new_head=False)
     length = min(settings.max_seq_length, max_positions(built.model) or settings.max_seq_length)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module = MaskedLanguageModel(built.model, built.packed).to(device).eval()
@@ -195,7 +199,7 @@ def _open_all(names: str, fingerprint: str, folder: Path) -> dict[str, Corpus]:
 
 def _print(scores: dict[str, Scores], as_json: bool) -> None:
     if as_json:
-        print(json_format.dumps({name: of_corpus._asdict() for name, of_corpus in scores.items()}))
+        print(json_format.dumps({name: of_corpus.finite() for name, of_corpus in scores.items()}))
         return
     table = Table("corpus", *(kind.replace("_", " ") for kind in Scores._fields))
     for name, (loss, perplexity, accuracy, masked) in scores.items():

@@ -24,7 +24,7 @@ from pretrain.engine.deepspeed_settings import DeepSpeedSettings, check_device_s
 from pretrain.modeling.layer_ids import check_freeze
 from pretrain.modeling.model_config import check_tokenizer, resolve_model_config
 from pretrain.modeling.random_model import meta_model
-from pretrain.resume import ResumePlan, plan_resume, run_identity
+from pretrain.resume import ResumePlan, check_fork_length, plan_resume, run_identity
 
 log = logging.getLogger(__name__)
 
@@ -231,7 +231,10 @@ def _plan_resume(
 
 
 def _check_fork(plan: ResumePlan, config: PretrainConfig, train: Corpus) -> None:
-    """Raises UserError for a fork of a model with another tokenizer, or one whose steps are already done."""
+    """Raises UserError for a fork of a model with another tokenizer, or one whose steps are already done.
+
+    A length in epochs or tokens has to wait for `open_stream`, which knows the steps in it.
+    """
     if plan.checkpoint is None or not plan.fork:
         return
     folder = plan.checkpoint / "hf"
@@ -240,12 +243,7 @@ def _check_fork(plan: ResumePlan, config: PretrainConfig, train: Corpus) -> None
             f"run.resume: the model in {plan.checkpoint} has another tokenizer than the corpus {train.path}; "
             f"build the corpus again with `--tokenizer {folder}`"
         )
-    step, steps = read_state(plan.checkpoint)["progress"]["step"], config.schedule.known_steps
-    if steps is not None and step >= steps:
-        raise UserError(
-            f"the run has {steps} steps, but a fork continues its parent's step count, and {plan.checkpoint} is at "
-            f"step {step} already"
-        )
+    check_fork_length(plan, config.schedule.known_steps)
 
 
 def _warn_of_same_seed(config: PretrainConfig, corpora: Sequence[TrainingCorpus], model: Path) -> None:

@@ -133,6 +133,18 @@ def check_fork(before: Mapping[str, Any], now: Mapping[str, Any], where: str) ->
     return _lines(changes)
 
 
+def check_fork_length(plan: ResumePlan, steps: int | None) -> None:
+    """Raises UserError for a fork that has nothing left to train. `steps`: in the whole run; None if unknown."""
+    if plan.checkpoint is None or not plan.fork or steps is None:
+        return
+    step = read_state(plan.checkpoint)["progress"]["step"]
+    if step >= steps:
+        raise UserError(
+            f"the run has {steps} steps, but a fork continues its parent's step count, and {plan.checkpoint} is at "
+            f"step {step} already"
+        )
+
+
 def run_identity(
     config: PretrainConfig, model_config: Mapping[str, Any], corpora: Sequence[tuple[str, float]]
 ) -> dict[str, Any]:

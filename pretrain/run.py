@@ -15,6 +15,8 @@ import contextlib
 import datetime
 import logging
 import os
+import platform
+import resource
 from collections.abc import Callable, Sequence
 
 from experiment.errors import UserError
@@ -25,15 +27,15 @@ from pretrain.config import PretrainConfig
 from pretrain.engine.engine import Engine
 from pretrain.engine.loss_scaler import LossScaleError
 from pretrain.engine.process_group import connect, disconnect
-from pretrain.modeling.build import build_model
+from pretrain.modeling.build import BuiltModel, build_model
 from pretrain.modeling.masked_lm import MaskedLanguageModel
-from pretrain.resolve import resolve
+from pretrain.resolve import ResolvedRun, resolve
 from pretrain.training.checkpoint_tensors import UnwritableError
 from pretrain.training.health import HEALTH_LIMITS, HealthLimits, UnhealthyError
-from pretrain.training.host_group import HostGroup
+from pretrain.training.host_group import AgreedError, HostGroup
 from pretrain.training.stop_request import StopRequest
 from pretrain.training.trainer import Trainer
-from pretrain.training_stream import open_stream
+from pretrain.training_stream import TrainingStream, open_stream
 from pretrain.world import World
 
 log = logging.getLogger(__name__)
@@ -46,12 +48,13 @@ def pretrain(
     limits: HealthLimits = HEALTH_LIMITS,
 ) -> Outcome:
     """Run or resume a pretraining on this rank. The process group is connected. Raises UserError."""
-    set_up_logging(open_run_folder(config.run.dir), world.rank)
     hosts = HostGroup(_timeout(config))
-    run = resolve(config, world.size, decide=hosts.from_rank0)
-    hosts.barrier()
-    model = build_model(run.config.model, run.model_config, run.config.run.seed)
-    stream = open_stream(run, world, packed=model.packed, first_position=model.first_position)
+    try:
+        run, model, stream = _prepare(config, world, hosts)
+    except AgreedError as error:
+        _report_refusal(config, error, world.rank)
+        hosts.barrier()  # the launcher kills all ranks when one exits, perhaps before rank 0 has printed
+        raise
     with contextlib.ExitStack() as resources:
         engine = Engine(
             MaskedLanguageModel(model.model, model.packed),
@@ -82,19 +85,38 @@ def pretrain(
     return outcome
 
 
+def _prepare(config: PretrainConfig, world: World, hosts: HostGroup) -> tuple[ResolvedRun, BuiltModel, TrainingStream]:
+    """Everything that may be refused. A UserError on any rank, such as a host that lacks the corpus, is raised on all.
+
+    Raises AgreedError.
+    """
+    set_up_logging(hosts.call(lambda: open_run_folder(config.run.dir)), world.rank)
+    run = hosts.call(lambda: resolve(config, world.size, decide=hosts.from_rank0))
+    model = hosts.call(lambda: build_model(run.config.model, run.model_config, run.config.run.seed))
+    stream = hosts.call(
+        lambda: open_stream(run, world, packed=model.packed, first_position=model.first_position),
+    )
+    return run, model, stream
+
+
 def main(argv: Sequence[str]) -> None:
     """Run this rank and end the process with the outcome's exit code."""
     rank = int(os.environ.get("RANK", "0"))
+    _raise_limit_of_open_files()
     outcome, message = Outcome.FAILED, ""
     config: PretrainConfig | None = None
     try:
         config = read_arguments(argv)
         outcome = pretrain(config, connect(_timeout(config)))
         disconnect()
+    except AgreedError as error:
+        outcome, message = Outcome.REFUSED, str(error)  # rank 0 has printed it
     except UserError as error:
         outcome, message = Outcome.REFUSED, str(error)
         if rank == 0:
             print(f"deepcloze: {message}", file=sys.stderr)
+        elif os.environ.get("LOCAL_RANK", "0") == "0":  # once for each host
+            print(f"deepcloze: {platform.node()}, rank {rank}: {message}", file=sys.stderr)
     except (LossScaleError, UnhealthyError) as error:
         message = str(error).partition("\n")[0]  # the rest has been logged
     except BaseException as error:
@@ -108,8 +130,21 @@ def main(argv: Sequence[str]) -> None:
     os._exit(outcome.exit_code)  # a normal exit with live collective threads sometimes aborts
 
 
+def _raise_limit_of_open_files() -> None:
+    """Raise the soft limit, often 1024, to the hard limit: shared tensors and connections take file descriptors."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # some systems allow less than their hard limit says
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def _timeout(config: PretrainConfig) -> datetime.timedelta:
     return datetime.timedelta(seconds=config.health.hang_seconds)
+
+
+def _report_refusal(config: PretrainConfig, error: AgreedError, rank: int) -> None:
+    if rank == 0:
+        print(f"deepcloze: {error}", file=sys.stderr, flush=True)
+        _record_outcome(RunFolder(Path(config.run.dir).absolute()), Outcome.REFUSED, str(error), rank)
 
 
 def _record_outcome(folder: RunFolder, outcome: Outcome, message: str, rank: int) -> None:

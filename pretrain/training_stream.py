@@ -16,6 +16,7 @@ from pretrain.batching.order import ShuffledOrder
 from pretrain.batching.packing import MicrobatchLayout
 from pretrain.config import MaskingConfig, ScheduleConfig
 from pretrain.resolve import ResolvedRun
+from pretrain.resume import check_fork_length
 from pretrain.stage_data import open_stage
 from pretrain.world import World
 
@@ -40,12 +41,13 @@ class TrainingStream(Dataset[RankBatch]):
 def open_stream(run: ResolvedRun, world: World, *, packed: bool, first_position: int) -> TrainingStream:
     """`packed`, `first_position`: what the model needs, see MicrobatchLayout.
 
-    Raises UserError where the length of the run does not fit its stages.
+    Raises UserError where the length of the run does not fit its stages, or ends before the checkpoint that it forks.
     """
     config = run.config
     stages = [open_stage(run, number) for number in range(len(run.stages))]
     orders = [stage.order(config.schedule, config.run.seed) for stage in stages]
     steps = _total_steps(config.schedule, orders, [stage.mean_length for stage in stages])
+    check_fork_length(run.resume_plan, steps)
     makers = (
         BatchMaker(
             stage.masked_corpora(config.masking, config.run.seed),

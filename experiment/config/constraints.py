@@ -1,8 +1,16 @@
-"""Constrained numbers of the configs of pretraining and fine-tuning, besides pydantic's own."""
+"""Constrained numbers and texts of the configs of pretraining and fine-tuning, besides pydantic's own."""
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
+
+
+def _without_nul(path: str) -> str:
+    if "\0" in path:
+        raise ValueError("a path cannot contain a NUL character")
+    return path
+
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 SequenceLength = Annotated[int, Field(ge=8)]  # tokens, special tokens included
+PathText = Annotated[str, AfterValidator(_without_nul)]

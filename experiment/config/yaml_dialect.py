@@ -49,6 +49,14 @@ class Loader(yaml.SafeLoader):
     without a value.
     """
 
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, KeyError, AttributeError) as error:  # such as a whole number of 10,000 digits
+            kind = node.tag.rpartition(":")[2]
+            problem = f"cannot read {str(node.value)[:20]!r} as {kind}: {str(error).partition(';')[0]}"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
+
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         seen: dict[str, int] = {}

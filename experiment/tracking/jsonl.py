@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +26,29 @@ class JsonlTracker:
         write_text(path, "".join(_line(event) for event in kept))
         # Unbuffered: an event is in the file when `log` returns, even if the process is killed right after.
         self._file = path.open("ab", buffering=0)
+        self._end = self._file.tell()  # size of the file up to the last complete line
+        self._torn = False  # whether a failed write may have left a part of a line after `_end`
 
     def log(self, metrics: Metrics) -> None:
         line = _line(metrics).encode()
-        end = self._file.tell()
+        self._remove_torn_line()
+        self._torn = True
         if self._file.write(line) != len(line):
-            self._file.truncate(end)
+            with suppress(OSError):  # tried again before the next write
+                self._remove_torn_line()
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._end += len(line)
+        self._torn = False
 
     def close(self, outcome: Outcome) -> None:
-        self._file.close()
+        with self._file:
+            self._remove_torn_line()
+
+    def _remove_torn_line(self) -> None:
+        """The file is open for appending: the next write goes to its new end, wherever the last one stopped."""
+        if self._torn:
+            self._file.truncate(self._end)
+            self._torn = False
 
 
 def read_events(path: Path) -> list[Event]:

@@ -47,27 +47,40 @@ def open_trackers(
     }
     if config.wandb != "disabled":
         openers["W&B"] = lambda: WandbTracker(config, folder, run_id, parameters)
-    trackers: dict[str, Tracker] = {}
-    for name, opener in openers.items():
-        try:
-            trackers[name] = opener()
-        except Exception as error:
-            logger.warning("could not open the tracker for %s; the run continues without it: %s", name, error)
-    return _TrackerGroup(trackers)
+    return _TrackerGroup(openers)
 
 
 class _TrackerGroup:
-    """Several trackers as one. A failed tracker is tried again at every event: a full disk may have room by then."""
+    """Several trackers as one. A tracker that failed, or could not be opened, is tried again at every event: a full
+    disk may have room by then."""
 
-    def __init__(self, trackers: Mapping[str, Tracker]) -> None:
-        self._trackers = trackers
+    def __init__(self, openers: Mapping[str, Callable[[], Tracker]]) -> None:
+        self._unopened = dict(openers)
+        self._trackers: dict[str, Tracker] = {}
         self._reported: set[str] = set()
+        self._open_missing(None)
 
     def log(self, metrics: Metrics) -> None:
+        if self._unopened:
+            self._open_missing(metrics["step"])
         self._each(lambda tracker: tracker.log(metrics))
 
     def close(self, outcome: Outcome) -> None:
         self._each(lambda tracker: tracker.close(outcome))
+
+    def _open_missing(self, step: object) -> None:
+        """Open the trackers that are not open. step: of the event that follows; None at the start."""
+        for name, opener in list(self._unopened.items()):
+            try:
+                self._trackers[name] = opener()
+            except Exception as error:
+                if step is None:
+                    logger.warning("could not open the tracker for %s; trying again at every event: %s", name, error)
+                continue
+            del self._unopened[name]
+            if step is not None:
+                message = "opened the tracker for %s at step %s; earlier events of this attempt are missing"
+                logger.warning(message, name, step)
 
     def _each(self, action: Callable[[Tracker], None]) -> None:
         for name, tracker in self._trackers.items():

@@ -1,5 +1,6 @@
 """The tensors of a microbatch, and one rank's share of a global batch."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -33,3 +34,33 @@ class RankBatch(NamedTuple):
     corpus_tokens: Sequence[int]  # tokens by corpus of the mixture
     origins: BatchSequences  # this rank's sequences; entry n is segment n + 1 of its microbatches
     fingerprint: int  # hash of the whole global batch's sequences; equal on all ranks
+
+
+class PackedRankBatch(NamedTuple):
+    """A RankBatch with all tensors in one. A tensor that crosses processes takes file descriptors, of which there may
+    be no more than 1024."""
+
+    data: torch.Tensor  # uint8; by field, then by microbatch
+    fields: list[tuple[int, torch.dtype, list[list[int]]]]  # number of the field, and the shape in each microbatch
+    batch: RankBatch  # without its microbatches
+
+
+def pack_batch(batch: RankBatch) -> PackedRankBatch:
+    """Copy the tensors of a batch into one. Wide elements come first, so that all are aligned."""
+    columns = list(enumerate(zip(*batch.microbatches, strict=True)))
+    columns.sort(key=lambda column: -column[1][0].element_size())
+    data = torch.cat([tensor.reshape(-1).view(torch.uint8) for _, tensors in columns for tensor in tensors])
+    fields = [(number, tensors[0].dtype, [list(tensor.shape) for tensor in tensors]) for number, tensors in columns]
+    return PackedRankBatch(data, fields, batch._replace(microbatches=[]))
+
+
+def unpack_batch(packed: PackedRankBatch) -> RankBatch:
+    """The batch that was packed; its tensors are views."""
+    columns: list[list[torch.Tensor]] = [[] for _ in packed.fields]
+    start = 0
+    for number, dtype, shapes in packed.fields:
+        for shape in shapes:
+            end = start + math.prod(shape) * dtype.itemsize
+            columns[number].append(packed.data[start:end].view(dtype).view(shape))
+            start = end
+    return packed.batch._replace(microbatches=[Microbatch(*tensors) for tensors in zip(*columns, strict=True)])

@@ -8,10 +8,11 @@ import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
-from pretrain.batching.batch import RankBatch
+from pretrain.batching.batch import RankBatch, pack_batch, unpack_batch
 
 _GRACE_SECONDS = 40  # how long a worker keeps running after SIGTERM
 
@@ -23,17 +24,18 @@ def load_batches(
 
     With `workers` = 0 each batch is made in this process when it is requested.
     """
-    return iter(
-        DataLoader(
-            batches,
-            batch_size=None,
-            sampler=_Steps(first, last),
-            num_workers=workers,
-            prefetch_factor=4 if workers else None,
-            pin_memory=pin_memory,
-            worker_init_fn=_defer_sigterm,
-        )
+    collate: Any = pack_batch  # called in the workers; with batch_size None it gets an item, not a list
+    packed = DataLoader(
+        batches,
+        batch_size=None,
+        sampler=_Steps(first, last),
+        num_workers=workers,
+        collate_fn=collate,
+        prefetch_factor=4 if workers else None,
+        pin_memory=pin_memory,
+        worker_init_fn=_defer_sigterm,
     )
+    return map(unpack_batch, packed)
 
 
 @dataclass(frozen=True)

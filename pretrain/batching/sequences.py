@@ -19,6 +19,8 @@ from pretrain.corpus.reader import Corpus
 
 log = logging.getLogger(__name__)
 
+_BLOCK = 1 << 22  # sequences that are checked at once
+
 
 @dataclass(frozen=True)
 class SequenceIndex:
@@ -49,18 +51,51 @@ def split_documents(document_lengths: NDArray[np.int64], capacity: int) -> NDArr
 def open_index(corpus: Corpus, capacity: int, fallback: Path) -> SequenceIndex:
     """The index of `corpus` split into sequences of at most `capacity` text tokens; built and saved on first use.
 
-    Saved in the corpus folder, or in `fallback` if that is read-only. Safe to call from several processes.
+    Saved in the corpus folder, or in `fallback` if that is read-only; a damaged one is built again. Safe to call from
+    several processes.
     """
     name = f"sequences-{capacity}-{corpus.fingerprint[:16]}.npy"
     folder = corpus.path / "index"
-    if not (folder / name).exists():
+    index, _ = _read(folder / name, capacity, corpus.tokens)
+    if index is None:
         if not os.access(folder if folder.exists() else corpus.path, os.W_OK):
             folder = fallback
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f".{name}.lock"):
-            if not (folder / name).exists():
+            index, problem = _read(folder / name, capacity, corpus.tokens)
+            if index is None:
+                if problem:
+                    log.warning("%s is damaged (%s) and is built again", folder / name, problem)
                 _build(corpus, capacity, folder / name)
-    return SequenceIndex(np.load(folder / name, mmap_mode="r"))
+                index, problem = _read(folder / name, capacity, corpus.tokens)
+    if index is None:
+        raise RuntimeError(f"{folder / name} cannot be read right after it was written: {problem}")
+    return index
+
+
+def _read(path: Path, capacity: int, tokens: int) -> tuple[SequenceIndex | None, str]:
+    """(index, "") if the file holds a valid one, (None, what is wrong) if not, (None, "") if there is no file."""
+    try:
+        starts = np.load(path, mmap_mode="r")
+    except FileNotFoundError:
+        return None, ""
+    except (OSError, ValueError, OverflowError, EOFError) as error:
+        return None, str(error) or type(error).__name__
+    problem = _find_damage(starts, capacity, tokens)
+    return (None, problem) if problem else (SequenceIndex(starts), "")
+
+
+def _find_damage(starts: NDArray[np.int64], capacity: int, tokens: int) -> str:
+    """What contradicts the invariants of an index, "" if nothing does. Reads the whole file, block by block."""
+    if starts.dtype != np.int64 or starts.ndim != 1 or len(starts) == 0:
+        return f"an array of type {starts.dtype} and shape {starts.shape}"
+    if starts[0] != 0 or starts[-1] != tokens:
+        return f"covers the tokens {starts[0]} to {starts[-1]}, expected 0 to {tokens}"
+    for first in range(0, len(starts) - 1, _BLOCK):
+        lengths = np.diff(starts[first : first + _BLOCK + 1])
+        if lengths.min() < 1 or lengths.max() > capacity:
+            return f"has sequences of {lengths.min()} to {lengths.max()} tokens, expected 1 to {capacity}"
+    return ""
 
 
 def _build(corpus: Corpus, capacity: int, path: Path) -> None:

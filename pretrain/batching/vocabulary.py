@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
 from experiment.errors import UserError
+from experiment.tokenizer import special_token_ids
 from pretrain.corpus.words import WordBoundaries, word_boundaries
 
 
@@ -33,7 +34,7 @@ def build_vocabulary(tokenizer: PreTrainedTokenizerFast) -> Vocabulary:
     if tokenizer.mask_token_id is None or tokenizer.pad_token_id is None:
         missing = [name for name in ("mask_token", "pad_token") if getattr(tokenizer, f"{name}_id") is None]
         raise UserError(f"the tokenizer {tokenizer.name_or_path} has no {' and no '.join(missing)}: it cannot mask")
-    special = set(tokenizer.all_special_ids)
+    special = special_token_ids(tokenizer)
     real = sorted(set(tokenizer.get_vocab().values()))
     unmaskable = np.zeros(real[-1] + 1, dtype=np.bool_)
     unmaskable[sorted(special)] = True

@@ -146,8 +146,7 @@ def _parse_parquet(stream: IO[bytes], origin: str, column: str) -> Iterator[Docu
 
     try:
         file = pyarrow.parquet.ParquetFile(stream)
-        if column not in file.schema_arrow.names:
-            raise missing_column(origin, column, file.schema_arrow.names, "--column")
+        column_index(file.schema_arrow.names, column, origin, "--column")  # rejects none and several
         row = 0
         for batch in file.iter_batches(batch_size=1024, columns=[column]):
             for value in batch.column(0).to_pylist():

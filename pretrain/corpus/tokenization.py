@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer
 
-from experiment.tokenizer import vocabulary_size
+from experiment.tokenizer import special_token_ids, vocabulary_size
 from pretrain.corpus.words import (
     BoolArray,
     Segmenter,
@@ -47,7 +47,7 @@ def tokenizer_spec(tokenizer: "PreTrainedTokenizerFast", segmenter: str | None =
     return TokenizerSpec(
         tokenizer_json=tokenizer.backend_tokenizer.to_str(),
         unknown_id=unknown,
-        special_ids=tuple(sorted(set(tokenizer.all_special_ids) - {unknown})),
+        special_ids=tuple(sorted(special_token_ids(tokenizer) - {unknown})),
         token_type="uint16" if vocabulary_size(tokenizer) <= 2**16 else "uint32",
         segmenter=segmenter,
     )

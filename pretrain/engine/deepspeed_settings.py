@@ -19,6 +19,7 @@ from xxhash import xxh64_hexdigest
 
 from experiment.config import did_you_mean
 from experiment.errors import UserError
+from experiment.strict_json import parse_json
 
 Precision = Literal["fp16", "bf16", "fp32"]
 OffloadDevice = Literal["none", "cpu", "nvme"]
@@ -189,10 +190,10 @@ def _usable_stage(requested: int, precision: Precision, offload: OffloadDevice) 
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
 
 

@@ -34,16 +34,17 @@ class BuiltModel:
     model: PreTrainedModel
     packed: bool  # a row holds several sequences; else one, padded
     first_position: int  # position id of a sequence's first token
-    flops: FlopsModel
+    flops: FlopsModel | None  # None: unknown
 
 
-def build_model(model: ModelConfig, config: PreTrainedConfig, seed: int) -> BuiltModel:
+def build_model(model: ModelConfig, config: PreTrainedConfig, seed: int, new_head: bool = True) -> BuiltModel:
     """The model in fp32 on the CPU, the same on every rank. `config`: from `resolve_model_config`; it is not changed.
 
-    Raises UserError for a config that makes no model and for weights that do not fit it.
+    new_head: whether a folder without a masked-LM head gets a randomly initialized one. Raises UserError for a config
+    that makes no model, for weights that do not fit it, and for a missing head otherwise.
     """
     torch.manual_seed(seed)
-    built = random_model(config) if model.init_from is None else _pretrained_model(model, config)
+    built = random_model(config) if model.init_from is None else _pretrained_model(model, config, new_head)
     built.float()
     first = first_position(built)
     reason = why_not_packed(built, first)
@@ -55,10 +56,10 @@ def build_model(model: ModelConfig, config: PreTrainedConfig, seed: int) -> Buil
     return BuiltModel(built, packed=reason is None, first_position=first, flops=flops_model(built))
 
 
-def _pretrained_model(model: ModelConfig, config: PreTrainedConfig) -> PreTrainedModel:
+def _pretrained_model(model: ModelConfig, config: PreTrainedConfig, new_head: bool) -> PreTrainedModel:
     """The model in `model.init_from`, resized to `config`."""
     assert model.init_from is not None
-    built = _load(Path(model.init_from), source_config(model))
+    built = _load(Path(model.init_from), source_config(model), new_head)
     if model.added_tokens is None and model.max_positions is None:
         return built
     pieces = {}
@@ -67,13 +68,14 @@ def _pretrained_model(model: ModelConfig, config: PreTrainedConfig) -> PreTraine
     return resize_model(built, copy.deepcopy(config), pieces)
 
 
-def _load(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
+def _load(folder: Path, config: PreTrainedConfig, new_head: bool) -> PreTrainedModel:
     with quiet_transformers():  # _check_names reports what is missing, in one line
         try:
             model, report = AutoModelForMaskedLM.from_pretrained(
                 folder,
                 config=config,
                 local_files_only=True,
+                trust_remote_code=False,
                 output_loading_info=True,
                 dtype=torch.float32,
                 ignore_mismatched_sizes=True,  # rejected below, with the name of the tensor
@@ -87,11 +89,13 @@ def _load(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
             f"{list(expected)}; model.config may only change what the weights do not depend on"
         )
     _check_names(folder, f"{model.base_model_prefix}.", report["missing_keys"], report["unexpected_keys"])
+    if report["missing_keys"]:
+        _report_missing_head(folder, report["missing_keys"], new_head)
     return model
 
 
 def _check_names(folder: Path, encoder: str, missing: Collection[str], unexpected: Collection[str]) -> None:
-    """Raise UserError if the folder lacks weights of the encoder; warn of a missing head and of unused layers.
+    """Raise UserError if the folder lacks weights of the encoder; warn of unused layers.
 
     encoder: prefix of the names of its parameters.
     """
@@ -100,13 +104,18 @@ def _check_names(folder: Path, encoder: str, missing: Collection[str], unexpecte
         raise UserError(
             f"model.init_from: {folder} has no weights for {', '.join(lost[:4])}{' …' if len(lost) > 4 else ''}"
         )
-    if missing:
-        log.warning("%s has no masked-LM head; a new one is trained (%s)", folder, ", ".join(sorted(missing)))
     unused = sorted(name for name in unexpected if re.search(r"\.\d+\.", name))  # of a numbered layer
     if unused:
         log.warning(
             "the config has fewer layers than %s: %d tensors are left out (%s …)", folder, len(unused), unused[0]
         )
+
+
+def _report_missing_head(folder: Path, missing: Collection[str], new_head: bool) -> None:
+    names = ", ".join(sorted(missing))
+    if not new_head:
+        raise UserError(f"{folder} has no masked-LM head: its weights lack {names}")
+    log.warning("%s has no masked-LM head; a new one is trained (%s)", folder, names)
 
 
 def _checkpoint_activations(model: PreTrainedModel) -> None:

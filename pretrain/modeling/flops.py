@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
+_SIZES = ("hidden_size", "num_hidden_layers", "vocab_size")
+
 
 @dataclass(frozen=True)
 class FlopsModel:
@@ -33,9 +35,12 @@ class FlopsModel:
         return encoder + 6.0 * predicted * (self.vocabulary * self.hidden_size + self.hidden_size**2)
 
 
-def flops_model(model: PreTrainedModel) -> FlopsModel:
-    """Count the parameters of a model that is not yet partitioned (ZeRO 3)."""
+def flops_model(model: PreTrainedModel) -> FlopsModel | None:
+    """Count the parameters of a model that is not yet partitioned (ZeRO 3). None for a type whose config does not have
+    the sizes that the formula needs, such as Perceiver."""
     config = model.config
+    if any(getattr(config, name, None) is None for name in _SIZES):
+        return None
     embeddings = {
         id(module) for name, module in model.base_model.named_modules() if name.split(".")[-1] == "embeddings"
     }

@@ -23,7 +23,7 @@ from pretrain.modeling.config_fields import check_fields, declared_fields
 from pretrain.modeling.random_model import first_line, meta_model
 from pretrain.modeling.resize import config_with_positions
 
-_SPECIAL_TOKEN_IDS = ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
+_SPECIAL_TOKEN_IDS = ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "mask_token_id")
 
 
 def resolve_model_config(model: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:

@@ -12,7 +12,7 @@ def random_model(config: PreTrainedConfig) -> PreTrainedModel:
     """A model with random weights from torch's generator. Raises UserError for a config that makes no model."""
     try:
         # transformers stores dtype and attention implementation in the config it is given.
-        return AutoModelForMaskedLM.from_config(copy.deepcopy(config))
+        return AutoModelForMaskedLM.from_config(copy.deepcopy(config), trust_remote_code=False)
     except Exception as error:  # transformers raises many types for values that make no model
         raise UserError(
             f"model.config: cannot build a '{config.model_type}' model from it: {first_line(error)}"

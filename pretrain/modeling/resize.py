@@ -56,7 +56,7 @@ def resize_model(
     (Beltagy et al. 2020, "Longformer", section 5): nothing changes up to the old limit, and beyond it local order is
     known from the start. Raises UserError if `config` changes another shape.
     """
-    larger: PreTrainedModel = AutoModelForMaskedLM.from_config(config, dtype=torch.float32)
+    larger: PreTrainedModel = AutoModelForMaskedLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     _copy_parameters(model, larger)
     with torch.no_grad():
         known = sorted(set(range(model.config.vocab_size)) - pieces.keys())

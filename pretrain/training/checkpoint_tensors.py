@@ -14,7 +14,6 @@ collective on tensors.
 """
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -29,7 +28,7 @@ from torch import Tensor
 from experiment.checkpoints import checkpoint_path, mark_complete, read_state, write_best
 from experiment.errors import UserError
 from experiment.files import fsync, write_json
-from experiment.retention import Retention, apply_retention
+from experiment.retention import Retention, apply_retention, discard
 from pretrain.engine.engine import Engine
 from pretrain.world import World
 
@@ -55,7 +54,8 @@ def save_checkpoint(
     is_rank0 = engine.world.rank == 0
     with _AllRanksOrNone(engine.world):
         if is_rank0:
-            shutil.rmtree(partial, ignore_errors=True)
+            if partial.exists():
+                discard(partial)
             (partial / "engine").mkdir(parents=True)
     entries: dict[str, Any] = {}
     with _AllRanksOrNone(engine.world):
@@ -73,7 +73,7 @@ def save_checkpoint(
             write_json(partial / "state.json", state, indent=1)
             mark_complete(partial)
             if final.exists():  # incomplete or damaged: a good one is never written again
-                shutil.rmtree(final)
+                discard(final)
             partial.rename(final)
             fsync(checkpoints)
             if keep.best is not None:

@@ -1,6 +1,7 @@
 """Collectives between the ranks' host processes: whole numbers and small objects, never through the device."""
 
 import datetime
+import platform
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -10,6 +11,10 @@ import torch.distributed as dist
 from experiment.errors import UserError
 
 T = TypeVar("T")
+
+
+class AgreedError(UserError):
+    """A UserError that every rank raises at the same point."""
 
 
 class HostGroup:
@@ -33,8 +38,25 @@ class HostGroup:
         dist.all_gather(gathered, own, group=self._group)
         return [of_rank.tolist() for of_rank in gathered]
 
+    def call(self, function: Callable[[], T]) -> T:
+        """Call `function` on every rank and return its result. A UserError on any rank is an AgreedError on all.
+
+        `function` may call `from_rank0`, the same number of times on each rank, but no other collective: there the
+        other ranks learn of a rank that has failed.
+        """
+        try:
+            result = function()
+        except AgreedError:
+            raise
+        except UserError as error:
+            self._raise_any(str(error))
+            raise
+        self._raise_any(None)
+        return result
+
     def from_rank0(self, function: Callable[[], T]) -> T:
         """Call `function` on rank 0 and return its result on all ranks. A UserError is raised on all of them."""
+        self._raise_any(None)
         box: list[Any] = [None, None]
         if dist.get_rank() == 0:
             try:
@@ -43,9 +65,21 @@ class HostGroup:
                 box[1] = str(error)
         dist.broadcast_object_list(box, src=0, group=self._group)
         if box[1] is not None:
-            raise UserError(box[1])
+            raise AgreedError(box[1])
         result: T = box[0]
         return result
+
+    def _raise_any(self, message: str | None) -> None:
+        """Raise AgreedError on all ranks if one of them has a message. Collective."""
+        gathered: list[Any] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(gathered, (platform.node(), message), group=self._group)
+        failed = [(rank, host, text) for rank, (host, text) in enumerate(gathered) if text is not None]
+        if not failed:
+            return
+        rank, host, text = failed[0]
+        if len(failed) < len(gathered):  # else it is not about this host
+            text = f"{host}, rank {rank}: {text}"
+        raise AgreedError(text)
 
     def barrier(self) -> None:
         dist.barrier(group=self._group)

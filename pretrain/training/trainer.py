@@ -273,8 +273,8 @@ class Trainer:
         self._interval = LogInterval()
 
     def _mfu(self, seconds: float) -> float | None:
-        """Model FLOPs utilisation of the interval; None where the device's peak is unknown."""
-        if not self._on_gpu:
+        """Model FLOPs utilisation of the interval; None where the device's peak or the model's FLOPs are unknown."""
+        if not self._on_gpu or self._flops is None:
             return None
         peak = peak_flops(torch.cuda.get_device_name(self._engine.device), self._engine.precision)
         if peak is None:

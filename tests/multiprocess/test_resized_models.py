@@ -1,4 +1,4 @@
-"""Continued pretraining with added tokens and a longer context."""
+"""Continued pretraining with added tokens and a longer context, and resuming with every option of the model."""
 
 import json
 from pathlib import Path
@@ -9,6 +9,7 @@ import yaml
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from experiment.checkpoints import checkpoint_path
+from experiment.run_folder import RunFolder
 from pretrain.corpus.added_tokens import extend_tokenizer
 from pretrain.corpus.build import build_corpus
 from pretrain.corpus.options import CorpusOptions
@@ -30,6 +31,15 @@ def grown(text_file: Path, wordpiece: Path, tmp_path_factory: pytest.TempPathFac
     tokens = made.read(np.array([0]), np.array([made.tokens]))
     assert 200 in tokens.tolist(), "the new word is in the text"
     return folder / "tokenizer", folder / "corpus"
+
+
+@pytest.fixture(scope="module")
+def start_model(pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Hugging Face folder of a run of one step."""
+    folder = tmp_path_factory.mktemp("start")
+    tree = run_config(folder, wordpiece_corpus, schedule__steps=1, model__config=TINY)
+    pools[1].run(pretrain_case, tree)
+    return checkpoint_path(folder / "checkpoints", 1) / "hf"
 
 
 @pytest.mark.parametrize("ds_config", ["bf16_zero3", *soak("fp32_zero1")])
@@ -57,3 +67,60 @@ def test_added_tokens_and_a_longer_context(
     assert yaml.safe_load((tmp_path / "third" / "config.yaml").read_text())["model"]["init_from"] == str(hf)
     ancestors = json.loads((tmp_path / "third" / "provenance.json").read_text())["ancestors"]
     assert [Path(ancestor["folder"]).name for ancestor in ancestors] == ["first", "grown"]
+
+
+# Every option of `model` that changes the config of the model, or how it is built. "GROWN": the extended tokenizer.
+NEW_MODEL_OPTIONS: dict[str, Tree] = {
+    "recomputed": {"config": TINY, "activation_checkpointing": True},
+    "recomputed and padded": {"config": TINY | {"model_type": "deberta"}, "activation_checkpointing": True},
+}
+INIT_FROM_OPTIONS: dict[str, Tree] = {
+    "recomputed": {"activation_checkpointing": True},
+    "added tokens": {"added_tokens": "GROWN"},
+    "longer context": {"max_positions": 120},
+    "overrides": {"config": {"model_type": "bert", "hidden_dropout_prob": 0.3, "num_hidden_layers": 1}},
+    "all": {
+        "config": {"attention_probs_dropout_prob": 0.3},
+        "added_tokens": "GROWN",
+        "max_positions": 120,
+        "activation_checkpointing": True,
+    },
+}
+
+
+def assert_resumes(pool: RankPool, folder: Path, corpus: Path, model: Tree) -> None:
+    """A run with this section `model` resumes after a stop, and finds nothing changed."""
+    tree = run_config(folder, corpus, schedule__steps=2) | {"model": model}
+    assert set(pool.run(pretrain_case, tree, 1)) == {"stopped"}
+    assert set(pool.run(pretrain_case, tree)) == {"done"}
+    assert logged(folder, "step") == [1, 2]
+    text = RunFolder(folder).rank_log(0).read_text(encoding="utf-8")
+    assert "resuming from" in text
+    assert " -> " not in text, "a key changed"
+
+
+@pytest.mark.parametrize("option", NEW_MODEL_OPTIONS)
+def test_a_new_model_resumes_with_every_option(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, option: str
+) -> None:
+    """Catches an option that changes the model's config after the identity of the run was computed from it, so that a
+    checkpoint differs from the config that wrote it."""
+    assert_resumes(pools[1], tmp_path, wordpiece_corpus, NEW_MODEL_OPTIONS[option])
+
+
+@pytest.mark.parametrize("option", INIT_FROM_OPTIONS)
+def test_a_continued_model_resumes_with_every_option(
+    pools: dict[int, RankPool],
+    wordpiece_corpus: Path,
+    grown: tuple[Path, Path],
+    start_model: Path,
+    tmp_path: Path,
+    option: str,
+) -> None:
+    """Catches the same in a model that is loaded, resized or overridden."""
+    model = INIT_FROM_OPTIONS[option] | {"init_from": str(start_model)}
+    corpus = wordpiece_corpus
+    if "added_tokens" in model:
+        tokenizer, corpus = grown
+        model["added_tokens"] = str(tokenizer)
+    assert_resumes(pools[1], tmp_path, corpus, model)

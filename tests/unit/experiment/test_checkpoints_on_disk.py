@@ -1,6 +1,9 @@
+import errno
 import logging
+import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +19,7 @@ from experiment.checkpoints import (
     write_best,
 )
 from experiment.errors import UserError
-from experiment.retention import Retention, apply_retention
+from experiment.retention import Retention, apply_retention, discard
 
 
 def make(checkpoints: Path, *steps: int) -> list[Path]:
@@ -195,3 +198,68 @@ def test_a_checkpoint_is_renamed_before_it_is_deleted(tmp_path: Path, monkeypatc
     monkeypatch.setattr(shutil, "rmtree", rmtree)
     apply_retention(tmp_path, Retention(1), newest=2)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+
+
+@pytest.mark.parametrize("stuck", ["rename", "rmtree"])
+def test_a_checkpoint_that_cannot_be_deleted_is_retried_at_the_next_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, stuck: str
+) -> None:
+    """Catches a run that ends, although its new checkpoint is written, because an old one is busy or immutable; and an
+    old one that blocks the deletion of the others, or is never tried again."""
+    make(tmp_path, 1, 2, 3)
+    with monkeypatch.context() as patch:
+        refuse(patch, stuck, "step-00000001")
+        apply_retention(tmp_path, Retention(1), newest=3)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "step-00000001" in caplog.text
+    assert "the next save tries again: Device or resource busy" in caplog.text
+    assert 2 not in steps(tmp_path)
+    assert newest_usable(tmp_path) == checkpoint_path(tmp_path, 3)
+    apply_retention(tmp_path, Retention(1), newest=3)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
+
+
+def test_a_folder_that_cannot_be_deleted_makes_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches a save that fails because a damaged checkpoint of its step, or its own leftover, is busy."""
+    (damaged,) = make(tmp_path, 1)
+    leftover = tmp_path / ".step-00000001.partial"
+    leftover.mkdir()
+    with monkeypatch.context() as patch:
+        refuse(patch, "rmtree", "step-00000001")
+        discard(damaged)
+        discard(leftover)
+    assert not damaged.exists()
+    assert not leftover.exists()
+    assert len(caplog.records) == 2
+    apply_retention(tmp_path, Retention(1), newest=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def refuse(patch: pytest.MonkeyPatch, method: str, name: str) -> None:
+    """Let `Path.rename` or `shutil.rmtree` fail for folders whose name contains `name`."""
+    owner = Path if method == "rename" else shutil
+    real = getattr(owner, method)
+
+    def busy(path: Path, *arguments: Any, **options: Any) -> Any:
+        if name not in path.name:
+            return real(path, *arguments, **options)
+        if options.get("ignore_errors"):
+            return None
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+
+    patch.setattr(owner, method, busy)
+
+
+def test_a_complete_file_that_is_a_folder_is_damage(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Catches a checkpoint that is skipped without a word, so that the run starts over."""
+    before, newest = make(tmp_path / "run" / "checkpoints", 1, 2)
+    for path in (newest, before):
+        (path / "COMPLETE").unlink()
+        (path / "COMPLETE").mkdir()
+    with pytest.raises(UserError, match=r"all 2 checkpoints .* are damaged"):
+        newest_usable(before.parent)
+    assert f"skipping damaged checkpoint {newest}: its COMPLETE file cannot be read" in caplog.text
+    with pytest.raises(UserError, match="is damaged: its COMPLETE file cannot be read"):
+        find_checkpoint(newest)

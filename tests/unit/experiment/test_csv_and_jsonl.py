@@ -47,6 +47,26 @@ def test_bad_text_is_found_while_reading() -> None:
         next(lines)
 
 
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ('{"text": "a", "n": 1, "text": "b"}', "the key 'text' appears twice"),
+        ('{"n": {"a": 1, "a": 1}}', "the key 'a' appears twice"),
+        (f'{{"n": {"9" * 10_000}}}', "the number 999999999999… has 10,000 digits"),
+        ('{"n": -' + "9" * 4300 + "}", "the number -99999999999… has 4,301 digits"),
+        ('{"n": ' + "[" * 100_000, "nested too deeply"),
+    ],
+)
+def test_an_ambiguous_or_unreadable_row_is_rejected(row: str, problem: str) -> None:
+    """Catches the last of two values taken silently, and tracebacks."""
+    rows = read_json_lines(['{"text": "a", "n": 1}', row], "f")
+    assert next(rows).line == 1
+    with pytest.raises(UserError) as raised:
+        next(rows)
+    assert str(raised.value).startswith(f"f:2: expected one JSON object per line: {problem}")
+    assert "\n" not in str(raised.value)
+
+
 def test_a_column_must_be_there_once() -> None:
     """Catches the first of two columns of one name taken for the one that is meant."""
     assert column_index(["a", "b"], "b", "f:1", "--column") == 1

@@ -59,3 +59,9 @@ def test_a_damaged_outcome_is_none(tmp_path: Path, damage: str) -> None:
     folder = RunFolder(tmp_path)
     write_text(folder.outcome, damage)
     assert folder.read_outcome() is None
+
+
+def test_a_folder_name_with_a_nul_character_is_rejected(tmp_path: Path) -> None:
+    """Catches a traceback, or a message that prints the NUL character."""
+    with pytest.raises(UserError, match=r"run\.dir: cannot create the run folder '.*a\\x00b': embedded null byte"):
+        open_run_folder(tmp_path / "a\0b")

@@ -61,3 +61,10 @@ def test_bad_values_are_rejected_by_key(key: str, raw: str, message: str) -> Non
     tree: dict[str, Any] = MINIMAL
     with pytest.raises(UserError, match=message):
         build_config(FinetuneConfig, tree, {key: raw})
+
+
+@pytest.mark.parametrize("key", ["run.dir", "task.train", "task.validation", "task.test"])
+def test_a_path_with_a_nul_character_is_rejected(key: str) -> None:
+    """Catches a traceback: YAML can write such a path, but no system can open it."""
+    with pytest.raises(UserError, match=rf"'{key}': a path cannot contain a NUL character"):
+        build_config(FinetuneConfig, MINIMAL, {key: "a\0b"})

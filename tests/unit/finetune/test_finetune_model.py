@@ -118,6 +118,20 @@ def test_an_incomplete_folder_is_a_user_error(copied: Path, missing: str) -> Non
         load_tokenizer(copied) and build_model(start(copied))
 
 
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_code_in_the_folder_is_not_run(copied: Path, monkeypatch: pytest.MonkeyPatch, pretrained: bool) -> None:
+    """Catches transformers asking on stdin whether to run the folder's code for a head that it does not have itself."""
+    ran = copied / "ran"
+    (copied / "code.py").write_text(f"open({str(ran)!r}, 'w').close()\n")
+    (copied / "config.json").write_text(json.dumps({"model_type": "vit", "auto_map": {AUTO: "code.Model"}}))
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda *question: asked.append(str(question)) or "y")
+    with pytest.raises(UserError, match="copy"):
+        build_model(start(copied, pretrained))
+    assert not asked
+    assert not ran.exists()
+
+
 def test_an_unknown_model_type_is_a_user_error(copied: Path) -> None:
     """Catches a traceback for a model type that transformers does not support."""
     config = json.loads((copied / "config.json").read_text())

@@ -13,9 +13,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from experiment.checkpoints import checkpoint_path, mark_complete
 from experiment.errors import UserError
+from experiment.run_folder import RunFolder
 from finetune import run as run_module
 from finetune import seed_run
 from finetune.run import finetune
+from finetune.seed_run import finished_seeds
 
 
 @pytest.fixture
@@ -224,3 +226,16 @@ def test_a_damaged_checkpoint_is_not_fine_tuned(
     assert "skipping damaged checkpoint" in caplog.text
     with pytest.raises(UserError, match=r"model\.init_from: the checkpoint .*step-00000020 is damaged: hf/model"):
         finetune(config_file, {"model.init_from": str(newest)})
+
+
+@pytest.mark.parametrize("damage", ["a folder", "torn", "too many digits"])
+def test_a_damaged_seed_is_rejected(tmp_path: Path, damage: str) -> None:
+    """Catches a traceback that does not say what to remove."""
+    complete = tmp_path / "seed-1" / "COMPLETE"
+    complete.parent.mkdir()
+    if damage == "a folder":
+        complete.mkdir()
+    else:
+        complete.write_text('{"se' if damage == "torn" else f'{{"settings": {"9" * 10_000}}}')
+    with pytest.raises(UserError, match=r"COMPLETE is damaged: remove .*seed-1 to train this seed again"):
+        finished_seeds(RunFolder(tmp_path), {})

@@ -235,3 +235,23 @@ def test_ranks_that_outlive_deepspeed_finish(folder: RunFolder):
     saving = "import time; time.sleep(0.5); open({!r}, 'w').close()".format(str(folder.path / "saved"))
     attempt(folder, f"import subprocess; subprocess.Popen([sys.executable, '-c', {saving!r}])")
     assert (folder.path / "saved").exists()
+
+
+@pytest.mark.parametrize("torn", [b'{"attempt": 2, "ti', b'{"note": "\xc3', b"[1]\n", b"\x00\x00\n", b"9" * 10_000])
+def test_a_torn_record_of_launches_is_repaired(
+    folder: RunFolder, capsys: pytest.CaptureFixture[str], torn: bytes
+) -> None:
+    """Catches a run that never starts again after a power cut, and a repair that loses whole lines or is silent."""
+    attempt(folder, "folder.write_outcome(Outcome.STOPPED)")
+    capsys.readouterr()
+    folder.launches.write_bytes(folder.launches.read_bytes() + torn)
+    assert attempt(folder, "folder.write_outcome(Outcome.DONE)").outcome is Outcome.DONE
+    assert [launch["outcome"] for launch in launches(folder)] == ["stopped", "done"]
+    assert "launch.jsonl is damaged: removed 1 of its 2 lines" in capsys.readouterr().err
+
+
+def test_an_unreadable_record_of_launches_is_rejected(folder: RunFolder) -> None:
+    """Catches a traceback."""
+    folder.launches.mkdir()
+    with pytest.raises(UserError, match=r"cannot read .*launch\.jsonl: Is a directory"):
+        attempt(folder, "")

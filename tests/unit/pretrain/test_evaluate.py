@@ -7,7 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM
+from transformers import (
+    AutoModelForMaskedLM,
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertModel,
+    PreTrainedModel,
+)
 
 from experiment.errors import UserError
 from experiment.tokenizer import load_tokenizer, save_tokenizer
@@ -146,6 +153,28 @@ def test_a_checkpoint_is_scored_as_its_run_scores_it(
         held = held_out(heldout_corpus, MicrobatchLayout(40, 400), seed=7, policy=MaskingPolicy(0.3, 0.8, 0.1, unit))
         masked[unit] = sum(held.maker[step].masked_tokens for step in range(held.batches))
     assert found["masked_tokens"] == masked["span"] != masked["token"]
+
+
+def test_json_has_null_where_nothing_was_masked(
+    folder: Path, heldout_corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches NaN in the output, which is not JSON."""
+    folder = folder.rename(folder.with_name("hf"))
+    config = {"masking": {"rate": 1e-9}, "run": {"seed": 7}, "batch": {"max_seq_length": 40}}
+    (folder.parent / "state.json").write_text(json.dumps({"config": config}))
+    evaluate_command(str(folder), str(heldout_corpus), json=True)
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)[heldout_corpus.name]
+    assert found == {"loss": None, "perplexity": None, "accuracy": None, "masked_tokens": 0}
+
+
+@pytest.mark.parametrize("kind", [BertForSequenceClassification, BertModel])
+def test_evaluate_rejects_a_folder_without_a_masked_lm_head(
+    folder: Path, heldout_corpus: Path, kind: type[PreTrainedModel]
+) -> None:
+    """Catches scores of a randomly initialized head, for a classifier or an encoder."""
+    kind.from_pretrained(folder).save_pretrained(folder)
+    with pytest.raises(UserError, match=r"has no masked-LM head: its weights lack cls\.predictions"):
+        evaluate_command(str(folder), str(heldout_corpus))
 
 
 def test_evaluate_rejects_invalid_input(

@@ -168,3 +168,14 @@ def test_a_corpus_of_another_tokenizer_is_rejected(
     message = rejected_message(f"--corpus.eval.other={byte_level_corpus}")
     assert "corpus.eval.other" in message
     assert "another tokenizer" in message
+
+
+def test_a_run_folder_with_a_nul_character_is_rejected(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a traceback: YAML can write such a path, but no system can open it."""
+    tree = yaml.safe_load(config.read_text())
+    config.write_text(yaml.safe_dump(tree | {"run": {"dir": "a\0b"}}))
+    assert main(["pretrain", "--config", str(config)]) == 2
+    expected = (
+        f"{config}, line {1 + config.read_text().splitlines().index('run:') + 1}: 'run.dir': a path cannot contain"
+    )
+    assert expected in capsys.readouterr().err

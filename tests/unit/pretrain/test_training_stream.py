@@ -1,6 +1,7 @@
 """The stream of a run: stages, batch warmup, a mixture and a scheduled masking rate, together."""
 
 import dataclasses
+import json
 import math
 import shutil
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from pretrain.batching.batch import IGNORED, RankBatch
 from pretrain.batching.masking import MaskingSchedule
 from pretrain.config import PretrainConfig
 from pretrain.resolve import ResolvedRun, resolve
+from pretrain.resume import ResumePlan
 from pretrain.training_stream import TrainingStream, open_stream
 from pretrain.world import World
 
@@ -244,3 +246,23 @@ def test_corpora_of_a_mixture_have_unique_names(wordpiece_corpus: Path, heldout_
     namesake = shutil.copytree(heldout_corpus, tmp_path / "other" / "text")
     run = resolve_run(wordpiece_corpus, namesake, True, {})
     assert [given.name for given in run.corpora] == [f"{wordpiece_corpus.parent.name}/text", "other/text"]
+
+
+@pytest.mark.parametrize("length", [{"epochs": 0.5}, {"tokens": 3000}, {"steps": 8}])
+def test_a_fork_ends_after_its_parents_step(
+    wordpiece_corpus: Path, heldout_corpus: Path, tmp_path: Path, length: dict[str, float]
+) -> None:
+    """Catches a fork that trains nothing and counts as done because its length in epochs or tokens is a total."""
+    run = resolve_run(wordpiece_corpus, heldout_corpus, False, {"schedule": length})
+    steps = open_stream(run, World(), packed=True, first_position=0).steps
+    assert steps is not None
+
+    def open_fork(step: int) -> TrainingStream:
+        (tmp_path / "state.json").write_text(json.dumps({"progress": {"step": step}}))
+        fork = dataclasses.replace(run, resume_plan=ResumePlan(tmp_path, fork=True))
+        return open_stream(fork, World(), packed=True, first_position=0)
+
+    assert open_fork(steps - 1).steps == steps
+    for step in (steps, steps + 5):
+        with pytest.raises(UserError, match=rf"the run has {steps} steps, but .* is at step {step} already"):
+            open_fork(step)

@@ -111,6 +111,13 @@ def test_an_empty_file_and_a_byte_order_mark_are_no_error(tmp_path: Path, text: 
         (b"run: &again {model: *again}\n", "FILE: expected only mappings"),
         (b'run: {name: "\\ud800"}\n', "FILE: expected only mappings"),
         (b"[" * 5000, "FILE: nested too deeply"),
+        (
+            b"run:\n  seed: " + b"9" * 10_000,
+            "FILE, line 2: cannot read '99999999999999999999' as int: Exceeds the limit",
+        ),
+        (b"run: {lr: !!float high }\n", "FILE, line 1: cannot read 'high' as float"),
+        (b"run: {lr: !!bool maybe }\n", "FILE, line 1: cannot read 'maybe' as bool"),
+        (b"run: {lr: !!timestamp maybe }\n", "FILE, line 1: cannot read 'maybe' as timestamp"),
         (b"- run\n", 'FILE: expected a mapping of sections at the top level, found a list (["run"])'),
         (b"run\n", "found text"),
         (b"run: {lr: high}\n", "FILE, line 1: 'run.lr': expected a number, found text (\"high\")"),

@@ -79,6 +79,27 @@ def test_a_tracker_that_cannot_be_opened_does_not_stop_the_run(
     assert "metrics.jsonl" in caplog.records[0].getMessage()
 
 
+def test_a_tracker_that_cannot_be_opened_is_tried_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Catches a run without metrics because its disk was full for a moment at the start, a warning at every event, and
+    events of an earlier attempt that are kept twice or lost."""
+    folder = open_run_folder(tmp_path)
+    aside = tmp_path / "aside"
+    aside.write_text('{"step": 1}\n{"step": 2}\n')
+    folder.metrics.mkdir()
+    trackers = opened(folder, resumed_step=1)
+    for step in (2, 3):
+        trackers.log({"step": step})
+    folder.metrics.rmdir()
+    aside.rename(folder.metrics)
+    for step in (4, 5):
+        trackers.log({"step": step})
+    trackers.close(Outcome.DONE)
+    assert [json.loads(line)["step"] for line in folder.metrics.read_text().splitlines()] == [1, 4, 5]
+    first, last = [record.getMessage() for record in caplog.records]
+    assert first.startswith("could not open the tracker for metrics.jsonl")
+    assert last == "opened the tracker for metrics.jsonl at step 4; earlier events of this attempt are missing"
+
+
 @pytest.mark.parametrize("mode", ["online", "offline", "disabled"])
 def test_wandb_is_imported_only_when_enabled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, mode: str

@@ -1,9 +1,13 @@
+from dataclasses import dataclass
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.batching.sequences import split_documents
+from pretrain.batching import sequences
+from pretrain.batching.sequences import open_index, split_documents
 
 
 @given(st.lists(st.integers(1, 400), max_size=40), st.integers(1, 60))
@@ -25,3 +29,72 @@ def test_splitting_loses_nothing_and_balances(documents, capacity):
 def test_splitting_examples(length, expected):
     """Catches a change of the rule, which would change the stream of every existing run."""
     assert split_documents(np.array([length]), 10).tolist() == expected
+
+
+@dataclass(frozen=True)
+class Documents:
+    """What an index needs of a corpus: documents of 10, 25 and 3 tokens."""
+
+    path: Path
+    fingerprint: str = "0123456789abcdef0123"
+    name: str = "documents"
+    tokens: int = 38
+
+    def document_lengths(self):
+        yield np.array([10, 25], dtype=np.int32)
+        yield np.array([3], dtype=np.int32)
+
+
+STARTS = [0, 10, 19, 27, 35, 38]
+
+DAMAGE = {
+    "empty": lambda content: b"",
+    "truncated": lambda content: content[:-8],
+    "truncated in the header": lambda content: content[:60],
+    "not an array": lambda content: b"not an array" * 20,
+    "other type": lambda content: content.replace(b"<i8", b"<f8"),
+    "first": lambda content: content[:-48] + np.int64(1).tobytes() + content[-40:],
+    "last": lambda content: content[:-8] + np.int64(39).tobytes(),
+    "negative length": lambda content: content[:-24] + np.int64(10).tobytes() + content[-16:],
+    "empty sequence": lambda content: content[:-16] + np.int64(27).tobytes() + content[-8:],
+    "too long": lambda content: content[:-24] + np.int64(30).tobytes() + content[-16:],
+    "flipped bit": lambda content: content[:-17] + bytes([content[-17] ^ 0x80]) + content[-16:],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("block", [1, 2, 100])
+def test_a_damaged_index_is_built_again(tmp_path, monkeypatch, caplog, damage, block):
+    """Catches a run that never starts with a truncated index, or trains on sequences of negative length."""
+    monkeypatch.setattr(sequences, "_BLOCK", block)
+    corpus = Documents(tmp_path)
+    assert open_index(corpus, 10, tmp_path / "fallback").starts.tolist() == STARTS
+    (file,) = (tmp_path / "index").glob("*.npy")
+    whole = file.read_bytes()
+    file.write_bytes(DAMAGE[damage](whole))
+    assert file.read_bytes() != whole
+    caplog.clear()
+    assert open_index(corpus, 10, tmp_path / "fallback").starts.tolist() == STARTS
+    assert file.read_bytes() == whole
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 1
+    assert f"{file} is damaged (" in warnings[0]
+
+
+def test_a_damaged_index_in_a_read_only_corpus_is_built_elsewhere(tmp_path, monkeypatch):
+    """Catches a run that cannot start because it may not repair the index."""
+    corpus = Documents(tmp_path)
+    open_index(corpus, 10, tmp_path / "fallback")
+    (file,) = (tmp_path / "index").glob("*.npy")
+    file.write_bytes(b"")
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert open_index(corpus, 10, tmp_path / "fallback").starts.tolist() == STARTS
+    assert file.read_bytes() == b""
+
+
+def test_a_valid_index_is_not_built_again(tmp_path, monkeypatch):
+    """Catches an index that is rebuilt at every start."""
+    corpus = Documents(tmp_path)
+    open_index(corpus, 10, tmp_path / "fallback")
+    monkeypatch.setattr(sequences, "_build", None)
+    assert open_index(corpus, 10, tmp_path / "fallback").starts.tolist() == STARTS

@@ -137,6 +137,14 @@ def test_parquet_plain_and_inside_an_archive(tmp_path: Path) -> None:
     assert texts(f"{tmp_path}/a.zip,{tmp_path}/b.parquet.gz") == ["a", "b", "a", "b"]
 
 
+def test_a_parquet_column_must_be_there_once(tmp_path: Path) -> None:
+    """Catches the first of two columns of one name taken for the one that is meant."""
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table([["a"], ["b"], [1]], names=["text", "text", "n"]), path)
+    with pytest.raises(UserError, match=r"a\.parquet: 2 columns are called 'text' \(--column names the column\)"):
+        texts(path)
+
+
 def compressed(data: bytes, suffix: str) -> bytes:
     if suffix == "gz":
         return gzip.compress(data[:9]) + gzip.compress(data[9:])

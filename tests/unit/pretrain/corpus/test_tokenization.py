@@ -33,6 +33,15 @@ def test_special_token_from_text_is_detected() -> None:
     assert DocumentEncoder(tokenizer_spec(wrapped)).encode(["a", "b", "a [MASK]", "[MASK]"]).special == 2
 
 
+def test_special_token_without_a_role_is_detected() -> None:
+    """Catches a corpus with tokens that only tokenizer.json marks as special."""
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "<extra_0>": 1, "a": 2}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["<extra_0>"])
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
+    assert DocumentEncoder(tokenizer_spec(wrapped)).encode(["a", "a <extra_0>"]).special == 1
+
+
 def test_counts_per_document(vocabulary_folder: Path) -> None:
     """Catches counts assigned to the wrong document when one has no token."""
     tokenizer = load_tokenizer(vocabulary_folder)

@@ -81,7 +81,8 @@ def test_fields_that_models_look_up_are_known(model_type: str, fields: dict[str,
 )
 def test_other_fields_are_rejected(model_type: str, field: str, nearest: str | None) -> None:
     """Catches misspelt fields and fields of other models, which transformers would keep without using them."""
-    with pytest.raises(UserError, match=f"^unknown config key 'model.config.{field}' for '{model_type}'") as error:
+    message = f"^unknown config key 'model.config.{field}': '{model_type}' does not use it with this config"
+    with pytest.raises(UserError, match=message) as error:
         check(model_type, {field: 1})
     if nearest is not None:
         assert f"did you mean '{nearest}'?" in str(error.value)

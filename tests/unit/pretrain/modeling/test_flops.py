@@ -2,12 +2,20 @@ from collections.abc import Callable
 
 import pytest
 from model_examples import LOCAL_WINDOW, Example
+from transformers import AutoConfig
 
-from pretrain.modeling.flops import flops_model
+from pretrain.modeling.flops import FlopsModel, flops_model
+from pretrain.modeling.random_model import meta_model
 
 HIDDEN, INNER, VOCABULARY = 24, 40, 200
 LAYER = 4 * (HIDDEN * HIDDEN + HIDDEN) + 2 * HIDDEN * INNER + INNER + HIDDEN + 4 * HIDDEN  # attention, MLP, two norms
 HEAD = 6 * (VOCABULARY * HIDDEN + HIDDEN * HIDDEN)  # per predicted token
+
+
+def known_flops(example: Example) -> FlopsModel:
+    model = flops_model(example.built.model)
+    assert model is not None
+    return model
 
 
 @pytest.mark.parametrize(
@@ -19,13 +27,13 @@ def test_flops_of_a_step(example: Callable[[str], Example], model_type: str, enc
 
     Two sequences, of 10 and 30 tokens, six of them predicted, by hand: their mean attended length is 25.
     """
-    flops = flops_model(example(model_type).built.model).per_step(tokens=40, squared_lengths=10**2 + 30**2, predicted=6)
+    flops = known_flops(example(model_type)).per_step(tokens=40, squared_lengths=10**2 + 30**2, predicted=6)
     assert flops == 40 * (6 * encoder + 12 * HIDDEN * 3 * 25) + 6 * HEAD
 
 
 def test_a_local_window_caps_the_attended_length(example: Callable[[str], Example]) -> None:
     """Catches attention FLOPs of whole sequences in ModernBERT's local layers, and a window off by one."""
-    model = flops_model(example("modernbert").built.model)
+    model = known_flops(example("modernbert"))
     window = LOCAL_WINDOW + 1  # half on either side, and the token itself
     assert model.windows == (None, window, window, None)
     longer = model.per_step(tokens=50, squared_lengths=50**2, predicted=0)
@@ -36,4 +44,10 @@ def test_a_local_window_caps_the_attended_length(example: Callable[[str], Exampl
 
 def test_an_empty_step_has_no_flops(example: Callable[[str], Example]) -> None:
     """Catches a division by zero tokens."""
-    assert flops_model(example("bert").built.model).per_step(0, 0, 0) == 0.0
+    assert known_flops(example("bert")).per_step(0, 0, 0) == 0.0
+
+
+@pytest.mark.parametrize("model_type", ["perceiver", "modernvbert"])
+def test_flops_are_unknown_without_hidden_size_and_layers(model_type: str) -> None:
+    """Catches a run that stops with an AttributeError because of a figure that is only logged."""
+    assert flops_model(meta_model(AutoConfig.for_model(model_type))) is None

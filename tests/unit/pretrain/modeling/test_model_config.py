@@ -27,11 +27,31 @@ def test_the_vocabulary_comes_from_the_tokenizer(tokenizer: PreTrainedTokenizerF
 
 
 @pytest.mark.parametrize(
+    ("model_type", "fields"),
+    [("eurobert", {}), ("esm", {"token_dropout": True, "position_embedding_type": "rotary"})],
+)
+def test_special_token_ids_come_from_the_tokenizer(
+    tokenizer: PreTrainedTokenizerFast, model_type: str, fields: dict[str, Any]
+) -> None:
+    """Catches ids of transformers' default tokenizer, which are outside the vocabulary: EuroBERT could not be built."""
+    settings = ModelConfig(config={"model_type": model_type, **TINY, **fields})
+    config = resolve_model_config(settings, tokenizer)
+    for role in ("bos", "eos", "pad", "mask"):
+        assert getattr(config, f"{role}_token_id") == getattr(tokenizer, f"{role}_token_id"), role
+    build_model(settings, config, seed=1)
+    chosen = ModelConfig(config={"model_type": model_type, **TINY, **fields, "mask_token_id": 7})
+    assert resolve_model_config(chosen, tokenizer).mask_token_id == 7
+
+
+@pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"model_type": "brt"}, "unknown model type 'brt'; did you mean 'bert'?"),
         ({"model_type": "llama"}, "'llama' has no masked-LM head"),
-        ({"hiden_size": 24}, "'model.config.hiden_size' for 'bert'; did you mean 'hidden_size'?"),
+        (
+            {"hiden_size": 24},
+            "'model.config.hiden_size': 'bert' does not use it with this config; did you mean 'hidden_size'?",
+        ),
         ({"vocab_size": 100}, "vocab_size is 100, but the tokenizer's ids go up to 199"),
         ({"pad_token_id": 3}, "model.config.pad_token_id is 3"),
         ({"hidden_size": "wide"}, "model.config"),
