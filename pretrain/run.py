@@ -16,19 +16,20 @@ import datetime
 import logging
 import os
 import platform
-import resource
 from collections.abc import Callable, Sequence
 
 from experiment.errors import UserError
 from experiment.run_folder import Outcome, RunFolder, open_run_folder
 from experiment.tracking.rank_logs import set_up_logging
 from pretrain.arguments import read_arguments
+from pretrain.batching.loader import raise_limit_of_open_files
 from pretrain.config import PretrainConfig
 from pretrain.engine.engine import Engine
 from pretrain.engine.loss_scaler import LossScaleError
 from pretrain.engine.process_group import connect, disconnect
 from pretrain.modeling.build import BuiltModel, build_model
 from pretrain.modeling.masked_lm import MaskedLanguageModel
+from pretrain.rank_outcome import record_outcome, report_refusal
 from pretrain.resolve import ResolvedRun, resolve
 from pretrain.training.checkpoint_tensors import UnwritableError
 from pretrain.training.health import HEALTH_LIMITS, HealthLimits, UnhealthyError
@@ -52,7 +53,7 @@ def pretrain(
     try:
         run, model, stream = _prepare(config, world, hosts)
     except AgreedError as error:
-        _report_refusal(config, error, world.rank)
+        report_refusal(config, error, world.rank)
         hosts.barrier()  # the launcher kills all ranks when one exits, perhaps before rank 0 has printed
         raise
     with contextlib.ExitStack() as resources:
@@ -102,7 +103,7 @@ def _prepare(config: PretrainConfig, world: World, hosts: HostGroup) -> tuple[Re
 def main(argv: Sequence[str]) -> None:
     """Run this rank and end the process with the outcome's exit code."""
     rank = int(os.environ.get("RANK", "0"))
-    _raise_limit_of_open_files()
+    raise_limit_of_open_files()
     outcome, message = Outcome.FAILED, ""
     config: PretrainConfig | None = None
     try:
@@ -123,35 +124,15 @@ def main(argv: Sequence[str]) -> None:
         message = f"rank {rank}: {type(error).__name__}: {error}"
         log.exception("this rank failed")
     if config is not None:
-        _record_outcome(RunFolder(Path(config.run.dir).absolute()), outcome, message, rank)
+        record_outcome(RunFolder(Path(config.run.dir).absolute()), outcome, message, rank)
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(outcome.exit_code)  # a normal exit with live collective threads sometimes aborts
 
 
-def _raise_limit_of_open_files() -> None:
-    """Raise the soft limit, often 1024, to the hard limit: shared tensors and connections take file descriptors."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):  # some systems allow less than their hard limit says
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
 def _timeout(config: PretrainConfig) -> datetime.timedelta:
     return datetime.timedelta(seconds=config.health.hang_seconds)
-
-
-def _report_refusal(config: PretrainConfig, error: AgreedError, rank: int) -> None:
-    if rank == 0:
-        print(f"deepcloze: {error}", file=sys.stderr, flush=True)
-        _record_outcome(RunFolder(Path(config.run.dir).absolute()), Outcome.REFUSED, str(error), rank)
-
-
-def _record_outcome(folder: RunFolder, outcome: Outcome, message: str, rank: int) -> None:
-    """Write the outcome for the launcher: rank 0's, or that of a failed rank if rank 0 has written none."""
-    with contextlib.suppress(OSError):
-        if rank == 0 or (outcome == Outcome.FAILED and folder.read_outcome() is None):
-            folder.write_outcome(outcome, message)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ A batch is a function of its step, so the loader maps steps to batches: torch's 
 and dead-worker detection, and resuming at step k means starting at step k.
 """
 
+import contextlib
+import resource
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,6 +38,13 @@ def load_batches(
         worker_init_fn=_defer_sigterm,
     )
     return map(unpack_batch, packed)
+
+
+def raise_limit_of_open_files() -> None:
+    """Raise the soft limit, often 1024, to the hard limit: shared tensors and connections take file descriptors."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # some systems allow less than their hard limit says
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 @dataclass(frozen=True)

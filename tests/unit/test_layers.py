@@ -18,7 +18,7 @@ PRETRAIN_LAYERS = (
     ("pretrain.resolve",),
     ("pretrain.engine", "pretrain.resume"),
     ("pretrain.modeling",),
-    ("pretrain.batching", "pretrain.export", "pretrain.arguments"),
+    ("pretrain.batching", "pretrain.export", "pretrain.arguments", "pretrain.rank_outcome"),
     ("pretrain.corpus", "pretrain.config"),
     ("pretrain.world",),
 )
