@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 READY := $(VENV)/.ready
 
+# Packages are installed without bytecode: without a cache, each rank of each test would compile torch's modules again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DELETE_ON_ERROR:
 .PHONY: help setup demo test check soak
 
