@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,7 +22,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     created. If the block raises, `path` stays as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")  # the disk may be shared by hosts
     try:
         yield temporary
         fsync(temporary)
@@ -42,6 +43,21 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any, indent: int = 2) -> None:
     """Replace a JSON file atomically, see `atomic_write`."""
     write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+
+
+def create_json(path: Path, value: Any) -> None:
+    """Write a JSON file unless it exists. Of several processes, on any host, the first one writes it."""
+    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.new")
+    write_json(temporary, value)
+    try:
+        os.link(temporary, path)  # atomic on shared disks too
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without hard links
+        if not path.exists():
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def fsync(*paths: Path) -> None:

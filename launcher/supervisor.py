@@ -1,8 +1,8 @@
-"""Runs the ranks of a launch, turns signals into a STOP file and finds out how the run ended.
+"""Runs the ranks of a launch and turns signals into a STOP file.
 
 DeepSpeed's launcher kills the ranks when it gets a signal and reduces most exit codes to 0 or 1. Therefore the ranks
 run in a session of their own, which Ctrl-C does not reach. The first signal creates a STOP file, for which the training
-loop checks. The outcome is read from the run folder, where the ranks write it.
+loop checks. The outcome is read from the run folder, where the ranks write it (`launch_result`).
 """
 
 import json
@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 
 import filelock
 
@@ -23,21 +22,14 @@ from experiment.errors import UserError
 from experiment.files import write_text
 from experiment.run_folder import Outcome, RunFolder
 from launcher.hostfile import Slots
+from launcher.launch_result import LaunchResult, clear_reports, read_result
+from launcher.placement import is_local
 from launcher.signal_handlers import handle_stop_signals
 
 # A second Ctrl-C within this time is the first one again: `timeout` and some wrappers deliver it twice.
 _REPEATED_SIGNAL_SECONDS = 1.0
 # DeepSpeed's launcher gives ranks 30 s to exit after one of them failed or it got a signal.
 _EXIT_TIMEOUT_SECONDS = 40.0
-_TAIL_LINES = 15
-
-
-@dataclass(frozen=True)
-class LaunchResult:
-    """How a launch ended."""
-
-    outcome: Outcome
-    message: str = ""
 
 
 def supervise(folder: RunFolder, argv: Sequence[str], environment: Mapping[str, str], slots: Slots) -> LaunchResult:
@@ -47,7 +39,7 @@ def supervise(folder: RunFolder, argv: Sequence[str], environment: Mapping[str, 
     process. Raises UserError if another launch uses the run folder.
     """
     with _lock(folder):
-        folder.outcome.unlink(missing_ok=True)
+        clear_reports(folder)
         if folder.stop.exists():
             folder.stop.unlink()
             _notify(f"removed {folder.stop}, which is older than this launch")
@@ -61,13 +53,15 @@ def supervise(folder: RunFolder, argv: Sequence[str], environment: Mapping[str, 
             "exit": None,
         }
         _write_attempts(folder, [*attempts, record])
-        result = _run_deepspeed(folder, argv, environment)
+        result = _run_deepspeed(folder, argv, environment, remote=not is_local(slots))
         record |= {"outcome": result.outcome.value, "exit": result.outcome.exit_code}
         _write_attempts(folder, [*attempts, record])
         return result
 
 
-def _run_deepspeed(folder: RunFolder, argv: Sequence[str], environment: Mapping[str, str]) -> LaunchResult:
+def _run_deepspeed(
+    folder: RunFolder, argv: Sequence[str], environment: Mapping[str, str], remote: bool
+) -> LaunchResult:
     start_time = time.time()
     with _stop_file_on_signal(folder) as stop:
         process = subprocess.Popen(argv, env=dict(environment), stdin=subprocess.DEVNULL, start_new_session=True)
@@ -78,17 +72,9 @@ def _run_deepspeed(folder: RunFolder, argv: Sequence[str], environment: Mapping[
                 _wait_for_group(process.pid)
         finally:
             _kill_group(process.pid)
-    reported = folder.read_outcome()
-    killed = _describe_kill(exit_code)
-    if reported is not None:
-        outcome, message = reported
-        # The other ranks only know that they lost their peer, not why.
-        if killed and outcome is Outcome.FAILED:
-            message = f"a rank was {killed}; {message}"
-        return LaunchResult(outcome, message)
-    if stop.killed:
+    if folder.read_outcome() is None and stop.killed:
         return LaunchResult(Outcome.STOPPED, "killed; the run can resume from its last complete checkpoint")
-    return LaunchResult(Outcome.FAILED, _failure_message(folder, killed or f"exit code {exit_code}", start_time))
+    return read_result(folder, exit_code, start_time, remote)
 
 
 @dataclass
@@ -162,36 +148,6 @@ def _wait_for_group(group: int) -> None:
 def _kill_group(group: int) -> None:
     with suppress(ProcessLookupError):
         os.killpg(group, signal.SIGKILL)
-
-
-def _describe_kill(exit_code: int) -> str | None:
-    """'killed by SIGNAL' if the exit code means that a signal ended the process or, as 256 - signal, a rank."""
-    number = -exit_code if exit_code < 0 else 256 - exit_code
-    if not 0 < number < signal.NSIG:
-        return None
-    reason = ", possibly because the system ran out of memory" if number == signal.SIGKILL else ""
-    return f"killed by {signal.Signals(number).name}{reason}"
-
-
-def _failure_message(folder: RunFolder, reason: str, start_time: float) -> str:
-    """The message for ranks that exited without writing an outcome, with the end of the failed rank's log."""
-    message = f"the ranks exited without reporting an outcome ({reason}); their logs are in {folder.logs}"
-    logs = [path for path in sorted(folder.logs.glob("rank-*.log")) if path.stat().st_mtime >= start_time]
-    tails = {path: _tail(path) for path in logs}
-    if not tails:
-        return message
-    # The failed rank stops logging first; the others notice its loss later.
-    failed = [path for path, tail in tails.items() if "Traceback" in tail]
-    path = min(failed, key=_modified_ns) if failed else max(tails, key=_modified_ns)
-    return f"{message}\nthe end of {path.name}:\n{tails[path]}"
-
-
-def _modified_ns(path: Path) -> int:
-    return path.stat().st_mtime_ns
-
-
-def _tail(path: Path) -> str:
-    return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:])
 
 
 def _read_attempts(folder: RunFolder) -> list[dict[str, object]]:

@@ -19,7 +19,7 @@ import platform
 from collections.abc import Callable, Sequence
 
 from experiment.errors import UserError
-from experiment.run_folder import Outcome, RunFolder, open_run_folder
+from experiment.run_folder import Outcome, open_run_folder
 from experiment.tracking.rank_logs import set_up_logging
 from pretrain.arguments import read_arguments
 from pretrain.batching.loader import raise_limit_of_open_files
@@ -29,7 +29,7 @@ from pretrain.engine.loss_scaler import LossScaleError
 from pretrain.engine.process_group import connect, disconnect
 from pretrain.modeling.build import BuiltModel, build_model
 from pretrain.modeling.masked_lm import MaskedLanguageModel
-from pretrain.rank_outcome import record_outcome, report_refusal
+from pretrain.rank_outcome import RankReport, rank_report
 from pretrain.resolve import ResolvedRun, resolve
 from pretrain.training.checkpoint_tensors import UnwritableError
 from pretrain.training.health import HEALTH_LIMITS, HealthLimits, UnhealthyError
@@ -53,7 +53,7 @@ def pretrain(
     try:
         run, model, stream = _prepare(config, world, hosts)
     except AgreedError as error:
-        report_refusal(config, error, world.rank)
+        rank_report(config, world.rank).refuse(error)
         hosts.barrier()  # the launcher kills all ranks when one exits, perhaps before rank 0 has printed
         raise
     with contextlib.ExitStack() as resources:
@@ -105,10 +105,13 @@ def main(argv: Sequence[str]) -> None:
     rank = int(os.environ.get("RANK", "0"))
     raise_limit_of_open_files()
     outcome, message = Outcome.FAILED, ""
-    config: PretrainConfig | None = None
+    report: RankReport | None = None
     try:
         config = read_arguments(argv)
+        report = rank_report(config, rank)
+        report.start()
         outcome = pretrain(config, connect(_timeout(config)))
+        report.agree(outcome)
         disconnect()
     except AgreedError as error:
         outcome, message = Outcome.REFUSED, str(error)  # rank 0 has printed it
@@ -121,10 +124,12 @@ def main(argv: Sequence[str]) -> None:
     except (LossScaleError, UnhealthyError) as error:
         message = str(error).partition("\n")[0]  # the rest has been logged
     except BaseException as error:
-        message = f"rank {rank}: {type(error).__name__}: {error}"
+        message = f"{platform.node()}, rank {rank}: {type(error).__name__}: {error}"
         log.exception("this rank failed")
-    if config is not None:
-        record_outcome(RunFolder(Path(config.run.dir).absolute()), outcome, message, rank)
+    if report is not None:
+        if outcome in (Outcome.FAILED, Outcome.REFUSED):
+            report.fail(outcome, message)
+        report.end(outcome.exit_code)
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

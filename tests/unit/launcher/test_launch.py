@@ -14,9 +14,9 @@ from experiment.errors import StoppedError, UserError
 from experiment.run_folder import Outcome, RunFolder
 from launcher import launch
 from launcher.launch import launch_pretraining, plan_launch
+from launcher.launch_result import LaunchResult
 from launcher.machine import Devices, Machine, cpu_cores
 from launcher.options import PretrainOptions
-from launcher.supervisor import LaunchResult
 from pretrain.config import PretrainConfig
 
 CONFIG = """

@@ -10,7 +10,8 @@ import pytest
 
 from experiment.errors import UserError
 from experiment.run_folder import Outcome, RunFolder, open_run_folder
-from launcher.supervisor import LaunchResult, supervise
+from launcher.launch_result import LaunchResult
+from launcher.supervisor import supervise
 
 ROOT = Path(__file__).parents[3]
 SLOTS = {"localhost": (0, 2)}
