@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import platform
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,7 +23,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
     created. If the block raises, `path` stays as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")  # the disk may be shared by hosts
+    # The folder may be shared by hosts.
+    temporary = path.with_name(f".{path.name}.{platform.node()}.{threading.get_native_id()}")
     try:
         yield temporary
         fsync(temporary)
@@ -47,7 +49,7 @@ def write_json(path: Path, value: Any, indent: int = 2) -> None:
 
 def create_json(path: Path, value: Any) -> None:
     """Write a JSON file unless it exists. Of several processes, on any host, the first one writes it."""
-    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.new")
+    temporary = path.with_name(f".{path.name}.{platform.node()}.{threading.get_native_id()}.new")
     write_json(temporary, value)
     try:
         os.link(temporary, path)  # atomic on shared disks too

@@ -18,6 +18,7 @@ from launcher.hostfile import Slots, read_hostfile
 from launcher.machine import Machine, inspect_machine, select_accelerator
 from launcher.options import PretrainOptions
 from launcher.placement import is_local, place_ranks
+from launcher.signal_handlers import handle_stop_signals
 from launcher.supervisor import supervise
 from pretrain.config import PretrainConfig
 
@@ -41,17 +42,23 @@ def launch_pretraining(options: PretrainOptions) -> None:
     """Pretrain, one process per slot, and return when the run is done; or print the plan, for a dry run.
 
     Raises UserError for anything that would keep the ranks from starting, StoppedError for a run that stopped early but
-    can resume, and SystemExit for one that failed (with a message) or that the ranks rejected (rank 0 prints why).
+    can resume, KeyboardInterrupt for a signal before the ranks start, and SystemExit for a run that failed (with a
+    message) or that the ranks rejected (rank 0 prints why).
     """
-    config = load_config(PretrainConfig, options.config, options.overrides)
-    machine = inspect_machine()
-    select_accelerator(machine.devices)
-    if options.dry_run:
-        print(describe_plan(plan_launch(options, config, machine)))
-        return
-    with warnings_left_to_rank0():
-        plan = plan_launch(options, config, machine)
-    launch(plan)
+    with handle_stop_signals(_interrupt):
+        config = load_config(PretrainConfig, options.config, options.overrides)
+        machine = inspect_machine()
+        select_accelerator(machine.devices)
+        if options.dry_run:
+            print(describe_plan(plan_launch(options, config, machine)))
+            return
+        with warnings_left_to_rank0():
+            plan = plan_launch(options, config, machine)
+        launch(plan)
+
+
+def _interrupt(_number: int) -> None:
+    raise KeyboardInterrupt
 
 
 def plan_launch(options: PretrainOptions, config: PretrainConfig, machine: Machine) -> LaunchPlan:

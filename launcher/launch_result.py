@@ -9,6 +9,7 @@ from pathlib import Path
 from experiment.run_folder import Outcome, RunFolder
 
 _SSH_FAILED = 255
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)  # ranks catch them, except while they import their modules
 _MOST_NAMED = 4
 _TAIL_LINES = 15
 
@@ -35,20 +36,26 @@ def read_result(folder: RunFolder, exit_code: int, start_time: float, remote: bo
         start_time: when the launch began, as `time.time()`.
         remote: whether ranks ran on other hosts.
     """
-    reported = folder.read_outcome()
-    if reported is not None and reported[0] is not Outcome.FAILED:
-        return LaunchResult(*reported)
-    silent = list(_silent_ranks(folder))
-    lost_ssh = remote and exit_code == _SSH_FAILED
-    ending = "ssh failed or lost the connection to a host" if lost_ssh else _describe_kill(exit_code, silent)
+    reported, silent, killer = folder.read_outcome(), list(_silent_ranks(folder)), _killer(exit_code)
+    if remote and exit_code == _SSH_FAILED:
+        killer, ending = None, "ssh failed or lost the connection to a host"
+    else:
+        ending = _describe_kill(killer, silent) if killer else ""
     if reported is None:
+        if exit_code == Outcome.STOPPED.exit_code or killer in _STOP_SIGNALS:
+            return LaunchResult(Outcome.STOPPED, "stopped before the first step")
         return LaunchResult(Outcome.FAILED, _failure_message(folder, ending or f"exit code {exit_code}", start_time))
-    parts = [reported[1]]
+    outcome, message = reported
+    # DeepSpeed's launcher stops the other ranks when one is killed, and before the first step they report that.
+    if outcome is Outcome.STOPPED and silent and killer not in (None, *_STOP_SIGNALS):
+        return LaunchResult(Outcome.FAILED, ending)
+    if outcome is not Outcome.FAILED:
+        return LaunchResult(outcome, message)
     if ending:
-        parts.insert(0, ending)  # the other ranks only know that they lost their peer, not why
+        message = f"{ending}; {message}"  # the other ranks only know that they lost their peer, not why
     elif silent:
-        parts.append(f"ended without reporting an outcome: {', '.join(silent)}")
-    return LaunchResult(Outcome.FAILED, "; ".join(parts))
+        message = f"{message}; ended without reporting an outcome: {', '.join(silent)}"
+    return LaunchResult(outcome, message)
 
 
 def _rank_processes(folder: RunFolder) -> Iterator[Path]:
@@ -66,16 +73,16 @@ def _silent_ranks(folder: RunFolder) -> Iterator[str]:
             continue
 
 
-def _describe_kill(exit_code: int, silent: Sequence[str]) -> str | None:
-    """Which rank was killed by which signal, if the exit code means a signal.
-
-    A signal is -N if it ended DeepSpeed's launcher and 256 - N if it ended a rank. `silent`: the ranks that it may have
-    ended.
-    """
+def _killer(exit_code: int) -> signal.Signals | None:
+    """The signal that an exit code means: -N if it ended DeepSpeed's launcher, 256 - N if it ended a rank."""
     try:
-        killer = signal.Signals(-exit_code if exit_code < 0 else 256 - exit_code)
+        return signal.Signals(-exit_code if exit_code < 0 else 256 - exit_code)
     except ValueError:
         return None
+
+
+def _describe_kill(killer: signal.Signals, silent: Sequence[str]) -> str:
+    """`silent`: the ranks that may have been killed."""
     rank = " or ".join(silent) if 0 < len(silent) <= _MOST_NAMED else "a rank"
     reason = ", possibly because the system ran out of memory" if killer is signal.SIGKILL else ""
     return f"{rank} was killed by {killer.name}{reason}"

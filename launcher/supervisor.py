@@ -72,7 +72,8 @@ def _run_deepspeed(
                 _wait_for_group(process.pid)
         finally:
             _kill_group(process.pid)
-    if folder.read_outcome() is None and stop.killed:
+    reported = folder.read_outcome()
+    if stop.killed and (reported is None or reported[0] is Outcome.STOPPED):
         return LaunchResult(Outcome.STOPPED, "killed; the run can resume from its last complete checkpoint")
     return read_result(folder, exit_code, start_time, remote)
 

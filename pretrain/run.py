@@ -17,6 +17,8 @@ import logging
 import os
 import platform
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NoReturn
 
 from experiment.errors import UserError
 from experiment.run_folder import Outcome, open_run_folder
@@ -34,7 +36,7 @@ from pretrain.resolve import ResolvedRun, resolve
 from pretrain.training.checkpoint_tensors import UnwritableError
 from pretrain.training.health import HEALTH_LIMITS, HealthLimits, UnhealthyError
 from pretrain.training.host_group import AgreedError, HostGroup
-from pretrain.training.stop_request import StopRequest
+from pretrain.training.stop_request import StopRequest, exit_on_signal
 from pretrain.training.trainer import Trainer
 from pretrain.training_stream import TrainingStream, open_stream
 from pretrain.world import World
@@ -104,32 +106,55 @@ def main(argv: Sequence[str]) -> None:
     """Run this rank and end the process with the outcome's exit code."""
     rank = int(os.environ.get("RANK", "0"))
     raise_limit_of_open_files()
-    outcome, message = Outcome.FAILED, ""
-    report: RankReport | None = None
     try:
         config = read_arguments(argv)
-        report = rank_report(config, rank)
-        report.start()
+    except UserError as error:
+        _print_mistake(error, rank)
+        _exit(Outcome.REFUSED)
+    report = rank_report(config, rank)
+    report.start()
+    with exit_on_signal(partial(_stop_before_training, report)):
+        outcome, message = _run(config, report)
+        if outcome in (Outcome.FAILED, Outcome.REFUSED):
+            report.fail(outcome, message)
+        report.end(outcome.exit_code)
+        _exit(outcome)
+
+
+def _run(config: PretrainConfig, report: RankReport) -> tuple[Outcome, str]:
+    """Connect and train. Returns the outcome on this rank, and the reason for a failure."""
+    outcome = Outcome.FAILED
+    try:
         outcome = pretrain(config, connect(_timeout(config)))
         report.agree(outcome)
         disconnect()
     except AgreedError as error:
-        outcome, message = Outcome.REFUSED, str(error)  # rank 0 has printed it
+        return Outcome.REFUSED, str(error)  # rank 0 has printed it
     except UserError as error:
-        outcome, message = Outcome.REFUSED, str(error)
-        if rank == 0:
-            print(f"deepcloze: {message}", file=sys.stderr)
-        elif os.environ.get("LOCAL_RANK", "0") == "0":  # once for each host
-            print(f"deepcloze: {platform.node()}, rank {rank}: {message}", file=sys.stderr)
+        _print_mistake(error, report.rank)
+        return Outcome.REFUSED, str(error)
     except (LossScaleError, UnhealthyError) as error:
-        message = str(error).partition("\n")[0]  # the rest has been logged
+        return outcome, str(error).partition("\n")[0]  # the rest has been logged
     except BaseException as error:
-        message = f"{platform.node()}, rank {rank}: {type(error).__name__}: {error}"
         log.exception("this rank failed")
-    if report is not None:
-        if outcome in (Outcome.FAILED, Outcome.REFUSED):
-            report.fail(outcome, message)
-        report.end(outcome.exit_code)
+        return outcome, f"{platform.node()}, rank {report.rank}: {type(error).__name__}: {error}"
+    return outcome, ""
+
+
+def _stop_before_training(report: RankReport, signal_name: str) -> None:
+    report.fail(Outcome.STOPPED, f"{platform.node()}, rank {report.rank}: {signal_name} before the first step")
+    report.end(Outcome.STOPPED.exit_code)
+    os._exit(Outcome.STOPPED.exit_code)
+
+
+def _print_mistake(error: UserError, rank: int) -> None:
+    if rank == 0:
+        print(f"deepcloze: {error}", file=sys.stderr)
+    elif os.environ.get("LOCAL_RANK", "0") == "0":  # once for each host
+        print(f"deepcloze: {platform.node()}, rank {rank}: {error}", file=sys.stderr)
+
+
+def _exit(outcome: Outcome) -> NoReturn:
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

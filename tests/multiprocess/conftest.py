@@ -20,13 +20,14 @@ def start(tmp_path: Path) -> Iterator[Start]:
     """Start commands, each in a session of its own, in an empty folder; kill what is left of them afterwards."""
     processes: list[subprocess.Popen[str]] = []
 
-    def run(*command: str) -> subprocess.Popen[str]:
+    def run(*command: str, **variables: str) -> subprocess.Popen[str]:
         environment = os.environ | {
             "DS_ACCELERATOR": "cpu",
             "OMP_NUM_THREADS": "1",
             "TORCHDYNAMO_DISABLE": "1",
             "MASTER_PORT": str(free_port()),
         }
+        environment |= variables
         process = subprocess.Popen(
             command,
             cwd=tmp_path,

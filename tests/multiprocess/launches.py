@@ -34,3 +34,18 @@ def wait_for_steps(folder: Path, steps: int, process: subprocess.Popen[str]) -> 
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, f"no {steps} steps in 400 s"
         time.sleep(0.05)
+
+
+def wait_for_file(path: Path, process: subprocess.Popen[str]) -> None:
+    """Wait until a process has written a file."""
+    deadline = time.monotonic() + 400
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, f"no {path} in 400 s"
+        time.sleep(0.02)
+
+
+def rank_environment(rank: int, size: int, port: int) -> dict[str, str]:
+    """The variables that DeepSpeed's launcher sets for a rank on this machine."""
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_SIZE": size, "MASTER_PORT": port}
+    return {name: str(number) for name, number in ranks.items()} | {"MASTER_ADDR": "127.0.0.1"}

@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import psutil
+import pytest
 
 from experiment.run_folder import Outcome, RunFolder
-from launches import LONG, Start, config_file, wait_for_exit, wait_for_steps
+from launches import LONG, Start, config_file, rank_environment, wait_for_exit, wait_for_file, wait_for_steps
+from rank_pool import free_port
 
 HOST = platform.node()
 
@@ -49,3 +51,34 @@ def test_a_killed_rank_is_named(start: Start, wordpiece_corpus: Path, tmp_path: 
     assert code == 1
     assert f"rank 1 on {HOST} (process {rank.pid})" in output
     assert f"{HOST}, rank 0: " in output
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_rank_that_waits_for_another_can_be_stopped(
+    start: Start, wordpiece_corpus: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    """Catches a rank that exits with 1, or not at all, if it is stopped while it connects."""
+    config = config_file(tmp_path, wordpiece_corpus)
+    folder = RunFolder(tmp_path / "run")
+    command = (sys.executable, "-m", "pretrain.run", "--config", str(config))
+    rank = start(*command, **rank_environment(0, 2, free_port()))
+    wait_for_file(folder.rank_process(0), rank)
+    rank.send_signal(number)
+    code, output = wait_for_exit(rank)
+    assert code == 75, output
+    assert folder.read_outcome() == (Outcome.STOPPED, f"{HOST}, rank 0: {number.name} before the first step")
+    assert json.loads(folder.rank_process(0).read_text(encoding="utf-8"))["exit"] == 75
+
+
+def test_a_signal_to_one_rank_before_the_first_step_stops_the_launch(
+    start: Start, wordpiece_corpus: Path, tmp_path: Path
+) -> None:
+    """Catches exit code 1 because the other ranks lose their peer, or are stopped by DeepSpeed's launcher."""
+    config = config_file(tmp_path, wordpiece_corpus, schedule__steps=LONG)
+    folder = RunFolder(tmp_path / "run")
+    command = (sys.executable, "-m", "launcher", "pretrain", "--config", str(config), "--num_gpus=2")
+    launch = start(*command, "--oversubscribe")
+    wait_for_file(folder.rank_process(1), launch)
+    os.kill(json.loads(folder.rank_process(1).read_text(encoding="utf-8"))["pid"], signal.SIGTERM)
+    code, output = wait_for_exit(launch)
+    assert code == 75, output

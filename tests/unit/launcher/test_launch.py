@@ -1,6 +1,7 @@
 import logging
 import os
 import shlex
+import signal
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -13,6 +14,7 @@ from experiment.config import load_config
 from experiment.errors import StoppedError, UserError
 from experiment.run_folder import Outcome, RunFolder
 from launcher import launch
+from launcher.cli import main
 from launcher.launch import launch_pretraining, plan_launch
 from launcher.launch_result import LaunchResult
 from launcher.machine import Devices, Machine, cpu_cores
@@ -182,3 +184,13 @@ def test_other_hosts_get_the_resolved_config_and_the_environment(
     assert (sent["run"]["dir"], sent["model"]["config"]["hidden_size"]) == (str(folder.path), 64)
     exported = Path(environment["DS_ENV_FILE"]).read_text().splitlines()
     assert {"GLOO_SOCKET_IFNAME=eth7", "NCCL_DEBUG=INFO", "TOKENIZERS_PARALLELISM=false"} <= set(exported)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_before_the_ranks_start_exits_with_75(
+    config: str, attempts: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """Catches a queue system that does not submit a run again because it was stopped while it was checked."""
+    monkeypatch.setattr(launch, "plan_launch", lambda *_: os.kill(os.getpid(), number))
+    assert main(["pretrain", "--config", config]) == 75
+    assert attempts == []

@@ -6,6 +6,7 @@ import pytest
 from experiment.run_folder import Outcome, RunFolder, open_run_folder
 from launcher.launch_result import clear_reports, read_result
 
+STOPPED = {75, 256 - 15, 256 - 2}
 OUT_OF_MEMORY = "was killed by SIGKILL, possibly because the system ran out of memory"
 
 
@@ -50,7 +51,7 @@ def test_a_rank_that_says_nothing_is_named(folder: RunFolder) -> None:
 
 def test_an_exit_code_that_is_no_signal_is_printed(folder: RunFolder) -> None:
     """Catches a ValueError: not all numbers are signals."""
-    for exit_code in range(1, 256):
+    for exit_code in set(range(1, 256)) - STOPPED:
         message(folder, exit_code)
     assert "(exit code 200)" in message(folder, 200)
     assert "(a rank was killed by SIGSEGV)" in message(folder, 245)
@@ -63,6 +64,23 @@ def test_the_exit_code_of_ssh_is_no_signal(folder: RunFolder) -> None:
     assert "(a rank was killed by SIGHUP)" in message(folder, 255, remote=False)
     folder.write_outcome(Outcome.FAILED, "node-0, rank 0: lost its peer")
     assert message(folder, 255, remote=True) == f"{lost}; node-0, rank 0: lost its peer"
+
+
+@pytest.mark.parametrize("exit_code", sorted(STOPPED))
+def test_a_rank_stopped_before_it_could_report(folder: RunFolder, exit_code: int) -> None:
+    """Catches a failure reported for a signal to a rank that imports its modules, before it catches signals."""
+    assert read_result(folder, exit_code, 0.0, remote=False).outcome is Outcome.STOPPED
+
+
+def test_a_rank_killed_before_the_first_step(folder: RunFolder) -> None:
+    """Catches a launch that counts as stopped because DeepSpeed stopped the ranks that were not killed."""
+    folder.write_outcome(Outcome.STOPPED, "node-0, rank 0: SIGTERM before the first step")
+    record(folder, 0, 75)
+    record(folder, 1, None)
+    assert message(folder, 247) == f"rank 1 on node-1 (process 71) {OUT_OF_MEMORY}"
+    assert read_result(folder, 241, 0.0, remote=False).outcome is Outcome.STOPPED
+    record(folder, 1, 1)
+    assert read_result(folder, 250, 0.0, remote=False).outcome is Outcome.STOPPED, "an abort after the end"
 
 
 def test_reports_of_an_earlier_launch_are_removed(folder: RunFolder) -> None:
