@@ -26,6 +26,7 @@ from experiment.tracking.rank_logs import set_up_logging
 from pretrain.arguments import read_arguments
 from pretrain.batching.loader import raise_limit_of_open_files
 from pretrain.config import PretrainConfig
+from pretrain.deadline import deadline
 from pretrain.engine.engine import Engine
 from pretrain.engine.loss_scaler import LossScaleError
 from pretrain.engine.process_group import connect, disconnect
@@ -51,11 +52,13 @@ def pretrain(
     limits: HealthLimits = HEALTH_LIMITS,
 ) -> Outcome:
     """Run or resume a pretraining on this rank. The process group is connected. Raises UserError."""
-    hosts = HostGroup(_timeout(config))
+    report = rank_report(config, world.rank)
+    with deadline(_timeout(config), partial(_give_up, report, "the ranks did not connect to each other's hosts")):
+        hosts = HostGroup(_timeout(config))
     try:
         run, model, stream = _prepare(config, world, hosts)
     except AgreedError as error:
-        rank_report(config, world.rank).refuse(error)
+        report.refuse(error)
         hosts.barrier()  # the launcher kills all ranks when one exits, perhaps before rank 0 has printed
         raise
     with contextlib.ExitStack() as resources:
@@ -125,7 +128,7 @@ def _run(config: PretrainConfig, report: RankReport) -> tuple[Outcome, str]:
     """Connect and train. Returns the outcome on this rank, and the reason for a failure."""
     outcome = Outcome.FAILED
     try:
-        outcome = pretrain(config, connect(_timeout(config)))
+        outcome = pretrain(config, connect(_timeout(config), partial(_give_up, report)))
         report.agree(outcome)
         disconnect()
     except AgreedError as error:
@@ -142,9 +145,20 @@ def _run(config: PretrainConfig, report: RankReport) -> tuple[Outcome, str]:
 
 
 def _stop_before_training(report: RankReport, signal_name: str) -> None:
-    report.fail(Outcome.STOPPED, f"{platform.node()}, rank {report.rank}: {signal_name} before the first step")
-    report.end(Outcome.STOPPED.exit_code)
-    os._exit(Outcome.STOPPED.exit_code)
+    _end_early(report, Outcome.STOPPED, f"{signal_name} before the first step")
+
+
+def _give_up(report: RankReport, message: str) -> None:
+    _end_early(report, Outcome.FAILED, message)
+
+
+def _end_early(report: RankReport, outcome: Outcome, message: str) -> NoReturn:
+    """End the process in a thread, while the main thread may be blocked."""
+    message = f"{platform.node()}, rank {report.rank}: {message}"
+    report.fail(outcome, message)
+    report.end(outcome.exit_code)
+    print(f"deepcloze: {message}", file=sys.stderr, flush=True)
+    os._exit(outcome.exit_code)
 
 
 def _print_mistake(error: UserError, rank: int) -> None:
