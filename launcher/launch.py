@@ -13,7 +13,7 @@ from experiment.errors import StoppedError
 from experiment.files import write_text
 from experiment.run_folder import Outcome, RunFolder, open_run_folder
 from launcher.deepspeed_command import DeepSpeedCommand, deepspeed_argv
-from launcher.environment import deepspeed_environment, remote_environment_text, worker_environment
+from launcher.environment import deepspeed_environment, launch_environment, remote_environment_text
 from launcher.hostfile import Slots, read_hostfile
 from launcher.machine import Machine, inspect_machine, select_accelerator
 from launcher.options import PretrainOptions
@@ -33,7 +33,7 @@ class LaunchPlan:
     folder: RunFolder
     slots: Slots
     argv: tuple[str, ...]  # the `deepspeed` command
-    added_environment: Mapping[str, str]  # variables that the launch adds for its ranks
+    added_environment: Mapping[str, str]  # variables that the launch adds for all ranks
     environment: Mapping[str, str]  # all variables of the `deepspeed` process
     files: Mapping[Path, str]  # path -> text: what ranks on other hosts read, written before the start
 
@@ -74,14 +74,17 @@ def plan_launch(options: PretrainOptions, config: PretrainConfig, machine: Machi
     hosts = read_hostfile(options.hostfile) if options.hostfile is not None else None
     slots = place_ranks(machine.devices, options, hosts)
 
-    from pretrain.resolve import resolve  # imports torch and DeepSpeed
+    from pretrain.engine.deepspeed_settings import check_device_support  # imports torch and DeepSpeed
+    from pretrain.resolve import resolve
 
     run = resolve(config, world_size=sum(map(len, slots.values())))
-
     local = is_local(slots)
+    if local:  # other hosts have other devices: their ranks check
+        check_device_support(run.deepspeed)
+
     command = DeepSpeedCommand(
         python=sys.executable,
-        module="pretrain.run",
+        module="launcher.start_rank",
         # The shell of another host would parse the overrides again, so they are passed in a file there.
         config=Path(options.config).absolute() if local else run.folder.logs / "launch.yaml",
         overrides=options.overrides if local else {},
@@ -90,8 +93,7 @@ def plan_launch(options: PretrainOptions, config: PretrainConfig, machine: Machi
         master_port=machine.find_port(),
         hostfile=None if local or options.hostfile is None else Path(options.hostfile).absolute(),
     )
-    most_ranks = max(map(len, slots.values()))
-    added = worker_environment(machine.environ, machine.cores, most_ranks, machine.devices.kind, _REPOSITORY)
+    added = launch_environment(machine.environ, machine.devices.kind if local else None, _REPOSITORY)
     environment = deepspeed_environment(machine.environ, added)
     files: dict[Path, str] = {}
     if not local:

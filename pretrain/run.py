@@ -27,6 +27,7 @@ from pretrain.arguments import read_arguments
 from pretrain.batching.loader import raise_limit_of_open_files
 from pretrain.config import PretrainConfig
 from pretrain.deadline import deadline
+from pretrain.engine.deepspeed_settings import check_device_support
 from pretrain.engine.engine import Engine
 from pretrain.engine.loss_scaler import LossScaleError
 from pretrain.engine.process_group import connect, disconnect
@@ -98,6 +99,7 @@ def _prepare(config: PretrainConfig, world: World, hosts: HostGroup) -> tuple[Re
     """
     set_up_logging(hosts.call(lambda: open_run_folder(config.run.dir)), world.rank)
     run = hosts.call(lambda: resolve(config, world.size, decide=hosts.from_rank0))
+    hosts.call(lambda: check_device_support(run.deepspeed))
     model = hosts.call(lambda: build_model(run.config.model, run.model_config, run.config.run.seed))
     stream = hosts.call(
         lambda: open_stream(run, world, packed=model.packed, first_position=model.first_position),
