@@ -67,6 +67,11 @@ class RunFolder:
         """{"outcome": …, "message": …}, written by rank 0 at the end or by the first rank that fails."""
         return self.path / "logs" / "outcome.json"
 
+    @property
+    def lock(self) -> Path:
+        """Locked by the process that writes to the folder, see `run_lock`."""
+        return self.path / "logs" / "launch.lock"
+
     def bad_batch(self, step: int) -> Path:
         """Folder with a dump of the bad batch of this step."""
         return self.path / "health" / f"step-{step:08d}"

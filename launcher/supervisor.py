@@ -16,11 +16,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 
-import filelock
-
 from experiment.errors import UserError
 from experiment.files import write_text
 from experiment.run_folder import Outcome, RunFolder
+from experiment.run_lock import lock_run
 from launcher.hostfile import Slots
 from launcher.launch_result import LaunchResult, clear_reports, read_result
 from launcher.placement import is_local
@@ -38,7 +37,7 @@ def supervise(folder: RunFolder, argv: Sequence[str], environment: Mapping[str, 
     On SIGTERM, SIGHUP or Ctrl-C the ranks save a checkpoint and exit; a second Ctrl-C kills them. No rank outlives this
     process. Raises UserError if another launch uses the run folder.
     """
-    with _lock(folder):
+    with lock_run(folder):
         clear_reports(folder)
         if folder.stop.exists():
             folder.stop.unlink()
@@ -122,19 +121,6 @@ def _watchdog(group: int) -> Iterator[None]:
     finally:
         watchdog.kill()
         watchdog.communicate()
-
-
-@contextmanager
-def _lock(folder: RunFolder) -> Iterator[None]:
-    lock = filelock.FileLock(folder.logs / "launch.lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise UserError(f"run.dir: another deepcloze process is using {folder.path}") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _wait_for_group(group: int) -> None:
