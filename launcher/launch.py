@@ -4,6 +4,7 @@ import contextlib
 import logging
 import shlex
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,7 @@ def launch_pretraining(options: PretrainOptions) -> None:
     can resume, KeyboardInterrupt for a signal before the ranks start, and SystemExit for a run that failed (with a
     message) or that the ranks rejected (rank 0 prints why).
     """
+    start_time = time.time()
     with handle_stop_signals(_interrupt):
         config = load_config(PretrainConfig, options.config, options.overrides)
         machine = inspect_machine()
@@ -54,7 +56,7 @@ def launch_pretraining(options: PretrainOptions) -> None:
             return
         with warnings_left_to_rank0():
             plan = plan_launch(options, config, machine)
-        launch(plan)
+        launch(plan, start_time)
 
 
 def _interrupt(_number: int) -> None:
@@ -114,12 +116,15 @@ def describe_plan(plan: LaunchPlan) -> str:
     return f"# config\n{config}\n# added to the environment\n{variables}\n\n# command\n{shlex.join(plan.argv)}"
 
 
-def launch(plan: LaunchPlan) -> None:
-    """Start the ranks and wait until they have exited. Raises StoppedError and SystemExit as `launch_pretraining`."""
+def launch(plan: LaunchPlan, start_time: float) -> None:
+    """Start the ranks and wait until they have exited. Raises StoppedError and SystemExit as `launch_pretraining`.
+
+    `start_time`: `time.time()` when the user started the launch.
+    """
     open_run_folder(plan.folder.path)
     for path, text in plan.files.items():
         write_text(path, text)
-    result = supervise(plan.folder, plan.argv, plan.environment, plan.slots)
+    result = supervise(plan.folder, plan.argv, plan.environment, plan.slots, start_time)
     match result.outcome:
         case Outcome.DONE:
             return

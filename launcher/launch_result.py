@@ -43,7 +43,7 @@ def read_result(folder: RunFolder, exit_code: int, start_time: float, remote: bo
         ending = _describe_kill(killer, silent) if killer else ""
     if reported is None:
         if exit_code == Outcome.STOPPED.exit_code or killer in _STOP_SIGNALS:
-            return LaunchResult(Outcome.STOPPED, "stopped before the first step")
+            return LaunchResult(Outcome.STOPPED, "stopped before the first step; run the same command again")
         return LaunchResult(Outcome.FAILED, _failure_message(folder, ending or f"exit code {exit_code}", start_time))
     outcome, message = reported
     # DeepSpeed's launcher stops the other ranks when one is killed, and before the first step they report that.

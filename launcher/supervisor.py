@@ -31,15 +31,20 @@ _REPEATED_SIGNAL_SECONDS = 1.0
 _EXIT_TIMEOUT_SECONDS = 40.0
 
 
-def supervise(folder: RunFolder, argv: Sequence[str], environment: Mapping[str, str], slots: Slots) -> LaunchResult:
+def supervise(
+    folder: RunFolder, argv: Sequence[str], environment: Mapping[str, str], slots: Slots, start_time: float
+) -> LaunchResult:
     """Run `argv` (a `deepspeed` command) until all its processes have exited, and record it in `RUN/launch.jsonl`.
+
+    `start_time`: `time.time()` when the user started the launch. A STOP file that is older is removed; a newer one was
+    created while the launch was checked, and nothing is started.
 
     On SIGTERM, SIGHUP or Ctrl-C the ranks save a checkpoint and exit; a second Ctrl-C kills them. No rank outlives this
     process. Raises UserError if another launch uses the run folder.
     """
     with lock_run(folder):
         clear_reports(folder)
-        if folder.stop.exists():
+        if folder.stop.exists() and folder.stop.stat().st_mtime < start_time:
             folder.stop.unlink()
             _notify(f"removed {folder.stop}, which is older than this launch")
         attempts = _read_attempts(folder)
@@ -52,16 +57,18 @@ def supervise(folder: RunFolder, argv: Sequence[str], environment: Mapping[str, 
             "exit": None,
         }
         _write_attempts(folder, [*attempts, record])
-        result = _run_deepspeed(folder, argv, environment, remote=not is_local(slots))
+        if folder.stop.exists():
+            result = LaunchResult(Outcome.STOPPED, f"found {folder.stop}; run the same command again to resume")
+        else:
+            result = _run_deepspeed(folder, argv, environment, start_time, remote=not is_local(slots))
         record |= {"outcome": result.outcome.value, "exit": result.outcome.exit_code}
         _write_attempts(folder, [*attempts, record])
         return result
 
 
 def _run_deepspeed(
-    folder: RunFolder, argv: Sequence[str], environment: Mapping[str, str], remote: bool
+    folder: RunFolder, argv: Sequence[str], environment: Mapping[str, str], start_time: float, remote: bool
 ) -> LaunchResult:
-    start_time = time.time()
     with _stop_file_on_signal(folder) as stop:
         process = subprocess.Popen(argv, env=dict(environment), stdin=subprocess.DEVNULL, start_new_session=True)
         try:

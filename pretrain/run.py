@@ -147,7 +147,7 @@ def _run(config: PretrainConfig, report: RankReport) -> tuple[Outcome, str]:
 
 
 def _stop_before_training(report: RankReport, signal_name: str) -> None:
-    _end_early(report, Outcome.STOPPED, f"{signal_name} before the first step")
+    _end_early(report, Outcome.STOPPED, f"{signal_name} before the first step; run the same command again")
 
 
 def _give_up(report: RankReport, message: str) -> None:

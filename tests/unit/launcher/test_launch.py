@@ -103,7 +103,7 @@ def test_only_a_dry_run_prints_warnings(config: str, caplog: pytest.LogCaptureFi
 def test_ranks_get_the_users_config_and_overrides(config: str, attempts: list[tuple[Any, ...]], resolved: list[Any]):
     """Catches ranks that run another config than the validated one."""
     launch_pretraining(PretrainOptions(config=config, num_gpus=2, overrides={"schedule.steps": "20"}))
-    ((folder, argv, environment, slots),) = attempts
+    ((folder, argv, environment, slots, _),) = attempts
     assert list(argv[-5:]) == [
         "--module",
         "launcher.start_rank",
@@ -186,7 +186,7 @@ def test_other_hosts_get_the_resolved_config_and_the_environment(
     Path("hosts").write_text("192.0.2.1 slots=2\n192.0.2.2 slots=2\n")
     overrides = {"model.config": "{model_type: bert, hidden_size: 64}"}
     launch_pretraining(PretrainOptions(config=config, hostfile="hosts", overrides=overrides))
-    ((folder, argv, environment, slots),) = attempts
+    ((folder, argv, environment, slots, _),) = attempts
     assert slots == {"192.0.2.1": (0, 1), "192.0.2.2": (0, 1)}
     assert list(argv[-2:]) == ["--config", str(folder.logs / "launch.yaml")]
     sent = yaml.safe_load((folder.logs / "launch.yaml").read_text())
