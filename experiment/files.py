@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import platform
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,7 +23,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
     created. If the block raises, `path` stays as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    # The folder may be shared by hosts.
+    temporary = path.with_name(f".{path.name}.{platform.node()}.{threading.get_native_id()}")
     try:
         yield temporary
         fsync(temporary)
@@ -42,6 +45,21 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any, indent: int = 2) -> None:
     """Replace a JSON file atomically, see `atomic_write`."""
     write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+
+
+def create_json(path: Path, value: Any) -> None:
+    """Write a JSON file unless it exists. Of several processes, on any host, the first one writes it."""
+    temporary = path.with_name(f".{path.name}.{platform.node()}.{threading.get_native_id()}.new")
+    write_json(temporary, value)
+    try:
+        os.link(temporary, path)  # atomic on shared disks too
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without hard links
+        if not path.exists():
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def fsync(*paths: Path) -> None:

@@ -7,7 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from experiment.errors import UserError
-from experiment.files import write_json
+from experiment.files import create_json, write_json
 
 
 class Outcome(StrEnum):
@@ -64,8 +64,13 @@ class RunFolder:
 
     @property
     def outcome(self) -> Path:
-        """{"outcome": …, "message": …}, written at the end by rank 0 or a rank that fails, read by the launcher."""
+        """{"outcome": …, "message": …}, written by rank 0 at the end or by the first rank that fails."""
         return self.path / "logs" / "outcome.json"
+
+    @property
+    def lock(self) -> Path:
+        """Locked by the process that writes to the folder, see `run_lock`."""
+        return self.path / "logs" / "launch.lock"
 
     def bad_batch(self, step: int) -> Path:
         """Folder with a dump of the bad batch of this step."""
@@ -74,8 +79,16 @@ class RunFolder:
     def rank_log(self, rank: int) -> Path:
         return self.logs / f"rank-{rank}.log"
 
+    def rank_process(self, rank: int) -> Path:
+        """{"rank": …, "host": …, "pid": …, "exit": …}; the exit code of a rank that runs or was killed is null."""
+        return self.logs / f"rank-{rank}.json"
+
     def write_outcome(self, outcome: Outcome, message: str = "") -> None:
         write_json(self.outcome, {"outcome": outcome.value, "message": message})
+
+    def write_first_outcome(self, outcome: Outcome, message: str) -> None:
+        """Write the outcome unless a rank has written one."""
+        create_json(self.outcome, {"outcome": outcome.value, "message": message})
 
     def read_outcome(self) -> tuple[Outcome, str] | None:
         """The outcome and its message; None if the file is missing or damaged."""

@@ -17,6 +17,7 @@ from experiment.errors import UserError
 from experiment.files import write_text
 from experiment.provenance import ancestors_of, collect_provenance, write_provenance
 from experiment.run_folder import Outcome, open_run_folder
+from experiment.run_lock import lock_run
 from experiment.tracking.console import terminal
 from experiment.tracking.tracker import Tracker, open_trackers
 from finetune.config import FinetuneConfig
@@ -70,15 +71,20 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
     task = make_task(config, model, tables)
     folder = open_run_folder(config.run.dir)
     setup = Setup(config, model, task, device, folder, result_settings(config, labels, tables))
-    finished = finished_seeds(folder, setup.settings)
-    for line in describe_task(task, labels):
-        _print(f"{name}: {line}")
+    with lock_run(folder):
+        return _train_and_score(setup)
 
+
+def _train_and_score(setup: Setup) -> dict[str, Any]:
+    config, folder, model = setup.config, setup.folder, setup.model
+    finished = finished_seeds(folder, setup.settings)
+    for line in describe_task(setup.task, model.labels):
+        _print(f"{config.task.name}: {line}")
     write_text(folder.config, dump_config(config))
     ancestors = ancestors_of(model.folder, "init_from") if model.pretrained else []
     run_id = write_provenance(folder, collect_provenance(sys.argv), ancestors)
     records = _train_missing_seeds(setup, finished, run_id)
-    return write_results(folder, config, labels, records)
+    return write_results(folder, config, model.labels, records)
 
 
 def _train_missing_seeds(setup: Setup, finished: Mapping[int, SeedRecord], run_id: str) -> dict[int, SeedRecord]:

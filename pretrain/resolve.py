@@ -20,7 +20,7 @@ from experiment.tokenizer import load_tokenizer, tokenizer_fingerprint
 from pretrain.batching.vocabulary import Vocabulary, build_vocabulary
 from pretrain.config import CorpusConfig, PretrainConfig, Stage, WeightedCorpus
 from pretrain.corpus.reader import Corpus, open_corpus
-from pretrain.engine.deepspeed_settings import DeepSpeedSettings, check_device_support, load_settings
+from pretrain.engine.deepspeed_settings import DeepSpeedSettings, load_settings
 from pretrain.modeling.layer_ids import check_freeze
 from pretrain.modeling.model_config import check_tokenizer, resolve_model_config
 from pretrain.modeling.random_model import meta_model
@@ -76,7 +76,6 @@ def resolve(config: PretrainConfig, world_size: int, decide: Decide = _decide_lo
     disappears at this moment.
     """
     deepspeed = load_settings(config.engine.ds_config)
-    check_device_support(deepspeed)
     config = _with_absolute_paths(config, deepspeed.path, decide(lambda: _find_init_from(config)))
     corpora = _open_mixture(config.corpus)
     held_out = {name: _open_corpus(f"corpus.eval.{name}", path) for name, path in config.corpus.eval.items()}

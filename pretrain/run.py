@@ -17,24 +17,28 @@ import logging
 import os
 import platform
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NoReturn
 
 from experiment.errors import UserError
-from experiment.run_folder import Outcome, RunFolder, open_run_folder
+from experiment.run_folder import Outcome, open_run_folder
 from experiment.tracking.rank_logs import set_up_logging
 from pretrain.arguments import read_arguments
 from pretrain.batching.loader import raise_limit_of_open_files
 from pretrain.config import PretrainConfig
+from pretrain.deadline import deadline
+from pretrain.engine.deepspeed_settings import check_device_support
 from pretrain.engine.engine import Engine
 from pretrain.engine.loss_scaler import LossScaleError
 from pretrain.engine.process_group import connect, disconnect
 from pretrain.modeling.build import BuiltModel, build_model
 from pretrain.modeling.masked_lm import MaskedLanguageModel
-from pretrain.rank_outcome import record_outcome, report_refusal
+from pretrain.rank_outcome import RankReport, rank_report
 from pretrain.resolve import ResolvedRun, resolve
 from pretrain.training.checkpoint_tensors import UnwritableError
 from pretrain.training.health import HEALTH_LIMITS, HealthLimits, UnhealthyError
 from pretrain.training.host_group import AgreedError, HostGroup
-from pretrain.training.stop_request import StopRequest
+from pretrain.training.stop_request import StopRequest, exit_on_signal
 from pretrain.training.trainer import Trainer
 from pretrain.training_stream import TrainingStream, open_stream
 from pretrain.world import World
@@ -49,11 +53,13 @@ def pretrain(
     limits: HealthLimits = HEALTH_LIMITS,
 ) -> Outcome:
     """Run or resume a pretraining on this rank. The process group is connected. Raises UserError."""
-    hosts = HostGroup(_timeout(config))
+    report = rank_report(config, world.rank)
+    with deadline(_timeout(config), partial(_give_up, report, "the ranks did not connect to each other's hosts")):
+        hosts = HostGroup(_timeout(config))
     try:
         run, model, stream = _prepare(config, world, hosts)
     except AgreedError as error:
-        report_refusal(config, error, world.rank)
+        report.refuse(error)
         hosts.barrier()  # the launcher kills all ranks when one exits, perhaps before rank 0 has printed
         raise
     with contextlib.ExitStack() as resources:
@@ -93,6 +99,7 @@ def _prepare(config: PretrainConfig, world: World, hosts: HostGroup) -> tuple[Re
     """
     set_up_logging(hosts.call(lambda: open_run_folder(config.run.dir)), world.rank)
     run = hosts.call(lambda: resolve(config, world.size, decide=hosts.from_rank0))
+    hosts.call(lambda: check_device_support(run.deepspeed))
     model = hosts.call(lambda: build_model(run.config.model, run.model_config, run.config.run.seed))
     stream = hosts.call(
         lambda: open_stream(run, world, packed=model.packed, first_position=model.first_position),
@@ -104,27 +111,66 @@ def main(argv: Sequence[str]) -> None:
     """Run this rank and end the process with the outcome's exit code."""
     rank = int(os.environ.get("RANK", "0"))
     raise_limit_of_open_files()
-    outcome, message = Outcome.FAILED, ""
-    config: PretrainConfig | None = None
     try:
         config = read_arguments(argv)
-        outcome = pretrain(config, connect(_timeout(config)))
+    except UserError as error:
+        _print_mistake(error, rank)
+        _exit(Outcome.REFUSED)
+    report = rank_report(config, rank)
+    report.start()
+    with exit_on_signal(partial(_stop_before_training, report)):
+        outcome, message = _run(config, report)
+        if outcome in (Outcome.FAILED, Outcome.REFUSED):
+            report.fail(outcome, message)
+        report.end(outcome.exit_code)
+        _exit(outcome)
+
+
+def _run(config: PretrainConfig, report: RankReport) -> tuple[Outcome, str]:
+    """Connect and train. Returns the outcome on this rank, and the reason for a failure."""
+    outcome = Outcome.FAILED
+    try:
+        outcome = pretrain(config, connect(_timeout(config), partial(_give_up, report)))
+        report.agree(outcome)
         disconnect()
     except AgreedError as error:
-        outcome, message = Outcome.REFUSED, str(error)  # rank 0 has printed it
+        return Outcome.REFUSED, str(error)  # rank 0 has printed it
     except UserError as error:
-        outcome, message = Outcome.REFUSED, str(error)
-        if rank == 0:
-            print(f"deepcloze: {message}", file=sys.stderr)
-        elif os.environ.get("LOCAL_RANK", "0") == "0":  # once for each host
-            print(f"deepcloze: {platform.node()}, rank {rank}: {message}", file=sys.stderr)
+        _print_mistake(error, report.rank)
+        return Outcome.REFUSED, str(error)
     except (LossScaleError, UnhealthyError) as error:
-        message = str(error).partition("\n")[0]  # the rest has been logged
+        return outcome, str(error).partition("\n")[0]  # the rest has been logged
     except BaseException as error:
-        message = f"rank {rank}: {type(error).__name__}: {error}"
         log.exception("this rank failed")
-    if config is not None:
-        record_outcome(RunFolder(Path(config.run.dir).absolute()), outcome, message, rank)
+        return outcome, f"{platform.node()}, rank {report.rank}: {type(error).__name__}: {error}"
+    return outcome, ""
+
+
+def _stop_before_training(report: RankReport, signal_name: str) -> None:
+    _end_early(report, Outcome.STOPPED, f"{signal_name} before the first step; run the same command again")
+
+
+def _give_up(report: RankReport, message: str) -> None:
+    _end_early(report, Outcome.FAILED, message)
+
+
+def _end_early(report: RankReport, outcome: Outcome, message: str) -> NoReturn:
+    """End the process in a thread, while the main thread may be blocked."""
+    message = f"{platform.node()}, rank {report.rank}: {message}"
+    report.fail(outcome, message)
+    report.end(outcome.exit_code)
+    print(f"deepcloze: {message}", file=sys.stderr, flush=True)
+    os._exit(outcome.exit_code)
+
+
+def _print_mistake(error: UserError, rank: int) -> None:
+    if rank == 0:
+        print(f"deepcloze: {error}", file=sys.stderr)
+    elif os.environ.get("LOCAL_RANK", "0") == "0":  # once for each host
+        print(f"deepcloze: {platform.node()}, rank {rank}: {error}", file=sys.stderr)
+
+
+def _exit(outcome: Outcome) -> NoReturn:
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -63,6 +63,7 @@ class _Steps:
 
 def _defer_sigterm(_worker: int) -> None:
     """A launcher that stops a run signals the whole process tree, but the rank needs batches to finish its step."""
+    signal.set_wakeup_fd(-1)  # the rank's own, which would take the signal for one to the rank
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _exit_after_grace)
 

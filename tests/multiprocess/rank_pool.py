@@ -161,7 +161,7 @@ def _rank_main(rank: int, size: int, address: str, port: int) -> NoReturn:
         connection.send(rank)
         from pretrain.engine.process_group import connect
 
-        world = connect(timedelta(seconds=COLLECTIVE_SECONDS), rank, size)
+        world = connect(timedelta(seconds=COLLECTIVE_SECONDS), _give_up)
         while True:
             case, args = connection.recv()
             try:
@@ -174,3 +174,8 @@ def _rank_main(rank: int, size: int, address: str, port: int) -> NoReturn:
     except BaseException:
         traceback.print_exc()
         os._exit(1)
+
+
+def _give_up(message: str) -> NoReturn:
+    print(message, flush=True)
+    os._exit(1)

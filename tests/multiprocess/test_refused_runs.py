@@ -58,6 +58,23 @@ def test_a_mistake_on_one_rank_is_raised_on_all(
         assert RunFolder(tmp_path / "run").read_outcome() == (Outcome.REFUSED, errors[0])
 
 
+def fp16_case(world: World, tree: Tree, lacking: int) -> str:
+    """Run on devices with fp16, except that of the rank `lacking`."""
+    from deepspeed.accelerator import get_accelerator
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(get_accelerator(), "is_fp16_supported", lambda: world.rank != lacking)
+        return refused_case(world, [tree] * world.size)
+
+
+def test_each_rank_checks_its_own_device(pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path) -> None:
+    """Catches a host without fp16 that leaves the others waiting: the launching machine cannot check its devices."""
+    tree = run_config(tmp_path / "run", wordpiece_corpus, "fp16_zero1")
+    errors = pools[2].run(fp16_case, tree, 1)
+    assert len(set(errors)) == 1
+    assert errors[0].startswith(f"{platform.node()}, rank 1: engine.ds_config: this device (cpu) cannot train in fp16")
+
+
 def test_a_mistake_on_all_ranks_names_no_host(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path
 ) -> None:

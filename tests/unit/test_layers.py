@@ -20,7 +20,7 @@ PRETRAIN_LAYERS = (
     ("pretrain.modeling",),
     ("pretrain.batching", "pretrain.export", "pretrain.arguments", "pretrain.rank_outcome"),
     ("pretrain.corpus", "pretrain.config"),
-    ("pretrain.world",),
+    ("pretrain.world", "pretrain.deadline"),
 )
 
 ONLY_IN = {

@@ -13,7 +13,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from experiment.checkpoints import checkpoint_path, mark_complete
 from experiment.errors import UserError
-from experiment.run_folder import RunFolder
+from experiment.run_folder import RunFolder, open_run_folder
+from experiment.run_lock import is_locked, lock_run
 from finetune import run as run_module
 from finetune import seed_run
 from finetune.run import finetune
@@ -112,6 +113,15 @@ def test_finished_seeds_are_not_run_again(config_file: Path, tmp_path: Path, see
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(steps)
     assert steps[-1] == 2 * 2 * 10
+
+
+def test_one_process_at_a_time_uses_a_run_folder(config_file: Path, tmp_path: Path) -> None:
+    """Catches two processes that train the same seeds, and a lock that is not released."""
+    with lock_run(open_run_folder(tmp_path / "run")), pytest.raises(UserError, match="another deepcloze process is"):
+        finetune(config_file)
+    assert not (tmp_path / "run" / "config.yaml").exists()
+    finetune(config_file, {"training.seeds": "1"})
+    assert not is_locked(RunFolder(tmp_path / "run"))
 
 
 def test_a_killed_seed_is_trained_again_and_agrees(

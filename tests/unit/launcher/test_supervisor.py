@@ -10,7 +10,8 @@ import pytest
 
 from experiment.errors import UserError
 from experiment.run_folder import Outcome, RunFolder, open_run_folder
-from launcher.supervisor import LaunchResult, supervise
+from launcher.launch_result import LaunchResult
+from launcher.supervisor import supervise
 
 ROOT = Path(__file__).parents[3]
 SLOTS = {"localhost": (0, 2)}
@@ -26,11 +27,11 @@ folder = RunFolder(Path({path!r}))
 
 # Stands for `deepcloze`, as a separate process that can receive signals.
 LAUNCHER = """
-import os, sys
+import os, sys, time
 from pathlib import Path
 from experiment.run_folder import RunFolder
 from launcher.supervisor import supervise
-result = supervise(RunFolder(Path(sys.argv[1])), sys.argv[2:], os.environ, {"localhost": (0,)})
+result = supervise(RunFolder(Path(sys.argv[1])), sys.argv[2:], os.environ, {"localhost": (0,)}, time.time())
 print(result.message)
 sys.exit(result.outcome.exit_code)
 """
@@ -54,7 +55,7 @@ def rank(folder: RunFolder, body: str) -> list[str]:
 
 
 def attempt(folder: RunFolder, body: str) -> LaunchResult:
-    return supervise(folder, rank(folder, body), os.environ | {"PYTHONPATH": str(ROOT)}, SLOTS)
+    return supervise(folder, rank(folder, body), os.environ | {"PYTHONPATH": str(ROOT)}, SLOTS, time.time())
 
 
 def start(folder: RunFolder, body: str, prefix: tuple[str, ...] = ()) -> subprocess.Popen[str]:
@@ -158,9 +159,22 @@ def test_a_rank_killed_by_the_system_is_reported(folder: RunFolder):
     assert orphaned.message == f"a rank was {killed}; rank 0: lost rank 1"
 
 
+def test_a_stop_file_created_while_the_launch_is_checked_stops_it(folder: RunFolder):
+    """Catches a run that starts although the user has stopped it."""
+    launched_at = time.time()
+    folder.stop.touch()
+    os.utime(folder.stop, (launched_at + 1, launched_at + 1))
+    result = supervise(folder, rank(folder, "(folder.path / 'started').touch()"), os.environ, SLOTS, launched_at)
+    assert result.outcome is Outcome.STOPPED
+    assert str(folder.stop) in result.message
+    assert not (folder.path / "started").exists()
+    assert launches(folder)[0]["outcome"] == "stopped"
+
+
 def test_an_old_stop_file_does_not_stop_the_run(folder: RunFolder, capsys: pytest.CaptureFixture[str]):
     """Catches a run that cannot resume because the STOP file that ended it still exists."""
     folder.stop.touch()
+    os.utime(folder.stop, (0, 0))
     body = "folder.write_outcome(Outcome.STOPPED if folder.stop.exists() else Outcome.DONE)"
     assert attempt(folder, body).outcome is Outcome.DONE
     assert "removed" in capsys.readouterr().err
