@@ -7,6 +7,7 @@ from functools import partial
 
 import fire
 
+from experiment.disk_errors import describe_disk_error
 from experiment.errors import StoppedError, UserError
 from launcher.command_line import Command, help_text, is_help_request, parse_command_line
 from launcher.options import (
@@ -188,6 +189,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(stopped) or "stopped; run the same command again to resume", 75)
     except KeyboardInterrupt:
         return _fail("interrupted", 75 if argv[0] == "pretrain" else 130)
+    except Exception as error:
+        if (message := describe_disk_error(error)) is None:
+            raise
+        return _fail(message, 2)
     return 0
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from rank_pool import ForkServer, RankPool
+from small_disk import SmallDisk, mounted_small_disk
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -107,3 +108,14 @@ def pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, RankPo
     for pool in pools.values():
         pool.close()
     fork_server.close()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    """A disk that a test can fill; skips where mounting is not permitted."""
+    folder = tmp_path / "small-disk"
+    folder.mkdir()
+    with mounted_small_disk(folder) as disk:
+        if isinstance(disk, str):
+            pytest.skip(disk)
+        yield disk

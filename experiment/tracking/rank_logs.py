@@ -1,6 +1,7 @@
 """Log messages: each rank writes its own file in the run folder; rank 0 also prints to the terminal."""
 
 import logging
+import sys
 
 from rich.text import Text
 
@@ -44,6 +45,11 @@ def _remove_terminal_handlers() -> None:
 
 class _RankLog(logging.FileHandler):
     """A rank's log file; a class of its own so that a second set-up can replace it."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Drop what does not fit on a full disk: logging would print a traceback for each message."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
 
 
 class _Terminal(logging.Handler):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from experiment.errors import StoppedError, UserError
+from experiment.files import write_json
 from experiment.run_folder import RunFolder
 from launcher.sweep import run_sweep
 from launcher.sweep_plan import SweepPlan, SweepRun
@@ -93,3 +94,21 @@ def test_a_signal_stops_the_sweep_after_the_run_has_stopped(tmp_path: Path) -> N
     with pytest.raises(StoppedError, match=r"stopped at \[1/2\] lr=1e-4"):
         run_sweep(sweep)
     assert not (tmp_path / "lr=1e-3").exists()
+
+
+def test_a_full_disk_stops_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a traceback after a run has finished, which the next attempt has to skip."""
+    sweep = plan(tmp_path, {"1e-4": "4.5", "1e-3": "3.5"})
+    calls = iter(range(9))
+
+    def full(path: Path, value: object) -> None:
+        if next(calls) == 1:
+            raise OSError(28, "No space left on device", str(path))
+        write_json(path, value)
+
+    monkeypatch.setattr("launcher.sweep.write_json", full)
+    with pytest.raises(StoppedError, match=r"^sweep: .*sweep\.json: disk full; the same command resumes$"):
+        run_sweep(sweep)
+    run_sweep(sweep)
+    lines = (tmp_path / "lr=1e-4" / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 2, "the finished run is skipped"
