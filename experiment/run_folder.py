@@ -7,7 +7,10 @@ from enum import StrEnum
 from pathlib import Path
 
 from experiment.errors import UserError
-from experiment.files import write_json
+from experiment.files import write_json, write_text
+
+_OUTCOME_BYTES = 4096
+_SHORT_MESSAGE = 300  # characters, of at most 12 bytes each in JSON
 
 
 class Outcome(StrEnum):
@@ -74,15 +77,25 @@ class RunFolder:
     def rank_log(self, rank: int) -> Path:
         return self.logs / f"rank-{rank}.log"
 
+    def reserve_outcome(self) -> None:
+        """Replace the outcome of an earlier launch by space for the next one, in case the disk fills up."""
+        write_text(self.outcome, " " * _OUTCOME_BYTES)
+
     def write_outcome(self, outcome: Outcome, message: str = "") -> None:
-        write_json(self.outcome, {"outcome": outcome.value, "message": message})
+        """Write the outcome; on a full disk, into the space that the launcher has reserved."""
+        try:
+            write_json(self.outcome, {"outcome": outcome.value, "message": message})
+        except OSError:
+            short = json.dumps({"outcome": outcome.value, "message": message[:_SHORT_MESSAGE]}).encode()
+            with self.outcome.open("r+b") as file:
+                file.write(short.ljust(_OUTCOME_BYTES))
 
     def read_outcome(self) -> tuple[Outcome, str] | None:
-        """The outcome and its message; None if the file is missing or damaged."""
+        """The outcome and its message; None if the file is missing, damaged or only reserved."""
         try:
             found = json.loads(self.outcome.read_text(encoding="utf-8"))
             return Outcome(found["outcome"]), str(found["message"])
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError):
             return None
 
 

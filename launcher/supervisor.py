@@ -19,6 +19,7 @@ from pathlib import Path
 
 import filelock
 
+from experiment.disk_errors import describe_disk_error
 from experiment.errors import UserError
 from experiment.files import write_text
 from experiment.run_folder import Outcome, RunFolder
@@ -44,10 +45,10 @@ def supervise(folder: RunFolder, argv: Sequence[str], environment: Mapping[str, 
     """Run `argv` (a `deepspeed` command) until all its processes have exited, and record it in `RUN/launch.jsonl`.
 
     On SIGTERM, SIGHUP or Ctrl-C the ranks save a checkpoint and exit; a second Ctrl-C kills them. No rank outlives this
-    process. Raises UserError if another launch uses the run folder.
+    process. Raises UserError if another launch uses the run folder, OSError if it cannot be written.
     """
     with _lock(folder):
-        folder.outcome.unlink(missing_ok=True)
+        folder.reserve_outcome()
         if folder.stop.exists():
             folder.stop.unlink()
             _notify(f"removed {folder.stop}, which is older than this launch")
@@ -57,13 +58,16 @@ def supervise(folder: RunFolder, argv: Sequence[str], environment: Mapping[str, 
             "time": datetime.now().astimezone().isoformat(timespec="seconds"),
             "hosts": {host: list(numbers) for host, numbers in slots.items()},
             "argv": list(argv),
-            "outcome": None,  # remains null if this process is killed
+            "outcome": None,  # remains null if this process is killed, or the disk is full when it ends
             "exit": None,
         }
         _write_attempts(folder, [*attempts, record])
         result = _run_deepspeed(folder, argv, environment)
         record |= {"outcome": result.outcome.value, "exit": result.outcome.exit_code}
-        _write_attempts(folder, [*attempts, record])
+        try:
+            _write_attempts(folder, [*attempts, record])
+        except OSError as error:
+            _notify(f"cannot record how this launch ended: {describe_disk_error(error) or error}")
         return result
 
 
@@ -99,27 +103,39 @@ class _Stop:
     requested_at: float | None = None  # time.monotonic() of the first signal
     killed: bool = False
 
+    def kill_ranks(self) -> None:
+        self.killed = True
+        self.kill()
+
 
 @contextmanager
 def _stop_file_on_signal(folder: RunFolder) -> Iterator[_Stop]:
-    """Create RUN/STOP on the first signal and kill the ranks on a later Ctrl-C. The STOP file is removed on exit."""
+    """Create RUN/STOP on the first signal and kill the ranks on a later Ctrl-C, or at once if there is no room for it.
+
+    The STOP file is removed on exit.
+    """
     stop = _Stop(kill=lambda: None)
 
     def on_signal(number: int) -> None:
         if stop.requested_at is None:
             stop.requested_at = time.monotonic()
-            folder.stop.touch()
-            _notify("stopping: the ranks save a checkpoint and exit; press Ctrl-C again to kill them")
+            try:
+                folder.stop.touch()
+            except OSError as error:  # where no file can be created, no checkpoint can be saved
+                _notify(f"killing the ranks: {describe_disk_error(error) or error}")
+                stop.kill_ranks()
+            else:
+                _notify("stopping: the ranks save a checkpoint and exit; press Ctrl-C again to kill them")
         elif number == signal.SIGINT and time.monotonic() - stop.requested_at > _REPEATED_SIGNAL_SECONDS:
-            stop.killed = True
-            stop.kill()
+            stop.kill_ranks()
 
     try:
         with handle_stop_signals(on_signal):
             yield stop
     finally:
         if stop.requested_at is not None:
-            folder.stop.unlink(missing_ok=True)
+            with suppress(OSError):  # the next launch removes it
+                folder.stop.unlink(missing_ok=True)
 
 
 @contextmanager
