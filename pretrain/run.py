@@ -51,11 +51,21 @@ def pretrain(
     """Run or resume a pretraining on this rank. The process group is connected. Raises UserError."""
     hosts = HostGroup(_timeout(config))
     try:
-        run, model, stream = _prepare(config, world, hosts)
+        return _pretrain(config, world, hosts, stop_request, limits)
     except AgreedError as error:
         report_refusal(config, error, world.rank)
         hosts.barrier()  # the launcher kills all ranks when one exits, perhaps before rank 0 has printed
         raise
+
+
+def _pretrain(
+    config: PretrainConfig,
+    world: World,
+    hosts: HostGroup,
+    stop_request: Callable[[Path | None], StopRequest],
+    limits: HealthLimits,
+) -> Outcome:
+    run, model, stream = _prepare(config, world, hosts)
     with contextlib.ExitStack() as resources:
         engine = Engine(
             MaskedLanguageModel(model.model, model.packed),
@@ -91,7 +101,7 @@ def _prepare(config: PretrainConfig, world: World, hosts: HostGroup) -> tuple[Re
 
     Raises AgreedError.
     """
-    set_up_logging(hosts.call(lambda: open_run_folder(config.run.dir)), world.rank)
+    hosts.call(lambda: set_up_logging(open_run_folder(config.run.dir), world.rank))
     run = hosts.call(lambda: resolve(config, world.size, decide=hosts.from_rank0))
     model = hosts.call(lambda: build_model(run.config.model, run.model_config, run.config.run.seed))
     stream = hosts.call(

@@ -16,6 +16,7 @@ from pretrain.engine.deepspeed_settings import REPOSITORY
 from pretrain.world import World
 from rank_pool import RankPool, free_port
 from runs import Tree, pretrain_case, run_config
+from small_disk import SmallDisk
 
 
 def refused_case(world: World, trees: list[Tree]) -> str:
@@ -67,6 +68,30 @@ def test_a_mistake_on_all_ranks_names_no_host(
     assert len(set(errors)) == 1
     assert errors[0].startswith("corpus.train: ")
     assert set(pools[3].run(pretrain_case, run_config(tmp_path, wordpiece_corpus), 1)) == {"stopped"}, "out of step"
+
+
+@pytest.mark.parametrize("file", ["config.yaml", "provenance.json"])
+def test_a_file_that_rank_0_cannot_write_is_refused_on_all(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, file: str
+) -> None:
+    """Catches a traceback of rank 0 where it records the start of a run, and the others waiting for it."""
+    (tmp_path / file / "a folder").mkdir(parents=True)
+    errors = pools[2].run(refused_case, [run_config(tmp_path, wordpiece_corpus)] * 2)
+    assert errors == [f"{tmp_path / file}: Is a directory"] * 2
+    assert RunFolder(tmp_path).read_outcome() == (Outcome.REFUSED, errors[0])
+
+
+def test_a_run_on_a_full_disk_is_refused(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, small_disk: SmallDisk
+) -> None:
+    """Catches a traceback, and an error that only one rank knows."""
+    run = RunFolder(small_disk.path / "run")
+    run.logs.mkdir(parents=True)
+    run.reserve_outcome()
+    small_disk.fill()
+    errors = pools[2].run(refused_case, [run_config(run.path, wordpiece_corpus)] * 2)
+    assert errors == [f"{run.provenance}: disk full"] * 2
+    assert run.read_outcome() == (Outcome.REFUSED, errors[0])
 
 
 def test_a_corpus_missing_on_one_host_is_printed_and_exits_with_2(wordpiece_corpus: Path, tmp_path: Path) -> None:
