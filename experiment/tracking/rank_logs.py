@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from contextlib import suppress
 
 from rich.text import Text
 
@@ -25,7 +26,8 @@ def set_up_logging(folder: RunFolder, rank: int) -> None:
     root = logging.getLogger()
     for handler in [handler for handler in root.handlers if isinstance(handler, _RankLog | _Terminal)]:
         root.removeHandler(handler)
-        handler.close()
+        with suppress(OSError):  # what it could not write to a full disk is lost
+            handler.close()
     root.setLevel(logging.INFO)
     log_file = _RankLog(folder.rank_log(rank), encoding="utf-8")
     log_file.setFormatter(logging.Formatter(FILE_FORMAT))

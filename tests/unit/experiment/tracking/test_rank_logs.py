@@ -115,8 +115,11 @@ def test_a_colored_warning_does_not_color_the_progress_bar(tmp_path: Path, monke
     assert after.count("\x1b[33m") == 1
 
 
-def test_a_full_disk_drops_messages_quietly(small_disk: SmallDisk, capsys: pytest.CaptureFixture[str]) -> None:
-    """Catches a traceback on the terminal for every message, and a log that stays silent once there is room."""
+def test_a_full_disk_drops_messages_quietly(
+    small_disk: SmallDisk, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a traceback on the terminal for every message, a log that stays silent once there is room, and an error
+    when the log is closed."""
     set_up_logging(RunFolder(small_disk.path), 0)
     small_disk.fill()
     for number in range(3):
@@ -125,3 +128,6 @@ def test_a_full_disk_drops_messages_quietly(small_disk: SmallDisk, capsys: pytes
     small_disk.free()
     logging.getLogger("pretrain").info("kept")
     assert "kept" in (small_disk.path / "logs" / "rank-0.log").read_text()
+    small_disk.fill()
+    logging.getLogger("pretrain").info("lost")
+    set_up_logging(RunFolder(tmp_path), 0)
