@@ -62,17 +62,24 @@ def tokenizer(options: TokenizerOptions) -> None:
 
 
 def corpus(options: CorpusOptions) -> None:
-    """Build a tokenized corpus from raw text.
+    """Build a tokenized corpus from raw text, or verify corpora.
 
-    The corpus is sharded Arrow; `datasets.load_from_disk` opens it too. The same input gives the same bytes with any
-    number of workers. Run the same command again to resume an interrupted build.
+    To build, give --source, --tokenizer and --output. The corpus is sharded Arrow; `datasets.load_from_disk` opens it
+    too. The same input gives the same bytes with any number of workers. Run the same command again to resume an
+    interrupted build. To verify, give --verify: all shards are read and compared with their checksums. Training and
+    evaluation do so once on each machine.
 
     Example:
         deepcloze corpus --source 'wiki/*.txt.gz' --tokenizer tokenizer --output corpora/wiki --holdout 1000
     """
-    from pretrain.corpus.build import build_corpus
+    if options.verify is not None:
+        from pretrain.corpus.verification import verify_command
 
-    build_corpus(options)
+        verify_command(options.verify)
+    else:
+        from pretrain.corpus.build import build_corpus
+
+        build_corpus(options)
 
 
 def pretrain(options: PretrainOptions) -> None:

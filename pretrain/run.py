@@ -13,6 +13,7 @@ if not __package__:  # started as a file: import from the repository, not from t
 
 import contextlib
 import datetime
+import itertools
 import logging
 import os
 import platform
@@ -24,6 +25,7 @@ from experiment.tracking.rank_logs import set_up_logging
 from pretrain.arguments import read_arguments
 from pretrain.batching.loader import raise_limit_of_open_files
 from pretrain.config import PretrainConfig
+from pretrain.corpus.verification import verify_corpora
 from pretrain.engine.engine import Engine
 from pretrain.engine.loss_scaler import LossScaleError
 from pretrain.engine.process_group import connect, disconnect
@@ -103,11 +105,25 @@ def _prepare(config: PretrainConfig, world: World, hosts: HostGroup) -> tuple[Re
     """
     hosts.call(lambda: set_up_logging(open_run_folder(config.run.dir), world.rank))
     run = hosts.call(lambda: resolve(config, world.size, decide=hosts.from_rank0))
+    _verify_corpora(run, world, hosts)
     model = hosts.call(lambda: build_model(run.config.model, run.model_config, run.config.run.seed))
     stream = hosts.call(
         lambda: open_stream(run, world, packed=model.packed, first_position=model.first_position),
     )
     return run, model, stream
+
+
+def _verify_corpora(run: ResolvedRun, world: World, hosts: HostGroup) -> None:
+    """Verify the corpora on one rank of each host. The ranks meet after every shard: reading all of them may take
+    longer than the timeout of a collective."""
+    corpora = [*(given.corpus for given in run.corpora), *run.held_out.values()]
+    shards = verify_corpora(corpora if world.local_rank == 0 else [], show_progress=world.rank == 0)
+
+    def verify_next() -> int:
+        return sum(1 for _ in itertools.islice(shards, 1))
+
+    while hosts.all_reduce_sum([hosts.call(verify_next)]) != [0]:
+        pass
 
 
 def main(argv: Sequence[str]) -> None:

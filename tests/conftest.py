@@ -1,6 +1,10 @@
-"""Shared by all tests: `--record`, soak tests on request only, and tiny corpora that are built once per session."""
+"""Shared by all tests: `--record`, soak tests on request only, a cache folder of their own, a disk that can be filled,
+and tiny corpora that are built once per session."""
 
+import os
 import random
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +12,13 @@ import pytest
 
 from rank_pool import ForkServer, RankPool
 from small_disk import SmallDisk, mounted_small_disk
+
+_CACHE = tempfile.mkdtemp(prefix="deepcloze-tests-")
+os.environ["XDG_CACHE_HOME"] = _CACHE  # also of the processes that tests start
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(_CACHE, ignore_errors=True)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

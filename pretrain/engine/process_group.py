@@ -36,7 +36,7 @@ def connect(timeout: datetime.timedelta, rank: int | None = None, world_size: in
         world_size=-1 if world_size is None else world_size,
         verbose=False,
     )
-    return World(dist.get_rank(), dist.get_world_size())
+    return World(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]))
 
 
 def disconnect() -> None:
