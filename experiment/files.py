@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,7 +21,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """Replace the file `path` with what is written to the temporary path that this yields.
 
     After a crash or a power cut, `path` holds the old content or the new, never a part of it. Missing folders are
-    created. If the block raises, `path` stays as it was.
+    created. If the block raises, `path` stays as it was; an OSError of the write names `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # The folder may be shared by hosts.
@@ -29,11 +30,24 @@ def atomic_write(path: Path) -> Iterator[Path]:
         yield temporary
         fsync(temporary)
         temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
+            error.filename = str(path)
         raise
     with suppress(OSError):  # some network file systems cannot sync a folder
         fsync(path.parent)
+
+
+@contextmanager
+def removed_on_error(folder: Path) -> Iterator[None]:
+    """Remove the folder that the block writes if it raises: the disk may be full."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def write_text(path: Path, text: str) -> None:

@@ -7,7 +7,10 @@ from enum import StrEnum
 from pathlib import Path
 
 from experiment.errors import UserError
-from experiment.files import create_json, write_json
+from experiment.files import create_json, write_json, write_text
+
+_RESERVED_BYTES = 4096
+_SHORT_MESSAGE = 300  # characters, of at most 12 bytes each in JSON
 
 
 class Outcome(StrEnum):
@@ -83,20 +86,42 @@ class RunFolder:
         """{"rank": …, "host": …, "pid": …, "exit": …}; the exit code of a rank that runs or was killed is null."""
         return self.logs / f"rank-{rank}.json"
 
+    def reserve_outcome(self) -> None:
+        """Reserve space for the outcome, in case the disk fills up."""
+        write_text(self._reserved, " " * _RESERVED_BYTES)
+
     def write_outcome(self, outcome: Outcome, message: str = "") -> None:
-        write_json(self.outcome, {"outcome": outcome.value, "message": message})
+        """Write the outcome; on a full disk, into the space that the launcher has reserved."""
+        try:
+            write_json(self.outcome, {"outcome": outcome.value, "message": message})
+        except OSError:
+            self._fill_reserved(outcome, message)
 
     def write_first_outcome(self, outcome: Outcome, message: str) -> None:
-        """Write the outcome unless a rank has written one."""
-        create_json(self.outcome, {"outcome": outcome.value, "message": message})
+        """As `write_outcome`, unless a rank has written one."""
+        try:
+            create_json(self.outcome, {"outcome": outcome.value, "message": message})
+        except OSError:
+            if not self.outcome.exists():
+                self._fill_reserved(outcome, message)
 
     def read_outcome(self) -> tuple[Outcome, str] | None:
         """The outcome and its message; None if the file is missing or damaged."""
         try:
             found = json.loads(self.outcome.read_text(encoding="utf-8"))
             return Outcome(found["outcome"]), str(found["message"])
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError):
             return None
+
+    @property
+    def _reserved(self) -> Path:
+        return self.logs / ".outcome.reserved"
+
+    def _fill_reserved(self, outcome: Outcome, message: str) -> None:
+        short = json.dumps({"outcome": outcome.value, "message": message[:_SHORT_MESSAGE]}).encode()
+        with self._reserved.open("r+b") as file:
+            file.write(short.ljust(_RESERVED_BYTES))
+        self._reserved.replace(self.outcome)
 
 
 def open_run_folder(path: Path | str) -> RunFolder:

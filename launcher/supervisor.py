@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 
+from experiment.disk_errors import describe_disk_error
 from experiment.errors import UserError
 from experiment.files import write_text
 from experiment.run_folder import Outcome, RunFolder
@@ -40,10 +41,11 @@ def supervise(
     created while the launch was checked, and nothing is started.
 
     On SIGTERM, SIGHUP or Ctrl-C the ranks save a checkpoint and exit; a second Ctrl-C kills them. No rank outlives this
-    process. Raises UserError if another launch uses the run folder.
+    process. Raises UserError if another launch uses the run folder, OSError if it cannot be written.
     """
     with lock_run(folder):
         clear_reports(folder)
+        folder.reserve_outcome()
         if folder.stop.exists() and folder.stop.stat().st_mtime < start_time:
             folder.stop.unlink()
             _notify(f"removed {folder.stop}, which is older than this launch")
@@ -53,7 +55,7 @@ def supervise(
             "time": datetime.now().astimezone().isoformat(timespec="seconds"),
             "hosts": {host: list(numbers) for host, numbers in slots.items()},
             "argv": list(argv),
-            "outcome": None,  # remains null if this process is killed
+            "outcome": None,  # remains null if this process is killed, or the disk is full when it ends
             "exit": None,
         }
         _write_attempts(folder, [*attempts, record])
@@ -62,7 +64,10 @@ def supervise(
         else:
             result = _run_deepspeed(folder, argv, environment, start_time, remote=not is_local(slots))
         record |= {"outcome": result.outcome.value, "exit": result.outcome.exit_code}
-        _write_attempts(folder, [*attempts, record])
+        try:
+            _write_attempts(folder, [*attempts, record])
+        except OSError as error:
+            _notify(f"cannot record how this launch ended: {describe_disk_error(error) or error}")
         return result
 
 
@@ -92,27 +97,39 @@ class _Stop:
     requested_at: float | None = None  # time.monotonic() of the first signal
     killed: bool = False
 
+    def kill_ranks(self) -> None:
+        self.killed = True
+        self.kill()
+
 
 @contextmanager
 def _stop_file_on_signal(folder: RunFolder) -> Iterator[_Stop]:
-    """Create RUN/STOP on the first signal and kill the ranks on a later Ctrl-C. The STOP file is removed on exit."""
+    """Create RUN/STOP on the first signal and kill the ranks on a later Ctrl-C, or at once if there is no room for it.
+
+    The STOP file is removed on exit.
+    """
     stop = _Stop(kill=lambda: None)
 
     def on_signal(number: int) -> None:
         if stop.requested_at is None:
             stop.requested_at = time.monotonic()
-            folder.stop.touch()
-            _notify("stopping: the ranks save a checkpoint and exit; press Ctrl-C again to kill them")
+            try:
+                folder.stop.touch()
+            except OSError as error:  # where no file can be created, no checkpoint can be saved
+                _notify(f"killing the ranks: {describe_disk_error(error) or error}")
+                stop.kill_ranks()
+            else:
+                _notify("stopping: the ranks save a checkpoint and exit; press Ctrl-C again to kill them")
         elif number == signal.SIGINT and time.monotonic() - stop.requested_at > _REPEATED_SIGNAL_SECONDS:
-            stop.killed = True
-            stop.kill()
+            stop.kill_ranks()
 
     try:
         with handle_stop_signals(on_signal):
             yield stop
     finally:
         if stop.requested_at is not None:
-            folder.stop.unlink(missing_ok=True)
+            with suppress(OSError):  # the next launch removes it
+                folder.stop.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from signal import SIGINT
 from typing import TypedDict
 
+from experiment.disk_errors import describe_disk_error, disk_errors_as
 from experiment.errors import StoppedError, UserError
 from experiment.files import write_json
 from experiment.results.sweep_summary import SweepResult, read_metric, write_summary
@@ -55,19 +56,20 @@ def launch_sweep(options: SweepOptions) -> None:
 def run_sweep(plan: SweepPlan) -> None:
     """Run what is not finished, then write OUTPUT/sweep.{json,csv,png} and print the table.
 
-    Raises UserError if OUTPUT has runs of other configs, StoppedError if a signal or a run's own STOP file stops it
-    early, and SystemExit if runs failed, after all others have been run.
+    Raises UserError if OUTPUT has runs of other configs, StoppedError if a signal, a run's own STOP file or a full disk
+    stops it early, and SystemExit if runs failed, after all others have been run.
     """
     record = _open_record(plan)
     results = []
-    for number, run in enumerate(plan.runs, start=1):
-        folder = RunFolder(plan.output / run.name)
-        state = _finish(run, folder, f"[{number}/{len(plan.runs)}] {run.name}")
-        value = read_metric(folder, plan.metric) if state == "done" else None
-        results.append(SweepResult(run.name, run.values, state, value))
-        record["runs"][run.name] |= {"state": state, "value": value}
-        write_json(plan.output / "sweep.json", record)
-    write_summary(results, plan.output, plan.metric)
+    with disk_errors_as(StoppedError, "sweep: ", "; the same command resumes"):
+        for number, run in enumerate(plan.runs, start=1):
+            folder = RunFolder(plan.output / run.name)
+            state = _finish(run, folder, f"[{number}/{len(plan.runs)}] {run.name}")
+            value = read_metric(folder, plan.metric) if state == "done" else None
+            results.append(SweepResult(run.name, run.values, state, value))
+            record["runs"][run.name] |= {"state": state, "value": value}
+            write_json(plan.output / "sweep.json", record)
+        write_summary(results, plan.output, plan.metric)
     if failed := [result.name for result in results if result.state != "done"]:
         sys.exit(f"deepcloze: sweep: {len(failed)} of {len(plan.runs)} runs failed: {', '.join(failed)}")
 
@@ -96,7 +98,7 @@ def _open_record(plan: SweepPlan) -> _SweepRecord:
     try:
         write_json(path, record)
     except OSError as error:
-        raise UserError(f"--output: cannot write {path}: {error.strerror}") from None
+        raise UserError(f"--output: {describe_disk_error(error) or error}") from None
     return record
 
 
@@ -121,7 +123,7 @@ def _finish(run: SweepRun, folder: RunFolder, label: str) -> str:
 
 
 def _wait_for_other_process(folder: RunFolder, label: str) -> bool:
-    """Wait while another process uses the run folder: that of a sweep that was killed goes on. Returns whether one did.
+    """Wait while another process uses the run folder: that of a killed sweep, for example. Returns whether one did.
 
     Raises StoppedError on a stop signal, which does not reach that process.
     """
@@ -132,7 +134,7 @@ def _wait_for_other_process(folder: RunFolder, label: str) -> bool:
         _notify(f"{label}: waiting for the process that is using {folder.path}")
         while is_locked(folder):
             if signals:
-                raise StoppedError(f"sweep: stopped at {label}; the process that is using {folder.path} goes on")
+                raise StoppedError(f"sweep: stopped at {label}; the process that is using {folder.path} still runs")
             time.sleep(_POLL_SECONDS)
     return True
 

@@ -13,6 +13,7 @@ if not __package__:  # started as a file: import from the repository, not from t
 
 import contextlib
 import datetime
+import itertools
 import logging
 import os
 import platform
@@ -26,6 +27,7 @@ from experiment.tracking.rank_logs import set_up_logging
 from pretrain.arguments import read_arguments
 from pretrain.batching.loader import raise_limit_of_open_files
 from pretrain.config import PretrainConfig
+from pretrain.corpus.verification import verify_corpora
 from pretrain.deadline import deadline
 from pretrain.engine.deepspeed_settings import check_device_support
 from pretrain.engine.engine import Engine
@@ -57,11 +59,21 @@ def pretrain(
     with deadline(_timeout(config), partial(_give_up, report, "the ranks did not connect to each other's hosts")):
         hosts = HostGroup(_timeout(config))
     try:
-        run, model, stream = _prepare(config, world, hosts)
+        return _pretrain(config, world, hosts, stop_request, limits)
     except AgreedError as error:
         report.refuse(error)
         hosts.barrier()  # the launcher kills all ranks when one exits, perhaps before rank 0 has printed
         raise
+
+
+def _pretrain(
+    config: PretrainConfig,
+    world: World,
+    hosts: HostGroup,
+    stop_request: Callable[[Path | None], StopRequest],
+    limits: HealthLimits,
+) -> Outcome:
+    run, model, stream = _prepare(config, world, hosts)
     with contextlib.ExitStack() as resources:
         engine = Engine(
             MaskedLanguageModel(model.model, model.packed),
@@ -97,14 +109,28 @@ def _prepare(config: PretrainConfig, world: World, hosts: HostGroup) -> tuple[Re
 
     Raises AgreedError.
     """
-    set_up_logging(hosts.call(lambda: open_run_folder(config.run.dir)), world.rank)
+    hosts.call(lambda: set_up_logging(open_run_folder(config.run.dir), world.rank))
     run = hosts.call(lambda: resolve(config, world.size, decide=hosts.from_rank0))
     hosts.call(lambda: check_device_support(run.deepspeed))
+    _verify_corpora(run, world, hosts)
     model = hosts.call(lambda: build_model(run.config.model, run.model_config, run.config.run.seed))
     stream = hosts.call(
         lambda: open_stream(run, world, packed=model.packed, first_position=model.first_position),
     )
     return run, model, stream
+
+
+def _verify_corpora(run: ResolvedRun, world: World, hosts: HostGroup) -> None:
+    """Verify the corpora on one rank of each host. The ranks meet after every shard: reading all of them may take
+    longer than the timeout of a collective."""
+    corpora = [*(given.corpus for given in run.corpora), *run.held_out.values()]
+    shards = verify_corpora(corpora if world.local_rank == 0 else [], show_progress=world.rank == 0)
+
+    def verify_next() -> int:
+        return sum(1 for _ in itertools.islice(shards, 1))
+
+    while hosts.all_reduce_sum([hosts.call(verify_next)]) != [0]:
+        pass
 
 
 def main(argv: Sequence[str]) -> None:

@@ -46,7 +46,7 @@ def connect(timeout: datetime.timedelta, on_timeout: Callable[[str], object]) ->
     os.environ.setdefault("MASTER_PORT", "29500")
     accelerator, local_rank = get_accelerator(), int(os.environ["LOCAL_RANK"])
     accelerator.set_device(local_rank)
-    world = World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    world = World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), local_rank)
     store = _meet(world, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout)
     backend = accelerator.communication_backend_name()
     message = f"the ranks did not connect to each other within {timeout.total_seconds():.0f} s ({backend})"

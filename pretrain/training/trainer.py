@@ -66,7 +66,7 @@ class Trainer:
         hosts: HostGroup,
         limits: HealthLimits = HEALTH_LIMITS,
     ) -> None:
-        """Loads the checkpoint that the run resumes from, if any, and opens the trackers."""
+        """Loads the checkpoint that the run resumes from, if any, and opens the trackers. Raises AgreedError."""
         config, world = run.config, engine.world
         self._config = config
         self._flops = model.flops
@@ -75,12 +75,11 @@ class Trainer:
         self._hosts = hosts
         self._limits = limits
         self._on_gpu = engine.device.type == "cuda"
-        self._evaluator = open_evaluator(run, model, world)
+        self._evaluator = hosts.call(lambda: open_evaluator(run, model, world))
         self._progress = load_resumed(run.resume_plan, engine)
+        provenance = hosts.from_rank0(lambda: record_start(run, world.size))
         self._tracker: Tracker | None = None
-        provenance = None
         if world.rank == 0:
-            provenance = record_start(run, world.size)
             self._tracker = open_run_tracker(run, provenance, self._progress.step, stream.steps)
         self._checkpointer = Checkpointer(run, engine, model.model, hosts, provenance)
         self._recovery = Recovery(config.health, limits)

@@ -19,6 +19,8 @@ from finetune import run as run_module
 from finetune import seed_run
 from finetune.run import finetune
 from finetune.seed_run import finished_seeds
+from launcher.cli import main
+from small_disk import SmallDisk
 
 
 @pytest.fixture
@@ -249,3 +251,21 @@ def test_a_damaged_seed_is_rejected(tmp_path: Path, damage: str) -> None:
         complete.write_text('{"se' if damage == "torn" else f'{{"settings": {"9" * 10_000}}}')
     with pytest.raises(UserError, match=r"COMPLETE is damaged: remove .*seed-1 to train this seed again"):
         finished_seeds(RunFolder(tmp_path), {})
+
+
+@pytest.mark.parametrize(("pages", "code"), [(0, 2), (12, 75)])
+def test_a_full_disk_keeps_finished_seeds_only(
+    config_file: Path, small_disk: SmallDisk, capsys: pytest.CaptureFixture[str], pages: int, code: int
+) -> None:
+    """Catches a traceback, half a seed that keeps the disk full, and an exit code that does not say to resume."""
+    run = small_disk.path / "run"
+    command = ["finetune", "--config", str(config_file), f"--run.dir={run}", "--training.epochs=1"]
+    small_disk.fill(leave=pages * 4096)
+    assert main(command) == code
+    error = capsys.readouterr().err
+    assert "disk full" in error.splitlines()[-1]
+    assert "Traceback" not in error
+    assert list(run.glob("*seed-*")) == []
+    small_disk.free()
+    assert main(command) == 0
+    assert len(results(run)["splits"]["test"]["accuracy"]["values"]) == 2

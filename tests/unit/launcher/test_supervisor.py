@@ -12,6 +12,7 @@ from experiment.errors import UserError
 from experiment.run_folder import Outcome, RunFolder, open_run_folder
 from launcher.launch_result import LaunchResult
 from launcher.supervisor import supervise
+from small_disk import SmallDisk
 
 ROOT = Path(__file__).parents[3]
 SLOTS = {"localhost": (0, 2)}
@@ -269,3 +270,43 @@ def test_an_unreadable_record_of_launches_is_rejected(folder: RunFolder) -> None
     folder.launches.mkdir()
     with pytest.raises(UserError, match=r"cannot read .*launch\.jsonl: Is a directory"):
         attempt(folder, "")
+
+
+def test_a_launch_on_a_full_disk_starts_no_rank(small_disk: SmallDisk) -> None:
+    """Catches ranks that are started although nothing can be recorded, and an error that does not name the file."""
+    folder = open_run_folder(small_disk.path / "run")
+    small_disk.fill()
+    with pytest.raises(OSError, match="No space left") as caught:
+        attempt(folder, "(folder.path / 'ready').touch()")
+    assert str(folder.path) in caught.value.filename
+    assert not (folder.path / "ready").exists()
+
+
+def test_the_outcome_survives_a_disk_that_fills_up(small_disk: SmallDisk, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a launch that ends with a traceback because its record cannot be written."""
+    folder = open_run_folder(small_disk.path / "run")
+    body = (
+        "from small_disk import SmallDisk\n"
+        f"SmallDisk(Path({str(small_disk.path)!r})).fill(new_files=False)\n"
+        "folder.write_outcome(Outcome.STOPPED, 'saved step 7')"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'multiprocess'}"}
+    result = supervise(folder, rank(folder, body), environment, SLOTS)
+    assert result == LaunchResult(Outcome.STOPPED, "saved step 7")
+    error = capsys.readouterr().err
+    assert f"cannot record how this launch ended: {folder.launches}: disk full" in error
+    assert [launch["outcome"] for launch in launches(folder)] == [None], "complete, as it was at the start"
+
+
+def test_a_signal_on_a_full_disk_ends_the_ranks(small_disk: SmallDisk) -> None:
+    """Catches a launcher that dies in its signal handler because there is no room for a STOP file."""
+    folder = open_run_folder(small_disk.path / "run")
+    process = start(folder, STUBBORN + HANG)
+    small_disk.fill(new_files=False)
+    process.send_signal(signal.SIGTERM)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 75, error
+    assert "last complete checkpoint" in out
+    assert f"killing the ranks: {folder.stop}: disk full" in error
+    assert "Traceback" not in error
+    until(lambda: gone(int((folder.path / "pid").read_text())))

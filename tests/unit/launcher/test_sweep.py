@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from experiment.errors import StoppedError, UserError
+from experiment.files import write_json
 from experiment.run_folder import RunFolder
 from launcher import sweep as sweep_module
 from launcher.sweep import run_sweep
@@ -147,7 +148,7 @@ def left_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
 def test_a_run_left_by_a_killed_sweep_is_taken_over(
     tmp_path: Path, left_run: Callable[..., subprocess.Popen[bytes]], outcome: str, value: float
 ) -> None:
-    """Catches a point that counts as failed because its run still goes on, and the next one started beside it."""
+    """Catches a point that counts as failed because its run still runs, and the next one started beside it."""
     process = left_run(outcome)
     run_sweep(plan(tmp_path, {"1e-4": "4.5"}))
     assert process.wait(60) == 0
@@ -167,6 +168,24 @@ def test_a_left_run_that_was_stopped_stops_the_sweep(
 def test_a_signal_to_a_waiting_sweep(tmp_path: Path, left_run: Callable[..., subprocess.Popen[bytes]]) -> None:
     """Catches a waiting sweep that cannot be stopped, and a signal that reaches a run of which it knows nothing."""
     process = left_run("done", lambda: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(StoppedError, match="goes on"):
+    with pytest.raises(StoppedError, match="still runs"):
         run_sweep(plan(tmp_path, {"1e-4": "4.5"}))
     assert process.poll() is None
+
+
+def test_a_full_disk_stops_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a traceback after a run has finished, which the next attempt has to skip."""
+    sweep = plan(tmp_path, {"1e-4": "4.5", "1e-3": "3.5"})
+    calls = iter(range(9))
+
+    def full(path: Path, value: object) -> None:
+        if next(calls) == 1:
+            raise OSError(28, "No space left on device", str(path))
+        write_json(path, value)
+
+    monkeypatch.setattr("launcher.sweep.write_json", full)
+    with pytest.raises(StoppedError, match=r"^sweep: .*sweep\.json: disk full; the same command resumes$"):
+        run_sweep(sweep)
+    run_sweep(sweep)
+    lines = (tmp_path / "lr=1e-4" / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 2, "the finished run is skipped"

@@ -22,6 +22,7 @@ from pretrain.corpus import build, pipeline, shards
 from pretrain.corpus.build import build_corpus
 from pretrain.corpus.options import CorpusOptions
 from pretrain.corpus.reader import open_corpus
+from small_disk import SmallDisk
 
 Build = Callable[..., Any]
 
@@ -302,13 +303,28 @@ def test_full_disk(corpus: Build, tmp_path: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "write_shard", full)
-        with pytest.raises(UserError, match="disk is full"):
+        with pytest.raises(UserError, match=r"--output .*c: disk full"):
             corpus("c")
     assert not (tmp_path / "c").exists()
     assert len(json.loads((tmp_path / "c.partial" / "journal.json").read_text())["finished"]) == 2
     corpus("c")
     corpus("whole")
     assert contents(tmp_path / "c") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("pages", [0, 1, 4, 8, 12])
+def test_a_build_continues_when_a_full_disk_has_room_again(
+    corpus: Build, tmp_path: Path, small_disk: SmallDisk, pages: int
+) -> None:
+    """Catches a traceback at some file of the build, and a shard that is cut off but keeps its space."""
+    small_disk.fill(leave=pages * 4096)
+    with pytest.raises(UserError, match=r"--output .*small-disk/c: .*disk full"):
+        corpus("small-disk/c")
+    assert list(small_disk.path.glob("c.partial/.*")) == []
+    small_disk.free()
+    corpus("small-disk/c")
+    corpus("whole")
+    assert contents(small_disk.path / "c") == contents(tmp_path / "whole")
 
 
 def test_killed_worker(corpus: Build, tmp_path: Path) -> None:
