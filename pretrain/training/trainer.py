@@ -81,7 +81,9 @@ class Trainer:
         provenance = None
         if world.rank == 0:
             provenance = record_start(run, world.size)
-            self._tracker = open_run_tracker(run, provenance, self._progress.step, stream.steps)
+            self._tracker = open_run_tracker(
+                run, provenance, self._progress.step, stream.steps, self._is_evaluation_missing()
+            )
         self._checkpointer = Checkpointer(run, engine, model.model, hosts, provenance)
         self._recovery = Recovery(config.health, limits)
         self._bad_batches = BadBatchWriter(run.folder, world, stream.corpora, run.tokenizer.decode)
@@ -138,7 +140,7 @@ class Trainer:
 
     def _evaluate_and_save_if_due(self) -> None:
         """Before the next step."""
-        if self._is_evaluation_due() and not self._progress.evaluated:
+        if self._is_evaluation_missing():
             self._evaluate()
         needs_rewind_target = self._checkpointer.saved_step is None and self._config.health.policy == "rewind"
         if needs_rewind_target or self._is_best_step():
@@ -330,6 +332,10 @@ class Trainer:
 
     def _is_evaluation_due(self) -> bool:
         return self._progress.step == 0 or self._is_finished() or self._is_due(self._config.evaluation.every_steps)
+
+    def _is_evaluation_missing(self) -> bool:
+        """A run that is asked to stop saves at once: the evaluation of that step is left to its next attempt."""
+        return self._is_evaluation_due() and not self._progress.evaluated
 
     def _is_save_due(self) -> bool:
         return self._is_finished() or self._is_best_step() or self._is_due(self._config.checkpoint.every_steps)
