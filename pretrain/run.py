@@ -93,7 +93,7 @@ def _prepare(config: PretrainConfig, world: World, hosts: HostGroup) -> tuple[Re
     """
     set_up_logging(hosts.call(lambda: open_run_folder(config.run.dir)), world.rank)
     run = hosts.call(lambda: resolve(config, world.size, decide=hosts.from_rank0))
-    model = hosts.call(lambda: build_model(run.config.model, run.model_config, run.config.run.seed))
+    model = hosts.call(lambda: build_model(run.model_source, run.model_config, run.config.run.seed))
     stream = hosts.call(
         lambda: open_stream(run, world, packed=model.packed, first_position=model.first_position),
     )
