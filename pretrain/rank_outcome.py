@@ -17,7 +17,12 @@ def report_refusal(config: PretrainConfig, error: UserError, rank: int) -> None:
 
 
 def record_outcome(folder: RunFolder, outcome: Outcome, message: str, rank: int) -> None:
-    """Write the outcome for the launcher: rank 0's, or that of a failed rank if rank 0 has written none."""
+    """Write the outcome for the launcher: rank 0's, or that of the first rank that failed, which made others fail."""
     with contextlib.suppress(OSError):
-        if rank == 0 or (outcome == Outcome.FAILED and folder.read_outcome() is None):
+        found = folder.read_outcome()
+        if rank == 0:
+            is_news = found is None or found[0] is not Outcome.FAILED or outcome is not Outcome.FAILED
+        else:
+            is_news = found is None and outcome is Outcome.FAILED
+        if is_news:
             folder.write_outcome(outcome, message)

@@ -22,7 +22,7 @@ from experiment.errors import UserError
 from experiment.run_folder import Outcome, RunFolder, open_run_folder
 from experiment.tracking.rank_logs import set_up_logging
 from pretrain.arguments import read_arguments
-from pretrain.batching.loader import raise_limit_of_open_files
+from pretrain.batching.loader import DataWorkerError, raise_limit_of_open_files
 from pretrain.config import PretrainConfig
 from pretrain.engine.engine import Engine
 from pretrain.engine.loss_scaler import LossScaleError
@@ -120,6 +120,9 @@ def main(argv: Sequence[str]) -> None:
             print(f"deepcloze: {platform.node()}, rank {rank}: {message}", file=sys.stderr)
     except (LossScaleError, UnhealthyError) as error:
         message = str(error).partition("\n")[0]  # the rest has been logged
+    except DataWorkerError as error:
+        log.error("%s", error)
+        message = f"rank {rank}: {error}".partition("\n")[0]
     except BaseException as error:
         message = f"rank {rank}: {type(error).__name__}: {error}"
         log.exception("this rank failed")

@@ -46,6 +46,11 @@ from pretrain.training_stream import TrainingStream
 log = logging.getLogger(__name__)
 
 
+# Timeout for a batch, as a fraction of `health.hang_seconds`: the rank whose data worker hangs fails before the ranks
+# that wait for it, and names the cause.
+_DATA_TIMEOUT = 0.9
+
+
 class Update(NamedTuple):
     """The result of training on one global batch."""
 
@@ -136,7 +141,9 @@ class Trainer:
         """Start the log interval and the data stream at the current progress."""
         progress = self._progress
         self._interval = LogInterval(progress.interval_losses, progress.interval_masked)
-        self._batches: Iterator[RankBatch] = self._stream.load(progress.step, self._on_gpu)
+        self._batches: Iterator[RankBatch] = self._stream.load(
+            progress.step, self._on_gpu, timeout=_DATA_TIMEOUT * self._config.health.hang_seconds
+        )
 
     def _evaluate_and_save_if_due(self) -> None:
         """Before the next step."""

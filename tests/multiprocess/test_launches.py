@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -141,6 +142,27 @@ def test_sigterm_saves_and_the_same_command_resumes(start: Start, wordpiece_corp
     assert logged(tmp_path / "run", "step") == list(range(1, steps[-1] + 3))
     launches = (tmp_path / "run" / "launch.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["outcome"] for line in launches] == ["stopped", "done"]
+
+
+def test_a_killed_data_worker_is_named(start: Start, wordpiece_corpus: Path, tmp_path: Path) -> None:
+    """Catches a run that waits for a data worker that was killed, and one whose message is about a lost connection
+    between the ranks instead of the cause."""
+    config = config_file(tmp_path, wordpiece_corpus, schedule__steps=LONG)
+    command = (str(Path(sys.executable).with_name("deepcloze")), "pretrain", "--config", str(config), "--num_gpus", "2")
+    process = start(*command, "--oversubscribe")
+    wait_for_steps(tmp_path / "run", 3, process)
+    (rank1,) = [
+        found
+        for found in psutil.Process(process.pid).children(recursive=True)
+        if found.environ().get("RANK") == "1" and found.parent().environ().get("RANK") != "1"
+    ]
+    (worker,) = rank1.children()
+    worker.kill()
+    code, output = wait_for_exit(process)
+    assert code == 1, output
+    assert f"rank 1: the data worker (pid {worker.pid}) was killed (SIGKILL), perhaps because the memory" in output
+    log = RunFolder(tmp_path / "run").rank_log(1).read_text(encoding="utf-8")
+    assert f"the data worker (pid {worker.pid}) was killed" in log
 
 
 def test_a_run_rejected_by_the_ranks_exits_with_2(start: Start, wordpiece_corpus: Path, tmp_path: Path) -> None:
