@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from experiment.run_folder import RunFolder
 from pretrain.engine.deepspeed_settings import REPOSITORY
 from rank_pool import RankPool, free_port
 from runs import NO_DROPOUT, TINY, logged, pretrain_case, run_config, saved_tensors
+from waiting import LIMIT, wait_until
 
 LONG = 5000  # steps: the test stops the run earlier
 
@@ -64,16 +64,12 @@ def config_file(tmp_path: Path, corpus: Path, **changes: Any) -> Path:
 
 def wait_for_exit(process: subprocess.Popen[str]) -> tuple[int, str]:
     """The exit code and the output."""
-    output, _ = process.communicate(timeout=400)
+    output, _ = process.communicate(timeout=LIMIT)
     return process.returncode, output
 
 
 def wait_for_steps(folder: Path, steps: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 400
-    while not RunFolder(folder).metrics.exists() or len(logged(folder)) < steps:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, f"no {steps} steps in 400 s"
-        time.sleep(0.05)
+    wait_until(lambda: RunFolder(folder).metrics.exists() and len(logged(folder)) >= steps, process)
 
 
 def test_a_killed_rank_resumes_and_repeats_no_step(

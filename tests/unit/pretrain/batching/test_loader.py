@@ -2,16 +2,17 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from multiprocessing import active_children
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
 from pretrain.batching.batch import IGNORED, Microbatch, RankBatch
 from pretrain.batching.loader import DataWorkerError, load_batches
 from pretrain.batching.order import BatchSequences
+from waiting import wait_until
 
 
 def test_worker_processes_give_the_same_batches_and_seek(maker):
@@ -102,7 +103,9 @@ def test_a_worker_that_dies_or_hangs_is_named(workers, number, timeout, message)
     started = sorted(set(active_children()) - others, key=lambda worker: int(worker.name.rpartition("-")[2]))
     assert len(started) == workers
     assert [next(batches).step, next(batches).step] == [3, 4]
-    batches._timeout = timeout  # not earlier: on a busy machine, the first batches may take longer
+    if timeout is not None:  # not earlier: on a busy machine, batches may take longer
+        wait_until(lambda: psutil.Process(started[0].pid).status() == psutil.STATUS_STOPPED)
+        batches._timeout = timeout
     with pytest.raises(DataWorkerError, match=rf"\(pid {started[0].pid}\) {message}"):
         next(batches)
     assert set(active_children()) <= others
@@ -135,14 +138,11 @@ def test_workers_end_with_the_loader_and_with_the_rank(tmp_path):
         (tmp_path / "partial").rename(tmp_path / "pids")
         signal.pause()
         del kept
-    while not (tmp_path / "pids").exists():
-        assert os.waitpid(rank, os.WNOHANG) == (0, 0)
-        time.sleep(0.05)
+    wait_until((tmp_path / "pids").exists)
     os.kill(rank, signal.SIGKILL)
     os.waitpid(rank, 0)
-    for pid in (tmp_path / "pids").read_text().split():
-        while os.path.exists(f"/proc/{pid}/exe"):  # noqa: PTH110 - a zombie has no such file
-            time.sleep(0.05)
+    pids = (tmp_path / "pids").read_text().split()
+    wait_until(lambda: not any(os.path.exists(f"/proc/{pid}/exe") for pid in pids))  # noqa: PTH110 - zombies have none
 
 
 SMALL_SHARED_MEMORY = """
@@ -151,7 +151,7 @@ from test_loader import LargeBatches
 from pretrain.batching.loader import load_batches
 size = os.statvfs("/dev/shm").f_blocks * os.statvfs("/dev/shm").f_frsize
 assert size <= 1 << 16, f"/dev/shm has {size} bytes"
-print([batch.step for batch in load_batches(LargeBatches(), 0, 5, workers=2, timeout=100)])
+print([batch.step for batch in load_batches(LargeBatches(), 0, 5, workers=2, timeout=500)])
 """
 
 
