@@ -46,6 +46,11 @@ from pretrain.training_stream import TrainingStream
 log = logging.getLogger(__name__)
 
 
+# Timeout for a batch, as a fraction of `health.hang_seconds`: the rank whose data worker hangs fails before the ranks
+# that wait for it, and names the cause.
+_DATA_TIMEOUT = 0.9
+
+
 class Update(NamedTuple):
     """The result of training on one global batch."""
 
@@ -80,7 +85,9 @@ class Trainer:
         provenance = hosts.from_rank0(lambda: record_start(run, world.size))
         self._tracker: Tracker | None = None
         if world.rank == 0:
-            self._tracker = open_run_tracker(run, provenance, self._progress.step, stream.steps)
+            self._tracker = open_run_tracker(
+                run, provenance, self._progress.step, stream.steps, self._is_evaluation_missing()
+            )
         self._checkpointer = Checkpointer(run, engine, model.model, hosts, provenance)
         self._recovery = Recovery(config.health, limits)
         self._bad_batches = BadBatchWriter(run.folder, world, stream.corpora, run.tokenizer.decode)
@@ -133,11 +140,13 @@ class Trainer:
         """Start the log interval and the data stream at the current progress."""
         progress = self._progress
         self._interval = LogInterval(progress.interval_losses, progress.interval_masked)
-        self._batches: Iterator[RankBatch] = self._stream.load(progress.step, self._on_gpu)
+        self._batches: Iterator[RankBatch] = self._stream.load(
+            progress.step, self._on_gpu, timeout=_DATA_TIMEOUT * self._config.health.hang_seconds
+        )
 
     def _evaluate_and_save_if_due(self) -> None:
         """Before the next step."""
-        if self._is_evaluation_due() and not self._progress.evaluated:
+        if self._is_evaluation_missing():
             self._evaluate()
         needs_rewind_target = self._checkpointer.saved_step is None and self._config.health.policy == "rewind"
         if needs_rewind_target or self._is_best_step():
@@ -329,6 +338,10 @@ class Trainer:
 
     def _is_evaluation_due(self) -> bool:
         return self._progress.step == 0 or self._is_finished() or self._is_due(self._config.evaluation.every_steps)
+
+    def _is_evaluation_missing(self) -> bool:
+        """A run that is asked to stop saves at once: the evaluation of that step is left to its next attempt."""
+        return self._is_evaluation_due() and not self._progress.evaluated
 
     def _is_save_due(self) -> bool:
         return self._is_finished() or self._is_best_step() or self._is_due(self._config.checkpoint.every_steps)

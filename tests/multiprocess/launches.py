@@ -1,7 +1,6 @@
 """Whole runs as users start them: commands in the background, and waiting for what they do."""
 
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import yaml
 
 from experiment.run_folder import RunFolder
 from runs import logged, run_config
+from waiting import LIMIT, wait_until
 
 LONG = 5000  # steps: the test stops the run earlier
 
@@ -24,25 +24,17 @@ def config_file(tmp_path: Path, corpus: Path, **changes: Any) -> Path:
 
 def wait_for_exit(process: subprocess.Popen[str]) -> tuple[int, str]:
     """The exit code and the output."""
-    output, _ = process.communicate(timeout=400)
+    output, _ = process.communicate(timeout=LIMIT)
     return process.returncode, output
 
 
 def wait_for_steps(folder: Path, steps: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 400
-    while not RunFolder(folder).metrics.exists() or len(logged(folder)) < steps:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, f"no {steps} steps in 400 s"
-        time.sleep(0.05)
+    wait_until(lambda: RunFolder(folder).metrics.exists() and len(logged(folder)) >= steps, process)
 
 
 def wait_for_file(path: Path, process: subprocess.Popen[str]) -> None:
     """Wait until a process has written a file."""
-    deadline = time.monotonic() + 400
-    while not path.exists():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, f"no {path} in 400 s"
-        time.sleep(0.02)
+    wait_until(path.exists, process)
 
 
 def rank_environment(rank: int, size: int, port: int) -> dict[str, str]:

@@ -39,8 +39,10 @@ def test_the_first_failure_is_reported(start: Start, wordpiece_corpus: Path, tmp
     assert code == 1
     outcome, message = RunFolder(tmp_path / "run").read_outcome() or (None, "")
     assert outcome is Outcome.FAILED
-    assert message.startswith(f"{HOST}, rank 1: RuntimeError: DataLoader worker (pid {worker.pid}) is killed"), output
+    assert message.startswith(f"{HOST}, rank 1: the data worker (pid {worker.pid}) was killed (SIGKILL)"), output
     assert f"the run failed: {message.splitlines()[0]}" in output
+    log = RunFolder(tmp_path / "run").rank_log(1).read_text(encoding="utf-8")
+    assert f"the data worker (pid {worker.pid}) was killed" in log
 
 
 def test_a_killed_rank_is_named(start: Start, wordpiece_corpus: Path, tmp_path: Path) -> None:

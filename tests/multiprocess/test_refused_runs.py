@@ -24,6 +24,7 @@ from pretrain.world import World
 from rank_pool import RankPool, free_port
 from runs import Tree, pretrain_case, run_config
 from small_disk import SmallDisk
+from waiting import LIMIT
 
 
 def refused_case(world: World, trees: list[Tree]) -> str:
@@ -191,7 +192,7 @@ def test_a_corpus_missing_on_one_host_is_printed_and_exits_with_2(wordpiece_corp
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(REPOSITORY)}
         command = [sys.executable, "-m", "pretrain.run", "--config", str(config)]
         ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=tmp_path))
-    outputs = [process.communicate(timeout=400)[1] for process in ranks]
+    outputs = [process.communicate(timeout=LIMIT)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [2, 2]
     assert f"deepcloze: {platform.node()}, rank 1: corpus.train: " in outputs[0]
     assert "Traceback" not in "".join(outputs)

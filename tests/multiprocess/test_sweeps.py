@@ -14,7 +14,6 @@ from runs import logged, run_config
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(300)
 def test_a_sweep_of_pretrainings(wordpiece_corpus: Path, heldout_corpus: Path, tmp_path: Path) -> None:
     """Catches commands that do not start, a metric that is not found in the runs, and finished runs that run again."""
     tree = run_config(tmp_path / "run", wordpiece_corpus, corpus__eval={"held": str(heldout_corpus)})

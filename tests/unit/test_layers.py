@@ -12,6 +12,7 @@ PACKAGES = ("launcher", "pretrain", "finetune", "experiment")
 # Top to bottom: a module imports from its own layer or a lower one.
 PRETRAIN_LAYERS = (
     ("pretrain.run",),
+    ("pretrain.rank_process", "pretrain.preparation"),
     ("pretrain.training",),
     ("pretrain.training_stream", "pretrain.evaluate"),
     ("pretrain.stage_data",),

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -69,16 +70,27 @@ def test_a_folder_name_with_a_nul_character_is_rejected(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("message", ["no space", "\x00é😀\ud800" * 5000])
-def test_a_reserved_outcome_is_written_on_a_full_disk(small_disk: SmallDisk, message: str) -> None:
+@pytest.mark.parametrize("write", [RunFolder.write_outcome, RunFolder.write_first_outcome])
+def test_a_reserved_outcome_is_written_on_a_full_disk(
+    small_disk: SmallDisk, write: Callable[[RunFolder, Outcome, str], None], message: str
+) -> None:
     """Catches ranks whose outcome is lost with the space for it, and a long message that does not fit."""
     folder = open_run_folder(small_disk.path / "run")
-    folder.write_outcome(Outcome.DONE, "of an earlier launch")
     folder.reserve_outcome()
-    assert folder.read_outcome() is None
     small_disk.fill(new_files=False)
-    folder.write_outcome(Outcome.STOPPED, message)
+    write(folder, Outcome.STOPPED, message)
     found = folder.read_outcome()
     assert found is not None
     assert found[0] is Outcome.STOPPED
     assert message.startswith(found[1])
     assert found[1]
+
+
+def test_the_first_outcome_stays_on_a_full_disk(small_disk: SmallDisk) -> None:
+    """Catches a later failure that takes the reserved space and hides the cause."""
+    folder = open_run_folder(small_disk.path / "run")
+    folder.reserve_outcome()
+    folder.write_first_outcome(Outcome.FAILED, "out of paper")
+    small_disk.fill(new_files=False)
+    folder.write_first_outcome(Outcome.FAILED, "connection closed")
+    assert folder.read_outcome() == (Outcome.FAILED, "out of paper")

@@ -4,6 +4,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from experiment.run_folder import Outcome, RunFolder, open_run_folder
 from launcher.launch_result import LaunchResult
 from launcher.supervisor import supervise
 from small_disk import SmallDisk
+from waiting import wait_until
 
 ROOT = Path(__file__).parents[3]
 SLOTS = {"localhost": (0, 2)}
@@ -31,7 +34,9 @@ LAUNCHER = """
 import os, sys, time
 from pathlib import Path
 from experiment.run_folder import RunFolder
+from launcher import supervisor
 from launcher.supervisor import supervise
+supervisor._REPEATED_SIGNAL_SECONDS = float(os.environ["REPEATED_SIGNAL_SECONDS"])
 result = supervise(RunFolder(Path(sys.argv[1])), sys.argv[2:], os.environ, {"localhost": (0,)}, time.time())
 print(result.message)
 sys.exit(result.outcome.exit_code)
@@ -40,15 +45,19 @@ sys.exit(result.outcome.exit_code)
 # A grandchild that ignores signals, as a rank started by deepspeed might; its pid is written to RUN/pid.
 STUBBORN = """
 import subprocess
-ignoring = "import signal, time; [signal.signal(s, signal.SIG_IGN) for s in (2, 15)]; time.sleep(60)"
+ignoring = "import signal, time; [signal.signal(s, signal.SIG_IGN) for s in (2, 15)]; time.sleep(3600)"
 rank = subprocess.Popen([sys.executable, "-c", ignoring])
 (folder.path / "pid").write_text(str(rank.pid))
 """
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> RunFolder:
-    return open_run_folder(tmp_path / "run")
+def folder(tmp_path: Path) -> Iterator[RunFolder]:
+    folder = open_run_folder(tmp_path / "run")
+    yield folder
+    if (folder.path / "pid").exists():
+        with suppress(ProcessLookupError):
+            os.kill(int((folder.path / "pid").read_text()), signal.SIGKILL)
 
 
 def rank(folder: RunFolder, body: str) -> list[str]:
@@ -59,7 +68,9 @@ def attempt(folder: RunFolder, body: str) -> LaunchResult:
     return supervise(folder, rank(folder, body), os.environ | {"PYTHONPATH": str(ROOT)}, SLOTS, time.time())
 
 
-def start(folder: RunFolder, body: str, prefix: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+def start(
+    folder: RunFolder, body: str, prefix: tuple[str, ...] = (), repeated_signal_seconds: float = 1.0
+) -> subprocess.Popen[str]:
     """A launcher in the background whose rank has started."""
     process = subprocess.Popen(
         [
@@ -70,12 +81,12 @@ def start(folder: RunFolder, body: str, prefix: tuple[str, ...] = ()) -> subproc
             str(folder.path),
             *rank(folder, body + "\n(folder.path / 'ready').touch()\n" + WAIT),
         ],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "REPEATED_SIGNAL_SECONDS": str(repeated_signal_seconds)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    until((folder.path / "ready").exists)
+    wait_until((folder.path / "ready").exists, process)
     return process
 
 
@@ -85,14 +96,7 @@ while not folder.stop.exists():
 time.sleep(0.3)  # saving
 folder.write_outcome(Outcome.STOPPED, "saved step 7")
 """
-HANG = "(folder.path / 'ready').touch()\ntime.sleep(60)"
-
-
-def until(condition, seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
+HANG = "(folder.path / 'ready').touch()\ntime.sleep(3600)"
 
 
 def gone(pid: int) -> bool:
@@ -193,17 +197,17 @@ def test_one_launch_at_a_time(folder: RunFolder):
     with pytest.raises(UserError, match="another deepcloze process is using"):
         attempt(folder, "")
     process.terminate()
-    process.communicate(timeout=10)
+    process.communicate()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_lets_the_ranks_save(folder: RunFolder, number: signal.Signals):
     """Catches a signal that kills the ranks before they have saved; some senders repeat it at once."""
-    process = start(folder, "")
+    process = start(folder, "", repeated_signal_seconds=600.0)  # a busy machine may delay the second one
     process.send_signal(number)
-    until(folder.stop.exists)
+    wait_until(folder.stop.exists)
     process.send_signal(number)
-    out, err = process.communicate(timeout=10)
+    out, err = process.communicate()
     assert (process.returncode, out.strip()) == (75, "saved step 7")
     assert "stopping: the ranks save a checkpoint" in err
     assert not folder.stop.exists()
@@ -218,7 +222,7 @@ def test_a_run_under_nohup_outlives_its_terminal(folder: RunFolder):
     assert process.poll() is None
     assert not folder.stop.exists()
     process.terminate()
-    process.communicate(timeout=10)
+    process.communicate()
     assert process.returncode == 75
 
 
@@ -226,22 +230,22 @@ def test_a_second_interrupt_kills_unresponsive_ranks(folder: RunFolder):
     """Catches a hung run that only SIGKILL ends, and ranks that survive it."""
     process = start(folder, STUBBORN + HANG)
     process.send_signal(signal.SIGINT)
-    until(folder.stop.exists)
+    wait_until(folder.stop.exists)
     time.sleep(1.1)
     process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=10)
+    out, _ = process.communicate()
     assert process.returncode == 75
     assert "last complete checkpoint" in out
     assert not folder.stop.exists()
-    until(lambda: gone(int((folder.path / "pid").read_text())))
+    wait_until(lambda: gone(int((folder.path / "pid").read_text())))
 
 
 def test_no_rank_outlives_a_killed_launcher(folder: RunFolder):
     """Catches ranks that keep writing to a run that the user has restarted."""
     process = start(folder, STUBBORN + HANG)
     process.kill()
-    process.communicate(timeout=10)
-    until(lambda: gone(int((folder.path / "pid").read_text())))
+    process.communicate()
+    wait_until(lambda: gone(int((folder.path / "pid").read_text())))
     assert launches(folder)[0]["outcome"] is None
 
 
@@ -291,7 +295,7 @@ def test_the_outcome_survives_a_disk_that_fills_up(small_disk: SmallDisk, capsys
         "folder.write_outcome(Outcome.STOPPED, 'saved step 7')"
     )
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'multiprocess'}"}
-    result = supervise(folder, rank(folder, body), environment, SLOTS)
+    result = supervise(folder, rank(folder, body), environment, SLOTS, time.time())
     assert result == LaunchResult(Outcome.STOPPED, "saved step 7")
     error = capsys.readouterr().err
     assert f"cannot record how this launch ended: {folder.launches}: disk full" in error
@@ -309,4 +313,4 @@ def test_a_signal_on_a_full_disk_ends_the_ranks(small_disk: SmallDisk) -> None:
     assert "last complete checkpoint" in out
     assert f"killing the ranks: {folder.stop}: disk full" in error
     assert "Traceback" not in error
-    until(lambda: gone(int((folder.path / "pid").read_text())))
+    wait_until(lambda: gone(int((folder.path / "pid").read_text())))

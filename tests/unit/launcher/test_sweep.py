@@ -104,7 +104,7 @@ def test_runs_of_another_config_are_not_mixed_in(tmp_path: Path) -> None:
 
 def test_a_signal_stops_the_sweep_after_the_run_has_stopped(tmp_path: Path) -> None:
     """Catches a run that is left behind, and others that start after Ctrl-C."""
-    sweep = plan(tmp_path, {"1e-4": "4.5", "1e-3": "3.5"}, seconds=60.0)
+    sweep = plan(tmp_path, {"1e-4": "4.5", "1e-3": "3.5"}, seconds=3600.0)
 
     def interrupt() -> None:
         while not RunFolder(tmp_path / "lr=1e-4").metrics.exists():
