@@ -1,11 +1,13 @@
 """Prepare a run on all ranks: everything that may be refused, before a device is used."""
 
 import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from experiment.run_folder import open_run_folder
 from experiment.tracking.rank_logs import set_up_logging
 from pretrain.config import PretrainConfig
+from pretrain.corpus.reader import Corpus
 from pretrain.corpus.verification import verify_corpora
 from pretrain.engine.deepspeed_settings import check_device_support
 from pretrain.modeling.build import BuiltModel, build_model
@@ -31,7 +33,7 @@ def prepare(config: PretrainConfig, world: World, hosts: HostGroup) -> Preparati
     hosts.call(lambda: set_up_logging(open_run_folder(config.run.dir), world.rank))
     run = hosts.call(lambda: resolve(config, world.size, decide=hosts.from_rank0))
     hosts.call(lambda: check_device_support(run.deepspeed))
-    _verify_corpora(run, world, hosts)
+    verify_on_each_host([*(given.corpus for given in run.corpora), *run.held_out.values()], world, hosts)
     model = hosts.call(lambda: build_model(run.model_source, run.model_config, run.config.run.seed))
     stream = hosts.call(
         lambda: open_stream(run, world, packed=model.packed, first_position=model.first_position),
@@ -39,10 +41,11 @@ def prepare(config: PretrainConfig, world: World, hosts: HostGroup) -> Preparati
     return Preparation(run, model, stream)
 
 
-def _verify_corpora(run: ResolvedRun, world: World, hosts: HostGroup) -> None:
-    """Verify the corpora on one rank of each host. The ranks meet after every shard: reading all of them may take
-    longer than the timeout of a collective."""
-    corpora = [*(given.corpus for given in run.corpora), *run.held_out.values()]
+def verify_on_each_host(corpora: Sequence[Corpus], world: World, hosts: HostGroup) -> None:
+    """Verify the corpora on one rank of each host. Collective; raises AgreedError for a damaged shard.
+
+    The ranks meet after every shard: reading all of them may take longer than the timeout of a collective.
+    """
     shards = verify_corpora(corpora if world.local_rank == 0 else [], show_progress=world.rank == 0)
 
     def verify_next() -> int:

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -139,9 +138,8 @@ def test_a_damaged_corpus_is_refused(
 def verification_case(world: World, corpus: Path, fails_on: int | None) -> tuple[str, int]:
     """Verify a corpus on ranks of different hosts, of which one reads it wrongly. Returns the error, and how often the
     ranks met."""
-    import pretrain.run
     from pretrain.corpus.reader import Corpus, open_corpus
-    from pretrain.resolve import TrainingCorpus
+    from pretrain.preparation import verify_on_each_host
 
     class Counting(HostGroup):
         calls = 0
@@ -151,13 +149,12 @@ def verification_case(world: World, corpus: Path, fails_on: int | None) -> tuple
             return super().call(function)
 
     hosts = Counting(timedelta(seconds=20))
-    run = SimpleNamespace(corpora=[TrainingCorpus("text", open_corpus(corpus))], held_out={})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(platform, "node", lambda: f"host-{world.rank}")
         if world.rank == fails_on:
             patch.setattr(Corpus, "find_damage", lambda corpus, shard: f"{shard.file} is damaged")
         try:
-            pretrain.run._verify_corpora(run, dataclasses.replace(world, local_rank=0), hosts)  # type: ignore[arg-type]
+            verify_on_each_host([open_corpus(corpus)], dataclasses.replace(world, local_rank=0), hosts)
         except UserError as error:
             return str(error), hosts.calls
     return "", hosts.calls
