@@ -1,6 +1,5 @@
 """The run folder: names of all files that a run writes."""
 
-import json
 import os
 from dataclasses import dataclass
 from enum import StrEnum
@@ -8,6 +7,7 @@ from pathlib import Path
 
 from experiment.errors import UserError
 from experiment.files import write_json
+from experiment.strict_json import parse_json
 
 
 class Outcome(StrEnum):
@@ -80,7 +80,7 @@ class RunFolder:
     def read_outcome(self) -> tuple[Outcome, str] | None:
         """The outcome and its message; None if the file is missing or damaged."""
         try:
-            found = json.loads(self.outcome.read_text(encoding="utf-8"))
+            found = parse_json(self.outcome.read_text(encoding="utf-8"))
             return Outcome(found["outcome"]), str(found["message"])
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None

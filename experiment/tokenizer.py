@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiment.errors import UserError
 from experiment.files import fsync, json_digest
+from experiment.strict_json import parse_json
 from experiment.transformers_logging import quiet_transformers
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ def _load_bare_vocabulary(folder: Path) -> "PreTrainedTokenizerFast":
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, empty if there is no file."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

@@ -22,6 +22,7 @@ import filelock
 from experiment.errors import UserError
 from experiment.files import write_text
 from experiment.run_folder import Outcome, RunFolder
+from experiment.strict_json import parse_json
 from launcher.hostfile import Slots
 from launcher.signal_handlers import handle_stop_signals
 
@@ -210,7 +211,7 @@ def _read_attempts(folder: RunFolder) -> list[dict[str, object]]:
 
 def _attempt(line: bytes) -> dict[str, object] | None:
     try:
-        attempt = json.loads(line)
+        attempt = parse_json(line)
     except (ValueError, RecursionError):
         return None
     return attempt if isinstance(attempt, dict) else None

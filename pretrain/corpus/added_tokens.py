@@ -39,7 +39,6 @@ def extend_tokenizer(extend: Path, added: Path, output: Path) -> None:
     if entries:
         state["model"]["vocab"] |= {token: new_ids[token] for token in entries}
     state["added_tokens"] += [_added_token(token, new_ids[token], state) for token in added_tokens]
-    output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as temporary:
         partial = Path(temporary) / "tokenizer"
         save_tokenizer(old, partial)

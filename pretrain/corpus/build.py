@@ -155,6 +155,6 @@ def _explain_disk_errors(folder: Path) -> Iterator[None]:
                 f"--output {folder}: the disk is full ({error.strerror}); free some space and run the same command "
                 "again to resume from the finished shards"
             ) from None
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG):
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG):
             raise UserError(f"--output {folder}: cannot write there: {error.strerror}") from None
         raise
