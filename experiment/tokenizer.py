@@ -88,7 +88,7 @@ def _load_folder(folder: Path) -> "PreTrainedTokenizerBase":
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # transformers and tokenizers raise many types, also plain Exception
-            reason = f": {error}" if (folder / "tokenizer.json").is_file() else ""
+            reason = f": {' '.join(str(error).split())}" if (folder / "tokenizer.json").is_file() else ""
             raise UserError(f"tokenizer: cannot load {folder}{reason}; {_expected(folder)}") from None
     # Without a vocabulary file, some tokenizers of transformers load with their special tokens and nothing else.
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):

@@ -120,6 +120,8 @@ def read_manifest(folder: Path) -> Manifest:
             shards=tuple(Shard(**shard) for shard in found["shards"]),
         )
         recorded = found["fingerprint"]
+        if not all(isinstance(shard.file, str) and isinstance(shard.bytes, int) for shard in manifest.shards):
+            raise TypeError("expected the name and size of each shard")
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder} is not a corpus: it has no {MANIFEST}; build one with `deepcloze corpus`") from None
     except OSError as error:
