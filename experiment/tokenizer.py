@@ -87,7 +87,10 @@ def _load_folder(folder: Path) -> "PreTrainedTokenizerBase":
     with quiet_transformers():
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # transformers and tokenizers raise many types, also plain Exception
+            tokenizer("")  # fails if the special tokens that it adds are not defined
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # many types, also the PanicException of tokenizers, which is no Exception
             reason = f": {' '.join(str(error).split())}" if (folder / "tokenizer.json").is_file() else ""
             raise UserError(f"tokenizer: cannot load {folder}{reason}; {_expected(folder)}") from None
     # Without a vocabulary file, some tokenizers of transformers load with their special tokens and nothing else.
