@@ -7,7 +7,6 @@ It is copied along with the folder, so a run that starts from the model can reco
 """
 
 import importlib.metadata
-import json
 import os
 import platform
 import secrets
@@ -21,6 +20,7 @@ from typing import Any
 from experiment.errors import UserError
 from experiment.files import sha256, write_json
 from experiment.run_folder import RunFolder
+from experiment.strict_json import parse_json
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LIBRARIES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "safetensors", "numpy", "pyarrow", "wandb")
@@ -62,7 +62,7 @@ def write_provenance(
 def read_provenance(folder: RunFolder) -> dict[str, Any] | None:
     """RUN/provenance.json, None if the run was never started. Raises UserError if the file is damaged."""
     try:
-        record = json.loads(folder.provenance.read_text(encoding="utf-8"))
+        record = parse_json(folder.provenance.read_text(encoding="utf-8"))
         if not (isinstance(record["run_id"], str) and isinstance(record["attempts"], list)):
             raise TypeError
     except FileNotFoundError:
@@ -85,7 +85,7 @@ def read_origin(model: Path) -> dict[str, Any] | None:
     """
     path = model / _ORIGIN
     try:
-        origin = json.loads(path.read_text(encoding="utf-8"))
+        origin = parse_json(path.read_text(encoding="utf-8"))
         return {key: origin[key] for key in ("run_id", "folder", "step", "ancestors")}
     except FileNotFoundError:
         return None

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from experiment.errors import UserError
 from experiment.files import create_json, write_json, write_text
+from experiment.strict_json import parse_json
 
 _RESERVED_BYTES = 4096
 _SHORT_MESSAGE = 300  # characters, of at most 12 bytes each in JSON
@@ -108,7 +109,7 @@ class RunFolder:
     def read_outcome(self) -> tuple[Outcome, str] | None:
         """The outcome and its message; None if the file is missing or damaged."""
         try:
-            found = json.loads(self.outcome.read_text(encoding="utf-8"))
+            found = parse_json(self.outcome.read_text(encoding="utf-8"))
             return Outcome(found["outcome"]), str(found["message"])
         except (OSError, ValueError, KeyError, TypeError):
             return None

@@ -6,7 +6,7 @@ from typing import Any
 _MAX_DIGITS = 4300  # Python refuses to read longer whole numbers
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str | bytes) -> Any:
     """The value of a JSON text. Raises ValueError with one line, also for a key that an object has twice, of which
     Python keeps the last, for a whole number of more than 4300 digits, and for nesting that is too deep."""
     try:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiment.errors import UserError
 from experiment.files import fsync, json_digest
+from experiment.strict_json import parse_json
 from experiment.transformers_logging import quiet_transformers
 
 if TYPE_CHECKING:
@@ -86,8 +87,11 @@ def _load_folder(folder: Path) -> "PreTrainedTokenizerBase":
     with quiet_transformers():
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # transformers and tokenizers raise many types, also plain Exception
-            reason = f": {error}" if (folder / "tokenizer.json").is_file() else ""
+            tokenizer("")  # fails if the special tokens that it adds are not defined
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # many types, also the PanicException of tokenizers, which is no Exception
+            reason = f": {' '.join(str(error).split())}" if (folder / "tokenizer.json").is_file() else ""
             raise UserError(f"tokenizer: cannot load {folder}{reason}; {_expected(folder)}") from None
     # Without a vocabulary file, some tokenizers of transformers load with their special tokens and nothing else.
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
@@ -133,7 +137,7 @@ def _load_bare_vocabulary(folder: Path) -> "PreTrainedTokenizerFast":
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, empty if there is no file."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

@@ -1,7 +1,6 @@
 """Train one model per seed. A finished seed is a folder RUN/seed-N that is written aside and renamed."""
 
 import csv
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from experiment.config import flatten
 from experiment.errors import UserError
 from experiment.files import removed_on_error, sha256, write_json
 from experiment.run_folder import RunFolder
+from experiment.strict_json import parse_json
 from experiment.tokenizer import load_any_tokenizer
 from experiment.tracking.console import terminal
 from finetune.config import FinetuneConfig
@@ -71,7 +71,7 @@ def finished_seeds(folder: RunFolder, settings: Mapping[str, Any]) -> dict[int, 
     records = {}
     for path in sorted(folder.path.glob(f"seed-*/{_COMPLETE}")):
         try:
-            record = SeedRecord(**json.loads(path.read_text(encoding="utf-8")))
+            record = SeedRecord(**parse_json(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             raise UserError(f"{path} is damaged: remove {path.parent} to train this seed again") from None
         _check_settings(path.parent, settings, record.settings)

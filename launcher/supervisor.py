@@ -21,6 +21,7 @@ from experiment.errors import UserError
 from experiment.files import write_text
 from experiment.run_folder import Outcome, RunFolder
 from experiment.run_lock import lock_run
+from experiment.strict_json import parse_json
 from launcher.hostfile import Slots
 from launcher.launch_result import LaunchResult, clear_reports, read_result
 from launcher.placement import is_local
@@ -177,7 +178,7 @@ def _read_attempts(folder: RunFolder) -> list[dict[str, object]]:
 
 def _attempt(line: bytes) -> dict[str, object] | None:
     try:
-        attempt = json.loads(line)
+        attempt = parse_json(line)
     except (ValueError, RecursionError):
         return None
     return attempt if isinstance(attempt, dict) else None

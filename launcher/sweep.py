@@ -4,7 +4,6 @@ Each run is a command with a run folder of its own. OUTPUT/sweep.json keeps the 
 sweep skips finished runs and does not mix in runs of another config. A run that a killed sweep left is waited for.
 """
 
-import json
 import shlex
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from experiment.files import write_json
 from experiment.results.sweep_summary import SweepResult, read_metric, write_summary
 from experiment.run_folder import Outcome, RunFolder
 from experiment.run_lock import is_locked
+from experiment.strict_json import parse_json
 from launcher.options import SweepOptions
 from launcher.signal_handlers import handle_stop_signals
 from launcher.sweep_plan import FlatConfig, SweepPlan, SweepRun, plan_sweep
@@ -79,7 +79,7 @@ def _open_record(plan: SweepPlan) -> _SweepRecord:
     path = plan.output / "sweep.json"
     known: dict[str, _RunRecord] = {}
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))["runs"]
+        known = parse_json(path.read_text(encoding="utf-8"))["runs"]
     except FileNotFoundError:
         pass
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -13,6 +13,7 @@ from experiment.provenance import read_provenance
 from experiment.results.page import Block, Code, Figure, Heading, Table, Text, write_page
 from experiment.results.plots import INK, Line, Panel, draw_panels
 from experiment.run_folder import RunFolder
+from experiment.strict_json import parse_json
 from experiment.tracking.jsonl import Event, read_events
 
 UNKNOWN = "–"
@@ -94,7 +95,7 @@ def result_blocks(folder: RunFolder, directory: Path, prefix: str = "") -> list[
     """
     path = folder.path / "results.json"
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
+        results = parse_json(path.read_text(encoding="utf-8"))
         rows = [
             [split, metric, *(f"{scores[key]:.4f}" for key in ("mean", "std", "median")), _joined(scores["values"])]
             for split, metrics in results["splits"].items()

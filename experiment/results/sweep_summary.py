@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from experiment.files import write_text
 from experiment.run_folder import RunFolder
+from experiment.strict_json import parse_json
 from experiment.tracking.jsonl import read_events
 
 
@@ -27,7 +27,7 @@ def read_metric(folder: RunFolder, metric: str) -> float | None:
     """The metric of a finished run: on validation in results.json, or its last value in metrics.jsonl."""
     results = folder.path / "results.json"
     if results.is_file():
-        scores = json.loads(results.read_text(encoding="utf-8"))["splits"]["validation"]
+        scores = parse_json(results.read_text(encoding="utf-8"))["splits"]["validation"]
         return float(scores[metric]["mean"]) if metric in scores else None
     values = [event[metric] for event in read_events(folder.metrics) if event.get(metric) is not None]
     return float(values[-1]) if values else None

@@ -10,6 +10,7 @@ from typing import Any
 
 from experiment.files import write_text
 from experiment.run_folder import Outcome
+from experiment.strict_json import parse_json
 from experiment.tracking.metrics import Metrics
 
 Event = dict[str, Any]  # parsed JSON; has an integer `step`
@@ -65,7 +66,7 @@ def read_events(path: Path) -> list[Event]:
 
 def _event(line: bytes) -> Event | None:
     try:
-        event = json.loads(line)
+        event = parse_json(line)
     except ValueError:
         return None
     return event if isinstance(event, dict) and isinstance(event.get("step"), int) else None

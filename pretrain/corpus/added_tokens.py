@@ -40,7 +40,6 @@ def extend_tokenizer(extend: Path, added: Path, output: Path) -> None:
     if entries:
         state["model"]["vocab"] |= {token: new_ids[token] for token in entries}
     state["added_tokens"] += [_added_token(token, new_ids[token], state) for token in added_tokens]
-    output.parent.mkdir(parents=True, exist_ok=True)
     with (
         disk_errors_as(UserError, f"--output {output}: "),
         tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as temporary,

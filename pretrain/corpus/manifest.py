@@ -1,12 +1,12 @@
 """manifest.json: the contents of a corpus folder, with checksums."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from experiment.errors import UserError
 from experiment.files import json_digest, write_json
+from experiment.strict_json import parse_json
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -108,7 +108,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of a finished corpus. Raises UserError if it is missing or damaged, or has another format."""
     path = folder / MANIFEST
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8"))
         if found["format"] != FORMAT:
             raise UserError(f"{path}: found corpus format {found['format']}, expected {FORMAT}; rebuild the corpus")
         manifest = Manifest(
@@ -120,6 +120,8 @@ def read_manifest(folder: Path) -> Manifest:
             shards=tuple(Shard(**shard) for shard in found["shards"]),
         )
         recorded = found["fingerprint"]
+        if not all(isinstance(shard.file, str) and isinstance(shard.bytes, int) for shard in manifest.shards):
+            raise TypeError("expected the name and size of each shard")
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder} is not a corpus: it has no {MANIFEST}; build one with `deepcloze corpus`") from None
     except OSError as error:

@@ -8,7 +8,6 @@ be memory-mapped. The size of a shard bounds the memory of a build.
 """
 
 import hashlib
-import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -22,6 +21,7 @@ import pyarrow as pa
 
 from experiment.errors import UserError
 from experiment.files import atomic_write, fsync, sha256, write_json
+from experiment.strict_json import parse_json
 from pretrain.corpus.manifest import Manifest, Recipe, Shard, percentiles, write_manifest
 from pretrain.corpus.tokenization import Counts, EncodedBatch, TokenIds
 from pretrain.corpus.words import BoolArray
@@ -202,7 +202,7 @@ class ShardWriter:
 def _read_journal(partial: Path, arguments: Mapping[str, str | int | None]) -> list[FinishedShard]:
     """Read the finished shards of an earlier build. Raises UserError if it had other arguments."""
     try:
-        found = json.loads((partial / JOURNAL).read_text(encoding="utf-8"))
+        found = parse_json((partial / JOURNAL).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return []
     for name, value in arguments.items():

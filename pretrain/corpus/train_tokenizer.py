@@ -77,9 +77,13 @@ def train_tokenizer(options: TokenizerOptions) -> None:
 
 
 def check_output_folder(folder: Path) -> None:
-    """Raises UserError unless the folder is missing or empty."""
+    """Raises UserError unless the folder is empty, or missing and can be created."""
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"--output {folder} already holds something; name a new folder")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {folder}: cannot write there: {error.strerror}") from None
 
 
 def _train_wordpiece(text: _TrainingText, size: int, lowercase: bool) -> Tokenizer:

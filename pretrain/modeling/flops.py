@@ -37,9 +37,9 @@ class FlopsModel:
 
 def flops_model(model: PreTrainedModel) -> FlopsModel | None:
     """Count the parameters of a model that is not yet partitioned (ZeRO 3). None for a type whose config does not have
-    the sizes that the formula needs, such as Perceiver."""
+    the sizes that the formula needs, such as Perceiver, or has sizes of its own for each layer."""
     config = model.config
-    if any(getattr(config, name, None) is None for name in _SIZES):
+    if getattr(config, "is_heterogeneous", False) or any(getattr(config, name, None) is None for name in _SIZES):
         return None
     embeddings = {
         id(module) for name, module in model.base_model.named_modules() if name.split(".")[-1] == "embeddings"

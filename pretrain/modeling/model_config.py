@@ -46,6 +46,7 @@ def resolve_model_config(model: ModelConfig, tokenizer: PreTrainedTokenizerFast)
     else:
         check_fields(fields, partial(_with_fields, default))
         config = _resized_config(model, tokenizer)
+    _check_settings(config)
     largest = max(tokenizer.get_vocab().values())
     if config.vocab_size <= largest:
         raise UserError(f"the model's vocab_size is {config.vocab_size}, but the tokenizer's ids go up to {largest}")
@@ -104,6 +105,20 @@ def _check_trainable(config: PreTrainedConfig, activation_checkpointing: bool) -
         raise UserError(
             f"model.activation_checkpointing: transformers does not support it for '{config.model_type}'; "
             "if memory runs out, lower batch.microbatch_tokens"
+        )
+
+
+def _check_settings(config: PreTrainedConfig) -> None:
+    """Raise UserError for defaults of a type with which it cannot be trained."""
+    if config.model_type == "xmod" and config.default_language is None:
+        raise UserError(
+            "model.config.default_language: 'xmod' has adapters for each language; expected that of the corpus, "
+            f"such as {config.languages[0]}"
+        )
+    if config.model_type == "reformer" and config.axial_pos_embds:
+        raise UserError(
+            "model.config.axial_pos_embds: with axial positions, 'reformer' trains only on rows of exactly "
+            "axial_pos_shape tokens; expected false"
         )
 
 

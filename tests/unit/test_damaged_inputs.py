@@ -1,0 +1,218 @@
+"""Damaged files of every kind give one message and exit code 2."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from launcher.cli import main
+
+CONTENTS: dict[str, bytes | None] = {
+    "empty": b"",
+    "null": b"null",
+    "list": b"[]",
+    "object": b"{}",
+    "text": b'"x"',
+    "cut": b'{"model_type": "be',
+    "NUL": b"\0" * 40,
+    "not UTF-8": b'{"a": "\xff"}',
+    "long number": b'{"a": ' + b"9" * 10_000 + b"}",
+    "nested lists": b"[" * 100_000,
+    "nested objects": b'{"a":' * 100_000,
+    "missing": None,
+}
+VALUES: dict[str, Any] = {
+    "null": None,
+    "list": [],
+    "object": {},
+    "text": "x",
+    "negative": -1,
+    "huge": 10**30,
+    "fraction": 0.5,
+    "true": True,
+    "deep": [[[{"a": None}]]],
+}
+
+
+@pytest.fixture(scope="session")
+def model_folder(wordpiece: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import BertConfig, BertForMaskedLM
+
+    folder = tmp_path_factory.mktemp("models") / "model"
+    shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    BertForMaskedLM(BertConfig(vocab_size=200, max_position_embeddings=64, **shape)).save_pretrained(folder)
+    shutil.copytree(wordpiece, folder, dirs_exist_ok=True)
+    return folder
+
+
+@pytest.fixture
+def files(tmp_path: Path, model_folder: Path, wordpiece_corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a corpus, a model, a DeepSpeed JSON and a config that uses them."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    shutil.copytree(model_folder, tmp_path / "model")
+    shutil.copytree(wordpiece_corpus, tmp_path / "corpus")
+    shutil.copy("ds_configs/fp32_zero1.json", tmp_path / "ds.json")
+    tree = {
+        "run": {"dir": str(tmp_path / "run")},
+        "model": {"init_from": str(tmp_path / "model")},
+        "corpus": {"train": str(tmp_path / "corpus")},
+        "batch": {"sequences": 8, "max_seq_length": 32, "microbatch_tokens": 64},
+        "schedule": {"steps": 2},
+        "engine": {"ds_config": str(tmp_path / "ds.json")},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+    return tmp_path
+
+
+def damage(path: Path, content: str) -> None:
+    path.unlink()
+    if content == "folder":
+        path.mkdir()
+    elif (data := CONTENTS[content]) is not None:
+        path.write_bytes(data)
+
+
+def assert_refused(capfd: pytest.CaptureFixture[str], *argv: str, valid: bool = False) -> None:
+    """`valid`: the input may be accepted, too."""
+    capfd.readouterr()
+    code = main(argv)
+    error = capfd.readouterr().err
+    assert "Traceback" not in error
+    if not (valid and code == 0):
+        assert code == 2, error
+        messages = [line for line in error.splitlines() if line.startswith("deepcloze: ")]
+        assert len(messages) == 1, error
+        assert "missing: it has no default" in error or error.splitlines()[-1] == messages[0], "more than a line"
+        assert len(messages[0]) < 1000
+
+
+JSON_FILES = [
+    "corpus/manifest.json",
+    "corpus/tokenizer/tokenizer.json",
+    "model/config.json",
+    "model/tokenizer.json",
+    "ds.json",
+]
+
+
+@pytest.mark.parametrize("content", [*CONTENTS, "folder"])
+@pytest.mark.parametrize(
+    "name", [*JSON_FILES, "corpus/tokenizer/tokenizer_config.json", "model/tokenizer_config.json", "run.yaml"]
+)
+def test_a_damaged_file(files: Path, capfd: pytest.CaptureFixture[str], name: str, content: str) -> None:
+    """Catches a traceback for a file that is torn, of another kind or a folder."""
+    damage(files / name, content)
+    valid = name.endswith("tokenizer_config.json") or (name, content) in {("ds.json", "object")}
+    assert_refused(capfd, "pretrain", "--config", str(files / "run.yaml"), "--dry_run", valid=valid)
+
+
+def keys(value: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The paths of all values, except below the second item of a list and the 20th key of an object."""
+    items = (
+        list(value.items())[:20]
+        if isinstance(value, dict)
+        else list(enumerate(value))[:1]
+        if isinstance(value, list)
+        else []
+    )
+    for key, child in items:
+        yield (*above, key)
+        yield from keys(child, (*above, key))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", JSON_FILES)
+def test_a_file_with_a_wrong_value(files: Path, capfd: pytest.CaptureFixture[str], name: str) -> None:
+    """Catches a traceback for a JSON file that lacks a key, or has a value of another type or size."""
+    original = json.loads((files / name).read_text())
+    failed = []
+    for path in keys(original):
+        for kind in [*VALUES, "missing"]:
+            tree = json.loads(json.dumps(original))
+            *parents, last = path
+            at: Any = tree
+            for key in parents:
+                at = at[key]
+            if kind == "missing":
+                del at[last]
+            else:
+                at[last] = VALUES[kind]
+            (files / name).write_text(json.dumps(tree))
+            try:
+                assert_refused(capfd, "pretrain", "--config", str(files / "run.yaml"), "--dry_run", valid=True)
+            except BaseException as error:
+                failed.append(f"{path} {kind}: {type(error).__name__} {str(error)[:200]}")
+    assert not failed, "\n".join(failed)
+
+
+ROWS = {
+    "empty": b"",
+    "NUL": b"text\na\0b\n\0\n",
+    "only NUL": b"\0",
+    "header only": b"text\n",
+    "line ends only": b"\n\n\r\n",
+    "UTF-16": "text\nä\n".encode("utf-16"),
+    "open quote": b'text\n"a\n',
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["a.csv", "a.tsv", "a.jsonl", "a.parquet", "a.txt", "a.zip", "a.tar.gz", "a.txt.gz", "a.txt.zst"]
+)
+@pytest.mark.parametrize("content", [*ROWS, "folder"])
+def test_a_damaged_source(
+    tmp_path: Path, wordpiece: Path, capfd: pytest.CaptureFixture[str], name: str, content: str
+) -> None:
+    """Catches a traceback for text that cannot be read."""
+    if content == "folder":
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).write_bytes(ROWS[content])
+    command = [
+        "corpus",
+        "--source",
+        str(tmp_path / name),
+        "--tokenizer",
+        str(wordpiece),
+        "--output",
+        str(tmp_path / "c"),
+    ]
+    assert_refused(capfd, *command, "--workers=1", valid=True)
+
+
+@pytest.mark.parametrize("what", ["tokenizer", "output", "corpus", "checkpoint", "new tokenizer"])
+def test_a_file_in_place_of_a_folder(files: Path, capfd: pytest.CaptureFixture[str], what: str) -> None:
+    """Catches a traceback for a file where a folder is expected."""
+    (files / "file").write_text("x\n")
+    for given in ("file", "file/below"):
+        here = {name: str(files / given) if name == what else str(files / name) for name in ("corpus", "checkpoint")}
+        tokenizer = files / given if what == "tokenizer" else files / "corpus" / "tokenizer"
+        if what == "new tokenizer":
+            command = [
+                "tokenizer",
+                "--source",
+                str(files / "file"),
+                "--output",
+                str(files / given),
+                "--vocab_size",
+                "60",
+            ]
+        elif what in ("tokenizer", "output"):
+            output = files / given if what == "output" else files / "new"
+            command = [
+                "corpus",
+                "--source",
+                str(files / "file"),
+                "--tokenizer",
+                str(tokenizer),
+                "--output",
+                str(output),
+            ]
+        else:
+            model = here["checkpoint"] if what == "checkpoint" else str(files / "model")
+            command = ["evaluate", "--checkpoint", model, "--corpus", here["corpus"]]
+        assert_refused(capfd, *command)
