@@ -39,6 +39,15 @@ def find_model_folder(path: Path) -> Path:
     return path if (path / "config.json").is_file() else find_checkpoint(path) / "hf"
 
 
+def names_model_folder(path: Path, folder: Path) -> bool:
+    """Whether `find_model_folder` may have found `folder` by the name `path`, which may be gone since."""
+    names = {folder}
+    if _NAME.fullmatch(folder.parent.name):
+        checkpoints = folder.parent.parent
+        names |= {folder.parent, checkpoints / _BEST, checkpoints.parent}
+    return not names.isdisjoint({path.absolute(), path.resolve()})
+
+
 def find_checkpoint(path: Path) -> Path:
     """The undamaged checkpoint that `path` refers to.
 

@@ -3,6 +3,9 @@
 import hashlib
 import json
 import os
+import platform
+import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,19 +21,33 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """Replace the file `path` with what is written to the temporary path that this yields.
 
     After a crash or a power cut, `path` holds the old content or the new, never a part of it. Missing folders are
-    created. If the block raises, `path` stays as it was.
+    created. If the block raises, `path` stays as it was; an OSError of the write names `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    # The folder may be shared by hosts.
+    temporary = path.with_name(f".{path.name}.{platform.node()}.{threading.get_native_id()}")
     try:
         yield temporary
         fsync(temporary)
         temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
+            error.filename = str(path)
         raise
     with suppress(OSError):  # some network file systems cannot sync a folder
         fsync(path.parent)
+
+
+@contextmanager
+def removed_on_error(folder: Path) -> Iterator[None]:
+    """Remove the folder that the block writes if it raises: the disk may be full."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def write_text(path: Path, text: str) -> None:
@@ -42,6 +59,21 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any, indent: int = 2) -> None:
     """Replace a JSON file atomically, see `atomic_write`."""
     write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+
+
+def create_json(path: Path, value: Any) -> None:
+    """Write a JSON file unless it exists. Of several processes, on any host, the first one writes it."""
+    temporary = path.with_name(f".{path.name}.{platform.node()}.{threading.get_native_id()}.new")
+    write_json(temporary, value)
+    try:
+        os.link(temporary, path)  # atomic on shared disks too
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without hard links
+        if not path.exists():
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def fsync(*paths: Path) -> None:

@@ -7,7 +7,10 @@ from enum import StrEnum
 from pathlib import Path
 
 from experiment.errors import UserError
-from experiment.files import write_json
+from experiment.files import create_json, write_json, write_text
+
+_RESERVED_BYTES = 4096
+_SHORT_MESSAGE = 300  # characters, of at most 12 bytes each in JSON
 
 
 class Outcome(StrEnum):
@@ -64,8 +67,13 @@ class RunFolder:
 
     @property
     def outcome(self) -> Path:
-        """{"outcome": …, "message": …}, written at the end by rank 0 or a rank that fails, read by the launcher."""
+        """{"outcome": …, "message": …}, written by rank 0 at the end or by the first rank that fails."""
         return self.path / "logs" / "outcome.json"
+
+    @property
+    def lock(self) -> Path:
+        """Locked by the process that writes to the folder, see `run_lock`."""
+        return self.path / "logs" / "launch.lock"
 
     def bad_batch(self, step: int) -> Path:
         """Folder with a dump of the bad batch of this step."""
@@ -74,16 +82,46 @@ class RunFolder:
     def rank_log(self, rank: int) -> Path:
         return self.logs / f"rank-{rank}.log"
 
+    def rank_process(self, rank: int) -> Path:
+        """{"rank": …, "host": …, "pid": …, "exit": …}; the exit code of a rank that runs or was killed is null."""
+        return self.logs / f"rank-{rank}.json"
+
+    def reserve_outcome(self) -> None:
+        """Reserve space for the outcome, in case the disk fills up."""
+        write_text(self._reserved, " " * _RESERVED_BYTES)
+
     def write_outcome(self, outcome: Outcome, message: str = "") -> None:
-        write_json(self.outcome, {"outcome": outcome.value, "message": message})
+        """Write the outcome; on a full disk, into the space that the launcher has reserved."""
+        try:
+            write_json(self.outcome, {"outcome": outcome.value, "message": message})
+        except OSError:
+            self._fill_reserved(outcome, message)
+
+    def write_first_outcome(self, outcome: Outcome, message: str) -> None:
+        """As `write_outcome`, unless a rank has written one."""
+        try:
+            create_json(self.outcome, {"outcome": outcome.value, "message": message})
+        except OSError:
+            if not self.outcome.exists():
+                self._fill_reserved(outcome, message)
 
     def read_outcome(self) -> tuple[Outcome, str] | None:
         """The outcome and its message; None if the file is missing or damaged."""
         try:
             found = json.loads(self.outcome.read_text(encoding="utf-8"))
             return Outcome(found["outcome"]), str(found["message"])
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError):
             return None
+
+    @property
+    def _reserved(self) -> Path:
+        return self.logs / ".outcome.reserved"
+
+    def _fill_reserved(self, outcome: Outcome, message: str) -> None:
+        short = json.dumps({"outcome": outcome.value, "message": message[:_SHORT_MESSAGE]}).encode()
+        with self._reserved.open("r+b") as file:
+            file.write(short.ljust(_RESERVED_BYTES))
+        self._reserved.replace(self.outcome)
 
 
 def open_run_folder(path: Path | str) -> RunFolder:

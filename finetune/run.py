@@ -13,10 +13,12 @@ from typing import Any
 
 from experiment.checkpoints import find_model_folder
 from experiment.config import dump_config, flatten, load_config
-from experiment.errors import UserError
+from experiment.disk_errors import disk_errors_as
+from experiment.errors import StoppedError, UserError
 from experiment.files import write_text
 from experiment.provenance import ancestors_of, collect_provenance, write_provenance
 from experiment.run_folder import Outcome, open_run_folder
+from experiment.run_lock import lock_run
 from experiment.tracking.console import terminal
 from experiment.tracking.tracker import Tracker, open_trackers
 from finetune.config import FinetuneConfig
@@ -27,6 +29,8 @@ from finetune.seed_run import SeedRecord, Setup, finished_seeds, result_settings
 from finetune.seed_summary import print_results, write_results
 from finetune.tasks.kinds import KINDS
 from finetune.training import Log, steps_per_epoch
+
+_RESUME = "; the same command resumes after the finished seeds"
 
 
 def finetune(config: str | Path, overrides: Mapping[str, str] | None = None) -> None:
@@ -59,7 +63,10 @@ def _find_model(init_from: str) -> Path:
 
 
 def run(config: FinetuneConfig) -> dict[str, Any]:
-    """Train and score what a resolved config describes. Returns the content of results.json. Raises UserError."""
+    """Train and score what a resolved config describes. Returns the content of results.json.
+
+    Raises UserError, and StoppedError if the disk is full after training has begun.
+    """
     name = config.task.name
     device = choose_device(config.training.precision)
     tables = read_splits(config.task)
@@ -70,15 +77,21 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
     task = make_task(config, model, tables)
     folder = open_run_folder(config.run.dir)
     setup = Setup(config, model, task, device, folder, result_settings(config, labels, tables))
-    finished = finished_seeds(folder, setup.settings)
-    for line in describe_task(task, labels):
-        _print(f"{name}: {line}")
+    with lock_run(folder):
+        return _train_and_score(setup)
 
+
+def _train_and_score(setup: Setup) -> dict[str, Any]:
+    config, folder, model = setup.config, setup.folder, setup.model
+    finished = finished_seeds(folder, setup.settings)
+    for line in describe_task(setup.task, model.labels):
+        _print(f"{config.task.name}: {line}")
     write_text(folder.config, dump_config(config))
     ancestors = ancestors_of(model.folder, "init_from") if model.pretrained else []
     run_id = write_provenance(folder, collect_provenance(sys.argv), ancestors)
     records = _train_missing_seeds(setup, finished, run_id)
-    return write_results(folder, config, labels, records)
+    with disk_errors_as(StoppedError, advice=_RESUME):
+        return write_results(folder, config, model.labels, records)
 
 
 def _train_missing_seeds(setup: Setup, finished: Mapping[int, SeedRecord], run_id: str) -> dict[int, SeedRecord]:
@@ -99,11 +112,12 @@ def _train_missing_seeds(setup: Setup, finished: Mapping[int, SeedRecord], run_i
     )
     outcome = Outcome.FAILED
     try:
-        for seed in seeds:
-            if seed not in records:
-                records[seed] = train_seed(seed, setup, _log_from_step(tracker, steps * len(records)))
+        with disk_errors_as(StoppedError, advice=_RESUME):
+            for seed in seeds:
+                if seed not in records:
+                    records[seed] = train_seed(seed, setup, _log_from_step(tracker, steps * len(records)))
         outcome = Outcome.DONE
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, StoppedError):
         outcome = Outcome.STOPPED
         raise
     finally:

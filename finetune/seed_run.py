@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from experiment.config import flatten
 from experiment.errors import UserError
-from experiment.files import sha256, write_json
+from experiment.files import removed_on_error, sha256, write_json
 from experiment.run_folder import RunFolder
 from experiment.tokenizer import load_any_tokenizer
 from experiment.tracking.console import terminal
@@ -100,17 +100,23 @@ def train_seed(seed: int, setup: Setup, log: Log) -> SeedRecord:
     final = setup.folder.path / f"seed-{seed}"
     for leftover in (partial, final):
         shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir()
+    with removed_on_error(partial):
+        partial.mkdir()
+        _write_seed(partial, model, fitted, record, setup)
+        partial.rename(final)
+    return record
+
+
+def _write_seed(folder: Path, model: PreTrainedModel, fitted: Fitted, record: SeedRecord, setup: Setup) -> None:
+    """Write what RUN/seed-N holds."""
     # Load it again: tokenizing has changed the truncation settings of the other one.
     tokenizer = load_any_tokenizer(setup.model.folder, needed=("pad_token",))
-    save_model(model, tokenizer, setup.config.model.max_seq_length, partial / "model")
-    _write_csv(partial / "epochs.csv", list(record.epochs[0]), [list(row.values()) for row in record.epochs])
+    save_model(model, tokenizer, setup.config.model.max_seq_length, folder / "model")
+    _write_csv(folder / "epochs.csv", list(record.epochs[0]), [list(row.values()) for row in record.epochs])
     for split, probabilities in fitted.probabilities.items():
-        path = partial / f"predictions-{split}.csv"
+        path = folder / f"predictions-{split}.csv"
         write_predictions(path, setup.task.splits[split], probabilities, setup.model.labels)
-    write_json(partial / _COMPLETE, asdict(record))
-    partial.rename(final)
-    return record
+    write_json(folder / _COMPLETE, asdict(record))
 
 
 def _describe(model: PreTrainedModel, new: Sequence[str], setup: Setup) -> str:

@@ -7,6 +7,7 @@ from functools import partial
 
 import fire
 
+from experiment.disk_errors import describe_disk_error
 from experiment.errors import StoppedError, UserError
 from launcher.command_line import Command, help_text, is_help_request, parse_command_line
 from launcher.options import (
@@ -61,17 +62,24 @@ def tokenizer(options: TokenizerOptions) -> None:
 
 
 def corpus(options: CorpusOptions) -> None:
-    """Build a tokenized corpus from raw text.
+    """Build a tokenized corpus from raw text, or verify corpora.
 
-    The corpus is sharded Arrow; `datasets.load_from_disk` opens it too. The same input gives the same bytes with any
-    number of workers. Run the same command again to resume an interrupted build.
+    To build, give --source, --tokenizer and --output. The corpus is sharded Arrow; `datasets.load_from_disk` opens it
+    too. The same input gives the same bytes with any number of workers. Run the same command again to resume an
+    interrupted build. To verify, give --verify: all shards are read and compared with their checksums. Training and
+    evaluation do so once on each machine.
 
     Example:
         deepcloze corpus --source 'wiki/*.txt.gz' --tokenizer tokenizer --output corpora/wiki --holdout 1000
     """
-    from pretrain.corpus.build import build_corpus
+    if options.verify is not None:
+        from pretrain.corpus.verification import verify_command
 
-    build_corpus(options)
+        verify_command(options.verify)
+    else:
+        from pretrain.corpus.build import build_corpus
+
+        build_corpus(options)
 
 
 def pretrain(options: PretrainOptions) -> None:
@@ -188,6 +196,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(stopped) or "stopped; run the same command again to resume", 75)
     except KeyboardInterrupt:
         return _fail("interrupted", 75 if argv[0] == "pretrain" else 130)
+    except Exception as error:
+        if (message := describe_disk_error(error)) is None:
+            raise
+        return _fail(message, 2)
     return 0
 
 

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import shlex
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,12 @@ from experiment.errors import StoppedError
 from experiment.files import write_text
 from experiment.run_folder import Outcome, RunFolder, open_run_folder
 from launcher.deepspeed_command import DeepSpeedCommand, deepspeed_argv
-from launcher.environment import deepspeed_environment, remote_environment_text, worker_environment
+from launcher.environment import deepspeed_environment, launch_environment, remote_environment_text
 from launcher.hostfile import Slots, read_hostfile
 from launcher.machine import Machine, inspect_machine, select_accelerator
 from launcher.options import PretrainOptions
 from launcher.placement import is_local, place_ranks
+from launcher.signal_handlers import handle_stop_signals
 from launcher.supervisor import supervise
 from pretrain.config import PretrainConfig
 
@@ -32,7 +34,7 @@ class LaunchPlan:
     folder: RunFolder
     slots: Slots
     argv: tuple[str, ...]  # the `deepspeed` command
-    added_environment: Mapping[str, str]  # variables that the launch adds for its ranks
+    added_environment: Mapping[str, str]  # variables that the launch adds for all ranks
     environment: Mapping[str, str]  # all variables of the `deepspeed` process
     files: Mapping[Path, str]  # path -> text: what ranks on other hosts read, written before the start
 
@@ -41,17 +43,24 @@ def launch_pretraining(options: PretrainOptions) -> None:
     """Pretrain, one process per slot, and return when the run is done; or print the plan, for a dry run.
 
     Raises UserError for anything that would keep the ranks from starting, StoppedError for a run that stopped early but
-    can resume, and SystemExit for one that failed (with a message) or that the ranks rejected (rank 0 prints why).
+    can resume, KeyboardInterrupt for a signal before the ranks start, and SystemExit for a run that failed (with a
+    message) or that the ranks rejected (rank 0 prints why).
     """
-    config = load_config(PretrainConfig, options.config, options.overrides)
-    machine = inspect_machine()
-    select_accelerator(machine.devices)
-    if options.dry_run:
-        print(describe_plan(plan_launch(options, config, machine)))
-        return
-    with warnings_left_to_rank0():
-        plan = plan_launch(options, config, machine)
-    launch(plan)
+    start_time = time.time()
+    with handle_stop_signals(_interrupt):
+        config = load_config(PretrainConfig, options.config, options.overrides)
+        machine = inspect_machine()
+        select_accelerator(machine.devices)
+        if options.dry_run:
+            print(describe_plan(plan_launch(options, config, machine)))
+            return
+        with warnings_left_to_rank0():
+            plan = plan_launch(options, config, machine)
+        launch(plan, start_time)
+
+
+def _interrupt(_number: int) -> None:
+    raise KeyboardInterrupt
 
 
 def plan_launch(options: PretrainOptions, config: PretrainConfig, machine: Machine) -> LaunchPlan:
@@ -67,14 +76,17 @@ def plan_launch(options: PretrainOptions, config: PretrainConfig, machine: Machi
     hosts = read_hostfile(options.hostfile) if options.hostfile is not None else None
     slots = place_ranks(machine.devices, options, hosts)
 
-    from pretrain.resolve import resolve  # imports torch and DeepSpeed
+    from pretrain.engine.deepspeed_settings import check_device_support  # imports torch and DeepSpeed
+    from pretrain.resolve import resolve
 
     run = resolve(config, world_size=sum(map(len, slots.values())))
-
     local = is_local(slots)
+    if local:  # other hosts have other devices: their ranks check
+        check_device_support(run.deepspeed)
+
     command = DeepSpeedCommand(
         python=sys.executable,
-        module="pretrain.run",
+        module="launcher.start_rank",
         # The shell of another host would parse the overrides again, so they are passed in a file there.
         config=Path(options.config).absolute() if local else run.folder.logs / "launch.yaml",
         overrides=options.overrides if local else {},
@@ -83,8 +95,7 @@ def plan_launch(options: PretrainOptions, config: PretrainConfig, machine: Machi
         master_port=machine.find_port(),
         hostfile=None if local or options.hostfile is None else Path(options.hostfile).absolute(),
     )
-    most_ranks = max(map(len, slots.values()))
-    added = worker_environment(machine.environ, machine.cores, most_ranks, machine.devices.kind, _REPOSITORY)
+    added = launch_environment(machine.environ, machine.devices.kind if local else None, _REPOSITORY)
     environment = deepspeed_environment(machine.environ, added)
     files: dict[Path, str] = {}
     if not local:
@@ -105,12 +116,15 @@ def describe_plan(plan: LaunchPlan) -> str:
     return f"# config\n{config}\n# added to the environment\n{variables}\n\n# command\n{shlex.join(plan.argv)}"
 
 
-def launch(plan: LaunchPlan) -> None:
-    """Start the ranks and wait until they have exited. Raises StoppedError and SystemExit as `launch_pretraining`."""
+def launch(plan: LaunchPlan, start_time: float) -> None:
+    """Start the ranks and wait until they have exited. Raises StoppedError and SystemExit as `launch_pretraining`.
+
+    `start_time`: `time.time()` when the user started the launch.
+    """
     open_run_folder(plan.folder.path)
     for path, text in plan.files.items():
         write_text(path, text)
-    result = supervise(plan.folder, plan.argv, plan.environment, plan.slots)
+    result = supervise(plan.folder, plan.argv, plan.environment, plan.slots, start_time)
     match result.outcome:
         case Outcome.DONE:
             return

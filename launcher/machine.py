@@ -13,6 +13,9 @@ from experiment.errors import UserError
 
 DeviceKind = Literal["cuda", "cpu"]
 
+# Names in /dev: NVIDIA's GPUs, also those of Jetson boards; AMD's; those of Windows under WSL.
+_GPU_DEVICES = ("nvidia*", "nvhost*", "nvmap", "kfd", "dxg")
+
 
 @dataclass(frozen=True)
 class Devices:
@@ -27,7 +30,6 @@ class Machine:
     """The machine a launch starts from."""
 
     devices: Devices
-    cores: int  # CPU cores this process may use
     environ: Mapping[str, str]
     find_port: Callable[[], int]  # a free port, called as late as possible
     deepspeed_env_files: tuple[Path, ...] = ()  # the user's own, which DeepSpeed exports to other hosts
@@ -40,7 +42,6 @@ def inspect_machine() -> Machine:
     """
     return Machine(
         devices=find_devices(os.environ),
-        cores=cpu_cores(),
         environ=dict(os.environ),
         find_port=free_port,
         deepspeed_env_files=_find_deepspeed_env(os.environ.get("DS_ENV_FILE", ".deepspeed_env")),
@@ -63,6 +64,16 @@ def find_devices(environ: Mapping[str, str]) -> Devices:
     if count == 0:
         return cores
     return Devices("cuda", tuple(range(count)) if visible is None else _parse_visible_devices(visible)[:count])
+
+
+def guess_device(environ: Mapping[str, str], devices: Path = Path("/dev")) -> DeviceKind:
+    """What ranks on this machine compute on, without torch, whose import takes seconds.
+
+    'cuda' where there may be a GPU. For settings that do not change results: DeepSpeed asks torch.
+    """
+    if "DS_ACCELERATOR" in environ:
+        return "cpu" if environ["DS_ACCELERATOR"] == "cpu" else "cuda"
+    return "cuda" if any(any(devices.glob(name)) for name in _GPU_DEVICES) else "cpu"
 
 
 def select_accelerator(devices: Devices) -> None:

@@ -1,7 +1,7 @@
 """`deepcloze sweep`: run each point of a grid, one after the other.
 
 Each run is a command with a run folder of its own. OUTPUT/sweep.json keeps the config of each run, so that a restarted
-sweep skips finished runs and does not mix in runs of another config.
+sweep skips finished runs and does not mix in runs of another config. A run that a killed sweep left is waited for.
 """
 
 import json
@@ -13,14 +13,17 @@ from collections.abc import Mapping, Sequence
 from signal import SIGINT
 from typing import TypedDict
 
+from experiment.disk_errors import describe_disk_error, disk_errors_as
 from experiment.errors import StoppedError, UserError
 from experiment.files import write_json
 from experiment.results.sweep_summary import SweepResult, read_metric, write_summary
 from experiment.run_folder import Outcome, RunFolder
+from experiment.run_lock import is_locked
 from launcher.options import SweepOptions
 from launcher.signal_handlers import handle_stop_signals
 from launcher.sweep_plan import FlatConfig, SweepPlan, SweepRun, plan_sweep
 
+_POLL_SECONDS = 0.5
 _STOPPED_CODES = (Outcome.STOPPED.exit_code, 128 + SIGINT)
 
 
@@ -53,19 +56,20 @@ def launch_sweep(options: SweepOptions) -> None:
 def run_sweep(plan: SweepPlan) -> None:
     """Run what is not finished, then write OUTPUT/sweep.{json,csv,png} and print the table.
 
-    Raises UserError if OUTPUT has runs of other configs, StoppedError if a signal or a run's own STOP file stops it
-    early, and SystemExit if runs failed, after all others have been run.
+    Raises UserError if OUTPUT has runs of other configs, StoppedError if a signal, a run's own STOP file or a full disk
+    stops it early, and SystemExit if runs failed, after all others have been run.
     """
     record = _open_record(plan)
     results = []
-    for number, run in enumerate(plan.runs, start=1):
-        folder = RunFolder(plan.output / run.name)
-        state = _finish(run, folder, f"[{number}/{len(plan.runs)}] {run.name}")
-        value = read_metric(folder, plan.metric) if state == "done" else None
-        results.append(SweepResult(run.name, run.values, state, value))
-        record["runs"][run.name] |= {"state": state, "value": value}
-        write_json(plan.output / "sweep.json", record)
-    write_summary(results, plan.output, plan.metric)
+    with disk_errors_as(StoppedError, "sweep: ", "; the same command resumes"):
+        for number, run in enumerate(plan.runs, start=1):
+            folder = RunFolder(plan.output / run.name)
+            state = _finish(run, folder, f"[{number}/{len(plan.runs)}] {run.name}")
+            value = read_metric(folder, plan.metric) if state == "done" else None
+            results.append(SweepResult(run.name, run.values, state, value))
+            record["runs"][run.name] |= {"state": state, "value": value}
+            write_json(plan.output / "sweep.json", record)
+        write_summary(results, plan.output, plan.metric)
     if failed := [result.name for result in results if result.state != "done"]:
         sys.exit(f"deepcloze: sweep: {len(failed)} of {len(plan.runs)} runs failed: {', '.join(failed)}")
 
@@ -94,24 +98,45 @@ def _open_record(plan: SweepPlan) -> _SweepRecord:
     try:
         write_json(path, record)
     except OSError as error:
-        raise UserError(f"--output: cannot write {path}: {error.strerror}") from None
+        raise UserError(f"--output: {describe_disk_error(error) or error}") from None
     return record
 
 
 def _finish(run: SweepRun, folder: RunFolder, label: str) -> str:
     """Start or resume a run that is not done; return its state. Raises StoppedError if it was stopped."""
+    waited = _wait_for_other_process(folder, label)
     outcome = folder.read_outcome()
     if (folder.path / "results.json").is_file() or (outcome is not None and outcome[0] is Outcome.DONE):
         _notify(f"{label}: already finished")
         return "done"
+    stopped = StoppedError(f"sweep: stopped at {label}; run the same command again to resume")
+    if waited and outcome is not None and outcome[0] is Outcome.STOPPED:
+        raise stopped
     _notify(f"{label}: running")
     start_time = time.monotonic()
     exit_code = _run_command(run.argv)
     if exit_code in _STOPPED_CODES:
-        raise StoppedError(f"sweep: stopped at {label}; run the same command again to resume")
+        raise stopped
     state = "done" if exit_code == 0 else f"failed (exit code {exit_code})"
     _notify(f"{label}: {state} after {time.monotonic() - start_time:,.0f} s")
     return state
+
+
+def _wait_for_other_process(folder: RunFolder, label: str) -> bool:
+    """Wait while another process uses the run folder: that of a killed sweep, for example. Returns whether one did.
+
+    Raises StoppedError on a stop signal, which does not reach that process.
+    """
+    if not is_locked(folder):
+        return False
+    signals: list[int] = []
+    with handle_stop_signals(signals.append):
+        _notify(f"{label}: waiting for the process that is using {folder.path}")
+        while is_locked(folder):
+            if signals:
+                raise StoppedError(f"sweep: stopped at {label}; the process that is using {folder.path} still runs")
+            time.sleep(_POLL_SECONDS)
+    return True
 
 
 def _run_command(argv: Sequence[str]) -> int:

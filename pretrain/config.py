@@ -366,7 +366,7 @@ class HealthConfig(Section):
     """Steps between checks that all ranks hold the same weights and data position; null: never."""
 
     hang_seconds: PositiveInt = 600
-    """Timeout in seconds after which a rank that waits for the others fails."""
+    """Timeout in seconds after which a rank that waits for the others, or for its data, fails."""
 
 
 class Stage(NamedTuple):

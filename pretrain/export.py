@@ -10,7 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from experiment.checkpoints import find_model_folder
+from experiment.disk_errors import describe_disk_error
 from experiment.errors import UserError
+from experiment.files import removed_on_error
 
 
 def write_hugging_face_folder(
@@ -37,10 +39,11 @@ def export(checkpoint: str, output: str) -> None:
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(source, aside)
-        if target.exists():
-            target.rmdir()
-        aside.rename(target)
+        with removed_on_error(aside):
+            shutil.copytree(source, aside)
+            if target.exists():
+                target.rmdir()
+            aside.rename(target)
     except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror or error}") from None
+        raise UserError(f"cannot write {target}: {describe_disk_error(error) or error}") from None
     print(f"{source} -> {target}")

@@ -1,23 +1,54 @@
-"""How a rank leaves its outcome for the launcher."""
+"""What a rank leaves for the launcher: the outcome of the run, and that this process has ended."""
 
 import contextlib
+import os
+import platform
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from experiment.errors import UserError
+from experiment.files import write_json
 from experiment.run_folder import Outcome, RunFolder
 from pretrain.config import PretrainConfig
 
 
-def report_refusal(config: PretrainConfig, error: UserError, rank: int) -> None:
-    """On rank 0, print a mistake that all ranks have raised, and record the outcome."""
-    if rank == 0:
-        print(f"deepcloze: {error}", file=sys.stderr, flush=True)
-        record_outcome(RunFolder(Path(config.run.dir).absolute()), Outcome.REFUSED, str(error), rank)
+@dataclass(frozen=True)
+class RankReport:
+    """Writes to the run folder, as far as it is writable."""
+
+    folder: RunFolder
+    rank: int
+
+    def start(self) -> None:
+        """Record this process. The launcher takes one that starts and does not end for killed."""
+        self._record(None)
+
+    def agree(self, outcome: Outcome, message: str = "") -> None:
+        """Record an outcome that all ranks have agreed on. Only rank 0 writes."""
+        if self.rank == 0:
+            with contextlib.suppress(OSError):
+                self.folder.write_outcome(outcome, message)
+
+    def refuse(self, error: UserError) -> None:
+        """Print and record a mistake that all ranks have raised. Only rank 0 does."""
+        if self.rank == 0:
+            print(f"deepcloze: {error}", file=sys.stderr, flush=True)
+        self.agree(Outcome.REFUSED, str(error))
+
+    def fail(self, outcome: Outcome, message: str) -> None:
+        """Record an outcome that this rank alone knows of, unless another rank was first: its loss was the cause."""
+        with contextlib.suppress(OSError):
+            self.folder.write_first_outcome(outcome, message)
+
+    def end(self, exit_code: int) -> None:
+        self._record(exit_code)
+
+    def _record(self, exit_code: int | None) -> None:
+        process = {"rank": self.rank, "host": platform.node(), "pid": os.getpid(), "exit": exit_code}
+        with contextlib.suppress(OSError):
+            write_json(self.folder.rank_process(self.rank), process)
 
 
-def record_outcome(folder: RunFolder, outcome: Outcome, message: str, rank: int) -> None:
-    """Write the outcome for the launcher: rank 0's, or that of a failed rank if rank 0 has written none."""
-    with contextlib.suppress(OSError):
-        if rank == 0 or (outcome == Outcome.FAILED and folder.read_outcome() is None):
-            folder.write_outcome(outcome, message)
+def rank_report(config: PretrainConfig, rank: int) -> RankReport:
+    return RankReport(RunFolder(Path(config.run.dir).absolute()), rank)

@@ -12,19 +12,27 @@ from typing import Any, Protocol, TypeVar
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
-from experiment.checkpoints import find_model_folder, read_state
+from experiment.checkpoints import read_state
 from experiment.errors import UserError
 from experiment.positions import max_positions
 from experiment.run_folder import RunFolder
 from experiment.tokenizer import load_tokenizer, tokenizer_fingerprint
 from pretrain.batching.vocabulary import Vocabulary, build_vocabulary
-from pretrain.config import CorpusConfig, PretrainConfig, Stage, WeightedCorpus
+from pretrain.config import CorpusConfig, ModelConfig, PretrainConfig, Stage, WeightedCorpus
 from pretrain.corpus.reader import Corpus, open_corpus
-from pretrain.engine.deepspeed_settings import DeepSpeedSettings, check_device_support, load_settings
+from pretrain.engine.deepspeed_settings import DeepSpeedSettings, load_settings
 from pretrain.modeling.layer_ids import check_freeze
 from pretrain.modeling.model_config import check_tokenizer, resolve_model_config
 from pretrain.modeling.random_model import meta_model
-from pretrain.resume import ResumePlan, check_fork_length, plan_resume, run_identity
+from pretrain.resume import (
+    ResumePlan,
+    ResumePoint,
+    check_fork_length,
+    find_resume_point,
+    locate_model,
+    plan_resume,
+    run_identity,
+)
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +61,7 @@ class ResolvedRun:
     held_out: Mapping[str, Corpus]  # by name
     tokenizer: PreTrainedTokenizerFast
     vocabulary: Vocabulary
+    model_source: ModelConfig  # what the model is built from: section `model`, or the checkpoint to continue from
     model_config: PreTrainedConfig
     stages: tuple[Stage, ...]
     identity: Mapping[str, Any]  # see `run_identity`
@@ -76,25 +85,27 @@ def resolve(config: PretrainConfig, world_size: int, decide: Decide = _decide_lo
     disappears at this moment.
     """
     deepspeed = load_settings(config.engine.ds_config)
-    check_device_support(deepspeed)
-    config = _with_absolute_paths(config, deepspeed.path, decide(lambda: _find_init_from(config)))
+    config = _with_absolute_paths(config, deepspeed.path)
+    folder = RunFolder(Path(config.run.dir))
+    point = decide(lambda: find_resume_point(config.run, folder))
+    located, model_source = decide(lambda: locate_model(config.model, point))
+    config = config.model_copy(update={"model": located})
     corpora = _open_mixture(config.corpus)
     held_out = {name: _open_corpus(f"corpus.eval.{name}", path) for name, path in config.corpus.eval.items()}
     _check_same_tokenizer(corpora, held_out)
     train = corpora[0].corpus
-    check_tokenizer(config.model, train.tokenizer_fingerprint, train.path)
+    check_tokenizer(model_source, train.tokenizer_fingerprint, train.path)
     tokenizer = load_tokenizer(train.tokenizer_path)
     vocabulary = build_vocabulary(tokenizer)
     if config.masking.unit != "token":
         _check_word_boundaries(config.masking.unit, corpora, vocabulary)
-    model_config = resolve_model_config(config.model, tokenizer)
+    model_config = resolve_model_config(model_source, tokenizer)
     skeleton = meta_model(model_config)
     check_freeze(config.model.freeze, skeleton)
     _check_lengths(config, max_positions(skeleton), vocabulary)
     fewest = min(stage.sequences for stage in config.stages)
     if fewest < world_size:
         log.warning("a batch has %d sequences, fewer than the %d ranks: some compute padding only", fewest, world_size)
-    folder = RunFolder(Path(config.run.dir))
     identity = run_identity(config, model_config.to_dict(), [(c.corpus.fingerprint, c.weight) for c in corpora])
     return ResolvedRun(
         config=config,
@@ -104,25 +115,17 @@ def resolve(config: PretrainConfig, world_size: int, decide: Decide = _decide_lo
         held_out=held_out,
         tokenizer=tokenizer,
         vocabulary=vocabulary,
+        model_source=model_source,
         model_config=model_config,
         stages=config.stages,
         identity=identity,
-        resume_plan=decide(lambda: _plan_resume(config, folder, identity, corpora)),
+        resume_plan=decide(lambda: _plan_resume(config, point, identity, corpora)),
     )
 
 
-def _find_init_from(config: PretrainConfig) -> str | None:
-    """The Hugging Face folder that `model.init_from` names; for a run, that of its newest checkpoint."""
-    if config.model.init_from is None:
-        return None
-    try:
-        return str(find_model_folder(Path(config.model.init_from)).absolute())
-    except UserError as error:
-        raise UserError(f"model.init_from: {error}") from None
-
-
-def _with_absolute_paths(config: PretrainConfig, ds_config: Path, init_from: str | None) -> PretrainConfig:
-    """The config with every path absolute, so that RUN/config.yaml starts the same run from any directory."""
+def _with_absolute_paths(config: PretrainConfig, ds_config: Path) -> PretrainConfig:
+    """The config with every path absolute but `model.init_from`, so that RUN/config.yaml starts the same run from any
+    directory."""
     run, model, corpus = config.run, config.model, config.corpus
     train: str | tuple[WeightedCorpus, ...]
     if isinstance(corpus.train, str):
@@ -133,7 +136,7 @@ def _with_absolute_paths(config: PretrainConfig, ds_config: Path, init_from: str
     added_tokens = None if model.added_tokens is None else _absolute(model.added_tokens)
     sections = {
         "run": run.model_copy(update={"dir": _absolute(run.dir), "resume": resume}),
-        "model": model.model_copy(update={"init_from": init_from, "added_tokens": added_tokens}),
+        "model": model.model_copy(update={"added_tokens": added_tokens}),
         "corpus": corpus.model_copy(
             update={"train": train, "eval": {name: _absolute(path) for name, path in corpus.eval.items()}}
         ),
@@ -221,9 +224,9 @@ def _check_lengths(config: PretrainConfig, positions: int | None, vocabulary: Vo
 
 
 def _plan_resume(
-    config: PretrainConfig, folder: RunFolder, identity: Mapping[str, Any], corpora: Sequence[TrainingCorpus]
+    config: PretrainConfig, point: ResumePoint | None, identity: Mapping[str, Any], corpora: Sequence[TrainingCorpus]
 ) -> ResumePlan:
-    plan = plan_resume(config.run, folder, identity)
+    plan = plan_resume(point, identity)
     _check_fork(plan, config, corpora[0].corpus)
     if plan.checkpoint is None and config.model.init_from is not None:
         _warn_of_same_seed(config, corpora, Path(config.model.init_from))

@@ -1,11 +1,22 @@
-"""Choose the checkpoint that a run resumes or forks, and check that the config is compatible with it."""
+"""Find the checkpoint that a run resumes or forks, and check that the config is compatible with it.
+
+The checkpoint contains all that the run needs besides the corpora: what `model.init_from`, `model.added_tokens` and
+`run.resume` name may be deleted once it is there.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiment.checkpoints import checkpoint_candidates, complete_checkpoints, last_usable, read_state
+from experiment.checkpoints import (
+    checkpoint_candidates,
+    complete_checkpoints,
+    find_model_folder,
+    last_usable,
+    names_model_folder,
+    read_state,
+)
 from experiment.config import flatten
 from experiment.errors import UserError
 from experiment.provenance import read_origin, read_provenance
@@ -45,6 +56,14 @@ _MODEL_TRAINING = tuple(f"model.{field}" for field in ModelConfig.model_fields)
 
 
 @dataclass(frozen=True)
+class ResumePoint:
+    """The checkpoint that a run continues from."""
+
+    checkpoint: Path  # verified
+    fork: bool  # it is another run's
+
+
+@dataclass(frozen=True)
 class ResumePlan:
     """What a run starts from."""
 
@@ -55,29 +74,69 @@ class ResumePlan:
     same_stream: bool = True  # each step has the same batch as before, so known bad batches are still bad
 
 
-def plan_resume(run: RunConfig, folder: RunFolder, identity: Mapping[str, Any]) -> ResumePlan:
-    """What `run.resume` means for a run folder.
+def find_resume_point(run: RunConfig, folder: RunFolder) -> ResumePoint | None:
+    """What `run.resume` means for a run folder; None: the run starts at step 0.
 
     A fork that has saved a checkpoint resumes from it; one that has not forks again. Reads the whole checkpoint to
     verify it.
 
-    Raises UserError for a `run.resume` that names no checkpoint, a run folder that should be unused, and a checkpoint
-    of a run that this one can neither resume nor fork.
+    Raises UserError for a `run.resume` that names no checkpoint, and a run folder that should be unused.
     """
     own = complete_checkpoints(folder.checkpoints)
     if run.resume == "never" and (own or folder.metrics.exists()):
         raise UserError(f"run.resume is 'never', but {folder.path} already holds a run; choose another run.dir")
     parents = [] if run.parent is None else _parent_checkpoints(run.parent, folder, has_own=bool(own))
-    if not (own or parents):
+    return ResumePoint(last_usable(own or parents), fork=not own) if own or parents else None
+
+
+def locate_model(model: ModelConfig, point: ResumePoint | None) -> tuple[ModelConfig, ModelConfig]:
+    """The section `model` with the folder that `init_from` refers to, and the section to build the model from.
+
+    They are the same, unless the checkpoint was written with the same options: then the model is built from its copy in
+    the checkpoint, and `init_from` stays the folder that the run began with. Raises UserError for an `init_from` that
+    names no model.
+    """
+    if model.init_from is None:
+        return model, model
+    if point is not None:
+        saved = read_state(point.checkpoint)["config"]["model"]
+        if _is_same_model(model, saved):
+            copy = {
+                "config": None,
+                "init_from": str(point.checkpoint / "hf"),
+                "added_tokens": None,
+                "max_positions": None,
+            }
+            return model.model_copy(update={"init_from": saved["init_from"]}), model.model_copy(update=copy)
+    try:
+        folder = find_model_folder(Path(model.init_from)).absolute()
+    except UserError as error:
+        raise UserError(f"model.init_from: {error}") from None
+    located = model.model_copy(update={"init_from": str(folder)})
+    return located, located
+
+
+def _is_same_model(model: ModelConfig, saved: Mapping[str, Any]) -> bool:
+    """`saved`: the section `model` of a checkpoint. What `init_from` names may be gone."""
+    if model.init_from is None or saved["init_from"] is None:
+        return False
+    now = model.model_dump(mode="json")
+    return names_model_folder(Path(model.init_from), Path(saved["init_from"])) and all(
+        now[key] == saved[key] for key in ("config", "added_tokens", "max_positions")
+    )
+
+
+def plan_resume(point: ResumePoint | None, identity: Mapping[str, Any]) -> ResumePlan:
+    """How the run continues from there. Raises UserError for a checkpoint that it can neither resume nor fork."""
+    if point is None:
         return ResumePlan()
-    checkpoint = last_usable(own or parents)
-    before = read_state(checkpoint)["identity"]
-    compare = check_resume if own else check_fork
-    lines = compare(before, identity, str(checkpoint))
+    before = read_state(point.checkpoint)["identity"]
+    compare = check_fork if point.fork else check_resume
+    lines = compare(before, identity, str(point.checkpoint))
     changed = _changes(before, identity)
     return ResumePlan(
-        checkpoint,
-        fork=not own,
+        point.checkpoint,
+        fork=point.fork,
         changes=tuple(lines),
         load_optimizer_state="optimizer.name" not in changed,
         same_stream=not any(_is_below(key, _STREAM) for key in changed),

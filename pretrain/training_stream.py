@@ -5,8 +5,6 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from torch.utils.data import Dataset
-
 from experiment.errors import UserError
 from pretrain.batching.batch import RankBatch
 from pretrain.batching.batch_maker import BatchMaker
@@ -22,7 +20,7 @@ from pretrain.world import World
 
 
 @dataclass(frozen=True)
-class TrainingStream(Dataset[RankBatch]):
+class TrainingStream:
     """One batch maker for each stage of the run; all of them take the step of the run."""
 
     makers: tuple[BatchMaker, ...]
@@ -33,9 +31,10 @@ class TrainingStream(Dataset[RankBatch]):
     def __getitem__(self, step: int) -> RankBatch:
         return self.makers[bisect_right(self.first_steps, step) - 1][step]
 
-    def load(self, first_step: int, on_gpu: bool) -> Iterator[RankBatch]:
-        """The batches from `first_step` on, prepared ahead in worker processes."""
-        return load_batches(self, first_step, self.steps, workers=2 if on_gpu else 1, pin_memory=on_gpu)
+    def load(self, first_step: int, on_gpu: bool, timeout: float) -> Iterator[RankBatch]:
+        """The batches from `first_step` on, prepared ahead in worker processes. `timeout`: see `load_batches`."""
+        workers = 2 if on_gpu else 1
+        return load_batches(self, first_step, self.steps, workers, timeout=timeout, pin_memory=on_gpu)
 
 
 def open_stream(run: ResolvedRun, world: World, *, packed: bool, first_position: int) -> TrainingStream:

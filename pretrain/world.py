@@ -1,4 +1,4 @@
-"""Rank and world size."""
+"""Rank, local rank and world size."""
 
 from dataclasses import dataclass
 
@@ -7,3 +7,4 @@ from dataclasses import dataclass
 class World:
     rank: int = 0
     size: int = 1
+    local_rank: int = 0  # on this host

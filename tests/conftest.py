@@ -1,12 +1,24 @@
-"""Shared by all tests: `--record`, soak tests on request only, and tiny corpora that are built once per session."""
+"""Shared by all tests: `--record`, soak tests on request only, a cache folder of their own, a disk that can be filled,
+and tiny corpora that are built once per session."""
 
+import os
 import random
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from rank_pool import ForkServer, RankPool
+from small_disk import SmallDisk, mounted_small_disk
+
+_CACHE = tempfile.mkdtemp(prefix="deepcloze-tests-")
+os.environ["XDG_CACHE_HOME"] = _CACHE  # also of the processes that tests start
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(_CACHE, ignore_errors=True)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -107,3 +119,14 @@ def pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, RankPo
     for pool in pools.values():
         pool.close()
     fork_server.close()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    """A disk that a test can fill; skips where mounting is not permitted."""
+    folder = tmp_path / "small-disk"
+    folder.mkdir()
+    with mounted_small_disk(folder) as disk:
+        if isinstance(disk, str):
+            pytest.skip(disk)
+        yield disk

@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+_MAX_VALUES = 100_000  # in a document, counted again for each alias
+
 KeyPath = tuple[str, ...]  # path of a value: keys and, in lists, indices
 
 
@@ -46,8 +48,24 @@ def explain_yaml(error: yaml.YAMLError) -> str:
 
 class Loader(yaml.SafeLoader):
     """Rejects what YAML loaders silently misread: duplicate keys, of which they keep the last, and `{steps:3}`, a key
-    without a value.
+    without a value. Rejects aliases of aliases that a few lines expand to billions of values, too.
     """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._values: dict[yaml.Node, int] = {}  # in each node
+
+    def compose_node(self, parent: Any, index: Any) -> yaml.Node:
+        is_alias: bool = self.check_event(yaml.AliasEvent)
+        node = super().compose_node(parent, index)
+        assert node is not None
+        if not is_alias:  # an alias to a node that contains it is rejected later
+            values = 1 + sum(self._values.get(child, 0) for _, _, child in _children(node))
+            if values > _MAX_VALUES:
+                problem = f"aliases make this more than {_MAX_VALUES:,} values"
+                raise yaml.composer.ComposerError(None, None, problem, node.start_mark)
+            self._values[node] = values
+        return node
 
     def construct_object(self, node: Any, deep: bool = False) -> Any:
         try:
@@ -106,11 +124,15 @@ for _name, (_pattern, _first) in _PLAIN_VALUES.items():
 def _lines(node: yaml.Node | None, key: KeyPath, parents: tuple[yaml.Node, ...]) -> Iterator[tuple[KeyPath, int]]:
     if node is None or node in parents:  # an alias may point to a node that contains it
         return
-    children: list[tuple[str, yaml.Node, yaml.Node]] = []
-    if isinstance(node, yaml.MappingNode):
-        children = [(str(name.value), name, value) for name, value in node.value]
-    elif isinstance(node, yaml.SequenceNode):
-        children = [(str(index), item, item) for index, item in enumerate(node.value)]
-    for name, mark, value in children:
+    for name, mark, value in _children(node):
         yield (*key, name), mark.start_mark.line + 1
         yield from _lines(value, (*key, name), (*parents, node))
+
+
+def _children(node: yaml.Node) -> list[tuple[str, yaml.Node, yaml.Node]]:
+    """(key or index, node where its line is, value) of each value in a mapping or list."""
+    if isinstance(node, yaml.MappingNode):
+        return [(str(name.value), name, value) for name, value in node.value]
+    if isinstance(node, yaml.SequenceNode):
+        return [(str(index), item, item) for index, item in enumerate(node.value)]
+    return []

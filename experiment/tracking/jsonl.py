@@ -18,11 +18,14 @@ Event = dict[str, Any]  # parsed JSON; has an integer `step`
 class JsonlTracker:
     """Appends each event to `path` immediately.
 
-    Drops the file's events after `resumed_step` first, so that no step appears twice after a resume.
+    Drops first what a resume logs again: the file's events after `resumed_step`, and the evaluation of that step if
+    `evaluates_again`.
     """
 
-    def __init__(self, path: Path, resumed_step: int) -> None:
+    def __init__(self, path: Path, resumed_step: int, evaluates_again: bool = False) -> None:
         kept = [event for event in read_events(path) if event["step"] <= resumed_step]
+        if evaluates_again:
+            kept = [event for event in kept if event["step"] < resumed_step or not _is_evaluation(event)]
         write_text(path, "".join(_line(event) for event in kept))
         # Unbuffered: an event is in the file when `log` returns, even if the process is killed right after.
         self._file = path.open("ab", buffering=0)
@@ -66,6 +69,10 @@ def _event(line: bytes) -> Event | None:
     except ValueError:
         return None
     return event if isinstance(event, dict) and isinstance(event.get("step"), int) else None
+
+
+def _is_evaluation(event: Event) -> bool:
+    return any(key.startswith("eval/") for key in event)
 
 
 def _line(metrics: Metrics) -> str:

@@ -1,6 +1,8 @@
 """Log messages: each rank writes its own file in the run folder; rank 0 also prints to the terminal."""
 
 import logging
+import sys
+from contextlib import suppress
 
 from rich.text import Text
 
@@ -24,7 +26,8 @@ def set_up_logging(folder: RunFolder, rank: int) -> None:
     root = logging.getLogger()
     for handler in [handler for handler in root.handlers if isinstance(handler, _RankLog | _Terminal)]:
         root.removeHandler(handler)
-        handler.close()
+        with suppress(OSError):  # what it could not write to a full disk is lost
+            handler.close()
     root.setLevel(logging.INFO)
     log_file = _RankLog(folder.rank_log(rank), encoding="utf-8")
     log_file.setFormatter(logging.Formatter(FILE_FORMAT))
@@ -44,6 +47,11 @@ def _remove_terminal_handlers() -> None:
 
 class _RankLog(logging.FileHandler):
     """A rank's log file; a class of its own so that a second set-up can replace it."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Drop what does not fit on a full disk: logging would print a traceback for each message."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
 
 
 class _Terminal(logging.Handler):

@@ -33,17 +33,19 @@ def open_trackers(
     resumed_step: int,
     run_id: str,
     parameters: Mapping[str, object],
+    evaluates_again: bool = False,
     unit: str = "step",
 ) -> Tracker:
     """Open the trackers that `config` enables, as one.
 
     total_steps: the last step, None if it is not known (a time budget). resumed_step: finished steps of the checkpoint
-    that the run resumes from, -1 for a new run; later events in `metrics.jsonl` are dropped. run_id: the same for all
-    attempts of a run. parameters: the resolved config. unit: what the console calls a step.
+    that the run resumes from, -1 for a new run; later events in `metrics.jsonl` are dropped. evaluates_again: so is the
+    evaluation of `resumed_step`, which the checkpoint lacks. run_id: the same for all attempts of a run.
+    parameters: the resolved config. unit: what the console calls a step.
     """
     openers: dict[str, Callable[[], Tracker]] = {
         "the console": lambda: ConsoleTracker(total_steps, resumed_step, unit),
-        "metrics.jsonl": lambda: JsonlTracker(folder.metrics, resumed_step),
+        "metrics.jsonl": lambda: JsonlTracker(folder.metrics, resumed_step, evaluates_again),
     }
     if config.wandb != "disabled":
         openers["W&B"] = lambda: WandbTracker(config, folder, run_id, parameters)

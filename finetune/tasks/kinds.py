@@ -35,7 +35,8 @@ def _distinct_labels(train: TaskTable) -> tuple[str, ...]:
     labels = {row.values["label"] for row in train.rows}
     if len(labels) < 2:
         raise UserError(f"{train.path}: every row has the label '{labels.pop()}'; expected two or more labels")
-    return tuple(sorted(labels, key=int) if all(label.isdecimal() for label in labels) else sorted(labels))
+    in_order = sorted(labels)
+    return tuple(sorted(in_order, key=int) if all(label.isdecimal() for label in labels) else in_order)
 
 
 def _one_or_two_texts(row: Row) -> tuple[str, ...]:

@@ -72,6 +72,8 @@ def _check_labels(path: Path, rows: list[Row], label_required: bool) -> TaskTabl
     if unlabelled and (label_required or labelled):
         more = f" (and {len(unlabelled) - 1} more lines)" if len(unlabelled) > 1 else ""
         raise UserError(f"{path}:{unlabelled[0]}{more}: the label is empty")
+    if not labelled:
+        rows = [Row(row.line, {role: text for role, text in row.values.items() if role != "label"}) for row in rows]
     return TaskTable(path, tuple(rows), labelled)
 
 

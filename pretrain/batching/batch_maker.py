@@ -13,7 +13,6 @@ import numpy as np
 import torch
 import xxhash
 from numpy.typing import NDArray
-from torch.utils.data import Dataset
 
 from pretrain.batching.batch import IGNORED, Microbatch, RankBatch
 from pretrain.batching.masking import Masker, MaskingSchedule
@@ -73,7 +72,7 @@ class _Slots(NamedTuple):
 
 
 @dataclass(frozen=True)
-class BatchMaker(Dataset[RankBatch]):
+class BatchMaker:
     """Step -> RankBatch."""
 
     corpora: tuple[MaskedCorpus, ...]  # indexed by the order's corpus numbers

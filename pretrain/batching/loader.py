@@ -1,68 +1,194 @@
 """Prefetch batches in worker processes.
 
-A batch is a function of its step, so the loader maps steps to batches: torch's DataLoader provides ordering, prefetch
-and dead-worker detection, and resuming at step k means starting at step k.
+A batch is a function of its step, so worker n of W makes every W-th batch from the n-th on, and resuming at step k
+means starting at step k. Each worker has a pipe, and a thread of the rank reads them in turn. Shared memory, which may
+be small (64 MB in a Docker container), is not used, and a worker that dies or hangs is noticed.
 """
 
 import contextlib
+import itertools
+import queue
 import resource
 import signal
-from collections.abc import Iterator
-from dataclasses import dataclass
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from multiprocessing import Pipe, Process
+from multiprocessing.connection import Connection
+from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Protocol
 
-from torch.utils.data import DataLoader, Dataset
+import torch
 
-from pretrain.batching.batch import RankBatch, pack_batch, unpack_batch
+from pretrain.batching.batch import PackedRankBatch, RankBatch, pack_batch, unpack_batch
 
 _GRACE_SECONDS = 40  # how long a worker keeps running after SIGTERM
+_PREFETCHED = 4  # batches per worker that wait in the rank
+_EXIT_SECONDS = 5.0  # a worker whose pipe is closed has exited by then
+_STATES = {"T": "it is stopped (SIGSTOP)", "t": "it is stopped by a debugger", "D": "it waits for a disk"}
+
+
+class Batches(Protocol):
+    """Maps a step to this rank's batch of that step."""
+
+    def __getitem__(self, step: int, /) -> RankBatch: ...
+
+
+class DataWorkerError(Exception):
+    """A data worker has died, hangs or has raised an error; the message says which, and why."""
 
 
 def load_batches(
-    batches: Dataset[RankBatch], first: int, last: int | None, workers: int, pin_memory: bool = False
+    batches: Batches,
+    first: int,
+    last: int | None,
+    workers: int,
+    *,
+    timeout: float | None = None,
+    pin_memory: bool = False,
 ) -> Iterator[RankBatch]:
     """Yield batches first, first + 1, … up to `last` (exclusive; None: endless), prefetched by `workers` processes.
 
-    With `workers` = 0 each batch is made in this process when it is requested.
+    With `workers` = 0 each batch is made in this process when it is requested. timeout: seconds to wait for a batch;
+    None: no limit. pin_memory: of the current CUDA device. Raises DataWorkerError instead of waiting for a worker that
+    died, or longer than `timeout`.
     """
-    collate: Any = pack_batch  # called in the workers; with batch_size None it gets an item, not a list
-    packed = DataLoader(
-        batches,
-        batch_size=None,
-        sampler=_Steps(first, last),
-        num_workers=workers,
-        collate_fn=collate,
-        prefetch_factor=4 if workers else None,
-        pin_memory=pin_memory,
-        worker_init_fn=_defer_sigterm,
-    )
-    return map(unpack_batch, packed)
+    if workers == 0:
+        return (batches[step] for step in _steps(first, last))
+    device = torch.cuda.current_device() if pin_memory else None
+    return _Prefetcher(batches, first, last, workers, timeout, device)
+
+
+def _steps(first: int, last: int | None, stride: int = 1) -> Iterator[int]:
+    return itertools.count(first, stride) if last is None else iter(range(first, last, stride))
+
+
+class _Prefetcher(Iterator[RankBatch]):
+    """Ends its worker processes when it is deleted."""
+
+    def __init__(
+        self, batches: Batches, first: int, last: int | None, workers: int, timeout: float | None, device: int | None
+    ) -> None:
+        """`device`: CUDA device for which the batches are copied to pinned memory; None: they are not."""
+        self._steps = _steps(first, last)
+        self._timeout = timeout
+        self._workers: list[Process] = []
+        pipes = []
+        for number in range(workers):
+            reader, writer = Pipe(duplex=False)
+            span = (first + number, last, workers)
+            worker = Process(target=_make_batches, args=(batches, span, writer, reader), daemon=True)
+            worker.start()
+            writer.close()  # only the worker has it open: the pipe ends with the worker
+            self._workers.append(worker)
+            pipes.append(reader)
+        self._turns = itertools.cycle(self._workers)
+        self._ready: queue.Queue[RankBatch | str | None] = queue.Queue(_PREFETCHED * workers)
+        self._closed = threading.Event()
+        threading.Thread(target=_read_batches, args=(pipes, self._ready, self._closed, device), daemon=True).start()
+
+    def __next__(self) -> RankBatch:
+        step, worker = next(self._steps), next(self._turns)
+        try:
+            batch = self._ready.get(timeout=self._timeout)
+        except queue.Empty:
+            raise self._failure(
+                worker, f"has not made the batch of step {step + 1} in {self._timeout:.0f} s: {_describe_state(worker)}"
+            ) from None
+        if batch is None:
+            raise self._failure(worker, _describe_exit(worker))
+        if isinstance(batch, str):
+            raise self._failure(worker, f"failed at step {step + 1}: {batch}")
+        return batch
+
+    def _failure(self, worker: Process, what: str) -> DataWorkerError:
+        self._end_workers()  # here too: a process that fails may exit without deleting this object
+        return DataWorkerError(f"the data worker (pid {worker.pid}) {what}")
+
+    def _end_workers(self) -> None:
+        self._closed.set()
+        for worker in self._workers:
+            worker.kill()
+        for worker in self._workers:
+            worker.join(_EXIT_SECONDS)
+
+    def __del__(self) -> None:
+        self._end_workers()
+
+
+def _make_batches(batches: Batches, span: tuple[int, int | None, int], writer: Connection, reader: Connection) -> None:
+    """Runs in a worker. Sends the batches of its steps; or the last line and traceback of an error, which ends it."""
+    reader.close()  # else a worker would not notice that its rank has died
+    _defer_signals()
+    torch.set_num_threads(1)
+    with contextlib.suppress(BrokenPipeError):
+        for step in _steps(*span):
+            try:
+                packed = pack_batch(batches[step])
+            except Exception as error:
+                writer.send(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
+                return
+            writer.send((packed.data.numpy(), packed.fields, packed.batch))
+
+
+def _read_batches(
+    pipes: Sequence[Connection],
+    ready: "queue.Queue[RankBatch | str | None]",
+    closed: threading.Event,
+    device: int | None,
+) -> None:
+    """Runs in a thread of the rank. Puts None where a worker has closed its pipe: it is done, or has died."""
+    if device is not None:
+        torch.cuda.set_device(device)
+    for pipe in itertools.cycle(pipes):
+        try:
+            received = pipe.recv()
+        except (EOFError, OSError):
+            received = None
+        if isinstance(received, tuple):
+            data, fields, batch = received
+            tensor = torch.from_numpy(data)
+            received = unpack_batch(PackedRankBatch(tensor if device is None else tensor.pin_memory(), fields, batch))
+        while not closed.is_set():
+            with contextlib.suppress(queue.Full):
+                ready.put(received, timeout=1.0)
+                break
+        if closed.is_set() or not isinstance(received, RankBatch):
+            break
+    for pipe in pipes:
+        pipe.close()
+
+
+def _describe_exit(worker: Process) -> str:
+    """How a worker died whose pipe is closed."""
+    worker.join(_EXIT_SECONDS)
+    code = worker.exitcode
+    if code == -signal.SIGKILL:
+        return "was killed (SIGKILL), perhaps because the memory ran out"
+    if code is not None and code < 0:
+        return f"was killed by {signal.Signals(-code).name}"
+    return f"exited with code {code}"
+
+
+def _describe_state(worker: Process) -> str:
+    try:
+        state = Path(f"/proc/{worker.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return "its state is unknown"
+    return _STATES.get(state, f"it is still busy (process state {state})")
 
 
 def raise_limit_of_open_files() -> None:
-    """Raise the soft limit, often 1024, to the hard limit: shared tensors and connections take file descriptors."""
+    """Raise the soft limit, often 1024, to the hard limit: corpora and connections take file descriptors."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):  # some systems allow less than their hard limit says
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-@dataclass(frozen=True)
-class _Steps:
-    """A DataLoader sampler that yields the step numbers."""
-
-    first: int
-    last: int | None
-
-    def __iter__(self) -> Iterator[int]:
-        step = self.first
-        while self.last is None or step < self.last:
-            yield step
-            step += 1
-
-
-def _defer_sigterm(_worker: int) -> None:
+def _defer_signals() -> None:
     """A launcher that stops a run signals the whole process tree, but the rank needs batches to finish its step."""
+    signal.set_wakeup_fd(-1)  # the rank's own, which would take the signal for one to the rank
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _exit_after_grace)
 

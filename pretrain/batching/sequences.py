@@ -51,25 +51,33 @@ def split_documents(document_lengths: NDArray[np.int64], capacity: int) -> NDArr
 def open_index(corpus: Corpus, capacity: int, fallback: Path) -> SequenceIndex:
     """The index of `corpus` split into sequences of at most `capacity` text tokens; built and saved on first use.
 
-    Saved in the corpus folder, or in `fallback` if that is read-only; a damaged one is built again. Safe to call from
-    several processes.
+    Saved in the corpus folder, or in `fallback` if that is read-only or its disk full; a damaged one is built again.
+    Safe to call from several processes.
     """
     name = f"sequences-{capacity}-{corpus.fingerprint[:16]}.npy"
     folder = corpus.path / "index"
     index, _ = _read(folder / name, capacity, corpus.tokens)
+    if index is not None:
+        return index
+    if os.access(folder if folder.exists() else corpus.path, os.W_OK):
+        try:
+            return _read_or_build(corpus, capacity, folder / name)
+        except OSError as error:
+            log.warning("cannot save the sequence index in %s, saving it in %s: %s", folder, fallback, error.strerror)
+    return _read_or_build(corpus, capacity, fallback / name)
+
+
+def _read_or_build(corpus: Corpus, capacity: int, path: Path) -> SequenceIndex:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        index, problem = _read(path, capacity, corpus.tokens)
+        if index is None:
+            if problem:
+                log.warning("%s is damaged (%s) and is built again", path, problem)
+            _build(corpus, capacity, path)
+            index, problem = _read(path, capacity, corpus.tokens)
     if index is None:
-        if not os.access(folder if folder.exists() else corpus.path, os.W_OK):
-            folder = fallback
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / f".{name}.lock"):
-            index, problem = _read(folder / name, capacity, corpus.tokens)
-            if index is None:
-                if problem:
-                    log.warning("%s is damaged (%s) and is built again", folder / name, problem)
-                _build(corpus, capacity, folder / name)
-                index, problem = _read(folder / name, capacity, corpus.tokens)
-    if index is None:
-        raise RuntimeError(f"{folder / name} cannot be read right after it was written: {problem}")
+        raise RuntimeError(f"{path} cannot be read right after it was written: {problem}")
     return index
 
 
@@ -99,19 +107,23 @@ def _find_damage(starts: NDArray[np.int64], capacity: int, tokens: int) -> str:
 
 
 def _build(corpus: Corpus, capacity: int, path: Path) -> None:
+    """Write the index file. Not through a memory map: on a full disk, that would kill the process with SIGBUS."""
     count = sum(int((-(-lengths // capacity)).sum()) for lengths in corpus.document_lengths())
+    header = {"descr": "<i8", "fortran_order": False, "shape": (count + 1,)}
     with atomic_write(path) as temporary:
-        starts = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.int64, shape=(count + 1,))
-        starts[0], filled = 0, 0
-        for document_lengths in corpus.document_lengths():
-            lengths = split_documents(document_lengths.astype(np.int64), capacity)
-            starts[filled + 1 : filled + 1 + len(lengths)] = starts[filled] + np.cumsum(lengths)
-            filled += len(lengths)
-        if filled != count or starts[-1] != corpus.tokens:
+        with temporary.open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            file.write(np.int64(0).tobytes())
+            filled, end = 0, 0
+            for document_lengths in corpus.document_lengths():
+                lengths = split_documents(document_lengths.astype(np.int64), capacity)
+                starts = end + np.cumsum(lengths)
+                file.write(starts.astype("<i8").data)
+                filled, end = filled + len(lengths), int(starts[-1])
+        if filled != count or end != corpus.tokens:
             raise RuntimeError(
-                f"{corpus.path}: {int(starts[-1])} tokens were split into sequences, but the corpus has {corpus.tokens}"
+                f"{corpus.path}: {end} tokens were split into sequences, but the corpus has {corpus.tokens}"
             )
-        starts.flush()
     log.info(
         "%s: %d tokens split into %d sequences of at most %d text tokens", corpus.name, corpus.tokens, count, capacity
     )

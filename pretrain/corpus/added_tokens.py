@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
+from experiment.disk_errors import disk_errors_as
 from experiment.errors import UserError
 from experiment.tokenizer import load_tokenizer, save_tokenizer, vocabulary_size
 from pretrain.corpus.train_tokenizer import check_output_folder
@@ -40,7 +41,10 @@ def extend_tokenizer(extend: Path, added: Path, output: Path) -> None:
         state["model"]["vocab"] |= {token: new_ids[token] for token in entries}
     state["added_tokens"] += [_added_token(token, new_ids[token], state) for token in added_tokens]
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as temporary:
+    with (
+        disk_errors_as(UserError, f"--output {output}: "),
+        tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as temporary,
+    ):
         partial = Path(temporary) / "tokenizer"
         save_tokenizer(old, partial)
         Tokenizer.from_str(json.dumps(state)).save(str(partial / "tokenizer.json"))

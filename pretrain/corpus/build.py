@@ -9,13 +9,13 @@ A killed build can be resumed: it reads the text again, but does not tokenize wh
 corpus depend on the documents, the tokenizer and the sampling only, not on workers, time, paths or interruptions.
 """
 
-import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from experiment.disk_errors import disk_errors_as
 from experiment.errors import UserError
 from experiment.tokenizer import save_tokenizer, vocabulary_size
 from pretrain.corpus.build_plan import BuildPlan, plan_build
@@ -34,7 +34,8 @@ def build_corpus(options: CorpusOptions) -> Manifest:
     killed. Finished shards are kept, and the same call resumes from them.
     """
     plan = plan_build(options)
-    with _explain_disk_errors(plan.folder), _build_lock(plan.folder):
+    advice = "; the same command resumes from the finished shards"
+    with disk_errors_as(UserError, f"--output {plan.folder}: ", advice), _build_lock(plan.folder):
         manifests = _check_existing(plan) if _holds_corpus(plan.folder) else _build(plan)
     for part, manifest in manifests.items():
         print(summary(plan.folder_of(part), manifest))
@@ -143,18 +144,3 @@ def _build_lock(folder: Path) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)  # while it is held: whoever opens it later gets a new file, and finds the corpus
         lock.release()
-
-
-@contextmanager
-def _explain_disk_errors(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"--output {folder}: the disk is full ({error.strerror}); free some space and run the same command "
-                "again to resume from the finished shards"
-            ) from None
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG):
-            raise UserError(f"--output {folder}: cannot write there: {error.strerror}") from None
-        raise

@@ -61,6 +61,9 @@ class BuildPlan:
 
 def plan_build(options: CorpusOptions) -> BuildPlan:
     """Find the sources and open the tokenizer. Raises UserError if either cannot be used; reads no text."""
+    assert options.source is not None
+    assert options.tokenizer is not None
+    assert options.output is not None
     sources = find_sources(options.source)
     tokenizer = load_tokenizer(options.tokenizer)
     spec = tokenizer_spec(tokenizer, options.segmenter)

@@ -2,7 +2,7 @@
 
 import tarfile
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -11,7 +11,7 @@ from experiment.errors import UserError
 from pretrain.corpus.compression import decompress, explain_read_errors
 from pretrain.corpus.formats import Document, ReadStats, cell_document, parse_documents
 from pretrain.corpus.options import TextOptions
-from pretrain.corpus.sources import PYTHON_DOCS, Source, is_selected
+from pretrain.corpus.sources import PYTHON_DOCS, Source, is_selected, is_skipped, report_skipped
 
 
 def read_documents(sources: Iterable[Source], options: TextOptions, stats: ReadStats) -> Iterator[Document]:
@@ -47,18 +47,25 @@ def _read_source(source: Source, options: TextOptions, stats: ReadStats) -> Iter
 
 def _read_archive(file: IO[bytes], source: Source, options: TextOptions, stats: ReadStats) -> Iterator[Document]:
     members = _zip_members if source.name.lower().endswith(".zip") else _tar_members
-    found = False
-    for name, member in members(file, source):
+    found, skipped = False, list[str]()
+
+    def is_wanted(name: str) -> bool:
+        if is_skipped(name, source.selection):
+            skipped.append(name)
+        return is_selected(name, source.selection)
+
+    for name, member in members(file, source, is_wanted):
         found = True
         yield from parse_documents(member, name, f"{source.name}::{name}", options, stats)
     if not found:
         raise UserError(f"{source.name}: no member matches '{source.selection}'")
+    report_skipped(source.name, skipped)
 
 
-def _zip_members(file: IO[bytes], source: Source) -> Iterator[tuple[str, IO[bytes]]]:
+def _zip_members(file: IO[bytes], source: Source, is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, IO[bytes]]]:
     with zipfile.ZipFile(file) as archive:
         for info in archive.infolist():
-            if not info.is_dir() and is_selected(info.filename, source.selection):
+            if not info.is_dir() and is_wanted(info.filename):
                 try:
                     member = archive.open(info)
                 except (RuntimeError, NotImplementedError) as error:  # password, or unknown compression method
@@ -67,12 +74,12 @@ def _zip_members(file: IO[bytes], source: Source) -> Iterator[tuple[str, IO[byte
                     yield info.filename, member
 
 
-def _tar_members(file: IO[bytes], source: Source) -> Iterator[tuple[str, IO[bytes]]]:
+def _tar_members(file: IO[bytes], source: Source, is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, IO[bytes]]]:
     compression = {"gz": "gz", "tgz": "gz", "zst": "zst"}.get(source.name.lower().rsplit(".", 1)[-1], "")
     # "r|" streams: each member is read when it is reached, without seeking.
     with tarfile.open(fileobj=decompress(file, compression), mode="r|") as archive:
         for info in archive:
-            if info.isfile() and is_selected(info.name, source.selection):
+            if info.isfile() and is_wanted(info.name):
                 member = archive.extractfile(info)
                 assert member is not None
                 yield info.name, member

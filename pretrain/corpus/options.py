@@ -107,14 +107,16 @@ class TokenizerOptions(TextOptions):
 
 
 class CorpusOptions(TextOptions):
-    source: Annotated[SourceName, Metavar("PATH[,PATH…]")]
+    """Either `source`, `tokenizer` and `output` (build a corpus), or `verify`."""
+
+    source: Annotated[SourceName | None, Metavar("PATH[,PATH…]")] = None
     """Files, folders and globs of .txt, .jsonl, .csv, .tsv or .parquet, plain or compressed (.gz, .zst); members of
     an archive as a.zip::*.txt; hub:NAME[:SPLIT]; or python-docs."""
 
-    tokenizer: Annotated[PathName, Metavar("DIR")]
+    tokenizer: Annotated[PathName | None, Metavar("DIR")] = None
     """Hugging Face tokenizer folder, or a folder with just a vocab.txt."""
 
-    output: Annotated[PathName, Metavar("DIR")]
+    output: Annotated[PathName | None, Metavar("DIR")] = None
     """Corpus folder to write."""
 
     workers: PositiveInt | None = None
@@ -131,3 +133,15 @@ class CorpusOptions(TextOptions):
 
     segmenter: Literal["jieba"] | None = None
     """Find the words of Chinese text for whole-word and span masking; needs `pip install jieba`."""
+
+    verify: Annotated[str | None, Metavar("DIR[,DIR…]")] = None
+    """Instead of building: corpus folders to compare with their checksums."""
+
+    @model_validator(mode="after")
+    def _build_or_verify(self) -> Self:
+        given = self.model_fields_set
+        if self.verify is None and not {"source", "tokenizer", "output"} <= given:
+            raise ValueError("expected --source, --tokenizer and --output to build a corpus, or --verify to check some")
+        if self.verify is not None and given != {"verify"}:
+            raise ValueError("--verify builds nothing; expected no other flag")
+        return self

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from experiment.errors import UserError
 from experiment.files import sha256
-from pretrain.corpus.manifest import TOKENIZER, Manifest, read_manifest
+from pretrain.corpus.manifest import TOKENIZER, Manifest, Shard, read_manifest
 from pretrain.corpus.shards import MappedShard, map_shard, row_lengths
 from pretrain.corpus.words import BoolArray
 
@@ -97,11 +97,25 @@ class Corpus:
         mapped = [self._mapped_shards[shard] for shard in shards.tolist()]
         return zip(mapped, begins.tolist(), ends.tolist(), strict=True)
 
+    def find_damage(self, shard: Shard) -> str | None:
+        """Compare a shard with its checksum, and its token ids with the vocabulary. Returns what is wrong, or None."""
+        path, advice = self.path / shard.file, "restore it from a copy, or build the corpus again"
+        try:
+            found = sha256(path)
+        except OSError as error:
+            return f"{path} cannot be read: {error.strerror}; {advice}"
+        if found != shard.sha256:
+            return f"{path} is damaged: its SHA-256 is {found}, expected {shard.sha256}; {advice}"
+        largest, size = int(map_shard(path).ids.max()), self.manifest.vocabulary_size
+        if largest >= size:
+            return f"{path} has a token with id {largest}, expected less than {size}; build the corpus again"
+        return None
+
     def verify(self) -> None:
-        """Compare every shard with its checksum. Raises UserError naming the first damaged one."""
+        """Check all shards, see `find_damage`. Raises UserError for the first damaged one."""
         for shard in self.manifest.shards:
-            if sha256(self.path / shard.file) != shard.sha256:
-                raise UserError(f"{self.path / shard.file} is damaged: its SHA-256 differs from the manifest")
+            if damage := self.find_damage(shard):
+                raise UserError(damage)
 
     @cached_property
     def _shard_starts(self) -> npt.NDArray[np.int64]:
@@ -119,7 +133,7 @@ class Corpus:
 def open_corpus(path: Path | str) -> Corpus:
     """Open a corpus folder. Raises UserError if it is not a finished corpus, or if a shard is missing or truncated.
 
-    Compares file sizes with the manifest, which takes time per shard, not per token. `Corpus.verify` checks contents.
+    Compares file sizes with the manifest, which takes time per shard, not per token. See `Corpus.verify` too.
     """
     folder = Path(path).absolute()
     manifest = read_manifest(folder)

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from experiment.errors import UserError
-from experiment.files import fsync, sha256, write_json
+from experiment.files import atomic_write, fsync, sha256, write_json
 from pretrain.corpus.manifest import Manifest, Recipe, Shard, percentiles, write_manifest
 from pretrain.corpus.tokenization import Counts, EncodedBatch, TokenIds
 from pretrain.corpus.words import BoolArray
@@ -267,9 +267,12 @@ def write_shard(path: Path, ids: TokenIds, lengths: Counts, word_starts: BoolArr
     if word_starts is not None:
         columns["word_starts"] = pa.ListArray.from_arrays(offsets, pa.array(word_starts))
     batch = pa.record_batch(columns)
-    with path.open("wb") as file, pa.ipc.new_stream(file, batch.schema) as writer:
+    with (
+        atomic_write(path) as temporary,
+        temporary.open("wb") as file,
+        pa.ipc.new_stream(file, batch.schema) as writer,
+    ):
         writer.write_batch(batch)
-    fsync(path)
 
 
 def map_shard(path: Path) -> MappedShard:

@@ -6,6 +6,7 @@ Order: sources as given; within a folder or glob, files by name; within an archi
 import fnmatch
 import glob
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,17 +93,12 @@ def _from_folder(folder: Path) -> list[Source]:
             f"--source {folder}: the folder has no .txt, .jsonl, .csv, .tsv or .parquet files; "
             "name other text files one by one or with a glob"
         )
-    if len(known) < len(files):
-        example = min(path.as_posix() for path in set(files) - set(known))
-        print(
-            f"{folder}: {len(files) - len(known)} files of other formats are skipped, such as {example}",
-            file=sys.stderr,
-        )
+    report_skipped(folder, [path.as_posix() for path in set(files) - set(known)])
     return [_from_file(path) for path in known]
 
 
 def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+    return any(part.startswith(".") and part != ".." for part in path.parts)
 
 
 def _from_file(path: Path) -> Source:
@@ -120,7 +116,25 @@ def _from_archive(path: Path, members: str) -> Source:
 
 
 def is_selected(name: str, pattern: str) -> bool:
-    """Match an archive member. `*` matches `/` too; alone, it skips hidden files and unknown formats."""
+    """Match an archive member. `*` matches `/` too; alone, it skips hidden files and unknown formats.
+
+    A name may be absolute or contain `..`: members are read where they are, and never unpacked to that path.
+    """
     if pattern == "*":
-        return detect_format(name)[0] is not None and not _is_hidden(Path(name)) and not name.startswith("__MACOSX/")
+        return detect_format(name)[0] is not None and not _is_hidden_member(name)
     return fnmatch.fnmatchcase(name, pattern)
+
+
+def is_skipped(name: str, pattern: str) -> bool:
+    """Whether a member that is not selected should be reported: nobody has asked to leave it out."""
+    return pattern == "*" and not is_selected(name, pattern) and not _is_hidden_member(name)
+
+
+def _is_hidden_member(name: str) -> bool:
+    return _is_hidden(Path(name)) or name.startswith("__MACOSX/")
+
+
+def report_skipped(where: Path | str, names: Sequence[str]) -> None:
+    """Say how many files or members of other formats are left out."""
+    if names:
+        print(f"{where}: {len(names)} files of other formats are skipped, such as {min(names)}", file=sys.stderr)

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from experiment.disk_errors import disk_errors_as
 from experiment.errors import UserError
+from experiment.files import removed_on_error
 from experiment.tokenizer import BERT_TOKENS, ROBERTA_TOKENS, save_tokenizer
 from pretrain.corpus.documents import read_documents
 from pretrain.corpus.formats import ReadStats
@@ -47,7 +49,7 @@ def train_tokenizer(options: TokenizerOptions) -> None:
 
     `kind` is `wordpiece`, as in BERT, with [PAD] [UNK] [CLS] [SEP] [MASK], or `bpe`, byte-level as in RoBERTa, with <s>
     <pad> </s> <unk> <mask>. Raises UserError for a vocabulary that is too small, an empty source, and an output folder
-    that is not empty.
+    that is not empty or cannot be written.
     """
     assert options.source is not None
     assert options.vocab_size is not None
@@ -60,8 +62,9 @@ def train_tokenizer(options: TokenizerOptions) -> None:
     tokenizer = _wrap(model, options.kind)
     partial = options.output.with_name(options.output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    save_tokenizer(tokenizer, partial)
-    partial.replace(options.output)
+    with disk_errors_as(UserError, f"--output {options.output}: "), removed_on_error(partial):
+        save_tokenizer(tokenizer, partial)
+        partial.replace(options.output)
     print(
         f"{options.output}: {options.kind} tokenizer of {len(tokenizer):,} tokens, "
         f"trained on {text.documents:,} documents"

@@ -1,19 +1,36 @@
 """Join and leave the process group of a run."""
 
+import contextlib
 import datetime
+import errno
+import logging
 import os
+import socket
+from collections.abc import Callable
 
 import deepspeed
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from pretrain.deadline import deadline
 from pretrain.world import World
 
+log = logging.getLogger(__name__)
 
-def connect(timeout: datetime.timedelta, rank: int | None = None, world_size: int | None = None) -> World:
+
+class LostRankError(Exception):
+    """Another rank did not connect in time."""
+
+
+def connect(timeout: datetime.timedelta, on_timeout: Callable[[str], object]) -> World:
     """Join the process group described by the environment (MASTER_ADDR, RANK, WORLD_SIZE …).
 
-    `timeout`: of every collective.
+    Args:
+        timeout: of every collective, and of each of the two parts of connecting: to rank 0, then to all ranks.
+        on_timeout: called with a message, in a thread, if a rank is lost in the second part, where torch may wait for
+            it forever; ends the process.
+
+    Raises LostRankError if a rank is missing in the first part.
     """
     # The first init on a CPU compiles a shared-memory kernel for inference, which training never uses and which fails
     # without a compiler. An empty table of compatible ops skips it.
@@ -27,17 +44,66 @@ def connect(timeout: datetime.timedelta, rank: int | None = None, world_size: in
     ):
         os.environ.setdefault(name, default)
     os.environ.setdefault("MASTER_PORT", "29500")
-    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(
-        dist_backend=get_accelerator().communication_backend_name(),
-        auto_mpi_discovery=False,
-        timeout=timeout,
-        rank=-1 if rank is None else rank,
-        world_size=-1 if world_size is None else world_size,
-        verbose=False,
-    )
-    return World(dist.get_rank(), dist.get_world_size())
+    accelerator, local_rank = get_accelerator(), int(os.environ["LOCAL_RANK"])
+    accelerator.set_device(local_rank)
+    world = World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), local_rank)
+    store = _meet(world, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout)
+    backend = accelerator.communication_backend_name()
+    message = f"the ranks did not connect to each other within {timeout.total_seconds():.0f} s ({backend})"
+    with deadline(timeout, lambda: on_timeout(message)):
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=world.rank,
+            world_size=world.size,
+            timeout=timeout,
+            # As DeepSpeed does.
+            device_id=accelerator.device(local_rank) if backend == "nccl" and world.size > 1 else None,
+        )
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)  # uses the group
+    return world
 
 
 def disconnect() -> None:
     deepspeed.comm.destroy_process_group()
+
+
+def _meet(world: World, address: str, port: int, timeout: datetime.timedelta) -> dist.Store:
+    """The store of the process group, when all ranks have connected to it."""
+    # torchrun serves the store itself.
+    serves = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    store = dist.TCPStore(
+        address,
+        port,
+        world.size,
+        is_master=serves,
+        timeout=timeout,
+        wait_for_workers=False,
+        master_listen_fd=_listen(address, port) if serves else None,
+    )
+    keys = [f"connected/{rank}" for rank in range(world.size)]
+    store.set(keys[world.rank], "")
+    try:
+        store.wait(keys, timeout)
+    except dist.DistStoreError:
+        missing = [str(rank) for rank, key in enumerate(keys) if not store.check([key])]
+        raise LostRankError(
+            f"not connected to {address}:{port} within {timeout.total_seconds():.0f} s: rank {', '.join(missing)}"
+        ) from None
+    return store
+
+
+def _listen(address: str, port: int) -> int:
+    """The file descriptor of a socket that listens on this address only, not on all networks of the machine."""
+    family, kind, protocol, _, resolved = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+    with contextlib.closing(socket.socket(family, kind, protocol)) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(resolved)
+        except OSError as error:
+            if error.errno != errno.EADDRNOTAVAIL:
+                raise
+            log.warning("%s is not an address of this machine: listening on all of them", address)
+            listener.bind(("", port))
+        listener.listen(socket.SOMAXCONN)
+        return listener.detach()

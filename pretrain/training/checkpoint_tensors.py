@@ -14,7 +14,7 @@ collective on tensors.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,7 +25,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from experiment.checkpoints import checkpoint_path, mark_complete, read_state, write_best
+from experiment.checkpoints import checkpoint_path, checkpoint_step, mark_complete, read_state, write_best
+from experiment.disk_errors import describe_disk_error
 from experiment.errors import UserError
 from experiment.files import fsync, write_json
 from experiment.retention import Retention, apply_retention, discard
@@ -48,9 +49,23 @@ def save_checkpoint(
     engine: Engine, checkpoints: Path, step: int, state: dict[str, Any], write_model: WriteModel, keep: Retention
 ) -> Path:
     """Write the checkpoint of `step` and delete old ones. Collective; raises UnwritableError on all ranks if one
-    cannot write."""
+    cannot write, and then leaves nothing of it behind: the disk may be full."""
     final = checkpoint_path(checkpoints, step)
     partial = checkpoints / f".{final.name}.partial"
+    try:
+        _write_partial(engine, partial, state | {"step": step}, write_model)
+        with _AllRanksOrNone(engine.world):
+            if engine.world.rank == 0:
+                _publish(partial, final, keep)
+    except UnwritableError:
+        if engine.world.rank == 0 and partial.exists():
+            discard(partial)
+        raise
+    return final
+
+
+def _write_partial(engine: Engine, partial: Path, state: dict[str, Any], write_model: WriteModel) -> None:
+    """Write a complete checkpoint under its temporary name."""
     is_rank0 = engine.world.rank == 0
     with _AllRanksOrNone(engine.world):
         if is_rank0:
@@ -69,17 +84,19 @@ def save_checkpoint(
             write_model(reader.read_all(MASTER), partial / "hf")
             if engine.ema is not None:
                 write_model(reader.read_all(AVERAGE), partial / "hf-ema")
-            state = state | {"step": step, "loss_scaler": engine.loss_scaler_state()}
-            write_json(partial / "state.json", state, indent=1)
+            write_json(partial / "state.json", state | {"loss_scaler": engine.loss_scaler_state()}, indent=1)
             mark_complete(partial)
-            if final.exists():  # incomplete or damaged: a good one is never written again
-                discard(final)
-            partial.rename(final)
-            fsync(checkpoints)
-            if keep.best is not None:
-                write_best(checkpoints, keep.best)  # before the previous best may be deleted
-            apply_retention(checkpoints, keep, newest=step)
-    return final
+
+
+def _publish(partial: Path, final: Path, keep: Retention) -> None:
+    """Give a complete checkpoint its name, and delete those that need not be kept."""
+    if final.exists():  # incomplete or damaged: a good one is never written again
+        discard(final)
+    partial.rename(final)
+    fsync(final.parent)
+    if keep.best is not None:
+        write_best(final.parent, keep.best)  # before the previous best may be deleted
+    apply_retention(final.parent, keep, newest=checkpoint_step(final))
 
 
 def load_checkpoint(engine: Engine, checkpoint: Path, load_optimizer_state: bool = True) -> None:
@@ -215,9 +232,15 @@ class _AllRanksOrNone:
         # safetensors and tokenizers, written in Rust, do not raise OSError when they cannot write.
         if error is not None and not isinstance(error, OSError) and "(os error " not in str(error):
             return False
-        errors: list[str | None] = [None] * self._world.size
-        dist.all_gather_object(errors, str(error) if error else None)
-        problems = {f"rank {rank}: {problem}" for rank, problem in enumerate(errors) if problem}
-        if problems:
-            raise UnwritableError("; ".join(sorted(problems))) from error
+        problems: list[str | None] = [None] * self._world.size
+        dist.all_gather_object(problems, error and (describe_disk_error(error) or str(error)))
+        if any(problems):
+            raise UnwritableError(_join(problems)) from error
         return True
+
+
+def _join(problems: Sequence[str | None]) -> str:
+    """The problems of the ranks in one line; one that all of them have, once."""
+    if len(set(problems)) == 1:
+        return str(problems[0])
+    return "; ".join(f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem)

@@ -42,11 +42,11 @@ class Checkpointer:
         engine: Engine,
         model: PreTrainedModel,
         hosts: HostGroup,
-        provenance: Mapping[str, Any] | None,
+        provenance: Mapping[str, Any],
     ) -> None:
         """Args:
         model: whose config and buffers go to the Hugging Face folder.
-        provenance: of the run; None on other ranks than 0.
+        provenance: of the run.
         """
         self._run = run
         self._engine = engine
@@ -95,5 +95,4 @@ class Checkpointer:
     def _write_model(self, weights: dict[str, Tensor], folder: Path, step: int) -> None:
         own = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
         write_hugging_face_folder(own, self._model, self._run.tokenizer, folder)
-        assert self._provenance is not None, "rank 0 writes models"
         write_origin(folder, self._run.folder, self._provenance, step)

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from experiment.disk_errors import disk_errors_as
 from experiment.errors import UserError
 
 T = TypeVar("T")
@@ -39,13 +40,15 @@ class HostGroup:
         return [of_rank.tolist() for of_rank in gathered]
 
     def call(self, function: Callable[[], T]) -> T:
-        """Call `function` on every rank and return its result. A UserError on any rank is an AgreedError on all.
+        """Call `function` on every rank and return its result. A UserError, or an error of the disk, on any rank is an
+        AgreedError on all.
 
         `function` may call `from_rank0`, the same number of times on each rank, but no other collective: there the
         other ranks learn of a rank that has failed.
         """
         try:
-            result = function()
+            with disk_errors_as(UserError):
+                result = function()
         except AgreedError:
             raise
         except UserError as error:
@@ -55,12 +58,13 @@ class HostGroup:
         return result
 
     def from_rank0(self, function: Callable[[], T]) -> T:
-        """Call `function` on rank 0 and return its result on all ranks. A UserError is raised on all of them."""
+        """Call `function` on rank 0 and return its result on all ranks. Errors are raised on all as by `call`."""
         self._raise_any(None)
         box: list[Any] = [None, None]
         if dist.get_rank() == 0:
             try:
-                box[0] = function()
+                with disk_errors_as(UserError):
+                    box[0] = function()
             except UserError as error:
                 box[1] = str(error)
         dist.broadcast_object_list(box, src=0, group=self._group)

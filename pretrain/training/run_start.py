@@ -21,14 +21,21 @@ def record_start(run: ResolvedRun, world_size: int) -> Mapping[str, Any]:
     return provenance
 
 
-def open_run_tracker(run: ResolvedRun, provenance: Mapping[str, Any], step: int, total_steps: int | None) -> Tracker:
-    """`step`: finished steps when this attempt starts. `total_steps`: None under a time budget."""
+def open_run_tracker(
+    run: ResolvedRun, provenance: Mapping[str, Any], step: int, total_steps: int | None, evaluates_first: bool
+) -> Tracker:
+    """Args:
+    step: finished steps when this attempt starts.
+    total_steps: None under a time budget.
+    evaluates_first: whether this attempt starts with the evaluation of `step`.
+    """
     resumed = run.resume_plan.checkpoint is not None and not run.resume_plan.fork
     return open_trackers(
         run.config.tracking,
         run.folder,
         total_steps=total_steps,
         resumed_step=step if resumed else -1,
+        evaluates_again=evaluates_first,
         run_id=provenance["run_id"],
         parameters=run.config.model_dump(mode="json"),
     )

@@ -46,6 +46,11 @@ from pretrain.training_stream import TrainingStream
 log = logging.getLogger(__name__)
 
 
+# Timeout for a batch, as a fraction of `health.hang_seconds`: the rank whose data worker hangs fails before the ranks
+# that wait for it, and names the cause.
+_DATA_TIMEOUT = 0.9
+
+
 class Update(NamedTuple):
     """The result of training on one global batch."""
 
@@ -66,7 +71,7 @@ class Trainer:
         hosts: HostGroup,
         limits: HealthLimits = HEALTH_LIMITS,
     ) -> None:
-        """Loads the checkpoint that the run resumes from, if any, and opens the trackers."""
+        """Loads the checkpoint that the run resumes from, if any, and opens the trackers. Raises AgreedError."""
         config, world = run.config, engine.world
         self._config = config
         self._flops = model.flops
@@ -75,13 +80,14 @@ class Trainer:
         self._hosts = hosts
         self._limits = limits
         self._on_gpu = engine.device.type == "cuda"
-        self._evaluator = open_evaluator(run, model, world)
+        self._evaluator = hosts.call(lambda: open_evaluator(run, model, world))
         self._progress = load_resumed(run.resume_plan, engine)
+        provenance = hosts.from_rank0(lambda: record_start(run, world.size))
         self._tracker: Tracker | None = None
-        provenance = None
         if world.rank == 0:
-            provenance = record_start(run, world.size)
-            self._tracker = open_run_tracker(run, provenance, self._progress.step, stream.steps)
+            self._tracker = open_run_tracker(
+                run, provenance, self._progress.step, stream.steps, self._is_evaluation_missing()
+            )
         self._checkpointer = Checkpointer(run, engine, model.model, hosts, provenance)
         self._recovery = Recovery(config.health, limits)
         self._bad_batches = BadBatchWriter(run.folder, world, stream.corpora, run.tokenizer.decode)
@@ -134,11 +140,13 @@ class Trainer:
         """Start the log interval and the data stream at the current progress."""
         progress = self._progress
         self._interval = LogInterval(progress.interval_losses, progress.interval_masked)
-        self._batches: Iterator[RankBatch] = self._stream.load(progress.step, self._on_gpu)
+        self._batches: Iterator[RankBatch] = self._stream.load(
+            progress.step, self._on_gpu, timeout=_DATA_TIMEOUT * self._config.health.hang_seconds
+        )
 
     def _evaluate_and_save_if_due(self) -> None:
         """Before the next step."""
-        if self._is_evaluation_due() and not self._progress.evaluated:
+        if self._is_evaluation_missing():
             self._evaluate()
         needs_rewind_target = self._checkpointer.saved_step is None and self._config.health.policy == "rewind"
         if needs_rewind_target or self._is_best_step():
@@ -330,6 +338,10 @@ class Trainer:
 
     def _is_evaluation_due(self) -> bool:
         return self._progress.step == 0 or self._is_finished() or self._is_due(self._config.evaluation.every_steps)
+
+    def _is_evaluation_missing(self) -> bool:
+        """A run that is asked to stop saves at once: the evaluation of that step is left to its next attempt."""
+        return self._is_evaluation_due() and not self._progress.evaluated
 
     def _is_save_due(self) -> bool:
         return self._is_finished() or self._is_best_step() or self._is_due(self._config.checkpoint.every_steps)

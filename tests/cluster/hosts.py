@@ -11,16 +11,16 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
+from waiting import LIMIT, wait_until
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 _NAMESPACES = ("--net", "--uts", "--mount", "--pid", "--ipc", "--mount-proc")
 _SSHD = "/usr/sbin/sshd"
-_WAIT_SECONDS = 60.0
 
 
 def missing_requirement() -> str | None:
@@ -46,10 +46,10 @@ class Host:
         self._switch = switch
         self._start(environment)
 
-    def run(self, *argv: str, timeout: float = 300.0, **options: Any) -> subprocess.CompletedProcess[str]:
+    def run(self, *argv: str, **options: Any) -> subprocess.CompletedProcess[str]:
         """Run a command on the host and capture its output."""
         process = self.popen(*argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
-        stdout, stderr = process.communicate(timeout=timeout)
+        stdout, stderr = process.communicate(timeout=LIMIT)
         return subprocess.CompletedProcess(argv, process.returncode, stdout, stderr)
 
     def popen(self, *argv: str, **options: Any) -> subprocess.Popen[str]:
@@ -89,7 +89,7 @@ class Host:
         _ip(self._switch, f"link set {bridge_end} master bridge up")
         for command in ("link set lo up", f"address add {self.address}/24 dev eth0", "link set eth0 up"):
             _ip(self._pid, command)
-        _wait_for(lambda: self._sshd_answers(), f"sshd of {self.name}")
+        wait_until(self._sshd_answers)
 
     def _setup_script(self, environment: Mapping[str, str]) -> str:
         """Shell commands of the host's first process, which becomes its sshd."""
@@ -178,7 +178,7 @@ def _unshare(*namespaces: str, argv: Sequence[str]) -> subprocess.Popen[bytes]:
 
 def _child_of(pid: int) -> int:
     children = Path(f"/proc/{pid}/task/{pid}/children")
-    _wait_for(lambda: bool(children.read_text().split()), f"a child of process {pid}")
+    wait_until(lambda: children.read_text().split())
     return int(children.read_text().split()[0])
 
 
@@ -187,11 +187,3 @@ def _ip(namespace_of: int, command: str, check: bool = True) -> None:
     argv = ["nsenter", f"--target={namespace_of}", "--net", "ip", *command.split()]
     done = subprocess.run(argv, capture_output=True, text=True)
     assert not check or done.returncode == 0, f"ip {command}: {done.stderr}"
-
-
-def _wait_for(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + _WAIT_SECONDS
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"{what}: not there after {_WAIT_SECONDS:.0f} s")
-        time.sleep(0.02)

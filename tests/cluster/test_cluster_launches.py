@@ -9,8 +9,6 @@ import yaml
 from hosts import Cluster, Host
 from runs import logged, run_config
 
-pytestmark = pytest.mark.timeout(900)  # three launches of several ranks each
-
 DEEPCLOZE = (sys.executable, "-m", "launcher", "pretrain")
 
 

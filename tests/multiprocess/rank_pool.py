@@ -25,8 +25,10 @@ from multiprocessing.connection import Client, Connection, Listener, wait
 from pathlib import Path
 from typing import Any, NoReturn
 
-COLLECTIVE_SECONDS = 25  # timeout of collectives
-CASE_SECONDS = 100
+from waiting import LIMIT
+
+COLLECTIVE_SECONDS = 300  # timeout of collectives
+REPORT_SECONDS = 5  # for the other ranks to report after one has failed
 
 
 class RankError(Exception):
@@ -70,7 +72,7 @@ class RankPool:
         results: list[Any] = [None] * self.size
         failures: dict[int, str] = {}
         waiting = dict(zip(self._connections, range(self.size), strict=True))
-        deadline = time.monotonic() + CASE_SECONDS
+        deadline = time.monotonic() + LIMIT
         while waiting and time.monotonic() < deadline:
             for connection in wait(list(waiting), timeout=1.0):
                 assert isinstance(connection, Connection)
@@ -82,7 +84,7 @@ class RankPool:
                 if failure:
                     failures[rank] = failure
                     # The others may be waiting for this one: give them a little time to report.
-                    deadline = min(deadline, time.monotonic() + COLLECTIVE_SECONDS / 5)
+                    deadline = min(deadline, time.monotonic() + REPORT_SECONDS)
         failures |= dict.fromkeys(waiting.values(), "timed out")
         if failures:
             self.kill()
@@ -161,7 +163,7 @@ def _rank_main(rank: int, size: int, address: str, port: int) -> NoReturn:
         connection.send(rank)
         from pretrain.engine.process_group import connect
 
-        world = connect(timedelta(seconds=COLLECTIVE_SECONDS), rank, size)
+        world = connect(timedelta(seconds=COLLECTIVE_SECONDS), _give_up)
         while True:
             case, args = connection.recv()
             try:
@@ -174,3 +176,8 @@ def _rank_main(rank: int, size: int, address: str, port: int) -> NoReturn:
     except BaseException:
         traceback.print_exc()
         os._exit(1)
+
+
+def _give_up(message: str) -> NoReturn:
+    print(message, flush=True)
+    os._exit(1)

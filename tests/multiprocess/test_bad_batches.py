@@ -4,66 +4,18 @@ import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
-import torch
 
 from experiment.checkpoints import complete_checkpoints
 from experiment.run_folder import RunFolder
-from fp16 import fp16_supported
+from poison import Poison, poisoned_case
 from pretrain.world import World
 from rank_pool import RankPool
-from runs import assert_same_run, logged, pretrain_case, run_config, sampled, saved_progress, soak
+from runs import assert_same_run, logged, run_config, sampled, saved_progress, soak
 
 NAN, INF = float("nan"), float("inf")
-
-
-class Poison(NamedTuple):
-    """What is done to the loss of a step on one rank."""
-
-    factor: float = 1.0  # applied to the loss, or to its gradient only
-    in_loss: bool = True
-    added: float = 0.0  # to the loss, without an effect on its gradient
-
-
-def poisoned_case(
-    world: World, tree: Mapping[str, Any], poisons: Mapping[int, Poison], stop_after: int | None = None
-) -> str:
-    """A run whose last rank is poisoned in certain steps. Returns the outcome, or the message of UnhealthyError.
-
-    A gradient can be a spike from the fourth step on; limits are 4 consecutive bad steps and 3 rewinds.
-    """
-    import pretrain.run
-    from pretrain.engine.engine import Engine
-    from pretrain.modeling.masked_lm import MaskedLanguageModel
-    from pretrain.training.health import HealthLimits, UnhealthyError
-
-    here: list[Poison] = []
-
-    class Poisoned(MaskedLanguageModel):
-        def forward(self, *microbatch: torch.Tensor) -> Any:
-            found = super().forward(*microbatch)
-            for factor, in_loss, added in here if self.training else []:
-                if in_loss:
-                    found = found._replace(loss_sum=found.loss_sum * factor + added)
-                else:
-                    found.loss_sum.register_hook(lambda gradient, factor=factor: gradient * factor)
-            return found
-
-    def accumulate(self: Engine, microbatch: Any, global_masked: int, step: int, number: int) -> Any:
-        here[:] = [poisons[step + 1]] if step + 1 in poisons and world.rank == world.size - 1 else []
-        return original(self, microbatch, global_masked, step, number)
-
-    with pytest.MonkeyPatch.context() as patch, fp16_supported():
-        original = Engine.accumulate
-        patch.setattr(Engine, "accumulate", accumulate)
-        patch.setattr(pretrain.run, "MaskedLanguageModel", Poisoned)
-        try:
-            return pretrain_case(world, tree, stop_after, HealthLimits(min_norms=3, max_consecutive=4, max_rewinds=3))
-        except UnhealthyError as error:
-            return str(error)
-
 
 POISONS = {
     "loss": Poison(NAN),

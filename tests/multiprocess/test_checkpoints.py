@@ -17,6 +17,7 @@ from experiment.tokenizer import load_tokenizer
 from pretrain.world import World
 from rank_pool import RankPool
 from runs import Tree, build_engine, logged, pretrain_case, run_config, saved_tensors
+from small_disk import SmallDisk
 
 
 class Killed(BaseException):
@@ -135,15 +136,33 @@ def full_disk_case(world: World, tree: Tree, full_on: int, where: str) -> str:
 def test_a_full_disk_stops_all_ranks(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, full_on: int, where: str
 ) -> None:
-    """Catches ranks that wait for the failed one until a timeout, and a partial checkpoint."""
+    """Catches ranks that wait for the failed one until a timeout, and a partial checkpoint that stays."""
     tree = run_config(tmp_path, wordpiece_corpus, "fp32_zero2", schedule__steps=2)
     assert pools[2].run(full_disk_case, tree, full_on, where) == ["stopped", "stopped"]
-    assert complete_checkpoints(tmp_path / "checkpoints") == []
+    assert list((tmp_path / "checkpoints").iterdir()) == []
     log = RunFolder(tmp_path).rank_log(0).read_text(encoding="utf-8")
     assert f"no checkpoint can be written: rank {full_on}: " in log
     assert pools[2].run(pretrain_case, tree) == ["done", "done"]
     assert logged(tmp_path, "step") == [1, 2]
     assert newest_usable(tmp_path / "checkpoints") == checkpoint_path(tmp_path / "checkpoints", 2)
+
+
+@pytest.mark.parametrize("pages", [12, 60])
+def test_a_run_continues_when_a_full_disk_has_room_again(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, small_disk: SmallDisk, pages: int
+) -> None:
+    """Catches a save that damages the checkpoints before it, or leaves something that keeps the disk full."""
+    run = small_disk.path / "run"
+    tree = run_config(run, wordpiece_corpus, checkpoint__every_steps=1)
+    assert pools[2].run(pretrain_case, tree, 2) == ["stopped", "stopped"]
+    small_disk.fill(leave=pages * 4096)
+    assert pools[2].run(pretrain_case, tree) == ["stopped", "stopped"]
+    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step-00000001", "step-00000002"]
+    assert verify(checkpoint_path(run / "checkpoints", 2)) is None
+    small_disk.free()
+    assert pools[2].run(pretrain_case, tree) == ["done", "done"]
+    log = RunFolder(run).rank_log(0).read_text(encoding="utf-8")
+    assert log.count(f"resuming from {checkpoint_path(run / 'checkpoints', 2)}") == 2
 
 
 def test_a_full_disk_while_writing_best_stops_all_ranks(

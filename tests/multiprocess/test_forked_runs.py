@@ -1,10 +1,12 @@
 """Forks: runs that start from the full state of another run."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from experiment.checkpoints import checkpoint_path
 from experiment.provenance import ancestors_of, read_origin
@@ -122,3 +124,24 @@ def test_ancestors_are_recorded(
     last = checkpoint_path(tmp_path / "target" / "checkpoints", 1) / "hf"
     assert read_origin(last) == {"run_id": ids[2], "folder": str(tmp_path / "target"), "step": 1, "ancestors": line}
     assert [ancestor["run_id"] for ancestor in ancestors_of(last, "init_from")] == ids
+
+
+def test_a_fork_resumes_without_its_ancestors(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path
+) -> None:
+    """Catches a fork that needs the folder its parent was initialized from, or, once it has a checkpoint, its parent:
+    the retention of the parent may delete the checkpoint at any time."""
+    base, parent, forked = (tmp_path / name for name in ("base", "parent", "forked"))
+    pools[1].run(pretrain_case, run_config(base, wordpiece_corpus, schedule__steps=1))
+    model = {"model": {"init_from": str(base), "max_positions": 80}}
+    pools[1].run(pretrain_case, run_config(parent, wordpiece_corpus, schedule__steps=2) | model)
+    shutil.rmtree(base)
+    tree = fork(forked, wordpiece_corpus, parent, schedule__steps=5) | model
+    assert set(pools[1].run(pretrain_case, tree, 1)) == {"stopped"}
+    shutil.rmtree(parent)
+    assert set(pools[1].run(pretrain_case, tree, 1)) == {"stopped"}
+    assert set(pools[1].run(pretrain_case, yaml.safe_load(RunFolder(forked).config.read_text()))) == {"done"}
+    assert logged(forked, "step") == [3, 4, 5]
+    assert [ancestor["relation"] for ancestor in provenance(forked)["ancestors"]] == ["init_from", "init_from", "fork"][
+        1:
+    ]

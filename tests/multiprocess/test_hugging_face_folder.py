@@ -68,7 +68,7 @@ def test_transformers_computes_the_logits_of_the_master_weights(folders: list[Pa
     """Catches weights that are rounded, sharded or renamed, tied weights that are lost, and a missing tokenizer."""
     hf = [str(folder / "hf") for folder in folders]
     command = [sys.executable, "-c", _READER, str(tmp_path), *hf]
-    read = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    read = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert read.returncode == 0, read.stderr
     report: Tree = json.loads(read.stdout.splitlines()[-1])
     assert report["ours"] == []

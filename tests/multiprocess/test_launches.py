@@ -3,76 +3,18 @@
 import json
 import os
 import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from experiment.checkpoints import checkpoint_path, complete_checkpoints, newest_usable
 from experiment.run_folder import RunFolder
+from launches import LONG, Start, config_file, wait_for_exit, wait_for_steps
 from pretrain.engine.deepspeed_settings import REPOSITORY
 from rank_pool import RankPool, free_port
 from runs import NO_DROPOUT, TINY, logged, pretrain_case, run_config, saved_tensors
-
-LONG = 5000  # steps: the test stops the run earlier
-
-Start = Callable[..., subprocess.Popen[str]]
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    """Start commands, each in a session of its own, in an empty folder; kill what is left of them afterwards."""
-    processes: list[subprocess.Popen[str]] = []
-
-    def run(*command: str) -> subprocess.Popen[str]:
-        environment = os.environ | {
-            "DS_ACCELERATOR": "cpu",
-            "OMP_NUM_THREADS": "1",
-            "TORCHDYNAMO_DISABLE": "1",
-            "MASTER_PORT": str(free_port()),
-        }
-        process = subprocess.Popen(
-            command,
-            cwd=tmp_path,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        processes.append(process)
-        return process
-
-    yield run
-    for process in processes:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def config_file(tmp_path: Path, corpus: Path, **changes: Any) -> Path:
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(run_config(tmp_path / "run", corpus, **changes)))
-    return path
-
-
-def wait_for_exit(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """The exit code and the output."""
-    output, _ = process.communicate(timeout=400)
-    return process.returncode, output
-
-
-def wait_for_steps(folder: Path, steps: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 400
-    while not RunFolder(folder).metrics.exists() or len(logged(folder)) < steps:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, f"no {steps} steps in 400 s"
-        time.sleep(0.05)
 
 
 def test_a_killed_rank_resumes_and_repeats_no_step(

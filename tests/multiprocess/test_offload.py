@@ -96,7 +96,6 @@ def nvme() -> None:
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(900)
 @pytest.mark.usefixtures("nvme")
 @pytest.mark.parametrize("ds_config", presets("nvme"))
 def test_nvme_offload_changes_nothing(
@@ -125,7 +124,6 @@ def swapping_case(world: World, tree: Tree, swap: Path) -> int:
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(900)
 @pytest.mark.usefixtures("nvme")
 @pytest.mark.parametrize("rule", ["adamw", "lamb", "stableadamw"])
 def test_swap_files_exist_until_the_run_ends(

@@ -1,9 +1,12 @@
 """A rank that cannot start tells the others."""
 
+import dataclasses
 import os
 import platform
+import shutil
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +15,15 @@ import yaml
 
 from experiment.errors import UserError
 from experiment.run_folder import Outcome, RunFolder
+from pretrain.corpus.build import build_corpus
+from pretrain.corpus.options import CorpusOptions
 from pretrain.engine.deepspeed_settings import REPOSITORY
+from pretrain.training.host_group import HostGroup
 from pretrain.world import World
 from rank_pool import RankPool, free_port
 from runs import Tree, pretrain_case, run_config
+from small_disk import SmallDisk
+from waiting import LIMIT
 
 
 def refused_case(world: World, trees: list[Tree]) -> str:
@@ -58,6 +66,23 @@ def test_a_mistake_on_one_rank_is_raised_on_all(
         assert RunFolder(tmp_path / "run").read_outcome() == (Outcome.REFUSED, errors[0])
 
 
+def fp16_case(world: World, tree: Tree, lacking: int) -> str:
+    """Run on devices with fp16, except that of the rank `lacking`."""
+    from deepspeed.accelerator import get_accelerator
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(get_accelerator(), "is_fp16_supported", lambda: world.rank != lacking)
+        return refused_case(world, [tree] * world.size)
+
+
+def test_each_rank_checks_its_own_device(pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path) -> None:
+    """Catches a host without fp16 that leaves the others waiting: the launching machine cannot check its devices."""
+    tree = run_config(tmp_path / "run", wordpiece_corpus, "fp16_zero1")
+    errors = pools[2].run(fp16_case, tree, 1)
+    assert len(set(errors)) == 1
+    assert errors[0].startswith(f"{platform.node()}, rank 1: engine.ds_config: this device (cpu) cannot train in fp16")
+
+
 def test_a_mistake_on_all_ranks_names_no_host(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path
 ) -> None:
@@ -67,6 +92,90 @@ def test_a_mistake_on_all_ranks_names_no_host(
     assert len(set(errors)) == 1
     assert errors[0].startswith("corpus.train: ")
     assert set(pools[3].run(pretrain_case, run_config(tmp_path, wordpiece_corpus), 1)) == {"stopped"}, "out of step"
+
+
+@pytest.mark.parametrize("file", ["config.yaml", "provenance.json"])
+def test_a_file_that_rank_0_cannot_write_is_refused_on_all(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, file: str
+) -> None:
+    """Catches a traceback of rank 0 where it records the start of a run, and the others waiting for it."""
+    (tmp_path / file / "a folder").mkdir(parents=True)
+    errors = pools[2].run(refused_case, [run_config(tmp_path, wordpiece_corpus)] * 2)
+    assert errors == [f"{tmp_path / file}: Is a directory"] * 2
+    assert RunFolder(tmp_path).read_outcome() == (Outcome.REFUSED, errors[0])
+
+
+def test_a_run_on_a_full_disk_is_refused(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, small_disk: SmallDisk
+) -> None:
+    """Catches a traceback, and an error that only one rank knows."""
+    run = RunFolder(small_disk.path / "run")
+    run.logs.mkdir(parents=True)
+    run.reserve_outcome()
+    small_disk.fill()
+    errors = pools[2].run(refused_case, [run_config(run.path, wordpiece_corpus)] * 2)
+    assert errors == [f"{run.provenance}: disk full"] * 2
+    assert run.read_outcome() == (Outcome.REFUSED, errors[0])
+
+
+@pytest.mark.parametrize("role", ["train", "eval"])
+def test_a_damaged_corpus_is_refused(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, heldout_corpus: Path, tmp_path: Path, role: str
+) -> None:
+    """Catches a run that trains on, or is measured on, text that is not what was built."""
+    damaged = Path(shutil.copytree(wordpiece_corpus if role == "train" else heldout_corpus, tmp_path / "damaged"))
+    (shard,) = damaged.glob("data-*.arrow")
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 4
+    shard.write_bytes(content)
+    changes: Tree = {"corpus__train": str(damaged)} if role == "train" else {"corpus__eval": {"held": str(damaged)}}
+    errors = pools[2].run(refused_case, [run_config(tmp_path / "run", wordpiece_corpus, **changes)] * 2)
+    assert len(set(errors)) == 1
+    assert f"{shard} is damaged: its SHA-256 is " in errors[0]
+    assert RunFolder(tmp_path / "run").read_outcome() == (Outcome.REFUSED, errors[0])
+
+
+def verification_case(world: World, corpus: Path, fails_on: int | None) -> tuple[str, int]:
+    """Verify a corpus on ranks of different hosts, of which one reads it wrongly. Returns the error, and how often the
+    ranks met."""
+    from pretrain.corpus.reader import Corpus, open_corpus
+    from pretrain.preparation import verify_on_each_host
+
+    class Counting(HostGroup):
+        calls = 0
+
+        def call(self, function: Any) -> Any:
+            self.calls += 1
+            return super().call(function)
+
+    hosts = Counting(timedelta(seconds=20))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(platform, "node", lambda: f"host-{world.rank}")
+        if world.rank == fails_on:
+            patch.setattr(Corpus, "find_damage", lambda corpus, shard: f"{shard.file} is damaged")
+        try:
+            verify_on_each_host([open_corpus(corpus)], dataclasses.replace(world, local_rank=0), hosts)
+        except UserError as error:
+            return str(error), hosts.calls
+    return "", hosts.calls
+
+
+def test_every_host_verifies_for_itself(
+    pools: dict[int, RankPool], text_file: Path, wordpiece: Path, tmp_path: Path
+) -> None:
+    """Catches a host that relies on what another has read, and ranks that wait for a whole corpus in one collective,
+    which times out."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pretrain.corpus.shards.SHARD_TOKENS", 8000)
+        options = CorpusOptions(source=text_file, tokenizer=wordpiece, output=tmp_path / "corpus", workers=1)
+        shards = len(build_corpus(options).shards)
+    assert shards > 2
+    message = "host-1, rank 1: data-00000-of-"
+    (first, calls), (second, _) = pools[2].run(verification_case, tmp_path / "corpus", 1)
+    assert first == second
+    assert (first.startswith(message), calls) == (True, 1)
+    assert pools[2].run(verification_case, tmp_path / "corpus", None) == [("", shards + 1)] * 2
+    assert pools[2].run(verification_case, tmp_path / "corpus", None) == [("", 1)] * 2, "both have recorded it"
 
 
 def test_a_corpus_missing_on_one_host_is_printed_and_exits_with_2(wordpiece_corpus: Path, tmp_path: Path) -> None:
@@ -80,7 +189,7 @@ def test_a_corpus_missing_on_one_host_is_printed_and_exits_with_2(wordpiece_corp
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(REPOSITORY)}
         command = [sys.executable, "-m", "pretrain.run", "--config", str(config)]
         ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=tmp_path))
-    outputs = [process.communicate(timeout=400)[1] for process in ranks]
+    outputs = [process.communicate(timeout=LIMIT)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [2, 2]
     assert f"deepcloze: {platform.node()}, rank 1: corpus.train: " in outputs[0]
     assert "Traceback" not in "".join(outputs)

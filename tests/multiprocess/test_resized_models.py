@@ -1,6 +1,8 @@
 """Continued pretraining with added tokens and a longer context, and resuming with every option of the model."""
 
 import json
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -88,12 +90,16 @@ INIT_FROM_OPTIONS: dict[str, Tree] = {
 }
 
 
-def assert_resumes(pool: RankPool, folder: Path, corpus: Path, model: Tree) -> None:
-    """A run with this section `model` resumes after a stop, and finds nothing changed."""
-    tree = run_config(folder, corpus, schedule__steps=2) | {"model": model}
+def assert_resumes(pool: RankPool, folder: Path, corpus: Path, model: Tree, deleted: Sequence[Path] = ()) -> None:
+    """A run with this section `model` resumes after a stop, and finds nothing changed, although folders were deleted:
+    by the same command, and from RUN/config.yaml."""
+    tree = run_config(folder, corpus, schedule__steps=3) | {"model": model}
     assert set(pool.run(pretrain_case, tree, 1)) == {"stopped"}
-    assert set(pool.run(pretrain_case, tree)) == {"done"}
-    assert logged(folder, "step") == [1, 2]
+    for gone in deleted:
+        shutil.rmtree(gone)
+    assert set(pool.run(pretrain_case, tree, 1)) == {"stopped"}
+    assert set(pool.run(pretrain_case, yaml.safe_load(RunFolder(folder).config.read_text()))) == {"done"}
+    assert logged(folder, "step") == [1, 2, 3]
     text = RunFolder(folder).rank_log(0).read_text(encoding="utf-8")
     assert "resuming from" in text
     assert " -> " not in text, "a key changed"
@@ -117,10 +123,12 @@ def test_a_continued_model_resumes_with_every_option(
     tmp_path: Path,
     option: str,
 ) -> None:
-    """Catches the same in a model that is loaded, resized or overridden."""
-    model = INIT_FROM_OPTIONS[option] | {"init_from": str(start_model)}
-    corpus = wordpiece_corpus
+    """Catches the same in a model that is loaded, resized or overridden, and a resume that needs the folders which its
+    first weights and tokens came from."""
+    base, added = tmp_path / "base", tmp_path / "added"
+    shutil.copytree(start_model, base)
+    shutil.copytree(grown[0], added)
+    model, corpus = INIT_FROM_OPTIONS[option] | {"init_from": str(base)}, wordpiece_corpus
     if "added_tokens" in model:
-        tokenizer, corpus = grown
-        model["added_tokens"] = str(tokenizer)
-    assert_resumes(pools[1], tmp_path, corpus, model)
+        model["added_tokens"], corpus = str(added), grown[1]
+    assert_resumes(pools[1], tmp_path / "run", corpus, model, deleted=[base, added])

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from runs import run_config
+from launches import Start, config_file, wait_for_exit, wait_for_steps
+from runs import logged, run_config
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(300)
 def test_a_sweep_of_pretrainings(wordpiece_corpus: Path, heldout_corpus: Path, tmp_path: Path) -> None:
     """Catches commands that do not start, a metric that is not found in the runs, and finished runs that run again."""
     tree = run_config(tmp_path / "run", wordpiece_corpus, corpus__eval={"held": str(heldout_corpus)})
@@ -28,3 +28,22 @@ def test_a_sweep_of_pretrainings(wordpiece_corpus: Path, heldout_corpus: Path, t
         rows = list(csv.DictReader(file))
     assert [row["optimizer.lr"] for row in rows] == ["3e-3", "1e-5"]
     assert float(rows[0]["eval/held/loss"]) < float(rows[1]["eval/held/loss"])
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+def test_a_killed_sweep_is_taken_over(start: Start, wordpiece_corpus: Path, tmp_path: Path) -> None:
+    """Catches a point that counts as failed because its run outlived the sweep, and one that is trained twice."""
+    config = config_file(tmp_path, wordpiece_corpus)
+    command = (sys.executable, "-m", "launcher", "sweep", "--config", str(config), "--num_gpus", "1")
+    command += ("--grid", "optimizer.lr=1e-5", "--schedule.steps=300", "--metric=loss")
+    folder = tmp_path / "run-sweep" / "lr=1e-5"
+    killed = start(*command)
+    wait_for_steps(folder, 2, killed)
+    killed.kill()
+    killed.wait()
+    code, output = wait_for_exit(start(*command))
+    assert code == 0, output
+    assert f"waiting for the process that is using {folder}" in output
+    assert "already finished" in output
+    assert logged(folder, "step") == list(range(1, 301))

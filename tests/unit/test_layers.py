@@ -12,6 +12,7 @@ PACKAGES = ("launcher", "pretrain", "finetune", "experiment")
 # Top to bottom: a module imports from its own layer or a lower one.
 PRETRAIN_LAYERS = (
     ("pretrain.run",),
+    ("pretrain.rank_process", "pretrain.preparation"),
     ("pretrain.training",),
     ("pretrain.training_stream", "pretrain.evaluate"),
     ("pretrain.stage_data",),
@@ -20,7 +21,7 @@ PRETRAIN_LAYERS = (
     ("pretrain.modeling",),
     ("pretrain.batching", "pretrain.export", "pretrain.arguments", "pretrain.rank_outcome"),
     ("pretrain.corpus", "pretrain.config"),
-    ("pretrain.world",),
+    ("pretrain.world", "pretrain.deadline"),
 )
 
 ONLY_IN = {

@@ -21,6 +21,7 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.progress import Progress
 
+from experiment.disk_errors import describe_disk_error
 from experiment.errors import UserError
 from experiment.files import atomic_write
 from pretrain.corpus.python_docs.docstrings import extract_docs, prose
@@ -59,7 +60,7 @@ def write_python_docs(output: Path) -> None:
                 counts[doc.package] += 1
                 characters += len(doc.text)
     except OSError as error:
-        raise UserError(f"--output {output}: cannot write: {error.strerror or error}") from None
+        raise UserError(f"--output: {describe_disk_error(error) or error}") from None
     largest = ", ".join(f"{package} {count:,}" for package, count in counts.most_common(8))
     print(
         f"{output}: {sum(counts.values()):,} documents of {len(counts)} packages, {characters / 1e6:.1f} M characters"

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from experiment.files import atomic_write, checksum, sha256, write_json, write_text
+from experiment.files import atomic_write, checksum, removed_on_error, sha256, write_json, write_text
+from small_disk import SmallDisk
 
 
 def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path: Path) -> None:
@@ -54,3 +55,26 @@ def test_digests_are_the_published_ones(tmp_path: Path) -> None:
     path.write_bytes(content)
     assert sha256(path) == hashlib.sha256(content).hexdigest()
     assert checksum(path) == xxhash.xxh3_128_hexdigest(content)
+
+
+def test_a_full_disk_names_the_file_and_leaves_the_old_one(small_disk: SmallDisk) -> None:
+    """Catches an error without a name, which is all that write(2) gives, and a temporary file that stays."""
+    path = small_disk.path / "f"
+    write_text(path, "old")
+    small_disk.fill()
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_text(path, "new")
+    assert caught.value.filename == str(path)
+    assert path.read_text() == "old"
+    assert {entry.name for entry in small_disk.path.iterdir()} == {"f", "filler"}
+
+
+def test_a_folder_is_removed_on_error(tmp_path: Path) -> None:
+    """Catches a half-written folder that keeps the disk full, and a complete one that is removed."""
+    for name in ("complete", "half"):
+        (tmp_path / name).mkdir()
+    with removed_on_error(tmp_path / "complete"):
+        pass
+    with pytest.raises(KeyboardInterrupt), removed_on_error(tmp_path / "half"):
+        raise KeyboardInterrupt
+    assert [entry.name for entry in tmp_path.iterdir()] == ["complete"]

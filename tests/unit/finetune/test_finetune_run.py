@@ -13,11 +13,14 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from experiment.checkpoints import checkpoint_path, mark_complete
 from experiment.errors import UserError
-from experiment.run_folder import RunFolder
+from experiment.run_folder import RunFolder, open_run_folder
+from experiment.run_lock import is_locked, lock_run
 from finetune import run as run_module
 from finetune import seed_run
 from finetune.run import finetune
 from finetune.seed_run import finished_seeds
+from launcher.cli import main
+from small_disk import SmallDisk
 
 
 @pytest.fixture
@@ -112,6 +115,15 @@ def test_finished_seeds_are_not_run_again(config_file: Path, tmp_path: Path, see
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(steps)
     assert steps[-1] == 2 * 2 * 10
+
+
+def test_one_process_at_a_time_uses_a_run_folder(config_file: Path, tmp_path: Path) -> None:
+    """Catches two processes that train the same seeds, and a lock that is not released."""
+    with lock_run(open_run_folder(tmp_path / "run")), pytest.raises(UserError, match="another deepcloze process is"):
+        finetune(config_file)
+    assert not (tmp_path / "run" / "config.yaml").exists()
+    finetune(config_file, {"training.seeds": "1"})
+    assert not is_locked(RunFolder(tmp_path / "run"))
 
 
 def test_a_killed_seed_is_trained_again_and_agrees(
@@ -239,3 +251,21 @@ def test_a_damaged_seed_is_rejected(tmp_path: Path, damage: str) -> None:
         complete.write_text('{"se' if damage == "torn" else f'{{"settings": {"9" * 10_000}}}')
     with pytest.raises(UserError, match=r"COMPLETE is damaged: remove .*seed-1 to train this seed again"):
         finished_seeds(RunFolder(tmp_path), {})
+
+
+@pytest.mark.parametrize(("pages", "code"), [(0, 2), (12, 75)])
+def test_a_full_disk_keeps_finished_seeds_only(
+    config_file: Path, small_disk: SmallDisk, capsys: pytest.CaptureFixture[str], pages: int, code: int
+) -> None:
+    """Catches a traceback, half a seed that keeps the disk full, and an exit code that does not say to resume."""
+    run = small_disk.path / "run"
+    command = ["finetune", "--config", str(config_file), f"--run.dir={run}", "--training.epochs=1"]
+    small_disk.fill(leave=pages * 4096)
+    assert main(command) == code
+    error = capsys.readouterr().err
+    assert "disk full" in error.splitlines()[-1]
+    assert "Traceback" not in error
+    assert list(run.glob("*seed-*")) == []
+    small_disk.free()
+    assert main(command) == 0
+    assert len(results(run)["splits"]["test"]["accuracy"]["values"]) == 2

@@ -103,8 +103,12 @@ def test_exceptions_become_exit_codes(
     assert ends_with(StoppedError("stopped at step 5")) == 75
     assert capsys.readouterr().err == "deepcloze: stopped at step 5\n"
     assert ends_with(KeyboardInterrupt()) == 130
-    with pytest.raises(ZeroDivisionError):
-        ends_with(ZeroDivisionError())
+    capsys.readouterr()
+    assert ends_with(OSError(28, "No space left on device", "runs/a/launch.jsonl")) == 2
+    assert capsys.readouterr().err == "deepcloze: runs/a/launch.jsonl: disk full\n"
+    for bug in (ZeroDivisionError(), FileNotFoundError(2, "No such file or directory", "x")):
+        with pytest.raises(type(bug)):
+            ends_with(bug)
 
 
 def test_an_interrupted_pretraining_can_be_resumed(monkeypatch: pytest.MonkeyPatch):

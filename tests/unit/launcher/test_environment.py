@@ -4,7 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from launcher.environment import deepspeed_environment, remote_environment_text, worker_environment
+from launcher.environment import (
+    deepspeed_environment,
+    host_environment,
+    launch_environment,
+    remote_environment_text,
+)
+from launcher.machine import DeviceKind
 
 ROOT = Path("/repository")
 LOADER = Path("/lib64/ld-linux-x86-64.so.2")
@@ -13,21 +19,27 @@ LOADER = Path("/lib64/ld-linux-x86-64.so.2")
 @pytest.mark.parametrize(("cores", "ranks", "threads"), [(2, 1, "2"), (2, 2, "1"), (8, 3, "2"), (2, 5, "1")])
 def test_ranks_share_the_cores(cores: int, ranks: int, threads: str):
     """Catches every rank using all cores, which makes two ranks slower than one; and no threads at all."""
-    assert worker_environment({}, cores, ranks, "cpu", ROOT)["OMP_NUM_THREADS"] == threads
+    assert host_environment({}, cores, ranks, "cpu")["OMP_NUM_THREADS"] == threads
 
 
 def test_a_cpu_run_sets_the_allocator_and_the_device():
     """Catches a missing allocator setting on CPUs, or one that slows down the hosts of GPU runs."""
-    cpu, gpu = (worker_environment({}, 2, 2, device, ROOT) for device in ("cpu", "cuda"))
+    cpu, gpu = (host_environment({}, 2, 2, device) for device in ("cpu", "cuda"))
     assert cpu["GLIBC_TUNABLES"].startswith("glibc.malloc.mmap_threshold=4294967296:")
-    assert cpu["DS_ACCELERATOR"] == "cpu"
-    assert not {"GLIBC_TUNABLES", "DS_ACCELERATOR"} & gpu.keys()
+    assert "GLIBC_TUNABLES" not in gpu
+    assert launch_environment({}, "cpu", ROOT)["DS_ACCELERATOR"] == "cpu"
+
+
+@pytest.mark.parametrize("device", ["cuda", None])
+def test_the_launch_decides_nothing_that_depends_on_the_devices_of_other_hosts(device: DeviceKind | None):
+    """Catches a launch from a machine without GPUs that makes hosts with GPUs train on their CPUs."""
+    assert launch_environment({}, device, ROOT).keys() == {"TOKENIZERS_PARALLELISM", "PYTHONPATH"}
 
 
 @pytest.mark.skipif(not LOADER.exists(), reason="another C library or processor")
 def test_glibc_understands_the_allocator_setting():
     """Catches a misspelled tunable: glibc warns about a bad value but ignores an unknown name."""
-    setting = worker_environment({}, 2, 2, "cpu", ROOT)["GLIBC_TUNABLES"]
+    setting = host_environment({}, 2, 2, "cpu")["GLIBC_TUNABLES"]
     listed = subprocess.run(
         [LOADER, "--list-tunables"],
         env=os.environ | {"GLIBC_TUNABLES": setting},
@@ -51,7 +63,8 @@ def test_user_settings_are_kept():
         "PYTHONPATH": f"/mine:{ROOT}",
         "HF_HUB_OFFLINE": "1",
     }
-    assert worker_environment(own, 8, 2, "cpu", ROOT) == {}
+    assert launch_environment(own, "cpu", ROOT) == {}
+    assert host_environment(own, 8, 2, "cpu") == {}
 
 
 @pytest.mark.parametrize(
@@ -60,7 +73,7 @@ def test_user_settings_are_kept():
 def test_the_repository_can_be_imported(before: str | None, after: str):
     """Catches ranks that cannot import `pretrain` from another folder, and a lost user PYTHONPATH."""
     environ = {} if before is None else {"PYTHONPATH": before}
-    assert worker_environment(environ, 2, 2, "cuda", ROOT)["PYTHONPATH"] == after
+    assert launch_environment(environ, "cuda", ROOT)["PYTHONPATH"] == after
 
 
 def test_deepspeed_does_not_see_cuda_visible_devices():
@@ -71,6 +84,11 @@ def test_deepspeed_does_not_see_cuda_visible_devices():
 
 def test_variables_forwarded_to_other_hosts():
     """Catches a network interface that is not forwarded (gloo then picks a wrong one), and a logged secret."""
-    environ = {"GLOO_SOCKET_IFNAME": "eth1", "WANDB_API_KEY": "secret", "HOME": "/home"}
+    environ = {"GLOO_SOCKET_IFNAME": "eth1", "NCCL_SOCKET_IFNAME": "eth2", "WANDB_API_KEY": "secret", "HOME": "/home"}
     text = remote_environment_text(environ, {"OMP_NUM_THREADS": "4"}, "NCCL_DEBUG=INFO\nOMP_NUM_THREADS = 2\n\n")
-    assert text.splitlines() == ["GLOO_SOCKET_IFNAME=eth1", "OMP_NUM_THREADS = 2", "NCCL_DEBUG=INFO"]
+    assert text.splitlines() == [
+        "GLOO_SOCKET_IFNAME=eth1",
+        "NCCL_SOCKET_IFNAME=eth2",
+        "OMP_NUM_THREADS = 2",
+        "NCCL_DEBUG=INFO",
+    ]

@@ -1,6 +1,7 @@
 import logging
 import os
 import shlex
+import signal
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -13,10 +14,11 @@ from experiment.config import load_config
 from experiment.errors import StoppedError, UserError
 from experiment.run_folder import Outcome, RunFolder
 from launcher import launch
+from launcher.cli import main
 from launcher.launch import launch_pretraining, plan_launch
-from launcher.machine import Devices, Machine, cpu_cores
+from launcher.launch_result import LaunchResult
+from launcher.machine import DeviceKind, Devices, Machine
 from launcher.options import PretrainOptions
-from launcher.supervisor import LaunchResult
 from pretrain.config import PretrainConfig
 
 CONFIG = """
@@ -48,10 +50,20 @@ def resolved(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, int]]:
         seen.append((config, world_size))
         folder = RunFolder(Path(config.run.dir).absolute())
         absolute = config.run.model_copy(update={"dir": str(folder.path)})
-        return SimpleNamespace(config=config.model_copy(update={"run": absolute}), folder=folder)
+        return SimpleNamespace(config=config.model_copy(update={"run": absolute}), folder=folder, deepspeed="fp16")
 
     module.resolve = resolve  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "pretrain.resolve", module)
+    return seen
+
+
+@pytest.fixture(autouse=True)
+def checked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Stands for the check of this machine's devices; records the settings that were checked."""
+    seen: list[Any] = []
+    module = ModuleType("pretrain.engine.deepspeed_settings")
+    module.check_device_support = seen.append  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pretrain.engine.deepspeed_settings", module)
     return seen
 
 
@@ -71,11 +83,10 @@ def attempts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 def test_a_plan_depends_on_the_given_machine_only(config: str, resolved: list[tuple[Any, int]]) -> None:
     """Catches a plan that reads the environment or the devices of the machine it is made on."""
     environ = {"CUDA_VISIBLE_DEVICES": "4,5,6"}
-    gpus = Machine(Devices("cuda", (4, 5, 6)), cores=12, environ=environ, find_port=lambda: 29501)
+    gpus = Machine(Devices("cuda", (4, 5, 6)), environ=environ, find_port=lambda: 29501)
     plan = plan_launch(PretrainOptions(config=config, num_gpus=2), load_config(PretrainConfig, config), gpus)
     assert plan.slots == {"localhost": (4, 5)}
     assert {"--master_port=29501", "--include=localhost:4,5"} <= set(plan.argv)
-    assert plan.added_environment["OMP_NUM_THREADS"] == "6"
     assert plan.environment == plan.added_environment
     assert plan.files == {}
     assert resolved[0][1] == 2
@@ -92,10 +103,10 @@ def test_only_a_dry_run_prints_warnings(config: str, caplog: pytest.LogCaptureFi
 def test_ranks_get_the_users_config_and_overrides(config: str, attempts: list[tuple[Any, ...]], resolved: list[Any]):
     """Catches ranks that run another config than the validated one."""
     launch_pretraining(PretrainOptions(config=config, num_gpus=2, overrides={"schedule.steps": "20"}))
-    ((folder, argv, environment, slots),) = attempts
+    ((folder, argv, environment, slots, _),) = attempts
     assert list(argv[-5:]) == [
         "--module",
-        "pretrain.run",
+        "launcher.start_rank",
         "--config",
         str(Path("config.yaml").absolute()),
         "--schedule.steps=20",
@@ -103,7 +114,7 @@ def test_ranks_get_the_users_config_and_overrides(config: str, attempts: list[tu
     assert folder.path == Path("my-run").absolute()
     assert folder.logs.is_dir()
     assert slots == {"localhost": (0, 1)}
-    assert environment["OMP_NUM_THREADS"] == os.environ.get("OMP_NUM_THREADS", str(max(1, cpu_cores() // 2)))
+    assert environment["DS_ACCELERATOR"] == "cpu"
     ((settings, world_size),) = resolved
     assert (settings.schedule.steps, world_size) == (20, 2)
 
@@ -175,10 +186,36 @@ def test_other_hosts_get_the_resolved_config_and_the_environment(
     Path("hosts").write_text("192.0.2.1 slots=2\n192.0.2.2 slots=2\n")
     overrides = {"model.config": "{model_type: bert, hidden_size: 64}"}
     launch_pretraining(PretrainOptions(config=config, hostfile="hosts", overrides=overrides))
-    ((folder, argv, environment, slots),) = attempts
+    ((folder, argv, environment, slots, _),) = attempts
     assert slots == {"192.0.2.1": (0, 1), "192.0.2.2": (0, 1)}
     assert list(argv[-2:]) == ["--config", str(folder.logs / "launch.yaml")]
     sent = yaml.safe_load((folder.logs / "launch.yaml").read_text())
     assert (sent["run"]["dir"], sent["model"]["config"]["hidden_size"]) == (str(folder.path), 64)
     exported = Path(environment["DS_ENV_FILE"]).read_text().splitlines()
     assert {"GLOO_SOCKET_IFNAME=eth7", "NCCL_DEBUG=INFO", "TOKENIZERS_PARALLELISM=false"} <= set(exported)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_the_devices_of_this_machine_concern_a_launch_on_it_only(config: str, kind: DeviceKind, checked: list[Any]):
+    """Catches hosts with GPUs that train on their CPUs, or fp16 that is refused, because of the launching machine."""
+    environ = {"DS_ACCELERATOR": "cpu"} if kind == "cpu" else {}
+    machine = Machine(Devices(kind, (0, 1)), environ=environ, find_port=lambda: 29501)
+    loaded = load_config(PretrainConfig, config)
+    Path("hosts").write_text("192.0.2.1 slots=2\n192.0.2.2 slots=2\n")
+    remote = plan_launch(PretrainOptions(config=config, hostfile="hosts"), loaded, machine)
+    assert checked == []
+    assert remote.added_environment.keys() == {"TOKENIZERS_PARALLELISM", "PYTHONPATH"}
+    (exported,) = (text for path, text in remote.files.items() if path.name == "worker.env")
+    assert {line.partition("=")[0] for line in exported.splitlines()} == {"TOKENIZERS_PARALLELISM", "PYTHONPATH"}
+    plan_launch(PretrainOptions(config=config), loaded, machine)
+    assert checked == ["fp16"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_before_the_ranks_start_exits_with_75(
+    config: str, attempts: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """Catches a queue system that does not submit a run again because it was stopped while it was checked."""
+    monkeypatch.setattr(launch, "plan_launch", lambda *_: os.kill(os.getpid(), number))
+    assert main(["pretrain", "--config", config]) == 75
+    assert attempts == []

@@ -1,10 +1,11 @@
 import socket
+from pathlib import Path
 
 import pytest
 
 from experiment.errors import UserError
 from launcher import machine
-from launcher.machine import Devices, cpu_cores, find_devices, free_port, is_this_machine
+from launcher.machine import DeviceKind, Devices, cpu_cores, find_devices, free_port, guess_device, is_this_machine
 
 
 def test_recognizes_this_machine():
@@ -31,6 +32,18 @@ def test_gpus_keep_the_numbers_of_cuda_visible_devices(monkeypatch: pytest.Monke
     assert find_devices({"CUDA_VISIBLE_DEVICES": "6, 3"}) == Devices("cuda", (6, 3))
     with pytest.raises(UserError, match="found 'MIG-1'"):
         find_devices({"CUDA_VISIBLE_DEVICES": "MIG-1,MIG-2"})
+
+
+@pytest.mark.parametrize(
+    ("names", "kind"), [((), "cpu"), (("nvidia0", "nvidiactl"), "cuda"), (("kfd",), "cuda"), (("null", "tty0"), "cpu")]
+)
+def test_a_gpu_is_found_without_torch(tmp_path: Path, names: tuple[str, ...], kind: DeviceKind):
+    """Catches the allocator settings of a CPU on hosts with GPUs, or none on hosts without."""
+    for name in names:
+        (tmp_path / name).touch()
+    assert guess_device({}, tmp_path) == kind
+    assert guess_device({"DS_ACCELERATOR": "cpu"}, tmp_path) == "cpu"
+    assert guess_device({"DS_ACCELERATOR": "cuda"}, tmp_path) == "cuda"
 
 
 def test_a_container_quota_limits_the_cores(monkeypatch: pytest.MonkeyPatch):

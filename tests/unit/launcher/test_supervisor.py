@@ -4,13 +4,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from experiment.errors import UserError
 from experiment.run_folder import Outcome, RunFolder, open_run_folder
-from launcher.supervisor import LaunchResult, supervise
+from launcher.launch_result import LaunchResult
+from launcher.supervisor import supervise
+from small_disk import SmallDisk
+from waiting import wait_until
 
 ROOT = Path(__file__).parents[3]
 SLOTS = {"localhost": (0, 2)}
@@ -26,11 +31,13 @@ folder = RunFolder(Path({path!r}))
 
 # Stands for `deepcloze`, as a separate process that can receive signals.
 LAUNCHER = """
-import os, sys
+import os, sys, time
 from pathlib import Path
 from experiment.run_folder import RunFolder
+from launcher import supervisor
 from launcher.supervisor import supervise
-result = supervise(RunFolder(Path(sys.argv[1])), sys.argv[2:], os.environ, {"localhost": (0,)})
+supervisor._REPEATED_SIGNAL_SECONDS = float(os.environ["REPEATED_SIGNAL_SECONDS"])
+result = supervise(RunFolder(Path(sys.argv[1])), sys.argv[2:], os.environ, {"localhost": (0,)}, time.time())
 print(result.message)
 sys.exit(result.outcome.exit_code)
 """
@@ -38,15 +45,19 @@ sys.exit(result.outcome.exit_code)
 # A grandchild that ignores signals, as a rank started by deepspeed might; its pid is written to RUN/pid.
 STUBBORN = """
 import subprocess
-ignoring = "import signal, time; [signal.signal(s, signal.SIG_IGN) for s in (2, 15)]; time.sleep(60)"
+ignoring = "import signal, time; [signal.signal(s, signal.SIG_IGN) for s in (2, 15)]; time.sleep(3600)"
 rank = subprocess.Popen([sys.executable, "-c", ignoring])
 (folder.path / "pid").write_text(str(rank.pid))
 """
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> RunFolder:
-    return open_run_folder(tmp_path / "run")
+def folder(tmp_path: Path) -> Iterator[RunFolder]:
+    folder = open_run_folder(tmp_path / "run")
+    yield folder
+    if (folder.path / "pid").exists():
+        with suppress(ProcessLookupError):
+            os.kill(int((folder.path / "pid").read_text()), signal.SIGKILL)
 
 
 def rank(folder: RunFolder, body: str) -> list[str]:
@@ -54,10 +65,12 @@ def rank(folder: RunFolder, body: str) -> list[str]:
 
 
 def attempt(folder: RunFolder, body: str) -> LaunchResult:
-    return supervise(folder, rank(folder, body), os.environ | {"PYTHONPATH": str(ROOT)}, SLOTS)
+    return supervise(folder, rank(folder, body), os.environ | {"PYTHONPATH": str(ROOT)}, SLOTS, time.time())
 
 
-def start(folder: RunFolder, body: str, prefix: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+def start(
+    folder: RunFolder, body: str, prefix: tuple[str, ...] = (), repeated_signal_seconds: float = 1.0
+) -> subprocess.Popen[str]:
     """A launcher in the background whose rank has started."""
     process = subprocess.Popen(
         [
@@ -68,12 +81,12 @@ def start(folder: RunFolder, body: str, prefix: tuple[str, ...] = ()) -> subproc
             str(folder.path),
             *rank(folder, body + "\n(folder.path / 'ready').touch()\n" + WAIT),
         ],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "REPEATED_SIGNAL_SECONDS": str(repeated_signal_seconds)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    until((folder.path / "ready").exists)
+    wait_until((folder.path / "ready").exists, process)
     return process
 
 
@@ -83,14 +96,7 @@ while not folder.stop.exists():
 time.sleep(0.3)  # saving
 folder.write_outcome(Outcome.STOPPED, "saved step 7")
 """
-HANG = "(folder.path / 'ready').touch()\ntime.sleep(60)"
-
-
-def until(condition, seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
+HANG = "(folder.path / 'ready').touch()\ntime.sleep(3600)"
 
 
 def gone(pid: int) -> bool:
@@ -158,9 +164,22 @@ def test_a_rank_killed_by_the_system_is_reported(folder: RunFolder):
     assert orphaned.message == f"a rank was {killed}; rank 0: lost rank 1"
 
 
+def test_a_stop_file_created_while_the_launch_is_checked_stops_it(folder: RunFolder):
+    """Catches a run that starts although the user has stopped it."""
+    launched_at = time.time()
+    folder.stop.touch()
+    os.utime(folder.stop, (launched_at + 1, launched_at + 1))
+    result = supervise(folder, rank(folder, "(folder.path / 'started').touch()"), os.environ, SLOTS, launched_at)
+    assert result.outcome is Outcome.STOPPED
+    assert str(folder.stop) in result.message
+    assert not (folder.path / "started").exists()
+    assert launches(folder)[0]["outcome"] == "stopped"
+
+
 def test_an_old_stop_file_does_not_stop_the_run(folder: RunFolder, capsys: pytest.CaptureFixture[str]):
     """Catches a run that cannot resume because the STOP file that ended it still exists."""
     folder.stop.touch()
+    os.utime(folder.stop, (0, 0))
     body = "folder.write_outcome(Outcome.STOPPED if folder.stop.exists() else Outcome.DONE)"
     assert attempt(folder, body).outcome is Outcome.DONE
     assert "removed" in capsys.readouterr().err
@@ -178,17 +197,17 @@ def test_one_launch_at_a_time(folder: RunFolder):
     with pytest.raises(UserError, match="another deepcloze process is using"):
         attempt(folder, "")
     process.terminate()
-    process.communicate(timeout=10)
+    process.communicate()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_lets_the_ranks_save(folder: RunFolder, number: signal.Signals):
     """Catches a signal that kills the ranks before they have saved; some senders repeat it at once."""
-    process = start(folder, "")
+    process = start(folder, "", repeated_signal_seconds=600.0)  # a busy machine may delay the second one
     process.send_signal(number)
-    until(folder.stop.exists)
+    wait_until(folder.stop.exists)
     process.send_signal(number)
-    out, err = process.communicate(timeout=10)
+    out, err = process.communicate()
     assert (process.returncode, out.strip()) == (75, "saved step 7")
     assert "stopping: the ranks save a checkpoint" in err
     assert not folder.stop.exists()
@@ -203,7 +222,7 @@ def test_a_run_under_nohup_outlives_its_terminal(folder: RunFolder):
     assert process.poll() is None
     assert not folder.stop.exists()
     process.terminate()
-    process.communicate(timeout=10)
+    process.communicate()
     assert process.returncode == 75
 
 
@@ -211,22 +230,22 @@ def test_a_second_interrupt_kills_unresponsive_ranks(folder: RunFolder):
     """Catches a hung run that only SIGKILL ends, and ranks that survive it."""
     process = start(folder, STUBBORN + HANG)
     process.send_signal(signal.SIGINT)
-    until(folder.stop.exists)
+    wait_until(folder.stop.exists)
     time.sleep(1.1)
     process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=10)
+    out, _ = process.communicate()
     assert process.returncode == 75
     assert "last complete checkpoint" in out
     assert not folder.stop.exists()
-    until(lambda: gone(int((folder.path / "pid").read_text())))
+    wait_until(lambda: gone(int((folder.path / "pid").read_text())))
 
 
 def test_no_rank_outlives_a_killed_launcher(folder: RunFolder):
     """Catches ranks that keep writing to a run that the user has restarted."""
     process = start(folder, STUBBORN + HANG)
     process.kill()
-    process.communicate(timeout=10)
-    until(lambda: gone(int((folder.path / "pid").read_text())))
+    process.communicate()
+    wait_until(lambda: gone(int((folder.path / "pid").read_text())))
     assert launches(folder)[0]["outcome"] is None
 
 
@@ -255,3 +274,43 @@ def test_an_unreadable_record_of_launches_is_rejected(folder: RunFolder) -> None
     folder.launches.mkdir()
     with pytest.raises(UserError, match=r"cannot read .*launch\.jsonl: Is a directory"):
         attempt(folder, "")
+
+
+def test_a_launch_on_a_full_disk_starts_no_rank(small_disk: SmallDisk) -> None:
+    """Catches ranks that are started although nothing can be recorded, and an error that does not name the file."""
+    folder = open_run_folder(small_disk.path / "run")
+    small_disk.fill()
+    with pytest.raises(OSError, match="No space left") as caught:
+        attempt(folder, "(folder.path / 'ready').touch()")
+    assert str(folder.path) in caught.value.filename
+    assert not (folder.path / "ready").exists()
+
+
+def test_the_outcome_survives_a_disk_that_fills_up(small_disk: SmallDisk, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a launch that ends with a traceback because its record cannot be written."""
+    folder = open_run_folder(small_disk.path / "run")
+    body = (
+        "from small_disk import SmallDisk\n"
+        f"SmallDisk(Path({str(small_disk.path)!r})).fill(new_files=False)\n"
+        "folder.write_outcome(Outcome.STOPPED, 'saved step 7')"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'multiprocess'}"}
+    result = supervise(folder, rank(folder, body), environment, SLOTS, time.time())
+    assert result == LaunchResult(Outcome.STOPPED, "saved step 7")
+    error = capsys.readouterr().err
+    assert f"cannot record how this launch ended: {folder.launches}: disk full" in error
+    assert [launch["outcome"] for launch in launches(folder)] == [None], "complete, as it was at the start"
+
+
+def test_a_signal_on_a_full_disk_ends_the_ranks(small_disk: SmallDisk) -> None:
+    """Catches a launcher that dies in its signal handler because there is no room for a STOP file."""
+    folder = open_run_folder(small_disk.path / "run")
+    process = start(folder, STUBBORN + HANG)
+    small_disk.fill(new_files=False)
+    process.send_signal(signal.SIGTERM)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 75, error
+    assert "last complete checkpoint" in out
+    assert f"killing the ranks: {folder.stop}: disk full" in error
+    assert "Traceback" not in error
+    wait_until(lambda: gone(int((folder.path / "pid").read_text())))

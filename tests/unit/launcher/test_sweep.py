@@ -2,18 +2,24 @@ import csv
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from experiment.errors import StoppedError, UserError
+from experiment.files import write_json
 from experiment.run_folder import RunFolder
+from launcher import sweep as sweep_module
 from launcher.sweep import run_sweep
 from launcher.sweep_plan import SweepPlan, SweepRun
+
+ROOT = Path(__file__).parents[3]
 
 # Stands for a run: it logs an event with the given loss, sleeps and reports that it is done, or fails.
 RUN = r"""
@@ -28,6 +34,22 @@ with (folder / "metrics.jsonl").open("a") as file:
     time.sleep(seconds)
     file.write(json.dumps({"step": 2, "eval/held/loss": float(loss)}) + "\n")
 (folder / "logs" / "outcome.json").write_text(json.dumps({"outcome": "done", "message": ""}))
+"""
+
+# Stands for a run that a killed sweep has left: when told to end, it reports {outcome}, or nothing.
+LEFT = r"""
+import sys, time
+from pathlib import Path
+from experiment.run_folder import Outcome, open_run_folder
+from experiment.run_lock import lock_run
+folder = open_run_folder(sys.argv[1])
+with lock_run(folder):
+    (folder.path / "ready").touch()
+    while not (folder.path / "end").exists():
+        time.sleep(0.02)
+    if sys.argv[2] != "none":
+        folder.write_outcome(Outcome(sys.argv[2]))
+        folder.metrics.write_text('{"step": 2, "eval/held/loss": 1.5}\n')
 """
 
 
@@ -82,7 +104,7 @@ def test_runs_of_another_config_are_not_mixed_in(tmp_path: Path) -> None:
 
 def test_a_signal_stops_the_sweep_after_the_run_has_stopped(tmp_path: Path) -> None:
     """Catches a run that is left behind, and others that start after Ctrl-C."""
-    sweep = plan(tmp_path, {"1e-4": "4.5", "1e-3": "3.5"}, seconds=60.0)
+    sweep = plan(tmp_path, {"1e-4": "4.5", "1e-3": "3.5"}, seconds=3600.0)
 
     def interrupt() -> None:
         while not RunFolder(tmp_path / "lr=1e-4").metrics.exists():
@@ -93,3 +115,77 @@ def test_a_signal_stops_the_sweep_after_the_run_has_stopped(tmp_path: Path) -> N
     with pytest.raises(StoppedError, match=r"stopped at \[1/2\] lr=1e-4"):
         run_sweep(sweep)
     assert not (tmp_path / "lr=1e-3").exists()
+
+
+@pytest.fixture
+def left_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+    """Start a process that uses the folder of the first run and ends as told, when the sweep says that it waits."""
+    processes = []
+
+    def start(outcome: str, when_waiting: Callable[[], object] | None = None) -> subprocess.Popen[bytes]:
+        folder = tmp_path / "lr=1e-4"
+        process = subprocess.Popen([sys.executable, "-c", LEFT, str(folder), outcome], cwd=ROOT)
+        processes.append(process)
+        while not (folder / "ready").exists():
+            assert process.poll() is None
+            time.sleep(0.02)
+
+        def notify(message: str) -> None:
+            if "waiting for the process" in message:
+                assert str(folder) in message
+                (when_waiting or (folder / "end").touch)()
+
+        monkeypatch.setattr(sweep_module, "_notify", notify)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize(("outcome", "value"), [("done", 1.5), ("failed", 4.5), ("none", 4.5)])
+def test_a_run_left_by_a_killed_sweep_is_taken_over(
+    tmp_path: Path, left_run: Callable[..., subprocess.Popen[bytes]], outcome: str, value: float
+) -> None:
+    """Catches a point that counts as failed because its run still runs, and the next one started beside it."""
+    process = left_run(outcome)
+    run_sweep(plan(tmp_path, {"1e-4": "4.5"}))
+    assert process.wait(60) == 0
+    record = json.loads((tmp_path / "sweep.json").read_text())
+    assert record["runs"]["lr=1e-4"]["value"] == value, "4.5: run again"
+
+
+def test_a_left_run_that_was_stopped_stops_the_sweep(
+    tmp_path: Path, left_run: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    """Catches a run that the user has stopped, and that the sweep starts again."""
+    left_run("stopped")
+    with pytest.raises(StoppedError, match=r"stopped at \[1/1\] lr=1e-4"):
+        run_sweep(plan(tmp_path, {"1e-4": "4.5"}))
+
+
+def test_a_signal_to_a_waiting_sweep(tmp_path: Path, left_run: Callable[..., subprocess.Popen[bytes]]) -> None:
+    """Catches a waiting sweep that cannot be stopped, and a signal that reaches a run of which it knows nothing."""
+    process = left_run("done", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(StoppedError, match="still runs"):
+        run_sweep(plan(tmp_path, {"1e-4": "4.5"}))
+    assert process.poll() is None
+
+
+def test_a_full_disk_stops_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a traceback after a run has finished, which the next attempt has to skip."""
+    sweep = plan(tmp_path, {"1e-4": "4.5", "1e-3": "3.5"})
+    calls = iter(range(9))
+
+    def full(path: Path, value: object) -> None:
+        if next(calls) == 1:
+            raise OSError(28, "No space left on device", str(path))
+        write_json(path, value)
+
+    monkeypatch.setattr("launcher.sweep.write_json", full)
+    with pytest.raises(StoppedError, match=r"^sweep: .*sweep\.json: disk full; the same command resumes$"):
+        run_sweep(sweep)
+    run_sweep(sweep)
+    lines = (tmp_path / "lr=1e-4" / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 2, "the finished run is skipped"

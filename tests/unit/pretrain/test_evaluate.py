@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -187,3 +188,14 @@ def test_evaluate_rejects_invalid_input(
         evaluate_command(str(folder), ",")
     with pytest.raises(UserError, match="nowhere"):
         evaluate_command(str(tmp_path / "nowhere"), str(heldout_corpus))
+
+
+def test_evaluate_rejects_a_damaged_corpus(folder: Path, heldout_corpus: Path, tmp_path: Path) -> None:
+    """Catches scores of text that is not what was built."""
+    damaged = Path(shutil.copytree(heldout_corpus, tmp_path / "damaged"))
+    (shard,) = damaged.glob("data-*.arrow")
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 4
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match=rf"{shard} is damaged: its SHA-256 is "):
+        evaluate_command(str(folder), str(damaged), json=True)

@@ -76,6 +76,6 @@ def test_a_failed_export_leaves_no_folder(run: Path, tmp_path: Path, monkeypatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("pretrain.export.shutil.copytree", full)
-    with pytest.raises(UserError, match="No space left on device"):
+    with pytest.raises(UserError, match=r"cannot write .*encoder: disk full"):
         export(str(run), str(tmp_path / "encoder"))
-    assert not (tmp_path / "encoder").exists()
+    assert list(tmp_path.glob("*encoder*")) == []

@@ -43,7 +43,7 @@ def test_loss_scale_errors_exit_with_their_message(
     """Catches a trace instead of advice, an outcome that is not recorded, and a hang_seconds that has no effect."""
     timeouts: list[timedelta] = []
 
-    def connect(timeout: timedelta) -> World:
+    def connect(timeout: timedelta, _: Any) -> World:
         timeouts.append(timeout)
         return World(0, 1)
 
@@ -61,7 +61,7 @@ def test_loss_scale_errors_exit_with_their_message(
 
 def test_a_rank_raises_its_limit_of_open_files(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a rank that runs out of file descriptors although the system allows more than the default of 1024."""
-    monkeypatch.setattr(pretrain.run, "connect", lambda _: World(0, 1))
+    monkeypatch.setattr(pretrain.run, "connect", lambda *_: World(0, 1))
     monkeypatch.setattr(pretrain.run, "disconnect", lambda: None)
     monkeypatch.setattr(pretrain.run, "pretrain", lambda *_: Outcome.DONE)
     before = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,22 @@ from experiment.config import build_config
 from experiment.errors import UserError
 from experiment.provenance import ancestors_of, write_origin, write_provenance
 from experiment.run_folder import RunFolder
-from pretrain.config import PretrainConfig, RunConfig
-from pretrain.resume import ResumePlan, check_fork, check_resume, plan_resume, run_identity
+from pretrain.config import ModelConfig, PretrainConfig, RunConfig
+from pretrain.resume import (
+    ResumePlan,
+    ResumePoint,
+    check_fork,
+    check_resume,
+    find_resume_point,
+    locate_model,
+    plan_resume,
+    run_identity,
+)
 from pretrain.training.training_progress import TrainingProgress, fork_progress
 
 CONFIG = {"run": {"dir": "/runs/a"}, "model": {"config": {"model_type": "bert"}}, "corpus": {"train": "/data/a"}}
 MODEL = {"model_type": "bert", "hidden_size": 24, "transformers_version": "5.0", "dtype": None}
+NEW_MODEL = ModelConfig(config={"model_type": "bert"})
 STAGES = [{"steps": 3, "max_seq_length": 64}, {"sequences": 32}]
 
 
@@ -143,8 +154,14 @@ def identity_with_model(settings: dict[str, Any]) -> dict[str, Any]:
     return run_identity(build_config(PretrainConfig, tree), MODEL, [("f1", 1.0)])
 
 
-def make_run(path: Path, steps: tuple[int, ...], relation: str | None = None, parent: Path | None = None) -> Path:
-    """A run with checkpoints of these steps, descended from step 4 of `parent`."""
+def make_run(
+    path: Path,
+    steps: tuple[int, ...],
+    relation: str | None = None,
+    parent: Path | None = None,
+    model: ModelConfig = NEW_MODEL,
+) -> Path:
+    """A run with checkpoints of these steps, descended from step 4 of `parent`. `model`: section of its config."""
     folder = RunFolder(path)
     ancestors = ancestors_of(checkpoint_path(parent / "checkpoints", 4) / "hf", relation) if parent and relation else []
     run_id = write_provenance(folder, {}, ancestors)
@@ -152,13 +169,14 @@ def make_run(path: Path, steps: tuple[int, ...], relation: str | None = None, pa
         checkpoint = checkpoint_path(folder.checkpoints, step)
         (checkpoint / "hf").mkdir(parents=True)
         write_origin(checkpoint / "hf", folder, {"run_id": run_id, "ancestors": ancestors}, step)
-        (checkpoint / "state.json").write_text(json.dumps({"identity": identity()}))
+        state = {"identity": identity(), "config": {"model": model.model_dump(mode="json")}}
+        (checkpoint / "state.json").write_text(json.dumps(state))
         mark_complete(checkpoint)
     return path
 
 
 def plan(run: Path, resume: str, **changes: Any) -> ResumePlan:
-    return plan_resume(RunConfig(dir=str(run), resume=resume), RunFolder(run), identity(**changes))
+    return plan_resume(find_resume_point(RunConfig(dir=str(run), resume=resume), RunFolder(run)), identity(**changes))
 
 
 def test_what_a_fork_loads(tmp_path: Path) -> None:
@@ -234,3 +252,47 @@ def test_use_cache_does_not_matter() -> None:
     old, new = identity(model=MODEL | {"use_cache": False}), identity(model=MODEL | {"use_cache": True})
     assert check_resume(old, new, "a checkpoint") == []
     assert check_fork(old, identity(), "a checkpoint") == []
+
+
+def test_a_resume_takes_the_model_from_its_checkpoint(tmp_path: Path) -> None:
+    """Catches a resume that needs the model that it was initialized from, by any of its names, or that continues with
+    the newest checkpoint of another run."""
+    parent = make_run(tmp_path / "parent", (2, 4))
+    (parent / "checkpoints" / "best").write_text("step-00000004\n")
+    checkpoint = checkpoint_path(parent / "checkpoints", 4)
+    (checkpoint / "hf" / "config.json").touch()
+    began_with = ModelConfig(init_from=str(checkpoint / "hf"), max_positions=80, freeze=("embeddings",), freeze_steps=5)
+    run = make_run(tmp_path / "run", (6,), model=began_with)
+    point = ResumePoint(checkpoint_path(run / "checkpoints", 6), fork=False)
+    own = ModelConfig(init_from=str(point.checkpoint / "hf"), freeze=("embeddings",), freeze_steps=5)
+    for state in ("there", "gone"):
+        for name in (parent, parent / "checkpoints" / "best", checkpoint, checkpoint / "hf"):
+            named = began_with.model_copy(update={"init_from": str(name)})
+            assert locate_model(named, point) == (began_with, own), state
+        shutil.rmtree(parent, ignore_errors=True)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"init_from": "OTHER"},
+        {"config": {"hidden_dropout_prob": 0.3}},
+        {"max_positions": 90},
+        {"added_tokens": "/added"},
+    ],
+)
+def test_another_model_is_compared_with_the_run(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Catches a resume that ignores a changed key of the model because its checkpoint has one already."""
+    for name in ("base", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").touch()
+    began_with = ModelConfig(init_from=str(tmp_path / "base"), max_positions=80)
+    run = make_run(tmp_path / "run", (6,), model=began_with)
+    point = ResumePoint(checkpoint_path(run / "checkpoints", 6), fork=False)
+    changes = {key: str(tmp_path / "other") if value == "OTHER" else value for key, value in changes.items()}
+    now = began_with.model_copy(update=changes)
+    assert locate_model(now, point) == (now, now)
+    assert now.init_from is not None
+    shutil.rmtree(now.init_from)
+    with pytest.raises(UserError, match=r"model\.init_from: .* does not exist"):
+        locate_model(now, point)

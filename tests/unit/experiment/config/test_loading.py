@@ -95,6 +95,11 @@ def test_an_empty_file_and_a_byte_order_mark_are_no_error(tmp_path: Path, text: 
     assert load_config(Config, path) == Config()
 
 
+def _aliases(value: bytes) -> bytes:
+    """Keys b to t, each of which has the key before it four times: `value` of the last has 4 ** 19 of the first."""
+    return b"".join(b"%c: &%c " % (key, key) + value % ((key - 1,) * 4) + b"\n" for key in range(ord("b"), ord("u")))
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -109,6 +114,11 @@ def test_an_empty_file_and_a_byte_order_mark_are_no_error(tmp_path: Path, text: 
         (b"run: {name: !!python/name:os.system }\n", "FILE, line 1: could not determine a constructor"),
         (b"run: {name: !!binary eA== }\n", "FILE: expected only mappings"),
         (b"run: &again {model: *again}\n", "FILE: expected only mappings"),
+        (
+            b"a: &a [1, 2, 3, 4]\n" + _aliases(b"[*%c, *%c, *%c, *%c]"),
+            "FILE, line 9: aliases make this more than 100,000",
+        ),
+        (b"a: &a {x: 1}\n" + _aliases(b"{<<: [*%c, *%c, *%c, *%c]}"), "FILE, line 9: aliases make this more than"),
         (b'run: {name: "\\ud800"}\n', "FILE: expected only mappings"),
         (b"[" * 5000, "FILE: nested too deeply"),
         (

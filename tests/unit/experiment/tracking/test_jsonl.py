@@ -36,6 +36,17 @@ def test_events_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
     assert steps(path) == [0, 10, 20, 20, 30]
 
 
+def test_an_evaluation_that_is_repeated_is_dropped(tmp_path: Path) -> None:
+    """Catches an evaluation that is in the file twice, and another event of its step, or of an earlier one, that is
+    lost with it."""
+    path = tmp_path / "m.jsonl"
+    written(path, 10, 20)
+    for step in (10, 20, 30):
+        JsonlTracker(path, 30).log({"step": step, "eval/a/loss": None})
+    JsonlTracker(path, 20, evaluates_again=True)
+    assert [(event["step"], "loss" in event) for event in read_events(path)] == [(10, True), (20, True), (10, False)]
+
+
 def test_a_new_run_starts_an_empty_file(tmp_path: Path) -> None:
     """Catches events of an attempt that died before its first checkpoint, kept next to the new ones."""
     path = tmp_path / "m.jsonl"

@@ -12,6 +12,7 @@ from experiment.run_folder import Outcome, RunFolder
 from experiment.tracking import rank_logs
 from experiment.tracking.console import ConsoleTracker
 from experiment.tracking.rank_logs import set_up_logging
+from small_disk import SmallDisk
 
 
 @pytest.fixture(autouse=True)
@@ -112,3 +113,21 @@ def test_a_colored_warning_does_not_color_the_progress_bar(tmp_path: Path, monke
     assert "\x1b[33mwarning: careful\x1b[0m" in after
     assert "loss 1.0000" in after
     assert after.count("\x1b[33m") == 1
+
+
+def test_a_full_disk_drops_messages_quietly(
+    small_disk: SmallDisk, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a traceback on the terminal for every message, a log that stays silent once there is room, and an error
+    when the log is closed."""
+    set_up_logging(RunFolder(small_disk.path), 0)
+    small_disk.fill()
+    for number in range(3):
+        logging.getLogger("pretrain").info("lost %d", number)
+    assert capsys.readouterr().err == "lost 0\nlost 1\nlost 2\n"
+    small_disk.free()
+    logging.getLogger("pretrain").info("kept")
+    assert "kept" in (small_disk.path / "logs" / "rank-0.log").read_text()
+    small_disk.fill()
+    logging.getLogger("pretrain").info("lost")
+    set_up_logging(RunFolder(tmp_path), 0)

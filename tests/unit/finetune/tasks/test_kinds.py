@@ -18,7 +18,11 @@ def table(*labels: str) -> TaskTable:
 
 @pytest.mark.parametrize(
     ("labels", "expected"),
-    [(["joy", "anger", "joy"], ("anger", "joy")), (["10", "9", "2"], ("2", "9", "10"))],
+    [
+        (["joy", "anger", "joy"], ("anger", "joy")),
+        (["10", "9", "2"], ("2", "9", "10")),
+        (["1", "01", "2"], ("01", "1", "2")),
+    ],
 )
 def test_labels_are_found_in_one_order(labels: list[str], expected: tuple[str, ...]) -> None:
     """Catches label ids that depend on the order of the rows, or put class 10 before class 2."""

@@ -64,13 +64,20 @@ def test_gzip_and_chosen_separator(tmp_path: Path) -> None:
     assert values(read_table(path, COLUMNS, CsvFormat(separator=";"))) == [{"label": "x", "text": "one, two"}]
 
 
-@pytest.mark.parametrize("text", ["text\none\ntwo\n", "text,label\none,\ntwo, \n"])
-def test_a_split_without_labels_may_be_allowed(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.csv", "text\none\ntwo\n"),
+        ("a.csv", "text,label\none,\ntwo, \n"),
+        ("a.jsonl", '{"text": "one", "label": null}\n{"text": "two"}\n'),
+    ],
+)
+def test_a_split_without_labels_may_be_allowed(tmp_path: Path, name: str, text: str) -> None:
     """Catches an unlabelled test split being rejected, or taken for one with the label ''."""
-    path = write(tmp_path / "a.csv", text)
+    path = write(tmp_path / name, text)
     table = read_table(path, COLUMNS, label_required=False)
     assert not table.labelled
-    assert [row.values["text"] for row in table.rows] == ["one", "two"]
+    assert values(table) == [{"text": "one"}, {"text": "two"}]
     with pytest.raises(UserError, match="label"):
         read_table(path, COLUMNS, label_required=True)
 

@@ -1,3 +1,4 @@
+import multiprocessing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 
 from pretrain.batching import sequences
 from pretrain.batching.sequences import open_index, split_documents
+from small_disk import SmallDisk
 
 
 @given(st.lists(st.integers(1, 400), max_size=40), st.integers(1, 60))
@@ -98,3 +100,42 @@ def test_a_valid_index_is_not_built_again(tmp_path, monkeypatch):
     open_index(corpus, 10, tmp_path / "fallback")
     monkeypatch.setattr(sequences, "_build", None)
     assert open_index(corpus, 10, tmp_path / "fallback").starts.tolist() == STARTS
+
+
+@dataclass(frozen=True)
+class ManyDocuments(Documents):
+    """An index of several pages."""
+
+    tokens: int = 4000
+
+    def document_lengths(self):
+        yield np.ones(4000, dtype=np.int32)
+
+
+def open_on_full_disk(path, fallback):
+    open_index(ManyDocuments(path), 10, fallback)
+
+
+@pytest.mark.parametrize("free", [0, 1, 2, 5])
+def test_an_index_that_does_not_fit_beside_the_corpus_is_built_elsewhere(small_disk: SmallDisk, tmp_path, caplog, free):
+    """Catches SIGBUS, which a memory-mapped file gives on a full disk, and a run that a full corpus disk keeps from
+    starting."""
+    small_disk.fill(leave=free * 4096)
+    process = multiprocessing.get_context("fork").Process(
+        target=open_on_full_disk, args=(small_disk.path, tmp_path / "fallback")
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert len(open_index(ManyDocuments(small_disk.path), 10, tmp_path / "fallback")) == 4000
+    assert "saving it in" in caplog.text
+    assert list((small_disk.path / "index").glob("*.npy")) == []
+
+
+def test_an_index_that_fits_nowhere_is_an_error_of_the_disk(small_disk: SmallDisk):
+    """Catches an error that names no file."""
+    small_disk.fill(leave=4096)
+    with pytest.raises(OSError, match="No space left") as caught:
+        open_index(ManyDocuments(small_disk.path / "corpus"), 10, small_disk.path / "run")
+    assert str(small_disk.path / "run") in caught.value.filename
+    assert [path for path in small_disk.path.rglob("*") if path.suffix not in ("", ".lock")] == []

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,8 @@ from pretrain.corpus import build, pipeline, shards
 from pretrain.corpus.build import build_corpus
 from pretrain.corpus.options import CorpusOptions
 from pretrain.corpus.reader import open_corpus
+from small_disk import SmallDisk
+from waiting import LIMIT
 
 Build = Callable[..., Any]
 
@@ -187,21 +188,25 @@ def test_sigkill_leaves_no_workers(tmp_path: Path, source: Path, vocabulary_fold
     script = (
         "import sys; from pretrain.corpus.options import CorpusOptions\n"
         "from pretrain.corpus import build, pipeline, shards; shards.SHARD_TOKENS = 700; pipeline._BATCH_BYTES = 500\n"
-        "import time; real = shards.ShardWriter._close\n"
-        "def close(self, position):\n    real(self, position)\n    print('shard', flush=True)\n    time.sleep(0.3)\n"
+        "real = shards.ShardWriter._close\n"
+        "def close(self, position):\n    real(self, position); print('shard', flush=True); sys.stdin.readline()\n"
         "shards.ShardWriter._close = close\n"
         "o = CorpusOptions(source=sys.argv[1], tokenizer=sys.argv[2], output=sys.argv[3], workers=2)\n"
         "build.build_corpus(o)\n"
     )
     command = [sys.executable, "-c", script, str(source), str(vocabulary_folder), str(tmp_path / "killed")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin is not None
     assert process.stdout is not None
-    assert [process.stdout.readline() for _ in range(2)] == ["shard\n", "shard\n"]
+    assert process.stdout.readline() == "shard\n"
+    process.stdin.write("\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == "shard\n"
     children = psutil.Process(process.pid).children(recursive=True)
     assert len(children) >= 3
     process.send_signal(signal.SIGKILL)
     process.wait()
-    _, alive = psutil.wait_procs(children, timeout=20)
+    _, alive = psutil.wait_procs(children, timeout=LIMIT)
     assert not [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
     assert len(json.loads((tmp_path / "killed.partial" / "journal.json").read_text())["finished"]) == 2
     corpus("killed")
@@ -302,13 +307,28 @@ def test_full_disk(corpus: Build, tmp_path: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "write_shard", full)
-        with pytest.raises(UserError, match="disk is full"):
+        with pytest.raises(UserError, match=r"--output .*c: disk full"):
             corpus("c")
     assert not (tmp_path / "c").exists()
     assert len(json.loads((tmp_path / "c.partial" / "journal.json").read_text())["finished"]) == 2
     corpus("c")
     corpus("whole")
     assert contents(tmp_path / "c") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("pages", [0, 1, 4, 8, 12])
+def test_a_build_continues_when_a_full_disk_has_room_again(
+    corpus: Build, tmp_path: Path, small_disk: SmallDisk, pages: int
+) -> None:
+    """Catches a traceback at some file of the build, and a shard that is cut off but keeps its space."""
+    small_disk.fill(leave=pages * 4096)
+    with pytest.raises(UserError, match=r"--output .*small-disk/c: .*disk full"):
+        corpus("small-disk/c")
+    assert list(small_disk.path.glob("c.partial/.*")) == []
+    small_disk.free()
+    corpus("small-disk/c")
+    corpus("whole")
+    assert contents(small_disk.path / "c") == contents(tmp_path / "whole")
 
 
 def test_killed_worker(corpus: Build, tmp_path: Path) -> None:
@@ -321,10 +341,8 @@ def test_killed_worker(corpus: Build, tmp_path: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline._EncodeQueue, "submit", killing)
-        began = time.monotonic()
         with pytest.raises(StoppedError, match="killed"):
             corpus("c")
-    assert time.monotonic() - began < 30
     assert corpus("c").documents == 300
 
 

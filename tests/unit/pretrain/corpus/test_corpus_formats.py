@@ -170,6 +170,29 @@ def test_truncated_file_is_rejected(tmp_path: Path, suffix: str) -> None:
         texts(path)
 
 
+@pytest.mark.parametrize("kind", ["tar.gz", "zip"])
+def test_no_member_of_an_archive_is_skipped_silently(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    """Catches members whose names leave the archive's folder and that are left out or unpacked there, and members of
+    other formats that are left out without a word."""
+    outside = {"../up.txt": b"up\n", "/abs.txt": b"abs\n", "a/../../b.txt": b"b\n"}
+    members = {**outside, ".hidden.txt": b"no\n", "x/notes.bin": b"no", "x/image.png": b"no"}
+    path = tmp_path / "below" / f"a.{kind}"
+    path.parent.mkdir()
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in members.items():
+                archive.writestr(name, data)
+    else:
+        path.write_bytes(tar_of(members))
+    assert texts(path) == ["up", "abs", "b"]
+    assert capsys.readouterr().err == f"{path}: 2 files of other formats are skipped, such as x/image.png\n"
+    assert [found for found in tmp_path.rglob("*") if found.is_file()] == [path]
+    assert texts(f"{path}::../*") == ["up"]
+    assert capsys.readouterr().err == ""
+
+
 def tar_of(members: dict[str, bytes]) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as archive:

@@ -8,6 +8,7 @@ from experiment.errors import UserError
 from experiment.tokenizer import load_tokenizer, tokenizer_fingerprint
 from pretrain.corpus.options import TokenizerOptions
 from pretrain.corpus.train_tokenizer import train_tokenizer
+from small_disk import SmallDisk
 
 TEXT = "The river ran by the town .\nThe actor was born in the town by the river !\n" * 20 + "你好 世界 ünknown\n" * 3
 
@@ -54,3 +55,13 @@ def test_invalid_options(tmp_path: Path, text: Path) -> None:
     with pytest.raises(UserError, match="already holds"):
         train_tokenizer(TokenizerOptions(source=text, output=tmp_path, vocab_size=300))
     assert not (tmp_path / "t").exists()
+
+
+@pytest.mark.parametrize("free", [0, 4096, 12288])
+def test_a_full_disk_leaves_nothing(small_disk: SmallDisk, text: Path, free: int) -> None:
+    """Catches a traceback, and half a tokenizer that keeps the disk full."""
+    small_disk.fill(leave=free)
+    options = TokenizerOptions(source=text, output=small_disk.path / "t", vocab_size=300, kind="bpe")
+    with pytest.raises(UserError, match=r"--output .*small-disk/t: .*disk full"):
+        train_tokenizer(options)
+    assert [path.name for path in small_disk.path.iterdir()] == ["filler"]

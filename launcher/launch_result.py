@@ -1,0 +1,109 @@
+"""Find out how a launch ended, from what the ranks left in the run folder and from the exit code of DeepSpeed."""
+
+import json
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from experiment.run_folder import Outcome, RunFolder
+
+_SSH_FAILED = 255
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)  # ranks catch them, except while they import their modules
+_MOST_NAMED = 4
+_TAIL_LINES = 15
+
+
+@dataclass(frozen=True)
+class LaunchResult:
+    """How a launch ended."""
+
+    outcome: Outcome
+    message: str = ""
+
+
+def clear_reports(folder: RunFolder) -> None:
+    """Remove what the ranks of an earlier launch left."""
+    for path in (folder.outcome, *_rank_processes(folder)):
+        path.unlink(missing_ok=True)
+
+
+def read_result(folder: RunFolder, exit_code: int, start_time: float, remote: bool) -> LaunchResult:
+    """The result of a launch whose processes have exited.
+
+    Args:
+        exit_code: of DeepSpeed's launcher.
+        start_time: when the launch began, as `time.time()`.
+        remote: whether ranks ran on other hosts.
+    """
+    reported, silent, killer = folder.read_outcome(), list(_silent_ranks(folder)), _killer(exit_code)
+    if remote and exit_code == _SSH_FAILED:
+        killer, ending = None, "ssh failed or lost the connection to a host"
+    else:
+        ending = _describe_kill(killer, silent) if killer else ""
+    if reported is None:
+        if exit_code == Outcome.STOPPED.exit_code or killer in _STOP_SIGNALS:
+            return LaunchResult(Outcome.STOPPED, "stopped before the first step; run the same command again")
+        return LaunchResult(Outcome.FAILED, _failure_message(folder, ending or f"exit code {exit_code}", start_time))
+    outcome, message = reported
+    # DeepSpeed's launcher stops the other ranks when one is killed, and before the first step they report that.
+    if outcome is Outcome.STOPPED and silent and killer not in (None, *_STOP_SIGNALS):
+        return LaunchResult(Outcome.FAILED, ending)
+    if outcome is not Outcome.FAILED:
+        return LaunchResult(outcome, message)
+    if ending:
+        message = f"{ending}; {message}"  # the other ranks only know that they lost their peer, not why
+    elif silent:
+        message = f"{message}; ended without reporting an outcome: {', '.join(silent)}"
+    return LaunchResult(outcome, message)
+
+
+def _rank_processes(folder: RunFolder) -> Iterator[Path]:
+    return folder.logs.glob("rank-*.json")
+
+
+def _silent_ranks(folder: RunFolder) -> Iterator[str]:
+    """The processes of the ranks that have started and not recorded their end."""
+    for path in sorted(_rank_processes(folder)):
+        try:
+            process = json.loads(path.read_text(encoding="utf-8"))
+            if process["exit"] is None:
+                yield f"rank {process['rank']} on {process['host']} (process {process['pid']})"
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+
+
+def _killer(exit_code: int) -> signal.Signals | None:
+    """The signal that an exit code means: -N if it ended DeepSpeed's launcher, 256 - N if it ended a rank."""
+    try:
+        return signal.Signals(-exit_code if exit_code < 0 else 256 - exit_code)
+    except ValueError:
+        return None
+
+
+def _describe_kill(killer: signal.Signals, silent: Sequence[str]) -> str:
+    """`silent`: the ranks that may have been killed."""
+    rank = " or ".join(silent) if 0 < len(silent) <= _MOST_NAMED else "a rank"
+    reason = ", possibly because the system ran out of memory" if killer is signal.SIGKILL else ""
+    return f"{rank} was killed by {killer.name}{reason}"
+
+
+def _failure_message(folder: RunFolder, reason: str, start_time: float) -> str:
+    """The message for ranks that exited without writing an outcome, with the end of the failed rank's log."""
+    message = f"the ranks exited without reporting an outcome ({reason}); their logs are in {folder.logs}"
+    logs = [path for path in sorted(folder.logs.glob("rank-*.log")) if path.stat().st_mtime >= start_time]
+    tails = {path: _tail(path) for path in logs}
+    if not tails:
+        return message
+    # The failed rank stops logging first; the others notice its loss later.
+    failed = [path for path, tail in tails.items() if "Traceback" in tail]
+    path = min(failed, key=_modified_ns) if failed else max(tails, key=_modified_ns)
+    return f"{message}\nthe end of {path.name}:\n{tails[path]}"
+
+
+def _modified_ns(path: Path) -> int:
+    return path.stat().st_mtime_ns
+
+
+def _tail(path: Path) -> str:
+    return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:])

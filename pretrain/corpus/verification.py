@@ -1,0 +1,114 @@
+"""Verify corpora: once on each host before they are used, and on request.
+
+What a host has verified is recorded in the cache folder of the user, in one file for each host and corpus: a corpus may
+be read-only, and a home folder shared by hosts of which one reads it wrongly. The record holds as long as every shard
+keeps its size and modification time.
+"""
+
+import json
+import logging
+import os
+import platform
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from tqdm import tqdm
+
+from experiment.errors import UserError
+from experiment.files import json_digest, write_json
+from pretrain.corpus.reader import Corpus, open_corpus
+
+log = logging.getLogger(__name__)
+
+
+def verify_corpora(corpora: Iterable[Corpus], show_progress: bool) -> Iterator[None]:
+    """Verify the corpora that this host has not verified yet. Each step of the iterator reads one shard.
+
+    Raises UserError for the first damaged shard.
+    """
+    for corpus in {corpus.path: corpus for corpus in corpora}.values():
+        if not _Record(corpus).holds():
+            for damage in _find_damage(corpus, show_progress):
+                if damage is not None:
+                    raise UserError(damage)
+                yield
+
+
+def verify_command(folders: str) -> None:
+    """`deepcloze corpus --verify`: verify corpora (comma-separated folders), whatever was verified before.
+
+    Prints the undamaged ones. Raises UserError that names every damaged shard.
+    """
+    damaged: list[str] = []
+    for name in filter(None, folders.split(",")):
+        try:
+            corpus = open_corpus(name)
+            found = [damage for damage in _find_damage(corpus, show_progress=True) if damage is not None]
+        except UserError as error:
+            found = [str(error)]
+        if not found:
+            print(f"{name}: undamaged, {len(corpus.manifest.shards):,} shards with {corpus.tokens:,} tokens")
+        damaged += found
+    if damaged:
+        raise UserError("\n".join(damaged))
+
+
+def _find_damage(corpus: Corpus, show_progress: bool) -> Iterator[str | None]:
+    """Yield what is wrong with each shard, None if nothing is. Records a corpus without damage."""
+    record, undamaged, shards = _Record(corpus), True, corpus.manifest.shards
+    record.delete()
+    with tqdm(
+        desc=f"verifying {corpus.name}",
+        total=sum(shard.bytes for shard in shards),
+        unit="B",
+        unit_scale=True,
+        delay=3.0,
+        mininterval=0.1 if sys.stderr.isatty() else 10.0,
+        leave=False,
+        disable=not show_progress,
+    ) as bar:
+        for shard in shards:
+            damage = corpus.find_damage(shard)
+            undamaged = undamaged and damage is None
+            bar.update(shard.bytes)
+            yield damage
+    if undamaged:
+        record.write()
+
+
+class _Record:
+    """That this host has verified a corpus, with its shards as they were when this object was made."""
+
+    def __init__(self, corpus: Corpus) -> None:
+        name = json_digest([platform.node(), str(corpus.path)])
+        self._path = _cache_folder() / "deepcloze" / "verified" / f"{name}.json"
+        stats = [(shard, (corpus.path / shard.file).stat()) for shard in corpus.manifest.shards]
+        self._content = {
+            "host": platform.node(),
+            "corpus": str(corpus.path),
+            "vocabulary_size": corpus.manifest.vocabulary_size,
+            "shards": [[shard.file, shard.sha256, stat.st_size, stat.st_mtime_ns] for shard, stat in stats],
+        }
+
+    def holds(self) -> bool:
+        try:
+            found: object = json.loads(self._path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return found == self._content
+
+    def write(self) -> None:
+        try:
+            write_json(self._path, self._content)
+        except OSError as error:
+            log.warning("cannot record in %s that a corpus is verified: %s", self._path.parent, error.strerror)
+
+    def delete(self) -> None:
+        with suppress(OSError):
+            self._path.unlink(missing_ok=True)
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))  # noqa: PTH111 (never raises)

@@ -1,0 +1,55 @@
+"""Prepare a run on all ranks: everything that may be refused, before a device is used."""
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from experiment.run_folder import open_run_folder
+from experiment.tracking.rank_logs import set_up_logging
+from pretrain.config import PretrainConfig
+from pretrain.corpus.reader import Corpus
+from pretrain.corpus.verification import verify_corpora
+from pretrain.engine.deepspeed_settings import check_device_support
+from pretrain.modeling.build import BuiltModel, build_model
+from pretrain.resolve import ResolvedRun, resolve
+from pretrain.training.host_group import HostGroup
+from pretrain.training_stream import TrainingStream, open_stream
+from pretrain.world import World
+
+
+class Preparation(NamedTuple):
+    """What training needs, apart from the engine."""
+
+    run: ResolvedRun
+    model: BuiltModel
+    stream: TrainingStream
+
+
+def prepare(config: PretrainConfig, world: World, hosts: HostGroup) -> Preparation:
+    """Resolve the config, verify the corpora, build the model and open the stream of batches. Collective.
+
+    Raises AgreedError: a UserError on any rank, such as a host that lacks the corpus, is raised on all.
+    """
+    hosts.call(lambda: set_up_logging(open_run_folder(config.run.dir), world.rank))
+    run = hosts.call(lambda: resolve(config, world.size, decide=hosts.from_rank0))
+    hosts.call(lambda: check_device_support(run.deepspeed))
+    verify_on_each_host([*(given.corpus for given in run.corpora), *run.held_out.values()], world, hosts)
+    model = hosts.call(lambda: build_model(run.model_source, run.model_config, run.config.run.seed))
+    stream = hosts.call(
+        lambda: open_stream(run, world, packed=model.packed, first_position=model.first_position),
+    )
+    return Preparation(run, model, stream)
+
+
+def verify_on_each_host(corpora: Sequence[Corpus], world: World, hosts: HostGroup) -> None:
+    """Verify the corpora on one rank of each host. Collective; raises AgreedError for a damaged shard.
+
+    The ranks meet after every shard: reading all of them may take longer than the timeout of a collective.
+    """
+    shards = verify_corpora(corpora if world.local_rank == 0 else [], show_progress=world.rank == 0)
+
+    def verify_next() -> int:
+        return sum(1 for _ in itertools.islice(shards, 1))
+
+    while hosts.all_reduce_sum([hosts.call(verify_next)]) != [0]:
+        pass

@@ -1,0 +1,88 @@
+"""The process of a rank: what ends it, what it leaves for the launcher, and its exit code."""
+
+import logging
+import os
+import platform
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import NoReturn
+
+from experiment.errors import UserError
+from experiment.run_folder import Outcome
+from pretrain.batching.loader import DataWorkerError
+from pretrain.engine.loss_scaler import LossScaleError
+from pretrain.rank_outcome import RankReport
+from pretrain.training.health import UnhealthyError
+from pretrain.training.host_group import AgreedError
+from pretrain.training.stop_request import exit_on_signal
+
+log = logging.getLogger(__name__)
+
+
+def run_rank(train: Callable[[], Outcome], report: RankReport) -> NoReturn:
+    """Call `train` and end the process with the exit code of its outcome, or of what it raises."""
+    report.start()
+    with exit_on_signal(partial(_stop_before_training, report)):
+        outcome, message = _call(train, report)
+        if outcome in (Outcome.FAILED, Outcome.REFUSED):
+            report.fail(outcome, message)
+        report.end(outcome.exit_code)
+        exit_process(outcome)
+
+
+def refuse(error: UserError, rank: int) -> NoReturn:
+    """Print a mistake in the command line or config, and end the process."""
+    _print_mistake(error, rank)
+    exit_process(Outcome.REFUSED)
+
+
+def give_up(report: RankReport, message: str) -> NoReturn:
+    """End a process whose main thread may be blocked, waiting for a rank that is lost."""
+    _end_early(report, Outcome.FAILED, message)
+
+
+def exit_process(outcome: Outcome) -> NoReturn:
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(outcome.exit_code)  # a normal exit with live collective threads sometimes aborts
+
+
+def _call(train: Callable[[], Outcome], report: RankReport) -> tuple[Outcome, str]:
+    """The outcome on this rank, and the reason for a failure."""
+    here = f"{platform.node()}, rank {report.rank}"
+    try:
+        return train(), ""
+    except AgreedError as error:
+        return Outcome.REFUSED, str(error)  # rank 0 has printed it
+    except UserError as error:
+        _print_mistake(error, report.rank)
+        return Outcome.REFUSED, str(error)
+    except (LossScaleError, UnhealthyError) as error:
+        return Outcome.FAILED, str(error).partition("\n")[0]  # the rest has been logged
+    except DataWorkerError as error:
+        log.error("%s", error)
+        return Outcome.FAILED, f"{here}: {error}".partition("\n")[0]
+    except BaseException as error:
+        log.exception("this rank failed")
+        return Outcome.FAILED, f"{here}: {type(error).__name__}: {error}"
+
+
+def _stop_before_training(report: RankReport, signal_name: str) -> None:
+    _end_early(report, Outcome.STOPPED, f"{signal_name} before the first step; run the same command again")
+
+
+def _end_early(report: RankReport, outcome: Outcome, message: str) -> NoReturn:
+    message = f"{platform.node()}, rank {report.rank}: {message}"
+    report.fail(outcome, message)
+    report.end(outcome.exit_code)
+    print(f"deepcloze: {message}", file=sys.stderr, flush=True)
+    os._exit(outcome.exit_code)
+
+
+def _print_mistake(error: UserError, rank: int) -> None:
+    if rank == 0:
+        print(f"deepcloze: {error}", file=sys.stderr)
+    elif os.environ.get("LOCAL_RANK", "0") == "0":  # once for each host
+        print(f"deepcloze: {platform.node()}, rank {rank}: {error}", file=sys.stderr)

@@ -1,0 +1,43 @@
+"""Whole runs as users start them: commands in the background, and waiting for what they do."""
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from experiment.run_folder import RunFolder
+from runs import logged, run_config
+from waiting import LIMIT, wait_until
+
+LONG = 5000  # steps: the test stops the run earlier
+
+Start = Callable[..., subprocess.Popen[str]]
+
+
+def config_file(tmp_path: Path, corpus: Path, **changes: Any) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(run_config(tmp_path / "run", corpus, **changes)))
+    return path
+
+
+def wait_for_exit(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """The exit code and the output."""
+    output, _ = process.communicate(timeout=LIMIT)
+    return process.returncode, output
+
+
+def wait_for_steps(folder: Path, steps: int, process: subprocess.Popen[str]) -> None:
+    wait_until(lambda: RunFolder(folder).metrics.exists() and len(logged(folder)) >= steps, process)
+
+
+def wait_for_file(path: Path, process: subprocess.Popen[str]) -> None:
+    """Wait until a process has written a file."""
+    wait_until(path.exists, process)
+
+
+def rank_environment(rank: int, size: int, port: int) -> dict[str, str]:
+    """The variables that DeepSpeed's launcher sets for a rank on this machine."""
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_SIZE": size, "MASTER_PORT": port}
+    return {name: str(number) for name, number in ranks.items()} | {"MASTER_ADDR": "127.0.0.1"}

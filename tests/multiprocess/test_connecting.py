@@ -1,0 +1,88 @@
+"""How ranks connect, and what happens if one of them does not."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+
+from experiment.run_folder import Outcome, RunFolder
+from launches import Start, config_file, rank_environment, wait_for_exit
+from pretrain.engine.deepspeed_settings import REPOSITORY
+from pretrain.world import World
+from rank_pool import RankPool, free_port
+
+# A rank that connects; {before} is what it does first.
+RANK = """
+import os, signal, sys, time
+from datetime import timedelta
+from pretrain.engine import process_group
+
+def give_up(message):
+    print(message, flush=True)
+    os._exit(9)
+
+{before}
+process_group.connect(timedelta(seconds=4), give_up)
+"""
+# The rank is lost when all have met at the store, before they connect to each other.
+LOST = "process_group.deadline = lambda *_: os.kill(os.getpid(), signal.SIGSTOP)"
+
+
+def start_rank(rank: int, port: int, before: str = "") -> subprocess.Popen[str]:
+    environment = (
+        os.environ | rank_environment(rank, 2, port) | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(REPOSITORY)}
+    )
+    command = [sys.executable, "-c", RANK.format(before=before)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_rank_lost_while_the_ranks_connect_to_each_other() -> None:
+    """Catches a rank that waits for a lost one for ever: the timeout of torch does not apply there."""
+    port = free_port()
+    ranks = [start_rank(0, port), start_rank(1, port, LOST)]
+    try:
+        output, _ = ranks[0].communicate(timeout=170)
+        assert ranks[0].returncode == 9
+        assert output == "the ranks did not connect to each other within 4 s (gloo)\n"
+    finally:
+        for process in ranks:
+            process.kill()
+            process.communicate()
+
+
+def test_ranks_that_do_not_start_are_named(start: Start, wordpiece_corpus: Path, tmp_path: Path) -> None:
+    """Catches a timeout that does not say which rank to look at."""
+    config, port = config_file(tmp_path, wordpiece_corpus, health__hang_seconds=2), free_port()
+    command = (sys.executable, "-m", "pretrain.run", "--config", str(config))
+    code, output = wait_for_exit(start(*command, **rank_environment(0, 3, port)))
+    assert code == 1, output
+    outcome, message = RunFolder(tmp_path / "run").read_outcome() or (None, "")
+    assert outcome is Outcome.FAILED
+    assert re.fullmatch(rf".*, rank 0: LostRankError: not connected to 127.0.0.1:{port} within 2 s: rank 1, 2", message)
+
+
+def listening_case(world: World) -> list[str]:
+    """The addresses on which the store listens."""
+    port = int(os.environ["MASTER_PORT"])
+    connections = psutil.Process().net_connections("tcp")
+    return [c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN and c.laddr.port == port]
+
+
+def test_the_store_listens_on_one_address(pools: dict[int, RankPool]) -> None:
+    """Catches a store that everyone in the networks of the machine can write to."""
+    assert pools[2].run(listening_case) == [["127.0.0.1"], []]
+
+
+def test_an_address_of_another_machine_listens_on_all() -> None:
+    """Catches a run that cannot start if MASTER_ADDR is translated, as that of a Kubernetes service."""
+    from pretrain.engine.process_group import _listen
+
+    port = free_port()
+    descriptor = _listen("192.0.2.1", port)
+    try:
+        assert [c.laddr.ip for c in psutil.Process().net_connections("tcp") if c.laddr.port == port] == ["0.0.0.0"]
+    finally:
+        os.close(descriptor)

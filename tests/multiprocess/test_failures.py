@@ -1,0 +1,88 @@
+"""A rank or one of its processes is lost: how the launch ends, and what it says."""
+
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from experiment.run_folder import Outcome, RunFolder
+from launches import LONG, Start, config_file, rank_environment, wait_for_exit, wait_for_file, wait_for_steps
+from rank_pool import free_port
+
+HOST = platform.node()
+
+
+def start_training(start: Start, corpus: Path, tmp_path: Path) -> tuple[subprocess.Popen[str], psutil.Process]:
+    """A launch of two ranks that has trained, and the process of rank 1."""
+    config = config_file(tmp_path, corpus, schedule__steps=LONG)
+    launch = start(
+        sys.executable, "-m", "launcher", "pretrain", "--config", str(config), "--num_gpus=2", "--oversubscribe"
+    )
+    wait_for_steps(tmp_path / "run", 2, launch)
+    record = json.loads(RunFolder(tmp_path / "run").rank_process(1).read_text(encoding="utf-8"))
+    assert (record["rank"], record["host"], record["exit"]) == (1, HOST, None)
+    return launch, psutil.Process(record["pid"])
+
+
+def test_the_first_failure_is_reported(start: Start, wordpiece_corpus: Path, tmp_path: Path) -> None:
+    """Catches rank 0's 'connection closed' in place of the failure of another rank's data worker."""
+    launch, rank = start_training(start, wordpiece_corpus, tmp_path)
+    worker = next(child for child in rank.children() if "pretrain.run" in " ".join(child.cmdline()))
+    worker.kill()
+    code, output = wait_for_exit(launch)
+    assert code == 1
+    outcome, message = RunFolder(tmp_path / "run").read_outcome() or (None, "")
+    assert outcome is Outcome.FAILED
+    assert message.startswith(f"{HOST}, rank 1: the data worker (pid {worker.pid}) was killed (SIGKILL)"), output
+    assert f"the run failed: {message.splitlines()[0]}" in output
+    log = RunFolder(tmp_path / "run").rank_log(1).read_text(encoding="utf-8")
+    assert f"the data worker (pid {worker.pid}) was killed" in log
+
+
+def test_a_killed_rank_is_named(start: Start, wordpiece_corpus: Path, tmp_path: Path) -> None:
+    """Catches a message that does not say which rank ran out of memory, on which host."""
+    launch, rank = start_training(start, wordpiece_corpus, tmp_path)
+    os.kill(rank.pid, signal.SIGKILL)
+    code, output = wait_for_exit(launch)
+    assert code == 1
+    assert f"rank 1 on {HOST} (process {rank.pid})" in output
+    assert f"{HOST}, rank 0: " in output
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_rank_that_waits_for_another_can_be_stopped(
+    start: Start, wordpiece_corpus: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    """Catches a rank that exits with 1, or not at all, if it is stopped while it connects."""
+    config = config_file(tmp_path, wordpiece_corpus)
+    folder = RunFolder(tmp_path / "run")
+    command = (sys.executable, "-m", "pretrain.run", "--config", str(config))
+    rank = start(*command, **rank_environment(0, 2, free_port()))
+    wait_for_file(folder.rank_process(0), rank)
+    rank.send_signal(number)
+    code, output = wait_for_exit(rank)
+    assert code == 75, output
+    outcome, message = folder.read_outcome() or (None, "")
+    assert outcome is Outcome.STOPPED
+    assert message.startswith(f"{HOST}, rank 0: {number.name} before the first step")
+    assert json.loads(folder.rank_process(0).read_text(encoding="utf-8"))["exit"] == 75
+
+
+def test_a_signal_to_one_rank_before_the_first_step_stops_the_launch(
+    start: Start, wordpiece_corpus: Path, tmp_path: Path
+) -> None:
+    """Catches exit code 1 because the other ranks lose their peer, or are stopped by DeepSpeed's launcher."""
+    config = config_file(tmp_path, wordpiece_corpus, schedule__steps=LONG)
+    folder = RunFolder(tmp_path / "run")
+    command = (sys.executable, "-m", "launcher", "pretrain", "--config", str(config), "--num_gpus=2")
+    launch = start(*command, "--oversubscribe")
+    wait_for_file(folder.rank_process(1), launch)
+    os.kill(json.loads(folder.rank_process(1).read_text(encoding="utf-8"))["pid"], signal.SIGTERM)
+    code, output = wait_for_exit(launch)
+    assert code == 75, output

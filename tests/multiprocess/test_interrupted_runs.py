@@ -1,0 +1,144 @@
+"""Runs that are stopped, killed and rewound at random points end like an uninterrupted one."""
+
+import os
+import random
+import signal
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import pytest
+
+from experiment.tracking.jsonl import JsonlTracker
+from poison import Poison, poisoned_case
+from pretrain.world import World
+from rank_pool import RankError, RankPool
+from runs import Tree, assert_same_run, run_config, soak
+
+STEPS = 8
+
+
+class Interruption(NamedTuple):
+    """How an attempt at a run ends early, unless it is done before."""
+
+    how: Literal["stop", "kill"]
+    after: int  # stop: steps; kill: starts and ends of the calls that `killed_case` counts
+
+
+def killed_case(world: World, tree: Mapping[str, Any], poisons: Mapping[int, Poison], after: int) -> str:
+    """A run that is killed where an event is logged, or a checkpoint is saved or loaded."""
+    import pretrain.training.checkpoint_tensors as checkpoint_tensors
+    from pretrain.training.trainer import Trainer
+
+    left = after
+
+    def count() -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            count()
+            result = function(*args, **options)
+            count()
+            return result
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JsonlTracker, "log", counted(JsonlTracker.log))
+        patch.setattr(JsonlTracker, "__init__", counted(JsonlTracker.__init__))
+        patch.setattr(Trainer, "_save", counted(Trainer._save))
+        patch.setattr(Trainer, "_rewind", counted(Trainer._rewind))
+        patch.setattr(checkpoint_tensors, "mark_complete", counted(checkpoint_tensors.mark_complete))
+        return poisoned_case(world, tree, poisons)
+
+
+def run_interrupted(
+    pool: RankPool, tree: Tree, poisons: Mapping[int, Poison], interruptions: list[Interruption]
+) -> None:
+    """Start a run once for each interruption, and then until it is done."""
+    for how, after in interruptions:
+        if how == "stop":
+            assert set(pool.run(poisoned_case, tree, poisons, after)) <= {"stopped", "done"}
+        else:
+            try:
+                assert set(pool.run(killed_case, tree, poisons, after)) == {"done"}
+            except RankError as error:
+                assert "the process died" in str(error)  # noqa: PT017
+    assert set(pool.run(poisoned_case, tree, poisons)) == {"done"}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, heldout_corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """Returns a function: keys of the config, poisons -> the folder of a run without interruptions."""
+    made: dict[str, Path] = {}
+
+    def folder(changes: Tree, poisons: Mapping[int, Poison]) -> Path:
+        key = repr((changes, poisons))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("uninterrupted")
+            tree = interruptible(made[key], wordpiece_corpus, heldout_corpus, changes)
+            assert set(pools[1].run(poisoned_case, tree, poisons)) == {"done"}
+        return made[key]
+
+    return folder
+
+
+def interruptible(folder: Path, corpus: Path, heldout: Path, changes: Tree) -> Tree:
+    return run_config(
+        folder,
+        corpus,
+        schedule__steps=STEPS,
+        health__policy="rewind",
+        corpus__eval={"held": str(heldout)},
+        **changes,
+    )
+
+
+def test_an_evaluation_left_to_the_next_attempt_is_logged_once(
+    pools: dict[int, RankPool],
+    wordpiece_corpus: Path,
+    heldout_corpus: Path,
+    tmp_path: Path,
+    uninterrupted: Callable[..., Path],
+) -> None:
+    """Catches an evaluation that is logged by two attempts, because the first was killed before its next checkpoint."""
+    changes = {"evaluation__every_steps": 2}
+    tree = interruptible(tmp_path, wordpiece_corpus, heldout_corpus, changes)
+    interruptions = [Interruption("stop", 4), Interruption("kill", 6), Interruption("kill", 6)]
+    run_interrupted(pools[1], tree, {}, interruptions)
+    assert_same_run(uninterrupted(changes, {}), tmp_path, STEPS)
+
+
+@pytest.mark.parametrize("seed", [*range(2), *soak(*range(2, 80))])
+def test_interruptions_neither_repeat_nor_lose_an_event(
+    pools: dict[int, RankPool],
+    wordpiece_corpus: Path,
+    heldout_corpus: Path,
+    tmp_path: Path,
+    uninterrupted: Callable[..., Path],
+    seed: int,
+) -> None:
+    """Catches events, updates or progress that a sequence of stops, kills and rewinds repeats, loses or changes."""
+    draw = random.Random(seed)
+    changes = {
+        "run__log_every": draw.choice([1, 2, 3]),
+        "evaluation__every_steps": draw.choice([1, 2, 3]),
+        "checkpoint__every_steps": draw.choice([None, 2, 3]),
+        "checkpoint__keep_last": draw.choice([1, 2]),
+    }
+    poisons = {draw.randrange(2, STEPS + 1): Poison(float("nan"))} if draw.random() < 0.5 else {}
+    interruptions = [
+        Interruption("stop", draw.randrange(1, 6))
+        if draw.random() < 0.5
+        else Interruption("kill", draw.randrange(1, 40))
+        for _ in range(draw.randrange(2, 6))
+    ]
+    tree = interruptible(tmp_path, wordpiece_corpus, heldout_corpus, changes)
+    run_interrupted(pools[1], tree, poisons, interruptions)
+    assert_same_run(uninterrupted(changes, poisons), tmp_path, STEPS), (changes, poisons, interruptions)

@@ -1,0 +1,17 @@
+"""Wait for an event, not for a time: a busy machine may take ten times longer than an idle one."""
+
+import subprocess
+import time
+from collections.abc import Callable
+
+LIMIT = 600.0  # seconds; less than the `timeout` of pytest, which then says less
+
+
+def wait_until(condition: Callable[[], object], process: "subprocess.Popen[str] | None" = None) -> None:
+    """Wait until `condition()` is true. Fails if the process that should make it true exits first."""
+    deadline = time.monotonic() + LIMIT
+    while not condition():
+        if process is not None and process.poll() is not None and not condition():
+            raise AssertionError(f"exited with code {process.returncode}: {process.communicate()}")
+        assert time.monotonic() < deadline, f"waited {LIMIT:.0f} s in vain"
+        time.sleep(0.02)

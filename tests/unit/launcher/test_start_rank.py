@@ -1,0 +1,48 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launcher.environment import GLIBC_TUNABLES
+from launcher.machine import cpu_cores
+
+ROOT = Path(__file__).parents[3]
+
+# Stands for pretrain.run: it prints what it was started with.
+RUN = """
+import json, os, sys
+print(json.dumps({"pid": os.getpid(), "argv": sys.argv[1:], "environ": dict(os.environ)}))
+sys.exit(75)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "pretrain").mkdir()
+    (tmp_path / "pretrain" / "__init__.py").touch()
+    (tmp_path / "pretrain" / "run.py").write_text(RUN)
+    return tmp_path
+
+
+def test_a_rank_runs_in_the_environment_of_its_host(folder: Path) -> None:
+    """Catches settings of the launching machine, a lost argument, and a process that the launcher loses track of."""
+    environ = {name: os.environ[name] for name in os.environ if name not in ("OMP_NUM_THREADS", "GLIBC_TUNABLES")}
+    environ |= {"PYTHONPATH": str(ROOT), "LOCAL_SIZE": "2", "DS_ACCELERATOR": "cpu", "RANK": "3"}
+    command = [sys.executable, "-u", "-m", "launcher.start_rank", "--local_rank=1", "--run.dir=a b"]
+    process = subprocess.Popen(command, cwd=folder, env=environ, stdout=subprocess.PIPE, text=True)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 75
+    seen = json.loads(output)
+    assert seen["pid"] == process.pid
+    assert seen["argv"] == ["--local_rank=1", "--run.dir=a b"]
+    added = {"OMP_NUM_THREADS": str(max(1, cpu_cores() // 2)), "GLIBC_TUNABLES": GLIBC_TUNABLES}
+    assert {name: seen["environ"].get(name) for name in environ | added} == environ | added
+
+
+def test_starting_a_rank_imports_no_torch() -> None:
+    """Catches a start that takes seconds longer: pretrain.run imports torch again."""
+    code = "import sys, launcher.start_rank; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

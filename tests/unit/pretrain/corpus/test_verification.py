@@ -1,0 +1,184 @@
+import json
+import os
+import platform
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from experiment.errors import UserError
+from launcher.cli import main
+from pretrain.corpus import shards
+from pretrain.corpus.build import build_corpus
+from pretrain.corpus.options import CorpusOptions
+from pretrain.corpus.reader import Corpus, open_corpus
+from pretrain.corpus.verification import verify_corpora
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory, vocabulary_folder: Path) -> Path:
+    """A corpus of several shards."""
+    root = tmp_path_factory.mktemp("verification")
+    (root / "a.txt").write_text("\n".join("the river and the town " * (1 + i % 9) for i in range(100)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "SHARD_TOKENS", 600)
+        build_corpus(CorpusOptions(source=root / "a.txt", tokenizer=vocabulary_folder, output=root / "c", workers=1))
+    return root / "c"
+
+
+@pytest.fixture
+def corpus(built: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(built, tmp_path / "corpus"))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def shards_read(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], int]:
+    """Verifies a corpus as a run does, and returns how many shards were read for it."""
+    count = 0
+    original = Corpus.find_damage
+
+    def spy(*args: Corpus) -> str | None:
+        nonlocal count
+        count += 1
+        return original(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Corpus, "find_damage", spy)
+
+    def verify(path: Path) -> int:
+        before = count
+        assert sum(1 for _ in verify_corpora([open_corpus(path)] * 2, show_progress=False)) == count - before
+        return count - before
+
+    return verify
+
+
+def flip(path: Path, at: int = -100, keep_times: bool = False) -> None:
+    """Change one bit, as a bad cable or disk does."""
+    before = path.stat()
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+    if keep_times:
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def shard(corpus: Path, number: int = 1) -> Path:
+    return sorted(corpus.glob("data-*.arrow"))[number]
+
+
+def test_a_corpus_is_read_once(corpus: Path, shards_read: Callable[[Path], int]) -> None:
+    """Catches a start that reads terabytes again, and a corpus that is verified twice if it has two roles."""
+    total = len(open_corpus(corpus).manifest.shards)
+    assert total > 2
+    assert [shards_read(corpus), shards_read(corpus)] == [total, 0]
+
+
+@pytest.mark.parametrize("change", ["time", "host", "place", "record"])
+def test_a_record_does_not_hold_for_anything_else(
+    corpus: Path, shards_read: Callable[[Path], int], cache: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """Catches a host that trusts what another has read, a shard that was replaced, and a torn record."""
+    total = shards_read(corpus)
+    if change == "time":
+        os.utime(shard(corpus), ns=(1, 1))
+    elif change == "host":
+        monkeypatch.setattr(platform, "node", lambda: "another")
+    elif change == "place":
+        corpus = Path(shutil.copytree(corpus, corpus.with_name("copy")))
+    else:
+        (file,) = cache.rglob("*.json")
+        file.write_text(file.read_text()[:40])
+    assert [shards_read(corpus), shards_read(corpus)] == [total, 0]
+
+
+def test_a_flipped_bit_is_refused(corpus: Path, shards_read: Callable[[Path], int]) -> None:
+    """Catches training on damaged text, a message that does not name the shard, and damage that is accepted at the
+    second start."""
+    expected = open_corpus(corpus).manifest.shards[1].sha256
+    flip(shard(corpus))
+    message = rf"data-00001-of-\d+\.arrow is damaged: its SHA-256 is [0-9a-f]{{64}}, expected {expected}; restore it"
+    for _ in range(2):
+        with pytest.raises(UserError, match=message):
+            shards_read(corpus)
+    flip(shard(corpus))
+    assert shards_read(corpus) == len(open_corpus(corpus).manifest.shards)
+
+
+def test_a_shard_that_cannot_be_read_is_refused(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a traceback for a bad sector."""
+
+    def bad_sector(_: Path) -> str:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("pretrain.corpus.reader.sha256", bad_sector)
+    with pytest.raises(UserError, match=r"data-00000-of-\d+\.arrow cannot be read: Input/output error; restore it"):
+        open_corpus(corpus).verify()
+
+
+def test_ids_outside_the_vocabulary_are_refused(corpus: Path) -> None:
+    """Catches an IndexError in a data worker, hours into a run."""
+    manifest = json.loads((corpus / "manifest.json").read_text())
+    largest = max(shards.map_shard(path).ids.max() for path in corpus.glob("data-*.arrow"))
+    for size, fits in ((largest + 1, True), (largest, False)):
+        manifest["tokenizer"]["vocabulary_size"] = int(size)
+        (corpus / "manifest.json").write_text(json.dumps(manifest))
+        if fits:
+            open_corpus(corpus).verify()
+        else:
+            with pytest.raises(UserError, match=rf"arrow has a token with id {largest}, expected less than {largest}"):
+                open_corpus(corpus).verify()
+
+
+def test_a_cache_that_cannot_be_written_costs_time_only(
+    corpus: Path, shards_read: Callable[[Path], int], cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches a run that cannot start because the home folder is read-only or full."""
+    cache.write_text("a file where the folder should be")
+    total = len(open_corpus(corpus).manifest.shards)
+    assert shards_read(corpus) == total
+    assert "cannot record in" in caplog.text
+
+
+def test_the_command_verifies_always(corpus: Path, built: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches damage that changes no time and is trusted because of an earlier start, and a corpus or shard that is not
+    reported because another one is damaged."""
+    assert main(["corpus", "--verify", f"{built},{corpus}"]) == 0
+    count = len(open_corpus(corpus).manifest.shards)
+    assert capsys.readouterr().out.count(f"undamaged, {count} shards with") == 2
+    for number in (1, 2):
+        flip(shard(corpus, number), keep_times=True)
+    assert list(verify_corpora([open_corpus(corpus)], show_progress=False)) == [], (
+        "recorded, and unchanged to all looks"
+    )
+    assert main(["corpus", "--verify", f"{corpus},{corpus / 'none'},{built}"]) == 2
+    said = capsys.readouterr()
+    assert said.out == f"{built}: undamaged, {count} shards with {open_corpus(built).tokens:,} tokens\n"
+    parts = (f"{shard(corpus, 1)} is damaged", f"{shard(corpus, 2)} is damaged", "none is not a corpus")
+    for line, part in zip(said.err.splitlines(), parts, strict=True):
+        assert part in line
+    with pytest.raises(UserError, match="is damaged"):
+        list(verify_corpora([open_corpus(corpus)], show_progress=False))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            "corpus --source a.txt --output c",
+            "expected --source, --tokenizer and --output to build a corpus, or --verify",
+        ),
+        ("corpus", "expected --source, --tokenizer and --output to build a corpus, or --verify"),
+        ("corpus --verify c --workers 2", "--verify builds nothing; expected no other flag"),
+    ],
+)
+def test_flags_either_build_or_verify(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a traceback where a flag is missing, and flags without effect."""
+    assert main(line.split()) == 2
+    assert message in capsys.readouterr().err
