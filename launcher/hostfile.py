@@ -31,13 +31,22 @@ def read_hostfile(path: Path | str) -> tuple[Host, ...]:
 
     Raises UserError for a file that cannot be read and for whatever `parse_hostfile` rejects.
     """
+    return parse_hostfile(read_text(Path(path), "the hostfile"), origin=str(path))
+
+
+def read_text(path: Path, what: str) -> str:
+    """The text of a file. Raises UserError that calls it `what`."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(f"cannot read the hostfile {path}: {error.strerror or error}") from None
+        raise UserError(f"cannot read {what} {path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"the hostfile {path} is not UTF-8 text: {error}") from None
-    return parse_hostfile(text, origin=str(path))
+        raise UserError(f"{what} {path} is not UTF-8 text: {error}") from None
+
+
+def hostfile_text(slots: Slots) -> str:
+    """A hostfile with room for the slots of each host."""
+    return "".join(f"{host} slots={max(numbers) + 1}\n" for host, numbers in slots.items())
 
 
 def parse_hostfile(text: str, origin: str = "hostfile") -> tuple[Host, ...]:

@@ -13,9 +13,10 @@ from experiment.config import dump_config, load_config
 from experiment.errors import StoppedError
 from experiment.files import write_text
 from experiment.run_folder import Outcome, RunFolder, open_run_folder
+from launcher.allocation import allocated_hosts
 from launcher.deepspeed_command import DeepSpeedCommand, deepspeed_argv
 from launcher.environment import deepspeed_environment, launch_environment, remote_environment_text
-from launcher.hostfile import Slots, read_hostfile
+from launcher.hostfile import Slots, hostfile_text, read_hostfile
 from launcher.machine import Machine, inspect_machine, select_accelerator
 from launcher.options import PretrainOptions
 from launcher.placement import is_local, place_ranks
@@ -73,7 +74,7 @@ def plan_launch(options: PretrainOptions, config: PretrainConfig, machine: Machi
 
     Raises UserError for anything that would keep the run from starting.
     """
-    hosts = read_hostfile(options.hostfile) if options.hostfile is not None else None
+    hosts = read_hostfile(options.hostfile) if options.hostfile else allocated_hosts(machine.environ)
     slots = place_ranks(machine.devices, options, hosts)
 
     from pretrain.engine.deepspeed_settings import check_device_support  # imports torch and DeepSpeed
@@ -93,7 +94,7 @@ def plan_launch(options: PretrainOptions, config: PretrainConfig, machine: Machi
         slots=slots,
         device=machine.devices.kind,
         master_port=machine.find_port(),
-        hostfile=None if local or options.hostfile is None else Path(options.hostfile).absolute(),
+        hostfile=None if local else run.folder.logs / "hostfile",
     )
     added = launch_environment(machine.environ, machine.devices.kind if local else None, _REPOSITORY)
     environment = deepspeed_environment(machine.environ, added)
@@ -103,6 +104,7 @@ def plan_launch(options: PretrainOptions, config: PretrainConfig, machine: Machi
         environment["DS_ENV_FILE"] = str(worker_env)
         user_text = "\n".join(path.read_text(encoding="utf-8") for path in machine.deepspeed_env_files)
         files = {
+            run.folder.logs / "hostfile": hostfile_text(slots),
             command.config: dump_config(run.config),
             worker_env: remote_environment_text(machine.environ, added, user_text),
         }

@@ -15,6 +15,7 @@ from experiment.errors import StoppedError, UserError
 from experiment.run_folder import Outcome, RunFolder
 from launcher import launch
 from launcher.cli import main
+from launcher.hostfile import Host, parse_hostfile
 from launcher.launch import launch_pretraining, plan_launch
 from launcher.launch_result import LaunchResult
 from launcher.machine import DeviceKind, Devices, Machine
@@ -193,6 +194,18 @@ def test_other_hosts_get_the_resolved_config_and_the_environment(
     assert (sent["run"]["dir"], sent["model"]["config"]["hidden_size"]) == (str(folder.path), 64)
     exported = Path(environment["DS_ENV_FILE"]).read_text().splitlines()
     assert {"GLOO_SOCKET_IFNAME=eth7", "NCCL_DEBUG=INFO", "TOKENIZERS_PARALLELISM=false"} <= set(exported)
+
+
+def test_a_slurm_job_needs_no_hostfile(config: str) -> None:
+    """Catches a job on several nodes of which one trains, and a hostfile for DeepSpeed that names other slots."""
+    environ = {"SLURM_JOB_NODELIST": "n[1-3]", "SLURM_GPUS_ON_NODE": "4"}
+    machine = Machine(Devices("cpu", (0, 1)), environ=environ, find_port=lambda: 29501)
+    options = PretrainOptions(config=config, include="n1@n3:1,2")
+    plan = plan_launch(options, load_config(PretrainConfig, config), machine)
+    assert plan.slots == {"n1": (0, 1, 2, 3), "n3": (1, 2)}
+    hostfile = plan.folder.logs / "hostfile"
+    assert f"--hostfile={hostfile}" in plan.argv
+    assert parse_hostfile(plan.files[hostfile]) == (Host("n1", 4), Host("n3", 3))
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
