@@ -35,19 +35,9 @@ def connect(timeout: datetime.timedelta, on_timeout: Callable[[str], object]) ->
     # The first init on a CPU compiles a shared-memory kernel for inference, which training never uses and which fails
     # without a compiler. An empty table of compatible ops skips it.
     deepspeed.ops.__compatible_ops__ = {}
-    for name, default in (
-        ("RANK", "0"),
-        ("LOCAL_RANK", "0"),
-        ("WORLD_SIZE", "1"),
-        ("LOCAL_SIZE", "1"),
-        ("MASTER_ADDR", "127.0.0.1"),
-    ):
-        os.environ.setdefault(name, default)
-    os.environ.setdefault("MASTER_PORT", "29500")
-    accelerator, local_rank = get_accelerator(), int(os.environ["LOCAL_RANK"])
-    accelerator.set_device(local_rank)
-    world = World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), local_rank)
+    world = _local_world()
     store = _meet(world, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout)
+    accelerator = get_accelerator()
     backend = accelerator.communication_backend_name()
     message = f"the ranks did not connect to each other within {timeout.total_seconds():.0f} s ({backend})"
     with deadline(timeout, lambda: on_timeout(message)):
@@ -58,7 +48,7 @@ def connect(timeout: datetime.timedelta, on_timeout: Callable[[str], object]) ->
             world_size=world.size,
             timeout=timeout,
             # As DeepSpeed does.
-            device_id=accelerator.device(local_rank) if backend == "nccl" and world.size > 1 else None,
+            device_id=accelerator.device(world.local_rank) if backend == "nccl" and world.size > 1 else None,
         )
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)  # uses the group
     return world
@@ -66,6 +56,22 @@ def connect(timeout: datetime.timedelta, on_timeout: Callable[[str], object]) ->
 
 def disconnect() -> None:
     deepspeed.comm.destroy_process_group()
+
+
+def _local_world() -> World:
+    """This rank as the environment describes it, by default a single one. Selects its device."""
+    for name, default in (
+        ("RANK", "0"),
+        ("LOCAL_RANK", "0"),
+        ("WORLD_SIZE", "1"),
+        ("LOCAL_SIZE", "1"),
+        ("MASTER_ADDR", "127.0.0.1"),
+        ("MASTER_PORT", "29500"),
+    ):
+        os.environ.setdefault(name, default)
+    world = World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]))
+    get_accelerator().set_device(world.local_rank)
+    return world
 
 
 def _meet(world: World, address: str, port: int, timeout: datetime.timedelta) -> dist.Store:
