@@ -13,7 +13,9 @@ from launches import Start, config_file, rank_environment, wait_for_exit
 from pretrain.engine.deepspeed_settings import REPOSITORY
 from pretrain.world import World
 from rank_pool import RankPool, free_port
+from waiting import LIMIT
 
+SECONDS = round(LIMIT)  # the ranks import torch first, one perhaps much later than the other
 # A rank that connects; {before} is what it does first.
 RANK = """
 import os, signal, sys, time
@@ -25,9 +27,14 @@ def give_up(message):
     os._exit(9)
 
 {before}
-process_group.connect(timedelta(seconds=4), give_up)
+process_group.connect(timedelta(seconds={seconds}), give_up)
 """
-# The rank is lost when all have met at the store, before they connect to each other.
+# Once all have met at the store, this rank soon gives up …
+SHORT = """
+from pretrain.deadline import deadline
+process_group.deadline = lambda _, end_process: deadline(timedelta(seconds=1), end_process)
+"""
+# … and this one is lost, before they connect to each other.
 LOST = "process_group.deadline = lambda *_: os.kill(os.getpid(), signal.SIGSTOP)"
 
 
@@ -35,18 +42,18 @@ def start_rank(rank: int, port: int, before: str = "") -> subprocess.Popen[str]:
     environment = (
         os.environ | rank_environment(rank, 2, port) | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(REPOSITORY)}
     )
-    command = [sys.executable, "-c", RANK.format(before=before)]
+    command = [sys.executable, "-c", RANK.format(before=before, seconds=SECONDS)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_a_rank_lost_while_the_ranks_connect_to_each_other() -> None:
     """Catches a rank that waits for a lost one for ever: the timeout of torch does not apply there."""
     port = free_port()
-    ranks = [start_rank(0, port), start_rank(1, port, LOST)]
+    ranks = [start_rank(0, port, SHORT), start_rank(1, port, LOST)]
     try:
-        output, _ = ranks[0].communicate(timeout=170)
+        output, _ = ranks[0].communicate(timeout=LIMIT)
         assert ranks[0].returncode == 9
-        assert output == "the ranks did not connect to each other within 4 s (gloo)\n"
+        assert output == f"the ranks did not connect to each other within {SECONDS} s (gloo)\n"
     finally:
         for process in ranks:
             process.kill()
