@@ -1,6 +1,5 @@
 """Join and leave the process group of a run."""
 
-import contextlib
 import datetime
 import errno
 import logging
@@ -100,16 +99,20 @@ def _meet(world: World, address: str, port: int, timeout: datetime.timedelta) ->
 
 
 def _listen(address: str, port: int) -> int:
-    """The file descriptor of a socket that listens on this address only, not on all networks of the machine."""
-    family, kind, protocol, _, resolved = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
-    with contextlib.closing(socket.socket(family, kind, protocol)) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(resolved)
-        except OSError as error:
-            if error.errno != errno.EADDRNOTAVAIL:
-                raise
-            log.warning("%s is not an address of this machine: listening on all of them", address)
-            listener.bind(("", port))
-        listener.listen(socket.SOMAXCONN)
-        return listener.detach()
+    """The file descriptor of a socket that listens on this address only, not on all networks of the machine.
+
+    For a name, it listens on all of them: on the machine itself, its own name often resolves to a loopback address.
+    """
+    try:
+        numeric = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+        family, _, _, _, resolved = numeric[0]
+        return socket.create_server(resolved, family=family, backlog=socket.SOMAXCONN).detach()
+    except socket.gaierror:
+        pass
+    except OSError as error:
+        if error.errno != errno.EADDRNOTAVAIL:
+            raise
+        log.warning("%s is not an address of this machine: listening on all of them", address)
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    return socket.create_server(("", port), family=family, backlog=socket.SOMAXCONN, dualstack_ipv6=both).detach()
