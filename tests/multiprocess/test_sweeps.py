@@ -1,14 +1,18 @@
 """`deepcloze sweep` with real runs."""
 
 import csv
+import json
 import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import yaml
 
+from experiment.run_folder import RunFolder
 from launches import Start, config_file, wait_for_exit, wait_for_steps
 from runs import logged, run_config
 
@@ -31,7 +35,6 @@ def test_a_sweep_of_pretrainings(wordpiece_corpus: Path, heldout_corpus: Path, t
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(600)
 def test_a_killed_sweep_is_taken_over(start: Start, wordpiece_corpus: Path, tmp_path: Path) -> None:
     """Catches a point that counts as failed because its run outlived the sweep, and one that is trained twice."""
     config = config_file(tmp_path, wordpiece_corpus)
@@ -40,10 +43,15 @@ def test_a_killed_sweep_is_taken_over(start: Start, wordpiece_corpus: Path, tmp_
     folder = tmp_path / "run-sweep" / "lr=1e-5"
     killed = start(*command)
     wait_for_steps(folder, 2, killed)
-    killed.kill()
-    killed.wait()
-    code, output = wait_for_exit(start(*command))
-    assert code == 0, output
-    assert f"waiting for the process that is using {folder}" in output
-    assert "already finished" in output
-    assert logged(folder, "step") == list(range(1, 301))
+    process = json.loads(RunFolder(folder).rank_process(0).read_text(encoding="utf-8"))["pid"]
+    try:
+        killed.kill()
+        killed.wait()
+        code, output = wait_for_exit(start(*command))
+        assert code == 0, output
+        assert f"waiting for the process that is using {folder}" in output
+        assert "already finished" in output
+        assert logged(folder, "step") == list(range(1, 301))
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)  # it has a session of its own

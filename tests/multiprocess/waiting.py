@@ -3,11 +3,12 @@
 import subprocess
 import time
 from collections.abc import Callable
+from typing import Any
 
 LIMIT = 600.0  # seconds; less than the `timeout` of pytest, which then says less
 
 
-def wait_until(condition: Callable[[], object], process: "subprocess.Popen[str] | None" = None) -> None:
+def wait_until(condition: Callable[[], object], process: "subprocess.Popen[Any] | None" = None) -> None:
     """Wait until `condition()` is true. Fails if the process that should make it true exits first."""
     deadline = time.monotonic() + LIMIT
     while not condition():

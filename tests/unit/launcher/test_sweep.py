@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from experiment.run_folder import RunFolder
 from launcher import sweep as sweep_module
 from launcher.sweep import run_sweep
 from launcher.sweep_plan import SweepPlan, SweepRun
+from waiting import wait_until
 
 ROOT = Path(__file__).parents[3]
 
@@ -107,8 +107,7 @@ def test_a_signal_stops_the_sweep_after_the_run_has_stopped(tmp_path: Path) -> N
     sweep = plan(tmp_path, {"1e-4": "4.5", "1e-3": "3.5"}, seconds=3600.0)
 
     def interrupt() -> None:
-        while not RunFolder(tmp_path / "lr=1e-4").metrics.exists():
-            time.sleep(0.02)
+        wait_until(RunFolder(tmp_path / "lr=1e-4").metrics.exists)
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt, daemon=True).start()
@@ -126,9 +125,7 @@ def left_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
         folder = tmp_path / "lr=1e-4"
         process = subprocess.Popen([sys.executable, "-c", LEFT, str(folder), outcome], cwd=ROOT)
         processes.append(process)
-        while not (folder / "ready").exists():
-            assert process.poll() is None
-            time.sleep(0.02)
+        wait_until((folder / "ready").exists, process)
 
         def notify(message: str) -> None:
             if "waiting for the process" in message:
