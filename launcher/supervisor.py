@@ -5,6 +5,7 @@ run in a session of their own, which Ctrl-C does not reach. The first signal cre
 loop checks. The outcome is read from the run folder, where the ranks write it (`launch_result`).
 """
 
+import errno
 import json
 import os
 import signal
@@ -31,6 +32,7 @@ from launcher.signal_handlers import handle_stop_signals
 _REPEATED_SIGNAL_SECONDS = 1.0
 # DeepSpeed's launcher gives ranks 30 s to exit after one of them failed or it got a signal.
 _EXIT_TIMEOUT_SECONDS = 40.0
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def supervise(
@@ -80,6 +82,8 @@ def _run_deepspeed(
         try:
             with _watchdog(process.pid):
                 stop.kill = lambda: _kill_group(process.pid)
+                if stop.killed:  # by a signal since the start
+                    stop.kill()
                 exit_code = process.wait()
                 _wait_for_group(process.pid)
         finally:
@@ -116,9 +120,14 @@ def _stop_file_on_signal(folder: RunFolder) -> Iterator[_Stop]:
             stop.requested_at = time.monotonic()
             try:
                 folder.stop.touch()
-            except OSError as error:  # where no file can be created, no checkpoint can be saved
-                _notify(f"killing the ranks: {describe_disk_error(error) or error}")
-                stop.kill_ranks()
+            except OSError as error:
+                reason = describe_disk_error(error) or error
+                if error.errno in _DISK_FULL:  # no checkpoint can be saved either
+                    _notify(f"killing the ranks: {reason}")
+                    stop.kill_ranks()
+                else:
+                    stop.requested_at = None
+                    _notify(f"cannot create STOP: {reason}; send the signal again")
             else:
                 _notify("stopping: the ranks save a checkpoint and exit; press Ctrl-C again to kill them")
         elif number == signal.SIGINT and time.monotonic() - stop.requested_at > _REPEATED_SIGNAL_SECONDS:

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import signal
@@ -228,10 +229,9 @@ def test_a_run_under_nohup_outlives_its_terminal(folder: RunFolder):
 
 def test_a_second_interrupt_kills_unresponsive_ranks(folder: RunFolder):
     """Catches a hung run that only SIGKILL ends, and ranks that survive it."""
-    process = start(folder, STUBBORN + HANG)
+    process = start(folder, STUBBORN + HANG, repeated_signal_seconds=0.0)
     process.send_signal(signal.SIGINT)
     wait_until(folder.stop.exists)
-    time.sleep(1.1)
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate()
     assert process.returncode == 75
@@ -314,3 +314,36 @@ def test_a_signal_on_a_full_disk_ends_the_ranks(small_disk: SmallDisk) -> None:
     assert f"killing the ranks: {folder.stop}: disk full" in error
     assert "Traceback" not in error
     wait_until(lambda: gone(int((folder.path / "pid").read_text())))
+
+
+def test_a_signal_is_not_lost_if_the_stop_file_cannot_be_created(folder: RunFolder) -> None:
+    """Catches ranks that are killed without a checkpoint because a disk did not answer, and a signal without effect."""
+    folder.stop.symlink_to("nowhere/STOP")
+    process = start(folder, "")
+    process.send_signal(signal.SIGTERM)
+    assert process.stderr is not None
+    assert process.stderr.readline().startswith("deepcloze: cannot create STOP: ")
+    folder.stop.unlink()
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert (process.returncode, out.strip()) == (75, "saved step 7")
+
+
+def test_a_signal_on_a_full_disk_while_the_ranks_start(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches ranks that run on although they were to be killed, because their process was not yet known."""
+    started: list[subprocess.Popen[bytes]] = []
+    popen = subprocess.Popen
+
+    def start_and_signal(*arguments: object, **options: object) -> subprocess.Popen[bytes]:
+        started.append(popen(*arguments, **options))  # type: ignore[call-overload]
+        if len(started) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return started[-1]
+
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(subprocess, "Popen", start_and_signal)
+    monkeypatch.setattr(Path, "touch", full)
+    assert attempt(folder, "time.sleep(60)").outcome is Outcome.STOPPED
+    assert started[0].returncode == -signal.SIGKILL
