@@ -15,15 +15,16 @@ from pretrain.engine.loss_scaler import LossScaleError
 from pretrain.rank_outcome import RankReport
 from pretrain.training.health import UnhealthyError
 from pretrain.training.host_group import AgreedError
-from pretrain.training.stop_request import exit_on_signal
+from pretrain.training.stop_request import exit_on_stop_request
 
 log = logging.getLogger(__name__)
 
 
 def run_rank(train: Callable[[], Outcome], report: RankReport) -> NoReturn:
     """Call `train` and end the process with the exit code of its outcome, or of what it raises."""
-    report.start()
-    with exit_on_signal(partial(_stop_before_training, report)):
+    stop_file = report.folder.stop if report.rank == 0 else None
+    with exit_on_stop_request(partial(_stop_before_training, report), stop_file):
+        report.start()
         outcome, message = _call(train, report)
         if outcome in (Outcome.FAILED, Outcome.REFUSED):
             report.fail(outcome, message)
@@ -69,8 +70,8 @@ def _call(train: Callable[[], Outcome], report: RankReport) -> tuple[Outcome, st
         return Outcome.FAILED, f"{here}: {type(error).__name__}: {error}"
 
 
-def _stop_before_training(report: RankReport, signal_name: str) -> None:
-    _end_early(report, Outcome.STOPPED, f"{signal_name} before the first step; run the same command again")
+def _stop_before_training(report: RankReport, reason: str) -> None:
+    _end_early(report, Outcome.STOPPED, f"{reason} before the first step; run the same command again")
 
 
 def _end_early(report: RankReport, outcome: Outcome, message: str) -> NoReturn:

@@ -1,26 +1,28 @@
 """Requests to stop early: a signal to any rank, or a STOP file in the run folder, which rank 0 checks for.
 
 During training a rank finishes its step and `step_agreement` tells the others. Before, nothing can be lost, and a rank
-ends at once.
+ends within a second.
 """
 
 import os
+import select
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Self
 
 _CHECK_SECONDS = 0.5  # between checks for the file, which may be on a network disk
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_TAKEN_OVER = b"\0"  # in the pipe: no signal has this number
 
 
 @contextmanager
-def exit_on_signal(end_process: Callable[[str], object]) -> Iterator[None]:
-    """Call `end_process` with the name of a signal, in a thread, until a `StopRequest` takes over.
+def exit_on_stop_request(end_process: Callable[[str], object], stop_file: Path | None) -> Iterator[None]:
+    """Call `end_process` with the reason, in a thread, on a signal or STOP file until a `StopRequest` takes over.
 
     Not in the main thread, which may be blocked in C++, connecting or in a collective: Python's signal handlers do not
     run there, but the C handler writes to the descriptor of `set_wakeup_fd`. After `StopRequest`, signals are ignored.
@@ -28,15 +30,14 @@ def exit_on_signal(end_process: Callable[[str], object]) -> Iterator[None]:
     received, wakeup = os.pipe()
     os.set_blocking(wakeup, False)
 
-    def wait() -> None:
-        while numbers := os.read(received, 1):  # empty: closed
-            if numbers[0] in _SIGNALS:
-                end_process(signal.Signals(numbers[0]).name)
-        os.close(received)
+    def watch() -> None:
+        with open(received, "rb", buffering=0):
+            if reason := _wait_for_request(received, stop_file):
+                end_process(reason)
 
     handlers = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}
     signal.set_wakeup_fd(wakeup)
-    threading.Thread(target=wait, daemon=True).start()
+    threading.Thread(target=watch, name="stop request", daemon=True).start()
     try:
         yield
     finally:
@@ -44,6 +45,28 @@ def exit_on_signal(end_process: Callable[[str], object]) -> Iterator[None]:
         for number, handler in handlers.items():
             signal.signal(number, handler)
         os.close(wakeup)
+
+
+def _wait_for_request(received: int, stop_file: Path | None) -> str | None:
+    """Why to stop; None if the pipe is closed, or training takes over."""
+    while True:
+        # Before the look at the pipe: a slow network disk may answer when training has begun.
+        found = stop_file is not None and _exists(stop_file)
+        if select.select([received], [], [], 0 if found else _CHECK_SECONDS)[0]:
+            number = os.read(received, 1)
+            if number in (b"", _TAKEN_OVER):
+                return None
+            if number[0] in _SIGNALS:
+                return signal.Signals(number[0]).name
+        elif found:
+            return f"found {stop_file}"
+
+
+def _exists(stop_file: Path) -> bool:
+    """False also while the disk does not answer."""
+    with suppress(OSError):
+        return stop_file.exists()
+    return False
 
 
 class StopRequest:
@@ -55,14 +78,16 @@ class StopRequest:
         self._checked = float("-inf")
         self._reason: str | None = None
         self._handlers = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
-        signal.set_wakeup_fd(-1)  # signals no longer end the process, see `exit_on_signal`
+        wakeup = signal.set_wakeup_fd(-1)
+        if wakeup != -1:  # requests no longer end the process, see `exit_on_stop_request`
+            os.write(wakeup, _TAKEN_OVER)
 
     @property
     def reason(self) -> str | None:
         """Why to stop, or None."""
         if self._reason is None and self._stop_file is not None and time.monotonic() - self._checked > _CHECK_SECONDS:
             self._checked = time.monotonic()
-            if self._stop_file.exists():
+            if _exists(self._stop_file):
                 self._reason = f"found {self._stop_file}"
         return self._reason
 

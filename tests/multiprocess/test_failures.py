@@ -55,22 +55,26 @@ def test_a_killed_rank_is_named(start: Start, wordpiece_corpus: Path, tmp_path: 
     assert f"{HOST}, rank 0: " in output
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, None])
 def test_a_rank_that_waits_for_another_can_be_stopped(
-    start: Start, wordpiece_corpus: Path, tmp_path: Path, number: signal.Signals
+    start: Start, wordpiece_corpus: Path, tmp_path: Path, number: signal.Signals | None
 ) -> None:
-    """Catches a rank that exits with 1, or not at all, if it is stopped while it connects."""
+    """Catches a rank that exits with 1, or not at all, if a signal or a STOP file stops it while it connects."""
     config = config_file(tmp_path, wordpiece_corpus)
     folder = RunFolder(tmp_path / "run")
     command = (sys.executable, "-m", "pretrain.run", "--config", str(config))
     rank = start(*command, **rank_environment(0, 2, free_port()))
     wait_for_file(folder.rank_process(0), rank)
-    rank.send_signal(number)
+    if number is None:
+        folder.stop.touch()
+    else:
+        rank.send_signal(number)
     code, output = wait_for_exit(rank)
     assert code == 75, output
     outcome, message = folder.read_outcome() or (None, "")
     assert outcome is Outcome.STOPPED
-    assert message.startswith(f"{HOST}, rank 0: {number.name} before the first step")
+    reason = f"found {folder.stop}" if number is None else number.name
+    assert message.startswith(f"{HOST}, rank 0: {reason} before the first step")
     assert json.loads(folder.rank_process(0).read_text(encoding="utf-8"))["exit"] == 75
 
 

@@ -1,53 +1,121 @@
 import ctypes
+import errno
 import os
 import signal
 import threading
-import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from pretrain.training.stop_request import StopRequest, exit_on_signal
+from pretrain.training.stop_request import StopRequest, exit_on_stop_request
+from waiting import wait_until
+
+
+def is_watched() -> bool:
+    return any(thread.name == "stop request" for thread in threading.enumerate())
+
+
+def reasons_while_blocked(ask: Callable[[], object], stop_file: Path | None = None) -> list[str]:
+    """What ends a process that is asked to stop while its main thread is blocked outside of Python, where no signal
+    interrupts it."""
+    reasons: list[str] = []
+    libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+    release = partial(libc.pthread_mutex_unlock, mutex)
+
+    def end_process(reason: str) -> None:
+        reasons.append(reason)
+        release()
+
+    def give_up() -> None:
+        reasons.append("nothing ended it")
+        release()
+
+    fallback = threading.Timer(120, give_up)
+    fallback.start()
+    libc.pthread_mutex_lock(mutex)
+    with exit_on_stop_request(end_process, stop_file):
+        threading.Timer(0.1, ask).start()
+        libc.pthread_mutex_lock(mutex)
+        fallback.cancel()
+    wait_until(lambda: not is_watched())
+    return reasons
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_before_training_is_handled_while_the_main_thread_is_blocked(number: signal.Signals) -> None:
     """Catches a rank that cannot be stopped while it connects or builds: Python's handlers wait for the main thread."""
-    received: list[str] = []
-    libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
-    release = partial(libc.pthread_mutex_unlock, mutex)
+    assert reasons_while_blocked(lambda: os.kill(os.getpid(), number)) == [number.name]
 
-    def end_process(name: str) -> None:
-        received.append(name)
-        release()
 
-    fallback = threading.Timer(60, release)
-    fallback.start()
-    libc.pthread_mutex_lock(mutex)
-    with exit_on_signal(end_process):
-        threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
-        libc.pthread_mutex_lock(mutex)  # blocks outside of Python; no signal interrupts it
-        fallback.cancel()
-    assert received == [number.name]
+def test_a_stop_file_before_training_is_found_while_the_main_thread_is_blocked(tmp_path: Path) -> None:
+    """Catches a STOP file that has no effect while corpora are verified or the model is built."""
+    stop_file = tmp_path / "STOP"
+    assert reasons_while_blocked(stop_file.touch, stop_file)[0] == f"found {stop_file}"
 
 
 def test_signals_are_counted_once(tmp_path: Path) -> None:
-    """Catches a signal during training, or after it, that ends the process without a checkpoint."""
+    """Catches a request during training, or after it, that ends the process without a checkpoint."""
     received: list[str] = []
     before = signal.getsignal(signal.SIGTERM)
-    threads = threading.active_count()
-    with exit_on_signal(received.append):
+    with exit_on_stop_request(received.append, tmp_path / "STOP"):
         with StopRequest(None) as stop:
             os.kill(os.getpid(), signal.SIGTERM)
             assert stop.reason == "signal SIGTERM"
+            wait_until(lambda: not is_watched())
+            (tmp_path / "STOP").touch()
         os.kill(os.getpid(), signal.SIGTERM)
-    deadline = time.monotonic() + 60
-    while threading.active_count() > threads:
-        assert time.monotonic() < deadline, "the thread has not ended"
-        time.sleep(0.01)
     assert received == []
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_the_thread_ends_without_training() -> None:
+    """Catches a thread that outlives a rank that failed before training."""
+    with exit_on_stop_request(lambda _: None, None):
+        assert is_watched()
+    wait_until(lambda: not is_watched())
+
+
+def test_a_stop_file_found_late_is_left_to_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a slow network disk whose answer, when training has begun, ends the process without a checkpoint."""
+    received: list[str] = []
+    asked, answer = threading.Event(), threading.Event()
+
+    def exists(_: Path) -> bool:
+        asked.set()
+        return answer.wait(120)
+
+    monkeypatch.setattr(Path, "exists", exists)
+    with exit_on_stop_request(received.append, tmp_path / "STOP"):
+        assert asked.wait(120)
+        with StopRequest(None):
+            answer.set()
+            wait_until(lambda: not is_watched())
+    assert received == []
+
+
+def test_a_disk_that_does_not_answer_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a run that fails, or can no longer be stopped, because a network disk was not there for a moment."""
+    stop_file = tmp_path / "STOP"
+    stop_file.touch()
+    failures = [OSError(errno.ESTALE, "Stale file handle")]
+    exists = Path.exists
+
+    def unsteady(path: Path) -> bool:
+        if path == stop_file and failures:
+            raise failures.pop()
+        return exists(path)
+
+    monkeypatch.setattr(Path, "exists", unsteady)
+    now = 100.0
+    monkeypatch.setattr("pretrain.training.stop_request.time.monotonic", lambda: now)
+    with StopRequest(stop_file) as stop:
+        assert stop.reason is None
+        now += 1.0
+        assert stop.reason == f"found {stop_file}"
+    failures.append(OSError(errno.ESTALE, "Stale file handle"))
+    assert reasons_while_blocked(lambda: None, stop_file)[0] == f"found {stop_file}"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
