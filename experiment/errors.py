@@ -9,5 +9,9 @@ class UserError(ValueError):
     """
 
 
+class AgreedFailureError(Exception):
+    """The run cannot continue. All ranks raise it in the same step; the message is for the user."""
+
+
 class StoppedError(Exception):
     """The run was stopped early and can be resumed (signal, STOP file, time limit). `deepcloze` exits 75."""

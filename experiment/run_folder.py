@@ -83,7 +83,7 @@ class RunFolder:
     def rank_log(self, rank: int) -> Path:
         return self.logs / f"rank-{rank}.log"
 
-    def rank_process(self, rank: int) -> Path:
+    def rank_record(self, rank: int) -> Path:
         """{"rank": …, "host": …, "pid": …, "exit": …}; the exit code of a rank that runs or was killed is null."""
         return self.logs / f"rank-{rank}.json"
 

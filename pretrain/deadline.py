@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def deadline(timeout: datetime.timedelta, expired: Callable[[], object]) -> Iterator[None]:
-    """Call `expired` in a thread if the block takes longer than `timeout`."""
-    timer = threading.Timer(timeout.total_seconds(), expired)
+def deadline(timeout: datetime.timedelta, end_process: Callable[[], object]) -> Iterator[None]:
+    """Call `end_process` in a thread if the block takes longer than `timeout`."""
+    timer = threading.Timer(timeout.total_seconds(), end_process)
     timer.daemon = True
     timer.start()
     try:

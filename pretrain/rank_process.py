@@ -1,19 +1,19 @@
 """The process of a rank: what ends it, what it leaves for the launcher, and its exit code."""
 
+import contextlib
 import logging
 import os
 import platform
+import resource
 import sys
 from collections.abc import Callable
 from functools import partial
 from typing import NoReturn
 
-from experiment.errors import UserError
+from experiment.errors import AgreedFailureError, UserError
 from experiment.run_folder import Outcome
 from pretrain.batching.loader import DataWorkerError
-from pretrain.engine.loss_scaler import LossScaleError
-from pretrain.rank_outcome import RankReport
-from pretrain.training.health import UnhealthyError
+from pretrain.rank_report import RankReport
 from pretrain.training.host_group import AgreedError
 from pretrain.training.stop_request import exit_on_stop_request
 
@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 def run_rank(train: Callable[[], Outcome], report: RankReport) -> NoReturn:
     """Call `train` and end the process with the exit code of its outcome, or of what it raises."""
+    _raise_limit_of_open_files()
     stop_file = report.folder.stop if report.rank == 0 else None
     with exit_on_stop_request(partial(_stop_before_training, report), stop_file):
         report.start()
@@ -32,7 +33,7 @@ def run_rank(train: Callable[[], Outcome], report: RankReport) -> NoReturn:
         exit_process(outcome)
 
 
-def refuse(error: UserError, rank: int) -> NoReturn:
+def exit_refused(error: UserError, rank: int) -> NoReturn:
     """Print a mistake in the command line or config, and end the process."""
     _print_mistake(error, rank)
     exit_process(Outcome.REFUSED)
@@ -50,6 +51,13 @@ def exit_process(outcome: Outcome) -> NoReturn:
     os._exit(outcome.exit_code)  # a normal exit with live collective threads sometimes aborts
 
 
+def _raise_limit_of_open_files() -> None:
+    """Raise the soft limit, often 1024, to the hard limit: corpora and connections take file descriptors."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # some systems allow less than their hard limit says
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def _call(train: Callable[[], Outcome], report: RankReport) -> tuple[Outcome, str]:
     """The outcome on this rank, and the reason for a failure."""
     here = f"{platform.node()}, rank {report.rank}"
@@ -60,7 +68,7 @@ def _call(train: Callable[[], Outcome], report: RankReport) -> tuple[Outcome, st
     except UserError as error:
         _print_mistake(error, report.rank)
         return Outcome.REFUSED, str(error)
-    except (LossScaleError, UnhealthyError) as error:
+    except AgreedFailureError as error:
         return Outcome.FAILED, str(error).partition("\n")[0]  # the rest has been logged
     except DataWorkerError as error:
         log.error("%s", error)

@@ -19,21 +19,19 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NoReturn
 
-from experiment.errors import UserError
+from experiment.errors import AgreedFailureError, UserError
 from experiment.run_folder import Outcome
 from pretrain.arguments import read_arguments
-from pretrain.batching.loader import raise_limit_of_open_files
 from pretrain.config import PretrainConfig
 from pretrain.deadline import deadline
 from pretrain.engine.engine import Engine
-from pretrain.engine.loss_scaler import LossScaleError
 from pretrain.engine.process_group import connect, disconnect
 from pretrain.modeling.masked_lm import MaskedLanguageModel
 from pretrain.preparation import prepare
-from pretrain.rank_outcome import RankReport, rank_report
-from pretrain.rank_process import give_up, refuse, run_rank
+from pretrain.rank_process import exit_refused, give_up, run_rank
+from pretrain.rank_report import RankReport, rank_report
 from pretrain.training.checkpoint_tensors import UnwritableError
-from pretrain.training.health import HEALTH_LIMITS, HealthLimits, UnhealthyError
+from pretrain.training.health import HEALTH_LIMITS, HealthLimits
 from pretrain.training.host_group import AgreedError, HostGroup
 from pretrain.training.stop_request import StopRequest
 from pretrain.training.trainer import Trainer
@@ -47,9 +45,10 @@ def pretrain(
     world: World,
     stop_request: Callable[[Path | None], StopRequest] = StopRequest,
     limits: HealthLimits = HEALTH_LIMITS,
+    report: RankReport | None = None,
 ) -> Outcome:
     """Run or resume a pretraining on this rank. The process group is connected. Raises UserError."""
-    report = rank_report(config, world.rank)
+    report = report or rank_report(config, world.rank)
     with deadline(_timeout(config), partial(give_up, report, "the ranks did not connect to each other's hosts")):
         hosts = HostGroup(_timeout(config))
     try:
@@ -70,7 +69,7 @@ def pretrain(
             stop = resources.enter_context(stop_request(run.folder.stop if world.rank == 0 else None))
             return _train(trainer, stop, hosts)
     except AgreedError as error:
-        report.refuse(error)
+        report.announce_refusal(error)
         hosts.barrier()  # the launcher kills all ranks when one exits, perhaps before rank 0 has printed
         raise
 
@@ -82,7 +81,7 @@ def _train(trainer: Trainer, stop: StopRequest, hosts: HostGroup) -> Outcome:
     except UnwritableError as error:
         log.error("no checkpoint can be written: %s", error)
         outcome = Outcome.STOPPED
-    except (LossScaleError, UnhealthyError) as error:
+    except AgreedFailureError as error:
         log.error("%s", error)
         hosts.barrier()  # as above
         raise
@@ -95,18 +94,17 @@ def _train(trainer: Trainer, stop: StopRequest, hosts: HostGroup) -> Outcome:
 def main(argv: Sequence[str]) -> NoReturn:
     """Run this rank and end the process with the outcome's exit code."""
     rank = int(os.environ.get("RANK", "0"))
-    raise_limit_of_open_files()
     try:
         config = read_arguments(argv)
     except UserError as error:
-        refuse(error, rank)
+        exit_refused(error, rank)
     report = rank_report(config, rank)
     run_rank(partial(_connect_and_pretrain, config, report), report)
 
 
 def _connect_and_pretrain(config: PretrainConfig, report: RankReport) -> Outcome:
     world = connect(_timeout(config), partial(give_up, report))
-    outcome = pretrain(config, world)
+    outcome = pretrain(config, world, report=report)
     report.agree(outcome)
     with contextlib.suppress(RuntimeError):  # the outcome stands
         disconnect()

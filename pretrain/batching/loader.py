@@ -8,7 +8,6 @@ be small (64 MB in a Docker container), is not used, and a worker that dies or h
 import contextlib
 import itertools
 import queue
-import resource
 import signal
 import threading
 import traceback
@@ -177,13 +176,6 @@ def _describe_state(worker: Process) -> str:
     except (OSError, IndexError):
         return "its state is unknown"
     return _STATES.get(state, f"it is still busy (process state {state})")
-
-
-def raise_limit_of_open_files() -> None:
-    """Raise the soft limit, often 1024, to the hard limit: corpora and connections take file descriptors."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):  # some systems allow less than their hard limit says
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _defer_signals() -> None:

@@ -11,11 +11,13 @@ from typing import Any
 
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
+from experiment.errors import AgreedFailureError
+
 _STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-class LossScaleError(Exception):
-    """fp16 gradients overflow at the smallest loss scale. Raised on all ranks in the same step."""
+class LossScaleError(AgreedFailureError):
+    """fp16 gradients overflow at the smallest loss scale."""
 
 
 class Fp16LossScaler(DynamicLossScaler):  # type: ignore[misc]

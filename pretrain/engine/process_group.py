@@ -21,13 +21,13 @@ class LostRankError(Exception):
     """Another rank did not connect in time."""
 
 
-def connect(timeout: datetime.timedelta, on_timeout: Callable[[str], object]) -> World:
+def connect(timeout: datetime.timedelta, end_process: Callable[[str], object]) -> World:
     """Join the process group described by the environment (MASTER_ADDR, RANK, WORLD_SIZE …).
 
     Args:
         timeout: of every collective, and of each of the two parts of connecting: to rank 0, then to all ranks.
-        on_timeout: called with a message, in a thread, if a rank is lost in the second part, where torch may wait for
-            it forever; ends the process.
+        end_process: called with a message, in a thread, if a rank is lost in the second part, where torch may wait for
+            it forever.
 
     Raises LostRankError if a rank is missing in the first part.
     """
@@ -39,7 +39,7 @@ def connect(timeout: datetime.timedelta, on_timeout: Callable[[str], object]) ->
     accelerator = get_accelerator()
     backend = accelerator.communication_backend_name()
     message = f"the ranks did not connect to each other within {timeout.total_seconds():.0f} s ({backend})"
-    with deadline(timeout, lambda: on_timeout(message)):
+    with deadline(timeout, lambda: end_process(message)):
         dist.init_process_group(
             backend,
             store=store,

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from experiment.errors import AgreedFailureError
+
 NORM_WINDOW = 128  # norms that the median is taken over
 
 
@@ -25,8 +27,8 @@ class HealthLimits:
 HEALTH_LIMITS = HealthLimits()
 
 
-class UnhealthyError(Exception):
-    """The run cannot continue. Raised on all ranks in the same step; the message is for the user."""
+class UnhealthyError(AgreedFailureError):
+    """The batches are bad, the weights have diverged, or the replicas differ."""
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ def start_training(start: Start, corpus: Path, tmp_path: Path) -> tuple[subproce
         sys.executable, "-m", "launcher", "pretrain", "--config", str(config), "--num_gpus=2", "--oversubscribe"
     )
     wait_for_steps(tmp_path / "run", 2, launch)
-    record = json.loads(RunFolder(tmp_path / "run").rank_process(1).read_text(encoding="utf-8"))
+    record = json.loads(RunFolder(tmp_path / "run").rank_record(1).read_text(encoding="utf-8"))
     assert (record["rank"], record["host"], record["exit"]) == (1, HOST, None)
     return launch, psutil.Process(record["pid"])
 
@@ -64,7 +64,7 @@ def test_a_rank_that_waits_for_another_can_be_stopped(
     folder = RunFolder(tmp_path / "run")
     command = (sys.executable, "-m", "pretrain.run", "--config", str(config))
     rank = start(*command, **rank_environment(0, 2, free_port()))
-    wait_for_file(folder.rank_process(0), rank)
+    wait_for_file(folder.rank_record(0), rank)
     if number is None:
         folder.stop.touch()
     else:
@@ -75,7 +75,7 @@ def test_a_rank_that_waits_for_another_can_be_stopped(
     assert outcome is Outcome.STOPPED
     reason = f"found {folder.stop}" if number is None else number.name
     assert message.startswith(f"{HOST}, rank 0: {reason} before the first step")
-    assert json.loads(folder.rank_process(0).read_text(encoding="utf-8"))["exit"] == 75
+    assert json.loads(folder.rank_record(0).read_text(encoding="utf-8"))["exit"] == 75
 
 
 def test_a_signal_to_one_rank_before_the_first_step_stops_the_launch(
@@ -86,7 +86,7 @@ def test_a_signal_to_one_rank_before_the_first_step_stops_the_launch(
     folder = RunFolder(tmp_path / "run")
     command = (sys.executable, "-m", "launcher", "pretrain", "--config", str(config), "--num_gpus=2")
     launch = start(*command, "--oversubscribe")
-    wait_for_file(folder.rank_process(1), launch)
-    os.kill(json.loads(folder.rank_process(1).read_text(encoding="utf-8"))["pid"], signal.SIGTERM)
+    wait_for_file(folder.rank_record(1), launch)
+    os.kill(json.loads(folder.rank_record(1).read_text(encoding="utf-8"))["pid"], signal.SIGTERM)
     code, output = wait_for_exit(launch)
     assert code == 75, output

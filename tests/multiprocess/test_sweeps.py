@@ -43,7 +43,7 @@ def test_a_killed_sweep_is_taken_over(start: Start, wordpiece_corpus: Path, tmp_
     folder = tmp_path / "run-sweep" / "lr=1e-5"
     killed = start(*command)
     wait_for_steps(folder, 2, killed)
-    process = json.loads(RunFolder(folder).rank_process(0).read_text(encoding="utf-8"))["pid"]
+    process = json.loads(RunFolder(folder).rank_record(0).read_text(encoding="utf-8"))["pid"]
     try:
         killed.kill()
         killed.wait()

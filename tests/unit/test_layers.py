@@ -19,7 +19,7 @@ PRETRAIN_LAYERS = (
     ("pretrain.resolve",),
     ("pretrain.engine", "pretrain.resume"),
     ("pretrain.modeling",),
-    ("pretrain.batching", "pretrain.export", "pretrain.arguments", "pretrain.rank_outcome"),
+    ("pretrain.batching", "pretrain.export", "pretrain.arguments", "pretrain.rank_report"),
     ("pretrain.corpus", "pretrain.config"),
     ("pretrain.world", "pretrain.deadline"),
 )

@@ -17,7 +17,7 @@ def folder(tmp_path: Path) -> RunFolder:
 
 def record(folder: RunFolder, rank: int, exit_code: int | None) -> None:
     process = {"rank": rank, "host": f"node-{rank}", "pid": 70 + rank, "exit": exit_code}
-    folder.rank_process(rank).write_text(json.dumps(process))
+    folder.rank_record(rank).write_text(json.dumps(process))
 
 
 def message(folder: RunFolder, exit_code: int, remote: bool = False) -> str:
@@ -42,7 +42,7 @@ def test_a_rank_that_says_nothing_is_named(folder: RunFolder) -> None:
     """Catches a killed rank that nobody mentions: its signal is lost if DeepSpeed noticed another rank first."""
     record(folder, 0, 1)
     record(folder, 1, None)
-    folder.rank_process(2).write_text("{")
+    folder.rank_record(2).write_text("{")
     folder.write_outcome(Outcome.FAILED, "node-0, rank 0: lost its peer")
     assert message(folder, 1) == (
         "node-0, rank 0: lost its peer; ended without reporting an outcome: rank 1 on node-1 (process 71)"

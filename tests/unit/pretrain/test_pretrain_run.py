@@ -1,7 +1,6 @@
 """How a rank exits when a run fails, without processes."""
 
 import os
-import resource
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -47,7 +46,7 @@ def test_loss_scale_errors_exit_with_their_message(
         timeouts.append(timeout)
         return World(0, 1)
 
-    def fail(*_: Any) -> Outcome:
+    def fail(*_: Any, **__: Any) -> Outcome:
         raise LossScaleError("try a lower optimizer.lr")
 
     monkeypatch.setattr(pretrain.run, "connect", connect)
@@ -57,19 +56,3 @@ def test_loss_scale_errors_exit_with_their_message(
     assert timeouts == [timedelta(seconds=77)]
     assert RunFolder(tmp_path / "run").read_outcome() == (Outcome.FAILED, "try a lower optimizer.lr")
     assert "Traceback" not in caplog.text
-
-
-def test_a_rank_raises_its_limit_of_open_files(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a rank that runs out of file descriptors although the system allows more than the default of 1024."""
-    monkeypatch.setattr(pretrain.run, "connect", lambda *_: World(0, 1))
-    monkeypatch.setattr(pretrain.run, "disconnect", lambda: None)
-    monkeypatch.setattr(pretrain.run, "pretrain", lambda *_: Outcome.DONE)
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    soft, hard = min(before[0], 512), before[1]
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        with pytest.raises(Exited, match="0"):
-            pretrain.run.main(["--config", str(config)])
-        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)

@@ -8,7 +8,7 @@ import pytest
 
 from experiment.errors import UserError
 from experiment.run_folder import Outcome, RunFolder
-from pretrain.rank_outcome import RankReport
+from pretrain.rank_report import RankReport
 
 
 @pytest.fixture
@@ -57,9 +57,9 @@ def test_of_ranks_that_fail_at_once_one_is_reported_whole(folder: RunFolder) -> 
 
 def test_only_rank_0_writes_what_all_have_agreed_on(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a message printed once for each rank, and an outcome of an earlier run that stays."""
-    RankReport(folder, 1).refuse(UserError("no such corpus"))
+    RankReport(folder, 1).announce_refusal(UserError("no such corpus"))
     assert folder.read_outcome() is None
-    RankReport(folder, 0).refuse(UserError("no such corpus"))
+    RankReport(folder, 0).announce_refusal(UserError("no such corpus"))
     assert folder.read_outcome() == (Outcome.REFUSED, "no such corpus")
     assert capsys.readouterr().err == "deepcloze: no such corpus\n"
     RankReport(folder, 0).agree(Outcome.DONE)
@@ -71,9 +71,9 @@ def test_a_rank_leaves_its_process_and_exit_code(folder: RunFolder) -> None:
     report = RankReport(folder, 3)
     report.start()
     process = {"rank": 3, "host": platform.node(), "pid": os.getpid(), "exit": None}
-    assert json.loads(folder.rank_process(3).read_text()) == process
+    assert json.loads(folder.rank_record(3).read_text()) == process
     report.end(75)
-    assert json.loads(folder.rank_process(3).read_text()) == process | {"exit": 75}
+    assert json.loads(folder.rank_record(3).read_text()) == process | {"exit": 75}
 
 
 def test_a_run_folder_that_cannot_be_written_is_ignored(tmp_path: Path) -> None:

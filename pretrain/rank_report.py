@@ -21,7 +21,7 @@ class RankReport:
     rank: int
 
     def start(self) -> None:
-        """Record this process. The launcher takes one that starts and does not end for killed."""
+        """Record this process. A record without an exit code means that the process was killed."""
         self._record(None)
 
     def agree(self, outcome: Outcome, message: str = "") -> None:
@@ -30,14 +30,15 @@ class RankReport:
             with contextlib.suppress(OSError):
                 self.folder.write_outcome(outcome, message)
 
-    def refuse(self, error: UserError) -> None:
+    def announce_refusal(self, error: UserError) -> None:
         """Print and record a mistake that all ranks have raised. Only rank 0 does."""
         if self.rank == 0:
             print(f"deepcloze: {error}", file=sys.stderr, flush=True)
         self.agree(Outcome.REFUSED, str(error))
 
     def fail(self, outcome: Outcome, message: str) -> None:
-        """Record an outcome that this rank alone knows of, unless another rank was first: its loss was the cause."""
+        """Record an outcome that this rank alone knows of, unless another rank has failed before: losing that
+        rank is why this one fails."""
         with contextlib.suppress(OSError):
             self.folder.write_first_outcome(outcome, message)
 
@@ -47,7 +48,7 @@ class RankReport:
     def _record(self, exit_code: int | None) -> None:
         process = {"rank": self.rank, "host": platform.node(), "pid": os.getpid(), "exit": exit_code}
         with contextlib.suppress(OSError):
-            write_json(self.folder.rank_process(self.rank), process)
+            write_json(self.folder.rank_record(self.rank), process)
 
 
 def rank_report(config: PretrainConfig, rank: int) -> RankReport:
