@@ -98,17 +98,23 @@ def plan_launch(options: PretrainOptions, config: PretrainConfig, machine: Machi
     )
     added = launch_environment(machine.environ, machine.devices.kind if local else None, _REPOSITORY)
     environment = deepspeed_environment(machine.environ, added)
-    files: dict[Path, str] = {}
+    files: Mapping[Path, str] = {}
     if not local:
-        worker_env = run.folder.logs / "worker.env"
-        environment["DS_ENV_FILE"] = str(worker_env)
-        user_text = "\n".join(path.read_text(encoding="utf-8") for path in machine.deepspeed_env_files)
-        files = {
-            run.folder.logs / "hostfile": hostfile_text(slots),
-            command.config: dump_config(run.config),
-            worker_env: remote_environment_text(machine.environ, added, user_text),
-        }
+        environment["DS_ENV_FILE"] = str(run.folder.logs / "worker.env")
+        files = _files_for_hosts(run.folder, run.config, slots, machine, added)
     return LaunchPlan(run.config, run.folder, slots, tuple(deepspeed_argv(command)), added, environment, files)
+
+
+def _files_for_hosts(
+    folder: RunFolder, config: PretrainConfig, slots: Slots, machine: Machine, added: Mapping[str, str]
+) -> Mapping[Path, str]:
+    """What DeepSpeed's launcher and ranks on other hosts read. `added`: to the environment of all ranks."""
+    user_text = "\n".join(path.read_text(encoding="utf-8") for path in machine.deepspeed_env_files)
+    return {
+        folder.logs / "hostfile": hostfile_text(slots),
+        folder.logs / "launch.yaml": dump_config(config),
+        folder.logs / "worker.env": remote_environment_text(machine.environ, added, user_text),
+    }
 
 
 def describe_plan(plan: LaunchPlan) -> str:
