@@ -7,7 +7,7 @@ import pytest
 from hosts import Cluster, missing_requirement
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def _running_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     if reason := missing_requirement():
         pytest.skip(reason)

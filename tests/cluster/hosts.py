@@ -58,8 +58,8 @@ class Host:
 
     def processes(self) -> list[str]:
         """The command lines of all processes on the host but its sshd."""
-        lines = map(str.strip, self.run("ps", "-ww", "-eo", "args=").stdout.splitlines())
-        return [line for line in lines if not line.startswith(("sshd", _SSHD, "ps -ww"))]
+        lines = [line.split(None, 1) for line in self.run("ps", "-ww", "-eo", "state=,args=").stdout.splitlines()]
+        return [args for state, args in lines if state != "Z" and not args.startswith(("sshd", _SSHD, "ps -ww"))]
 
     def disconnect(self) -> None:
         """Cut the host off from the others, as if its cable were pulled."""

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from hosts import Cluster, Host
-from runs import logged, run_config
+from runs import logged, run_config, soak
 
 DEEPCLOZE = (sys.executable, "-m", "launcher", "pretrain")
 
@@ -23,7 +23,7 @@ def write_config(folder: Path, name: str, corpus: Path) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, *soak(3)])
 def test_hosts_give_the_losses_of_one_host(
     cluster: Cluster, tmp_path: Path, wordpiece_corpus: Path, ranks: int
 ) -> None:
