@@ -21,7 +21,7 @@ from typing import Protocol
 
 import torch
 
-from pretrain.batching.batch import PackedRankBatch, RankBatch, pack_batch, unpack_batch
+from pretrain.batching.batch import FlatRankBatch, RankBatch, flatten_batch, unflatten_batch
 
 _GRACE_SECONDS = 40  # how long a worker keeps running after SIGTERM
 _PREFETCHED = 4  # batches per worker that wait in the rank
@@ -125,11 +125,11 @@ def _make_batches(batches: Batches, span: tuple[int, int | None, int], writer: C
     with contextlib.suppress(BrokenPipeError):
         for step in _steps(*span):
             try:
-                packed = pack_batch(batches[step])
+                flat = flatten_batch(batches[step])
             except Exception as error:
                 writer.send(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
                 return
-            writer.send((packed.data.numpy(), packed.fields, packed.batch))
+            writer.send((flat.data.numpy(), flat.fields, flat.batch))
 
 
 def _read_batches(
@@ -149,7 +149,7 @@ def _read_batches(
         if isinstance(received, tuple):
             data, fields, batch = received
             tensor = torch.from_numpy(data)
-            received = unpack_batch(PackedRankBatch(tensor if device is None else tensor.pin_memory(), fields, batch))
+            received = unflatten_batch(FlatRankBatch(tensor if device is None else tensor.pin_memory(), fields, batch))
         while not closed.is_set():
             with contextlib.suppress(queue.Full):
                 ready.put(received, timeout=1.0)

@@ -48,7 +48,7 @@ class ManyMicrobatches:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_nothing_of_a_batch_changes_on_the_way(workers):
-    """Catches tensors that get another value, type, shape or order when a batch is packed for the rank."""
+    """Catches tensors that get another value, type, shape or order when a batch is flattened for the rank."""
     source = ManyMicrobatches()
     for step, batch in enumerate(load_batches(source, 0, 3, workers)):
         expected = source[step]
