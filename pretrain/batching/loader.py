@@ -94,7 +94,7 @@ class _Prefetcher(Iterator[RankBatch]):
         self._timeout = timeout
         workers_started: list[BaseProcess] = []
         closed = threading.Event()
-        # Unlike weakref.finalize, it runs before multiprocessing waits for the workers at exit, and in no forked process.
+        # Unlike weakref.finalize, runs before multiprocessing waits for the workers at exit, and in no forked process.
         self._end_workers = Finalize(self, _end_workers, (workers_started, closed), exitpriority=0)
         pipes = []
         for number in range(workers):

@@ -263,3 +263,25 @@ def test_a_complete_file_that_is_a_folder_is_damage(tmp_path: Path, caplog: pyte
     assert f"skipping damaged checkpoint {newest}: its COMPLETE file cannot be read" in caplog.text
     with pytest.raises(UserError, match="is damaged: its COMPLETE file cannot be read"):
         find_checkpoint(newest)
+
+
+def test_a_checkpoint_is_usable_while_its_state_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a kill that damages the newest checkpoint of a run, and a state without a checksum."""
+    checkpoint = tmp_path / "step-00000001"
+    checkpoint.mkdir()
+    (checkpoint / "state.json").write_text('{"is": "old"}')
+    mark_complete(checkpoint)
+    write_json, seen = checkpoints.write_json, []
+
+    def observed(*args: Any, **options: Any) -> None:
+        write_json(*args, **options)
+        seen.append((verify(checkpoint), read_state(checkpoint)["is"]))
+
+    monkeypatch.setattr(checkpoints, "write_json", observed)
+    (checkpoint / "other").touch()
+    mark_complete(checkpoint)
+    seen.clear()
+    replace_state(checkpoint, {"is": "new"})
+    assert seen == [(None, "old"), (None, "new"), (None, "new")]
+    (checkpoint / "state.json").write_text('{"is": "damaged"}')
+    assert verify(checkpoint) is not None
