@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d{8,})")
 _COMPLETE = "COMPLETE"
 _BEST = "best"
+_STATE = "state.json"
 
 
 def checkpoint_path(checkpoints: Path, step: int) -> Path:
@@ -117,8 +118,16 @@ def verify(checkpoint: Path) -> str | None:
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """state.json: everything in a checkpoint that is not a tensor."""
-    state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    state: dict[str, Any] = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
     return state
+
+
+def replace_state(checkpoint: Path, state: dict[str, Any]) -> None:
+    """Replace state.json of a complete checkpoint, which is usable at every moment."""
+    checksums: dict[str, str] = json.loads((checkpoint / _COMPLETE).read_text(encoding="utf-8"))
+    write_json(checkpoint / _COMPLETE, {name: checksums[name] for name in checksums if name != _STATE}, indent=1)
+    write_json(checkpoint / _STATE, state, indent=1)
+    write_json(checkpoint / _COMPLETE, checksums | {_STATE: checksum(checkpoint / _STATE)}, indent=1)
 
 
 def mark_complete(checkpoint: Path) -> None:

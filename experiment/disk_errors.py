@@ -1,27 +1,24 @@
 """One line for what a disk refuses because it is full, read-only, broken or forbidden."""
 
 import errno
+import logging
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from experiment.errors import StoppedError, UserError
 
+log = logging.getLogger(__name__)
+
 _FULL = {errno.ENOSPC: "disk full", errno.EDQUOT: "disk full (quota exceeded)"}
-_REFUSALS = {
-    *_FULL,
-    errno.EACCES,
-    errno.EFBIG,
-    errno.EIO,
-    errno.EISDIR,
-    errno.ENAMETOOLONG,
-    errno.ENOTDIR,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ESTALE,
-}
-_QUOTED = re.compile(r"\(os error (\d+)\)|\[Errno (\d+)\]")
+_MAY_PASS = {*_FULL, errno.EIO, errno.ESTALE}
+# Only a disk gives these. The others count only with the name of a file: a process may not be signalled either.
+_OF_DISKS_ONLY = {*_MAY_PASS, errno.EFBIG, errno.EROFS}
+_REFUSALS = {*_OF_DISKS_ONLY, errno.EACCES, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EPERM}
+_QUOTED_BY_RUST = re.compile(r"\(os error (\d+)\)")  # safetensors and tokenizers raise no OSError
+_QUOTED_BY_SHUTIL = re.compile(r"\[Errno (\d+)\]")
 
 
 def describe_disk_error(error: BaseException) -> str | None:
@@ -29,6 +26,7 @@ def describe_disk_error(error: BaseException) -> str | None:
     number = _errno(error)
     if number not in _REFUSALS:
         return None
+    log.debug("the disk refused:", exc_info=error)
     reason = _FULL.get(number) or os.strerror(number)
     file = getattr(error, "filename", None)
     return f"{file}: {reason}" if file else reason
@@ -46,10 +44,27 @@ def disk_errors_as(error_type: type[Exception], where: str = "", advice: str = "
         raise error_type(f"{where}{line}{advice}") from None
 
 
+@contextmanager
+def stopped_by_disk_errors(where: str = "", advice: str = "") -> Iterator[None]:
+    """Raise StoppedError in place of an error of the disk that may pass, such as a full one: the same command resumes.
+    UserError in place of the others: it would fail again."""
+    try:
+        yield
+    except Exception as error:
+        line = describe_disk_error(error)
+        if line is None:
+            raise
+        if _errno(error) in _MAY_PASS:
+            raise StoppedError(f"{where}{line}{advice}") from None
+        raise UserError(f"{where}{line}") from None
+
+
 def _errno(error: BaseException) -> int | None:
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.errno
+    """Of an error that a disk may have given."""
     if isinstance(error, UserError | StoppedError):  # says itself what is wrong
         return None
-    found = _QUOTED.search(str(error))  # by safetensors and tokenizers, which are written in Rust, and shutil.copytree
-    return int(found[1] or found[2]) if found else None
+    if isinstance(error, OSError) and not isinstance(error, shutil.Error):
+        return error.errno if error.filename is not None or error.errno in _OF_DISKS_ONLY else None
+    quoted = _QUOTED_BY_SHUTIL if isinstance(error, shutil.Error) else _QUOTED_BY_RUST
+    found = quoted.search(str(error))
+    return int(found[1]) if found else None

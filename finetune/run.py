@@ -13,7 +13,7 @@ from typing import Any
 
 from experiment.checkpoints import find_model_folder
 from experiment.config import dump_config, flatten, load_config
-from experiment.disk_errors import disk_errors_as
+from experiment.disk_errors import stopped_by_disk_errors
 from experiment.errors import StoppedError, UserError
 from experiment.files import write_text
 from experiment.provenance import ancestors_of, collect_provenance, write_provenance
@@ -65,7 +65,7 @@ def _find_model(init_from: str) -> Path:
 def run(config: FinetuneConfig) -> dict[str, Any]:
     """Train and score what a resolved config describes. Returns the content of results.json.
 
-    Raises UserError, and StoppedError if the disk is full after training has begun.
+    Raises UserError, also if the disk refuses something, and StoppedError if it is full after training has begun.
     """
     name = config.task.name
     device = choose_device(config.training.precision)
@@ -90,7 +90,7 @@ def _train_and_score(setup: Setup) -> dict[str, Any]:
     ancestors = ancestors_of(model.folder, "init_from") if model.pretrained else []
     run_id = write_provenance(folder, collect_provenance(sys.argv), ancestors)
     records = _train_missing_seeds(setup, finished, run_id)
-    with disk_errors_as(StoppedError, advice=_RESUME):
+    with stopped_by_disk_errors(advice=_RESUME):
         return write_results(folder, config, model.labels, records)
 
 
@@ -112,7 +112,7 @@ def _train_missing_seeds(setup: Setup, finished: Mapping[int, SeedRecord], run_i
     )
     outcome = Outcome.FAILED
     try:
-        with disk_errors_as(StoppedError, advice=_RESUME):
+        with stopped_by_disk_errors(advice=_RESUME):
             for seed in seeds:
                 if seed not in records:
                     records[seed] = train_seed(seed, setup, _log_from_step(tracker, steps * len(records)))

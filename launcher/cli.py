@@ -85,7 +85,7 @@ def corpus(options: CorpusOptions) -> None:
 def pretrain(options: PretrainOptions) -> None:
     """Pretrain an encoder, one process per GPU.
 
-    Checks everything before a device is used, then starts the ranks with DeepSpeed and waits for them. Run the same
+    Checks the config and its files, then starts the ranks with DeepSpeed and waits for them. Run the same
     command again to resume from the last checkpoint. Ctrl-C, SIGTERM or a file RUN/STOP make the run save a checkpoint
     and exit with code 75.
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from signal import SIGINT
 from typing import TypedDict
 
-from experiment.disk_errors import describe_disk_error, disk_errors_as
+from experiment.disk_errors import describe_disk_error, stopped_by_disk_errors
 from experiment.errors import StoppedError, UserError
 from experiment.files import write_json
 from experiment.results.sweep_summary import SweepResult, read_metric, write_summary
@@ -61,7 +61,7 @@ def run_sweep(plan: SweepPlan) -> None:
     """
     record = _open_record(plan)
     results = []
-    with disk_errors_as(StoppedError, "sweep: ", "; the same command resumes"):
+    with stopped_by_disk_errors("sweep: ", "; the same command resumes"):
         for number, run in enumerate(plan.runs, start=1):
             folder = RunFolder(plan.output / run.name)
             state = _finish(run, folder, f"[{number}/{len(plan.runs)}] {run.name}")

@@ -33,7 +33,7 @@ from pretrain.batching.sequences import open_index
 from pretrain.batching.vocabulary import Vocabulary, build_vocabulary
 from pretrain.config import MaskingConfig, ModelConfig
 from pretrain.corpus.reader import Corpus, open_corpus
-from pretrain.corpus.verification import verify_corpora
+from pretrain.corpus.verification import verified_shards
 from pretrain.modeling.build import BuiltModel, build_model
 from pretrain.modeling.masked_lm import MaskedLanguageModel, Predictions
 from pretrain.modeling.model_config import resolve_model_config
@@ -149,7 +149,7 @@ def evaluate_command(checkpoint: str, corpus: str, json: bool = False) -> None:
     model_config = ModelConfig(init_from=str(folder))
     config = resolve_model_config(model_config, tokenizer)
     corpora = _open_all(corpus, tokenizer_fingerprint(tokenizer), folder)
-    for _ in verify_corpora(corpora.values(), show_progress=not json):
+    for _ in verified_shards(corpora.values(), show_progress=not json):
         pass
 
     built = build_model(model_config, config, settings.seed, new_head=False)

@@ -1,6 +1,5 @@
-"""Prepare a run on all ranks: everything that may be refused, before a device is used."""
+"""Prepare a run on all ranks: everything that may be refused, before the engine takes the device."""
 
-import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -8,7 +7,7 @@ from experiment.run_folder import open_run_folder
 from experiment.tracking.rank_logs import set_up_logging
 from pretrain.config import PretrainConfig
 from pretrain.corpus.reader import Corpus
-from pretrain.corpus.verification import verify_corpora
+from pretrain.corpus.verification import verified_shards
 from pretrain.engine.deepspeed_settings import check_device_support
 from pretrain.modeling.build import BuiltModel, build_model
 from pretrain.resolve import ResolvedRun, resolve
@@ -46,10 +45,6 @@ def verify_on_each_host(corpora: Sequence[Corpus], world: World, hosts: HostGrou
 
     The ranks meet after every shard: reading all of them may take longer than the timeout of a collective.
     """
-    shards = verify_corpora(corpora if world.local_rank == 0 else [], show_progress=world.rank == 0)
-
-    def verify_next() -> int:
-        return sum(1 for _ in itertools.islice(shards, 1))
-
-    while hosts.all_reduce_sum([hosts.call(verify_next)]) != [0]:
+    shards = verified_shards(corpora if world.local_rank == 0 else [], show_progress=world.rank == 0)
+    while hosts.all_reduce_sum([hosts.call(lambda: next(shards, None) is not None)]) != [0]:
         pass

@@ -36,31 +36,30 @@ class RankBatch(NamedTuple):
     fingerprint: int  # hash of the whole global batch's sequences; equal on all ranks
 
 
-class PackedRankBatch(NamedTuple):
-    """A RankBatch with all tensors in one. A tensor that crosses processes takes file descriptors, of which there may
-    be no more than 1024."""
+class FlatRankBatch(NamedTuple):
+    """A RankBatch with all tensors in one: a worker sends one array, and a rank pins one block of memory."""
 
     data: torch.Tensor  # uint8; by field, then by microbatch
     fields: list[tuple[int, torch.dtype, list[list[int]]]]  # number of the field, and the shape in each microbatch
     batch: RankBatch  # without its microbatches
 
 
-def pack_batch(batch: RankBatch) -> PackedRankBatch:
+def flatten_batch(batch: RankBatch) -> FlatRankBatch:
     """Copy the tensors of a batch into one. Wide elements come first, so that all are aligned."""
     columns = list(enumerate(zip(*batch.microbatches, strict=True)))
     columns.sort(key=lambda column: -column[1][0].element_size())
     data = torch.cat([tensor.reshape(-1).view(torch.uint8) for _, tensors in columns for tensor in tensors])
     fields = [(number, tensors[0].dtype, [list(tensor.shape) for tensor in tensors]) for number, tensors in columns]
-    return PackedRankBatch(data, fields, batch._replace(microbatches=[]))
+    return FlatRankBatch(data, fields, batch._replace(microbatches=[]))
 
 
-def unpack_batch(packed: PackedRankBatch) -> RankBatch:
-    """The batch that was packed; its tensors are views."""
-    columns: list[list[torch.Tensor]] = [[] for _ in packed.fields]
+def unflatten_batch(flat: FlatRankBatch) -> RankBatch:
+    """The batch that was flattened; its tensors are views."""
+    columns: list[list[torch.Tensor]] = [[] for _ in flat.fields]
     start = 0
-    for number, dtype, shapes in packed.fields:
+    for number, dtype, shapes in flat.fields:
         for shape in shapes:
             end = start + math.prod(shape) * dtype.itemsize
-            columns[number].append(packed.data[start:end].view(dtype).view(shape))
+            columns[number].append(flat.data[start:end].view(dtype).view(shape))
             start = end
-    return packed.batch._replace(microbatches=[Microbatch(*tensors) for tensors in zip(*columns, strict=True)])
+    return flat.batch._replace(microbatches=[Microbatch(*tensors) for tensors in zip(*columns, strict=True)])

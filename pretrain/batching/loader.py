@@ -3,29 +3,47 @@
 A batch is a function of its step, so worker n of W makes every W-th batch from the n-th on, and resuming at step k
 means starting at step k. Each worker has a pipe, and a thread of the rank reads them in turn. Shared memory, which may
 be small (64 MB in a Docker container), is not used, and a worker that dies or hangs is noticed.
+
+Workers are always forked, however their rank was started: they need not import torch nor open the corpora again. A
+worker has none of the rank's threads, and uses neither CUDA, collectives nor torch's thread pool.
 """
 
 import contextlib
 import itertools
+import pickle
 import queue
 import signal
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
-from multiprocessing import Pipe, Process
+from multiprocessing import Pipe, get_context
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
 import torch
 
-from pretrain.batching.batch import PackedRankBatch, RankBatch, pack_batch, unpack_batch
+from pretrain.batching.batch import FlatRankBatch, RankBatch, flatten_batch, unflatten_batch
 
 _GRACE_SECONDS = 40  # how long a worker keeps running after SIGTERM
 _PREFETCHED = 4  # batches per worker that wait in the rank
 _EXIT_SECONDS = 5.0  # a worker whose pipe is closed has exited by then
-_STATES = {"T": "it is stopped (SIGSTOP)", "t": "it is stopped by a debugger", "D": "it waits for a disk"}
+_STATES = {
+    "D": "it waits for a disk",
+    "R": "it is busy",
+    "S": "it is waiting",
+    "T": "it is stopped (SIGSTOP)",
+    "Z": "it has exited",
+    "t": "it is stopped by a debugger",
+}
+
+
+# A batch; the text of a worker's error; an error of the rank itself; None where a worker has closed its pipe, because
+# it is done or has died.
+_Received = RankBatch | str | Exception | None
 
 
 class Batches(Protocol):
@@ -35,7 +53,8 @@ class Batches(Protocol):
 
 
 class DataWorkerError(Exception):
-    """A data worker has died, hangs or has raised an error; the message says which, and why."""
+    """A data worker has died, hangs or has raised an error, or the rank cannot receive its batch; the message says
+    which, and why."""
 
 
 def load_batches(
@@ -64,7 +83,7 @@ def _steps(first: int, last: int | None, stride: int = 1) -> Iterator[int]:
 
 
 class _Prefetcher(Iterator[RankBatch]):
-    """Ends its worker processes when it is deleted."""
+    """Ends its worker processes when it is deleted, or when the interpreter exits."""
 
     def __init__(
         self, batches: Batches, first: int, last: int | None, workers: int, timeout: float | None, device: int | None
@@ -72,20 +91,24 @@ class _Prefetcher(Iterator[RankBatch]):
         """`device`: CUDA device for which the batches are copied to pinned memory; None: they are not."""
         self._steps = _steps(first, last)
         self._timeout = timeout
-        self._workers: list[Process] = []
+        workers_started: list[BaseProcess] = []
+        closed = threading.Event()
+        # Unlike weakref.finalize, runs before multiprocessing waits for the workers at exit, and in no forked process.
+        self._end_workers = Finalize(self, _end_workers, (workers_started, closed), exitpriority=0)
         pipes = []
         for number in range(workers):
             reader, writer = Pipe(duplex=False)
             span = (first + number, last, workers)
-            worker = Process(target=_make_batches, args=(batches, span, writer, reader), daemon=True)
+            worker = get_context("fork").Process(
+                target=_make_batches, args=(batches, span, writer, reader), daemon=True
+            )
             worker.start()
             writer.close()  # only the worker has it open: the pipe ends with the worker
-            self._workers.append(worker)
+            workers_started.append(worker)
             pipes.append(reader)
-        self._turns = itertools.cycle(self._workers)
-        self._ready: queue.Queue[RankBatch | str | None] = queue.Queue(_PREFETCHED * workers)
-        self._closed = threading.Event()
-        threading.Thread(target=_read_batches, args=(pipes, self._ready, self._closed, device), daemon=True).start()
+        self._turns = itertools.cycle(workers_started)
+        self._ready: queue.Queue[_Received] = queue.Queue(_PREFETCHED * workers)
+        threading.Thread(target=_receive_batches, args=(pipes, self._ready, closed, device), daemon=True).start()
 
     def __next__(self) -> RankBatch:
         step, worker = next(self._steps), next(self._turns)
@@ -95,25 +118,27 @@ class _Prefetcher(Iterator[RankBatch]):
             raise self._failure(
                 worker, f"has not made the batch of step {step + 1} in {self._timeout:.0f} s: {_describe_state(worker)}"
             ) from None
+        if isinstance(batch, Exception):
+            self._end_workers()
+            what = f"{type(batch).__name__}: {batch}"
+            raise DataWorkerError(f"the batch of step {step + 1} cannot be received: {what}") from batch
         if batch is None:
             raise self._failure(worker, _describe_exit(worker))
         if isinstance(batch, str):
             raise self._failure(worker, f"failed at step {step + 1}: {batch}")
         return batch
 
-    def _failure(self, worker: Process, what: str) -> DataWorkerError:
+    def _failure(self, worker: BaseProcess, what: str) -> DataWorkerError:
         self._end_workers()  # here too: a process that fails may exit without deleting this object
         return DataWorkerError(f"the data worker (pid {worker.pid}) {what}")
 
-    def _end_workers(self) -> None:
-        self._closed.set()
-        for worker in self._workers:
-            worker.kill()
-        for worker in self._workers:
-            worker.join(_EXIT_SECONDS)
 
-    def __del__(self) -> None:
-        self._end_workers()
+def _end_workers(workers: Sequence[BaseProcess], closed: threading.Event) -> None:
+    closed.set()
+    for worker in workers:
+        worker.kill()
+    for worker in workers:
+        worker.join(_EXIT_SECONDS)
 
 
 def _make_batches(batches: Batches, span: tuple[int, int | None, int], writer: Connection, reader: Connection) -> None:
@@ -124,31 +149,19 @@ def _make_batches(batches: Batches, span: tuple[int, int | None, int], writer: C
     with contextlib.suppress(BrokenPipeError):
         for step in _steps(*span):
             try:
-                packed = pack_batch(batches[step])
+                flat = flatten_batch(batches[step])
             except Exception as error:
                 writer.send(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
                 return
-            writer.send((packed.data.numpy(), packed.fields, packed.batch))
+            writer.send((flat.data.numpy(), flat.fields, flat.batch))
 
 
-def _read_batches(
-    pipes: Sequence[Connection],
-    ready: "queue.Queue[RankBatch | str | None]",
-    closed: threading.Event,
-    device: int | None,
+def _receive_batches(
+    pipes: Sequence[Connection], ready: "queue.Queue[_Received]", closed: threading.Event, device: int | None
 ) -> None:
-    """Runs in a thread of the rank. Puts None where a worker has closed its pipe: it is done, or has died."""
-    if device is not None:
-        torch.cuda.set_device(device)
+    """Runs in a thread of the rank. Ends after the first thing that is not a batch."""
     for pipe in itertools.cycle(pipes):
-        try:
-            received = pipe.recv()
-        except (EOFError, OSError):
-            received = None
-        if isinstance(received, tuple):
-            data, fields, batch = received
-            tensor = torch.from_numpy(data)
-            received = unpack_batch(PackedRankBatch(tensor if device is None else tensor.pin_memory(), fields, batch))
+        received = _receive(pipe, device)
         while not closed.is_set():
             with contextlib.suppress(queue.Full):
                 ready.put(received, timeout=1.0)
@@ -159,7 +172,27 @@ def _read_batches(
         pipe.close()
 
 
-def _describe_exit(worker: Process) -> str:
+def _receive(pipe: Connection, device: int | None) -> _Received:
+    """What a worker sends, pinned for `device`."""
+    try:
+        message = pipe.recv_bytes()
+    except (EOFError, OSError):
+        return None
+    try:
+        received = pickle.loads(message)
+        if isinstance(received, str):
+            return received
+        data, fields, batch = received
+        tensor = torch.from_numpy(data)
+        if device is not None:
+            torch.cuda.set_device(device)
+            tensor = tensor.pin_memory()
+        return unflatten_batch(FlatRankBatch(tensor, fields, batch))
+    except Exception as error:
+        return error
+
+
+def _describe_exit(worker: BaseProcess) -> str:
     """How a worker died whose pipe is closed."""
     worker.join(_EXIT_SECONDS)
     code = worker.exitcode
@@ -170,12 +203,12 @@ def _describe_exit(worker: Process) -> str:
     return f"exited with code {code}"
 
 
-def _describe_state(worker: Process) -> str:
+def _describe_state(worker: BaseProcess) -> str:
     try:
         state = Path(f"/proc/{worker.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
     except (OSError, IndexError):
         return "its state is unknown"
-    return _STATES.get(state, f"it is still busy (process state {state})")
+    return _STATES.get(state, f"its process state is {state}")
 
 
 def _defer_signals() -> None:

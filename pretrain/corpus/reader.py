@@ -111,12 +111,6 @@ class Corpus:
             return f"{path} has a token with id {largest}, expected less than {size}; build the corpus again"
         return None
 
-    def verify(self) -> None:
-        """Check all shards, see `find_damage`. Raises UserError for the first damaged one."""
-        for shard in self.manifest.shards:
-            if damage := self.find_damage(shard):
-                raise UserError(damage)
-
     @cached_property
     def _shard_starts(self) -> npt.NDArray[np.int64]:
         """Offset of each shard in the token stream, and the end of the last one: [shards + 1]."""
@@ -133,7 +127,7 @@ class Corpus:
 def open_corpus(path: Path | str) -> Corpus:
     """Open a corpus folder. Raises UserError if it is not a finished corpus, or if a shard is missing or truncated.
 
-    Compares file sizes with the manifest, which takes time per shard, not per token. See `Corpus.verify` too.
+    Compares file sizes with the manifest, which takes time per shard, not per token; `Corpus.find_damage` reads them.
     """
     folder = Path(path).absolute()
     manifest = read_manifest(folder)

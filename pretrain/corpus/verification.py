@@ -23,17 +23,17 @@ from pretrain.corpus.reader import Corpus, open_corpus
 log = logging.getLogger(__name__)
 
 
-def verify_corpora(corpora: Iterable[Corpus], show_progress: bool) -> Iterator[None]:
-    """Verify the corpora that this host has not verified yet. Each step of the iterator reads one shard.
+def verified_shards(corpora: Iterable[Corpus], show_progress: bool) -> Iterator[Path]:
+    """Verify the corpora that this host has not verified yet: each step of the iterator reads a shard and yields it.
 
     Raises UserError for the first damaged shard.
     """
     for corpus in {corpus.path: corpus for corpus in corpora}.values():
         if not _Record(corpus).holds():
-            for damage in _find_damage(corpus, show_progress):
+            for shard, damage in _find_damage(corpus, show_progress):
                 if damage is not None:
                     raise UserError(damage)
-                yield
+                yield shard
 
 
 def verify_command(folders: str) -> None:
@@ -45,7 +45,7 @@ def verify_command(folders: str) -> None:
     for name in filter(None, folders.split(",")):
         try:
             corpus = open_corpus(name)
-            found = [damage for damage in _find_damage(corpus, show_progress=True) if damage is not None]
+            found = [damage for _, damage in _find_damage(corpus, show_progress=True) if damage is not None]
         except UserError as error:
             found = [str(error)]
         if not found:
@@ -55,8 +55,8 @@ def verify_command(folders: str) -> None:
         raise UserError("\n".join(damaged))
 
 
-def _find_damage(corpus: Corpus, show_progress: bool) -> Iterator[str | None]:
-    """Yield what is wrong with each shard, None if nothing is. Records a corpus without damage."""
+def _find_damage(corpus: Corpus, show_progress: bool) -> Iterator[tuple[Path, str | None]]:
+    """Yield each shard and what is wrong with it, None if nothing is. Records a corpus without damage."""
     record, undamaged, shards = _Record(corpus), True, corpus.manifest.shards
     record.delete()
     with tqdm(
@@ -73,7 +73,7 @@ def _find_damage(corpus: Corpus, show_progress: bool) -> Iterator[str | None]:
             damage = corpus.find_damage(shard)
             undamaged = undamaged and damage is None
             bar.update(shard.bytes)
-            yield damage
+            yield corpus.path / shard.file, damage
     if undamaged:
         record.write()
 

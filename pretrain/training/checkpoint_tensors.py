@@ -14,9 +14,9 @@ collective on tensors.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -25,7 +25,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from experiment.checkpoints import checkpoint_path, checkpoint_step, mark_complete, read_state, write_best
+from experiment.checkpoints import (
+    checkpoint_path,
+    checkpoint_step,
+    mark_complete,
+    read_state,
+    replace_state,
+    write_best,
+)
 from experiment.disk_errors import describe_disk_error
 from experiment.errors import UserError
 from experiment.files import fsync, write_json
@@ -54,7 +61,7 @@ def save_checkpoint(
     partial = checkpoints / f".{final.name}.partial"
     try:
         _write_partial(engine, partial, state | {"step": step}, write_model)
-        with _AllRanksOrNone(engine.world):
+        with _all_ranks_or_none(engine.world):
             if engine.world.rank == 0:
                 _publish(partial, final, keep)
     except UnwritableError:
@@ -67,17 +74,17 @@ def save_checkpoint(
 def _write_partial(engine: Engine, partial: Path, state: dict[str, Any], write_model: WriteModel) -> None:
     """Write a complete checkpoint under its temporary name."""
     is_rank0 = engine.world.rank == 0
-    with _AllRanksOrNone(engine.world):
+    with _all_ranks_or_none(engine.world):
         if is_rank0:
             if partial.exists():
                 discard(partial)
             (partial / "engine").mkdir(parents=True)
     entries: dict[str, Any] = {}
-    with _AllRanksOrNone(engine.world):
+    with _all_ranks_or_none(engine.world):
         entries = _write_fragments(engine, partial / "engine" / f"rank-{engine.world.rank:05d}.safetensors")
     gathered: list[Any] = [None] * engine.world.size
     dist.all_gather_object(gathered, entries)
-    with _AllRanksOrNone(engine.world):
+    with _all_ranks_or_none(engine.world):
         if is_rank0:
             write_json(partial / "engine" / "index.json", _merge(gathered), indent=1)
             reader = FragmentReader(partial / "engine")
@@ -97,6 +104,16 @@ def _publish(partial: Path, final: Path, keep: Retention) -> None:
     if keep.best is not None:
         write_best(final.parent, keep.best)  # before the previous best may be deleted
     apply_retention(final.parent, keep, newest=checkpoint_step(final))
+
+
+def update_progress(world: World, checkpoint: Path, progress: dict[str, Any], best: int | None) -> None:
+    """Replace the progress in a complete checkpoint, and name the best one. Collective; raises UnwritableError on all
+    ranks if rank 0 cannot write, and the checkpoint stays usable."""
+    with _all_ranks_or_none(world):
+        if world.rank == 0:
+            replace_state(checkpoint, read_state(checkpoint) | {"progress": progress})
+            if best is not None:
+                write_best(checkpoint.parent, best)
 
 
 def load_checkpoint(engine: Engine, checkpoint: Path, load_optimizer_state: bool = True) -> None:
@@ -217,26 +234,30 @@ def _merge(ranks: list[dict[str, Any]]) -> dict[str, Any]:
     return merged
 
 
-class _AllRanksOrNone:
-    """A part of a save that fails on all ranks if it fails on one, so that no rank waits for the others."""
+@contextmanager
+def _all_ranks_or_none(world: World) -> Iterator[None]:
+    """A part of a save that fails on all ranks if it fails on one, so that no rank waits for the others.
 
-    def __init__(self, world: World) -> None:
-        self._world = world
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self, _kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
-    ) -> bool:
-        # safetensors and tokenizers, written in Rust, do not raise OSError when they cannot write.
-        if error is not None and not isinstance(error, OSError) and "(os error " not in str(error):
-            return False
-        problems: list[str | None] = [None] * self._world.size
-        dist.all_gather_object(problems, error and (describe_disk_error(error) or str(error)))
-        if any(problems):
-            raise UnwritableError(_join(problems)) from error
-        return True
+    Raises UnwritableError if what failed is writing. Any other error is raised on its rank, RuntimeError on the others.
+    """
+    raised: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        raised = error
+    refusal = raised and describe_disk_error(raised)
+    unwritable = refusal is not None or isinstance(raised, OSError)
+    problem = (
+        None if raised is None else refusal or (str(raised) if unwritable else f"{type(raised).__name__}: {raised}")
+    )
+    gathered: list[Any] = [None] * world.size
+    dist.all_gather_object(gathered, (problem, unwritable))
+    if raised is not None and not unwritable:
+        raise raised
+    problems = [problem for problem, _ in gathered]
+    if any(problems):
+        all_unwritable = all(unwritable for problem, unwritable in gathered if problem)
+        raise (UnwritableError if all_unwritable else RuntimeError)(_join(problems)) from raised
 
 
 def _join(problems: Sequence[str | None]) -> str:

@@ -8,14 +8,14 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from experiment.checkpoints import checkpoint_step, newest_usable, read_state
+from experiment.checkpoints import checkpoint_path, checkpoint_step, newest_usable, read_state
 from experiment.provenance import write_origin
 from experiment.retention import Retention
 from pretrain.engine.engine import Engine
 from pretrain.export import write_hugging_face_folder
 from pretrain.resolve import ResolvedRun
 from pretrain.resume import ResumePlan
-from pretrain.training.checkpoint_tensors import load_checkpoint, save_checkpoint
+from pretrain.training.checkpoint_tensors import load_checkpoint, save_checkpoint, update_progress
 from pretrain.training.host_group import HostGroup
 from pretrain.training.training_progress import TrainingProgress, fork_progress, progress_from_json, progress_to_json
 
@@ -91,6 +91,15 @@ class Checkpointer:
         )
         self.saved_step = progress.step
         return True
+
+    def update(self, progress: TrainingProgress) -> None:
+        """Replace the progress in the saved checkpoint of this step, and name the best one. Collective.
+
+        Raises UnwritableError on all ranks if rank 0 cannot write.
+        """
+        checkpoint = checkpoint_path(self._run.folder.checkpoints, progress.step)
+        best = progress.evaluations.best_step
+        update_progress(self._engine.world, checkpoint, progress_to_json(progress), best)
 
     def _write_model(self, weights: dict[str, Tensor], folder: Path, step: int) -> None:
         own = {name.removeprefix("model."): tensor for name, tensor in weights.items()}

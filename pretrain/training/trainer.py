@@ -41,6 +41,7 @@ from pretrain.training.replicas import compare_replicas
 from pretrain.training.run_start import open_run_tracker, record_start
 from pretrain.training.step_agreement import StepAgreement, StepTotals
 from pretrain.training.stop_request import StopRequest
+from pretrain.training.training_progress import TrainingProgress
 from pretrain.training_stream import TrainingStream
 
 log = logging.getLogger(__name__)
@@ -145,11 +146,14 @@ class Trainer:
         )
 
     def _evaluate_and_save_if_due(self) -> None:
-        """Before the next step."""
-        if self._is_evaluation_missing():
+        """Before the next step. An evaluation that was left to this attempt is added to the checkpoint of its step."""
+        evaluates = self._is_evaluation_missing()
+        if evaluates:
             self._evaluate()
         needs_rewind_target = self._checkpointer.saved_step is None and self._config.health.policy == "rewind"
-        if needs_rewind_target or self._is_best_step():
+        if evaluates and self._checkpointer.saved_step == self._progress.step:
+            self._checkpointer.update(self._progress_to_save(self._progress.seconds))
+        elif needs_rewind_target or self._is_best_step() or self._is_finished():
             self._save(self._progress.seconds)
 
     def _next_batch(self) -> RankBatch:
@@ -312,21 +316,25 @@ class Trainer:
                     config.overfitting_after,
                 )
             self._progress = replace(progress, evaluations=history, evaluated=True)
+        if self._is_finished() and interval.losses:  # patience ends the run between two log events
+            last_norm = progress.grad_norms[-1] if progress.grad_norms else math.nan
+            self._log(self._learning_rate(progress.step - 1, progress.seconds), last_norm)
 
     def _save(self, seconds: float) -> None:
         """Save a checkpoint of this step, unless there is one. `seconds`: of training so far."""
         with self._throughput.paused():
-            self._interval.all_reduce_losses(self._engine.device)
-            saved = self._checkpointer.save(
-                replace(
-                    self._progress,
-                    seconds=seconds,
-                    interval_losses=tuple(self._interval.losses),
-                    interval_masked=self._interval.masked_tokens,
-                )
-            )
-            if saved:
+            if self._checkpointer.save(self._progress_to_save(seconds)):
                 self._recovery.reset_rewinds()
+
+    def _progress_to_save(self, seconds: float) -> TrainingProgress:
+        """With the log interval so far. Collective."""
+        self._interval.all_reduce_losses(self._engine.device)
+        return replace(
+            self._progress,
+            seconds=seconds,
+            interval_losses=tuple(self._interval.losses),
+            interval_masked=self._interval.masked_tokens,
+        )
 
     def _is_finished(self) -> bool:
         progress, schedule = self._progress, self._config.schedule

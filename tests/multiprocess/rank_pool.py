@@ -163,7 +163,7 @@ def _rank_main(rank: int, size: int, address: str, port: int) -> NoReturn:
         connection.send(rank)
         from pretrain.engine.process_group import connect
 
-        world = connect(timedelta(seconds=COLLECTIVE_SECONDS), _give_up)
+        world = connect(timedelta(seconds=COLLECTIVE_SECONDS), give_up)
         while True:
             case, args = connection.recv()
             try:
@@ -178,6 +178,7 @@ def _rank_main(rank: int, size: int, address: str, port: int) -> NoReturn:
         os._exit(1)
 
 
-def _give_up(message: str) -> NoReturn:
+def give_up(message: str) -> NoReturn:
+    """End a rank that cannot connect."""
     print(message, flush=True)
     os._exit(1)

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from experiment.checkpoints import complete_checkpoints
+from experiment.checkpoints import complete_checkpoints, find_checkpoint
 from experiment.run_folder import RunFolder
 from pretrain.world import World
-from rank_pool import RankPool
-from runs import Tree, assert_same_run, pretrain_case, run_config
+from rank_pool import RankError, RankPool
+from runs import Tree, assert_same_run, evaluation_events, pretrain_case, run_config, step_events
 
 
 def scripted_case(world: World, tree: Mapping[str, Any], losses: Sequence[float], stop_after: int | None = None) -> str:
@@ -23,6 +23,22 @@ def scripted_case(world: World, tree: Mapping[str, Any], losses: Sequence[float]
         return pretrain_case(world, tree, stop_after)
 
 
+def patient_config(folder: Path, corpus: Path, heldout: Path, patience: int = 3) -> Tree:
+    """A run of at most 12 steps with an evaluation after each, that keeps its newest and its best checkpoint."""
+    return run_config(
+        folder,
+        corpus,
+        schedule__steps=12,
+        run__log_every=4,
+        corpus__eval={"held": str(heldout)},
+        evaluation__every_steps=1,
+        evaluation__best_metric="eval/held/loss",
+        evaluation__patience=patience,
+        evaluation__overfitting_after=2,
+        checkpoint__keep_last=1,
+    )
+
+
 def test_the_best_checkpoint_is_kept_and_patience_ends_the_run(
     pools: dict[int, RankPool], wordpiece_corpus: Path, heldout_corpus: Path, tmp_path: Path
 ) -> None:
@@ -30,18 +46,7 @@ def test_the_best_checkpoint_is_kept_and_patience_ends_the_run(
     counts as a failure or is undone by a restart, and a patience counter that a resume resets."""
 
     def tree(name: str, patience: int = 3) -> Tree:
-        return run_config(
-            tmp_path / name,
-            wordpiece_corpus,
-            schedule__steps=12,
-            run__log_every=4,
-            corpus__eval={"held": str(heldout_corpus)},
-            evaluation__every_steps=1,
-            evaluation__best_metric="eval/held/loss",
-            evaluation__patience=patience,
-            evaluation__overfitting_after=2,
-            checkpoint__keep_last=1,
-        )
+        return patient_config(tmp_path / name, wordpiece_corpus, heldout_corpus, patience)
 
     losses = [5.0, 4.0, 3.00001, 3.2, 3.4, 3.6]
     assert pools[2].run(scripted_case, tree("uninterrupted"), losses) == ["done", "done"]
@@ -58,3 +63,37 @@ def test_the_best_checkpoint_is_kept_and_patience_ends_the_run(
 
     assert pools[2].run(scripted_case, tree("stopped", patience=4), [2.5, *[4.0] * 4]) == ["done", "done"]
     assert (tmp_path / "stopped" / "checkpoints" / "best").read_text(encoding="utf-8") == "step-00000006\n"
+
+
+def test_a_last_evaluation_left_to_a_resume_is_not_repeated(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, heldout_corpus: Path, tmp_path: Path
+) -> None:
+    """Catches a run that evaluates at every start because the evaluation that ended it was not saved, and one whose
+    last steps are in no log event because patience ended it between two."""
+    losses = [5.0, 4.0, 3.0, 3.2, 3.4, 3.6]
+    whole, stopped = (
+        patient_config(tmp_path / name, wordpiece_corpus, heldout_corpus) for name in ("whole", "stopped")
+    )
+    assert pools[1].run(scripted_case, whole, losses) == ["done"]
+    assert [event["step"] for event in step_events(tmp_path / "whole")] == [4, 5]
+    assert pools[1].run(scripted_case, stopped, losses[:5], 5) == ["stopped"]
+    assert pools[1].run(scripted_case, stopped, losses[5:]) == ["done"]
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped", 5)
+    assert find_checkpoint(tmp_path / "stopped").name == "step-00000005", "undamaged"
+    assert pools[1].run(scripted_case, stopped, []) == ["done"]
+
+
+def test_the_best_evaluation_may_be_left_to_a_resume(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, heldout_corpus: Path, tmp_path: Path
+) -> None:
+    """Catches `checkpoints/best` that still names an older checkpoint, because that of the best step was there already
+    when it was evaluated."""
+    tree = patient_config(tmp_path, wordpiece_corpus, heldout_corpus)
+    assert pools[1].run(scripted_case, tree, [5.0, 4.0], 2) == ["stopped"]
+    best = tmp_path / "checkpoints" / "best"
+    assert best.read_text(encoding="utf-8") == "step-00000001\n"
+    with pytest.raises(RankError, match="pop from empty list"):  # fails in the evaluation after the next step
+        pools[1].run(scripted_case, tree, [3.0])
+    assert best.read_text(encoding="utf-8") == "step-00000002\n"
+    assert pools[1].run(scripted_case, tree, [3.2, 3.4, 3.6]) == ["done"], "the evaluation of step 2 is not repeated"
+    assert [event["step"] for event in evaluation_events(tmp_path)] == [0, 1, 2, 3, 4, 5]

@@ -15,7 +15,7 @@ from experiment.retention import Retention
 from experiment.run_folder import RunFolder
 from experiment.tokenizer import load_tokenizer
 from pretrain.world import World
-from rank_pool import RankPool
+from rank_pool import RankError, RankPool
 from runs import Tree, build_engine, logged, pretrain_case, run_config, saved_tensors
 from small_disk import SmallDisk
 
@@ -145,6 +145,27 @@ def test_a_full_disk_stops_all_ranks(
     assert pools[2].run(pretrain_case, tree) == ["done", "done"]
     assert logged(tmp_path, "step") == [1, 2]
     assert newest_usable(tmp_path / "checkpoints") == checkpoint_path(tmp_path / "checkpoints", 2)
+
+
+def broken_save_case(world: World, tree: Tree) -> str:
+    """A run in which a save has a bug on rank 0."""
+    from pretrain.training import checkpointer
+
+    def broken(*_: Any) -> None:
+        raise KeyError("a bug")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if world.rank == 0:
+            patch.setattr(checkpointer, "write_hugging_face_folder", broken)
+        return pretrain_case(world, tree)
+
+
+def test_a_bug_in_a_save_ends_all_ranks(pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path) -> None:
+    """Catches ranks that wait until a timeout for one that has failed for another reason than the disk."""
+    with pytest.raises(RankError) as caught:
+        pools[2].run(broken_save_case, run_config(tmp_path, wordpiece_corpus, schedule__steps=2))
+    assert "KeyError: 'a bug'" in str(caught.value)
+    assert "RuntimeError: rank 0: KeyError: 'a bug'" in str(caught.value)
 
 
 @pytest.mark.parametrize("pages", [12, 60])

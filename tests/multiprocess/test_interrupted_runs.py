@@ -139,6 +139,7 @@ def test_interruptions_neither_repeat_nor_lose_an_event(
         else Interruption("kill", draw.randrange(1, 40))
         for _ in range(draw.randrange(2, 6))
     ]
+    print(changes, poisons, interruptions)  # pytest shows it if the test fails
     tree = interruptible(tmp_path, wordpiece_corpus, heldout_corpus, changes)
     run_interrupted(pools[1], tree, poisons, interruptions)
-    assert_same_run(uninterrupted(changes, poisons), tmp_path, STEPS), (changes, poisons, interruptions)
+    assert_same_run(uninterrupted(changes, poisons), tmp_path, STEPS)

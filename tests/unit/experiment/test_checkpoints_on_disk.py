@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from experiment import checkpoints as checkpoints_module
 from experiment.checkpoints import (
     checkpoint_candidates,
     checkpoint_path,
@@ -15,6 +16,8 @@ from experiment.checkpoints import (
     find_model_folder,
     mark_complete,
     newest_usable,
+    read_state,
+    replace_state,
     verify,
     write_best,
 )
@@ -263,3 +266,24 @@ def test_a_complete_file_that_is_a_folder_is_damage(tmp_path: Path, caplog: pyte
     assert f"skipping damaged checkpoint {newest}: its COMPLETE file cannot be read" in caplog.text
     with pytest.raises(UserError, match="is damaged: its COMPLETE file cannot be read"):
         find_checkpoint(newest)
+
+
+def test_a_checkpoint_is_usable_while_its_state_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a kill that damages the newest checkpoint of a run, and a state without a checksum."""
+    checkpoint = tmp_path / "step-00000001"
+    checkpoint.mkdir()
+    (checkpoint / "tensors").touch()
+    (checkpoint / "state.json").write_text('{"is": "old"}')
+    mark_complete(checkpoint)
+    seen: list[tuple[str | None, str]] = []
+    write_json = checkpoints_module.write_json
+
+    def observed(*args: Any, **options: Any) -> None:
+        write_json(*args, **options)
+        seen.append((verify(checkpoint), read_state(checkpoint)["is"]))
+
+    monkeypatch.setattr(checkpoints_module, "write_json", observed)
+    replace_state(checkpoint, {"is": "new"})
+    assert seen == [(None, "old"), (None, "new"), (None, "new")]
+    (checkpoint / "state.json").write_text('{"is": "damaged"}')
+    assert verify(checkpoint) is not None

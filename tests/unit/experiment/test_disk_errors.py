@@ -1,11 +1,12 @@
 import errno
+import logging
 import os
 import shutil
 
 import pytest
 
-from experiment.disk_errors import describe_disk_error, disk_errors_as
-from experiment.errors import UserError
+from experiment.disk_errors import describe_disk_error, disk_errors_as, stopped_by_disk_errors
+from experiment.errors import StoppedError, UserError
 
 RUST = Exception("Error while serializing: I/O error: No space left on device (os error 28)")
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/runs/a/config.yaml")
@@ -26,6 +27,8 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/runs/a/config.yaml")
         (OSError("no such model"), None),
         (UserError(f"the tokenizer fails on line 7: {RUST}"), None),
         (KeyError(28), None),
+        (PermissionError(errno.EPERM, "of killpg(2), which is about no file"), None),
+        (RuntimeError("the worker said: [Errno 13] Permission denied"), None),
     ],
 )
 def test_errors_of_the_disk_are_described(error: Exception, expected: str | None) -> None:
@@ -41,3 +44,21 @@ def test_other_errors_pass() -> None:
     with pytest.raises(UserError, match=expected) as caught, disk_errors_as(UserError, "--output o: ", "; try again"):
         raise FULL
     assert caught.value.__suppress_context__
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [(number, StoppedError) for number in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)]
+    + [(number, UserError) for number in (errno.EACCES, errno.EISDIR, errno.EROFS, errno.ENAMETOOLONG, errno.EFBIG)],
+)
+def test_only_an_error_that_may_pass_can_be_resumed(number: int, expected: type[Exception]) -> None:
+    """Catches a queue that runs a command again forever because it exits with 75 for a file that it may not write."""
+    with pytest.raises(expected, match=r"^sweep: /runs/a: "), stopped_by_disk_errors("sweep: ", "; try again"):
+        raise OSError(number, "", "/runs/a")
+
+
+def test_the_traceback_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """Catches a bug that looks like an error of the disk, and leaves no trace of where it is."""
+    with caplog.at_level(logging.DEBUG), pytest.raises(UserError), disk_errors_as(UserError):
+        raise FULL
+    assert "test_the_traceback_is_logged" in caplog.text.partition("Traceback")[2]

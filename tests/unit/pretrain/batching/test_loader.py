@@ -2,7 +2,9 @@ import os
 import signal
 import subprocess
 import sys
-from multiprocessing import active_children
+from collections.abc import Callable
+from multiprocessing import active_children, get_context
+from multiprocessing.process import BaseProcess
 
 import numpy as np
 import psutil
@@ -10,9 +12,9 @@ import pytest
 import torch
 
 from pretrain.batching.batch import IGNORED, Microbatch, RankBatch
-from pretrain.batching.loader import DataWorkerError, load_batches
+from pretrain.batching.loader import DataWorkerError, _describe_state, load_batches
 from pretrain.batching.order import BatchSequences
-from waiting import wait_until
+from waiting import LIMIT, wait_until
 
 
 def test_worker_processes_give_the_same_batches_and_seek(maker):
@@ -48,7 +50,7 @@ class ManyMicrobatches:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_nothing_of_a_batch_changes_on_the_way(workers):
-    """Catches tensors that get another value, type, shape or order when a batch is packed for the rank."""
+    """Catches tensors that get another value, type, shape or order when a batch is flattened for the rank."""
     source = ManyMicrobatches()
     for step, batch in enumerate(load_batches(source, 0, 3, workers)):
         expected = source[step]
@@ -122,27 +124,128 @@ def test_a_worker_killed_within_a_batch_is_named():
         list(batches)
 
 
-def test_workers_end_with_the_loader_and_with_the_rank(tmp_path):
-    """Catches worker processes that outlive a rewind, or a rank that was killed."""
+def out_of_memory(*_: object) -> None:
+    raise MemoryError("no pinned memory")
+
+
+class Unreadable:
+    """Can be pickled, but not unpickled."""
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        return out_of_memory, ()
+
+
+class UnreadableBatches:
+    def __getitem__(self, step: int) -> RankBatch:
+        return large_batch(step)._replace(origins=Unreadable())
+
+
+@pytest.mark.parametrize("failing", ["set_device", "pin_memory", "unpickling"])
+def test_a_rank_that_cannot_receive_a_batch_blames_no_worker(failing, monkeypatch):
+    """Catches a rank that waits for a batch which it has failed to receive, and then names an innocent worker."""
+    others = set(active_children())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", out_of_memory if failing == "set_device" else lambda _: None)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", out_of_memory)
+    source = UnreadableBatches() if failing == "unpickling" else LargeBatches()
+    batches = load_batches(source, 0, None, workers=2, timeout=LIMIT, pin_memory=failing != "unpickling")
+    with pytest.raises(DataWorkerError, match="the batch of step 1 cannot be received: MemoryError: no pinned memory"):
+        next(batches)
+    assert set(active_children()) <= others
+
+
+def test_workers_end_with_the_loader():
+    """Catches worker processes that outlive a rewind."""
     others = set(active_children())
     batches = load_batches(LargeBatches(), 0, None, workers=2)
     assert len(set(active_children()) - others) == 2
     del batches
     assert set(active_children()) <= others
 
+
+def test_workers_end_when_one_cannot_start(monkeypatch):
+    """Catches workers that are left over, and an error that hides the first one, where a process cannot be forked."""
+    others, started = set(active_children()), []
+    start = BaseProcess.start
+
+    def start_once(worker):
+        if started:
+            raise BlockingIOError("no more processes")
+        start(worker)
+        started.append(worker)
+
+    monkeypatch.setattr(BaseProcess, "start", start_once)
+    with pytest.raises(BlockingIOError, match="no more processes"):
+        load_batches(LargeBatches(), 0, None, workers=2)
+    assert len(started) == 1
+    assert set(active_children()) <= others
+
+
+def test_workers_end_with_the_rank(tmp_path):
+    """Catches worker processes that outlive a rank that was killed."""
     rank = os.fork()
     if rank == 0:
-        kept = [load_batches(LargeBatches(), 0, None, workers=2)]
-        pids = [str(worker.pid) for worker in active_children()]
-        (tmp_path / "partial").write_text(" ".join(pids))
-        (tmp_path / "partial").rename(tmp_path / "pids")
-        signal.pause()
-        del kept
-    wait_until((tmp_path / "pids").exists)
-    os.kill(rank, signal.SIGKILL)
-    os.waitpid(rank, 0)
+        try:
+            kept = load_batches(LargeBatches(), 0, None, workers=2)
+            pids = [str(worker.pid) for worker in active_children()]
+            (tmp_path / "partial").write_text(" ".join(pids))
+            (tmp_path / "partial").rename(tmp_path / "pids")
+            signal.pause()
+            del kept
+        finally:
+            os._exit(1)
+    try:
+        wait_until((tmp_path / "pids").exists)
+    finally:
+        os.kill(rank, signal.SIGKILL)
+        os.waitpid(rank, 0)
     pids = (tmp_path / "pids").read_text().split()
     wait_until(lambda: not any(os.path.exists(f"/proc/{pid}/exe") for pid in pids))  # noqa: PTH110 - zombies have none
+
+
+EXIT = """
+import tempfile
+folder = tempfile.TemporaryDirectory()  # the first weakref.finalize fixes when all of them run
+from test_loader import LargeBatches
+from pretrain.batching.loader import load_batches
+batches = load_batches(LargeBatches(), 0, None, workers=2)
+print(next(batches).step)
+"""
+
+
+def test_a_process_with_workers_exits_quietly():
+    """Catches "Exception ignored" at the exit of the interpreter, and an exit that waits for the workers."""
+    command = [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path}\n{EXIT}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_workers_are_forked_whatever_the_rank_was(method):
+    """Catches workers that are started as their rank was, which the tests of GPUs do in another way than a launch."""
+    code = "from test_loader import LargeBatches\nfrom pretrain.batching.loader import load_batches\n"
+    code += f"import multiprocessing\nmultiprocessing.set_start_method({method!r})\n"
+    code += "batches = load_batches(LargeBatches(), 0, 2, workers=1)\n"
+    code += "print(*{type(child).__name__ for child in multiprocessing.active_children()})\ndel batches"
+    command = [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path}\n{code}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
+    assert done.stdout == "ForkProcess\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"), [(signal.SIGSTOP, "it is stopped (SIGSTOP)"), (signal.SIGKILL, "it has exited")]
+)
+def test_the_state_of_a_worker_is_described(number, expected):
+    """Catches a message that calls a stopped, waiting or dead worker busy."""
+    worker = get_context("fork").Process(target=signal.pause)
+    worker.start()
+    try:
+        wait_until(lambda: _describe_state(worker) == "it is waiting")
+        os.kill(worker.pid, number)
+        wait_until(lambda: _describe_state(worker) == expected)
+    finally:
+        worker.kill()
+        worker.join()
 
 
 SMALL_SHARED_MEMORY = """

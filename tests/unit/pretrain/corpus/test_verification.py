@@ -13,7 +13,7 @@ from pretrain.corpus import shards
 from pretrain.corpus.build import build_corpus
 from pretrain.corpus.options import CorpusOptions
 from pretrain.corpus.reader import Corpus, open_corpus
-from pretrain.corpus.verification import verify_corpora
+from pretrain.corpus.verification import verified_shards
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def shards_read(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], int]:
 
     def verify(path: Path) -> int:
         before = count
-        assert sum(1 for _ in verify_corpora([open_corpus(path)] * 2, show_progress=False)) == count - before
+        assert sum(1 for _ in verified_shards([open_corpus(path)] * 2, show_progress=False)) == count - before
         return count - before
 
     return verify
@@ -119,7 +119,7 @@ def test_a_shard_that_cannot_be_read_is_refused(corpus: Path, monkeypatch: pytes
 
     monkeypatch.setattr("pretrain.corpus.reader.sha256", bad_sector)
     with pytest.raises(UserError, match=r"data-00000-of-\d+\.arrow cannot be read: Input/output error; restore it"):
-        open_corpus(corpus).verify()
+        list(verified_shards([open_corpus(corpus)], show_progress=False))
 
 
 def test_ids_outside_the_vocabulary_are_refused(corpus: Path) -> None:
@@ -130,10 +130,10 @@ def test_ids_outside_the_vocabulary_are_refused(corpus: Path) -> None:
         manifest["tokenizer"]["vocabulary_size"] = int(size)
         (corpus / "manifest.json").write_text(json.dumps(manifest))
         if fits:
-            open_corpus(corpus).verify()
+            assert len(list(verified_shards([open_corpus(corpus)], show_progress=False))) > 2
         else:
             with pytest.raises(UserError, match=rf"arrow has a token with id {largest}, expected less than {largest}"):
-                open_corpus(corpus).verify()
+                list(verified_shards([open_corpus(corpus)], show_progress=False))
 
 
 def test_a_cache_that_cannot_be_written_costs_time_only(
@@ -154,7 +154,7 @@ def test_the_command_verifies_always(corpus: Path, built: Path, capsys: pytest.C
     assert capsys.readouterr().out.count(f"undamaged, {count} shards with") == 2
     for number in (1, 2):
         flip(shard(corpus, number), keep_times=True)
-    assert list(verify_corpora([open_corpus(corpus)], show_progress=False)) == [], (
+    assert list(verified_shards([open_corpus(corpus)], show_progress=False)) == [], (
         "recorded, and unchanged to all looks"
     )
     assert main(["corpus", "--verify", f"{corpus},{corpus / 'none'},{built}"]) == 2
@@ -164,7 +164,7 @@ def test_the_command_verifies_always(corpus: Path, built: Path, capsys: pytest.C
     for line, part in zip(said.err.splitlines(), parts, strict=True):
         assert part in line
     with pytest.raises(UserError, match="is damaged"):
-        list(verify_corpora([open_corpus(corpus)], show_progress=False))
+        list(verified_shards([open_corpus(corpus)], show_progress=False))
 
 
 @pytest.mark.parametrize(
