@@ -2,7 +2,6 @@ import os
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -41,9 +40,9 @@ def report_stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[str]
 @pytest.mark.parametrize("argv", [(), ("--help",), ("pretrain", "--help")])
 def test_help_is_fast(argv: tuple[str, ...]):
     """Catches an import of torch or other heavy libraries, which makes help take seconds."""
-    began = time.perf_counter()
+    before = os.times()
     answer = deepcloze(*argv)
-    seconds = time.perf_counter() - began
+    after = os.times()
     assert answer.returncode == 0
     assert answer.stdout.startswith("usage: deepcloze")
     imported = {
@@ -51,7 +50,7 @@ def test_help_is_fast(argv: tuple[str, ...]):
     }
     assert "launcher.cli" in imported
     assert not imported & {"torch", "transformers", "datasets", "wandb", "numpy", "deepspeed"}
-    assert seconds < 2.0  # 0.2 alone on a machine; more than that is other load
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 2.0  # CPU
 
 
 def test_help_explains_every_command_and_flag(capsys: pytest.CaptureFixture[str]):
