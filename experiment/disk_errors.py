@@ -16,7 +16,7 @@ _FULL = {errno.ENOSPC: "disk full", errno.EDQUOT: "disk full (quota exceeded)"}
 _MAY_PASS = {*_FULL, errno.EIO, errno.ESTALE}
 # Only a disk gives these. The others count only with the name of a file: a process may not be signalled either.
 _OF_DISKS_ONLY = {*_MAY_PASS, errno.EFBIG, errno.EROFS}
-_REFUSALS = {*_OF_DISKS_ONLY, errno.EACCES, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EPERM}
+_REFUSALS = {*_OF_DISKS_ONLY, errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EPERM}
 _QUOTED_BY_RUST = re.compile(r"\(os error (\d+)\)")  # safetensors and tokenizers raise no OSError
 _QUOTED_BY_SHUTIL = re.compile(r"\[Errno (\d+)\]")
 

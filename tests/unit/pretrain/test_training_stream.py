@@ -21,6 +21,7 @@ from pretrain.resolve import ResolvedRun, resolve
 from pretrain.resume import ResumePlan
 from pretrain.training_stream import TrainingStream, open_stream
 from pretrain.world import World
+from waiting import LIMIT
 
 TINY = {"model_type": "bert", "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 OpenStream = Callable[..., TrainingStream]
@@ -76,11 +77,11 @@ def equal(one: RankBatch, other: RankBatch) -> bool:
 
 def test_batches_are_the_same_alone_and_in_order(open_run_stream: OpenStream) -> None:
     """Catches a batch that depends on what was read before, in stages, warmup, mixture or masking rate."""
-    in_order = list(open_run_stream(**changing_batches()).load(0, on_gpu=False))
+    in_order = list(open_run_stream(**changing_batches()).load(0, on_gpu=False, timeout=LIMIT))
     assert [batch.step for batch in in_order] == list(range(16))
     for step in (0, 5, 6, 10, 11, 15):
         assert equal(open_run_stream(**changing_batches())[step], in_order[step])
-    assert equal(next(open_run_stream(**changing_batches()).load(6, on_gpu=False)), in_order[6])
+    assert equal(next(open_run_stream(**changing_batches()).load(6, on_gpu=False, timeout=LIMIT)), in_order[6])
 
 
 def test_stages_have_their_own_lengths_and_batch_sizes(open_run_stream: OpenStream) -> None:
