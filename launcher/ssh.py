@@ -1,0 +1,15 @@
+"""The `ssh` command line for other hosts. Pure.
+
+User, port, key and jump hosts come from the user's ssh configuration, as for pdsh.
+"""
+
+import shlex
+from collections.abc import Sequence
+
+CONNECT_SECONDS = 10
+
+
+def ssh_argv(host: str, command: Sequence[str]) -> list[str]:
+    """The argv that runs a command on a host. ssh asks for nothing: where it would, it fails with exit code 255."""
+    options = ("-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}")
+    return ["ssh", *options, host, shlex.join(command)]
