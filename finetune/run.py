@@ -16,8 +16,9 @@ from experiment.config import dump_config, flatten, load_config
 from experiment.disk_errors import stopped_by_disk_errors
 from experiment.errors import StoppedError, UserError
 from experiment.files import write_text
+from experiment.outcome_file import Outcome
 from experiment.provenance import ancestors_of, collect_provenance, write_provenance
-from experiment.run_folder import Outcome, open_run_folder
+from experiment.run_folder import open_run_folder
 from experiment.run_lock import lock_run
 from experiment.tracking.console import terminal
 from experiment.tracking.tracker import Tracker, open_trackers

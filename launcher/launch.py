@@ -12,7 +12,8 @@ from pathlib import Path
 from experiment.config import dump_config, load_config
 from experiment.errors import StoppedError
 from experiment.files import write_text
-from experiment.run_folder import Outcome, RunFolder, open_run_folder
+from experiment.outcome_file import Outcome
+from experiment.run_folder import RunFolder, open_run_folder
 from launcher.allocation import allocated_hosts
 from launcher.deepspeed_command import DeepSpeedCommand, deepspeed_argv
 from launcher.environment import deepspeed_environment, launch_environment, remote_environment_text

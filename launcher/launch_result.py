@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiment.run_folder import Outcome, RunFolder
+from experiment.outcome_file import Outcome, read_outcome
+from experiment.run_folder import RunFolder
 
 _SSH_FAILED = 255
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)  # ranks catch them, except while they import their modules
@@ -36,7 +37,7 @@ def read_result(folder: RunFolder, exit_code: int, start_time: float, remote: bo
         start_time: when the launch began, as `time.time()`.
         remote: whether ranks ran on other hosts.
     """
-    reported, silent, killer = folder.read_outcome(), list(_silent_ranks(folder)), _killer(exit_code)
+    reported, silent, killer = read_outcome(folder), list(_silent_ranks(folder)), _killer(exit_code)
     if remote and exit_code == _SSH_FAILED:
         killer, ending = None, "ssh failed or lost the connection to a host"
     else:

@@ -20,7 +20,8 @@ from datetime import datetime
 from experiment.disk_errors import describe_disk_error
 from experiment.errors import UserError
 from experiment.files import write_text
-from experiment.run_folder import Outcome, RunFolder
+from experiment.outcome_file import Outcome, read_outcome, reserve_outcome
+from experiment.run_folder import RunFolder
 from experiment.run_lock import lock_run
 from experiment.strict_json import parse_json
 from launcher.hostfile import Slots
@@ -48,7 +49,7 @@ def supervise(
     """
     with lock_run(folder):
         clear_reports(folder)
-        folder.reserve_outcome()
+        reserve_outcome(folder)
         if folder.stop.exists() and folder.stop.stat().st_mtime < start_time:
             folder.stop.unlink()
             _notify(f"removed {folder.stop}, which is older than this launch")
@@ -88,7 +89,7 @@ def _run_deepspeed(
                 _wait_for_group(process.pid)
         finally:
             _kill_group(process.pid)
-    reported = folder.read_outcome()
+    reported = read_outcome(folder)
     if stop.killed and (reported is None or reported[0] is Outcome.STOPPED):
         return LaunchResult(Outcome.STOPPED, "killed; the run can resume from its last complete checkpoint")
     return read_result(folder, exit_code, start_time, remote)

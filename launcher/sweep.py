@@ -15,8 +15,9 @@ from typing import TypedDict
 from experiment.disk_errors import describe_disk_error, stopped_by_disk_errors
 from experiment.errors import StoppedError, UserError
 from experiment.files import write_json
+from experiment.outcome_file import Outcome, read_outcome
 from experiment.results.sweep_summary import SweepResult, read_metric, write_summary
-from experiment.run_folder import Outcome, RunFolder
+from experiment.run_folder import RunFolder
 from experiment.run_lock import is_locked
 from experiment.strict_json import parse_json
 from launcher.options import SweepOptions
@@ -105,7 +106,7 @@ def _open_record(plan: SweepPlan) -> _SweepRecord:
 def _finish(run: SweepRun, folder: RunFolder, label: str) -> str:
     """Start or resume a run that is not done; return its state. Raises StoppedError if it was stopped."""
     waited = _wait_for_other_process(folder, label)
-    outcome = folder.read_outcome()
+    outcome = read_outcome(folder)
     if (folder.path / "results.json").is_file() or (outcome is not None and outcome[0] is Outcome.DONE):
         _notify(f"{label}: already finished")
         return "done"

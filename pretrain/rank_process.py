@@ -11,7 +11,7 @@ from functools import partial
 from typing import NoReturn
 
 from experiment.errors import AgreedFailureError, UserError
-from experiment.run_folder import Outcome
+from experiment.outcome_file import Outcome
 from pretrain.batching.loader import DataWorkerError
 from pretrain.rank_report import RankReport
 from pretrain.training.host_group import AgreedError

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from experiment.errors import UserError
 from experiment.files import write_json
-from experiment.run_folder import Outcome, RunFolder
+from experiment.outcome_file import Outcome, write_first_outcome, write_outcome
+from experiment.run_folder import RunFolder
 from pretrain.config import PretrainConfig
 
 
@@ -28,7 +29,7 @@ class RankReport:
         """Record an outcome that all ranks have agreed on. Only rank 0 writes."""
         if self.rank == 0:
             with contextlib.suppress(OSError):
-                self.folder.write_outcome(outcome, message)
+                write_outcome(self.folder, outcome, message)
 
     def announce_refusal(self, error: UserError) -> None:
         """Print and record a mistake that all ranks have raised. Only rank 0 does."""
@@ -40,7 +41,7 @@ class RankReport:
         """Record an outcome that this rank alone knows of, unless another rank has failed before: losing that
         rank is why this one fails."""
         with contextlib.suppress(OSError):
-            self.folder.write_first_outcome(outcome, message)
+            write_first_outcome(self.folder, outcome, message)
 
     def end(self, exit_code: int) -> None:
         self._record(exit_code)

@@ -20,7 +20,7 @@ from functools import partial
 from typing import NoReturn
 
 from experiment.errors import AgreedFailureError, UserError
-from experiment.run_folder import Outcome
+from experiment.outcome_file import Outcome
 from pretrain.arguments import read_arguments
 from pretrain.config import PretrainConfig
 from pretrain.deadline import deadline

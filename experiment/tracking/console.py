@@ -10,7 +10,7 @@ from itertools import groupby
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from experiment.run_folder import Outcome
+from experiment.outcome_file import Outcome
 from experiment.tracking.metrics import Metrics
 
 RATE_EVENTS = 20  # log events over which the time left is estimated

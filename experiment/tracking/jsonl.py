@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from experiment.files import write_text
-from experiment.run_folder import Outcome
+from experiment.outcome_file import Outcome
 from experiment.strict_json import parse_json
 from experiment.tracking.metrics import Metrics
 

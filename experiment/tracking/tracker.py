@@ -7,7 +7,8 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from experiment.run_folder import Outcome, RunFolder
+from experiment.outcome_file import Outcome
+from experiment.run_folder import RunFolder
 from experiment.tracking.config import TrackingConfig
 from experiment.tracking.console import ConsoleTracker
 from experiment.tracking.jsonl import JsonlTracker

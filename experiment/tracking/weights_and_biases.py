@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from experiment.run_folder import Outcome, RunFolder
+from experiment.outcome_file import Outcome
+from experiment.run_folder import RunFolder
 from experiment.tracking.config import TrackingConfig
 from experiment.tracking.metrics import Metrics
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from experiment.device_peaks import peak_flops, peak_memory
-from experiment.run_folder import Outcome
+from experiment.outcome_file import Outcome
 from experiment.throughput_meter import Throughput
 from experiment.tracking import Tracker
 from experiment.tracking.metrics import Metrics

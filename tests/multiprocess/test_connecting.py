@@ -10,7 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from experiment.run_folder import Outcome, RunFolder
+from experiment.outcome_file import Outcome, read_outcome
+from experiment.run_folder import RunFolder
 from launches import Start, config_file, rank_environment, wait_for_exit
 from pretrain.engine.deepspeed_settings import REPOSITORY
 from pretrain.world import World
@@ -68,7 +69,7 @@ def test_ranks_that_do_not_start_are_named(start: Start, wordpiece_corpus: Path,
     command = (sys.executable, "-m", "pretrain.run", "--config", str(config))
     code, output = wait_for_exit(start(*command, **rank_environment(0, 3, port)))
     assert code == 1, output
-    outcome, message = RunFolder(tmp_path / "run").read_outcome() or (None, "")
+    outcome, message = read_outcome(RunFolder(tmp_path / "run")) or (None, "")
     assert outcome is Outcome.FAILED
     assert re.fullmatch(rf".*, rank 0: LostRankError: not connected to 127.0.0.1:{port} within 2 s: rank 1, 2", message)
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from experiment.run_folder import Outcome, RunFolder
+from experiment.outcome_file import Outcome, read_outcome
+from experiment.run_folder import RunFolder
 from launches import LONG, Start, config_file, rank_environment, wait_for_exit, wait_for_file, wait_for_steps
 from rank_pool import free_port
 
@@ -37,7 +38,7 @@ def test_the_first_failure_is_reported(start: Start, wordpiece_corpus: Path, tmp
     worker.kill()
     code, output = wait_for_exit(launch)
     assert code == 1
-    outcome, message = RunFolder(tmp_path / "run").read_outcome() or (None, "")
+    outcome, message = read_outcome(RunFolder(tmp_path / "run")) or (None, "")
     assert outcome is Outcome.FAILED
     assert message.startswith(f"{HOST}, rank 1: the data worker (pid {worker.pid}) was killed (SIGKILL)"), output
     assert f"the run failed: {message.splitlines()[0]}" in output
@@ -71,7 +72,7 @@ def test_a_rank_that_waits_for_another_can_be_stopped(
         rank.send_signal(number)
     code, output = wait_for_exit(rank)
     assert code == 75, output
-    outcome, message = folder.read_outcome() or (None, "")
+    outcome, message = read_outcome(folder) or (None, "")
     assert outcome is Outcome.STOPPED
     reason = f"found {folder.stop}" if number is None else number.name
     assert message.startswith(f"{HOST}, rank 0: {reason} before the first step")

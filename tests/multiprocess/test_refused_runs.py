@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 from experiment.errors import UserError
-from experiment.run_folder import Outcome, RunFolder
+from experiment.outcome_file import Outcome, read_outcome, reserve_outcome
+from experiment.run_folder import RunFolder
 from pretrain.corpus.build import build_corpus
 from pretrain.corpus.options import CorpusOptions
 from pretrain.engine.deepspeed_settings import REPOSITORY
@@ -63,7 +64,7 @@ def test_a_mistake_on_one_rank_is_raised_on_all(
     assert errors[0].startswith(f"{platform.node()}, rank {failing}: ")
     assert message in errors[0]
     if mistake != "run folder":
-        assert RunFolder(tmp_path / "run").read_outcome() == (Outcome.REFUSED, errors[0])
+        assert read_outcome(RunFolder(tmp_path / "run")) == (Outcome.REFUSED, errors[0])
 
 
 def fp16_case(world: World, tree: Tree, lacking: int) -> str:
@@ -102,7 +103,7 @@ def test_a_file_that_rank_0_cannot_write_is_refused_on_all(
     (tmp_path / file / "a folder").mkdir(parents=True)
     errors = pools[2].run(refused_case, [run_config(tmp_path, wordpiece_corpus)] * 2)
     assert errors == [f"{tmp_path / file}: Is a directory"] * 2
-    assert RunFolder(tmp_path).read_outcome() == (Outcome.REFUSED, errors[0])
+    assert read_outcome(RunFolder(tmp_path)) == (Outcome.REFUSED, errors[0])
 
 
 def test_a_run_on_a_full_disk_is_refused(
@@ -111,11 +112,11 @@ def test_a_run_on_a_full_disk_is_refused(
     """Catches a traceback, and an error that only one rank knows."""
     run = RunFolder(small_disk.path / "run")
     run.logs.mkdir(parents=True)
-    run.reserve_outcome()
+    reserve_outcome(run)
     small_disk.fill()
     errors = pools[2].run(refused_case, [run_config(run.path, wordpiece_corpus)] * 2)
     assert errors == [f"{run.provenance}: disk full"] * 2
-    assert run.read_outcome() == (Outcome.REFUSED, errors[0])
+    assert read_outcome(run) == (Outcome.REFUSED, errors[0])
 
 
 @pytest.mark.parametrize("role", ["train", "eval"])
@@ -132,7 +133,7 @@ def test_a_damaged_corpus_is_refused(
     errors = pools[2].run(refused_case, [run_config(tmp_path / "run", wordpiece_corpus, **changes)] * 2)
     assert len(set(errors)) == 1
     assert f"{shard} is damaged: its SHA-256 is " in errors[0]
-    assert RunFolder(tmp_path / "run").read_outcome() == (Outcome.REFUSED, errors[0])
+    assert read_outcome(RunFolder(tmp_path / "run")) == (Outcome.REFUSED, errors[0])
 
 
 def verification_case(world: World, corpus: Path, fails_on: int | None) -> tuple[str, int]:

@@ -12,7 +12,8 @@ import yaml
 
 from experiment.config import load_config
 from experiment.errors import StoppedError, UserError
-from experiment.run_folder import Outcome, RunFolder
+from experiment.outcome_file import Outcome
+from experiment.run_folder import RunFolder
 from launcher import launch
 from launcher.cli import main
 from launcher.hostfile import Host, parse_hostfile

@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from experiment.run_folder import Outcome, RunFolder, open_run_folder
+from experiment.outcome_file import Outcome, write_outcome
+from experiment.run_folder import RunFolder, open_run_folder
 from launcher.launch_result import clear_reports, read_result
 
 STOPPED = {75, 256 - 15, 256 - 2}
@@ -32,7 +33,7 @@ def test_the_killed_rank_is_named(folder: RunFolder, exit_code: int) -> None:
     record(folder, 0, 1)
     record(folder, 1, None)
     assert f"(rank 1 on node-1 (process 71) {OUT_OF_MEMORY})" in message(folder, exit_code)
-    folder.write_outcome(Outcome.FAILED, "node-0, rank 0: lost its peer")
+    write_outcome(folder, Outcome.FAILED, "node-0, rank 0: lost its peer")
     assert message(folder, exit_code) == f"rank 1 on node-1 (process 71) {OUT_OF_MEMORY}; node-0, rank 0: lost its peer"
     record(folder, 0, None)
     assert message(folder, exit_code).startswith("rank 0 on node-0 (process 70) or rank 1 on node-1 (process 71) was")
@@ -43,7 +44,7 @@ def test_a_rank_that_says_nothing_is_named(folder: RunFolder) -> None:
     record(folder, 0, 1)
     record(folder, 1, None)
     folder.rank_record(2).write_text("{")
-    folder.write_outcome(Outcome.FAILED, "node-0, rank 0: lost its peer")
+    write_outcome(folder, Outcome.FAILED, "node-0, rank 0: lost its peer")
     assert message(folder, 1) == (
         "node-0, rank 0: lost its peer; ended without reporting an outcome: rank 1 on node-1 (process 71)"
     )
@@ -62,7 +63,7 @@ def test_the_exit_code_of_ssh_is_no_signal(folder: RunFolder) -> None:
     lost = "ssh failed or lost the connection to a host"
     assert f"({lost})" in message(folder, 255, remote=True)
     assert "(a rank was killed by SIGHUP)" in message(folder, 255, remote=False)
-    folder.write_outcome(Outcome.FAILED, "node-0, rank 0: lost its peer")
+    write_outcome(folder, Outcome.FAILED, "node-0, rank 0: lost its peer")
     assert message(folder, 255, remote=True) == f"{lost}; node-0, rank 0: lost its peer"
 
 
@@ -74,7 +75,7 @@ def test_a_rank_stopped_before_it_could_report(folder: RunFolder, exit_code: int
 
 def test_a_rank_killed_before_the_first_step(folder: RunFolder) -> None:
     """Catches a launch that counts as stopped because DeepSpeed stopped the ranks that were not killed."""
-    folder.write_outcome(Outcome.STOPPED, "node-0, rank 0: SIGTERM before the first step")
+    write_outcome(folder, Outcome.STOPPED, "node-0, rank 0: SIGTERM before the first step")
     record(folder, 0, 75)
     record(folder, 1, None)
     assert message(folder, 247) == f"rank 1 on node-1 (process 71) {OUT_OF_MEMORY}"
@@ -86,7 +87,7 @@ def test_a_rank_killed_before_the_first_step(folder: RunFolder) -> None:
 def test_reports_of_an_earlier_launch_are_removed(folder: RunFolder) -> None:
     """Catches a launch that is blamed on a process of an earlier one."""
     record(folder, 5, None)
-    folder.write_outcome(Outcome.DONE)
+    write_outcome(folder, Outcome.DONE)
     folder.rank_log(5).write_text("kept")
     clear_reports(folder)
     assert [path.name for path in folder.logs.iterdir()] == ["rank-5.log"]

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from experiment.errors import UserError
-from experiment.run_folder import Outcome, RunFolder, open_run_folder
+from experiment.outcome_file import Outcome, write_outcome
+from experiment.run_folder import RunFolder, open_run_folder
 from launcher.launch_result import LaunchResult
 from launcher.supervisor import supervise
 from small_disk import SmallDisk
@@ -25,7 +26,8 @@ SLOTS = {"localhost": (0, 2)}
 CHILD = """
 import os, signal, sys, time
 from pathlib import Path
-from experiment.run_folder import Outcome, RunFolder
+from experiment.outcome_file import Outcome, write_outcome
+from experiment.run_folder import RunFolder
 folder = RunFolder(Path({path!r}))
 {body}
 """
@@ -95,7 +97,7 @@ WAIT = """
 while not folder.stop.exists():
     time.sleep(0.01)
 time.sleep(0.3)  # saving
-folder.write_outcome(Outcome.STOPPED, "saved step 7")
+write_outcome(folder, Outcome.STOPPED, "saved step 7")
 """
 HANG = "(folder.path / 'ready').touch()\ntime.sleep(3600)"
 
@@ -115,19 +117,19 @@ def launches(folder: RunFolder) -> list[dict]:
 @pytest.mark.parametrize("code", [0, 1])
 def test_what_the_ranks_wrote_is_the_outcome(folder: RunFolder, outcome: Outcome, code: int):
     """Catches the exit code of DeepSpeed's launcher, which is always 0 or 1, being taken for the outcome."""
-    result = attempt(folder, f"folder.write_outcome(Outcome({outcome.value!r}), 'because'); sys.exit({code})")
+    result = attempt(folder, f"write_outcome(folder, Outcome({outcome.value!r}), 'because'); sys.exit({code})")
     assert result == LaunchResult(outcome, "because")
 
 
 def test_the_outcome_of_an_earlier_launch_is_ignored(folder: RunFolder):
     """Catches a crashed launch that is reported with the outcome of an earlier one."""
-    folder.write_outcome(Outcome.DONE)
+    write_outcome(folder, Outcome.DONE)
     assert attempt(folder, "sys.exit(0)").outcome is Outcome.FAILED
 
 
 def test_each_launch_adds_one_line(folder: RunFolder):
     """Catches a launch that is not recorded or overwrites the record of another."""
-    attempt(folder, "folder.write_outcome(Outcome.STOPPED)")
+    attempt(folder, "write_outcome(folder, Outcome.STOPPED)")
     attempt(folder, "sys.exit(3)")
     first, second = launches(folder)
     assert (first["attempt"], first["outcome"], first["exit"], first["hosts"]) == (
@@ -137,7 +139,7 @@ def test_each_launch_adds_one_line(folder: RunFolder):
         {"localhost": [0, 2]},
     )
     assert (second["attempt"], second["outcome"], second["exit"]) == (2, "failed", 1)
-    assert first["argv"] == rank(folder, "folder.write_outcome(Outcome.STOPPED)")
+    assert first["argv"] == rank(folder, "write_outcome(folder, Outcome.STOPPED)")
     assert first["time"] <= second["time"]
 
 
@@ -161,7 +163,7 @@ def test_a_rank_killed_by_the_system_is_reported(folder: RunFolder):
     """Catches a bare 'exit code 247', which is how DeepSpeed's launcher reports a SIGKILL, when memory ran out."""
     killed = "killed by SIGKILL, possibly because the system ran out of memory"
     assert killed in attempt(folder, "sys.exit(-9)").message
-    orphaned = attempt(folder, "folder.write_outcome(Outcome.FAILED, 'rank 0: lost rank 1'); sys.exit(-9)")
+    orphaned = attempt(folder, "write_outcome(folder, Outcome.FAILED, 'rank 0: lost rank 1'); sys.exit(-9)")
     assert orphaned.message == f"a rank was {killed}; rank 0: lost rank 1"
 
 
@@ -181,7 +183,7 @@ def test_an_old_stop_file_does_not_stop_the_run(folder: RunFolder, capsys: pytes
     """Catches a run that cannot resume because the STOP file that ended it still exists."""
     folder.stop.touch()
     os.utime(folder.stop, (0, 0))
-    body = "folder.write_outcome(Outcome.STOPPED if folder.stop.exists() else Outcome.DONE)"
+    body = "write_outcome(folder, Outcome.STOPPED if folder.stop.exists() else Outcome.DONE)"
     assert attempt(folder, body).outcome is Outcome.DONE
     assert "removed" in capsys.readouterr().err
 
@@ -261,10 +263,10 @@ def test_a_torn_record_of_launches_is_repaired(
     folder: RunFolder, capsys: pytest.CaptureFixture[str], torn: bytes
 ) -> None:
     """Catches a run that never starts again after a power cut, and a repair that loses whole lines or is silent."""
-    attempt(folder, "folder.write_outcome(Outcome.STOPPED)")
+    attempt(folder, "write_outcome(folder, Outcome.STOPPED)")
     capsys.readouterr()
     folder.launches.write_bytes(folder.launches.read_bytes() + torn)
-    assert attempt(folder, "folder.write_outcome(Outcome.DONE)").outcome is Outcome.DONE
+    assert attempt(folder, "write_outcome(folder, Outcome.DONE)").outcome is Outcome.DONE
     assert [launch["outcome"] for launch in launches(folder)] == ["stopped", "done"]
     assert "launch.jsonl is damaged: removed 1 of its 2 lines" in capsys.readouterr().err
 
@@ -292,7 +294,7 @@ def test_the_outcome_survives_a_disk_that_fills_up(small_disk: SmallDisk, capsys
     body = (
         "from small_disk import SmallDisk\n"
         f"SmallDisk(Path({str(small_disk.path)!r})).fill(new_files=False)\n"
-        "folder.write_outcome(Outcome.STOPPED, 'saved step 7')"
+        "write_outcome(folder, Outcome.STOPPED, 'saved step 7')"
     )
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'multiprocess'}"}
     result = supervise(folder, rank(folder, body), environment, SLOTS, time.time())

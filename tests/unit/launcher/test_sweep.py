@@ -40,7 +40,8 @@ with (folder / "metrics.jsonl").open("a") as file:
 LEFT = r"""
 import sys, time
 from pathlib import Path
-from experiment.run_folder import Outcome, open_run_folder
+from experiment.outcome_file import Outcome, write_outcome
+from experiment.run_folder import open_run_folder
 from experiment.run_lock import lock_run
 folder = open_run_folder(sys.argv[1])
 with lock_run(folder):
@@ -48,7 +49,7 @@ with lock_run(folder):
     while not (folder.path / "end").exists():
         time.sleep(0.02)
     if sys.argv[2] != "none":
-        folder.write_outcome(Outcome(sys.argv[2]))
+        write_outcome(folder, Outcome(sys.argv[2]))
         folder.metrics.write_text('{"step": 2, "eval/held/loss": 1.5}\n')
 """
 

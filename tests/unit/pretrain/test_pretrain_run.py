@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 import pretrain.run
-from experiment.run_folder import Outcome, RunFolder
+from experiment.outcome_file import Outcome, read_outcome
+from experiment.run_folder import RunFolder
 from pretrain.engine.loss_scaler import LossScaleError
 from pretrain.world import World
 
@@ -54,5 +55,5 @@ def test_loss_scale_errors_exit_with_their_message(
     with pytest.raises(Exited, match="1"):
         pretrain.run.main(["--config", str(config)])
     assert timeouts == [timedelta(seconds=77)]
-    assert RunFolder(tmp_path / "run").read_outcome() == (Outcome.FAILED, "try a lower optimizer.lr")
+    assert read_outcome(RunFolder(tmp_path / "run")) == (Outcome.FAILED, "try a lower optimizer.lr")
     assert "Traceback" not in caplog.text

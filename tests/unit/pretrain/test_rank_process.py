@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from experiment.run_folder import Outcome, RunFolder
+from experiment.outcome_file import Outcome
+from experiment.run_folder import RunFolder
 from pretrain.rank_process import run_rank
 from pretrain.rank_report import RankReport
 

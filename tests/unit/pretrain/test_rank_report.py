@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from experiment.errors import UserError
-from experiment.run_folder import Outcome, RunFolder
+from experiment.outcome_file import Outcome, read_outcome
+from experiment.run_folder import RunFolder
 from pretrain.rank_report import RankReport
 
 
@@ -20,7 +21,7 @@ def test_the_first_failure_stays(folder: RunFolder) -> None:
     """Catches rank 0's loss of its peer in place of the reason."""
     RankReport(folder, 1).fail(Outcome.FAILED, "out of paper")
     RankReport(folder, 0).fail(Outcome.FAILED, "connection closed")
-    assert folder.read_outcome() == (Outcome.FAILED, "out of paper")
+    assert read_outcome(folder) == (Outcome.FAILED, "out of paper")
     assert [path.name for path in folder.logs.iterdir()] == ["outcome.json"]
 
 
@@ -33,7 +34,7 @@ def test_a_file_system_without_hard_links(folder: RunFolder, monkeypatch: pytest
     monkeypatch.setattr(os, "link", refuse)
     RankReport(folder, 1).fail(Outcome.FAILED, "out of paper")
     RankReport(folder, 0).fail(Outcome.FAILED, "connection closed")
-    assert folder.read_outcome() == (Outcome.FAILED, "out of paper")
+    assert read_outcome(folder) == (Outcome.FAILED, "out of paper")
     assert [path.name for path in folder.logs.iterdir()] == ["outcome.json"]
 
 
@@ -50,7 +51,7 @@ def test_of_ranks_that_fail_at_once_one_is_reported_whole(folder: RunFolder) -> 
     for process in ranks:
         process.join(60)
     assert [process.exitcode for process in ranks] == [0] * 8
-    outcome = folder.read_outcome()
+    outcome = read_outcome(folder)
     assert outcome is not None
     assert outcome[1].endswith("x" * 100_000)
 
@@ -58,12 +59,12 @@ def test_of_ranks_that_fail_at_once_one_is_reported_whole(folder: RunFolder) -> 
 def test_only_rank_0_writes_what_all_have_agreed_on(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a message printed once for each rank, and an outcome of an earlier run that stays."""
     RankReport(folder, 1).announce_refusal(UserError("no such corpus"))
-    assert folder.read_outcome() is None
+    assert read_outcome(folder) is None
     RankReport(folder, 0).announce_refusal(UserError("no such corpus"))
-    assert folder.read_outcome() == (Outcome.REFUSED, "no such corpus")
+    assert read_outcome(folder) == (Outcome.REFUSED, "no such corpus")
     assert capsys.readouterr().err == "deepcloze: no such corpus\n"
     RankReport(folder, 0).agree(Outcome.DONE)
-    assert folder.read_outcome() == (Outcome.DONE, "")
+    assert read_outcome(folder) == (Outcome.DONE, "")
 
 
 def test_a_rank_leaves_its_process_and_exit_code(folder: RunFolder) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from experiment.run_folder import Outcome
+from experiment.outcome_file import Outcome
 from experiment.tracking.console import (
     ConsoleTracker,
     describe_duration,

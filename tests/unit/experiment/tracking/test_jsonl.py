@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from experiment.run_folder import Outcome
+from experiment.outcome_file import Outcome
 from experiment.tracking.jsonl import JsonlTracker, read_events
 
 

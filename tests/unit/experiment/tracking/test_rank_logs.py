@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from experiment.run_folder import Outcome, RunFolder
+from experiment.outcome_file import Outcome
+from experiment.run_folder import RunFolder
 from experiment.tracking import rank_logs
 from experiment.tracking.console import ConsoleTracker
 from experiment.tracking.rank_logs import set_up_logging

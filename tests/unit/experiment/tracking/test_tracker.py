@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 import experiment
-from experiment.run_folder import Outcome, RunFolder, open_run_folder
+from experiment.outcome_file import Outcome
+from experiment.run_folder import RunFolder, open_run_folder
 from experiment.tracking import Tracker, open_trackers, tracker
 from experiment.tracking.config import TrackingConfig
 

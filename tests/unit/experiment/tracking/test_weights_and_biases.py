@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from experiment.run_folder import Outcome, RunFolder
+from experiment.outcome_file import Outcome
+from experiment.run_folder import RunFolder
 from experiment.tracking.config import TrackingConfig
 from experiment.tracking.weights_and_biases import WandbTracker
 
@@ -181,7 +182,8 @@ def test_log_copies_the_event(tmp_path: Path, fake: FakeWandb, monkeypatch: pyte
 SCRIPT = """
     import sys, time
     from pathlib import Path
-    from experiment.run_folder import Outcome, RunFolder
+    from experiment.outcome_file import Outcome
+    from experiment.run_folder import RunFolder
     from experiment.tracking.config import TrackingConfig
     from experiment.tracking.weights_and_biases import WandbTracker
 
