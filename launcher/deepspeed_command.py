@@ -6,6 +6,9 @@ from pathlib import Path
 
 from launcher.hostfile import Slots
 from launcher.machine import DeviceKind
+from launcher.options import Launcher
+
+_REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,8 @@ class DeepSpeedCommand:
     master_port: int
     overrides: Mapping[str, str] = field(default_factory=dict)  # dotted config key -> raw text
     hostfile: Path | None = None  # absolute; None: this machine only
+    launcher: Launcher = "pdsh"  # what starts the ranks on other hosts
+    master_addr: str | None = None  # of the first host; None: DeepSpeed asks it
 
 
 def deepspeed_argv(command: DeepSpeedCommand) -> list[str]:
@@ -29,19 +34,29 @@ def deepspeed_argv(command: DeepSpeedCommand) -> list[str]:
         # DeepSpeed would log a stopped rank as an error; the ranks and `deepcloze` report what happened.
         *(command.python, "-m", "deepspeed.launcher.runner", "--log_level=critical"),
         f"--master_port={command.master_port}",
+        *([f"--master_addr={command.master_addr}"] if command.master_addr else []),
         *_resource_flags(command),
-        *("--module", command.module, "--config", str(command.config)),
+        *_program(command),
+        *("--config", str(command.config)),
         *(f"--{key}={text}" for key, text in command.overrides.items()),
     ]
+
+
+def _program(command: DeepSpeedCommand) -> list[str]:
+    if command.hostfile is not None and command.launcher == "slurm":  # DeepSpeed ignores --module there
+        return [str(_REPOSITORY.joinpath(*command.module.split(".")).with_suffix(".py"))]
+    return ["--module", command.module]
 
 
 def _resource_flags(command: DeepSpeedCommand) -> list[str]:
     include = "@".join(f"{host}:{','.join(map(str, slots))}" for host, slots in command.slots.items())
     if command.hostfile is not None:
-        # Without --force_multi, DeepSpeed would run the ranks of a single remote host on this machine.
         return [
             f"--hostfile={command.hostfile}",
-            f"--include={include}",
+            # MPI launchers reject --include: their hostfile has just these slots.
+            *([f"--include={include}"] if command.launcher in ("pdsh", "slurm") else []),
+            *([f"--launcher={command.launcher}"] if command.launcher != "pdsh" else []),
+            # Without --force_multi, DeepSpeed would run the ranks of a single remote host on this machine.
             *(["--force_multi"] if len(command.slots) == 1 else []),
         ]
     # An explicit empty hostfile, because DeepSpeed's default, /job/hostfile, may send a local run to other hosts.

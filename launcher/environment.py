@@ -1,9 +1,13 @@
 """The environment variables of a launch: of DeepSpeed's launcher and of the ranks, here and on other hosts. Pure."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from experiment.errors import UserError
 from launcher.machine import DeviceKind
+
+_FORWARDED = ("WANDB_", "HF_", "OMP_", "NCCL_", "GLOO_", "CUDA_", "MLFLOW_")
+_OF_ONE_MACHINE = {"CUDA_VISIBLE_DEVICES"}  # the slots say it
 
 # On a CPU, tensors come from malloc. By default glibc maps and unmaps memory for each large one, and on small models
 # the page faults cost more than the arithmetic. These settings make it keep and reuse freed memory.
@@ -56,15 +60,45 @@ def deepspeed_environment(environ: Mapping[str, str], added: Mapping[str, str]) 
     return {name: value for name, value in environ.items() if name != "CUDA_VISIBLE_DEVICES"} | dict(added)
 
 
-def remote_environment_text(environ: Mapping[str, str], added: Mapping[str, str], user_text: str = "") -> str:
-    """The text of the file (DS_ENV_FILE) whose variables DeepSpeed exports on other hosts.
+def forwarded_environment(environ: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
+    """The variables of this process that ranks on other hosts get too. They may be secret: see `host_guard`.
 
-    It contains the variables that the launch adds and the settings of gloo and NCCL, such as the network interface
-    (DeepSpeed forwards NCCL's from a machine with GPUs only). The file replaces the user's own `.deepspeed_env`, so the
-    lines of that one, `user_text`, are included and take precedence. The values appear in logged command lines, so
-    other variables, which may be secret, are left out.
+    Those of W&B, Hugging Face, OpenMP, NCCL, gloo, CUDA and MLflow, and those that the user names. Raises UserError for
+    a named one that is not set.
     """
-    forwarded = {name: value for name, value in environ.items() if name.startswith(("GLOO_", "NCCL_"))} | dict(added)
+    for name in names:
+        if name not in environ:
+            raise UserError(f"--env: {name} is not set")
+    chosen = {name for name in environ if name.startswith(_FORWARDED)} - _OF_ONE_MACHINE
+    return {name: environ[name] for name in sorted(chosen | set(names))}
+
+
+def remote_environment_text(added: Mapping[str, str], user_text: str = "") -> str:
+    """The text of the file (DS_ENV_FILE) whose variables DeepSpeed exports on other hosts, in logged command lines.
+
+    The file replaces the user's own `.deepspeed_env`, so the lines of that one, `user_text`, are included and take
+    precedence.
+    """
     user_lines = {line.partition("=")[0].strip(): line.strip() for line in user_text.splitlines() if "=" in line}
-    lines = {name: f"{name}={value}" for name, value in forwarded.items()}
+    lines = {name: f"{name}={value}" for name, value in added.items()}
     return "".join(f"{line}\n" for line in (lines | user_lines).values())
+
+
+def remote_deepspeed_environment(environ: Mapping[str, str], added: Mapping[str, str]) -> dict[str, str]:
+    """As `deepspeed_environment`, for ranks on other hosts: without what DeepSpeed would write into command lines."""
+    environment = deepspeed_environment(environ, added)
+    return {name: value for name, value in environment.items() if not name.startswith(_FORWARDED)}
+
+
+def network_interface(environ: Mapping[str, str], addresses: Mapping[str, Sequence[str]], own: str) -> dict[str, str]:
+    """The settings that make gloo and NCCL use the interface through which a host reaches the first one.
+
+    Args:
+        environ: the environment of the rank; what is set there is not changed.
+        addresses: interface -> its addresses, of the host.
+        own: the address that the host uses for connections to the first one.
+    """
+    interface = next((name for name, found in addresses.items() if own in found), None)
+    if interface is None:
+        return {}
+    return _missing(environ, {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface})

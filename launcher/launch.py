@@ -5,40 +5,19 @@ import logging
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
 
 from experiment.config import dump_config, load_config
 from experiment.errors import StoppedError
-from experiment.files import write_text
 from experiment.outcome_file import Outcome
-from experiment.run_folder import RunFolder, open_run_folder
-from launcher.allocation import allocated_hosts
-from launcher.deepspeed_command import DeepSpeedCommand, deepspeed_argv
-from launcher.environment import deepspeed_environment, launch_environment, remote_environment_text
-from launcher.hostfile import Slots, hostfile_text, read_hostfile
-from launcher.machine import Machine, inspect_machine, select_accelerator
+from experiment.run_folder import open_run_folder
+from launcher.attempt import Layout
+from launcher.launch_plan import LaunchPlan, plan_launch
+from launcher.machine import inspect_machine, select_accelerator
 from launcher.options import PretrainOptions
-from launcher.placement import is_local, place_ranks
 from launcher.signal_handlers import handle_stop_signals
 from launcher.supervisor import supervise
 from pretrain.config import PretrainConfig
-
-_REPOSITORY = Path(__file__).resolve().parent.parent
-
-
-@dataclass(frozen=True)
-class LaunchPlan:
-    """Everything needed to start a run, or to show how it would start."""
-
-    config: PretrainConfig  # resolved, with absolute paths
-    folder: RunFolder
-    slots: Slots
-    argv: tuple[str, ...]  # the `deepspeed` command
-    added_environment: Mapping[str, str]  # variables that the launch adds for all ranks
-    environment: Mapping[str, str]  # all variables of the `deepspeed` process
-    files: Mapping[Path, str]  # path -> text: what ranks on other hosts read, written before the start
 
 
 def launch_pretraining(options: PretrainOptions) -> None:
@@ -65,64 +44,12 @@ def _interrupt(_number: int) -> None:
     raise KeyboardInterrupt
 
 
-def plan_launch(options: PretrainOptions, config: PretrainConfig, machine: Machine) -> LaunchPlan:
-    """Resolve the config and decide which ranks run where. Reads files; writes and starts nothing.
-
-    Args:
-        options: what the user asked for; `dry_run` is ignored.
-        config: what `options.config` and `options.overrides` say.
-        machine: the machine to launch from; call `select_accelerator` for its devices first.
-
-    Raises UserError for anything that would keep the run from starting.
-    """
-    hosts = read_hostfile(options.hostfile) if options.hostfile else allocated_hosts(machine.environ)
-    slots = place_ranks(machine.devices, options, hosts)
-
-    from pretrain.engine.deepspeed_settings import check_device_support  # imports torch and DeepSpeed
-    from pretrain.resolve import resolve
-
-    run = resolve(config, world_size=sum(map(len, slots.values())))
-    local = is_local(slots)
-    if local:  # other hosts have other devices: their ranks check
-        check_device_support(run.deepspeed)
-
-    command = DeepSpeedCommand(
-        python=sys.executable,
-        module="launcher.start_rank",
-        # The shell of another host would parse the overrides again, so they are passed in a file there.
-        config=Path(options.config).absolute() if local else run.folder.logs / "launch.yaml",
-        overrides=options.overrides if local else {},
-        slots=slots,
-        device=machine.devices.kind,
-        master_port=machine.find_port(),
-        hostfile=None if local else run.folder.logs / "hostfile",
-    )
-    added = launch_environment(machine.environ, machine.devices.kind if local else None, _REPOSITORY)
-    environment = deepspeed_environment(machine.environ, added)
-    files: Mapping[Path, str] = {}
-    if not local:
-        environment["DS_ENV_FILE"] = str(run.folder.logs / "worker.env")
-        files = _files_for_hosts(run.folder, run.config, slots, machine, added)
-    return LaunchPlan(run.config, run.folder, slots, tuple(deepspeed_argv(command)), added, environment, files)
-
-
-def _files_for_hosts(
-    folder: RunFolder, config: PretrainConfig, slots: Slots, machine: Machine, added: Mapping[str, str]
-) -> Mapping[Path, str]:
-    """What DeepSpeed's launcher and ranks on other hosts read. `added`: to the environment of all ranks."""
-    user_text = "\n".join(path.read_text(encoding="utf-8") for path in machine.deepspeed_env_files)
-    return {
-        folder.logs / "hostfile": hostfile_text(slots),
-        folder.logs / "launch.yaml": dump_config(config),
-        folder.logs / "worker.env": remote_environment_text(machine.environ, added, user_text),
-    }
-
-
 def describe_plan(plan: LaunchPlan) -> str:
     """The plan as text: the config, the added environment and the command."""
     variables = "\n".join(f"{name}={shlex.quote(value)}" for name, value in plan.added_environment.items())
+    argv = plan.command(Layout(plan.slots)).argv
     config = dump_config(plan.config)
-    return f"# config\n{config}\n# added to the environment\n{variables}\n\n# command\n{shlex.join(plan.argv)}"
+    return f"# config\n{config}\n# added to the environment\n{variables}\n\n# command\n{shlex.join(argv)}"
 
 
 def launch(plan: LaunchPlan, start_time: float) -> None:
@@ -130,10 +57,9 @@ def launch(plan: LaunchPlan, start_time: float) -> None:
 
     `start_time`: `time.time()` when the user started the launch.
     """
+    to_start = plan.launch()
     open_run_folder(plan.folder.path)
-    for path, text in plan.files.items():
-        write_text(path, text)
-    result = supervise(plan.folder, plan.argv, plan.environment, plan.slots, start_time)
+    result = supervise(to_start, start_time)
     match result.outcome:
         case Outcome.DONE:
             return

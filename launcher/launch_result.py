@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiment.outcome_file import Outcome, read_outcome
+from experiment.outcome_file import Cause, Outcome, read_outcome
 from experiment.run_folder import RunFolder
 
 _SSH_FAILED = 255
@@ -21,6 +21,7 @@ class LaunchResult:
 
     outcome: Outcome
     message: str = ""
+    cause: Cause = Cause.ERROR  # of an early end
 
 
 def clear_reports(folder: RunFolder) -> None:
@@ -38,25 +39,27 @@ def read_result(folder: RunFolder, exit_code: int, start_time: float, remote: bo
         remote: whether ranks ran on other hosts.
     """
     reported, silent, killer = read_outcome(folder), list(_silent_ranks(folder)), _killer(exit_code)
+    cause = Cause.KILLED if killer else Cause.ERROR
+    ending = _describe_kill(killer, silent) if killer else ""
     if remote and exit_code == _SSH_FAILED:
-        killer, ending = None, "ssh failed or lost the connection to a host"
-    else:
-        ending = _describe_kill(killer, silent) if killer else ""
+        killer, cause, ending = None, Cause.LOST_HOST, "ssh failed or lost the connection to a host"
     if reported is None:
         if exit_code == Outcome.STOPPED.exit_code or killer in _STOP_SIGNALS:
-            return LaunchResult(Outcome.STOPPED, "stopped before the first step; run the same command again")
-        return LaunchResult(Outcome.FAILED, _failure_message(folder, ending or f"exit code {exit_code}", start_time))
-    outcome, message = reported
+            message = "stopped before the first step; run the same command again"
+            return LaunchResult(Outcome.STOPPED, message, Cause.SIGNAL)
+        message = _failure_message(folder, ending or f"exit code {exit_code}", start_time)
+        return LaunchResult(Outcome.FAILED, message, cause)
+    outcome, message, reported_cause = reported
     # DeepSpeed's launcher stops the other ranks when one is killed, and before the first step they report that.
     if outcome is Outcome.STOPPED and silent and killer not in (None, *_STOP_SIGNALS):
-        return LaunchResult(Outcome.FAILED, ending)
+        return LaunchResult(Outcome.FAILED, ending, cause)
     if outcome is not Outcome.FAILED:
-        return LaunchResult(outcome, message)
+        return LaunchResult(outcome, message, reported_cause)
     if ending:
         message = f"{ending}; {message}"  # the other ranks only know that they lost their peer, not why
     elif silent:
         message = f"{message}; ended without reporting an outcome: {', '.join(silent)}"
-    return LaunchResult(outcome, message)
+    return LaunchResult(outcome, message, cause if reported_cause is Cause.LOST_RANK and ending else reported_cause)
 
 
 def _rank_processes(folder: RunFolder) -> Iterator[Path]:

@@ -5,7 +5,7 @@ import socket
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -30,7 +30,7 @@ class Machine:
     """The machine a launch starts from."""
 
     devices: Devices
-    environ: Mapping[str, str]
+    environ: Mapping[str, str] = field(repr=False)  # may contain secrets
     find_port: Callable[[], int]  # a free port, called as late as possible
     deepspeed_env_files: tuple[Path, ...] = ()  # the user's own, which DeepSpeed exports to other hosts
 

@@ -2,9 +2,11 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from experiment.config import Metavar, Positional, Section
+
+Launcher = Literal["pdsh", "openmpi", "mpich", "impi", "slurm", "mvapich"]
 
 
 class PlacementOptions(Section):
@@ -26,7 +28,20 @@ class PlacementOptions(Section):
     """Allow more ranks than CPU cores."""
 
 
-class PretrainOptions(PlacementOptions):
+class LaunchOptions(PlacementOptions):
+    """How ranks are started, and started again."""
+
+    launcher: Launcher = "pdsh"
+    """What starts the ranks on other hosts: pdsh (ssh), an MPI, or srun in a job of SLURM."""
+
+    env: Annotated[str | None, Metavar("NAME[,NAME…]")] = None
+    """Environment variables to send to other hosts too; those of W&B, Hugging Face, NCCL, gloo and CUDA always are."""
+
+    max_restarts: NonNegativeInt | None = None
+    """Restarts within an hour after failures; default: 0 on one machine, 10 on several."""
+
+
+class PretrainOptions(LaunchOptions):
     config: Annotated[str, Metavar("FILE")]
     """The run as YAML; see pretrain/recipes for complete examples."""
 
@@ -37,7 +52,7 @@ class PretrainOptions(PlacementOptions):
     """Any config key, for example --optimizer.lr=1e-4; `deepcloze config pretrain` lists them."""
 
 
-class SweepOptions(PlacementOptions):
+class SweepOptions(LaunchOptions):
     config: Annotated[str, Metavar("FILE")]
     """The run as YAML, for pretraining or fine-tuning."""
 

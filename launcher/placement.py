@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from experiment.errors import UserError
 from launcher.hostfile import Host, Slots
 from launcher.machine import Devices, is_this_machine
-from launcher.options import PlacementOptions
+from launcher.options import Launcher, PlacementOptions
 from launcher.slot_filters import parse_filter, select_slots
 
 
@@ -47,6 +47,20 @@ def place_ranks(devices: Devices, options: PlacementOptions, hosts: Sequence[Hos
 def is_local(slots: Slots) -> bool:
     """Whether all ranks run on this machine."""
     return len(slots) == 1 and is_this_machine(next(iter(slots)))
+
+
+def check_launcher(launcher: Launcher, slots: Slots) -> None:
+    """Raise UserError for slots that MPI or srun cannot start: they count ranks and do not choose GPUs."""
+    if launcher == "pdsh":
+        return
+    for host, numbers in slots.items():
+        if numbers != tuple(range(len(numbers))):
+            raise UserError(
+                f"--launcher {launcher} uses the first GPUs of a host, not GPUs {', '.join(map(str, numbers))} of "
+                f"{host}; use --num_gpus, or --launcher pdsh"
+            )
+    if launcher != "openmpi" and len(set(map(len, slots.values()))) > 1:
+        raise UserError(f"--launcher {launcher} needs the same number of slots on every host; use --launcher pdsh")
 
 
 def _cpu_slots(devices: Devices, options: PlacementOptions) -> Slots:

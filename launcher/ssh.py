@@ -9,7 +9,7 @@ from collections.abc import Sequence
 CONNECT_SECONDS = 10
 
 
-def ssh_argv(host: str, command: Sequence[str]) -> list[str]:
+def ssh_argv(host: str, command: Sequence[str], connect_seconds: int = CONNECT_SECONDS) -> list[str]:
     """The argv that runs a command on a host. ssh asks for nothing: where it would, it fails with exit code 255."""
-    options = ("-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}")
+    options = ("-o", "BatchMode=yes", "-o", f"ConnectTimeout={connect_seconds}")
     return ["ssh", *options, host, shlex.join(command)]

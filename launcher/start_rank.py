@@ -1,23 +1,61 @@
 """Start one rank on its host: add the variables that depend on the host, then become `python -m pretrain.run`.
 
-DeepSpeed's launcher runs this module once for each rank. The devices and cores of the host may differ from those of the
-machine that the launch was started on. glibc reads its settings when a program starts, hence the exec, which keeps
-process id, exit code and signals. Imports no torch, so that a start takes no longer.
+DeepSpeed's launcher, or MPI or SLURM for it, runs this module once for each rank. The devices, cores and networks of
+the host may differ from those of the machine that the launch was started on. glibc reads its settings when a program
+starts, hence the exec, which keeps process id, exit code and signals. Imports no torch, to start at once.
 """
 
-import os
 import sys
-from collections.abc import Sequence
+from pathlib import Path
 
-from launcher.environment import host_environment
+if not __package__:  # started as a file, by srun: import from the repository, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import os
+import socket
+from collections.abc import Mapping, Sequence
+
+import psutil
+
+from launcher.environment import host_environment, network_interface
+from launcher.host_guard import LAUNCH_VARIABLE, read_environment
 from launcher.machine import cpu_cores, guess_device
+from launcher.rank_variables import rank_variables
 
 
 def main(argv: Sequence[str]) -> None:
-    ranks = int(os.environ.get("LOCAL_SIZE", "1"))
-    added = host_environment(os.environ, cpu_cores(), ranks, guess_device(os.environ))
-    command = [sys.executable, "-u", "-m", "pretrain.run", *argv]
-    os.execve(sys.executable, command, os.environ | added)
+    environ = {**os.environ, **_of_launch(os.environ)}
+    environ |= rank_variables(environ)
+    ranks = int(environ.get("LOCAL_SIZE", "1"))
+    environ |= host_environment(environ, cpu_cores(), ranks, guess_device(environ))
+    if int(environ.get("WORLD_SIZE", "1")) > ranks:
+        environ |= _network(environ)
+    os.execve(sys.executable, [sys.executable, "-u", "-m", "pretrain.run", *argv], environ)
+
+
+def _of_launch(environ: Mapping[str, str]) -> Mapping[str, str]:
+    """The variables that the launch has sent to this host."""
+    launch = environ.get(LAUNCH_VARIABLE)
+    if launch is None:
+        return {}
+    try:
+        return read_environment(launch)
+    except FileNotFoundError:
+        sys.exit("deepcloze: the launch that started this rank has ended")
+
+
+def _network(environ: Mapping[str, str]) -> dict[str, str]:
+    """The interface through which this host reaches the first one; nothing if that is unknown."""
+    try:
+        address = (environ["MASTER_ADDR"], int(environ["MASTER_PORT"]))
+        family, kind, protocol, _, first_host = socket.getaddrinfo(*address, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(first_host)  # sends nothing
+            own = str(probe.getsockname()[0])
+    except (OSError, KeyError):
+        return {}
+    addresses = {name: [entry.address for entry in entries] for name, entries in psutil.net_if_addrs().items()}
+    return network_interface(environ, addresses, own)
 
 
 if __name__ == "__main__":

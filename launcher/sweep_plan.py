@@ -11,9 +11,10 @@ import yaml
 from experiment.config import did_you_mean, flatten, load_config
 from experiment.config.yaml_dialect import read_yaml
 from experiment.errors import UserError
-from launcher.launch import plan_launch, warnings_left_to_rank0
+from launcher.launch import warnings_left_to_rank0
+from launcher.launch_plan import plan_launch
 from launcher.machine import inspect_machine, select_accelerator
-from launcher.options import PlacementOptions, PretrainOptions, SweepOptions
+from launcher.options import LaunchOptions, PretrainOptions, SweepOptions
 from launcher.sweep_grid import grid_points, parse_grid
 from pretrain.config import PretrainConfig
 
@@ -49,7 +50,7 @@ def plan_sweep(options: SweepOptions) -> SweepPlan:
     Raises UserError for anything that would keep one of the runs from starting.
     """
     config, finetuning = options.config, _is_finetuning(options.config)
-    placement = options.model_dump(include=set(PlacementOptions.model_fields), exclude_defaults=True)
+    placement = options.model_dump(include=set(LaunchOptions.model_fields), exclude_defaults=True)
     if finetuning and placement:
         raise UserError(f"--{next(iter(placement))} applies to pretraining only; {config} is a fine-tuning config")
     points = grid_points(parse_grid(options.grid))

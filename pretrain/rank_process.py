@@ -10,9 +10,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import NoReturn
 
+import torch
+import torch.distributed as dist
+
 from experiment.errors import AgreedFailureError, UserError
-from experiment.outcome_file import Outcome
+from experiment.outcome_file import Cause, Outcome, ReportedOutcome
 from pretrain.batching.loader import DataWorkerError
+from pretrain.engine.process_group import LostRankError
 from pretrain.rank_report import RankReport
 from pretrain.training.host_group import AgreedError
 from pretrain.training.stop_request import exit_on_stop_request
@@ -26,11 +30,11 @@ def run_rank(train: Callable[[], Outcome], report: RankReport) -> NoReturn:
     stop_file = report.folder.stop if report.rank == 0 else None
     with exit_on_stop_request(partial(_stop_before_training, report), stop_file):
         report.start()
-        outcome, message = _call(train, report)
-        if outcome in (Outcome.FAILED, Outcome.REFUSED):
-            report.fail(outcome, message)
-        report.end(outcome.exit_code)
-        exit_process(outcome)
+        ending = _call(train, report)
+        if ending.outcome in (Outcome.FAILED, Outcome.REFUSED):
+            report.fail(*ending)
+        report.end(ending.outcome.exit_code)
+        exit_process(ending.outcome)
 
 
 def exit_refused(error: UserError, rank: int) -> NoReturn:
@@ -41,7 +45,7 @@ def exit_refused(error: UserError, rank: int) -> NoReturn:
 
 def give_up(report: RankReport, message: str) -> NoReturn:
     """End a process whose main thread may be blocked, waiting for a rank that is lost."""
-    _end_early(report, Outcome.FAILED, message)
+    _end_early(report, Outcome.FAILED, message, Cause.LOST_RANK)
 
 
 def exit_process(outcome: Outcome) -> NoReturn:
@@ -58,33 +62,43 @@ def _raise_limit_of_open_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _call(train: Callable[[], Outcome], report: RankReport) -> tuple[Outcome, str]:
+def _call(train: Callable[[], Outcome], report: RankReport) -> ReportedOutcome:
     """The outcome on this rank, and the reason for a failure."""
     here = f"{platform.node()}, rank {report.rank}"
     try:
-        return train(), ""
+        return ReportedOutcome(train(), "", Cause.ERROR)
     except AgreedError as error:
-        return Outcome.REFUSED, str(error)  # rank 0 has printed it
+        return ReportedOutcome(Outcome.REFUSED, str(error), Cause.AGREED)  # rank 0 has printed it
     except UserError as error:
         _print_mistake(error, report.rank)
-        return Outcome.REFUSED, str(error)
+        return ReportedOutcome(Outcome.REFUSED, str(error), Cause.AGREED)
     except AgreedFailureError as error:
-        return Outcome.FAILED, str(error).partition("\n")[0]  # the rest has been logged
+        return ReportedOutcome(Outcome.FAILED, str(error).partition("\n")[0], Cause.AGREED)  # the rest has been logged
     except DataWorkerError as error:
         log.error("%s", error)
-        return Outcome.FAILED, f"{here}: {error}".partition("\n")[0]
+        return ReportedOutcome(Outcome.FAILED, f"{here}: {error}".partition("\n")[0], Cause.ERROR)
     except BaseException as error:
         log.exception("this rank failed")
-        return Outcome.FAILED, f"{here}: {type(error).__name__}: {error}"
+        return ReportedOutcome(Outcome.FAILED, f"{here}: {type(error).__name__}: {error}", cause_of(error))
+
+
+def cause_of(error: BaseException) -> Cause:
+    """What an exception that ends a rank means for a restart."""
+    if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error):
+        return Cause.OUT_OF_MEMORY
+    if isinstance(error, dist.DistError | LostRankError) or "gloo/transport" in str(error):
+        return Cause.LOST_RANK
+    return Cause.ERROR
 
 
 def _stop_before_training(report: RankReport, reason: str) -> None:
-    _end_early(report, Outcome.STOPPED, f"{reason} before the first step; run the same command again")
+    message = f"{reason} before the first step; run the same command again"
+    _end_early(report, Outcome.STOPPED, message, Cause.SIGNAL)
 
 
-def _end_early(report: RankReport, outcome: Outcome, message: str) -> NoReturn:
+def _end_early(report: RankReport, outcome: Outcome, message: str, cause: Cause) -> NoReturn:
     message = f"{platform.node()}, rank {report.rank}: {message}"
-    report.fail(outcome, message)
+    report.fail(outcome, message, cause)
     report.end(outcome.exit_code)
     print(f"deepcloze: {message}", file=sys.stderr, flush=True)
     os._exit(outcome.exit_code)

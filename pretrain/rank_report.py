@@ -9,7 +9,7 @@ from pathlib import Path
 
 from experiment.errors import UserError
 from experiment.files import write_json
-from experiment.outcome_file import Outcome, write_first_outcome, write_outcome
+from experiment.outcome_file import Cause, Outcome, write_first_outcome, write_outcome
 from experiment.run_folder import RunFolder
 from pretrain.config import PretrainConfig
 
@@ -37,11 +37,11 @@ class RankReport:
             print(f"deepcloze: {error}", file=sys.stderr, flush=True)
         self.agree(Outcome.REFUSED, str(error))
 
-    def fail(self, outcome: Outcome, message: str) -> None:
+    def fail(self, outcome: Outcome, message: str, cause: Cause = Cause.ERROR) -> None:
         """Record an outcome that this rank alone knows of, unless another rank has failed before: losing that
         rank is why this one fails."""
         with contextlib.suppress(OSError):
-            write_first_outcome(self.folder, outcome, message)
+            write_first_outcome(self.folder, outcome, message, cause)
 
     def end(self, exit_code: int) -> None:
         self._record(exit_code)

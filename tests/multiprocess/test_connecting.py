@@ -69,7 +69,7 @@ def test_ranks_that_do_not_start_are_named(start: Start, wordpiece_corpus: Path,
     command = (sys.executable, "-m", "pretrain.run", "--config", str(config))
     code, output = wait_for_exit(start(*command, **rank_environment(0, 3, port)))
     assert code == 1, output
-    outcome, message = read_outcome(RunFolder(tmp_path / "run")) or (None, "")
+    outcome, message, _ = read_outcome(RunFolder(tmp_path / "run")) or (None, "", None)
     assert outcome is Outcome.FAILED
     assert re.fullmatch(rf".*, rank 0: LostRankError: not connected to 127.0.0.1:{port} within 2 s: rank 1, 2", message)
 

@@ -38,7 +38,7 @@ def test_the_first_failure_is_reported(start: Start, wordpiece_corpus: Path, tmp
     worker.kill()
     code, output = wait_for_exit(launch)
     assert code == 1
-    outcome, message = read_outcome(RunFolder(tmp_path / "run")) or (None, "")
+    outcome, message, _ = read_outcome(RunFolder(tmp_path / "run")) or (None, "", None)
     assert outcome is Outcome.FAILED
     assert message.startswith(f"{HOST}, rank 1: the data worker (pid {worker.pid}) was killed (SIGKILL)"), output
     assert f"the run failed: {message.splitlines()[0]}" in output
@@ -72,7 +72,7 @@ def test_a_rank_that_waits_for_another_can_be_stopped(
         rank.send_signal(number)
     code, output = wait_for_exit(rank)
     assert code == 75, output
-    outcome, message = read_outcome(folder) or (None, "")
+    outcome, message, _ = read_outcome(folder) or (None, "", None)
     assert outcome is Outcome.STOPPED
     reason = f"found {folder.stop}" if number is None else number.name
     assert message.startswith(f"{HOST}, rank 0: {reason} before the first step")

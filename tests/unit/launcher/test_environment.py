@@ -4,10 +4,14 @@ from pathlib import Path
 
 import pytest
 
+from experiment.errors import UserError
 from launcher.environment import (
     deepspeed_environment,
+    forwarded_environment,
     host_environment,
     launch_environment,
+    network_interface,
+    remote_deepspeed_environment,
     remote_environment_text,
 )
 from launcher.machine import DeviceKind
@@ -82,13 +86,27 @@ def test_deepspeed_does_not_see_cuda_visible_devices():
     assert deepspeed_environment(environ, {"A": "1"}) == {"HOME": "/home", "A": "1"}
 
 
-def test_variables_forwarded_to_other_hosts():
-    """Catches a network interface that is not forwarded (gloo then picks a wrong one), and a logged secret."""
-    environ = {"GLOO_SOCKET_IFNAME": "eth1", "NCCL_SOCKET_IFNAME": "eth2", "WANDB_API_KEY": "secret", "HOME": "/home"}
-    text = remote_environment_text(environ, {"OMP_NUM_THREADS": "4"}, "NCCL_DEBUG=INFO\nOMP_NUM_THREADS = 2\n\n")
-    assert text.splitlines() == [
-        "GLOO_SOCKET_IFNAME=eth1",
-        "NCCL_SOCKET_IFNAME=eth2",
-        "OMP_NUM_THREADS = 2",
-        "NCCL_DEBUG=INFO",
-    ]
+def test_variables_for_other_hosts():
+    """Catches a network interface that is not forwarded (gloo then picks a wrong one), and GPUs of this machine."""
+    environ = {"GLOO_SOCKET_IFNAME": "eth1", "CUDA_VISIBLE_DEVICES": "3", "WANDB_API_KEY": "secret", "MINE": "a b"}
+    assert forwarded_environment(environ | {"HOME": "/home"}, ["MINE"]) == {
+        "GLOO_SOCKET_IFNAME": "eth1",
+        "MINE": "a b",
+        "WANDB_API_KEY": "secret",
+    }
+    with pytest.raises(UserError, match="--env: OTHER is not set"):
+        forwarded_environment(environ, ["OTHER"])
+
+
+def test_variables_that_deepspeed_exports_appear_in_no_command_line_unless_the_user_wants_it():
+    text = remote_environment_text({"OMP_NUM_THREADS": "4"}, "NCCL_DEBUG=INFO\nOMP_NUM_THREADS = 2\n\n")
+    assert text.splitlines() == ["OMP_NUM_THREADS = 2", "NCCL_DEBUG=INFO"]
+    environ = {"MLFLOW_TRACKING_PASSWORD": "secret", "NCCL_DEBUG": "INFO", "HOME": "/home"}
+    assert remote_deepspeed_environment(environ, {"A": "1"}) == {"HOME": "/home", "A": "1"}
+
+
+def test_the_interface_is_that_of_the_route_to_the_first_host():
+    """Catches gloo on the interface of a container bridge, and a choice of the user that is ignored."""
+    addresses = {"lo": ["127.0.0.1", "::1"], "docker0": ["172.17.0.1"], "ib0": ["10.1.0.7"]}
+    assert network_interface({"NCCL_SOCKET_IFNAME": "eth0"}, addresses, "10.1.0.7") == {"GLOO_SOCKET_IFNAME": "ib0"}
+    assert network_interface({}, addresses, "10.2.0.7") == {}

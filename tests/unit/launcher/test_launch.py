@@ -15,9 +15,11 @@ from experiment.errors import StoppedError, UserError
 from experiment.outcome_file import Outcome
 from experiment.run_folder import RunFolder
 from launcher import launch
+from launcher.attempt import Launch, Layout, Rendezvous
 from launcher.cli import main
 from launcher.hostfile import Host, parse_hostfile
-from launcher.launch import launch_pretraining, plan_launch
+from launcher.launch import launch_pretraining
+from launcher.launch_plan import plan_launch
 from launcher.launch_result import LaunchResult
 from launcher.machine import DeviceKind, Devices, Machine
 from launcher.options import PretrainOptions
@@ -70,12 +72,12 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 @pytest.fixture(autouse=True)
-def attempts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """Stands for the ranks; records the arguments they would be started with."""
-    seen: list[tuple[Any, ...]] = []
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    """Stands for the ranks; records what would be started."""
+    seen: list[Launch] = []
 
-    def supervise(*arguments: Any) -> LaunchResult:
-        seen.append(arguments)
+    def supervise(launch: Launch, _start_time: float) -> LaunchResult:
+        seen.append(launch)
         return LaunchResult(Outcome.DONE)
 
     monkeypatch.setattr(launch, "supervise", supervise)
@@ -88,9 +90,10 @@ def test_a_plan_depends_on_the_given_machine_only(config: str, resolved: list[tu
     gpus = Machine(Devices("cuda", (4, 5, 6)), environ=environ, find_port=lambda: 29501)
     plan = plan_launch(PretrainOptions(config=config, num_gpus=2), load_config(PretrainConfig, config), gpus)
     assert plan.slots == {"localhost": (4, 5)}
-    assert {"--master_port=29501", "--include=localhost:4,5"} <= set(plan.argv)
-    assert plan.environment == plan.added_environment
-    assert plan.files == {}
+    command = plan.command(Layout(plan.slots))
+    assert {"--master_port=29501", "--include=localhost:4,5"} <= set(command.argv)
+    assert command.environment == plan.added_environment
+    assert command.files == {}
     assert resolved[0][1] == 2
     assert [path.name for path in Path.cwd().iterdir()] == ["config.yaml"]
 
@@ -102,27 +105,29 @@ def test_only_a_dry_run_prints_warnings(config: str, caplog: pytest.LogCaptureFi
     assert ("something is odd" in caplog.text) == dry_run
 
 
-def test_ranks_get_the_users_config_and_overrides(config: str, attempts: list[tuple[Any, ...]], resolved: list[Any]):
+def test_ranks_get_the_users_config_and_overrides(config: str, launches: list[Launch], resolved: list[Any]):
     """Catches ranks that run another config than the validated one."""
     launch_pretraining(PretrainOptions(config=config, num_gpus=2, overrides={"schedule.steps": "20"}))
-    ((folder, argv, environment, slots, _),) = attempts
-    assert list(argv[-5:]) == [
+    (started,) = launches
+    command = started.command(Layout(started.slots), None)
+    assert list(command.argv[-5:]) == [
         "--module",
         "launcher.start_rank",
         "--config",
         str(Path("config.yaml").absolute()),
         "--schedule.steps=20",
     ]
-    assert folder.path == Path("my-run").absolute()
-    assert folder.logs.is_dir()
-    assert slots == {"localhost": (0, 1)}
-    assert environment["DS_ACCELERATOR"] == "cpu"
+    assert started.folder.path == Path("my-run").absolute()
+    assert started.folder.logs.is_dir()
+    assert started.slots == {"localhost": (0, 1)}
+    assert started.max_restarts == 0
+    assert command.environment["DS_ACCELERATOR"] == "cpu"
     ((settings, world_size),) = resolved
     assert (settings.schedule.steps, world_size) == (20, 2)
 
 
 def test_a_dry_run_prints_the_plan_and_starts_nothing(
-    config: str, attempts: list[tuple[Any, ...]], resolved: list[Any], capsys: pytest.CaptureFixture[str]
+    config: str, launches: list[Launch], resolved: list[Any], capsys: pytest.CaptureFixture[str]
 ):
     """Catches a dry run that starts or writes something, or prints something else than what would run."""
     launch_pretraining(PretrainOptions(config=config, num_gpus=2, dry_run=True, overrides={"run.dir": "2024 01"}))
@@ -134,7 +139,7 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(
     assert "--num_gpus=2" in argv
     assert argv[-1] == "--run.dir=2024 01"
     assert len(resolved) == 1
-    assert attempts == []
+    assert launches == []
     assert [path.name for path in Path.cwd().iterdir()] == ["config.yaml"]
 
 
@@ -149,13 +154,13 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(
     ],
 )
 def test_a_rejected_launch_starts_and_writes_nothing(
-    config: str, attempts: list[tuple[Any, ...]], overrides: dict[str, str], flags: dict[str, Any], message: str
+    config: str, launches: list[Launch], overrides: dict[str, str], flags: dict[str, Any], message: str
 ):
     """Catches a run folder or ranks left by a launch that could not work."""
     Path("hosts").write_text("localhost slots=1\nworker slots\n")
     with pytest.raises(UserError, match=message):
         launch_pretraining(PretrainOptions(config=config, overrides=overrides, **flags))
-    assert attempts == []
+    assert launches == []
     assert not Path("my-run").exists()
 
 
@@ -178,23 +183,52 @@ def test_the_outcome_of_the_ranks_decides_how_the_command_ends(
 
 
 def test_other_hosts_get_the_resolved_config_and_the_environment(
-    config: str, attempts: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+    config: str, launches: list[Launch], monkeypatch: pytest.MonkeyPatch
 ):
-    """Catches overrides that a remote shell would split, and settings that do not reach other hosts."""
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
+    """Catches overrides that a remote shell would split, settings that do not reach other hosts, and logged secrets."""
+    for name, value in {"GLOO_SOCKET_IFNAME": "eth7", "WANDB_API_KEY": "secret", "MY_TOKEN": "two words"}.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
     monkeypatch.delenv("DS_ENV_FILE", raising=False)
     Path(".deepspeed_env").write_text("NCCL_DEBUG=INFO\n")
     Path("hosts").write_text("192.0.2.1 slots=2\n192.0.2.2 slots=2\n")
     overrides = {"model.config": "{model_type: bert, hidden_size: 64}"}
-    launch_pretraining(PretrainOptions(config=config, hostfile="hosts", overrides=overrides))
-    ((folder, argv, environment, slots, _),) = attempts
-    assert slots == {"192.0.2.1": (0, 1), "192.0.2.2": (0, 1)}
-    assert list(argv[-2:]) == ["--config", str(folder.logs / "launch.yaml")]
-    sent = yaml.safe_load((folder.logs / "launch.yaml").read_text())
-    assert (sent["run"]["dir"], sent["model"]["config"]["hidden_size"]) == (str(folder.path), 64)
-    exported = Path(environment["DS_ENV_FILE"]).read_text().splitlines()
-    assert {"GLOO_SOCKET_IFNAME=eth7", "NCCL_DEBUG=INFO", "TOKENIZERS_PARALLELISM=false"} <= set(exported)
+    launch_pretraining(PretrainOptions(config=config, hostfile="hosts", env="MY_TOKEN", overrides=overrides))
+    (started,) = launches
+    folder = started.folder
+    assert started.slots == {"192.0.2.1": (0, 1), "192.0.2.2": (0, 1)}
+    assert started.max_restarts == 10
+    sent = {"GLOO_SOCKET_IFNAME": "eth7", "WANDB_API_KEY": "secret", "MY_TOKEN": "two words"}
+    assert {name: started.host_environment[name] for name in sent} == sent
+    assert "secret" not in repr(started)
+
+    command = started.command(Layout(started.slots), Rendezvous("run-1", "192.0.2.1", 4567))
+    assert list(command.argv[-2:]) == ["--config", str(folder.logs / "launch.yaml")]
+    assert {"--master_addr=192.0.2.1", "--master_port=4567"} <= set(command.argv)
+    config_sent = yaml.safe_load(command.files[folder.logs / "launch.yaml"])
+    assert (config_sent["run"]["dir"], config_sent["model"]["config"]["hidden_size"]) == (str(folder.path), 64)
+    exported = command.files[Path(command.environment["DS_ENV_FILE"])].splitlines()
+    assert {"DEEPCLOZE_LAUNCH=run-1", "NCCL_DEBUG=INFO", "TOKENIZERS_PARALLELISM=false"} <= set(exported)
+    assert not {"WANDB_API_KEY", "GLOO_SOCKET_IFNAME"} & command.environment.keys(), "DeepSpeed logs what it exports"
+
+
+def test_a_smaller_microbatch_reaches_the_ranks(config: str, launches: list[Launch]) -> None:
+    """Catches a restart after running out of memory with the same microbatch, or with another global batch."""
+    stages = "[{steps: 5, max_seq_length: 64, microbatch_tokens: 100}, {sequences: 4}]"
+    overrides = {"batch.microbatch_tokens": "1000", "schedule.stages": stages}
+    launch_pretraining(PretrainOptions(config=config, overrides=overrides))
+    (started,) = launches
+    assert started.max_halvings == 3
+    (text,) = started.command(Layout(started.slots, 2), None).files.values()
+    sent = yaml.safe_load(text)
+    assert (sent["batch"]["microbatch_tokens"], sent["batch"]["sequences"]) == (250, 256)
+    assert [stage["microbatch_tokens"] for stage in sent["schedule"]["stages"]] == [64, 250]
+
+
+def test_an_unset_variable_is_refused(config: str, launches: list[Launch]) -> None:
+    with pytest.raises(UserError, match="--env: MY_TOKEN is not set"):
+        launch_pretraining(PretrainOptions(config=config, env="MY_TOKEN"))
+    assert not Path("my-run").exists()
 
 
 def test_a_slurm_job_needs_no_hostfile(config: str) -> None:
@@ -205,8 +239,9 @@ def test_a_slurm_job_needs_no_hostfile(config: str) -> None:
     plan = plan_launch(options, load_config(PretrainConfig, config), machine)
     assert plan.slots == {"n1": (0, 1, 2, 3), "n3": (1, 2)}
     hostfile = plan.folder.logs / "hostfile"
-    assert f"--hostfile={hostfile}" in plan.argv
-    assert parse_hostfile(plan.files[hostfile]) == (Host("n1", 4), Host("n3", 3))
+    command = plan.command(Layout(plan.slots))
+    assert f"--hostfile={hostfile}" in command.argv
+    assert parse_hostfile(command.files[hostfile]) == (Host("n1", 4), Host("n3", 3))
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
@@ -219,7 +254,9 @@ def test_the_devices_of_this_machine_concern_a_launch_on_it_only(config: str, ki
     remote = plan_launch(PretrainOptions(config=config, hostfile="hosts"), loaded, machine)
     assert checked == []
     assert remote.added_environment.keys() == {"TOKENIZERS_PARALLELISM", "PYTHONPATH"}
-    (exported,) = (text for path, text in remote.files.items() if path.name == "worker.env")
+    (exported,) = (
+        text for path, text in remote.command(Layout(remote.slots)).files.items() if path.name == "worker.env"
+    )
     assert {line.partition("=")[0] for line in exported.splitlines()} == {"TOKENIZERS_PARALLELISM", "PYTHONPATH"}
     plan_launch(PretrainOptions(config=config), loaded, machine)
     assert checked == ["fp16"]
@@ -227,9 +264,9 @@ def test_the_devices_of_this_machine_concern_a_launch_on_it_only(config: str, ki
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_before_the_ranks_start_exits_with_75(
-    config: str, attempts: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+    config: str, launches: list[Launch], monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     """Catches a queue system that does not submit a run again because it was stopped while it was checked."""
     monkeypatch.setattr(launch, "plan_launch", lambda *_: os.kill(os.getpid(), number))
     assert main(["pretrain", "--config", config]) == 75
-    assert attempts == []
+    assert launches == []

@@ -14,6 +14,7 @@ import pytest
 from experiment.errors import UserError
 from experiment.outcome_file import Outcome, write_outcome
 from experiment.run_folder import RunFolder, open_run_folder
+from launcher.attempt import Command, Launch
 from launcher.launch_result import LaunchResult
 from launcher.supervisor import supervise
 from small_disk import SmallDisk
@@ -37,10 +38,13 @@ LAUNCHER = """
 import os, sys, time
 from pathlib import Path
 from experiment.run_folder import RunFolder
-from launcher import supervisor
+from launcher import stop_signals
+from launcher.attempt import Command, Launch
 from launcher.supervisor import supervise
-supervisor._REPEATED_SIGNAL_SECONDS = float(os.environ["REPEATED_SIGNAL_SECONDS"])
-result = supervise(RunFolder(Path(sys.argv[1])), sys.argv[2:], os.environ, {"localhost": (0,)}, time.time())
+stop_signals._REPEATED_SIGNAL_SECONDS = float(os.environ["REPEATED_SIGNAL_SECONDS"])
+command = Command(tuple(sys.argv[2:]), os.environ)
+launch = Launch(RunFolder(Path(sys.argv[1])), {"localhost": (0,)}, lambda *_: command)
+result = supervise(launch, time.time())
 print(result.message)
 sys.exit(result.outcome.exit_code)
 """
@@ -68,7 +72,12 @@ def rank(folder: RunFolder, body: str) -> list[str]:
 
 
 def attempt(folder: RunFolder, body: str) -> LaunchResult:
-    return supervise(folder, rank(folder, body), os.environ | {"PYTHONPATH": str(ROOT)}, SLOTS, time.time())
+    return supervise(one_launch(folder, body), time.time())
+
+
+def one_launch(folder: RunFolder, body: str, path: str = str(ROOT)) -> Launch:
+    command = Command(tuple(rank(folder, body)), os.environ | {"PYTHONPATH": path})
+    return Launch(folder, SLOTS, lambda *_: command)
 
 
 def start(
@@ -172,7 +181,7 @@ def test_a_stop_file_created_while_the_launch_is_checked_stops_it(folder: RunFol
     launched_at = time.time()
     folder.stop.touch()
     os.utime(folder.stop, (launched_at + 1, launched_at + 1))
-    result = supervise(folder, rank(folder, "(folder.path / 'started').touch()"), os.environ, SLOTS, launched_at)
+    result = supervise(one_launch(folder, "(folder.path / 'started').touch()"), launched_at)
     assert result.outcome is Outcome.STOPPED
     assert str(folder.stop) in result.message
     assert not (folder.path / "started").exists()
@@ -296,11 +305,10 @@ def test_the_outcome_survives_a_disk_that_fills_up(small_disk: SmallDisk, capsys
         f"SmallDisk(Path({str(small_disk.path)!r})).fill(new_files=False)\n"
         "write_outcome(folder, Outcome.STOPPED, 'saved step 7')"
     )
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'multiprocess'}"}
-    result = supervise(folder, rank(folder, body), environment, SLOTS, time.time())
+    result = supervise(one_launch(folder, body, path=f"{ROOT}:{ROOT / 'tests' / 'multiprocess'}"), time.time())
     assert result == LaunchResult(Outcome.STOPPED, "saved step 7")
     error = capsys.readouterr().err
-    assert f"cannot record how this launch ended: {folder.launches}: disk full" in error
+    assert f"cannot record this launch: {folder.launches}: disk full" in error
     assert [launch["outcome"] for launch in launches(folder)] == [None], "complete, as it was at the start"
 
 

@@ -21,7 +21,7 @@ def test_the_first_failure_stays(folder: RunFolder) -> None:
     """Catches rank 0's loss of its peer in place of the reason."""
     RankReport(folder, 1).fail(Outcome.FAILED, "out of paper")
     RankReport(folder, 0).fail(Outcome.FAILED, "connection closed")
-    assert read_outcome(folder) == (Outcome.FAILED, "out of paper")
+    assert read_outcome(folder)[:2] == (Outcome.FAILED, "out of paper")
     assert [path.name for path in folder.logs.iterdir()] == ["outcome.json"]
 
 
@@ -34,7 +34,7 @@ def test_a_file_system_without_hard_links(folder: RunFolder, monkeypatch: pytest
     monkeypatch.setattr(os, "link", refuse)
     RankReport(folder, 1).fail(Outcome.FAILED, "out of paper")
     RankReport(folder, 0).fail(Outcome.FAILED, "connection closed")
-    assert read_outcome(folder) == (Outcome.FAILED, "out of paper")
+    assert read_outcome(folder)[:2] == (Outcome.FAILED, "out of paper")
     assert [path.name for path in folder.logs.iterdir()] == ["outcome.json"]
 
 
@@ -61,10 +61,10 @@ def test_only_rank_0_writes_what_all_have_agreed_on(folder: RunFolder, capsys: p
     RankReport(folder, 1).announce_refusal(UserError("no such corpus"))
     assert read_outcome(folder) is None
     RankReport(folder, 0).announce_refusal(UserError("no such corpus"))
-    assert read_outcome(folder) == (Outcome.REFUSED, "no such corpus")
+    assert read_outcome(folder)[:2] == (Outcome.REFUSED, "no such corpus")
     assert capsys.readouterr().err == "deepcloze: no such corpus\n"
     RankReport(folder, 0).agree(Outcome.DONE)
-    assert read_outcome(folder) == (Outcome.DONE, "")
+    assert read_outcome(folder)[:2] == (Outcome.DONE, "")
 
 
 def test_a_rank_leaves_its_process_and_exit_code(folder: RunFolder) -> None:
