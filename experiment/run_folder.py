@@ -61,6 +61,11 @@ class RunFolder:
         """Locked by the process that writes to the folder, see `run_lock`."""
         return self.path / "logs" / "launch.lock"
 
+    @property
+    def owner(self) -> Path:
+        """Renewed by the process that writes to the folder, for other machines, see `run_lock`."""
+        return self.path / "logs" / "launch.owner"
+
     def bad_batch(self, step: int) -> Path:
         """Folder with a dump of the bad batch of this step."""
         return self.path / "health" / f"step-{step:08d}"

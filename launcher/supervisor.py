@@ -17,7 +17,7 @@ from launcher.launch_result import LaunchResult, clear_reports
 from launcher.messages import notify
 from launcher.placement import is_local
 from launcher.restarts import Attempt, End, Restart, decide
-from launcher.stop_signals import StopSignals, stop_file_on_signal
+from launcher.stop_signals import StopSignals
 from launcher.usable_hosts import usable_hosts, watch_for_hosts
 
 
@@ -30,12 +30,12 @@ def supervise(launch: Launch, start_time: float) -> LaunchResult:
     On SIGTERM, SIGHUP or Ctrl-C the ranks save a checkpoint and exit; a second Ctrl-C kills them. No rank outlives this
     process. Raises UserError if another launch uses the run folder, OSError if it cannot be written.
     """
-    folder = launch.folder
-    with lock_run(folder):
+    folder, stop = launch.folder, StopSignals(launch.folder)
+    with lock_run(folder, on_lost=lambda: stop.kill_ranks(f"another machine has taken over {folder.path}")):
         if folder.stop.exists() and folder.stop.stat().st_mtime < start_time:
             folder.stop.unlink()
             notify(f"removed {folder.stop}, which is older than this launch")
-        with stop_file_on_signal(folder) as stop:
+        with stop.handle():
             return _Supervisor(launch, stop).run()
 
 

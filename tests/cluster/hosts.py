@@ -44,7 +44,7 @@ class Host:
         self.address = address
         self._folder = folder
         self._switch = switch
-        self._start(environment)
+        self.start(environment)
 
     def run(self, *argv: str, **options: Any) -> subprocess.CompletedProcess[str]:
         """Run a command on the host and capture its output."""
@@ -71,7 +71,7 @@ class Host:
     def reboot(self, environment: Mapping[str, str] | None = None) -> None:
         """Kill all its processes at once and start it again, connected."""
         self.shut_down()
-        self._start(environment or {})
+        self.start(environment or {})
 
     def shut_down(self) -> None:
         """Kill all its processes at once, as if its power failed."""
@@ -80,7 +80,8 @@ class Host:
         self._process.wait()
         _ip(self._switch, f"link delete to-{self.name}", check=False)  # the kernel removes it too, some time later
 
-    def _start(self, environment: Mapping[str, str]) -> None:
+    def start(self, environment: Mapping[str, str]) -> None:
+        """Start it again after `shut_down`."""
         setup = self._setup_script(environment)
         self._process = _unshare(*_NAMESPACES, argv=["sh", "-ec", setup])
         self._pid = _child_of(self._process.pid)
