@@ -24,7 +24,6 @@ from launcher.guarded_hosts import GuardedHosts, GuardRequest
 from launcher.hostfile import Slots
 from launcher.launch_log import AttemptRecord
 from launcher.launch_result import LaunchResult, read_result
-from launcher.placement import is_local
 from launcher.stop_signals import StopSignals
 
 # DeepSpeed's launcher gives ranks 30 s to exit after one of them failed or it got a signal.
@@ -64,6 +63,7 @@ class Launch:
     folder: RunFolder
     slots: Slots  # of all hosts
     command: Callable[[Layout, Rendezvous | None], Command]  # no rendezvous: all ranks run on this machine
+    local: bool = True  # whether they do
     host_environment: Mapping[str, str] = field(default_factory=dict, repr=False)  # for ranks on other hosts
     max_restarts: int = 0
     max_halvings: int = 0  # of the microbatch
@@ -71,7 +71,7 @@ class Launch:
 
 def run_attempt(launch: Launch, layout: Layout, stop: StopSignals, record: AttemptRecord) -> LaunchResult:
     """Run the ranks of this layout until they have exited. No process of theirs remains on a host that answers."""
-    if is_local(layout.slots):
+    if launch.local:
         return _run(launch.folder, launch.command(layout, None), stop, record, _Processes())
     hosts = list(layout.slots)
     name = launch_name(launch.folder)

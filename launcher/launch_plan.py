@@ -55,6 +55,7 @@ class LaunchPlan:
             self.folder,
             self.slots,
             self.command,
+            local=self.local,
             host_environment=forwarded_environment(self.machine.environ, names),
             max_restarts=max_restarts,
             max_halvings=max_halvings(self.config),
@@ -62,8 +63,7 @@ class LaunchPlan:
 
     def command(self, layout: Layout, rendezvous: Rendezvous | None = None) -> Command:
         """How DeepSpeed starts the ranks of a layout. Without a rendezvous, for other hosts: as far as it is known."""
-        local = is_local(layout.slots)
-        as_written = local and layout.microbatch_halvings == 0
+        as_written = self.local and layout.microbatch_halvings == 0
         config_file = self.folder.logs / "launch.yaml"
         command = DeepSpeedCommand(
             python=sys.executable,
@@ -74,14 +74,14 @@ class LaunchPlan:
             slots=layout.slots,
             device=self.machine.devices.kind,
             master_port=rendezvous.port if rendezvous else self.machine.find_port(),
-            hostfile=None if local else self.folder.logs / "hostfile",
+            hostfile=None if self.local else self.folder.logs / "hostfile",
             launcher=self.options.launcher,
             master_addr=rendezvous.address if rendezvous else None,
         )
         files: dict[Path, str] = {}
         if not as_written:
             files[config_file] = dump_config(halved_microbatch(self.config, layout.microbatch_halvings))
-        if local:
+        if self.local:
             environment = deepspeed_environment(self.machine.environ, self.added_environment)
         else:
             environment = remote_deepspeed_environment(self.machine.environ, self.added_environment)

@@ -15,7 +15,6 @@ from launcher.hostfile import Slots
 from launcher.launch_log import AttemptRecord, begin_attempt
 from launcher.launch_result import LaunchResult, clear_reports
 from launcher.messages import notify
-from launcher.placement import is_local
 from launcher.restarts import Attempt, End, Restart, decide
 from launcher.stop_signals import StopSignals
 from launcher.usable_hosts import usable_hosts, watch_for_hosts
@@ -105,7 +104,7 @@ class _Supervisor:
     def _usable_slots(self) -> Slots:
         """The slots of the hosts that answer."""
         wanted = self._launch.slots
-        if is_local(wanted):
+        if self._launch.local:
             return wanted
         usable = usable_hosts(wanted.keys(), self._folder)
         if missing := [host for host in wanted if host not in usable]:
