@@ -24,6 +24,7 @@ from launcher.guarded_hosts import GuardedHosts, GuardRequest
 from launcher.hostfile import Slots
 from launcher.launch_log import AttemptRecord
 from launcher.launch_result import LaunchResult, read_result
+from launcher.output_filter import filtered_output
 from launcher.stop_signals import StopSignals
 
 # DeepSpeed's launcher gives ranks 30 s to exit after one of them failed or it got a signal.
@@ -72,7 +73,7 @@ class Launch:
 def run_attempt(launch: Launch, layout: Layout, stop: StopSignals, record: AttemptRecord) -> LaunchResult:
     """Run the ranks of this layout until they have exited. No process of theirs remains on a host that answers."""
     if launch.local:
-        return _run(launch.folder, launch.command(layout, None), stop, record, _Processes())
+        return _run(launch, launch.command(layout, None), stop, record, _Processes())
     hosts = list(layout.slots)
     name = launch_name(launch.folder)
     processes = _Processes()
@@ -81,7 +82,7 @@ def run_attempt(launch: Launch, layout: Layout, stop: StopSignals, record: Attem
         result = None
         if not guards.lost:
             rendezvous = Rendezvous(name, _address(guards, hosts), guards.replies[hosts[0]].port)
-            result = _run(launch.folder, launch.command(layout, rendezvous), stop, record, processes)
+            result = _run(launch, launch.command(layout, rendezvous), stop, record, processes)
         if guards.lost and (result is None or result.outcome is not Outcome.DONE) and not stop.killed:
             lost = "; ".join(f"{host}: {reason}" for host, reason in guards.lost.items())
             return LaunchResult(Outcome.FAILED, f"lost {lost}", Cause.LOST_HOST)
@@ -133,30 +134,37 @@ def launch_name(folder: RunFolder) -> str:
 
 
 def _run(
-    folder: RunFolder, command: Command, stop: StopSignals, record: AttemptRecord, processes: _Processes
+    launch: Launch, command: Command, stop: StopSignals, record: AttemptRecord, processes: _Processes
 ) -> LaunchResult:
     record.start(command.argv)
     for path, text in command.files.items():
         write_text(path, text)
     start_time = time.time()
+    pipe = None if launch.local else subprocess.PIPE
     process = subprocess.Popen(
-        command.argv, env=dict(command.environment), stdin=subprocess.DEVNULL, start_new_session=True
+        command.argv,
+        env=dict(command.environment),
+        stdin=subprocess.DEVNULL,
+        stdout=pipe,
+        stderr=pipe,
+        start_new_session=True,
     )
-    try:
-        with _watchdog(process.pid):
-            stop.kill = processes.kill
-            processes.started(process.pid)
-            if stop.killed:  # by a signal since the start
-                stop.kill()
-            exit_code = process.wait()
-            _wait_for_group(process.pid)
-    finally:
-        kill_group(process.pid)
-        processes.ended()
-    reported = read_outcome(folder)
+    with filtered_output(process):
+        try:
+            with _watchdog(process.pid):
+                stop.kill = processes.kill
+                processes.started(process.pid)
+                if stop.killed:  # by a signal since the start
+                    stop.kill()
+                exit_code = process.wait()
+                _wait_for_group(process.pid)
+        finally:
+            kill_group(process.pid)
+            processes.ended()
+    reported = read_outcome(launch.folder)
     if stop.killed and (reported is None or reported.outcome is Outcome.STOPPED):
         return LaunchResult(Outcome.STOPPED, "killed; the run can resume from its last complete checkpoint")
-    return read_result(folder, exit_code, start_time, remote=bool(command.files))
+    return read_result(launch.folder, exit_code, start_time, remote=not launch.local)
 
 
 @contextmanager

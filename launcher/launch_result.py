@@ -13,6 +13,7 @@ _SSH_FAILED = 255
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)  # ranks catch them, except while they import their modules
 _MOST_NAMED = 4
 _TAIL_LINES = 15
+_TAIL_BYTES = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -110,4 +111,7 @@ def _modified_ns(path: Path) -> int:
 
 
 def _tail(path: Path) -> str:
-    return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:])
+    """The last lines of a log, which may have grown for weeks."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+        return "\n".join(file.read().decode(errors="replace").splitlines()[-_TAIL_LINES:])

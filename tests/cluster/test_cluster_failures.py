@@ -102,6 +102,7 @@ def test_training_continues_without_a_host_and_takes_it_back(
         run.wait_for_attempt(3)
     _, errors = run.stop()
     first, *others = run.attempts()
+    print(errors, *run.attempts(), sep="\n")
     assert first["cause"] in (Cause.LOST_HOST, Cause.KILLED, Cause.LOST_RANK)
     if fault != "processes":
         assert [list(attempt["hosts"]) for attempt in others] == [["node-1"], ["node-1", "node-2"]]
