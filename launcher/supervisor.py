@@ -33,7 +33,7 @@ from launcher.signal_handlers import handle_stop_signals
 _REPEATED_SIGNAL_SECONDS = 1.0
 # DeepSpeed's launcher gives ranks 30 s to exit after one of them failed or it got a signal.
 _EXIT_TIMEOUT_SECONDS = 40.0
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def supervise(
@@ -110,7 +110,7 @@ class _Stop:
 
 @contextmanager
 def _stop_file_on_signal(folder: RunFolder) -> Iterator[_Stop]:
-    """Create RUN/STOP on the first signal and kill the ranks on a later Ctrl-C, or at once if there is no room for it.
+    """Create RUN/STOP on the first signal and kill the ranks on a later Ctrl-C, or at once if the disk takes no file.
 
     The STOP file is removed on exit.
     """
@@ -123,7 +123,7 @@ def _stop_file_on_signal(folder: RunFolder) -> Iterator[_Stop]:
                 folder.stop.touch()
             except OSError as error:
                 reason = describe_disk_error(error) or error
-                if error.errno in _DISK_FULL:  # no checkpoint can be saved either
+                if error.errno in _UNWRITABLE:  # no checkpoint can be saved either
                     _notify(f"killing the ranks: {reason}")
                     stop.kill_ranks()
                 else:
