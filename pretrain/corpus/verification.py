@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 _THREADS = 4  # they hash without the interpreter lock; a disk is rarely faster
 
+
 def verified_shards(corpora: Iterable[Corpus], show_progress: bool) -> Iterator[Path]:
     """Verify the corpora that this host has not verified yet: each step of the iterator reads a shard and yields it.
 
