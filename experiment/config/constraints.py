@@ -15,4 +15,5 @@ def _check_path(path: str) -> str:
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 SequenceLength = Annotated[int, Field(ge=8)]  # tokens, special tokens included
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # torch takes no larger ones
 PathText = Annotated[str, AfterValidator(_check_path)]
