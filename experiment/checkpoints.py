@@ -35,9 +35,14 @@ def complete_checkpoints(checkpoints: Path) -> list[Path]:
 def find_model_folder(path: Path) -> Path:
     """The Hugging Face folder that `path` refers to: itself, or the one of the checkpoint that `find_checkpoint` finds.
 
-    Raises UserError like `find_checkpoint`.
+    Raises UserError like `find_checkpoint`, and for a folder of a complete checkpoint that is damaged.
     """
-    return path if (path / "config.json").is_file() else find_checkpoint(path) / "hf"
+    if not (path / "config.json").is_file():
+        return find_checkpoint(path) / "hf"
+    folder = path.resolve()
+    if (folder.parent / _COMPLETE).exists() and (problem := verify(folder.parent, below=folder.name)):
+        raise UserError(f"{path} is damaged: {problem}")
+    return path
 
 
 def names_model_folder(path: Path, folder: Path) -> bool:
@@ -60,6 +65,8 @@ def find_checkpoint(path: Path) -> Path:
         return last_usable(candidates)
     if (path / "hf" / "config.json").is_file():
         raise UserError(f"the checkpoint {path} is incomplete: it has no {_COMPLETE} file, so its save did not finish")
+    if _is_best(path):
+        raise UserError(f"{path} names {_read_best(path)!r}, which is not a complete checkpoint")
     if (path / "checkpoints").is_dir():
         raise UserError(f"the run {path} has no complete checkpoint")
     if path.exists():
@@ -70,11 +77,22 @@ def find_checkpoint(path: Path) -> Path:
 def checkpoint_candidates(path: Path) -> list[Path]:
     """The complete checkpoints that `path` refers to, oldest first: a checkpoint itself, the one that
     `RUN/checkpoints/best` names, or all of a run. Empty if there are none. Does not verify them."""
-    if path.name == _BEST and path.is_file():
-        path = path.parent / path.read_text(encoding="utf-8").strip()
+    if _is_best(path):
+        name = _read_best(path)
+        if not _NAME.fullmatch(name):
+            return []
+        path = path.parent / name
     if (path / _COMPLETE).exists():
         return [path.resolve()]  # a link may have any name
     return complete_checkpoints(path.absolute() / "checkpoints")
+
+
+def _is_best(path: Path) -> bool:
+    return path.name == _BEST and path.is_file()
+
+
+def _read_best(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace").strip()
 
 
 def last_usable(candidates: Sequence[Path]) -> Path:
@@ -98,8 +116,9 @@ def newest_usable(checkpoints: Path) -> Path | None:
     return last_usable(candidates) if candidates else None
 
 
-def verify(checkpoint: Path) -> str | None:
-    """Compare a checkpoint with its checksums. Returns None if it is complete and undamaged, else what is wrong."""
+def verify(checkpoint: Path, below: str = "") -> str | None:
+    """Compare a checkpoint, or its folder `below`, with its checksums. Returns None if it is complete and undamaged,
+    else what is wrong."""
     try:
         checksums: dict[str, str] = json.loads((checkpoint / _COMPLETE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -107,6 +126,8 @@ def verify(checkpoint: Path) -> str | None:
     if not isinstance(checksums, dict) or not checksums:
         return f"its {_COMPLETE} file lists no checksums"
     for name, expected in checksums.items():
+        if below and not name.startswith(f"{below}/"):
+            continue
         try:
             found = checksum(checkpoint / name)
         except (OSError, ValueError) as error:  # ValueError: a NUL character in the name

@@ -63,12 +63,17 @@ def read_provenance(folder: RunFolder) -> dict[str, Any] | None:
     """RUN/provenance.json, None if the run was never started. Raises UserError if the file is damaged."""
     try:
         record = parse_json(folder.provenance.read_text(encoding="utf-8"))
-        if not (isinstance(record["run_id"], str) and isinstance(record["attempts"], list)):
+        attempts, ancestors = record["attempts"], record["ancestors"]
+        if not (isinstance(record["run_id"], str) and isinstance(attempts, list) and isinstance(ancestors, list)):
+            raise TypeError
+        if not all(isinstance(entry, dict) for entry in (*attempts, *ancestors)):
             raise TypeError
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{folder.provenance} is damaged: expected an object with 'run_id' and 'attempts'") from None
+        raise UserError(
+            f"{folder.provenance} is damaged: expected an object with 'run_id', 'ancestors' and 'attempts'"
+        ) from None
     return dict(record)
 
 

@@ -10,14 +10,13 @@ from pydantic import (
     BeforeValidator,
     Field,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     model_validator,
 )
 
 from experiment.config import Section
-from experiment.config.constraints import Fraction, PathText, SequenceLength
+from experiment.config.constraints import Fraction, PathText, Seed, SequenceLength
 from experiment.tracking.config import TrackingConfig
 
 MetricName = Literal["accuracy", "macro_f1", "weighted_f1", "uar", "matthews"]
@@ -144,7 +143,7 @@ class TrainingConfig(Section):
     warmup_ratio: Fraction = 0.1
     """Fraction of all steps used for the warmup."""
 
-    seeds: tuple[NonNegativeInt, ...] = (42,)
+    seeds: tuple[Seed, ...] = (42,)
     """Train once with each of these seeds."""
 
     class_weights: Literal["none", "balanced"] = "none"

@@ -39,11 +39,9 @@ def read_model_inputs(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase) -> Mo
     """
     with torch.device("meta"):
         model = _build_from_config(spec)
-    largest = vocabulary_size(tokenizer) - 1
-    if largest >= model.config.vocab_size:
-        raise UserError(
-            f"{spec.folder}: the tokenizer's ids go up to {largest}, vocab_size is {model.config.vocab_size}"
-        )
+    largest, size = vocabulary_size(tokenizer) - 1, model.config.get_text_config().vocab_size
+    if largest >= size:
+        raise UserError(f"{spec.folder}: the tokenizer's ids go up to {largest}, vocab_size is {size}")
     accepts_token_types = "token_type_ids" in inspect.signature(model.forward).parameters
     return ModelInputs(max_positions(model), accepts_token_types and getattr(model.config, "type_vocab_size", 0) > 1)
 

@@ -21,7 +21,7 @@ from experiment.provenance import ancestors_of, collect_provenance, write_proven
 from experiment.run_folder import open_run_folder
 from experiment.run_lock import lock_run
 from experiment.tracking.console import terminal
-from experiment.tracking.tracker import Tracker, open_trackers
+from experiment.tracking.tracker import TrackedRun, Tracker, open_trackers
 from finetune.config import FinetuneConfig
 from finetune.data import SPLITS, describe_task, find_labels, make_task, read_splits
 from finetune.device import choose_device
@@ -103,14 +103,13 @@ def _train_missing_seeds(setup: Setup, finished: Mapping[int, SeedRecord], run_i
     if records:
         _print(f"already finished in {setup.folder.path}: seed {', '.join(map(str, records))}")
     steps = steps_per_epoch(setup.task, config.training) * config.training.epochs
-    tracker = open_trackers(
-        config.tracking,
-        setup.folder,
-        total_steps=steps * len(seeds),
-        resumed_step=steps * len(records),
+    tracked = TrackedRun(
         run_id=run_id,
         parameters=flatten(config),
+        total_steps=steps * len(seeds),
+        resumed_step=steps * len(records),
     )
+    tracker = open_trackers(config.tracking, setup.folder, tracked)
     outcome = Outcome.FAILED
     try:
         with stopped_by_disk_errors(advice=_RESUME):

@@ -195,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StoppedError as stopped:
         return _fail(str(stopped) or "stopped; run the same command again to resume", 75)
     except KeyboardInterrupt:
-        return _fail("interrupted", 75 if argv[0] == "pretrain" else 130)
+        return _fail("interrupted", 75 if argv[0] in ("pretrain", "sweep") else 130)
     except Exception as error:
         if (message := describe_disk_error(error)) is None:
             raise

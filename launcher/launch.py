@@ -15,7 +15,7 @@ from launcher.attempt import Layout
 from launcher.launch_plan import LaunchPlan, plan_launch
 from launcher.machine import inspect_machine, select_accelerator
 from launcher.options import PretrainOptions
-from launcher.signal_handlers import handle_stop_signals
+from launcher.signal_handlers import handle_stop_signals, interrupt
 from launcher.supervisor import supervise
 from pretrain.config import PretrainConfig
 
@@ -28,7 +28,7 @@ def launch_pretraining(options: PretrainOptions) -> None:
     message) or that the ranks rejected (rank 0 prints why).
     """
     start_time = time.time()
-    with handle_stop_signals(_interrupt):
+    with handle_stop_signals(interrupt):
         config = load_config(PretrainConfig, options.config, options.overrides)
         machine = inspect_machine()
         select_accelerator(machine.devices)
@@ -38,10 +38,6 @@ def launch_pretraining(options: PretrainOptions) -> None:
         with warnings_left_to_rank0():
             plan = plan_launch(options, config, machine)
         launch(plan, start_time)
-
-
-def _interrupt(_number: int) -> None:
-    raise KeyboardInterrupt
 
 
 def describe_plan(plan: LaunchPlan) -> str:

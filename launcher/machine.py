@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from experiment.errors import UserError
-
 DeviceKind = Literal["cuda", "cpu"]
 
 # Names in /dev: NVIDIA's GPUs, also those of Jetson boards; AMD's; those of Windows under WSL.
@@ -23,6 +21,7 @@ class Devices:
 
     kind: DeviceKind
     indices: tuple[int, ...]
+    problem: str | None = None  # why the GPUs have no indices
 
 
 @dataclass(frozen=True)
@@ -36,10 +35,7 @@ class Machine:
 
 
 def inspect_machine() -> Machine:
-    """The current state of this machine and this process's environment.
-
-    Raises UserError for a CUDA_VISIBLE_DEVICES that DeepSpeed's launcher does not understand.
-    """
+    """The current state of this machine and this process's environment."""
     return Machine(
         devices=find_devices(os.environ),
         environ=dict(os.environ),
@@ -51,8 +47,8 @@ def inspect_machine() -> Machine:
 def find_devices(environ: Mapping[str, str]) -> Devices:
     """The GPUs in CUDA_VISIBLE_DEVICES, or, without GPUs, the cores this process may use.
 
-    DS_ACCELERATOR=cpu selects the cores on a machine with GPUs too. Raises UserError for GPUs that are not listed by
-    number, which DeepSpeed's launcher does not understand.
+    DS_ACCELERATOR=cpu selects the cores on a machine with GPUs too. GPUs that are not listed by number, which
+    DeepSpeed's launcher does not understand, are a problem only if ranks are to run on them.
     """
     cores = Devices("cpu", tuple(range(cpu_cores())))
     if environ.get("DS_ACCELERATOR") == "cpu":
@@ -63,7 +59,17 @@ def find_devices(environ: Mapping[str, str]) -> Devices:
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     if count == 0:
         return cores
-    return Devices("cuda", tuple(range(count)) if visible is None else _parse_visible_devices(visible)[:count])
+    if visible is None:
+        return Devices("cuda", tuple(range(count)))
+    names = [name.strip() for name in visible.split(",")]
+    for name in names:
+        if not name.isdigit():
+            problem = (
+                f"CUDA_VISIBLE_DEVICES={visible}: expected GPU numbers such as 0,1, found {name!r}; "
+                "DeepSpeed's launcher accepts nothing else"
+            )
+            return Devices("cuda", (), problem)
+    return Devices("cuda", tuple(map(int, names))[:count])
 
 
 def guess_device(environ: Mapping[str, str], devices: Path = Path("/dev")) -> DeviceKind:
@@ -113,17 +119,6 @@ def free_port() -> int:
         probe.bind(("", 0))
         port: int = probe.getsockname()[1]
     return port
-
-
-def _parse_visible_devices(visible: str) -> tuple[int, ...]:
-    names = [name.strip() for name in visible.split(",")]
-    for name in names:
-        if not name.isdigit():
-            raise UserError(
-                f"CUDA_VISIBLE_DEVICES={visible}: expected GPU numbers such as 0,1, found {name!r}; "
-                "DeepSpeed's launcher accepts nothing else"
-            )
-    return tuple(map(int, names))
 
 
 def _find_deepspeed_env(name: str) -> tuple[Path, ...]:

@@ -22,26 +22,14 @@ def place_ranks(devices: Devices, options: PlacementOptions, hosts: Sequence[Hos
     count, include, exclude = options.num_gpus, options.include, options.exclude
     if count is not None and (include is not None or exclude is not None):
         raise UserError("--num_gpus cannot be combined with --include or --exclude")
-    slots: Slots
-    if hosts is not None:
-        selected = select_slots({host.name: tuple(range(host.slots)) for host in hosts}, include, exclude)
-        slots = {
-            host: _take_first(count, numbers, f"the hostfile has {len(numbers)} slots for {host}")
-            for host, numbers in selected.items()
-        }
-        if not is_local(slots):
-            return slots
-        slots = {"localhost": next(iter(slots.values()))}
-    elif devices.kind == "cuda":
-        selected = select_slots({"localhost": devices.indices}, include, exclude)
-        slots = {
-            host: _take_first(count, numbers, f"this machine has {len(numbers)} GPUs")
-            for host, numbers in selected.items()
-        }
-    else:
-        slots = _cpu_slots(devices, options)
-    _check_capacity(slots["localhost"], devices, options.oversubscribe)
-    return slots
+    given = None if hosts is None else _hostfile_slots(hosts, options)
+    if given is not None and not is_local(given):
+        return given
+    if devices.problem is not None:
+        raise UserError(devices.problem)
+    slots = _own_slots(devices, options) if given is None else next(iter(given.values()))
+    _check_capacity(slots, devices, options.oversubscribe)
+    return {"localhost": slots}
 
 
 def is_local(slots: Slots) -> bool:
@@ -63,13 +51,24 @@ def check_launcher(launcher: Launcher, slots: Slots) -> None:
         raise UserError(f"--launcher {launcher} needs the same number of slots on every host; use --launcher pdsh")
 
 
-def _cpu_slots(devices: Devices, options: PlacementOptions) -> Slots:
+def _hostfile_slots(hosts: Sequence[Host], options: PlacementOptions) -> Slots:
+    slots = {host.name: tuple(range(host.slots)) for host in hosts}
+    return {
+        host: _take_first(options.num_gpus, numbers, f"the hostfile has {len(numbers)} slots for {host}")
+        for host, numbers in select_slots(slots, options.include, options.exclude).items()
+    }
+
+
+def _own_slots(devices: Devices, options: PlacementOptions) -> tuple[int, ...]:
     include, exclude = options.include, options.exclude
+    if devices.kind == "cuda":
+        numbers = select_slots({"localhost": devices.indices}, include, exclude)["localhost"]
+        return _take_first(options.num_gpus, numbers, f"this machine has {len(numbers)} GPUs")
     if include is None and exclude is None:
-        return {"localhost": tuple(range(options.num_gpus or 1))}
+        return tuple(range(options.num_gpus or 1))
     named = parse_filter(include, "--include").get("localhost") if include is not None else None
     available = tuple(sorted({*devices.indices, *(named or ())}))
-    return select_slots({"localhost": available}, include, exclude)
+    return select_slots({"localhost": available}, include, exclude)["localhost"]
 
 
 def _take_first(count: int | None, numbers: tuple[int, ...], available: str) -> tuple[int, ...]:

@@ -25,3 +25,8 @@ def handle_stop_signals(handler: Callable[[int], None]) -> Iterator[None]:
     finally:
         for number, original in previous.items():
             signal.signal(number, original)
+
+
+def interrupt(_number: int) -> None:
+    """A handler for `handle_stop_signals` that treats every signal as Ctrl-C. Raises KeyboardInterrupt."""
+    raise KeyboardInterrupt

@@ -8,11 +8,15 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from signal import SIGINT
 from typing import TypedDict
 
-from experiment.disk_errors import describe_disk_error, stopped_by_disk_errors
+import filelock
+
+from experiment.disk_errors import disk_errors_as, stopped_by_disk_errors
 from experiment.errors import StoppedError, UserError
 from experiment.files import write_json
 from experiment.outcome_file import Outcome, read_outcome
@@ -21,7 +25,7 @@ from experiment.run_folder import RunFolder
 from experiment.run_lock import is_locked
 from experiment.strict_json import parse_json
 from launcher.options import SweepOptions
-from launcher.signal_handlers import handle_stop_signals
+from launcher.signal_handlers import handle_stop_signals, interrupt
 from launcher.sweep_plan import FlatConfig, SweepPlan, SweepRun, plan_sweep
 
 _POLL_SECONDS = 0.5
@@ -45,22 +49,45 @@ class _SweepRecord(TypedDict):
 def launch_sweep(options: SweepOptions) -> None:
     """Run a config at each point of a grid; or print the commands, for a dry run.
 
-    Raises as `plan_sweep` and `run_sweep`.
+    Raises as `plan_sweep` and `run_sweep`, and KeyboardInterrupt for a signal while no run is running.
     """
-    plan = plan_sweep(options)
-    if options.dry_run:
-        print("\n".join(shlex.join(run.argv) for run in plan.runs))
-    else:
-        run_sweep(plan)
+    with handle_stop_signals(interrupt):
+        plan = plan_sweep(options)
+        if options.dry_run:
+            print("\n".join(shlex.join(run.argv) for run in plan.runs))
+        else:
+            run_sweep(plan)
 
 
 def run_sweep(plan: SweepPlan) -> None:
     """Run what is not finished, then write OUTPUT/sweep.{json,csv,png} and print the table.
 
-    Raises UserError if OUTPUT has runs of other configs, StoppedError if a signal, a run's own STOP file or a full disk
-    stops it early, and SystemExit if runs failed, after all others have been run.
+    Raises UserError if OUTPUT has runs of other configs or is used by another sweep, StoppedError if a signal, a run's
+    own STOP file or a full disk stops it early, and SystemExit if runs failed, after all others have been run.
     """
-    record = _open_record(plan)
+    with _lock(plan.output):
+        results = _run_all(plan, _open_record(plan))
+    if failed := [result.name for result in results if result.state != "done"]:
+        sys.exit(f"deepcloze: sweep: {len(failed)} of {len(plan.runs)} runs failed: {', '.join(failed)}")
+
+
+@contextmanager
+def _lock(output: Path) -> Iterator[None]:
+    """The system releases the lock when the process ends, however it ends; its runs do not hold it."""
+    lock = filelock.FileLock(output / "sweep.lock")
+    try:
+        with disk_errors_as(UserError, "--output: "):
+            output.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise UserError(f"--output: another sweep is using {output}") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _run_all(plan: SweepPlan, record: _SweepRecord) -> list[SweepResult]:
     results = []
     with stopped_by_disk_errors("sweep: ", "; the same command resumes"):
         for number, run in enumerate(plan.runs, start=1):
@@ -71,8 +98,7 @@ def run_sweep(plan: SweepPlan) -> None:
             record["runs"][run.name] |= {"state": state, "value": value}
             write_json(plan.output / "sweep.json", record)
         write_summary(results, plan.output, plan.metric)
-    if failed := [result.name for result in results if result.state != "done"]:
-        sys.exit(f"deepcloze: sweep: {len(failed)} of {len(plan.runs)} runs failed: {', '.join(failed)}")
+    return results
 
 
 def _open_record(plan: SweepPlan) -> _SweepRecord:
@@ -96,10 +122,8 @@ def _open_record(plan: SweepPlan) -> _SweepRecord:
             )
         runs[run.name] = {**known.get(run.name, {"config": dict(run.config)}), "values": dict(run.values)}
     record: _SweepRecord = {"metric": plan.metric, "runs": runs}
-    try:
+    with disk_errors_as(UserError, "--output: "):
         write_json(path, record)
-    except OSError as error:
-        raise UserError(f"--output: {describe_disk_error(error) or error}") from None
     return record
 
 
@@ -145,17 +169,20 @@ def _run_command(argv: Sequence[str]) -> int:
 
     A command that fails after a forwarded signal counts as stopped.
     """
-    process = subprocess.Popen(argv, start_new_session=True)  # so that Ctrl-C does not reach it twice
-    signalled = False
+    process: subprocess.Popen[bytes] | None = None
+    signals: list[int] = []
 
     def forward(number: int) -> None:
-        nonlocal signalled
-        signalled = True
-        process.send_signal(number)
+        signals.append(number)
+        if process is not None:
+            process.send_signal(number)
 
     with handle_stop_signals(forward):
+        process = subprocess.Popen(argv, start_new_session=True)  # so that Ctrl-C does not reach it twice
+        if signals:  # since the start
+            process.send_signal(signals[0])
         exit_code = process.wait()
-    return Outcome.STOPPED.exit_code if signalled and exit_code != 0 else exit_code
+    return Outcome.STOPPED.exit_code if signals and exit_code != 0 else exit_code
 
 
 def _notify(message: str) -> None:

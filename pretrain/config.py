@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from experiment.config import Section, did_you_mean
-from experiment.config.constraints import Fraction, PathText, SequenceLength
+from experiment.config.constraints import Fraction, PathText, Seed, SequenceLength
 from experiment.tracking.config import TrackingConfig
 
 Rate = Annotated[float, Field(gt=0.0, lt=1.0)]
@@ -30,7 +30,7 @@ class RunConfig(Section):
     dir: PathText
     """Run folder; see docs/tracking.md for its contents."""
 
-    seed: NonNegativeInt = 42
+    seed: Seed = 42
     """Seed of weight initialization, data order, masks and dropout."""
 
     log_every: PositiveInt = 10

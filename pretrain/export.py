@@ -32,7 +32,7 @@ def write_hugging_face_folder(
 
 def export(checkpoint: str, output: str) -> None:
     """Copy the Hugging Face folder of a checkpoint (or of a run's newest one) to `output`, which must not exist."""
-    source, target = find_model_folder(Path(checkpoint)), Path(output)
+    source, target = find_model_folder(Path(checkpoint)), Path(output).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} already exists; choose another --output")
     aside = target.with_name(f".{target.name}.partial")

@@ -5,12 +5,15 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 
-def _without_nul(path: str) -> str:
+def _check_path(path: str) -> str:
     if "\0" in path:
         raise ValueError("a path cannot contain a NUL character")
+    if not path:
+        raise ValueError("expected a path, found an empty text; '.' is the working directory")
     return path
 
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 SequenceLength = Annotated[int, Field(ge=8)]  # tokens, special tokens included
-PathText = Annotated[str, AfterValidator(_without_nul)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # torch takes no larger ones
+PathText = Annotated[str, AfterValidator(_check_path)]

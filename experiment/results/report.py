@@ -185,8 +185,8 @@ def _held_out_lines(events: Sequence[Event], corpora: Sequence[str], metric: str
 
 
 def _curve(events: Sequence[Event], key: str) -> tuple[list[int], list[float]]:
-    """(steps, values) of the events in which `key` is not null."""
-    points = [(event["step"], event[key]) for event in events if event.get(key) is not None]
+    """(steps, values) of the events in which `key` is a number."""
+    points = [(event["step"], event[key]) for event in events if type(event.get(key)) in (int, float)]
     return [step for step, _ in points], [value for _, value in points]
 
 

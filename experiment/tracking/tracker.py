@@ -5,6 +5,7 @@ Only rank 0 opens trackers. A tracker that fails is reported once and never stop
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 from experiment.outcome_file import Outcome
@@ -26,30 +27,26 @@ class Tracker(Protocol):
     def close(self, outcome: Outcome) -> None: ...
 
 
-def open_trackers(
-    config: TrackingConfig,
-    folder: RunFolder,
-    *,
-    total_steps: int | None,
-    resumed_step: int,
-    run_id: str,
-    parameters: Mapping[str, object],
-    evaluates_again: bool = False,
-    unit: str = "step",
-) -> Tracker:
-    """Open the trackers that `config` enables, as one.
+@dataclass(frozen=True)
+class TrackedRun:
+    """What trackers know of a run."""
 
-    total_steps: the last step, None if it is not known (a time budget). resumed_step: finished steps of the checkpoint
-    that the run resumes from, -1 for a new run; later events in `metrics.jsonl` are dropped. evaluates_again: so is the
-    evaluation of `resumed_step`, which the checkpoint lacks. run_id: the same for all attempts of a run.
-    parameters: the resolved config. unit: what the console calls a step.
-    """
+    run_id: str  # the same for all attempts
+    parameters: Mapping[str, object]  # the resolved config
+    total_steps: int | None  # the last step; None if it is not known (a time budget)
+    resumed_step: int  # finished steps of the checkpoint it resumes from, -1 for a new run; later events are dropped
+    evaluates_again: bool = False  # the evaluation of `resumed_step` is dropped too: the checkpoint lacks it
+    unit: str = "step"  # what the console calls a step
+
+
+def open_trackers(config: TrackingConfig, folder: RunFolder, run: TrackedRun) -> Tracker:
+    """Open the trackers that `config` enables, as one."""
     openers: dict[str, Callable[[], Tracker]] = {
-        "the console": lambda: ConsoleTracker(total_steps, resumed_step, unit),
-        "metrics.jsonl": lambda: JsonlTracker(folder.metrics, resumed_step, evaluates_again),
+        "the console": lambda: ConsoleTracker(run.total_steps, run.resumed_step, run.unit),
+        "metrics.jsonl": lambda: JsonlTracker(folder.metrics, run.resumed_step, run.evaluates_again),
     }
     if config.wandb != "disabled":
-        openers["W&B"] = lambda: WandbTracker(config, folder, run_id, parameters)
+        openers["W&B"] = lambda: WandbTracker(config, folder, run.run_id, run.parameters)
     return _TrackerGroup(openers)
 
 

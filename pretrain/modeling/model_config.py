@@ -37,19 +37,21 @@ def resolve_model_config(model: ModelConfig, tokenizer: PreTrainedTokenizerFast)
     fields = _fields(model)
     if model.init_from is None:
         check_fields(fields, partial(_new_config, default, tokenizer))
-        if fields.get("pad_token_id", tokenizer.pad_token_id) != tokenizer.pad_token_id:
-            raise UserError(
-                f"model.config.pad_token_id is {fields['pad_token_id']}, "
-                f"the tokenizer's padding token is {tokenizer.pad_token_id}"
-            )
         config = _new_config(default, tokenizer, fields)
+        pad_token_id = config.get_text_config().pad_token_id
+        if pad_token_id != tokenizer.pad_token_id:
+            raise UserError(
+                f"model.config.pad_token_id is {pad_token_id}, the tokenizer's padding token is "
+                f"{tokenizer.pad_token_id}"
+            )
     else:
         check_fields(fields, partial(_with_fields, default))
         config = _resized_config(model, tokenizer)
     _check_settings(config)
     largest = max(tokenizer.get_vocab().values())
-    if config.vocab_size <= largest:
-        raise UserError(f"the model's vocab_size is {config.vocab_size}, but the tokenizer's ids go up to {largest}")
+    size = config.get_text_config().vocab_size
+    if size <= largest:
+        raise UserError(f"the model's vocab_size is {size}, but the tokenizer's ids go up to {largest}")
     return config
 
 
@@ -130,9 +132,15 @@ def _new_config(
     default: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast, fields: Mapping[str, Any]
 ) -> PreTrainedConfig:
     """Raises UserError for values that make no config."""
-    known = declared_fields(default)
+    text = default.get_text_config()
+    known = declared_fields(text)
     ids = {name: getattr(tokenizer, name) for name in _SPECIAL_TOKEN_IDS if name in known}
-    given = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id} | ids | dict(fields)
+    of_tokenizer = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id} | ids
+    given = of_tokenizer | dict(fields)
+    if text is not default:  # a part of it, as in ModernVBERT
+        chosen = fields.get("text_config", {})
+        merged = {"model_type": text.model_type} | of_tokenizer | chosen if isinstance(chosen, dict) else chosen
+        given = dict(fields) | {"text_config": merged}
     try:
         return AutoConfig.for_model(default.model_type, **given)
     except Exception as error:  # transformers raises many types
@@ -157,7 +165,8 @@ def _resized_config(model: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> P
         scale_rope = "rope_parameters" not in (model.config or {})
         config = config_with_positions(meta_model(config), model.max_positions, scale_rope)
     if model.added_tokens is not None:
-        config.vocab_size = max(config.vocab_size, len(tokenizer))
+        text = config.get_text_config()
+        text.vocab_size = max(text.vocab_size, len(tokenizer))
     return config
 
 

@@ -24,7 +24,8 @@ def why_not_packed(model: PreTrainedModel, first_position: int) -> str | None:
         return "its attention cannot be replaced through transformers' attention interface"
     register_packed_attention()
     model.set_attn_implementation(PACKED)
-    ids = torch.randint(0, model.config.vocab_size, (sum(_LENGTHS),), generator=torch.Generator().manual_seed(0))
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(0, vocabulary, (sum(_LENGTHS),), generator=torch.Generator().manual_seed(0))
     if getattr(model.config, "mask_token_id", None) is not None:
         ids[:3] = model.config.mask_token_id  # ESM scales a row's embeddings by its share of masked tokens
     training = model.training

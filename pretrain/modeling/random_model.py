@@ -12,7 +12,7 @@ _MAX_LAYERS = 1000  # more are a mistake, and would be built one by one until th
 
 def random_model(config: PreTrainedConfig) -> PreTrainedModel:
     """A model with random weights from torch's generator. Raises UserError for a config that makes no model."""
-    layers = getattr(config, "num_hidden_layers", None)
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     if isinstance(layers, int) and layers > _MAX_LAYERS:
         raise UserError(f"model.config: 'num_hidden_layers' is {layers:,}; expected at most {_MAX_LAYERS:,}")
     try:

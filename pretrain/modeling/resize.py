@@ -59,7 +59,7 @@ def resize_model(
     larger: PreTrainedModel = AutoModelForMaskedLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     _copy_parameters(model, larger)
     with torch.no_grad():
-        known = sorted(set(range(model.config.vocab_size)) - pieces.keys())
+        known = sorted(set(range(_vocabulary_size(model))) - pieces.keys())
         for table_VD in _vocabulary_tables(larger):
             average = table_VD[known].mean(0)
             for token, parts in pieces.items():
@@ -79,7 +79,7 @@ def _copy_parameters(model: PreTrainedModel, larger: PreTrainedModel) -> None:
             positions = max_positions(model)
             assert positions is not None
             parameter.copy_(_repeated(old[name], len(parameter), len(old[name]) - positions))
-        elif (len(old[name]), len(parameter)) == (model.config.vocab_size, larger.config.vocab_size):
+        elif (len(old[name]), len(parameter)) == (_vocabulary_size(model), _vocabulary_size(larger)):
             parameter[: len(old[name])] = old[name]
         else:
             raise UserError(
@@ -92,6 +92,11 @@ def _repeated(table_PD: Tensor, rows: int, first: int) -> Tensor:
     """The table with the rows from `first` repeated until there are `rows`; earlier rows are not positions."""
     positions = torch.arange(rows - first) % (len(table_PD) - first) + first
     return torch.cat([table_PD[:first], table_PD[positions]])
+
+
+def _vocabulary_size(model: PreTrainedModel) -> int:
+    size: int = model.config.get_text_config().vocab_size
+    return size
 
 
 def _vocabulary_tables(model: PreTrainedModel) -> list[Tensor]:

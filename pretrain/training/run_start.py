@@ -8,7 +8,7 @@ from typing import Any
 from experiment.config import dump_config
 from experiment.files import write_text
 from experiment.provenance import ancestors_of, collect_provenance, read_provenance, write_provenance
-from experiment.tracking import Tracker, open_trackers
+from experiment.tracking import TrackedRun, Tracker, open_trackers
 from pretrain.resolve import ResolvedRun
 
 
@@ -30,15 +30,14 @@ def open_run_tracker(
     evaluates_first: whether this attempt starts with the evaluation of `step`.
     """
     resumed = run.resume_plan.checkpoint is not None and not run.resume_plan.fork
-    return open_trackers(
-        run.config.tracking,
-        run.folder,
+    tracked = TrackedRun(
+        run_id=provenance["run_id"],
+        parameters=run.config.model_dump(mode="json"),
         total_steps=total_steps,
         resumed_step=step if resumed else -1,
         evaluates_again=evaluates_first,
-        run_id=provenance["run_id"],
-        parameters=run.config.model_dump(mode="json"),
     )
+    return open_trackers(run.config.tracking, run.folder, tracked)
 
 
 def _ancestors(run: ResolvedRun) -> list[dict[str, Any]] | None:

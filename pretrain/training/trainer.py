@@ -83,6 +83,7 @@ class Trainer:
         self._on_gpu = engine.device.type == "cuda"
         self._evaluator = hosts.call(lambda: open_evaluator(run, model, world))
         self._progress = load_resumed(run.resume_plan, engine)
+        self._first_step = self._progress.step if run.resume_plan.fork else 0
         provenance = hosts.from_rank0(lambda: record_start(run, world.size))
         self._tracker: Tracker | None = None
         if world.rank == 0:
@@ -345,7 +346,8 @@ class Trainer:
         return schedule.budget_seconds is not None and progress.seconds >= schedule.budget_seconds
 
     def _is_evaluation_due(self) -> bool:
-        return self._progress.step == 0 or self._is_finished() or self._is_due(self._config.evaluation.every_steps)
+        step = self._progress.step
+        return step == self._first_step or self._is_finished() or self._is_due(self._config.evaluation.every_steps)
 
     def _is_evaluation_missing(self) -> bool:
         """A run that is asked to stop saves at once: the evaluation of that step is left to its next attempt."""

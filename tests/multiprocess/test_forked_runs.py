@@ -13,7 +13,7 @@ from experiment.provenance import ancestors_of, read_origin
 from experiment.run_folder import RunFolder
 from pretrain.export import export
 from rank_pool import RankPool
-from runs import TINY, Tree, assert_same_tensors, logged, pretrain_case, run_config, saved_tensors
+from runs import TINY, Tree, assert_same_tensors, evaluation_events, logged, pretrain_case, run_config, saved_tensors
 
 
 def provenance(folder: Path) -> dict[str, Any]:
@@ -74,6 +74,23 @@ def test_a_fork_can_change_all_but_the_model(
     other = fork(tmp_path / "wide", wordpiece_corpus, parent, model__config=TINY | {"intermediate_size": 48})
     with pytest.raises(Exception, match=r"cannot be forked with another model\.intermediate_size"):
         pools[1].run(pretrain_case, other)
+
+
+def test_a_fork_evaluates_before_its_first_step(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, heldout_corpus: Path, parent: Path, tmp_path: Path
+) -> None:
+    """Catches a fork without the metrics of what it started from, which may remain its best, and an evaluation that a
+    resume repeats."""
+    evaluation = {"every_steps": 4, "best_metric": "eval/held/loss"}
+    tree = fork(tmp_path, wordpiece_corpus, parent, corpus__eval={"held": str(heldout_corpus)}, optimizer__lr=1.0)
+    tree["evaluation"] = evaluation
+    assert set(pools[2].run(pretrain_case, tree, 1)) == {"stopped"}
+    assert [event["step"] for event in evaluation_events(tmp_path)] == [2]
+    assert (tmp_path / "checkpoints" / "best").read_text().strip() == "step-00000002"
+    shutil.rmtree(checkpoint_path(tmp_path / "checkpoints", 3))
+    assert set(pools[2].run(pretrain_case, tree)) == {"done"}
+    assert [event["step"] for event in evaluation_events(tmp_path)] == [2, 4, 6]
+    assert logged(tmp_path, "step") == [3, 4, 5, 6]
 
 
 def test_a_decay_forked_from_a_stable_run(pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path) -> None:

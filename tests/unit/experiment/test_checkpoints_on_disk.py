@@ -175,6 +175,26 @@ def test_best_names_a_checkpoint(tmp_path: Path) -> None:
     assert steps(tmp_path) == [10, 20]
 
 
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"", b"step-00000099\n", b"..\n", b"a\0b", b"[]"])
+def test_a_best_that_names_no_checkpoint_is_rejected(tmp_path: Path, content: bytes) -> None:
+    """Catches a traceback, and a message that does not say what the file names."""
+    make(tmp_path, 10)
+    (tmp_path / "best").write_bytes(content)
+    assert checkpoint_candidates(tmp_path / "best") == []
+    with pytest.raises(UserError, match=r"best names '.*', which is not a complete checkpoint"):
+        find_model_folder(tmp_path / "best")
+
+
+def test_a_damaged_model_folder_of_a_checkpoint_is_rejected(tmp_path: Path) -> None:
+    """Catches damaged weights that are exported or trained on because `hf` was named instead of its checkpoint."""
+    (checkpoint,) = make(tmp_path, 10)
+    flip(checkpoint / "state.json", at=5)
+    assert find_model_folder(checkpoint / "hf") == checkpoint / "hf", "state.json is not part of it"
+    flip(checkpoint / "hf" / "config.json", at=1)
+    with pytest.raises(UserError, match=r"hf is damaged: hf/config\.json has checksum"):
+        find_model_folder(checkpoint / "hf")
+
+
 def test_damaged_later_checkpoints_do_not_count_as_kept(tmp_path: Path) -> None:
     """Catches the loss of every usable checkpoint after a run fell back behind damaged ones and saved again."""
     make(tmp_path, 10, 20, 30, 40)

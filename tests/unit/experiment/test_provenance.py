@@ -85,7 +85,18 @@ def test_the_first_attempt_is_kept_and_the_id_stays(tmp_path: Path) -> None:
     assert write_provenance(open_run_folder(tmp_path / "other"), {}) != run_id
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", "{}", '{"run_id": 1, "attempts": []}'])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"run_id": 1, "ancestors": [], "attempts": []}',
+        '{"run_id": "a", "ancestors": [], "attempts": [1]}',
+        '{"run_id": "a", "attempts": []}',
+    ],
+)
 def test_a_damaged_file_is_rejected_rather_than_replaced(tmp_path: Path, damage: str) -> None:
     """Catches a history that is silently lost."""
     folder = open_run_folder(tmp_path)

@@ -5,7 +5,19 @@ import pytest
 
 from experiment.errors import UserError
 from launcher import machine
-from launcher.machine import DeviceKind, Devices, cpu_cores, find_devices, free_port, guess_device, is_this_machine
+from launcher.hostfile import Host
+from launcher.machine import (
+    DeviceKind,
+    Devices,
+    cpu_cores,
+    find_devices,
+    free_port,
+    guess_device,
+    inspect_machine,
+    is_this_machine,
+)
+from launcher.options import PlacementOptions
+from launcher.placement import place_ranks
 
 
 def test_recognizes_this_machine():
@@ -30,8 +42,26 @@ def test_gpus_keep_the_numbers_of_cuda_visible_devices(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert find_devices({}) == Devices("cuda", (0, 1))
     assert find_devices({"CUDA_VISIBLE_DEVICES": "6, 3"}) == Devices("cuda", (6, 3))
+    unnumbered = find_devices({"CUDA_VISIBLE_DEVICES": "MIG-1,MIG-2"})
     with pytest.raises(UserError, match="found 'MIG-1'"):
-        find_devices({"CUDA_VISIBLE_DEVICES": "MIG-1,MIG-2"})
+        place_ranks(unnumbered, PlacementOptions())
+    with pytest.raises(UserError, match="found 'MIG-1'"):
+        place_ranks(unnumbered, PlacementOptions(), [Host("localhost", 2)])
+
+
+def test_gpus_without_numbers_do_not_concern_a_launch_over_other_hosts(monkeypatch: pytest.MonkeyPatch):
+    """Catches a launch that is refused because of GPUs that it does not use."""
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8932f937")
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    hosts = [Host("192.0.2.1", 2), Host("192.0.2.2", 2)]
+    assert place_ranks(inspect_machine().devices, PlacementOptions(), hosts) == {
+        "192.0.2.1": (0, 1),
+        "192.0.2.2": (0, 1),
+    }
 
 
 @pytest.mark.parametrize(

@@ -339,8 +339,12 @@ def test_a_signal_is_not_lost_if_the_stop_file_cannot_be_created(folder: RunFold
     assert (process.returncode, out.strip()) == (75, "saved step 7")
 
 
-def test_a_signal_on_a_full_disk_while_the_ranks_start(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches ranks that run on although they were to be killed, because their process was not yet known."""
+@pytest.mark.parametrize("refusal", [errno.ENOSPC, errno.EROFS])
+def test_a_signal_on_a_full_or_read_only_disk_while_the_ranks_start(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, refusal: int
+) -> None:
+    """Catches ranks that run on although they were to be killed, because their process was not yet known, and ones that
+    wait for a disk that stays read-only: an error has remounted it."""
     started: list[subprocess.Popen[bytes]] = []
     popen = subprocess.Popen
 
@@ -350,10 +354,10 @@ def test_a_signal_on_a_full_disk_while_the_ranks_start(folder: RunFolder, monkey
             os.kill(os.getpid(), signal.SIGTERM)
         return started[-1]
 
-    def full(path: Path) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+    def refuse(path: Path) -> None:
+        raise OSError(refusal, os.strerror(refusal), str(path))
 
     monkeypatch.setattr(subprocess, "Popen", start_and_signal)
-    monkeypatch.setattr(Path, "touch", full)
+    monkeypatch.setattr(Path, "touch", refuse)
     assert attempt(folder, "time.sleep(60)").outcome is Outcome.STOPPED
     assert started[0].returncode == -signal.SIGKILL

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,7 @@ from experiment.errors import StoppedError, UserError
 from experiment.files import write_json
 from experiment.run_folder import RunFolder
 from launcher import sweep as sweep_module
+from launcher.cli import main
 from launcher.sweep import run_sweep
 from launcher.sweep_plan import SweepPlan, SweepRun
 from waiting import wait_until
@@ -101,6 +103,47 @@ def test_runs_of_another_config_are_not_mixed_in(tmp_path: Path) -> None:
     (run,) = first.runs
     with pytest.raises(UserError, match=r"lr=1e-4 was started with another run\.seed: 1, now 2"):
         run_sweep(replace(first, runs=(replace(run, config={**run.config, "run.seed": 2}),)))
+
+
+def test_one_sweep_at_a_time_uses_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches two sweeps that write one sweep.json, and a folder that stays locked after a sweep."""
+    sweep = plan(tmp_path / "new", {"1e-4": "4.5"})
+    refused = []
+
+    def notify(message: str) -> None:
+        if message.endswith("running"):
+            with pytest.raises(UserError, match=r"^--output: another sweep is using .*new$"):
+                run_sweep(sweep)
+            refused.append(message)
+
+    monkeypatch.setattr(sweep_module, "_notify", notify)
+    run_sweep(sweep)
+    assert len(refused) == 1
+    run_sweep(sweep)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_while_the_points_are_checked_exits_with_75(
+    monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """Catches a queue system that does not submit a sweep again because it was stopped while it was checked."""
+    monkeypatch.setattr(sweep_module, "plan_sweep", lambda _: os.kill(os.getpid(), number))
+    assert main(["sweep", "--config", "run.yaml", "--grid", "run.seed=1,2"]) == 75
+
+
+def test_a_signal_while_a_run_starts_reaches_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a run that is left behind because the signal came before its process was known."""
+    popen, started = subprocess.Popen, []
+
+    def start_and_signal(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
+        started.append(popen(*arguments, **options))
+        os.kill(os.getpid(), signal.SIGTERM)
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", start_and_signal)
+    with pytest.raises(StoppedError, match=r"stopped at \[1/1\] lr=1e-4"):
+        run_sweep(plan(tmp_path, {"1e-4": "4.5"}, seconds=3600.0))
+    assert started[0].poll() == -signal.SIGTERM
 
 
 def test_a_signal_stops_the_sweep_after_the_run_has_stopped(tmp_path: Path) -> None:

@@ -68,6 +68,14 @@ def test_the_output_can_be_an_empty_folder(run: Path, tmp_path: Path) -> None:
     assert step_of(tmp_path / "empty") == 2.0
 
 
+def test_the_output_can_be_the_working_directory(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a traceback: '.' has no name."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    export(str(run), ".")
+    assert step_of(tmp_path / "here") == 2.0
+
+
 def test_a_failed_export_leaves_no_folder(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a partial folder under the final name, and a trace for a full disk."""
 

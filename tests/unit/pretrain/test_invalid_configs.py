@@ -170,6 +170,18 @@ def test_a_corpus_of_another_tokenizer_is_rejected(
     assert "another tokenizer" in message
 
 
+def test_a_seed_that_torch_does_not_take_is_rejected(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a traceback in the ranks."""
+    assert main(["pretrain", "--config", str(config), f"--run.seed={2**64}", "--dry_run"]) == 2
+    assert "'run.seed': should be less than" in capsys.readouterr().err
+
+
+def test_an_empty_run_folder_is_rejected(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches `--run.dir=$UNSET`, which would fill the working directory with the files of a run."""
+    assert main(["pretrain", "--config", str(config), "--run.dir="]) == 2
+    assert "'run.dir': expected a path, found an empty text" in capsys.readouterr().err
+
+
 def test_a_run_folder_with_a_nul_character_is_rejected(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a traceback: YAML can write such a path, but no system can open it."""
     tree = yaml.safe_load(config.read_text())

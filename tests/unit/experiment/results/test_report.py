@@ -105,6 +105,13 @@ def test_what_was_never_measured_is_left_out(tmp_path: Path) -> None:
     assert images(page) == ["loss.png"]
 
 
+def test_values_that_are_no_numbers_are_left_out(tmp_path: Path) -> None:
+    """Catches a traceback for a metrics.jsonl that was edited or written by another program."""
+    odd = {"step": 2, "loss": "low", "grad_norm": [1], "eval/wiki/loss": {}, "tokens": True}
+    folder = run_with(tmp_path, [{"step": 1, "loss": 1.0}, odd])
+    assert images(write_report(str(folder.path))) == ["loss.png"]
+
+
 def test_the_report_of_a_fine_tuning_run(tmp_path: Path) -> None:
     """Catches missing scores, and images outside the report folder."""
     folder = open_run_folder(tmp_path / "task")

@@ -11,7 +11,7 @@ import pytest
 import experiment
 from experiment.outcome_file import Outcome
 from experiment.run_folder import RunFolder, open_run_folder
-from experiment.tracking import Tracker, open_trackers, tracker
+from experiment.tracking import TrackedRun, Tracker, open_trackers, tracker
 from experiment.tracking.config import TrackingConfig
 
 REPOSITORY = Path(experiment.__file__).parents[1]
@@ -19,7 +19,7 @@ REPOSITORY = Path(experiment.__file__).parents[1]
 
 def opened(folder: RunFolder, wandb: Any = "disabled", **options: Any) -> Tracker:
     options = {"total_steps": 10, "resumed_step": -1, "run_id": "id", "parameters": {}, **options}
-    return open_trackers(TrackingConfig(wandb=wandb), folder, **options)
+    return open_trackers(TrackingConfig(wandb=wandb), folder, TrackedRun(**options))
 
 
 class Broken:

@@ -2,6 +2,7 @@ import json
 import os
 import platform
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from experiment.errors import UserError
 from launcher.cli import main
 from pretrain.corpus import shards
 from pretrain.corpus.build import build_corpus
+from pretrain.corpus.manifest import Shard
 from pretrain.corpus.options import CorpusOptions
 from pretrain.corpus.reader import Corpus, open_corpus
 from pretrain.corpus.verification import verified_shards
@@ -109,6 +111,25 @@ def test_a_flipped_bit_is_refused(corpus: Path, shards_read: Callable[[Path], in
             shards_read(corpus)
     flip(shard(corpus))
     assert shards_read(corpus) == len(open_corpus(corpus).manifest.shards)
+
+
+def test_shards_are_read_at_the_same_time(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a start that reads terabytes with one core, shards that are yielded out of order, and damage that is lost
+    because another shard was read faster."""
+    first_two, original = threading.Barrier(2), Corpus.find_damage
+    manifest = open_corpus(corpus).manifest
+    flip(shard(corpus, 2))
+
+    def meet(self: Corpus, one: Shard) -> str | None:
+        if one in manifest.shards[:2]:
+            first_two.wait(60)
+        return original(self, one)
+
+    monkeypatch.setattr(Corpus, "find_damage", meet)
+    found = verified_shards([open_corpus(corpus)], show_progress=False)
+    assert [next(found).name, next(found).name] == [one.file for one in manifest.shards[:2]]
+    with pytest.raises(UserError, match=r"data-00002-of-\d+\.arrow is damaged"):
+        next(found)
 
 
 def test_a_shard_that_cannot_be_read_is_refused(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,34 @@ def test_the_vocabulary_comes_from_the_tokenizer(tokenizer: PreTrainedTokenizerF
     assert resolve(tokenizer, vocab_size=256).vocab_size == 256, "a vocabulary padded for speed is kept"
 
 
+def visual(**text: Any) -> dict[str, Any]:
+    """A model whose vocabulary is that of its text model."""
+    vision = {"image_size": 32, "patch_size": 16, **TINY}
+    return {"model_type": "modernvbert", "text_config": TINY | text, "vision_config": vision}
+
+
+def test_the_vocabulary_of_a_text_model_comes_from_the_tokenizer(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Catches ModernVBERT with transformers' default vocabulary, or refused with a traceback in a folder of others."""
+    config = resolve_model_config(ModelConfig(config=visual()), tokenizer)
+    model = meta_model(config)
+    assert model.get_input_embeddings().num_embeddings == model.get_output_embeddings().out_features == len(tokenizer)
+    assert config.text_config.pad_token_id == tokenizer.pad_token_id
+    assert resolve_model_config(ModelConfig(config=visual(vocab_size=256)), tokenizer).text_config.vocab_size == 256
+    config.save_pretrained(tmp_path)
+    resolve_model_config(ModelConfig(init_from=str(tmp_path)), tokenizer)
+    for fields, message in (
+        (visual(vocab_size=100), "vocab_size is 100, but the tokenizer's ids go up to 199"),
+        (visual(pad_token_id=3), "pad_token_id is 3"),
+        (visual() | {"text_config": "wide"}, "model.config: .*'text_config'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            resolve_model_config(ModelConfig(config=fields), tokenizer)
+    with pytest.raises(UserError, match="'num_hidden_layers' is 120,000; expected at most 1,000"):
+        meta_model(resolve_model_config(ModelConfig(config=visual(num_hidden_layers=120_000)), tokenizer))
+
+
 @pytest.mark.parametrize(
     ("model_type", "fields"),
     [("eurobert", {}), ("esm", {"token_dropout": True, "position_embedding_type": "rotary"})],
