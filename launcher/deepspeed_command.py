@@ -14,7 +14,7 @@ class DeepSpeedCommand:
 
     python: str  # the interpreter of DeepSpeed's launcher and of the ranks
     module: str  # what each rank runs
-    config: Path  # absolute
+    config: Path | None  # absolute; None: the module takes none
     slots: Slots
     device: DeviceKind
     master_port: int
@@ -30,7 +30,8 @@ def deepspeed_argv(command: DeepSpeedCommand) -> list[str]:
         *(command.python, "-m", "deepspeed.launcher.runner", "--log_level=critical"),
         f"--master_port={command.master_port}",
         *_resource_flags(command),
-        *("--module", command.module, "--config", str(command.config)),
+        *("--module", command.module),
+        *(("--config", str(command.config)) if command.config is not None else ()),
         *(f"--{key}={text}" for key, text in command.overrides.items()),
     ]
 

@@ -20,6 +20,8 @@ from launcher.hostfile import Slots, hostfile_text, read_hostfile
 from launcher.machine import Machine, inspect_machine, select_accelerator
 from launcher.options import PretrainOptions
 from launcher.placement import is_local, place_ranks
+from launcher.preflight.run import check_hosts, require_hosts
+from launcher.preflight.target import Target, target_of_hosts, target_of_run
 from launcher.signal_handlers import handle_stop_signals
 from launcher.supervisor import supervise
 from pretrain.config import PretrainConfig
@@ -38,6 +40,7 @@ class LaunchPlan:
     added_environment: Mapping[str, str]  # variables that the launch adds for all ranks
     environment: Mapping[str, str]  # all variables of the `deepspeed` process
     files: Mapping[Path, str]  # path -> text: what ranks on other hosts read, written before the start
+    target: Target  # what preflight checks the hosts for
 
 
 def launch_pretraining(options: PretrainOptions) -> None:
@@ -57,6 +60,8 @@ def launch_pretraining(options: PretrainOptions) -> None:
             return
         with warnings_left_to_rank0():
             plan = plan_launch(options, config, machine)
+            if not is_local(plan.slots):
+                plan = _plan_without_failed_hosts(plan, options, config, machine)
         launch(plan, start_time)
 
 
@@ -64,18 +69,32 @@ def _interrupt(_number: int) -> None:
     raise KeyboardInterrupt
 
 
-def plan_launch(options: PretrainOptions, config: PretrainConfig, machine: Machine) -> LaunchPlan:
+def _plan_without_failed_hosts(
+    plan: LaunchPlan, options: PretrainOptions, config: PretrainConfig, machine: Machine
+) -> LaunchPlan:
+    """The plan for the hosts that pass preflight. Raises UserError if one fails, unless `options.allow_missing`."""
+    report = check_hosts(plan.target, machine, only_failed=True)
+    print(report.text, file=sys.stderr, flush=True)
+    passed = require_hosts(report, plan.target, options.allow_missing)
+    return plan if passed == plan.slots else plan_launch(options, config, machine, passed)
+
+
+def plan_launch(
+    options: PretrainOptions, config: PretrainConfig, machine: Machine, slots: Slots | None = None
+) -> LaunchPlan:
     """Resolve the config and decide which ranks run where. Reads files; writes and starts nothing.
 
     Args:
         options: what the user asked for; `dry_run` is ignored.
         config: what `options.config` and `options.overrides` say.
         machine: the machine to launch from; call `select_accelerator` for its devices first.
+        slots: those to use; default: those that the options select.
 
     Raises UserError for anything that would keep the run from starting.
     """
-    hosts = read_hostfile(options.hostfile) if options.hostfile else allocated_hosts(machine.environ)
-    slots = place_ranks(machine.devices, options, hosts)
+    if slots is None:
+        hosts = read_hostfile(options.hostfile) if options.hostfile else allocated_hosts(machine.environ)
+        slots = place_ranks(machine.devices, options, hosts)
 
     from pretrain.engine.deepspeed_settings import check_device_support  # imports torch and DeepSpeed
     from pretrain.resolve import resolve
@@ -102,7 +121,9 @@ def plan_launch(options: PretrainOptions, config: PretrainConfig, machine: Machi
     if not local:
         environment["DS_ENV_FILE"] = str(run.folder.logs / "worker.env")
         files = _files_for_hosts(run.folder, run.config, slots, machine, added)
-    return LaunchPlan(run.config, run.folder, slots, tuple(deepspeed_argv(command)), added, environment, files)
+    hosts_target = target_of_hosts(slots, command.master_port, machine.environ, options.oversubscribe)
+    target = target_of_run(hosts_target, run.config, run.num_parameters, run.folder)
+    return LaunchPlan(run.config, run.folder, slots, tuple(deepspeed_argv(command)), added, environment, files, target)
 
 
 def _files_for_hosts(

@@ -26,9 +26,23 @@ class PlacementOptions(Section):
     """Allow more ranks than CPU cores."""
 
 
+class PreflightOptions(PlacementOptions):
+    config: Annotated[str | None, Metavar("FILE")] = None
+    """The run as YAML; default: check only what any run needs, without corpora, run folder and disk."""
+
+    allow_missing: bool = False
+    """Exit with 0 if some hosts pass."""
+
+    overrides: dict[str, str] = {}
+    """Any config key, for example --run.dir=runs/first."""
+
+
 class PretrainOptions(PlacementOptions):
     config: Annotated[str, Metavar("FILE")]
     """The run as YAML; see pretrain/recipes for complete examples."""
+
+    allow_missing: bool = False
+    """Start on the hosts that pass preflight, if some fail."""
 
     dry_run: bool = False
     """Print the resolved config, the added environment variables and the command; start nothing."""

@@ -13,10 +13,10 @@ from launcher.environment import host_environment
 from launcher.machine import cpu_cores, guess_device
 
 
-def main(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str], module: str = "pretrain.run") -> None:
     ranks = int(os.environ.get("LOCAL_SIZE", "1"))
     added = host_environment(os.environ, cpu_cores(), ranks, guess_device(os.environ))
-    command = [sys.executable, "-u", "-m", "pretrain.run", *argv]
+    command = [sys.executable, "-u", "-m", module, *argv]
     os.execve(sys.executable, command, os.environ | added)
 
 

@@ -1,0 +1,40 @@
+"""`deepcloze preflight`."""
+
+from experiment.config import load_config
+from experiment.errors import UserError
+from launcher.allocation import allocated_hosts
+from launcher.hostfile import read_hostfile
+from launcher.launch import plan_launch, warnings_left_to_rank0
+from launcher.machine import Machine, inspect_machine, select_accelerator
+from launcher.options import PreflightOptions, PretrainOptions
+from launcher.placement import place_ranks
+from launcher.preflight.run import check_hosts, require_hosts
+from launcher.preflight.target import Target, target_of_hosts
+from pretrain.config import PretrainConfig
+
+
+def preflight_command(options: PreflightOptions) -> None:
+    """Check the hosts of a launch and print a row for each.
+
+    Raises UserError if one fails, unless `options.allow_missing`, and for anything else that would keep a run from
+    starting.
+    """
+    machine = inspect_machine()
+    select_accelerator(machine.devices)
+    target = _target(options, machine)
+    report = check_hosts(target, machine)
+    print(report.text)
+    require_hosts(report, target, options.allow_missing)
+
+
+def _target(options: PreflightOptions, machine: Machine) -> Target:
+    if options.config is None:
+        if options.overrides:
+            raise UserError(f"--{next(iter(options.overrides))} applies to a config: give --config too")
+        hosts = read_hostfile(options.hostfile) if options.hostfile else allocated_hosts(machine.environ)
+        slots = place_ranks(machine.devices, options, hosts)
+        return target_of_hosts(slots, machine.find_port(), machine.environ, options.oversubscribe)
+    launch = PretrainOptions(**options.model_dump())
+    config = load_config(PretrainConfig, launch.config, launch.overrides)
+    with warnings_left_to_rank0():
+        return plan_launch(launch, config, machine).target
