@@ -1,6 +1,7 @@
 """Start the timed all-reduce over all ranks of a launch, in processes of its own, as a run would start."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ LIMIT_SECONDS = 240.0
 RESULT_MARK = "deepcloze-preflight:"
 _EXIT_SECONDS = 30.0
 _TAIL_LINES = 15
+_EMPTY = re.compile(r"\s*(\S+:\s*)?")  # pdsh puts the host before each line
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,5 @@ def _kill_group(group: int) -> None:
 
 def _tail(output: str) -> str:
     """The last lines that say something: the ranks print empty ones too."""
-    lines = [
-        line for line in output.splitlines() if line.partition(": ")[2].strip() or ": " not in line and line.strip()
-    ]
+    lines = [line for line in output.splitlines() if not _EMPTY.fullmatch(line)]
     return "\n".join(lines[-_TAIL_LINES:])

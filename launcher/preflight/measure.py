@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import NoReturn
 
 import torch
@@ -25,7 +26,7 @@ from pretrain.world import World
 
 _TRANSFER_BYTES = 4 << 20
 _FIRST_BYTES, _MOST_BYTES = 1 << 20, 256 << 20
-_ENOUGH_SECONDS = 0.2  # to measure the network rather than its delay
+_ENOUGH_SECONDS = 0.1  # to measure the network rather than its delay
 _REPEATS = 10
 
 
@@ -129,15 +130,16 @@ def _all_reduce_seconds(device: torch.device) -> tuple[int, float]:
     while True:
         values = torch.zeros(size // 4, device=device)
         dist.all_reduce(values)  # connects
-        slowest = torch.tensor(_fastest(lambda values=values: dist.all_reduce(values), device), device=device)  # type: ignore[misc]
+        fastest = _fastest(partial(dist.all_reduce, values), device, repeats=3)
+        slowest = torch.tensor(fastest, device=device)
         dist.all_reduce(slowest, dist.ReduceOp.MAX)  # all ranks go on, or none
         if slowest.item() >= _ENOUGH_SECONDS or size >= _MOST_BYTES:
             return size, slowest.item()
         size *= 4
 
 
-def _fastest(work: Callable[[], object], device: torch.device) -> float:
-    return min(_seconds(work, device) for _ in range(_REPEATS))
+def _fastest(work: Callable[[], object], device: torch.device, repeats: int = _REPEATS) -> float:
+    return min(_seconds(work, device) for _ in range(repeats))
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:

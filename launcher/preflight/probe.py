@@ -7,7 +7,6 @@ on Python versions that the project does not support: another version is a fact 
 from __future__ import annotations
 
 import fcntl
-import glob
 import hashlib
 import json
 import os
@@ -18,6 +17,7 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 LAUNCHER_TOKEN = "launcher"
@@ -44,7 +44,7 @@ def collect(request: Mapping[str, Any]) -> dict[str, Any]:
         "commit": _commit(request["project"]),
         "source": _source_digest(request["project"], request["packages"]),
         "checksums": {path: _checksum(path) for path in request["files"]},
-        "missing_folders": [path for path in request["folders"] if not os.path.isdir(path)],
+        "missing_folders": [path for path in request["folders"] if not Path(path).is_dir()],
         "shared": shared,
         "write_error": write_error,
         "free_bytes": _free_bytes(request["token_folder"]) if shared else None,
@@ -69,7 +69,7 @@ def _exchange_tokens(folder: str | None, token: str) -> tuple[bool | None, str |
             return False, None
         time.sleep(0.2)
     try:
-        with open(os.path.join(folder, token), "wb") as file:
+        with Path(folder, token).open("wb") as file:
             file.write(bytes(_TOKEN_BYTES))
             file.flush()
             os.fsync(file.fileno())
@@ -80,7 +80,9 @@ def _exchange_tokens(folder: str | None, token: str) -> tuple[bool | None, str |
 
 def _lists(folder: str, name: str) -> bool:
     try:
-        return name in os.listdir(folder)  # a lookup by name may be answered from a cache
+        return any(
+            path.name == name for path in Path(folder).iterdir()
+        )  # a lookup by name may be answered from a cache
     except OSError:
         return False
 
@@ -106,7 +108,7 @@ def _commit(project: str | None) -> str | None:
         return None
     # As `experiment.provenance.git_state`.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    environment["GIT_CEILING_DIRECTORIES"] = os.path.dirname(project)
+    environment["GIT_CEILING_DIRECTORIES"] = str(Path(project).parent)
     command = ["git", "-c", "safe.directory=*", "-C", project, "rev-parse", "HEAD"]
     try:
         done = subprocess.run(
@@ -121,16 +123,11 @@ def _source_digest(project: str | None, packages: Sequence[str]) -> str | None:
     """SHA-256 of the Python files of these packages, with their names; None if there are none."""
     if project is None:
         return None
-    digest, found = hashlib.sha256(), False
-    for package in packages:
-        for folder, folders, files in os.walk(os.path.join(project, package)):
-            folders.sort()
-            for name in sorted(files):
-                if name.endswith(".py"):
-                    found = True
-                    path = os.path.join(folder, name)
-                    digest.update(("%s %s\n" % (os.path.relpath(path, project), _checksum(path))).encode())
-    return digest.hexdigest() if found else None
+    root, digest = Path(project), hashlib.sha256()
+    files = sorted(path for package in packages for path in (root / package).rglob("*.py"))
+    for path in files:
+        digest.update(f"{path.relative_to(root)} {_checksum(str(path))}\n".encode())
+    return digest.hexdigest() if files else None
 
 
 def _checksum(path: str) -> str | None:
@@ -154,9 +151,9 @@ def _gpu_memory_used() -> list[int] | None:
         return [int(line) << 20 for line in done.stdout.split()]
     except (OSError, ValueError, subprocess.SubprocessError):
         pass
-    if count := len(glob.glob("/dev/nvidia[0-9]*")):
+    if count := len(list(Path("/dev").glob("nvidia[0-9]*"))):
         return [0] * count
-    return None if os.path.exists("/dev/kfd") or os.path.exists("/dev/dxg") else []
+    return None if any(map(os.path.exists, ("/dev/kfd", "/dev/dxg"))) else []
 
 
 def _cores() -> int:

@@ -18,12 +18,12 @@ from launcher.hostfile import Slots
 from launcher.machine import Machine
 from launcher.placement import is_local
 from launcher.preflight.bandwidth import Measurement, MeasurementError, measure
-from launcher.preflight.checks import Problem, find_problems, find_slow_hosts
+from launcher.preflight.checks import find_problems, find_slow_hosts
 from launcher.preflight.facts import HostAnswer, HostFacts, ProbeRequest, Unreachable
 from launcher.preflight.probe import LAUNCHER_TOKEN
 from launcher.preflight.probe_hosts import probe_hosts, probe_this_machine
 from launcher.preflight.table import preflight_table
-from launcher.preflight.target import Target, working_directory
+from launcher.preflight.target import Target
 
 _PACKAGES = ("launcher", "pretrain", "finetune", "experiment")
 _TOKEN_SECONDS = 5.0  # network disks cache folders for some seconds
@@ -57,7 +57,7 @@ def check_hosts(target: Target, machine: Machine, only_failed: bool = False) -> 
 
 
 def require_hosts(report: Report, target: Target, allow_missing: bool) -> Slots:
-    """The slots of the hosts that passed. Raises UserError if one has failed, unless `allow_missing`, or if all have."""
+    """The slots of the hosts that passed. Raises UserError if all have failed, or one without `allow_missing`."""
     if report.failure is not None:
         raise UserError(f"preflight: {report.failure}")
     failed = [host for host in target.slots if host not in report.passed]
@@ -86,7 +86,7 @@ def _probe(target: Target) -> tuple[Mapping[str, HostAnswer | Unreachable], Host
         project=target.project,
         packages=_PACKAGES,
         files=tuple(map(str, target.files)),
-        folders=(working_directory(),),
+        folders=(str(Path.cwd()),),  # DeepSpeed changes to it on all hosts
         port=target.port,
     )
     own = probe_this_machine(request)

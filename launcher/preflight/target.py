@@ -1,6 +1,5 @@
 """What preflight checks hosts for: the ranks on each host and, with a config, the run."""
 
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -99,7 +98,3 @@ def _checkpoint_bytes(config: PretrainConfig, num_parameters: int, folder: RunFo
         kept += steps // config.checkpoint.keep_every
     present = len(complete_checkpoints(folder.checkpoints))
     return max(1, kept + 1 - present) * per_parameter * num_parameters
-
-
-def working_directory() -> str:
-    return os.path.abspath(".")  # as DeepSpeed's launcher, which changes to it on all hosts
