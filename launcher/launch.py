@@ -19,7 +19,7 @@ from launcher.environment import deepspeed_environment, launch_environment, remo
 from launcher.hostfile import Slots, hostfile_text, read_hostfile
 from launcher.machine import Machine, inspect_machine, select_accelerator
 from launcher.options import PretrainOptions
-from launcher.placement import is_local, place_ranks
+from launcher.placement import is_local, name_localhost, place_ranks
 from launcher.preflight.run import check_hosts, require_hosts
 from launcher.preflight.target import Target, target_of_hosts, target_of_run
 from launcher.signal_handlers import handle_stop_signals
@@ -76,7 +76,7 @@ def _plan_without_failed_hosts(
     report = check_hosts(plan.target, machine, only_failed=True)
     print(report.text, file=sys.stderr, flush=True)
     passed = require_hosts(report, plan.target, options.allow_missing)
-    return plan if passed == plan.slots else plan_launch(options, config, machine, passed)
+    return plan if passed == plan.slots else plan_launch(options, config, machine, name_localhost(passed))
 
 
 def plan_launch(

@@ -31,7 +31,7 @@ def place_ranks(devices: Devices, options: PlacementOptions, hosts: Sequence[Hos
         }
         if not is_local(slots):
             return slots
-        slots = {"localhost": next(iter(slots.values()))}
+        slots = name_localhost(slots)
     elif devices.kind == "cuda":
         selected = select_slots({"localhost": devices.indices}, include, exclude)
         slots = {
@@ -47,6 +47,11 @@ def place_ranks(devices: Devices, options: PlacementOptions, hosts: Sequence[Hos
 def is_local(slots: Slots) -> bool:
     """Whether all ranks run on this machine."""
     return len(slots) == 1 and is_this_machine(next(iter(slots)))
+
+
+def name_localhost(slots: Slots) -> Slots:
+    """The slots, under the name `localhost` if all are on this machine: it needs no ssh."""
+    return {"localhost": next(iter(slots.values()))} if is_local(slots) else slots
 
 
 def _cpu_slots(devices: Devices, options: PlacementOptions) -> Slots:

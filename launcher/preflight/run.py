@@ -16,7 +16,7 @@ from experiment.provenance import LIBRARIES
 from experiment.run_folder import RunFolder, open_run_folder
 from launcher.hostfile import Slots
 from launcher.machine import Machine
-from launcher.placement import is_local
+from launcher.placement import is_local, name_localhost
 from launcher.preflight.bandwidth import Measurement, MeasurementError, measure
 from launcher.preflight.checks import find_problems, find_slow_hosts
 from launcher.preflight.facts import HostAnswer, HostFacts, ProbeRequest, Unreachable
@@ -74,7 +74,7 @@ def _measure(slots: Slots, machine: Machine, target: Target) -> tuple[Measuremen
         return None, None
     print(f"preflight: timing an all-reduce over {sum(map(len, slots.values()))} ranks", file=sys.stderr, flush=True)
     try:
-        return measure(slots, machine, target.port, Path(target.project)), None
+        return measure(name_localhost(slots), machine, target.port, Path(target.project)), None
     except MeasurementError as error:
         return None, str(error)
 
