@@ -105,12 +105,11 @@ def _file_problems(host: str, facts: HostFacts, own: HostFacts) -> Iterator[Prob
 def _disk_problems(host: str, facts: HostFacts, target: Target, seen: bool) -> Iterator[Problem]:
     folder = shlex.quote(str(target.folder))
     if not facts.shared or (facts.write_error is None and not seen):
-        side = "what this machine writes there is not seen on the host"
-        if facts.shared:
-            side = "what the host writes there is not seen on this machine"
-        yield Problem(
-            "run folder", f"{target.folder} is not shared: {side}", f"ssh {host} findmnt --target {folder}; findmnt"
-        )
+        unseen = "what the host writes there is not seen on this machine"
+        if not facts.shared:
+            unseen = "what this machine writes there is not seen on the host"
+        fix = f"ssh {host} df -h {folder}    # mount the disk of this machine, or choose another run.dir"
+        yield Problem("run folder", f"{target.folder} is not shared: {unseen}", fix)
     elif facts.write_error is not None:
         yield Problem(
             "run folder", f"cannot write to {target.folder}: {facts.write_error}", f"ssh {host} df -h {folder}"

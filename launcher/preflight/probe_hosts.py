@@ -105,8 +105,8 @@ def _why_unreachable(host: str, exit_code: int | None, error: str) -> Unreachabl
         return _no_facts(host, f"{sys.executable} failed with exit code {exit_code}: {_last_line(error)}")
     for text, reason, fix in _SSH_ERRORS:
         if text in error:
-            return Unreachable(f"ssh: {reason}", fix.format(host=host))
-    return Unreachable(f"ssh: {_last_line(error)}", f"ssh -v {host} true")
+            return Unreachable(reason, fix.format(host=host))
+    return Unreachable(f"ssh failed: {_last_line(error)}", f"ssh -v {host} true")
 
 
 # A part of ssh's message, what it means, a command.

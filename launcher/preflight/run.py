@@ -69,10 +69,11 @@ def require_hosts(report: Report, target: Target, allow_missing: bool) -> Slots:
 
 
 def _measure(slots: Slots, machine: Machine, target: Target) -> tuple[Measurement | None, str | None]:
-    """The measurement, or why there is none."""
-    if not slots:
+    """The measurement, or why it failed; neither for less than two ranks."""
+    ranks = sum(map(len, slots.values()))
+    if ranks < 2:
         return None, None
-    print(f"preflight: timing an all-reduce over {sum(map(len, slots.values()))} ranks", file=sys.stderr, flush=True)
+    print(f"preflight: timing an all-reduce over {ranks} ranks", file=sys.stderr, flush=True)
     try:
         return measure(name_localhost(slots), machine, target.port, Path(target.project)), None
     except MeasurementError as error:

@@ -53,8 +53,8 @@ def _values(answer: HostAnswer) -> dict[Check, str]:
     values: dict[Check, str] = {"Python": facts.python, "clock": f"{answer.clock_offset:+.0f} s"}
     if facts.shared is None:
         values |= {"run folder": "-", "disk": "-"}
-    elif facts.free_bytes is not None:
-        values["disk"] = f"{facts.free_bytes / 1e9:,.0f} GB"
+    else:
+        values["disk"] = _UNKNOWN if facts.free_bytes is None else f"{facts.free_bytes / 1e9:,.0f} GB"
     gpus = facts.gpu_memory_used
     values["devices"] = f"{len(gpus)} GPUs" if gpus else f"{facts.cores} cores"
     if facts.interface is not None:
@@ -77,9 +77,10 @@ def _explain(host: str, problems: Problems) -> str:
 def _describe(measured: Measurement, slots: Slots) -> str:
     hosts = list(slots)
     size, milliseconds = measured.bytes / (1 << 20), measured.seconds * 1e3
-    text = f"all-reduce of {size:,.0f} MiB over {measured.ranks} ranks: {milliseconds:,.1f} ms"
-    if measured.ranks > 1:
-        text += f", {measured.bus_bandwidth / 1e6:,.0f} MB/s bus bandwidth"
+    text = (
+        f"all-reduce of {size:,.0f} MiB over {measured.ranks} ranks: {milliseconds:,.1f} ms, "
+        f"{measured.bus_bandwidth / 1e6:,.0f} MB/s bus bandwidth"
+    )
     if len(hosts) > 2:  # two share their only link
         link = min(measured.link_bandwidths)
         text += f"; slowest network: {hosts[measured.link_bandwidths.index(link)]}, {link / 1e6:,.0f} MB/s"
