@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
+from experiment.provenance import REPOSITORY
 from launcher.deepspeed_command import DeepSpeedCommand, deepspeed_argv
 from launcher.environment import deepspeed_environment, launch_environment, remote_environment_text
 from launcher.hostfile import Slots, hostfile_text
@@ -48,13 +49,13 @@ class MeasurementError(Exception):
     """The all-reduce did not start, did not end in time, or failed."""
 
 
-def measure(slots: Slots, machine: Machine, port: int, root: Path) -> Measurement:
-    """Measure all-reduce bandwidth, links and compute over these slots. `root`: the repository.
+def measure(slots: Slots, machine: Machine, port: int) -> Measurement:
+    """Measure all-reduce bandwidth, links and compute over these slots, over a free port of the first host.
 
     Raises MeasurementError with the end of the output.
     """
     with tempfile.TemporaryDirectory(prefix="deepcloze-preflight-") as temporary:
-        argv, environment = _plan(slots, machine, port, root, Path(temporary))
+        argv, environment = _plan(slots, machine, port, Path(temporary))
         output = _run(argv, environment)
     for line in output.splitlines():
         _, mark, result = line.partition(RESULT_MARK)
@@ -63,11 +64,9 @@ def measure(slots: Slots, machine: Machine, port: int, root: Path) -> Measuremen
     raise MeasurementError(f"the all-reduce over all ranks failed; the end of its output:\n{_tail(output)}")
 
 
-def _plan(
-    slots: Slots, machine: Machine, port: int, root: Path, temporary: Path
-) -> tuple[list[str], Mapping[str, str]]:
+def _plan(slots: Slots, machine: Machine, port: int, temporary: Path) -> tuple[list[str], Mapping[str, str]]:
     local = is_local(slots)
-    added = launch_environment(machine.environ, machine.devices.kind if local else None, root)
+    added = launch_environment(machine.environ, machine.devices.kind if local else None, REPOSITORY)
     environment = deepspeed_environment(machine.environ, added)
     hostfile = None
     if not local:

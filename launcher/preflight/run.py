@@ -75,7 +75,7 @@ def _measure(slots: Slots, machine: Machine, target: Target) -> tuple[Measuremen
         return None, None
     print(f"preflight: timing an all-reduce over {ranks} ranks", file=sys.stderr, flush=True)
     try:
-        return measure(name_localhost(slots), machine, target.port, Path(target.project)), None
+        return measure(name_localhost(slots), machine, target.port), None
     except MeasurementError as error:
         return None, str(error)
 
