@@ -22,7 +22,7 @@ from launcher.options import PretrainOptions
 from launcher.placement import is_local, name_localhost, place_ranks
 from launcher.preflight.run import check_hosts, require_hosts
 from launcher.preflight.target import Target, target_of_hosts, target_of_run
-from launcher.signal_handlers import handle_stop_signals
+from launcher.signal_handlers import handle_stop_signals, interrupt
 from launcher.supervisor import supervise
 from pretrain.config import PretrainConfig
 
@@ -51,7 +51,7 @@ def launch_pretraining(options: PretrainOptions) -> None:
     message) or that the ranks rejected (rank 0 prints why).
     """
     start_time = time.time()
-    with handle_stop_signals(_interrupt):
+    with handle_stop_signals(interrupt):
         config = load_config(PretrainConfig, options.config, options.overrides)
         machine = inspect_machine()
         select_accelerator(machine.devices)
@@ -63,10 +63,6 @@ def launch_pretraining(options: PretrainOptions) -> None:
             if not is_local(plan.slots):
                 plan = _plan_without_failed_hosts(plan, options, config, machine)
         launch(plan, start_time)
-
-
-def _interrupt(_number: int) -> None:
-    raise KeyboardInterrupt
 
 
 def _plan_without_failed_hosts(

@@ -8,6 +8,11 @@ from types import FrameType
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
+def interrupt(number: int) -> None:
+    """A handler that ends the command, as Ctrl-C does by default."""
+    raise KeyboardInterrupt
+
+
 @contextmanager
 def handle_stop_signals(handler: Callable[[int], None]) -> Iterator[None]:
     """Call `handler` with the number of each SIGINT, SIGTERM and SIGHUP; restore the previous handlers on exit.

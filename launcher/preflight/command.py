@@ -10,6 +10,7 @@ from launcher.options import PreflightOptions, PretrainOptions
 from launcher.placement import place_ranks
 from launcher.preflight.run import check_hosts, require_hosts
 from launcher.preflight.target import Target, target_of_hosts
+from launcher.signal_handlers import handle_stop_signals, interrupt
 from pretrain.config import PretrainConfig
 
 
@@ -19,10 +20,11 @@ def preflight_command(options: PreflightOptions) -> None:
     Raises UserError if one fails, unless `options.allow_missing`, and for anything else that would keep a run from
     starting.
     """
-    machine = inspect_machine()
-    select_accelerator(machine.devices)
-    target = _target(options, machine)
-    report = check_hosts(target, machine)
+    with handle_stop_signals(interrupt):  # not to leave processes on other hosts
+        machine = inspect_machine()
+        select_accelerator(machine.devices)
+        target = _target(options, machine)
+        report = check_hosts(target, machine)
     print(report.text)
     require_hosts(report, target, options.allow_missing)
 

@@ -79,6 +79,7 @@ async def _probe(host: str, program: str) -> Answer:
     finally:
         with suppress(ProcessLookupError):
             process.kill()
+        await process.wait()
     error = stderr.decode(errors="replace").strip()
     if process.returncode == 0:
         return _parse(host, stdout, error, start, time.time())

@@ -1,6 +1,8 @@
 """Asking hosts over ssh, with a stand-in for ssh."""
 
 import json
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -15,6 +17,9 @@ from launcher.preflight.facts import HostAnswer, ProbeRequest, Unreachable
 from launcher.preflight.probe_hosts import probe_hosts
 from launcher.preflight.table import preflight_table
 from launcher.preflight.target import Target
+from waiting import LIMIT, wait_until
+
+REPOSITORY = Path(__file__).parents[4]
 
 Ssh = Callable[[str], None]
 
@@ -110,6 +115,23 @@ def test_a_host_that_hangs_is_given_up(ssh: Ssh, monkeypatch: pytest.MonkeyPatch
     answer = ask()
     assert isinstance(answer, Unreachable)
     assert answer.reason == "no answer within 0 s"
+
+
+def test_a_signal_ends_the_questions(ssh: Ssh, tmp_path: Path) -> None:
+    """Catches ssh processes that outlive the command."""
+    ssh(f"echo $$ > {tmp_path}/starting; mv {tmp_path}/starting {tmp_path}/pid; exec sleep 1000")
+    code = (
+        "from launcher.preflight.probe_hosts import *\n"
+        "from launcher.signal_handlers import *\n"
+        "with handle_stop_signals(interrupt): probe_hosts({'node-1': ProbeRequest()})"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    wait_until((tmp_path / "pid").exists, process)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=LIMIT)
+    assert error.splitlines()[-1] == "KeyboardInterrupt"
+    ssh_process = Path("/proc", (tmp_path / "pid").read_text().strip())
+    wait_until(lambda: not ssh_process.exists())
 
 
 def test_hundreds_of_hosts_take_seconds(
