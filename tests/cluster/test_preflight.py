@@ -2,6 +2,7 @@
 
 import json
 import platform
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -211,6 +212,18 @@ def test_a_busy_port_is_named(cluster: Cluster, tmp_path: Path) -> None:
     done = preflight(login, write_hostfile(tmp_path / "hostfile", [first, second]))
     assert_named(done, f"{first.name}: port: port 400")
     assert "at which the ranks would meet, is in use" in done.stdout
+
+
+@pytest.mark.soak
+def test_a_killed_preflight_leaves_no_ranks_behind(cluster: Cluster, tmp_path: Path) -> None:
+    """Catches ranks on other hosts that keep devices and port until their timeout."""
+    head, *others = cluster.hosts
+    hostfile, pid = write_hostfile(tmp_path / "hostfile", others), tmp_path / "pid"
+    command = shlex.join([*DEEPCLOZE, "preflight", f"--hostfile={hostfile}"])
+    process = head.popen("sh", "-c", f"echo $$ > {pid}; exec {command}", stdout=subprocess.DEVNULL)
+    wait_until(lambda: all("launcher.preflight.measure" in str(host.processes()) for host in others), process)
+    head.run("kill", "-KILL", pid.read_text().strip())
+    wait_until(lambda: not any("launcher.preflight" in str(host.processes()) for host in cluster.hosts))
 
 
 @pytest.mark.soak
