@@ -128,7 +128,7 @@ def _device_problems(host: str, facts: HostFacts, target: Target) -> Iterator[Pr
         return
     if target.uses_cpu or not used:
         if len(slots) > facts.cores and not target.oversubscribe:
-            text = f"{facts.cores} CPU cores and no GPU, expected {len(slots)}, one for each rank"
+            text = f"{facts.cores} CPU cores, expected {len(slots)}, one for each rank"
             yield Problem("devices", text, f"correct slots={len(slots)} in the hostfile, or pass --oversubscribe")
         return
     if missing := [slot for slot in slots if slot >= len(used)]:
@@ -150,7 +150,9 @@ def _network_problems(host: str, facts: HostFacts, target: Target) -> Iterator[P
     for variable, names in target.interfaces.items():
         if not any(name in facts.interfaces for name in names):
             text = f"no interface {' or '.join(names)}, as {variable} says; it has {', '.join(facts.interfaces)}"
-            yield Problem("network", text, f"unset {variable}")
+            yield Problem(
+                "network", text, f"ssh {host} ip -br address    # set {variable} to interfaces that all hosts have"
+            )
 
 
 def _check_port(
@@ -186,7 +188,7 @@ def find_slow_hosts(slots: Slots, measured: Measurement) -> dict[str, list[Probl
 
 
 def _slow_link(host: str, slots: Slots, link: float, usual: float) -> Problem:
-    fix = f"ssh {host} 'ip -s link; ethtool eth0'    # or --exclude {host}"
+    fix = f"ssh {host} ip -s link    # or --exclude {host}"
     if len(slots) == 2:
         first, second = slots
         text = f"{_megabytes(link)} between {first} and {second}, whichever of them is slow"

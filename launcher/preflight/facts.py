@@ -23,7 +23,6 @@ class ProbeRequest:
 class HostFacts:
     """The answer of a host."""
 
-    name: str
     python: str  # version
     versions: Mapping[str, str | None]  # library -> version; None: missing
     commit: str | None  # None: no git checkout, or no git

@@ -38,7 +38,6 @@ def collect(request: Mapping[str, Any]) -> dict[str, Any]:
     shared, write_error = _exchange_tokens(request["token_folder"], request["token"])
     interface, address, network_error = _route_to(request["peer"])
     return {
-        "name": socket.gethostname(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in request["libraries"]},
         "commit": _commit(request["project"]),

@@ -8,7 +8,6 @@ from launcher.preflight.facts import HostAnswer, HostFacts
 from launcher.preflight.target import Target
 
 HEALTHY = HostFacts(
-    name="node",
     python="3.11.7",
     versions={"torch": "2.13.0", "wandb": None},
     commit="c0ffee" * 6,
