@@ -62,7 +62,7 @@ GB = 10**9
             {"interfaces": ("lo", "ib0")},
             "network",
             "no interface eth0, as GLOO_SOCKET_IFNAME says; it has lo, ib0",
-            "unset",
+            "ssh b ip -br address",
         ),
     ],
 )
