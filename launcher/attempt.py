@@ -20,7 +20,7 @@ import xxhash
 from experiment.files import write_text
 from experiment.outcome_file import Cause, Outcome, read_outcome
 from experiment.run_folder import RunFolder
-from launcher.guarded_hosts import GuardedHosts, GuardRequest
+from launcher.guarded_hosts import GuardedHosts, GuardRequest, Rendezvous
 from launcher.hostfile import Slots
 from launcher.launch_log import AttemptRecord
 from launcher.launch_result import LaunchResult, read_result
@@ -37,15 +37,6 @@ class Layout:
 
     slots: Slots
     microbatch_halvings: int = 0
-
-
-@dataclass(frozen=True)
-class Rendezvous:
-    """Where the ranks of several hosts meet. `address`: of the first host; None: DeepSpeed's launcher asks it."""
-
-    launch: str
-    address: str | None
-    port: int
 
 
 @dataclass(frozen=True)
@@ -81,19 +72,12 @@ def run_attempt(launch: Launch, layout: Layout, stop: StopSignals, record: Attem
     with GuardedHosts(hosts, request, lambda: processes.check(guards)) as guards:
         result = None
         if not guards.lost:
-            rendezvous = Rendezvous(name, _address(guards, hosts), guards.replies[hosts[0]].port)
-            result = _run(launch, launch.command(layout, rendezvous), stop, record, processes)
+            result = _run(launch, launch.command(layout, guards.rendezvous()), stop, record, processes)
         if guards.lost and (result is None or result.outcome is not Outcome.DONE) and not stop.killed:
             lost = "; ".join(f"{host}: {reason}" for host, reason in guards.lost.items())
             return LaunchResult(Outcome.FAILED, f"lost {lost}", Cause.LOST_HOST)
         assert result is not None
         return result
-
-
-def _address(guards: GuardedHosts, hosts: list[str]) -> str | None:
-    """The address of the first host for the others. Its own name often means a loopback address on a host itself."""
-    others = hosts[1:] or hosts
-    return next((address for host in others if (address := guards.replies[host].address)), None)
 
 
 class _Processes:

@@ -15,6 +15,7 @@ from launcher.options import (
     EvaluateOptions,
     ExportOptions,
     FinetuneOptions,
+    PreflightOptions,
     PretrainOptions,
     ReportOptions,
     SweepOptions,
@@ -82,12 +83,27 @@ def corpus(options: CorpusOptions) -> None:
         build_corpus(options)
 
 
+def preflight(options: PreflightOptions) -> None:
+    """Check whether hosts can run a pretraining.
+
+    Compares Python, packages, code and files of all hosts with this machine's, checks ssh, run folder, disk, devices,
+    clocks and network, and times an all-reduce. Prints a row for each host, and how to fix what fails; exits with 2 if
+    a host fails. `deepcloze pretrain` does so before it starts ranks on other hosts.
+
+    Example:
+        deepcloze preflight --hostfile hosts --config my-run.yaml
+    """
+    from launcher.preflight.command import preflight_command
+
+    preflight_command(options)
+
+
 def pretrain(options: PretrainOptions) -> None:
     """Pretrain an encoder, one process per GPU.
 
-    Checks the config and its files, then starts the ranks with DeepSpeed and waits for them. Run the same
-    command again to resume from the last checkpoint. Ctrl-C, SIGTERM or a file RUN/STOP make the run save a checkpoint
-    and exit with code 75.
+    Checks the config and its files, and other hosts as `deepcloze preflight`, then starts the ranks with DeepSpeed and
+    waits for them. Run the same command again to resume from the last checkpoint. Ctrl-C, SIGTERM or a file RUN/STOP
+    make the run save a checkpoint and exit with code 75.
 
     Example:
         deepcloze pretrain --config my-run.yaml --num_gpus 2 --schedule.steps=1000
@@ -177,7 +193,19 @@ def config(options: ConfigOptions) -> None:
 
 COMMANDS: dict[str, Command] = {
     command.__name__: command
-    for command in (python_docs, tokenizer, corpus, config, pretrain, evaluate, export, finetune, sweep, report)
+    for command in (
+        python_docs,
+        tokenizer,
+        corpus,
+        config,
+        preflight,
+        pretrain,
+        evaluate,
+        export,
+        finetune,
+        sweep,
+        report,
+    )
 }
 
 

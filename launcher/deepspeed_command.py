@@ -17,7 +17,7 @@ class DeepSpeedCommand:
 
     python: str  # the interpreter of DeepSpeed's launcher and of the ranks
     module: str  # what each rank runs
-    config: Path  # absolute
+    config: Path | None  # absolute; None: the module takes none
     slots: Slots
     device: DeviceKind
     master_port: int
@@ -37,7 +37,7 @@ def deepspeed_argv(command: DeepSpeedCommand) -> list[str]:
         *([f"--master_addr={command.master_addr}"] if command.master_addr else []),
         *_resource_flags(command),
         *_program(command),
-        *("--config", str(command.config)),
+        *(("--config", str(command.config)) if command.config is not None else ()),
         *(f"--{key}={text}" for key, text in command.overrides.items()),
     ]
 

@@ -4,7 +4,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from experiment.errors import UserError
+from launcher.guarded_hosts import Rendezvous
+from launcher.host_guard import LAUNCH_VARIABLE
 from launcher.machine import DeviceKind
+from launcher.options import Launcher
 
 _FORWARDED = ("WANDB_", "HF_", "OMP_", "NCCL_", "GLOO_", "CUDA_", "MLFLOW_")
 _OF_ONE_MACHINE = {"CUDA_VISIBLE_DEVICES"}  # the slots say it
@@ -73,14 +76,24 @@ def forwarded_environment(environ: Mapping[str, str], names: Iterable[str]) -> d
     return {name: environ[name] for name in sorted(chosen | set(names))}
 
 
-def remote_environment_text(added: Mapping[str, str], user_text: str = "") -> str:
+def exported_variables(added: Mapping[str, str], rendezvous: Rendezvous | None, launcher: Launcher) -> dict[str, str]:
+    """The variables that DeepSpeed's launcher exports on other hosts: those that the launch adds, and its name."""
+    if rendezvous is None:
+        return dict(added)
+    exported = {**added, LAUNCH_VARIABLE: rendezvous.launch}
+    if launcher != "pdsh" and rendezvous.address:  # with pdsh, DeepSpeed's launcher sets them
+        exported |= {"MASTER_ADDR": rendezvous.address, "MASTER_PORT": str(rendezvous.port)}
+    return exported
+
+
+def exported_text(exported: Mapping[str, str], user_text: str = "") -> str:
     """The text of the file (DS_ENV_FILE) whose variables DeepSpeed exports on other hosts, in logged command lines.
 
     The file replaces the user's own `.deepspeed_env`, so the lines of that one, `user_text`, are included and take
     precedence.
     """
     user_lines = {line.partition("=")[0].strip(): line.strip() for line in user_text.splitlines() if "=" in line}
-    lines = {name: f"{name}={value}" for name, value in added.items()}
+    lines = {name: f"{name}={value}" for name, value in exported.items()}
     return "".join(f"{line}\n" for line in (lines | user_lines).values())
 
 

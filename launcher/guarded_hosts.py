@@ -37,6 +37,15 @@ class GuardRequest:
 
 
 @dataclass(frozen=True)
+class Rendezvous:
+    """Where the ranks of a launch meet on the first host. Without an address, DeepSpeed's launcher asks that host."""
+
+    launch: str
+    address: str | None
+    port: int
+
+
+@dataclass(frozen=True)
 class Reply:
     """What a host has found: the address by which it reaches the head, and a free port of its own."""
 
@@ -83,6 +92,12 @@ class GuardedHosts:
             connection.close()
         for thread in [*self._threads, self._monitor]:
             thread.join()
+
+    def rendezvous(self) -> Rendezvous:
+        """On the first host, by the address that others know: on itself, its name often means a loopback address."""
+        first, *others = self._connections
+        addresses = (self.replies[host].address for host in [*others, first])
+        return Rendezvous(self._request.launch, next(filter(None, addresses), None), self.replies[first].port)
 
     def __enter__(self) -> Self:
         self.start()

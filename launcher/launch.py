@@ -15,6 +15,8 @@ from launcher.attempt import Layout
 from launcher.launch_plan import LaunchPlan, plan_launch
 from launcher.machine import inspect_machine, select_accelerator
 from launcher.options import PretrainOptions
+from launcher.placement import name_localhost
+from launcher.preflight.run import check_hosts, require_hosts
 from launcher.signal_handlers import handle_stop_signals, interrupt
 from launcher.supervisor import supervise
 from pretrain.config import PretrainConfig
@@ -37,7 +39,19 @@ def launch_pretraining(options: PretrainOptions) -> None:
             return
         with warnings_left_to_rank0():
             plan = plan_launch(options, config, machine)
+            if not plan.local:
+                plan = _plan_without_failed_hosts(plan)
         launch(plan, start_time)
+
+
+def _plan_without_failed_hosts(plan: LaunchPlan) -> LaunchPlan:
+    """The plan for the hosts that pass preflight. Raises UserError if one fails, unless `--allow_missing` is given."""
+    report = check_hosts(plan.target, plan.machine, only_failed=True)
+    print(report.text, file=sys.stderr, flush=True)
+    passed = require_hosts(report, plan.target, plan.options.allow_missing)
+    return (
+        plan if passed == plan.slots else plan_launch(plan.options, plan.config, plan.machine, name_localhost(passed))
+    )
 
 
 def describe_plan(plan: LaunchPlan) -> str:

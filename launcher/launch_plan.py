@@ -6,26 +6,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiment.config import dump_config
+from experiment.provenance import REPOSITORY
 from experiment.run_folder import RunFolder
 from launcher.allocation import allocated_hosts
-from launcher.attempt import Command, Launch, Layout, Rendezvous
+from launcher.attempt import Command, Launch, Layout
 from launcher.deepspeed_command import DeepSpeedCommand, deepspeed_argv
 from launcher.environment import (
     deepspeed_environment,
-    forwarded_environment,
+    exported_text,
+    exported_variables,
     launch_environment,
     remote_deepspeed_environment,
-    remote_environment_text,
 )
-from launcher.host_guard import LAUNCH_VARIABLE
+from launcher.guarded_hosts import Rendezvous
 from launcher.hostfile import Slots, hostfile_text, read_hostfile
 from launcher.machine import Machine
 from launcher.microbatch import halved_microbatch, max_halvings
-from launcher.options import PretrainOptions
+from launcher.options import HostOptions, PretrainOptions
 from launcher.placement import check_launcher, is_local, place_ranks
+from launcher.preflight.target import Target, target_of_hosts, target_of_run
 from pretrain.config import PretrainConfig
 
-_REPOSITORY = Path(__file__).resolve().parent.parent
 _MAX_RESTARTS_ON_HOSTS = 10
 
 
@@ -39,6 +40,7 @@ class LaunchPlan:
     slots: Slots
     machine: Machine
     added_environment: Mapping[str, str]  # variables that the launch adds for all ranks
+    target: Target  # what preflight checks the hosts for
 
     @property
     def local(self) -> bool:
@@ -46,17 +48,16 @@ class LaunchPlan:
         return is_local(self.slots)
 
     def launch(self) -> Launch:
-        """What the supervisor starts. Raises UserError for an --env that is not set."""
+        """What the supervisor starts."""
         max_restarts = self.options.max_restarts
         if max_restarts is None:
             max_restarts = 0 if self.local else _MAX_RESTARTS_ON_HOSTS
-        names = [name.strip() for name in (self.options.env or "").split(",") if name.strip()]
         return Launch(
             self.folder,
             self.slots,
             self.command,
             local=self.local,
-            host_environment=forwarded_environment(self.machine.environ, names),
+            host_environment=self.target.host_environment,
             max_restarts=max_restarts,
             max_halvings=max_halvings(self.config),
         )
@@ -93,33 +94,29 @@ class LaunchPlan:
         self, slots: Slots, command: DeepSpeedCommand, rendezvous: Rendezvous | None
     ) -> Mapping[Path, str]:
         """What DeepSpeed's launcher reads to start ranks on other hosts."""
-        exported = dict(self.added_environment)
-        if rendezvous is not None:
-            exported[LAUNCH_VARIABLE] = rendezvous.launch
-            if command.launcher != "pdsh" and rendezvous.address:  # DeepSpeed tells it with pdsh only
-                exported |= {"MASTER_ADDR": rendezvous.address, "MASTER_PORT": str(rendezvous.port)}
-        user_text = "\n".join(path.read_text(encoding="utf-8") for path in self.machine.deepspeed_env_files)
+        exported = exported_variables(self.added_environment, rendezvous, command.launcher)
         return {
             self.folder.logs / "hostfile": hostfile_text(slots),
-            self.folder.logs / "worker.env": remote_environment_text(exported, user_text),
+            self.folder.logs / "worker.env": exported_text(exported, self.machine.deepspeed_env_text()),
         }
 
 
-def plan_launch(options: PretrainOptions, config: PretrainConfig, machine: Machine) -> LaunchPlan:
+def plan_launch(
+    options: PretrainOptions, config: PretrainConfig, machine: Machine, slots: Slots | None = None
+) -> LaunchPlan:
     """Resolve the config and decide which ranks run where. Reads files; writes and starts nothing.
 
     Args:
         options: what the user asked for; `dry_run` is ignored.
         config: what `options.config` and `options.overrides` say.
         machine: the machine to launch from; call `select_accelerator` for its devices first.
+        slots: those to use; default: those that the options select.
 
     Raises UserError for anything that would keep the run from starting.
     """
-    hosts = read_hostfile(options.hostfile) if options.hostfile else allocated_hosts(machine.environ)
-    slots = place_ranks(machine.devices, options, hosts)
+    if slots is None:
+        slots = chosen_slots(options, machine)
     local = is_local(slots)
-    if not local:
-        check_launcher(options.launcher, slots)
 
     from pretrain.engine.deepspeed_settings import check_device_support  # imports torch and DeepSpeed
     from pretrain.resolve import resolve
@@ -127,5 +124,15 @@ def plan_launch(options: PretrainOptions, config: PretrainConfig, machine: Machi
     run = resolve(config, world_size=sum(map(len, slots.values())))
     if local:  # other hosts have other devices: their ranks check
         check_device_support(run.deepspeed)
-    added = launch_environment(machine.environ, machine.devices.kind if local else None, _REPOSITORY)
-    return LaunchPlan(options, run.config, run.folder, slots, machine, added)
+    added = launch_environment(machine.environ, machine.devices.kind if local else None, REPOSITORY)
+    target = target_of_run(target_of_hosts(slots, machine, options), run.config, run.num_parameters, run.folder)
+    return LaunchPlan(options, run.config, run.folder, slots, machine, added, target)
+
+
+def chosen_slots(options: HostOptions, machine: Machine) -> Slots:
+    """The slots that the options select, of the hostfile, the job or this machine. Raises UserError."""
+    hosts = read_hostfile(options.hostfile) if options.hostfile else allocated_hosts(machine.environ)
+    slots = place_ranks(machine.devices, options, hosts)
+    if not is_local(slots):
+        check_launcher(options.launcher, slots)
+    return slots

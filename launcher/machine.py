@@ -33,6 +33,10 @@ class Machine:
     find_port: Callable[[], int]  # a free port, called as late as possible
     deepspeed_env_files: tuple[Path, ...] = ()  # the user's own, which DeepSpeed exports to other hosts
 
+    def deepspeed_env_text(self) -> str:
+        """The lines of all these files."""
+        return "\n".join(path.read_text(encoding="utf-8") for path in self.deepspeed_env_files)
+
 
 def inspect_machine() -> Machine:
     """The current state of this machine and this process's environment."""

@@ -28,8 +28,8 @@ class PlacementOptions(Section):
     """Allow more ranks than CPU cores."""
 
 
-class LaunchOptions(PlacementOptions):
-    """How ranks are started, and started again."""
+class HostOptions(PlacementOptions):
+    """How ranks are started on other hosts."""
 
     launcher: Launcher = "pdsh"
     """What starts the ranks on other hosts: pdsh (ssh), an MPI, or srun in a job of SLURM."""
@@ -37,8 +37,26 @@ class LaunchOptions(PlacementOptions):
     env: Annotated[str | None, Metavar("NAME[,NAME…]")] = None
     """Environment variables to send to other hosts too; those of W&B, Hugging Face, NCCL, gloo and CUDA always are."""
 
+
+class PreflightOptions(HostOptions):
+    config: Annotated[str | None, Metavar("FILE")] = None
+    """The run as YAML; default: check only what any run needs, without corpora, run folder and disk."""
+
+    allow_missing: bool = False
+    """Exit with 0 if some hosts pass."""
+
+    overrides: dict[str, str] = {}
+    """Any config key, for example --run.dir=runs/first."""
+
+
+class LaunchOptions(HostOptions):
+    """What happens if hosts or ranks fail."""
+
     max_restarts: NonNegativeInt | None = None
     """Restarts within an hour after failures; default: 0 on one machine, 10 on several."""
+
+    allow_missing: bool = False
+    """Start on the hosts that pass preflight, if some fail."""
 
 
 class PretrainOptions(LaunchOptions):

@@ -51,6 +51,11 @@ def check_launcher(launcher: Launcher, slots: Slots) -> None:
         raise UserError(f"--launcher {launcher} needs the same number of slots on every host; use --launcher pdsh")
 
 
+def name_localhost(slots: Slots) -> Slots:
+    """The slots, under the name `localhost` if all are on this machine: it needs no ssh."""
+    return {"localhost": next(iter(slots.values()))} if is_local(slots) else slots
+
+
 def _hostfile_slots(hosts: Sequence[Host], options: PlacementOptions) -> Slots:
     slots = {host.name: tuple(range(host.slots)) for host in hosts}
     return {

@@ -23,14 +23,14 @@ from launcher.machine import cpu_cores, guess_device
 from launcher.rank_variables import rank_variables
 
 
-def main(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str], module: str = "pretrain.run") -> None:
     environ = {**os.environ, **_of_launch(os.environ)}
     environ |= rank_variables(environ)
     ranks = int(environ.get("LOCAL_SIZE", "1"))
     environ |= host_environment(environ, cpu_cores(), ranks, guess_device(environ))
     if int(environ.get("WORLD_SIZE", "1")) > ranks:
         environ |= _network(environ)
-    os.execve(sys.executable, [sys.executable, "-u", "-m", "pretrain.run", *argv], environ)
+    os.execve(sys.executable, [sys.executable, "-u", "-m", module, *argv], environ)
 
 
 def _of_launch(environ: Mapping[str, str]) -> Mapping[str, str]:

@@ -50,7 +50,7 @@ class _Supervisor:
         while True:
             attempt = self._attempt(layout)
             self._attempts.append(attempt)
-            if self._stop.requested or attempt.result.outcome in (Outcome.DONE, Outcome.REFUSED):
+            if self._stop.requested or self._folder.stop.exists():
                 return attempt.result
             can_halve = layout.microbatch_halvings < self._launch.max_halvings
             match decide(self._attempts, self._launch.max_restarts, can_halve):

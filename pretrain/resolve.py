@@ -63,6 +63,7 @@ class ResolvedRun:
     vocabulary: Vocabulary
     model_source: ModelConfig  # what the model is built from: section `model`, or the checkpoint to continue from
     model_config: PreTrainedConfig
+    num_parameters: int
     stages: tuple[Stage, ...]
     identity: Mapping[str, Any]  # see `run_identity`
     resume_plan: ResumePlan
@@ -117,6 +118,7 @@ def resolve(config: PretrainConfig, world_size: int, decide: Decide = _decide_lo
         vocabulary=vocabulary,
         model_source=model_source,
         model_config=model_config,
+        num_parameters=sum(parameter.numel() for parameter in skeleton.parameters()),
         stages=config.stages,
         identity=identity,
         resume_plan=decide(lambda: _plan_resume(config, point, identity, corpora)),

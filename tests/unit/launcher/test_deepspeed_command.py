@@ -41,6 +41,10 @@ def test_the_ranks_get_config_and_overrides_unchanged():
     assert args.master_port == 29999
 
 
+def test_a_module_without_a_config_gets_no_arguments():
+    assert parsed(replace(COMMAND, config=None, overrides={})).user_args == []
+
+
 def test_a_cpu_run_counts_its_slots():
     """Catches slot numbers reaching DeepSpeed, which knows one slot on a CPU and rejects slot 2."""
     args = parsed(replace(COMMAND, slots={"localhost": (0, 2)}))

@@ -7,12 +7,12 @@ import pytest
 from experiment.errors import UserError
 from launcher.environment import (
     deepspeed_environment,
+    exported_text,
     forwarded_environment,
     host_environment,
     launch_environment,
     network_interface,
     remote_deepspeed_environment,
-    remote_environment_text,
 )
 from launcher.machine import DeviceKind
 
@@ -99,7 +99,7 @@ def test_variables_for_other_hosts():
 
 
 def test_variables_that_deepspeed_exports_appear_in_no_command_line_unless_the_user_wants_it():
-    text = remote_environment_text({"OMP_NUM_THREADS": "4"}, "NCCL_DEBUG=INFO\nOMP_NUM_THREADS = 2\n\n")
+    text = exported_text({"OMP_NUM_THREADS": "4"}, "NCCL_DEBUG=INFO\nOMP_NUM_THREADS = 2\n\n")
     assert text.splitlines() == ["OMP_NUM_THREADS = 2", "NCCL_DEBUG=INFO"]
     environ = {"MLFLOW_TRACKING_PASSWORD": "secret", "NCCL_DEBUG": "INFO", "HOME": "/home"}
     assert remote_deepspeed_environment(environ, {"A": "1"}) == {"HOME": "/home", "A": "1"}

@@ -23,6 +23,8 @@ from launcher.launch_plan import plan_launch
 from launcher.launch_result import LaunchResult
 from launcher.machine import DeviceKind, Devices, Machine
 from launcher.options import PretrainOptions
+from launcher.preflight.run import Report
+from launcher.preflight.target import Target
 from pretrain.config import PretrainConfig
 
 CONFIG = """
@@ -54,7 +56,8 @@ def resolved(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, int]]:
         seen.append((config, world_size))
         folder = RunFolder(Path(config.run.dir).absolute())
         absolute = config.run.model_copy(update={"dir": str(folder.path)})
-        return SimpleNamespace(config=config.model_copy(update={"run": absolute}), folder=folder, deepspeed="fp16")
+        resolved = config.model_copy(update={"run": absolute})
+        return SimpleNamespace(config=resolved, folder=folder, deepspeed="fp16", num_parameters=1000)
 
     module.resolve = resolve  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "pretrain.resolve", module)
@@ -82,6 +85,18 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
 
     monkeypatch.setattr(launch, "supervise", supervise)
     return seen
+
+
+@pytest.fixture(autouse=True)
+def failed_hosts(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Stands for preflight: the hosts in this set fail."""
+    failed: set[str] = set()
+
+    def check_hosts(target: Target, machine: Machine, only_failed: bool) -> Report:
+        return Report({host: numbers for host, numbers in target.slots.items() if host not in failed}, "checked")
+
+    monkeypatch.setattr(launch, "check_hosts", check_hosts)
+    return failed
 
 
 def test_a_plan_depends_on_the_given_machine_only(config: str, resolved: list[tuple[Any, int]]) -> None:
@@ -229,6 +244,39 @@ def test_an_unset_variable_is_refused(config: str, launches: list[Launch]) -> No
     with pytest.raises(UserError, match="--env: MY_TOKEN is not set"):
         launch_pretraining(PretrainOptions(config=config, env="MY_TOKEN"))
     assert not Path("my-run").exists()
+
+
+def test_hosts_that_fail_preflight_are_left_out_on_request(
+    config: str, launches: list[Launch], resolved: list[tuple[Any, int]], failed_hosts: set[str]
+) -> None:
+    """Catches ranks on a host that failed, and a run that was resolved for other ranks than it has."""
+    Path("hosts").write_text("192.0.2.1 slots=2\n192.0.2.2 slots=2\n192.0.2.3 slots=1\n")
+    failed_hosts.add("192.0.2.2")
+    options = PretrainOptions(config=config, hostfile="hosts")
+    with pytest.raises(UserError, match=r"1 of 3 hosts failed: 192.0.2.2; --allow_missing leaves them out"):
+        launch_pretraining(options)
+    assert launches == []
+    launch_pretraining(options.model_copy(update={"allow_missing": True}))
+    (started,) = launches
+    assert started.slots == {"192.0.2.1": (0, 1), "192.0.2.3": (0,)}
+    command = started.command(Layout(started.slots), None)
+    assert "--include=192.0.2.1:0,1@192.0.2.3:0" in command.argv
+    assert "192.0.2.2" not in command.files[started.folder.logs / "hostfile"]
+    assert [world_size for _, world_size in resolved] == [5, 5, 3]
+    failed_hosts |= {"192.0.2.1", "192.0.2.3"}
+    with pytest.raises(UserError, match="3 of 3 hosts failed"):
+        launch_pretraining(options.model_copy(update={"allow_missing": True}))
+
+
+def test_if_only_this_machine_passes_it_runs_without_ssh(
+    config: str, launches: list[Launch], failed_hosts: set[str]
+) -> None:
+    Path("hosts").write_text("localhost slots=2\n192.0.2.2 slots=2\n")
+    failed_hosts.add("192.0.2.2")
+    launch_pretraining(PretrainOptions(config=config, hostfile="hosts", allow_missing=True))
+    (started,) = launches
+    assert started.slots == {"localhost": (0, 1)}
+    assert "--num_gpus=2" in started.command(Layout(started.slots), None).argv
 
 
 def test_a_slurm_job_needs_no_hostfile(config: str) -> None:

@@ -1,0 +1,138 @@
+"""Start the timed all-reduce over all ranks of a launch, in processes of its own, as a run would start."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from experiment.files import write_text
+from experiment.provenance import REPOSITORY
+from launcher.deepspeed_command import DeepSpeedCommand, deepspeed_argv
+from launcher.environment import (
+    deepspeed_environment,
+    exported_text,
+    exported_variables,
+    launch_environment,
+    remote_deepspeed_environment,
+)
+from launcher.guarded_hosts import GuardedHosts, GuardRequest, Rendezvous
+from launcher.hostfile import Slots, hostfile_text
+from launcher.machine import Machine
+from launcher.placement import is_local
+from launcher.preflight.target import Target
+
+LIMIT_SECONDS = 240.0
+"""After which each rank gives up. Most of it is for the start: Python's modules may come from a slow disk."""
+
+RESULT_MARK = "deepcloze-preflight:"
+_EXIT_SECONDS = 30.0
+_TAIL_LINES = 15
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What the ranks measured."""
+
+    ranks: int
+    bytes: int  # of one all-reduce
+    seconds: float  # of one all-reduce, on the slowest rank
+    compute_seconds: tuple[float, ...]  # of a fixed computation on the slowest rank of each host
+    link_bandwidths: tuple[float, ...]  # bytes/s between each host and the better of its neighbours; empty: one host
+
+    @property
+    def bus_bandwidth(self) -> float:
+        """Bytes/s, comparable for any number of ranks; defined as in nccl-tests (doc/PERFORMANCE.md there)."""
+        return 2 * (self.ranks - 1) / self.ranks * self.bytes / self.seconds
+
+
+class MeasurementError(Exception):
+    """The all-reduce did not start, did not end in time, or failed."""
+
+
+def measure(slots: Slots, machine: Machine, target: Target) -> Measurement:
+    """Measure all-reduce bandwidth, links and compute over these slots, some of the target's.
+
+    Raises MeasurementError with the end of the output.
+    """
+    with tempfile.TemporaryDirectory(prefix="deepcloze-preflight-") as temporary:
+        if is_local(slots):
+            output = _run(*_plan(slots, machine, target, Path(temporary)))
+        else:
+            name = f"{os.urandom(8).hex()}-0"
+            request = GuardRequest(name, target.host_environment, head=next(iter(slots)))
+            with GuardedHosts(list(slots), request, on_change=lambda: None) as guards:
+                if guards.lost:
+                    raise MeasurementError("; ".join(f"{host}: {reason}" for host, reason in guards.lost.items()))
+                output = _run(*_plan(slots, machine, target, Path(temporary), guards.rendezvous()))
+    for line in output.splitlines():
+        _, mark, result = line.partition(RESULT_MARK)
+        if mark:
+            return TypeAdapter(Measurement).validate_json(result)
+    raise MeasurementError(f"the all-reduce over all ranks failed; the end of its output:\n{_tail(output)}")
+
+
+def _plan(
+    slots: Slots, machine: Machine, target: Target, temporary: Path, rendezvous: Rendezvous | None = None
+) -> tuple[list[str], Mapping[str, str]]:
+    """The command and its environment. Without a rendezvous, all ranks run on this machine."""
+    added = launch_environment(machine.environ, None if rendezvous else machine.devices.kind, REPOSITORY)
+    command = DeepSpeedCommand(
+        python=sys.executable,
+        module="launcher.preflight.start_measurement",
+        config=None,
+        slots=slots,
+        device=machine.devices.kind,
+        master_port=rendezvous.port if rendezvous else target.port,
+        hostfile=temporary / "hostfile" if rendezvous else None,
+        launcher=target.launcher,
+        master_addr=rendezvous.address if rendezvous else None,
+    )
+    if rendezvous is None:
+        return deepspeed_argv(command), deepspeed_environment(machine.environ, added)
+    exported = exported_variables(added, rendezvous, target.launcher)
+    write_text(temporary / "hostfile", hostfile_text(slots))
+    write_text(temporary / "worker.env", exported_text(exported, machine.deepspeed_env_text()))
+    environment = remote_deepspeed_environment(machine.environ, added)
+    return deepspeed_argv(command), environment | {"DS_ENV_FILE": str(temporary / "worker.env")}
+
+
+def _run(argv: list[str], environment: Mapping[str, str]) -> str:
+    """The output of the command. Kills it, and all that it has started here, if it does not end in time."""
+    process = subprocess.Popen(
+        argv,
+        env=dict(environment),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        text=True,
+        errors="replace",
+    )
+    try:
+        return process.communicate(timeout=LIMIT_SECONDS + _EXIT_SECONDS)[0]
+    except subprocess.TimeoutExpired:
+        _kill_group(process.pid)
+        output = process.communicate()[0]
+        raise MeasurementError(
+            f"the all-reduce over all ranks did not end within {LIMIT_SECONDS + _EXIT_SECONDS:.0f} s; the end of its "
+            f"output:\n{_tail(output)}"
+        ) from None
+    finally:
+        _kill_group(process.pid)
+
+
+def _kill_group(group: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
+
+
+def _tail(output: str) -> str:
+    lines = [line for line in output.splitlines() if line.strip()]
+    return "\n".join(lines[-_TAIL_LINES:])

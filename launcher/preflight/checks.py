@@ -1,0 +1,211 @@
+"""Compare the facts of hosts with what a run needs. Pure, and linear in the number of hosts."""
+
+import shlex
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median_high, median_low
+from typing import Literal
+
+from launcher.hostfile import Slots
+from launcher.preflight.bandwidth import Measurement
+from launcher.preflight.facts import HostAnswer, HostFacts, Unreachable
+from launcher.preflight.target import Target
+
+Check = Literal[
+    "ssh", "Python", "packages", "code", "files", "run folder", "disk", "devices", "clock", "network", "port", "speed"
+]
+
+_CLOCK_SECONDS = 60.0
+_BUSY_BYTES = 1 << 30  # of GPU memory; drivers and displays use less
+# A host is slow if the others' median is this many times faster. Neighbours and clocks make less difference.
+_SLOW_FACTOR = 4.0
+# Slower than this is a fault in any network: Fast Ethernet, of 1995.
+_SLOWEST_LINK = 12.5e6  # bytes/s
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a host cannot take part in a run."""
+
+    check: Check
+    text: str  # what was found, and expected
+    fix: str  # a command
+
+
+Problems = Mapping[str, Sequence[Problem]]
+"""By host; hosts without problems have none."""
+
+
+def find_problems(
+    answers: Mapping[str, HostAnswer | Unreachable], own: HostFacts, target: Target, tokens: Set[str]
+) -> dict[str, list[Problem]]:
+    """The problems of each host, in the order of the hosts.
+
+    Args:
+        answers: by host, the first one of the run first.
+        own: the facts of the launching machine, with which the hosts are compared.
+        tokens: the hosts whose tokens the launching machine sees in the run folder.
+    """
+    problems = {}
+    for host, answer in answers.items():
+        if isinstance(answer, Unreachable):
+            check: Check = "Python" if answer.connected else "ssh"
+            problems[host] = [Problem(check, answer.reason, answer.fix)]
+        else:
+            problems[host] = list(_problems_of_host(host, answer, own, target, host in tokens))
+    _check_port(answers, target, problems)
+    return problems
+
+
+def _problems_of_host(host: str, answer: HostAnswer, own: HostFacts, target: Target, seen: bool) -> Iterator[Problem]:
+    facts = answer.facts
+    yield from _software_problems(host, facts, own, target)
+    yield from _file_problems(host, facts, own)
+    if target.folder is not None:
+        yield from _disk_problems(host, facts, target, seen)
+    yield from _device_problems(host, facts, target)
+    if abs(answer.clock_offset) > _CLOCK_SECONDS:
+        side = "ahead of" if answer.clock_offset > 0 else "behind"
+        text = f"its clock is at least {abs(answer.clock_offset):.0f} s {side} this machine's; a minute is allowed"
+        yield Problem("clock", text, f"ssh {host} sudo chronyc makestep")
+    yield from _network_problems(host, facts, target)
+
+
+def _software_problems(host: str, facts: HostFacts, own: HostFacts, target: Target) -> Iterator[Problem]:
+    python = shlex.quote(target.python)
+    if facts.python != own.python:
+        text = f"Python {facts.python} at {target.python}, expected {own.python}"
+        yield Problem("Python", text, _copy(Path(target.python).parent.parent, host))
+    wrong = {name: version for name, version in own.versions.items() if version and facts.versions[name] != version}
+    if wrong:
+        found = ", ".join(f"{name} {facts.versions[name] or 'missing'} (expected {wrong[name]})" for name in wrong)
+        needed = " ".join(f"{name}=={version}" for name, version in wrong.items())
+        yield Problem("packages", found, f"ssh {host} {python} -m pip install {needed}")
+    copy = f"rsync -a {shlex.quote(target.project)}/ {host}:{shlex.quote(target.project)}/"
+    if facts.source is None:
+        yield Problem("code", f"deepcloze is not at {target.project}", copy)
+    elif facts.commit and own.commit and facts.commit != own.commit:
+        text = f"commit {facts.commit[:12]} at {target.project}, expected {own.commit[:12]}"
+        yield Problem("code", text, copy)
+    elif facts.source != own.source:
+        yield Problem("code", f"other Python files at {target.project} than on this machine", copy)
+
+
+def _file_problems(host: str, facts: HostFacts, own: HostFacts) -> Iterator[Problem]:
+    for path, checksum in own.checksums.items():
+        if facts.checksums[path] != checksum:
+            found = "cannot be read" if facts.checksums[path] is None else "differs from this machine's"
+            yield Problem("files", f"{path} {found}", _copy(Path(path).parent, host))
+    for folder in facts.missing_folders:
+        text = f"there is no folder {folder}, the working directory of this launch"
+        yield Problem("files", text, f"ssh {host} mkdir -p {shlex.quote(folder)}")
+
+
+def _disk_problems(host: str, facts: HostFacts, target: Target, seen: bool) -> Iterator[Problem]:
+    folder = shlex.quote(str(target.folder))
+    if not facts.shared or (facts.write_error is None and not seen):
+        unseen = "what the host writes there is not seen on this machine"
+        if not facts.shared:
+            unseen = "what this machine writes there is not seen on the host"
+        fix = f"ssh {host} df -h {folder}    # mount the disk of this machine, or choose another run.dir"
+        yield Problem("run folder", f"{target.folder} is not shared: {unseen}", fix)
+    elif facts.write_error is not None:
+        yield Problem(
+            "run folder", f"cannot write to {target.folder}: {facts.write_error}", f"ssh {host} df -h {folder}"
+        )
+    if facts.free_bytes is not None and facts.free_bytes < target.checkpoint_bytes:
+        text = (
+            f"{_gigabytes(facts.free_bytes)} free at {target.folder}, expected {_gigabytes(target.checkpoint_bytes)} "
+            "for the planned checkpoints"
+        )
+        yield Problem("disk", text, f"ssh {host} df -h {folder}    # free space, or lower checkpoint.keep_last")
+
+
+def _device_problems(host: str, facts: HostFacts, target: Target) -> Iterator[Problem]:
+    slots, used = target.slots[host], facts.gpu_memory_used
+    if used is None:
+        return
+    if target.uses_cpu or not used:
+        if len(slots) > facts.cores and not target.oversubscribe:
+            text = f"{facts.cores} CPU cores, expected {len(slots)}, one for each rank"
+            yield Problem("devices", text, f"correct slots={len(slots)} in the hostfile, or pass --oversubscribe")
+        return
+    if missing := [slot for slot in slots if slot >= len(used)]:
+        text = f"no GPU {missing[0]}: {len(used)} GPUs, expected {len(slots)} for its slots"
+        yield Problem("devices", text, f"ssh {host} nvidia-smi    # then correct slots={len(slots)} in the hostfile")
+    if busy := [slot for slot in slots if slot < len(used) and used[slot] > _BUSY_BYTES]:
+        shown = ", ".join(f"{slot} ({_gigabytes(used[slot])} in use)" for slot in busy)
+        numbers = ",".join(map(str, busy))
+        yield Problem("devices", f"busy GPUs: {shown}", f"ssh {host} nvidia-smi    # or --exclude {host}:{numbers}")
+
+
+def _network_problems(host: str, facts: HostFacts, target: Target) -> Iterator[Problem]:
+    peer = target.peer_of(host)
+    if facts.network_error is not None:
+        yield Problem("network", f"no way to {peer}: {facts.network_error}", f"ssh {host} getent hosts {peer}")
+    elif facts.address is not None and facts.address.startswith("127."):
+        text = f"its name for {peer} is the loopback address"
+        yield Problem("network", text, f"ssh {host} getent hosts {peer}    # correct its /etc/hosts")
+    for variable, names in target.interfaces.items():
+        if not any(name in facts.interfaces for name in names):
+            text = f"no interface {' or '.join(names)}, as {variable} says; it has {', '.join(facts.interfaces)}"
+            yield Problem(
+                "network", text, f"ssh {host} ip -br address    # set {variable} to interfaces that all hosts have"
+            )
+
+
+def _check_port(
+    answers: Mapping[str, HostAnswer | Unreachable], target: Target, problems: Mapping[str, list[Problem]]
+) -> None:
+    """Add the problem of a port that is not free on the first host that has none."""
+    for host, answer in answers.items():
+        if problems[host] or isinstance(answer, Unreachable):
+            continue
+        if answer.facts.port_free is not False:
+            return
+        text = f"port {target.port}, at which the ranks would meet, is in use"
+        problems[host].append(
+            Problem("port", text, f"ssh {host} ss -ltnp 'sport = :{target.port}'    # the next try takes another port")
+        )
+
+
+def find_slow_hosts(slots: Slots, measured: Measurement) -> dict[str, list[Problem]]:
+    """The hosts that are far slower than the others; with two hosts, the slower link cannot be told from the faster."""
+    problems: dict[str, list[Problem]] = {host: [] for host in slots}
+    usual_link = median_high(measured.link_bandwidths) if measured.link_bandwidths else 0.0
+    usual_compute = median_low(measured.compute_seconds)
+    for number, host in enumerate(slots):
+        seconds = measured.compute_seconds[number]
+        if seconds > _SLOW_FACTOR * usual_compute:
+            text = f"computes {seconds / usual_compute:.1f} times slower than the median of all hosts"
+            problems[host].append(Problem("speed", text, f"ssh {host} top -b -n 1    # or --exclude {host}"))
+        if measured.link_bandwidths:
+            link = measured.link_bandwidths[number]
+            if link < max(_SLOWEST_LINK, usual_link / _SLOW_FACTOR):
+                problems[host].append(_slow_link(host, slots, link, usual_link))
+    return problems
+
+
+def _slow_link(host: str, slots: Slots, link: float, usual: float) -> Problem:
+    fix = f"ssh {host} ip -s link    # or --exclude {host}"
+    if len(slots) == 2:
+        first, second = slots
+        text = f"{_megabytes(link)} between {first} and {second}, whichever of them is slow"
+        return Problem("speed", f"{text}; expected at least {_megabytes(_SLOWEST_LINK)}", fix)
+    return Problem(
+        "speed", f"its network gives {_megabytes(link)}; the median of all hosts is {_megabytes(usual)}", fix
+    )
+
+
+def _copy(folder: Path, host: str) -> str:
+    quoted = shlex.quote(str(folder))
+    return f"rsync -a {quoted}/ {host}:{quoted}/"
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:,.1f} GB"
+
+
+def _megabytes(size: float) -> str:
+    return f"{size / 1e6:,.1f} MB/s"

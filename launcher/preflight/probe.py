@@ -1,0 +1,206 @@
+"""Collect the facts of the host that this runs on, for `HostFacts`.
+
+The source of this file is sent to `PYTHON -` on other hosts, so it imports the standard library only, and it has to run
+on Python versions that the project does not support: another version is a fact to report.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import socket
+import struct
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+LAUNCHER_TOKEN = "launcher"
+"""File that the launching machine writes to the token folder, for the hosts to see."""
+
+_TOKEN_SECONDS = 5.0  # network disks cache folders for some seconds
+_TOKEN_BYTES = 4096  # so that a full disk is noticed
+_SIOCGIFADDR = 0x8915  # see netdevice(7)
+
+
+def main(request: str) -> None:
+    """Print the facts as one line of JSON. `request`: a `ProbeRequest` as JSON."""
+    print(json.dumps(collect(json.loads(request))))
+
+
+def collect(request: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts that a `ProbeRequest`, as a dict, asks for."""
+    shared, write_error = _exchange_tokens(request["token_folder"], request["token"])
+    interface, address, network_error = _route_to(request["peer"])
+    return {
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in request["libraries"]},
+        "commit": _commit(request["project"]),
+        "source": _source_digest(request["project"], request["packages"]),
+        "checksums": {path: _checksum(path) for path in request["files"]},
+        "missing_folders": [path for path in request["folders"] if not Path(path).is_dir()],
+        "shared": shared,
+        "write_error": write_error,
+        "free_bytes": _free_bytes(request["token_folder"]) if shared else None,
+        "time": time.time(),
+        "gpu_memory_used": _gpu_memory_used(),
+        "cores": _cores(),
+        "port_free": _is_free(request["port"]),
+        "interfaces": [name for _, name in socket.if_nameindex()],
+        "interface": interface,
+        "address": address,
+        "network_error": network_error,
+    }
+
+
+def _exchange_tokens(folder: str | None, token: str) -> tuple[bool | None, str | None]:
+    """(whether this host sees the launching machine's token in the folder, why its own cannot be written)"""
+    if folder is None:
+        return None, None
+    deadline = time.monotonic() + _TOKEN_SECONDS
+    while not _lists(folder, LAUNCHER_TOKEN):
+        if time.monotonic() > deadline:
+            return False, None
+        time.sleep(0.2)
+    try:
+        with Path(folder, token).open("wb") as file:
+            file.write(bytes(_TOKEN_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return True, error.strerror
+    return True, None
+
+
+def _lists(folder: str, name: str) -> bool:
+    try:
+        return any(
+            path.name == name for path in Path(folder).iterdir()
+        )  # a lookup by name may be answered from a cache
+    except OSError:
+        return False
+
+
+def _free_bytes(folder: str) -> int | None:
+    try:
+        disk = os.statvfs(folder)
+    except OSError:
+        return None
+    return disk.f_bavail * disk.f_frsize
+
+
+def _version(library: str) -> str | None:
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit(project: str | None) -> str | None:
+    """The commit of a git checkout; None if it is not one, or git is missing."""
+    if project is None:
+        return None
+    # As `experiment.provenance.git_state`.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    environment["GIT_CEILING_DIRECTORIES"] = str(Path(project).parent)
+    command = ["git", "-c", "safe.directory=*", "-C", project, "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True, timeout=20, env=environment
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.decode().strip()
+
+
+def _source_digest(project: str | None, packages: Sequence[str]) -> str | None:
+    """SHA-256 of the Python files of these packages, with their names; None if there are none."""
+    if project is None:
+        return None
+    root, digest = Path(project), hashlib.sha256()
+    files = sorted(path for package in packages for path in (root / package).rglob("*.py"))
+    for path in files:
+        digest.update(f"{path.relative_to(root)} {_checksum(str(path))}\n".encode())
+    return digest.hexdigest() if files else None
+
+
+def _checksum(path: str) -> str | None:
+    """SHA-256 of a file; None if it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            for block in iter(lambda: file.read(1 << 20), b""):
+                digest.update(block)
+    except OSError:
+        return None
+    return digest.hexdigest()
+
+
+def _gpu_memory_used() -> list[int] | None:
+    """Bytes in use of each NVIDIA GPU, by its number; 0 where nvidia-smi is missing; None: there are GPUs of another
+    maker, which are not counted."""
+    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True, timeout=30)
+        return [int(line) << 20 for line in done.stdout.split()]
+    except (OSError, ValueError, subprocess.SubprocessError):
+        pass
+    if count := len(list(Path("/dev").glob("nvidia[0-9]*"))):
+        return [0] * count
+    return None if any(map(os.path.exists, ("/dev/kfd", "/dev/dxg"))) else []
+
+
+def _cores() -> int:
+    """As `launcher.machine.cpu_cores`."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        with open("/sys/fs/cgroup/cpu.max") as file:
+            quota, period = map(int, file.read().split())
+    except (OSError, ValueError):
+        return cores
+    return min(cores, max(1, quota // period))
+
+
+def _is_free(port: int | None) -> bool | None:
+    """Whether no process listens on this TCP port."""
+    if port is None:
+        return None
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("", port))
+        except OSError:
+            return False
+    return True
+
+
+def _route_to(peer: str | None) -> tuple[str | None, str | None, str | None]:
+    """(the interface, the own address) of packets to a host, and why there are none."""
+    if peer is None:
+        return None, None, None
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(peer, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(address)  # sends nothing
+            own = probe.getsockname()[0]
+    except OSError as error:
+        return None, None, error.strerror or str(error)
+    return _interface_of(own), own, None
+
+
+def _interface_of(address: str) -> str | None:
+    """The interface with this IPv4 address, None if unknown."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            try:
+                answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+            except OSError:
+                continue
+            if socket.inet_ntoa(answer[20:24]) == address:
+                return name
+    return None

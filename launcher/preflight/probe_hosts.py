@@ -1,0 +1,139 @@
+"""Ask hosts for their facts, in parallel over ssh."""
+
+import asyncio
+import json
+import shlex
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+from tqdm import tqdm
+
+from launcher.preflight import probe
+from launcher.preflight.facts import HostAnswer, HostFacts, ProbeRequest, Unreachable
+from launcher.ssh import CONNECT_SECONDS, ssh_argv
+
+Answer = HostAnswer | Unreachable
+
+_ANSWER_SECONDS = 60.0  # from the start of ssh
+_AT_ONCE = 128  # three file descriptors each
+_SSH_FAILED, _NOT_EXECUTABLE, _NOT_FOUND = 255, 126, 127
+
+_FACTS = TypeAdapter(HostFacts)
+# The working directory, which `python -` searches first, may have modules of any name.
+_PROGRAM = """\
+import sys
+sys.path = [folder for folder in sys.path if folder]
+probe = {{"__name__": "probe"}}
+exec(compile({source!r}, "probe.py", "exec"), probe)
+probe["main"]({request!r})
+"""
+
+
+def probe_hosts(requests: Mapping[str, ProbeRequest], show_progress: bool = False) -> dict[str, Answer]:
+    """The facts of each host, or why it gave none. Bounded in time: a host has a minute to answer.
+
+    Args:
+        requests: by the name of the host.
+        show_progress: as a line on stderr, if that is a terminal.
+    """
+    return asyncio.run(_probe_all(requests, show_progress))
+
+
+def probe_this_machine(request: ProbeRequest) -> HostAnswer:
+    return HostAnswer(_FACTS.validate_python(probe.collect(asdict(request))), clock_offset=0.0)
+
+
+async def _probe_all(requests: Mapping[str, ProbeRequest], show_progress: bool) -> dict[str, Answer]:
+    free_places = asyncio.Semaphore(_AT_ONCE)
+    source = Path(probe.__file__).read_text(encoding="utf-8")
+    with tqdm(total=len(requests), desc="preflight", unit="host", disable=None if show_progress else True) as progress:
+
+        async def ask(host: str, request: ProbeRequest) -> Answer:
+            async with free_places:
+                program = _PROGRAM.format(source=source, request=json.dumps(asdict(request)))
+                answer = await _probe(host, program)
+                progress.update()
+                return answer
+
+        answers = await asyncio.gather(*(ask(host, request) for host, request in requests.items()))
+    return dict(zip(requests, answers, strict=True))
+
+
+async def _probe(host: str, program: str) -> Answer:
+    start = time.time()
+    process = await asyncio.create_subprocess_exec(
+        *ssh_argv(host, [sys.executable, "-"]),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        stdout, stderr = await asyncio.wait_for(process.communicate(program.encode()), _ANSWER_SECONDS)
+    except TimeoutError:
+        return Unreachable(f"no answer within {_ANSWER_SECONDS:.0f} s", f"ssh {host} uptime")
+    finally:
+        with suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+    error = stderr.decode(errors="replace").strip()
+    if process.returncode == 0:
+        return _parse(host, stdout, error, start, time.time())
+    return _why_unreachable(host, process.returncode, error)
+
+
+def _parse(host: str, stdout: bytes, error: str, start: float, end: float) -> Answer:
+    """`start`, `end`: when ssh was started and when it ended, by the clock of the launching machine."""
+    line = stdout.strip().rpartition(b"\n")[2]  # shells may print more, before
+    try:
+        facts = _FACTS.validate_json(line)
+    except ValidationError:
+        shown = error or stdout.decode(errors="replace").strip() or "nothing"
+        return _no_facts(host, f"{sys.executable} printed no facts, but {_last_line(shown)!r}")
+    return HostAnswer(facts, clock_offset=max(0.0, facts.time - end) + min(0.0, facts.time - start))
+
+
+def _why_unreachable(host: str, exit_code: int | None, error: str) -> Unreachable:
+    if exit_code == _NOT_FOUND:
+        return _no_facts(host, f"there is no Python at {sys.executable}")
+    if exit_code == _NOT_EXECUTABLE:
+        return _no_facts(host, f"{sys.executable} cannot be executed")
+    if exit_code != _SSH_FAILED:
+        return _no_facts(host, f"{sys.executable} failed with exit code {exit_code}: {_last_line(error)}")
+    for text, reason, fix in _SSH_ERRORS:
+        if text in error:
+            return Unreachable(reason, fix.format(host=host))
+    return Unreachable(f"ssh failed: {_last_line(error)}", f"ssh -v {host} true")
+
+
+# A part of ssh's message, what it means, a command.
+_SSH_ERRORS = (
+    (
+        "REMOTE HOST IDENTIFICATION HAS CHANGED",
+        "its host key is not the known one",
+        "ssh-keygen -R {host}; ssh {host} true    # accept the new key, if the host was installed again",
+    ),
+    ("Host key verification failed", "its host key is unknown", "ssh {host} true    # accept the key"),
+    (
+        "Could not resolve hostname",
+        "its name cannot be resolved",
+        "getent hosts {host}    # correct the hostfile or DNS",
+    ),
+    ("Permission denied", "permission denied without a password", "ssh-copy-id {host}"),
+    ("Connection refused", "connection refused: sshd does not run there", "sudo systemctl start sshd    # on {host}"),
+    ("timed out", f"no connection within {CONNECT_SECONDS} s", "ping {host}"),
+    ("No route to host", "no route to the host", "ping {host}"),
+)
+
+
+def _no_facts(host: str, reason: str) -> Unreachable:
+    prefix = shlex.quote(sys.prefix)
+    return Unreachable(reason, f"rsync -a {prefix}/ {host}:{prefix}/", connected=True)
+
+
+def _last_line(text: str) -> str:
+    return text.rpartition("\n")[2].strip() or "no message"

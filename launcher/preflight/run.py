@@ -1,0 +1,138 @@
+"""Preflight: check that hosts can run a launch, before they do."""
+
+import platform
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from experiment.errors import UserError
+from experiment.files import write_text
+from experiment.provenance import LIBRARIES
+from experiment.run_folder import RunFolder, open_run_folder
+from launcher.hostfile import Slots
+from launcher.machine import Machine
+from launcher.placement import is_local, name_localhost
+from launcher.preflight.bandwidth import Measurement, MeasurementError, measure
+from launcher.preflight.checks import find_problems, find_slow_hosts
+from launcher.preflight.facts import HostAnswer, HostFacts, ProbeRequest, Unreachable
+from launcher.preflight.probe import LAUNCHER_TOKEN
+from launcher.preflight.probe_hosts import probe_hosts, probe_this_machine
+from launcher.preflight.table import preflight_table
+from launcher.preflight.target import Target
+
+_PACKAGES = ("launcher", "pretrain", "finetune", "experiment")
+_TOKEN_SECONDS = 5.0  # network disks cache folders for some seconds
+
+
+@dataclass(frozen=True)
+class Report:
+    """The outcome of preflight."""
+
+    passed: Slots  # of the hosts without problems
+    text: str
+    failure: str | None = None  # of all hosts together
+
+
+def check_hosts(target: Target, machine: Machine, only_failed: bool = False) -> Report:
+    """Check all hosts of a launch in parallel, then measure those that passed.
+
+    Writes to the run folder, and removes it again if it made it. `only_failed`: report hosts with problems only.
+    Raises UserError if this machine cannot write there.
+    """
+    answers, own, tokens = _probe(target)
+    problems = find_problems(answers, own, target, tokens)
+    passing = {host: numbers for host, numbers in target.slots.items() if not problems[host]}
+    measured, failure = _measure(passing, machine, target)
+    if measured is not None:
+        for host, slow in find_slow_hosts(passing, measured).items():
+            problems[host] += slow
+    text = preflight_table(answers, problems, passing, measured, only_failed)
+    passed = {host: numbers for host, numbers in passing.items() if not problems[host]}
+    return Report(passed, text, failure)
+
+
+def require_hosts(report: Report, target: Target, allow_missing: bool) -> Slots:
+    """The slots of the hosts that passed. Raises UserError if all have failed, or one without `allow_missing`."""
+    if report.failure is not None:
+        raise UserError(f"preflight: {report.failure}")
+    failed = [host for host in target.slots if host not in report.passed]
+    if failed and not (allow_missing and report.passed):
+        shown = ", ".join(failed[:4]) + (" …" if len(failed) > 4 else "")
+        advice = "; --allow_missing leaves them out" if report.passed else ""
+        raise UserError(f"preflight: {len(failed)} of {len(target.slots)} hosts failed: {shown}{advice}")
+    return report.passed
+
+
+def _measure(slots: Slots, machine: Machine, target: Target) -> tuple[Measurement | None, str | None]:
+    """The measurement, or why it failed; neither for less than two ranks."""
+    ranks = sum(map(len, slots.values()))
+    if ranks < 2:
+        return None, None
+    print(f"preflight: timing an all-reduce over {ranks} ranks", file=sys.stderr, flush=True)
+    try:
+        return measure(name_localhost(slots), machine, target), None
+    except MeasurementError as error:
+        return None, str(error)
+
+
+def _probe(target: Target) -> tuple[Mapping[str, HostAnswer | Unreachable], HostFacts, set[str]]:
+    """The answers of the hosts, the facts of this machine, and the hosts whose tokens are in the run folder."""
+    request = ProbeRequest(
+        libraries=LIBRARIES,
+        project=target.project,
+        packages=_PACKAGES,
+        files=tuple(map(str, target.files)),
+        folders=(str(Path.cwd()),),  # DeepSpeed changes to it on all hosts
+        port=target.port,
+    )
+    own = probe_this_machine(request)
+    with _token_folder(target.folder) as folder:
+        request = replace(request, token_folder=None if folder is None else str(folder))
+        requests = {
+            host: replace(request, token=f"host-{number}", peer=target.peer_of(host))
+            for number, host in enumerate(target.slots)
+        }
+        answers: Mapping[str, HostAnswer | Unreachable]
+        if is_local(target.slots):
+            answers = {host: probe_this_machine(requests[host]) for host in target.slots}
+        else:
+            answers = probe_hosts(requests, show_progress=True)
+        expected = {
+            requests[host].token: host
+            for host, answer in answers.items()
+            if isinstance(answer, HostAnswer) and answer.facts.shared and answer.facts.write_error is None
+        }
+        return answers, own.facts, set() if folder is None else _seen_tokens(folder, expected)
+
+
+@contextmanager
+def _token_folder(run: Path | None) -> Iterator[Path | None]:
+    """A new folder in the run folder with this machine's token."""
+    if run is None:
+        yield None
+        return
+    made = [path for path in (RunFolder(run).logs, run, *run.parents) if not path.exists()]
+    folder = open_run_folder(run).logs / f".preflight-{platform.node()}-{secrets.token_hex(8)}"
+    try:
+        write_text(folder / LAUNCHER_TOKEN, "")
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        for path in made:
+            with suppress(OSError):  # not empty
+                path.rmdir()
+
+
+def _seen_tokens(folder: Path, expected: Mapping[str, str]) -> set[str]:
+    """The hosts whose tokens are in the folder. `expected`: token -> host."""
+    deadline = time.monotonic() + _TOKEN_SECONDS
+    while True:
+        names = {path.name for path in folder.iterdir()}
+        if names.issuperset(expected) or time.monotonic() > deadline:
+            return {host for token, host in expected.items() if token in names}
+        time.sleep(0.2)

@@ -1,0 +1,108 @@
+"""What preflight checks hosts for: the ranks on each host and, with a config, the run."""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+from experiment.checkpoints import complete_checkpoints
+from experiment.provenance import REPOSITORY
+from experiment.run_folder import RunFolder
+from launcher.environment import forwarded_environment
+from launcher.hostfile import Slots
+from launcher.machine import Machine
+from launcher.options import HostOptions, Launcher
+from pretrain.config import PretrainConfig
+
+# Of each parameter, in fp32. See `pretrain/training/checkpoint_tensors.py`.
+_ENGINE_BYTES = 3 * 4  # weight and two moments of the optimizer
+_MODEL_BYTES = 4  # in hf/
+_AVERAGE_BYTES = 2 * 4  # in engine/ and hf-ema/
+
+
+@dataclass(frozen=True)
+class Target:
+    """A launch that is to be checked."""
+
+    slots: Slots
+    port: int  # at which the ranks meet on the first host
+    project: str  # folder of the packages, the same on all hosts
+    interfaces: Mapping[str, tuple[str, ...]]  # variable -> network interfaces that it names
+    launcher: Launcher = "pdsh"
+    host_environment: Mapping[str, str] = field(default_factory=dict, repr=False)  # variables for ranks on other hosts
+    uses_cpu: bool = False  # on hosts with GPUs too
+    oversubscribe: bool = False
+    python: str = sys.executable
+    folder: Path | None = None  # of the run; None: without a config
+    files: tuple[Path, ...] = ()  # that must be the same on all hosts
+    checkpoint_bytes: int = 0  # still to be written
+
+    @cached_property
+    def _first_two(self) -> tuple[str, ...]:
+        return tuple(self.slots)[:2]
+
+    def peer_of(self, host: str) -> str | None:
+        """The host that another one must reach: the first one, and for that the second."""
+        return next((peer for peer in self._first_two if peer != host), None)
+
+
+def target_of_hosts(slots: Slots, machine: Machine, options: HostOptions) -> Target:
+    """What any launch over these slots needs. Raises UserError for an --env that is not set."""
+    names = [name.strip() for name in (options.env or "").split(",") if name.strip()]
+    return Target(
+        slots=slots,
+        port=machine.find_port(),
+        project=str(REPOSITORY),
+        interfaces=_named_interfaces(machine.environ),
+        launcher=options.launcher,
+        host_environment=forwarded_environment(machine.environ, names),
+        uses_cpu=machine.environ.get("DS_ACCELERATOR") == "cpu",
+        oversubscribe=options.oversubscribe,
+    )
+
+
+def target_of_run(hosts: Target, config: PretrainConfig, num_parameters: int, folder: RunFolder) -> Target:
+    """What a run needs beyond its hosts. `config`: resolved."""
+    return replace(
+        hosts,
+        folder=folder.path,
+        files=_required_files(config),
+        checkpoint_bytes=_checkpoint_bytes(config, num_parameters, folder),
+    )
+
+
+def _named_interfaces(environ: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """The interfaces that settings of gloo and NCCL name; without the prefixes and exclusions that NCCL accepts."""
+    gloo, nccl = environ.get("GLOO_SOCKET_IFNAME", ""), environ.get("NCCL_SOCKET_IFNAME", "")
+    found = {"GLOO_SOCKET_IFNAME": gloo, "NCCL_SOCKET_IFNAME": nccl[1:] if nccl.startswith("=") else ""}
+    return {variable: tuple(names.split(",")) for variable, names in found.items() if names}
+
+
+def _required_files(config: PretrainConfig) -> tuple[Path, ...]:
+    """The files that stand for all that the ranks read: manifests of corpora have the checksums of the shards."""
+    train = config.corpus.train
+    corpora = [train] if isinstance(train, str) else [given.path for given in train]
+    files = [Path(path) / "manifest.json" for path in (*corpora, *config.corpus.eval.values())]
+    files.append(Path(config.engine.ds_config))
+    if config.model.init_from is not None:
+        files.append(Path(config.model.init_from) / "config.json")
+    if config.model.added_tokens is not None:
+        files.append(Path(config.model.added_tokens) / "tokenizer.json")
+    return tuple(dict.fromkeys(files))
+
+
+def _checkpoint_bytes(config: PretrainConfig, num_parameters: int, folder: RunFolder) -> int:
+    """Bytes of the checkpoints that a run will still write: those it keeps, and one that is being written while they
+    are there, less those that it has.
+
+    Each holds the weights and the two moments of Adam in fp32 and a Hugging Face folder; with `model.ema_decay`, the
+    averaged weights in both.
+    """
+    per_parameter = _ENGINE_BYTES + _MODEL_BYTES + (_AVERAGE_BYTES if config.model.ema_decay is not None else 0)
+    kept = config.checkpoint.keep_last + (1 if config.corpus.eval else 0)  # the best one is kept too
+    steps = config.schedule.known_steps
+    if config.checkpoint.keep_every is not None and steps is not None:
+        kept += steps // config.checkpoint.keep_every
+    present = len(complete_checkpoints(folder.checkpoints))
+    return max(1, kept + 1 - present) * per_parameter * num_parameters

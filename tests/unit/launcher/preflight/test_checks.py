@@ -1,0 +1,143 @@
+"""Facts of hosts that differ in one thing from what a run needs."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from launcher.preflight.bandwidth import Measurement
+from launcher.preflight.checks import find_problems, find_slow_hosts
+from launcher.preflight.facts import HostAnswer, Unreachable
+from launcher.preflight.target import Target
+
+Answers = Callable[..., HostAnswer]
+Targets = Callable[..., Target]
+GB = 10**9
+
+
+@pytest.mark.parametrize(
+    ("changes", "check", "text", "fix"),
+    [
+        (
+            {"python": "3.12.1"},
+            "Python",
+            "Python 3.12.1 at /venv/bin/python, expected 3.11.7",
+            "rsync -a /venv/ b:/venv/",
+        ),
+        (
+            {"versions": {"torch": "2.11.0", "wandb": "0.31"}},
+            "packages",
+            "torch 2.11.0 (expected 2.13.0)",
+            "ssh b /venv/bin/python -m pip install torch==2.13.0",
+        ),
+        ({"versions": {"torch": None}}, "packages", "torch missing (expected 2.13.0)", "torch==2.13.0"),
+        (
+            {"commit": "bad" * 12},
+            "code",
+            "commit badbadbadbad at /deepcloze, expected c0ffeec0ffee",
+            "rsync -a /deepcloze/",
+        ),
+        ({"source": "changed"}, "code", "other Python files at /deepcloze", "rsync"),
+        ({"source": None, "commit": None}, "code", "deepcloze is not at /deepcloze", "rsync"),
+        (
+            {"checksums": {"/corpora/wiki/manifest.json": None}},
+            "files",
+            "/corpora/wiki/manifest.json cannot be read",
+            "rsync -a /corpora/wiki/ b:/corpora/wiki/",
+        ),
+        ({"checksums": {"/corpora/wiki/manifest.json": "other"}}, "files", "differs from this machine's", "rsync"),
+        ({"missing_folders": ("/home/me",)}, "files", "no folder /home/me", "ssh b mkdir -p /home/me"),
+        ({"shared": False, "free_bytes": None}, "run folder", "/runs/first is not shared", "ssh b df -h /runs/first"),
+        ({"write_error": "Read-only file system"}, "run folder", "cannot write to /runs/first: Read-only", "ssh b df"),
+        ({"free_bytes": 99 * GB}, "disk", "99.0 GB free at /runs/first, expected 100.0 GB", "checkpoint.keep_last"),
+        ({"gpu_memory_used": (0,)}, "devices", "no GPU 1: 1 GPUs, expected 2", "slots=2"),
+        ({"gpu_memory_used": (0, 9 * GB)}, "devices", "busy GPUs: 1 (9.0 GB in use)", "--exclude b:1"),
+        ({"gpu_memory_used": (), "cores": 1}, "devices", "1 CPU cores, expected 2", "--oversubscribe"),
+        ({"clock_offset": -61.0}, "clock", "at least 61 s behind this machine's", "ssh b sudo chronyc makestep"),
+        ({"clock_offset": 3600.0}, "clock", "at least 3600 s ahead of this machine's", "ssh b"),
+        ({"network_error": "Name or service not known"}, "network", "no way to a: Name or", "ssh b getent hosts a"),
+        ({"address": "127.0.1.1"}, "network", "loopback", "/etc/hosts"),
+        (
+            {"interfaces": ("lo", "ib0")},
+            "network",
+            "no interface eth0, as GLOO_SOCKET_IFNAME says; it has lo, ib0",
+            "ssh b ip -br address",
+        ),
+    ],
+)
+def test_a_difference_is_one_problem_of_its_host(
+    answer: Answers, target: Targets, changes: dict[str, Any], check: str, text: str, fix: str
+) -> None:
+    """Catches a check that does not see its difference, or blames another check or host for it."""
+    answers = {"a": answer(), "b": answer(**changes), "c": answer()}
+    problems = find_problems(answers, answer().facts, target("a", "b", "c"), {"a", "b", "c"})
+    assert problems["a"] == problems["c"] == []
+    (problem,) = problems["b"]
+    assert problem.check == check
+    assert text in problem.text
+    assert fix in problem.fix
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"clock_offset": 59.0},
+        {"versions": {"torch": "2.13.0", "wandb": "0.31"}},  # the launching machine has none
+        {"commit": None},  # no git there, and the same files
+        {"gpu_memory_used": (0, 1 << 29, 0, 9 * GB)},  # GPU 3 is not needed
+        {"gpu_memory_used": None, "cores": 1},  # of a maker that is not counted
+    ],
+)
+def test_what_does_not_matter_is_no_problem(answer: Answers, target: Targets, changes: dict[str, Any]) -> None:
+    assert find_problems({"a": answer(**changes)}, answer().facts, target("a"), {"a"}) == {"a": []}
+
+
+def test_a_token_that_is_not_seen_here_means_another_folder(answer: Answers, target: Targets) -> None:
+    """Catches a run folder that is shared in one direction, by a copy for example."""
+    problems = find_problems({"a": answer(), "b": answer()}, answer().facts, target("a", "b"), {"a"})
+    assert [problem.check for problem in problems["b"]] == ["run folder"]
+    assert problems["a"] == []
+
+
+def test_without_a_run_its_folder_and_disk_are_not_checked(answer: Answers, target: Targets) -> None:
+    hosts = replace(target("a"), folder=None, checkpoint_bytes=0)
+    facts = answer(shared=None, free_bytes=None)
+    assert find_problems({"a": facts}, answer().facts, hosts, set()) == {"a": []}
+
+
+def test_the_port_matters_on_the_first_host_that_can_run(answer: Answers, target: Targets) -> None:
+    """Catches a busy port on a host where no rank listens, and a free one on a host that is left out."""
+    busy = answer(port_free=False)
+    answers = {"a": Unreachable("gone", "ping a"), "b": busy, "c": answer(), "d": busy}
+    problems = find_problems(answers, answer().facts, target(*answers), set(answers))
+    checks = {host: [problem.check for problem in found] for host, found in problems.items()}
+    assert checks == {"a": ["ssh"], "b": ["port"], "c": [], "d": []}
+
+
+def test_a_slow_host_is_told_from_its_neighbours() -> None:
+    slots = dict.fromkeys("abcde", (0,))
+    measured = Measurement(5, 1 << 20, 0.1, (0.1, 0.1, 0.9, 0.1, 0.1), (1e9, 1e9, 1e9, 2e8, 9e8))
+    problems = find_slow_hosts(slots, measured)
+    assert {host: [problem.text for problem in found] for host, found in problems.items() if found} == {
+        "c": ["computes 9.0 times slower than the median of all hosts"],
+        "d": ["its network gives 200.0 MB/s; the median of all hosts is 1,000.0 MB/s"],
+    }
+
+
+def test_the_slow_one_of_two_hosts() -> None:
+    """Catches two hosts of which none can be slower than the median. Their link is that of both."""
+    slots = {"a": (0,), "b": (0,)}
+    slow_link = find_slow_hosts(slots, Measurement(2, 1 << 20, 0.1, (0.1, 0.1), (1e6, 1e6)))
+    assert all("between a and b, whichever of them is slow" in slow_link[host][0].text for host in slots)
+    slow_compute = find_slow_hosts(slots, Measurement(2, 1 << 20, 0.1, (0.1, 0.5), (1e9, 1e9)))
+    assert [len(slow_compute[host]) for host in slots] == [0, 1]
+
+
+def test_one_host_is_not_slow() -> None:
+    assert find_slow_hosts({"a": (0, 1)}, Measurement(2, 1 << 20, 0.1, (0.1,), ())) == {"a": []}
+
+
+def test_bus_bandwidth_is_that_of_nccl_tests() -> None:
+    """An all-reduce of S bytes in t seconds over n ranks: S/t · 2(n-1)/n."""
+    assert Measurement(4, 10**9, 0.5, (0.1,), ()).bus_bandwidth == pytest.approx(3e9)

@@ -1,0 +1,108 @@
+"""Preflight from end to end, on this machine, without the ranks of the all-reduce."""
+
+import socket
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from experiment.errors import UserError
+from experiment.run_folder import RunFolder
+from launcher.cli import main
+from launcher.machine import Devices, Machine
+from launcher.options import HostOptions
+from launcher.preflight import command, run
+from launcher.preflight.bandwidth import Measurement, MeasurementError
+from launcher.preflight.facts import ProbeRequest, Unreachable
+from launcher.preflight.probe_hosts import Answer
+from launcher.preflight.run import Report, check_hosts, require_hosts
+from launcher.preflight.target import Target, target_of_hosts
+
+MACHINE = Machine(Devices("cpu", (0, 1)), environ={}, find_port=lambda: 29500)
+SLOTS = {"localhost": (0, 1)}
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Target:
+    with socket.create_server(("", 0)) as listener:
+        port = listener.getsockname()[1]
+    machine = replace(MACHINE, environ={"DS_ACCELERATOR": "cpu"}, find_port=lambda: port)
+    hosts = target_of_hosts(SLOTS, machine, HostOptions(oversubscribe=True))
+    return replace(hosts, folder=tmp_path / "runs" / "first")
+
+
+@pytest.fixture(autouse=True)
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Stands for the all-reduce: the slots that were measured."""
+    seen: list[object] = []
+
+    def measure(slots: object, *_: object) -> Measurement:
+        seen.append(slots)
+        return Measurement(2, 1 << 20, 0.1, (0.1,), ())
+
+    monkeypatch.setattr(run, "measure", measure)
+    return seen
+
+
+def test_a_healthy_machine_passes_and_nothing_is_left(target: Target, tmp_path: Path, measured: list[object]) -> None:
+    """Catches a run folder that preflight leaves behind."""
+    report = check_hosts(target, MACHINE)
+    assert report.passed == SLOTS, report.text
+    assert measured == [SLOTS]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_folder_keeps_its_files(target: Target) -> None:
+    assert target.folder is not None
+    logs = RunFolder(target.folder).logs
+    logs.mkdir(parents=True)
+    (logs / "rank-0.log").touch()
+    check_hosts(target, MACHINE)
+    assert [path.name for path in logs.iterdir()] == ["rank-0.log"]
+
+
+def test_hosts_that_failed_are_not_measured(
+    target: Target, measured: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches an all-reduce that waits for a host that cannot take part."""
+    slots = {"192.0.2.1": (0,), "localhost": (0, 1)}
+
+    def probe_hosts(requests: Mapping[str, ProbeRequest], show_progress: bool) -> dict[str, Answer]:
+        own = run.probe_this_machine(replace(requests["localhost"], peer=None))
+        return {"192.0.2.1": Unreachable("refused", "ping"), "localhost": own}
+
+    monkeypatch.setattr(run, "probe_hosts", probe_hosts)
+    report = check_hosts(replace(target, slots=slots), MACHINE)
+    assert measured == [{"localhost": (0, 1)}], report.text
+    assert report.passed == {"localhost": (0, 1)}
+
+
+def test_an_all_reduce_that_fails_fails_preflight(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches hosts that pass one by one but do not work together, and --allow_missing that ignores it."""
+
+    def measure(*_: object) -> Measurement:
+        raise MeasurementError("the all-reduce failed: no route")
+
+    monkeypatch.setattr(run, "measure", measure)
+    with pytest.raises(UserError, match="preflight: the all-reduce failed: no route"):
+        require_hosts(check_hosts(target, MACHINE), target, allow_missing=True)
+
+
+@pytest.mark.parametrize(("allow_missing", "code"), [(False, 2), (True, 0)])
+def test_the_exit_code_of_the_command(
+    allow_missing: bool, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a failed host that a script does not notice."""
+    monkeypatch.setattr(command, "check_hosts", lambda *_: Report({"192.0.2.1": (0,)}, "the table"))
+    (tmp_path / "hosts").write_text("192.0.2.1 slots=1\n192.0.2.2 slots=1\n")
+    flags = ["--allow_missing"] if allow_missing else []
+    assert main(["preflight", "--hostfile", str(tmp_path / "hosts"), *flags]) == code
+    printed = capsys.readouterr()
+    assert printed.out == "the table\n"
+    assert ("1 of 2 hosts failed: 192.0.2.2" in printed.err) == (code == 2)
+
+
+def test_an_override_needs_a_config(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["preflight", "--schedule.steps=3"]) == 2
+    assert "--schedule.steps applies to a config: give --config too" in capsys.readouterr().err

@@ -1,0 +1,118 @@
+"""The facts that a host reports, by running the probe on this machine."""
+
+import hashlib
+import platform
+import socket
+import subprocess
+import sys
+import threading
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.preflight import probe
+from launcher.preflight.facts import ProbeRequest
+from launcher.preflight.probe_hosts import probe_this_machine
+
+REPOSITORY = Path(__file__).parents[4]
+
+
+def facts(**request: Any) -> Any:
+    return probe_this_machine(ProbeRequest(**request)).facts
+
+
+def test_versions_and_checksums(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"text")
+    paths = (str(tmp_path / "file"), str(tmp_path / "none"))
+    found = facts(libraries=("pytest", "no-such-library"), files=paths, folders=("/", str(tmp_path / "none")))
+    assert found.python == platform.python_version()
+    assert found.versions == {"pytest": metadata.version("pytest"), "no-such-library": None}
+    assert found.checksums == {paths[0]: hashlib.sha256(b"text").hexdigest(), paths[1]: None}
+    assert found.missing_folders == (str(tmp_path / "none"),)
+
+
+def test_a_change_of_the_source_changes_its_digest(tmp_path: Path) -> None:
+    """Catches hosts with other code at the same commit, or without git."""
+    package = tmp_path / "package"
+    package.mkdir()
+    assert facts(project=str(tmp_path), packages=("package",)).source is None
+    digests = set()
+    for name, text in (("a", "x = 1"), ("a", "x = 2"), ("b", "x = 2")):
+        (package / f"{name}.py").write_text(text)
+        digests.add(facts(project=str(tmp_path), packages=("package",)).source)
+    assert len(digests) == 3
+    (package / "notes.txt").touch()
+    assert facts(project=str(tmp_path), packages=("package",)).source in digests
+
+
+def test_the_commit_of_the_project_not_of_its_parent(tmp_path: Path) -> None:
+    """Catches the commit of a home folder that is a checkout itself."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
+    (tmp_path / "project").mkdir()
+    assert facts(project=str(tmp_path / "project")).commit is None
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    assert facts(project=str(tmp_path)).commit == head
+
+
+def test_tokens_are_exchanged(tmp_path: Path) -> None:
+    """Catches a host that looks once: a network disk shows a new file some time later."""
+    writer = threading.Timer(0.3, (tmp_path / probe.LAUNCHER_TOKEN).touch)
+    writer.start()
+    found = facts(token_folder=str(tmp_path), token="host-1")
+    writer.join()
+    assert (found.shared, found.write_error) == (True, None)
+    assert found.free_bytes is not None
+    assert (tmp_path / "host-1").stat().st_size == 4096
+
+
+def test_a_folder_that_is_not_shared_gets_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "_TOKEN_SECONDS", 0.0)
+    found = facts(token_folder=str(tmp_path / "run" / "token"), token="host-1")
+    assert (found.shared, found.free_bytes) == (False, None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_token_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / probe.LAUNCHER_TOKEN).touch()
+    found = facts(token_folder=str(tmp_path), token="no/folder")
+    assert (found.shared, found.write_error) == (True, "No such file or directory")
+
+
+def test_a_port_with_a_listener_is_not_free() -> None:
+    with socket.create_server(("", 0)) as listener:
+        port = listener.getsockname()[1]
+        assert facts(port=port).port_free is False
+    assert facts(port=port).port_free is True
+    assert facts().port_free is None
+
+
+def test_the_way_to_another_host() -> None:
+    found = facts(peer="localhost")
+    assert (found.interface, found.address, found.network_error) == ("lo", "127.0.0.1", None)
+    assert "lo" in found.interfaces
+    assert facts(peer="no-such-host.invalid").network_error
+
+
+def test_gpus_as_nvidia_smi_lists_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches units: nvidia-smi prints MiB."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 3\necho 40960\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert facts().gpu_memory_used == (3 << 20, 40 << 30)
+    program.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'\nexit 9\n")
+    assert facts().gpu_memory_used is not None
+
+
+def test_the_probe_needs_nothing_but_python() -> None:
+    """Catches an import of the project or of a library, which the host may lack."""
+    source = Path(probe.__file__).read_text(encoding="utf-8")
+    program = f"{source}\nprint(json.dumps(collect({asdict(ProbeRequest())!r})))"
+    done = subprocess.run([sys.executable, "-I", "-S", "-"], input=program, capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0, done.stderr
+    assert platform.python_version() in done.stdout

@@ -1,0 +1,153 @@
+"""Asking hosts over ssh, with a stand-in for ssh."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from launcher.preflight import probe_hosts as module
+from launcher.preflight.checks import find_problems
+from launcher.preflight.facts import HostAnswer, ProbeRequest, Unreachable
+from launcher.preflight.probe_hosts import probe_hosts
+from launcher.preflight.table import preflight_table
+from launcher.preflight.target import Target
+from waiting import LIMIT, wait_until
+
+REPOSITORY = Path(__file__).parents[4]
+
+Ssh = Callable[[str], None]
+
+
+@pytest.fixture
+def ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ssh:
+    """Makes `ssh -o … -o … HOST COMMAND` a shell script, where $5 is the host and $6 the command."""
+
+    def make(script: str) -> None:
+        (tmp_path / "bin").mkdir()
+        program = tmp_path / "bin" / "ssh"
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
+
+    return make
+
+
+def ask(host: str = "node-1") -> HostAnswer | Unreachable:
+    return probe_hosts({host: ProbeRequest(libraries=("pytest",))})[host]
+
+
+def test_facts_of_a_host(ssh: Ssh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a request or facts that do not survive the way, and modules of the working directory that are taken."""
+    (tmp_path / "json.py").write_text("raise SystemExit('the wrong json')")
+    ssh(f"echo Welcome to $5; cd {tmp_path}; eval $6")
+    answer = ask()
+    assert isinstance(answer, HostAnswer), answer
+    assert answer.facts.versions["pytest"] == pytest.__version__
+    assert answer.clock_offset == 0.0
+
+
+@pytest.mark.parametrize("offset", [-3600, 3600])
+def test_a_clock_is_compared_with_the_time_of_the_question(ssh: Ssh, tmp_path: Path, offset: int) -> None:
+    """Catches a slow connection that counts as a wrong clock, and a clock that is wrong by hours."""
+    (tmp_path / "sitecustomize.py").write_text(f"import time\nnow = time.time\ntime.time = lambda: now() + {offset}\n")
+    ssh(f"export PYTHONPATH={tmp_path}; sleep 1; eval $6")
+    answer = ask()
+    assert isinstance(answer, HostAnswer)
+    assert 0 < answer.clock_offset / offset <= 1
+    assert abs(answer.clock_offset) > 3000
+
+
+@pytest.mark.parametrize(
+    ("script", "reason", "fix"),
+    [
+        (
+            "echo 'ssh: connect to host node-1 port 22: Connection refused' >&2; exit 255",
+            "connection refused: sshd does not run there",
+            "sudo systemctl start sshd",
+        ),
+        ("echo 'Host key verification failed.' >&2; exit 255", "its host key is unknown", "ssh node-1 true"),
+        (
+            "echo '@ WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED! @' >&2;"
+            "echo 'Host key verification failed.' >&2; exit 255",
+            "its host key is not the known one",
+            "ssh-keygen -R node-1",
+        ),
+        (
+            "echo 'me@node-1: Permission denied (publickey,password).' >&2; exit 255",
+            "permission denied without a password",
+            "ssh-copy-id node-1",
+        ),
+        (
+            "echo 'ssh: Could not resolve hostname node-1: Name or service not known' >&2; exit 255",
+            "its name cannot be resolved",
+            "getent hosts node-1",
+        ),
+        (
+            "echo 'ssh: connect to host node-1 port 22: Connection timed out' >&2; exit 255",
+            "no connection",
+            "ping node-1",
+        ),
+        ("echo 'kex_exchange: closed' >&2; exit 255", "ssh failed: kex_exchange: closed", "ssh -v node-1 true"),
+        ("exit 127", f"there is no Python at {sys.executable}", "rsync -a"),
+        ("exit 126", "cannot be executed", "rsync -a"),
+        ("echo 'SyntaxError: invalid syntax' >&2; exit 1", "exit code 1: SyntaxError: invalid syntax", "rsync -a"),
+        ("cat > /dev/null; echo welcome", "printed no facts, but 'welcome'", "rsync -a"),
+    ],
+)
+def test_a_host_without_facts_says_why(ssh: Ssh, script: str, reason: str, fix: str) -> None:
+    """Catches one message for all failures, of which each has another remedy."""
+    ssh(script)
+    answer = ask()
+    assert isinstance(answer, Unreachable)
+    assert reason in answer.reason
+    assert fix in answer.fix
+
+
+def test_a_host_that_hangs_is_given_up(ssh: Ssh, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_ANSWER_SECONDS", 0.2)
+    ssh("exec sleep 1000")
+    answer = ask()
+    assert isinstance(answer, Unreachable)
+    assert answer.reason == "no answer within 0 s"
+
+
+def test_a_signal_ends_the_questions(ssh: Ssh, tmp_path: Path) -> None:
+    """Catches ssh processes that outlive the command."""
+    ssh(f"echo $$ > {tmp_path}/starting; mv {tmp_path}/starting {tmp_path}/pid; exec sleep 1000")
+    code = (
+        "from launcher.preflight.probe_hosts import *\n"
+        "from launcher.signal_handlers import *\n"
+        "with handle_stop_signals(interrupt): probe_hosts({'node-1': ProbeRequest()})"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    wait_until((tmp_path / "pid").exists, process)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=LIMIT)
+    assert error.splitlines()[-1] == "KeyboardInterrupt"
+    ssh_process = Path("/proc", (tmp_path / "pid").read_text().strip())
+    wait_until(lambda: not ssh_process.exists())
+
+
+def test_hundreds_of_hosts_take_seconds(
+    ssh: Ssh, tmp_path: Path, answer: Callable[..., HostAnswer], target: Callable[..., Target]
+) -> None:
+    """Catches hosts that are asked one after another, too many processes at once, and anything quadratic."""
+    healthy = answer()
+    facts = asdict(healthy.facts) | {"time": time.time()}
+    (tmp_path / "facts").write_text(json.dumps(facts))
+    ssh(f"cat > /dev/null; case $5 in node-77) exit 127;; esac; exec cat {tmp_path}/facts")
+    hosts = target(*(f"node-{number}" for number in range(512)))
+    start = time.monotonic()
+    answers = probe_hosts(dict.fromkeys(hosts.slots, ProbeRequest()))
+    problems = find_problems(answers, healthy.facts, hosts, set(answers))
+    table = preflight_table(answers, problems, hosts.slots, None, only_failed=False)
+    assert time.monotonic() - start < 60  # 3 s on two idle cores
+    assert [host for host in answers if problems[host]] == ["node-77"]
+    assert sum(line.startswith("node-") and "3.11.7" in line for line in table.splitlines()) == 511
+    assert table.endswith("preflight: 511 of 512 hosts passed")

@@ -1,0 +1,89 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiment.config import build_config
+from experiment.run_folder import RunFolder
+from launcher.machine import Devices, Machine
+from launcher.options import HostOptions
+from launcher.preflight.target import Target, target_of_hosts, target_of_run
+from pretrain.config import PretrainConfig
+
+
+def machine(environ: dict[str, str]) -> Machine:
+    return Machine(Devices("cpu", (0, 1)), environ=environ, find_port=lambda: 29500)
+
+
+HOSTS = target_of_hosts({"a": (0,), "b": (0,), "c": (0,)}, machine({}), HostOptions())
+
+
+def run(folder: Path, **sections: Any) -> Target:
+    tree = {
+        "run": {"dir": str(folder)},
+        "model": {"config": {"model_type": "bert"}},
+        "corpus": {"train": "/corpora/wiki"},
+        "schedule": {"steps": 1000},
+        "checkpoint": {"keep_last": 2},
+        "engine": {"ds_config": "/ds.json"},
+    }
+    config = build_config(PretrainConfig, {**tree, **sections})
+    return target_of_run(HOSTS, config, num_parameters=1000, folder=RunFolder(folder))
+
+
+def test_the_files_that_ranks_read(tmp_path: Path) -> None:
+    """Catches a corpus or model of the config that is not compared."""
+    target = run(
+        tmp_path,
+        corpus={"train": [{"path": "/a"}, {"path": "/b"}], "eval": {"books": "/books", "same": "/a"}},
+        model={"init_from": "/model", "added_tokens": "/tokenizer"},
+    )
+    assert list(map(str, target.files)) == [
+        *("/a/manifest.json", "/b/manifest.json", "/books/manifest.json", "/ds.json"),
+        *("/model/config.json", "/tokenizer/tokenizer.json"),
+    ]
+    assert target.folder == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("sections", "expected"),
+    [
+        ({}, 3 * 16_000),  # two that are kept while the third is written
+        ({"model": {"config": {"model_type": "bert"}, "ema_decay": 0.99}}, 3 * 24_000),
+        ({"corpus": {"train": "/wiki", "eval": {"books": "/books"}}}, 4 * 16_000),
+        ({"checkpoint": {"keep_last": 2, "keep_every": 200}}, 8 * 16_000),
+        ({"checkpoint": {"keep_last": 2, "keep_every": 200}, "schedule": {"epochs": 3}}, 3 * 16_000),
+    ],
+)
+def test_the_bytes_of_the_planned_checkpoints(tmp_path: Path, sections: dict[str, Any], expected: int) -> None:
+    """Catches a run that fills its disk though preflight found room for it."""
+    assert run(tmp_path, **sections).checkpoint_bytes == expected
+
+
+def test_checkpoints_that_are_there_need_no_room_again(tmp_path: Path) -> None:
+    """Catches a run that cannot resume on a disk where it needs no more room."""
+    for step in (100, 200, 300, 400):
+        checkpoint = RunFolder(tmp_path).checkpoints / f"step-{step:08d}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "COMPLETE").touch()
+    assert run(tmp_path).checkpoint_bytes == 16_000  # the next one
+
+
+def test_the_hosts_that_meet() -> None:
+    assert [HOSTS.peer_of(host) for host in HOSTS.slots] == ["b", "a", "a"]
+    assert target_of_hosts({"a": (0,)}, machine({}), HostOptions()).peer_of("a") is None
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, {}),
+        ({"GLOO_SOCKET_IFNAME": "eth0"}, {"GLOO_SOCKET_IFNAME": ("eth0",)}),
+        ({"GLOO_SOCKET_IFNAME": "eth0,eth1"}, {"GLOO_SOCKET_IFNAME": ("eth0", "eth1")}),
+        ({"NCCL_SOCKET_IFNAME": "=ib0"}, {"NCCL_SOCKET_IFNAME": ("ib0",)}),
+        ({"NCCL_SOCKET_IFNAME": "^docker"}, {}),
+        ({"NCCL_SOCKET_IFNAME": "eth"}, {}),  # a prefix
+    ],
+)
+def test_interfaces_that_are_named_exactly(environ: dict[str, str], expected: dict[str, tuple[str, ...]]) -> None:
+    assert target_of_hosts({"a": (0,)}, machine(environ), HostOptions()).interfaces == expected
