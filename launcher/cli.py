@@ -15,6 +15,7 @@ from launcher.options import (
     EvaluateOptions,
     ExportOptions,
     FinetuneOptions,
+    PlanOptions,
     PretrainOptions,
     ReportOptions,
     SweepOptions,
@@ -80,6 +81,21 @@ def corpus(options: CorpusOptions) -> None:
         from pretrain.corpus.build import build_corpus
 
         build_corpus(options)
+
+
+def plan(options: PlanOptions) -> None:
+    """Plan a pretraining run: memory, communication, steps, time and cost.
+
+    Prints parameters, FLOPs per token, the memory of a device by part at each ZeRO stage, communication per step, exact
+    steps and tokens, and time, energy and cost at a stated utilization and bandwidth; whether it fits; and warnings
+    about poor settings. Takes no device, and seconds even for thousands of GPUs. See docs/planning.md.
+
+    Example:
+        deepcloze plan --config my-run.yaml --hostfile hosts --device H100 --memory_gib 80
+    """
+    from launcher.plan import print_run_plan
+
+    print_run_plan(options)
 
 
 def pretrain(options: PretrainOptions) -> None:
@@ -177,7 +193,7 @@ def config(options: ConfigOptions) -> None:
 
 COMMANDS: dict[str, Command] = {
     command.__name__: command
-    for command in (python_docs, tokenizer, corpus, config, pretrain, evaluate, export, finetune, sweep, report)
+    for command in (python_docs, tokenizer, corpus, config, plan, pretrain, evaluate, export, finetune, sweep, report)
 }
 
 

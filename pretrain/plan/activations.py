@@ -59,8 +59,8 @@ class Computation:
     packed: bool
     on_gpu: bool
     checkpointed: bool  # model.activation_checkpointing
-    gradients_stay: bool  # in `parameter.grad` until the step: ZeRO 0 and 1 in fp32
-    accumulates: bool  # a step has several microbatches
+    gradients_stay: bool = False  # in `parameter.grad` until the step
+    accumulates: bool = False  # a step has several microbatches
 
 
 def microbatch_memory(model: PreTrainedModel, shape: MicrobatchShape, computation: Computation) -> MicrobatchMemory:
@@ -197,4 +197,3 @@ class _GpuAttention(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value, *_ = ctx.saved_tensors
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-

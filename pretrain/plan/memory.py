@@ -126,8 +126,8 @@ def rank_memory(counts: ParameterCounts, microbatch: MicrobatchMemory, settings:
         "backward pass": resident + computing + Parts(buffers=_backward_buffers(counts, settings)),
         "update": resident + _update(counts, settings),
     }
-    if not settings.on_gpu:
-        moments["start"] = Parts(weights=(_FP32 + settings.weight_bytes) * counts.total, optimizer=resident.optimizer)
+    moments["start"] = _start(counts, settings, resident)
+    if not settings.on_gpu:  # each rank copies what it owns, and rank 0 the whole model
         moments["checkpoint"] = resident + Parts(buffers=resident.optimizer + _FP32 * counts.total)
     host = _offloaded(counts, settings)
     disk = 16 * counts.total // settings.ranks if settings.offload == "nvme" else 0
@@ -157,6 +157,16 @@ def _resident_gradients(total: int, share: int, settings: MemorySettings) -> int
     if settings.zero_stage >= 2:
         return _FP32 * share
     return _FP32 * total if settings.weight_bytes < _FP32 else 0
+
+
+def _start(counts: ParameterCounts, settings: MemorySettings, resident: Parts) -> Parts:
+    """While the engine is built: DeepSpeed moves the whole model to the device, then copies it to flat tensors (ZeRO 1
+    and 2) or partitions it (ZeRO 3). On a CPU the fp32 model is in the same memory."""
+    whole = settings.weight_bytes * counts.total
+    model = whole if settings.on_gpu else max(whole, _FP32 * counts.total)
+    flat = whole if settings.zero_stage in (1, 2) else resident.weights if settings.zero_stage == 3 else 0
+    masters = 0 if settings.zero_stage == 0 else resident.optimizer * _FP32 // (_FP32 + _MOMENTS)
+    return Parts(weights=model + flat, gradients=resident.gradients, optimizer=masters)
 
 
 def _offloaded(counts: ParameterCounts, settings: MemorySettings) -> int:
