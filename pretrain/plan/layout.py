@@ -15,10 +15,10 @@ log = logging.getLogger(__name__)
 
 # Sizes on which packability does not depend, under the names that configs have for them.
 _SMALL: dict[str, Any] = {
-    **{"hidden_size": 32, "dim": 32, "d_model": 32, "embedding_size": 32},
-    **{"intermediate_size": 64, "hidden_dim": 64},
-    **{"num_attention_heads": 4, "n_heads": 4},
-    **{"num_hidden_layers": 2, "n_layers": 2},
+    **dict.fromkeys(("hidden_size", "dim", "d_model", "embedding_size"), 32),
+    **dict.fromkeys(("intermediate_size", "hidden_dim"), 64),
+    **dict.fromkeys(("num_attention_heads", "n_heads"), 4),
+    **dict.fromkeys(("num_hidden_layers", "n_layers"), 2),
 }
 _PER_LAYER = ("layer_types", "head_dim", "attention_head_size")  # follow from the sizes above
 

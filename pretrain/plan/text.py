@@ -3,17 +3,20 @@
 from dataclasses import asdict
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from pretrain.plan.plan import RunPlan
 from pretrain.plan.warnings import warnings
 
+_WIDTH = 100  # of the memory table
 _PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers", "total")
 
 
 def print_plan(plan: RunPlan) -> None:
     console = Console(highlight=False)
+    console.width = max(console.width, _WIDTH)
     for heading, lines in _sections(plan):
         console.print(f"[bold]{heading}[/bold]")
         for line in lines:
@@ -73,7 +76,8 @@ def _model(plan: RunPlan) -> list[str]:
     counts = plan.parameters
     flops = "unknown for this model type" if plan.flops_per_token is None else f"{plan.flops_per_token:.4g}"
     return [
-        f"{counts.total:,} parameters: {counts.embeddings:,} embeddings, {counts.encoder:,} encoder, {counts.head:,} head",
+        f"{counts.total:,} parameters: {counts.embeddings:,} in the embeddings, {counts.encoder:,} in the encoder, "
+        f"{counts.head:,} in the head",
         f"FLOPs per token, forward and backward: {flops}; {'packed' if plan.packed else 'padded, one sequence a row'}",
     ]
 
@@ -111,14 +115,14 @@ def _memory(plan: RunPlan) -> list[str]:
 
 
 def _memory_table(plan: RunPlan) -> Table:
-    table = Table("ZeRO")
+    table = Table("  ZeRO", box=box.SIMPLE_HEAD, pad_edge=False)
     for part in _PARTS:
         table.add_column(part, justify="right")
-    table.add_column("highest in the")
+    table.add_column("at the")
     table.add_column("fits")
     for stage, each in plan.zero.items():
         table.add_row(
-            f"{stage}{' *' if stage == plan.zero_stage else ''}",
+            f"  {stage}{' *' if stage == plan.zero_stage else ''}",
             *(_gib(getattr(each.memory.parts, part)) for part in _PARTS),
             each.memory.peak,
             {True: "yes", False: "no", None: "?"}[plan.fits_at(stage)],
@@ -135,7 +139,8 @@ def _cost(plan: RunPlan) -> list[str]:
     rates, cost = plan.rates, plan.cost
     peak = "unknown" if rates.peak_flops is None else f"{rates.peak_flops / 1e12:g} TFLOP/s per device"
     lines = [
-        f"assumed: peak {peak}, MFU {rates.mfu:.0%} (--mfu), {rates.bandwidth / 1e9:g} GB/s between machines (--bandwidth)"
+        f"assumed: peak {peak} (--peak_tflops), MFU {rates.mfu:.0%} (--mfu), {rates.bandwidth / 1e9:g} GB/s "
+        f"{'between machines' if plan.hosts > 1 else 'between devices'} (--bandwidth)"
     ]
     if cost is None:
         return [*lines, "unknown: state the device's peak as --peak_tflops"]

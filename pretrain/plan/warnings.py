@@ -7,6 +7,7 @@ from pretrain.plan.plan import RunPlan
 _SMALL_MICROBATCH = 4096  # slots; a GPU's matrix units idle below, whatever the model
 _SMALL_FOR_ZERO3 = 1_000_000_000  # parameters
 _WELL_FILLED = 0.7
+_LARGE_BUFFERS = 1 << 30  # bytes
 
 
 def warnings(plan: RunPlan) -> list[str]:
@@ -24,10 +25,10 @@ def _memory(plan: RunPlan) -> Iterator[str]:
         )
     elif memory is not None and parts.total > 0.9 * memory:
         yield "less than a tenth of the memory is left; fragmentation may take more (see docs/planning.md)"
-    if plan.device.is_gpu and parts.buffers > max(4 * plan.parameters.total, memory or 0) / 4 > 0:
+    if plan.device.is_gpu and parts.buffers > max(_LARGE_BUFFERS, 8 * plan.parameters.total):
         yield (
-            f"DeepSpeed's buffers take {parts.buffers / 2**30:.1f} GiB; lower zero_optimization.reduce_bucket_size in "
-            f"{plan.run.deepspeed.path.name} to the number of parameters or less"
+            f"DeepSpeed's buffers take {parts.buffers / 2**30:.1f} GiB; set zero_optimization.reduce_bucket_size in "
+            f"{plan.run.deepspeed.path.name} to about the number of parameters, {plan.parameters.total:.0e}"
         )
     if plan.zero_stage == 3 and plan.parameters.total < _SMALL_FOR_ZERO3 and plan.fits_at(min(plan.zero)) is not False:
         yield (
@@ -68,6 +69,6 @@ def _schedule(plan: RunPlan) -> Iterator[str]:
 def _communication(plan: RunPlan) -> Iterator[str]:
     if plan.cost is not None and plan.cost.communicating > plan.cost.computing:
         yield (
-            "communication takes longer than computation: raise batch.sequences or batch.microbatch_tokens, use a lower "
-            "ZeRO stage, fewer machines or a faster network"
+            "communication takes longer than computation: raise batch.sequences or batch.microbatch_tokens, or use a "
+            "lower ZeRO stage, fewer machines or a faster network"
         )
