@@ -123,7 +123,7 @@ def rank_memory(counts: ParameterCounts, microbatch: MicrobatchMemory, settings:
     resident = _resident(counts, settings)
     computing = Parts(activations=microbatch.activations, logits=microbatch.logits, gradients=microbatch.gradients)
     moments = {
-        "backward pass": resident + computing + Parts(buffers=_backward_buffers(counts, settings)),
+        "backward": resident + computing + Parts(buffers=_backward_buffers(counts, settings)),
         "update": resident + _update(counts, settings),
     }
     moments["start"] = _start(counts, settings, resident)

@@ -10,7 +10,7 @@ from rich.table import Table
 from pretrain.plan.plan import RunPlan
 from pretrain.plan.warnings import warnings
 
-_WIDTH = 100  # of the memory table
+_WIDTH = 110  # of the memory table
 _PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers", "total")
 
 
@@ -117,8 +117,8 @@ def _memory(plan: RunPlan) -> list[str]:
 def _memory_table(plan: RunPlan) -> Table:
     table = Table("  ZeRO", box=box.SIMPLE_HEAD, pad_edge=False)
     for part in _PARTS:
-        table.add_column(part, justify="right")
-    table.add_column("at the")
+        table.add_column(part, justify="right", no_wrap=True)
+    table.add_column("at the", no_wrap=True)
     table.add_column("fits")
     for stage, each in plan.zero.items():
         table.add_row(

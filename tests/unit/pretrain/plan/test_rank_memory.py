@@ -29,7 +29,7 @@ BF16 = MemorySettings(
 
 
 def resident(settings: MemorySettings) -> Parts:
-    parts = rank_memory(COUNTS, NOTHING, settings).moments["backward pass"]
+    parts = rank_memory(COUNTS, NOTHING, settings).moments["backward"]
     return replace(parts, buffers=0)
 
 
@@ -58,7 +58,7 @@ def test_averages_and_offload() -> None:
     assert (memory.host, memory.disk) == (18 * N // 8, 0)
     on_cpu = rank_memory(COUNTS, NOTHING, replace(offloaded, on_gpu=False))
     assert on_cpu.host == 0
-    assert on_cpu.moments["backward pass"].optimizer == 18 * N // 8
+    assert on_cpu.moments["backward"].optimizer == 18 * N // 8
     assert rank_memory(COUNTS, NOTHING, replace(offloaded, zero_stage=3, offload="nvme")).disk == 16 * N // 8
 
 
