@@ -69,7 +69,7 @@ def microbatch_memory(model: PreTrainedModel, shape: MicrobatchShape, computatio
     for parameter in wrapped.parameters():
         parameter.data = parameter.data.to(computation.dtype)
         if not computation.gradients_stay:
-            parameter.register_post_accumulate_grad_hook(_move_gradient)
+            parameter.register_post_accumulate_grad_hook(_move_gradient)  # type: ignore[no-untyped-call]
     with torch.device("meta"):
         if computation.accumulates and computation.gradients_stay:
             for parameter in wrapped.parameters():
@@ -116,12 +116,12 @@ def _meta_microbatch(shape: MicrobatchShape) -> Microbatch:
     )
 
 
-class _Allocations(TorchDispatchMode):
+class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sums the storages that are alive, except the weights, and keeps the sums at their highest total."""
 
     def __init__(self, model: nn.Module, logits: int) -> None:
         """`logits`: the number of elements that makes a tensor count as logits."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._logits = logits
         self._weights = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
         self._alive: dict[int, tuple[int, str]] = {}  # storage -> bytes, what it holds
@@ -131,7 +131,9 @@ class _Allocations(TorchDispatchMode):
         for parameter in model.parameters():
             if parameter.grad is not None:
                 self._add(parameter.grad, "gradients")
-            parameter.register_post_accumulate_grad_hook(self._count_as_gradient)
+            parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                self._count_as_gradient
+            )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = func(*args, **(kwargs or {}))

