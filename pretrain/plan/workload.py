@@ -1,6 +1,6 @@
 """What a run computes: steps, tokens and microbatches of each stage, from the run's own stream of batches.
 
-Steps and tokens are exact. The shape of microbatches is that of one batch of each stage, the largest of the last steps.
+Steps and tokens are exact. The shape of microbatches is the largest in a sample of each stage's batches.
 """
 
 from dataclasses import dataclass
@@ -15,6 +15,8 @@ from pretrain.plan.activations import MicrobatchShape
 from pretrain.training_stream import TrainingStream
 
 _BLOCK = 1 << 20  # sequences whose lengths are read at once
+_SAMPLED_BATCHES = 16
+_SAMPLED_SEQUENCES = 200_000  # in all of them: a second of packing
 _BUCKET = 64  # masked positions are padded to a multiple (pretrain/batching/batch_maker.py)
 
 
@@ -39,7 +41,7 @@ class StageWork:
     sequences: int  # of a full batch
     max_seq_length: int
     tokens: int | None  # exact, of all its batches; None: unknown
-    batch: BatchShape  # an example
+    batch: BatchShape  # the one with the largest microbatches of a sample
 
     def tokens_per_step(self) -> float:
         return self.batch.tokens if self.tokens is None or not self.steps else self.tokens / self.steps
@@ -56,15 +58,18 @@ def stage_work(stream: TrainingStream, masking: MaskingConfig) -> tuple[StageWor
 def _stage(maker: BatchMaker, first_step: int, end: int | None, rate: float) -> StageWork:
     order = maker.order
     assert isinstance(order, ShuffledOrder)
-    # The last batch may be short, and early ones are during batch warmup: look at the last but one.
-    example = max(first_step, order.sizes.warmup_steps if end is None else end - 2)
+    # The last batch may be short, and early ones are during batch warmup.
+    last = max(first_step, order.sizes.warmup_steps + _SAMPLED_BATCHES if end is None else end - 2)
+    first = min(max(first_step, order.sizes.warmup_steps), last)
+    count = max(1, min(_SAMPLED_BATCHES, _SAMPLED_SEQUENCES // order.sizes.sequences))
+    batches = [_batch_shape(maker, int(step), rate) for step in np.unique(np.linspace(last, first, count, dtype=int))]
     return StageWork(
         first_step=first_step,
         steps=None if end is None else end - first_step,
         sequences=order.sizes.sequences,
         max_seq_length=maker.layout.width,
         tokens=None if end is None else _tokens(maker, order, end),
-        batch=_batch_shape(maker, example, rate),
+        batch=max(batches, key=lambda batch: (batch.largest.rows * batch.largest.width, batch.largest.predicted)),
     )
 
 

@@ -64,15 +64,16 @@ def test_tokens_are_those_of_the_batches(open_work: OpenWork, sections: dict[str
         assert stage.tokens == sum(int(each.sum()) for each in lengths)
 
 
-def test_the_example_batch_is_one_of_the_run(open_work: OpenWork) -> None:
+def test_the_largest_batch_is_one_of_the_run(open_work: OpenWork) -> None:
     """Catches microbatches of another shape than those that a rank computes."""
     stream, (stage,) = open_work(ranks=1)
-    batch = stream[14]
-    assert stage.batch.microbatches == len(batch.microbatches)
-    assert batch.microbatches[0].input_ids.shape == (stage.batch.largest.rows, stage.batch.largest.width)
-    assert stage.batch.tokens == batch.tokens
-    assert stage.batch.squared_lengths == batch.squared_lengths
-    predicted = max(len(microbatch.masked_positions) for microbatch in batch.microbatches)
+    batches = [stream[step] for step in range(15)]  # the sample has all of so few
+    rows, width = max(batch.microbatches[0].input_ids.shape for batch in batches)
+    assert (stage.batch.largest.rows, stage.batch.largest.width) == (rows, width)
+    assert (stage.batch.tokens, stage.batch.squared_lengths, stage.batch.microbatches) in [
+        (batch.tokens, batch.squared_lengths, len(batch.microbatches)) for batch in batches
+    ]
+    predicted = max(len(microbatch.masked_positions) for batch in batches for microbatch in batch.microbatches)
     assert predicted <= stage.batch.largest.predicted <= predicted + 64
 
 
