@@ -109,6 +109,10 @@ def _memory(plan: RunPlan) -> list[str]:
             f"host memory: {_gib(per_host * 4 * plan.parameters.total)} GiB per machine while its ranks build the model"
             + (f", {_gib(per_host * chosen.host)} GiB for what is offloaded" if chosen.host else "")
         )
+    else:
+        lines.append(
+            "on a CPU, the memory that malloc keeps comes on top: as much again in some runs (docs/planning.md)"
+        )
     if chosen.disk:
         lines.append(f"disk: {_gib(per_host * chosen.disk)} GiB per machine for what is offloaded")
     return lines
