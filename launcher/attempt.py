@@ -69,7 +69,7 @@ def run_attempt(launch: Launch, layout: Layout, stop: StopSignals, record: Attem
     name = launch_name(launch.folder)
     processes = _Processes()
     request = GuardRequest(name, launch.host_environment, head=hosts[0])
-    with GuardedHosts(hosts, request, lambda: processes.check(guards)) as guards:
+    with GuardedHosts(hosts, request, processes.check) as guards:
         result = None
         if not guards.lost:
             result = _run(launch, launch.command(layout, guards.rendezvous()), stop, record, processes)

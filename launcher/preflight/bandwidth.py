@@ -66,7 +66,7 @@ def measure(slots: Slots, machine: Machine, target: Target) -> Measurement:
         else:
             name = f"{os.urandom(8).hex()}-0"
             request = GuardRequest(name, target.host_environment, head=next(iter(slots)))
-            with GuardedHosts(list(slots), request, on_change=lambda: None) as guards:
+            with GuardedHosts(list(slots), request, on_change=lambda _: None) as guards:
                 if guards.lost:
                     raise MeasurementError("; ".join(f"{host}: {reason}" for host, reason in guards.lost.items()))
                 output = _run(*_plan(slots, machine, target, Path(temporary), guards.rendezvous()))
