@@ -63,7 +63,7 @@ class GuardedHosts:
     def __init__(
         self, hosts: Sequence[str], request: GuardRequest, on_change: "Callable[[GuardedHosts], object]"
     ) -> None:
-        """`on_change`: called with this, in a thread, when a host is lost or the number of its processes has changed."""
+        """`on_change`: called with this object, in a thread, when a host is lost or its number of processes changes."""
         self.replies: dict[str, Reply] = {}
         self.lost: dict[str, str] = {}
         self.processes: dict[str, int] = {}
