@@ -53,13 +53,13 @@ sys.meta_path.insert(0, Patching())
 """
 
 
-def start_autotune(start: Start, tmp_path: Path, config: Path) -> "subprocess.Popen[str]":
+def start_autotune(start: Start, tmp_path: Path, config: Path, *overrides: str) -> "subprocess.Popen[str]":
     """With 2 ranks, of which the second one has memory for microbatches of up to 300 tokens."""
     patches = tmp_path / "patches"
     patches.mkdir()
     (patches / "sitecustomize.py").write_text(PATCHED)
     command = (sys.executable, "-m", "launcher", "pretrain", "--config", str(config), "--num_gpus=2", "--oversubscribe")
-    return start(*command, "--autotune", PYTHONPATH=f"{patches}:{REPOSITORY}")
+    return start(*command, "--autotune", *overrides, PYTHONPATH=f"{patches}:{REPOSITORY}")
 
 
 def test_a_microbatch_that_fits_is_found(
@@ -82,6 +82,25 @@ def test_a_microbatch_that_fits_is_found(
     plain = run_config(tmp_path / "plain", wordpiece_corpus, **changes)
     pools[2].run(pretrain_case, plain)
     assert logged(folder.path) == pytest.approx(logged(tmp_path / "plain"), rel=1e-5)
+
+
+@pytest.mark.soak
+def test_a_resumed_run_with_stages_is_tuned(
+    start: Start, wordpiece_corpus: Path, tmp_path: Path, pools: dict[int, RankPool]
+) -> None:
+    """Catches trials that resume, a resume that begins anew, and a stage that keeps its microbatch."""
+    stages = [{"steps": 3, "max_seq_length": 20, "microbatch_tokens": 60}, {}]
+    changes = {"schedule__stages": stages, "batch__microbatch_tokens": 120}
+    pools[2].run(pretrain_case, run_config(tmp_path / "run", wordpiece_corpus, **changes))
+    config = config_file(tmp_path, wordpiece_corpus, **changes)
+    code, output = wait_for_exit(start_autotune(start, tmp_path, config, "--schedule.steps=8"))
+    assert code == 0, output
+    assert "chosen" in output
+    assert logged(tmp_path / "run", "step") == [1, 2, 3, 4, 5, 6, 7, 8]
+    resumed = yaml.safe_load(RunFolder(tmp_path / "run").config.read_text(encoding="utf-8"))
+    sizes = [stage["microbatch_tokens"] for stage in resumed["schedule"]["stages"]]
+    assert sizes[1] in (None, resumed["batch"]["microbatch_tokens"])
+    assert resumed["batch"]["microbatch_tokens"] == 2 * sizes[0]
 
 
 def test_a_signal_ends_the_trials(start: Start, wordpiece_corpus: Path, tmp_path: Path) -> None:
