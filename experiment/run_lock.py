@@ -36,13 +36,20 @@ def lock_run(folder: RunFolder, on_lost: Callable[[], object] = lambda: None) ->
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        raise UserError(f"run.dir: another deepcloze process is using {folder.path}") from None
+        raise _used(folder) from None
     try:
         _check_other_machine(folder)
         with _owner_file(folder.owner, on_lost):
             yield
     finally:
         lock.release()
+
+
+def check_unlocked(folder: RunFolder) -> None:
+    """Raises UserError as `lock_run`. The folder may not exist, and nothing is written."""
+    if is_locked(folder):
+        raise _used(folder)
+    _check_other_machine(folder)
 
 
 def is_locked(folder: RunFolder) -> bool:
@@ -54,6 +61,10 @@ def is_locked(folder: RunFolder) -> bool:
             return False
     except filelock.Timeout:
         return True
+
+
+def _used(folder: RunFolder) -> UserError:
+    return UserError(f"run.dir: another deepcloze process is using {folder.path}")
 
 
 def _check_other_machine(folder: RunFolder) -> None:

@@ -6,12 +6,11 @@ session of its own, which Ctrl-C does not reach. The outcome is read from the ru
 """
 
 import os
-import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from launcher.hostfile import Slots
 from launcher.launch_log import AttemptRecord
 from launcher.launch_result import LaunchResult, read_result
 from launcher.output_filter import filtered_output
+from launcher.process_groups import kill_group, watchdog
 from launcher.stop_signals import StopSignals
 
 # DeepSpeed's launcher gives ranks 30 s to exit after one of them failed or it got a signal.
@@ -70,7 +70,7 @@ def run_attempt(launch: Launch, layout: Layout, stop: StopSignals, record: Attem
     name = launch_name(launch.folder)
     processes = _Processes()
     request = GuardRequest(name, launch.host_environment, head=hosts[0])
-    with GuardedHosts(hosts, request, lambda: processes.check(guards)) as guards:
+    with GuardedHosts(hosts, request, processes.check) as guards:
         result = None
         if not guards.lost:
             result = _run(launch, launch.command(layout, guards.rendezvous()), stop, record, processes)
@@ -136,7 +136,7 @@ def _run(
     )
     with filtered_output(process):
         try:
-            with _watchdog(process.pid):
+            with watchdog(process.pid):
                 stop.kill = processes.kill
                 processes.started(process.pid)
                 if stop.killed:  # by a signal since the start
@@ -152,21 +152,6 @@ def _run(
     return read_result(launch.folder, exit_code, start_time, remote=not launch.local)
 
 
-@contextmanager
-def _watchdog(group: int) -> Iterator[None]:
-    """Kill the process group if this process dies, even by SIGKILL.
-
-    A second process waits on a pipe, which closes when this process exits.
-    """
-    shell = 'read -r _; kill -s KILL -- "-$0"'
-    watchdog = subprocess.Popen(["sh", "-c", shell, str(group)], stdin=subprocess.PIPE, start_new_session=True)
-    try:
-        yield
-    finally:
-        watchdog.kill()
-        watchdog.communicate()
-
-
 def _wait_for_group(group: int) -> None:
     """Wait until the process group is empty, or time out: DeepSpeed's launcher may exit before the ranks do."""
     deadline = time.monotonic() + _EXIT_TIMEOUT_SECONDS
@@ -174,8 +159,3 @@ def _wait_for_group(group: int) -> None:
         while time.monotonic() < deadline:
             os.killpg(group, 0)
             time.sleep(0.05)
-
-
-def kill_group(group: int) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(group, signal.SIGKILL)

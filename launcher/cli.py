@@ -15,6 +15,7 @@ from launcher.options import (
     EvaluateOptions,
     ExportOptions,
     FinetuneOptions,
+    PlanOptions,
     PreflightOptions,
     PretrainOptions,
     ReportOptions,
@@ -81,6 +82,21 @@ def corpus(options: CorpusOptions) -> None:
         from pretrain.corpus.build import build_corpus
 
         build_corpus(options)
+
+
+def plan(options: PlanOptions) -> None:
+    """Plan a pretraining run: memory, communication, steps, time and cost.
+
+    Prints parameters, FLOPs per token, the memory of a device by part at each ZeRO stage, communication per step, exact
+    steps and tokens, and time, energy and cost at a stated utilization and bandwidth; whether it fits; and warnings
+    about poor settings. Takes no device, and seconds even for thousands of GPUs. See docs/planning.md.
+
+    Example:
+        deepcloze plan --config my-run.yaml --hostfile hosts --device H100 --memory_gib 80
+    """
+    from launcher.plan import print_run_plan
+
+    print_run_plan(options)
 
 
 def preflight(options: PreflightOptions) -> None:
@@ -198,6 +214,7 @@ COMMANDS: dict[str, Command] = {
         tokenizer,
         corpus,
         config,
+        plan,
         preflight,
         pretrain,
         evaluate,

@@ -172,6 +172,8 @@ def _value(flag: Flag, text: str) -> Any:
     for kind in flag.types:
         if kind is int and re.fullmatch(r"-?[0-9]+", text):
             return int(text)
+        if kind is float and re.fullmatch(r"[0-9]*\.?[0-9]+(e[-+]?[0-9]+)?", text, re.IGNORECASE):
+            return float(text)
         if kind is bool and text.lower() in ("true", "false"):
             return text.lower() == "true"
         if get_origin(kind) is Literal:
@@ -202,7 +204,7 @@ def _default_metavar(types: Sequence[Any]) -> str:
         return ""
     if get_origin(types[0]) is Literal:
         return "|".join(str(choice) for choice in get_args(types[0]))
-    return "N" if types[0] is int else "VALUE"
+    return "N" if types[0] in (int, float) else "VALUE"
 
 
 def _overview(commands: Mapping[str, Command], about: str, width: int) -> str:

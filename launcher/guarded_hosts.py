@@ -60,8 +60,10 @@ class GuardedHosts:
     answer any more. `processes`: host -> number of processes of the launch, from when it has any.
     """
 
-    def __init__(self, hosts: Sequence[str], request: GuardRequest, on_change: Callable[[], object]) -> None:
-        """`on_change`: called in a thread when a host is lost, or when the number of its processes has changed."""
+    def __init__(
+        self, hosts: Sequence[str], request: GuardRequest, on_change: "Callable[[GuardedHosts], object]"
+    ) -> None:
+        """`on_change`: called with this, in a thread, when a host is lost or the number of its processes has changed."""
         self.replies: dict[str, Reply] = {}
         self.lost: dict[str, str] = {}
         self.processes: dict[str, int] = {}
@@ -109,6 +111,12 @@ class GuardedHosts:
     def _follow(self, host: str) -> None:
         """Read what a guard sends, until it ends or is lost."""
         connection = self._connections[host]
+        try:
+            self._read_guard(host, connection)
+        finally:
+            connection.started.set()
+
+    def _read_guard(self, host: str, connection: "_Connection") -> None:
         connection.send(self._request.line())
         for line in connection.lines():
             if line == ENDED:
@@ -120,7 +128,6 @@ class GuardedHosts:
                 connection.started.set()
         else:
             self._lose(host, connection.last_words())
-        connection.started.set()
 
     def _send_beats(self) -> None:
         while not self._closing.wait(BEAT_SECONDS):
@@ -134,12 +141,12 @@ class GuardedHosts:
     def _lose(self, host: str, reason: str) -> None:
         if host not in self.lost and not self._closing.is_set():
             self.lost[host] = reason
-            self._on_change()
+            self._on_change(self)
 
     def _count(self, host: str, processes: int) -> None:
         if self.processes.get(host, 0) != processes:
             self.processes[host] = processes
-            self._on_change()
+            self._on_change(self)
 
 
 class _Connection:

@@ -11,6 +11,7 @@ from experiment.config import dump_config, load_config
 from experiment.errors import StoppedError
 from experiment.outcome_file import Outcome
 from experiment.run_folder import open_run_folder
+from experiment.run_lock import check_unlocked
 from launcher.attempt import Layout
 from launcher.autotune import autotune
 from launcher.launch_plan import LaunchPlan, plan_launch
@@ -49,6 +50,7 @@ def launch_pretraining(options: PretrainOptions) -> None:
 
 def _plan_without_failed_hosts(plan: LaunchPlan) -> LaunchPlan:
     """The plan for the hosts that pass preflight. Raises UserError if one fails, unless `--allow_missing` is given."""
+    check_unlocked(plan.folder)  # the devices of a run are busy, which preflight would report
     report = check_hosts(plan.target, plan.machine, only_failed=True)
     print(report.text, file=sys.stderr, flush=True)
     passed = require_hosts(report, plan.target, plan.options.allow_missing)

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from experiment.config import Metavar, Positional, Section
 
@@ -26,6 +26,38 @@ class PlacementOptions(Section):
 
     oversubscribe: bool = False
     """Allow more ranks than CPU cores."""
+
+
+class PlanOptions(PlacementOptions):
+    config: Annotated[str, Metavar("FILE")]
+    """The run as YAML."""
+
+    device: Annotated[str | None, Metavar("NAME")] = None
+    """GPU to plan for, such as H100 or "A100-SXM4-80GB", or cpu; default: this machine's."""
+
+    memory_gib: PositiveFloat | None = None
+    """Memory of a device; default: this machine's, or unknown if --device is given."""
+
+    peak_tflops: PositiveFloat | None = None
+    """Peak of a device in TFLOP/s, dense, at the run's precision; default: its data sheet's, if known."""
+
+    mfu: Annotated[float, Field(gt=0.0, le=1.0)] = 0.4
+    """Model FLOPs utilization: share of the peak that is reached while computing."""
+
+    bandwidth: PositiveFloat = 25.0
+    """GB/s between machines, or between the devices of a single one."""
+
+    watts: PositiveFloat | None = None
+    """Power per device; default: the limit of this machine's GPU."""
+
+    price: PositiveFloat | None = None
+    """Price per device hour, in any currency."""
+
+    json_output: Annotated[bool, Field(alias="json")] = False
+    """Print one JSON object on stdout; sizes in bytes, times in seconds."""
+
+    overrides: dict[str, str] = {}
+    """Any config key, for example --batch.microbatch_tokens=16384."""
 
 
 class HostOptions(PlacementOptions):

@@ -1,12 +1,10 @@
 """Start the timed all-reduce over all ranks of a launch, in processes of its own, as a run would start."""
 
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +25,7 @@ from launcher.hostfile import Slots, hostfile_text
 from launcher.machine import Machine
 from launcher.placement import is_local
 from launcher.preflight.target import Target
+from launcher.process_groups import kill_group, watchdog
 
 LIMIT_SECONDS = 240.0
 """After which each rank gives up. Most of it is for the start: Python's modules may come from a slow disk."""
@@ -67,7 +66,7 @@ def measure(slots: Slots, machine: Machine, target: Target) -> Measurement:
         else:
             name = f"{os.urandom(8).hex()}-0"
             request = GuardRequest(name, target.host_environment, head=next(iter(slots)))
-            with GuardedHosts(list(slots), request, on_change=lambda: None) as guards:
+            with GuardedHosts(list(slots), request, on_change=lambda _: None) as guards:
                 if guards.lost:
                     raise MeasurementError("; ".join(f"{host}: {reason}" for host, reason in guards.lost.items()))
                 output = _run(*_plan(slots, machine, target, Path(temporary), guards.rendezvous()))
@@ -116,21 +115,17 @@ def _run(argv: list[str], environment: Mapping[str, str]) -> str:
         errors="replace",
     )
     try:
-        return process.communicate(timeout=LIMIT_SECONDS + _EXIT_SECONDS)[0]
+        with watchdog(process.pid):
+            return process.communicate(timeout=LIMIT_SECONDS + _EXIT_SECONDS)[0]
     except subprocess.TimeoutExpired:
-        _kill_group(process.pid)
+        kill_group(process.pid)
         output = process.communicate()[0]
         raise MeasurementError(
             f"the all-reduce over all ranks did not end within {LIMIT_SECONDS + _EXIT_SECONDS:.0f} s; the end of its "
             f"output:\n{_tail(output)}"
         ) from None
     finally:
-        _kill_group(process.pid)
-
-
-def _kill_group(group: int) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(group, signal.SIGKILL)
+        kill_group(process.pid)
 
 
 def _tail(output: str) -> str:

@@ -83,13 +83,8 @@ class BatchMaker:
     masking_schedule: MaskingSchedule | None = None  # None: the rate of each masker's policy
 
     def __getitem__(self, step: int) -> RankBatch:
-        # 1. Which sequences?
-        sequences = self.order.batch(step)
-        # 2. Where is each computed?
-        text_lengths = self._text_lengths(sequences)
-        lengths = text_lengths + self.vocabulary.num_special_tokens
-        rows = pack(lengths, self.layout.width) if self.layout.packed else one_per_row(lengths)
-        assignment = assign_to_ranks(lengths, rows, self.world.size, self.layout.max_rows)
+        # 1. Which sequences? 2. Where is each computed?
+        sequences, text_lengths, assignment = self.assign(step)
         # 3. This rank's share.
         own = self._own(sequences, text_lengths, assignment)
         text = self._read_and_mask(step, own)
@@ -106,6 +101,14 @@ class BatchMaker:
             origins=own.origins,
             fingerprint=_fingerprint(sequences),
         )
+
+    def assign(self, step: int) -> tuple[BatchSequences, NDArray[np.int64], Assignment]:
+        """The sequences of the global batch, their text lengths [S], and where each is computed."""
+        sequences = self.order.batch(step)
+        text_lengths = self._text_lengths(sequences)
+        lengths = text_lengths + self.vocabulary.num_special_tokens
+        rows = pack(lengths, self.layout.width) if self.layout.packed else one_per_row(lengths)
+        return sequences, text_lengths, assign_to_ranks(lengths, rows, self.world.size, self.layout.max_rows)
 
     def _text_lengths(self, sequences: BatchSequences) -> NDArray[np.int64]:
         lengths = np.empty_like(sequences.ids)

@@ -10,6 +10,7 @@ worker has none of the rank's threads, and uses neither CUDA, collectives nor to
 
 import contextlib
 import itertools
+import logging
 import pickle
 import queue
 import signal
@@ -28,9 +29,14 @@ import torch
 
 from pretrain.batching.batch import FlatRankBatch, RankBatch, flatten_batch, unflatten_batch
 
+log = logging.getLogger(__name__)
+
 _GRACE_SECONDS = 40  # how long a worker keeps running after SIGTERM
 _PREFETCHED = 4  # batches per worker that wait in the rank
 _EXIT_SECONDS = 5.0  # a worker whose pipe is closed has exited by then
+_START_SECONDS = 10.0
+_START_ATTEMPTS = 5
+_STARTED = b"started"  # the first message of a worker
 _STATES = {
     "D": "it waits for a disk",
     "R": "it is busy",
@@ -97,15 +103,9 @@ class _Prefetcher(Iterator[RankBatch]):
         self._end_workers = Finalize(self, _end_workers, (workers_started, closed), exitpriority=0)
         pipes = []
         for number in range(workers):
-            reader, writer = Pipe(duplex=False)
-            span = (first + number, last, workers)
-            worker = get_context("fork").Process(
-                target=_make_batches, args=(batches, span, writer, reader), daemon=True
-            )
-            worker.start()
-            writer.close()  # only the worker has it open: the pipe ends with the worker
+            worker, pipe = _start_worker(batches, (first + number, last, workers))
             workers_started.append(worker)
-            pipes.append(reader)
+            pipes.append(pipe)
         self._turns = itertools.cycle(workers_started)
         self._ready: queue.Queue[_Received] = queue.Queue(_PREFETCHED * workers)
         threading.Thread(target=_receive_batches, args=(pipes, self._ready, closed, device), daemon=True).start()
@@ -133,6 +133,27 @@ class _Prefetcher(Iterator[RankBatch]):
         return DataWorkerError(f"the data worker (pid {worker.pid}) {what}")
 
 
+def _start_worker(batches: Batches, span: tuple[int, int | None, int]) -> tuple[BaseProcess, Connection]:
+    """Start a worker for the steps of `span`. Returns it and the pipe that it writes to.
+
+    Before CPython 3.11.10 a forked process hangs if a thread that is not Python's own, such as one that ends a
+    collective, was creating its thread state at that moment (github.com/python/cpython/issues/112275). A worker that
+    does not report is replaced.
+    """
+    for attempt in range(1, _START_ATTEMPTS + 1):
+        reader, writer = Pipe(duplex=False)
+        worker = get_context("fork").Process(target=_make_batches, args=(batches, span, writer, reader), daemon=True)
+        worker.start()
+        writer.close()  # only the worker has it open: the pipe ends with the worker
+        if reader.poll(_START_SECONDS) or attempt == _START_ATTEMPTS:
+            break
+        log.warning("data worker (pid %d) did not start within %.0f s: starting another", worker.pid, _START_SECONDS)
+        worker.kill()
+        worker.join()
+        reader.close()
+    return worker, reader
+
+
 def _end_workers(workers: Sequence[BaseProcess], closed: threading.Event) -> None:
     closed.set()
     for worker in workers:
@@ -147,6 +168,7 @@ def _make_batches(batches: Batches, span: tuple[int, int | None, int], writer: C
     _defer_signals()
     torch.set_num_threads(1)
     with contextlib.suppress(BrokenPipeError):
+        writer.send_bytes(_STARTED)
         for step in _steps(*span):
             try:
                 flat = flatten_batch(batches[step])
@@ -176,6 +198,8 @@ def _receive(pipe: Connection, device: int | None) -> _Received:
     """What a worker sends, pinned for `device`."""
     try:
         message = pipe.recv_bytes()
+        if message == _STARTED:
+            message = pipe.recv_bytes()
     except (EOFError, OSError):
         return None
     try:

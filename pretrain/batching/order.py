@@ -108,6 +108,14 @@ class ShuffledOrder:
             epochs[selected], ids[selected] = corpus.at(own[selected])
         return BatchSequences(corpora, epochs, ids)
 
+    def positions_by_corpus(self, positions: int) -> NDArray[np.int64]:
+        """How many of the first `positions` positions each corpus gets."""
+        if len(self.corpora) == 1:
+            return np.array([positions], dtype=np.int64)
+        blocks_end = positions // _BLOCK * _BLOCK
+        corpora, _ = self._split_by_corpus(np.arange(blocks_end, positions, dtype=np.int64))
+        return quotas(self.shares, blocks_end) + np.bincount(corpora, minlength=len(self.corpora))
+
     def _split_by_corpus(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(corpora, positions in the corpus's own stream) for each of `positions`; same shape."""
         if len(self.corpora) == 1:

@@ -1,6 +1,7 @@
 """A launch over several hosts survives what happens to them."""
 
 import json
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from runs import NO_DROPOUT, TINY, run_config, soak
 from test_cluster_launches import DEEPCLOZE, write_hostfile
 from waiting import wait_until
 
-SECRET = "swordfish 'and' \"quotes\" $HOME"
+KEYWORD = os.urandom(8).hex()
+SECRET = f"{KEYWORD} 'and' \"quotes\" $HOME"
 
 
 class Run:
@@ -134,11 +136,11 @@ def test_a_killed_launcher_leaves_nothing_and_its_secrets_stay_secret(
             environ = host.run("cat", f"/proc/{rank}/environ").stdout.split("\0")
             assert {f"MY_SECRET={SECRET}", f"WANDB_API_KEY={SECRET}"} <= set(environ)
     for host in cluster.hosts:
-        assert not [line for line in host.processes() if "swordfish" in line]
-        assert host.run("grep", "-rls", "swordfish", "/tmp", "/run", "--exclude-dir=pytest*").stdout == ""
+        assert not [line for line in host.processes() if KEYWORD in line]
+        assert host.run("grep", "-rls", KEYWORD, "/tmp", "/run", "--exclude-dir=pytest*").stdout == ""
         files = host.run("find", "/dev/shm", "-type", "f", "-name", "deepcloze-*", "-perm", "/077").stdout
         assert files == ""
-    assert not grep(tmp_path, "swordfish")
+    assert not grep(tmp_path, KEYWORD)
 
     other = Run(tmp_path, wordpiece_corpus, [second])
     refused = other.start(second)

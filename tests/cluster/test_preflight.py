@@ -7,6 +7,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -16,6 +17,7 @@ import pytest
 import yaml
 
 from hosts import REPOSITORY, Cluster, Host
+from launcher.preflight.bandwidth import LIMIT_SECONDS
 from runs import run_config
 from small_disk import SmallDisk, mounted_small_disk
 from test_cluster_launches import write_hostfile
@@ -217,13 +219,21 @@ def test_a_busy_port_is_named(cluster: Cluster, tmp_path: Path) -> None:
 @pytest.mark.soak
 def test_a_killed_preflight_leaves_no_ranks_behind(cluster: Cluster, tmp_path: Path) -> None:
     """Catches ranks on other hosts that keep devices and port until their timeout."""
-    head, *others = cluster.hosts
-    hostfile, pid = write_hostfile(tmp_path / "hostfile", others), tmp_path / "pid"
+    head, waiting, stopped = cluster.hosts
+    hostfile, pid = write_hostfile(tmp_path / "hostfile", [waiting, stopped]), tmp_path / "pid"
     command = shlex.join([*DEEPCLOZE, "preflight", f"--hostfile={hostfile}"])
     process = head.popen("sh", "-c", f"echo $$ > {pid}; exec {command}", stdout=subprocess.DEVNULL)
-    wait_until(lambda: all("launcher.preflight.measure" in str(host.processes()) for host in others), process)
+    wait_until(lambda: all(ranks(host) for host in (waiting, stopped)), process)
+    stopped.run("kill", "-STOP", *ranks(stopped))  # the other rank now waits until its timeout
+    killed_at = time.monotonic()
     head.run("kill", "-KILL", pid.read_text().strip())
-    wait_until(lambda: not any("launcher.preflight" in str(host.processes()) for host in cluster.hosts))
+    wait_until(lambda: not ranks(waiting))
+    assert time.monotonic() - killed_at < LIMIT_SECONDS / 2
+
+
+def ranks(host: Host) -> list[str]:
+    """The process ids of the ranks that preflight has started on a host."""
+    return host.run("pgrep", "-f", "launcher.preflight.measure").stdout.split()
 
 
 @pytest.mark.soak

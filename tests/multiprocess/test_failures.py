@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 
 from experiment.outcome_file import Outcome, read_outcome
 from experiment.run_folder import RunFolder
@@ -17,6 +18,7 @@ from launches import LONG, Start, config_file, rank_environment, wait_for_exit, 
 from rank_pool import free_port
 
 HOST = platform.node()
+REPOSITORY = Path(__file__).parents[2]
 
 
 def start_training(start: Start, corpus: Path, tmp_path: Path) -> tuple[subprocess.Popen[str], psutil.Process]:
@@ -54,6 +56,36 @@ def test_a_killed_rank_is_named(start: Start, wordpiece_corpus: Path, tmp_path: 
     assert code == 1
     assert f"rank 1 on {HOST} (process {rank.pid})" in output
     assert f"{HOST}, rank 0: " in output
+
+
+# Python runs this at the start of each process. A microbatch of more than 80 slots needs more memory than there is.
+SMALL_MEMORY = """
+import sys
+if "pretrain.run" in sys.orig_argv:
+    import torch
+    from pretrain.engine.engine import Engine
+    accumulate = Engine.accumulate
+    def limited(self, microbatch, *arguments):
+        if microbatch.input_ids.numel() > 80:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return accumulate(self, microbatch, *arguments)
+    Engine.accumulate = limited
+"""
+
+
+def test_a_rank_out_of_memory_gets_a_smaller_microbatch(start: Start, wordpiece_corpus: Path, tmp_path: Path) -> None:
+    """Catches a restart that fails the same way again, or that changes the global batch."""
+    (tmp_path / "sitecustomize.py").write_text(SMALL_MEMORY, encoding="utf-8")
+    config = config_file(tmp_path, wordpiece_corpus)
+    command = (sys.executable, "-m", "launcher", "pretrain", "--config", str(config), "--max_restarts=2")
+    path = f"{tmp_path}:{REPOSITORY}"
+    code, output = wait_for_exit(start(*command, PYTHONPATH=path))
+    assert code == 0, output
+    assert "OutOfMemoryError: CUDA out of memory\nrestarting, with half the microbatch" in output
+    lines = (tmp_path / "run" / "launch.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line).get("cause") for line in lines] == ["out_of_memory", None]
+    tree = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text(encoding="utf-8"))
+    assert (tree["batch"]["microbatch_tokens"], tree["batch"]["sequences"]) == (65, 29)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, None])

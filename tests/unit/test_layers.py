@@ -12,7 +12,7 @@ PACKAGES = ("launcher", "pretrain", "finetune", "experiment")
 # Top to bottom: a module imports from its own layer or a lower one.
 PRETRAIN_LAYERS = (
     ("pretrain.run",),
-    ("pretrain.rank_process", "pretrain.preparation"),
+    ("pretrain.rank_process", "pretrain.preparation", "pretrain.plan"),
     ("pretrain.training",),
     ("pretrain.training_stream", "pretrain.evaluate"),
     ("pretrain.stage_data",),

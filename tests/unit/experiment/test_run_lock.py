@@ -9,7 +9,7 @@ import pytest
 from experiment import run_lock
 from experiment.errors import UserError
 from experiment.run_folder import RunFolder, open_run_folder
-from experiment.run_lock import is_locked, lock_run
+from experiment.run_lock import check_unlocked, is_locked, lock_run
 from waiting import wait_until
 
 
@@ -38,6 +38,8 @@ def test_a_live_process_on_another_machine_is_respected(folder: RunFolder) -> No
     try:
         with pytest.raises(UserError, match="another deepcloze process, 7 on elsewhere, is using"), lock_run(folder):
             pass
+        with pytest.raises(UserError, match="another deepcloze process, 7 on elsewhere, is using"):
+            check_unlocked(folder)
     finally:
         ended.set()
         thread.join()
@@ -75,5 +77,8 @@ def test_a_process_that_was_replaced_is_told(folder: RunFolder) -> None:
 
 def test_a_damaged_file_is_ignored(folder: RunFolder) -> None:
     folder.owner.write_text("{")
+    check_unlocked(folder)
     with lock_run(folder):
         assert is_locked(folder)
+        with pytest.raises(UserError, match="another deepcloze process is using"):
+            check_unlocked(folder)

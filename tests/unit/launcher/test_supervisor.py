@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ SLOTS = {"localhost": (0, 2)}
 CHILD = """
 import os, signal, sys, time
 from pathlib import Path
-from experiment.outcome_file import Outcome, write_outcome
+from experiment.outcome_file import Cause, Outcome, write_outcome
 from experiment.run_folder import RunFolder
 folder = RunFolder(Path({path!r}))
 {body}
@@ -201,6 +202,36 @@ def test_a_stop_file_created_by_the_user_is_kept(folder: RunFolder):
     """Catches the launcher removing a STOP file it did not create, before the ranks have seen it."""
     attempt(folder, "folder.stop.touch()")
     assert folder.stop.exists()
+
+
+def test_a_launch_is_restarted(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a run that stays down after a failure that does not happen again, or that hides it."""
+    body = (
+        "first = not (folder.path / 'second').exists(); (folder.path / 'second').touch()\n"
+        "write_outcome(folder, Outcome.FAILED if first else Outcome.DONE, 'lost a rank', Cause.LOST_RANK)"
+    )
+    assert supervise(replace(one_launch(folder, body), max_restarts=1), time.time()).outcome is Outcome.DONE
+    assert "lost a rank\nrestarting" in capsys.readouterr().err
+    first, second = launches(folder)
+    assert (first["outcome"], first["cause"], first["message"]) == ("failed", "lost_rank", "lost a rank")
+    assert (second["attempt"], second["outcome"]) == (2, "done")
+
+
+def test_a_launch_that_fails_too_often_ends(folder: RunFolder) -> None:
+    """Catches an endless loop."""
+    body = "write_outcome(folder, Outcome.FAILED, 'lost a rank', Cause.LOST_RANK)"
+    result = supervise(replace(one_launch(folder, body), max_restarts=1), time.time())
+    assert result.message == "lost a rank\nnot restarted: --max_restarts=1 within an hour"
+    assert len(launches(folder)) == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, None])
+def test_a_stop_between_restarts_ends_the_launch(folder: RunFolder, number: signal.Signals | None) -> None:
+    """Catches a STOP file or signal that only ends one attempt."""
+    stop = "folder.stop.touch()" if number is None else f"os.kill(os.getppid(), {number}); time.sleep(1)"
+    body = f"write_outcome(folder, Outcome.FAILED, 'lost a rank', Cause.LOST_RANK); {stop}"
+    supervise(replace(one_launch(folder, body), max_restarts=5), time.time())
+    assert len(launches(folder)) == 1
 
 
 def test_one_launch_at_a_time(folder: RunFolder):

@@ -1,7 +1,9 @@
+import itertools
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from multiprocessing import active_children, get_context
 from multiprocessing.process import BaseProcess
@@ -11,6 +13,7 @@ import psutil
 import pytest
 import torch
 
+from pretrain.batching import loader
 from pretrain.batching.batch import IGNORED, Microbatch, RankBatch
 from pretrain.batching.loader import DataWorkerError, _describe_state, load_batches
 from pretrain.batching.order import BatchSequences
@@ -161,6 +164,23 @@ def test_workers_end_with_the_loader():
     assert len(set(active_children()) - others) == 2
     del batches
     assert set(active_children()) <= others
+
+
+def test_a_worker_that_hangs_at_its_start_is_replaced(tmp_path, monkeypatch, caplog):
+    """Catches a run that waits for its first batch until the timeout because a fork met a lock of CPython."""
+    make_batches = loader._make_batches
+
+    def hang_once(*arguments):
+        if not (tmp_path / "hung").exists():
+            (tmp_path / "hung").touch()
+            time.sleep(3600)
+        make_batches(*arguments)
+
+    monkeypatch.setattr(loader, "_make_batches", hang_once)
+    monkeypatch.setattr(loader, "_START_SECONDS", 1.0)
+    batches = load_batches(ManyMicrobatches(), 0, 3, workers=2)
+    assert len(list(itertools.islice(batches, 3))) == 3
+    assert "did not start within 1 s: starting another" in caplog.text
 
 
 def test_workers_end_when_one_cannot_start(monkeypatch):

@@ -1,0 +1,58 @@
+"""`deepcloze plan`: what a run needs, without starting it."""
+
+import json
+
+from experiment.config import load_config
+from launcher.allocation import allocated_hosts
+from launcher.hostfile import Slots, read_hostfile
+from launcher.machine import Machine, inspect_machine, select_accelerator
+from launcher.options import PlanOptions
+from launcher.placement import place_ranks
+from pretrain.config import PretrainConfig
+
+
+def print_run_plan(options: PlanOptions) -> None:
+    """Print the plan of a run, or one JSON object. Raises UserError for what `deepcloze pretrain` would reject."""
+    config = load_config(PretrainConfig, options.config, options.overrides)
+    machine = inspect_machine()
+    slots = _planned_slots(options, machine)
+    select_accelerator(machine.devices)
+
+    from pretrain.plan.cost import Rates
+    from pretrain.plan.device import Device, local_cpu, local_gpu
+    from pretrain.plan.plan import plan_run
+    from pretrain.plan.text import as_json, print_plan
+    from pretrain.resolve import resolve
+
+    ranks = sum(map(len, slots.values()))
+    found = local_gpu() if machine.devices.kind == "cuda" else None
+    device = found or local_cpu(max(map(len, slots.values())))
+    if options.device is not None:
+        device = Device(options.device, None, None)
+    plan = plan_run(
+        resolve(config, ranks),
+        hosts=len(slots),
+        ranks=ranks,
+        device=Device(
+            device.name, device.memory if options.memory_gib is None else int(options.memory_gib * 2**30), device.watts
+        ),
+        rates=Rates(
+            peak_flops=None if options.peak_tflops is None else options.peak_tflops * 1e12,
+            mfu=options.mfu,
+            bandwidth=options.bandwidth * 1e9,
+            watts=options.watts or device.watts,
+            price=options.price,
+        ),
+    )
+    if options.json_output:
+        print(json.dumps(as_json(plan)))
+    else:
+        print_plan(plan)
+
+
+def _planned_slots(options: PlanOptions, machine: Machine) -> Slots:
+    """As for a launch, but `--num_gpus` without a hostfile may exceed what this machine has."""
+    hosts = read_hostfile(options.hostfile) if options.hostfile else allocated_hosts(machine.environ)
+    if hosts is None and options.num_gpus is not None:
+        return {"localhost": tuple(range(options.num_gpus))}
+    return place_ranks(machine.devices, options.model_copy(update={"oversubscribe": True}), hosts)

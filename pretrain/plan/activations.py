@@ -1,0 +1,201 @@
+"""The memory of one microbatch, found by running it on torch's meta device, where tensors have shapes but no data.
+
+The model's own forward and backward run, so that the figures hold for every architecture that transformers has.
+`_Allocations` sees each operator's results and when they are freed. What a kernel allocates and frees inside one
+operator is not seen.
+
+On a GPU other kernels run than on a CPU. `_use_gpu_kernels` replaces the two that keep other tensors for the backward
+pass: dropout, whose mask takes one byte per element there, and attention, which keeps no scores (Dao et al. 2022,
+arXiv:2205.14135; scaled_dot_product_attention and torch.nn.attention.varlen keep the same).
+"""
+
+import weakref
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, PreTrainedModel
+
+from pretrain.batching.batch import Microbatch
+from pretrain.modeling.attention import PACKED, register_packed_attention
+from pretrain.modeling.masked_lm import MaskedLanguageModel
+
+_GPU_ATTENTION = "deepcloze_planned"
+
+
+@dataclass(frozen=True)
+class MicrobatchShape:
+    """The largest microbatch of a rank."""
+
+    rows: int
+    width: int
+    predicted: int  # masked positions, padding included
+    sequences: int
+
+
+@dataclass(frozen=True)
+class MicrobatchMemory:
+    """Bytes at the moment of the highest use in the forward and backward pass of one microbatch."""
+
+    activations: int
+    logits: int  # tensors of the size of the logits: fp32 copies, their log-softmax and gradients
+    gradients: int  # in `parameter.grad`; 0 where they go to a buffer of DeepSpeed as soon as they are computed
+
+    @property
+    def total(self) -> int:
+        return self.activations + self.logits + self.gradients
+
+
+@dataclass(frozen=True)
+class Computation:
+    """How a microbatch is computed."""
+
+    dtype: torch.dtype  # of weights and activations
+    packed: bool
+    on_gpu: bool
+    checkpointed: bool  # model.activation_checkpointing
+    gradients_stay: bool = False  # in `parameter.grad` until the step
+    accumulates: bool = False  # a step has several microbatches
+
+
+def microbatch_memory(model: PreTrainedModel, shape: MicrobatchShape, computation: Computation) -> MicrobatchMemory:
+    """`model`: on the meta device; it is changed. Raises RuntimeError or TypeError if the model does not run there."""
+    wrapped = _prepare(model, computation)
+    for parameter in wrapped.parameters():
+        parameter.data = parameter.data.to(computation.dtype)
+        if not computation.gradients_stay:
+            parameter.register_post_accumulate_grad_hook(_move_gradient)  # type: ignore[no-untyped-call]
+    with torch.device("meta"):
+        if computation.accumulates and computation.gradients_stay:
+            for parameter in wrapped.parameters():
+                parameter.grad = torch.empty_like(parameter)
+        microbatch = _meta_microbatch(shape)
+        allocations = _Allocations(wrapped, shape.predicted * model.config.vocab_size)
+        with allocations:
+            wrapped(*microbatch).loss_sum.mul(torch.ones(())).backward()
+    return allocations.peak
+
+
+def _move_gradient(parameter: Tensor) -> None:
+    """What DeepSpeed does with a gradient when it is complete: a copy in fp32 goes to a buffer."""
+    assert parameter.grad is not None
+    parameter.grad.to(torch.float32)
+    parameter.grad = None
+
+
+def _prepare(model: PreTrainedModel, computation: Computation) -> MaskedLanguageModel:
+    if computation.packed:
+        register_packed_attention()
+        model.set_attn_implementation(PACKED)
+    wrapped = MaskedLanguageModel(model, computation.packed).train()
+    if computation.on_gpu:
+        _use_gpu_kernels(model)
+    if computation.checkpointed:
+        model.config.use_cache = False
+        # Without the state of the generator, which the meta device does not have; it takes no memory worth counting.
+        model._set_gradient_checkpointing(
+            gradient_checkpointing_func=partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        )
+    return wrapped
+
+
+def _meta_microbatch(shape: MicrobatchShape) -> Microbatch:
+    slots = (shape.rows, shape.width)
+    return Microbatch(
+        input_ids=torch.empty(slots, dtype=torch.int64),
+        position_ids=torch.empty(slots, dtype=torch.int64),
+        segments=torch.empty(slots, dtype=torch.int32),
+        cu_seqlens=torch.empty(shape.sequences + 1, dtype=torch.int32),
+        masked_positions=torch.empty(shape.predicted, dtype=torch.int64),
+        labels=torch.empty(shape.predicted, dtype=torch.int64),
+    )
+
+
+class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sums the storages that are alive, except the weights, and keeps the sums at their highest total."""
+
+    def __init__(self, model: nn.Module, logits: int) -> None:
+        """`logits`: the number of elements that makes a tensor count as logits."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._logits = logits
+        self._weights = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+        self._alive: dict[int, tuple[int, str]] = {}  # storage -> bytes, what it holds
+        self._bytes = {"activations": 0, "logits": 0, "gradients": 0}
+        self._total = 0
+        self.peak = MicrobatchMemory(**self._bytes)
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                self._add(parameter.grad, "gradients")
+            parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                self._count_as_gradient
+            )
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        for result in tree_leaves(results):
+            if isinstance(result, Tensor):
+                self._add(result, "logits" if result.numel() == self._logits else "activations")
+        if self._total > self.peak.total:
+            self.peak = MicrobatchMemory(**self._bytes)
+        return results
+
+    def _add(self, tensor: Tensor, kind: str) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._weights or key in self._alive:
+            return
+        self._alive[key] = (size, kind)
+        self._bytes[kind] += size
+        self._total += size
+        weakref.finalize(storage, self._drop, key)
+
+    def _drop(self, key: int) -> None:
+        size, kind = self._alive.pop(key)
+        self._bytes[kind] -= size
+        self._total -= size
+
+    def _count_as_gradient(self, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            key = parameter.grad.untyped_storage()._cdata
+            size, kind = self._alive[key]
+            self._alive[key] = (size, "gradients")
+            self._bytes[kind] -= size
+            self._bytes["gradients"] += size
+
+
+def _use_gpu_kernels(model: PreTrainedModel) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.__class__ = _GpuDropout
+    if model.config._attn_implementation != "eager":
+        AttentionInterface.register(_GPU_ATTENTION, _gpu_attention)
+        model.set_attn_implementation(_GPU_ATTENTION)
+
+
+class _GpuDropout(nn.Dropout):
+    def forward(self, values: Tensor) -> Tensor:
+        return torch.native_dropout(values, self.p, True)[0] if self.training and self.p > 0 else values
+
+
+def _gpu_attention(_module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
+    """Attention output [B, W, H, D] of query, key and value [B, H, W, D]."""
+    return _GpuAttention.apply(query, key, value).transpose(1, 2), None  # type: ignore[no-untyped-call]
+
+
+class _GpuAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = torch.empty_like(query)
+        log_sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, output, log_sums)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value, *_ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)

@@ -1,0 +1,247 @@
+"""The memory of one rank, by part, at each ZeRO stage.
+
+Bytes per parameter follow Rajbhandari et al. 2020 (ZeRO, arXiv:1910.02054, section 3) and the allocations of DeepSpeed
+0.19, with N parameters, w ranks, and b bytes (2 or 4) for a weight that the model computes with:
+
+    ZeRO           0 (fp32)   1                  2                      3
+    weights        4 N        b N                b N                    b N / w, and those that are gathered
+    gradients      4 N        4 N (+ 2 N: b=2)   4 N / w                4 N / w
+    optimizer      8 N        12 N / w           12 N / w               12 N / w
+
+The optimizer's part is the fp32 masters, its two moments, and the averaged weights (4 N / w more) if they are kept. The
+highest use of a step is in the backward pass, or, for a large model with small microbatches, when gradients are
+reduced or weights are updated; a rank on a CPU also needs memory to build the model and to save a checkpoint.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from pretrain.config import PretrainConfig
+from pretrain.engine.deepspeed_settings import DeepSpeedSettings
+from pretrain.plan.activations import MicrobatchMemory
+from pretrain.plan.parameters import ParameterCounts
+
+_FP32 = 4
+_MOMENTS = 8  # of AdamW, LAMB and StableAdamW
+
+# DeepSpeed's defaults (deepspeed/runtime/zero/config.py), in elements
+_REDUCE_BUCKET = 500_000_000
+_PREFETCH_BUCKET = 50_000_000
+_PERSISTENCE_THRESHOLD = 100_000
+_MAX_REUSE_DISTANCE = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Bytes of one rank at one moment."""
+
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    logits: int = 0
+    buffers: int = 0  # DeepSpeed's buckets, gathered weights (ZeRO 3) and copies
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+    def __add__(self, other: "Parts") -> "Parts":
+        return Parts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """The memory of one rank."""
+
+    zero_stage: int
+    moments: Mapping[str, Parts]  # of the run -> bytes on the device
+    host: int  # host memory of a rank on a GPU during training: what is offloaded
+    disk: int  # NVMe offload
+
+    @property
+    def peak(self) -> str:
+        """The moment of the highest use."""
+        return max(self.moments, key=lambda moment: self.moments[moment].total)
+
+    @property
+    def parts(self) -> Parts:
+        return self.moments[self.peak]
+
+
+@dataclass(frozen=True)
+class MemorySettings:
+    """What the memory of a rank depends on, besides parameters and microbatches."""
+
+    zero_stage: int
+    ranks: int
+    weight_bytes: int  # b: 2 or 4
+    on_gpu: bool
+    averaged: bool  # model.ema_decay
+    optimizer: str
+    offload: str  # none | cpu | nvme
+    offloads_weights: bool
+    reduce_bucket: int  # elements
+    prefetch_bucket: int
+    persistence_threshold: int
+    max_reuse_distance: int
+
+
+def memory_settings(config: PretrainConfig, deepspeed: DeepSpeedSettings, ranks: int, on_gpu: bool) -> MemorySettings:
+    zero: Mapping[str, Any] = deepspeed.raw.get("zero_optimization", {})
+    offload_param = (zero.get("offload_param") or {}).get("device", "none")
+    return MemorySettings(
+        zero_stage=deepspeed.zero_stage,
+        ranks=ranks,
+        weight_bytes=weight_dtype(deepspeed).itemsize,
+        on_gpu=on_gpu,
+        averaged=config.model.ema_decay is not None,
+        optimizer=config.optimizer.name,
+        offload=deepspeed.offload,
+        offloads_weights=offload_param != "none",
+        reduce_bucket=int(zero.get("reduce_bucket_size", _REDUCE_BUCKET)),
+        prefetch_bucket=int(zero.get("stage3_prefetch_bucket_size", _PREFETCH_BUCKET)),
+        persistence_threshold=int(zero.get("stage3_param_persistence_threshold", _PERSISTENCE_THRESHOLD)),
+        max_reuse_distance=int(zero.get("stage3_max_reuse_distance", _MAX_REUSE_DISTANCE)),
+    )
+
+
+def weight_dtype(deepspeed: DeepSpeedSettings) -> torch.dtype:
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[deepspeed.precision]
+
+
+def gradients_stay(settings: MemorySettings) -> bool:
+    """Whether gradients stay in `parameter.grad` until the update; else they go to a buffer one by one."""
+    return settings.zero_stage < 2 and settings.offload == "none"
+
+
+def rank_memory(counts: ParameterCounts, microbatch: MicrobatchMemory, settings: MemorySettings) -> RankMemory:
+    """`microbatch`: of the stage of the schedule whose microbatches take the most."""
+    resident = _resident(counts, settings)
+    computing = Parts(activations=microbatch.activations, logits=microbatch.logits, gradients=microbatch.gradients)
+    moments = {
+        "backward": resident + computing + Parts(buffers=_backward_buffers(counts, settings)),
+        "update": resident + _update(counts, settings),
+    }
+    if settings.zero_stage == 3:
+        moments["forward"] = resident + Parts(
+            activations=microbatch.activations,
+            buffers=_backward_buffers(counts, settings) + _prefetched(counts, settings),
+        )
+    moments["start"] = _start(counts, settings, resident)
+    if not settings.on_gpu:  # each rank copies what it owns, and rank 0 the whole model
+        moments["checkpoint"] = resident + Parts(buffers=resident.optimizer + _FP32 * counts.total)
+    host = _offloaded(counts, settings)
+    disk = 16 * counts.total // settings.ranks if settings.offload == "nvme" else 0
+    return RankMemory(settings.zero_stage, moments, host if settings.on_gpu else 0, disk)
+
+
+def _resident(counts: ParameterCounts, settings: MemorySettings) -> Parts:
+    """What is allocated all the time. Without a GPU, what is offloaded to the host is in the same memory."""
+    total, share, size = counts.total, -(-counts.total // settings.ranks), settings.weight_bytes
+    averages = _FP32 if settings.averaged else 0
+    if settings.offload != "none":
+        host = 0 if settings.on_gpu else _offloaded(counts, settings)
+        weights = 0 if settings.offloads_weights else size * share if settings.zero_stage == 3 else size * total
+        gradients = _FP32 * share if settings.zero_stage < 3 and size < _FP32 else 0
+        return Parts(weights=weights, gradients=gradients, optimizer=host)
+    if settings.zero_stage == 0:
+        return Parts(weights=_FP32 * total, optimizer=(_MOMENTS + averages) * total)
+    return Parts(
+        weights=size * (share if settings.zero_stage == 3 else total),
+        gradients=_resident_gradients(total, share, settings),
+        optimizer=(_FP32 + _MOMENTS + averages) * share,
+    )
+
+
+def _resident_gradients(total: int, share: int, settings: MemorySettings) -> int:
+    """Those that are not in `parameter.grad`."""
+    if settings.zero_stage >= 2:
+        return _FP32 * share
+    return _FP32 * total if settings.weight_bytes < _FP32 else 0
+
+
+def _start(counts: ParameterCounts, settings: MemorySettings, resident: Parts) -> Parts:
+    """While the engine is built: DeepSpeed moves the whole model to the device, then copies it to flat tensors (ZeRO 1
+    and 2) or partitions it (ZeRO 3). On a CPU the fp32 model is in the same memory."""
+    whole = settings.weight_bytes * counts.total
+    model = whole if settings.on_gpu else max(whole, _FP32 * counts.total)
+    flat = whole if settings.zero_stage in (1, 2) else resident.weights if settings.zero_stage == 3 else 0
+    masters = 0 if settings.zero_stage == 0 else resident.optimizer * _FP32 // (_FP32 + _MOMENTS)
+    return Parts(weights=model + flat, gradients=resident.gradients, optimizer=masters)
+
+
+def _offloaded(counts: ParameterCounts, settings: MemorySettings) -> int:
+    """Host memory of a rank: masters, moments, gradients, and a copy of the gradients or of updated weights. See the
+    table in ds_configs/README.md."""
+    if settings.offload == "none":
+        return 0
+    share, size = -(-counts.total // settings.ranks), settings.weight_bytes
+    weights = size if settings.offloads_weights else 0
+    averages = _FP32 if settings.averaged else 0
+    if settings.offload == "nvme":
+        return (_FP32 + weights + averages) * share
+    copies = _FP32 if settings.zero_stage == 3 else size + (_FP32 if size == _FP32 else 0)
+    return (_FP32 + _MOMENTS + _FP32 + copies + weights + averages) * share
+
+
+def _backward_buffers(counts: ParameterCounts, settings: MemorySettings) -> int:
+    """Buckets and gathered weights in the backward pass.
+
+    The bucket is allocated whole, but a CPU's memory is taken only as far as it is written: at ZeRO 1 when the
+    gradients are reduced, at ZeRO 2 when most activations are freed already.
+    """
+    if settings.zero_stage == 0:
+        return 0
+    if settings.zero_stage == 3:
+        bucket = settings.reduce_bucket if settings.on_gpu else min(counts.total, settings.reduce_bucket)
+        return _FP32 * bucket + settings.weight_bytes * gathered_weights(counts, settings)
+    if _is_bf16_optimizer(settings) or not settings.on_gpu:
+        return 0
+    return settings.weight_bytes * settings.reduce_bucket
+
+
+def _update(counts: ParameterCounts, settings: MemorySettings) -> Parts:
+    """When gradients are reduced and weights updated: gradients, the flattened copy of a bucket, and temporary tensors
+    of the optimizer."""
+    total, size = counts.total, settings.weight_bytes
+    share = total if settings.zero_stage == 0 else -(-total // settings.ranks)
+    temporary = {"adamw": 0, "lamb": _FP32, "stableadamw": 2 * _FP32}[settings.optimizer] * share
+    gradients = size * total if gradients_stay(settings) else 0
+    bucket = min(total, settings.reduce_bucket)
+    match settings.zero_stage:
+        case 3:  # the flat gradient of a sub-group, beside the bucket
+            buffers = _FP32 * (settings.reduce_bucket if settings.on_gpu else bucket) + _FP32 * share
+        case 1 | 2 if not _is_bf16_optimizer(settings):
+            buffers = size * (settings.reduce_bucket if settings.on_gpu else bucket) + _FP32 * bucket
+            gradients = 0 if settings.zero_stage == 1 else gradients  # they have moved to the bucket
+        case _:
+            buffers = _FP32 * bucket
+    return Parts(gradients=gradients, buffers=buffers + temporary)
+
+
+def _is_bf16_optimizer(settings: MemorySettings) -> bool:
+    """DeepSpeed's BF16_Optimizer, which has no bucket during the backward pass."""
+    return settings.zero_stage == 1 and settings.weight_bytes < _FP32 and settings.offload == "none"
+
+
+def _prefetched(counts: ParameterCounts, settings: MemorySettings) -> int:
+    """What ZeRO 3 has gathered ahead in one flat tensor, from which it copies each weight; it is freed when the last of
+    them is used, for a small model in the head."""
+    kept = sum(size for size in counts.sizes if size <= settings.persistence_threshold)
+    return settings.weight_bytes * min(counts.total - kept, settings.prefetch_bucket)
+
+
+def gathered_weights(counts: ParameterCounts, settings: MemorySettings) -> int:
+    """Elements of the weights that are whole on a rank at the end of the forward pass of ZeRO 3.
+
+    Small parameters stay gathered; of the others, those whose next use is at most `max_reuse_distance` elements away,
+    there and back; and the next ones are prefetched.
+    """
+    kept = sum(size for size in counts.sizes if size <= settings.persistence_threshold)
+    others = counts.total - kept
+    near = max(settings.max_reuse_distance // 2 + settings.prefetch_bucket, counts.largest)
+    return kept + min(others, near)

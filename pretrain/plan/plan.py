@@ -1,0 +1,177 @@
+"""Plan one run: what it computes, and what memory, communication and time that takes."""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from statistics import mean
+from typing import NamedTuple
+
+from experiment.device_peaks import peak_flops
+from experiment.positions import first_position
+from pretrain.modeling.flops import FlopsModel, flops_model
+from pretrain.modeling.random_model import meta_model
+from pretrain.plan.activations import Computation, MicrobatchMemory, microbatch_memory
+from pretrain.plan.communication import sent_per_step
+from pretrain.plan.cost import Cost, Rates, budget_cost, run_cost
+from pretrain.plan.device import Device
+from pretrain.plan.layout import is_packed
+from pretrain.plan.memory import MemorySettings, RankMemory, gradients_stay, memory_settings, rank_memory, weight_dtype
+from pretrain.plan.parameters import ParameterCounts, count_parameters
+from pretrain.plan.workload import StageWork, stage_work
+from pretrain.resolve import ResolvedRun
+from pretrain.training_stream import open_stream
+from pretrain.world import World
+
+
+class ZeroPlan(NamedTuple):
+    """One ZeRO stage."""
+
+    memory: RankMemory
+    sent_per_step: float  # bytes per rank, in the longest stage of the schedule
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """Everything that a plan says. None: unknown."""
+
+    run: ResolvedRun
+    hosts: int
+    ranks: int
+    device: Device
+    rates: Rates
+    packed: bool
+    parameters: ParameterCounts
+    stages: tuple[StageWork, ...]
+    flops_per_token: float | None  # of the whole run
+    zero: dict[int, ZeroPlan]  # by ZeRO stage: the run's own and the others
+    steps: int | None  # exact; None: a time budget
+    budget_steps: int | None  # about how many steps a time budget lasts for
+    tokens: int | None  # exact; None: a time budget
+    cost: Cost | None
+
+    @property
+    def zero_stage(self) -> int:
+        return self.run.deepspeed.zero_stage
+
+    @property
+    def chosen(self) -> ZeroPlan:
+        return self.zero[self.zero_stage]
+
+    @property
+    def fits(self) -> bool | None:
+        return self.fits_at(self.zero_stage)
+
+    def fits_at(self, zero_stage: int) -> bool | None:
+        memory = self.device.memory
+        return None if memory is None else self.zero[zero_stage].memory.parts.total <= memory
+
+
+def plan_run(run: ResolvedRun, hosts: int, ranks: int, device: Device, rates: Rates) -> RunPlan:
+    """`rates.peak_flops` None: look it up by the device's name. Raises UserError as `open_stream`."""
+    skeleton = meta_model(run.model_config)
+    packed = is_packed(run.model_config)
+    stream = open_stream(run, World(0, ranks), packed=packed, first_position=first_position(skeleton))
+    stages = stage_work(stream, run.config.masking)
+    counts, flops = count_parameters(skeleton), flops_model(skeleton)
+    settings = memory_settings(run.config, run.deepspeed, ranks, device.is_gpu)
+    if rates.peak_flops is None:
+        rates = replace(rates, peak_flops=peak_flops(device.name, run.deepspeed.precision))
+    measure = _largest_microbatch(
+        run,
+        stages,
+        Computation(
+            dtype=weight_dtype(run.deepspeed),
+            packed=packed,
+            on_gpu=device.is_gpu,
+            checkpointed=run.config.model.activation_checkpointing,
+        ),
+    )
+    longest = max(stages, key=lambda stage: stage.steps or math.inf)
+    zero = {
+        each.zero_stage: ZeroPlan(
+            rank_memory(counts, measure(gradients_stay(each)), each),
+            sent_per_step(counts, each, longest.batch.microbatches),
+        )
+        for each in _alternatives(settings)
+    }
+    per_token = _flops_per_token(flops, stages, mean(run.config.masking.rates))
+    known = [stage for stage in stages if stage.steps is not None and stage.tokens is not None]
+    tokens = sum(stage.tokens or 0 for stage in known)
+    sent = sum(sent_per_step(counts, settings, stage.batch.microbatches) * (stage.steps or 0) for stage in known)
+    recomputes = run.config.model.activation_checkpointing
+    if stream.steps is not None:
+        cost = run_cost(per_token and per_token * tokens, sent, ranks, rates, recomputes)
+        steps = None
+    else:  # what the known stages leave of the budget is for the last one
+        step_tokens, step_sent = stages[-1].batch.tokens, sent_per_step(counts, settings, stages[-1].batch.microbatches)
+        before = run_cost(per_token and per_token * tokens, sent, ranks, rates, recomputes)
+        step = run_cost(per_token and per_token * step_tokens, step_sent, ranks, rates, recomputes)
+        cost, steps = None, None
+        budget = run.config.schedule.budget_seconds
+        if before is not None and step is not None and budget is not None:
+            steps = stages[-1].first_step + max(0, int((budget - before.seconds) / step.seconds))
+            cost = budget_cost(step, budget, ranks, rates)
+    return RunPlan(
+        run=run,
+        hosts=hosts,
+        ranks=ranks,
+        device=device,
+        rates=rates,
+        packed=packed,
+        parameters=counts,
+        stages=stages,
+        flops_per_token=per_token,
+        zero=zero,
+        steps=stream.steps,
+        budget_steps=steps,
+        tokens=None if stream.steps is None else tokens,
+        cost=cost,
+    )
+
+
+def _alternatives(settings: MemorySettings) -> list[MemorySettings]:
+    """The settings at each ZeRO stage that the precision and the offload device allow."""
+    lowest = {"nvme": 3, "cpu": 1}.get(settings.offload, 0 if settings.weight_bytes == 4 else 1)
+    stages = sorted({*range(lowest, 4), settings.zero_stage})
+    return [
+        replace(settings, zero_stage=stage, offloads_weights=settings.offloads_weights and stage == 3)
+        for stage in stages
+    ]
+
+
+def _largest_microbatch(
+    run: ResolvedRun,
+    stages: tuple[StageWork, ...],
+    computation: Computation,
+) -> Callable[[bool], MicrobatchMemory]:
+    """Returns the memory of the microbatch that takes the most, given whether gradients stay in place."""
+    shapes = {(stage.batch.largest, stage.batch.microbatches > 1) for stage in stages}
+
+    @functools.cache
+    def measure(gradients_stay: bool) -> MicrobatchMemory:
+        return max(
+            (
+                microbatch_memory(
+                    meta_model(run.model_config),
+                    shape,
+                    replace(computation, gradients_stay=gradients_stay, accumulates=accumulates),
+                )
+                for shape, accumulates in shapes
+            ),
+            key=lambda memory: memory.total,
+        )
+
+    return measure
+
+
+def _flops_per_token(flops: FlopsModel | None, stages: tuple[StageWork, ...], rate: float) -> float | None:
+    """Mean over the tokens of the run, counted as in pretrain/modeling/flops.py."""
+    if flops is None:
+        return None
+    per_token = [
+        flops.per_step(b.tokens, b.squared_lengths, round(rate * b.text_tokens)) / b.tokens
+        for b in (stage.batch for stage in stages)
+    ]
+    weights = [1 if stage.tokens is None else stage.tokens for stage in stages]
+    return sum(each * weight for each, weight in zip(per_token, weights, strict=True)) / sum(weights)

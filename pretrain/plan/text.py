@@ -1,0 +1,179 @@
+"""A plan as text, and as one JSON object."""
+
+from dataclasses import asdict
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from pretrain.plan.plan import RunPlan
+from pretrain.plan.warnings import warnings
+
+_WIDTH = 110  # of the memory table
+_PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers", "total")
+
+
+def print_plan(plan: RunPlan) -> None:
+    console = Console(highlight=False)
+    console.width = max(console.width, _WIDTH)
+    for heading, lines in _sections(plan):
+        console.print(f"[bold]{heading}[/bold]")
+        for line in lines:
+            console.print(f"  {line}", markup=False, soft_wrap=True)
+        if heading.startswith("memory"):
+            console.print(_memory_table(plan))
+    for warning in warnings(plan):
+        console.print(f"warning: {warning}", markup=False, soft_wrap=True)
+
+
+def as_json(plan: RunPlan) -> dict[str, Any]:
+    """Bytes, seconds, FLOP/s and counts, without units in the names; null where unknown."""
+    return {
+        "hosts": plan.hosts,
+        "ranks": plan.ranks,
+        "device": asdict(plan.device),
+        "assumed": asdict(plan.rates),
+        "packed": plan.packed,
+        "parameters": {k: v for k, v in asdict(plan.parameters).items() if k != "sizes"},
+        "flops_per_token": plan.flops_per_token,
+        "steps": plan.steps,
+        "budget_steps": plan.budget_steps,
+        "tokens": plan.tokens,
+        "stages": [asdict(stage) for stage in plan.stages],
+        "zero_stage": plan.zero_stage,
+        "zero": {
+            str(stage): {
+                "memory": asdict(each.memory.parts) | {"total": each.memory.parts.total},
+                "moment": each.memory.peak,
+                "host_memory": each.memory.host,
+                "disk": each.memory.disk,
+                "sent_per_step": each.sent_per_step,
+                "fits": plan.fits_at(stage),
+            }
+            for stage, each in plan.zero.items()
+        },
+        "fits": plan.fits,
+        "cost": None if plan.cost is None else asdict(plan.cost) | {"seconds": plan.cost.seconds},
+        "warnings": warnings(plan),
+    }
+
+
+def _sections(plan: RunPlan) -> list[tuple[str, list[str]]]:
+    memory = plan.device.memory
+    size = "memory unknown (--memory_gib)" if memory is None else f"{_gib(memory)} GiB"
+    return [
+        ("devices", [f"{plan.ranks:,} × {plan.device.name} on {_count(plan.hosts, 'machine')}, {size} each"]),
+        ("model", _model(plan)),
+        ("work", _work(plan)),
+        (f"memory per {'GPU' if plan.device.is_gpu else 'rank'} in GiB, at the highest use", _memory(plan)),
+        ("communication", [_communication(plan)]),
+        ("time and cost", _cost(plan)),
+    ]
+
+
+def _model(plan: RunPlan) -> list[str]:
+    counts = plan.parameters
+    flops = "unknown for this model type" if plan.flops_per_token is None else f"{plan.flops_per_token:.4g}"
+    return [
+        f"{counts.total:,} parameters: {counts.embeddings:,} in the embeddings, {counts.encoder:,} in the encoder, "
+        f"{counts.head:,} in the head",
+        f"FLOPs per token, forward and backward: {flops}; {'packed' if plan.packed else 'padded, one sequence a row'}",
+    ]
+
+
+def _work(plan: RunPlan) -> list[str]:
+    lines = []
+    for stage in plan.stages:
+        batch, shape = stage.batch, stage.batch.largest
+        steps = "until the budget is spent" if stage.steps is None else _count(stage.steps, "step")
+        lines.append(
+            f"{steps} of {_count(stage.sequences, 'sequence')} of at most {stage.max_seq_length} tokens: "
+            f"{stage.tokens_per_step():,.0f} tokens per step in {_count(batch.microbatches, 'microbatch', 'es')} of "
+            f"{shape.rows} × {shape.width} slots per rank, {batch.filled:.0%} of them filled"
+        )
+    if plan.steps is not None:
+        lines.append(f"in all {_count(plan.steps, 'step')}, {plan.tokens:,} tokens")
+    elif plan.budget_steps is not None:
+        lines.append(f"in all about {_count(plan.budget_steps, 'step')} in {plan.run.config.schedule.budget}")
+    return lines
+
+
+def _memory(plan: RunPlan) -> list[str]:
+    chosen = plan.chosen.memory
+    fits = {True: "it fits", False: "it does NOT fit", None: "whether it fits is unknown"}[plan.fits]
+    lines = [f"ZeRO {plan.zero_stage} in {plan.run.deepspeed.precision} ({plan.run.deepspeed.path.name}): {fits}"]
+    per_host = -(-plan.ranks // plan.hosts)
+    if plan.device.is_gpu:
+        lines.append(
+            f"host memory: {_gib(per_host * 4 * plan.parameters.total)} GiB per machine while its ranks build the model"
+            + (f", {_gib(per_host * chosen.host)} GiB for what is offloaded" if chosen.host else "")
+        )
+    else:
+        lines.append(
+            "on a CPU, the memory that malloc keeps comes on top: as much again in some runs (docs/planning.md)"
+        )
+    if chosen.disk:
+        lines.append(f"disk: {_gib(per_host * chosen.disk)} GiB per machine for what is offloaded")
+    return lines
+
+
+def _memory_table(plan: RunPlan) -> Table:
+    table = Table("  ZeRO", box=box.SIMPLE_HEAD, pad_edge=False)
+    for part in _PARTS:
+        table.add_column(part, justify="right", no_wrap=True)
+    table.add_column("at the", no_wrap=True)
+    table.add_column("fits")
+    for stage, each in plan.zero.items():
+        table.add_row(
+            f"  {stage}{' *' if stage == plan.zero_stage else ''}",
+            *(_gib(getattr(each.memory.parts, part)) for part in _PARTS),
+            each.memory.peak,
+            {True: "yes", False: "no", None: "?"}[plan.fits_at(stage)],
+        )
+    return table
+
+
+def _communication(plan: RunPlan) -> str:
+    others = ", ".join(f"ZeRO {stage} {_gb(z.sent_per_step)}" for stage, z in plan.zero.items())
+    return f"each rank sends {_gb(plan.chosen.sent_per_step)} GB per step ({others})"
+
+
+def _cost(plan: RunPlan) -> list[str]:
+    rates, cost = plan.rates, plan.cost
+    peak = "unknown" if rates.peak_flops is None else f"{rates.peak_flops / 1e12:g} TFLOP/s per device"
+    lines = [
+        f"assumed: peak {peak} (--peak_tflops), MFU {rates.mfu:.0%} (--mfu), {rates.bandwidth / 1e9:g} GB/s "
+        f"{'between machines' if plan.hosts > 1 else 'between devices'} (--bandwidth)"
+    ]
+    if cost is None:
+        return [*lines, "unknown: state the device's peak as --peak_tflops"]
+    steps = plan.steps or plan.budget_steps
+    per_step = f", {cost.seconds / steps:.3g} s per step" if steps else ""
+    lines.append(
+        f"{_duration(cost.seconds)}{per_step}; {cost.communicating / cost.seconds:.0%} of it communication, "
+        "counted as if nothing overlapped"
+    )
+    kwh = "energy unknown (--watts)" if cost.kwh is None else f"{cost.kwh:,.4g} kWh at {rates.watts:g} W per device"
+    price = (
+        "cost unknown (--price)" if cost.price is None else f"cost {cost.price:,.2f} at {rates.price:g} per device hour"
+    )
+    return [*lines, f"{cost.device_hours:,.4g} device hours; {kwh}; {price}"]
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:,.2f}"
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:,.3g}"
+
+
+def _count(number: int, noun: str, plural: str = "s") -> str:
+    return f"{number:,} {noun}{'' if number == 1 else plural}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:,.3g} h"

@@ -1,0 +1,133 @@
+"""What a run computes: steps, tokens and microbatches of each stage, from the run's own stream of batches.
+
+Steps and tokens are exact. The shape of microbatches is the largest in a sample of each stage's batches.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pretrain.batching.batch_maker import BatchMaker
+from pretrain.batching.order import CorpusStream, ShuffledOrder
+from pretrain.batching.sequences import SequenceIndex
+from pretrain.config import MaskingConfig
+from pretrain.plan.activations import MicrobatchShape
+from pretrain.training_stream import TrainingStream
+
+_BLOCK = 1 << 20  # sequences whose lengths are read at once
+_SAMPLED_BATCHES = 16
+_SAMPLED_SEQUENCES = 200_000  # in all of them: a second of packing
+_BUCKET = 64  # masked positions are padded to a multiple (pretrain/batching/batch_maker.py)
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """How one global batch is computed."""
+
+    tokens: int  # without padding
+    squared_lengths: int  # sum over its sequences
+    text_tokens: int  # without special tokens
+    microbatches: int  # of each rank
+    largest: MicrobatchShape
+    filled: float  # tokens per computed slot
+
+
+@dataclass(frozen=True)
+class StageWork:
+    """One stage of the schedule."""
+
+    first_step: int
+    steps: int | None  # None: a time budget ends it
+    sequences: int  # of a full batch
+    max_seq_length: int
+    tokens: int | None  # exact, of all its batches; None: unknown
+    batch: BatchShape  # the one with the largest microbatches of a sample
+
+    def tokens_per_step(self) -> float:
+        return self.batch.tokens if self.tokens is None or not self.steps else self.tokens / self.steps
+
+
+def stage_work(stream: TrainingStream, masking: MaskingConfig) -> tuple[StageWork, ...]:
+    ends = (*stream.first_steps[1:], stream.steps)
+    return tuple(
+        _stage(maker, first, end, max(masking.rates))
+        for maker, first, end in zip(stream.makers, stream.first_steps, ends, strict=True)
+    )
+
+
+def _stage(maker: BatchMaker, first_step: int, end: int | None, rate: float) -> StageWork:
+    order = maker.order
+    assert isinstance(order, ShuffledOrder)
+    # The last batch may be short, and early ones are during batch warmup.
+    last = max(first_step, order.sizes.warmup_steps + _SAMPLED_BATCHES if end is None else end - 2)
+    first = min(max(first_step, order.sizes.warmup_steps), last)
+    count = max(1, min(_SAMPLED_BATCHES, _SAMPLED_SEQUENCES // order.sizes.sequences))
+    batches = [_batch_shape(maker, int(step), rate) for step in np.unique(np.linspace(last, first, count, dtype=int))]
+    return StageWork(
+        first_step=first_step,
+        steps=None if end is None else end - first_step,
+        sequences=order.sizes.sequences,
+        max_seq_length=maker.layout.width,
+        tokens=None if end is None else _tokens(maker, order, end),
+        batch=max(batches, key=lambda batch: (batch.largest.rows * batch.largest.width, batch.largest.predicted)),
+    )
+
+
+def _tokens(maker: BatchMaker, order: ShuffledOrder, end: int) -> int:
+    """Tokens of the stage's batches, special tokens included."""
+    positions = order.sizes.start(end)
+    if order.positions is not None:
+        positions = min(positions, order.positions)
+    return sum(
+        _stream_tokens(corpus.index, stream, int(count), maker.vocabulary.num_special_tokens)
+        for corpus, stream, count in zip(
+            maker.corpora, order.corpora, order.positions_by_corpus(positions), strict=True
+        )
+    )
+
+
+def _stream_tokens(index: SequenceIndex, stream: CorpusStream, positions: int, special: int) -> int:
+    """Tokens of the first `positions` positions of a corpus's stream. Reads at most half of the lengths: those of the
+    last epoch's sequences, or of those that it does not reach."""
+    epochs, rest = divmod(positions, len(index))
+    whole = int(index.starts[-1]) + special * len(index)
+    if rest > len(index) // 2:
+        unread = range(rest, len(index))
+        return (epochs + 1) * whole - _epoch_tokens(index, stream, epochs, unread, special)
+    return epochs * whole + _epoch_tokens(index, stream, epochs, range(rest), special)
+
+
+def _epoch_tokens(index: SequenceIndex, stream: CorpusStream, epoch: int, part: range, special: int) -> int:
+    tokens = special * len(part)
+    for start in range(part.start, part.stop, _BLOCK):
+        within = np.arange(start, min(start + _BLOCK, part.stop), dtype=np.int64)
+        _, ids = stream.at(epoch * stream.sequences + within)
+        tokens += int(index.lengths(ids).sum())
+    return tokens
+
+
+def _batch_shape(maker: BatchMaker, step: int, rate: float) -> BatchShape:
+    _, text_lengths, assignment = maker.assign(step)
+    special, width, ranks = maker.vocabulary.num_special_tokens, maker.layout.width, maker.world.size
+    lengths = text_lengths + special
+    microbatch = assignment.rank * assignment.microbatches + assignment.microbatch
+    count = ranks * assignment.microbatches
+    text = np.bincount(microbatch, weights=text_lengths, minlength=count)
+    used = width if maker.layout.packed else int(lengths.max())
+    # Each text token is drawn with probability `rate`: the most of many batches, three standard deviations above.
+    predicted = text.max() * rate + 3 * np.sqrt(text.max() * rate * (1 - rate))
+    largest = MicrobatchShape(
+        rows=assignment.rows,
+        width=used,
+        predicted=-(-int(predicted) // _BUCKET) * _BUCKET or _BUCKET,
+        sequences=int(np.bincount(microbatch, minlength=count).max()) + assignment.rows,
+    )
+    tokens = int(lengths.sum())
+    return BatchShape(
+        tokens=tokens,
+        squared_lengths=int((lengths * lengths).sum()),
+        text_tokens=int(text_lengths.sum()),
+        microbatches=assignment.microbatches,
+        largest=largest,
+        filled=tokens / (count * assignment.rows * used),
+    )

@@ -1,0 +1,100 @@
+"""512 hosts with eight ranks each, as stand-ins: nothing takes longer than seconds, or grows faster than the hosts."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from experiment.outcome_file import Cause, Outcome, write_outcome
+from experiment.run_folder import open_run_folder
+from launcher.attempt import Command, Launch, Layout
+from launcher.deepspeed_command import DeepSpeedCommand, deepspeed_argv
+from launcher.guarded_hosts import Rendezvous
+from launcher.hostfile import hostfile_text, parse_hostfile
+from launcher.launch_result import read_result
+from launcher.supervisor import supervise
+from stand_in_hosts import install_ssh
+
+ROOT = Path(__file__).parents[3]
+HOSTS = [f"node-{number}.cluster.example.org" for number in range(512)]
+SLOTS = {host: tuple(range(8)) for host in HOSTS}
+LOST = HOSTS[7]
+MOST_BYTES_OF_AN_ARGUMENT = 128 << 10  # MAX_ARG_STRLEN of Linux
+
+# A guard that answers like a real one, and a host that does not answer.
+SSH = f"""
+case "$1" in {LOST}) exit 255;; esac
+case "$2" in *host_guard*) ;; *) exit 0;; esac
+read -r request
+echo 'deepcloze guard: {{"address": "10.0.0.1", "port": 4567}}'
+while read -r line; do
+    case "$line" in end) echo 'deepcloze guard: ended'; exit 0;; esac
+done
+exit 0
+"""
+RANKS = """
+import sys
+from pathlib import Path
+from experiment.outcome_file import Outcome, write_outcome
+from experiment.run_folder import RunFolder
+write_outcome(RunFolder(Path(sys.argv[1])), Outcome.DONE)
+"""
+
+
+@pytest.fixture(autouse=True)
+def in_seconds() -> Iterator[None]:
+    started = time.process_time()
+    yield
+    assert time.process_time() - started < 20, "CPU time of this process: a busy machine makes no difference"
+
+
+def test_a_lost_host_of_many_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install_ssh(tmp_path / "bin", monkeypatch, before=SSH)
+    folder = open_run_folder(tmp_path / "run")
+    seen: list[tuple[Layout, Rendezvous | None]] = []
+
+    def command(layout: Layout, rendezvous: Rendezvous | None) -> Command:
+        seen.append((layout, rendezvous))
+        return Command((sys.executable, "-c", RANKS, str(folder.path)), {"PYTHONPATH": str(ROOT)})
+
+    result = supervise(Launch(folder, SLOTS, command, local=False, max_restarts=1), time.time())
+    assert result.outcome is Outcome.DONE, result
+    first, second = [json.loads(line) for line in folder.launches.read_text().splitlines()]
+    assert (len(first["hosts"]), first["cause"]) == (512, Cause.LOST_HOST)
+    assert second["hosts"].keys() == SLOTS.keys() - {LOST}
+    ((layout, rendezvous),) = seen
+    assert rendezvous is not None
+    assert (len(layout.slots), rendezvous.address, rendezvous.port) == (511, "10.0.0.1", 4567)
+
+
+def test_the_command_line_of_many_hosts(tmp_path: Path) -> None:
+    """Catches arguments that Linux rejects, and a hostfile that DeepSpeed reads differently."""
+    command = DeepSpeedCommand(
+        python=sys.executable,
+        module="launcher.start_rank",
+        config=tmp_path / "launch.yaml",
+        slots=SLOTS,
+        device="cpu",
+        master_port=4567,
+        hostfile=tmp_path / "hostfile",
+    )
+    assert max(map(len, deepspeed_argv(command))) < MOST_BYTES_OF_AN_ARGUMENT
+    assert len(parse_hostfile(hostfile_text(SLOTS))) == 512
+
+
+def test_the_failure_of_one_rank_of_many_is_found(tmp_path: Path) -> None:
+    """Catches logs of weeks that are read as a whole."""
+    folder = open_run_folder(tmp_path / "run")
+    for rank in range(4096):
+        record = {"rank": rank, "host": HOSTS[rank // 8], "pid": rank, "exit": None if rank == 77 else 1}
+        folder.rank_record(rank).write_text(json.dumps(record))
+        folder.rank_log(rank).write_text("step 1\n" * 1000)
+    write_outcome(folder, Outcome.FAILED, "node-0, rank 0: lost its peer", Cause.LOST_RANK)
+    result = read_result(folder, 247, 0.0, remote=True)
+    assert result.message.startswith(f"rank 77 on {HOSTS[9]} (process 77) was killed by SIGKILL")
+    assert result.cause is Cause.KILLED
+    folder.outcome.unlink()
+    assert "the end of rank-" in read_result(folder, 1, 0.0, remote=True).message

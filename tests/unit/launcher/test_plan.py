@@ -1,0 +1,78 @@
+"""`deepcloze plan`, from the command line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from launcher.cli import main
+
+
+@pytest.fixture
+def config(tmp_path: Path, wordpiece_corpus: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    tree = {
+        "run": {"dir": str(tmp_path / "run")},
+        "model": {
+            "config": {"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+        },
+        "corpus": {"train": str(wordpiece_corpus)},
+        "batch": {"sequences": 64, "max_seq_length": 64, "microbatch_tokens": 512},
+        "schedule": {"epochs": 2, "warmup_steps": 3},
+        "engine": {"ds_config": "ds_configs/bf16_zero3.json"},
+    }
+    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    return path
+
+
+def plan(capsys: pytest.CaptureFixture[str], config: Path, *flags: str) -> dict[str, Any]:
+    assert main(["plan", "--config", str(config), "--json", *flags]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+H100 = ("--device", "H100", "--memory_gib", "80")
+
+
+def test_plans_thousands_of_gpus(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a plan that needs the hosts or the devices, and warnings that are missing."""
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("".join(f"node{number} slots=8\n" for number in range(512)), encoding="utf-8")
+    found = plan(capsys, config, "--hostfile", str(hostfile), *H100, "--schedule.warmup_steps=1000")
+    assert (found["hosts"], found["ranks"], found["zero_stage"], found["fits"]) == (512, 4096, 3, True)
+    assert found["steps"] == found["stages"][0]["steps"] == 23
+    text = "\n".join(found["warnings"])
+    for expected in ("ZeRO 3 gathers", "too small for a GPU", "fewer than the 4,096 ranks", "warmup_steps is 1,000"):
+        assert expected in text
+    assert found["cost"]["seconds"] > 0
+    assert found["cost"]["kwh"] is None
+    assert not (tmp_path / "run").exists()
+
+
+def test_states_what_it_assumes(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches figures of the user that are ignored, and a report without the defaults."""
+    cheap = plan(capsys, config, "--num_gpus=8", *H100, "--mfu=0.5", "--price=2", "--watts=700", "--bandwidth=50")
+    assert cheap["cost"]["price"] == pytest.approx(2 * cheap["cost"]["device_hours"])
+    assert cheap["cost"]["kwh"] == pytest.approx(0.7 * cheap["cost"]["device_hours"])
+    slow = plan(capsys, config, "--num_gpus=8", *H100, "--mfu=0.25", "--bandwidth=25")
+    assert slow["cost"]["seconds"] == pytest.approx(2 * cheap["cost"]["seconds"])
+    assert main(["plan", "--config", str(config), "--num_gpus=8", *H100]) == 0
+    printed = capsys.readouterr().out
+    for expected in ("8 × H100", "MFU 40%", "25 GB/s", "989.5 TFLOP/s", "it fits", "energy unknown (--watts)"):
+        assert expected in printed
+
+
+def test_says_what_does_not_fit(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a run that is said to fit into memory that it exceeds."""
+    found = plan(capsys, config, "--num_gpus=8", "--device=H100", "--memory_gib=1")
+    assert found["fits"] is False
+    assert found["zero"]["3"]["memory"]["buffers"] > 1e9
+    assert "use ZeRO 1" in found["warnings"][0]
+
+
+def test_a_missing_corpus_is_rejected_as_for_a_run(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a traceback, or a plan without data."""
+    assert main(["plan", "--config", str(config), "--corpus.train=nowhere"]) == 2
+    assert "corpus.train: nowhere is not a corpus" in capsys.readouterr().err.replace(str(Path.cwd()) + "/", "")

@@ -1,0 +1,91 @@
+"""The memory of a microbatch on the meta device."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoConfig, PreTrainedConfig
+
+from pretrain.modeling.random_model import meta_model
+from pretrain.plan.activations import Computation, MicrobatchMemory, MicrobatchShape, microbatch_memory
+
+SHAPE = MicrobatchShape(rows=4, width=32, predicted=64, sequences=9)
+FP32 = Computation(torch.float32, packed=True, on_gpu=False, checkpointed=False)
+VOCABULARY = 300
+
+
+def bert(layers: int = 4, model_type: str = "bert", dropout: float = 0.1) -> PreTrainedConfig:
+    return AutoConfig.for_model(
+        model_type,
+        hidden_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        intermediate_size=64,
+        vocab_size=VOCABULARY,
+        pad_token_id=0,
+        attention_probs_dropout_prob=dropout,
+        hidden_dropout_prob=dropout,
+    )
+
+
+def memory(
+    computation: Computation = FP32, shape: MicrobatchShape = SHAPE, config: PreTrainedConfig | None = None
+) -> MicrobatchMemory:
+    return microbatch_memory(meta_model(config or bert()), shape, computation)
+
+
+def test_a_linear_model_is_counted_byte_by_byte() -> None:
+    """Catches tensors that are missed or counted twice: a layer more is what the layer keeps for the backward pass.
+
+    In fp32 without dropout a BERT layer keeps, per token and hidden unit: the inputs of query, key and value (one
+    tensor) and their copies per head (3), the scaled query's, the attention's output twice (by head, and as a row), two
+    sums and two normalised tensors less the one that is the input of the next layer; the MLP keeps two of 4 times the
+    size (here twice); and scores, before and after the softmax.
+    """
+    more, fewer = (memory(config=bert(layers, dropout=0.0)).activations for layers in (6, 5))
+    tokens, hidden = SHAPE.rows * SHAPE.width, 32
+    scores = 4 * SHAPE.rows * SHAPE.width**2  # heads
+    assert (more - fewer) / 4 / tokens == pytest.approx((9 * hidden + 2 * 64 + scores / tokens), rel=0.15)
+
+
+def test_logits_are_three_tensors_of_the_predicted_positions() -> None:
+    """Catches logits of every position, or copies that are forgotten: at the highest use the log-softmax and two
+    gradients."""
+    wide = replace(SHAPE, predicted=1024)
+    assert memory(shape=wide).logits == 3 * 1024 * VOCABULARY * 4
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_memory_falls_with_what_saves_memory(on_gpu: bool) -> None:
+    """Catches settings that have no effect or the wrong one."""
+    full = replace(FP32, on_gpu=on_gpu)
+    assert memory(replace(full, dtype=torch.bfloat16)).activations < 0.7 * memory(full).activations
+    assert memory(replace(full, checkpointed=True)).activations < 0.6 * memory(full).activations
+    assert memory(full, replace(SHAPE, rows=8)).activations == pytest.approx(2 * memory(full).activations, rel=0.1)
+    assert memory(full, config=bert(2)).activations < memory(full).activations
+
+
+def test_a_gpu_keeps_neither_scores_nor_wide_dropout_masks() -> None:
+    """Catches a GPU that is planned with the kernels of a CPU."""
+    long = MicrobatchShape(rows=1, width=512, predicted=64, sequences=1)
+    assert memory(replace(FP32, on_gpu=True), long).activations < 0.3 * memory(FP32, long).activations
+
+
+def test_gradients_that_stay_are_counted_once() -> None:
+    """Catches gradients that are missed, or counted as activations, when a step has several microbatches."""
+    parameters = sum(parameter.numel() for parameter in meta_model(bert()).parameters())
+    moved, stay = memory(), memory(replace(FP32, gradients_stay=True, accumulates=True))
+    assert stay.gradients == 4 * parameters
+    assert stay.activations == pytest.approx(moved.activations, rel=0.1)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "electra", "modernbert"])
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_several_architectures_run_on_the_meta_device(model_type: str, on_gpu: bool) -> None:
+    """Catches an architecture that the plan cannot compute."""
+    config = AutoConfig.for_model(
+        model_type, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64, vocab_size=60_000
+    )
+    for checkpointed in (False, True):
+        computation = Computation(torch.bfloat16, packed=True, on_gpu=on_gpu, checkpointed=checkpointed)
+        assert memory(computation, config=config).total > 0

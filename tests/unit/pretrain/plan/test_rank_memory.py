@@ -1,0 +1,91 @@
+"""The memory of a rank, by part and ZeRO stage, against the bytes per parameter that ZeRO promises."""
+
+from dataclasses import replace
+
+import pytest
+
+from pretrain.plan.activations import MicrobatchMemory
+from pretrain.plan.communication import sent_per_step
+from pretrain.plan.memory import MemorySettings, Parts, gathered_weights, rank_memory
+from pretrain.plan.parameters import ParameterCounts
+
+N = 1_000_000_000
+COUNTS = ParameterCounts(N, N // 10, 8 * N // 10, N // 10, largest=N // 10, sizes=(N // 10,) * 10)
+NOTHING = MicrobatchMemory(0, 0, 0)
+BF16 = MemorySettings(
+    zero_stage=1,
+    ranks=8,
+    weight_bytes=2,
+    on_gpu=True,
+    averaged=False,
+    optimizer="adamw",
+    offload="none",
+    offloads_weights=False,
+    reduce_bucket=500_000_000,
+    prefetch_bucket=50_000_000,
+    persistence_threshold=100_000,
+    max_reuse_distance=1_000_000_000,
+)
+
+
+def resident(settings: MemorySettings) -> Parts:
+    parts = rank_memory(COUNTS, NOTHING, settings).moments["backward"]
+    return replace(parts, buffers=0)
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "expected"),
+    [
+        (0, 4, 4 + 0 + 8),  # gradients are in `parameter.grad`: counted with the microbatch
+        (1, 4, 4 + 12 / 8),
+        (1, 2, 2 + 4 + 12 / 8),
+        (2, 2, 2 + 4 / 8 + 12 / 8),
+        (3, 2, 2 / 8 + 4 / 8 + 12 / 8),
+        (3, 4, 4 / 8 + 4 / 8 + 12 / 8),
+    ],
+)
+def test_bytes_per_parameter(stage: int, precision: int, expected: float) -> None:
+    """Catches a part that is partitioned, or not, at the wrong stage (table in ds_configs/README.md)."""
+    assert resident(replace(BF16, zero_stage=stage, weight_bytes=precision)).total == pytest.approx(expected * N)
+
+
+def test_averages_and_offload() -> None:
+    """Catches averaged weights that are not partitioned, and offloaded states that stay on the device."""
+    assert resident(replace(BF16, averaged=True)).total - resident(BF16).total == 4 * N // 8
+    offloaded = replace(BF16, zero_stage=2, offload="cpu")
+    assert resident(offloaded).optimizer == 0
+    memory = rank_memory(COUNTS, NOTHING, offloaded)
+    assert (memory.host, memory.disk) == (18 * N // 8, 0)
+    on_cpu = rank_memory(COUNTS, NOTHING, replace(offloaded, on_gpu=False))
+    assert on_cpu.host == 0
+    assert on_cpu.moments["backward"].optimizer == 18 * N // 8
+    assert rank_memory(COUNTS, NOTHING, replace(offloaded, zero_stage=3, offload="nvme")).disk == 16 * N // 8
+
+
+def test_more_ranks_and_higher_stages_need_less() -> None:
+    """Catches a share that grows with the ranks."""
+    for stage in (1, 2, 3):
+        settings = replace(BF16, zero_stage=stage)
+        assert resident(settings).total > resident(replace(settings, ranks=16)).total
+    totals = [resident(replace(BF16, zero_stage=stage)).total for stage in (1, 2, 3)]
+    assert totals == sorted(totals, reverse=True)
+
+
+def test_gathered_weights_are_limited_by_the_distance_of_their_reuse() -> None:
+    """Catches a large model that ZeRO 3 would hold whole, and a small one that it would not."""
+    settings = replace(BF16, zero_stage=3)
+    assert gathered_weights(COUNTS, settings) == 550_000_000
+    assert gathered_weights(COUNTS, replace(settings, max_reuse_distance=0)) == 100_000_000
+    small = replace(COUNTS, total=1000, sizes=(100,) * 10, largest=100)
+    assert gathered_weights(small, settings) == 1000
+
+
+@pytest.mark.parametrize(
+    ("stage", "microbatches", "expected"),
+    [(0, 3, 8), (1, 3, 8 + 2), (2, 3, 3 * 8 + 2), (3, 3, 3 * (4 + 2 * 2))],
+)
+def test_communication_per_step(stage: int, microbatches: int, expected: float) -> None:
+    """Catches a reduction per microbatch where there is one per step, or the other way round."""
+    settings = replace(BF16, zero_stage=stage)
+    assert sent_per_step(COUNTS, settings, microbatches) == pytest.approx(expected * N * 7 / 8)
+    assert sent_per_step(COUNTS, replace(settings, ranks=1), microbatches) == 0

@@ -1,0 +1,84 @@
+"""Steps and tokens of a plan, compared with the batches of the run's own stream."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiment.config import build_config
+from pretrain.config import PretrainConfig
+from pretrain.plan.workload import StageWork, stage_work
+from pretrain.resolve import resolve
+from pretrain.training_stream import TrainingStream, open_stream
+from pretrain.world import World
+
+Work = tuple[TrainingStream, tuple[StageWork, ...]]
+OpenWork = Callable[..., Work]
+
+
+@pytest.fixture
+def open_work(wordpiece_corpus: Path, heldout_corpus: Path, tmp_path: Path) -> OpenWork:
+    def open_with(mixed: bool = False, ranks: int = 2, **sections: Any) -> Work:
+        mixture = [{"path": str(wordpiece_corpus), "weight": 3.0}, {"path": str(heldout_corpus), "weight": 1.0}]
+        tree = {
+            "run": {"dir": str(tmp_path), "seed": 4},
+            "model": {"config": {"model_type": "bert", "hidden_size": 24, "num_attention_heads": 2}},
+            "corpus": {"train": mixture if mixed else str(wordpiece_corpus)},
+            "batch": {"sequences": 29, "max_seq_length": 32, "microbatch_tokens": 128},
+            "schedule": {"steps": 16},
+            "engine": {"ds_config": "ds_configs/fp32_zero1.json"},
+        }
+        config = build_config(PretrainConfig, tree | sections)
+        stream = open_stream(resolve(config, ranks), World(0, ranks), packed=True, first_position=0)
+        return stream, stage_work(stream, config.masking)
+
+    return open_with
+
+
+STAGES = [{"steps": 7, "max_seq_length": 16, "sequences": 50, "microbatch_tokens": 64}, {"sequences": 9}]
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"schedule": {"epochs": 0.3}},
+        {"schedule": {"epochs": 0.8}},
+        {"schedule": {"epochs": 2.7}},
+        {"schedule": {"tokens": 30_000, "batch_warmup_steps": 5}},
+        {"schedule": {"steps": 12, "stages": STAGES, "batch_warmup_steps": 9}},
+        {"schedule": {"steps": 90}, "mixed": True},
+        {"schedule": {"steps": 12, "stages": STAGES}, "mixed": True},
+    ],
+    ids=str,
+)
+def test_tokens_are_those_of_the_batches(open_work: OpenWork, sections: dict[str, Any]) -> None:
+    """Catches a count that is off in the last epoch, a short last batch, a mixture, a stage or a warmup of batches."""
+    stream, stages = open_work(**sections)
+    assert stream.steps is not None
+    ends = [*stream.first_steps[1:], stream.steps]
+    for stage, maker, end in zip(stages, stream.makers, ends, strict=True):
+        assert (stage.first_step, stage.steps) == (maker.order.sizes.first_step, end - stage.first_step)  # type: ignore[attr-defined]
+        special = maker.vocabulary.num_special_tokens
+        lengths = [maker.assign(step)[1] + special for step in range(stage.first_step, end)]
+        assert stage.tokens == sum(int(each.sum()) for each in lengths)
+
+
+def test_the_largest_batch_is_one_of_the_run(open_work: OpenWork) -> None:
+    """Catches microbatches of another shape than those that a rank computes."""
+    stream, (stage,) = open_work(ranks=1)
+    batches = [stream[step] for step in range(15)]  # the sample has all of so few
+    rows, width = max(batch.microbatches[0].input_ids.shape for batch in batches)
+    assert (stage.batch.largest.rows, stage.batch.largest.width) == (rows, width)
+    assert (stage.batch.tokens, stage.batch.squared_lengths, stage.batch.microbatches) in [
+        (batch.tokens, batch.squared_lengths, len(batch.microbatches)) for batch in batches
+    ]
+    predicted = max(len(microbatch.masked_positions) for batch in batches for microbatch in batch.microbatches)
+    assert predicted <= stage.batch.largest.predicted <= predicted + 64
+
+
+def test_a_time_budget_leaves_the_last_stage_open(open_work: OpenWork) -> None:
+    """Catches steps that are made up where the time decides."""
+    stream, stages = open_work(schedule={"budget": "30m", "stages": STAGES})
+    assert stream.steps is None
+    assert [(stage.steps, stage.tokens is None) for stage in stages] == [(7, False), (None, True)]
