@@ -59,6 +59,7 @@ class Launch:
     host_environment: Mapping[str, str] = field(default_factory=dict, repr=False)  # for ranks on other hosts
     max_restarts: int = 0
     max_halvings: int = 0  # of the microbatch
+    quiet: bool = False  # do not print what the ranks print
 
 
 def run_attempt(launch: Launch, layout: Layout, stop: StopSignals, record: AttemptRecord) -> LaunchResult:
@@ -124,7 +125,7 @@ def _run(
     for path, text in command.files.items():
         write_text(path, text)
     start_time = time.time()
-    pipe = None if launch.local else subprocess.PIPE
+    pipe = subprocess.DEVNULL if launch.quiet else None if launch.local else subprocess.PIPE
     process = subprocess.Popen(
         command.argv,
         env=dict(command.environment),

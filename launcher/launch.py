@@ -13,6 +13,7 @@ from experiment.outcome_file import Outcome
 from experiment.run_folder import open_run_folder
 from experiment.run_lock import check_unlocked
 from launcher.attempt import Layout
+from launcher.autotune import autotune
 from launcher.launch_plan import LaunchPlan, plan_launch
 from launcher.machine import inspect_machine, select_accelerator
 from launcher.options import PretrainOptions
@@ -42,6 +43,8 @@ def launch_pretraining(options: PretrainOptions) -> None:
             plan = plan_launch(options, config, machine)
             if not plan.local:
                 plan = _plan_without_failed_hosts(plan)
+        if options.autotune:
+            plan = autotune(plan)
         launch(plan, start_time)
 
 

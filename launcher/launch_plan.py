@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiment.config import dump_config
+from experiment.errors import UserError
 from experiment.provenance import REPOSITORY
 from experiment.run_folder import RunFolder
 from launcher.allocation import allocated_hosts
@@ -21,7 +22,7 @@ from launcher.environment import (
 from launcher.guarded_hosts import Rendezvous
 from launcher.hostfile import Slots, hostfile_text, read_hostfile
 from launcher.machine import Machine
-from launcher.microbatch import halved_microbatch, max_halvings
+from launcher.microbatch import max_halvings, scaled_microbatch
 from launcher.options import HostOptions, PretrainOptions
 from launcher.placement import check_launcher, is_local, place_ranks
 from launcher.preflight.target import Target, target_of_hosts, target_of_run
@@ -41,6 +42,7 @@ class LaunchPlan:
     machine: Machine
     added_environment: Mapping[str, str]  # variables that the launch adds for all ranks
     target: Target  # what preflight checks the hosts for
+    config_changed: bool = False  # whether `config` is no longer what the options say
 
     @property
     def local(self) -> bool:
@@ -64,7 +66,7 @@ class LaunchPlan:
 
     def command(self, layout: Layout, rendezvous: Rendezvous | None = None) -> Command:
         """How DeepSpeed starts the ranks of a layout. Without a rendezvous, for other hosts: as far as it is known."""
-        as_written = self.local and layout.microbatch_halvings == 0
+        as_written = self.local and layout.microbatch_halvings == 0 and not self.config_changed
         config_file = self.folder.logs / "launch.yaml"
         command = DeepSpeedCommand(
             python=sys.executable,
@@ -81,7 +83,7 @@ class LaunchPlan:
         )
         files: dict[Path, str] = {}
         if not as_written:
-            files[config_file] = dump_config(halved_microbatch(self.config, layout.microbatch_halvings))
+            files[config_file] = dump_config(scaled_microbatch(self.config, -layout.microbatch_halvings))
         if self.local:
             environment = deepspeed_environment(self.machine.environ, self.added_environment)
         else:
@@ -122,6 +124,8 @@ def plan_launch(
     from pretrain.resolve import resolve
 
     run = resolve(config, world_size=sum(map(len, slots.values())))
+    if options.autotune and run.deepspeed.offload == "nvme":
+        raise UserError(f"--autotune: {config.engine.ds_config} offloads to NVMe, where a trial would leave its files")
     if local:  # other hosts have other devices: their ranks check
         check_device_support(run.deepspeed)
     added = launch_environment(machine.environ, machine.devices.kind if local else None, REPOSITORY)

@@ -1,30 +1,41 @@
-"""Smaller microbatches, for devices without enough memory: the global batch and the results stay the same. Pure."""
+"""Smaller and larger microbatches: the global batch and the results stay the same. Pure."""
+
+import math
 
 from pretrain.config import PretrainConfig
 
 
 def max_halvings(config: PretrainConfig) -> int:
-    """How often `halved_microbatch` changes a config: until a microbatch is one sequence."""
+    """How often halving changes a config: until a microbatch is one sequence."""
     halvings = 0
-    while halved_microbatch(config, halvings + 1) != halved_microbatch(config, halvings):
+    while scaled_microbatch(config, -halvings - 1) != scaled_microbatch(config, -halvings):
         halvings += 1
     return halvings
 
 
-def halved_microbatch(config: PretrainConfig, times: int) -> PretrainConfig:
-    """The config with microbatches halved so often, in all stages, but of at least one sequence."""
-    if times == 0:
+def max_doublings(config: PretrainConfig, ranks: int) -> int:
+    """How often doubling changes what is computed: until a microbatch holds a rank's share of each global batch."""
+    shares = (
+        math.ceil(stage.sequences / ranks) * stage.max_seq_length / stage.microbatch_tokens for stage in config.stages
+    )
+    return max(0, math.ceil(math.log2(max(shares))))
+
+
+def scaled_microbatch(config: PretrainConfig, doublings: int) -> PretrainConfig:
+    """The config with microbatches doubled so often, in all stages; with a negative number halved, but of at least one
+    sequence."""
+    if doublings == 0:
         return config
     batch = config.batch.model_copy(
-        update={"microbatch_tokens": _halved(config.batch.microbatch_tokens, config.batch.max_seq_length, times)}
+        update={"microbatch_tokens": _scaled(config.batch.microbatch_tokens, config.batch.max_seq_length, doublings)}
     )
     stages = tuple(
         stage.model_copy(
             update={
-                "microbatch_tokens": _halved(
+                "microbatch_tokens": _scaled(
                     stage.microbatch_tokens or config.batch.microbatch_tokens,
                     stage.max_seq_length or config.batch.max_seq_length,
-                    times,
+                    doublings,
                 )
             }
         )
@@ -34,5 +45,5 @@ def halved_microbatch(config: PretrainConfig, times: int) -> PretrainConfig:
     return config.model_copy(update={"batch": batch, "schedule": schedule})
 
 
-def _halved(tokens: int, max_seq_length: int, times: int) -> int:
-    return max(max_seq_length, tokens >> times)
+def _scaled(tokens: int, max_seq_length: int, doublings: int) -> int:
+    return max(max_seq_length, tokens << doublings if doublings > 0 else tokens >> -doublings)

@@ -95,6 +95,9 @@ class PretrainOptions(LaunchOptions):
     config: Annotated[str, Metavar("FILE")]
     """The run as YAML; see pretrain/recipes for complete examples."""
 
+    autotune: bool = False
+    """First try microbatch sizes for at most two minutes, and train with the fastest one that fits in memory."""
+
     dry_run: bool = False
     """Print the resolved config, the added environment variables and the command; start nothing."""
 

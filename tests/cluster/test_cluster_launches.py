@@ -41,3 +41,20 @@ def test_hosts_give_the_losses_of_one_host(
     losses = {name: logged(tmp_path / name) for name in commands}
     assert losses["hosts"] == pytest.approx(losses["one_host"], abs=1e-5)
     assert losses["deepspeed"] == pytest.approx(losses["one_host"], abs=1e-5)
+
+
+def test_trials_of_autotune_use_all_hosts(cluster: Cluster, tmp_path: Path, wordpiece_corpus: Path) -> None:
+    """Catches a trial whose config or folder other hosts do not see, and one whose ranks stay there when it ends."""
+    head = cluster.hosts[0]
+    hostfile = write_hostfile(tmp_path / "hostfile", cluster.hosts[:2])
+    patient = "import launcher.autotune, launcher.cli as cli; launcher.autotune.LIMIT_SECONDS = 3600; exit(cli.main())"
+    command = ["env", "OMP_NUM_THREADS=1", sys.executable, "-c", patient, "pretrain", f"--hostfile={hostfile}"]
+    done = head.run(*command, "--autotune", "--config", write_config(tmp_path, "run", wordpiece_corpus))
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = [line.split("│")[1:-1] for line in done.stderr.splitlines() if "│" in line]
+    assert len(table) > 1, done.stderr
+    (chosen,) = (row for row in table if "chosen" in row[-1])
+    run = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text(encoding="utf-8"))
+    assert run["batch"]["microbatch_tokens"] == int(chosen[0].replace(",", ""))
+    assert len(logged(tmp_path / "run")) == 6
+    assert not (tmp_path / "run" / "logs" / "autotune").exists()

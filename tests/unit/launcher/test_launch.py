@@ -3,6 +3,7 @@ import os
 import shlex
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -19,9 +20,10 @@ from launcher.attempt import Launch, Layout, Rendezvous
 from launcher.cli import main
 from launcher.hostfile import Host, parse_hostfile
 from launcher.launch import launch_pretraining
-from launcher.launch_plan import plan_launch
+from launcher.launch_plan import LaunchPlan, plan_launch
 from launcher.launch_result import LaunchResult
 from launcher.machine import DeviceKind, Devices, Machine
+from launcher.microbatch import scaled_microbatch
 from launcher.options import PretrainOptions
 from launcher.preflight.run import Report
 from launcher.preflight.target import Target
@@ -57,7 +59,9 @@ def resolved(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, int]]:
         folder = RunFolder(Path(config.run.dir).absolute())
         absolute = config.run.model_copy(update={"dir": str(folder.path)})
         resolved = config.model_copy(update={"run": absolute})
-        return SimpleNamespace(config=resolved, folder=folder, deepspeed="fp16", num_parameters=1000)
+        offload = "nvme" if "nvme" in config.engine.ds_config else "none"
+        deepspeed = SimpleNamespace(precision="fp16", offload=offload)
+        return SimpleNamespace(config=resolved, folder=folder, deepspeed=deepspeed, num_parameters=1000)
 
     module.resolve = resolve  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "pretrain.resolve", module)
@@ -240,6 +244,33 @@ def test_a_smaller_microbatch_reaches_the_ranks(config: str, launches: list[Laun
     assert [stage["microbatch_tokens"] for stage in sent["schedule"]["stages"]] == [64, 250]
 
 
+def test_trials_precede_the_launch_but_not_a_dry_run(
+    config: str, launches: list[Launch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a choice that the run does not start with, and trials for a plan that is only printed."""
+    chosen: list[LaunchPlan] = []
+
+    def autotune(plan: LaunchPlan) -> LaunchPlan:
+        assert launches == []
+        chosen.append(replace(plan, config=scaled_microbatch(plan.config, 1), config_changed=True))
+        return chosen[0]
+
+    monkeypatch.setattr(launch, "autotune", autotune)
+    launch_pretraining(PretrainOptions(config=config, autotune=True, dry_run=True))
+    assert chosen == []
+    launch_pretraining(PretrainOptions(config=config, autotune=True))
+    (started,) = launches
+    (text,) = started.command(Layout(started.slots), None).files.values()
+    assert yaml.safe_load(text)["batch"]["microbatch_tokens"] == 16384
+
+
+def test_trials_are_refused_with_nvme_offload(config: str) -> None:
+    """Catches swap files of killed trials that fill the disks of all hosts."""
+    overrides = {"engine.ds_config": "bf16_zero3_nvme_offload.json"}
+    with pytest.raises(UserError, match=r"--autotune: bf16_zero3_nvme_offload.json offloads to NVMe"):
+        launch_pretraining(PretrainOptions(config=config, autotune=True, overrides=overrides))
+
+
 def test_an_unset_variable_is_refused(config: str, launches: list[Launch]) -> None:
     with pytest.raises(UserError, match="--env: MY_TOKEN is not set"):
         launch_pretraining(PretrainOptions(config=config, env="MY_TOKEN"))
@@ -307,7 +338,7 @@ def test_the_devices_of_this_machine_concern_a_launch_on_it_only(config: str, ki
     )
     assert {line.partition("=")[0] for line in exported.splitlines()} == {"TOKENIZERS_PARALLELISM", "PYTHONPATH"}
     plan_launch(PretrainOptions(config=config), loaded, machine)
-    assert checked == ["fp16"]
+    assert [settings.precision for settings in checked] == ["fp16"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])

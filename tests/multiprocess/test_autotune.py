@@ -1,0 +1,120 @@
+"""`deepcloze pretrain --autotune` with real ranks, one of which runs out of memory with large microbatches."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from experiment.run_folder import RunFolder
+from launches import Start, config_file, wait_for_exit, wait_for_file
+from pretrain.engine.deepspeed_settings import REPOSITORY
+from rank_pool import RankPool
+from runs import NO_DROPOUT, TINY, logged, pretrain_case, run_config
+from waiting import wait_until
+
+# Patches modules of the project in all processes of a launch, when they are imported.
+PATCHED = """
+import importlib.abc, importlib.util, os, sys
+
+def no_time_limit(module):
+    module.LIMIT_SECONDS = 3600.0
+
+def limited_memory(module):
+    original = module.Engine.accumulate
+    def accumulate(self, microbatch, *others):
+        import torch
+        if os.environ["RANK"] == "1" and microbatch[0].numel() > 300:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(self, microbatch, *others)
+    module.Engine.accumulate = accumulate
+
+PATCHES = {"launcher.autotune": no_time_limit, "pretrain.engine.engine": limited_memory}
+
+class Patching(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name not in PATCHES:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        sys.meta_path.insert(0, self)
+        original = spec.loader.exec_module
+        def execute(module):
+            original(module)
+            PATCHES[name](module)
+        spec.loader.exec_module = execute
+        return spec
+
+sys.meta_path.insert(0, Patching())
+"""
+
+
+def start_autotune(start: Start, tmp_path: Path, config: Path, *overrides: str) -> "subprocess.Popen[str]":
+    """With 2 ranks, of which the second one has memory for microbatches of up to 300 tokens."""
+    patches = tmp_path / "patches"
+    patches.mkdir()
+    (patches / "sitecustomize.py").write_text(PATCHED)
+    command = (sys.executable, "-m", "launcher", "pretrain", "--config", str(config), "--num_gpus=2", "--oversubscribe")
+    return start(*command, "--autotune", *overrides, PYTHONPATH=f"{patches}:{REPOSITORY}")
+
+
+def test_a_microbatch_that_fits_is_found(
+    start: Start, wordpiece_corpus: Path, tmp_path: Path, pools: dict[int, RankPool]
+) -> None:
+    """Catches a choice that does not fit or does not reach the run, a trial that leaves something behind, and other
+    results than without."""
+    changes = {"model__config": TINY | NO_DROPOUT, "batch__sequences": 116, "batch__microbatch_tokens": 520}
+    config = config_file(tmp_path, wordpiece_corpus, **changes)
+    code, output = wait_for_exit(start_autotune(start, tmp_path, config))
+    assert code == 0, output
+    assert "out of memory" in output
+    assert "Traceback" not in output
+    folder = RunFolder(tmp_path / "run")
+    chosen = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
+    assert chosen["batch"]["microbatch_tokens"] in (130, 260)
+    assert chosen["run"]["dir"] == str(folder.path)
+    assert not (folder.logs / "autotune").exists()
+    assert len(folder.launches.read_text(encoding="utf-8").splitlines()) == 1
+    plain = run_config(tmp_path / "plain", wordpiece_corpus, **changes)
+    pools[2].run(pretrain_case, plain)
+    assert logged(folder.path) == pytest.approx(logged(tmp_path / "plain"), rel=1e-5)
+
+
+@pytest.mark.soak
+def test_a_resumed_run_with_stages_is_tuned(
+    start: Start, wordpiece_corpus: Path, tmp_path: Path, pools: dict[int, RankPool]
+) -> None:
+    """Catches trials that resume, a resume that begins anew, and a stage that keeps its microbatch."""
+    stages = [{"steps": 3, "max_seq_length": 20, "microbatch_tokens": 60}, {}]
+    changes = {"schedule__stages": stages, "batch__microbatch_tokens": 120}
+    pools[2].run(pretrain_case, run_config(tmp_path / "run", wordpiece_corpus, **changes))
+    config = config_file(tmp_path, wordpiece_corpus, **changes)
+    code, output = wait_for_exit(start_autotune(start, tmp_path, config, "--schedule.steps=8"))
+    assert code == 0, output
+    assert "chosen" in output
+    assert logged(tmp_path / "run", "step") == [1, 2, 3, 4, 5, 6, 7, 8]
+    resumed = yaml.safe_load(RunFolder(tmp_path / "run").config.read_text(encoding="utf-8"))
+    sizes = [stage["microbatch_tokens"] for stage in resumed["schedule"]["stages"]]
+    assert sizes[1] in (None, resumed["batch"]["microbatch_tokens"])
+    assert resumed["batch"]["microbatch_tokens"] == 2 * sizes[0]
+
+
+def test_a_signal_ends_the_trials(start: Start, wordpiece_corpus: Path, tmp_path: Path) -> None:
+    """Catches ranks of a trial that outlive the command, a run that starts nevertheless, and a wrong exit code."""
+    config = config_file(tmp_path, wordpiece_corpus)
+    launch = start_autotune(start, tmp_path, config)
+    folder = RunFolder(tmp_path / "run")
+    trial = RunFolder(folder.logs / "autotune" / "130")
+    wait_for_file(trial.rank_record(1), launch)
+    rank = psutil.Process(json.loads(trial.rank_record(1).read_text(encoding="utf-8"))["pid"])
+    launch.send_signal(signal.SIGTERM)
+    code, output = wait_for_exit(launch)
+    assert code == 75, output
+    assert "Traceback" not in output
+    wait_until(lambda: not rank.is_running() or rank.status() == psutil.STATUS_ZOMBIE)
+    assert not (folder.logs / "autotune").exists()
+    assert not folder.metrics.exists()
