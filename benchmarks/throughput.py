@@ -29,7 +29,7 @@ from rich.table import Table
 
 from benchmarks.machine import describe_machine
 from benchmarks.run_mlm_peer import PeerSettings
-from launcher.environment import GLIBC_TUNABLES
+from launcher.ranks.environment import GLIBC_TUNABLES
 from pretrain.batching.sequences import split_documents
 from pretrain.corpus.reader import open_corpus
 

@@ -176,7 +176,7 @@ def sweep(options: SweepOptions) -> None:
     Example:
         deepcloze sweep --config my-run.yaml --grid "optimizer.lr=1e-4,5e-4 schedule.epochs=1,2"
     """
-    from launcher.sweep import launch_sweep
+    from launcher.sweeps.sweep import launch_sweep
 
     launch_sweep(options)
 

@@ -12,15 +12,15 @@ from experiment.errors import StoppedError
 from experiment.outcome_file import Outcome
 from experiment.run_folder import open_run_folder
 from experiment.run_lock import check_unlocked
-from launcher.attempt import Layout
-from launcher.autotune import autotune
+from launcher.autotuning.autotune import autotune
+from launcher.hosts.machine import inspect_machine, select_accelerator
 from launcher.launch_plan import LaunchPlan, plan_launch
-from launcher.machine import inspect_machine, select_accelerator
 from launcher.options import PretrainOptions
-from launcher.placement import name_localhost
 from launcher.preflight.run import check_hosts, require_hosts
+from launcher.ranks.placement import name_localhost
 from launcher.signal_handlers import handle_stop_signals, interrupt
-from launcher.supervisor import supervise
+from launcher.supervision.attempt import Layout
+from launcher.supervision.supervisor import supervise
 from pretrain.config import PretrainConfig
 
 

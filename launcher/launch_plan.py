@@ -9,23 +9,23 @@ from experiment.config import dump_config
 from experiment.errors import UserError
 from experiment.provenance import REPOSITORY
 from experiment.run_folder import RunFolder
-from launcher.allocation import allocated_hosts
-from launcher.attempt import Command, Launch, Layout
-from launcher.deepspeed_command import DeepSpeedCommand, deepspeed_argv
-from launcher.environment import (
+from launcher.hosts.allocation import allocated_hosts
+from launcher.hosts.guarded_hosts import Rendezvous
+from launcher.hosts.hostfile import Slots, hostfile_text, read_hostfile
+from launcher.hosts.machine import Machine
+from launcher.options import HostOptions, PretrainOptions
+from launcher.preflight.target import Target, target_of_hosts, target_of_run
+from launcher.ranks.deepspeed_command import DeepSpeedCommand, deepspeed_argv
+from launcher.ranks.environment import (
     deepspeed_environment,
     exported_text,
     exported_variables,
     launch_environment,
     remote_deepspeed_environment,
 )
-from launcher.guarded_hosts import Rendezvous
-from launcher.hostfile import Slots, hostfile_text, read_hostfile
-from launcher.machine import Machine
-from launcher.microbatch import max_halvings, scaled_microbatch
-from launcher.options import HostOptions, PretrainOptions
-from launcher.placement import check_launcher, is_local, place_ranks
-from launcher.preflight.target import Target, target_of_hosts, target_of_run
+from launcher.ranks.microbatch import max_halvings, scaled_microbatch
+from launcher.ranks.placement import check_launcher, is_local, place_ranks
+from launcher.supervision.attempt import Command, Launch, Layout
 from pretrain.config import PretrainConfig
 
 _MAX_RESTARTS_ON_HOSTS = 10

@@ -3,11 +3,11 @@
 import json
 
 from experiment.config import load_config
-from launcher.allocation import allocated_hosts
-from launcher.hostfile import Slots, read_hostfile
-from launcher.machine import Machine, inspect_machine, select_accelerator
+from launcher.hosts.allocation import allocated_hosts
+from launcher.hosts.hostfile import Slots, read_hostfile
+from launcher.hosts.machine import Machine, inspect_machine, select_accelerator
 from launcher.options import PlanOptions
-from launcher.placement import place_ranks
+from launcher.ranks.placement import place_ranks
 from pretrain.config import PretrainConfig
 
 

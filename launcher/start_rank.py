@@ -17,10 +17,10 @@ from collections.abc import Mapping, Sequence
 
 import psutil
 
-from launcher.environment import host_environment, network_interface
-from launcher.host_guard import LAUNCH_VARIABLE, read_environment
-from launcher.machine import cpu_cores, guess_device
-from launcher.rank_variables import rank_variables
+from launcher.hosts.host_guard import LAUNCH_VARIABLE, read_environment
+from launcher.hosts.machine import cpu_cores, guess_device
+from launcher.ranks.environment import host_environment, network_interface
+from launcher.ranks.rank_variables import rank_variables
 
 
 def main(argv: Sequence[str], module: str = "pretrain.run") -> None:

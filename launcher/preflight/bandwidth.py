@@ -12,20 +12,20 @@ from pydantic import TypeAdapter
 
 from experiment.files import write_text
 from experiment.provenance import REPOSITORY
-from launcher.deepspeed_command import DeepSpeedCommand, deepspeed_argv
-from launcher.environment import (
+from launcher.hosts.guarded_hosts import GuardedHosts, GuardRequest, Rendezvous
+from launcher.hosts.hostfile import Slots, hostfile_text
+from launcher.hosts.machine import Machine
+from launcher.preflight.target import Target
+from launcher.ranks.deepspeed_command import DeepSpeedCommand, deepspeed_argv
+from launcher.ranks.environment import (
     deepspeed_environment,
     exported_text,
     exported_variables,
     launch_environment,
     remote_deepspeed_environment,
 )
-from launcher.guarded_hosts import GuardedHosts, GuardRequest, Rendezvous
-from launcher.hostfile import Slots, hostfile_text
-from launcher.machine import Machine
-from launcher.placement import is_local
-from launcher.preflight.target import Target
-from launcher.process_groups import kill_group, watchdog
+from launcher.ranks.placement import is_local
+from launcher.supervision.process_groups import kill_group, watchdog
 
 LIMIT_SECONDS = 240.0
 """After which each rank gives up. Most of it is for the start: Python's modules may come from a slow disk."""

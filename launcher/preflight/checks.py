@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median_high, median_low
 from typing import Literal
 
-from launcher.hostfile import Slots
+from launcher.hosts.hostfile import Slots
 from launcher.preflight.bandwidth import Measurement
 from launcher.preflight.facts import HostAnswer, HostFacts, Unreachable
 from launcher.preflight.target import Target

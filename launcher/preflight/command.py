@@ -2,9 +2,9 @@
 
 from experiment.config import load_config
 from experiment.errors import UserError
+from launcher.hosts.machine import Machine, inspect_machine, select_accelerator
 from launcher.launch import warnings_left_to_rank0
 from launcher.launch_plan import chosen_slots, plan_launch
-from launcher.machine import Machine, inspect_machine, select_accelerator
 from launcher.options import PreflightOptions, PretrainOptions
 from launcher.preflight.run import check_hosts, require_hosts
 from launcher.preflight.target import Target, target_of_hosts

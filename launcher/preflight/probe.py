@@ -156,7 +156,7 @@ def _gpu_memory_used() -> list[int] | None:
 
 
 def _cores() -> int:
-    """As `launcher.machine.cpu_cores`."""
+    """As `launcher.hosts.machine.cpu_cores`."""
     cores = len(os.sched_getaffinity(0))
     try:
         with open("/sys/fs/cgroup/cpu.max") as file:

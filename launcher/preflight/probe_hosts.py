@@ -13,9 +13,9 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 from tqdm import tqdm
 
+from launcher.hosts.ssh import CONNECT_SECONDS, ssh_argv
 from launcher.preflight import probe
 from launcher.preflight.facts import HostAnswer, HostFacts, ProbeRequest, Unreachable
-from launcher.ssh import CONNECT_SECONDS, ssh_argv
 
 Answer = HostAnswer | Unreachable
 

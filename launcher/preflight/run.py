@@ -14,9 +14,8 @@ from experiment.errors import UserError
 from experiment.files import write_text
 from experiment.provenance import LIBRARIES
 from experiment.run_folder import RunFolder, open_run_folder
-from launcher.hostfile import Slots
-from launcher.machine import Machine
-from launcher.placement import is_local, name_localhost
+from launcher.hosts.hostfile import Slots
+from launcher.hosts.machine import Machine
 from launcher.preflight.bandwidth import Measurement, MeasurementError, measure
 from launcher.preflight.checks import find_problems, find_slow_hosts
 from launcher.preflight.facts import HostAnswer, HostFacts, ProbeRequest, Unreachable
@@ -24,6 +23,7 @@ from launcher.preflight.probe import LAUNCHER_TOKEN
 from launcher.preflight.probe_hosts import probe_hosts, probe_this_machine
 from launcher.preflight.table import preflight_table
 from launcher.preflight.target import Target
+from launcher.ranks.placement import is_local, name_localhost
 
 _PACKAGES = ("launcher", "pretrain", "finetune", "experiment")
 _TOKEN_SECONDS = 5.0  # network disks cache folders for some seconds

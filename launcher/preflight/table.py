@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import get_args
 
-from launcher.hostfile import Slots
+from launcher.hosts.hostfile import Slots
 from launcher.preflight.bandwidth import Measurement
 from launcher.preflight.checks import Check, Problems
 from launcher.preflight.facts import HostAnswer, Unreachable

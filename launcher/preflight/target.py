@@ -9,10 +9,10 @@ from pathlib import Path
 from experiment.checkpoints import complete_checkpoints
 from experiment.provenance import REPOSITORY
 from experiment.run_folder import RunFolder
-from launcher.environment import forwarded_environment
-from launcher.hostfile import Slots
-from launcher.machine import Machine
+from launcher.hosts.hostfile import Slots
+from launcher.hosts.machine import Machine
 from launcher.options import HostOptions, Launcher
+from launcher.ranks.environment import forwarded_environment
 from pretrain.config import PretrainConfig
 
 # Of each parameter, in fp32. See `pretrain/training/checkpoint_tensors.py`.

@@ -16,17 +16,17 @@ from experiment.errors import StoppedError, UserError
 from experiment.outcome_file import Outcome
 from experiment.run_folder import RunFolder
 from launcher import launch
-from launcher.attempt import Launch, Layout, Rendezvous
 from launcher.cli import main
-from launcher.hostfile import Host, parse_hostfile
+from launcher.hosts.hostfile import Host, parse_hostfile
+from launcher.hosts.machine import DeviceKind, Devices, Machine
 from launcher.launch import launch_pretraining
 from launcher.launch_plan import LaunchPlan, plan_launch
-from launcher.launch_result import LaunchResult
-from launcher.machine import DeviceKind, Devices, Machine
-from launcher.microbatch import scaled_microbatch
 from launcher.options import PretrainOptions
 from launcher.preflight.run import Report
 from launcher.preflight.target import Target
+from launcher.ranks.microbatch import scaled_microbatch
+from launcher.supervision.attempt import Launch, Layout, Rendezvous
+from launcher.supervision.launch_result import LaunchResult
 from pretrain.config import PretrainConfig
 
 CONFIG = """
@@ -42,7 +42,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A config file in the working directory, on a machine with two CPU cores."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    monkeypatch.setattr("launcher.machine.cpu_cores", lambda: 2)
+    monkeypatch.setattr("launcher.hosts.machine.cpu_cores", lambda: 2)
     Path("config.yaml").write_text(CONFIG)
     return "config.yaml"
 

@@ -10,12 +10,12 @@ import pytest
 
 from experiment.outcome_file import Cause, Outcome, write_outcome
 from experiment.run_folder import open_run_folder
-from launcher.attempt import Command, Launch, Layout
-from launcher.deepspeed_command import DeepSpeedCommand, deepspeed_argv
-from launcher.guarded_hosts import Rendezvous
-from launcher.hostfile import hostfile_text, parse_hostfile
-from launcher.launch_result import read_result
-from launcher.supervisor import supervise
+from launcher.hosts.guarded_hosts import Rendezvous
+from launcher.hosts.hostfile import hostfile_text, parse_hostfile
+from launcher.ranks.deepspeed_command import DeepSpeedCommand, deepspeed_argv
+from launcher.supervision.attempt import Command, Launch, Layout
+from launcher.supervision.launch_result import read_result
+from launcher.supervision.supervisor import supervise
 from stand_in_hosts import install_ssh
 
 ROOT = Path(__file__).parents[3]

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.environment import GLIBC_TUNABLES
-from launcher.machine import cpu_cores
+from launcher.hosts.machine import cpu_cores
+from launcher.ranks.environment import GLIBC_TUNABLES
 
 ROOT = Path(__file__).parents[3]
 

@@ -11,7 +11,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 from experiment.tokenizer import load_tokenizer, save_tokenizer
 from launcher.cli import main
-from launcher.machine import cpu_cores
+from launcher.hosts.machine import cpu_cores
 
 TINY = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 40}
 Reject = Callable[..., str]

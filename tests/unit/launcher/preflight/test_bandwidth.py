@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.machine import Devices, Machine
+from launcher.hosts.machine import Devices, Machine
 from launcher.options import HostOptions
 from launcher.preflight import bandwidth
 from launcher.preflight.bandwidth import RESULT_MARK, Measurement, MeasurementError, measure

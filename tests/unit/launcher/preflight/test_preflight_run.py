@@ -10,7 +10,7 @@ import pytest
 from experiment.errors import UserError
 from experiment.run_folder import RunFolder
 from launcher.cli import main
-from launcher.machine import Devices, Machine
+from launcher.hosts.machine import Devices, Machine
 from launcher.options import HostOptions
 from launcher.preflight import command, run
 from launcher.preflight.bandwidth import Measurement, MeasurementError

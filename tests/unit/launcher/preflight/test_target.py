@@ -5,7 +5,7 @@ import pytest
 
 from experiment.config import build_config
 from experiment.run_folder import RunFolder
-from launcher.machine import Devices, Machine
+from launcher.hosts.machine import Devices, Machine
 from launcher.options import HostOptions
 from launcher.preflight.target import Target, target_of_hosts, target_of_run
 from pretrain.config import PretrainConfig

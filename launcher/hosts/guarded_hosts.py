@@ -1,0 +1,194 @@
+"""The launcher's side of the guards: one ssh connection to each host, which tells when a host is lost.
+
+See `host_guard` for what runs there.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import IO, Self
+
+from experiment.provenance import REPOSITORY
+from launcher.hosts.host_guard import BEAT_SECONDS, END, ENDED, PREFIX, SILENCE_SECONDS
+from launcher.hosts.ssh import CONNECT_SECONDS, ssh_argv
+
+_START_SECONDS = CONNECT_SECONDS + SILENCE_SECONDS
+_END_SECONDS = 15.0
+
+
+@dataclass(frozen=True)
+class GuardRequest:
+    """What a guard needs; see `host_guard.guard`. Travels over ssh, not in a command line."""
+
+    launch: str
+    environment: Mapping[str, str] = field(repr=False)
+    head: str
+
+    def line(self) -> bytes:
+        request = {"launch": self.launch, "environment": dict(self.environment), "head": self.head}
+        return json.dumps(request).encode() + b"\n"
+
+
+@dataclass(frozen=True)
+class Rendezvous:
+    """Where the ranks of a launch meet on the first host. Without an address, DeepSpeed's launcher asks that host."""
+
+    launch: str
+    address: str | None
+    port: int
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a host has found: the address by which it reaches the head, and a free port of its own."""
+
+    address: str | None
+    port: int
+
+
+class GuardedHosts:
+    """Guards on all hosts of a launch, from `start` to `close`.
+
+    `replies`: of the hosts whose guard has started. `lost`: host -> why, for those that could not be reached or do not
+    answer any more. `processes`: host -> number of processes of the launch, from when it has any.
+    """
+
+    def __init__(
+        self, hosts: Sequence[str], request: GuardRequest, on_change: "Callable[[GuardedHosts], object]"
+    ) -> None:
+        """`on_change`: called with this object, in a thread, when a host is lost or its number of processes changes."""
+        self.replies: dict[str, Reply] = {}
+        self.lost: dict[str, str] = {}
+        self.processes: dict[str, int] = {}
+        self._request = request
+        self._on_change = on_change
+        self._closing = threading.Event()
+        self._connections = {host: _Connection(host) for host in hosts}
+        self._threads = [threading.Thread(target=self._follow, args=(host,), daemon=True) for host in hosts]
+        self._monitor = threading.Thread(target=self._send_beats, daemon=True)
+
+    def start(self) -> None:
+        """Start the guards, and wait until each has replied or is lost."""
+        for thread in self._threads:
+            thread.start()
+        self._monitor.start()
+        for connection in self._connections.values():
+            connection.started.wait()
+
+    def close(self) -> None:
+        """End all processes of the launch on all hosts that can be reached, and the guards."""
+        self._closing.set()
+        for connection in self._connections.values():
+            connection.send(f"{END}\n".encode())
+        deadline = time.monotonic() + _END_SECONDS
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        for connection in self._connections.values():
+            connection.close()
+        for thread in [*self._threads, self._monitor]:
+            thread.join()
+
+    def rendezvous(self) -> Rendezvous:
+        """On the first host, by the address that others know: on itself, its name often means a loopback address."""
+        first, *others = self._connections
+        addresses = (self.replies[host].address for host in [*others, first])
+        return Rendezvous(self._request.launch, next(filter(None, addresses), None), self.replies[first].port)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _follow(self, host: str) -> None:
+        """Read what a guard sends, until it ends or is lost."""
+        connection = self._connections[host]
+        try:
+            self._read_guard(host, connection)
+        finally:
+            connection.started.set()
+
+    def _read_guard(self, host: str, connection: "_Connection") -> None:
+        connection.send(self._request.line())
+        for line in connection.lines():
+            if line == ENDED:
+                break
+            if host in self.replies:
+                self._count(host, int(line))
+            else:
+                self.replies[host] = Reply(**json.loads(line))
+                connection.started.set()
+        else:
+            self._lose(host, connection.last_words())
+
+    def _send_beats(self) -> None:
+        while not self._closing.wait(BEAT_SECONDS):
+            for host, connection in self._connections.items():
+                connection.send(b"\n")
+                limit = SILENCE_SECONDS if connection.started.is_set() else _START_SECONDS
+                if host not in self.lost and connection.silent_seconds > limit:
+                    self._lose(host, f"no answer within {limit:.0f} s")
+                    connection.close()
+
+    def _lose(self, host: str, reason: str) -> None:
+        if host not in self.lost and not self._closing.is_set():
+            self.lost[host] = reason
+            self._on_change(self)
+
+    def _count(self, host: str, processes: int) -> None:
+        if self.processes.get(host, 0) != processes:
+            self.processes[host] = processes
+            self._on_change(self)
+
+
+class _Connection:
+    """The ssh process that runs the guard of a host."""
+
+    def __init__(self, host: str) -> None:
+        command = ["env", f"PYTHONPATH={REPOSITORY}", sys.executable, "-P", "-m", "launcher.hosts.host_guard"]
+        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
+        self._process = subprocess.Popen(
+            ssh_argv(host, command),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            start_new_session=True,  # Ctrl-C does not reach it
+        )
+        self._heard = time.monotonic()
+        self.started = threading.Event()
+
+    @property
+    def silent_seconds(self) -> float:
+        """Time since the last line of the guard."""
+        return time.monotonic() - self._heard
+
+    def send(self, data: bytes) -> None:
+        assert self._process.stdin is not None
+        with suppress(OSError, ValueError):  # closed
+            self._process.stdin.write(data)
+            self._process.stdin.flush()
+
+    def lines(self) -> Iterator[str]:
+        """What the guard sends, until the connection is closed."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith(PREFIX.encode()):
+                self._heard = time.monotonic()
+                yield line.decode().removeprefix(PREFIX).strip()
+
+    def last_words(self) -> str:
+        """Why the connection was closed, as far as ssh tells."""
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").strip().splitlines()
+        return lines[-1] if lines else "the connection was closed"
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()

@@ -1,0 +1,152 @@
+"""Guards one host of a launch: `guarded_hosts` runs this module there over ssh for as long as the launch lives.
+
+The processes of a launch have its name in their environment. When the launch ends, its machine or the connection is
+lost, or this process gets a signal, all of them are killed. Until then the ranks find the environment variables of the
+launch in a file that only the user can read.
+
+Both sides send lines. From the launcher: a request as JSON, beats, perhaps `end`. From here: a reply as JSON, then as
+beats the number of processes, and `ended`. Imports the standard library only, so that it starts at once.
+"""
+
+import json
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+
+LAUNCH_VARIABLE = "DEEPCLOZE_LAUNCH"
+"""Names the launch that a process belongs to, as RUN-ATTEMPT: both are hexadecimal."""
+
+BEAT_SECONDS = 1.0
+SILENCE_SECONDS = 15.0
+"""After this time without a line, each side takes the other for lost."""
+
+END = "end"
+ENDED = "ended"
+PREFIX = "deepcloze guard: "
+"""Of the lines from the host, whose shell may print others."""
+
+_KILL_SECONDS = 10.0
+
+
+def environment_file(launch: str) -> Path:
+    """The file with the environment variables of a launch on this host, in memory."""
+    return Path("/dev/shm") / f"deepcloze-{launch}.json"
+
+
+def read_environment(launch: str) -> Mapping[str, str]:
+    """The variables of a launch. Raises FileNotFoundError if it has ended on this host."""
+    environment: Mapping[str, str] = json.loads(environment_file(launch).read_bytes())
+    return environment
+
+
+def guard(launch: str, environment: Mapping[str, str], head: str) -> None:
+    """Guard this host until the launch ends.
+
+    Args:
+        launch: its name.
+        environment: variables for its ranks.
+        head: name of the host of rank 0.
+    """
+    run, _, _ = launch.partition("-")
+    # What an earlier launch of the run has left. Another name of this host may have a guard of this launch.
+    _end_launches(f"{run}-", keep=launch)
+    try:
+        _write_environment(environment_file(launch), environment)
+        _send(json.dumps({"address": _resolve(head), "port": _free_port()}))
+        _wait_for_end(launch)
+    finally:
+        _end_launches(launch)
+    _send(ENDED)
+
+
+def _wait_for_end(launch: str) -> None:
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threading.Thread(target=_read_lines, args=(lines,), daemon=True).start()
+    last_line = time.monotonic()
+    while time.monotonic() - last_line < SILENCE_SECONDS:
+        with suppress(queue.Empty):
+            if lines.get(timeout=BEAT_SECONDS) == END:
+                return
+            last_line = time.monotonic()
+        _send(str(sum(1 for _ in _processes(launch))))
+
+
+def _read_lines(lines: "queue.SimpleQueue[str]") -> None:
+    for line in sys.stdin:
+        lines.put(line.strip())
+    lines.put(END)  # the connection is closed
+
+
+def _end_launches(name: str, keep: str | None = None) -> None:
+    """Kill the processes of launches whose name starts with `name`, but not those of `keep`, and remove their files."""
+    deadline = time.monotonic() + _KILL_SECONDS
+    while (pids := list(_processes(name, keep))) and time.monotonic() < deadline:
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+    for path in environment_file(name).parent.glob(f"{environment_file(name).stem}*"):
+        if keep is None or path != environment_file(keep):
+            path.unlink(missing_ok=True)
+
+
+def _processes(name: str, keep: str | None = None) -> Iterator[int]:
+    """The user's processes on this host that belong to launches whose name starts with `name`, but not to `keep`."""
+    marker = f"\0{LAUNCH_VARIABLE}={name}".encode()
+    kept = f"\0{LAUNCH_VARIABLE}={keep}\0".encode()
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # ended, or of another user
+            environ = b"\0" + (folder / "environ").read_bytes()
+            if marker in environ and kept not in environ:
+                yield int(folder.name)
+
+
+def _write_environment(path: Path, environment: Mapping[str, str]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode=0o600), "w", encoding="utf-8") as file:
+        json.dump(dict(environment), file)
+    temporary.replace(path)
+
+
+def _resolve(name: str) -> str | None:
+    """The address by which this host reaches another, or None. A host's own name often has a loopback address."""
+    with suppress(OSError):
+        for family in (socket.AF_INET, socket.AF_INET6):
+            with suppress(socket.gaierror):
+                return str(socket.getaddrinfo(name, None, family, socket.SOCK_STREAM)[0][4][0])
+    return None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def _send(line: str) -> None:
+    with suppress(OSError):  # the launcher is gone, which the next read tells
+        print(f"{PREFIX}{line}", flush=True)
+
+
+def _on_signal(_number: int, _frame: FrameType | None) -> None:
+    raise SystemExit(1)
+
+
+def main() -> None:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, _on_signal)
+    request = json.loads(sys.stdin.readline())
+    guard(request["launch"], request["environment"], request["head"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""Which hosts answer, and wait for those that do not."""
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+
+from experiment.checkpoints import complete_checkpoints
+from experiment.run_folder import RunFolder
+from launcher.hosts.ssh import ssh_argv
+
+_CONNECT_SECONDS = 5
+_ANSWER_SECONDS = 10.0
+_POLL_SECONDS = 10.0
+
+
+def usable_hosts(hosts: Collection[str], folder: RunFolder) -> set[str]:
+    """The hosts that answer within seconds and have this Python and the run folder. Asks all at once."""
+    command = ["test", "-x", sys.executable, "-a", "-d", str(folder.logs)]
+    processes = {
+        host: subprocess.Popen(
+            ssh_argv(host, command, _CONNECT_SECONDS),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        for host in hosts
+    }
+    deadline = time.monotonic() + _ANSWER_SECONDS
+    return {host for host, process in processes.items() if _exit_code(process, deadline) == 0}
+
+
+def _exit_code(process: "subprocess.Popen[bytes]", deadline: float) -> int:
+    try:
+        return process.wait(max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
+
+
+@contextmanager
+def watch_for_hosts(hosts: Collection[str], folder: RunFolder, on_return: Callable[[], object]) -> Iterator[None]:
+    """Call `on_return` in a thread when one of the missing hosts is usable again, after the next checkpoint: so the run
+    advances, however often a host comes and goes."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(_POLL_SECONDS):
+            if usable_hosts(hosts, folder):
+                saved = complete_checkpoints(folder.checkpoints)[-1:]
+                while complete_checkpoints(folder.checkpoints)[-1:] == saved:
+                    if ended.wait(1.0):
+                        return
+                if usable_hosts(hosts, folder):
+                    on_return()
+                    return
+
+    thread = threading.Thread(target=watch, name="returning hosts", daemon=True)
+    if hosts:
+        thread.start()
+    try:
+        yield
+    finally:
+        ended.set()

@@ -1,0 +1,117 @@
+"""The environment variables of a launch: of DeepSpeed's launcher and of the ranks, here and on other hosts. Pure."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from experiment.errors import UserError
+from launcher.hosts.guarded_hosts import Rendezvous
+from launcher.hosts.host_guard import LAUNCH_VARIABLE
+from launcher.hosts.machine import DeviceKind
+from launcher.options import Launcher
+
+_FORWARDED = ("WANDB_", "HF_", "OMP_", "NCCL_", "GLOO_", "CUDA_", "MLFLOW_")
+_OF_ONE_MACHINE = {"CUDA_VISIBLE_DEVICES"}  # the slots say it
+
+# On a CPU, tensors come from malloc. By default glibc maps and unmaps memory for each large one, and on small models
+# the page faults cost more than the arithmetic. These settings make it keep and reuse freed memory.
+GLIBC_TUNABLES = (
+    "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=17179869184:glibc.malloc.mmap_max=0"
+)
+
+
+def launch_environment(environ: Mapping[str, str], device: DeviceKind | None, root: Path) -> dict[str, str]:
+    """The variables that a launch adds for its ranks on all hosts. Variables set by the user are not changed.
+
+    Args:
+        environ: the launcher's own environment.
+        device: what the ranks compute on if all run on this machine; None: DeepSpeed finds out on each host.
+        root: the repository, added to PYTHONPATH so that the ranks can import it from any folder.
+    """
+    wanted = {"TOKENIZERS_PARALLELISM": "false"} | ({"DS_ACCELERATOR": "cpu"} if device == "cpu" else {})
+    added = _missing(environ, wanted)
+    path = [entry for entry in environ.get("PYTHONPATH", "").split(":") if entry]
+    if str(root) not in path:
+        added["PYTHONPATH"] = ":".join([str(root), *path])
+    return added
+
+
+def host_environment(environ: Mapping[str, str], cores: int, ranks: int, device: DeviceKind) -> dict[str, str]:
+    """The variables that a rank adds on its host. Those that are set are not changed.
+
+    Args:
+        environ: the environment that the rank was started with.
+        cores: CPU cores of the host.
+        ranks: ranks on the host, which share its cores.
+        device: what they compute on.
+    """
+    wanted = {"OMP_NUM_THREADS": str(max(1, cores // ranks))}
+    if device == "cpu":
+        wanted["GLIBC_TUNABLES"] = GLIBC_TUNABLES
+    return _missing(environ, wanted)
+
+
+def _missing(environ: Mapping[str, str], wanted: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in wanted.items() if name not in environ}
+
+
+def deepspeed_environment(environ: Mapping[str, str], added: Mapping[str, str]) -> dict[str, str]:
+    """The environment of DeepSpeed's launcher, which the ranks on this machine inherit.
+
+    CUDA_VISIBLE_DEVICES is removed: the slots already reflect it, and DeepSpeed, which sets it for each rank, would
+    only warn that it ignores the value.
+    """
+    return {name: value for name, value in environ.items() if name != "CUDA_VISIBLE_DEVICES"} | dict(added)
+
+
+def forwarded_environment(environ: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
+    """The variables of this process that ranks on other hosts get too. They may be secret: see `host_guard`.
+
+    Those of W&B, Hugging Face, OpenMP, NCCL, gloo, CUDA and MLflow, and those that the user names. Raises UserError for
+    a named one that is not set.
+    """
+    for name in names:
+        if name not in environ:
+            raise UserError(f"--env: {name} is not set")
+    chosen = {name for name in environ if name.startswith(_FORWARDED)} - _OF_ONE_MACHINE
+    return {name: environ[name] for name in sorted(chosen | set(names))}
+
+
+def exported_variables(added: Mapping[str, str], rendezvous: Rendezvous | None, launcher: Launcher) -> dict[str, str]:
+    """The variables that DeepSpeed's launcher exports on other hosts: those that the launch adds, and its name."""
+    if rendezvous is None:
+        return dict(added)
+    exported = {**added, LAUNCH_VARIABLE: rendezvous.launch}
+    if launcher != "pdsh" and rendezvous.address:  # with pdsh, DeepSpeed's launcher sets them
+        exported |= {"MASTER_ADDR": rendezvous.address, "MASTER_PORT": str(rendezvous.port)}
+    return exported
+
+
+def exported_text(exported: Mapping[str, str], user_text: str = "") -> str:
+    """The text of the file (DS_ENV_FILE) whose variables DeepSpeed exports on other hosts, in logged command lines.
+
+    The file replaces the user's own `.deepspeed_env`, so the lines of that one, `user_text`, are included and take
+    precedence.
+    """
+    user_lines = {line.partition("=")[0].strip(): line.strip() for line in user_text.splitlines() if "=" in line}
+    lines = {name: f"{name}={value}" for name, value in exported.items()}
+    return "".join(f"{line}\n" for line in (lines | user_lines).values())
+
+
+def remote_deepspeed_environment(environ: Mapping[str, str], added: Mapping[str, str]) -> dict[str, str]:
+    """As `deepspeed_environment`, for ranks on other hosts: without what DeepSpeed would write into command lines."""
+    environment = deepspeed_environment(environ, added)
+    return {name: value for name, value in environment.items() if not name.startswith(_FORWARDED)}
+
+
+def network_interface(environ: Mapping[str, str], addresses: Mapping[str, Sequence[str]], own: str) -> dict[str, str]:
+    """The settings that make gloo and NCCL use the interface through which a host reaches the first one.
+
+    Args:
+        environ: the environment of the rank; what is set there is not changed.
+        addresses: interface -> its addresses, of the host.
+        own: the address that the host uses for connections to the first one.
+    """
+    interface = next((name for name, found in addresses.items() if own in found), None)
+    if interface is None:
+        return {}
+    return _missing(environ, {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface})

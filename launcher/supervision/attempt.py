@@ -1,0 +1,161 @@
+"""One attempt to run a launch: start DeepSpeed and wait until all its processes have exited, on all hosts.
+
+DeepSpeed's launcher kills the ranks when it gets a signal and reduces most exit codes to 0 or 1. Therefore it runs in a
+session of its own, which Ctrl-C does not reach. The outcome is read from the run folder, where the ranks write it
+(`launch_result`). Processes on other hosts are guarded (`guarded_hosts`).
+"""
+
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import xxhash
+
+from experiment.files import write_text
+from experiment.outcome_file import Cause, Outcome, read_outcome
+from experiment.run_folder import RunFolder
+from launcher.hosts.guarded_hosts import GuardedHosts, GuardRequest, Rendezvous
+from launcher.hosts.hostfile import Slots
+from launcher.supervision.launch_log import AttemptRecord
+from launcher.supervision.launch_result import LaunchResult, read_result
+from launcher.supervision.output_filter import filtered_output
+from launcher.supervision.process_groups import kill_group, watchdog
+from launcher.supervision.stop_signals import StopSignals
+
+# DeepSpeed's launcher gives ranks 30 s to exit after one of them failed or it got a signal.
+_EXIT_TIMEOUT_SECONDS = 40.0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where ranks run, and with what share of the configured microbatch."""
+
+    slots: Slots
+    microbatch_halvings: int = 0
+
+
+@dataclass(frozen=True)
+class Command:
+    """How DeepSpeed is started."""
+
+    argv: tuple[str, ...]
+    environment: Mapping[str, str] = field(repr=False)
+    files: Mapping[Path, str] = field(default_factory=dict)  # path -> text: what ranks on other hosts read
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What is started, as often as needed."""
+
+    folder: RunFolder
+    slots: Slots  # of all hosts
+    command: Callable[[Layout, Rendezvous | None], Command]  # no rendezvous: all ranks run on this machine
+    local: bool = True  # whether they do
+    host_environment: Mapping[str, str] = field(default_factory=dict, repr=False)  # for ranks on other hosts
+    max_restarts: int = 0
+    max_halvings: int = 0  # of the microbatch
+    quiet: bool = False  # do not print what the ranks print
+
+
+def run_attempt(launch: Launch, layout: Layout, stop: StopSignals, record: AttemptRecord) -> LaunchResult:
+    """Run the ranks of this layout until they have exited. No process of theirs remains on a host that answers."""
+    if launch.local:
+        return _run(launch, launch.command(layout, None), stop, record, _Processes())
+    hosts = list(layout.slots)
+    name = launch_name(launch.folder)
+    processes = _Processes()
+    request = GuardRequest(name, launch.host_environment, head=hosts[0])
+    with GuardedHosts(hosts, request, processes.check) as guards:
+        result = None
+        if not guards.lost:
+            result = _run(launch, launch.command(layout, guards.rendezvous()), stop, record, processes)
+        if guards.lost and (result is None or result.outcome is not Outcome.DONE) and not stop.killed:
+            lost = "; ".join(f"{host}: {reason}" for host, reason in guards.lost.items())
+            return LaunchResult(Outcome.FAILED, f"lost {lost}", Cause.LOST_HOST)
+        assert result is not None
+        return result
+
+
+class _Processes:
+    """The processes of an attempt. They end when a host is lost, or some time after those of a host have ended."""
+
+    def __init__(self) -> None:
+        self._group: int | None = None
+        self._killed = False
+        self._timer: threading.Timer | None = None
+
+    def started(self, group: int) -> None:
+        self._group = group
+        if self._killed:
+            self.kill()
+
+    def kill(self) -> None:
+        self._killed = True
+        if self._group is not None:
+            kill_group(self._group)
+
+    def check(self, guards: GuardedHosts) -> None:
+        if guards.lost:
+            self.kill()
+        elif 0 in guards.processes.values() and self._timer is None:
+            self._timer = threading.Timer(_EXIT_TIMEOUT_SECONDS, self.kill)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def ended(self) -> None:
+        self._group = None
+        if self._timer is not None:
+            self._timer.cancel()
+
+
+def launch_name(folder: RunFolder) -> str:
+    """A new name for an attempt, as `host_guard.LAUNCH_VARIABLE` has it."""
+    return f"{xxhash.xxh3_64_hexdigest(os.fsencode(folder.path))}-{os.urandom(8).hex()}"
+
+
+def _run(
+    launch: Launch, command: Command, stop: StopSignals, record: AttemptRecord, processes: _Processes
+) -> LaunchResult:
+    record.start(command.argv)
+    for path, text in command.files.items():
+        write_text(path, text)
+    start_time = time.time()
+    pipe = subprocess.DEVNULL if launch.quiet else None if launch.local else subprocess.PIPE
+    process = subprocess.Popen(
+        command.argv,
+        env=dict(command.environment),
+        stdin=subprocess.DEVNULL,
+        stdout=pipe,
+        stderr=pipe,
+        start_new_session=True,
+    )
+    with filtered_output(process):
+        try:
+            with watchdog(process.pid):
+                stop.kill = processes.kill
+                processes.started(process.pid)
+                if stop.killed:  # by a signal since the start
+                    stop.kill()
+                exit_code = process.wait()
+                _wait_for_group(process.pid)
+        finally:
+            kill_group(process.pid)
+            processes.ended()
+    reported = read_outcome(launch.folder)
+    if stop.killed and (reported is None or reported.outcome is Outcome.STOPPED):
+        return LaunchResult(Outcome.STOPPED, "killed; the run can resume from its last complete checkpoint")
+    return read_result(launch.folder, exit_code, start_time, remote=not launch.local)
+
+
+def _wait_for_group(group: int) -> None:
+    """Wait until the process group is empty, or time out: DeepSpeed's launcher may exit before the ranks do."""
+    deadline = time.monotonic() + _EXIT_TIMEOUT_SECONDS
+    with suppress(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(group, 0)
+            time.sleep(0.05)

@@ -1,0 +1,91 @@
+"""Whether a launch starts its ranks again after they have ended, and when. Pure."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from experiment.outcome_file import Cause, Outcome
+from launcher.supervision.launch_result import LaunchResult
+
+WINDOW_SECONDS = 3600.0
+"""`--max_restarts` counts the restarts within this time."""
+
+_FIRST_WAIT_SECONDS = 5.0
+_MAX_WAIT_SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """How one attempt to run a launch ended."""
+
+    result: LaunchResult
+    end_time: float  # seconds, of any clock
+    saved: bool  # a checkpoint
+    joins_hosts: bool = False  # ended by the launcher itself, because hosts have returned
+
+    @property
+    def failed(self) -> bool:
+        return not self.joins_hosts
+
+
+@dataclass(frozen=True)
+class Restart:
+    """Start again after `wait_seconds`."""
+
+    wait_seconds: float = 0.0
+    halve_microbatch: bool = False
+
+
+@dataclass(frozen=True)
+class End:
+    """Do not start again. `advice`: added to the message of a failure."""
+
+    advice: str = ""
+
+
+def decide(attempts: Sequence[Attempt], max_restarts: int, can_halve: bool) -> Restart | End:
+    """What follows the last of one or more attempts.
+
+    Args:
+        attempts: all of this launch so far, oldest first.
+        max_restarts: how often to restart after failures within `WINDOW_SECONDS`.
+        can_halve: whether the microbatch can be halved.
+    """
+    last = attempts[-1]
+    if last.joins_hosts:
+        return Restart()
+    if not _may_succeed_again(last, attempts[:-1]):
+        return End()
+    halve = last.result.cause is Cause.OUT_OF_MEMORY
+    if halve and not can_halve:
+        return End("a microbatch is one sequence already; see docs/precision.md for what else saves memory")
+    recent = [attempt for attempt in attempts if attempt.failed and last.end_time - attempt.end_time < WINDOW_SECONDS]
+    if len(recent) > max_restarts:
+        return End(_advice(max_restarts, halve))
+    return Restart(_wait_seconds(attempts), halve)
+
+
+def _may_succeed_again(last: Attempt, earlier: Sequence[Attempt]) -> bool:
+    result = last.result
+    if result.outcome is Outcome.STOPPED:  # by a signal to a rank, whose host will perhaps shut down
+        return last.saved or result.cause is Cause.SIGNAL
+    if result.outcome is not Outcome.FAILED or result.cause is Cause.AGREED:
+        return False
+    if result.cause is Cause.ERROR:  # the same twice without progress is a bug
+        return last.saved or not (earlier and earlier[-1].result.message == result.message)
+    return True
+
+
+def _advice(max_restarts: int, out_of_memory: bool) -> str:
+    if out_of_memory and max_restarts == 0:
+        return "lower batch.microbatch_tokens, or let --max_restarts=1 halve it: the results do not change"
+    return f"not restarted: --max_restarts={max_restarts} within an hour" if max_restarts else ""
+
+
+def _wait_seconds(attempts: Sequence[Attempt]) -> float:
+    """0 after the first failure since a checkpoint was saved, then doubling."""
+    failures = 0
+    for attempt in reversed(attempts):
+        failures += 1
+        if attempt.saved:
+            break
+    return 0.0 if failures == 1 else min(_MAX_WAIT_SECONDS, _FIRST_WAIT_SECONDS * 2.0 ** (failures - 2))

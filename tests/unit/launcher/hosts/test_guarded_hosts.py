@@ -1,0 +1,123 @@
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from launcher.hosts import guarded_hosts
+from launcher.hosts.guarded_hosts import GuardedHosts, GuardRequest
+from launcher.hosts.host_guard import LAUNCH_VARIABLE, environment_file, read_environment
+from stand_in_hosts import install_ssh
+from waiting import LIMIT, wait_until
+
+
+@pytest.fixture
+def run() -> str:
+    """A run of its own, so that nothing else is killed."""
+    return os.urandom(8).hex()
+
+
+@pytest.fixture(autouse=True)
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install_ssh(tmp_path / "bin", monkeypatch, before="echo welcome to $1")
+
+
+def request(launch: str) -> GuardRequest:
+    return GuardRequest(launch, {"SECRET": "two words 'quoted'"}, head="localhost")
+
+
+def start_process(launch: str) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(["sleep", "3600"], env=os.environ | {LAUNCH_VARIABLE: launch})
+
+
+@pytest.fixture
+def process(run: str) -> Iterator["subprocess.Popen[bytes]"]:
+    process = start_process(f"{run}-1")
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_the_end_of_a_launch_ends_its_processes(run: str, process: "subprocess.Popen[bytes]") -> None:
+    """Catches orphans, a kill of another run's processes, and a secret that stays."""
+    other = start_process(f"{os.urandom(8).hex()}-1")
+    try:
+        with GuardedHosts(["node-1"], request(f"{run}-2"), lambda _: None) as hosts:
+            assert process.wait(LIMIT) == -9, "left by an earlier launch of the run"
+            own = start_process(f"{run}-2")
+            wait_until(lambda: hosts.processes.get("node-1") == 1)
+            assert read_environment(f"{run}-2") == {"SECRET": "two words 'quoted'"}
+            assert environment_file(f"{run}-2").stat().st_mode & 0o077 == 0
+        assert own.wait(LIMIT) == -9
+        assert other.poll() is None
+        assert not environment_file(f"{run}-2").exists()
+        assert hosts.lost == {}
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_hosts_reply_with_what_the_ranks_need(run: str) -> None:
+    with GuardedHosts(["node-1", "node-2"], request(f"{run}-1"), lambda _: None) as hosts:
+        assert {reply.address for reply in hosts.replies.values()} == {"127.0.0.1"}
+        assert all(reply.port > 0 for reply in hosts.replies.values())
+
+
+def test_a_host_that_cannot_be_reached_is_lost(run: str) -> None:
+    with GuardedHosts(["missing-1", "node-2"], request(f"{run}-1"), lambda _: None) as hosts:
+        assert hosts.lost == {"missing-1": "ssh: Could not resolve hostname missing-1: Name or service not known"}
+        assert list(hosts.replies) == ["node-2"]
+
+
+def test_a_silent_host_is_lost(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a run that waits for a host that has lost its power, which closes no connection."""
+    install_ssh(tmp_path / "bin", monkeypatch, before=f"echo $$ > {tmp_path}/guard.pid")
+    monkeypatch.setattr(guarded_hosts, "SILENCE_SECONDS", 1.0)
+    lost = threading.Event()
+    with GuardedHosts(["node-1"], request(f"{run}-1"), lambda _: lost.set()) as hosts:
+        os.kill(int((tmp_path / "guard.pid").read_text()), 19)
+        assert lost.wait(60)
+        assert hosts.lost == {"node-1": "no answer within 1 s"}
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_lost_launcher_ends_the_processes(run: str, process: "subprocess.Popen[bytes]", killed: bool) -> None:
+    """Catches ranks that keep the GPUs of a host because their launcher was killed or cut off."""
+    silence = "host_guard.SILENCE_SECONDS = 2.0\n" if not killed else ""
+    code = f"from launcher.hosts import host_guard\n{silence}host_guard.main()"
+    guard = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert guard.stdin is not None
+    assert guard.stdout is not None
+    guard.stdin.write(request(f"{run}-1").line())
+    guard.stdin.flush()
+    guard.stdout.readline()
+    own = start_process(f"{run}-1")
+    if killed:
+        guard.stdin.close()
+    assert own.wait(LIMIT) == -9
+    guard.wait(LIMIT)
+    assert not environment_file(f"{run}-1").exists()
+
+
+def test_many_hosts_are_guarded_at_once(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches hosts that are connected one after another."""
+    install_ssh(tmp_path / "bin", monkeypatch, before=STAND_IN_GUARD)
+    started = time.monotonic()
+    names = [f"node-{number}" for number in range(512)]
+    with GuardedHosts(names, request(f"{run}-1"), lambda _: None) as hosts:
+        assert len(hosts.replies) == 512
+    assert time.monotonic() - started < 60
+
+
+STAND_IN_GUARD = """
+read -r request
+echo 'deepcloze guard: {"address": "10.0.0.1", "port": 1}'
+while read -r line; do
+    case "$line" in end) echo 'deepcloze guard: ended'; exit 0;; esac
+done
+exit 0
+"""

@@ -1,0 +1,91 @@
+import socket
+from pathlib import Path
+
+import pytest
+
+from experiment.errors import UserError
+from launcher.hosts import machine
+from launcher.hosts.hostfile import Host
+from launcher.hosts.machine import (
+    DeviceKind,
+    Devices,
+    cpu_cores,
+    find_devices,
+    free_port,
+    guess_device,
+    inspect_machine,
+    is_this_machine,
+)
+from launcher.options import PlacementOptions
+from launcher.ranks.placement import place_ranks
+
+
+def test_recognizes_this_machine():
+    """Catches a remote host mistaken for this machine. 192.0.2.0/24 is reserved for documentation."""
+    assert is_this_machine("localhost")
+    assert is_this_machine(socket.gethostname())
+    assert is_this_machine("127.0.0.1")
+    assert not is_this_machine("192.0.2.1")
+
+
+def test_ds_accelerator_selects_the_cpu():
+    """Catches DS_ACCELERATOR=cpu being ignored on a machine with GPUs."""
+    devices = find_devices({"DS_ACCELERATOR": "cpu"})
+    assert devices == Devices("cpu", tuple(range(cpu_cores())))
+
+
+def test_gpus_keep_the_numbers_of_cuda_visible_devices(monkeypatch: pytest.MonkeyPatch):
+    """Catches a run on GPUs that the user or the queue did not assign: DeepSpeed ignores the variable."""
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert find_devices({}) == Devices("cuda", (0, 1))
+    assert find_devices({"CUDA_VISIBLE_DEVICES": "6, 3"}) == Devices("cuda", (6, 3))
+    unnumbered = find_devices({"CUDA_VISIBLE_DEVICES": "MIG-1,MIG-2"})
+    with pytest.raises(UserError, match="found 'MIG-1'"):
+        place_ranks(unnumbered, PlacementOptions())
+    with pytest.raises(UserError, match="found 'MIG-1'"):
+        place_ranks(unnumbered, PlacementOptions(), [Host("localhost", 2)])
+
+
+def test_gpus_without_numbers_do_not_concern_a_launch_over_other_hosts(monkeypatch: pytest.MonkeyPatch):
+    """Catches a launch that is refused because of GPUs that it does not use."""
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8932f937")
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    hosts = [Host("192.0.2.1", 2), Host("192.0.2.2", 2)]
+    assert place_ranks(inspect_machine().devices, PlacementOptions(), hosts) == {
+        "192.0.2.1": (0, 1),
+        "192.0.2.2": (0, 1),
+    }
+
+
+@pytest.mark.parametrize(
+    ("names", "kind"), [((), "cpu"), (("nvidia0", "nvidiactl"), "cuda"), (("kfd",), "cuda"), (("null", "tty0"), "cpu")]
+)
+def test_a_gpu_is_found_without_torch(tmp_path: Path, names: tuple[str, ...], kind: DeviceKind):
+    """Catches the allocator settings of a CPU on hosts with GPUs, or none on hosts without."""
+    for name in names:
+        (tmp_path / name).touch()
+    assert guess_device({}, tmp_path) == kind
+    assert guess_device({"DS_ACCELERATOR": "cpu"}, tmp_path) == "cpu"
+    assert guess_device({"DS_ACCELERATOR": "cuda"}, tmp_path) == "cuda"
+
+
+def test_a_container_quota_limits_the_cores(monkeypatch: pytest.MonkeyPatch):
+    """Catches threads for all cores of the host in a container that may use only a few."""
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: set(range(64)))
+    for text, cores in {"200000 100000": 2, "50000 100000": 1, "max 100000": 64}.items():
+        monkeypatch.setattr(machine.Path, "read_text", lambda _, text=text: text)
+        assert cpu_cores() == cores
+
+
+def test_a_free_port_can_be_listened_on():
+    """Catches a port in use, on which the ranks would wait for each other in vain."""
+    with socket.socket() as server:
+        server.bind(("", free_port()))
+        server.listen()

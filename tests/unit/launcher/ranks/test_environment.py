@@ -1,0 +1,112 @@
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from experiment.errors import UserError
+from launcher.hosts.machine import DeviceKind
+from launcher.ranks.environment import (
+    deepspeed_environment,
+    exported_text,
+    forwarded_environment,
+    host_environment,
+    launch_environment,
+    network_interface,
+    remote_deepspeed_environment,
+)
+
+ROOT = Path("/repository")
+LOADER = Path("/lib64/ld-linux-x86-64.so.2")
+
+
+@pytest.mark.parametrize(("cores", "ranks", "threads"), [(2, 1, "2"), (2, 2, "1"), (8, 3, "2"), (2, 5, "1")])
+def test_ranks_share_the_cores(cores: int, ranks: int, threads: str):
+    """Catches every rank using all cores, which makes two ranks slower than one; and no threads at all."""
+    assert host_environment({}, cores, ranks, "cpu")["OMP_NUM_THREADS"] == threads
+
+
+def test_a_cpu_run_sets_the_allocator_and_the_device():
+    """Catches a missing allocator setting on CPUs, or one that slows down the hosts of GPU runs."""
+    cpu, gpu = (host_environment({}, 2, 2, device) for device in ("cpu", "cuda"))
+    assert cpu["GLIBC_TUNABLES"].startswith("glibc.malloc.mmap_threshold=4294967296:")
+    assert "GLIBC_TUNABLES" not in gpu
+    assert launch_environment({}, "cpu", ROOT)["DS_ACCELERATOR"] == "cpu"
+
+
+@pytest.mark.parametrize("device", ["cuda", None])
+def test_the_launch_decides_nothing_that_depends_on_the_devices_of_other_hosts(device: DeviceKind | None):
+    """Catches a launch from a machine without GPUs that makes hosts with GPUs train on their CPUs."""
+    assert launch_environment({}, device, ROOT).keys() == {"TOKENIZERS_PARALLELISM", "PYTHONPATH"}
+
+
+@pytest.mark.skipif(not LOADER.exists(), reason="another C library or processor")
+def test_glibc_understands_the_allocator_setting():
+    """Catches a misspelled tunable: glibc warns about a bad value but ignores an unknown name."""
+    setting = host_environment({}, 2, 2, "cpu")["GLIBC_TUNABLES"]
+    listed = subprocess.run(
+        [LOADER, "--list-tunables"],
+        env=os.environ | {"GLIBC_TUNABLES": setting},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    values = dict(line.split(":", 1) for line in listed.stdout.splitlines())
+    for entry in setting.split(":"):
+        name, value = entry.split("=")
+        assert int(values[name].split()[0], 16) == int(value)
+
+
+def test_user_settings_are_kept():
+    """Catches the launcher overriding variables set by the user."""
+    own = {
+        "GLIBC_TUNABLES": "glibc.malloc.check=1",
+        "OMP_NUM_THREADS": "7",
+        "TOKENIZERS_PARALLELISM": "true",
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONPATH": f"/mine:{ROOT}",
+        "HF_HUB_OFFLINE": "1",
+    }
+    assert launch_environment(own, "cpu", ROOT) == {}
+    assert host_environment(own, 8, 2, "cpu") == {}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [(None, "/repository"), ("", "/repository"), ("/a:/b", "/repository:/a:/b")]
+)
+def test_the_repository_can_be_imported(before: str | None, after: str):
+    """Catches ranks that cannot import `pretrain` from another folder, and a lost user PYTHONPATH."""
+    environ = {} if before is None else {"PYTHONPATH": before}
+    assert launch_environment(environ, "cuda", ROOT)["PYTHONPATH"] == after
+
+
+def test_deepspeed_does_not_see_cuda_visible_devices():
+    """Catches GPUs filtered twice: slots are numbered over the whole machine."""
+    environ = {"CUDA_VISIBLE_DEVICES": "2,3", "HOME": "/home"}
+    assert deepspeed_environment(environ, {"A": "1"}) == {"HOME": "/home", "A": "1"}
+
+
+def test_variables_for_other_hosts():
+    """Catches a network interface that is not forwarded (gloo then picks a wrong one), and GPUs of this machine."""
+    environ = {"GLOO_SOCKET_IFNAME": "eth1", "CUDA_VISIBLE_DEVICES": "3", "WANDB_API_KEY": "secret", "MINE": "a b"}
+    assert forwarded_environment(environ | {"HOME": "/home"}, ["MINE"]) == {
+        "GLOO_SOCKET_IFNAME": "eth1",
+        "MINE": "a b",
+        "WANDB_API_KEY": "secret",
+    }
+    with pytest.raises(UserError, match="--env: OTHER is not set"):
+        forwarded_environment(environ, ["OTHER"])
+
+
+def test_variables_that_deepspeed_exports_appear_in_no_command_line_unless_the_user_wants_it():
+    text = exported_text({"OMP_NUM_THREADS": "4"}, "NCCL_DEBUG=INFO\nOMP_NUM_THREADS = 2\n\n")
+    assert text.splitlines() == ["OMP_NUM_THREADS = 2", "NCCL_DEBUG=INFO"]
+    environ = {"MLFLOW_TRACKING_PASSWORD": "secret", "NCCL_DEBUG": "INFO", "HOME": "/home"}
+    assert remote_deepspeed_environment(environ, {"A": "1"}) == {"HOME": "/home", "A": "1"}
+
+
+def test_the_interface_is_that_of_the_route_to_the_first_host():
+    """Catches gloo on the interface of a container bridge, and a choice of the user that is ignored."""
+    addresses = {"lo": ["127.0.0.1", "::1"], "docker0": ["172.17.0.1"], "ib0": ["10.1.0.7"]}
+    assert network_interface({"NCCL_SOCKET_IFNAME": "eth0"}, addresses, "10.1.0.7") == {"GLOO_SOCKET_IFNAME": "ib0"}
+    assert network_interface({}, addresses, "10.2.0.7") == {}

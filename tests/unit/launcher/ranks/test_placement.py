@@ -1,0 +1,87 @@
+import socket
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from experiment.errors import UserError
+from launcher.hosts.hostfile import Host, Slots
+from launcher.hosts.machine import Devices
+from launcher.options import PlacementOptions
+from launcher.ranks import placement
+
+CPU = Devices("cpu", (0, 1))
+GPUS = Devices("cuda", (0, 1, 2, 3))
+
+
+def place_ranks(devices: Devices, hosts: tuple[Host, ...] | None = None, **options: Any) -> Slots:
+    return placement.place_ranks(devices, PlacementOptions(**options), hosts)
+
+
+def test_defaults_are_all_gpus_but_one_rank_on_a_cpu():
+    """Catches a default that leaves GPUs idle, or fills a laptop with ranks."""
+    assert place_ranks(GPUS) == {"localhost": (0, 1, 2, 3)}
+    assert place_ranks(CPU) == {"localhost": (0,)}
+
+
+def test_num_gpus_takes_the_first_ones():
+    """Catches a wrong number of ranks."""
+    assert place_ranks(Devices("cuda", (4, 6, 7)), num_gpus=2) == {"localhost": (4, 6)}
+    assert place_ranks(CPU, num_gpus=2) == {"localhost": (0, 1)}
+
+
+def test_include_picks_gpus_and_counts_on_a_cpu():
+    """Catches slot numbers being checked on a CPU, where they have no meaning."""
+    assert place_ranks(GPUS, include="localhost:0,2") == {"localhost": (0, 2)}
+    assert place_ranks(CPU, include="localhost:0,2") == {"localhost": (0, 2)}
+    assert place_ranks(CPU, include="localhost") == {"localhost": (0, 1)}
+    assert place_ranks(CPU, exclude="localhost:0") == {"localhost": (1,)}
+
+
+def test_more_ranks_than_cores_need_oversubscribe():
+    """Catches a run that is slow because its ranks share cores."""
+    for crowd in ({"num_gpus": 3}, {"include": "localhost:0,1,2"}, {"hosts": (Host("localhost", 3),)}):
+        with pytest.raises(UserError, match=r"3 ranks requested, but this machine has 2 CPU cores; --oversubscribe"):
+            place_ranks(CPU, **crowd)
+        assert len(place_ranks(CPU, **crowd, oversubscribe=True)["localhost"]) == 3
+
+
+@pytest.mark.parametrize("oversubscribe", [False, True])
+def test_more_ranks_than_gpus_are_rejected(oversubscribe: bool):
+    """Catches two ranks on one GPU, which NCCL rejects only after minutes of startup."""
+    with pytest.raises(UserError, match="5 ranks requested, but this machine has 4 GPUs"):
+        place_ranks(GPUS, num_gpus=5, oversubscribe=oversubscribe)
+    with pytest.raises(UserError, match="no GPU 4 on this machine"):
+        place_ranks(GPUS, hosts=(Host("localhost", 5),), oversubscribe=oversubscribe)
+    with pytest.raises(UserError, match="localhost has no slot 4"):
+        place_ranks(GPUS, include="localhost:4", oversubscribe=oversubscribe)
+
+
+@pytest.mark.parametrize("other", [{"include": "localhost:0"}, {"exclude": "localhost:0"}])
+def test_num_gpus_cannot_be_combined_with_filters(other: dict[str, str]):
+    """Catches one of two contradicting flags being ignored."""
+    with pytest.raises(UserError, match="--num_gpus cannot be combined with"):
+        place_ranks(GPUS, num_gpus=1, **other)
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_rejects_a_launch_without_ranks(count: int):
+    """Catches a launch without ranks, which would end at once and look done."""
+    with pytest.raises(ValidationError, match="num_gpus"):
+        place_ranks(CPU, num_gpus=count)
+
+
+def test_a_hostfile_of_this_machine_runs_locally():
+    """Catches ssh being used for this machine."""
+    assert place_ranks(GPUS, (Host(socket.gethostname(), 2),)) == {"localhost": (0, 1)}
+    assert place_ranks(GPUS, (Host("127.0.0.1", 4),), include="127.0.0.1:1") == {"localhost": (1,)}
+
+
+def test_several_hosts_use_the_slots_of_the_hostfile():
+    """Catches other hosts limited by this machine's devices, and reordered hosts."""
+    hosts = (Host("192.0.2.8", 8), Host("192.0.2.7", 4))
+    assert {host: len(slots) for host, slots in place_ranks(CPU, hosts).items()} == {"192.0.2.8": 8, "192.0.2.7": 4}
+    assert place_ranks(CPU, hosts, num_gpus=2) == {"192.0.2.8": (0, 1), "192.0.2.7": (0, 1)}
+    assert place_ranks(CPU, hosts, include="192.0.2.7:3") == {"192.0.2.7": (3,)}
+    with pytest.raises(UserError, match=r"5 ranks requested, but the hostfile has 4 slots for 192\.0\.2\.7"):
+        place_ranks(CPU, hosts, num_gpus=5)

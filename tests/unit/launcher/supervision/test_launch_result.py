@@ -1,0 +1,93 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from experiment.outcome_file import Outcome, write_outcome
+from experiment.run_folder import RunFolder, open_run_folder
+from launcher.supervision.launch_result import clear_reports, read_result
+
+STOPPED = {75, 256 - 15, 256 - 2}
+OUT_OF_MEMORY = "was killed by SIGKILL, possibly because the system ran out of memory"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return open_run_folder(tmp_path / "run")
+
+
+def record(folder: RunFolder, rank: int, exit_code: int | None) -> None:
+    process = {"rank": rank, "host": f"node-{rank}", "pid": 70 + rank, "exit": exit_code}
+    folder.rank_record(rank).write_text(json.dumps(process))
+
+
+def message(folder: RunFolder, exit_code: int, remote: bool = False) -> str:
+    result = read_result(folder, exit_code, 0.0, remote)
+    assert result.outcome is Outcome.FAILED
+    return result.message
+
+
+@pytest.mark.parametrize("exit_code", [247, -9])
+def test_the_killed_rank_is_named(folder: RunFolder, exit_code: int) -> None:
+    """Catches a user who has to search all hosts for the rank that ran out of memory."""
+    record(folder, 0, 1)
+    record(folder, 1, None)
+    assert f"(rank 1 on node-1 (process 71) {OUT_OF_MEMORY})" in message(folder, exit_code)
+    write_outcome(folder, Outcome.FAILED, "node-0, rank 0: lost its peer")
+    assert message(folder, exit_code) == f"rank 1 on node-1 (process 71) {OUT_OF_MEMORY}; node-0, rank 0: lost its peer"
+    record(folder, 0, None)
+    assert message(folder, exit_code).startswith("rank 0 on node-0 (process 70) or rank 1 on node-1 (process 71) was")
+
+
+def test_a_rank_that_says_nothing_is_named(folder: RunFolder) -> None:
+    """Catches a killed rank that nobody mentions: its signal is lost if DeepSpeed noticed another rank first."""
+    record(folder, 0, 1)
+    record(folder, 1, None)
+    folder.rank_record(2).write_text("{")
+    write_outcome(folder, Outcome.FAILED, "node-0, rank 0: lost its peer")
+    assert message(folder, 1) == (
+        "node-0, rank 0: lost its peer; ended without reporting an outcome: rank 1 on node-1 (process 71)"
+    )
+
+
+def test_an_exit_code_that_is_no_signal_is_printed(folder: RunFolder) -> None:
+    """Catches a ValueError: not all numbers are signals."""
+    for exit_code in set(range(1, 256)) - STOPPED:
+        message(folder, exit_code)
+    assert "(exit code 200)" in message(folder, 200)
+    assert "(a rank was killed by SIGSEGV)" in message(folder, 245)
+
+
+def test_the_exit_code_of_ssh_is_no_signal(folder: RunFolder) -> None:
+    """Catches 'killed by SIGHUP' for a host that cannot be reached, and ssh blamed where there is none."""
+    lost = "ssh failed or lost the connection to a host"
+    assert f"({lost})" in message(folder, 255, remote=True)
+    assert "(a rank was killed by SIGHUP)" in message(folder, 255, remote=False)
+    write_outcome(folder, Outcome.FAILED, "node-0, rank 0: lost its peer")
+    assert message(folder, 255, remote=True) == f"{lost}; node-0, rank 0: lost its peer"
+
+
+@pytest.mark.parametrize("exit_code", sorted(STOPPED))
+def test_a_rank_stopped_before_it_could_report(folder: RunFolder, exit_code: int) -> None:
+    """Catches a failure reported for a signal to a rank that imports its modules, before it catches signals."""
+    assert read_result(folder, exit_code, 0.0, remote=False).outcome is Outcome.STOPPED
+
+
+def test_a_rank_killed_before_the_first_step(folder: RunFolder) -> None:
+    """Catches a launch that counts as stopped because DeepSpeed stopped the ranks that were not killed."""
+    write_outcome(folder, Outcome.STOPPED, "node-0, rank 0: SIGTERM before the first step")
+    record(folder, 0, 75)
+    record(folder, 1, None)
+    assert message(folder, 247) == f"rank 1 on node-1 (process 71) {OUT_OF_MEMORY}"
+    assert read_result(folder, 241, 0.0, remote=False).outcome is Outcome.STOPPED
+    record(folder, 1, 1)
+    assert read_result(folder, 250, 0.0, remote=False).outcome is Outcome.STOPPED, "an abort after the end"
+
+
+def test_reports_of_an_earlier_launch_are_removed(folder: RunFolder) -> None:
+    """Catches a launch that is blamed on a process of an earlier one."""
+    record(folder, 5, None)
+    write_outcome(folder, Outcome.DONE)
+    folder.rank_log(5).write_text("kept")
+    clear_reports(folder)
+    assert [path.name for path in folder.logs.iterdir()] == ["rank-5.log"]

@@ -1,0 +1,64 @@
+import pytest
+
+from experiment.outcome_file import Cause, Outcome
+from launcher.supervision.launch_result import LaunchResult
+from launcher.supervision.restarts import Attempt, End, Restart, decide
+
+LOST = LaunchResult(Outcome.FAILED, "lost node-2", Cause.LOST_HOST)
+BUG = LaunchResult(Outcome.FAILED, "KeyError", Cause.ERROR)
+FULL = LaunchResult(Outcome.FAILED, "OutOfMemoryError", Cause.OUT_OF_MEMORY)
+PREEMPTED = LaunchResult(Outcome.STOPPED, "", Cause.ERROR)
+
+
+def after(*results: LaunchResult, saved: bool = False, max_restarts: int = 10, can_halve: bool = True) -> Restart | End:
+    attempts = [Attempt(result, float(number), saved) for number, result in enumerate(results)]
+    return decide(attempts, max_restarts, can_halve)
+
+
+@pytest.mark.parametrize("cause", [Cause.LOST_HOST, Cause.LOST_RANK, Cause.KILLED, Cause.SIGNAL, Cause.ERROR])
+def test_what_may_not_happen_again_is_restarted_at_once(cause: Cause) -> None:
+    assert after(LaunchResult(Outcome.FAILED, "", cause)) == Restart(0.0)
+
+
+def test_what_would_happen_again_is_not_restarted() -> None:
+    """Catches a diverged run that is repeated, and a bug that is run into until the limit is reached."""
+    assert after(LaunchResult(Outcome.FAILED, "the loss is NaN", Cause.AGREED)) == End()
+    assert after(LaunchResult(Outcome.REFUSED, "no such corpus", Cause.AGREED)) == End()
+    assert after(BUG, BUG) == End()
+    assert isinstance(after(BUG, BUG, saved=True), Restart), "further than the last time"
+    assert isinstance(after(LOST, BUG), Restart)
+
+
+def test_memory_that_runs_out_halves_the_microbatch() -> None:
+    assert after(FULL) == Restart(0.0, halve_microbatch=True)
+    assert isinstance(after(FULL, can_halve=False), End)
+    advice = after(FULL, max_restarts=0)
+    assert isinstance(advice, End)
+    assert "batch.microbatch_tokens" in advice.advice
+
+
+def test_a_rank_that_is_asked_to_stop_is_preempted() -> None:
+    """Catches a run that ends because one of its hosts is shut down, and an endless loop if no checkpoint is saved."""
+    assert after(PREEMPTED, saved=True) == Restart()
+    assert after(PREEMPTED) == End()
+    assert after(LaunchResult(Outcome.STOPPED, "SIGTERM before the first step", Cause.SIGNAL)) == Restart()
+
+
+def test_restarts_are_counted_within_an_hour() -> None:
+    assert isinstance(after(LOST, LOST, max_restarts=2), Restart)
+    assert after(LOST, LOST, LOST, max_restarts=2) == End("not restarted: --max_restarts=2 within an hour")
+    old = [Attempt(LOST, 0.0, saved=True) for _ in range(5)]
+    assert isinstance(decide([*old, Attempt(LOST, 3600.0, saved=True)], 1, can_halve=True), Restart)
+    assert after(LOST, max_restarts=0) == End()
+
+
+def test_failures_without_progress_wait_longer() -> None:
+    waits = [after(*[LOST] * number, max_restarts=20) for number in range(1, 8)]
+    assert [wait.wait_seconds for wait in waits if isinstance(wait, Restart)] == [0, 5, 10, 20, 40, 80, 120]
+    assert after(*[LOST] * 7, saved=True) == Restart(0.0)
+
+
+def test_hosts_that_return_do_not_count_as_failures() -> None:
+    joins = [Attempt(PREEMPTED, float(number), saved=True, joins_hosts=True) for number in range(20)]
+    assert decide(joins, 0, can_halve=True) == Restart()
+    assert isinstance(decide([*joins, Attempt(LOST, 21.0, saved=True)], 1, can_halve=True), Restart)

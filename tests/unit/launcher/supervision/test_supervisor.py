@@ -1,0 +1,394 @@
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from experiment.errors import UserError
+from experiment.outcome_file import Outcome, write_outcome
+from experiment.run_folder import RunFolder, open_run_folder
+from launcher.supervision.attempt import Command, Launch
+from launcher.supervision.launch_result import LaunchResult
+from launcher.supervision.supervisor import supervise
+from small_disk import SmallDisk
+from waiting import wait_until
+
+ROOT = Path(__file__).parents[4]
+SLOTS = {"localhost": (0, 2)}
+
+# Stands for deepspeed and its ranks: {body} is what a rank does.
+CHILD = """
+import os, signal, sys, time
+from pathlib import Path
+from experiment.outcome_file import Cause, Outcome, write_outcome
+from experiment.run_folder import RunFolder
+folder = RunFolder(Path({path!r}))
+{body}
+"""
+
+# Stands for `deepcloze`, as a separate process that can receive signals.
+LAUNCHER = """
+import os, sys, time
+from pathlib import Path
+from experiment.run_folder import RunFolder
+from launcher.supervision import stop_signals
+from launcher.supervision.attempt import Command, Launch
+from launcher.supervision.supervisor import supervise
+stop_signals._REPEATED_SIGNAL_SECONDS = float(os.environ["REPEATED_SIGNAL_SECONDS"])
+command = Command(tuple(sys.argv[2:]), os.environ)
+launch = Launch(RunFolder(Path(sys.argv[1])), {"localhost": (0,)}, lambda *_: command)
+result = supervise(launch, time.time())
+print(result.message)
+sys.exit(result.outcome.exit_code)
+"""
+
+# A grandchild that ignores signals, as a rank started by deepspeed might; its pid is written to RUN/pid.
+STUBBORN = """
+import subprocess
+ignoring = "import signal, time; [signal.signal(s, signal.SIG_IGN) for s in (2, 15)]; time.sleep(3600)"
+rank = subprocess.Popen([sys.executable, "-c", ignoring])
+(folder.path / "pid").write_text(str(rank.pid))
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[RunFolder]:
+    folder = open_run_folder(tmp_path / "run")
+    yield folder
+    if (folder.path / "pid").exists():
+        with suppress(ProcessLookupError):
+            os.kill(int((folder.path / "pid").read_text()), signal.SIGKILL)
+
+
+def rank(folder: RunFolder, body: str) -> list[str]:
+    return [sys.executable, "-c", CHILD.format(path=str(folder.path), body=body)]
+
+
+def attempt(folder: RunFolder, body: str) -> LaunchResult:
+    return supervise(one_launch(folder, body), time.time())
+
+
+def one_launch(folder: RunFolder, body: str, path: str = str(ROOT)) -> Launch:
+    command = Command(tuple(rank(folder, body)), os.environ | {"PYTHONPATH": path})
+    return Launch(folder, SLOTS, lambda *_: command)
+
+
+def start(
+    folder: RunFolder, body: str, prefix: tuple[str, ...] = (), repeated_signal_seconds: float = 1.0
+) -> subprocess.Popen[str]:
+    """A launcher in the background whose rank has started."""
+    process = subprocess.Popen(
+        [
+            *prefix,
+            sys.executable,
+            "-c",
+            LAUNCHER,
+            str(folder.path),
+            *rank(folder, body + "\n(folder.path / 'ready').touch()\n" + WAIT),
+        ],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "REPEATED_SIGNAL_SECONDS": str(repeated_signal_seconds)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_until((folder.path / "ready").exists, process)
+    return process
+
+
+WAIT = """
+while not folder.stop.exists():
+    time.sleep(0.01)
+time.sleep(0.3)  # saving
+write_outcome(folder, Outcome.STOPPED, "saved step 7")
+"""
+HANG = "(folder.path / 'ready').touch()\ntime.sleep(3600)"
+
+
+def gone(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def launches(folder: RunFolder) -> list[dict]:
+    return [json.loads(line) for line in folder.launches.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("outcome", list(Outcome))
+@pytest.mark.parametrize("code", [0, 1])
+def test_what_the_ranks_wrote_is_the_outcome(folder: RunFolder, outcome: Outcome, code: int):
+    """Catches the exit code of DeepSpeed's launcher, which is always 0 or 1, being taken for the outcome."""
+    result = attempt(folder, f"write_outcome(folder, Outcome({outcome.value!r}), 'because'); sys.exit({code})")
+    assert result == LaunchResult(outcome, "because")
+
+
+def test_the_outcome_of_an_earlier_launch_is_ignored(folder: RunFolder):
+    """Catches a crashed launch that is reported with the outcome of an earlier one."""
+    write_outcome(folder, Outcome.DONE)
+    assert attempt(folder, "sys.exit(0)").outcome is Outcome.FAILED
+
+
+def test_each_launch_adds_one_line(folder: RunFolder):
+    """Catches a launch that is not recorded or overwrites the record of another."""
+    attempt(folder, "write_outcome(folder, Outcome.STOPPED)")
+    attempt(folder, "sys.exit(3)")
+    first, second = launches(folder)
+    assert (first["attempt"], first["outcome"], first["exit"], first["hosts"]) == (
+        1,
+        "stopped",
+        75,
+        {"localhost": [0, 2]},
+    )
+    assert (second["attempt"], second["outcome"], second["exit"]) == (2, "failed", 1)
+    assert first["argv"] == rank(folder, "write_outcome(folder, Outcome.STOPPED)")
+    assert first["time"] <= second["time"]
+
+
+def test_a_failure_without_outcome_shows_the_log_of_the_failed_rank(folder: RunFolder):
+    """Catches a failure without a hint, and one blamed on a rank that only lost its peer or on an earlier launch."""
+    folder.rank_log(9).write_text("Traceback: long ago")
+    os.utime(folder.rank_log(9), (0, 0))
+    result = attempt(
+        folder,
+        "folder.rank_log(1).write_text('step 1\\nTraceback\\nout of paper')\n"
+        "time.sleep(0.05)\n"
+        "folder.rank_log(0).write_text('Traceback\\nconnection closed by peer')\n"
+        "sys.exit(1)",
+    )
+    assert result.outcome is Outcome.FAILED
+    assert f"exit code 1); their logs are in {folder.logs}" in result.message
+    assert result.message.endswith("the end of rank-1.log:\nstep 1\nTraceback\nout of paper")
+
+
+def test_a_rank_killed_by_the_system_is_reported(folder: RunFolder):
+    """Catches a bare 'exit code 247', which is how DeepSpeed's launcher reports a SIGKILL, when memory ran out."""
+    killed = "killed by SIGKILL, possibly because the system ran out of memory"
+    assert killed in attempt(folder, "sys.exit(-9)").message
+    orphaned = attempt(folder, "write_outcome(folder, Outcome.FAILED, 'rank 0: lost rank 1'); sys.exit(-9)")
+    assert orphaned.message == f"a rank was {killed}; rank 0: lost rank 1"
+
+
+def test_a_stop_file_created_while_the_launch_is_checked_stops_it(folder: RunFolder):
+    """Catches a run that starts although the user has stopped it."""
+    launched_at = time.time()
+    folder.stop.touch()
+    os.utime(folder.stop, (launched_at + 1, launched_at + 1))
+    result = supervise(one_launch(folder, "(folder.path / 'started').touch()"), launched_at)
+    assert result.outcome is Outcome.STOPPED
+    assert str(folder.stop) in result.message
+    assert not (folder.path / "started").exists()
+    assert launches(folder)[0]["outcome"] == "stopped"
+
+
+def test_an_old_stop_file_does_not_stop_the_run(folder: RunFolder, capsys: pytest.CaptureFixture[str]):
+    """Catches a run that cannot resume because the STOP file that ended it still exists."""
+    folder.stop.touch()
+    os.utime(folder.stop, (0, 0))
+    body = "write_outcome(folder, Outcome.STOPPED if folder.stop.exists() else Outcome.DONE)"
+    assert attempt(folder, body).outcome is Outcome.DONE
+    assert "removed" in capsys.readouterr().err
+
+
+def test_a_stop_file_created_by_the_user_is_kept(folder: RunFolder):
+    """Catches the launcher removing a STOP file it did not create, before the ranks have seen it."""
+    attempt(folder, "folder.stop.touch()")
+    assert folder.stop.exists()
+
+
+def test_a_launch_is_restarted(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a run that stays down after a failure that does not happen again, or that hides it."""
+    body = (
+        "first = not (folder.path / 'second').exists(); (folder.path / 'second').touch()\n"
+        "write_outcome(folder, Outcome.FAILED if first else Outcome.DONE, 'lost a rank', Cause.LOST_RANK)"
+    )
+    assert supervise(replace(one_launch(folder, body), max_restarts=1), time.time()).outcome is Outcome.DONE
+    assert "lost a rank\nrestarting" in capsys.readouterr().err
+    first, second = launches(folder)
+    assert (first["outcome"], first["cause"], first["message"]) == ("failed", "lost_rank", "lost a rank")
+    assert (second["attempt"], second["outcome"]) == (2, "done")
+
+
+def test_a_launch_that_fails_too_often_ends(folder: RunFolder) -> None:
+    """Catches an endless loop."""
+    body = "write_outcome(folder, Outcome.FAILED, 'lost a rank', Cause.LOST_RANK)"
+    result = supervise(replace(one_launch(folder, body), max_restarts=1), time.time())
+    assert result.message == "lost a rank\nnot restarted: --max_restarts=1 within an hour"
+    assert len(launches(folder)) == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, None])
+def test_a_stop_between_restarts_ends_the_launch(folder: RunFolder, number: signal.Signals | None) -> None:
+    """Catches a STOP file or signal that only ends one attempt."""
+    stop = "folder.stop.touch()" if number is None else f"os.kill(os.getppid(), {number}); time.sleep(1)"
+    body = f"write_outcome(folder, Outcome.FAILED, 'lost a rank', Cause.LOST_RANK); {stop}"
+    supervise(replace(one_launch(folder, body), max_restarts=5), time.time())
+    assert len(launches(folder)) == 1
+
+
+def test_one_launch_at_a_time(folder: RunFolder):
+    """Catches two launches writing the same run."""
+    process = start(folder, "")
+    with pytest.raises(UserError, match="another deepcloze process is using"):
+        attempt(folder, "")
+    process.terminate()
+    process.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_lets_the_ranks_save(folder: RunFolder, number: signal.Signals):
+    """Catches a signal that kills the ranks before they have saved; some senders repeat it at once."""
+    process = start(folder, "", repeated_signal_seconds=600.0)  # a busy machine may delay the second one
+    process.send_signal(number)
+    wait_until(folder.stop.exists)
+    process.send_signal(number)
+    out, err = process.communicate()
+    assert (process.returncode, out.strip()) == (75, "saved step 7")
+    assert "stopping: the ranks save a checkpoint" in err
+    assert not folder.stop.exists()
+    assert launches(folder)[0]["exit"] == 75
+
+
+def test_a_run_under_nohup_outlives_its_terminal(folder: RunFolder):
+    """Catches `nohup deepcloze …` stopping at logout."""
+    process = start(folder, "", prefix=("nohup",))
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.3)
+    assert process.poll() is None
+    assert not folder.stop.exists()
+    process.terminate()
+    process.communicate()
+    assert process.returncode == 75
+
+
+def test_a_second_interrupt_kills_unresponsive_ranks(folder: RunFolder):
+    """Catches a hung run that only SIGKILL ends, and ranks that survive it."""
+    process = start(folder, STUBBORN + HANG, repeated_signal_seconds=0.0)
+    process.send_signal(signal.SIGINT)
+    wait_until(folder.stop.exists)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate()
+    assert process.returncode == 75
+    assert "last complete checkpoint" in out
+    assert not folder.stop.exists()
+    wait_until(lambda: gone(int((folder.path / "pid").read_text())))
+
+
+def test_no_rank_outlives_a_killed_launcher(folder: RunFolder):
+    """Catches ranks that keep writing to a run that the user has restarted."""
+    process = start(folder, STUBBORN + HANG)
+    process.kill()
+    process.communicate()
+    wait_until(lambda: gone(int((folder.path / "pid").read_text())))
+    assert launches(folder)[0]["outcome"] is None
+
+
+def test_ranks_that_outlive_deepspeed_finish(folder: RunFolder):
+    """Catches ranks killed while saving because a signal ended DeepSpeed's launcher first."""
+    saving = "import time; time.sleep(0.5); open({!r}, 'w').close()".format(str(folder.path / "saved"))
+    attempt(folder, f"import subprocess; subprocess.Popen([sys.executable, '-c', {saving!r}])")
+    assert (folder.path / "saved").exists()
+
+
+@pytest.mark.parametrize("torn", [b'{"attempt": 2, "ti', b'{"note": "\xc3', b"[1]\n", b"\x00\x00\n", b"9" * 10_000])
+def test_a_torn_record_of_launches_is_repaired(
+    folder: RunFolder, capsys: pytest.CaptureFixture[str], torn: bytes
+) -> None:
+    """Catches a run that never starts again after a power cut, and a repair that loses whole lines or is silent."""
+    attempt(folder, "write_outcome(folder, Outcome.STOPPED)")
+    capsys.readouterr()
+    folder.launches.write_bytes(folder.launches.read_bytes() + torn)
+    assert attempt(folder, "write_outcome(folder, Outcome.DONE)").outcome is Outcome.DONE
+    assert [launch["outcome"] for launch in launches(folder)] == ["stopped", "done"]
+    assert "launch.jsonl is damaged: removed 1 of its 2 lines" in capsys.readouterr().err
+
+
+def test_an_unreadable_record_of_launches_is_rejected(folder: RunFolder) -> None:
+    """Catches a traceback."""
+    folder.launches.mkdir()
+    with pytest.raises(UserError, match=r"cannot read .*launch\.jsonl: Is a directory"):
+        attempt(folder, "")
+
+
+def test_a_launch_on_a_full_disk_starts_no_rank(small_disk: SmallDisk) -> None:
+    """Catches ranks that are started although nothing can be recorded, and an error that does not name the file."""
+    folder = open_run_folder(small_disk.path / "run")
+    small_disk.fill()
+    with pytest.raises(OSError, match="No space left") as caught:
+        attempt(folder, "(folder.path / 'ready').touch()")
+    assert str(folder.path) in caught.value.filename
+    assert not (folder.path / "ready").exists()
+
+
+def test_the_outcome_survives_a_disk_that_fills_up(small_disk: SmallDisk, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a launch that ends with a traceback because its record cannot be written."""
+    folder = open_run_folder(small_disk.path / "run")
+    body = (
+        "from small_disk import SmallDisk\n"
+        f"SmallDisk(Path({str(small_disk.path)!r})).fill(new_files=False)\n"
+        "write_outcome(folder, Outcome.STOPPED, 'saved step 7')"
+    )
+    result = supervise(one_launch(folder, body, path=f"{ROOT}:{ROOT / 'tests' / 'multiprocess'}"), time.time())
+    assert result == LaunchResult(Outcome.STOPPED, "saved step 7")
+    error = capsys.readouterr().err
+    assert f"cannot record this launch: {folder.launches}: disk full" in error
+    assert [launch["outcome"] for launch in launches(folder)] == [None], "complete, as it was at the start"
+
+
+def test_a_signal_on_a_full_disk_ends_the_ranks(small_disk: SmallDisk) -> None:
+    """Catches a launcher that dies in its signal handler because there is no room for a STOP file."""
+    folder = open_run_folder(small_disk.path / "run")
+    process = start(folder, STUBBORN + HANG)
+    small_disk.fill(new_files=False)
+    process.send_signal(signal.SIGTERM)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 75, error
+    assert "last complete checkpoint" in out
+    assert f"killing the ranks: {folder.stop}: disk full" in error
+    assert "Traceback" not in error
+    wait_until(lambda: gone(int((folder.path / "pid").read_text())))
+
+
+def test_a_signal_is_not_lost_if_the_stop_file_cannot_be_created(folder: RunFolder) -> None:
+    """Catches ranks that are killed without a checkpoint because a disk did not answer, and a signal without effect."""
+    folder.stop.symlink_to("nowhere/STOP")
+    process = start(folder, "")
+    process.send_signal(signal.SIGTERM)
+    assert process.stderr is not None
+    assert process.stderr.readline().startswith("deepcloze: cannot create STOP: ")
+    folder.stop.unlink()
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert (process.returncode, out.strip()) == (75, "saved step 7")
+
+
+@pytest.mark.parametrize("refusal", [errno.ENOSPC, errno.EROFS])
+def test_a_signal_on_a_full_or_read_only_disk_while_the_ranks_start(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, refusal: int
+) -> None:
+    """Catches ranks that run on although they were to be killed, because their process was not yet known, and ones that
+    wait for a disk that stays read-only: an error has remounted it."""
+    started: list[subprocess.Popen[bytes]] = []
+    popen = subprocess.Popen
+
+    def start_and_signal(*arguments: object, **options: object) -> subprocess.Popen[bytes]:
+        started.append(popen(*arguments, **options))  # type: ignore[call-overload]
+        if len(started) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return started[-1]
+
+    def refuse(path: Path) -> None:
+        raise OSError(refusal, os.strerror(refusal), str(path))
+
+    monkeypatch.setattr(subprocess, "Popen", start_and_signal)
+    monkeypatch.setattr(Path, "touch", refuse)
+    assert attempt(folder, "time.sleep(60)").outcome is Outcome.STOPPED
+    assert started[0].returncode == -signal.SIGKILL
