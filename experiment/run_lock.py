@@ -9,7 +9,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from experiment.run_folder import RunFolder
 from experiment.strict_json import parse_json
 
 _RENEW_SECONDS = 2.0
+_LEASE_SECONDS = 120.0  # for which an NFS server keeps the lock of a dead client; Linux: 90
 _DEAD_SECONDS = 20.0
 """A machine that has not renewed its file for so long is dead, or has lost the disk."""
 
@@ -36,7 +37,13 @@ def lock_run(folder: RunFolder, on_lost: Callable[[], object] = lambda: None) ->
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        raise _used(folder) from None
+        if not _is_of_other_machine(_owner(folder.owner)):
+            raise _used(folder) from None
+        _check_other_machine(folder)  # it is dead, but NFS keeps its lock for some time
+        try:
+            lock.acquire(timeout=_LEASE_SECONDS)
+        except filelock.Timeout:
+            raise _used(folder) from None
     try:
         _check_other_machine(folder)
         with _owner_file(folder.owner, on_lost):
@@ -47,9 +54,9 @@ def lock_run(folder: RunFolder, on_lost: Callable[[], object] = lambda: None) ->
 
 def check_unlocked(folder: RunFolder) -> None:
     """Raises UserError as `lock_run`. The folder may not exist, and nothing is written."""
-    if is_locked(folder):
-        raise _used(folder)
     _check_other_machine(folder)
+    if is_locked(folder) and not _is_of_other_machine(_owner(folder.owner)):
+        raise _used(folder)
 
 
 def is_locked(folder: RunFolder) -> bool:
@@ -69,7 +76,7 @@ def _used(folder: RunFolder) -> UserError:
 
 def _check_other_machine(folder: RunFolder) -> None:
     owner = _owner(folder.owner)
-    if owner is None or owner["host"] == platform.node():
+    if owner is None or not _is_of_other_machine(owner):
         return
     renewed, deadline = _renewed(folder.owner), time.monotonic() + _DEAD_SECONDS
     while time.monotonic() < deadline:
@@ -80,6 +87,10 @@ def _check_other_machine(folder: RunFolder) -> None:
             raise UserError(
                 f"run.dir: another deepcloze process, {owner['pid']} on {owner['host']}, is using {folder.path}"
             )
+
+
+def _is_of_other_machine(owner: Mapping[str, object] | None) -> bool:
+    return owner is not None and owner["host"] != platform.node()
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from experiment.config import dump_config, load_config
 from experiment.errors import StoppedError
+from experiment.open_files import raise_limit_of_open_files
 from experiment.outcome_file import Outcome
 from experiment.run_folder import open_run_folder
 from experiment.run_lock import check_unlocked
@@ -32,6 +33,7 @@ def launch_pretraining(options: PretrainOptions) -> None:
     message) or that the ranks rejected (rank 0 prints why).
     """
     start_time = time.time()
+    raise_limit_of_open_files()
     with handle_stop_signals(interrupt):
         config = load_config(PretrainConfig, options.config, options.overrides)
         machine = inspect_machine()

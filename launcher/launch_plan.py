@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from experiment.config import dump_config
@@ -14,6 +15,7 @@ from launcher.hosts.guarded_hosts import Rendezvous
 from launcher.hosts.hostfile import Slots, hostfile_text, read_hostfile
 from launcher.hosts.machine import Machine
 from launcher.options import HostOptions, PretrainOptions
+from launcher.preflight.run import passing_hosts
 from launcher.preflight.target import Target, target_of_hosts, target_of_run
 from launcher.ranks.deepspeed_command import DeepSpeedCommand, deepspeed_argv
 from launcher.ranks.environment import (
@@ -62,6 +64,7 @@ class LaunchPlan:
             host_environment=self.target.host_environment,
             max_restarts=max_restarts,
             max_halvings=max_halvings(self.config),
+            passing_hosts=partial(passing_hosts, self.target),
         )
 
     def command(self, layout: Layout, rendezvous: Rendezvous | None = None) -> Command:
@@ -87,7 +90,9 @@ class LaunchPlan:
         if self.local:
             environment = deepspeed_environment(self.machine.environ, self.added_environment)
         else:
-            environment = remote_deepspeed_environment(self.machine.environ, self.added_environment)
+            environment = remote_deepspeed_environment(
+                self.machine.environ, self.added_environment, self.target.host_environment
+            )
             environment["DS_ENV_FILE"] = str(self.folder.logs / "worker.env")
             files |= self._files_for_hosts(layout.slots, command, rendezvous)
         return Command(tuple(deepspeed_argv(command)), environment, files)

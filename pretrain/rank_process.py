@@ -1,10 +1,8 @@
 """The process of a rank: what ends it, what it leaves for the launcher, and its exit code."""
 
-import contextlib
 import logging
 import os
 import platform
-import resource
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -14,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from experiment.errors import AgreedFailureError, UserError
+from experiment.open_files import raise_limit_of_open_files
 from experiment.outcome_file import Cause, Outcome, ReportedOutcome
 from pretrain.batching.loader import DataWorkerError
 from pretrain.engine.process_group import LostRankError
@@ -26,7 +25,7 @@ log = logging.getLogger(__name__)
 
 def run_rank(train: Callable[[], Outcome], report: RankReport) -> NoReturn:
     """Call `train` and end the process with the exit code of its outcome, or of what it raises."""
-    _raise_limit_of_open_files()
+    raise_limit_of_open_files()
     stop_file = report.folder.stop if report.rank == 0 else None
     with exit_on_stop_request(partial(_stop_before_training, report), stop_file):
         report.start()
@@ -53,13 +52,6 @@ def exit_process(outcome: Outcome) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(outcome.exit_code)  # a normal exit with live collective threads sometimes aborts
-
-
-def _raise_limit_of_open_files() -> None:
-    """Raise the soft limit, often 1024, to the hard limit: corpora and connections take file descriptors."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):  # some systems allow less than their hard limit says
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _call(train: Callable[[], Outcome], report: RankReport) -> ReportedOutcome:

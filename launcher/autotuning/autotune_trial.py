@@ -80,7 +80,7 @@ def trial_config(config: PretrainConfig, sizes: Sequence[int], folder: RunFolder
             "evaluation": config.evaluation.model_copy(update={"best_metric": None, "patience": None}),
             "checkpoint": config.checkpoint.model_copy(update={"every_steps": None, "every_minutes": None}),
             "health": config.health.model_copy(update={"policy": "stop", "compare_every": None}),
-            "tracking": config.tracking.model_copy(update={"wandb": "disabled"}),
+            "tracking": config.tracking.model_copy(update={"wandb": "disabled", "tensorboard": False}),
         }
     )
 

@@ -6,19 +6,19 @@ See `host_guard` for what runs there.
 import json
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import IO, Self
+from typing import Self
 
 from experiment.provenance import REPOSITORY
 from launcher.hosts.host_guard import BEAT_SECONDS, END, ENDED, PREFIX, SILENCE_SECONDS
 from launcher.hosts.ssh import CONNECT_SECONDS, ssh_argv
 
 _START_SECONDS = CONNECT_SECONDS + SILENCE_SECONDS
+_SECONDS_PER_HOST = 0.1  # to start ssh
 _END_SECONDS = 15.0
 
 
@@ -132,7 +132,8 @@ class GuardedHosts:
         while not self._closing.wait(BEAT_SECONDS):
             for host, connection in self._connections.items():
                 connection.send(b"\n")
-                limit = SILENCE_SECONDS if connection.started.is_set() else _START_SECONDS
+                starting = _START_SECONDS + _SECONDS_PER_HOST * len(self._connections)
+                limit = SILENCE_SECONDS if connection.started.is_set() else starting
                 if host not in self.lost and connection.silent_seconds > limit:
                     self._lose(host, f"no answer within {limit:.0f} s")
                     connection.close()
@@ -153,15 +154,15 @@ class _Connection:
 
     def __init__(self, host: str) -> None:
         command = ["env", f"PYTHONPATH={REPOSITORY}", sys.executable, "-P", "-m", "launcher.hosts.host_guard"]
-        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
         self._process = subprocess.Popen(
             ssh_argv(host, command),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self._errors,
+            stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C does not reach it
         )
         self._heard = time.monotonic()
+        self._last_words = "the connection was closed"
         self.started = threading.Event()
 
     @property
@@ -179,15 +180,16 @@ class _Connection:
         """What the guard sends, until the connection is closed."""
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            if line.startswith(PREFIX.encode()):
+            text = line.decode(errors="replace").strip()
+            if text.startswith(PREFIX):
                 self._heard = time.monotonic()
-                yield line.decode().removeprefix(PREFIX).strip()
+                yield text.removeprefix(PREFIX)
+            elif text:
+                self._last_words = text
 
     def last_words(self) -> str:
         """Why the connection was closed, as far as ssh tells."""
-        self._errors.seek(0)
-        lines = self._errors.read().decode(errors="replace").strip().splitlines()
-        return lines[-1] if lines else "the connection was closed"
+        return self._last_words
 
     def close(self) -> None:
         self._process.kill()

@@ -1,8 +1,8 @@
 """Guards one host of a launch: `guarded_hosts` runs this module there over ssh for as long as the launch lives.
 
-The processes of a launch have its name in their environment. When the launch ends, its machine or the connection is
-lost, or this process gets a signal, all of them are killed. Until then the ranks find the environment variables of the
-launch in a file that only the user can read.
+The processes of a launch have its name in their environment. When the launch ends, or its machine or the connection is
+lost, all of them are killed; if this process gets a signal, after they had time to save a checkpoint. Until then the
+ranks find the environment variables of the launch in a file that only the user can read.
 
 Both sides send lines. From the launcher: a request as JSON, beats, perhaps `end`. From here: a reply as JSON, then as
 beats the number of processes, and `ended`. Imports the standard library only, so that it starts at once.
@@ -19,7 +19,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 
 LAUNCH_VARIABLE = "DEEPCLOZE_LAUNCH"
 """Names the launch that a process belongs to, as RUN-ATTEMPT: both are hexadecimal."""
@@ -34,6 +33,8 @@ PREFIX = "deepcloze guard: "
 """Of the lines from the host, whose shell may print others."""
 
 _KILL_SECONDS = 10.0
+_LEAVE = "leave"
+_LEAVE_SECONDS = 40.0
 
 
 def environment_file(launch: str) -> Path:
@@ -47,13 +48,14 @@ def read_environment(launch: str) -> Mapping[str, str]:
     return environment
 
 
-def guard(launch: str, environment: Mapping[str, str], head: str) -> None:
+def guard(launch: str, environment: Mapping[str, str], head: str, lines: "queue.SimpleQueue[str]") -> None:
     """Guard this host until the launch ends.
 
     Args:
         launch: its name.
         environment: variables for its ranks.
         head: name of the host of rank 0.
+        lines: from the launcher; `_LEAVE` if this process is asked to end.
     """
     run, _, _ = launch.partition("-")
     # What an earlier launch of the run has left. Another name of this host may have a guard of this launch.
@@ -61,22 +63,27 @@ def guard(launch: str, environment: Mapping[str, str], head: str) -> None:
     try:
         _write_environment(environment_file(launch), environment)
         _send(json.dumps({"address": _resolve(head), "port": _free_port()}))
-        _wait_for_end(launch)
+        _wait_for_end(launch, lines)
     finally:
         _end_launches(launch)
     _send(ENDED)
 
 
-def _wait_for_end(launch: str) -> None:
-    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-    threading.Thread(target=_read_lines, args=(lines,), daemon=True).start()
-    last_line = time.monotonic()
-    while time.monotonic() - last_line < SILENCE_SECONDS:
+def _wait_for_end(launch: str, lines: "queue.SimpleQueue[str]") -> None:
+    last_line, leave_at = time.monotonic(), float("inf")
+    while time.monotonic() - last_line < SILENCE_SECONDS and time.monotonic() < leave_at:
         with suppress(queue.Empty):
-            if lines.get(timeout=BEAT_SECONDS) == END:
+            line = lines.get(timeout=BEAT_SECONDS)
+            if line == END:
                 return
-            last_line = time.monotonic()
-        _send(str(sum(1 for _ in _processes(launch))))
+            if line == _LEAVE:  # the host shuts down: its ranks got the signal too, and save a checkpoint
+                leave_at = min(leave_at, time.monotonic() + _LEAVE_SECONDS)
+            else:
+                last_line = time.monotonic()
+        processes = sum(1 for _ in _processes(launch))
+        _send(str(processes))
+        if processes == 0 and leave_at < float("inf"):
+            return
 
 
 def _read_lines(lines: "queue.SimpleQueue[str]") -> None:
@@ -95,7 +102,8 @@ def _end_launches(name: str, keep: str | None = None) -> None:
         time.sleep(0.02)
     for path in environment_file(name).parent.glob(f"{environment_file(name).stem}*"):
         if keep is None or path != environment_file(keep):
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # of another user
+                path.unlink(missing_ok=True)
 
 
 def _processes(name: str, keep: str | None = None) -> Iterator[int]:
@@ -137,15 +145,13 @@ def _send(line: str) -> None:
         print(f"{PREFIX}{line}", flush=True)
 
 
-def _on_signal(_number: int, _frame: FrameType | None) -> None:
-    raise SystemExit(1)
-
-
 def main() -> None:
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, _on_signal)
+        signal.signal(number, lambda *_: lines.put(_LEAVE))
     request = json.loads(sys.stdin.readline())
-    guard(request["launch"], request["environment"], request["head"])
+    threading.Thread(target=_read_lines, args=(lines,), daemon=True).start()
+    guard(request["launch"], request["environment"], request["head"], lines)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from experiment.checkpoints import complete_checkpoints
 from experiment.run_folder import RunFolder
@@ -13,6 +13,7 @@ from launcher.hosts.ssh import ssh_argv
 
 _CONNECT_SECONDS = 5
 _ANSWER_SECONDS = 10.0
+_SECONDS_PER_HOST = 0.05  # to start ssh
 _POLL_SECONDS = 10.0
 
 
@@ -29,7 +30,7 @@ def usable_hosts(hosts: Collection[str], folder: RunFolder) -> set[str]:
         )
         for host in hosts
     }
-    deadline = time.monotonic() + _ANSWER_SECONDS
+    deadline = time.monotonic() + _ANSWER_SECONDS + _SECONDS_PER_HOST * len(hosts)
     return {host for host, process in processes.items() if _exit_code(process, deadline) == 0}
 
 
@@ -42,20 +43,26 @@ def _exit_code(process: "subprocess.Popen[bytes]", deadline: float) -> int:
 
 
 @contextmanager
-def watch_for_hosts(hosts: Collection[str], folder: RunFolder, on_return: Callable[[], object]) -> Iterator[None]:
+def watch_for_hosts(
+    hosts: Collection[str],
+    find_usable: Callable[[Collection[str]], Collection[str]],
+    folder: RunFolder,
+    on_return: Callable[[], object],
+) -> Iterator[None]:
     """Call `on_return` in a thread when one of the missing hosts is usable again, after the next checkpoint: so the run
-    advances, however often a host comes and goes."""
+    advances, however often a host comes and goes. Not called after this ends."""
     ended = threading.Event()
 
     def watch() -> None:
         while not ended.wait(_POLL_SECONDS):
-            if usable_hosts(hosts, folder):
+            if find_usable(hosts):
                 saved = complete_checkpoints(folder.checkpoints)[-1:]
                 while complete_checkpoints(folder.checkpoints)[-1:] == saved:
                     if ended.wait(1.0):
                         return
-                if usable_hosts(hosts, folder):
-                    on_return()
+                if find_usable(hosts) and not ended.is_set():
+                    with suppress(OSError):  # the disk is full, or the user has made a STOP file
+                        on_return()
                     return
 
     thread = threading.Thread(target=watch, name="returning hosts", daemon=True)
@@ -65,3 +72,5 @@ def watch_for_hosts(hosts: Collection[str], folder: RunFolder, on_return: Callab
         yield
     finally:
         ended.set()
+        if hosts:
+            thread.join()

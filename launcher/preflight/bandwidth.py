@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,14 +62,15 @@ def measure(slots: Slots, machine: Machine, target: Target) -> Measurement:
     """
     with tempfile.TemporaryDirectory(prefix="deepcloze-preflight-") as temporary:
         if is_local(slots):
-            output = _run(*_plan(slots, machine, target, Path(temporary)))
+            output = _run(*_plan(slots, machine, target, Path(temporary)), groups=[])
         else:
             name = f"{os.urandom(8).hex()}-0"
             request = GuardRequest(name, target.host_environment, head=next(iter(slots)))
-            with GuardedHosts(list(slots), request, on_change=lambda _: None) as guards:
-                if guards.lost:
-                    raise MeasurementError("; ".join(f"{host}: {reason}" for host, reason in guards.lost.items()))
-                output = _run(*_plan(slots, machine, target, Path(temporary), guards.rendezvous()))
+            groups: list[int] = []
+            with GuardedHosts(list(slots), request, lambda guards: _kill_if_lost(guards, groups)) as guards:
+                _check_lost(guards)
+                output = _run(*_plan(slots, machine, target, Path(temporary), guards.rendezvous()), groups)
+                _check_lost(guards)
     for line in output.splitlines():
         _, mark, result = line.partition(RESULT_MARK)
         if mark:
@@ -98,12 +99,26 @@ def _plan(
     exported = exported_variables(added, rendezvous, target.launcher)
     write_text(temporary / "hostfile", hostfile_text(slots))
     write_text(temporary / "worker.env", exported_text(exported, machine.deepspeed_env_text()))
-    environment = remote_deepspeed_environment(machine.environ, added)
+    environment = remote_deepspeed_environment(machine.environ, added, target.host_environment)
     return deepspeed_argv(command), environment | {"DS_ENV_FILE": str(temporary / "worker.env")}
 
 
-def _run(argv: list[str], environment: Mapping[str, str]) -> str:
-    """The output of the command. Kills it, and all that it has started here, if it does not end in time."""
+def _kill_if_lost(guards: GuardedHosts, groups: Sequence[int]) -> None:
+    if guards.lost:
+        for group in groups:
+            kill_group(group)
+
+
+def _check_lost(guards: GuardedHosts) -> None:
+    if lost := dict(guards.lost):
+        raise MeasurementError("lost " + "; ".join(f"{host}: {reason}" for host, reason in lost.items()))
+
+
+def _run(argv: list[str], environment: Mapping[str, str], groups: list[int]) -> str:
+    """The output of the command. Kills it, and all that it has started here, if it does not end in time.
+
+    `groups`: gets its process group.
+    """
     process = subprocess.Popen(
         argv,
         env=dict(environment),
@@ -114,6 +129,7 @@ def _run(argv: list[str], environment: Mapping[str, str]) -> str:
         text=True,
         errors="replace",
     )
+    groups.append(process.pid)
     try:
         with watchdog(process.pid):
             return process.communicate(timeout=LIMIT_SECONDS + _EXIT_SECONDS)[0]

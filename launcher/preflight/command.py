@@ -2,6 +2,7 @@
 
 from experiment.config import load_config
 from experiment.errors import UserError
+from experiment.open_files import raise_limit_of_open_files
 from launcher.hosts.machine import Machine, inspect_machine, select_accelerator
 from launcher.launch import warnings_left_to_rank0
 from launcher.launch_plan import chosen_slots, plan_launch
@@ -18,6 +19,7 @@ def preflight_command(options: PreflightOptions) -> None:
     Raises UserError if one fails, unless `options.allow_missing`, and for anything else that would keep a run from
     starting.
     """
+    raise_limit_of_open_files()
     with handle_stop_signals(interrupt):  # not to leave processes on other hosts
         machine = inspect_machine()
         select_accelerator(machine.devices)

@@ -5,7 +5,7 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,6 +56,17 @@ def check_hosts(target: Target, machine: Machine, only_failed: bool = False) -> 
     return Report(passed, text, failure)
 
 
+def passing_hosts(target: Target, hosts: Collection[str]) -> set[str]:
+    """Which of these hosts of the target pass the checks. Measures nothing."""
+    subset = replace(target, slots={host: target.slots[host] for host in hosts})
+    try:
+        answers, own, tokens = _probe(subset, show_progress=False)
+    except (OSError, UserError):  # the run folder does not answer
+        return set()
+    problems = find_problems(answers, own, subset, tokens)
+    return {host for host in hosts if not problems[host]}
+
+
 def require_hosts(report: Report, target: Target, allow_missing: bool) -> Slots:
     """The slots of the hosts that passed. Raises UserError if all have failed, or one without `allow_missing`."""
     if report.failure is not None:
@@ -80,7 +91,9 @@ def _measure(slots: Slots, machine: Machine, target: Target) -> tuple[Measuremen
         return None, str(error)
 
 
-def _probe(target: Target) -> tuple[Mapping[str, HostAnswer | Unreachable], HostFacts, set[str]]:
+def _probe(
+    target: Target, show_progress: bool = True
+) -> tuple[Mapping[str, HostAnswer | Unreachable], HostFacts, set[str]]:
     """The answers of the hosts, the facts of this machine, and the hosts whose tokens are in the run folder."""
     request = ProbeRequest(
         libraries=LIBRARIES,
@@ -101,7 +114,7 @@ def _probe(target: Target) -> tuple[Mapping[str, HostAnswer | Unreachable], Host
         if is_local(target.slots):
             answers = {host: probe_this_machine(requests[host]) for host in target.slots}
         else:
-            answers = probe_hosts(requests, show_progress=True)
+            answers = probe_hosts(requests, show_progress)
         expected = {
             requests[host].token: host
             for host, answer in answers.items()

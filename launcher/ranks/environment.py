@@ -11,6 +11,7 @@ from launcher.options import Launcher
 
 _FORWARDED = ("WANDB_", "HF_", "OMP_", "NCCL_", "GLOO_", "CUDA_", "MLFLOW_")
 _OF_ONE_MACHINE = {"CUDA_VISIBLE_DEVICES"}  # the slots say it
+_DEVICE = "DS_ACCELERATOR"  # if the user sets it, for all hosts
 
 # On a CPU, tensors come from malloc. By default glibc maps and unmaps memory for each large one, and on small models
 # the page faults cost more than the arithmetic. These settings make it keep and reuse freed memory.
@@ -72,7 +73,7 @@ def forwarded_environment(environ: Mapping[str, str], names: Iterable[str]) -> d
     for name in names:
         if name not in environ:
             raise UserError(f"--env: {name} is not set")
-    chosen = {name for name in environ if name.startswith(_FORWARDED)} - _OF_ONE_MACHINE
+    chosen = {name for name in environ if name.startswith(_FORWARDED) or name == _DEVICE} - _OF_ONE_MACHINE
     return {name: environ[name] for name in sorted(chosen | set(names))}
 
 
@@ -97,10 +98,13 @@ def exported_text(exported: Mapping[str, str], user_text: str = "") -> str:
     return "".join(f"{line}\n" for line in (lines | user_lines).values())
 
 
-def remote_deepspeed_environment(environ: Mapping[str, str], added: Mapping[str, str]) -> dict[str, str]:
-    """As `deepspeed_environment`, for ranks on other hosts: without what DeepSpeed would write into command lines."""
+def remote_deepspeed_environment(
+    environ: Mapping[str, str], added: Mapping[str, str], forwarded: Mapping[str, str]
+) -> dict[str, str]:
+    """As `deepspeed_environment`, for ranks on other hosts: without the forwarded variables, which DeepSpeed would
+    write into command lines."""
     environment = deepspeed_environment(environ, added)
-    return {name: value for name, value in environment.items() if not name.startswith(_FORWARDED)}
+    return {name: value for name, value in environment.items() if name not in forwarded or name in added}
 
 
 def network_interface(environ: Mapping[str, str], addresses: Mapping[str, Sequence[str]], own: str) -> dict[str, str]:

@@ -9,14 +9,14 @@ import os
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import xxhash
 
-from experiment.files import write_text
+from experiment.files import atomic_write
 from experiment.outcome_file import Cause, Outcome, read_outcome
 from experiment.run_folder import RunFolder
 from launcher.hosts.guarded_hosts import GuardedHosts, GuardRequest, Rendezvous
@@ -29,6 +29,7 @@ from launcher.supervision.stop_signals import StopSignals
 
 # DeepSpeed's launcher gives ranks 30 s to exit after one of them failed or it got a signal.
 _EXIT_TIMEOUT_SECONDS = 40.0
+_KILLED = LaunchResult(Outcome.STOPPED, "killed; the run can resume from its last complete checkpoint")
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Launch:
     max_restarts: int = 0
     max_halvings: int = 0  # of the microbatch
     quiet: bool = False  # do not print what the ranks print
+    passing_hosts: Callable[[Collection[str]], Collection[str]] = lambda hosts: hosts  # those that pass preflight
 
 
 def run_attempt(launch: Launch, layout: Layout, stop: StopSignals, record: AttemptRecord) -> LaunchResult:
@@ -74,43 +76,66 @@ def run_attempt(launch: Launch, layout: Layout, stop: StopSignals, record: Attem
         result = None
         if not guards.lost:
             result = _run(launch, launch.command(layout, guards.rendezvous()), stop, record, processes)
-        if guards.lost and (result is None or result.outcome is not Outcome.DONE) and not stop.killed:
-            lost = "; ".join(f"{host}: {reason}" for host, reason in guards.lost.items())
-            return LaunchResult(Outcome.FAILED, f"lost {lost}", Cause.LOST_HOST)
-        assert result is not None
-        return result
+        lost = dict(guards.lost)
+    if result is None and stop.killed:
+        return _KILLED
+    if result is None or (lost and _is_explained_by_a_lost_host(result)):
+        reasons = "; ".join(f"{host}: {reason}" for host, reason in lost.items())
+        return LaunchResult(Outcome.FAILED, f"lost {reasons}", Cause.LOST_HOST, frozenset(lost))
+    return result
+
+
+def _is_explained_by_a_lost_host(result: LaunchResult) -> bool:
+    return result.outcome is Outcome.FAILED and result.cause not in (Cause.AGREED, Cause.OUT_OF_MEMORY)
 
 
 class _Processes:
-    """The processes of an attempt. They end when a host is lost, or some time after those of a host have ended."""
+    """The processes of an attempt. They end when a host is lost, or some time after those of a host have ended.
+
+    `left`: the host whose processes had ended when the others were killed.
+    """
 
     def __init__(self) -> None:
+        self.left: str | None = None
         self._group: int | None = None
         self._killed = False
         self._timer: threading.Timer | None = None
+        self._lock = threading.RLock()
 
     def started(self, group: int) -> None:
-        self._group = group
-        if self._killed:
-            self.kill()
+        with self._lock:
+            self._group = group
+            if self._killed:
+                self.kill()
 
     def kill(self) -> None:
-        self._killed = True
-        if self._group is not None:
-            kill_group(self._group)
+        with self._lock:
+            self._killed = True
+            if self._group is not None:
+                kill_group(self._group)
 
     def check(self, guards: GuardedHosts) -> None:
-        if guards.lost:
-            self.kill()
-        elif 0 in guards.processes.values() and self._timer is None:
-            self._timer = threading.Timer(_EXIT_TIMEOUT_SECONDS, self.kill)
-            self._timer.daemon = True
-            self._timer.start()
+        with self._lock:
+            if guards.lost:
+                self.kill()
+            elif self._timer is None and (
+                left := [host for host, count in dict(guards.processes).items() if not count]
+            ):
+                self._timer = threading.Timer(_EXIT_TIMEOUT_SECONDS, self._kill_others, left)
+                self._timer.daemon = True
+                self._timer.start()
 
     def ended(self) -> None:
-        self._group = None
-        if self._timer is not None:
-            self._timer.cancel()
+        with self._lock:
+            self._group = None
+            if self._timer is not None:
+                self._timer.cancel()
+
+    def _kill_others(self, left: str, *_: str) -> None:
+        with self._lock:
+            if self._group is not None:
+                self.left = left
+                self.kill()
 
 
 def launch_name(folder: RunFolder) -> str:
@@ -123,7 +148,7 @@ def _run(
 ) -> LaunchResult:
     record.start(command.argv)
     for path, text in command.files.items():
-        write_text(path, text)
+        _write_private(path, text)
     start_time = time.time()
     pipe = subprocess.DEVNULL if launch.quiet else None if launch.local else subprocess.PIPE
     process = subprocess.Popen(
@@ -148,8 +173,18 @@ def _run(
             processes.ended()
     reported = read_outcome(launch.folder)
     if stop.killed and (reported is None or reported.outcome is Outcome.STOPPED):
-        return LaunchResult(Outcome.STOPPED, "killed; the run can resume from its last complete checkpoint")
+        return _KILLED
+    if processes.left is not None and reported is None:
+        message = f"the processes on {processes.left} ended, and those on other hosts did not"
+        return LaunchResult(Outcome.FAILED, message, Cause.KILLED)
     return read_result(launch.folder, exit_code, start_time, remote=not launch.local)
+
+
+def _write_private(path: Path, text: str) -> None:
+    """Write a file that only the user can read."""
+    with atomic_write(path) as temporary:
+        temporary.touch(mode=0o600)
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _wait_for_group(group: int) -> None:

@@ -35,13 +35,13 @@ class AttemptRecord:
         self._update(ending)
 
     def _update(self, values: Mapping[str, object]) -> None:
-        attempts = _read(self.folder)
-        for attempt in attempts:
-            if attempt.get("attempt") == self.number:
-                attempt.update(values)
         try:
+            attempts = _read(self.folder)
+            for attempt in attempts:
+                if attempt.get("attempt") == self.number:
+                    attempt.update(values)
             _write(self.folder, attempts)
-        except OSError as error:
+        except (OSError, UserError) as error:
             notify(f"cannot record this launch: {describe_disk_error(error) or error}")
 
 

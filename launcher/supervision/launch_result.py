@@ -23,6 +23,7 @@ class LaunchResult:
     outcome: Outcome
     message: str = ""
     cause: Cause = Cause.ERROR  # of an early end
+    lost: frozenset[str] = frozenset()  # hosts
 
 
 def clear_reports(folder: RunFolder) -> None:

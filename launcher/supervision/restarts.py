@@ -23,7 +23,8 @@ class Attempt:
     joins_hosts: bool = False  # ended by the launcher itself, because hosts have returned
 
     @property
-    def failed(self) -> bool:
+    def counts(self) -> bool:
+        """Against `--max_restarts`."""
         return not self.joins_hosts
 
 
@@ -58,7 +59,7 @@ def decide(attempts: Sequence[Attempt], max_restarts: int, can_halve: bool) -> R
     halve = last.result.cause is Cause.OUT_OF_MEMORY
     if halve and not can_halve:
         return End("a microbatch is one sequence already; see docs/precision.md for what else saves memory")
-    recent = [attempt for attempt in attempts if attempt.failed and last.end_time - attempt.end_time < WINDOW_SECONDS]
+    recent = [attempt for attempt in attempts if attempt.counts and last.end_time - attempt.end_time < WINDOW_SECONDS]
     if len(recent) > max_restarts:
         return End(_advice(max_restarts, halve))
     return Restart(_wait_seconds(attempts), halve)

@@ -22,6 +22,7 @@ class StopSignals:
     def __init__(self, folder: RunFolder) -> None:
         self.kill: Callable[[], None] = lambda: None
         self.killed = False
+        self.abandoned = False
         self._file = folder.stop
         self._requested_at: float | None = None  # time.monotonic() of the first signal
         self._created = False
@@ -42,6 +43,11 @@ class StopSignals:
             notify(f"killing the ranks: {reason}")
         self.killed = True
         self.kill()
+
+    def abandon(self, reason: str) -> None:
+        """Kill the ranks, and leave the run folder to another launch."""
+        self.abandoned = True
+        self.kill_ranks(reason)
 
     @contextmanager
     def handle(self) -> Iterator[None]:

@@ -3,11 +3,15 @@
 `attempt` runs the ranks once, `restarts` decides what follows.
 """
 
-import threading
+import contextlib
+import signal
 import time
+from collections.abc import Collection, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 from experiment.checkpoints import complete_checkpoints
+from experiment.disk_errors import describe_disk_error
 from experiment.outcome_file import Cause, Outcome, reserve_outcome
 from experiment.run_lock import lock_run
 from launcher.hosts.hostfile import Slots
@@ -30,12 +34,22 @@ def supervise(launch: Launch, start_time: float) -> LaunchResult:
     process. Raises UserError if another launch uses the run folder, OSError if it cannot be written.
     """
     folder, stop = launch.folder, StopSignals(launch.folder)
-    with lock_run(folder, on_lost=lambda: stop.kill_ranks(f"another machine has taken over {folder.path}")):
+    with lock_run(folder, on_lost=lambda: stop.abandon(f"another machine has taken over {folder.path}")):
         if folder.stop.exists() and folder.stop.stat().st_mtime < start_time:
             folder.stop.unlink()
             notify(f"removed {folder.stop}, which is older than this launch")
-        with stop.handle():
+        with stop.handle(), contextlib.nullcontext() if launch.local else _ignored_suspension():
             return _Supervisor(launch, stop).run()
+
+
+@contextlib.contextmanager
+def _ignored_suspension() -> Iterator[None]:
+    """Ignore Ctrl-Z: guards would take a suspended launcher for lost."""
+    before = signal.signal(signal.SIGTSTP, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTSTP, before)
 
 
 class _Supervisor:
@@ -50,7 +64,7 @@ class _Supervisor:
         while True:
             attempt = self._attempt(layout)
             self._attempts.append(attempt)
-            if self._stop.requested or self._folder.stop.exists():
+            if self._stop_requested():
                 return attempt.result
             can_halve = layout.microbatch_halvings < self._launch.max_halvings
             match decide(self._attempts, self._launch.max_restarts, can_halve):
@@ -59,39 +73,50 @@ class _Supervisor:
                 case Restart() as restart:
                     self._announce(attempt, restart)
                     self._stop.wait(restart.wait_seconds)
-                    layout = Layout(self._usable_slots(), layout.microbatch_halvings + restart.halve_microbatch)
+                    if self._stop_requested():
+                        return replace(attempt.result, outcome=Outcome.STOPPED)
+                    slots = self._usable_slots(layout.slots.keys() - attempt.result.lost)
+                    layout = Layout(slots, layout.microbatch_halvings + restart.halve_microbatch)
+
+    def _stop_requested(self) -> bool:
+        """By a signal or a STOP file."""
+        list(self._folder.path.iterdir())  # else a network file system may remember that there was none
+        return self._stop.requested or self._folder.stop.exists()
 
     def _attempt(self, layout: Layout) -> Attempt:
-        folder = self._folder
-        clear_reports(folder)
-        reserve_outcome(folder)
-        record = begin_attempt(folder, layout.slots)
-        saved = complete_checkpoints(folder.checkpoints)[-1:]
-        result, joins_hosts = self._run_or_stop(layout, record)
-        record.end(result)
-        progressed = complete_checkpoints(folder.checkpoints)[-1:] != saved
-        return Attempt(result, time.monotonic(), progressed, joins_hosts)
+        saved = self._newest_checkpoint()
+        joins_hosts = False
+        try:
+            clear_reports(self._folder)
+            reserve_outcome(self._folder)
+            record = begin_attempt(self._folder, layout.slots)
+            result, joins_hosts = self._run_or_stop(layout, record)
+        except OSError as error:
+            if not self._attempts:
+                raise
+            # The disk that made the ranks fail does not answer the launcher either.
+            result = LaunchResult(Outcome.FAILED, describe_disk_error(error) or str(error), Cause.LOST_RANK)
+        else:
+            if not self._stop.abandoned:
+                record.end(result)
+        return Attempt(result, time.monotonic(), self._newest_checkpoint() != saved, joins_hosts)
+
+    def _newest_checkpoint(self) -> list[Path]:
+        return complete_checkpoints(self._folder.checkpoints)[-1:]
 
     def _run_or_stop(self, layout: Layout, record: AttemptRecord) -> tuple[LaunchResult, bool]:
         """The result, and whether the attempt was ended to take hosts back."""
-        stop_file = self._folder.stop
-        if self._stop.requested or stop_file.exists():
-            return LaunchResult(Outcome.STOPPED, f"found {stop_file}; run the same command again to resume"), False
+        if self._stop_requested():
+            message = f"found {self._folder.stop}; run the same command again to resume"
+            return LaunchResult(Outcome.STOPPED, message), False
         if not layout.slots:
             return LaunchResult(Outcome.FAILED, "no host answers", Cause.LOST_HOST), False
-        joins = threading.Event()
-
-        def join() -> None:
-            joins.set()
-            notify("a host has returned: the ranks save a checkpoint and start again with it")
-            stop_file.touch()
-
+        request = _StopRequest(self._folder.stop)
         missing = self._launch.slots.keys() - layout.slots.keys()
-        with watch_for_hosts(missing, self._folder, join):
+        with watch_for_hosts(missing, self._launch.passing_hosts, self._folder, request.make):
             result = run_attempt(self._launch, layout, self._stop, record)
-        if joins.is_set() and not self._stop.requested:
-            stop_file.unlink(missing_ok=True)
-        return result, joins.is_set() and result.outcome is Outcome.STOPPED
+        withdrawn = request.withdraw()
+        return result, withdrawn and result.outcome is Outcome.STOPPED
 
     def _announce(self, attempt: Attempt, restart: Restart) -> None:
         if attempt.joins_hosts:
@@ -101,15 +126,38 @@ class _Supervisor:
         reason = attempt.result.message or "the ranks were stopped"
         notify(f"{reason}\nrestarting{when}{smaller}")
 
-    def _usable_slots(self) -> Slots:
-        """The slots of the hosts that answer."""
+    def _usable_slots(self, trusted: Collection[str]) -> Slots:
+        """The slots of the hosts that answer. Those that are not `trusted` must pass preflight too: a host that is back
+        may lack its GPUs or disks."""
         wanted = self._launch.slots
         if self._launch.local:
             return wanted
         usable = usable_hosts(wanted.keys(), self._folder)
+        if doubtful := usable - set(trusted):
+            usable = (usable - doubtful) | set(self._launch.passing_hosts(doubtful))
         if missing := [host for host in wanted if host not in usable]:
-            notify(f"without {', '.join(missing)}, until they answer again")
+            notify(f"without {', '.join(missing)}, until they answer and pass preflight")
         return {host: slots for host, slots in wanted.items() if host in usable}
+
+
+class _StopRequest:
+    """The launcher's own STOP file, which asks the ranks to save a checkpoint and exit."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._made_at: int | None = None
+
+    def make(self) -> None:
+        notify("a host has returned: the ranks save a checkpoint and start again with it")
+        self._path.touch(exist_ok=False)
+        self._made_at = self._path.stat().st_mtime_ns
+
+    def withdraw(self) -> bool:
+        """Remove the file, unless the user has touched it since. Returns whether it was made and not touched."""
+        if self._made_at is None or not self._path.exists() or self._path.stat().st_mtime_ns != self._made_at:
+            return False
+        self._path.unlink()
+        return True
 
 
 def _with_advice(result: LaunchResult, advice: str) -> LaunchResult:

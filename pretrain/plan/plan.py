@@ -95,18 +95,23 @@ def plan_run(run: ResolvedRun, hosts: int, ranks: int, device: Device, rates: Ra
         )
         for each in _alternatives(settings)
     }
-    per_token = _flops_per_token(flops, stages, mean(run.config.masking.rates))
+    by_stage = _flops_per_token(flops, stages, mean(run.config.masking.rates))
     known = [stage for stage in stages if stage.steps is not None and stage.tokens is not None]
     tokens = sum(stage.tokens or 0 for stage in known)
+    known_flops = (
+        None
+        if by_stage is None
+        else sum(each * (stage.tokens or 0) for each, stage in zip(by_stage, stages, strict=True))
+    )
     sent = sum(sent_per_step(counts, settings, stage.batch.microbatches) * (stage.steps or 0) for stage in known)
     recomputes = run.config.model.activation_checkpointing
     if stream.steps is not None:
-        cost = run_cost(per_token and per_token * tokens, sent, ranks, rates, recomputes)
+        cost = run_cost(known_flops, sent, ranks, rates, recomputes)
         steps = None
     else:  # what the known stages leave of the budget is for the last one
         step_tokens, step_sent = stages[-1].batch.tokens, sent_per_step(counts, settings, stages[-1].batch.microbatches)
-        before = run_cost(per_token and per_token * tokens, sent, ranks, rates, recomputes)
-        step = run_cost(per_token and per_token * step_tokens, step_sent, ranks, rates, recomputes)
+        before = run_cost(known_flops, sent, ranks, rates, recomputes)
+        step = run_cost(None if by_stage is None else by_stage[-1] * step_tokens, step_sent, ranks, rates, recomputes)
         cost, steps = None, None
         budget = run.config.schedule.budget_seconds
         if before is not None and step is not None and budget is not None:
@@ -121,7 +126,7 @@ def plan_run(run: ResolvedRun, hosts: int, ranks: int, device: Device, rates: Ra
         packed=packed,
         parameters=counts,
         stages=stages,
-        flops_per_token=per_token,
+        flops_per_token=None if by_stage is None else _mean_over_tokens(by_stage, stages, steps),
         zero=zero,
         steps=stream.steps,
         budget_steps=steps,
@@ -165,13 +170,22 @@ def _largest_microbatch(
     return measure
 
 
-def _flops_per_token(flops: FlopsModel | None, stages: tuple[StageWork, ...], rate: float) -> float | None:
-    """Mean over the tokens of the run, counted as in pretrain/modeling/flops.py."""
+def _flops_per_token(flops: FlopsModel | None, stages: tuple[StageWork, ...], rate: float) -> list[float] | None:
+    """Of each stage, counted as in pretrain/modeling/flops.py."""
     if flops is None:
         return None
-    per_token = [
-        flops.per_step(b.tokens, b.squared_lengths, round(rate * b.text_tokens)) / b.tokens
-        for b in (stage.batch for stage in stages)
+    return [
+        flops.per_step(batch.tokens, batch.squared_lengths, round(rate * batch.text_tokens)) / batch.tokens
+        for batch in (stage.batch for stage in stages)
     ]
-    weights = [1 if stage.tokens is None else stage.tokens for stage in stages]
-    return sum(each * weight for each, weight in zip(per_token, weights, strict=True)) / sum(weights)
+
+
+def _mean_over_tokens(by_stage: list[float], stages: tuple[StageWork, ...], budget_steps: int | None) -> float:
+    """`budget_steps`: the length of a run with a time budget, as far as it is known."""
+    tokens = [
+        ((budget_steps or stage.first_step + 1) - stage.first_step) * stage.batch.tokens
+        if stage.tokens is None
+        else stage.tokens
+        for stage in stages
+    ]
+    return sum(each * count for each, count in zip(by_stage, tokens, strict=True)) / max(1, sum(tokens))

@@ -43,6 +43,7 @@ def test_hosts_give_the_losses_of_one_host(
     assert losses["deepspeed"] == pytest.approx(losses["one_host"], abs=1e-5)
 
 
+@pytest.mark.soak
 def test_trials_of_autotune_use_all_hosts(cluster: Cluster, tmp_path: Path, wordpiece_corpus: Path) -> None:
     """Catches a trial whose config or folder other hosts do not see, and one whose ranks stay there when it ends."""
     head = cluster.hosts[0]

@@ -1,6 +1,7 @@
 """512 hosts with eight ranks each, as stand-ins: nothing takes longer than seconds, or grows faster than the hosts."""
 
 import json
+import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from experiment.open_files import raise_limit_of_open_files
 from experiment.outcome_file import Cause, Outcome, write_outcome
 from experiment.run_folder import open_run_folder
 from launcher.hosts.guarded_hosts import Rendezvous
@@ -38,6 +40,7 @@ exit 0
 RANKS = """
 import sys
 from pathlib import Path
+from experiment.open_files import raise_limit_of_open_files
 from experiment.outcome_file import Outcome, write_outcome
 from experiment.run_folder import RunFolder
 write_outcome(RunFolder(Path(sys.argv[1])), Outcome.DONE)
@@ -51,7 +54,18 @@ def in_seconds() -> Iterator[None]:
     assert time.process_time() - started < 20, "CPU time of this process: a busy machine makes no difference"
 
 
+@pytest.fixture
+def usual_limit() -> Iterator[None]:
+    """The soft limit of open files that most systems have."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(1024, before[0]), before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.usefixtures("usual_limit")
 def test_a_lost_host_of_many_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raise_limit_of_open_files()
     install_ssh(tmp_path / "bin", monkeypatch, before=SSH)
     folder = open_run_folder(tmp_path / "run")
     seen: list[tuple[Layout, Rendezvous | None]] = []

@@ -103,6 +103,26 @@ def test_a_lost_launcher_ends_the_processes(run: str, process: "subprocess.Popen
     assert not environment_file(f"{run}-1").exists()
 
 
+def test_a_guard_that_is_asked_to_end_gives_the_ranks_time(run: str) -> None:
+    """Catches a host that shuts down and kills ranks that are saving a checkpoint."""
+    guard = subprocess.Popen(
+        [sys.executable, "-m", "launcher.hosts.host_guard"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert guard.stdin is not None
+    assert guard.stdout is not None
+    guard.stdin.write(request(f"{run}-1").line())
+    guard.stdin.flush()
+    guard.stdout.readline()
+    own = start_process(f"{run}-1")
+    guard.terminate()
+    with pytest.raises(subprocess.TimeoutExpired):
+        own.wait(2.0)
+    own.terminate()  # saved
+    assert own.wait(LIMIT) == -15
+    guard.wait(LIMIT)
+    assert not environment_file(f"{run}-1").exists()
+
+
 def test_many_hosts_are_guarded_at_once(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches hosts that are connected one after another."""
     install_ssh(tmp_path / "bin", monkeypatch, before=STAND_IN_GUARD)

@@ -15,6 +15,7 @@ import pytest
 from experiment.errors import UserError
 from experiment.outcome_file import Outcome, write_outcome
 from experiment.run_folder import RunFolder, open_run_folder
+from launcher.supervision import supervisor
 from launcher.supervision.attempt import Command, Launch
 from launcher.supervision.launch_result import LaunchResult
 from launcher.supervision.supervisor import supervise
@@ -232,6 +233,22 @@ def test_a_stop_between_restarts_ends_the_launch(folder: RunFolder, number: sign
     body = f"write_outcome(folder, Outcome.FAILED, 'lost a rank', Cause.LOST_RANK); {stop}"
     supervise(replace(one_launch(folder, body), max_restarts=5), time.time())
     assert len(launches(folder)) == 1
+
+
+def test_a_disk_that_fails_between_attempts_is_tried_again(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a run that ends because the disk that made its ranks fail does not answer the launcher either."""
+    failures = iter([False, True])
+
+    def reserve(folder: RunFolder) -> None:
+        if next(failures, False):
+            raise OSError(errno.EIO, "Input/output error", str(folder.path))
+
+    monkeypatch.setattr(supervisor, "reserve_outcome", reserve)
+    body = (
+        "first = not (folder.path / 'second').exists(); (folder.path / 'second').touch()\n"
+        "write_outcome(folder, Outcome.FAILED if first else Outcome.DONE, 'lost a rank', Cause.LOST_RANK)"
+    )
+    assert supervise(replace(one_launch(folder, body), max_restarts=2), time.time()).outcome is Outcome.DONE
 
 
 def test_one_launch_at_a_time(folder: RunFolder):

@@ -1,0 +1,68 @@
+import threading
+from collections.abc import Collection
+from pathlib import Path
+
+import pytest
+
+from experiment.run_folder import RunFolder, open_run_folder
+from launcher.hosts import usable_hosts as module
+from launcher.hosts.usable_hosts import usable_hosts, watch_for_hosts
+from stand_in_hosts import install_ssh
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+    monkeypatch.setattr(module, "_POLL_SECONDS", 0.01)
+    return open_run_folder(tmp_path / "run")
+
+
+def save(folder: RunFolder, step: int) -> None:
+    checkpoint = folder.checkpoints / f"step-{step:08d}"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "COMPLETE").touch()
+
+
+def test_hosts_that_answer_and_see_the_run_folder(
+    folder: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_ssh(tmp_path / "bin", monkeypatch)
+    assert usable_hosts(["node-1", "missing-2", "node-3"], folder) == {"node-1", "node-3"}
+    assert usable_hosts(["node-1"], RunFolder(tmp_path / "other")) == set()
+
+
+def test_a_host_is_taken_back_after_the_next_checkpoint(folder: RunFolder) -> None:
+    """Catches a run that restarts whenever a host comes and goes, and one that never takes it back."""
+    asked, returned = threading.Event(), threading.Event()
+
+    def find(hosts: Collection[str]) -> Collection[str]:
+        asked.set()
+        return hosts
+
+    save(folder, 1)
+    with watch_for_hosts(["node-2"], find, folder, returned.set):
+        assert asked.wait(60)
+        assert not returned.wait(0.5)
+        save(folder, 2)
+        assert returned.wait(60)
+
+
+def test_nothing_is_taken_back_after_the_end(folder: RunFolder) -> None:
+    """Catches a STOP file that ends the next attempt: the last checkpoint of an attempt is a new one too."""
+    asked, go_on, returned = threading.Event(), threading.Event(), threading.Event()
+    answers = iter([True, False])  # the second question is asked after the checkpoint
+
+    def find(hosts: Collection[str]) -> Collection[str]:
+        if not next(answers):
+            asked.set()
+            assert go_on.wait(60)
+        return hosts
+
+    def end_soon() -> None:
+        assert asked.wait(60)
+        threading.Timer(0.2, go_on.set).start()
+
+    with watch_for_hosts(["node-2"], find, folder, returned.set):
+        save_when_watched = threading.Timer(0.2, save, (folder, 1))
+        save_when_watched.start()
+        end_soon()
+    assert not returned.is_set()
