@@ -51,7 +51,7 @@ def watch_for_hosts(
 ) -> Iterator[None]:
     """Call `on_return` in a thread when one of the missing hosts is usable again, after the next checkpoint: so the run
     advances, however often a host comes and goes. Not called after this ends."""
-    ended = threading.Event()
+    ended, lock = threading.Event(), threading.Lock()
 
     def watch() -> None:
         while not ended.wait(_POLL_SECONDS):
@@ -60,17 +60,17 @@ def watch_for_hosts(
                 while complete_checkpoints(folder.checkpoints)[-1:] == saved:
                     if ended.wait(1.0):
                         return
-                if find_usable(hosts) and not ended.is_set():
-                    with suppress(OSError):  # the disk is full, or the user has made a STOP file
-                        on_return()
+                if find_usable(hosts):
+                    # On a full disk, or if the user has made a STOP file, nothing happens.
+                    with lock, suppress(OSError):
+                        if not ended.is_set():
+                            on_return()
                     return
 
-    thread = threading.Thread(target=watch, name="returning hosts", daemon=True)
     if hosts:
-        thread.start()
+        threading.Thread(target=watch, name="returning hosts", daemon=True).start()
     try:
         yield
     finally:
-        ended.set()
-        if hosts:
-            thread.join()
+        with lock:  # the thread may still wait for hosts that do not answer
+            ended.set()

@@ -57,12 +57,11 @@ def test_nothing_is_taken_back_after_the_end(folder: RunFolder) -> None:
             assert go_on.wait(60)
         return hosts
 
-    def end_soon() -> None:
-        assert asked.wait(60)
-        threading.Timer(0.2, go_on.set).start()
-
     with watch_for_hosts(["node-2"], find, folder, returned.set):
-        save_when_watched = threading.Timer(0.2, save, (folder, 1))
-        save_when_watched.start()
-        end_soon()
+        threading.Timer(0.2, save, (folder, 1)).start()
+        assert asked.wait(60)
+    (thread,) = (thread for thread in threading.enumerate() if thread.name == "returning hosts")
+    go_on.set()
+    thread.join(60)
+    assert not thread.is_alive()
     assert not returned.is_set()
