@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from hosts import Cluster, Host
-from runs import logged, run_config, soak
+from rank_pool import RankPool
+from runs import logged, pretrain_case, run_config, soak
 
 DEEPCLOZE = (sys.executable, "-m", "launcher", "pretrain")
 
@@ -23,24 +24,23 @@ def write_config(folder: Path, name: str, corpus: Path) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("ranks", [2, *soak(3)])
+@pytest.mark.parametrize(
+    ("launcher", "ranks"), [("deepcloze", 2), *soak(("deepspeed", 2), ("deepcloze", 3), ("deepspeed", 3))]
+)
 def test_hosts_give_the_losses_of_one_host(
-    cluster: Cluster, tmp_path: Path, wordpiece_corpus: Path, ranks: int
+    cluster: Cluster, pools: dict[int, RankPool], tmp_path: Path, wordpiece_corpus: Path, launcher: str, ranks: int
 ) -> None:
     head = cluster.hosts[0]
     hostfile = write_hostfile(tmp_path / "hostfile", cluster.hosts[:ranks])
     commands = {
-        "one_host": [*DEEPCLOZE, f"--num_gpus={ranks}", "--oversubscribe"],
-        "hosts": [*DEEPCLOZE, f"--hostfile={hostfile}"],
+        "deepcloze": [*DEEPCLOZE, f"--hostfile={hostfile}"],
         "deepspeed": [str(Path(sys.executable).with_name("deepspeed")), f"--hostfile={hostfile}", "pretrain/run.py"],
     }
-    for name, command in commands.items():
-        command = ["env", "OMP_NUM_THREADS=1", *command]
-        done = head.run(*command, "--config", write_config(tmp_path, name, wordpiece_corpus))
-        assert done.returncode == 0, f"{name}: {done.stdout}{done.stderr}"
-    losses = {name: logged(tmp_path / name) for name in commands}
-    assert losses["hosts"] == pytest.approx(losses["one_host"], abs=1e-5)
-    assert losses["deepspeed"] == pytest.approx(losses["one_host"], abs=1e-5)
+    command = ["env", "OMP_NUM_THREADS=1", *commands[launcher]]
+    done = head.run(*command, "--config", write_config(tmp_path, "hosts", wordpiece_corpus))
+    assert done.returncode == 0, done.stdout + done.stderr
+    pools[ranks].run(pretrain_case, run_config(tmp_path / "one_host", wordpiece_corpus))
+    assert logged(tmp_path / "hosts") == pytest.approx(logged(tmp_path / "one_host"), abs=1e-5)
 
 
 @pytest.mark.soak

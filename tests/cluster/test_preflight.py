@@ -150,6 +150,7 @@ def test_a_run_starts_without_the_hosts_that_failed(
     assert attempt["hosts"] == {"node-1": [0], "node-3": [0]}
 
 
+@pytest.mark.soak
 def test_a_slow_host_is_found(cluster: Cluster, hostfile: str) -> None:
     """Catches a host with a bad cable, which would slow down every step of a run."""
     head, _, slow = cluster.hosts

@@ -62,6 +62,7 @@ def start_autotune(start: Start, tmp_path: Path, config: Path, *overrides: str) 
     return start(*command, "--autotune", *overrides, PYTHONPATH=f"{patches}:{REPOSITORY}")
 
 
+@pytest.mark.soak
 def test_a_microbatch_that_fits_is_found(
     start: Start, wordpiece_corpus: Path, tmp_path: Path, pools: dict[int, RankPool]
 ) -> None:
