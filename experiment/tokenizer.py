@@ -65,7 +65,10 @@ def load_any_tokenizer(path: Path | str, needed: Sequence[str]) -> "PreTrainedTo
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise UserError(f"tokenizer: {folder} is not a folder; expected a Hugging Face folder, or one with a vocab.txt")
+        raise UserError(
+            f"tokenizer: {folder} is not a folder; expected a Hugging Face folder, or one with a vocab.txt; "
+            "`deepcloze tokenizer` makes one"
+        )
     tokenizer = _load_bare_vocabulary(folder) if _is_bare_vocabulary(folder) else _load_folder(folder)
     vocabulary = tokenizer.get_vocab()
     for family in (BERT_TOKENS, ROBERTA_TOKENS):

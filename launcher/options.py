@@ -16,7 +16,8 @@ class PlacementOptions(Section):
     """Machines to run on, one `NAME slots=N` per line; default: those of the SLURM, PBS or MPI job, or this machine."""
 
     num_gpus: PositiveInt | None = None
-    """Ranks per machine; default: one per GPU, or 1 on a CPU, where each rank is a process."""
+    """Ranks per machine; default: all slots of the hostfile, else one per GPU, or 1 on a CPU, where each rank is a
+    process."""
 
     include: Annotated[str | None, Metavar("FILTER")] = None
     """GPUs to use, as HOST[:SLOT,…][@HOST…], for example localhost:0,2; on a CPU, only their number counts."""
@@ -67,7 +68,8 @@ class HostOptions(PlacementOptions):
     """What starts the ranks on other hosts: pdsh (ssh), an MPI, or srun in a job of SLURM."""
 
     env: Annotated[str | None, Metavar("NAME[,NAME…]")] = None
-    """Environment variables to send to other hosts too; those of W&B, Hugging Face, NCCL, gloo and CUDA always are."""
+    """More environment variables to send to other hosts, by name; WANDB_*, HF_*, OMP_*, NCCL_*, GLOO_*, MLFLOW_* and
+    CUDA_* (except CUDA_VISIBLE_DEVICES) always are."""
 
 
 class PreflightOptions(HostOptions):

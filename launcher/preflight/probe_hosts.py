@@ -121,10 +121,14 @@ _SSH_ERRORS = (
     (
         "Could not resolve hostname",
         "its name cannot be resolved",
-        "getent hosts {host}    # correct the hostfile or DNS",
+        "echo 'ADDRESS {host}' | sudo tee -a /etc/hosts    # or correct the hostfile or DNS",
     ),
     ("Permission denied", "permission denied without a password", "ssh-copy-id {host}"),
-    ("Connection refused", "connection refused: sshd does not run there", "sudo systemctl start sshd    # on {host}"),
+    (
+        "Connection refused",
+        "connection refused: sshd does not run there",
+        "sudo systemctl start ssh    # on {host}; the unit may be called sshd, the package is openssh-server",
+    ),
     ("timed out", f"no connection within {CONNECT_SECONDS} s", "ping {host}"),
     ("No route to host", "no route to the host", "ping {host}"),
 )

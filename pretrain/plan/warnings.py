@@ -43,7 +43,7 @@ def _batches(plan: RunPlan) -> Iterator[str]:
         shape, where = stage.batch.largest, f" in stage {number + 1}" if len(plan.stages) > 1 else ""
         slots = shape.rows * shape.width
         if plan.device.is_gpu and slots < _SMALL_MICROBATCH:
-            more = stage.sequences // plan.ranks * stage.max_seq_length > slots
+            more = stage.batch.microbatches > 1
             yield (
                 f"microbatches of {slots:,} tokens{where} are too small for a GPU: "
                 + ("raise batch.microbatch_tokens" if more else "raise batch.sequences, or use fewer ranks")
@@ -51,7 +51,10 @@ def _batches(plan: RunPlan) -> Iterator[str]:
         if stage.sequences < plan.ranks:
             yield f"a batch{where} has {stage.sequences:,} sequences, fewer than the {plan.ranks:,} ranks"
         elif stage.batch.filled < _WELL_FILLED:
-            yield f"only {stage.batch.filled:.0%} of the computed slots{where} hold tokens; the rest is padding"
+            advice = (
+                "; lower batch.microbatch_tokens, or raise batch.sequences" if stage.batch.microbatches == 1 else ""
+            )
+            yield f"only {stage.batch.filled:.0%} of the computed slots{where} hold tokens; the rest is padding{advice}"
 
 
 def _schedule(plan: RunPlan) -> Iterator[str]:
@@ -68,7 +71,10 @@ def _schedule(plan: RunPlan) -> Iterator[str]:
 
 def _communication(plan: RunPlan) -> Iterator[str]:
     if plan.cost is not None and plan.cost.communicating > plan.cost.computing:
+        # ZeRO 2 and 3 communicate in each microbatch.
+        repeats = plan.zero_stage >= 2 and any(stage.batch.microbatches > 1 for stage in plan.stages)
         yield (
-            "communication takes longer than computation: raise batch.sequences or batch.microbatch_tokens, or use a "
-            "lower ZeRO stage, fewer machines or a faster network"
+            "communication takes longer than computation: raise batch.sequences"
+            + (" or batch.microbatch_tokens, or use a lower ZeRO stage" if repeats else "")
+            + ", or use fewer machines or a faster network"
         )
