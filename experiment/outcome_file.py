@@ -29,7 +29,7 @@ class Outcome(StrEnum):
 
 
 class Cause(StrEnum):
-    """Why a run failed or stopped, as far as a restart depends on it."""
+    """Why a run failed or stopped; decides whether it is restarted."""
 
     AGREED = "agreed"  # all ranks decided it: they would again
     OUT_OF_MEMORY = "out_of_memory"  # of the device

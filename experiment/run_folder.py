@@ -64,7 +64,7 @@ class RunFolder:
     @property
     def owner(self) -> Path:
         """Renewed by the process that writes to the folder, for other machines, see `run_lock`."""
-        return self.path / "logs" / "launch.owner"
+        return self.logs / "launch.owner"
 
     def bad_batch(self, step: int) -> Path:
         """Folder with a dump of the bad batch of this step."""

@@ -126,7 +126,7 @@ class GuardedHosts:
                 self.replies[host] = Reply(**json.loads(line))
                 connection.started.set()
         else:
-            self._lose(host, connection.last_words())
+            self._lose(host, connection.last_output())
 
     def _send_beats(self) -> None:
         while not self._closing.wait(BEAT_SECONDS):
@@ -162,7 +162,7 @@ class _Connection:
             start_new_session=True,  # Ctrl-C does not reach it
         )
         self._heard = time.monotonic()
-        self._last_words = "the connection was closed"
+        self._last_output = "the connection was closed"
         self.started = threading.Event()
 
     @property
@@ -185,11 +185,11 @@ class _Connection:
                 self._heard = time.monotonic()
                 yield text.removeprefix(PREFIX)
             elif text:
-                self._last_words = text
+                self._last_output = text
 
-    def last_words(self) -> str:
-        """Why the connection was closed, as far as ssh tells."""
-        return self._last_words
+    def last_output(self) -> str:
+        """The last line that ssh printed, usually why the connection was closed."""
+        return self._last_output
 
     def close(self) -> None:
         self._process.kill()

@@ -25,7 +25,7 @@ LAUNCH_VARIABLE = "DEEPCLOZE_LAUNCH"
 
 BEAT_SECONDS = 1.0
 SILENCE_SECONDS = 15.0
-"""After this time without a line, each side takes the other for lost."""
+"""Without a line for this time, each side considers the other lost."""
 
 END = "end"
 ENDED = "ended"

@@ -115,7 +115,7 @@ def _transfer(peer: int, sends_first: bool, device: torch.device) -> float:
         seconds = _seconds(lambda: exchange(message), device)
         best = max(best, 2 * _TRANSFER_BYTES / seconds)
         slowest = torch.tensor([seconds], device=device)
-        dist.send(slowest, peer) if sends_first else dist.recv(slowest, peer)  # both go on, or none
+        dist.send(slowest, peer) if sends_first else dist.recv(slowest, peer)  # both continue, or neither
         if slowest.item() >= _ENOUGH_SECONDS:
             break
     return best
@@ -129,7 +129,7 @@ def _all_reduce_seconds(device: torch.device) -> tuple[int, float]:
         dist.all_reduce(values)  # connects
         fastest = _fastest(partial(dist.all_reduce, values), device, repeats=3)
         slowest = torch.tensor(fastest, device=device)
-        dist.all_reduce(slowest, dist.ReduceOp.MAX)  # all ranks go on, or none
+        dist.all_reduce(slowest, dist.ReduceOp.MAX)  # all ranks continue, or none
         if slowest.item() >= _ENOUGH_SECONDS or size >= _MOST_BYTES:
             return size, slowest.item()
         size *= 4

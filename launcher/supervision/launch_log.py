@@ -18,7 +18,7 @@ from launcher.supervision.launch_result import LaunchResult
 
 @dataclass(frozen=True)
 class AttemptRecord:
-    """The line of one attempt, which is completed as far as the disk has room."""
+    """The line of one attempt. Updates that do not fit on the disk are reported and dropped."""
 
     folder: RunFolder
     number: int

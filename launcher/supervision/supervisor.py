@@ -44,7 +44,7 @@ def supervise(launch: Launch, start_time: float) -> LaunchResult:
 
 @contextlib.contextmanager
 def _ignored_suspension() -> Iterator[None]:
-    """Ignore Ctrl-Z: guards would take a suspended launcher for lost."""
+    """Ignore Ctrl-Z: guards would consider a suspended launcher lost."""
     before = signal.signal(signal.SIGTSTP, signal.SIG_IGN)
     try:
         yield

@@ -181,7 +181,7 @@ def _flops_per_token(flops: FlopsModel | None, stages: tuple[StageWork, ...], ra
 
 
 def _mean_over_tokens(by_stage: list[float], stages: tuple[StageWork, ...], budget_steps: int | None) -> float:
-    """`budget_steps`: the length of a run with a time budget, as far as it is known."""
+    """`budget_steps`: the length of a run with a time budget; None if unknown."""
     tokens = [
         ((budget_steps or stage.first_step + 1) - stage.first_step) * stage.batch.tokens
         if stage.tokens is None

@@ -83,7 +83,7 @@ def events(folder: Path) -> list[dict[str, Any]]:
 def test_training_continues_without_a_host_and_takes_it_back(
     cluster: Cluster, tmp_path: Path, wordpiece_corpus: Path, fault: str
 ) -> None:
-    """Catches a run that waits for a lost host, goes on without one that is back, or skips or repeats a batch."""
+    """Catches a run that waits for a lost host, does not use a host that is back, or skips or repeats a batch."""
     head, second, _ = cluster.hosts
     run = Run(tmp_path, wordpiece_corpus, [head, second])
     run.start(head)

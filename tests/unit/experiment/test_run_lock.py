@@ -67,7 +67,7 @@ def test_a_killed_process_of_this_machine_delays_nothing(folder: RunFolder, monk
 
 
 def test_a_process_that_was_replaced_is_told(folder: RunFolder) -> None:
-    """Catches a machine that goes on with a run after another one took it over while it had lost the disk."""
+    """Catches a machine that continues a run which another machine has taken over."""
     lost = threading.Event()
     with lock_run(folder, lost.set):
         be_elsewhere(folder)

@@ -124,7 +124,7 @@ def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tri
 
 
 def trains(*speeds: float, then: LaunchResult | None = None) -> Rank:
-    """A rank that trains a size for each speed, and then fails or goes on until it is killed."""
+    """A rank that trains one size for each speed, then fails or runs until it is killed."""
 
     def rank(folder: RunFolder, stop: StopSignals) -> LaunchResult:
         folder.metrics.write_text("".join(json.dumps(event) + "\n" for event in events(*speeds)))
