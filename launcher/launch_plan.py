@@ -68,7 +68,7 @@ class LaunchPlan:
         )
 
     def command(self, layout: Layout, rendezvous: Rendezvous | None = None) -> Command:
-        """How DeepSpeed starts the ranks of a layout. Without a rendezvous, address and port are left out or arbitrary."""
+        """How DeepSpeed starts the ranks of a layout. Without a rendezvous, the address is left out, the port arbitrary."""
         as_written = self.local and layout.microbatch_halvings == 0 and not self.config_changed
         config_file = self.folder.logs / "launch.yaml"
         command = DeepSpeedCommand(
