@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -12,22 +12,19 @@ from experiment.provenance import REPOSITORY
 from experiment.run_folder import RunFolder
 from launcher.hosts.allocation import allocated_hosts
 from launcher.hosts.guarded_hosts import Rendezvous
-from launcher.hosts.hostfile import Slots, hostfile_text, read_hostfile
+from launcher.hosts.hostfile import Slots, read_hostfile
 from launcher.hosts.machine import Machine
 from launcher.options import HostOptions, PretrainOptions
 from launcher.preflight.run import passing_hosts
 from launcher.preflight.target import Target, target_of_hosts, target_of_run
-from launcher.ranks.deepspeed_command import DeepSpeedCommand, deepspeed_argv
+from launcher.ranks.deepspeed_command import DeepSpeedCommand
 from launcher.ranks.environment import (
-    deepspeed_environment,
-    exported_text,
-    exported_variables,
     launch_environment,
-    remote_deepspeed_environment,
 )
 from launcher.ranks.microbatch import max_halvings, scaled_microbatch
 from launcher.ranks.placement import check_launcher, is_local, place_ranks
-from launcher.supervision.attempt import Command, Launch, Layout
+from launcher.ranks.start_command import Command, start_command
+from launcher.supervision.attempt import Launch, Layout
 from pretrain.config import PretrainConfig
 
 _MAX_RESTARTS_ON_HOSTS = 10
@@ -68,7 +65,7 @@ class LaunchPlan:
         )
 
     def command(self, layout: Layout, rendezvous: Rendezvous | None = None) -> Command:
-        """How DeepSpeed starts the ranks of a layout. Without a rendezvous, the address is left out, the port arbitrary."""
+        """How DeepSpeed starts the ranks of a layout. `rendezvous`: None: unknown, or all ranks run here."""
         as_written = self.local and layout.microbatch_halvings == 0 and not self.config_changed
         config_file = self.folder.logs / "launch.yaml"
         command = DeepSpeedCommand(
@@ -84,28 +81,11 @@ class LaunchPlan:
             launcher=self.options.launcher,
             master_addr=rendezvous.address if rendezvous else None,
         )
-        files: dict[Path, str] = {}
-        if not as_written:
-            files[config_file] = dump_config(scaled_microbatch(self.config, -layout.microbatch_halvings))
-        if self.local:
-            environment = deepspeed_environment(self.machine.environ, self.added_environment)
-        else:
-            environment = remote_deepspeed_environment(
-                self.machine.environ, self.added_environment, self.target.host_environment
-            )
-            environment["DS_ENV_FILE"] = str(self.folder.logs / "worker.env")
-            files |= self._files_for_hosts(layout.slots, command, rendezvous)
-        return Command(tuple(deepspeed_argv(command)), environment, files)
-
-    def _files_for_hosts(
-        self, slots: Slots, command: DeepSpeedCommand, rendezvous: Rendezvous | None
-    ) -> Mapping[Path, str]:
-        """What DeepSpeed's launcher reads to start ranks on other hosts."""
-        exported = exported_variables(self.added_environment, rendezvous, command.launcher)
-        return {
-            self.folder.logs / "hostfile": hostfile_text(slots),
-            self.folder.logs / "worker.env": exported_text(exported, self.machine.deepspeed_env_text()),
-        }
+        start = start_command(command, self.machine, self.added_environment, self.target.host_environment, rendezvous)
+        if as_written:
+            return start
+        config = dump_config(scaled_microbatch(self.config, -layout.microbatch_halvings))
+        return replace(start, files={**start.files, config_file: config})
 
 
 def plan_launch(

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,18 +13,15 @@ from pydantic import TypeAdapter
 from experiment.files import write_text
 from experiment.provenance import REPOSITORY
 from launcher.hosts.guarded_hosts import GuardedHosts, GuardRequest, Rendezvous
-from launcher.hosts.hostfile import Slots, hostfile_text
+from launcher.hosts.hostfile import Slots
 from launcher.hosts.machine import Machine
 from launcher.preflight.target import Target
-from launcher.ranks.deepspeed_command import DeepSpeedCommand, deepspeed_argv
+from launcher.ranks.deepspeed_command import DeepSpeedCommand
 from launcher.ranks.environment import (
-    deepspeed_environment,
-    exported_text,
-    exported_variables,
     launch_environment,
-    remote_deepspeed_environment,
 )
 from launcher.ranks.placement import is_local
+from launcher.ranks.start_command import Command, start_command
 from launcher.supervision.process_groups import kill_group, watchdog
 
 LIMIT_SECONDS = 240.0
@@ -62,14 +59,14 @@ def measure(slots: Slots, machine: Machine, target: Target) -> Measurement:
     """
     with tempfile.TemporaryDirectory(prefix="deepcloze-preflight-") as temporary:
         if is_local(slots):
-            output = _run(*_plan(slots, machine, target, Path(temporary)), groups=[])
+            output = _run(_command(slots, machine, target, Path(temporary)), groups=[])
         else:
             name = f"{os.urandom(8).hex()}-0"
             request = GuardRequest(name, target.host_environment, head=next(iter(slots)))
             groups: list[int] = []
             with GuardedHosts(list(slots), request, lambda guards: _kill_if_lost(guards, groups)) as guards:
                 _check_lost(guards)
-                output = _run(*_plan(slots, machine, target, Path(temporary), guards.rendezvous()), groups)
+                output = _run(_command(slots, machine, target, Path(temporary), guards.rendezvous()), groups)
                 _check_lost(guards)
     for line in output.splitlines():
         _, mark, result = line.partition(RESULT_MARK)
@@ -78,11 +75,10 @@ def measure(slots: Slots, machine: Machine, target: Target) -> Measurement:
     raise MeasurementError(f"the all-reduce over all ranks failed; the end of its output:\n{_tail(output)}")
 
 
-def _plan(
+def _command(
     slots: Slots, machine: Machine, target: Target, temporary: Path, rendezvous: Rendezvous | None = None
-) -> tuple[list[str], Mapping[str, str]]:
-    """The command and its environment. Without a rendezvous, all ranks run on this machine."""
-    added = launch_environment(machine.environ, None if rendezvous else machine.devices.kind, REPOSITORY)
+) -> Command:
+    """How the measurement is started. Without a rendezvous, all ranks run on this machine."""
     command = DeepSpeedCommand(
         python=sys.executable,
         module="launcher.preflight.start_measurement",
@@ -94,13 +90,8 @@ def _plan(
         launcher=target.launcher,
         master_addr=rendezvous.address if rendezvous else None,
     )
-    if rendezvous is None:
-        return deepspeed_argv(command), deepspeed_environment(machine.environ, added)
-    exported = exported_variables(added, rendezvous, target.launcher)
-    write_text(temporary / "hostfile", hostfile_text(slots))
-    write_text(temporary / "worker.env", exported_text(exported, machine.deepspeed_env_text()))
-    environment = remote_deepspeed_environment(machine.environ, added, target.host_environment)
-    return deepspeed_argv(command), environment | {"DS_ENV_FILE": str(temporary / "worker.env")}
+    added = launch_environment(machine.environ, None if rendezvous else machine.devices.kind, REPOSITORY)
+    return start_command(command, machine, added, target.host_environment, rendezvous)
 
 
 def _kill_if_lost(guards: GuardedHosts, groups: Sequence[int]) -> None:
@@ -114,14 +105,16 @@ def _check_lost(guards: GuardedHosts) -> None:
         raise MeasurementError("lost " + "; ".join(f"{host}: {reason}" for host, reason in lost.items()))
 
 
-def _run(argv: list[str], environment: Mapping[str, str], groups: list[int]) -> str:
+def _run(command: Command, groups: list[int]) -> str:
     """The output of the command. Kills it, and all that it has started here, if it does not end in time.
 
     `groups`: gets its process group.
     """
+    for path, text in command.files.items():
+        write_text(path, text)
     process = subprocess.Popen(
-        argv,
-        env=dict(environment),
+        command.argv,
+        env=dict(command.environment),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -21,6 +21,7 @@ from experiment.outcome_file import Cause, Outcome, read_outcome
 from experiment.run_folder import RunFolder
 from launcher.hosts.guarded_hosts import GuardedHosts, GuardRequest, Rendezvous
 from launcher.hosts.hostfile import Slots
+from launcher.ranks.start_command import Command
 from launcher.supervision.launch_log import AttemptRecord
 from launcher.supervision.launch_result import LaunchResult, read_result
 from launcher.supervision.output_filter import filtered_output
@@ -38,15 +39,6 @@ class Layout:
 
     slots: Slots
     microbatch_halvings: int = 0
-
-
-@dataclass(frozen=True)
-class Command:
-    """How DeepSpeed is started."""
-
-    argv: tuple[str, ...]
-    environment: Mapping[str, str] = field(repr=False)
-    files: Mapping[Path, str] = field(default_factory=dict)  # path -> text: what ranks on other hosts read
 
 
 @dataclass(frozen=True)
@@ -69,7 +61,7 @@ def run_attempt(launch: Launch, layout: Layout, stop: StopSignals, record: Attem
     if launch.local:
         return _run(launch, launch.command(layout, None), stop, record, _Processes())
     hosts = list(layout.slots)
-    name = launch_name(launch.folder)
+    name = _launch_name(launch.folder)
     processes = _Processes()
     request = GuardRequest(name, launch.host_environment, head=hosts[0])
     with GuardedHosts(hosts, request, processes.check) as guards:
@@ -121,7 +113,7 @@ class _Processes:
             elif self._timer is None and (
                 left := [host for host, count in dict(guards.processes).items() if not count]
             ):
-                self._timer = threading.Timer(_EXIT_TIMEOUT_SECONDS, self._kill_others, left)
+                self._timer = threading.Timer(_EXIT_TIMEOUT_SECONDS, self._kill_others, left[:1])
                 self._timer.daemon = True
                 self._timer.start()
 
@@ -131,14 +123,14 @@ class _Processes:
             if self._timer is not None:
                 self._timer.cancel()
 
-    def _kill_others(self, left: str, *_: str) -> None:
+    def _kill_others(self, left: str) -> None:
         with self._lock:
             if self._group is not None:
                 self.left = left
                 self.kill()
 
 
-def launch_name(folder: RunFolder) -> str:
+def _launch_name(folder: RunFolder) -> str:
     """A new name for an attempt, as `host_guard.LAUNCH_VARIABLE` has it."""
     return f"{xxhash.xxh3_64_hexdigest(os.fsencode(folder.path))}-{os.urandom(8).hex()}"
 

@@ -15,7 +15,8 @@ from experiment.run_folder import open_run_folder
 from launcher.hosts.guarded_hosts import Rendezvous
 from launcher.hosts.hostfile import hostfile_text, parse_hostfile
 from launcher.ranks.deepspeed_command import DeepSpeedCommand, deepspeed_argv
-from launcher.supervision.attempt import Command, Launch, Layout
+from launcher.ranks.start_command import Command
+from launcher.supervision.attempt import Launch, Layout
 from launcher.supervision.launch_result import read_result
 from launcher.supervision.supervisor import supervise
 from stand_in_hosts import install_ssh

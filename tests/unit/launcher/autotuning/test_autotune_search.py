@@ -2,7 +2,7 @@ import os
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
@@ -17,6 +17,7 @@ from launcher.autotuning.autotune_trial import Speed, TrialResult, TrialRunner, 
 from launcher.hosts.machine import Devices, Machine
 from launcher.launch_plan import LaunchPlan
 from launcher.options import PretrainOptions
+from launcher.preflight.target import target_of_hosts
 from launcher.supervision.attempt import Layout
 from launcher.supervision.launch_result import LaunchResult
 from pretrain.config import PretrainConfig
@@ -127,7 +128,7 @@ def plan(tmp_path: Path) -> LaunchPlan:
     options = PretrainOptions(config="run.yaml", overrides={"run.seed": "7"}, autotune=True)
     folder, slots = RunFolder(tmp_path / "run"), {"localhost": (0,)}
     config = build_config(PretrainConfig, tree)
-    return LaunchPlan(options, config, folder, slots, machine, {}, cast(Any, None))
+    return LaunchPlan(options, config, folder, slots, machine, {}, target_of_hosts(slots, machine, options))
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from launcher.preflight import bandwidth
 from launcher.preflight.bandwidth import RESULT_MARK, Measurement, MeasurementError, measure
 from launcher.preflight.measure import _rounds
 from launcher.preflight.target import target_of_hosts
+from launcher.ranks import start_command
 from stand_in_hosts import install_ssh
 
 MACHINE = Machine(Devices("cpu", (0, 1)), environ={}, find_port=lambda: 29500)
@@ -29,7 +30,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def program(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Python code that stands for DeepSpeed's launcher."""
     code: list[str] = []
-    monkeypatch.setattr(bandwidth, "deepspeed_argv", lambda _: [sys.executable, "-c", *code])
+    monkeypatch.setattr(start_command, "deepspeed_argv", lambda _: [sys.executable, "-c", *code])
     return code
 
 

@@ -15,8 +15,9 @@ import pytest
 from experiment.errors import UserError
 from experiment.outcome_file import Outcome, write_outcome
 from experiment.run_folder import RunFolder, open_run_folder
+from launcher.ranks.start_command import Command
 from launcher.supervision import supervisor
-from launcher.supervision.attempt import Command, Launch
+from launcher.supervision.attempt import Launch
 from launcher.supervision.launch_result import LaunchResult
 from launcher.supervision.supervisor import supervise
 from small_disk import SmallDisk
@@ -41,7 +42,8 @@ import os, sys, time
 from pathlib import Path
 from experiment.run_folder import RunFolder
 from launcher.supervision import stop_signals
-from launcher.supervision.attempt import Command, Launch
+from launcher.ranks.start_command import Command
+from launcher.supervision.attempt import Launch
 from launcher.supervision.supervisor import supervise
 stop_signals._REPEATED_SIGNAL_SECONDS = float(os.environ["REPEATED_SIGNAL_SECONDS"])
 command = Command(tuple(sys.argv[2:]), os.environ)
