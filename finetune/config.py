@@ -1,39 +1,22 @@
 """The config of a fine-tuning run, checked when it is built.
 
-The string literal below each field documents it; docs/config.md is generated from them. `finetune/recipes/*.yaml` are
-complete examples.
+The keys of `task` depend on its kind: `FinetuneConfig` has those that all kinds share, and `load_config` builds one of
+its variants. The string literal below each field documents it; docs/config.md is generated from them.
+`finetune/recipes/*.yaml` are complete examples.
 """
 
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, Literal, Self
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    NonNegativeFloat,
-    PositiveFloat,
-    PositiveInt,
-    model_validator,
-)
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, create_model, model_validator
 
 from experiment.config import Section
 from experiment.config.constraints import Fraction, PathText, Seed, SequenceLength
 from experiment.tracking.config import TrackingConfig
-
-MetricName = Literal["accuracy", "macro_f1", "weighted_f1", "uar", "matthews"]
-
-
-def _number_as_text(value: Any) -> Any:
-    """Labels and column names are text, even if YAML reads `0` or `1` as a number."""
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-def _written_tab(value: Any) -> Any:
-    """A tab, as typed on a command line."""
-    return "\t" if value == r"\t" else value
-
-
-Name = Annotated[str, BeforeValidator(_number_as_text), Field(min_length=1)]
-Separator = Annotated[str, BeforeValidator(_written_tab), Field(min_length=1, max_length=1)]
+from finetune.data.task_config import TaskConfig
+from finetune.kinds import kind_names
+from finetune.task_kind import find_kind
 
 
 class RunConfig(Section):
@@ -41,75 +24,6 @@ class RunConfig(Section):
 
     dir: PathText
     """Run folder; see docs/finetuning.md for its contents."""
-
-
-class ColumnsConfig(Section):
-    """Names of the columns, or their numbers from 0 if `header` is null."""
-
-    label: Name = "label"
-    """Column with the label."""
-
-    text: Name = "sentence1"
-    """Column with the text."""
-
-    text_pair: Name | None = None
-    """Column with the second text, for tasks on pairs."""
-
-
-class TaskConfig(Section):
-    """The task and its data. See docs/finetuning.md."""
-
-    name: str | None = None
-    """Name of the task in results.json; default: the name of the config file."""
-
-    kind: Literal["classification"] = "classification"
-    """Kind of task: `classification` of single texts or pairs."""
-
-    train: PathText
-    """Training split: a .csv, .tsv, .txt (tab-separated) or .jsonl file, plain or .gz."""
-
-    validation: PathText
-    """Validation split, which decides which epoch is kept."""
-
-    test: PathText | None = None
-    """Test split, scored with the best epoch; predicted only, if it has no labels."""
-
-    columns: ColumnsConfig = ColumnsConfig()
-
-    labels: tuple[Name, ...] | None = None
-    """Labels in the order of their ids; default: the labels of the training split, sorted."""
-
-    metric: MetricName = "accuracy"
-    """Metric that selects the best epoch. All metrics are reported."""
-
-    sep: Separator | None = None
-    """Column separator; default: a comma in .csv files, otherwise a tab."""
-
-    quoting: Literal[0, 3] = 0
-    """As in pandas: with 0, double quotes enclose a field; with 3, quotes are ordinary characters."""
-
-    header: Literal[0] | None = 0
-    """As in pandas: 0 takes column names from the first row; null: there is no header, and `columns` are numbers
-    from 0."""
-
-    @model_validator(mode="after")
-    def _columns_are_numbers_without_header(self) -> Self:
-        if self.header is None:
-            for role, column in self.columns.model_dump().items():
-                if column is not None and not column.isdecimal():
-                    raise ValueError(
-                        f"columns.{role}: without a header it must be a column number from 0, found '{column}'"
-                    )
-        return self
-
-    @model_validator(mode="after")
-    def _labels_are_distinct(self) -> Self:
-        if self.labels is not None:
-            if len(self.labels) < 2:
-                raise ValueError(f"labels: needs two or more, found {list(self.labels)}")
-            if twice := sorted({label for label in self.labels if self.labels.count(label) > 1}):
-                raise ValueError(f"labels: named twice: {', '.join(twice)}")
-        return self
 
 
 class ModelConfig(Section):
@@ -122,11 +36,11 @@ class ModelConfig(Section):
     """`random` keeps the architecture and initializes the weights randomly, as a baseline."""
 
     max_seq_length: SequenceLength = 128
-    """Maximum length of an example in tokens, special tokens included; longer examples are truncated."""
+    """Maximum length of a sequence in tokens, special tokens included; longer ones are truncated."""
 
 
 class TrainingConfig(Section):
-    """Training of the classifier, once per seed."""
+    """Training of the model, once per seed."""
 
     lr: PositiveFloat = 2.0e-5
     """Peak learning rate of a linear warmup and decay."""
@@ -138,7 +52,7 @@ class TrainingConfig(Section):
     """Number of epochs."""
 
     batch_size: PositiveInt = 32
-    """Examples per batch."""
+    """Examples per update."""
 
     warmup_ratio: Fraction = 0.1
     """Fraction of all steps used for the warmup."""
@@ -167,3 +81,20 @@ class FinetuneConfig(Section):
     model: ModelConfig
     training: TrainingConfig = TrainingConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @classmethod
+    def specialize(cls, tree: Mapping[str, Any]) -> type[Self]:
+        """The type with the keys of the task's kind; this one if the kind is unknown, which it rejects."""
+        task = tree.get("task")
+        kind = task.get("kind", TaskConfig.model_fields["kind"].default) if isinstance(task, dict) else None
+        return config_of_kind(kind) if kind in kind_names() else cls  # type: ignore[return-value]
+
+    @classmethod
+    def variants(cls) -> Mapping[str, type[Self]]:
+        return {f"kind: {kind}": config_of_kind(kind) for kind in kind_names()}  # type: ignore[misc]
+
+
+@cache
+def config_of_kind(kind: str) -> type[FinetuneConfig]:
+    """The config of a run whose task is of this kind."""
+    return create_model("FinetuneConfig", __base__=FinetuneConfig, task=(find_kind(kind).config_type, ...))

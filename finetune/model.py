@@ -1,8 +1,10 @@
 """Load an encoder and put a task head on it."""
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -21,7 +23,7 @@ class ModelSpec:
     folder: Path  # Hugging Face folder
     pretrained: bool  # False: its architecture, with random weights
     auto_model: str  # transformers class, such as AutoModelForSequenceClassification
-    labels: tuple[str, ...]
+    head: Mapping[str, Any]  # settings of its config, such as num_labels
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,7 @@ def _load_config(spec: ModelSpec) -> PreTrainedConfig:
             spec.folder,
             local_files_only=True,
             trust_remote_code=False,
-            num_labels=len(spec.labels),
-            id2label=dict(enumerate(spec.labels)),
-            label2id={label: number for number, label in enumerate(spec.labels)},
+            **spec.head,
         )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"cannot read the model config in {spec.folder}: {error}") from None

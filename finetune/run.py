@@ -23,13 +23,13 @@ from experiment.run_lock import lock_run
 from experiment.tracking.console import terminal
 from experiment.tracking.tracker import TrackedRun, Tracker, open_trackers
 from finetune.config import FinetuneConfig
-from finetune.data import SPLITS, describe_task, find_labels, make_task, read_splits
 from finetune.device import choose_device
 from finetune.model import ModelSpec
-from finetune.seed_run import SeedRecord, Setup, finished_seeds, result_settings, train_seed
-from finetune.seed_summary import print_results, write_results
-from finetune.tasks.kinds import KINDS
-from finetune.training import Log, steps_per_epoch
+from finetune.results.seed_run import SeedRecord, Setup, finished_seeds, result_settings, train_seed
+from finetune.results.seed_summary import print_results, write_results
+from finetune.splits import SPLITS, describe_task, make_kind, make_task, read_splits
+from finetune.training.fit import Log
+from finetune.training.updater import steps_per_epoch
 
 _RESUME = "; the same command resumes after the finished seeds"
 
@@ -71,13 +71,12 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
     name = config.task.name
     device = choose_device(config.training.precision)
     tables = read_splits(config.task)
-    labels = find_labels(config.task, tables["train"])
-    kind = KINDS[config.task.kind]
-    model = ModelSpec(Path(config.model.init_from), config.model.weights == "pretrained", kind.auto_model, labels)
-    _print(f"{name}: {', '.join(f'{len(table.rows):,} {split}' for split, table in tables.items())}")
-    task = make_task(config, model, tables)
+    kind = make_kind(config.task, tables)
+    model = ModelSpec(Path(config.model.init_from), config.model.weights == "pretrained", kind.auto_model, kind.head)
+    _print(f"{name}: {', '.join(f'{len(table):,} {split}' for split, table in tables.items())}")
+    task = make_task(config, kind, model, tables)
     folder = open_run_folder(config.run.dir)
-    setup = Setup(config, model, task, device, folder, result_settings(config, labels, tables))
+    setup = Setup(config, model, task, device, folder, result_settings(config, kind.labels, tables))
     with lock_run(folder):
         return _train_and_score(setup)
 
@@ -85,14 +84,14 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
 def _train_and_score(setup: Setup) -> dict[str, Any]:
     config, folder, model = setup.config, setup.folder, setup.model
     finished = finished_seeds(folder, setup.settings)
-    for line in describe_task(setup.task, model.labels):
+    for line in describe_task(setup.task):
         _print(f"{config.task.name}: {line}")
     write_text(folder.config, dump_config(config))
     ancestors = ancestors_of(model.folder, "init_from") if model.pretrained else []
     run_id = write_provenance(folder, collect_provenance(sys.argv), ancestors)
     records = _train_missing_seeds(setup, finished, run_id)
     with stopped_by_disk_errors(advice=_RESUME):
-        return write_results(folder, config, model.labels, records)
+        return write_results(folder, config, setup.task.kind.labels, records)
 
 
 def _train_missing_seeds(setup: Setup, finished: Mapping[int, SeedRecord], run_id: str) -> dict[int, SeedRecord]:

@@ -203,7 +203,7 @@ def config(options: ConfigOptions) -> None:
     from pretrain.config import PretrainConfig
 
     config_type = PretrainConfig if options.kind == "pretrain" else FinetuneConfig
-    sections = [find_keys(config_type, options.key)] if options.key else config_reference(config_type)
+    sections = find_keys(config_type, options.key) if options.key else config_reference(config_type)
     print("\n\n".join(as_text(section, _terminal_width()) for section in sections))
 
 

@@ -4,10 +4,11 @@ A config is a tree of `Section`s. Values are checked strictly: a value of the wr
 with a message that names the line, the key, the value and what was expected.
 """
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -40,6 +41,16 @@ class Section(BaseModel):
         protected_namespaces=(),
         use_attribute_docstrings=True,
     )
+
+    @classmethod
+    def specialize(cls, tree: Mapping[str, Any]) -> type[Self]:
+        """The type to build from a tree of plain values: one of `variants`, if its fields depend on a value in it."""
+        return cls
+
+    @classmethod
+    def variants(cls) -> Mapping[str, type[Self]]:
+        """Title -> type, of all types that `specialize` may give; empty if there is only this one."""
+        return {}
 
 
 ConfigT = TypeVar("ConfigT", bound=Section)
@@ -93,7 +104,7 @@ def flatten(config: Section | Mapping[str, Any]) -> dict[str, Any]:
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
-            leaves.update({f"{key}.{annotation_below}": leaf for annotation_below, leaf in flatten(value).items()})
+            leaves.update({f"{key}.{below}": leaf for below, leaf in flatten(value).items()})
         else:
             leaves[key] = value
     return leaves
@@ -111,7 +122,12 @@ def _build(
     except (TypeError, ValueError, RecursionError):
         raise UserError(f"{origin}: expected only mappings, lists, text, numbers, true, false and null") from None
     # Whole sections first, in any order of the flags: overrides of single keys refine them.
-    for dotted in sorted(overrides, key=lambda dotted: dotted.count(".")):
+    by_depth = sorted(overrides, key=lambda dotted: dotted.count("."))
+    plain = copy.deepcopy(merged)
+    for dotted in by_depth:
+        _set_key(plain, dotted, parse_value(Any, overrides[dotted]))
+    config_type = config_type.specialize(plain)
+    for dotted in by_depth:
         _set_key(merged, dotted, parse_value(_annotation_of_override(config_type, dotted), overrides[dotted]))
     try:
         return config_type.model_validate_json(json.dumps(merged))

@@ -4,7 +4,7 @@ import json
 import re
 import textwrap
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any, get_args, get_origin
 
@@ -36,33 +36,56 @@ class ConfigSection:
     name: str
     meaning: str
     keys: tuple[ConfigKey, ...]
+    variant: str = ""  # if it has the keys of one variant of the config only
 
 
 def config_reference(config_type: type[Section]) -> tuple[ConfigSection, ...]:
-    """All sections of a config, in the order of the fields."""
-    return tuple(
+    """All sections of a config, in the order of the fields.
+
+    If the config has variants, a section is followed by what each variant adds to it or changes.
+    """
+    variants = {name: _sections(kind) for name, kind in config_type.variants().items()}
+    found: list[ConfigSection] = []
+    for place, section in enumerate(_sections(config_type)):
+        own = {name: _difference(sections[place], section) for name, sections in variants.items()}
+        changed = [{key.name for key in keys} for keys in own.values()]
+        shared = tuple(key for key in section.keys if not changed or any(key.name not in names for names in changed))
+        found.append(replace(section, keys=shared))
+        found += [ConfigSection(section.name, variants[v][place].meaning, keys, v) for v, keys in own.items() if keys]
+    return tuple(found)
+
+
+def _sections(config_type: type[Section]) -> list[ConfigSection]:
+    return [
         ConfigSection(name, _one_line(kind.__doc__), tuple(_keys(kind, f"{name}.")))
         for name, field in config_type.model_fields.items()
         for kind in _sections_in(field.annotation)
-    )
+    ]
 
 
-def find_keys(config_type: type[Section], name: str) -> ConfigSection:
-    """The section called `name`, or the key of that name and the keys below it. Raises UserError for an unknown one."""
+def _difference(variant: ConfigSection, section: ConfigSection) -> tuple[ConfigKey, ...]:
+    """The keys of a variant's section that another section has not, but for the key that names the variant."""
+    return tuple(key for key in variant.keys if key not in section.keys and key.type != f"'{key.default}'")
+
+
+def find_keys(config_type: type[Section], name: str) -> tuple[ConfigSection, ...]:
+    """The sections called `name`, or the key of that name and those below it. Raises UserError for an unknown one."""
     reference = config_reference(config_type)
-    for section in reference:
-        if section.name == name:
-            return section
-        keys = tuple(key for key in section.keys if re.match(rf"{re.escape(name)}(\.|\[|$)", key.name))
-        if keys:
-            return ConfigSection(name, "", keys)
-    raise UserError(explain_unknown_key(config_type, name))
+    if named := tuple(section for section in reference if section.name == name):
+        return named
+    pattern = re.compile(rf"{re.escape(name)}(\.|\[|$)")
+    below = [replace(s, meaning="", keys=tuple(key for key in s.keys if pattern.match(key.name))) for s in reference]
+    if not any(section.keys for section in below):
+        raise UserError(explain_unknown_key(config_type, name))
+    return tuple(section for section in below if section.keys)
 
 
 def as_text(section: ConfigSection, width: int) -> str:
     """For a terminal: the keys with meaning, type and default, wrapped in a second column."""
     column = max(len(key.name) for key in section.keys) + 2
-    paragraphs = [textwrap.fill(f"{section.name}: {section.meaning}", width)] if section.meaning else []
+    title = ", ".join(filter(None, [section.name, section.variant]))
+    heading = f"{title}: {section.meaning}" if section.meaning else section.variant and title
+    paragraphs = [textwrap.fill(heading, width)] if heading else []
     for key in section.keys:
         default = key.default if key.default == REQUIRED else f"default: {key.default}"
         lines = [
@@ -83,7 +106,8 @@ def as_markdown(reference: Sequence[ConfigSection]) -> str:
             for key in section.keys
         ]
         table = "\n".join(["| key | type | default | meaning |", "|---|---|---|---|", *rows])
-        parts.append(f"### `{section.name}`\n\n{_linked(section.meaning)}\n\n{table}\n")
+        title = f"`{section.name}`, {section.variant}" if section.variant else f"`{section.name}`"
+        parts.append(f"### {title}\n\n{_linked(section.meaning)}\n\n{table}\n")
     return "\n".join(parts)
 
 
@@ -92,7 +116,7 @@ def _keys(section: type[BaseModel], prefix: str) -> Iterator[ConfigKey]:
         if is_section(field.annotation):
             yield from _keys(field.annotation, f"{prefix}{name}.")
             continue
-        yield ConfigKey(prefix + name, describe_field(field), _default(field), _one_line(field.description))
+        yield ConfigKey(prefix + name, describe_field(field), _default(field), _meaning(section, name))
         for item in _item_sections(field.annotation):
             yield from _keys(item, f"{prefix}{name}[].")
 
@@ -112,6 +136,12 @@ def _default(field: FieldInfo) -> str:
         return REQUIRED
     value = field.get_default(call_default_factory=True)
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def _meaning(section: type[BaseModel], name: str) -> str:
+    """The docstring of a field, perhaps that of a base class."""
+    fields = [kind.model_fields[name] for kind in section.__mro__ if is_section(kind) and name in kind.model_fields]
+    return next((_one_line(field.description) for field in fields if field.description), "")
 
 
 def _one_line(docstring: str | None) -> str:

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 
@@ -117,9 +117,9 @@ def _validate_finetuning(config: str) -> Validate:
 def _choose_metric(requested: str | None, config: FlatConfig, finetuning: bool) -> str:
     """The metric to compare runs by. Raises UserError for one that the runs do not report."""
     if finetuning:
-        from finetune.config import MetricName
+        from finetune.task_kind import find_kind
 
-        default, known = str(config["task.metric"]), [str(name) for name in get_args(MetricName)]
+        default, known = str(config["task.metric"]), list(find_kind(str(config["task.kind"])).metrics)
     else:
         corpora = [key.removeprefix("corpus.eval.") for key in config if key.startswith("corpus.eval.")]
         known = [*(f"eval/{name}/{kind}" for name in corpora for kind in ("loss", "perplexity", "accuracy")), "loss"]

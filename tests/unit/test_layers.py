@@ -27,7 +27,7 @@ PRETRAIN_LAYERS = (
 ONLY_IN = {
     "deepspeed": ("pretrain.engine",),
     "wandb": ("experiment.tracking",),
-    "datasets": ("pretrain.corpus", "finetune.tasks"),
+    "datasets": ("pretrain.corpus", "finetune.data"),
 }
 
 

@@ -101,7 +101,8 @@ def _commands(page: Path) -> list[str]:
 
 
 def _is_config_key(key: str) -> bool:
-    return any(_has(config, key.split(".")) for config in CONFIGS)
+    types = [kind for config in CONFIGS for kind in (config, *config.variants().values())]
+    return any(_has(config, key.split(".")) for config in types)
 
 
 def _has(annotation: Any, parts: list[str]) -> bool:

@@ -32,7 +32,7 @@ def test_labels_and_columns_may_look_like_numbers() -> None:
     """Catches `labels: [0, 1]` and `columns: {label: 1}` being rejected as not text."""
     made = config(task__labels="[0, 1]", task__columns="{label: 1, text: 3}", task__header="null")
     assert made.task.labels == ("0", "1")
-    assert (made.task.columns.label, made.task.columns.text) == ("1", "3")
+    assert made.task.columns.model_dump() == {"label": "1", "text": "3", "text_pair": None}
 
 
 def test_a_tab_can_be_typed() -> None:
@@ -47,7 +47,7 @@ def test_a_tab_can_be_typed() -> None:
         ("task.labels", "[a]", "needs two or more"),
         ("task.labels", "[a, b, a]", "named twice: a"),
         ("task.metric", "f1", "task.metric"),
-        ("task.kind", "cls", "task.kind"),
+        ("task.kind", "clasification", "unknown kind 'clasification'; did you mean 'classification'"),
         ("task.colums", "{}", "did you mean 'task.columns'"),
         ("training.seeds", "[]", "needs one or more"),
         ("training.seeds", "[1, 1]", "each once"),

@@ -10,13 +10,14 @@ from transformers.utils import logging
 
 from experiment.errors import UserError
 from experiment.tokenizer import load_tokenizer
+from finetune.kinds.classification import Config, Kind
 from finetune.model import ModelSpec, build_model, read_model_inputs
 
 AUTO = "AutoModelForSequenceClassification"
 
 
 def start(folder: Path, pretrained: bool = True, labels: tuple[str, ...] = ("a", "b", "c")) -> ModelSpec:
-    return ModelSpec(folder, pretrained, AUTO, labels)
+    return ModelSpec(folder, pretrained, AUTO, Kind(Config(train="f", validation="f"), labels).head)
 
 
 @pytest.fixture

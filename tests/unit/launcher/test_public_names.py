@@ -24,7 +24,8 @@ def public_names() -> Iterator[str]:
             yield f"deepcloze {name} {flag.label}"
     for kind, config_type in CONFIGS.items():
         for section in config_reference(config_type):
-            yield from (f"{kind} config {key.name}" for key in section.keys)
+            variant = f" ({section.variant})" if section.variant else ""
+            yield from (f"{kind} config {key.name}{variant}" for key in section.keys)
 
 
 def test_no_name_changes_by_accident() -> None:

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -19,13 +18,12 @@ from experiment.strict_json import parse_json
 from experiment.tokenizer import load_any_tokenizer
 from experiment.tracking.console import terminal
 from finetune.config import FinetuneConfig
-from finetune.data import Task
+from finetune.data.records import Table
 from finetune.device import Device
-from finetune.metrics import confusion_matrix
 from finetune.model import ModelSpec, build_model, save_model
-from finetune.tasks.examples import Examples
-from finetune.tasks.rows import TaskTable
-from finetune.training import Epoch, Fitted, Log, Probabilities, fit, score
+from finetune.results.predictions import write_predictions
+from finetune.splits import Task
+from finetune.training.fit import Epoch, Fitted, Log, fit
 
 _COMPLETE = "COMPLETE"  # written last into a seed's folder
 
@@ -53,7 +51,7 @@ class SeedRecord:
     confusion: dict[str, list[list[int]]]  # split -> counts: rows by label, columns by predicted label
 
 
-def result_settings(config: FinetuneConfig, labels: Sequence[str], tables: Mapping[str, TaskTable]) -> dict[str, Any]:
+def result_settings(config: FinetuneConfig, labels: Sequence[str], tables: Mapping[str, Table]) -> dict[str, Any]:
     """Everything the results of a seed depend on, apart from the seed: only equal settings may share a table."""
     tree = config.model_dump(mode="json")
     del tree["run"], tree["tracking"], tree["task"]["name"], tree["training"]["seeds"]
@@ -113,9 +111,9 @@ def _write_seed(folder: Path, model: PreTrainedModel, fitted: Fitted, record: Se
     tokenizer = load_any_tokenizer(setup.model.folder, needed=("pad_token",))
     save_model(model, tokenizer, setup.config.model.max_seq_length, folder / "model")
     _write_csv(folder / "epochs.csv", list(record.epochs[0]), [list(row.values()) for row in record.epochs])
-    for split, probabilities in fitted.probabilities.items():
+    for split, evaluation in fitted.evaluations.items():
         path = folder / f"predictions-{split}.csv"
-        write_predictions(path, setup.task.splits[split], probabilities, setup.model.labels)
+        write_predictions(path, setup.task.kind, setup.task.splits[split].table, evaluation.predictions)
     write_json(folder / _COMPLETE, asdict(record))
 
 
@@ -129,17 +127,18 @@ def _describe(model: PreTrainedModel, new: Sequence[str], setup: Setup) -> str:
 
 
 def _make_record(fitted: Fitted, setup: Setup) -> SeedRecord:
-    splits, labels = setup.task.splits, setup.model.labels
-    labelled = {split: p for split, p in fitted.probabilities.items() if splits[split].targets is not None}
+    kind = setup.task.kind
+    labelled = {split: found for split, found in fitted.evaluations.items() if found.scores}
+    confusion = {
+        split: kind.confusion(setup.task.splits[split].table.records, found.predictions)
+        for split, found in labelled.items()
+    }
     return SeedRecord(
         settings=setup.settings,
         best_epoch=fitted.best.epoch,
         epochs=[_epoch_row(epoch) for epoch in fitted.epochs],
-        scores={split: score(setup.task, split, probabilities) for split, probabilities in labelled.items()},
-        confusion={
-            split: confusion_matrix(np.array(splits[split].targets), p.argmax(axis=1), len(labels)).tolist()
-            for split, p in labelled.items()
-        },
+        scores={split: found.scores for split, found in labelled.items()},
+        confusion={split: matrix.tolist() for split, matrix in confusion.items() if matrix is not None},
     )
 
 
@@ -147,17 +146,6 @@ def _epoch_row(epoch: Epoch) -> dict[str, float]:
     row = asdict(epoch)
     scores = row.pop("scores")
     return {**row, **scores}
-
-
-def write_predictions(path: Path, examples: Examples, probabilities: Probabilities, labels: Sequence[str]) -> None:
-    """The rows of a split, in order: row (from 1), text, text_pair, label, predicted, the probability of each label."""
-    roles = [role for role in ("text", "text_pair", "label") if role in examples.table.rows[0].values]
-    header = ["row", *roles, "predicted", *(f"probability_{label}" for label in labels)]
-    rows = [
-        [number, *(row.values[role] for role in roles), labels[p.argmax()], *(f"{value:.6f}" for value in p)]
-        for number, (row, p) in enumerate(zip(examples.table.rows, probabilities, strict=True), start=1)
-    ]
-    _write_csv(path, header, rows)
 
 
 def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -1,4 +1,3 @@
-import math
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,16 +9,19 @@ import torch
 from torch import nn
 
 from experiment.errors import UserError
-from finetune import training
 from finetune.config import TrainingConfig
-from finetune.data import Task
+from finetune.data.records import Record, Table
 from finetune.device import Device, choose_device
-from finetune.tasks.examples import Examples
-from finetune.tasks.kinds import KINDS
-from finetune.tasks.rows import TaskTable
-from finetune.training import fit, lr_factor, parameter_groups, predict
+from finetune.encoding.encoder import Tokens
+from finetune.encoding.examples import Example, Padding, Split
+from finetune.kinds.classification import Config, Kind
+from finetune.splits import Task
+from finetune.training.evaluation import Evaluation, evaluate
+from finetune.training.fit import fit
+from finetune.training.updater import lr_factor, parameter_groups
 
 CPU = Device(torch.device("cpu"), None)
+LABELS = ("a", "b")
 
 
 class Bag(nn.Module):
@@ -38,18 +40,31 @@ class Bag(nn.Module):
         return SimpleNamespace(logits=self.classifier(self.dropout(mean)))
 
 
-def split(count: int, seed: int, labelled: bool = True) -> Examples:
-    """Texts of words 1–4 (label 0) or 5–9 (label 1), of 1 to 6 tokens."""
+def split(count: int, seed: int, labelled: bool = True) -> Split:
+    """Texts of words 1–4 (label a) or 5–9 (label b), of 1 to 6 tokens."""
     draw = np.random.default_rng(seed)
-    targets = draw.integers(0, 2, count)
+    targets = draw.integers(0, 2, count).tolist()
     ids = [torch.tensor(draw.integers(1, 5, draw.integers(1, 7)) + 4 * target) for target in targets]
-    table = TaskTable(Path("f.csv"), (), labelled)
-    return Examples(table, tuple(ids), None, tuple(targets.tolist()) if labelled else None, truncated=0)
+    records = tuple(Record("f.csv", {"label": LABELS[target]} if labelled else {}) for target in targets)
+    examples = (
+        Example((Tokens(row, None),), target if labelled else None) for row, target in zip(ids, targets, strict=True)
+    )
+    return Split(Table(Path("f.csv"), records, labelled), tuple(examples), tuple(range(count)))
 
 
-def task(**splits: Examples) -> Task:
+def task(weights: tuple[float, ...] | None = None, **splits: Split) -> Task:
     given = {"train": split(64, 0), "validation": split(37, 1), **splits}
-    return Task(KINDS["classification"], "accuracy", given, None, pad_token_id=0)
+    kind = Kind(Config(train="f.csv", validation="f.csv"), LABELS)
+    return Task(kind, "accuracy", given, Padding(0, "right", 0), weights)
+
+
+def probabilities(evaluation: Evaluation) -> Any:
+    """N, of label b."""
+    return np.array([prediction["probabilities"]["b"] for prediction in evaluation.predictions])
+
+
+def predict(model: nn.Module, ready: Task, name: str, batch_size: int) -> Evaluation:
+    return evaluate(model, ready, ready.splits[name], batch_size, CPU)
 
 
 def ignore(step: int, figures: Any) -> None:
@@ -62,7 +77,7 @@ def test_one_seed_is_one_result() -> None:
     results = [fit(Bag(), task(), config, seed, CPU, ignore) for seed in (7, 7, 8)]
     losses = [[epoch.train_loss for epoch in fitted.epochs] for fitted in results]
     assert losses[0] == losses[1] != losses[2]
-    assert np.array_equal(results[0].probabilities["validation"], results[1].probabilities["validation"])
+    assert results[0].evaluations["validation"].predictions == results[1].evaluations["validation"].predictions
 
 
 def test_it_learns_and_predicts_in_the_order_of_the_rows() -> None:
@@ -72,9 +87,10 @@ def test_it_learns_and_predicts_in_the_order_of_the_rows() -> None:
     ready = task(validation=examples, test=examples)
     fitted = fit(model, ready, TrainingConfig(lr=0.05, epochs=8, batch_size=8), 1, CPU, ignore)
     assert fitted.best.scores["accuracy"] == 1.0
-    targets = np.array(examples.targets)
-    assert np.array_equal(fitted.probabilities["test"].argmax(axis=1), targets)
-    assert fitted.probabilities["test"].sum(axis=1) == pytest.approx(np.ones(50))
+    predictions = fitted.evaluations["test"].predictions
+    labels = [record.values["label"] for record in examples.table.records]
+    assert [prediction["label"] for prediction in predictions] == labels
+    assert [sum(prediction["probabilities"].values()) for prediction in predictions] == pytest.approx([1.0] * 50)
 
 
 def test_the_best_epoch_is_kept_and_the_first_of_a_tie(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,34 +99,35 @@ def test_the_best_epoch_is_kept_and_the_first_of_a_tie(monkeypatch: pytest.Monke
     weights: list[torch.Tensor] = []
     model = Bag()
 
-    def score(*_: Any) -> dict[str, float]:
+    def scores(*_: Any) -> dict[str, float]:
         weights.append(model.classifier.weight.detach().clone())
         return {"accuracy": next(accuracies)}
 
-    monkeypatch.setattr(training, "score", score)
-    ready = task(test=split(9, 3))
+    monkeypatch.setattr(Kind, "scores", scores)
+    ready = task(test=split(9, 3, labelled=False))
     fitted = fit(model, ready, TrainingConfig(lr=0.05, epochs=4, batch_size=8), 1, CPU, ignore)
     assert fitted.best.epoch == 2
     assert torch.equal(model.classifier.weight, weights[1])
     assert not torch.equal(weights[1], weights[3])
+    monkeypatch.undo()
     for name in ("validation", "test"):
-        assert np.array_equal(fitted.probabilities[name], predict(model, ready, name, 8, CPU)[0])
+        assert fitted.evaluations[name].predictions == predict(model, ready, name, 8).predictions
 
 
 def test_evaluation_ignores_batch_size_and_dropout() -> None:
     """Catches dropout during evaluation, and padding that leaks into predictions."""
     model = Bag()
-    one, loss_one = predict(model, task(), "validation", 1, CPU)
-    many, loss_many = predict(model, task(), "validation", 32, CPU)
-    assert one == pytest.approx(many, abs=1e-6)
-    assert loss_one == pytest.approx(loss_many, abs=1e-6)
+    one, many = (predict(model, task(), "validation", batch_size) for batch_size in (1, 32))
+    assert probabilities(one) == pytest.approx(probabilities(many), abs=1e-6)
+    assert one.loss == pytest.approx(many.loss, abs=1e-6)
 
 
 def test_a_split_without_labels_is_predicted_without_a_loss() -> None:
     """Catches a loss against labels that do not exist."""
-    probabilities, loss = predict(Bag(), task(test=split(5, 3, labelled=False)), "test", 4, CPU)
-    assert probabilities.shape == (5, 2)
-    assert math.isnan(loss)
+    evaluation = predict(Bag(), task(test=split(5, 3, labelled=False)), "test", 4)
+    assert len(evaluation.predictions) == 5
+    assert evaluation.loss is None
+    assert evaluation.scores == {}
 
 
 def test_divergence_is_reported() -> None:
@@ -167,10 +184,9 @@ def test_precision_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_label_weights_move_the_predictions() -> None:
     """Catches class weights that are computed and then not used in training."""
-    plain = task()
-    weighted = Task(plain.kind, plain.metric, plain.splits, (1.0, 50.0), plain.pad_token_id)
     config = TrainingConfig(lr=0.05, epochs=1, batch_size=8)
     means = [
-        fit(Bag(), made, config, 1, CPU, ignore).probabilities["validation"][:, 1].mean() for made in (plain, weighted)
+        probabilities(fit(Bag(), made, config, 1, CPU, ignore).evaluations["validation"]).mean()
+        for made in (task(), task(weights=(1.0, 50.0)))
     ]
     assert means[1] > means[0] + 0.05

@@ -7,9 +7,10 @@ import pytest
 
 from experiment.csv_and_jsonl import CsvFormat
 from experiment.errors import UserError
-from finetune.tasks.rows import read_table
+from finetune.data.records import Table, read_table
+from finetune.kinds.classification import ClassificationColumns
 
-COLUMNS = {"label": "label", "text": "text"}
+COLUMNS = ClassificationColumns(text="text")
 
 
 def write(path: Path, text: str | bytes) -> Path:
@@ -17,8 +18,8 @@ def write(path: Path, text: str | bytes) -> Path:
     return path
 
 
-def values(table: object) -> list[dict[str, str]]:
-    return [dict(row.values) for row in table.rows]  # type: ignore[attr-defined]
+def values(table: Table) -> list[dict[str, str]]:
+    return [dict(record.values) for record in table.records]
 
 
 def test_csv_with_quotes_commas_and_windows_line_ends(tmp_path: Path) -> None:
@@ -26,15 +27,15 @@ def test_csv_with_quotes_commas_and_windows_line_ends(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", 'id,text,label\r\n1,"Well, you’ve ""done"" it",joy\r\n2,No,anger\r\n')
     table = read_table(path, COLUMNS)
     assert values(table) == [{"label": "joy", "text": 'Well, you’ve "done" it'}, {"label": "anger", "text": "No"}]
-    assert [row.line for row in table.rows] == [2, 3]
+    assert [record.place for record in table.records] == [f"{path}:2", f"{path}:3"]
 
 
 def test_headerless_tsv_by_column_number(tmp_path: Path) -> None:
     """Catches a first row that is lost as a header, and columns counted from 1."""
     path = write(tmp_path / "a.tsv", "gj04\t1\t\tOne.\ngj04\t0\t*\tTwo.\n")
-    table = read_table(path, {"label": "1", "text": "3"}, CsvFormat(header=False))
+    table = read_table(path, ClassificationColumns(label="1", text="3"), CsvFormat(header=False))
     assert values(table) == [{"label": "1", "text": "One."}, {"label": "0", "text": "Two."}]
-    assert table.rows[0].line == 1
+    assert table.records[0].place == f"{path}:1"
 
 
 def test_byte_order_mark_and_ordinary_quotes(tmp_path: Path) -> None:
@@ -75,11 +76,11 @@ def test_gzip_and_chosen_separator(tmp_path: Path) -> None:
 def test_a_split_without_labels_may_be_allowed(tmp_path: Path, name: str, text: str) -> None:
     """Catches an unlabelled test split being rejected, or taken for one with the label ''."""
     path = write(tmp_path / name, text)
-    table = read_table(path, COLUMNS, label_required=False)
+    table = read_table(path, COLUMNS, targets_required=False)
     assert not table.labelled
     assert values(table) == [{"text": "one"}, {"text": "two"}]
     with pytest.raises(UserError, match="label"):
-        read_table(path, COLUMNS, label_required=True)
+        read_table(path, COLUMNS, targets_required=True)
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ from rich.table import Table
 from experiment.files import write_json
 from experiment.run_folder import RunFolder
 from finetune.config import FinetuneConfig
-from finetune.figures import draw_confusion, draw_curves
-from finetune.metrics import summarize
-from finetune.seed_run import SeedRecord
+from finetune.results.figures import draw_confusion, draw_curves
+from finetune.results.metrics import summarize
+from finetune.results.seed_run import SeedRecord
 
 
 def write_results(
@@ -37,10 +37,11 @@ def write_results(
             for split, metrics in first.scores.items()
         },
     }
-    split = list(first.confusion)[-1]
-    confusion = np.sum([record.confusion[split] for record in records.values()], axis=0)
-    title = f"{config.task.name}, {split}, {len(records)} seed{'s' if len(records) > 1 else ''}"
-    draw_confusion(folder.path / "confusion.png", confusion, labels, title)
+    if first.confusion:
+        split = list(first.confusion)[-1]
+        confusion = np.sum([record.confusion[split] for record in records.values()], axis=0)
+        title = f"{config.task.name}, {split}, {len(records)} seed{'s' if len(records) > 1 else ''}"
+        draw_confusion(folder.path / "confusion.png", confusion, labels, title)
     curves = {seed: record.epochs for seed, record in records.items()}
     draw_curves(folder.path / "curves.png", curves, config.task.metric)
     write_json(folder.path / "results.json", results)

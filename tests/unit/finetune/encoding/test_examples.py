@@ -6,18 +6,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiment.tokenizer import load_tokenizer
-from finetune.tasks.examples import Examples, collate, evaluation_batches, tokenize, training_batches
-from finetune.tasks.kinds import KINDS
-from finetune.tasks.rows import Row, TaskTable
+from finetune.data.records import Record, Table
+from finetune.encoding.encoder import Encoder
+from finetune.encoding.examples import Padding, Split, collate, encode_split
+from finetune.kinds.classification import Config, Kind
+from finetune.training.batch_order import evaluation_batches, training_batches
+
+KIND = Kind(Config(train="f.csv", validation="f.csv"), ("a", "b"))
 
 
-def examples(encoder: Path, *texts: tuple[str, ...], max_length: int = 64, labelled: bool = True) -> Examples:
-    rows = tuple(
-        Row(n, {**dict(zip(("text", "text_pair"), pair, strict=False)), **({"label": "a"} if labelled else {})})
-        for n, pair in enumerate(texts, 1)
-    )
-    table = TaskTable(Path("f.csv"), rows, labelled)
-    return tokenize(table, KINDS["classification"], ("a", "b"), load_tokenizer(encoder), max_length, True)
+def encode(encoder: Path, *texts: tuple[str, ...], max_length: int = 64, labelled: bool = True) -> Split:
+    label = {"label": "a"} if labelled else {}
+    records = tuple(Record("f.csv", {**dict(zip(("text", "text_pair"), row, strict=False)), **label}) for row in texts)
+    made = Encoder(load_tokenizer(encoder), max_length, token_types=True)
+    return encode_split(Table(Path("f.csv"), records, labelled), KIND, made, training=True)
+
+
+def ids(split: Split, index: int) -> list[int]:
+    found: list[int] = split.examples[index].sequences[0].input_ids.tolist()
+    return found
 
 
 # The vocabulary: [PAD] 0, [UNK] 1, [CLS] 2, [SEP] 3, [MASK] 4, word0 5, word1 6, …
@@ -25,41 +32,44 @@ def examples(encoder: Path, *texts: tuple[str, ...], max_length: int = 64, label
 
 def test_pairs_have_separators_and_token_types(encoder: Path) -> None:
     """Catches pairs glued into one segment: the second text must have token type 1."""
-    made = examples(encoder, ("word0 word1", "word2"))
-    assert made.input_ids[0].tolist() == [2, 5, 6, 3, 7, 3]
-    assert made.token_type_ids is not None
-    assert made.token_type_ids[0].tolist() == [0, 0, 0, 0, 1, 1]
+    made = encode(encoder, ("word0 word1", "word2"))
+    assert ids(made, 0) == [2, 5, 6, 3, 7, 3]
+    types = made.examples[0].sequences[0].token_type_ids
+    assert types is not None
+    assert types.tolist() == [0, 0, 0, 0, 1, 1]
 
 
 def test_the_longer_text_of_a_pair_is_cut_and_counted(encoder: Path) -> None:
     """Catches truncation from the second text only, and a count that takes a full sequence for a cut one."""
-    made = examples(
+    made = encode(
         encoder, ("word0 word1 word2 word3 word4 word5", "word9"), ("word0 word1 word2 word3", "word4"), max_length=8
     )
-    assert made.input_ids[0].tolist() == [2, 5, 6, 7, 8, 3, 14, 3]
-    assert made.input_ids[1].tolist() == [2, 5, 6, 7, 8, 3, 9, 3]
+    assert ids(made, 0) == [2, 5, 6, 7, 8, 3, 14, 3]
+    assert ids(made, 1) == [2, 5, 6, 7, 8, 3, 9, 3]
     assert made.truncated == 1
 
 
 def test_special_tokens_in_a_text_are_text(encoder: Path) -> None:
     """Catches a literal [MASK] or [SEP] in the data becoming the token that the model knows by that id."""
-    ids = examples(encoder, ("word0 [MASK] [SEP] word1",)).input_ids[0].tolist()
-    assert 4 not in ids
-    assert ids.count(3) == 1
+    found = ids(encode(encoder, ("word0 [MASK] [SEP] word1",)), 0)
+    assert 4 not in found
+    assert found.count(3) == 1
 
 
 def test_a_batch_is_padded_to_its_longest_example(encoder: Path) -> None:
     """Catches padding to max_seq_length, an attention mask over padding, and targets in another order."""
-    made = examples(encoder, ("word0",), ("word0 word1 word2",), ("word1",))
-    batch = collate(made, [2, 1], pad_token_id=0, device=torch.device("cpu"))
+    made = encode(encoder, ("word0",), ("word0 word1 word2",), ("word1",))
+    examples = [made.examples[2], made.examples[1]]
+    batch = collate(KIND, examples, Padding(0, "right", 0), device=torch.device("cpu"))
     assert batch.inputs["input_ids"].tolist() == [[2, 6, 3, 0, 0], [2, 5, 6, 7, 3]]
     assert batch.inputs["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
+    assert batch.targets is not None
     assert batch.targets.tolist() == [0, 0]
 
 
 def test_a_split_without_labels_has_no_targets(encoder: Path) -> None:
     """Catches an unlabelled split that is scored against made-up labels."""
-    assert examples(encoder, ("word0",), labelled=False).targets is None
+    assert encode(encoder, ("word0",), labelled=False).examples[0].target is None
 
 
 @settings(max_examples=50, deadline=None)

@@ -1,0 +1,84 @@
+"""The `task` section of a fine-tuning config: the keys that all kinds of tasks share."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from experiment.config import Section, did_you_mean
+from experiment.config.constraints import PathText
+from finetune.data.columns import Columns, Name
+from finetune.kinds import kind_names
+
+
+def _written_tab(value: Any) -> Any:
+    """A tab, as typed on a command line."""
+    return "\t" if value == r"\t" else value
+
+
+Separator = Annotated[str, BeforeValidator(_written_tab), Field(min_length=1, max_length=1)]
+
+
+class TaskConfig(Section):
+    """The task and its data. See docs/finetuning.md. Some keys depend on the kind of task."""
+
+    name: str | None = None
+    """Name of the task in results.json; default: the name of the config file."""
+
+    kind: str = "classification"
+    """Kind of task: a file in finetune/kinds."""
+
+    train: PathText
+    """Training split: a .csv, .tsv, .txt (tab-separated) or .jsonl file, plain or .gz."""
+
+    validation: PathText
+    """Validation split, which decides which epoch is kept."""
+
+    test: PathText | None = None
+    """Test split, scored with the best epoch; predicted only, if it has no labels."""
+
+    columns: Columns = Columns()
+
+    labels: tuple[Name, ...] | None = None
+    """Labels in the order of their ids; default: the labels of the training split, sorted."""
+
+    metric: str
+    """Metric that selects the best epoch. All metrics are reported."""
+
+    sep: Separator | None = None
+    """Column separator; default: a comma in .csv files, otherwise a tab."""
+
+    quoting: Literal[0, 3] = 0
+    """As in pandas: with 0, double quotes enclose a field; with 3, quotes are ordinary characters."""
+
+    header: Literal[0] | None = 0
+    """As in pandas: 0 takes column names from the first row; null: there is no header, and `columns` are numbers
+    from 0."""
+
+    special_tokens_in_text: bool = False
+    """Whether a special token that is written out in a text, such as `[SEP]`, is that token; otherwise it is text."""
+
+    @field_validator("kind")
+    @classmethod
+    def _kind_exists(cls, kind: str) -> str:
+        if kind not in kind_names():
+            raise ValueError(f"unknown kind '{kind}'{did_you_mean(kind, kind_names())}")
+        return kind
+
+    @model_validator(mode="after")
+    def _columns_are_numbers_without_header(self) -> Self:
+        if self.header is None:
+            for role, column in self.columns.model_dump().items():
+                if column is not None and not column.isdecimal():
+                    raise ValueError(
+                        f"columns.{role}: without a header it must be a column number from 0, found '{column}'"
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _labels_are_distinct(self) -> Self:
+        if self.labels is not None:
+            if len(self.labels) < 2:
+                raise ValueError(f"labels: needs two or more, found {list(self.labels)}")
+            if twice := sorted({label for label in self.labels if self.labels.count(label) > 1}):
+                raise ValueError(f"labels: named twice: {', '.join(twice)}")
+        return self

@@ -1,0 +1,106 @@
+"""Examples, padded batches of them, and the examples of a split."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+from finetune.data.records import Table
+from finetune.encoding.encoder import Encoder, Tokens
+from finetune.task_kind import TaskKind
+
+# Shape suffixes: S sequences of a batch, T tokens of the longest of them.
+
+
+@dataclass(frozen=True)
+class Example:
+    """What training draws: usually one sequence, or several that share a loss."""
+
+    sequences: tuple[Tokens, ...]
+    target: Any = None  # None if the split has no targets
+    details: Any = None  # whatever its kind needs to compute outputs and to decode them
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.sequences))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of its longest sequence."""
+        return max(map(len, self.sequences))
+
+
+@dataclass(frozen=True)
+class Padding:
+    """How sequences are padded to the same length."""
+
+    token_id: int
+    side: str  # "left" or "right"
+    token_type_id: int
+
+    def pad(self, rows: Sequence[Tensor], value: float) -> Tensor:
+        """Rows of one value per token, as one tensor ST."""
+        return pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side=self.side)
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> "Padding":
+        return cls(tokenizer.pad_token_id, tokenizer.padding_side, tokenizer.pad_token_type_id)
+
+
+@dataclass(frozen=True)
+class Batch:
+    examples: tuple[Example, ...]
+    inputs: dict[str, Tensor]  # arguments of the model's forward, ST each
+    targets: Tensor | None  # see `TaskKind.targets`; None if the split has none
+
+
+@dataclass(frozen=True)
+class Split:
+    """The records of a split and their examples, in order."""
+
+    table: Table
+    examples: tuple[Example, ...]
+    record_of: tuple[int, ...]  # of each example, the index of its record
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of the longest sequence of each example."""
+        return [example.longest for example in self.examples]
+
+    @property
+    def truncated(self) -> int:
+        """Number of examples with a sequence that was cut."""
+        return sum(any(tokens.truncated for tokens in example.sequences) for example in self.examples)
+
+
+def encode_split(table: Table, kind: TaskKind[Any], encoder: Encoder, training: bool) -> Split:
+    """The examples of all records. Raises UserError for an invalid target."""
+    expanded = [kind.expand(record, encoder, training) for record in table.records]
+    return Split(
+        table,
+        examples=tuple(example for examples in expanded for example in examples),
+        record_of=tuple(index for index, examples in enumerate(expanded) for _ in examples),
+    )
+
+
+def collate(kind: TaskKind[Any], examples: Sequence[Example], padding: Padding, device: torch.device) -> Batch:
+    """A batch of all sequences of the examples, padded to the longest of them."""
+    sequences = [tokens for example in examples for tokens in example.sequences]
+    inputs = {
+        "input_ids": padding.pad([tokens.input_ids for tokens in sequences], padding.token_id),
+        "attention_mask": padding.pad([torch.ones_like(tokens.input_ids) for tokens in sequences], 0),
+    }
+    types = [tokens.token_type_ids for tokens in sequences if tokens.token_type_ids is not None]
+    if types:
+        inputs["token_type_ids"] = padding.pad(types, padding.token_type_id)
+    targets = None if any(example.target is None for example in examples) else kind.targets(examples, padding)
+    return Batch(
+        tuple(examples),
+        {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()},
+        None if targets is None else targets.to(device, non_blocking=True),
+    )

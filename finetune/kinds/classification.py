@@ -1,0 +1,111 @@
+"""Classification: one label for a text or for a pair of texts."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from experiment.errors import UserError
+from finetune.data.columns import Columns, LabelColumn, TextColumn
+from finetune.data.records import Record, Table
+from finetune.data.task_config import TaskConfig
+from finetune.encoding.encoder import Encoder
+from finetune.encoding.examples import Batch, Example
+from finetune.results.metrics import classification_scores, confusion_matrix
+from finetune.task_kind import Direction, Loss, LossOptions, Prediction, TaskKind
+
+
+class ClassificationColumns(Columns):
+    """Columns of a classification task."""
+
+    label: LabelColumn = "label"
+    """Column with the label."""
+
+    text: TextColumn = "sentence1"
+    """Column with the text."""
+
+    text_pair: TextColumn | None = None
+    """Column with the second text, for tasks on pairs."""
+
+
+class Config(TaskConfig):
+    """One label for a text or for a pair of texts."""
+
+    kind: Literal["classification"] = "classification"
+    columns: ClassificationColumns = ClassificationColumns()
+    metric: Literal["accuracy", "macro_f1", "weighted_f1", "uar", "matthews"] = "accuracy"
+
+
+class Kind(TaskKind[Config]):
+    """A prediction has `label` and `probabilities`, by label."""
+
+    config_type = Config
+    metrics = dict.fromkeys(("accuracy", "macro_f1", "weighted_f1", "uar", "matthews"), Direction.HIGHER)
+
+    @classmethod
+    def find_labels(cls, config: Config, train: Table) -> tuple[str, ...]:
+        """The labels of the training split, sorted, as numbers if all of them are."""
+        if config.labels is not None:
+            return config.labels
+        labels = {record.values["label"] for record in train.records}
+        if len(labels) < 2:
+            raise UserError(f"{train.path}: every row has the label '{labels.pop()}'; expected two or more labels")
+        in_order = sorted(labels)
+        return tuple(sorted(in_order, key=int) if all(label.isdecimal() for label in labels) else in_order)
+
+    def describe(self, train: Table) -> list[str]:
+        counts = Counter(record.values["label"] for record in train.records)
+        shares = ", ".join(f"{label} {counts[label] / len(train):.1%}" for label in self.labels)
+        return [f"{len(self.labels)} labels, in train: {shares}"]
+
+    def expand(self, record: Record, encoder: Encoder, training: bool) -> list[Example]:
+        texts = [record.values[role] for role in ("text", "text_pair") if role in record.values]
+        target = self._label_id(record) if "label" in record.values else None
+        return [Example((encoder.encode(*texts),), target)]
+
+    def _label_id(self, record: Record) -> int:
+        label = record.values["label"]
+        if label not in self.labels:
+            raise UserError(f"{record.place}: unknown label '{label}'; known: {', '.join(self.labels)}")
+        return self.labels.index(label)
+
+    def label_weights(self, examples: Sequence[Example]) -> tuple[float, ...]:
+        """Weights that give each label the same share of the loss: N / (C · count), King & Zeng (2001).
+
+        A label without examples has weight 0.
+        """
+        counts = np.bincount([example.target for example in examples], minlength=len(self.labels))
+        share = len(examples) / np.count_nonzero(counts)
+        return tuple(float(share / count) if count else 0.0 for count in counts)
+
+    def loss(self, outputs: Tensor, batch: Batch, options: LossOptions) -> Loss:
+        """Cross-entropy, weighted by label."""
+        assert batch.targets is not None
+        losses = F.cross_entropy(outputs.float(), batch.targets, weight=options.label_weights, reduction="none")
+        if options.label_weights is None:
+            return Loss(losses.sum(), torch.tensor(float(len(losses)), device=losses.device))
+        return Loss(losses.sum(), options.label_weights[batch.targets].sum())
+
+    def decode(self, record: Record, examples: Sequence[Example], outputs: Sequence[NDArray[np.float32]]) -> Prediction:
+        probabilities = torch.softmax(torch.from_numpy(outputs[0]), dim=-1).tolist()
+        by_label = dict(zip(self.labels, probabilities, strict=True))
+        return {"label": max(by_label, key=by_label.__getitem__), "probabilities": by_label}
+
+    def scores(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> dict[str, float]:
+        return classification_scores(*self._label_ids(records, predictions))
+
+    def confusion(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> NDArray[np.int64]:
+        return confusion_matrix(*self._label_ids(records, predictions), len(self.labels))
+
+    def _label_ids(
+        self, records: Sequence[Record], predictions: Sequence[Prediction]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Labels and predicted labels, by id."""
+        ids = {label: number for number, label in enumerate(self.labels)}
+        gold = np.array([ids[record.values["label"]] for record in records])
+        return gold, np.array([ids[prediction["label"]] for prediction in predictions])

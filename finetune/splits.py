@@ -1,0 +1,83 @@
+"""The splits of a task: read, then encoded for one model."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiment.csv_and_jsonl import CsvFormat
+from experiment.errors import UserError
+from experiment.tokenizer import load_any_tokenizer
+from finetune.config import FinetuneConfig
+from finetune.data.records import Table, read_table
+from finetune.data.task_config import TaskConfig
+from finetune.encoding.encoder import Encoder
+from finetune.encoding.examples import Padding, Split, encode_split
+from finetune.model import ModelSpec, read_model_inputs
+from finetune.task_kind import TaskKind, find_kind
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task, ready for training."""
+
+    kind: TaskKind[Any]
+    metric: str
+    splits: Mapping[str, Split]  # "train", "validation" and perhaps "test"
+    padding: Padding
+    label_weights: tuple[float, ...] | None = None  # of the loss
+
+    def is_better(self, scores: Mapping[str, float], others: Mapping[str, float]) -> bool:
+        """Whether scores are better than others, by the task's metric."""
+        direction = self.kind.metrics[self.metric]
+        return direction * scores[self.metric] > direction * others[self.metric]
+
+
+def read_splits(task: TaskConfig) -> dict[str, Table]:
+    """The rows of each split. Raises UserError with file and line."""
+    csv_format = CsvFormat(task.sep, task.quoting, header=task.header == 0, quoting_key="task.quoting:")
+    return {
+        split: read_table(Path(path), task.columns, csv_format, targets_required=split != "test")
+        for split in SPLITS
+        if (path := getattr(task, split)) is not None
+    }
+
+
+def make_kind(task: TaskConfig, tables: Mapping[str, Table]) -> TaskKind[Any]:
+    """The kind of a task, with its labels. Raises UserError if there is only one."""
+    kind = find_kind(task.kind)
+    return kind(task, kind.find_labels(task, tables["train"]))
+
+
+def make_task(config: FinetuneConfig, kind: TaskKind[Any], spec: ModelSpec, tables: Mapping[str, Table]) -> Task:
+    """Encode the splits. Raises UserError for an invalid target, and sequences longer than the model's positions."""
+    tokenizer = load_any_tokenizer(spec.folder, needed=("pad_token",))
+    inputs = read_model_inputs(spec, tokenizer)
+    length = config.model.max_seq_length
+    if inputs.max_length is not None and length > inputs.max_length:
+        raise UserError(
+            f"model.max_seq_length is {length}, the model in {spec.folder} has {inputs.max_length} positions"
+        )
+    encoder = Encoder(tokenizer, length, inputs.token_types, config.task.special_tokens_in_text)
+    splits = {split: encode_split(table, kind, encoder, training=split == "train") for split, table in tables.items()}
+    balanced = config.training.class_weights == "balanced"
+    weights = kind.label_weights(splits["train"].examples) if balanced else None
+    return Task(kind, config.task.metric, splits, Padding.of(tokenizer), weights)
+
+
+def describe_task(task: Task) -> list[str]:
+    """Lines on the training split and on what may surprise the user in any split."""
+    lines = task.kind.describe(task.splits["train"].table)
+    for name, split in task.splits.items():
+        if split.truncated:
+            lines.append(f"{name}: {split.truncated:,} of {len(split.examples):,} examples are cut at max_seq_length")
+        if not split.table.labelled:
+            lines.append(f"{name}: no labels, so it is predicted but not scored")
+        texts = [
+            [value for value in record.values.values() if isinstance(value, str)] for record in split.table.records
+        ]
+        if empty := sum(not all(text.strip() for text in row) for row in texts):
+            lines.append(f"{name}: {empty:,} rows have an empty text")
+    return lines

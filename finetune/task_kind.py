@@ -1,0 +1,143 @@
+"""What a kind of task declares. Each file in finetune/kinds defines one, as a class called `Kind`.
+
+From its declaration follow reading, tokenizing, training, scoring, the predictions file, `deepcloze predict` and the
+reference of its config keys. To add a kind, add a file.
+"""
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+from experiment.errors import UserError
+from finetune import kinds
+from finetune.data.records import Record, Table
+from finetune.data.task_config import TaskConfig
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor, nn
+
+    from finetune.encoding.encoder import Encoder
+    from finetune.encoding.examples import Batch, Example, Padding
+
+# Shape suffixes: S sequences of a batch, T tokens of the longest of them, C labels.
+
+Prediction = Mapping[str, Any]
+"""What is predicted for a record: the answer and perhaps probabilities, as in JSON."""
+
+ConfigT = TypeVar("ConfigT", bound=TaskConfig)
+
+
+class Direction(IntEnum):
+    """Which values of a metric are better."""
+
+    HIGHER = 1
+    LOWER = -1
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """How the training config changes the loss of a task."""
+
+    label_weights: "Tensor | None" = None  # C
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Loss of a batch: `sum` over its parts, and the weight of these, so that sum / weight is their mean.
+
+    Sums and weights of several batches add up to those of all of them.
+    """
+
+    sum: "Tensor"
+    weight: "Tensor"
+
+
+class TaskKind(ABC, Generic[ConfigT]):
+    """One kind of task.
+
+    A record becomes examples, each of one or more sequences; training draws examples. The outputs of all sequences of a
+    record are decoded together.
+    """
+
+    config_type: ClassVar[type[TaskConfig]]
+    """The `task` section: `columns`, `metric` with the primary one as default, and the options of the kind."""
+
+    metrics: ClassVar[Mapping[str, Direction]]
+    """All metrics, in the order of the tables."""
+
+    answer: ClassVar[str] = "label"
+    """Key of a prediction that holds the answer."""
+
+    auto_model: str = "AutoModelForSequenceClassification"
+    """The class of transformers that has the head for this kind."""
+
+    def __init__(self, config: ConfigT, labels: tuple[str, ...]) -> None:
+        """labels: as `find_labels` gives them, in the order of their ids."""
+        self.config = config
+        self.labels = labels
+
+    @classmethod
+    def find_labels(cls, config: ConfigT, train: Table) -> tuple[str, ...]:
+        """The labels of a task in the order of their ids; () if it has none. Raises UserError if there is only one."""
+        return ()
+
+    @property
+    def head(self) -> dict[str, Any]:
+        """Settings for the config of transformers: the size of the head and the names of its outputs."""
+        return {
+            "num_labels": len(self.labels),
+            "id2label": dict(enumerate(self.labels)),
+            "label2id": {label: number for number, label in enumerate(self.labels)},
+        }
+
+    def describe(self, train: Table) -> list[str]:
+        """Lines about the training split, for the user."""
+        return []
+
+    @abstractmethod
+    def expand(self, record: Record, encoder: "Encoder", training: bool) -> list["Example"]:
+        """The examples of a record, without targets if it has none. Raises UserError for an invalid target."""
+
+    def targets(self, examples: Sequence["Example"], padding: "Padding") -> "Tensor":
+        """The targets of a batch."""
+        import torch
+
+        return torch.tensor([example.target for example in examples])
+
+    def label_weights(self, examples: Sequence["Example"]) -> tuple[float, ...]:
+        """For `training.class_weights: balanced`: a weight for each label."""
+        raise UserError(f"training.class_weights: tasks of kind '{self.config.kind}' have no classes to weight")
+
+    def forward(self, model: "nn.Module", batch: "Batch") -> "Tensor":
+        """The outputs of a model; the first dimension is S."""
+        logits: Tensor = model(**batch.inputs).logits
+        return logits
+
+    @abstractmethod
+    def loss(self, outputs: "Tensor", batch: "Batch", options: LossOptions) -> Loss:
+        """The loss of a batch that has targets. outputs: as from `forward`."""
+
+    @abstractmethod
+    def decode(
+        self, record: Record, examples: Sequence["Example"], outputs: Sequence["NDArray[np.float32]"]
+    ) -> Prediction:
+        """The prediction for a record. outputs: one for each sequence of its examples, in order."""
+
+    @abstractmethod
+    def scores(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> dict[str, float]:
+        """All metrics of predictions for records with targets."""
+
+    def confusion(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> "NDArray[np.int64] | None":
+        """CC counts, rows by label and columns by predicted label; None if the kind has no single label."""
+        return None
+
+
+def find_kind(name: str) -> type[TaskKind[Any]]:
+    """The kind of this name, one of `kinds.kind_names`."""
+    kind: type[TaskKind[Any]] = importlib.import_module(f"{kinds.__name__}.{name}").Kind
+    return kind

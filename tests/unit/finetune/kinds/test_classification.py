@@ -1,0 +1,68 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiment.errors import UserError
+from experiment.tokenizer import load_tokenizer
+from finetune.data.records import Record, Table
+from finetune.encoding.encoder import Encoder, Tokens
+from finetune.encoding.examples import Batch, Example
+from finetune.kinds.classification import Config, Kind
+from finetune.task_kind import LossOptions
+
+CONFIG = Config(train="f.csv", validation="f.csv")
+KIND = Kind(CONFIG, ("a", "b"))
+
+
+def table(*labels: str) -> Table:
+    records = (Record(f"f.csv:{line}", {"label": label, "text": ""}) for line, label in enumerate(labels, 2))
+    return Table(Path("f.csv"), tuple(records), labelled=True)
+
+
+def example(target: int) -> Example:
+    return Example((Tokens(torch.tensor([1]), None),), target)
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        (["joy", "anger", "joy"], ("anger", "joy")),
+        (["10", "9", "2"], ("2", "9", "10")),
+        (["1", "01", "2"], ("01", "1", "2")),
+    ],
+)
+def test_labels_are_found_in_one_order(labels: list[str], expected: tuple[str, ...]) -> None:
+    """Catches label ids that depend on the order of the rows, or put class 10 before class 2."""
+    assert Kind.find_labels(CONFIG, table(*labels)) == expected
+    assert Kind.find_labels(CONFIG, table(*reversed(labels))) == expected
+
+
+def test_one_label_is_no_task() -> None:
+    """Catches training on a wrong column that has a single value."""
+    with pytest.raises(UserError, match="every row has the label 'x'"):
+        Kind.find_labels(CONFIG, table("x", "x"))
+
+
+def test_an_unknown_label_is_named_with_its_line(encoder: Path) -> None:
+    """Catches validation labels that do not occur in train mapped to some id."""
+    encode = Encoder(load_tokenizer(encoder), 8, token_types=False)
+    with pytest.raises(UserError, match=r"f\.csv:3: unknown label 'c'; known: a, b"):
+        [KIND.expand(record, encode, training=True) for record in table("a", "c").records]
+
+
+def test_balanced_weights_give_each_label_the_same_share() -> None:
+    """Catches weights by frequency instead of against it, and a division by zero for a label without examples."""
+    weights = Kind(CONFIG, ("a", "b", "c")).label_weights([example(target) for target in (0, 0, 0, 1)])
+    assert weights == pytest.approx([4 / 6, 4 / 2, 0.0])
+    assert 3 * weights[0] == pytest.approx(1 * weights[1])
+
+
+def test_loss_weighs_labels() -> None:
+    """Catches class weights that never reach the loss: the weighted mean is computed by hand here."""
+    logits = torch.zeros(2, 2)
+    logits[0, 0] = 2.0
+    per_example = -torch.log_softmax(logits, dim=-1)[torch.arange(2), torch.tensor([0, 1])]
+    batch = Batch((example(0), example(1)), {}, torch.tensor([0, 1]))
+    loss = KIND.loss(logits, batch, LossOptions(torch.tensor([1.0, 3.0])))
+    assert (loss.sum / loss.weight).item() == pytest.approx(((per_example[0] + 3 * per_example[1]) / 4).item())
