@@ -1,6 +1,8 @@
 """Predict and score a split."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,9 +10,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from finetune.device import Device
-from finetune.encoding.examples import Split, collate
+from finetune.encoding.examples import Example, Padding, Split, collate
 from finetune.splits import Task
-from finetune.task_kind import Prediction
+from finetune.task_kind import Loss, LossOptions, Prediction, TaskKind
 from finetune.training.batch_order import evaluation_batches
 from finetune.training.updater import loss_options
 
@@ -31,19 +33,52 @@ class Evaluation:
 
 def evaluate(model: nn.Module, task: Task, split: Split, batch_size: int, device: Device) -> Evaluation:
     """Predict all records of a split, and score them if it has targets. batch_size: of training."""
-    outputs, loss = _compute_outputs(model, task, split, batch_size * _EVALUATION_FACTOR, device)
-    predictions = decode(task, split, outputs)
-    scores = task.kind.scores(split.table.records, predictions) if split.table.labelled else {}
-    return Evaluation(predictions, loss, scores)
+    inference = Inference(model, task.kind, task.padding, device, batch_size * _EVALUATION_FACTOR)
+    outputs, loss = inference.compute(split.examples, loss_options(task, device))
+    predictions = decode(task.kind, split, outputs)
+    if not split.table.labelled or loss is None:
+        return Evaluation(predictions, None, {})
+    return Evaluation(predictions, (loss.sum / loss.weight).item(), task.kind.scores(split.table.records, predictions))
 
 
-def decode(task: Task, split: Split, outputs: Outputs) -> tuple[Prediction, ...]:
+@dataclass(frozen=True)
+class Inference:
+    """What computes the outputs of examples, in training and in `finetune.predictor`."""
+
+    model: nn.Module
+    kind: TaskKind[Any]
+    padding: Padding
+    device: Device
+    batch_size: int
+
+    def compute(self, examples: Sequence[Example], options: LossOptions | None = None) -> tuple[Outputs, Loss | None]:
+        """The outputs of every example, and the loss of those that have targets; None if none has.
+
+        Batches consist of examples of similar length. options: None to compute no loss.
+        """
+        self.model.eval()
+        outputs: Outputs = [[] for _ in examples]
+        losses: list[Loss] = []
+        with torch.inference_mode():
+            for indices in evaluation_batches([example.longest for example in examples], self.batch_size):
+                batch = collate(self.kind, [examples[index] for index in indices], self.padding, self.device.device)
+                with self.device.autocast():
+                    computed = self.kind.forward(self.model, batch)
+                if options is not None and batch.targets is not None:
+                    losses.append(self.kind.loss(computed, batch, options))
+                rows = iter(computed.float().cpu().numpy())
+                for index in indices:
+                    outputs[index] = [next(rows) for _ in examples[index].sequences]
+        return outputs, _total(losses) if losses else None
+
+
+def decode(kind: TaskKind[Any], split: Split, outputs: Outputs) -> tuple[Prediction, ...]:
     """The predictions of all records from the outputs of all examples."""
     examples_of: list[list[int]] = [[] for _ in split.table.records]
     for index, record in enumerate(split.record_of):
         examples_of[record].append(index)
     return tuple(
-        task.kind.decode(
+        kind.decode(
             record,
             [split.examples[index] for index in indices],
             [output for index in indices for output in outputs[index]],
@@ -52,24 +87,6 @@ def decode(task: Task, split: Split, outputs: Outputs) -> tuple[Prediction, ...]
     )
 
 
-def _compute_outputs(
-    model: nn.Module, task: Task, split: Split, batch_size: int, device: Device
-) -> tuple[Outputs, float | None]:
-    """The outputs of every example, and the mean loss."""
-    model.eval()
-    options = loss_options(task, device)
-    outputs: Outputs = [[] for _ in split.examples]
-    sums = torch.zeros(2, dtype=torch.float64, device=device.device)
-    with torch.inference_mode():
-        for indices in evaluation_batches(split.lengths, batch_size):
-            batch = collate(task.kind, [split.examples[index] for index in indices], task.padding, device.device)
-            with device.autocast():
-                computed = task.kind.forward(model, batch)
-            if batch.targets is not None:
-                loss = task.kind.loss(computed, batch, options)
-                sums += torch.stack([loss.sum, loss.weight])
-            rows = iter(computed.float().cpu().numpy())
-            for index in indices:
-                outputs[index] = [next(rows) for _ in split.examples[index].sequences]
-    total, weight = sums.tolist()
-    return outputs, total / weight if split.table.labelled else None
+def _total(losses: Sequence[Loss]) -> Loss:
+    sums = [torch.stack([getattr(loss, part) for loss in losses]).double().sum() for part in ("sum", "weight")]
+    return Loss(*sums)
