@@ -126,6 +126,6 @@ def missing_column(place: str, column: str, names: Iterable[str], key: str) -> U
     return UserError(f"{place}: no column '{column}'; found: {', '.join(map(str, names))} ({key} names the column)")
 
 
-def not_text(place: str, column: str, value: object) -> UserError:
+def unexpected_cell(place: str, column: str, value: object, expected: str = "text", hint: str = "") -> UserError:
     found = json.dumps(value, default=str, ensure_ascii=False)[:60]
-    return UserError(f"{place}: expected text in '{column}', found {found}")
+    return UserError(f"{place}: expected {expected} in '{column}', found {found}{hint}")

@@ -19,7 +19,8 @@ class CellType:
     """What the cells of a column hold."""
 
     description: str  # as in "expected …"
-    read: Callable[[object], Any]  # value of a cell, None if the cell is empty; ValueError if it holds something else
+    read: Callable[[object], Any]
+    """The value of a cell, None if it is empty. Raises ValueError if it holds something else, perhaps with a hint."""
     target: bool = False  # what is to be predicted: a test split may lack it
 
 
@@ -35,10 +36,17 @@ def _read_label(cell: object) -> str | None:
         return cell.strip() or None
     if cell is None or isinstance(cell, int):
         return None if cell is None else json.dumps(cell)
-    raise ValueError
+    raise ValueError("; for regression set task.kind: regression" if isinstance(cell, float) else "")
+
+
+def _read_texts(cell: object) -> list[str]:
+    if isinstance(cell, list) and all(isinstance(text, str) for text in cell):
+        return cell
+    raise ValueError("" if isinstance(cell, list) else "; for texts in several columns, list their names")
 
 
 TEXT = CellType("text", _read_text)
+TEXTS = CellType("a list of texts", _read_texts)
 LABEL = CellType("a label", _read_label, target=True)
 
 
@@ -49,11 +57,17 @@ def _number_as_text(value: Any) -> Any:
 
 Name = Annotated[str, BeforeValidator(_number_as_text), Field(min_length=1)]
 TextColumn = Annotated[Name, TEXT]
+TextsColumn = Annotated[Name | tuple[Name, ...], TEXTS]  # a column of lists, or one column for each text
 LabelColumn = Annotated[Name, LABEL]
 
 
 class Columns(Section):
     """Names of the columns, or their numbers from 0 if `task.header` is null."""
+
+    def names(self, role: str) -> tuple[str, ...]:
+        """The columns that hold a role: usually one, none if it is not given."""
+        names = getattr(self, role)
+        return () if names is None else names if isinstance(names, tuple) else (names,)
 
     def cell_types(self) -> dict[str, CellType]:
         """Role -> what its cells hold, of the columns that are given."""

@@ -1,26 +1,14 @@
-"""Read the rows of a split from CSV, TSV and JSONL files, and their cells as the columns of the task declare."""
+"""Read the rows of a split, and their cells as the columns of the task declare."""
 
-import gzip
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from experiment.csv_and_jsonl import (
-    CsvFormat,
-    column_index,
-    missing_column,
-    not_text,
-    read_csv,
-    read_json_lines,
-    text_lines,
-)
+from experiment.csv_and_jsonl import CsvFormat, column_index, unexpected_cell
 from experiment.errors import UserError
 from finetune.data.columns import CellType, Columns
-
-_SEPARATORS = {".csv": ",", ".tsv": "\t", ".txt": "\t"}
+from finetune.data.rows import Row, read_rows
 
 
 @dataclass(frozen=True)
@@ -53,15 +41,7 @@ def read_table(
 
     Raises UserError with file and line.
     """
-    kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
-    if kind == ".jsonl":
-        records = list(_json_records(path, columns, targets_required))
-    elif kind in _SEPARATORS:
-        csv_format = csv_format or CsvFormat()
-        csv_format = replace(csv_format, separator=csv_format.separator or _SEPARATORS[kind])
-        records = list(_csv_records(path, columns, targets_required, csv_format))
-    else:
-        raise UserError(f"{path}: expected a file that ends in .csv, .tsv, .txt or .jsonl (or one of these and .gz)")
+    records = list(_records(read_rows(path, csv_format or CsvFormat()), columns, targets_required))
     if not records:
         raise UserError(f"{path} has no rows")
     return _check_targets(path, records, columns.cell_types(), targets_required)
@@ -84,47 +64,31 @@ def _check_targets(path: Path, records: list[Record], types: Mapping[str, CellTy
     return Table(path, tuple(records), labelled)
 
 
-def _csv_records(path: Path, columns: Columns, targets_required: bool, csv_format: CsvFormat) -> Iterator[Record]:
+def _records(rows: Iterable[Row], columns: Columns, targets_required: bool) -> Iterator[Record]:
     types = columns.cell_types()
-    with _open(path) as file:
-        names, rows = read_csv(text_lines(file, str(path)), str(path), csv_format)
-        if not names:
-            return
-        indices = {
-            role: column_index(names, column, f"{path}:1", f"task.columns.{role}")
-            for role, cell_type in types.items()
-            if (column := getattr(columns, role)) in names or targets_required or not cell_type.target
-        }
-        for line, cells in rows:
-            place = f"{path}:{line}"
-            yield Record(place, {role: types[role].read(cells[index]) for role, index in indices.items()})
+    names: Sequence[str] | None = None
+    indices: dict[str, int | list[int]] = {}
+    for row in rows:
+        if row.names != names:
+            names, indices = row.names, dict(_find_columns(row, columns, targets_required))
+        yield Record(row.place, {role: _read_cell(row, types[role], found) for role, found in indices.items()})
 
 
-def _json_records(path: Path, columns: Columns, targets_required: bool) -> Iterator[Record]:
-    types = columns.cell_types()
-    with _open(path) as file:
-        for line, found in read_json_lines(text_lines(file, str(path)), str(path)):
-            place, values = f"{path}:{line}", {}
-            for role, cell_type in types.items():
-                column = getattr(columns, role)
-                if column in found:
-                    values[role] = _read_cell(place, cell_type, column, found[column])
-                elif targets_required or not cell_type.target:
-                    raise missing_column(place, column, found, f"task.columns.{role}")
-            yield Record(place, values)
+def _find_columns(row: Row, columns: Columns, targets_required: bool) -> Iterator[tuple[str, int | list[int]]]:
+    """(role, position of its column, or of each of its columns) for all roles that the row has."""
+    for role, cell_type in columns.cell_types().items():
+        asked = columns.names(role)
+        if targets_required or not cell_type.target or any(name in row.names for name in asked):
+            indices = [column_index(row.names, name, row.named_at, f"task.columns.{role}") for name in asked]
+            yield role, indices if isinstance(getattr(columns, role), tuple) else indices[0]
 
 
-def _read_cell(place: str, cell_type: CellType, column: str, cell: object) -> Any:
+def _read_cell(row: Row, cell_type: CellType, found: int | list[int]) -> Any:
+    """The value of a cell, or of the list of several cells."""
+    cell = row.cells[found] if isinstance(found, int) else [row.cells[index] for index in found]
     try:
         return cell_type.read(cell)
-    except ValueError:
-        raise not_text(place, column, cell) from None
-
-
-@contextmanager
-def _open(path: Path) -> Iterator[Iterable[bytes]]:
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            yield file
-    except (OSError, EOFError, zlib.error) as error:  # also a .gz file that is damaged or not compressed
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+    except ValueError as hint:
+        indices = [found] if isinstance(found, int) else found
+        column = ", ".join(row.names[index] for index in indices)
+        raise unexpected_cell(row.place, column, cell, cell_type.description, str(hint)) from None

@@ -67,11 +67,12 @@ class TaskConfig(Section):
     @model_validator(mode="after")
     def _columns_are_numbers_without_header(self) -> Self:
         if self.header is None:
-            for role, column in self.columns.model_dump().items():
-                if column is not None and not column.isdecimal():
-                    raise ValueError(
-                        f"columns.{role}: without a header it must be a column number from 0, found '{column}'"
-                    )
+            for role in type(self.columns).model_fields:
+                for column in self.columns.names(role):
+                    if not column.isdecimal():
+                        raise ValueError(
+                            f"columns.{role}: without a header it must be a column number from 0, found '{column}'"
+                        )
         return self
 
     @model_validator(mode="after")

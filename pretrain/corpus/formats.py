@@ -14,10 +14,10 @@ from experiment.csv_and_jsonl import (
     CsvFormat,
     column_index,
     missing_column,
-    not_text,
     read_csv,
     read_json_lines,
     text_lines,
+    unexpected_cell,
 )
 from experiment.errors import UserError
 from pretrain.corpus.compression import decompress, explain_read_errors
@@ -92,7 +92,7 @@ def parse_documents(
 def cell_document(value: object, origin: str, row: int, column: str) -> Document:
     """Make a document of a table cell; null gives an empty one. Raises UserError for anything else but text."""
     if value is not None and not isinstance(value, str):
-        raise not_text(f"{origin}:{row}", column, value)
+        raise unexpected_cell(f"{origin}:{row}", column, value)
     return Document(value or "", origin, row)
 
 

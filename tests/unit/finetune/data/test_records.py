@@ -2,11 +2,13 @@ import csv
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from experiment.csv_and_jsonl import CsvFormat
 from experiment.errors import UserError
+from finetune.data.columns import Columns, LabelColumn, TextsColumn
 from finetune.data.records import Table, read_table
 from finetune.kinds.classification import ClassificationColumns
 
@@ -18,7 +20,7 @@ def write(path: Path, text: str | bytes) -> Path:
     return path
 
 
-def values(table: Table) -> list[dict[str, str]]:
+def values(table: Table) -> list[dict[str, Any]]:
     return [dict(record.values) for record in table.records]
 
 
@@ -112,7 +114,11 @@ def test_a_split_without_labels_may_be_allowed(tmp_path: Path, name: str, text: 
             r"a\.jsonl:1: no column 'text'; found: label, sentence \(task\.columns\.text",
         ),
         ("a.jsonl", '{"text": 5, "label": 1}\n', r"a\.jsonl:1: expected text in 'text', found 5"),
-        ("a.jsonl", '{"text": "a", "label": 0.5}\n', r"a\.jsonl:1: expected text in 'label', found 0\.5"),
+        (
+            "a.jsonl",
+            '{"text": "a", "label": 0.5}\n',
+            r"a\.jsonl:1: expected a label in 'label', found 0\.5; for regression",
+        ),
         ("a.jsonl", '{"text": "a", "label": null}\n', r"a\.jsonl:1: the label is empty"),
     ],
 )
@@ -120,6 +126,35 @@ def test_bad_files_are_rejected_with_file_and_line(tmp_path: Path, name: str, te
     """Catches a bad row that is silently skipped or repaired, and a message without file and line."""
     with pytest.raises(UserError, match=message):
         read_table(write(tmp_path / name, text), COLUMNS)
+
+
+class ChoiceColumns(Columns):
+    label: LabelColumn = "label"
+    choices: TextsColumn = "choices"
+
+
+def test_a_list_of_texts_is_one_column_or_several(tmp_path: Path) -> None:
+    """Catches choices in several columns of a CSV file that are not read in the order of the config."""
+    several = ChoiceColumns(choices=("end1", "end0"))
+    path = write(tmp_path / "a.csv", "end0,end1,label\na,b,1\n")
+    assert values(read_table(path, several)) == [{"label": "1", "choices": ["b", "a"]}]
+    path = write(tmp_path / "a.jsonl", '{"choices": ["b", "a"], "label": 1}\n')
+    assert values(read_table(path, ChoiceColumns())) == [{"label": "1", "choices": ["b", "a"]}]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "columns", "message"),
+    [
+        ("a.csv", "end0,label\na,1\n", ChoiceColumns(choices=("end0", "end1")), r"a\.csv:1: no column 'end1'"),
+        ("a.csv", "choices,label\na,1\n", ChoiceColumns(), r"a list of texts in 'choices', found \"a\"; for texts in"),
+        ("a.jsonl", '{"choices": ["a", 1], "label": 1}', ChoiceColumns(), r"a list of texts in 'choices', found \["),
+        ("a.jsonl", '{"a": "a", "b": 5, "label": 1}', ChoiceColumns(choices=("a", "b")), r"in 'a, b', found \["),
+    ],
+)
+def test_a_bad_list_of_texts_is_rejected(tmp_path: Path, name: str, text: str, columns: Columns, message: str) -> None:
+    """Catches a text that is taken apart into letters, and a message that does not name the columns."""
+    with pytest.raises(UserError, match=message):
+        read_table(write(tmp_path / name, text), columns)
 
 
 def test_a_missing_file_is_a_user_error(tmp_path: Path) -> None:
