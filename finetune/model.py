@@ -44,8 +44,17 @@ def read_model_inputs(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase) -> Mo
     largest, size = vocabulary_size(tokenizer) - 1, model.config.get_text_config().vocab_size
     if largest >= size:
         raise UserError(f"{spec.folder}: the tokenizer's ids go up to {largest}, vocab_size is {size}")
-    accepts_token_types = "token_type_ids" in inspect.signature(model.forward).parameters
-    return ModelInputs(max_positions(model), accepts_token_types and getattr(model.config, "type_vocab_size", 0) > 1)
+    return ModelInputs(max_positions(model), _has_token_types(model, tokenizer))
+
+
+def _has_token_types(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
+    if "token_type_ids" not in inspect.signature(model.forward).parameters:
+        return False
+    if hasattr(model.config, "type_vocab_size"):
+        return bool(model.config.type_vocab_size > 1)
+    # XLNet and Funnel tell segments apart without type embeddings, and their tokenizers give the classification token
+    # type 2. Other models that accept token types but have none (GPT-2, XLM) would add word embeddings by their ids.
+    return bool(max(tokenizer("a", "b", return_token_type_ids=True)["token_type_ids"]) > 1)
 
 
 def build_model(spec: ModelSpec) -> tuple[PreTrainedModel, list[str]]:
@@ -101,9 +110,25 @@ def _build_from_config(spec: ModelSpec) -> PreTrainedModel:
     return model
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int, folder: Path) -> None:
-    """Write a Hugging Face folder whose tokenizer truncates at `max_length` tokens, as in training."""
-    tokenizer.model_max_length = max_length
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    special_tokens_in_text: bool,
+    folder: Path,
+) -> None:
+    """Write a Hugging Face folder whose tokenizer gives the inputs of training, truncated at `max_length` tokens."""
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    if not _has_token_types(model, tokenizer):
+        names.remove("token_type_ids")
+    settings = {
+        "model_max_length": max_length,
+        "split_special_tokens": not special_tokens_in_text,
+        "model_input_names": names,
+    }
+    for name, value in settings.items():
+        setattr(tokenizer, name, value)
+        tokenizer.init_kwargs[name] = value  # attributes are saved only if they are also here
     with quiet_transformers():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
