@@ -11,7 +11,7 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from experiment.errors import UserError
-from experiment.positions import max_positions
+from experiment.positions import limit_tokenizer, max_positions
 from experiment.tokenizer import vocabulary_size
 from experiment.transformers_logging import quiet_transformers
 
@@ -111,22 +111,15 @@ def _build_from_config(spec: ModelSpec) -> PreTrainedModel:
 
 
 def save_model(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    special_tokens_in_text: bool,
-    folder: Path,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, special_tokens_in_text: bool, folder: Path
 ) -> None:
-    """Write a Hugging Face folder whose tokenizer gives the inputs of training, truncated at `max_length` tokens."""
+    """Write a Hugging Face folder whose tokenizer gives the inputs of training. `truncation=True` cuts texts at the
+    model's positions."""
+    limit_tokenizer(tokenizer, model)
     names = ["input_ids", "token_type_ids", "attention_mask"]
     if not _has_token_types(model, tokenizer):
         names.remove("token_type_ids")
-    settings = {
-        "model_max_length": max_length,
-        "split_special_tokens": not special_tokens_in_text,
-        "model_input_names": names,
-    }
-    for name, value in settings.items():
+    for name, value in {"split_special_tokens": not special_tokens_in_text, "model_input_names": names}.items():
         setattr(tokenizer, name, value)
         tokenizer.init_kwargs[name] = value  # attributes are saved only if they are also here
     with quiet_transformers():

@@ -13,6 +13,7 @@ from experiment.checkpoints import find_model_folder
 from experiment.disk_errors import describe_disk_error
 from experiment.errors import UserError
 from experiment.files import removed_on_error
+from experiment.positions import limit_tokenizer
 
 
 def write_hugging_face_folder(
@@ -27,6 +28,7 @@ def write_hugging_face_folder(
     config.architectures = [type(model).__name__]
     config.dtype = torch.float32
     config.save_pretrained(folder)
+    limit_tokenizer(tokenizer, model)
     tokenizer.save_pretrained(folder)
 
 

@@ -109,10 +109,7 @@ def _write_seed(folder: Path, model: PreTrainedModel, fitted: Fitted, record: Se
     """Write what RUN/seed-N holds."""
     # Load it again: tokenizing has changed the truncation settings of the other one.
     tokenizer = load_any_tokenizer(setup.model.folder, needed=("pad_token",))
-    config = setup.config
-    save_model(
-        model, tokenizer, config.model.max_seq_length, config.task.special_tokens_in_text, folder=folder / "model"
-    )
+    save_model(model, tokenizer, setup.config.task.special_tokens_in_text, folder / "model")
     _write_csv(folder / "epochs.csv", list(record.epochs[0]), [list(row.values()) for row in record.epochs])
     for split, evaluation in fitted.evaluations.items():
         path = folder / f"predictions-{split}.csv"

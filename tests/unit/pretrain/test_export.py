@@ -45,6 +45,12 @@ def test_the_given_weights_are_written(run: Path, model: BertForMaskedLM) -> Non
     assert not bool((next(model.parameters()) == 1.0).all())
 
 
+def test_transformers_can_cut_texts_at_the_positions(run: Path) -> None:
+    """Catches a tokenizer without a length limit: `truncation=True` then cuts nothing, and long texts fail."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint_path(run / "checkpoints", 1) / "hf")
+    assert len(tokenizer("de fi " * 2000, truncation=True)["input_ids"]) == 512
+
+
 def test_export_copies_the_newest_checkpoint(run: Path, tmp_path: Path) -> None:
     """Catches an older checkpoint, an incomplete copy, and temporary files next to it."""
     export(str(run), str(tmp_path / "new" / "encoder"))
