@@ -15,6 +15,7 @@ from experiment.errors import UserError
 from finetune import kinds
 from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
+from finetune.results.collapse import is_constant
 
 if TYPE_CHECKING:
     import numpy as np
@@ -131,6 +132,12 @@ class TaskKind(ABC, Generic[ConfigT]):
     @abstractmethod
     def scores(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> dict[str, float]:
         """All metrics of predictions for records with targets."""
+
+    def is_collapsed(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> bool:
+        """Whether a model predicts the same for all records although their targets differ, see `results.collapse`."""
+        roles = [role for role, cell_type in self.config.columns.cell_types().items() if cell_type.target]
+        targets = [record.values[role] for record in records for role in roles]
+        return is_constant([prediction[self.answer] for prediction in predictions], targets)
 
     def confusion(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> "NDArray[np.int64] | None":
         """CC counts, rows by label and columns by predicted label; None if the kind has no single label."""

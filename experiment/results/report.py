@@ -97,7 +97,12 @@ def result_blocks(folder: RunFolder, directory: Path, prefix: str = "") -> list[
     try:
         results = parse_json(path.read_text(encoding="utf-8"))
         rows = [
-            [split, metric, *(f"{scores[key]:.4f}" for key in ("mean", "std", "median")), _joined(scores["values"])]
+            [
+                split,
+                metric,
+                *(_format(scores[key], ".4f") for key in ("mean", "std", "median")),
+                _joined(scores["values"]),
+            ]
             for split, metrics in results["splits"].items()
             for metric, scores in metrics.items()
         ]

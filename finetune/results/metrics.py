@@ -35,11 +35,11 @@ def confusion_matrix(gold: LabelIds, predicted: LabelIds, label_count: int) -> N
     return np.bincount(gold * label_count + predicted, minlength=label_count**2).reshape(label_count, label_count)
 
 
-def summarize(values: Sequence[float]) -> dict[str, list[float] | float]:
-    """A metric over the seeds: values, mean, sample standard deviation (0 for a single seed) and median."""
+def summarize(values: Sequence[float]) -> dict[str, list[float] | float | None]:
+    """A metric over the seeds: values, mean, sample standard deviation (None for a single seed) and median."""
     return {
         "values": list(values),
         "mean": statistics.fmean(values),
-        "std": statistics.stdev(values) if len(values) > 1 else 0.0,
+        "std": statistics.stdev(values) if len(values) > 1 else None,
         "median": statistics.median(values),
     }

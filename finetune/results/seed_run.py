@@ -49,6 +49,7 @@ class SeedRecord:
     epochs: list[dict[str, float]]
     scores: dict[str, dict[str, float]]  # split -> metric -> value, of the best epoch
     confusion: dict[str, list[list[int]]]  # split -> counts: rows by label, columns by predicted label
+    collapsed: list[str]  # splits for which the same is predicted for all records
 
 
 def result_settings(config: FinetuneConfig, labels: Sequence[str], tables: Mapping[str, Table]) -> dict[str, Any]:
@@ -94,6 +95,9 @@ def train_seed(seed: int, setup: Setup, log: Log) -> SeedRecord:
     terminal().print(f"seed {seed}: {_describe(model, new, setup)}", markup=False, emoji=False)
     fitted = fit(model, setup.task, setup.config.training, seed, setup.device, log)
     record = _make_record(fitted, setup)
+    if record.collapsed:
+        splits = ", ".join(record.collapsed)
+        terminal().print(f"seed {seed} has collapsed: it predicts the same for every row of {splits}", markup=False)
     partial = setup.folder.path / f".seed-{seed}"
     final = setup.folder.path / f"seed-{seed}"
     for leftover in (partial, final):
@@ -128,17 +132,19 @@ def _describe(model: PreTrainedModel, new: Sequence[str], setup: Setup) -> str:
 
 def _make_record(fitted: Fitted, setup: Setup) -> SeedRecord:
     kind = setup.task.kind
-    labelled = {split: found for split, found in fitted.evaluations.items() if found.scores}
-    confusion = {
-        split: kind.confusion(setup.task.splits[split].table.records, found.predictions)
-        for split, found in labelled.items()
+    labelled = {
+        split: (setup.task.splits[split].table.records, found.predictions)
+        for split, found in fitted.evaluations.items()
+        if found.scores
     }
+    confusion = {split: kind.confusion(*found) for split, found in labelled.items()}
     return SeedRecord(
         settings=setup.settings,
         best_epoch=fitted.best.epoch,
         epochs=[_epoch_row(epoch) for epoch in fitted.epochs],
-        scores={split: found.scores for split, found in labelled.items()},
+        scores={split: fitted.evaluations[split].scores for split in labelled},
         confusion={split: matrix.tolist() for split, matrix in confusion.items() if matrix is not None},
+        collapsed=[split for split, found in labelled.items() if kind.is_collapsed(*found)],
     )
 
 

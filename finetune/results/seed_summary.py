@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiment.files import write_json
+from experiment.results.report import UNKNOWN
 from experiment.run_folder import RunFolder
 from finetune.config import FinetuneConfig
 from finetune.results.figures import draw_confusion, draw_curves
@@ -31,6 +32,7 @@ def write_results(
         "metric": config.task.metric,
         "labels": list(labels),
         "seeds": list(records),
+        "collapsed": [seed for seed, record in records.items() if record.collapsed],
         "best_epochs": [record.best_epoch for record in records.values()],
         "splits": {
             split: {name: summarize([record.scores[split][name] for record in records.values()]) for name in metrics}
@@ -56,8 +58,23 @@ def print_results(results: Mapping[str, Any], path: Path) -> None:
     for split in splits:
         table.add_column(split, justify="right")
     for name in next(iter(splits.values())):
-        cells = [f"{scores[name]['mean']:.4f} ± {scores[name]['std']:.4f}" for scores in splits.values()]
+        cells = [_mean_and_std(scores[name]) for scores in splits.values()]
         table.add_row(f"{name} *" if name == results["metric"] else name, *cells)
     console = Console()
     console.print(table)
-    console.print(f"* selected the best epoch\n{path}", markup=False, soft_wrap=True, highlight=False)
+    lines = ["* selected the best epoch", *_describe_collapsed(results), str(path)]
+    console.print("\n".join(lines), markup=False, soft_wrap=True, highlight=False)
+
+
+def _mean_and_std(scores: Mapping[str, Any]) -> str:
+    return f"{scores['mean']:.4f} ± {UNKNOWN if scores['std'] is None else format(scores['std'], '.4f')}"
+
+
+def _describe_collapsed(results: Mapping[str, Any]) -> list[str]:
+    collapsed, seeds = results["collapsed"], results["seeds"]
+    if not collapsed:
+        return []
+    named = ", ".join(map(str, collapsed))
+    return [
+        f"{len(collapsed)} of {len(seeds)} seeds collapsed ({named}): they predict the same for every row of a split"
+    ]

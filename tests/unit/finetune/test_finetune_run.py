@@ -1,12 +1,14 @@
 import csv
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -16,6 +18,7 @@ from experiment.errors import UserError
 from experiment.run_folder import RunFolder, open_run_folder
 from experiment.run_lock import is_locked, lock_run
 from finetune import run as run_module
+from finetune.kinds.classification import Kind
 from finetune.results import seed_run
 from finetune.results.seed_run import finished_seeds
 from finetune.run import finetune
@@ -95,12 +98,45 @@ def test_the_model_folder_gives_the_predictions_without_our_code(config_file: Pa
     folder = tmp_path / "run" / "seed-1"
     model = AutoModelForSequenceClassification.from_pretrained(folder / "model").eval()
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    assert tokenizer.model_max_length == 16
+    assert tokenizer.model_max_length == 64
     for row in read_csv(folder / "predictions-test.csv")[:5]:
         with torch.inference_mode():
             probabilities = model(**tokenizer(row["text"], return_tensors="pt")).logits.softmax(-1)[0]
         assert model.config.id2label[int(probabilities.argmax())] == row["predicted"]
         assert probabilities[0].item() == pytest.approx(float(row["probability_high"]), abs=1e-4)
+
+
+def test_the_pipeline_of_the_docs_works_for_long_texts(config_file: Path, tmp_path: Path) -> None:
+    """Catches a saved tokenizer without a length limit: a long text then needs more positions than the model has."""
+    finetune(config_file, {"training.seeds": "[1]", "training.epochs": "1"})
+    docs = (Path(__file__).parents[3] / "docs" / "finetuning.md").read_text(encoding="utf-8")
+    line = next(line.strip() for line in docs.splitlines() if line.strip().startswith("transformers.pipeline("))
+    classify = eval(line.replace("RUN/seed-42", str(tmp_path / "run" / "seed-1")), {"transformers": transformers})
+    (found,) = classify("word1 " * 2000)
+    assert found["label"] in ("high", "low")
+
+
+def test_a_collapsed_seed_is_reported(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a seed that predicts one label for everything and lowers the mean unnoticed."""
+    finetune(config_file, {"training.seeds": "[1]", "training.epochs": "4"})
+    answer = {"label": "low", "probabilities": {"high": 0.1, "low": 0.9}}
+    monkeypatch.setattr(Kind, "decode", lambda *_: answer)
+    finetune(config_file, {"training.epochs": "4"})
+    assert results(tmp_path / "run")["collapsed"] == [2]
+    captured = capsys.readouterr()
+    assert "seed 2 has collapsed: it predicts the same for every row of validation, test" in captured.err
+    assert "1 of 2 seeds collapsed (2)" in captured.out
+
+
+def test_one_seed_has_no_standard_deviation(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches "± 0.0000", which claims that the seeds agree though there is only one."""
+    finetune(config_file, {"training.seeds": "[1]", "training.epochs": "1"})
+    assert results(tmp_path / "run")["splits"]["test"]["accuracy"]["std"] is None
+    assert re.search(r"accuracy +│ \d\.\d{4} ± – ", capsys.readouterr().out)
 
 
 def test_finished_seeds_are_not_run_again(config_file: Path, tmp_path: Path, seeds_trained: list[int]) -> None:

@@ -124,6 +124,15 @@ def test_the_report_of_a_fine_tuning_run(tmp_path: Path) -> None:
     assert cells == ["test", "accuracy", "0.8500", "0.0707", "0.8500", "0.8000, 0.9000"]
 
 
+def test_the_spread_of_one_seed_is_unknown(tmp_path: Path) -> None:
+    """Catches a traceback for the std of a run with one seed, which is null."""
+    folder = open_run_folder(tmp_path / "task")
+    scores = {"values": [0.8], "mean": 0.8, "std": None, "median": 0.8}
+    write_json(folder.path / "results.json", {**RESULTS, "splits": {"test": {"accuracy": scores}}})
+    cells = re.findall(r"<td[^>]*>([^<]*)</td>", write_report(folder.path).read_text(encoding="utf-8"))
+    assert cells == ["test", "accuracy", "0.8000", "–", "0.8000", "0.8000"]
+
+
 @pytest.mark.parametrize("damage", ["{", "[]", '{"splits": {}}', '{"task": "a", "init": "b", "splits": {"test": 1}}'])
 def test_damaged_results_are_refused(tmp_path: Path, damage: str) -> None:
     """Catches a stack trace for a file that was edited by hand."""
