@@ -70,7 +70,7 @@ def build_model(spec: ModelSpec) -> tuple[PreTrainedModel, list[str]]:
         try:
             model, report = auto_model.from_pretrained(
                 spec.folder,
-                config=_load_config(spec),
+                config=load_model_config(spec.folder, **spec.head),
                 dtype=torch.float32,
                 local_files_only=True,
                 trust_remote_code=False,
@@ -87,23 +87,21 @@ def build_model(spec: ModelSpec) -> tuple[PreTrainedModel, list[str]]:
     return model, new
 
 
-def _load_config(spec: ModelSpec) -> PreTrainedConfig:
+def load_model_config(folder: Path, **changes: Any) -> PreTrainedConfig:
+    """The config of a model folder. changes: to its settings. Raises UserError if it cannot be read."""
     try:
         config: PreTrainedConfig = transformers.AutoConfig.from_pretrained(
-            spec.folder,
-            local_files_only=True,
-            trust_remote_code=False,
-            **spec.head,
+            folder, local_files_only=True, trust_remote_code=False, **changes
         )
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot read the model config in {spec.folder}: {error}") from None
+        raise UserError(f"cannot read the model config in {folder}: {error}") from None
     return config
 
 
 def _build_from_config(spec: ModelSpec) -> PreTrainedModel:
     try:
         model: PreTrainedModel = getattr(transformers, spec.auto_model).from_config(
-            _load_config(spec), dtype=torch.float32, trust_remote_code=False
+            load_model_config(spec.folder, **spec.head), dtype=torch.float32, trust_remote_code=False
         )
     except ValueError as error:
         raise UserError(f"{spec.folder}: {error}") from None

@@ -7,7 +7,7 @@ field is the role that its column plays. Reading, messages and docs/config.md fo
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Self, get_args
 
 from pydantic import BeforeValidator, Field
 
@@ -77,6 +77,11 @@ class Columns(Section):
             if getattr(self, role) is not None
             for cell_type in _cell_types([*field.metadata, field.annotation])
         }
+
+    def without_targets(self) -> Self:
+        """Only the columns that a prediction needs."""
+        targets = [role for role, cell_type in self.cell_types().items() if cell_type.target]
+        return self.model_copy(update=dict.fromkeys(targets))
 
 
 def _cell_types(parts: Any) -> list[CellType]:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from experiment.config import flatten
 from experiment.errors import UserError
 from experiment.files import removed_on_error, sha256, write_json
+from experiment.provenance import read_provenance, write_origin
 from experiment.run_folder import RunFolder
 from experiment.strict_json import parse_json
 from experiment.tokenizer import load_any_tokenizer
@@ -22,6 +23,7 @@ from finetune.data.records import Table
 from finetune.device import Device
 from finetune.model import ModelSpec, build_model, save_model
 from finetune.results.predictions import write_predictions
+from finetune.saved_task import SavedTask, write_saved_task
 from finetune.splits import Task
 from finetune.training.fit import Epoch, Fitted, Log, fit
 
@@ -104,16 +106,21 @@ def train_seed(seed: int, setup: Setup, log: Log) -> SeedRecord:
         shutil.rmtree(leftover, ignore_errors=True)
     with removed_on_error(partial):
         partial.mkdir()
-        _write_seed(partial, model, fitted, record, setup)
+        _write_seed(partial, final, model, fitted, record, setup)
         partial.rename(final)
     return record
 
 
-def _write_seed(folder: Path, model: PreTrainedModel, fitted: Fitted, record: SeedRecord, setup: Setup) -> None:
-    """Write what RUN/seed-N holds."""
+def _write_seed(
+    folder: Path, final: Path, model: PreTrainedModel, fitted: Fitted, record: SeedRecord, setup: Setup
+) -> None:
+    """Write what RUN/seed-N holds to `folder`, which will be renamed to `final`."""
     # Load it again: tokenizing has changed the truncation settings of the other one.
     tokenizer = load_any_tokenizer(setup.model.folder, needed=("pad_token",))
     save_model(model, tokenizer, setup.config.task.special_tokens_in_text, folder / "model")
+    write_saved_task(folder / "model", SavedTask(setup.task.kind, setup.config.model.max_seq_length))
+    if provenance := read_provenance(setup.folder):
+        write_origin(folder / "model", RunFolder(final), provenance, fitted.best.steps)
     _write_csv(folder / "epochs.csv", list(record.epochs[0]), [list(row.values()) for row in record.epochs])
     for split, evaluation in fitted.evaluations.items():
         path = folder / f"predictions-{split}.csv"

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import BertConfig, BertForMaskedLM
+
+from finetune.run import finetune
 
 WORDS = [f"word{number}" for number in range(40)]
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -75,3 +78,22 @@ def task_files(write_tsv: Callable[[str, Rows], Path]) -> dict[str, str]:
         split: str(write_tsv(f"{split}.tsv", labelled_rows(size, seed)))
         for seed, (split, size) in enumerate(sizes.items())
     }
+
+
+@pytest.fixture(scope="session")
+def trained_run(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run with seeds 1 and 2, which tests must not change. Its data is in the folder above."""
+    folder = tmp_path_factory.mktemp("trained")
+    for seed, (split, size) in enumerate({"train": 160, "validation": 40, "test": 30}.items()):
+        with (folder / f"{split}.tsv").open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file, delimiter="\t").writerows(labelled_rows(size, seed))
+    tree = {
+        "run": {"dir": str(folder / "run")},
+        "task": {split: str(folder / f"{split}.tsv") for split in ("train", "validation", "test")},
+        "model": {"init_from": str(encoder), "max_seq_length": 16},
+        "training": {"lr": 1e-2, "epochs": 2, "batch_size": 16, "seeds": [1, 2], "precision": "fp32"},
+    }
+    tree["task"] |= {"columns": {"label": "label", "text": "text"}, "metric": "macro_f1"}
+    (folder / "toy.yaml").write_text(yaml.safe_dump(tree))
+    finetune(folder / "toy.yaml")
+    return folder / "run"

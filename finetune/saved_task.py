@@ -1,0 +1,86 @@
+"""`deepcloze_task.json` in a model folder: the task that the model was trained for, all that it takes to predict.
+
+{"task": {…, as in the config}, "labels": […], "max_seq_length": N, "temperature": T or null}
+
+The folder is otherwise one of transformers. A sequence classifier without the file, of whatever origin, predicts as a
+task of kind `classification` with the labels of its config.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiment.config import build_config
+from experiment.errors import UserError
+from experiment.files import write_json
+from experiment.strict_json import parse_json
+from finetune.data.task_config import TaskConfig
+from finetune.kinds import kind_names
+from finetune.model import load_model_config
+from finetune.task_kind import TaskKind, find_kind
+
+FILE = "deepcloze_task.json"
+_FOREIGN_KIND = "classification"
+
+
+@dataclass(frozen=True)
+class SavedTask:
+    """What a model was trained for."""
+
+    kind: TaskKind[Any]
+    max_seq_length: int | None  # None: as many tokens as the model has positions
+    temperature: float | None = None  # of calibrated probabilities; None if not known
+
+
+def write_saved_task(folder: Path, task: SavedTask) -> None:
+    value = {
+        "task": task.kind.config.model_dump(mode="json"),
+        "labels": list(task.kind.labels),
+        "max_seq_length": task.max_seq_length,
+        "temperature": task.temperature,
+    }
+    write_json(folder / FILE, value)
+
+
+def read_saved_task(folder: Path, overrides: Mapping[str, str] | None = None) -> SavedTask:
+    """The task of a model folder. overrides: dotted keys of the `task` section -> raw text, such as `columns.text`.
+
+    Raises UserError for a damaged file, for a folder without the file whose model is no sequence classifier, and for
+    an unknown key.
+    """
+    path = folder / FILE
+    try:
+        found = parse_json(path.read_text(encoding="utf-8"))
+        tree, labels = found["task"], tuple(map(str, found["labels"]))
+        max_seq_length, temperature = found["max_seq_length"], found["temperature"]
+        kind = find_kind(tree["kind"]) if tree["kind"] in kind_names() else None
+    except FileNotFoundError:
+        return _read_classifier(folder, overrides)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+    if kind is None:
+        raise UserError(f"{path}: this version of deepcloze has no tasks of kind '{tree['kind']}'")
+    return SavedTask(kind(_build(kind.config_type, tree, overrides, path), labels), max_seq_length, temperature)
+
+
+def _read_classifier(folder: Path, overrides: Mapping[str, str] | None) -> SavedTask:
+    """The task of a sequence classifier that was trained elsewhere."""
+    config = load_model_config(folder)
+    architecture = (config.architectures or ["none"])[0]
+    labels = tuple(config.id2label[number] for number in sorted(config.id2label))
+    single_label = config.problem_type in (None, "single_label_classification")
+    if not architecture.endswith("ForSequenceClassification") or not single_label or len(set(labels)) < 2:
+        raise UserError(
+            f"{folder} has no {FILE}, and is no classifier of transformers with two or more labels (architecture: "
+            f"{architecture}, labels: {', '.join(labels)}); `deepcloze finetune` makes a folder to predict with"
+        )
+    kind = find_kind(_FOREIGN_KIND)
+    tree = {"train": "unknown", "validation": "unknown"}
+    return SavedTask(kind(_build(kind.config_type, tree, overrides, folder / "config.json"), labels), None)
+
+
+def _build(
+    config_type: type[TaskConfig], tree: Mapping[str, Any], overrides: Mapping[str, str] | None, path: Path
+) -> TaskConfig:
+    return build_config(config_type, tree, overrides, str(path))

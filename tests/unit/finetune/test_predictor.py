@@ -1,0 +1,151 @@
+import csv
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from experiment.errors import UserError
+from finetune.predictor import Predictor
+from finetune.saved_task import FILE, read_saved_task
+
+TEXTS = [f"word{number} word{number % 7}" for number in range(40)]
+
+
+@pytest.fixture
+def model(trained_run: Path, tmp_path: Path) -> Path:
+    """A model folder of its own, away from its run."""
+    return Path(shutil.copytree(trained_run / "seed-1" / "model", tmp_path / "model"))
+
+
+@pytest.fixture
+def classifier(encoder: Path, tmp_path: Path) -> Path:
+    """A classifier of transformers with the labels "no" and "yes"."""
+    torch.manual_seed(0)
+    labels = {0: "no", 1: "yes"}
+    made = AutoModelForSequenceClassification.from_pretrained(
+        encoder, id2label=labels, label2id={label: number for number, label in labels.items()}
+    )
+    made.save_pretrained(tmp_path / "foreign")
+    shutil.copy(encoder / "vocab.txt", tmp_path / "foreign")
+    return tmp_path / "foreign"
+
+
+def change(path: Path, **values: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_it_predicts_what_training_predicted(trained_run: Path, model: Path) -> None:
+    """Catches a folder that lacks what it takes to predict, and a second way of tokenizing, batching or decoding."""
+    with (trained_run / "seed-1" / "predictions-test.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    predictions = Predictor.load(model, "fp32", batch_size=3).predict([{"text": row["text"]} for row in rows])
+    assert [prediction["label"] for prediction in predictions] == [row["predicted"] for row in rows]
+    for prediction, row in zip(predictions, rows, strict=True):
+        assert list(prediction["probabilities"]) == ["high", "low"]
+        assert prediction["probabilities"]["high"] == pytest.approx(float(row["probability_high"]), abs=1e-5)
+
+
+def test_texts_are_cut_as_in_training(model: Path) -> None:
+    """Catches the model's 64 positions taken for the 16 tokens of training: the end of a long text then counts."""
+    cut, same = Predictor.load(model, "fp32").predict(
+        [{"text": "word1 " * 14 + "word39 " * 100}, {"text": "word1 " * 14}]
+    )
+    assert cut == same
+
+
+def test_threads_share_a_predictor(model: Path) -> None:
+    """Catches state that a prediction leaves behind, such as the truncation of the tokenizer."""
+    predictor = Predictor.load(model, "fp32", batch_size=4)
+    records = [{"text": text} for text in TEXTS]
+    expected = [predictor.predict([record])[0]["label"] for record in records]
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda _: predictor.predict(records), range(16)))
+    assert [[prediction["label"] for prediction in batch] for batch in found] == [expected] * 16
+
+
+def test_no_records_give_no_predictions(model: Path) -> None:
+    """Catches an error for the empty request of a client."""
+    assert Predictor.load(model, "fp32").predict([]) == []
+
+
+def test_a_record_with_other_roles_is_rejected(model: Path) -> None:
+    """Catches a pair that is scored by its first text alone, or a traceback for a missing text."""
+    predictor = Predictor.load(model, "fp32")
+    with pytest.raises(UserError, match="record 2: expected text; found text, text_pair"):
+        predictor.predict([{"text": "word1"}, {"text": "word1", "text_pair": "word2"}])
+    with pytest.raises(UserError, match="record 1: expected text; found nothing"):
+        predictor.predict([{}])
+
+
+def test_the_task_file_survives(model: Path) -> None:
+    """Catches options of the task that are lost on the way to another machine, and overrides that have no effect."""
+    saved = read_saved_task(model, {"columns.text": "review"})
+    assert (saved.kind.labels, saved.max_seq_length) == (("high", "low"), 16)
+    assert saved.kind.config.columns.model_dump() == {"label": "label", "text": "review", "text_pair": None}
+    assert saved.kind.config.metric == "macro_f1"
+    with pytest.raises(UserError, match=r"unknown config key 'columns\.txt'; did you mean 'columns\.text'"):
+        read_saved_task(model, {"columns.txt": "review"})
+
+
+def test_the_model_folder_names_its_ancestors(trained_run: Path, encoder: Path) -> None:
+    """Catches a fine-tuned model that cannot be traced to the encoder that it was made from."""
+    origin = json.loads((trained_run / "seed-1" / "model" / "deepcloze.json").read_text())
+    provenance = json.loads((trained_run / "provenance.json").read_text())
+    assert (origin["run_id"], origin["folder"]) == (provenance["run_id"], str(trained_run / "seed-1"))
+    (ancestor,) = origin["ancestors"]
+    assert (ancestor["relation"], ancestor["folder"]) == ("init_from", str(encoder))
+
+
+def test_a_classifier_of_transformers_works(classifier: Path) -> None:
+    """Catches models of others being rejected, or their labels lost."""
+    predictor = Predictor.load(classifier, "fp32")
+    (prediction,) = predictor.predict([{"text": "word1 " * 500}])
+    assert list(prediction["probabilities"]) == ["no", "yes"]
+    assert prediction["label"] in ("no", "yes")
+
+
+@pytest.mark.parametrize(
+    "changed", [{"problem_type": "multi_label_classification"}, {"id2label": {"0": "LABEL_0"}, "label2id": {}}]
+)
+def test_a_head_that_means_something_else_is_rejected(classifier: Path, changed: dict[str, object]) -> None:
+    """Catches a softmax over the outputs of a multi-label model, and a regression that is always 100 % certain."""
+    change(classifier / "config.json", **changed)
+    with pytest.raises(UserError, match="no classifier of transformers with two or more labels"):
+        Predictor.load(classifier, "fp32")
+
+
+def test_an_encoder_without_a_head_is_rejected(encoder: Path) -> None:
+    """Catches predictions of a random head."""
+    with pytest.raises(UserError, match=r"architecture: BertForMaskedLM.*`deepcloze finetune` makes"):
+        Predictor.load(encoder, "fp32")
+
+
+def test_a_head_that_is_missing_is_not_drawn(model: Path, encoder: Path) -> None:
+    """Catches predictions of a random head, for a folder whose weights were replaced."""
+    shutil.copy(encoder / "model.safetensors", model)
+    with pytest.raises(UserError, match=r"not fine-tuned: its weights lack .*classifier"):
+        Predictor.load(model, "fp32")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is damaged"),
+        ("[]", "is damaged"),
+        ('{"task": {"kind": "classification"}}', "is damaged"),
+        ('{"task": {"kind": "telepathy"}, "labels": [], "max_seq_length": 8, "temperature": null}', "'telepathy'"),
+        (
+            '{"task": {"kind": "classification", "x": 1}, "labels": [], "max_seq_length": 8, "temperature": null}',
+            "unknown config key 'x'",
+        ),
+    ],
+)
+def test_a_damaged_task_file_is_a_user_error(model: Path, text: str, message: str) -> None:
+    """Catches a traceback, or a file of a later version that is half understood."""
+    (model / FILE).write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_saved_task(model)
