@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 from experiment.checkpoints import read_state
 from experiment.errors import UserError
+from experiment.frozen_modules import check_freeze
 from experiment.positions import max_positions
 from experiment.run_folder import RunFolder
 from experiment.tokenizer import load_tokenizer, tokenizer_fingerprint
@@ -21,7 +22,6 @@ from pretrain.batching.vocabulary import Vocabulary, build_vocabulary
 from pretrain.config import CorpusConfig, ModelConfig, PretrainConfig, Stage, WeightedCorpus
 from pretrain.corpus.reader import Corpus, open_corpus
 from pretrain.engine.deepspeed_settings import DeepSpeedSettings, load_settings
-from pretrain.modeling.layer_ids import check_freeze
 from pretrain.modeling.model_config import check_tokenizer, resolve_model_config
 from pretrain.modeling.random_model import meta_model
 from pretrain.resume import (

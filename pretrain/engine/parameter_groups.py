@@ -12,9 +12,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from experiment.frozen_modules import is_in_module
 from pretrain.config import ModelConfig, OptimizerConfig
 from pretrain.engine.optimizers import AdamW, GatedOptimizer, Lamb, StableAdamW
-from pretrain.modeling.layer_ids import is_in_module, layer_ids
+from pretrain.modeling.layer_ids import layer_ids
 
 
 def parameter_groups(model: PreTrainedModel, optimizer: OptimizerConfig, freeze: ModelConfig) -> list[dict[str, Any]]:
