@@ -88,7 +88,7 @@ def inputs_of_saved(folder: Path, encoder: Encoder, saved: Path, *texts: str) ->
     """The inputs that transformers alone makes of a text or a pair, from a saved folder."""
     tokenizer = load_any_tokenizer(folder, needed=("pad_token",))
     model, _ = build_model(spec(folder))
-    save_model(model, tokenizer, 64, encoder.special_tokens_in_text, saved)
+    save_model(model, tokenizer, encoder.special_tokens_in_text, saved)
     return dict(AutoTokenizer.from_pretrained(saved)(*texts))
 
 
