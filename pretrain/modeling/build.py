@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +15,7 @@ from experiment.errors import UserError
 from experiment.positions import first_position
 from experiment.tokenizer import load_tokenizer
 from experiment.transformers_logging import quiet_transformers
+from experiment.unused_weights import describe_unused_layers
 from pretrain.config import ModelConfig
 from pretrain.corpus.added_tokens import old_pieces
 from pretrain.modeling.flops import FlopsModel, flops_model
@@ -104,11 +104,8 @@ def _check_names(folder: Path, encoder: str, missing: Collection[str], unexpecte
         raise UserError(
             f"model.init_from: {folder} has no weights for {', '.join(lost[:4])}{' …' if len(lost) > 4 else ''}"
         )
-    unused = sorted(name for name in unexpected if re.search(r"\.\d+\.", name))  # of a numbered layer
-    if unused:
-        log.warning(
-            "the config has fewer layers than %s: %d tensors are left out (%s …)", folder, len(unused), unused[0]
-        )
+    if line := describe_unused_layers(folder, unexpected):
+        log.warning(line)
 
 
 def _report_missing_head(folder: Path, missing: Collection[str], new_head: bool) -> None:
