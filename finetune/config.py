@@ -7,9 +7,9 @@ its variants. The string literal below each field documents it; docs/config.md i
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, create_model, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, create_model, model_validator
 
 from experiment.config import Section
 from experiment.config.constraints import Fraction, PathText, Seed, SequenceLength
@@ -25,6 +25,9 @@ class RunConfig(Section):
     dir: PathText
     """Run folder; see docs/finetuning.md for its contents."""
 
+    keep: Literal["best", "none"] = "best"
+    """Models to keep: `best` saves the best one of each seed, `none` saves predictions and scores only."""
+
 
 class ModelConfig(Section):
     """The encoder to fine-tune."""
@@ -37,6 +40,10 @@ class ModelConfig(Section):
 
     max_seq_length: SequenceLength = 128
     """Maximum length of a sequence in tokens, special tokens included; longer ones are truncated."""
+
+    freeze: tuple[str, ...] = ()
+    """Modules that are not trained: one or more whole, consecutive parts of parameter names, such as embeddings,
+    layer.0 or encoder."""
 
 
 class TrainingConfig(Section):
@@ -51,11 +58,27 @@ class TrainingConfig(Section):
     epochs: PositiveInt = 3
     """Number of epochs."""
 
+    steps: PositiveInt | None = None
+    """Number of updates, in place of `epochs`; null: as many as the epochs have."""
+
     batch_size: PositiveInt = 32
     """Examples per update."""
 
+    microbatch_size: PositiveInt | None = None
+    """Examples that are computed at once; their gradients are accumulated over the update. null: `batch_size`. It is
+    halved when memory runs out."""
+
     warmup_ratio: Fraction = 0.1
     """Fraction of all steps used for the warmup."""
+
+    evaluate_every: Literal["epoch"] | PositiveInt = "epoch"
+    """Updates between evaluations of the validation split, or `epoch`. The last update is always followed by one."""
+
+    patience: PositiveInt | None = None
+    """Stop after this many evaluations in a row without a better score. null: no early stopping."""
+
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of each target that is spread evenly over all labels (Szegedy et al. 2016), for kinds with one label."""
 
     seeds: tuple[Seed, ...] = (42,)
     """Train once with each of these seeds."""

@@ -11,9 +11,17 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from experiment.errors import UserError
+from experiment.frozen_modules import check_freeze, is_in_module
 from experiment.positions import limit_tokenizer, max_positions
 from experiment.tokenizer import vocabulary_size
 from experiment.transformers_logging import quiet_transformers
+from experiment.unused_weights import describe_unused_layers
+
+_PRETRAINING = ("Model", "ForMaskedLM", "ForPreTraining", "LMHeadModel")
+"""How the names of classes end that have no head for a task."""
+
+_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
+_TOKENIZER_FILES = ("*token*.json", "vocab*", "merges.txt", "*.model")
 
 
 @dataclass(frozen=True)
@@ -24,6 +32,16 @@ class ModelSpec:
     pretrained: bool  # False: its architecture, with random weights
     auto_model: str  # transformers class, such as AutoModelForSequenceClassification
     head: Mapping[str, Any]  # settings of its config, such as num_labels
+    freeze: tuple[str, ...] = ()  # modules that are not trained, see `is_in_module`
+
+
+@dataclass(frozen=True)
+class BuiltModel:
+    """A model and where its weights come from."""
+
+    model: PreTrainedModel  # in fp32, on the CPU
+    new: tuple[str, ...]  # parameters that are initialized randomly
+    unused: tuple[str, ...] = ()  # tensors in the folder that are not in the model
 
 
 @dataclass(frozen=True)
@@ -34,16 +52,24 @@ class ModelInputs:
     token_types: bool  # whether it tells the two texts of a pair apart by token_type_ids
 
 
+def model_files(folder: Path, weights: bool) -> list[Path]:
+    """The config and the tokenizer in a Hugging Face folder, and perhaps its weights."""
+    patterns = ("config.json", *_TOKENIZER_FILES, *(_WEIGHT_FILES if weights else ()))
+    return sorted({path for pattern in patterns for path in folder.glob(pattern)})
+
+
 def read_model_inputs(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase) -> ModelInputs:
     """Inspect the model, built without weights.
 
-    Raises UserError for a config that transformers does not support, and a vocabulary smaller than the tokenizer's.
+    Raises UserError for a config that transformers does not support, a vocabulary smaller than the tokenizer's, and
+    modules to freeze that do not exist.
     """
     with torch.device("meta"):
         model = _build_from_config(spec)
     largest, size = vocabulary_size(tokenizer) - 1, model.config.get_text_config().vocab_size
     if largest >= size:
         raise UserError(f"{spec.folder}: the tokenizer's ids go up to {largest}, vocab_size is {size}")
+    check_freeze(spec.freeze, model)
     return ModelInputs(max_positions(model), _has_token_types(model, tokenizer))
 
 
@@ -57,18 +83,46 @@ def _has_token_types(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     return bool(max(tokenizer("a", "b", return_token_type_ids=True)["token_type_ids"]) > 1)
 
 
-def build_model(spec: ModelSpec) -> tuple[PreTrainedModel, list[str]]:
-    """The model in fp32, and the names of its newly initialized parameters (drawn from torch's global generator).
+def build_model(spec: ModelSpec) -> BuiltModel:
+    """The model; torch's global generator draws what is new in it.
+
+    A head in the folder is kept if it is of the same class and its labels have the same names in the same order.
 
     Raises UserError for weights that do not fit the config, or lack a part of the encoder.
     """
-    if not spec.pretrained:
+    if spec.pretrained:
+        built = _load(spec)
+    else:
         model = _build_from_config(spec)
-        return model, [name for name, _ in model.named_parameters()]
-    auto_model = getattr(transformers, spec.auto_model)
+        built = BuiltModel(model, tuple(name for name, _ in model.named_parameters()))
+    for name, parameter in built.model.named_parameters():
+        parameter.requires_grad_(not any(is_in_module(name, module) for module in spec.freeze))
+    return built
+
+
+def describe_model(built: BuiltModel, spec: ModelSpec) -> list[str]:
+    """Lines on the size of a model and where its weights come from."""
+    parameters = list(built.model.parameters())
+    size = f"{built.model.config.model_type}, {sum(map(torch.Tensor.numel, parameters)) / 1e6:.1f} M parameters"
+    frozen = sum(parameter.numel() for parameter in parameters if not parameter.requires_grad)
+    size += f" ({frozen / 1e6:.1f} M frozen)" if frozen else ""
+    if not spec.pretrained:
+        return [f"{size}, randomly initialized"]
+    head = [name for name in built.new if _is_in_head(name, built.model)]
+    origin = "new head" if head else "head kept, its labels are the same"
+    origin += f", newly initialized: {', '.join(built.new)}" if built.new else ""
+    lines = [f"{size}, from {spec.folder}; {origin}"]
+    if layers := describe_unused_layers(spec.folder, built.unused):
+        return [*lines, layers]
+    if built.unused:
+        lines.append(f"{spec.folder}: the model does not use {len(built.unused)} tensors ({built.unused[0]} …)")
+    return lines
+
+
+def _load(spec: ModelSpec) -> BuiltModel:
     with quiet_transformers():
         try:
-            model, report = auto_model.from_pretrained(
+            model, report = getattr(transformers, spec.auto_model).from_pretrained(
                 spec.folder,
                 config=load_model_config(spec.folder, **spec.head),
                 dtype=torch.float32,
@@ -79,12 +133,35 @@ def build_model(spec: ModelSpec) -> tuple[PreTrainedModel, list[str]]:
             )
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"cannot load the weights in {spec.folder}: {error}") from None
-    new = sorted({*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])})
-    encoder = [name for name in new if name.startswith(f"{model.base_model_prefix}.") and "pooler" not in name]
+    new = {*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])}
+    encoder = sorted(name for name in new if not _is_in_head(name, model) and "pooler" not in name)
     if encoder:
         more = f" and {len(encoder) - 3} more" if len(encoder) > 3 else ""
         raise UserError(f"{spec.folder}: its weights do not fit its config: no {', '.join(encoder[:3])}{more}")
-    return model, new
+    if not _fits_head(model, spec):
+        new |= _renew_head(model, spec)
+    return BuiltModel(model, tuple(sorted(new)), tuple(sorted(report["unexpected_keys"])))
+
+
+def _is_in_head(parameter: str, model: PreTrainedModel) -> bool:
+    return not parameter.startswith(f"{model.base_model_prefix}.")
+
+
+def _fits_head(model: PreTrainedModel, spec: ModelSpec) -> bool:
+    """Whether the head in the folder, if any, is for the same labels. Otherwise its weights mean something else."""
+    config = load_model_config(spec.folder)
+    architecture = (config.architectures or ["Model"])[0]
+    if architecture.endswith(_PRETRAINING):
+        return True
+    same_labels = bool(spec.head.get("id2label", config.id2label) == config.id2label)
+    return same_labels and architecture == type(model).__name__
+
+
+def _renew_head(model: PreTrainedModel, spec: ModelSpec) -> set[str]:
+    """Initialize the head again. Returns the names of its parameters."""
+    head = {name: value for name, value in _build_from_config(spec).state_dict().items() if _is_in_head(name, model)}
+    model.load_state_dict(head, strict=False)
+    return {name for name, _ in model.named_parameters() if name in head}
 
 
 def load_model_config(folder: Path, **changes: Any) -> PreTrainedConfig:

@@ -16,6 +16,7 @@ from finetune.model import ModelSpec, build_model, read_model_inputs
 from finetune.saved_task import read_saved_task
 from finetune.task_kind import Prediction, TaskKind
 from finetune.training.evaluation import Inference, decode
+from finetune.training.microbatch import Microbatch
 
 _UNLIMITED = 512  # tokens of a sequence, if neither the folder nor the model limits them
 
@@ -50,12 +51,13 @@ class Predictor:
         tokenizer = load_any_tokenizer(folder, needed=("pad_token",))
         spec = ModelSpec(folder, True, task.kind.auto_model, task.kind.head)
         inputs = read_model_inputs(spec, tokenizer)
-        model, new = build_model(spec)
-        if new:
-            raise UserError(f"{folder}: the model is not fine-tuned: its weights lack {', '.join(new[:3])}")
+        built = build_model(spec)
+        if built.new:
+            raise UserError(f"{folder}: the model is not fine-tuned: its weights lack {', '.join(built.new[:3])}")
         length = task.max_seq_length or min(inputs.max_length or _UNLIMITED, tokenizer.model_max_length)
         encoder = Encoder(tokenizer, length, inputs.token_types, task.kind.config.special_tokens_in_text)
-        inference = Inference(model.to(device.device), task.kind, Padding.of(tokenizer), device, batch_size)
+        model = built.model.to(device.device)
+        inference = Inference(model, task.kind, Padding.of(tokenizer), device, Microbatch(batch_size))
         return cls(folder, task.kind, task.temperature, encoder, inference)
 
     def predict(self, records: Sequence[Mapping[str, Any]]) -> list[Prediction]:

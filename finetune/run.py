@@ -1,8 +1,8 @@
 """`deepcloze finetune`: from a config to the scores of one task with one or more seeds.
 
-1. Read the splits, find the labels, tokenize: bad input is rejected before anything is trained.
-2. For each seed: build the model, train it, keep the epoch that is best on validation, predict. A seed's folder
-   appears when it is complete; a restarted run trains only the missing seeds.
+1. Read the splits, find the labels, tokenize, inspect the model: bad input is rejected before anything is trained.
+2. For each seed: build the model, train it, keep the weights that are best on validation, predict. A seed's folder
+   appears when it is complete; a restarted run trains only the missing seeds, and resumes one that was interrupted.
 3. Combine the seeds: results.json, confusion.png, curves.png, a table.
 """
 
@@ -18,27 +18,36 @@ from experiment.errors import StoppedError, UserError
 from experiment.files import write_text
 from experiment.outcome_file import Outcome
 from experiment.provenance import ancestors_of, collect_provenance, write_provenance
-from experiment.run_folder import open_run_folder
+from experiment.run_folder import RunFolder, open_run_folder
 from experiment.run_lock import lock_run
 from experiment.tracking.console import terminal
 from experiment.tracking.tracker import TrackedRun, Tracker, open_trackers
 from finetune.config import FinetuneConfig
 from finetune.device import choose_device
-from finetune.model import ModelSpec
-from finetune.results.seed_run import SeedRecord, Setup, finished_seeds, result_settings, train_seed
+from finetune.model import ModelSpec, build_model, describe_model
+from finetune.results.seed_run import SeedRecord, Setup, finished_seeds, result_settings, state_file, train_seed
 from finetune.results.seed_summary import print_results, write_results
 from finetune.splits import SPLITS, describe_task, make_kind, make_task, read_splits
+from finetune.training.compatibility import adapt_to_model
 from finetune.training.fit import Log
-from finetune.training.updater import steps_per_epoch
+from finetune.training.updater import total_steps
 
-_RESUME = "; the same command resumes after the finished seeds"
+_RESUME = "; the same command resumes"
 
 
-def finetune(config: str | Path, overrides: Mapping[str, str] | None = None) -> None:
-    """Run the command. config: a YAML file; overrides: dotted keys to raw text. Raises UserError."""
+def finetune(config: str | Path, overrides: Mapping[str, str] | None = None, dry_run: bool = False) -> None:
+    """Run the command. config: a YAML file; overrides: dotted keys to raw text. Raises UserError.
+
+    dry_run: print what would be done.
+    """
     resolved = resolve_paths(load_config(FinetuneConfig, config, overrides), default_name=Path(config).stem)
-    results = run(resolved)
-    print_results(results, Path(resolved.run.dir) / "results.json")
+    if dry_run:
+        print(f"# config\n{dump_config(resolved)}")
+        setup = prepare(resolved)
+        updates, training = total_steps(setup.task, resolved.training), resolved.training
+        print(f"{updates:,} updates of {training.batch_size} examples for each of {len(training.seeds)} seeds")
+    else:
+        print_results(run(resolved), Path(resolved.run.dir) / "results.json")
 
 
 def resolve_paths(config: FinetuneConfig, default_name: str) -> FinetuneConfig:
@@ -68,24 +77,38 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
 
     Raises UserError, also if the disk refuses something, and StoppedError if it is full after training has begun.
     """
+    setup = prepare(config)
+    open_run_folder(setup.folder.path)
+    with lock_run(setup.folder):
+        return _train_and_score(setup)
+
+
+def prepare(config: FinetuneConfig) -> Setup:
+    """Read the data and inspect the model, and print what is found. Writes nothing. Raises UserError."""
     name = config.task.name
     device = choose_device(config.training.precision)
     tables = read_splits(config.task)
     kind = make_kind(config.task, tables)
-    model = ModelSpec(Path(config.model.init_from), config.model.weights == "pretrained", kind.auto_model, kind.head)
+    model = ModelSpec(
+        folder=Path(config.model.init_from),
+        pretrained=config.model.weights == "pretrained",
+        auto_model=kind.auto_model,
+        head=kind.head,
+        freeze=config.model.freeze,
+    )
     _print(f"{name}: {', '.join(f'{len(table):,} {split}' for split, table in tables.items())}")
     task = make_task(config, kind, model, tables)
-    folder = open_run_folder(config.run.dir)
-    setup = Setup(config, model, task, device, folder, result_settings(config, kind.labels, tables))
-    with lock_run(folder):
-        return _train_and_score(setup)
+    built = build_model(model)
+    task, device, changes = adapt_to_model(built.model, task, device, config.model.max_seq_length)
+    for line in [*describe_task(task), *describe_model(built, model), *changes]:
+        _print(f"{name}: {line}")
+    settings = result_settings(config, model, device, kind.labels, tables)
+    return Setup(config, model, task, device, RunFolder(Path(config.run.dir)), settings)
 
 
 def _train_and_score(setup: Setup) -> dict[str, Any]:
     config, folder, model = setup.config, setup.folder, setup.model
     finished = finished_seeds(folder, setup.settings)
-    for line in describe_task(setup.task):
-        _print(f"{config.task.name}: {line}")
     write_text(folder.config, dump_config(config))
     ancestors = ancestors_of(model.folder, "init_from") if model.pretrained else []
     run_id = write_provenance(folder, collect_provenance(sys.argv), ancestors)
@@ -101,20 +124,23 @@ def _train_missing_seeds(setup: Setup, finished: Mapping[int, SeedRecord], run_i
     records = {seed: finished[seed] for seed in seeds if seed in finished}
     if records:
         _print(f"already finished in {setup.folder.path}: seed {', '.join(map(str, records))}")
-    steps = steps_per_epoch(setup.task, config.training) * config.training.epochs
+    missing = [seed for seed in seeds if seed not in records]
+    started = state_file(missing[0], setup).steps if missing else 0
+    if started:
+        _print(f"seed {missing[0]}: resuming after step {started:,}")
+    steps = total_steps(setup.task, config.training)
     tracked = TrackedRun(
         run_id=run_id,
         parameters=flatten(config),
         total_steps=steps * len(seeds),
-        resumed_step=steps * len(records),
+        resumed_step=steps * len(records) + started,
     )
     tracker = open_trackers(config.tracking, setup.folder, tracked)
     outcome = Outcome.FAILED
     try:
         with stopped_by_disk_errors(advice=_RESUME):
-            for seed in seeds:
-                if seed not in records:
-                    records[seed] = train_seed(seed, setup, _log_from_step(tracker, steps * len(records)))
+            for seed in missing:
+                records[seed] = train_seed(seed, setup, _log_from_step(tracker, steps * len(records)))
         outcome = Outcome.DONE
     except (KeyboardInterrupt, StoppedError):
         outcome = Outcome.STOPPED

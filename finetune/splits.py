@@ -28,6 +28,7 @@ class Task:
     splits: Mapping[str, Split]  # "train", "validation" and perhaps "test"
     padding: Padding
     label_weights: tuple[float, ...] | None = None  # of the loss
+    label_smoothing: float = 0.0
 
     def is_better(self, scores: Mapping[str, float], others: Mapping[str, float]) -> bool:
         """Whether scores are better than others, by the task's metric."""
@@ -53,6 +54,8 @@ def make_kind(task: TaskConfig, tables: Mapping[str, Table]) -> TaskKind[Any]:
 
 def make_task(config: FinetuneConfig, kind: TaskKind[Any], spec: ModelSpec, tables: Mapping[str, Table]) -> Task:
     """Encode the splits. Raises UserError for an invalid target, and sequences longer than the model's positions."""
+    if config.training.label_smoothing and not kind.smooths_labels:
+        raise UserError(f"training.label_smoothing: tasks of kind '{config.task.kind}' have no use for it; set it to 0")
     tokenizer = load_any_tokenizer(spec.folder, needed=("pad_token",))
     inputs = read_model_inputs(spec, tokenizer)
     length = config.model.max_seq_length
@@ -64,7 +67,7 @@ def make_task(config: FinetuneConfig, kind: TaskKind[Any], spec: ModelSpec, tabl
     splits = {split: encode_split(table, kind, encoder, training=split == "train") for split, table in tables.items()}
     balanced = config.training.class_weights == "balanced"
     weights = kind.label_weights(splits["train"].examples) if balanced else None
-    return Task(kind, config.task.metric, splits, Padding.of(tokenizer), weights)
+    return Task(kind, config.task.metric, splits, Padding.of(tokenizer), weights, config.training.label_smoothing)
 
 
 def describe_task(task: Task) -> list[str]:

@@ -44,14 +44,16 @@ class Direction(IntEnum):
 class LossOptions:
     """How the training config changes the loss of a task."""
 
-    label_weights: "Tensor | None" = None  # C
+    label_weights: "Tensor | None" = None  # C; their mean over the examples of the training split is 1
+    label_smoothing: float = 0.0  # see `TaskKind.smooths_labels`
 
 
 @dataclass(frozen=True)
 class Loss:
     """Loss of a batch: `sum` over its parts, and the weight of these, so that sum / weight is their mean.
 
-    Sums and weights of several batches add up to those of all of them.
+    Sums and weights of several batches add up to those of all of them. `weight` does not depend on label weights:
+    dividing by it gives every label its share of the loss in the long run, however few examples a batch has.
     """
 
     sum: "Tensor"
@@ -73,6 +75,9 @@ class TaskKind(ABC, Generic[ConfigT]):
 
     answer: ClassVar[str] = "label"
     """Key of a prediction that holds the answer."""
+
+    smooths_labels: ClassVar[bool] = False
+    """Whether `loss` uses `LossOptions.label_smoothing`."""
 
     auto_model: str = "AutoModelForSequenceClassification"
     """The class of transformers that has the head for this kind."""

@@ -163,7 +163,7 @@ def finetune(options: FinetuneOptions) -> None:
     """
     from finetune.run import finetune as run_finetuning
 
-    run_finetuning(options.config, options.overrides)
+    run_finetuning(options.config, options.overrides, options.dry_run)
 
 
 def sweep(options: SweepOptions) -> None:

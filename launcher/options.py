@@ -150,6 +150,10 @@ class FinetuneOptions(Section):
     config: Annotated[str, Metavar("FILE")]
     """The task as YAML; see finetune/recipes for complete examples."""
 
+    dry_run: bool = False
+    """Read the data, and print the resolved config, what is found in the data, the model and the number of steps;
+    train nothing."""
+
     overrides: dict[str, str] = {}
     """Any config key, for example --training.lr=3e-5; `deepcloze config finetune` lists them."""
 

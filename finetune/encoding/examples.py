@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
@@ -42,10 +43,13 @@ class Padding:
     token_id: int
     side: str  # "left" or "right"
     token_type_id: int
+    length: int | None = None  # of all batches; None: of the longest sequence of each batch
 
     def pad(self, rows: Sequence[Tensor], value: float) -> Tensor:
         """Rows of one value per token, as one tensor ST."""
-        return pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side=self.side)
+        padded = pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side=self.side)
+        missing = 0 if self.length is None else self.length - padded.shape[1]
+        return F.pad(padded, (missing, 0) if self.side == "left" else (0, missing), value=value)
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> "Padding":

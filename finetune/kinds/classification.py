@@ -45,6 +45,7 @@ class Kind(TaskKind[Config]):
     """A prediction has `label` and `probabilities`, by label."""
 
     config_type = Config
+    smooths_labels = True
     metrics = dict.fromkeys(("accuracy", "macro_f1", "weighted_f1", "uar", "matthews"), Direction.HIGHER)
 
     @classmethod
@@ -86,10 +87,14 @@ class Kind(TaskKind[Config]):
     def loss(self, outputs: Tensor, batch: Batch, options: LossOptions) -> Loss:
         """Cross-entropy, weighted by label."""
         assert batch.targets is not None
-        losses = F.cross_entropy(outputs.float(), batch.targets, weight=options.label_weights, reduction="none")
-        if options.label_weights is None:
-            return Loss(losses.sum(), torch.tensor(float(len(losses)), device=losses.device))
-        return Loss(losses.sum(), options.label_weights[batch.targets].sum())
+        losses = F.cross_entropy(
+            outputs.float(),
+            batch.targets,
+            weight=options.label_weights,
+            label_smoothing=options.label_smoothing,
+            reduction="sum",
+        )
+        return Loss(losses, torch.tensor(float(len(batch.targets)), device=losses.device))
 
     def decode(self, record: Record, examples: Sequence[Example], outputs: Sequence[NDArray[np.float32]]) -> Prediction:
         probabilities = torch.softmax(torch.from_numpy(outputs[0]), dim=-1).tolist()

@@ -2,7 +2,8 @@
 
 import csv
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 
 from experiment.config import flatten
 from experiment.errors import UserError
-from experiment.files import removed_on_error, sha256, write_json
+from experiment.files import checksum, removed_on_error, sha256, write_json
 from experiment.provenance import read_provenance, write_origin
 from experiment.run_folder import RunFolder
 from experiment.strict_json import parse_json
@@ -21,11 +22,12 @@ from experiment.tracking.console import terminal
 from finetune.config import FinetuneConfig
 from finetune.data.records import Table
 from finetune.device import Device
-from finetune.model import ModelSpec, build_model, save_model
+from finetune.model import ModelSpec, build_model, model_files, save_model
 from finetune.results.predictions import write_predictions
 from finetune.saved_task import SavedTask, write_saved_task
 from finetune.splits import Task
 from finetune.training.fit import Epoch, Fitted, Log, fit
+from finetune.training.state_file import StateFile
 
 _COMPLETE = "COMPLETE"  # written last into a seed's folder
 
@@ -47,19 +49,24 @@ class SeedRecord:
     """The results of a finished seed, stored in `seed-N/COMPLETE`."""
 
     settings: dict[str, Any]  # see `result_settings`
-    best_epoch: int
+    best_epoch: float
     epochs: list[dict[str, float]]
     scores: dict[str, dict[str, float]]  # split -> metric -> value, of the best epoch
     confusion: dict[str, list[list[int]]]  # split -> counts: rows by label, columns by predicted label
     collapsed: list[str]  # splits for which the same is predicted for all records
 
 
-def result_settings(config: FinetuneConfig, labels: Sequence[str], tables: Mapping[str, Table]) -> dict[str, Any]:
+def result_settings(
+    config: FinetuneConfig, model: ModelSpec, device: Device, labels: Sequence[str], tables: Mapping[str, Table]
+) -> dict[str, Any]:
     """Everything the results of a seed depend on, apart from the seed: only equal settings may share a table."""
     tree = config.model_dump(mode="json")
     del tree["run"], tree["tracking"], tree["task"]["name"], tree["training"]["seeds"]
+    del tree["training"]["microbatch_size"]  # changes rounding and dropout only
     tree["task"]["labels"] = list(labels)
-    return {**tree, "sha256": {split: sha256(table.path) for split, table in tables.items()}}
+    tree["training"]["precision"] = device.precision
+    files = {path.name: checksum(path) for path in model_files(model.folder, weights=model.pretrained)}
+    return {**tree, "encoder": files, "sha256": {split: sha256(table.path) for split, table in tables.items()}}
 
 
 def finished_seeds(folder: RunFolder, settings: Mapping[str, Any]) -> dict[int, SeedRecord]:
@@ -90,51 +97,62 @@ def _check_settings(seed_folder: Path, settings: Mapping[str, Any], recorded: Ma
         )
 
 
+def state_file(seed: int, setup: Setup) -> StateFile:
+    """What an interrupted training with this seed resumes from."""
+    return StateFile(_working_folder(seed, setup.folder) / "state.pt", setup.settings)
+
+
 def train_seed(seed: int, setup: Setup, log: Log) -> SeedRecord:
     """Build, train and save one model in RUN/seed-N."""
     torch.manual_seed(seed)  # for the new head; `fit` seeds again
-    model, new = build_model(setup.model)
-    terminal().print(f"seed {seed}: {_describe(model, new, setup)}", markup=False, emoji=False)
-    fitted = fit(model, setup.task, setup.config.training, seed, setup.device, log)
+    model = build_model(setup.model).model
+    fitted = fit(model, setup.task, setup.config.training, seed, setup.device, log, state_file(seed, setup))
     record = _make_record(fitted, setup)
     if record.collapsed:
         splits = ", ".join(record.collapsed)
         terminal().print(f"seed {seed} has collapsed: it predicts the same for every row of {splits}", markup=False)
-    partial = setup.folder.path / f".seed-{seed}"
+    output = _working_folder(seed, setup.folder) / "output"
     final = setup.folder.path / f"seed-{seed}"
-    for leftover in (partial, final):
+    for leftover in (output, final):
         shutil.rmtree(leftover, ignore_errors=True)
-    with removed_on_error(partial):
-        partial.mkdir()
-        _write_seed(partial, final, model, fitted, record, setup)
-        partial.rename(final)
+    with _removed_if_empty(output.parent), removed_on_error(output):
+        output.mkdir(parents=True)
+        _write_seed(output, final, model, fitted, record, setup)
+        output.rename(final)
+        state_file(seed, setup).path.unlink(missing_ok=True)
     return record
+
+
+def _working_folder(seed: int, folder: RunFolder) -> Path:
+    """Of an unfinished seed."""
+    return folder.path / f".seed-{seed}"
+
+
+@contextmanager
+def _removed_if_empty(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def _write_seed(
     folder: Path, final: Path, model: PreTrainedModel, fitted: Fitted, record: SeedRecord, setup: Setup
 ) -> None:
     """Write what RUN/seed-N holds to `folder`, which will be renamed to `final`."""
-    # Load it again: tokenizing has changed the truncation settings of the other one.
-    tokenizer = load_any_tokenizer(setup.model.folder, needed=("pad_token",))
-    save_model(model, tokenizer, setup.config.task.special_tokens_in_text, folder / "model")
-    write_saved_task(folder / "model", SavedTask(setup.task.kind, setup.config.model.max_seq_length))
-    if provenance := read_provenance(setup.folder):
-        write_origin(folder / "model", RunFolder(final), provenance, fitted.best.steps)
+    if setup.config.run.keep == "best":
+        # Load it again: tokenizing has changed the truncation settings of the other one.
+        tokenizer = load_any_tokenizer(setup.model.folder, needed=("pad_token",))
+        save_model(model, tokenizer, setup.config.task.special_tokens_in_text, folder / "model")
+        write_saved_task(folder / "model", SavedTask(setup.task.kind, setup.config.model.max_seq_length))
+        if provenance := read_provenance(setup.folder):
+            write_origin(folder / "model", RunFolder(final), provenance, fitted.best.steps)
     _write_csv(folder / "epochs.csv", list(record.epochs[0]), [list(row.values()) for row in record.epochs])
     for split, evaluation in fitted.evaluations.items():
         path = folder / f"predictions-{split}.csv"
         write_predictions(path, setup.task.kind, setup.task.splits[split].table, evaluation.predictions)
     write_json(folder / _COMPLETE, asdict(record))
-
-
-def _describe(model: PreTrainedModel, new: Sequence[str], setup: Setup) -> str:
-    size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    source = "randomly initialized"
-    if setup.model.pretrained:
-        source = f"from {setup.model.folder}, newly initialized: {', '.join(new) or 'nothing'}"
-    device = f"{setup.device.precision} on {setup.device.device.type}"
-    return f"{model.config.model_type}, {size:.1f} M parameters, {source}; {device}"
 
 
 def _make_record(fitted: Fitted, setup: Setup) -> SeedRecord:

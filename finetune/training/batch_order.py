@@ -1,10 +1,27 @@
 """Which examples form a batch: examples of similar length, so that there is little padding."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 
 _SORTED_BATCHES = 50  # examples of this many batches are sorted by length together: less padding, still random
+
+
+def training_order(
+    lengths: Sequence[int], batch_size: int, seed: int, first: int = 0
+) -> Iterator[tuple[int, list[int]]]:
+    """The epoch (from 1) and the examples of each update from number `first` on, without end.
+
+    A pure function of the seed and the number of the update.
+    """
+    epoch, position = divmod(first, -(-len(lengths) // batch_size))
+    for number in itertools.count(epoch + 1):
+        generator = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, number]).generate_state(1)[0]))
+        for indices in training_batches(lengths, batch_size, generator)[position:]:
+            yield number, indices
+        position = 0
 
 
 def training_batches(lengths: Sequence[int], batch_size: int, generator: torch.Generator) -> list[list[int]]:

@@ -1,6 +1,6 @@
 """Predict and score a split."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +14,13 @@ from finetune.encoding.examples import Example, Padding, Split, collate
 from finetune.splits import Task
 from finetune.task_kind import Loss, LossOptions, Prediction, TaskKind
 from finetune.training.batch_order import evaluation_batches
+from finetune.training.microbatch import Microbatch
 from finetune.training.updater import loss_options
 
 Outputs = list[list[NDArray[np.float32]]]
 """What a model computes for each example: one array per sequence."""
 
-_EVALUATION_FACTOR = 4  # evaluation batches are larger: no activations are kept
+EVALUATION_FACTOR = 4  # evaluation batches are larger: no activations are kept
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,9 @@ class Evaluation:
     scores: dict[str, float]  # empty without targets
 
 
-def evaluate(model: nn.Module, task: Task, split: Split, batch_size: int, device: Device) -> Evaluation:
-    """Predict all records of a split, and score them if it has targets. batch_size: of training."""
-    inference = Inference(model, task.kind, task.padding, device, batch_size * _EVALUATION_FACTOR)
+def evaluate(model: nn.Module, task: Task, split: Split, microbatch: Microbatch, device: Device) -> Evaluation:
+    """Predict all records of a split, and score them if it has targets."""
+    inference = Inference(model, task.kind, task.padding, device, microbatch)
     outputs, loss = inference.compute(split.examples, loss_options(task, device))
     predictions = decode(task.kind, split, outputs)
     if not split.table.labelled or loss is None:
@@ -49,27 +50,38 @@ class Inference:
     kind: TaskKind[Any]
     padding: Padding
     device: Device
-    batch_size: int
+    microbatch: Microbatch
 
     def compute(self, examples: Sequence[Example], options: LossOptions | None = None) -> tuple[Outputs, Loss | None]:
         """The outputs of every example, and the loss of those that have targets; None if none has.
 
-        Batches consist of examples of similar length. options: None to compute no loss.
+        Microbatches consist of examples of similar length. options: None to compute no loss.
         """
         self.model.eval()
         outputs: Outputs = [[] for _ in examples]
         losses: list[Loss] = []
-        with torch.inference_mode():
-            for indices in evaluation_batches([example.longest for example in examples], self.batch_size):
-                batch = collate(self.kind, [examples[index] for index in indices], self.padding, self.device.device)
-                with self.device.autocast():
-                    computed = self.kind.forward(self.model, batch)
-                if options is not None and batch.targets is not None:
-                    losses.append(self.kind.loss(computed, batch, options))
-                rows = iter(computed.float().cpu().numpy())
+
+        def compute(parts: Sequence[Sequence[int]]) -> None:
+            computed = [self._compute_batch([examples[index] for index in indices], options) for indices in parts]
+            for indices, (rows, loss) in zip(parts, computed, strict=True):
                 for index in indices:
                     outputs[index] = [next(rows) for _ in examples[index].sequences]
+                losses.extend([loss] if loss else [])
+
+        with torch.inference_mode():
+            for indices in evaluation_batches([example.longest for example in examples], self.microbatch.size):
+                self.microbatch.compute(indices, compute)
         return outputs, _total(losses) if losses else None
+
+    def _compute_batch(
+        self, examples: Sequence[Example], options: LossOptions | None
+    ) -> tuple[Iterator[NDArray[np.float32]], Loss | None]:
+        """The outputs of all sequences in order, and the loss."""
+        batch = collate(self.kind, examples, self.padding, self.device.device)
+        with self.device.autocast():
+            outputs = self.kind.forward(self.model, batch)
+        loss = None if options is None or batch.targets is None else self.kind.loss(outputs, batch, options)
+        return iter(outputs.float().cpu().numpy()), loss
 
 
 def decode(kind: TaskKind[Any], split: Split, outputs: Outputs) -> tuple[Prediction, ...]:

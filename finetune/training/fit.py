@@ -1,8 +1,9 @@
-"""Train with one seed: score the validation split after each epoch, keep the best epoch, predict with it."""
+"""Train with one seed: score the validation split now and then, keep the best weights, predict with them."""
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +12,12 @@ from experiment.errors import UserError
 from finetune.config import TrainingConfig
 from finetune.device import Device
 from finetune.splits import Task
-from finetune.training.batch_order import training_batches
-from finetune.training.evaluation import Evaluation, evaluate
+from finetune.training.batch_order import training_order
+from finetune.training.evaluation import EVALUATION_FACTOR, Evaluation, evaluate
 from finetune.training.loss_meter import LossMeter
-from finetune.training.updater import Updater
+from finetune.training.microbatch import Microbatch
+from finetune.training.state_file import StateFile
+from finetune.training.updater import Updater, steps_per_epoch
 
 _EVENTS_PER_SEED = 40  # each waits for the device once
 
@@ -24,88 +27,160 @@ Log = Callable[[int, Mapping[str, int | float | str | None]], None]
 
 @dataclass(frozen=True)
 class Epoch:
-    epoch: int  # from 1
+    """The training up to an evaluation."""
+
+    epoch: float  # epochs so far: a whole number at the end of an epoch
     steps: int  # taken so far
-    train_loss: float  # mean over the epoch, while training
+    train_loss: float  # mean since the last evaluation, while training
     validation_loss: float
     scores: dict[str, float]  # on validation
-    seconds: float  # of training, without evaluation
+    seconds: float  # of training since the last evaluation
 
 
 @dataclass(frozen=True)
 class Fitted:
     epochs: tuple[Epoch, ...]
     best: Epoch
-    evaluations: Mapping[str, Evaluation]  # of every split but train, with the best epoch's weights
+    evaluations: Mapping[str, Evaluation]  # of every split but train, with the best weights
 
 
 @dataclass(frozen=True)
 class _Best:
-    epoch: Epoch
+    number: int  # of the evaluation, from 0
     weights: dict[str, Tensor]  # on the CPU
     validation: Evaluation
 
 
-def fit(model: nn.Module, task: Task, config: TrainingConfig, seed: int, device: Device, log: Log) -> Fitted:
-    """Train `model` in place. It ends with the weights of the epoch that is best on validation, the first of equals.
+def fit(
+    model: nn.Module,
+    task: Task,
+    config: TrainingConfig,
+    seed: int,
+    device: Device,
+    log: Log,
+    state_file: StateFile | None = None,
+) -> Fitted:
+    """Train `model` in place. It ends with the weights that are best on validation, the first of equals.
 
-    The seed determines the order of the examples and dropout; the caller seeds the model's head. Raises UserError if
-    the loss is not finite.
+    The seed determines the order of the examples and dropout; the caller seeds the model's head. Continues from
+    `state_file`, which is written at each evaluation. Raises UserError if the loss is not finite.
     """
     torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    updater = Updater(model, task, config, device)
-    epochs: list[Epoch] = []
-    best: _Best | None = None
-    for number in range(1, config.epochs + 1):
-        train_loss, seconds = _train_epoch(model, task, config, updater, generator, _with(log, seed=seed, epoch=number))
-        validation = evaluate(model, task, task.splits["validation"], config.batch_size, device)
+    fitting = _Fitting(model, task, config, seed, device)
+    if state_file is not None and (state := state_file.load()) is not None:
+        fitting.load_state(state)
+    while not fitting.done:
+        fitting.train_until_evaluation(log)
+        fitting.evaluate(log)
+        if state_file is not None and not fitting.done:
+            state_file.save(fitting.state())
+    return fitting.predict()
+
+
+class _Fitting:
+    """The training with one seed, between two evaluations."""
+
+    def __init__(self, model: nn.Module, task: Task, config: TrainingConfig, seed: int, device: Device) -> None:
+        self._model, self._task, self._config, self._seed, self._device = model, task, config, seed, device
+        self._updater = Updater(model, task, config, device)
+        self._meter = LossMeter(device.device)
+        self._evaluated_at_once = Microbatch(config.batch_size * EVALUATION_FACTOR)
+        self._epochs: list[Epoch] = []
+        self._best: _Best | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether all steps are taken, or `patience` evaluations have brought nothing better."""
+        waited = 0 if self._best is None else len(self._epochs) - 1 - self._best.number
+        stop_early = self._config.patience is not None and waited >= self._config.patience
+        return stop_early or self._updater.steps >= self._updater.total_steps
+
+    def train_until_evaluation(self, log: Log) -> None:
+        train, updater, config = self._task.splits["train"], self._updater, self._config
+        per_epoch = steps_per_epoch(self._task, config)
+        every = per_epoch if config.evaluate_every == "epoch" else config.evaluate_every
+        log_every = max(1, updater.total_steps // _EVENTS_PER_SEED)
+        self._model.train()
+        self._meter.skip_time()
+        for epoch, indices in training_order(train.lengths, config.batch_size, self._seed, first=updater.steps):
+            examples = [train.examples[index] for index in indices]
+            self._meter.add(updater.step(examples), sum(example.tokens for example in examples))
+            if updater.steps % log_every == 0:
+                log(updater.steps, {"seed": self._seed, "epoch": epoch, "lr": updater.lr, **self._meter.interval()})
+            if updater.steps % every == 0 or updater.steps == updater.total_steps:
+                return
+
+    def evaluate(self, log: Log) -> None:
+        """Score the validation split; remember the weights if they are the best so far."""
+        train_loss, seconds = self._meter.evaluation()
+        validation = self._evaluate("validation")
         assert validation.loss is not None
-        _check_finite(train_loss, validation.loss, seed, number, config.lr)
-        epochs.append(Epoch(number, updater.steps, train_loss, validation.loss, validation.scores, seconds))
+        steps = self._updater.steps
+        epoch = _whole_if_possible(steps / steps_per_epoch(self._task, self._config))
+        _check_finite(train_loss, validation.loss, f"seed {self._seed}, step {steps}", self._config.lr)
+        self._epochs.append(Epoch(epoch, steps, train_loss, validation.loss, validation.scores, seconds))
         metrics = {f"eval/validation/{name}": value for name, value in _losses_and_scores(validation).items()}
-        log(updater.steps, {"seed": seed, "epoch": number, **metrics})
-        if best is None or task.is_better(validation.scores, best.epoch.scores):
-            weights = {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()}
-            best = _Best(epochs[-1], weights, validation)
+        log(steps, {"seed": self._seed, "epoch": epoch, **metrics})
+        if self._best is None or self._task.is_better(validation.scores, self._best.validation.scores):
+            weights = _copy_to_cpu(self._model, into=None if self._best is None else self._best.weights)
+            self._best = _Best(len(self._epochs) - 1, weights, validation)
 
-    assert best is not None
-    model.load_state_dict(best.weights)
-    others = {
-        name: evaluate(model, task, split, config.batch_size, device)
-        for name, split in task.splits.items()
-        if name not in ("train", "validation")
-    }
-    return Fitted(tuple(epochs), best.epoch, {"validation": best.validation, **others})
+    def predict(self) -> Fitted:
+        """The evaluations of all splits but train, with the best weights."""
+        assert self._best is not None
+        self._model.load_state_dict(self._best.weights)
+        others = {name: self._evaluate(name) for name in self._task.splits if name not in ("train", "validation")}
+        evaluations = {"validation": self._best.validation, **others}
+        return Fitted(tuple(self._epochs), self._epochs[self._best.number], evaluations)
+
+    def _evaluate(self, split: str) -> Evaluation:
+        return evaluate(self._model, self._task, self._task.splits[split], self._evaluated_at_once, self._device)
+
+    def state(self) -> dict[str, Any]:
+        """What `load_state` needs. The best weights are left out if they are the present ones."""
+        assert self._best is not None
+        is_newest = self._best.number == len(self._epochs) - 1
+        return {
+            "updater": self._updater.state(),
+            "losses": self._meter.sums,
+            "epochs": [asdict(epoch) for epoch in self._epochs],
+            "best": {
+                "number": self._best.number,
+                "weights": None if is_newest else self._best.weights,
+                "validation": asdict(self._best.validation),
+            },
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self._updater.load_state(state["updater"])
+        self._meter.load(state["losses"])
+        self._epochs = [Epoch(**epoch) for epoch in state["epochs"]]
+        best = state["best"]
+        weights = best["weights"] or _copy_to_cpu(self._model, into=None)
+        self._best = _Best(best["number"], weights, Evaluation(**best["validation"]))
 
 
-def _train_epoch(
-    model: nn.Module, task: Task, config: TrainingConfig, updater: Updater, generator: torch.Generator, log: Log
-) -> tuple[float, float]:
-    """Mean loss, seconds."""
-    train = task.splits["train"]
-    log_every = max(1, updater.total_steps // _EVENTS_PER_SEED)
-    model.train()
-    meter = LossMeter(next(model.parameters()).device)
-    for indices in training_batches(train.lengths, config.batch_size, generator):
-        examples = [train.examples[index] for index in indices]
-        meter.add(updater.step(examples), sum(example.tokens for example in examples))
-        if updater.steps % log_every == 0:
-            log(updater.steps, {"lr": updater.lr, **meter.interval()})
-    return meter.epoch()
+def _copy_to_cpu(model: nn.Module, into: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    """The weights of a model. into: an earlier copy, whose memory is used again."""
+    state = model.state_dict()
+    if into is None:
+        return {name: value.detach().to("cpu", copy=True) for name, value in state.items()}
+    for name, value in state.items():
+        into[name].copy_(value)
+    return into
 
 
-def _with(log: Log, **constants: int) -> Log:
-    return lambda step, metrics: log(step, {**constants, **metrics})
+def _whole_if_possible(number: float) -> float:
+    return int(number) if number == int(number) else number
 
 
 def _losses_and_scores(evaluation: Evaluation) -> dict[str, float | None]:
     return {"loss": evaluation.loss, **evaluation.scores}
 
 
-def _check_finite(train_loss: float, validation_loss: float, seed: int, epoch: int, lr: float) -> None:
+def _check_finite(train_loss: float, validation_loss: float, place: str, lr: float) -> None:
     if not math.isfinite(train_loss) or not math.isfinite(validation_loss):
         raise UserError(
-            f"seed {seed}, epoch {epoch}: training diverged (loss {train_loss:g} on train, {validation_loss:g} on "
-            f"validation); try a training.lr below {lr:g}"
+            f"{place}: training diverged (loss {train_loss:g} on train, {validation_loss:g} on validation); try a "
+            f"training.lr below {lr:g}"
         )

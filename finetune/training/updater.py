@@ -1,6 +1,6 @@
 """Updates of a model: forward, backward, clipping, optimizer step, learning rate."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from finetune.device import Device
 from finetune.encoding.examples import Example, collate
 from finetune.splits import Task
 from finetune.task_kind import Loss, LossOptions
+from finetune.training.microbatch import Microbatch
 
 _MAX_GRAD_NORM = 1.0
 
@@ -22,8 +23,9 @@ class Updater:
     def __init__(self, model: nn.Module, task: Task, config: TrainingConfig, device: Device) -> None:
         model.to(device.device)
         self.steps = 0
-        self.total_steps = steps_per_epoch(task, config) * config.epochs
+        self.total_steps = total_steps(task, config)
         self._model, self._task, self._config, self._device = model, task, config, device
+        self._microbatch = Microbatch(config.microbatch_size or config.batch_size)
         groups = parameter_groups(model, config.weight_decay)
         self._optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=True)
         self._scaler = torch.amp.GradScaler(device.device.type, enabled=device.dtype == torch.float16)
@@ -52,15 +54,47 @@ class Updater:
         self.steps += 1
         return loss
 
+    def state(self) -> dict[str, Any]:
+        """What `load_state` needs to continue exactly: the weights, and everything that the next updates depend on."""
+        cuda = [torch.cuda.get_rng_state(self._device.device)] if self._device.device.type == "cuda" else []
+        return {
+            "steps": self.steps,
+            "model": self._model.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "random": [torch.get_rng_state(), *cuda],  # for dropout
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.steps = state["steps"]
+        self._model.load_state_dict(state["model"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["random"][0])
+        for random_state in state["random"][1:]:
+            torch.cuda.set_rng_state(random_state, self._device.device)
+
     def _backward(self, examples: Sequence[Example]) -> Loss:
         """Add up the gradients of the summed loss, divided by the batch size to keep them within the range of fp16."""
+        losses: list[Loss] = []
+
+        def compute(parts: Sequence[Sequence[Example]]) -> None:
+            losses.clear()
+            self._optimizer.zero_grad()  # of a computation that ran out of memory
+            for part in parts:
+                loss = self._compute_loss(part)
+                self._scaler.scale(loss.sum / self._config.batch_size).backward()  # type: ignore[no-untyped-call]
+                losses.append(Loss(loss.sum.detach(), loss.weight))
+
+        self._microbatch.compute(examples, compute)
+        return Loss(*torch.stack([torch.stack([loss.sum, loss.weight]) for loss in losses]).sum(0))
+
+    def _compute_loss(self, examples: Sequence[Example]) -> Loss:
         kind = self._task.kind
         batch = collate(kind, examples, self._task.padding, self._device.device)
         with self._device.autocast():
             outputs = kind.forward(self._model, batch)
-        loss = kind.loss(outputs, batch, self.loss_options)
-        self._scaler.scale(loss.sum / self._config.batch_size).backward()  # type: ignore[no-untyped-call]
-        return Loss(loss.sum.detach(), loss.weight)
+        return kind.loss(outputs, batch, self.loss_options)
 
     def _scale_gradients(self, factor: torch.Tensor) -> None:
         gradients = [parameter.grad for parameter in self._model.parameters() if parameter.grad is not None]
@@ -69,7 +103,7 @@ class Updater:
 
 def loss_options(task: Task, device: Device) -> LossOptions:
     weights = task.label_weights
-    return LossOptions(None if weights is None else torch.tensor(weights, device=device.device))
+    return LossOptions(None if weights is None else torch.tensor(weights, device=device.device), task.label_smoothing)
 
 
 def lr_factor(step: int, steps: int, warmup_ratio: float) -> float:
@@ -85,6 +119,10 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         {"params": [parameter for parameter in parameters if parameter.ndim >= 2], "weight_decay": weight_decay},
         {"params": [parameter for parameter in parameters if parameter.ndim < 2], "weight_decay": 0.0},
     ]
+
+
+def total_steps(task: Task, config: TrainingConfig) -> int:
+    return config.steps or steps_per_epoch(task, config) * config.epochs
 
 
 def steps_per_epoch(task: Task, config: TrainingConfig) -> int:

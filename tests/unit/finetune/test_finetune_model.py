@@ -1,17 +1,24 @@
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, BertForMaskedLM, RobertaConfig, RobertaForMaskedLM
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertForMaskedLM,
+    BertForTokenClassification,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
 from transformers.utils import logging
 
 from experiment.errors import UserError
 from experiment.tokenizer import load_tokenizer
 from finetune.kinds.classification import Config, Kind
-from finetune.model import ModelSpec, build_model, read_model_inputs
+from finetune.model import ModelSpec, build_model, describe_model, read_model_inputs
 
 AUTO = "AutoModelForSequenceClassification"
 
@@ -27,7 +34,8 @@ def copied(encoder: Path, tmp_path: Path) -> Path:
 
 def test_pretrained_weights_arrive_and_only_the_head_is_new(encoder: Path) -> None:
     """Catches an encoder silently left at random values, the most common reason for bad scores."""
-    model, fresh = build_model(start(encoder))
+    built = build_model(start(encoder))
+    model, fresh = built.model, built.new
     word = "bert.embeddings.word_embeddings.weight"
     assert torch.equal(model.state_dict()[word], load_file(encoder / "model.safetensors")[word])
     assert all("classifier" in name or "pooler" in name for name in fresh)
@@ -38,8 +46,8 @@ def test_pretrained_weights_arrive_and_only_the_head_is_new(encoder: Path) -> No
 
 def test_random_weights_are_the_same_architecture_with_none_of_the_values(encoder: Path) -> None:
     """Catches a comparison of pretrained with random in which both are pretrained, or differ in shape."""
-    pretrained, _ = build_model(start(encoder))
-    random, _ = build_model(start(encoder, pretrained=False))
+    pretrained = build_model(start(encoder)).model
+    random = build_model(start(encoder, pretrained=False)).model
     assert {n: p.shape for n, p in random.named_parameters()} == {n: p.shape for n, p in pretrained.named_parameters()}
     matrices = [name for name, parameter in random.named_parameters() if parameter.ndim == 2 and "bert.e" in name]
     assert matrices
@@ -53,7 +61,7 @@ def test_the_seed_decides_the_head(encoder: Path) -> None:
     heads = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        heads.append(build_model(start(encoder))[0].classifier.weight)
+        heads.append(build_model(start(encoder)).model.classifier.weight)
     assert torch.equal(heads[0], heads[1])
     assert not torch.equal(heads[0], heads[2])
 
@@ -61,9 +69,59 @@ def test_the_seed_decides_the_head(encoder: Path) -> None:
 def test_a_classifier_for_other_labels_gets_a_new_head(encoder: Path, tmp_path: Path) -> None:
     """Catches a failure to start from another task's model because its head has another size."""
     AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=5).save_pretrained(tmp_path)
-    model, fresh = build_model(start(tmp_path))
-    assert fresh == ["classifier.bias", "classifier.weight"]
-    assert model.classifier.out_features == 3
+    built = build_model(start(tmp_path))
+    assert built.new == ("classifier.bias", "classifier.weight")
+    assert built.model.classifier.out_features == 3
+
+
+@pytest.mark.parametrize(
+    ("labels", "kept"), [(("a", "b", "c"), True), (("a", "c", "b"), False), (("x", "y", "z"), False)]
+)
+def test_a_head_is_kept_only_for_the_same_labels(
+    encoder: Path, tmp_path: Path, labels: tuple[str, ...], kept: bool
+) -> None:
+    """Catches a head that keeps its weights under other names: what it calls the first label means something else."""
+    trained = build_model(start(encoder)).model
+    trained.save_pretrained(tmp_path)
+    spec = start(tmp_path, labels=labels)
+    built = build_model(spec)
+    assert torch.equal(built.model.classifier.weight, trained.classifier.weight) == kept
+    assert built.new == (() if kept else ("classifier.bias", "classifier.weight"))
+    assert torch.equal(built.model.bert.pooler.dense.weight, trained.bert.pooler.dense.weight)
+    line = describe_model(built, spec)[0]
+    assert ("head kept, its labels are the same" in line, "new head" in line) == (kept, not kept)
+
+
+def test_a_head_for_another_task_is_not_kept(encoder: Path, tmp_path: Path) -> None:
+    """Catches the head of a token classifier with the same labels, whose parameters have the same names and shapes."""
+    head = Kind(Config(train="f", validation="f"), ("a", "b", "c")).head
+    BertForTokenClassification.from_pretrained(encoder, **head).save_pretrained(tmp_path)
+    assert {"classifier.bias", "classifier.weight"} <= set(build_model(start(tmp_path)).new)
+
+
+def test_weights_that_are_not_used_are_reported(encoder: Path, copied: Path) -> None:
+    """Catches layers that are left out silently because the config has fewer than the weights."""
+    spec = start(encoder)
+    assert "the model does not use 5 tensors (cls.predictions" in describe_model(build_model(spec), spec)[1]
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    lines = describe_model(build_model(start(copied)), start(copied))
+    assert lines[1] == (
+        f"the config has fewer layers than {copied}: 16 tensors are left out "
+        "(bert.encoder.layer.1.attention.output.LayerNorm.bias …)"
+    )
+
+
+def test_frozen_modules_are_not_trained(encoder: Path) -> None:
+    """Catches modules that are trained in spite of model.freeze, a typo in it, and a model with nothing to train."""
+    spec = replace(start(encoder), freeze=("embeddings", "layer.0"))
+    built = build_model(spec)
+    frozen = {name for name, parameter in built.model.named_parameters() if not parameter.requires_grad}
+    assert frozen == {name for name, _ in built.model.named_parameters() if "embeddings" in name or "layer.0" in name}
+    assert "M frozen)" in describe_model(built, spec)[0]
+    for freeze, message in ((("layers.0",), "did you mean 'layer.0'"), (("bert", "classifier"), "whole model")):
+        with pytest.raises(UserError, match=rf"^model\.freeze: .*{message}"):
+            read_model_inputs(replace(spec, freeze=freeze), load_tokenizer(encoder))
 
 
 def test_weights_that_lack_a_layer_are_rejected(copied: Path) -> None:

@@ -3,6 +3,9 @@ import json
 import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from experiment.checkpoints import checkpoint_path, mark_complete
@@ -18,12 +21,15 @@ from experiment.errors import UserError
 from experiment.run_folder import RunFolder, open_run_folder
 from experiment.run_lock import is_locked, lock_run
 from finetune import run as run_module
+from finetune.device import Device
 from finetune.kinds.classification import Kind
 from finetune.results import seed_run
 from finetune.results.seed_run import finished_seeds
 from finetune.run import finetune
 from launcher.cli import main
 from small_disk import SmallDisk
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -153,11 +159,18 @@ def test_finished_seeds_are_not_run_again(config_file: Path, tmp_path: Path, see
     assert steps[-1] == 2 * 2 * 10
 
 
-def test_one_process_at_a_time_uses_a_run_folder(config_file: Path, tmp_path: Path) -> None:
+def test_one_process_at_a_time_uses_a_run_folder(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Catches two processes that train the same seeds, and a lock that is not released."""
     with lock_run(open_run_folder(tmp_path / "run")), pytest.raises(UserError, match="another deepcloze process is"):
         finetune(config_file)
     assert not (tmp_path / "run" / "config.yaml").exists()
+    with lock_run(RunFolder(tmp_path / "run")):
+        assert main(["finetune", "--config", str(config_file)]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"deepcloze: run.dir: another deepcloze process is using {tmp_path / 'run'}"
+    )
     finetune(config_file, {"training.seeds": "1"})
     assert not is_locked(RunFolder(tmp_path / "run"))
 
@@ -194,6 +207,121 @@ def test_other_settings_do_not_mix_into_a_run(config_file: Path, task_files: dic
         file.write("low\tword1\n")
     with pytest.raises(UserError, match=r"sha256\.train"):
         finetune(config_file, one_seed)
+
+
+def test_another_encoder_in_the_same_place_does_not_mix_into_a_run(
+    config_file: Path, encoder: Path, tmp_path: Path
+) -> None:
+    """Catches seeds of two encoders in one table, because the folder has the same name, and of two tokenizers."""
+    folder = Path(shutil.copytree(encoder, tmp_path / "encoder"))
+    overrides = {"model.init_from": str(folder), "training.seeds": "[1]", "training.epochs": "1"}
+    finetune(config_file, overrides)
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: value + 1 for name, value in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"other settings: encoder\.model\.safetensors"):
+        finetune(config_file, overrides)
+    shutil.copy(encoder / "model.safetensors", folder)
+    vocabulary = (folder / "vocab.txt").read_text().splitlines()
+    (folder / "vocab.txt").write_text("\n".join([*vocabulary[:-2], vocabulary[-1], vocabulary[-2]]) + "\n")
+    with pytest.raises(UserError, match=r"other settings: encoder\.vocab\.txt \("):
+        finetune(config_file, overrides)
+
+
+def test_another_resolved_precision_does_not_mix_into_a_run(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches seeds of bf16 and fp32 in one table, trained with `precision: auto` on two machines."""
+    overrides = {"training.precision": "auto", "training.seeds": "[1]", "training.epochs": "1"}
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(run_module, "choose_device", lambda _: Device(cpu, torch.bfloat16))
+    finetune(config_file, overrides)
+    monkeypatch.setattr(run_module, "choose_device", lambda _: Device(cpu, None))
+    with pytest.raises(UserError, match=r"training\.precision \(training\.precision was 'bf16', is 'fp32'\)"):
+        finetune(config_file, {**overrides, "training.seeds": "[1, 2]"})
+
+
+def test_another_microbatch_size_is_the_same_run(config_file: Path, seeds_trained: list[int]) -> None:
+    """Catches a run that cannot be resumed with smaller microbatches after it ran out of memory."""
+    for size in ("null", "4"):
+        finetune(config_file, {"training.epochs": "1", "training.seeds": "[1]", "training.microbatch_size": size})
+    assert seeds_trained == [1]
+
+
+KILL = """
+import os, signal, sys, torch
+torch.set_num_threads(1)
+from finetune.training.state_file import StateFile
+from launcher.cli import main
+save, saved = StateFile.save, []
+def save_and_die(self, state):
+    save(self, state)
+    saved.append(state)
+    if len(saved) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+StateFile.save = save_and_die
+main(sys.argv[1:])
+"""
+
+
+def run_files(run: Path) -> dict[str, str]:
+    """The files of a run without what differs between equal runs: times, the name of the run and its path."""
+    kept = [run / "results.json", run / "curves.png", run / "confusion.png", *run.glob("seed-*/**/*")]
+    found = {str(path.relative_to(run)): path.read_bytes().decode("latin-1") for path in kept if path.is_file()}
+    del found["seed-1/model/deepcloze.json"]
+    for name in found:
+        if name.endswith("COMPLETE"):
+            found[name] = re.sub(r'"seconds": [\d.e-]+', "", found[name])
+        if name.endswith("epochs.csv"):
+            rows = list(csv.DictReader(found[name].splitlines()))
+            found[name] = str([{**row, "seconds": None} for row in rows])
+    return found
+
+
+def test_a_killed_run_resumes_within_a_seed(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a kill that costs a whole seed, and a resume whose files differ: by order, dropout, or the best weights.
+    Also the files of two runs with the same seed that differ."""
+    overrides = {"training.seeds": "[1]", "training.epochs": "4", "training.evaluate_every": "7"}
+    flags = [f"--{key}={value}" for key, value in overrides.items()]
+    script = [sys.executable, "-c", KILL, "finetune", "--config", str(config_file), *flags]
+    killed = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    run, other = tmp_path / "run", tmp_path / "other"
+    assert not (run / "seed-1").exists()
+    finetune(config_file, overrides)
+    assert "seed 1: resuming after step 14" in capsys.readouterr().err
+    finetune(config_file, {**overrides, "run.dir": str(other)})
+    assert "resuming" not in capsys.readouterr().err
+    assert run_files(run) == run_files(other)
+    assert len(run_files(run)) > 8
+    steps = [[json.loads(line)["step"] for line in (at / "metrics.jsonl").open()] for at in (run, other)]
+    assert steps[0] == steps[1]
+    assert not list(run.glob(".seed*"))
+
+
+def test_models_need_not_be_kept(config_file: Path, tmp_path: Path) -> None:
+    """Catches model folders that fill the disk in spite of run.keep, and scores that are lost with them."""
+    finetune(config_file, {"run.keep": "none", "training.epochs": "1"})
+    names = sorted(path.name for path in (tmp_path / "run" / "seed-1").iterdir())
+    assert names == ["COMPLETE", "epochs.csv", "predictions-test.csv", "predictions-validation.csv"]
+    assert len(results(tmp_path / "run")["splits"]["test"]["accuracy"]["values"]) == 2
+
+
+def test_a_dry_run_starts_nothing(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a dry run that trains, leaves a folder, or does not show what would be done."""
+    assert main(["finetune", "--config", str(config_file), "--dry_run", "--training.lr=0.5"]) == 0
+    captured = capsys.readouterr()
+    assert not (tmp_path / "run").exists()
+    assert "lr: 0.5" in captured.out
+    assert "20 updates of 16 examples for each of 2 seeds" in captured.out
+    for line in ("160 train, 40 validation, 30 test", "bert, 0.0 M parameters", "2 labels, in train"):
+        assert line in captured.err
+
+
+def test_label_smoothing_is_refused_by_kinds_without_it(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a setting that is ignored silently."""
+    monkeypatch.setattr(Kind, "smooths_labels", False)
+    with pytest.raises(UserError, match=r"training\.label_smoothing: tasks of kind 'classification' have no use"):
+        finetune(config_file, {"training.label_smoothing": "0.1"})
 
 
 def test_the_resolved_config_starts_the_same_run(

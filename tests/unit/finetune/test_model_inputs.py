@@ -17,6 +17,7 @@ from finetune.kinds.classification import Config, Kind
 from finetune.model import ModelSpec, build_model, read_model_inputs, save_model
 from finetune.splits import Task
 from finetune.training.evaluation import evaluate
+from finetune.training.microbatch import Microbatch
 
 KIND = Kind(Config(train="f", validation="f"), ("a", "b"))
 SPECIALS = ["<unk>", "<s>", "</s>", "<cls>", "<sep>", "<pad>", "<mask>"]
@@ -53,10 +54,10 @@ def test_predictions_of_xlnet_do_not_depend_on_the_batch(xlnet: Path) -> None:
     encoder = make_encoder(xlnet)
     task = Task(KIND, "accuracy", {}, Padding.of(encoder.tokenizer))
     split = encode_split(table, KIND, encoder, training=False)
-    model, _ = build_model(spec(xlnet))
+    model = build_model(spec(xlnet)).model
     device = Device(torch.device("cpu"), None)
     alone, together = (
-        [found["probabilities"]["a"] for found in evaluate(model, task, split, size, device).predictions]
+        [found["probabilities"]["a"] for found in evaluate(model, task, split, Microbatch(size), device).predictions]
         for size in (1, 20)
     )
     assert max(alone) - min(alone) > 1e-2
@@ -87,7 +88,7 @@ def test_models_without_token_types_get_none(encoder: Path, tmp_path: Path) -> N
 def inputs_of_saved(folder: Path, encoder: Encoder, saved: Path, *texts: str) -> dict[str, Any]:
     """The inputs that transformers alone makes of a text or a pair, from a saved folder."""
     tokenizer = load_any_tokenizer(folder, needed=("pad_token",))
-    model, _ = build_model(spec(folder))
+    model = build_model(spec(folder)).model
     save_model(model, tokenizer, encoder.special_tokens_in_text, saved)
     return dict(AutoTokenizer.from_pretrained(saved)(*texts))
 

@@ -1,3 +1,4 @@
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,8 +17,11 @@ from finetune.encoding.encoder import Tokens
 from finetune.encoding.examples import Example, Padding, Split
 from finetune.kinds.classification import Config, Kind
 from finetune.splits import Task
+from finetune.training import updater as updater_module
 from finetune.training.evaluation import Evaluation, evaluate
-from finetune.training.fit import fit
+from finetune.training.fit import Fitted, fit
+from finetune.training.microbatch import Microbatch
+from finetune.training.state_file import StateFile
 from finetune.training.updater import lr_factor, parameter_groups
 
 CPU = Device(torch.device("cpu"), None)
@@ -64,7 +68,7 @@ def probabilities(evaluation: Evaluation) -> Any:
 
 
 def predict(model: nn.Module, ready: Task, name: str, batch_size: int) -> Evaluation:
-    return evaluate(model, ready, ready.splits[name], batch_size, CPU)
+    return evaluate(model, ready, ready.splits[name], Microbatch(batch_size), CPU)
 
 
 def ignore(step: int, figures: Any) -> None:
@@ -111,7 +115,7 @@ def test_the_best_epoch_is_kept_and_the_first_of_a_tie(monkeypatch: pytest.Monke
     assert not torch.equal(weights[1], weights[3])
     monkeypatch.undo()
     for name in ("validation", "test"):
-        assert fitted.evaluations[name].predictions == predict(model, ready, name, 8).predictions
+        assert fitted.evaluations[name].predictions == predict(model, ready, name, 32).predictions
 
 
 def test_evaluation_ignores_batch_size_and_dropout() -> None:
@@ -190,3 +194,233 @@ def test_label_weights_move_the_predictions() -> None:
         for made in (task(), task(weights=(1.0, 50.0)))
     ]
     assert means[1] > means[0] + 0.05
+
+
+def fit_without_dropout(config: TrainingConfig, ready: Task | None = None, model: nn.Module | None = None) -> Fitted:
+    model = model or Bag()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return fit(model, ready or task(), config, 7, CPU, ignore)
+
+
+def losses(fitted: Fitted) -> list[float]:
+    return [loss for epoch in fitted.epochs for loss in (epoch.train_loss, epoch.validation_loss)]
+
+
+WEIGHTS = (0.7, 2.3)
+
+
+@pytest.mark.parametrize("size", [1, 3, 8, 20])
+def test_microbatches_do_not_change_the_result(size: int) -> None:
+    """Catches gradients that are averaged over microbatches of different sizes, or weights of labels that are."""
+    config = TrainingConfig(lr=0.01, epochs=2, batch_size=20)
+    models = Bag(), Bag()
+    whole = fit_without_dropout(config, task(WEIGHTS), models[0])
+    parts = fit_without_dropout(config.model_copy(update={"microbatch_size": size}), task(WEIGHTS), models[1])
+    assert losses(parts) == pytest.approx(losses(whole), abs=1e-6)
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+class SmallMemory(Bag):
+    """Runs out of memory with more than `limit` sequences: in the forward pass or, with gradients, after a part of the
+    backward pass."""
+
+    def __init__(self, limit: int, error: RuntimeError) -> None:
+        super().__init__()
+        self.limit, self.error = limit, error
+        self.failures = 0
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+        outputs = super().forward(input_ids, attention_mask)
+        if len(input_ids) > self.limit:
+            self.failures += 1
+            if not outputs.logits.requires_grad:
+                raise self.error
+            outputs.logits.sum().backward(retain_graph=True)  # gradients that must not stay
+            outputs.logits.register_hook(self._fail)
+        return outputs
+
+    def _fail(self, gradient: torch.Tensor) -> None:
+        raise self.error
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["GPU", "CPU"])
+def test_running_out_of_memory_changes_no_loss(error: RuntimeError, caplog: pytest.LogCaptureFixture) -> None:
+    """Catches an update that loses examples or keeps half a gradient, predictions of too few examples, a warning at
+    each update, and a batch that is tried again at a size that failed."""
+    config = TrainingConfig(lr=0.01, epochs=2, batch_size=20)
+    expected = fit_without_dropout(config)
+    model = SmallMemory(6, error)
+    found = fit_without_dropout(config, model=model)
+    assert losses(found) == pytest.approx(losses(expected), abs=1e-6)
+    assert [row["label"] for row in found.evaluations["validation"].predictions] == [
+        row["label"] for row in expected.evaluations["validation"].predictions
+    ]
+    training, evaluation = caplog.messages
+    assert training == "out of memory: computing 5 examples at once, not 20; updates stay the same"
+    assert "computing 5 examples at once" in evaluation
+    assert model.failures == 2 + 3  # 20, 10; 37, 19, 10
+
+
+def test_too_little_memory_for_one_example_is_a_user_error() -> None:
+    """Catches an endless loop, and a traceback of the allocator."""
+    with pytest.raises(UserError, match=r"single example; lower model\.max_seq_length"):
+        fit_without_dropout(TrainingConfig(batch_size=4), model=SmallMemory(0, OUT_OF_MEMORY[0]))
+
+
+def test_other_errors_are_not_taken_for_memory() -> None:
+    """Catches a bug that is retried with smaller batches until it is reported as too little memory."""
+    with pytest.raises(RuntimeError, match="sizes of tensors"):
+        fit_without_dropout(TrainingConfig(batch_size=4), model=SmallMemory(0, RuntimeError("sizes of tensors differ")))
+
+
+class Bias(nn.Module):
+    """Outputs that do not depend on the input, so that the gradient shows what each label contributes."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(count))
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+        return SimpleNamespace(logits=self.bias.expand(len(input_ids), -1))
+
+
+def of_targets(targets: list[int], labels: tuple[str, ...], balanced: bool = False) -> Task:
+    """Texts of one to four tokens with these labels."""
+    kind = Kind(Config(train="f.csv", validation="f.csv"), labels)
+    records = tuple(Record("f.csv", {"label": labels[target]}) for target in targets)
+    ids = torch.ones(4, dtype=torch.int64)
+    examples = tuple(Example((Tokens(ids[: n % 4 + 1], None),), target) for n, target in enumerate(targets))
+    made = Split(Table(Path("f.csv"), records, True), examples, tuple(range(len(targets))))
+    weights = kind.label_weights(examples) if balanced else None
+    return Task(kind, "accuracy", {"train": made, "validation": made}, Padding(0, "right", 0), weights)
+
+
+@pytest.fixture
+def gradients(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """The gradient of each update before clipping, of a model with one parameter."""
+    found: list[torch.Tensor] = []
+
+    def record(parameters: Any, _: float) -> None:
+        found.append(next(iter(parameters)).grad.clone())
+
+    monkeypatch.setattr(updater_module, "clip_grad_norm_", record)
+    return found
+
+
+@pytest.mark.parametrize("batch_size", [8, 1000])
+def test_balanced_weights_give_each_label_the_same_share(batch_size: int, gradients: list[torch.Tensor]) -> None:
+    """Catches a weighted mean per batch: batches of 8 have few or no examples of a rare label, and those that have
+    some would count less. With equal shares and equal probabilities the gradient of an epoch is 0."""
+    labels = ("neutral", "joy", "surprise", "anger", "sadness", "disgust", "fear")  # and their shares in MELD
+    shares = (0.472, 0.174, 0.121, 0.111, 0.068, 0.027, 0.027)
+    targets = [label for label, share in enumerate(shares) for _ in range(round(1000 * share))]
+    ready = of_targets(targets, labels, balanced=True)
+    fit(Bias(len(labels)), ready, TrainingConfig(lr=1e-12, epochs=1, batch_size=batch_size), 1, CPU, ignore)
+    assert len(gradients) == -(-len(targets) // batch_size)
+    assert max(gradient.abs().max() for gradient in gradients) > 1e-3 or batch_size == 1000
+    assert torch.stack(gradients).mean(0).abs().max() < 1e-6
+
+
+def test_a_short_batch_counts_by_its_examples(gradients: list[torch.Tensor]) -> None:
+    """Catches a full step for the few examples that are left at the end of an epoch."""
+    ready = of_targets([0] * 11, ("a", "b"))
+    fit(Bias(2), ready, TrainingConfig(lr=1e-12, epochs=1, batch_size=8), 1, CPU, ignore)
+    sizes = sorted(gradient.norm().item() for gradient in gradients)
+    assert sizes[0] == pytest.approx(sizes[1] * 3 / 8)
+
+
+def test_losses_of_training_and_validation_are_comparable() -> None:
+    """Catches label weights or smoothing in only one of them. The splits are the same, and nothing is learned."""
+    ready = replace(of_targets([0, 0, 0, 1, 1, 0, 0, 0, 1], ("a", "b"), balanced=True), label_smoothing=0.2)
+    epoch = fit(Bias(2), ready, TrainingConfig(lr=1e-12, epochs=1, batch_size=4), 1, CPU, ignore).epochs[0]
+    assert epoch.train_loss == pytest.approx(epoch.validation_loss)
+
+
+def test_label_smoothing_spreads_the_target(gradients: list[torch.Tensor]) -> None:
+    """Catches smoothing that never reaches the loss. The gradient is the probabilities minus the target."""
+    ready = replace(of_targets([0] * 4, ("a", "b")), label_smoothing=0.2)
+    fit(Bias(2), ready, TrainingConfig(lr=1e-12, epochs=1, batch_size=4), 1, CPU, ignore)
+    torch.testing.assert_close(gradients[0], torch.tensor([0.5 - 0.9, 0.5 - 0.1]))
+
+
+def test_evaluation_every_few_steps() -> None:
+    """Catches evaluations at wrong steps, none after the last step, and training losses that overlap."""
+    config = TrainingConfig(lr=0.01, steps=13, batch_size=16, evaluate_every=3)
+    fitted = fit_without_dropout(config)
+    assert [epoch.steps for epoch in fitted.epochs] == [3, 6, 9, 12, 13]
+    assert [epoch.epoch for epoch in fitted.epochs] == [0.75, 1.5, 2.25, 3, 3.25]
+    whole = fit_without_dropout(config.model_copy(update={"evaluate_every": 12}))
+    first = np.mean([epoch.train_loss for epoch in fitted.epochs[:4]])
+    assert first == pytest.approx(whole.epochs[0].train_loss)
+
+
+def test_patience_stops_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches patience that counts from the start, that counts equal scores as better, or that is off by one."""
+    accuracies = iter([0.5, 0.6, 0.9, 0.9, 0.8, 1.0])
+    monkeypatch.setattr(Kind, "scores", lambda *_: {"accuracy": next(accuracies)})
+    fitted = fit(Bag(), task(), TrainingConfig(epochs=9, batch_size=8, patience=2), 1, CPU, ignore)
+    assert len(fitted.epochs) == 5
+    assert fitted.best.epoch == 3
+
+
+class KilledError(Exception):
+    pass
+
+
+@dataclass(frozen=True)
+class KilledAfter(StateFile):
+    """Ends the training after a number of saves."""
+
+    saves: list[int]
+
+    def save(self, state: Any) -> None:
+        super().save(state)
+        self.saves[0] -= 1
+        if not self.saves[0]:
+            raise KilledError
+
+
+@pytest.mark.parametrize("saves", [1, 3])
+def test_a_training_resumes_exactly(tmp_path: Path, saves: int) -> None:
+    """Catches a resume with another order, other dropout, no optimizer state, or without the best weights so far."""
+    config = TrainingConfig(lr=0.03, epochs=3, batch_size=8, evaluate_every=5)
+    path = tmp_path / "work" / "state.pt"
+    ready, models = task(test=split(9, 3)), (Bag(), Bag())
+    events: dict[str, list[tuple[int, Any]]] = {"whole": [], "resumed": []}
+
+    def log_to(name: str) -> Any:
+        return lambda step, metrics: events[name].append((step, metrics.get("loss"), metrics.get("lr")))
+
+    whole = fit(models[0], ready, config, 7, CPU, log_to("whole"))
+    with pytest.raises(KilledError):
+        fit(Bag(), ready, config, 7, CPU, log_to("resumed"), KilledAfter(path, {"lr": 1}, [saves]))
+    assert StateFile(path, {"lr": 1}).steps == 5 * saves
+    resumed = fit(models[1], ready, config, 7, CPU, log_to("resumed"), StateFile(path, {"lr": 1}))
+    assert without_seconds(resumed) == without_seconds(whole)
+    assert events["resumed"] == events["whole"]
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def without_seconds(fitted: Fitted) -> Fitted:
+    return replace(fitted, epochs=tuple(replace(epoch, seconds=0) for epoch in fitted.epochs), best=fitted.best.steps)  # type: ignore[arg-type]
+
+
+def test_a_state_of_other_settings_or_a_damaged_one_is_not_used(tmp_path: Path) -> None:
+    """Catches a training that continues with the weights of another learning rate, and a traceback."""
+    path = tmp_path / "state.pt"
+    StateFile(path, {"lr": 1}).save({"updater": {"steps": 3}})
+    assert StateFile(path, {"lr": 1}).steps == 3
+    assert StateFile(path, {"lr": 2}).load() is None
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"state\.pt is damaged .*remove it"):
+        StateFile(path, {"lr": 1}).load()
