@@ -12,7 +12,7 @@ from experiment.errors import UserError
 from finetune.predictor import Predictor
 from finetune.saved_task import FILE, read_saved_task
 
-TEXTS = [f"word{number} word{number % 7}" for number in range(40)]
+LONG = [f"word{number} " * 200 for number in range(40)]  # longer than the 16 tokens of the model
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_texts_are_cut_as_in_training(model: Path) -> None:
 def test_threads_share_a_predictor(model: Path) -> None:
     """Catches state that a prediction leaves behind, such as the truncation of the tokenizer."""
     predictor = Predictor.load(model, "fp32", batch_size=4)
-    records = [{"text": text} for text in TEXTS]
+    records = [{"text": text} for text in LONG]
     expected = [predictor.predict([record])[0]["label"] for record in records]
     with ThreadPoolExecutor(8) as threads:
         found = list(threads.map(lambda _: predictor.predict(records), range(16)))
