@@ -13,7 +13,7 @@ from finetune.device import choose_device
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Padding, encode_split
 from finetune.model import ModelSpec, build_model, read_model_inputs
-from finetune.saved_task import read_saved_task
+from finetune.saved_task import SavedTask, read_saved_task
 from finetune.task_kind import Prediction, TaskKind
 from finetune.training.evaluation import Inference, decode
 from finetune.training.microbatch import Microbatch
@@ -39,14 +39,14 @@ class Predictor:
         folder: Path,
         precision: str = "auto",
         batch_size: int = 128,
-        overrides: Mapping[str, str] | None = None,
+        task: SavedTask | None = None,
     ) -> Self:
-        """Load a model folder, see `finetune.saved_task`.
+        """Load a model folder.
 
-        precision: as in the training config. batch_size: sequences that are computed at once. overrides: keys of the
-        task, such as `columns.text`. Raises UserError for a folder that is not usable.
+        precision: as in the training config. batch_size: sequences that are computed at once. task: default: the one
+        that is saved in the folder. Raises UserError for a folder that is not usable.
         """
-        task = read_saved_task(folder, overrides)
+        task = task or read_saved_task(folder)
         device = choose_device(precision)
         tokenizer = load_any_tokenizer(folder, needed=("pad_token",))
         spec = ModelSpec(folder, True, task.kind.auto_model, task.kind.head)

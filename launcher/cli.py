@@ -9,6 +9,7 @@ import fire
 
 from experiment.disk_errors import describe_disk_error
 from experiment.errors import StoppedError, UserError
+from finetune.options import PredictOptions
 from launcher.command_line import Command, help_text, is_help_request, parse_command_line
 from launcher.options import (
     ConfigOptions,
@@ -166,6 +167,21 @@ def finetune(options: FinetuneOptions) -> None:
     run_finetuning(options.config, options.overrides, options.dry_run)
 
 
+def predict(options: PredictOptions) -> None:
+    """Predict with a fine-tuned model for the rows of a file.
+
+    Writes a row for each row of the input, in its order: number, texts, prediction, probabilities. The columns of the
+    input are those of training, labels are not needed; --columns.text=NAME and the like name others. The file is read
+    twice, first to check it; files larger than the memory are fine. See docs/finetuning.md.
+
+    Example:
+        deepcloze predict --model runs/sst2 --input reviews.csv --output labels.csv --columns.text=review
+    """
+    from finetune.predict import predict_command
+
+    predict_command(options)
+
+
 def sweep(options: SweepOptions) -> None:
     """Run a pretraining or fine-tuning config at every point of a grid.
 
@@ -220,6 +236,7 @@ COMMANDS: dict[str, Command] = {
         evaluate,
         export,
         finetune,
+        predict,
         sweep,
         report,
     )

@@ -41,7 +41,7 @@ def read_table(
 
     Raises UserError with file and line.
     """
-    records = list(_records(read_rows(path, csv_format or CsvFormat()), columns, targets_required))
+    records = list(read_records(read_rows(path, csv_format or CsvFormat()), columns, targets_required))
     if not records:
         raise UserError(f"{path} has no rows")
     return _check_targets(path, records, columns.cell_types(), targets_required)
@@ -64,22 +64,30 @@ def _check_targets(path: Path, records: list[Record], types: Mapping[str, CellTy
     return Table(path, tuple(records), labelled)
 
 
-def _records(rows: Iterable[Row], columns: Columns, targets_required: bool) -> Iterator[Record]:
+def read_records(
+    rows: Iterable[Row], columns: Columns, targets_required: bool = True, key: str = "task.columns"
+) -> Iterator[Record]:
+    """The rows as records, one by one; their targets may be empty.
+
+    key: what messages call the names of the columns. Raises UserError with file and line.
+    """
     types = columns.cell_types()
     names: Sequence[str] | None = None
     indices: dict[str, int | list[int]] = {}
     for row in rows:
         if row.names != names:
-            names, indices = row.names, dict(_find_columns(row, columns, targets_required))
+            names, indices = row.names, dict(_find_columns(row, columns, targets_required, key))
         yield Record(row.place, {role: _read_cell(row, types[role], found) for role, found in indices.items()})
 
 
-def _find_columns(row: Row, columns: Columns, targets_required: bool) -> Iterator[tuple[str, int | list[int]]]:
+def _find_columns(
+    row: Row, columns: Columns, targets_required: bool, key: str
+) -> Iterator[tuple[str, int | list[int]]]:
     """(role, position of its column, or of each of its columns) for all roles that the row has."""
     for role, cell_type in columns.cell_types().items():
         asked = columns.names(role)
         if targets_required or not cell_type.target or any(name in row.names for name in asked):
-            indices = [column_index(row.names, name, row.named_at, f"task.columns.{role}") for name in asked]
+            indices = [column_index(row.names, name, row.named_at, f"{key}.{role}") for name in asked]
             yield role, indices if isinstance(getattr(columns, role), tuple) else indices[0]
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from experiment.files import write_json
 from experiment.results.report import UNKNOWN
@@ -14,6 +13,7 @@ from experiment.run_folder import RunFolder
 from finetune.config import FinetuneConfig
 from finetune.results.figures import draw_confusion, draw_curves
 from finetune.results.metrics import summarize
+from finetune.results.score_table import print_scores
 from finetune.results.seed_run import SeedRecord
 
 
@@ -52,18 +52,9 @@ def write_results(
 
 def print_results(results: Mapping[str, Any], path: Path) -> None:
     """Print the scores: mean ± standard deviation over the seeds. path: where results.json is."""
-    splits = results["splits"]
-    table = Table()
-    table.add_column(f"mean ± std of {len(results['seeds'])}")
-    for split in splits:
-        table.add_column(split, justify="right")
-    for name in next(iter(splits.values())):
-        cells = [_mean_and_std(scores[name]) for scores in splits.values()]
-        table.add_row(f"{name} *" if name == results["metric"] else name, *cells)
-    console = Console()
-    console.print(table)
+    print_scores(f"mean ± std of {len(results['seeds'])}", results["splits"], results["metric"], _mean_and_std)
     lines = ["* selected the best epoch", *_describe_collapsed(results), str(path)]
-    console.print("\n".join(lines), markup=False, soft_wrap=True, highlight=False)
+    Console().print("\n".join(lines), markup=False, soft_wrap=True, highlight=False)
 
 
 def _mean_and_std(scores: Mapping[str, Any]) -> str:

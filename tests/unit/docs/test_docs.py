@@ -54,7 +54,8 @@ def test_commands_have_the_flags_shown(page: Path, capsys: pytest.CaptureFixture
         assert main([name, "--help"]) == 0
         flags = set(re.findall(r"--(\w+)", capsys.readouterr().out)) | {"help"}
         for flag in (argument[2:].partition("=")[0] for argument in arguments if argument.startswith("--")):
-            known = _is_config_key(flag) if "." in flag else flag in flags
+            key = f"task.{flag}" if name == "predict" else flag
+            known = _is_config_key(key) if "." in flag else flag in flags
             assert known, f"{command}: no such flag: --{flag}"
 
 

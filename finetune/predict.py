@@ -1,0 +1,136 @@
+"""`deepcloze predict`: predict for the rows of a file, which may be larger than the memory."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from experiment.csv_and_jsonl import CsvFormat
+from experiment.disk_errors import disk_errors_as
+from experiment.errors import UserError
+from experiment.files import write_json
+from experiment.tracking.console import terminal
+from finetune.data.records import Record, read_records
+from finetune.data.rows import read_rows
+from finetune.options import PredictOptions
+from finetune.predictor import Predictor
+from finetune.results.best_seed import find_model
+from finetune.results.predictions import prediction_rows
+from finetune.results.row_file import check_row_file, open_row_file
+from finetune.results.score_table import print_scores
+from finetune.saved_task import read_saved_task
+from finetune.task_kind import Prediction, TaskKind
+
+_CHUNK = 64  # batches that are read, sorted by length, computed and written together
+
+
+@dataclass(frozen=True)
+class Input:
+    """The rows of a file, read anew by each iteration."""
+
+    path: Path
+    kind: TaskKind[Any]
+    labelled: bool  # whether to read the targets too
+
+    def __iter__(self) -> Iterator[Record]:
+        task = self.kind.config
+        columns = task.columns if self.labelled else task.columns.without_targets()
+        csv_format = CsvFormat(task.sep, task.quoting, header=task.header == 0, quoting_key="--quoting")
+        return read_records(read_rows(self.path, csv_format), columns, self.labelled, key="--columns")
+
+    def count(self) -> int:
+        """Number of rows. Raises UserError for a file that cannot be predicted, before a model is loaded."""
+        targets = [role for role, cell_type in self.kind.config.columns.cell_types().items() if cell_type.target]
+        count = 0
+        for record in self:
+            count += 1
+            if self.labelled and (empty := [role for role in targets if record.values.get(role) is None]):
+                raise UserError(f"{record.place}: the {empty[0]} is empty")
+        if not count:
+            raise UserError(f"{self.path} has no rows")
+        return count
+
+
+@dataclass
+class Scored:
+    """What scores are computed from."""
+
+    records: list[Record] = field(default_factory=list)
+    predictions: list[Prediction] = field(default_factory=list)
+
+
+def predict_command(options: PredictOptions) -> None:
+    """Run the command. Raises UserError."""
+    output = Path(options.output)
+    check_row_file(output)
+    if output.resolve() == Path(options.input).resolve():
+        raise UserError(f"--output: {output} is the input")
+    folder, description = find_model(Path(options.model))
+    task = read_saved_task(folder, _overrides(options))
+    rows = Input(Path(options.input), task.kind, options.score)
+    count = rows.count()
+    terminal().print(f"model: {description}", markup=False)
+    predictor = Predictor.load(folder, options.precision, options.batch_size, task)
+    with disk_errors_as(UserError):
+        scored = _write(output, predictor, rows, count, options)
+        terminal().print(f"{output}: {count:,} rows", markup=False)
+        if scored is not None:
+            _report_scores(output.with_suffix(".scores.json"), predictor, scored, options)
+
+
+def _overrides(options: PredictOptions) -> Mapping[str, str]:
+    """Keys of the task -> raw text."""
+    for key in options.overrides:
+        if not key.startswith("columns."):
+            raise UserError(f"unknown flag '--{key}'; columns are named as --columns.text=NAME")
+    flags = {"sep": options.sep, "quoting": options.quoting, "header": options.header}
+    written = {key: "null" if value == "none" else str(value) for key, value in flags.items() if value is not None}
+    return {**options.overrides, **written}
+
+
+def _write(output: Path, predictor: Predictor, rows: Input, count: int, options: PredictOptions) -> Scored | None:
+    """Predict in chunks, and write each. Returns what is to be scored, if anything."""
+    scored = Scored() if options.score else None
+    done = 0
+    with open_row_file(output) as write, _progress() as bar:
+        task = bar.add_task("", total=count)
+        for chunk in _chunks(rows, options.batch_size * _CHUNK):
+            predictions = predictor.predict_records(chunk)
+            write(prediction_rows(predictor.kind, chunk, predictions, first=done + 1))
+            done += len(chunk)
+            bar.update(task, completed=done)
+            if scored is not None:
+                scored.records += chunk
+                scored.predictions += predictions
+    return scored
+
+
+def _chunks(rows: Input, size: int) -> Iterator[Sequence[Record]]:
+    records = iter(rows)
+    while chunk := list(islice(records, size)):
+        yield chunk
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("rows"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=terminal(), transient=True, disable=not terminal().is_interactive)
+
+
+def _report_scores(path: Path, predictor: Predictor, scored: Scored, options: PredictOptions) -> None:
+    scores = predictor.kind.scores(scored.records, scored.predictions)
+    metric = predictor.kind.config.metric
+    write_json(
+        path,
+        {
+            "model": str(predictor.folder.absolute()),
+            "input": str(Path(options.input).absolute()),
+            "rows": len(scored.records),
+            "metric": metric,
+            "scores": scores,
+        },
+    )
+    print_scores(f"{len(scored.records):,} rows", {Path(options.input).name: scores}, metric)
+    print(path)

@@ -1,0 +1,42 @@
+"""The model of a fine-tuning run: that of the seed with the best score on validation."""
+
+from pathlib import Path
+
+from experiment.errors import UserError
+from experiment.strict_json import parse_json
+from finetune.task_kind import find_kind
+
+RESULTS = "results.json"
+
+
+def find_model(path: Path) -> tuple[Path, str]:
+    """The model folder that `path` refers to, and a line that says which it is.
+
+    path: a model folder, the folder of a seed, or a run. Raises UserError if it is none of these.
+    """
+    if (path / "config.json").is_file():
+        return path, str(path)
+    if (path / "model" / "config.json").is_file():
+        return path / "model", str(path / "model")
+    if (path / RESULTS).is_file():
+        return _best_seed(path)
+    problem = "holds neither config.json nor results.json" if path.is_dir() else "is not a folder"
+    raise UserError(f"{path} {problem}: expected a model folder, such as RUN/seed-1/model, or a finished run")
+
+
+def _best_seed(run: Path) -> tuple[Path, str]:
+    """The first of the best seeds whose model was kept."""
+    path = run / RESULTS
+    try:
+        results = parse_json(path.read_text(encoding="utf-8"))
+        metric, split = results["metric"], next(iter(results["splits"]))
+        values = dict(zip(results["seeds"], results["splits"][split][metric]["values"], strict=True))
+        direction = find_kind(results["kind"]).metrics[metric]
+    except (OSError, ValueError, KeyError, TypeError, ImportError, StopIteration):
+        raise UserError(f"{path} is damaged: expected the results of a fine-tuning run") from None
+    kept = [seed for seed in values if (run / f"seed-{seed}" / "model" / "config.json").is_file()]
+    if not kept:
+        raise UserError(f"{run} has kept no model of its seeds; expected RUN/seed-N/model")
+    best = max(kept, key=lambda seed: direction * values[seed])
+    folder = run / f"seed-{best}" / "model"
+    return folder, f"{folder} (best of {len(values)} seeds: {metric} {values[best]:.4f} on {split})"

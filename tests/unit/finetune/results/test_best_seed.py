@@ -1,0 +1,46 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from experiment.errors import UserError
+from finetune.kinds.classification import Kind
+from finetune.results.best_seed import find_model
+from finetune.task_kind import Direction
+
+
+def run_with(folder: Path, values: list[float], kept: list[int]) -> Path:
+    """A run with seeds 1, 2, … and these accuracies on validation. kept: the seeds that have a model."""
+    for seed in kept:
+        (folder / f"seed-{seed}" / "model").mkdir(parents=True)
+        (folder / f"seed-{seed}" / "model" / "config.json").touch()
+    results = {
+        "kind": "classification",
+        "metric": "accuracy",
+        "seeds": list(range(1, len(values) + 1)),
+        "splits": {"validation": {"accuracy": {"values": values}}},
+    }
+    (folder / "results.json").write_text(json.dumps(results))
+    return folder
+
+
+def test_the_best_seed_that_has_a_model(tmp_path: Path) -> None:
+    """Catches a seed whose model was not kept, and the last of equals."""
+    folder, description = find_model(run_with(tmp_path, [0.5, 0.7, 0.9, 0.7], kept=[1, 2, 4]))
+    assert folder == tmp_path / "seed-2" / "model"
+    assert description.endswith("(best of 4 seeds: accuracy 0.7000 on validation)")
+
+
+def test_the_best_may_be_the_lowest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches the worst seed being chosen by a metric of which less is better."""
+    monkeypatch.setattr(Kind, "metrics", {"accuracy": Direction.LOWER})
+    assert find_model(run_with(tmp_path, [0.5, 0.7], kept=[1, 2]))[0] == tmp_path / "seed-1" / "model"
+
+
+def test_a_run_without_models_is_a_user_error(tmp_path: Path) -> None:
+    """Catches a traceback for a run that kept only its scores, or whose results are damaged."""
+    with pytest.raises(UserError, match="has kept no model of its seeds"):
+        find_model(run_with(tmp_path, [0.5], kept=[]))
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(UserError, match=r"results\.json is damaged"):
+        find_model(tmp_path)

@@ -1,0 +1,57 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pyarrow import parquet
+
+from experiment.errors import UserError
+from finetune.results.row_file import open_row_file
+
+ROWS: list[list[dict[str, Any]]] = [
+    [{"row": 1, "spans": [[0, 2]], "p": 0.5, "note": None}],
+    [{"row": 2, "spans": [], "p": 1.0, "note": "a"}],
+]
+
+
+def write(path: Path, interrupted: bool = False) -> Path:
+    with open_row_file(path) as add:
+        for rows in ROWS:
+            add(rows)
+            if interrupted:
+                raise KeyboardInterrupt
+    return path
+
+
+def test_lists_and_missing_values(tmp_path: Path) -> None:
+    """Catches Python's notation in a cell, and a Parquet type that fits only the first rows."""
+    assert write(tmp_path / "a.csv").read_text().split() == [
+        "row,spans,p,note",
+        '1,"[[0,',
+        '2]]",0.5,',
+        "2,[],1.0,a",
+    ]
+    table = parquet.read_table(write(tmp_path / "a.parquet"))
+    assert table.schema.types == ["int64", "string", "double", "string"]
+    assert table.to_pylist() == [
+        {"row": 1, "spans": "[[0, 2]]", "p": 0.5, "note": None},
+        {"row": 2, "spans": "[]", "p": 1.0, "note": "a"},
+    ]
+    lines = write(tmp_path / "a.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [row for rows in ROWS for row in rows]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.parquet"])
+def test_a_file_is_complete_or_as_it_was(tmp_path: Path, name: str) -> None:
+    """Catches the first rows of an interrupted prediction in place of a finished one."""
+    before = write(tmp_path / name).read_bytes()
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / name, interrupted=True)
+    assert (tmp_path / name).read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_an_unknown_format_is_rejected(tmp_path: Path) -> None:
+    """Catches CSV in a file called .xlsx."""
+    with pytest.raises(UserError, match=r"a\.xlsx: expected a file that ends in \.csv, \.tsv, \.jsonl, \.parquet"):
+        write(tmp_path / "a.xlsx")

@@ -1,0 +1,183 @@
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pyarrow import parquet
+
+from finetune import predict as predict_module
+from finetune.predictor import Predictor
+from finetune.task_kind import Prediction
+from launcher.cli import main
+
+Row = dict[str, str]
+PROBABILITIES = ["probability_high", "probability_low"]
+
+
+def read_csv(path: Path, separator: str = ",") -> list[Row]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file, delimiter=separator))
+
+
+@pytest.fixture
+def texts(trained_run: Path, tmp_path: Path) -> Path:
+    """The test split without labels."""
+    path = tmp_path / "texts.tsv"
+    rows = read_csv(trained_run.parent / "test.tsv", "\t")
+    path.write_text("text\n" + "".join(f"{row['text']}\n" for row in rows))
+    return path
+
+
+def predict(model: Path, source: Path, output: Path, *flags: str) -> int:
+    argv = ["--model", str(model), "--input", str(source), "--output", str(output), "--precision=fp32", *flags]
+    return main(["predict", *argv])
+
+
+def test_it_writes_the_predictions_of_training(trained_run: Path, texts: Path, tmp_path: Path) -> None:
+    """Catches rows in the order of the length-sorted batches, and other columns than in the files of a run."""
+    assert predict(trained_run / "seed-2" / "model", texts, tmp_path / "out.csv", "--batch_size=3") == 0
+    rows, expected = read_csv(tmp_path / "out.csv"), read_csv(trained_run / "seed-2" / "predictions-test.csv")
+    assert list(rows[0]) == ["row", "text", "predicted", *PROBABILITIES]
+    for row, other in zip(rows, expected, strict=True):
+        assert [row[key] for key in ("row", "text", "predicted")] == [
+            other[key] for key in ("row", "text", "predicted")
+        ]
+        assert float(row["probability_high"]) == pytest.approx(float(other["probability_high"]), abs=1e-5)
+
+
+@pytest.mark.parametrize("suffix", [".tsv", ".jsonl", ".parquet"])
+def test_all_formats_hold_the_same_rows(trained_run: Path, texts: Path, tmp_path: Path, suffix: str) -> None:
+    """Catches a format with other columns or types: numbers must be numbers in JSON and Parquet."""
+    for name in (".csv", suffix):
+        assert predict(trained_run / "seed-1", texts, tmp_path / f"out{name}") == 0
+    expected = read_csv(tmp_path / "out.csv")
+    found: list[dict[str, Any]]
+    if suffix == ".parquet":
+        found = parquet.read_table(tmp_path / "out.parquet").to_pylist()
+    elif suffix == ".jsonl":
+        found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    else:
+        found = list(read_csv(tmp_path / "out.tsv", "\t"))
+    assert [{key: str(value) for key, value in row.items()} for row in found] == expected
+    if suffix != ".tsv":
+        assert [type(value) for value in found[0].values()] == [int, str, str, float, float]
+
+
+def test_memory_does_not_grow_with_the_file(
+    trained_run: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a file that is read whole before the first row is predicted, and row numbers that restart."""
+    at_once: list[int] = []
+    read: list[int] = []
+    compute, records = Predictor.predict_records, predict_module.read_records
+
+    def count_computed(self: Predictor, chunk: list[Any]) -> list[Prediction]:
+        at_once.append(len(chunk))
+        assert sum(read) - 30 <= sum(at_once)  # the file was read once before, to check it
+        return compute(self, chunk)
+
+    def count_read(*arguments: Any, **options: Any) -> Iterator[Any]:
+        for record in records(*arguments, **options):
+            read.append(1)
+            yield record
+
+    monkeypatch.setattr(predict_module, "_CHUNK", 2)
+    monkeypatch.setattr(Predictor, "predict_records", count_computed)
+    monkeypatch.setattr(predict_module, "read_records", count_read)
+    assert predict(trained_run / "seed-1", texts, tmp_path / "out.csv", "--batch_size=4") == 0
+    assert at_once == [8, 8, 8, 6]
+    assert [row["row"] for row in read_csv(tmp_path / "out.csv")] == [str(number) for number in range(1, 31)]
+
+
+def test_a_run_stands_for_its_best_seed(
+    trained_run: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches the first or last seed instead of the best one on validation, and a choice that is not told."""
+    values = json.loads((trained_run / "results.json").read_text())["splits"]["validation"]["macro_f1"]["values"]
+    best = 1 + values.index(max(values))
+    assert predict(trained_run, texts, tmp_path / "out.csv") == 0
+    assert f"seed-{best}/model (best of 2 seeds: macro_f1 {max(values):.4f} on validation)" in capsys.readouterr().err
+
+
+def test_scores_of_a_labelled_file(trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches scores that differ from those of training, or leave no file."""
+    source, output = trained_run.parent / "test.tsv", tmp_path / "out.csv"
+    assert predict(trained_run / "seed-1" / "model", source, output, "--score") == 0
+    rows = read_csv(output)
+    assert list(rows[0]) == ["row", "text", "label", "predicted", *PROBABILITIES]
+    written = json.loads((tmp_path / "out.scores.json").read_text())
+    splits = json.loads((trained_run / "results.json").read_text())["splits"]
+    expected = {name: score["values"][0] for name, score in splits["test"].items()}
+    assert written["scores"] == pytest.approx(expected)
+    assert (written["rows"], written["metric"], written["input"]) == (30, "macro_f1", str(source))
+    printed = capsys.readouterr().out
+    assert "macro_f1 *" in printed
+    assert str(tmp_path / "out.scores.json") in printed
+
+
+def test_columns_and_separator_of_another_file(trained_run: Path, tmp_path: Path) -> None:
+    """Catches files that must look like the training data."""
+    (tmp_path / "reviews.csv").write_text('id;review\n1;word1 "word2\n2;word30\n')
+    flags = ("--columns.text=review", "--sep=;", "--quoting=3")
+    assert predict(trained_run, tmp_path / "reviews.csv", tmp_path / "out.csv", *flags) == 0
+    assert [row["text"] for row in read_csv(tmp_path / "out.csv")] == ['word1 "word2', "word30"]
+    (tmp_path / "bare.csv").write_text("1,word1\n2,word30\n")
+    flags = ("--columns.text=1", "--columns.label=0", "--header=none")
+    assert predict(trained_run, tmp_path / "bare.csv", tmp_path / "out.csv", *flags) == 0
+    assert [row["text"] for row in read_csv(tmp_path / "out.csv")] == ["word1", "word30"]
+
+
+def test_labels_are_ignored_unless_they_are_scored(trained_run: Path, tmp_path: Path) -> None:
+    """Catches a file that is rejected for its labels, which are not needed."""
+    (tmp_path / "odd.jsonl").write_text('{"text": "word1", "label": 0.5}\n{"text": "word2"}\n')
+    assert predict(trained_run, tmp_path / "odd.jsonl", tmp_path / "out.csv") == 0
+    assert list(read_csv(tmp_path / "out.csv")[0]) == ["row", "text", "predicted", *PROBABILITIES]
+
+
+def test_cells_are_not_changed(trained_run: Path, tmp_path: Path) -> None:
+    """Catches texts that are escaped for spreadsheets or mangled by separators, quotes and line breaks: a predictions
+    file is data, and must read back as it was."""
+    texts = ["=1+1", "+1", "-1", "@x", "'=1", "a,b\tc", 'say "a"', "two\nlines", "\tword1", "cr\rlf", ""]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    source = tmp_path / "in.jsonl"
+    for name in ("one.csv", "two.tsv", "three.jsonl", "four.csv"):
+        assert predict(trained_run, source, tmp_path / name) == 0
+        source = tmp_path / name
+    assert [row["text"] for row in read_csv(tmp_path / "four.csv")] == texts
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "flags", "message"),
+    [
+        ("in.csv", "sentence\nword1\n", (), "in.csv:1: no column 'text'; found: sentence (--columns.text names"),
+        ("in.csv", "text\nword1\n", ("--score",), "in.csv:1: no column 'label'"),
+        ("in.csv", "text,label\na,low\nb,\n", ("--score",), "in.csv:3: the label is empty"),
+        ("in.csv", "text,label\na,low\nb,middle\n", ("--score",), "in.csv:3: unknown label 'middle'"),
+        ("in.csv", "text\n", (), "in.csv has no rows"),
+        ("in.csv", "text\nword1\nword1,2\n", (), "in.csv:3: expected 1 columns, found 2"),
+        ("in.csv", "text\nword1\n", ("--columns.txt=a",), "did you mean 'columns.text'"),
+        ("in.csv", "text\nword1\n", ("--task.metric=a",), "unknown flag '--task.metric'"),
+        ("in.csv", "text\nword1\n", ("--output=out.xls",), "expected a file that ends in .csv, .tsv, .jsonl"),
+        ("in.csv", "text\nword1\n", ("--output=in.csv",), "in.csv is the input"),
+        ("in.csv", "text\nword1\n", ("--model=nowhere",), "nowhere is not a folder: expected a model folder"),
+        ("in.csv", "text\nword1\n", ("--model=.",), "holds neither config.json nor results.json"),
+    ],
+)
+def test_bad_input_leaves_no_output(
+    trained_run: Path,
+    tmp_path: Path,
+    name: str,
+    text: str,
+    flags: tuple[str, ...],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Catches a traceback, a message that names neither line nor flag, and part of an output."""
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_text(text)
+    assert predict(trained_run, Path(name), Path("out.csv"), *flags) == 2
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [name]
