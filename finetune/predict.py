@@ -13,8 +13,8 @@ from experiment.disk_errors import disk_errors_as
 from experiment.errors import UserError
 from experiment.files import write_json
 from experiment.tracking.console import terminal
+from finetune.data.formats import FileFormat, read_rows
 from finetune.data.records import Record, read_records
-from finetune.data.rows import read_rows
 from finetune.options import PredictOptions
 from finetune.predictor import Predictor
 from finetune.results.best_seed import find_model
@@ -39,7 +39,8 @@ class Input:
         task = self.kind.config
         columns = task.columns if self.labelled else task.columns.without_targets()
         csv_format = CsvFormat(task.sep, task.quoting, header=task.header == 0, quoting_key="--quoting")
-        return read_records(read_rows(self.path, csv_format), columns, self.labelled, key="--columns")
+        file_format = FileFormat(task.format, csv_format)
+        return read_records(read_rows(self.path, file_format), columns, self.labelled, key="--columns")
 
     def count(self) -> int:
         """Number of rows. Raises UserError for a file that cannot be predicted, before a model is loaded."""

@@ -9,6 +9,7 @@ from experiment.csv_and_jsonl import CsvFormat
 from experiment.errors import UserError
 from experiment.tokenizer import load_any_tokenizer
 from finetune.config import FinetuneConfig
+from finetune.data.formats import FileFormat
 from finetune.data.records import Table, read_table
 from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder
@@ -39,8 +40,9 @@ class Task:
 def read_splits(task: TaskConfig) -> dict[str, Table]:
     """The rows of each split. Raises UserError with file and line."""
     csv_format = CsvFormat(task.sep, task.quoting, header=task.header == 0, quoting_key="task.quoting:")
+    file_format = FileFormat(None if task.format == "auto" else task.format, csv_format)
     return {
-        split: read_table(Path(path), task.columns, csv_format, targets_required=split != "test")
+        split: read_table(Path(path), task.columns, file_format, targets_required=split != "test")
         for split in SPLITS
         if (path := getattr(task, split)) is not None
     }

@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from experiment.csv_and_jsonl import CsvFormat, column_index, unexpected_cell
+from experiment.csv_and_jsonl import column_index, unexpected_cell
 from experiment.errors import UserError
 from finetune.data.columns import CellType, Columns
-from finetune.data.rows import Row, read_rows
+from finetune.data.formats import FileFormat, read_rows
+from finetune.data.formats.row import Row
 
 
 @dataclass(frozen=True)
@@ -32,16 +33,15 @@ class Table:
 
 
 def read_table(
-    path: Path, columns: Columns, csv_format: CsvFormat | None = None, targets_required: bool = True
+    path: Path, columns: Columns, file_format: FileFormat | None = None, targets_required: bool = True
 ) -> Table:
-    """Read the rows of a .csv, .tsv, .txt or .jsonl file, perhaps compressed (.gz).
+    """Read a data file, see `formats.read_rows`.
 
-    csv_format: default: the separator that the file name suggests, with a header. targets_required: whether to reject
-    a file in which the column of a target is missing or empty.
+    targets_required: whether to reject a file in which the column of a target is missing or empty.
 
     Raises UserError with file and line.
     """
-    records = list(read_records(read_rows(path, csv_format or CsvFormat()), columns, targets_required))
+    records = list(read_records(read_rows(path, file_format or FileFormat()), columns, targets_required))
     if not records:
         raise UserError(f"{path} has no rows")
     return _check_targets(path, records, columns.cell_types(), targets_required)
@@ -83,11 +83,15 @@ def read_records(
 def _find_columns(
     row: Row, columns: Columns, targets_required: bool, key: str
 ) -> Iterator[tuple[str, int | list[int]]]:
-    """(role, position of its column, or of each of its columns) for all roles that the row has."""
+    """(role, position of its column, or of each of its columns) for all roles that the row has.
+
+    Spaces around a name do not count.
+    """
+    names = [name.strip() for name in row.names]
     for role, cell_type in columns.cell_types().items():
-        asked = columns.names(role)
-        if targets_required or not cell_type.target or any(name in row.names for name in asked):
-            indices = [column_index(row.names, name, row.named_at, f"{key}.{role}") for name in asked]
+        asked = [name.strip() for name in columns.names(role)]
+        if targets_required or not cell_type.target or any(name in names for name in asked):
+            indices = [column_index(names, name, row.named_at, f"{key}.{role}") for name in asked]
             yield role, indices if isinstance(getattr(columns, role), tuple) else indices[0]
 
 

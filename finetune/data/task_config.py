@@ -28,7 +28,8 @@ class TaskConfig(Section):
     """Kind of task: a file in finetune/kinds."""
 
     train: PathText
-    """Training split: a .csv, .tsv, .txt (tab-separated) or .jsonl file, plain or .gz."""
+    """Training split: a .csv, .tsv, .txt (tab-separated), .jsonl, .json, .parquet or .conll file, or a folder of .json
+    files; all but Parquet plain or .gz. See docs/finetuning.md."""
 
     validation: PathText
     """Validation split, which decides which epoch is kept."""
@@ -43,6 +44,9 @@ class TaskConfig(Section):
 
     metric: str
     """Metric that selects the best epoch. All metrics are reported."""
+
+    format: Literal["auto", "csv", "jsonl", "json", "parquet", "conll"] = "auto"
+    """Format of the files; `auto`: as their names suggest."""
 
     sep: Separator | None = None
     """Column separator; default: a comma in .csv files, otherwise a tab."""

@@ -9,6 +9,7 @@ import pytest
 from experiment.csv_and_jsonl import CsvFormat
 from experiment.errors import UserError
 from finetune.data.columns import Columns, LabelColumn, TextsColumn
+from finetune.data.formats import FileFormat
 from finetune.data.records import Table, read_table
 from finetune.kinds.classification import ClassificationColumns
 
@@ -35,7 +36,7 @@ def test_csv_with_quotes_commas_and_windows_line_ends(tmp_path: Path) -> None:
 def test_headerless_tsv_by_column_number(tmp_path: Path) -> None:
     """Catches a first row that is lost as a header, and columns counted from 1."""
     path = write(tmp_path / "a.tsv", "gj04\t1\t\tOne.\ngj04\t0\t*\tTwo.\n")
-    table = read_table(path, ClassificationColumns(label="1", text="3"), CsvFormat(header=False))
+    table = read_table(path, ClassificationColumns(label="1", text="3"), FileFormat(csv=CsvFormat(header=False)))
     assert values(table) == [{"label": "1", "text": "One."}, {"label": "0", "text": "Two."}]
     assert table.records[0].place == f"{path}:1"
 
@@ -43,7 +44,7 @@ def test_headerless_tsv_by_column_number(tmp_path: Path) -> None:
 def test_byte_order_mark_and_ordinary_quotes(tmp_path: Path) -> None:
     """Catches a BOM glued to the first column's name, and quote characters that swallow tabs when quoting is off."""
     path = write(tmp_path / "a.tsv", '\ufefflabel\ttext\n1\t" he said\n0\tshe "did\n')
-    table = read_table(path, COLUMNS, CsvFormat(quoting=csv.QUOTE_NONE))
+    table = read_table(path, COLUMNS, FileFormat(csv=CsvFormat(quoting=csv.QUOTE_NONE)))
     assert values(table) == [{"label": "1", "text": '" he said'}, {"label": "0", "text": 'she "did'}]
 
 
@@ -64,7 +65,9 @@ def test_jsonl_reads_texts_and_simple_labels(tmp_path: Path) -> None:
 def test_gzip_and_chosen_separator(tmp_path: Path) -> None:
     """Catches a suffix read from .gz instead of from the name before it, and task.sep being ignored."""
     path = write(tmp_path / "a.csv.gz", gzip.compress(b"label;text\nx;one, two\n"))
-    assert values(read_table(path, COLUMNS, CsvFormat(separator=";"))) == [{"label": "x", "text": "one, two"}]
+    assert values(read_table(path, COLUMNS, FileFormat(csv=CsvFormat(separator=";")))) == [
+        {"label": "x", "text": "one, two"}
+    ]
 
 
 @pytest.mark.parametrize(
@@ -155,6 +158,18 @@ def test_a_bad_list_of_texts_is_rejected(tmp_path: Path, name: str, text: str, c
     """Catches a text that is taken apart into letters, and a message that does not name the columns."""
     with pytest.raises(UserError, match=message):
         read_table(write(tmp_path / name, text), columns)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("a.csv", "id, label ,text\n1,x,one\n"), ("a.jsonl", '{" label ": "x", "text": "one"}\n')]
+)
+def test_spaces_around_a_column_name_do_not_count(tmp_path: Path, name: str, text: str) -> None:
+    """Catches "no column 'label'; found:  label ", where the difference cannot be seen."""
+    path = write(tmp_path / name, text)
+    assert values(read_table(path, COLUMNS)) == [{"label": "x", "text": "one"}]
+    assert values(read_table(path, ClassificationColumns(label=" label ", text="text"))) == [
+        {"label": "x", "text": "one"}
+    ]
 
 
 def test_a_missing_file_is_a_user_error(tmp_path: Path) -> None:
