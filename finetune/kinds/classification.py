@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from experiment.config import did_you_mean
 from experiment.errors import UserError
 from finetune.data.columns import Columns, LabelColumn, TextColumn
 from finetune.data.records import Record, Table
@@ -41,6 +42,25 @@ class Config(TaskConfig):
     metric: Literal["accuracy", "macro_f1", "weighted_f1", "uar", "matthews"] = "accuracy"
 
 
+def _reject_fractions(train: Table) -> None:
+    """Raises UserError if the labels are numbers and not all of them whole."""
+    numbers = [_number(record.values["label"]) for record in train.records]
+    if all(number is not None for number in numbers):
+        for record, number in zip(train.records, numbers, strict=True):
+            if number is not None and not number.is_integer():
+                raise UserError(
+                    f"{record.place}: the label {record.values['label']} is a fraction; for regression set "
+                    "task.kind: regression, for classes list them in task.labels"
+                )
+
+
+def _number(label: str) -> float | None:
+    try:
+        return float(label)
+    except ValueError:
+        return None
+
+
 class Kind(TaskKind[Config]):
     """A prediction has `label` and `probabilities`, by label."""
 
@@ -50,9 +70,13 @@ class Kind(TaskKind[Config]):
 
     @classmethod
     def find_labels(cls, config: Config, train: Table) -> tuple[str, ...]:
-        """The labels of the training split, sorted, as numbers if all of them are."""
+        """The labels of the training split, sorted, as numbers if all of them are.
+
+        Raises UserError if there is only one, or if they are fractions.
+        """
         if config.labels is not None:
             return config.labels
+        _reject_fractions(train)
         labels = {record.values["label"] for record in train.records}
         if len(labels) < 2:
             raise UserError(f"{train.path}: every row has the label '{labels.pop()}'; expected two or more labels")
@@ -72,7 +96,7 @@ class Kind(TaskKind[Config]):
     def _label_id(self, record: Record) -> int:
         label = record.values["label"]
         if label not in self.labels:
-            raise UserError(f"{record.place}: unknown label '{label}'; known: {', '.join(self.labels)}")
+            raise UserError(f"{record.place}: unknown label '{label}'{did_you_mean(label, self.labels)}")
         return self.labels.index(label)
 
     def label_weights(self, examples: Sequence[Example]) -> tuple[float, ...]:

@@ -51,6 +51,24 @@ def test_an_unknown_label_is_named_with_its_line(encoder: Path) -> None:
         [KIND.expand(record, encode, training=True) for record in table("a", "c").records]
 
 
+def test_a_label_like_a_known_one_is_suggested(encoder: Path) -> None:
+    """Catches a typing error in one of thousands of labels that the user has to find alone."""
+    kind = Kind(CONFIG, ("negative", "positive"))
+    encode = Encoder(load_tokenizer(encoder), 8, token_types=False)
+    with pytest.raises(UserError, match=r"f\.csv:2: unknown label 'negtive'; did you mean 'negative'\?"):
+        kind.expand(table("negtive").records[0], encode, training=True)
+
+
+def test_fractions_are_no_labels() -> None:
+    """Catches a regression task trained as hundreds of classes; "1.0" and a list of labels are meant as classes."""
+    with pytest.raises(UserError, match=r"f\.csv:3: the label 0\.5 is a fraction; for regression set task\.kind: reg"):
+        Kind.find_labels(CONFIG, table("1", "0.5", "2.25"))
+    assert Kind.find_labels(CONFIG, table("1.0", "0.0")) == ("0.0", "1.0")
+    assert Kind.find_labels(CONFIG, table("1.5", "other")) == ("1.5", "other")
+    listed = CONFIG.model_copy(update={"labels": ("0.5", "1.0")})
+    assert Kind.find_labels(listed, table("0.5", "1.0")) == ("0.5", "1.0")
+
+
 def test_balanced_weights_give_each_label_the_same_share() -> None:
     """Catches weights by frequency instead of against it, and a division by zero for a label without examples."""
     weights = Kind(CONFIG, ("a", "b", "c")).label_weights([example(target) for target in (0, 0, 0, 1)])
