@@ -39,7 +39,7 @@ class Input:
         task = self.kind.config
         columns = task.columns if self.labelled else task.columns.without_targets()
         csv_format = CsvFormat(task.sep, task.quoting, header=task.header == 0, quoting_key="--quoting")
-        file_format = FileFormat(task.format, csv_format)
+        file_format = FileFormat(None if task.format == "auto" else task.format, csv_format)
         return read_records(read_rows(self.path, file_format), columns, self.labelled, key="--columns")
 
     def count(self) -> int:

@@ -27,7 +27,7 @@ from finetune.device import choose_device
 from finetune.model import ModelSpec, build_model, describe_model
 from finetune.results.seed_run import SeedRecord, Setup, finished_seeds, result_settings, state_file, train_seed
 from finetune.results.seed_summary import print_results, write_results
-from finetune.splits import SPLITS, describe_task, make_kind, make_task, read_splits
+from finetune.splits import describe_task, make_kind, make_task, read_splits
 from finetune.training.compatibility import adapt_to_model
 from finetune.training.fit import Log
 from finetune.training.updater import total_steps
@@ -55,11 +55,13 @@ def resolve_paths(config: FinetuneConfig, default_name: str) -> FinetuneConfig:
 
     Raises UserError if init_from refers to no usable model.
     """
-    files = {split: str(Path(path).absolute()) for split in SPLITS if (path := getattr(config.task, split)) is not None}
+    files = {split: str(Path(path).absolute()) for split, path in config.task.files().items()}
+    splits = {split: files.pop(split, None) for split in ("train", "validation")}
+    tests = files if isinstance(config.task.test, Mapping) else files.get("test")
     return config.model_copy(
         update={
             "run": config.run.model_copy(update={"dir": str(Path(config.run.dir).absolute())}),
-            "task": config.task.model_copy(update={**files, "name": config.task.name or default_name}),
+            "task": config.task.model_copy(update={**splits, "test": tests, "name": config.task.name or default_name}),
             "model": config.model.model_copy(update={"init_from": str(_find_model(config.model.init_from))}),
         }
     )

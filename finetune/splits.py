@@ -10,14 +10,13 @@ from experiment.errors import UserError
 from experiment.tokenizer import load_any_tokenizer
 from finetune.config import FinetuneConfig
 from finetune.data.formats import FileFormat
+from finetune.data.random_split import split_off
 from finetune.data.records import Table, read_table
 from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Padding, Split, encode_split
 from finetune.model import ModelSpec, read_model_inputs
 from finetune.task_kind import TaskKind, find_kind
-
-SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Task:
 
     kind: TaskKind[Any]
     metric: str
-    splits: Mapping[str, Split]  # "train", "validation" and perhaps "test"
+    splits: Mapping[str, Split]  # "train", "validation", then the test splits
     padding: Padding
     label_weights: tuple[float, ...] | None = None  # of the loss
     label_smoothing: float = 0.0
@@ -38,20 +37,28 @@ class Task:
 
 
 def read_splits(task: TaskConfig) -> dict[str, Table]:
-    """The rows of each split. Raises UserError with file and line."""
+    """The rows of each split; those of `validation` are drawn from `train` if they have no file.
+
+    Raises UserError with file and line.
+    """
     csv_format = CsvFormat(task.sep, task.quoting, header=task.header == 0, quoting_key="task.quoting:")
     file_format = FileFormat(None if task.format == "auto" else task.format, csv_format)
-    return {
-        split: read_table(Path(path), task.columns, file_format, targets_required=split != "test")
-        for split in SPLITS
-        if (path := getattr(task, split)) is not None
+    tables = {
+        split: read_table(Path(path), task.columns, file_format, targets_required=split in ("train", "validation"))
+        for split, path in task.files().items()
     }
+    if "train" in tables and "validation" not in tables:
+        train, validation = split_off(tables.pop("train"), task.validation_share, task.split_seed)
+        tables = {"train": train, "validation": validation, **tables}
+    return tables
 
 
 def make_kind(task: TaskConfig, tables: Mapping[str, Table]) -> TaskKind[Any]:
-    """The kind of a task, with its labels. Raises UserError if there is only one."""
+    """The kind of a task, with its labels. Raises UserError if there is only one, or if a needed split is missing."""
     kind = find_kind(task.kind)
-    return kind(task, kind.find_labels(task, tables["train"]))
+    if "train" not in tables and kind.is_trained(task):
+        raise UserError(f"task.train is missing: tasks of kind '{task.kind}' are trained")
+    return kind(task, kind.find_labels(task, tables["train"]) if "train" in tables else ())
 
 
 def make_task(config: FinetuneConfig, kind: TaskKind[Any], spec: ModelSpec, tables: Mapping[str, Table]) -> Task:

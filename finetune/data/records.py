@@ -2,11 +2,13 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from experiment.csv_and_jsonl import column_index, unexpected_cell
 from experiment.errors import UserError
+from experiment.files import json_digest
 from finetune.data.columns import CellType, Columns
 from finetune.data.formats import FileFormat, read_rows
 from finetune.data.formats.row import Row
@@ -30,6 +32,11 @@ class Table:
 
     def __len__(self) -> int:
         return len(self.records)
+
+    @cached_property
+    def digest(self) -> str:
+        """A checksum of all values, which tells whether two tables are the same data."""
+        return json_digest([record.values for record in self.records])
 
 
 def read_table(

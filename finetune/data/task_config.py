@@ -1,11 +1,13 @@
 """The `task` section of a fine-tuning config: the keys that all kinds of tasks share."""
 
+import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from experiment.config import Section, did_you_mean
-from experiment.config.constraints import PathText
+from experiment.config.constraints import PathText, Seed
 from finetune.data.columns import Columns, Name
 from finetune.kinds import kind_names
 
@@ -18,6 +20,17 @@ def _written_tab(value: Any) -> Any:
 Separator = Annotated[str, BeforeValidator(_written_tab), Field(min_length=1, max_length=1)]
 
 
+def _check_split_name(name: str) -> str:
+    if name in ("train", "validation") or not re.fullmatch(r"[\w.-]+", name):
+        raise ValueError(
+            f"'{name}' cannot name a test split: expected letters, digits, '_', '.' or '-', but not train or validation"
+        )
+    return name
+
+
+SplitName = Annotated[str, AfterValidator(_check_split_name)]
+
+
 class TaskConfig(Section):
     """The task and its data. See docs/finetuning.md. Some keys depend on the kind of task."""
 
@@ -27,15 +40,22 @@ class TaskConfig(Section):
     kind: str = "classification"
     """Kind of task: a file in finetune/kinds."""
 
-    train: PathText
-    """Training split: a .csv, .tsv, .txt (tab-separated), .jsonl, .json, .parquet or .conll file, or a folder of .json
-    files; all but Parquet plain or .gz. See docs/finetuning.md."""
+    train: PathText | None = None
+    """Training split, needed by all kinds that are trained: a .csv, .tsv, .txt (tab-separated), .jsonl, .json, .parquet
+    or .conll file, or a folder of .json files; all but Parquet plain or .gz. See docs/finetuning.md."""
 
-    validation: PathText
-    """Validation split, which decides which epoch is kept."""
+    validation: PathText | None = None
+    """Validation split, which decides which epoch is kept; default: a share of the training split."""
 
-    test: PathText | None = None
-    """Test split, scored with the best epoch; predicted only, if it has no labels."""
+    validation_share: Annotated[float, Field(gt=0.0, le=0.5)] = 0.1
+    """Without a validation split: the share of the training split that becomes one, about the same of each label."""
+
+    split_seed: Seed = 0
+    """Determines which rows of the training split become the validation split."""
+
+    test: PathText | Mapping[SplitName, PathText] | None = None
+    """Test split, scored with the best epoch; predicted only, if it has no labels. Several: a mapping of names to
+    files, such as `{matched: …, mismatched: …}`."""
 
     columns: Columns = Columns()
 
@@ -60,6 +80,12 @@ class TaskConfig(Section):
 
     special_tokens_in_text: bool = False
     """Whether a special token that is written out in a text, such as `[SEP]`, is that token; otherwise it is text."""
+
+    def files(self) -> dict[str, str]:
+        """Split -> file, of the splits that have one: train, validation, then the test splits."""
+        tests = self.test if isinstance(self.test, Mapping) else {"test": self.test}
+        splits = {"train": self.train, "validation": self.validation, **tests}
+        return {split: path for split, path in splits.items() if path is not None}
 
     @field_validator("kind")
     @classmethod

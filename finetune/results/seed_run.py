@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from experiment.config import flatten
 from experiment.errors import UserError
-from experiment.files import checksum, removed_on_error, sha256, write_json
+from experiment.files import checksum, removed_on_error, write_json
 from experiment.provenance import read_provenance, write_origin
 from experiment.run_folder import RunFolder
 from experiment.strict_json import parse_json
@@ -66,7 +66,7 @@ def result_settings(
     tree["task"]["labels"] = list(labels)
     tree["training"]["precision"] = device.precision
     files = {path.name: checksum(path) for path in model_files(model.folder, weights=model.pretrained)}
-    return {**tree, "encoder": files, "sha256": {split: sha256(table.path) for split, table in tables.items()}}
+    return {**tree, "encoder": files, "data": {split: table.digest for split, table in tables.items()}}
 
 
 def finished_seeds(folder: RunFolder, settings: Mapping[str, Any]) -> dict[int, SeedRecord]:

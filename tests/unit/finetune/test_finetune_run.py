@@ -205,7 +205,7 @@ def test_other_settings_do_not_mix_into_a_run(config_file: Path, task_files: dic
         finetune(config_file, {"training.seeds": "[2]", "training.lr": "0.5"})
     with Path(task_files["train"]).open("a", encoding="utf-8") as file:
         file.write("low\tword1\n")
-    with pytest.raises(UserError, match=r"sha256\.train"):
+    with pytest.raises(UserError, match=r"data\.train"):
         finetune(config_file, one_seed)
 
 
@@ -357,9 +357,36 @@ def test_an_unlabelled_test_split_is_only_predicted(
     assert set(results(tmp_path / "run")["splits"]) == {"validation"}
 
 
+def test_several_test_splits_have_names(config_file: Path, tmp_path: Path, task_files: dict[str, str]) -> None:
+    """Catches one of MNLI's two test sets left out, or both under one name; and a relative path in config.yaml."""
+    tests = f"{{matched: {task_files['test']}, mismatched: {task_files['validation']}}}"
+    finetune(config_file, {"task.test": tests, "training.seeds": "[1]", "training.epochs": "1"})
+    scores = results(tmp_path / "run")["splits"]
+    assert set(scores) == {"validation", "matched", "mismatched"}
+    assert scores["mismatched"] == scores["validation"]
+    assert len(read_csv(tmp_path / "run" / "seed-1" / "predictions-matched.csv")) == 30
+    tests = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["task"]["test"]
+    assert tests == {"matched": task_files["test"], "mismatched": task_files["validation"]}
+
+
+def test_without_a_validation_file_a_part_of_train_is_it(
+    config_file: Path, tmp_path: Path, task_files: dict[str, str]
+) -> None:
+    """Catches a run that needs a validation file, or validates on what it trains on."""
+    overrides = {"task.validation": "null", "task.validation_share": "0.25", "training.epochs": "1"}
+    finetune(config_file, {**overrides, "training.seeds": "[1]"})
+    held_out = read_csv(tmp_path / "run" / "seed-1" / "predictions-validation.csv")
+    assert len(held_out) == 40
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps[-1] == 120 // 16 + 1
+    with pytest.raises(UserError, match=r"other settings: .*task\.split_seed"):
+        finetune(config_file, {**overrides, "training.seeds": "[2]", "task.split_seed": "1"})
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        ({"task.train": "null"}, r"task\.train is missing: tasks of kind 'classification' are trained"),
         ({"task.train": "/none.tsv"}, r"cannot read /none\.tsv"),
         ({"task.columns.text": "sentence"}, r"train\.tsv:1: no column 'sentence'; .* \(task\.columns\.text names"),
         ({"task.labels": "[low, medium]"}, r"train\.tsv:\d+: unknown label 'high'; known: low, medium"),

@@ -1,0 +1,45 @@
+"""A validation split from the rows of the training split."""
+
+from collections import Counter
+from collections.abc import Hashable
+from dataclasses import replace
+
+import numpy as np
+
+from experiment.errors import UserError
+from finetune.data.records import Record, Table
+
+
+def split_off(table: Table, share: float, seed: int) -> tuple[Table, Table]:
+    """Divide a table at random, but always in the same way, into the rest and a share (at most 0.5) of it.
+
+    The share has about as much of each label as the table has. A label that occurs once stays in the rest, so that the
+    share has no label that the rest lacks. Records with the same context, such as the questions on a text, stay
+    together. Raises UserError if the table is too small.
+    """
+    units: dict[Hashable, list[int]] = {}
+    for index, record in enumerate(table.records):
+        units.setdefault(record.values.get("context", index), []).append(index)
+    in_order = list(units.values())
+    shuffled = [in_order[index] for index in np.random.default_rng(seed).permutation(len(in_order))]
+    labels = [_label(table.records[unit[0]]) for unit in shuffled]
+    counts = Counter(labels)
+    # One of every 1/share units, in the order of their labels.
+    by_label = sorted((label, place) for place, label in enumerate(labels) if counts[label] > 1)
+    taken = [place for number, (_, place) in enumerate(by_label) if int((number + 1) * share) > int(number * share)]
+    if not taken:
+        raise UserError(
+            f"{table.path}: too few rows to take a validation split from; set task.validation to a file, or raise "
+            "task.validation_share"
+        )
+    indices = {index for place in taken for index in shuffled[place]}
+    rest = tuple(record for index, record in enumerate(table.records) if index not in indices)
+    return replace(table, records=rest), replace(
+        table, records=tuple(table.records[index] for index in sorted(indices))
+    )
+
+
+def _label(record: Record) -> str:
+    """Its label if it has one label, otherwise ""."""
+    label = record.values.get("label")
+    return label if isinstance(label, str) else ""
