@@ -23,7 +23,9 @@ from experiment.run_lock import lock_run
 from experiment.tracking.console import terminal
 from experiment.tracking.tracker import TrackedRun, Tracker, open_trackers
 from finetune.config import FinetuneConfig
+from finetune.data.checks import describe_oddities
 from finetune.device import choose_device
+from finetune.encoding.lengths import print_lengths
 from finetune.model import ModelSpec, build_model, describe_model
 from finetune.results.seed_run import SeedRecord, Setup, finished_seeds, result_settings, state_file, train_seed
 from finetune.results.seed_summary import print_results, write_results
@@ -99,11 +101,14 @@ def prepare(config: FinetuneConfig) -> Setup:
         freeze=config.model.freeze,
     )
     _print(f"{name}: {', '.join(f'{len(table):,} {split}' for split, table in tables.items())}")
+    for line in describe_oddities(tables, config.task.columns):
+        _print(f"{name}: {line}")
     task = make_task(config, kind, model, tables)
     built = build_model(model)
     task, device, changes = adapt_to_model(built.model, task, device, config.model.max_seq_length)
     for line in [*describe_task(task), *describe_model(built, model), *changes]:
         _print(f"{name}: {line}")
+    print_lengths(terminal(), task.splits, task.positions)
     settings = result_settings(config, model, device, kind.labels, tables)
     return Setup(config, model, task, device, RunFolder(Path(config.run.dir)), settings)
 

@@ -29,6 +29,7 @@ class Task:
     padding: Padding
     label_weights: tuple[float, ...] | None = None  # of the loss
     label_smoothing: float = 0.0
+    positions: int | None = None  # of the model, in tokens; None: no limit
 
     def is_better(self, scores: Mapping[str, float], others: Mapping[str, float]) -> bool:
         """Whether scores are better than others, by the task's metric."""
@@ -76,20 +77,12 @@ def make_task(config: FinetuneConfig, kind: TaskKind[Any], spec: ModelSpec, tabl
     splits = {split: encode_split(table, kind, encoder, training=split == "train") for split, table in tables.items()}
     balanced = config.training.class_weights == "balanced"
     weights = kind.label_weights(splits["train"].examples) if balanced else None
-    return Task(kind, config.task.metric, splits, Padding.of(tokenizer), weights, config.training.label_smoothing)
+    smoothing = config.training.label_smoothing
+    return Task(kind, config.task.metric, splits, Padding.of(tokenizer), weights, smoothing, inputs.max_length)
 
 
 def describe_task(task: Task) -> list[str]:
     """Lines on the training split and on what may surprise the user in any split."""
-    lines = task.kind.describe(task.splits["train"].table)
-    for name, split in task.splits.items():
-        if split.truncated:
-            lines.append(f"{name}: {split.truncated:,} of {len(split.examples):,} examples are cut at max_seq_length")
-        if not split.table.labelled:
-            lines.append(f"{name}: no labels, so it is predicted but not scored")
-        texts = [
-            [value for value in record.values.values() if isinstance(value, str)] for record in split.table.records
-        ]
-        if empty := sum(not all(text.strip() for text in row) for row in texts):
-            lines.append(f"{name}: {empty:,} rows have an empty text")
-    return lines
+    lines = task.kind.describe(task.splits["train"].table) if "train" in task.splits else []
+    unlabelled = [name for name, split in task.splits.items() if not split.table.labelled]
+    return lines + [f"{name}: no labels, so it is predicted but not scored" for name in unlabelled]

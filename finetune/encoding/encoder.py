@@ -15,6 +15,7 @@ class Tokens:
     input_ids: Tensor  # T int64
     token_type_ids: Tensor | None  # T int64; None if the model has none
     truncated: bool = False
+    full_length: int | None = None  # tokens before it was cut, if it was
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -33,10 +34,10 @@ class Encoder:
         """A text or a pair as one sequence. If it is too long, the longer text is cut at its end."""
         encoded = self._tokenize(text, text_pair, truncation="longest_first", max_length=self.max_length)
         ids = encoded["input_ids"]
-        # Tokenize a sequence of full length again, to see whether it was cut.
-        truncated = len(ids) == self.max_length and len(self._tokenize(text, text_pair)["input_ids"]) > len(ids)
+        # Tokenize a sequence of maximum length again, to see whether it was cut.
+        full_length = len(self._tokenize(text, text_pair)["input_ids"]) if len(ids) == self.max_length else len(ids)
         types = torch.tensor(encoded["token_type_ids"]) if self.token_types else None
-        return Tokens(torch.tensor(ids), types, truncated)
+        return Tokens(torch.tensor(ids), types, full_length > len(ids), full_length)
 
     def _tokenize(self, text: str, text_pair: str | None, **options: Any) -> Any:
         return self.tokenizer(

@@ -76,11 +76,6 @@ class Split:
         """Tokens of the longest sequence of each example."""
         return [example.longest for example in self.examples]
 
-    @property
-    def truncated(self) -> int:
-        """Number of examples with a sequence that was cut."""
-        return sum(any(tokens.truncated for tokens in example.sequences) for example in self.examples)
-
 
 def encode_split(table: Table, kind: TaskKind[Any], encoder: Encoder, training: bool) -> Split:
     """The examples of all records. Raises UserError for an invalid target."""

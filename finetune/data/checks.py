@@ -1,0 +1,95 @@
+"""What is odd about the data of a task, although it can be read."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+from statistics import fmean
+from typing import Any
+
+from finetune.data.columns import LABEL, TEXT, Columns
+from finetune.data.records import Record, Table
+
+_MANY_NUMBERS = 30  # different labels that are numbers: more are probably a scale
+
+
+def describe_oddities(tables: Mapping[str, Table], columns: Columns) -> list[str]:
+    """A line for each oddity of the splits, with examples."""
+    types = columns.cell_types()
+    targets = [role for role, cell_type in types.items() if cell_type.target]
+    texts = [role for role, cell_type in types.items() if cell_type is TEXT]
+    lines = [
+        f"{split}: {empty:,} rows have an empty text"
+        for split, table in tables.items()
+        if (empty := sum(not all(record.values[role].strip() for role in texts) for record in table.records))
+    ]
+    if train := tables.get("train"):
+        for role in (role for role, cell_type in types.items() if cell_type is LABEL):
+            labels = [record.values[role] for record in train.records]
+            lines += _odd_labels(labels, role)
+            lines += _swapped(labels, [record.values[texts[0]] for record in train.records], role) if texts else []
+        lines += _contradictions(train, targets)
+    return [*lines, *_shared(tables, targets)]
+
+
+def _odd_labels(labels: Sequence[str], role: str) -> Iterator[str]:
+    counts = Counter(labels)
+    once = sum(count == 1 for count in counts.values())
+    if once > len(counts) / 2:
+        yield (
+            f"train: {once:,} of {len(counts):,} labels occur only once, such as '{_shorten(labels[0])}': is "
+            f"task.columns.{role} the column of the labels?"
+        )
+    elif len(counts) > _MANY_NUMBERS and all(_is_number(label) for label in counts):
+        yield f"train: {len(counts):,} labels, and all are numbers: if they are a scale, set task.kind: regression"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _swapped(labels: Sequence[str], texts: Sequence[str], role: str) -> Iterator[str]:
+    if fmean(map(len, labels)) > fmean(map(len, texts)) and len(set(labels)) > len(set(texts)):
+        yield (
+            f"train: the labels are longer than the texts, such as '{_shorten(labels[0])}' for '{_shorten(texts[0])}': "
+            f"are task.columns.{role} and the text column swapped?"
+        )
+
+
+def _contradictions(train: Table, targets: Sequence[str]) -> Iterator[str]:
+    first: dict[str, Record] = {}
+    found: dict[str, tuple[Record, Record]] = {}
+    for record in train.records:
+        key = _inputs(record, targets)
+        other = first.setdefault(key, record)
+        if key not in found and any(record.values.get(role) != other.values.get(role) for role in targets):
+            found[key] = other, record
+    if found:
+        one, other = next(iter(found.values()))
+        yield f"train: {len(found):,} texts occur with different labels, such as in {one.place} and {other.place}"
+
+
+def _shared(tables: Mapping[str, Table], targets: Sequence[str]) -> Iterator[str]:
+    places = {
+        split: {_inputs(record, targets): record.place for record in table.records} for split, table in tables.items()
+    }
+    for (split, known), (other, found) in combinations(places.items(), 2):
+        if shared := [text for text in found if text in known]:
+            rows = sum(_inputs(record, targets) in known for record in tables[other].records)
+            yield (
+                f"{other}: {rows:,} of {len(tables[other]):,} rows have a text that is also in {split}, such as in "
+                f"{found[shared[0]]} and {known[shared[0]]}"
+            )
+
+
+def _inputs(record: Record, targets: Sequence[str]) -> str:
+    """What a model sees of a record, as a key."""
+    values: dict[str, Any] = {role: value for role, value in record.values.items() if role not in targets}
+    return repr(values)
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 40 else f"{text[:39]}…"

@@ -1,0 +1,67 @@
+from pathlib import Path
+
+import pytest
+
+from finetune.data.checks import describe_oddities
+from finetune.data.records import Record, Table
+from finetune.kinds.classification import ClassificationColumns
+
+COLUMNS = ClassificationColumns(text="text", text_pair="pair")
+
+
+def table(split: str, *rows: tuple[str, ...]) -> Table:
+    """Rows of text, second text and perhaps label."""
+    records = tuple(
+        Record(f"{split}:{line}", dict(zip(("text", "text_pair", "label"), row, strict=False)))
+        for line, row in enumerate(rows, 2)
+    )
+    return Table(Path(split), records, labelled=len(rows[0]) == 3)
+
+
+def oddities(**splits: list[tuple[str, ...]]) -> list[str]:
+    return describe_oddities({name: table(name, *rows) for name, rows in splits.items()}, COLUMNS)
+
+
+GOOD = [(f"text {number}", "more", "ab"[number % 2]) for number in range(10)]
+
+
+def test_ordinary_data_is_not_remarked_upon() -> None:
+    """Catches warnings that users learn to ignore."""
+    assert oddities(train=GOOD, test=[("other", "more"), ("texts", "more")]) == []
+    numbers = [(f"text {number}", "more", str(number // 2)) for number in range(60)]
+    assert oddities(train=numbers) == []
+
+
+def test_texts_that_splits_share_are_counted() -> None:
+    """Catches scores on texts of the training split; a second text makes it another example."""
+    found = oddities(train=GOOD, validation=[("text 3", "more", "b"), ("text 3", "other", "b")], test=[("new", "more")])
+    assert found == ["validation: 1 of 2 rows have a text that is also in train, such as in validation:2 and train:5"]
+    found = oddities(train=GOOD, validation=[("v", "v", "a")], test=[("v", "v"), ("v", "v")])
+    assert found == ["test: 2 of 2 rows have a text that is also in validation, such as in test:3 and validation:2"]
+
+
+def test_texts_with_different_labels_are_counted() -> None:
+    """Catches duplicates that contradict each other and set a limit to every score."""
+    found = oddities(train=[*GOOD, ("text 1", "more", "b"), ("text 1", "more", "a"), ("text 1", "more", "a")])
+    assert found == ["train: 1 texts occur with different labels, such as in train:3 and train:13"]
+
+
+def test_empty_texts_are_counted() -> None:
+    """Catches rows without text that are trained on without a word."""
+    assert oddities(train=[*GOOD, ("text", " ", "a")]) == ["train: 1 rows have an empty text"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([(f"text {n}", "x", f"id{n}") for n in range(9)], "train: 9 of 9 labels occur only once, such as 'id0': is t"),
+        ([(f"text {n}", "x", str(n // 2)) for n in range(80)], "train: 40 labels, and all are numbers: if they are a"),
+        (
+            [("ab"[n % 2], "x", f"a long text {n // 2}") for n in range(9)],
+            "train: the labels are longer than the texts",
+        ),
+    ],
+)
+def test_a_wrong_label_column_is_suspected(rows: list[tuple[str, ...]], message: str) -> None:
+    """Catches training on ids, on scores or on texts as labels, found out after hours."""
+    assert any(line.startswith(message) for line in oddities(train=rows))
