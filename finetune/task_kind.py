@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
+from experiment.config import did_you_mean
 from experiment.errors import UserError
 from finetune import kinds
 from finetune.data.records import Record, Table
@@ -105,6 +106,12 @@ class TaskKind(ABC, Generic[ConfigT]):
             "id2label": dict(enumerate(self.labels)),
             "label2id": {label: number for number, label in enumerate(self.labels)},
         }
+
+    def label_id(self, label: str, place: str) -> int:
+        """The id of a label. place: file and line. Raises UserError for an unknown label."""
+        if label not in self.labels:
+            raise UserError(f"{place}: unknown label '{label}'{did_you_mean(label, self.labels)}")
+        return self.labels.index(label)
 
     def describe(self, train: Table) -> list[str]:
         """Lines about the training split, for the user."""

@@ -5,6 +5,7 @@ field is the role that its column plays. Reading, messages and docs/config.md fo
 """
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Self, get_args
@@ -12,6 +13,7 @@ from typing import Annotated, Any, Self, get_args
 from pydantic import BeforeValidator, Field
 
 from experiment.config import Section
+from experiment.strict_json import parse_json
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,83 @@ def _read_texts(cell: object) -> list[str]:
     raise ValueError("" if isinstance(cell, list) else "; for texts in several columns, list their names")
 
 
+def _read_number(cell: object) -> float | None:
+    if cell is None or (isinstance(cell, str) and not cell.strip()):
+        return None
+    if isinstance(cell, bool) or not isinstance(cell, str | int | float):
+        raise ValueError
+    number = _float(cell)
+    if number is None or not math.isfinite(number):
+        raise ValueError
+    return number
+
+
+def _float(cell: str | float) -> float | None:
+    try:
+        return float(cell)
+    except ValueError:
+        return None
+
+
+def _read_labels(cell: object) -> list[str] | str:
+    """A list of labels; text that is not a list in JSON stays text. No labels are an empty list, not an empty cell."""
+    cell = _parse_json(cell)
+    if isinstance(cell, str) or cell is None:
+        return cell or []
+    if isinstance(cell, list) and all(isinstance(label, str | int) for label in cell):
+        return [label.strip() if isinstance(label, str) else json.dumps(label) for label in cell]
+    raise ValueError
+
+
+def _read_words(cell: object) -> list[str] | None:
+    cell = _parse_json(cell)
+    if cell is None or cell == "":
+        return None
+    if isinstance(cell, str):
+        return cell.split()
+    if isinstance(cell, list) and all(isinstance(word, str) for word in cell):
+        return cell
+    raise ValueError
+
+
+def _read_answers(cell: object) -> list[dict[str, Any]] | None:
+    """Dicts with `text` and `start`, the character at which the answer starts; [] if there is no answer."""
+    cell = _parse_json(cell)
+    if cell is None or cell == "":
+        return None
+    if isinstance(cell, dict):  # of lists, as the library `datasets` has them
+        texts, starts = cell.get("text"), cell.get("answer_start")
+        if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
+            raise ValueError
+        cell = [{"text": text, "answer_start": start} for text, start in zip(texts, starts, strict=True)]
+    if isinstance(cell, list) and all(map(_is_answer, cell)):
+        return [{"text": answer["text"], "start": answer["answer_start"]} for answer in cell]
+    raise ValueError
+
+
+def _is_answer(value: Any) -> bool:
+    text, start = (value.get("text"), value.get("answer_start")) if isinstance(value, dict) else (None, None)
+    return isinstance(text, str) and bool(text) and isinstance(start, int)
+
+
+def _parse_json(cell: object) -> object:
+    """The list or object that a text is in JSON; any other cell as it is."""
+    if isinstance(cell, str) and cell.startswith(("[", "{")):
+        try:
+            return parse_json(cell)
+        except ValueError:
+            return cell
+    return cell
+
+
 TEXT = CellType("text", _read_text)
 TEXTS = CellType("a list of texts", _read_texts)
+WORDS = CellType("a list of words, or words separated by spaces", _read_words)
 LABEL = CellType("a label", _read_label, target=True)
+LABELS = CellType("a list of labels, or text", _read_labels, target=True)
+NUMBER = CellType("a number", _read_number, target=True)
+TAGS = CellType("a list of tags, or tags separated by spaces", _read_words, target=True)
+ANSWERS = CellType('answers {"text": […], "answer_start": […]} as in SQuAD', _read_answers, target=True)
 
 
 def _number_as_text(value: Any) -> Any:
@@ -58,7 +134,12 @@ def _number_as_text(value: Any) -> Any:
 Name = Annotated[str, BeforeValidator(_number_as_text), Field(min_length=1)]
 TextColumn = Annotated[Name, TEXT]
 TextsColumn = Annotated[Name | tuple[Name, ...], TEXTS]  # a column of lists, or one column for each text
+WordsColumn = Annotated[Name, WORDS]
 LabelColumn = Annotated[Name, LABEL]
+LabelsColumn = Annotated[Name, LABELS]
+NumberColumn = Annotated[Name, NUMBER]
+TagsColumn = Annotated[Name, TAGS]
+AnswersColumn = Annotated[Name, ANSWERS]
 
 
 class Columns(Section):

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from experiment.config import did_you_mean
 from experiment.errors import UserError
 from finetune.data.columns import Columns, LabelColumn, TextColumn
 from finetune.data.records import Record, Table
@@ -90,14 +89,8 @@ class Kind(TaskKind[Config]):
 
     def expand(self, record: Record, encoder: Encoder, training: bool) -> list[Example]:
         texts = [record.values[role] for role in ("text", "text_pair") if role in record.values]
-        target = self._label_id(record) if "label" in record.values else None
+        target = self.label_id(record.values["label"], record.place) if "label" in record.values else None
         return [Example((encoder.encode(*texts),), target)]
-
-    def _label_id(self, record: Record) -> int:
-        label = record.values["label"]
-        if label not in self.labels:
-            raise UserError(f"{record.place}: unknown label '{label}'{did_you_mean(label, self.labels)}")
-        return self.labels.index(label)
 
     def label_weights(self, examples: Sequence[Example]) -> tuple[float, ...]:
         """Weights that give each label the same share of the loss: N / (C · count), King & Zeng (2001).

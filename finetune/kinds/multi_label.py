@@ -1,0 +1,134 @@
+"""Multi-label classification: any number of labels, perhaps none, for a text or for a pair of texts."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from pydantic import Field
+from sklearn.metrics import accuracy_score, f1_score
+from torch import Tensor
+
+from experiment.errors import UserError
+from finetune.data.columns import Columns, LabelsColumn, TextColumn
+from finetune.data.records import Record, Table
+from finetune.data.task_config import TaskConfig
+from finetune.encoding.encoder import Encoder
+from finetune.encoding.examples import Batch, Example, Padding
+from finetune.task_kind import Direction, Loss, LossOptions, Prediction, TaskKind
+
+_THRESHOLD = 0.5
+
+
+class MultiLabelColumns(Columns):
+    """Columns of a multi-label task."""
+
+    labels: LabelsColumn = "labels"
+    """Column with the labels: a JSON list, or text with `task.label_separator` between them; empty if there are
+    none."""
+
+    text: TextColumn = "text"
+    """Column with the text."""
+
+    text_pair: TextColumn | None = None
+    """Column with the second text, for tasks on pairs."""
+
+
+class Config(TaskConfig):
+    """Any number of labels for a text or for a pair of texts; each label is predicted on its own."""
+
+    kind: Literal["multi_label"] = "multi_label"
+    columns: MultiLabelColumns = MultiLabelColumns()
+    metric: Literal["micro_f1", "macro_f1", "weighted_f1", "accuracy"] = "micro_f1"
+
+    label_separator: Annotated[str, Field(min_length=1)] = ","
+    """What separates the labels of a row, where they are text."""
+
+
+class Kind(TaskKind[Config]):
+    """A prediction has `labels`, those with a probability of 0.5 or more, and `probabilities`, by label."""
+
+    config_type = Config
+    metrics = dict.fromkeys(("micro_f1", "macro_f1", "weighted_f1", "accuracy"), Direction.HIGHER)
+    answer = "labels"
+
+    @classmethod
+    def find_labels(cls, config: Config, train: Table) -> tuple[str, ...]:
+        """The labels of the training split, sorted."""
+        if config.labels is not None:
+            return config.labels
+        labels = {label for record in train.records for label in _labels_of(record, config)}
+        if len(labels) < 2:
+            found = f"only the label '{labels.pop()}'" if labels else "no labels"
+            raise UserError(f"{train.path}: {found}; expected two or more labels")
+        return tuple(sorted(labels))
+
+    @property
+    def head(self) -> dict[str, Any]:
+        return {**super().head, "problem_type": "multi_label_classification"}
+
+    def describe(self, train: Table) -> list[str]:
+        rows = [_labels_of(record, self.config) for record in train.records]
+        counts = Counter(label for labels in rows for label in labels)
+        shares = ", ".join(f"{label} {counts[label] / len(train):.1%}" for label in self.labels)
+        none = sum(not labels for labels in rows) / len(train)
+        return [f"{len(self.labels)} labels, share of the rows in train: {shares}; none {none:.1%}"]
+
+    def expand(self, record: Record, encoder: Encoder, training: bool) -> list[Example]:
+        texts = [record.values[role] for role in ("text", "text_pair") if role in record.values]
+        target = self._multi_hot(_labels_of(record, self.config), record.place) if "labels" in record.values else None
+        return [Example((encoder.encode(*texts),), target)]
+
+    def _multi_hot(self, labels: Sequence[str], place: str) -> list[float]:
+        """1.0 for each label that is given, otherwise 0.0."""
+        ids = {self.label_id(label, place) for label in labels}
+        return [float(number in ids) for number in range(len(self.labels))]
+
+    def targets(self, examples: Sequence[Example], padding: Padding) -> Tensor:
+        return torch.tensor([example.target for example in examples], dtype=torch.float32)
+
+    def label_weights(self, examples: Sequence[Example]) -> tuple[float, ...]:
+        """Weights of positive examples that give a label's positive and negative ones the same share of its loss.
+
+        1 for a label that has only one of them.
+        """
+        positive = np.sum([example.target for example in examples], axis=0)
+        balanced = (len(examples) - positive) / np.maximum(positive, 1)
+        return tuple(np.where((positive == 0) | (balanced == 0), 1.0, balanced).tolist())
+
+    def loss(self, outputs: Tensor, batch: Batch, options: LossOptions) -> Loss:
+        """Binary cross-entropy, mean over the labels."""
+        assert batch.targets is not None
+        losses = F.binary_cross_entropy_with_logits(
+            outputs.float(), batch.targets, pos_weight=options.label_weights, reduction="none"
+        ).mean(dim=-1)
+        return Loss(losses.sum(), torch.tensor(float(len(losses)), device=losses.device))
+
+    def decode(self, record: Record, examples: Sequence[Example], outputs: Sequence[NDArray[np.float32]]) -> Prediction:
+        probabilities = torch.sigmoid(torch.from_numpy(outputs[0])).tolist()
+        by_label = dict(zip(self.labels, probabilities, strict=True))
+        return {
+            "labels": [label for label, probability in by_label.items() if probability >= _THRESHOLD],
+            "probabilities": by_label,
+        }
+
+    def scores(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> dict[str, float]:
+        """F1 of each label's yes or no: over all decisions (micro), or the mean over the labels, equal or weighted by
+        frequency; 0 for a label that neither occurs nor is predicted. accuracy: rows with exactly the right labels."""
+        gold = np.array([self._multi_hot(_labels_of(record, self.config), record.place) for record in records])
+        predicted = np.array([self._multi_hot(prediction["labels"], "") for prediction in predictions])
+        f1 = {
+            f"{average}_f1": float(f1_score(gold, predicted, average=average, zero_division=0.0))
+            for average in ("micro", "macro", "weighted")
+        }
+        return {**f1, "accuracy": float(accuracy_score(gold, predicted))}
+
+
+def _labels_of(record: Record, config: Config) -> list[str]:
+    found = record.values["labels"]
+    if isinstance(found, list):
+        return found
+    return [label for part in found.split(config.label_separator) if (label := part.strip())]

@@ -1,0 +1,81 @@
+"""Regression: a number for a text or for a pair of texts."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from scipy.stats import pearsonr, spearmanr
+from torch import Tensor
+
+from finetune.data.columns import Columns, NumberColumn, TextColumn
+from finetune.data.records import Record, Table
+from finetune.data.task_config import TaskConfig
+from finetune.encoding.encoder import Encoder
+from finetune.encoding.examples import Batch, Example, Padding
+from finetune.task_kind import Direction, Loss, LossOptions, Prediction, TaskKind
+
+
+class RegressionColumns(Columns):
+    """Columns of a regression task."""
+
+    label: NumberColumn = "label"
+    """Column with the number."""
+
+    text: TextColumn = "sentence1"
+    """Column with the text."""
+
+    text_pair: TextColumn | None = None
+    """Column with the second text, for tasks on pairs."""
+
+
+class Config(TaskConfig):
+    """A number for a text or for a pair of texts, with mean squared error as loss."""
+
+    kind: Literal["regression"] = "regression"
+    columns: RegressionColumns = RegressionColumns()
+    metric: Literal["pearson", "spearman"] = "pearson"
+
+
+class Kind(TaskKind[Config]):
+    """A prediction has `value`."""
+
+    config_type = Config
+    metrics = dict.fromkeys(("pearson", "spearman"), Direction.HIGHER)
+    answer = "value"
+
+    @property
+    def head(self) -> dict[str, Any]:
+        return {"num_labels": 1, "problem_type": "regression"}
+
+    def describe(self, train: Table) -> list[str]:
+        values = [record.values["label"] for record in train.records]
+        return [f"numbers in train: {min(values):g} to {max(values):g}, mean {np.mean(values):.3g}"]
+
+    def expand(self, record: Record, encoder: Encoder, training: bool) -> list[Example]:
+        texts = [record.values[role] for role in ("text", "text_pair") if role in record.values]
+        return [Example((encoder.encode(*texts),), record.values.get("label"))]
+
+    def targets(self, examples: Sequence[Example], padding: Padding) -> Tensor:
+        return torch.tensor([example.target for example in examples], dtype=torch.float32)
+
+    def loss(self, outputs: Tensor, batch: Batch, options: LossOptions) -> Loss:
+        """Squared error."""
+        assert batch.targets is not None
+        losses = F.mse_loss(outputs.float()[:, 0], batch.targets, reduction="none")
+        return Loss(losses.sum(), torch.tensor(float(len(losses)), device=losses.device))
+
+    def decode(self, record: Record, examples: Sequence[Example], outputs: Sequence[NDArray[np.float32]]) -> Prediction:
+        return {"value": float(outputs[0][0])}
+
+    def scores(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> dict[str, float]:
+        """The correlation coefficients of Pearson and Spearman, in [-1, 1]; 0 if undefined: if all numbers of one side
+        are the same."""
+        gold = np.array([record.values["label"] for record in records])
+        predicted = np.array([prediction["value"] for prediction in predictions])
+        if np.ptp(gold) == 0 or np.ptp(predicted) == 0:
+            return {"pearson": 0.0, "spearman": 0.0}
+        found = {"pearson": pearsonr(gold, predicted).statistic, "spearman": spearmanr(gold, predicted).statistic}
+        return {name: float(np.nan_to_num(value)) for name, value in found.items()}

@@ -1,0 +1,146 @@
+"""What all kinds of tasks have in common: each learns a tiny task, saves a model that transformers opens, and its
+predictions do not depend on the batch."""
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from experiment.config import build_config
+from experiment.tokenizer import load_any_tokenizer
+from finetune.config import FinetuneConfig
+from finetune.data.records import read_table
+from finetune.device import Device
+from finetune.encoding.encoder import Encoder
+from finetune.encoding.examples import Padding, encode_split
+from finetune.kinds import kind_names
+from finetune.model import ModelSpec, build_model
+from finetune.predictor import Predictor
+from finetune.results.seed_run import SeedRecord
+from finetune.run import run
+from finetune.splits import make_kind, read_splits
+from finetune.training.evaluation import Inference, decode
+
+LOW, HIGH = [f"word{n}" for n in range(20)], [f"word{n}" for n in range(20, 40)]
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TinyTask:
+    """Rows that a tiny model learns in seconds."""
+
+    row: Callable[[random.Random], Row]
+    chance: float  # score of guessing
+    task: dict[str, Any] = field(default_factory=dict)  # keys of its config
+
+
+def words(draw: random.Random, low: int, high: int) -> list[str]:
+    """Words of the two halves of the vocabulary, in any order."""
+    found = draw.choices(LOW, k=low) + draw.choices(HIGH, k=high)
+    draw.shuffle(found)
+    return found
+
+
+def classification(draw: random.Random) -> Row:
+    high = draw.random() < 0.5
+    return {"label": "high" if high else "low", "sentence1": " ".join(words(draw, 6 * (not high), 6 * high))}
+
+
+def regression(draw: random.Random) -> Row:
+    low, high = draw.randint(0, 4), draw.randint(1, 4)
+    return {"label": high / (low + high), "sentence1": " ".join(words(draw, low, high))}
+
+
+def multi_label(draw: random.Random) -> Row:
+    low, high = draw.randint(0, 1), draw.randint(0, 1)
+    labels = ["low"] * low + ["high"] * high
+    return {"labels": labels, "text": " ".join(words(draw, low * 3, high * 3) or ["word0 word20"])}
+
+
+TASKS = {
+    "classification": TinyTask(classification, chance=0.6),
+    "regression": TinyTask(regression, chance=0.3),
+    "multi_label": TinyTask(multi_label, chance=0.6),
+}
+
+
+def config_of(name: str, encoder: Path, folder: Path, **training: Any) -> FinetuneConfig:
+    """The config of a run on a tiny task, whose files are written to the folder."""
+    tiny = TASKS[name]
+    files = {}
+    for seed, (split, count) in enumerate({"train": 320, "validation": 40, "test": 40}.items()):
+        draw = random.Random(seed)
+        files[split] = str(folder / f"{split}.jsonl")
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(tiny.row(draw)) + "\n" for _ in range(count)))
+    tree = {
+        "run": {"dir": str(folder / "run")},
+        "task": {"name": name, "kind": name, **files, **tiny.task},
+        "model": {"init_from": str(encoder), "max_seq_length": 24},
+        "training": {"lr": 3e-3, "epochs": 8, "batch_size": 16, "precision": "fp32", **training},
+    }
+    return build_config(FinetuneConfig, tree, {})
+
+
+def numbers(prediction: Any) -> list[float]:
+    """All numbers in a prediction, at any depth."""
+    if isinstance(prediction, dict):
+        prediction = list(prediction.values())
+    if isinstance(prediction, list):
+        return [number for part in prediction for number in numbers(part)]
+    return [float(prediction)] if isinstance(prediction, int | float) else []
+
+
+def test_every_kind_has_a_tiny_task() -> None:
+    """Catches a new kind that the tests below do not know."""
+    assert sorted(TASKS) == kind_names()
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_kind_learns_and_saves_what_it_learned(encoder: Path, tmp_path: Path, name: str) -> None:
+    """Catches targets, losses or decoding that do not fit together, and a saved model that is not the one scored."""
+    config = config_of(name, encoder, tmp_path)
+    results = run(config)
+    score = results["splits"]["test"][config.task.metric]["mean"]
+    assert score > TASKS[name].chance
+    folder = tmp_path / "run" / "seed-42"
+    predictor = Predictor.load(folder / "model", precision="fp32")
+    auto = getattr(transformers, predictor.kind.auto_model)
+    _, report = auto.from_pretrained(folder / "model", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    table = read_table(Path(str(config.task.test)), config.task.columns)
+    predictions = predictor.predict_records(table.records)
+    assert predictor.kind.scores(table.records, predictions)[config.task.metric] == pytest.approx(score)
+    record = SeedRecord(**json.loads((folder / "COMPLETE").read_text()))
+    assert not record.collapsed
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_predictions_do_not_depend_on_the_batch(encoder: Path, tmp_path: Path, name: str) -> None:
+    """Catches padding that takes part in what is computed, and outputs of a batch given to the wrong sequence."""
+    config = config_of(name, encoder, tmp_path)
+    tables = read_splits(config.task)
+    kind = make_kind(config.task, tables)
+    model, _ = build_model(ModelSpec(encoder, True, kind.auto_model, kind.head))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)  # of an untrained model, so that its predictions differ
+    tokenizer = load_any_tokenizer(encoder, needed=())
+    split = encode_split(tables["test"], kind, Encoder(tokenizer, 24, token_types=True), training=False)
+    found = []
+    for batch_size in (1, 7):
+        inference = Inference(model, kind, Padding.of(tokenizer), Device(torch.device("cpu"), None), batch_size)
+        outputs, _ = inference.compute(split.examples)
+        found.append(decode(kind, split, outputs))
+    alone, together = found
+    assert [prediction[kind.answer] for prediction in together if kind.answer != "value"] == [
+        prediction[kind.answer] for prediction in alone if kind.answer != "value"
+    ]
+    assert numbers(list(together)) == pytest.approx(numbers(list(alone)), abs=1e-4)
+    assert len({str(prediction) for prediction in alone}) > 10

@@ -1,0 +1,76 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiment.errors import UserError
+from experiment.tokenizer import load_tokenizer
+from finetune.data.records import Record, Table, read_table
+from finetune.encoding.encoder import Encoder, Tokens
+from finetune.encoding.examples import Batch, Example
+from finetune.kinds.multi_label import Config, Kind
+from finetune.task_kind import LossOptions
+
+CONFIG = Config(train="f", validation="f", label_separator="|")
+KIND = Kind(CONFIG, ("a", "b", "c"))
+TOKENS = (Tokens(torch.tensor([1]), None),)
+
+
+def read(path: Path, content: str) -> Table:
+    path.write_text(content)
+    return read_table(path, CONFIG.columns)
+
+
+def test_labels_are_lists_or_text(tmp_path: Path, encoder: Path) -> None:
+    """Catches a separator that is ignored, and rows without labels that are rejected or lost."""
+    csv = read(tmp_path / "f.csv", 'labels,text\na | b,x\n,x\n"[""c"", 1]",x\n')
+    jsonl = read(tmp_path / "f.jsonl", '{"labels": ["b", "a"], "text": "x"}\n{"labels": [], "text": "x"}\n')
+    kind = Kind(CONFIG, Kind.find_labels(CONFIG, csv))
+    assert kind.labels == ("1", "a", "b", "c")
+    encode = Encoder(load_tokenizer(encoder), 8, token_types=True)
+    targets = [kind.expand(record, encode, True)[0].target for record in (*csv.records, *jsonl.records)]
+    assert targets == [[0, 1, 1, 0], [0, 0, 0, 0], [1, 0, 0, 1], [0, 1, 1, 0], [0, 0, 0, 0]]
+
+
+def test_an_unknown_label_is_named(encoder: Path) -> None:
+    """Catches a label of validation that train lacks, dropped silently."""
+    record = Record("f.csv:3", {"labels": ["a", "bb"], "text": "x"})
+    with pytest.raises(UserError, match=r"f\.csv:3: unknown label 'bb'; did you mean 'b'\?"):
+        KIND.expand(record, Encoder(load_tokenizer(encoder), 8, token_types=True), training=False)
+
+
+def test_one_label_is_no_task(tmp_path: Path) -> None:
+    """Catches a wrong column or separator."""
+    with pytest.raises(UserError, match=r"only the label 'a, b'; expected two or more"):
+        Kind.find_labels(CONFIG, read(tmp_path / "f.csv", 'labels,text\n"a, b",x\n'))
+
+
+def test_scores() -> None:
+    """Catches swapped averages: the values are computed by hand. a: 1 of 2 found; b: found; c: one too many."""
+    records = [Record("f", {"labels": labels}) for labels in (["a", "b"], ["a"], [])]
+    predictions = [{"labels": labels} for labels in (["a", "b"], [], ["c"])]
+    found = KIND.scores(records, predictions)
+    a, b, c = 2 / 3, 1.0, 0.0
+    assert found["micro_f1"] == pytest.approx(2 * 2 / (3 + 3))
+    assert found["macro_f1"] == pytest.approx((a + b + c) / 3)
+    assert found["weighted_f1"] == pytest.approx((2 * a + b) / 3)
+    assert found["accuracy"] == pytest.approx(1 / 3)
+
+
+def test_balanced_weights_reach_the_loss() -> None:
+    """Catches weights of the wrong side: a label that is rare weighs more where it is present."""
+    examples = [Example(TOKENS, target) for target in ([1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0])]
+    weights = KIND.label_weights(examples)
+    assert weights == pytest.approx([1.0, 2.0, 1.0])
+    targets = torch.tensor([example.target for example in examples])
+    loss = KIND.loss(torch.zeros(3, 3), Batch(tuple(examples), {}, targets), LossOptions(torch.tensor(weights)))
+    assert loss.sum.item() == pytest.approx(torch.log(torch.tensor(2.0)).item() * (9 + 1) / 3)
+    assert loss.weight.item() == 3
+
+
+def test_a_prediction_is_json() -> None:
+    """Catches numpy or torch numbers in a prediction."""
+    prediction = KIND.decode(Record("f", {}), [], [torch.tensor([3.0, -3.0, 0.0]).numpy()])
+    assert json.loads(json.dumps(prediction)) == prediction
+    assert prediction["labels"] == ["a", "c"]
