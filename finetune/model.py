@@ -176,10 +176,15 @@ def load_model_config(folder: Path, **changes: Any) -> PreTrainedConfig:
 
 
 def _build_from_config(spec: ModelSpec) -> PreTrainedModel:
-    try:
-        model: PreTrainedModel = getattr(transformers, spec.auto_model).from_config(
-            load_model_config(spec.folder, **spec.head), dtype=torch.float32, trust_remote_code=False
+    auto_model, config = getattr(transformers, spec.auto_model), load_model_config(spec.folder, **spec.head)
+    if type(config) not in (supported := auto_model._model_mapping.keys()):
+        head = spec.auto_model.removeprefix("AutoModelFor")
+        known = ", ".join(sorted({config_type.model_type for config_type in supported}))
+        raise UserError(
+            f"{spec.folder}: transformers has no {config.model_type} model for {head}; it has one for: {known}"
         )
+    try:
+        model: PreTrainedModel = auto_model.from_config(config, dtype=torch.float32, trust_remote_code=False)
     except ValueError as error:
         raise UserError(f"{spec.folder}: {error}") from None
     return model

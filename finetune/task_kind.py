@@ -156,6 +156,12 @@ class TaskKind(ABC, Generic[ConfigT]):
         targets = [record.values[role] for record in records for role in roles]
         return is_constant([prediction[self.answer] for prediction in predictions], targets)
 
+    def intervals(
+        self, records: Sequence[Record], predictions: Sequence[Prediction]
+    ) -> Mapping[str, tuple[float, float]]:
+        """The 95 % confidence intervals of those metrics that have one, see `results.intervals`."""
+        return {}
+
     def confusion(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> "NDArray[np.int64] | None":
         """CC counts, rows by label and columns by predicted label; None if the kind has no single label."""
         return None

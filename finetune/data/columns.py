@@ -120,6 +120,7 @@ TEXT = CellType("text", _read_text)
 TEXTS = CellType("a list of texts", _read_texts)
 WORDS = CellType("a list of words, or words separated by spaces", _read_words)
 LABEL = CellType("a label", _read_label, target=True)
+CHOICE = CellType("the right choice", _read_label, target=True)
 LABELS = CellType("a list of labels, or text", _read_labels, target=True)
 NUMBER = CellType("a number", _read_number, target=True)
 TAGS = CellType("a list of tags, or tags separated by spaces", _read_words, target=True)
@@ -136,6 +137,7 @@ TextColumn = Annotated[Name, TEXT]
 TextsColumn = Annotated[Name | tuple[Name, ...], TEXTS]  # a column of lists, or one column for each text
 WordsColumn = Annotated[Name, WORDS]
 LabelColumn = Annotated[Name, LABEL]
+ChoiceColumn = Annotated[Name, CHOICE]
 LabelsColumn = Annotated[Name, LABELS]
 NumberColumn = Annotated[Name, NUMBER]
 TagsColumn = Annotated[Name, TAGS]

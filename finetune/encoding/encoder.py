@@ -1,11 +1,15 @@
 """Texts to the token ids that a model expects."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+
+from experiment.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,16 @@ class Tokens:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+
+_FRAME_KEYS = ("input_ids", "token_type_ids", "special_tokens_mask")
+
+
+class _Frame(NamedTuple):
+    """What surrounds the texts of a sequence: special tokens as (ids, token types), and the types of the texts."""
+
+    specials: tuple[tuple[list[int], list[int]], ...]  # before, between and after the texts
+    text_types: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -39,11 +53,85 @@ class Encoder:
         types = torch.tensor(encoded["token_type_ids"]) if self.token_types else None
         return Tokens(torch.tensor(ids), types, full_length > len(ids), full_length)
 
-    def _tokenize(self, text: str, text_pair: str | None, **options: Any) -> Any:
+    def ids(self, text: str) -> list[int]:
+        """The tokens of a text, without special tokens."""
+        found: list[int] = self._tokenize(text, special=False)["input_ids"]
+        return found
+
+    def ids_and_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The tokens of a text, without special tokens, and the characters (start, end) that each of them covers.
+
+        Raises UserError for a tokenizer that does not know them.
+        """
+        if not self.tokenizer.is_fast:
+            raise UserError(
+                f"{type(self.tokenizer).__name__} does not tell which characters a token covers, as this kind of task "
+                "needs; use a model whose tokenizer has a tokenizer.json"
+            )
+        encoded = self._tokenize(text, special=False, return_offsets_mapping=True)
+        return encoded["input_ids"], encoded["offset_mapping"]
+
+    def ids_of_words(self, words: Sequence[str]) -> list[list[int]]:
+        """The tokens of each word of a sentence, at least one each."""
+        # Tokenizers that tell the start of a word by the space before it need that space.
+        texts = [word if index == 0 else f" {word}" for index, word in enumerate(words)]
+        found: list[list[int]] = self._tokenize(texts, special=False)["input_ids"] if texts else []
+        return [ids or [self.tokenizer.unk_token_id] for ids in found]
+
+    def room(self, texts: int = 1) -> int:
+        """How many tokens fit into a sequence of one text, or of a pair, beside the special tokens.
+
+        Raises UserError if there is no room for each text.
+        """
+        room = self.max_length - sum(len(ids) for ids, _ in self._frames[texts - 1].specials)
+        if room < texts:
+            raise UserError(f"model.max_seq_length: {self.max_length} tokens leave no room for text")
+        return room
+
+    def assemble(self, *texts: Sequence[int], truncated: bool = False) -> Tokens:
+        """A sequence of one text or a pair of texts, given as token ids. truncated: whether they were cut."""
+        frame = self._frames[len(texts) - 1]
+        ids, types = map(list, frame.specials[0])
+        for text, text_type, specials in zip(texts, frame.text_types, frame.specials[1:], strict=True):
+            ids += [*text, *specials[0]]
+            types += [text_type] * len(text) + specials[1]
+        assert len(ids) <= self.max_length
+        return Tokens(torch.tensor(ids), torch.tensor(types) if self.token_types else None, truncated)
+
+    def text_start(self, texts: int = 1) -> int:
+        """Tokens before the first text of a sequence."""
+        return len(self._frames[texts - 1].specials[0][0])
+
+    @cached_property
+    def _frames(self) -> tuple[_Frame, _Frame]:
+        """Of a single text and of a pair."""
+        return self._find_frame("a"), self._find_frame("a", "b")
+
+    def _find_frame(self, *texts: str) -> _Frame:
+        encoded = self.tokenizer(
+            *texts, return_special_tokens_mask=True, return_token_type_ids=True, return_attention_mask=False
+        )
+        specials: list[tuple[list[int], list[int]]] = [([], [])]
+        text_types: list[int] = []
+        in_text = False
+        for token, kind, special in zip(*map(encoded.get, _FRAME_KEYS), strict=True):
+            if special:
+                specials[-1][0].append(token)
+                specials[-1][1].append(kind)
+            elif not in_text:
+                text_types.append(kind)
+                specials.append(([], []))
+            in_text = not special
+        assert len(text_types) == len(texts), "a tokenizer that puts nothing between the texts of a pair"
+        return _Frame(tuple(specials), tuple(text_types))
+
+    def _tokenize(
+        self, text: str | Sequence[str], text_pair: str | None = None, special: bool = True, **options: Any
+    ) -> Any:
         return self.tokenizer(
             text,
             text_pair,
-            add_special_tokens=True,
+            add_special_tokens=special,
             split_special_tokens=not self.special_tokens_in_text,
             return_attention_mask=False,
             return_token_type_ids=self.token_types,

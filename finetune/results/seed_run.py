@@ -52,6 +52,7 @@ class SeedRecord:
     best_epoch: float
     epochs: list[dict[str, float]]
     scores: dict[str, dict[str, float]]  # split -> metric -> value, of the best epoch
+    intervals: dict[str, dict[str, Sequence[float]]]  # split -> metric -> [low, high], of 95 % confidence
     confusion: dict[str, list[list[int]]]  # split -> counts: rows by label, columns by predicted label
     collapsed: list[str]  # splits for which the same is predicted for all records
 
@@ -168,6 +169,7 @@ def _make_record(fitted: Fitted, setup: Setup) -> SeedRecord:
         best_epoch=fitted.best.epoch,
         epochs=[_epoch_row(epoch) for epoch in fitted.epochs],
         scores={split: fitted.evaluations[split].scores for split in labelled},
+        intervals={split: dict(kind.intervals(*found)) for split, found in labelled.items()},
         confusion={split: matrix.tolist() for split, matrix in confusion.items() if matrix is not None},
         collapsed=[split for split, found in labelled.items() if kind.is_collapsed(*found)],
     )

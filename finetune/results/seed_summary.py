@@ -35,7 +35,7 @@ def write_results(
         "collapsed": [seed for seed, record in records.items() if record.collapsed],
         "best_epochs": [record.best_epoch for record in records.values()],
         "splits": {
-            split: {name: summarize([record.scores[split][name] for record in records.values()]) for name in metrics}
+            split: {name: _summarize(split, name, list(records.values())) for name in metrics}
             for split, metrics in first.scores.items()
         },
     }
@@ -50,15 +50,28 @@ def write_results(
     return results
 
 
+def _summarize(split: str, metric: str, records: Sequence[SeedRecord]) -> dict[str, Any]:
+    """A metric over the seeds, with the mean of the confidence intervals of each seed if it has one."""
+    summary: dict[str, Any] = summarize([record.scores[split][metric] for record in records])
+    intervals = [record.intervals[split][metric] for record in records if metric in record.intervals[split]]
+    return {**summary, "interval": np.mean(intervals, axis=0).tolist()} if intervals else summary
+
+
 def print_results(results: Mapping[str, Any], path: Path) -> None:
     """Print the scores: mean ± standard deviation over the seeds. path: where results.json is."""
     print_scores(f"mean ± std of {len(results['seeds'])}", results["splits"], results["metric"], _mean_and_std)
-    lines = ["* selected the best epoch", *_describe_collapsed(results), str(path)]
+    intervals = any("interval" in scores for split in results["splits"].values() for scores in split.values())
+    note = "; in parentheses: 95 % confidence interval" if intervals else ""
+    lines = [f"* selected the best epoch{note}", *_describe_collapsed(results), str(path)]
     Console().print("\n".join(lines), markup=False, soft_wrap=True, highlight=False)
 
 
 def _mean_and_std(scores: Mapping[str, Any]) -> str:
-    return f"{scores['mean']:.4f} ± {UNKNOWN if scores['std'] is None else format(scores['std'], '.4f')}"
+    cell = f"{scores['mean']:.4f} ± {UNKNOWN if scores['std'] is None else format(scores['std'], '.4f')}"
+    if "interval" not in scores:
+        return cell
+    low, high = scores["interval"]
+    return f"{cell} ({low:.4f} to {high:.4f})"
 
 
 def _describe_collapsed(results: Mapping[str, Any]) -> list[str]:

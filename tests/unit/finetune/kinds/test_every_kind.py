@@ -63,10 +63,18 @@ def multi_label(draw: random.Random) -> Row:
     return {"labels": labels, "text": " ".join(words(draw, low * 3, high * 3) or ["word0 word20"])}
 
 
+def multiple_choice(draw: random.Random) -> Row:
+    choices = [draw.choice(LOW) for _ in range(draw.randint(2, 4))]
+    label = draw.randrange(len(choices))
+    choices[label] = draw.choice(HIGH)
+    return {"question": " ".join(words(draw, 1, 1)), "choices": choices, "label": "ABCD"[label]}
+
+
 TASKS = {
     "classification": TinyTask(classification, chance=0.6),
     "regression": TinyTask(regression, chance=0.3),
     "multi_label": TinyTask(multi_label, chance=0.6),
+    "multiple_choice": TinyTask(multiple_choice, chance=0.5),
 }
 
 
@@ -127,7 +135,7 @@ def test_predictions_do_not_depend_on_the_batch(encoder: Path, tmp_path: Path, n
     config = config_of(name, encoder, tmp_path)
     tables = read_splits(config.task)
     kind = make_kind(config.task, tables)
-    model, _ = build_model(ModelSpec(encoder, True, kind.auto_model, kind.head))
+    model = build_model(ModelSpec(encoder, True, kind.auto_model, kind.head)).model
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3)  # of an untrained model, so that its predictions differ

@@ -1,0 +1,175 @@
+"""Multiple choice: which of several choices answers a question or continues a text."""
+
+import string
+from collections.abc import Sequence
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from pydantic import model_validator
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from experiment.errors import UserError
+from finetune.data.columns import ChoiceColumn, Columns, TextColumn, TextsColumn
+from finetune.data.records import Record, Table
+from finetune.data.task_config import TaskConfig
+from finetune.encoding.encoder import Encoder, Tokens
+from finetune.encoding.examples import Batch, Example
+from finetune.results.intervals import Interval, accuracy_interval
+from finetune.task_kind import Direction, Loss, LossOptions, Prediction, TaskKind
+
+
+class MultipleChoiceColumns(Columns):
+    """Columns of a multiple-choice task."""
+
+    label: ChoiceColumn = "label"
+    """Column with the right choice: its number from 0 or from 1, its letter, or its text. All rows use the same of
+    these; `task.labels` names the first, second, … choice if it is not clear which."""
+
+    choices: TextsColumn = "choices"
+    """Column with a list of choices, or a list of columns with one choice each."""
+
+    question: TextColumn | None = "question"
+    """Column with the question; null if there is none."""
+
+    context: TextColumn | None = None
+    """Column with the text that the question is about, or that the choices continue."""
+
+    @model_validator(mode="after")
+    def _there_is_a_text(self) -> Self:
+        if self.question is None and self.context is None:
+            raise ValueError("question: without a context there must be a question")
+        return self
+
+
+class Config(TaskConfig):
+    """Which of several choices answers a question or continues a text."""
+
+    kind: Literal["multiple_choice"] = "multiple_choice"
+    columns: MultipleChoiceColumns = MultipleChoiceColumns()
+    metric: Literal["accuracy"] = "accuracy"
+
+    truncation_side: Literal["right", "left"] = "right"
+    """Where a context is cut if it is too long: at its end (right) or at its beginning (left). Question and choice are
+    kept."""
+
+
+class Kind(TaskKind[Config]):
+    """A prediction has `label`, as the file has it, and `probabilities`: by label, or a list in the order of the
+    choices if their texts are the labels."""
+
+    config_type = Config
+    metrics = dict.fromkeys(("accuracy",), Direction.HIGHER)
+    auto_model = "AutoModelForMultipleChoice"
+
+    @classmethod
+    def find_labels(cls, config: Config, train: Table) -> tuple[str, ...]:
+        """What the file calls the first, second, … choice; () if labels are the texts of the choices."""
+        if config.labels is not None:
+            return config.labels
+        most = max(len(record.values["choices"]) for record in train.records)
+        numbers = [str(number) for number in range(most + 1)]
+        fitting = [
+            (),
+            tuple(numbers[:-1]),
+            tuple(numbers[1:]),
+            tuple(string.ascii_uppercase[:most]),
+            tuple(string.ascii_lowercase[:most]),
+        ]
+        for record in train.records:
+            choices, label = record.values["choices"], record.values["label"]
+            fitting = [names for names in fitting if label in (names[: len(choices)] if names else choices)]
+            if not fitting:
+                raise UserError(
+                    f"{record.place}: the label '{label}' is no number, letter or text of a choice, or in another way "
+                    "than in the rows before"
+                )
+        if len(fitting) > 1:
+            raise UserError(
+                f"{train.path}: the labels are {' or '.join(map(_describe_names, fitting))} of the choices; set "
+                "task.labels to what the file calls the first, second, … choice"
+            )
+        return fitting[0]
+
+    @property
+    def head(self) -> dict[str, Any]:
+        return {}
+
+    def expand(self, record: Record, encoder: Encoder, training: bool) -> list[Example]:
+        if len(record.values["choices"]) < 2:
+            raise UserError(f"{record.place}: expected two or more choices, found {record.values['choices']}")
+        texts = [record.values[role] for role in ("context", "question") if role in record.values]
+        first, room = encoder.ids(texts[0]), encoder.room(2)
+        seconds = [encoder.ids(" ".join([*texts[1:], choice])) for choice in record.values["choices"]]
+        sequences = tuple(self._sequence(first, second, room, encoder) for second in seconds)
+        return [Example(sequences, self._choice_id(record) if "label" in record.values else None)]
+
+    def _sequence(self, first: list[int], second: list[int], room: int, encoder: Encoder) -> Tokens:
+        kept = max(room - len(second), 0)
+        start = max(len(first) - kept, 0) if self.config.truncation_side == "left" else 0
+        return encoder.assemble(first[start : start + kept], second[-room:], truncated=len(first) + len(second) > room)
+
+    def _choice_id(self, record: Record) -> int:
+        label, choices = record.values["label"], record.values["choices"]
+        names = self._names(choices, record.place)
+        if names.count(label) != 1:
+            problem = "is no choice" if label not in names else "is the text of several choices"
+            raise UserError(f"{record.place}: the label '{label}' {problem}; the choices: {', '.join(names)}")
+        return names.index(label)
+
+    def _names(self, choices: Sequence[str], place: str) -> list[str]:
+        """What the file calls the choices of a row."""
+        if self.labels and len(choices) > len(self.labels):
+            raise UserError(f"{place}: {len(choices)} choices, but only {len(self.labels)} labels: {self.labels}")
+        return list(self.labels[: len(choices)] or choices)
+
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+        """S1 scores."""
+        # All sequences of a batch as the choices of one question: questions may differ in their number of choices.
+        logits: Tensor = model(**{name: tensor[None] for name, tensor in batch.inputs.items()}).logits
+        return logits.reshape(-1, 1)
+
+    def loss(self, outputs: Tensor, batch: Batch, options: LossOptions) -> Loss:
+        """Cross-entropy over the choices of each question."""
+        assert batch.targets is not None
+        return choice_loss(outputs[:, 0], batch)
+
+    def decode(self, record: Record, examples: Sequence[Example], outputs: Sequence[NDArray[np.float32]]) -> Prediction:
+        probabilities = torch.softmax(torch.from_numpy(np.concatenate(outputs)), dim=0).tolist()
+        names = self._names(record.values["choices"], record.place)
+        best = names[int(np.argmax(probabilities))]
+        if not self.labels:
+            return {"label": best, "probabilities": probabilities}
+        # All labels, also in a row of fewer choices: the rows of a file have the same columns.
+        by_label = {**dict.fromkeys(self.labels, 0.0), **dict(zip(names, probabilities, strict=True))}
+        return {"label": best, "probabilities": by_label}
+
+    def scores(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> dict[str, float]:
+        return {"accuracy": float(np.mean(_right(records, predictions)))}
+
+    def intervals(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> dict[str, Interval]:
+        """Questions about one context are not independent."""
+        contexts = [record.values.get("context", record.place) for record in records]
+        return {"accuracy": accuracy_interval(_right(records, predictions), contexts)}
+
+
+def choice_loss(scores_S: Tensor, batch: Batch) -> Loss:
+    """Cross-entropy over the sequences of each example; its target is the index of one of them."""
+    assert batch.targets is not None
+    groups = torch.split(scores_S.float(), [len(example.sequences) for example in batch.examples])
+    padded = pad_sequence(list(groups), batch_first=True, padding_value=float("-inf"))
+    losses = F.cross_entropy(padded, batch.targets, reduction="none")
+    return Loss(losses.sum(), torch.tensor(float(len(losses)), device=losses.device))
+
+
+def _right(records: Sequence[Record], predictions: Sequence[Prediction]) -> list[bool]:
+    return [
+        record.values["label"] == prediction["label"] for record, prediction in zip(records, predictions, strict=True)
+    ]
+
+
+def _describe_names(names: tuple[str, ...]) -> str:
+    return f"'{names[0]}', '{names[1]}', …" if len(names) > 1 else "the texts"

@@ -1,0 +1,64 @@
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import XLNetTokenizer
+
+from experiment.errors import UserError
+from experiment.tokenizer import load_tokenizer
+from finetune.encoding.encoder import Encoder
+from finetune.encoding.windows import most_context, window_around, windows
+
+
+def xlnet() -> Encoder:
+    """Special tokens at the end only, three token types."""
+    specials = ["<unk>", "<s>", "</s>", "<cls>", "<sep>", "<pad>", "<mask>"]
+    vocabulary = [(token, 0.0) for token in specials] + [(f"▁word{n}", -3.0) for n in range(9)]
+    return Encoder(XLNetTokenizer(vocab=vocabulary), 16, token_types=True)
+
+
+@pytest.mark.parametrize("family", ["bert", "xlnet"])
+@pytest.mark.parametrize("texts", [("word1 word2",), ("word1 word2", "word3")])
+def test_assembled_ids_are_those_of_the_tokenizer(encoder: Path, family: str, texts: tuple[str, ...]) -> None:
+    """Catches special tokens or token types that differ from those of a text that is encoded at once."""
+    made = Encoder(load_tokenizer(encoder), 16, token_types=True) if family == "bert" else xlnet()
+    assembled, encoded = made.assemble(*(made.ids(text) for text in texts)), made.encode(*texts)
+    assert assembled.input_ids.tolist() == encoded.input_ids.tolist()
+    assert assembled.token_type_ids is not None
+    assert encoded.token_type_ids is not None
+    assert assembled.token_type_ids.tolist() == encoded.token_type_ids.tolist()
+    assert made.room(len(texts)) == 16 - (len(encoded) - len(made.ids(" ".join(texts))))
+    assert encoded.input_ids.tolist()[made.text_start(len(texts)) :][:2] == made.ids(texts[0])
+
+
+def test_a_length_without_room_for_text_is_rejected(encoder: Path) -> None:
+    """Catches empty windows, of which there would be infinitely many."""
+    with pytest.raises(UserError, match="max_seq_length: 4 tokens leave no room"):
+        Encoder(load_tokenizer(encoder), 4, token_types=True).room(2)
+
+
+def test_every_word_has_tokens(encoder: Path) -> None:
+    """Catches words of characters that the tokenizer drops: their tags would shift to the next word."""
+    made = Encoder(load_tokenizer(encoder), 16, token_types=True)
+    assert made.ids_of_words(["word1", "\u200b", "word2"]) == [[6], [1], [7]]
+    assert made.ids_of_words([]) == []
+
+
+@given(st.integers(0, 300), st.integers(1, 40))
+def test_windows_cover_all_positions_and_overlap(length: int, size: int) -> None:
+    """Catches positions in no window, a window that is too long, and neighbours without common context."""
+    found = windows(length, size)
+    assert {position for window in found for position in window} == set(range(length))
+    assert all(len(window) == min(size, length) for window in found)
+    for first, second in pairwise(found):
+        assert first.start < second.start
+        assert first.stop - second.start >= size // 3
+    for position in range(length):
+        assert position in found[most_context(found, position)]
+        around = window_around(position, length, size)
+        assert position in around
+        assert len(around) == min(size, length)
+        if around.start > 0 and around.stop < length:
+            assert position == around.start + size // 2

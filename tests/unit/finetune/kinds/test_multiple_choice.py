@@ -1,0 +1,170 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertForMultipleChoice
+
+from experiment.config import build_config
+from experiment.errors import UserError
+from experiment.tokenizer import load_tokenizer
+from finetune.config import FinetuneConfig
+from finetune.data.checks import describe_oddities
+from finetune.data.records import Record, Table
+from finetune.encoding.encoder import Encoder
+from finetune.encoding.examples import Padding, collate
+from finetune.kinds.multiple_choice import Config, Kind, MultipleChoiceColumns
+from finetune.model import ModelSpec, read_model_inputs
+from finetune.task_kind import LossOptions
+
+CHOICES = ["word1", "word2", "word3", "word4"]
+
+
+def config(**keys: Any) -> Config:
+    columns = MultipleChoiceColumns(context="context")
+    return Config(train="f", validation="f", columns=columns, **keys)
+
+
+def record(choices: list[str] = CHOICES, **values: Any) -> Record:
+    return Record("f.csv:2", {"context": "word10 word11", "question": "word20", "choices": choices, **values})
+
+
+def find(*labels: str, choices: list[str] = CHOICES, **keys: Any) -> tuple[str, ...]:
+    records = tuple(record(choices, label=label) for label in labels)
+    return Kind.find_labels(config(**keys), Table(Path("f.csv"), records, labelled=True))
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        (("0", "3"), ("0", "1", "2", "3")),
+        (("1", "4"), ("1", "2", "3", "4")),
+        (("A", "D"), ("A", "B", "C", "D")),
+        (("b", "a"), ("a", "b", "c", "d")),
+        (("word4", "word1"), ()),
+    ],
+)
+def test_the_notation_of_the_labels_is_found(labels: tuple[str, ...], expected: tuple[str, ...]) -> None:
+    """Catches numbers from 1 read as numbers from 0: every answer would be the wrong one."""
+    assert find(*labels) == expected
+    kind = Kind(config(), expected)
+    encoder_ids = [kind._choice_id(record(label=label)) for label in labels]
+    assert encoder_ids == [(expected or tuple(CHOICES)).index(label) for label in labels]
+
+
+@pytest.mark.parametrize(
+    ("labels", "choices", "message"),
+    [
+        (("1", "2"), CHOICES, r"'0', '1', … or '1', '2', … of the choices; set task\.labels"),
+        (("1", "4"), ["1", "2", "3", "4"], r"the texts or '1', '2', … of the choices; set task\.labels"),
+        (("0", "B"), CHOICES, r"f\.csv:2: the label 'B' is no number, letter or text"),
+        (("E",), CHOICES, r"the label 'E' is no number, letter or text"),
+    ],
+)
+def test_an_unclear_notation_is_rejected(labels: tuple[str, ...], choices: list[str], message: str) -> None:
+    """Catches a guess where the labels do not say what they count from."""
+    with pytest.raises(UserError, match=message):
+        find(*labels, choices=choices)
+
+
+def test_labels_that_are_texts_are_not_odd() -> None:
+    """Catches a warning that most labels occur once, which the right choices of any questions do."""
+    records = tuple(
+        Record("f", {"question": f"question {n}?", "choices": [f"x{n}", f"y{n}"], "label": f"x{n}"}) for n in range(9)
+    )
+    tables = {"train": Table(Path("f"), records, labelled=True)}
+    assert describe_oddities(tables, MultipleChoiceColumns()) == []
+
+
+def test_labels_may_name_the_choices() -> None:
+    """Catches task.labels being ignored."""
+    assert find("1", "2", labels=("1", "2", "3", "4")) == ("1", "2", "3", "4")
+
+
+@pytest.mark.parametrize(
+    ("labels", "choices", "label", "message"),
+    [
+        (("A", "B", "C"), CHOICES[:2], "C", r"f\.csv:2: the label 'C' is no choice; the choices: A, B"),
+        ((), ["x", "x", "y"], "x", r"the label 'x' is the text of several choices"),
+        (("A", "B", "C"), CHOICES, "C", r"4 choices, but only 3 labels"),
+        (("A", "B", "C"), ["x"], "A", r"expected two or more choices"),
+    ],
+)
+def test_a_label_that_is_no_choice_is_rejected(
+    encoder: Path, labels: tuple[str, ...], choices: list[str], label: str, message: str
+) -> None:
+    """Catches an index error during training, and a choice picked at random among equal ones."""
+    with pytest.raises(UserError, match=message):
+        Kind(config(), labels).expand(record(choices, label=label), encode(encoder), training=True)
+
+
+def encode(folder: Path, max_length: int = 64) -> Encoder:
+    return Encoder(load_tokenizer(folder), max_length, token_types=True)
+
+
+@pytest.mark.parametrize(
+    ("side", "max_length", "ids"),
+    [
+        ("right", 9, [2, 15, 16, 3, 25, 6, 3]),
+        ("right", 6, [2, 15, 3, 25, 6, 3]),
+        ("left", 6, [2, 16, 3, 25, 6, 3]),
+        ("right", 5, [2, 3, 25, 6, 3]),
+        ("left", 5, [2, 3, 25, 6, 3]),
+    ],
+)
+def test_question_and_choice_are_kept(encoder: Path, side: str, max_length: int, ids: list[int]) -> None:
+    """Catches a choice that is cut off: all choices would look the same."""
+    kind = Kind(config(truncation_side=side), ())
+    first = kind.expand(record(), encode(encoder, max_length), training=False)[0].sequences[0]
+    assert first.input_ids.tolist() == ids
+    assert first.truncated == (max_length < 7)
+
+
+def test_the_loss_of_a_batch_is_that_of_its_questions(encoder: Path) -> None:
+    """Catches a softmax over all choices of a batch: the reference computes each question by itself, as transformers
+    does."""
+    kind = Kind(config(), ("A", "B", "C", "D"))
+    torch.manual_seed(0)
+    model = BertForMultipleChoice.from_pretrained(encoder).eval()
+    records = [record(label="B"), record(CHOICES[:2], label="A"), record(CHOICES[1:], label="C")]
+    made = [kind.expand(each, encode(encoder), training=True)[0] for each in records]
+    cpu = torch.device("cpu")
+    batch = collate(kind, made, Padding(0, "right", 0), cpu)
+    with torch.no_grad():
+        found = kind.loss(kind.forward(model, batch), batch, LossOptions())
+        single = [collate(kind, [each], Padding(0, "right", 0), cpu) for each in made]
+        expected = [
+            model(**{name: tensor[None] for name, tensor in one.inputs.items()}, labels=one.targets).loss.item()
+            for one in single
+        ]
+    assert (found.sum / found.weight).item() == pytest.approx(sum(expected) / 3, abs=1e-5)
+
+
+def test_all_rows_of_a_file_have_the_same_probabilities() -> None:
+    """Catches a column of the predictions file for every text that is a choice of some row, and rows that lack one."""
+    outputs = [torch.tensor([score]).numpy() for score in (0.0, 2.0)]
+    second = torch.sigmoid(torch.tensor(2.0)).item()
+    prediction = Kind(config(), ("A", "B", "C")).decode(record(["x", "y"]), [], outputs)
+    assert prediction["label"] == "B"
+    assert prediction["probabilities"] == pytest.approx({"A": 1 - second, "B": second, "C": 0.0})
+    prediction = Kind(config(), ()).decode(record(["x", "y"]), [], outputs)
+    assert prediction["label"] == "y"
+    assert prediction["probabilities"] == pytest.approx([1 - second, second])
+
+
+def test_choices_may_be_columns(tmp_path: Path) -> None:
+    """Catches a list of columns that is refused, or read in another order, and a question that is no longer needed."""
+    tree = {"kind": "multiple_choice", "train": "f", "validation": "f"}
+    columns = {"choices": ["b", "a"], "question": None, "context": "text"}
+    sections = {"run": {"dir": "r"}, "model": {"init_from": "m"}}
+    made = build_config(FinetuneConfig, {**sections, "task": {**tree, "columns": columns}}, {})
+    assert made.task.columns.names("choices") == ("b", "a")
+    with pytest.raises(UserError, match="without a context there must be a question"):
+        build_config(FinetuneConfig, {**sections, "task": {**tree, "columns": {"question": None}}}, {})
+
+
+def test_an_architecture_without_such_a_head_is_named(encoder: Path, tmp_path: Path) -> None:
+    """Catches a traceback, or a message that does not say which models would do."""
+    (tmp_path / "config.json").write_text('{"model_type": "deberta", "vocab_size": 45, "pooler_hidden_size": 8}')
+    with pytest.raises(UserError, match=r"no deberta model for MultipleChoice; it has one for: albert, bert, "):
+        read_model_inputs(ModelSpec(tmp_path, False, Kind.auto_model, {}), load_tokenizer(encoder))
