@@ -14,7 +14,8 @@ from experiment.errors import UserError
 from experiment.files import write_json
 from experiment.tracking.console import terminal
 from finetune.data.formats import FileFormat, read_rows
-from finetune.data.records import Record, read_records
+from finetune.data.records import Record, TurnJoiner, read_records
+from finetune.encoding.tokenizer import turn_joiner
 from finetune.options import PredictOptions
 from finetune.predictor import Predictor
 from finetune.results.best_seed import find_model
@@ -34,13 +35,14 @@ class Input:
     path: Path
     kind: TaskKind[Any]
     labelled: bool  # whether to read the targets too
+    joiner: TurnJoiner | None  # of the turns of dialogues, which are read all at once
 
     def __iter__(self) -> Iterator[Record]:
         task = self.kind.config
         columns = task.columns if self.labelled else task.columns.without_targets()
         csv_format = CsvFormat(task.sep, task.quoting, header=task.header == 0, quoting_key="--quoting")
         file_format = FileFormat(None if task.format == "auto" else task.format, csv_format)
-        return read_records(read_rows(self.path, file_format), columns, self.labelled, key="--columns")
+        return read_records(read_rows(self.path, file_format), columns, self.labelled, self.joiner, "--columns")
 
     def count(self) -> int:
         """Number of rows. Raises UserError for a file that cannot be predicted, before a model is loaded."""
@@ -71,7 +73,7 @@ def predict_command(options: PredictOptions) -> None:
         raise UserError(f"--output: {output} is the input")
     folder, description = find_model(Path(options.model))
     task = read_saved_task(folder, _overrides(options))
-    rows = Input(Path(options.input), task.kind, options.score)
+    rows = Input(Path(options.input), task.kind, options.score, turn_joiner(folder, task.kind.config))
     count = rows.count()
     terminal().print(f"model: {description}", markup=False)
     predictor = Predictor.load(folder, options.precision, options.batch_size, task)

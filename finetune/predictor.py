@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from experiment.errors import UserError
-from experiment.tokenizer import load_any_tokenizer
 from finetune.data.records import Record, Table
 from finetune.device import choose_device
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Padding, encode_split
+from finetune.encoding.tokenizer import load_task_tokenizer
 from finetune.model import ModelSpec, build_model, read_model_inputs
 from finetune.saved_task import SavedTask, read_saved_task
 from finetune.task_kind import Prediction, TaskKind
@@ -48,7 +48,7 @@ class Predictor:
         """
         task = task or read_saved_task(folder)
         device = choose_device(precision)
-        tokenizer = load_any_tokenizer(folder, needed=("pad_token",))
+        tokenizer = load_task_tokenizer(folder, task.kind.config)
         spec = ModelSpec(folder, True, task.kind.auto_model, task.kind.head)
         inputs = read_model_inputs(spec, tokenizer)
         built = build_model(spec)

@@ -7,7 +7,6 @@ from typing import Any
 
 from experiment.csv_and_jsonl import CsvFormat
 from experiment.errors import UserError
-from experiment.tokenizer import load_any_tokenizer
 from finetune.config import FinetuneConfig
 from finetune.data.formats import FileFormat
 from finetune.data.random_split import split_off
@@ -15,6 +14,7 @@ from finetune.data.records import Table, read_table
 from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Padding, Split, encode_split
+from finetune.encoding.tokenizer import load_task_tokenizer, turn_joiner
 from finetune.model import ModelSpec, read_model_inputs
 from finetune.task_kind import TaskKind, find_kind
 
@@ -37,15 +37,18 @@ class Task:
         return direction * scores[self.metric] > direction * others[self.metric]
 
 
-def read_splits(task: TaskConfig) -> dict[str, Table]:
+def read_splits(task: TaskConfig, model: Path) -> dict[str, Table]:
     """The rows of each split; those of `validation` are drawn from `train` if they have no file.
+
+    model: the folder whose tokenizer says what separates the turns of a dialogue.
 
     Raises UserError with file and line.
     """
     csv_format = CsvFormat(task.sep, task.quoting, header=task.header == 0, quoting_key="task.quoting:")
     file_format = FileFormat(None if task.format == "auto" else task.format, csv_format)
+    joiner = turn_joiner(model, task)
     tables = {
-        split: read_table(Path(path), task.columns, file_format, targets_required=split in ("train", "validation"))
+        split: read_table(Path(path), task.columns, file_format, split in ("train", "validation"), joiner)
         for split, path in task.files().items()
     }
     if "train" in tables and "validation" not in tables:
@@ -66,7 +69,7 @@ def make_task(config: FinetuneConfig, kind: TaskKind[Any], spec: ModelSpec, tabl
     """Encode the splits. Raises UserError for an invalid target, and sequences longer than the model's positions."""
     if config.training.label_smoothing and not kind.smooths_labels:
         raise UserError(f"training.label_smoothing: tasks of kind '{config.task.kind}' have no use for it; set it to 0")
-    tokenizer = load_any_tokenizer(spec.folder, needed=("pad_token",))
+    tokenizer = load_task_tokenizer(spec.folder, config.task)
     inputs = read_model_inputs(spec, tokenizer)
     length = config.model.max_seq_length
     if inputs.max_length is not None and length > inputs.max_length:

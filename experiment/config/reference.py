@@ -117,6 +117,8 @@ def _keys(section: type[BaseModel], prefix: str) -> Iterator[ConfigKey]:
             yield from _keys(field.annotation, f"{prefix}{name}.")
             continue
         yield ConfigKey(prefix + name, describe_field(field), _default(field), _meaning(section, name))
+        for optional in _sections_in(field.annotation):
+            yield from _keys(optional, f"{prefix}{name}.")
         for item in _item_sections(field.annotation):
             yield from _keys(item, f"{prefix}{name}[].")
 

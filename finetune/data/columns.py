@@ -117,6 +117,7 @@ def _parse_json(cell: object) -> object:
 
 
 TEXT = CellType("text", _read_text)
+ID = CellType("text or a whole number", _read_label)
 TEXTS = CellType("a list of texts", _read_texts)
 WORDS = CellType("a list of words, or words separated by spaces", _read_words)
 LABEL = CellType("a label", _read_label, target=True)
@@ -134,6 +135,7 @@ def _number_as_text(value: Any) -> Any:
 
 Name = Annotated[str, BeforeValidator(_number_as_text), Field(min_length=1)]
 TextColumn = Annotated[Name, TEXT]
+IdColumn = Annotated[Name, ID]
 TextsColumn = Annotated[Name | tuple[Name, ...], TEXTS]  # a column of lists, or one column for each text
 WordsColumn = Annotated[Name, WORDS]
 LabelColumn = Annotated[Name, LABEL]

@@ -14,12 +14,12 @@ def split_off(table: Table, share: float, seed: int) -> tuple[Table, Table]:
     """Divide a table at random, but always in the same way, into the rest and a share (at most 0.5) of it.
 
     The share has about as much of each label as the table has. A label that occurs once stays in the rest, so that the
-    share has no label that the rest lacks. Records with the same context, such as the questions on a text, stay
-    together. Raises UserError if the table is too small.
+    share has no label that the rest lacks. Turns of a dialogue, and records with the same context, such as the
+    questions on a text, stay together. Raises UserError if the table is too small.
     """
     units: dict[Hashable, list[int]] = {}
     for index, record in enumerate(table.records):
-        units.setdefault(record.values.get("context", index), []).append(index)
+        units.setdefault(record.group or record.values.get("context", index), []).append(index)
     in_order = list(units.values())
     shuffled = [in_order[index] for index in np.random.default_rng(seed).permutation(len(in_order))]
     labels = [_label(table.records[unit[0]]) for unit in shuffled]

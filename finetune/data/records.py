@@ -10,6 +10,7 @@ from experiment.csv_and_jsonl import column_index, unexpected_cell
 from experiment.errors import UserError
 from experiment.files import json_digest
 from finetune.data.columns import CellType, Columns
+from finetune.data.dialogue import DialogueContext, join_turns
 from finetune.data.formats import FileFormat, read_rows
 from finetune.data.formats.row import Row
 
@@ -20,6 +21,7 @@ class Record:
 
     place: str  # file and line, for messages
     values: Mapping[str, Any]  # role -> value; the target is absent if the split has none
+    group: str | None = None  # of a dialogue: what belongs together
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,30 @@ class Table:
         return json_digest([record.values for record in self.records])
 
 
+@dataclass(frozen=True)
+class TurnJoiner:
+    """Puts the previous turns of a dialogue before the texts."""
+
+    context: DialogueContext
+    separator: str  # of turns
+
+    def join(self, rows: Sequence[Row], records: Sequence[Record]) -> Iterator[Record]:
+        turns = [record.values for record in _records(rows, self.context, True, "task.context")]
+        try:
+            texts = join_turns([record.values["text"] for record in records], turns, self.context, self.separator)
+        except ValueError as error:
+            index, order = error.args
+            raise unexpected_cell(records[index].place, str(self.context.order), order, "a number") from None
+        for record, turn, text in zip(records, turns, texts, strict=True):
+            yield Record(record.place, {**record.values, "text": text}, turn.get("group"))
+
+
 def read_table(
-    path: Path, columns: Columns, file_format: FileFormat | None = None, targets_required: bool = True
+    path: Path,
+    columns: Columns,
+    file_format: FileFormat | None = None,
+    targets_required: bool = True,
+    joiner: TurnJoiner | None = None,
 ) -> Table:
     """Read a data file, see `formats.read_rows`.
 
@@ -48,7 +72,8 @@ def read_table(
 
     Raises UserError with file and line.
     """
-    records = list(read_records(read_rows(path, file_format or FileFormat()), columns, targets_required))
+    rows = read_rows(path, file_format or FileFormat())
+    records = list(read_records(rows, columns, targets_required, joiner))
     if not records:
         raise UserError(f"{path} has no rows")
     return _check_targets(path, records, columns.cell_types(), targets_required)
@@ -72,12 +97,23 @@ def _check_targets(path: Path, records: list[Record], types: Mapping[str, CellTy
 
 
 def read_records(
-    rows: Iterable[Row], columns: Columns, targets_required: bool = True, key: str = "task.columns"
+    rows: Iterable[Row],
+    columns: Columns,
+    targets_required: bool = True,
+    joiner: TurnJoiner | None = None,
+    key: str = "task.columns",
 ) -> Iterator[Record]:
-    """The rows as records, one by one; their targets may be empty.
+    """The rows as records; their targets may be empty. They are read one by one, but all at once with a joiner.
 
     key: what messages call the names of the columns. Raises UserError with file and line.
     """
+    if joiner is None:
+        return _records(rows, columns, targets_required, key)
+    rows = list(rows)
+    return joiner.join(rows, list(_records(rows, columns, targets_required, key)))
+
+
+def _records(rows: Iterable[Row], columns: Columns, targets_required: bool, key: str) -> Iterator[Record]:
     types = columns.cell_types()
     names: Sequence[str] | None = None
     indices: dict[str, int | list[int]] = {}

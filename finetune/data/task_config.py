@@ -1,7 +1,7 @@
 """The `task` section of a fine-tuning config: the keys that all kinds of tasks share."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_validator, mo
 from experiment.config import Section, did_you_mean
 from experiment.config.constraints import PathText, Seed
 from finetune.data.columns import Columns, Name
+from finetune.data.dialogue import DialogueContext
 from finetune.kinds import kind_names
 
 
@@ -26,6 +27,12 @@ def _check_split_name(name: str) -> str:
             f"'{name}' cannot name a test split: expected letters, digits, '_', '.' or '-', but not train or validation"
         )
     return name
+
+
+def _check_numbers(key: str, columns: Iterable[str]) -> None:
+    for column in columns:
+        if not column.isdecimal():
+            raise ValueError(f"{key}: without a header it must be a column number from 0, found '{column}'")
 
 
 SplitName = Annotated[str, AfterValidator(_check_split_name)]
@@ -58,6 +65,10 @@ class TaskConfig(Section):
     files, such as `{matched: …, mismatched: …}`."""
 
     columns: Columns = Columns()
+
+    context: DialogueContext | None = None
+    """For the utterances of dialogues: previous turns that are put before each text, with the tokenizer's separator
+    between them. If there are too many tokens, they are cut at the start."""
 
     labels: tuple[Name, ...] | None = None
     """Labels in the order of their ids; default: the labels of the training split, sorted."""
@@ -97,12 +108,21 @@ class TaskConfig(Section):
     @model_validator(mode="after")
     def _columns_are_numbers_without_header(self) -> Self:
         if self.header is None:
-            for role in type(self.columns).model_fields:
-                for column in self.columns.names(role):
-                    if not column.isdecimal():
-                        raise ValueError(
-                            f"columns.{role}: without a header it must be a column number from 0, found '{column}'"
-                        )
+            named = {"columns": self.columns} | ({} if self.context is None else {"context": self.context})
+            for key, columns in named.items():
+                for role in columns.cell_types():
+                    _check_numbers(f"{key}.{role}", columns.names(role))
+        return self
+
+    @model_validator(mode="after")
+    def _context_has_a_text_and_a_separator(self) -> Self:
+        if self.context is not None:
+            if "text" not in self.columns.cell_types():
+                raise ValueError(f"context: tasks of kind '{self.kind}' have no single text to put turns before")
+            if not self.special_tokens_in_text:
+                raise ValueError(
+                    "context: turns are joined with the tokenizer's separator; set special_tokens_in_text: true"
+                )
         return self
 
     @model_validator(mode="after")

@@ -17,11 +17,11 @@ from experiment.files import checksum, removed_on_error, write_json
 from experiment.provenance import read_provenance, write_origin
 from experiment.run_folder import RunFolder
 from experiment.strict_json import parse_json
-from experiment.tokenizer import load_any_tokenizer
 from experiment.tracking.console import terminal
 from finetune.config import FinetuneConfig
 from finetune.data.records import Table
 from finetune.device import Device
+from finetune.encoding.tokenizer import load_task_tokenizer
 from finetune.model import ModelSpec, build_model, model_files, save_model
 from finetune.results.predictions import write_predictions
 from finetune.saved_task import SavedTask, write_saved_task
@@ -144,7 +144,7 @@ def _write_seed(
     """Write what RUN/seed-N holds to `folder`, which will be renamed to `final`."""
     if setup.config.run.keep == "best":
         # Load it again: tokenizing has changed the truncation settings of the other one.
-        tokenizer = load_any_tokenizer(setup.model.folder, needed=("pad_token",))
+        tokenizer = load_task_tokenizer(setup.model.folder, setup.config.task)
         save_model(model, tokenizer, setup.config.task.special_tokens_in_text, folder / "model")
         write_saved_task(folder / "model", SavedTask(setup.task.kind, setup.config.model.max_seq_length))
         if provenance := read_provenance(setup.folder):

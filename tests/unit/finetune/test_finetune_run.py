@@ -23,6 +23,7 @@ from experiment.run_lock import is_locked, lock_run
 from finetune import run as run_module
 from finetune.device import Device
 from finetune.kinds.classification import Kind
+from finetune.predictor import Predictor
 from finetune.results import seed_run
 from finetune.results.seed_run import finished_seeds
 from finetune.run import finetune
@@ -355,6 +356,31 @@ def test_an_unlabelled_test_split_is_only_predicted(
     assert list(rows[0]) == ["row", "text", "predicted", "probability_high", "probability_low"]
     assert len(rows) == 30
     assert set(results(tmp_path / "run")["splits"]) == {"validation"}
+
+
+def test_dialogues_keep_their_last_turn(config_file: Path, tmp_path: Path, task_files: dict[str, str]) -> None:
+    """Catches a long context that pushes the text itself out, in training or in prediction with the saved model."""
+    lines = Path(task_files["train"]).read_text().splitlines()
+    Path(task_files["train"]).write_text("\n".join([f"{lines[0]}\tgroup", *(f"{line}\t0" for line in lines[1:])]))
+    overrides = {"task.validation": "null", "task.test": "null", "task.special_tokens_in_text": "true"}
+    overrides |= {"task.context": "{group: group, turns: 20}", "task.validation_share": "0.5"}
+    with pytest.raises(UserError, match="too few rows"):  # one dialogue
+        finetune(config_file, overrides)
+    overrides |= {"task.validation": task_files["train"]}
+    finetune(config_file, {**overrides, "training.seeds": "[1]", "training.epochs": "1"})
+    last = lines[-1].split("\t")[1]
+    rows = read_csv(tmp_path / "run" / "seed-1" / "predictions-validation.csv")
+    assert rows[-1]["text"].endswith(f" [SEP] {last}")
+    predictor = Predictor.load(tmp_path / "run" / "seed-1" / "model", precision="fp32")
+    (predicted,) = predictor.predict([{"text": rows[-1]["text"]}])
+    assert predicted["probabilities"]["low"] == pytest.approx(float(rows[-1]["probability_low"]), abs=1e-4)
+    (predicted,) = predictor.predict([{"text": rows[-1]["text"].replace(last, "word39")}])
+    assert predicted["probabilities"]["low"] != pytest.approx(float(rows[-1]["probability_low"]), abs=1e-4)
+
+    output = tmp_path / "predictions.csv"
+    flags = ["--model", str(tmp_path / "run"), "--input", task_files["train"], "--output", str(output)]
+    assert main(["predict", *flags, "--precision=fp32"]) == 0
+    assert [row["text"] for row in read_csv(output)] == [row["text"] for row in rows]
 
 
 def test_several_test_splits_have_names(config_file: Path, tmp_path: Path, task_files: dict[str, str]) -> None:

@@ -1,0 +1,103 @@
+from pathlib import Path
+
+import pytest
+
+from experiment.config import build_config
+from experiment.errors import UserError
+from finetune.config import FinetuneConfig
+from finetune.data.dialogue import DialogueContext, join_turns
+from finetune.data.random_split import split_off
+from finetune.data.records import TurnJoiner, read_table
+from finetune.kinds.classification import ClassificationColumns
+
+COLUMNS = ClassificationColumns(text="said")
+ROWS = """dialogue,turn,speaker,said,label
+7,1,Ann,one,x
+7,0,Bob,zero,x
+8,0,Ann,hello,y
+7,2,Ann,two,y
+7,10,,ten,y
+"""
+
+
+def joined(tmp_path: Path, text: str, **context: object) -> list[str]:
+    path = tmp_path / "a.csv"
+    path.write_text(text)
+    table = read_table(path, COLUMNS, joiner=TurnJoiner(DialogueContext(**context), "[SEP]"))  # type: ignore[arg-type]
+    return [record.values["text"] for record in table.records]
+
+
+def test_turns_of_the_same_dialogue_come_before(tmp_path: Path) -> None:
+    """Catches turns of another dialogue, turns in the order of the file or of text ("10" < "2"), and rows reordered."""
+    assert joined(tmp_path, ROWS, group="dialogue", order="turn", turns=2) == [
+        "zero [SEP] one",
+        "zero",
+        "hello",
+        "zero [SEP] one [SEP] two",
+        "one [SEP] two [SEP] ten",
+    ]
+
+
+def test_speakers_are_named_and_the_order_is_that_of_the_rows(tmp_path: Path) -> None:
+    """Catches speakers on the last turn only, and an empty name before a turn."""
+    assert joined(tmp_path, ROWS, group="dialogue", speaker="speaker", turns=1) == [
+        "Ann: one",
+        "Ann: one [SEP] Bob: zero",
+        "Ann: hello",
+        "Bob: zero [SEP] Ann: two",
+        "Ann: two [SEP] ten",
+    ]
+
+
+def test_previous_turns_may_be_columns(tmp_path: Path) -> None:
+    """Catches separators around a turn that does not exist."""
+    rows = "before2,before1,said,label\n,a,b,x\n,,a,y\n"
+    assert joined(tmp_path, rows, previous=("before2", "before1")) == ["a [SEP] b", "a"]
+
+
+def test_dialogues_stay_together_in_a_random_split(tmp_path: Path) -> None:
+    """Catches a validation split whose utterances are the context of training texts."""
+    path = tmp_path / "a.csv"
+    rows = (f"{number // 4},text,{'xy'[number // 4 % 2]}\n" for number in range(80))
+    path.write_text("dialogue,said,label\n" + "".join(rows))
+    table = read_table(path, COLUMNS, joiner=TurnJoiner(DialogueContext(group="dialogue"), "[SEP]"))
+    train, validation = split_off(table, 0.1, seed=0)
+    assert len(validation) == 8
+    assert not {record.group for record in train.records} & {record.group for record in validation.records}
+
+
+@pytest.mark.parametrize(
+    ("context", "message"),
+    [
+        ({"group": "Dialogue"}, r"a\.csv:1: no column 'Dialogue'; .* \(task\.context\.group names"),
+        ({"group": "dialogue", "order": "speaker"}, r"a\.csv:2: expected a number in 'speaker', found \"Ann\""),
+        ({"group": "dialogue", "speaker": "Speaker"}, r"a\.csv:1: no column 'Speaker'; .* \(task\.context\.speaker"),
+    ],
+)
+def test_bad_columns_are_rejected(tmp_path: Path, context: dict[str, str], message: str) -> None:
+    """Catches a traceback, or a key of `columns` that is named for one of `context`."""
+    with pytest.raises(UserError, match=message):
+        joined(tmp_path, ROWS, **context)
+
+
+@pytest.mark.parametrize(
+    ("context", "message"),
+    [
+        ("{turns: 2}", "expected either 'group' or 'previous'"),
+        ("{group: a, previous: [b]}", "expected either 'group' or 'previous'"),
+        ("{previous: [b], order: c}", "order: needs 'group'"),
+        ("{group: a}", "set special_tokens_in_text: true"),
+    ],
+)
+def test_bad_settings_are_rejected(context: str, message: str) -> None:
+    """Catches keys without effect, and separators that become text."""
+    tree = {"run": {"dir": "r"}, "task": {"train": "a.csv"}, "model": {"init_from": "m"}}
+    with pytest.raises(UserError, match=message):
+        build_config(FinetuneConfig, tree, {"task.context": context})
+
+
+def test_previous_turns_need_no_group() -> None:
+    """Catches a separator without spaces, which some tokenizers would read as part of a word."""
+    turns = [{"previous": ["a", "b"], "speaker": "Ann"}]
+    context = DialogueContext(previous=("x", "y"), speaker="s")
+    assert join_turns(["c"], turns, context, "</s>") == ["a </s> b </s> Ann: c"]
