@@ -5,12 +5,15 @@
 
 import csv
 import json
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from experiment.errors import UserError
 from experiment.strict_json import parse_json
+
+log = logging.getLogger(__name__)
 
 # An unclosed quote swallows the rows after it. No real field is longer than this many characters.
 _MAX_FIELD = 1 << 27
@@ -24,6 +27,7 @@ class CsvFormat:
     quoting: Literal[0, 1, 2, 3] = 0  # 3: quotes are ordinary characters
     header: bool = True
     quoting_key: str = "quoting"  # what messages call the option
+    skip_bad_lines: bool = False  # whether to skip rows with another number of columns, with a warning
 
 
 class CsvRow(NamedTuple):
@@ -84,12 +88,20 @@ def _chain(first: CsvRow, rows: Iterator[CsvRow]) -> Iterator[CsvRow]:
 
 
 def _of_equal_length(rows: Iterator[CsvRow], length: int, origin: str, csv_format: CsvFormat) -> Iterator[CsvRow]:
+    skipped: list[int] = []
     for row in rows:
-        if len(row.cells) != length:
+        if len(row.cells) == length:
+            yield row
+        elif csv_format.skip_bad_lines:
+            skipped.append(row.line)
+        else:
             raise UserError(
                 f"{origin}:{row.line}: expected {length} columns, found {len(row.cells)}{_quoting_hint(csv_format)}"
             )
-        yield row
+    if skipped:
+        log.warning(
+            "%s: skipped %d rows that do not have %d columns, such as line %d", origin, len(skipped), length, skipped[0]
+        )
 
 
 def _quoting_hint(csv_format: CsvFormat) -> str:

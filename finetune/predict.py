@@ -8,12 +8,11 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from experiment.csv_and_jsonl import CsvFormat
 from experiment.disk_errors import disk_errors_as
 from experiment.errors import UserError
 from experiment.files import write_json
 from experiment.tracking.console import terminal
-from finetune.data.formats import FileFormat, read_rows
+from finetune.data.formats import read_rows
 from finetune.data.records import Record, TurnJoiner, read_records
 from finetune.encoding.tokenizer import turn_joiner
 from finetune.options import PredictOptions
@@ -40,9 +39,8 @@ class Input:
     def __iter__(self) -> Iterator[Record]:
         task = self.kind.config
         columns = task.columns if self.labelled else task.columns.without_targets()
-        csv_format = CsvFormat(task.sep, task.quoting, header=task.header == 0, quoting_key="--quoting")
-        file_format = FileFormat(None if task.format == "auto" else task.format, csv_format)
-        return read_records(read_rows(self.path, file_format), columns, self.labelled, self.joiner, "--columns")
+        rows = read_rows(self.path, task.file_format("--quoting"))
+        return read_records(rows, columns, self.labelled, self.joiner, "--columns")
 
     def count(self) -> int:
         """Number of rows. Raises UserError for a file that cannot be predicted, before a model is loaded."""

@@ -5,10 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiment.csv_and_jsonl import CsvFormat
 from experiment.errors import UserError
 from finetune.config import FinetuneConfig
-from finetune.data.formats import FileFormat
 from finetune.data.random_split import split_off
 from finetune.data.records import Table, read_table
 from finetune.data.task_config import TaskConfig
@@ -44,11 +42,9 @@ def read_splits(task: TaskConfig, model: Path) -> dict[str, Table]:
 
     Raises UserError with file and line.
     """
-    csv_format = CsvFormat(task.sep, task.quoting, header=task.header == 0, quoting_key="task.quoting:")
-    file_format = FileFormat(None if task.format == "auto" else task.format, csv_format)
     joiner = turn_joiner(model, task)
     tables = {
-        split: read_table(Path(path), task.columns, file_format, split in ("train", "validation"), joiner)
+        split: read_table(Path(path), task.columns, task.file_format(), split in ("train", "validation"), joiner)
         for split, path in task.files().items()
     }
     if "train" in tables and "validation" not in tables:

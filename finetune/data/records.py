@@ -14,6 +14,8 @@ from finetune.data.dialogue import DialogueContext, join_turns
 from finetune.data.formats import FileFormat, read_rows
 from finetune.data.formats.row import Row
 
+_MISSING = (None, "-1", -1.0)  # targets of a test split that has none; the data sets of the Hugging Face Hub have -1
+
 
 @dataclass(frozen=True)
 class Record:
@@ -82,7 +84,8 @@ def read_table(
 def _check_targets(path: Path, records: list[Record], types: Mapping[str, CellType], required: bool) -> Table:
     """A table in which all records have their targets or none has."""
     targets = [role for role, cell_type in types.items() if cell_type.target]
-    labelled = any(record.values.get(role) is not None for record in records for role in targets)
+    missing = (None,) if required else _MISSING
+    labelled = any(record.values.get(role) not in missing for record in records for role in targets)
     for role in targets:
         empty = [record.place for record in records if record.values.get(role) is None]
         if empty and (required or labelled):

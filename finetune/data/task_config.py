@@ -8,8 +8,10 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_validator, mo
 
 from experiment.config import Section, did_you_mean
 from experiment.config.constraints import PathText, Seed
+from experiment.csv_and_jsonl import CsvFormat
 from finetune.data.columns import Columns, Name
 from finetune.data.dialogue import DialogueContext
+from finetune.data.formats import FileFormat
 from finetune.kinds import kind_names
 
 
@@ -89,8 +91,16 @@ class TaskConfig(Section):
     """As in pandas: 0 takes column names from the first row; null: there is no header, and `columns` are numbers
     from 0."""
 
+    on_bad_lines: Literal["error", "skip"] = "error"
+    """As in pandas: whether to reject a row with too few or too many columns, or to skip it with a warning."""
+
     special_tokens_in_text: bool = False
     """Whether a special token that is written out in a text, such as `[SEP]`, is that token; otherwise it is text."""
+
+    def file_format(self, quoting_key: str = "task.quoting:") -> FileFormat:
+        """How to read the files. quoting_key: what messages call that key."""
+        csv_format = CsvFormat(self.sep, self.quoting, self.header == 0, quoting_key, self.on_bad_lines == "skip")
+        return FileFormat(None if self.format == "auto" else self.format, csv_format)
 
     def files(self) -> dict[str, str]:
         """Split -> file, of the splits that have one: train, validation, then the test splits."""

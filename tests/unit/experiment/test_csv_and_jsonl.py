@@ -74,3 +74,14 @@ def test_a_column_must_be_there_once() -> None:
         column_index(["a", "b"], "c", "f:1", "--column")
     with pytest.raises(UserError, match="f:1: 2 columns are called 'a'"):
         column_index(["a", "a"], "a", "f:1", "--column")
+
+
+def test_rows_of_another_width_are_skipped_on_request(caplog: pytest.LogCaptureFixture) -> None:
+    """Catches broken rows, as QQP has them, that are dropped without a word or taken as they are."""
+    lines = ["a,b\n", "1,2\n", "3\n", "4,5,6\n", "7,8\n"]
+    _, rows = read_csv(lines, "f.csv", CsvFormat(skip_bad_lines=True))
+    assert [row.cells for row in rows] == [["1", "2"], ["7", "8"]]
+    assert caplog.messages == ["f.csv: skipped 2 rows that do not have 2 columns, such as line 3"]
+    _, rows = read_csv(lines, "f.csv", CsvFormat())
+    with pytest.raises(UserError, match=r"f\.csv:3: expected 2 columns, found 1"):
+        list(rows)

@@ -76,6 +76,7 @@ def test_gzip_and_chosen_separator(tmp_path: Path) -> None:
         ("a.csv", "text\none\ntwo\n"),
         ("a.csv", "text,label\none,\ntwo, \n"),
         ("a.jsonl", '{"text": "one", "label": null}\n{"text": "two"}\n'),
+        ("a.jsonl", '{"text": "one", "label": -1}\n{"text": "two", "label": -1}\n'),
     ],
 )
 def test_a_split_without_labels_may_be_allowed(tmp_path: Path, name: str, text: str) -> None:
@@ -84,8 +85,9 @@ def test_a_split_without_labels_may_be_allowed(tmp_path: Path, name: str, text: 
     table = read_table(path, COLUMNS, targets_required=False)
     assert not table.labelled
     assert values(table) == [{"text": "one"}, {"text": "two"}]
-    with pytest.raises(UserError, match="label"):
-        read_table(path, COLUMNS, targets_required=True)
+    if "-1" not in text:
+        with pytest.raises(UserError, match="label"):
+            read_table(path, COLUMNS, targets_required=True)
 
 
 @pytest.mark.parametrize(
@@ -129,6 +131,14 @@ def test_bad_files_are_rejected_with_file_and_line(tmp_path: Path, name: str, te
     """Catches a bad row that is silently skipped or repaired, and a message without file and line."""
     with pytest.raises(UserError, match=message):
         read_table(write(tmp_path / name, text), COLUMNS)
+
+
+def test_minus_one_may_be_a_label(tmp_path: Path) -> None:
+    """Catches sentiment labels -1, 0 and 1 that are taken for missing ones."""
+    path = write(tmp_path / "a.csv", "text,label\na,-1\nb,1\n")
+    assert read_table(path, COLUMNS, targets_required=False).labelled
+    path = write(tmp_path / "a.csv", "text,label\na,-1\n")
+    assert read_table(path, COLUMNS, targets_required=True).labelled
 
 
 class ChoiceColumns(Columns):
