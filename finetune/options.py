@@ -22,6 +22,9 @@ class PredictOptions(Section):
     """Compare with the labels in the file: print scores, and write them next to the output as NAME.scores.json. Keeps
     all rows in memory."""
 
+    calibrated: bool = False
+    """Write calibrated probabilities: with the temperature that was fitted on validation. Predictions stay the same."""
+
     batch_size: PositiveInt = 128
     """Sequences that are computed at once."""
 

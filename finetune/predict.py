@@ -18,9 +18,11 @@ from finetune.encoding.tokenizer import turn_joiner
 from finetune.options import PredictOptions
 from finetune.predictor import Predictor
 from finetune.results.best_seed import find_model
+from finetune.results.calibration import calibration_error
+from finetune.results.label_scores import label_scores, top_confusions
 from finetune.results.predictions import prediction_rows
 from finetune.results.row_file import check_row_file, open_row_file
-from finetune.results.score_table import print_scores
+from finetune.results.score_table import print_label_scores, print_scores
 from finetune.saved_task import read_saved_task
 from finetune.task_kind import Prediction, TaskKind
 
@@ -99,7 +101,7 @@ def _write(output: Path, predictor: Predictor, rows: Input, count: int, options:
     with open_row_file(output) as write, _progress() as bar:
         task = bar.add_task("", total=count)
         for chunk in _chunks(rows, options.batch_size * _CHUNK):
-            predictions = predictor.predict_records(chunk)
+            predictions = predictor.predict_records(chunk, options.calibrated)
             write(prediction_rows(predictor.kind, chunk, predictions, first=done + 1))
             done += len(chunk)
             bar.update(task, completed=done)
@@ -121,17 +123,25 @@ def _progress() -> Progress:
 
 
 def _report_scores(path: Path, predictor: Predictor, scored: Scored, options: PredictOptions) -> None:
-    scores = predictor.kind.scores(scored.records, scored.predictions)
-    metric = predictor.kind.config.metric
-    write_json(
-        path,
-        {
-            "model": str(predictor.folder.absolute()),
-            "input": str(Path(options.input).absolute()),
-            "rows": len(scored.records),
-            "metric": metric,
-            "scores": scores,
-        },
-    )
-    print_scores(f"{len(scored.records):,} rows", {Path(options.input).name: scores}, metric)
+    """Write the scores, and print a table of the metrics and one of the labels."""
+    kind, found = predictor.kind, (scored.records, scored.predictions)
+    scores, metric = kind.scores(*found), kind.config.metric
+    confusion, classified = kind.confusion(*found), kind.classified(*found)
+    labels = {} if confusion is None else label_scores(confusion, kind.labels)
+    written = {
+        "model": str(predictor.folder.absolute()),
+        "input": str(Path(options.input).absolute()),
+        "rows": len(scored.records),
+        "calibrated": options.calibrated,
+        "metric": metric,
+        "scores": scores,
+        "label_scores": labels,
+        "confusions": [] if confusion is None else top_confusions(confusion, kind.labels),
+        "ece": None if classified is None else calibration_error(classified),
+    }
+    write_json(path, written)
+    name = Path(options.input).name
+    print_scores(f"{len(scored.records):,} rows", {name: scores}, metric)
+    if labels:
+        print_label_scores(name, labels)
     print(path)

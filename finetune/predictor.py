@@ -13,6 +13,7 @@ from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Padding, encode_split
 from finetune.encoding.tokenizer import load_task_tokenizer
 from finetune.model import ModelSpec, build_model, read_model_inputs
+from finetune.results.calibration import calibrate
 from finetune.saved_task import SavedTask, read_saved_task
 from finetune.task_kind import Prediction, TaskKind
 from finetune.training.evaluation import Inference, decode
@@ -60,21 +61,25 @@ class Predictor:
         inference = Inference(model, task.kind, Padding.of(tokenizer), device, Microbatch(batch_size))
         return cls(folder, task.kind, task.temperature, encoder, inference)
 
-    def predict(self, records: Sequence[Mapping[str, Any]]) -> list[Prediction]:
+    def predict(self, records: Sequence[Mapping[str, Any]], calibrated: bool = False) -> list[Prediction]:
         """The predictions for records, in order. A record maps the roles of columns, such as `text`, to values.
 
-        Raises UserError for a record that lacks a role or has an unknown one.
+        Raises UserError for a record that lacks a role or has an unknown one, and if there is no temperature.
         """
-        return self.predict_records(
-            [Record(f"record {number}", self._check(number, values)) for number, values in enumerate(records, 1)]
-        )
+        checked = [Record(f"record {number}", self._check(number, values)) for number, values in enumerate(records, 1)]
+        return self.predict_records(checked, calibrated)
 
-    def predict_records(self, records: Sequence[Record]) -> list[Prediction]:
+    def predict_records(self, records: Sequence[Record], calibrated: bool = False) -> list[Prediction]:
         """As `predict`, for records that were read from a file."""
+        if calibrated and self.temperature is None:
+            raise UserError(f"{self.folder}: the model has no temperature, so its probabilities cannot be calibrated")
         with self._encoding:
             split = encode_split(Table(self.folder, tuple(records), labelled=False), self.kind, self._encoder, False)
         outputs, _ = self._inference.compute(split.examples)
-        return list(decode(self.kind, split, outputs))
+        predictions = decode(self.kind, split, outputs)
+        if not calibrated or self.temperature is None:
+            return list(predictions)
+        return [calibrate(prediction, self.temperature) for prediction in predictions]
 
     def _check(self, number: int, values: Mapping[str, Any]) -> Mapping[str, Any]:
         roles = self.kind.config.columns.without_targets().cell_types()

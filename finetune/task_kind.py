@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from finetune.encoding.encoder import Encoder
     from finetune.encoding.examples import Batch, Example, Padding
+    from finetune.results.calibration import Classified
 
 # Shape suffixes: S sequences of a batch, T tokens of the longest of them, C labels.
 
@@ -161,6 +162,15 @@ class TaskKind(ABC, Generic[ConfigT]):
     ) -> Mapping[str, tuple[float, float]]:
         """The 95 % confidence intervals of those metrics that have one, see `results.intervals`."""
         return {}
+
+    def classified(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> "Classified | None":
+        """Labels and probabilities of records with targets, if the kind predicts one label for each; else None."""
+        return None
+
+    def losses(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> "NDArray[np.float64] | None":
+        """How wrong the predictions are, for records with targets; None if the kind does not say."""
+        classified = self.classified(records, predictions)
+        return None if classified is None else classified.losses
 
     def confusion(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> "NDArray[np.int64] | None":
         """CC counts, rows by label and columns by predicted label; None if the kind has no single label."""

@@ -35,26 +35,31 @@ def draw_confusion(path: Path, confusion: NDArray[np.int64], labels: Sequence[st
     save_figure(canvas, path)
 
 
-def draw_curves(path: Path, epochs: Mapping[int, Sequence[Mapping[str, float]]], metric: str) -> None:
-    """Loss on train and validation, and the metric on validation, by epoch. One color per seed; a ring marks the best
-    epoch.
+def draw_curves(
+    path: Path, epochs: Mapping[int, Sequence[Mapping[str, float]]], best: Mapping[int, float], metric: str
+) -> None:
+    """Loss on train and validation, and the metric on validation, by epoch; by step if there are evaluations within
+    epochs. One color per seed; a ring marks the best epoch.
 
-    epochs: seed -> rows of its epochs.csv.
+    epochs: seed -> rows of its epochs.csv. best: seed -> its best epoch.
     """
     canvas = Figure(figsize=(11.0, 4.2), dpi=144, layout="constrained")
     losses, scores = canvas.subplots(1, 2)
+    whole = all(float(row["epoch"]).is_integer() for rows in epochs.values() for row in rows)
+    unit, label = ("epoch", "epoch") if whole else ("steps", "step")
     for (seed, rows), color in zip(epochs.items(), COLORS * len(epochs), strict=False):
-        x = [row["epoch"] for row in rows]
-        best = max(rows, key=lambda row: row[metric])
+        x = [row[unit] for row in rows]
+        kept = next(row for row in rows if row["epoch"] == best[seed])
         losses.plot(x, [row["train_loss"] for row in rows], "--.", color=color, linewidth=1.2)
         losses.plot(x, [row["validation_loss"] for row in rows], "-o", color=color, markersize=4)
         scores.plot(x, [row[metric] for row in rows], "-o", color=color, markersize=4, label=f"seed {seed}")
-        scores.plot(best["epoch"], best[metric], "o", color=color, markersize=10, fillstyle="none")
-    for axes, label in ((losses, "loss (dashed: train, solid: validation)"), (scores, f"{metric} on validation")):
-        axes.set_xlim(0.5, max(len(rows) for rows in epochs.values()) + 0.5)
+        scores.plot(kept[unit], kept[metric], "o", color=color, markersize=10, fillstyle="none")
+    last = max(row[unit] for rows in epochs.values() for row in rows)
+    for axes, y_label in ((losses, "loss (dashed: train, solid: validation)"), (scores, f"{metric} on validation")):
+        axes.set_xlim((0.5, last + 0.5) if whole else (0.0, 1.03 * last))
         axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
-        axes.set_xlabel("epoch", color=GREY)
-        axes.set_ylabel(label, color=GREY)
+        axes.set_xlabel(label, color=GREY)
+        axes.set_ylabel(y_label, color=GREY)
         axes.grid(color="#e8ebf0", linewidth=0.8)
         axes.spines[["top", "right", "left"]].set_visible(False)
     scores.legend(frameon=False, labelcolor=GREY)

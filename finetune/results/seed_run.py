@@ -23,7 +23,10 @@ from finetune.data.records import Table
 from finetune.device import Device
 from finetune.encoding.tokenizer import load_task_tokenizer
 from finetune.model import ModelSpec, build_model, model_files, save_model
+from finetune.results.calibration import measure_calibration
+from finetune.results.epoch_table import print_epochs
 from finetune.results.predictions import write_predictions
+from finetune.results.worst_rows import write_worst_rows
 from finetune.saved_task import SavedTask, write_saved_task
 from finetune.splits import Task
 from finetune.training.fit import Epoch, Fitted, Log, fit
@@ -55,6 +58,8 @@ class SeedRecord:
     intervals: dict[str, dict[str, Sequence[float]]]  # split -> metric -> [low, high], of 95 % confidence
     confusion: dict[str, list[list[int]]]  # split -> counts: rows by label, columns by predicted label
     collapsed: list[str]  # splits for which the same is predicted for all records
+    temperature: float | None  # fitted on validation; None if the kind does not predict one label
+    calibration: dict[str, dict[str, float]]  # split -> `ece`, `calibrated_ece`
 
 
 def result_settings(
@@ -109,6 +114,7 @@ def train_seed(seed: int, setup: Setup, log: Log) -> SeedRecord:
     model = build_model(setup.model).model
     fitted = fit(model, setup.task, setup.config.training, seed, setup.device, log, state_file(seed, setup))
     record = _make_record(fitted, setup)
+    print_epochs(terminal(), f"seed {seed}", record.epochs, record.best_epoch)
     if record.collapsed:
         splits = ", ".join(record.collapsed)
         terminal().print(f"seed {seed} has collapsed: it predicts the same for every row of {splits}", markup=False)
@@ -146,13 +152,16 @@ def _write_seed(
         # Load it again: tokenizing has changed the truncation settings of the other one.
         tokenizer = load_task_tokenizer(setup.model.folder, setup.config.task)
         save_model(model, tokenizer, setup.config.task.special_tokens_in_text, folder / "model")
-        write_saved_task(folder / "model", SavedTask(setup.task.kind, setup.config.model.max_seq_length))
+        task = SavedTask(setup.task.kind, setup.config.model.max_seq_length, record.temperature)
+        write_saved_task(folder / "model", task)
         if provenance := read_provenance(setup.folder):
             write_origin(folder / "model", RunFolder(final), provenance, fitted.best.steps)
     _write_csv(folder / "epochs.csv", list(record.epochs[0]), [list(row.values()) for row in record.epochs])
     for split, evaluation in fitted.evaluations.items():
-        path = folder / f"predictions-{split}.csv"
-        write_predictions(path, setup.task.kind, setup.task.splits[split].table, evaluation.predictions)
+        kind, table = setup.task.kind, setup.task.splits[split].table
+        write_predictions(folder / f"predictions-{split}.csv", kind, table, evaluation.predictions)
+        if split in record.scores:
+            write_worst_rows(folder / f"worst-{split}.csv", kind, table.records, evaluation.predictions)
     write_json(folder / _COMPLETE, asdict(record))
 
 
@@ -164,6 +173,9 @@ def _make_record(fitted: Fitted, setup: Setup) -> SeedRecord:
         if found.scores
     }
     confusion = {split: kind.confusion(*found) for split, found in labelled.items()}
+    temperature, calibration = measure_calibration(
+        {split: kind.classified(*found) for split, found in labelled.items()}
+    )
     return SeedRecord(
         settings=setup.settings,
         best_epoch=fitted.best.epoch,
@@ -172,6 +184,8 @@ def _make_record(fitted: Fitted, setup: Setup) -> SeedRecord:
         intervals={split: dict(kind.intervals(*found)) for split, found in labelled.items()},
         confusion={split: matrix.tolist() for split, matrix in confusion.items() if matrix is not None},
         collapsed=[split for split, found in labelled.items() if kind.is_collapsed(*found)],
+        temperature=temperature,
+        calibration=calibration,
     )
 
 

@@ -1,5 +1,6 @@
 import csv
 import json
+import math
 import os
 import re
 import shutil
@@ -135,6 +136,41 @@ def test_a_collapsed_seed_is_reported(
     captured = capsys.readouterr()
     assert "seed 2 has collapsed: it predicts the same for every row of validation, test" in captured.err
     assert "1 of 2 seeds collapsed (2)" in captured.out
+
+
+def test_what_is_told_after_training(trained_run: Path) -> None:
+    """Catches scores of labels, mistakes and calibration that contradict the predictions, or are lost."""
+    found = results(trained_run)
+    rows = [read_csv(trained_run / f"seed-{seed}" / "predictions-test.csv") for seed in (1, 2)]
+    scores = found["label_scores"]["test"]["high"]
+    right = [sum(row["label"] == row["predicted"] == "high" for row in of_seed) for of_seed in rows]
+    assert scores["support"] == sum(row["label"] == "high" for row in rows[0])
+    assert scores["recall"]["values"] == pytest.approx([count / scores["support"] for count in right])
+    mistakes = sum(row["label"] != row["predicted"] for of_seed in rows for row in of_seed)
+    assert sum(confusion["count"] for confusion in found["confusions"]["test"]) == mistakes
+    assert set(found["calibration"]) == {"validation", "test"}
+    assert set(found["calibration"]["test"]) == {"ece", "calibrated_ece"}
+    assert len(found["temperatures"]) == 2
+
+
+def test_the_worst_rows_are_listed(trained_run: Path) -> None:
+    """Catches the best rows instead of the worst, and row numbers that do not refer to the predictions file."""
+    worst = read_csv(trained_run / "seed-1" / "worst-test.csv")
+    rows = {row["row"]: row for row in read_csv(trained_run / "seed-1" / "predictions-test.csv")}
+    assert len(worst) == 30
+    losses = [-math.log(max(float(row[f"probability_{row['label']}"]), 1e-6)) for row in worst]
+    assert [float(row["loss"]) for row in worst] == pytest.approx(losses, abs=0.01)
+    assert losses == sorted(losses, reverse=True)
+    assert all({**rows[row["row"]], "loss": row["loss"]} == row for row in worst)
+
+
+def test_the_epochs_are_printed(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a training that shows no loss, score and time of its epochs together."""
+    finetune(config_file, {"training.seeds": "[7]", "training.epochs": "2"})
+    captured = capsys.readouterr()
+    shown = [line.split()[:2] for line in captured.err.splitlines()[-2:]]
+    assert shown == [["1", "10"], ["2", "20"]]
+    assert "calibration error on test: 0." in captured.out
 
 
 def test_one_seed_has_no_standard_deviation(

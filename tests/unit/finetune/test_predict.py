@@ -1,5 +1,6 @@
 import csv
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from pyarrow import parquet
 
 from finetune import predict as predict_module
 from finetune.predictor import Predictor
+from finetune.saved_task import FILE
 from finetune.task_kind import Prediction
 from launcher.cli import main
 
@@ -73,7 +75,7 @@ def test_memory_does_not_grow_with_the_file(
     read: list[int] = []
     compute, records = Predictor.predict_records, predict_module.read_records
 
-    def count_computed(self: Predictor, chunk: list[Any]) -> list[Prediction]:
+    def count_computed(self: Predictor, chunk: list[Any], calibrated: bool) -> list[Prediction]:
         at_once.append(len(chunk))
         assert sum(read) - 30 <= sum(at_once)  # the file was read once before, to check it
         return compute(self, chunk)
@@ -112,9 +114,32 @@ def test_scores_of_a_labelled_file(trained_run: Path, tmp_path: Path, capsys: py
     expected = {name: score["values"][0] for name, score in splits["test"].items()}
     assert written["scores"] == pytest.approx(expected)
     assert (written["rows"], written["metric"], written["input"]) == (30, "macro_f1", str(source))
+    assert sum(scores["support"] for scores in written["label_scores"].values()) == 30
+    results = json.loads((trained_run / "results.json").read_text())
+    assert written["ece"] == pytest.approx(results["calibration"]["test"]["ece"]["values"][0])
     printed = capsys.readouterr().out
     assert "macro_f1 *" in printed
+    assert "precision" in printed
     assert str(tmp_path / "out.scores.json") in printed
+
+
+def test_calibrated_probabilities(
+    trained_run: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a temperature that is never used, is used unasked, or changes what is predicted."""
+    model = Path(shutil.copytree(trained_run / "seed-1" / "model", tmp_path / "moved"))
+    task = json.loads((model / FILE).read_text())
+    assert task["temperature"] == json.loads((trained_run / "results.json").read_text())["temperatures"][0]
+    (model / FILE).write_text(json.dumps({**task, "temperature": 2.0}))
+    for name, flags in (("raw", ()), ("calibrated", ("--calibrated",))):
+        assert predict(model, texts, tmp_path / f"{name}.csv", *flags) == 0
+    for raw, calibrated in zip(read_csv(tmp_path / "raw.csv"), read_csv(tmp_path / "calibrated.csv"), strict=True):
+        assert raw["predicted"] == calibrated["predicted"]
+        odds = [float(row["probability_high"]) / float(row["probability_low"]) for row in (raw, calibrated)]
+        assert odds[0] ** 0.5 == pytest.approx(odds[1], rel=0.02)
+    (model / FILE).write_text(json.dumps({**task, "temperature": None}))
+    assert predict(model, texts, tmp_path / "none.csv", "--calibrated") == 2
+    assert "moved: the model has no temperature" in capsys.readouterr().err
 
 
 def test_columns_and_separator_of_another_file(trained_run: Path, tmp_path: Path) -> None:

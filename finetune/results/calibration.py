@@ -1,0 +1,83 @@
+"""Calibration of probabilities: how far they are from the share of right answers, and a temperature that brings them
+closer (Guo et al. 2017, "On Calibration of Modern Neural Networks")."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize_scalar
+
+_BINS = 15
+_RANGE = (0.05, 20.0)  # of temperatures
+_TINY = 1e-37  # least probability: its logarithm is finite
+
+
+@dataclass(frozen=True)
+class Classified:
+    """Labels and predictions of N records, for kinds that predict one of C labels for each."""
+
+    gold: NDArray[np.int64]  # N
+    probabilities: NDArray[np.float64]  # NC
+
+    @property
+    def losses(self) -> NDArray[np.float64]:
+        """N, negative log-probabilities of the labels."""
+        gold = np.take_along_axis(self.probabilities, self.gold[:, None], axis=1)[:, 0]
+        return np.asarray(-np.log(np.maximum(gold, _TINY)))
+
+
+def calibration_error(classified: Classified) -> float:
+    """Expected calibration error: mean distance of confidence and accuracy in 15 bins of equal width, weighted by
+    their sizes. The confidence is the probability of the predicted label."""
+    confidence = classified.probabilities.max(axis=1)
+    right = classified.probabilities.argmax(axis=1) == classified.gold
+    bins = np.clip(np.ceil(confidence * _BINS).astype(int) - 1, 0, _BINS - 1)  # upper ends belong to a bin
+    distances = np.bincount(bins, weights=confidence - right, minlength=_BINS)
+    return float(np.abs(distances).sum() / len(confidence))
+
+
+def fit_temperature(classified: Classified) -> float:
+    """The temperature with the lowest loss. If all records are predicted right, the loss falls until the lower end of
+    the range, 0.05 to 20."""
+
+    def loss(log_temperature: float) -> float:
+        scaled = scale(classified.probabilities, float(np.exp(log_temperature)))
+        return float(Classified(classified.gold, scaled).losses.mean())
+
+    low, high = np.log(_RANGE)
+    return float(np.exp(minimize_scalar(loss, bounds=(low, high), method="bounded").x))
+
+
+def measure_calibration(
+    splits: Mapping[str, Classified | None],
+) -> tuple[float | None, dict[str, dict[str, float]]]:
+    """The temperature that is best on validation, and {`ece`, `calibrated_ece`} of each split; None and {} if there is
+    nothing to calibrate."""
+    validation = splits.get("validation")
+    if validation is None:
+        return None, {}
+    temperature = fit_temperature(validation)
+    return temperature, {
+        split: {
+            "ece": calibration_error(found),
+            "calibrated_ece": calibration_error(Classified(found.gold, scale(found.probabilities, temperature))),
+        }
+        for split, found in splits.items()
+        if found is not None
+    }
+
+
+def scale(probabilities: NDArray[np.float64], temperature: float) -> NDArray[np.float64]:
+    """Probabilities, along the last axis, of logits divided by a temperature. It changes no order."""
+    logits = np.log(np.maximum(probabilities, _TINY)) / temperature
+    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return np.asarray(exponentials / exponentials.sum(axis=-1, keepdims=True))
+
+
+def calibrate(prediction: Mapping[str, Any], temperature: float) -> dict[str, Any]:
+    """A prediction with calibrated `probabilities`."""
+    probabilities = prediction["probabilities"]
+    scaled = scale(np.array(list(probabilities.values())), temperature).tolist()
+    return {**prediction, "probabilities": dict(zip(probabilities, scaled, strict=True))}

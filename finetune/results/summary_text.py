@@ -1,0 +1,59 @@
+"""What a finished run prints on stdout: scores, scores of labels, frequent mistakes, calibration, collapsed seeds."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from experiment.results.report import UNKNOWN
+from finetune.results.score_table import print_label_scores, print_scores
+
+_CONFUSIONS = 3
+
+
+def print_results(results: Mapping[str, Any], path: Path) -> None:
+    """Print the content of results.json: mean ± standard deviation over the seeds. path: where it is."""
+    seeds = f"mean ± std of {len(results['seeds'])}"
+    print_scores(seeds, results["splits"], results["metric"], _mean_and_std)
+    intervals = any("interval" in scores for split in results["splits"].values() for scores in split.values())
+    lines = [f"* selected the best epoch{'; in parentheses: 95 % confidence interval' if intervals else ''}"]
+    if results["label_scores"]:
+        split, scores = list(results["label_scores"].items())[-1]
+        print_label_scores(f"{split}, {seeds}", scores, _mean_and_std)
+        lines += _describe_confusions(split, results["confusions"][split])
+    lines += [*_describe_calibration(results["calibration"]), *_describe_collapsed(results), str(path)]
+    Console().print("\n".join(lines), markup=False, soft_wrap=True, highlight=False)
+
+
+def _mean_and_std(scores: Mapping[str, Any]) -> str:
+    cell = f"{scores['mean']:.4f} ± {UNKNOWN if scores['std'] is None else format(scores['std'], '.4f')}"
+    if "interval" not in scores:
+        return cell
+    low, high = scores["interval"]
+    return f"{cell} ({low:.4f} to {high:.4f})"
+
+
+def _describe_confusions(split: str, confusions: Sequence[Mapping[str, Any]]) -> list[str]:
+    """confusions: most frequent first."""
+    named = [f"{each['label']} as {each['predicted']} ({each['share']:.1%})" for each in confusions[:_CONFUSIONS]]
+    return [f"most frequent mistakes on {split}: {', '.join(named)}"] if named else []
+
+
+def _describe_calibration(calibration: Mapping[str, Any]) -> list[str]:
+    """Of the last split."""
+    return [
+        f"calibration error on {split}: {errors['ece']['mean']:.4f}; with temperatures fitted on validation: "
+        f"{errors['calibrated_ece']['mean']:.4f}"
+        for split, errors in list(calibration.items())[-1:]
+    ]
+
+
+def _describe_collapsed(results: Mapping[str, Any]) -> list[str]:
+    collapsed, seeds = results["collapsed"], results["seeds"]
+    if not collapsed:
+        return []
+    named = ", ".join(map(str, collapsed))
+    return [
+        f"{len(collapsed)} of {len(seeds)} seeds collapsed ({named}): they predict the same for every row of a split"
+    ]
