@@ -29,10 +29,10 @@ class Device:
             yield
 
 
-def choose_device(precision: str) -> Device:
+def choose_device(precision: str, key: str = "training.precision") -> Device:
     """CUDA if available, else the CPU. Precision "auto" is bf16 if the device supports it natively, else fp32.
 
-    Raises UserError for a precision that the device does not support.
+    key: what messages call the precision. Raises UserError for a precision that the device does not support.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
@@ -40,9 +40,9 @@ def choose_device(precision: str) -> Device:
     else:
         bf16 = any(torch.cpu.get_capabilities().get(feature, False) for feature in ("avx512_bf16", "amx_bf16"))
     if precision == "fp16" and device.type == "cpu":
-        raise UserError("training.precision: fp16 needs a CUDA device; on a CPU use bf16 or fp32")
+        raise UserError(f"{key}: fp16 needs a CUDA device; on a CPU use bf16 or fp32")
     if precision == "bf16" and not bf16 and device.type == "cuda":
-        raise UserError("training.precision: this GPU does not support bf16; use fp16 or fp32")
+        raise UserError(f"{key}: this GPU does not support bf16; use fp16 or fp32")
     if precision == "auto":
         precision = "bf16" if bf16 else "fp32"
     return Device(device, _DTYPES[precision])

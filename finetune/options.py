@@ -31,6 +31,9 @@ class PredictOptions(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto is bf16 if the device supports it natively, otherwise fp32."""
 
+    format: Literal["auto", "csv", "jsonl", "json", "parquet", "conll"] | None = None
+    """Format of the input; auto: as its name suggests; default: as in training."""
+
     sep: Annotated[str | None, Metavar("CHARACTER")] = None
     """Column separator of the input; default: as in training."""
 

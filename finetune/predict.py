@@ -89,7 +89,7 @@ def _overrides(options: PredictOptions) -> Mapping[str, str]:
     for key in options.overrides:
         if not key.startswith("columns."):
             raise UserError(f"unknown flag '--{key}'; columns are named as --columns.text=NAME")
-    flags = {"sep": options.sep, "quoting": options.quoting, "header": options.header}
+    flags = {"format": options.format, "sep": options.sep, "quoting": options.quoting, "header": options.header}
     written = {key: "null" if value == "none" else str(value) for key, value in flags.items() if value is not None}
     return {**options.overrides, **written}
 

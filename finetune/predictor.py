@@ -1,14 +1,18 @@
 """Predict with a fine-tuned model, for `deepcloze predict` and servers."""
 
+import logging
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from experiment.errors import UserError
 from finetune.data.records import Record, Table
-from finetune.device import choose_device
+from finetune.device import Device, choose_device
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Padding, encode_split
 from finetune.encoding.tokenizer import load_task_tokenizer
@@ -18,6 +22,8 @@ from finetune.saved_task import SavedTask, read_saved_task
 from finetune.task_kind import Prediction, TaskKind
 from finetune.training.evaluation import Inference, decode
 from finetune.training.microbatch import Microbatch
+
+log = logging.getLogger(__name__)
 
 _UNLIMITED = 512  # tokens of a sequence, if neither the folder nor the model limits them
 
@@ -48,7 +54,7 @@ class Predictor:
         that is saved in the folder. Raises UserError for a folder that is not usable.
         """
         task = task or read_saved_task(folder)
-        device = choose_device(precision)
+        device = choose_device(precision, key="--precision")
         tokenizer = load_task_tokenizer(folder, task.kind.config)
         spec = ModelSpec(folder, True, task.kind.auto_model, task.kind.head)
         inputs = read_model_inputs(spec, tokenizer)
@@ -57,8 +63,10 @@ class Predictor:
             raise UserError(f"{folder}: the model is not fine-tuned: its weights lack {', '.join(built.new[:3])}")
         length = task.max_seq_length or min(inputs.max_length or _UNLIMITED, tokenizer.model_max_length)
         encoder = Encoder(tokenizer, length, inputs.token_types, task.kind.config.special_tokens_in_text)
-        model = built.model.to(device.device)
-        inference = Inference(model, task.kind, Padding.of(tokenizer), device, Microbatch(batch_size))
+        padding = replace(Padding.of(tokenizer), length=length if task.padded else None)
+        model = built.model.to(device.device).eval()
+        device = _usable_precision(model, tokenizer, device)
+        inference = Inference(model, task.kind, padding, device, Microbatch(batch_size))
         return cls(folder, task.kind, task.temperature, encoder, inference)
 
     def predict(self, records: Sequence[Mapping[str, Any]], calibrated: bool = False) -> list[Prediction]:
@@ -86,3 +94,25 @@ class Predictor:
         if set(values) != set(roles):
             raise UserError(f"record {number}: expected {', '.join(roles)}; found {', '.join(values) or 'nothing'}")
         return values
+
+
+def _usable_precision(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: Device) -> Device:
+    """The device, in fp32 if the model cannot compute in its precision, as DeBERTa (v1) on a CPU."""
+    if device.dtype is None or _computes(model, tokenizer, device):
+        return device
+    in_fp32 = replace(device, dtype=None)
+    if not _computes(model, tokenizer, in_fp32):
+        return device  # the model needs other inputs: its precision is not the reason
+    name = model.config.model_type
+    log.warning("%s cannot compute in %s on %s: predicting in fp32", name, device.precision, device.device.type)
+    return in_fp32
+
+
+def _computes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: Device) -> bool:
+    inputs = tokenizer("a", return_tensors="pt")["input_ids"].to(device.device)
+    try:
+        with torch.inference_mode(), device.autocast():
+            model(input_ids=inputs)
+    except RuntimeError:
+        return False
+    return True

@@ -1,6 +1,6 @@
 """`deepcloze_task.json` in a model folder: the task that the model was trained for, all that it takes to predict.
 
-{"task": {…, as in the config}, "labels": […], "max_seq_length": N, "temperature": T or null}
+{"task": {…, as in the config}, "labels": […], "max_seq_length": N, "padded": false, "temperature": T or null}
 
 The folder is otherwise one of transformers. A sequence classifier without the file, of whatever origin, predicts as a
 task of kind `classification` with the labels of its config.
@@ -30,6 +30,7 @@ class SavedTask:
 
     kind: TaskKind[Any]
     max_seq_length: int | None  # None: as many tokens as the model has positions
+    padded: bool = False  # whether all sequences are padded to this length, because the outputs depend on padding
     temperature: float | None = None  # of calibrated probabilities; None if not known
 
 
@@ -38,6 +39,7 @@ def write_saved_task(folder: Path, task: SavedTask) -> None:
         "task": task.kind.config.model_dump(mode="json"),
         "labels": list(task.kind.labels),
         "max_seq_length": task.max_seq_length,
+        "padded": task.padded,
         "temperature": task.temperature,
     }
     write_json(folder / FILE, value)
@@ -53,7 +55,7 @@ def read_saved_task(folder: Path, overrides: Mapping[str, str] | None = None) ->
     try:
         found = parse_json(path.read_text(encoding="utf-8"))
         tree, labels = found["task"], tuple(map(str, found["labels"]))
-        max_seq_length, temperature = found["max_seq_length"], found["temperature"]
+        known = {key: found[key] for key in ("max_seq_length", "padded", "temperature")}
         kind = find_kind(tree["kind"]) if tree["kind"] in kind_names() else None
     except FileNotFoundError:
         return _read_classifier(folder, overrides)
@@ -61,7 +63,7 @@ def read_saved_task(folder: Path, overrides: Mapping[str, str] | None = None) ->
         raise UserError(f"{path} is damaged: {error}") from None
     if kind is None:
         raise UserError(f"{path}: this version of deepcloze has no tasks of kind '{tree['kind']}'")
-    return SavedTask(kind(_build(kind.config_type, tree, overrides, path), labels), max_seq_length, temperature)
+    return SavedTask(kind(_build(kind.config_type, tree, overrides, path), labels), **known)
 
 
 def _read_classifier(folder: Path, overrides: Mapping[str, str] | None) -> SavedTask:

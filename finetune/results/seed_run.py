@@ -152,7 +152,12 @@ def _write_seed(
         # Load it again: tokenizing has changed the truncation settings of the other one.
         tokenizer = load_task_tokenizer(setup.model.folder, setup.config.task)
         save_model(model, tokenizer, setup.config.task.special_tokens_in_text, folder / "model")
-        task = SavedTask(setup.task.kind, setup.config.model.max_seq_length, record.temperature)
+        task = SavedTask(
+            kind=setup.task.kind,
+            max_seq_length=setup.config.model.max_seq_length,
+            padded=setup.task.padding.length is not None,
+            temperature=record.temperature,
+        )
         write_saved_task(folder / "model", task)
         if provenance := read_provenance(setup.folder):
             write_origin(folder / "model", RunFolder(final), provenance, fitted.best.steps)

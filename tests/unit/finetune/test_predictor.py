@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
+from transformers.models.bert.modeling_bert import BertPooler
 
 from experiment.errors import UserError
 from finetune.predictor import Predictor
 from finetune.saved_task import FILE, read_saved_task
 
+SAVED = {"labels": ["a", "b"], "max_seq_length": 8, "padded": False, "temperature": None}
 LONG = [f"word{number} " * 200 for number in range(40)]  # longer than the 16 tokens of the model
 
 
@@ -131,17 +133,44 @@ def test_a_head_that_is_missing_is_not_drawn(model: Path, encoder: Path) -> None
         Predictor.load(model, "fp32")
 
 
+def test_a_model_that_depends_on_padding_is_padded_as_in_training(model: Path) -> None:
+    """Catches predictions of such a model that change with the other rows of a batch."""
+    change(model / FILE, padded=True)
+    predictor = Predictor.load(model, "fp32", batch_size=1)
+    lengths = []
+    predictor._inference.model.register_forward_pre_hook(
+        lambda _, args, inputs: lengths.append(inputs["input_ids"].shape[1]), with_kwargs=True
+    )
+    predictor.predict([{"text": "word1"}, {"text": "word1 word2 word3"}])
+    assert lengths == [16, 16]
+
+
+def test_a_precision_that_the_model_cannot_compute_in(
+    model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches a traceback for models such as DeBERTa v1, some of whose operations do not exist in bf16 on a CPU."""
+
+    def forward(self: torch.nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            raise RuntimeError("expected scalar type BFloat16 but found Float")
+        return torch.tanh(inputs[:, 0] @ self.dense.weight.T + self.dense.bias)
+
+    records = [{"text": "word1"}]
+    (expected,) = Predictor.load(model, "fp32").predict(records)
+    monkeypatch.setattr(BertPooler, "forward", forward)
+    (found,) = Predictor.load(model, "bf16").predict(records)
+    assert found["probabilities"] == pytest.approx(expected["probabilities"])
+    assert "bert cannot compute in bf16 on cpu: predicting in fp32" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("{", "is damaged"),
         ("[]", "is damaged"),
         ('{"task": {"kind": "classification"}}', "is damaged"),
-        ('{"task": {"kind": "telepathy"}, "labels": [], "max_seq_length": 8, "temperature": null}', "'telepathy'"),
-        (
-            '{"task": {"kind": "classification", "x": 1}, "labels": [], "max_seq_length": 8, "temperature": null}',
-            "unknown config key 'x'",
-        ),
+        (json.dumps({**SAVED, "task": {"kind": "telepathy"}}), "has no tasks of kind 'telepathy'"),
+        (json.dumps({**SAVED, "task": {"kind": "classification", "x": 1}}), "unknown config key 'x'"),
     ],
 )
 def test_a_damaged_task_file_is_a_user_error(model: Path, text: str, message: str) -> None:
