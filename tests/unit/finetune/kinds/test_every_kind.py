@@ -26,6 +26,7 @@ from finetune.results.seed_run import SeedRecord
 from finetune.run import run
 from finetune.splits import make_kind, read_splits
 from finetune.training.evaluation import Inference, decode
+from finetune.training.microbatch import Microbatch
 
 LOW, HIGH = [f"word{n}" for n in range(20)], [f"word{n}" for n in range(20, 40)]
 Row = dict[str, Any]
@@ -143,7 +144,7 @@ def test_predictions_do_not_depend_on_the_batch(encoder: Path, tmp_path: Path, n
     split = encode_split(tables["test"], kind, Encoder(tokenizer, 24, token_types=True), training=False)
     found = []
     for batch_size in (1, 7):
-        inference = Inference(model, kind, Padding.of(tokenizer), Device(torch.device("cpu"), None), batch_size)
+        inference = Inference(model, kind, Padding.of(tokenizer), Device(torch.device("cpu"), None), Microbatch(batch_size))
         outputs, _ = inference.compute(split.examples)
         found.append(decode(kind, split, outputs))
     alone, together = found
