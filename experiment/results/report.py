@@ -17,6 +17,7 @@ from experiment.strict_json import parse_json
 from experiment.tracking.jsonl import Event, read_events
 
 UNKNOWN = "–"
+_LABEL_SCORES = ("precision", "recall", "f1")
 _LIBRARIES = ("torch", "deepspeed", "transformers")
 _ATTEMPT_COLUMNS = ("started", "host", "ranks", "commit", "device", *_LIBRARIES)
 
@@ -96,31 +97,55 @@ def result_blocks(folder: RunFolder, directory: Path, prefix: str = "") -> list[
     path = folder.path / "results.json"
     try:
         results = parse_json(path.read_text(encoding="utf-8"))
-        rows = [
-            [
-                split,
-                metric,
-                *(_format(scores[key], ".4f") for key in ("mean", "std", "median")),
-                _joined(scores["values"]),
-            ]
-            for split, metrics in results["splits"].items()
-            for metric, scores in metrics.items()
-        ]
-        subject = f"{results['task']}, from {results['init']}"
+        blocks = [Heading("Task"), Text(_subject(results)), score_table(results), *label_tables(results)]
     except FileNotFoundError:
         return []
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is damaged: expected 'task', 'init' and 'splits' with scores") from None
-    blocks: list[Block] = [
-        Heading("Task"),
-        Text(subject),
-        Table(["split", "metric", "mean", "std", "median", "per seed"], rows, labels=2),
-    ]
-    for name, caption in (("confusion.png", "Confusion matrix"), ("curves.png", "Scores by epoch")):
+    for name, caption in (("confusion.png", "Confusion matrix"), ("curves.png", "Losses and scores while training")):
         if (folder.path / name).is_file():
             directory.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder.path / name, directory / f"{prefix}{name}")
             blocks.append(Figure(f"{prefix}{name}", caption))
+    return blocks
+
+
+def _subject(results: Mapping[str, Any]) -> str:
+    subject = f"{results['task']}, from {results['init']}"
+    if collapsed := results.get("collapsed"):
+        subject += (
+            f"; collapsed seeds, which predict the same for every row of a split: {', '.join(map(str, collapsed))}"
+        )
+    return subject
+
+
+def score_table(results: Mapping[str, Any]) -> Table:
+    """A row for each metric and split, and the calibration errors."""
+    calibration = results.get("calibration", {})
+    rows = [
+        [split, metric, *(_format(scores[key], ".4f") for key in ("mean", "std", "median")), _joined(scores["values"])]
+        for split, metrics in results["splits"].items()
+        for metric, scores in {**metrics, **calibration.get(split, {})}.items()
+    ]
+    return Table(["split", "metric", "mean", "std", "median", "per seed"], rows, labels=2)
+
+
+def label_tables(results: Mapping[str, Any]) -> list[Block]:
+    """Scores of each label and the most frequent mistakes on the last split that has them."""
+    blocks: list[Block] = []
+    for split, labels in list(results.get("label_scores", {}).items())[-1:]:
+        rows = [
+            [label, *(_format(scores[key]["mean"], ".4f") for key in _LABEL_SCORES), f"{scores['support']:,}"]
+            for label, scores in labels.items()
+        ]
+        blocks.append(Table(["label", *_LABEL_SCORES, "support"], rows, f"Labels on {split}, mean over the seeds"))
+        mistakes = [
+            [found["label"], found["predicted"], f"{found['count']:,}", f"{found['share']:.1%}"]
+            for found in results["confusions"][split]
+        ]
+        if mistakes:
+            caption = f"Most frequent mistakes on {split}, all seeds together"
+            blocks.append(Table(["label", "predicted", "count", "share of the label"], mistakes, caption, labels=2))
     return blocks
 
 

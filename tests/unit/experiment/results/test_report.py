@@ -124,6 +124,27 @@ def test_the_report_of_a_fine_tuning_run(tmp_path: Path) -> None:
     assert cells == ["test", "accuracy", "0.8500", "0.0707", "0.8500", "0.8000, 0.9000"]
 
 
+def test_the_labels_of_a_task(tmp_path: Path) -> None:
+    """Catches scores of labels, mistakes and collapsed seeds that are in results.json but not on the page."""
+    folder = open_run_folder(tmp_path / "task")
+    label = {name: {"mean": mean} for name, mean in (("precision", 0.5), ("recall", 0.25), ("f1", 0.333))}
+    more = {
+        "collapsed": [3],
+        "label_scores": {"validation": {}, "test": {"joy": {**label, "support": 1200}}},
+        "confusions": {"validation": [], "test": [{"label": "joy", "predicted": "fear", "count": 7, "share": 0.125}]},
+        "calibration": {"test": {"ece": {"values": [0.1], "mean": 0.1, "std": None, "median": 0.1}}},
+    }
+    write_json(folder.path / "results.json", {**RESULTS, **more})
+    text = write_report(folder.path).read_text(encoding="utf-8")
+    cells = re.findall(r"<td[^>]*>([^<]*)</td>", text)
+    assert cells[6:] == [
+        *("test", "ece", "0.1000", "–", "0.1000", "0.1000"),
+        *("joy", "0.5000", "0.2500", "0.3330", "1,200"),
+        *("joy", "fear", "7", "12.5%"),
+    ]
+    assert "collapsed seeds, which predict the same for every row of a split: 3" in text
+
+
 def test_the_spread_of_one_seed_is_unknown(tmp_path: Path) -> None:
     """Catches a traceback for the std of a run with one seed, which is null."""
     folder = open_run_folder(tmp_path / "task")
