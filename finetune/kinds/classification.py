@@ -16,7 +16,7 @@ from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Batch, Example
-from finetune.results.calibration import Classified
+from finetune.results.calibration import Classified, pad_probabilities
 from finetune.results.metrics import classification_scores, confusion_matrix
 from finetune.task_kind import Direction, Loss, LossOptions, Prediction, TaskKind
 
@@ -124,8 +124,7 @@ class Kind(TaskKind[Config]):
 
     def classified(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> Classified:
         gold, _ = self._label_ids(records, predictions)
-        probabilities = [[prediction["probabilities"][label] for label in self.labels] for prediction in predictions]
-        return Classified(gold, np.array(probabilities))
+        return Classified(gold, pad_probabilities(predictions))
 
     def confusion(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> NDArray[np.int64]:
         return confusion_matrix(*self._label_ids(records, predictions), len(self.labels))

@@ -18,6 +18,7 @@ from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Batch, Example, Padding
+from finetune.results.calibration import pad_probabilities
 from finetune.task_kind import Direction, Loss, LossOptions, Prediction, TaskKind
 
 _THRESHOLD = 0.5
@@ -125,6 +126,13 @@ class Kind(TaskKind[Config]):
             for average in ("micro", "macro", "weighted")
         }
         return {**f1, "accuracy": float(accuracy_score(gold, predicted))}
+
+    def losses(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> NDArray[np.float64]:
+        """Binary cross-entropy, mean over the labels."""
+        gold = np.array([self._multi_hot(_labels_of(record, self.config), record.place) for record in records])
+        probabilities = pad_probabilities(predictions)
+        right = np.where(gold == 1.0, probabilities, 1.0 - probabilities)
+        return np.asarray(-np.log(np.maximum(right, 1e-37)).mean(axis=1))
 
 
 def _labels_of(record: Record, config: Config) -> list[str]:

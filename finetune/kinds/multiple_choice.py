@@ -18,6 +18,7 @@ from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder, Tokens
 from finetune.encoding.examples import Batch, Example
+from finetune.results.calibration import Classified, pad_probabilities
 from finetune.results.intervals import Interval, accuracy_interval
 from finetune.task_kind import Direction, Loss, LossOptions, Prediction, TaskKind
 
@@ -149,6 +150,10 @@ class Kind(TaskKind[Config]):
 
     def scores(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> dict[str, float]:
         return {"accuracy": float(np.mean(_right(records, predictions)))}
+
+    def classified(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> Classified:
+        gold = np.array([self._choice_id(record) for record in records])
+        return Classified(gold, pad_probabilities(predictions))
 
     def intervals(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> dict[str, Interval]:
         """Questions about one context are not independent."""

@@ -79,3 +79,8 @@ class Kind(TaskKind[Config]):
             return {"pearson": 0.0, "spearman": 0.0}
         found = {"pearson": pearsonr(gold, predicted).statistic, "spearman": spearmanr(gold, predicted).statistic}
         return {name: float(np.nan_to_num(value)) for name, value in found.items()}
+
+    def losses(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> NDArray[np.float64]:
+        """Squared errors."""
+        pairs = zip(records, predictions, strict=True)
+        return np.array([(record.values["label"] - prediction["value"]) ** 2 for record, prediction in pairs])

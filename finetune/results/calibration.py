@@ -1,7 +1,7 @@
 """Calibration of probabilities: how far they are from the share of right answers, and a temperature that brings them
 closer (Guo et al. 2017, "On Calibration of Modern Neural Networks")."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,14 +70,29 @@ def measure_calibration(
 
 
 def scale(probabilities: NDArray[np.float64], temperature: float) -> NDArray[np.float64]:
-    """Probabilities, along the last axis, of logits divided by a temperature. It changes no order."""
-    logits = np.log(np.maximum(probabilities, _TINY)) / temperature
+    """Probabilities, along the last axis, of logits divided by a temperature. It changes no order; 0 stays 0."""
+    with np.errstate(divide="ignore"):
+        logits = np.log(probabilities) / temperature
     exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return np.asarray(exponentials / exponentials.sum(axis=-1, keepdims=True))
 
 
 def calibrate(prediction: Mapping[str, Any], temperature: float) -> dict[str, Any]:
-    """A prediction with calibrated `probabilities`."""
+    """A prediction with calibrated `probabilities`, which are a list or a mapping."""
     probabilities = prediction["probabilities"]
-    scaled = scale(np.array(list(probabilities.values())), temperature).tolist()
-    return {**prediction, "probabilities": dict(zip(probabilities, scaled, strict=True))}
+    scaled = scale(np.array(list_probabilities(prediction)), temperature).tolist()
+    named = dict(zip(probabilities, scaled, strict=True)) if isinstance(probabilities, Mapping) else scaled
+    return {**prediction, "probabilities": named}
+
+
+def list_probabilities(prediction: Mapping[str, Any]) -> list[float]:
+    """The `probabilities` of a prediction, in their order."""
+    probabilities = prediction["probabilities"]
+    return list(probabilities.values() if isinstance(probabilities, Mapping) else probabilities)
+
+
+def pad_probabilities(predictions: Sequence[Mapping[str, Any]]) -> NDArray[np.float64]:
+    """The probabilities NC of N predictions, C being the most that one has; the others get zeros."""
+    rows = [list_probabilities(prediction) for prediction in predictions]
+    width = max(map(len, rows))
+    return np.array([row + [0.0] * (width - len(row)) for row in rows])

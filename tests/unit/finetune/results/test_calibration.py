@@ -2,7 +2,14 @@ import numpy as np
 import pytest
 from scipy.special import softmax
 
-from finetune.results.calibration import Classified, calibrate, calibration_error, fit_temperature, scale
+from finetune.results.calibration import (
+    Classified,
+    calibrate,
+    calibration_error,
+    fit_temperature,
+    pad_probabilities,
+    scale,
+)
 
 
 def test_the_error_of_a_case_counted_by_hand() -> None:
@@ -53,3 +60,13 @@ def test_a_calibrated_prediction_keeps_its_other_parts() -> None:
     found = calibrate(prediction, 2.0)
     assert found["label"] == "b"
     assert found["probabilities"] == pytest.approx({"a": 1 / 3, "b": 2 / 3})
+
+
+def test_rows_with_fewer_choices() -> None:
+    """Catches a choice that does not exist being given a probability, and lists of probabilities being refused."""
+    predictions = [{"probabilities": [0.2, 0.3, 0.5]}, {"probabilities": [0.8, 0.2]}]
+    padded = pad_probabilities(predictions)
+    assert padded.tolist() == [[0.2, 0.3, 0.5], [0.8, 0.2, 0.0]]
+    assert scale(padded, 20.0)[1].tolist() == [*calibrate(predictions[1], 20.0)["probabilities"], 0.0]
+    classified = Classified(np.array([2, 0]), padded)
+    assert classified.losses == pytest.approx([-np.log(0.5), -np.log(0.8)])
