@@ -144,7 +144,9 @@ def test_predictions_do_not_depend_on_the_batch(encoder: Path, tmp_path: Path, n
     split = encode_split(tables["test"], kind, Encoder(tokenizer, 24, token_types=True), training=False)
     found = []
     for batch_size in (1, 7):
-        inference = Inference(model, kind, Padding.of(tokenizer), Device(torch.device("cpu"), None), Microbatch(batch_size))
+        inference = Inference(
+            model, kind, Padding.of(tokenizer), Device(torch.device("cpu"), None), Microbatch(batch_size)
+        )
         outputs, _ = inference.compute(split.examples)
         found.append(decode(kind, split, outputs))
     alone, together = found

@@ -1,6 +1,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -74,3 +75,12 @@ def test_a_prediction_is_json() -> None:
     prediction = KIND.decode(Record("f", {}), [], [torch.tensor([3.0, -3.0, 0.0]).numpy()])
     assert json.loads(json.dumps(prediction)) == prediction
     assert prediction["labels"] == ["a", "c"]
+
+
+def test_the_worst_rows_miss_labels_or_invent_them() -> None:
+    """Catches losses that only look at the labels a row has."""
+    records = [Record("f.csv:2", {"labels": labels}) for labels in ([], ["a"], ["a", "b"])]
+    sure = {"labels": ["a"], "probabilities": {"a": 0.9, "b": 0.1, "c": 0.5}}
+    losses = KIND.losses(records, [sure] * 3)
+    shares = [(0.1, 0.9, 0.5), (0.9, 0.9, 0.5), (0.9, 0.1, 0.5)]  # of what is right, by label
+    assert losses == pytest.approx([-np.log(share).mean() for share in shares])

@@ -1,6 +1,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import BertForMultipleChoice
@@ -168,3 +169,16 @@ def test_an_architecture_without_such_a_head_is_named(encoder: Path, tmp_path: P
     (tmp_path / "config.json").write_text('{"model_type": "deberta", "vocab_size": 45, "pooler_hidden_size": 8}')
     with pytest.raises(UserError, match=r"no deberta model for MultipleChoice; it has one for: albert, bert, "):
         read_model_inputs(ModelSpec(tmp_path, False, Kind.auto_model, {}), load_tokenizer(encoder))
+
+
+@pytest.mark.parametrize("labels", [("A", "B", "C", "D"), ()])
+def test_choices_can_be_calibrated(labels: tuple[str, ...]) -> None:
+    """Catches gold choices that do not fit the order of the probabilities, in rows of different length too."""
+    kind = Kind(config(), labels)
+    records = [
+        record(label=labels[3] if labels else "word4"),
+        record(["word1", "word2"], label=labels[0] if labels else "word1"),
+    ]
+    outputs = [np.log(np.array(row, dtype=np.float32)) for row in ([0.1, 0.2, 0.3, 0.4], [0.7, 0.3])]
+    predictions = [kind.decode(one, [], [row]) for one, row in zip(records, outputs, strict=True)]
+    assert np.exp(-kind.classified(records, predictions).losses) == pytest.approx([0.4, 0.7])

@@ -44,3 +44,10 @@ def test_numbers_are_read_from_csv(tmp_path: Path) -> None:
     path = tmp_path / "f.csv"
     path.write_text("label,sentence1\n 3.8 ,a\n5,b\n")
     assert [record.values["label"] for record in read_table(path, CONFIG.columns).records] == [3.8, 5.0]
+
+
+def test_the_worst_rows_are_the_farthest() -> None:
+    """Catches a difference whose sign counts: numbers that are too high must not come last."""
+    records = [Record("f.csv:2", {"label": label}) for label in (1.0, 2.0, 3.0)]
+    losses = KIND.losses(records, [{"value": value} for value in (1.5, 0.0, 5.5)])
+    assert losses.tolist() == [0.25, 4.0, 6.25]
