@@ -80,6 +80,9 @@ class TrainingConfig(Section):
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of each target that is spread evenly over all labels (Szegedy et al. 2016), for kinds with one label."""
 
+    fit_on: Literal["train", "train+validation"] = "train"
+    """Splits to train on. With `train+validation` no split is left to choose the best weights by: the last are kept."""
+
     seeds: tuple[Seed, ...] = (42,)
     """Train once with each of these seeds."""
 
@@ -88,6 +91,12 @@ class TrainingConfig(Section):
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """`auto` is bf16 if the device supports it natively, otherwise fp32. fp16 needs CUDA."""
+
+    @model_validator(mode="after")
+    def _patience_has_a_validation_split(self) -> Self:
+        if self.patience is not None and self.fit_on != "train":
+            raise ValueError(f"patience: needs a validation split, which fit_on: {self.fit_on} leaves none of")
+        return self
 
     @model_validator(mode="after")
     def _seeds_are_distinct(self) -> Self:

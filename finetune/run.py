@@ -92,7 +92,7 @@ def prepare(config: FinetuneConfig) -> Setup:
     """Read the data and inspect the model, and print what is found. Writes nothing. Raises UserError."""
     name = config.task.name
     device = choose_device(config.training.precision)
-    tables = read_splits(config.task, Path(config.model.init_from))
+    tables = read_splits(config.task, Path(config.model.init_from), config.training.fit_on)
     kind = make_kind(config.task, tables)
     model = ModelSpec(
         folder=Path(config.model.init_from),

@@ -1,7 +1,7 @@
 """The splits of a task: read, then encoded for one model."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ class Task:
 
     kind: TaskKind[Any]
     metric: str
-    splits: Mapping[str, Split]  # "train", "validation", then the test splits
+    splits: Mapping[str, Split]  # "train", perhaps "validation", then the test splits
     padding: Padding
     label_weights: tuple[float, ...] | None = None  # of the loss
     label_smoothing: float = 0.0
@@ -35,10 +35,11 @@ class Task:
         return direction * scores[self.metric] > direction * others[self.metric]
 
 
-def read_splits(task: TaskConfig, model: Path) -> dict[str, Table]:
+def read_splits(task: TaskConfig, model: Path, fit_on: str = "train") -> dict[str, Table]:
     """The rows of each split; those of `validation` are drawn from `train` if they have no file.
 
-    model: the folder whose tokenizer says what separates the turns of a dialogue.
+    model: the folder whose tokenizer says what separates the turns of a dialogue. fit_on: as in the training config;
+    with "train+validation", the former has the rows of both.
 
     Raises UserError with file and line.
     """
@@ -47,7 +48,11 @@ def read_splits(task: TaskConfig, model: Path) -> dict[str, Table]:
         split: read_table(Path(path), task.columns, task.file_format(), split in ("train", "validation"), joiner)
         for split, path in task.files().items()
     }
-    if "train" in tables and "validation" not in tables:
+    if fit_on == "train+validation" and "train" in tables:
+        validation = tables.pop("validation", None)
+        train = tables["train"]
+        tables["train"] = replace(train, records=(*train.records, *(validation.records if validation else ())))
+    elif "train" in tables and "validation" not in tables:
         train, validation = split_off(tables.pop("train"), task.validation_share, task.split_seed)
         tables = {"train": train, "validation": validation, **tables}
     return tables

@@ -1,4 +1,4 @@
-"""The model of a fine-tuning run: that of the seed with the best score on validation."""
+"""The model of a fine-tuning run: that of the seed with the best score on validation, if it has such a split."""
 
 from pathlib import Path
 
@@ -29,14 +29,17 @@ def _best_seed(run: Path) -> tuple[Path, str]:
     path = run / RESULTS
     try:
         results = parse_json(path.read_text(encoding="utf-8"))
-        metric, split = results["metric"], next(iter(results["splits"]))
-        values = dict(zip(results["seeds"], results["splits"][split][metric]["values"], strict=True))
+        metric, seeds, validation = results["metric"], results["seeds"], results["splits"].get("validation")
+        values = dict(zip(seeds, validation[metric]["values"], strict=True)) if validation else {}
         direction = find_kind(results["kind"]).metrics[metric]
-    except (OSError, ValueError, KeyError, TypeError, ImportError, StopIteration):
+    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError):
         raise UserError(f"{path} is damaged: expected the results of a fine-tuning run") from None
-    kept = [seed for seed in values if (run / f"seed-{seed}" / "model" / "config.json").is_file()]
+    kept = [seed for seed in seeds if (run / f"seed-{seed}" / "model" / "config.json").is_file()]
     if not kept:
         raise UserError(f"{run} has kept no model of its seeds; expected RUN/seed-N/model")
+    if not values:
+        folder = run / f"seed-{kept[0]}" / "model"
+        return folder, f"{folder} (the first of {len(seeds)} seeds: there is no validation split to compare them by)"
     best = max(kept, key=lambda seed: direction * values[seed])
     folder = run / f"seed-{best}" / "model"
-    return folder, f"{folder} (best of {len(values)} seeds: {metric} {values[best]:.4f} on {split})"
+    return folder, f"{folder} (best of {len(values)} seeds: {metric} {values[best]:.4f} on validation)"

@@ -49,8 +49,10 @@ def draw_curves(
     unit, label = ("epoch", "epoch") if whole else ("steps", "step")
     for (seed, rows), color in zip(epochs.items(), COLORS * len(epochs), strict=False):
         x = [row[unit] for row in rows]
-        kept = next(row for row in rows if row["epoch"] == best[seed])
         losses.plot(x, [row["train_loss"] for row in rows], "--.", color=color, linewidth=1.2)
+        if metric not in rows[0]:  # no validation split
+            continue
+        kept = next(row for row in rows if row["epoch"] == best[seed])
         losses.plot(x, [row["validation_loss"] for row in rows], "-o", color=color, markersize=4)
         scores.plot(x, [row[metric] for row in rows], "-o", color=color, markersize=4, label=f"seed {seed}")
         scores.plot(kept[unit], kept[metric], "o", color=color, markersize=10, fillstyle="none")
@@ -62,5 +64,6 @@ def draw_curves(
         axes.set_ylabel(y_label, color=GREY)
         axes.grid(color="#e8ebf0", linewidth=0.8)
         axes.spines[["top", "right", "left"]].set_visible(False)
-    scores.legend(frameon=False, labelcolor=GREY)
+    if scores.has_data():
+        scores.legend(frameon=False, labelcolor=GREY)
     save_figure(canvas, path)

@@ -16,6 +16,8 @@ def print_scores(
     title: str, splits: Mapping[str, Mapping[str, Any]], metric: str, describe: Describe = "{:.4f}".format
 ) -> None:
     """A row for each metric, a column for each split. metric: the one to mark."""
+    if not splits:
+        return
     table = _table(title, *splits)
     for name in next(iter(splits.values())):
         cells = [describe(scores[name]) for scores in splits.values()]

@@ -197,6 +197,8 @@ def _make_record(fitted: Fitted, setup: Setup) -> SeedRecord:
 def _epoch_row(epoch: Epoch) -> dict[str, float]:
     row = asdict(epoch)
     scores = row.pop("scores")
+    if epoch.validation_loss is None:
+        del row["validation_loss"]
     return {**row, **scores}
 
 

@@ -32,8 +32,8 @@ class Epoch:
     epoch: float  # epochs so far: a whole number at the end of an epoch
     steps: int  # taken so far
     train_loss: float  # mean since the last evaluation, while training
-    validation_loss: float
-    scores: dict[str, float]  # on validation
+    validation_loss: float | None  # None without a validation split
+    scores: dict[str, float]  # on validation; empty without one
     seconds: float  # of training since the last evaluation
 
 
@@ -48,7 +48,7 @@ class Fitted:
 class _Best:
     number: int  # of the evaluation, from 0
     weights: dict[str, Tensor]  # on the CPU
-    validation: Evaluation
+    validation: Evaluation | None
 
 
 def fit(
@@ -60,7 +60,8 @@ def fit(
     log: Log,
     state_file: StateFile | None = None,
 ) -> Fitted:
-    """Train `model` in place. It ends with the weights that are best on validation, the first of equals.
+    """Train `model` in place. It ends with the weights that are best on validation, the first of equals, or with the
+    last ones if there is no validation split.
 
     The seed determines the order of the examples and dropout; the caller seeds the model's head. Continues from
     `state_file`, which is written at each evaluation. Raises UserError if the loss is not finite.
@@ -111,17 +112,18 @@ class _Fitting:
                 return
 
     def evaluate(self, log: Log) -> None:
-        """Score the validation split; remember the weights if they are the best so far."""
+        """Score the validation split, if any; remember the weights if they are the best so far, without one always."""
         train_loss, seconds = self._meter.evaluation()
-        validation = self._evaluate("validation")
-        assert validation.loss is not None
+        validation = self._evaluate("validation") if "validation" in self._task.splits else None
+        loss, scores = (None, {}) if validation is None else (validation.loss, validation.scores)
         steps = self._updater.steps
         epoch = _whole_if_possible(steps / steps_per_epoch(self._task, self._config))
-        _check_finite(train_loss, validation.loss, f"seed {self._seed}, step {steps}", self._config.lr)
-        self._epochs.append(Epoch(epoch, steps, train_loss, validation.loss, validation.scores, seconds))
-        metrics = {f"eval/validation/{name}": value for name, value in _losses_and_scores(validation).items()}
-        log(steps, {"seed": self._seed, "epoch": epoch, **metrics})
-        if self._best is None or self._task.is_better(validation.scores, self._best.validation.scores):
+        _check_finite(train_loss, loss, f"seed {self._seed}, step {steps}", self._config.lr)
+        self._epochs.append(Epoch(epoch, steps, train_loss, loss, scores, seconds))
+        if validation is not None:
+            metrics = {f"eval/validation/{name}": value for name, value in {"loss": loss, **scores}.items()}
+            log(steps, {"seed": self._seed, "epoch": epoch, **metrics})
+        if self._best is None or not scores or self._task.is_better(scores, self._epochs[self._best.number].scores):
             weights = _copy_to_cpu(self._model, into=None if self._best is None else self._best.weights)
             self._best = _Best(len(self._epochs) - 1, weights, validation)
 
@@ -129,8 +131,8 @@ class _Fitting:
         """The evaluations of all splits but train, with the best weights."""
         assert self._best is not None
         self._model.load_state_dict(self._best.weights)
-        others = {name: self._evaluate(name) for name in self._task.splits if name not in ("train", "validation")}
-        evaluations = {"validation": self._best.validation, **others}
+        evaluations = {} if self._best.validation is None else {"validation": self._best.validation}
+        evaluations |= {name: self._evaluate(name) for name in self._task.splits if name not in ("train", "validation")}
         return Fitted(tuple(self._epochs), self._epochs[self._best.number], evaluations)
 
     def _evaluate(self, split: str) -> Evaluation:
@@ -147,7 +149,7 @@ class _Fitting:
             "best": {
                 "number": self._best.number,
                 "weights": None if is_newest else self._best.weights,
-                "validation": asdict(self._best.validation),
+                "validation": self._best.validation and asdict(self._best.validation),
             },
         }
 
@@ -157,7 +159,8 @@ class _Fitting:
         self._epochs = [Epoch(**epoch) for epoch in state["epochs"]]
         best = state["best"]
         weights = best["weights"] or _copy_to_cpu(self._model, into=None)
-        self._best = _Best(best["number"], weights, Evaluation(**best["validation"]))
+        validation = best["validation"] and Evaluation(**best["validation"])
+        self._best = _Best(best["number"], weights, validation)
 
 
 def _copy_to_cpu(model: nn.Module, into: dict[str, Tensor] | None) -> dict[str, Tensor]:
@@ -174,13 +177,8 @@ def _whole_if_possible(number: float) -> float:
     return int(number) if number == int(number) else number
 
 
-def _losses_and_scores(evaluation: Evaluation) -> dict[str, float | None]:
-    return {"loss": evaluation.loss, **evaluation.scores}
-
-
-def _check_finite(train_loss: float, validation_loss: float, place: str, lr: float) -> None:
-    if not math.isfinite(train_loss) or not math.isfinite(validation_loss):
-        raise UserError(
-            f"{place}: training diverged (loss {train_loss:g} on train, {validation_loss:g} on validation); try a "
-            f"training.lr below {lr:g}"
-        )
+def _check_finite(train_loss: float, validation_loss: float | None, place: str, lr: float) -> None:
+    losses = {"train": train_loss} | ({} if validation_loss is None else {"validation": validation_loss})
+    if not all(map(math.isfinite, losses.values())):
+        found = ", ".join(f"{loss:g} on {split}" for split, loss in losses.items())
+        raise UserError(f"{place}: training diverged (loss {found}); try a training.lr below {lr:g}")

@@ -52,6 +52,7 @@ def test_a_tab_can_be_typed() -> None:
         ("task.test", "{train: a.csv}", r"task\.test.*'train' cannot name a test split"),
         ("task.test", "{a/b: a.csv}", r"task\.test.*'a/b' cannot name a test split"),
         ("task.validation_share", "0.6", r"task\.validation_share"),
+        ("training", "{patience: 2, fit_on: train+validation}", "patience: needs a validation split"),
         ("training.seeds", "[]", "needs one or more"),
         ("training.seeds", "[1, 1]", "each once"),
         ("training.lr", "high", r"training\.lr.*number"),

@@ -432,6 +432,31 @@ def test_several_test_splits_have_names(config_file: Path, tmp_path: Path, task_
     assert tests == {"matched": task_files["test"], "mismatched": task_files["validation"]}
 
 
+@pytest.mark.parametrize("labelled", [True, False])
+def test_train_and_validation_may_be_fitted_together(
+    config_file: Path, tmp_path: Path, task_files: dict[str, str], capsys: pytest.CaptureFixture[str], labelled: bool
+) -> None:
+    """Catches scores on rows that were trained on, an early epoch that is kept, and results that need a validation."""
+    if not labelled:
+        texts = [line.split("\t")[1] for line in Path(task_files["test"]).read_text().splitlines()]
+        Path(task_files["test"]).write_text("\n".join(texts))
+    finetune(config_file, {"training.fit_on": "train+validation"})
+    run = tmp_path / "run"
+    assert set(results(run)["splits"]) == ({"test"} if labelled else set())
+    assert results(run)["best_epochs"] == [2, 2]
+    assert (run / "curves.png").is_file()
+    assert not (run / "seed-1" / "predictions-validation.csv").exists()
+    epochs = read_csv(run / "seed-1" / "epochs.csv")
+    assert list(epochs[0]) == ["epoch", "steps", "train_loss", "seconds"]
+    assert [row["steps"] for row in epochs] == ["13", "26"]
+    output = tmp_path / "predictions.csv"
+    flags = ["--model", str(run), "--input", task_files["test"], "--output", str(output), "--precision=fp32"]
+    assert main(["predict", *flags]) == 0
+    assert "(the first of 2 seeds" in capsys.readouterr().err
+    trained = read_csv(run / "seed-1" / "predictions-test.csv")
+    assert [row["predicted"] for row in read_csv(output)] == [row["predicted"] for row in trained]
+
+
 def test_without_a_validation_file_a_part_of_train_is_it(
     config_file: Path, tmp_path: Path, task_files: dict[str, str]
 ) -> None:
