@@ -103,3 +103,9 @@ def collate(kind: TaskKind[Any], examples: Sequence[Example], padding: Padding, 
         {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()},
         None if targets is None else targets.to(device, non_blocking=True),
     )
+
+
+def padding_last(outputs: Tensor, batch: Batch) -> Tensor:
+    """Outputs for each token (ST…), with the padding of each sequence moved behind its tokens."""
+    order = torch.argsort(batch.inputs["attention_mask"], dim=1, descending=True, stable=True)
+    return outputs[torch.arange(len(order), device=order.device)[:, None], order]

@@ -94,13 +94,8 @@ class Kind(TaskKind[Config]):
         return [Example((encoder.encode(*texts),), target)]
 
     def label_weights(self, examples: Sequence[Example]) -> tuple[float, ...]:
-        """Weights that give each label the same share of the loss: N / (C · count), King & Zeng (2001).
-
-        A label without examples has weight 0.
-        """
-        counts = np.bincount([example.target for example in examples], minlength=len(self.labels))
-        share = len(examples) / np.count_nonzero(counts)
-        return tuple(float(share / count) if count else 0.0 for count in counts)
+        """Weights that give each label the same share of the loss."""
+        return balanced_weights([example.target for example in examples], len(self.labels))
 
     def loss(self, outputs: Tensor, batch: Batch, options: LossOptions) -> Loss:
         """Cross-entropy, weighted by label."""
@@ -136,3 +131,10 @@ class Kind(TaskKind[Config]):
         ids = {label: number for number, label in enumerate(self.labels)}
         gold = np.array([ids[record.values["label"]] for record in records])
         return gold, np.array([ids[prediction["label"]] for prediction in predictions])
+
+
+def balanced_weights(targets: Sequence[int], labels: int) -> tuple[float, ...]:
+    """N / (C · count) for each label, King & Zeng (2001); 0 for a label without targets."""
+    counts = np.bincount(targets, minlength=labels)
+    share = len(targets) / np.count_nonzero(counts)
+    return tuple(float(share / count) if count else 0.0 for count in counts)

@@ -71,10 +71,22 @@ def multiple_choice(draw: random.Random) -> Row:
     return {"question": " ".join(words(draw, 1, 1)), "choices": choices, "label": "ABCD"[label]}
 
 
+def token_classification(draw: random.Random) -> Row:
+    """A name begins with a word of the upper half, and goes on with word19; long sentences need windows."""
+    found: list[tuple[str, str]] = []
+    for _ in range(draw.randint(1, 15)):
+        if draw.random() < 0.3:
+            found += [(draw.choice(HIGH), "B-NAME")] + [("word19", "I-NAME")] * draw.randint(0, 2)
+        else:
+            found.append((draw.choice(LOW[:19]), "O"))
+    return {"tokens": [word for word, _ in found], "tags": [tag for _, tag in found]}
+
+
 TASKS = {
     "classification": TinyTask(classification, chance=0.6),
     "regression": TinyTask(regression, chance=0.3),
     "multi_label": TinyTask(multi_label, chance=0.6),
+    "token_classification": TinyTask(token_classification, chance=0.8),
     "multiple_choice": TinyTask(multiple_choice, chance=0.5),
 }
 

@@ -1,0 +1,165 @@
+"""Token classification: a tag for each word of a sentence, such as the names in it."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from experiment.errors import UserError
+from finetune.data.columns import Columns, TagsColumn, WordsColumn
+from finetune.data.records import Record, Table
+from finetune.data.task_config import TaskConfig
+from finetune.encoding.encoder import Encoder
+from finetune.encoding.examples import Batch, Example, Padding, padding_last
+from finetune.encoding.windows import most_context, windows
+from finetune.kinds.classification import balanced_weights
+from finetune.task_kind import Direction, Loss, LossOptions, Prediction, TaskKind
+
+_NO_TAG = -100  # target of a token that carries none
+
+
+class TokenClassificationColumns(Columns):
+    """Columns of a token classification task."""
+
+    words: WordsColumn = "tokens"
+    """Column with the words: a JSON list, or text with spaces between them."""
+
+    tags: TagsColumn = "tags"
+    """Column with a tag for each word, in the same way."""
+
+
+class Config(TaskConfig):
+    """A tag for each word of a sentence."""
+
+    kind: Literal["token_classification"] = "token_classification"
+    columns: TokenClassificationColumns = TokenClassificationColumns()
+    metric: Literal["f1", "precision", "recall", "accuracy"] = "f1"
+
+
+@dataclass(frozen=True)
+class _Tagged:
+    """The words that get their tag from a sequence."""
+
+    words: tuple[int, ...]  # by index in the sentence
+    positions: tuple[int, ...]  # of the first token of each, in the sequence
+
+
+class Kind(TaskKind[Config]):
+    """A prediction has `tags`, one for each word. The first token of a word carries its tag.
+
+    A sentence that is too long for one sequence is cut into windows; a word gets its tag from the window that shows
+    most of what surrounds it.
+    """
+
+    config_type = Config
+    metrics = dict.fromkeys(("f1", "precision", "recall", "accuracy"), Direction.HIGHER)
+    answer = "tags"
+    auto_model = "AutoModelForTokenClassification"
+    smooths_labels = True
+
+    @classmethod
+    def find_labels(cls, config: Config, train: Table) -> tuple[str, ...]:
+        """The tags of the training split, sorted."""
+        if config.labels is not None:
+            return config.labels
+        labels = sorted({tag for record in train.records for tag in record.values["tags"]})
+        if len(labels) < 2:
+            raise UserError(f"{train.path}: every word has the tag '{labels[0]}'; expected two or more tags")
+        return tuple(labels)
+
+    def describe(self, train: Table) -> list[str]:
+        counts = Counter(tag for record in train.records for tag in record.values["tags"])
+        shares = ", ".join(f"{label} {counts[label] / counts.total():.1%}" for label in self.labels)
+        return [f"{counts.total():,} words in train, {len(self.labels)} tags: {shares}"]
+
+    def expand(self, record: Record, encoder: Encoder, training: bool) -> list[Example]:
+        words, tags = record.values["words"], record.values.get("tags")
+        if tags is not None and len(tags) != len(words):
+            raise UserError(f"{record.place}: {len(words)} words, but {len(tags)} tags")
+        labels = None if tags is None else [self.label_id(tag, record.place) for tag in tags]
+        return list(_examples(words, labels, encoder))
+
+    def targets(self, examples: Sequence[Example], padding: Padding) -> Tensor:
+        """ST ids, without the padding of the left side."""
+        return pad_sequence([example.target for example in examples], batch_first=True, padding_value=_NO_TAG)
+
+    def label_weights(self, examples: Sequence[Example]) -> tuple[float, ...]:
+        """Weights that give each tag the same share of the loss."""
+        targets = torch.cat([example.target for example in examples])
+        return balanced_weights(targets[targets != _NO_TAG].tolist(), len(self.labels))
+
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+        """STC scores of the tags; the padding comes last."""
+        return padding_last(model(**batch.inputs).logits, batch)
+
+    def loss(self, outputs: Tensor, batch: Batch, options: LossOptions) -> Loss:
+        """Cross-entropy, weighted by tag; its mean is over words."""
+        assert batch.targets is not None
+        losses = F.cross_entropy(
+            outputs[:, : batch.targets.shape[1]].flatten(0, 1).float(),
+            batch.targets.flatten(),
+            weight=options.label_weights,
+            label_smoothing=options.label_smoothing,
+            ignore_index=_NO_TAG,
+            reduction="sum",
+        )
+        return Loss(losses, (batch.targets != _NO_TAG).sum().float())
+
+    def decode(self, record: Record, examples: Sequence[Example], outputs: Sequence[NDArray[np.float32]]) -> Prediction:
+        tags = [""] * len(record.values["words"])
+        for example, scores_TC in zip(examples, outputs, strict=True):
+            tagged: _Tagged = example.details
+            for word, position in zip(tagged.words, tagged.positions, strict=True):
+                tags[word] = self.labels[int(scores_TC[position].argmax())]
+        return {"tags": tags}
+
+    def scores(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> dict[str, float]:
+        """Precision, recall and F1 of whole entities, over all types (micro), as conlleval of CoNLL-2000 counts them;
+        accuracy of the tags. A tag without a prefix such as B- is an entity of one word."""
+        from seqeval.metrics.sequence_labeling import precision_recall_fscore_support
+
+        gold = [record.values["tags"] for record in records]
+        predicted = [prediction["tags"] for prediction in predictions]
+        sides = ([[_with_prefix(tag) for tag in tags] for tags in side] for side in (gold, predicted))
+        found = precision_recall_fscore_support(*sides, average="micro", zero_division=0)
+        entities = dict(zip(("precision", "recall", "f1"), map(float, found[:3]), strict=True))
+        right = [tag == other for pair in zip(gold, predicted, strict=True) for tag, other in zip(*pair, strict=True)]
+        return {**{name: entities[name] for name in ("f1", "precision", "recall")}, "accuracy": float(np.mean(right))}
+
+
+def _examples(words: Sequence[str], labels: Sequence[int] | None, encoder: Encoder) -> Iterator[Example]:
+    """One for each window over the sentence; each word is tagged in one of them."""
+    room = encoder.room()
+    longest = max(room // 3, 1)  # tokens of a word: any such word lies whole in a window
+    pieces = encoder.ids_of_words(words)
+    starts = np.cumsum([0, *(len(piece[:longest]) for piece in pieces)]).tolist()
+    ids = [token for piece in pieces for token in piece[:longest]]
+    whole = [_whole_words(window, starts) for window in windows(len(ids), room)]
+    owner = [most_context(whole, start) for start in starts[:-1]]
+    for number, window in enumerate(whole):
+        tagged = [word for word in range(len(words)) if owner[word] == number]
+        if tagged:
+            tokens = encoder.assemble(ids[window.start : window.stop])
+            positions = [starts[word] - window.start + encoder.text_start() for word in tagged]
+            target = None
+            if labels is not None:
+                target = torch.full((len(tokens),), _NO_TAG)
+                target[positions] = torch.tensor([labels[word] for word in tagged])
+            yield Example((tokens,), target, _Tagged(tuple(tagged), tuple(positions)))
+
+
+def _whole_words(window: range, starts: Sequence[int]) -> range:
+    """The part of a window of tokens that consists of whole words. starts: of the words, and the end."""
+    inside = [start for start in starts if window.start <= start <= window.stop]
+    return range(inside[0], inside[-1])
+
+
+def _with_prefix(tag: str) -> str:
+    return tag if tag == "O" or tag[:2] in ("B-", "I-", "E-", "S-") else f"B-{tag}"

@@ -1,0 +1,107 @@
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from experiment.errors import UserError
+from experiment.tokenizer import load_tokenizer
+from finetune.data.records import Record, Table, read_table
+from finetune.encoding.encoder import Encoder
+from finetune.encoding.examples import Batch, padding_last
+from finetune.kinds.token_classification import Config, Kind
+from finetune.task_kind import LossOptions
+
+CONFIG = Config(train="f", validation="f")
+KIND = Kind(CONFIG, ("B-X", "I-X", "O"))
+
+
+def encode(folder: Path, max_length: int) -> Encoder:
+    return Encoder(load_tokenizer(folder), max_length, token_types=True)
+
+
+def test_the_first_token_of_a_word_carries_its_tag(encoder: Path) -> None:
+    """Catches tags on the wrong tokens. The last word has three tokens: [UNK], word1 and [UNK]."""
+    words = ["word0", "word1!", "?word1?"]
+    record = Record("f", {"words": words, "tags": ["O", "B-X", "I-X"]})
+    (example,) = KIND.expand(record, encode(encoder, 16), training=True)
+    assert example.sequences[0].input_ids.tolist() == [2, 5, 6, 1, 1, 6, 1, 3]
+    assert example.target.tolist() == [-100, 2, 0, -100, 1, -100, -100, -100]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=40), st.integers(3, 20))
+def test_every_word_gets_one_tag(encoder: Path, lengths: list[int], max_length: int) -> None:
+    """Catches words at the edges of windows that get no tag, or two; also words longer than a window."""
+    words = ["!" * length for length in lengths]  # one token for each character
+    record = Record("f", {"words": words, "tags": ["O"] * len(words)})
+    made = KIND.expand(record, encode(encoder, max_length), training=True)
+    assert sum((example.target != -100).sum().item() for example in made) == len(words)
+    assert all(len(example.sequences[0]) <= max_length for example in made)
+    outputs = [torch.zeros(max_length, 3).numpy() for _ in made]
+    assert KIND.decode(record, made, outputs)["tags"] == ["B-X"] * len(words)
+
+
+def test_words_near_the_edge_of_a_window_are_tagged_in_another(encoder: Path) -> None:
+    """Catches tags from windows that show nothing of what follows."""
+    record = Record("f", {"words": [f"word{n}" for n in range(12)]})
+    first, second = KIND.expand(record, encode(encoder, 11), training=False)
+    assert (len(first.sequences[0]), len(second.sequences[0])) == (11, 11)
+    assert first.details.words == (0, 1, 2, 3, 4, 5)
+    assert second.details.words == (6, 7, 8, 9, 10, 11)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_moved_behind_the_tokens(side: str) -> None:
+    """Catches tags taken from padding, for tokenizers that pad on the left."""
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    mask = mask if side == "left" else mask.flip(1)
+    outputs = torch.arange(10).reshape(2, 5, 1) * 1.0
+    outputs = outputs if side == "left" else torch.stack([outputs[0].roll(-2, 0), outputs[1]])
+    found = padding_last(outputs, Batch((), {"attention_mask": mask}, None))
+    assert found[0, :3, 0].tolist() == [2, 3, 4]
+    assert found[1, :, 0].tolist() == [5, 6, 7, 8, 9]
+
+
+def test_the_loss_is_a_mean_over_words() -> None:
+    """Catches a mean over sentences, and padding or further tokens of a word that count."""
+    targets = torch.tensor([[-100, 0, 1, -100], [-100, 2, -100, -100]])
+    outputs = torch.randn(2, 6, 3, generator=torch.Generator().manual_seed(0))
+    loss = KIND.loss(outputs, Batch((), {}, targets), LossOptions())
+    expected = -(outputs.log_softmax(-1)[[0, 0, 1], [1, 2, 1], [0, 1, 2]]).mean()
+    assert (loss.sum / loss.weight).item() == pytest.approx(expected.item())
+
+
+def scores(gold: str, predicted: str) -> dict[str, float]:
+    return KIND.scores([Record("f", {"tags": gold.split()})], [{"tags": predicted.split()}])
+
+
+def test_entities_count_as_a_whole() -> None:
+    """Catches F1 of single tags: of two names one has its end wrong."""
+    found = scores("B-X I-X O B-X", "B-X O O B-X")
+    assert (found["precision"], found["recall"], found["f1"], found["accuracy"]) == (0.5, 0.5, 0.5, 0.75)
+    found = scores("B-X I-X O B-Y O", "B-X I-X O B-X B-X")
+    assert (found["precision"], found["recall"]) == (pytest.approx(1 / 3), 0.5)
+
+
+def test_tags_without_a_prefix_are_entities() -> None:
+    """Catches the first letter of a tag taken for its prefix: `NOUN` would be an `OUN`."""
+    found = scores("NOUN VERB O", "NOUN NOUN O")
+    assert (found["precision"], found["recall"]) == (0.5, 0.5)
+
+
+def test_words_and_tags_must_be_as_many(encoder: Path, tmp_path: Path) -> None:
+    """Catches tags that shift by a word."""
+    path = tmp_path / "f.tsv"
+    path.write_text("tokens\ttags\na b\tO O\na b\tO\n")
+    table = read_table(path, CONFIG.columns)
+    with pytest.raises(UserError, match=r"f\.tsv:3: 2 words, but 1 tags"):
+        [KIND.expand(record, encode(encoder, 8), training=True) for record in table.records]
+
+
+def test_one_tag_is_no_task() -> None:
+    """Catches a wrong column."""
+    table = Table(Path("f"), (Record("f", {"words": ["a"], "tags": ["O"]}),), labelled=True)
+    with pytest.raises(UserError, match="every word has the tag 'O'"):
+        Kind.find_labels(CONFIG, table)
