@@ -98,9 +98,10 @@ class Encoder:
         assert len(ids) <= self.max_length
         return Tokens(torch.tensor(ids), torch.tensor(types) if self.token_types else None, truncated)
 
-    def text_start(self, texts: int = 1) -> int:
-        """Tokens before the first text of a sequence."""
-        return len(self._frames[texts - 1].specials[0][0])
+    def starts(self, *lengths: int) -> list[int]:
+        """Where each text starts in a sequence of one text or a pair of texts. lengths: of the texts, in tokens."""
+        before = [len(ids) for ids, _ in self._frames[len(lengths) - 1].specials]
+        return [sum(before[: index + 1]) + sum(lengths[:index]) for index in range(len(lengths))]
 
     @cached_property
     def _frames(self) -> tuple[_Frame, _Frame]:

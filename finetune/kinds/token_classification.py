@@ -147,7 +147,8 @@ def _examples(words: Sequence[str], labels: Sequence[int] | None, encoder: Encod
         tagged = [word for word in range(len(words)) if owner[word] == number]
         if tagged:
             tokens = encoder.assemble(ids[window.start : window.stop])
-            positions = [starts[word] - window.start + encoder.text_start() for word in tagged]
+            first = encoder.starts(len(window))[0]
+            positions = [first + starts[word] - window.start for word in tagged]
             target = None
             if labels is not None:
                 target = torch.full((len(tokens),), _NO_TAG)

@@ -30,7 +30,10 @@ def test_assembled_ids_are_those_of_the_tokenizer(encoder: Path, family: str, te
     assert encoded.token_type_ids is not None
     assert assembled.token_type_ids.tolist() == encoded.token_type_ids.tolist()
     assert made.room(len(texts)) == 16 - (len(encoded) - len(made.ids(" ".join(texts))))
-    assert encoded.input_ids.tolist()[made.text_start(len(texts)) :][:2] == made.ids(texts[0])
+    starts = made.starts(*(len(made.ids(text)) for text in texts))
+    for start, text in zip(starts, texts, strict=True):
+        ids = made.ids(text)
+        assert encoded.input_ids.tolist()[start : start + len(ids)] == ids
 
 
 def test_a_length_without_room_for_text_is_rejected(encoder: Path) -> None:

@@ -82,11 +82,22 @@ def token_classification(draw: random.Random) -> Row:
     return {"tokens": [word for word, _ in found], "tags": [tag for _, tag in found]}
 
 
+def question_answering(draw: random.Random) -> Row:
+    """The answer are the words of the upper half, in a context that may need windows."""
+    before, answer, after = (
+        draw.choices(part, k=draw.randint(1, 12 if part is LOW else 3)) for part in (LOW, HIGH, LOW)
+    )
+    text = " ".join(answer)
+    answers = {"text": [text], "answer_start": [len(" ".join(before)) + 1]}
+    return {"question": "word0 word1", "context": " ".join([*before, *answer, *after]), "answers": answers}
+
+
 TASKS = {
     "classification": TinyTask(classification, chance=0.6),
     "regression": TinyTask(regression, chance=0.3),
     "multi_label": TinyTask(multi_label, chance=0.6),
     "token_classification": TinyTask(token_classification, chance=0.8),
+    "question_answering": TinyTask(question_answering, chance=0.5),
     "multiple_choice": TinyTask(multiple_choice, chance=0.5),
 }
 

@@ -1,0 +1,204 @@
+"""Extractive question answering: the part of a text that answers a question."""
+
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from pydantic import PositiveInt
+from torch import Tensor, nn
+
+from experiment.errors import UserError
+from finetune.data.columns import AnswersColumn, Columns, TextColumn
+from finetune.data.records import Record, Table
+from finetune.data.task_config import TaskConfig
+from finetune.encoding.encoder import Encoder, Tokens
+from finetune.encoding.examples import Batch, Example, padding_last
+from finetune.encoding.windows import windows
+from finetune.task_kind import Direction, Loss, LossOptions, Prediction, TaskKind
+
+
+class QuestionAnsweringColumns(Columns):
+    """Columns of a question answering task."""
+
+    question: TextColumn = "question"
+    """Column with the question."""
+
+    context: TextColumn = "context"
+    """Column with the text that contains the answer."""
+
+    answers: AnswersColumn = "answers"
+    """Column with the right answers, as in SQuAD: `{"text": […], "answer_start": […]}`, starts in characters. Training
+    uses the first, scoring all."""
+
+
+class Config(TaskConfig):
+    """The part of a text that answers a question."""
+
+    kind: Literal["question_answering"] = "question_answering"
+    columns: QuestionAnsweringColumns = QuestionAnsweringColumns()
+    metric: Literal["f1", "exact_match"] = "f1"
+
+    no_answer: bool = False
+    """Whether a question may have no answer, as in SQuAD 2.0."""
+
+    max_answer_tokens: PositiveInt = 30
+    """Maximum length of a predicted answer in tokens."""
+
+
+@dataclass(frozen=True)
+class _Window:
+    """The part of a context that a sequence shows."""
+
+    start: int  # position of its first token in the sequence
+    nothing: int  # position in the sequence that stands for no answer
+    offsets: tuple[tuple[int, int], ...]  # characters (start, end) of the context that each token covers
+
+
+class _Span(NamedTuple):
+    """Tokens of a window."""
+
+    first: int
+    last: int
+    score: float
+
+
+class Kind(TaskKind[Config]):
+    """A prediction has `answer`, its `start` in characters (null for no answer), and `score`, its probability.
+
+    A context that is too long for one sequence is cut into windows. In windows without the answer, the classification
+    token is the right one, as in BERT (Devlin et al. 2019).
+    """
+
+    config_type = Config
+    metrics = dict.fromkeys(("f1", "exact_match"), Direction.HIGHER)
+    answer = "answer"
+    auto_model = "AutoModelForQuestionAnswering"
+
+    @property
+    def head(self) -> dict[str, Any]:
+        return {}
+
+    def describe(self, train: Table) -> list[str]:
+        if not self.config.no_answer:
+            return []
+        none = sum(not record.values["answers"] for record in train.records)
+        return [f"{none:,} of {len(train):,} questions in train have no answer"]
+
+    def expand(self, record: Record, encoder: Encoder, training: bool) -> list[Example]:
+        asked = encoder.ids(record.values["question"])
+        question = asked[: encoder.room(2) // 2]
+        context, offsets = encoder.ids_and_offsets(record.values["context"])
+        if not context:
+            raise UserError(f"{record.place}: the context is empty")
+        answer = self._answer_tokens(record, np.array(offsets, dtype=np.int64).reshape(-1, 2))
+        examples = []
+        for shown in windows(len(context), encoder.room(2) - len(question)):
+            tokens = encoder.assemble(question, context[shown.start : shown.stop], truncated=len(question) < len(asked))
+            start = encoder.starts(len(question), len(shown))[1]
+            window = _Window(start, _classification_token(tokens, encoder), tuple(offsets[shown.start : shown.stop]))
+            examples.append(Example((tokens,), None if answer is None else _target(window, shown, answer), window))
+        return examples
+
+    def _answer_tokens(self, record: Record, offsets_N2: NDArray[np.int64]) -> range | None:
+        """The tokens of the context that cover the first answer; empty for no answer, None for an unlabelled record."""
+        answers = record.values.get("answers")
+        if answers is None:
+            return None
+        for answer in answers:
+            found = record.values["context"][answer["start"] :][: len(answer["text"])]
+            if found != answer["text"]:
+                raise UserError(
+                    f"{record.place}: the answer '{answer['text']}' is not at character {answer['start']} of the "
+                    f"context, found '{found}'"
+                )
+        if not answers:
+            if not self.config.no_answer:
+                raise UserError(f"{record.place}: no answer; if questions may have none, set task.no_answer: true")
+            return range(0)
+        start, stop = answers[0]["start"], answers[0]["start"] + len(answers[0]["text"])
+        covering = np.flatnonzero((offsets_N2[:, 1] > start) & (offsets_N2[:, 0] < stop))
+        return range(covering[0], covering[-1] + 1) if len(covering) else range(0)
+
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+        """ST2 scores of starts and ends; the padding comes last."""
+        found = model(**batch.inputs)
+        scores = torch.stack([found.start_logits, found.end_logits], dim=-1).float()
+        padding = batch.inputs["attention_mask"] == 0
+        return padding_last(scores.masked_fill(padding[..., None], torch.finfo(torch.float32).min), batch)
+
+    def loss(self, outputs: Tensor, batch: Batch, options: LossOptions) -> Loss:
+        """Cross-entropy of the start and of the end; its mean is over windows."""
+        assert batch.targets is not None
+        losses = F.cross_entropy(outputs, batch.targets, reduction="sum") / 2
+        return Loss(losses, torch.tensor(float(len(outputs)), device=losses.device))
+
+    def decode(self, record: Record, examples: Sequence[Example], outputs: Sequence[NDArray[np.float32]]) -> Prediction:
+        windows = [example.details for example in examples]
+        shown = [scores[window.start :][: len(window.offsets)] for window, scores in zip(windows, outputs, strict=True)]
+        spans = [_best_span(scores_T2, self.config.max_answer_tokens) for scores_T2 in shown]
+        best = max(range(len(spans)), key=lambda index: spans[index].score)
+        nothing = [scores[window.nothing] for window, scores in zip(windows, outputs, strict=True)]
+        # There is no answer only if no window shows one.
+        least = min(float(scores.sum()) for scores in nothing)
+        candidates = np.concatenate([*shown, np.stack(nothing)] if self.config.no_answer else shown)
+        log_total = float(torch.logsumexp(torch.from_numpy(candidates), dim=0).sum())
+        if self.config.no_answer and least >= spans[best].score:
+            return {"answer": "", "start": None, "score": float(np.exp(least - log_total))}
+        offsets = windows[best].offsets
+        start, stop = offsets[spans[best].first][0], offsets[spans[best].last][1]
+        score = float(np.exp(spans[best].score - log_total))
+        return {"answer": record.values["context"][start:stop], "start": start, "score": score}
+
+    def scores(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> dict[str, float]:
+        """Means over the questions, each against the right answer that fits best, as the script of SQuAD (Rajpurkar et
+        al. 2016) computes them, but in [0, 1]. Exact match ignores case, punctuation and articles; F1 is of words."""
+        answers = [[answer["text"] for answer in record.values["answers"]] or [""] for record in records]
+        found = [prediction["answer"] for prediction in predictions]
+        pairs = list(zip(found, answers, strict=True))
+        return {
+            "f1": float(np.mean([max(_word_f1(text, right) for right in rights) for text, rights in pairs])),
+            "exact_match": float(np.mean([_words(text) in map(_words, rights) for text, rights in pairs])),
+        }
+
+
+def _classification_token(tokens: Tokens, encoder: Encoder) -> int:
+    """Its position, which stands for no answer; 0 for a tokenizer that has none."""
+    ids = tokens.input_ids.tolist()
+    wanted = encoder.tokenizer.cls_token_id
+    return ids.index(wanted) if wanted in ids else 0
+
+
+def _target(window: _Window, shown: range, answer: range) -> list[int]:
+    """Position of the first and of the last token of the answer; of no answer if the window does not show all of it."""
+    if not answer or answer.start < shown.start or answer.stop > shown.stop:
+        return [window.nothing, window.nothing]
+    return [window.start + answer.start - shown.start, window.start + answer.stop - 1 - shown.start]
+
+
+def _best_span(scores_T2: NDArray[np.float32], max_tokens: int) -> _Span:
+    """The span of at most max_tokens tokens with the largest sum of start and end score."""
+    sums_TT = scores_T2[:, None, 0] + scores_T2[None, :, 1]
+    allowed = np.triu(np.tril(np.ones_like(sums_TT, dtype=bool), max_tokens - 1))
+    first, last = np.unravel_index(np.where(allowed, sums_TT, -np.inf).argmax(), sums_TT.shape)
+    return _Span(int(first), int(last), float(sums_TT[first, last]))
+
+
+def _words(text: str) -> list[str]:
+    """In lower case, without punctuation and articles."""
+    without_punctuation = "".join(character for character in text.lower() if character not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", without_punctuation).split()
+
+
+def _word_f1(found: str, right: str) -> float:
+    words, right_words = _words(found), _words(right)
+    common = (Counter(words) & Counter(right_words)).total()
+    if not words or not right_words:
+        return float(words == right_words)
+    return 2 * common / (len(words) + len(right_words))

@@ -1,0 +1,179 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from experiment.errors import UserError
+from experiment.tokenizer import load_tokenizer
+from finetune.data.records import Record, read_table
+from finetune.encoding.encoder import Encoder
+from finetune.encoding.examples import Batch
+from finetune.kinds.question_answering import Config, Kind
+from finetune.task_kind import LossOptions, Prediction
+
+CONFIG = Config(train="f", validation="f")
+KIND = Kind(CONFIG, ())
+WITH_NONE = Kind(Config(train="f", validation="f", no_answer=True), ())
+CONTEXT = "Word0 word1, word2 word3 word4 word5 word6 word7"
+
+
+def record(*answers: str, **values: Any) -> Record:
+    found = [{"text": text, "start": CONTEXT.index(text)} for text in answers]
+    return Record("f:2", {"question": "word9 word9?", "context": CONTEXT, "answers": found, **values})
+
+
+def encode(folder: Path, max_length: int = 64) -> Encoder:
+    return Encoder(load_tokenizer(folder), max_length, token_types=True)
+
+
+def test_the_target_is_where_the_answer_is(encoder: Path) -> None:
+    """Catches positions in the question, in characters, or off by one."""
+    (example,) = KIND.expand(record("word1, word2"), encode(encoder), training=True)
+    first, last = example.target
+    # [CLS] word9 word9 ? [SEP] word0 word1 , word2 …: the comma and the question mark are [UNK]
+    assert example.sequences[0].input_ids.tolist()[first : last + 1] == [6, 1, 7]
+    assert example.sequences[0].token_type_ids is not None
+    assert example.sequences[0].token_type_ids[first] == 1
+
+
+def test_windows_without_the_answer_point_to_the_classification_token(encoder: Path) -> None:
+    """Catches half an answer as a target, and an answer that no window shows although it is short."""
+    made = KIND.expand(record("word6 word7"), encode(encoder, 13), training=True)
+    assert len(made) == 2
+    assert made[0].target == [0, 0]
+    first, last = made[1].target
+    assert made[1].sequences[0].input_ids.tolist()[first : last + 1] == [11, 12]
+    assert all(len(example.sequences[0]) <= 13 for example in made)
+
+
+def scores_for(made: Any, window: int, span: tuple[int, int], nothing: float = -5.0) -> list[Any]:
+    """Outputs that prefer a span (of tokens of the context) in a window."""
+    outputs = [np.full((len(example.sequences[0]) + 3, 2), -10.0, dtype=np.float32) for example in made]
+    for example, rows in zip(made, outputs, strict=True):
+        rows[example.details.nothing] = nothing
+    rows, start = outputs[window], made[window].details.start
+    rows[start + span[0], 0] = rows[start + span[1], 1] = 3.0
+    return outputs
+
+
+def test_an_answer_is_cut_from_the_context(encoder: Path) -> None:
+    """Catches answers made of tokens: in lower case, with spaces before punctuation."""
+    (example,) = made = KIND.expand(record("word1"), encode(encoder), training=False)
+    prediction = KIND.decode(record(), made, scores_for(made, 0, (0, 2)))
+    assert (prediction["answer"], prediction["start"]) == ("Word0 word1,", 0)
+    assert 0.99 < prediction["score"] <= 1.0
+    assert json.loads(json.dumps(prediction)) == prediction
+    assert example.details.nothing == 0
+
+
+def test_the_best_window_answers(encoder: Path) -> None:
+    """Catches positions of one window looked up in another."""
+    made = KIND.expand(record("word1"), encode(encoder, 13), training=False)
+    shown = made[1].details.offsets
+    prediction = KIND.decode(record(), made, scores_for(made, 1, (0, 0), nothing=9.0))
+    start, stop = shown[0]
+    assert (prediction["answer"], prediction["start"]) == (CONTEXT[start:stop], start)
+
+
+def test_no_answer_needs_all_windows(encoder: Path) -> None:
+    """Catches "no answer" because one window shows none, and answers to a task in which there is always one."""
+    made = WITH_NONE.expand(record(), encode(encoder, 13), training=False)
+    assert made[0].target == [0, 0]
+    outputs = scores_for(made, 1, (0, 0), nothing=9.0)
+    assert WITH_NONE.decode(record(), made, outputs)["answer"] == ""
+    assert WITH_NONE.decode(record(), made, outputs)["start"] is None
+    outputs[1][made[1].details.nothing] = -5.0
+    assert WITH_NONE.decode(record(), made, outputs)["answer"] != ""
+
+
+def test_spans_are_in_order_and_short(encoder: Path) -> None:
+    """Catches an end before the start, and answers of half the text."""
+    made = KIND.expand(record("word1"), encode(encoder), training=False)
+    outputs = scores_for(made, 0, (4, 2))
+    assert KIND.decode(record(), made, outputs)["answer"] != ""
+    short = Kind(Config(train="f", validation="f", max_answer_tokens=2), ())
+    outputs = scores_for(made, 0, (1, 5))
+    assert len(short.decode(record(), made, outputs)["answer"].split()) <= 2
+
+
+def test_padding_takes_no_part_in_the_loss(encoder: Path) -> None:
+    """Catches a softmax over padding, which depends on the other examples of a batch."""
+
+    class Fake(torch.nn.Module):
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+            scores = torch.arange(input_ids.shape[1]).float().expand(input_ids.shape)
+            return type("Found", (), {"start_logits": scores, "end_logits": -scores})
+
+    def loss(length: int) -> float:
+        mask = (torch.arange(length) < 4).long()[None]
+        batch = Batch((), {"input_ids": mask, "attention_mask": mask}, torch.tensor([[1, 2]]))
+        found = KIND.loss(KIND.forward(Fake(), batch), batch, LossOptions())
+        return (found.sum / found.weight).item()
+
+    logits = torch.arange(4).float()
+    expected = -(logits.log_softmax(0)[1] + (-logits).log_softmax(0)[2]) / 2
+    assert loss(4) == pytest.approx(expected.item())
+    assert loss(9) == pytest.approx(expected.item())
+
+
+@pytest.mark.parametrize(
+    ("found", "right", "f1", "exact"),
+    [
+        ("the Cat.", ["cat"], 1.0, 1.0),
+        ("a black cat", ["the cat sat", "dog"], 0.5, 0.0),
+        ("", [], 1.0, 1.0),
+        ("cat", [], 0.0, 0.0),
+        ("the", ["a"], 1.0, 1.0),
+        ("cat cat", ["cat"], 2 / 3, 0.0),
+    ],
+)
+def test_scores_are_those_of_squad(found: str, right: list[str], f1: float, exact: float) -> None:
+    """Catches articles, case or punctuation that count, words counted twice, and the mean over answers instead of the
+    best."""
+    answers = [{"text": text, "start": 0} for text in right]
+    prediction: Prediction = {"answer": found, "start": 0, "score": 1.0}
+    assert KIND.scores([Record("f", {"answers": answers})], [prediction]) == pytest.approx(
+        {"f1": f1, "exact_match": exact}
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"answers": []}, r"f:2: no answer; if questions may have none, set task\.no_answer: true"),
+        ({"answers": [{"text": "word2", "start": 0}]}, r"the answer 'word2' is not at character 0 .*, found 'Word0'"),
+        ({"context": " ", "answers": []}, r"f:2: the context is empty"),
+    ],
+)
+def test_mistakes_are_named(encoder: Path, values: dict[str, Any], message: str) -> None:
+    """Catches training on answers that are somewhere else."""
+    with pytest.raises(UserError, match=message):
+        KIND.expand(record(**values), encode(encoder), training=True)
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        {"text": ["word1"], "answer_start": [6]},
+        [{"text": "word1", "answer_start": 6}],
+        '{"text": ["word1"], "answer_start": [6]}',
+    ],
+)
+def test_forms_of_answers(tmp_path: Path, cell: object) -> None:
+    """Catches one of the forms in which SQuAD is distributed being refused."""
+    path = tmp_path / "f.jsonl"
+    path.write_text(json.dumps({"question": "x", "context": CONTEXT, "answers": cell}))
+    (found,) = read_table(path, CONFIG.columns).records
+    assert found.values["answers"] == [{"text": "word1", "start": 6}]
+
+
+@pytest.mark.parametrize("cell", [{"text": ["a"], "answer_start": []}, [{"text": "a"}], [1], "word1", 3])
+def test_other_answers_are_rejected(tmp_path: Path, cell: object) -> None:
+    """Catches a traceback for what is no answer."""
+    path = tmp_path / "f.jsonl"
+    path.write_text(json.dumps({"question": "x", "context": CONTEXT, "answers": cell}))
+    with pytest.raises(UserError, match=r"f\.jsonl:1: expected answers .* in 'answers', found"):
+        read_table(path, CONFIG.columns)
