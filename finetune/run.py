@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from experiment.allocator import keep_freed_memory
 from experiment.checkpoints import find_model_folder
 from experiment.config import dump_config, flatten, load_config
 from experiment.disk_errors import stopped_by_disk_errors
@@ -82,6 +83,7 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
 
     Raises UserError, also if the disk refuses something, and StoppedError if it is full after training has begun.
     """
+    keep_freed_memory()
     setup = prepare(config)
     open_run_folder(setup.folder.path)
     with lock_run(setup.folder):

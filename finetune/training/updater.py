@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import get_total_norm
 
+from experiment.dropout import use_fast_dropout
 from finetune.config import TrainingConfig
 from finetune.device import Device
 from finetune.encoding.examples import Example, collate
@@ -22,6 +23,7 @@ class Updater:
 
     def __init__(self, model: nn.Module, task: Task, config: TrainingConfig, device: Device) -> None:
         model.to(device.device)
+        use_fast_dropout(model)
         self.steps = 0
         self.total_steps = total_steps(task, config)
         self._model, self._task, self._config, self._device = model, task, config, device
@@ -46,8 +48,7 @@ class Updater:
             group["lr"] = self._config.lr * lr_factor(self.steps, self.total_steps, self._config.warmup_ratio)
         loss = self._backward(examples)
         self._scaler.unscale_(self._optimizer)
-        self._scale_gradients(len(examples) / loss.weight)
-        clip_grad_norm_(self._model.parameters(), _MAX_GRAD_NORM)
+        self._scale_and_clip_gradients(len(examples) / loss.weight)
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._optimizer.zero_grad()
@@ -96,9 +97,11 @@ class Updater:
             outputs = kind.forward(self._model, batch)
         return kind.loss(outputs, batch, self.loss_options)
 
-    def _scale_gradients(self, factor: torch.Tensor) -> None:
+    def _scale_and_clip_gradients(self, factor: torch.Tensor) -> None:
+        """In one pass over the gradients, which counts in small batches."""
         gradients = [parameter.grad for parameter in self._model.parameters() if parameter.grad is not None]
-        torch._foreach_mul_(gradients, factor)
+        norm = get_total_norm(gradients) * factor
+        torch._foreach_mul_(gradients, factor * (_MAX_GRAD_NORM / (norm + 1e-6)).clamp(max=1.0))
 
 
 def loss_options(task: Task, device: Device) -> LossOptions:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from pretrain.modeling.dropout import fast_dropout
+from experiment.dropout import fast_dropout
 
 PACKED = "deepcloze_packed"
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from experiment.dropout import use_fast_dropout
 from pretrain.batching.batch import IGNORED
-from pretrain.modeling.dropout import use_fast_dropout
 
 
 class Predictions(NamedTuple):

@@ -1,3 +1,4 @@
+import math
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +23,7 @@ from finetune.training.evaluation import Evaluation, evaluate
 from finetune.training.fit import Fitted, fit
 from finetune.training.microbatch import Microbatch
 from finetune.training.state_file import StateFile
-from finetune.training.updater import lr_factor, parameter_groups
+from finetune.training.updater import Updater, lr_factor, parameter_groups
 
 CPU = Device(torch.device("cpu"), None)
 LABELS = ("a", "b")
@@ -306,13 +307,16 @@ def of_targets(targets: list[int], labels: tuple[str, ...], balanced: bool = Fal
 
 @pytest.fixture
 def gradients(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """The gradient of each update before clipping, of a model with one parameter."""
+    """The gradient of each update, without clipping, of a model with one parameter."""
     found: list[torch.Tensor] = []
 
-    def record(parameters: Any, _: float) -> None:
-        found.append(next(iter(parameters)).grad.clone())
+    def record(optimizer: torch.optim.AdamW) -> None:
+        (gradient,) = (parameter.grad for group in optimizer.param_groups for parameter in group["params"])
+        assert gradient is not None
+        found.append(gradient.clone())
 
-    monkeypatch.setattr(updater_module, "clip_grad_norm_", record)
+    monkeypatch.setattr(torch.optim.AdamW, "step", record)
+    monkeypatch.setattr(updater_module, "_MAX_GRAD_NORM", math.inf)
     return found
 
 
@@ -424,3 +428,13 @@ def test_a_state_of_other_settings_or_a_damaged_one_is_not_used(tmp_path: Path) 
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(UserError, match=r"state\.pt is damaged .*remove it"):
         StateFile(path, {"lr": 1}).load()
+
+
+def test_gradients_are_clipped_after_they_are_scaled() -> None:
+    """Catches a norm that is taken of the summed loss: its gradient grows with the batch size."""
+    model = Bias(2)
+    updater = Updater(model, of_targets([0] * 8, ("a", "b")), TrainingConfig(batch_size=8), CPU)
+    for gradient, factor, expected in (([3.0, 4.0], 1.0, [0.6, 0.8]), ([3.0, 4.0], 0.1, [0.3, 0.4])):
+        model.bias.grad = torch.tensor(gradient)
+        updater._scale_and_clip_gradients(torch.tensor(factor))
+        torch.testing.assert_close(model.bias.grad, torch.tensor(expected))

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from pretrain.modeling.dropout import fast_dropout, use_fast_dropout
+from experiment.dropout import fast_dropout, use_fast_dropout
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,0 +1,137 @@
+"""Examples per CPU-second of `deepcloze finetune` and of transformers' Trainer.
+
+    python -m benchmarks.finetuning --config FILE [--precision fp32] [--steps 60] [--rounds 3]
+
+`--config` is a config of a classification task on single texts or pairs. All train the same model on the same examples
+for the same number of updates, with AdamW, linear warmup and decay, each in its own process, on one thread. They
+alternate, so that a slow minute of the machine affects all. CPU time of the training alone is counted: no loading, no
+evaluation. The Trainer is measured with `train_sampling_strategy="group_by_length"` and dynamic padding, and with all
+sequences padded to `model.max_seq_length`. The accuracy is on the validation split.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+import fire
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.machine import describe_machine
+from experiment.allocator import keep_freed_memory
+from experiment.config import load_config
+from finetune.config import FinetuneConfig
+from finetune.encoding.examples import Split
+from finetune.model import build_model
+from finetune.results.metrics import classification_scores
+from finetune.results.seed_run import Setup
+from finetune.run import prepare, resolve_paths
+from finetune.training.evaluation import evaluate
+from finetune.training.fit import fit
+from finetune.training.microbatch import Microbatch
+
+DEEPCLOZE, GROUPED, PADDED = "deepcloze finetune", "Trainer, group_by_length", "Trainer, padded to max_seq_length"
+
+
+def finetuning(config: str, *, precision: str = "fp32", steps: int = 60, rounds: int = 3) -> None:
+    """Measure all and print a table."""
+    results: dict[str, list[dict[str, float]]] = {DEEPCLOZE: [], GROUPED: [], PADDED: []}
+    for seed in range(1, rounds + 1):
+        for name, found in results.items():
+            child = (sys.executable, "-m", "benchmarks.finetuning", "--contestant", name, config, precision)
+            output = subprocess.run(
+                (*child, str(steps), str(seed)), stdout=subprocess.PIPE, text=True, check=True
+            ).stdout
+            found.append(json.loads(output.splitlines()[-1]))
+    table = Table(title=f"{precision}, {steps} updates, {rounds} rounds", caption=describe_machine())
+    for column in ("", "examples per CPU-second", "deepcloze is faster by", "accuracy"):
+        table.add_column(column, justify="right" if column else "left")
+    ours = [found["rate"] for found in results[DEEPCLOZE]]
+    for name, rows in results.items():
+        rates, scores = ([row[key] for row in rows] for key in ("rate", "accuracy"))
+        ratio = statistics.median(our / other for our, other in zip(ours, rates, strict=True))
+        table.add_row(name, f"{statistics.median(rates):.1f}", f"{ratio:.2f} x", f"{statistics.fmean(scores):.4f}")
+    Console().print(table)
+
+
+def measure(name: str, config: str, precision: str, steps: str, seed: str) -> None:
+    """One contestant, in this process. Prints a line of JSON."""
+    overrides = {"training.precision": precision, "training.steps": steps, "training.evaluate_every": steps}
+    torch.set_num_threads(1)  # threads that wait for each other would count
+    setup = prepare(resolve_paths(load_config(FinetuneConfig, config, overrides), default_name="benchmark"))
+    run = _measure_deepcloze if name == DEEPCLOZE else _measure_trainer
+    torch.manual_seed(int(seed))
+    seconds, accuracy = run(setup, int(seed), name == GROUPED)
+    examples = int(steps) * setup.config.training.batch_size
+    print(json.dumps({"rate": examples / seconds, "accuracy": accuracy}))
+
+
+def _measure_deepcloze(setup: Setup, seed: int, _: bool) -> tuple[float, float]:
+    keep_freed_memory()
+    model, validation = build_model(setup.model).model, setup.task.splits["validation"]
+    start = time.process_time()
+    fitted = fit(model, setup.task, setup.config.training, seed, setup.device, lambda *_: None)
+    trained = time.process_time()
+    evaluate(model, setup.task, validation, Microbatch(setup.config.training.batch_size * 4), setup.device)
+    evaluation = time.process_time() - trained  # `fit` has evaluated once
+    return trained - start - evaluation, fitted.best.scores["accuracy"]
+
+
+def _measure_trainer(setup: Setup, seed: int, grouped: bool) -> tuple[float, float]:
+    from transformers import AutoTokenizer, DataCollatorWithPadding, Trainer, TrainingArguments
+
+    training = setup.config.training
+    padding: dict[str, Any] = {"padding": True}
+    if not grouped:
+        padding = {"padding": "max_length", "max_length": setup.config.model.max_seq_length}
+    arguments = TrainingArguments(
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=training.batch_size,
+        per_device_eval_batch_size=training.batch_size * 4,
+        learning_rate=training.lr,
+        weight_decay=training.weight_decay,
+        warmup_steps=round(training.warmup_ratio * (training.steps or 0)),
+        max_steps=training.steps or -1,
+        train_sampling_strategy="group_by_length" if grouped else "random",
+        bf16=setup.device.precision == "bf16",
+        seed=seed,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=setup.device.device.type == "cpu",
+    )
+    trainer = Trainer(
+        build_model(setup.model).model,
+        arguments,
+        data_collator=DataCollatorWithPadding(AutoTokenizer.from_pretrained(setup.model.folder), **padding),
+        train_dataset=_rows(setup.task.splits["train"]),  # type: ignore[arg-type]
+    )
+    start = time.process_time()
+    trainer.train()
+    seconds = time.process_time() - start
+    found = trainer.predict(_rows(setup.task.splits["validation"]))  # type: ignore[arg-type]
+    return seconds, classification_scores(found.label_ids, found.predictions.argmax(-1))["accuracy"]  # type: ignore[arg-type,union-attr]
+
+
+def _rows(split: Split) -> list[dict[str, Any]]:
+    """A split as the Trainer takes it."""
+    rows = []
+    for example in split.examples:
+        (tokens,) = example.sequences
+        row = {"input_ids": tokens.input_ids.tolist(), "labels": example.target}
+        if tokens.token_type_ids is not None:
+            row["token_type_ids"] = tokens.token_type_ids.tolist()
+        rows.append(row)
+    return rows
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--contestant"]:
+        measure(*sys.argv[2:])
+    else:
+        fire.Fire(finetuning)
