@@ -109,13 +109,13 @@ def _measure_trainer(setup: Setup, seed: int, grouped: bool) -> tuple[float, flo
         build_model(setup.model).model,
         arguments,
         data_collator=DataCollatorWithPadding(AutoTokenizer.from_pretrained(setup.model.folder), **padding),
-        train_dataset=_rows(setup.task.splits["train"]),  # type: ignore[arg-type]
+        train_dataset=_rows(setup.task.splits["train"]),
     )
     start = time.process_time()
     trainer.train()
     seconds = time.process_time() - start
-    found = trainer.predict(_rows(setup.task.splits["validation"]))  # type: ignore[arg-type]
-    return seconds, classification_scores(found.label_ids, found.predictions.argmax(-1))["accuracy"]  # type: ignore[arg-type,union-attr]
+    found = trainer.predict(_rows(setup.task.splits["validation"]))
+    return seconds, classification_scores(found.label_ids, found.predictions.argmax(-1))["accuracy"]
 
 
 def _rows(split: Split) -> list[dict[str, Any]]:

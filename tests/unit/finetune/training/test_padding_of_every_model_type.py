@@ -1,0 +1,75 @@
+"""The batch size does not change predictions, for every type of transformers that has masked LMs and classifiers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForSequenceClassification,
+)
+
+from finetune.data.records import Record, Table
+from finetune.device import Device
+from finetune.encoding.encoder import Tokens
+from finetune.encoding.examples import Example, Padding, Split
+from finetune.kinds.classification import Config, Kind
+from finetune.splits import Task
+from finetune.training.compatibility import adapt_to_model
+from finetune.training.evaluation import evaluate
+from finetune.training.microbatch import Microbatch
+from tiny_models import tiny_fields
+
+TYPES = [
+    name
+    for name, config in CONFIG_MAPPING.items()
+    if config in MODEL_FOR_MASKED_LM_MAPPING and config in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+]
+PADDED = {"convbert", "fnet", "nystromformer", "yoso"}  # their outputs depend on padding
+MASKS = {"deberta", "xmod"}  # cannot compute in bf16 on a CPU
+BEGIN, END, PAD = 0, 2, 1
+
+
+def make_task() -> Task:
+    """Sequences of 5 to 32 tokens."""
+    draw = torch.Generator().manual_seed(1)
+    lengths = torch.randint(3, 31, (40,), generator=draw).tolist()
+    texts = [torch.randint(10, 100, (length,), generator=draw) for length in lengths]
+    ids = [torch.cat([torch.tensor([BEGIN]), text, torch.tensor([END])]) for text in texts]
+    examples = tuple(Example((Tokens(row, None),), number % 2) for number, row in enumerate(ids))
+    records = tuple(Record("f.csv", {"label": "ab"[example.target]}) for example in examples)
+    made = Split(Table(Path("f.csv"), records, True), examples, tuple(range(len(examples))))
+    kind = Kind(Config(train="f.csv", validation="f.csv"), ("a", "b"))
+    return Task(kind, "accuracy", {"train": made, "validation": made}, Padding(PAD, "right", 0))
+
+
+def classifier(model_type: str) -> nn.Module:
+    """A tiny one, with large random weights, so that what leaks from padding shows."""
+    torch.manual_seed(3)
+    ids = {"vocab_size": 100, "bos_token_id": BEGIN, "pad_token_id": PAD, "eos_token_id": END}
+    fields = tiny_fields(model_type) | ids | {"initializer_range": 0.1, "num_labels": 2}
+    return AutoModelForSequenceClassification.from_config(AutoConfig.for_model(model_type, **fields))  # type: ignore[no-any-return]
+
+
+def logit_differences(model: nn.Module, task: Task, device: Device, batch_size: int) -> Tensor:
+    """N, of the two labels."""
+    found = evaluate(model, task, task.splits["validation"], Microbatch(batch_size), device).predictions
+    return torch.tensor([row["probabilities"]["a"] for row in found]).logit()
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("precision", [None, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("model_type", TYPES)
+def test_the_batch_size_does_not_change_predictions(model_type: str, precision: torch.dtype | None) -> None:
+    """Catches a type whose outputs depend on padding, or that cannot compute in bf16, and that is not noticed; also
+    one that needlessly gets fixed padding or fp32."""
+    model = classifier(model_type)
+    task, device, lines = adapt_to_model(model, make_task(), Device(torch.device("cpu"), precision), max_length=40)
+    assert (task.padding.length is not None) == (model_type in PADDED), lines
+    assert (device.dtype != precision) == (model_type in MASKS and precision is not None), lines
+    alone, together = (logit_differences(model, task, device, size) for size in (1, 40))
+    torch.testing.assert_close(alone, together, rtol=0, atol=1e-4 if device.dtype is None else 2e-2)
