@@ -157,7 +157,7 @@ def test_a_kind_learns_and_saves_what_it_learned(encoder: Path, tmp_path: Path, 
 def test_predictions_do_not_depend_on_the_batch(encoder: Path, tmp_path: Path, name: str) -> None:
     """Catches padding that takes part in what is computed, and outputs of a batch given to the wrong sequence."""
     config = config_of(name, encoder, tmp_path)
-    tables = read_splits(config.task)
+    tables = read_splits(config.task, encoder)
     kind = make_kind(config.task, tables)
     model = build_model(ModelSpec(encoder, True, kind.auto_model, kind.head)).model
     with torch.no_grad():
