@@ -22,7 +22,7 @@ class LaunchResult:
 
     outcome: Outcome
     message: str = ""
-    cause: Cause = Cause.ERROR  # of an early end
+    cause: Cause | None = None  # of a failure, or of a stop that was asked for
     lost: frozenset[str] = frozenset()  # hosts
 
 

@@ -35,7 +35,7 @@ with (folder / "metrics.jsonl").open("a") as file:
         sys.exit(1)
     time.sleep(seconds)
     file.write(json.dumps({"step": 2, "eval/held/loss": float(loss)}) + "\n")
-(folder / "logs" / "outcome.json").write_text(json.dumps({"outcome": "done", "message": "", "cause": "error"}))
+(folder / "logs" / "outcome.json").write_text(json.dumps({"outcome": "done", "message": "", "cause": None}))
 """
 
 # Stands for a run that a killed sweep has left: when told to end, it reports {outcome}, or nothing.
