@@ -32,6 +32,7 @@ ENDED = "ended"
 PREFIX = "deepcloze guard: "
 """Of the lines from the host, whose shell may print others."""
 
+_COUNT_SECONDS = 5.0  # between looks at all processes of the host
 _KILL_SECONDS = 10.0
 _LEAVE = "leave"
 _LEAVE_SECONDS = 40.0
@@ -71,6 +72,7 @@ def guard(launch: str, environment: Mapping[str, str], head: str, lines: "queue.
 
 def _wait_for_end(launch: str, lines: "queue.SimpleQueue[str]") -> None:
     last_line, leave_at = time.monotonic(), float("inf")
+    processes, counted_at = 0, float("-inf")
     while time.monotonic() - last_line < SILENCE_SECONDS and time.monotonic() < leave_at:
         with suppress(queue.Empty):
             line = lines.get(timeout=BEAT_SECONDS)
@@ -80,9 +82,11 @@ def _wait_for_end(launch: str, lines: "queue.SimpleQueue[str]") -> None:
                 leave_at = min(leave_at, time.monotonic() + _LEAVE_SECONDS)
             else:
                 last_line = time.monotonic()
-        processes = sum(1 for _ in _processes(launch))
+        leaving = leave_at < float("inf")
+        if leaving or time.monotonic() - counted_at >= _COUNT_SECONDS:
+            processes, counted_at = sum(1 for _ in _processes(launch)), time.monotonic()
         _send(str(processes))
-        if processes == 0 and leave_at < float("inf"):
+        if leaving and processes == 0:
             return
 
 

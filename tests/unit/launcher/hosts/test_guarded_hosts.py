@@ -1,4 +1,5 @@
 import os
+import queue
 import subprocess
 import sys
 import threading
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.hosts import guarded_hosts
+from launcher.hosts import guarded_hosts, host_guard
 from launcher.hosts.guarded_hosts import GuardedHosts, GuardRequest
 from launcher.hosts.host_guard import LAUNCH_VARIABLE, environment_file, read_environment
 from stand_in_hosts import install_ssh
@@ -121,6 +122,18 @@ def test_a_guard_that_is_asked_to_end_gives_the_ranks_time(run: str) -> None:
     assert own.wait(LIMIT) == -15
     guard.wait(LIMIT)
     assert not environment_file(f"{run}-1").exists()
+
+
+def test_processes_are_counted_rarely(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a guard that reads all of /proc for each line, and one that stays for processes that have ended."""
+    counts = iter([range(2), range(1), range(0)])
+    monkeypatch.setattr(host_guard, "_processes", lambda _: next(counts))
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+    for line in ["", "", "", host_guard._LEAVE, ""]:
+        lines.put(line)
+    host_guard._wait_for_end("launch", lines)
+    sent = [line.removeprefix(host_guard.PREFIX) for line in capsys.readouterr().out.splitlines()]
+    assert sent == ["2", "2", "2", "1", "0"]
 
 
 def test_many_hosts_are_guarded_at_once(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
