@@ -20,6 +20,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from launcher.hosts.machine import free_port
+
 LAUNCH_VARIABLE = "DEEPCLOZE_LAUNCH"
 """Names the launch that a process belongs to, as RUN-ATTEMPT: both are hexadecimal."""
 
@@ -63,7 +65,7 @@ def guard(launch: str, environment: Mapping[str, str], head: str, lines: "queue.
     _end_launches(f"{run}-", keep=launch)
     try:
         _write_environment(environment_file(launch), environment)
-        _send(json.dumps({"address": _resolve(head), "port": _free_port()}))
+        _send(json.dumps({"address": _resolve(head), "port": free_port()}))
         _wait_for_end(launch, lines)
     finally:
         _end_launches(launch)
@@ -135,13 +137,6 @@ def _resolve(name: str) -> str | None:
             with suppress(socket.gaierror):
                 return str(socket.getaddrinfo(name, None, family, socket.SOCK_STREAM)[0][4][0])
     return None
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 def _send(line: str) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 from tqdm import tqdm
 
-from launcher.hosts.ssh import CONNECT_SECONDS, ssh_argv
+from launcher.hosts.ssh import CONNECT_SECONDS, SSH_FAILED, ssh_argv
 from launcher.preflight import probe
 from launcher.preflight.facts import HostAnswer, HostFacts, ProbeRequest, Unreachable
 
@@ -21,7 +21,7 @@ Answer = HostAnswer | Unreachable
 
 _ANSWER_SECONDS = 60.0  # from the start of ssh
 _AT_ONCE = 128  # three file descriptors each
-_SSH_FAILED, _NOT_EXECUTABLE, _NOT_FOUND = 255, 126, 127
+_NOT_EXECUTABLE, _NOT_FOUND = 126, 127  # exit codes of shells
 
 _FACTS = TypeAdapter(HostFacts)
 # The working directory, which `python -` searches first, may have modules of any name.
@@ -102,7 +102,7 @@ def _why_unreachable(host: str, exit_code: int | None, error: str) -> Unreachabl
         return _no_facts(host, f"there is no Python at {sys.executable}")
     if exit_code == _NOT_EXECUTABLE:
         return _no_facts(host, f"{sys.executable} cannot be executed")
-    if exit_code != _SSH_FAILED:
+    if exit_code != SSH_FAILED:
         return _no_facts(host, f"{sys.executable} failed with exit code {exit_code}: {_last_line(error)}")
     for text, reason, fix in _SSH_ERRORS:
         if text in error:

@@ -12,7 +12,7 @@ import pytest
 from launcher.hosts import guarded_hosts, host_guard
 from launcher.hosts.guarded_hosts import GuardedHosts, GuardRequest
 from launcher.hosts.host_guard import LAUNCH_VARIABLE, environment_file, read_environment
-from stand_in_hosts import install_ssh
+from stand_in_hosts import STAND_IN_GUARD, install_ssh
 from waiting import LIMIT, wait_until
 
 
@@ -85,19 +85,25 @@ def test_a_silent_host_is_lost(run: str, tmp_path: Path, monkeypatch: pytest.Mon
         assert hosts.lost == {"node-1": "no answer within 1 s"}
 
 
-@pytest.mark.parametrize("killed", [True, False])
-def test_a_lost_launcher_ends_the_processes(run: str, process: "subprocess.Popen[bytes]", killed: bool) -> None:
-    """Catches ranks that keep the GPUs of a host because their launcher was killed or cut off."""
-    silence = "host_guard.SILENCE_SECONDS = 2.0\n" if not killed else ""
-    code = f"from launcher.hosts import host_guard\n{silence}host_guard.main()"
+def start_guard(launch: str, silence_seconds: float = host_guard.SILENCE_SECONDS) -> "subprocess.Popen[bytes]":
+    """A guard without ssh, which has replied."""
+    code = f"from launcher.hosts import host_guard\nhost_guard.SILENCE_SECONDS = {silence_seconds}\nhost_guard.main()"
     guard = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert guard.stdin is not None
     assert guard.stdout is not None
-    guard.stdin.write(request(f"{run}-1").line())
+    guard.stdin.write(request(launch).line())
     guard.stdin.flush()
     guard.stdout.readline()
+    return guard
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_lost_launcher_ends_the_processes(run: str, process: "subprocess.Popen[bytes]", killed: bool) -> None:
+    """Catches ranks that keep the GPUs of a host because their launcher was killed or cut off."""
+    guard = start_guard(f"{run}-1", silence_seconds=host_guard.SILENCE_SECONDS if killed else 2.0)
     own = start_process(f"{run}-1")
     if killed:
+        assert guard.stdin is not None
         guard.stdin.close()
     assert own.wait(LIMIT) == -9
     guard.wait(LIMIT)
@@ -106,14 +112,7 @@ def test_a_lost_launcher_ends_the_processes(run: str, process: "subprocess.Popen
 
 def test_a_guard_that_is_asked_to_end_gives_the_ranks_time(run: str) -> None:
     """Catches a host that shuts down and kills ranks that are saving a checkpoint."""
-    guard = subprocess.Popen(
-        [sys.executable, "-m", "launcher.hosts.host_guard"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    assert guard.stdin is not None
-    assert guard.stdout is not None
-    guard.stdin.write(request(f"{run}-1").line())
-    guard.stdin.flush()
-    guard.stdout.readline()
+    guard = start_guard(f"{run}-1")
     own = start_process(f"{run}-1")
     guard.terminate()
     with pytest.raises(subprocess.TimeoutExpired):
@@ -144,13 +143,3 @@ def test_many_hosts_are_guarded_at_once(run: str, tmp_path: Path, monkeypatch: p
     with GuardedHosts(names, request(f"{run}-1"), lambda _: None) as hosts:
         assert len(hosts.replies) == 512
     assert time.monotonic() - started < 60
-
-
-STAND_IN_GUARD = """
-read -r request
-echo 'deepcloze guard: {"address": "10.0.0.1", "port": 1}'
-while read -r line; do
-    case "$line" in end) echo 'deepcloze guard: ended'; exit 0;; esac
-done
-exit 0
-"""

@@ -116,7 +116,7 @@ def test_one_sweep_at_a_time_uses_a_folder(tmp_path: Path, monkeypatch: pytest.M
                 run_sweep(sweep)
             refused.append(message)
 
-    monkeypatch.setattr(sweep_module, "_notify", notify)
+    monkeypatch.setattr(sweep_module, "notify", notify)
     run_sweep(sweep)
     assert len(refused) == 1
     run_sweep(sweep)
@@ -176,7 +176,7 @@ def left_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
                 assert str(folder) in message
                 (when_waiting or (folder / "end").touch)()
 
-        monkeypatch.setattr(sweep_module, "_notify", notify)
+        monkeypatch.setattr(sweep_module, "notify", notify)
         return process
 
     yield start
