@@ -107,7 +107,7 @@ def _end_launches(name: str, keep: str | None = None) -> None:
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.02)
     for path in environment_file(name).parent.glob(f"{environment_file(name).stem}*"):
-        if keep is None or path != environment_file(keep):
+        if keep is None or not path.name.startswith(environment_file(keep).name):
             with suppress(OSError):  # of another user
                 path.unlink(missing_ok=True)
 
@@ -124,7 +124,7 @@ def _processes(name: str, keep: str | None = None) -> Iterator[int]:
 
 
 def _write_environment(path: Path, environment: Mapping[str, str]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")  # found by `_end_launches`
     with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode=0o600), "w", encoding="utf-8") as file:
         json.dump(dict(environment), file)
     temporary.replace(path)

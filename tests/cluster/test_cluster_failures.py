@@ -122,6 +122,25 @@ def test_training_continues_without_a_host_and_takes_it_back(
     assert [event["loss"] for event in seen] == pytest.approx([event["loss"] for event in undisturbed], abs=1e-2)
 
 
+def test_a_killed_guard_leaves_nothing_and_the_run_continues(
+    cluster: Cluster, tmp_path: Path, wordpiece_corpus: Path
+) -> None:
+    """Catches ranks and secrets that stay on a host whose guard alone was killed, because memory ran out."""
+    head, second, _ = cluster.hosts
+    run = Run(tmp_path, wordpiece_corpus, [head, second])
+    run.start(head, "--max_restarts=1")
+    for number in (1, 2):
+        run.wait_for_attempt(number)
+        assert second.run("pkill", "-KILL", "-f", "launcher.hosts.host_guard").returncode == 0
+    output, errors = run.process.communicate()
+    assert run.process.returncode == 1, output + errors
+    assert "lost node-2: the connection was closed\nnot restarted: --max_restarts=1" in errors
+    assert [list(attempt["hosts"]) for attempt in run.attempts()] == [["node-1", "node-2"]] * 2
+    for host in (head, second):
+        assert host.processes() == []
+        assert host.run("find", "/dev/shm", "-name", "*deepcloze-*").stdout == ""
+
+
 def test_a_killed_launcher_leaves_nothing_and_its_secrets_stay_secret(
     cluster: Cluster, tmp_path: Path, wordpiece_corpus: Path
 ) -> None:

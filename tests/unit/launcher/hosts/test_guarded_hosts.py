@@ -85,6 +85,20 @@ def test_a_silent_host_is_lost(run: str, tmp_path: Path, monkeypatch: pytest.Mon
         assert hosts.lost == {"node-1": "no answer within 1 s"}
 
 
+def test_a_killed_guard_leaves_nothing(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches ranks and secrets that stay on a host whose guard alone was killed, because memory ran out."""
+    install_ssh(tmp_path / "bin", monkeypatch, before=f"echo $$ > {tmp_path}/guard.pid")
+    with GuardedHosts(["node-1"], request(f"{run}-1"), lambda _: None) as hosts:
+        own = start_process(f"{run}-1")
+        written = environment_file(f"{run}-1").with_name(f"{environment_file(f'{run}-1').name}.7")
+        written.touch()  # by a guard that was killed at once
+        os.kill(int((tmp_path / "guard.pid").read_text()), 9)
+        assert own.wait(LIMIT) == -9
+        assert hosts.lost == {"node-1": "the connection was closed"}
+    assert not environment_file(f"{run}-1").exists()
+    assert not written.exists()
+
+
 def start_guard(launch: str, silence_seconds: float = host_guard.SILENCE_SECONDS) -> "subprocess.Popen[bytes]":
     """A guard without ssh, which has replied."""
     code = f"from launcher.hosts import host_guard\nhost_guard.SILENCE_SECONDS = {silence_seconds}\nhost_guard.main()"
