@@ -83,7 +83,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     """Stands for the ranks; records what would be started."""
     seen: list[Launch] = []
 
-    def supervise(launch: Launch, _start_time: float) -> LaunchResult:
+    def supervise(launch: Launch, *_: object) -> LaunchResult:
         seen.append(launch)
         return LaunchResult(Outcome.DONE)
 
@@ -250,7 +250,7 @@ def test_trials_precede_the_launch_but_not_a_dry_run(
     """Catches a choice that the run does not start with, and trials for a plan that is only printed."""
     chosen: list[LaunchPlan] = []
 
-    def autotune(plan: LaunchPlan) -> LaunchPlan:
+    def autotune(plan: LaunchPlan, _: object) -> LaunchPlan:
         assert launches == []
         chosen.append(replace(plan, config=scaled_microbatch(plan.config, 1), config_changed=True))
         return chosen[0]
@@ -308,6 +308,21 @@ def test_if_only_this_machine_passes_it_runs_without_ssh(
     (started,) = launches
     assert started.slots == {"localhost": (0, 1)}
     assert "--num_gpus=2" in started.command(Layout(started.slots), None).argv
+
+
+def test_a_dead_machine_is_waited_for_before_preflight_only(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a launch that waits again when the ranks are about to start."""
+    Path("hosts").write_text("192.0.2.1 slots=2\n192.0.2.2 slots=2\n")
+    seen: list[object] = []
+
+    def end(*arguments: object) -> LaunchResult:
+        seen.append(arguments[-1])
+        return LaunchResult(Outcome.DONE)
+
+    monkeypatch.setattr(launch, "check_unlocked", lambda _: 7)
+    monkeypatch.setattr(launch, "supervise", end)
+    launch_pretraining(PretrainOptions(config=config, hostfile="hosts"))
+    assert seen == [7]
 
 
 def test_a_slurm_job_needs_no_hostfile(config: str) -> None:
