@@ -12,7 +12,6 @@ import json
 import os
 import queue
 import signal
-import socket
 import sys
 import threading
 import time
@@ -20,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from launcher.hosts.addresses import route_to
 from launcher.hosts.machine import free_port
 
 LAUNCH_VARIABLE = "DEEPCLOZE_LAUNCH"
@@ -65,7 +65,7 @@ def guard(launch: str, environment: Mapping[str, str], head: str, lines: "queue.
     _end_launches(f"{run}-", keep=launch)
     try:
         _write_environment(environment_file(launch), environment)
-        _send(json.dumps({"address": _resolve(head), "port": free_port()}))
+        _send(json.dumps({"address": _address(head), "port": free_port()}))
         _wait_for_end(launch, lines)
     finally:
         _end_launches(launch)
@@ -130,12 +130,10 @@ def _write_environment(path: Path, environment: Mapping[str, str]) -> None:
     temporary.replace(path)
 
 
-def _resolve(name: str) -> str | None:
-    """The address by which this host reaches another, or None. A host's own name often has a loopback address."""
+def _address(name: str) -> str | None:
+    """The address by which this host reaches another. A host's own name often has a loopback address."""
     with suppress(OSError):
-        for family in (socket.AF_INET, socket.AF_INET6):
-            with suppress(socket.gaierror):
-                return str(socket.getaddrinfo(name, None, family, socket.SOCK_STREAM)[0][4][0])
+        return route_to(name)[0]
     return None
 
 

@@ -69,6 +69,29 @@ def test_trials_of_autotune_use_all_hosts(cluster: Cluster, tmp_path: Path, word
 
 
 @pytest.mark.soak
+def test_hosts_may_have_ipv6_addresses_only(
+    cluster: Cluster, pools: dict[int, RankPool], tmp_path: Path, wordpiece_corpus: Path
+) -> None:
+    """Catches addresses, interfaces or sockets of IPv4 where the network has none."""
+    hosts = cluster.hosts[:2]
+    names = tmp_path / "etc-hosts"
+    names.write_text("".join(f"fd77::{number} {host.name}\n" for number, host in enumerate(hosts, start=1)))
+    for number, host in enumerate(hosts, start=1):
+        for command in (
+            f"ip address add fd77::{number}/64 dev eth0 nodad",
+            f"ip address delete {host.address}/24 dev eth0",
+            f"mount --bind {names} /etc/hosts",
+        ):
+            assert host.run(*command.split()).returncode == 0
+    hostfile = write_hostfile(tmp_path / "hostfile", hosts)
+    command = ("env", "OMP_NUM_THREADS=1", *DEEPCLOZE, f"--hostfile={hostfile}")
+    done = hosts[0].run(*command, "--config", write_config(tmp_path, "hosts", wordpiece_corpus))
+    assert done.returncode == 0, done.stdout + done.stderr
+    pools[2].run(pretrain_case, run_config(tmp_path / "one_host", wordpiece_corpus))
+    assert logged(tmp_path / "hosts") == pytest.approx(logged(tmp_path / "one_host"), abs=1e-5)
+
+
+@pytest.mark.soak
 @pytest.mark.parametrize(("launcher", "version"), [("openmpi", "Open MPI"), ("mpich", "HYDRA")])
 def test_mpi_gives_the_losses_of_one_host(
     cluster: Cluster,
