@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import filelock
 import pytest
 
 from experiment import run_lock
@@ -75,6 +76,22 @@ def test_a_killed_process_of_this_machine_delays_nothing(folder: RunFolder, monk
     with lock_run(folder):
         pass
     assert time.monotonic() - started < run_lock._DEAD_SECONDS / 2
+
+
+def test_the_lock_that_a_network_disk_keeps_for_a_dead_machine(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a run that nobody can take over while NFS keeps the lock, and a check that fails for it."""
+    monkeypatch.setattr(run_lock, "_DEAD_SECONDS", 0.2)
+    be_elsewhere(folder)
+    kept = filelock.FileLock(folder.lock, thread_local=False)  # released by another thread
+    kept.acquire()
+    dead = check_unlocked(folder)
+    release = threading.Timer(0.5, kept.release)
+    release.start()
+    with lock_run(folder, dead=dead):
+        assert json.loads(folder.owner.read_text())["pid"] == os.getpid()
+    release.join()
 
 
 @pytest.mark.parametrize("boot", ["2", None])
