@@ -73,13 +73,15 @@ def check_unlocked(folder: RunFolder) -> Renewal | None:
 
 def is_locked(folder: RunFolder) -> bool:
     """Whether another process of this machine uses the run folder, which may not exist."""
-    if not folder.lock.exists():
-        return False
     try:
+        if not folder.lock.exists():
+            return False
         with filelock.FileLock(folder.lock, timeout=0):
             return False
     except filelock.Timeout:
         return True
+    except OSError:  # `open_run_folder` says why it cannot be written
+        return False
 
 
 def _used(folder: RunFolder) -> UserError:

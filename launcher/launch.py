@@ -6,12 +6,13 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 from experiment.config import dump_config, load_config
 from experiment.errors import StoppedError
 from experiment.open_files import raise_limit_of_open_files
 from experiment.outcome_file import Outcome
-from experiment.run_folder import open_run_folder
+from experiment.run_folder import RunFolder, open_run_folder
 from experiment.run_lock import Renewal, check_unlocked
 from launcher.autotuning.autotune import autotune
 from launcher.hosts.machine import inspect_machine, select_accelerator
@@ -41,11 +42,11 @@ def launch_pretraining(options: PretrainOptions) -> None:
         if options.dry_run:
             print(describe_plan(plan_launch(options, config, machine)))
             return
-        dead_owner = None
+        # Before the plan and preflight: a run that is active deletes checkpoints, and its devices are busy.
+        dead_owner = check_unlocked(RunFolder(Path(config.run.dir).absolute()))
         with warnings_left_to_rank0():
             plan = plan_launch(options, config, machine)
             if not plan.local:
-                dead_owner = check_unlocked(plan.folder)  # preflight would report that the devices of a run are busy
                 plan = _plan_without_failed_hosts(plan)
         if options.autotune:
             plan = autotune(plan, dead_owner)

@@ -14,7 +14,8 @@ import yaml
 from experiment.config import load_config
 from experiment.errors import StoppedError, UserError
 from experiment.outcome_file import Outcome
-from experiment.run_folder import RunFolder
+from experiment.run_folder import RunFolder, open_run_folder
+from experiment.run_lock import lock_run
 from launcher import launch
 from launcher.cli import main
 from launcher.hosts.hostfile import Host, parse_hostfile
@@ -323,6 +324,13 @@ def test_a_dead_machine_is_waited_for_before_preflight_only(config: str, monkeyp
     monkeypatch.setattr(launch, "supervise", end)
     launch_pretraining(PretrainOptions(config=config, hostfile="hosts"))
     assert seen == [7]
+
+
+def test_a_run_that_is_active_is_refused_before_it_is_read(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a traceback for a checkpoint that the active run has just deleted."""
+    monkeypatch.setattr(launch, "plan_launch", lambda *_: pytest.fail("read the run"))
+    with lock_run(open_run_folder("my-run")), pytest.raises(UserError, match="another deepcloze process is using"):
+        launch_pretraining(PretrainOptions(config=config))
 
 
 def test_a_slurm_job_needs_no_hostfile(config: str) -> None:
