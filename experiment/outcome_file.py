@@ -29,7 +29,7 @@ class Outcome(StrEnum):
 
 
 class Cause(StrEnum):
-    """Why a run failed or stopped; decides whether it is restarted."""
+    """Why a run failed, or stopped because it was asked to; decides whether it is restarted."""
 
     AGREED = "agreed"  # all ranks decided it: they would again
     OUT_OF_MEMORY = "out_of_memory"  # of the device
@@ -45,7 +45,7 @@ class ReportedOutcome(NamedTuple):
 
     outcome: Outcome
     message: str
-    cause: Cause  # of an early end
+    cause: Cause | None = None  # None: done, or stopped without a request
 
 
 def reserve_outcome(folder: RunFolder) -> None:
@@ -53,7 +53,7 @@ def reserve_outcome(folder: RunFolder) -> None:
     write_text(folder.reserved_outcome, " " * _RESERVED_BYTES)
 
 
-def write_outcome(folder: RunFolder, outcome: Outcome, message: str = "", cause: Cause = Cause.ERROR) -> None:
+def write_outcome(folder: RunFolder, outcome: Outcome, message: str = "", cause: Cause | None = None) -> None:
     """Write the outcome; on a full disk, into the space that the launcher has reserved."""
     reported = ReportedOutcome(outcome, message, cause)
     try:
@@ -62,7 +62,7 @@ def write_outcome(folder: RunFolder, outcome: Outcome, message: str = "", cause:
         _fill_reserved(folder, reported)
 
 
-def write_first_outcome(folder: RunFolder, outcome: Outcome, message: str, cause: Cause = Cause.ERROR) -> None:
+def write_first_outcome(folder: RunFolder, outcome: Outcome, message: str, cause: Cause | None = None) -> None:
     """As `write_outcome`, unless a rank has written one."""
     reported = ReportedOutcome(outcome, message, cause)
     try:
@@ -76,7 +76,8 @@ def read_outcome(folder: RunFolder) -> ReportedOutcome | None:
     """What the ranks reported; None if the file is missing or damaged."""
     try:
         found = parse_json(folder.outcome.read_text(encoding="utf-8"))
-        return ReportedOutcome(Outcome(found["outcome"]), str(found["message"]), Cause(found["cause"]))
+        cause = None if found["cause"] is None else Cause(found["cause"])
+        return ReportedOutcome(Outcome(found["outcome"]), str(found["message"]), cause)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

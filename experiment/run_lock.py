@@ -9,7 +9,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -20,83 +20,112 @@ from experiment.files import write_json
 from experiment.run_folder import RunFolder
 from experiment.strict_json import parse_json
 
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # see random(4)
 _RENEW_SECONDS = 2.0
 _LEASE_SECONDS = 120.0  # for which an NFS server keeps the lock of a dead client; Linux: 90
 _DEAD_SECONDS = 20.0
 """A machine that has not renewed its file for so long is dead, or has lost the disk."""
 
 
+Renewal = int
+"""When a file was renewed: st_mtime_ns."""
+
+
 @contextmanager
-def lock_run(folder: RunFolder, on_lost: Callable[[], object] = lambda: None) -> Iterator[None]:
+def lock_run(
+    folder: RunFolder, on_lost: Callable[[], object] = lambda: None, dead: Renewal | None = None
+) -> Iterator[None]:
     """Raises UserError if another process, of this machine or another one, uses the run folder, which must exist.
 
-    Takes as long as `_DEAD_SECONDS` after a process on another machine that did not end properly. `on_lost` is called
-    in a thread if another machine takes the lock because this one has lost the disk for so long.
+    Takes as long as `_DEAD_SECONDS` after a process on another machine, or before a reboot of this one, that did not
+    end properly, unless `dead` is what `check_unlocked` has returned. `on_lost` is called in a thread if another
+    machine takes the lock because this one has lost the disk for so long.
     """
     lock = filelock.FileLock(folder.lock)
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        if not _is_of_other_machine(_owner(folder.owner)):
+        if _other_owner(folder) is None:
             raise _used(folder) from None
-        _check_other_machine(folder)  # it is dead, but NFS keeps its lock for some time
+        dead = _check_other_machine(folder, dead)  # it is dead, but NFS keeps its lock for some time
         try:
             lock.acquire(timeout=_LEASE_SECONDS)
         except filelock.Timeout:
             raise _used(folder) from None
     try:
-        _check_other_machine(folder)
+        _check_other_machine(folder, dead)
         with _owner_file(folder.owner, on_lost):
             yield
     finally:
         lock.release()
 
 
-def check_unlocked(folder: RunFolder) -> None:
-    """Raises UserError as `lock_run`. The folder may not exist, and nothing is written."""
-    _check_other_machine(folder)
-    if is_locked(folder) and not _is_of_other_machine(_owner(folder.owner)):
+def check_unlocked(folder: RunFolder) -> Renewal | None:
+    """Raises UserError as `lock_run`. The folder may not exist, and nothing is written.
+
+    Returns the last renewal of a process on another machine that was found dead, for `lock_run`: it need not wait.
+    """
+    dead = _check_other_machine(folder)
+    if is_locked(folder) and _other_owner(folder) is None:
         raise _used(folder)
+    return dead
 
 
 def is_locked(folder: RunFolder) -> bool:
     """Whether another process of this machine uses the run folder, which may not exist."""
-    if not folder.lock.exists():
-        return False
     try:
+        if not folder.lock.exists():
+            return False
         with filelock.FileLock(folder.lock, timeout=0):
             return False
     except filelock.Timeout:
         return True
+    except OSError:  # `open_run_folder` says why it cannot be written
+        return False
 
 
 def _used(folder: RunFolder) -> UserError:
     return UserError(f"run.dir: another deepcloze process is using {folder.path}")
 
 
-def _check_other_machine(folder: RunFolder) -> None:
-    owner = _owner(folder.owner)
-    if owner is None or not _is_of_other_machine(owner):
-        return
+def _check_other_machine(folder: RunFolder, dead: Renewal | None = None) -> Renewal | None:
+    """Raises UserError if a process on another machine renews its file. Returns when a dead one last did.
+
+    `dead`: the last renewal of a process that has been found dead before.
+    """
+    owner = _other_owner(folder)
+    if owner is None:
+        return None
     renewed, deadline = _renewed(folder.owner), time.monotonic() + _DEAD_SECONDS
-    while time.monotonic() < deadline:
+    while renewed != dead and time.monotonic() < deadline:
         time.sleep(_RENEW_SECONDS / 4)
         if _owner(folder.owner) is None:
-            return
+            return None
         if _renewed(folder.owner) != renewed:
             raise UserError(
                 f"run.dir: another deepcloze process, {owner['pid']} on {owner['host']}, is using {folder.path}"
             )
+    return renewed
 
 
-def _is_of_other_machine(owner: Mapping[str, object] | None) -> bool:
-    return owner is not None and owner["host"] != platform.node()
+def _other_owner(folder: RunFolder) -> dict[str, object] | None:
+    """What the owner has written, if it is on another machine."""
+    owner = _owner(folder.owner)
+    return None if owner is None or owner.items() >= _this_machine().items() else owner
+
+
+def _this_machine() -> dict[str, object]:
+    """Names this machine until it reboots: several may have the same name, and containers share the id of a boot."""
+    boot = ""
+    with suppress(OSError):  # not on Linux
+        boot = _BOOT_ID.read_text(encoding="ascii").strip()
+    return {"host": platform.node(), "boot": boot}
 
 
 @contextmanager
 def _owner_file(path: Path, on_lost: Callable[[], object]) -> Iterator[None]:
     """Write the file, renew it in a thread, and remove it at the end."""
-    mine = {"host": platform.node(), "pid": os.getpid(), "id": os.urandom(8).hex()}
+    mine = {**_this_machine(), "pid": os.getpid(), "id": os.urandom(8).hex()}
     write_json(path, mine)
     released = threading.Event()
 

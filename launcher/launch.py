@@ -6,13 +6,14 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 from experiment.config import dump_config, load_config
 from experiment.errors import StoppedError
 from experiment.open_files import raise_limit_of_open_files
 from experiment.outcome_file import Outcome
-from experiment.run_folder import open_run_folder
-from experiment.run_lock import check_unlocked
+from experiment.run_folder import RunFolder, open_run_folder
+from experiment.run_lock import Renewal, check_unlocked
 from launcher.autotuning.autotune import autotune
 from launcher.hosts.machine import inspect_machine, select_accelerator
 from launcher.launch_plan import LaunchPlan, plan_launch
@@ -41,18 +42,19 @@ def launch_pretraining(options: PretrainOptions) -> None:
         if options.dry_run:
             print(describe_plan(plan_launch(options, config, machine)))
             return
+        # Before the plan and preflight: a run that is active deletes checkpoints, and its devices are busy.
+        dead_owner = check_unlocked(RunFolder(Path(config.run.dir).absolute()))
         with warnings_left_to_rank0():
             plan = plan_launch(options, config, machine)
             if not plan.local:
                 plan = _plan_without_failed_hosts(plan)
         if options.autotune:
-            plan = autotune(plan)
-        launch(plan, start_time)
+            plan = autotune(plan, dead_owner)
+        launch(plan, start_time, dead_owner)
 
 
 def _plan_without_failed_hosts(plan: LaunchPlan) -> LaunchPlan:
     """The plan for the hosts that pass preflight. Raises UserError if one fails, unless `--allow_missing` is given."""
-    check_unlocked(plan.folder)  # the devices of a run are busy, which preflight would report
     report = check_hosts(plan.target, plan.machine, only_failed=True)
     print(report.text, file=sys.stderr, flush=True)
     passed = require_hosts(report, plan.target, plan.options.allow_missing)
@@ -69,14 +71,17 @@ def describe_plan(plan: LaunchPlan) -> str:
     return f"# config\n{config}\n# added to the environment\n{variables}\n\n# command\n{shlex.join(argv)}"
 
 
-def launch(plan: LaunchPlan, start_time: float) -> None:
+def launch(plan: LaunchPlan, start_time: float, dead_owner: Renewal | None = None) -> None:
     """Start the ranks and wait until they have exited. Raises StoppedError and SystemExit as `launch_pretraining`.
 
-    `start_time`: `time.time()` when the user started the launch.
+    Args:
+        plan: what to start.
+        start_time: `time.time()` when the user started the launch.
+        dead_owner: what `check_unlocked` has returned.
     """
     to_start = plan.launch()
     open_run_folder(plan.folder.path)
-    result = supervise(to_start, start_time)
+    result = supervise(to_start, start_time, dead_owner)
     match result.outcome:
         case Outcome.DONE:
             return

@@ -6,8 +6,9 @@ from experiment.config import load_config
 from launcher.hosts.allocation import allocated_hosts
 from launcher.hosts.hostfile import Slots, read_hostfile
 from launcher.hosts.machine import Machine, inspect_machine, select_accelerator
+from launcher.messages import notify
 from launcher.options import PlanOptions
-from launcher.ranks.placement import place_ranks
+from launcher.ranks.placement import is_local, place_ranks
 from pretrain.config import PretrainConfig
 
 
@@ -44,6 +45,8 @@ def print_run_plan(options: PlanOptions) -> None:
             price=options.price,
         ),
     )
+    if options.device is None and not is_local(slots):
+        notify(f"warning: planned for this machine's device, {plan.device.name}; name that of the hosts as --device")
     if options.json_output:
         print(json.dumps(as_json(plan)))
     else:

@@ -12,11 +12,11 @@ if not __package__:  # started as a file, by srun: import from the repository, n
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import os
-import socket
 from collections.abc import Mapping, Sequence
 
 import psutil
 
+from launcher.hosts.addresses import route_to
 from launcher.hosts.host_guard import LAUNCH_VARIABLE, read_environment
 from launcher.hosts.machine import cpu_cores, guess_device
 from launcher.ranks.environment import host_environment, network_interface
@@ -47,11 +47,7 @@ def _of_launch(environ: Mapping[str, str]) -> Mapping[str, str]:
 def _network(environ: Mapping[str, str]) -> dict[str, str]:
     """The interface through which this host reaches the first one; nothing if that is unknown."""
     try:
-        address = (environ["MASTER_ADDR"], int(environ["MASTER_PORT"]))
-        family, kind, protocol, _, first_host = socket.getaddrinfo(*address, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.connect(first_host)  # sends nothing
-            own = str(probe.getsockname()[0])
+        _, own = route_to(environ["MASTER_ADDR"])
     except (OSError, KeyError):
         return {}
     addresses = {name: [entry.address for entry in entries] for name, entries in psutil.net_if_addrs().items()}

@@ -58,7 +58,7 @@ def _call(train: Callable[[], Outcome], report: RankReport) -> ReportedOutcome:
     """The outcome on this rank, and the reason for a failure."""
     here = f"{platform.node()}, rank {report.rank}"
     try:
-        return ReportedOutcome(train(), "", Cause.ERROR)
+        return ReportedOutcome(train(), "")
     except AgreedError as error:
         return ReportedOutcome(Outcome.REFUSED, str(error), Cause.AGREED)  # rank 0 has printed it
     except UserError as error:

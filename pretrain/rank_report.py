@@ -9,7 +9,7 @@ from pathlib import Path
 
 from experiment.errors import UserError
 from experiment.files import write_json
-from experiment.outcome_file import Cause, Outcome, write_first_outcome, write_outcome
+from experiment.outcome_file import Cause, Outcome, ReportedOutcome, write_first_outcome, write_outcome
 from experiment.run_folder import RunFolder
 from pretrain.config import PretrainConfig
 
@@ -25,19 +25,19 @@ class RankReport:
         """Record this process. A record without an exit code means that the process was killed."""
         self._record(None)
 
-    def agree(self, outcome: Outcome, message: str = "") -> None:
-        """Record an outcome that all ranks have agreed on. Only rank 0 writes."""
+    def agree(self, ending: ReportedOutcome) -> None:
+        """Record how the run ended, on which all ranks have agreed. Only rank 0 writes."""
         if self.rank == 0:
             with contextlib.suppress(OSError):
-                write_outcome(self.folder, outcome, message)
+                write_outcome(self.folder, *ending)
 
     def announce_refusal(self, error: UserError) -> None:
         """Print and record a mistake that all ranks have raised. Only rank 0 does."""
         if self.rank == 0:
             print(f"deepcloze: {error}", file=sys.stderr, flush=True)
-        self.agree(Outcome.REFUSED, str(error))
+        self.agree(ReportedOutcome(Outcome.REFUSED, str(error), Cause.AGREED))
 
-    def fail(self, outcome: Outcome, message: str, cause: Cause = Cause.ERROR) -> None:
+    def fail(self, outcome: Outcome, message: str, cause: Cause | None) -> None:
         """Record an outcome that this rank alone knows of, unless another rank has failed before: losing that
         rank is why this one fails."""
         with contextlib.suppress(OSError):

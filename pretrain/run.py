@@ -20,7 +20,7 @@ from functools import partial
 from typing import NoReturn
 
 from experiment.errors import AgreedFailureError, UserError
-from experiment.outcome_file import Outcome
+from experiment.outcome_file import Cause, Outcome, ReportedOutcome
 from pretrain.arguments import read_arguments
 from pretrain.config import PretrainConfig
 from pretrain.deadline import deadline
@@ -46,7 +46,7 @@ def pretrain(
     stop_request: Callable[[Path | None], StopRequest] = StopRequest,
     limits: HealthLimits = HEALTH_LIMITS,
     report: RankReport | None = None,
-) -> Outcome:
+) -> ReportedOutcome:
     """Run or resume a pretraining on this rank. The process group is connected. Raises UserError."""
     report = report or rank_report(config, world.rank)
     with deadline(_timeout(config), partial(give_up, report, "the ranks did not connect to each other's hosts")):
@@ -74,21 +74,29 @@ def pretrain(
         raise
 
 
-def _train(trainer: Trainer, stop: StopRequest, hosts: HostGroup) -> Outcome:
-    outcome = Outcome.FAILED
+def _train(trainer: Trainer, stop: StopRequest, hosts: HostGroup) -> ReportedOutcome:
+    ending = ReportedOutcome(Outcome.FAILED, "")
     try:
-        outcome = trainer.train(stop)
+        ending = _reported(trainer.train(stop), stop, hosts)
     except UnwritableError as error:
-        log.error("no checkpoint can be written: %s", error)
-        outcome = Outcome.STOPPED
+        ending = ReportedOutcome(Outcome.STOPPED, f"no checkpoint can be written: {error}")
+        log.error("%s", ending.message)
     except AgreedFailureError as error:
         log.error("%s", error)
         hosts.barrier()  # as above
         raise
     finally:
-        trainer.close(outcome)
+        trainer.close(ending.outcome)
     hosts.barrier()
-    return outcome
+    return ending
+
+
+def _reported(outcome: Outcome, stop: StopRequest, hosts: HostGroup) -> ReportedOutcome:
+    """The outcome and, if a rank was asked to stop, which one and how. Collective."""
+    if outcome is not Outcome.STOPPED:
+        return ReportedOutcome(outcome, "")
+    message = f"stopped: {hosts.first_message(stop.reason)}; run the same command again to resume"
+    return ReportedOutcome(outcome, message, Cause.SIGNAL)
 
 
 def main(argv: Sequence[str]) -> NoReturn:
@@ -104,11 +112,11 @@ def main(argv: Sequence[str]) -> NoReturn:
 
 def _connect_and_pretrain(config: PretrainConfig, report: RankReport) -> Outcome:
     world = connect(_timeout(config), partial(give_up, report))
-    outcome = pretrain(config, world, report=report)
-    report.agree(outcome)
+    ending = pretrain(config, world, report=report)
+    report.agree(ending)
     with contextlib.suppress(RuntimeError):  # the outcome stands
         disconnect()
-    return outcome
+    return ending.outcome
 
 
 def _timeout(config: PretrainConfig) -> datetime.timedelta:

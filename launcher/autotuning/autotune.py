@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from experiment.errors import StoppedError, UserError
 from experiment.outcome_file import Cause, Outcome
 from experiment.run_folder import open_run_folder
-from experiment.run_lock import lock_run
+from experiment.run_lock import Renewal, lock_run
 from launcher.autotuning.autotune_trial import Speed, TrialResult, TrialRunner, remove_trials, trials_folder
 from launcher.launch_plan import LaunchPlan
 from launcher.messages import notify
@@ -41,8 +41,10 @@ class TrialsFailedError(Exception):
     """The run would fail as the trial did."""
 
 
-def autotune(plan: LaunchPlan) -> LaunchPlan:
+def autotune(plan: LaunchPlan, dead_owner: Renewal | None = None) -> LaunchPlan:
     """The plan with the microbatch that trials found to be the fastest. Prints a table of the trials.
+
+    `dead_owner`: what `check_unlocked` has returned.
 
     Raises StoppedError for a signal, and UserError or SystemExit if the ranks rejected the run, or failed with every
     size.
@@ -50,7 +52,7 @@ def autotune(plan: LaunchPlan) -> LaunchPlan:
     folder = open_run_folder(plan.folder.path)
     ranks = sum(map(len, plan.slots.values()))
     runner = TrialRunner(plan, time.monotonic() + LIMIT_SECONDS, is_enough)
-    with handle_stop_signals(lambda _: runner.interrupt()), lock_run(folder, on_lost=runner.interrupt):
+    with handle_stop_signals(lambda _: runner.interrupt()), lock_run(folder, runner.interrupt, dead_owner):
         remove_trials(folder)  # of a command that was killed
         notify(f"autotune: trying microbatch sizes for at most {LIMIT_SECONDS:.0f} s")
         try:

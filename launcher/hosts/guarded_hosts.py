@@ -127,6 +127,17 @@ class GuardedHosts:
                 connection.started.set()
         else:
             self._lose(host, connection.last_output())
+            if host in self.replies and not connection.closed:
+                self._end_launch(host)
+
+    def _end_launch(self, host: str) -> None:
+        """End the launch on a host whose guard was killed or connection failed: a new guard does only that."""
+        connection = _Connection(host)
+        connection.send(self._request.line() + f"{END}\n".encode())
+        self._connections[host] = connection  # `close` kills it if it takes too long
+        for line in connection.lines():
+            if line == ENDED:
+                return
 
     def _send_beats(self) -> None:
         while not self._closing.wait(BEAT_SECONDS):
@@ -163,6 +174,7 @@ class _Connection:
         )
         self._heard = time.monotonic()
         self._last_output = "the connection was closed"
+        self.closed = False  # by `close`
         self.started = threading.Event()
 
     @property
@@ -192,5 +204,6 @@ class _Connection:
         return self._last_output
 
     def close(self) -> None:
+        self.closed = True
         self._process.kill()
         self._process.wait()

@@ -12,13 +12,15 @@ import json
 import os
 import queue
 import signal
-import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+
+from launcher.hosts.addresses import route_to
+from launcher.hosts.machine import free_port
 
 LAUNCH_VARIABLE = "DEEPCLOZE_LAUNCH"
 """Names the launch that a process belongs to, as RUN-ATTEMPT: both are hexadecimal."""
@@ -32,6 +34,7 @@ ENDED = "ended"
 PREFIX = "deepcloze guard: "
 """Of the lines from the host, whose shell may print others."""
 
+_COUNT_SECONDS = 5.0  # between looks at all processes of the host
 _KILL_SECONDS = 10.0
 _LEAVE = "leave"
 _LEAVE_SECONDS = 40.0
@@ -62,7 +65,7 @@ def guard(launch: str, environment: Mapping[str, str], head: str, lines: "queue.
     _end_launches(f"{run}-", keep=launch)
     try:
         _write_environment(environment_file(launch), environment)
-        _send(json.dumps({"address": _resolve(head), "port": _free_port()}))
+        _send(json.dumps({"address": _address(head), "port": free_port()}))
         _wait_for_end(launch, lines)
     finally:
         _end_launches(launch)
@@ -71,6 +74,7 @@ def guard(launch: str, environment: Mapping[str, str], head: str, lines: "queue.
 
 def _wait_for_end(launch: str, lines: "queue.SimpleQueue[str]") -> None:
     last_line, leave_at = time.monotonic(), float("inf")
+    processes, counted_at = 0, float("-inf")
     while time.monotonic() - last_line < SILENCE_SECONDS and time.monotonic() < leave_at:
         with suppress(queue.Empty):
             line = lines.get(timeout=BEAT_SECONDS)
@@ -80,9 +84,11 @@ def _wait_for_end(launch: str, lines: "queue.SimpleQueue[str]") -> None:
                 leave_at = min(leave_at, time.monotonic() + _LEAVE_SECONDS)
             else:
                 last_line = time.monotonic()
-        processes = sum(1 for _ in _processes(launch))
+        leaving = leave_at < float("inf")
+        if leaving or time.monotonic() - counted_at >= _COUNT_SECONDS:
+            processes, counted_at = sum(1 for _ in _processes(launch)), time.monotonic()
         _send(str(processes))
-        if processes == 0 and leave_at < float("inf"):
+        if leaving and processes == 0:
             return
 
 
@@ -101,7 +107,7 @@ def _end_launches(name: str, keep: str | None = None) -> None:
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.02)
     for path in environment_file(name).parent.glob(f"{environment_file(name).stem}*"):
-        if keep is None or path != environment_file(keep):
+        if keep is None or not path.name.startswith(environment_file(keep).name):
             with suppress(OSError):  # of another user
                 path.unlink(missing_ok=True)
 
@@ -118,26 +124,17 @@ def _processes(name: str, keep: str | None = None) -> Iterator[int]:
 
 
 def _write_environment(path: Path, environment: Mapping[str, str]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")  # found by `_end_launches`
     with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode=0o600), "w", encoding="utf-8") as file:
         json.dump(dict(environment), file)
     temporary.replace(path)
 
 
-def _resolve(name: str) -> str | None:
-    """The address by which this host reaches another, or None. A host's own name often has a loopback address."""
+def _address(name: str) -> str | None:
+    """The address by which this host reaches another. A host's own name often has a loopback address."""
     with suppress(OSError):
-        for family in (socket.AF_INET, socket.AF_INET6):
-            with suppress(socket.gaierror):
-                return str(socket.getaddrinfo(name, None, family, socket.SOCK_STREAM)[0][4][0])
+        return route_to(name)[0]
     return None
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 def _send(line: str) -> None:

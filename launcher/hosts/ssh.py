@@ -7,9 +7,11 @@ import shlex
 from collections.abc import Sequence
 
 CONNECT_SECONDS = 10
+SSH_FAILED = 255
+"""The exit code of ssh if it cannot connect, or loses the connection."""
 
 
 def ssh_argv(host: str, command: Sequence[str], connect_seconds: int = CONNECT_SECONDS) -> list[str]:
-    """The argv that runs a command on a host. ssh asks for nothing: where it would, it fails with exit code 255."""
+    """The argv that runs a command on a host. ssh asks for nothing: where it would, it fails with `SSH_FAILED`."""
     options = ("-o", "BatchMode=yes", "-o", f"ConnectTimeout={connect_seconds}")
     return ["ssh", *options, host, shlex.join(command)]

@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from statistics import median_high, median_low
 from typing import Literal
@@ -144,7 +145,7 @@ def _network_problems(host: str, facts: HostFacts, target: Target) -> Iterator[P
     peer = target.peer_of(host)
     if facts.network_error is not None:
         yield Problem("network", f"no way to {peer}: {facts.network_error}", f"ssh {host} getent hosts {peer}")
-    elif facts.address is not None and facts.address.startswith("127."):
+    elif facts.address is not None and ip_address(facts.address).is_loopback:
         text = f"its name for {peer} is the loopback address"
         yield Problem("network", text, f"ssh {host} getent hosts {peer}    # correct its /etc/hosts")
     for variable, names in target.interfaces.items():

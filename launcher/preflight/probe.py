@@ -1,18 +1,17 @@
 """Collect the facts of the host that this runs on, for `HostFacts`.
 
-The source of this file is sent to `PYTHON -` on other hosts, so it imports the standard library only, and it has to run
-on Python versions that the project does not support: another version is a fact to report.
+The source of this file is sent to `PYTHON -` on other hosts, with that of `addresses`. Both import nothing else of the
+project and no library, and have to run on Python versions that the project does not support: another version is a fact
+to report.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import platform
 import socket
-import struct
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -20,12 +19,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from launcher.hosts.addresses import interface_of, route_to
+
 LAUNCHER_TOKEN = "launcher"
 """File that the launching machine writes to the token folder, for the hosts to see."""
 
 _TOKEN_SECONDS = 5.0  # network disks cache folders for some seconds
 _TOKEN_BYTES = 4096  # so that a full disk is noticed
-_SIOCGIFADDR = 0x8915  # see netdevice(7)
 
 
 def main(request: str) -> None:
@@ -184,23 +184,7 @@ def _route_to(peer: str | None) -> tuple[str | None, str | None, str | None]:
     if peer is None:
         return None, None, None
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(peer, 9, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.connect(address)  # sends nothing
-            own = probe.getsockname()[0]
+        _, own = route_to(peer)
     except OSError as error:
         return None, None, error.strerror or str(error)
-    return _interface_of(own), own, None
-
-
-def _interface_of(address: str) -> str | None:
-    """The interface with this IPv4 address, None if unknown."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            try:
-                answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-            except OSError:
-                continue
-            if socket.inet_ntoa(answer[20:24]) == address:
-                return name
-    return None
+    return interface_of(own), own, None

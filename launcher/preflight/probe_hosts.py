@@ -1,6 +1,7 @@
 """Ask hosts for their facts, in parallel over ssh."""
 
 import asyncio
+import functools
 import json
 import shlex
 import sys
@@ -13,7 +14,8 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 from tqdm import tqdm
 
-from launcher.hosts.ssh import CONNECT_SECONDS, ssh_argv
+from launcher.hosts import addresses
+from launcher.hosts.ssh import CONNECT_SECONDS, SSH_FAILED, ssh_argv
 from launcher.preflight import probe
 from launcher.preflight.facts import HostAnswer, HostFacts, ProbeRequest, Unreachable
 
@@ -21,13 +23,15 @@ Answer = HostAnswer | Unreachable
 
 _ANSWER_SECONDS = 60.0  # from the start of ssh
 _AT_ONCE = 128  # three file descriptors each
-_SSH_FAILED, _NOT_EXECUTABLE, _NOT_FOUND = 255, 126, 127
+_NOT_EXECUTABLE, _NOT_FOUND = 126, 127  # exit codes of shells
 
 _FACTS = TypeAdapter(HostFacts)
 # The working directory, which `python -` searches first, may have modules of any name.
 _PROGRAM = """\
-import sys
+import sys, types
 sys.path = [folder for folder in sys.path if folder]
+addresses = sys.modules["launcher.hosts.addresses"] = types.ModuleType("addresses")
+exec(compile({addresses!r}, "addresses.py", "exec"), addresses.__dict__)
 probe = {{"__name__": "probe"}}
 exec(compile({source!r}, "probe.py", "exec"), probe)
 probe["main"]({request!r})
@@ -50,18 +54,28 @@ def probe_this_machine(request: ProbeRequest) -> HostAnswer:
 
 async def _probe_all(requests: Mapping[str, ProbeRequest], show_progress: bool) -> dict[str, Answer]:
     free_places = asyncio.Semaphore(_AT_ONCE)
-    source = Path(probe.__file__).read_text(encoding="utf-8")
     with tqdm(total=len(requests), desc="preflight", unit="host", disable=None if show_progress else True) as progress:
 
         async def ask(host: str, request: ProbeRequest) -> Answer:
             async with free_places:
-                program = _PROGRAM.format(source=source, request=json.dumps(asdict(request)))
-                answer = await _probe(host, program)
+                answer = await _probe(host, probe_program(request))
                 progress.update()
                 return answer
 
         answers = await asyncio.gather(*(ask(host, request) for host, request in requests.items()))
     return dict(zip(requests, answers, strict=True))
+
+
+def probe_program(request: ProbeRequest) -> str:
+    """What `PYTHON -` reads on a host: prints the facts as one line."""
+    return _PROGRAM.format(
+        addresses=_source(addresses.__file__), source=_source(probe.__file__), request=json.dumps(asdict(request))
+    )
+
+
+@functools.cache
+def _source(path: str) -> str:
+    return Path(path).read_text(encoding="utf-8")
 
 
 async def _probe(host: str, program: str) -> Answer:
@@ -102,7 +116,7 @@ def _why_unreachable(host: str, exit_code: int | None, error: str) -> Unreachabl
         return _no_facts(host, f"there is no Python at {sys.executable}")
     if exit_code == _NOT_EXECUTABLE:
         return _no_facts(host, f"{sys.executable} cannot be executed")
-    if exit_code != _SSH_FAILED:
+    if exit_code != SSH_FAILED:
         return _no_facts(host, f"{sys.executable} failed with exit code {exit_code}: {_last_line(error)}")
     for text, reason, fix in _SSH_ERRORS:
         if text in error:

@@ -42,7 +42,8 @@ def deepspeed_argv(command: DeepSpeedCommand) -> list[str]:
 
 
 def _program(command: DeepSpeedCommand) -> list[str]:
-    if command.hostfile is not None and command.launcher == "slurm":  # DeepSpeed ignores --module there
+    # DeepSpeed ignores --module with slurm, and with mpich applies it to a script of its own, which does not start.
+    if command.hostfile is not None and command.launcher in ("slurm", "mpich"):
         return [str(REPOSITORY.joinpath(*command.module.split(".")).with_suffix(".py"))]
     return ["--module", command.module]
 

@@ -30,8 +30,8 @@ class AttemptRecord:
     def end(self, result: LaunchResult) -> None:
         """Add how the attempt ended."""
         ending: dict[str, object] = {"outcome": result.outcome.value, "exit": result.outcome.exit_code}
-        if result.outcome is Outcome.FAILED:
-            ending |= {"cause": result.cause.value, "message": result.message}
+        if result.outcome in (Outcome.FAILED, Outcome.STOPPED):
+            ending |= {"cause": result.cause, "message": result.message}
         self._update(ending)
 
     def _update(self, values: Mapping[str, object]) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from experiment.outcome_file import Cause, Outcome, read_outcome
 from experiment.run_folder import RunFolder
+from launcher.hosts.ssh import SSH_FAILED
 
-_SSH_FAILED = 255
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)  # ranks catch them, except while they import their modules
 _MOST_NAMED = 4
 _TAIL_LINES = 15
@@ -22,7 +22,7 @@ class LaunchResult:
 
     outcome: Outcome
     message: str = ""
-    cause: Cause = Cause.ERROR  # of an early end
+    cause: Cause | None = None  # of a failure, or of a stop that was asked for
     lost: frozenset[str] = frozenset()  # hosts
 
 
@@ -43,7 +43,7 @@ def read_result(folder: RunFolder, exit_code: int, start_time: float, remote: bo
     reported, silent, killer = read_outcome(folder), list(_silent_ranks(folder)), _killer(exit_code)
     cause = Cause.KILLED if killer else Cause.ERROR
     ending = _describe_kill(killer, silent) if killer else ""
-    if remote and exit_code == _SSH_FAILED:
+    if remote and exit_code == SSH_FAILED:
         killer, cause, ending = None, Cause.LOST_HOST, "ssh failed or lost the connection to a host"
     if reported is None:
         if exit_code == Outcome.STOPPED.exit_code or killer in _STOP_SIGNALS:

@@ -13,7 +13,7 @@ from pathlib import Path
 from experiment.checkpoints import complete_checkpoints
 from experiment.disk_errors import describe_disk_error
 from experiment.outcome_file import Cause, Outcome, reserve_outcome
-from experiment.run_lock import lock_run
+from experiment.run_lock import Renewal, lock_run
 from launcher.hosts.hostfile import Slots
 from launcher.hosts.usable_hosts import usable_hosts, watch_for_hosts
 from launcher.messages import notify
@@ -24,17 +24,18 @@ from launcher.supervision.restarts import Attempt, End, Restart, decide
 from launcher.supervision.stop_signals import StopSignals
 
 
-def supervise(launch: Launch, start_time: float) -> LaunchResult:
+def supervise(launch: Launch, start_time: float, dead_owner: Renewal | None = None) -> LaunchResult:
     """Run a launch until it is done, stopped, or has failed too often, and record each attempt in `RUN/launch.jsonl`.
 
     `start_time`: `time.time()` when the user started the launch. A STOP file that is older is removed; a newer one was
-    created while the launch was checked, and nothing is started.
+    created while the launch was checked, and nothing is started. `dead_owner`: what `check_unlocked` has returned.
 
     On SIGTERM, SIGHUP or Ctrl-C the ranks save a checkpoint and exit; a second Ctrl-C kills them. No rank outlives this
     process. Raises UserError if another launch uses the run folder, OSError if it cannot be written.
     """
     folder, stop = launch.folder, StopSignals(launch.folder)
-    with lock_run(folder, on_lost=lambda: stop.abandon(f"another machine has taken over {folder.path}")):
+    taken_over = f"another machine has taken over {folder.path}"
+    with lock_run(folder, on_lost=lambda: stop.abandon(taken_over), dead=dead_owner):
         if folder.stop.exists() and folder.stop.stat().st_mtime < start_time:
             folder.stop.unlink()
             notify(f"removed {folder.stop}, which is older than this launch")

@@ -24,6 +24,7 @@ from experiment.results.sweep_summary import SweepResult, read_metric, write_sum
 from experiment.run_folder import RunFolder
 from experiment.run_lock import is_locked
 from experiment.strict_json import parse_json
+from launcher.messages import notify
 from launcher.options import SweepOptions
 from launcher.signal_handlers import handle_stop_signals, interrupt
 from launcher.sweeps.sweep_plan import FlatConfig, SweepPlan, SweepRun, plan_sweep
@@ -132,18 +133,18 @@ def _finish(run: SweepRun, folder: RunFolder, label: str) -> str:
     waited = _wait_for_other_process(folder, label)
     outcome = read_outcome(folder)
     if (folder.path / "results.json").is_file() or (outcome is not None and outcome[0] is Outcome.DONE):
-        _notify(f"{label}: already finished")
+        notify(f"sweep: {label}: already finished")
         return "done"
     stopped = StoppedError(f"sweep: stopped at {label}; run the same command again to resume")
     if waited and outcome is not None and outcome[0] is Outcome.STOPPED:
         raise stopped
-    _notify(f"{label}: running")
+    notify(f"sweep: {label}: running")
     start_time = time.monotonic()
     exit_code = _run_command(run.argv)
     if exit_code in _STOPPED_CODES:
         raise stopped
     state = "done" if exit_code == 0 else f"failed (exit code {exit_code})"
-    _notify(f"{label}: {state} after {time.monotonic() - start_time:,.0f} s")
+    notify(f"sweep: {label}: {state} after {time.monotonic() - start_time:,.0f} s")
     return state
 
 
@@ -156,7 +157,7 @@ def _wait_for_other_process(folder: RunFolder, label: str) -> bool:
         return False
     signals: list[int] = []
     with handle_stop_signals(signals.append):
-        _notify(f"{label}: waiting for the process that is using {folder.path}")
+        notify(f"sweep: {label}: waiting for the process that is using {folder.path}")
         while is_locked(folder):
             if signals:
                 raise StoppedError(f"sweep: stopped at {label}; the process that is using {folder.path} still runs")
@@ -183,7 +184,3 @@ def _run_command(argv: Sequence[str]) -> int:
             process.send_signal(signals[0])
         exit_code = process.wait()
     return Outcome.STOPPED.exit_code if signals and exit_code != 0 else exit_code
-
-
-def _notify(message: str) -> None:
-    print(f"deepcloze: sweep: {message}", file=sys.stderr, flush=True)

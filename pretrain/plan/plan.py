@@ -15,8 +15,8 @@ from pretrain.plan.activations import Computation, MicrobatchMemory, microbatch_
 from pretrain.plan.communication import sent_per_step
 from pretrain.plan.cost import Cost, Rates, budget_cost, run_cost
 from pretrain.plan.device import Device
-from pretrain.plan.layout import is_packed
 from pretrain.plan.memory import MemorySettings, RankMemory, gradients_stay, memory_settings, rank_memory, weight_dtype
+from pretrain.plan.packability import is_packed
 from pretrain.plan.parameters import ParameterCounts, count_parameters
 from pretrain.plan.workload import StageWork, stage_work
 from pretrain.resolve import ResolvedRun

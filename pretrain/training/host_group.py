@@ -73,17 +73,21 @@ class HostGroup:
         result: T = box[0]
         return result
 
-    def _raise_any(self, message: str | None) -> None:
-        """Raise AgreedError on all ranks if one of them has a message. Collective."""
+    def first_message(self, message: str | None) -> str | None:
+        """The message of the first rank that has one, with its host and rank unless all have one; None if none has.
+        Collective."""
         gathered: list[Any] = [None] * dist.get_world_size(self._group)
         dist.all_gather_object(gathered, (platform.node(), message), group=self._group)
-        failed = [(rank, host, text) for rank, (host, text) in enumerate(gathered) if text is not None]
-        if not failed:
-            return
-        rank, host, text = failed[0]
-        if len(failed) < len(gathered):  # else it is not about this host
-            text = f"{host}, rank {rank}: {text}"
-        raise AgreedError(text)
+        found = [(rank, host, text) for rank, (host, text) in enumerate(gathered) if text is not None]
+        if not found:
+            return None
+        rank, host, text = found[0]
+        return str(text) if len(found) == len(gathered) else f"{host}, rank {rank}: {text}"
+
+    def _raise_any(self, message: str | None) -> None:
+        """Raise AgreedError on all ranks if one of them has a message. Collective."""
+        if (text := self.first_message(message)) is not None:
+            raise AgreedError(text)
 
     def barrier(self) -> None:
         dist.barrier(group=self._group)

@@ -14,7 +14,7 @@ from experiment.outcome_file import Cause
 from hosts import Cluster, Host
 from runs import NO_DROPOUT, TINY, run_config, soak
 from test_cluster_launches import DEEPCLOZE, write_hostfile
-from waiting import wait_until
+from waiting import LIMIT, wait_until
 
 KEYWORD = os.urandom(8).hex()
 SECRET = f"{KEYWORD} 'and' \"quotes\" $HOME"
@@ -31,10 +31,17 @@ class Run:
 
     def start(self, host: Host, *flags: str, variables: tuple[str, ...] = ()) -> "subprocess.Popen[str]":
         command = ["env", "OMP_NUM_THREADS=1", *variables, *DEEPCLOZE, f"--hostfile={self.hostfile}", *flags]
-        self.process = host.popen(
-            *command, "--config", self.write_config(self.folder, 10**6), stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
+        config = self.write_config(self.folder, 10**6)
+        self.output, self.errors = (self.folder.with_name(f"{host.name}-{name}") for name in ("stdout", "stderr"))
+        # Not to pipes, which nobody reads until the end: a full one would block the launcher.
+        with self.output.open("w") as output, self.errors.open("w") as errors:
+            self.process = host.popen(*command, "--config", config, stdout=output, stderr=errors)
         return self.process
+
+    def wait(self) -> tuple[str, str]:
+        """Wait for the end of the launch and return what it printed."""
+        self.process.wait(LIMIT)
+        return self.output.read_text(), self.errors.read_text()
 
     def write_config(self, folder: Path, steps: int) -> str:
         tree = run_config(
@@ -69,7 +76,7 @@ class Run:
         """Stop the run and return what it printed."""
         wait_until(lambda: not (self.folder / "STOP").exists(), self.process)
         (self.folder / "STOP").touch()
-        output, errors = self.process.communicate()
+        output, errors = self.wait()
         assert self.process.returncode == 75, output + errors
         return output, errors
 
@@ -122,6 +129,25 @@ def test_training_continues_without_a_host_and_takes_it_back(
     assert [event["loss"] for event in seen] == pytest.approx([event["loss"] for event in undisturbed], abs=1e-2)
 
 
+def test_a_killed_guard_leaves_nothing_and_the_run_continues(
+    cluster: Cluster, tmp_path: Path, wordpiece_corpus: Path
+) -> None:
+    """Catches ranks and secrets that stay on a host whose guard alone was killed, because memory ran out."""
+    head, second, _ = cluster.hosts
+    run = Run(tmp_path, wordpiece_corpus, [head, second])
+    run.start(head, "--max_restarts=1")
+    for number in (1, 2):
+        run.wait_for_attempt(number)
+        assert second.run("pkill", "-KILL", "-f", "launcher.hosts.host_guard").returncode == 0
+    output, errors = run.wait()
+    assert run.process.returncode == 1, output + errors
+    assert "lost node-2: the connection was closed\nnot restarted: --max_restarts=1" in errors
+    assert [list(attempt["hosts"]) for attempt in run.attempts()] == [["node-1", "node-2"]] * 2
+    for host in (head, second):
+        assert host.processes() == []
+        assert host.run("find", "/dev/shm", "-name", "*deepcloze-*").stdout == ""
+
+
 def test_a_killed_launcher_leaves_nothing_and_its_secrets_stay_secret(
     cluster: Cluster, tmp_path: Path, wordpiece_corpus: Path
 ) -> None:
@@ -144,12 +170,12 @@ def test_a_killed_launcher_leaves_nothing_and_its_secrets_stay_secret(
 
     other = Run(tmp_path, wordpiece_corpus, [second])
     refused = other.start(second)
-    _, errors = refused.communicate()
+    _, errors = other.wait()
     assert refused.returncode == 2, errors
     assert "another deepcloze process" in errors
 
     third.run("pkill", "-KILL", "-f", "launcher pretrain")
-    launcher.communicate()
+    launcher.wait(LIMIT)
     wait_until(lambda: not any(host.processes() for host in cluster.hosts))
     for host in cluster.hosts:
         assert host.run("find", "/dev/shm", "-name", "deepcloze-*").stdout == ""

@@ -1,5 +1,8 @@
 """Runs on several hosts give the losses of one host with as many ranks."""
 
+import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +12,7 @@ import yaml
 from hosts import Cluster, Host
 from rank_pool import RankPool
 from runs import logged, pretrain_case, run_config, soak
+from waiting import wait_until
 
 DEEPCLOZE = (sys.executable, "-m", "launcher", "pretrain")
 
@@ -62,3 +66,63 @@ def test_trials_of_autotune_use_all_hosts(cluster: Cluster, tmp_path: Path, word
     assert run["batch"]["microbatch_tokens"] == int(chosen[0].replace(",", ""))
     assert len(logged(tmp_path / "run")) == 6
     assert not (tmp_path / "run" / "logs" / "autotune").exists()
+
+
+@pytest.mark.soak
+def test_hosts_may_have_ipv6_addresses_only(
+    cluster: Cluster, pools: dict[int, RankPool], tmp_path: Path, wordpiece_corpus: Path
+) -> None:
+    """Catches addresses, interfaces or sockets of IPv4 where the network has none."""
+    hosts = cluster.hosts[:2]
+    names = tmp_path / "etc-hosts"
+    names.write_text("".join(f"fd77::{number} {host.name}\n" for number, host in enumerate(hosts, start=1)))
+    for number, host in enumerate(hosts, start=1):
+        for command in (
+            f"ip address add fd77::{number}/64 dev eth0 nodad",
+            f"ip address delete {host.address}/24 dev eth0",
+            f"mount --bind {names} /etc/hosts",
+        ):
+            assert host.run(*command.split()).returncode == 0
+    hostfile = write_hostfile(tmp_path / "hostfile", hosts)
+    command = ("env", "OMP_NUM_THREADS=1", *DEEPCLOZE, f"--hostfile={hostfile}")
+    done = hosts[0].run(*command, "--config", write_config(tmp_path, "hosts", wordpiece_corpus))
+    assert done.returncode == 0, done.stdout + done.stderr
+    pools[2].run(pretrain_case, run_config(tmp_path / "one_host", wordpiece_corpus))
+    assert logged(tmp_path / "hosts") == pytest.approx(logged(tmp_path / "one_host"), abs=1e-5)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("launcher", "version"), [("openmpi", "Open MPI"), ("mpich", "HYDRA")])
+def test_mpi_gives_the_losses_of_one_host(
+    cluster: Cluster,
+    pools: dict[int, RankPool],
+    tmp_path: Path,
+    wordpiece_corpus: Path,
+    launcher: str,
+    version: str,
+) -> None:
+    """Catches ranks that MPI starts wrongly or without the environment of the launch, and some that stay."""
+    programs = install_mpirun(tmp_path / "bin", launcher, version)
+    hostfile = write_hostfile(tmp_path / "hostfile", cluster.hosts[:2])
+    variables = ("OMP_NUM_THREADS=1", f"PATH={programs}:{os.environ['PATH']}", *AS_ROOT)
+    command = ["env", *variables, *DEEPCLOZE, f"--hostfile={hostfile}", f"--launcher={launcher}"]
+    done = cluster.hosts[0].run(*command, "--config", write_config(tmp_path, "hosts", wordpiece_corpus))
+    assert done.returncode == 0, done.stdout + done.stderr
+    pools[2].run(pretrain_case, run_config(tmp_path / "one_host", wordpiece_corpus))
+    assert logged(tmp_path / "hosts") == pytest.approx(logged(tmp_path / "one_host"), abs=1e-5)
+    wait_until(lambda: not any(host.processes() for host in cluster.hosts))
+
+
+AS_ROOT = ("OMPI_ALLOW_RUN_AS_ROOT=1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1")
+
+
+def install_mpirun(folder: Path, launcher: str, version: str) -> Path:
+    """A folder whose `mpirun` is the one of this MPI, of several that may be installed; skips the test if none is."""
+    for name in (f"mpirun.{launcher}", "mpirun"):  # Debian has both
+        path = shutil.which(name)
+        if path is not None and version in subprocess.run([path, "--version"], capture_output=True, text=True).stdout:
+            folder.mkdir()
+            (folder / "mpirun").write_text(f'#!/bin/sh\nexec {path} "$@"\n', encoding="utf-8")
+            (folder / "mpirun").chmod(0o755)
+            return folder
+    pytest.skip(f"needs mpirun of {launcher}")

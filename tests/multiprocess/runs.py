@@ -75,7 +75,7 @@ def pretrain_case(
 
     is_asked = stop_after is not None and world.rank == world.size - 1
     stop_request = functools.partial(_StopAfter, stop_after) if is_asked else StopRequest
-    return pretrain(build_config(PretrainConfig, tree), world, stop_request, limits).value
+    return pretrain(build_config(PretrainConfig, tree), world, stop_request, limits).outcome.value
 
 
 class _StopAfter(StopRequest):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import signal
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from experiment.checkpoints import checkpoint_path, complete_checkpoints, newest_usable
+from experiment.outcome_file import Cause, Outcome, read_outcome
 from experiment.run_folder import RunFolder
 from launches import LONG, Start, config_file, wait_for_exit, wait_for_steps
 from pretrain.engine.deepspeed_settings import REPOSITORY
@@ -71,6 +73,9 @@ def test_sigterm_saves_and_the_same_command_resumes(start: Start, wordpiece_corp
     code, output = wait_for_exit(process)
     assert code == 75, output
     assert "Traceback" not in output
+    reason = f"stopped: {platform.node()}, rank 0: found {tmp_path}/run/STOP; run the same command again to resume"
+    assert read_outcome(RunFolder(tmp_path / "run")) == (Outcome.STOPPED, reason, Cause.SIGNAL)
+    assert f"deepcloze: {reason}" in output
     steps = logged(tmp_path / "run", "step")
     saved = checkpoint_path(tmp_path / "run" / "checkpoints", steps[-1])
     assert complete_checkpoints(saved.parent) == [saved]

@@ -1,9 +1,13 @@
 import json
 import os
+import platform
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import filelock
 import pytest
 
 from experiment import run_lock
@@ -21,28 +25,36 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
 
 def be_elsewhere(folder: RunFolder) -> None:
     """What a process on another machine leaves that does not end properly."""
-    folder.owner.write_text(json.dumps({"host": "elsewhere", "pid": 7, "id": "1"}))
+    folder.owner.write_text(json.dumps({"host": "elsewhere", "boot": "1", "pid": 7, "id": "1"}))
 
 
-def test_a_live_process_on_another_machine_is_respected(folder: RunFolder) -> None:
-    """Catches two machines that write to one run on a network disk without locks."""
-    be_elsewhere(folder)
+@contextmanager
+def renewed(folder: RunFolder) -> Iterator[None]:
+    """The file of the owner is renewed, as by a process that lives."""
     ended = threading.Event()
 
     def renew() -> None:
         while not ended.wait(0.02):
             os.utime(folder.owner)
 
+    os.utime(folder.owner)
     thread = threading.Thread(target=renew)
     thread.start()
     try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def test_a_live_process_on_another_machine_is_respected(folder: RunFolder) -> None:
+    """Catches two machines that write to one run on a network disk without locks."""
+    be_elsewhere(folder)
+    with renewed(folder):
         with pytest.raises(UserError, match="another deepcloze process, 7 on elsewhere, is using"), lock_run(folder):
             pass
         with pytest.raises(UserError, match="another deepcloze process, 7 on elsewhere, is using"):
             check_unlocked(folder)
-    finally:
-        ended.set()
-        thread.join()
     assert not is_locked(folder)
     assert folder.owner.exists()
 
@@ -59,11 +71,56 @@ def test_a_dead_machine_is_replaced(folder: RunFolder, monkeypatch: pytest.Monke
 
 def test_a_killed_process_of_this_machine_delays_nothing(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     be_elsewhere(folder)
-    monkeypatch.setattr("platform.node", lambda: "elsewhere")
+    monkeypatch.setattr(run_lock, "_this_machine", lambda: {"host": "elsewhere", "boot": "1"})
     started = time.monotonic()
     with lock_run(folder):
         pass
     assert time.monotonic() - started < run_lock._DEAD_SECONDS / 2
+
+
+def test_the_lock_that_a_network_disk_keeps_for_a_dead_machine(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a run that nobody can take over while NFS keeps the lock, and a check that fails for it."""
+    monkeypatch.setattr(run_lock, "_DEAD_SECONDS", 0.2)
+    be_elsewhere(folder)
+    kept = filelock.FileLock(folder.lock, thread_local=False)  # released by another thread
+    kept.acquire()
+    dead = check_unlocked(folder)
+    release = threading.Timer(0.5, kept.release)
+    release.start()
+    with lock_run(folder, dead=dead):
+        assert json.loads(folder.owner.read_text())["pid"] == os.getpid()
+    release.join()
+
+
+@pytest.mark.parametrize("boot", ["2", None])
+def test_machines_of_the_same_name_are_told_apart(folder: RunFolder, boot: str | None) -> None:
+    """Catches two machines called `localhost` or `ubuntu` that write to one run. None: of an earlier version."""
+    owner = {"host": platform.node(), "pid": 7} | ({"boot": boot} if boot else {})
+    folder.owner.write_text(json.dumps(owner))
+    with renewed(folder), pytest.raises(UserError, match="another deepcloze process, 7 on"), lock_run(folder):
+        pass
+
+
+def test_a_dead_machine_is_waited_for_once(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches 20 seconds before preflight and again before the ranks start."""
+    monkeypatch.setattr(run_lock, "_DEAD_SECONDS", 0.5)
+    be_elsewhere(folder)
+    dead = check_unlocked(folder)
+    monkeypatch.setattr(run_lock, "_DEAD_SECONDS", 3600.0)
+    with lock_run(folder, dead=dead):
+        pass
+    assert check_unlocked(folder) is None
+
+
+def test_a_dead_machine_that_returns_is_respected(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a run that is taken from a machine that has renewed its file again."""
+    monkeypatch.setattr(run_lock, "_DEAD_SECONDS", 0.5)
+    be_elsewhere(folder)
+    dead = check_unlocked(folder)
+    with renewed(folder), pytest.raises(UserError, match="7 on elsewhere"), lock_run(folder, dead=dead):
+        pass
 
 
 def test_a_process_that_was_replaced_is_told(folder: RunFolder) -> None:

@@ -14,7 +14,8 @@ import yaml
 from experiment.config import load_config
 from experiment.errors import StoppedError, UserError
 from experiment.outcome_file import Outcome
-from experiment.run_folder import RunFolder
+from experiment.run_folder import RunFolder, open_run_folder
+from experiment.run_lock import lock_run
 from launcher import launch
 from launcher.cli import main
 from launcher.hosts.hostfile import Host, parse_hostfile
@@ -83,7 +84,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     """Stands for the ranks; records what would be started."""
     seen: list[Launch] = []
 
-    def supervise(launch: Launch, _start_time: float) -> LaunchResult:
+    def supervise(launch: Launch, *_: object) -> LaunchResult:
         seen.append(launch)
         return LaunchResult(Outcome.DONE)
 
@@ -250,7 +251,7 @@ def test_trials_precede_the_launch_but_not_a_dry_run(
     """Catches a choice that the run does not start with, and trials for a plan that is only printed."""
     chosen: list[LaunchPlan] = []
 
-    def autotune(plan: LaunchPlan) -> LaunchPlan:
+    def autotune(plan: LaunchPlan, _: object) -> LaunchPlan:
         assert launches == []
         chosen.append(replace(plan, config=scaled_microbatch(plan.config, 1), config_changed=True))
         return chosen[0]
@@ -308,6 +309,28 @@ def test_if_only_this_machine_passes_it_runs_without_ssh(
     (started,) = launches
     assert started.slots == {"localhost": (0, 1)}
     assert "--num_gpus=2" in started.command(Layout(started.slots), None).argv
+
+
+def test_a_dead_machine_is_waited_for_before_preflight_only(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a launch that waits again when the ranks are about to start."""
+    Path("hosts").write_text("192.0.2.1 slots=2\n192.0.2.2 slots=2\n")
+    seen: list[object] = []
+
+    def end(*arguments: object) -> LaunchResult:
+        seen.append(arguments[-1])
+        return LaunchResult(Outcome.DONE)
+
+    monkeypatch.setattr(launch, "check_unlocked", lambda _: 7)
+    monkeypatch.setattr(launch, "supervise", end)
+    launch_pretraining(PretrainOptions(config=config, hostfile="hosts"))
+    assert seen == [7]
+
+
+def test_a_run_that_is_active_is_refused_before_it_is_read(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a traceback for a checkpoint that the active run has just deleted."""
+    monkeypatch.setattr(launch, "plan_launch", lambda *_: pytest.fail("read the run"))
+    with lock_run(open_run_folder("my-run")), pytest.raises(UserError, match="another deepcloze process is using"):
+        launch_pretraining(PretrainOptions(config=config))
 
 
 def test_a_slurm_job_needs_no_hostfile(config: str) -> None:

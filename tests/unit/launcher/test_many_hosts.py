@@ -19,7 +19,7 @@ from launcher.ranks.start_command import Command
 from launcher.supervision.attempt import Launch, Layout
 from launcher.supervision.launch_result import read_result
 from launcher.supervision.supervisor import supervise
-from stand_in_hosts import install_ssh
+from stand_in_hosts import STAND_IN_GUARD, install_ssh
 
 ROOT = Path(__file__).parents[3]
 HOSTS = [f"node-{number}.cluster.example.org" for number in range(512)]
@@ -31,13 +31,7 @@ MOST_BYTES_OF_AN_ARGUMENT = 128 << 10  # MAX_ARG_STRLEN of Linux
 SSH = f"""
 case "$1" in {LOST}) exit 255;; esac
 case "$2" in *host_guard*) ;; *) exit 0;; esac
-read -r request
-echo 'deepcloze guard: {{"address": "10.0.0.1", "port": 4567}}'
-while read -r line; do
-    case "$line" in end) echo 'deepcloze guard: ended'; exit 0;; esac
-done
-exit 0
-"""
+{STAND_IN_GUARD}"""
 RANKS = """
 import sys
 from pathlib import Path

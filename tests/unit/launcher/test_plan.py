@@ -51,6 +51,20 @@ def test_plans_thousands_of_gpus(config: Path, tmp_path: Path, capsys: pytest.Ca
     assert not (tmp_path / "run").exists()
 
 
+def test_warns_of_the_device_of_other_machines(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a plan for the CPU of a login node in place of the GPUs of the hosts."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("192.0.2.1 slots=1\n192.0.2.2 slots=1\n", encoding="utf-8")
+    remote = ("--hostfile", str(hostfile))
+    warning = "planned for this machine's device, cpu; name that of the hosts as --device"
+    for flags, warns in ((remote, True), ((*remote, *H100), False), (("--num_gpus=2",), False)):
+        assert main(["plan", "--config", str(config), "--json", *flags]) == 0
+        assert (warning in capsys.readouterr().err) == warns, flags
+
+
 def test_states_what_it_assumes(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches figures of the user that are ignored, and a report without the defaults."""
     cheap = plan(capsys, config, "--num_gpus=8", *H100, "--mfu=0.5", "--price=2", "--watts=700", "--bandwidth=50")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from experiment.errors import UserError
-from experiment.outcome_file import Outcome, read_outcome
+from experiment.outcome_file import Cause, Outcome, ReportedOutcome, read_outcome
 from experiment.run_folder import RunFolder
 from pretrain.rank_report import RankReport
 
@@ -19,8 +19,8 @@ def folder(tmp_path: Path) -> RunFolder:
 
 def test_the_first_failure_stays(folder: RunFolder) -> None:
     """Catches rank 0's loss of its peer in place of the reason."""
-    RankReport(folder, 1).fail(Outcome.FAILED, "out of paper")
-    RankReport(folder, 0).fail(Outcome.FAILED, "connection closed")
+    RankReport(folder, 1).fail(Outcome.FAILED, "out of paper", Cause.ERROR)
+    RankReport(folder, 0).fail(Outcome.FAILED, "connection closed", Cause.LOST_RANK)
     assert read_outcome(folder)[:2] == (Outcome.FAILED, "out of paper")
     assert [path.name for path in folder.logs.iterdir()] == ["outcome.json"]
 
@@ -32,14 +32,14 @@ def test_a_file_system_without_hard_links(folder: RunFolder, monkeypatch: pytest
         raise PermissionError
 
     monkeypatch.setattr(os, "link", refuse)
-    RankReport(folder, 1).fail(Outcome.FAILED, "out of paper")
-    RankReport(folder, 0).fail(Outcome.FAILED, "connection closed")
+    RankReport(folder, 1).fail(Outcome.FAILED, "out of paper", Cause.ERROR)
+    RankReport(folder, 0).fail(Outcome.FAILED, "connection closed", Cause.LOST_RANK)
     assert read_outcome(folder)[:2] == (Outcome.FAILED, "out of paper")
     assert [path.name for path in folder.logs.iterdir()] == ["outcome.json"]
 
 
 def _fail(folder: RunFolder, rank: int) -> None:
-    RankReport(folder, rank).fail(Outcome.FAILED, f"rank {rank}: " + "x" * 100_000)
+    RankReport(folder, rank).fail(Outcome.FAILED, f"rank {rank}: " + "x" * 100_000, Cause.ERROR)
 
 
 def test_of_ranks_that_fail_at_once_one_is_reported_whole(folder: RunFolder) -> None:
@@ -61,10 +61,10 @@ def test_only_rank_0_writes_what_all_have_agreed_on(folder: RunFolder, capsys: p
     RankReport(folder, 1).announce_refusal(UserError("no such corpus"))
     assert read_outcome(folder) is None
     RankReport(folder, 0).announce_refusal(UserError("no such corpus"))
-    assert read_outcome(folder)[:2] == (Outcome.REFUSED, "no such corpus")
+    assert read_outcome(folder) == (Outcome.REFUSED, "no such corpus", Cause.AGREED)
     assert capsys.readouterr().err == "deepcloze: no such corpus\n"
-    RankReport(folder, 0).agree(Outcome.DONE)
-    assert read_outcome(folder)[:2] == (Outcome.DONE, "")
+    RankReport(folder, 0).agree(ReportedOutcome(Outcome.DONE, ""))
+    assert read_outcome(folder) == (Outcome.DONE, "", None), "a run that is done has no cause"
 
 
 def test_a_rank_leaves_its_process_and_exit_code(folder: RunFolder) -> None:
@@ -82,6 +82,6 @@ def test_a_run_folder_that_cannot_be_written_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
     report = RankReport(RunFolder(tmp_path / "run"), 0)
     report.start()
-    report.fail(Outcome.FAILED, "")
-    report.agree(Outcome.DONE)
+    report.fail(Outcome.FAILED, "", Cause.ERROR)
+    report.agree(ReportedOutcome(Outcome.DONE, ""))
     report.end(1)

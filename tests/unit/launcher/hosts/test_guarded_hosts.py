@@ -1,4 +1,5 @@
 import os
+import queue
 import subprocess
 import sys
 import threading
@@ -8,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from launcher.hosts import guarded_hosts
+from launcher.hosts import guarded_hosts, host_guard
 from launcher.hosts.guarded_hosts import GuardedHosts, GuardRequest
 from launcher.hosts.host_guard import LAUNCH_VARIABLE, environment_file, read_environment
-from stand_in_hosts import install_ssh
+from stand_in_hosts import STAND_IN_GUARD, install_ssh
 from waiting import LIMIT, wait_until
 
 
@@ -84,19 +85,39 @@ def test_a_silent_host_is_lost(run: str, tmp_path: Path, monkeypatch: pytest.Mon
         assert hosts.lost == {"node-1": "no answer within 1 s"}
 
 
-@pytest.mark.parametrize("killed", [True, False])
-def test_a_lost_launcher_ends_the_processes(run: str, process: "subprocess.Popen[bytes]", killed: bool) -> None:
-    """Catches ranks that keep the GPUs of a host because their launcher was killed or cut off."""
-    silence = "host_guard.SILENCE_SECONDS = 2.0\n" if not killed else ""
-    code = f"from launcher.hosts import host_guard\n{silence}host_guard.main()"
+def test_a_killed_guard_leaves_nothing(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches ranks and secrets that stay on a host whose guard alone was killed, because memory ran out."""
+    install_ssh(tmp_path / "bin", monkeypatch, before=f"echo $$ > {tmp_path}/guard.pid")
+    with GuardedHosts(["node-1"], request(f"{run}-1"), lambda _: None) as hosts:
+        own = start_process(f"{run}-1")
+        written = environment_file(f"{run}-1").with_name(f"{environment_file(f'{run}-1').name}.7")
+        written.touch()  # by a guard that was killed at once
+        os.kill(int((tmp_path / "guard.pid").read_text()), 9)
+        assert own.wait(LIMIT) == -9
+        assert hosts.lost == {"node-1": "the connection was closed"}
+    assert not environment_file(f"{run}-1").exists()
+    assert not written.exists()
+
+
+def start_guard(launch: str, silence_seconds: float = host_guard.SILENCE_SECONDS) -> "subprocess.Popen[bytes]":
+    """A guard without ssh, which has replied."""
+    code = f"from launcher.hosts import host_guard\nhost_guard.SILENCE_SECONDS = {silence_seconds}\nhost_guard.main()"
     guard = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert guard.stdin is not None
     assert guard.stdout is not None
-    guard.stdin.write(request(f"{run}-1").line())
+    guard.stdin.write(request(launch).line())
     guard.stdin.flush()
     guard.stdout.readline()
+    return guard
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_lost_launcher_ends_the_processes(run: str, process: "subprocess.Popen[bytes]", killed: bool) -> None:
+    """Catches ranks that keep the GPUs of a host because their launcher was killed or cut off."""
+    guard = start_guard(f"{run}-1", silence_seconds=host_guard.SILENCE_SECONDS if killed else 2.0)
     own = start_process(f"{run}-1")
     if killed:
+        assert guard.stdin is not None
         guard.stdin.close()
     assert own.wait(LIMIT) == -9
     guard.wait(LIMIT)
@@ -105,14 +126,7 @@ def test_a_lost_launcher_ends_the_processes(run: str, process: "subprocess.Popen
 
 def test_a_guard_that_is_asked_to_end_gives_the_ranks_time(run: str) -> None:
     """Catches a host that shuts down and kills ranks that are saving a checkpoint."""
-    guard = subprocess.Popen(
-        [sys.executable, "-m", "launcher.hosts.host_guard"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    assert guard.stdin is not None
-    assert guard.stdout is not None
-    guard.stdin.write(request(f"{run}-1").line())
-    guard.stdin.flush()
-    guard.stdout.readline()
+    guard = start_guard(f"{run}-1")
     own = start_process(f"{run}-1")
     guard.terminate()
     with pytest.raises(subprocess.TimeoutExpired):
@@ -123,6 +137,18 @@ def test_a_guard_that_is_asked_to_end_gives_the_ranks_time(run: str) -> None:
     assert not environment_file(f"{run}-1").exists()
 
 
+def test_processes_are_counted_rarely(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a guard that reads all of /proc for each line, and one that stays for processes that have ended."""
+    counts = iter([range(2), range(1), range(0)])
+    monkeypatch.setattr(host_guard, "_processes", lambda _: next(counts))
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+    for line in ["", "", "", host_guard._LEAVE, ""]:
+        lines.put(line)
+    host_guard._wait_for_end("launch", lines)
+    sent = [line.removeprefix(host_guard.PREFIX) for line in capsys.readouterr().out.splitlines()]
+    assert sent == ["2", "2", "2", "1", "0"]
+
+
 def test_many_hosts_are_guarded_at_once(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches hosts that are connected one after another."""
     install_ssh(tmp_path / "bin", monkeypatch, before=STAND_IN_GUARD)
@@ -131,13 +157,3 @@ def test_many_hosts_are_guarded_at_once(run: str, tmp_path: Path, monkeypatch: p
     with GuardedHosts(names, request(f"{run}-1"), lambda _: None) as hosts:
         assert len(hosts.replies) == 512
     assert time.monotonic() - started < 60
-
-
-STAND_IN_GUARD = """
-read -r request
-echo 'deepcloze guard: {"address": "10.0.0.1", "port": 1}'
-while read -r line; do
-    case "$line" in end) echo 'deepcloze guard: ended'; exit 0;; esac
-done
-exit 0
-"""

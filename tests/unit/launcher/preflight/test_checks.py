@@ -58,6 +58,7 @@ GB = 10**9
         ({"clock_offset": 3600.0}, "clock", "at least 3600 s ahead of this machine's", "ssh b"),
         ({"network_error": "Name or service not known"}, "network", "no way to a: Name or", "ssh b getent hosts a"),
         ({"address": "127.0.1.1"}, "network", "loopback", "/etc/hosts"),
+        ({"address": "::1"}, "network", "loopback", "/etc/hosts"),
         (
             {"interfaces": ("lo", "ib0")},
             "network",

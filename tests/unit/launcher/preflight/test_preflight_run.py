@@ -1,5 +1,6 @@
 """Preflight from end to end, on this machine, without the ranks of the all-reduce."""
 
+import os
 import socket
 from collections.abc import Mapping
 from dataclasses import replace
@@ -60,6 +61,17 @@ def test_a_run_folder_keeps_its_files(target: Target) -> None:
     (logs / "rank-0.log").touch()
     check_hosts(target, MACHINE)
     assert [path.name for path in logs.iterdir()] == ["rank-0.log"]
+
+
+def test_folders_of_killed_preflights_are_removed(target: Target) -> None:
+    """Catches folders that pile up, and one of a preflight that still runs which is removed."""
+    assert target.folder is not None
+    logs = RunFolder(target.folder).logs
+    for name in (".preflight-node-1-left", ".preflight-node-2-running"):
+        (logs / name).mkdir(parents=True)
+    os.utime(logs / ".preflight-node-1-left", (0, 0))
+    check_hosts(target, MACHINE)
+    assert [path.name for path in logs.iterdir()] == [".preflight-node-2-running"]
 
 
 def test_hosts_that_failed_are_not_measured(

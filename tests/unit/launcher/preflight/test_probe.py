@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 import threading
-from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import pytest
 
 from launcher.preflight import probe
 from launcher.preflight.facts import ProbeRequest
-from launcher.preflight.probe_hosts import probe_this_machine
+from launcher.preflight.probe_hosts import probe_program, probe_this_machine
 
 REPOSITORY = Path(__file__).parents[4]
 
@@ -111,8 +110,7 @@ def test_gpus_as_nvidia_smi_lists_them(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_the_probe_needs_nothing_but_python() -> None:
     """Catches an import of the project or of a library, which the host may lack."""
-    source = Path(probe.__file__).read_text(encoding="utf-8")
-    program = f"{source}\nprint(json.dumps(collect({asdict(ProbeRequest())!r})))"
+    program = probe_program(ProbeRequest(peer="localhost"))
     done = subprocess.run([sys.executable, "-I", "-S", "-"], input=program, capture_output=True, text=True, cwd="/")
     assert done.returncode == 0, done.stderr
     assert platform.python_version() in done.stdout

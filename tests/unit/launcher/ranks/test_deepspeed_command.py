@@ -1,8 +1,11 @@
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from deepspeed.launcher.runner import parse_args, parse_inclusion_exclusion
 
+from experiment.provenance import REPOSITORY
+from launcher.options import Launcher
 from launcher.ranks.deepspeed_command import DeepSpeedCommand, deepspeed_argv
 
 COMMAND = DeepSpeedCommand(
@@ -74,3 +77,11 @@ def test_several_hosts_run_on_their_slots():
 def test_one_remote_host_is_not_taken_for_this_machine():
     """Catches a run for another machine that starts here."""
     assert parsed(replace(COMMAND, slots={"a": (0,)}, hostfile=Path("/cluster/hosts"))).force_multi
+
+
+@pytest.mark.parametrize("launcher", ["slurm", "mpich"])
+def test_a_launcher_without_modules_starts_a_file(launcher: Launcher) -> None:
+    """Catches ranks that do not start: DeepSpeed adds `-m` for none of these, or for its own helper."""
+    args = parsed(replace(COMMAND, slots={"a": (0,), "b": (0,)}, hostfile=Path("/cluster/hosts"), launcher=launcher))
+    assert not args.module
+    assert Path(args.user_script).samefile(REPOSITORY / "pretrain" / "run.py")

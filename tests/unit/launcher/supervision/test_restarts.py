@@ -7,7 +7,7 @@ from launcher.supervision.restarts import Attempt, End, Restart, decide
 LOST = LaunchResult(Outcome.FAILED, "lost node-2", Cause.LOST_HOST)
 BUG = LaunchResult(Outcome.FAILED, "KeyError", Cause.ERROR)
 FULL = LaunchResult(Outcome.FAILED, "OutOfMemoryError", Cause.OUT_OF_MEMORY)
-PREEMPTED = LaunchResult(Outcome.STOPPED, "", Cause.ERROR)
+PREEMPTED = LaunchResult(Outcome.STOPPED, "")
 
 
 def after(*results: LaunchResult, saved: bool = False, max_restarts: int = 10, can_halve: bool = True) -> Restart | End:

@@ -35,7 +35,7 @@ with (folder / "metrics.jsonl").open("a") as file:
         sys.exit(1)
     time.sleep(seconds)
     file.write(json.dumps({"step": 2, "eval/held/loss": float(loss)}) + "\n")
-(folder / "logs" / "outcome.json").write_text(json.dumps({"outcome": "done", "message": "", "cause": "error"}))
+(folder / "logs" / "outcome.json").write_text(json.dumps({"outcome": "done", "message": "", "cause": None}))
 """
 
 # Stands for a run that a killed sweep has left: when told to end, it reports {outcome}, or nothing.
@@ -116,7 +116,7 @@ def test_one_sweep_at_a_time_uses_a_folder(tmp_path: Path, monkeypatch: pytest.M
                 run_sweep(sweep)
             refused.append(message)
 
-    monkeypatch.setattr(sweep_module, "_notify", notify)
+    monkeypatch.setattr(sweep_module, "notify", notify)
     run_sweep(sweep)
     assert len(refused) == 1
     run_sweep(sweep)
@@ -176,7 +176,7 @@ def left_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
                 assert str(folder) in message
                 (when_waiting or (folder / "end").touch)()
 
-        monkeypatch.setattr(sweep_module, "_notify", notify)
+        monkeypatch.setattr(sweep_module, "notify", notify)
         return process
 
     yield start

@@ -1,0 +1,191 @@
+"""Attempts on several hosts, with stand-ins for the guards."""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Self
+
+import pytest
+
+from experiment import run_lock
+from experiment.outcome_file import Cause, Outcome
+from experiment.run_folder import RunFolder, open_run_folder
+from launcher.hosts.guarded_hosts import GuardRequest, Rendezvous
+from launcher.ranks.start_command import Command
+from launcher.supervision import attempt, supervisor
+from launcher.supervision.attempt import Launch, Layout
+from launcher.supervision.supervisor import supervise
+from waiting import wait_until
+
+ROOT = Path(__file__).parents[4]
+SLOTS = {"node-1": (0,), "node-2": (0,)}
+
+# Stands for deepspeed and its ranks on all hosts.
+RANKS = """
+import sys, time
+from pathlib import Path
+from experiment.outcome_file import Cause, Outcome, write_outcome
+from experiment.run_folder import RunFolder
+folder = RunFolder(Path(sys.argv[1]))
+"""
+HANG = "(folder.path / 'ready').touch(); time.sleep(3600)"
+
+
+class StandInGuards:
+    """Guards of hosts of which nothing is known but what a test sets."""
+
+    def __init__(self, hosts: Sequence[str], _request: GuardRequest, on_change: Callable[[Self], object]) -> None:
+        self.hosts = list(hosts)
+        self.lost: dict[str, str] = {}
+        self.processes: dict[str, int] = {}
+        self.on_change = on_change
+
+    def rendezvous(self) -> Rendezvous:
+        return Rendezvous("launch-1", "10.0.0.1", 4567)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+class LosesTheSecondHost(StandInGuards):
+    """Loses node-2 when the ranks start."""
+
+    def rendezvous(self) -> Rendezvous:
+        if "node-2" in self.hosts:
+            self.lost["node-2"] = "no answer"
+        return super().rendezvous()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return open_run_folder(tmp_path / "run")
+
+
+def launch(folder: RunFolder, body: str, layouts: list[Layout] | None = None) -> Launch:
+    def command(layout: Layout, _: Rendezvous | None) -> Command:
+        if layouts is not None:
+            layouts.append(layout)
+        argv = (sys.executable, "-c", RANKS + body, str(folder.path))
+        return Command(argv, os.environ | {"PYTHONPATH": str(ROOT)}, {folder.logs / "worker.env": "A=1\n"})
+
+    return Launch(folder, SLOTS, command, local=False)
+
+
+def launches(folder: RunFolder) -> list[dict[str, object]]:
+    return [json.loads(line) for line in folder.launches.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("reported", "outcome", "cause"),
+    [
+        ("DONE, ''", Outcome.DONE, None),
+        ("FAILED, 'diverged', Cause.AGREED", Outcome.FAILED, Cause.AGREED),
+        ("FAILED, 'CUDA out of memory', Cause.OUT_OF_MEMORY", Outcome.FAILED, Cause.OUT_OF_MEMORY),
+        ("FAILED, 'connection reset', Cause.LOST_RANK", Outcome.FAILED, Cause.LOST_HOST),
+        ("FAILED, 'KeyError', Cause.ERROR", Outcome.FAILED, Cause.LOST_HOST),
+    ],
+)
+def test_a_lost_host_explains_failures_of_ranks_only(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, reported: str, outcome: Outcome, cause: Cause | None
+) -> None:
+    """Catches a run that is done, or would diverge again, and is restarted because a host went away at its end."""
+    monkeypatch.setattr(attempt, "GuardedHosts", LosesTheSecondHost)
+    result = supervise(launch(folder, f"write_outcome(folder, Outcome.{reported})"), time.time())
+    assert (result.outcome, result.cause) == (outcome, cause)
+    assert (result.message == "lost node-2: no answer") == (cause is Cause.LOST_HOST)
+
+
+def test_ranks_that_wait_for_a_host_without_processes_are_killed(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a launch that waits for ranks whose peers were killed before they could connect."""
+
+    class EndsOnTheSecondHost(StandInGuards):
+        def __enter__(self) -> Self:
+            threading.Thread(target=self._watch, daemon=True).start()
+            return self
+
+        def _watch(self) -> None:
+            wait_until((folder.path / "ready").exists)
+            self.processes = {"node-1": 2, "node-2": 0}
+            self.on_change(self)
+
+    monkeypatch.setattr(attempt, "GuardedHosts", EndsOnTheSecondHost)
+    monkeypatch.setattr(attempt, "_EXIT_TIMEOUT_SECONDS", 0.1)
+    result = supervise(launch(folder, HANG), time.time())
+    message = "the processes on node-2 ended, and those on other hosts did not"
+    assert (result.outcome, result.message, result.cause) == (Outcome.FAILED, message, Cause.KILLED)
+
+
+@pytest.mark.parametrize("passes", [True, False])
+def test_a_host_that_was_lost_has_to_pass_preflight(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, passes: bool
+) -> None:
+    """Catches ranks on a host that is back without its GPUs or disks, and checks of hosts that were never away."""
+    checked: list[Collection[str]] = []
+    layouts: list[Layout] = []
+
+    def passing_hosts(hosts: Collection[str]) -> Collection[str]:
+        checked.append(set(hosts))
+        return hosts if passes else ()
+
+    monkeypatch.setattr(attempt, "GuardedHosts", LosesTheSecondHost)
+    monkeypatch.setattr(supervisor, "usable_hosts", lambda hosts, _: set(hosts))
+    body = "write_outcome(folder, Outcome.FAILED, '', Cause.LOST_RANK)"
+    supervise(replace(launch(folder, body, layouts), max_restarts=1, passing_hosts=passing_hosts), time.time())
+    assert checked == [{"node-2"}]
+    assert [list(layout.slots) for layout in layouts] == [list(SLOTS), list(SLOTS) if passes else ["node-1"]]
+
+
+def test_a_launch_without_hosts_fails(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attempt, "GuardedHosts", LosesTheSecondHost)
+    monkeypatch.setattr(supervisor, "usable_hosts", lambda *_: set())
+    body = "write_outcome(folder, Outcome.FAILED, '', Cause.LOST_RANK)"
+    result = supervise(replace(launch(folder, body), max_restarts=1), time.time())
+    assert result.message == "no host answers\nnot restarted: --max_restarts=1 within an hour"
+
+
+def test_only_the_user_reads_what_deepspeed_exports(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches variables of `.deepspeed_env`, which may be secret, in a file that other users can read."""
+    monkeypatch.setattr(attempt, "GuardedHosts", StandInGuards)
+    supervise(launch(folder, "write_outcome(folder, Outcome.DONE)"), time.time())
+    assert (folder.logs / "worker.env").stat().st_mode & 0o077 == 0
+
+
+def test_a_launch_over_hosts_is_not_suspended(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches Ctrl-Z, after which the guards would consider the launcher lost."""
+    handlers = []
+
+    class Looks(StandInGuards):
+        def __enter__(self) -> Self:
+            handlers.append(signal.getsignal(signal.SIGTSTP))
+            return self
+
+    monkeypatch.setattr(attempt, "GuardedHosts", Looks)
+    before = signal.getsignal(signal.SIGTSTP)
+    supervise(launch(folder, "write_outcome(folder, Outcome.DONE)"), time.time())
+    assert handlers == [signal.SIG_IGN]
+    assert signal.getsignal(signal.SIGTSTP) is before
+
+
+def test_a_launch_that_another_machine_has_replaced_ends(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches two machines that train one run, and a record of launches that both write."""
+    monkeypatch.setattr(attempt, "GuardedHosts", StandInGuards)
+    monkeypatch.setattr(run_lock, "_RENEW_SECONDS", 0.05)
+    owner = json.dumps({"host": "elsewhere", "boot": "1", "pid": 7, "id": "1"})
+    result = supervise(launch(folder, f"folder.owner.write_text({owner!r}); {HANG}"), time.time())
+    assert result.outcome is Outcome.STOPPED
+    assert f"killing the ranks: another machine has taken over {folder.path}" in capsys.readouterr().err
+    assert launches(folder)[0]["outcome"] is None
+    assert folder.owner.read_text() == owner
