@@ -17,9 +17,12 @@ from waiting import LIMIT, wait_until
 
 
 @pytest.fixture
-def run() -> str:
+def run() -> Iterator[str]:
     """A run of its own, so that nothing else is killed."""
-    return os.urandom(8).hex()
+    name = os.urandom(8).hex()
+    yield name
+    for left in environment_file(name).parent.glob(f"deepcloze-{name}*"):  # by a guard that the test has stopped
+        left.unlink()
 
 
 @pytest.fixture(autouse=True)
