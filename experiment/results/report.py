@@ -39,7 +39,8 @@ def write_report(run: str | Path) -> Path:
     folder = RunFolder(Path(run).absolute())
     if not folder.path.is_dir():
         raise UserError(f"there is no run folder {folder.path}")
-    blocks = [*result_blocks(folder, folder.report), *training_blocks(folder, folder.report)]
+    results = result_blocks(folder, folder.report)  # of fine-tuning: they show the evaluations of each seed
+    blocks = [*results, *training_blocks(folder, folder.report, held_out=not results)]
     if not blocks:
         raise UserError(
             f"{folder.path} has nothing to report: neither results.json nor an event in {folder.metrics.name}"
@@ -47,16 +48,17 @@ def write_report(run: str | Path) -> Path:
     return write_page(folder.report, folder.path.name, [*blocks, *provenance_blocks(folder)])
 
 
-def training_blocks(folder: RunFolder, directory: Path, prefix: str = "") -> list[Block]:
+def training_blocks(folder: RunFolder, directory: Path, prefix: str = "", held_out: bool = True) -> list[Block]:
     """Final metrics and curves from RUN/metrics.jsonl; empty without events.
 
-    Images are written to `directory`; `prefix` keeps the images of several runs on one page apart.
+    held_out: whether to show evaluations too. Images are written to `directory`; `prefix` keeps the images of several
+    runs on one page apart.
     """
     events = read_events(folder.metrics)
     if not events:
         return []
     blocks: list[Block] = []
-    corpora = evaluated_corpora(events)
+    corpora = evaluated_corpora(events) if held_out else []
     if corpora:
         blocks += [Heading("Held-out text"), held_out_table(events, corpora)]
     blocks += [Heading("Training"), training_table(events)]
@@ -71,7 +73,8 @@ def training_blocks(folder: RunFolder, directory: Path, prefix: str = "") -> lis
 
 def _plots(events: Sequence[Event], corpora: Sequence[str]) -> list[_Plot]:
     loss = [_training_line(events, "loss", color=INK), *_held_out_lines(events, corpora, "loss")]
-    loss_caption = "Training loss (pale: each log event; solid: moving average) and loss on held-out text"
+    loss_caption = "Training loss (pale: each log event; solid: moving average)"
+    loss_caption += " and loss on held-out text" if corpora else ""
     perplexity = Panel("perplexity", _held_out_lines(events, corpora, "perplexity"), "log")
     accuracy = Panel("accuracy", _held_out_lines(events, corpora, "accuracy"), percent=True)
     learning_rate = Panel("learning rate", [Line("lr", *_curve(events, "lr"))])

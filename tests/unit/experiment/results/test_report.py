@@ -124,6 +124,15 @@ def test_the_report_of_a_fine_tuning_run(tmp_path: Path) -> None:
     assert cells == ["test", "accuracy", "0.8500", "0.0707", "0.8500", "0.8000, 0.9000"]
 
 
+def test_a_validation_split_is_no_held_out_text(tmp_path: Path) -> None:
+    """Catches the last seed's last evaluation shown as the result of a fine-tuning run, next to the scores."""
+    folder = run_with(tmp_path, [training(1), evaluation(1, "validation", 2.0), training(2)])
+    write_json(folder.path / "results.json", RESULTS)
+    page = write_report(folder.path)
+    assert images(page) == ["loss.png", "learning-rate.png", "gradient-norm.png", "throughput.png"]
+    assert "eld-out" not in page.read_text(encoding="utf-8")
+
+
 def test_the_labels_of_a_task(tmp_path: Path) -> None:
     """Catches scores of labels, mistakes and collapsed seeds that are in results.json but not on the page."""
     folder = open_run_folder(tmp_path / "task")
