@@ -27,7 +27,7 @@ class CsvFormat:
     quoting: Literal[0, 1, 2, 3] = 0  # 3: quotes are ordinary characters
     header: bool = True
     quoting_key: str = "quoting"  # what messages call the option
-    skip_bad_lines: bool = False  # whether to skip rows with another number of columns, with a warning
+    on_bad_lines: Literal["error", "skip", "drop_extra"] = "error"  # of another width; skipped ones with a warning
 
 
 class CsvRow(NamedTuple):
@@ -92,7 +92,9 @@ def _of_equal_length(rows: Iterator[CsvRow], length: int, origin: str, csv_forma
     for row in rows:
         if len(row.cells) == length:
             yield row
-        elif csv_format.skip_bad_lines:
+        elif csv_format.on_bad_lines == "drop_extra" and len(row.cells) > length:
+            yield CsvRow(row.line, row.cells[:length])
+        elif csv_format.on_bad_lines == "skip":
             skipped.append(row.line)
         else:
             raise UserError(

@@ -91,15 +91,16 @@ class TaskConfig(Section):
     """As in pandas: 0 takes column names from the first row; null: there is no header, and `columns` are numbers
     from 0."""
 
-    on_bad_lines: Literal["error", "skip"] = "error"
-    """As in pandas: whether to reject a row with too few or too many columns, or to skip it with a warning."""
+    on_bad_lines: Literal["error", "skip", "drop_extra"] = "error"
+    """Rows with fewer or more columns than the first: reject them, skip them with a warning, or drop the columns that
+    are too many."""
 
     special_tokens_in_text: bool = False
     """Whether a special token that is written out in a text, such as `[SEP]`, is that token; otherwise it is text."""
 
     def file_format(self, quoting_key: str = "task.quoting:") -> FileFormat:
         """How to read the files. quoting_key: what messages call that key."""
-        csv_format = CsvFormat(self.sep, self.quoting, self.header == 0, quoting_key, self.on_bad_lines == "skip")
+        csv_format = CsvFormat(self.sep, self.quoting, self.header == 0, quoting_key, self.on_bad_lines)
         return FileFormat(None if self.format == "auto" else self.format, csv_format)
 
     def files(self) -> dict[str, str]:

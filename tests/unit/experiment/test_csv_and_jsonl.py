@@ -79,9 +79,18 @@ def test_a_column_must_be_there_once() -> None:
 def test_rows_of_another_width_are_skipped_on_request(caplog: pytest.LogCaptureFixture) -> None:
     """Catches broken rows, as QQP has them, that are dropped without a word or taken as they are."""
     lines = ["a,b\n", "1,2\n", "3\n", "4,5,6\n", "7,8\n"]
-    _, rows = read_csv(lines, "f.csv", CsvFormat(skip_bad_lines=True))
+    _, rows = read_csv(lines, "f.csv", CsvFormat(on_bad_lines="skip"))
     assert [row.cells for row in rows] == [["1", "2"], ["7", "8"]]
     assert caplog.messages == ["f.csv: skipped 2 rows that do not have 2 columns, such as line 3"]
     _, rows = read_csv(lines, "f.csv", CsvFormat())
     with pytest.raises(UserError, match=r"f\.csv:3: expected 2 columns, found 1"):
         list(rows)
+
+
+def test_extra_columns_are_dropped_on_request() -> None:
+    """Catches rows of STS-B lost because their source is named in two more columns, and rows that lack columns."""
+    _, rows = read_csv(["1,2\n", "3,4,5\n", "6\n"], "f.csv", CsvFormat(header=False, on_bad_lines="drop_extra"))
+    assert next(rows).cells == ["1", "2"]
+    assert next(rows).cells == ["3", "4"]
+    with pytest.raises(UserError, match=r"f\.csv:3: expected 2 columns, found 1"):
+        next(rows)
