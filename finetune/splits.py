@@ -1,20 +1,26 @@
 """The splits of a task: read, then encoded for one model."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rich.progress import track
+
 from experiment.errors import UserError
+from experiment.tracking.console import terminal
 from finetune.config import FinetuneConfig
 from finetune.data.random_split import split_off
-from finetune.data.records import Table, read_table
+from finetune.data.records import Record, Table, read_table
 from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Padding, Split, encode_split
 from finetune.encoding.tokenizer import load_task_tokenizer, turn_joiner
 from finetune.model import ModelSpec, read_model_inputs
 from finetune.task_kind import TaskKind, find_kind
+
+_MANY = 10_000  # rows that take seconds to tokenize
 
 
 @dataclass(frozen=True)
@@ -78,11 +84,22 @@ def make_task(config: FinetuneConfig, kind: TaskKind[Any], spec: ModelSpec, tabl
             f"model.max_seq_length is {length}, the model in {spec.folder} has {inputs.max_length} positions"
         )
     encoder = Encoder(tokenizer, length, inputs.token_types, config.task.special_tokens_in_text)
-    splits = {split: encode_split(table, kind, encoder, training=split == "train") for split, table in tables.items()}
+    splits = {
+        split: encode_split(table, kind, encoder, split == "train", partial(_show_progress, split))
+        for split, table in tables.items()
+    }
     balanced = config.training.class_weights == "balanced"
     weights = kind.label_weights(splits["train"].examples) if balanced else None
     smoothing = config.training.label_smoothing
     return Task(kind, config.task.metric, splits, Padding.of(tokenizer), weights, smoothing, inputs.max_length)
+
+
+def _show_progress(split: str, records: Sequence[Record]) -> Iterable[Record]:
+    """Iterate over the records of a split, with a progress bar on a terminal, and a line elsewhere if they are many."""
+    console = terminal()
+    if len(records) >= _MANY and not console.is_interactive:
+        console.print(f"tokenizing {len(records):,} rows of {split}", markup=False)
+    return track(records, f"tokenizing {split}", console=console, transient=True, disable=not console.is_interactive)
 
 
 def describe_task(task: Task) -> list[str]:

@@ -1,6 +1,6 @@
 """Examples, padded batches of them, and the examples of a split."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from finetune.data.records import Table
+from finetune.data.records import Record, Table
 from finetune.encoding.encoder import Encoder, Tokens
 from finetune.task_kind import TaskKind
 
@@ -77,9 +77,16 @@ class Split:
         return [example.longest for example in self.examples]
 
 
-def encode_split(table: Table, kind: TaskKind[Any], encoder: Encoder, training: bool) -> Split:
-    """The examples of all records. Raises UserError for an invalid target."""
-    expanded = [kind.expand(record, encoder, training) for record in table.records]
+def encode_split(
+    table: Table,
+    kind: TaskKind[Any],
+    encoder: Encoder,
+    training: bool,
+    progress: Callable[[Sequence[Record]], Iterable[Record]] = iter,
+) -> Split:
+    """The examples of all records. progress: shows the progress of an iteration. Raises UserError for an invalid
+    target."""
+    expanded = [kind.expand(record, encoder, training) for record in progress(table.records)]
     return Split(
         table,
         examples=tuple(example for examples in expanded for example in examples),
