@@ -88,15 +88,16 @@ class Encoder:
             raise UserError(f"model.max_seq_length: {self.max_length} tokens leave no room for text")
         return room
 
-    def assemble(self, *texts: Sequence[int], truncated: bool = False) -> Tokens:
-        """A sequence of one text or a pair of texts, given as token ids. truncated: whether they were cut."""
+    def assemble(self, *texts: Sequence[int], cut: int = 0) -> Tokens:
+        """A sequence of one text or a pair of texts, given as token ids. cut: how many were left out."""
         frame = self._frames[len(texts) - 1]
         ids, types = map(list, frame.specials[0])
         for text, text_type, specials in zip(texts, frame.text_types, frame.specials[1:], strict=True):
             ids += [*text, *specials[0]]
             types += [text_type] * len(text) + specials[1]
         assert len(ids) <= self.max_length
-        return Tokens(torch.tensor(ids), torch.tensor(types) if self.token_types else None, truncated)
+        token_types = torch.tensor(types) if self.token_types else None
+        return Tokens(torch.tensor(ids), token_types, cut > 0, len(ids) + cut)
 
     def starts(self, *lengths: int) -> list[int]:
         """Where each text starts in a sequence of one text or a pair of texts. lengths: of the texts, in tokens."""
@@ -110,7 +111,11 @@ class Encoder:
 
     def _find_frame(self, *texts: str) -> _Frame:
         encoded = self.tokenizer(
-            *texts, return_special_tokens_mask=True, return_token_type_ids=True, return_attention_mask=False
+            *texts,
+            verbose=False,
+            return_special_tokens_mask=True,
+            return_token_type_ids=True,
+            return_attention_mask=False,
         )
         specials: list[tuple[list[int], list[int]]] = [([], [])]
         text_types: list[int] = []

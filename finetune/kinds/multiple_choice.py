@@ -111,7 +111,8 @@ class Kind(TaskKind[Config]):
     def _sequence(self, first: list[int], second: list[int], room: int, encoder: Encoder) -> Tokens:
         kept = max(room - len(second), 0)
         start = max(len(first) - kept, 0) if self.config.truncation_side == "left" else 0
-        return encoder.assemble(first[start : start + kept], second[-room:], truncated=len(first) + len(second) > room)
+        cut = max(len(first) + len(second) - room, 0)
+        return encoder.assemble(first[start : start + kept], second[-room:], cut=cut)
 
     def _choice_id(self, record: Record) -> int:
         label, choices = record.values["label"], record.values["choices"]

@@ -100,7 +100,7 @@ class Kind(TaskKind[Config]):
         answer = self._answer_tokens(record, np.array(offsets, dtype=np.int64).reshape(-1, 2))
         examples = []
         for shown in windows(len(context), encoder.room(2) - len(question)):
-            tokens = encoder.assemble(question, context[shown.start : shown.stop], truncated=len(question) < len(asked))
+            tokens = encoder.assemble(question, context[shown.start : shown.stop], cut=len(asked) - len(question))
             start = encoder.starts(len(question), len(shown))[1]
             window = _Window(start, _classification_token(tokens, encoder), tuple(offsets[shown.start : shown.stop]))
             examples.append(Example((tokens,), None if answer is None else _target(window, shown, answer), window))
