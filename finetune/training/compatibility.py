@@ -1,4 +1,4 @@
-"""What a model can do, found out before training on a few examples of the training split."""
+"""What a model can do, found out on a few examples before training."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.device import Device
-from finetune.encoding.examples import Example, Split, collate
+from finetune.encoding.examples import Example, collate
 from finetune.splits import Task
 from finetune.training.microbatch import is_out_of_memory
 from finetune.training.updater import loss_options
@@ -22,20 +22,20 @@ def adapt_to_model(model: nn.Module, task: Task, device: Device, max_length: int
     Some models cannot compute in autocast, such as DeBERTa (v1) on a CPU: they are trained in fp32. The outputs of some
     depend on padding, such as FNet's, which has no attention mask: their batches are all padded to `max_length`.
     """
+    examples = _labelled_examples(task)
     lines, name = [], getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    if not _ignores_padding(model, task):
+    if not _ignores_padding(model, task, examples):
         lines.append(f"{name}: its outputs depend on padding, so all sequences are padded to {max_length} tokens")
         task = replace(task, padding=replace(task.padding, length=max_length))
-    if device.dtype is not None and not _computes(model, task, device):
+    if device.dtype is not None and not _computes(model, task, examples, device):
         lines.append(f"{name} cannot compute in {device.precision} on {device.device.type}; it is trained in fp32")
         device = replace(device, dtype=None)
     return task, device, lines
 
 
-def _ignores_padding(model: nn.Module, task: Task) -> bool:
+def _ignores_padding(model: nn.Module, task: Task, examples: Sequence[Example]) -> bool:
     """Whether the loss of short examples stays the same next to a long one."""
-    by_length = _by_length(task.splits["train"])
-    short, long = by_length[:_EXAMPLES], by_length[-1:]
+    short, long = examples[:_EXAMPLES], examples[-1:]
     cpu = Device(torch.device("cpu"), None)
     model.eval()
     with torch.inference_mode():
@@ -44,12 +44,12 @@ def _ignores_padding(model: nn.Module, task: Task) -> bool:
     return bool((apart - together).abs() <= _TOLERANCE * (1 + apart.abs()))
 
 
-def _computes(model: nn.Module, task: Task, device: Device) -> bool:
+def _computes(model: nn.Module, task: Task, examples: Sequence[Example], device: Device) -> bool:
     """Whether forward and backward work in the precision of the device."""
     model.to(device.device).train()
     try:
         with torch.enable_grad():
-            _loss(model, task, _by_length(task.splits["train"])[:2], device).backward()  # type: ignore[no-untyped-call]
+            _loss(model, task, examples[:2], device).backward()  # type: ignore[no-untyped-call]
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
@@ -57,7 +57,9 @@ def _computes(model: nn.Module, task: Task, device: Device) -> bool:
     return True
 
 
-def _by_length(split: Split) -> list[Example]:
+def _labelled_examples(task: Task) -> list[Example]:
+    """Those of a split with targets, the shortest first."""
+    split = next(split for split in task.splits.values() if split.table.labelled)  # train, if there is one
     return sorted(split.examples, key=lambda example: example.longest)
 
 
