@@ -51,7 +51,7 @@ class TaskConfig(Section):
 
     train: PathText | None = None
     """Training split, needed by all kinds that are trained: a .csv, .tsv, .txt (tab-separated), .jsonl, .json, .parquet
-    or .conll file, or a folder of .json files; all but Parquet plain or .gz. See docs/finetuning.md."""
+    or .conll file, or a folder of .json files; all but Parquet plain or .gz. See docs/task_data.md."""
 
     validation: PathText | None = None
     """Validation split, which decides which epoch is kept; default: a share of the training split."""
