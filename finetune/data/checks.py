@@ -73,11 +73,12 @@ def _contradictions(train: Table, targets: Sequence[str]) -> Iterator[str]:
 
 
 def _shared(tables: Mapping[str, Table], targets: Sequence[str]) -> Iterator[str]:
-    places = {
-        split: {_inputs(record, targets): record.place for record in table.records} for split, table in tables.items()
+    places = {  # of the first row with a text
+        split: {_inputs(record, targets): record.place for record in reversed(table.records)}
+        for split, table in tables.items()
     }
     for (split, known), (other, found) in combinations(places.items(), 2):
-        if shared := [text for text in found if text in known]:
+        if shared := [text for text in reversed(found) if text in known]:
             rows = sum(_inputs(record, targets) in known for record in tables[other].records)
             yield (
                 f"{other}: {rows:,} of {len(tables[other]):,} rows have a text that is also in {split}, such as in "

@@ -37,7 +37,7 @@ def test_texts_that_splits_share_are_counted() -> None:
     found = oddities(train=GOOD, validation=[("text 3", "more", "b"), ("text 3", "other", "b")], test=[("new", "more")])
     assert found == ["validation: 1 of 2 rows have a text that is also in train, such as in validation:2 and train:5"]
     found = oddities(train=GOOD, validation=[("v", "v", "a")], test=[("v", "v"), ("v", "v")])
-    assert found == ["test: 2 of 2 rows have a text that is also in validation, such as in test:3 and validation:2"]
+    assert found == ["test: 2 of 2 rows have a text that is also in validation, such as in test:2 and validation:2"]
 
 
 def test_texts_with_different_labels_are_counted() -> None:
