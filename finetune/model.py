@@ -1,6 +1,7 @@
 """Load an encoder and put a task head on it."""
 
 import inspect
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,6 +203,8 @@ def save_model(
     for name, value in {"split_special_tokens": not special_tokens_in_text, "model_input_names": names}.items():
         setattr(tokenizer, name, value)
         tokenizer.init_kwargs[name] = value  # attributes are saved only if they are also here
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports DeepSpeed, which warns without a choice
     with quiet_transformers():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
