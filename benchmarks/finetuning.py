@@ -76,6 +76,7 @@ def _measure_deepcloze(setup: Setup, seed: int, _: bool) -> tuple[float, float]:
     model, validation = build_model(setup.model).model, setup.task.splits["validation"]
     start = time.process_time()
     fitted = fit(model, setup.task, setup.config.training, seed, setup.device, lambda *_: None)
+    assert fitted.best is not None
     trained = time.process_time()
     evaluate(model, setup.task, validation, Microbatch(setup.config.training.batch_size * 4), setup.device)
     evaluation = time.process_time() - trained  # `fit` has evaluated once

@@ -138,7 +138,7 @@ def _train_missing_seeds(setup: Setup, finished: Mapping[int, SeedRecord], run_i
     started = state_file(missing[0], setup).steps if missing else 0
     if started:
         _print(f"seed {missing[0]}: resuming after step {started:,}")
-    steps = total_steps(setup.task, config.training)
+    steps = total_steps(setup.task, config.training) if setup.task.is_trained else 0
     tracked = TrackedRun(
         run_id=run_id,
         parameters=flatten(config),

@@ -35,6 +35,10 @@ class Task:
     label_smoothing: float = 0.0
     positions: int | None = None  # of the model, in tokens; None: no limit
 
+    @property
+    def is_trained(self) -> bool:
+        return self.kind.is_trained(self.kind.config)
+
     def is_better(self, scores: Mapping[str, float], others: Mapping[str, float]) -> bool:
         """Whether scores are better than others, by the task's metric."""
         direction = self.kind.metrics[self.metric]
@@ -53,6 +57,7 @@ def read_splits(task: TaskConfig, model: Path, fit_on: str = "train") -> dict[st
     tables = {
         split: read_table(Path(path), task.columns, task.file_format(), split in ("train", "validation"), joiner)
         for split, path in task.files().items()
+        if split != "train" or find_kind(task.kind).is_trained(task)
     }
     if fit_on == "train+validation" and "train" in tables:
         validation = tables.pop("validation", None)

@@ -163,12 +163,22 @@ class TaskKind(ABC, Generic[ConfigT]):
         """The 95 % confidence intervals of those metrics that have one, see `results.intervals`."""
         return {}
 
+    def breakdowns(
+        self, records: Sequence[Record], predictions: Sequence[Prediction]
+    ) -> Mapping[str, Sequence[Mapping[str, Any]]]:
+        """Further tables of scores: name -> rows, written as `NAME-<split>.csv`."""
+        return {}
+
+    def rows(self, record: Record, prediction: Prediction) -> Sequence[tuple[Mapping[str, Any], Prediction]]:
+        """What the predictions file says: usually one row with the values of the record and its prediction."""
+        return [(record.values, prediction)]
+
     def classified(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> "Classified | None":
         """Labels and probabilities of records with targets, if the kind predicts one label for each; else None."""
         return None
 
     def losses(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> "NDArray[np.float64] | None":
-        """How wrong the predictions are, for records with targets; None if the kind does not say."""
+        """How wrong the predictions are, for each row of records with targets; None if the kind does not say."""
         classified = self.classified(records, predictions)
         return None if classified is None else classified.losses
 

@@ -101,6 +101,15 @@ def _read_answers(cell: object) -> list[dict[str, Any]] | None:
     raise ValueError
 
 
+def _read_options(cell: object) -> list[list[str]]:
+    cell = _parse_json(cell)
+    if not isinstance(cell, list) or not all(isinstance(row, list) and len(row) > 1 for row in cell):
+        raise ValueError
+    if not all(isinstance(option, str) and option.strip() for row in cell for option in row):
+        raise ValueError
+    return cell
+
+
 def _is_answer(value: Any) -> bool:
     text, start = (value.get("text"), value.get("answer_start")) if isinstance(value, dict) else (None, None)
     return isinstance(text, str) and bool(text) and isinstance(start, int)
@@ -125,6 +134,8 @@ CHOICE = CellType("the right choice", _read_label, target=True)
 LABELS = CellType("a list of labels, or text", _read_labels, target=True)
 NUMBER = CellType("a number", _read_number, target=True)
 TAGS = CellType("a list of tags, or tags separated by spaces", _read_words, target=True)
+OPTIONS = CellType("a list with two or more options for each blank", _read_options)
+CLOZE_ANSWERS = CellType("a list of letters, one for each blank", _read_words, target=True)
 ANSWERS = CellType('answers {"text": […], "answer_start": […]} as in SQuAD', _read_answers, target=True)
 
 
@@ -143,6 +154,8 @@ ChoiceColumn = Annotated[Name, CHOICE]
 LabelsColumn = Annotated[Name, LABELS]
 NumberColumn = Annotated[Name, NUMBER]
 TagsColumn = Annotated[Name, TAGS]
+OptionsColumn = Annotated[Name, OPTIONS]
+ClozeAnswersColumn = Annotated[Name, CLOZE_ANSWERS]
 AnswersColumn = Annotated[Name, ANSWERS]
 
 

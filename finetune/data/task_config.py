@@ -103,6 +103,11 @@ class TaskConfig(Section):
         csv_format = CsvFormat(self.sep, self.quoting, self.header == 0, quoting_key, self.on_bad_lines)
         return FileFormat(None if self.format == "auto" else self.format, csv_format)
 
+    @property
+    def dialogue(self) -> DialogueContext | None:
+        """`context`, unless the kind of task has another key of this name."""
+        return self.context if isinstance(self.context, DialogueContext) else None
+
     def files(self) -> dict[str, str]:
         """Split -> file, of the splits that have one: train, validation, then the test splits."""
         tests = self.test if isinstance(self.test, Mapping) else {"test": self.test}
@@ -119,7 +124,7 @@ class TaskConfig(Section):
     @model_validator(mode="after")
     def _columns_are_numbers_without_header(self) -> Self:
         if self.header is None:
-            named = {"columns": self.columns} | ({} if self.context is None else {"context": self.context})
+            named = {"columns": self.columns} | ({} if self.dialogue is None else {"context": self.dialogue})
             for key, columns in named.items():
                 for role in columns.cell_types():
                     _check_numbers(f"{key}.{role}", columns.names(role))
@@ -127,7 +132,7 @@ class TaskConfig(Section):
 
     @model_validator(mode="after")
     def _context_has_a_text_and_a_separator(self) -> Self:
-        if self.context is not None:
+        if self.dialogue is not None:
             if "text" not in self.columns.cell_types():
                 raise ValueError(f"context: tasks of kind '{self.kind}' have no single text to put turns before")
             if not self.special_tokens_in_text:

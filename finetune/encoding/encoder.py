@@ -58,6 +58,11 @@ class Encoder:
         found: list[int] = self._tokenize(text, special=False)["input_ids"]
         return found
 
+    def ids_of_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """The tokens of each text, without special tokens, at least one each unless the text is empty."""
+        found: list[list[int]] = self._tokenize(texts, special=False)["input_ids"] if texts else []
+        return [ids or [self.tokenizer.unk_token_id] * bool(text) for ids, text in zip(found, texts, strict=True)]
+
     def ids_and_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """The tokens of a text, without special tokens, and the characters (start, end) that each of them covers.
 
@@ -75,8 +80,7 @@ class Encoder:
         """The tokens of each word of a sentence, at least one each."""
         # Tokenizers that tell the start of a word by the space before it need that space.
         texts = [word if index == 0 else f" {word}" for index, word in enumerate(words)]
-        found: list[list[int]] = self._tokenize(texts, special=False)["input_ids"] if texts else []
-        return [ids or [self.tokenizer.unk_token_id] for ids in found]
+        return [ids or [self.tokenizer.unk_token_id] for ids in self.ids_of_texts(texts)]
 
     def room(self, texts: int = 1) -> int:
         """How many tokens fit into a sequence of one text, or of a pair, beside the special tokens.

@@ -11,15 +11,15 @@ from finetune.data.task_config import TaskConfig
 
 def load_task_tokenizer(folder: Path, task: TaskConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder. Raises UserError if it lacks a special token that the task needs."""
-    needed = ["pad_token"] if task.context is None else ["pad_token", "sep_token"]
+    needed = ["pad_token"] if task.dialogue is None else ["pad_token", "sep_token"]
     tokenizer = load_any_tokenizer(folder, needed)
-    if task.context is not None:
+    if task.dialogue is not None:
         tokenizer.truncation_side = "left"  # keep the text itself rather than the turns before it
     return tokenizer
 
 
 def turn_joiner(folder: Path, task: TaskConfig) -> TurnJoiner | None:
     """Joins the turns of dialogues for the model in a folder, if the task has any."""
-    if task.context is None:
+    if task.dialogue is None:
         return None
-    return TurnJoiner(task.context, load_task_tokenizer(folder, task).sep_token)
+    return TurnJoiner(task.dialogue, load_task_tokenizer(folder, task).sep_token)

@@ -137,7 +137,8 @@ class Kind(TaskKind[Config]):
     def loss(self, outputs: Tensor, batch: Batch, options: LossOptions) -> Loss:
         """Cross-entropy over the choices of each question."""
         assert batch.targets is not None
-        return choice_loss(outputs[:, 0], batch)
+        sizes = [len(example.sequences) for example in batch.examples]
+        return choice_loss(torch.split(outputs[:, 0].float(), sizes), batch.targets)
 
     def decode(self, record: Record, examples: Sequence[Example], outputs: Sequence[NDArray[np.float32]]) -> Prediction:
         probabilities = torch.softmax(torch.from_numpy(np.concatenate(outputs)), dim=0).tolist()
@@ -162,12 +163,10 @@ class Kind(TaskKind[Config]):
         return {"accuracy": accuracy_interval(_right(records, predictions), contexts)}
 
 
-def choice_loss(scores_S: Tensor, batch: Batch) -> Loss:
-    """Cross-entropy over the sequences of each example; its target is the index of one of them."""
-    assert batch.targets is not None
-    groups = torch.split(scores_S.float(), [len(example.sequences) for example in batch.examples])
-    padded = pad_sequence(list(groups), batch_first=True, padding_value=float("-inf"))
-    losses = F.cross_entropy(padded, batch.targets, reduction="none")
+def choice_loss(scores: Sequence[Tensor], targets: Tensor) -> Loss:
+    """Cross-entropy over the choices of each question. scores: of its choices. targets: indices of the right ones."""
+    padded = pad_sequence(list(scores), batch_first=True, padding_value=float("-inf"))
+    losses = F.cross_entropy(padded, targets, reduction="none")
     return Loss(losses.sum(), torch.tensor(float(len(losses)), device=losses.device))
 
 

@@ -20,18 +20,19 @@ def write_predictions(path: Path, kind: TaskKind[Any], table: Table, predictions
 def prediction_rows(
     kind: TaskKind[Any], records: Sequence[Record], predictions: Sequence[Prediction], first: int = 1
 ) -> list[dict[str, Any]]:
-    """A row for each record: its number from `first`, the columns of the task, `predicted`, and further parts of the
-    prediction, such as `probability_LABEL`."""
+    """A row for each record, or several as its kind says: its number from `first`, the columns of the task,
+    `predicted`, and further parts of the prediction, such as `probability_LABEL`."""
     return [
-        {"row": number, **dict(_inputs(record.values, kind)), **dict(_flatten(prediction, kind))}
+        {"row": number, **dict(_inputs(values, kind)), **dict(_flatten(part, kind))}
         for number, (record, prediction) in enumerate(zip(records, predictions, strict=True), start=first)
+        for values, part in kind.rows(record, prediction)
     ]
 
 
 def _inputs(values: Mapping[str, Any], kind: TaskKind[Any]) -> Iterator[tuple[str, Any]]:
     """The values of a record: its texts first, then its target."""
     types = kind.config.columns.cell_types()
-    for role in sorted(values, key=lambda role: types[role].target):
+    for role in sorted(values, key=lambda role: role in types and types[role].target):
         yield role, values[role]
 
 

@@ -26,10 +26,11 @@ from finetune.model import ModelSpec, build_model, model_files, save_model
 from finetune.results.calibration import measure_calibration
 from finetune.results.epoch_table import print_epochs
 from finetune.results.predictions import write_predictions
+from finetune.results.row_file import open_row_file
 from finetune.results.worst_rows import write_worst_rows
 from finetune.saved_task import SavedTask, write_saved_task
 from finetune.splits import Task
-from finetune.training.fit import Epoch, Fitted, Log, fit
+from finetune.training.fit import Epoch, Fitted, Log, fit, score
 from finetune.training.state_file import StateFile
 
 _COMPLETE = "COMPLETE"  # written last into a seed's folder
@@ -112,9 +113,13 @@ def train_seed(seed: int, setup: Setup, log: Log) -> SeedRecord:
     """Build, train and save one model in RUN/seed-N."""
     torch.manual_seed(seed)  # for the new head; `fit` seeds again
     model = build_model(setup.model).model
-    fitted = fit(model, setup.task, setup.config.training, seed, setup.device, log, state_file(seed, setup))
+    if setup.task.is_trained:
+        fitted = fit(model, setup.task, setup.config.training, seed, setup.device, log, state_file(seed, setup))
+    else:
+        fitted = score(model, setup.task, setup.config.training, setup.device)
     record = _make_record(fitted, setup)
-    print_epochs(terminal(), f"seed {seed}", record.epochs, record.best_epoch)
+    if record.epochs:
+        print_epochs(terminal(), f"seed {seed}", record.epochs, record.best_epoch)
     if record.collapsed:
         splits = ", ".join(record.collapsed)
         terminal().print(f"seed {seed} has collapsed: it predicts the same for every row of {splits}", markup=False)
@@ -160,13 +165,17 @@ def _write_seed(
         )
         write_saved_task(folder / "model", task)
         if provenance := read_provenance(setup.folder):
-            write_origin(folder / "model", RunFolder(final), provenance, fitted.best.steps)
-    _write_csv(folder / "epochs.csv", list(record.epochs[0]), [list(row.values()) for row in record.epochs])
+            write_origin(folder / "model", RunFolder(final), provenance, fitted.best.steps if fitted.best else 0)
+    if record.epochs:
+        _write_csv(folder / "epochs.csv", list(record.epochs[0]), [list(row.values()) for row in record.epochs])
     for split, evaluation in fitted.evaluations.items():
         kind, table = setup.task.kind, setup.task.splits[split].table
         write_predictions(folder / f"predictions-{split}.csv", kind, table, evaluation.predictions)
         if split in record.scores:
             write_worst_rows(folder / f"worst-{split}.csv", kind, table.records, evaluation.predictions)
+            for name, rows in kind.breakdowns(table.records, evaluation.predictions).items():
+                with open_row_file(folder / f"{name}-{split}.csv") as write:
+                    write(rows)
     write_json(folder / _COMPLETE, asdict(record))
 
 
@@ -183,7 +192,7 @@ def _make_record(fitted: Fitted, setup: Setup) -> SeedRecord:
     )
     return SeedRecord(
         settings=setup.settings,
-        best_epoch=fitted.best.epoch,
+        best_epoch=fitted.best.epoch if fitted.best else 0,
         epochs=[_epoch_row(epoch) for epoch in fitted.epochs],
         scores={split: fitted.evaluations[split].scores for split in labelled},
         intervals={split: dict(kind.intervals(*found)) for split, found in labelled.items()},

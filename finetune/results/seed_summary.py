@@ -54,7 +54,8 @@ def write_results(
         draw_confusion(folder.path / "confusion.png", confusion, labels, title)
     curves = {seed: record.epochs for seed, record in records.items()}
     best = {seed: record.best_epoch for seed, record in records.items()}
-    draw_curves(folder.path / "curves.png", curves, best, config.task.metric)
+    if any(curves.values()):
+        draw_curves(folder.path / "curves.png", curves, best, config.task.metric)
     write_json(folder.path / "results.json", results)
     return results
 

@@ -22,7 +22,8 @@ def adapt_to_model(model: nn.Module, task: Task, device: Device, max_length: int
     Some models cannot compute in autocast, such as DeBERTa (v1) on a CPU: they are trained in fp32. The outputs of some
     depend on padding, such as FNet's, which has no attention mask: their batches are all padded to `max_length`.
     """
-    examples = _labelled_examples(task)
+    if not (examples := _labelled_examples(task)):
+        return task, device, []  # a task that is not trained, on texts without targets
     lines, name = [], getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if not _ignores_padding(model, task, examples):
         lines.append(f"{name}: its outputs depend on padding, so all sequences are padded to {max_length} tokens")
@@ -58,9 +59,9 @@ def _computes(model: nn.Module, task: Task, examples: Sequence[Example], device:
 
 
 def _labelled_examples(task: Task) -> list[Example]:
-    """Those of a split with targets, the shortest first."""
-    split = next(split for split in task.splits.values() if split.table.labelled)  # train, if there is one
-    return sorted(split.examples, key=lambda example: example.longest)
+    """Those of a split with targets, the shortest first: of train, if there is one."""
+    labelled = [split.examples for split in task.splits.values() if split.table.labelled]
+    return sorted(labelled[0], key=lambda example: example.longest) if labelled else []
 
 
 def _loss(model: nn.Module, task: Task, examples: Sequence[Example], device: Device) -> Tensor:

@@ -40,7 +40,7 @@ class Epoch:
 @dataclass(frozen=True)
 class Fitted:
     epochs: tuple[Epoch, ...]
-    best: Epoch
+    best: Epoch | None  # None without training
     evaluations: Mapping[str, Evaluation]  # of every split but train, with the best weights
 
 
@@ -76,6 +76,14 @@ def fit(
         if state_file is not None and not fitting.done:
             state_file.save(fitting.state())
     return fitting.predict()
+
+
+def score(model: nn.Module, task: Task, config: TrainingConfig, device: Device) -> Fitted:
+    """Predict all splits of a task that is not trained."""
+    model.to(device.device)
+    microbatch = Microbatch(config.batch_size * EVALUATION_FACTOR)
+    splits = task.splits.items()
+    return Fitted((), None, {name: evaluate(model, task, split, microbatch, device) for name, split in splits})
 
 
 class _Fitting:

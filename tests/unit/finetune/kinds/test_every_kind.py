@@ -92,12 +92,24 @@ def question_answering(draw: random.Random) -> Row:
     return {"question": "word0 word1", "context": " ".join([*before, *answer, *after]), "answers": answers}
 
 
+def cloze(draw: random.Random) -> Row:
+    """The right option is of the upper half; options have one or two tokens, and the article needs windows."""
+    blanks = draw.randint(1, 4)
+    options = [[" ".join(draw.choices(LOW, k=draw.randint(1, 2))) for _ in range(4)] for _ in range(blanks)]
+    answers = [draw.randrange(4) for _ in range(blanks)]
+    for row, answer in zip(options, answers, strict=True):
+        row[answer] = draw.choice(HIGH)
+    texts = [" ".join(draw.choices(LOW, k=draw.randint(1, 9))) for _ in range(blanks + 1)]
+    return {"article": " _ ".join(texts), "options": options, "answers": ["ABCD"[answer] for answer in answers]}
+
+
 TASKS = {
     "classification": TinyTask(classification, chance=0.6),
     "regression": TinyTask(regression, chance=0.3),
     "multi_label": TinyTask(multi_label, chance=0.6),
     "token_classification": TinyTask(token_classification, chance=0.8),
     "question_answering": TinyTask(question_answering, chance=0.5),
+    "cloze": TinyTask(cloze, chance=0.4),
     "multiple_choice": TinyTask(multiple_choice, chance=0.5),
 }
 

@@ -1,0 +1,313 @@
+"""Cloze exams: an article with blanks, and options for each blank, as in CLOTH (Xie et al. 2018)."""
+
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from experiment.errors import UserError
+from finetune.data.columns import ClozeAnswersColumn, Columns, OptionsColumn, TextColumn
+from finetune.data.records import Record, Table
+from finetune.data.task_config import TaskConfig
+from finetune.encoding.blanks import Context, Surroundings, surroundings
+from finetune.encoding.encoder import Encoder
+from finetune.encoding.examples import Batch, Example
+from finetune.kinds.multiple_choice import choice_loss
+from finetune.results.collapse import is_constant
+from finetune.results.intervals import Interval, accuracy_interval
+from finetune.task_kind import Direction, Loss, LossOptions, Prediction, TaskKind
+
+_BLANK = "_"
+_MODELS = {
+    "multiple_choice": "AutoModelForMultipleChoice",
+    "binary": "AutoModelForSequenceClassification",
+    "zero_shot": "AutoModelForMaskedLM",
+}
+
+
+class ClozeColumns(Columns):
+    """Columns of a cloze task. A row is an article."""
+
+    article: TextColumn = "article"
+    """Column with the text; each `_` in it is a blank."""
+
+    options: OptionsColumn = "options"
+    """Column with a list for each blank: its options."""
+
+    answers: ClozeAnswersColumn = "answers"
+    """Column with a list of letters: the right option of each blank, `A` for the first."""
+
+
+class Config(TaskConfig):
+    """An article with blanks, and options for each blank."""
+
+    kind: Literal["cloze"] = "cloze"
+    columns: ClozeColumns = ClozeColumns()
+    metric: Literal["accuracy"] = "accuracy"
+
+    context: Context = "article"  # type: ignore[assignment]  # of a blank; other kinds: of an utterance in a dialogue
+    """What is shown around a blank: the whole article, in overlapping windows if it is too long; the article cut around
+    the blank; or what is between the neighbouring blanks."""
+
+    other_blanks: Literal["filled", "masked", "dropped"] = "filled"
+    """What stands in the other blanks that are shown: the right option, in training only, and otherwise a mask; always
+    a mask; or nothing."""
+
+    scoring: Literal["multiple_choice", "binary", "zero_shot"] = "multiple_choice"
+    """How an option is scored: by a multiple-choice head on the text with the option filled in; by a classifier of
+    such texts as right or wrong; or by the masked-LM head, without training."""
+
+
+@dataclass(frozen=True)
+class _Masked:
+    """A mask that stands for a token of some options."""
+
+    position: int  # in the sequence
+    tokens: Mapping[int, int]  # option -> its token
+
+
+@dataclass(frozen=True)
+class _Blank:
+    index: int  # in the article
+    lengths: tuple[int, ...]  # of its options, in tokens
+    masked: tuple[_Masked, ...] = ()  # of each sequence; zero-shot only
+
+
+class Kind(TaskKind[Config]):
+    """A prediction has `answers`, a letter for each blank, and `probabilities`, a list for each blank with one for each
+    option.
+
+    If several windows show a blank, the scores of its options are the means over the windows.
+    """
+
+    config_type = Config
+    metrics = dict.fromkeys(("accuracy",), Direction.HIGHER)
+    answer = "answers"
+
+    def __init__(self, config: Config, labels: tuple[str, ...]) -> None:
+        super().__init__(config, labels)
+        self.auto_model = _MODELS[config.scoring]
+        self._letters = config.labels or tuple(string.ascii_uppercase)
+
+    @classmethod
+    def is_trained(cls, config: Config) -> bool:
+        return config.scoring != "zero_shot"
+
+    @property
+    def head(self) -> dict[str, Any]:
+        if self.config.scoring != "binary":
+            return {}
+        return {"num_labels": 2, "id2label": {0: "wrong", 1: "right"}, "label2id": {"wrong": 0, "right": 1}}
+
+    def describe(self, train: Table) -> list[str]:
+        return [f"{sum(len(record.values['options']) for record in train.records):,} blanks in train"]
+
+    def expand(self, record: Record, encoder: Encoder, training: bool) -> list[Example]:
+        """Those of each blank: one for each window that shows it."""
+        segments, options, answers = self._parse(record)
+        room = encoder.room()
+        segment_ids = encoder.ids_of_texts([segment.rstrip() for segment in segments])
+        # Tokenizers that tell the start of a word by the space before it need that space.
+        found = iter(encoder.ids_of_texts([f" {option}" for row in options for option in row]))
+        option_ids = [[next(found)[: room // 2] for _ in row] for row in options]
+        fillings = self._fillings(option_ids, answers if training else None, encoder)
+        examples = []
+        for blank, ids in enumerate(option_ids):
+            size = room - max(map(len, ids))
+            for shown in surroundings(segment_ids, fillings, blank, self.config.context, size):
+                target = None if answers is None else answers[blank]
+                examples.append(self._example(blank, ids, shown, target, encoder))
+        return examples
+
+    def _parse(self, record: Record) -> tuple[list[str], list[list[str]], list[int] | None]:
+        """What is between the blanks, the options, and the index of each right option if the record has them.
+
+        Raises UserError for another number of blanks, options and answers, and for an unknown letter.
+        """
+        segments, options = record.values["article"].split(_BLANK), record.values["options"]
+        letters = record.values.get("answers")
+        counts = [len(segments) - 1, len(options), len(options if letters is None else letters)]
+        if len(set(counts)) > 1 or not options:
+            raise UserError(
+                f"{record.place}: {counts[0]} blanks '{_BLANK}' in the article, {counts[1]} lists of options and "
+                f"{counts[2]} answers; expected one or more, and as many of each"
+            )
+        if letters is None:
+            return segments, options, None
+        for number, (row, letter) in enumerate(zip(options, letters, strict=True), 1):
+            if letter not in self._letters[: len(row)]:
+                known = ", ".join(self._letters[: len(row)])
+                raise UserError(f"{record.place}, blank {number}: unknown answer '{letter}'; known: {known}")
+        return segments, options, [self._letters.index(letter) for letter in letters]
+
+    def _fillings(
+        self, option_ids: Sequence[Sequence[list[int]]], answers: Sequence[int] | None, encoder: Encoder
+    ) -> list[list[int]]:
+        """What stands in each blank while another one is asked for. answers: None if they must not be shown."""
+        if self.config.other_blanks == "filled" and answers is not None:
+            return [row[answer] for row, answer in zip(option_ids, answers, strict=True)]
+        if self.config.other_blanks == "dropped":
+            return [[] for _ in option_ids]
+        return [[_mask_id(encoder)] for _ in option_ids]
+
+    def _example(
+        self, blank: int, options: Sequence[list[int]], shown: Surroundings, target: int | None, encoder: Encoder
+    ) -> Example:
+        lengths = tuple(map(len, options))
+        if self.config.scoring != "zero_shot":
+            filled = [encoder.assemble([*shown.left, *ids, *shown.right], cut=shown.cut) for ids in options]
+            return Example(tuple(filled), target, _Blank(blank, lengths))
+        # Options of one token share a sequence: in all of them it is the token that is masked.
+        start = len(shown.left) + encoder.starts(0)[0]
+        masked: dict[tuple[int, ...], _Masked] = {}
+        for option, ids in enumerate(options):
+            for index, token in enumerate(ids):
+                key = (*ids[:index], _mask_id(encoder), *ids[index + 1 :])
+                place = masked.get(key, _Masked(start + index, {}))
+                masked[key] = _Masked(place.position, {**place.tokens, option: token})
+        sequences = [encoder.assemble([*shown.left, *ids, *shown.right], cut=shown.cut) for ids in masked]
+        return Example(tuple(sequences), target, _Blank(blank, lengths, tuple(masked.values())))
+
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+        """S1 scores of a multiple-choice head, S2 scores of wrong and right; or, zero-shot, the log-probability of the
+        masked token of each option (as many columns as a blank has options), 0 for options that mask another one."""
+        if self.config.scoring == "multiple_choice":
+            logits: Tensor = model(**{name: tensor[None] for name, tensor in batch.inputs.items()}).logits
+            return logits.reshape(-1, 1)
+        if self.config.scoring == "binary":
+            return super().forward(model, batch)
+        masked = [place for example in batch.examples for place in example.details.masked]
+        log_probabilities_SV = _masked_logits(model, batch, [place.position for place in masked]).log_softmax(-1)
+        most = max(len(example.details.lengths) for example in batch.examples)
+        options_SO = torch.tensor([[place.tokens.get(option, -1) for option in range(most)] for place in masked])
+        options_SO = options_SO.to(log_probabilities_SV.device)
+        return log_probabilities_SV.gather(1, options_SO.clamp(min=0)) * (options_SO >= 0)
+
+    def loss(self, outputs: Tensor, batch: Batch, options: LossOptions) -> Loss:
+        """Cross-entropy over the options of each blank; for binary scoring, of right and wrong for each option."""
+        assert batch.targets is not None
+        sizes = [len(example.sequences) for example in batch.examples]
+        if self.config.scoring == "binary":
+            right = torch.zeros(len(outputs), dtype=torch.long, device=outputs.device)
+            first = torch.tensor([0, *sizes[:-1]], device=outputs.device).cumsum(0)
+            right[first + batch.targets] = 1
+            losses = F.cross_entropy(outputs.float(), right, reduction="sum")
+            return Loss(losses, torch.tensor(float(len(outputs)), device=outputs.device))
+        groups = zip(torch.split(outputs.float(), sizes), batch.examples, strict=True)
+        return choice_loss([self._option_scores(rows, example.details) for rows, example in groups], batch.targets)
+
+    def decode(self, record: Record, examples: Sequence[Example], outputs: Sequence[NDArray[np.float32]]) -> Prediction:
+        rows = iter(outputs)
+        scores: list[list[Tensor]] = [[] for _ in record.values["options"]]
+        for example in examples:
+            found = torch.from_numpy(np.stack([next(rows) for _ in example.sequences]))
+            scores[example.details.index].append(self._option_scores(found, example.details))
+        probabilities = [torch.softmax(torch.stack(each).mean(0), dim=0).tolist() for each in scores]
+        return {
+            "answers": [self._letters[int(np.argmax(each))] for each in probabilities],
+            "probabilities": probabilities,
+        }
+
+    def _option_scores(self, outputs: Tensor, blank: _Blank) -> Tensor:
+        """The scores of the options of a blank, log-probabilities up to a constant.
+
+        Zero-shot: the pseudo-log-likelihood (Salazar et al. 2020) of the option's tokens, each masked in turn, divided
+        by their number: otherwise short options would win.
+        """
+        if self.config.scoring == "multiple_choice":
+            return outputs[:, 0].log_softmax(0)
+        if self.config.scoring == "binary":
+            return outputs.log_softmax(-1)[:, 1]
+        return outputs.sum(0)[: len(blank.lengths)] / torch.tensor(blank.lengths, device=outputs.device)
+
+    def scores(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> dict[str, float]:
+        return {"accuracy": float(np.mean(np.concatenate(_right(records, predictions))))}
+
+    def intervals(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> dict[str, Interval]:
+        """For other articles: the blanks of one are not independent."""
+        right = _right(records, predictions)
+        articles = [number for number, found in enumerate(right) for _ in found]
+        return {"accuracy": accuracy_interval([each for found in right for each in found], articles)}
+
+    def breakdowns(
+        self, records: Sequence[Record], predictions: Sequence[Prediction]
+    ) -> dict[str, list[dict[str, Any]]]:
+        """Accuracy by article, and by the position of a blank in its article."""
+        right = _right(records, predictions)
+        positions = [[found[place] for found in right if len(found) > place] for place in range(max(map(len, right)))]
+        return {
+            "accuracy_by_article": [_accuracy_row("row", number, found) for number, found in enumerate(right, 1)],
+            "accuracy_by_blank": [_accuracy_row("blank", number, found) for number, found in enumerate(positions, 1)],
+        }
+
+    def is_collapsed(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> bool:
+        answers = [letter for prediction in predictions for letter in prediction["answers"]]
+        return is_constant(answers, [letter for record in records for letter in record.values["answers"]])
+
+    def losses(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> NDArray[np.float64]:
+        """-log of the probability of the right option of each blank."""
+        found = [
+            probabilities[answer]
+            for record, prediction in zip(records, predictions, strict=True)
+            for probabilities, answer in zip(prediction["probabilities"], self._parse(record)[2] or [], strict=True)
+        ]
+        return -np.log(np.maximum(found, np.finfo(np.float64).tiny))
+
+    def rows(self, record: Record, prediction: Prediction) -> list[tuple[Mapping[str, Any], Prediction]]:
+        """A row for each blank."""
+        return [
+            (
+                {"blank": index + 1, "options": options}
+                | ({"answers": record.values["answers"][index]} if "answers" in record.values else {}),
+                {"answers": answer, "probabilities": probabilities},
+            )
+            for index, (options, answer, probabilities) in enumerate(
+                zip(record.values["options"], prediction["answers"], prediction["probabilities"], strict=True)
+            )
+        ]
+
+
+def _mask_id(encoder: Encoder) -> int:
+    mask_id: int | None = encoder.tokenizer.mask_token_id
+    if mask_id is None:
+        raise UserError("a cloze task that masks blanks needs a tokenizer with a mask token")
+    return mask_id
+
+
+def _masked_logits(model: nn.Module, batch: Batch, positions: Sequence[int]) -> Tensor:
+    """SV scores of the vocabulary at one position of each sequence, counted without padding.
+
+    Only these positions reach the output layer, which would otherwise take most of time and memory.
+    """
+    mask = batch.inputs["attention_mask"]
+    rows = torch.arange(len(mask), device=mask.device)
+    columns = torch.tensor(positions, device=mask.device) + mask.argmax(dim=1)  # behind the padding of the left side
+
+    def select(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        return (inputs[0][rows, columns][:, None],)
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(select)  # type: ignore[operator]
+    try:
+        logits: Tensor = model(**batch.inputs).logits
+    finally:
+        hook.remove()
+    return logits[:, 0].float()
+
+
+def _right(records: Sequence[Record], predictions: Sequence[Prediction]) -> list[list[bool]]:
+    """Whether each blank of each article is right."""
+    return [
+        [right == found for right, found in zip(record.values["answers"], prediction["answers"], strict=True)]
+        for record, prediction in zip(records, predictions, strict=True)
+    ]
+
+
+def _accuracy_row(name: str, number: int, right: Sequence[bool]) -> dict[str, Any]:
+    low, high = accuracy_interval(right, range(len(right)))
+    return {name: number, "blanks": len(right), "accuracy": float(np.mean(right)), "low": low, "high": high}
