@@ -108,6 +108,8 @@ def prepare(config: FinetuneConfig) -> Setup:
         _print(f"{name}: {line}")
     task = make_task(config, kind, model, tables)
     built = build_model(model)
+    if model.pretrained and built.new and not task.is_trained:
+        raise UserError(f"{model.folder}: its weights lack {', '.join(built.new[:3])}, and the task is not trained")
     task, device, changes = adapt_to_model(built.model, task, device, config.model.max_seq_length)
     for line in [*describe_task(task), *describe_model(built, model), *changes]:
         _print(f"{name}: {line}")
