@@ -13,6 +13,7 @@ from finetune.device import Device
 from finetune.encoding.examples import Example, collate
 from finetune.splits import Task
 from finetune.task_kind import Loss, LossOptions
+from finetune.training.fast_linear import use_fast_linear
 from finetune.training.microbatch import Microbatch
 
 _MAX_GRAD_NORM = 1.0
@@ -24,6 +25,7 @@ class Updater:
     def __init__(self, model: nn.Module, task: Task, config: TrainingConfig, device: Device) -> None:
         model.to(device.device)
         use_fast_dropout(model)
+        use_fast_linear(model)
         self.steps = 0
         self.total_steps = total_steps(task, config)
         self._model, self._task, self._config, self._device = model, task, config, device
