@@ -51,7 +51,7 @@ class TurnJoiner:
     separator: str  # of turns
 
     def join(self, rows: Sequence[Row], records: Sequence[Record]) -> Iterator[Record]:
-        turns = [record.values for record in _records(rows, self.context, True, "task.context")]
+        turns = [record.values for record in _records(rows, self.context, True, "task.dialogue")]
         try:
             texts = join_turns([record.values["text"] for record in records], turns, self.context, self.separator)
         except ValueError as error:

@@ -68,7 +68,7 @@ class TaskConfig(Section):
 
     columns: Columns = Columns()
 
-    context: DialogueContext | None = None
+    dialogue: DialogueContext | None = None
     """For the utterances of dialogues: previous turns that are put before each text, with the tokenizer's separator
     between them. If there are too many tokens, they are cut at the start."""
 
@@ -103,11 +103,6 @@ class TaskConfig(Section):
         csv_format = CsvFormat(self.sep, self.quoting, self.header == 0, quoting_key, self.on_bad_lines)
         return FileFormat(None if self.format == "auto" else self.format, csv_format)
 
-    @property
-    def dialogue(self) -> DialogueContext | None:
-        """`context`, unless the kind of task has another key of this name."""
-        return self.context if isinstance(self.context, DialogueContext) else None
-
     def files(self) -> dict[str, str]:
         """Split -> file, of the splits that have one: train, validation, then the test splits."""
         tests = self.test if isinstance(self.test, Mapping) else {"test": self.test}
@@ -124,20 +119,20 @@ class TaskConfig(Section):
     @model_validator(mode="after")
     def _columns_are_numbers_without_header(self) -> Self:
         if self.header is None:
-            named = {"columns": self.columns} | ({} if self.dialogue is None else {"context": self.dialogue})
+            named = {"columns": self.columns} | ({} if self.dialogue is None else {"dialogue": self.dialogue})
             for key, columns in named.items():
                 for role in columns.cell_types():
                     _check_numbers(f"{key}.{role}", columns.names(role))
         return self
 
     @model_validator(mode="after")
-    def _context_has_a_text_and_a_separator(self) -> Self:
+    def _dialogue_has_a_text_and_a_separator(self) -> Self:
         if self.dialogue is not None:
             if "text" not in self.columns.cell_types():
-                raise ValueError(f"context: tasks of kind '{self.kind}' have no single text to put turns before")
+                raise ValueError(f"dialogue: tasks of kind '{self.kind}' have no single text to put turns before")
             if not self.special_tokens_in_text:
                 raise ValueError(
-                    "context: turns are joined with the tokenizer's separator; set special_tokens_in_text: true"
+                    "dialogue: turns are joined with the tokenizer's separator; set special_tokens_in_text: true"
                 )
         return self
 

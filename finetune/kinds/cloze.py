@@ -51,7 +51,7 @@ class Config(TaskConfig):
     columns: ClozeColumns = ClozeColumns()
     metric: Literal["accuracy"] = "accuracy"
 
-    context: Context = "article"  # type: ignore[assignment]  # of a blank; other kinds: of an utterance in a dialogue
+    context: Context = "article"
     """What is shown around a blank: the whole article, in overlapping windows if it is too long; the article cut around
     the blank; or what is between the neighbouring blanks."""
 

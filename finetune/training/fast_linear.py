@@ -1,7 +1,7 @@
 """Linear layers on a CPU in fp32, computed by oneDNN.
 
-torch uses MKL there, which has slower code for CPUs that are not Intel's: on an AMD EPYC with AVX-512, oneDNN is twice as
-fast. It computes in fp32 too; results differ by rounding.
+torch uses MKL there, which has slower code for CPUs that are not Intel's: on an AMD EPYC with AVX-512, oneDNN is twice
+as fast. It computes in fp32 too; results differ by rounding.
 """
 
 from typing import Any

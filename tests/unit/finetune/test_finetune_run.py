@@ -400,7 +400,7 @@ def test_dialogues_keep_their_last_turn(config_file: Path, tmp_path: Path, task_
     lines = Path(task_files["train"]).read_text().splitlines()
     Path(task_files["train"]).write_text("\n".join([f"{lines[0]}\tgroup", *(f"{line}\t0" for line in lines[1:])]))
     overrides = {"task.validation": "null", "task.test": "null", "task.special_tokens_in_text": "true"}
-    overrides |= {"task.context": "{group: group, turns: 20}", "task.validation_share": "0.5"}
+    overrides |= {"task.dialogue": "{group: group, turns: 20}", "task.validation_share": "0.5"}
     with pytest.raises(UserError, match="too few rows"):  # one dialogue
         finetune(config_file, overrides)
     overrides |= {"task.validation": task_files["train"]}

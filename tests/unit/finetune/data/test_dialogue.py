@@ -69,13 +69,13 @@ def test_dialogues_stay_together_in_a_random_split(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("context", "message"),
     [
-        ({"group": "Dialogue"}, r"a\.csv:1: no column 'Dialogue'; .* \(task\.context\.group names"),
+        ({"group": "Dialogue"}, r"a\.csv:1: no column 'Dialogue'; .* \(task\.dialogue\.group names"),
         ({"group": "dialogue", "order": "speaker"}, r"a\.csv:2: expected a number in 'speaker', found \"Ann\""),
-        ({"group": "dialogue", "speaker": "Speaker"}, r"a\.csv:1: no column 'Speaker'; .* \(task\.context\.speaker"),
+        ({"group": "dialogue", "speaker": "Speaker"}, r"a\.csv:1: no column 'Speaker'; .* \(task\.dialogue\.speaker"),
     ],
 )
 def test_bad_columns_are_rejected(tmp_path: Path, context: dict[str, str], message: str) -> None:
-    """Catches a traceback, or a key of `columns` that is named for one of `context`."""
+    """Catches a traceback, or a key of `columns` that is named for one of `dialogue`."""
     with pytest.raises(UserError, match=message):
         joined(tmp_path, ROWS, **context)
 
@@ -93,7 +93,7 @@ def test_bad_settings_are_rejected(context: str, message: str) -> None:
     """Catches keys without effect, and separators that become text."""
     tree = {"run": {"dir": "r"}, "task": {"train": "a.csv"}, "model": {"init_from": "m"}}
     with pytest.raises(UserError, match=message):
-        build_config(FinetuneConfig, tree, {"task.context": context})
+        build_config(FinetuneConfig, tree, {"task.dialogue": context})
 
 
 def test_previous_turns_need_no_group() -> None:
