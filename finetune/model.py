@@ -110,7 +110,8 @@ def describe_model(built: BuiltModel, spec: ModelSpec) -> list[str]:
     if not spec.pretrained:
         return [f"{size}, randomly initialized"]
     head = [name for name in built.new if _is_in_head(name, built.model)]
-    origin = "new head" if head else "head kept, its labels are the same"
+    kept = "head kept, its labels are the same" if spec.head else "head kept"
+    origin = "new head" if head else kept
     origin += f", newly initialized: {', '.join(built.new)}" if built.new else ""
     lines = [f"{size}, from {spec.folder}; {origin}"]
     if layers := describe_unused_layers(spec.folder, built.unused):
