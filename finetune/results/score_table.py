@@ -29,7 +29,8 @@ def print_label_scores(
     title: str, labels: Mapping[str, Mapping[str, Any]], describe: Describe = "{:.4f}".format
 ) -> None:
     """A row for each label, the most frequent first."""
-    table = _table(title, "precision", "recall", "f1", "support")
+    table = _table("label", "precision", "recall", "f1", "support")
+    table.title = title
     by_support = sorted(labels.items(), key=lambda item: -item[1]["support"])
     for label, scores in by_support[:_LABELS]:
         cells = [describe(scores[name]) for name in ("precision", "recall", "f1")]

@@ -1,6 +1,7 @@
 """What a finished run prints on stdout: scores, scores of labels, frequent mistakes, calibration, collapsed seeds."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,19 @@ def print_results(results: Mapping[str, Any], path: Path) -> None:
     lines = [f"* selected the best epoch{'; in parentheses: 95 % confidence interval' if intervals else ''}"]
     if results["label_scores"]:
         split, scores = list(results["label_scores"].items())[-1]
-        print_label_scores(f"{split}, {seeds}", scores, _mean_and_std)
+        print_label_scores(f"{split}, {seeds}", scores, partial(_mean_and_std, digits=3))
         lines += _describe_confusions(split, results["confusions"][split])
     lines += [*_describe_calibration(results["calibration"]), *_describe_collapsed(results), str(path)]
     Console().print("\n".join(lines), markup=False, soft_wrap=True, highlight=False)
 
 
-def _mean_and_std(scores: Mapping[str, Any]) -> str:
-    cell = f"{scores['mean']:.4f} ± {UNKNOWN if scores['std'] is None else format(scores['std'], '.4f')}"
+def _mean_and_std(scores: Mapping[str, Any], digits: int = 4) -> str:
+    std = UNKNOWN if scores["std"] is None else f"{scores['std']:.{digits}f}"
+    cell = f"{scores['mean']:.{digits}f} ± {std}"
     if "interval" not in scores:
         return cell
     low, high = scores["interval"]
-    return f"{cell} ({low:.4f} to {high:.4f})"
+    return f"{cell} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def _describe_confusions(split: str, confusions: Sequence[Mapping[str, Any]]) -> list[str]:
