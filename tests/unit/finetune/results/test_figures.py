@@ -1,6 +1,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
@@ -25,3 +26,10 @@ def test_curves_by_epoch_or_by_step(
     assert list(curve.get_xdata()) == places
     assert scores.get_xlabel() == unit
     assert (list(ring.get_xdata()), list(ring.get_ydata())) == ([places[0]], [0.2])
+
+
+def test_names_with_dollars_are_no_formulas(tmp_path: Path) -> None:
+    """Catches a run that ends in a traceback of matplotlib's formula parser, after training."""
+    labels = ["$\\frac{$", "$5"]
+    figures.draw_confusion(tmp_path / "confusion.png", np.eye(2, dtype=np.int64), labels, "$\\bad{$")
+    assert (tmp_path / "confusion.png").exists()
