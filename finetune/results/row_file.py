@@ -62,21 +62,32 @@ def _parquet(path: Path) -> Iterator[Write]:
     import pyarrow
     from pyarrow import parquet
 
-    types = {bool: pyarrow.bool_(), int: pyarrow.int64(), float: pyarrow.float64()}
+    arrow = {bool: pyarrow.bool_(), int: pyarrow.int64(), float: pyarrow.float64()}
+    types: dict[str, Any] = {}  # of the columns that have had a value
+    waiting: list[Mapping[str, Any]] = []  # until all columns have a type
     writer: Any = None
 
-    def write(rows: Rows) -> None:
+    def flush() -> None:
         nonlocal writer
-        if writer is None and rows:
-            first = {column: next((row[column] for row in rows if row[column] is not None), "") for column in rows[0]}
-            fields = [(column, types.get(type(value), pyarrow.string())) for column, value in first.items()]
+        if writer is None:
+            fields = [(column, types.get(column, pyarrow.string())) for column in waiting[0]]
             writer = parquet.ParquetWriter(path, pyarrow.schema(fields))
-        if rows:
-            cells = [{column: _cell(value) for column, value in row.items()} for row in rows]
-            writer.write_table(pyarrow.Table.from_pylist(cells, schema=writer.schema))
+        cells = [{column: _cell(value) for column, value in row.items()} for row in waiting]
+        writer.write_table(pyarrow.Table.from_pylist(cells, schema=writer.schema))
+        waiting.clear()
+
+    def write(rows: Rows) -> None:
+        waiting.extend(rows)
+        for row in rows if writer is None else ():
+            found = {column: value for column, value in row.items() if column not in types and value is not None}
+            types.update({column: arrow.get(type(value), pyarrow.string()) for column, value in found.items()})
+        if waiting and len(types) == len(waiting[0]):
+            flush()
 
     try:
         yield write
+        if waiting:
+            flush()
     finally:
         if writer is not None:
             writer.close()

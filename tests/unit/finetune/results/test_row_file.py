@@ -55,3 +55,14 @@ def test_an_unknown_format_is_rejected(tmp_path: Path) -> None:
     """Catches CSV in a file called .xlsx."""
     with pytest.raises(UserError, match=r"a\.xlsx: expected a file that ends in \.csv, \.tsv, \.jsonl, \.parquet"):
         write(tmp_path / "a.xlsx")
+
+
+def test_numbers_after_many_rows_without_any(tmp_path: Path) -> None:
+    """Catches a Parquet column of text because the first rows have nulls, as the start of an answer may be."""
+    path = tmp_path / "a.parquet"
+    with open_row_file(path) as add:
+        for row in ({"start": None, "score": 0.5}, {"start": 3, "score": 0.5}, {"start": None, "score": 1.0}):
+            add([row])
+    table = parquet.read_table(path)
+    assert table.schema.types == ["int64", "double"]
+    assert table["start"].to_pylist() == [None, 3, None]
