@@ -61,7 +61,7 @@ def _read_number(cell: object) -> float | None:
 def _float(cell: str | float) -> float | None:
     try:
         return float(cell)
-    except ValueError:
+    except (ValueError, OverflowError):  # a whole number that is too large
         return None
 
 
@@ -112,7 +112,7 @@ def _read_options(cell: object) -> list[list[str]]:
 
 def _is_answer(value: Any) -> bool:
     text, start = (value.get("text"), value.get("answer_start")) if isinstance(value, dict) else (None, None)
-    return isinstance(text, str) and bool(text) and isinstance(start, int)
+    return isinstance(text, str) and bool(text) and type(start) is int and start >= 0
 
 
 def _parse_json(cell: object) -> object:

@@ -1,5 +1,6 @@
 """Read the rows of a split, and their cells as the columns of the task declare."""
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -144,9 +145,21 @@ def _find_columns(
 def _read_cell(row: Row, cell_type: CellType, found: int | list[int]) -> Any:
     """The value of a cell, or of the list of several cells."""
     cell = row.cells[found] if isinstance(found, int) else [row.cells[index] for index in found]
+    indices = [found] if isinstance(found, int) else found
+    column = ", ".join(row.names[index] for index in indices)
     try:
-        return cell_type.read(cell)
+        value = cell_type.read(cell)
     except ValueError as hint:
-        indices = [found] if isinstance(found, int) else found
-        column = ", ".join(row.names[index] for index in indices)
         raise unexpected_cell(row.place, column, cell, cell_type.description, str(hint)) from None
+    if not _is_unicode(value):
+        raise UserError(f"{row.place}: expected Unicode text in '{column}', found half of a surrogate pair")
+    return value
+
+
+def _is_unicode(value: Any) -> bool:
+    """False if a text has half of a surrogate pair, which JSON may escape: tokenizers and files refuse it."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True

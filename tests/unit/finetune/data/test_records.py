@@ -12,6 +12,8 @@ from finetune.data.columns import Columns, LabelColumn, TextsColumn
 from finetune.data.formats import FileFormat
 from finetune.data.records import Table, read_table
 from finetune.kinds.classification import ClassificationColumns
+from finetune.kinds.question_answering import QuestionAnsweringColumns
+from finetune.kinds.regression import RegressionColumns
 
 COLUMNS = ClassificationColumns(text="text")
 
@@ -186,3 +188,26 @@ def test_a_missing_file_is_a_user_error(tmp_path: Path) -> None:
     """Catches a traceback for a missing file."""
     with pytest.raises(UserError, match=r"cannot read .*none\.csv"):
         read_table(tmp_path / "none.csv", COLUMNS)
+
+
+def test_half_a_surrogate_pair_is_rejected(tmp_path: Path) -> None:
+    """Catches a traceback of the tokenizer, or of the file that a label is written to after training."""
+    path = write(tmp_path / "a.jsonl", '{"label": "x", "text": "a"}\n{"label": "\\ud800", "text": "b"}\n')
+    with pytest.raises(UserError, match=r"a\.jsonl:2: expected Unicode text in 'label', found half of a surrogate"):
+        read_table(path, COLUMNS)
+
+
+def test_a_number_beyond_floats_is_rejected(tmp_path: Path) -> None:
+    """Catches a traceback for a whole number in JSON that no float can hold."""
+    path = write(tmp_path / "a.jsonl", f'{{"label": 1{"0" * 400}, "text": "a"}}\n')
+    with pytest.raises(UserError, match=r"a\.jsonl:1: expected a number in 'label'"):
+        read_table(path, RegressionColumns(text="text"))
+
+
+@pytest.mark.parametrize("start", ["-1", "true"])
+def test_an_answer_does_not_start_before_the_text(tmp_path: Path, start: str) -> None:
+    """Catches a start that Python counts from the end, which trains the question as one without an answer."""
+    answers = f'{{"text": ["e"], "answer_start": [{start}]}}'
+    path = write(tmp_path / "a.jsonl", f'{{"question": "a", "context": "d e", "answers": {answers}}}\n')
+    with pytest.raises(UserError, match=r"a\.jsonl:1: expected answers"):
+        read_table(path, QuestionAnsweringColumns())
