@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from experiment.errors import UserError
@@ -133,7 +134,7 @@ def _load(spec: ModelSpec) -> BuiltModel:
                 ignore_mismatched_sizes=True,  # a head for other labels is replaced; the encoder is checked below
                 output_loading_info=True,
             )
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(f"cannot load the weights in {spec.folder}: {error}") from None
     new = {*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])}
     encoder = sorted(name for name in new if not _is_in_head(name, model) and "pooler" not in name)
@@ -156,7 +157,12 @@ def _fits_head(model: PreTrainedModel, spec: ModelSpec) -> bool:
     if architecture.endswith(_PRETRAINING):
         return True
     same_labels = bool(spec.head.get("id2label", config.id2label) == config.id2label)
-    return same_labels and architecture == type(model).__name__
+    same_problem = _problem_type(model.config) == _problem_type(config)
+    return same_labels and same_problem and architecture == type(model).__name__
+
+
+def _problem_type(config: PreTrainedConfig) -> str:
+    return str(config.problem_type or "single_label_classification")
 
 
 def _renew_head(model: PreTrainedModel, spec: ModelSpec) -> set[str]:

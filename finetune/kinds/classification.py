@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -82,6 +82,11 @@ class Kind(TaskKind[Config]):
             raise UserError(f"{train.path}: every row has the label '{labels.pop()}'; expected two or more labels")
         in_order = sorted(labels)
         return tuple(sorted(in_order, key=int) if all(label.isdecimal() for label in labels) else in_order)
+
+    @property
+    def head(self) -> dict[str, Any]:
+        # Otherwise that of a multi-label encoder would stay, and transformers' pipeline would not apply a softmax.
+        return {**super().head, "problem_type": "single_label_classification"}
 
     def describe(self, train: Table) -> list[str]:
         counts = Counter(record.values["label"] for record in train.records)

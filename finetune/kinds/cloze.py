@@ -103,7 +103,12 @@ class Kind(TaskKind[Config]):
     def head(self) -> dict[str, Any]:
         if self.config.scoring != "binary":
             return {}
-        return {"num_labels": 2, "id2label": {0: "wrong", 1: "right"}, "label2id": {"wrong": 0, "right": 1}}
+        return {
+            "num_labels": 2,
+            "id2label": {0: "wrong", 1: "right"},
+            "label2id": {"wrong": 0, "right": 1},
+            "problem_type": "single_label_classification",
+        }
 
     def describe(self, train: Table) -> list[str]:
         return [f"{sum(len(record.values['options']) for record in train.records):,} blanks in train"]

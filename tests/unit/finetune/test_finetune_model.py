@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from experiment.errors import UserError
 from experiment.tokenizer import load_tokenizer
+from finetune.kinds import multi_label
 from finetune.kinds.classification import Config, Kind
 from finetune.model import ModelSpec, build_model, describe_model, read_model_inputs
 
@@ -203,3 +204,13 @@ def test_the_encoder_of_the_fixture_is_a_masked_lm(encoder: Path) -> None:
     """Catches the tests above testing a classifier's folder instead of a pretraining checkpoint's."""
     assert isinstance(BertForMaskedLM.from_pretrained(encoder), BertForMaskedLM)
     assert not any("classifier" in name for name in load_file(encoder / "model.safetensors"))
+
+
+def test_a_head_of_another_kind_of_task_is_not_kept(encoder: Path, tmp_path: Path) -> None:
+    """Catches a multi-label head with the same labels that is kept, and a saved classifier whose pipeline would give
+    independent probabilities."""
+    head = multi_label.Kind(multi_label.Config(), ("a", "b", "c")).head
+    build_model(ModelSpec(encoder, True, AUTO, head)).model.save_pretrained(tmp_path)
+    built = build_model(start(tmp_path))
+    assert "classifier.weight" in built.new
+    assert built.model.config.problem_type == "single_label_classification"
