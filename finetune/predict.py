@@ -69,8 +69,9 @@ def predict_command(options: PredictOptions) -> None:
     """Run the command. Raises UserError."""
     output = Path(options.output)
     check_row_file(output)
-    if output.resolve() == Path(options.input).resolve():
-        raise UserError(f"--output: {output} is the input")
+    for written in (output, *([_scores_file(output)] if options.score else [])):
+        if written.resolve() == Path(options.input).resolve():
+            raise UserError(f"--output: {written} is the input")
     folder, description = find_model(Path(options.model))
     task = read_saved_task(folder, _overrides(options))
     rows = Input(Path(options.input), task.kind, options.score, turn_joiner(folder, task.kind.config))
@@ -81,7 +82,11 @@ def predict_command(options: PredictOptions) -> None:
         scored = _write(output, predictor, rows, count, options)
         terminal().print(f"{output}: {count:,} rows", markup=False)
         if scored is not None:
-            _report_scores(output.with_suffix(".scores.json"), predictor, scored, options)
+            _report_scores(_scores_file(output), predictor, scored, options)
+
+
+def _scores_file(output: Path) -> Path:
+    return output.with_suffix(".scores.json")
 
 
 def _overrides(options: PredictOptions) -> Mapping[str, str]:

@@ -206,3 +206,20 @@ def test_bad_input_leaves_no_output(
     assert predict(trained_run, Path(name), Path("out.csv"), *flags) == 2
     assert message in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_scores_do_not_replace_the_input(trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches an input that is lost because the file of the scores has its name."""
+    source = tmp_path / "labels.scores.json"
+    source.write_text('[{"label": "high", "text": "word30"}]')
+    assert predict(trained_run / "seed-1" / "model", source, tmp_path / "labels.csv", "--score") == 2
+    assert f"{source} is the input" in capsys.readouterr().err
+    assert source.read_text().startswith("[")
+
+
+def test_damaged_weights(trained_run: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a traceback of safetensors, which has an error class of its own."""
+    model = Path(shutil.copytree(trained_run / "seed-1" / "model", tmp_path / "model"))
+    (model / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:50])
+    assert predict(model, texts, tmp_path / "out.csv") == 2
+    assert f"cannot load the weights in {model}" in capsys.readouterr().err
