@@ -45,7 +45,7 @@ def print_lengths(console: Console, splits: Mapping[str, Split], positions: int 
 
     positions: of the model; None if it has no limit.
     """
-    lengths = {name: Lengths.of(split) for name, split in splits.items()}
+    lengths = {name: Lengths.of(split) for name, split in splits.items() if split.examples}
     rows = {name: found.row() for name, found in lengths.items()}
     if console.is_terminal:
         table = Table("tokens of a sequence", *next(iter(rows.values())))

@@ -55,3 +55,9 @@ def test_a_terminal_shows_a_table() -> None:
     assert "│ tokens of a sequence │" in lines[1].replace("┃", "│")
     assert any("train" in line and "25.0%" in line for line in lines)
     assert any("test" in line and "0.0%" in line for line in lines)
+
+
+def test_a_split_without_sequences_has_no_lengths() -> None:
+    """Catches a division by zero for a file of empty sentences."""
+    lines = printed(train=split(range(1, 3), 150), test=split(range(0), 150))
+    assert [line.split(":")[0] for line in lines] == ["train"]
