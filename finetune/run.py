@@ -93,6 +93,8 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
 def prepare(config: FinetuneConfig) -> Setup:
     """Read the data and inspect the model, and print what is found. Writes nothing. Raises UserError."""
     name = config.task.name
+    if (Path(config.run.dir) / "config.json").exists():
+        raise UserError(f"run.dir: {config.run.dir} holds a model (config.json); choose another folder")
     device = choose_device(config.training.precision)
     tables = read_splits(config.task, Path(config.model.init_from), config.training.fit_on)
     kind = make_kind(config.task, tables)

@@ -548,3 +548,11 @@ def test_a_full_disk_keeps_finished_seeds_only(
     small_disk.free()
     assert main(command) == 0
     assert len(results(run)["splits"]["test"]["accuracy"]["values"]) == 2
+
+
+def test_a_model_folder_is_no_run_folder(config_file: Path, encoder: Path) -> None:
+    """Catches results in the folder of the encoder, which `deepcloze predict --model RUN` would then predict with."""
+    before = sorted(encoder.iterdir())
+    with pytest.raises(UserError, match=r"run\.dir: .* holds a model"):
+        finetune(config_file, {"run.dir": str(encoder)})
+    assert sorted(encoder.iterdir()) == before
