@@ -86,6 +86,10 @@ def _read_words(cell: object) -> list[str] | None:
     raise ValueError
 
 
+def _read_sentence(cell: object) -> list[str]:
+    return _read_words(cell) or []  # an empty cell is a sentence without words
+
+
 def _read_answers(cell: object) -> list[dict[str, Any]] | None:
     """Dicts with `text` and `start`, the character at which the answer starts; [] if there is no answer."""
     cell = _parse_json(cell)
@@ -128,7 +132,7 @@ def _parse_json(cell: object) -> object:
 TEXT = CellType("text", _read_text)
 ID = CellType("text or a whole number", _read_label)
 TEXTS = CellType("a list of texts", _read_texts)
-WORDS = CellType("a list of words, or words separated by spaces", _read_words)
+WORDS = CellType("a list of words, or words separated by spaces", _read_sentence)
 LABEL = CellType("a label", _read_label, target=True)
 CHOICE = CellType("the right choice", _read_label, target=True)
 LABELS = CellType("a list of labels, or text", _read_labels, target=True)

@@ -14,6 +14,7 @@ from finetune.data.records import Table, read_table
 from finetune.kinds.classification import ClassificationColumns
 from finetune.kinds.question_answering import QuestionAnsweringColumns
 from finetune.kinds.regression import RegressionColumns
+from finetune.kinds.token_classification import TokenClassificationColumns as TokenColumns
 
 COLUMNS = ClassificationColumns(text="text")
 
@@ -211,3 +212,9 @@ def test_an_answer_does_not_start_before_the_text(tmp_path: Path, start: str) ->
     path = write(tmp_path / "a.jsonl", f'{{"question": "a", "context": "d e", "answers": {answers}}}\n')
     with pytest.raises(UserError, match=r"a\.jsonl:1: expected answers"):
         read_table(path, QuestionAnsweringColumns())
+
+
+def test_an_empty_cell_is_a_sentence_without_words(tmp_path: Path) -> None:
+    """Catches a traceback for an empty sentence in a CSV file."""
+    path = write(tmp_path / "a.csv", 'tokens\na b\n""\n')
+    assert values(read_table(path, TokenColumns(), targets_required=False)) == [{"words": ["a", "b"]}, {"words": []}]
