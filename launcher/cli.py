@@ -172,7 +172,7 @@ def predict(options: PredictOptions) -> None:
 
     Writes a row for each row of the input, in its order: number, texts, prediction, probabilities. The columns of the
     input are those of training, labels are not needed; --columns.text=NAME and the like name others. The file is read
-    twice, first to check it; files larger than the memory are fine. See docs/finetuning.md.
+    twice, first to check it; files larger than the memory are fine. See docs/prediction.md.
 
     Example:
         deepcloze predict --model runs/sst2 --input reviews.csv --output labels.csv --columns.text=review
