@@ -166,9 +166,11 @@ def _run(
     reported = read_outcome(launch.folder)
     if stop.killed and (reported is None or reported.outcome is Outcome.STOPPED):
         return _KILLED
-    if processes.left is not None and reported is None:
-        message = f"the processes on {processes.left} ended, and those on other hosts did not"
-        return LaunchResult(Outcome.FAILED, message, Cause.KILLED)
+    if processes.left is not None:
+        if reported is None:
+            message = f"the processes on {processes.left} ended, and those on other hosts did not"
+            return LaunchResult(Outcome.FAILED, message, Cause.KILLED)
+        exit_code = 0  # says only that `processes` killed the others
     return read_result(launch.folder, exit_code, start_time, remote=not launch.local)
 
 

@@ -104,10 +104,21 @@ def test_a_lost_host_explains_failures_of_ranks_only(
     assert (result.message == "lost node-2: no answer") == (cause is Cause.LOST_HOST)
 
 
+@pytest.mark.parametrize(
+    ("reported", "expected"),
+    [
+        ("", (Outcome.FAILED, "the processes on node-2 ended, and those on other hosts did not", Cause.KILLED)),
+        (
+            "write_outcome(folder, Outcome.STOPPED, 'found STOP', Cause.SIGNAL);",
+            (Outcome.STOPPED, "found STOP", Cause.SIGNAL),
+        ),
+    ],
+)
 def test_ranks_that_wait_for_a_host_without_processes_are_killed(
-    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, reported: str, expected: tuple[Outcome, str, Cause]
 ) -> None:
-    """Catches a launch that waits for ranks whose peers were killed before they could connect."""
+    """Catches a launch that waits for ranks whose peers have ended before they could connect, and one that was stopped
+    then and calls it a failure."""
 
     class EndsOnTheSecondHost(StandInGuards):
         def __enter__(self) -> Self:
@@ -121,9 +132,11 @@ def test_ranks_that_wait_for_a_host_without_processes_are_killed(
 
     monkeypatch.setattr(attempt, "GuardedHosts", EndsOnTheSecondHost)
     monkeypatch.setattr(attempt, "_EXIT_TIMEOUT_SECONDS", 0.1)
-    result = supervise(launch(folder, HANG), time.time())
-    message = "the processes on node-2 ended, and those on other hosts did not"
-    assert (result.outcome, result.message, result.cause) == (Outcome.FAILED, message, Cause.KILLED)
+    process = json.dumps({"rank": 0, "host": "node-1", "pid": 7, "exit": None})
+    (folder.logs / "process").write_text(process)
+    body = f"(folder.logs / 'process').rename(folder.logs / 'rank-0.json'); {reported} {HANG}"
+    result = supervise(launch(folder, body), time.time())
+    assert (result.outcome, result.message, result.cause) == expected
 
 
 @pytest.mark.parametrize("passes", [True, False])
