@@ -65,17 +65,16 @@ class _Supervisor:
         while True:
             attempt = self._attempt(layout)
             self._attempts.append(attempt)
-            if self._stop_requested():
-                return attempt.result
             can_halve = layout.microbatch_halvings < self._launch.max_halvings
             match decide(self._attempts, self._launch.max_restarts, can_halve):
                 case End(advice):
-                    return _with_advice(attempt.result, advice)
+                    return attempt.result if self._stop_requested() else _with_advice(attempt.result, advice)
                 case Restart() as restart:
-                    self._announce(attempt, restart)
-                    self._stop.wait(restart.wait_seconds)
+                    if not self._stop_requested():
+                        self._announce(attempt, restart)
+                        self._stop.wait(restart.wait_seconds)
                     if self._stop_requested():
-                        return replace(attempt.result, outcome=Outcome.STOPPED)
+                        return _as_stop(attempt.result)
                     slots = self._usable_slots(layout.slots.keys() - attempt.result.lost)
                     layout = Layout(slots, layout.microbatch_halvings + restart.halve_microbatch)
 
@@ -159,6 +158,14 @@ class _StopRequest:
             return False
         self._path.unlink()
         return True
+
+
+def _as_stop(result: LaunchResult) -> LaunchResult:
+    """The result of a launch that would have been restarted, but was asked to stop."""
+    if result.outcome is Outcome.STOPPED:
+        return result
+    message = f"{result.message}\nstopped instead of restarting; run the same command again to resume"
+    return replace(result, outcome=Outcome.STOPPED, message=message)
 
 
 def _with_advice(result: LaunchResult, advice: str) -> LaunchResult:

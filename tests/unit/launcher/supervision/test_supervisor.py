@@ -230,11 +230,14 @@ def test_a_launch_that_fails_too_often_ends(folder: RunFolder) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, None])
 def test_a_stop_between_restarts_ends_the_launch(folder: RunFolder, number: signal.Signals | None) -> None:
-    """Catches a STOP file or signal that only ends one attempt."""
+    """Catches a STOP file or signal that only ends one attempt, and a batch system that does not start the run again
+    because a rank was lost at the same time."""
     stop = "folder.stop.touch()" if number is None else f"os.kill(os.getppid(), {number}); time.sleep(1)"
     body = f"write_outcome(folder, Outcome.FAILED, 'lost a rank', Cause.LOST_RANK); {stop}"
-    supervise(replace(one_launch(folder, body), max_restarts=5), time.time())
+    result = supervise(replace(one_launch(folder, body), max_restarts=5), time.time())
     assert len(launches(folder)) == 1
+    assert result.outcome is Outcome.STOPPED
+    assert result.message.startswith("lost a rank\nstopped")
 
 
 def test_a_disk_that_fails_between_attempts_is_tried_again(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
