@@ -7,6 +7,7 @@ from experiment.errors import UserError
 from launcher.hosts.guarded_hosts import Rendezvous
 from launcher.hosts.host_guard import LAUNCH_VARIABLE
 from launcher.hosts.machine import DeviceKind
+from launcher.hosts.ssh import KEEP_ALIVE
 from launcher.options import Launcher
 
 _FORWARDED = ("WANDB_", "HF_", "OMP_", "NCCL_", "GLOO_", "CUDA_", "MLFLOW_")
@@ -102,9 +103,10 @@ def remote_deepspeed_environment(
     environ: Mapping[str, str], added: Mapping[str, str], forwarded: Mapping[str, str]
 ) -> dict[str, str]:
     """As `deepspeed_environment`, for ranks on other hosts: without the forwarded variables, which DeepSpeed would
-    write into command lines."""
+    write into command lines, and with options for the ssh processes of pdsh, which outlive it."""
     environment = deepspeed_environment(environ, added)
-    return {name: value for name, value in environment.items() if name not in forwarded or name in added}
+    kept = {name: value for name, value in environment.items() if name not in forwarded or name in added}
+    return kept | {"PDSH_SSH_ARGS_APPEND": f"{environ.get('PDSH_SSH_ARGS_APPEND', '')} {KEEP_ALIVE}".strip()}
 
 
 def network_interface(environ: Mapping[str, str], addresses: Mapping[str, Sequence[str]], own: str) -> dict[str, str]:

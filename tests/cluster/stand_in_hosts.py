@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 _SSH = """#!/bin/sh
-# ssh -o … -o … HOST COMMAND
-shift 4
+# ssh -o … -o … -o … HOST COMMAND
+shift 6
 case "$1" in
     missing*) echo "ssh: Could not resolve hostname $1: Name or service not known" >&2; exit 255;;
 esac

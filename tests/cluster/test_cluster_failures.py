@@ -102,6 +102,7 @@ def test_training_continues_without_a_host_and_takes_it_back(
         second.disconnect()
         run.wait_for_attempt(2)
         assert second.processes() == [], "orphans"
+        wait_until(lambda: not [line for line in head.processes() if "node-2 export" in line])  # of pdsh
         second.reconnect()
         run.wait_for_attempt(3)
     else:

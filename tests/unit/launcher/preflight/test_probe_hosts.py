@@ -26,7 +26,7 @@ Ssh = Callable[[str], None]
 
 @pytest.fixture
 def ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ssh:
-    """Makes `ssh -o … -o … HOST COMMAND` a shell script, where $5 is the host and $6 the command."""
+    """Makes `ssh -o … -o … -o … HOST COMMAND` a shell script, where $7 is the host and $8 the command."""
 
     def make(script: str) -> None:
         (tmp_path / "bin").mkdir()
@@ -45,7 +45,7 @@ def ask(host: str = "node-1") -> HostAnswer | Unreachable:
 def test_facts_of_a_host(ssh: Ssh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a request or facts that do not survive the way, and modules of the working directory that are taken."""
     (tmp_path / "json.py").write_text("raise SystemExit('the wrong json')")
-    ssh(f"echo Welcome to $5; cd {tmp_path}; eval $6")
+    ssh(f"echo Welcome to $7; cd {tmp_path}; eval $8")
     answer = ask()
     assert isinstance(answer, HostAnswer), answer
     assert answer.facts.versions["pytest"] == pytest.__version__
@@ -56,7 +56,7 @@ def test_facts_of_a_host(ssh: Ssh, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_clock_is_compared_with_the_time_of_the_question(ssh: Ssh, tmp_path: Path, offset: int) -> None:
     """Catches a slow connection that counts as a wrong clock, and a clock that is wrong by hours."""
     (tmp_path / "sitecustomize.py").write_text(f"import time\nnow = time.time\ntime.time = lambda: now() + {offset}\n")
-    ssh(f"export PYTHONPATH={tmp_path}; sleep 1; eval $6")
+    ssh(f"export PYTHONPATH={tmp_path}; sleep 1; eval $8")
     answer = ask()
     assert isinstance(answer, HostAnswer)
     assert 0 < answer.clock_offset / offset <= 1
@@ -141,7 +141,7 @@ def test_hundreds_of_hosts_take_seconds(
     healthy = answer()
     facts = asdict(healthy.facts) | {"time": time.time()}
     (tmp_path / "facts").write_text(json.dumps(facts))
-    ssh(f"cat > /dev/null; case $5 in node-77) exit 127;; esac; exec cat {tmp_path}/facts")
+    ssh(f"cat > /dev/null; case $7 in node-77) exit 127;; esac; exec cat {tmp_path}/facts")
     hosts = target(*(f"node-{number}" for number in range(512)))
     start = time.monotonic()
     answers = probe_hosts(dict.fromkeys(hosts.slots, ProbeRequest()))

@@ -104,7 +104,10 @@ def test_variables_that_deepspeed_exports_appear_in_no_command_line_unless_the_u
     environ = {"MLFLOW_TRACKING_PASSWORD": "secret", "UCX_TOKEN": "secret", "HOME": "/home", "PYTHONPATH": "/mine"}
     forwarded = forwarded_environment(environ, ["UCX_TOKEN", "PYTHONPATH"])
     found = remote_deepspeed_environment(environ, {"PYTHONPATH": "/repository:/mine"}, forwarded)
-    assert found == {"HOME": "/home", "PYTHONPATH": "/repository:/mine"}
+    options = "-o ServerAliveInterval=5"
+    assert found == {"HOME": "/home", "PYTHONPATH": "/repository:/mine", "PDSH_SSH_ARGS_APPEND": options}
+    found = remote_deepspeed_environment({"PDSH_SSH_ARGS_APPEND": "-p 2222"}, {}, {})
+    assert found == {"PDSH_SSH_ARGS_APPEND": f"-p 2222 {options}"}
 
 
 def test_the_interface_is_that_of_the_route_to_the_first_host():
