@@ -72,6 +72,9 @@ def predict_command(options: PredictOptions) -> None:
     for written in (output, *([_scores_file(output)] if options.score else [])):
         if written.resolve() == Path(options.input).resolve():
             raise UserError(f"--output: {written} is the input")
+    source = Path(options.input)
+    if source.exists() and not source.is_file() and not source.is_dir():
+        raise UserError(f"--input: {source} is not a regular file; it is read twice, which a pipe cannot be")
     folder, description = find_model(Path(options.model))
     task = read_saved_task(folder, _overrides(options))
     rows = Input(Path(options.input), task.kind, options.score, turn_joiner(folder, task.kind.config))

@@ -1,5 +1,6 @@
 import csv
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -223,3 +224,10 @@ def test_damaged_weights(trained_run: Path, texts: Path, tmp_path: Path, capsys:
     (model / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:50])
     assert predict(model, texts, tmp_path / "out.csv") == 2
     assert f"cannot load the weights in {model}" in capsys.readouterr().err
+
+
+def test_a_pipe_is_rejected(trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches an empty output and exit code 0: the second reading of a pipe finds nothing."""
+    os.mkfifo(tmp_path / "rows.tsv")
+    assert predict(trained_run / "seed-1" / "model", tmp_path / "rows.tsv", tmp_path / "out.csv") == 2
+    assert "which a pipe cannot be" in capsys.readouterr().err
