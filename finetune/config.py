@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, create_model, model_validator
 
-from experiment.config import Section
+from experiment.config import Section, did_you_mean
 from experiment.config.constraints import Fraction, PathText, Seed, SequenceLength
+from experiment.errors import UserError
 from experiment.tracking.config import TrackingConfig
 from finetune.data.task_config import TaskConfig
 from finetune.kinds import kind_names
@@ -116,10 +117,14 @@ class FinetuneConfig(Section):
 
     @classmethod
     def specialize(cls, tree: Mapping[str, Any]) -> type[Self]:
-        """The type with the keys of the task's kind; this one if the kind is unknown, which it rejects."""
+        """The type with the keys of the task's kind. Raises UserError for an unknown kind."""
         task = tree.get("task")
-        kind = task.get("kind", TaskConfig.model_fields["kind"].default) if isinstance(task, dict) else None
-        return config_of_kind(kind) if kind in kind_names() else cls  # type: ignore[return-value]
+        if not isinstance(task, dict):
+            return cls  # which rejects it
+        kind = task.get("kind", TaskConfig.model_fields["kind"].default)
+        if kind not in kind_names():
+            raise UserError(f"'task.kind': unknown kind '{kind}'{did_you_mean(str(kind), kind_names())}")
+        return config_of_kind(kind)  # type: ignore[return-value]
 
     @classmethod
     def variants(cls) -> Mapping[str, type[Self]]:

@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiment.config import build_config
+from pydantic import PositiveFloat
+
+from experiment.config import Section, build_config
+from experiment.config.constraints import SequenceLength
 from experiment.errors import UserError
 from experiment.files import write_json
 from experiment.strict_json import parse_json
@@ -34,6 +37,16 @@ class SavedTask:
     temperature: float | None = None  # of calibrated probabilities; None if not known
 
 
+class _Content(Section):
+    """The file."""
+
+    task: Mapping[str, Any]
+    labels: tuple[str, ...]
+    max_seq_length: SequenceLength | None
+    padded: bool
+    temperature: PositiveFloat | None
+
+
 def write_saved_task(folder: Path, task: SavedTask) -> None:
     value = {
         "task": task.kind.config.model_dump(mode="json"),
@@ -53,17 +66,19 @@ def read_saved_task(folder: Path, overrides: Mapping[str, str] | None = None) ->
     """
     path = folder / FILE
     try:
-        found = parse_json(path.read_text(encoding="utf-8"))
-        tree, labels = found["task"], tuple(map(str, found["labels"]))
-        known = {key: found[key] for key in ("max_seq_length", "padded", "temperature")}
-        kind = find_kind(tree["kind"]) if tree["kind"] in kind_names() else None
+        tree = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return _read_classifier(folder, overrides)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
-    if kind is None:
-        raise UserError(f"{path}: this version of deepcloze has no tasks of kind '{tree['kind']}'")
-    return SavedTask(kind(_build(kind.config_type, tree, overrides, path), labels), **known)
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} is damaged: expected an object")
+    saved = build_config(_Content, tree, origin=str(path))
+    if saved.task.get("kind") not in kind_names():
+        raise UserError(f"{path}: this version of deepcloze has no tasks of kind '{saved.task.get('kind')}'")
+    kind = find_kind(saved.task["kind"])
+    config = _build(kind.config_type, saved.task, overrides, path)
+    return SavedTask(kind(config, saved.labels), saved.max_seq_length, saved.padded, saved.temperature)
 
 
 def _read_classifier(folder: Path, overrides: Mapping[str, str] | None) -> SavedTask:

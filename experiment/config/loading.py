@@ -44,7 +44,10 @@ class Section(BaseModel):
 
     @classmethod
     def specialize(cls, tree: Mapping[str, Any]) -> type[Self]:
-        """The type to build from a tree of plain values: one of `variants`, if its fields depend on a value in it."""
+        """The type to build from a tree of plain values: one of `variants`, if its fields depend on a value in it.
+
+        Raises UserError if that value is not valid.
+        """
         return cls
 
     @classmethod
@@ -126,7 +129,10 @@ def _build(
     plain = copy.deepcopy(merged)
     for dotted in by_depth:
         _set_key(plain, dotted, parse_value(Any, overrides[dotted]))
-    config_type = config_type.specialize(plain)
+    try:
+        config_type = config_type.specialize(plain)
+    except UserError as error:
+        raise UserError(f"{origin}: {error}") from None
     for dotted in by_depth:
         _set_key(merged, dotted, parse_value(_annotation_of_override(config_type, dotted), overrides[dotted]))
     try:

@@ -4,15 +4,14 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from experiment.config import Section, did_you_mean
+from experiment.config import Section
 from experiment.config.constraints import PathText, Seed
 from experiment.csv_and_jsonl import CsvFormat
 from finetune.data.columns import Columns, Name
 from finetune.data.dialogue import DialogueContext
 from finetune.data.formats import FileFormat
-from finetune.kinds import kind_names
 
 
 def _written_tab(value: Any) -> Any:
@@ -108,13 +107,6 @@ class TaskConfig(Section):
         tests = self.test if isinstance(self.test, Mapping) else {"test": self.test}
         splits = {"train": self.train, "validation": self.validation, **tests}
         return {split: path for split, path in splits.items() if path is not None}
-
-    @field_validator("kind")
-    @classmethod
-    def _kind_exists(cls, kind: str) -> str:
-        if kind not in kind_names():
-            raise ValueError(f"unknown kind '{kind}'{did_you_mean(kind, kind_names())}")
-        return kind
 
     @model_validator(mode="after")
     def _columns_are_numbers_without_header(self) -> Self:

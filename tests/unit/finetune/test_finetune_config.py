@@ -72,3 +72,11 @@ def test_a_path_with_a_nul_character_is_rejected(key: str) -> None:
     """Catches a traceback: YAML can write such a path, but no system can open it."""
     with pytest.raises(UserError, match=rf"'{key}': a path cannot contain a NUL character"):
         build_config(FinetuneConfig, MINIMAL, {key: "a\0b"})
+
+
+def test_an_unknown_kind_is_the_only_complaint() -> None:
+    """Catches keys of the meant kind that are called unknown too: the misspelled name hides them."""
+    tree = {**MINIMAL, "task": {"train": "a.csv", "kind": "regresion", "columns": {"label": "score"}}}
+    with pytest.raises(UserError) as caught:
+        build_config(FinetuneConfig, tree, origin="a.yaml")
+    assert str(caught.value) == "a.yaml: 'task.kind': unknown kind 'regresion'; did you mean 'regression'?"
