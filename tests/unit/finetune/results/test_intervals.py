@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
@@ -21,7 +23,8 @@ def test_questions_on_one_text_widen_the_interval() -> None:
 
 
 @pytest.mark.parametrize("right", [True, False])
-def test_a_perfect_score_has_an_interval(right: bool) -> None:
-    """Catches a division by zero, and bounds outside of 0 to 1."""
-    low, high = accuracy_interval([right] * 10, range(10))
+@pytest.mark.parametrize("groups", [range(10), [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]])
+def test_a_perfect_score_has_an_interval(right: bool, groups: Sequence[int]) -> None:
+    """Catches a division by zero, bounds outside of 0 to 1, and a bootstrap that knows no other result."""
+    low, high = accuracy_interval([right] * 10, groups)
     assert 0 <= low < high <= 1
