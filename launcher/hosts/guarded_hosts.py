@@ -193,9 +193,10 @@ class _Connection:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             text = line.decode(errors="replace").strip()
-            if text.startswith(PREFIX):
+            _, is_from_guard, message = text.partition(PREFIX)
+            if is_from_guard:
                 self._heard = time.monotonic()
-                yield text.removeprefix(PREFIX)
+                yield message
             elif text:
                 self._last_output = text
 

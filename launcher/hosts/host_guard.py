@@ -32,7 +32,7 @@ SILENCE_SECONDS = 15.0
 END = "end"
 ENDED = "ended"
 PREFIX = "deepcloze guard: "
-"""Of the lines from the host, whose shell may print others."""
+"""Of the lines from the host, whose shell may print others, or something before the first one."""
 
 _COUNT_SECONDS = 5.0  # between looks at all processes of the host
 _KILL_SECONDS = 10.0

@@ -24,13 +24,16 @@ from launcher.hosts.addresses import interface_of, route_to
 LAUNCHER_TOKEN = "launcher"
 """File that the launching machine writes to the token folder, for the hosts to see."""
 
+FACTS_MARK = "deepcloze facts: "
+"""Before the facts: the shell of the host may print more, even on the same line."""
+
 _TOKEN_SECONDS = 5.0  # network disks cache folders for some seconds
 _TOKEN_BYTES = 4096  # so that a full disk is noticed
 
 
 def main(request: str) -> None:
     """Print the facts as one line of JSON. `request`: a `ProbeRequest` as JSON."""
-    print(json.dumps(collect(json.loads(request))))
+    print(FACTS_MARK + json.dumps(collect(json.loads(request))))
 
 
 def collect(request: Mapping[str, Any]) -> dict[str, Any]:

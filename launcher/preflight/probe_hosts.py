@@ -102,7 +102,7 @@ async def _probe(host: str, program: str) -> Answer:
 
 def _parse(host: str, stdout: bytes, error: str, start: float, end: float) -> Answer:
     """`start`, `end`: when ssh was started and when it ended, by the clock of the launching machine."""
-    line = stdout.strip().rpartition(b"\n")[2]  # shells may print more, before
+    line = stdout.partition(probe.FACTS_MARK.encode())[2].partition(b"\n")[0]
     try:
         facts = _FACTS.validate_json(line)
     except ValidationError:

@@ -27,7 +27,7 @@ def run() -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    install_ssh(tmp_path / "bin", monkeypatch, before="echo welcome to $1")
+    install_ssh(tmp_path / "bin", monkeypatch, before="echo welcome; printf 'to $1'")
 
 
 def request(launch: str) -> GuardRequest:

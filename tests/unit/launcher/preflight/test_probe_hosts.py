@@ -14,6 +14,7 @@ import pytest
 from launcher.preflight import probe_hosts as module
 from launcher.preflight.checks import find_problems
 from launcher.preflight.facts import HostAnswer, ProbeRequest, Unreachable
+from launcher.preflight.probe import FACTS_MARK
 from launcher.preflight.probe_hosts import probe_hosts
 from launcher.preflight.table import preflight_table
 from launcher.preflight.target import Target
@@ -43,9 +44,10 @@ def ask(host: str = "node-1") -> HostAnswer | Unreachable:
 
 
 def test_facts_of_a_host(ssh: Ssh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a request or facts that do not survive the way, and modules of the working directory that are taken."""
+    """Catches a request or facts that do not survive the way or what a shell prints around them, and modules of the
+    working directory that are taken."""
     (tmp_path / "json.py").write_text("raise SystemExit('the wrong json')")
-    ssh(f"echo Welcome to $7; cd {tmp_path}; eval $8")
+    ssh(f"printf 'Welcome\\n to $7'; cd {tmp_path}; eval $8; echo bye")
     answer = ask()
     assert isinstance(answer, HostAnswer), answer
     assert answer.facts.versions["pytest"] == pytest.__version__
@@ -140,7 +142,7 @@ def test_hundreds_of_hosts_take_seconds(
     """Catches hosts that are asked one after another, too many processes at once, and anything quadratic."""
     healthy = answer()
     facts = asdict(healthy.facts) | {"time": time.time()}
-    (tmp_path / "facts").write_text(json.dumps(facts))
+    (tmp_path / "facts").write_text(FACTS_MARK + json.dumps(facts))
     ssh(f"cat > /dev/null; case $7 in node-77) exit 127;; esac; exec cat {tmp_path}/facts")
     hosts = target(*(f"node-{number}" for number in range(512)))
     start = time.monotonic()
