@@ -1,5 +1,6 @@
 """What a launch would start: the config, the hosts and the command, worked out without starting anything."""
 
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ from launcher.supervision.attempt import Launch, Layout
 from pretrain.config import PretrainConfig
 
 _MAX_RESTARTS_ON_HOSTS = 10
+_SPECIAL = re.compile(r"[^\w@+=:,./~ -]")  # to shells or, as %h, to pdsh
 
 
 @dataclass(frozen=True)
@@ -113,9 +115,21 @@ def plan_launch(
         raise UserError(f"--autotune: {config.engine.ds_config} offloads to NVMe, where a trial would leave its files")
     if local:  # other hosts have other devices: their ranks check
         check_device_support(run.deepspeed)
+    else:
+        _check_paths(run.folder)
     added = launch_environment(machine.environ, machine.devices.kind if local else None, REPOSITORY)
     target = target_of_run(target_of_hosts(slots, machine, options), run.config, run.num_parameters, run.folder)
     return LaunchPlan(options, run.config, run.folder, slots, machine, added, target)
+
+
+def _check_paths(folder: RunFolder) -> None:
+    """Raise UserError for paths that mean something else on other hosts, where DeepSpeed does not quote them."""
+    for name, path in (("run.dir", folder.path), ("working directory", Path.cwd())):
+        if special := _SPECIAL.search(str(path)):
+            raise UserError(
+                f"{name}: {path} contains {special[0]}, which the shells of other hosts interpret; choose a path of "
+                "letters, digits, spaces and any of _@+=:,./~-"
+            )
 
 
 def chosen_slots(options: HostOptions, machine: Machine) -> Slots:

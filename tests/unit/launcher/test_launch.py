@@ -272,6 +272,20 @@ def test_trials_are_refused_with_nvme_offload(config: str) -> None:
         launch_pretraining(PretrainOptions(config=config, autotune=True, overrides=overrides))
 
 
+@pytest.mark.parametrize("name", ["it's", "$HOME", "100%n", "a;b"])
+def test_paths_that_other_hosts_would_interpret_are_refused(config: str, name: str) -> None:
+    """Catches ranks that look for their config at another path, and commands in the name of a folder."""
+    Path("hosts").write_text("192.0.2.1 slots=1\n192.0.2.2 slots=1\n")
+    remote = PretrainOptions(config=config, hostfile=str(Path("hosts").absolute()), dry_run=True)
+    with pytest.raises(UserError, match=r"run\.dir: .* which the shells of other hosts interpret"):
+        launch_pretraining(remote.model_copy(update={"overrides": {"run.dir": name}}))
+    Path(name).mkdir()
+    os.chdir(name)
+    with pytest.raises(UserError, match="working directory: "):
+        launch_pretraining(remote.model_copy(update={"config": "../config.yaml", "overrides": {"run.dir": "/runs"}}))
+    launch_pretraining(PretrainOptions(config="../config.yaml", dry_run=True))
+
+
 def test_an_unset_variable_is_refused(config: str, launches: list[Launch]) -> None:
     with pytest.raises(UserError, match="--env: MY_TOKEN is not set"):
         launch_pretraining(PretrainOptions(config=config, env="MY_TOKEN"))
