@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from launcher.hosts.hostfile import read_text
+
 DeviceKind = Literal["cuda", "cpu"]
 
 # Names in /dev: NVIDIA's GPUs, also those of Jetson boards; AMD's; those of Windows under WSL.
@@ -34,8 +36,8 @@ class Machine:
     deepspeed_env_files: tuple[Path, ...] = ()  # the user's own, which DeepSpeed exports to other hosts
 
     def deepspeed_env_text(self) -> str:
-        """The lines of all these files."""
-        return "\n".join(path.read_text(encoding="utf-8") for path in self.deepspeed_env_files)
+        """The lines of all these files. Raises UserError for one that cannot be read."""
+        return "\n".join(read_text(path, "the DeepSpeed environment file") for path in self.deepspeed_env_files)
 
 
 def inspect_machine() -> Machine:

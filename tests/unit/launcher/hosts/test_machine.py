@@ -9,6 +9,7 @@ from launcher.hosts.hostfile import Host
 from launcher.hosts.machine import (
     DeviceKind,
     Devices,
+    Machine,
     cpu_cores,
     find_devices,
     free_port,
@@ -89,3 +90,12 @@ def test_a_free_port_can_be_listened_on():
     with socket.socket() as server:
         server.bind(("", free_port()))
         server.listen()
+
+
+def test_an_environment_file_that_is_not_text_is_rejected(tmp_path: Path) -> None:
+    """Catches a traceback."""
+    path = tmp_path / ".deepspeed_env"
+    path.write_bytes("NAME=café".encode("latin-1"))
+    given = Machine(Devices("cpu", (0,)), {}, free_port, (path,))
+    with pytest.raises(UserError, match="is not UTF-8 text"):
+        given.deepspeed_env_text()
