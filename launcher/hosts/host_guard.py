@@ -125,9 +125,12 @@ def _processes(name: str, keep: str | None = None) -> Iterator[int]:
 
 def _write_environment(path: Path, environment: Mapping[str, str]) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}")  # found by `_end_launches`
-    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode=0o600), "w", encoding="utf-8") as file:
-        json.dump(dict(environment), file)
-    temporary.replace(path)
+    try:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode=0o600), "w", encoding="utf-8") as file:
+            json.dump(dict(environment), file)
+        temporary.replace(path)
+    except OSError as error:
+        sys.exit(f"cannot write to {path.parent}: {error.strerror}")
 
 
 def _address(name: str) -> str | None:

@@ -160,3 +160,10 @@ def test_many_hosts_are_guarded_at_once(run: str, tmp_path: Path, monkeypatch: p
     with GuardedHosts(names, request(f"{run}-1"), lambda _: None) as hosts:
         assert len(hosts.replies) == 512
     assert time.monotonic() - started < 60
+
+
+def test_a_guard_says_where_it_cannot_write(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches the last line of a traceback, without a path, as the reason why a host is lost."""
+    monkeypatch.setattr(host_guard, "environment_file", lambda launch: tmp_path / "missing" / f"{launch}.json")
+    with pytest.raises(SystemExit, match=f"cannot write to {tmp_path}/missing: No such file or directory"):
+        host_guard.guard(f"{run}-1", {}, "localhost", queue.SimpleQueue())
