@@ -68,8 +68,8 @@ class HostOptions(PlacementOptions):
     """What starts the ranks on other hosts: pdsh (ssh), an MPI, or srun in a job of SLURM."""
 
     env: Annotated[str | None, Metavar("NAME[,NAME…]")] = None
-    """More environment variables to send to other hosts, by name; WANDB_*, HF_*, OMP_*, NCCL_*, GLOO_*, MLFLOW_* and
-    CUDA_* (except CUDA_VISIBLE_DEVICES) always are."""
+    """More environment variables to send to other hosts, by name; WANDB_*, HF_*, OMP_*, NCCL_*, GLOO_*, MLFLOW_*,
+    PYTHON* and CUDA_* (except CUDA_VISIBLE_DEVICES) always are."""
 
 
 class PreflightOptions(HostOptions):

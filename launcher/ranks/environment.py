@@ -10,7 +10,8 @@ from launcher.hosts.machine import DeviceKind
 from launcher.hosts.ssh import KEEP_ALIVE
 from launcher.options import Launcher
 
-_FORWARDED = ("WANDB_", "HF_", "OMP_", "NCCL_", "GLOO_", "CUDA_", "MLFLOW_")
+# DeepSpeed would write those of PYTHON into command lines, where shells interpret their values.
+_FORWARDED = ("WANDB_", "HF_", "OMP_", "NCCL_", "GLOO_", "CUDA_", "MLFLOW_", "PYTHON")
 _OF_ONE_MACHINE = {"CUDA_VISIBLE_DEVICES"}  # the slots say it
 _DEVICE = "DS_ACCELERATOR"  # if the user sets it, for all hosts
 
@@ -68,14 +69,14 @@ def deepspeed_environment(environ: Mapping[str, str], added: Mapping[str, str]) 
 def forwarded_environment(environ: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
     """The variables of this process that ranks on other hosts get too. They may be secret: see `host_guard`.
 
-    Those of W&B, Hugging Face, OpenMP, NCCL, gloo, CUDA and MLflow, and those that the user names. Raises UserError for
-    a named one that is not set.
+    Those of W&B, Hugging Face, OpenMP, NCCL, gloo, CUDA, MLflow and Python, and those that the user names; not
+    PYTHONPATH, which the launch extends and DeepSpeed exports. Raises UserError for a named one that is not set.
     """
     for name in names:
         if name not in environ:
             raise UserError(f"--env: {name} is not set")
     chosen = {name for name in environ if name.startswith(_FORWARDED) or name == _DEVICE} - _OF_ONE_MACHINE
-    return {name: environ[name] for name in sorted(chosen | set(names))}
+    return {name: environ[name] for name in sorted((chosen | set(names)) - {"PYTHONPATH"})}
 
 
 def exported_variables(added: Mapping[str, str], rendezvous: Rendezvous | None, launcher: Launcher) -> dict[str, str]:

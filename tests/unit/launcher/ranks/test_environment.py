@@ -101,8 +101,10 @@ def test_variables_for_other_hosts():
 def test_variables_that_deepspeed_exports_appear_in_no_command_line_unless_the_user_wants_it():
     text = exported_text({"OMP_NUM_THREADS": "4"}, "NCCL_DEBUG=INFO\nOMP_NUM_THREADS = 2\n\n")
     assert text.splitlines() == ["OMP_NUM_THREADS = 2", "NCCL_DEBUG=INFO"]
-    environ = {"MLFLOW_TRACKING_PASSWORD": "secret", "UCX_TOKEN": "secret", "HOME": "/home", "PYTHONPATH": "/mine"}
+    secret = {"MLFLOW_TRACKING_PASSWORD": "secret", "UCX_TOKEN": "secret", "PYTHON_TOKEN": '"$(id)"'}
+    environ = {**secret, "HOME": "/home", "PYTHONPATH": "/mine"}
     forwarded = forwarded_environment(environ, ["UCX_TOKEN", "PYTHONPATH"])
+    assert forwarded == secret  # ranks get the PYTHONPATH of the launch, with the repository
     found = remote_deepspeed_environment(environ, {"PYTHONPATH": "/repository:/mine"}, forwarded)
     options = "-o ServerAliveInterval=5"
     assert found == {"HOME": "/home", "PYTHONPATH": "/repository:/mine", "PDSH_SSH_ARGS_APPEND": options}
