@@ -17,6 +17,7 @@ Check = Literal[
     "ssh", "Python", "packages", "code", "files", "run folder", "disk", "devices", "clock", "network", "port", "speed"
 ]
 
+_FOREIGN_SHELLS = ("csh", "tcsh")  # have no `export`
 _CLOCK_SECONDS = 60.0
 _BUSY_BYTES = 1 << 30  # of GPU memory; drivers and displays use less
 # A host is slow if the others' median is this many times faster. Neighbours and clocks make less difference.
@@ -61,6 +62,9 @@ def find_problems(
 
 def _problems_of_host(host: str, answer: HostAnswer, own: HostFacts, target: Target, seen: bool) -> Iterator[Problem]:
     facts = answer.facts
+    if target.launcher == "pdsh" and facts.shell is not None and Path(facts.shell).name in _FOREIGN_SHELLS:
+        text = f"the login shell is {facts.shell}, which ignores the variables that DeepSpeed sets for ranks"
+        yield Problem("ssh", text, f"ssh {host} chsh -s /bin/bash")
     yield from _software_problems(host, facts, own, target)
     yield from _file_problems(host, facts, own)
     if target.folder is not None:

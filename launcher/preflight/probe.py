@@ -33,7 +33,8 @@ _TOKEN_BYTES = 4096  # so that a full disk is noticed
 
 def main(request: str) -> None:
     """Print the facts as one line of JSON. `request`: a `ProbeRequest` as JSON."""
-    print(FACTS_MARK + json.dumps(collect(json.loads(request))))
+    facts = collect(json.loads(request)) | {"shell": os.environ.get("SHELL")}  # of sshd
+    print(FACTS_MARK + json.dumps(facts))
 
 
 def collect(request: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,6 +31,7 @@ GB = 10**9
             "torch 2.11.0 (expected 2.13.0)",
             "ssh b /venv/bin/python -m pip install torch==2.13.0",
         ),
+        ({"shell": "/bin/tcsh"}, "ssh", "the login shell is /bin/tcsh", "ssh b chsh -s /bin/bash"),
         ({"versions": {"torch": None}}, "packages", "torch missing (expected 2.13.0)", "torch==2.13.0"),
         (
             {"commit": "bad" * 12},
@@ -84,6 +85,7 @@ def test_a_difference_is_one_problem_of_its_host(
     "changes",
     [
         {"clock_offset": 59.0},
+        {"shell": "/usr/bin/fish"},
         {"versions": {"torch": "2.13.0", "wandb": "0.31"}},  # the launching machine has none
         {"commit": None},  # no git there, and the same files
         {"gpu_memory_used": (0, 1 << 29, 0, 9 * GB)},  # GPU 3 is not needed

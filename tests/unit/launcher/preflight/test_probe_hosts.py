@@ -47,10 +47,12 @@ def test_facts_of_a_host(ssh: Ssh, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """Catches a request or facts that do not survive the way or what a shell prints around them, and modules of the
     working directory that are taken."""
     (tmp_path / "json.py").write_text("raise SystemExit('the wrong json')")
+    monkeypatch.setenv("SHELL", "/bin/zsh")
     ssh(f"printf 'Welcome\\n to $7'; cd {tmp_path}; eval $8; echo bye")
     answer = ask()
     assert isinstance(answer, HostAnswer), answer
     assert answer.facts.versions["pytest"] == pytest.__version__
+    assert answer.facts.shell == "/bin/zsh"
     assert answer.clock_offset == 0.0
 
 
