@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from experiment.errors import UserError
-from launcher.hosts.hostfile import Host, read_text
+from launcher.hosts.hostfile import HOST_NAME, Host, read_text
 from launcher.hosts.machine import is_this_machine
 
 _MPI_HOSTFILES = ("OMPI_MCA_orte_default_hostfile", "PRTE_MCA_prte_default_hostfile", "HYDRA_HOST_FILE")
@@ -27,6 +27,9 @@ def allocated_hosts(environ: Mapping[str, str]) -> tuple[Host, ...] | None:
     starts all ranks.
     """
     hosts = _hosts_of_job(environ)
+    for host in hosts or ():
+        if re.fullmatch(HOST_NAME, host.name) is None:
+            raise UserError(f"the job has a host {host.name!r}; expected a name such as node-1")
     return None if hosts is None or (len(hosts) == 1 and is_this_machine(hosts[0].name)) else hosts
 
 

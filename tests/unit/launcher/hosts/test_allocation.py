@@ -102,6 +102,18 @@ def test_a_file_of_hosts_that_cannot_be_read_is_rejected(tmp_path: Path, variabl
         allocated_hosts({variable: str(tmp_path / "hosts")})
 
 
+@pytest.mark.parametrize(
+    ("variable", "text"), [("PBS_NODEFILE", "n1\n-oProxyCommand=id\n"), ("HYDRA_HOST_FILE", "-oProxyCommand=id:2\n")]
+)
+def test_a_host_that_is_an_option_of_ssh_is_rejected(tmp_path: Path, variable: str, text: str) -> None:
+    """Catches a command in a name, which ssh would run."""
+    (tmp_path / "hosts").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match="the job has a host '-oProxyCommand=id'"):
+        allocated_hosts({variable: str(tmp_path / "hosts")})
+    with pytest.raises(UserError, match="the job has a host '-n1'"):
+        allocated_hosts({"SLURM_JOB_NODELIST": "n1,-n1"})
+
+
 def test_outside_a_job_or_in_one_on_this_machine_its_devices_count() -> None:
     """Catches a job on one node that may not use more ranks than SLURM counts tasks."""
     assert allocated_hosts({"HOME": "/root"}) is None
