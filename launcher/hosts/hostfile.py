@@ -15,7 +15,7 @@ Slots = Mapping[str, tuple[int, ...]]
 """Host name -> the slots to use on it, hosts in rank order."""
 
 HOST_NAME = r"(?P<name>[A-Za-z0-9_][A-Za-z0-9_.-]*)"
-_LINE = re.compile(HOST_NAME + r"\s+slots=(?P<slots>[0-9]+)")
+_LINE = re.compile(HOST_NAME + r"\s+slots=(?P<slots>[0-9]{1,4})")
 
 
 @dataclass(frozen=True)

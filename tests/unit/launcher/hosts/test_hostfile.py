@@ -21,6 +21,7 @@ def test_reads_hosts_in_order_past_comments_and_blank_lines():
         "worker-1",
         "worker-1 slots=",
         "worker-1 slots=two",
+        "worker-1 slots=300000000",  # would take all memory
         "worker-1 slots = 2",
         "worker-1 slots=-1",
         "worker-1 slots=1.5",
