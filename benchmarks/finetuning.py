@@ -106,10 +106,11 @@ def _measure_trainer(setup: Setup, seed: int, grouped: bool) -> tuple[float, flo
         disable_tqdm=True,
         use_cpu=setup.device.device.type == "cpu",
     )
+    tokenizer = AutoTokenizer.from_pretrained(setup.model.folder, trust_remote_code=False)
     trainer = Trainer(
         build_model(setup.model).model,
         arguments,
-        data_collator=DataCollatorWithPadding(AutoTokenizer.from_pretrained(setup.model.folder), **padding),
+        data_collator=DataCollatorWithPadding(tokenizer, **padding),
         train_dataset=_rows(setup.task.splits["train"]),
     )
     start = time.process_time()
