@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
 from experiment.config import did_you_mean
 from experiment.errors import UserError
@@ -60,6 +60,11 @@ class Loss:
 
     sum: "Tensor"
     weight: "Tensor"
+
+    @classmethod
+    def of(cls, total: "Tensor", count: int) -> Self:
+        """The loss of `count` parts of the same weight. total: the sum of their losses."""
+        return cls(total, total.new_tensor(float(count)))
 
 
 class TaskKind(ABC, Generic[ConfigT]):

@@ -186,6 +186,16 @@ class Columns(Section):
         return self.model_copy(update=dict.fromkeys(targets))
 
 
+class TextColumns(Columns):
+    """Columns with a text, or with a pair of texts."""
+
+    text: TextColumn = "sentence1"
+    """Column with the text."""
+
+    text_pair: TextColumn | None = None
+    """Column with the second text, for tasks on pairs."""
+
+
 def _cell_types(parts: Any) -> list[CellType]:
     """The cell types in the metadata and the annotation of a field."""
     found = [part for part in parts if isinstance(part, CellType)]

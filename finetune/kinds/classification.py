@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from experiment.errors import UserError
-from finetune.data.columns import Columns, LabelColumn, TextColumn
+from finetune.data.columns import LabelColumn, TextColumns
 from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder
@@ -21,17 +21,11 @@ from finetune.results.metrics import classification_scores, confusion_matrix
 from finetune.task_kind import Direction, Loss, LossOptions, Prediction, TaskKind
 
 
-class ClassificationColumns(Columns):
+class ClassificationColumns(TextColumns):
     """Columns of a classification task."""
 
     label: LabelColumn = "label"
     """Column with the label."""
-
-    text: TextColumn = "sentence1"
-    """Column with the text."""
-
-    text_pair: TextColumn | None = None
-    """Column with the second text, for tasks on pairs."""
 
 
 class Config(TaskConfig):
@@ -94,9 +88,8 @@ class Kind(TaskKind[Config]):
         return [f"{len(self.labels)} labels, in train: {shares}"]
 
     def expand(self, record: Record, encoder: Encoder, training: bool) -> list[Example]:
-        texts = [record.values[role] for role in ("text", "text_pair") if role in record.values]
         target = self.label_id(record.values["label"], record.place) if "label" in record.values else None
-        return [Example((encoder.encode(*texts),), target)]
+        return [Example((encoder.encode(*record.texts),), target)]
 
     def label_weights(self, examples: Sequence[Example]) -> tuple[float, ...]:
         """Weights that give each label the same share of the loss."""
@@ -112,7 +105,7 @@ class Kind(TaskKind[Config]):
             label_smoothing=options.label_smoothing,
             reduction="sum",
         )
-        return Loss(losses, torch.tensor(float(len(batch.targets)), device=losses.device))
+        return Loss.of(losses, len(batch.targets))
 
     def decode(self, record: Record, examples: Sequence[Example], outputs: Sequence[NDArray[np.float32]]) -> Prediction:
         probabilities = torch.softmax(torch.from_numpy(outputs[0]), dim=-1).tolist()

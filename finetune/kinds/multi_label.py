@@ -13,7 +13,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor
 
 from experiment.errors import UserError
-from finetune.data.columns import Columns, LabelsColumn, TextColumn
+from finetune.data.columns import LabelsColumn, TextColumn, TextColumns
 from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder
@@ -24,7 +24,7 @@ from finetune.task_kind import Direction, Loss, LossOptions, Prediction, TaskKin
 _THRESHOLD = 0.5
 
 
-class MultiLabelColumns(Columns):
+class MultiLabelColumns(TextColumns):
     """Columns of a multi-label task."""
 
     labels: LabelsColumn = "labels"
@@ -33,9 +33,6 @@ class MultiLabelColumns(Columns):
 
     text: TextColumn = "text"
     """Column with the text."""
-
-    text_pair: TextColumn | None = None
-    """Column with the second text, for tasks on pairs."""
 
 
 class Config(TaskConfig):
@@ -79,9 +76,8 @@ class Kind(TaskKind[Config]):
         return [f"{len(self.labels)} labels, share of the rows in train: {shares}; none {none:.1%}"]
 
     def expand(self, record: Record, encoder: Encoder, training: bool) -> list[Example]:
-        texts = [record.values[role] for role in ("text", "text_pair") if role in record.values]
         target = self._multi_hot(_labels_of(record, self.config), record.place) if "labels" in record.values else None
-        return [Example((encoder.encode(*texts),), target)]
+        return [Example((encoder.encode(*record.texts),), target)]
 
     def _multi_hot(self, labels: Sequence[str], place: str) -> list[float]:
         """1.0 for each label that is given, otherwise 0.0."""
@@ -106,7 +102,7 @@ class Kind(TaskKind[Config]):
         losses = F.binary_cross_entropy_with_logits(
             outputs.float(), batch.targets, pos_weight=options.label_weights, reduction="none"
         ).mean(dim=-1)
-        return Loss(losses.sum(), torch.tensor(float(len(losses)), device=losses.device))
+        return Loss.of(losses.sum(), len(losses))
 
     def decode(self, record: Record, examples: Sequence[Example], outputs: Sequence[NDArray[np.float32]]) -> Prediction:
         probabilities = torch.sigmoid(torch.from_numpy(outputs[0])).tolist()

@@ -85,8 +85,8 @@ class Kind(TaskKind[Config]):
             fitting = [names for names in fitting if label in (names[: len(choices)] if names else choices)]
             if not fitting:
                 raise UserError(
-                    f"{record.place}: the label '{label}' is no number, letter or text of a choice, or in another way "
-                    "than in the rows before"
+                    f"{record.place}: the label '{label}' is not the number, letter or text of a choice; all rows must "
+                    "use the same one of these"
                 )
         if len(fitting) > 1:
             raise UserError(
@@ -118,7 +118,7 @@ class Kind(TaskKind[Config]):
         label, choices = record.values["label"], record.values["choices"]
         names = self._names(choices, record.place)
         if names.count(label) != 1:
-            problem = "is no choice" if label not in names else "is the text of several choices"
+            problem = "is not a choice" if label not in names else "is the text of several choices"
             raise UserError(f"{record.place}: the label '{label}' {problem}; the choices: {', '.join(names)}")
         return names.index(label)
 
@@ -167,7 +167,7 @@ def choice_loss(scores: Sequence[Tensor], targets: Tensor) -> Loss:
     """Cross-entropy over the choices of each question. scores: of its choices. targets: indices of the right ones."""
     padded = pad_sequence(list(scores), batch_first=True, padding_value=float("-inf"))
     losses = F.cross_entropy(padded, targets, reduction="none")
-    return Loss(losses.sum(), torch.tensor(float(len(losses)), device=losses.device))
+    return Loss.of(losses.sum(), len(losses))
 
 
 def _right(records: Sequence[Record], predictions: Sequence[Prediction]) -> list[bool]:

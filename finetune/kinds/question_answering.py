@@ -137,7 +137,7 @@ class Kind(TaskKind[Config]):
         """Cross-entropy of the start and of the end; its mean is over windows."""
         assert batch.targets is not None
         losses = F.cross_entropy(outputs, batch.targets, reduction="sum") / 2
-        return Loss(losses, torch.tensor(float(len(outputs)), device=losses.device))
+        return Loss.of(losses, len(outputs))
 
     def decode(self, record: Record, examples: Sequence[Example], outputs: Sequence[NDArray[np.float32]]) -> Prediction:
         windows = [example.details for example in examples]

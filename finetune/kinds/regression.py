@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 
-from finetune.data.columns import Columns, NumberColumn, TextColumn
+from finetune.data.columns import NumberColumn, TextColumns
 from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder
@@ -18,17 +18,11 @@ from finetune.encoding.examples import Batch, Example, Padding
 from finetune.task_kind import Direction, Loss, LossOptions, Prediction, TaskKind
 
 
-class RegressionColumns(Columns):
+class RegressionColumns(TextColumns):
     """Columns of a regression task."""
 
     label: NumberColumn = "label"
     """Column with the number."""
-
-    text: TextColumn = "sentence1"
-    """Column with the text."""
-
-    text_pair: TextColumn | None = None
-    """Column with the second text, for tasks on pairs."""
 
 
 class Config(TaskConfig):
@@ -55,8 +49,7 @@ class Kind(TaskKind[Config]):
         return [f"numbers in train: {min(values):g} to {max(values):g}, mean {np.mean(values):.3g}"]
 
     def expand(self, record: Record, encoder: Encoder, training: bool) -> list[Example]:
-        texts = [record.values[role] for role in ("text", "text_pair") if role in record.values]
-        return [Example((encoder.encode(*texts),), record.values.get("label"))]
+        return [Example((encoder.encode(*record.texts),), record.values.get("label"))]
 
     def targets(self, examples: Sequence[Example], padding: Padding) -> Tensor:
         return torch.tensor([example.target for example in examples], dtype=torch.float32)
@@ -65,7 +58,7 @@ class Kind(TaskKind[Config]):
         """Squared error."""
         assert batch.targets is not None
         losses = F.mse_loss(outputs.float()[:, 0], batch.targets, reduction="none")
-        return Loss(losses.sum(), torch.tensor(float(len(losses)), device=losses.device))
+        return Loss.of(losses.sum(), len(losses))
 
     def decode(self, record: Record, examples: Sequence[Example], outputs: Sequence[NDArray[np.float32]]) -> Prediction:
         return {"value": float(outputs[0][0])}

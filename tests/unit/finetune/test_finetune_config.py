@@ -43,7 +43,7 @@ def test_a_tab_can_be_typed() -> None:
 @pytest.mark.parametrize(
     ("key", "raw", "message"),
     [
-        ("task.header", "null", r"task.*columns\.label: without a header .* found 'label'"),
+        ("task.header", "null", r"task.*columns\.text: without a header .* found 'sentence1'"),
         ("task.labels", "[a]", "needs two or more"),
         ("task.labels", "[a, b, a]", "named twice: a"),
         ("task.metric", "f1", "task.metric"),

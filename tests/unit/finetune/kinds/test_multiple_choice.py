@@ -58,8 +58,8 @@ def test_the_notation_of_the_labels_is_found(labels: tuple[str, ...], expected: 
     [
         (("1", "2"), CHOICES, r"'0', '1', … or '1', '2', … of the choices; set task\.labels"),
         (("1", "4"), ["1", "2", "3", "4"], r"the texts or '1', '2', … of the choices; set task\.labels"),
-        (("0", "B"), CHOICES, r"f\.csv:2: the label 'B' is no number, letter or text"),
-        (("E",), CHOICES, r"the label 'E' is no number, letter or text"),
+        (("0", "B"), CHOICES, r"f\.csv:2: the label 'B' is not the number, letter or text"),
+        (("E",), CHOICES, r"the label 'E' is not the number, letter or text"),
     ],
 )
 def test_an_unclear_notation_is_rejected(labels: tuple[str, ...], choices: list[str], message: str) -> None:
@@ -85,7 +85,7 @@ def test_labels_may_name_the_choices() -> None:
 @pytest.mark.parametrize(
     ("labels", "choices", "label", "message"),
     [
-        (("A", "B", "C"), CHOICES[:2], "C", r"f\.csv:2: the label 'C' is no choice; the choices: A, B"),
+        (("A", "B", "C"), CHOICES[:2], "C", r"f\.csv:2: the label 'C' is not a choice; the choices: A, B"),
         ((), ["x", "x", "y"], "x", r"the label 'x' is the text of several choices"),
         (("A", "B", "C"), CHOICES, "C", r"4 choices, but only 3 labels"),
         (("A", "B", "C"), ["x"], "A", r"expected two or more choices"),
