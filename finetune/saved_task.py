@@ -2,7 +2,7 @@
 
 {"task": {…, as in the config}, "labels": […], "max_seq_length": N, "padded": false, "temperature": T or null}
 
-The folder is otherwise one of transformers. A sequence classifier without the file, of whatever origin, predicts as a
+The folder is otherwise one of transformers. Any sequence classifier without the file predicts as a
 task of kind `classification` with the labels of its config.
 """
 
@@ -61,7 +61,7 @@ def write_saved_task(folder: Path, task: SavedTask) -> None:
 def read_saved_task(folder: Path, overrides: Mapping[str, str] | None = None) -> SavedTask:
     """The task of a model folder. overrides: dotted keys of the `task` section -> raw text, such as `columns.text`.
 
-    Raises UserError for a damaged file, for a folder without the file whose model is no sequence classifier, and for
+    Raises UserError for a damaged file, for a folder without the file whose model is not a sequence classifier, and for
     an unknown key.
     """
     path = folder / FILE
@@ -89,7 +89,7 @@ def _read_classifier(folder: Path, overrides: Mapping[str, str] | None) -> Saved
     single_label = config.problem_type in (None, "single_label_classification")
     if not architecture.endswith("ForSequenceClassification") or not single_label or len(set(labels)) < 2:
         raise UserError(
-            f"{folder} has no {FILE}, and is no classifier of transformers with two or more labels (architecture: "
+            f"{folder} has no {FILE} and is not a sequence classifier with two or more labels (architecture: "
             f"{architecture}, labels: {', '.join(labels)}); `deepcloze finetune` makes a folder to predict with"
         )
     kind = find_kind(_FOREIGN_KIND)

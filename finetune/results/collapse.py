@@ -12,7 +12,7 @@ _CONSTANT = 0.01  # numbers whose spread is below this share of the targets' are
 
 
 def is_constant(answers: Sequence[Any], targets: Sequence[Any]) -> bool:
-    """Whether the answers are all the same although the targets differ. Of numbers, whether they hardly vary."""
+    """Whether all answers are the same although the targets differ. For numbers: whether their spread is near zero."""
     if all(isinstance(value, float) for value in (*answers, *targets)):
         return bool(statistics.pstdev(answers) < _CONSTANT * statistics.pstdev(targets))
     return all(answer == answers[0] for answer in answers) and any(target != targets[0] for target in targets)

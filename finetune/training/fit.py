@@ -1,4 +1,4 @@
-"""Train with one seed: score the validation split now and then, keep the best weights, predict with them."""
+"""Train with one seed: score the validation split at intervals, keep the best weights, predict with them."""
 
 import math
 from collections.abc import Callable, Mapping

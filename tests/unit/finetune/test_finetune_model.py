@@ -114,7 +114,7 @@ def test_weights_that_are_not_used_are_reported(encoder: Path, copied: Path) -> 
 
 
 def test_frozen_modules_are_not_trained(encoder: Path) -> None:
-    """Catches modules that are trained in spite of model.freeze, a typo in it, and a model with nothing to train."""
+    """Catches modules that are trained despite model.freeze, a typo in it, and a model with nothing to train."""
     spec = replace(start(encoder), freeze=("embeddings", "layer.0"))
     built = build_model(spec)
     frozen = {name for name, parameter in built.model.named_parameters() if not parameter.requires_grad}

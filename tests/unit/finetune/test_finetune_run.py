@@ -336,7 +336,7 @@ def test_a_killed_run_resumes_within_a_seed(
 
 
 def test_models_need_not_be_kept(config_file: Path, tmp_path: Path) -> None:
-    """Catches model folders that fill the disk in spite of run.keep, and scores that are lost with them."""
+    """Catches model folders that fill the disk despite run.keep: none, and scores that are lost with them."""
     finetune(config_file, {"run.keep": "none", "training.epochs": "1"})
     names = sorted(path.name for path in (tmp_path / "run" / "seed-1").iterdir())
     files = [f"{kind}-{split}.csv" for kind in ("predictions", "worst") for split in ("test", "validation")]

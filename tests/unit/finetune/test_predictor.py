@@ -116,7 +116,7 @@ def test_a_classifier_of_transformers_works(classifier: Path) -> None:
 def test_a_head_that_means_something_else_is_rejected(classifier: Path, changed: dict[str, object]) -> None:
     """Catches a softmax over the outputs of a multi-label model, and a regression that is always 100 % certain."""
     change(classifier / "config.json", **changed)
-    with pytest.raises(UserError, match="no classifier of transformers with two or more labels"):
+    with pytest.raises(UserError, match="not a sequence classifier with two or more labels"):
         Predictor.load(classifier, "fp32")
 
 

@@ -73,7 +73,7 @@ def multiple_choice(draw: random.Random) -> Row:
 
 
 def token_classification(draw: random.Random) -> Row:
-    """A name begins with a word of the upper half, and goes on with word19; long sentences need windows."""
+    """An entity is a word of the upper half followed by up to two word19; long sentences need windows."""
     found: list[tuple[str, str]] = []
     for _ in range(draw.randint(1, 15)):
         if draw.random() < 0.3:

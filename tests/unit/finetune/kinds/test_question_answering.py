@@ -172,7 +172,7 @@ def test_forms_of_answers(tmp_path: Path, cell: object) -> None:
 
 @pytest.mark.parametrize("cell", [{"text": ["a"], "answer_start": []}, [{"text": "a"}], [1], "word1", 3])
 def test_other_answers_are_rejected(tmp_path: Path, cell: object) -> None:
-    """Catches a traceback for what is no answer."""
+    """Catches a traceback for an invalid answer."""
     path = tmp_path / "f.jsonl"
     path.write_text(json.dumps({"question": "x", "context": CONTEXT, "answers": cell}))
     with pytest.raises(UserError, match=r"f\.jsonl:1: expected answers .* in 'answers', found"):
