@@ -113,7 +113,7 @@ class TaskConfig(Section):
         if self.header is None:
             named = {"columns": self.columns} | ({} if self.dialogue is None else {"dialogue": self.dialogue})
             for key, columns in named.items():
-                for role in columns.cell_types():
+                for role in columns.without_targets().cell_types():  # predicting needs no targets
                     _check_numbers(f"{key}.{role}", columns.names(role))
         return self
 

@@ -155,6 +155,18 @@ def test_columns_and_separator_of_another_file(trained_run: Path, tmp_path: Path
     assert [row["text"] for row in read_csv(tmp_path / "out.csv")] == ["word1", "word30"]
 
 
+def test_a_file_without_header_and_labels(
+    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a number that is asked for the column of the labels, which predicting does not read."""
+    (tmp_path / "bare.csv").write_text("word1\nword30\n")
+    flags = ("--columns.text=0", "--header=none")
+    assert predict(trained_run, tmp_path / "bare.csv", tmp_path / "out.csv", *flags) == 0
+    assert [row["text"] for row in read_csv(tmp_path / "out.csv")] == ["word1", "word30"]
+    assert predict(trained_run, tmp_path / "bare.csv", tmp_path / "out.csv", *flags, "--score") == 2
+    assert "bare.csv:1: no column 'label'; found: 0 (--columns.label names" in capsys.readouterr().err
+
+
 def test_labels_are_ignored_unless_they_are_scored(trained_run: Path, tmp_path: Path) -> None:
     """Catches a file that is rejected for its labels, which are not needed."""
     (tmp_path / "odd.jsonl").write_text('{"text": "word1", "label": 0.5}\n{"text": "word2"}\n')
