@@ -105,6 +105,8 @@ def _locate(config_type: type[BaseModel], details: ErrorDetails) -> tuple[KeyPat
             if not location:
                 break
         part = location.pop(0)
+        if part == "[key]" and not location:
+            break  # of a mapping: pydantic says that its last key is wrong
         key, annotation = (*key, part), annotation_below(annotation, part)
     return key, unions
 

@@ -25,7 +25,7 @@ Separator = Annotated[str, BeforeValidator(_written_tab), Field(min_length=1, ma
 def _check_split_name(name: str) -> str:
     if name in ("train", "validation") or not re.fullmatch(r"[\w.-]+", name):
         raise ValueError(
-            f"'{name}' cannot name a test split: expected letters, digits, '_', '.' or '-', but not train or validation"
+            "cannot name a test split: expected letters, digits, '_', '.' or '-', but not train or validation"
         )
     return name
 
