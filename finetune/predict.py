@@ -1,9 +1,12 @@
 """`deepcloze predict`: predict for the rows of a file, which may be larger than the memory."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from errno import EISDIR
 from itertools import islice
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -16,7 +19,7 @@ from finetune.data.formats import read_rows
 from finetune.data.records import Record, TurnJoiner, read_records
 from finetune.encoding.tokenizer import turn_joiner
 from finetune.options import PredictOptions
-from finetune.predictor import Predictor
+from finetune.predictor import Predictor, missing_temperature
 from finetune.results.best_seed import find_model
 from finetune.results.calibration import calibration_error
 from finetune.results.label_scores import label_scores, top_confusions
@@ -69,15 +72,18 @@ def predict_command(options: PredictOptions) -> None:
     """Run the command. Raises UserError."""
     output = Path(options.output)
     check_row_file(output)
-    for written in (output, *([_scores_file(output)] if options.score else [])):
-        if written.resolve() == Path(options.input).resolve():
-            raise UserError(f"--output: {written} is the input")
     source = Path(options.input)
+    for written in (output, *([_scores_file(output)] if options.score else [])):
+        if written.resolve() == source.resolve():
+            raise UserError(f"--output: {written} is the input")
+        _check_writable(written)
     if source.exists() and not source.is_file() and not source.is_dir():
         raise UserError(f"--input: {source} is not a regular file; it is read twice, which a pipe cannot be")
     folder, description = find_model(Path(options.model))
     task = read_saved_task(folder, _overrides(options))
-    rows = Input(Path(options.input), task.kind, options.score, turn_joiner(folder, task.kind.config))
+    if options.calibrated and task.temperature is None:
+        raise missing_temperature(folder)
+    rows = Input(source, task.kind, options.score, turn_joiner(folder, task.kind.config))
     count = rows.count()
     terminal().print(f"model: {description}", markup=False)
     predictor = Predictor.load(folder, options.precision, options.batch_size, task)
@@ -86,6 +92,18 @@ def predict_command(options: PredictOptions) -> None:
         terminal().print(f"{output}: {count:,} rows", markup=False)
         if scored is not None:
             _report_scores(_scores_file(output), predictor, scored, options)
+
+
+def _check_writable(path: Path) -> None:
+    """Raise UserError if the file could not be written after hours of predicting."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(EISDIR, os.strerror(EISDIR))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"--output: cannot write {path}: {error.strerror}") from None
 
 
 def _scores_file(output: Path) -> Path:

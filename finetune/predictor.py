@@ -80,7 +80,7 @@ class Predictor:
     def predict_records(self, records: Sequence[Record], calibrated: bool = False) -> list[Prediction]:
         """As `predict`, for records that were read from a file."""
         if calibrated and self.temperature is None:
-            raise UserError(f"{self.folder}: the model has no temperature, so its probabilities cannot be calibrated")
+            raise missing_temperature(self.folder)
         with self._encoding:
             split = encode_split(Table(self.folder, tuple(records), labelled=False), self.kind, self._encoder, False)
         outputs, _ = self._inference.compute(split.examples)
@@ -94,6 +94,13 @@ class Predictor:
         if set(values) != set(roles):
             raise UserError(f"record {number}: expected {', '.join(roles)}; found {', '.join(values) or 'nothing'}")
         return values
+
+
+def missing_temperature(folder: Path) -> UserError:
+    return UserError(
+        f"{folder}: the model has no temperature, so its probabilities cannot be calibrated; one is fitted on the "
+        "validation split of kinds that predict one label for each row"
+    )
 
 
 def _usable_precision(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: Device) -> Device:

@@ -143,6 +143,44 @@ def test_calibrated_probabilities(
     assert "moved: the model has no temperature" in capsys.readouterr().err
 
 
+def test_a_missing_temperature_is_found_first(
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a kind without a temperature that is found out after the input is read and the model loaded."""
+    model = Path(shutil.copytree(trained_run / "seed-1" / "model", tmp_path / "model"))
+    task = json.loads((model / FILE).read_text())
+    (model / FILE).write_text(json.dumps({**task, "temperature": None}))
+    monkeypatch.setattr(Predictor, "load", None)
+    assert predict(model, tmp_path / "none.csv", tmp_path / "out.csv", "--calibrated") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "model: the model has no temperature" in line
+
+
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        ("/proc/none/out.csv", "No such file or directory"),
+        ("in.csv/out.csv", "File exists"),
+        ("folder.csv", "Is a directory"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_found_first(
+    trained_run: Path,
+    tmp_path: Path,
+    output: str,
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Catches a traceback, and predictions that are lost because they cannot be written."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Predictor, "load", None)
+    Path("in.csv").write_text("text\nword1\n")
+    Path("folder.csv").mkdir()
+    assert predict(trained_run, Path("in.csv"), Path(output)) == 2
+    assert capsys.readouterr().err.splitlines() == [f"deepcloze: --output: cannot write {output}: {reason}"]
+
+
 def test_columns_and_separator_of_another_file(trained_run: Path, tmp_path: Path) -> None:
     """Catches files that must look like the training data."""
     (tmp_path / "reviews.csv").write_text('id;review\n1;word1 "word2\n2;word30\n')
