@@ -137,14 +137,28 @@ def _find_columns(
 ) -> Iterator[tuple[str, int | list[int]]]:
     """(role, position of its column, or of each of its columns) for all roles that the row has.
 
-    Spaces around a name do not count.
+    Spaces around a name do not count. Raises UserError for a column that is missing, or is input and target.
     """
     names = [name.strip() for name in row.names]
+    found: dict[str, list[int]] = {}
     for role, cell_type in columns.cell_types().items():
         asked = [name.strip() for name in columns.names(role)]
         if targets_required or not cell_type.target or any(name in names for name in asked):
-            indices = [column_index(names, name, row.named_at, f"{key}.{role}") for name in asked]
-            yield role, indices if isinstance(getattr(columns, role), tuple) else indices[0]
+            found[role] = [column_index(names, name, row.named_at, f"{key}.{role}") for name in asked]
+    _reject_targets_as_inputs(row, columns, found, key)
+    for role, indices in found.items():
+        yield role, indices if isinstance(getattr(columns, role), tuple) else indices[0]
+
+
+def _reject_targets_as_inputs(row: Row, columns: Columns, found: Mapping[str, list[int]], key: str) -> None:
+    """Raises UserError if a target and an input are the same column: the model would be shown what it predicts."""
+    inputs = columns.without_targets().cell_types()
+    for target in found.keys() - inputs.keys():
+        for role in inputs:
+            if shared := set(found[target]) & set(found[role]):
+                raise UserError(
+                    f"{row.named_at}: {key}.{target} and {key}.{role} are the same column, '{row.names[min(shared)]}'"
+                )
 
 
 def _read_cell(row: Row, cell_type: CellType, found: int | list[int]) -> Any:

@@ -185,6 +185,20 @@ def test_spaces_around_a_column_name_do_not_count(tmp_path: Path, name: str, tex
     ]
 
 
+@pytest.mark.parametrize("name", ["text", " text"])
+def test_a_target_is_not_an_input(tmp_path: Path, name: str) -> None:
+    """Catches a model that is shown the label: it scores 100 %, and has learned nothing."""
+    path = write(tmp_path / "a.csv", "text,label\na,1\n")
+    columns = ClassificationColumns(label=name, text="label", text_pair="text")
+    message = r"a\.csv:1: task\.columns\.label and task\.columns\.text_pair are the same column, 'text'"
+    with pytest.raises(UserError, match=message):
+        read_table(path, columns)
+    several = ChoiceColumns(choices=("text", "label"))
+    with pytest.raises(UserError, match=r"columns\.label and task\.columns\.choices are the same column, 'label'"):
+        read_table(path, several)
+    assert values(read_table(path, several.without_targets())) == [{"choices": ["a", "1"]}]
+
+
 def test_a_missing_file_is_a_user_error(tmp_path: Path) -> None:
     """Catches a traceback for a missing file."""
     with pytest.raises(UserError, match=r"cannot read .*none\.csv"):
