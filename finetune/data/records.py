@@ -1,6 +1,5 @@
 """Read the rows of a split, and their cells as the columns of the task declare."""
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -177,8 +176,10 @@ def _read_cell(row: Row, cell_type: CellType, found: int | list[int]) -> Any:
 
 def _is_unicode(value: Any) -> bool:
     """False if a text has half of a surrogate pair, which JSON may escape: tokenizers and files refuse it."""
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return False
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return all(map(_is_unicode, parts))

@@ -205,6 +205,28 @@ def test_a_missing_file_is_a_user_error(tmp_path: Path) -> None:
         read_table(tmp_path / "none.csv", COLUMNS)
 
 
+@pytest.mark.parametrize(
+    ("columns", "row"),
+    [
+        (ChoiceColumns(), '{"choices": ["a", "\\ud800"], "label": 1}'),
+        (
+            QuestionAnsweringColumns(),
+            '{"question": "a", "context": "b", "answers": {"text": ["\\udc00"], "answer_start": [0]}}',
+        ),
+    ],
+)
+def test_half_a_surrogate_pair_is_rejected_at_any_depth(tmp_path: Path, columns: Columns, row: str) -> None:
+    """Catches a check that looks at cells of text only."""
+    with pytest.raises(UserError, match=r"a\.jsonl:1: expected Unicode text in '(choices|answers)'"):
+        read_table(write(tmp_path / "a.jsonl", row), columns)
+
+
+def test_a_whole_surrogate_pair_is_a_character(tmp_path: Path) -> None:
+    """Catches an emoji in escaped JSON that is rejected."""
+    path = write(tmp_path / "a.jsonl", '{"label": "x", "text": "\\ud83d\\ude00"}\n')
+    assert values(read_table(path, COLUMNS)) == [{"label": "x", "text": "\U0001f600"}]
+
+
 def test_half_a_surrogate_pair_is_rejected(tmp_path: Path) -> None:
     """Catches a traceback of the tokenizer, or of the file that a label is written to after training."""
     path = write(tmp_path / "a.jsonl", '{"label": "x", "text": "a"}\n{"label": "\\ud800", "text": "b"}\n')
