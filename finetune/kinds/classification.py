@@ -1,5 +1,6 @@
 """Classification: one label for a text or for a pair of texts."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -36,16 +37,17 @@ class Config(TaskConfig):
     metric: Literal["accuracy", "macro_f1", "weighted_f1", "uar", "matthews"] = "accuracy"
 
 
-def _reject_fractions(train: Table) -> None:
+def _reject_numbers(train: Table) -> None:
     """Raises UserError if the labels are numbers and not all of them whole."""
     numbers = [_number(record.values["label"]) for record in train.records]
-    if all(number is not None for number in numbers):
-        for record, number in zip(train.records, numbers, strict=True):
-            if number is not None and not number.is_integer():
-                raise UserError(
-                    f"{record.place}: the label {record.values['label']} is a fraction; for regression set "
-                    "task.kind: regression, for classes list them in task.labels"
-                )
+    if None in numbers:
+        return
+    for record, number in zip(train.records, numbers, strict=True):
+        if number is not None and not number.is_integer():
+            problem = "is a fraction; for regression set task.kind: regression, for classes"
+            if not math.isfinite(number):
+                problem = "among numbers looks like a missing value; remove such rows, or, if it is a class,"
+            raise UserError(f"{record.place}: the label {record.values['label']} {problem} list them in task.labels")
 
 
 def _number(label: str) -> float | None:
@@ -66,11 +68,11 @@ class Kind(TaskKind[Config]):
     def find_labels(cls, config: Config, train: Table) -> tuple[str, ...]:
         """The labels of the training split, sorted, as numbers if all of them are.
 
-        Raises UserError if there is only one, or if they are fractions.
+        Raises UserError if there is only one, or if they are numbers and not all whole.
         """
         if config.labels is not None:
             return config.labels
-        _reject_fractions(train)
+        _reject_numbers(train)
         labels = {record.values["label"] for record in train.records}
         if len(labels) < 2:
             raise UserError(f"{train.path}: every row has the label '{labels.pop()}'; expected two or more labels")

@@ -59,6 +59,14 @@ def test_a_label_like_a_known_one_is_suggested(encoder: Path) -> None:
         kind.expand(table("negtive").records[0], encode, training=True)
 
 
+@pytest.mark.parametrize("label", ["nan", "inf"])
+def test_a_missing_value_is_no_fraction(label: str) -> None:
+    """Catches `nan`, as pandas writes missing labels, that is said to need a regression."""
+    message = rf"f\.csv:3: the label {label} among numbers looks like a missing value; remove such rows, or"
+    with pytest.raises(UserError, match=message):
+        Kind.find_labels(CONFIG, table("0", label, "1"))
+
+
 def test_fractions_are_no_labels() -> None:
     """Catches a regression task trained as hundreds of classes; "1.0" and a list of labels are meant as classes."""
     with pytest.raises(UserError, match=r"f\.csv:3: the label 0\.5 is a fraction; for regression set task\.kind: reg"):
