@@ -40,7 +40,7 @@ SplitName = Annotated[str, AfterValidator(_check_split_name)]
 
 
 class TaskConfig(Section):
-    """The task and its data. See docs/finetuning.md. Some keys depend on the kind of task."""
+    """The task and its data, see docs/task_data.md. Some keys depend on the kind of task, see docs/task_kinds.md."""
 
     name: str | None = None
     """Name of the task in results.json; default: the name of the config file."""
