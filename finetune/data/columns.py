@@ -15,6 +15,8 @@ from pydantic import BeforeValidator, Field
 from experiment.config import Section
 from experiment.strict_json import parse_json
 
+_LARGEST = 1e18  # of the numbers to predict
+
 
 @dataclass(frozen=True)
 class CellType:
@@ -42,9 +44,14 @@ def _read_label(cell: object) -> str | None:
 
 
 def _read_texts(cell: object) -> list[str]:
+    cell = _parse_json(cell)
     if isinstance(cell, list) and all(isinstance(text, str) for text in cell):
         return cell
-    raise ValueError("" if isinstance(cell, list) else "; for texts in several columns, list their names")
+    raise ValueError(
+        ""
+        if isinstance(cell, list)
+        else "; for texts in several columns, list their names; in one cell, write a JSON list"
+    )
 
 
 def _read_number(cell: object) -> float | None:
@@ -55,6 +62,8 @@ def _read_number(cell: object) -> float | None:
     number = _float(cell)
     if number is None or not math.isfinite(number):
         raise ValueError
+    if abs(number) > _LARGEST:
+        raise ValueError(f"; numbers beyond {_LARGEST:g} have no squared error in fp32")
     return number
 
 
@@ -66,12 +75,16 @@ def _float(cell: str | float) -> float | None:
 
 
 def _read_labels(cell: object) -> list[str] | str:
-    """A list of labels; text that is not a list in JSON stays text. No labels are an empty list, not an empty cell."""
+    """A list of labels, without empty ones; text that is not a list in JSON stays text.
+
+    No labels are an empty list, not an empty cell.
+    """
     cell = _parse_json(cell)
     if isinstance(cell, str) or cell is None:
         return cell or []
     if isinstance(cell, list) and all(isinstance(label, str | int) for label in cell):
-        return [label.strip() if isinstance(label, str) else json.dumps(label) for label in cell]
+        texts = (label.strip() if isinstance(label, str) else json.dumps(label) for label in cell)
+        return [label for label in texts if label]
     raise ValueError
 
 
@@ -84,6 +97,13 @@ def _read_words(cell: object) -> list[str] | None:
     if isinstance(cell, list) and all(isinstance(word, str) for word in cell):
         return cell
     raise ValueError
+
+
+def _read_tags(cell: object) -> list[str] | None:
+    tags = _read_words(cell)
+    if tags and not all(tags):
+        raise ValueError("; a tag is empty")
+    return tags
 
 
 def _read_sentence(cell: object) -> list[str]:
@@ -120,12 +140,16 @@ def _is_answer(value: Any) -> bool:
 
 
 def _parse_json(cell: object) -> object:
-    """The list or object that a text is in JSON; any other cell as it is."""
+    """The list or object that a text is in JSON; any other cell as it is.
+
+    Raises ValueError for what is nearly JSON: pandas writes lists to CSV files as Python prints them.
+    """
     if isinstance(cell, str) and cell.startswith(("[", "{")):
         try:
             return parse_json(cell)
-        except ValueError:
-            return cell
+        except ValueError as error:
+            if cell.startswith(("['", '["', "[[", "{'", '{"')) and cell.endswith(("]", "}")):
+                raise ValueError(f"; not JSON, where texts are in double quotes: {error}") from None
     return cell
 
 
@@ -137,7 +161,7 @@ LABEL = CellType("a label", _read_label, target=True)
 CHOICE = CellType("the right choice", _read_label, target=True)
 LABELS = CellType("a list of labels, or text", _read_labels, target=True)
 NUMBER = CellType("a number", _read_number, target=True)
-TAGS = CellType("a list of tags, or tags separated by spaces", _read_words, target=True)
+TAGS = CellType("a list of tags, or tags separated by spaces", _read_tags, target=True)
 OPTIONS = CellType("a list with two or more options for each blank", _read_options)
 CLOZE_ANSWERS = CellType("a list of letters, one for each blank", _read_words, target=True)
 ANSWERS = CellType('answers {"text": […], "answer_start": […]} as in SQuAD', _read_answers, target=True)

@@ -29,7 +29,7 @@ class MultiLabelColumns(TextColumns):
 
     labels: LabelsColumn = "labels"
     """Column with the labels: a JSON list, or text with `task.label_separator` between them; empty if there are
-    none."""
+    none. Empty labels are left out."""
 
     text: TextColumn = "text"
     """Column with the text."""

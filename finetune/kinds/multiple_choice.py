@@ -31,7 +31,7 @@ class MultipleChoiceColumns(Columns):
     these; `task.labels` names the first, second, … choice if it is not clear which."""
 
     choices: TextsColumn = "choices"
-    """Column with a list of choices, or a list of columns with one choice each."""
+    """Column with a list of choices, in CSV as JSON; or a list of columns with one choice each."""
 
     question: TextColumn | None = "question"
     """Column with the question; null if there is none."""

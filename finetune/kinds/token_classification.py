@@ -23,6 +23,7 @@ from finetune.kinds.classification import balanced_weights
 from finetune.task_kind import Direction, Loss, LossOptions, Prediction, TaskKind
 
 _NO_TAG = -100  # target of a token that carries none
+_SHOWN = 5  # words in a message
 
 
 class TokenClassificationColumns(Columns):
@@ -82,7 +83,9 @@ class Kind(TaskKind[Config]):
     def expand(self, record: Record, encoder: Encoder, training: bool) -> list[Example]:
         words, tags = record.values["words"], record.values.get("tags")
         if tags is not None and len(tags) != len(words):
-            raise UserError(f"{record.place}: {len(words)} words, but {len(tags)} tags")
+            raise UserError(
+                f"{record.place}: expected a tag for each word; words: {_counted(words)}; tags: {_counted(tags)}"
+            )
         labels = None if tags is None else [self.label_id(tag, record.place) for tag in tags]
         return list(_examples(words, labels, encoder))
 
@@ -160,6 +163,10 @@ def _whole_words(window: range, starts: Sequence[int]) -> range:
     """The part of a window of tokens that consists of whole words. starts: of the words, and the end."""
     inside = [start for start in starts if window.start <= start <= window.stop]
     return range(inside[0], inside[-1])
+
+
+def _counted(texts: Sequence[str]) -> str:
+    return f"{len(texts)} ({', '.join(texts[:_SHOWN])}{', …' if len(texts) > _SHOWN else ''})"
 
 
 def _with_prefix(tag: str) -> str:

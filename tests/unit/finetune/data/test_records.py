@@ -154,6 +154,8 @@ def test_a_list_of_texts_is_one_column_or_several(tmp_path: Path) -> None:
     several = ChoiceColumns(choices=("end1", "end0"))
     path = write(tmp_path / "a.csv", "end0,end1,label\na,b,1\n")
     assert values(read_table(path, several)) == [{"label": "1", "choices": ["b", "a"]}]
+    path = write(tmp_path / "b.csv", 'choices,label\n"[""b"", ""a""]",1\n')
+    assert values(read_table(path, ChoiceColumns())) == [{"label": "1", "choices": ["b", "a"]}]
     path = write(tmp_path / "a.jsonl", '{"choices": ["b", "a"], "label": 1}\n')
     assert values(read_table(path, ChoiceColumns())) == [{"label": "1", "choices": ["b", "a"]}]
 
@@ -163,6 +165,13 @@ def test_a_list_of_texts_is_one_column_or_several(tmp_path: Path) -> None:
     [
         ("a.csv", "end0,label\na,1\n", ChoiceColumns(choices=("end0", "end1")), r"a\.csv:1: no column 'end1'"),
         ("a.csv", "choices,label\na,1\n", ChoiceColumns(), r"a list of texts in 'choices', found \"a\"; for texts in"),
+        ("a.csv", "choices,label\na,1\n", ChoiceColumns(), r"list their names; in one cell, write a JSON list"),
+        (
+            "a.csv",
+            "choices,label\n['a'],1\n",
+            ChoiceColumns(),
+            r"not JSON, where texts are in double quotes: Expecting",
+        ),
         ("a.jsonl", '{"choices": ["a", 1], "label": 1}', ChoiceColumns(), r"a list of texts in 'choices', found \["),
         ("a.jsonl", '{"a": "a", "b": 5, "label": 1}', ChoiceColumns(choices=("a", "b")), r"in 'a, b', found \["),
     ],
@@ -238,6 +247,14 @@ def test_a_number_beyond_floats_is_rejected(tmp_path: Path) -> None:
     """Catches a traceback for a whole number in JSON that no float can hold."""
     path = write(tmp_path / "a.jsonl", f'{{"label": 1{"0" * 400}, "text": "a"}}\n')
     with pytest.raises(UserError, match=r"a\.jsonl:1: expected a number in 'label'"):
+        read_table(path, RegressionColumns(text="text"))
+
+
+@pytest.mark.parametrize("number", ["1e300", "-1e19"])
+def test_a_number_whose_square_overflows_is_rejected(tmp_path: Path, number: str) -> None:
+    """Catches an infinite loss that is blamed on the learning rate."""
+    path = write(tmp_path / "a.csv", f"text,label\na,{number}\n")
+    with pytest.raises(UserError, match=r"a\.csv:2: expected a number in 'label', found .*; numbers beyond 1e\+18"):
         read_table(path, RegressionColumns(text="text"))
 
 

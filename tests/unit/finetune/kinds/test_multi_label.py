@@ -34,6 +34,13 @@ def test_labels_are_lists_or_text(tmp_path: Path, encoder: Path) -> None:
     assert targets == [[0, 1, 1, 0], [0, 0, 0, 0], [1, 0, 0, 1], [0, 1, 1, 0], [0, 0, 0, 0]]
 
 
+def test_an_empty_label_is_none(tmp_path: Path) -> None:
+    """Catches a class without a name for rows that have no label, as `"".split()` and some exports write them."""
+    table = read(tmp_path / "f.jsonl", '{"labels": [""], "text": "x"}\n{"labels": ["b", " ", "a"], "text": "x"}\n')
+    assert [record.values["labels"] for record in table.records] == [[], ["b", "a"]]
+    assert Kind.find_labels(CONFIG, table) == ("a", "b")
+
+
 def test_an_unknown_label_is_named(encoder: Path) -> None:
     """Catches a label of validation that train lacks, dropped silently."""
     record = Record("f.csv:3", {"labels": ["a", "bb"], "text": "x"})

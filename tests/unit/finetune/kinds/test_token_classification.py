@@ -5,8 +5,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from experiment.csv_and_jsonl import CsvFormat
 from experiment.errors import UserError
 from experiment.tokenizer import load_tokenizer
+from finetune.data.formats import FileFormat
 from finetune.data.records import Record, Table, read_table
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Batch, padding_last
@@ -96,8 +98,20 @@ def test_words_and_tags_must_be_as_many(encoder: Path, tmp_path: Path) -> None:
     path = tmp_path / "f.tsv"
     path.write_text("tokens\ttags\na b\tO O\na b\tO\n")
     table = read_table(path, CONFIG.columns)
-    with pytest.raises(UserError, match=r"f\.tsv:3: 2 words, but 1 tags"):
+    message = r"f\.tsv:3: expected a tag for each word; words: 2 \(a, b\); tags: 1 \(O\)$"
+    with pytest.raises(UserError, match=message):
         [KIND.expand(record, encode(encoder, 8), training=True) for record in table.records]
+
+
+@pytest.mark.parametrize(
+    ("tags", "hint"), [("['O', 'O']", "not JSON, where texts are in double quotes"), ('["O", ""]', "a tag is empty")]
+)
+def test_tags_that_are_nearly_right_are_rejected(tmp_path: Path, tags: str, hint: str) -> None:
+    """Catches a list as Python prints it, whose brackets and quotes become parts of tags, and a tag ''."""
+    path = tmp_path / "f.tsv"
+    path.write_text(f"tokens\ttags\na b\t{tags}\n")
+    with pytest.raises(UserError, match=rf"f\.tsv:2: expected a list of tags.* in 'tags', found .*; {hint}"):
+        read_table(path, CONFIG.columns, FileFormat(csv=CsvFormat(quoting=3)))
 
 
 def test_one_tag_is_no_task() -> None:
