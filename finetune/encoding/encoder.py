@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from experiment.errors import UserError
 
@@ -48,10 +48,18 @@ class Encoder:
         """A text or a pair as one sequence. If it is too long, the longer text is cut at its end."""
         encoded = self._tokenize(text, text_pair, truncation="longest_first", max_length=self.max_length)
         ids = encoded["input_ids"]
-        # Tokenize a sequence of maximum length again, to see whether it was cut.
-        full_length = len(self._tokenize(text, text_pair)["input_ids"]) if len(ids) == self.max_length else len(ids)
+        full_length = len(ids) if len(ids) < self.max_length else self._full_length(encoded, text, text_pair)
         types = torch.tensor(encoded["token_type_ids"]) if self.token_types else None
         return Tokens(torch.tensor(ids), types, full_length > len(ids), full_length)
+
+    def _full_length(self, encoded: BatchEncoding, text: str, text_pair: str | None) -> int:
+        """Tokens of a sequence of maximum length before it was cut, if it was."""
+        if text_pair is not None or not self.tokenizer.is_fast:
+            return len(self._tokenize(text, text_pair)["input_ids"])
+        # What was cut off is kept, in sequences with special tokens: no need to tokenize a long text again.
+        added: int = self.tokenizer.num_special_tokens_to_add(pair=False)
+        assert encoded.encodings is not None
+        return self.max_length + sum(len(part) - added for part in encoded.encodings[0].overflowing)
 
     def ids(self, text: str) -> list[int]:
         """The tokens of a text, without special tokens."""

@@ -36,6 +36,28 @@ def test_assembled_ids_are_those_of_the_tokenizer(encoder: Path, family: str, te
         assert encoded.input_ids.tolist()[start : start + len(ids)] == ids
 
 
+@pytest.mark.parametrize("family", ["bert", "xlnet"])
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("words", [1, 13, 14, 15, 30, 60])
+def test_the_length_of_a_cut_text(encoder: Path, family: str, special: bool, words: int) -> None:
+    """Catches special tokens that count for each part of what was cut off, and a sequence that just fits."""
+    made = Encoder(load_tokenizer(encoder), 16, True, special) if family == "bert" else xlnet()
+    text = " ".join((["word1", "[SEP]"] * words)[:words])
+    for texts in ((text,), (text, "word2")):
+        whole = Encoder(made.tokenizer, 500, True, made.special_tokens_in_text).encode(*texts)
+        found = made.encode(*texts)
+        assert (found.full_length, found.truncated) == (len(whole), len(whole) > 16)
+
+
+def test_a_cut_text_is_tokenized_once(encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a second tokenization of each long text, only to count what was cut off."""
+    made, calls = Encoder(load_tokenizer(encoder), 16, token_types=True), []
+    tokenize = type(made.tokenizer).__call__
+    monkeypatch.setattr(type(made.tokenizer), "__call__", lambda *a, **k: calls.append(a) or tokenize(*a, **k))
+    assert made.encode("word1 " * 100).full_length == 102
+    assert len(calls) == 1
+
+
 def test_a_length_without_room_for_text_is_rejected(encoder: Path) -> None:
     """Catches empty windows, of which there would be infinitely many."""
     with pytest.raises(UserError, match="max_seq_length: 4 tokens leave no room"):
