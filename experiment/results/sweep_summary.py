@@ -33,9 +33,9 @@ def read_metric(folder: RunFolder, metric: str) -> float | None:
     return float(values[-1]) if values else None
 
 
-def sort_results(results: Sequence[SweepResult], metric: str) -> list[SweepResult]:
-    """Sort results, best first: lowest loss or perplexity, highest other metric; those without a value come last."""
-    sign = 1.0 if metric.rpartition("/")[2] in ("loss", "perplexity") else -1.0
+def sort_results(results: Sequence[SweepResult], lower_is_better: bool) -> list[SweepResult]:
+    """Sort results, best first; those without a value come last."""
+    sign = 1.0 if lower_is_better else -1.0
     return sorted(results, key=lambda result: math.inf if result.value is None else sign * result.value)
 
 
@@ -45,9 +45,9 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
     return {key: part if last.count(part) == 1 else key for key, part in zip(keys, last, strict=True)}
 
 
-def write_summary(results: Sequence[SweepResult], output: Path, metric: str) -> None:
+def write_summary(results: Sequence[SweepResult], output: Path, metric: str, lower_is_better: bool) -> None:
     """Write OUTPUT/sweep.csv, best run first, and OUTPUT/sweep.png, and print the table."""
-    best_first = sort_results(results, metric)
+    best_first = sort_results(results, lower_is_better)
     keys = list(best_first[0].values)
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")

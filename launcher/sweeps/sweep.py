@@ -98,7 +98,7 @@ def _run_all(plan: SweepPlan, record: _SweepRecord) -> list[SweepResult]:
             results.append(SweepResult(run.name, run.values, state, value))
             record["runs"][run.name] |= {"state": state, "value": value}
             write_json(plan.output / "sweep.json", record)
-        write_summary(results, plan.output, plan.metric)
+        write_summary(results, plan.output, plan.metric, plan.lower_is_better)
     return results
 
 

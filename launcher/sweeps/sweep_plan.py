@@ -41,7 +41,8 @@ class SweepPlan:
 
     runs: tuple[SweepRun, ...]
     output: Path  # absolute
-    metric: str
+    metric: str  # to compare the runs by
+    lower_is_better: bool
 
 
 def plan_sweep(options: SweepOptions) -> SweepPlan:
@@ -73,7 +74,8 @@ def plan_sweep(options: SweepOptions) -> SweepPlan:
         argv = (*command, *(f"--{key}={text}" for key, text in overrides.items()))
         runs.append(SweepRun(name, values, argv, validated))
     assert output is not None
-    return SweepPlan(tuple(runs), Path(output).absolute(), _choose_metric(options.metric, runs[0].config, finetuning))
+    metric, lower_is_better = _choose_metric(options.metric, runs[0].config, finetuning)
+    return SweepPlan(tuple(runs), Path(output).absolute(), metric, lower_is_better)
 
 
 def _is_finetuning(config: str) -> bool:
@@ -114,16 +116,20 @@ def _validate_finetuning(config: str) -> Validate:
     return validate
 
 
-def _choose_metric(requested: str | None, config: FlatConfig, finetuning: bool) -> str:
-    """The metric to compare runs by. Raises UserError for one that the runs do not report."""
+def _choose_metric(requested: str | None, config: FlatConfig, finetuning: bool) -> tuple[str, bool]:
+    """The metric to compare runs by, and whether lower is better. Raises UserError for one that runs do not report."""
     if finetuning:
-        from finetune.task_kind import find_kind
+        from finetune.task_kind import Direction, find_kind
 
-        default, known = str(config["task.metric"]), list(find_kind(str(config["task.kind"])).metrics)
+        metrics = find_kind(str(config["task.kind"])).metrics
+        known = {name: direction is Direction.LOWER for name, direction in metrics.items()}
+        default = str(config["task.metric"])
     else:
         corpora = [key.removeprefix("corpus.eval.") for key in config if key.startswith("corpus.eval.")]
-        known = [*(f"eval/{name}/{kind}" for name in corpora for kind in ("loss", "perplexity", "accuracy")), "loss"]
-        default = known[0]
-    if requested is not None and requested not in known:
-        raise UserError(f"--metric: the runs do not report '{requested}'{did_you_mean(requested, known)}")
-    return requested or default
+        kinds = {"loss": True, "perplexity": True, "accuracy": False}
+        known = {f"eval/{name}/{kind}": lower for name in corpora for kind, lower in kinds.items()} | {"loss": True}
+        default = next(iter(known))
+    chosen = requested or default
+    if chosen not in known:
+        raise UserError(f"--metric: the runs do not report '{chosen}'{did_you_mean(chosen, known)}")
+    return chosen, known[chosen]

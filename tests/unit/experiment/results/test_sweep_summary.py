@@ -7,11 +7,11 @@ from experiment.results.sweep_summary import SweepResult, read_metric, sort_resu
 from experiment.run_folder import RunFolder
 
 
-@pytest.mark.parametrize(("metric", "best"), [("eval/held/loss", 1.0), ("perplexity", 1.0), ("macro_f1", 3.0)])
-def test_best_first(metric: str, best: float) -> None:
+@pytest.mark.parametrize(("lower_is_better", "best"), [(True, 1.0), (False, 3.0)])
+def test_best_first(lower_is_better: bool, best: float) -> None:
     """Catches a reversed table, and runs without a value at its top."""
     results = [SweepResult("a", {}, "done", value) for value in (2.0, None, 3.0, 1.0)]
-    best_first = [result.value for result in sort_results(results, metric)]
+    best_first = [result.value for result in sort_results(results, lower_is_better)]
     assert (best_first[0], best_first[-1]) == (best, None)
 
 

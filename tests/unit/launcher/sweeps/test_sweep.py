@@ -67,7 +67,7 @@ def plan(output: Path, losses: dict[str, str], seconds: float = 0.0) -> SweepPla
         )
         for rate, loss in losses.items()
     ]
-    return SweepPlan(tuple(runs), output, "eval/held/loss")
+    return SweepPlan(tuple(runs), output, "eval/held/loss", lower_is_better=True)
 
 
 def test_a_sweep_with_a_failure_run_twice(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from finetune.kinds.classification import Kind
+from finetune.task_kind import Direction
 from launcher.cli import main
+from launcher.options import SweepOptions
+from launcher.sweeps.sweep_plan import plan_sweep
 
 Reject = Callable[..., str]
 
@@ -90,3 +94,27 @@ def test_launch_flags_are_rejected_for_fine_tuning(tmp_path: Path, capsys: pytes
     assert "--num_gpus applies to pretraining only" in capsys.readouterr().err
     assert main(arguments) == 2
     assert f"lr=1e-5: model.init_from: {Path.cwd() / 'none'} does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("metric", "lower_is_better"),
+    [("eval/held/loss", True), ("eval/held/perplexity", True), ("eval/held/accuracy", False)],
+)
+def test_the_direction_of_a_metric_of_pretraining(pretraining: Path, metric: str, lower_is_better: bool) -> None:
+    """Catches a table with the worst run at its top."""
+    plan = plan_sweep(SweepOptions(config=str(pretraining), grid="batch.sequences=4", metric=metric))
+    assert (plan.metric, plan.lower_is_better) == (metric, lower_is_better)
+
+
+@pytest.mark.parametrize("direction", Direction)
+def test_the_direction_of_a_metric_of_a_task(
+    tmp_path: Path, direction: Direction, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches an error rate that is sorted as if higher were better, whatever its kind declares."""
+    monkeypatch.setattr(Kind, "metrics", {"accuracy": direction})
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").touch()
+    tree = {"run": {"dir": "a"}, "task": {"train": "t.csv"}, "model": {"init_from": str(tmp_path / "model")}}
+    (tmp_path / "task.yaml").write_text(yaml.safe_dump(tree))
+    plan = plan_sweep(SweepOptions(config=str(tmp_path / "task.yaml"), grid="training.lr=1e-5"))
+    assert (plan.metric, plan.lower_is_better) == ("accuracy", direction is Direction.LOWER)
