@@ -4,6 +4,7 @@ See `host_guard` for what runs there.
 """
 
 import json
+import select
 import subprocess
 import sys
 import threading
@@ -85,7 +86,7 @@ class GuardedHosts:
         """End all processes of the launch on all hosts that can be reached, and the guards."""
         self._closing.set()
         for connection in self._connections.values():
-            connection.send(f"{END}\n".encode())
+            connection.try_send(f"{END}\n".encode())
         deadline = time.monotonic() + _END_SECONDS
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
@@ -116,7 +117,7 @@ class GuardedHosts:
             connection.started.set()
 
     def _read_guard(self, host: str, connection: "_Connection") -> None:
-        connection.send(self._request.line())
+        connection.request(self._request.line())
         for line in connection.lines():
             if line == ENDED:
                 break
@@ -133,8 +134,8 @@ class GuardedHosts:
     def _end_launch(self, host: str) -> None:
         """End the launch on a host whose guard was killed or connection failed: a new guard does only that."""
         connection = _Connection(host)
-        connection.send(self._request.line() + f"{END}\n".encode())
         self._connections[host] = connection  # `close` kills it if it takes too long
+        connection.request(self._request.line() + f"{END}\n".encode())
         for line in connection.lines():
             if line == ENDED:
                 return
@@ -142,7 +143,7 @@ class GuardedHosts:
     def _send_beats(self) -> None:
         while not self._closing.wait(BEAT_SECONDS):
             for host, connection in self._connections.items():
-                connection.send(b"\n")
+                connection.try_send(b"\n")
                 starting = _START_SECONDS + _SECONDS_PER_HOST * len(self._connections)
                 limit = SILENCE_SECONDS if connection.started.is_set() else starting
                 if host not in self.lost and connection.silent_seconds > limit:
@@ -174,6 +175,7 @@ class _Connection:
         )
         self._heard = time.monotonic()
         self._last_output = "the connection was closed"
+        self._requested = False
         self.closed = False  # by `close`
         self.started = threading.Event()
 
@@ -182,7 +184,20 @@ class _Connection:
         """Time since the last line of the guard."""
         return time.monotonic() - self._heard
 
-    def send(self, data: bytes) -> None:
+    def request(self, data: bytes) -> None:
+        """Send what the guard reads first. Blocks while ssh does not read more than fits into a pipe."""
+        self._send(data)
+        self._requested = True
+
+    def try_send(self, line: bytes) -> None:
+        """Send a line, unless that would block: a host that hangs must not keep others from getting theirs."""
+        assert self._process.stdin is not None
+        room = select.poll()  # for PIPE_BUF bytes, see pipe(7); select(2) has a limit of descriptors
+        room.register(self._process.stdin, select.POLLOUT)
+        if self._requested and room.poll(0):
+            self._send(line)
+
+    def _send(self, data: bytes) -> None:
         assert self._process.stdin is not None
         with suppress(OSError, ValueError):  # closed
             self._process.stdin.write(data)

@@ -88,6 +88,22 @@ def test_a_silent_host_is_lost(run: str, tmp_path: Path, monkeypatch: pytest.Mon
         assert hosts.lost == {"node-1": "no answer within 1 s"}
 
 
+def test_a_host_that_reads_nothing_disturbs_no_other_host(
+    run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches beats to all hosts, and the end, that wait for a host whose pipe is full: its variables do not fit."""
+    hangs = f'case "$1" in hangs) exec sleep 3600;; esac\nexec tee {tmp_path}/sent | {{ {STAND_IN_GUARD} }}'
+    install_ssh(tmp_path / "bin", monkeypatch, before=hangs)
+    monkeypatch.setattr(guarded_hosts, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(guarded_hosts, "SILENCE_SECONDS", 3600.0)
+    monkeypatch.setattr(guarded_hosts, "_START_SECONDS", 3600.0)
+    monkeypatch.setattr(guarded_hosts, "_END_SECONDS", 0.1)
+    hosts = GuardedHosts(["hangs", "node-2"], GuardRequest(f"{run}-1", {"LONG": "x" * (1 << 17)}, ""), lambda _: None)
+    threading.Thread(target=hosts.start, daemon=True).start()
+    wait_until(lambda: (tmp_path / "sent").exists() and (tmp_path / "sent").read_bytes().count(b"\n") > 10)
+    hosts.close()
+
+
 def test_a_killed_guard_leaves_nothing(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches ranks and secrets that stay on a host whose guard alone was killed, because memory ran out."""
     install_ssh(tmp_path / "bin", monkeypatch, before=f"echo $$ > {tmp_path}/guard.pid")
