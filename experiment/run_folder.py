@@ -74,7 +74,8 @@ class RunFolder:
         return self.logs / f"rank-{rank}.log"
 
     def rank_record(self, rank: int) -> Path:
-        """{"rank": …, "host": …, "pid": …, "exit": …}; the exit code of a rank that runs or was killed is null."""
+        """{"rank": …, "host": …, "pid": …, "training": …, "exit": …}; the exit code is null if the rank runs or was
+        killed."""
         return self.logs / f"rank-{rank}.json"
 
 

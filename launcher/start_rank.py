@@ -16,8 +16,9 @@ from collections.abc import Mapping, Sequence
 
 import psutil
 
+from experiment.launch_variable import LAUNCH_VARIABLE
 from launcher.hosts.addresses import route_to
-from launcher.hosts.host_guard import LAUNCH_VARIABLE, read_environment
+from launcher.hosts.host_guard import read_environment
 from launcher.hosts.machine import cpu_cores, guess_device
 from launcher.ranks.environment import host_environment, network_interface
 from launcher.ranks.rank_variables import rank_variables

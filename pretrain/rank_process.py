@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from experiment.errors import AgreedFailureError, UserError
+from experiment.launch_variable import LAUNCH_VARIABLE
 from experiment.open_files import raise_limit_of_open_files
 from experiment.outcome_file import Cause, Outcome, ReportedOutcome
 from pretrain.batching.loader import DataWorkerError
@@ -26,7 +27,8 @@ log = logging.getLogger(__name__)
 def run_rank(train: Callable[[], Outcome], report: RankReport) -> NoReturn:
     """Call `train` and end the process with the exit code of its outcome, or of what it raises."""
     raise_limit_of_open_files()
-    stop_file = report.folder.stop if report.rank == 0 else None
+    # On several hosts the launcher ends all ranks at once: others would wait for one that ends alone.
+    stop_file = report.folder.stop if report.rank == 0 and LAUNCH_VARIABLE not in os.environ else None
     with exit_on_stop_request(partial(_stop_before_training, report), stop_file):
         report.start()
         ending = _call(train, report)

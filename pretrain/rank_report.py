@@ -25,6 +25,10 @@ class RankReport:
         """Record this process. A record without an exit code means that the process was killed."""
         self._record(None)
 
+    def begin_training(self) -> None:
+        """Record that this rank now looks for stop requests itself."""
+        self._record(None, training=True)
+
     def agree(self, ending: ReportedOutcome) -> None:
         """Record how the run ended, on which all ranks have agreed. Only rank 0 writes."""
         if self.rank == 0:
@@ -46,8 +50,9 @@ class RankReport:
     def end(self, exit_code: int) -> None:
         self._record(exit_code)
 
-    def _record(self, exit_code: int | None) -> None:
-        process = {"rank": self.rank, "host": platform.node(), "pid": os.getpid(), "exit": exit_code}
+    def _record(self, exit_code: int | None, training: bool = False) -> None:
+        process: dict[str, object] = {"rank": self.rank, "host": platform.node(), "pid": os.getpid()}
+        process |= {"training": training, "exit": exit_code}
         with contextlib.suppress(OSError):
             write_json(self.folder.rank_record(self.rank), process)
 

@@ -67,6 +67,7 @@ def pretrain(
             trainer = Trainer(run, model, engine, stream, hosts, limits)
             # Not earlier: a signal to a rank that has not loaded its checkpoint should end it at once.
             stop = resources.enter_context(stop_request(run.folder.stop if world.rank == 0 else None))
+            report.begin_training()
             return _train(trainer, stop, hosts)
     except AgreedError as error:
         report.announce_refusal(error)

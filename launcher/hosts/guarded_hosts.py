@@ -82,11 +82,19 @@ class GuardedHosts:
         for connection in self._connections.values():
             connection.started.wait()
 
+    def cancel(self) -> None:
+        """Let `start` return, although some have neither replied nor are lost."""
+        for connection in self._connections.values():
+            connection.started.set()
+
     def close(self) -> None:
         """End all processes of the launch on all hosts that can be reached, and the guards."""
         self._closing.set()
-        for connection in self._connections.values():
-            connection.try_send(f"{END}\n".encode())
+        for host, connection in self._connections.items():
+            if host in self.replies:
+                connection.try_send(f"{END}\n".encode())
+            else:  # no rank has started there
+                connection.close()
         deadline = time.monotonic() + _END_SECONDS
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))

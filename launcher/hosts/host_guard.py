@@ -19,11 +19,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from experiment.launch_variable import LAUNCH_VARIABLE
 from launcher.hosts.addresses import route_to
 from launcher.hosts.machine import free_port
-
-LAUNCH_VARIABLE = "DEEPCLOZE_LAUNCH"
-"""Names the launch that a process belongs to, as RUN-ATTEMPT: both are hexadecimal."""
 
 BEAT_SECONDS = 1.0
 SILENCE_SECONDS = 15.0

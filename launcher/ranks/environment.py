@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from experiment.errors import UserError
+from experiment.launch_variable import LAUNCH_VARIABLE
 from launcher.hosts.guarded_hosts import Rendezvous
-from launcher.hosts.host_guard import LAUNCH_VARIABLE
 from launcher.hosts.machine import DeviceKind
 from launcher.hosts.ssh import KEEP_ALIVE
 from launcher.options import Launcher

@@ -22,6 +22,7 @@ from experiment.run_folder import RunFolder
 from launcher.hosts.guarded_hosts import GuardedHosts, GuardRequest, Rendezvous
 from launcher.hosts.hostfile import Slots
 from launcher.ranks.start_command import Command
+from launcher.supervision.early_stop import kill_on_early_stop
 from launcher.supervision.launch_log import AttemptRecord
 from launcher.supervision.launch_result import LaunchResult, read_result
 from launcher.supervision.output_filter import filtered_output
@@ -31,6 +32,7 @@ from launcher.supervision.stop_signals import StopSignals
 # DeepSpeed's launcher gives ranks 30 s to exit after one of them failed or it got a signal.
 _EXIT_TIMEOUT_SECONDS = 40.0
 _KILLED = LaunchResult(Outcome.STOPPED, "killed; the run can resume from its last complete checkpoint")
+_STOPPED_EARLY = LaunchResult(Outcome.STOPPED, "stopped before the first step; run the same command again")
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,15 @@ def run_attempt(launch: Launch, layout: Layout, stop: StopSignals, record: Attem
     name = _launch_name(launch.folder)
     processes = _Processes()
     request = GuardRequest(name, launch.host_environment, head=hosts[0])
-    with GuardedHosts(hosts, request, processes.check) as guards:
+    guards = GuardedHosts(hosts, request, processes.check)
+    stop.kill = guards.cancel
+    with kill_on_early_stop(launch.folder, stop) as stopped_early, guards:
         result = None
-        if not guards.lost:
+        if not guards.lost and not stop.killed:
             result = _run(launch, launch.command(layout, guards.rendezvous()), stop, record, processes)
         lost = dict(guards.lost)
+    if stopped_early.is_set():
+        return _STOPPED_EARLY
     if result is None and stop.killed:
         return _KILLED
     if result is None or (lost and _is_explained_by_a_lost_host(result)):
@@ -131,7 +137,7 @@ class _Processes:
 
 
 def _launch_name(folder: RunFolder) -> str:
-    """A new name for an attempt, as `host_guard.LAUNCH_VARIABLE` has it."""
+    """A new name for an attempt, as `LAUNCH_VARIABLE` has it."""
     return f"{xxhash.xxh3_64_hexdigest(os.fsencode(folder.path))}-{os.urandom(8).hex()}"
 
 

@@ -130,6 +130,27 @@ def test_training_continues_without_a_host_and_takes_it_back(
     assert [event["loss"] for event in seen] == pytest.approx([event["loss"] for event in undisturbed], abs=1e-2)
 
 
+def test_a_stop_while_ranks_wait_for_each_other_ends_all_hosts(
+    cluster: Cluster, tmp_path: Path, wordpiece_corpus: Path
+) -> None:
+    """Catches ranks that wait for one that has stopped, longer than a batch system waits, and print a stack dump."""
+    head, second, _ = cluster.hosts
+    run = Run(tmp_path, wordpiece_corpus, [head, second])
+    customize = tmp_path / "customize"
+    customize.mkdir()
+    (customize / "sitecustomize.py").write_text(
+        "import platform, sys, time\n"
+        f"if 'pretrain.run' in sys.orig_argv and platform.node() == {second.name!r}: time.sleep(3600)\n"
+    )
+    run.start(head, variables=(f"PYTHONPATH={customize}",))
+    wait_until((run.folder / "logs" / "rank-0.json").exists, run.process)
+    _, errors = run.stop()
+    assert errors.endswith("deepcloze: stopped before the first step; run the same command again\n")
+    assert "frame #" not in errors
+    for host in (head, second):
+        assert host.processes() == []
+
+
 def test_a_killed_guard_leaves_nothing_and_the_run_continues(
     cluster: Cluster, tmp_path: Path, wordpiece_corpus: Path
 ) -> None:

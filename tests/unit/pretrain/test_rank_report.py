@@ -71,8 +71,10 @@ def test_a_rank_leaves_its_process_and_exit_code(folder: RunFolder) -> None:
     """Catches a killed rank that looks like one that has ended."""
     report = RankReport(folder, 3)
     report.start()
-    process = {"rank": 3, "host": platform.node(), "pid": os.getpid(), "exit": None}
+    process = {"rank": 3, "host": platform.node(), "pid": os.getpid(), "training": False, "exit": None}
     assert json.loads(folder.rank_record(3).read_text()) == process
+    report.begin_training()
+    assert json.loads(folder.rank_record(3).read_text()) == process | {"training": True}
     report.end(75)
     assert json.loads(folder.rank_record(3).read_text()) == process | {"exit": 75}
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from experiment.launch_variable import LAUNCH_VARIABLE
 from launcher.hosts import guarded_hosts, host_guard
 from launcher.hosts.guarded_hosts import GuardedHosts, GuardRequest
-from launcher.hosts.host_guard import LAUNCH_VARIABLE, environment_file, read_environment
+from launcher.hosts.host_guard import environment_file, read_environment
 from stand_in_hosts import STAND_IN_GUARD, install_ssh
 from waiting import LIMIT, wait_until
 
@@ -102,6 +103,17 @@ def test_a_host_that_reads_nothing_disturbs_no_other_host(
     threading.Thread(target=hosts.start, daemon=True).start()
     wait_until(lambda: (tmp_path / "sent").exists() and (tmp_path / "sent").read_bytes().count(b"\n") > 10)
     hosts.close()
+
+
+def test_a_cancelled_start_waits_for_no_host(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a stop of a launch that waits for a host that hangs."""
+    install_ssh(tmp_path / "bin", monkeypatch, before="exec sleep 3600")
+    hosts = GuardedHosts(["hangs"], request(f"{run}-1"), lambda _: None)
+    hosts.cancel()
+    started = time.monotonic()
+    with hosts:
+        pass
+    assert time.monotonic() - started < guarded_hosts._END_SECONDS
 
 
 def test_a_killed_guard_leaves_nothing(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from experiment.outcome_file import Cause, Outcome
 from experiment.run_folder import RunFolder, open_run_folder
 from launcher.hosts.guarded_hosts import GuardRequest, Rendezvous
 from launcher.ranks.start_command import Command
-from launcher.supervision import attempt, supervisor
+from launcher.supervision import attempt, early_stop, supervisor
 from launcher.supervision.attempt import Launch, Layout
 from launcher.supervision.supervisor import supervise
 from waiting import wait_until
@@ -48,6 +48,9 @@ class StandInGuards:
 
     def rendezvous(self) -> Rendezvous:
         return Rendezvous("launch-1", "10.0.0.1", 4567)
+
+    def cancel(self) -> None:
+        pass
 
     def __enter__(self) -> Self:
         return self
@@ -137,6 +140,48 @@ def test_ranks_that_wait_for_a_host_without_processes_are_killed(
     body = f"(folder.logs / 'process').rename(folder.logs / 'rank-0.json'); {reported} {HANG}"
     result = supervise(launch(folder, body), time.time())
     assert (result.outcome, result.message, result.cause) == expected
+
+
+@pytest.mark.parametrize("by_signal", [True, False])
+def test_a_stop_before_training_ends_the_ranks_at_once(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, by_signal: bool
+) -> None:
+    """Catches a stop that waits until ranks have started and found each other, longer than a batch system waits."""
+    monkeypatch.setattr(attempt, "GuardedHosts", StandInGuards)
+    stop = "import os; os.kill(os.getppid(), 15)" if by_signal else "folder.stop.touch()"
+    result = supervise(launch(folder, f"{stop}; {HANG}"), time.time())
+    assert (result.outcome, result.message[:30]) == (Outcome.STOPPED, "stopped before the first step;")
+
+
+def test_a_stop_while_hosts_do_not_answer_starts_nothing(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a stop that waits for a host that hangs, and ranks that start after it."""
+
+    class Waits(StandInGuards):
+        def __enter__(self) -> Self:
+            self.cancelled = threading.Event()
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert self.cancelled.wait(60)
+            return self
+
+        def cancel(self) -> None:
+            self.cancelled.set()
+
+    monkeypatch.setattr(attempt, "GuardedHosts", Waits)
+    result = supervise(launch(folder, "(folder.path / 'started').touch()"), time.time())
+    assert result.outcome is Outcome.STOPPED
+    assert not (folder.path / "started").exists()
+
+
+def test_ranks_that_train_are_left_to_save(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches ranks that are killed without a checkpoint by the stop of ranks that do not train yet."""
+    monkeypatch.setattr(attempt, "GuardedHosts", StandInGuards)
+    monkeypatch.setattr(early_stop, "_POLL_SECONDS", 0.01)
+    body = (
+        "from pretrain.rank_report import RankReport\n"
+        "RankReport(folder, 0).begin_training(); folder.stop.touch(); time.sleep(1)  # saving\n"
+        "write_outcome(folder, Outcome.STOPPED, 'saved step 7')"
+    )
+    assert supervise(launch(folder, body), time.time()).message == "saved step 7"
 
 
 @pytest.mark.parametrize("passes", [True, False])
