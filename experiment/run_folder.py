@@ -57,6 +57,11 @@ class RunFolder:
         return self.logs / ".outcome.reserved"
 
     @property
+    def trials(self) -> Path:
+        """Where the trials of `--autotune` have their folders; removed at the end."""
+        return self.logs / "autotune"
+
+    @property
     def lock(self) -> Path:
         """Locked by the process that writes to the folder, see `run_lock`."""
         return self.path / "logs" / "launch.lock"

@@ -111,10 +111,10 @@ def _check_other_machine(folder: RunFolder, dead: Renewal | None = None) -> Rene
 def _other_owner(folder: RunFolder) -> dict[str, object] | None:
     """What the owner has written, if it is on another machine."""
     owner = _owner(folder.owner)
-    return None if owner is None or owner.items() >= _this_machine().items() else owner
+    return None if owner is None or owner.items() >= this_machine().items() else owner
 
 
-def _this_machine() -> dict[str, object]:
+def this_machine() -> dict[str, object]:
     """Names this machine until it reboots: several may have the same name, and containers share the id of a boot."""
     boot = ""
     with suppress(OSError):  # not on Linux
@@ -125,7 +125,7 @@ def _this_machine() -> dict[str, object]:
 @contextmanager
 def _owner_file(path: Path, on_lost: Callable[[], object]) -> Iterator[None]:
     """Write the file, renew it in a thread, and remove it at the end."""
-    mine = {**_this_machine(), "pid": os.getpid(), "id": os.urandom(8).hex()}
+    mine = {**this_machine(), "pid": os.getpid(), "id": os.urandom(8).hex()}
     write_json(path, mine)
     released = threading.Event()
 

@@ -14,7 +14,7 @@ from experiment.errors import StoppedError, UserError
 from experiment.outcome_file import Cause, Outcome
 from experiment.run_folder import open_run_folder
 from experiment.run_lock import Renewal, lock_run
-from launcher.autotuning.autotune_trial import Speed, TrialResult, TrialRunner, remove_trials, trials_folder
+from launcher.autotuning.autotune_trial import Speed, TrialResult, TrialRunner, remove_trials
 from launcher.launch_plan import LaunchPlan
 from launcher.messages import notify
 from launcher.ranks.microbatch import max_doublings, max_halvings, scaled_microbatch
@@ -59,7 +59,7 @@ def autotune(plan: LaunchPlan, dead_owner: Renewal | None = None) -> LaunchPlan:
             sizes = range(-max_halvings(plan.config), max_doublings(plan.config, ranks) + 1)
             findings = find_fastest(runner.run, sizes)
         except TrialsFailedError as error:
-            sys.exit(f"deepcloze: the run failed during --autotune: {error}\nlogs: {trials_folder(folder)}")
+            sys.exit(f"deepcloze: the run failed during --autotune: {error}\nlogs: {folder.trials}")
         except BaseException:
             remove_trials(folder)
             raise

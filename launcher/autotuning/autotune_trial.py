@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import harmonic_mean, median
 
 from experiment.outcome_file import Cause, read_outcome, reserve_outcome
@@ -125,7 +124,7 @@ class TrialRunner:
         """Train with these sizes, in ascending order. No process remains."""
         config, stages = self._plan.config, len(self._plan.config.stages)
         tokens = scaled_microbatch(config, sizes[0]).batch.microbatch_tokens
-        folder = open_run_folder(trials_folder(self._plan.folder) / str(tokens))
+        folder = open_run_folder(self._plan.folder.trials / str(tokens))
         plan = replace(self._plan, config=trial_config(config, sizes, folder), folder=folder, config_changed=True)
         reserve_outcome(folder)
         record = begin_attempt(folder, plan.slots)
@@ -165,13 +164,8 @@ class TrialRunner:
         return time.monotonic() > self._deadline
 
 
-def trials_folder(folder: RunFolder) -> Path:
-    """Where the trials of a run have their folders; removed at the end."""
-    return folder.logs / "autotune"
-
-
 def remove_trials(folder: RunFolder) -> None:
-    shutil.rmtree(trials_folder(folder), ignore_errors=True)
+    shutil.rmtree(folder.trials, ignore_errors=True)
 
 
 def _read_speeds(folder: RunFolder, sizes: Sequence[int], stages: int) -> dict[int, Speed]:

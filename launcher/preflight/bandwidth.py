@@ -16,6 +16,7 @@ from launcher.hosts.guarded_hosts import GuardedHosts, GuardRequest, Rendezvous
 from launcher.hosts.hostfile import Slots
 from launcher.hosts.machine import Machine
 from launcher.preflight.target import Target
+from launcher.preflight.temporary_folder import temporary_folder
 from launcher.ranks.deepspeed_command import DeepSpeedCommand
 from launcher.ranks.environment import (
     launch_environment,
@@ -57,16 +58,16 @@ def measure(slots: Slots, machine: Machine, target: Target) -> Measurement:
 
     Raises MeasurementError with the end of the output.
     """
-    with tempfile.TemporaryDirectory(prefix="deepcloze-preflight-") as temporary:
+    with temporary_folder(Path(tempfile.gettempdir()), "deepcloze-preflight-", mode=0o700) as temporary:
         if is_local(slots):
-            output = _run(_command(slots, machine, target, Path(temporary)), groups=[])
+            output = _run(_command(slots, machine, target, temporary), groups=[])
         else:
             name = f"{os.urandom(8).hex()}-0"
             request = GuardRequest(name, target.host_environment, head=next(iter(slots)))
             groups: list[int] = []
             with GuardedHosts(list(slots), request, lambda guards: _kill_if_lost(guards, groups)) as guards:
                 _check_lost(guards)
-                output = _run(_command(slots, machine, target, Path(temporary), guards.rendezvous()), groups)
+                output = _run(_command(slots, machine, target, temporary, guards.rendezvous()), groups)
                 _check_lost(guards)
     for line in output.splitlines():
         _, mark, result = line.partition(RESULT_MARK)

@@ -1,8 +1,5 @@
 """Preflight: check that hosts can run a launch, before they do."""
 
-import platform
-import secrets
-import shutil
 import sys
 import time
 from collections.abc import Collection, Iterator, Mapping
@@ -23,12 +20,12 @@ from launcher.preflight.probe import LAUNCHER_TOKEN
 from launcher.preflight.probe_hosts import probe_hosts, probe_this_machine
 from launcher.preflight.table import preflight_table
 from launcher.preflight.target import Target
+from launcher.preflight.temporary_folder import temporary_folder
 from launcher.ranks.placement import is_local, name_localhost
 
 _PACKAGES = ("launcher", "pretrain", "finetune", "experiment")
-_TOKEN_FOLDER = ".preflight-"  # with the name of the machine
+_TOKEN_FOLDER = ".preflight-"
 _TOKEN_SECONDS = 5.0  # network disks cache folders for some seconds
-_LEFT_SECONDS = 3600.0
 
 
 @dataclass(frozen=True)
@@ -132,25 +129,14 @@ def _token_folder(run: Path | None) -> Iterator[Path | None]:
         yield None
         return
     made = [path for path in (RunFolder(run).logs, run, *run.parents) if not path.exists()]
-    folder = open_run_folder(run).logs / f"{_TOKEN_FOLDER}{platform.node()}-{secrets.token_hex(8)}"
     try:
-        write_text(folder / LAUNCHER_TOKEN, "")
-        _remove_left_folders(folder)
-        yield folder
+        with temporary_folder(open_run_folder(run).logs, _TOKEN_FOLDER, mode=0o777) as folder:
+            write_text(folder / LAUNCHER_TOKEN, "")
+            yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
         for path in made:
             with suppress(OSError):  # not empty
                 path.rmdir()
-
-
-def _remove_left_folders(own: Path) -> None:
-    """Remove the folders of preflights that were killed. Another one may be running; none takes that long."""
-    now = own.stat().st_mtime  # by the clock of the disk
-    for folder in own.parent.glob(f"{_TOKEN_FOLDER}*"):
-        with suppress(FileNotFoundError):  # it ends
-            if now - folder.stat().st_mtime > _LEFT_SECONDS:
-                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _seen_tokens(folder: Path, expected: Mapping[str, str]) -> set[str]:

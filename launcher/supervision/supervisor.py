@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import shutil
 import signal
 import time
 from collections.abc import Collection, Iterator
@@ -39,6 +40,7 @@ def supervise(launch: Launch, start_time: float, dead_owner: Renewal | None = No
         if folder.stop.exists() and folder.stop.stat().st_mtime < start_time:
             folder.stop.unlink()
             notify(f"removed {folder.stop}, which is older than this launch")
+        shutil.rmtree(folder.trials, ignore_errors=True)  # of a command that was killed
         with stop.handle(), contextlib.nullcontext() if launch.local else _ignored_suspension():
             return _Supervisor(launch, stop).run()
 

@@ -69,9 +69,9 @@ def test_a_dead_machine_is_replaced(folder: RunFolder, monkeypatch: pytest.Monke
     assert not folder.owner.exists()
 
 
-def test_a_killed_process_of_this_machine_delays_nothing(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_process_ofthis_machine_delays_nothing(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     be_elsewhere(folder)
-    monkeypatch.setattr(run_lock, "_this_machine", lambda: {"host": "elsewhere", "boot": "1"})
+    monkeypatch.setattr(run_lock, "this_machine", lambda: {"host": "elsewhere", "boot": "1"})
     started = time.monotonic()
     with lock_run(folder):
         pass

@@ -13,7 +13,7 @@ from experiment.run_folder import RunFolder
 from experiment.run_lock import is_locked
 from launcher.autotuning import autotune as autotune_module
 from launcher.autotuning.autotune import autotune, fastest, find_fastest, is_enough
-from launcher.autotuning.autotune_trial import Speed, TrialResult, TrialRunner, trials_folder
+from launcher.autotuning.autotune_trial import Speed, TrialResult, TrialRunner
 from launcher.hosts.machine import Devices, Machine
 from launcher.launch_plan import LaunchPlan
 from launcher.options import PretrainOptions
@@ -144,7 +144,7 @@ def test_the_choice_reaches_the_ranks(plan: LaunchPlan, stand_in: Any, capsys: p
     def run(runner: TrialRunner, sizes: Sequence[int]) -> TrialResult:
         tried.append(list(sizes))
         assert is_locked(plan.folder), "another launch must not use the devices"
-        trials_folder(plan.folder).mkdir()
+        plan.folder.trials.mkdir()
         return TrialResult({0: Speed(12345, 2**31), 1: Speed(23456, 2**31)}, FULL)
 
     stand_in(run)
@@ -155,7 +155,7 @@ def test_the_choice_reaches_the_ranks(plan: LaunchPlan, stand_in: Any, capsys: p
     command = tuned.command(Layout(tuned.slots))
     assert command.argv[-1] == str(plan.folder.logs / "launch.yaml")
     assert "microbatch_tokens: 800" in command.files[plan.folder.logs / "launch.yaml"]
-    assert not trials_folder(plan.folder).exists()
+    assert not plan.folder.trials.exists()
     lines = capsys.readouterr().err.splitlines()
     assert ["12,345" in line for line in lines if "│" in line] == [True, False, False]
     assert any("800" in line and "23,456" in line and "2.0 GiB" in line and "chosen" in line for line in lines)
@@ -171,22 +171,22 @@ def test_a_signal_ends_the_command(plan: LaunchPlan, stand_in: Any) -> None:
     """Catches a run that starts after Ctrl-C, and files of a trial that stay."""
 
     def run(runner: TrialRunner, sizes: Sequence[int]) -> TrialResult:
-        trials_folder(plan.folder).mkdir()
+        plan.folder.trials.mkdir()
         os.kill(os.getpid(), signal.SIGINT)
         return TrialResult({})
 
     stand_in(run)
     with pytest.raises(StoppedError, match="stopped during --autotune"):
         autotune(plan)
-    assert not trials_folder(plan.folder).exists()
+    assert not plan.folder.trials.exists()
 
 
 def test_the_logs_of_a_failed_trial_stay(plan: LaunchPlan, stand_in: Any) -> None:
     def run(runner: TrialRunner, sizes: Sequence[int]) -> TrialResult:
-        trials_folder(plan.folder).mkdir()
+        plan.folder.trials.mkdir()
         return TrialResult({}, BUG)
 
     stand_in(run)
     with pytest.raises(SystemExit, match=r"the run failed during --autotune: it broke\nlogs: .*autotune"):
         autotune(plan)
-    assert trials_folder(plan.folder).exists()
+    assert plan.folder.trials.exists()

@@ -201,6 +201,13 @@ def test_an_old_stop_file_does_not_stop_the_run(folder: RunFolder, capsys: pytes
     assert "removed" in capsys.readouterr().err
 
 
+def test_trials_of_a_killed_launcher_are_removed(folder: RunFolder) -> None:
+    """Catches the logs and configs of --autotune that stay in the run folder."""
+    (folder.trials / "130").mkdir(parents=True)
+    attempt(folder, "write_outcome(folder, Outcome.DONE)")
+    assert not folder.trials.exists()
+
+
 def test_a_stop_file_created_by_the_user_is_kept(folder: RunFolder):
     """Catches the launcher removing a STOP file it did not create, before the ranks have seen it."""
     attempt(folder, "folder.stop.touch()")
