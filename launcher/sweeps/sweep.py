@@ -5,32 +5,26 @@ sweep skips finished runs and does not mix in runs of another config. A run that
 """
 
 import shlex
-import subprocess
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from signal import SIGINT
 from typing import TypedDict
 
 import filelock
 
 from experiment.disk_errors import disk_errors_as, stopped_by_disk_errors
-from experiment.errors import StoppedError, UserError
+from experiment.errors import UserError
 from experiment.files import write_json
 from experiment.outcome_file import Outcome, read_outcome
-from experiment.results.sweep_summary import SweepResult, read_metric, write_summary
+from experiment.results.sweep_summary import SweepResult, read_metric, sort_results, write_summary
 from experiment.run_folder import RunFolder
-from experiment.run_lock import is_locked
 from experiment.strict_json import parse_json
+from launcher.child_run import DONE, ChildRun, start, wait_for_other_process
 from launcher.messages import notify
 from launcher.options import SweepOptions
 from launcher.signal_handlers import handle_stop_signals, interrupt
 from launcher.sweeps.sweep_plan import FlatConfig, SweepPlan, SweepRun, plan_sweep
-
-_POLL_SECONDS = 0.5
-_STOPPED_CODES = (Outcome.STOPPED.exit_code, 128 + SIGINT)
 
 
 class _RunRecord(TypedDict, total=False):
@@ -68,7 +62,7 @@ def run_sweep(plan: SweepPlan) -> None:
     """
     with _lock(plan.output):
         results = _run_all(plan, _open_record(plan))
-    if failed := [result.name for result in results if result.state != "done"]:
+    if failed := [result.name for result in results if result.state != DONE]:
         sys.exit(f"deepcloze: sweep: {len(failed)} of {len(plan.runs)} runs failed: {', '.join(failed)}")
 
 
@@ -94,10 +88,12 @@ def _run_all(plan: SweepPlan, record: _SweepRecord) -> list[SweepResult]:
         for number, run in enumerate(plan.runs, start=1):
             folder = RunFolder(plan.output / run.name)
             state = _finish(run, folder, f"[{number}/{len(plan.runs)}] {run.name}")
-            value = read_metric(folder, plan.metric) if state == "done" else None
+            value = read_metric(folder, plan.metric) if state == DONE else None
             results.append(SweepResult(run.name, run.values, state, value))
             record["runs"][run.name] |= {"state": state, "value": value}
             write_json(plan.output / "sweep.json", record)
+        best = sort_results(results, plan.lower_is_better)[0]
+        write_json(plan.output / "sweep.json", {**record, "best": best.name if best.value is not None else None})
         write_summary(results, plan.output, plan.metric, plan.lower_is_better)
     return results
 
@@ -130,57 +126,10 @@ def _open_record(plan: SweepPlan) -> _SweepRecord:
 
 def _finish(run: SweepRun, folder: RunFolder, label: str) -> str:
     """Start or resume a run that is not done; return its state. Raises StoppedError if it was stopped."""
-    waited = _wait_for_other_process(folder, label)
+    child = ChildRun("sweep", label, folder, run.argv)
+    wait_for_other_process(child)
     outcome = read_outcome(folder)
     if (folder.path / "results.json").is_file() or (outcome is not None and outcome[0] is Outcome.DONE):
         notify(f"sweep: {label}: already finished")
-        return "done"
-    stopped = StoppedError(f"sweep: stopped at {label}; run the same command again to resume")
-    if waited and outcome is not None and outcome[0] is Outcome.STOPPED:
-        raise stopped
-    notify(f"sweep: {label}: running")
-    start_time = time.monotonic()
-    exit_code = _run_command(run.argv)
-    if exit_code in _STOPPED_CODES:
-        raise stopped
-    state = "done" if exit_code == 0 else f"failed (exit code {exit_code})"
-    notify(f"sweep: {label}: {state} after {time.monotonic() - start_time:,.0f} s")
-    return state
-
-
-def _wait_for_other_process(folder: RunFolder, label: str) -> bool:
-    """Wait while another process uses the run folder: that of a killed sweep, for example. Returns whether one did.
-
-    Raises StoppedError on a stop signal, which does not reach that process.
-    """
-    if not is_locked(folder):
-        return False
-    signals: list[int] = []
-    with handle_stop_signals(signals.append):
-        notify(f"sweep: {label}: waiting for the process that is using {folder.path}")
-        while is_locked(folder):
-            if signals:
-                raise StoppedError(f"sweep: stopped at {label}; the process that is using {folder.path} still runs")
-            time.sleep(_POLL_SECONDS)
-    return True
-
-
-def _run_command(argv: Sequence[str]) -> int:
-    """Run a command, forward stop signals to it and return its exit code.
-
-    A command that fails after a forwarded signal counts as stopped.
-    """
-    process: subprocess.Popen[bytes] | None = None
-    signals: list[int] = []
-
-    def forward(number: int) -> None:
-        signals.append(number)
-        if process is not None:
-            process.send_signal(number)
-
-    with handle_stop_signals(forward):
-        process = subprocess.Popen(argv, start_new_session=True)  # so that Ctrl-C does not reach it twice
-        if signals:  # since the start
-            process.send_signal(signals[0])
-        exit_code = process.wait()
-    return Outcome.STOPPED.exit_code if signals and exit_code != 0 else exit_code
+        return DONE
+    return start(child)

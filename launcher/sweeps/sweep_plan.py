@@ -57,7 +57,7 @@ def plan_sweep(options: SweepOptions) -> SweepPlan:
     points = grid_points(parse_grid(options.grid))
     if duplicates := [key for key in next(iter(points.values())) if key in options.overrides]:
         raise UserError(f"'{duplicates[0]}' is given both in --grid and as an override")
-    validate = _validate_finetuning(config) if finetuning else _validate_pretraining(config, placement)
+    validate = validate_finetuning(config) if finetuning else validate_pretraining(config, placement)
     command = [sys.executable, "-m", "launcher", "finetune" if finetuning else "pretrain", "--config", config]
     command += [f"--{name}={value}" for name, value in placement.items()]
 
@@ -89,11 +89,12 @@ def _is_finetuning(config: str) -> bool:
 def _run_dir(config: str, overrides: dict[str, str], finetuning: bool) -> str:
     """The run folder named by the config. It may be in use: no run of the sweep writes to it."""
     if finetuning:
-        return str(_validate_finetuning(config)(overrides)["run.dir"])
+        return str(validate_finetuning(config)(overrides)["run.dir"])
     return load_config(PretrainConfig, config, overrides).run.dir
 
 
-def _validate_pretraining(config: str, placement: Mapping[str, Any]) -> Validate:
+def validate_pretraining(config: str, placement: Mapping[str, Any]) -> Validate:
+    """Validation of pretraining runs of a config file. placement: of `LaunchOptions`."""
     machine = inspect_machine()
     select_accelerator(machine.devices)
 
@@ -106,7 +107,8 @@ def _validate_pretraining(config: str, placement: Mapping[str, Any]) -> Validate
     return validate
 
 
-def _validate_finetuning(config: str) -> Validate:
+def validate_finetuning(config: str) -> Validate:
+    """Validation of fine-tuning runs of a config file."""
     from finetune.config import FinetuneConfig
     from finetune.run import resolve_paths
 

@@ -15,6 +15,7 @@ import pytest
 from experiment.errors import StoppedError, UserError
 from experiment.files import write_json
 from experiment.run_folder import RunFolder
+from launcher import child_run
 from launcher.cli import main
 from launcher.sweeps import sweep as sweep_module
 from launcher.sweeps.sweep import run_sweep
@@ -116,7 +117,7 @@ def test_one_sweep_at_a_time_uses_a_folder(tmp_path: Path, monkeypatch: pytest.M
                 run_sweep(sweep)
             refused.append(message)
 
-    monkeypatch.setattr(sweep_module, "notify", notify)
+    monkeypatch.setattr(child_run, "notify", notify)
     run_sweep(sweep)
     assert len(refused) == 1
     run_sweep(sweep)
@@ -176,7 +177,7 @@ def left_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
                 assert str(folder) in message
                 (when_waiting or (folder / "end").touch)()
 
-        monkeypatch.setattr(sweep_module, "notify", notify)
+        monkeypatch.setattr(child_run, "notify", notify)
         return process
 
     yield start
