@@ -3,7 +3,7 @@
 import json
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any, get_args, get_origin
@@ -56,11 +56,13 @@ def config_reference(config_type: type[Section]) -> tuple[ConfigSection, ...]:
 
 
 def _sections(config_type: type[Section]) -> list[ConfigSection]:
-    return [
-        ConfigSection(name, _one_line(kind.__doc__), tuple(_keys(kind, f"{name}.")))
-        for name, field in config_type.model_fields.items()
-        for kind in _sections_in(field.annotation)
-    ]
+    found = []
+    for name, field in config_type.model_fields.items():
+        if sections := _sections_in(field.annotation):
+            found += [ConfigSection(name, _one_line(kind.__doc__), tuple(_keys(kind, f"{name}."))) for kind in sections]
+        else:
+            found.append(ConfigSection(name, "", tuple(_keys_of_field(config_type, name, ""))))
+    return found
 
 
 def _difference(variant: ConfigSection, section: ConfigSection) -> tuple[ConfigKey, ...]:
@@ -107,30 +109,37 @@ def as_markdown(reference: Sequence[ConfigSection]) -> str:
         ]
         table = "\n".join(["| key | type | default | meaning |", "|---|---|---|---|", *rows])
         title = f"`{section.name}`, {section.variant}" if section.variant else f"`{section.name}`"
-        parts.append(f"### {title}\n\n{_linked(section.meaning)}\n\n{table}\n")
+        parts.append("\n\n".join(filter(None, [f"### {title}", _linked(section.meaning), f"{table}\n"])))
     return "\n".join(parts)
 
 
 def _keys(section: type[BaseModel], prefix: str) -> Iterator[ConfigKey]:
-    for name, field in section.model_fields.items():
-        if is_section(field.annotation):
-            yield from _keys(field.annotation, f"{prefix}{name}.")
-            continue
-        yield ConfigKey(prefix + name, describe_field(field), _default(field), _meaning(section, name))
-        for optional in _sections_in(field.annotation):
-            yield from _keys(optional, f"{prefix}{name}.")
-        for item in _item_sections(field.annotation):
-            yield from _keys(item, f"{prefix}{name}[].")
+    for name in section.model_fields:
+        yield from _keys_of_field(section, name, prefix)
+
+
+def _keys_of_field(section: type[BaseModel], name: str, prefix: str) -> Iterator[ConfigKey]:
+    """A field and the keys below it; those of a mapping's values as `rows.NAME.init_from`."""
+    field = section.model_fields[name]
+    if is_section(field.annotation):
+        yield from _keys(field.annotation, f"{prefix}{name}.")
+        return
+    yield ConfigKey(prefix + name, describe_field(field), _default(field), _meaning(section, name))
+    for optional in _sections_in(field.annotation):
+        yield from _keys(optional, f"{prefix}{name}.")
+    for below, containers in ((f"{name}[].", (list, tuple)), (f"{name}.NAME.", (dict, Mapping))):
+        for item in _item_sections(field.annotation, containers):
+            yield from _keys(item, prefix + below)
 
 
 def _sections_in(annotation: Any) -> list[type[BaseModel]]:
     return [kind for kind in union_members(annotation) if is_section(kind)]
 
 
-def _item_sections(annotation: Any) -> list[type[BaseModel]]:
-    """The sections that the items of a list may be."""
-    lists = [kind for kind in union_members(annotation) if get_origin(kind) in (list, tuple)]
-    return [item for kind in lists for part in get_args(kind) for item in _sections_in(part)]
+def _item_sections(annotation: Any, containers: tuple[type, ...]) -> list[type[BaseModel]]:
+    """The sections that the items of a list, or the values of a mapping, may be."""
+    found = [kind for kind in union_members(annotation) if get_origin(kind) in containers]
+    return [item for kind in found for part in get_args(kind) for item in _sections_in(part)]
 
 
 def _default(field: FieldInfo) -> str:
