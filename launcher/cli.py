@@ -12,6 +12,7 @@ from experiment.errors import StoppedError, UserError
 from finetune.options import PredictOptions
 from launcher.command_line import Command, help_text, is_help_request, parse_command_line
 from launcher.options import (
+    CompareOptions,
     ConfigOptions,
     EvaluateOptions,
     ExportOptions,
@@ -197,6 +198,21 @@ def sweep(options: SweepOptions) -> None:
     launch_sweep(options)
 
 
+def compare(options: CompareOptions) -> None:
+    """Compare initializations: rows × tasks × seeds.
+
+    Fine-tunes each row of FILE on each of its tasks with each seed, after a pretraining on other text for rows that
+    ask for one, and prints test scores with the significance of their differences. Run the same command again to
+    resume: each cell runs once. Writes compare.json, compare.csv, compare.md and a report. See docs/comparing.md.
+
+    Example:
+        deepcloze compare encoders.yaml
+    """
+    from launcher.comparison.compare import launch_comparison
+
+    launch_comparison(options)
+
+
 def report(options: ReportOptions) -> None:
     """Write the HTML report of a run: curves and tables.
 
@@ -215,10 +231,9 @@ def config(options: ConfigOptions) -> None:
         deepcloze config pretrain optimizer.lr
     """
     from experiment.config.reference import as_text, config_reference, find_keys
-    from finetune.config import FinetuneConfig
-    from pretrain.config import PretrainConfig
+    from launcher.config_docs import CONFIGS
 
-    config_type = PretrainConfig if options.kind == "pretrain" else FinetuneConfig
+    config_type = CONFIGS[options.kind]
     sections = find_keys(config_type, options.key) if options.key else config_reference(config_type)
     print("\n\n".join(as_text(section, _terminal_width()) for section in sections))
 
@@ -238,6 +253,7 @@ COMMANDS: dict[str, Command] = {
         finetune,
         predict,
         sweep,
+        compare,
         report,
     )
 }
@@ -257,7 +273,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StoppedError as stopped:
         return _fail(str(stopped) or "stopped; run the same command again to resume", 75)
     except KeyboardInterrupt:
-        return _fail("interrupted", 75 if argv[0] in ("pretrain", "sweep") else 130)
+        return _fail("interrupted", 75 if argv[0] in ("pretrain", "sweep", "compare") else 130)
     except Exception as error:
         if (message := describe_disk_error(error)) is None:
             raise

@@ -1,8 +1,13 @@
-"""docs/config.md, the reference of all config keys: `python -m launcher.config_docs > docs/config.md`."""
+"""All configs, and docs/config.md, the reference of their keys: `python -m launcher.config_docs > docs/config.md`."""
 
+from experiment.config import Section
 from experiment.config.reference import as_markdown, config_reference
 from finetune.config import FinetuneConfig
+from launcher.comparison.compare_config import CompareConfig
 from pretrain.config import PretrainConfig
+
+CONFIGS: dict[str, type[Section]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "compare": CompareConfig}
+"""By the command that they are for."""
 
 _HEAD = """\
 <!-- Generated from the docstrings of the config fields: python -m launcher.config_docs > docs/config.md -->
@@ -10,22 +15,16 @@ _HEAD = """\
 # Config reference
 
 Every key of a config file, with its type and default. Override any key on the command line as `--section.key=value`.
-`deepcloze config pretrain [KEY]` and `deepcloze config finetune [KEY]` show all keys, one section or one key.
+`deepcloze config pretrain [KEY]`, and the same with `finetune` or `compare`, shows all keys, one section or one key.
 Keys of list items are written `list[].key`.
 """
 
 
 def config_page() -> str:
     """The Markdown of docs/config.md."""
-    return "\n".join(
-        [
-            _HEAD,
-            "## Pretraining\n",
-            as_markdown(config_reference(PretrainConfig)),
-            "## Fine-tuning\n",
-            as_markdown(config_reference(FinetuneConfig)),
-        ]
-    )
+    titles = {"pretrain": "Pretraining", "finetune": "Fine-tuning", "compare": "Comparisons"}
+    sections = [f"## {titles[kind]}\n\n{as_markdown(config_reference(config))}" for kind, config in CONFIGS.items()]
+    return "\n".join([_HEAD, *sections])
 
 
 if __name__ == "__main__":

@@ -127,6 +127,17 @@ class SweepOptions(LaunchOptions):
     """Any config key, applied to every run, for example --schedule.steps=500."""
 
 
+class CompareOptions(LaunchOptions):
+    file: Annotated[str, Positional("FILE")]
+    """Rows, tasks and seeds as YAML; see docs/comparing.md."""
+
+    dry_run: bool = False
+    """Check all runs and print their commands; start nothing."""
+
+    overrides: dict[str, str] = {}
+    """Any key of the file, for example --run.dir=runs/compare."""
+
+
 class EvaluateOptions(Section):
     checkpoint: Annotated[str, Metavar("DIR")]
     """Checkpoint of a run, or any Hugging Face folder with a masked-LM head."""
@@ -164,7 +175,7 @@ class ReportOptions(Section):
 
 
 class ConfigOptions(Section):
-    kind: Annotated[Literal["pretrain", "finetune"], Positional("pretrain|finetune")]
+    kind: Annotated[Literal["pretrain", "finetune", "compare"], Positional("pretrain|finetune|compare")]
     """The kind of config."""
 
     key: Annotated[str | None, Positional("KEY")] = None

@@ -10,6 +10,7 @@ from typing import Any
 
 from experiment.errors import UserError
 from experiment.provenance import read_provenance
+from experiment.results.comparison import comparison_blocks
 from experiment.results.page import Block, Code, Figure, Heading, Table, Text, write_page
 from experiment.results.plots import INK, Line, Panel, draw_panels
 from experiment.run_folder import RunFolder
@@ -40,10 +41,12 @@ def write_report(run: str | Path) -> Path:
     if not folder.path.is_dir():
         raise UserError(f"there is no run folder {folder.path}")
     results = result_blocks(folder, folder.report)  # of fine-tuning: they show the evaluations of each seed
-    blocks = [*results, *training_blocks(folder, folder.report, held_out=not results)]
+    training = training_blocks(folder, folder.report, held_out=not results)
+    blocks = [*compare_blocks(folder), *results, *training]
     if not blocks:
         raise UserError(
-            f"{folder.path} has nothing to report: neither results.json nor an event in {folder.metrics.name}"
+            f"{folder.path} has nothing to report: neither results.json, compare.json nor an event in "
+            f"{folder.metrics.name}"
         )
     return write_page(folder.report, folder.path.name, [*blocks, *provenance_blocks(folder)])
 
@@ -111,6 +114,17 @@ def result_blocks(folder: RunFolder, directory: Path, prefix: str = "") -> list[
             shutil.copyfile(folder.path / name, directory / f"{prefix}{name}")
             blocks.append(Figure(f"{prefix}{name}", caption))
     return blocks
+
+
+def compare_blocks(folder: RunFolder) -> list[Block]:
+    """The tables of a comparison, from RUN/compare.json; empty if there is none. Raises UserError for a damaged one."""
+    path = folder.path / "compare.json"
+    try:
+        return comparison_blocks(parse_json(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return []
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is damaged: expected scores by row and task") from None
 
 
 def _subject(results: Mapping[str, Any]) -> str:

@@ -1,9 +1,13 @@
 """The rows that predictions are written as, in the files of a run and by `deepcloze predict`."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiment.errors import UserError
+from experiment.files import write_text
+from experiment.strict_json import parse_json
 from finetune.data.records import Record, Table
 from finetune.results.row_file import open_row_file
 from finetune.task_kind import Prediction, TaskKind
@@ -15,6 +19,19 @@ def write_predictions(path: Path, kind: TaskKind[Any], table: Table, predictions
     """The records of a split, in order."""
     with open_row_file(path) as write:
         write(prediction_rows(kind, table.records, predictions))
+
+
+def save_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
+    """One JSON object a record, with all digits, for `read_predictions`."""
+    write_text(path, "".join(f"{json.dumps(prediction, ensure_ascii=False)}\n" for prediction in predictions))
+
+
+def read_predictions(path: Path) -> list[Prediction]:
+    """What `save_predictions` has written. Raises UserError for a missing or damaged file."""
+    try:
+        return [parse_json(line) for line in path.read_bytes().splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
 
 
 def prediction_rows(

@@ -25,7 +25,7 @@ from finetune.encoding.tokenizer import load_task_tokenizer
 from finetune.model import ModelSpec, build_model, model_files, save_model
 from finetune.results.calibration import measure_calibration
 from finetune.results.epoch_table import print_epochs
-from finetune.results.predictions import write_predictions
+from finetune.results.predictions import save_predictions, write_predictions
 from finetune.results.row_file import open_row_file
 from finetune.results.worst_rows import write_worst_rows
 from finetune.saved_task import SavedTask, write_saved_task
@@ -171,6 +171,7 @@ def _write_seed(
     for split, evaluation in fitted.evaluations.items():
         kind, table = setup.task.kind, setup.task.splits[split].table
         write_predictions(folder / f"predictions-{split}.csv", kind, table, evaluation.predictions)
+        save_predictions(folder / f"predictions-{split}.jsonl", evaluation.predictions)
         if split in record.scores:
             write_worst_rows(folder / f"worst-{split}.csv", kind, table.records, evaluation.predictions)
             for name, rows in kind.breakdowns(table.records, evaluation.predictions).items():

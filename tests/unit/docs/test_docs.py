@@ -2,17 +2,16 @@
 
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
 import pytest
 import yaml
 from pydantic import BaseModel
 
-from finetune.config import FinetuneConfig
 from launcher.cli import main
-from pretrain.config import PretrainConfig
+from launcher.config_docs import CONFIGS
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 PAGES = sorted(
@@ -20,10 +19,9 @@ PAGES = sorted(
     for folder in (".", "docs", "ds_configs", "hostfiles", "benchmarks")
     for path in (REPOSITORY / folder).glob("*.md")
 )
-CONFIGS = (PretrainConfig, FinetuneConfig)
 FOLDERS = ("launcher", "pretrain", "finetune", "experiment", "tests", "docs", "ds_configs", "hostfiles", "benchmarks")
 MODULES = [path.as_posix() for folder in FOLDERS for path in (REPOSITORY / folder).rglob("*.py")]
-SECTIONS = {name for config in CONFIGS for name in config.model_fields}
+SECTIONS = {name for config in CONFIGS.values() for name in config.model_fields}
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(REPOSITORY)))
 
@@ -102,20 +100,20 @@ def _commands(page: Path) -> list[str]:
 
 
 def _is_config_key(key: str) -> bool:
-    types = [kind for config in CONFIGS for kind in (config, *config.variants().values())]
+    types = [kind for config in CONFIGS.values() for kind in (config, *config.variants().values())]
     return any(_has(config, key.split(".")) for config in types)
 
 
 def _has(annotation: Any, parts: list[str]) -> bool:
-    """Whether a config class has a field at a dotted path. Below a mapping, any key is valid."""
+    """Whether a config class has a field at a dotted path. A mapping may have any keys."""
     if not parts:
         return True
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         field = annotation.model_fields.get(parts[0])
         return field is not None and _has(field.annotation, parts[1:])
     arguments = get_args(annotation)
-    if getattr(annotation, "__origin__", None) is dict:
-        return True
+    if get_origin(annotation) in (dict, Mapping):
+        return any(_has(argument, parts[1:]) for argument in arguments)
     return any(_has(argument, parts) for argument in arguments if argument is not Annotated)
 
 

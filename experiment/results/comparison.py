@@ -1,0 +1,99 @@
+"""The tables of a comparison, `deepcloze compare`: its compare.json as CSV, as Markdown, on a terminal and in a report.
+
+compare.json: row -> column -> `metric`, `split`, `values` by seed, `mean`, `std`, `collapsed` seeds, `folder`, `chosen`
+point of the grid, and `against`: another row -> `difference`, its 95 % `interval`, and `p`.
+"""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from experiment.results.page import Block, Heading, Table, Text
+
+Comparison = Mapping[str, Mapping[str, Mapping[str, Any]]]
+Cells = list[list[str]]
+"""Rows of a table, the first of which names its columns."""
+
+UNKNOWN = "–"
+SCORES = "Scores: mean ± standard deviation over the seeds"
+TESTS = "Differences: Multi-Bootstrap over seeds and records (Sellam et al. 2022), 95 % interval, two-sided p"
+
+_CSV_COLUMNS = ("row", "task", "split", "metric", "mean", "std", "values", "collapsed", "chosen", "folder")
+
+
+def score_cells(comparison: Comparison) -> Cells:
+    """A row for each initialization, a column for each task."""
+    metrics = {column: cell["metric"] for cells in comparison.values() for column, cell in cells.items()}
+    header = ["", *(f"{column}, {metric}" for column, metric in metrics.items())]
+    return [header] + [[row, *(_score(cells.get(column)) for column in metrics)] for row, cells in comparison.items()]
+
+
+def test_cells(comparison: Comparison) -> Cells:
+    """A row for each task and pair of initializations."""
+    header = ["task", "row", "compared with", "difference", "95 % interval", "p"]
+    tests = [
+        [column, row, other, f"{test['difference']:+.4f}", _interval(test["interval"]), f"{test['p']:.3f}"]
+        for row, cells in comparison.items()
+        for column, cell in cells.items()
+        for other, test in cell["against"].items()
+    ]
+    return [header, *sorted(tests, key=lambda cells: cells[0])]
+
+
+def as_markdown(comparison: Comparison) -> str:
+    parts = [(SCORES, score_cells(comparison)), (TESTS, test_cells(comparison))]
+    return "\n".join(f"{title}\n\n{_markdown_table(cells)}" for title, cells in parts if len(cells) > 1)
+
+
+def as_csv(comparison: Comparison) -> str:
+    """A row for each initialization and task."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(_CSV_COLUMNS)
+    for row, cells in comparison.items():
+        for column, cell in cells.items():
+            values, chosen = (
+                " ".join(map(str, cell["values"])),
+                " ".join(f"{k}={v}" for k, v in cell["chosen"].items()),
+            )
+            found = {**cell, "values": values, "chosen": chosen}
+            writer.writerow([row, column, *(found[key] for key in _CSV_COLUMNS[2:])])
+    return text.getvalue()
+
+
+def comparison_blocks(comparison: Comparison) -> list[Block]:
+    """A section of a report."""
+    blocks: list[Block] = [Heading("Comparison")]
+    if lines := _remarks(comparison):
+        blocks.append(Text(" ".join(lines)))
+    for title, cells, labels in ((SCORES, score_cells(comparison), 1), (TESTS, test_cells(comparison), 3)):
+        if len(cells) > 1:
+            blocks.append(Table(cells[0], cells[1:], title, labels))
+    return blocks
+
+
+def _remarks(comparison: Comparison) -> list[str]:
+    """What the scores were measured on, where it is not a test split."""
+    columns = {
+        column for cells in comparison.values() for column, cell in cells.items() if cell["split"] == "validation"
+    }
+    return [f"{column} has no labelled test split: its scores are of validation." for column in sorted(columns)]
+
+
+def _score(cell: Mapping[str, Any] | None) -> str:
+    if cell is None:
+        return UNKNOWN
+    text = f"{cell['mean']:.4f} ± {UNKNOWN if cell['std'] is None else format(cell['std'], '.4f')}"
+    return f"{text} ({cell['collapsed']} of {len(cell['values'])} collapsed)" if cell["collapsed"] else text
+
+
+def _interval(interval: Sequence[float]) -> str:
+    low, high = interval
+    return f"{low:+.4f} to {high:+.4f}"
+
+
+def _markdown_table(cells: Cells) -> str:
+    header, *rows = [[cell.replace("|", "\\|") for cell in row] for row in cells]
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

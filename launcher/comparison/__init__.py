@@ -1,0 +1,1 @@
+"""`deepcloze compare`: initializations × tasks × seeds."""

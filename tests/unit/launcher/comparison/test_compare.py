@@ -1,0 +1,235 @@
+"""`deepcloze compare`, with runs in this process: it starts them as commands."""
+
+import csv
+import json
+import random
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
+
+from experiment.errors import StoppedError
+from launcher.child_run import DONE, ChildRun
+from launcher.cli import main
+from launcher.comparison import compare, row_tests
+
+LOW, HIGH = "ba de fi go lu mar", "pol rin sta ter ud ven"
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory, wordpiece: Path) -> Path:
+    """A tiny BERT with random weights."""
+    folder = tmp_path_factory.mktemp("encoder")
+    tokenizer = AutoTokenizer.from_pretrained(wordpiece)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def write_files(tmp_path: Path, encoder: Path) -> Callable[..., Path]:
+    """Writes a task, `toy`, and a comparison of pretrained and random weights on it; returns the latter's path."""
+
+    def write(**keys: object) -> Path:
+        for seed, split in enumerate(("train", "validation", "test")):
+            draw = random.Random(seed)
+            rows = [(label, " ".join(draw.choices(words.split(), k=6))) for label, words in _draws(draw, 80)]
+            with (tmp_path / f"{split}.csv").open("w", newline="") as file:
+                csv.writer(file).writerows([("label", "text"), *rows])
+        task = {split: str(tmp_path / f"{split}.csv") for split in ("train", "validation", "test")}
+        training = {"lr": 1e-2, "epochs": 2, "batch_size": 8, "precision": "fp32"}
+        tree = {"task": {**task, "columns": {"label": "label", "text": "text"}}, "training": training}
+        tree |= {"model": {"init_from": "replaced", "max_seq_length": 16}, "run": {"dir": "replaced"}}
+        (tmp_path / "toy.yaml").write_text(yaml.safe_dump(tree))
+        rows = {"ours": {"init_from": str(encoder)}, "random": {"init_from": str(encoder), "weights": "random"}}
+        comparison = {"run": {"dir": str(tmp_path / "compare")}, "rows": rows, "tasks": [str(tmp_path / "toy.yaml")]}
+        path = tmp_path / "compare.yaml"
+        path.write_text(yaml.safe_dump({**comparison, "seeds": [1, 2], **keys}))
+        return path
+
+    return write
+
+
+def _draws(draw: random.Random, count: int) -> list[tuple[str, str]]:
+    return [draw.choice([("low", LOW), ("high", HIGH)]) for _ in range(count)]
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the runs that were started, in order. They run in this process."""
+    names: list[str] = []
+
+    def start(run: ChildRun) -> str:
+        names.append(run.folder.path.name if run.command == "sweep" else "/".join(run.folder.path.parts[-2:]))
+        code = main(run.argv[3:])
+        return DONE if code == 0 else f"failed (exit code {code})"
+
+    monkeypatch.setattr(compare, "start", start)
+    monkeypatch.setattr("launcher.sweeps.sweep.start", start)
+    monkeypatch.setattr(row_tests, "RESAMPLES", 40)
+    return names
+
+
+def read_tables(folder: Path) -> dict[str, dict[str, dict]]:
+    return json.loads((folder / "compare.json").read_text())
+
+
+def test_rows_and_tasks_and_seeds(
+    write_files: Callable[..., Path], started: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches scores of another row, split or metric, tables that differ, and cells that run twice."""
+    file, folder = write_files(), tmp_path / "compare"
+    assert main(["compare", str(file)]) == 0
+    assert started == ["ours/toy", "random/toy"]
+    table = read_tables(folder)
+    for row, init in {"ours": "encoder", "random": "random"}.items():
+        results = json.loads((folder / row / "toy" / "results.json").read_text())
+        assert init in results["init"]
+        cell = table[row]["toy"]
+        assert (cell["metric"], cell["split"]) == ("accuracy", "test")
+        assert cell["values"] == results["splits"]["test"]["accuracy"]["values"]
+        assert len(cell["values"]) == 2
+        assert cell["mean"] == pytest.approx(sum(cell["values"]) / 2)
+        assert cell["collapsed"] == len(results["collapsed"])
+    difference = table["ours"]["toy"]["against"]["random"]
+    assert difference["difference"] == pytest.approx(table["ours"]["toy"]["mean"] - table["random"]["toy"]["mean"])
+    assert difference["interval"][0] <= difference["difference"] <= difference["interval"][1]
+
+    said = capsys.readouterr().out
+    shown = f"{table['ours']['toy']['mean']:.4f} ± {table['ours']['toy']['std']:.4f}"
+    assert shown in said
+    assert shown in (folder / "compare.md").read_text()
+    assert shown in (folder / "report" / "index.html").read_text()
+    rows = list(csv.DictReader((folder / "compare.csv").open()))
+    assert [(row["row"], row["task"], float(row["mean"])) for row in rows] == [
+        (row, "toy", table[row]["toy"]["mean"]) for row in ("ours", "random")
+    ]
+
+    assert main(["compare", str(file)]) == 0
+    assert len(started) == 2
+    assert read_tables(folder) == table
+
+
+def test_a_stopped_comparison_runs_each_cell_once(
+    write_files: Callable[..., Path], started: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a restart that begins at the start, and one that takes an interrupted cell for a finished one."""
+    file, run_here = write_files(), compare.start
+
+    def stop_at_second(run: ChildRun) -> str:
+        if len(started) == 1:
+            raise StoppedError("stopped")
+        return run_here(run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compare, "start", stop_at_second)
+        assert main(["compare", str(file)]) == 75
+    assert started == ["ours/toy"]
+    assert main(["compare", str(file)]) == 0
+    assert started == ["ours/toy", "random/toy"]
+
+
+def test_more_seeds_are_added(write_files: Callable[..., Path], started: list[str], tmp_path: Path) -> None:
+    """Catches a table of fewer seeds than the file asks for, because its cells were done once."""
+    assert main(["compare", str(write_files(seeds=[1]))]) == 0
+    before = read_tables(tmp_path / "compare")["ours"]["toy"]
+    assert main(["compare", str(write_files(seeds=[1, 2]))]) == 0
+    after = read_tables(tmp_path / "compare")["ours"]["toy"]
+    assert len(started) == 4
+    assert after["values"][:1] == before["values"]
+    assert len(after["values"]) == 2
+    assert before["std"] is None
+
+
+def test_cells_of_another_config_are_not_mixed_in(
+    write_files: Callable[..., Path], started: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches one table of cells that were trained differently."""
+    file = write_files()
+    assert main(["compare", str(file)]) == 0
+    task = tmp_path / "toy.yaml"
+    task.write_text(task.read_text().replace("epochs: 2", "epochs: 3"))
+    assert main(["compare", str(file)]) == 2
+    assert "was started with another training.epochs: 2, now 3" in capsys.readouterr().err
+    assert len(started) == 2
+
+
+def test_a_grid_is_chosen_by_validation(write_files: Callable[..., Path], started: list[str], tmp_path: Path) -> None:
+    """Catches the point that is best on test, or the last one, in the table."""
+    assert main(["compare", str(write_files(grid="training.lr=1e-9,1e-2", seeds=[1]))]) == 0
+    cell = read_tables(tmp_path / "compare")["ours"]["toy"]
+    sweep = tmp_path / "compare" / "ours" / "toy"
+    scores = {path.parent.name: json.loads(path.read_text())["splits"] for path in sorted(sweep.glob("*/results.json"))}
+    best = max(scores, key=lambda name: scores[name]["validation"]["accuracy"]["mean"])
+    assert cell["folder"] == f"ours/toy/{best}"
+    assert cell["chosen"] == {"training.lr": best.removeprefix("lr=")}
+    assert cell["mean"] == scores[best]["test"]["accuracy"]["mean"]
+
+
+def test_a_cell_that_fails_leaves_the_others(
+    write_files: Callable[..., Path],
+    started: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Catches a failure that ends the comparison, one that is hidden, and one that is not tried again."""
+    file, run_here = write_files(), compare.start
+
+    def fail_first(run: ChildRun) -> str:
+        return "failed (exit code 1)" if run.name.endswith("ours/toy") else run_here(run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compare, "start", fail_first)
+        with pytest.raises(SystemExit, match=r"compare: 1 of 2 runs failed: ours/toy"):
+            main(["compare", str(file)])
+    assert read_tables(tmp_path / "compare")["ours"] == {}
+    assert "–" in capsys.readouterr().out
+    assert main(["compare", str(file)]) == 0
+    assert started == ["random/toy", "ours/toy"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"rows": {}}, "rows"),
+        ({"rows": {"a b": {"init_from": "."}, "a-b": {"init_from": "."}}}, "would share the folder 'a-b'"),
+        ({"rows": {"a": {"init_from": "/nowhere"}}}, r"rows\.a: model\.init_from: /nowhere does not exist"),
+        ({"rows": {"a": {"init_from": ".", "weights": "random", "pretrain": "x.yaml"}}}, "would ignore what pretrain"),
+        ({"grid": "training.lr=fast"}, r"training\.lr"),
+        ({"tasks": ["missing.yaml"]}, r"missing\.yaml"),
+    ],
+)
+def test_mistakes_are_rejected_before_anything_runs(
+    write_files: Callable[..., Path],
+    started: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    keys: dict[str, object],
+    message: str,
+) -> None:
+    """Catches a mistake in the last row that shows after hours."""
+    assert main(["compare", str(write_files(**keys))]) == 2
+    said = capsys.readouterr().err
+    assert re.search(message, said), said
+    assert not started
+    assert not (tmp_path / "compare").exists()
+
+
+def test_dry_run_prints_the_commands(
+    write_files: Callable[..., Path], started: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a dry run that starts or writes something, and rows that do not reach the commands."""
+    assert main(["compare", str(write_files()), "--dry_run"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert f"--run.dir={tmp_path}/compare/ours/toy" in first
+    assert "--model.weights=random" in second
+    assert "--training.seeds=1,2" in first
+    assert not started
+    assert not (tmp_path / "compare").exists()
