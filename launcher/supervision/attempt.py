@@ -176,7 +176,7 @@ def _run(
         if reported is None:
             message = f"the processes on {processes.left} ended, and those on other hosts did not"
             return LaunchResult(Outcome.FAILED, message, Cause.KILLED)
-        exit_code = 0  # says only that `processes` killed the others
+        exit_code = 1  # that of DeepSpeed's launcher says only that `processes` killed it
     return read_result(launch.folder, exit_code, start_time, remote=not launch.local)
 
 

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from experiment.outcome_file import Outcome, write_outcome
+from experiment.outcome_file import Cause, Outcome, write_outcome
 from experiment.run_folder import RunFolder, open_run_folder
 from launcher.supervision.launch_result import clear_reports, read_result
 
@@ -37,6 +37,21 @@ def test_the_killed_rank_is_named(folder: RunFolder, exit_code: int) -> None:
     assert message(folder, exit_code) == f"rank 1 on node-1 (process 71) {OUT_OF_MEMORY}; node-0, rank 0: lost its peer"
     record(folder, 0, None)
     assert message(folder, exit_code).startswith("rank 0 on node-0 (process 70) or rank 1 on node-1 (process 71) was")
+
+
+@pytest.mark.parametrize("started", [True, False])
+def test_a_killed_remote_shell_is_named(folder: RunFolder, started: bool) -> None:
+    """Catches 'exit code 0' as the reason of a failure, and ranks that are restarted only once after it."""
+    if started:
+        record(folder, 0, None)
+    result = read_result(folder, 0, 0.0, remote=True)
+    assert (result.outcome, result.cause) == (Outcome.FAILED, Cause.KILLED)
+    assert "(pdsh, mpirun or srun, which runs the ranks on other hosts, was killed)" in result.message
+    write_outcome(folder, Outcome.FAILED, "node-0, rank 0: lost its peer", Cause.LOST_RANK)
+    result = read_result(folder, 0, 0.0, remote=True)
+    assert (result.message.startswith("pdsh, mpirun or srun"), result.cause) == (True, Cause.KILLED)
+    write_outcome(folder, Outcome.STOPPED, "saved step 7", Cause.SIGNAL)
+    assert read_result(folder, 0, 0.0, remote=True).message == "saved step 7"
 
 
 def test_a_rank_that_says_nothing_is_named(folder: RunFolder) -> None:
