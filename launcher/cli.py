@@ -23,6 +23,7 @@ from launcher.options import (
     ReportOptions,
     SweepOptions,
 )
+from launcher.signal_handlers import ignore_stop_signals
 from pretrain.corpus.options import CorpusOptions, PythonDocsOptions, TokenizerOptions
 
 ABOUT = (
@@ -271,8 +272,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _fail(str(error), 2)
     except StoppedError as stopped:
+        ignore_stop_signals()
         return _fail(str(stopped) or "stopped; run the same command again to resume", 75)
     except KeyboardInterrupt:
+        ignore_stop_signals()
         return _fail("interrupted", 75 if argv[0] in ("pretrain", "sweep", "compare") else 130)
     except Exception as error:
         if (message := describe_disk_error(error)) is None:

@@ -10,7 +10,8 @@ _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextmanager
 def handle_stop_signals(handler: Callable[[int], None]) -> Iterator[None]:
-    """Call `handler` with the number of each SIGINT, SIGTERM and SIGHUP; restore the previous handlers on exit.
+    """Call `handler` with the number of each SIGINT, SIGTERM and SIGHUP; restore the previous handlers on exit, unless
+    they are ignored by then.
 
     SIGHUP stays ignored under nohup.
     """
@@ -24,9 +25,18 @@ def handle_stop_signals(handler: Callable[[int], None]) -> Iterator[None]:
         yield
     finally:
         for number, original in previous.items():
-            signal.signal(number, original)
+            if signal.getsignal(number) is on_signal:
+                signal.signal(number, original)
+
+
+def ignore_stop_signals() -> None:
+    """For the rest of a process that ends: it has an exit code, and leaves nothing if it is not interrupted."""
+    for number in _STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def interrupt(_number: int) -> None:
-    """A handler for `handle_stop_signals` that treats every signal as Ctrl-C. Raises KeyboardInterrupt."""
+    """A handler for `handle_stop_signals` that treats the first signal as Ctrl-C, and ignores others while the command
+    ends, which takes seconds. Raises KeyboardInterrupt."""
+    ignore_stop_signals()
     raise KeyboardInterrupt

@@ -1,10 +1,16 @@
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from launcher.signal_handlers import handle_stop_signals
+from waiting import LIMIT
+
+REPOSITORY = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -23,6 +29,43 @@ def test_stop_signals_are_passed_on_and_restored() -> None:
             os.kill(os.getpid(), number)
     assert received == [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+COMMAND = """
+import atexit, time
+from launcher import cli, launch
+from launcher.signal_handlers import handle_stop_signals, interrupt
+
+def step(name):
+    print(name, flush=True)
+    time.sleep(1)
+
+def launch_pretraining(_):
+    with handle_stop_signals(interrupt):
+        try:
+            while True:
+                step("working")
+        finally:
+            step("cleaning up")
+            print("clean", flush=True)
+
+launch.launch_pretraining = launch_pretraining
+atexit.register(step, "exiting")
+exit(cli.main(["pretrain", "--config", "x"]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_further_signals_change_nothing(number: signal.Signals) -> None:
+    """Catches a second Ctrl-C that leaves processes on other hosts, or with another exit code than the first one."""
+    process = subprocess.Popen([sys.executable, "-c", COMMAND], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    seen = []
+    for line in process.stdout:
+        seen.append(line.strip())
+        process.send_signal(number)
+    assert process.wait(LIMIT) == 75
+    assert seen == ["working", "cleaning up", "clean", "exiting"]
 
 
 def test_nohup_keeps_sighup_ignored(under_nohup: None) -> None:
