@@ -85,8 +85,8 @@ def find_fastest(run_trial: Callable[[Sequence[int]], TrialResult], sizes: range
         failure = result.failure
         if failure is not None and len(result.speeds) < len(tried):
             failures[tried[len(result.speeds)]] = failure
-        if result.speeds or failure is None:
-            # Nothing measured: there was no time.
+        if result.speeds or failure is None or failure.cause is Cause.LOST_HOST:
+            # Nothing measured: there was no time, or a host is lost, which the launch that follows can do without.
             return Findings(fastest(result.speeds) if result.speeds else tried[0], result.speeds, failures)
         if failure.outcome is Outcome.REFUSED:
             raise UserError(failure.message)

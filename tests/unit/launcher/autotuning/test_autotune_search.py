@@ -108,6 +108,13 @@ def test_another_failure_ends_the_command(failure: LaunchResult, error: type[Exc
     assert trials.tried == [[0, 1]]
 
 
+def test_a_lost_host_ends_the_search_but_not_the_command() -> None:
+    """Catches a launch that fails because of a host that it would have left out."""
+    lost = LaunchResult(Outcome.FAILED, "lost node-2: no answer", Cause.LOST_HOST, frozenset({"node-2"}))
+    findings = find_fastest(Trials(RISING, -9, lost).run, range(-1, 2))
+    assert (findings.choice, dict(findings.failures)) == (0, {0: lost})
+
+
 def test_a_failure_with_a_larger_size_only_ends_the_search() -> None:
     """Catches a run that would work, but does not start because an experiment with its size failed."""
     findings = find_fastest(Trials(RISING, 0, BUG).run, range(-1, 3))
