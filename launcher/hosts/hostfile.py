@@ -69,11 +69,10 @@ def parse_hostfile(text: str, origin: str = "hostfile") -> tuple[Host, ...]:
             raise UserError(
                 f"{origin}, line {number}: {host.name} has slots=0, expected at least 1; remove the line instead"
             )
-        if host.name in hosts:
-            raise UserError(
-                f"{origin}, line {number}: duplicate host {host.name}, already on line {line_of[host.name]}"
-            )
-        hosts[host.name], line_of[host.name] = host, number
+        name = host.name.lower()  # host names are case-insensitive, see RFC 4343
+        if name in hosts:
+            raise UserError(f"{origin}, line {number}: duplicate host {host.name}, already on line {line_of[name]}")
+        hosts[name], line_of[name] = host, number
     if not hosts:
         raise UserError(f"{origin}: no hosts found, expected lines such as 'worker-1 slots=4'")
     return tuple(hosts.values())

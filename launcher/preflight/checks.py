@@ -50,12 +50,17 @@ def find_problems(
         tokens: the hosts whose tokens the launching machine sees in the run folder.
     """
     problems = {}
+    names: dict[str, str] = {}  # of machines
     for host, answer in answers.items():
         if isinstance(answer, Unreachable):
             check: Check = "Python" if answer.connected else "ssh"
             problems[host] = [Problem(check, answer.reason, answer.fix)]
         else:
             problems[host] = list(_problems_of_host(host, answer, own, target, host in tokens))
+            machine = answer.facts.machine
+            if machine is not None and (first := names.setdefault(machine, host)) != host:
+                text = f"it is the same machine as {first}"
+                problems[host].append(Problem("network", text, f"remove {host} or {first} from the hostfile"))
     _check_port(answers, target, problems)
     return problems
 

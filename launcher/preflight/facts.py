@@ -40,6 +40,7 @@ class HostFacts:
     interface: str | None  # the one towards the peer
     address: str | None  # the own one on it
     network_error: str | None  # why there is no way to the peer
+    machine: str | None = None  # the same only for another name of the machine, or of the container
     shell: str | None = None  # the login shell; None: not reached over ssh
 
 

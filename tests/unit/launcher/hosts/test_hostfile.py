@@ -40,10 +40,11 @@ def test_rejects_a_bad_line_by_its_number(line: str):
         parse_hostfile(f"# head\nworker-0 slots=1\n{line}\n", origin="cluster")
 
 
-def test_rejects_a_duplicate_host():
-    """Catches silently keeping one of two lines. The message names both."""
-    with pytest.raises(UserError, match=r"line 4: duplicate host a, already on line 1"):
-        parse_hostfile("a slots=1\nb slots=1\n\na slots=2\n")
+@pytest.mark.parametrize("name", ["a", "A"])
+def test_rejects_a_duplicate_host(name: str):
+    """Catches silently keeping one of two lines, and one machine that counts as two. The message names both."""
+    with pytest.raises(UserError, match=rf"line 4: duplicate host {name}, already on line 1"):
+        parse_hostfile(f"a slots=1\nb slots=1\n\n{name} slots=2\n")
 
 
 def test_rejects_a_host_without_slots():

@@ -144,3 +144,11 @@ def test_one_host_is_not_slow() -> None:
 def test_bus_bandwidth_is_that_of_nccl_tests() -> None:
     """An all-reduce of S bytes in t seconds over n ranks: S/t · 2(n-1)/n."""
     assert Measurement(4, 10**9, 0.5, (0.1,), ()).bus_bandwidth == pytest.approx(3e9)
+
+
+def test_two_names_of_one_machine_are_found(answer: Answers, target: Targets) -> None:
+    """Catches a name and an address of one machine, on whose devices twice as many ranks would start."""
+    answers = {"a": answer(machine="1"), "b": answer(machine="2"), "10.0.0.1": answer(machine="1")}
+    problems = find_problems(answers, answer().facts, target(*answers), set(answers))
+    assert problems["a"] == problems["b"] == []
+    assert [problem.text for problem in problems["10.0.0.1"]] == ["it is the same machine as a"]
