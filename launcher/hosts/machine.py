@@ -129,4 +129,5 @@ def free_port() -> int:
 
 def _find_deepspeed_env(name: str) -> tuple[Path, ...]:
     """The files of that name in the folders where DeepSpeed looks for it."""
-    return tuple(path for path in (Path.home() / name, Path.cwd() / name) if path.is_file())
+    home = Path(os.path.expanduser("~"))  # noqa: PTH111 (never raises: a container's user may have no home)
+    return tuple(path for path in (home / name, Path.cwd() / name) if path.is_file())

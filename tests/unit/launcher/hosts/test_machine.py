@@ -21,6 +21,17 @@ from launcher.options import PlacementOptions
 from launcher.ranks.placement import place_ranks
 
 
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a traceback in a container whose user is only a number."""
+
+    def unknown(_: int) -> None:
+        raise KeyError
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    assert inspect_machine().deepspeed_env_text() == ""
+
+
 def test_recognizes_this_machine():
     """Catches a remote host mistaken for this machine. 192.0.2.0/24 is reserved for documentation."""
     assert is_this_machine("localhost")
