@@ -30,6 +30,7 @@ from pretrain.config import PretrainConfig
 
 _MAX_RESTARTS_ON_HOSTS = 10
 _SPECIAL = re.compile(r"[^\w@+=:,./~ -]")  # to shells or, as %h, to pdsh
+_SPECIAL_OR_SPACE = re.compile(r"[^\w@+=:,./~-]")
 
 
 @dataclass(frozen=True)
@@ -124,11 +125,15 @@ def plan_launch(
 
 def _check_paths(folder: RunFolder) -> None:
     """Raise UserError for paths that mean something else on other hosts, where DeepSpeed does not quote them."""
-    for name, path in (("run.dir", folder.path), ("working directory", Path.cwd())):
-        if special := _SPECIAL.search(str(path)):
+    for name, path, special, allowed in (
+        ("run.dir", folder.path, _SPECIAL, "letters, digits, spaces"),
+        ("working directory", Path.cwd(), _SPECIAL_OR_SPACE, "letters, digits"),
+        ("Python", sys.executable, _SPECIAL_OR_SPACE, "letters, digits"),
+    ):
+        if found := special.search(str(path)):
             raise UserError(
-                f"{name}: {path} contains {special[0]}, which the shells of other hosts interpret; choose a path of "
-                "letters, digits, spaces and any of _@+=:,./~-"
+                f"{name}: {path} contains {found[0]!r}, which the shells of other hosts interpret; choose a path of "
+                f"{allowed} and any of _@+=:,./~-"
             )
 
 

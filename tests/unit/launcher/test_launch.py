@@ -286,6 +286,21 @@ def test_paths_that_other_hosts_would_interpret_are_refused(config: str, name: s
     launch_pretraining(PretrainOptions(config="../config.yaml", dry_run=True))
 
 
+def test_spaces_that_deepspeed_does_not_quote_are_refused(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches ranks in another folder, after 'cd: too many arguments', and a Python that is not found."""
+    Path("hosts").write_text("192.0.2.1 slots=1\n192.0.2.2 slots=1\n")
+    remote = PretrainOptions(config=str(Path(config).absolute()), hostfile=str(Path("hosts").absolute()), dry_run=True)
+    launch_pretraining(remote.model_copy(update={"overrides": {"run.dir": "my run"}}))
+    Path("two words").mkdir()
+    with monkeypatch.context() as patch:
+        patch.chdir("two words")
+        with pytest.raises(UserError, match=r"working directory: .*two words contains ' ', which"):
+            launch_pretraining(remote.model_copy(update={"overrides": {"run.dir": "/runs"}}))
+    monkeypatch.setattr(sys, "executable", "/my envs/python")
+    with pytest.raises(UserError, match="Python: /my envs/python contains ' ', which"):
+        launch_pretraining(remote)
+
+
 def test_an_unset_variable_is_refused(config: str, launches: list[Launch]) -> None:
     with pytest.raises(UserError, match="--env: MY_TOKEN is not set"):
         launch_pretraining(PretrainOptions(config=config, env="MY_TOKEN"))
