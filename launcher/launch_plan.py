@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from experiment.config import dump_config
 from experiment.errors import UserError
@@ -27,6 +28,9 @@ from launcher.ranks.placement import check_launcher, is_local, place_ranks
 from launcher.ranks.start_command import Command, start_command
 from launcher.supervision.attempt import Launch, Layout
 from pretrain.config import PretrainConfig
+
+if TYPE_CHECKING:
+    from pretrain.resolve import ResolvedRun
 
 _MAX_RESTARTS_ON_HOSTS = 10
 _SPECIAL = re.compile(r"[^\w@+=:,./~ -]")  # to shells or, as %h, to pdsh
@@ -109,9 +113,8 @@ def plan_launch(
     local = is_local(slots)
 
     from pretrain.engine.deepspeed_settings import check_device_support  # imports torch and DeepSpeed
-    from pretrain.resolve import resolve
 
-    run = resolve(config, world_size=sum(map(len, slots.values())))
+    run = _resolve(config, sum(map(len, slots.values())))
     if options.autotune and run.deepspeed.offload == "nvme":
         raise UserError(f"--autotune: {config.engine.ds_config} offloads to NVMe, where a trial would leave its files")
     if local:  # other hosts have other devices: their ranks check
@@ -121,6 +124,18 @@ def plan_launch(
     added = launch_environment(machine.environ, machine.devices.kind if local else None, REPOSITORY)
     target = target_of_run(target_of_hosts(slots, machine, options), run.config, run.num_parameters, run.folder)
     return LaunchPlan(options, run.config, run.folder, slots, machine, added, target)
+
+
+def _resolve(config: PretrainConfig, ranks: int) -> "ResolvedRun":
+    """As `resolve`. A run that is active, which a dry run or preflight may read, deletes checkpoints: tries again."""
+    from pretrain.resolve import resolve
+
+    try:
+        return resolve(config, world_size=ranks)
+    except (OSError, UserError):
+        if not RunFolder(Path(config.run.dir)).owner.exists():
+            raise
+        return resolve(config, world_size=ranks)
 
 
 def _check_paths(folder: RunFolder) -> None:

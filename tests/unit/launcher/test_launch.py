@@ -69,6 +69,24 @@ def resolved(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, int]]:
     return seen
 
 
+def test_a_dry_run_reads_a_run_that_is_active(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a traceback, or a checkpoint called damaged, because the run has deleted it in the meantime."""
+    resolve = sys.modules["pretrain.resolve"].resolve
+    failures = iter([FileNotFoundError(2, "No such file", "state.json"), UserError("all 2 checkpoints are damaged")])
+
+    def resolve_later(*arguments: Any, **options: Any) -> SimpleNamespace:
+        if error := next(failures, None):
+            raise error
+        return resolve(*arguments, **options)
+
+    monkeypatch.setattr(sys.modules["pretrain.resolve"], "resolve", resolve_later)
+    dry_run = PretrainOptions(config=config, dry_run=True, overrides={"run.dir": "active"})
+    with pytest.raises(FileNotFoundError):
+        launch_pretraining(dry_run)
+    with lock_run(open_run_folder("active")):
+        launch_pretraining(dry_run)
+
+
 @pytest.fixture(autouse=True)
 def checked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Stands for the check of this machine's devices; records the settings that were checked."""
