@@ -68,7 +68,7 @@ class LaunchPlan:
             host_environment=self.target.host_environment,
             max_restarts=max_restarts,
             max_halvings=max_halvings(self.config),
-            passing_hosts=partial(passing_hosts, self.target),
+            passing_hosts=partial(passing_hosts, self.target, {}),
         )
 
     def command(self, layout: Layout, rendezvous: Rendezvous | None = None) -> Command:

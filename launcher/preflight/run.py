@@ -13,6 +13,7 @@ from experiment.provenance import LIBRARIES
 from experiment.run_folder import RunFolder, open_run_folder
 from launcher.hosts.hostfile import Slots
 from launcher.hosts.machine import Machine
+from launcher.messages import notify
 from launcher.preflight.bandwidth import Measurement, MeasurementError, measure
 from launcher.preflight.checks import find_problems, find_slow_hosts
 from launcher.preflight.facts import HostAnswer, HostFacts, ProbeRequest, Unreachable
@@ -55,14 +56,23 @@ def check_hosts(target: Target, machine: Machine, only_failed: bool = False) -> 
     return Report(passed, text, failure)
 
 
-def passing_hosts(target: Target, hosts: Collection[str]) -> set[str]:
-    """Which of these hosts of the target pass the checks. Measures nothing."""
+def passing_hosts(target: Target, printed: dict[str, str], hosts: Collection[str]) -> set[str]:
+    """Which of these hosts of the target pass the checks. Measures nothing.
+
+    Prints why a host that answers does not pass, unless it is in `printed`: host -> what was printed last.
+    """
     subset = replace(target, slots={host: target.slots[host] for host in hosts})
     try:
         answers, own, tokens = _probe(subset, show_progress=False)
     except (OSError, UserError):  # the run folder does not answer
         return set()
     problems = find_problems(answers, own, subset, tokens)
+    for host, answer in answers.items():
+        if problems[host] and isinstance(answer, HostAnswer):
+            text = "; ".join(f"{problem.check}: {problem.text}" for problem in problems[host])
+            if printed.get(host) != text:
+                printed[host] = text
+                notify(f"{host} answers, but does not pass preflight: {text}")
     return {host for host in hosts if not problems[host]}
 
 

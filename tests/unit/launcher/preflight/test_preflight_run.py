@@ -90,6 +90,28 @@ def test_hosts_that_failed_are_not_measured(
     assert report.passed == {"localhost": (0, 1)}
 
 
+def test_a_host_that_does_not_pass_is_explained_once(
+    target: Target, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a host that answers again, but is not taken back, without a word; and one message every ten seconds."""
+    own = run.probe_this_machine(ProbeRequest())
+    commits = iter(["f00" * 13, "f00" * 13, "bad" * 13])
+
+    def probe(*_: object, **__: object) -> object:
+        facts = replace(own.facts, shared=True, commit=next(commits), source="its own")
+        answers = {"node-1": Unreachable("refused", "ping"), "node-2": replace(own, facts=facts)}
+        return answers, replace(own.facts, commit="c0ffee" * 6), {"node-2"}
+
+    monkeypatch.setattr(run, "_probe", probe)
+    printed: dict[str, str] = {}
+    target = replace(target, slots={"node-1": (0,), "node-2": (0,)})
+    for _ in range(3):
+        assert run.passing_hosts(target, printed, ["node-1", "node-2"]) == set()
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("deepcloze: node-2 answers, but does not pass preflight: code: commit f00f00f00f00 at ")
+    assert "commit badbadbadbad" in second
+
+
 def test_an_all_reduce_that_fails_fails_preflight(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches hosts that pass one by one but do not work together, and --allow_missing that ignores it."""
 
