@@ -22,7 +22,7 @@ from finetune.options import PredictOptions
 from finetune.predictor import Predictor, missing_temperature
 from finetune.results.best_seed import find_model
 from finetune.results.calibration import calibration_error
-from finetune.results.label_scores import label_scores, top_confusions
+from finetune.results.label_scores import top_confusions
 from finetune.results.predictions import prediction_rows
 from finetune.results.row_file import check_row_file, open_row_file
 from finetune.results.score_table import print_label_scores, print_scores
@@ -153,7 +153,7 @@ def _report_scores(path: Path, predictor: Predictor, scored: Scored, options: Pr
     kind, found = predictor.kind, (scored.records, scored.predictions)
     scores, metric = kind.scores(*found), kind.config.metric
     confusion, classified = kind.confusion(*found), kind.classified(*found)
-    labels = {} if confusion is None else label_scores(confusion, kind.labels)
+    labels = kind.label_scores(*found)
     written = {
         "model": str(predictor.folder.absolute()),
         "input": str(Path(options.input).absolute()),

@@ -17,7 +17,6 @@ from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Padding, encode_split
 from finetune.encoding.tokenizer import load_task_tokenizer
 from finetune.model import ModelSpec, build_model, read_model_inputs
-from finetune.results.calibration import calibrate
 from finetune.saved_task import SavedTask, read_saved_task
 from finetune.task_kind import Prediction, TaskKind
 from finetune.training.evaluation import Inference, decode
@@ -87,7 +86,7 @@ class Predictor:
         predictions = decode(self.kind, split, outputs)
         if not calibrated or self.temperature is None:
             return list(predictions)
-        return [calibrate(prediction, self.temperature) for prediction in predictions]
+        return [self.kind.calibrate(prediction, self.temperature) for prediction in predictions]
 
     def _check(self, number: int, values: Mapping[str, Any]) -> Mapping[str, Any]:
         roles = self.kind.config.columns.without_targets().cell_types()
@@ -99,7 +98,7 @@ class Predictor:
 def missing_temperature(folder: Path) -> UserError:
     return UserError(
         f"{folder}: the model has no temperature, so its probabilities cannot be calibrated; one is fitted on the "
-        "validation split of kinds that predict one label for each row"
+        "validation split, for kinds whose predictions have a probability of each label"
     )
 
 

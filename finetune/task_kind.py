@@ -16,7 +16,9 @@ from experiment.errors import UserError
 from finetune import kinds
 from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
+from finetune.results.calibration import Classified, calibrate
 from finetune.results.collapse import is_constant
+from finetune.results.label_scores import LabelScores, label_scores
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
 
     from finetune.encoding.encoder import Encoder
     from finetune.encoding.examples import Batch, Example, Padding
-    from finetune.results.calibration import Classified
 
 # Shape suffixes: S sequences of a batch, T tokens of the longest of them, C labels.
 
@@ -178,9 +179,14 @@ class TaskKind(ABC, Generic[ConfigT]):
         """What the predictions file says: usually one row with the values of the record and its prediction."""
         return [(record.values, prediction)]
 
-    def classified(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> "Classified | None":
-        """Labels and probabilities of records with targets, if the kind predicts one label for each; else None."""
+    def classified(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> Classified | None:
+        """Labels and probabilities of all decisions about records with targets; None if the kind has no probability
+        for each label."""
         return None
+
+    def calibrate(self, prediction: Prediction, temperature: float) -> Prediction:
+        """A prediction with calibrated probabilities, for kinds that have `classified`."""
+        return calibrate(prediction, temperature)
 
     def losses(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> "NDArray[np.float64] | None":
         """How wrong the predictions are, for each row of records with targets; None if the kind does not say."""
@@ -188,8 +194,13 @@ class TaskKind(ABC, Generic[ConfigT]):
         return None if classified is None else classified.losses
 
     def confusion(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> "NDArray[np.int64] | None":
-        """CC counts, rows by label and columns by predicted label; None if the kind has no single label."""
+        """CC counts, rows by label and columns by predicted label; None if nothing has one label of several."""
         return None
+
+    def label_scores(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> LabelScores:
+        """The scores of each label; empty if the kind has no labels."""
+        confusion = self.confusion(records, predictions)
+        return {} if confusion is None else label_scores(confusion, self.labels)
 
 
 def find_kind(name: str) -> type[TaskKind[Any]]:

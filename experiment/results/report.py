@@ -158,7 +158,7 @@ def label_tables(results: Mapping[str, Any]) -> list[Block]:
         blocks.append(Table(["label", *_LABEL_SCORES, "support"], rows, f"Labels on {split}, mean over the seeds"))
         mistakes = [
             [found["label"], found["predicted"], f"{found['count']:,}", f"{found['share']:.1%}"]
-            for found in results["confusions"][split]
+            for found in results["confusions"].get(split, ())
         ]
         if mistakes:
             caption = f"Most frequent mistakes on {split}, all seeds together"

@@ -18,7 +18,8 @@ from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Batch, Example, Padding
-from finetune.results.calibration import pad_probabilities
+from finetune.results.calibration import Classified, list_probabilities, pad_probabilities, scale
+from finetune.results.label_scores import LabelScores, scores_of_counts
 from finetune.task_kind import Direction, Loss, LossOptions, Prediction, TaskKind
 
 _THRESHOLD = 0.5
@@ -115,8 +116,7 @@ class Kind(TaskKind[Config]):
     def scores(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> dict[str, float]:
         """F1 of each label's yes or no: over all decisions (micro), or the mean over the labels, equal or weighted by
         frequency; 0 for a label that neither occurs nor is predicted. accuracy: rows with exactly the right labels."""
-        gold = np.array([self._multi_hot(_labels_of(record, self.config), record.place) for record in records])
-        predicted = np.array([self._multi_hot(prediction["labels"], "") for prediction in predictions])
+        gold, predicted = self._gold(records), self._predicted(predictions)
         f1 = {
             f"{average}_f1": float(f1_score(gold, predicted, average=average, zero_division=0.0))
             for average in ("micro", "macro", "weighted")
@@ -125,10 +125,30 @@ class Kind(TaskKind[Config]):
 
     def losses(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> NDArray[np.float64]:
         """Binary cross-entropy, mean over the labels."""
-        gold = np.array([self._multi_hot(_labels_of(record, self.config), record.place) for record in records])
-        probabilities = pad_probabilities(predictions)
-        right = np.where(gold == 1.0, probabilities, 1.0 - probabilities)
-        return np.asarray(-np.log(np.maximum(right, 1e-37)).mean(axis=1))
+        return np.asarray(self.classified(records, predictions).losses.reshape(len(records), -1).mean(axis=1))
+
+    def classified(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> Classified:
+        """Each label of each record is a decision between no and yes."""
+        return Classified(self._gold(records).astype(int).ravel(), _no_and_yes(pad_probabilities(predictions).ravel()))
+
+    def calibrate(self, prediction: Prediction, temperature: float) -> Prediction:
+        scaled = scale(_no_and_yes(np.array(list_probabilities(prediction))), temperature)[:, 1].tolist()
+        return {**prediction, "probabilities": dict(zip(self.labels, scaled, strict=True))}
+
+    def label_scores(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> LabelScores:
+        gold, predicted = self._gold(records).astype(int), self._predicted(predictions).astype(int)
+        return scores_of_counts(self.labels, (gold * predicted).sum(axis=0), gold.sum(axis=0), predicted.sum(axis=0))
+
+    def _gold(self, records: Sequence[Record]) -> NDArray[np.float64]:
+        """NC, 1 for each label that a record has, otherwise 0."""
+        return np.array([self._multi_hot(_labels_of(record, self.config), record.place) for record in records])
+
+    def _predicted(self, predictions: Sequence[Prediction]) -> NDArray[np.float64]:
+        return np.array([self._multi_hot(prediction["labels"], "") for prediction in predictions])
+
+
+def _no_and_yes(probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.stack([1.0 - probabilities, probabilities], axis=-1)
 
 
 def _labels_of(record: Record, config: Config) -> list[str]:

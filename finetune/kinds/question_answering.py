@@ -21,6 +21,7 @@ from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder, Tokens
 from finetune.encoding.examples import Batch, Example, padding_last
 from finetune.encoding.windows import windows
+from finetune.results.calibration import confidence_losses
 from finetune.task_kind import Direction, Loss, LossOptions, Prediction, TaskKind
 
 
@@ -159,13 +160,29 @@ class Kind(TaskKind[Config]):
     def scores(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> dict[str, float]:
         """Means over the questions, each against the right answer that fits best, as the script of SQuAD (Rajpurkar et
         al. 2016) computes them, but in [0, 1]. Exact match ignores case, punctuation and articles; F1 is of words."""
-        answers = [[answer["text"] for answer in record.values["answers"]] or [""] for record in records]
-        found = [prediction["answer"] for prediction in predictions]
-        pairs = list(zip(found, answers, strict=True))
+        pairs = [
+            (prediction["answer"], _right_answers(record))
+            for record, prediction in zip(records, predictions, strict=True)
+        ]
         return {
-            "f1": float(np.mean([max(_word_f1(text, right) for right in rights) for text, rights in pairs])),
+            "f1": float(np.mean([_best_f1(text, rights) for text, rights in pairs])),
             "exact_match": float(np.mean([_words(text) in map(_words, rights) for text, rights in pairs])),
         }
+
+    def losses(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> NDArray[np.float64]:
+        """Cross-entropy of an answer's probability, with its F1 as what is right: wrong answers that the model is sure
+        of are the worst."""
+        pairs = zip(records, predictions, strict=True)
+        f1 = [_best_f1(prediction["answer"], _right_answers(record)) for record, prediction in pairs]
+        return confidence_losses([prediction["score"] for prediction in predictions], f1)
+
+
+def _right_answers(record: Record) -> list[str]:
+    return [answer["text"] for answer in record.values["answers"]] or [""]
+
+
+def _best_f1(text: str, rights: Sequence[str]) -> float:
+    return max(_word_f1(text, right) for right in rights)
 
 
 def _classification_token(tokens: Tokens, encoder: Encoder) -> int:

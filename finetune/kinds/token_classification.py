@@ -20,6 +20,9 @@ from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Batch, Example, Padding, padding_last
 from finetune.encoding.windows import most_context, windows
 from finetune.kinds.classification import balanced_weights
+from finetune.results.calibration import confidence_losses
+from finetune.results.label_scores import LabelScores, scores_of_counts
+from finetune.results.metrics import confusion_matrix
 from finetune.task_kind import Direction, Loss, LossOptions, Prediction, TaskKind
 
 _NO_TAG = -100  # target of a token that carries none
@@ -53,7 +56,8 @@ class _Tagged:
 
 
 class Kind(TaskKind[Config]):
-    """A prediction has `tags`, one for each word. The first token of a word carries its tag.
+    """A prediction has `tags`, one for each word, and `scores`, their probabilities. The first token of a word carries
+    its tag.
 
     A sentence that is too long for one sequence is cut into windows; a word gets its tag from the window that shows
     most of what surrounds it.
@@ -116,25 +120,64 @@ class Kind(TaskKind[Config]):
         return Loss(losses, (batch.targets != _NO_TAG).sum().float())
 
     def decode(self, record: Record, examples: Sequence[Example], outputs: Sequence[NDArray[np.float32]]) -> Prediction:
-        tags = [""] * len(record.values["words"])
+        tags, scores = [""] * len(record.values["words"]), [0.0] * len(record.values["words"])
         for example, scores_TC in zip(examples, outputs, strict=True):
             tagged: _Tagged = example.details
             for word, position in zip(tagged.words, tagged.positions, strict=True):
-                tags[word] = self.labels[int(scores_TC[position].argmax())]
-        return {"tags": tags}
+                probabilities = torch.from_numpy(scores_TC[position]).softmax(-1)
+                tags[word], scores[word] = self.labels[int(probabilities.argmax())], float(probabilities.max())
+        return {"tags": tags, "scores": scores}
 
     def scores(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> dict[str, float]:
         """Precision, recall and F1 of whole entities, over all types (micro), as conlleval of CoNLL-2000 counts them;
         accuracy of the tags. A tag without a prefix such as B- is an entity of one word."""
         from seqeval.metrics.sequence_labeling import precision_recall_fscore_support
 
-        gold = [record.values["tags"] for record in records]
-        predicted = [prediction["tags"] for prediction in predictions]
+        gold, predicted = _sides(records, predictions)
         sides = ([[_with_prefix(tag) for tag in tags] for tags in side] for side in (gold, predicted))
         found = precision_recall_fscore_support(*sides, average="micro", zero_division=0)
         entities = dict(zip(("precision", "recall", "f1"), map(float, found[:3]), strict=True))
         right = [tag == other for pair in zip(gold, predicted, strict=True) for tag, other in zip(*pair, strict=True)]
         return {**{name: entities[name] for name in ("f1", "precision", "recall")}, "accuracy": float(np.mean(right))}
+
+    def losses(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> NDArray[np.float64]:
+        """Of the worst word of each sentence: the cross-entropy of its tag being right or not.
+
+        So do Wang and Mueller (2022, "Detecting Label Errors in Token Classification Data") rank sentences.
+        """
+        losses = []
+        for record, prediction in zip(records, predictions, strict=True):
+            pairs = zip(record.values["tags"], prediction["tags"], strict=True)
+            right = [float(tag == predicted) for tag, predicted in pairs]
+            losses.append(confidence_losses(prediction["scores"], right).max(initial=0.0))
+        return np.array(losses)
+
+    def confusion(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> NDArray[np.int64]:
+        """Of words."""
+        ids = {label: number for number, label in enumerate(self.labels)}
+        gold, predicted = (
+            np.array([ids[tag] for tags in side for tag in tags], dtype=int) for side in _sides(records, predictions)
+        )
+        return confusion_matrix(gold, predicted, len(self.labels))
+
+    def label_scores(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> LabelScores:
+        """Of each type of entities, as a whole."""
+        from seqeval.metrics.sequence_labeling import get_entities
+
+        gold, predicted = (
+            set(get_entities([[_with_prefix(tag) for tag in tags] for tags in side]))
+            for side in _sides(records, predictions)
+        )
+        types = sorted({_with_prefix(label)[2:] for label in self.labels if label != "O"})
+        counts = [Counter(entity[0] for entity in found) for found in (gold & predicted, gold, predicted)]
+        return scores_of_counts(types, *(np.array([count[name] for name in types]) for count in counts))
+
+
+def _sides(
+    records: Sequence[Record], predictions: Sequence[Prediction]
+) -> tuple[list[Sequence[str]], list[Sequence[str]]]:
+    """The right tags of each sentence, and the predicted ones."""
+    return [record.values["tags"] for record in records], [prediction["tags"] for prediction in predictions]
 
 
 def _examples(words: Sequence[str], labels: Sequence[int] | None, encoder: Encoder) -> Iterator[Example]:

@@ -28,6 +28,12 @@ class Classified:
         return np.asarray(-np.log(np.maximum(gold, _TINY)))
 
 
+def confidence_losses(confidences: Sequence[float], right: Sequence[float]) -> NDArray[np.float64]:
+    """N cross-entropies of the probabilities of N answers, and how right the answers are, from 0 to 1."""
+    p, share = np.asarray(confidences, dtype=float), np.asarray(right, dtype=float)
+    return np.asarray(-share * np.log(np.maximum(p, _TINY)) - (1 - share) * np.log(np.maximum(1 - p, _TINY)))
+
+
 def calibration_error(classified: Classified) -> float:
     """Expected calibration error: mean distance of confidence and accuracy in 15 bins of equal width, weighted by
     their sizes. The confidence is the probability of the predicted label."""

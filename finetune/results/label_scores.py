@@ -1,6 +1,6 @@
-"""Scores of each label, and which labels are mistaken for which, from a confusion matrix."""
+"""Scores of each label, and which labels are mistaken for which."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,11 +8,20 @@ from numpy.typing import NDArray
 
 Confusion = NDArray[np.int64]  # CC counts: rows by label, columns by predicted label
 
+LabelScores = Mapping[str, Mapping[str, float]]
+"""Label -> precision, recall, f1 and support (how often it occurs)."""
 
-def label_scores(confusion: Confusion, labels: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Label -> precision, recall, f1 and support (its number of records). A score of nothing is 0, as in
-    scikit-learn."""
-    right, support, predicted = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
+
+def label_scores(confusion: Confusion, labels: Sequence[str]) -> LabelScores:
+    """The scores of labels of which each record has one."""
+    return scores_of_counts(labels, np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0))
+
+
+def scores_of_counts(
+    labels: Sequence[str], right: NDArray[np.int64], support: NDArray[np.int64], predicted: NDArray[np.int64]
+) -> LabelScores:
+    """C counts of each label: how often it is predicted and right, occurs, and is predicted. A score of nothing is 0,
+    as in scikit-learn."""
     precision, recall = right / np.maximum(predicted, 1), right / np.maximum(support, 1)
     f1 = 2 * right / np.maximum(support + predicted, 1)
     columns = {"precision": precision, "recall": recall, "f1": f1, "support": support}

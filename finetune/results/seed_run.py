@@ -25,6 +25,7 @@ from finetune.encoding.tokenizer import load_task_tokenizer
 from finetune.model import ModelSpec, build_model, model_files, save_model
 from finetune.results.calibration import measure_calibration
 from finetune.results.epoch_table import print_epochs
+from finetune.results.label_scores import LabelScores
 from finetune.results.predictions import save_predictions, write_predictions
 from finetune.results.row_file import open_row_file
 from finetune.results.worst_rows import write_worst_rows
@@ -58,8 +59,9 @@ class SeedRecord:
     scores: dict[str, dict[str, float]]  # split -> metric -> value, of the best epoch
     intervals: dict[str, dict[str, Sequence[float]]]  # split -> metric -> [low, high], of 95 % confidence
     confusion: dict[str, list[list[int]]]  # split -> counts: rows by label, columns by predicted label
+    label_scores: dict[str, LabelScores]  # split -> label -> precision, recall, f1, support
     collapsed: list[str]  # splits for which the same is predicted for all records
-    temperature: float | None  # fitted on validation; None if the kind does not predict one label
+    temperature: float | None  # fitted on validation; None if the kind has no probabilities of labels
     calibration: dict[str, dict[str, float]]  # split -> `ece`, `calibrated_ece`
 
 
@@ -188,6 +190,7 @@ def _make_record(fitted: Fitted, setup: Setup) -> SeedRecord:
         if found.scores
     }
     confusion = {split: kind.confusion(*found) for split, found in labelled.items()}
+    label_scores = {split: kind.label_scores(*found) for split, found in labelled.items()}
     temperature, calibration = measure_calibration(
         {split: kind.classified(*found) for split, found in labelled.items()}
     )
@@ -198,6 +201,7 @@ def _make_record(fitted: Fitted, setup: Setup) -> SeedRecord:
         scores={split: fitted.evaluations[split].scores for split in labelled},
         intervals={split: dict(kind.intervals(*found)) for split, found in labelled.items()},
         confusion={split: matrix.tolist() for split, matrix in confusion.items() if matrix is not None},
+        label_scores={split: scores for split, scores in label_scores.items() if scores},
         collapsed=[split for split, found in labelled.items() if kind.is_collapsed(*found)],
         temperature=temperature,
         calibration=calibration,

@@ -9,7 +9,7 @@ from experiment.files import write_json
 from experiment.run_folder import RunFolder
 from finetune.config import FinetuneConfig
 from finetune.results.figures import draw_confusion, draw_curves
-from finetune.results.label_scores import label_scores, top_confusions
+from finetune.results.label_scores import top_confusions
 from finetune.results.metrics import summarize
 from finetune.results.seed_run import SeedRecord
 
@@ -38,7 +38,7 @@ def write_results(
             split: {name: _summarize(split, name, list(records.values())) for name in metrics}
             for split, metrics in first.scores.items()
         },
-        "label_scores": {split: _label_scores(split, labels, records) for split in first.confusion},
+        "label_scores": {split: _label_scores(split, list(records.values())) for split in first.label_scores},
         "confusions": {split: top_confusions(matrix, labels) for split, matrix in confusions.items()},
         "temperatures": [record.temperature for record in records.values()],
         "calibration": {
@@ -67,13 +67,13 @@ def _summarize(split: str, metric: str, records: Sequence[SeedRecord]) -> dict[s
     return {**summary, "interval": np.mean(intervals, axis=0).tolist()} if intervals else summary
 
 
-def _label_scores(split: str, labels: Sequence[str], records: Mapping[int, SeedRecord]) -> dict[str, Any]:
+def _label_scores(split: str, records: Sequence[SeedRecord]) -> dict[str, Any]:
     """Label -> {precision, recall, f1: each over the seeds; support}."""
-    by_seed = [label_scores(np.array(record.confusion[split]), labels) for record in records.values()]
+    by_seed = [record.label_scores[split] for record in records]
     return {
         label: {
             **{name: summarize([scores[label][name] for scores in by_seed]) for name in ("precision", "recall", "f1")},
             "support": by_seed[0][label]["support"],
         }
-        for label in labels
+        for label in by_seed[0]
     }

@@ -22,7 +22,7 @@ def print_results(results: Mapping[str, Any], path: Path) -> None:
     if results["label_scores"]:
         split, scores = list(results["label_scores"].items())[-1]
         print_label_scores(f"{split}, {seeds}", scores, partial(_mean_and_std, digits=3))
-        lines += _describe_confusions(split, results["confusions"][split])
+        lines += _describe_confusions(split, results["confusions"].get(split, ()))
     lines += [*_describe_calibration(results["calibration"]), *_describe_collapsed(results), str(path)]
     Console().print("\n".join(lines), markup=False, soft_wrap=True, highlight=False)
 

@@ -152,6 +152,8 @@ def test_the_labels_of_a_task(tmp_path: Path) -> None:
         *("joy", "fear", "7", "12.5%"),
     ]
     assert "collapsed seeds, which predict the same for every row of a split: 3" in text
+    write_json(folder.path / "results.json", {**RESULTS, **more, "confusions": {}})
+    assert "Labels on test" in write_report(folder.path).read_text(encoding="utf-8"), "as for multi-label tasks"
 
 
 def test_the_spread_of_one_seed_is_unknown(tmp_path: Path) -> None:

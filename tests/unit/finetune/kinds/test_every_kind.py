@@ -1,6 +1,7 @@
 """What all kinds of tasks have in common: each learns a tiny task, saves a model that transformers opens, and its
 predictions do not depend on the batch."""
 
+import csv
 import json
 import random
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from finetune.kinds import kind_names
 from finetune.model import ModelSpec, build_model
 from finetune.predictor import Predictor
 from finetune.results.seed_run import SeedRecord
+from finetune.results.summary_text import print_results
 from finetune.run import run
 from finetune.splits import make_kind, read_splits
 from finetune.training.evaluation import Inference, decode
@@ -115,6 +117,9 @@ TASKS = {
 }
 
 
+LABELLED = ("classification", "multi_label", "token_classification")
+
+
 def config_of(name: str, encoder: Path, folder: Path, **training: Any) -> FinetuneConfig:
     """The config of a run on a tiny task, whose files are written to the folder."""
     tiny = TASKS[name]
@@ -147,8 +152,11 @@ def test_every_kind_has_a_tiny_task() -> None:
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_a_kind_learns_and_saves_what_it_learned(encoder: Path, tmp_path: Path, name: str) -> None:
-    """Catches targets, losses or decoding that do not fit together, and a saved model that is not the one scored."""
+def test_a_kind_learns_and_saves_what_it_learned(
+    encoder: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches targets, losses or decoding that do not fit together, a saved model that is not the one scored, and a
+    kind without a list of its worst rows or a table of its labels."""
     config = config_of(name, encoder, tmp_path)
     results = run(config)
     score = results["splits"]["test"][config.task.metric]["mean"]
@@ -162,6 +170,11 @@ def test_a_kind_learns_and_saves_what_it_learned(encoder: Path, tmp_path: Path, 
     table = read_table(Path(str(config.task.test)), config.task.columns)
     predictions = predictor.predict_records(table.records)
     assert predictor.kind.scores(table.records, predictions)[config.task.metric] == pytest.approx(score)
+    losses = [float(row["loss"]) for row in csv.DictReader((folder / "worst-test.csv").open())]
+    assert losses == sorted(losses, reverse=True)
+    assert 0 <= losses[-1] < losses[0]
+    print_results(results, folder)
+    assert ("support" in capsys.readouterr().out) == (name in LABELLED)
     record = SeedRecord(**json.loads((folder / "COMPLETE").read_text()))
     assert not record.collapsed
 

@@ -11,6 +11,7 @@ from finetune.data.records import Record, Table, read_table
 from finetune.encoding.encoder import Encoder, Tokens
 from finetune.encoding.examples import Batch, Example
 from finetune.kinds.multi_label import Config, Kind
+from finetune.results.calibration import calibration_error
 from finetune.task_kind import LossOptions
 
 CONFIG = Config(train="f", validation="f", label_separator="|")
@@ -64,6 +65,32 @@ def test_scores() -> None:
     assert found["macro_f1"] == pytest.approx((a + b + c) / 3)
     assert found["weighted_f1"] == pytest.approx((2 * a + b) / 3)
     assert found["accuracy"] == pytest.approx(1 / 3)
+
+
+def test_scores_of_each_label() -> None:
+    """Catches precision and recall mixed up. a: 1 of 2 found; b: found; c: one too many."""
+    records = [Record("f", {"labels": labels}) for labels in (["a", "b"], ["a"], [])]
+    predictions = [{"labels": labels} for labels in (["a", "b"], [], ["c"])]
+    found = KIND.label_scores(records, predictions)
+    assert found["a"] == {"precision": 1.0, "recall": 0.5, "f1": pytest.approx(2 / 3), "support": 2}
+    assert found["b"] == {"precision": 1.0, "recall": 1.0, "f1": 1.0, "support": 1}
+    assert found["c"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 0}
+
+
+def test_calibration_of_each_label() -> None:
+    """Catches probabilities of labels that are scaled to a sum of 1, or predictions that change."""
+    prediction = {"labels": ["a", "c"], "probabilities": {"a": 0.9, "b": 0.1, "c": 0.5}}
+    scaled = KIND.calibrate(prediction, 2.0)
+    assert scaled["labels"] == ["a", "c"]
+    assert scaled["probabilities"] == {"a": pytest.approx(0.75), "b": pytest.approx(0.25), "c": pytest.approx(0.5)}
+    records = [Record("f", {"labels": labels}) for labels in (["a"], ["b"])]
+    found = KIND.classified(records, [prediction] * 2)
+    assert np.exp(-found.losses) == pytest.approx([0.9, 0.9, 0.5, 0.1, 0.1, 0.5])
+    errors = (
+        4 * 0.9 - 2,
+        2 * 0.5 - 2,
+    )  # two of four are right at 0.9, and both at 0.5, where "no" is the first of equals
+    assert calibration_error(found) == pytest.approx(sum(map(abs, errors)) / 6)
 
 
 def test_balanced_weights_reach_the_loss() -> None:

@@ -177,3 +177,17 @@ def test_other_answers_are_rejected(tmp_path: Path, cell: object) -> None:
     path.write_text(json.dumps({"question": "x", "context": CONTEXT, "answers": cell}))
     with pytest.raises(UserError, match=r"f\.jsonl:1: expected answers .* in 'answers', found"):
         read_table(path, CONFIG.columns)
+
+
+def test_the_worst_answers_are_wrong_and_sure() -> None:
+    """Catches questions ranked by how unsure the model is: a right answer with a low score before a wrong one."""
+    records = [record("word1"), record("word1"), record("word1, word2"), record()]
+    predictions = [
+        {"answer": "word1", "score": 0.9},
+        {"answer": "word5", "score": 0.9},
+        {"answer": "word2", "score": 0.8},
+        {"answer": "", "score": 0.5},
+    ]
+    f1 = 2 / 3
+    expected = [-np.log(0.9), -np.log(0.1), -f1 * np.log(0.8) - (1 - f1) * np.log(0.2), -np.log(0.5)]
+    assert KIND.losses(records, predictions) == pytest.approx(expected)

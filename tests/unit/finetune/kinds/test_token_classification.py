@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -91,6 +92,28 @@ def test_tags_without_a_prefix_are_entities() -> None:
     """Catches the first letter of a tag taken for its prefix: `NOUN` would be an `OUN`."""
     found = scores("NOUN VERB O", "NOUN NOUN O")
     assert (found["precision"], found["recall"]) == (0.5, 0.5)
+
+
+def test_scores_of_each_type_of_entity() -> None:
+    """Catches scores of single tags, types that only occur in another seed, and tags without a prefix."""
+    kind = Kind(CONFIG, ("B-X", "I-X", "NOUN", "O", "S-Z"))
+    records = [Record("f", {"tags": tags.split()}) for tags in ("B-X I-X O", "B-X NOUN NOUN")]
+    predictions = [{"tags": tags.split()} for tags in ("B-X O O", "B-X NOUN O")]
+    found = kind.label_scores(records, predictions)
+    assert list(found) == ["NOUN", "X", "Z"]
+    assert found["X"] == {"precision": 0.5, "recall": 0.5, "f1": 0.5, "support": 2}
+    assert found["NOUN"] == {"precision": 1.0, "recall": 0.5, "f1": pytest.approx(2 / 3), "support": 2}
+    assert found["Z"]["support"] == 0
+    matrix = kind.confusion(records, predictions)
+    assert (matrix[1, 3], matrix[2, 3], matrix.sum(), np.trace(matrix)) == (1, 1, 6, 4)
+
+
+def test_the_worst_sentence_has_the_worst_word() -> None:
+    """Catches a mean over words, in which a wrong tag of a long sentence is lost, and scores of right tags only."""
+    records = [Record("f", {"tags": tags.split()}) for tags in ("O O O", "O", "")]
+    predictions = [{"tags": ["O", "B-X", "O"], "scores": [0.9, 0.8, 0.6]}, {"tags": ["O"], "scores": [0.5]}]
+    losses = KIND.losses(records, [*predictions, {"tags": [], "scores": []}])
+    assert losses == pytest.approx([-np.log(0.2), -np.log(0.5), 0.0])
 
 
 def test_words_and_tags_must_be_as_many(encoder: Path, tmp_path: Path) -> None:
