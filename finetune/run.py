@@ -20,7 +20,7 @@ from experiment.files import write_text
 from experiment.outcome_file import Outcome
 from experiment.provenance import ancestors_of, collect_provenance, write_provenance
 from experiment.run_folder import RunFolder, open_run_folder
-from experiment.run_lock import lock_run
+from experiment.run_lock import check_unlocked, lock_run
 from experiment.tracking.console import terminal
 from experiment.tracking.tracker import TrackedRun, Tracker, open_trackers
 from finetune.config import FinetuneConfig
@@ -84,9 +84,10 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
     Raises UserError, also if the disk refuses something, and StoppedError if it is full after training has begun.
     """
     keep_freed_memory()
+    dead = check_unlocked(RunFolder(Path(config.run.dir)))  # before the data is read, which may take minutes
     setup = prepare(config)
     open_run_folder(setup.folder.path)
-    with lock_run(setup.folder):
+    with lock_run(setup.folder, dead=dead):
         return _train_and_score(setup)
 
 
