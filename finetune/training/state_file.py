@@ -23,8 +23,11 @@ class StateFile:
 
     def save(self, state: State) -> None:
         """Replace the file atomically."""
-        with atomic_write(self.path) as temporary:
-            torch.save({"settings": self.settings, "state": state}, temporary)
+        with atomic_write(self.path) as temporary, temporary.open("wb") as file:
+            try:
+                torch.save({"settings": self.settings, "state": state}, file)
+            except RuntimeError as error:  # of torch's writer, which hides what the disk says
+                raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
     def load(self) -> State | None:
         """The last state; None if there is none for these settings. Raises UserError if the file is damaged."""

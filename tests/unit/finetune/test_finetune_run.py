@@ -551,6 +551,21 @@ def test_a_full_disk_keeps_finished_seeds_only(
     assert len(results(run)["splits"]["test"]["accuracy"]["values"]) == 2
 
 
+def test_a_disk_that_is_full_at_an_evaluation(
+    config_file: Path, small_disk: SmallDisk, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a traceback of torch, whose writer says nothing of the disk, when the state of a seed is saved."""
+    run = small_disk.path / "run"
+    command = ["finetune", "--config", str(config_file), f"--run.dir={run}", "--training.seeds=[1]"]
+    small_disk.fill(leave=40 * 4096)
+    assert main(command) == 75
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("deepcloze: ")]
+    assert line == f"deepcloze: {run}/.seed-1/state.pt: disk full; the same command resumes"
+    assert list(run.glob(".seed-1/*")) == []
+    small_disk.free()
+    assert main(command) == 0
+
+
 def test_a_model_folder_is_no_run_folder(config_file: Path, encoder: Path) -> None:
     """Catches results in the folder of the encoder, which `deepcloze predict --model RUN` would then predict with."""
     before = sorted(encoder.iterdir())
