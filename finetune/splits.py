@@ -64,7 +64,7 @@ def read_splits(task: TaskConfig, model: Path, fit_on: str = "train") -> dict[st
         train = tables["train"]
         tables["train"] = replace(train, records=(*train.records, *(validation.records if validation else ())))
     elif "train" in tables and "validation" not in tables:
-        train, validation = split_off(tables.pop("train"), task.validation_share, task.split_seed)
+        train, validation = split_off(tables.pop("train"), task.columns, task.validation_share, task.split_seed)
         tables = {"train": train, "validation": validation, **tables}
     return tables
 

@@ -6,7 +6,7 @@ from itertools import combinations
 from statistics import fmean
 from typing import Any
 
-from finetune.data.columns import LABEL, TEXT, Columns
+from finetune.data.columns import CONTEXT, LABEL, TEXT, Columns
 from finetune.data.records import Record, Table
 
 _MANY_NUMBERS = 30  # different labels that are numbers: more are probably a scale
@@ -14,16 +14,15 @@ _MANY_NUMBERS = 30  # different labels that are numbers: more are probably a sca
 
 def describe_oddities(tables: Mapping[str, Table], columns: Columns) -> list[str]:
     """A line for each oddity of the splits, with examples."""
-    types = columns.cell_types()
-    targets = [role for role, cell_type in types.items() if cell_type.target]
-    texts = [role for role, cell_type in types.items() if cell_type is TEXT]
+    targets = [role for role, cell_type in columns.cell_types().items() if cell_type.target]
+    texts = columns.roles(TEXT, CONTEXT)
     lines = [
         f"{split}: {empty:,} rows have an empty text"
         for split, table in tables.items()
         if (empty := sum(not all(record.values[role].strip() for role in texts) for record in table.records))
     ]
     if train := tables.get("train"):
-        for role in (role for role, cell_type in types.items() if cell_type is LABEL):
+        for role in columns.roles(LABEL):
             labels = [record.values[role] for record in train.records]
             lines += _odd_labels(labels, role)
             lines += _swapped(labels, [record.values[texts[0]] for record in train.records], role) if texts else []

@@ -6,7 +6,7 @@ field is the role that its column plays. Reading, messages and docs/config.md fo
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Self, get_args
 
@@ -18,7 +18,7 @@ from experiment.strict_json import parse_json
 _LARGEST = 1e18  # of the numbers to predict
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # types that hold the same, such as TEXT and CONTEXT, are different types
 class CellType:
     """What the cells of a column hold."""
 
@@ -154,6 +154,7 @@ def _parse_json(cell: object) -> object:
 
 
 TEXT = CellType("text", _read_text)
+CONTEXT = CellType("text", _read_text)  # that several rows may be about
 ID = CellType("text or a whole number", _read_label)
 TEXTS = CellType("a list of texts", _read_texts)
 WORDS = CellType("a list of words, or words separated by spaces", _read_sentence)
@@ -174,10 +175,11 @@ def _number_as_text(value: Any) -> Any:
 
 Name = Annotated[str, BeforeValidator(_number_as_text), Field(min_length=1)]
 TextColumn = Annotated[Name, TEXT]
+ContextColumn = Annotated[Name, CONTEXT]  # a random validation split keeps the rows on one context together
 IdColumn = Annotated[Name, ID]
 TextsColumn = Annotated[Name | tuple[Name, ...], TEXTS]  # a column of lists, or one column for each text
 WordsColumn = Annotated[Name, WORDS]
-LabelColumn = Annotated[Name, LABEL]
+LabelColumn = Annotated[Name, LABEL]  # a random validation split has about as much of each label as the rest
 ChoiceColumn = Annotated[Name, CHOICE]
 LabelsColumn = Annotated[Name, LABELS]
 NumberColumn = Annotated[Name, NUMBER]
@@ -204,6 +206,10 @@ class Columns(Section):
             for cell_type in _cell_types([*field.metadata, field.annotation])
         }
 
+    def roles(self, *cell_types: CellType) -> list[str]:
+        """Of the columns that are given, those of any of these types."""
+        return [role for role, found in self.cell_types().items() if any(found is wanted for wanted in cell_types)]
+
     def without_targets(self) -> Self:
         """Only the columns that a prediction needs."""
         targets = [role for role, cell_type in self.cell_types().items() if cell_type.target]
@@ -218,6 +224,11 @@ class TextColumns(Columns):
 
     text_pair: TextColumn | None = None
     """Column with the second text, for tasks on pairs."""
+
+    @staticmethod
+    def texts(values: Mapping[str, Any]) -> list[str]:
+        """The text, or the pair of texts, of a record."""
+        return [values[role] for role in ("text", "text_pair") if role in values]
 
 
 def _cell_types(parts: Any) -> list[CellType]:

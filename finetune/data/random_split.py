@@ -1,28 +1,31 @@
 """A validation split from the rows of the training split."""
 
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from experiment.errors import UserError
+from finetune.data.columns import CONTEXT, LABEL, Columns
 from finetune.data.records import Record, Table
 
 
-def split_off(table: Table, share: float, seed: int) -> tuple[Table, Table]:
+def split_off(table: Table, columns: Columns, share: float, seed: int) -> tuple[Table, Table]:
     """Divide a table at random, but always in the same way, into the rest and a share (at most 0.5) of it.
 
-    The share has about as much of each label as the table has. A label that occurs once stays in the rest, so that the
-    share has no label that the rest lacks. Turns of a dialogue, and records with the same context, such as the
-    questions on a text, stay together. Raises UserError if the table is too small.
+    The share has about as much of each label (a column of type LABEL) as the table has. A label that occurs once stays
+    in the rest, so that the share has no label that the rest lacks. Turns of a dialogue, and records with the same
+    context (a column of type CONTEXT), such as the questions on a text, stay together. Raises UserError if the table is
+    too small.
     """
+    shared, labelled = columns.roles(CONTEXT), columns.roles(LABEL)
     units: dict[Hashable, list[int]] = {}
     for index, record in enumerate(table.records):
-        units.setdefault(record.group or record.values.get("context", index), []).append(index)
+        units.setdefault(record.group or _values(record, shared) or index, []).append(index)
     in_order = list(units.values())
     shuffled = [in_order[index] for index in np.random.default_rng(seed).permutation(len(in_order))]
-    labels = [_label(table.records[unit[0]]) for unit in shuffled]
+    labels = [_values(table.records[unit[0]], labelled) for unit in shuffled]
     counts = Counter(labels)
     # One of every 1/share units, in the order of their labels.
     by_label = sorted((label, place) for place, label in enumerate(labels) if counts[label] > 1)
@@ -39,7 +42,5 @@ def split_off(table: Table, share: float, seed: int) -> tuple[Table, Table]:
     )
 
 
-def _label(record: Record) -> str:
-    """Its label if it has one label, otherwise ""."""
-    label = record.values.get("label")
-    return label if isinstance(label, str) else ""
+def _values(record: Record, roles: Sequence[str]) -> tuple[str, ...]:
+    return tuple(record.values[role] for role in roles)

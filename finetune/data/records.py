@@ -25,11 +25,6 @@ class Record:
     values: Mapping[str, Any]  # role -> value; the target is absent if the split has none
     group: str | None = None  # of a dialogue: what belongs together
 
-    @property
-    def texts(self) -> list[str]:
-        """The text, or the pair of texts, of a record with `TextColumns`."""
-        return [self.values[role] for role in ("text", "text_pair") if role in self.values]
-
 
 @dataclass(frozen=True)
 class Table:

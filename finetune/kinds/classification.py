@@ -91,7 +91,7 @@ class Kind(TaskKind[Config]):
 
     def expand(self, record: Record, encoder: Encoder, training: bool) -> list[Example]:
         target = self.label_id(record.values["label"], record.place) if "label" in record.values else None
-        return [Example((encoder.encode(*record.texts),), target)]
+        return [Example((encoder.encode(*TextColumns.texts(record.values)),), target)]
 
     def label_weights(self, examples: Sequence[Example]) -> tuple[float, ...]:
         """Weights that give each label the same share of the loss."""

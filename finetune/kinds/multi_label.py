@@ -78,7 +78,7 @@ class Kind(TaskKind[Config]):
 
     def expand(self, record: Record, encoder: Encoder, training: bool) -> list[Example]:
         target = self._multi_hot(_labels_of(record, self.config), record.place) if "labels" in record.values else None
-        return [Example((encoder.encode(*record.texts),), target)]
+        return [Example((encoder.encode(*TextColumns.texts(record.values)),), target)]
 
     def _multi_hot(self, labels: Sequence[str], place: str) -> list[float]:
         """1.0 for each label that is given, otherwise 0.0."""

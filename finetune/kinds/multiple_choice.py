@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from experiment.errors import UserError
-from finetune.data.columns import ChoiceColumn, Columns, TextColumn, TextsColumn
+from finetune.data.columns import ChoiceColumn, Columns, ContextColumn, TextColumn, TextsColumn
 from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder, Tokens
@@ -36,7 +36,7 @@ class MultipleChoiceColumns(Columns):
     question: TextColumn | None = "question"
     """Column with the question; null if there is none."""
 
-    context: TextColumn | None = None
+    context: ContextColumn | None = None
     """Column with the text that the question is about, or that the choices continue."""
 
     @model_validator(mode="after")

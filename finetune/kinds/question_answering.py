@@ -15,7 +15,7 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from experiment.errors import UserError
-from finetune.data.columns import AnswersColumn, Columns, TextColumn
+from finetune.data.columns import AnswersColumn, Columns, ContextColumn, TextColumn
 from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder, Tokens
@@ -31,7 +31,7 @@ class QuestionAnsweringColumns(Columns):
     question: TextColumn = "question"
     """Column with the question."""
 
-    context: TextColumn = "context"
+    context: ContextColumn = "context"
     """Column with the text that contains the answer."""
 
     answers: AnswersColumn = "answers"

@@ -49,7 +49,7 @@ class Kind(TaskKind[Config]):
         return [f"numbers in train: {min(values):g} to {max(values):g}, mean {np.mean(values):.3g}"]
 
     def expand(self, record: Record, encoder: Encoder, training: bool) -> list[Example]:
-        return [Example((encoder.encode(*record.texts),), record.values.get("label"))]
+        return [Example((encoder.encode(*TextColumns.texts(record.values)),), record.values.get("label"))]
 
     def targets(self, examples: Sequence[Example], padding: Padding) -> Tensor:
         return torch.tensor([example.target for example in examples], dtype=torch.float32)

@@ -4,8 +4,15 @@ from pathlib import Path
 import pytest
 
 from experiment.errors import UserError
+from finetune.data.columns import Columns, LabelColumn
 from finetune.data.random_split import split_off
 from finetune.data.records import Record, Table
+from finetune.kinds.classification import ClassificationColumns
+from finetune.kinds.multiple_choice import MultipleChoiceColumns
+from finetune.kinds.question_answering import QuestionAnsweringColumns
+from finetune.kinds.regression import RegressionColumns
+
+TEXTS = ClassificationColumns()
 
 
 def table(*rows: dict[str, object]) -> Table:
@@ -21,7 +28,7 @@ LABELLED = table(*({"text": str(number), "label": "rare" if number % 10 == 3 els
 
 def test_the_share_has_as_much_of_each_label() -> None:
     """Catches a rare label that is missing in validation, and a row in both splits or in none."""
-    train, validation = split_off(LABELLED, share=0.1, seed=0)
+    train, validation = split_off(LABELLED, TEXTS, share=0.1, seed=0)
     assert labels(train) == {"common": 162, "rare": 18}
     assert labels(validation) == {"common": 18, "rare": 2}
     places = [record.place for split in (train, validation) for record in split.records]
@@ -30,29 +37,50 @@ def test_the_share_has_as_much_of_each_label() -> None:
 
 def test_the_seed_decides() -> None:
     """Catches a split that differs between the seeds of a run or after a resume, and a seed that has no effect."""
-    assert split_off(LABELLED, 0.1, seed=0) == split_off(LABELLED, 0.1, seed=0)
-    assert split_off(LABELLED, 0.1, seed=0) != split_off(LABELLED, 0.1, seed=1)
+    assert split_off(LABELLED, TEXTS, 0.1, seed=0) == split_off(LABELLED, TEXTS, 0.1, seed=0)
+    assert split_off(LABELLED, TEXTS, 0.1, seed=0) != split_off(LABELLED, TEXTS, 0.1, seed=1)
 
 
 def test_a_label_that_occurs_once_stays_in_train() -> None:
     """Catches a label in validation that the model cannot know."""
     once = table(*({"text": "", "label": str(number)} for number in range(50)), *[{"text": "", "label": "twice"}] * 2)
     for seed in range(20):
-        train, validation = split_off(once, 0.5, seed)
+        train, validation = split_off(once, TEXTS, 0.5, seed)
         assert labels(validation) == {"twice": 1}
         assert labels(train)["twice"] == 1
 
 
 def test_rows_without_a_label() -> None:
-    """Catches numbers or lists of tags that are taken for labels which occur once."""
-    _, validation = split_off(table(*({"label": number / 7, "text": "a"} for number in range(40))), 0.25, seed=0)
+    """Catches numbers to predict that are taken for labels which occur once."""
+    numbers = table(*({"label": number / 7, "text": "a"} for number in range(40)))
+    _, validation = split_off(numbers, RegressionColumns(), 0.25, seed=0)
     assert len(validation) == 10
+
+
+def test_the_texts_of_right_choices_are_not_labels() -> None:
+    """Catches questions that stay in train because no other has the same answer."""
+    answers = ["yes"] * 40 + [f"answer {number}" for number in range(160)]
+    asked = table(*({"question": "", "choices": [answer, "no"], "label": answer} for answer in answers))
+    _, validation = split_off(asked, MultipleChoiceColumns(), 0.1, seed=0)
+    assert len(validation) == 20
+    assert labels(validation)["yes"] < 20
+
+
+def test_labels_of_any_role_are_balanced() -> None:
+    """Catches a rare label that is missing in validation because its kind calls the column something else."""
+
+    class Emotions(Columns):
+        emotion: LabelColumn = "emotion"
+
+    rows = table(*({"emotion": "rare" if number % 10 == 3 else "common"} for number in range(200)))
+    _, validation = split_off(rows, Emotions(), 0.1, seed=0)
+    assert Counter(record.values["emotion"] for record in validation.records) == {"common": 18, "rare": 2}
 
 
 def test_questions_on_one_text_stay_together() -> None:
     """Catches a validation split whose texts are all known from train."""
     rows = table(*({"context": str(number // 4), "question": str(number)} for number in range(80)))
-    train, validation = split_off(rows, 0.1, seed=0)
+    train, validation = split_off(rows, QuestionAnsweringColumns(), 0.1, seed=0)
     assert len(validation) == 8
     contexts = [{record.values["context"] for record in split.records} for split in (train, validation)]
     assert not contexts[0] & contexts[1]
@@ -61,4 +89,4 @@ def test_questions_on_one_text_stay_together() -> None:
 def test_too_few_rows_are_rejected() -> None:
     """Catches an empty validation split."""
     with pytest.raises(UserError, match=r"f\.csv: too few rows to take a validation split from; set task\.validation"):
-        split_off(table(*[{"label": "a"}, {"label": "b"}]), 0.1, seed=0)
+        split_off(table(*[{"label": "a"}, {"label": "b"}]), TEXTS, 0.1, seed=0)
