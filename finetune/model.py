@@ -207,7 +207,12 @@ def save_model(
     names = ["input_ids", "token_type_ids", "attention_mask"]
     if not _has_token_types(model, tokenizer):
         names.remove("token_type_ids")
-    for name, value in {"split_special_tokens": not special_tokens_in_text, "model_input_names": names}.items():
+    settings = {
+        "split_special_tokens": not special_tokens_in_text,
+        "model_input_names": names,
+        "truncation_side": tokenizer.truncation_side,
+    }
+    for name, value in settings.items():
         setattr(tokenizer, name, value)
         tokenizer.init_kwargs[name] = value  # attributes are saved only if they are also here
     if not torch.cuda.is_available():

@@ -415,6 +415,9 @@ def test_dialogues_keep_their_last_turn(config_file: Path, tmp_path: Path, task_
     (predicted,) = predictor.predict([{"text": rows[-1]["text"].replace(last, "word39")}])
     assert predicted["probabilities"]["low"] != pytest.approx(float(rows[-1]["probability_low"]), abs=1e-4)
 
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "seed-1" / "model")  # by transformers alone
+    assert tokenizer.decode(tokenizer(rows[-1]["text"], truncation=True).input_ids).endswith(f" {last} [SEP]")
+
     output = tmp_path / "predictions.csv"
     flags = ["--model", str(tmp_path / "run"), "--input", task_files["train"], "--output", str(output)]
     assert main(["predict", *flags, "--precision=fp32"]) == 0
