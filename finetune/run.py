@@ -23,7 +23,7 @@ from experiment.run_folder import RunFolder, open_run_folder
 from experiment.run_lock import check_unlocked, lock_run
 from experiment.tracking.console import terminal
 from experiment.tracking.tracker import TrackedRun, Tracker, open_trackers
-from finetune.config import FinetuneConfig
+from finetune.config import FinetuneConfig, TrainingConfig
 from finetune.data.checks import describe_oddities
 from finetune.device import choose_device
 from finetune.encoding.lengths import print_lengths
@@ -31,7 +31,7 @@ from finetune.model import ModelSpec, build_model, describe_model
 from finetune.results.seed_run import SeedRecord, Setup, finished_seeds, result_settings, state_file, train_seed
 from finetune.results.seed_summary import write_results
 from finetune.results.summary_text import print_results
-from finetune.splits import describe_task, make_kind, make_task, read_splits
+from finetune.splits import Task, describe_task, make_kind, make_task, read_splits
 from finetune.training.compatibility import adapt_to_model
 from finetune.training.fit import Log
 from finetune.training.updater import total_steps
@@ -48,8 +48,7 @@ def finetune(config: str | Path, overrides: Mapping[str, str] | None = None, dry
     if dry_run:
         print(f"# config\n{dump_config(resolved)}")
         setup = prepare(resolved)
-        updates, training = total_steps(setup.task, resolved.training), resolved.training
-        print(f"{updates:,} updates of {training.batch_size} examples for each of {len(training.seeds)} seeds")
+        print(_describe_training(setup.task, resolved.training))
     else:
         print_results(run(resolved), Path(resolved.run.dir) / "results.json")
 
@@ -143,7 +142,7 @@ def _train_missing_seeds(setup: Setup, finished: Mapping[int, SeedRecord], run_i
     started = state_file(missing[0], setup).steps if missing else 0
     if started:
         _print(f"seed {missing[0]}: resuming after step {started:,}")
-    steps = total_steps(setup.task, config.training) if setup.task.is_trained else 0
+    steps = total_steps(setup.task, config.training)
     tracked = TrackedRun(
         run_id=run_id,
         parameters=flatten(config),
@@ -163,6 +162,13 @@ def _train_missing_seeds(setup: Setup, finished: Mapping[int, SeedRecord], run_i
     finally:
         tracker.close(outcome)
     return {seed: records[seed] for seed in seeds}
+
+
+def _describe_training(task: Task, training: TrainingConfig) -> str:
+    if not task.is_trained:
+        return "nothing is trained: the splits are only scored"
+    updates = total_steps(task, training)
+    return f"{updates:,} updates of {training.batch_size} examples for each of {len(training.seeds)} seeds"
 
 
 def _log_from_step(tracker: Tracker, first: int) -> Log:

@@ -18,7 +18,7 @@ from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Example, Padding, collate
 from finetune.kinds.cloze import Config, Kind
 from finetune.predictor import Predictor
-from finetune.run import run
+from finetune.run import finetune, run
 from finetune.task_kind import LossOptions
 
 CPU = torch.device("cpu")
@@ -252,6 +252,16 @@ def test_zero_shot_needs_no_training(exam: dict[str, Any], tmp_path: Path) -> No
     assert len(read(seed / "worst-test.csv")) == 16
     assert not (seed / "epochs.csv").exists()
     assert BertForMaskedLM.from_pretrained(seed / "model")
+
+
+def test_a_dry_run_says_that_nothing_is_trained(
+    exam: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a traceback where updates are counted, for a task without a training split."""
+    (tmp_path / "exam.yaml").write_text(json.dumps(exam))
+    finetune(tmp_path / "exam.yaml", dry_run=True)
+    assert "nothing is trained" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_training_split_is_not_used_zero_shot(exam: dict[str, Any], tmp_path: Path) -> None:
