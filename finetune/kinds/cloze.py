@@ -1,7 +1,9 @@
 """Cloze exams: an article with blanks, and options for each blank, as in CLOTH (Xie et al. 2018)."""
 
 import string
+import threading
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,6 +26,7 @@ from finetune.results.intervals import Interval, accuracy_interval
 from finetune.task_kind import Direction, Loss, LossOptions, Prediction, TaskKind
 
 _BLANK = "_"
+_HOOKED = threading.Lock()  # one thread at a time: a hook applies to all threads that compute the model
 _MODELS = {
     "multiple_choice": "AutoModelForMultipleChoice",
     "binary": "AutoModelForSequenceClassification",
@@ -288,21 +291,24 @@ def _mask_id(encoder: Encoder) -> int:
 def _masked_logits(model: nn.Module, batch: Batch, positions: Sequence[int]) -> Tensor:
     """SV scores of the vocabulary at one position of each sequence, counted without padding.
 
-    Only these positions reach the output layer, which would otherwise take most of time and memory.
+    Only these positions reach the output layer, which would otherwise take most of time and memory. A few models have
+    no module for it that is called, such as MobileBERT and Perceiver: there, all positions are computed.
     """
     mask = batch.inputs["attention_mask"]
     rows = torch.arange(len(mask), device=mask.device)
     columns = torch.tensor(positions, device=mask.device) + mask.argmax(dim=1)  # behind the padding of the left side
 
+    selected = False
+
     def select(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        nonlocal selected
+        selected = True
         return (inputs[0][rows, columns][:, None],)
 
-    hook = model.get_output_embeddings().register_forward_pre_hook(select)  # type: ignore[operator]
-    try:
+    output_layer = model.get_output_embeddings()  # type: ignore[operator]
+    with _HOOKED, nullcontext() if output_layer is None else output_layer.register_forward_pre_hook(select):
         logits: Tensor = model(**batch.inputs).logits
-    finally:
-        hook.remove()
-    return logits[:, 0].float()
+    return (logits[:, 0] if selected else logits[rows, columns]).float()
 
 
 def _right(records: Sequence[Record], predictions: Sequence[Prediction]) -> list[list[bool]]:

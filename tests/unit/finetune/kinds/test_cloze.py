@@ -1,6 +1,9 @@
 import csv
 import json
 import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -281,6 +284,24 @@ def test_an_exam_without_answers_is_predicted(exam: dict[str, Any], tmp_path: Pa
     predictor = Predictor.load(tmp_path / "run" / "seed-42" / "model", precision="fp32")
     prediction = predictor.predict([{"article": rows[0]["article"], "options": rows[0]["options"]}])[0]
     assert prediction["answers"] == [row["predicted"] for row in rows_found[:2]]
+
+
+def test_threads_share_a_zero_shot_model(encoder: Path) -> None:
+    """Catches a hook of one thread that chooses the positions for the sequences of another."""
+    asked, made = kind(scoring="zero_shot"), expand(encoder, scoring="zero_shot", context="between")
+    model = BertForMaskedLM.from_pretrained(encoder).eval()
+    batches = [collate(asked, [example], Padding(0, "right", 0), CPU) for example in made]
+    forward = torch.inference_mode()(partial(asked.forward, model))
+    expected = [forward(batch) for batch in batches]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # so that threads meet within a forward pass
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            found = list(threads.map(forward, batches * 50))
+    finally:
+        sys.setswitchinterval(interval)
+    for scores, right in zip(found, expected * 50, strict=True):
+        torch.testing.assert_close(scores, right)
 
 
 def test_a_model_without_a_masked_lm_head_is_refused(exam: dict[str, Any], encoder: Path, tmp_path: Path) -> None:
