@@ -155,7 +155,9 @@ class Kind(TaskKind[Config]):
         offsets = windows[best].offsets
         start, stop = offsets[spans[best].first][0], offsets[spans[best].last][1]
         score = float(np.exp(spans[best].score - log_total))
-        return {"answer": record.values["context"][start:stop], "start": start, "score": score}
+        covered = record.values["context"][start:stop]
+        answer = covered.strip()  # a token of a byte-level tokenizer begins with the space before it
+        return {"answer": answer, "start": start + covered.index(answer), "score": score}
 
     def scores(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> dict[str, float]:
         """Means over the questions, each against the right answer that fits best, as the script of SQuAD (Rajpurkar et

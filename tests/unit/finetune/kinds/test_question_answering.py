@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,15 @@ def test_an_answer_is_cut_from_the_context(encoder: Path) -> None:
     assert 0.99 < prediction["score"] <= 1.0
     assert json.loads(json.dumps(prediction)) == prediction
     assert example.details.nothing == 0
+
+
+def test_the_space_before_an_answer_is_not_part_of_it(encoder: Path) -> None:
+    """Catches answers that begin with a space, and starts off by one, for tokens that cover the space before them."""
+    (example,) = KIND.expand(record("word1"), encode(encoder), training=False)
+    offsets = tuple((max(start - 1, 0), stop) for start, stop in example.details.offsets)
+    made = [replace(example, details=replace(example.details, offsets=offsets))]
+    prediction = KIND.decode(record(), made, scores_for(made, 0, (3, 4)))
+    assert (prediction["answer"], prediction["start"]) == ("word2 word3", CONTEXT.index("word2"))
 
 
 def test_the_best_window_answers(encoder: Path) -> None:
