@@ -21,6 +21,7 @@ from finetune.encoding.examples import Batch, Example, Padding, padding_last
 from finetune.encoding.windows import most_context, windows
 from finetune.kinds.classification import balanced_weights
 from finetune.results.calibration import confidence_losses
+from finetune.results.collapse import is_constant
 from finetune.results.label_scores import LabelScores, scores_of_counts
 from finetune.results.metrics import confusion_matrix
 from finetune.task_kind import Direction, Loss, LossOptions, Prediction, TaskKind
@@ -139,6 +140,11 @@ class Kind(TaskKind[Config]):
         entities = dict(zip(("precision", "recall", "f1"), map(float, found[:3]), strict=True))
         right = [tag == other for pair in zip(gold, predicted, strict=True) for tag, other in zip(*pair, strict=True)]
         return {**{name: entities[name] for name in ("f1", "precision", "recall")}, "accuracy": float(np.mean(right))}
+
+    def is_collapsed(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> bool:
+        """Whether all words get the same tag."""
+        tags = [tag for prediction in predictions for tag in prediction["tags"]]
+        return is_constant(tags, [tag for record in records for tag in record.values["tags"]])
 
     def losses(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> NDArray[np.float64]:
         """Of the worst word of each sentence: the cross-entropy of its tag being right or not.

@@ -88,6 +88,13 @@ def test_entities_count_as_a_whole() -> None:
     assert (found["precision"], found["recall"]) == (pytest.approx(1 / 3), 0.5)
 
 
+def test_one_tag_for_all_words_is_a_collapse() -> None:
+    """Catches a collapse that is missed because sentences differ in length."""
+    records = [Record("f", {"tags": ["O", "B-X"]}), Record("f", {"tags": ["O"]})]
+    assert KIND.is_collapsed(records, [{"tags": ["O", "O"]}, {"tags": ["O"]}])
+    assert not KIND.is_collapsed(records, [{"tags": ["O", "B-X"]}, {"tags": ["B-X"]}])
+
+
 def test_tags_without_a_prefix_are_entities() -> None:
     """Catches the first letter of a tag taken for its prefix: `NOUN` would be an `OUN`."""
     found = scores("NOUN VERB O", "NOUN NOUN O")
