@@ -340,8 +340,9 @@ def test_models_need_not_be_kept(config_file: Path, tmp_path: Path) -> None:
     """Catches model folders that fill the disk despite run.keep: none, and scores that are lost with them."""
     finetune(config_file, {"run.keep": "none", "training.epochs": "1"})
     names = sorted(path.name for path in (tmp_path / "run" / "seed-1").iterdir())
-    files = [f"{kind}-{split}.csv" for kind in ("predictions", "worst") for split in ("test", "validation")]
-    assert names == ["COMPLETE", "epochs.csv", *files]
+    kinds = ("predictions-{}.csv", "predictions-{}.jsonl", "worst-{}.csv")
+    files = [kind.format(split) for kind in kinds for split in ("test", "validation")]
+    assert names == sorted(["COMPLETE", "epochs.csv", *files])
     assert len(results(tmp_path / "run")["splits"]["test"]["accuracy"]["values"]) == 2
 
 
