@@ -45,7 +45,7 @@ class ReportedOutcome(NamedTuple):
 
     outcome: Outcome
     message: str
-    cause: Cause | None = None  # None: done, or stopped without a request
+    cause: Cause | None = None  # None: done
 
 
 def reserve_outcome(folder: RunFolder) -> None:

@@ -80,7 +80,7 @@ def _train(trainer: Trainer, stop: StopRequest, hosts: HostGroup) -> ReportedOut
     try:
         ending = _reported(trainer.train(stop), stop, hosts)
     except UnwritableError as error:
-        ending = ReportedOutcome(Outcome.STOPPED, f"no checkpoint can be written: {error}")
+        ending = ReportedOutcome(Outcome.STOPPED, f"no checkpoint can be written: {error}", Cause.AGREED)
         log.error("%s", ending.message)
     except AgreedFailureError as error:
         log.error("%s", error)

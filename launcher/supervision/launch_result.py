@@ -22,7 +22,7 @@ class LaunchResult:
 
     outcome: Outcome
     message: str = ""
-    cause: Cause | None = None  # of a failure, or of a stop that was asked for
+    cause: Cause | None = None  # of a failure or stop
     lost: frozenset[str] = frozenset()  # hosts
 
 

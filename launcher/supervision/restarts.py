@@ -67,9 +67,11 @@ def decide(attempts: Sequence[Attempt], max_restarts: int, can_halve: bool) -> R
 
 def _may_succeed_again(last: Attempt, earlier: Sequence[Attempt]) -> bool:
     result = last.result
+    if result.cause is Cause.AGREED:  # such as a disk that is full
+        return False
     if result.outcome is Outcome.STOPPED:  # by a signal to a rank, whose host will perhaps shut down
         return last.saved or result.cause is Cause.SIGNAL
-    if result.outcome is not Outcome.FAILED or result.cause is Cause.AGREED:
+    if result.outcome is not Outcome.FAILED:
         return False
     if result.cause is Cause.ERROR:  # the same twice without progress is a bug
         return last.saved or not (earlier and earlier[-1].result.message == result.message)

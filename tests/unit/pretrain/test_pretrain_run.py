@@ -3,15 +3,17 @@
 import os
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
 import pretrain.run
-from experiment.outcome_file import Outcome, read_outcome
+from experiment.outcome_file import Cause, Outcome, read_outcome
 from experiment.run_folder import RunFolder
 from pretrain.engine.loss_scaler import LossScaleError
+from pretrain.training.checkpoint_tensors import UnwritableError
 from pretrain.world import World
 
 
@@ -57,3 +59,15 @@ def test_loss_scale_errors_exit_with_their_message(
     assert timeouts == [timedelta(seconds=77)]
     assert read_outcome(RunFolder(tmp_path / "run"))[:2] == (Outcome.FAILED, "try a lower optimizer.lr")
     assert "Traceback" not in caplog.text
+
+
+def test_a_checkpoint_that_cannot_be_written_is_agreed_on() -> None:
+    """Catches a launch that restarts its ranks although the disk is full for all of them."""
+
+    def train(_: Any) -> Outcome:
+        raise UnwritableError("disk full")
+
+    trainer = SimpleNamespace(train=train, close=lambda _: None)
+    hosts = SimpleNamespace(barrier=lambda: None)
+    ending = pretrain.run._train(trainer, SimpleNamespace(), hosts)  # type: ignore[arg-type]
+    assert ending == (Outcome.STOPPED, "no checkpoint can be written: disk full", Cause.AGREED)

@@ -44,6 +44,11 @@ def test_a_rank_that_is_asked_to_stop_is_preempted() -> None:
     assert after(LaunchResult(Outcome.STOPPED, "SIGTERM before the first step", Cause.SIGNAL)) == Restart()
 
 
+def test_a_full_disk_is_not_tried_again() -> None:
+    """Catches exit code 2 instead of 75, because a restart on a full disk is refused."""
+    assert after(LaunchResult(Outcome.STOPPED, "no checkpoint can be written", Cause.AGREED), saved=True) == End()
+
+
 def test_restarts_are_counted_within_an_hour() -> None:
     assert isinstance(after(LOST, LOST, max_restarts=2), Restart)
     assert after(LOST, LOST, LOST, max_restarts=2) == End("not restarted: --max_restarts=2 within an hour")
