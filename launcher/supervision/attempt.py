@@ -32,7 +32,9 @@ from launcher.supervision.stop_signals import StopSignals
 # DeepSpeed's launcher gives ranks 30 s to exit after one of them failed or it got a signal.
 _EXIT_TIMEOUT_SECONDS = 40.0
 _KILLED = LaunchResult(Outcome.STOPPED, "killed; the run can resume from its last complete checkpoint")
-_STOPPED_EARLY = LaunchResult(Outcome.STOPPED, "stopped before the first step; run the same command again")
+_STOPPED_EARLY = LaunchResult(
+    Outcome.STOPPED, "stopped before the first step; run the same command again", Cause.SIGNAL
+)
 
 
 @dataclass(frozen=True)

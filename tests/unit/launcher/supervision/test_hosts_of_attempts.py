@@ -151,6 +151,7 @@ def test_a_stop_before_training_ends_the_ranks_at_once(
     stop = "import os; os.kill(os.getppid(), 15)" if by_signal else "folder.stop.touch()"
     result = supervise(launch(folder, f"{stop}; {HANG}"), time.time())
     assert (result.outcome, result.message[:30]) == (Outcome.STOPPED, "stopped before the first step;")
+    assert [attempt["cause"] for attempt in launches(folder)] == ["signal"]
 
 
 def test_a_stop_while_hosts_do_not_answer_starts_nothing(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
