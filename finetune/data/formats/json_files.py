@@ -32,7 +32,7 @@ def read_json(path: Path) -> Iterator[Row]:
 
     DREAM (Sun et al. 2019) and C3 (Sun et al. 2020) give `context` (the lines of the dialogue, joined by line breaks),
     `question`, `choices`, `answer` and `id`; SQuAD (Rajpurkar et al. 2016) `title`, `context`, `question`, `answers`
-    (`text` and `answer_start`, a list each) and `id`.
+    (`text` and `answer_start`, a list each; None in a test split that lacks them) and `id`.
     """
     with open_lines(path) as file:
         lines = list(file)
@@ -99,11 +99,15 @@ def _dream_questions(lines: list[str], questions: list[Any], identity: object) -
 def _squad_questions(title: object, paragraphs: list[Any]) -> Iterator[dict[str, object]]:
     for paragraph in paragraphs:
         for question in paragraph["qas"]:
-            answers = question.get("answers", [])
+            answers = question.get("answers")
             yield {
                 "title": title,
                 "context": paragraph["context"],
                 "question": question["question"],
-                "answers": {key: [answer[key] for answer in answers] for key in ("text", "answer_start")},
+                "answers": None if answers is None else _columns_of(answers),
                 "id": question["id"],
             }
+
+
+def _columns_of(answers: list[Any]) -> dict[str, list[object]]:
+    return {key: [answer[key] for answer in answers] for key in ("text", "answer_start")}

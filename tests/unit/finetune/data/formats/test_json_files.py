@@ -7,6 +7,8 @@ import pytest
 
 from experiment.errors import UserError
 from finetune.data.formats import FileFormat, read_rows
+from finetune.data.records import read_table
+from finetune.kinds.question_answering import QuestionAnsweringColumns
 
 DREAM = [
     [
@@ -106,6 +108,14 @@ def test_paragraphs_with_questions(tmp_path: Path) -> None:
         "id": "q1",
     }
     assert second["answers"] == {"text": [], "answer_start": []}
+
+
+def test_a_test_split_without_answers_has_no_labels(tmp_path: Path) -> None:
+    """Catches questions whose answers are not known scored as questions that have none."""
+    asked = {"id": "q", "question": "What?"}
+    paragraphs = [{"context": "Paris is big.", "qas": [asked, asked]}]
+    path = write(tmp_path / "test.json", {"data": [{"title": "T", "paragraphs": paragraphs}]})
+    assert not read_table(path, QuestionAnsweringColumns(), targets_required=False).labelled
 
 
 @pytest.mark.parametrize(
