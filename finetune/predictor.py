@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from experiment.errors import UserError
-from finetune.data.records import Record, Table
+from finetune.data.records import Record, Table, read_value
 from finetune.device import Device, choose_device
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Padding, encode_split
@@ -71,9 +71,10 @@ class Predictor:
     def predict(self, records: Sequence[Mapping[str, Any]], calibrated: bool = False) -> list[Prediction]:
         """The predictions for records, in order. A record maps the roles of columns, such as `text`, to values.
 
-        Raises UserError for a record that lacks a role or has an unknown one, and if there is no temperature.
+        Raises UserError for a record that lacks a role, has an unknown one or another type of value, and if there is no
+        temperature.
         """
-        checked = [Record(f"record {number}", self._check(number, values)) for number, values in enumerate(records, 1)]
+        checked = [self._record(f"record {number}", values) for number, values in enumerate(records, 1)]
         return self.predict_records(checked, calibrated)
 
     def predict_records(self, records: Sequence[Record], calibrated: bool = False) -> list[Prediction]:
@@ -88,11 +89,11 @@ class Predictor:
             return list(predictions)
         return [self.kind.calibrate(prediction, self.temperature) for prediction in predictions]
 
-    def _check(self, number: int, values: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _record(self, place: str, values: Mapping[str, Any]) -> Record:
         roles = self.kind.config.columns.without_targets().cell_types()
         if set(values) != set(roles):
-            raise UserError(f"record {number}: expected {', '.join(roles)}; found {', '.join(values) or 'nothing'}")
-        return values
+            raise UserError(f"{place}: expected {', '.join(roles)}; found {', '.join(values) or 'nothing'}")
+        return Record(place, {role: read_value(values[role], roles[role], place, role) for role in roles})
 
 
 def missing_temperature(folder: Path) -> UserError:

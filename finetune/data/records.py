@@ -159,13 +159,17 @@ def _read_cell(row: Row, cell_type: CellType, found: int | list[int]) -> Any:
     """The value of a cell, or of the list of several cells."""
     cell = row.cells[found] if isinstance(found, int) else [row.cells[index] for index in found]
     indices = [found] if isinstance(found, int) else found
-    column = ", ".join(row.names[index] for index in indices)
+    return read_value(cell, cell_type, row.place, ", ".join(row.names[index] for index in indices))
+
+
+def read_value(cell: object, cell_type: CellType, place: str, column: str) -> Any:
+    """The value of a cell. Raises UserError, with its place and column, if it holds something else."""
     try:
         value = cell_type.read(cell)
     except ValueError as hint:
-        raise unexpected_cell(row.place, column, cell, cell_type.description, str(hint)) from None
+        raise unexpected_cell(place, column, cell, cell_type.description, str(hint)) from None
     if not _is_unicode(value):
-        raise UserError(f"{row.place}: expected Unicode text in '{column}', found half of a surrogate pair")
+        raise UserError(f"{place}: expected Unicode text in '{column}', found half of a surrogate pair")
     return value
 
 

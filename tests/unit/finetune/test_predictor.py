@@ -83,6 +83,15 @@ def test_a_record_with_other_roles_is_rejected(model: Path) -> None:
         predictor.predict([{}])
 
 
+@pytest.mark.parametrize(
+    ("value", "found"), [(5, "5"), (None, "null"), (["word1"], r'\["word1"\]'), ("\ud800", "half of a surrogate")]
+)
+def test_a_value_of_another_type_is_rejected(model: Path, value: object, found: str) -> None:
+    """Catches a traceback of the tokenizer for a number or a missing text."""
+    with pytest.raises(UserError, match=rf"record 2: expected .*text in 'text', found {found}"):
+        Predictor.load(model, "fp32").predict([{"text": "word1"}, {"text": value}])
+
+
 def test_the_task_file_survives(model: Path) -> None:
     """Catches options of the task that are lost on the way to another machine, and overrides that have no effect."""
     saved = read_saved_task(model, {"columns.text": "review"})
