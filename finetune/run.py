@@ -7,7 +7,7 @@
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +136,8 @@ def _train_missing_seeds(setup: Setup, finished: Mapping[int, SeedRecord], run_i
     config = setup.config
     seeds = config.training.seeds
     records = {seed: finished[seed] for seed in seeds if seed in finished}
-    if records:
-        _print(f"already finished in {setup.folder.path}: seed {', '.join(map(str, records))}")
+    for line in _describe_finished(list(records), setup):
+        _print(line)
     missing = [seed for seed in seeds if seed not in records]
     started = state_file(missing[0], setup).steps if missing else 0
     if started:
@@ -162,6 +162,16 @@ def _train_missing_seeds(setup: Setup, finished: Mapping[int, SeedRecord], run_i
     finally:
         tracker.close(outcome)
     return {seed: records[seed] for seed in seeds}
+
+
+def _describe_finished(seeds: Sequence[int], setup: Setup) -> list[str]:
+    """Lines on the seeds that are not trained again."""
+    folder = setup.folder.path
+    lines = [f"already finished in {folder}: seed {', '.join(map(str, seeds))}"] if seeds else []
+    folders = [f"seed-{seed}" for seed in seeds if not (folder / f"seed-{seed}" / "model").exists()]
+    if folders and setup.config.run.keep == "best":
+        lines.append(f"finished without a model: {', '.join(folders)}; remove these folders to train and keep one")
+    return lines
 
 
 def _describe_training(task: Task, training: TrainingConfig) -> str:

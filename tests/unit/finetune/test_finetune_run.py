@@ -336,14 +336,18 @@ def test_a_killed_run_resumes_within_a_seed(
     assert not list(run.glob(".seed*"))
 
 
-def test_models_need_not_be_kept(config_file: Path, tmp_path: Path) -> None:
-    """Catches model folders that fill the disk despite run.keep: none, and scores that are lost with them."""
+def test_models_need_not_be_kept(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches model folders that fill the disk despite run.keep: none, and scores that are lost with them; and a later
+    wish to keep the models that is silently not granted."""
     finetune(config_file, {"run.keep": "none", "training.epochs": "1"})
     names = sorted(path.name for path in (tmp_path / "run" / "seed-1").iterdir())
     kinds = ("predictions-{}.csv", "predictions-{}.jsonl", "worst-{}.csv")
     files = [kind.format(split) for kind in kinds for split in ("test", "validation")]
     assert names == sorted(["COMPLETE", "epochs.csv", *files])
     assert len(results(tmp_path / "run")["splits"]["test"]["accuracy"]["values"]) == 2
+    finetune(config_file, {"training.epochs": "1"})
+    said = " ".join(capsys.readouterr().err.split())
+    assert "finished without a model: seed-1, seed-2; remove these folders to train and keep one" in said
 
 
 def test_a_dry_run_starts_nothing(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
