@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
@@ -71,6 +71,9 @@ class TaskConfig(Section):
     """For the utterances of dialogues: previous turns that are put before each text, with the tokenizer's separator
     between them. If there are too many tokens, they are cut at the start."""
 
+    has_labels: ClassVar[bool] = True
+    """Whether the kind uses `labels`."""
+
     labels: tuple[Name, ...] | None = None
     """Labels in the order of their ids; default: the labels of the training split, sorted."""
 
@@ -129,8 +132,10 @@ class TaskConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _labels_are_distinct(self) -> Self:
+    def _labels_are_used_and_distinct(self) -> Self:
         if self.labels is not None:
+            if not self.has_labels:
+                raise ValueError(f"labels: tasks of kind '{self.kind}' have none")
             if len(self.labels) < 2:
                 raise ValueError(f"labels: needs two or more, found {list(self.labels)}")
             if twice := sorted({label for label in self.labels if self.labels.count(label) > 1}):

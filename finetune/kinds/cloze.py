@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from experiment.errors import UserError
-from finetune.data.columns import ClozeAnswersColumn, Columns, OptionsColumn, TextColumn
+from finetune.data.columns import ClozeAnswersColumn, Columns, Name, OptionsColumn, TextColumn
 from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
 from finetune.encoding.blanks import Context, Surroundings, surroundings
@@ -44,7 +44,8 @@ class ClozeColumns(Columns):
     """Column with a list for each blank: its options."""
 
     answers: ClozeAnswersColumn = "answers"
-    """Column with a list of letters: the right option of each blank, `A` for the first."""
+    """Column with a list of letters: the right option of each blank, `A` for the first, unless `task.labels` says
+    otherwise."""
 
 
 class Config(TaskConfig):
@@ -53,6 +54,9 @@ class Config(TaskConfig):
     kind: Literal["cloze"] = "cloze"
     columns: ClozeColumns = ClozeColumns()
     metric: Literal["accuracy"] = "accuracy"
+
+    labels: tuple[Name, ...] | None = None
+    """What `answers` calls the first, second, … option; default: the letters from `A`."""
 
     context: Context = "article"
     """What is shown around a blank: the whole article, in overlapping windows if it is too long; the article cut around

@@ -42,6 +42,8 @@ class QuestionAnsweringColumns(Columns):
 class Config(TaskConfig):
     """The part of a text that answers a question."""
 
+    has_labels = False
+
     kind: Literal["question_answering"] = "question_answering"
     columns: QuestionAnsweringColumns = QuestionAnsweringColumns()
     metric: Literal["f1", "exact_match"] = "f1"

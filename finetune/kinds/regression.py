@@ -28,6 +28,8 @@ class RegressionColumns(TextColumns):
 class Config(TaskConfig):
     """A number for a text or for a pair of texts, with mean squared error as loss."""
 
+    has_labels = False
+
     kind: Literal["regression"] = "regression"
     columns: RegressionColumns = RegressionColumns()
     metric: Literal["pearson", "spearman"] = "pearson"

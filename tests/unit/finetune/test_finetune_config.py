@@ -74,6 +74,13 @@ def test_a_path_with_a_nul_character_is_rejected(key: str) -> None:
         build_config(FinetuneConfig, MINIMAL, {key: "a\0b"})
 
 
+@pytest.mark.parametrize("kind", ["regression", "question_answering"])
+def test_labels_of_a_kind_without_any_are_rejected(kind: str) -> None:
+    """Catches a setting that is ignored silently."""
+    with pytest.raises(UserError, match=f"labels: tasks of kind '{kind}' have none"):
+        build_config(FinetuneConfig, MINIMAL, {"task.kind": kind, "task.labels": "[a, b]"})
+
+
 def test_an_unknown_kind_is_the_only_complaint() -> None:
     """Catches keys of the meant kind that are called unknown too: the misspelled name hides them."""
     tree = {**MINIMAL, "task": {"train": "a.csv", "kind": "regresion", "columns": {"label": "score"}}}

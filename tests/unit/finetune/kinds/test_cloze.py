@@ -204,6 +204,16 @@ def test_mistakes_are_named(encoder: Path, values: dict[str, Any], message: str)
         kind().expand(record, make(encoder), True)
 
 
+def test_answers_may_have_other_names(encoder: Path) -> None:
+    """Catches task.labels being ignored."""
+    asked = kind(labels=("1", "2", "3"))
+    record = Record("f:1", {**RECORD.values, "answers": ["1", "2", "3"]})
+    made = asked.expand(record, make(encoder), True)
+    assert [example.target for example in made] == [0, 1, 2]
+    outputs = np.array([[0], [1], [0], [1], [1], [0], [0]], dtype=np.float32)
+    assert asked.decode(record, made, list(outputs))["answers"] == ["2", "2", "1"]
+
+
 @pytest.mark.parametrize("options", [[["word1"]], ["word1", "word2"], [["word1", " "]], "word1"])
 def test_options_are_lists_of_lists(tmp_path: Path, options: Any) -> None:
     """Catches a traceback for one flat list of options."""
