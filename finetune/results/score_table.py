@@ -13,9 +13,9 @@ Describe = Callable[[Any], str]
 
 
 def print_scores(
-    title: str, splits: Mapping[str, Mapping[str, Any]], metric: str, describe: Describe = "{:.4f}".format
+    title: str, splits: Mapping[str, Mapping[str, Any]], metric: str | None, describe: Describe = "{:.4f}".format
 ) -> None:
-    """A row for each metric, a column for each split. metric: the one to mark."""
+    """A row for each metric, a column for each split. metric: the one to mark, if any."""
     if not splits:
         return
     table = _table(title, *splits)

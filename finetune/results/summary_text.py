@@ -16,9 +16,11 @@ _CONFUSIONS = 3
 def print_results(results: Mapping[str, Any], path: Path) -> None:
     """Print the content of results.json: mean ± standard deviation over the seeds. path: where it is."""
     seeds = f"mean ± std of {len(results['seeds'])}"
-    print_scores(seeds, results["splits"], results["metric"], _mean_and_std)
+    selected = "validation" in results["splits"] and any(results["best_epochs"])
+    print_scores(seeds, results["splits"], results["metric"] if selected else None, _mean_and_std)
     intervals = any("interval" in scores for split in results["splits"].values() for scores in split.values())
-    lines = [f"* selected the best epoch{'; in parentheses: 95 % confidence interval' if intervals else ''}"]
+    legend = ["* selected the best epoch"] * selected + ["in parentheses: 95 % confidence interval"] * intervals
+    lines = ["; ".join(legend)] if legend else []
     if results["label_scores"]:
         split, scores = list(results["label_scores"].items())[-1]
         print_label_scores(f"{split}, {seeds}", scores, partial(_mean_and_std, digits=3))
