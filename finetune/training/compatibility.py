@@ -2,70 +2,74 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from finetune.device import Device
-from finetune.encoding.examples import Example, collate
+from finetune.encoding.examples import Batch, Example, collate
 from finetune.splits import Task
+from finetune.task_kind import LossOptions, TaskKind
 from finetune.training.microbatch import is_out_of_memory
 from finetune.training.updater import loss_options
 
 _EXAMPLES = 4
-_TOLERANCE = 2e-5  # of a loss in fp32: more than rounding, far less than what padding changes if it counts
+_TOLERANCE = 2e-5  # of outputs in fp32: more than rounding, far less than what padding changes if it counts
 
 
 def adapt_to_model(model: nn.Module, task: Task, device: Device, max_length: int) -> tuple[Task, Device, list[str]]:
     """The task and the device as the model needs them, and a line for each change.
 
-    Some models cannot compute in autocast, such as DeBERTa (v1) on a CPU: they are trained in fp32. The outputs of some
+    Some models cannot compute in autocast, such as DeBERTa (v1) on a CPU: they compute in fp32. The outputs of some
     depend on padding, such as FNet's, which has no attention mask: their batches are all padded to `max_length`.
     """
-    if not (examples := _labelled_examples(task)):
-        return task, device, []  # a task that is not trained, on texts without targets
+    examples = sorted(next(iter(task.splits.values())).examples, key=lambda example: example.longest)
     lines, name = [], getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if not _ignores_padding(model, task, examples):
         lines.append(f"{name}: its outputs depend on padding, so all sequences are padded to {max_length} tokens")
         task = replace(task, padding=replace(task.padding, length=max_length))
-    if device.dtype is not None and not _computes(model, task, examples, device):
-        lines.append(f"{name} cannot compute in {device.precision} on {device.device.type}; it is trained in fp32")
-        device = replace(device, dtype=None)
+    if device.dtype is not None:
+        batch = collate(task.kind, examples[:2], task.padding, device.device)
+        options = loss_options(task, device) if task.is_trained else None
+        if not computes(model.to(device.device).train(task.is_trained), task.kind, batch, device, options):
+            lines.append(f"{name} cannot compute in {device.precision} on {device.device.type}; fp32 is used")
+            device = replace(device, dtype=None)
     return task, device, lines
 
 
 def _ignores_padding(model: nn.Module, task: Task, examples: Sequence[Example]) -> bool:
-    """Whether the loss of short examples stays the same next to a long one."""
-    short, long = examples[:_EXAMPLES], examples[-1:]
-    cpu = Device(torch.device("cpu"), None)
+    """Whether the outputs of short examples stay the same next to a long one. examples: the shortest first."""
+    compared = [*examples[:_EXAMPLES], examples[-1]]
     model.eval()
     with torch.inference_mode():
-        apart = sum((_loss(model, task, [example], cpu) for example in [*short, *long]), torch.zeros(()))
-        together = _loss(model, task, [*short, *long], cpu)
-    return bool((apart - together).abs() <= _TOLERANCE * (1 + apart.abs()))
+        together = torch.split(_outputs(model, task, compared), [len(example.sequences) for example in compared])
+        return all(map(_same, [_outputs(model, task, [example]) for example in compared], together))
 
 
-def _computes(model: nn.Module, task: Task, examples: Sequence[Example], device: Device) -> bool:
-    """Whether forward and backward work in the precision of the device."""
-    model.to(device.device).train()
+def _outputs(model: nn.Module, task: Task, examples: Sequence[Example]) -> Tensor:
+    """In fp32 on the CPU. The first dimension is that of the sequences."""
+    return task.kind.forward(model, collate(task.kind, examples, task.padding, torch.device("cpu"))).float()
+
+
+def _same(alone: Tensor, together: Tensor) -> bool:
+    """Whether outputs are the same but for rounding. together: perhaps for more tokens, which are padding."""
+    shown = together[tuple(map(slice, alone.shape))]
+    return bool((alone - shown).abs().max() <= _TOLERANCE * (1 + alone.abs().max()))
+
+
+def computes(
+    model: nn.Module, kind: TaskKind[Any], batch: Batch, device: Device, options: LossOptions | None = None
+) -> bool:
+    """Whether a model can compute a batch in the precision of the device; with loss options, the gradients too."""
     try:
-        with torch.enable_grad():
-            _loss(model, task, examples[:2], device).backward()  # type: ignore[no-untyped-call]
+        with torch.set_grad_enabled(options is not None):
+            with device.autocast():
+                outputs = kind.forward(model, batch)
+            if options is not None:
+                kind.loss(outputs, batch, options).sum.backward()  # type: ignore[no-untyped-call]
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
         return False
     return True
-
-
-def _labelled_examples(task: Task) -> list[Example]:
-    """Those of a split with targets, the shortest first: of train, if there is one."""
-    labelled = [split.examples for split in task.splits.values() if split.table.labelled]
-    return sorted(labelled[0], key=lambda example: example.longest) if labelled else []
-
-
-def _loss(model: nn.Module, task: Task, examples: Sequence[Example], device: Device) -> Tensor:
-    batch = collate(task.kind, examples, task.padding, device.device)
-    with device.autocast():
-        outputs = task.kind.forward(model, batch)
-    return task.kind.loss(outputs, batch, loss_options(task, device)).sum

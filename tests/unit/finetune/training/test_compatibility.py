@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,8 @@ from finetune.device import Device
 from finetune.encoding.encoder import Tokens
 from finetune.encoding.examples import Example, Padding, Split, collate
 from finetune.kinds.classification import Config, Kind
+from finetune.kinds.regression import Config as RegressionConfig
+from finetune.kinds.regression import Kind as Regression
 from finetune.splits import Task
 from finetune.training.compatibility import adapt_to_model
 
@@ -58,6 +61,19 @@ def test_models_that_see_padding_get_fixed_padding(side: str) -> None:
         assert inputs["attention_mask"][0].sum() == 2
 
 
+def test_padding_shows_in_outputs_whatever_the_loss_is() -> None:
+    """Catches a difference that is small next to the loss of large numbers, and texts without targets."""
+    made = make_task()
+    train = made.splits["train"]
+    for targets in (1e6, None):
+        examples = tuple(replace(example, target=targets) for example in train.examples)
+        splits = {"train": replace(train, examples=examples, table=replace(train.table, labelled=targets is not None))}
+        task = replace(made, kind=Regression(RegressionConfig(train="f.csv"), ()), splits=splits)
+        _, _, lines = adapt_to_model(Model(uses_mask=False), task, FP32, max_length=16)
+        assert lines == ["Model: its outputs depend on padding, so all sequences are padded to 16 tokens"]
+        assert adapt_to_model(Model(uses_mask=True), task, FP32, max_length=16)[2] == []
+
+
 def test_models_that_ignore_padding_keep_dynamic_padding() -> None:
     """Catches fixed padding, which is slow, for models that do not need it."""
     made = make_task()
@@ -71,5 +87,5 @@ def test_a_model_without_autocast_is_trained_in_fp32() -> None:
     model = DebertaForSequenceClassification(config)
     _, device, lines = adapt_to_model(model, make_task(), BF16, max_length=16)
     assert device == FP32
-    assert lines == ["deberta cannot compute in bf16 on cpu; it is trained in fp32"]
+    assert lines == ["deberta cannot compute in bf16 on cpu; fp32 is used"]
     assert adapt_to_model(model, make_task(), FP32, max_length=16)[2] == []
