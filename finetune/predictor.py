@@ -7,18 +7,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from experiment.errors import UserError
 from finetune.data.records import Record, Table, read_value
 from finetune.device import Device, choose_device
 from finetune.encoding.encoder import Encoder
-from finetune.encoding.examples import Padding, encode_split
+from finetune.encoding.examples import Batch, Padding, collate, encode_split
 from finetune.encoding.tokenizer import load_task_tokenizer
 from finetune.model import ModelSpec, build_model, read_model_inputs
 from finetune.saved_task import SavedTask, read_saved_task
 from finetune.task_kind import Prediction, TaskKind
+from finetune.training.compatibility import computes
 from finetune.training.evaluation import Inference, decode
 from finetune.training.microbatch import Microbatch
 
@@ -64,7 +64,8 @@ class Predictor:
         encoder = Encoder(tokenizer, length, inputs.token_types, task.kind.config.special_tokens_in_text)
         padding = replace(Padding.of(tokenizer), length=length if task.padded else None)
         model = built.model.to(device.device).eval()
-        device = _usable_precision(model, tokenizer, device)
+        probe = collate(task.kind, [task.kind.probe(encoder)], padding, device.device)
+        device = _usable_precision(model, task.kind, probe, device)
         inference = Inference(model, task.kind, padding, device, Microbatch(batch_size))
         return cls(folder, task.kind, task.temperature, encoder, inference)
 
@@ -96,30 +97,17 @@ class Predictor:
         return Record(place, {role: read_value(values[role], roles[role], place, role) for role in roles})
 
 
+def _usable_precision(model: PreTrainedModel, kind: TaskKind[Any], probe: Batch, device: Device) -> Device:
+    """The device, in fp32 if the model cannot compute in its precision, as DeBERTa (v1) on a CPU."""
+    if device.dtype is None or computes(model, kind, probe, device):
+        return device
+    name = model.config.model_type
+    log.warning("%s cannot compute in %s on %s: predicting in fp32", name, device.precision, device.device.type)
+    return replace(device, dtype=None)
+
+
 def missing_temperature(folder: Path) -> UserError:
     return UserError(
         f"{folder}: the model has no temperature, so its probabilities cannot be calibrated; one is fitted on the "
         "validation split, for kinds whose predictions have a probability of each label"
     )
-
-
-def _usable_precision(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: Device) -> Device:
-    """The device, in fp32 if the model cannot compute in its precision, as DeBERTa (v1) on a CPU."""
-    if device.dtype is None or _computes(model, tokenizer, device):
-        return device
-    in_fp32 = replace(device, dtype=None)
-    if not _computes(model, tokenizer, in_fp32):
-        return device  # the model needs other inputs: its precision is not the reason
-    name = model.config.model_type
-    log.warning("%s cannot compute in %s on %s: predicting in fp32", name, device.precision, device.device.type)
-    return in_fp32
-
-
-def _computes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: Device) -> bool:
-    inputs = tokenizer("a", return_tensors="pt")["input_ids"].to(device.device)
-    try:
-        with torch.inference_mode(), device.autocast():
-            model(input_ids=inputs)
-    except RuntimeError:
-        return False
-    return True

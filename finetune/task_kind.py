@@ -128,6 +128,12 @@ class TaskKind(ABC, Generic[ConfigT]):
     def expand(self, record: Record, encoder: "Encoder", training: bool) -> list["Example"]:
         """The examples of a record, without targets if it has none. Raises UserError for an invalid target."""
 
+    def probe(self, encoder: "Encoder") -> "Example":
+        """A small example without targets, to find out what a model can compute."""
+        from finetune.encoding.examples import Example
+
+        return Example((encoder.encode("a"),) * 2)
+
     def targets(self, examples: Sequence["Example"], padding: "Padding") -> "Tensor":
         """The targets of a batch."""
         import torch

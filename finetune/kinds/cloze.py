@@ -137,6 +137,9 @@ class Kind(TaskKind[Config]):
                 examples.append(self._example(blank, ids, shown, target, encoder))
         return examples
 
+    def probe(self, encoder: Encoder) -> Example:
+        return self.expand(Record("", {"article": "a _", "options": [["b", "c"]]}), encoder, training=False)[0]
+
     def _parse(self, record: Record) -> tuple[list[str], list[list[str]], list[int] | None]:
         """What is between the blanks, the options, and the index of each right option if the record has them.
 

@@ -19,7 +19,7 @@ from finetune.config import FinetuneConfig
 from finetune.data.records import read_table
 from finetune.device import Device
 from finetune.encoding.encoder import Encoder
-from finetune.encoding.examples import Padding, encode_split
+from finetune.encoding.examples import Padding, collate, encode_split
 from finetune.kinds import kind_names
 from finetune.model import ModelSpec, build_model
 from finetune.predictor import Predictor
@@ -27,6 +27,8 @@ from finetune.results.seed_run import SeedRecord
 from finetune.results.summary_text import print_results
 from finetune.run import run
 from finetune.splits import make_kind, read_splits
+from finetune.task_kind import find_kind
+from finetune.training.compatibility import computes
 from finetune.training.evaluation import Inference, decode
 from finetune.training.microbatch import Microbatch
 
@@ -177,6 +179,21 @@ def test_a_kind_learns_and_saves_what_it_learned(
     assert ("support" in capsys.readouterr().out) == (name in LABELLED)
     record = SeedRecord(**json.loads((folder / "COMPLETE").read_text()))
     assert not record.collapsed
+
+
+@pytest.mark.parametrize(
+    "task", [*({"kind": name} for name in TASKS), {"kind": "cloze", "scoring": "zero_shot"}], ids=lambda task: str(task)
+)
+def test_the_probe_can_be_computed(encoder: Path, task: dict[str, str]) -> None:
+    """Catches a precision that is given up, or kept, because of inputs that the model cannot compute in any."""
+    tree = {"run": {"dir": "r"}, "task": {"train": "f", "test": "f", **task}, "model": {"init_from": "m"}}
+    config = build_config(FinetuneConfig, tree, {}).task
+    kind = find_kind(task["kind"])(config, ("a", "b"))
+    model = build_model(ModelSpec(encoder, True, kind.auto_model, kind.head)).model.eval()
+    tokenizer = load_any_tokenizer(encoder, needed=())
+    probe = kind.probe(Encoder(tokenizer, 24, token_types=True))
+    device = Device(torch.device("cpu"), None)
+    assert computes(model, kind, collate(kind, [probe], Padding.of(tokenizer), device.device), device)
 
 
 @pytest.mark.parametrize("name", TASKS)
