@@ -20,6 +20,7 @@ from finetune.saved_task import SavedTask, read_saved_task
 from finetune.task_kind import Prediction, TaskKind
 from finetune.training.compatibility import computes
 from finetune.training.evaluation import Inference, decode
+from finetune.training.fast_linear import use_fast_linear
 from finetune.training.microbatch import Microbatch
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ class Predictor:
         encoder = Encoder(tokenizer, length, inputs.token_types, task.kind.config.special_tokens_in_text)
         padding = replace(Padding.of(tokenizer), length=length if task.padded else None)
         model = built.model.to(device.device).eval()
+        use_fast_linear(model)
         probe = collate(task.kind, [task.kind.probe(encoder)], padding, device.device)
         device = _usable_precision(model, task.kind, probe, device)
         inference = Inference(model, task.kind, padding, device, Microbatch(batch_size))

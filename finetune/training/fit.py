@@ -14,6 +14,7 @@ from finetune.device import Device
 from finetune.splits import Task
 from finetune.training.batch_order import training_order
 from finetune.training.evaluation import EVALUATION_FACTOR, Evaluation, evaluate
+from finetune.training.fast_linear import use_fast_linear
 from finetune.training.loss_meter import LossMeter
 from finetune.training.microbatch import Microbatch
 from finetune.training.state_file import StateFile
@@ -81,6 +82,7 @@ def fit(
 def score(model: nn.Module, task: Task, config: TrainingConfig, device: Device) -> Fitted:
     """Predict all splits of a task that is not trained."""
     model.to(device.device)
+    use_fast_linear(model)
     microbatch = Microbatch(config.batch_size * EVALUATION_FACTOR)
     splits = task.splits.items()
     return Fitted((), None, {name: evaluate(model, task, split, microbatch, device) for name, split in splits})

@@ -59,6 +59,14 @@ def test_texts_are_cut_as_in_training(model: Path) -> None:
     assert cut == same
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+def test_linear_layers_are_computed_as_in_training(model: Path) -> None:
+    """Catches predictions on a CPU that take longer than those during training."""
+    types = {type(module) for module in Predictor.load(model, "fp32")._inference.model.modules()}
+    assert any(issubclass(found, torch.nn.Linear) for found in types)
+    assert torch.nn.Linear not in types
+
+
 def test_threads_share_a_predictor(model: Path) -> None:
     """Catches state that a prediction leaves behind, such as the truncation of the tokenizer."""
     predictor = Predictor.load(model, "fp32", batch_size=4)
