@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.progress import track
 
 from experiment.errors import UserError
@@ -18,7 +19,7 @@ from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Padding, Split, encode_split
 from finetune.encoding.tokenizer import load_task_tokenizer, turn_joiner
 from finetune.model import ModelSpec, read_model_inputs
-from finetune.task_kind import TaskKind, find_kind
+from finetune.task_kind import LossOptions, TaskKind, find_kind
 
 _MANY = 10_000  # rows that take seconds to tokenize
 
@@ -38,6 +39,10 @@ class Task:
     @property
     def is_trained(self) -> bool:
         return self.kind.is_trained(self.kind.config)
+
+    def loss_options(self, device: torch.device) -> LossOptions:
+        weights = None if self.label_weights is None else torch.tensor(self.label_weights, device=device)
+        return LossOptions(weights, self.label_smoothing)
 
     def is_better(self, scores: Mapping[str, float], others: Mapping[str, float]) -> bool:
         """Whether scores are better than others, by the task's metric."""

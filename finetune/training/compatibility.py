@@ -12,7 +12,6 @@ from finetune.encoding.examples import Batch, Example, collate
 from finetune.splits import Task
 from finetune.task_kind import LossOptions, TaskKind
 from finetune.training.microbatch import is_out_of_memory
-from finetune.training.updater import loss_options
 
 _EXAMPLES = 4
 _TOLERANCE = 2e-5  # of outputs in fp32: more than rounding, far less than what padding changes if it counts
@@ -31,7 +30,7 @@ def adapt_to_model(model: nn.Module, task: Task, device: Device, max_length: int
         task = replace(task, padding=replace(task.padding, length=max_length))
     if device.dtype is not None:
         batch = collate(task.kind, examples[:2], task.padding, device.device)
-        options = loss_options(task, device) if task.is_trained else None
+        options = task.loss_options(device.device) if task.is_trained else None
         if not computes(model.to(device.device).train(task.is_trained), task.kind, batch, device, options):
             lines.append(f"{name} cannot compute in {device.precision} on {device.device.type}; fp32 is used")
             device = replace(device, dtype=None)

@@ -15,7 +15,6 @@ from finetune.splits import Task
 from finetune.task_kind import Loss, LossOptions, Prediction, TaskKind
 from finetune.training.batch_order import evaluation_batches
 from finetune.training.microbatch import Microbatch
-from finetune.training.updater import loss_options
 
 Outputs = list[list[NDArray[np.float32]]]
 """What a model computes for each example: one array per sequence."""
@@ -35,7 +34,7 @@ class Evaluation:
 def evaluate(model: nn.Module, task: Task, split: Split, microbatch: Microbatch, device: Device) -> Evaluation:
     """Predict all records of a split, and score them if it has targets."""
     inference = Inference(model, task.kind, task.padding, device, microbatch)
-    outputs, loss = inference.compute(split.examples, loss_options(task, device))
+    outputs, loss = inference.compute(split.examples, task.loss_options(device.device))
     predictions = decode(task.kind, split, outputs)
     if not split.table.labelled or loss is None:
         return Evaluation(predictions, None, {})

@@ -12,7 +12,7 @@ from finetune.config import TrainingConfig
 from finetune.device import Device
 from finetune.encoding.examples import Example, collate
 from finetune.splits import Task
-from finetune.task_kind import Loss, LossOptions
+from finetune.task_kind import Loss
 from finetune.training.fast_linear import use_fast_linear
 from finetune.training.microbatch import Microbatch
 
@@ -33,7 +33,7 @@ class Updater:
         groups = parameter_groups(model, config.weight_decay)
         self._optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=True)
         self._scaler = torch.amp.GradScaler(device.device.type, enabled=device.dtype == torch.float16)
-        self.loss_options = loss_options(task, device)
+        self.loss_options = task.loss_options(device.device)
 
     @property
     def lr(self) -> float:
@@ -104,11 +104,6 @@ class Updater:
         gradients = [parameter.grad for parameter in self._model.parameters() if parameter.grad is not None]
         norm = get_total_norm(gradients) * factor
         torch._foreach_mul_(gradients, factor * (_MAX_GRAD_NORM / (norm + 1e-6)).clamp(max=1.0))
-
-
-def loss_options(task: Task, device: Device) -> LossOptions:
-    weights = task.label_weights
-    return LossOptions(None if weights is None else torch.tensor(weights, device=device.device), task.label_smoothing)
 
 
 def lr_factor(step: int, steps: int, warmup_ratio: float) -> float:
