@@ -15,6 +15,8 @@ from small_disk import SmallDisk, mounted_small_disk
 
 _CACHE = tempfile.mkdtemp(prefix="deepcloze-tests-")
 os.environ["XDG_CACHE_HOME"] = _CACHE  # also of the processes that tests start
+# Threads that wait for another one spin for milliseconds otherwise: on busy cores, that one cannot run meanwhile.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 
 def pytest_unconfigure() -> None:
