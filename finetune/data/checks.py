@@ -6,7 +6,7 @@ from itertools import combinations
 from statistics import fmean
 from typing import Any
 
-from finetune.data.columns import CONTEXT, LABEL, TEXT, Columns
+from finetune.data.columns import CONTEXT, LABEL, TEXT, Columns, as_number
 from finetune.data.records import Record, Table
 
 _MANY_NUMBERS = 30  # different labels that are numbers: more are probably a scale
@@ -38,16 +38,8 @@ def _odd_labels(labels: Sequence[str], role: str) -> Iterator[str]:
             f"train: {once:,} of {len(counts):,} labels occur only once, such as '{_shorten(labels[0])}': is "
             f"task.columns.{role} the column of the labels?"
         )
-    elif len(counts) > _MANY_NUMBERS and all(_is_number(label) for label in counts):
+    elif len(counts) > _MANY_NUMBERS and None not in map(as_number, counts):
         yield f"train: {len(counts):,} labels, and all are numbers: if they are a scale, set task.kind: regression"
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _swapped(labels: Sequence[str], texts: Sequence[str], role: str) -> Iterator[str]:

@@ -59,7 +59,7 @@ def _read_number(cell: object) -> float | None:
         return None
     if isinstance(cell, bool) or not isinstance(cell, str | int | float):
         raise ValueError
-    number = _float(cell)
+    number = as_number(cell)
     if number is None or not math.isfinite(number):
         raise ValueError
     if abs(number) > _LARGEST:
@@ -67,7 +67,8 @@ def _read_number(cell: object) -> float | None:
     return number
 
 
-def _float(cell: str | float) -> float | None:
+def as_number(cell: str | float) -> float | None:
+    """The number that a cell holds; None if it holds something else."""
     try:
         return float(cell)
     except (ValueError, OverflowError):  # a whole number that is too large

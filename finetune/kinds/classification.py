@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from experiment.errors import UserError
-from finetune.data.columns import LabelColumn, TextColumns
+from finetune.data.columns import LabelColumn, TextColumns, as_number
 from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder
@@ -39,7 +39,7 @@ class Config(TaskConfig):
 
 def _reject_numbers(train: Table) -> None:
     """Raises UserError if the labels are numbers and not all of them whole."""
-    numbers = [_number(record.values["label"]) for record in train.records]
+    numbers = [as_number(record.values["label"]) for record in train.records]
     if None in numbers:
         return
     for record, number in zip(train.records, numbers, strict=True):
@@ -48,13 +48,6 @@ def _reject_numbers(train: Table) -> None:
             if not math.isfinite(number):
                 problem = "among numbers looks like a missing value; remove such rows, or, if it is a class,"
             raise UserError(f"{record.place}: the label {record.values['label']} {problem} list them in task.labels")
-
-
-def _number(label: str) -> float | None:
-    try:
-        return float(label)
-    except ValueError:
-        return None
 
 
 class Kind(TaskKind[Config]):
