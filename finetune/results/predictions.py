@@ -9,7 +9,7 @@ from experiment.errors import UserError
 from experiment.files import write_text
 from experiment.strict_json import parse_json
 from finetune.data.records import Record, Table
-from finetune.results.row_file import open_row_file
+from finetune.results.row_file import write_rows
 from finetune.task_kind import Prediction, TaskKind
 
 _DECIMALS = 6  # of probabilities
@@ -17,8 +17,7 @@ _DECIMALS = 6  # of probabilities
 
 def write_predictions(path: Path, kind: TaskKind[Any], table: Table, predictions: Sequence[Prediction]) -> None:
     """The records of a split, in order."""
-    with open_row_file(path) as write:
-        write(prediction_rows(kind, table.records, predictions))
+    write_rows(path, prediction_rows(kind, table.records, predictions))
 
 
 def save_predictions(path: Path, predictions: Sequence[Prediction]) -> None:

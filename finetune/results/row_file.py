@@ -36,6 +36,12 @@ def open_row_file(path: Path) -> Iterator[Write]:
         yield write
 
 
+def write_rows(path: Path, rows: Rows) -> None:
+    """Write a whole file."""
+    with open_row_file(path) as write:
+        write(rows)
+
+
 @contextmanager
 def _delimited(path: Path, separator: str) -> Iterator[Write]:
     with path.open("w", encoding="utf-8", newline="") as file:

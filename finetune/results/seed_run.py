@@ -1,6 +1,5 @@
 """Train one model per seed. A finished seed is a folder RUN/seed-N that is written aside and renamed."""
 
-import csv
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -27,7 +26,7 @@ from finetune.results.calibration import measure_calibration
 from finetune.results.epoch_table import print_epochs
 from finetune.results.label_scores import LabelScores
 from finetune.results.predictions import save_predictions, write_predictions
-from finetune.results.row_file import open_row_file
+from finetune.results.row_file import write_rows
 from finetune.results.worst_rows import write_worst_rows
 from finetune.saved_task import SavedTask, write_saved_task
 from finetune.splits import Task
@@ -169,7 +168,7 @@ def _write_seed(
         if provenance := read_provenance(setup.folder):
             write_origin(folder / "model", RunFolder(final), provenance, fitted.best.steps if fitted.best else 0)
     if record.epochs:
-        _write_csv(folder / "epochs.csv", list(record.epochs[0]), [list(row.values()) for row in record.epochs])
+        write_rows(folder / "epochs.csv", record.epochs)
     for split, evaluation in fitted.evaluations.items():
         kind, table = setup.task.kind, setup.task.splits[split].table
         write_predictions(folder / f"predictions-{split}.csv", kind, table, evaluation.predictions)
@@ -177,8 +176,7 @@ def _write_seed(
         if split in record.scores:
             write_worst_rows(folder / f"worst-{split}.csv", kind, table.records, evaluation.predictions)
             for name, rows in kind.breakdowns(table.records, evaluation.predictions).items():
-                with open_row_file(folder / f"{name}-{split}.csv") as write:
-                    write(rows)
+                write_rows(folder / f"{name}-{split}.csv", rows)
     write_json(folder / _COMPLETE, asdict(record))
 
 
@@ -214,10 +212,3 @@ def _epoch_row(epoch: Epoch) -> dict[str, float]:
     if epoch.validation_loss is None:
         del row["validation_loss"]
     return {**row, **scores}
-
-
-def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows(rows)

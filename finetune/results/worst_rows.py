@@ -8,7 +8,7 @@ import numpy as np
 
 from finetune.data.records import Record
 from finetune.results.predictions import prediction_rows
-from finetune.results.row_file import open_row_file
+from finetune.results.row_file import write_rows
 from finetune.task_kind import Prediction, TaskKind
 
 _COUNT = 50
@@ -23,5 +23,4 @@ def write_worst_rows(
         return
     rows = prediction_rows(kind, records, predictions)
     order = np.argsort(-losses, kind="stable")[:_COUNT].tolist()
-    with open_row_file(path) as write:
-        write([{"loss": round(float(losses[index]), 6), **rows[index]} for index in order])
+    write_rows(path, [{"loss": round(float(losses[index]), 6), **rows[index]} for index in order])
