@@ -18,7 +18,6 @@ from experiment.config.constraints import SequenceLength
 from experiment.errors import UserError
 from experiment.files import write_json
 from experiment.strict_json import parse_json
-from finetune.data.task_config import TaskConfig
 from finetune.kinds import kind_names
 from finetune.model import load_model_config
 from finetune.task_kind import TaskKind, find_kind
@@ -77,7 +76,7 @@ def read_saved_task(folder: Path, overrides: Mapping[str, str] | None = None) ->
     if saved.task.get("kind") not in kind_names():
         raise UserError(f"{path}: this version of deepcloze has no tasks of kind '{saved.task.get('kind')}'")
     kind = find_kind(saved.task["kind"])
-    config = _build(kind.config_type, saved.task, overrides, path)
+    config = build_config(kind.config_type, saved.task, overrides, str(path))
     return SavedTask(kind(config, saved.labels), saved.max_seq_length, saved.padded, saved.temperature)
 
 
@@ -94,10 +93,5 @@ def _read_classifier(folder: Path, overrides: Mapping[str, str] | None) -> Saved
         )
     kind = find_kind(_FOREIGN_KIND)
     tree = {"train": "unknown", "validation": "unknown"}
-    return SavedTask(kind(_build(kind.config_type, tree, overrides, folder / "config.json"), labels), None)
-
-
-def _build(
-    config_type: type[TaskConfig], tree: Mapping[str, Any], overrides: Mapping[str, str] | None, path: Path
-) -> TaskConfig:
-    return build_config(config_type, tree, overrides, str(path))
+    task = build_config(kind.config_type, tree, overrides, str(folder / "config.json"))
+    return SavedTask(kind(task, labels), None)
