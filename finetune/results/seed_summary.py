@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from experiment.files import write_json
 from experiment.run_folder import RunFolder
@@ -25,29 +26,7 @@ def write_results(
     confusions = {
         split: np.sum([record.confusion[split] for record in records.values()], axis=0) for split in first.confusion
     }
-    results = {
-        "task": config.task.name,
-        "kind": config.task.kind,
-        "init": config.model.init_from if config.model.weights == "pretrained" else "random",
-        "metric": config.task.metric,
-        "labels": list(labels),
-        "seeds": list(records),
-        "collapsed": [seed for seed, record in records.items() if record.collapsed],
-        "best_epochs": [record.best_epoch for record in records.values()],
-        "splits": {
-            split: {name: _summarize(split, name, list(records.values())) for name in metrics}
-            for split, metrics in first.scores.items()
-        },
-        "label_scores": {split: _label_scores(split, list(records.values())) for split in first.label_scores},
-        "confusions": {split: top_confusions(matrix, labels) for split, matrix in confusions.items()},
-        "temperatures": [record.temperature for record in records.values()],
-        "calibration": {
-            split: {
-                name: summarize([record.calibration[split][name] for record in records.values()]) for name in errors
-            }
-            for split, errors in first.calibration.items()
-        },
-    }
+    results = _combine(config, labels, records, confusions)
     if confusions:
         split, confusion = list(confusions.items())[-1]
         title = f"{config.task.name}, {split}, {len(records)} seed{'s' if len(records) > 1 else ''}"
@@ -58,6 +37,37 @@ def write_results(
         draw_curves(folder.path / "curves.png", curves, best, config.task.metric)
     write_json(folder.path / "results.json", results)
     return results
+
+
+def _combine(
+    config: FinetuneConfig,
+    labels: Sequence[str],
+    records: Mapping[int, SeedRecord],
+    confusions: Mapping[str, NDArray[np.int64]],
+) -> dict[str, Any]:
+    """The content of results.json. confusions: split -> CC counts, of all seeds together."""
+    first, by_seed = next(iter(records.values())), list(records.values())
+    return {
+        "task": config.task.name,
+        "kind": config.task.kind,
+        "init": config.model.init_from if config.model.weights == "pretrained" else "random",
+        "metric": config.task.metric,
+        "labels": list(labels),
+        "seeds": list(records),
+        "collapsed": [seed for seed, record in records.items() if record.collapsed],
+        "best_epochs": [record.best_epoch for record in by_seed],
+        "splits": {
+            split: {name: _summarize(split, name, by_seed) for name in metrics}
+            for split, metrics in first.scores.items()
+        },
+        "label_scores": {split: _label_scores(split, by_seed) for split in first.label_scores},
+        "confusions": {split: top_confusions(matrix, labels) for split, matrix in confusions.items()},
+        "temperatures": [record.temperature for record in by_seed],
+        "calibration": {
+            split: {name: summarize([record.calibration[split][name] for record in by_seed]) for name in errors}
+            for split, errors in first.calibration.items()
+        },
+    }
 
 
 def _summarize(split: str, metric: str, records: Sequence[SeedRecord]) -> dict[str, Any]:
