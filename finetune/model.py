@@ -1,7 +1,6 @@
 """Load an encoder and put a task head on it."""
 
 import inspect
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -215,8 +214,6 @@ def save_model(
     for name, value in settings.items():
         setattr(tokenizer, name, value)
         tokenizer.init_kwargs[name] = value  # attributes are saved only if they are also here
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports DeepSpeed, which warns without a choice
     with quiet_transformers():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -6,10 +6,13 @@
 3. Combine the seeds: results.json, confusion.png, curves.png, a table.
 """
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from experiment.allocator import keep_freed_memory
 from experiment.checkpoints import find_model_folder
@@ -24,7 +27,7 @@ from experiment.run_lock import check_unlocked, lock_run
 from experiment.tracking.console import terminal
 from experiment.tracking.tracker import TrackedRun, Tracker, open_trackers
 from finetune.config import FinetuneConfig, TrainingConfig
-from finetune.data.checks import describe_oddities
+from finetune.data.checks import data_warnings
 from finetune.device import choose_device
 from finetune.encoding.lengths import print_lengths
 from finetune.model import ModelSpec, build_model, describe_model
@@ -82,12 +85,18 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
 
     Raises UserError, also if the disk refuses something, and StoppedError if it is full after training has begun.
     """
-    keep_freed_memory()
+    _prepare_process()
     dead = check_unlocked(RunFolder(Path(config.run.dir)))  # before the data is read, which may take minutes
     setup = prepare(config)
     open_run_folder(setup.folder.path)
     with lock_run(setup.folder, dead=dead):
         return _train_and_score(setup)
+
+
+def _prepare_process() -> None:
+    keep_freed_memory()
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports DeepSpeed, which warns without a choice
 
 
 def prepare(config: FinetuneConfig) -> Setup:
@@ -106,7 +115,7 @@ def prepare(config: FinetuneConfig) -> Setup:
         freeze=config.model.freeze,
     )
     _print(f"{name}: {', '.join(f'{len(table):,} {split}' for split, table in tables.items())}")
-    for line in describe_oddities(tables, config.task.columns):
+    for line in data_warnings(tables, config.task.columns):
         _print(f"{name}: {line}")
     task = make_task(config, kind, model, tables)
     built = build_model(model)

@@ -12,7 +12,7 @@ from finetune.data.records import Record, Table
 _MANY_NUMBERS = 30  # different labels that are numbers: more are probably a scale
 
 
-def describe_oddities(tables: Mapping[str, Table], columns: Columns) -> list[str]:
+def data_warnings(tables: Mapping[str, Table], columns: Columns) -> list[str]:
     """A line for each oddity of the splits, with examples."""
     targets = [role for role, cell_type in columns.cell_types().items() if cell_type.target]
     texts = columns.roles(TEXT, CONTEXT)

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.data.checks import describe_oddities
+from finetune.data.checks import data_warnings
 from finetune.data.records import Record, Table
 from finetune.kinds.classification import ClassificationColumns
 
@@ -19,7 +19,7 @@ def table(split: str, *rows: tuple[str, ...]) -> Table:
 
 
 def oddities(**splits: list[tuple[str, ...]]) -> list[str]:
-    return describe_oddities({name: table(name, *rows) for name, rows in splits.items()}, COLUMNS)
+    return data_warnings({name: table(name, *rows) for name, rows in splits.items()}, COLUMNS)
 
 
 GOOD = [(f"text {number}", "more", "ab"[number % 2]) for number in range(10)]

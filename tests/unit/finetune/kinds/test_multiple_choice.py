@@ -10,7 +10,7 @@ from experiment.config import build_config
 from experiment.errors import UserError
 from experiment.tokenizer import load_tokenizer
 from finetune.config import FinetuneConfig
-from finetune.data.checks import describe_oddities
+from finetune.data.checks import data_warnings
 from finetune.data.records import Record, Table
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Padding, collate
@@ -74,7 +74,7 @@ def test_labels_that_are_texts_are_not_odd() -> None:
         Record("f", {"question": f"question {n}?", "choices": [f"x{n}", f"y{n}"], "label": f"x{n}"}) for n in range(9)
     )
     tables = {"train": Table(Path("f"), records, labelled=True)}
-    assert describe_oddities(tables, MultipleChoiceColumns()) == []
+    assert data_warnings(tables, MultipleChoiceColumns()) == []
 
 
 def test_labels_may_name_the_choices() -> None:
