@@ -26,7 +26,7 @@ class PredictOptions(Section):
     """Write calibrated probabilities: with the temperature that was fitted on validation. Predictions stay the same."""
 
     batch_size: PositiveInt = 128
-    """Sequences that are computed at once."""
+    """Examples that are computed at once: rows, or their windows or blanks. Halved when memory runs out."""
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto is bf16 if the device supports it natively, otherwise fp32."""

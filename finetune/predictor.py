@@ -50,7 +50,7 @@ class Predictor:
     ) -> Self:
         """Load a model folder.
 
-        precision: as in the training config. batch_size: sequences that are computed at once. task: default: the one
+        precision: as in the training config. batch_size: examples that are computed at once. task: default: the one
         that is saved in the folder. Raises UserError for a folder that is not usable.
         """
         task = task or read_saved_task(folder)
