@@ -191,7 +191,7 @@ AnswersColumn = Annotated[Name, ANSWERS]
 
 
 class Columns(Section):
-    """Names of the columns, or their numbers from 0 if `task.header` is null."""
+    """Names of the columns, or their numbers from 0: in CSV files, always if `task.header` is null."""
 
     def names(self, role: str) -> tuple[str, ...]:
         """The columns that hold a role: usually one, none if it is not given."""

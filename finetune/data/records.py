@@ -131,14 +131,19 @@ def _find_columns(
 ) -> Iterator[tuple[str, int | list[int]]]:
     """(role, position of its column, or of each of its columns) for all roles that the row has.
 
-    Spaces around a name do not count. Raises UserError for a column that is missing, or is input and target.
+    Spaces around a name do not count. A column may be called by its number, unless that is the name of one. Raises
+    UserError for a column that is missing, or is input and target.
     """
     names = [name.strip() for name in row.names]
+    numbers = {str(number) for number in range(len(names))} - set(names) if row.numbered else set()
     found: dict[str, list[int]] = {}
     for role, cell_type in columns.cell_types().items():
         asked = [name.strip() for name in columns.names(role)]
-        if targets_required or not cell_type.target or any(name in names for name in asked):
-            found[role] = [column_index(names, name, row.named_at, f"{key}.{role}") for name in asked]
+        if targets_required or not cell_type.target or any(name in names or name in numbers for name in asked):
+            found[role] = [
+                int(name) if name in numbers else column_index(names, name, row.named_at, f"{key}.{role}")
+                for name in asked
+            ]
     _reject_targets_as_inputs(row, columns, found, key)
     for role, indices in found.items():
         yield role, indices if isinstance(getattr(columns, role), tuple) else indices[0]

@@ -27,7 +27,7 @@ def read_delimited(path: Path, csv_format: CsvFormat) -> Iterator[Row]:
                     raise UserError(f"{path}:{row.line}: {message}")
                 warned = True
                 log.warning("%s:%d: %s", path, row.line, message)
-            yield Row(f"{path}:{row.line}", names, row.cells, f"{path}:1")
+            yield Row(f"{path}:{row.line}", names, row.cells, f"{path}:1", numbered=True)
 
 
 def _swallowed_rows(row: CsvRow, csv_format: CsvFormat) -> str | None:

@@ -18,6 +18,7 @@ class Row(NamedTuple):
     names: Sequence[str]  # of its cells
     cells: Sequence[object]
     named_at: str  # where the names are, such as the header
+    numbered: bool = False  # whether a column may also be called by its number from 0
 
 
 @contextmanager

@@ -65,6 +65,22 @@ def test_jsonl_reads_texts_and_simple_labels(tmp_path: Path) -> None:
     assert [row["label"] for row in values(read_table(path, COLUMNS))] == ["1", "true", "x"]
 
 
+def test_columns_of_a_csv_file_may_be_numbers(tmp_path: Path) -> None:
+    """Catches a number looked up as a name, in a file with a header, and one that wins over a name."""
+    columns = COLUMNS.model_copy(update={"label": "3", "text": "1"})
+    path = write(tmp_path / "a.tsv", "id\tsentence\tsource\tclass\n7\tgood\tweb\tx\n")
+    assert values(read_table(path, columns)) == [{"label": "x", "text": "good"}]
+    assert values(read_table(path, columns, targets_required=False)) == [{"label": "x", "text": "good"}]
+    path = write(tmp_path / "b.tsv", "3\tid\t1\nx\t7\tgood\n")
+    assert values(read_table(path, columns)) == [{"label": "x", "text": "good"}]
+    path = write(tmp_path / "c.tsv", "id\tsentence\n7\tgood\n")
+    assert values(read_table(path, columns, targets_required=False)) == [{"text": "good"}]
+    with pytest.raises(UserError, match=r"c\.tsv:1: no column '3'"):
+        read_table(path, columns)
+    with pytest.raises(UserError, match=r"d\.jsonl:1: no column '3'"):
+        read_table(write(tmp_path / "d.jsonl", '{"a": "", "1": "", "b": "", "c": ""}\n'), columns)
+
+
 def test_gzip_and_chosen_separator(tmp_path: Path) -> None:
     """Catches a suffix read from .gz instead of from the name before it, and task.sep being ignored."""
     path = write(tmp_path / "a.csv.gz", gzip.compress(b"label;text\nx;one, two\n"))
