@@ -20,6 +20,8 @@ Rows = Sequence[Mapping[str, Any]]
 
 Write = Callable[[Rows], None]
 
+_WAITING = 50_000  # rows of a Parquet file without a value in some column
+
 
 def check_row_file(path: Path) -> None:
     """Raise UserError unless the name of a file says a format."""
@@ -70,7 +72,7 @@ def _parquet(path: Path) -> Iterator[Write]:
 
     arrow = {bool: pyarrow.bool_(), int: pyarrow.int64(), float: pyarrow.float64()}
     types: dict[str, Any] = {}  # of the columns that have had a value
-    waiting: list[Mapping[str, Any]] = []  # until all columns have a type
+    waiting: list[Mapping[str, Any]] = []  # until all columns have a type; the others become texts
     writer: Any = None
 
     def flush() -> None:
@@ -78,7 +80,11 @@ def _parquet(path: Path) -> Iterator[Write]:
         if writer is None:
             fields = [(column, types.get(column, pyarrow.string())) for column in waiting[0]]
             writer = parquet.ParquetWriter(path, pyarrow.schema(fields))
-        cells = [{column: _cell(value) for column, value in row.items()} for row in waiting]
+        texts = {field.name for field in writer.schema if field.type == pyarrow.string()}
+        cells = [
+            {column: _text(value) if column in texts else _cell(value) for column, value in row.items()}
+            for row in waiting
+        ]
         writer.write_table(pyarrow.Table.from_pylist(cells, schema=writer.schema))
         waiting.clear()
 
@@ -87,7 +93,7 @@ def _parquet(path: Path) -> Iterator[Write]:
         for row in rows if writer is None else ():
             found = {column: value for column, value in row.items() if column not in types and value is not None}
             types.update({column: arrow.get(type(value), pyarrow.string()) for column, value in found.items()})
-        if waiting and len(types) == len(waiting[0]):
+        if waiting and (len(types) == len(waiting[0]) or len(waiting) >= _WAITING):
             flush()
 
     try:
@@ -97,6 +103,10 @@ def _parquet(path: Path) -> Iterator[Write]:
     finally:
         if writer is not None:
             writer.close()
+
+
+def _text(value: Any) -> str | None:
+    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _cell(value: Any) -> Any:

@@ -6,6 +6,7 @@ import pytest
 from pyarrow import parquet
 
 from experiment.errors import UserError
+from finetune.results import row_file
 from finetune.results.row_file import open_row_file
 
 ROWS: list[list[dict[str, Any]]] = [
@@ -55,6 +56,19 @@ def test_an_unknown_format_is_rejected(tmp_path: Path) -> None:
     """Catches CSV in a file called .xlsx."""
     with pytest.raises(UserError, match=r"a\.xlsx: expected a file that ends in \.csv, \.tsv, \.jsonl, \.parquet"):
         write(tmp_path / "a.xlsx")
+
+
+def test_rows_do_not_wait_forever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches memory that grows with the file, or a traceback for a late number, if a column has no value for long."""
+    monkeypatch.setattr(row_file, "_WAITING", 2)
+    path = tmp_path / "a.parquet"
+    rows = [{"start": start, "score": 0.5} for start in (None, None, 3, None)]
+    with open_row_file(path) as add:
+        add(rows[:2])
+        add(rows[2:])
+    table = parquet.read_table(path)
+    assert table.schema.types == ["string", "double"]
+    assert table["start"].to_pylist() == [None, None, "3", None]
 
 
 def test_numbers_after_many_rows_without_any(tmp_path: Path) -> None:
