@@ -34,7 +34,7 @@ _CHUNK = 64  # batches that are read, sorted by length, computed and written tog
 
 @dataclass(frozen=True)
 class Input:
-    """The rows of a file, read anew by each iteration."""
+    """The rows of a file, read again in each iteration."""
 
     path: Path
     kind: TaskKind[Any]
