@@ -1,13 +1,22 @@
 """Zero-shot cloze scores of every type of transformers that has masked LMs."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, AutoModelForMaskedLM
 
+from finetune.data.records import Record, Table
+from finetune.device import Device
 from finetune.encoding.encoder import Tokens
-from finetune.encoding.examples import Example, Padding, collate
+from finetune.encoding.examples import Example, Padding, Split, collate
 from finetune.kinds.cloze import Config, Kind, _Blank, _Masked
+from finetune.splits import Task
+from finetune.training.compatibility import adapt_to_model
+from finetune.training.evaluation import Inference
+from finetune.training.microbatch import Microbatch
 from tiny_models import tiny_fields
 
 QUICK = ("bert", "mobilebert", "perceiver")  # the latter two have no module for the output layer that is called
@@ -16,6 +25,7 @@ TYPES = [
     for name, config in CONFIG_MAPPING.items()
     if config in MODEL_FOR_MASKED_LM_MAPPING
 ]
+PADDED = {"convbert", "fnet", "funnel", "nystromformer", "yoso"}  # their outputs depend on padding
 IDS = {"vocab_size": 100, "bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
 MASK = 3
 
@@ -47,3 +57,20 @@ def test_the_scores_are_those_at_the_mask(model_type: str) -> None:
         logits = model(**batch.inputs).logits
         expected = [row[mask].log_softmax(-1)[[11, 12]] for row, mask in zip(logits, (2, 16, 4), strict=True)]
         torch.testing.assert_close(kind.forward(model, batch), torch.stack(expected))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("model_type", TYPES)
+def test_the_batch_size_does_not_change_the_scores(model_type: str) -> None:
+    """Catches a type whose outputs depend on padding and that is not noticed, in a task without answers."""
+    model, kind = masked_lm(model_type), Kind(Config(train="f", validation="f", scoring="zero_shot"), ())
+    blanks = tuple(blank(length) for length in (5, 32, 9, 17, 3, 8))
+    records = tuple(Record("f.json", {}) for _ in blanks)
+    split = Split(Table(Path("f.json"), records, labelled=False), blanks, tuple(range(len(blanks))))
+    task = Task(kind, "accuracy", {"test": split}, Padding(1, "right", 0))
+    task, device, lines = adapt_to_model(model, task, Device(torch.device("cpu"), None), max_length=40)
+    assert (task.padding.length is not None) == (model_type in PADDED), lines
+    alone, together = (
+        Inference(model, kind, task.padding, device, Microbatch(size)).compute(blanks)[0] for size in (1, 6)
+    )
+    torch.testing.assert_close(np.array(alone), np.array(together), rtol=0, atol=1e-4)

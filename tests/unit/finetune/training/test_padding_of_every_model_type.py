@@ -1,16 +1,17 @@
 """The batch size does not change predictions, for every type of transformers that has masked LMs and classifiers."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
-    AutoModelForSequenceClassification,
 )
 
 from finetune.data.records import Record, Table
@@ -19,8 +20,9 @@ from finetune.encoding.encoder import Tokens
 from finetune.encoding.examples import Example, Padding, Split
 from finetune.kinds.classification import Config, Kind
 from finetune.splits import Task
+from finetune.task_kind import find_kind
 from finetune.training.compatibility import adapt_to_model
-from finetune.training.evaluation import evaluate
+from finetune.training.evaluation import Inference, evaluate
 from finetune.training.microbatch import Microbatch
 from tiny_models import tiny_fields
 
@@ -32,6 +34,7 @@ TYPES = [
 PADDED = {"convbert", "fnet", "nystromformer", "yoso"}  # their outputs depend on padding
 MASKS = {"deberta", "xmod"}  # cannot compute in bf16 on a CPU
 BEGIN, END, PAD = 0, 2, 1
+IDS = {"vocab_size": 100, "bos_token_id": BEGIN, "pad_token_id": PAD, "eos_token_id": END}
 
 
 def make_task() -> Task:
@@ -47,12 +50,11 @@ def make_task() -> Task:
     return Task(kind, "accuracy", {"train": made, "validation": made}, Padding(PAD, "right", 0))
 
 
-def classifier(model_type: str) -> nn.Module:
-    """A tiny one, with large random weights, so that what leaks from padding shows."""
+def head(model_type: str, name: str) -> nn.Module:
+    """A tiny model with large random weights, so that what leaks from padding shows. name: of its class."""
     torch.manual_seed(3)
-    ids = {"vocab_size": 100, "bos_token_id": BEGIN, "pad_token_id": PAD, "eos_token_id": END}
-    fields = tiny_fields(model_type) | ids | {"initializer_range": 0.1, "num_labels": 2}
-    return AutoModelForSequenceClassification.from_config(AutoConfig.for_model(model_type, **fields))  # type: ignore[no-any-return]
+    fields = tiny_fields(model_type) | IDS | {"initializer_range": 0.1, "num_labels": 2}
+    return getattr(transformers, name).from_config(AutoConfig.for_model(model_type, **fields))  # type: ignore[no-any-return]
 
 
 def logit_differences(model: nn.Module, task: Task, device: Device, batch_size: int) -> Tensor:
@@ -67,9 +69,33 @@ def logit_differences(model: nn.Module, task: Task, device: Device, batch_size: 
 def test_the_batch_size_does_not_change_predictions(model_type: str, precision: torch.dtype | None) -> None:
     """Catches a type whose outputs depend on padding, or that cannot compute in bf16, and that is not noticed; also
     one that needlessly gets fixed padding or fp32."""
-    model = classifier(model_type)
+    model = head(model_type, "AutoModelForSequenceClassification")
     task, device, lines = adapt_to_model(model, make_task(), Device(torch.device("cpu"), precision), max_length=40)
     assert (task.padding.length is not None) == (model_type in PADDED), lines
     assert (device.dtype != precision) == (model_type in MASKS and precision is not None), lines
     alone, together = (logit_differences(model, task, device, size) for size in (1, 40))
     torch.testing.assert_close(alone, together, rtol=0, atol=1e-4 if device.dtype is None else 2e-2)
+    assert torch.equal(alone > 0, together > 0)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", ["multiple_choice", "token_classification", "question_answering"])
+@pytest.mark.parametrize("model_type", ["albert", "bert", "deberta-v2", "electra", "fnet", "funnel", "roberta", "xlm"])
+def test_the_batch_size_does_not_change_outputs_of_other_heads(model_type: str, name: str) -> None:
+    """Catches a type whose outputs depend on padding with one of these heads only, and that is not noticed."""
+    found = find_kind(name)
+    kind = found(found.config_type(train="f.csv"), ())
+    made = replace(make_task(), kind=kind)
+    model = head(model_type, kind.auto_model)
+    train = replace(made.splits["train"], table=replace(made.splits["train"].table, labelled=False))
+    sequences = 2 if name == "multiple_choice" else 1
+    examples = [Example(example.sequences * sequences) for example in train.examples]
+    task = replace(made, splits={"test": replace(train, examples=tuple(examples))})
+    task, device, _ = adapt_to_model(model, task, Device(torch.device("cpu"), None), max_length=40)
+    alone, together = (
+        Inference(model, kind, task.padding, device, Microbatch(size)).compute(examples)[0] for size in (1, 40)
+    )
+    for one, other, example in zip(alone, together, examples, strict=True):
+        for row, padded in zip(one, other, strict=True):
+            length = len(row) if name == "multiple_choice" else example.longest
+            torch.testing.assert_close(row[:length], padded[:length], rtol=0, atol=1e-4)
