@@ -2,8 +2,8 @@
 
 {"task": {…, as in the config}, "labels": […], "max_seq_length": N, "padded": false, "temperature": T or null}
 
-The folder is otherwise one of transformers. Any sequence classifier without the file predicts as a
-task of kind `classification` with the labels of its config.
+The folder is otherwise one of transformers. Without the file, a model with a head for sequence classification, token
+classification or multiple choice predicts as a task of that kind, with the labels of its config.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,11 @@ from finetune.model import load_model_config
 from finetune.task_kind import TaskKind, find_kind
 
 FILE = "deepcloze_task.json"
-_FOREIGN_KIND = "classification"
+_FOREIGN_KINDS = {"ForSequenceClassification": "classification"} | {
+    "ForTokenClassification": "token_classification",
+    "ForMultipleChoice": "multiple_choice",
+}
+"""How the names of classes of transformers end -> the kind of task that they were made for."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class SavedTask:
     max_seq_length: int | None  # None: as many tokens as the model has positions
     padded: bool = False  # whether all sequences are padded to this length, because the outputs depend on padding
     temperature: float | None = None  # of calibrated probabilities; None if not known
+    foreign: bool = False  # whether it was trained elsewhere; a classifier then predicts for texts and for pairs
 
 
 class _Content(Section):
@@ -60,14 +65,14 @@ def write_saved_task(folder: Path, task: SavedTask) -> None:
 def read_saved_task(folder: Path, overrides: Mapping[str, str] | None = None) -> SavedTask:
     """The task of a model folder. overrides: dotted keys of the `task` section -> raw text, such as `columns.text`.
 
-    Raises UserError for a damaged file, for a folder without the file whose model is not a sequence classifier, and for
-    an unknown key.
+    Raises UserError for a damaged file, for a folder without the file whose model has no head that says what it was
+    trained for, and for an unknown key.
     """
     path = folder / FILE
     try:
         tree = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return _read_classifier(folder, overrides)
+        return _read_foreign(folder, overrides)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
     if not isinstance(tree, dict):
@@ -80,18 +85,22 @@ def read_saved_task(folder: Path, overrides: Mapping[str, str] | None = None) ->
     return SavedTask(kind(config, saved.labels), saved.max_seq_length, saved.padded, saved.temperature)
 
 
-def _read_classifier(folder: Path, overrides: Mapping[str, str] | None) -> SavedTask:
-    """The task of a sequence classifier that was trained elsewhere."""
+def _read_foreign(folder: Path, overrides: Mapping[str, str] | None) -> SavedTask:
+    """The task of a model that was trained elsewhere."""
     config = load_model_config(folder)
     architecture = (config.architectures or ["none"])[0]
+    kind_name = next((kind for end, kind in _FOREIGN_KINDS.items() if architecture.endswith(end)), None)
     labels = tuple(config.id2label[number] for number in sorted(config.id2label))
     single_label = config.problem_type in (None, "single_label_classification")
-    if not architecture.endswith("ForSequenceClassification") or not single_label or len(set(labels)) < 2:
+    if kind_name == "multiple_choice":
+        labels = ()  # those of the config mean nothing: choices are named by their texts
+    elif kind_name is None or not single_label or len(set(labels)) < 2:
         raise UserError(
-            f"{folder} has no {FILE} and is not a sequence classifier with two or more labels (architecture: "
-            f"{architecture}, labels: {', '.join(labels)}); `deepcloze finetune` makes a folder to predict with"
+            f"{folder} has no {FILE} and is not a sequence classifier with two or more labels, nor a model for token "
+            f"classification or multiple choice (architecture: {architecture}, labels: {', '.join(labels)}); "
+            "`deepcloze finetune` makes a folder to predict with"
         )
-    kind = find_kind(_FOREIGN_KIND)
+    kind = find_kind(kind_name)
     tree = {"train": "unknown", "validation": "unknown"}
     task = build_config(kind.config_type, tree, overrides, str(folder / "config.json"))
-    return SavedTask(kind(task, labels), None)
+    return SavedTask(kind(task, labels), None, foreign=True)

@@ -96,7 +96,13 @@ def encode_split(
 
 def collate(kind: TaskKind[Any], examples: Sequence[Example], padding: Padding, device: torch.device) -> Batch:
     """A batch of all sequences of the examples, padded to the longest of them."""
-    sequences = [tokens for example in examples for tokens in example.sequences]
+    inputs = pad_sequences([tokens for example in examples for tokens in example.sequences], padding, device)
+    targets = None if any(example.target is None for example in examples) else kind.targets(examples, padding)
+    return Batch(tuple(examples), inputs, None if targets is None else targets.to(device, non_blocking=True))
+
+
+def pad_sequences(sequences: Sequence[Tokens], padding: Padding, device: torch.device) -> dict[str, Tensor]:
+    """Arguments of a model's forward, ST each."""
     inputs = {
         "input_ids": padding.pad([tokens.input_ids for tokens in sequences], padding.token_id),
         "attention_mask": padding.pad([torch.ones_like(tokens.input_ids) for tokens in sequences], 0),
@@ -104,12 +110,7 @@ def collate(kind: TaskKind[Any], examples: Sequence[Example], padding: Padding, 
     types = [tokens.token_type_ids for tokens in sequences if tokens.token_type_ids is not None]
     if types:
         inputs["token_type_ids"] = padding.pad(types, padding.token_type_id)
-    targets = None if any(example.target is None for example in examples) else kind.targets(examples, padding)
-    return Batch(
-        tuple(examples),
-        {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()},
-        None if targets is None else targets.to(device, non_blocking=True),
-    )
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
 
 
 def padding_last(outputs: Tensor, batch: Batch) -> Tensor:

@@ -140,12 +140,16 @@ class Kind(TaskKind[Config]):
     def probe(self, encoder: Encoder) -> Example:
         return self.expand(Record("", {"article": "a _", "options": [["b", "c"]]}), encoder, training=False)[0]
 
+    def segments(self, record: Record) -> list[str]:
+        """What is before, between and behind the blanks of a record."""
+        return list(record.values["article"].split(_BLANK))
+
     def _parse(self, record: Record) -> tuple[list[str], list[list[str]], list[int] | None]:
         """What is between the blanks, the options, and the index of each right option if the record has them.
 
         Raises UserError for another number of blanks, options and answers, and for an unknown letter.
         """
-        segments, options = record.values["article"].split(_BLANK), record.values["options"]
+        segments, options = self.segments(record), record.values["options"]
         letters = record.values.get("answers")
         counts = [len(segments) - 1, len(options), len(options if letters is None else letters)]
         if len(set(counts)) > 1 or not options:
@@ -198,7 +202,8 @@ class Kind(TaskKind[Config]):
         if self.config.scoring == "binary":
             return super().forward(model, batch)
         masked = [place for example in batch.examples for place in example.details.masked]
-        log_probabilities_SV = _masked_logits(model, batch, [place.position for place in masked]).log_softmax(-1)
+        positions = [place.position for place in masked]
+        log_probabilities_SV = masked_logits(model, batch.inputs, range(len(masked)), positions).log_softmax(-1)
         most = max(len(example.details.lengths) for example in batch.examples)
         options_SO = torch.tensor([[place.tokens.get(option, -1) for option in range(most)] for place in masked])
         options_SO = options_SO.to(log_probabilities_SV.device)
@@ -295,26 +300,28 @@ def _mask_id(encoder: Encoder) -> int:
     return mask_id
 
 
-def _masked_logits(model: nn.Module, batch: Batch, positions: Sequence[int]) -> Tensor:
-    """SV scores of the vocabulary at one position of each sequence, counted without padding.
+def masked_logits(
+    model: nn.Module, inputs: Mapping[str, Tensor], sequences: Sequence[int], positions: Sequence[int]
+) -> Tensor:
+    """MV scores of the vocabulary at M positions, given by sequence and by place in it, counted without padding.
 
     Only these positions reach the output layer, which would otherwise take most of time and memory. A few models have
     no module for it that is called, such as MobileBERT and Perceiver: there, all positions are computed.
     """
-    mask = batch.inputs["attention_mask"]
-    rows = torch.arange(len(mask), device=mask.device)
-    columns = torch.tensor(positions, device=mask.device) + mask.argmax(dim=1)  # behind the padding of the left side
+    mask = inputs["attention_mask"]
+    rows = torch.tensor(sequences, device=mask.device)
+    columns = torch.tensor(positions, device=mask.device) + mask.argmax(dim=1)[rows]  # behind padding of the left side
 
     selected = False
 
-    def select(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    def select(_: nn.Module, values: tuple[Tensor]) -> tuple[Tensor]:
         nonlocal selected
         selected = True
-        return (inputs[0][rows, columns][:, None],)
+        return (values[0][rows, columns][:, None],)
 
     output_layer = model.get_output_embeddings()  # type: ignore[operator]
     with _HOOKED, nullcontext() if output_layer is None else output_layer.register_forward_pre_hook(select):
-        logits: Tensor = model(**batch.inputs).logits
+        logits: Tensor = model(**inputs).logits
     return (logits[:, 0] if selected else logits[rows, columns]).float()
 
 

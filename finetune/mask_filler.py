@@ -1,0 +1,150 @@
+"""Fill masks in texts with a masked language model: the most probable tokens, or given options in order."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from experiment.errors import UserError
+from experiment.tokenizer import load_any_tokenizer
+from finetune.data.records import Record
+from finetune.encoding.encoder import Encoder, Tokens
+from finetune.encoding.examples import Example, pad_sequences
+from finetune.kinds import cloze
+from finetune.loaded_model import LoadedModel, load_model
+from finetune.predictor import Predictor
+from finetune.saved_task import SavedTask
+
+Candidates = list[list[tuple[int, float]]]
+"""Of each mask of a text: (token id, probability) of its candidates, the most probable first."""
+
+
+@dataclass(frozen=True)
+class MaskedText:
+    """A text with one or more masks."""
+
+    tokens: Tokens
+    positions: tuple[int, ...]  # of the masks
+    top_k: int  # candidates for each
+
+    @property
+    def longest(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def sequences(self) -> tuple[Tokens, ...]:
+        return (self.tokens,)
+
+
+class _OptionRanking(cloze.Kind):
+    """Zero-shot cloze on texts whose masks are the tokenizer's, not `_`."""
+
+    def segments(self, record: Record) -> list[str]:
+        return list(record.values["segments"])
+
+    def probe(self, encoder: Encoder) -> Example:
+        record = Record("", {"segments": ["a", ""], "options": [["b", "c"]]})
+        return self.expand(record, encoder, training=False)[0]
+
+
+@dataclass(frozen=True)
+class MaskFiller:
+    """A masked language model, ready to fill masks. Threads may share it, but only one may compute."""
+
+    loaded: LoadedModel
+    ranking: Predictor  # of options: records have `segments`, the texts around the masks, and `options` for each mask
+
+    @classmethod
+    def load(cls, folder: Path, precision: str = "auto", batch_size: int = 128) -> Self:
+        """Load a folder with a masked-LM head. Raises UserError if it has none."""
+        tokenizer = load_any_tokenizer(folder, ["pad_token", "mask_token"])
+        # Masks are special tokens in the text, as in the fill-mask pipeline of transformers.
+        config = cloze.Config(scoring="zero_shot", other_blanks="masked", special_tokens_in_text=True)
+        task = SavedTask(_OptionRanking(config, ()), None)
+        loaded = load_model(folder, tokenizer, task, precision)
+        return cls(loaded, Predictor.of(loaded, task, batch_size))
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.loaded.encoder.tokenizer
+
+    @property
+    def mask(self) -> str:
+        """How a mask is written in a text."""
+        return str(self.tokenizer.mask_token)
+
+    def fill(self, texts: Sequence[str], top_k: int = 5) -> list[list[list[dict[str, Any]]]]:
+        """Of each text, of each mask in it: the `top_k` most probable tokens as {token, probability}.
+
+        Raises UserError for a text without a mask, and for one whose masks do not fit into a sequence.
+        """
+        masked = self.encode(texts, top_k)
+        return [self.describe(candidates) for candidates in self.compute(masked)]
+
+    def encode(self, texts: Sequence[str], top_k: int) -> list[MaskedText]:
+        """The first step of `fill`."""
+        return [self._encode(text, f"text {number}", top_k) for number, text in enumerate(texts, 1)]
+
+    def _encode(self, text: str, place: str, top_k: int) -> MaskedText:
+        with self.loaded.encoding:
+            tokens = self.loaded.encoder.encode(text)
+        positions = (tokens.input_ids == self.tokenizer.mask_token_id).nonzero()[:, 0].tolist()
+        if len(positions) < len(self.split(text, place)) - 1:
+            raise UserError(f"{place}: a {self.mask} is beyond the first {self.loaded.encoder.max_length} tokens")
+        return MaskedText(tokens, tuple(positions), min(top_k, len(self.tokenizer)))
+
+    def compute(self, texts: Sequence[MaskedText]) -> list[Candidates]:
+        """The second step, for any texts together."""
+        rows = [row for row, text in enumerate(texts) for _ in text.positions]
+        positions = [position for text in texts for position in text.positions]
+        inputs = pad_sequences([text.tokens for text in texts], self.loaded.padding, self.loaded.device.device)
+        with torch.inference_mode(), self.loaded.device.autocast():
+            logits_MV = cloze.masked_logits(self.loaded.model, inputs, rows, positions)
+        # Some vocabularies are padded: the last scores are no tokens.
+        probabilities_MV = logits_MV.softmax(-1)[:, : len(self.tokenizer)]
+        found = probabilities_MV.topk(max(text.top_k for text in texts))
+        best = [
+            list(zip(ids, probabilities, strict=True))
+            for ids, probabilities in zip(found.indices.tolist(), found.values.tolist(), strict=True)
+        ]
+        ends = torch.tensor([0, *(len(text.positions) for text in texts)]).cumsum(0).tolist()
+        return [
+            [mask[: text.top_k] for mask in best[start:stop]]
+            for text, (start, stop) in zip(texts, pairwise(ends), strict=True)
+        ]
+
+    def describe(self, candidates: Candidates) -> list[list[dict[str, Any]]]:
+        """The last step: candidates as {token, probability}. A token is text, without the marks of its vocabulary."""
+        return [
+            [{"token": self.tokenizer.decode([token]).strip(), "probability": found} for token, found in mask]
+            for mask in candidates
+        ]
+
+    def split(self, text: str, place: str) -> list[str]:
+        """What is before, between and behind the masks of a text. Raises UserError if there is none."""
+        segments = text.split(self.mask)
+        if len(segments) == 1:
+            raise UserError(f"{place}: no {self.mask} to fill")
+        return segments
+
+    def option_record(self, text: str, options: Sequence[Sequence[str]], place: str) -> Record:
+        """What `ranking` predicts for. options: of each mask, two or more. Raises UserError for another number."""
+        segments = self.split(text, place)
+        if len(segments) != len(options) + 1:
+            raise UserError(f"{place}: {len(segments) - 1} {self.mask}, but {len(options)} lists of options")
+        return Record(place, {"segments": segments, "options": list(map(list, options))})
+
+    @staticmethod
+    def rank(record: Record, probabilities: Sequence[Sequence[float]]) -> list[list[dict[str, Any]]]:
+        """The options of each mask as {token, probability}, the most probable first."""
+        return [
+            [
+                {"token": option, "probability": probability}
+                for probability, option in sorted(zip(found, options, strict=True), key=lambda pair: -pair[0])
+            ]
+            for options, found in zip(record.values["options"], probabilities, strict=True)
+        ]
