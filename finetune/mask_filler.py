@@ -82,14 +82,11 @@ class MaskFiller:
 
         Raises UserError for a text without a mask, and for one whose masks do not fit into a sequence.
         """
-        masked = self.encode(texts, top_k)
+        masked = [self.encode(text, f"text {number}", top_k) for number, text in enumerate(texts, 1)]
         return [self.describe(candidates) for candidates in self.compute(masked)]
 
-    def encode(self, texts: Sequence[str], top_k: int) -> list[MaskedText]:
-        """The first step of `fill`."""
-        return [self._encode(text, f"text {number}", top_k) for number, text in enumerate(texts, 1)]
-
-    def _encode(self, text: str, place: str, top_k: int) -> MaskedText:
+    def encode(self, text: str, place: str, top_k: int) -> MaskedText:
+        """The first step of `fill`. place: what messages call the text."""
         with self.loaded.encoding:
             tokens = self.loaded.encoder.encode(text)
         positions = (tokens.input_ids == self.tokenizer.mask_token_id).nonzero()[:, 0].tolist()

@@ -1,8 +1,11 @@
-"""Options of `deepcloze predict`: each field is a flag. Imports nothing heavy: `deepcloze --help` reads this module."""
+"""Options of `deepcloze predict` and `serve`: each field is a flag.
+
+Imports nothing heavy: `deepcloze --help` reads this module.
+"""
 
 from typing import Annotated, Literal
 
-from pydantic import PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from experiment.config import Metavar, Section
 
@@ -45,3 +48,41 @@ class PredictOptions(Section):
 
     overrides: dict[str, str] = {}
     """Column of the input, if it has another name than in training, for example --columns.text=review."""
+
+
+class ServeOptions(Section):
+    model: Annotated[str, Metavar("DIR")]
+    """Model folder, such as RUN/seed-1/model; or a run: then the model of its best seed on validation. Also a folder of
+    transformers with a head for sequence classification, token classification, multiple choice or masked LM."""
+
+    host: Annotated[str, Metavar("ADDRESS")] = "127.0.0.1"
+    """Address to listen on: only this machine can reach the default; 0.0.0.0 is any address of this machine."""
+
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """Port to listen on; 0: a free one."""
+
+    token_file: Annotated[str | None, Metavar("FILE")] = None
+    """File with a token that clients must send, as `Authorization: Bearer TOKEN`; default: the variable
+    DEEPCLOZE_SERVE_TOKEN, or none is needed."""
+
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto is bf16 if the device supports it natively, otherwise fp32."""
+
+    batch_tokens: PositiveInt | None = None
+    """Tokens that are computed at once, with padding; default: 1024 on a CPU, 16384 on a GPU."""
+
+    batch_delay_ms: NonNegativeFloat = 2.0
+    """How long a text waits for others that could be computed with it, while the model is idle."""
+
+    max_texts: PositiveInt = 1024
+    """Texts in one request, or pairs, or records; more are rejected with 413."""
+
+    max_request_kib: PositiveInt = 1024
+    """Size of a request; larger ones are rejected with 413."""
+
+    max_queue: PositiveInt = 4096
+    """Texts of all requests that are being answered; further requests are rejected with 503 and Retry-After."""
+
+    timeout: PositiveFloat = 60.0
+    """Seconds until a request is answered, its transfer included; then it is rejected with 503, or 408 if it has not
+    arrived."""

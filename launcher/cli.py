@@ -9,7 +9,7 @@ import fire
 
 from experiment.disk_errors import describe_disk_error
 from experiment.errors import StoppedError, UserError
-from finetune.options import PredictOptions
+from finetune.options import PredictOptions, ServeOptions
 from launcher.command_line import Command, help_text, is_help_request, parse_command_line
 from launcher.options import (
     CompareOptions,
@@ -184,6 +184,27 @@ def predict(options: PredictOptions) -> None:
     predict_command(options)
 
 
+def serve(options: ServeOptions) -> None:
+    """Answer requests over HTTP with a fine-tuned model, or fill masks with a pretrained one.
+
+    Texts of all requests are computed together in batches. POST /v1/predict, /v1/fill-mask and /v1/embed take JSON;
+    open / in a browser to try the model, and /docs for all routes. Only this machine can reach it unless --host says
+    otherwise. SIGTERM and Ctrl-C finish the requests that were accepted, SIGHUP loads the model anew. Needs
+    `pip install 'deepcloze[serve]'`. See docs/serving.md.
+
+    Example:
+        deepcloze serve --model runs/sst2 --port 8000
+    """
+    try:
+        from finetune.serve.command import serve_command
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] in ("launcher", "pretrain", "finetune", "experiment"):
+            raise
+        raise UserError(f"{error.name} is not installed; run: pip install 'deepcloze[serve]'") from None
+
+    serve_command(options)
+
+
 def sweep(options: SweepOptions) -> None:
     """Run a pretraining or fine-tuning config at every point of a grid.
 
@@ -253,6 +274,7 @@ COMMANDS: dict[str, Command] = {
         export,
         finetune,
         predict,
+        serve,
         sweep,
         compare,
         report,

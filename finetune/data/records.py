@@ -173,12 +173,12 @@ def read_value(cell: object, cell_type: CellType, place: str, column: str) -> An
         value = cell_type.read(cell)
     except ValueError as hint:
         raise unexpected_cell(place, column, cell, cell_type.description, str(hint)) from None
-    if not _is_unicode(value):
+    if not is_unicode(value):
         raise UserError(f"{place}: expected Unicode text in '{column}', found half of a surrogate pair")
     return value
 
 
-def _is_unicode(value: Any) -> bool:
+def is_unicode(value: Any) -> bool:
     """False if a text has half of a surrogate pair, which JSON may escape: tokenizers and files refuse it."""
     if isinstance(value, str):
         try:
@@ -186,4 +186,4 @@ def _is_unicode(value: Any) -> bool:
         except UnicodeEncodeError:
             return False
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return all(map(_is_unicode, parts))
+    return all(map(is_unicode, parts))

@@ -1,0 +1,226 @@
+"""The routes: each takes a typed request, and answers with JSON.
+
+From outside to inside, a request passes `observe` (logs, metrics), `limit_time`, `limit_size`, `require_token`, and the
+FastAPI application.
+"""
+
+import json
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from importlib.resources import files
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse
+from pydantic import ValidationError
+from starlette.types import ASGIApp
+
+from experiment.errors import UserError
+from finetune.data.records import Record
+from finetune.predictor import Predictor
+from finetune.serve.errors import handle_errors
+from finetune.serve.limits import busy, limit_size, limit_time, require_token
+from finetune.serve.logs import observe
+from finetune.serve.metrics import CONTENT_TYPE
+from finetune.serve.schemas import (
+    EmbedRequest,
+    EmbedResponse,
+    Error,
+    FillMaskRequest,
+    FillMaskResponse,
+    ModelInfo,
+    ModelPredictionRequest,
+    PredictRequest,
+    PredictResponse,
+    Status,
+)
+from finetune.serve.served_model import ServedModel
+from finetune.serve.serving import Serving
+
+_ABOUT = """Predictions of one model. Texts of all requests are computed together; an answer does not depend on others.
+Errors are answered with `{"error": MESSAGE}`. If the server has a token, send `Authorization: Bearer TOKEN`."""
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"model": Error, "description": "Invalid JSON, or not UTF-8"},
+    401: {"model": Error, "description": "The token is missing or wrong"},
+    404: {"model": Error, "description": "The model cannot do this"},
+    408: {"model": Error, "description": "The request did not arrive in time"},
+    413: {"model": Error, "description": "The request is too large, or has too many texts"},
+    415: {"model": Error, "description": "The request is not JSON"},
+    422: {"model": Error, "description": "The request is not as described here"},
+    503: {"model": Error, "description": "Too many texts are waiting; try again after Retry-After"},
+}
+_FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
+
+api = APIRouter(prefix="/v1", responses=_ERRORS)
+site = APIRouter()
+
+
+def make_app(serving: Serving, token: str | None) -> ASGIApp:
+    """The whole application."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with serving:
+            yield
+
+    app = FastAPI(title="deepcloze serve", description=_ABOUT, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.serving = serving
+    app.include_router(api)
+    app.include_router(site)
+    handle_errors(app)
+    limited = limit_time(limit_size(require_token(app, token), serving.limits), serving.limits)
+    return observe(limited, serving.metrics)
+
+
+def _serving(request: Request) -> Serving:
+    serving: Serving = request.app.state.serving
+    return serving
+
+
+State = Annotated[Serving, Depends(_serving)]
+
+
+@api.post("/predict", response_model=PredictResponse)
+async def predict(asked: PredictRequest, serving: State, request: Request) -> Response:
+    """Predict for texts, pairs of texts, or records."""
+    texts = request.state.texts = len(asked.texts or asked.pairs or asked.records)
+    with serving.answering(texts) as services:
+        records = _requested_records(asked, services.served)
+        return JSONResponse({"predictions": await services.predict(records, asked.calibrated)})
+
+
+@api.post("/fill-mask", response_model=FillMaskResponse)
+async def fill_mask(asked: FillMaskRequest, serving: State, request: Request) -> Response:
+    """Fill the masks in texts with the most probable tokens, or rank given options."""
+    request.state.texts = len(asked.texts)
+    with serving.answering(len(asked.texts)) as services:
+        if services.served.filler is None:
+            raise HTTPException(404, f"the model fills no masks: its kind is {services.served.info.kind}")
+        if asked.options is None:
+            found = await services.fill(asked.texts, asked.top_k)
+        else:
+            found = await services.rank(asked.texts, asked.options)
+        return JSONResponse({"predictions": found})
+
+
+@api.post("/embed", response_model=EmbedResponse)
+async def embed(asked: EmbedRequest, serving: State, request: Request) -> Response:
+    """Embed texts: the hidden states of the encoder's last layer, pooled."""
+    request.state.texts = len(asked.texts)
+    with serving.answering(len(asked.texts)) as services:
+        return JSONResponse({"embeddings": await services.embed(asked.texts, asked.pooling)})
+
+
+_SENTENCES = ModelPredictionRequest.model_json_schema()
+
+
+@api.post(
+    "/model_prediction/",
+    response_model=tuple[str, float],
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {kind: {"schema": _SENTENCES} for kind in ("application/json", *_FORMS)},
+        }
+    },
+)
+async def model_prediction(serving: State, request: Request) -> Response:
+    """Predict for one text or pair, as JSON or as a form: `[label, probability of the label]`."""
+    try:
+        asked = ModelPredictionRequest.model_validate(await _read_json_or_form(request))
+    except ValidationError as error:
+        raise RequestValidationError([{**each, "loc": ("body", *each["loc"])} for each in error.errors()]) from None
+    with serving.answering(1) as services:
+        texts = [asked.sentence1, *([asked.sentence2] if asked.sentence2 else [])]
+        (found,) = await services.predict(_text_records([texts], services.served), False)
+        if not isinstance(found.get("label"), str) or not isinstance(found.get("probabilities"), dict):
+            raise HTTPException(404, f"a model of kind {services.served.info.kind} predicts no label; use /v1/predict")
+        return JSONResponse([found["label"], found["probabilities"][found["label"]]])
+
+
+@api.get("/model", response_model=ModelInfo)
+async def model(serving: State) -> ModelInfo:
+    """The model, and what it accepts."""
+    return serving.served.info
+
+
+@site.get("/healthz", response_model=Status, tags=["operation"])
+async def healthz() -> Response:
+    """Whether the process answers."""
+    return JSONResponse({"status": "ok"})
+
+
+@site.get("/readyz", response_model=Status, responses={503: {"model": Error}}, tags=["operation"])
+async def readyz(serving: State) -> Response:
+    """Whether it takes further requests."""
+    if serving.stopping or serving.admission.is_full:
+        raise busy("stopping" if serving.stopping else "too many texts are waiting")
+    return JSONResponse({"status": "ready"})
+
+
+@site.get("/metrics", tags=["operation"], responses={200: {"content": {"text/plain": {}}}, 401: {"model": Error}})
+async def metrics(serving: State) -> Response:
+    """Counts for Prometheus."""
+    return Response(serving.metrics.text(), media_type=CONTENT_TYPE)
+
+
+@site.get("/", include_in_schema=False)
+async def page() -> HTMLResponse:
+    """A page to try the model by hand."""
+    return _html("page.html")
+
+
+@site.get("/docs", include_in_schema=False)
+async def docs() -> HTMLResponse:
+    """The OpenAPI schema, readable; it needs no network."""
+    return _html("docs.html")
+
+
+def _html(name: str) -> HTMLResponse:
+    return HTMLResponse(files(__package__).joinpath(name).read_text(encoding="utf-8"))
+
+
+async def _read_json_or_form(request: Request) -> Any:
+    """Raises HTTPException if it is neither."""
+    content = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    try:
+        if content in _FORMS:
+            return dict(await request.form(max_files=0, max_fields=10))
+        return json.loads(await request.body())
+    except (ValueError, RecursionError) as error:
+        raise HTTPException(400) from error
+
+
+def _requested_records(asked: PredictRequest, served: ServedModel) -> list[Record]:
+    """Raises UserError for what the model does not accept, HTTPException if it does not predict."""
+    predictor = _predicting(served)
+    if asked.records:
+        return [predictor.record(f"records[{index}]", values) for index, values in enumerate(asked.records)]
+    if asked.texts or asked.pairs:
+        return _text_records([[text] for text in asked.texts] or asked.pairs, served)
+    return []
+
+
+def _predicting(served: ServedModel) -> Predictor:
+    if served.predictor is None:
+        raise HTTPException(404, "a masked language model predicts no labels; use POST /v1/fill-mask")
+    return served.predictor
+
+
+def _text_records(rows: Sequence[Sequence[str]], served: ServedModel) -> list[Record]:
+    """Records of single texts or of pairs. Raises UserError for what the model does not accept."""
+    _predicting(served)
+    asked, name = ("texts", "text") if len(rows[0]) == 1 else ("pairs", "pair")
+    if asked not in served.info.accepts:
+        raise UserError(
+            f"{asked}: the model, of kind {served.info.kind}, accepts {' and '.join(served.info.accepts)}; see GET "
+            "/v1/model"
+        )
+    roles: Sequence[str] = ("text", "text_pair")
+
+    def values(row: Sequence[str]) -> Mapping[str, str]:
+        return dict(zip(roles, row, strict=False))
+
+    return [Record(f"{name} {index}", values(row)) for index, row in enumerate(rows)]

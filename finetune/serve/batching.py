@@ -1,0 +1,187 @@
+"""Dynamic batching: items of all requests that wait are computed together. Pure asyncio, without a model.
+
+While a batch is computed, others wait and form the next one. Requests take turns in giving items to a batch, so a small
+one is not behind all of a large one.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
+
+
+@dataclass(frozen=True)
+class Size:
+    """What an item costs."""
+
+    sequences: int
+    longest: int  # tokens of its longest sequence
+
+    @property
+    def tokens(self) -> int:
+        """With padding."""
+        return self.sequences * self.longest
+
+
+@dataclass(frozen=True)
+class BatchLimits:
+    """When a batch is complete."""
+
+    tokens: int  # with padding; a single item may have more
+    delay: float  # seconds that the first item waits for others
+    padding: int  # tokens of padding that cost about as much as another batch
+
+
+@dataclass(frozen=True)
+class BatchSize:
+    """Of a batch, for metrics."""
+
+    sequences: int
+    padded_tokens: int
+
+
+def plan_batches(sizes: Sequence[Size], limits: BatchLimits) -> list[list[int]]:
+    """All items by index, in batches of similar length, the longest first.
+
+    A batch ends at the limit of tokens, or where its padding would cost more than another batch.
+    """
+    batches: list[list[int]] = []
+    sequences = longest = padding = 0
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index].longest):
+        size = sizes[index]
+        more = size.sequences * (longest - size.longest)
+        fits = (sequences + size.sequences) * longest <= limits.tokens and padding + more <= limits.padding
+        if batches and fits:
+            batches[-1].append(index)
+            sequences, padding = sequences + size.sequences, padding + more
+        else:
+            batches.append([index])
+            sequences, longest, padding = size.sequences, size.longest, 0
+    return batches
+
+
+@dataclass(eq=False)
+class _Job(Generic[ItemT, ResultT]):
+    """The items of one request."""
+
+    items: Sequence[ItemT]
+    sizes: Sequence[Size]
+    done: asyncio.Future[None]
+    waiting: deque[int] = field(default_factory=deque)  # items that are in no batch yet, by index
+    results: dict[int, ResultT] = field(default_factory=dict)
+
+    def fail(self, error: Exception) -> None:
+        self.waiting.clear()
+        if not self.done.done():
+            self.done.set_exception(error)
+
+    def put(self, index: int, result: ResultT) -> None:
+        self.results[index] = result
+        if len(self.results) == len(self.items) and not self.done.done():
+            self.done.set_result(None)
+
+
+_Part = tuple[_Job[ItemT, ResultT], int]
+"""An item: its job, and its index there."""
+
+
+class Batcher(Generic[ItemT, ResultT]):
+    """A queue of items, and the task that computes them. Belongs to the running event loop."""
+
+    def __init__(
+        self,
+        compute: Callable[[list[ItemT]], Awaitable[Sequence[ResultT]]],
+        limits: BatchLimits,
+        observe: Callable[[BatchSize], None] = lambda _: None,
+    ) -> None:
+        """compute: the results of a batch, in order; called for one batch at a time. observe: called for each batch."""
+        self._compute, self._limits, self._observe = compute, limits, observe
+        self._jobs: deque[_Job[ItemT, ResultT]] = deque()
+        self._tokens = 0  # that wait
+        self._arrived, self._full = asyncio.Event(), asyncio.Event()
+        self._task = asyncio.create_task(self._run())
+
+    async def submit(self, items: Sequence[ItemT], sizes: Sequence[Size]) -> list[ResultT]:
+        """The results of items, in order. If the caller is cancelled, items that wait are dropped.
+
+        Raises what `compute` raises for them.
+        """
+        if not items:
+            return []
+        job = _Job[ItemT, ResultT](items, sizes, asyncio.get_running_loop().create_future(), deque(range(len(items))))
+        self._jobs.append(job)
+        self._tokens += sum(size.tokens for size in sizes)
+        self._arrived.set()
+        if self._tokens >= self._limits.tokens:
+            self._full.set()
+        await job.done
+        return [job.results[index] for index in range(len(items))]
+
+    async def close(self) -> None:
+        """Compute what waits, then stop."""
+        while unfinished := [job.done for job in self._jobs if not job.done.done()]:
+            await asyncio.wait(unfinished)
+        self._task.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._task
+
+    async def _run(self) -> None:
+        while True:
+            await self._arrived.wait()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._limits.delay):
+                    await self._full.wait()
+            parts = list(self._draw())
+            sizes = [job.sizes[index] for job, index in parts]
+            for batch in plan_batches(sizes, self._limits):
+                await self._compute_batch([parts[index] for index in batch])
+            self._forget()
+
+    def _draw(self) -> Iterator[_Part[ItemT, ResultT]]:
+        """The items of the next batches: one of each job in turn, up to the limit of tokens."""
+        room = self._limits.tokens
+        while room > 0 and any(job.waiting for job in self._jobs):
+            job = self._jobs[0]
+            self._jobs.rotate(-1)
+            if job.waiting:
+                index = job.waiting.popleft()
+                room -= job.sizes[index].tokens
+                yield job, index
+
+    async def _compute_batch(self, parts: Sequence[_Part[ItemT, ResultT]]) -> None:
+        """Compute items together; if that fails, those of each job on their own, so that only some of them fail."""
+        parts = [(job, index) for job, index in parts if not job.done.done()]
+        if not parts:
+            return
+        sizes = [job.sizes[index] for job, index in parts]
+        sequences = sum(size.sequences for size in sizes)
+        self._observe(BatchSize(sequences, sequences * max(size.longest for size in sizes)))
+        try:
+            results = await self._compute([job.items[index] for job, index in parts])
+        except Exception as error:
+            await self._retry(parts, error)
+            return
+        for (job, index), result in zip(parts, results, strict=True):
+            job.put(index, result)
+
+    async def _retry(self, parts: Sequence[_Part[ItemT, ResultT]], error: Exception) -> None:
+        jobs = list(dict.fromkeys(job for job, _ in parts))
+        if len(jobs) == 1:
+            jobs[0].fail(error)
+            return
+        for job in jobs:
+            await self._compute_batch([part for part in parts if part[0] is job])
+
+    def _forget(self) -> None:
+        """Drop the jobs that are done, or whose callers were cancelled."""
+        self._jobs = deque(job for job in self._jobs if not job.done.done())
+        self._tokens = sum(job.sizes[index].tokens for job in self._jobs for index in job.waiting)
+        if not self._jobs:
+            self._arrived.clear()
+        if self._tokens < self._limits.tokens:
+            self._full.clear()

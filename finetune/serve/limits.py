@@ -1,0 +1,142 @@
+"""What a client may ask for: size, time, number of texts, and a token that permits to ask at all.
+
+The first three wrap an ASGI application, see https://asgi.readthedocs.io.
+"""
+
+import asyncio
+import hmac
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from fastapi import HTTPException
+from fastapi.responses import JSONResponse
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+_OPEN = ("/", "/docs", "/openapi.json", "/healthz", "/readyz")  # pages without data, and probes
+_RETRY_SECONDS = "1"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of requests."""
+
+    max_texts: int  # of one request
+    max_bytes: int  # of one request
+    max_queue: int  # texts of all requests that are being answered
+    timeout: float  # seconds, from the headers of a request to the end of its answer
+
+
+def error_response(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
+    return JSONResponse({"error": message}, status, headers)
+
+
+def busy(message: str) -> HTTPException:
+    return HTTPException(503, message, {"Retry-After": _RETRY_SECONDS})
+
+
+class Admission:
+    """Counts the texts that are being answered."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self.texts = 0
+
+    @property
+    def is_full(self) -> bool:
+        return self.texts >= self._limits.max_queue
+
+    @contextmanager
+    def admit(self, texts: int) -> Iterator[None]:
+        """Raises HTTPException: 413 for too many texts in one request, 503 if too many wait already."""
+        if texts > self._limits.max_texts:
+            raise HTTPException(413, f"{texts:,} texts in one request; at most {self._limits.max_texts:,} are accepted")
+        if self.texts and self.texts + texts > self._limits.max_queue:
+            raise busy(f"{self.texts:,} texts are waiting already; try again")
+        self.texts += texts
+        try:
+            yield
+        finally:
+            self.texts -= texts
+
+
+def require_token(app: ASGIApp, token: str | None) -> ASGIApp:
+    """Answer 401 to requests without the token, except for pages without data and probes."""
+    if token is None:
+        return app
+    expected = f"Bearer {token}".encode()
+
+    async def checked(scope: Scope, receive: Receive, send: Send) -> None:
+        given = Headers(scope=scope).get("authorization", "").encode("latin-1") if scope["type"] == "http" else b""
+        if scope["type"] != "http" or scope["path"] in _OPEN or hmac.compare_digest(given, expected):
+            await app(scope, receive, send)
+        else:
+            message = "expected the header `Authorization: Bearer TOKEN` with the token of this server"
+            await error_response(401, message, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
+
+    return checked
+
+
+def limit_size(app: ASGIApp, limits: Limits) -> ASGIApp:
+    """Answer 413 to requests that are too large, before they are read or parsed."""
+
+    async def limited(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await app(scope, receive, send)
+            return
+        message = f"the request is larger than {limits.max_bytes // 1024:,} KiB"
+        announced = Headers(scope=scope).get("content-length", "0")
+        if not announced.isdecimal() or int(announced) > limits.max_bytes:
+            await error_response(413, message)(scope, receive, send)
+            return
+        received = 0
+
+        async def count() -> Message:
+            nonlocal received
+            event = await receive()
+            received += len(event.get("body", b""))
+            if received > limits.max_bytes:
+                raise HTTPException(413, message)
+            return event
+
+        await app(scope, count, send)
+
+    return limited
+
+
+def limit_time(app: ASGIApp, limits: Limits) -> ASGIApp:
+    """Answer 408 to requests that do not arrive in time, and 503 to those that are not answered in time. Drop clients
+    that do not take their answer in time."""
+
+    async def limited(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await app(scope, receive, send)
+            return
+        arrived = started = False
+
+        async def note_arrival() -> Message:
+            nonlocal arrived
+            event = await receive()
+            arrived = arrived or not event.get("more_body", False)
+            return event
+
+        async def note_start(event: Message) -> None:
+            nonlocal started
+            started = True
+            await send(event)
+
+        try:
+            async with asyncio.timeout(limits.timeout):
+                await app(scope, note_arrival, note_start)
+        except TimeoutError:
+            if not started:
+                await _timeout_response(arrived, limits.timeout)(scope, receive, send)
+
+    return limited
+
+
+def _timeout_response(arrived: bool, seconds: float) -> JSONResponse:
+    if arrived:
+        return error_response(503, f"not answered within {seconds:g} s; try again", {"Retry-After": _RETRY_SECONDS})
+    return error_response(408, f"the request did not arrive within {seconds:g} s", {"Connection": "close"})

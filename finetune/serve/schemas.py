@@ -1,0 +1,137 @@
+"""What clients send and get, from which the OpenAPI schema is made."""
+
+from typing import Annotated, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
+
+from finetune.data.records import is_unicode
+from finetune.embedder import Pooling
+
+_ONE_OF = ("texts", "pairs", "records")
+
+
+def _check_unicode(text: str) -> str:
+    if not is_unicode(text):
+        raise ValueError("expected Unicode text, found half of a surrogate pair")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_check_unicode)]
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class PredictRequest(_Request):
+    """What to predict for, given in one of three ways."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [{"required": [name]} for name in _ONE_OF],
+            "example": {"texts": ["a gorgeous film"]},
+        }
+    )
+
+    texts: list[Text] = Field(default_factory=list, description="For models of single texts.")
+    pairs: list[Annotated[list[Text], Field(min_length=2, max_length=2)]] = Field(
+        default_factory=list, description="For models of pairs of texts: [first, second]."
+    )
+    records: list[dict[str, JsonValue]] = Field(
+        default_factory=list,
+        description="For all models: objects with the fields that GET /v1/model lists, such as `question` and "
+        "`context`, or `words`, a list.",
+    )
+    calibrated: bool = Field(
+        default=False, description="Whether to calibrate the probabilities, with the temperature found in training."
+    )
+
+    @model_validator(mode="after")
+    def _one_is_given(self) -> Self:
+        given = [name for name in _ONE_OF if name in self.model_fields_set]
+        if len(given) != 1:
+            raise ValueError(f"expected one of texts, pairs and records, found {' and '.join(given) or 'none'}")
+        return self
+
+
+class Prediction(BaseModel):
+    """Classification and multiple choice have `label` and `probabilities`. Other kinds: `value` (regression), `labels`
+    and `probabilities` (multi-label), `tags` and `scores` (token classification), `answer`, `start` and `score` (question
+    answering), `answers` and `probabilities` (cloze)."""
+
+    model_config = ConfigDict(
+        extra="allow", json_schema_extra={"example": {"label": "1", "probabilities": {"0": 0.02, "1": 0.98}}}
+    )
+
+
+class PredictResponse(BaseModel):
+    predictions: list[Prediction] = Field(description="One for each text, pair or record, in their order.")
+
+
+class FillMaskRequest(_Request):
+    """Texts with masks, written as GET /v1/model says, for example `[MASK]`."""
+
+    model_config = ConfigDict(json_schema_extra={"example": {"texts": ["Paris is the [MASK] of France."]}})
+
+    texts: list[Text]
+    top_k: int = Field(default=5, ge=1, le=1000, description="Candidates for each mask.")
+    options: list[list[Annotated[list[Text], Field(min_length=2)]]] | None = Field(
+        default=None,
+        description="Of each text, of each mask in it: two or more options, of one or more tokens. They are ranked by "
+        "the mean log-probability of their tokens, in place of `top_k` candidates.",
+    )
+
+
+class Candidate(BaseModel):
+    token: str
+    probability: float
+
+
+class FillMaskResponse(BaseModel):
+    predictions: list[list[list[Candidate]]] = Field(
+        description="Of each text, of each mask in it: candidates, the most probable first."
+    )
+
+
+class EmbedRequest(_Request):
+    model_config = ConfigDict(json_schema_extra={"example": {"texts": ["a gorgeous film"]}})
+
+    texts: list[Text]
+    pooling: Pooling = Field(
+        default="mean",
+        description="The mean over all tokens, special ones included; or the first token, such as [CLS].",
+    )
+
+
+class EmbedResponse(BaseModel):
+    embeddings: list[list[float]] = Field(description="One vector for each text, of the last layer.")
+
+
+class ModelPredictionRequest(_Request):
+    model_config = ConfigDict(json_schema_extra={"example": {"sentence1": "a gorgeous film", "sentence2": ""}})
+
+    sentence1: Text
+    sentence2: Text | None = Field(default=None, description="Empty or null for models of single texts.")
+
+
+class ModelInfo(BaseModel):
+    """The model that answers."""
+
+    model: str = Field(description="Its folder.")
+    kind: str = Field(description="Kind of its task, or masked_lm.")
+    labels: list[str]
+    accepts: list[str] = Field(description="What POST /v1/predict may be given: texts, pairs, records.")
+    fields: dict[str, str] = Field(description="The fields of a record, and what they hold.")
+    mask: str | None = Field(description="How a mask is written, for POST /v1/fill-mask; null if it fills none.")
+    max_seq_length: int = Field(description="Tokens of a text; longer ones are cut, or read in windows.")
+    precision: str
+    calibrated: bool = Field(description="Whether its probabilities can be calibrated.")
+    loaded: str = Field(description="When it was loaded.")
+
+
+class Status(BaseModel):
+    status: str
+
+
+class Error(BaseModel):
+    error: str = Field(description="What is wrong, and what was expected.")
