@@ -1,0 +1,190 @@
+"""Dynamic batching, without a model: items are numbers, and the result of one is its square."""
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import pytest
+
+from finetune.serve.batching import Batcher, BatchLimits, BatchSize, Size, plan_batches
+
+LIMITS = BatchLimits(tokens=100, delay=0.0, padding=20)
+
+
+def ones(count: int) -> list[Size]:
+    return [Size(1, 10)] * count
+
+
+class Squares:
+    """Records its batches. It computes when it is permitted to: a test decides what waits meanwhile."""
+
+    def __init__(self, open_from_start: bool = True) -> None:
+        self.batches: list[list[int]] = []
+        self.permitted = asyncio.Event()
+        if open_from_start:
+            self.permitted.set()
+
+    async def __call__(self, items: list[int]) -> Sequence[int]:
+        self.batches.append(items)
+        await self.permitted.wait()
+        if any(item < 0 for item in items):
+            raise ValueError("negative")
+        return [item * item for item in items]
+
+
+def run(test: Callable[[], Awaitable[Any]]) -> Any:
+    async def within_time() -> Any:
+        async with asyncio.timeout(60):
+            return await test()
+
+    return asyncio.run(within_time())
+
+
+def test_every_item_is_in_one_batch() -> None:
+    """Catches an item that is lost or computed twice, a batch over the limit, and padding beyond the limit."""
+    draw = random.Random(0)
+    for _ in range(200):
+        sizes = [Size(draw.randint(1, 4), draw.randint(1, 60)) for _ in range(draw.randint(1, 40))]
+        batches = plan_batches(sizes, LIMITS)
+        assert sorted(index for batch in batches for index in batch) == list(range(len(sizes)))
+        for batch in batches:
+            sequences, longest = sum(sizes[i].sequences for i in batch), max(sizes[i].longest for i in batch)
+            assert len(batch) == 1 or sequences * longest <= LIMITS.tokens
+            assert sequences * longest - sum(sizes[i].tokens for i in batch) <= LIMITS.padding
+
+
+def test_texts_of_one_length_share_a_batch() -> None:
+    """Catches a batch per text, which computes several times as long."""
+    assert len(plan_batches([Size(1, 10)] * 10, LIMITS)) == 1
+
+
+def test_requests_get_their_own_results() -> None:
+    """Catches results that are swapped between requests of one batch."""
+
+    async def test() -> None:
+        squares = Squares()
+        batcher = Batcher(squares, LIMITS)
+        numbers = [list(range(start, start + start % 5)) for start in range(50)]
+        found = await asyncio.gather(*(batcher.submit(each, ones(len(each))) for each in numbers))
+        assert found == [[number * number for number in each] for each in numbers]
+        assert len(squares.batches) < 50
+        await batcher.close()
+
+    run(test)
+
+
+def test_what_waits_forms_the_next_batch() -> None:
+    """Catches requests that are computed one by one while the model is busy."""
+
+    async def test() -> None:
+        squares, sizes = Squares(open_from_start=False), list[BatchSize]()
+        batcher = Batcher(squares, LIMITS, sizes.append)
+        first = asyncio.create_task(batcher.submit([0], ones(1)))
+        while not squares.batches:
+            await asyncio.sleep(0)
+        others = [asyncio.create_task(batcher.submit([number], ones(1))) for number in range(1, 6)]
+        await asyncio.sleep(0)
+        squares.permitted.set()
+        await asyncio.gather(first, *others)
+        assert squares.batches == [[0], [1, 2, 3, 4, 5]]
+        assert sizes == [BatchSize(1, 10), BatchSize(5, 50)]
+        await batcher.close()
+
+    run(test)
+
+
+def test_a_small_request_is_not_behind_a_large_one() -> None:
+    """Catches a queue in order of arrival, in which one client makes all others wait."""
+
+    async def test() -> None:
+        squares = Squares(open_from_start=False)
+        batcher = Batcher(squares, LIMITS)
+        large = asyncio.create_task(batcher.submit(list(range(1000)), ones(1000)))
+        while not squares.batches:
+            await asyncio.sleep(0)
+        small = asyncio.create_task(batcher.submit([7], ones(1)))
+        await asyncio.sleep(0)
+        squares.permitted.set()
+        assert await small == [49]
+        assert any(7 in batch and batch[0] != 0 for batch in squares.batches[:3])
+        assert len(await large) == 1000
+        await batcher.close()
+
+    run(test)
+
+
+def test_an_error_reaches_only_its_request() -> None:
+    """Catches a request that fails because of another one in its batch."""
+
+    async def test() -> None:
+        squares = Squares(open_from_start=False)
+        batcher = Batcher(squares, LIMITS)
+        tasks = [asyncio.create_task(batcher.submit([number], ones(1))) for number in (1, -1, 2)]
+        await asyncio.sleep(0)
+        squares.permitted.set()
+        good, bad, other = await asyncio.gather(*tasks, return_exceptions=True)
+        assert (good, other) == ([1], [4])
+        assert isinstance(bad, ValueError)
+        assert await batcher.submit([3], ones(1)) == [9]
+        await batcher.close()
+
+    run(test)
+
+
+def test_items_of_a_cancelled_request_are_dropped() -> None:
+    """Catches a model that computes for clients that are gone while others wait."""
+
+    async def test() -> None:
+        squares = Squares(open_from_start=False)
+        batcher = Batcher(squares, LIMITS)
+        first = asyncio.create_task(batcher.submit([0], ones(1)))
+        while not squares.batches:
+            await asyncio.sleep(0)
+        gone = asyncio.create_task(batcher.submit(list(range(100, 200)), ones(100)))
+        other = asyncio.create_task(batcher.submit([1], ones(1)))
+        await asyncio.sleep(0)
+        gone.cancel()
+        await asyncio.gather(gone, return_exceptions=True)
+        squares.permitted.set()
+        assert (await first, await other) == ([0], [1])
+        assert [item for batch in squares.batches for item in batch] == [0, 1]
+        await batcher.close()
+
+    run(test)
+
+
+def test_closing_answers_what_waits() -> None:
+    """Catches a reload or shutdown that drops accepted requests, or waits forever."""
+
+    async def test() -> None:
+        batcher = Batcher(Squares(), LIMITS)
+        tasks = [asyncio.create_task(batcher.submit([number], ones(1))) for number in range(40)]
+        await asyncio.sleep(0)
+        await batcher.close()
+        assert [task.result() for task in tasks] == [[number * number] for number in range(40)]
+
+    run(test)
+
+
+@pytest.mark.parametrize("tokens", [10, 100])
+def test_a_full_batch_does_not_wait(tokens: int) -> None:
+    """Catches a delay that is added although nothing more fits, or a batch that waits forever for more."""
+
+    async def test() -> None:
+        batcher = Batcher(Squares(), BatchLimits(tokens=tokens, delay=1e9 if tokens == 10 else 0.001, padding=0))
+        assert await batcher.submit([2], ones(1)) == [4]
+        await batcher.close()
+
+    run(test)
+
+
+def test_no_items_need_no_batch() -> None:
+    """Catches an empty request that waits forever."""
+
+    async def test() -> None:
+        batcher = Batcher(Squares(), LIMITS)
+        assert await batcher.submit([], []) == []
+        await batcher.close()
+
+    run(test)

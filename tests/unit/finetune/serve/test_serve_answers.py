@@ -1,0 +1,175 @@
+"""Answers are those of transformers, alone and under load."""
+
+import random
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from serving_clients import WORDS, Connect
+from starlette.testclient import TestClient
+from transformers import (
+    AutoModel,
+    AutoModelForMultipleChoice,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    pipeline,
+)
+
+from finetune.predictor import Predictor
+
+CLOSE = 1e-5
+
+
+def texts(count: int, longest: int = 30) -> list[str]:
+    draw = random.Random(count)
+    return [" ".join(draw.choices(WORDS, k=draw.randint(1, longest))) for _ in range(count)]
+
+
+def post(client: TestClient, path: str, body: Any, **headers: str) -> Any:
+    answer = client.post(path, json=body, headers=headers)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def probabilities(folder: Path, inputs: Sequence[Any]) -> list[dict[str, float]]:
+    """Of transformers' pipeline, one by one."""
+    classify = pipeline("text-classification", str(folder), device="cpu")
+    found = [classify(each, top_k=None, truncation=True, max_length=64) for each in inputs]
+    return [{each["label"]: each["score"] for each in row} for row in found]
+
+
+def assert_same(predictions: Sequence[Any], expected: Sequence[dict[str, float]]) -> None:
+    assert [prediction["probabilities"] for prediction in predictions] == [
+        pytest.approx(each, abs=CLOSE) for each in expected
+    ]
+    assert [prediction["label"] for prediction in predictions] == [max(each, key=each.__getitem__) for each in expected]
+
+
+def test_classification_of_texts_and_pairs(folders: dict[str, Path], connect: Connect) -> None:
+    """Catches labels that are not the model's, truncation or special tokens that differ, and pairs as single texts."""
+    client, given = connect(folders["sequence"]), [*texts(20), "word1 " * 200, ""]
+    pairs = [[text, f"{text} word3"] for text in given]
+    found = post(client, "/v1/predict", {"texts": given})["predictions"]
+    assert_same(found, probabilities(folders["sequence"], given))
+    found = post(client, "/v1/predict", {"pairs": pairs})["predictions"]
+    assert_same(found, probabilities(folders["sequence"], [{"text": a, "text_pair": b} for a, b in pairs]))
+
+
+def test_answers_under_load(folders: dict[str, Path], connect: Connect) -> None:
+    """Catches answers that depend on the texts of other clients, or go to the wrong client."""
+    client, given = connect(folders["sequence"], batch_tokens=128), texts(120)
+    expected = probabilities(folders["sequence"], given)
+    sizes = [1, 2, 5, 1, 11] * 6
+    parts = [slice(sum(sizes[:number]), sum(sizes[: number + 1])) for number in range(len(sizes))]
+
+    def ask(part: slice) -> None:
+        assert_same(post(client, "/v1/predict", {"texts": given[part]})["predictions"], expected[part])
+
+    with ThreadPoolExecutor(16) as threads:
+        list(threads.map(ask, parts))
+    metrics = client.get("/metrics").text
+    (batches,) = (line for line in metrics.splitlines() if line.startswith("deepcloze_batch_sequences_count"))
+    assert float(batches.split()[1]) < 120
+
+
+def test_filled_masks(folders: dict[str, Path], connect: Connect) -> None:
+    """Catches candidates of another position, without softmax, or in another order."""
+    client = connect(folders["masked"])
+    given = ["word1 [MASK] word2", "[MASK]", "word4 word5 [MASK] word6 [MASK] word7"]
+    found = post(client, "/v1/fill-mask", {"texts": given, "top_k": 4})["predictions"]
+    fill = pipeline("fill-mask", str(folders["masked"]), device="cpu", top_k=4)
+    for text, masks in zip(given, found, strict=True):
+        expected = fill(text)
+        expected = expected if isinstance(expected[0], list) else [expected]
+        assert [[each["token"] for each in mask] for mask in masks] == [
+            [each["token_str"] for each in mask] for mask in expected
+        ]
+        for mask, other in zip(masks, expected, strict=True):
+            assert [each["probability"] for each in mask] == pytest.approx([e["score"] for e in other], abs=CLOSE)
+
+
+def test_ranked_options(folders: dict[str, Path], connect: Connect) -> None:
+    """Catches options of one token in another order than their probabilities, and options that belong to another mask.
+
+    An underscore in the text is no blank.
+    """
+    client, text = connect(folders["masked"]), "word1 _ [MASK] word2 [MASK]"
+    options = [["word3", "word4", "word5"], ["word6", "word7 word8"]]
+    (found,) = post(client, "/v1/fill-mask", {"texts": [text], "options": [options]})["predictions"]
+    fill = pipeline("fill-mask", str(folders["masked"]), device="cpu", targets=options[0])
+    expected = {each["token_str"]: each["score"] for each in fill(text)[0]}
+    total = sum(expected.values())
+    assert [each["token"] for each in found[0]] == sorted(expected, key=lambda token: -expected[token])
+    for each in found[0]:
+        assert each["probability"] == pytest.approx(expected[each["token"]] / total, abs=CLOSE)
+    assert {each["token"] for each in found[1]} == set(options[1])
+
+
+@pytest.mark.parametrize("head", ["sequence", "masked"])
+def test_embeddings(head: str, folders: dict[str, Path], connect: Connect) -> None:
+    """Catches vectors that depend on padding, or are not those of the last layer."""
+    client, given = connect(folders[head]), texts(12)
+    model, tokenizer = AutoModel.from_pretrained(folders[head]), AutoTokenizer.from_pretrained(folders[head])
+    with torch.no_grad():
+        hidden = [model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0] for text in given]
+    for pooling, expected in (
+        ("mean", [rows.mean(0).tolist() for rows in hidden]),
+        ("first", [rows[0].tolist() for rows in hidden]),
+    ):
+        found = post(client, "/v1/embed", {"texts": given, "pooling": pooling})["embeddings"]
+        assert found == [pytest.approx(each, abs=CLOSE) for each in expected]
+
+
+def test_tags(folders: dict[str, Path], connect: Connect) -> None:
+    """Catches tags of other words, for a token classifier of transformers."""
+    client, folder = connect(folders["token"]), folders["token"]
+    words = [text.split() for text in texts(8)]
+    found = post(client, "/v1/predict", {"records": [{"words": each} for each in words]})["predictions"]
+    model, tokenizer = AutoModelForTokenClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    for each, prediction in zip(words, found, strict=True):
+        with torch.no_grad():
+            logits = model(**tokenizer(each, is_split_into_words=True, return_tensors="pt")).logits[0, 1:-1]
+        assert prediction["tags"] == [model.config.id2label[number] for number in logits.argmax(-1).tolist()]
+        assert prediction["scores"] == pytest.approx(logits.softmax(-1).max(-1).values.tolist(), abs=CLOSE)
+
+
+def test_choices(folders: dict[str, Path], connect: Connect) -> None:
+    """Catches choices that are scored without their question, for a multiple-choice model of transformers."""
+    client, folder = connect(folders["choice"]), folders["choice"]
+    question, choices = "word1 word2", ["word3", "word4 word5", "word6"]
+    (found,) = post(client, "/v1/predict", {"records": [{"question": question, "choices": choices}]})["predictions"]
+    model, tokenizer = AutoModelForMultipleChoice.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer([question] * 3, choices, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        logits = model(**{name: tensor[None] for name, tensor in inputs.items()}).logits[0]
+    assert found["probabilities"] == pytest.approx(logits.softmax(-1).tolist(), abs=CLOSE)
+    assert found["label"] == choices[int(logits.argmax())]
+
+
+def test_a_finetuned_model_answers_as_predict(trained_run: Path, connect: Connect) -> None:
+    """Catches a server that tokenizes, cuts or calibrates in its own way, and a run whose best seed is not found."""
+    client = connect(trained_run)
+    folder = Path(client.get("/v1/model").json()["model"])
+    assert folder.parent.parent == trained_run
+    predictor, given = Predictor.load(folder, "fp32"), texts(30)
+    for calibrated in (False, True):
+        found = post(client, "/v1/predict", {"texts": given, "calibrated": calibrated})["predictions"]
+        assert_same(
+            found, [each["probabilities"] for each in predictor.predict([{"text": text} for text in given], calibrated)]
+        )
+
+
+@pytest.mark.parametrize("send", ["json", "data", "files"])
+def test_label_and_score_for_older_clients(send: str, folders: dict[str, Path], connect: Connect) -> None:
+    """Catches an answer that older clients cannot parse: a list, for JSON and both kinds of forms."""
+    client = connect(folders["sequence"])
+    fields: Any = {"sentence1": "word1", "sentence2": "word2"}
+    given = {name: (None, text) for name, text in fields.items()} if send == "files" else fields
+    label, score = client.post("/v1/model_prediction/", **{send: given}).json()
+    (expected,) = probabilities(folders["sequence"], [{"text": "word1", "text_pair": "word2"}])
+    assert score == pytest.approx(expected[label], abs=CLOSE)
+    label, score = client.post("/v1/model_prediction/", json={"sentence1": "word1", "sentence2": ""}).json()
+    assert score == pytest.approx(probabilities(folders["sequence"], ["word1"])[0][label], abs=CLOSE)

@@ -1,0 +1,88 @@
+"""Options of `deepcloze serve`, and mistakes that end it before it serves. Real processes: tests/multiprocess."""
+
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiment.errors import UserError
+from finetune.serve.command import TOKEN_VARIABLE, read_token
+from launcher.cli import main
+
+
+@pytest.fixture
+def taken_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "nowhere"], "nowhere is not a folder: expected a model folder"),
+        (["--model", "."], ". holds neither config.json nor results.json"),
+        (["--model", "{encoder}", "--precision", "fp16"], "--precision: fp16 needs a CUDA device"),
+        (["--model", "{encoder}", "--port", "70000"], "--port: expected"),
+        (["--model", "{encoder}", "--port", "http"], "--port: expected"),
+        (["--model", "{encoder}", "--port", "{port}"], "--port: cannot listen on 127.0.0.1:{port}: Address already in use"),
+        (["--model", "{encoder}", "--host", "no host"], "--host: cannot listen on 'no host'"),
+        (["--model", "{encoder}", "--token", "secret"], "unknown flag '--token'; did you mean '--token_file'?"),
+        (["--model", "{encoder}", "--token_file", "nowhere"], "--token_file: cannot read nowhere"),
+        (["--model", "{encoder}", "--max_queue", "10"], "--max_queue: 10 is less than the texts of one request, 1024"),
+        ([], "missing: --model DIR"),
+    ],
+)
+def test_a_mistake_is_one_message_and_exit_2(
+    flags: list[str],
+    message: str,
+    encoder: Path,
+    taken_port: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Catches a traceback, a server that starts anyway, and a model that is loaded before the mistake is found."""
+    monkeypatch.chdir(tmp_path)
+    argv = ["serve", "--port", "0", *(flag.format(encoder=encoder, port=taken_port) for flag in flags)]
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"deepcloze: {message.format(port=taken_port)}")
+    assert len(error.splitlines()) == 1
+
+
+def test_a_model_without_a_head(encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches predictions of a random head."""
+    from transformers import BertConfig, BertModel
+
+    BertModel(BertConfig.from_pretrained(encoder)).save_pretrained(tmp_path)
+    (tmp_path / "vocab.txt").write_text((encoder / "vocab.txt").read_text())
+    assert main(["serve", "--model", str(tmp_path), "--port", "0"]) == 2
+    assert "architecture: BertModel" in capsys.readouterr().err
+
+
+def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a traceback where only deepcloze itself is installed."""
+    for module in [name for name in sys.modules if name.startswith("finetune.serve")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    assert main(["serve", "--model", "anything"]) == 2
+    assert "fastapi is not installed; run: pip install 'deepcloze[serve]'" in capsys.readouterr().err
+
+
+def test_the_token_comes_from_a_file_or_the_environment(tmp_path: Path) -> None:
+    """Catches a token with the line end of its file, and one in the command line, which other users can read."""
+    path = tmp_path / "token"
+    path.write_text("from-file\n")
+    assert read_token(str(path), {TOKEN_VARIABLE: "from-environment"}) == "from-file"
+    assert read_token(None, {TOKEN_VARIABLE: "from-environment"}) == "from-environment"
+    assert read_token(None, {}) is None
+
+
+@pytest.mark.parametrize("token", ["", "\n", "two words", "é", "a\nb"])
+def test_a_token_that_cannot_be_sent(token: str, tmp_path: Path) -> None:
+    """Catches an empty file that permits everyone, or no one."""
+    path = tmp_path / "token"
+    path.write_text(token)
+    with pytest.raises(UserError, match="expected a token of printable ASCII characters"):
+        read_token(str(path), {})

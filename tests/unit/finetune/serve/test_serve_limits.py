@@ -1,0 +1,211 @@
+"""What a server rejects: one message each, and it still answers afterwards."""
+
+import json
+import logging
+import re
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finetune.training.evaluation import Inference
+from serving_clients import Connect
+from starlette.testclient import TestClient
+
+from finetune.serve.logs import JsonFormatter
+
+JSON = {"Content-Type": "application/json"}
+DEEP = b'{"records": [{"text": ' + b"[" * 20_000 + b"]" * 20_000 + b"}]}"
+
+
+@pytest.fixture
+def client(folders: dict[str, Path], connect: Connect) -> TestClient:
+    return connect(folders["sequence"])
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        (b"", 422, "the request: field required"),
+        (b"{", 400, "invalid JSON"),
+        (b'{"texts": ["\xff"]}', 400, "the request is not JSON in UTF-8"),
+        (b"[]", 422, "the request: input should be"),
+        (b"null", 422, "the request: "),
+        (b"{}", 422, "expected one of texts, pairs and records, found none"),
+        (b'{"texts": ["a"], "pairs": [["a", "b"]]}', 422, "found texts and pairs"),
+        (b'{"texts": "a"}', 422, "texts: input should be a valid list"),
+        (b'{"texts": ["a", 3]}', 422, r"texts\[1\]: input should be a valid string"),
+        (b'{"texts": [null]}', 422, r"texts\[0\]"),
+        (b'{"texts": null}', 422, "texts"),
+        (b'{"texts": ["\\ud800"]}', 422, r"texts\[0\]: expected Unicode text"),
+        (b'{"texts": ["a"], "top": 1}', 422, "top: extra inputs are not permitted"),
+        (b'{"texts": ["a"], "calibrated": "yes"}', 422, "calibrated: input should be a valid boolean"),
+        (b'{"texts": ["a"], "calibrated": true}', 422, "the model has no temperature"),
+        (b'{"pairs": [["a"]]}', 422, r"pairs\[0\]: list should have at least 2 items"),
+        (b'{"records": [{"text": 1}]}', 422, r"records\[0\]: expected text in 'text', found 1"),
+        (b'{"records": [{"text": "\\ud800"}]}', 422, r"records\[0\]: expected Unicode text in 'text'"),
+        (b'{"records": [{"words": "a"}]}', 422, r"records\[0\]: expected text; found words"),
+        (DEEP, (400, 422), ""),
+        (
+            json.dumps({"texts": ["a"] * 10_000}, separators=(",", ":")).encode(),
+            413,
+            "10,000 texts in one request; at most 64",
+        ),
+        (json.dumps({"texts": ["a" * 100_000]}).encode(), 413, "the request is larger than 64 KiB"),
+    ],
+)
+def test_a_mistake_is_one_message(client: TestClient, body: bytes, status: Any, message: str) -> None:
+    """Catches a traceback, a 500, or a server that is unusable afterwards."""
+    answer = client.post("/v1/predict", content=body, headers=JSON)
+    assert answer.status_code in (status if isinstance(status, tuple) else (status,)), answer.text
+    assert list(answer.json()) == ["error"]
+    assert len(answer.json()["error"].splitlines()) == 1
+    assert re.search(message, answer.json()["error"]), answer.text
+    assert client.post("/v1/predict", json={"texts": ["word1"]}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "text", ["", " ", "\0", "\u202e", "word1 " * 8000, "🙂" * 5000, "[SEP] [PAD] [CLS]", "a" * 60_000]
+)
+def test_strange_texts_are_answered(client: TestClient, text: str) -> None:
+    """Catches an exception of the tokenizer or the model, and a batch without tokens."""
+    answer = client.post("/v1/predict", json={"texts": [text]})
+    assert answer.status_code == 200, answer.text
+    assert set(answer.json()["predictions"][0]["probabilities"]) == {"no", "yes"}
+
+
+def test_no_texts_have_no_predictions(client: TestClient) -> None:
+    """Catches an error for the empty request of a client."""
+    assert client.post("/v1/predict", json={"texts": []}).json() == {"predictions": []}
+    assert client.post("/v1/embed", json={"texts": []}).json() == {"embeddings": []}
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"texts": ["word1"]}, "texts[0]: no [MASK] to fill"),
+        ({"texts": ["word1 " * 80 + "[MASK]"]}, "texts[0]: a [MASK] is beyond the first 64 tokens"),
+        ({"texts": ["[MASK]"], "top_k": 0}, "top_k: input should be greater than or equal to 1"),
+        ({"texts": ["[MASK]"], "options": []}, "options: expected a list for each of 1 texts, found 0"),
+        ({"texts": ["[MASK]"], "options": [[]]}, "texts[0]: 1 [MASK], but 0 lists of options"),
+        ({"texts": ["[MASK]"], "options": [[["a"]]]}, "options[0][0]: list should have at least 2 items"),
+    ],
+)
+def test_masks_that_cannot_be_filled(body: Any, message: str, folders: dict[str, Path], connect: Connect) -> None:
+    """Catches an answer without the masks that were asked for, and a traceback."""
+    answer = connect(folders["masked"]).post("/v1/fill-mask", json=body)
+    assert answer.status_code == 422
+    assert answer.json()["error"].startswith(message)
+
+
+def test_what_the_model_cannot_do(folders: dict[str, Path], connect: Connect) -> None:
+    """Catches answers of a model that was not made for the question."""
+    masked, tagger = connect(folders["masked"]), connect(folders["token"])
+    for path, body in (("predict", {"texts": ["a"]}), ("model_prediction/", {"sentence1": "a"})):
+        assert masked.post(f"/v1/{path}", json=body).status_code == 404
+    assert tagger.post("/v1/fill-mask", json={"texts": ["a [MASK]"]}).status_code == 404
+    answer = tagger.post("/v1/predict", json={"texts": ["a"]})
+    assert answer.status_code == 422
+    assert "accepts records" in answer.json()["error"]
+
+
+def test_the_token(folders: dict[str, Path], connect: Connect) -> None:
+    """Catches a route that answers without the token, and probes that need one."""
+    client = connect(folders["sequence"], token="secret")
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}, {"Authorization": "Bearer é"}):
+        for method, path in (("POST", "/v1/predict"), ("GET", "/v1/model"), ("GET", "/metrics"), ("GET", "/other")):
+            encoded = {name: value.encode() for name, value in headers.items()}
+            answer = client.request(method, path, json={"texts": ["a"]}, headers=encoded)
+            assert answer.status_code == 401
+            assert answer.headers["www-authenticate"] == "Bearer"
+            assert "Authorization: Bearer TOKEN" in answer.json()["error"]
+    for path in ("/", "/docs", "/openapi.json", "/healthz", "/readyz"):
+        assert client.get(path).status_code == 200
+    sent = {"Authorization": "Bearer secret"}
+    assert client.post("/v1/predict", json={"texts": ["a"]}, headers=sent).status_code == 200
+
+
+def test_a_body_without_a_length_is_counted(client: TestClient) -> None:
+    """Catches a limit on size that a chunked request avoids."""
+
+    def chunks() -> Iterator[bytes]:
+        yield b'{"texts": ["'
+        for _ in range(100):
+            yield b"a" * 1024
+        yield b'"]}'
+
+    answer = client.post("/v1/predict", content=chunks(), headers=JSON)
+    assert answer.status_code == 413
+    assert "larger than 64 KiB" in answer.json()["error"]
+
+
+def test_another_content_type(client: TestClient) -> None:
+    """Catches a puzzling message for curl without the header."""
+    answer = client.post("/v1/predict", data={"texts": "a"})
+    assert answer.status_code == 415
+    assert "expected `Content-Type: application/json`" in answer.json()["error"]
+
+
+def test_a_full_queue(client: TestClient) -> None:
+    """Catches a queue without limits, and one that does not become empty again."""
+    admission = client.serving.admission  # type: ignore[attr-defined]
+    admission.texts += 250
+    assert client.post("/v1/predict", json={"texts": ["a"] * 6}).status_code == 200
+    answer = client.post("/v1/predict", json={"texts": ["a"] * 7})
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+    assert client.get("/readyz").status_code == 200
+    admission.texts += 6
+    assert client.get("/readyz").status_code == 503
+    admission.texts -= 256
+    assert admission.texts == 0
+
+
+def test_a_request_that_takes_too_long(
+    folders: dict[str, Path], connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a client that waits forever, and one text too many in the queue after each timeout."""
+    client, resume = connect(folders["sequence"], timeout=0.2), threading.Event()
+    compute = Inference.compute
+    monkeypatch.setattr(Inference, "compute", lambda self, examples: resume.wait(60) and compute(self, examples))
+    answer = client.post("/v1/predict", json={"texts": ["a"]})
+    resume.set()
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+    assert "not answered within 0.2 s" in answer.json()["error"]
+    assert client.serving.admission.texts == 0  # type: ignore[attr-defined]
+
+
+def test_a_bug_is_a_500_without_texts_in_the_log(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches texts of clients in logs, through exceptions that quote them, and a server that ends with a bug."""
+    caplog.set_level(logging.INFO)
+
+    secret = "my secret diary"
+
+    def fail(*_: object) -> None:
+        raise RuntimeError(f"cannot compute {secret}")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Inference, "compute", fail)
+        answer = client.post("/v1/predict", params={"q": secret}, json={"texts": [secret]})
+    assert answer.status_code == 500
+    assert answer.json() == {"error": "an error in the server; its log says more"}
+    lines = [JsonFormatter().format(record) for record in caplog.records if record.name == "finetune.serve"]
+    assert all("diary" not in line for line in lines)
+    assert any(json.loads(line).get("exception") == "RuntimeError" for line in lines)
+    (request,) = (json.loads(line) for line in lines if '"request"' in line)
+    assert (request["path"], request["status"], request["texts"]) == ("/v1/predict", 500, 1)
+    assert client.post("/v1/predict", json={"texts": ["a"]}).status_code == 200
+
+
+def test_pages_need_no_network(client: TestClient) -> None:
+    """Catches a page that loads a script or a font from elsewhere, and paths of clients as labels of metrics."""
+    for path in ("/", "/docs"):
+        page = client.get(path)
+        assert page.headers["content-type"].startswith("text/html")
+        assert "http://" not in page.text
+        assert "https://" not in page.text
+        assert "src=" not in page.text
+    client.get("/made-up-path")
+    assert "made-up-path" not in client.get("/metrics").text
