@@ -29,6 +29,7 @@ from finetune.serve.schemas import (
     Error,
     FillMaskRequest,
     FillMaskResponse,
+    LabelAndScore,
     ModelInfo,
     ModelPredictionRequest,
     PredictRequest,
@@ -118,7 +119,7 @@ _SENTENCES = ModelPredictionRequest.model_json_schema()
 
 @api.post(
     "/model_prediction/",
-    response_model=tuple[str, float],
+    response_model=LabelAndScore,
     openapi_extra={
         "requestBody": {
             "required": True,

@@ -114,6 +114,10 @@ class ModelPredictionRequest(_Request):
     sentence2: Text | None = Field(default=None, description="Empty or null for models of single texts.")
 
 
+LabelAndScore = Annotated[list[str | float], Field(min_length=2, max_length=2)]
+"""[label, probability of the label]"""
+
+
 class ModelInfo(BaseModel):
     """The model that answers."""
 

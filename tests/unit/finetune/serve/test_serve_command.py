@@ -25,7 +25,10 @@ def taken_port() -> int:
         (["--model", "{encoder}", "--precision", "fp16"], "--precision: fp16 needs a CUDA device"),
         (["--model", "{encoder}", "--port", "70000"], "--port: expected"),
         (["--model", "{encoder}", "--port", "http"], "--port: expected"),
-        (["--model", "{encoder}", "--port", "{port}"], "--port: cannot listen on 127.0.0.1:{port}: Address already in use"),
+        (
+            ["--model", "{encoder}", "--port", "{port}"],
+            "--port: cannot listen on 127.0.0.1:{port}: Address already in use",
+        ),
         (["--model", "{encoder}", "--host", "no host"], "--host: cannot listen on 'no host'"),
         (["--model", "{encoder}", "--token", "secret"], "unknown flag '--token'; did you mean '--token_file'?"),
         (["--model", "{encoder}", "--token_file", "nowhere"], "--token_file: cannot read nowhere"),

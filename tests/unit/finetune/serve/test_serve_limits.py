@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from finetune.training.evaluation import Inference
 from serving_clients import Connect
 from starlette.testclient import TestClient
 
 from finetune.serve.logs import JsonFormatter
+from finetune.training.evaluation import Inference
 
 JSON = {"Content-Type": "application/json"}
 DEEP = b'{"records": [{"text": ' + b"[" * 20_000 + b"]" * 20_000 + b"}]}"

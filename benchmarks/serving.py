@@ -1,0 +1,186 @@
+"""Requests per second of `deepcloze serve` and of a plain server: FastAPI and a pipeline of transformers.
+
+    python -m benchmarks.serving [--model DIR] [--clients 32] [--seconds 20] [--rounds 3] [--soak_requests 10000]
+
+All serve the same sequence classifier, by default one of the size of BERT base with random weights, to clients on this
+machine that send one text at a time and wait for its answer. The texts are as long as sentences of reviews: 3 to 60
+words, half of them less than 20. The servers alternate, so that a slow minute of the machine affects all, and each is
+started anew for each round. The plain server is what tutorials show: a function of FastAPI that calls the pipeline; it
+computes in fp32. Prints requests per second, latencies, and the memory of `deepcloze serve` before and after many
+requests.
+"""
+
+import http.client
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import fire
+import numpy as np
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.machine import describe_machine
+
+PLAIN, FP32, BF16 = "FastAPI + pipeline", "deepcloze serve, fp32", "deepcloze serve, bf16"
+_PLAIN_PATH, _PATH = "/predict", "/v1/predict"
+_WARM_UP = 64  # requests
+_VOCABULARY = 20_000
+
+
+@dataclass(frozen=True)
+class Load:
+    """What clients do."""
+
+    port: int
+    path: str
+    clients: int
+
+
+def serving(
+    model: str | None = None,
+    *,
+    clients: int = 32,
+    seconds: float = 20.0,
+    rounds: int = 3,
+    soak_requests: int = 10_000,
+    precisions: str = "fp32,bf16",
+) -> None:
+    """Measure all and print a table."""
+    names = [PLAIN, *(name for name, precision in ((FP32, "fp32"), (BF16, "bf16")) if precision in precisions)]
+    latencies: dict[str, list[float]] = {name: [] for name in names}
+    rates: dict[str, list[float]] = {name: [] for name in names}
+    with tempfile.TemporaryDirectory() as made:
+        folder = model or _save_model(Path(made))
+        for _ in range(rounds):
+            for name in names:
+                with _server(name, folder, clients) as (load, _process):
+                    _ask(load, lambda count, _: count >= _WARM_UP)
+                    start = time.perf_counter()
+                    found = _ask(load, lambda _, now, end=start + seconds: now > end)  # type: ignore[misc]
+                    rates[name].append(len(found) / (time.perf_counter() - start))
+                    latencies[name] += found
+        _print_table(rates, latencies, clients)
+        if soak_requests:
+            _soak(names[-1], folder, clients, soak_requests)
+
+
+def _print_table(rates: dict[str, list[float]], latencies: dict[str, list[float]], clients: int) -> None:
+    table = Table(title=f"{clients} clients, one text per request", caption=describe_machine())
+    for column in ("", "requests/s", "ratio", "p50 ms", "p95 ms", "p99 ms"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, found in rates.items():
+        ratio = statistics.median(rate / plain for rate, plain in zip(found, rates[PLAIN], strict=True))
+        percentiles = (f"{1000 * np.percentile(latencies[name], percent):,.0f}" for percent in (50, 95, 99))
+        table.add_row(name, f"{statistics.median(found):.1f}", f"{ratio:.2f} x", *percentiles)
+    Console().print(table)
+
+
+def _soak(name: str, folder: str, clients: int, requests: int) -> None:
+    with _server(name, folder, clients) as (load, process):
+        _ask(load, lambda count, _: count >= requests // 10)
+        before = process.memory_info().rss
+        _ask(load, lambda count, _: count >= requests)
+        after = process.memory_info().rss
+    print(f"{name}: memory {before / 2**20:,.0f} MiB before and {after / 2**20:,.0f} MiB after {requests:,} requests")
+
+
+def _ask(load: Load, is_over: Callable[[int, float], bool]) -> list[float]:
+    """The latencies of requests in seconds. is_over: of the number of requests so far, and the time."""
+    latencies: list[float] = []
+
+    def client(seed: int) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", load.port, timeout=300)
+        draw = random.Random(seed)
+        while not is_over(len(latencies), time.perf_counter()):
+            body = json.dumps({"texts": [_text(draw)]})
+            start = time.perf_counter()
+            connection.request("POST", load.path, body, {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            answer.read()
+            assert answer.status == 200, answer.status
+            latencies.append(time.perf_counter() - start)
+
+    with ThreadPoolExecutor(load.clients) as threads:
+        list(threads.map(client, range(load.clients)))
+    return latencies
+
+
+def _text(draw: random.Random) -> str:
+    words = min(60, max(3, round(draw.lognormvariate(2.9, 0.6))))
+    return " ".join(f"w{draw.randrange(_VOCABULARY)}" for _ in range(words))
+
+
+@contextmanager
+def _server(name: str, folder: str, clients: int) -> Iterator[tuple[Load, psutil.Process]]:
+    """A server that runs, on a free port."""
+    if name == PLAIN:
+        command = ["-m", "benchmarks.serving", "--contestant", folder]
+    else:
+        precision = "fp32" if name == FP32 else "bf16"
+        command = ["-m", "launcher", "serve", "--model", folder, "--port", "0", "--precision", precision]
+    process = subprocess.Popen(
+        [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=os.environ
+    )
+    assert process.stdout is not None
+    try:
+        line = process.stdout.readline()
+        port = int(line.split()[0].rpartition(":")[2])
+        threading.Thread(target=process.stdout.read, daemon=True).start()
+        yield Load(port, _PLAIN_PATH if name == PLAIN else _PATH, clients), psutil.Process(process.pid)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def serve_plainly(folder: str) -> None:
+    """The plain server."""
+    import socket
+
+    import uvicorn
+    from fastapi import FastAPI
+    from pydantic import BaseModel
+    from transformers import pipeline
+
+    class Request(BaseModel):
+        texts: list[str]
+
+    classify = pipeline("text-classification", folder, device="cpu", top_k=None)
+    app = FastAPI()
+
+    @app.post(_PLAIN_PATH)
+    def predict(request: Request) -> list[object]:
+        return [classify(text) for text in request.texts]
+
+    with socket.create_server(("127.0.0.1", 0), backlog=1024) as listener:
+        print(f"http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
+        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run([listener])
+
+
+def _save_model(folder: Path) -> str:
+    """A classifier of the size of BERT base, with random weights and a vocabulary of words w0, w1, …"""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{number}" for number in range(_VOCABULARY))]
+    BertForSequenceClassification(BertConfig(vocab_size=len(tokens))).save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(tokens) + "\n", encoding="utf-8")
+    return str(folder)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--contestant"]:
+        serve_plainly(sys.argv[2])
+    else:
+        fire.Fire(serving)

@@ -1,0 +1,234 @@
+"""`deepcloze serve` as a process of its own: signals, reloads, slow clients."""
+
+import http.client
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+
+from waiting import LIMIT, wait_until
+
+ROOT = Path(__file__).resolve().parents[2]
+WORDS = [f"word{number}" for number in range(40)]
+BODY = {"texts": ["word1 word2", "word3"]}
+
+
+class Server:
+    """A running `deepcloze serve`."""
+
+    def __init__(self, folder: Path, model: Path, flags: tuple[str, ...]) -> None:
+        self.log = folder / f"serve-{random.getrandbits(32):x}.log"
+        command = [sys.executable, "-m", "launcher", "serve", "--model", str(model), "--port", "0", *flags]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        wait_until(lambda: "http://" in self.output(), self.process)
+        (found,) = re.findall(r"^http://127\.0\.0\.1:(\d+)", self.output(), re.MULTILINE)
+        self.port = int(found)
+
+    def output(self) -> str:
+        return self.log.read_text(encoding="utf-8")
+
+    def connect(self) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=LIMIT)
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(LIMIT)
+
+
+def post(connection: http.client.HTTPConnection, path: str = "/v1/predict", body: Any = BODY) -> tuple[int, Any]:
+    connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+    answer = connection.getresponse()
+    return answer.status, json.loads(answer.read())
+
+
+def get(server: Server, path: str) -> str:
+    connection = server.connect()
+    connection.request("GET", path)
+    return connection.getresponse().read().decode()
+
+
+def save_model(folder: Path, labels: tuple[str, str] = ("no", "yes")) -> Path:
+    torch.manual_seed(0)
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    config = BertConfig(
+        vocab_size=len(tokens),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        id2label=dict(enumerate(labels)),
+        label2id={label: number for number, label in enumerate(labels)},
+    )
+    BertForSequenceClassification(config).save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(tokens) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("classifier"))
+
+
+Serve = Callable[..., Server]
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Serve]:
+    """Starts servers: serve(folder, *flags)."""
+    started: list[Server] = []
+
+    def start(folder: Path, *flags: str) -> Server:
+        started.append(Server(tmp_path, folder, flags))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.process.kill()
+        server.process.wait()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_accepted_requests(number: int, model: Path, serve: Serve) -> None:
+    """Catches requests that are dropped when a server stops, and another exit code than 0."""
+    server = serve(model, "--max_texts", "4000", "--batch_tokens", "64", "--batch_delay_ms", "0")
+    body = {"texts": ["word1 word2 word3"] * 2000}
+    with ThreadPoolExecutor(8) as threads:
+        answers = [threads.submit(post, server.connect(), body=body) for _ in range(2)]
+        wait_until(lambda: "deepcloze_queue_texts 4000.0" in get(server, "/metrics"), server.process)
+        assert server.stop(number) == 0
+        for answer in answers:
+            status, found = answer.result(LIMIT)
+            assert status == 200
+            assert len(found["predictions"]) == 2000
+    with pytest.raises(ConnectionRefusedError):
+        server.connect().connect()
+
+
+def test_a_reload_drops_no_request(model: Path, tmp_path: Path, serve: Serve) -> None:
+    """Catches a reload that answers with neither model, or with both in one answer, or never with the new one."""
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    server, stop = serve(folder), threading.Event()
+    seen: list[set[str]] = []
+
+    def ask() -> int:
+        connection, count = server.connect(), 0
+        while not stop.is_set():
+            status, found = post(connection)
+            assert status == 200, found
+            (labels,) = {frozenset(each["probabilities"]) for each in found["predictions"]}
+            seen.append(set(labels))
+            count += 1
+        return count
+
+    def reloads(result: str) -> int:
+        found = re.search(rf'deepcloze_reloads_total{{result="{result}"}} (\d+)', get(server, "/metrics"))
+        return int(found[1]) if found else 0
+
+    with ThreadPoolExecutor(8) as threads:
+        counts = [threads.submit(ask) for _ in range(8)]
+        wait_until(lambda: len(seen) > 50, server.process)
+        for number in range(1, 4):
+            save_model(folder, (f"no{number}", f"yes{number}"))
+            server.process.send_signal(signal.SIGHUP)
+            wait_until(lambda number=number: reloads("success") == number, server.process)
+            wait_until(lambda number=number: {f"no{number}", f"yes{number}"} in seen[-8:], server.process)
+        (folder / "config.json").write_text("{")
+        server.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: reloads("failure") == 1, server.process)
+        stop.set()
+        assert sum(count.result(LIMIT) for count in counts) == len(seen)
+    assert post(server.connect())[0] == 200
+    assert server.stop() == 0
+    assert "cannot read the model config" in server.output()
+    assert "Traceback" not in server.output()
+
+
+def test_slow_clients_do_not_block_others(model: Path, serve: Serve) -> None:
+    """Catches clients that hold a server by sending slowly: headers, a body; or by not reading their answer."""
+    server = serve(model, "--timeout", "3")
+    head = b"POST /v1/predict HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\nContent-Length: 100\r\n"
+    slow = [socket.create_connection(("127.0.0.1", server.port), timeout=LIMIT) for _ in range(40)]
+    for number, client in enumerate(slow):
+        client.sendall(head if number % 2 else head + b'\r\n{"texts": ["word1')
+    connection = server.connect()
+    for _ in range(20):
+        assert post(connection)[0] == 200
+    assert slow[0].recv(1000).startswith(b"HTTP/1.1 408 ")
+    assert slow[1].recv(1000) == b""  # closed: the headers did not arrive
+    assert post(server.connect())[0] == 200
+    assert server.stop() == 0
+
+
+@pytest.mark.parametrize(
+    "sent", [b"\x16\x03\x01\x02\x00", b"GET\r\n\r\n", b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 20_000]
+)
+def test_what_is_not_http_gets_400(sent: bytes, model: Path, serve: Serve) -> None:
+    """Catches a server that ends with, or waits for, a client that speaks another protocol."""
+    server = serve(model)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=LIMIT) as client:
+        client.sendall(sent)
+        assert client.recv(1000).startswith(b"HTTP/1.1 400 ")
+    assert post(server.connect())[0] == 200
+
+
+def test_the_log_is_json_without_texts(model: Path, serve: Serve) -> None:
+    """Catches a log that shows what clients send, and lines that no log collector can parse."""
+    server = serve(model)
+    for path in ("/v1/predict?text=secret", "/secret", "/v1/fill-mask"):
+        post(server.connect(), path, {"texts": ["secret"]})
+    post(server.connect(), body={"texts": ["secret", 3]})
+    assert server.stop() == 0
+    lines = [line for line in server.output().splitlines() if not line.startswith("http://")]
+    assert [json.loads(line)["message"] for line in lines] == ["request"] * 4
+    assert "secret" not in server.output()
+
+
+def test_two_servers_on_one_port(model: Path, serve: Serve) -> None:
+    """Catches a traceback, or a second server that takes the requests of the first."""
+    server = serve(model)
+    command = [sys.executable, "-m", "launcher", "serve", "--model", str(model), "--port", str(server.port)]
+    second = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert second.returncode == 2
+    assert second.stderr == f"deepcloze: --port: cannot listen on 127.0.0.1:{server.port}: Address already in use\n"
+
+
+@pytest.mark.soak
+def test_memory_stays_flat(model: Path, serve: Serve) -> None:
+    """Catches a leak: of requests, of their texts, or of old models."""
+    server, draw = serve(model), random.Random(0)
+    process = psutil.Process(server.process.pid)
+
+    def ask(requests: int) -> None:
+        connection = server.connect()
+        for _ in range(requests):
+            texts = [" ".join(random.choices(WORDS, k=draw.randint(1, 60))) for _ in range(draw.randint(1, 4))]
+            assert post(connection, body={"texts": texts})[0] == 200
+
+    def ask_all() -> int:
+        with ThreadPoolExecutor(16) as threads:
+            list(threads.map(ask, [250] * 16))
+        return process.memory_info().rss
+
+    first = ask_all()
+    for _ in range(5):
+        last = ask_all()
+    assert last < first + 20 * 2**20
