@@ -7,13 +7,16 @@ import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
+import pytest
+
 from experiment.results.page import TEMPLATE
 
 ROOT = Path(__file__).resolve().parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PRODUCT = ("launcher", "pretrain", "finetune", "experiment")
-# Needed without an import: command-line tools, pytest plugins, stubs for mypy; transformers' Trainer needs accelerate.
-NOT_IMPORTED = {"accelerate", "mypy", "pytest-timeout", "ruff"}
+# Needed without an import: command-line tools, pytest plugins, stubs for mypy; transformers' Trainer needs accelerate,
+# starlette's test client httpx2, and its forms python-multipart. A test asks pytest for schemathesis.
+NOT_IMPORTED = {"accelerate", "httpx2", "mypy", "pytest-timeout", "python-multipart", "ruff", "schemathesis"}
 
 
 def normalised(name: str) -> str:
@@ -48,7 +51,7 @@ def imported(*folders: str) -> set[str]:
 
 def test_the_product_imports_what_it_declares() -> None:
     """Catches a library that is there only because another one needs it, and one that nothing imports any more."""
-    optional = declared("chinese")
+    optional = declared("chinese", "serve") - NOT_IMPORTED
     assert imported(*PRODUCT) - optional == declared()
     assert optional <= imported(*PRODUCT)
 
@@ -58,13 +61,15 @@ def test_tests_and_benchmarks_import_what_they_declare() -> None:
     extra, uses = declared("test"), imported("tests", "benchmarks")
     assert uses <= declared() | extra
     stubs = {name for name in extra if name.startswith("types-")}
-    assert extra - NOT_IMPORTED - stubs - declared("chinese") <= uses
+    assert extra - NOT_IMPORTED - stubs - declared("chinese", "serve") <= uses
     assert {normalised(name.removeprefix("types-")) for name in stubs} <= declared()
 
 
-def test_the_page_template_is_installed() -> None:
-    """Catches a wheel without the template, with which `deepcloze report` fails on every machine but the author's."""
-    data = PYPROJECT["tool"]["setuptools"]["package-data"]["experiment.results"]
-    assert {path for pattern in data for path in (ROOT / "experiment/results").glob(pattern)} >= {
-        ROOT / "experiment/results" / TEMPLATE
-    }
+@pytest.mark.parametrize(
+    ("package", "names"), [("experiment.results", {TEMPLATE}), ("finetune.serve", {"page.html", "docs.html"})]
+)
+def test_pages_are_installed(package: str, names: set[str]) -> None:
+    """Catches a wheel without a page, with which a command fails on every machine but the author's."""
+    data = PYPROJECT["tool"]["setuptools"]["package-data"][package]
+    folder = ROOT / package.replace(".", "/")
+    assert {path.name for pattern in data for path in folder.glob(pattern)} >= names

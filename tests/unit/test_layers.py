@@ -27,6 +27,7 @@ PRETRAIN_LAYERS = (
 ONLY_IN = {
     "deepspeed": ("pretrain.engine",),
     "wandb": ("experiment.tracking",),
+    "fastapi": ("finetune.serve",),
     "datasets": ("pretrain.corpus", "finetune.data"),
 }
 
