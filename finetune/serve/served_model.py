@@ -11,6 +11,7 @@ from finetune.model import load_model_config
 from finetune.predictor import Predictor
 from finetune.results.best_seed import find_model
 from finetune.saved_task import FILE, SavedTask, read_saved_task
+from finetune.serve.packed_linear import pack_linear_layers
 from finetune.serve.schemas import ModelInfo
 
 _SEQUENCES = 128  # that are computed at once, at most
@@ -42,6 +43,7 @@ def load_served_model(path: Path, precision: str) -> ServedModel:
         task = read_saved_task(folder)
         predictor = Predictor.load(folder, precision, _SEQUENCES, task)
         served = ServedModel(_describe_predictor(predictor, task), Embedder(predictor.loaded), predictor)
+    pack_linear_layers(served.loaded.model, served.loaded.device)
     embedder = served.embedder
     embedder.compute(embedder.encode(["a"], "mean"))  # the first batch takes longer
     return served

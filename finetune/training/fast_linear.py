@@ -16,10 +16,10 @@ def use_fast_linear(model: nn.Module) -> None:
     if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         for module in model.modules():
             if type(module) is nn.Linear:
-                module.__class__ = _FastLinear
+                module.__class__ = FastLinear
 
 
-class _FastLinear(nn.Linear):
+class FastLinear(nn.Linear):
     def forward(self, values: Tensor) -> Tensor:
         fp32 = values.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
         if values.device.type != "cpu" or not fp32 or values.numel() == 0:

@@ -1,0 +1,52 @@
+import pytest
+import torch
+from torch import nn
+
+from finetune.device import Device
+from finetune.serve.packed_linear import pack_linear_layers
+
+CPU = torch.device("cpu")
+BF16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
+
+
+class Layers(nn.Module):
+    """One layer without autocast, as some models have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(24, 40), nn.Linear(40, 8, bias=False), nn.Linear(8, 3)
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        hidden = self.second(torch.tanh(self.first(values)))
+        with torch.autocast("cpu", enabled=False):
+            return self.third(hidden.float())
+
+
+@pytest.mark.parametrize(
+    "dtype", [None, pytest.param(torch.bfloat16, marks=pytest.mark.skipif(not BF16, reason="no bf16"))]
+)
+def test_packed_layers_give_the_same_results(dtype: torch.dtype | None) -> None:
+    """Catches another precision than that of autocast, a bias that is lost, and numbers of tokens that do not work."""
+    torch.manual_seed(0)
+    model, device = Layers().eval(), Device(CPU, dtype)
+    inputs = [torch.randn(*shape, 24) for shape in ((1, 1), (3, 7), (2, 600), (0, 4))]
+    with torch.inference_mode(), device.autocast():
+        expected = [model(values) for values in inputs]
+        names = list(model.state_dict())
+        pack_linear_layers(model, device)
+        found = [model(values) for values in inputs]
+    assert list(model.state_dict()) == names
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one, other, atol=1e-6 if dtype is None else 2e-2, rtol=0.0)
+
+
+def test_a_layer_outside_of_autocast_stays_fp32() -> None:
+    """Catches a layer that a model computes in fp32 on purpose, and that packing takes to bf16."""
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(24, 8))
+    values = torch.randn(5, 24)
+    with torch.inference_mode():
+        expected = layer(values)
+        pack_linear_layers(layer, Device(CPU, torch.bfloat16))
+        torch.testing.assert_close(layer(values), expected, atol=0.0, rtol=0.0)
