@@ -1,7 +1,7 @@
 """Linear layers on a CPU whose weights are kept in the layout that oneDNN computes with.
 
-Otherwise oneDNN brings them into that layout in each call, and autocast into bf16: with few tokens, a third of the time.
-The original weights stay for code that reads them, so those of linear layers take twice the memory in fp32.
+Otherwise oneDNN brings them into that layout in each call, and autocast into bf16, which takes a third of the time for
+few tokens. The original weights stay for code that reads them: in fp32, linear layers take twice the memory.
 """
 
 from typing import cast
