@@ -56,8 +56,8 @@ class PredictRequest(_Request):
 
 class Prediction(BaseModel):
     """Classification and multiple choice have `label` and `probabilities`. Other kinds: `value` (regression), `labels`
-    and `probabilities` (multi-label), `tags` and `scores` (token classification), `answer`, `start` and `score` (question
-    answering), `answers` and `probabilities` (cloze)."""
+    and `probabilities` (multi-label), `tags` and `scores` (token classification), `answer`, `start` and `score`
+    (question answering), `answers` and `probabilities` (cloze)."""
 
     model_config = ConfigDict(
         extra="allow", json_schema_extra={"example": {"label": "1", "probabilities": {"0": 0.02, "1": 0.98}}}
