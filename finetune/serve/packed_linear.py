@@ -14,6 +14,7 @@ from finetune.device import Device
 from finetune.training.fast_linear import FastLinear
 
 _ROWS = 512  # oneDNN chooses a layout that is good for about as many; any number can be computed
+_MULTIPLE = 32  # of rows
 
 
 def pack_linear_layers(model: nn.Module, device: Device) -> None:
@@ -27,6 +28,15 @@ def pack_linear_layers(model: nn.Module, device: Device) -> None:
         if type(module) in (nn.Linear, FastLinear):
             module.__class__ = _PackedLinear
             cast(_PackedLinear, module).pack(dtype)
+
+
+def padded_rows(count: int) -> int:
+    """How many rows to compute for `count` of them: a power of two, or a multiple of 32.
+
+    oneDNN generates code for each number of rows, and keeps that of about a thousand shapes: with any number, a server
+    grows by some hundred MiB, and is slower by a fifth.
+    """
+    return 1 << (count - 1).bit_length() if count < _MULTIPLE else count + -count % _MULTIPLE
 
 
 class _PackedLinear(nn.Linear):
@@ -44,5 +54,7 @@ class _PackedLinear(nn.Linear):
         if autocast != self.dtype_ or values.numel() == 0:  # a model may switch autocast off for some layers
             return F.linear(values, self.weight, self.bias)
         rows = values.reshape(-1, self.in_features).to(self.dtype_)
+        count = len(rows)
+        rows = F.pad(rows, (0, 0, 0, padded_rows(count) - count))
         product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self.packed_, self.bias_, "none", [], "")
-        return product.view(*values.shape[:-1], self.out_features)
+        return product[:count].view(*values.shape[:-1], self.out_features)

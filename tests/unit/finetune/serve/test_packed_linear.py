@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from finetune.device import Device
-from finetune.serve.packed_linear import pack_linear_layers
+from finetune.serve.packed_linear import pack_linear_layers, padded_rows
 
 CPU = torch.device("cpu")
 BF16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
@@ -50,3 +50,10 @@ def test_a_layer_outside_of_autocast_stays_fp32() -> None:
         expected = layer(values)
         pack_linear_layers(layer, Device(CPU, torch.bfloat16))
         torch.testing.assert_close(layer(values), expected, atol=0.0, rtol=0.0)
+
+
+def test_there_are_few_numbers_of_rows() -> None:
+    """Catches memory that grows with each new number of tokens, and one mask that costs as much as 32."""
+    numbers = {count: padded_rows(count) for count in range(1, 1025)}
+    assert len(set(numbers.values())) <= 40
+    assert all(count <= number < max(2 * count, count + 32) for count, number in numbers.items())
