@@ -9,10 +9,10 @@ from experiment.errors import UserError
 from finetune.data.records import Record, Table, read_value
 from finetune.encoding.examples import Example, Split, encode_split
 from finetune.encoding.tokenizer import load_task_tokenizer
+from finetune.inference import Inference, Outputs, decode
 from finetune.loaded_model import LoadedModel, load_model
 from finetune.saved_task import SavedTask, read_saved_task
 from finetune.task_kind import Prediction, TaskKind
-from finetune.training.evaluation import Inference, Outputs, decode
 from finetune.training.microbatch import Microbatch
 
 
@@ -21,7 +21,7 @@ class Predictor:
     """A fine-tuned model, ready to predict. Threads may share it."""
 
     kind: TaskKind[Any]
-    temperature: float | None  # of calibrated probabilities, see `finetune.results.calibration`
+    temperature: float | None  # of calibrated probabilities, see `finetune.metrics.calibration`
     loaded: LoadedModel
     _inference: Inference
 

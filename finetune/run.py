@@ -31,9 +31,9 @@ from finetune.data.checks import data_warnings
 from finetune.device import choose_device
 from finetune.encoding.lengths import print_lengths
 from finetune.model import ModelSpec, build_model, describe_model
-from finetune.results.seed_run import SeedRecord, Setup, finished_seeds, result_settings, state_file, train_seed
 from finetune.results.seed_summary import write_results
 from finetune.results.summary_text import print_results
+from finetune.seed_run import SeedRecord, Setup, finished_seeds, result_settings, state_file, train_seed
 from finetune.splits import Task, describe_task, make_kind, make_task, read_splits
 from finetune.training.compatibility import adapt_to_model
 from finetune.training.fit import Log

@@ -16,9 +16,9 @@ from experiment.errors import UserError
 from finetune import kinds
 from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
-from finetune.results.calibration import Classified, calibrate
-from finetune.results.collapse import is_constant
-from finetune.results.label_scores import LabelScores, label_scores
+from finetune.metrics.calibration import Classified, calibrate
+from finetune.metrics.collapse import is_constant
+from finetune.metrics.label_scores import LabelScores, label_scores
 
 if TYPE_CHECKING:
     import numpy as np
@@ -164,7 +164,7 @@ class TaskKind(ABC, Generic[ConfigT]):
         """All metrics of predictions for records with targets."""
 
     def is_collapsed(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> bool:
-        """Whether a model predicts the same for all records although their targets differ, see `results.collapse`."""
+        """Whether a model predicts the same for all records although their targets differ, see `metrics.collapse`."""
         roles = [role for role, cell_type in self.config.columns.cell_types().items() if cell_type.target]
         targets = [record.values[role] for record in records for role in roles]
         return is_constant([prediction[self.answer] for prediction in predictions], targets)
@@ -172,7 +172,7 @@ class TaskKind(ABC, Generic[ConfigT]):
     def intervals(
         self, records: Sequence[Record], predictions: Sequence[Prediction]
     ) -> Mapping[str, tuple[float, float]]:
-        """The 95 % confidence intervals of those metrics that have one, see `results.intervals`."""
+        """The 95 % confidence intervals of those metrics that have one, see `metrics.intervals`."""
         return {}
 
     def breakdowns(

@@ -21,8 +21,8 @@ from finetune.encoding.blanks import Context, Surroundings, surroundings
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Batch, Example
 from finetune.kinds.multiple_choice import choice_loss
-from finetune.results.collapse import is_constant
-from finetune.results.intervals import Interval, accuracy_interval
+from finetune.metrics.collapse import is_constant
+from finetune.metrics.intervals import Interval, accuracy_interval
 from finetune.task_kind import Direction, Loss, LossOptions, Prediction, TaskKind
 
 _BLANK = "_"

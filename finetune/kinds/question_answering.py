@@ -21,7 +21,7 @@ from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder, Tokens
 from finetune.encoding.examples import Batch, Example, padding_last
 from finetune.encoding.windows import windows
-from finetune.results.calibration import confidence_losses
+from finetune.metrics.calibration import confidence_losses
 from finetune.task_kind import Direction, Loss, LossOptions, Prediction, TaskKind
 
 

@@ -20,10 +20,10 @@ from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Batch, Example, Padding, padding_last
 from finetune.encoding.windows import most_context, windows
 from finetune.kinds.classification import balanced_weights
-from finetune.results.calibration import confidence_losses
-from finetune.results.collapse import is_constant
-from finetune.results.label_scores import LabelScores, scores_of_counts
-from finetune.results.metrics import confusion_matrix
+from finetune.metrics.calibration import confidence_losses
+from finetune.metrics.collapse import is_constant
+from finetune.metrics.label_scores import LabelScores, scores_of_counts
+from finetune.metrics.scores import confusion_matrix
 from finetune.task_kind import Direction, Loss, LossOptions, Prediction, TaskKind
 
 _NO_TAG = -100  # target of a token that carries none

@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 from experiment.files import write_json
 from experiment.run_folder import RunFolder
 from finetune.config import FinetuneConfig
+from finetune.metrics.label_scores import top_confusions
+from finetune.metrics.scores import summarize
 from finetune.results.figures import draw_confusion, draw_curves
-from finetune.results.label_scores import top_confusions
-from finetune.results.metrics import summarize
-from finetune.results.seed_run import SeedRecord
+from finetune.seed_run import SeedRecord
 
 
 def write_results(

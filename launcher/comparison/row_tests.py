@@ -1,4 +1,4 @@
-"""Which rows of a comparison differ by more than chance, see `finetune.results.bootstrap`."""
+"""Which rows of a comparison differ by more than chance, see `finetune.metrics.bootstrap`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from rich.progress import track
 
 from experiment.errors import UserError
 from experiment.tracking.console import terminal
-from finetune.results.bootstrap import Difference, Scores, bootstrap_scores, compare_scores, draw_records
+from finetune.metrics.bootstrap import Difference, Scores, bootstrap_scores, compare_scores, draw_records
 from finetune.results.scored_split import ScoredSplit, read_scored_split
 from launcher.comparison.cell_scores import CellScores
 

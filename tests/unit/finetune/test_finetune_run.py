@@ -22,12 +22,12 @@ from experiment.errors import UserError
 from experiment.run_folder import RunFolder, open_run_folder
 from experiment.run_lock import is_locked, lock_run
 from finetune import run as run_module
+from finetune import seed_run
 from finetune.device import Device
 from finetune.kinds.classification import Kind
 from finetune.predictor import Predictor
-from finetune.results import seed_run
-from finetune.results.seed_run import finished_seeds
 from finetune.run import finetune
+from finetune.seed_run import finished_seeds
 from launcher.cli import main
 from small_disk import SmallDisk
 

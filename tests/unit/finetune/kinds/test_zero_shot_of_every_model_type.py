@@ -12,10 +12,10 @@ from finetune.data.records import Record, Table
 from finetune.device import Device
 from finetune.encoding.encoder import Tokens
 from finetune.encoding.examples import Example, Padding, Split, collate
+from finetune.inference import Inference
 from finetune.kinds.cloze import Config, Kind, _Blank, _Masked
 from finetune.splits import Task
 from finetune.training.compatibility import adapt_to_model
-from finetune.training.evaluation import Inference
 from finetune.training.microbatch import Microbatch
 from tiny_models import tiny_fields
 

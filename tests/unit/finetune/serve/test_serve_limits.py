@@ -12,8 +12,8 @@ import pytest
 from serving_clients import Connect
 from starlette.testclient import TestClient
 
+from finetune.inference import Inference
 from finetune.serve.logs import JsonFormatter
-from finetune.training.evaluation import Inference
 
 JSON = {"Content-Type": "application/json"}
 DEEP = b'{"records": [{"text": ' + b"[" * 20_000 + b"]" * 20_000 + b"}]}"

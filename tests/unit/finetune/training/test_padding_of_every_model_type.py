@@ -18,11 +18,12 @@ from finetune.data.records import Record, Table
 from finetune.device import Device
 from finetune.encoding.encoder import Tokens
 from finetune.encoding.examples import Example, Padding, Split
+from finetune.inference import Inference
 from finetune.kinds.classification import Config, Kind
 from finetune.splits import Task
 from finetune.task_kind import find_kind
 from finetune.training.compatibility import adapt_to_model
-from finetune.training.evaluation import Inference, evaluate
+from finetune.training.evaluation import evaluate
 from finetune.training.microbatch import Microbatch
 from tiny_models import tiny_fields
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy.special import softmax
 
-from finetune.results.calibration import (
+from finetune.metrics.calibration import (
     Classified,
     calibrate,
     calibration_error,

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
-from finetune.results.label_scores import label_scores, top_confusions
+from finetune.metrics.label_scores import label_scores, top_confusions
 
 LABELS = ("a", "b", "c", "d")
 

@@ -2,7 +2,7 @@ import pytest
 
 from finetune.data.records import Record
 from finetune.kinds.classification import Config, Kind
-from finetune.results.collapse import is_constant
+from finetune.metrics.collapse import is_constant
 
 
 @pytest.mark.parametrize(

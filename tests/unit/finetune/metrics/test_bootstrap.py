@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from finetune.results.bootstrap import Difference, Score, bootstrap_scores, compare_scores, draw_records
+from finetune.metrics.bootstrap import Difference, Score, bootstrap_scores, compare_scores, draw_records
 
 RECORDS = 400
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from finetune.results.metrics import classification_scores, confusion_matrix, summarize
+from finetune.metrics.scores import classification_scores, confusion_matrix, summarize
 
 
 def test_scores_of_a_case_counted_by_hand() -> None:

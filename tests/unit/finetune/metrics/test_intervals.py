@@ -3,7 +3,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from finetune.results.intervals import accuracy_interval
+from finetune.metrics.intervals import accuracy_interval
 
 
 def test_independent_questions_have_wilsons_interval() -> None:

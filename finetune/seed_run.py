@@ -21,10 +21,10 @@ from finetune.config import FinetuneConfig
 from finetune.data.records import Table
 from finetune.device import Device
 from finetune.encoding.tokenizer import load_task_tokenizer
+from finetune.metrics.calibration import measure_calibration
+from finetune.metrics.label_scores import LabelScores
 from finetune.model import ModelSpec, build_model, model_files, save_model
-from finetune.results.calibration import measure_calibration
 from finetune.results.epoch_table import print_epochs
-from finetune.results.label_scores import LabelScores
 from finetune.results.predictions import save_predictions, write_predictions
 from finetune.results.row_file import write_rows
 from finetune.results.worst_rows import write_worst_rows
