@@ -7,12 +7,13 @@ the checksums of all its other files and is written last.
 import json
 import logging
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from experiment.errors import UserError
-from experiment.files import checksum, fsync_tree, write_json, write_text
+from experiment.files import checksum, fsync_tree, json_digest, write_json, write_text
 
 log = logging.getLogger(__name__)
 
@@ -135,6 +136,30 @@ def verify(checkpoint: Path, below: str = "") -> str | None:
         if found != expected:
             return f"{name} has checksum {found}, expected {expected}"
     return None
+
+
+def weights_digest(checkpoint: Path) -> str:
+    """Identifies the contents of a complete checkpoint's Hugging Face folder. Raises OSError or ValueError if its
+    COMPLETE file cannot be read, as after the checkpoint was deleted."""
+    checksums: dict[str, str] = json.loads((checkpoint / _COMPLETE).read_text(encoding="utf-8"))
+    return json_digest({name: value for name, value in checksums.items() if name.startswith("hf/")})
+
+
+def link_model(checkpoint: Path, folder: Path) -> None:
+    """Make `folder` a complete checkpoint that has only the Hugging Face folder, which stays when the original is
+    deleted. Its files are hard links, or copies on a file system without them; they must not be changed."""
+    for source in [*sorted((checkpoint / "hf").rglob("*")), checkpoint / _COMPLETE]:
+        if source.is_dir():
+            continue
+        target = folder / source.relative_to(checkpoint)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+        try:
+            target.hardlink_to(source)
+        except FileNotFoundError:
+            raise
+        except OSError:
+            shutil.copyfile(source, target)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

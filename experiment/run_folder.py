@@ -42,6 +42,11 @@ class RunFolder:
         return self.path / "launch.jsonl"
 
     @property
+    def downstream(self) -> Path:
+        """Scores of checkpoints on tasks, written by `deepcloze watch`, see `tracking.downstream`."""
+        return self.path / "downstream"
+
+    @property
     def stop(self) -> Path:
         """Created by the user, or by the launcher on a signal: save a checkpoint and stop."""
         return self.path / "STOP"

@@ -1,4 +1,7 @@
-"""`RUN/metrics.jsonl`: one JSON object per event, one event per line, in the order of the steps."""
+"""`RUN/metrics.jsonl`: one JSON object per event, one event per line.
+
+The events of training are in the order of the steps; the scores of `deepcloze watch` come later than their steps.
+"""
 
 import errno
 import json

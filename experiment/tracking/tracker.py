@@ -39,12 +39,14 @@ class TrackedRun:
     unit: str = "step"  # what the console calls a step
 
 
-def open_trackers(config: TrackingConfig, folder: RunFolder, run: TrackedRun) -> Tracker:
-    """Open the trackers that `config` enables, as one."""
+def open_trackers(config: TrackingConfig, folder: RunFolder, run: TrackedRun, console: bool = True) -> Tracker:
+    """Open the trackers that `config` enables, as one. console: whether the terminal is one of them."""
     openers: dict[str, Callable[[], Tracker]] = {
-        "the console": lambda: ConsoleTracker(run.total_steps, run.resumed_step, run.unit),
         "metrics.jsonl": lambda: JsonlTracker(folder.metrics, run.resumed_step, run.evaluates_again),
     }
+    if console:
+        shown = {"the console": lambda: ConsoleTracker(run.total_steps, run.resumed_step, run.unit)}
+        openers = {**shown, **openers}
     if config.wandb != "disabled":
         openers["W&B"] = lambda: WandbTracker(config, folder, run.run_id, run.parameters)
     return _TrackerGroup(openers)

@@ -14,6 +14,7 @@ from experiment.device_peaks import peak_flops, peak_memory
 from experiment.outcome_file import Outcome
 from experiment.throughput_meter import Throughput
 from experiment.tracking import Tracker
+from experiment.tracking.downstream import DownstreamLog
 from experiment.tracking.metrics import Metrics
 from pretrain.batching.batch import RankBatch
 from pretrain.engine.engine import Engine, StepResult
@@ -90,6 +91,7 @@ class Trainer:
             self._tracker = open_run_tracker(
                 run, provenance, self._progress.step, stream.steps, self._is_evaluation_missing()
             )
+        self._downstream = DownstreamLog(run.folder)
         self._checkpointer = Checkpointer(run, engine, model.model, hosts, provenance)
         self._recovery = Recovery(config.health, limits)
         self._bad_batches = BadBatchWriter(run.folder, world, stream.corpora, run.tokenizer.decode)
@@ -278,6 +280,7 @@ class Trainer:
                 **({f"tokens/{name}": tokens for name, tokens in by_corpus.items()} if len(by_corpus) > 1 else {}),
             }
         )
+        self._track_downstream()
         self._progress = replace(
             progress,
             loss_sum=progress.loss_sum + interval.loss_sum,
@@ -299,6 +302,12 @@ class Trainer:
         progress = self._progress
         if self._tracker is not None and progress.step > self._logged_step:
             self._tracker.log({"step": progress.step, "tokens": progress.tokens, **metrics})
+
+    def _track_downstream(self) -> None:
+        """Log what `deepcloze watch` has scored since the last log event: events of earlier steps."""
+        if self._tracker is not None:
+            for event in self._downstream.take_new(self._progress.step):
+                self._tracker.log(event)
 
     def _evaluate(self) -> None:
         with self._throughput.paused():

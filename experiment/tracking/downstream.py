@@ -1,0 +1,117 @@
+"""Scores of a run's checkpoints on tasks: the files that `deepcloze watch` writes, and their events.
+
+`RUN/downstream/TASK/step-XXXXXXXX.json` is a `DownstreamResult`, one for each scored checkpoint. Only the process that
+writes metrics.jsonl logs them: rank 0 of the run, or `deepcloze watch` when the run has ended.
+"""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from experiment.files import write_json
+from experiment.run_folder import RunFolder
+from experiment.strict_json import parse_json
+from experiment.tracking.jsonl import read_events
+from experiment.tracking.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+_PREFIX = "downstream/"
+
+
+@dataclass(frozen=True)
+class DownstreamResult:
+    """The scores of one checkpoint on one task."""
+
+    step: int
+    task: str  # as in the name of the folder and of the metrics
+    metric: str  # the primary one
+    lower_is_better: bool  # of the primary metric
+    metrics: dict[str, float]  # on validation, mean over the seeds
+    weights: str  # identifies the checkpoint, see `checkpoints.weights_digest`
+    config: str  # identifies the settings that the scores depend on
+    seconds: float  # that scoring took
+
+    @property
+    def value(self) -> float:
+        """Of the primary metric."""
+        return self.metrics[self.metric]
+
+
+def write_result(folder: RunFolder, result: DownstreamResult) -> None:
+    """Write the file, atomically: it is the record that the checkpoint is scored."""
+    write_json(folder.downstream / result.task / f"step-{result.step:08d}.json", asdict(result))
+
+
+def read_results(folder: RunFolder) -> list[DownstreamResult]:
+    """All results of a run, by task and step. Skips damaged files with a warning."""
+    found = [result for path, _ in _files(folder) if (result := _read(path)) is not None]
+    return sorted(found, key=lambda result: (result.task, result.step))
+
+
+class DownstreamLog:
+    """Which results are not in metrics.jsonl yet, for the process that writes it. Takes a look at a folder if there
+    are none, or no new ones."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+        self._taken: dict[Path, int] = {}  # file -> when it was written, as st_mtime_ns
+
+    def take_new(self, last_step: int) -> list[Metrics]:
+        """The events of results up to `last_step`, in the order of their steps, each once.
+
+        A result that was replaced is new: its checkpoint had other weights before.
+        """
+        try:
+            return [self._event(result) for result in self._new_results(last_step)]
+        except OSError as error:  # a shared disk does not answer for a moment; tried again at the next call
+            log.warning("cannot read the results in %s: %s", self._folder.downstream, error)
+            return []
+
+    def _new_results(self, last_step: int) -> list[DownstreamResult]:
+        changed = [(path, time) for path, time in _files(self._folder) if self._taken.get(path) != time]
+        due = [(path, time) for path, time in changed if _step(path) <= last_step]
+        self._taken |= dict(due)
+        results = [result for path, _ in due if (result := _read(path)) is not None]
+        new = [result for result in results if not self._is_logged(result)]
+        return sorted(new, key=lambda result: (result.step, result.task))
+
+    def _is_logged(self, result: DownstreamResult) -> bool:
+        event = self._event(result)
+        return all(self._logged.get((result.step, key)) == event[key] for key in event if key.startswith(_PREFIX))
+
+    def _event(self, result: DownstreamResult) -> Metrics:
+        values = {f"{_PREFIX}{result.task}/{name}": value for name, value in result.metrics.items()}
+        return {"step": result.step, **values}
+
+    @cached_property
+    def _logged(self) -> dict[tuple[int, str], Any]:
+        """(step, key) -> last value in metrics.jsonl when this is first needed."""
+        return {
+            (event["step"], key): value
+            for event in read_events(self._folder.metrics)
+            for key, value in event.items()
+            if key.startswith(_PREFIX)
+        }
+
+
+def _files(folder: RunFolder) -> Iterator[tuple[Path, int]]:
+    """The files of results, and when they were written."""
+    for path in sorted(folder.downstream.glob("*/step-*.json")):
+        if path.stem.removeprefix("step-").isdecimal():
+            yield path, path.stat().st_mtime_ns
+
+
+def _step(path: Path) -> int:
+    return int(path.stem.removeprefix("step-"))
+
+
+def _read(path: Path) -> DownstreamResult | None:
+    try:
+        return DownstreamResult(**parse_json(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        log.warning("skipping the damaged result %s: %s", path, error)
+        return None
