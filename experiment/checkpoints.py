@@ -141,7 +141,9 @@ def verify(checkpoint: Path, below: str = "") -> str | None:
 def weights_digest(checkpoint: Path) -> str:
     """Identifies the contents of a complete checkpoint's Hugging Face folder. Raises OSError or ValueError if its
     COMPLETE file cannot be read, as after the checkpoint was deleted."""
-    checksums: dict[str, str] = json.loads((checkpoint / _COMPLETE).read_text(encoding="utf-8"))
+    checksums = json.loads((checkpoint / _COMPLETE).read_text(encoding="utf-8"))
+    if not isinstance(checksums, dict):
+        raise ValueError(f"its {_COMPLETE} file lists no checksums")
     return json_digest({name: value for name, value in checksums.items() if name.startswith("hf/")})
 
 

@@ -37,8 +37,8 @@ def read_mail_settings(environ: Mapping[str, str] = os.environ) -> MailSettings:
     port = environ.get(_PREFIX + "PORT") or str(_PORT)
     if not port.isdecimal() or not 0 < int(port) < 65536:
         raise UserError(f"{_PREFIX}PORT: expected a port number, found '{port}'")
-    assert values["HOST"] and values["FROM"]
-    return MailSettings(values["HOST"], int(port), values["FROM"], values["USER"] or None, values["PASSWORD"] or None)
+    host, sender, user, password = values.values()
+    return MailSettings(str(host), int(port), str(sender), user or None, password or None)
 
 
 def send_mail(settings: MailSettings, to: str, subject: str, text: str) -> None:

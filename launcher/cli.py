@@ -22,6 +22,7 @@ from launcher.options import (
     PretrainOptions,
     ReportOptions,
     SweepOptions,
+    WatchOptions,
 )
 from launcher.signal_handlers import ignore_stop_signals
 from pretrain.corpus.options import CorpusOptions, PythonDocsOptions, TokenizerOptions
@@ -235,6 +236,21 @@ def compare(options: CompareOptions) -> None:
     launch_comparison(options)
 
 
+def watch(options: WatchOptions) -> None:
+    """Score every new checkpoint of a running pretraining on a task.
+
+    Fine-tunes each complete checkpoint once, oldest first, and logs its scores on validation by step, as
+    downstream/TASK/METRIC, to the metrics and trackers of the run. Ends when the run is done. Run the same command
+    again to resume. See docs/watching.md.
+
+    Example:
+        deepcloze watch runs/first --task my-task.yaml --probe
+    """
+    from launcher.watching.watch import watch_run
+
+    watch_run(options)
+
+
 def report(options: ReportOptions) -> None:
     """Write the HTML report of a run: curves and tables.
 
@@ -277,6 +293,7 @@ COMMANDS: dict[str, Command] = {
         serve,
         sweep,
         compare,
+        watch,
         report,
     )
 }
@@ -298,7 +315,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(stopped) or "stopped; run the same command again to resume", 75)
     except KeyboardInterrupt:
         ignore_stop_signals()
-        return _fail("interrupted", 75 if argv[0] in ("pretrain", "sweep", "compare") else 130)
+        return _fail("interrupted", 75 if argv[0] in ("pretrain", "sweep", "compare", "watch") else 130)
     except Exception as error:
         if (message := describe_disk_error(error)) is None:
             raise

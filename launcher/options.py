@@ -138,6 +138,23 @@ class CompareOptions(LaunchOptions):
     """Any key of the file, for example --run.dir=runs/compare."""
 
 
+class WatchOptions(Section):
+    run: Annotated[str, Positional("RUN")]
+    """Run folder of a pretraining, which may be running on other machines."""
+
+    task: Annotated[str, Metavar("FILE")]
+    """The task as YAML, as for `deepcloze finetune`; its run.dir and model.init_from are replaced."""
+
+    probe: bool = False
+    """Fit a linear classifier on the frozen encoder instead: seconds, not minutes. For kind: classification."""
+
+    on_result: Annotated[str | None, Metavar("COMMAND")] = None
+    """Shell command to run after each scored checkpoint, with the result as JSON on its stdin."""
+
+    mail: Annotated[str | None, Metavar("TO")] = None
+    """Address to send each result to; the mail server is set by DEEPCLOZE_SMTP_* variables, see docs/watching.md."""
+
+
 class EvaluateOptions(Section):
     checkpoint: Annotated[str, Metavar("DIR")]
     """Checkpoint of a run, or any Hugging Face folder with a masked-LM head."""

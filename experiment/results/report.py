@@ -5,6 +5,7 @@ import shutil
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from experiment.results.page import Block, Code, Figure, Heading, Table, Text, w
 from experiment.results.plots import INK, Line, Panel, draw_panels
 from experiment.run_folder import RunFolder
 from experiment.strict_json import parse_json
+from experiment.tracking.downstream import DownstreamResult, read_results
 from experiment.tracking.jsonl import Event, read_events
 
 UNKNOWN = "–"
@@ -42,7 +44,7 @@ def write_report(run: str | Path) -> Path:
         raise UserError(f"there is no run folder {folder.path}")
     results = result_blocks(folder, folder.report)  # of fine-tuning: they show the evaluations of each seed
     training = training_blocks(folder, folder.report, held_out=not results)
-    blocks = [*compare_blocks(folder), *results, *training]
+    blocks = [*compare_blocks(folder), *results, *training, *downstream_blocks(folder, folder.report)]
     if not blocks:
         raise UserError(
             f"{folder.path} has nothing to report: neither results.json, compare.json nor an event in "
@@ -114,6 +116,36 @@ def result_blocks(folder: RunFolder, directory: Path, prefix: str = "") -> list[
             shutil.copyfile(folder.path / name, directory / f"{prefix}{name}")
             blocks.append(Figure(f"{prefix}{name}", caption))
     return blocks
+
+
+def downstream_blocks(folder: RunFolder, directory: Path) -> list[Block]:
+    """The scores of the run's checkpoints on tasks, by step, see `deepcloze watch`; empty without any.
+
+    The image is written to `directory`.
+    """
+    results = read_results(folder)
+    if not results:
+        return []
+    by_task = {task: list(group) for task, group in groupby(results, key=lambda result: result.task)}
+    panels = [
+        Panel(metric, [_task_line(task, group) for task, group in by_task.items() if group[-1].metric == metric])
+        for metric in dict.fromkeys(result.metric for result in results)
+    ]
+    draw_panels(directory / "downstream.png", panels)
+    caption = "Scores of the checkpoints on validation"
+    rows = [_downstream_row(task, group) for task, group in by_task.items()]
+    table = Table(["task", "metric", "last", "at step", "best", "at step"], rows, labels=2)
+    return [Heading("Downstream tasks"), table, Figure("downstream.png", caption)]
+
+
+def _task_line(task: str, results: Sequence[DownstreamResult]) -> Line:
+    return Line(task, [result.step for result in results], [result.value for result in results], marked=True)
+
+
+def _downstream_row(task: str, results: Sequence[DownstreamResult]) -> list[str]:
+    last = results[-1]
+    best = (min if last.lower_is_better else max)(results, key=lambda result: result.value)
+    return [task, last.metric, f"{last.value:.4f}", f"{last.step:,}", f"{best.value:.4f}", f"{best.step:,}"]
 
 
 def compare_blocks(folder: RunFolder) -> list[Block]:

@@ -1,0 +1,1 @@
+"""`deepcloze watch`: score the checkpoints of a running pretraining."""

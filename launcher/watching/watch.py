@@ -1,0 +1,204 @@
+"""`deepcloze watch`: score each new complete checkpoint of a pretraining once, oldest first.
+
+`RUN/downstream/TASK/step-XXXXXXXX.json` is the record that a checkpoint is scored. The events go to metrics.jsonl and
+Weights & Biases through the process that writes them: rank 0 while the run is running, this one when it has ended.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from experiment.checkpoints import checkpoint_step, complete_checkpoints, weights_digest
+from experiment.config import load_config
+from experiment.disk_errors import stopped_by_disk_errors
+from experiment.errors import UserError
+from experiment.outcome_file import Outcome, read_outcome
+from experiment.provenance import read_provenance
+from experiment.run_folder import RunFolder, open_run_folder
+from experiment.run_lock import is_locked, lock_run
+from experiment.strict_json import parse_json
+from experiment.tracking.downstream import DownstreamLog, DownstreamResult, read_results, write_result
+from experiment.tracking.tracker import TrackedRun, open_trackers
+from launcher.messages import notify
+from launcher.options import WatchOptions
+from launcher.signal_handlers import handle_stop_signals, interrupt
+from launcher.watching.announcement import Announcement, make_announcement
+from launcher.watching.watched_task import ScoringError, WatchedTask, read_watched_task, score_checkpoint
+from pretrain.config import PretrainConfig
+
+_POLL_SECONDS = 3.0
+_ATTEMPTS = 2  # at scoring a checkpoint
+
+Score = Callable[[Path, str, WatchedTask, RunFolder], DownstreamResult]
+
+
+def watch_run(options: WatchOptions) -> None:
+    """Score the checkpoints of a run until it is done.
+
+    Raises UserError, StoppedError if a signal or a full disk stops it, KeyboardInterrupt for a signal while nothing is
+    scored, and SystemExit if checkpoints could not be scored.
+    """
+    with handle_stop_signals(interrupt):
+        run = RunFolder(Path(options.run).absolute())
+        config = read_run_config(run)
+        announcement = make_announcement(options.on_result, options.mail)
+        task = read_watched_task(options.task, options.probe)
+        folder = open_run_folder(run.downstream / task.name)
+        with lock_run(folder), stopped_by_disk_errors("watch: ", "; the same command resumes"):
+            failed = Watch(run, config, task, announcement).finish()
+    if failed:
+        sys.exit(f"deepcloze: watch: {task.name}: could not score step {', '.join(map(str, failed))}")
+
+
+def read_run_config(run: RunFolder) -> PretrainConfig:
+    """The config of a run. Raises UserError if the folder is not one of a pretraining."""
+    if not run.config.is_file():
+        raise UserError(f"{run.path} is not the folder of a pretraining that has started: it has no {run.config.name}")
+    return load_config(PretrainConfig, run.config)
+
+
+class Watch:
+    """Scores the checkpoints of a run on a task. Raises UserError if they were scored with another config before."""
+
+    def __init__(
+        self,
+        run: RunFolder,
+        config: PretrainConfig,
+        task: WatchedTask,
+        announcement: Announcement,
+        score: Score = score_checkpoint,
+        wait: Callable[[], None] = lambda: time.sleep(_POLL_SECONDS),
+    ) -> None:
+        """score: as `score_checkpoint`. wait: until it is time to look again."""
+        self._run = run
+        self._config = config
+        self._task = task
+        self._announcement = announcement
+        self._score = score
+        self._wait = wait
+        self._scored = _read_scored(run, task)  # step -> weights
+        self._failures: dict[tuple[int, str], list[int]] = {}  # (step, weights) -> newest step at each failure
+        self._waiting: set[int] = set()  # steps that were seen and are not scored
+        self._all_logged = False
+
+    def finish(self) -> list[int]:
+        """Return when the run is done and its checkpoints are scored: the steps of those that could not be."""
+        while True:
+            done = is_done(self._run)  # before looking: a run that is done saves no more
+            if (due := self._next_checkpoint(done)) is not None:
+                self._try(*due)
+            logged = self._log_results()
+            if due is None:
+                if done and logged:
+                    return sorted(step for step, _ in self._failures)
+                self._wait()
+
+    def _next_checkpoint(self, done: bool) -> tuple[Path, str, int] | None:
+        """The oldest checkpoint that is due, its weights, and the newest step."""
+        found = {checkpoint_step(path): path for path in complete_checkpoints(self._run.checkpoints)}
+        for step in sorted(self._waiting - found.keys()):
+            notify(f"watch: {self._task.name}: step {step}: skipped: the checkpoint was deleted before it was scored")
+        unscored = {}
+        for step, path in found.items():
+            try:
+                weights = weights_digest(path)
+            except OSError:  # deleted in this moment
+                continue
+            except ValueError:
+                weights = "damaged"  # so scoring it fails
+            if self._scored.get(step) != weights:
+                unscored[step] = (path, weights)
+        newest = max(found, default=-1)
+        self._waiting = {step for step, (_, weights) in unscored.items() if (step, weights) not in self._failures}
+        for step, (path, weights) in unscored.items():
+            if self._is_due(step, weights, newest, done):
+                return path, weights, newest
+        return None
+
+    def _is_due(self, step: int, weights: str, newest: int, done: bool) -> bool:
+        """A failed checkpoint is due again when there is a newer one, or there will be none."""
+        failures = self._failures.get((step, weights), [])
+        return not failures or (len(failures) < _ATTEMPTS and (done or newest > failures[-1]))
+
+    def _try(self, checkpoint: Path, weights: str, newest: int) -> None:
+        step, name = checkpoint_step(checkpoint), self._task.name
+        try:
+            result = self._score(checkpoint, weights, self._task, self._run)
+        except OSError:
+            if checkpoint in complete_checkpoints(self._run.checkpoints):
+                raise
+            return  # it was deleted: `_next_checkpoint` says so
+        except ScoringError as error:
+            failures = self._failures.setdefault((step, weights), [])
+            failures.append(newest)
+            if len(failures) == 1:
+                notify(f"watch: {name}: step {step}: cannot be scored, is tried once more later: {error}")
+            return
+        write_result(self._run, result)
+        self._scored[step], self._all_logged = weights, False
+        self._waiting.discard(step)
+        self._failures.pop((step, weights), None)
+        notify(f"watch: {name}: step {step}: {result.metric} {result.value:.4f} on validation, {result.seconds:,.0f} s")
+        self._announcement.send(self._run, result)
+
+    def _log_results(self) -> bool:
+        """Log what is missing in metrics.jsonl if the run has ended. Returns whether nothing is missing."""
+        if not self._all_logged:
+            self._all_logged = not DownstreamLog(self._run).take_new(sys.maxsize) or self._log_missing()
+        return self._all_logged
+
+    def _log_missing(self) -> bool:
+        """Returns whether this process could log."""
+        if not has_ended(self._run):
+            return False
+        try:
+            with lock_run(self._run):
+                log_results(self._run, self._config)
+        except UserError:  # a process uses the folder: the run has resumed
+            return False
+        return True
+
+
+def log_results(run: RunFolder, config: PretrainConfig) -> None:
+    """Log the results that metrics.jsonl lacks. For the process that has locked the run folder."""
+    provenance, outcome = read_provenance(run), read_outcome(run)
+    assert provenance is not None, "rank 0 writes it before config.yaml"
+    tracked = TrackedRun(
+        run_id=provenance["run_id"],
+        parameters=config.model_dump(mode="json"),
+        total_steps=None,
+        resumed_step=sys.maxsize,  # drop nothing
+    )
+    tracker = open_trackers(config.tracking, run, tracked, console=False)
+    for event in DownstreamLog(run).take_new(sys.maxsize):
+        tracker.log(event)
+    tracker.close(outcome.outcome if outcome is not None else Outcome.FAILED)
+
+
+def has_ended(run: RunFolder) -> bool:
+    """Whether rank 0 has ended properly, and no launcher of this machine may start it again.
+
+    The lock alone does not tell: ranks that were started by `deepspeed` hold none.
+    """
+    try:
+        record = parse_json(run.rank_record(0).read_text(encoding="utf-8"))
+        return record["exit"] is not None and not is_locked(run)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def is_done(run: RunFolder) -> bool:
+    outcome = read_outcome(run)
+    return outcome is not None and outcome.outcome is Outcome.DONE and has_ended(run)
+
+
+def _read_scored(run: RunFolder, task: WatchedTask) -> dict[int, str]:
+    """Step -> weights. Raises UserError if one was scored with another config."""
+    results = [result for result in read_results(run) if result.task == task.name]
+    if any(result.config != task.config for result in results):
+        raise UserError(
+            f"{task.file}: {run.downstream / task.name} has scores of another config, which cannot be compared; set "
+            "task.name to another name, or remove that folder"
+        )
+    return {result.step: result.weights for result in results}

@@ -1,0 +1,125 @@
+"""The task that the checkpoints of a run are scored on, and scoring one of them in a process of its own."""
+
+import re
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from experiment.checkpoints import checkpoint_step, link_model, verify
+from experiment.config import load_config
+from experiment.errors import UserError
+from experiment.files import json_digest, removed_on_error
+from experiment.run_folder import RunFolder
+from experiment.run_lock import is_locked
+from experiment.strict_json import parse_json
+from experiment.tracking.downstream import DownstreamResult
+from finetune.config import FinetuneConfig
+from finetune.task_kind import Direction, find_kind
+from launcher.child_run import DONE, ChildRun, start, wait_for_other_process
+
+_PROBED_KIND = "classification"
+_REPLACED = {"model.weights": "pretrained", "task.test": "null", "tracking.wandb": "disabled", "run.keep": "none"}
+"""Overrides of the task's config. Test is not even read: it must not guide decisions during pretraining."""
+
+_UNSAFE = re.compile(r"[^\w.+-]+")  # not allowed in a folder name
+
+
+class ScoringError(Exception):
+    """A checkpoint could not be scored; the message says why."""
+
+
+@dataclass(frozen=True)
+class WatchedTask:
+    """A task, and how it is scored."""
+
+    file: str
+    name: str  # of its folder and metrics; ends with -probe if it is probed
+    probe: bool
+    metric: str  # the primary one
+    lower_is_better: bool
+    config: str  # identifies the settings that the scores depend on
+
+
+def read_watched_task(file: str, probe: bool) -> WatchedTask:
+    """Raises UserError for a config that cannot be scored on validation."""
+    config = load_config(FinetuneConfig, file, {**_REPLACED, "run.dir": ".", "model.init_from": "."})
+    _check_validation(file, config)
+    task = config.task
+    if probe and task.kind != _PROBED_KIND:
+        raise UserError(f"{file}: task.kind: --probe needs a task of kind '{_PROBED_KIND}', found '{task.kind}'")
+    name = _UNSAFE.sub("-", task.name or Path(file).stem).strip("-.")
+    if not name:
+        raise UserError(f"{file}: task.name: expected a name with letters or digits, found '{task.name}'")
+    settings = config.model_dump(mode="json", exclude={"run": True, "tracking": True, "task": {"name"}})
+    if probe:
+        name, settings = f"{name}-probe", {"task": settings["task"], "model": settings["model"]}
+    direction = find_kind(task.kind).metrics[task.metric]
+    return WatchedTask(file, name, probe, task.metric, direction is Direction.LOWER, json_digest(settings))
+
+
+def _check_validation(file: str, config: FinetuneConfig) -> None:
+    """Raises UserError unless there is a validation split, and the files of the splits exist."""
+    task = config.task
+    if config.training.fit_on != "train":
+        raise UserError(
+            f"{file}: training.fit_on: expected train, found {config.training.fit_on}: validation is scored"
+        )
+    if task.validation is None and not (task.train and find_kind(task.kind).is_trained(task)):
+        raise UserError(f"{file}: task.validation is missing: checkpoints are scored on validation")
+    for split, path in task.files().items():
+        if not Path(path).exists():
+            raise UserError(f"{file}: task.{split}: {path} does not exist")
+
+
+def score_checkpoint(checkpoint: Path, weights: str, task: WatchedTask, run: RunFolder) -> DownstreamResult:
+    """Score a complete checkpoint, which may be deleted meanwhile. weights: see `checkpoints.weights_digest`.
+
+    An interrupted fine-tuning resumes. Raises ScoringError, OSError if the checkpoint is deleted before it is linked,
+    and StoppedError if the process that scores was stopped.
+    """
+    start_time = time.monotonic()
+    work = run.downstream / task.name / "work"
+    folder = work / f"{checkpoint.name}-{weights[:12]}"
+    _remove_leftovers(work, folder)
+    with removed_on_error(folder):
+        link_model(checkpoint, folder)
+        if problem := verify(folder, below="hf"):
+            raise ScoringError(f"the checkpoint is damaged: {problem}")
+    step = checkpoint_step(checkpoint)
+    child = ChildRun("watch", f"{task.name}: step {step}", RunFolder(folder / "run"), _argv(task, folder))
+    wait_for_other_process(child)
+    state = start(child)
+    if state != DONE:
+        raise ScoringError(state)
+    metrics = _read_metrics(folder / "run" / "results.json")
+    shutil.rmtree(folder, ignore_errors=True)
+    seconds = round(time.monotonic() - start_time, 1)
+    return DownstreamResult(step, task.name, task.metric, task.lower_is_better, metrics, weights, task.config, seconds)
+
+
+def _remove_leftovers(work: Path, kept: Path) -> None:
+    """Of a watch that was killed, unless its last process still runs."""
+    for folder in work.glob("*"):
+        if folder != kept and not is_locked(RunFolder(folder / "run")):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _argv(task: WatchedTask, folder: Path) -> tuple[str, ...]:
+    overrides = {**_REPLACED, "model.init_from": str(folder / "hf"), "run.dir": str(folder / "run")}
+    assignments = [f"{key}={value}" for key, value in overrides.items()]
+    if task.probe:
+        return (sys.executable, "-m", "finetune.probe", task.file, *assignments)
+    flags = (f"--{assignment}" for assignment in assignments)
+    return (sys.executable, "-m", "launcher", "finetune", "--config", task.file, *flags)
+
+
+def _read_metrics(path: Path) -> dict[str, float]:
+    """Metric -> its mean over the seeds on validation. Raises ScoringError."""
+    try:
+        splits: Mapping[str, Mapping[str, Mapping[str, float]]] = parse_json(path.read_text("utf-8"))["splits"]
+        return {metric: scores["mean"] for metric, scores in splits["validation"].items()}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ScoringError(f"{path} has no scores on validation; has the split labels?") from None
