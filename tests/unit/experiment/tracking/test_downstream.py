@@ -1,0 +1,88 @@
+"""Results of `deepcloze watch`, logged by the process that writes the metrics."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from experiment.run_folder import RunFolder, open_run_folder
+from experiment.tracking.downstream import DownstreamLog, DownstreamResult, read_results, write_result
+from experiment.tracking.jsonl import JsonlTracker, read_events
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    return open_run_folder(tmp_path / "run")
+
+
+def result(step: int, value: float = 0.5, task: str = "toy") -> DownstreamResult:
+    return DownstreamResult(step, task, "accuracy", False, {"accuracy": value, "macro_f1": value}, "w", "c", 1.0)
+
+
+def event(step: int, value: float = 0.5, task: str = "toy") -> dict[str, float]:
+    return {"step": step, f"downstream/{task}/accuracy": value, f"downstream/{task}/macro_f1": value}
+
+
+def test_each_result_is_logged_once_and_not_before_its_step(run: RunFolder) -> None:
+    """Catches a curve with points twice, in any order, or of steps that the run has not reached."""
+    log = DownstreamLog(run)
+    assert log.take_new(100) == []
+    for step in (200, 100, 300):
+        write_result(run, result(step))
+    write_result(run, result(100, task="other"))
+    assert log.take_new(250) == [event(100, task="other"), event(100), event(200)]
+    assert log.take_new(250) == []
+    assert log.take_new(300) == [event(300)]
+
+
+def test_a_resumed_run_logs_what_it_has_dropped(run: RunFolder) -> None:
+    """Catches scores lost by a resume, and those of earlier steps logged twice."""
+    for step in (100, 200):
+        write_result(run, result(step))
+    tracker = JsonlTracker(run.metrics, -1)
+    tracker.log({"step": 250, "loss": 1.0})
+    for found in DownstreamLog(run).take_new(250):
+        tracker.log(found)  # later than the event of a later step
+    tracker = JsonlTracker(run.metrics, resumed_step=150)
+    assert read_events(run.metrics) == [event(100)]
+    log = DownstreamLog(run)
+    assert log.take_new(160) == []
+    assert log.take_new(200) == [event(200)]
+
+
+def test_a_replaced_result_is_logged_again(run: RunFolder) -> None:
+    """Catches the score of a checkpoint that no longer exists staying in the curve."""
+    write_result(run, result(100))
+    log = DownstreamLog(run)
+    assert log.take_new(100) == [event(100)]
+    write_result(run, result(100, 0.75))
+    os.utime(run.downstream / "toy" / "step-00000100.json", ns=(1, 1))  # a clock that has few digits
+    assert log.take_new(100) == [event(100, 0.75)]
+
+
+def test_damaged_and_foreign_files_are_skipped(run: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
+    """Catches a pretraining that stops because of a file of another command."""
+    write_result(run, result(100))
+    folder = run.downstream / "toy"
+    for name, text in (("step-00000200.json", "{"), ("step-00000300.json", '{"step": 300}'), ("step-x.json", "{}")):
+        (folder / name).write_text(text)
+    assert DownstreamLog(run).take_new(1000) == [event(100)]
+    assert read_results(run) == [result(100)]
+    assert "step-00000200.json" in caplog.text
+
+
+def test_an_unreadable_folder_is_a_warning(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches a pretraining that stops because a shared disk does not answer for a moment."""
+    write_result(run, result(100))
+    log = DownstreamLog(run)
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("no answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", fail)
+        assert log.take_new(100) == []
+    assert "no answer" in caplog.text
+    assert log.take_new(100) == [event(100)]

@@ -1,0 +1,194 @@
+"""Which checkpoints `deepcloze watch` scores and logs, with a stand-in for scoring."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from experiment.checkpoints import checkpoint_step
+from experiment.errors import UserError
+from experiment.outcome_file import Outcome
+from experiment.run_folder import RunFolder
+from experiment.run_lock import lock_run
+from experiment.tracking.downstream import DownstreamLog, DownstreamResult, read_results
+from experiment.tracking.jsonl import JsonlTracker, read_events
+from launcher.watching.announcement import Announcement
+from launcher.watching.watch import Watch, read_run_config
+from launcher.watching.watched_task import ScoringError, WatchedTask
+
+TASK = WatchedTask("toy.yaml", "toy", False, "accuracy", False, "config")
+
+Save = Callable[..., Path]
+End = Callable[..., None]
+
+
+class Scorer:
+    """Scores a checkpoint by its step, and keeps the steps. before: is called with each step first."""
+
+    def __init__(self, before: Callable[[int], object] = lambda step: None) -> None:
+        self.steps: list[int] = []
+        self._before = before
+
+    def __call__(self, checkpoint: Path, weights: str, task: WatchedTask, run: RunFolder) -> DownstreamResult:
+        step = checkpoint_step(checkpoint)
+        self.steps.append(step)
+        self._before(step)
+        return DownstreamResult(step, task.name, task.metric, False, {"accuracy": step / 1000}, weights, "config", 1.0)
+
+
+def watch(run: RunFolder, scorer: Scorer, *while_idle: Callable[[], object], task: WatchedTask = TASK) -> list[int]:
+    """Watch until the run is done. Whenever there is nothing to do, the next of `while_idle` happens."""
+    happens = iter(while_idle)
+    return Watch(run, read_run_config(run), task, Announcement(), scorer, lambda: next(happens)()).finish()
+
+
+def logged(run: RunFolder) -> list[tuple[int, float]]:
+    """(step, score) of the events, in their order in the file."""
+    key = "downstream/toy/accuracy"
+    return [(event["step"], event[key]) for event in read_events(run.metrics) if key in event]
+
+
+def test_each_complete_checkpoint_is_scored_once(run: RunFolder, save: Save, end: End) -> None:
+    """Catches a checkpoint that is scored twice, never, or before its save has finished, and the newest one first."""
+    save(100)
+    save(200)
+    save(300, complete=False)
+    scorer = Scorer()
+    assert watch(run, scorer, lambda: save(300), end) == []
+    assert scorer.steps == [100, 200, 300]
+    assert [(result.step, result.value) for result in read_results(run)] == [(100, 0.1), (200, 0.2), (300, 0.3)]
+    assert logged(run) == [(100, 0.1), (200, 0.2), (300, 0.3)]
+    assert [event["loss"] for event in read_events(run.metrics) if "loss" in event] == [5.0, 4.0]
+
+
+def test_a_restart_scores_only_what_is_new(run: RunFolder, save: Save, end: End) -> None:
+    """Catches a restart that scores everything again, or logs it twice."""
+    save(100)
+    end()
+    watch(run, Scorer())
+    save(200)
+    scorer = Scorer()
+    watch(run, scorer)
+    assert scorer.steps == [200]
+    assert logged(run) == [(100, 0.1), (200, 0.2)]
+
+
+def test_other_weights_of_a_step_are_scored(run: RunFolder, save: Save, end: End) -> None:
+    """Catches the scores of a run that was rewound shown for the checkpoints that it saves later."""
+    save(100)
+    scorer = Scorer()
+    watch(run, scorer, lambda: save(100, "others"), end)
+    assert scorer.steps == [100, 100]
+    save(100, "others")  # saved again, the same
+    watch(run, scorer)
+    assert scorer.steps == [100, 100]
+
+
+def test_a_checkpoint_that_is_deleted_is_skipped(
+    run: RunFolder, save: Save, end: End, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a watch that ends, or says nothing, because retention deletes what it has not scored yet."""
+    paths = [save(step) for step in (100, 200, 300)]
+
+    def delete(step: int) -> None:
+        if step == 100:
+            shutil.rmtree(paths[1])
+        if step == 300:
+            shutil.rmtree(paths[2])
+            raise FileNotFoundError(paths[2])
+
+    scorer = Scorer(delete)
+    assert watch(run, scorer, end) == []
+    assert scorer.steps == [100, 300]
+    said = capsys.readouterr().err
+    for step in (200, 300):
+        assert said.count(f"toy: step {step}: skipped: the checkpoint was deleted before it was scored") == 1
+
+
+def test_a_run_that_ends_while_its_checkpoint_is_scored(run: RunFolder, save: Save, end: End) -> None:
+    """Catches the last checkpoint lost because it is saved, and the run ends, while an earlier one is scored."""
+    save(100)
+
+    def finish(step: int) -> None:
+        if step == 100:
+            save(200)
+            end()
+
+    scorer = Scorer(finish)
+    watch(run, scorer)
+    assert scorer.steps == [100, 200]
+    assert logged(run) == [(100, 0.1), (200, 0.2)]
+
+
+def test_failures_are_tried_once_more(run: RunFolder, save: Save, end: End, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a failure that ends the watch, is tried for ever, never again, or hidden at the end."""
+    save(100)
+
+    def fail(step: int) -> None:
+        if step == 100 or scorer.steps.count(step) == 1:
+            raise ScoringError("out of memory")
+
+    scorer = Scorer(fail)
+    assert watch(run, scorer, lambda: save(200), end) == [100]
+    assert scorer.steps == [100, 100, 200, 200]
+    assert [result.step for result in read_results(run)] == [200]
+    said = capsys.readouterr().err
+    assert said.count("step 100: cannot be scored, is tried once more later: out of memory") == 1
+
+
+def test_a_stopped_run_is_waited_for(run: RunFolder, save: Save, end: End) -> None:
+    """Catches a watch that ends with a run that will resume, scores of it that nobody logs, and a watch that writes
+    the metrics of a running one that `deepspeed` has started, which holds no lock."""
+    save(100)
+    seen: list[list[tuple[int, float]]] = []
+
+    def look() -> None:
+        seen.append(logged(run))
+
+    watch(run, Scorer(), look, partial(end, Outcome.STOPPED), look, end)
+    assert seen == [[], [(100, 0.1)]]
+
+
+def test_only_one_process_writes_the_metrics(run: RunFolder, save: Save, end: End) -> None:
+    """Catches a watch that replaces metrics.jsonl under a running rank 0, which then writes to a file without name."""
+    save(100)
+    rank0 = JsonlTracker(run.metrics, resumed_step=200)
+    file = run.metrics.stat().st_ino
+    downstream = DownstreamLog(run)
+
+    def log_at_step(step: int) -> None:
+        assert run.metrics.stat().st_ino == file
+        for event in downstream.take_new(step):
+            rank0.log(event)
+
+    launcher = ExitStack()
+    launcher.enter_context(lock_run(run))
+    watch(run, Scorer(), lambda: log_at_step(300), end, launcher.close)
+    assert run.metrics.stat().st_ino == file
+    assert logged(run) == [(100, 0.1)]
+
+
+def test_another_config_is_rejected(run: RunFolder, save: Save, end: End) -> None:
+    """Catches one curve of scores that were measured differently."""
+    save(100)
+    end()
+    watch(run, Scorer())
+    with pytest.raises(UserError, match="has scores of another config"):
+        watch(run, Scorer(), task=replace(TASK, config="other"))
+    watch(run, Scorer(), task=replace(TASK, config="other", name="toy-2"))
+
+
+def test_scores_reach_the_trackers_after_a_failed_run(run: RunFolder, save: Save, end: End) -> None:
+    """Catches an outcome file that is missing or says that the run failed, which keeps its scores from the curve."""
+    save(100)
+    end(Outcome.FAILED)
+    watch(run, Scorer(), end)
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert lines[-1] == {"step": 100, "downstream/toy/accuracy": 0.1}
+    assert DownstreamLog(run).take_new(sys.maxsize) == []
