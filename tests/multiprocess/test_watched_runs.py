@@ -1,0 +1,96 @@
+"""`deepcloze watch` beside a pretraining."""
+
+import csv
+import random
+import signal
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+
+from experiment.checkpoints import checkpoint_step, complete_checkpoints
+from experiment.run_folder import RunFolder
+from experiment.tracking.downstream import read_results
+from experiment.tracking.jsonl import read_events
+from launches import LONG, Start, config_file, wait_for_exit, wait_for_file
+from waiting import wait_until
+
+KEY = "downstream/toy-probe/accuracy"
+
+
+def task_file(folder: Path) -> Path:
+    for seed, split in enumerate(("train", "validation")):
+        draw = random.Random(seed)
+        rows = [
+            (label, "".join(draw.choices(letters, k=8))) for label, letters in [("low", "abc"), ("high", "xyz")] * 9
+        ]
+        with (folder / f"{split}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([("label", "text"), *rows])
+    task = {split: str(folder / f"{split}.csv") for split in ("train", "validation")}
+    tree = {"run": {"dir": "replaced"}, "model": {"init_from": "replaced", "max_seq_length": 16}}
+    tree |= {"task": {**task, "columns": {"label": "label", "text": "text"}}, "training": {"precision": "fp32"}}
+    path = folder / "toy.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+@pytest.mark.soak
+def test_a_running_pretraining_is_watched(start: Start, wordpiece_corpus: Path, tmp_path: Path) -> None:
+    """Catches scores that rank 0 does not log, or a stopped run lacks; a wrong exit code; and a checkpoint that is
+    scored or logged twice, in spite of retention and of restarts of both."""
+    config = config_file(
+        tmp_path, wordpiece_corpus, schedule__steps=LONG, checkpoint__every_steps=20, checkpoint__keep_last=2
+    )
+    run = RunFolder(tmp_path / "run")
+    pretrain = (sys.executable, "-m", "launcher", "pretrain", "--config", str(config), "--num_gpus", "1")
+    watch = (sys.executable, "-m", "launcher", "watch", str(run.path), "--task", str(task_file(tmp_path)), "--probe")
+
+    def logged() -> list[int]:
+        return [event["step"] for event in read_events(run.metrics) if KEY in event]
+
+    training = start(*pretrain)
+    wait_for_file(run.config, training)
+    watching = start(*watch)
+    wait_until(logged, training)  # by rank 0
+    run.stop.touch()
+    code, output = wait_for_exit(training)
+    assert code == 75, output
+    last = checkpoint_step(complete_checkpoints(run.checkpoints)[-1])
+    wait_until(lambda: last in logged(), watching)  # by watch
+    watching.send_signal(signal.SIGTERM)
+    code, output = wait_for_exit(watching)
+    assert code == 75, output
+    assert "Traceback" not in output
+    assert f"toy-probe: step {last}: accuracy" in output
+    scored = logged()
+
+    watching = start(*watch)
+    training = start(*pretrain)
+    wait_until(lambda: len(logged()) > len(scored), training)
+    run.stop.touch()
+    wait_for_exit(training)
+    wait_until(lambda: sorted(logged()) == [result.step for result in read_results(run)][: len(logged())], watching)
+    watching.send_signal(signal.SIGINT)
+    code, output = wait_for_exit(watching)
+    assert code == 75, output
+    assert not any(f"step {step}: accuracy" in output for step in scored)
+    assert max(Counter(logged()).values()) == 1
+    losses = [event["step"] for event in read_events(run.metrics) if "loss" in event]
+    assert losses == list(range(1, losses[-1] + 1))
+
+
+@pytest.mark.soak
+def test_a_run_that_is_done_is_fine_tuned(start: Start, wordpiece_corpus: Path, tmp_path: Path) -> None:
+    """Catches a command for fine-tuning that does not start, and a watch that never ends."""
+    config = config_file(tmp_path, wordpiece_corpus, checkpoint__every_steps=3)
+    run = RunFolder(tmp_path / "run")
+    code, output = wait_for_exit(start(sys.executable, "-m", "launcher", "pretrain", "--config", str(config)))
+    assert code == 0, output
+    task = task_file(tmp_path)
+    code, output = wait_for_exit(start(sys.executable, "-m", "launcher", "watch", str(run.path), "--task", str(task)))
+    assert code == 0, output
+    assert [result.step for result in read_results(run)] == [3, 6]
+    events = [event for event in read_events(run.metrics) if "downstream/toy/accuracy" in event]
+    assert [event["step"] for event in events] == [3, 6]

@@ -1,0 +1,67 @@
+"""A linear probe of a tiny encoder."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from transformers import AutoModel, AutoTokenizer
+
+from experiment.config import load_config
+from finetune.config import FinetuneConfig
+from finetune.model import build_model
+from finetune.probe import MeanPooled, features, main, probe
+from finetune.run import prepare, resolve_paths
+
+
+@pytest.fixture
+def task(tmp_path: Path, encoder: Path, task_files: dict[str, str]) -> Path:
+    tree = {
+        "run": {"dir": str(tmp_path / "run")},
+        "task": {**task_files, "columns": {"label": "label", "text": "text"}},
+        "model": {"init_from": str(encoder), "max_seq_length": 16},
+        "training": {"precision": "fp32"},
+    }
+    path = tmp_path / "toy.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def read(task: Path) -> FinetuneConfig:
+    return resolve_paths(load_config(FinetuneConfig, task), default_name="toy")
+
+
+def test_a_probe_separates_what_the_encoder_separates(task: Path) -> None:
+    """Catches labels in another order than their rows, features of other rows, and a score on train."""
+    scores = probe(read(task))
+    assert set(scores) == {"accuracy", "macro_f1", "weighted_f1", "uar", "matthews"}
+    assert scores["accuracy"] > 0.85
+    assert scores == probe(read(task))
+
+
+def test_features_are_the_mean_over_the_tokens(task: Path, encoder: Path) -> None:
+    """Catches padding in the mean, hidden states of another layer, and rows in the order of their lengths."""
+    setup = prepare(read(task))
+    model = MeanPooled(build_model(setup.model).model.base_model).eval()
+    split = setup.task.splits["validation"]
+    found = features(model, split, setup)
+    tokenizer, alone = AutoTokenizer.from_pretrained(encoder), AutoModel.from_pretrained(encoder).eval()
+    assert len({example.longest for example in split.examples}) > 1
+    for record, row in list(zip(split.table.records, found, strict=True))[:8]:
+        with torch.no_grad():
+            hidden = alone(**tokenizer(record.values["text"], return_tensors="pt")).last_hidden_state[0]
+        np.testing.assert_allclose(row, hidden.mean(dim=0).numpy(), atol=1e-5)
+
+
+def test_the_process_writes_results_or_says_why_not(
+    task: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches scores that `deepcloze watch` does not find, and a traceback for a mistake."""
+    assert main([str(task), f"run.dir={tmp_path / 'probe'}", "task.test=null"]) == 0
+    results = json.loads((tmp_path / "probe" / "results.json").read_text())
+    assert list(results["splits"]) == ["validation"]
+    assert results["splits"]["validation"]["accuracy"]["mean"] > 0.85
+    assert main([str(task), "model.init_from=/nowhere"]) == 2
+    assert "deepcloze: model.init_from: /nowhere does not exist" in capsys.readouterr().err
