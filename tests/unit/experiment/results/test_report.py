@@ -10,6 +10,7 @@ from experiment.files import write_json
 from experiment.provenance import write_provenance
 from experiment.results.page import Figure, Table, write_page
 from experiment.results.report import (
+    downstream_blocks,
     evaluated_corpora,
     held_out_table,
     result_blocks,
@@ -18,6 +19,7 @@ from experiment.results.report import (
     write_report,
 )
 from experiment.run_folder import RunFolder, open_run_folder
+from experiment.tracking.downstream import DownstreamResult, write_result
 
 
 def training(step: int, **figures: Any) -> dict[str, Any]:
@@ -53,6 +55,25 @@ def run_with(path: Path, events: list[dict[str, Any]]) -> RunFolder:
     folder = open_run_folder(path / "my-run")
     folder.metrics.write_text("".join(json.dumps(event) + "\n" for event in events))
     return folder
+
+
+def test_downstream_tasks(tmp_path: Path) -> None:
+    """Catches the best score of a metric for which lower is better, a plot of two metrics on one axis, and a last score
+    that is the last to be written."""
+    folder = run_with(tmp_path, [training(1)])
+    for step, accuracy, error in ((300, 0.8, 0.5), (100, 0.9, 0.7), (200, 0.7, 0.2)):
+        for task, metric, value, lower in (("sst2", "accuracy", accuracy, False), ("stsb", "error", error, True)):
+            write_result(folder, DownstreamResult(step, task, metric, lower, {metric: value}, "w", "c", 1.0))
+    _, table, _ = downstream_blocks(folder, folder.report)
+    assert isinstance(table, Table)
+    assert table.rows == [
+        ["sst2", "accuracy", "0.8000", "300", "0.9000", "100"],
+        ["stsb", "error", "0.5000", "300", "0.2000", "200"],
+    ]
+    page = write_report(folder.path)
+    assert "Downstream tasks" in page.read_text(encoding="utf-8")
+    assert "downstream.png" in images(page)
+    assert (folder.report / "downstream.png").is_file()
 
 
 def images(page: Path) -> list[str]:
