@@ -11,7 +11,7 @@ from pathlib import Path
 from experiment.checkpoints import checkpoint_step, link_model, verify
 from experiment.config import load_config
 from experiment.errors import UserError
-from experiment.files import json_digest, removed_on_error
+from experiment.files import checksum, json_digest, removed_on_error
 from experiment.run_folder import RunFolder
 from experiment.run_lock import is_locked
 from experiment.strict_json import parse_json
@@ -40,7 +40,7 @@ class WatchedTask:
     probe: bool
     metric: str  # the primary one
     lower_is_better: bool
-    config: str  # identifies the settings that the scores depend on
+    config: str  # identifies the settings and the data that the scores depend on
 
 
 def read_watched_task(file: str, probe: bool) -> WatchedTask:
@@ -54,8 +54,10 @@ def read_watched_task(file: str, probe: bool) -> WatchedTask:
     if not name:
         raise UserError(f"{file}: task.name: expected a name with letters or digits, found '{task.name}'")
     settings = config.model_dump(mode="json", exclude={"run": True, "tracking": True, "task": {"name"}})
+    settings["data"] = {split: checksum(Path(path)) for split, path in task.files().items() if Path(path).is_file()}
     if probe:
-        name, settings = f"{name}-probe", {"task": settings["task"], "model": settings["model"]}
+        name = f"{name}-probe"
+        del settings["training"]
     direction = find_kind(task.kind).metrics[task.metric]
     return WatchedTask(file, name, probe, task.metric, direction is Direction.LOWER, json_digest(settings))
 
@@ -82,7 +84,7 @@ def score_checkpoint(checkpoint: Path, weights: str, task: WatchedTask, run: Run
     """
     start_time = time.monotonic()
     work = run.downstream / task.name / "work"
-    folder = work / f"{checkpoint.name}-{weights[:12]}"
+    folder = work / f"{checkpoint.name}-{json_digest([weights, task.config])[:12]}"  # the same only if it can resume
     _remove_leftovers(work, folder)
     with removed_on_error(folder):
         link_model(checkpoint, folder)

@@ -12,9 +12,11 @@ import yaml
 
 from experiment.checkpoints import checkpoint_step, complete_checkpoints
 from experiment.run_folder import RunFolder
-from experiment.tracking.downstream import read_results
+from experiment.tracking.downstream import DownstreamResult, read_results, write_result
 from experiment.tracking.jsonl import read_events
 from launches import LONG, Start, config_file, wait_for_exit, wait_for_file
+from rank_pool import RankPool
+from runs import pretrain_case, run_config
 from waiting import wait_until
 
 KEY = "downstream/toy-probe/accuracy"
@@ -34,6 +36,19 @@ def task_file(folder: Path) -> Path:
     path = folder / "toy.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
+
+
+def test_rank_0_logs_scores(pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path) -> None:
+    """Catches scores that are logged by each rank, before their step, twice after a resume, or that change the losses
+    in the file."""
+    tree = run_config(tmp_path / "run", wordpiece_corpus)
+    run = RunFolder(tmp_path / "run")
+    for step in (2, 5):
+        write_result(run, DownstreamResult(step, "toy", "accuracy", False, {"accuracy": step / 10}, "w", "c", 1.0))
+    assert pools[2].run(pretrain_case, tree, 3) == ["stopped"] * 2
+    assert pools[2].run(pretrain_case, tree) == ["done"] * 2
+    events = [(event["step"], event.get("downstream/toy/accuracy")) for event in read_events(run.metrics)]
+    assert events == [(1, None), (2, None), (2, 0.2), (3, None), (4, None), (5, None), (5, 0.5), (6, None)]
 
 
 @pytest.mark.soak

@@ -14,10 +14,11 @@ import pytest
 from experiment.checkpoints import checkpoint_step
 from experiment.errors import UserError
 from experiment.outcome_file import Outcome
-from experiment.run_folder import RunFolder
+from experiment.run_folder import RunFolder, open_run_folder
 from experiment.run_lock import lock_run
 from experiment.tracking.downstream import DownstreamLog, DownstreamResult, read_results
 from experiment.tracking.jsonl import JsonlTracker, read_events
+from launcher.cli import main
 from launcher.watching.announcement import Announcement
 from launcher.watching.watch import Watch, read_run_config
 from launcher.watching.watched_task import ScoringError, WatchedTask
@@ -172,6 +173,18 @@ def test_only_one_process_writes_the_metrics(run: RunFolder, save: Save, end: En
     watch(run, Scorer(), lambda: log_at_step(300), end, launcher.close)
     assert run.metrics.stat().st_ino == file
     assert logged(run) == [(100, 0.1)]
+
+
+def test_mistakes_are_rejected_at_the_start(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a watch that waits for ever in a folder that is no run, and two that score the same checkpoints."""
+    monkeypatch.setattr("launcher.watching.watch.read_watched_task", lambda file, probe: TASK)
+    assert main(["watch", str(tmp_path), "--task", "toy.yaml"]) == 2
+    assert "is not the folder of a pretraining that has started: it has no config.yaml" in capsys.readouterr().err
+    with lock_run(open_run_folder(run.downstream / "toy")):
+        assert main(["watch", str(run.path), "--task", "toy.yaml"]) == 2
+    assert f"another deepcloze process is using {run.downstream / 'toy'}" in capsys.readouterr().err
 
 
 def test_another_config_is_rejected(run: RunFolder, save: Save, end: End) -> None:

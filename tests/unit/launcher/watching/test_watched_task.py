@@ -107,6 +107,9 @@ def test_a_damaged_checkpoint_is_not_scored(
     (checkpoint / "hf" / "model.safetensors").write_text("damaged")
     with pytest.raises(ScoringError, match=r"damaged: hf/model\.safetensors has checksum"):
         score_checkpoint(checkpoint, weights, task_of(write_task()), run)
+    (checkpoint / "COMPLETE").write_text("[]")
+    with pytest.raises(ScoringError, match="damaged: its COMPLETE file lists no checksums"):
+        score_checkpoint(checkpoint, "damaged", task_of(write_task()), run)
     assert not started
 
 
@@ -129,6 +132,9 @@ def test_a_stopped_scoring_resumes(
     assert folders[0] == folders[1] != folders[2]
     assert not folders[0].exists()
     assert folders[2].exists()
+    with pytest.raises(StoppedError):  # an edited task has nothing to resume
+        score_checkpoint(checkpoint, weights_digest(checkpoint), task_of(write_task(training__seeds=[3])), run)
+    assert folders[3] != folders[2]
 
 
 def test_what_failed_is_said(
@@ -149,6 +155,9 @@ def test_settings_that_change_scores_identify_a_task(write_task: WriteTask) -> N
     before = task_of(write_task())
     assert task_of(write_task(task__test=None, run__dir="other", model__init_from="other")) == before
     assert task_of(write_task(training__seeds=[1])).config != before.config
+    train = write_task().with_name("train.tsv")
+    train.write_text(train.read_text() + "low\tc\n")
+    assert task_of(train.with_name("toy.yaml")).config != before.config
     assert task_of(write_task(training__seeds=[1]), probe=True) == task_of(write_task(), probe=True)
     assert task_of(write_task(), probe=True).name == "toy-probe"
 
