@@ -39,7 +39,6 @@ from finetune.task_kind import TaskKind
 from finetune.training.evaluation import EVALUATION_FACTOR
 from finetune.training.microbatch import Microbatch
 
-KIND = "classification"  # of the tasks that can be probed
 _C = 1.0
 _ITERATIONS = 1000
 
