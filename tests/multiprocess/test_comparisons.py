@@ -47,7 +47,7 @@ def test_a_chain_is_compared_with_its_start(
         "tasks": [str(tmp_path / "toy.yaml")],
         "seeds": [1, 2],
     }
-    (tmp_path / "compare.yaml").write_text(yaml.safe_dump(comparison))
+    (tmp_path / "compare.yaml").write_text(yaml.safe_dump(comparison, sort_keys=False))
     command = (sys.executable, "-m", "launcher", "compare", str(tmp_path / "compare.yaml"), "--num_gpus=1")
 
     folder = tmp_path / "compare" / "continued"
