@@ -1,6 +1,7 @@
 """The run folder: names of all files that a run writes."""
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,6 +88,11 @@ class RunFolder:
         """{"rank": …, "host": …, "pid": …, "training": …, "exit": …}; the exit code is null if the rank runs or was
         killed."""
         return self.logs / f"rank-{rank}.json"
+
+
+def folder_name(text: str) -> str:
+    """A name for a folder: letters, digits and any of _.+- of a text; empty if it has none."""
+    return re.sub(r"[^\w.+-]+", "-", text).strip("-.")
 
 
 def open_run_folder(path: Path | str) -> RunFolder:

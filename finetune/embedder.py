@@ -7,27 +7,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from finetune.encoding.encoder import Tokens
 from finetune.encoding.examples import pad_sequences
-from finetune.loaded_model import LoadedModel
+from finetune.loaded_model import EncodedText, LoadedModel
 
 Pooling = Literal["mean", "first"]
 
 
 @dataclass(frozen=True)
-class EmbeddedText:
+class EmbeddedText(EncodedText):
     """A text to embed."""
 
-    tokens: Tokens
     pooling: Pooling  # mean over all tokens, special ones included; or the first token, such as [CLS]
-
-    @property
-    def longest(self) -> int:
-        return len(self.tokens)
-
-    @property
-    def sequences(self) -> tuple[Tokens, ...]:
-        return (self.tokens,)
 
 
 @dataclass(frozen=True)

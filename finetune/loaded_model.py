@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from experiment.errors import UserError
 from finetune.device import Device, choose_device
-from finetune.encoding.encoder import Encoder
+from finetune.encoding.encoder import Encoder, Tokens
 from finetune.encoding.examples import Batch, Padding, collate
 from finetune.model import ModelSpec, build_model, read_model_inputs
 from finetune.saved_task import SavedTask
@@ -22,6 +22,22 @@ log = logging.getLogger(__name__)
 
 _UNLIMITED = 512  # tokens of a sequence, if neither the folder nor the model limits them
 _MASKED_LM = "AutoModelForMaskedLM"
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """A text as one sequence, ready to be batched with others."""
+
+    tokens: Tokens
+
+    @property
+    def longest(self) -> int:
+        """Tokens, special ones included."""
+        return len(self.tokens)
+
+    @property
+    def sequences(self) -> tuple[Tokens, ...]:
+        return (self.tokens,)
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerBase
 from experiment.errors import UserError
 from experiment.tokenizer import load_any_tokenizer
 from finetune.data.records import Record
-from finetune.encoding.encoder import Encoder, Tokens
+from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Example, pad_sequences
 from finetune.kinds import cloze
-from finetune.loaded_model import LoadedModel, load_model
+from finetune.loaded_model import EncodedText, LoadedModel, load_model
 from finetune.predictor import Predictor
 from finetune.saved_task import SavedTask
 
@@ -24,20 +24,11 @@ Candidates = list[list[tuple[int, float]]]
 
 
 @dataclass(frozen=True)
-class MaskedText:
+class MaskedText(EncodedText):
     """A text with one or more masks."""
 
-    tokens: Tokens
     positions: tuple[int, ...]  # of the masks
     top_k: int  # candidates for each
-
-    @property
-    def longest(self) -> int:
-        return len(self.tokens)
-
-    @property
-    def sequences(self) -> tuple[Tokens, ...]:
-        return (self.tokens,)
 
 
 class _OptionRanking(cloze.Kind):

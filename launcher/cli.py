@@ -190,7 +190,7 @@ def serve(options: ServeOptions) -> None:
 
     Texts of all requests are computed together in batches. POST /v1/predict, /v1/fill-mask and /v1/embed take JSON;
     open / in a browser to try the model, and /docs for all routes. Only this machine can reach it unless --host says
-    otherwise. SIGTERM and Ctrl-C finish the requests that were accepted, SIGHUP loads the model anew. Needs
+    otherwise. SIGTERM and Ctrl-C finish the requests that were accepted, SIGHUP reloads the model. Needs
     `pip install 'deepcloze[serve]'`. See docs/serving.md.
 
     Example:

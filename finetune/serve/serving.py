@@ -32,7 +32,7 @@ class Serving:
         batch_delay: float = 0.002,
         batch_tokens: int | None = None,
     ) -> None:
-        """load: loads the model anew, for a reload. batch_delay: seconds. batch_tokens: default: as the device
+        """load: loads the model again, for a reload. batch_delay: seconds. batch_tokens: default: as the device
         needs."""
         self._first: ServedModel | None = served
         self._load = load
@@ -69,7 +69,7 @@ class Serving:
             yield services
 
     def reload(self) -> None:
-        """Load the model anew, in the background. Requests are answered by the old one until then."""
+        """Reload the model in the background. Requests are answered by the old one until then."""
         self._wanted.set()
 
     async def _reload_when_wanted(self) -> None:

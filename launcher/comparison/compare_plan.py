@@ -1,6 +1,5 @@
 """The runs of a comparison, all checked before the first one starts."""
 
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,14 +8,13 @@ from typing import Any
 
 from experiment.config import load_config
 from experiment.errors import UserError
-from experiment.run_folder import RunFolder
+from experiment.run_folder import RunFolder, folder_name
 from finetune.config import FinetuneConfig
 from launcher.comparison.compare_config import CompareConfig, RowConfig
 from launcher.options import CompareOptions, LaunchOptions
 from launcher.sweeps.sweep_grid import grid_points, parse_grid
 from launcher.sweeps.sweep_plan import FlatConfig, validate_finetuning, validate_pretraining
 
-_UNSAFE = re.compile(r"[^\w.+-]+")  # not allowed in a folder name
 _COMMAND = (sys.executable, "-m", "launcher")
 _IRRELEVANT = ("run.", "tracking.")  # keys that do not change scores
 _PRETRAINING = "pretrain"  # folder, beside those of the tasks
@@ -70,7 +68,7 @@ def plan_comparison(options: CompareOptions) -> ComparePlan:
 
 def _folders(key: str, names: Sequence[str]) -> dict[str, str]:
     """Name -> name of its folder. Raises UserError if two would share one."""
-    folders = {name: _UNSAFE.sub("-", name).strip("-.") for name in names}
+    folders = {name: folder_name(name) for name in names}
     for name, folder in folders.items():
         if not folder:
             raise UserError(f"{key}: expected a name with letters or digits, found '{name}'")

@@ -41,7 +41,7 @@ def _test_column(column: str, cells: Mapping[str, CellScores]) -> list[RowTest]:
     splits = {row: read_scored_split(cell.folder, cell.split, cell.labels) for row, cell in cells.items()}
     (count, *others) = {len(split.records) for split in splits.values()}
     if others:
-        raise UserError(f"{column}: the rows were scored on {count:,} and {others[0]:,} records; run them anew")
+        raise UserError(f"{column}: the rows were scored on {count:,} and {others[0]:,} records; run them again")
     records = draw_records(count, RESAMPLES)
     shown = track(
         enumerate(splits.items()), f"{column}: bootstrap", total=len(splits), console=terminal(), transient=True

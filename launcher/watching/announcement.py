@@ -12,7 +12,7 @@ from launcher.messages import notify
 
 @dataclass(frozen=True)
 class Announcement:
-    """Who is told."""
+    """Where to send the result of a checkpoint."""
 
     command: str | None = None  # of the shell, gets the result as JSON on stdin
     mail: tuple[MailSettings, str] | None = None  # server and address

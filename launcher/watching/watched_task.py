@@ -1,6 +1,5 @@
 """The task that the checkpoints of a run are scored on, and scoring one of them in a process of its own."""
 
-import re
 import shutil
 import sys
 import time
@@ -12,7 +11,7 @@ from experiment.checkpoints import checkpoint_step, link_model, verify
 from experiment.config import load_config
 from experiment.errors import UserError
 from experiment.files import checksum, json_digest, removed_on_error
-from experiment.run_folder import RunFolder
+from experiment.run_folder import RunFolder, folder_name
 from experiment.run_lock import is_locked
 from experiment.strict_json import parse_json
 from experiment.tracking.downstream import DownstreamResult
@@ -23,8 +22,6 @@ from launcher.child_run import DONE, ChildRun, start, wait_for_other_process
 _PROBED_KIND = "classification"
 _REPLACED = {"model.weights": "pretrained", "task.test": "null", "tracking.wandb": "disabled", "run.keep": "none"}
 """Overrides of the task's config. Test is not even read: it must not guide decisions during pretraining."""
-
-_UNSAFE = re.compile(r"[^\w.+-]+")  # not allowed in a folder name
 
 
 class ScoringError(Exception):
@@ -50,7 +47,7 @@ def read_watched_task(file: str, probe: bool) -> WatchedTask:
     task = config.task
     if probe and task.kind != _PROBED_KIND:
         raise UserError(f"{file}: task.kind: --probe needs a task of kind '{_PROBED_KIND}', found '{task.kind}'")
-    name = _UNSAFE.sub("-", task.name or Path(file).stem).strip("-.")
+    name = folder_name(task.name or Path(file).stem)
     if not name:
         raise UserError(f"{file}: task.name: expected a name with letters or digits, found '{task.name}'")
     settings = config.model_dump(mode="json", exclude={"run": True, "tracking": True, "task": {"name"}})

@@ -48,7 +48,7 @@ def blank(length: int) -> Example:
 
 @pytest.mark.parametrize("model_type", TYPES)
 def test_the_scores_are_those_at_the_mask(model_type: str) -> None:
-    """Catches scores of the first position, for a type whose output layer is no module of its own or is not called."""
+    """Catches scores of the first position, for types without an output layer module or whose forward skips it."""
     model = masked_lm(model_type)
     blanks = [blank(length) for length in (5, 32, 9)]
     kind = Kind(Config(train="f", validation="f", scoring="zero_shot"), ())
