@@ -305,8 +305,8 @@ def masked_logits(
 ) -> Tensor:
     """MV scores of the vocabulary at M positions, given by sequence and by place in it, counted without padding.
 
-    Only these positions reach the output layer, which would otherwise take most of time and memory. A few models have
-    no module for it that is called, such as MobileBERT and Perceiver: there, all positions are computed.
+    Only these positions reach the output layer, which would otherwise take most of time and memory. Some models,
+    such as MobileBERT and Perceiver, do not call an output layer: all positions are computed.
     """
     mask = inputs["attention_mask"]
     rows = torch.tensor(sequences, device=mask.device)

@@ -149,7 +149,7 @@ class Kind(TaskKind[Config]):
     def losses(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> NDArray[np.float64]:
         """Of the worst word of each sentence: the cross-entropy of its tag being right or not.
 
-        So do Wang and Mueller (2022, "Detecting Label Errors in Token Classification Data") rank sentences.
+        Sentences are ranked as in Wang and Mueller (2022, "Detecting Label Errors in Token Classification Data").
         """
         losses = []
         for record, prediction in zip(records, predictions, strict=True):
