@@ -20,6 +20,7 @@ from launcher.ranks.microbatch import scaled_microbatch
 from launcher.supervision.attempt import Layout, run_attempt
 from launcher.supervision.launch_log import begin_attempt
 from launcher.supervision.launch_result import LaunchResult
+from launcher.supervision.polling import polled
 from launcher.supervision.stop_signals import StopSignals
 from pretrain.config import CorpusConfig, PretrainConfig, ScheduleConfig, StageConfig
 
@@ -139,26 +140,20 @@ class TrialRunner:
     def _watched(self, folder: RunFolder, sizes: Sequence[int], stages: int) -> Iterator[threading.Event]:
         """Kill the ranks when they have measured enough or time is up, which sets the event, or memory has run out:
         ranks may wait long for one that has ended."""
-        ended, exited = threading.Event(), threading.Event()
+        ended = threading.Event()
 
-        def watch() -> None:
-            while not exited.wait(_POLL_SECONDS):
-                speeds = _read_speeds(folder, sizes, stages)
-                if len(speeds) == len(sizes) or self._is_enough(list(speeds.values())) or self._time_is_up():
-                    ended.set()
-                elif not _out_of_memory(folder):
-                    continue
-                assert self._stop is not None
-                self._stop.kill_ranks()
-                return
+        def is_settled() -> bool:
+            speeds = _read_speeds(folder, sizes, stages)
+            if len(speeds) == len(sizes) or self._is_enough(list(speeds.values())) or self._time_is_up():
+                ended.set()
+            elif not _out_of_memory(folder):
+                return False
+            assert self._stop is not None
+            self._stop.kill_ranks()
+            return True
 
-        thread = threading.Thread(target=watch, name="autotune", daemon=True)
-        thread.start()
-        try:
+        with polled(is_settled, _POLL_SECONDS, "autotune"):
             yield ended
-        finally:
-            exited.set()
-            thread.join()
 
     def _time_is_up(self) -> bool:
         return time.monotonic() > self._deadline

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from experiment.run_folder import RunFolder
+from launcher.supervision.polling import polled
 from launcher.supervision.stop_signals import StopSignals
 
 _POLL_SECONDS = 0.5
@@ -17,25 +18,20 @@ _POLL_SECONDS = 0.5
 @contextmanager
 def kill_on_early_stop(folder: RunFolder, stop: StopSignals) -> Iterator[threading.Event]:
     """Kill the ranks, which sets the event, on a signal or STOP file until rank 0 trains."""
-    killed, ended = threading.Event(), threading.Event()
+    killed = threading.Event()
 
-    def watch() -> None:
-        while not ended.wait(_POLL_SECONDS):
-            with suppress(OSError, ValueError):  # a network disk does not answer for a moment
-                if stop.killed or _has_begun_to_train(folder):
-                    return
-                if stop.requested or folder.stop in folder.path.iterdir():
-                    killed.set()
-                    stop.kill_ranks()
-                    return
+    def is_settled() -> bool:
+        with suppress(OSError, ValueError):  # a network disk does not answer for a moment
+            if stop.killed or _has_begun_to_train(folder):
+                return True
+            if stop.requested or folder.stop in folder.path.iterdir():
+                killed.set()
+                stop.kill_ranks()
+                return True
+        return False
 
-    thread = threading.Thread(target=watch, name="early stop", daemon=True)
-    thread.start()
-    try:
+    with polled(is_settled, _POLL_SECONDS, "early stop"):
         yield killed
-    finally:
-        ended.set()
-        thread.join()
 
 
 def _has_begun_to_train(folder: RunFolder) -> bool:
