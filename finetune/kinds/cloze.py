@@ -21,11 +21,13 @@ from finetune.encoding.blanks import Context, Surroundings, surroundings
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Batch, Example
 from finetune.kinds.multiple_choice import choice_loss
+from finetune.metrics.calibration import Classified, pad_probabilities, scale
 from finetune.metrics.collapse import is_constant
 from finetune.metrics.intervals import Interval, accuracy_interval
 from finetune.task_kind import Direction, Loss, LossOptions, Prediction, TaskKind
 
 _BLANK = "_"
+_EXCERPT_WORDS = 12  # on each side
 _HOOKED = threading.Lock()  # one thread at a time: a hook applies to all threads that compute the model
 _MODELS = {
     "multiple_choice": "AutoModelForMultipleChoice",
@@ -270,27 +272,36 @@ class Kind(TaskKind[Config]):
         answers = [letter for prediction in predictions for letter in prediction["answers"]]
         return is_constant(answers, [letter for record in records for letter in record.values["answers"]])
 
-    def losses(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> NDArray[np.float64]:
-        """-log of the probability of the right option of each blank."""
-        found = [
-            probabilities[answer]
-            for record, prediction in zip(records, predictions, strict=True)
-            for probabilities, answer in zip(prediction["probabilities"], self._parse(record)[2] or [], strict=True)
-        ]
-        return -np.log(np.maximum(found, np.finfo(np.float64).tiny))
+    def classified(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> Classified:
+        """Of each blank."""
+        gold = [answer for record in records for answer in self._parse(record)[2] or []]
+        blanks = [{"probabilities": row} for prediction in predictions for row in prediction["probabilities"]]
+        return Classified(np.array(gold), pad_probabilities(blanks))
+
+    def calibrate(self, prediction: Prediction, temperature: float) -> Prediction:
+        scaled = [scale(np.array(row), temperature).tolist() for row in prediction["probabilities"]]
+        return {**prediction, "probabilities": scaled}
 
     def rows(self, record: Record, prediction: Prediction) -> list[tuple[Mapping[str, Any], Prediction]]:
-        """A row for each blank."""
+        """A row for each blank, with the words around it."""
+        segments, options, _ = self._parse(record)
+        answers = record.values.get("answers")
         return [
             (
-                {"blank": index + 1, "options": options}
-                | ({"answers": record.values["answers"][index]} if "answers" in record.values else {}),
+                {"blank": index + 1, "text": _excerpt(segments, index), "options": options[index]}
+                | ({} if answers is None else {"answers": answers[index]}),
                 {"answers": answer, "probabilities": probabilities},
             )
-            for index, (options, answer, probabilities) in enumerate(
-                zip(record.values["options"], prediction["answers"], prediction["probabilities"], strict=True)
+            for index, (answer, probabilities) in enumerate(
+                zip(prediction["answers"], prediction["probabilities"], strict=True)
             )
         ]
+
+
+def _excerpt(segments: Sequence[str], blank: int) -> str:
+    """The words around a blank, which is longer than other blanks in them."""
+    before, after = (_BLANK.join(part).split() for part in (segments[: blank + 1], segments[blank + 1 :]))
+    return " ".join([*before[-_EXCERPT_WORDS:], 3 * _BLANK, *after[:_EXCERPT_WORDS]])
 
 
 def _mask_id(encoder: Encoder) -> int:

@@ -254,9 +254,14 @@ def test_zero_shot_needs_no_training(exam: dict[str, Any], tmp_path: Path) -> No
     assert low <= accuracy["mean"] <= high
     seed = tmp_path / "run" / "seed-42"
     rows = read(seed / "predictions-test.csv")
-    assert list(rows[0]) == ["row", "blank", "options", "answers", "predicted", "probabilities"]
+    assert list(rows[0]) == ["row", "blank", "text", "options", "answers", "predicted", "probabilities"]
     assert len(rows) == 16
     assert [row["row"] for row in rows[:3]] == ["1", "1", "2"]
+    assert [row["text"] for row in rows[:3]] == [
+        "word0 ___ word1 _ word2",
+        "word0 _ word1 ___ word2",
+        "word0 ___ word1",
+    ]
     right = [row["answers"] == row["predicted"] for row in rows]
     assert accuracy["mean"] == pytest.approx(np.mean(right))
     by_blank = read(seed / "accuracy_by_blank-test.csv")
@@ -265,6 +270,18 @@ def test_zero_shot_needs_no_training(exam: dict[str, Any], tmp_path: Path) -> No
     assert len(read(seed / "worst-test.csv")) == 16
     assert not (seed / "epochs.csv").exists()
     assert BertForMaskedLM.from_pretrained(seed / "model")
+
+
+def test_blanks_are_calibrated() -> None:
+    """Catches a temperature that is fitted over articles, or that mixes the blanks of one."""
+    record = Record("", {"article": "a _ b _", "options": [["x", "y"], ["x", "y", "z"]], "answers": ["B", "A"]})
+    prediction = {"answers": ["A", "A"], "probabilities": [[0.8, 0.2], [0.5, 0.25, 0.25]]}
+    classified = kind().classified([record], [prediction])
+    assert classified.gold.tolist() == [1, 0]
+    assert classified.probabilities.tolist() == [[0.8, 0.2, 0.0], [0.5, 0.25, 0.25]]
+    first, second = kind().calibrate(prediction, 2.0)["probabilities"]
+    assert first == pytest.approx([2 / 3, 1 / 3])
+    assert second == pytest.approx([2**0.5 / (2**0.5 + 2), 1 / (2**0.5 + 2), 1 / (2**0.5 + 2)])
 
 
 def test_a_dry_run_says_that_nothing_is_trained(
@@ -290,7 +307,7 @@ def test_an_exam_without_answers_is_predicted(exam: dict[str, Any], tmp_path: Pa
     path.write_text("\n".join(json.dumps({key: row[key] for key in ("article", "options")}) for row in rows))
     assert run(build_config(FinetuneConfig, exam, {}))["splits"] == {}
     rows_found = read(tmp_path / "run" / "seed-42" / "predictions-test.csv")
-    assert list(rows_found[0]) == ["row", "blank", "options", "predicted", "probabilities"]
+    assert list(rows_found[0]) == ["row", "blank", "text", "options", "predicted", "probabilities"]
     predictor = Predictor.load(tmp_path / "run" / "seed-42" / "model", precision="fp32")
     prediction = predictor.predict([{"article": rows[0]["article"], "options": rows[0]["options"]}])[0]
     assert prediction["answers"] == [row["predicted"] for row in rows_found[:2]]
