@@ -7,7 +7,6 @@ import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from signal import SIGINT
 
 from experiment.errors import StoppedError
 from experiment.outcome_file import Outcome, read_outcome
@@ -19,7 +18,6 @@ from launcher.signal_handlers import handle_stop_signals
 DONE = "done"
 
 _POLL_SECONDS = 0.5
-_STOPPED_CODES = (Outcome.STOPPED.exit_code, 128 + SIGINT)
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ def start(run: ChildRun) -> str:
     notify(f"{run.command}: {run.name}: running")
     start_time = time.monotonic()
     exit_code = _run_command(run.argv)
-    if exit_code in _STOPPED_CODES:
+    if exit_code == Outcome.STOPPED.exit_code:
         raise _stopped(run)
     state = DONE if exit_code == 0 else f"failed (exit code {exit_code})"
     notify(f"{run.command}: {run.name}: {state} after {time.monotonic() - start_time:,.0f} s")

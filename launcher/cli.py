@@ -24,7 +24,7 @@ from launcher.options import (
     SweepOptions,
     WatchOptions,
 )
-from launcher.signal_handlers import ignore_stop_signals
+from launcher.signal_handlers import handle_stop_signals, ignore_stop_signals, interrupt
 from pretrain.corpus.options import CorpusOptions, PythonDocsOptions, TokenizerOptions
 
 ABOUT = (
@@ -167,7 +167,8 @@ def finetune(options: FinetuneOptions) -> None:
     """
     from finetune.run import finetune as run_finetuning
 
-    run_finetuning(options.config, options.overrides, options.dry_run)
+    with handle_stop_signals(interrupt):
+        run_finetuning(options.config, options.overrides, options.dry_run)
 
 
 def predict(options: PredictOptions) -> None:
@@ -298,6 +299,8 @@ COMMANDS: dict[str, Command] = {
     )
 }
 
+_RESUMABLE = ("corpus", "pretrain", "finetune", "sweep", "compare", "watch")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (without the program's name) and return the exit code: 0, 2, 75 or 130."""
@@ -315,7 +318,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(stopped) or "stopped; run the same command again to resume", 75)
     except KeyboardInterrupt:
         ignore_stop_signals()
-        return _fail("interrupted", 75 if argv[0] in ("pretrain", "sweep", "compare", "watch") else 130)
+        if argv[0] in _RESUMABLE:
+            return _fail("interrupted; run the same command again to resume", 75)
+        return _fail("interrupted", 130)
     except Exception as error:
         if (message := describe_disk_error(error)) is None:
             raise

@@ -283,19 +283,19 @@ def test_another_microbatch_size_is_the_same_run(config_file: Path, seeds_traine
     assert seeds_trained == [1]
 
 
-KILL = """
+SEND_SIGNAL = """
 import os, signal, sys, torch
 torch.set_num_threads(1)
 from finetune.training.state_file import StateFile
 from launcher.cli import main
 save, saved = StateFile.save, []
-def save_and_die(self, state):
+def save_and_send(self, state):
     save(self, state)
     saved.append(state)
     if len(saved) == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-StateFile.save = save_and_die
-main(sys.argv[1:])
+        os.kill(os.getpid(), int(sys.argv[1]))
+StateFile.save = save_and_send
+sys.exit(main(sys.argv[2:]))
 """
 
 
@@ -313,6 +313,24 @@ def run_files(run: Path) -> dict[str, str]:
     return found
 
 
+def finetune_until_signal(
+    number: signal.Signals, config_file: Path, flags: list[str]
+) -> subprocess.CompletedProcess[str]:
+    """The command, which gets a signal after its second evaluation."""
+    script = [sys.executable, "-c", SEND_SIGNAL, str(int(number)), "finetune", "--config", str(config_file), *flags]
+    return subprocess.run(script, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_a_stop_signal_ends_with_a_message_and_can_be_resumed(config_file: Path, tmp_path: Path) -> None:
+    """Catches SIGTERM that ends a run without a word, with an exit code that queue systems count as a failure."""
+    flags = ["--training.seeds=1", "--training.epochs=4", "--training.evaluate_every=7"]
+    stopped = finetune_until_signal(signal.SIGTERM, config_file, flags)
+    assert stopped.returncode == 75, stopped.stderr
+    assert stopped.stderr.endswith("deepcloze: interrupted; run the same command again to resume\n")
+    assert "Traceback" not in stopped.stderr
+    assert list((tmp_path / "run" / ".seed-1").iterdir())
+
+
 def test_a_killed_run_resumes_within_a_seed(
     config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -320,8 +338,7 @@ def test_a_killed_run_resumes_within_a_seed(
     Also the files of two runs with the same seed that differ."""
     overrides = {"training.seeds": "[1]", "training.epochs": "4", "training.evaluate_every": "7"}
     flags = [f"--{key}={value}" for key, value in overrides.items()]
-    script = [sys.executable, "-c", KILL, "finetune", "--config", str(config_file), *flags]
-    killed = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    killed = finetune_until_signal(signal.SIGKILL, config_file, flags)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     run, other = tmp_path / "run", tmp_path / "other"
     assert not (run / "seed-1").exists()

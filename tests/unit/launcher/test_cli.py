@@ -110,15 +110,21 @@ def test_exceptions_become_exit_codes(
             ends_with(bug)
 
 
-def test_an_interrupted_pretraining_can_be_resumed(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("command", "function"),
+    [("pretrain", "launcher.launch.launch_pretraining"), ("finetune", "finetune.run.finetune")],
+)
+def test_an_interrupted_run_can_be_resumed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, function: str
+):
     """Catches Ctrl-C before the ranks start giving another exit code than Ctrl-C after."""
-    from launcher import launch
 
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(launch, "launch_pretraining", interrupted)
-    assert main(["pretrain", "--config", "x"]) == 75
+    monkeypatch.setattr(function, interrupted)
+    assert main([command, "--config", "x"]) == 75
+    assert capsys.readouterr().err == "deepcloze: interrupted; run the same command again to resume\n"
 
 
 def test_report_prints_the_path(
