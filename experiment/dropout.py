@@ -42,13 +42,19 @@ class _ByteDropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, threshold: int) -> Tensor:
         words = torch.empty(-(-values.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
-        keep = words.view(torch.uint8)[: values.numel()].view(values.shape) >= threshold
+        # In place, the result of the comparison is a number again: torch has fast code for that, but not for booleans.
+        keep = words.view(torch.uint8)[: values.numel()].view(values.shape).ge_(threshold)
         mask = keep.to(values.dtype)
         ctx.save_for_backward(mask)
         ctx.scale = _BYTE / (_BYTE - threshold)
-        return (values * mask).mul_(ctx.scale)
+        return _scaled_product(values, mask, ctx.scale)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (mask,) = ctx.saved_tensors
-        return (gradient * mask).mul_(ctx.scale), None
+        return _scaled_product(gradient, mask, ctx.scale), None
+
+
+def _scaled_product(values: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """values * mask * scale, rounded once."""
+    return torch.addcmul(values.new_zeros(()), values, mask, value=scale)

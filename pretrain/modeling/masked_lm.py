@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from experiment.dropout import use_fast_dropout
 from pretrain.batching.batch import IGNORED
+from pretrain.modeling.attention import Packing
 
 
 class Predictions(NamedTuple):
@@ -45,9 +46,8 @@ class MaskedLanguageModel(nn.Module):
         self._masked_positions = masked_positions
         try:
             if self.packed:
-                logits = self.model(
-                    input_ids=input_ids, position_ids=position_ids, segments=segments, cu_seqlens=cu_seqlens
-                ).logits
+                packing = Packing(segments, cu_seqlens)
+                logits = self.model(input_ids=input_ids, position_ids=position_ids, packing=packing).logits
             else:
                 logits = self.model(input_ids=input_ids, attention_mask=(segments > 0).long()).logits
         finally:

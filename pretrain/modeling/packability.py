@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pretrain.modeling.attention import PACKED, register_packed_attention
+from pretrain.modeling.attention import PACKED, Packing, register_packed_attention
 from pretrain.modeling.random_model import first_line
 
 _TOLERANCE = 1e-4  # absolute and relative, on fp32 logits
@@ -53,7 +53,7 @@ def _same_logits(model: PreTrainedModel, ids: Tensor, first_position: int) -> bo
     return True
 
 
-def _inputs(ids: Tensor, lengths: tuple[int, ...], width: int, first_position: int) -> dict[str, Tensor]:
+def _inputs(ids: Tensor, lengths: tuple[int, ...], width: int, first_position: int) -> dict[str, Tensor | Packing]:
     """One row of `width` slots as in a `pretrain.batching.batch.Microbatch`: sequences, then padding."""
     free = width - sum(lengths)
     positions = torch.cat([torch.arange(length) for length in (*lengths, free)]) + first_position
@@ -62,6 +62,5 @@ def _inputs(ids: Tensor, lengths: tuple[int, ...], width: int, first_position: i
     return {
         "input_ids": torch.cat([ids, ids.new_zeros(free)])[None],
         "position_ids": positions[None],
-        "segments": torch.cat([segments, segments.new_zeros(free)])[None].int(),
-        "cu_seqlens": boundaries.int(),
+        "packing": Packing(torch.cat([segments, segments.new_zeros(free)])[None].int(), boundaries.int()),
     }

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pretrain.modeling.attention import packed_attention
+from pretrain.modeling.attention import Packing, packed_attention
 
 LENGTHS = [(13, 40, 7), (64,), (1, 1, 50)]  # of the sequences in each row of 64 slots; the rest is padding
 WIDTH = 64
@@ -40,8 +40,7 @@ def attend(device: str, dtype: torch.dtype, sliding_window: int | None) -> list[
         nn.Module(),
         *leaves,
         None,
-        segments=segments.to(device),
-        cu_seqlens=cu_seqlens.to(device),
+        packing=Packing(segments.to(device), cu_seqlens.to(device)),
         sliding_window=sliding_window,
     )
     (output.float() * weights.to(device)).sum().backward()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pretrain.batching.batch import IGNORED
 from pretrain.batching.masking import MaskingSchedule
+from pretrain.modeling.attention import Packing
 from pretrain.modeling.masked_lm import MaskedLanguageModel
 
 ALL = (*PACKED, *PADDED)
@@ -41,8 +42,7 @@ def test_packed_logits_are_those_of_each_sequence_alone(example: Callable[[str],
             packed = case.built.model(
                 input_ids=microbatch.input_ids,
                 position_ids=microbatch.position_ids,
-                segments=microbatch.segments,
-                cu_seqlens=microbatch.cu_seqlens,
+                packing=Packing(microbatch.segments, microbatch.cu_seqlens),
             ).logits
             for sequence in sequences(microbatch):
                 alone = case.plain(input_ids=sequence.input_ids[None]).logits[0]
