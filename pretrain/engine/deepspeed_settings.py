@@ -99,6 +99,7 @@ class DeepSpeedSettings:
             # At stage 0 DeepSpeed neither reports nor checks the norm: `Engine` clips there.
             "gradient_clipping": grad_clip if self.zero_stage > 0 else 0.0,
             "zero_force_ds_cpu_optimizer": False,
+            "timers": {"throughput": {"enabled": False}},  # it waits for the GPU at each microbatch
         }
 
 
