@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from experiment.errors import UserError
+from experiment.fast_linear import use_fast_linear
 from finetune.device import Device, choose_device
 from finetune.encoding.encoder import Encoder, Tokens
 from finetune.encoding.examples import Batch, Padding, collate
@@ -16,7 +17,6 @@ from finetune.model import ModelSpec, build_model, read_model_inputs
 from finetune.saved_task import SavedTask
 from finetune.task_kind import TaskKind
 from finetune.training.compatibility import computes
-from finetune.training.fast_linear import use_fast_linear
 
 log = logging.getLogger(__name__)
 

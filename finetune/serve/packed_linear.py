@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from experiment.fast_linear import FastLinear
 from finetune.device import Device
-from finetune.training.fast_linear import FastLinear
 
 _ROWS = 512  # oneDNN chooses a layout that is good for about as many; any number can be computed
 _MULTIPLE = 32  # of rows

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from experiment.errors import UserError
+from experiment.fast_linear import use_fast_linear
 from finetune.config import TrainingConfig
 from finetune.device import Device
 from finetune.splits import Task
 from finetune.training.batch_order import training_order
 from finetune.training.evaluation import EVALUATION_FACTOR, Evaluation, evaluate
-from finetune.training.fast_linear import use_fast_linear
 from finetune.training.loss_meter import LossMeter
 from finetune.training.microbatch import Microbatch
 from finetune.training.state_file import StateFile

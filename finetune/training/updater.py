@@ -8,12 +8,12 @@ from torch import nn
 from torch.nn.utils import get_total_norm
 
 from experiment.dropout import use_fast_dropout
+from experiment.fast_linear import use_fast_linear
 from finetune.config import TrainingConfig
 from finetune.device import Device
 from finetune.encoding.examples import Example, collate
 from finetune.splits import Task
 from finetune.task_kind import Loss
-from finetune.training.fast_linear import use_fast_linear
 from finetune.training.microbatch import Microbatch
 
 _MAX_GRAD_NORM = 1.0

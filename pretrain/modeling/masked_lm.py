@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from experiment.dropout import use_fast_dropout
+from experiment.fast_linear import use_fast_linear
 from pretrain.batching.batch import IGNORED
 from pretrain.modeling.attention import Packing
 
@@ -31,6 +32,7 @@ class MaskedLanguageModel(nn.Module):
         self.packed = packed
         self._masked_positions: Tensor | None = None
         use_fast_dropout(model)
+        use_fast_linear(model)
         model.base_model.register_forward_hook(self._keep_masked_positions)
 
     def forward(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from finetune.training.fast_linear import use_fast_linear
+from experiment.fast_linear import use_fast_linear
 
 
 @pytest.mark.parametrize("bias", [True, False])
