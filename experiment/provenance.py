@@ -28,14 +28,15 @@ _ORIGIN = "deepcloze.json"
 _WEIGHTS = (".safetensors", ".bin")
 
 
-def collect_provenance(command: Sequence[str], world_size: int = 1) -> dict[str, Any]:
-    """Describe one attempt at a run: command, date, machine, code and libraries."""
+def collect_provenance(command: Sequence[str], world_size: int = 1, hosts: int = 1) -> dict[str, Any]:
+    """Describe one attempt at a run: command, date, machine, code and libraries. world_size: ranks on all hosts."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": list(command),
         "directory": str(Path.cwd()),
         "host": socket.gethostname(),
         "world_size": world_size,
+        "hosts": hosts,
         "git": git_state(REPOSITORY),
         "versions": {"python": platform.python_version()}
         | {name: _version(name) for name in ("deepcloze", *LIBRARIES)},

@@ -14,6 +14,7 @@ from experiment.disk_errors import describe_disk_error
 from experiment.errors import UserError
 from experiment.files import removed_on_error
 from experiment.positions import limit_tokenizer
+from pretrain.model_card import write_card
 
 
 def write_hugging_face_folder(
@@ -33,7 +34,8 @@ def write_hugging_face_folder(
 
 
 def export(checkpoint: str, output: str) -> None:
-    """Copy the Hugging Face folder of a checkpoint (or of a run's newest one) to `output`, which must not exist."""
+    """Copy the Hugging Face folder of a checkpoint (or of a run's newest one) to `output`, which must not exist, and
+    write its model card."""
     source, target = find_model_folder(Path(checkpoint)), Path(output).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} already exists; choose another --output")
@@ -43,6 +45,7 @@ def export(checkpoint: str, output: str) -> None:
         aside.parent.mkdir(parents=True, exist_ok=True)
         with removed_on_error(aside):
             shutil.copytree(source, aside)
+            write_card(source, aside, title=target.name)
             if target.exists():
                 target.rmdir()
             aside.rename(target)

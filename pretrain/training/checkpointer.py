@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from experiment.checkpoints import checkpoint_path, checkpoint_step, newest_usable, read_state
 from experiment.provenance import write_origin
 from experiment.retention import Retention
+from pretrain.corpus.reader import Corpus
 from pretrain.engine.engine import Engine
 from pretrain.export import write_hugging_face_folder
 from pretrain.resolve import ResolvedRun
@@ -78,6 +79,9 @@ class Checkpointer:
             "progress": progress_to_json(progress),
             "config": self._run.config.model_dump(mode="json"),
             "identity": self._run.identity,
+            "precision": self._engine.precision,
+            "corpora": _describe_corpora(self._run),
+            "provenance": dict(self._provenance),
         }
         options = self._run.config.checkpoint
         keep = Retention(options.keep_last, options.keep_every, progress.evaluations.best_step)
@@ -105,3 +109,18 @@ class Checkpointer:
         own = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
         write_hugging_face_folder(own, self._model, self._run.tokenizer, folder)
         write_origin(folder, self._run.folder, self._provenance, step)
+
+
+def _describe_corpora(run: ResolvedRun) -> dict[str, list[dict[str, Any]]]:
+    """What model cards say about the data: the corpora may be gone when a checkpoint is exported."""
+    train = [{"name": given.name, "weight": given.weight, **_describe(given.corpus)} for given in run.corpora]
+    return {"train": train, "held_out": [{"name": name, **_describe(corpus)} for name, corpus in run.held_out.items()]}
+
+
+def _describe(corpus: Corpus) -> dict[str, Any]:
+    return {
+        "fingerprint": corpus.fingerprint,
+        "documents": corpus.documents,
+        "tokens": corpus.tokens,
+        "source": corpus.manifest.recipe.source,
+    }

@@ -25,6 +25,8 @@ class EvaluationHistory:
     train_loss: float | None = None  # mean over the steps between the last two evaluations
     held_out: dict[str, float] = field(default_factory=dict)  # corpus -> loss at the last evaluation
     rising: dict[str, int] = field(default_factory=dict)  # corpus -> consecutive evaluations that suggest overfitting
+    step: int | None = None  # of the last evaluation
+    metrics: dict[str, float | int | None] = field(default_factory=dict)  # of the last evaluation, for model cards
 
 
 def update_history(
@@ -55,7 +57,18 @@ def update_history(
         for name, loss in held_out.items()
         if train_loss_fell and loss > history.held_out.get(name, loss)
     }
-    return EvaluationHistory(config.best_metric, best, best_step, waited, trained, train_loss, held_out, rising)
+    return EvaluationHistory(
+        metric=config.best_metric,
+        best=best,
+        best_step=best_step,
+        waited=waited,
+        trained=trained,
+        train_loss=train_loss,
+        held_out=held_out,
+        rising=rising,
+        step=step,
+        metrics=dict(metrics),
+    )
 
 
 def should_stop_early(history: EvaluationHistory, config: EvaluationConfig) -> bool:

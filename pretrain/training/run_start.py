@@ -12,9 +12,9 @@ from experiment.tracking import TrackedRun, Tracker, open_trackers
 from pretrain.resolve import ResolvedRun
 
 
-def record_start(run: ResolvedRun, world_size: int) -> Mapping[str, Any]:
+def record_start(run: ResolvedRun, world_size: int, hosts: int) -> Mapping[str, Any]:
     """Write RUN/config.yaml, and this attempt to RUN/provenance.json. Returns the run's provenance."""
-    write_provenance(run.folder, collect_provenance(sys.argv, world_size), _ancestors(run))
+    write_provenance(run.folder, collect_provenance(sys.argv, world_size, hosts), _ancestors(run))
     write_text(run.folder.config, dump_config(run.config))
     provenance = read_provenance(run.folder)
     assert provenance is not None

@@ -85,7 +85,8 @@ class Trainer:
         self._evaluator = hosts.call(lambda: open_evaluator(run, model, world))
         self._progress = load_resumed(run.resume_plan, engine)
         self._first_step = self._progress.step if run.resume_plan.fork else 0
-        provenance = hosts.from_rank0(lambda: record_start(run, world.size))
+        (num_hosts,) = hosts.all_reduce_sum([int(world.local_rank == 0)])
+        provenance = hosts.from_rank0(lambda: record_start(run, world.size, num_hosts))
         self._tracker: Tracker | None = None
         if world.rank == 0:
             self._tracker = open_run_tracker(
