@@ -170,6 +170,17 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
+def state_around(model: Path) -> dict[str, Any]:
+    """state.json of the checkpoint that a Hugging Face folder is in; empty if it is in none that has one."""
+    checkpoint = model.resolve().parent
+    if not ((checkpoint / _COMPLETE).is_file() and (checkpoint / _STATE).is_file()):
+        return {}
+    try:
+        return read_state(checkpoint)
+    except ValueError:
+        raise UserError(f"{checkpoint / _STATE} is damaged: it is not JSON") from None
+
+
 def replace_state(checkpoint: Path, state: dict[str, Any]) -> None:
     """Replace state.json of a complete checkpoint, which is usable at every moment."""
     checksums: dict[str, str] = json.loads((checkpoint / _COMPLETE).read_text(encoding="utf-8"))

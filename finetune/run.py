@@ -31,6 +31,7 @@ from finetune.data.checks import data_warnings
 from finetune.device import choose_device
 from finetune.encoding.lengths import print_lengths
 from finetune.model import ModelSpec, build_model, describe_model
+from finetune.results.model_card import add_seed_scores
 from finetune.results.seed_summary import write_results
 from finetune.results.summary_text import print_results
 from finetune.seed_run import SeedRecord, Setup, finished_seeds, result_settings, state_file, train_seed
@@ -137,6 +138,7 @@ def _train_and_score(setup: Setup) -> dict[str, Any]:
     run_id = write_provenance(folder, collect_provenance(sys.argv), ancestors)
     records = _train_missing_seeds(setup, finished, run_id)
     with stopped_by_disk_errors(advice=_RESUME):
+        add_seed_scores(folder.path, records)
         return write_results(folder, config, setup.task.kind.labels, records)
 
 

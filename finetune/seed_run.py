@@ -25,6 +25,7 @@ from finetune.metrics.calibration import measure_calibration
 from finetune.metrics.label_scores import LabelScores
 from finetune.model import ModelSpec, build_model, model_files, save_model
 from finetune.results.epoch_table import print_epochs
+from finetune.results.model_card import write_seed_card
 from finetune.results.predictions import save_predictions, write_predictions
 from finetune.results.row_file import write_rows
 from finetune.results.worst_rows import write_worst_rows
@@ -125,15 +126,20 @@ def train_seed(seed: int, setup: Setup, log: Log) -> SeedRecord:
         splits = ", ".join(record.collapsed)
         terminal().print(f"seed {seed} has collapsed: it predicts the same for every row of {splits}", markup=False)
     output = _working_folder(seed, setup.folder) / "output"
-    final = setup.folder.path / f"seed-{seed}"
+    final = _seed_folder(seed, setup.folder)
     for leftover in (output, final):
         shutil.rmtree(leftover, ignore_errors=True)
     with _removed_if_empty(output.parent), removed_on_error(output):
         output.mkdir(parents=True)
-        _write_seed(output, final, model, fitted, record, setup)
+        _write_seed(output, seed, model, fitted, record, setup)
         output.rename(final)
         state_file(seed, setup).path.unlink(missing_ok=True)
     return record
+
+
+def _seed_folder(seed: int, folder: RunFolder) -> Path:
+    """Of a finished seed."""
+    return folder.path / f"seed-{seed}"
 
 
 def _working_folder(seed: int, folder: RunFolder) -> Path:
@@ -151,9 +157,9 @@ def _removed_if_empty(folder: Path) -> Iterator[None]:
 
 
 def _write_seed(
-    folder: Path, final: Path, model: PreTrainedModel, fitted: Fitted, record: SeedRecord, setup: Setup
+    folder: Path, seed: int, model: PreTrainedModel, fitted: Fitted, record: SeedRecord, setup: Setup
 ) -> None:
-    """Write what RUN/seed-N holds to `folder`, which will be renamed to `final`."""
+    """Write what RUN/seed-N holds to `folder`, which will be renamed to that."""
     if setup.config.run.keep == "best":
         # Load it again: tokenizing has changed the truncation settings of the other one.
         tokenizer = load_task_tokenizer(setup.model.folder, setup.config.task)
@@ -166,7 +172,9 @@ def _write_seed(
         )
         write_saved_task(folder / "model", task)
         if provenance := read_provenance(setup.folder):
-            write_origin(folder / "model", RunFolder(final), provenance, fitted.best.steps if fitted.best else 0)
+            final = RunFolder(_seed_folder(seed, setup.folder))
+            write_origin(folder / "model", final, provenance, fitted.best.steps if fitted.best else 0)
+            write_seed_card(seed, setup, record, provenance, folder / "model")
     if record.epochs:
         write_rows(folder / "epochs.csv", record.epochs)
     for split, evaluation in fitted.evaluations.items():

@@ -90,6 +90,9 @@ class TaskKind(ABC, Generic[ConfigT]):
     auto_model: str = "AutoModelForSequenceClassification"
     """The class of transformers that has the head for this kind."""
 
+    hub_task: ClassVar[str] = "text-classification"
+    """The name of the kind on the Hugging Face Hub."""
+
     def __init__(self, config: ConfigT, labels: tuple[str, ...]) -> None:
         """labels: as `find_labels` gives them, in the order of their ids."""
         self.config = config
@@ -123,6 +126,18 @@ class TaskKind(ABC, Generic[ConfigT]):
     def describe(self, train: Table) -> list[str]:
         """Lines about the training split, for the user."""
         return []
+
+    @property
+    def usage(self) -> str:
+        """Python that predicts for a text, for the model card. A `string.Template`: $model is the line that sets
+        `model`, $tokenizing are arguments that cut or pad a text as in training."""
+        is_pair = "text_pair" in self.config.columns.cell_types()
+        text = '{"text": "A text.", "text_pair": "Another text."}' if is_pair else '"A text."'
+        return (
+            "from transformers import pipeline\n\n$model\n"
+            f'classifier = pipeline("text-classification", model=model, $tokenizing)\n'
+            f"print(classifier({text}))"
+        )
 
     @abstractmethod
     def expand(self, record: Record, encoder: "Encoder", training: bool) -> list["Example"]:

@@ -10,12 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import transformers
 from safetensors import safe_open
-from transformers import PreTrainedConfig
 
-from experiment.checkpoints import read_state
+from experiment.checkpoints import state_around
 from experiment.config import flatten
+from experiment.errors import UserError
 from experiment.files import write_text
 from experiment.provenance import read_origin
 from experiment.results.model_card import (
@@ -38,6 +37,7 @@ from experiment.results.model_card import (
     settings_table,
 )
 from experiment.results.page import Heading, Table, Text
+from experiment.strict_json import parse_json
 from experiment.tokenizer import load_any_tokenizer
 
 _MASKED_LM = ("ForMaskedLM", "ForPreTraining", "LMHeadModel")
@@ -70,11 +70,8 @@ def write_card(
 
 
 def _make_card(source: Path, title: str) -> ModelCard:
-    path = source.resolve().parent / "state.json"
-    state = read_state(path.parent) if path.is_file() else {}
-    origin = read_origin(source)
+    state, origin, config = state_around(source), read_origin(source), _read_config(source)
     ancestors = origin["ancestors"] if origin else []
-    config = transformers.AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     usage = _usage(source, config)
     blocks = [Text(_introduction(source, config, origin)), *_architecture(source, config)]
     if state:
@@ -82,12 +79,21 @@ def _make_card(source: Path, title: str) -> ModelCard:
     if origin:
         blocks += lineage_blocks(ancestors)
     scores = [] if source.name == _AVERAGED else list(_scores(state))
-    task = "fill-mask" if usage else None
-    return ModelCard(title, metadata_of(task, [config.model_type], ancestors, title, scores), usage, blocks)
+    task, tags = "fill-mask" if usage else None, [str(config["model_type"])] if "model_type" in config else []
+    return ModelCard(title, metadata_of(task, tags, ancestors, title, scores), usage, blocks)
 
 
-def _introduction(source: Path, config: PreTrainedConfig, origin: Mapping[str, Any] | None) -> str:
-    kind = f"A model of type {escape(config.model_type)}"
+def _read_config(source: Path) -> dict[str, Any]:
+    """Of transformers. Raises UserError if it is damaged."""
+    path = source / "config.json"
+    try:
+        return dict(parse_json(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise UserError(f"{path} is damaged: expected a JSON object") from None
+
+
+def _introduction(source: Path, config: Mapping[str, Any], origin: Mapping[str, Any] | None) -> str:
+    kind = f"A model of type {escape(str(config.get('model_type', UNKNOWN)))}"
     if not origin:
         return f"{kind}, exported with deepcloze."
     averaged = ", averaged over the training" if source.name == _AVERAGED else ""
@@ -95,25 +101,22 @@ def _introduction(source: Path, config: PreTrainedConfig, origin: Mapping[str, A
     return f"{kind}, pretrained with deepcloze as a masked language model. The weights are {weights}."
 
 
-def _usage(source: Path, config: PreTrainedConfig) -> list[CardBlock]:
+def _usage(source: Path, config: Mapping[str, Any]) -> list[CardBlock]:
     """Empty for a model without a masked-LM head, or a tokenizer without a mask."""
-    architecture = (config.architectures or ["none"])[0]
+    architecture = (config.get("architectures") or ["none"])[0]
     if not architecture.endswith(_MASKED_LM):
         return []
-    mask = load_any_tokenizer(source, []).mask_token
-    return [Snippet("python", _USAGE.format(model=MODEL, sentence=f"The capital of France is {mask}."))] if mask else []
+    try:
+        mask = load_any_tokenizer(source, ["mask_token"]).mask_token
+    except UserError:
+        return []
+    return [Snippet("python", _USAGE.format(model=MODEL, sentence=f"The capital of France is {mask}."))]
 
 
-def _architecture(source: Path, config: PreTrainedConfig) -> list[CardBlock]:
-    facts = {
-        "architecture": ", ".join(config.architectures or [config.model_type]),
-        "parameters": _count_parameters(source),
-        "layers": getattr(config, "num_hidden_layers", None),
-        "hidden size": getattr(config, "hidden_size", None),
-        "attention heads": getattr(config, "num_attention_heads", None),
-        "vocabulary": getattr(config, "vocab_size", None),
-        "positions": getattr(config, "max_position_embeddings", None),
-    }
+def _architecture(source: Path, config: Mapping[str, Any]) -> list[CardBlock]:
+    keys = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
+    facts = {"architecture": config.get("architectures"), "parameters": _count_parameters(source)}
+    facts |= {key: config.get(key) for key in keys}
     return [Heading("Model"), settings_table(facts)]
 
 

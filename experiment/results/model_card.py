@@ -201,10 +201,11 @@ def _usage_section(usage: Sequence[CardBlock]) -> list[CardBlock]:
 
 
 def _render(blocks: Sequence[CardBlock]) -> str:
-    return "\n".join(map(_render_block, blocks))
+    return "\n".join(map(render_block, blocks))
 
 
-def _render_block(block: CardBlock) -> str:
+def render_block(block: CardBlock) -> str:
+    """As Markdown; ends with a newline."""
     match block:
         case Heading():
             return f"## {escape(block.text)}\n"

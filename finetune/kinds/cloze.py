@@ -73,6 +73,18 @@ class Config(TaskConfig):
     such texts as right or wrong; or by the masked-LM head, without training."""
 
 
+# transformers does not fill blanks: this needs deepcloze.
+_USAGE = """
+from pathlib import Path
+
+from finetune.predictor import Predictor  # of deepcloze
+
+$model
+predictor = Predictor.load(Path(model))
+print(predictor.predict([{"article": "A _ text.", "options": [["short", "long"]]}]))
+"""
+
+
 @dataclass(frozen=True)
 class _Masked:
     """A mask that stands for a token of some options."""
@@ -97,6 +109,8 @@ class Kind(TaskKind[Config]):
 
     config_type = Config
     metrics = dict.fromkeys(("accuracy",), Direction.HIGHER)
+    hub_task = "multiple-choice"
+    usage = _USAGE
     answer = "answers"
 
     def __init__(self, config: Config, labels: tuple[str, ...]) -> None:

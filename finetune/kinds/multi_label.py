@@ -69,6 +69,10 @@ class Kind(TaskKind[Config]):
     def head(self) -> dict[str, Any]:
         return {**super().head, "problem_type": "multi_label_classification"}
 
+    @property
+    def usage(self) -> str:
+        return super().usage.replace("$tokenizing", "top_k=None, $tokenizing")  # the probabilities of all labels
+
     def describe(self, train: Table) -> list[str]:
         rows = [_labels_of(record, self.config) for record in train.records]
         counts = Counter(label for labels in rows for label in labels)

@@ -58,6 +58,23 @@ class Config(TaskConfig):
     kept."""
 
 
+# A choice follows the question or, if there is a context, both follow it.
+_USAGE = """
+import torch
+from transformers import AutoModelForMultipleChoice, AutoTokenizer
+
+$model
+question, choices = "Which one is right?", ["This one.", "That one."]
+tokenizer = AutoTokenizer.from_pretrained(model)
+texts = [question] * len(choices)  # with a context: [context] * len(choices), and in the next line
+pairs = choices  # with a context: [f"{question} {choice}" for choice in choices]
+inputs = tokenizer(texts, pairs, truncation="only_first", padding=True, $length, return_tensors="pt")
+with torch.inference_mode():
+    outputs = AutoModelForMultipleChoice.from_pretrained(model)(**{name: ids[None] for name, ids in inputs.items()})
+print(choices[int(outputs.logits.argmax())])
+"""
+
+
 class Kind(TaskKind[Config]):
     """A prediction has `label`, as the file has it, and `probabilities`: by label, or a list in the order of the
     choices if their texts are the labels."""
@@ -65,6 +82,8 @@ class Kind(TaskKind[Config]):
     config_type = Config
     metrics = dict.fromkeys(("accuracy",), Direction.HIGHER)
     auto_model = "AutoModelForMultipleChoice"
+    hub_task = "multiple-choice"
+    usage = _USAGE
 
     @classmethod
     def find_labels(cls, config: Config, train: Table) -> tuple[str, ...]:

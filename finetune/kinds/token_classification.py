@@ -48,6 +48,16 @@ class Config(TaskConfig):
     metric: Literal["f1", "precision", "recall", "accuracy"] = "f1"
 
 
+# The first token of a word carries its tag. The pipeline splits a text into words as the tokenizer does.
+_USAGE = """
+from transformers import pipeline
+
+$model
+tagger = pipeline("token-classification", model=model, aggregation_strategy="first")
+print(tagger("A sentence."))
+"""
+
+
 @dataclass(frozen=True)
 class _Tagged:
     """The words that get their tag from a sequence."""
@@ -68,6 +78,8 @@ class Kind(TaskKind[Config]):
     metrics = dict.fromkeys(("f1", "precision", "recall", "accuracy"), Direction.HIGHER)
     answer = "tags"
     auto_model = "AutoModelForTokenClassification"
+    hub_task = "token-classification"
+    usage = _USAGE
     smooths_labels = True
 
     @classmethod
