@@ -133,8 +133,7 @@ def _data(state: Mapping[str, Any]) -> list[CardBlock]:
     """The corpora; those of an older checkpoint are known by fingerprint only."""
     corpora = state.get("corpora")
     if corpora is None:
-        fingerprints = ", ".join(fingerprint for fingerprint, _ in state["identity"]["corpus.train"])
-        return [Heading("Training data"), settings_table({"fingerprints of the corpora": fingerprints})]
+        return [Heading("Training data"), settings_table({"fingerprint": state["identity"]["corpus.train"]})]
     train, progress = corpora["train"], state["progress"]
     total = sum(corpus["weight"] for corpus in train)
     rows = []

@@ -76,7 +76,7 @@ def replace_usage(text: str, usage: Sequence[CardBlock], library: str) -> str:
     front, separator, body = text.partition("\n---\n")
     front = re.sub(r"(?m)^library_name: .*$", f"library_name: {library}", front)
     section = _render(_usage_section(usage)) + "\n"
-    body = re.sub(r"(?ms)^## Usage\n.*?(?=^## |\Z)", lambda _: section, body, count=1)
+    body = re.sub(r"(?ms)^## Usage\n(?:^```.*?^```$|.)*?(?=^## |\Z)", lambda _: section, body, count=1)
     return front + separator + body
 
 

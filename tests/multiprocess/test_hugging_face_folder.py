@@ -1,15 +1,20 @@
 """The hf/ folder of a checkpoint opens in transformers without our code."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import AutoConfig, AutoModelForMaskedLM
 
 from experiment.checkpoints import checkpoint_path
+from pretrain.corpus.reader import open_corpus
+from pretrain.export import export
 from rank_pool import RankPool
 from runs import TINY, Tree, pretrain_case, run_config, saved_tensors
 
@@ -89,3 +94,53 @@ def test_transformers_computes_the_logits_of_the_master_weights(folders: list[Pa
             torch.testing.assert_close(model.eval()(input_ids=ids).logits, logits, rtol=1e-5, atol=1e-6)
         if "bf16" in run[1]:
             assert any(not torch.equal(p, p.bfloat16().float()) for p in model.parameters()), "masters are rounded"
+
+
+def test_an_exported_encoder_has_a_card(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, heldout_corpus: Path, tmp_path: Path
+) -> None:
+    """Catches an export without a card, one that needs the run or the corpora, that has held-out figures of another
+    step or the user's paths, and a snippet that does not run."""
+    tree = run_config(
+        tmp_path / "run",
+        wordpiece_corpus,
+        corpus__eval={"held": str(heldout_corpus)},
+        evaluation__every_steps=2,
+        schedule__steps=4,
+        checkpoint__every_steps=3,
+        model__ema_decay=0.9,
+    )
+    assert pools[2].run(pretrain_case, tree) == ["done", "done"]
+    copy, encoder = tmp_path / "copy", tmp_path / "encoder"
+    shutil.copytree(checkpoint_path(tmp_path / "run" / "checkpoints", 3), copy)
+    shutil.move(tmp_path / "run", tmp_path / "gone")
+    export(str(copy), str(encoder))
+    card = (encoder / "README.md").read_text(encoding="utf-8")
+
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert (front["pipeline_tag"], front["library_name"]) == ("fill-mask", "transformers")
+    events = [json.loads(line) for line in (tmp_path / "gone" / "metrics.jsonl").read_text().splitlines()]
+    (evaluation,) = [event for event in events if event["step"] == 2 and "eval/held/loss" in event]
+    (result,) = front["model-index"][0]["results"]
+    assert {metric["name"]: metric["value"] for metric in result["metrics"]} == {
+        name: pytest.approx(evaluation[f"eval/held/{name}"], abs=1e-5) for name in ("loss", "perplexity", "accuracy")
+    }
+    assert "Evaluated at step 2." in card
+    corpus = open_corpus(wordpiece_corpus)
+    seen = next(event["tokens"] for event in events if event["step"] == 3)
+    counts = f"{corpus.documents:,} | {corpus.tokens:,} | {corpus.fingerprint}"
+    assert f"| {corpus.name} | {counts} | {corpus.manifest.recipe.source} | 100.0% | {seen:,} |" in card
+    assert open_corpus(heldout_corpus).fingerprint in card
+    assert f"| tokens | {seen:,} |" in card
+    assert "| 2 | 1 | " in card, "ranks and hosts"
+    assert "/" + tmp_path.parts[1] not in card
+
+    (snippet,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True, cwd=encoder)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 5
+
+    export(str(copy / "hf-ema"), str(tmp_path / "average"))
+    averaged = (tmp_path / "average" / "README.md").read_text(encoding="utf-8")
+    assert "with the weights that are not averaged" in averaged
+    assert "model-index" not in averaged

@@ -1,9 +1,11 @@
 """What all kinds of tasks have in common: each learns a tiny task, saves a model that transformers opens, and its
 predictions do not depend on the batch."""
 
+import ast
 import csv
 import json
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +18,7 @@ import transformers
 from experiment.config import build_config
 from experiment.tokenizer import load_any_tokenizer
 from finetune.config import FinetuneConfig
+from finetune.data.columns import TextColumns
 from finetune.data.records import read_table
 from finetune.device import Device
 from finetune.encoding.encoder import Encoder
@@ -155,10 +158,10 @@ def test_every_kind_has_a_tiny_task() -> None:
 
 @pytest.mark.parametrize("name", TASKS)
 def test_a_kind_learns_and_saves_what_it_learned(
-    encoder: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+    encoder: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches targets, losses or decoding that do not fit together, a saved model that is not the one scored, and a
-    kind without a list of its worst rows or a table of its labels."""
+    """Catches targets, losses or decoding that do not fit together, a saved model that is not the one scored, a kind
+    without a list of its worst rows or a table of its labels, and a model card whose snippet does not run."""
     config = config_of(name, encoder, tmp_path)
     results = run(config)
     score = results["splits"]["test"][config.task.metric]["mean"]
@@ -179,6 +182,39 @@ def test_a_kind_learns_and_saves_what_it_learned(
     assert ("support" in capsys.readouterr().out) == (name in LABELLED)
     record = SeedRecord(**json.loads((folder / "COMPLETE").read_text()))
     assert not record.collapsed
+    monkeypatch.chdir(folder / "model")
+    found = run_snippet(folder / "model", capsys)
+    if issubclass(find_kind(name).config_type.model_fields["columns"].annotation, TextColumns):
+        (prediction,) = predictor.predict([{"text": "A text."}])
+        expected = numbers(prediction)
+        assert max(numbers(found)) == pytest.approx(max(expected), abs=1e-4)
+
+
+def run_snippet(model: Path, capsys: pytest.CaptureFixture[str]) -> Any:
+    """What the Python in a model card prints, as a value if it is one. The working directory is the model folder."""
+    (code,) = re.findall(r"```python\n(.*?)```", (model / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    capsys.readouterr()
+    exec(code, {})
+    printed = capsys.readouterr().out.strip()
+    assert printed
+    return ast.literal_eval(printed) if printed.startswith(("[", "{")) else printed
+
+
+def test_the_snippet_of_a_task_on_pairs_runs(
+    encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a snippet that gives a model of pairs a single text, or joins the two in another way than training."""
+    pairs = TinyTask(lambda draw: {**classification(draw), "other": "word1"}, chance=0, epochs=1)
+    monkeypatch.setitem(TASKS, "classification", pairs)
+    config = config_of("classification", encoder, tmp_path)
+    columns = config.task.columns.model_copy(update={"text_pair": "other"})
+    run(config.model_copy(update={"task": config.task.model_copy(update={"columns": columns})}))
+    model = tmp_path / "run" / "seed-42" / "model"
+    monkeypatch.chdir(model)
+    found = run_snippet(model, capsys)
+    record = {"text": "A text.", "text_pair": "Another text."}
+    (prediction,) = Predictor.load(model, precision="fp32").predict([record])
+    assert max(numbers(found)) == pytest.approx(max(numbers(prediction)), abs=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,8 @@ def test_names_in_state_json_do_not_change() -> None:
             "train_loss": 2.5,
             "held_out": {"a": 2.1},
             "rising": {"a": 1},
+            "step": None,
+            "metrics": {},
         },
         "evaluated": True,
     }

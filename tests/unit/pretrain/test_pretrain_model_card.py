@@ -1,0 +1,70 @@
+"""Cards of folders about which little is known; a whole one is in tests/multiprocess/test_hugging_face_folder.py."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import BertConfig, BertModel
+
+from experiment.checkpoints import find_checkpoint
+from experiment.errors import UserError
+from experiment.results.model_card import Snippet
+from pretrain.export import export
+from pretrain.model_card import write_card
+
+OLD = Path(__file__).parents[2] / "golden" / "checkpoint_0_1" / "step-00000002"
+
+
+def test_a_checkpoint_of_an_older_version_has_a_card(tmp_path: Path) -> None:
+    """Catches an export that fails for a checkpoint whose state lacks what newer ones record for the card."""
+    export(str(OLD), str(tmp_path / "old"))
+    card = (tmp_path / "old" / "README.md").read_text(encoding="utf-8")
+    fingerprint = json.loads((OLD / "state.json").read_text())["identity"]["corpus.train"]
+    assert f"| fingerprint | {fingerprint} |" in card
+    assert "| steps | 2 |" in card
+    assert "The weights are those of step 2." in card
+    assert yaml.safe_load(card.split("---\n")[1])["pipeline_tag"] == "fill-mask"
+
+
+def test_a_model_of_another_origin_has_a_card(tmp_path: Path) -> None:
+    """Catches an export that fails for a folder without a head, a tokenizer or a run, and a snippet that cannot run."""
+    shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    model = BertModel(BertConfig(vocab_size=10, **shape))
+    model.save_pretrained(tmp_path / "foreign")
+    export(str(tmp_path / "foreign"), str(tmp_path / "out"))
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "A model of type bert, exported with deepcloze." in card
+    assert f"| parameters | {model.num_parameters():,} |" in card
+    assert "## Usage" not in card
+    assert "pipeline_tag" not in card
+
+
+def test_an_edited_card_is_exported_as_it_is(tmp_path: Path) -> None:
+    """Catches a card written by hand that an export replaces, and one for another format that loses its text."""
+    shutil.copytree(OLD / "hf", tmp_path / "mine")
+    (tmp_path / "mine" / "README.md").write_text("---\nlibrary_name: x\n---\n\n## Usage\n\nOld.\n\n## Mine\n")
+    export(str(tmp_path / "mine"), str(tmp_path / "out"))
+    assert (tmp_path / "out" / "README.md").read_text() == (tmp_path / "mine" / "README.md").read_text()
+    write_card(tmp_path / "mine", tmp_path / "out", "out", [Snippet("bash", "run")], "onnx")
+    expected = "---\nlibrary_name: onnx\n---\n\n## Usage\n\n```bash\nrun\n```\n\n## Mine\n"
+    assert (tmp_path / "out" / "README.md").read_text() == expected
+
+
+def test_a_card_in_a_checkpoint_does_not_damage_it(tmp_path: Path) -> None:
+    """Catches a checkpoint that counts as damaged because its user wrote a card for it."""
+    shutil.copytree(OLD, tmp_path / OLD.name)
+    (tmp_path / OLD.name / "hf" / "README.md").write_text("Mine.")
+    assert find_checkpoint(tmp_path / OLD.name) == tmp_path / OLD.name
+    export(str(tmp_path / OLD.name), str(tmp_path / "out"))
+    assert (tmp_path / "out" / "README.md").read_text() == "Mine."
+
+
+def test_a_damaged_config_is_one_message(tmp_path: Path) -> None:
+    """Catches a traceback, and a half-written export."""
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json is damaged"):
+        export(str(tmp_path / "broken"), str(tmp_path / "out"))
+    assert not list(tmp_path.glob("*out*"))
