@@ -26,7 +26,7 @@ from transformers import (
 
 from experiment.tokenizer import load_tokenizer
 
-_BATCH = 32  # examples
+BATCH = 32  # examples of a microbatch
 _KEYS = ("input_ids", "attention_mask", "special_tokens_mask")
 
 
@@ -41,29 +41,30 @@ class PeerSettings:
     precision: str
     length: int  # longest example, in tokens
     threads: int
-    steps: int
-    warmup_steps: int  # the first steps, not timed
+    accumulated: int  # microbatches of an update
+    updates: int
+    warmup_updates: int  # the first updates, not timed
 
 
 class _Timer(TrainerCallback):  # type: ignore[misc]
-    """Records when the untimed steps end, and when the last step ends."""
+    """Records when the untimed updates end, and when the last update ends."""
 
-    def __init__(self, warmup_steps: int) -> None:
-        self.warmup_steps = warmup_steps
+    def __init__(self, warmup_updates: int) -> None:
+        self.warmup_updates = warmup_updates
         self.started = self.ended = 0.0
 
     def on_step_end(self, _arguments: Any, state: Any, _control: Any, **_: Any) -> None:
         self.ended = time.perf_counter()
-        if state.global_step == self.warmup_steps:
+        if state.global_step == self.warmup_updates:
             self.started = self.ended
 
 
 class _CountingCollator:
-    """Counts the real tokens of the batches after the untimed steps."""
+    """Counts the real tokens of the microbatches after the untimed ones."""
 
-    def __init__(self, collator: DataCollatorForLanguageModeling, warmup_steps: int) -> None:
+    def __init__(self, collator: DataCollatorForLanguageModeling, untimed: int) -> None:
         self.collator = collator
-        self.untimed_left = warmup_steps
+        self.untimed_left = untimed
         self.tokens = 0
 
     def __call__(self, examples: list[Any]) -> Any:
@@ -75,20 +76,21 @@ class _CountingCollator:
 
 
 def run(settings: PeerSettings) -> float:
-    """Train and return the tokens per second of the timed steps."""
+    """Train and return the tokens per second of the timed updates."""
     torch.set_num_threads(settings.threads)
     tokenizer = load_tokenizer(Path(settings.tokenizer))
     config = AutoConfig.for_model("bert", vocab_size=len(tokenizer), **settings.model)
-    timer = _Timer(settings.warmup_steps)
+    timer = _Timer(settings.warmup_updates)
     masking = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15)
-    collator = _CountingCollator(masking, settings.warmup_steps)
+    collator = _CountingCollator(masking, settings.warmup_updates * settings.accumulated)
     with tempfile.TemporaryDirectory() as scratch:
         Trainer(
             model=AutoModelForMaskedLM.from_config(config, trust_remote_code=False),
             args=TrainingArguments(
                 output_dir=scratch,
-                max_steps=settings.steps,
-                per_device_train_batch_size=_BATCH,
+                max_steps=settings.updates,
+                per_device_train_batch_size=BATCH,
+                gradient_accumulation_steps=settings.accumulated,
                 bf16=settings.precision == "bf16",
                 use_cpu=not torch.cuda.is_available(),
                 report_to=[],
@@ -103,7 +105,7 @@ def run(settings: PeerSettings) -> float:
 
 
 def _examples(settings: PeerSettings, tokenizer: Any) -> list[dict[str, list[int]]]:
-    """Tokenized examples, repeated until they suffice for all steps."""
+    """Tokenized examples, repeated until they suffice for all updates."""
     text = Path(settings.source).read_text(encoding="utf-8").splitlines()
     encoded = tokenizer(
         [line for line in text if line and not line.isspace()],
@@ -112,7 +114,7 @@ def _examples(settings: PeerSettings, tokenizer: Any) -> list[dict[str, list[int
         max_length=settings.length if settings.lines else None,
     )
     examples = _lines(encoded) if settings.lines else _blocks(encoded, settings.length)
-    while len(examples) < _BATCH * settings.steps:
+    while len(examples) < BATCH * settings.accumulated * settings.updates:
         examples = examples + examples
     return examples
 

@@ -1,0 +1,74 @@
+"""The matrix products of a training step on a CPU, alone: the most that any implementation could reach.
+
+`benchmarks.throughput` runs it in a separate process; it prints one JSON object. The products are those of the linear
+layers of a BERT with a masked-LM head, forward and backward, for one microbatch without padding. Those of attention are
+left out. In fp32 they are computed by oneDNN, which is the faster of torch's libraries on many CPUs.
+"""
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from experiment.allocator import keep_freed_memory
+
+_MASKED = 0.15
+_ROUNDS = 20
+
+
+@dataclass(frozen=True)
+class ProductSettings:
+    """What is computed."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+    tokens: int  # of a microbatch
+    precision: str  # bf16 or fp32
+    threads: int
+
+
+def run(settings: ProductSettings) -> float:
+    """Tokens per second, from the median time of the products."""
+    torch.set_num_threads(settings.threads)
+    keep_freed_memory()
+    products = list(_products(settings))
+    times = []
+    for _ in range(_ROUNDS):
+        start = time.perf_counter()
+        for multiply in products:
+            multiply()
+        times.append(time.perf_counter() - start)
+    return settings.tokens / statistics.median(times)
+
+
+def _products(settings: ProductSettings) -> Iterator[Callable[[], Tensor]]:
+    hidden, masked = settings.hidden, round(_MASKED * settings.tokens)
+    layer = [(hidden, hidden)] * 4 + [(hidden, settings.intermediate), (settings.intermediate, hidden)]
+    for inputs, outputs in layer * settings.layers:
+        yield from _linear_layer(settings.tokens, inputs, outputs, settings.precision)
+    for inputs, outputs in [(hidden, hidden), (hidden, settings.vocabulary)]:
+        yield from _linear_layer(masked, inputs, outputs, settings.precision)
+
+
+def _linear_layer(rows: int, inputs: int, outputs: int, precision: str) -> Iterator[Callable[[], Tensor]]:
+    """The outputs, and the gradients of inputs and weight."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    values, weight, gradient = (torch.randn(*size, dtype=dtype) for size in _sizes(rows, inputs, outputs))
+    for left, right in ((values, weight), (gradient, weight.t()), (gradient.t(), values.t())):
+        yield partial(torch.ops.mkldnn._linear_pointwise, left, right, None, "none", [], "")
+
+
+def _sizes(rows: int, inputs: int, outputs: int) -> tuple[tuple[int, int], ...]:
+    return (rows, inputs), (outputs, inputs), (rows, outputs)
+
+
+if __name__ == "__main__":
+    print(json.dumps({"tokens_per_second": run(ProductSettings(**json.loads(sys.argv[1])))}), flush=True)
