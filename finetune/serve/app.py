@@ -52,6 +52,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     422: {"model": Error, "description": "The request is not as described here"},
     503: {"model": Error, "description": "Too many texts are waiting; try again after Retry-After"},
 }
+_PAGE_HEADERS = {"Content-Security-Policy": "default-src 'unsafe-inline' 'self'; img-src data:; frame-ancestors 'none'"}
 _FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
 
 api = APIRouter(prefix="/v1", responses=_ERRORS)
@@ -180,7 +181,7 @@ async def docs() -> HTMLResponse:
 
 
 def _html(name: str) -> HTMLResponse:
-    return HTMLResponse(files(__package__).joinpath(name).read_text(encoding="utf-8"))
+    return HTMLResponse(files(__package__).joinpath(name).read_text(encoding="utf-8"), headers=_PAGE_HEADERS)
 
 
 async def _read_json_or_form(request: Request) -> Any:

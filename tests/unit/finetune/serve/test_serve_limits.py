@@ -207,5 +207,7 @@ def test_pages_need_no_network(client: TestClient) -> None:
         assert "http://" not in page.text
         assert "https://" not in page.text
         assert "src=" not in page.text
+        policy = page.headers["content-security-policy"]
+        assert policy == "default-src 'unsafe-inline' 'self'; img-src data:; frame-ancestors 'none'"
     client.get("/made-up-path")
     assert "made-up-path" not in client.get("/metrics").text
