@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from experiment.errors import UserError
@@ -14,6 +15,7 @@ from finetune.device import Device, choose_device
 from finetune.encoding.encoder import Encoder, Tokens
 from finetune.encoding.examples import Batch, Padding, collate
 from finetune.model import ModelSpec, build_model, read_model_inputs
+from finetune.onnx_model import OnnxModel, holds_onnx_model
 from finetune.saved_task import SavedTask
 from finetune.task_kind import TaskKind
 from finetune.training.compatibility import computes
@@ -45,37 +47,59 @@ class LoadedModel:
     """A model on its device, with what encodes texts for it. Threads may share it."""
 
     folder: Path
-    model: PreTrainedModel
+    model: PreTrainedModel | OnnxModel
     encoder: Encoder
     padding: Padding
     device: Device
     # A tokenizer of the tokenizers library cannot change its truncation while another thread uses it.
     encoding: threading.Lock = field(default_factory=threading.Lock)
 
+    @property
+    def precision(self) -> str:
+        """fp32, bf16, fp16, or int8 for some ONNX models."""
+        return self.model.precision if isinstance(self.model, OnnxModel) else self.device.precision
+
 
 def load_model(
     folder: Path, tokenizer: PreTrainedTokenizerBase, task: SavedTask, precision: str = "auto"
 ) -> LoadedModel:
-    """Load the model in a folder, with the head of a task.
+    """Load the model in a folder, with the head of a task, to compute with it as fast as possible.
 
     precision: as in the training config. Raises UserError for a folder that is not usable, or whose weights lack the
-    head.
+    head, and for a precision that an ONNX model does not have.
     """
-    kind = task.kind
+    if holds_onnx_model(folder):
+        loaded = load_on_cpu(folder, tokenizer, task)
+        if precision not in ("auto", loaded.precision):
+            raise UserError(f"--precision: the ONNX model in {folder} computes in {loaded.precision} only; use auto")
+        return loaded
     device = choose_device(precision, key="--precision")
-    spec = ModelSpec(folder, True, kind.auto_model, kind.head)
+    loaded = load_on_cpu(folder, tokenizer, task)
+    loaded.model.to(device.device)
+    use_fast_linear(loaded.model)
+    probe = collate(task.kind, [task.kind.probe(loaded.encoder)], loaded.padding, device.device)
+    return replace(loaded, device=_usable_precision(loaded.model, task.kind, probe, device))
+
+
+def load_on_cpu(folder: Path, tokenizer: PreTrainedTokenizerBase, task: SavedTask) -> LoadedModel:
+    """The model as transformers computes it, in fp32; or the ONNX model in the folder. Raises UserError."""
+    spec = ModelSpec(folder, True, task.kind.auto_model, task.kind.head)
     inputs = read_model_inputs(spec, tokenizer)
+    model = OnnxModel(folder) if holds_onnx_model(folder) else _build(spec)
+    length = task.max_seq_length or min(inputs.max_length or _UNLIMITED, tokenizer.model_max_length)
+    encoder = Encoder(tokenizer, length, inputs.token_types, task.kind.config.special_tokens_in_text)
+    padding = replace(Padding.of(tokenizer), length=length if task.padded else None)
+    return LoadedModel(
+        folder, model.eval().requires_grad_(False), encoder, padding, Device(torch.device("cpu"), dtype=None)
+    )
+
+
+def _build(spec: ModelSpec) -> PreTrainedModel:
     built = build_model(spec)
     if built.new:
-        problem = "has no masked-LM head" if kind.auto_model == _MASKED_LM else "is not fine-tuned"
-        raise UserError(f"{folder}: the model {problem}: its weights lack {', '.join(built.new[:3])}")
-    length = task.max_seq_length or min(inputs.max_length or _UNLIMITED, tokenizer.model_max_length)
-    encoder = Encoder(tokenizer, length, inputs.token_types, kind.config.special_tokens_in_text)
-    padding = replace(Padding.of(tokenizer), length=length if task.padded else None)
-    model = built.model.to(device.device).eval().requires_grad_(False)
-    use_fast_linear(model)
-    probe = collate(kind, [kind.probe(encoder)], padding, device.device)
-    return LoadedModel(folder, model, encoder, padding, _usable_precision(model, kind, probe, device))
+        problem = "has no masked-LM head" if spec.auto_model == _MASKED_LM else "is not fine-tuned"
+        raise UserError(f"{spec.folder}: the model {problem}: its weights lack {', '.join(built.new[:3])}")
+    return built.model
 
 
 def _usable_precision(model: PreTrainedModel, kind: TaskKind[Any], probe: Batch, device: Device) -> Device:

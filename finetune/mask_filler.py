@@ -42,6 +42,18 @@ class _OptionRanking(cloze.Kind):
         return self.expand(record, encoder, training=False)[0]
 
 
+def ranking_task() -> SavedTask:
+    """The task of a masked language model: to rank options for the masks in a text."""
+    # Masks are special tokens in the text, as in the fill-mask pipeline of transformers.
+    config = cloze.Config(scoring="zero_shot", other_blanks="masked", special_tokens_in_text=True)
+    return SavedTask(_OptionRanking(config, ()), None)
+
+
+def load_filling_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a masked language model. Raises UserError if it has no mask."""
+    return load_any_tokenizer(folder, ["pad_token", "mask_token"])
+
+
 @dataclass(frozen=True)
 class MaskFiller:
     """A masked language model, ready to fill masks. Threads may share it, but only one may compute."""
@@ -52,11 +64,8 @@ class MaskFiller:
     @classmethod
     def load(cls, folder: Path, precision: str = "auto", batch_size: int = 128) -> Self:
         """Load a folder with a masked-LM head. Raises UserError if it has none."""
-        tokenizer = load_any_tokenizer(folder, ["pad_token", "mask_token"])
-        # Masks are special tokens in the text, as in the fill-mask pipeline of transformers.
-        config = cloze.Config(scoring="zero_shot", other_blanks="masked", special_tokens_in_text=True)
-        task = SavedTask(_OptionRanking(config, ()), None)
-        loaded = load_model(folder, tokenizer, task, precision)
+        task = ranking_task()
+        loaded = load_model(folder, load_filling_tokenizer(folder), task, precision)
         return cls(loaded, Predictor.of(loaded, task, batch_size))
 
     @property

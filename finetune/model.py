@@ -59,6 +59,11 @@ def model_files(folder: Path, weights: bool) -> list[Path]:
     return sorted({path for pattern in patterns for path in folder.glob(pattern)})
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether there are weights in a Hugging Face folder."""
+    return any(path.is_file() for pattern in _WEIGHT_FILES for path in folder.glob(pattern))
+
+
 def read_model_inputs(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase) -> ModelInputs:
     """Inspect the model, built without weights.
 

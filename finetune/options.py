@@ -1,4 +1,4 @@
-"""Options of `deepcloze predict` and `serve`: each field is a flag.
+"""Options of `deepcloze predict`, `serve` and `export`: each field is a flag.
 
 Imports nothing heavy: `deepcloze --help` reads this module.
 """
@@ -86,3 +86,20 @@ class ServeOptions(Section):
     timeout: PositiveFloat = 60.0
     """Seconds until a request is answered, its transfer included; then it is rejected with 503, or 408 if it has not
     arrived."""
+
+
+class ExportOptions(Section):
+    checkpoint: Annotated[str, Metavar("DIR")]
+    """What to export: a checkpoint of a pretraining, or a run (its newest checkpoint); a fine-tuned model folder, or a
+    run (its best seed on validation); or a folder of transformers."""
+
+    output: Annotated[str, Metavar("DIR")]
+    """Folder to write, which must not exist or be empty."""
+
+    format: Literal["hf", "onnx"] = "hf"
+    """hf: a Hugging Face folder with weights in fp32. onnx: model.onnx in place of the weights, for ONNX Runtime on
+    CPUs; `deepcloze predict` and `serve` take such a folder too."""
+
+    int8: bool = False
+    """With --format onnx: weights in int8, which is a quarter of the size and often faster; predictions change a
+    little."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import PositiveFloat
+from transformers import PreTrainedConfig
 
 from experiment.config import Section, build_config
 from experiment.config.constraints import SequenceLength
@@ -28,6 +29,8 @@ _FOREIGN_KINDS = {"ForSequenceClassification": "classification"} | {
     "ForMultipleChoice": "multiple_choice",
 }
 """How the names of classes of transformers end -> the kind of task that they were made for."""
+
+_MASKED_LM = ("ForMaskedLM", "ForPreTraining", "LMHeadModel")
 
 
 @dataclass(frozen=True)
@@ -85,10 +88,19 @@ def read_saved_task(folder: Path, overrides: Mapping[str, str] | None = None) ->
     return SavedTask(kind(config, saved.labels), saved.max_seq_length, saved.padded, saved.temperature)
 
 
+def is_masked_lm(folder: Path) -> bool:
+    """Whether a model folder is for no task but has a masked-LM head."""
+    return _architecture(load_model_config(folder)).endswith(_MASKED_LM) and not (folder / FILE).is_file()
+
+
+def _architecture(config: PreTrainedConfig) -> str:
+    return str((config.architectures or ["none"])[0])
+
+
 def _read_foreign(folder: Path, overrides: Mapping[str, str] | None) -> SavedTask:
     """The task of a model that was trained elsewhere."""
     config = load_model_config(folder)
-    architecture = (config.architectures or ["none"])[0]
+    architecture = _architecture(config)
     kind_name = next((kind for end, kind in _FOREIGN_KINDS.items() if architecture.endswith(end)), None)
     labels = tuple(config.id2label[number] for number in sorted(config.id2label))
     single_label = config.problem_type in (None, "single_label_classification")

@@ -9,13 +9,12 @@ import fire
 
 from experiment.disk_errors import describe_disk_error
 from experiment.errors import StoppedError, UserError
-from finetune.options import PredictOptions, ServeOptions
+from finetune.options import ExportOptions, PredictOptions, ServeOptions
 from launcher.command_line import Command, help_text, is_help_request, parse_command_line
 from launcher.options import (
     CompareOptions,
     ConfigOptions,
     EvaluateOptions,
-    ExportOptions,
     FinetuneOptions,
     PlanOptions,
     PreflightOptions,
@@ -147,14 +146,20 @@ def evaluate(options: EvaluateOptions) -> None:
 
 
 def export(options: ExportOptions) -> None:
-    """Write a checkpoint as a Hugging Face folder.
+    """Write a model as a Hugging Face folder, or as ONNX.
+
+    By default, copies the Hugging Face folder of a checkpoint, or of a fine-tuned model. With --format onnx, the
+    outputs of ONNX Runtime are compared with those of PyTorch on texts of random tokens, and sizes and differences are
+    printed; if those in fp32 are more than 1e-4, nothing is written. `deepcloze predict` and `serve` run the folder.
+    Needs `pip install 'deepcloze[onnx]'`. To measure what --int8 changes, run `deepcloze predict --score` with both
+    folders. See docs/exporting.md.
 
     Example:
-        deepcloze export --checkpoint runs/first/checkpoints/step-00001000 --output my-encoder
+        deepcloze export --checkpoint runs/sst2 --output sst2-int8 --format onnx --int8
     """
-    from pretrain.export import export as export_checkpoint
+    from finetune.export.command import export_command
 
-    export_checkpoint(options.checkpoint, options.output)
+    export_command(options)
 
 
 def finetune(options: FinetuneOptions) -> None:

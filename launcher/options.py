@@ -166,14 +166,6 @@ class EvaluateOptions(Section):
     """Print one JSON object on stdout: {corpus: {loss, perplexity, accuracy, masked_tokens}}."""
 
 
-class ExportOptions(Section):
-    checkpoint: Annotated[str, Metavar("DIR")]
-    """Checkpoint of a run."""
-
-    output: Annotated[str, Metavar("DIR")]
-    """Folder to write: fp32 weights as safetensors, config and tokenizer."""
-
-
 class FinetuneOptions(Section):
     config: Annotated[str, Metavar("FILE")]
     """The task as YAML; see finetune/recipes for complete examples."""

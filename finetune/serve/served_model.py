@@ -7,15 +7,13 @@ from pathlib import Path
 from finetune.embedder import Embedder
 from finetune.loaded_model import LoadedModel
 from finetune.mask_filler import MaskFiller
-from finetune.model import load_model_config
 from finetune.predictor import Predictor
 from finetune.results.best_seed import find_model
-from finetune.saved_task import FILE, SavedTask, read_saved_task
+from finetune.saved_task import SavedTask, is_masked_lm, read_saved_task
 from finetune.serve.packed_linear import pack_linear_layers
 from finetune.serve.schemas import ModelInfo
 
 _SEQUENCES = 128  # that are computed at once, at most
-_MASKED_LM = ("ForMaskedLM", "ForPreTraining", "LMHeadModel")
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class ServedModel:
 def load_served_model(path: Path, precision: str) -> ServedModel:
     """Load a model folder, or the best model of a run. Raises UserError."""
     folder, _ = find_model(path)
-    if _is_masked_lm(folder):
+    if is_masked_lm(folder):
         filler = MaskFiller.load(folder, precision, _SEQUENCES)
         served = ServedModel(_describe_filler(filler), Embedder(filler.loaded), filler=filler)
         filler.fill([filler.mask])
@@ -47,11 +45,6 @@ def load_served_model(path: Path, precision: str) -> ServedModel:
     embedder = served.embedder
     embedder.compute(embedder.encode(["a"], "mean"))  # the first batch takes longer
     return served
-
-
-def _is_masked_lm(folder: Path) -> bool:
-    architecture = (load_model_config(folder).architectures or ["none"])[0]
-    return architecture.endswith(_MASKED_LM) and not (folder / FILE).is_file()
 
 
 def _describe_predictor(predictor: Predictor, task: SavedTask) -> ModelInfo:
@@ -86,7 +79,7 @@ def _describe(loaded: LoadedModel, kind: str) -> ModelInfo:
         fields={},
         mask=None,
         max_seq_length=loaded.encoder.max_length,
-        precision=loaded.device.precision,
+        precision=loaded.precision,
         calibrated=False,
         loaded=datetime.now(UTC).isoformat(timespec="seconds"),
     )

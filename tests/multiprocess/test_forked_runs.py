@@ -11,7 +11,8 @@ import yaml
 from experiment.checkpoints import checkpoint_path
 from experiment.provenance import ancestors_of, read_origin
 from experiment.run_folder import RunFolder
-from pretrain.export import export
+from finetune.export.command import export_command
+from finetune.options import ExportOptions
 from rank_pool import RankPool
 from runs import TINY, Tree, assert_same_tensors, evaluation_events, logged, pretrain_case, run_config, saved_tensors
 
@@ -129,7 +130,7 @@ def test_ancestors_are_recorded(
 ) -> None:
     """Catches ancestors that are lost at a fork, in an exported folder, or in a run that starts from such a folder."""
     pools[1].run(pretrain_case, fork(tmp_path / "forked", wordpiece_corpus, parent, step=4, schedule__steps=5))
-    export(str(tmp_path / "forked"), str(tmp_path / "exported"))
+    export_command(ExportOptions(checkpoint=str(tmp_path / "forked"), output=str(tmp_path / "exported")))
     tree = run_config(tmp_path / "target", wordpiece_corpus, schedule__steps=1)
     pools[1].run(pretrain_case, tree | {"model": {"init_from": str(tmp_path / "exported")}})
     ids = [provenance(folder)["run_id"] for folder in (parent, tmp_path / "forked", tmp_path / "target")]

@@ -28,6 +28,8 @@ ONLY_IN = {
     "deepspeed": ("pretrain.engine",),
     "wandb": ("experiment.tracking",),
     "fastapi": ("finetune.serve",),
+    "onnx": ("finetune.export",),
+    "onnxruntime": ("finetune.export", "finetune.onnx_model"),
     "datasets": ("pretrain.corpus", "finetune.data"),
 }
 

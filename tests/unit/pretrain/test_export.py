@@ -1,14 +1,12 @@
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM
 
 from experiment.checkpoints import checkpoint_path, mark_complete
-from experiment.errors import UserError
 from experiment.tokenizer import load_tokenizer
-from pretrain.export import export, write_hugging_face_folder
+from pretrain.export import write_hugging_face_folder
 
 TINY = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 40}
 
@@ -49,47 +47,3 @@ def test_transformers_can_cut_texts_at_the_positions(run: Path) -> None:
     """Catches a tokenizer without a length limit: `truncation=True` then cuts nothing, and long texts fail."""
     tokenizer = AutoTokenizer.from_pretrained(checkpoint_path(run / "checkpoints", 1) / "hf")
     assert len(tokenizer("de fi " * 2000, truncation=True)["input_ids"]) == 512
-
-
-def test_export_copies_the_newest_checkpoint(run: Path, tmp_path: Path) -> None:
-    """Catches an older checkpoint, an incomplete copy, and temporary files next to it."""
-    export(str(run), str(tmp_path / "new" / "encoder"))
-    assert step_of(tmp_path / "new" / "encoder") == 2.0
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["encoder"]
-
-
-def test_export_does_not_overwrite(run: Path, tmp_path: Path) -> None:
-    """Catches a user's files that an export replaces."""
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("all of it")
-    with pytest.raises(UserError, match="mine already exists"):
-        export(str(run), str(tmp_path / "mine"))
-    assert (tmp_path / "mine" / "thesis.txt").read_text() == "all of it"
-
-
-def test_the_output_can_be_an_empty_folder(run: Path, tmp_path: Path) -> None:
-    """Catches an empty folder that is rejected."""
-    (tmp_path / "empty").mkdir()
-    export(str(run), str(tmp_path / "empty"))
-    assert step_of(tmp_path / "empty") == 2.0
-
-
-def test_the_output_can_be_the_working_directory(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a traceback: '.' has no name."""
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    export(str(run), ".")
-    assert step_of(tmp_path / "here") == 2.0
-
-
-def test_a_failed_export_leaves_no_folder(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a partial folder under the final name, and a trace for a full disk."""
-
-    def full(source: Path, target: Path, **_: Any) -> None:
-        target.mkdir()
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("pretrain.export.shutil.copytree", full)
-    with pytest.raises(UserError, match=r"cannot write .*encoder: disk full"):
-        export(str(run), str(tmp_path / "encoder"))
-    assert list(tmp_path.glob("*encoder*")) == []

@@ -1,0 +1,59 @@
+"""`deepcloze export`: copy a model folder, or write its model as ONNX."""
+
+import shutil
+from pathlib import Path
+
+from experiment.checkpoints import find_model_folder
+from experiment.disk_errors import describe_disk_error
+from experiment.errors import UserError
+from experiment.files import removed_on_error
+from finetune.onnx_model import holds_onnx_model, require_packages
+from finetune.options import ExportOptions
+from finetune.results.best_seed import RESULTS, find_model
+
+
+def export_command(options: ExportOptions) -> None:
+    """Run the command. The output is complete or does not exist. Raises UserError."""
+    if options.int8 and options.format != "onnx":
+        raise UserError("--int8 needs --format onnx: a Hugging Face folder has fp32 weights")
+    source = _find_source(Path(options.checkpoint).expanduser())
+    target = Path(options.output).expanduser().absolute()
+    _check_output(source, target)
+    aside = target.with_name(f".{target.name}.partial")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        with removed_on_error(aside):
+            lines = _write(source, aside, options)
+            if target.exists():
+                target.rmdir()
+            aside.rename(target)
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {describe_disk_error(error) or error}") from None
+    print("\n".join([f"{source} -> {target}", *lines]))
+
+
+def _find_source(path: Path) -> Path:
+    """The model folder that `path` refers to: itself, or that of a checkpoint, or of a run of either kind."""
+    is_finetuned = (path / RESULTS).is_file() or (path / "model" / "config.json").is_file()
+    return find_model(path)[0] if is_finetuned else find_model_folder(path)
+
+
+def _check_output(source: Path, target: Path) -> None:
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} already exists; choose another --output")
+    if target.resolve().is_relative_to(source.resolve()):
+        raise UserError(f"{target} is in the folder that is exported; choose another --output")
+
+
+def _write(source: Path, folder: Path, options: ExportOptions) -> list[str]:
+    """Write the folder. Returns lines about it."""
+    if options.format == "hf":
+        shutil.copytree(source, folder)
+        return []
+    if holds_onnx_model(source):
+        raise UserError(f"{source} holds an ONNX model already; export the folder that it was made from")
+    require_packages("onnx", "onnxruntime", "onnxscript")
+    from finetune.export.onnx_folder import write_onnx_folder
+
+    return write_onnx_folder(source, folder, options.int8)

@@ -1,0 +1,70 @@
+"""Write a model folder whose model is ONNX, and compare it with the original."""
+
+import shutil
+from pathlib import Path
+
+from experiment.errors import UserError
+from finetune.encoding.tokenizer import load_task_tokenizer
+from finetune.export.graph import write_graph
+from finetune.export.parity import Comparison, compare, sample_batches
+from finetune.export.quantization import quantize
+from finetune.loaded_model import LoadedModel, load_on_cpu
+from finetune.mask_filler import load_filling_tokenizer, ranking_task
+from finetune.model import model_files
+from finetune.onnx_model import FILE
+from finetune.saved_task import is_masked_lm, read_saved_task
+from finetune.training.fast_linear import use_fast_linear
+
+_TOLERANCE = 1e-4  # of outputs in fp32: in units of the largest, or of 1 if that is larger
+
+
+def write_onnx_folder(source: Path, folder: Path, int8: bool) -> list[str]:
+    """Write the model in `source` to `folder`, with all that it takes to predict and to serve it.
+
+    Returns lines about sizes and differences. Raises UserError for a model that cannot be exported, or whose outputs
+    differ.
+    """
+    original = _load(source)
+    folder.mkdir()
+    for path in [*model_files(source, weights=False), *source.glob("deepcloze*.json")]:
+        shutil.copyfile(path, folder / path.name)
+    write_graph(original, folder / FILE)
+    use_fast_linear(original.model)  # as `deepcloze predict` computes it
+    batches = sample_batches(original)
+    found = compare(original, _load(folder), batches)
+    for name, difference in found.outputs.items():
+        if difference.relative > _TOLERANCE:
+            raise UserError(
+                f"{source}: {name} of ONNX Runtime differ from those of PyTorch by up to {difference.largest:.1e}; "
+                f"expected at most {_TOLERANCE * difference.scale:.1e}, as they are up to {difference.scale:.1e}"
+            )
+    weights = set(model_files(source, weights=True)) - set(model_files(source, weights=False))
+    longest = max(batch["input_ids"].shape[1] for batch in batches)
+    texts = sum(len(batch["input_ids"]) for batch in batches)
+    lines = [
+        f"PyTorch    {_megabytes(*weights)}  largest differences from it, on {texts} texts of up to {longest} tokens:",
+        f"ONNX fp32  {_megabytes(*folder.glob(f'{FILE}*'))}  {_describe(found)}",
+    ]
+    if int8:
+        quantize(folder / FILE)
+        lines.append(f"ONNX int8  {_megabytes(folder / FILE)}  {_describe(compare(original, _load(folder), batches))}")
+    return lines
+
+
+def _load(folder: Path) -> LoadedModel:
+    """Raises UserError for a model that `deepcloze serve` rejects."""
+    if is_masked_lm(folder):
+        return load_on_cpu(folder, load_filling_tokenizer(folder), ranking_task())
+    task = read_saved_task(folder)
+    return load_on_cpu(folder, load_task_tokenizer(folder, task.kind.config), task)
+
+
+def _describe(found: Comparison) -> str:
+    parts = [f"{name} {difference.largest:.1e}" for name, difference in found.outputs.items()]
+    if found.decisions:
+        parts += [f"probabilities {found.probability:.1e}", f"{found.same / found.decisions:.1%} same predictions"]
+    return ", ".join(parts)
+
+
+def _megabytes(*files: Path) -> str:
+    return f"{sum(file.stat().st_size for file in files) / 1e6:7.1f} MB"

@@ -1,0 +1,152 @@
+"""`deepcloze export`: what is exported and where to, and folders of transformers."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM
+
+from experiment.checkpoints import checkpoint_path, mark_complete
+from experiment.errors import UserError
+from experiment.tokenizer import load_tokenizer
+from finetune import onnx_model
+from finetune.export.command import export_command
+from finetune.options import ExportOptions
+from launcher.cli import main
+from pretrain.export import write_hugging_face_folder
+
+TINY = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 40}
+
+
+def export(checkpoint: Path, output: Path | str, **options: Any) -> None:
+    export_command(ExportOptions(checkpoint=str(checkpoint), output=str(output), **options))
+
+
+@pytest.fixture
+def run(tmp_path: Path, wordpiece: Path) -> Path:
+    """A run with complete checkpoints of steps 1 and 2, whose weights are all 1 and all 2."""
+    model = BertForMaskedLM(BertConfig(vocab_size=200, **TINY))
+    for step in (1, 2):
+        weights = {name: torch.full_like(p, float(step)) for name, p in model.named_parameters()}
+        folder = checkpoint_path(tmp_path / "run" / "checkpoints", step)
+        write_hugging_face_folder(weights, model, load_tokenizer(wordpiece), folder / "hf")
+        mark_complete(folder)
+    return tmp_path / "run"
+
+
+def step_of(folder: Path) -> float:
+    """The step that the weights in a Hugging Face folder are from."""
+    return AutoModelForMaskedLM.from_pretrained(folder).bert.embeddings.word_embeddings.weight[0, 0].item()
+
+
+def test_export_copies_the_newest_checkpoint(run: Path, tmp_path: Path) -> None:
+    """Catches an older checkpoint, an incomplete copy, and temporary files next to it."""
+    export(run, tmp_path / "new" / "encoder")
+    assert step_of(tmp_path / "new" / "encoder") == 2.0
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["encoder"]
+
+
+def test_export_does_not_overwrite(run: Path, tmp_path: Path) -> None:
+    """Catches a user's files that an export replaces."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("all of it")
+    with pytest.raises(UserError, match="mine already exists"):
+        export(run, tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "all of it"
+
+
+def test_the_output_can_be_an_empty_folder(run: Path, tmp_path: Path) -> None:
+    """Catches an empty folder that is rejected."""
+    (tmp_path / "empty").mkdir()
+    export(run, tmp_path / "empty")
+    assert step_of(tmp_path / "empty") == 2.0
+
+
+def test_the_output_can_be_the_working_directory(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a traceback: '.' has no name."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    export(run, ".")
+    assert step_of(tmp_path / "here") == 2.0
+
+
+def test_a_failed_export_leaves_no_folder(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a partial folder under the final name, and a trace for a full disk."""
+
+    def full(source: Path, target: Path, **_: Any) -> None:
+        target.mkdir()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("finetune.export.command.shutil.copytree", full)
+    with pytest.raises(UserError, match=r"cannot write .*encoder: disk full"):
+        export(run, tmp_path / "encoder")
+    assert list(tmp_path.glob("*encoder*")) == []
+
+
+def test_the_output_cannot_be_in_what_is_exported(run: Path) -> None:
+    """Catches a folder that is copied into itself until the disk is full, through a link too."""
+    source = checkpoint_path(run / "checkpoints", 1) / "hf"
+    (run / "link").symlink_to(source)
+    for output in (source / "copy", run / "link" / "deep" / "copy"):
+        with pytest.raises(UserError, match="copy is in the folder that is exported; choose another --output"):
+            export(source, output)
+    assert sorted(path.name for path in source.iterdir() if path.is_dir()) == []
+
+
+def test_a_home_folder_can_be_abbreviated(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a folder called `~`: the shell does not expand `--output=~/encoder`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    export(Path("~/run"), "~/encoder")
+    assert step_of(tmp_path / "encoder") == 2.0
+
+
+def test_a_finetuned_run_gives_the_model_of_its_best_seed(trained_run: Path, tmp_path: Path) -> None:
+    """Catches a fine-tuned run taken for a pretraining, and a model folder without its task."""
+    export(trained_run, tmp_path / "model")
+    results = json.loads((trained_run / "results.json").read_text())
+    scores = dict(zip(results["seeds"], results["splits"]["validation"]["macro_f1"]["values"], strict=True))
+    source = trained_run / f"seed-{max(scores, key=scores.__getitem__)}" / "model"
+    files = {path.name: path.read_bytes() for path in source.iterdir()}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == files
+    assert "deepcloze_task.json" in files
+
+
+def test_int8_needs_onnx(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a flag that is ignored."""
+    assert main(["export", "--checkpoint", str(run), "--output", str(tmp_path / "out"), "--int8"]) == 2
+    assert "--int8 needs --format onnx" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_package_is_named(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a traceback where the extra `onnx` is not installed."""
+    found = onnx_model.find_spec
+    monkeypatch.setattr(onnx_model, "find_spec", lambda name: None if name == "onnxscript" else found(name))
+    with pytest.raises(UserError, match=r"onnxscript not installed; run: pip install 'deepcloze\[onnx\]'"):
+        export(run, tmp_path / "out", format="onnx")
+    assert list(tmp_path.glob("*out*")) == []
+
+
+def test_other_formats_import_no_onnx() -> None:
+    """Catches commands that need the extra `onnx` though they write and read no ONNX."""
+    code = (
+        "import sys, finetune.export.command, finetune.predictor, finetune.serve.served_model\n"
+        "print(*(name for name in ('onnx', 'onnxruntime', 'onnxscript') if name in sys.modules))"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == ""
+
+
+def test_an_encoder_without_a_head_is_rejected(run: Path, tmp_path: Path) -> None:
+    """Catches a model that no command could run, with a message that does not say what is missing."""
+    folder = Path(shutil.copytree(checkpoint_path(run / "checkpoints", 1) / "hf", tmp_path / "encoder"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["BertModel"]}))
+    with pytest.raises(UserError, match=r"architecture: BertModel.*`deepcloze finetune` makes"):
+        export(folder, tmp_path / "out", format="onnx")
+    assert list(tmp_path.glob("*out*")) == []
