@@ -10,6 +10,8 @@ import torch
 import yaml
 from transformers import BertConfig, BertForMaskedLM
 
+from finetune.export.command import export_command
+from finetune.options import ExportOptions
 from finetune.run import finetune
 
 WORDS = [f"word{number}" for number in range(40)]
@@ -97,3 +99,15 @@ def trained_run(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     (folder / "toy.yaml").write_text(yaml.safe_dump(tree))
     finetune(folder / "toy.yaml")
     return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def export_onnx(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Exports a model: export_onnx(folder, int8=False) is the folder with the ONNX model."""
+
+    def export(folder: Path, int8: bool = False) -> Path:
+        output = tmp_path_factory.mktemp("exported") / "model"
+        export_command(ExportOptions(checkpoint=str(folder), output=str(output), format="onnx", int8=int8))
+        return output
+
+    return export

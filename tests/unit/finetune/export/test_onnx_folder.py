@@ -1,0 +1,264 @@
+"""A folder that `--format onnx` writes predicts what the original predicts."""
+
+import json
+import random
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from experiment.config import build_config
+from experiment.errors import UserError
+from experiment.tokenizer import load_any_tokenizer
+from finetune.export import onnx_folder
+from finetune.export.command import export_command
+from finetune.model import ModelSpec, build_model, save_model
+from finetune.onnx_model import FILE
+from finetune.options import ExportOptions
+from finetune.predictor import Predictor
+from finetune.saved_task import SavedTask, write_saved_task
+from finetune.task_kind import find_kind
+from launcher.cli import main
+from tiny_models import tiny_fields
+
+WORDS = [f"word{number}" for number in range(40)]  # of the fixture `encoder`
+ExportOnnx = Callable[..., Path]
+Records = list[dict[str, Any]]
+
+
+def texts(count: int, longest: int = 40) -> list[str]:
+    draw = random.Random(count)
+    return [" ".join(draw.choices(WORDS, k=draw.randint(1, longest))) for _ in range(count)]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A task and what to predict for."""
+
+    columns: Mapping[str, Any]
+    labels: tuple[str, ...]
+    records: Records
+
+
+PAIRS = [{"text": one, "text_pair": other} for one, other in zip(texts(12), [*texts(11), "word1"], strict=True)]
+CASES = {
+    "classification": Case({"label": "a", "text": "b", "text_pair": "c"}, ("x", "y", "z"), PAIRS),
+    "regression": Case({"label": "a", "text": "b"}, (), [{"text": text} for text in texts(12)]),
+    "multi_label": Case({}, ("x", "y", "z"), [{"text": text} for text in texts(12)]),
+    "token_classification": Case({}, ("O", "B-X", "I-X"), [{"words": text.split()} for text in texts(12)]),
+    "question_answering": Case({}, (), [{"question": "word1 word2", "context": text} for text in texts(12, 80)]),
+    "multiple_choice": Case(
+        {},
+        ("A", "B", "C"),
+        [{"question": text, "choices": ["word3", "word4 word5", text][:n]} for n in (2, 3) for text in texts(5)],
+    ),
+    "cloze": Case({}, (), [{"article": f"{text} _ word1", "options": [["word3", "word4 word5"]]} for text in texts(4)]),
+}
+
+
+def write_model(kind_name: str, case: Case, encoder: Path, folder: Path) -> None:
+    """Write the folder of a model that is not trained, with large weights, so that its predictions differ."""
+    kind_type = find_kind(kind_name)
+    tree = {"train": "f", "validation": "f", "columns": dict(case.columns)}
+    kind = kind_type(build_config(kind_type.config_type, tree), case.labels)
+    torch.manual_seed(0)
+    model = build_model(ModelSpec(encoder, True, kind.auto_model, kind.head)).model
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    save_model(model, load_any_tokenizer(encoder, needed=()), False, folder)
+    write_saved_task(folder, SavedTask(kind, max_seq_length=24))
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    """Compares predictions, whose numbers may differ by rounding."""
+    if isinstance(expected, dict):
+        assert list(found) == list(expected)
+        found, expected = list(found.values()), list(expected.values())
+    if isinstance(expected, list):
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            assert_same(one, other)
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, abs=1e-4)
+    else:
+        assert found == expected
+
+
+def predictions(folder: Path, records: Records) -> Any:
+    return Predictor.load(folder, "fp32", batch_size=5).predict(records)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_kind_predicts_the_same(name: str, encoder: Path, export_onnx: ExportOnnx, tmp_path: Path) -> None:
+    """Catches inputs or outputs of a head that are lost or mixed up, sizes that are fixed, and padding that counts."""
+    case = CASES[name]
+    write_model(name, case, encoder, tmp_path / "model")
+    expected = predictions(tmp_path / "model", case.records)
+    assert len({str(each) for each in expected}) > len(expected) // 2
+    assert_same(predictions(export_onnx(tmp_path / "model"), case.records), expected)
+
+
+TYPES = {
+    # Positions of RoBERTa count the tokens that are no padding; only ModernBERT has rotary ones and local windows.
+    "roberta": {"pad_token_id": 0, "type_vocab_size": 1, "max_position_embeddings": 66},
+    "distilbert": {},
+    "modernbert": {"local_attention": 12, "global_attn_every_n_layers": 2},
+    "deberta-v2": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "type_vocab_size": 0},
+    "electra": {},
+    "albert": {},
+    "mpnet": {},
+}
+QUICK = ("roberta", "distilbert", "modernbert", "deberta-v2")
+
+
+@pytest.mark.parametrize(
+    "model_type", [pytest.param(name, marks=() if name in QUICK else pytest.mark.soak) for name in TYPES]
+)
+def test_other_architectures(model_type: str, encoder: Path, export_onnx: ExportOnnx, tmp_path: Path) -> None:
+    """Catches positions, windows and relative distances that the graph has only for the length of the example."""
+    torch.manual_seed(0)
+    fields = {
+        **tiny_fields(model_type),
+        "vocab_size": 45,
+        "pad_token_id": 0,
+        "initializer_range": 0.3,
+        **TYPES[model_type],
+    }
+    fields |= dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"))
+    fields |= {"id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}
+    config = AutoConfig.for_model(model_type, **fields)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "model")
+    load_any_tokenizer(encoder, needed=()).save_pretrained(tmp_path / "model")
+    records = [{"text": text} for text in [*texts(8), "word1 " * 100]]
+    assert_same(predictions(export_onnx(tmp_path / "model"), records), predictions(tmp_path / "model", records))
+
+
+@pytest.fixture(scope="module")
+def exported(trained_run: Path, export_onnx: ExportOnnx) -> Path:
+    """The best seed of `trained_run`."""
+    return export_onnx(trained_run)
+
+
+@pytest.fixture(scope="module")
+def int8(trained_run: Path, export_onnx: ExportOnnx) -> Path:
+    """The same in int8."""
+    return export_onnx(trained_run, int8=True)
+
+
+def predict(model: Path, source: Path, output: Path, *flags: str) -> list[dict[str, Any]]:
+    """The rows that `deepcloze predict` writes."""
+    assert main(["predict", "--model", str(model), "--input", str(source), "--output", str(output), *flags]) == 0
+    return [json.loads(line) for line in output.read_text().splitlines()]
+
+
+def test_predict_writes_the_same_rows(exported: Path, trained_run: Path, tmp_path: Path) -> None:
+    """Catches a task, labels or a temperature that do not travel with the model."""
+    source = trained_run.parent / "test.tsv"
+    found = predict(exported, source, tmp_path / "a.jsonl", "--calibrated", "--score")
+    expected = predict(trained_run, source, tmp_path / "b.jsonl", "--calibrated", "--score", "--precision=fp32")
+    assert_same(found, expected)
+    scores = [json.loads((tmp_path / f"{name}.scores.json").read_text())["scores"] for name in "ab"]
+    assert_same(*scores)
+
+
+def test_int8_predicts_about_the_same(int8: Path, trained_run: Path, tmp_path: Path) -> None:
+    """Catches weights that are quantized with the wrong scales, and files that stay because they are not."""
+    source = trained_run.parent / "test.tsv"
+    found = predict(int8, source, tmp_path / "a.jsonl")
+    expected = predict(trained_run, source, tmp_path / "b.jsonl", "--precision=fp32")
+    for row, other in zip(found, expected, strict=True):
+        assert row["predicted"] == other["predicted"]
+        assert row["probability_high"] == pytest.approx(other["probability_high"], abs=0.1)
+    tensors = onnx.load(int8 / FILE).graph.initializer
+    in_fp32 = [each.name for each in tensors if each.data_type == onnx.TensorProto.FLOAT and min([*each.dims, 1]) > 1]
+    assert [name for name in in_fp32 if not re.search("pooler|classifier", name)] == []
+
+
+def test_tied_output_layers_are_quantized(encoder: Path, export_onnx: ExportOnnx) -> None:
+    """Catches an output layer in fp32, which is half of a small masked language model."""
+    model = onnx.load(export_onnx(encoder, int8=True) / FILE)
+    assert not [node for node in model.graph.node if node.op_type == "Transpose" and "weight" in node.input[0]]
+    shapes = [tuple(each.dims) for each in model.graph.initializer if each.data_type == onnx.TensorProto.INT8]
+    assert {(45, 32), (32, 45)} <= set(shapes)
+
+
+def test_the_folder_has_all_but_the_weights(exported: Path, int8: Path, trained_run: Path) -> None:
+    """Catches weights that are copied too, and files that are left behind, such as the fp32 model of an int8 one."""
+    expected = {path.name for path in (trained_run / "seed-1" / "model").iterdir()} - {"model.safetensors"} | {FILE}
+    for folder in (exported, int8):
+        assert {path.name for path in folder.iterdir()} == expected
+        assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+def test_sizes_and_differences_are_printed(
+    encoder: Path, trained_run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Catches an export that says nothing about what it found, and the chatter of torch.onnx."""
+    export_command(ExportOptions(checkpoint=str(trained_run), output=str(tmp_path / "out"), format="onnx", int8=True))
+    printed = capfd.readouterr()
+    lines = printed.out.splitlines()
+    assert lines[0].endswith(f"-> {tmp_path / 'out'}")
+    assert re.match(r"PyTorch +\d+\.\d MB  largest differences from it, on 32 texts of up to 64 tokens:", lines[1])
+    numbers = r"logits \d\.\de-\d\d, last_hidden_state .*, probabilities .*, \d+\.\d% same predictions"
+    for name, line in zip(("fp32", "int8"), lines[2:], strict=True):
+        assert re.fullmatch(rf"ONNX {name} +\d+\.\d MB  {numbers}", line)
+    assert "100.0% same predictions" in lines[2]
+    assert printed.err == ""
+
+
+def test_outputs_that_differ_are_an_error(trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a model that is written although it computes something else."""
+    monkeypatch.setattr(onnx_folder, "_TOLERANCE", 0.0)
+    with pytest.raises(UserError, match=r"logits of ONNX Runtime differ from those of PyTorch by up to .*e-\d\d"):
+        export_command(ExportOptions(checkpoint=str(trained_run), output=str(tmp_path / "out"), format="onnx"))
+    assert list(tmp_path.glob("*out*")) == []
+
+
+def test_a_model_that_cannot_be_exported(trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a traceback of torch.export, which has hundreds of lines."""
+
+    def forward(self: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden[:, 0] if hidden.sum() > 0 else -hidden[:, 0]
+
+    monkeypatch.setattr("transformers.models.bert.modeling_bert.BertPooler.forward", forward)
+    with pytest.raises(UserError, match=r"torch.onnx cannot export this bert model: .*data-dependent") as caught:
+        export_command(ExportOptions(checkpoint=str(trained_run), output=str(tmp_path / "out"), format="onnx"))
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.glob("*out*")) == []
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_another_precision_is_rejected(precision: str, exported: Path, int8: Path) -> None:
+    """Catches a precision that is ignored."""
+    for folder, name in ((exported, "fp32"), (int8, "int8")):
+        with pytest.raises(UserError, match=f"--precision: the ONNX model in .* computes in {name} only; use auto"):
+            Predictor.load(folder, precision)
+
+
+def test_an_onnx_model_is_not_exported_again(exported: Path, tmp_path: Path) -> None:
+    """Catches an error about missing weights that does not say why."""
+    with pytest.raises(UserError, match="holds an ONNX model already"):
+        export_command(ExportOptions(checkpoint=str(exported), output=str(tmp_path / "out"), format="onnx", int8=True))
+
+
+def test_files_that_cannot_be_used(exported: Path, trained_run: Path, tmp_path: Path) -> None:
+    """Catches a traceback of ONNX Runtime, and an ONNX file that takes the place of weights beside it."""
+    damaged = Path(shutil.copytree(exported, tmp_path / "damaged"))
+    (damaged / FILE).write_bytes((exported / FILE).read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"model\.onnx is damaged: "):
+        Predictor.load(damaged)
+    foreign = onnx.load(exported / FILE)
+    del foreign.metadata_props[:]
+    onnx.save(foreign, damaged / FILE)
+    with pytest.raises(UserError, match=r"model\.onnx was not written by `deepcloze export`"):
+        Predictor.load(damaged)
+    shutil.copy(trained_run / "seed-1" / "model" / "model.safetensors", damaged)
+    assert Predictor.load(damaged, "fp32").predict([{"text": "word1"}])
