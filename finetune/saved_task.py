@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import PositiveFloat
 from transformers import PreTrainedConfig
 
+from experiment.architecture import has_masked_lm_head
 from experiment.config import Section, build_config
 from experiment.config.constraints import SequenceLength
 from experiment.errors import UserError
@@ -29,8 +30,6 @@ _FOREIGN_KINDS = {"ForSequenceClassification": "classification"} | {
     "ForMultipleChoice": "multiple_choice",
 }
 """How the names of classes of transformers end -> the kind of task that they were made for."""
-
-_MASKED_LM = ("ForMaskedLM", "ForPreTraining", "LMHeadModel")
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def read_saved_task(folder: Path, overrides: Mapping[str, str] | None = None) ->
 
 def is_masked_lm(folder: Path) -> bool:
     """Whether a model folder is for no task but has a masked-LM head."""
-    return _architecture(load_model_config(folder)).endswith(_MASKED_LM) and not (folder / FILE).is_file()
+    return has_masked_lm_head(load_model_config(folder).architectures) and not (folder / FILE).is_file()
 
 
 def _architecture(config: PreTrainedConfig) -> str:

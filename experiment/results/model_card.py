@@ -71,12 +71,15 @@ def render_card(card: ModelCard) -> str:
 def replace_usage(text: str, usage: Sequence[CardBlock], library: str) -> str:
     """The content of README.md for the same model in another format.
 
-    library: as the Hub calls it, such as onnx. Everything but the section *Usage* stays, also if a user wrote it.
+    library: as the Hub calls it, such as onnx. Everything but the section *Usage* stays, also if a user wrote it; without
+    one, it comes before the other sections.
     """
     front, separator, body = text.partition("\n---\n")
     front = re.sub(r"(?m)^library_name: .*$", f"library_name: {library}", front)
     section = _render(_usage_section(usage)) + "\n"
-    body = re.sub(r"(?ms)^## Usage\n(?:^```.*?^```$|.)*?(?=^## |\Z)", lambda _: section, body, count=1)
+    found = re.search(r"(?ms)^## Usage\n(?:^```.*?^```$|.)*?(?=^## |\Z)", body) or re.search(r"(?m)^(?=## )|\Z", body)
+    assert found is not None, "every text has an end"
+    body = body[: found.start()] + section + body[found.end() :]
     return front + separator + body
 
 

@@ -7,6 +7,7 @@ from experiment.checkpoints import find_model_folder
 from experiment.disk_errors import describe_disk_error
 from experiment.errors import UserError
 from experiment.files import removed_on_error
+from experiment.results.exported_card import write_card
 from finetune.onnx_model import holds_onnx_model, require_packages
 from finetune.options import ExportOptions
 from finetune.results.best_seed import RESULTS, find_model
@@ -47,13 +48,18 @@ def _check_output(source: Path, target: Path) -> None:
 
 
 def _write(source: Path, folder: Path, options: ExportOptions) -> list[str]:
-    """Write the folder. Returns lines about it."""
+    """Write the folder with its model card. Returns lines about it."""
+    title = Path(options.output).name
     if options.format == "hf":
         shutil.copytree(source, folder)
+        write_card(source, folder, title)
         return []
     if holds_onnx_model(source):
         raise UserError(f"{source} holds an ONNX model already; export the folder that it was made from")
     require_packages("onnx", "onnxruntime", "onnxscript")
     from finetune.export.onnx_folder import write_onnx_folder
+    from finetune.export.onnx_usage import onnx_usage
 
-    return write_onnx_folder(source, folder, options.int8)
+    lines = write_onnx_folder(source, folder, options.int8)
+    write_card(source, folder, title, onnx_usage(folder), library="onnx")
+    return lines

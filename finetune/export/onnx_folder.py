@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 from experiment.errors import UserError
+from experiment.fast_linear import use_fast_linear
 from finetune.encoding.tokenizer import load_task_tokenizer
 from finetune.export.graph import write_graph
 from finetune.export.parity import Comparison, compare, sample_batches
@@ -13,7 +14,6 @@ from finetune.mask_filler import load_filling_tokenizer, ranking_task
 from finetune.model import model_files
 from finetune.onnx_model import FILE
 from finetune.saved_task import is_masked_lm, read_saved_task
-from finetune.training.fast_linear import use_fast_linear
 
 _TOLERANCE = 1e-4  # of outputs in fp32: in units of the largest, or of 1 if that is larger
 

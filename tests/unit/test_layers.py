@@ -19,7 +19,7 @@ PRETRAIN_LAYERS = (
     ("pretrain.resolve",),
     ("pretrain.engine", "pretrain.resume"),
     ("pretrain.modeling",),
-    ("pretrain.batching", "pretrain.export", "pretrain.model_card", "pretrain.arguments", "pretrain.rank_report"),
+    ("pretrain.batching", "pretrain.export", "pretrain.arguments", "pretrain.rank_report"),
     ("pretrain.corpus", "pretrain.config"),
     ("pretrain.world", "pretrain.deadline"),
 )

@@ -12,6 +12,7 @@ from typing import Any
 import onnx
 import pytest
 import torch
+import yaml
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from experiment.config import build_config
@@ -97,13 +98,33 @@ def predictions(folder: Path, records: Records) -> Any:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_kind_predicts_the_same(name: str, encoder: Path, export_onnx: ExportOnnx, tmp_path: Path) -> None:
-    """Catches inputs or outputs of a head that are lost or mixed up, sizes that are fixed, and padding that counts."""
+def test_every_kind_predicts_the_same(
+    name: str,
+    encoder: Path,
+    export_onnx: ExportOnnx,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Catches inputs or outputs of a head that are lost or mixed up, sizes that are fixed, padding that counts, and a
+    model card whose snippet does not run."""
     case = CASES[name]
     write_model(name, case, encoder, tmp_path / "model")
     expected = predictions(tmp_path / "model", case.records)
     assert len({str(each) for each in expected}) > len(expected) // 2
-    assert_same(predictions(export_onnx(tmp_path / "model"), case.records), expected)
+    exported = export_onnx(tmp_path / "model")
+    assert_same(predictions(exported, case.records), expected)
+    assert_snippet_runs(exported, monkeypatch, capsys)
+
+
+def assert_snippet_runs(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """That of the model card."""
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert yaml.safe_load(card.split("---\n")[1])["library_name"] == "onnx"
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    monkeypatch.chdir(folder)
+    exec(code, {})
+    assert "logits (" in capsys.readouterr().out  # "start_logits" of question answering too
 
 
 TYPES = {

@@ -6,15 +6,20 @@ from pathlib import Path
 
 import pytest
 import yaml
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 from experiment.checkpoints import find_checkpoint
 from experiment.errors import UserError
+from experiment.results.exported_card import write_card
 from experiment.results.model_card import Snippet
-from pretrain.export import export
-from pretrain.model_card import write_card
+from finetune.export.command import export_command
+from finetune.options import ExportOptions
 
-OLD = Path(__file__).parents[2] / "golden" / "checkpoint_0_1" / "step-00000002"
+OLD = Path(__file__).parents[3] / "golden" / "checkpoint_0_1" / "step-00000002"
+
+
+def export(checkpoint: str, output: str) -> None:
+    export_command(ExportOptions(checkpoint=checkpoint, output=output))
 
 
 def test_a_checkpoint_of_an_older_version_has_a_card(tmp_path: Path) -> None:
@@ -68,3 +73,15 @@ def test_a_damaged_config_is_one_message(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"config\.json is damaged"):
         export(str(tmp_path / "broken"), str(tmp_path / "out"))
     assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_fine_tuned_folder_without_a_card_is_no_masked_language_model(tmp_path: Path) -> None:
+    """Catches the card of an encoder for a classifier that an older version has trained from it."""
+    folder = tmp_path / "model"
+    shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    BertForSequenceClassification(BertConfig(vocab_size=10, **shape)).save_pretrained(folder)
+    shutil.copyfile(OLD / "hf" / "deepcloze.json", folder / "deepcloze.json")
+    export(str(folder), str(tmp_path / "out"))
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "A model of type bert, exported with deepcloze." in card
+    assert "## Lineage" in card

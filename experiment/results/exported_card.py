@@ -1,4 +1,4 @@
-"""The model card of an exported encoder, from what its checkpoint holds.
+"""The model card of a folder that `deepcloze export` writes, from what its checkpoint holds.
 
 state.json has all that the card says, so it is complete for a checkpoint that was copied away from its run and its
 corpora. One that an older version wrote, or a folder of another origin, gets a card of what is known.
@@ -12,6 +12,7 @@ from typing import Any
 
 from safetensors import safe_open
 
+from experiment.architecture import has_masked_lm_head
 from experiment.checkpoints import state_around
 from experiment.config import flatten
 from experiment.errors import UserError
@@ -40,7 +41,6 @@ from experiment.results.page import Heading, Table, Text
 from experiment.strict_json import parse_json
 from experiment.tokenizer import load_any_tokenizer
 
-_MASKED_LM = ("ForMaskedLM", "ForPreTraining", "LMHeadModel")
 _AVERAGED = "hf-ema"
 _SETTINGS = ("batch", "masking", "optimizer", "schedule")  # sections of the config without paths
 _METRICS = ("loss", "perplexity", "accuracy")
@@ -94,7 +94,7 @@ def _read_config(source: Path) -> dict[str, Any]:
 
 def _introduction(source: Path, config: Mapping[str, Any], origin: Mapping[str, Any] | None) -> str:
     kind = f"A model of type {escape(str(config.get('model_type', UNKNOWN)))}"
-    if not origin:
+    if not origin or not has_masked_lm_head(config.get("architectures")):
         return f"{kind}, exported with deepcloze."
     averaged = ", averaged over the training" if source.name == _AVERAGED else ""
     weights = f"those of step {origin['step']:,}{averaged}"
@@ -103,8 +103,7 @@ def _introduction(source: Path, config: Mapping[str, Any], origin: Mapping[str, 
 
 def _usage(source: Path, config: Mapping[str, Any]) -> list[CardBlock]:
     """Empty for a model without a masked-LM head, or a tokenizer without a mask."""
-    architecture = (config.get("architectures") or ["none"])[0]
-    if not architecture.endswith(_MASKED_LM):
+    if not has_masked_lm_head(config.get("architectures")):
         return []
     try:
         mask = load_any_tokenizer(source, ["mask_token"]).mask_token
