@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
+
+from torch import nn
 
 from finetune.embedder import Embedder
 from finetune.loaded_model import LoadedModel
@@ -41,10 +44,19 @@ def load_served_model(path: Path, precision: str) -> ServedModel:
         task = read_saved_task(folder)
         predictor = Predictor.load(folder, precision, _SEQUENCES, task)
         served = ServedModel(_describe_predictor(predictor, task), Embedder(predictor.loaded), predictor)
+    _own_weights(served.loaded.model)
     pack_linear_layers(served.loaded.model, served.loaded.device)
     embedder = served.embedder
     embedder.compute(embedder.encode(["a"], "mean"))  # the first batch takes longer
     return served
+
+
+def _own_weights(model: nn.Module) -> None:
+    """Copy the weights: those on a CPU may be mapped from their file. If that is overwritten, for a reload, the old
+    model would change, and reading what is missing ends the process."""
+    for weights in chain(model.parameters(), model.buffers()):
+        if weights.device.type == "cpu":
+            weights.data = weights.data.clone()
 
 
 def _describe_predictor(predictor: Predictor, task: SavedTask) -> ModelInfo:

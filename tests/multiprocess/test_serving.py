@@ -162,6 +162,17 @@ def test_a_reload_drops_no_request(model: Path, tmp_path: Path, serve: Serve) ->
     assert "Traceback" not in server.output()
 
 
+def test_files_that_are_overwritten_do_not_change_the_model(model: Path, tmp_path: Path, serve: Serve) -> None:
+    """Catches weights that stay mapped to their file: copying over it ends the process, or mixes two models."""
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    server = serve(folder)
+    before = post(server.connect())
+    (folder / "model.safetensors").write_bytes(b"")
+    assert post(server.connect()) == before
+    assert server.stop() == 0
+
+
 def test_slow_clients_do_not_block_others(model: Path, serve: Serve) -> None:
     """Catches clients that hold a server by sending slowly: headers, a body; or by not reading their answer."""
     server = serve(model, "--timeout", "3")
