@@ -19,7 +19,7 @@ from starlette.types import ASGIApp
 from experiment.errors import UserError
 from finetune.data.records import Record
 from finetune.predictor import Predictor
-from finetune.serve.errors import handle_errors
+from finetune.serve.errors import NOT_JSON, handle_errors
 from finetune.serve.limits import busy, limit_size, limit_time, require_token
 from finetune.serve.logs import observe
 from finetune.serve.metrics import CONTENT_TYPE
@@ -192,7 +192,7 @@ async def _read_json_or_form(request: Request) -> Any:
             return dict(await request.form(max_files=0, max_fields=10))
         return json.loads(await request.body())
     except (ValueError, RecursionError) as error:
-        raise HTTPException(400) from error
+        raise HTTPException(400, NOT_JSON) from error
 
 
 def _requested_records(asked: PredictRequest, served: ServedModel) -> list[Record]:

@@ -10,6 +10,9 @@ from starlette.exceptions import HTTPException
 from experiment.errors import UserError
 from finetune.serve.limits import error_response
 
+NOT_JSON = "the request is not JSON in UTF-8"
+_FASTAPI_NOT_JSON = "There was an error parsing the body"
+
 
 def handle_errors(app: FastAPI) -> None:
     """Answer the errors that routes raise."""
@@ -20,8 +23,8 @@ def handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def answer_http_error(_: Request, error: HTTPException) -> Response:
-        # FastAPI's own 400 does not say what is wrong with a body that cannot be decoded or is nested too deeply.
-        message = "the request is not JSON in UTF-8" if error.status_code == 400 else str(error.detail)
+        # FastAPI's own message does not say what is wrong with a body that cannot be decoded or is nested too deeply.
+        message = NOT_JSON if error.detail == _FASTAPI_NOT_JSON else str(error.detail)
         return error_response(error.status_code, message, dict(error.headers or {}))
 
     @app.exception_handler(Exception)

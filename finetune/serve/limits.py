@@ -6,7 +6,7 @@ The first three wrap an ASGI application, see https://asgi.readthedocs.io.
 import asyncio
 import hmac
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from fastapi import HTTPException
@@ -16,6 +16,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _OPEN = ("/", "/docs", "/openapi.json", "/healthz", "/readyz")  # pages without data, and probes
 _RETRY_SECONDS = "1"
+_LONGEST_MESSAGE = 500  # characters
+_DISCARDED_BYTES = 64 * 2**20  # of a request that is too large, at most
+_DISCARD_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,11 @@ class Limits:
 
 
 def error_response(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    return JSONResponse({"error": message}, status, headers)
+    """One line of Unicode, whatever names of fields the message quotes."""
+    line = " ".join(message.encode("utf-8", "backslashreplace").decode("utf-8").split())
+    if len(line) > _LONGEST_MESSAGE:
+        line = line[:_LONGEST_MESSAGE] + " …"
+    return JSONResponse({"error": line}, status, headers)
 
 
 def busy(message: str) -> HTTPException:
@@ -86,8 +93,11 @@ def limit_size(app: ASGIApp, limits: Limits) -> ASGIApp:
             await app(scope, receive, send)
             return
         message = f"the request is larger than {limits.max_bytes // 1024:,} KiB"
-        announced = Headers(scope=scope).get("content-length", "0")
+        headers = Headers(scope=scope)
+        announced = headers.get("content-length", "0")
         if not announced.isdecimal() or int(announced) > limits.max_bytes:
+            if "expect" not in headers:  # such a client sends the body only if it is told to
+                await _discard(receive)
             await error_response(413, message)(scope, receive, send)
             return
         received = 0
@@ -97,12 +107,26 @@ def limit_size(app: ASGIApp, limits: Limits) -> ASGIApp:
             event = await receive()
             received += len(event.get("body", b""))
             if received > limits.max_bytes:
+                if event.get("more_body", False):
+                    await _discard(receive)
                 raise HTTPException(413, message)
             return event
 
         await app(scope, count, send)
 
     return limited
+
+
+async def _discard(receive: Receive) -> None:
+    """Read the rest of a body. Most clients read the answer once they have sent all, and lose it if the connection is
+    closed before."""
+    discarded, more = 0, True
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_DISCARD_SECONDS):
+            while more and discarded < _DISCARDED_BYTES:
+                event = await receive()
+                discarded += len(event.get("body", b""))
+                more = event.get("more_body", False)
 
 
 def limit_time(app: ASGIApp, limits: Limits) -> ASGIApp:

@@ -189,6 +189,18 @@ def test_slow_clients_do_not_block_others(model: Path, serve: Serve) -> None:
     assert server.stop() == 0
 
 
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_large_request_is_answered_once_it_is_sent(chunked: bool, model: Path, serve: Serve) -> None:
+    """Catches a connection that is reset while the client still sends, and the answer lost with it."""
+    connection, body = serve(model).connect(), b" " * 20 * 2**20
+    sent = (body[start : start + 2**16] for start in range(0, len(body), 2**16)) if chunked else body
+    headers = {"Content-Type": "application/json", "Connection": "close"}
+    connection.request("POST", "/v1/predict", sent, headers, encode_chunked=chunked)
+    answer = connection.getresponse()
+    assert answer.status == 413
+    assert json.loads(answer.read()) == {"error": "the request is larger than 1,024 KiB"}
+
+
 @pytest.mark.parametrize(
     "sent", [b"\x16\x03\x01\x02\x00", b"GET\r\n\r\n", b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 20_000]
 )

@@ -46,6 +46,9 @@ def client(folders: dict[str, Path], connect: Connect) -> TestClient:
         (b'{"records": [{"text": 1}]}', 422, r"records\[0\]: expected text in 'text', found 1"),
         (b'{"records": [{"text": "\\ud800"}]}', 422, r"records\[0\]: expected Unicode text in 'text'"),
         (b'{"records": [{"words": "a"}]}', 422, r"records\[0\]: expected text; found words"),
+        (b'{"records": [{"\\ud800": "a"}]}', 422, r"records\[0\]: expected text; found \\ud800"),
+        (b'{"a\\nb": 1, "texts": []}', 422, "a b: extra inputs"),
+        (json.dumps({"k" * 50_000: 1, "texts": []}).encode(), 422, "^k{500} …$"),
         (DEEP, (400, 422), ""),
         (
             json.dumps({"texts": ["a"] * 10_000}, separators=(",", ":")).encode(),
@@ -138,6 +141,22 @@ def test_a_body_without_a_length_is_counted(client: TestClient) -> None:
     answer = client.post("/v1/predict", content=chunks(), headers=JSON)
     assert answer.status_code == 413
     assert "larger than 64 KiB" in answer.json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "message"),
+    [
+        ("multipart/form-data", b"--x", "Missing boundary in multipart."),
+        ("application/x-www-form-urlencoded", b"&".join(b"a%d=1" % number for number in range(100)), "Too many fields"),
+        ("application/json", b"[" * 20_000, "the request is not JSON in UTF-8"),
+        ("application/json", b'{"sentence1": ' + b"9" * 5000 + b"}", "the request is not JSON in UTF-8"),
+    ],
+)
+def test_an_unreadable_form_or_body(client: TestClient, kind: str, body: bytes, message: str) -> None:
+    """Catches a form that is said to be no JSON, and a 500 for what no parser accepts."""
+    answer = client.post("/v1/model_prediction/", content=body, headers={"Content-Type": kind})
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"].startswith(message)
 
 
 def test_another_content_type(client: TestClient) -> None:
