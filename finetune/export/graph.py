@@ -1,9 +1,10 @@
 """A model of transformers as an ONNX graph."""
 
+import io
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import torch
@@ -58,9 +59,9 @@ def write_graph(loaded: LoadedModel, path: Path) -> None:
     """
     model = ModelGraph(loaded.model).eval()
     inputs, sizes = _example_inputs(loaded)
-    with torch.inference_mode():
-        outputs = list(model(**inputs))
     with quiet():
+        with torch.inference_mode():
+            outputs = list(model(**inputs))
         try:
             program = torch.onnx.export(
                 model,
@@ -92,11 +93,17 @@ def _example_inputs(loaded: LoadedModel) -> tuple[dict[str, Tensor], dict[int, s
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence what torch.onnx and onnxruntime.quantization log and warn about."""
+    """Silence what torch.onnx and onnxruntime.quantization log and print, such as the graph of a failed export."""
     level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)
+    nowhere = io.StringIO()
     try:
-        with quiet_transformers(), warnings.catch_warnings(action="ignore"):
+        with (
+            quiet_transformers(),
+            warnings.catch_warnings(action="ignore"),
+            redirect_stdout(nowhere),
+            redirect_stderr(nowhere),
+        ):
             yield
     finally:
         logging.disable(level)

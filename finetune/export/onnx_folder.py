@@ -60,7 +60,7 @@ def _load(folder: Path) -> LoadedModel:
 
 
 def _describe(found: Comparison) -> str:
-    parts = [f"{name} {difference.largest:.1e}" for name, difference in found.outputs.items()]
+    parts = [f"{name} {difference.largest:.1e} of {difference.scale:.3g}" for name, difference in found.outputs.items()]
     if found.decisions:
         parts += [f"probabilities {found.probability:.1e}", f"{found.same / found.decisions:.1%} same predictions"]
     return ", ".join(parts)

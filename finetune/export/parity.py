@@ -94,7 +94,9 @@ def _add(
 ) -> None:
     """Compare an output of a batch. real_ST: which tokens are no padding."""
     is_position = name not in ("logits", HIDDEN)  # scores ST of the start and the end of an answer
-    rows = [x[real_ST] if is_position or x.dim() == 3 else x for x in (expected, found)]
+    # Some encoders, such as Funnel's, have fewer hidden states than tokens.
+    is_per_token = expected.shape[:2] == real_ST.shape and (is_position or expected.dim() == 3)
+    rows = [x[real_ST] if is_per_token else x for x in (expected, found)]
     comparison.outputs.setdefault(name, Difference()).add(*rows)
     if name == HIDDEN or rows[0].shape[-1:] == (1,):  # a value has no probabilities
         return

@@ -24,6 +24,7 @@ NOT_IMPORTED = {
     "onnxscript",
     "pytest-timeout",
     "python-multipart",
+    "selenium",
     "ruff",
     "schemathesis",
 }

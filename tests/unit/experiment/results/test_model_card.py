@@ -99,3 +99,5 @@ def test_another_format_changes_the_usage_only() -> None:
     assert changed.count("## Usage") == 1
     assert "```bash\nrun it\n```\n\n## Data\n\nMy own words." in changed
     assert "print(1)" not in changed
+    without = replace_usage("---\na: 1\n---\n\nText.\n\n## Data\n", [Snippet("bash", "run it")], "onnx")
+    assert without == "---\na: 1\n---\n\nText.\n\n## Usage\n\n```bash\nrun it\n```\n\n## Data\n"

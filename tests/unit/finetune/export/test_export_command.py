@@ -135,7 +135,7 @@ def test_a_missing_package_is_named(run: Path, tmp_path: Path, monkeypatch: pyte
 def test_other_formats_import_no_onnx() -> None:
     """Catches commands that need the extra `onnx` though they write and read no ONNX."""
     code = (
-        "import sys, finetune.export.command, finetune.predictor, finetune.serve.served_model\n"
+        "import sys, finetune.export.command, finetune.predictor\n"
         "print(*(name for name in ('onnx', 'onnxruntime', 'onnxscript') if name in sys.modules))"
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -8,8 +8,6 @@ import pytest
 from serving_clients import WORDS, Connect
 from starlette.testclient import TestClient
 
-from finetune.serve.served_model import load_served_model
-
 TEXTS = [" ".join(WORDS[start:stop]) for start, stop in ((0, 9), (3, 4), (7, 30), (0, 40))]
 MASKED = {"texts": ["word1 [MASK] word2", "[MASK] word3 word4 [MASK]"]}
 
@@ -56,9 +54,3 @@ def test_answers_are_the_same(
     infos = [client.get("/v1/model").json() for client in (exported, original)]
     assert [info.pop("model") for info in infos] == [str(exported.serving.served.loaded.folder), str(folders[head])]  # type: ignore[attr-defined]
     assert infos[0] | {"loaded": None} == infos[1] | {"loaded": None}
-
-
-def test_the_server_says_that_it_computes_in_int8(trained_run: Path, export_onnx: Callable[..., Path]) -> None:
-    """Catches a precision of PyTorch that is shown for a model that has another."""
-    served = load_served_model(export_onnx(trained_run, int8=True), "auto")
-    assert (served.info.precision, served.info.labels) == ("int8", ["high", "low"])
