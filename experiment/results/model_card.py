@@ -71,8 +71,8 @@ def render_card(card: ModelCard) -> str:
 def replace_usage(text: str, usage: Sequence[CardBlock], library: str) -> str:
     """The content of README.md for the same model in another format.
 
-    library: as the Hub calls it, such as onnx. Everything but the section *Usage* stays, also if a user wrote it. If there
-    is none yet, it comes before the other sections.
+    library: as the Hub calls it, such as onnx. Everything but the section *Usage* stays, also if a user wrote it. A new
+    section comes before the others.
     """
     front, separator, body = text.partition("\n---\n")
     front = re.sub(r"(?m)^library_name: .*$", f"library_name: {library}", front)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 from collections.abc import Mapping
 from functools import partial
 from ipaddress import ip_address
@@ -25,6 +26,8 @@ def serve_command(options: ServeOptions) -> None:
     token = read_token(options.token_file, os.environ)
     if options.max_queue < options.max_texts:
         raise UserError(f"--max_queue: {options.max_queue} is less than the texts of one request, {options.max_texts}")
+    wanted: list[int] = []  # signals that came before the server could reload; the default is to end the process
+    signal.signal(signal.SIGHUP, lambda number, _: wanted.append(number))
     with bind(options.host, options.port) as listener:
         load = partial(load_served_model, Path(options.model), options.precision)
         keep_freed_memory()
@@ -39,6 +42,8 @@ def serve_command(options: ServeOptions) -> None:
 
         def announce() -> None:
             print(f"{url}  {served.info.model} ({served.info.kind}, {served.info.precision})", flush=True)
+            if wanted:
+                serving.reload()
 
         run_server(make_app(serving, token), listener, options.timeout, announce, serving.reload)
 

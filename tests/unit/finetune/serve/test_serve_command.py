@@ -1,12 +1,17 @@
 """Options of `deepcloze serve`, and mistakes that end it before it serves. Real processes: tests/multiprocess."""
 
+import os
+import signal
 import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from experiment.errors import UserError
+from finetune.options import ServeOptions
+from finetune.serve import command
 from finetune.serve.command import TOKEN_VARIABLE, read_token
 from launcher.cli import main
 
@@ -89,3 +94,21 @@ def test_a_token_that_cannot_be_sent(token: str, tmp_path: Path) -> None:
     path.write_text(token)
     with pytest.raises(UserError, match="expected a token of printable ASCII characters"):
         read_token(str(path), {})
+
+
+def test_a_reload_that_is_asked_for_too_early_comes_later(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Catches SIGHUP, such as from `systemctl reload`, ending a server that is still loading its model."""
+    info = SimpleNamespace(model="m", kind="classification", precision="fp32")
+    reloads: list[str] = []
+
+    def load(*_: object) -> SimpleNamespace:
+        os.kill(os.getpid(), signal.SIGHUP)
+        return SimpleNamespace(info=info)
+
+    monkeypatch.setattr(command, "load_served_model", load)
+    monkeypatch.setattr(command, "Serving", lambda *_: SimpleNamespace(reload=lambda: reloads.append("now")))
+    monkeypatch.setattr(command, "make_app", lambda *_: None)
+    monkeypatch.setattr(command, "log_as_json", lambda: None)
+    monkeypatch.setattr(command, "run_server", lambda app, listener, timeout, announce, reload: announce())
+    command.serve_command(ServeOptions(model=str(tmp_path), port=0))
+    assert reloads == ["now"]
