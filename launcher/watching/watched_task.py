@@ -10,12 +10,13 @@ from pathlib import Path
 from experiment.checkpoints import checkpoint_step, link_model, verify
 from experiment.config import load_config
 from experiment.errors import UserError
-from experiment.files import checksum, json_digest, removed_on_error
+from experiment.files import json_digest, removed_on_error
 from experiment.run_folder import RunFolder, folder_name
 from experiment.run_lock import is_locked
 from experiment.strict_json import parse_json
 from experiment.tracking.downstream import DownstreamResult
 from finetune.config import FinetuneConfig
+from finetune.data.checksums import data_checksums
 from finetune.task_kind import Direction, find_kind
 from launcher.child_run import DONE, ChildRun, start, wait_for_other_process
 
@@ -51,7 +52,10 @@ def read_watched_task(file: str, probe: bool) -> WatchedTask:
     if not name:
         raise UserError(f"{file}: task.name: expected a name with letters or digits, found '{task.name}'")
     settings = config.model_dump(mode="json", exclude={"run": True, "tracking": True, "task": {"name"}})
-    settings["data"] = {split: checksum(Path(path)) for split, path in task.files().items() if Path(path).is_file()}
+    try:
+        settings["data"] = data_checksums(task)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
     if probe:
         name = f"{name}-probe"
         del settings["training"]
@@ -60,7 +64,7 @@ def read_watched_task(file: str, probe: bool) -> WatchedTask:
 
 
 def _check_validation(file: str, config: FinetuneConfig) -> None:
-    """Raises UserError unless there is a validation split, and the files of the splits exist."""
+    """Raises UserError unless there is a validation split that is not trained on."""
     task = config.task
     if config.training.fit_on != "train":
         raise UserError(
@@ -68,9 +72,6 @@ def _check_validation(file: str, config: FinetuneConfig) -> None:
         )
     if task.validation is None and not (task.train and find_kind(task.kind).is_trained(task)):
         raise UserError(f"{file}: task.validation is missing: checkpoints are scored on validation")
-    for split, path in task.files().items():
-        if not Path(path).exists():
-            raise UserError(f"{file}: task.{split}: {path} does not exist")
 
 
 def score_checkpoint(checkpoint: Path, weights: str, task: WatchedTask, run: RunFolder) -> DownstreamResult:

@@ -166,7 +166,7 @@ def test_settings_that_change_scores_identify_a_task(write_task: WriteTask) -> N
     ("changes", "message"),
     [
         ({"training__fit_on": "train+validation"}, r"toy\.yaml: training\.fit_on: expected train"),
-        ({"task__validation": "/nowhere.tsv"}, r"toy\.yaml: task\.validation: /nowhere\.tsv does not exist"),
+        ({"task__validation": "/nowhere.tsv"}, r"toy\.yaml: task\.validation: cannot read /nowhere\.tsv: No such file"),
         ({"task__name": "../.."}, r"toy\.yaml: task\.name: expected a name with letters"),
         ({"task__kind": "regression", "task__columns": {"text": "text"}}, "--probe needs a task of kind"),
         ({"training__lr": "fast"}, r"training\.lr"),

@@ -1,0 +1,34 @@
+"""Checksums of the data of a task."""
+
+from pathlib import Path
+
+import pytest
+
+from experiment.errors import UserError
+from finetune.data.checksums import data_checksums
+from finetune.kinds.classification import Config
+
+
+def test_a_changed_file_changes_its_split_only(tmp_path: Path) -> None:
+    """Catches changed data that is taken for the same: of a file, of a file in a folder, and of a moved file there."""
+    train, test = tmp_path / "train.csv", tmp_path / "test"
+    train.write_text("label,text\na,b\n")
+    (test / "inner").mkdir(parents=True)
+    (test / "inner" / "1.json").write_text("{}")
+    task = Config(train=str(train), test={"one": str(test)})
+    before = data_checksums(task)
+    assert before.keys() == {"train", "one"}
+    (test / "inner" / "1.json").write_text("[]")
+    edited = data_checksums(task)
+    assert edited["one"] != before["one"]
+    assert edited["train"] == before["train"]
+    (test / "inner" / "1.json").rename(test / "2.json")
+    assert data_checksums(task)["one"] != edited["one"]
+    train.write_text("label,text\na,c\n")
+    assert data_checksums(task)["train"] != before["train"]
+
+
+def test_a_missing_file_is_rejected(tmp_path: Path) -> None:
+    """Catches a traceback, and a message that does not name the split."""
+    with pytest.raises(UserError, match=r"task\.train: cannot read /nowhere\.csv: No such file"):
+        data_checksums(Config(train="/nowhere.csv"))
