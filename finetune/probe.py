@@ -67,6 +67,8 @@ def probe(config: FinetuneConfig) -> dict[str, float]:
     model = MeanPooled(encoder)
     train, validation = (features(model, splits[split], setup) for split in ("train", "validation"))
     targets = np.array([example.target for example in splits["train"].examples])
+    if len(set(targets)) == 1:
+        raise UserError(f"{splits['train'].table.path}: every row has the label '{kind.labels[targets[0]]}'")
     classifier = make_pipeline(StandardScaler(), LogisticRegression(C=_C, max_iter=_ITERATIONS))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=ConvergenceWarning)  # close enough after so many iterations

@@ -16,6 +16,7 @@ from launcher.messages import notify
 from launcher.signal_handlers import handle_stop_signals
 
 DONE = "done"
+REJECTED = "rejected (exit code 2)"  # the user's mistake, which the run has reported
 
 _POLL_SECONDS = 0.5
 
@@ -52,13 +53,17 @@ def wait_for_other_process(run: ChildRun) -> None:
 
 
 def start(run: ChildRun) -> str:
-    """Run the command. Returns `DONE`, or how it failed. Raises StoppedError if it was stopped."""
+    """Run the command. Returns `DONE`, `REJECTED` or how it failed. Raises StoppedError if it was stopped."""
     notify(f"{run.command}: {run.name}: running")
     start_time = time.monotonic()
     exit_code = _run_command(run.argv)
+    if exit_code not in (0, Outcome.STOPPED.exit_code) and is_locked(run.folder):
+        # The process that a killed command had just started has locked the folder meanwhile.
+        wait_for_other_process(run)
+        exit_code = _run_command(run.argv)
     if exit_code == Outcome.STOPPED.exit_code:
         raise _stopped(run)
-    state = DONE if exit_code == 0 else f"failed (exit code {exit_code})"
+    state = {0: DONE, 2: REJECTED}.get(exit_code, f"failed (exit code {exit_code})")
     notify(f"{run.command}: {run.name}: {state} after {time.monotonic() - start_time:,.0f} s")
     return state
 

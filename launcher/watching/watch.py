@@ -24,7 +24,7 @@ from launcher.messages import notify
 from launcher.options import WatchOptions
 from launcher.signal_handlers import handle_stop_signals, interrupt
 from launcher.watching.announcement import Announcement, make_announcement
-from launcher.watching.watched_task import ScoringError, WatchedTask, read_watched_task, score_checkpoint
+from launcher.watching.watched_task import ScoringError, TaskRejectedError, WatchedTask, read_watched_task, score_checkpoint
 from pretrain.config import PretrainConfig
 
 _POLL_SECONDS = 3.0
@@ -130,6 +130,8 @@ class Watch:
                 raise
             return  # it was deleted: `_next_checkpoint` says so
         except ScoringError as error:
+            if isinstance(error, TaskRejectedError) and not self._scored:
+                raise UserError(f"{self._task.file}: no checkpoint can be scored on this task, see above") from None
             failures = self._failures.setdefault((step, weights), [])
             failures.append(newest)
             if len(failures) == 1:

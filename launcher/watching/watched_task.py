@@ -18,7 +18,7 @@ from experiment.tracking.downstream import DownstreamResult
 from finetune.config import FinetuneConfig
 from finetune.data.checksums import data_checksums
 from finetune.task_kind import Direction, find_kind
-from launcher.child_run import DONE, ChildRun, start, wait_for_other_process
+from launcher.child_run import DONE, REJECTED, ChildRun, start, wait_for_other_process
 
 _PROBED_KIND = "classification"
 _REPLACED = {"model.weights": "pretrained", "task.test": "null", "tracking.wandb": "disabled", "run.keep": "none"}
@@ -27,6 +27,10 @@ _REPLACED = {"model.weights": "pretrained", "task.test": "null", "tracking.wandb
 
 class ScoringError(Exception):
     """A checkpoint could not be scored; the message says why."""
+
+
+class TaskRejectedError(ScoringError):
+    """The task or its data are invalid, as the process that scores has reported."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ def _check_validation(file: str, config: FinetuneConfig) -> None:
 def score_checkpoint(checkpoint: Path, weights: str, task: WatchedTask, run: RunFolder) -> DownstreamResult:
     """Score a complete checkpoint, which may be deleted meanwhile. weights: see `checkpoints.weights_digest`.
 
-    An interrupted fine-tuning resumes. Raises ScoringError, OSError if the checkpoint is deleted before it is linked,
+    An interrupted fine-tuning resumes. Raises ScoringError, TaskRejectedError, OSError if the checkpoint is deleted before it is linked,
     and StoppedError if the process that scores was stopped.
     """
     start_time = time.monotonic()
@@ -93,7 +97,7 @@ def score_checkpoint(checkpoint: Path, weights: str, task: WatchedTask, run: Run
     wait_for_other_process(child)
     state = start(child)
     if state != DONE:
-        raise ScoringError(state)
+        raise TaskRejectedError(state) if state == REJECTED else ScoringError(state)
     metrics = _read_metrics(folder / "run" / "results.json")
     shutil.rmtree(folder, ignore_errors=True)
     seconds = round(time.monotonic() - start_time, 1)

@@ -65,3 +65,15 @@ def test_the_process_writes_results_or_says_why_not(
     assert results["splits"]["validation"]["accuracy"]["mean"] > 0.85
     assert main([str(task), "model.init_from=/nowhere"]) == 2
     assert "deepcloze: model.init_from: /nowhere does not exist" in capsys.readouterr().err
+
+
+def test_a_train_split_with_one_class_is_rejected(
+    task: Path, task_files: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a traceback of scikit-learn where the labels are given, so that reading the data does not find it."""
+    train = Path(task_files["train"])
+    header, *rows = train.read_text().splitlines()
+    label = rows[0].split("\t")[0]
+    train.write_text("\n".join([header, *(row for row in rows if row.startswith(label))]) + "\n")
+    assert main([str(task), "task.labels=[high, low]"]) == 2
+    assert f"{train}: every row has the label '{label}'" in capsys.readouterr().err

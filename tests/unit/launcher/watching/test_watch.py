@@ -21,7 +21,7 @@ from experiment.tracking.jsonl import JsonlTracker, read_events
 from launcher.cli import main
 from launcher.watching.announcement import Announcement
 from launcher.watching.watch import Watch, read_run_config
-from launcher.watching.watched_task import ScoringError, WatchedTask
+from launcher.watching.watched_task import ScoringError, TaskRejectedError, WatchedTask
 
 TASK = WatchedTask("toy.yaml", "toy", False, "accuracy", False, "config")
 
@@ -185,6 +185,26 @@ def test_mistakes_are_rejected_at_the_start(
     with lock_run(open_run_folder(run.downstream / "toy")):
         assert main(["watch", str(run.path), "--task", "toy.yaml"]) == 2
     assert f"another deepcloze process is using {run.downstream / 'toy'}" in capsys.readouterr().err
+
+
+def test_a_rejected_task_ends_the_watch_unless_it_was_scored_before(run: RunFolder, save: Save, end: End) -> None:
+    """Catches a mistake in the data that is reported for every checkpoint, twice; and a disk that does not answer for a
+    moment, as finetune reports it, which ends a watch of days."""
+
+    def reject(step: int) -> None:
+        if step not in accepted:
+            accepted.add(step)
+            raise TaskRejectedError("rejected (exit code 2)")
+
+    accepted: set[int] = set()
+    for step in (100, 200):
+        save(step)
+    end()
+    with pytest.raises(UserError, match=r"toy\.yaml: no checkpoint can be scored on this task"):
+        watch(run, scorer := Scorer(reject))
+    assert scorer.steps == [100]
+    assert watch(run, Scorer(reject)) == []
+    assert logged(run) == [(100, 0.1), (200, 0.2)]
 
 
 def test_another_config_is_rejected(run: RunFolder, save: Save, end: End) -> None:
