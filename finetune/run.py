@@ -26,7 +26,7 @@ from experiment.run_folder import RunFolder, open_run_folder
 from experiment.run_lock import check_unlocked, lock_run
 from experiment.tracking.console import terminal
 from experiment.tracking.tracker import TrackedRun, Tracker, open_trackers
-from finetune.config import FinetuneConfig, TrainingConfig
+from finetune.config import FinetuneConfig, ModelConfig, TrainingConfig
 from finetune.data.checks import data_warnings
 from finetune.device import choose_device
 from finetune.encoding.lengths import print_lengths
@@ -36,6 +36,7 @@ from finetune.results.seed_summary import write_results
 from finetune.results.summary_text import print_results
 from finetune.seed_run import SeedRecord, Setup, finished_seeds, result_settings, state_file, train_seed
 from finetune.splits import Task, describe_task, make_kind, make_task, read_splits
+from finetune.task_kind import TaskKind
 from finetune.training.compatibility import adapt_to_model
 from finetune.training.fit import Log
 from finetune.training.updater import total_steps
@@ -108,13 +109,7 @@ def prepare(config: FinetuneConfig) -> Setup:
     device = choose_device(config.training.precision)
     tables = read_splits(config.task, Path(config.model.init_from), config.training.fit_on)
     kind = make_kind(config.task, tables)
-    model = ModelSpec(
-        folder=Path(config.model.init_from),
-        pretrained=config.model.weights == "pretrained",
-        auto_model=kind.auto_model,
-        head=kind.head,
-        freeze=config.model.freeze,
-    )
+    model = _model_spec(config.model, kind)
     _print(f"{name}: {', '.join(f'{len(table):,} {split}' for split, table in tables.items())}")
     for line in data_warnings(tables, config.task.columns):
         _print(f"{name}: {line}")
@@ -128,6 +123,23 @@ def prepare(config: FinetuneConfig) -> Setup:
     print_lengths(terminal(), task.splits, task.positions)
     settings = result_settings(config, model, device, kind.labels, tables)
     return Setup(config, model, task, device, RunFolder(Path(config.run.dir)), settings)
+
+
+def check_data(config: FinetuneConfig) -> None:
+    """Read and encode the splits of a resolved config, which shows mistakes in the data. Raises UserError."""
+    tables = read_splits(config.task, Path(config.model.init_from), config.training.fit_on)
+    kind = make_kind(config.task, tables)
+    make_task(config, kind, _model_spec(config.model, kind), tables)
+
+
+def _model_spec(config: ModelConfig, kind: TaskKind[Any]) -> ModelSpec:
+    return ModelSpec(
+        folder=Path(config.init_from),
+        pretrained=config.weights == "pretrained",
+        auto_model=kind.auto_model,
+        head=kind.head,
+        freeze=config.freeze,
+    )
 
 
 def _train_and_score(setup: Setup) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from experiment.results.model_card import escape
 from experiment.results.page import Block, Heading, Table, Text
 
 Comparison = Mapping[str, Mapping[str, Mapping[str, Any]]]
@@ -94,6 +95,6 @@ def _interval(interval: Sequence[float]) -> str:
 
 
 def _markdown_table(cells: Cells) -> str:
-    header, *rows = [[cell.replace("|", "\\|") for cell in row] for row in cells]
+    header, *rows = [[escape(cell) for cell in row] for row in cells]
     lines = [header, ["---"] * len(header), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

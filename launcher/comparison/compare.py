@@ -77,7 +77,10 @@ def _read_cells(row: Row, states: Mapping[str, str], grid: bool) -> list[CellSco
 
 
 class _Runs:
-    """The runs and their record, DIR/runs.json. Raises UserError if runs were started with other configs."""
+    """The runs and their record, DIR/runs.json. Raises UserError if runs were started with other configs.
+
+    A run without a folder has not started, or its folder was removed to run it again.
+    """
 
     def __init__(self, plan: ComparePlan) -> None:
         self._plan = plan
@@ -85,11 +88,12 @@ class _Runs:
         self._path = plan.folder.path / "runs.json"
         self._records = _read_records(self._path)
         for name, run in self._runs.items():
-            record = self._records.get(name, {"config": run.config, "state": ""})
+            known = self._records.get(name) if run.folder.path.exists() else None
+            record = known or {"config": run.config, "state": ""}
             if key := _changed_key(record["config"], run.config):
                 raise UserError(
                     f"run.dir: {run.folder.path} was started with another {key}: {record['config'].get(key)!r}, now "
-                    f"{run.config.get(key)!r}; choose another run.dir"
+                    f"{run.config.get(key)!r}; choose another run.dir, or remove that folder to run it again"
                 )
             same = record["config"].get(_SEEDS) == run.config.get(_SEEDS)
             self._records[name] = {"config": run.config, "state": record["state"] if same else ""}

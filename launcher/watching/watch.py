@@ -24,7 +24,13 @@ from launcher.messages import notify
 from launcher.options import WatchOptions
 from launcher.signal_handlers import handle_stop_signals, interrupt
 from launcher.watching.announcement import Announcement, make_announcement
-from launcher.watching.watched_task import ScoringError, TaskRejectedError, WatchedTask, read_watched_task, score_checkpoint
+from launcher.watching.watched_task import (
+    ScoringError,
+    TaskRejectedError,
+    WatchedTask,
+    read_watched_task,
+    score_checkpoint,
+)
 from pretrain.config import PretrainConfig
 
 _POLL_SECONDS = 3.0

@@ -81,8 +81,8 @@ def _check_validation(file: str, config: FinetuneConfig) -> None:
 def score_checkpoint(checkpoint: Path, weights: str, task: WatchedTask, run: RunFolder) -> DownstreamResult:
     """Score a complete checkpoint, which may be deleted meanwhile. weights: see `checkpoints.weights_digest`.
 
-    An interrupted fine-tuning resumes. Raises ScoringError, TaskRejectedError, OSError if the checkpoint is deleted before it is linked,
-    and StoppedError if the process that scores was stopped.
+    An interrupted fine-tuning resumes. Raises ScoringError, TaskRejectedError, OSError if the checkpoint is deleted
+    before it is linked, and StoppedError if the process that scores was stopped.
     """
     start_time = time.monotonic()
     work = run.downstream / task.name / "work"

@@ -28,9 +28,7 @@ def test_a_run_that_another_process_was_starting_is_waited_for(tmp_path: Path, m
 
 
 @pytest.mark.parametrize(("code", "state"), [(0, DONE), (1, "failed (exit code 1)"), (2, REJECTED)])
-def test_a_state_tells_how_a_run_ended(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, state: str
-) -> None:
+def test_a_state_tells_how_a_run_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, state: str) -> None:
     """Catches a mistake of the user that looks like a failure, and a run that is started twice."""
     codes = [code]
     monkeypatch.setattr(child_run, "_run_command", lambda argv: codes.pop(0))

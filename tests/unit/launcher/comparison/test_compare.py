@@ -4,6 +4,7 @@ import csv
 import json
 import random
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 import yaml
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
+from experiment.checkpoints import checkpoint_path, mark_complete
 from experiment.errors import StoppedError
 from launcher.child_run import DONE, ChildRun
 from launcher.cli import main
@@ -200,7 +202,8 @@ def test_a_cell_that_fails_leaves_the_others(
     [
         ({"rows": {}}, "rows"),
         ({"rows": {"a b": {"init_from": "."}, "a-b": {"init_from": "."}}}, "would share the folder 'a-b'"),
-        ({"rows": {"a": {"init_from": "/nowhere"}}}, r"rows\.a: model\.init_from: /nowhere does not exist"),
+        ({"rows": {"runs.json": {"init_from": "."}}}, "'runs.json' is the name of a file or folder of the comparison"),
+        ({"rows": {"a": {"init_from": "/nowhere"}}}, r"rows\.a\.init_from: /nowhere does not exist"),
         ({"rows": {"a": {"init_from": ".", "weights": "random", "pretrain": "x.yaml"}}}, "would ignore what pretrain"),
         ({"grid": "training.lr=fast"}, r"training\.lr"),
         ({"tasks": ["missing.yaml"]}, r"missing\.yaml"),
@@ -220,6 +223,84 @@ def test_mistakes_are_rejected_before_anything_runs(
     assert re.search(message, said), said
     assert not started
     assert not (tmp_path / "compare").exists()
+
+
+def test_data_are_checked_before_anything_runs(
+    write_files: Callable[..., Path], started: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a label that occurs in the test split only, which each fine-tuning rejects after a long pretraining."""
+    file = write_files()
+    with (tmp_path / "test.csv").open("a") as test:
+        test.write("medium,ba de fi\n")
+    assert main(["compare", str(file)]) == 2
+    said = capsys.readouterr().err
+    assert re.search(r"toy\.yaml: .*test\.csv:82: unknown label 'medium'", said), said
+    assert not started
+    assert not (tmp_path / "compare").exists()
+
+
+def test_changed_data_and_encoders_are_not_mixed_in(
+    write_files: Callable[..., Path],
+    started: list[str],
+    encoder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Catches one table of other training data, and of an encoder whose files were replaced."""
+    shutil.copytree(encoder, tmp_path / "encoder")
+    rows = {"ours": {"init_from": str(tmp_path / "encoder")}}
+    file = write_files(rows=rows, seeds=[1])
+    assert main(["compare", str(file)]) == 0
+    train = (tmp_path / "train.csv").read_bytes()
+    (tmp_path / "train.csv").write_bytes(train + b"low,ba de fi\n")
+    assert main(["compare", str(file)]) == 2
+    assert "was started with another data.train: " in capsys.readouterr().err
+    (tmp_path / "train.csv").write_bytes(train)
+    weights = tmp_path / "encoder" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\1\2\3\4")
+    assert main(["compare", str(file)]) == 2
+    assert "was started with another encoder.model.safetensors: " in capsys.readouterr().err
+    assert started == ["ours/toy"]
+
+
+def test_a_row_starts_from_one_checkpoint(
+    write_files: Callable[..., Path],
+    started: list[str],
+    encoder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Catches a row whose tasks start from different checkpoints, because its run saved a newer one between them."""
+
+    def save(step: int) -> Path:
+        checkpoint = checkpoint_path(tmp_path / "run" / "checkpoints", step)
+        shutil.copytree(encoder, checkpoint / "hf")
+        mark_complete(checkpoint)
+        return checkpoint / "hf"
+
+    first = save(1)
+    file = write_files(rows={"ours": {"init_from": str(tmp_path / "run")}}, seeds=[1])
+    assert main(["compare", str(file), "--dry_run"]) == 0
+    assert f"--model.init_from={first}" in capsys.readouterr().out
+    assert main(["compare", str(file)]) == 0
+    save(2)
+    assert main(["compare", str(file)]) == 2
+    assert f"was started with another model.init_from: '{first}', now " in capsys.readouterr().err
+
+
+def test_a_run_whose_folder_was_removed_runs_again(
+    write_files: Callable[..., Path], started: list[str], tmp_path: Path
+) -> None:
+    """Catches a removed cell that ends in a message on missing results, and one that may not change its config."""
+    file = write_files(seeds=[1])
+    assert main(["compare", str(file)]) == 0
+    task = tmp_path / "toy.yaml"
+    task.write_text(task.read_text().replace("epochs: 2", "epochs: 1"))
+    assert main(["compare", str(file)]) == 2
+    for row in ("ours", "random"):
+        shutil.rmtree(tmp_path / "compare" / row / "toy")
+    assert main(["compare", str(file)]) == 0
+    assert started == ["ours/toy", "random/toy"] * 2
 
 
 def test_dry_run_prints_the_commands(
