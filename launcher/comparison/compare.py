@@ -115,10 +115,11 @@ class _Runs:
         position = list(self._runs).index(run.name) + 1
         child = ChildRun("compare", f"[{position}/{len(self._runs)}] {run.name}", run.folder, run.argv)
         wait_for_other_process(child)
-        if self._records[run.name]["state"] == DONE:
+        if self._records[run.name]["state"] == DONE or _is_pretrained(run):
             notify(f"compare: {child.name}: already finished")
+            self._note(run, DONE)
         else:
-            self._note(run, DONE if _is_pretrained(run) else start(child))
+            self._note(run, start(child))
         return self._records[run.name]["state"] == DONE
 
     def _note(self, run: PlannedRun, state: str) -> None:
