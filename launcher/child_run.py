@@ -48,7 +48,7 @@ def wait_for_other_process(run: ChildRun) -> None:
                 )
             time.sleep(_POLL_SECONDS)
     outcome = read_outcome(run.folder)
-    if outcome is not None and outcome[0] is Outcome.STOPPED:
+    if outcome is not None and outcome.outcome is Outcome.STOPPED:
         raise _stopped(run)
 
 

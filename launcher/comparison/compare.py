@@ -130,7 +130,7 @@ class _Runs:
 def _is_pretrained(run: PlannedRun) -> bool:
     """Whether this is a pretraining that the process of a killed comparison has finished."""
     outcome = read_outcome(run.folder)
-    return outcome is not None and outcome[0] is Outcome.DONE
+    return outcome is not None and outcome.outcome is Outcome.DONE
 
 
 def _read_records(path: Path) -> dict[str, _Record]:

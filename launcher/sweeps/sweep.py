@@ -129,7 +129,7 @@ def _finish(run: SweepRun, folder: RunFolder, label: str) -> str:
     child = ChildRun("sweep", label, folder, run.argv)
     wait_for_other_process(child)
     outcome = read_outcome(folder)
-    if (folder.path / "results.json").is_file() or (outcome is not None and outcome[0] is Outcome.DONE):
+    if (folder.path / "results.json").is_file() or (outcome is not None and outcome.outcome is Outcome.DONE):
         notify(f"sweep: {label}: already finished")
         return DONE
     return start(child)
