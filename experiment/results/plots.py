@@ -1,13 +1,17 @@
 """Plots as PNG files in one style."""
 
+import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
+from matplotlib.font_manager import fontManager
 from matplotlib.ticker import (
     EngFormatter,
     FuncFormatter,
@@ -24,6 +28,16 @@ from experiment.files import atomic_write
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 GREY = "#596579"
 INK = "#1d2430"
+
+# Fonts that have what matplotlib's own lacks: Chinese, Japanese and Korean.
+_CJK_FONTS = (
+    *("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei"),
+    *("Microsoft YaHei", "SimHei", "PingFang SC", "Heiti SC", "Arial Unicode MS"),
+)
+_INSTALLED = {font.name for font in fontManager.ttflist}
+matplotlib.rcParams["font.family"] = ["DejaVu Sans", *(name for name in _CJK_FONTS if name in _INSTALLED)]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -155,5 +169,8 @@ def _tidy(axes: Axes, grid: Literal["x", "both"]) -> None:
 
 def save_figure(canvas: Canvas, path: Path) -> None:
     """Write a PNG, replacing an old one atomically."""
-    with atomic_write(path) as temporary:
+    with warnings.catch_warnings(record=True) as caught, atomic_write(path) as temporary:
+        warnings.simplefilter("always")
         canvas.savefig(temporary, format="png", facecolor="white")
+    if any("missing from font" in str(warning.message) for warning in caught):  # one for each character
+        log.warning("%s: characters that no installed font has are boxes; for Chinese, install fonts-noto-cjk", path)

@@ -6,7 +6,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from experiment.results import plots as figures
-from experiment.results.plots import Line, Panel, draw_panels, draw_spread, moving_average
+from experiment.results.plots import Line, Panel, draw_panels, draw_spread, moving_average, save_figure
 
 
 @pytest.fixture
@@ -82,3 +82,13 @@ def test_the_moving_average_follows_a_start_and_smooths_an_end() -> None:
     line = [float(value) for value in range(30)]
     assert moving_average(line, 4)[:26] == pytest.approx(line[:26])
     assert moving_average([0.0, 3.0, 0.0, 3.0, 0.0, 6.0], 1) == pytest.approx([0.0, 1.0, 2.0, 1.0, 3.0, 3.0])
+
+
+def test_characters_without_a_font_are_one_message(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Catches a warning of matplotlib for each character of each Chinese label, and one for text that can be drawn."""
+    for text, expected in (("caf\u00e9", 0), ("\ue000\ue001\ue002", 1)):  # private use: in no font
+        caplog.clear()
+        canvas = Figure(figsize=(1, 1))
+        canvas.text(0.1, 0.5, text)
+        save_figure(canvas, tmp_path / "figure.png")
+        assert [record.message.count("fonts-noto-cjk") for record in caplog.records] == [1] * expected
