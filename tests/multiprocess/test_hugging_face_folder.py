@@ -13,8 +13,9 @@ import yaml
 from transformers import AutoConfig, AutoModelForMaskedLM
 
 from experiment.checkpoints import checkpoint_path
+from finetune.export.command import export_command
+from finetune.options import ExportOptions
 from pretrain.corpus.reader import open_corpus
-from pretrain.export import export
 from rank_pool import RankPool
 from runs import TINY, Tree, pretrain_case, run_config, saved_tensors
 
@@ -114,7 +115,7 @@ def test_an_exported_encoder_has_a_card(
     copy, encoder = tmp_path / "copy", tmp_path / "encoder"
     shutil.copytree(checkpoint_path(tmp_path / "run" / "checkpoints", 3), copy)
     shutil.move(tmp_path / "run", tmp_path / "gone")
-    export(str(copy), str(encoder))
+    export_command(ExportOptions(checkpoint=str(copy), output=str(encoder)))
     card = (encoder / "README.md").read_text(encoding="utf-8")
 
     front = yaml.safe_load(card.split("---\n")[1])
@@ -140,7 +141,7 @@ def test_an_exported_encoder_has_a_card(
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 5
 
-    export(str(copy / "hf-ema"), str(tmp_path / "average"))
+    export_command(ExportOptions(checkpoint=str(copy / "hf-ema"), output=str(tmp_path / "average")))
     averaged = (tmp_path / "average" / "README.md").read_text(encoding="utf-8")
     assert "with the weights that are not averaged" in averaged
     assert "model-index" not in averaged
