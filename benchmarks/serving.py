@@ -5,7 +5,7 @@
 All serve the same sequence classifier, by default one of the size of BERT base with random weights, to clients on this
 machine that send one text at a time and wait for its answer. The texts are as long as sentences of reviews: 3 to 60
 words, half of them less than 20. The servers alternate, so that a slow minute of the machine affects all, and each is
-started anew for each round. The plain server is what tutorials show: a function of FastAPI that calls the pipeline; it
+started again for each round. The plain server is what tutorials show: a function of FastAPI that calls the pipeline; it
 computes in fp32. Prints requests per second, latencies, and the memory of `deepcloze serve` before and after many
 requests.
 """
@@ -34,7 +34,8 @@ from rich.table import Table
 
 from benchmarks.machine import describe_machine
 
-PLAIN, FP32, BF16 = "FastAPI + pipeline", "deepcloze serve, fp32", "deepcloze serve, bf16"
+PLAIN = "FastAPI + pipeline"
+PRECISIONS = {"fp32": "deepcloze serve, fp32", "bf16": "deepcloze serve, bf16", "int8": "deepcloze serve, ONNX int8"}
 _PLAIN_PATH, _PATH = "/predict", "/v1/predict"
 _WARM_UP = 64  # requests
 _VOCABULARY = 20_000
@@ -56,18 +57,22 @@ def serving(
     seconds: float = 20.0,
     rounds: int = 3,
     soak_requests: int = 10_000,
-    precisions: str = "fp32,bf16",
+    precisions: str = "fp32,bf16,int8",
 ) -> None:
     """Measure all and print a table."""
-    names = [PLAIN, *(name for name, precision in ((FP32, "fp32"), (BF16, "bf16")) if precision in precisions)]
+    chosen = {name: precision for precision, name in PRECISIONS.items() if precision in precisions}
+    names = [PLAIN, *chosen]
     latencies: dict[str, list[float]] = {name: [] for name in names}
     rates: dict[str, list[float]] = {name: [] for name in names}
     per_cpu_second: dict[str, list[float]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as made:
-        folder = model or _save_model(Path(made))
+        folder = model or _save_model(Path(made, "model"))
+        if "int8" in chosen.values():
+            _export(folder, f"{made}/int8")
+        folders = {name: f"{made}/int8" if chosen.get(name) == "int8" else folder for name in names}
         for _ in range(rounds):
             for name in names:
-                with _server(name, folder, clients) as (load, process):
+                with _server(folders[name], clients, chosen.get(name)) as (load, process):
                     _ask(load, lambda count, _: count >= _WARM_UP)
                     start, cpu = time.perf_counter(), _cpu_seconds(process)
                     found = _ask(load, lambda _, now, end=start + seconds: now > end)  # type: ignore[misc]
@@ -77,7 +82,8 @@ def serving(
         _print_table("requests/s", rates, latencies, clients)
         _print_table("requests per CPU-second", per_cpu_second, latencies, clients)
         if soak_requests:
-            _soak(names[-1], folder, clients, soak_requests)
+            with _server(folders[names[-1]], clients, chosen.get(names[-1])) as (load, process):
+                _soak(names[-1], load, process, soak_requests)
 
 
 def _cpu_seconds(process: psutil.Process) -> float:
@@ -97,12 +103,11 @@ def _print_table(unit: str, rates: dict[str, list[float]], latencies: dict[str, 
     Console().print(table)
 
 
-def _soak(name: str, folder: str, clients: int, requests: int) -> None:
-    with _server(name, folder, clients) as (load, process):
-        _ask(load, lambda count, _: count >= requests // 10)
-        before = process.memory_info().rss
-        _ask(load, lambda count, _: count >= requests)
-        after = process.memory_info().rss
+def _soak(name: str, load: Load, process: psutil.Process, requests: int) -> None:
+    _ask(load, lambda count, _: count >= requests // 10)
+    before = process.memory_info().rss
+    _ask(load, lambda count, _: count >= requests)
+    after = process.memory_info().rss
     print(f"{name}: memory {before / 2**20:,.0f} MiB before and {after / 2**20:,.0f} MiB after {requests:,} requests")
 
 
@@ -133,13 +138,13 @@ def _text(draw: random.Random) -> str:
 
 
 @contextmanager
-def _server(name: str, folder: str, clients: int) -> Iterator[tuple[Load, psutil.Process]]:
-    """A server that runs, on a free port."""
-    if name == PLAIN:
+def _server(folder: str, clients: int, precision: str | None) -> Iterator[tuple[Load, psutil.Process]]:
+    """A server that runs, on a free port. precision: None for the plain one."""
+    if precision is None:
         command = ["-m", "benchmarks.serving", "--contestant", folder]
     else:
-        precision = "fp32" if name == FP32 else "bf16"
-        command = ["-m", "launcher", "serve", "--model", folder, "--port", "0", "--precision", precision]
+        flag = "auto" if precision == "int8" else precision  # int8 is a property of the folder
+        command = ["-m", "launcher", "serve", "--model", folder, "--port", "0", "--precision", flag]
     process = subprocess.Popen(
         [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=os.environ
     )
@@ -148,10 +153,16 @@ def _server(name: str, folder: str, clients: int) -> Iterator[tuple[Load, psutil
         line = process.stdout.readline()
         port = int(line.split()[0].rpartition(":")[2])
         threading.Thread(target=process.stdout.read, daemon=True).start()
-        yield Load(port, _PLAIN_PATH if name == PLAIN else _PATH, clients), psutil.Process(process.pid)
+        yield Load(port, _PLAIN_PATH if precision is None else _PATH, clients), psutil.Process(process.pid)
     finally:
         process.kill()
         process.wait()
+
+
+def _export(model: str, output: str) -> None:
+    """Write the model as ONNX in int8."""
+    flags = ["--checkpoint", model, "--output", output, "--format", "onnx", "--int8"]
+    subprocess.run([sys.executable, "-m", "launcher", "export", *flags], stdout=sys.stderr, check=True)
 
 
 def serve_plainly(folder: str) -> None:
