@@ -31,14 +31,23 @@ def split_off(table: Table, columns: Columns, share: float, seed: int) -> tuple[
     by_label = sorted((label, place) for place, label in enumerate(labels) if counts[label] > 1)
     taken = [place for number, (_, place) in enumerate(by_label) if int((number + 1) * share) > int(number * share)]
     if not taken:
-        raise UserError(
-            f"{table.path}: too few rows to take a validation split from; set task.validation to a file, or raise "
-            "task.validation_share"
-        )
+        raise _too_small(table, columns, len(labels) - len(by_label))
     indices = {index for place in taken for index in shuffled[place]}
     rest = tuple(record for index, record in enumerate(table.records) if index not in indices)
     return replace(table, records=rest), replace(
         table, records=tuple(table.records[index] for index in sorted(indices))
+    )
+
+
+def _too_small(table: Table, columns: Columns, once: int) -> UserError:
+    """once: how many units have a label that occurs once."""
+    named = " and ".join(f"task.columns.{role}" for role in columns.roles(LABEL))
+    if once > len(table) / 2:
+        advice = f"{once:,} of its {len(table):,} rows have a label that no other row has: is {named} the column of the"
+        return UserError(f"{table.path}: no validation split can be taken from it: {advice} labels?")
+    return UserError(
+        f"{table.path}: too few rows to take a validation split from; set task.validation to a file, or raise "
+        "task.validation_share"
     )
 
 

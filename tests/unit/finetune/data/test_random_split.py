@@ -89,4 +89,13 @@ def test_questions_on_one_text_stay_together() -> None:
 def test_too_few_rows_are_rejected() -> None:
     """Catches an empty validation split."""
     with pytest.raises(UserError, match=r"f\.csv: too few rows to take a validation split from; set task\.validation"):
-        split_off(table(*[{"label": "a"}, {"label": "b"}]), TEXTS, 0.1, seed=0)
+        split_off(table(*[{"label": "a"}] * 4, {"label": "b"}), TEXTS, 0.1, seed=0)
+
+
+def test_labels_that_occur_once_are_named_as_the_reason() -> None:
+    """Catches hundreds of rows called too few because task.columns.label names the column of the texts."""
+    swapped = table(*({"text": "good", "label": f"a film about {number}"} for number in range(200)))
+    with pytest.raises(
+        UserError, match=r"200 of its 200 rows have a label that no other row has: is task\.columns\.label"
+    ):
+        split_off(swapped, TEXTS, 0.1, seed=0)
