@@ -170,9 +170,9 @@ def finetune(options: FinetuneOptions) -> None:
     Example:
         deepcloze finetune --config my-task.yaml --model.init_from=my-encoder --training.seeds=1,2,3
     """
-    from finetune.run import finetune as run_finetuning
-
     with handle_stop_signals(interrupt):
+        from finetune.run import finetune as run_finetuning  # takes seconds
+
         run_finetuning(options.config, options.overrides, options.dry_run)
 
 

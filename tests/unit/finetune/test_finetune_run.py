@@ -331,6 +331,26 @@ def test_a_stop_signal_ends_with_a_message_and_can_be_resumed(config_file: Path,
     assert list((tmp_path / "run" / ".seed-1").iterdir())
 
 
+SEND_SIGNAL_DURING_IMPORTS = """
+import os, signal, sys
+from launcher.cli import main
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "finetune.run":
+            os.kill(os.getpid(), signal.SIGTERM)
+sys.meta_path.insert(0, Finder())
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_stop_signal_during_the_imports_ends_with_a_message(config_file: Path) -> None:
+    """Catches SIGTERM in the first seconds, while torch is imported, that ends the command without a word."""
+    script = [sys.executable, "-c", SEND_SIGNAL_DURING_IMPORTS, "finetune", "--config", str(config_file)]
+    stopped = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    assert stopped.returncode == 75, stopped.stderr
+    assert stopped.stderr == "deepcloze: interrupted; run the same command again to resume\n"
+
+
 def test_a_killed_run_resumes_within_a_seed(
     config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
