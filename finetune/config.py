@@ -33,7 +33,7 @@ class RunConfig(Section):
 class ModelConfig(Section):
     """The encoder to fine-tune."""
 
-    init_from: str
+    init_from: PathText
     """A Hugging Face folder, a pretraining run (its newest checkpoint), or a checkpoint of one."""
 
     weights: Literal["pretrained", "random"] = "pretrained"

@@ -8,17 +8,18 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from experiment.config import Metavar, Section
+from experiment.config.constraints import PathText
 
 
 class PredictOptions(Section):
-    model: Annotated[str, Metavar("DIR")]
+    model: Annotated[PathText, Metavar("DIR")]
     """Model folder, such as RUN/seed-1/model; or a run: then the model of its best seed on validation. Also a
     sequence classifier of transformers."""
 
-    input: Annotated[str, Metavar("FILE")]
+    input: Annotated[PathText, Metavar("FILE")]
     """Rows to predict for, in any format that training reads."""
 
-    output: Annotated[str, Metavar("FILE")]
+    output: Annotated[PathText, Metavar("FILE")]
     """.csv, .tsv, .jsonl or .parquet file to write."""
 
     score: bool = False
@@ -51,7 +52,7 @@ class PredictOptions(Section):
 
 
 class ServeOptions(Section):
-    model: Annotated[str, Metavar("DIR")]
+    model: Annotated[PathText, Metavar("DIR")]
     """Model folder, such as RUN/seed-1/model; or a run: then the model of its best seed on validation. Also a folder of
     transformers with a head for sequence classification, token classification, multiple choice or masked LM."""
 
@@ -61,7 +62,7 @@ class ServeOptions(Section):
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """Port to listen on; 0: a free one."""
 
-    token_file: Annotated[str | None, Metavar("FILE")] = None
+    token_file: Annotated[PathText | None, Metavar("FILE")] = None
     """File with a token that clients must send, as `Authorization: Bearer TOKEN`; default: the variable
     DEEPCLOZE_SERVE_TOKEN, or none is needed."""
 
@@ -89,11 +90,11 @@ class ServeOptions(Section):
 
 
 class ExportOptions(Section):
-    checkpoint: Annotated[str, Metavar("DIR")]
+    checkpoint: Annotated[PathText, Metavar("DIR")]
     """What to export: a checkpoint of a pretraining, or a run (its newest checkpoint); a fine-tuned model folder, or a
     run (its best seed on validation); or a folder of transformers."""
 
-    output: Annotated[str, Metavar("DIR")]
+    output: Annotated[PathText, Metavar("DIR")]
     """Folder to write, which must not exist or be empty."""
 
     format: Literal["hf", "onnx"] = "hf"

@@ -54,7 +54,7 @@ class ModelConfig(Section):
     """A transformers config, such as {model_type: bert, hidden_size: 256}. The vocabulary size and special token ids
     are filled in from the corpus's tokenizer. With `init_from`, single fields to change, such as dropout."""
 
-    init_from: str | None = None
+    init_from: PathText | None = None
     """Pretrained weights to start from, at step 0: a Hugging Face folder, a checkpoint or a run. See
     docs/continued_pretraining.md."""
 
@@ -65,7 +65,7 @@ class ModelConfig(Section):
     freeze_steps: NonNegativeInt = 0
     """Number of steps during which the modules in `freeze` are not updated."""
 
-    added_tokens: str | None = None
+    added_tokens: PathText | None = None
     """Tokenizer folder that extends the tokenizer of `init_from` (`deepcloze tokenizer --extend`). The model gets an
     embedding for each added token. See docs/continued_pretraining.md."""
 
@@ -97,7 +97,7 @@ class ModelConfig(Section):
 class WeightedCorpus(Section):
     """One corpus of a mixture."""
 
-    path: str
+    path: PathText
     """Folder built by `deepcloze corpus`."""
 
     weight: PositiveFloat = 1.0
@@ -107,10 +107,10 @@ class WeightedCorpus(Section):
 class CorpusConfig(Section):
     """Training and evaluation data, built by `deepcloze corpus`."""
 
-    train: str | tuple[WeightedCorpus, ...]
+    train: PathText | tuple[WeightedCorpus, ...]
     """Corpus folder to train on, or a list of {path, weight} for a mixture. See docs/data_mixtures.md."""
 
-    eval: dict[str, str] = {}
+    eval: dict[str, PathText] = {}
     """Corpora for held-out metrics, as {name: folder}. See docs/evaluation.md."""
 
     @field_validator("train")

@@ -17,8 +17,8 @@ def export_command(options: ExportOptions) -> None:
     """Run the command. The output is complete or does not exist. Raises UserError."""
     if options.int8 and options.format != "onnx":
         raise UserError("--int8 needs --format onnx: a Hugging Face folder has fp32 weights")
-    source = _find_source(Path(options.checkpoint).expanduser())
-    target = Path(options.output).expanduser().absolute()
+    source = _find_source(Path(options.checkpoint))
+    target = Path(options.output).absolute()
     _check_output(source, target)
     aside = target.with_name(f".{target.name}.partial")
     try:

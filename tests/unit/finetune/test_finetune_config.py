@@ -74,6 +74,16 @@ def test_a_path_with_a_nul_character_is_rejected(key: str) -> None:
         build_config(FinetuneConfig, MINIMAL, {key: "a\0b"})
 
 
+@pytest.mark.parametrize("key", ["run.dir", "task.train", "task.test", "model.init_from"])
+def test_a_home_folder_can_be_abbreviated(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a folder called `~` in the working directory: neither YAML nor `--run.dir=~/run` is expanded."""
+    monkeypatch.setenv("HOME", "/home/me")
+    section, _, name = key.partition(".")
+    for written, path in {"~/a": "/home/me/a", "a~": "a~", "~nobody-here/a": "~nobody-here/a"}.items():
+        config = build_config(FinetuneConfig, MINIMAL, {key: written})
+        assert getattr(getattr(config, section), name) == path
+
+
 @pytest.mark.parametrize("kind", ["regression", "question_answering"])
 def test_labels_of_a_kind_without_any_are_rejected(kind: str) -> None:
     """Catches a setting that is ignored silently."""

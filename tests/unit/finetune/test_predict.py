@@ -281,3 +281,14 @@ def test_a_pipe_is_rejected(trained_run: Path, tmp_path: Path, capsys: pytest.Ca
     os.mkfifo(tmp_path / "rows.tsv")
     assert predict(trained_run / "seed-1" / "model", tmp_path / "rows.tsv", tmp_path / "out.csv") == 2
     assert "which a pipe cannot be" in capsys.readouterr().err
+
+
+def test_a_home_folder_can_be_abbreviated(
+    trained_run: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches an output that ends in a folder called `~`: the shell does not expand `--output=~/out.csv`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert predict(trained_run, Path("~") / texts.name, Path("~/out.csv")) == 0
+    assert (tmp_path / "out.csv").is_file()
+    assert not (tmp_path / "~").exists()
