@@ -49,13 +49,13 @@ def _check_output(source: Path, target: Path) -> None:
 
 def _write(source: Path, folder: Path, options: ExportOptions) -> list[str]:
     """Write the folder with its model card. Returns lines about it."""
+    if holds_onnx_model(source):
+        raise UserError(f"{source} holds an ONNX model already; export the folder that it was made from")
     title = Path(options.output).name
     if options.format == "hf":
         shutil.copytree(source, folder)
         write_card(source, folder, title)
         return []
-    if holds_onnx_model(source):
-        raise UserError(f"{source} holds an ONNX model already; export the folder that it was made from")
     require_packages("onnx", "onnxruntime", "onnxscript")
     from finetune.export.onnx_folder import write_onnx_folder
     from finetune.export.onnx_usage import onnx_usage

@@ -283,9 +283,11 @@ def test_another_precision_is_rejected(precision: str, exported: Path, int8: Pat
 
 
 def test_an_onnx_model_is_not_exported_again(exported: Path, tmp_path: Path) -> None:
-    """Catches an error about missing weights that does not say why."""
-    with pytest.raises(UserError, match="holds an ONNX model already"):
-        export_command(ExportOptions(checkpoint=str(exported), output=str(tmp_path / "out"), format="onnx", int8=True))
+    """Catches an error about missing weights that does not say why, and a Hugging Face folder without weights."""
+    for flags in ({"format": "onnx", "int8": True}, {"format": "hf"}):
+        with pytest.raises(UserError, match="holds an ONNX model already"):
+            export_command(ExportOptions(checkpoint=str(exported), output=str(tmp_path / "out"), **flags))
+    assert not (tmp_path / "out").exists()
 
 
 def test_files_that_cannot_be_used(exported: Path, trained_run: Path, tmp_path: Path) -> None:
