@@ -14,12 +14,15 @@ from finetune.data.dialogue import DialogueContext
 from finetune.data.formats import FileFormat
 
 
-def _written_tab(value: Any) -> Any:
-    """A tab, as typed on a command line."""
-    return "\t" if value == r"\t" else value
+def _read_separator(value: Any) -> Any:
+    """One character; a tab as typed on a command line too."""
+    separator = "\t" if value == r"\t" else value
+    if isinstance(separator, str) and (len(separator) != 1 or separator in '\r\n"'):
+        raise ValueError(f"expected one character (\\t is a tab), found {value!r}")
+    return separator
 
 
-Separator = Annotated[str, BeforeValidator(_written_tab), Field(min_length=1, max_length=1)]
+Separator = Annotated[str, BeforeValidator(_read_separator)]
 
 
 def _check_split_name(name: str) -> str:
@@ -100,10 +103,10 @@ class TaskConfig(Section):
     special_tokens_in_text: bool = False
     """Whether a special token that is written out in a text, such as `[SEP]`, is that token; otherwise it is text."""
 
-    def file_format(self, quoting_key: str = "task.quoting:") -> FileFormat:
-        """How to read the files. quoting_key: what messages call that key."""
+    def file_format(self, quoting_key: str = "task.quoting:", name_key: str = "task.format") -> FileFormat:
+        """How to read the files. quoting_key, name_key: what messages call `quoting`, `format`."""
         csv_format = CsvFormat(self.sep, self.quoting, self.header == 0, quoting_key, self.on_bad_lines)
-        return FileFormat(None if self.format == "auto" else self.format, csv_format)
+        return FileFormat(None if self.format == "auto" else self.format, csv_format, name_key)
 
     def files(self) -> dict[str, str]:
         """Split -> file, of the splits that have one: train, validation, then the test splits."""

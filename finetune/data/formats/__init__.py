@@ -32,6 +32,7 @@ class FileFormat:
 
     name: FormatName | None = None  # None: as the file name suggests
     csv: CsvFormat = field(default_factory=CsvFormat)  # if it has no separator, the file name suggests one
+    name_key: str = "task.format"  # what messages call the option for the name
 
 
 def read_rows(path: Path, file_format: FileFormat) -> Iterator[Row]:
@@ -56,5 +57,5 @@ def read_rows(path: Path, file_format: FileFormat) -> Iterator[Row]:
             return read_conll(path)
     raise UserError(
         f"{path}: expected a file that ends in {', '.join(_FORMATS)} (or one of these and .gz); "
-        "for another name, set task.format"
+        f"for another name, set {file_format.name_key}"
     )

@@ -58,6 +58,7 @@ def test_a_tab_can_be_typed() -> None:
         ("training.lr", "high", r"training\.lr.*number"),
         ("training.epochs", "0", r"training\.epochs"),
         ("model.max_seq_length", "2", r"model\.max_seq_length"),
+        ("task.sep", "ab", r"'task\.sep': expected one character \(\\t is a tab\), found 'ab'"),
     ],
 )
 def test_bad_values_are_rejected_by_key(key: str, raw: str, message: str) -> None:

@@ -292,3 +292,13 @@ def test_a_home_folder_can_be_abbreviated(
     assert predict(trained_run, Path("~") / texts.name, Path("~/out.csv")) == 0
     assert (tmp_path / "out.csv").is_file()
     assert not (tmp_path / "~").exists()
+
+
+def test_an_input_without_a_known_ending_names_the_flag(
+    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a message that names a key of the training config, which `deepcloze predict` rejects."""
+    (tmp_path / "texts.data").write_text("text\nword1\n")
+    assert predict(trained_run, tmp_path / "texts.data", tmp_path / "out.csv") == 2
+    assert capsys.readouterr().err.endswith("for another name, set --format\n")
+    assert predict(trained_run, tmp_path / "texts.data", tmp_path / "out.csv", "--format=csv") == 0
