@@ -127,7 +127,7 @@ def _mean_length(corpus: Path, length: int) -> float:
 def _write_config(work: Path, peer: PeerSettings, sequences: int) -> Path:
     path = work / "run.yaml"
     config = {
-        "run": {"dir": "set on the command line", "log_every": 5},
+        "run": {"dir": "set on the command line", "log_every": 1},
         "model": {"config": {"model_type": "bert", **peer.model}},
         "corpus": {"train": str(work / "corpus")},
         "batch": {

@@ -53,8 +53,11 @@ class Input:
         count = 0
         for record in self:
             count += 1
-            if self.labelled and (empty := [role for role in targets if record.values.get(role) is None]):
+            if not self.labelled:
+                continue
+            if empty := [role for role in targets if record.values.get(role) is None]:
                 raise UserError(f"{record.place}: the {empty[0]} is empty")
+            self.kind.check_target(record)
         if not count:
             raise UserError(f"{self.path} has no rows")
         return count

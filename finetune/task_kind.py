@@ -143,6 +143,9 @@ class TaskKind(ABC, Generic[ConfigT]):
     def expand(self, record: Record, encoder: "Encoder", training: bool) -> list["Example"]:
         """The examples of a record, without targets if it has none. Raises UserError for an invalid target."""
 
+    def check_target(self, record: Record) -> None:
+        """Raises UserError for an invalid target, as `expand` does: without a tokenizer, to find it early."""
+
     def probe(self, encoder: "Encoder") -> "Example":
         """A small example without targets, to find out what a model can compute."""
         from finetune.encoding.examples import Example

@@ -86,6 +86,8 @@ def compare(original: LoadedModel, exported: LoadedModel, batches: Sequence[Mapp
         real_ST = batch["attention_mask"].bool()
         for name in expected:
             _add(comparison, name, expected[name], found[name], real_ST, multi_label)
+    if takes_choices(original.model):
+        comparison.decisions = 0  # the texts of a batch are no choices of one question
     return comparison
 
 

@@ -82,6 +82,9 @@ class Kind(TaskKind[Config]):
         shares = ", ".join(f"{label} {counts[label] / len(train):.1%}" for label in self.labels)
         return [f"{len(self.labels)} labels, in train: {shares}"]
 
+    def check_target(self, record: Record) -> None:
+        self.label_id(record.values["label"], record.place)
+
     def expand(self, record: Record, encoder: Encoder, training: bool) -> list[Example]:
         target = self.label_id(record.values["label"], record.place) if "label" in record.values else None
         return [Example((encoder.encode(*TextColumns.texts(record.values)),), target)]

@@ -136,6 +136,9 @@ class Kind(TaskKind[Config]):
     def describe(self, train: Table) -> list[str]:
         return [f"{sum(len(record.values['options']) for record in train.records):,} blanks in train"]
 
+    def check_target(self, record: Record) -> None:
+        self._parse(record)
+
     def expand(self, record: Record, encoder: Encoder, training: bool) -> list[Example]:
         """Those of each blank: one for each window that shows it."""
         segments, options, answers = self._parse(record)

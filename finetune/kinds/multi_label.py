@@ -80,6 +80,9 @@ class Kind(TaskKind[Config]):
         none = sum(not labels for labels in rows) / len(train)
         return [f"{len(self.labels)} labels, share of the rows in train: {shares}; none {none:.1%}"]
 
+    def check_target(self, record: Record) -> None:
+        self._multi_hot(_labels_of(record, self.config), record.place)
+
     def expand(self, record: Record, encoder: Encoder, training: bool) -> list[Example]:
         target = self._multi_hot(_labels_of(record, self.config), record.place) if "labels" in record.values else None
         return [Example((encoder.encode(*TextColumns.texts(record.values)),), target)]

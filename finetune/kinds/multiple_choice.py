@@ -118,6 +118,9 @@ class Kind(TaskKind[Config]):
     def head(self) -> dict[str, Any]:
         return {}
 
+    def check_target(self, record: Record) -> None:
+        self._choice_id(record)
+
     def expand(self, record: Record, encoder: Encoder, training: bool) -> list[Example]:
         if len(record.values["choices"]) < 2:
             raise UserError(f"{record.place}: expected two or more choices, found {record.values['choices']}")

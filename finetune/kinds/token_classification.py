@@ -97,14 +97,21 @@ class Kind(TaskKind[Config]):
         shares = ", ".join(f"{label} {counts[label] / counts.total():.1%}" for label in self.labels)
         return [f"{counts.total():,} words in train, {len(self.labels)} tags: {shares}"]
 
+    def check_target(self, record: Record) -> None:
+        self._tag_ids(record)
+
     def expand(self, record: Record, encoder: Encoder, training: bool) -> list[Example]:
-        words, tags = record.values["words"], record.values.get("tags")
-        if tags is not None and len(tags) != len(words):
+        labels = self._tag_ids(record) if "tags" in record.values else None
+        return list(_examples(record.values["words"], labels, encoder))
+
+    def _tag_ids(self, record: Record) -> list[int]:
+        """Raises UserError for an unknown tag, and for another number of tags than words."""
+        words, tags = record.values["words"], record.values["tags"]
+        if len(tags) != len(words):
             raise UserError(
                 f"{record.place}: expected a tag for each word; words: {_counted(words)}; tags: {_counted(tags)}"
             )
-        labels = None if tags is None else [self.label_id(tag, record.place) for tag in tags]
-        return list(_examples(words, labels, encoder))
+        return [self.label_id(tag, record.place) for tag in tags]
 
     def targets(self, examples: Sequence[Example], padding: Padding) -> Tensor:
         """ST ids, without the padding of the left side."""

@@ -259,6 +259,16 @@ def test_bad_input_leaves_no_output(
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
+def test_an_unknown_label_is_found_before_the_model_is_loaded(
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches hours of predictions that are lost to a wrong label at the end of a file."""
+    monkeypatch.setattr(Predictor, "load", lambda *_: pytest.fail("the model is loaded"))
+    (tmp_path / "in.csv").write_text("text,label\na,low\nb,lo\n")
+    assert predict(trained_run, tmp_path / "in.csv", tmp_path / "out.csv", "--score") == 2
+    assert "in.csv:3: unknown label 'lo'; did you mean 'low'?" in capsys.readouterr().err
+
+
 def test_scores_do_not_replace_the_input(trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches an input that is lost because the file of the scores has its name."""
     source = tmp_path / "labels.scores.json"
