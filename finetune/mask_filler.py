@@ -101,7 +101,7 @@ class MaskFiller:
         inputs = pad_sequences([text.tokens for text in texts], self.loaded.padding, self.loaded.device.device)
         with torch.inference_mode(), self.loaded.device.autocast():
             logits_MV = cloze.masked_logits(self.loaded.model, inputs, rows, positions)
-        # Some vocabularies are padded: the last scores are no tokens.
+        # Some vocabularies are padded: the last scores are not of tokens.
         probabilities_MV = logits_MV.softmax(-1)[:, : len(self.tokenizer)]
         found = probabilities_MV.topk(max(text.top_k for text in texts))
         best = [

@@ -62,11 +62,15 @@ def write_card(
     source: the Hugging Face folder that was exported. A card in it is kept: a user may have edited it. usage, library:
     in place of those for transformers, for a folder in another format.
     """
-    if (source / FILE).is_file():
-        text = (source / FILE).read_text(encoding="utf-8")
-    else:
-        text = render_card(_make_card(source, title))
+    text = _read_card(source / FILE) if (source / FILE).is_file() else render_card(_make_card(source, title))
     write_text(folder / FILE, text if usage is None else replace_usage(text, usage, library))
+
+
+def _read_card(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except ValueError:
+        raise UserError(f"{path} is not UTF-8 text") from None
 
 
 def _make_card(source: Path, title: str) -> ModelCard:

@@ -74,13 +74,14 @@ def replace_usage(text: str, usage: Sequence[CardBlock], library: str) -> str:
     library: as the Hub calls it, such as onnx. Everything but the section *Usage* stays, also if a user wrote it. A new
     section comes before the others.
     """
-    front, separator, body = text.partition("\n---\n")
-    front = re.sub(r"(?m)^library_name: .*$", f"library_name: {library}", front)
+    found = re.match(r"(?s)---\n(.*?\n)?---\n", text)
+    front, body = (found[1] or "", text[found.end() :]) if found else ("", f"\n{text.strip()}\n\n")
+    front = re.sub(r"(?m)^library_name: .*\n", "", front)
     section = _render(_usage_section(usage)) + "\n"
-    found = re.search(r"(?ms)^## Usage\n(?:^```.*?^```$|.)*?(?=^## |\Z)", body) or re.search(r"(?m)^(?=## )|\Z", body)
-    assert found is not None, "every text has an end"
-    body = body[: found.start()] + section + body[found.end() :]
-    return front + separator + body
+    place = re.search(r"(?ms)^## Usage\n(?:^```.*?^```$|.)*?(?=^## |\Z)", body) or re.search(r"(?m)^(?=## )|\Z", body)
+    assert place is not None, "every text has an end"
+    body = body[: place.start()] + section + body[place.end() :]
+    return f"---\nlibrary_name: {library}\n{front}---\n{body}"
 
 
 def metadata_of(

@@ -87,14 +87,14 @@ def compare(original: LoadedModel, exported: LoadedModel, batches: Sequence[Mapp
         for name in expected:
             _add(comparison, name, expected[name], found[name], real_ST, multi_label)
     if takes_choices(original.model):
-        comparison.decisions = 0  # the texts of a batch are no choices of one question
+        comparison.decisions = 0  # the texts of a batch are not the choices of one question
     return comparison
 
 
 def _add(
     comparison: Comparison, name: str, expected: Tensor, found: Tensor, real_ST: Tensor, multi_label: bool
 ) -> None:
-    """Compare an output of a batch. real_ST: which tokens are no padding."""
+    """Compare an output of a batch. real_ST: which tokens are not padding."""
     is_position = name not in ("logits", HIDDEN)  # scores ST of the start and the end of an answer
     # Some encoders, such as Funnel's, have fewer hidden states than tokens.
     is_per_token = expected.shape[:2] == real_ST.shape and (is_position or expected.dim() == 3)

@@ -40,7 +40,7 @@ def quantize(path: Path) -> None:
 
 def _transpose_weights(graph: GraphProto) -> None:
     """Store weights as they are multiplied. An output layer tied to the embeddings is their transpose otherwise, which
-    is no constant to quantize."""
+    is not a constant that can be quantized."""
     weights = {each.name: each for each in graph.initializer}
     for index in reversed(range(len(graph.node))):
         node = graph.node[index]

@@ -14,6 +14,7 @@ from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Respons
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from pydantic import ValidationError
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
 from experiment.errors import UserError
@@ -134,6 +135,7 @@ async def model_prediction(serving: State, request: Request) -> Response:
         asked = ModelPredictionRequest.model_validate(await _read_json_or_form(request))
     except ValidationError as error:
         raise RequestValidationError([{**each, "loc": ("body", *each["loc"])} for each in error.errors()]) from None
+    request.state.texts = 1
     with serving.answering(1) as services:
         texts = [asked.sentence1, *([asked.sentence2] if asked.sentence2 else [])]
         (found,) = await services.predict(_text_records([texts], services.served), False)
@@ -157,8 +159,8 @@ async def healthz() -> Response:
 @site.get("/readyz", response_model=Status, responses={503: {"model": Error}}, tags=["operation"])
 async def readyz(serving: State) -> Response:
     """Whether it takes further requests."""
-    if serving.stopping or serving.admission.is_full:
-        raise busy("stopping" if serving.stopping else "too many texts are waiting")
+    if serving.admission.is_full:
+        raise busy("too many texts are waiting")
     return JSONResponse({"status": "ready"})
 
 
@@ -193,6 +195,8 @@ async def _read_json_or_form(request: Request) -> Any:
         return json.loads(await request.body())
     except (ValueError, RecursionError) as error:
         raise HTTPException(400, NOT_JSON) from error
+    except ClientDisconnect as error:
+        raise HTTPException(400, "the client is gone") from error
 
 
 def _requested_records(asked: PredictRequest, served: ServedModel) -> list[Record]:

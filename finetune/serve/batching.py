@@ -163,10 +163,11 @@ class Batcher(Generic[ItemT, ResultT]):
         self._observe(BatchSize(sequences, sequences * max(size.longest for size in sizes)))
         try:
             results = await self._compute([job.items[index] for job, index in parts])
+            found = list(zip(parts, results, strict=True))
         except Exception as error:
             await self._retry(parts, error)
             return
-        for (job, index), result in zip(parts, results, strict=True):
+        for (job, index), result in found:
             job.put(index, result)
 
     async def _retry(self, parts: Sequence[_Part[ItemT, ResultT]], error: Exception) -> None:

@@ -31,17 +31,19 @@ def serve_command(options: ServeOptions) -> None:
     with bind(options.host, options.port) as listener:
         load = partial(load_served_model, Path(options.model), options.precision)
         keep_freed_memory()
-        served = load()
+        first = load()
         log_as_json()
         limits = Limits(options.max_texts, options.max_request_kib * 1024, options.max_queue, options.timeout)
-        serving = Serving(served, load, limits, options.batch_delay_ms / 1000, options.batch_tokens)
+        serving = Serving(first, load, limits, options.batch_delay_ms / 1000, options.batch_tokens)
+        del first  # it is freed when it is replaced
         address, port = listener.getsockname()[:2]
         url = f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
         if token is None and not ip_address(address).is_loopback:
             log_event("any client that reaches this address may send requests: there is no token", logging.WARNING)
 
         def announce() -> None:
-            print(f"{url}  {served.info.model} ({served.info.kind}, {served.info.precision})", flush=True)
+            info = serving.served.info
+            print(f"{url}  {info.model} ({info.kind}, {info.precision})", flush=True)
             if wanted:
                 serving.reload()
 

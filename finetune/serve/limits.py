@@ -1,4 +1,4 @@
-"""What a client may ask for: size, time, number of texts, and a token that permits to ask at all.
+"""What a client may ask for: size, time, a token that permits to ask at all, and the number of texts.
 
 The first three wrap an ASGI application, see https://asgi.readthedocs.io.
 """

@@ -42,7 +42,6 @@ class Serving:
         self.limits = limits
         self.admission = Admission(limits)
         self.metrics = Metrics(self.admission)
-        self.stopping = False
 
     async def __aenter__(self) -> Self:
         assert self._first is not None, "entered twice"
@@ -53,7 +52,6 @@ class Serving:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.stopping = True
         self._reloading.cancel()
         await self._services.close()
         self._thread.shutdown()

@@ -100,4 +100,14 @@ def test_another_format_changes_the_usage_only() -> None:
     assert "```bash\nrun it\n```\n\n## Data\n\nMy own words." in changed
     assert "print(1)" not in changed
     without = replace_usage("---\na: 1\n---\n\nText.\n\n## Data\n", [Snippet("bash", "run it")], "onnx")
-    assert without == "---\na: 1\n---\n\nText.\n\n## Usage\n\n```bash\nrun it\n```\n\n## Data\n"
+    assert without == f"---\nlibrary_name: onnx\na: 1\n---\n\nText.\n\n{USAGE}## Data\n"
+
+
+USAGE = "## Usage\n\n```bash\nrun it\n```\n\n"
+
+
+@pytest.mark.parametrize("text", ["# Title\n\nText.", "# Title\n\nText.\n\n---\n\nMore.\n"])
+def test_a_card_without_front_matter_gets_one(text: str) -> None:
+    """Catches text above a rule that is taken for front matter, and a section glued to the last line."""
+    found = replace_usage(text, [Snippet("bash", "run it")], "onnx")
+    assert found == f"---\nlibrary_name: onnx\n---\n\n{text.strip()}\n\n{USAGE}"

@@ -85,3 +85,12 @@ def test_a_fine_tuned_folder_without_a_card_is_no_masked_language_model(tmp_path
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "A model of type bert, exported with deepcloze." in card
     assert "## Lineage" in card
+
+
+def test_a_card_that_is_not_text_is_one_message(tmp_path: Path) -> None:
+    """Catches a traceback for a card in another encoding."""
+    shutil.copytree(OLD / "hf", tmp_path / "mine")
+    (tmp_path / "mine" / "README.md").write_bytes("café".encode("latin-1"))
+    with pytest.raises(UserError, match=r"README\.md is not UTF-8 text"):
+        export(str(tmp_path / "mine"), str(tmp_path / "out"))
+    assert not list(tmp_path.glob("*out*"))

@@ -1,9 +1,12 @@
 """Options of `deepcloze serve`, and mistakes that end it before it serves. Real processes: tests/multiprocess."""
 
+import gc
 import os
 import signal
 import socket
 import sys
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -96,19 +99,37 @@ def test_a_token_that_cannot_be_sent(token: str, tmp_path: Path) -> None:
         read_token(str(path), {})
 
 
-def test_a_reload_that_is_asked_for_too_early_comes_later(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Catches SIGHUP, such as from `systemctl reload`, ending a server that is still loading its model."""
+class Served:
     info = SimpleNamespace(model="m", kind="classification", precision="fp32")
-    reloads: list[str] = []
 
-    def load(*_: object) -> SimpleNamespace:
+
+def test_reloads_while_the_server_starts_and_later(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Catches SIGHUP, such as from `systemctl reload`, ending a server that is still loading its model; and a replaced
+    model whose memory is not freed."""
+    first: list[weakref.ref[Served]] = []
+    serving = SimpleNamespace(reloads=0)
+
+    def load(*_: object) -> Served:
         os.kill(os.getpid(), signal.SIGHUP)
-        return SimpleNamespace(info=info)
+        served = Served()
+        first.append(weakref.ref(served))
+        return served
+
+    def make_serving(served: Served, *_: object) -> SimpleNamespace:
+        serving.served = served
+        serving.reload = lambda: setattr(serving, "reloads", serving.reloads + 1)
+        return serving
+
+    def run(app: object, listener: object, timeout: object, announce: Callable[[], None], reload: object) -> None:
+        announce()
+        serving.served = Served()
+        gc.collect()
+        assert first[0]() is None
 
     monkeypatch.setattr(command, "load_served_model", load)
-    monkeypatch.setattr(command, "Serving", lambda *_: SimpleNamespace(reload=lambda: reloads.append("now")))
+    monkeypatch.setattr(command, "Serving", make_serving)
     monkeypatch.setattr(command, "make_app", lambda *_: None)
     monkeypatch.setattr(command, "log_as_json", lambda: None)
-    monkeypatch.setattr(command, "run_server", lambda app, listener, timeout, announce, reload: announce())
+    monkeypatch.setattr(command, "run_server", run)
     command.serve_command(ServeOptions(model=str(tmp_path), port=0))
-    assert reloads == ["now"]
+    assert serving.reloads == 1
