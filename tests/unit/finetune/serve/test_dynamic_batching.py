@@ -188,3 +188,19 @@ def test_no_items_need_no_batch() -> None:
         await batcher.close()
 
     run(test)
+
+
+def test_a_wrong_number_of_results_is_an_error_of_the_request() -> None:
+    """Catches a batcher that ends silently, after which every request waits for its timeout."""
+
+    async def test() -> None:
+        async def compute(items: list[int]) -> list[int]:
+            return items[1:] if items[0] == 0 else items
+
+        batcher = Batcher(compute, LIMITS)
+        with pytest.raises(ValueError, match="shorter"):
+            await batcher.submit([0, 1], ones(2))
+        assert await batcher.submit([3], ones(1)) == [3]
+        await batcher.close()
+
+    run(test)
