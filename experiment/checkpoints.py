@@ -171,7 +171,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def state_around(model: Path) -> dict[str, Any]:
-    """state.json of the checkpoint that a Hugging Face folder is in; empty if it is in none that has one."""
+    """state.json of the checkpoint that a Hugging Face folder is in; empty if there is none."""
     checkpoint = model.resolve().parent
     if not ((checkpoint / _COMPLETE).is_file() and (checkpoint / _STATE).is_file()):
         return {}

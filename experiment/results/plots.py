@@ -172,5 +172,8 @@ def save_figure(canvas: Canvas, path: Path) -> None:
     with warnings.catch_warnings(record=True) as caught, atomic_write(path) as temporary:
         warnings.simplefilter("always")
         canvas.savefig(temporary, format="png", facecolor="white")
-    if any("missing from font" in str(warning.message) for warning in caught):  # one for each character
+    other = [warning for warning in caught if "missing from font" not in str(warning.message)]
+    for warning in other:
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    if len(other) < len(caught):  # there is one for each character
         log.warning("%s: characters that no installed font has are boxes; for Chinese, install fonts-noto-cjk", path)

@@ -53,8 +53,7 @@ def read_results(folder: RunFolder) -> list[DownstreamResult]:
 
 
 class DownstreamLog:
-    """Which results are not in metrics.jsonl yet, for the process that writes it. Takes a look at a folder if there
-    are none, or no new ones."""
+    """Which results are not in metrics.jsonl yet, for the process that writes it."""
 
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder

@@ -5,6 +5,7 @@ from pathlib import Path
 from experiment.results.model_card import MODEL, CardBlock, Snippet
 from experiment.results.page import Text
 from finetune.onnx_model import FILE
+from finetune.results.model_card import COMMANDS
 from finetune.saved_task import is_masked_lm, read_saved_task
 
 _CODE = """
@@ -20,10 +21,6 @@ inputs = {{each.name: {value} for each in session.get_inputs()}}
 for output, values in zip(session.get_outputs(), session.run(None, inputs)):
     print(output.name, values.shape)
 """
-_COMMANDS = """
-deepcloze predict --model . --input rows.csv --output predictions.csv
-deepcloze serve --model .
-"""
 
 
 def onnx_usage(folder: Path) -> list[CardBlock]:
@@ -33,7 +30,7 @@ def onnx_usage(folder: Path) -> list[CardBlock]:
     task = read_saved_task(folder)
     padding = f'"max_length", max_length={task.max_seq_length}' if task.padded else "True"
     code = _code(padding, choices=task.kind.auto_model == "AutoModelForMultipleChoice")
-    return [Snippet("python", code), Text("deepcloze prepares texts as in training:"), Snippet("bash", _COMMANDS)]
+    return [Snippet("python", code), Text("deepcloze prepares texts as in training:"), COMMANDS]
 
 
 def _code(padding: str, choices: bool = False) -> str:

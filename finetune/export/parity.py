@@ -52,9 +52,11 @@ def sample_batches(loaded: LoadedModel) -> list[dict[str, Tensor]]:
     """Inputs of a model, ST, in batches of similar length: texts and pairs of few tokens up to the longest possible."""
     longest = loaded.padding.length or min(max_positions(loaded.model) or loaded.encoder.max_length, _LONGEST)
     encoder = replace(loaded.encoder, max_length=longest)
-    draw = random.Random(0)
+    tokenizer, draw = encoder.tokenizer, random.Random(0)
+    ordinary = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
     lengths = [round(_SHORTEST * (longest / _SHORTEST) ** (index / (_TEXTS - 1))) for index in range(_TEXTS)]
-    sequences = sorted((_sample(encoder, length, draw) for length in [*lengths[:-1], 2 * longest]), key=len)
+    texts = [draw.choices(ordinary, k=length) for length in [*lengths[:-1], 2 * longest]]
+    sequences = sorted((_sample(encoder, ids, draw) for ids in texts), key=len)
     batches: list[list[Tokens]] = [[]]
     for sequence in sequences:
         if batches[-1] and (len(batches[-1]) + 1) * len(sequence) > _BATCH_TOKENS:
@@ -63,13 +65,10 @@ def sample_batches(loaded: LoadedModel) -> list[dict[str, Tensor]]:
     return [pad_sequences(batch, loaded.padding, torch.device("cpu")) for batch in batches]
 
 
-def _sample(encoder: Encoder, length: int, draw: random.Random) -> Tokens:
-    """A text of about as many tokens, or a pair of texts."""
-    tokenizer = encoder.tokenizer
-    ordinary = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
-    ids = draw.choices(ordinary, k=length)
-    first = draw.randint(0, length) if draw.random() < 0.5 else length
-    text, pair = tokenizer.decode(ids[:first]), tokenizer.decode(ids[first:])
+def _sample(encoder: Encoder, ids: list[int], draw: random.Random) -> Tokens:
+    """A text of these tokens, or a pair of texts."""
+    first = draw.randint(0, len(ids)) if draw.random() < 0.5 else len(ids)
+    text, pair = encoder.tokenizer.decode(ids[:first]), encoder.tokenizer.decode(ids[first:])
     return encoder.encode(text, pair or None)
 
 

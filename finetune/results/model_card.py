@@ -42,10 +42,14 @@ if TYPE_CHECKING:
 _SEEDS = "<!-- deepcloze: scores of all seeds -->"
 """A line of the card that the scores of all seeds replace."""
 
-_COMMANDS = """
+COMMANDS = Snippet(
+    "bash",
+    """
 deepcloze predict --model . --input rows.csv --output predictions.csv
 deepcloze serve --model .
-"""
+""",
+)
+"""How to use a model folder with deepcloze."""
 _LABEL_SCORES = ("precision", "recall", "f1")
 
 
@@ -115,7 +119,7 @@ def _usage(setup: "Setup") -> list[CardBlock]:
     return [
         Snippet("python", code),
         Text(commands),
-        Snippet("bash", _COMMANDS),
+        COMMANDS,
     ]
 
 

@@ -96,7 +96,7 @@ def limit_size(app: ASGIApp, limits: Limits) -> ASGIApp:
         headers = Headers(scope=scope)
         announced = headers.get("content-length", "0")
         if not announced.isdecimal() or int(announced) > limits.max_bytes:
-            if "expect" not in headers:  # such a client sends the body only if it is told to
+            if "expect" not in headers:  # with "Expect: 100-continue", no body is sent before we ask for it
                 await _discard(receive)
             await error_response(413, message)(scope, receive, send)
             return

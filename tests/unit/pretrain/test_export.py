@@ -4,7 +4,6 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM
 
-from experiment.checkpoints import checkpoint_path, mark_complete
 from experiment.tokenizer import load_tokenizer
 from pretrain.export import write_hugging_face_folder
 
@@ -18,24 +17,15 @@ def model() -> BertForMaskedLM:
 
 
 @pytest.fixture
-def run(tmp_path: Path, model: BertForMaskedLM, wordpiece: Path) -> Path:
-    """A run with complete checkpoints of steps 1 and 2, whose weights are all 1 and all 2."""
-    for step in (1, 2):
-        weights = {name: torch.full_like(p, float(step)) for name, p in model.named_parameters()}
-        folder = checkpoint_path(tmp_path / "run" / "checkpoints", step)
-        write_hugging_face_folder(weights, model, load_tokenizer(wordpiece), folder / "hf")
-        mark_complete(folder)
-    return tmp_path / "run"
+def folder(tmp_path: Path, model: BertForMaskedLM, wordpiece: Path) -> Path:
+    """A Hugging Face folder whose weights are all 1."""
+    weights = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+    write_hugging_face_folder(weights, model, load_tokenizer(wordpiece), tmp_path / "hf")
+    return tmp_path / "hf"
 
 
-def step_of(folder: Path) -> float:
-    """The step that the weights in a Hugging Face folder are from."""
-    return AutoModelForMaskedLM.from_pretrained(folder).bert.embeddings.word_embeddings.weight[0, 0].item()
-
-
-def test_the_given_weights_are_written(run: Path, model: BertForMaskedLM) -> None:
+def test_the_given_weights_are_written(folder: Path, model: BertForMaskedLM) -> None:
     """Catches a checkpoint of the initial or the 16-bit weights instead of the fp32 master weights."""
-    folder = checkpoint_path(run / "checkpoints", 1) / "hf"
     written = AutoModelForMaskedLM.from_pretrained(folder)
     assert all(bool((parameter == 1.0).all()) for parameter in written.parameters())
     assert written.config.architectures == ["BertForMaskedLM"]
@@ -43,7 +33,7 @@ def test_the_given_weights_are_written(run: Path, model: BertForMaskedLM) -> Non
     assert not bool((next(model.parameters()) == 1.0).all())
 
 
-def test_transformers_can_cut_texts_at_the_positions(run: Path) -> None:
+def test_transformers_can_cut_texts_at_the_positions(folder: Path) -> None:
     """Catches a tokenizer without a length limit: `truncation=True` then cuts nothing, and long texts fail."""
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint_path(run / "checkpoints", 1) / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     assert len(tokenizer("de fi " * 2000, truncation=True)["input_ids"]) == 512

@@ -1,3 +1,5 @@
+import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import matplotlib.image
@@ -92,3 +94,12 @@ def test_characters_without_a_font_are_one_message(tmp_path: Path, caplog: pytes
         canvas.text(0.1, 0.5, text)
         save_figure(canvas, tmp_path / "figure.png")
         assert [record.message.count("fonts-noto-cjk") for record in caplog.records] == [1] * expected
+
+
+def test_other_warnings_are_not_swallowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a figure that hides what matplotlib warns of."""
+    canvas = Figure(figsize=(1, 1))
+    monkeypatch.setattr(canvas, "savefig", lambda *_, **__: warnings.warn("other", UserWarning, stacklevel=1))
+    monkeypatch.setattr(figures, "atomic_write", lambda path: nullcontext(path))
+    with pytest.warns(UserWarning, match="other"):
+        save_figure(canvas, tmp_path / "figure.png")
