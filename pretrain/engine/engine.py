@@ -1,8 +1,8 @@
 """Train a model with DeepSpeed: forward and backward of a microbatch, one update per step.
 
 The objective is the mean over all masked tokens of the global batch. Each microbatch contributes its summed loss
-divided by the global count. DeepSpeed averages gradients over ranks, so the loss is multiplied by the world size first.
-Gradient accumulation is unmanaged: one backward pass per microbatch, then one `step`.
+divided by the global count. DeepSpeed averages gradients over ranks, so the loss is multiplied by the world size where
+it reduces them. Gradient accumulation is unmanaged: one backward pass per microbatch, then one `step`.
 """
 
 import contextlib
@@ -25,6 +25,7 @@ from pretrain.batching.batch import Microbatch
 from pretrain.batching.counter_rng import make_key
 from pretrain.config import ModelConfig, OptimizerConfig
 from pretrain.engine import partitions
+from pretrain.engine.bf16_optimizer import Bf16Optimizer, install_bf16_optimizer
 from pretrain.engine.deepspeed_settings import DeepSpeedSettings
 from pretrain.engine.ema import ExponentialMovingAverage
 from pretrain.engine.loss_scaler import LossScaleError, install_loss_scaler
@@ -81,6 +82,8 @@ class Engine:
         ds_config = settings.engine_config(optimizer.grad_clip, self._swap_folder)
         self._deepspeed = _initialize(model, torch_optimizer, ds_config)
         self._loss_scaler = install_loss_scaler(self._deepspeed.optimizer)
+        self._bf16_optimizer = install_bf16_optimizer(self._deepspeed)
+        self._averaged_over = 1 if self._bf16_optimizer is not None else world.size
         self._grad_clip = optimizer.grad_clip
         self._freeze_steps = options.freeze_steps
         self._step = 0
@@ -117,7 +120,7 @@ class Engine:
         loss_sum = predictions.loss_sum.detach()
         # NaN if the loss is not finite, which does not make every gradient NaN on its own: the gradient norm then shows
         # it to all ranks.
-        weight = self.world.size / global_masked + 0.0 * loss_sum
+        weight = self._averaged_over / global_masked + 0.0 * loss_sum
         self._deepspeed.backward(predictions.loss_sum * weight, scale_wrt_gas=False)
         return loss_sum
 
@@ -125,7 +128,12 @@ class Engine:
         """Reduce, clip, update. An update whose gradient norm exceeds `norm_limit` or is not finite is not applied:
         no weight, moment, step counter or decay changes. Frozen parameters do not count in the norm."""
         self._norm_limit, self._update_allowed = norm_limit, None
-        result = self._step_sharded() if self._deepspeed.zero_optimization_stage() > 0 else self._step_zero0()
+        if self._bf16_optimizer is not None:
+            result = self._step_bf16(self._bf16_optimizer)
+        elif self._deepspeed.zero_optimization_stage() > 0:
+            result = self._step_sharded()
+        else:
+            result = self._step_zero0()
         if result.applied and self.ema is not None:
             self.ema.update()
         return result
@@ -208,9 +216,18 @@ class Engine:
         norm = float(self._deepspeed.get_global_grad_norm())
         return StepResult(bool(self._deepspeed.was_step_applied()) and self._is_within_limit(norm), norm)
 
+    def _step_bf16(self, optimizer: Bf16Optimizer) -> StepResult:
+        norm = optimizer.reduce_gradients()
+        self._update_allowed = self._is_within_limit(norm)
+        if self._update_allowed:
+            optimizer.update(norm)
+        optimizer.clear_gradients()
+        return StepResult(self._update_allowed, norm)
+
     def _step_zero0(self) -> StepResult:
         """DeepSpeed's stage 0 neither reports the gradient norm nor checks for NaN: both are done here."""
-        self._deepspeed.buffered_allreduce_fallback()
+        if self.world.size > 1:
+            self._deepspeed.buffered_allreduce_fallback()
         parameters = [parameter for group in self._deepspeed.optimizer.param_groups for parameter in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, self._grad_clip or math.inf).item()
         applied = self._is_within_limit(norm)

@@ -115,7 +115,7 @@ def weight_dtype(deepspeed: DeepSpeedSettings) -> torch.dtype:
 
 def gradients_stay(settings: MemorySettings) -> bool:
     """Whether gradients stay in `parameter.grad` until the update; else they go to a buffer one by one."""
-    return settings.zero_stage < 2 and settings.offload == "none"
+    return settings.zero_stage < 2 and settings.offload == "none" and not uses_bf16_optimizer(settings)
 
 
 def rank_memory(counts: ParameterCounts, microbatch: MicrobatchMemory, settings: MemorySettings) -> RankMemory:
@@ -199,7 +199,7 @@ def _backward_buffers(counts: ParameterCounts, settings: MemorySettings) -> int:
     if settings.zero_stage == 3:
         bucket = settings.reduce_bucket if settings.on_gpu else min(counts.total, settings.reduce_bucket)
         return _FP32 * bucket + settings.weight_bytes * gathered_weights(counts, settings)
-    if _is_bf16_optimizer(settings) or not settings.on_gpu:
+    if uses_bf16_optimizer(settings) or not settings.on_gpu:
         return 0
     return settings.weight_bytes * settings.reduce_bucket
 
@@ -215,16 +215,18 @@ def _update(counts: ParameterCounts, settings: MemorySettings) -> Parts:
     match settings.zero_stage:
         case 3:  # the flat gradient of a sub-group, beside the bucket
             buffers = _FP32 * (settings.reduce_bucket if settings.on_gpu else bucket) + _FP32 * share
-        case 1 | 2 if not _is_bf16_optimizer(settings):
+        case 1 | 2 if not uses_bf16_optimizer(settings):
             buffers = size * (settings.reduce_bucket if settings.on_gpu else bucket) + _FP32 * bucket
             gradients = 0 if settings.zero_stage == 1 else gradients  # they have moved to the bucket
+        case 1:
+            buffers = 0 if settings.on_gpu or settings.ranks == 1 else _FP32 * total  # the parts of the other ranks
         case _:
             buffers = _FP32 * bucket
     return Parts(gradients=gradients, buffers=buffers + temporary)
 
 
-def _is_bf16_optimizer(settings: MemorySettings) -> bool:
-    """DeepSpeed's BF16_Optimizer, which has no bucket during the backward pass."""
+def uses_bf16_optimizer(settings: MemorySettings) -> bool:
+    """Whether `pretrain.engine.bf16_optimizer` reduces the gradients and updates the weights."""
     return settings.zero_stage == 1 and settings.weight_bytes < _FP32 and settings.offload == "none"
 
 

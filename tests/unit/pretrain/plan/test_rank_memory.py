@@ -82,10 +82,16 @@ def test_gathered_weights_are_limited_by_the_distance_of_their_reuse() -> None:
 
 @pytest.mark.parametrize(
     ("stage", "microbatches", "expected"),
-    [(0, 3, 8), (1, 3, 8 + 2), (2, 3, 3 * 8 + 2), (3, 3, 3 * (4 + 2 * 2))],
+    [(0, 3, 8), (1, 3, 4 + 2), (2, 3, 3 * 8 + 2), (3, 3, 3 * (4 + 2 * 2))],
 )
 def test_communication_per_step(stage: int, microbatches: int, expected: float) -> None:
     """Catches a reduction per microbatch where there is one per step, or the other way round."""
     settings = replace(BF16, zero_stage=stage)
     assert sent_per_step(COUNTS, settings, microbatches) == pytest.approx(expected * N * 7 / 8)
     assert sent_per_step(COUNTS, replace(settings, ranks=1), microbatches) == 0
+
+
+def test_deepspeed_reduces_the_whole_gradient_for_all_ranks() -> None:
+    """Catches the communication of our optimizer in a run that DeepSpeed updates."""
+    offloaded = replace(BF16, zero_stage=1, offload="cpu")
+    assert sent_per_step(COUNTS, offloaded, 1) == pytest.approx((8 + 2) * N * 7 / 8)
