@@ -7,14 +7,15 @@ from torch import nn
 from experiment.fast_linear import use_fast_linear
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5), (0, 5)])
-def test_values_and_gradients_are_those_of_torch(shape: tuple[int, ...], bias: bool) -> None:
+def test_values_and_gradients_are_those_of_torch(shape: tuple[int, ...], bias: bool, dtype: torch.dtype) -> None:
     """Catches a transposed gradient, a lost bias, and a shape that is not that of the layer."""
-    plain = nn.Sequential(nn.Linear(5, 4, bias=bias))
+    plain = nn.Sequential(nn.Linear(5, 4, bias=bias)).to(dtype)
     fast = copy.deepcopy(plain)
     use_fast_linear(fast)
-    values = torch.randn(shape)
+    values = torch.randn(shape, dtype=dtype)
     inputs = [values.clone().requires_grad_() for _ in range(2)]
     outputs = [model(values) for model, values in zip((plain, fast), inputs, strict=True)]
     torch.testing.assert_close(*outputs)
