@@ -8,14 +8,13 @@ Shapes: B rows, W slots, D hidden, V vocabulary, M masked positions.
 
 from typing import Any, NamedTuple
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from experiment.dropout import use_fast_dropout
 from experiment.fast_linear import use_fast_linear
-from pretrain.batching.batch import IGNORED
 from pretrain.modeling.attention import Packing
+from pretrain.modeling.head import choose_head
 
 
 class Predictions(NamedTuple):
@@ -33,6 +32,7 @@ class MaskedLanguageModel(nn.Module):
         self._masked_positions: Tensor | None = None
         use_fast_dropout(model)
         use_fast_linear(model)
+        self._head = choose_head(model, packed)
         model.base_model.register_forward_hook(self._keep_masked_positions)
 
     def forward(
@@ -47,17 +47,15 @@ class MaskedLanguageModel(nn.Module):
         """The arguments are the fields of a `pretrain.batching.batch.Microbatch`."""
         self._masked_positions = masked_positions
         try:
-            if self.packed:
-                packing = Packing(segments, cu_seqlens)
-                logits = self.model(input_ids=input_ids, position_ids=position_ids, packing=packing).logits
-            else:
-                logits = self.model(input_ids=input_ids, attention_mask=(segments > 0).long()).logits
+            with self._head.labelled(labels):
+                if self.packed:
+                    packing = Packing(segments, cu_seqlens)
+                    output = self.model(input_ids=input_ids, position_ids=position_ids, packing=packing)
+                else:
+                    output = self.model(input_ids=input_ids, attention_mask=(segments > 0).long())
         finally:
             self._masked_positions = None
-        logits_MV = logits.reshape(-1, logits.shape[-1]).float()
-        loss_sum = F.cross_entropy(logits_MV, labels, ignore_index=IGNORED, reduction="sum")
-        correct = None if self.training else (logits_MV.argmax(dim=-1) == labels).sum()
-        return Predictions(loss_sum, correct)
+        return Predictions(*self._head.cross_entropy(output.logits, labels, count=not self.training))
 
     def _keep_masked_positions(self, _module: nn.Module, _inputs: Any, output: Any) -> Any:
         if self._masked_positions is None:

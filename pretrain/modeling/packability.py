@@ -42,18 +42,20 @@ def why_not_packed(model: PreTrainedModel, first_position: int) -> str | None:
 
 @torch.inference_mode()
 def _same_logits(model: PreTrainedModel, ids: Tensor, first_position: int) -> bool:
-    packed = model(**_inputs(ids, _LENGTHS, _WIDTH, first_position)).logits[0]
+    packed = model(**packed_inputs(ids, _LENGTHS, _WIDTH, first_position)).logits[0]
     start = 0
     for length in _LENGTHS:
         end = start + length
-        alone = model(**_inputs(ids[start:end], (length,), length, first_position)).logits[0]
+        alone = model(**packed_inputs(ids[start:end], (length,), length, first_position)).logits[0]
         if not torch.allclose(alone, packed[start:end], atol=_TOLERANCE, rtol=_TOLERANCE):
             return False
         start = end
     return True
 
 
-def _inputs(ids: Tensor, lengths: tuple[int, ...], width: int, first_position: int) -> dict[str, Tensor | Packing]:
+def packed_inputs(
+    ids: Tensor, lengths: tuple[int, ...], width: int, first_position: int
+) -> dict[str, Tensor | Packing]:
     """One row of `width` slots as in a `pretrain.batching.batch.Microbatch`: sequences, then padding."""
     free = width - sum(lengths)
     positions = torch.cat([torch.arange(length) for length in (*lengths, free)]) + first_position

@@ -1,0 +1,198 @@
+"""Cross-entropy of a linear layer, without its logits [M, V]: a Triton kernel between matrix products.
+
+Method: Hsu et al. 2024, "Liger Kernel", arXiv 2410.10989, section 3. A chunk of rows at a time, the logits are
+computed, reduced to losses and overwritten with their gradients, of which two more products make the gradients of the
+inputs. All this happens in the forward pass, so the logits are computed once and never kept; the backward pass scales
+the gradients. Unlike there, the gradients of the inputs are accumulated in fp32, and those of fp16 logits are scaled
+before they are rounded, because a probability of one in 50,000 is among fp16's subnormal numbers.
+
+Importing this module imports Triton. Its interpreter (`TRITON_INTERPRET=1`) runs the kernel on a CPU.
+
+Shapes: M rows, D hidden, V vocabulary, C rows of a chunk.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pretrain.batching.batch import IGNORED
+
+_CHUNK_LOGITS = 2**26  # 128 MiB in 16 bit; more rows than keep a GPU busy
+_ROW_TILE = 128  # a chunk has a multiple of this number of rows, and matrix products have whole tiles
+_BLOCK = 4096  # logits that a program of the kernel holds at once: more leave room for one program per multiprocessor
+_ALIGNMENT = 64  # a row of logits starts at a multiple, in elements: matrix products are slow on others
+_FP16_SCALE = 4096.0
+
+
+class CrossEntropy(NamedTuple):
+    loss_sum: Tensor  # scalar, fp32: over the rows whose label is not IGNORED, in nats
+    correct: Tensor  # scalar, int64: how many of them have their largest logit at the label
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chunk_logits: int = _CHUNK_LOGITS
+) -> CrossEntropy:
+    """Cross-entropy of `hidden @ weight.T + bias`. Differentiable with respect to these three.
+
+    Args:
+        hidden: [M, D], in fp16, bf16 or fp32, as `weight` [V, D] and `bias` [V].
+        labels: int64 [M]; rows labelled IGNORED do not count.
+        chunk_logits: logits that are computed at once, about.
+    """
+    needed = torch.is_grad_enabled()
+    loss_sum, correct = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, bias, labels, chunk_logits, needed
+    )
+    return CrossEntropy(loss_sum, correct)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        chunk_logits: int,
+        needed: bool,
+    ) -> tuple[Tensor, Tensor]:
+        wanted = [needed and wants for wants in ctx.needs_input_grad[:3]]
+        gradients = [
+            torch.zeros_like(tensor, dtype=torch.float32) if wants and tensor is not None else None
+            for tensor, wants in zip((hidden, weight, bias), wanted, strict=True)
+        ]
+        rows, vocabulary = len(hidden), len(weight)
+        losses = hidden.new_empty(rows, dtype=torch.float32)
+        correct = hidden.new_empty(rows, dtype=torch.int32)
+        height = max(1, chunk_logits // vocabulary // _ROW_TILE) * _ROW_TILE
+        buffer = _aligned_rows(min(height, rows), vocabulary, hidden)
+        for start in range(0, rows, height):
+            chunk = slice(start, start + height)
+            logits = buffer[: len(labels[chunk])]
+            torch.mm(hidden[chunk], weight.t(), out=logits)
+            _reduce(logits, bias, labels[chunk], losses[chunk], correct[chunk], any(wanted))
+            _accumulate(gradients, chunk, logits, hidden[chunk], weight)
+        ctx.save_for_backward(*gradients)
+        ctx.dtype, ctx.scale = hidden.dtype, _scale(hidden.dtype)
+        count = correct.sum()
+        ctx.mark_non_differentiable(count)
+        return losses.sum(), count
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        factor = upstream / ctx.scale
+        scaled = [
+            None if total is None else torch.mul(total, factor, out=torch.empty_like(total, dtype=ctx.dtype))
+            for total in ctx.saved_tensors
+        ]
+        return (*scaled, None, None, None)
+
+
+def _aligned_rows(rows: int, columns: int, like: Tensor) -> Tensor:
+    """An empty tensor [rows, columns] whose rows start at multiples of `_ALIGNMENT`."""
+    stride = -(-columns // _ALIGNMENT) * _ALIGNMENT
+    return like.new_empty(rows, stride)[:, :columns]
+
+
+def _scale(dtype: torch.dtype) -> float:
+    """Of the gradients of logits, which are between -1 and 1."""
+    return _FP16_SCALE if dtype == torch.float16 else 1.0
+
+
+def _reduce(
+    logits: Tensor, bias: Tensor | None, labels: Tensor, losses: Tensor, correct: Tensor, wants_gradient: bool
+) -> None:
+    """Fill `losses` [C] and `correct` [C]. Overwrite `logits` [C, V] with their scaled gradients, if wanted."""
+    rows, columns = logits.shape
+    _cross_entropy_kernel[(rows,)](
+        logits,
+        logits.stride(0),
+        columns,
+        bias,
+        labels,
+        losses,
+        correct,
+        _scale(logits.dtype),
+        IGNORED=IGNORED,
+        HAS_BIAS=bias is not None,
+        WANTS_GRADIENT=wants_gradient,
+        BLOCK=min(_BLOCK, triton.next_power_of_2(columns)),
+        num_warps=8,
+    )
+
+
+def _accumulate(
+    gradients: list[Tensor | None], chunk: slice, logits_gradient: Tensor, hidden: Tensor, weight: Tensor
+) -> None:
+    """Add what a chunk contributes to the fp32 gradients of hidden [M, D], weight [V, D] and bias [V]."""
+    of_hidden, of_weight, of_bias = gradients
+    if of_hidden is not None:
+        _add_product(of_hidden[chunk], logits_gradient, weight)
+    if of_weight is not None:
+        _add_product(of_weight, logits_gradient.t(), hidden)
+    if of_bias is not None:
+        of_bias += logits_gradient.sum(0, dtype=torch.float32)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, in fp32."""
+    if left.is_cuda and left.dtype != torch.float32:
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(left.float(), right.float())
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _cross_entropy_kernel(  # type: ignore[no-untyped-def]
+    logits,
+    stride,
+    columns,
+    bias,
+    labels,
+    losses,
+    correct,
+    scale,
+    IGNORED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    WANTS_GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program per row. `logits` become their gradients times `scale`."""
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * stride
+    label = tl.load(labels + row)
+    counts = label != IGNORED
+    label = tl.where(counts, label, 0)
+    at_label = tl.load(logits + label).to(tl.float32)
+    if HAS_BIAS:
+        at_label += tl.load(bias + label).to(tl.float32)
+
+    largest = -float("inf")
+    largest_at = tl.zeros((), dtype=tl.int32)
+    total = 0.0  # of exp(logit - largest)
+    for start in range(0, columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        values = tl.load(logits + column, mask=column < columns, other=-float("inf")).to(tl.float32)
+        if HAS_BIAS:
+            values += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)
+        highest = tl.max(values, axis=0)
+        largest_at = tl.where(highest > largest, start + tl.argmax(values, axis=0), largest_at)
+        before, largest = largest, tl.maximum(largest, highest)
+        total = total * tl.exp(before - largest) + tl.sum(tl.exp(values - largest), axis=0)
+    tl.store(losses + row, tl.where(counts, tl.log(total) + (largest - at_label), 0.0))
+    tl.store(correct + row, (counts & (largest_at == label)).to(tl.int32))
+
+    if WANTS_GRADIENT:
+        tl.debug_barrier()  # all threads have read the logits
+        for start in range(0, columns, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            values = tl.load(logits + column, mask=column < columns, other=0.0).to(tl.float32)
+            if HAS_BIAS:
+                values += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)
+            gradient = tl.exp(values - largest) / total - tl.where(column == label, 1.0, 0.0)
+            gradient = tl.where(counts, gradient * scale, 0.0)
+            tl.store(logits + column, gradient.to(logits.dtype.element_ty), mask=column < columns)

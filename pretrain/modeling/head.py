@@ -1,0 +1,147 @@
+"""From labels to the loss of a masked-LM head: its logits first, or fused with its last linear layer.
+
+`choose_head` fuses on CUDA where the logits are the output of one linear layer, which a probe of the model shows; then
+the logits [M, V] are never kept, see `pretrain.modeling.fused_cross_entropy`. The fused loss is computed inside that
+layer's `forward`, so that ZeRO 3 gathers its weights as for any other layer.
+
+Shapes: D hidden, V vocabulary, M masked positions.
+"""
+
+import functools
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from experiment.fast_linear import FastLinear
+from experiment.positions import first_position
+from pretrain.batching.batch import IGNORED
+from pretrain.modeling.packability import packed_inputs
+
+log = logging.getLogger(__name__)
+
+
+class PlainHead:
+    """Computes the cross-entropy of logits."""
+
+    def labelled(self, labels: Tensor) -> AbstractContextManager[None]:
+        """The model has to be called in this context. `labels`: int64 [M]."""
+        return nullcontext()
+
+    def cross_entropy(self, output: Tensor, labels: Tensor, count: bool) -> tuple[Tensor, Tensor | None]:
+        """The summed loss in fp32, and with `count` the number of correct predictions. `output`: what the model returns
+        as its logits."""
+        logits_MV = output.reshape(-1, output.shape[-1]).float()
+        loss_sum = F.cross_entropy(logits_MV, labels, ignore_index=IGNORED, reduction="sum")
+        return loss_sum, (logits_MV.argmax(dim=-1) == labels).sum() if count else None
+
+
+class FusedHead(PlainHead):
+    """Computes the cross-entropy in the model's last layer, where Triton runs; elsewhere that of logits."""
+
+    def __init__(self, decoder: nn.Linear) -> None:
+        """`decoder`: as from `find_linear_decoder`. Parameters and their names do not change."""
+        decoder.__class__ = _LossDecoder
+        assert isinstance(decoder, _LossDecoder)
+        self._decoder = decoder
+
+    @contextmanager
+    def labelled(self, labels: Tensor) -> Iterator[None]:
+        self._decoder.labels = labels if _runs_triton(labels.device) else None
+        try:
+            yield
+        finally:
+            self._decoder.labels = None
+
+    def cross_entropy(self, output: Tensor, labels: Tensor, count: bool) -> tuple[Tensor, Tensor | None]:
+        if not _runs_triton(labels.device):
+            return super().cross_entropy(output, labels, count)
+        loss_sum, correct = output
+        return loss_sum, correct.long() if count else None
+
+
+class _LossDecoder(FastLinear):
+    """A linear layer that returns, given labels, the summed loss and the number of correct predictions: fp32 [2]."""
+
+    labels: Tensor | None = None
+
+    def forward(self, values: Tensor) -> Tensor:
+        if self.labels is None:
+            return super().forward(values)
+        from pretrain.modeling.fused_cross_entropy import linear_cross_entropy
+
+        rows = values.reshape(-1, self.in_features)
+        loss_sum, correct = linear_cross_entropy(rows, self.weight, self.bias, self.labels)
+        return torch.stack([loss_sum, correct.float()])
+
+
+def choose_head(model: PreTrainedModel, packed: bool) -> PlainHead:
+    """`model`: on the CPU, or the meta device, and not yet partitioned. `packed`: it uses the packed attention."""
+    on_meta = next(model.parameters()).is_meta
+    if on_meta or not torch.cuda.is_available() or not _is_fused_loss_usable():
+        return PlainHead()
+    decoder = find_linear_decoder(model, packed)
+    return PlainHead() if decoder is None else FusedHead(decoder)
+
+
+def find_linear_decoder(model: PreTrainedModel, packed: bool) -> nn.Linear | None:
+    """The layer whose output the model returns as its logits, unchanged. None if there is none."""
+    decoder = model.get_output_embeddings()
+    if type(decoder) not in (nn.Linear, FastLinear):
+        return None
+    outputs: list[tuple[Tensor, int]] = []
+    hook = decoder.register_forward_hook(lambda _module, _inputs, output: outputs.append((output, output._version)))
+    try:
+        logits = _probe(model, packed)
+    except (TypeError, ValueError, AttributeError, RuntimeError):  # an encoder that needs more than token ids
+        return None
+    finally:
+        hook.remove()
+    unchanged = len(outputs) == 1 and logits is outputs[0][0] and logits._version == outputs[0][1]
+    return decoder if unchanged else None
+
+
+@torch.no_grad()
+def _probe(model: PreTrainedModel, packed: bool) -> Tensor:
+    """The logits of a short sequence, without dropout."""
+    ids = torch.arange(8) % model.config.get_text_config().vocab_size
+    inputs: Mapping[str, Any] = (
+        packed_inputs(ids, (8,), 8, first_position(model)) if packed else {"input_ids": ids[None]}
+    )
+    training = model.training
+    model.eval()
+    try:
+        logits: Tensor = model(**inputs).logits
+        return logits
+    finally:
+        model.train(training)
+
+
+def _runs_triton(device: torch.device) -> bool:
+    """On a CPU, Triton's interpreter has to be enabled."""
+    if device.type != "cpu":
+        return device.type == "cuda"
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+@functools.cache
+def _is_fused_loss_usable() -> bool:
+    """Whether Triton is installed and its kernel works on this rank's device; warns once if not."""
+    try:
+        from pretrain.modeling.fused_cross_entropy import linear_cross_entropy
+
+        hidden, weight = (torch.ones(2, 16, device="cuda", requires_grad=True) for _ in range(2))
+        loss, _ = linear_cross_entropy(hidden, weight, None, torch.tensor([0, IGNORED], device="cuda"))
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.testing.assert_close(loss.item(), torch.tensor(2.0).log().item())
+    except Exception as error:  # of a missing package, compiler or driver
+        log.warning("the fused cross-entropy does not work here, so logits are kept: %s", error)
+        return False
+    return True

@@ -1,0 +1,153 @@
+"""The fused cross-entropy against torch's, in Triton's interpreter; and its kernel compiled for several devices.
+
+Triton decides when it is imported whether it interprets, so this is done in a process of its own.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pretrain.batching.batch import IGNORED
+
+pytest.importorskip("triton")
+
+TOLERANCE = {torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # relative, of a gradient's norm
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> Iterator[Callable[..., Any]]:
+    """Calls a function in a process where Triton interprets its kernels."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TRITON_INTERPRET", "1")
+            process.submit(torch.set_num_threads, 1).result()  # starts the process
+        yield lambda function, *args: process.submit(function, *args).result()
+
+
+def draw(rows: int, hidden: int, vocabulary: int, dtype: torch.dtype, bias: bool) -> list[Tensor | None]:
+    torch.manual_seed(rows)
+    drawn = [torch.randn(rows, hidden), 0.3 * torch.randn(vocabulary, hidden), torch.randn(vocabulary)]
+    return [tensor.to(dtype) for tensor in drawn[:2]] + [drawn[2].to(dtype) if bias else None]
+
+
+def with_gradients(tensors: list[Tensor | None], dtype: torch.dtype | None = None) -> list[Any]:
+    return [None if tensor is None else tensor.detach().to(dtype).requires_grad_() for tensor in tensors]
+
+
+def compare_with_torch(
+    shape: tuple[int, int, int], dtype: torch.dtype, bias: bool, ignored: slice, chunk_logits: int
+) -> None:
+    """Fails unless loss, correct predictions and gradients are those of torch in float64."""
+    from pretrain.modeling.fused_cross_entropy import linear_cross_entropy
+
+    tensors = draw(*shape, dtype, bias)
+    ours, exact = with_gradients(tensors, dtype), with_gradients(tensors, torch.float64)
+    logits = F.linear(*exact)
+    labels = torch.where(torch.arange(shape[0]) % 3 == 0, logits.argmax(1), torch.arange(shape[0]) % shape[2])
+    labels[ignored] = IGNORED
+    loss, correct = linear_cross_entropy(*ours, labels, chunk_logits)
+    expected = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=max(TOLERANCE[dtype] / 10, 1e-6), abs=1e-30)
+    assert correct.item() == int((logits.argmax(1) == labels).sum())
+    (0.37 * loss).backward()
+    (0.37 * expected).backward()
+    for one, other in zip(ours, exact, strict=True):
+        if one is not None:
+            assert one.grad.dtype == dtype
+            assert (one.grad - other.grad).norm() <= TOLERANCE[dtype] * other.grad.norm()
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("shape", "chunk_logits"),
+    [((37, 12, 101), 2**26), ((1, 8, 2), 1), ((130, 7, 65), 1)],  # one chunk; one row; two chunks
+)
+def test_values_and_gradients_are_those_of_torch(
+    interpreted: Callable[..., Any], shape: tuple[int, int, int], dtype: torch.dtype, bias: bool, chunk_logits: int
+) -> None:
+    """Catches odd sizes that are read or written past their end, a chunk that overwrites another one, the gradient of
+    fp16 that is not scaled back, and rows that do not count but have a gradient."""
+    interpreted(compare_with_torch, shape, dtype, bias, slice(2, None, 5), chunk_logits)
+
+
+def test_a_vocabulary_of_several_blocks(interpreted: Callable[..., Any]) -> None:
+    """Catches sums and maxima that are not carried from one block to the next."""
+    interpreted(compare_with_torch, (5, 8, 9001), torch.float32, True, slice(1, 2), 2**26)
+
+
+@pytest.mark.parametrize("rows", [3, 200])
+def test_only_ignored_rows(interpreted: Callable[..., Any], rows: int) -> None:
+    """Catches 0/0, and a label of -100 that is used as an index."""
+    interpreted(compare_with_torch, (rows, 8, 33), torch.bfloat16, True, slice(None), 1)
+
+
+def check_extreme_logits() -> None:
+    from pretrain.modeling.fused_cross_entropy import linear_cross_entropy
+
+    weight, labels = torch.tensor([[3e4], [-3e4]], dtype=torch.float16), torch.tensor([0, 1])
+    hidden = torch.ones(2, 1, dtype=torch.float16, requires_grad=True)
+    loss, correct = linear_cross_entropy(hidden, weight, None, labels)
+    assert (loss.item(), correct.item()) == (60000.0, 1)
+    for broken in (torch.inf, torch.nan):
+        loss, _ = linear_cross_entropy(torch.ones(1, 1), torch.tensor([[1.0], [broken]]), None, torch.tensor([0]))
+        assert loss.isnan(), "health checks rely on it"
+
+
+def test_extreme_logits(interpreted: Callable[..., Any]) -> None:
+    """Catches an exponential that overflows, and a loss that hides values that are not finite."""
+    interpreted(check_extreme_logits)
+
+
+def check_frozen() -> None:
+    from pretrain.modeling.fused_cross_entropy import linear_cross_entropy
+
+    for learns in range(3):
+        tensors: Any = draw(6, 4, 10, torch.float32, bias=True)
+        tensors[learns].requires_grad_()
+        linear_cross_entropy(*tensors, torch.arange(6)).loss_sum.backward()
+        assert [tensor.grad is not None for tensor in tensors] == [number == learns for number in range(3)]
+    with torch.no_grad():
+        loss, correct = linear_cross_entropy(*tensors, torch.arange(6))
+    assert not loss.requires_grad
+    assert not correct.requires_grad
+
+
+def test_only_wanted_gradients_are_computed(interpreted: Callable[..., Any]) -> None:
+    """Catches a frozen embedding that gets a gradient, and an evaluation that computes gradients."""
+    interpreted(check_frozen)
+
+
+def compile_kernel(capability: int) -> set[str]:
+    """What the kernel compiles to, without a device."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from pretrain.modeling.fused_cross_entropy import _cross_entropy_kernel
+
+    outputs: set[str] = set()
+    for dtype, has_bias in (("fp16", True), ("bf16", False), ("fp32", True)):
+        signature = {"logits": f"*{dtype}", "stride": "i32", "columns": "i32", "bias": f"*{dtype}"}
+        signature |= {"labels": "*i64", "losses": "*fp32", "correct": "*i32", "scale": "fp32"}
+        constants: dict[str, Any] = {"IGNORED": IGNORED, "HAS_BIAS": has_bias, "WANTS_GRADIENT": True, "BLOCK": 4096}
+        if not has_bias:
+            constants["bias"] = None
+        signature |= dict.fromkeys(constants, "constexpr")
+        source = ASTSource(_cross_entropy_kernel, signature=signature, constexprs=constants)
+        outputs |= set(compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8}).asm)
+    return outputs
+
+
+@pytest.mark.parametrize("capability", [70, 80, 90, 100])
+def test_the_kernel_compiles(capability: int, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches code that only the interpreter accepts, for V100, A100, H100 and B200."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        assert "cubin" in process.submit(compile_kernel, capability).result()
