@@ -1,8 +1,8 @@
 """Linear layers on a CPU, computed by oneDNN.
 
 In fp32 torch uses MKL, which has slower code for CPUs that are not Intel's: on an AMD EPYC with AVX-512, oneDNN is
-twice as fast. In bf16 torch uses oneDNN, but writes the bias to the output first, which oneDNN then reads and adds to: with a
-vocabulary as output that takes a quarter of the time. Results differ by rounding.
+twice as fast. In bf16 torch uses oneDNN, but writes the bias to the output first, which oneDNN then reads and adds to:
+with a vocabulary as output that takes a quarter of the time. Results differ by rounding.
 """
 
 import functools
