@@ -4,25 +4,45 @@ A packed row holds several sequences, and a slot attends to its own sequence onl
 `packing` on, which says so. transformers builds no attention mask, because the name is not registered in its mask
 interface.
 
-Three kernels compute the same result:
-- CPU: matmul, masked softmax, matmul over rows. Measured 3-5 times faster than scaled_dot_product_attention with a
-  mask, nested tensors or a loop over sequences, as long as rows are short.
-- CUDA, 16 bit, no attention dropout: `torch.nn.attention.varlen`, which skips pairs of slots of different sequences.
-- CUDA otherwise: scaled_dot_product_attention with a mask.
+Three kernels compute the same result, see `choose_kernel`:
+- matmul, on a CPU: matmul, masked softmax, matmul over rows. Measured 3-5 times faster than
+  scaled_dot_product_attention with a mask, nested tensors or a loop over sequences, as long as rows are short.
+- flash, on CUDA in 16 bit: flash attention over concatenated sequences, which skips pairs of slots of different
+  sequences (Dao 2023, arXiv 2307.08691). Where it is installed, FlashAttention-3 takes its place, see
+  `use_flash_attention_3`.
+- sdpa, on CUDA otherwise: scaled_dot_product_attention with a mask.
 
 Shapes: B rows, W slots, T = B · W, H heads, D dimensions of a head.
 """
 
-from typing import Any
+import functools
+import importlib.util
+import logging
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from torch.nn.attention import (
+    activate_flash_attention_impl,
+    current_flash_attention_impl,
+    restore_flash_attention_impl,
+)
+from transformers import AttentionInterface, PreTrainedConfig
 
 from experiment.dropout import fast_dropout
 
+log = logging.getLogger(__name__)
+
 PACKED = "deepcloze_packed"
+
+Kernel = Literal["matmul", "flash", "sdpa"]
+Capability = tuple[int, int]
+"""Compute capability of a CUDA device: major and minor number."""
+
+_FLASH_3 = "FA3"  # its name in torch
+_FLASH_3_PACKAGE = "flash_attn_interface"
+_ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout")  # fields of transformers' configs
 
 
 class Packing:
@@ -31,13 +51,29 @@ class Packing:
     Padding attends to padding, so that each softmax has something to sum over.
     """
 
-    def __init__(self, segments: Tensor, cu_seqlens: Tensor) -> None:
-        """As in a `pretrain.batching.batch.Microbatch`."""
+    def __init__(self, segments: Tensor, cu_seqlens: Tensor, max_length: int | None = None) -> None:
+        """As in a `pretrain.batching.batch.Microbatch`.
+
+        max_length: of all sequences that `cu_seqlens` bounds, padding included; by default the width of a row. Flash
+        attention does not compute the rest of a longer sequence, nor slots after the last bound.
+        """
         self._segments = segments
         self.cu_seqlens = cu_seqlens
+        self.max_length = segments.shape[1] if max_length is None else max_length
+        # Looked up here and not in each layer, which may be compiled.
+        self.capability = _capability(segments.device) if segments.is_cuda else None
+        self.flash_3 = current_flash_attention_impl() == _FLASH_3
         self._biases: dict[tuple[int | None, torch.dtype], Tensor] = {}
 
-    def blocked(self, sliding_window: int | None) -> Tensor:
+    def bias(self, sliding_window: int | None, dtype: torch.dtype) -> Tensor:
+        """[B, 1, W, W], to be added to scores: 0, or the least number where a slot must not attend to another."""
+        key = (sliding_window, dtype)
+        if key not in self._biases:
+            blocked = self._blocked(sliding_window)
+            self._biases[key] = torch.zeros_like(blocked, dtype=dtype).masked_fill_(blocked, torch.finfo(dtype).min)
+        return self._biases[key]
+
+    def _blocked(self, sliding_window: int | None) -> Tensor:
         """bool [B, 1, W, W]: True where a slot must not attend to another."""
         blocked = self._segments[:, None, :, None] != self._segments[:, None, None, :]
         if sliding_window is not None:
@@ -45,18 +81,68 @@ class Packing:
             blocked = blocked | ((slot[:, None] - slot[None, :]).abs() >= sliding_window)
         return blocked
 
-    def bias(self, sliding_window: int | None, dtype: torch.dtype) -> Tensor:
-        """[B, 1, W, W], to be added to scores: 0, or the least number where a slot must not attend to another."""
-        key = (sliding_window, dtype)
-        if key not in self._biases:
-            blocked = self.blocked(sliding_window)
-            self._biases[key] = torch.zeros_like(blocked, dtype=dtype).masked_fill_(blocked, torch.finfo(dtype).min)
-        return self._biases[key]
-
 
 def register_packed_attention() -> None:
     """Register `attn_implementation="deepcloze_packed"`; call before a model switches to it."""
     AttentionInterface.register(PACKED, packed_attention)
+
+
+def choose_kernel(
+    capability: Capability | None, head_size: int, dtype: torch.dtype, dropout: float, flash_3: bool
+) -> Kernel:
+    """The kernel for a device of this capability (None: a CPU).
+
+    `dropout`: of attention weights. `flash_3`: FlashAttention-3 is active; it has no dropout.
+    """
+    if capability is None:
+        return "matmul"
+    without = flash_3 and dropout > 0
+    return "flash" if supports_flash(capability, head_size, dtype) and not without else "sdpa"
+
+
+def supports_flash(capability: Capability, head_size: int, dtype: torch.dtype) -> bool:
+    """Whether torch's FlashAttention-2 can train on a device of this capability. The limits are those of torch's
+    `sdp_utils.cpp` and `flash_api.cpp`."""
+    small_shared_memory = (8, 6) <= capability <= (8, 9) or capability >= (12, 0)
+    return (
+        (8, 0) <= capability <= (12, 1)
+        and dtype in (torch.float16, torch.bfloat16)
+        and head_size % 8 == 0
+        and head_size <= (192 if small_shared_memory else 256)
+    )
+
+
+def use_flash_attention_3(config: PreTrainedConfig) -> None:
+    """Let FlashAttention-3 take the place of FlashAttention-2 in this process where it can: installed as
+    `flash_attn_interface`, on a device of compute capability 9, for a model without attention dropout. Elsewhere
+    restore FlashAttention-2."""
+    dropout = max((getattr(config, name, None) or 0.0 for name in _ATTENTION_DROPOUT), default=0.0)
+    known = any(hasattr(config, name) for name in _ATTENTION_DROPOUT)
+    capability = _capability(torch.device("cuda")) if torch.cuda.is_available() else None
+    wanted = _wants_flash_3(capability, dropout if known else None, _is_flash_3_installed())
+    if wanted == (current_flash_attention_impl() == _FLASH_3):
+        return
+    if not wanted:
+        restore_flash_attention_impl()
+        return
+    try:
+        activate_flash_attention_impl(_FLASH_3)
+    except Exception as error:  # of an extension that was built for another torch
+        log.warning("FlashAttention-3 is installed but does not work: %s", error)
+
+
+def _wants_flash_3(capability: Capability | None, dropout: float | None, installed: bool) -> bool:
+    """`dropout`: of attention weights; None: unknown."""
+    return installed and capability is not None and capability[0] == 9 and dropout == 0.0
+
+
+def _is_flash_3_installed() -> bool:
+    return importlib.util.find_spec(_FLASH_3_PACKAGE) is not None
+
+
+@functools.cache
+def _capability(device: torch.device) -> Capability:
+    return torch.cuda.get_device_capability(device)
 
 
 def packed_attention(
@@ -78,18 +164,19 @@ def packed_attention(
     (ModernBERT: half its local window, plus one).
     """
     assert attention_mask is None, "transformers built a mask, which the packed attention does not use"
-    scaling = query_BHWD.shape[-1] ** -0.5 if scaling is None else scaling
-    if not query_BHWD.is_cuda:
-        bias = packing.bias(sliding_window, query_BHWD.dtype)
-        return _matmul_attention(query_BHWD, key_BHWD, value_BHWD, bias, scaling, dropout), None
-    if dropout == 0.0 and query_BHWD.dtype in (torch.float16, torch.bfloat16):
-        return _varlen_attention(query_BHWD, key_BHWD, value_BHWD, packing.cu_seqlens, scaling, sliding_window), None
-    allowed = ~packing.blocked(sliding_window)
-    output = F.scaled_dot_product_attention(query_BHWD, key_BHWD, value_BHWD, allowed, dropout, scale=scaling)
-    return output.transpose(1, 2), None
+    head_size, dtype = query_BHWD.shape[-1], query_BHWD.dtype
+    scaling = head_size**-0.5 if scaling is None else scaling
+    inputs = (query_BHWD, key_BHWD, value_BHWD)
+    match choose_kernel(packing.capability, head_size, dtype, dropout, packing.flash_3):
+        case "matmul":
+            return matmul_attention(*inputs, packing.bias(sliding_window, dtype), scaling, dropout), None
+        case "flash":
+            return flash_attention(*inputs, packing, scaling, dropout, sliding_window), None
+        case "sdpa":
+            return masked_attention(*inputs, packing.bias(sliding_window, dtype), scaling, dropout), None
 
 
-def _matmul_attention(
+def matmul_attention(
     query_BHWD: Tensor,
     key_BHWD: Tensor,
     value_BHWD: Tensor,
@@ -97,6 +184,7 @@ def _matmul_attention(
     scaling: float,
     dropout: float,
 ) -> Tensor:
+    """[B, W, H, D]. `bias`: as from `Packing.bias`."""
     scores_BHWW = torch.matmul(query_BHWD * scaling, key_BHWD.transpose(-1, -2)).add_(bias)
     weights_BHWW = F.softmax(scores_BHWW, dim=-1)
     if dropout:
@@ -104,24 +192,45 @@ def _matmul_attention(
     return torch.matmul(weights_BHWW, value_BHWD).transpose(1, 2)
 
 
-def _varlen_attention(
+def masked_attention(
     query_BHWD: Tensor,
     key_BHWD: Tensor,
     value_BHWD: Tensor,
-    cu_seqlens: Tensor,
+    bias: Tensor,
     scaling: float,
+    dropout: float,
+) -> Tensor:
+    """[B, W, H, D]. `bias`: as from `Packing.bias`; torch would turn a boolean mask into one in each layer."""
+    output = F.scaled_dot_product_attention(query_BHWD, key_BHWD, value_BHWD, bias, dropout, scale=scaling)
+    return output.transpose(1, 2)
+
+
+def flash_attention(
+    query_BHWD: Tensor,
+    key_BHWD: Tensor,
+    value_BHWD: Tensor,
+    packing: Packing,
+    scaling: float,
+    dropout: float,
     sliding_window: int | None,
 ) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
+    """[B, W, H, D]. Calls the operator of `torch.nn.attention.varlen`, whose function does not take a dropout."""
     rows, heads, width, dimensions = query_BHWD.shape
-    # Slots attended to on the left and on the right, the slot itself not counted; -1: all.
-    window = (-1, -1) if sliding_window is None else (sliding_window - 1, sliding_window - 1)
+    # Slots attended to on each side, the slot itself not counted; None: all.
+    reach = None if sliding_window is None else sliding_window - 1
     query_THD, key_THD, value_THD = (
         tensor.transpose(1, 2).flatten(0, 1) for tensor in (query_BHWD, key_BHWD, value_BHWD)
     )
-    output_THD = varlen_attn(
-        query_THD, key_THD, value_THD, cu_seqlens, cu_seqlens, width, width, scale=scaling, window_size=window
+    output_THD, *_ = torch.ops.aten._flash_attention_forward(
+        *(query_THD, key_THD, value_THD),
+        *(packing.cu_seqlens, packing.cu_seqlens),
+        *(packing.max_length, packing.max_length),
+        dropout,
+        False,  # not causal
+        False,  # no mask for debugging
+        scale=scaling,
+        window_size_left=reach,
+        window_size_right=reach,
     )
     assert isinstance(output_THD, Tensor)
     return output_THD.view(rows, width, heads, dimensions)

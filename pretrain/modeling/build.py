@@ -18,6 +18,7 @@ from experiment.transformers_logging import quiet_transformers
 from experiment.unused_weights import describe_unused_layers
 from pretrain.config import ModelConfig
 from pretrain.corpus.added_tokens import old_pieces
+from pretrain.modeling.attention import use_flash_attention_3
 from pretrain.modeling.flops import FlopsModel, flops_model
 from pretrain.modeling.model_config import source_config
 from pretrain.modeling.packability import why_not_packed
@@ -48,7 +49,9 @@ def build_model(model: ModelConfig, config: PreTrainedConfig, seed: int, new_hea
     built.float()
     first = first_position(built)
     reason = why_not_packed(built, first)
-    if reason:
+    if reason is None:
+        use_flash_attention_3(built.config)
+    else:
         built.set_attn_implementation("sdpa" if built._supports_sdpa else "eager")
         log.warning("'%s' trains padded, one sequence a row: %s", config.model_type, reason)
     if model.activation_checkpointing:

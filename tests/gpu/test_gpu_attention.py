@@ -60,8 +60,8 @@ def test_kernels_agree_with_the_cpu(dtype: torch.dtype, sliding_window: int | No
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_16_bit_uses_the_varlen_kernel(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches attention with a mask, which is slow, where the varlen kernel is available."""
+def test_16_bit_uses_flash_attention(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches attention with a mask, which is slow, where flash attention is available."""
     from pretrain.modeling import attention
 
     def refuse(*_: Any, **__: Any) -> Tensor:

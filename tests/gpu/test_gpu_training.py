@@ -29,17 +29,17 @@ def gpu_run(folder: Path, corpus: Path, ds_config: str, **changes: Any) -> Tree:
 
 
 def counting_case(world: World, tree: Tree, stop_after: int | None = None) -> tuple[str, int, int]:
-    """A run. Returns its outcome, the number of calls of the varlen kernel, and the peak of allocated bytes."""
+    """A run. Returns its outcome, the number of calls of flash attention, and the peak of allocated bytes."""
     from pretrain.modeling import attention
 
-    calls, kernel = 0, attention._varlen_attention
+    calls, kernel = 0, attention.flash_attention
 
     def counted(*args: Any) -> Any:
         nonlocal calls
         calls += 1
         return kernel(*args)
 
-    attention._varlen_attention = counted
+    attention.flash_attention = counted
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -47,7 +47,7 @@ def counting_case(world: World, tree: Tree, stop_after: int | None = None) -> tu
         outcome = pretrain_case(world, tree, stop_after)
         return outcome, calls, torch.cuda.max_memory_allocated() if on_gpu else 0
     finally:
-        attention._varlen_attention = kernel
+        attention.flash_attention = kernel
 
 
 @pytest.fixture(scope="session")
@@ -71,7 +71,7 @@ def test_fp32_on_a_gpu_follows_the_cpu(cpu: Any, fp32: list[float], wordpiece_co
 def test_16_bit_follows_fp32(
     gpus: Any, fp32: list[float], wordpiece_corpus: Path, tmp_path: Path, precision: str, stage: int
 ) -> None:
-    """Catches sequences that attend to each other in the varlen kernel, gradients that are not unscaled, and attention
+    """Catches sequences that attend to each other in flash attention, gradients that are not unscaled, and attention
     that silently falls back to a mask."""
     ended = gpus.run(counting_case, gpu_run(tmp_path, wordpiece_corpus, f"{precision}_zero{stage}"))
     assert all(outcome == "done" for outcome, _, _ in ended)

@@ -1,0 +1,191 @@
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, ModernBertConfig, PreTrainedConfig
+
+from pretrain.modeling import attention
+from pretrain.modeling.attention import Packing, choose_kernel, flash_attention, masked_attention, packed_attention
+
+HEADS, SIZE, WIDTH = 2, 8, 12
+SEGMENTS = torch.tensor([[1] * 7 + [2] * 4 + [0], [3] * 12])
+CU_SEQLENS = torch.tensor([0, 7, 11, 12, 24], dtype=torch.int32)
+WINDOWS = pytest.mark.parametrize("sliding_window", [None, 1, 3, 40])
+
+
+@pytest.mark.parametrize(
+    ("capability", "head_size", "dtype", "dropout", "flash_3", "kernel"),
+    [
+        (None, 64, torch.bfloat16, 0.1, False, "matmul"),  # a CPU
+        ((8, 0), 64, torch.bfloat16, 0.0, False, "flash"),
+        ((9, 0), 64, torch.float16, 0.1, False, "flash"),
+        ((9, 0), 64, torch.float16, 0.0, True, "flash"),
+        ((9, 0), 64, torch.float16, 0.1, True, "sdpa"),  # FlashAttention-3 has no dropout
+        ((9, 0), 64, torch.float32, 0.0, False, "sdpa"),
+        ((7, 0), 64, torch.float16, 0.0, False, "sdpa"),  # V100
+        ((7, 5), 64, torch.float16, 0.0, False, "sdpa"),
+        ((13, 0), 64, torch.float16, 0.0, False, "sdpa"),  # newer than torch's kernels
+        ((9, 0), 26, torch.float16, 0.0, False, "sdpa"),  # 312 / 12, TinyBERT
+        ((9, 0), 256, torch.float16, 0.0, False, "flash"),
+        ((9, 0), 264, torch.float16, 0.0, False, "sdpa"),
+        ((8, 0), 256, torch.float16, 0.0, False, "flash"),
+        ((8, 6), 200, torch.float16, 0.0, False, "sdpa"),  # little shared memory
+        ((8, 9), 192, torch.float16, 0.0, False, "flash"),
+        ((12, 0), 256, torch.float16, 0.0, False, "sdpa"),
+    ],
+)
+def test_choice_of_kernel(
+    capability: tuple[int, int] | None,
+    head_size: int,
+    dtype: torch.dtype,
+    dropout: float,
+    flash_3: bool,
+    kernel: str,
+) -> None:
+    """Catches flash attention on a device, or for a model, where torch refuses it, and masks where it would do."""
+    assert choose_kernel(capability, head_size, dtype, dropout, flash_3) == kernel
+
+
+@pytest.mark.parametrize(
+    ("config", "capability", "installed", "wanted"),
+    [
+        (ModernBertConfig(attention_dropout=0.0), (9, 0), True, True),
+        (ModernBertConfig(attention_dropout=0.0), (9, 0), False, False),
+        (ModernBertConfig(attention_dropout=0.0), (8, 0), True, False),
+        (ModernBertConfig(attention_dropout=0.0), (10, 0), True, False),
+        (ModernBertConfig(attention_dropout=0.0), None, True, False),
+        (BertConfig(attention_probs_dropout_prob=0.1), (9, 0), True, False),
+        (BertConfig(attention_probs_dropout_prob=0.0), (9, 0), True, True),
+        (PreTrainedConfig(), (9, 0), True, False),  # whether it has attention dropout is unknown
+    ],
+)
+@pytest.mark.parametrize("active", [False, True])
+def test_flash_attention_3_takes_the_place_of_2_where_it_can(
+    config: PreTrainedConfig,
+    capability: tuple[int, int] | None,
+    installed: bool,
+    wanted: bool,
+    active: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Catches FlashAttention-3 for a model with attention dropout, which it refuses, also after a model without."""
+    state = {"impl": "FA3" if active else None}
+    monkeypatch.setattr(attention, "current_flash_attention_impl", lambda: state["impl"])
+    monkeypatch.setattr(attention, "activate_flash_attention_impl", lambda impl: state.update(impl=impl))
+    monkeypatch.setattr(attention, "restore_flash_attention_impl", lambda: state.update(impl=None))
+    monkeypatch.setattr(attention.torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(attention, "_capability", lambda _: capability)
+    monkeypatch.setattr(attention, "_is_flash_3_installed", lambda: installed)
+    attention.use_flash_attention_3(config)
+    assert state["impl"] == ("FA3" if wanted else None)
+
+
+def test_flash_attention_3_that_does_not_work_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches a run that ends because an extension was built for another torch; torch's own names are used."""
+    monkeypatch.setattr(attention.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(attention, "_capability", lambda _: (9, 0))
+    monkeypatch.setattr(attention, "_is_flash_3_installed", lambda: True)
+    attention.use_flash_attention_3(ModernBertConfig(attention_dropout=0.0))
+    assert "FlashAttention-3 is installed but does not work" in caplog.text
+    assert not Packing(SEGMENTS, CU_SEQLENS).flash_3
+
+
+def draw_inputs(device: str = "cpu") -> list[Tensor]:
+    """Query, key and value [B, H, W, D], laid out as the models do: slots before heads."""
+    draw = torch.Generator().manual_seed(3)
+    shape = (2, WIDTH, HEADS, SIZE)
+    return [torch.randn(shape, generator=draw).to(device).transpose(1, 2).requires_grad_() for _ in range(3)]
+
+
+def expected_attention(inputs: list[Tensor], sliding_window: int | None) -> Tensor:
+    bias = Packing(SEGMENTS, CU_SEQLENS).bias(sliding_window, torch.float32)
+    return attention.matmul_attention(*inputs, bias, SIZE**-0.5, 0.0)
+
+
+def reference_flash(
+    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, _: Any, longest: int, *rest: Any, **options: Any
+) -> tuple[Tensor, ...]:
+    """What `aten::_flash_attention_forward` is documented to compute, sequence by sequence."""
+    _, dropout, causal, debug = rest
+    assert (dropout, causal, debug) == (0.0, False, False)
+    left, right = options.get("window_size_left"), options.get("window_size_right")  # None is not passed on
+    output = torch.empty_like(query)
+    for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        assert end - start <= longest
+        scores = torch.einsum("qhd,khd->hqk", query[start:end], key[start:end]) * options["scale"]
+        distance = torch.arange(end - start)[None, :] - torch.arange(end - start)[:, None]
+        blocked = torch.zeros_like(distance, dtype=torch.bool)
+        if left is not None:
+            blocked = (distance < -left) | (distance > right)
+        weights = scores.masked_fill(blocked, -torch.inf).softmax(-1)
+        output[start:end] = torch.einsum("hqk,khd->qhd", weights, value[start:end])
+    empty = query.new_empty(0)
+    return output, empty, empty, empty, empty
+
+
+@pytest.fixture
+def _flash_on_cpu() -> Iterator[None]:
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("_flash_attention_forward", reference_flash, "CPU")
+    yield
+    library._destroy()
+
+
+@WINDOWS
+@pytest.mark.usefixtures("_flash_on_cpu")
+def test_flash_attention_gets_what_the_operator_expects(sliding_window: int | None) -> None:
+    """Catches transposed heads, a local window that is off by one, and a wrong scale."""
+    inputs = [tensor.detach() for tensor in draw_inputs()]
+    found = flash_attention(*inputs, Packing(SEGMENTS, CU_SEQLENS), SIZE**-0.5, 0.0, sliding_window)
+    torch.testing.assert_close(found, expected_attention(inputs, sliding_window))
+
+
+@WINDOWS
+@pytest.mark.usefixtures("_flash_on_cpu")
+def test_one_row_of_all_slots_with_padded_boundaries(sliding_window: int | None) -> None:
+    """Catches a flat layout that is not what rows compute, and empty sequences at the end of the boundaries."""
+    inputs = [tensor.detach() for tensor in draw_inputs()]
+    flat = [tensor.transpose(1, 2).flatten(0, 1)[None].transpose(1, 2) for tensor in inputs]
+    bounds = torch.cat([CU_SEQLENS, CU_SEQLENS[-1:].repeat(3)])
+    packing = Packing(SEGMENTS.reshape(1, -1), bounds, max_length=12)
+    found = flash_attention(*flat, packing, SIZE**-0.5, 0.0, sliding_window)
+    torch.testing.assert_close(found, expected_attention(inputs, sliding_window).reshape(1, 2 * WIDTH, HEADS, SIZE))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@WINDOWS
+def test_flash_attention_has_gradients(dropout: float, sliding_window: int | None) -> None:
+    """Catches arguments that the operator or its derivative does not take, in the installed torch."""
+    inputs = [tensor.to(torch.bfloat16).detach().requires_grad_() for tensor in draw_inputs("meta")]
+    packing = Packing(SEGMENTS.to("meta"), CU_SEQLENS.to("meta"))
+    output = flash_attention(*inputs, packing, SIZE**-0.5, dropout, sliding_window)
+    assert output.shape == (2, WIDTH, HEADS, SIZE)
+    output.sum().backward()
+    assert all(tensor.grad is not None and tensor.grad.shape == tensor.shape for tensor in inputs)
+
+
+@WINDOWS
+def test_attention_with_a_mask_equals_matmul(sliding_window: int | None) -> None:
+    """Catches a mask with the wrong sign or a scale that is applied twice; gradients too."""
+    expected, found = draw_inputs(), draw_inputs()
+    bias = Packing(SEGMENTS, CU_SEQLENS).bias(sliding_window, torch.float32)
+    outputs = [expected_attention(expected, sliding_window), masked_attention(*found, bias, SIZE**-0.5, 0.0)]
+    torch.testing.assert_close(*outputs)
+    for output in outputs:
+        (output * torch.arange(SIZE)).sum().backward()
+    for one, other in zip(expected, found, strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+def test_masks_are_built_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a mask [B, 1, W, W] that each layer builds anew."""
+    packing, built = Packing(SEGMENTS, CU_SEQLENS), []
+    build = Packing._blocked
+    monkeypatch.setattr(Packing, "_blocked", lambda self, window: built.append(window) or build(self, window))
+    for window in (None, 3, None, 3):
+        packed_attention(nn.Module(), *draw_inputs(), None, packing=packing, sliding_window=window)
+    assert built == [None, 3]
