@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.batching.counter_rng import make_key
-from pretrain.batching.permutation import permute
+from pretrain.batching.permutation import permutations, permute
 
 _BLOCK = 1024  # positions in which a mixture has exact shares; they are shuffled inside
 _SHARE_UNITS = 1 << 32  # resolution of the shares: they are rounded to multiples of 1 / this
@@ -100,8 +100,7 @@ class ShuffledOrder:
 
     def batch(self, step: int) -> BatchSequences:
         start, end = self.sizes.start(step), self.sizes.start(step + 1)
-        positions = np.arange(start, end if self.positions is None else min(end, self.positions), dtype=np.int64)
-        corpora, own = self._split_by_corpus(positions)
+        corpora, own = self._split_by_corpus(start, end if self.positions is None else min(end, self.positions))
         epochs, ids = np.empty_like(own), np.empty_like(own)
         for number, corpus in enumerate(self.corpora):
             selected = corpora == number
@@ -113,28 +112,25 @@ class ShuffledOrder:
         if len(self.corpora) == 1:
             return np.array([positions], dtype=np.int64)
         blocks_end = positions // _BLOCK * _BLOCK
-        corpora, _ = self._split_by_corpus(np.arange(blocks_end, positions, dtype=np.int64))
+        corpora, _ = self._split_by_corpus(blocks_end, positions)
         return quotas(self.shares, blocks_end) + np.bincount(corpora, minlength=len(self.corpora))
 
-    def _split_by_corpus(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(corpora, positions in the corpus's own stream) for each of `positions`; same shape."""
+    def _split_by_corpus(self, start: int, end: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(corpora, positions in the corpus's own stream) of the positions [start, end); shape [end - start]."""
         if len(self.corpora) == 1:
-            return np.zeros_like(positions), positions
-        corpora, own = np.empty_like(positions), np.empty_like(positions)
+            return np.zeros(end - start, dtype=np.int64), np.arange(start, end)
         seed = make_key(("mixture", *(corpus.seed for corpus in self.corpora)))
-        blocks = positions // _BLOCK
-        for block in np.unique(blocks).tolist():
-            before = quotas(self.shares, block * _BLOCK)
-            counts = quotas(self.shares, (block + 1) * _BLOCK) - before
-            corpus_of_slot = np.repeat(np.arange(len(counts)), counts)[permute(seed, block, np.arange(_BLOCK), _BLOCK)]
-            own_of_slot = np.empty_like(corpus_of_slot)
-            for number, first in enumerate(before):
-                slots = np.flatnonzero(corpus_of_slot == number)
-                own_of_slot[slots] = first + np.arange(len(slots))
-            selected = blocks == block
-            slots = positions[selected] - block * _BLOCK
-            corpora[selected], own[selected] = corpus_of_slot[slots], own_of_slot[slots]
-        return corpora, own
+        blocks = range(start // _BLOCK, -(-end // _BLOCK))
+        before = np.array([quotas(self.shares, block * _BLOCK) for block in (*blocks, blocks.stop)])
+        of_block = np.repeat(np.tile(np.arange(len(self.corpora)), len(blocks)), np.diff(before, axis=0).reshape(-1))
+        shuffle = permutations(seed, blocks, _BLOCK)
+        corpora = np.take_along_axis(of_block.reshape(-1, _BLOCK), shuffle, axis=1).reshape(-1)
+        own = np.empty_like(corpora)
+        for number, first in enumerate(before[0]):
+            selected = np.flatnonzero(corpora == number)
+            own[selected] = first + np.arange(len(selected))
+        wanted = slice(start - blocks.start * _BLOCK, end - blocks.start * _BLOCK)
+        return corpora[wanted], own[wanted]
 
 
 def quotas(shares: Sequence[float], positions: int) -> NDArray[np.int64]:

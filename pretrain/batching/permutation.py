@@ -5,6 +5,8 @@ they are inside ("cycle walking", Black and Rogaway, "Ciphers with arbitrary fin
 domain is less than twice n, so that takes fewer than two passes on average.
 """
 
+from collections.abc import Iterable, Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,17 +20,32 @@ def permute(seed: int, epoch: int, indices: NDArray[np.int64], n: int) -> NDArra
     assert n >= 1
     if n == 1:
         return np.zeros_like(indices)
-    low_bits = (n - 1).bit_length() // 2
-    high_bits = (n - 1).bit_length() - low_bits
-    keys = [make_key(("permutation", seed, epoch, round_)) for round_ in range(_ROUNDS)]
-    words = _network(indices.astype(np.uint64), low_bits, high_bits, keys)
+    keys = _round_keys(seed, epoch)
+    words = _network(indices.astype(np.uint64), n, keys)
     while (outside := np.flatnonzero(words >= n)).size:
-        words[outside] = _network(words[outside], low_bits, high_bits, keys)
+        words[outside] = _network(words[outside], n, keys)
     return words.astype(np.int64)
 
 
-def _network(words: U64, low_bits: int, high_bits: int, keys: list[int]) -> U64:
-    """An unbalanced Feistel network: each round mixes one half (`low_bits` or `high_bits` wide) into the other."""
+def permutations(seed: int, epochs: Sequence[int], n: int) -> NDArray[np.int64]:
+    """The whole permutations of several epochs, [epochs, n]: row e is `permute(seed, epochs[e], arange(n), n)`.
+
+    `n`: a power of two.
+    """
+    assert n >= 2
+    assert n & (n - 1) == 0
+    keys = np.array([_round_keys(seed, epoch) for epoch in epochs], dtype=np.uint64)
+    return _network(np.arange(n, dtype=np.uint64)[None], n, keys.T[..., None]).astype(np.int64)
+
+
+def _round_keys(seed: int, epoch: int) -> list[int]:
+    return [make_key(("permutation", seed, epoch, round_)) for round_ in range(_ROUNDS)]
+
+
+def _network(words: U64, n: int, keys: Iterable[int | U64]) -> U64:
+    """An unbalanced Feistel network: each round mixes one half of the bits into the other. Words and keys broadcast."""
+    low_bits = (n - 1).bit_length() // 2
+    high_bits = (n - 1).bit_length() - low_bits
     low_mask, high_mask = np.uint64((1 << low_bits) - 1), np.uint64((1 << high_bits) - 1)
     low, high = words & low_mask, words >> np.uint64(low_bits)
     for round_, key in enumerate(keys):

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.batching.packing import assign_to_ranks, one_per_row, pack
+from pretrain.batching.packing import assign_to_ranks, longest_first, one_per_row, pack
 
 LENGTHS = st.lists(st.integers(1, 32), min_size=1, max_size=200).map(np.array)
 
@@ -18,6 +18,37 @@ def test_rows_hold_whole_sequences_side_by_side(lengths):
         slots[row, offset : offset + length] += 1
     assert slots.max() == 1
     assert slots.any(axis=1).all(), "an empty row"
+
+
+def best_fit_decreasing(lengths, width):
+    """(row, offset) of each sequence, placed one at a time; of equally free rows, the last to become so."""
+    free, rows_by_age, places = [], [], {}
+    for sequence in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        fitting = [row for row in rows_by_age if free[row] >= lengths[sequence]]
+        if not fitting:
+            free.append(width)
+            fitting = [len(free) - 1]
+            rows_by_age.append(fitting[0])
+        row = min(reversed(fitting), key=lambda row: free[row])
+        places[sequence] = row, width - free[row]
+        free[row] -= lengths[sequence]
+        rows_by_age.remove(row)
+        rows_by_age.append(row)
+    return [places[sequence] for sequence in range(len(lengths))]
+
+
+@given(LENGTHS, st.integers(32, 70))
+def test_rows_are_those_of_best_fit_decreasing(lengths, width):
+    """Catches equal lengths placed at once in other rows than one after the other: the layout of a run would change."""
+    packed_rows = pack(lengths, width)
+    assert list(zip(packed_rows.row, packed_rows.offset, strict=True)) == best_fit_decreasing(lengths, width)
+
+
+@pytest.mark.parametrize("longest", [100, 100_000])
+def test_longest_first_is_stable(longest):
+    """Catches lengths that overflow the integers they are sorted as, and equal lengths in another order."""
+    lengths = np.random.default_rng(0).integers(1, longest, 3000)
+    assert longest_first(lengths).tolist() == sorted(range(3000), key=lambda number: -lengths[number])
 
 
 def test_rows_are_nearly_full():

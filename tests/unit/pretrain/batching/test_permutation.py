@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from pretrain.batching.permutation import permute
+from pretrain.batching.permutation import permutations, permute
 
 
 @given(st.integers(1, 5000), st.integers(0, 2**31), st.integers(0, 1000))
@@ -21,6 +21,13 @@ def test_epochs_and_seeds_differ():
     first = permute(1, 0, np.arange(1000), 1000)
     for other in (permute(1, 1, np.arange(1000), 1000), permute(2, 0, np.arange(1000), 1000)):
         assert (first == other).sum() < 20
+
+
+@pytest.mark.parametrize("n", [2, 8, 1024])
+def test_several_permutations_at_once(n):
+    """Catches keys of one epoch that are used for another."""
+    each = [permute(5, epoch, np.arange(n), n) for epoch in range(3, 9)]
+    assert np.array_equal(permutations(5, range(3, 9), n), each)
 
 
 @pytest.mark.parametrize("n", [5, 16, 1000])
