@@ -28,15 +28,16 @@ from pretrain.batching.batch_maker import BatchMaker, MaskedCorpus
 from pretrain.batching.loader import load_batches
 from pretrain.batching.masking import Masker, MaskingPolicy, masking_policy
 from pretrain.batching.order import SequentialOrder
-from pretrain.batching.packing import MicrobatchLayout
+from pretrain.batching.packing import MicrobatchLayout, Rows
 from pretrain.batching.sequences import open_index
 from pretrain.batching.vocabulary import Vocabulary, build_vocabulary
 from pretrain.config import MaskingConfig, ModelConfig
 from pretrain.corpus.reader import Corpus, open_corpus
 from pretrain.corpus.verification import verified_shards
-from pretrain.modeling.build import BuiltModel, build_model
+from pretrain.modeling.build import build_model
 from pretrain.modeling.masked_lm import MaskedLanguageModel, Predictions
 from pretrain.modeling.model_config import resolve_model_config
+from pretrain.modeling.row_layout import choose_rows
 from pretrain.resolve import ResolvedRun
 from pretrain.world import World
 
@@ -106,10 +107,13 @@ class HeldOutEvaluator:
         }
 
 
-def open_evaluator(run: ResolvedRun, model: BuiltModel, world: World) -> HeldOutEvaluator:
-    """The evaluator of a run. It uses one sequence length in all stages, so that the figures are comparable."""
+def open_evaluator(run: ResolvedRun, rows: Rows, first_position: int, world: World) -> HeldOutEvaluator:
+    """The evaluator of a run. It uses one sequence length in all stages, so that the figures are comparable.
+
+    `rows`, `first_position`: what the model needs, see MicrobatchLayout.
+    """
     batch = run.config.batch
-    layout = MicrobatchLayout(batch.max_seq_length, batch.microbatch_tokens, model.packed, model.first_position)
+    layout = MicrobatchLayout(batch.max_seq_length, batch.microbatch_tokens, rows, first_position)
     settings = HeldOutSettings(run.vocabulary, masking_policy(run.config.masking), run.config.run.seed, layout)
     index_folder = run.folder.path / "index"
     return HeldOutEvaluator(
@@ -156,7 +160,7 @@ def evaluate_command(checkpoint: str, corpus: str, json: bool = False) -> None:
     length = min(settings.max_seq_length, max_positions(built.model) or settings.max_seq_length)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module = MaskedLanguageModel(built.model, built.packed).to(device).eval()
-    layout = MicrobatchLayout(length, max(8192, length), built.packed, built.first_position)
+    layout = MicrobatchLayout(length, max(8192, length), choose_rows(built, torch.float32), built.first_position)
 
     @torch.inference_mode()
     def predict(microbatch: Microbatch) -> Predictions:

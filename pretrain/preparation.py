@@ -10,6 +10,8 @@ from pretrain.corpus.reader import Corpus
 from pretrain.corpus.verification import verified_shards
 from pretrain.engine.deepspeed_settings import check_device_support
 from pretrain.modeling.build import BuiltModel, build_model
+from pretrain.modeling.row_layout import choose_rows
+from pretrain.plan.memory import weight_dtype
 from pretrain.resolve import ResolvedRun, resolve
 from pretrain.training.host_group import HostGroup
 from pretrain.training_stream import TrainingStream, open_stream
@@ -34,9 +36,8 @@ def prepare(config: PretrainConfig, world: World, hosts: HostGroup) -> Preparati
     hosts.call(lambda: check_device_support(run.deepspeed))
     verify_on_each_host([*(given.corpus for given in run.corpora), *run.held_out.values()], world, hosts)
     model = hosts.call(lambda: build_model(run.model_source, run.model_config, run.config.run.seed))
-    stream = hosts.call(
-        lambda: open_stream(run, world, packed=model.packed, first_position=model.first_position),
-    )
+    rows = choose_rows(model, weight_dtype(run.deepspeed))
+    stream = hosts.call(lambda: open_stream(run, world, rows=rows, first_position=model.first_position))
     return Preparation(run, model, stream)
 
 

@@ -68,6 +68,11 @@ class ResolvedRun:
     identity: Mapping[str, Any]  # see `run_identity`
     resume_plan: ResumePlan
 
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest sequence of any stage or evaluation, special tokens included."""
+        return max(self.config.batch.max_seq_length, *(stage.max_seq_length for stage in self.stages))
+
 
 class Decide(Protocol):
     """Calls a function that chooses among checkpoints, and returns the choice."""

@@ -55,7 +55,7 @@ def pretrain(
         run, model, stream = prepare(config, world, hosts)
         with contextlib.ExitStack() as resources:
             engine = Engine(
-                MaskedLanguageModel(model.model, model.packed),
+                MaskedLanguageModel(model.model, model.packed, run.longest_sequence),
                 run.deepspeed,
                 run.config.optimizer,
                 run.config.model,

@@ -11,7 +11,7 @@ from pretrain.batching.batch_maker import BatchMaker
 from pretrain.batching.loader import load_batches
 from pretrain.batching.masking import MaskingSchedule
 from pretrain.batching.order import ShuffledOrder
-from pretrain.batching.packing import MicrobatchLayout
+from pretrain.batching.packing import MicrobatchLayout, Rows
 from pretrain.config import MaskingConfig, ScheduleConfig
 from pretrain.resolve import ResolvedRun
 from pretrain.resume import check_fork_length
@@ -27,6 +27,7 @@ class TrainingStream:
     first_steps: tuple[int, ...]  # of each stage
     steps: int | None  # in the whole run; None: a time budget ends it
     corpora: tuple[str, ...]  # names, by corpus number
+    rows: Rows  # of all microbatches
 
     def __getitem__(self, step: int) -> RankBatch:
         return self.makers[bisect_right(self.first_steps, step) - 1][step]
@@ -37,8 +38,8 @@ class TrainingStream:
         return load_batches(self, first_step, self.steps, workers, timeout=timeout, pin_memory=on_gpu)
 
 
-def open_stream(run: ResolvedRun, world: World, *, packed: bool, first_position: int) -> TrainingStream:
-    """`packed`, `first_position`: what the model needs, see MicrobatchLayout.
+def open_stream(run: ResolvedRun, world: World, *, rows: Rows, first_position: int) -> TrainingStream:
+    """`rows`, `first_position`: what the model needs, see MicrobatchLayout.
 
     Raises UserError where the length of the run does not fit its stages, or ends before the checkpoint that it forks.
     """
@@ -52,7 +53,7 @@ def open_stream(run: ResolvedRun, world: World, *, packed: bool, first_position:
             stage.masked_corpora(config.masking, config.run.seed),
             order,
             run.vocabulary,
-            MicrobatchLayout(settings.max_seq_length, settings.microbatch_tokens, packed, first_position),
+            MicrobatchLayout(settings.max_seq_length, settings.microbatch_tokens, rows, first_position),
             world,
             _masking_rate(config.masking, steps),
         )
@@ -63,6 +64,7 @@ def open_stream(run: ResolvedRun, world: World, *, packed: bool, first_position:
         tuple(stage.first_step for stage in run.stages),
         steps,
         tuple(given.name for given in run.corpora),
+        rows,
     )
 
 

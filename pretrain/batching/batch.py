@@ -12,7 +12,8 @@ IGNORED = -100  # label of the padding entries of `masked_positions`; torch's de
 
 
 class Microbatch(NamedTuple):
-    """B rows of W slots. Padding slots have segment 0, and in `cu_seqlens` they form sequences of their own."""
+    """B rows of W slots. Padding slots have segment 0, and in `cu_seqlens` they form sequences of their own (in a flat
+    microbatch also empty ones)."""
 
     input_ids: torch.Tensor  # int64 [B, W], masked
     position_ids: torch.Tensor  # int64 [B, W], restarting with each sequence

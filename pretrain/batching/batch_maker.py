@@ -1,7 +1,7 @@
 """Build one rank's share of a global batch as tensors.
 
 1. The order gives the sequences of global batch k.                              (identical on every rank)
-2. Packing assigns each sequence to a rank, a microbatch and a place in a row.   (identical on every rank)
+2. Packing or dealing assigns each to a rank, a microbatch and a place in a row. (identical on every rank)
 3. This rank reads and masks its own sequences and lays them out in its microbatches.
 """
 
@@ -15,9 +15,17 @@ import xxhash
 from numpy.typing import NDArray
 
 from pretrain.batching.batch import IGNORED, Microbatch, RankBatch
+from pretrain.batching.dealing import deal
 from pretrain.batching.masking import Masker, MaskingSchedule
 from pretrain.batching.order import BatchSequences, Order
-from pretrain.batching.packing import Assignment, MicrobatchLayout, assign_to_ranks, one_per_row, pack
+from pretrain.batching.packing import (
+    Assignment,
+    MicrobatchLayout,
+    assign_to_ranks,
+    one_per_row,
+    pack,
+    round_up,
+)
 from pretrain.batching.ranges import Ranges
 from pretrain.batching.sequences import SequenceIndex
 from pretrain.batching.vocabulary import Vocabulary
@@ -25,6 +33,8 @@ from pretrain.corpus.reader import Corpus
 from pretrain.world import World
 
 _MASKED_BUCKET = 64  # masked positions are padded to a multiple, so that kernels see few shapes
+_FLAT_PARTS = 32  # flat microbatches are larger: their masked positions are padded by less than one part in 32,
+_SEQUENCE_PARTS = 8  # and `cu_seqlens` by less than one part in 8
 _WIDTH_BUCKET = 16  # and so is the width of a padded microbatch
 
 
@@ -107,8 +117,14 @@ class BatchMaker:
         sequences = self.order.batch(step)
         text_lengths = self._text_lengths(sequences)
         lengths = text_lengths + self.vocabulary.num_special_tokens
-        rows = pack(lengths, self.layout.width) if self.layout.packed else one_per_row(lengths)
-        return sequences, text_lengths, assign_to_ranks(lengths, rows, self.world.size, self.layout.max_rows)
+        return sequences, text_lengths, self._assign(lengths)
+
+    def _assign(self, lengths: NDArray[np.int64]) -> Assignment:
+        layout, world_size = self.layout, self.world.size
+        if layout.rows == "flat":
+            return deal(lengths, world_size, layout.capacity)
+        rows = one_per_row(lengths) if layout.rows == "padded" else pack(lengths, layout.width)
+        return assign_to_ranks(lengths, rows, world_size, layout)
 
     def _text_lengths(self, sequences: BatchSequences) -> NDArray[np.int64]:
         lengths = np.empty_like(sequences.ids)
@@ -125,7 +141,7 @@ class BatchMaker:
             BatchSequences(*(column[own] for column in sequences)),
             own_lengths + self.vocabulary.num_special_tokens,
             own_lengths,
-            assignment.first_slots(self.layout.width)[own],
+            assignment.first_slots[own],
         )
 
     def _read_and_mask(self, step: int, own: _OwnSequences) -> MaskedText:
@@ -141,7 +157,7 @@ class BatchMaker:
 
     def _fill_slots(self, own: _OwnSequences, text: MaskedText, assignment: Assignment) -> _Slots:
         prefix, suffix = self.vocabulary.prefix, self.vocabulary.suffix
-        shape = (assignment.microbatches, assignment.rows, self.layout.width)
+        shape = (assignment.microbatches, assignment.rows, assignment.width)
         text_slots = Ranges(own.first_slots + len(prefix), own.text_lengths).indices()
         all_slots = Ranges(own.first_slots, own.lengths).indices()
 
@@ -188,19 +204,29 @@ class BatchMaker:
         labels: NDArray[np.int64],
     ) -> Microbatch:
         """Shapes [B, W], [B, W], [B, W], [M] and [M]; `masked` are slots of this microbatch, flattened."""
-        if not self.layout.packed:
+        if self.layout.rows == "padded":
             full, width = segments.shape[1], _used_width(segments)
             masked = masked // full * width + masked % full
             input_ids, position_ids, segments = input_ids[:, :width], position_ids[:, :width], segments[:, :width]
-        padding = max(1, -(-len(masked) // _MASKED_BUCKET)) * _MASKED_BUCKET - len(masked)
+        padding = self._padded_count(len(masked)) - len(masked)
         return Microbatch(
             input_ids=torch.from_numpy(np.ascontiguousarray(input_ids)),
             position_ids=torch.from_numpy(np.ascontiguousarray(position_ids)),
             segments=torch.from_numpy(np.ascontiguousarray(segments)),
-            cu_seqlens=torch.from_numpy(_boundaries(segments)),
+            cu_seqlens=torch.from_numpy(self._boundaries(segments)),
             masked_positions=torch.from_numpy(np.pad(masked, (0, padding))),
             labels=torch.from_numpy(np.pad(labels, (0, padding), constant_values=IGNORED)),
         )
+
+    def _padded_count(self, masked: int) -> int:
+        if self.layout.rows == "flat":
+            masked = round_up(masked, _FLAT_PARTS)
+        return max(1, -(-masked // _MASKED_BUCKET)) * _MASKED_BUCKET
+
+    def _boundaries(self, segments: NDArray[np.int32]) -> NDArray[np.int32]:
+        if self.layout.rows == "flat":
+            return _flat_boundaries(segments.reshape(-1), self.layout.width)
+        return _boundaries(segments)
 
 
 def _used_width(segments: NDArray[np.int32]) -> int:
@@ -217,6 +243,17 @@ def _boundaries(segments: NDArray[np.int32]) -> NDArray[np.int32]:
     np.not_equal(flat[1:], flat[:-1], out=begins[1:-1])
     begins[:: segments.shape[1]] = True
     return np.flatnonzero(begins).astype(np.int32)
+
+
+def _flat_boundaries(segments: NDArray[np.int32], longest: int) -> NDArray[np.int32]:
+    """`cu_seqlens` of a flat microbatch, whose padding is at the end, in stretches of at most `longest` slots: flash
+    attention is told no greater length. Repeats the total, so that few numbers of sequences occur."""
+    used = int(np.count_nonzero(segments))
+    starts = np.flatnonzero(np.diff(segments[:used], prepend=0))
+    starts = np.append(starts, np.arange(used, len(segments), longest))
+    bounds = np.full(round_up(len(starts), _SEQUENCE_PARTS) + 1, len(segments), dtype=np.int32)
+    bounds[: len(starts)] = starts
+    return bounds
 
 
 def _fingerprint(sequences: BatchSequences) -> int:

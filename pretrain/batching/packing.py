@@ -7,30 +7,41 @@
 3. All microbatches of a step have the same number of rows on every rank, rounded up to one of a few bucket sizes, so
    that compiled kernels see few shapes. Surplus rows are padding with weight zero.
 
+`dealing` assigns the sequences of flat microbatches, which have a single row, instead.
+
 Pure functions of (lengths, world size, microbatch size): every rank computes the same assignment and takes its share.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 _ROW_BUCKETS = 16  # a microbatch has a multiple of 1/16 of the maximum number of rows
 
+Rows = Literal["padded", "windows", "flat"]
+"""How sequences fill the rows of a microbatch.
+
+- padded: one sequence per row, for models that cannot be packed
+- windows: several sequences in each row of W slots, for kernels that compare all slots of a row
+- flat: all sequences in one row of T slots, for flash attention, whose cost does not depend on where rows end
+"""
+
 
 @dataclass(frozen=True)
 class MicrobatchLayout:
     """The shape of a microbatch, and how sequences fill its rows."""
 
-    width: int  # W, slots in a row: the longest sequence, special tokens included
+    width: int  # W, slots of the longest sequence, special tokens included
     microbatch_tokens: int  # slots that a rank computes at once
-    packed: bool = True  # several sequences share a row; False: one sequence per row, padded
+    rows: Rows = "windows"
     first_position: int = 0  # position id of a sequence's first token; padding_idx + 1 in the RoBERTa family
 
     @property
-    def max_rows(self) -> int:
-        return max(1, self.microbatch_tokens // self.width)
+    def capacity(self) -> int:
+        """The most slots of a microbatch: it holds at least one sequence."""
+        return max(self.width, self.microbatch_tokens)
 
 
 @dataclass(frozen=True)
@@ -52,10 +63,12 @@ class Assignment:
     offset: NDArray[np.int64]  # [S] first slot in the row
     microbatches: int  # on every rank
     rows: int  # of every microbatch
+    width: int  # slots in a row
 
-    def first_slots(self, width: int) -> NDArray[np.int64]:
-        """[S] each sequence's first slot in its rank's flattened microbatches, whose rows have `width` slots."""
-        return (self.microbatch * self.rows + self.row) * width + self.offset
+    @property
+    def first_slots(self) -> NDArray[np.int64]:
+        """[S] each sequence's first slot in its rank's flattened microbatches."""
+        return (self.microbatch * self.rows + self.row) * self.width + self.offset
 
 
 def pack(lengths: NDArray[np.int64], width: int) -> PackedRows:
@@ -144,9 +157,19 @@ class _OpenRows:
 
 def longest_first(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     """The order [S] of falling lengths; equal ones keep their order."""
-    shorter = lengths.max(initial=0) - lengths
+    return stable_argsort(lengths.max(initial=0) - lengths)
+
+
+def stable_argsort(values: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The order of rising values, none of them negative; equal ones keep their order."""
     # numpy sorts 16-bit integers by radix, ten times faster.
-    return np.argsort(shorter.astype(np.uint16) if shorter.max(initial=0) < 1 << 16 else shorter, kind="stable")
+    return np.argsort(values.astype(np.uint16) if values.max(initial=0) < 1 << 16 else values, kind="stable")
+
+
+def round_up(count: int, parts: int) -> int:
+    """The next multiple of a power of two that is larger by less than one part in `parts`; few counts remain."""
+    step = 1 << max(0, (count // parts).bit_length() - 1)
+    return -(-count // step) * step
 
 
 def one_per_row(lengths: NDArray[np.int64]) -> PackedRows:
@@ -154,13 +177,16 @@ def one_per_row(lengths: NDArray[np.int64]) -> PackedRows:
     return PackedRows(np.arange(len(lengths)), np.zeros(len(lengths), dtype=np.int64), len(lengths))
 
 
-def assign_to_ranks(lengths: NDArray[np.int64], packed: PackedRows, world_size: int, max_rows: int) -> Assignment:
+def assign_to_ranks(
+    lengths: NDArray[np.int64], packed: PackedRows, world_size: int, layout: MicrobatchLayout
+) -> Assignment:
     """Assign rows to (rank, microbatch, row of the microbatch), balanced by tokens.
 
-    Args: lengths [S] of the sequences in `packed`; max_rows: how many rows fit one microbatch.
+    `lengths` [S]: of the sequences in `packed`.
     """
     filled = np.bincount(packed.row, weights=lengths, minlength=packed.count).astype(np.int64)
     fullest_first = longest_first(filled)
+    max_rows = layout.capacity // layout.width
     microbatches = max(1, -(-packed.count // (world_size * max_rows)))
     bucket = max(1, max_rows // _ROW_BUCKETS)
     rows = -(-packed.count // (world_size * microbatches))
@@ -179,4 +205,5 @@ def assign_to_ranks(lengths: NDArray[np.int64], packed: PackedRows, world_size: 
         by_row[fullest_first] = by_fullness
         return by_row[packed.row]
 
-    return Assignment(by_sequence(rank), by_sequence(microbatch), by_sequence(row), packed.offset, microbatches, rows)
+    where = by_sequence(rank), by_sequence(microbatch), by_sequence(row), packed.offset
+    return Assignment(*where, microbatches, rows, layout.width)

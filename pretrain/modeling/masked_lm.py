@@ -23,12 +23,14 @@ class Predictions(NamedTuple):
 
 
 class MaskedLanguageModel(nn.Module):
-    """Wraps a model from `AutoModelForMaskedLM`. `packed`: it uses the packed attention."""
+    """Wraps a model from `AutoModelForMaskedLM`."""
 
-    def __init__(self, model: PreTrainedModel, packed: bool) -> None:
+    def __init__(self, model: PreTrainedModel, packed: bool, max_length: int | None = None) -> None:
+        """`packed`: it uses the packed attention. `max_length`: of all sequences; None: as wide as the rows."""
         super().__init__()
         self.model = model
         self.packed = packed
+        self._max_length = max_length
         self._masked_positions: Tensor | None = None
         use_fast_dropout(model)
         use_fast_linear(model)
@@ -49,7 +51,8 @@ class MaskedLanguageModel(nn.Module):
         try:
             with self._head.labelled(labels):
                 if self.packed:
-                    packing = Packing(segments, cu_seqlens)
+                    width = segments.shape[1]
+                    packing = Packing(segments, cu_seqlens, min(width, self._max_length or width))
                     output = self.model(input_ids=input_ids, position_ids=position_ids, packing=packing)
                 else:
                     output = self.model(input_ids=input_ids, attention_mask=(segments > 0).long())

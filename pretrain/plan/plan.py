@@ -71,7 +71,9 @@ def plan_run(run: ResolvedRun, hosts: int, ranks: int, device: Device, rates: Ra
     """`rates.peak_flops` None: look it up by the device's name. Raises UserError as `open_stream`."""
     skeleton = meta_model(run.model_config)
     packed = is_packed(run.model_config)
-    stream = open_stream(run, World(0, ranks), packed=packed, first_position=first_position(skeleton))
+    stream = open_stream(
+        run, World(0, ranks), rows="windows" if packed else "padded", first_position=first_position(skeleton)
+    )
     stages = stage_work(stream, run.config.masking)
     counts, flops = count_parameters(skeleton), flops_model(skeleton)
     settings = memory_settings(run.config, run.deepspeed, ranks, device.is_gpu)

@@ -108,12 +108,12 @@ def _epoch_tokens(index: SequenceIndex, stream: CorpusStream, epoch: int, part: 
 
 def _batch_shape(maker: BatchMaker, step: int, rate: float) -> BatchShape:
     _, text_lengths, assignment = maker.assign(step)
-    special, width, ranks = maker.vocabulary.num_special_tokens, maker.layout.width, maker.world.size
+    special, ranks = maker.vocabulary.num_special_tokens, maker.world.size
     lengths = text_lengths + special
     microbatch = assignment.rank * assignment.microbatches + assignment.microbatch
     count = ranks * assignment.microbatches
     text = np.bincount(microbatch, weights=text_lengths, minlength=count)
-    used = width if maker.layout.packed else int(lengths.max())
+    used = int(lengths.max()) if maker.layout.rows == "padded" else assignment.width
     # Each text token is drawn with probability `rate`: the most of many batches, three standard deviations above.
     predicted = text.max() * rate + 3 * np.sqrt(text.max() * rate * (1 - rate))
     largest = MicrobatchShape(

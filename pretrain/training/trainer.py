@@ -82,7 +82,7 @@ class Trainer:
         self._hosts = hosts
         self._limits = limits
         self._on_gpu = engine.device.type == "cuda"
-        self._evaluator = hosts.call(lambda: open_evaluator(run, model, world))
+        self._evaluator = hosts.call(lambda: open_evaluator(run, stream.rows, model.first_position, world))
         self._progress = load_resumed(run.resume_plan, engine)
         self._first_step = self._progress.step if run.resume_plan.fork else 0
         (num_hosts,) = hosts.all_reduce_sum([int(world.local_rank == 0)])

@@ -125,7 +125,7 @@ def results_of(name: str, pool: RankPool, corpora: Path, folder: Path) -> Tree:
 def batch_hashes(tree: Tree, first: int, last: int) -> list[str]:
     """Hashes of the batches (inputs, positions, labels) of the steps from `first` up to, not including, `last`."""
     config = build_config(PretrainConfig, tree)
-    stream = open_stream(resolve(config, 1), World(), packed=True, first_position=0)
+    stream = open_stream(resolve(config, 1), World(), rows="windows", first_position=0)
     return [hash_batch(stream[step]) for step in range(first, last)]
 
 

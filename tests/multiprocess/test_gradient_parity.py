@@ -18,6 +18,7 @@ from transformers import AutoModelForMaskedLM
 from experiment.checkpoints import checkpoint_path
 from experiment.config import build_config
 from pretrain.batching.batch import IGNORED, RankBatch
+from pretrain.batching.packing import Rows
 from pretrain.config import PretrainConfig
 from pretrain.modeling.build import build_model
 from pretrain.resolve import resolve
@@ -38,11 +39,11 @@ SAMPLE = [
 ]
 
 
-def global_batch(corpus: Path, width: int, microbatch_tokens: int, world: World, packed: bool) -> RankBatch:
+def global_batch(corpus: Path, width: int, microbatch_tokens: int, world: World, rows: Rows) -> RankBatch:
     """A rank's share of the first global batch of a run with these settings."""
     batch = {"sequences": SEQUENCES, "max_seq_length": width, "microbatch_tokens": microbatch_tokens}
     config = build_config(PretrainConfig, run_config(Path("unused"), corpus, run__seed=SEED) | {"batch": batch})
-    return open_stream(resolve(config, world.size), world, packed=packed, first_position=0)[0]
+    return open_stream(resolve(config, world.size), world, rows=rows, first_position=0)[0]
 
 
 @pytest.fixture(scope="session")
@@ -59,7 +60,7 @@ def reference_gradients(wordpiece_corpus: Path) -> dict[str, Tensor]:
     model.load_state_dict(start)
 
     width = config.batch.max_seq_length
-    batch = global_batch(wordpiece_corpus, width, width * config.batch.sequences, World(), packed=False)
+    batch = global_batch(wordpiece_corpus, width, width * config.batch.sequences, World(), rows="padded")
     (padded,) = batch.microbatches
     labels = torch.full((padded.input_ids.numel(),), IGNORED)
     real = padded.labels != IGNORED
@@ -83,7 +84,7 @@ def test_layouts_have_the_expected_microbatches(wordpiece_corpus: Path, world_si
     """Catches test cases that do not differ: equal microbatches and equal ranks would hide a wrong average."""
     for expected, microbatch_tokens in ((1, ONE_MICROBATCH), (3, THREE_MICROBATCHES[world_size])):
         shares = [
-            global_batch(wordpiece_corpus, 40, microbatch_tokens, World(rank, world_size), packed=True)
+            global_batch(wordpiece_corpus, 40, microbatch_tokens, World(rank, world_size), rows="windows")
             for rank in range(world_size)
         ]
         assert [len(share.microbatches) for share in shares] == [expected] * world_size

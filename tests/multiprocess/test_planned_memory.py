@@ -48,7 +48,7 @@ def _train(world: World, tree: Tree) -> None:
     from runs import build_engine
 
     run = resolve(build_config(PretrainConfig, tree), world.size)
-    stream = open_stream(run, world, packed=True, first_position=0)
+    stream = open_stream(run, world, rows="windows", first_position=0)
     engine, _ = build_engine(world, tree)
     for step in range(STEPS):
         batch = stream[step]

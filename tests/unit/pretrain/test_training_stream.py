@@ -40,7 +40,7 @@ def open_run_stream(wordpiece_corpus: Path, heldout_corpus: Path) -> OpenStream:
 
     def open_with(world: World = World(), mixed: bool = True, **sections: Any) -> TrainingStream:  # noqa: B008 (it is frozen)
         run = resolve_run(wordpiece_corpus, heldout_corpus, mixed, sections)
-        return open_stream(run, world, packed=True, first_position=0)
+        return open_stream(run, world, rows="windows", first_position=0)
 
     return open_with
 
@@ -255,13 +255,13 @@ def test_a_fork_ends_after_its_parents_step(
 ) -> None:
     """Catches a fork that trains nothing and counts as done because its length in epochs or tokens is a total."""
     run = resolve_run(wordpiece_corpus, heldout_corpus, False, {"schedule": length})
-    steps = open_stream(run, World(), packed=True, first_position=0).steps
+    steps = open_stream(run, World(), rows="windows", first_position=0).steps
     assert steps is not None
 
     def open_fork(step: int) -> TrainingStream:
         (tmp_path / "state.json").write_text(json.dumps({"progress": {"step": step}}))
         fork = dataclasses.replace(run, resume_plan=ResumePlan(tmp_path, fork=True))
-        return open_stream(fork, World(), packed=True, first_position=0)
+        return open_stream(fork, World(), rows="windows", first_position=0)
 
     assert open_fork(steps - 1).steps == steps
     for step in (steps, steps + 5):

@@ -40,12 +40,15 @@ def by_unit(maker, unit):
     return dataclasses.replace(maker, corpora=(dataclasses.replace(source, masker=masker),))
 
 
-@pytest.mark.parametrize(("packed", "unit"), [(True, "token"), (False, "token"), (True, "word"), (True, "span")])
+@pytest.mark.parametrize(
+    ("rows", "unit"),
+    [("windows", "token"), ("padded", "token"), ("flat", "token"), ("windows", "word"), ("windows", "span")],
+)
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8, 1024])
-def test_a_global_batch_is_the_same_at_every_world_size(maker, world_size, packed, unit):
+def test_a_global_batch_is_the_same_at_every_world_size(maker, world_size, rows, unit):
     """Catches sequences or masks that depend on the world size, and tokens lost or duplicated between ranks."""
     maker = by_unit(maker, unit)
-    layout = dataclasses.replace(maker.layout, packed=packed)
+    layout = dataclasses.replace(maker.layout, rows=rows)
     reference = sorted(sequences_of([maker[3]]))
     share = [dataclasses.replace(maker, layout=layout, world=World(rank, world_size))[3] for rank in range(world_size)]
     assert sorted(sequences_of(share)) == reference
@@ -89,6 +92,60 @@ def test_microbatch_layout(maker):
         assert (segments[masked] != 0).all()
         assert not np.isin(micro.labels[real], [0, 1, 2, 3, 4]).any()
         assert len(micro.labels) % 64 == 0
+
+
+def flat(maker, microbatch_tokens=90):
+    """The maker with flat microbatches."""
+    layout = dataclasses.replace(maker.layout, rows="flat", microbatch_tokens=microbatch_tokens, first_position=2)
+    return dataclasses.replace(maker, layout=layout)
+
+
+def test_flat_microbatch_layout(maker):
+    """Catches boundaries that are off, or longer than the longest sequence, of which flash attention would leave slots
+    uncomputed; positions that do not restart; labels of other slots."""
+    batches = [flat(maker)[step] for step in range(20)]
+    for micro in (micro for batch in batches for micro in batch.microbatches):
+        slots = micro.input_ids.numel()
+        assert slots <= 90
+        assert micro.input_ids.shape == micro.position_ids.shape == micro.segments.shape == (1, slots)
+        ids, positions, segments = micro.input_ids[0], micro.position_ids[0], micro.segments[0]
+        bounds = micro.cu_seqlens.tolist()
+        assert bounds[0] == 0
+        assert bounds[-1] == slots
+        padding = [(start, end) for start, end in pairwise(bounds) if start == end or segments[start] == 0]
+        assert list(pairwise(bounds))[len(bounds) - 1 - len(padding) :] == padding, "padding is at the end"
+        for start, end in pairwise(bounds):
+            assert end - start <= 16
+            if start == end:
+                continue
+            assert len(segments[start:end].unique()) == 1
+            if segments[start] != 0:
+                assert (segments == segments[start]).sum() == end - start
+                assert positions[start:end].tolist() == list(range(2, 2 + end - start))
+                assert (ids[start], ids[end - 1]) == (CLS, SEP)
+            else:
+                assert (ids[start:end] == PAD).all()
+        assert (segments[micro.masked_positions[micro.labels != IGNORED]] != 0).all()
+
+
+def test_few_shapes_of_flat_microbatches_occur(maker):
+    """Catches slots, boundaries or masked positions whose numbers vary from step to step."""
+    larger = dataclasses.replace(maker, order=dataclasses.replace(maker.order, sizes=BatchSizes(290)))
+    batches = [flat(larger, 800)[step] for step in range(30)]
+    micros = [micro for batch in batches for micro in batch.microbatches]
+    for number in range(len(micros[0])):
+        assert len({micro[number].shape for micro in micros}) <= 8
+    assert all(len(micro.labels) % 64 == 0 for micro in micros)
+
+
+@pytest.mark.parametrize("sequences", [1, 37])
+def test_flat_shares_that_are_empty_or_small(maker, sequences):
+    """Catches a rank without sequences that has no microbatch, or one of another shape than the others."""
+    small = dataclasses.replace(flat(maker), order=dataclasses.replace(maker.order, sizes=BatchSizes(sequences)))
+    share = [dataclasses.replace(small, world=World(rank, 40))[0] for rank in range(40)]
+    assert sum(batch.sequences for batch in share) == sequences
+    assert len({micro.input_ids.shape for batch in share for micro in batch.microbatches}) == 1
+    assert {len(batch.microbatches) for batch in share} == {1}
 
 
 def test_word_starts_come_from_the_corpus(maker, corpus, monkeypatch):

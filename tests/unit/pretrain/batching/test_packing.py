@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.batching.packing import assign_to_ranks, longest_first, one_per_row, pack
+from pretrain.batching.packing import MicrobatchLayout, assign_to_ranks, longest_first, one_per_row, pack, round_up
 
 LENGTHS = st.lists(st.integers(1, 32), min_size=1, max_size=200).map(np.array)
 
@@ -61,7 +61,7 @@ def test_rows_are_nearly_full():
 def test_every_sequence_is_assigned_one_place(lengths, world_size, max_rows, packed):
     """Catches sequences lost or computed twice at any world size, and ranks with unequal numbers of microbatches."""
     packed_rows = pack(lengths, 32) if packed else one_per_row(lengths)
-    assignment = assign_to_ranks(lengths, packed_rows, world_size, max_rows)
+    assignment = assign_to_ranks(lengths, packed_rows, world_size, MicrobatchLayout(32, 32 * max_rows))
     assert assignment.rows <= max_rows
     assert ((assignment.rank >= 0) & (assignment.rank < world_size)).all()
     assert ((assignment.microbatch >= 0) & (assignment.microbatch < assignment.microbatches)).all()
@@ -78,7 +78,7 @@ def test_every_sequence_is_assigned_one_place(lengths, world_size, max_rows, pac
 def test_ranks_get_equal_tokens(world_size):
     """Catches an assignment that makes one rank wait for another: within one row of each other."""
     lengths = np.random.default_rng(0).integers(3, 129, 4096)
-    assignment = assign_to_ranks(lengths, pack(lengths, 128), world_size, 16)
+    assignment = assign_to_ranks(lengths, pack(lengths, 128), world_size, MicrobatchLayout(128, 128 * 16))
     tokens = np.bincount(assignment.rank, weights=lengths, minlength=world_size)
     assert tokens.max() - tokens.min() <= 128 * 2
 
@@ -89,12 +89,23 @@ def test_few_shapes_occur():
     shapes = set()
     for _ in range(200):
         lengths = rng.integers(3, 129, 256)
-        shapes.add(assign_to_ranks(lengths, pack(lengths, 128), 2, 64).rows)
+        shapes.add(assign_to_ranks(lengths, pack(lengths, 128), 2, MicrobatchLayout(128, 128 * 64)).rows)
     assert len(shapes) <= 4
 
 
 @pytest.mark.parametrize("count", range(30, 70))
 def test_few_rows_are_empty(count):
     """Catches rows rounded up by a fifth when a batch is slightly larger than one microbatch."""
-    assignment = assign_to_ranks(np.full(count, 128), one_per_row(np.full(count, 128)), 1, 32)
+    lengths = np.full(count, 128)
+    assignment = assign_to_ranks(lengths, one_per_row(lengths), 1, MicrobatchLayout(128, 128 * 32))
     assert assignment.rows * assignment.microbatches - count <= 0.12 * count
+    rows = np.bincount(assignment.microbatch)
+    assert rows.max() - rows.min() <= 1, "a second microbatch that is nearly empty"
+
+
+@given(st.integers(0, 10**6), st.sampled_from([8, 32, 64]))
+def test_rounding_up_leaves_few_counts(count, parts):
+    """Catches counts rounded down, by more than a part, or to as many values as there are counts."""
+    rounded = round_up(count, parts)
+    assert count <= rounded <= count * (1 + 1 / parts)
+    assert len({round_up(one, parts) for one in range(4096, 8193)}) <= 2 * parts + 1

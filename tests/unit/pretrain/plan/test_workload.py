@@ -30,7 +30,7 @@ def open_work(wordpiece_corpus: Path, heldout_corpus: Path, tmp_path: Path) -> O
             "engine": {"ds_config": "ds_configs/fp32_zero1.json"},
         }
         config = build_config(PretrainConfig, tree | sections)
-        stream = open_stream(resolve(config, ranks), World(0, ranks), packed=True, first_position=0)
+        stream = open_stream(resolve(config, ranks), World(0, ranks), rows="windows", first_position=0)
         return stream, stage_work(stream, config.masking)
 
     return open_with

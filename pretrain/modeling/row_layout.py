@@ -1,0 +1,20 @@
+"""Which rows a model is fed on a device."""
+
+import torch
+
+from pretrain.batching.packing import Rows
+from pretrain.modeling.attention import supports_flash
+from pretrain.modeling.build import BuiltModel
+
+
+def choose_rows(model: BuiltModel, dtype: torch.dtype) -> Rows:
+    """Flat rows where flash attention computes them, in `dtype` on this process's CUDA device. Other kernels compare
+    all slots of a row, so they get windows."""
+    if not model.packed:
+        return "padded"
+    config = model.model.config
+    hidden, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
+    if not torch.cuda.is_available() or not hidden or not heads:
+        return "windows"
+    head_size = getattr(config, "head_dim", None) or hidden // heads
+    return "flat" if supports_flash(torch.cuda.get_device_capability(), head_size, dtype) else "windows"
