@@ -5,9 +5,12 @@
     deepspeed --num_gpus 2 pretrain/run.py --config FILE [--section.key=value …]
 """
 
+import gc
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    gc.disable()  # until `main`: imports make a million objects that stay, and collections among them take a second
 if not __package__:  # started as a file: import from the repository, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
@@ -102,6 +105,8 @@ def _reported(outcome: Outcome, stop: StopRequest, hosts: HostGroup) -> Reported
 
 def main(argv: Sequence[str]) -> NoReturn:
     """Run this rank and end the process with the outcome's exit code."""
+    gc.freeze()  # what is imported: collections skip it, such as those that DeepSpeed makes while it starts
+    gc.enable()
     rank = int(os.environ.get("RANK", "0"))
     try:
         config = read_arguments(argv)

@@ -279,12 +279,16 @@ def map_shard(path: Path) -> MappedShard:
     """Memory-map a shard."""
     with pa.memory_map(str(path)) as file:
         batch = pa.ipc.open_stream(file).read_next_batch()
+    # Arrow's own `to_numpy` imports pandas.
     column = batch.column("input_ids")
+    _, offsets, _, ids = column.buffers()
     word_starts = None
     if "word_starts" in batch.schema.names:
         word_starts = np.frombuffer(batch.column("word_starts").values.buffers()[1], dtype=np.uint8)
     return MappedShard(
-        column.values.to_numpy(zero_copy_only=True), column.offsets.to_numpy(zero_copy_only=True), word_starts
+        np.frombuffer(ids, dtype=column.type.value_type.to_pandas_dtype(), count=len(column.values)),
+        np.frombuffer(offsets, dtype=np.int32, count=len(column) + 1),
+        word_starts,
     )
 
 

@@ -6,6 +6,7 @@ it reduces them. Gradient accumulation is unmanaged: one backward pass per micro
 """
 
 import contextlib
+import importlib
 import io
 import logging
 import math
@@ -267,12 +268,24 @@ def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, ds_config: d
     """`deepspeed.initialize`, without its output on the terminal."""
     if type(optimizer) not in ZERO_SUPPORTED_OPTIMIZERS:
         ZERO_SUPPORTED_OPTIMIZERS.append(type(optimizer))  # it warns of optimizers that it has not tested
+    _import_muon()
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):  # one of its optimizers prints the machine's memory six times
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
     logging.getLogger("deepspeed").info("%s", printed.getvalue())
     logging.getLogger("DeepSpeed").addFilter(_is_not_overflow_message)
     return engine
+
+
+def _import_muon() -> None:
+    """Import DeepSpeed's Muon, which it compares optimizers with, without compiling its kernels: `torch.compile` would
+    import torch's inductor, which takes a second."""
+    compiler, compile_kernel = deepspeed.runtime.compiler, deepspeed.runtime.compiler.compile
+    compiler.compile = lambda: lambda kernel: kernel
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = compile_kernel
 
 
 def _is_not_overflow_message(record: logging.LogRecord) -> bool:
