@@ -1,8 +1,30 @@
 """`python -m launcher` is `deepcloze`."""
 
+import atexit
+import os
 import sys
+from typing import NoReturn
 
 from launcher.cli import main
 
+
+def run() -> NoReturn:
+    """Run the command line and end the process with its exit code, at once: to take apart all that was imported, as
+    Python does at the end, takes a second after an import of torch."""
+    try:
+        code = main()
+    except SystemExit as ending:
+        if isinstance(ending.code, str):
+            print(ending.code, file=sys.stderr)
+        code = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
+    atexit._run_exitfuncs()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:
+        code = code or 120  # as Python
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

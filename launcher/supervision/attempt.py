@@ -24,13 +24,14 @@ from launcher.hosts.hostfile import Slots
 from launcher.ranks.start_command import Command
 from launcher.supervision.early_stop import kill_on_early_stop
 from launcher.supervision.launch_log import AttemptRecord
-from launcher.supervision.launch_result import LaunchResult, read_result
+from launcher.supervision.launch_result import LaunchResult, all_done, read_result
 from launcher.supervision.output_filter import filtered_output
 from launcher.supervision.process_groups import kill_group, watchdog
 from launcher.supervision.stop_signals import StopSignals
 
 # DeepSpeed's launcher gives ranks 30 s to exit after one of them failed or it got a signal.
 _EXIT_TIMEOUT_SECONDS = 40.0
+_POLL_SECONDS = 0.2
 _KILLED = LaunchResult(Outcome.STOPPED, "killed; the run can resume from its last complete checkpoint")
 _STOPPED_EARLY = LaunchResult(
     Outcome.STOPPED, "stopped before the first step; run the same command again", Cause.SIGNAL
@@ -166,8 +167,7 @@ def _run(
                 processes.started(process.pid)
                 if stop.killed:  # by a signal since the start
                     stop.kill()
-                exit_code = process.wait()
-                _wait_for_group(process.pid)
+                exit_code = _wait(process, launch)
         finally:
             kill_group(process.pid)
             processes.ended()
@@ -180,6 +180,22 @@ def _run(
             return LaunchResult(Outcome.FAILED, message, Cause.KILLED)
         exit_code = 1  # that of DeepSpeed's launcher says only that `processes` killed it
     return read_result(launch.folder, exit_code, start_time, remote=not launch.local)
+
+
+def _wait(process: "subprocess.Popen[bytes]", launch: Launch) -> int:
+    """The exit code of DeepSpeed's launcher, once its process group is empty. On this machine, what is left of the
+    group when all ranks are done is killed: DeepSpeed takes two seconds to notice that and to exit."""
+    ranks = sum(map(len, launch.slots.values()))
+    exit_code = None
+    while exit_code is None:
+        with suppress(subprocess.TimeoutExpired):
+            exit_code = process.wait(_POLL_SECONDS if launch.local else None)
+        if exit_code is None and all_done(launch.folder, ranks):
+            kill_group(process.pid)
+            process.wait()
+            return 0
+    _wait_for_group(process.pid)
+    return exit_code
 
 
 def _write_private(path: Path, text: str) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from experiment.outcome_file import Cause, Outcome, read_outcome
 from experiment.run_folder import RunFolder
 from launcher.hosts.ssh import SSH_FAILED
@@ -30,6 +32,27 @@ def clear_reports(folder: RunFolder) -> None:
     """Remove what the ranks of an earlier launch left."""
     for path in (folder.outcome, *_rank_processes(folder)):
         path.unlink(missing_ok=True)
+
+
+def all_done(folder: RunFolder, ranks: int) -> bool:
+    """Whether the run is done, and the processes of all its ranks, which are on this machine, have ended."""
+    reported = read_outcome(folder)
+    if reported is None or reported.outcome is not Outcome.DONE:
+        return False
+    try:
+        processes = [json.loads(path.read_text(encoding="utf-8")) for path in _rank_processes(folder)]
+        return len(processes) == ranks and all(
+            process["exit"] == 0 and not _is_running(process["pid"]) for process in processes
+        )
+    except (OSError, ValueError):  # being written
+        return False
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def read_result(folder: RunFolder, exit_code: int, start_time: float, remote: bool) -> LaunchResult:

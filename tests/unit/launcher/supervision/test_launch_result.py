@@ -1,11 +1,14 @@
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from experiment.outcome_file import Cause, Outcome, write_outcome
 from experiment.run_folder import RunFolder, open_run_folder
-from launcher.supervision.launch_result import clear_reports, read_result
+from launcher.supervision.launch_result import all_done, clear_reports, read_result
 
 STOPPED = {75, 256 - 15, 256 - 2}
 OUT_OF_MEMORY = "was killed by SIGKILL, possibly because the system ran out of memory"
@@ -106,3 +109,28 @@ def test_reports_of_an_earlier_launch_are_removed(folder: RunFolder) -> None:
     folder.rank_log(5).write_text("kept")
     clear_reports(folder)
     assert [path.name for path in folder.logs.iterdir()] == ["rank-5.log"]
+
+
+def test_a_run_is_done_when_all_its_ranks_have_ended(folder: RunFolder) -> None:
+    """Catches a rank that is killed while it still writes, because another one has reported the outcome."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+
+    def rank(number: int, exit_code: int | None, pid: int = ended.pid) -> None:
+        folder.rank_record(number).write_text(json.dumps({"rank": number, "pid": pid, "exit": exit_code}))
+
+    rank(0, 0)
+    assert not all_done(folder, 1), "no outcome yet"
+    write_outcome(folder, Outcome.DONE)
+    assert all_done(folder, 1)
+    assert not all_done(folder, 2), "one has not started"
+    rank(1, None)
+    assert not all_done(folder, 2), "one has not recorded its end"
+    rank(1, 0, pid=os.getpid())
+    assert not all_done(folder, 2), "one has not ended"
+    rank(1, 0)
+    assert all_done(folder, 2)
+    folder.rank_record(1).write_text("{")
+    assert not all_done(folder, 2), "one is being written"
+    rank(1, 1)
+    assert not all_done(folder, 2), "one has failed"

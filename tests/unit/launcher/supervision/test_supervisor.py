@@ -134,6 +134,20 @@ def test_what_the_ranks_wrote_is_the_outcome(folder: RunFolder, outcome: Outcome
     assert result == LaunchResult(outcome, "because")
 
 
+def test_a_run_ends_when_its_ranks_have(folder: RunFolder):
+    """Catches a launch that waits for DeepSpeed's launcher, which takes two seconds to exit; here it never does."""
+    body = (
+        "import json, subprocess\n"
+        "rank = subprocess.Popen([sys.executable, '-c', ''])\n"
+        "rank.wait()\n"
+        "folder.rank_record(0).write_text(json.dumps({'rank': 0, 'pid': rank.pid, 'exit': 0}))\n"
+        "write_outcome(folder, Outcome.DONE)\n"
+        "time.sleep(3600)"
+    )
+    launch = replace(one_launch(folder, body), slots={"localhost": (0,)})
+    assert supervise(launch, time.time()) == LaunchResult(Outcome.DONE, "")
+
+
 def test_the_outcome_of_an_earlier_launch_is_ignored(folder: RunFolder):
     """Catches a crashed launch that is reported with the outcome of an earlier one."""
     write_outcome(folder, Outcome.DONE)

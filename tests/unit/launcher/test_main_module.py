@@ -1,0 +1,31 @@
+import subprocess
+import sys
+
+import pytest
+
+CODE = """
+import atexit, launcher.__main__
+def main(): {body}
+launcher.__main__.main = main
+atexit.register(print, "ended")
+class Kept:
+    def __del__(self): print("taken apart")
+kept = Kept()
+launcher.__main__.run()
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "error"),
+    [
+        ("return 0", 0, ""),
+        ("return 75", 75, ""),
+        ("raise SystemExit", 0, ""),
+        ("raise SystemExit(3)", 3, ""),
+        ("raise SystemExit('failed')", 1, "failed\n"),
+    ],
+)
+def test_the_command_ends_at_once_with_its_exit_code(body: str, code: int, error: str) -> None:
+    """Catches a second spent on taking apart what was imported, lost output and exit codes, skipped exit handlers."""
+    done = subprocess.run([sys.executable, "-c", CODE.format(body=body)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "ended\n", error)
