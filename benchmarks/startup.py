@@ -1,0 +1,146 @@
+"""Seconds from `deepcloze pretrain` to the first step of a small run, and to its end, by phase.
+
+    python -m benchmarks.startup [--rounds 5]
+
+Builds a small corpus, then starts runs of three steps with one rank and with two, in turn. The files are in the system's
+cache after the first, untimed run.
+"""
+
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import fire
+import psutil
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.machine import describe_machine
+from experiment.run_folder import RunFolder
+
+_POLL_SECONDS = 0.005
+_CONFIG = {
+    "run": {"log_every": 1},
+    "model": {
+        "config": {
+            "model_type": "bert",
+            "hidden_size": 256,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "intermediate_size": 1024,
+        }
+    },
+    "batch": {"sequences": 32, "max_seq_length": 128, "microbatch_tokens": 4096},
+    "schedule": {"steps": 3},
+    "engine": {"ds_config": "ds_configs/bf16_zero1.json"},
+}
+_PHASES = (
+    "launcher checks",
+    "DeepSpeed starts ranks",
+    "ranks import",
+    "ranks prepare",
+    "first step",
+    "rest of the run",
+)
+
+
+def startup(rounds: int = 5) -> None:
+    """Measure and print a table.
+
+    Args:
+        rounds: runs with each number of ranks
+    """
+    print(describe_machine())
+    with tempfile.TemporaryDirectory(prefix="deepcloze-startup-") as folder:
+        config = _write_inputs(Path(folder))
+        _seconds_by_phase(config, 1, Path(folder) / "first")
+        seconds = {1: [], 2: []}  # type: dict[int, list[list[float]]]
+        for number in range(rounds):
+            for ranks in seconds:
+                seconds[ranks].append(_seconds_by_phase(config, ranks, Path(folder) / f"run-{ranks}-{number}"))
+    Console().print(_table(seconds))
+
+
+def _write_inputs(folder: Path) -> Path:
+    """Write text, tokenizer, corpus and config. Returns the path of the config."""
+    words = random.Random(1)
+    vocabulary = ["".join(words.choices("aeioulnrst", k=words.randint(2, 9))) for _ in range(5000)]
+    lines = (" ".join(words.choices(vocabulary, k=100)) for _ in range(5000))
+    (folder / "text.txt").write_text("\n".join(lines))
+    source = ("--source", str(folder / "text.txt"))
+    tokenizer, corpus = str(folder / "tokenizer"), str(folder / "corpus")
+    _deepcloze("tokenizer", *source, "--output", tokenizer, "--vocab_size", "8000")
+    _deepcloze("corpus", *source, "--tokenizer", tokenizer, "--output", corpus)
+    config = folder / "run.yaml"
+    config.write_text(yaml.safe_dump({**_CONFIG, "corpus": {"train": corpus}}))
+    return config
+
+
+def _deepcloze(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "launcher", *arguments], check=True, capture_output=True)
+
+
+def _seconds_by_phase(config: Path, ranks: int, run: Path) -> list[float]:
+    folder = RunFolder(run)
+    command = [sys.executable, "-m", "launcher", "pretrain", "--config", str(config), f"--num_gpus={ranks}"]
+    times = [time.monotonic()]
+    process = subprocess.Popen([*command, f"--run.dir={run}", "--oversubscribe"], stdout=subprocess.DEVNULL)
+    tree = psutil.Process(process.pid)
+    for has_ended in (
+        lambda: _runs(tree, "deepspeed.launcher.runner"),
+        lambda: _runs(tree, "pretrain.run"),
+        lambda: folder.rank_record(0).exists(),
+        lambda: _record(folder).get("training"),
+        lambda: folder.metrics.exists() and '"step": 1,' in folder.metrics.read_text(),
+    ):
+        _wait_until(has_ended, process)
+        times.append(time.monotonic())
+    if process.wait() != 0:
+        sys.exit(f"the run failed: {command}")
+    times.append(time.monotonic())
+    return [end - start for start, end in zip(times, times[1:], strict=False)]
+
+
+def _wait_until(has_ended: Callable[[], object], process: "subprocess.Popen[bytes]") -> None:
+    while not has_ended():
+        if process.poll() is not None:
+            sys.exit(f"the run ended too early, with exit code {process.returncode}")
+        time.sleep(_POLL_SECONDS)
+
+
+def _runs(tree: psutil.Process, module: str) -> bool:
+    """Whether a process below `tree` runs `module`."""
+    for process in tree.children(recursive=True):
+        with suppress(psutil.Error):
+            if module in process.cmdline():
+                return True
+    return False
+
+
+def _record(folder: RunFolder) -> dict[str, object]:
+    try:
+        return dict(json.loads(folder.rank_record(0).read_text()))
+    except ValueError:
+        return {}
+
+
+def _table(seconds: dict[int, list[list[float]]]) -> Table:
+    table = Table("seconds, median (min – max)", *(f"{ranks} rank{'s' * (ranks > 1)}" for ranks in seconds))
+    rows = {phase: [[run[number] for run in runs] for runs in seconds.values()] for number, phase in enumerate(_PHASES)}
+    rows["to the first step"] = [[sum(run[:-1]) for run in runs] for runs in seconds.values()]
+    rows["to the end"] = [[sum(run) for run in runs] for runs in seconds.values()]
+    for name, cells in rows.items():
+        table.add_row(name, *(f"{statistics.median(runs):.2f} ({min(runs):.2f} – {max(runs):.2f})" for runs in cells))
+    return table
+
+
+if __name__ == "__main__":
+    fire.Fire(startup)
