@@ -38,4 +38,6 @@ check: $(READY)
 
 soak: $(READY)
 	$(BIN)/python -m pytest -m soak
+	TEST_COMPILE=1 $(BIN)/python -m pytest -m "not soak" tests/golden $(addprefix tests/multiprocess/, \
+		test_gradient_parity.py test_layouts.py test_resumed_runs.py)
 	$(BIN)/python -m benchmarks.demo

@@ -5,24 +5,20 @@ twice as fast. In bf16 torch uses oneDNN, but writes the bias to the output firs
 with a vocabulary as output that takes a quarter of the time. Results differ by rounding.
 """
 
-import functools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-@functools.cache
-def _dtypes() -> tuple[torch.dtype, ...]:
-    """Those that oneDNN computes on this machine."""
-    bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return (torch.float32, torch.bfloat16) if bf16 else (torch.float32,)
+_AVAILABLE = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+_BF16 = _AVAILABLE and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+_DTYPES = (torch.float32, torch.bfloat16) if _BF16 else (torch.float32,)
 
 
 def use_fast_linear(model: nn.Module) -> None:
     """Let oneDNN compute the model's linear layers on a CPU. Parameters and their names do not change."""
-    if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    if _AVAILABLE:
         for module in model.modules():
             if type(module) is nn.Linear:
                 module.__class__ = FastLinear
@@ -30,7 +26,7 @@ def use_fast_linear(model: nn.Module) -> None:
 
 class FastLinear(nn.Linear):
     def forward(self, values: Tensor) -> Tensor:
-        fast = values.dtype in _dtypes() and values.dtype == self.weight.dtype and not torch.is_autocast_enabled("cpu")
+        fast = values.dtype in _DTYPES and values.dtype == self.weight.dtype and not torch.is_autocast_enabled("cpu")
         if values.device.type != "cpu" or not fast or values.numel() == 0:
             return F.linear(values, self.weight, self.bias)
         rows = values.reshape(-1, self.in_features)
@@ -42,7 +38,8 @@ class _OneDnnLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(rows, weight)
-        return _multiply(rows, weight, bias)
+        product: Tensor = _multiply(rows, weight, bias)
+        return product
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -56,7 +53,14 @@ class _OneDnnLinear(torch.autograd.Function):
         )
 
 
+# An operator of its own, because torch.compile accepts oneDNN's only with constant weights.
+@torch.library.custom_op("deepcloze::multiply", mutates_args=())
 def _multiply(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """rows @ weight.T + bias"""
     product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
     return product
+
+
+@_multiply.register_fake
+def _(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return rows.new_empty(rows.shape[0], weight.shape[0])

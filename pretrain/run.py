@@ -22,10 +22,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NoReturn
 
+import torch
+
+from experiment.cache_folder import cache_folder
 from experiment.errors import AgreedFailureError, UserError
 from experiment.outcome_file import Cause, Outcome, ReportedOutcome
 from pretrain.arguments import read_arguments
-from pretrain.config import PretrainConfig
+from pretrain.config import EngineConfig, PretrainConfig
 from pretrain.deadline import deadline
 from pretrain.engine.engine import Engine
 from pretrain.engine.process_group import connect, disconnect
@@ -56,6 +59,10 @@ def pretrain(
         hosts = HostGroup(_timeout(config))
     try:
         run, model, stream = prepare(config, world, hosts)
+        if _compiles(run.config.engine):
+            from pretrain.modeling.compiled_layers import compile_layers  # takes seconds
+
+            compile_layers(model.model, cache_folder() / "compiled")
         with contextlib.ExitStack() as resources:
             engine = Engine(
                 MaskedLanguageModel(model.model, model.packed, run.longest_sequence),
@@ -76,6 +83,10 @@ def pretrain(
         report.announce_refusal(error)
         hosts.barrier()  # the launcher kills all ranks when one exits, perhaps before rank 0 has printed
         raise
+
+
+def _compiles(engine: EngineConfig) -> bool:
+    return torch.cuda.is_available() if engine.compile == "auto" else engine.compile
 
 
 def _train(trainer: Trainer, stop: StopRequest, hosts: HostGroup) -> ReportedOutcome:

@@ -7,7 +7,6 @@ keeps its size and modification time.
 
 import json
 import logging
-import os
 import platform
 import sys
 from collections.abc import Iterable, Iterator
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from experiment.cache_folder import cache_folder
 from experiment.errors import UserError
 from experiment.files import json_digest, write_json
 from pretrain.corpus.reader import Corpus, open_corpus
@@ -86,7 +86,7 @@ class _Record:
 
     def __init__(self, corpus: Corpus) -> None:
         name = json_digest([platform.node(), str(corpus.path)])
-        self._path = _cache_folder() / "deepcloze" / "verified" / f"{name}.json"
+        self._path = cache_folder() / "verified" / f"{name}.json"
         stats = [(shard, (corpus.path / shard.file).stat()) for shard in corpus.manifest.shards]
         self._content = {
             "host": platform.node(),
@@ -111,7 +111,3 @@ class _Record:
     def delete(self) -> None:
         with suppress(OSError):
             self._path.unlink(missing_ok=True)
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))  # noqa: PTH111 (never raises)

@@ -32,6 +32,7 @@ class MaskedLanguageModel(nn.Module):
         self.packed = packed
         self._max_length = max_length
         self._masked_positions: Tensor | None = None
+        self._windows = {None} | {getattr(module, "sliding_window", None) for module in model.modules()}
         use_fast_dropout(model)
         use_fast_linear(model)
         self._head = choose_head(model, packed)
@@ -53,6 +54,9 @@ class MaskedLanguageModel(nn.Module):
                 if self.packed:
                     width = segments.shape[1]
                     packing = Packing(segments, cu_seqlens, min(width, self._max_length or width))
+                    if not segments.is_cuda:  # before the layers, which may be compiled
+                        for window in self._windows:
+                            packing.bias(window, self.model.dtype)
                     output = self.model(input_ids=input_ids, position_ids=position_ids, packing=packing)
                 else:
                     output = self.model(input_ids=input_ids, attention_mask=(segments > 0).long())

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def run_config(folder: Path, corpus: Path, ds_config: str = "fp32_zero1", **chan
         "optimizer": {"lr": 3e-3},
         "schedule": {"steps": 6, "warmup_steps": 2},
         "checkpoint": {"every_steps": None, "keep_last": 100},
-        "engine": {"ds_config": f"ds_configs/{ds_config}.json"},
+        "engine": {"ds_config": f"ds_configs/{ds_config}.json", "compile": "TEST_COMPILE" in os.environ},
     }
     for dotted, value in changes.items():
         section, _, key = dotted.partition("__")

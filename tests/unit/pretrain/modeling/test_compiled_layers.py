@@ -1,0 +1,129 @@
+"""Layers compiled with torch.compile.
+
+Each test compiles in a process of its own: compiled code, and what torch knows about it, cannot be unloaded.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+
+SCRIPT = """
+import json, logging, sys
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForMaskedLM
+
+from experiment.dropout import use_fast_dropout
+from pretrain.modeling.attention import PACKED, register_packed_attention
+from pretrain.modeling.compiled_layers import compile_layers
+from pretrain.modeling.masked_lm import MaskedLanguageModel
+
+options = json.loads(sys.argv[1])
+warnings = []
+handler = logging.Handler()
+handler.emit = lambda record: warnings.append(record.getMessage())
+logging.getLogger("pretrain").addHandler(handler)
+if options["compiler"]:
+    import torch._inductor.config
+    torch._inductor.config.cpp.cxx = (options["compiler"],)
+
+
+def build():
+    torch.manual_seed(0)
+    register_packed_attention()
+    sizes = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=40, vocab_size=101)
+    config = AutoConfig.for_model(options["model_type"], pad_token_id=0, **sizes, **options["config"])
+    model = AutoModelForMaskedLM.from_config(config)
+    model.set_attn_implementation(PACKED)
+    if options["checkpointing"]:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def microbatch(rows, width):
+    torch.manual_seed(rows)
+    segments = (torch.arange(width) // 5 + 1).int().repeat(rows, 1)
+    bounds = torch.arange(0, rows * width + 1, 5).int()
+    ids, positions = torch.randint(1, 101, (rows, width)), (torch.arange(width) % 5).repeat(rows, 1)
+    return ids, positions, segments, bounds, torch.tensor([1, 3, 8]), torch.tensor([4, 5, 6])
+
+
+def losses_and_gradients(wrapped):
+    found = []
+    for rows, width in [(4, 10), (3, 10), (6, 20)]:
+        torch.manual_seed(7)
+        loss = wrapped(*microbatch(rows, width)).loss_sum
+        gradients = torch.autograd.grad(loss, list(wrapped.parameters()), allow_unused=True)
+        found.append((loss, [gradient for gradient in gradients if gradient is not None]))
+    return found
+
+
+plain = build()
+expected = losses_and_gradients(MaskedLanguageModel(plain, packed=True).train())
+model = build()
+compile_layers(model, Path(options["cache"]))
+found = losses_and_gradients(MaskedLanguageModel(model, packed=True).train())
+for (loss, gradients), (other, others) in zip(expected, found, strict=True):
+    torch.testing.assert_close(loss, other, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradients, others, rtol=1e-4, atol=1e-5)
+stats = torch._dynamo.utils.counters["stats"]
+losses = [loss.item() for loss, _ in found]
+print(json.dumps({"graphs": stats["unique_graphs"], "losses": losses, "warnings": warnings}))
+"""
+
+
+def run(cache: Path, **options: Any) -> dict[str, Any]:
+    given = {"model_type": "bert", "config": {}, "checkpointing": False, "compiler": "", "cache": str(cache)}
+    finished = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps(given | options)], capture_output=True, text=True, check=False
+    )
+    assert finished.returncode == 0, finished.stderr
+    result: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])
+    return result
+
+
+MODERNBERT = {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"], "local_attention": 6}
+
+
+@pytest.mark.parametrize(
+    ("options", "graphs"),
+    [
+        ({}, 1),
+        pytest.param({"checkpointing": True}, 1, marks=pytest.mark.soak),
+        pytest.param({"model_type": "modernbert", "config": MODERNBERT}, 2, marks=pytest.mark.soak),
+    ],
+)
+def test_losses_gradients_and_graphs(tmp_path: Path, options: dict[str, Any], graphs: int) -> None:
+    """Catches other dropout masks than without compiling, other gradients, and a graph for each layer or shape."""
+    found = run(tmp_path / "cache", **options)
+    assert found["graphs"] == graphs
+    assert found["warnings"] == []
+
+
+def test_a_damaged_cache_is_compiled_again(tmp_path: Path) -> None:
+    """Catches a run that ends, or has other losses, because an earlier one was killed while it wrote compiled code."""
+    cache = tmp_path / "cache"
+    first = run(cache)
+    libraries = list(cache.rglob("*.so"))
+    assert libraries
+    for library in libraries:
+        library.write_bytes(library.read_bytes()[:100])
+    again = run(cache)
+    assert again["losses"] == pytest.approx(first["losses"], rel=1e-6)
+    assert again["warnings"] == []
+    assert not any(library.exists() for library in libraries), "the next run would find them again"
+
+
+def test_without_a_working_compiler_the_layers_run_as_they_are(tmp_path: Path) -> None:
+    """Catches a run that ends where nothing can be compiled, and one that does not say so."""
+    found = run(tmp_path / "cache", compiler="/bin/false")
+    assert len(found["warnings"]) == 1
+    assert "torch.compile" in found["warnings"][0]
