@@ -119,7 +119,7 @@ def use_flash_attention_3(config: PreTrainedConfig) -> None:
     dropout = max((getattr(config, name, None) or 0.0 for name in _ATTENTION_DROPOUT), default=0.0)
     known = any(hasattr(config, name) for name in _ATTENTION_DROPOUT)
     capability = _capability(torch.device("cuda")) if torch.cuda.is_available() else None
-    wanted = _wants_flash_3(capability, dropout if known else None, _is_flash_3_installed())
+    wanted = _wants_flash_3(capability, dropout if known else None, is_flash_3_installed())
     if wanted == (current_flash_attention_impl() == _FLASH_3):
         return
     if not wanted:
@@ -136,7 +136,7 @@ def _wants_flash_3(capability: Capability | None, dropout: float | None, install
     return installed and capability is not None and capability[0] == 9 and dropout == 0.0
 
 
-def _is_flash_3_installed() -> bool:
+def is_flash_3_installed() -> bool:
     return importlib.util.find_spec(_FLASH_3_PACKAGE) is not None
 
 

@@ -5,27 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from gpu_runs import MODEL, STEPS, gpu_run
 
 from experiment.checkpoints import checkpoint_path
 from pretrain.world import World
-from runs import NO_DROPOUT, Tree, logged, pretrain_case, run_config, saved_tensors
+from runs import Tree, logged, pretrain_case, saved_tensors
 
-MODEL = {
-    "model_type": "bert",
-    "hidden_size": 128,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "intermediate_size": 256,
-    "max_position_embeddings": 64,
-}
-STEPS = 20
 # Of a loss of about 5 that falls by a tenth: the effect of 16-bit weights and activations.
 RELATIVE = {"fp16": 2e-3, "bf16": 1e-2}
-
-
-def gpu_run(folder: Path, corpus: Path, ds_config: str, **changes: Any) -> Tree:
-    changes = {"model__config": MODEL | NO_DROPOUT, "batch__microbatch_tokens": 400, "schedule__steps": STEPS} | changes
-    return run_config(folder, corpus, ds_config, **changes)
 
 
 def counting_case(world: World, tree: Tree, stop_after: int | None = None) -> tuple[str, int, int]:
@@ -75,7 +62,7 @@ def test_16_bit_follows_fp32(
     that silently falls back to a mask."""
     ended = gpus.run(counting_case, gpu_run(tmp_path, wordpiece_corpus, f"{precision}_zero{stage}"))
     assert all(outcome == "done" for outcome, _, _ in ended)
-    assert all(calls >= STEPS * MODEL["num_hidden_layers"] for _, calls, _ in ended)  # type: ignore[operator]
+    assert all(calls >= STEPS * MODEL["num_hidden_layers"] for _, calls, _ in ended)
     skipped = logged(tmp_path, "skipped_steps")[-1]
     assert skipped == (0 if precision == "bf16" else logged(tmp_path, "overflows")[-1])
     if skipped == 0:

@@ -77,7 +77,7 @@ def test_flash_attention_3_takes_the_place_of_2_where_it_can(
     monkeypatch.setattr(attention, "restore_flash_attention_impl", lambda: state.update(impl=None))
     monkeypatch.setattr(attention.torch.cuda, "is_available", lambda: capability is not None)
     monkeypatch.setattr(attention, "_capability", lambda _: capability)
-    monkeypatch.setattr(attention, "_is_flash_3_installed", lambda: installed)
+    monkeypatch.setattr(attention, "is_flash_3_installed", lambda: installed)
     attention.use_flash_attention_3(config)
     assert state["impl"] == ("FA3" if wanted else None)
 
@@ -88,7 +88,7 @@ def test_flash_attention_3_that_does_not_work_is_not_used(
     """Catches a run that ends because an extension was built for another torch; torch's own names are used."""
     monkeypatch.setattr(attention.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(attention, "_capability", lambda _: (9, 0))
-    monkeypatch.setattr(attention, "_is_flash_3_installed", lambda: True)
+    monkeypatch.setattr(attention, "is_flash_3_installed", lambda: True)
     attention.use_flash_attention_3(ModernBertConfig(attention_dropout=0.0))
     assert "FlashAttention-3 is installed but does not work" in caplog.text
     assert not Packing(SEGMENTS, CU_SEQLENS).flash_3

@@ -1,0 +1,176 @@
+"""Kernels of a training step alone, forward and backward: a part of `benchmarks.gpu`.
+
+Runs in a process of its own and prints one JSON array. On CUDA, times are those of CUDA events.
+"""
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import activate_flash_attention_impl, restore_flash_attention_impl
+
+from benchmarks.gpu_cases import KernelSettings, KernelTime
+from pretrain.batching.batch import IGNORED
+from pretrain.modeling.attention import (
+    Packing,
+    flash_attention,
+    is_flash_3_installed,
+    masked_attention,
+    matmul_attention,
+    supports_flash,
+)
+from pretrain.modeling.head import PlainHead
+
+_HEADS, _SIZE, _HIDDEN = 12, 64, 768
+_VOCABULARIES = (30522, 50368)  # of BERT and ModernBERT
+_PREDICTED = 0.15
+_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+_WARM = 3
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    name: str
+    shape: str
+    inputs: Sequence[Tensor]  # what gradients are computed of
+    call: Callable[[], Tensor]
+    flops: float | None = None  # of forward and backward
+
+
+def run(settings: KernelSettings) -> list[KernelTime]:
+    """Measure each kernel."""
+    return [
+        KernelTime(kernel.name, kernel.shape, ms, None if kernel.flops is None else kernel.flops / ms / 1e9)
+        for kernel in _kernels(settings)
+        for ms in [_milliseconds(kernel, settings)]
+    ]
+
+
+def _kernels(settings: KernelSettings) -> Iterator[_Kernel]:
+    """One after the other, because they take much memory."""
+    for length in settings.lengths:
+        yield from _attention(settings, length)
+    if settings.device == "cuda" and is_flash_3_installed():
+        activate_flash_attention_impl("FA3")
+        for length in settings.lengths:
+            yield _flash(settings, length, 0.0, "FlashAttention-3")
+        restore_flash_attention_impl()
+    for vocabulary in _VOCABULARIES:
+        yield from _heads(settings, vocabulary)
+    yield from _layers(settings)
+
+
+def _attention(settings: KernelSettings, length: int) -> Iterator[_Kernel]:
+    on_gpu, dtype = settings.device == "cuda", _DTYPES[settings.precision]
+    if on_gpu and supports_flash(torch.cuda.get_device_capability(), _SIZE, dtype):
+        for dropout in (0.0, 0.1):
+            yield _flash(settings, length, dropout, "flash attention")
+    query, key, value, packing = _draw_attention(settings, length)
+    with_mask = masked_attention if on_gpu else matmul_attention
+    for dropout in (0.0, 0.1):
+        call = partial(with_mask, query, key, value, packing.bias(None, dtype), _SIZE**-0.5, dropout)
+        name = f"attention with a mask, dropout {dropout:g}"
+        yield _Kernel(name, _describe(query), (query, key, value), call, _attention_flops(settings.tokens, length))
+
+
+def _flash(settings: KernelSettings, length: int, dropout: float, name: str) -> _Kernel:
+    query, key, value, packing = _draw_attention(settings, length)
+    call = partial(flash_attention, query, key, value, packing, _SIZE**-0.5, dropout, None)
+    flops = _attention_flops(settings.tokens, length)
+    return _Kernel(f"{name}, dropout {dropout:g}", _describe(query), (query, key, value), call, flops)
+
+
+def _draw_attention(settings: KernelSettings, length: int) -> tuple[Tensor, Tensor, Tensor, Packing]:
+    """Query, key and value, and rows of one sequence each."""
+    rows = max(1, settings.tokens // length)
+    query, key, value = (_draw(settings, rows, length, _HEADS, _SIZE).transpose(1, 2) for _ in range(3))
+    numbers = torch.arange(1, rows + 1, dtype=torch.int32, device=settings.device)
+    bounds = torch.arange(0, rows + 1, dtype=torch.int32, device=settings.device) * length
+    return query, key, value, Packing(numbers[:, None].expand(rows, length), bounds)
+
+
+def _attention_flops(tokens: int, length: int) -> float:
+    """Two products forward, four backward. Recomputed scores do not count."""
+    return 6 * 2.0 * tokens * length * _HEADS * _SIZE
+
+
+def _heads(settings: KernelSettings, vocabulary: int) -> Iterator[_Kernel]:
+    predicted = max(1, round(_PREDICTED * settings.tokens))
+    shapes = ((predicted, _HIDDEN), (vocabulary, _HIDDEN), (vocabulary,))
+    hidden, weight, bias = inputs = [_draw(settings, *shape) for shape in shapes]
+    labels = torch.arange(predicted, device=settings.device) % vocabulary
+    labels[::50] = IGNORED
+    shape, flops = f"{predicted} x {_HIDDEN} x {vocabulary}", 6.0 * predicted * _HIDDEN * vocabulary
+    yield _Kernel("head, logits kept", shape, inputs, partial(_plain_loss, hidden, weight, bias, labels), flops)
+    if settings.device == "cuda":  # its Triton kernel does not run on a CPU
+        from pretrain.modeling.fused_cross_entropy import linear_cross_entropy
+
+        fused = partial(linear_cross_entropy, hidden, weight, bias, labels)
+        yield _Kernel("head, fused", shape, inputs, lambda: fused().loss_sum, flops)
+
+
+def _plain_loss(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
+    loss_sum, _ = PlainHead().cross_entropy(F.linear(hidden, weight, bias), labels, count=False)
+    return loss_sum
+
+
+def _layers(settings: KernelSettings) -> Iterator[_Kernel]:
+    values, wide = _draw(settings, settings.tokens, _HIDDEN), _draw(settings, settings.tokens, 4 * _HIDDEN)
+    weight, bias, scale = (_draw(settings, *shape) for shape in ((4 * _HIDDEN, _HIDDEN), (4 * _HIDDEN,), (_HIDDEN,)))
+    norm = partial(F.layer_norm, values, (_HIDDEN,), scale)
+    yield _Kernel("dropout", _describe(values), [values], partial(F.dropout, values, 0.1))
+    yield _Kernel("layer norm", _describe(values), [values, scale], norm)
+    yield _Kernel("GELU", _describe(wide), [wide], partial(F.gelu, wide))
+    flops = 6.0 * settings.tokens * weight.numel()
+    linear = partial(F.linear, values, weight, bias)
+    yield _Kernel("linear layer", f"{_describe(values)} x {4 * _HIDDEN}", [values, weight, bias], linear, flops)
+
+
+def _draw(settings: KernelSettings, *shape: int) -> Tensor:
+    return torch.randn(shape, device=settings.device, dtype=_DTYPES[settings.precision]).requires_grad_()
+
+
+def _describe(tensor: Tensor) -> str:
+    return " x ".join(str(size) for size in tensor.shape)
+
+
+def _milliseconds(kernel: _Kernel, settings: KernelSettings) -> float:
+    """Median time of a forward and a backward pass."""
+    upstream = torch.ones_like(kernel.call())
+
+    def compute() -> None:
+        torch.autograd.grad(kernel.call(), kernel.inputs, upstream)
+
+    for _ in range(_WARM):
+        compute()
+    time_once = _time_on_gpu if settings.device == "cuda" else _time_on_cpu
+    return statistics.median(time_once(compute) for _ in range(settings.rounds))
+
+
+def _time_on_gpu(compute: Callable[[], None]) -> float:
+    start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    start.record()
+    compute()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end))
+
+
+def _time_on_cpu(compute: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    compute()
+    return 1000 * (time.perf_counter() - start)
+
+
+if __name__ == "__main__":
+    settings = json.loads(sys.argv[1])
+    settings["lengths"] = tuple(settings["lengths"])
+    print(json.dumps([asdict(result) for result in run(KernelSettings(**settings))]), flush=True)

@@ -1,0 +1,170 @@
+"""Training steps of one model at one length, precision and ZeRO stage: a case of `benchmarks.gpu`.
+
+Runs in a process of its own, whose peak memory it reports, and prints one JSON object. Engine, model and batches are
+those of `deepcloze pretrain`; tokens are random, and the lengths of documents are drawn like those of Wikipedia.
+"""
+
+import json
+import sys
+import time
+from dataclasses import asdict
+from datetime import timedelta
+from typing import cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+
+from benchmarks.gpu_cases import MODELS, TrainingCase, TrainingResult
+from experiment.device_peaks import peak_flops, peak_memory
+from pretrain.batching.batch import RankBatch
+from pretrain.batching.batch_maker import BatchMaker, MaskedCorpus
+from pretrain.batching.masking import Masker, MaskingPolicy
+from pretrain.batching.order import BatchSizes, CorpusStream, ShuffledOrder
+from pretrain.batching.packing import MicrobatchLayout
+from pretrain.batching.sequences import SequenceIndex, split_documents
+from pretrain.batching.vocabulary import Vocabulary
+from pretrain.config import ModelConfig, OptimizerConfig
+from pretrain.corpus.reader import Corpus
+from pretrain.engine.deepspeed_settings import load_settings
+from pretrain.engine.engine import Engine
+from pretrain.engine.process_group import connect, disconnect
+from pretrain.modeling.build import BuiltModel, build_model
+from pretrain.modeling.masked_lm import MaskedLanguageModel
+
+_TINY = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "vocab_size": 200,
+    "pad_token_id": 0,
+}
+_MASKED = {"bert": 0.15, "modernbert": 0.3}
+_DOCUMENTS, _MEDIAN_LENGTH, _LENGTH_SPREAD = 20_000, 250.0, 1.2  # log-normal, in tokens
+_SPECIAL = 5  # ids 0 to 4: padding, unknown, and those around a text
+_FILL = 0.9  # of the slots of a microbatch, so that packing needs no second one
+_BATCHES = 4
+
+
+class _RandomCorpus:
+    """Stands for an open corpus."""
+
+    def __init__(self, vocabulary: int) -> None:
+        self._vocabulary = vocabulary
+        self._draw = np.random.default_rng(0)
+
+    def read(self, _starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int32]:
+        return self._draw.integers(_SPECIAL, self._vocabulary, int(lengths.sum()), dtype=np.int32)
+
+
+def run(case: TrainingCase) -> TrainingResult:
+    """Train and measure."""
+    world = connect(timedelta(seconds=60), lambda message: sys.exit(message))
+    fields = MODELS[case.model] | (_TINY if case.tiny else {})
+    settings = ModelConfig(config=fields)
+    built = build_model(settings, AutoConfig.for_model(**fields), seed=1)
+    if case.compile:
+        _compile_layers(built.model)
+    engine = Engine(
+        MaskedLanguageModel(built.model, built.packed),
+        load_settings(f"ds_configs/{case.precision}_zero{case.zero_stage}.json"),
+        OptimizerConfig(),
+        settings,
+        seed=1,
+        world=world,
+    )
+    try:
+        return _measure(case, built, engine)
+    except torch.cuda.OutOfMemoryError:
+        return TrainingResult(error="out of memory")
+    finally:
+        engine.close()
+        disconnect()
+
+
+def _compile_layers(model: PreTrainedModel) -> None:
+    """Before the engine is built, so that its hooks stay outside of the graph, which all layers share."""
+    layers = max((module for module in model.modules() if isinstance(module, nn.ModuleList)), key=len)
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward)
+
+
+def _measure(case: TrainingCase, built: BuiltModel, engine: Engine) -> TrainingResult:
+    batches = make_batches(case, built, pinned=engine.device.type == "cuda")
+    _train(engine, batches, 0, case.warmup)
+    seconds = _train(engine, batches, case.warmup, case.steps)
+    timed = [batches[step % len(batches)] for step in range(case.warmup, case.warmup + case.steps)]
+    tokens = sum(batch.tokens for batch in timed)
+    slots = sum(microbatch.input_ids.numel() for batch in timed for microbatch in batch.microbatches)
+    on_gpu = engine.device.type == "cuda"
+    device = torch.cuda.get_device_name() if on_gpu else "CPU"
+    peak = peak_flops(device, case.precision) if on_gpu else None
+    assert built.flops is not None
+    flops = sum(built.flops.per_step(batch.tokens, batch.squared_lengths, batch.masked_tokens) for batch in timed)
+    return TrainingResult(
+        device=device,
+        tokens_per_second=tokens / seconds,
+        mfu=None if peak is None else flops / seconds / peak,
+        step_ms=1000 * seconds / case.steps,
+        memory=peak_memory(),
+        fill=tokens / slots,
+    )
+
+
+def make_batches(case: TrainingCase, built: BuiltModel, pinned: bool) -> list[RankBatch]:
+    """A few batches of one microbatch each."""
+    config = built.model.config
+    special = np.zeros(config.vocab_size, dtype=np.bool_)
+    special[:_SPECIAL] = True
+    vocabulary = Vocabulary((2,), (3,), config.pad_token_id or 0, 4, special, np.arange(_SPECIAL, config.vocab_size))
+    index = _draw_index(case.length - vocabulary.num_special_tokens)
+    corpus = cast(Corpus, _RandomCorpus(config.vocab_size))
+    masker = Masker(vocabulary, MaskingPolicy(_MASKED[config.model_type], 0.8, 0.1), seed=1, corpus="random")
+    mean = index.starts[-1] / len(index) + vocabulary.num_special_tokens
+    maker = BatchMaker(
+        (MaskedCorpus(corpus, index, masker),),
+        ShuffledOrder(
+            (CorpusStream(len(index), seed=1),), BatchSizes(max(1, int(_FILL * case.microbatch_tokens / mean)))
+        ),
+        vocabulary,
+        MicrobatchLayout(case.length, case.microbatch_tokens, built.packed, built.first_position),
+    )
+    batches = [maker[step] for step in range(_BATCHES)]
+    return [_pin(batch) for batch in batches] if pinned else batches
+
+
+def _draw_index(capacity: int) -> SequenceIndex:
+    documents = np.random.default_rng(0).lognormal(np.log(_MEDIAN_LENGTH), _LENGTH_SPREAD, _DOCUMENTS).astype(np.int64)
+    lengths = split_documents(documents + 1, capacity)
+    return SequenceIndex(np.concatenate([[0], np.cumsum(lengths)]))
+
+
+def _pin(batch: RankBatch) -> RankBatch:
+    pinned = [type(one)(*(tensor.pin_memory() for tensor in one)) for one in batch.microbatches]
+    return batch._replace(microbatches=pinned)
+
+
+def _train(engine: Engine, batches: list[RankBatch], first: int, steps: int) -> float:
+    """Seconds that these steps take."""
+    _wait(engine.device)
+    start = time.perf_counter()
+    for step in range(first, first + steps):
+        batch = batches[step % len(batches)]
+        engine.begin_step(step, 1e-4)
+        for number, microbatch in enumerate(batch.microbatches):
+            engine.accumulate(microbatch, batch.masked_tokens, step, number)
+        engine.step()
+    _wait(engine.device)
+    return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+if __name__ == "__main__":
+    print(json.dumps(asdict(run(TrainingCase(**json.loads(sys.argv[1]))))), flush=True)
