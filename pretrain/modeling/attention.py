@@ -116,10 +116,11 @@ def use_flash_attention_3(config: PreTrainedConfig) -> None:
     """Let FlashAttention-3 take the place of FlashAttention-2 in this process where it can: installed as
     `flash_attn_interface`, on a device of compute capability 9, for a model without attention dropout. Elsewhere
     restore FlashAttention-2."""
-    dropout = max((getattr(config, name, None) or 0.0 for name in _ATTENTION_DROPOUT), default=0.0)
-    known = any(hasattr(config, name) for name in _ATTENTION_DROPOUT)
-    capability = _capability(torch.device("cuda")) if torch.cuda.is_available() else None
-    wanted = _wants_flash_3(capability, dropout if known else None, is_flash_3_installed())
+    dropouts = [getattr(config, name) or 0.0 for name in _ATTENTION_DROPOUT if hasattr(config, name)]
+    capability = None
+    if is_flash_3_installed() and torch.cuda.is_available():
+        capability = _capability(torch.device("cuda"))
+    wanted = capability is not None and capability[0] == 9 and dropouts != [] and max(dropouts) == 0.0
     if wanted == (current_flash_attention_impl() == _FLASH_3):
         return
     if not wanted:
@@ -129,11 +130,6 @@ def use_flash_attention_3(config: PreTrainedConfig) -> None:
         activate_flash_attention_impl(_FLASH_3)
     except Exception as error:  # of an extension that was built for another torch
         log.warning("FlashAttention-3 is installed but does not work: %s", error)
-
-
-def _wants_flash_3(capability: Capability | None, dropout: float | None, installed: bool) -> bool:
-    """`dropout`: of attention weights; None: unknown."""
-    return installed and capability is not None and capability[0] == 9 and dropout == 0.0
 
 
 def is_flash_3_installed() -> bool:

@@ -185,7 +185,12 @@ def test_masks_are_built_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) ->
     """Catches a mask [B, 1, W, W] that each layer builds anew."""
     packing, built = Packing(SEGMENTS, CU_SEQLENS), []
     build = Packing._blocked
-    monkeypatch.setattr(Packing, "_blocked", lambda self, window: built.append(window) or build(self, window))
+
+    def record(self: Packing, window: int | None) -> Tensor:
+        built.append(window)
+        return build(self, window)
+
+    monkeypatch.setattr(Packing, "_blocked", record)
     for window in (None, 3, None, 3):
         packed_attention(nn.Module(), *draw_inputs(), None, packing=packing, sliding_window=window)
     assert built == [None, 3]
