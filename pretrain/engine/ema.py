@@ -8,7 +8,7 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
-from pretrain.engine.partitions import Fragment, fragments
+from pretrain.engine.partitions import Fragment, fragments, resident_fragments
 
 
 class ExponentialMovingAverage:
@@ -21,8 +21,9 @@ class ExponentialMovingAverage:
     @torch.no_grad()
     def update(self) -> None:
         """Call after each applied update. Not collective: each rank averages what it owns."""
-        for fragment in fragments(self._engine):
-            self.of(fragment).lerp_(fragment.master, 1 - self._decay)
+        for resident in resident_fragments(self._engine):
+            averages, masters = [self.of(fragment) for fragment in resident], [fragment.master for fragment in resident]
+            torch._foreach_lerp_(averages, masters, 1 - self._decay)
 
     def of(self, fragment: Fragment) -> Tensor:
         """The average of a fragment's master, [numel]."""

@@ -55,6 +55,14 @@ def fragments(engine: DeepSpeedEngine) -> Iterator[Fragment]:
                     yield Fragment(name, tuple(parameter.shape), 0, parameter.data.view(-1), parameter, 0)
 
 
+def resident_fragments(engine: DeepSpeedEngine) -> Iterator[list[Fragment]]:
+    """The fragments, in lists whose tensors are valid together: one list, except under NVMe offload."""
+    if getattr(engine.optimizer, "optimizer_swapper", None) is None:
+        yield list(fragments(engine))
+    else:
+        yield from ([fragment] for fragment in fragments(engine))
+
+
 def _fragments_zero3(engine: DeepSpeedEngine) -> Iterator[Fragment]:
     optimizer, names = engine.optimizer, engine.param_names
     for sub_group, group in enumerate(optimizer.fp16_groups):
