@@ -19,13 +19,25 @@ from pretrain.training.health import UnhealthyError
 from pretrain.training.host_group import HostGroup
 
 
+def _signed(word: int) -> int:
+    """A 64-bit word as the number that torch's int64 makes of it."""
+    return word - (1 << 64) if word >> 63 else word
+
+
+_HASHED_AT_ONCE = 1 << 22  # elements; bounds the memory for their hashes
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
+# The constants of SplitMix64: its increment, then shift and factor of each round.
+_GOLDEN = _signed(0x9E3779B97F4A7C15)
+_ROUNDS = ((30, _signed(0xBF58476D1CE4E5B9)), (27, _signed(0x94D049BB133111EB)), (31, 1))
+
+
 def compare_replicas(engine: Engine, hosts: HostGroup, batch: RankBatch, learning_rate: float) -> None:
     """Call after the update of `batch`. Collective. Raises UnhealthyError on all ranks, naming the first difference."""
     own = {
         "the position in the data": batch.step,
         "the sequences of the batch": batch.fingerprint,
         "the learning rate": _bits(learning_rate),
-    } | {f"the weights of {name.removeprefix('model.')}": _hash(tensor) for name, tensor in engine.replicated_weights()}
+    } | _hash_weights(engine)
     difference = first_difference(own, hosts.all_gather(list(own.values())))
     if difference is not None:
         raise UnhealthyError(
@@ -53,10 +65,35 @@ def _join(ranks: Sequence[int]) -> str:
     return f"{', '.join(map(str, ranks[:-1]))} and {ranks[-1]}"
 
 
-def _hash(tensor: Tensor) -> int:
-    """Of the bits, on the host: about as fast as the copy."""
-    data = tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8)
-    return xxhash.xxh3_64_intdigest(data.numpy().data) >> 1
+def _hash_weights(engine: Engine) -> dict[str, int]:
+    """Hashes of the bits, by what they are called in messages. One wait for the device."""
+    weights = dict(engine.replicated_weights())
+    hashes = [hash_bits(tensor).to(engine.device) for tensor in weights.values()]
+    values = torch.stack(hashes).tolist() if hashes else []
+    return {f"the weights of {name.removeprefix('model.')}": value for name, value in zip(weights, values, strict=True)}
+
+
+def hash_bits(tensor: Tensor) -> Tensor:
+    """A 64-bit hash of a tensor's bits and their places, a scalar on its device."""
+    if tensor.is_cuda:
+        return _hash_on_device(tensor)
+    data = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    return torch.tensor(xxhash.xxh3_64_intdigest(data.numpy().data) >> 1)
+
+
+def _hash_on_device(tensor: Tensor) -> Tensor:
+    """The sum modulo 2^64 of a hash of each element and its position: SplitMix64 (see `batching.counter_rng`), whose
+    counter is the position, with the element's bits added to its state."""
+    bits = tensor.detach().contiguous().view(-1).view(_BITS[tensor.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for start in range(0, bits.numel(), _HASHED_AT_ONCE):
+        block = bits[start : start + _HASHED_AT_ONCE].long()
+        positions = torch.arange(start + 1, start + 1 + block.numel(), device=tensor.device)
+        mixed = block + positions.mul_(_GOLDEN)
+        for shift, factor in _ROUNDS:
+            mixed = (mixed ^ (mixed >> shift & ((1 << (64 - shift)) - 1))) * factor
+        total += mixed.sum()
+    return total
 
 
 def _bits(number: float) -> int:
