@@ -18,6 +18,19 @@ class AgreedError(UserError):
     """A UserError that every rank raises at the same point."""
 
 
+class PendingSums:
+    """Sums over all ranks that are being computed."""
+
+    def __init__(self, sums: torch.Tensor, work: dist.Work) -> None:
+        self._sums = sums
+        self._work = work
+
+    def wait(self) -> list[int]:
+        """The sums, when every rank has contributed."""
+        self._work.wait()
+        return self._sums.tolist()
+
+
 class HostGroup:
     """A gloo group of all ranks."""
 
@@ -28,9 +41,12 @@ class HostGroup:
 
     def all_reduce_sum(self, numbers: Sequence[int]) -> list[int]:
         """The sum of each number over all ranks."""
+        return self.start_all_reduce_sum(numbers).wait()
+
+    def start_all_reduce_sum(self, numbers: Sequence[int]) -> "PendingSums":
+        """Start to sum each number over all ranks, while this rank does other work. Collective."""
         sums = torch.tensor(numbers, dtype=torch.int64)
-        dist.all_reduce(sums, group=self._group)
-        return [int(total) for total in sums]
+        return PendingSums(sums, dist.all_reduce(sums, group=self._group, async_op=True))
 
     def all_gather(self, numbers: Sequence[int]) -> list[list[int]]:
         """The numbers of every rank, by rank."""

@@ -1,26 +1,26 @@
-"""What all ranks agree on before each step: token counts, requests to stop or save, and the time.
+"""What all ranks agree on in each step: the next batch's token counts, requests to stop or save, and the time.
 
-One all-reduce of whole numbers per step over gloo, without a device sync. Decisions that depend on time use rank 0's
-clock.
+One all-reduce of whole numbers per step over gloo, without a device sync. It is in flight while the step is computed,
+because it takes up to 0.3 s at 1,024 ranks. Decisions that depend on time use rank 0's clock.
 """
 
 from typing import NamedTuple
 
 from pretrain.batching.batch import RankBatch
 from pretrain.training.clock import TrainingClock
-from pretrain.training.host_group import HostGroup
+from pretrain.training.host_group import HostGroup, PendingSums
 from pretrain.world import World
 
 
 class StepTotals(NamedTuple):
-    """The numbers of one step, over all ranks."""
+    """Numbers over all ranks: of a batch, and of the moment at which the agreement on them began."""
 
     masked_tokens: int
     tokens: int  # real tokens, special tokens included
     squared_lengths: int  # sum over sequences
     stop_requests: int  # ranks that were asked to stop
     save_requests: int  # 1: a checkpoint is due by rank 0's clock
-    milliseconds: int  # of training before this step, by rank 0's clock
+    milliseconds: int  # of training so far, by rank 0's clock
     corpus_tokens: tuple[int, ...]  # real tokens by corpus
 
     @property
@@ -29,24 +29,42 @@ class StepTotals(NamedTuple):
 
 
 class StepAgreement:
-    def __init__(self, hosts: HostGroup, world: World, clock: TrainingClock, save_minutes: float | None) -> None:
-        """`save_minutes`: between checkpoints; None: none are due by the clock."""
+    def __init__(
+        self, hosts: HostGroup, world: World, clock: TrainingClock, save_minutes: float | None, corpora: int
+    ) -> None:
+        """`save_minutes`: between checkpoints; None: none are due by the clock. `corpora`: of the mixture."""
         self._hosts = hosts
         self._is_rank0 = world.rank == 0
         self._clock = clock
         self._save_minutes = save_minutes
+        self._corpora = corpora
 
-    def all_reduce(self, batch: RankBatch, stop_requested: bool) -> StepTotals:
-        """Collective. `batch`: this rank's share of the next global batch; `stop_requested`: of this rank."""
+    def begin(self, batch: RankBatch | None, stop_requested: bool) -> "PendingTotals":
+        """Collective; call before a step is computed.
+
+        Args:
+            batch: this rank's share of the global batch after that of the step; None: it has none.
+            stop_requested: of this rank.
+        """
         save_due = self._save_minutes is not None and self._clock.minutes_since_save >= self._save_minutes
-        own = (
-            batch.masked_tokens,
-            batch.tokens,
-            batch.squared_lengths,
+        counts, corpus_tokens = (0, 0, 0), [0] * self._corpora
+        if batch is not None:
+            counts = batch.masked_tokens, batch.tokens, batch.squared_lengths
+            corpus_tokens = list(batch.corpus_tokens)
+        now = (
             int(stop_requested),
             int(save_due and self._is_rank0),
             int(self._clock.seconds * 1000) if self._is_rank0 else 0,
         )
-        sums = self._hosts.all_reduce_sum([*own, *batch.corpus_tokens])
-        masked, tokens, squared_lengths, stops, saves, milliseconds, *corpus_tokens = sums
+        return PendingTotals(self._hosts.start_all_reduce_sum([*counts, *now, *corpus_tokens]))
+
+
+class PendingTotals:
+    """An agreement that is in flight."""
+
+    def __init__(self, sums: PendingSums) -> None:
+        self._sums = sums
+
+    def wait(self) -> StepTotals:
+        masked, tokens, squared_lengths, stops, saves, milliseconds, *corpus_tokens = self._sums.wait()
         return StepTotals(masked, tokens, squared_lengths, stops, saves, milliseconds, tuple(corpus_tokens))

@@ -17,6 +17,7 @@ from experiment.tracking import Tracker
 from experiment.tracking.downstream import DownstreamLog
 from experiment.tracking.metrics import Metrics
 from pretrain.batching.batch import RankBatch
+from pretrain.batching.loader import DataWorkerError
 from pretrain.engine.engine import Engine, StepResult
 from pretrain.evaluate import open_evaluator
 from pretrain.modeling.build import BuiltModel
@@ -40,7 +41,7 @@ from pretrain.training.log_interval import LogInterval
 from pretrain.training.recovery import ADVICE, Recovery, Response
 from pretrain.training.replicas import compare_replicas
 from pretrain.training.run_start import open_run_tracker, record_start
-from pretrain.training.step_agreement import StepAgreement, StepTotals
+from pretrain.training.step_agreement import PendingTotals, StepAgreement, StepTotals
 from pretrain.training.stop_request import StopRequest
 from pretrain.training.training_progress import TrainingProgress
 from pretrain.training_stream import TrainingStream
@@ -59,6 +60,20 @@ class Update(NamedTuple):
     result: StepResult = StepResult(applied=False, grad_norm=math.nan)
     losses: Tensor | None = None  # summed, of each microbatch of this rank; None: the batch was not trained on
     fault: Fault | None = None
+
+
+class UpcomingBatch(NamedTuple):
+    """This rank's share of a global batch that has not been trained on yet."""
+
+    share: RankBatch | DataWorkerError | None  # None: the stream has ended
+    agreement: PendingTotals  # on its token counts
+
+    def batch(self) -> RankBatch:
+        """Raises DataWorkerError if there was no way to get it: only now, so that the step before it is completed."""
+        if isinstance(self.share, DataWorkerError):
+            raise self.share
+        assert self.share is not None, "the run ends with the stream"
+        return self.share
 
 
 class Trainer:
@@ -97,7 +112,7 @@ class Trainer:
         self._recovery = Recovery(config.health, limits)
         self._bad_batches = BadBatchWriter(run.folder, world, stream.corpora, run.tokenizer.decode)
         self._clock, self._throughput = TrainingClock(self._progress.seconds), Throughput()
-        self._agreement = StepAgreement(hosts, world, self._clock, config.checkpoint.every_minutes)
+        self._agreement = StepAgreement(hosts, world, self._clock, config.checkpoint.every_minutes, len(stream.corpora))
         self._logged_step = -1  # events up to this step were logged before a rewind
         self._open_data()
 
@@ -107,27 +122,31 @@ class Trainer:
         Raises UnhealthyError, LossScaleError or UnwritableError, each on all ranks, if the run cannot continue.
         """
         self._evaluate_and_save_if_due()
+        upcoming: UpcomingBatch | None = None
         while not self._is_finished():
-            batch = self._next_batch()
-            totals = self._agreement.all_reduce(batch, stop_requested=stop.reason is not None)
+            upcoming = upcoming or self._take_batch(stop)
+            batch, totals = upcoming.batch(), upcoming.agreement.wait()
+            upcoming = self._take_batch(stop)  # agreed on while this one is computed
             rate = self._learning_rate(batch.step, totals.seconds)
             update = self._train_step(batch, totals.masked_tokens, rate)
+            agreed = upcoming.agreement.wait()
             if update.fault is not None:
                 recovered = self._recover(batch, update.fault, update.losses)
                 if recovered is None:  # rewound
+                    upcoming = None
                     continue
                 update = recovered
-            self._advance(totals, update)
+            self._advance(totals, update, agreed.seconds)
             if self._is_due(self._config.health.compare_every) and self._engine.world.size > 1:
                 compare_replicas(self._engine, self._hosts, batch, rate)
 
             finished = self._is_finished()
-            stopping = totals.stop_requests > 0 and not finished
+            stopping = agreed.stop_requests > 0 and not finished
             if finished or self._is_due(self._config.run.log_every):
                 self._log(rate, update.result.grad_norm)
             if self._is_evaluation_due() and not stopping:
                 self._evaluate()
-            if stopping or totals.save_requests or self._is_save_due():
+            if stopping or agreed.save_requests or self._is_save_due():
                 self._save(self._clock.seconds)
                 self._clock.restart_save_timer()
             if stopping:
@@ -160,9 +179,16 @@ class Trainer:
         elif needs_rewind_target or self._is_best_step() or self._is_finished():
             self._save(self._progress.seconds)
 
-    def _next_batch(self) -> RankBatch:
+    def _take_batch(self, stop: StopRequest) -> UpcomingBatch:
+        """Take the next batch, if there is one, and begin to agree on it."""
+        batch: RankBatch | DataWorkerError | None
         with self._throughput.waiting():
-            return next(self._batches)
+            try:
+                batch = next(self._batches, None)
+            except DataWorkerError as error:
+                batch = error
+        share = batch if isinstance(batch, RankBatch) else None
+        return UpcomingBatch(batch, self._agreement.begin(share, stop_requested=stop.reason is not None))
 
     def _learning_rate(self, step: int, seconds: float) -> float:
         return learning_rate(self._config.schedule, self._config.optimizer.lr, step, self._stream.steps, seconds)
@@ -237,8 +263,8 @@ class Trainer:
         self._logged_step = max(self._logged_step, reached.step)
         self._evaluate_and_save_if_due()
 
-    def _advance(self, totals: StepTotals, update: Update) -> None:
-        """Count the step."""
+    def _advance(self, totals: StepTotals, update: Update, seconds: float) -> None:
+        """Count the step. `seconds`: of training before it."""
         self._interval.add(update.losses, totals)
         self._throughput.add(totals.tokens)
         progress, result = self._progress, update.result
@@ -253,7 +279,7 @@ class Trainer:
             step=progress.step + 1,
             tokens=progress.tokens + totals.tokens,
             tokens_by_corpus=by_corpus,
-            seconds=totals.seconds,
+            seconds=seconds,
             skipped_steps=progress.skipped_steps + (not result.applied),
             overflows=progress.overflows + overflowed,
             grad_norms=() if unfreezes else norms,

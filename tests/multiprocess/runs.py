@@ -80,11 +80,11 @@ def pretrain_case(
 
 
 class _StopAfter(StopRequest):
-    """Asks to stop after `steps` steps: each step checks once, before it starts."""
+    """Asks to stop after `steps` steps: it is checked once at the start of training and once in each step."""
 
     def __init__(self, steps: int, stop_file: Path | None) -> None:
         super().__init__(stop_file)
-        self._left = steps
+        self._left = steps + 1
 
     @property
     def reason(self) -> str | None:

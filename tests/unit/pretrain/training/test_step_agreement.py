@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -20,9 +21,9 @@ class RecordedHosts:
     def __init__(self) -> None:
         self.contributions: list[list[int]] = []
 
-    def all_reduce_sum(self, numbers: Sequence[int]) -> list[int]:
+    def start_all_reduce_sum(self, numbers: Sequence[int]) -> Any:
         self.contributions.append(list(numbers))
-        return [sum(column) for column in zip(*self.contributions, strict=True)]
+        return SimpleNamespace(wait=lambda: [sum(column) for column in zip(*self.contributions, strict=True)])
 
 
 def rank_batch(masked: int, tokens: int, squared_lengths: int) -> RankBatch:
@@ -40,10 +41,10 @@ def agree(monkeypatch: pytest.MonkeyPatch, save_minutes: float | None, asked: tu
         now = 0.0
         clock = TrainingClock(0.0)
         now = 100.0 + 70.0 * rank
-        agreement = StepAgreement(cast(HostGroup, hosts), World(rank, 3), clock, save_minutes)
+        agreement = StepAgreement(cast(HostGroup, hosts), World(rank, 3), clock, save_minutes, corpora=2)
         batch = rank_batch(MASKED[rank], TOKENS[rank], SQUARED[rank])
-        totals = agreement.all_reduce(batch, stop_requested=reason is not None)
-    return totals
+        pending = agreement.begin(batch, stop_requested=reason is not None)
+    return pending.wait()
 
 
 def test_totals_are_sums_over_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,3 +74,13 @@ def test_any_rank_can_request_a_stop(
 ) -> None:
     """Catches a signal to a rank other than 0 that is ignored."""
     assert agree(monkeypatch, None, asked).stop_requests == requests
+
+
+def test_a_rank_without_a_batch_contributes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches ranks that send different numbers of sums where the data of one has failed: the others would hang."""
+    hosts: Any = RecordedHosts()
+    agreement = StepAgreement(cast(HostGroup, hosts), World(0, 2), TrainingClock(0.0), None, corpora=2)
+    agreement.begin(rank_batch(5, 9, 0), stop_requested=False)
+    totals = agreement.begin(None, stop_requested=True).wait()
+    assert (totals.masked_tokens, totals.tokens, totals.corpus_tokens) == (5, 9, (8, 1))
+    assert totals.stop_requests == 1
