@@ -93,9 +93,13 @@ class BatchMaker:
     masking_schedule: MaskingSchedule | None = None  # None: the rate of each masker's policy
 
     def __getitem__(self, step: int) -> RankBatch:
-        # 1. Which sequences? 2. Where is each computed?
-        sequences, text_lengths, assignment = self.assign(step)
-        # 3. This rank's share.
+        # 1. Which sequences? 2. Where is each computed? 3. This rank's share.
+        return self.make_share(step, *self.assign(step))
+
+    def make_share(
+        self, step: int, sequences: BatchSequences, text_lengths: NDArray[np.int64], assignment: Assignment
+    ) -> RankBatch:
+        """This rank's share of a global batch; the arguments after `step` are what `assign` returns."""
         own = self._own(sequences, text_lengths, assignment)
         text = self._read_and_mask(step, own)
         slots = self._fill_slots(own, text, assignment)
@@ -141,7 +145,7 @@ class BatchMaker:
             BatchSequences(*(column[own] for column in sequences)),
             own_lengths + self.vocabulary.num_special_tokens,
             own_lengths,
-            assignment.first_slots[own],
+            assignment.first_slots(own),
         )
 
     def _read_and_mask(self, step: int, own: _OwnSequences) -> MaskedText:

@@ -17,11 +17,12 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, SplitMix64's inc
 
 def mix(values: U64) -> U64:
     """A bijection of 64-bit words in which each output bit depends on all input bits; any shape."""
-    mixed = values ^ (values >> np.uint64(30))
-    mixed *= np.uint64(0xBF58476D1CE4E5B9)
-    mixed ^= mixed >> np.uint64(27)
-    mixed *= np.uint64(0x94D049BB133111EB)
-    mixed ^= mixed >> np.uint64(31)
+    shifted = values >> np.uint64(30)
+    mixed = np.asarray(values ^ shifted)
+    for factor, shift in ((0xBF58476D1CE4E5B9, 27), (0x94D049BB133111EB, 31)):
+        mixed *= np.uint64(factor)
+        shifted = np.right_shift(mixed, np.uint64(shift), out=np.asarray(shifted))
+        mixed ^= shifted
     return mixed
 
 

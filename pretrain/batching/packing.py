@@ -65,10 +65,10 @@ class Assignment:
     rows: int  # of every microbatch
     width: int  # slots in a row
 
-    @property
-    def first_slots(self) -> NDArray[np.int64]:
-        """[S] each sequence's first slot in its rank's flattened microbatches."""
-        return (self.microbatch * self.rows + self.row) * self.width + self.offset
+    def first_slots(self, sequences: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The first slot of each of these sequences in its rank's flattened microbatches; same shape."""
+        rows = self.microbatch[sequences] * self.rows + self.row[sequences]
+        return rows * self.width + self.offset[sequences]
 
 
 def pack(lengths: NDArray[np.int64], width: int) -> PackedRows:

@@ -13,15 +13,17 @@ from numpy.typing import NDArray
 from pretrain.batching.counter_rng import U64, fold_in, make_key
 
 _ROUNDS = 8
+_BLOCK = 16384  # words that are mixed at once: they stay in the processor's cache
 
 
 def permute(seed: int, epoch: int, indices: NDArray[np.int64], n: int) -> NDArray[np.int64]:
-    """The image of each of `indices` (values in [0, n)) in the permutation of (seed, epoch); same shape."""
+    """The image of each of `indices` [I] (values in [0, n)) in the permutation of (seed, epoch)."""
     assert n >= 1
     if n == 1:
         return np.zeros_like(indices)
     keys = _round_keys(seed, epoch)
-    words = _network(indices.astype(np.uint64), n, keys)
+    blocks = np.array_split(indices.astype(np.uint64), -(-len(indices) // _BLOCK) or 1)
+    words = np.concatenate([_network(block, n, keys) for block in blocks])
     while (outside := np.flatnonzero(words >= n)).size:
         words[outside] = _network(words[outside], n, keys)
     return words.astype(np.int64)
@@ -34,8 +36,10 @@ def permutations(seed: int, epochs: Sequence[int], n: int) -> NDArray[np.int64]:
     """
     assert n >= 2
     assert n & (n - 1) == 0
+    words = np.arange(n, dtype=np.uint64)[None]
     keys = np.array([_round_keys(seed, epoch) for epoch in epochs], dtype=np.uint64)
-    return _network(np.arange(n, dtype=np.uint64)[None], n, keys.T[..., None]).astype(np.int64)
+    blocks = np.array_split(keys, len(epochs) * n // _BLOCK or 1)
+    return np.concatenate([_network(words, n, block.T[..., None]) for block in blocks]).astype(np.int64)
 
 
 def _round_keys(seed: int, epoch: int) -> list[int]:

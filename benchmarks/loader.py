@@ -1,0 +1,199 @@
+"""What data loading costs, without a model.
+
+    python -m benchmarks.loader [--length 512] [--documents web]
+
+On a corpus of random tokens in documents of realistic lengths:
+
+- the milliseconds of each phase of a batch, at the beginning of the stream and at step 10^9, for one rank and for one
+  of 1,024. Every rank repeats all from the order to the assignment, for the whole global batch. Reading and masking are
+  parts of the rank's own share.
+- the tokens per second of one worker, and the share of the time that a rank waits for it at a simulated consumption.
+"""
+
+import pickle
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fire
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.machine import describe_machine
+from experiment.allocator import keep_freed_memory
+from pretrain.batching.batch import flatten_batch
+from pretrain.batching.batch_maker import BatchMaker, MaskedCorpus
+from pretrain.batching.loader import load_batches
+from pretrain.batching.masking import Masker, MaskingPolicy
+from pretrain.batching.order import BatchSizes, CorpusStream, ShuffledOrder
+from pretrain.batching.packing import MicrobatchLayout, Rows
+from pretrain.batching.sequences import open_index
+from pretrain.batching.vocabulary import Vocabulary
+from pretrain.corpus.manifest import Recipe
+from pretrain.corpus.reader import Corpus, open_corpus
+from pretrain.corpus.shards import ShardWriter, SourcePosition
+from pretrain.corpus.tokenization import EncodedBatch
+from pretrain.world import World
+
+_VOCABULARY = 30_000
+_DOCUMENTS = {
+    "wiki": (4.4, 1.0),
+    "web": (6.0, 1.1),
+    "books": (11.0, 0.5),
+}  # mean and deviation of the log of the length
+_PHASES = ("order", "order to assignment", "read", "mask", "own share", "send, receive")
+
+
+def loader(
+    *,
+    documents: str = "web",
+    length: int = 512,
+    tokens: int = 50_000_000,
+    microbatch_tokens: int = 32_768,
+    consumption: int = 300_000,
+    seconds: float = 10.0,
+) -> None:
+    """Measure and print two tables.
+
+    Args:
+        documents: how long documents are: wiki (paragraphs), web or books
+        length: longest sequence, in tokens
+        tokens: of the corpus
+        microbatch_tokens: slots of a microbatch
+        consumption: tokens per second that the simulated rank trains on
+        seconds: for which one worker is measured
+    """
+    torch.set_num_threads(1)
+    keep_freed_memory()  # as in a run
+    with tempfile.TemporaryDirectory() as scratch:
+        corpus = _make_corpus(Path(scratch) / "corpus", _document_lengths(documents, tokens))
+        layouts: list[tuple[Rows, int, int]] = [
+            (rows, world_size, sequences)
+            for rows in ("windows", "flat")
+            for world_size, sequences in ((1, 256), (1, 4096), (1024, 65536))
+        ]
+        phases = Table("batch", *_PHASES, title=f"milliseconds per batch, {documents}, sequences of up to {length}")
+        rates = Table("batch", "tokens/s of one worker", f"wait at {consumption:,} tokens/s")
+        for rows, world_size, sequences in layouts:
+            layout = MicrobatchLayout(length, microbatch_tokens, rows)
+            maker = _make_maker(corpus, layout, sequences, World(world_size // 2, world_size))
+            name = f"{rows}, {sequences:,} sequences, {world_size:,} ranks"
+            for step in (0, 10**9):
+                figures = _median_phases(maker, step)
+                phases.add_row(f"{name}, step {step:.0e}", *(f"{figures[phase]:.2f}" for phase in _PHASES))
+            rates.add_row(name, f"{_rate(maker, seconds):,.0f}", f"{_wait(maker, consumption, seconds):.2%}")
+    console = Console(width=140)
+    console.print(phases, rates)
+    console.print(
+        f"peak memory of the rank and of a worker: {_peak(resource.RUSAGE_SELF)}, "
+        f"{_peak(resource.RUSAGE_CHILDREN)} MiB, memory-mapped files included"
+    )
+    print(describe_machine())
+
+
+def _document_lengths(documents: str, tokens: int) -> NDArray[np.int64]:
+    """Lognormal lengths that add up to about `tokens`."""
+    mean, deviation = _DOCUMENTS[documents]
+    count = int(tokens / np.exp(mean + deviation**2 / 2))
+    drawn = np.random.default_rng(0).lognormal(mean, deviation, count)
+    return np.clip(drawn, 1, 300_000).astype(np.int64)
+
+
+def _make_corpus(folder: Path, lengths: NDArray[np.int64]) -> Corpus:
+    """Documents of random tokens."""
+    writer, nothing = ShardWriter(folder, "uint16", {}), np.zeros_like(lengths)
+    ids = np.random.default_rng(1).integers(5, _VOCABULARY, lengths.sum()).astype(np.uint16)
+    position = SourcePosition(len(lengths), "")
+    writer.add(EncodedBatch(ids, lengths, nothing, nothing, None, None), nothing, [position] * len(lengths))
+    recipe = Recipe("random", "random", "main", None, None, None)
+    writer.publish(writer.finish(recipe, _VOCABULARY, 0, position))
+    return open_corpus(folder)
+
+
+def _make_maker(corpus: Corpus, layout: MicrobatchLayout, sequences: int, world: World) -> BatchMaker:
+    vocabulary = Vocabulary(
+        prefix=(2,),
+        suffix=(3,),
+        pad_id=0,
+        mask_id=4,
+        unmaskable=np.arange(_VOCABULARY) < 5,
+        replacements=np.arange(5, _VOCABULARY),
+    )
+    index = open_index(corpus, layout.width - vocabulary.num_special_tokens, corpus.path)
+    masker = Masker(vocabulary, MaskingPolicy(0.15, 0.8, 0.1), seed=1, corpus=corpus.fingerprint)
+    order = ShuffledOrder((CorpusStream(len(index), seed=1),), BatchSizes(sequences))
+    return BatchMaker((MaskedCorpus(corpus, index, masker),), order, vocabulary, layout, world)
+
+
+def _median_phases(maker: BatchMaker, step: int) -> dict[str, float]:
+    """Median milliseconds of each phase of the batches from `step` on."""
+    maker[step]  # maps the corpus's files
+    measured = [_phases(maker, number) for number in range(step, step + 9)]
+    return {phase: statistics.median(figures[phase] for figures in measured) for phase in measured[0]}
+
+
+def _phases(maker: BatchMaker, step: int) -> dict[str, float]:
+    (source,) = maker.corpora
+    order, _ = _timed(lambda: maker.order.batch(step))
+    every_rank, assigned = _timed(lambda: maker.assign(step))
+    share, batch = _timed(lambda: maker.make_share(step, *assigned))
+    sequences, text_lengths, assignment = assigned
+    own = np.flatnonzero(assignment.rank == maker.world.rank)
+    starts, lengths = np.asarray(source.index.starts[sequences.ids[own]]), text_lengths[own]
+    read, ids = _timed(lambda: source.corpus.read(starts, lengths))
+    keys = source.masker.keys(batch.origins)
+    mask, _ = _timed(lambda: source.masker.mask(ids.astype(np.int64), lengths, keys))
+    send, _ = _timed(lambda: pickle.loads(pickle.dumps(_message(batch), protocol=pickle.HIGHEST_PROTOCOL)))
+    return dict(zip(_PHASES, (order, every_rank, read, mask, share, send), strict=True))
+
+
+def _message(batch: Any) -> tuple[Any, ...]:
+    flat = flatten_batch(batch)
+    return flat.data.numpy(), flat.fields, flat.batch
+
+
+def _timed(function: Callable[[], Any]) -> tuple[float, Any]:
+    """Milliseconds, and what `function` returns."""
+    start = time.perf_counter()
+    result = function()
+    return (time.perf_counter() - start) * 1000, result
+
+
+def _rate(maker: BatchMaker, seconds: float) -> float:
+    """Tokens per second that one worker makes of this rank's shares."""
+    batches = load_batches(maker, 0, None, workers=1)
+    next(batches)
+    start, tokens = time.perf_counter(), 0
+    for batch in batches:
+        tokens += batch.tokens
+        if time.perf_counter() - start > seconds:
+            break
+    return tokens / (time.perf_counter() - start)
+
+
+def _wait(maker: BatchMaker, consumption: int, seconds: float) -> float:
+    """Share of the time that a rank waits for one worker, if it trains on `consumption` tokens per second."""
+    batches = load_batches(maker, 0, None, workers=1)
+    waited, trained = 0.0, next(batches).tokens / consumption
+    time.sleep(trained)
+    while waited + trained < seconds:
+        milliseconds, batch = _timed(lambda: next(batches))
+        waited += milliseconds / 1000
+        trained += batch.tokens / consumption
+        time.sleep(batch.tokens / consumption)
+    return waited / (waited + trained)
+
+
+def _peak(who: int) -> int:
+    return resource.getrusage(who).ru_maxrss // 1024
+
+
+if __name__ == "__main__":
+    fire.Fire(loader)
