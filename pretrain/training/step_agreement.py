@@ -1,7 +1,8 @@
 """What all ranks agree on in each step: the next batch's token counts, requests to stop or save, and the time.
 
 One all-reduce of whole numbers per step over gloo, without a device sync. It is in flight while the step is computed,
-because it takes up to 0.3 s at 1,024 ranks. Decisions that depend on time use rank 0's clock.
+because it takes up to 0.3 s at 1,024 ranks. Requests take effect when that step ends. Decisions that depend on time use
+rank 0's clock: the learning rate of a step under a time budget depends on when the step before it began.
 """
 
 from typing import NamedTuple

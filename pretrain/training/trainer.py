@@ -136,7 +136,7 @@ class Trainer:
                     upcoming = None
                     continue
                 update = recovered
-            self._advance(totals, update, agreed.seconds)
+            self._advance(totals, update)
             if self._is_due(self._config.health.compare_every) and self._engine.world.size > 1:
                 compare_replicas(self._engine, self._hosts, batch, rate)
 
@@ -263,8 +263,8 @@ class Trainer:
         self._logged_step = max(self._logged_step, reached.step)
         self._evaluate_and_save_if_due()
 
-    def _advance(self, totals: StepTotals, update: Update, seconds: float) -> None:
-        """Count the step. `seconds`: of training before it."""
+    def _advance(self, totals: StepTotals, update: Update) -> None:
+        """Count the step."""
         self._interval.add(update.losses, totals)
         self._throughput.add(totals.tokens)
         progress, result = self._progress, update.result
@@ -279,7 +279,7 @@ class Trainer:
             step=progress.step + 1,
             tokens=progress.tokens + totals.tokens,
             tokens_by_corpus=by_corpus,
-            seconds=seconds,
+            seconds=totals.seconds,
             skipped_steps=progress.skipped_steps + (not result.applied),
             overflows=progress.overflows + overflowed,
             grad_norms=() if unfreezes else norms,
