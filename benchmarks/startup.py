@@ -2,8 +2,8 @@
 
     python -m benchmarks.startup [--rounds 5]
 
-Builds a small corpus, then starts runs of three steps with one rank and with two, in turn. The files are in the system's
-cache after the first, untimed run.
+Builds a small corpus, then starts runs of three steps with one rank and with two, in turn. The files are in the
+system's cache after the first, untimed run.
 """
 
 import json
@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 
 import fire
@@ -62,7 +63,7 @@ def startup(rounds: int = 5) -> None:
     with tempfile.TemporaryDirectory(prefix="deepcloze-startup-") as folder:
         config = _write_inputs(Path(folder))
         _seconds_by_phase(config, 1, Path(folder) / "first")
-        seconds = {1: [], 2: []}  # type: dict[int, list[list[float]]]
+        seconds: dict[int, list[list[float]]] = {1: [], 2: []}
         for number in range(rounds):
             for ranks in seconds:
                 seconds[ranks].append(_seconds_by_phase(config, ranks, Path(folder) / f"run-{ranks}-{number}"))
@@ -94,19 +95,20 @@ def _seconds_by_phase(config: Path, ranks: int, run: Path) -> list[float]:
     times = [time.monotonic()]
     process = subprocess.Popen([*command, f"--run.dir={run}", "--oversubscribe"], stdout=subprocess.DEVNULL)
     tree = psutil.Process(process.pid)
-    for has_ended in (
+    phases: tuple[Callable[[], object], ...] = (
         lambda: _runs(tree, "deepspeed.launcher.runner"),
         lambda: _runs(tree, "pretrain.run"),
         lambda: folder.rank_record(0).exists(),
         lambda: _record(folder).get("training"),
         lambda: folder.metrics.exists() and '"step": 1,' in folder.metrics.read_text(),
-    ):
+    )
+    for has_ended in phases:
         _wait_until(has_ended, process)
         times.append(time.monotonic())
     if process.wait() != 0:
         sys.exit(f"the run failed: {command}")
     times.append(time.monotonic())
-    return [end - start for start, end in zip(times, times[1:], strict=False)]
+    return [end - start for start, end in pairwise(times)]
 
 
 def _wait_until(has_ended: Callable[[], object], process: "subprocess.Popen[bytes]") -> None:

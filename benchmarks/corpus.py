@@ -1,0 +1,175 @@
+"""Seconds to build a corpus, compared with tokenization alone and with `datasets.map`.
+
+    python -m benchmarks.corpus --source FILE --tokenizer DIR [--threads 2] [--rounds 3]
+
+`deepcloze corpus` runs as a process and is timed from its start to its end. The others tokenize the same lines on as
+many threads or processes, each in a process of its own: `encode_batch` and `encode_batch_fast` (without offsets) of
+`tokenizers`, of which only the calls are timed, and `datasets.map` as `run_mlm` calls it, timed from the start of its
+process and without it. They alternate. Peak memory is that of all processes of a contestant, shared pages counted once
+(PSS). Last, one process reads and hashes the source without tokenizing it: how many cores the reader can feed.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import fire
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.machine import describe_machine
+
+_DEEPCLOZE, _RAW, _FAST, _MAP = "deepcloze corpus", "encode_batch", "encode_batch_fast", "datasets.map"
+_BATCH = 1000  # documents, as in `datasets.map`
+
+Runs = dict[str, list[dict[str, float]]]
+"""Of each contestant: its figures, one entry per round."""
+
+
+def corpus(source: str, tokenizer: str, threads: int = 0, rounds: int = 3) -> None:
+    """Measure and print a table.
+
+    Args:
+        source: text file, one document per line
+        tokenizer: Hugging Face folder with a tokenizer.json
+        threads: of each contestant; 0: all cores
+        rounds: how often each contestant runs
+    """
+    threads = threads or len(os.sched_getaffinity(0))
+    print(describe_machine())
+    runs: Runs = {name: [] for name in (_DEEPCLOZE, _RAW, _FAST, _MAP)}
+    with tempfile.TemporaryDirectory(prefix="deepcloze-corpus-") as folder:
+        for number in range(rounds):
+            for name, found in runs.items():
+                found.append(_run(name, source, tokenizer, threads, Path(folder) / f"{number}"))
+        read = _contestant("read", source, tokenizer, threads, Path(folder) / "read")
+    Console().print(_table(runs))
+    megabytes = Path(source).stat().st_size / 1e6
+    encoding = megabytes / statistics.median(run["encoding"] for run in runs[_FAST]) / threads
+    reading = megabytes / read["encoding"]
+    print(
+        f"reading and hashing: {reading:.0f} MB/s; a core tokenizes {encoding:.1f} MB/s: feeds {reading / encoding:.0f}"
+    )
+
+
+def _run(name: str, source: str, tokenizer: str, threads: int, output: Path) -> dict[str, float]:
+    """{"total": seconds of the process, "encoding": those of tokenization, "memory": peak bytes}"""
+    if name != _DEEPCLOZE:
+        return _contestant(name, source, tokenizer, threads, output)
+    flags = ["--source", source, "--tokenizer", tokenizer, "--output", str(output), f"--workers={threads}"]
+    seconds, memory, _ = _watch([sys.executable, "-m", "launcher", "corpus", *flags], {})
+    return {"total": seconds, "encoding": seconds, "memory": memory}
+
+
+def _contestant(name: str, source: str, tokenizer: str, threads: int, output: Path) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.corpus", "--contestant", name, source, tokenizer, str(threads)]
+    # A cache of `datasets` would have the result of an earlier round.
+    environment = {"RAYON_NUM_THREADS": str(threads), "HF_DATASETS_CACHE": str(output / name)}
+    seconds, memory, printed = _watch(command, environment)
+    return {"total": seconds, "encoding": float(json.loads(printed.splitlines()[-1])), "memory": memory}
+
+
+def _watch(command: list[str], environment: Mapping[str, str]) -> tuple[float, float, str]:
+    """Seconds, peak memory in bytes and output of a process."""
+    start, peak = time.monotonic(), 0.0
+    process = subprocess.Popen(
+        command, env=os.environ | dict(environment), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    tree = psutil.Process(process.pid)
+    while process.poll() is None:
+        peak = max(peak, _memory(tree))
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(0.5)
+    seconds = time.monotonic() - start
+    if process.returncode != 0:
+        sys.exit(f"failed: {command}")
+    assert process.stdout is not None
+    return seconds, peak, process.stdout.read()
+
+
+def _memory(tree: psutil.Process) -> float:
+    total = 0.0
+    with suppress(psutil.Error):
+        for process in (tree, *tree.children(recursive=True)):
+            total += process.memory_full_info().pss
+    return total
+
+
+def _table(runs: Runs) -> Table:
+    table = Table("", "process, s: median (min – max)", "tokenization, s", "peak memory, GB", "speed of deepcloze")
+    ours = statistics.median(run["total"] for run in runs[_DEEPCLOZE])
+    for name, found in runs.items():
+        # Of `datasets.map` the whole process, as users start it; of the others tokenization alone.
+        key = "total" if name in (_DEEPCLOZE, _MAP) else "encoding"
+        ratio = statistics.median(run[key] for run in found) / ours
+        memory = max(run["memory"] for run in found) / 1e9
+        cells = (_spread(found, "total"), _spread(found, "encoding"), f"{memory:.2f}", f"{ratio:.2f} ×")
+        table.add_row(name, *cells)
+    return table
+
+
+def _spread(runs: list[dict[str, float]], key: str) -> str:
+    seconds = [run[key] for run in runs]
+    return f"{statistics.median(seconds):.2f} ({min(seconds):.2f} – {max(seconds):.2f})"
+
+
+def contestant(name: str, source: str, tokenizer: str, threads: str) -> None:
+    """Run one contestant and print the seconds of its tokenization, or of reading."""
+    seconds = {_MAP: _map, "read": _read}.get(name, _encode)(name, source, tokenizer, int(threads))
+    print(seconds)
+
+
+def _encode(name: str, source: str, tokenizer: str, _threads: int) -> float:
+    from tokenizers import Tokenizer
+
+    raw = Tokenizer.from_file(str(Path(tokenizer) / "tokenizer.json"))
+    raw.no_truncation()
+    raw.no_padding()
+    encode = raw.encode_batch if name == _RAW else raw.encode_batch_fast
+    lines = Path(source).read_text(encoding="utf-8").split("\n")
+    start = time.monotonic()
+    for first in range(0, len(lines), _BATCH):
+        encode(lines[first : first + _BATCH], add_special_tokens=False)
+    return time.monotonic() - start
+
+
+def _map(_name: str, source: str, tokenizer: str, threads: int) -> float:
+    import datasets
+    from transformers import AutoTokenizer
+
+    encode = AutoTokenizer.from_pretrained(tokenizer)
+    lines = datasets.load_dataset("text", data_files=source, split="train")
+    start = time.monotonic()
+    lines.map(
+        lambda batch: encode(batch["text"], return_special_tokens_mask=True),
+        batched=True,
+        num_proc=threads,
+        remove_columns=["text"],
+    )
+    return time.monotonic() - start
+
+
+def _read(_name: str, source: str, tokenizer: str, _threads: int) -> float:
+    from pretrain.corpus.build_plan import plan_build
+    from pretrain.corpus.options import CorpusOptions
+    from pretrain.corpus.pipeline import scan_source
+
+    plan = plan_build(CorpusOptions(source=source, tokenizer=Path(tokenizer), output=Path("unused")))
+    start = time.monotonic()
+    scan_source("reading", plan)
+    return time.monotonic() - start
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--contestant"]:
+        contestant(*sys.argv[2:])
+    else:
+        fire.Fire(corpus)
