@@ -17,7 +17,6 @@ from filelock import FileLock, Timeout
 
 from experiment.disk_errors import disk_errors_as
 from experiment.errors import UserError
-from experiment.tokenizer import save_tokenizer, vocabulary_size
 from pretrain.corpus.build_plan import BuildPlan, plan_build
 from pretrain.corpus.manifest import MANIFEST, TOKENIZER, Manifest, read_manifest
 from pretrain.corpus.options import CorpusOptions
@@ -50,10 +49,10 @@ def _build(plan: BuildPlan) -> dict[Part, Manifest]:
         end, empty_documents = encode_source(plan, writers, total)
         manifests = {}
         for part, writer in writers.items():
-            save_tokenizer(plan.tokenizer, writer.partial / TOKENIZER)
+            plan.tokenizer.save(writer.partial / TOKENIZER)
             manifests[part] = writer.finish(
                 plan.recipe(part, end.digest),
-                vocabulary_size(plan.tokenizer),
+                plan.tokenizer.vocabulary_size,
                 empty_documents if part == MAIN else 0,
                 end,
             )
@@ -68,7 +67,7 @@ def _build(plan: BuildPlan) -> dict[Part, Manifest]:
 def _open_writers(plan: BuildPlan, total: SourcePosition | None) -> dict[Part, ShardWriter]:
     """Open a writer for each part that is not finished."""
     arguments = {
-        "tokenizer": plan.fingerprint,
+        "tokenizer": plan.tokenizer.fingerprint,
         "segmenter": plan.segmenter,
         "limit": plan.sampling.limit,
         "holdout": plan.sampling.holdout,
@@ -81,7 +80,7 @@ def _open_writers(plan: BuildPlan, total: SourcePosition | None) -> dict[Part, S
         if part == HELDOUT and _holds_corpus(folder):  # an earlier build died after publishing this part
             _check_same_recipe(plan, {part: read_manifest(folder)}, total.digest if total else None)
         else:
-            writers[part] = ShardWriter(folder, plan.spec.token_type, arguments)
+            writers[part] = ShardWriter(folder, plan.tokenizer.spec.token_type, arguments)
     return writers
 
 

@@ -4,19 +4,15 @@ import os
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from experiment.errors import UserError
-from experiment.tokenizer import load_tokenizer, tokenizer_fingerprint
+from pretrain.corpus.build_tokenizer import BuildTokenizer, load_build_tokenizer
 from pretrain.corpus.manifest import Recipe
 from pretrain.corpus.options import CorpusOptions, TextOptions
 from pretrain.corpus.sampling import MAIN, Part, Sampling
 from pretrain.corpus.sources import Source, find_sources
-from pretrain.corpus.tokenization import DocumentEncoder, TokenizerSpec, tokenizer_spec
+from pretrain.corpus.tokenization import DocumentEncoder
 from pretrain.corpus.words import segmenter_identity, word_boundaries
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 
 @dataclass(frozen=True)
@@ -27,16 +23,14 @@ class BuildPlan:
     sources: tuple[Source, ...]
     text_options: TextOptions
     sampling: Sampling
-    tokenizer: "PreTrainedTokenizerFast"
-    fingerprint: str  # of the tokenizer
-    spec: TokenizerSpec
+    tokenizer: BuildTokenizer
     segmenter: str | None  # name and version
     workers: int
 
     @cached_property
     def encoder(self) -> DocumentEncoder:
         """Encodes in this process, without a segmenter, the few texts that may have no token."""
-        return DocumentEncoder(replace(self.spec, segmenter=None))
+        return DocumentEncoder(replace(self.tokenizer.spec, segmenter=None))
 
     @property
     def seed(self) -> int | None:
@@ -50,7 +44,7 @@ class BuildPlan:
         """Return the recipe of a part. `source`: the digest of all documents."""
         return Recipe(
             source=source,
-            tokenizer=self.fingerprint,
+            tokenizer=self.tokenizer.fingerprint,
             part=part,
             seed=self.seed,
             limit=self.sampling.limit,
@@ -65,9 +59,8 @@ def plan_build(options: CorpusOptions) -> BuildPlan:
     assert options.tokenizer is not None
     assert options.output is not None
     sources = find_sources(options.source)
-    tokenizer = load_tokenizer(options.tokenizer)
-    spec = tokenizer_spec(tokenizer, options.segmenter)
-    if options.segmenter is not None and word_boundaries(spec.tokenizer_json) is None:
+    tokenizer = load_build_tokenizer(options.tokenizer, options.segmenter)
+    if options.segmenter is not None and word_boundaries(tokenizer.spec.tokenizer_json) is None:
         raise UserError(
             f"--segmenter {options.segmenter}: cannot tell where words begin for the tokenizer {options.tokenizer}"
         )
@@ -77,8 +70,6 @@ def plan_build(options: CorpusOptions) -> BuildPlan:
         text_options=options,
         sampling=Sampling(options.seed, options.limit, options.holdout),
         tokenizer=tokenizer,
-        fingerprint=tokenizer_fingerprint(tokenizer),
-        spec=spec,
         segmenter=None if options.segmenter is None else segmenter_identity(options.segmenter),
         workers=options.workers or len(os.sched_getaffinity(0)),
     )

@@ -77,7 +77,10 @@ def encode_source(
     stats, end = ReadStats(), SourcePosition(0, "")
     parts = plan.sampling.assign(total.documents) if total else itertools.repeat(MAIN)
     batches = {part: _Batch() for part in writers}
-    with ProgressBar("tokenizing", plan.sources) as bar, worker_pool(plan.workers, start_worker, plan.spec) as pool:
+    with (
+        ProgressBar("tokenizing", plan.sources) as bar,
+        worker_pool(plan.workers, start_worker, plan.tokenizer.spec) as pool,
+    ):
         queue = _EncodeQueue(pool, capacity=_BATCHES_PER_WORKER * plan.workers)
         for document, part in zip(read_source(plan, stats, bar), parts, strict=False):
             end = document.position

@@ -4,6 +4,7 @@ Imports only `tokenizers` and NumPy, so that workers start fast and stay small. 
 needed.
 """
 
+import itertools
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -85,7 +86,7 @@ class DocumentEncoder:
         encodings = encode(texts, add_special_tokens=False)
         ids = [encoding.ids for encoding in encodings]
         lengths = np.array([len(document) for document in ids], dtype=np.int64)
-        flat = np.array([token for document in ids for token in document], dtype=self._spec.token_type)
+        flat = np.fromiter(itertools.chain.from_iterable(ids), self._spec.token_type, int(lengths.sum()))
         ends = np.cumsum(lengths)
         has_special = self._is_special[flat[flat < len(self._is_special)]].any()
         return EncodedBatch(

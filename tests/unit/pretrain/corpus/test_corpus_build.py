@@ -15,10 +15,11 @@ import pytest
 from filelock import FileLock
 
 from experiment.errors import StoppedError, UserError
-from experiment.tokenizer import load_tokenizer
+from experiment.tokenizer import load_tokenizer, save_tokenizer
 from launcher.cli import main
-from pretrain.corpus import build, pipeline, shards
+from pretrain.corpus import pipeline, shards
 from pretrain.corpus.build import build_corpus
+from pretrain.corpus.build_tokenizer import BuildTokenizer
 from pretrain.corpus.options import CorpusOptions
 from pretrain.corpus.reader import open_corpus
 from small_disk import SmallDisk
@@ -78,6 +79,16 @@ def test_corpus_equals_tokenizer_output(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "source.txt"]
 
 
+def test_a_build_takes_no_torch(source: Path, vocabulary_folder: Path, tmp_path: Path) -> None:
+    """Catches an import of torch, which takes a second, and a message of transformers that torch is missing."""
+    flags = ["--source", str(source), "--tokenizer", str(vocabulary_folder), "--output", str(tmp_path / "c")]
+    code = f"import sys; from launcher.cli import main; main({['corpus', *flags]}); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout.splitlines()[-1], done.stderr) == ("False", "")
+    save_tokenizer(load_tokenizer(vocabulary_folder), tmp_path / "saved")
+    assert contents(tmp_path / "c" / "tokenizer") == contents(tmp_path / "saved")
+
+
 def test_unknown_tokens_are_counted(tmp_path: Path, vocabulary_folder: Path) -> None:
     """Catches an unknown-token rate that is always 0."""
     (tmp_path / "a.txt").write_text("the ŧ river ŧ\n")
@@ -124,7 +135,7 @@ DEATHS = [
     (shards, "write_shard", 3, False),
     (shards, "write_json", 2, True),
     (shards, "write_json", 4, False),
-    (build, "save_tokenizer", 1, False),
+    (BuildTokenizer, "save", 1, False),
     (shards, "write_manifest", 1, False),
     (shards.ShardWriter, "publish", 1, True),
     (shards.ShardWriter, "publish", 1, False),
