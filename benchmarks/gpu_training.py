@@ -14,10 +14,10 @@ from typing import cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig
 
 from benchmarks.gpu_cases import MODELS, TrainingCase, TrainingResult
+from experiment.cache_folder import cache_folder
 from experiment.device_peaks import peak_flops, peak_memory
 from pretrain.batching.batch import RankBatch
 from pretrain.batching.batch_maker import BatchMaker, MaskedCorpus
@@ -32,7 +32,9 @@ from pretrain.engine.deepspeed_settings import load_settings
 from pretrain.engine.engine import Engine
 from pretrain.engine.process_group import connect, disconnect
 from pretrain.modeling.build import BuiltModel, build_model
+from pretrain.modeling.compiled_layers import compile_layers
 from pretrain.modeling.masked_lm import MaskedLanguageModel
+from pretrain.modeling.row_layout import choose_rows
 
 _TINY = {
     "hidden_size": 32,
@@ -45,7 +47,8 @@ _TINY = {
 _MASKED = {"bert": 0.15, "modernbert": 0.3}
 _DOCUMENTS, _MEDIAN_LENGTH, _LENGTH_SPREAD = 20_000, 250.0, 1.2  # log-normal, in tokens
 _SPECIAL = 5  # ids 0 to 4: padding, unknown, and those around a text
-_FILL = 0.9  # of the slots of a microbatch, so that packing needs no second one
+_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+_FILL = {"flat": 0.97, "windows": 0.9, "padded": 0.5}  # of the slots, about, so that a step needs no second microbatch
 _BATCHES = 4
 
 
@@ -66,15 +69,15 @@ def run(case: TrainingCase) -> TrainingResult:
     fields = MODELS[case.model] | (_TINY if case.tiny else {})
     settings = ModelConfig(config=fields)
     built = build_model(settings, AutoConfig.for_model(**fields), seed=1)
-    if case.compile:
-        _compile_layers(built.model)
+    compiled = compile_layers(built.model, cache_folder() / "compiled") if case.compile else ()
     engine = Engine(
-        MaskedLanguageModel(built.model, built.packed),
+        MaskedLanguageModel(built.model, built.packed, case.length),
         load_settings(f"ds_configs/{case.precision}_zero{case.zero_stage}.json"),
         OptimizerConfig(),
         settings,
         seed=1,
         world=world,
+        compiled=compiled,
     )
     try:
         return _measure(case, built, engine)
@@ -83,13 +86,6 @@ def run(case: TrainingCase) -> TrainingResult:
     finally:
         engine.close()
         disconnect()
-
-
-def _compile_layers(model: PreTrainedModel) -> None:
-    """Before the engine is built, so that its hooks stay outside of the graph, which all layers share."""
-    layers = max((module for module in model.modules() if isinstance(module, nn.ModuleList)), key=len)
-    for layer in layers:
-        layer.forward = torch.compile(layer.forward)
 
 
 def _measure(case: TrainingCase, built: BuiltModel, engine: Engine) -> TrainingResult:
@@ -120,6 +116,7 @@ def make_batches(case: TrainingCase, built: BuiltModel, pinned: bool) -> list[Ra
     special = np.zeros(config.vocab_size, dtype=np.bool_)
     special[:_SPECIAL] = True
     vocabulary = Vocabulary((2,), (3,), config.pad_token_id or 0, 4, special, np.arange(_SPECIAL, config.vocab_size))
+    rows = choose_rows(built, _DTYPES[case.precision])
     index = _draw_index(case.length - vocabulary.num_special_tokens)
     corpus = cast(Corpus, _RandomCorpus(config.vocab_size))
     masker = Masker(vocabulary, MaskingPolicy(_MASKED[config.model_type], 0.8, 0.1), seed=1, corpus="random")
@@ -127,10 +124,10 @@ def make_batches(case: TrainingCase, built: BuiltModel, pinned: bool) -> list[Ra
     maker = BatchMaker(
         (MaskedCorpus(corpus, index, masker),),
         ShuffledOrder(
-            (CorpusStream(len(index), seed=1),), BatchSizes(max(1, int(_FILL * case.microbatch_tokens / mean)))
+            (CorpusStream(len(index), seed=1),), BatchSizes(max(1, int(_FILL[rows] * case.microbatch_tokens / mean)))
         ),
         vocabulary,
-        MicrobatchLayout(case.length, case.microbatch_tokens, built.packed, built.first_position),
+        MicrobatchLayout(case.length, case.microbatch_tokens, rows, built.first_position),
     )
     batches = [maker[step] for step in range(_BATCHES)]
     return [_pin(batch) for batch in batches] if pinned else batches

@@ -26,8 +26,9 @@ def use_fast_linear(model: nn.Module) -> None:
 
 class FastLinear(nn.Linear):
     def forward(self, values: Tensor) -> Tensor:
-        fast = values.dtype in _DTYPES and values.dtype == self.weight.dtype and not torch.is_autocast_enabled("cpu")
-        if values.device.type != "cpu" or not fast or values.numel() == 0:
+        if values.device.type != "cpu" or values.numel() == 0 or torch.is_autocast_enabled("cpu"):
+            return F.linear(values, self.weight, self.bias)
+        if values.dtype not in _DTYPES or values.dtype != self.weight.dtype:
             return F.linear(values, self.weight, self.bias)
         rows = values.reshape(-1, self.in_features)
         product: Tensor = _OneDnnLinear.apply(rows, self.weight, self.bias)  # type: ignore[no-untyped-call]

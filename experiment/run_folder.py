@@ -68,6 +68,11 @@ class RunFolder:
         return self.logs / "autotune"
 
     @property
+    def profile(self) -> Path:
+        """Profile of a few steps, see `pretrain.training.profiler`."""
+        return self.path / "profile"
+
+    @property
     def lock(self) -> Path:
         """Locked by the process that writes to the folder, see `run_lock`."""
         return self.path / "logs" / "launch.lock"

@@ -34,6 +34,8 @@ def launch_pretraining(options: PretrainOptions) -> None:
     message) or that the ranks rejected (rank 0 prints why).
     """
     start_time = time.time()
+    if options.profile:
+        options = options.model_copy(update={"overrides": {**options.overrides, "run.profile": "true"}})
     raise_limit_of_open_files()
     with handle_stop_signals(interrupt):
         config = load_config(PretrainConfig, options.config, options.overrides)

@@ -100,6 +100,9 @@ class PretrainOptions(LaunchOptions):
     autotune: bool = False
     """First try microbatch sizes for at most two minutes, and train with the fastest one that fits in memory."""
 
+    profile: bool = False
+    """Profile a few of the first steps, and print where the time goes; the same as --run.profile=true."""
+
     dry_run: bool = False
     """Print the resolved config, the added environment variables and the command; start nothing."""
 

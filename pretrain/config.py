@@ -36,6 +36,10 @@ class RunConfig(Section):
     log_every: PositiveInt = 10
     """Steps between log events."""
 
+    profile: bool = False
+    """Profile a few of the first steps: RUN/profile/profile.txt says where the time goes, trace.json shows each
+    operation. See docs/performance.md."""
+
     resume: str = "auto"
     """`auto` resumes from the newest checkpoint in the run folder, if any. `never` rejects a used folder. The path of
     another run, or of one of its checkpoints, forks it: the full state in a new run. See docs/checkpoints.md and

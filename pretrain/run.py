@@ -23,6 +23,7 @@ from functools import partial
 from typing import NoReturn
 
 import torch
+from torch import nn
 
 from experiment.cache_folder import cache_folder
 from experiment.errors import AgreedFailureError, UserError
@@ -59,10 +60,11 @@ def pretrain(
         hosts = HostGroup(_timeout(config))
     try:
         run, model, stream = prepare(config, world, hosts)
+        compiled: set[type[nn.Module]] = set()
         if _compiles(run.config.engine):
             from pretrain.modeling.compiled_layers import compile_layers  # takes seconds
 
-            compile_layers(model.model, cache_folder() / "compiled")
+            compiled = compile_layers(model.model, cache_folder() / "compiled")
         with contextlib.ExitStack() as resources:
             engine = Engine(
                 MaskedLanguageModel(model.model, model.packed, run.longest_sequence),
@@ -72,6 +74,7 @@ def pretrain(
                 seed=run.config.run.seed,
                 world=world,
                 swap_folder=run.deepspeed.swap_folder(run.folder.path),
+                compiled=compiled,
             )
             resources.callback(engine.close)
             trainer = Trainer(run, model, engine, stream, hosts, limits)

@@ -11,7 +11,7 @@ import io
 import logging
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
 from pretrain.batching.batch import Microbatch
@@ -33,6 +34,7 @@ from pretrain.engine.loss_scaler import LossScaleError, install_loss_scaler
 from pretrain.engine.optimizers import PerParameterOptimizer
 from pretrain.engine.parameter_groups import build_optimizer, parameter_groups
 from pretrain.engine.partitions import Fragment
+from pretrain.engine.phases import phase
 from pretrain.modeling.masked_lm import MaskedLanguageModel, Predictions
 from pretrain.world import World
 
@@ -57,12 +59,14 @@ class Engine:
         seed: int,
         world: World,
         swap_folder: Path | None = None,
+        compiled: Collection[type[nn.Module]] = (),
     ) -> None:
         """Args:
         model: the same fp32 weights on every rank.
         options: which parameters are frozen and for how long, and the decay of averaged weights.
         seed: of dropout.
         swap_folder: of the run, for NVMe offload.
+        compiled: types of modules whose forward is compiled.
         """
         self.world = world
         self.precision = settings.precision
@@ -80,6 +84,10 @@ class Engine:
         groups = parameter_groups(model.model, optimizer, options)
         frozen = [parameter for group in groups if group["frozen_until"] for parameter in group["params"]]
         torch_optimizer = build_optimizer(optimizer, groups)
+        if (
+            compiled
+        ):  # ZeRO 3 then gathers the weights of a whole module before its forward, not inside of compiled code
+            set_z3_leaf_modules(model, list(compiled))
         ds_config = settings.engine_config(optimizer.grad_clip, self._swap_folder)
         self._deepspeed = _initialize(model, torch_optimizer, ds_config)
         self._loss_scaler = install_loss_scaler(self._deepspeed.optimizer)
@@ -117,12 +125,14 @@ class Engine:
         """
         self._deepspeed.train()
         torch.manual_seed(make_key(("dropout", self._seed, step, self.world.rank, number)) >> 1)
-        predictions: Predictions = self._deepspeed(*self._on_device(microbatch))
+        with phase("forward"):
+            predictions: Predictions = self._deepspeed(*self._on_device(microbatch))
         loss_sum = predictions.loss_sum.detach()
         # NaN if the loss is not finite, which does not make every gradient NaN on its own: the gradient norm then shows
         # it to all ranks.
         weight = self._averaged_over / global_masked + 0.0 * loss_sum
-        self._deepspeed.backward(predictions.loss_sum * weight, scale_wrt_gas=False)
+        with phase("backward"):
+            self._deepspeed.backward(predictions.loss_sum * weight, scale_wrt_gas=False)
         return loss_sum
 
     def step(self, norm_limit: float = math.inf) -> StepResult:
@@ -211,30 +221,35 @@ class Engine:
         return partitions.replicated_weights(self._deepspeed)
 
     def _step_sharded(self) -> StepResult:
-        self._deepspeed.step()
+        with phase("update weights"):  # DeepSpeed reduces the gradients there, at ZeRO 2 and 3 during the backward pass
+            self._deepspeed.step()
         if self._loss_scaler is not None:
             self._loss_scaler.finish_step()
         norm = float(self._deepspeed.get_global_grad_norm())
         return StepResult(bool(self._deepspeed.was_step_applied()) and self._is_within_limit(norm), norm)
 
     def _step_bf16(self, optimizer: Bf16Optimizer) -> StepResult:
-        norm = optimizer.reduce_gradients()
+        with phase("reduce gradients"):
+            norm = optimizer.reduce_gradients()
         self._update_allowed = self._is_within_limit(norm)
         if self._update_allowed:
-            optimizer.update(norm)
+            with phase("update weights"):
+                optimizer.update(norm)
         optimizer.clear_gradients()
         return StepResult(self._update_allowed, norm)
 
     def _step_zero0(self) -> StepResult:
         """DeepSpeed's stage 0 neither reports the gradient norm nor checks for NaN: both are done here."""
         if self.world.size > 1:
-            self._deepspeed.buffered_allreduce_fallback()
+            with phase("reduce gradients"):
+                self._deepspeed.buffered_allreduce_fallback()
         parameters = [parameter for group in self._deepspeed.optimizer.param_groups for parameter in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, self._grad_clip or math.inf).item()
         applied = self._is_within_limit(norm)
         if applied:
             self._update_allowed = True
-            self._deepspeed.optimizer.step()
+            with phase("update weights"):
+                self._deepspeed.optimizer.step()
         self._deepspeed.optimizer.zero_grad(set_to_none=True)
         return StepResult(applied, norm)
 

@@ -23,7 +23,6 @@ import torch
 import torch._dynamo
 import torch._functorch.config
 import torch._inductor.config
-from deepspeed.utils import set_z3_leaf_modules
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 from torch.utils.checkpoint import checkpoint
@@ -40,15 +39,14 @@ def encoder_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
     return [module for module in model.base_model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def compile_layers(model: PreTrainedModel, cache: Path) -> None:
-    """Compile the layers, at the first microbatch. Call before DeepSpeed adds its hooks.
+def compile_layers(model: PreTrainedModel, cache: Path) -> set[type[nn.Module]]:
+    """Compile the layers, at the first microbatch. Call before DeepSpeed adds its hooks; it has to leave the modules
+    inside of a layer alone. Returns the types of the layers.
 
     cache: folder for compiled code, shared by runs.
     """
     compiler = _Compiler(cache)
     layers = encoder_layers(model)
-    if layers:  # ZeRO 3 gathers the weights of a whole layer before its forward, not inside of compiled code
-        set_z3_leaf_modules(model, list({type(layer) for layer in layers}))
     for layer in layers:
         # With activation checkpointing, a layer's forward is wrapped: what is compiled is inside of the wrapper.
         inner: Forward = getattr(type(layer).forward, "__wrapped__", type(layer).forward)
@@ -57,6 +55,7 @@ def compile_layers(model: PreTrainedModel, cache: Path) -> None:
             layer.gradient_checkpointing = False
             forward = partial(_checkpointed, layer, forward)
         layer.forward = forward
+    return {type(layer) for layer in layers}
 
 
 def _checkpointed(layer: nn.Module, forward: Forward, *inputs: Any, **options: Any) -> Any:

@@ -19,6 +19,7 @@ from experiment.tracking.metrics import Metrics
 from pretrain.batching.batch import RankBatch
 from pretrain.batching.loader import DataWorkerError
 from pretrain.engine.engine import Engine, StepResult
+from pretrain.engine.phases import phase
 from pretrain.evaluate import open_evaluator
 from pretrain.modeling.build import BuiltModel
 from pretrain.resolve import ResolvedRun
@@ -38,6 +39,7 @@ from pretrain.training.health import (
 from pretrain.training.host_group import HostGroup
 from pretrain.training.learning_rate import learning_rate
 from pretrain.training.log_interval import LogInterval
+from pretrain.training.profiler import StepProfiler
 from pretrain.training.recovery import ADVICE, Recovery, Response
 from pretrain.training.replicas import compare_replicas
 from pretrain.training.run_start import open_run_tracker, record_start
@@ -113,6 +115,7 @@ class Trainer:
         self._bad_batches = BadBatchWriter(run.folder, world, stream.corpora, run.tokenizer.decode)
         self._clock, self._throughput = TrainingClock(self._progress.seconds), Throughput()
         self._agreement = StepAgreement(hosts, world, self._clock, config.checkpoint.every_minutes, len(stream.corpora))
+        self._profiler = StepProfiler(run.folder.profile) if config.run.profile and world.rank == 0 else None
         self._logged_step = -1  # events up to this step were logged before a rewind
         self._open_data()
 
@@ -129,7 +132,10 @@ class Trainer:
             upcoming = self._take_batch(stop)  # agreed on while this one is computed
             rate = self._learning_rate(batch.step, totals.seconds)
             update = self._train_step(batch, totals.masked_tokens, rate)
-            agreed = upcoming.agreement.wait()
+            with phase("wait for ranks"):
+                agreed = upcoming.agreement.wait()
+            if self._profiler is not None:
+                self._profiler.step()
             if update.fault is not None:
                 recovered = self._recover(batch, update.fault, update.losses)
                 if recovered is None:  # rewound
@@ -157,6 +163,8 @@ class Trainer:
 
     def close(self, outcome: Outcome) -> None:
         """Close the trackers."""
+        if self._profiler is not None:
+            self._profiler.close()
         if self._tracker is not None:
             self._tracker.close(outcome)
 
@@ -182,7 +190,7 @@ class Trainer:
     def _take_batch(self, stop: StopRequest) -> UpcomingBatch:
         """Take the next batch, if there is one, and begin to agree on it."""
         batch: RankBatch | DataWorkerError | None
-        with self._throughput.waiting():
+        with self._throughput.waiting(), phase("data"):
             try:
                 batch = next(self._batches, None)
             except DataWorkerError as error:

@@ -37,8 +37,8 @@ def boundaries() -> tuple[Tensor, Tensor]:
     bounds = [0]
     for row, lengths in enumerate(LENGTHS):
         start = 0
-        for number, length in enumerate(lengths):
-            segments[row, start : start + length] = number + 1
+        for length in lengths:
+            segments[row, start : start + length] = len(bounds)
             start += length
             bounds.append(row * WIDTH + start)
         if start < WIDTH:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from fp16 import fp16_supported
 from pretrain.world import World
 from rank_pool import free_port, give_up
 from runs import NO_DROPOUT, TINY, Tree, build_engine, microbatch, run_config, sampled
@@ -63,7 +64,8 @@ def steps_case(world: World, tree: Tree, fused: bool) -> tuple[list[float], list
         return FusedHead(decoder)
 
     masked_lm.choose_head = fused_head if fused else choose_head
-    engine, _ = build_engine(world, tree)
+    with fp16_supported():
+        engine, _ = build_engine(world, tree)
     losses, norms = [], []
     for step in range(3):
         engine.begin_step(step, 0.01)

@@ -263,6 +263,13 @@ def test_a_smaller_microbatch_reaches_the_ranks(config: str, launches: list[Laun
     assert [stage["microbatch_tokens"] for stage in sent["schedule"]["stages"]] == [64, 250]
 
 
+def test_a_profile_is_requested_from_the_ranks(config: str, launches: list[Launch]) -> None:
+    """Catches a flag that the ranks do not get."""
+    launch_pretraining(PretrainOptions(config=config, profile=True))
+    (started,) = launches
+    assert "--run.profile=true" in started.command(Layout(started.slots), None).argv
+
+
 def test_trials_precede_the_launch_but_not_a_dry_run(
     config: str, launches: list[Launch], monkeypatch: pytest.MonkeyPatch
 ) -> None:

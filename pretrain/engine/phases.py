@@ -1,0 +1,14 @@
+"""Names for the parts of a training step, which appear in profiles."""
+
+from typing import Literal
+
+from torch.profiler import record_function
+
+Phase = Literal["data", "forward", "backward", "reduce gradients", "update weights", "wait for ranks"]
+
+PREFIX = "deepcloze: "
+
+
+def phase(name: Phase) -> record_function:
+    """A context whose time a profile counts as this part of the step. Costs a microsecond where nothing is profiled."""
+    return record_function(PREFIX + name)
