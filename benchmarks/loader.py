@@ -109,7 +109,7 @@ def _document_lengths(documents: str, tokens: int) -> NDArray[np.int64]:
 def _make_corpus(folder: Path, lengths: NDArray[np.int64]) -> Corpus:
     """Documents of random tokens."""
     writer, nothing = ShardWriter(folder, "uint16", {}), np.zeros_like(lengths)
-    ids = np.random.default_rng(1).integers(5, _VOCABULARY, lengths.sum()).astype(np.uint16)
+    ids = np.random.default_rng(1).integers(5, _VOCABULARY, lengths.sum(), dtype=np.uint16)
     position = SourcePosition(len(lengths), "")
     writer.add(EncodedBatch(ids, lengths, nothing, nothing, None, None), nothing, [position] * len(lengths))
     recipe = Recipe("random", "random", "main", None, None, None)
