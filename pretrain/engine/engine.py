@@ -123,7 +123,8 @@ class Engine:
 
         Dropout is keyed by (seed, step, rank, microbatch), so a resumed run draws the same masks.
         """
-        self._deepspeed.train()
+        if not self._deepspeed.module.training:  # setting it visits every module
+            self._deepspeed.train()
         torch.manual_seed(make_key(("dropout", self._seed, step, self.world.rank, number)) >> 1)
         with phase("forward"):
             predictions: Predictions = self._deepspeed(*self._on_device(microbatch))
