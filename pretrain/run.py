@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    gc.disable()  # until `main`: imports make a million objects that stay, and collections among them take a second
+    gc.disable()  # imports make a million objects that stay, and collections among them take a second
 if not __package__:  # started as a file: import from the repository, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
@@ -119,8 +119,6 @@ def _reported(outcome: Outcome, stop: StopRequest, hosts: HostGroup) -> Reported
 
 def main(argv: Sequence[str]) -> NoReturn:
     """Run this rank and end the process with the outcome's exit code."""
-    gc.freeze()  # what is imported: collections skip it, such as those that DeepSpeed makes while it starts
-    gc.enable()
     rank = int(os.environ.get("RANK", "0"))
     try:
         config = read_arguments(argv)
@@ -144,4 +142,6 @@ def _timeout(config: PretrainConfig) -> datetime.timedelta:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # what is imported: collections skip it, such as those that DeepSpeed makes while it starts
+    gc.enable()
     main(sys.argv[1:])
