@@ -1,6 +1,7 @@
-"""Real tokens per second of deepcloze and of the transformers `run_mlm` recipe.
+r"""Real tokens per second of deepcloze and of the transformers `run_mlm` recipe.
 
-    python -m benchmarks.throughput --source FILE --tokenizer DIR [--lines] [--precision bf16] [--update_tokens 32768]
+    python -m benchmarks.throughput --source FILE --tokenizer DIR [--lines] [--precision bf16] [--model base] \
+        [--update_tokens 32768] [--ranks 2]
 
 Both train the same model on the same text with the same precision, number of threads and real tokens per update, each
 in its own process; the peer accumulates microbatches of 32 examples. They alternate, so that a slow minute of the
@@ -63,6 +64,7 @@ def throughput(
     warm: int = 10,
     rounds: int = 3,
     threads: int = 0,
+    ranks: int = 1,
 ) -> None:
     """Measure both and print a table.
 
@@ -78,6 +80,7 @@ def throughput(
         warm: the first of these steps, not timed
         rounds: how often each contestant runs
         threads: threads per contestant; 0: all cores
+        ranks: of deepcloze, which share its threads
     """
     threads = threads or len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as scratch:
@@ -96,17 +99,18 @@ def throughput(
             updates=steps,
             warmup_updates=warm,
         )
-        rates = _measure(peer, _write_config(work, peer, round(update_tokens / mean)), work, rounds)
+        rates = _measure(peer, _write_config(work, peer, round(update_tokens / mean)), work, rounds, ranks)
     shape = "one line per example" if lines else f"blocks of {length}"
     about = f"{model} model, {precision}, {threads} threads, {update_tokens:,} tokens per update, {shape}"
+    about += f"; deepcloze: {ranks} ranks" if ranks > 1 else ""
     _print(rates, f"{Path(source).name}, {about}")
 
 
-def _measure(peer: PeerSettings, config: Path, work: Path, rounds: int) -> Rates:
+def _measure(peer: PeerSettings, config: Path, work: Path, rounds: int, ranks: int) -> Rates:
     contestants: dict[str, Callable[[int], float]] = {
         "run_mlm, default settings": lambda number: _run_peer(peer, {}),
         "run_mlm, with our allocator setting": lambda number: _run_peer(peer, {"GLIBC_TUNABLES": GLIBC_TUNABLES}),
-        "deepcloze": lambda number: _run_deepcloze(config, work / f"run-{number}", peer),
+        "deepcloze": lambda number: _run_deepcloze(config, work / f"run-{number}", peer, ranks),
     }
     if not torch.cuda.is_available():
         contestants[_MATRIX_PRODUCTS] = lambda number: _run_products(peer)
@@ -144,9 +148,10 @@ def _write_config(work: Path, peer: PeerSettings, sequences: int) -> Path:
     return path
 
 
-def _run_deepcloze(config: Path, folder: Path, peer: PeerSettings) -> float:
+def _run_deepcloze(config: Path, folder: Path, peer: PeerSettings, ranks: int) -> float:
     """Tokens per second of the timed steps, from the run's metrics."""
-    _deepcloze("pretrain", "--config", str(config), f"--run.dir={folder}", threads=peer.threads)
+    command = ("pretrain", "--config", str(config), f"--run.dir={folder}", "--num_gpus", str(ranks))
+    _deepcloze(*command, threads=max(1, peer.threads // ranks))
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     tokens = seconds = 0.0
     for before, row in pairwise(rows):
