@@ -1,0 +1,156 @@
+"""Where the host reads values of tensors during a training step, which would make it wait for a GPU.
+
+`tests/gpu/test_gpu_syncs.py` asks CUDA. Here the reads are recorded on a CPU, where they cost nothing.
+"""
+
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fp16 import fp16_supported
+from pretrain.world import World
+from rank_pool import RankPool
+from runs import Tree, build_engine, microbatch, run_config
+
+WARMUP = 2  # steps; in the first ones DeepSpeed's ZeRO 3 compares the order of parameters between ranks
+
+MOST_READS = {  # by the host in a step, for an optimizer with two parameter groups
+    "fp32_zero0": 1,  # of the gradient norm, by `Engine.step`
+    "bf16_zero1": 1,  # of the gradient norm, by `Bf16Optimizer`
+    # DeepSpeed's optimizers read whether gradients overflowed (fp16, and bf16 at ZeRO 2) and whether norms are finite
+    # (of all groups, before ZeRO 3 of each as well). The norm is read when the optimizer asks, and at the end.
+    "fp32_zero1": 5,
+    "fp32_zero2": 5,
+    "fp32_zero3": 3,
+    "bf16_zero2": 6,
+    "bf16_zero3": 3,
+    "fp16_zero1": 6,
+    "fp16_zero2": 6,
+    "fp16_zero3": 4,
+}
+
+_aten = torch.ops.aten
+_READ_BY_OPERATOR = {  # scalars, such as item(), float() and bool(), and sizes that depend on values
+    _aten._local_scalar_dense.default,
+    _aten.equal.default,
+    _aten.nonzero.default,
+    _aten.masked_select.default,
+}
+_READ_BY_METHOD = {Tensor.tolist, Tensor.numpy, Tensor.cpu, Tensor.__array__}  # which torch does not dispatch on a CPU
+
+
+class _Operators(TorchDispatchMode):
+    def __init__(self, reads: list[str]) -> None:
+        super().__init__()
+        self._reads = reads
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _READ_BY_OPERATOR or (func is _aten.index.Tensor and _selects(args[1])):
+            self._reads.append(_caller())
+        return func(*args, **(kwargs or {}))
+
+
+class _Methods(TorchFunctionMode):
+    def __init__(self, reads: list[str]) -> None:
+        super().__init__()
+        self._reads = reads
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _READ_BY_METHOD:
+            self._reads.append(_caller())
+        return func(*args, **(kwargs or {}))
+
+
+def _selects(indices: list[Tensor | None]) -> bool:
+    """Whether a boolean index selects an unknown number of elements."""
+    return any(index is not None and index.dtype == torch.bool for index in indices)
+
+
+def _caller() -> str:
+    """The innermost line that is neither torch's nor this file's."""
+    frames = [frame for frame in traceback.extract_stack() if "/torch/" not in frame.filename]
+    frame = [frame for frame in frames if frame.filename != __file__][-1]
+    return f"{Path(frame.filename).name}:{frame.lineno} {frame.line}"
+
+
+@contextmanager
+def recorded_reads() -> Iterator[list[str]]:
+    """Where the host reads values, one entry per read."""
+    reads: list[str] = []
+    with _Methods(reads), _Operators(reads):
+        yield reads
+
+
+def reads_case(world: World, tree: Tree) -> tuple[list[str], list[list[str]]]:
+    """The reads in all microbatches of some steps, and in the rest of each of these steps."""
+    with fp16_supported():
+        engine, _ = build_engine(world, tree)
+    in_microbatches: list[str] = []
+    in_steps: list[list[str]] = []
+    for step in range(WARMUP + 3):
+        engine.begin_step(step, 1e-4)
+        with recorded_reads() as reads:
+            for number in range(2):
+                engine.accumulate(microbatch(), 6, step, number)
+        in_microbatches += reads if step >= WARMUP else []
+        with recorded_reads() as reads:
+            engine.step(1e6)
+        in_steps += [reads] if step >= WARMUP else []
+    engine.close()
+    return in_microbatches, in_steps
+
+
+@pytest.mark.parametrize("ds_config", MOST_READS)
+@pytest.mark.parametrize("rule", ["adamw", "lamb"])
+def test_no_read_in_a_microbatch_and_few_in_a_step(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, rule: str, ds_config: str
+) -> None:
+    """Catches `.item()`, `float(tensor)`, `.tolist()` and boolean indexing in a step: a GPU would run dry."""
+    tree = run_config(tmp_path, wordpiece_corpus, ds_config)
+    tree["optimizer"] = {"name": rule, "lr": 3e-3}
+    for in_microbatches, in_steps in pools[2].run(reads_case, tree):
+        assert in_microbatches == []
+        assert all(len(reads) <= MOST_READS[ds_config] for reads in in_steps), in_steps
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        Tensor.item,
+        float,
+        bool,
+        Tensor.tolist,
+        Tensor.numpy,
+        np.asarray,
+        Tensor.cpu,
+        Tensor.nonzero,
+        lambda value: torch.equal(value, value),
+        lambda value: value[value > 0],
+    ],
+)
+def test_a_read_is_recorded(read: Callable[[Tensor], object]) -> None:
+    """Catches a test that would pass although the host reads values."""
+    value = torch.tensor(2.0)
+    with recorded_reads() as reads:
+        value.mul(2).add_(value)
+        assert reads == []
+        read(value)
+    assert len(reads) == 1
+
+
+def test_a_read_in_a_backward_hook_is_recorded() -> None:
+    """Catches reads that are missed because autograd calls the code."""
+    value = torch.ones(3, requires_grad=True)
+    value.register_hook(lambda gradient: gradient * gradient.sum().item())
+    with recorded_reads() as reads:
+        value.sum().backward()
+    assert len(reads) == 1
