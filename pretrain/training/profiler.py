@@ -1,7 +1,10 @@
 """Profile a few steps of a run: `deepcloze pretrain --profile`. docs/performance.md explains how to read the result."""
 
+import json
 import logging
+from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ _COLLECTIVES = ("gloo:", "nccl:", "c10d::", "ncclDevKernel")
 
 class StepProfiler:
     """Profiles steps `SKIPPED` + 1 to `SKIPPED` + `PROFILED` of this process. Writes trace.json, for Perfetto or
-    chrome://tracing, and profile.txt to the folder, and prints the latter."""
+    chrome://tracing, profile.json (`StepTimes`) and profile.txt to the folder, and prints the latter."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -50,39 +53,75 @@ class StepProfiler:
         self._done = True
         self._folder.mkdir(parents=True, exist_ok=True)
         finished.export_chrome_trace(str(self._folder / "trace.json"))
+        times = _step_times(finished)
+        (self._folder / "profile.json").write_text(json.dumps(asdict(times), indent=2) + "\n", encoding="utf-8")
+        tables = [_phase_table(times), _operation_table(finished.key_averages(), times.step)]
         with (self._folder / "profile.txt").open("w", encoding="utf-8") as file:
             for console in (Console(file=file, width=110), Console(stderr=True)):
-                for table in _tables(finished):
+                for table in tables:
                     console.print(table)
         log.info("profile written to %s", self._folder)
 
 
-def _tables(finished: Any) -> list[Table]:
-    events = finished.key_averages()
-    steps = [event for event in finished.events() if event.name.startswith("ProfilerStep")]
-    seconds = sum(event.cpu_time_total for event in steps if event.device_type == DeviceType.CPU) / 1e6
-    return [_phase_table(events, seconds), _operation_table(events, seconds)]
+@dataclass(frozen=True)
+class StepTimes:
+    """Milliseconds of rank 0's clock per step. On a GPU a phase ends when its work is queued, so the GPU's own time is
+    given too."""
+
+    step: float
+    phases: dict[str, float]
+    gpu: dict[str, float]  # by phase; empty without a GPU
+    communication: float  # part of the phases; on a CPU waiting for other ranks included
 
 
-def _phase_table(events: Sequence[Any], seconds: float) -> Table:
-    """Wall clock of rank 0. On a GPU a phase ends when its work is queued, so the GPU's own time is shown too."""
+def _step_times(finished: Any) -> StepTimes:
+    events = [event for event in finished.events() if event.device_type == DeviceType.CPU]
+    steps = [event for event in events if event.name.startswith("ProfilerStep")]
+    phases = [event for event in events if event.name.startswith(PREFIX)]
     on_gpu = torch.cuda.is_available()
-    title = f"{PROFILED} steps of {1e3 * seconds / PROFILED:,.0f} ms on rank 0"
-    table = Table("part of the step", "ms per step", "share", *(["GPU ms per step"] if on_gpu else []), title=title)
-    phases = [event for event in events if event.key.startswith(PREFIX) and event.device_type == DeviceType.CPU]
-    rest = seconds * 1e6
-    for event in sorted(phases, key=lambda event: -event.cpu_time_total):
-        gpu = [f"{event.device_time_total / 1e3 / PROFILED:,.1f}"] if on_gpu else []
-        table.add_row(event.key.removeprefix(PREFIX), *_share(event.cpu_time_total, seconds), *gpu)
-        rest -= event.cpu_time_total
-    table.add_row("the rest", *_share(rest, seconds))
-    sent = [event for event in events if event.key.startswith(_COLLECTIVES)]
-    collectives = sum(event.self_device_time_total if on_gpu else event.self_cpu_time_total for event in sent)
-    table.add_row("collectives, which are part of the above", *_share(collectives, seconds))
+    cpu: defaultdict[str, float] = defaultdict(float)
+    gpu: defaultdict[str, float] = defaultdict(float)
+    for event in phases:
+        name = event.name.removeprefix(PREFIX)
+        cpu[name] += event.cpu_time_total / 1e3 / PROFILED
+        gpu[name] += event.device_time_total / 1e3 / PROFILED
+    sent = _gpu_communication(finished) if on_gpu else _cpu_communication(events, phases)
+    step = sum(event.cpu_time_total for event in steps) / 1e3 / PROFILED
+    return StepTimes(step, dict(cpu), dict(gpu) if on_gpu else {}, sent / 1e3 / PROFILED)
+
+
+def _gpu_communication(finished: Any) -> float:
+    """Microseconds of the collectives' kernels."""
+    sent = [event for event in finished.key_averages() if event.key.startswith(_COLLECTIVES)]
+    return float(sum(event.self_device_time_total for event in sent))
+
+
+def _cpu_communication(events: Sequence[Any], phases: Sequence[Any]) -> float:
+    """Microseconds in which collectives that a phase began were in flight, and in which this rank waited for others.
+    The agreement on the next batch, which begins between two phases, is in flight during the whole step."""
+    waits = [event.time_range for event in phases if event.name == PREFIX + "wait for ranks"]
+    spans = [event.time_range for event in phases]
+    sent = [event.time_range for event in events if event.name.startswith(_COLLECTIVES)]
+    begun = [range_ for range_ in sent if any(span.start <= range_.start < span.end for span in spans)]
+    total = covered = 0.0
+    for range_ in sorted([*waits, *begun], key=lambda range_: range_.start):
+        total += max(0.0, range_.end - max(range_.start, covered))
+        covered = max(covered, range_.end)
+    return total
+
+
+def _phase_table(times: StepTimes) -> Table:
+    title = f"{PROFILED} steps of {times.step:,.0f} ms on rank 0"
+    table = Table("part of the step", "ms per step", "share", *(["GPU ms per step"] if times.gpu else []), title=title)
+    for name, milliseconds in sorted(times.phases.items(), key=lambda phase: -phase[1]):
+        gpu = [f"{times.gpu[name]:,.1f}"] if times.gpu else []
+        table.add_row(name, *_row(milliseconds, times.step), *gpu)
+    table.add_row("the rest", *_row(times.step - sum(times.phases.values()), times.step))
+    table.add_row("collectives, which are part of the above", *_row(times.communication, times.step))
     return table
 
 
-def _operation_table(events: Sequence[Any], seconds: float) -> Table:
+def _operation_table(events: Sequence[Any], step: float) -> Table:
     on_gpu = torch.cuda.is_available()
     title = f"the {_OPERATIONS} most expensive operations, {'on the GPU' if on_gpu else 'by time on this rank'}"
     table = Table("operation", "ms per step", "share", "calls per step", title=title)
@@ -92,9 +131,9 @@ def _operation_table(events: Sequence[Any], seconds: float) -> Table:
         if not event.key.startswith((PREFIX, "ProfilerStep"))
     }
     for event in sorted(found, key=lambda event: -found[event])[:_OPERATIONS]:
-        table.add_row(event.key[:60], *_share(found[event], seconds), f"{event.count / PROFILED:,.0f}")
+        table.add_row(event.key[:60], *_row(found[event] / 1e3 / PROFILED, step), f"{event.count / PROFILED:,.0f}")
     return table
 
 
-def _share(microseconds: float, seconds: float) -> tuple[str, str]:
-    return f"{microseconds / 1e3 / PROFILED:,.1f}", f"{microseconds / 1e6 / seconds:.0%}"
+def _row(milliseconds: float, step: float) -> tuple[str, str]:
+    return f"{milliseconds:,.1f}", f"{milliseconds / step:.0%}"

@@ -34,6 +34,8 @@ def test_a_profile_shows_the_parts_of_a_step(
     trace = json.loads((tmp_path / "profiled" / "profile" / "trace.json").read_text(encoding="utf-8"))
     steps = {event["name"] for event in trace["traceEvents"] if str(event.get("name")).startswith("ProfilerStep")}
     assert len(steps) == PROFILED
+    times = json.loads((tmp_path / "profiled" / "profile" / "profile.json").read_text(encoding="utf-8"))
+    assert 0 < times["communication"] < times["step"] - times["phases"]["forward"], "ranks only compute in forward"
     losses = [[event["loss"] for event in step_events(tmp_path / name)] for name in ("profiled", "plain")]
     assert losses[0] == losses[1]
 
