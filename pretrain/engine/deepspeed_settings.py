@@ -92,7 +92,7 @@ class DeepSpeedSettings:
             merged.setdefault("communication_data_type", "fp32")
             merged["data_types"] = {"grad_accum_dtype": "fp32"} | self.raw.get("data_types", {})
         if self.precision == "bf16":
-            merged["bf16"] = self.raw["bf16"] | {"immediate_grad_update": True}  # see bf16_optimizer.py
+            merged["bf16"] = self.raw["bf16"] | {"immediate_grad_update": True}  # see zero_optimizers.py
         return merged | {
             "zero_optimization": zero,
             "train_micro_batch_size_per_gpu": 1,

@@ -27,7 +27,6 @@ from pretrain.batching.batch import Microbatch
 from pretrain.batching.counter_rng import make_key
 from pretrain.config import ModelConfig, OptimizerConfig
 from pretrain.engine import partitions
-from pretrain.engine.bf16_optimizer import Bf16Optimizer, install_bf16_optimizer
 from pretrain.engine.deepspeed_settings import DeepSpeedSettings
 from pretrain.engine.ema import ExponentialMovingAverage
 from pretrain.engine.loss_scaler import LossScaleError, install_loss_scaler
@@ -35,6 +34,7 @@ from pretrain.engine.optimizers import PerParameterOptimizer
 from pretrain.engine.parameter_groups import build_optimizer, parameter_groups
 from pretrain.engine.partitions import Fragment
 from pretrain.engine.phases import phase
+from pretrain.engine.zero_optimizers import Bf16Optimizer, install_zero_optimizer
 from pretrain.modeling.masked_lm import MaskedLanguageModel, Predictions
 from pretrain.world import World
 
@@ -91,7 +91,7 @@ class Engine:
         ds_config = settings.engine_config(optimizer.grad_clip, self._swap_folder)
         self._deepspeed = _initialize(model, torch_optimizer, ds_config)
         self._loss_scaler = install_loss_scaler(self._deepspeed.optimizer)
-        self._bf16_optimizer = install_bf16_optimizer(self._deepspeed)
+        self._bf16_optimizer = install_zero_optimizer(self._deepspeed)
         self._averaged_over = 1 if self._bf16_optimizer is not None else world.size
         self._grad_clip = optimizer.grad_clip
         self._freeze_steps = options.freeze_steps

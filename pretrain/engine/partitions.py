@@ -1,6 +1,6 @@
 """Map parameters to this rank's ZeRO partitions: the fp32 masters and optimizer states of its slices.
 
-Besides `bf16_optimizer`, the only module that uses private attributes of DeepSpeed (0.19). Checkpoints, LAMB,
+Besides `zero_optimizers`, the only module that uses private attributes of DeepSpeed (0.19). Checkpoints, LAMB,
 StableAdamW and averaged weights are built on `fragments`. A DeepSpeed release that moves an attribute breaks this file
 and its test.
 

@@ -226,7 +226,7 @@ def _update(counts: ParameterCounts, settings: MemorySettings) -> Parts:
 
 
 def uses_bf16_optimizer(settings: MemorySettings) -> bool:
-    """Whether `pretrain.engine.bf16_optimizer` reduces the gradients and updates the weights."""
+    """Whether `pretrain.engine.zero_optimizers` reduces the gradients and updates the weights."""
     return settings.zero_stage == 1 and settings.weight_bytes < _FP32 and settings.offload == "none"
 
 

@@ -23,18 +23,13 @@ from runs import Tree, build_engine, microbatch, run_config
 
 WARMUP = 2  # steps; in the first ones DeepSpeed's ZeRO 3 compares the order of parameters between ranks
 
-MOST_READS = {  # by the host in a step, for an optimizer with two parameter groups
-    "fp32_zero0": 1,  # of the gradient norm, by `Engine.step`
-    "bf16_zero1": 1,  # of the gradient norm, by `Bf16Optimizer`
-    # DeepSpeed's optimizers read whether gradients overflowed (fp16, and bf16 at ZeRO 2) and whether norms are finite
-    # (of all groups, before ZeRO 3 of each as well). The norm is read when the optimizer asks, and at the end.
-    "fp32_zero1": 5,
-    "fp32_zero2": 5,
+MOST_READS = {  # by the host in a step
+    **{f"{precision}_zero{stage}": 1 for precision in ("fp32", "bf16", "fp16") for stage in (1, 2)},
+    "fp32_zero0": 1,
+    # DeepSpeed's ZeRO 3 reads whether norms are finite, of each parameter group and of all, and in fp16 whether
+    # gradients overflowed.
     "fp32_zero3": 3,
-    "bf16_zero2": 6,
     "bf16_zero3": 3,
-    "fp16_zero1": 6,
-    "fp16_zero2": 6,
     "fp16_zero3": 4,
 }
 

@@ -1,9 +1,12 @@
-"""Gradients and updates at ZeRO 1 in bf16, in place of DeepSpeed's.
+"""Gradients and updates at ZeRO 1 and 2, in place of DeepSpeed's. Offload and ZeRO 3 are DeepSpeed's own.
 
-DeepSpeed's `BF16_Optimizer` keeps the flat tensors and their partition. After each microbatch it converts all gradients
-in a Python loop, and for an update every rank all-reduces, measures and clips the whole gradient. Here each gradient is
-added to the fp32 sum as soon as backward has computed it, a rank reduces only its own partition, and the norm is summed
-from the partitions. A step waits for the device once, for the norm.
+DeepSpeed's optimizers keep the flat tensors and their partition. A step of theirs reads values of the device up to six
+times: whether gradients overflow, and the norm of each parameter group. Here it reads once, the norm of the whole
+gradient, which is summed from the partitions; it is not finite if a gradient overflows.
+
+At ZeRO 1 in bf16, gradients are accumulated and reduced here too. DeepSpeed converts all of them in a Python loop after
+each microbatch, and every rank all-reduces, measures and clips the whole gradient. Here each one is added to the fp32
+sum as soon as backward has computed it, and a rank reduces only its own partition.
 """
 
 import math
@@ -12,14 +15,17 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
 from torch import Tensor
 
 _EPSILON = 1e-6  # added to the norm that gradients are divided by, as torch does
 
 
 class Bf16Optimizer(BF16_Optimizer):  # type: ignore[misc]
-    """Gradients are summed over ranks, not averaged. One step is `reduce_gradients`, then perhaps `update`, then
-    `clear_gradients`."""
+    """ZeRO 1 in bf16. Gradients are summed over ranks, not averaged.
+
+    One step is `reduce_gradients`, then perhaps `update`, then `clear_gradients`.
+    """
 
     communication_dtype: torch.dtype  # in which gradients are sent and summed
 
@@ -54,17 +60,13 @@ class Bf16Optimizer(BF16_Optimizer):  # type: ignore[misc]
             self.fp32_groups_gradients_flat, self.fp32_groups_gradient_flat_partition, strict=True
         ):
             sum_over_ranks(whole, partition, self.communication_dtype)
-        squares = torch.stack(torch._foreach_norm(self.fp32_groups_gradient_flat_partition)).square().sum()
-        if dist.get_world_size() > 1:
-            dist.all_reduce(squares)
-        return math.sqrt(squares.item())
+        return _global_norm(self.fp32_groups_gradient_flat_partition)
 
     @torch.no_grad()
     def update(self, norm: float) -> None:
         """Clip the gradient, whose norm is given, and update weights and masters. Collective."""
         gradients = self.fp32_groups_gradient_flat_partition
-        if self.clip_grad and norm > self.clip_grad:
-            torch._foreach_mul_(gradients, self.clip_grad / (norm + _EPSILON))
+        _clip(gradients, norm, self.clip_grad)
         for master, gradient in zip(self.fp32_groups_flat_partition, gradients, strict=True):
             master.grad = gradient
         self.optimizer.step()
@@ -82,9 +84,47 @@ class Bf16Optimizer(BF16_Optimizer):  # type: ignore[misc]
                     gradient.zero_()
 
 
-def install_bf16_optimizer(engine: DeepSpeedEngine) -> Bf16Optimizer | None:
-    """Replace DeepSpeed's optimizer of ZeRO 1 in bf16; None where it built another one."""
+class Zero12Optimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]
+    """ZeRO 1 and 2 without offload: DeepSpeed accumulates and averages gradients."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Called by DeepSpeed's engine after the last microbatch. Collective."""
+        self.micro_step_id = INITIAL_MICRO_STEP_ID
+        gradients = [self._take_gradient(group) for group in range(len(self.bit16_groups))]
+        scale = self.loss_scale
+        norm = _global_norm(gradients) / scale
+        self._global_grad_norm = norm
+        self.overflow = not math.isfinite(norm)
+        self._update_scale(self.overflow)
+        if not self.overflow:
+            _clip(gradients, norm, self.clip_grad, scale)
+            for master, gradient in zip(self.single_partition_of_fp32_groups, gradients, strict=True):
+                master.grad = gradient
+            self.optimizer.step()
+            for master in self.single_partition_of_fp32_groups:
+                master.grad = None
+            self.update_lp_params()
+        self.zero_grad()
+
+    def _take_gradient(self, group: int) -> Tensor:
+        """This rank's part of a group's averaged gradient, flat and in fp32. Frees what it is made of."""
+        gradient = self._get_preflattened_grad_partition(group)
+        if gradient is None:
+            gradient = self.flatten_dense_tensors_aligned(self.averaged_gradients[group], self.partition_size[group])
+        flat: Tensor = gradient.to(torch.float32, copy=True)
+        self._release_preflattened_grad_buffers(group)
+        self.averaged_gradients[group] = self.all_grad_tensors[group] = None
+        self.free_grad_in_param_list(self.bit16_groups[group])
+        return flat
+
+
+def install_zero_optimizer(engine: DeepSpeedEngine) -> Bf16Optimizer | None:
+    """Replace DeepSpeed's optimizer at ZeRO 1 and 2 without offload. Returns it at ZeRO 1 in bf16, where the caller has
+    to reduce gradients; elsewhere DeepSpeed does it."""
     optimizer = engine.optimizer
+    if type(optimizer) is DeepSpeedZeroOptimizer and not optimizer.cpu_offload:
+        optimizer.__class__ = Zero12Optimizer
     if type(optimizer) is not BF16_Optimizer:
         return None
     optimizer.__class__ = Bf16Optimizer
@@ -92,6 +132,23 @@ def install_bf16_optimizer(engine: DeepSpeedEngine) -> Bf16Optimizer | None:
     assert optimizer.immediate_grad_update
     optimizer.communication_dtype = engine.communication_data_type
     return optimizer
+
+
+def _global_norm(partitions: list[Tensor]) -> float:
+    """Norm of a gradient of which each rank holds partitions. Collective. The only read from the device in a step."""
+    squares = torch.stack(torch._foreach_norm(partitions)).double().square().sum()
+    if dist.get_world_size() > 1:
+        dist.all_reduce(squares)
+    return math.sqrt(squares.item())
+
+
+def _clip(gradients: list[Tensor], norm: float, limit: float, scale: float = 1.0) -> None:
+    """Divide gradients by `scale`, and shrink them to the norm `limit` unless that is 0. norm: after the division."""
+    factor = 1.0 / scale
+    if limit and norm > limit:
+        factor *= limit / (norm + _EPSILON)
+    if factor != 1.0:
+        torch._foreach_mul_(gradients, factor)
 
 
 def sum_over_ranks(whole: Tensor, partition: Tensor, dtype: torch.dtype = torch.float32) -> None:
