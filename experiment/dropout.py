@@ -38,8 +38,6 @@ class _FastDropout(nn.Dropout):
         return fast_dropout(values, self.p) if self.training else values
 
 
-# An operator of its own, so that torch.compile does not look inside: the masks are the same in compiled code.
-@torch.library.custom_op("deepcloze::keep_mask", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def _keep_mask(values: Tensor, threshold: int) -> Tensor:
     """uint8, like `values`: 0 where an element is dropped, else 1."""
     words = torch.empty(-(-values.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
@@ -47,7 +45,13 @@ def _keep_mask(values: Tensor, threshold: int) -> Tensor:
     return words.view(torch.uint8)[: values.numel()].view(values.shape).ge_(threshold)
 
 
-@_keep_mask.register_fake
+# torch.compile does not look inside an operator of ours, so masks are the same in compiled code.
+@torch.library.custom_op("deepcloze::keep_mask", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def _compiled_keep_mask(values: Tensor, threshold: int) -> Tensor:
+    return _keep_mask(values, threshold)
+
+
+@_compiled_keep_mask.register_fake
 def _(values: Tensor, threshold: int) -> Tensor:
     return torch.empty(values.shape, dtype=torch.uint8, device=values.device)
 
@@ -55,7 +59,8 @@ def _(values: Tensor, threshold: int) -> Tensor:
 class _ByteDropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, threshold: int) -> Tensor:
-        mask = _keep_mask(values, threshold).to(values.dtype)
+        draw = _compiled_keep_mask if torch.compiler.is_compiling() else _keep_mask
+        mask = draw(values, threshold).to(values.dtype)
         ctx.save_for_backward(mask)
         ctx.scale = _BYTE / (_BYTE - threshold)
         return _scaled_product(values, mask, ctx.scale)

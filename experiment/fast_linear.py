@@ -54,14 +54,24 @@ class _OneDnnLinear(torch.autograd.Function):
         )
 
 
-# An operator of its own, because torch.compile accepts oneDNN's only with constant weights.
-@torch.library.custom_op("deepcloze::multiply", mutates_args=())
 def _multiply(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """rows @ weight.T + bias"""
+    multiply = _compiled_multiply if torch.compiler.is_compiling() else _onednn_multiply
+    product: Tensor = multiply(rows, weight, bias)
+    return product
+
+
+def _onednn_multiply(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
     return product
 
 
-@_multiply.register_fake
-def _(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+# torch.compile accepts oneDNN's operator only with constant weights. Calling this one takes 40 µs more.
+@torch.library.custom_op("deepcloze::multiply", mutates_args=())
+def _compiled_multiply(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _onednn_multiply(rows, weight, bias)
+
+
+@_compiled_multiply.register_fake
+def _(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return rows.new_empty(rows.shape[0], weight.shape[0])

@@ -41,8 +41,10 @@ _SET_BY_RUN_CONFIG = {
 _KNOWN_KEYS = (
     *("fp16", "bf16", "torch_autocast", "data_types", "zero_optimization", "communication_data_type"),
     *("prescale_gradients", "gradient_predivide_factor", "sparse_gradients", "aio", "comms_logger"),
-    *("memory_breakdown", "wall_clock_breakdown", "steps_per_print", "dump_state", "flops_profiler"),
+    *("memory_breakdown", "steps_per_print", "dump_state"),
 )
+
+_PROFILERS = ("wall_clock_breakdown", "flops_profiler")  # they report from DeepSpeed's step, which is not always called
 
 
 @dataclass(frozen=True)
@@ -204,6 +206,9 @@ def _check_keys(raw: Mapping[str, Any], path: Path) -> None:
     for key, owner in _SET_BY_RUN_CONFIG.items():
         if key in raw:
             raise UserError(f"{path}: '{key}' is set by {owner} in the run's config; remove it from this file")
+    for key in _PROFILERS:
+        if key in raw:
+            raise UserError(f"{path}: '{key}' is not supported; remove it and use deepcloze pretrain --profile")
     for key in raw:  # DeepSpeed ignores unknown keys
         if key not in _KNOWN_KEYS:
             raise UserError(f"{path}: unknown key '{key}'{did_you_mean(key, _KNOWN_KEYS)}")

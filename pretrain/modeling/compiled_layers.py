@@ -4,8 +4,8 @@ All layers of a kind share one graph, because they are compiled one by one. Rows
 in it, so that new shapes need no new graph: a resumed run, which meets them in another order, computes with the same
 kernels. Evaluation runs the layers as they are.
 
-Compiled code is kept in a cache on disk. If a file in it is damaged the cache is deleted and the layers are compiled
-again; if that fails too, the run continues without compiled code.
+Compiled code is kept in a cache on disk. If compiling fails it is tried once more with an empty cache, because a
+process that was killed may have left a damaged file. If that fails too, the layers run as they are.
 """
 
 import contextlib
@@ -24,7 +24,8 @@ import torch._dynamo
 import torch._functorch.config
 import torch._inductor.config
 from torch import nn
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -43,10 +44,13 @@ def compile_layers(model: PreTrainedModel, cache: Path) -> set[type[nn.Module]]:
     """Compile the layers, at the first microbatch. Call before DeepSpeed adds its hooks; it has to leave the modules
     inside of a layer alone. Returns the types of the layers.
 
-    cache: folder for compiled code, shared by runs.
+    cache: folder for compiled code, shared by runs; TORCHINDUCTOR_CACHE_DIR takes precedence.
     """
-    compiler = _Compiler(cache)
     layers = encoder_layers(model)
+    if not layers:
+        log.warning("'%s' runs without torch.compile: its layers are not marked", model.config.model_type)
+        return set()
+    compiler = _Compiler(_open_cache(cache))
     for layer in layers:
         # With activation checkpointing, a layer's forward is wrapped: what is compiled is inside of the wrapper.
         inner: Forward = getattr(type(layer).forward, "__wrapped__", type(layer).forward)
@@ -65,48 +69,74 @@ def _checkpointed(layer: nn.Module, forward: Forward, *inputs: Any, **options: A
 
 
 class _Compiler:
-    """Compiles functions, and calls them as they are once compiling has failed twice."""
+    """Compiles functions, and calls them as they are once that has failed."""
 
     def __init__(self, cache: Path) -> None:
         self._cache = cache
-        self._failures = 0
-        use_cache(cache)
+        self._trial: Path | None = None  # an empty cache, tried because compiling has failed with the usual one
+        self._failed = False
         torch._inductor.config.compile_threads = 1  # no pool of processes, which could outlive this one
         torch._functorch.config.force_non_lazy_backward_lowering = True  # so that all that may fail does so in forward
+        _use_cache(cache)
 
     def compile(self, forward: Forward) -> Forward:
         compiled = torch.compile(forward, dynamic=True, fullgraph=True)
 
         def run(*inputs: Any, **options: Any) -> Any:
-            while self._failures < 2 and torch.is_grad_enabled():
+            while not self._failed and torch.is_grad_enabled():
                 try:
-                    return compiled(*inputs, **options)
-                except TorchDynamoException as error:
+                    output = compiled(*inputs, **options)
+                except (TorchDynamoException, FailOnRecompileLimitHit) as error:
                     self._recover(error)
+                else:
+                    self._keep_trial()
+                    return output
             return forward(*inputs, **options)
 
         return run
 
-    def _recover(self, error: TorchDynamoException) -> None:
-        """After the first failure compile again with an empty cache, of this process alone."""
-        self._failures += 1
+    def _recover(self, error: Exception) -> None:
+        """Try again with an empty cache: a file in the usual one may be damaged. After that, give up."""
         torch._dynamo.reset()
-        if self._failures == 1:
-            _delete(self._cache)
-            use_cache(Path(tempfile.mkdtemp(prefix="deepcloze-compiled-")))
+        self._failed = self._trial is not None or isinstance(error, FailOnRecompileLimitHit)
+        if self._failed:
+            first_line = str(error).strip().partition("\n")[0]
+            log.warning("the layers run without torch.compile, which failed: %s", first_line)
+            self._delete_trial()
+        else:
+            self._trial = Path(tempfile.mkdtemp(prefix="compiling-", dir=self._cache.parent))
+            _use_cache(self._trial)
+
+    def _keep_trial(self) -> None:
+        """The layers compile with an empty cache: it takes the place of the damaged one."""
+        if self._trial is None:
             return
-        log.warning("the layers run without torch.compile, which failed: %s", str(error).strip().partition("\n")[0])
+        shutil.rmtree(self._cache, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another process has been faster
+            self._trial.rename(self._cache)
+        self._delete_trial()
+        _use_cache(self._cache)
+
+    def _delete_trial(self) -> None:
+        if self._trial is not None:
+            shutil.rmtree(self._trial, ignore_errors=True)
+            self._trial = None
 
 
-def use_cache(folder: Path) -> None:
-    """Where torch keeps compiled code."""
-    folder.mkdir(parents=True, exist_ok=True)
+def _open_cache(usual: Path) -> Path:
+    """A folder for compiled code that this process can write: below the one that the user has set for torch, or the
+    usual one, or a temporary one."""
+    given = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    set_by_user = given is not None and given not in (default_cache_dir(), str(usual))  # torch sets it too
+    folder = Path(given) / "deepcloze" if given is not None and set_by_user else usual
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        folder = Path(tempfile.mkdtemp(prefix="deepcloze-")) / "compiled"
+    return folder
+
+
+def _use_cache(folder: Path) -> None:
+    """Where torch and Triton keep compiled code from now on."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
-
-
-def _delete(folder: Path) -> None:
-    """Other processes may be reading or writing there."""
-    with contextlib.suppress(OSError):
-        damaged = Path(tempfile.mkdtemp(prefix="damaged-", dir=folder.parent))
-        folder.rename(damaged / folder.name)
-        shutil.rmtree(damaged, ignore_errors=True)
+    os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")

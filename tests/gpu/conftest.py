@@ -47,7 +47,7 @@ class SpawnedRanks:
 def _connect(rank: int, size: int, port: int, device: str) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WANDB_MODE": "disabled"}
-    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "TORCHDYNAMO_DISABLE": "1"}
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     from pretrain.engine.process_group import connect

@@ -24,7 +24,6 @@ def start(tmp_path: Path) -> Iterator[Start]:
         environment = os.environ | {
             "DS_ACCELERATOR": "cpu",
             "OMP_NUM_THREADS": "1",
-            "TORCHDYNAMO_DISABLE": "1",
             "MASTER_PORT": str(free_port()),
         }
         environment |= variables

@@ -31,6 +31,7 @@ TINY = {
     "max_position_embeddings": 64,
 }
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+COMPILED = "TEST_COMPILE" in os.environ  # runs compile their layers, see `make soak`
 Tree = dict[str, Any]
 
 
@@ -57,7 +58,7 @@ def run_config(folder: Path, corpus: Path, ds_config: str = "fp32_zero1", **chan
         "optimizer": {"lr": 3e-3},
         "schedule": {"steps": 6, "warmup_steps": 2},
         "checkpoint": {"every_steps": None, "keep_last": 100},
-        "engine": {"ds_config": f"ds_configs/{ds_config}.json", "compile": "TEST_COMPILE" in os.environ},
+        "engine": {"ds_config": f"ds_configs/{ds_config}.json", "compile": COMPILED},
     }
     for dotted, value in changes.items():
         section, _, key = dotted.partition("__")
@@ -76,7 +77,10 @@ def pretrain_case(
 
     is_asked = stop_after is not None and world.rank == world.size - 1
     stop_request = functools.partial(_StopAfter, stop_after) if is_asked else StopRequest
-    return pretrain(build_config(PretrainConfig, tree), world, stop_request, limits).outcome.value
+    outcome = pretrain(build_config(PretrainConfig, tree), world, stop_request, limits).outcome.value
+    if COMPILED:
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
+    return outcome
 
 
 class _StopAfter(StopRequest):

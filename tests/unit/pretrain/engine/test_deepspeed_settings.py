@@ -87,6 +87,7 @@ def test_engine_config_does_not_change_its_input() -> None:
         ("{", "line 1: not valid JSON"),
         ('{\n "bf16": {"enabled": true,}}', "line 2: not valid JSON"),
         ('{"bf16": {}, "bf16": {}}', "the key 'bf16' appears twice"),
+        ('{"wall_clock_breakdown": true}', "'wall_clock_breakdown' is not supported"),
         (f'{{"steps_per_print": {"9" * 10_000}}}', "has 10,000 digits"),
         ("[" * 100_000, "nested too deeply"),
         ("[]", "expected a JSON object, found list"),

@@ -119,11 +119,23 @@ def test_a_damaged_cache_is_compiled_again(tmp_path: Path) -> None:
     again = run(cache)
     assert again["losses"] == pytest.approx(first["losses"], rel=1e-6)
     assert again["warnings"] == []
-    assert not any(library.exists() for library in libraries), "the next run would find them again"
+    assert all(library.stat().st_size > 100 for library in cache.rglob("*.so")), "the next run would find them again"
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
 
 def test_without_a_working_compiler_the_layers_run_as_they_are(tmp_path: Path) -> None:
     """Catches a run that ends where nothing can be compiled, and one that does not say so."""
-    found = run(tmp_path / "cache", compiler="/bin/false")
+    cache = tmp_path / "cache"
+    (cache / "of another run").mkdir(parents=True)
+    found = run(cache, compiler="/bin/false")
     assert len(found["warnings"]) == 1
     assert "torch.compile" in found["warnings"][0]
+    assert (cache / "of another run").is_dir()
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
+@pytest.mark.soak
+def test_a_cache_that_cannot_be_written_is_not_needed(tmp_path: Path) -> None:
+    """Catches a run that ends because its user has no home."""
+    (tmp_path / "file").touch()
+    assert run(tmp_path / "file" / "cache")["graphs"] == 1
