@@ -21,30 +21,31 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import fire
-import numpy as np
 import torch
-import yaml
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import describe_machine
 from benchmarks.matrix_products import ProductSettings
+from benchmarks.pretraining_runs import (
+    MODELS,
+    ROWS,
+    Config,
+    RunSettings,
+    build_corpus,
+    mean_length,
+    pretrain,
+    spread,
+    tokens_per_second,
+)
 from benchmarks.run_mlm_peer import BATCH, PeerSettings
 from experiment.tokenizer import load_tokenizer
 from launcher.ranks.environment import GLIBC_TUNABLES
-from pretrain.batching.sequences import split_documents
-from pretrain.corpus.reader import open_corpus
 
-MODELS = {
-    "small": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024},
-    "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
-}
-_ROWS = 34  # of a microbatch of deepcloze: 32 would just not hold 32 rows of real tokens
 _MATRIX_PRODUCTS = "matrix products alone"
 
 Rates = dict[str, list[float]]
@@ -85,8 +86,7 @@ def throughput(
     threads = threads or len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
-        _deepcloze("corpus", "--source", source, "--tokenizer", tokenizer, "--output", str(work / "corpus"))
-        mean = _mean_length(work / "corpus", length)
+        corpus = build_corpus(source, tokenizer, work / "corpus")
         peer = PeerSettings(
             source=source,
             tokenizer=tokenizer,
@@ -95,18 +95,19 @@ def throughput(
             precision=precision,
             length=length,
             threads=threads,
-            accumulated=max(1, round(update_tokens / (BATCH * (mean if lines else length)))),
+            accumulated=max(1, round(update_tokens / (BATCH * (mean_length(corpus, length) if lines else length)))),
             updates=steps,
             warmup_updates=warm,
         )
-        rates = _measure(peer, _write_config(work, peer, round(update_tokens / mean)), work, rounds, ranks)
+        config = RunSettings(corpus, peer.model, precision, length, update_tokens).timed_config(steps)
+        rates = _measure(peer, config, work, rounds, ranks)
     shape = "one line per example" if lines else f"blocks of {length}"
     about = f"{model} model, {precision}, {threads} threads, {update_tokens:,} tokens per update, {shape}"
     about += f"; deepcloze: {ranks} ranks" if ranks > 1 else ""
     _print(rates, f"{Path(source).name}, {about}")
 
 
-def _measure(peer: PeerSettings, config: Path, work: Path, rounds: int, ranks: int) -> Rates:
+def _measure(peer: PeerSettings, config: Config, work: Path, rounds: int, ranks: int) -> Rates:
     contestants: dict[str, Callable[[int], float]] = {
         "run_mlm, default settings": lambda number: _run_peer(peer, {}),
         "run_mlm, with our allocator setting": lambda number: _run_peer(peer, {"GLIBC_TUNABLES": GLIBC_TUNABLES}),
@@ -122,43 +123,9 @@ def _measure(peer: PeerSettings, config: Path, work: Path, rounds: int, ranks: i
     return rates
 
 
-def _mean_length(corpus: Path, length: int) -> float:
-    """Mean number of tokens of a sequence, special tokens included."""
-    documents = [shard.astype(np.int64) for shard in open_corpus(corpus).document_lengths()]
-    return float(np.concatenate([split_documents(shard, length - 2) for shard in documents]).mean()) + 2
-
-
-def _write_config(work: Path, peer: PeerSettings, sequences: int) -> Path:
-    path = work / "run.yaml"
-    config = {
-        "run": {"dir": "set on the command line", "log_every": 1},
-        "model": {"config": {"model_type": "bert", **peer.model}},
-        "corpus": {"train": str(work / "corpus")},
-        "batch": {
-            "sequences": sequences,
-            "max_seq_length": peer.length,
-            "microbatch_tokens": _ROWS * peer.length,
-        },
-        "schedule": {"steps": peer.updates},
-        "evaluation": {"every_steps": peer.updates},
-        "checkpoint": {"every_steps": None},
-        "engine": {"ds_config": f"ds_configs/{peer.precision}_zero1.json"},
-    }
-    path.write_text(yaml.safe_dump(config), encoding="utf-8")
-    return path
-
-
-def _run_deepcloze(config: Path, folder: Path, peer: PeerSettings, ranks: int) -> float:
-    """Tokens per second of the timed steps, from the run's metrics."""
-    command = ("pretrain", "--config", str(config), f"--run.dir={folder}", "--num_gpus", str(ranks))
-    _deepcloze(*command, threads=max(1, peer.threads // ranks))
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    tokens = seconds = 0.0
-    for before, row in pairwise(rows):
-        if row.get("tokens_per_second") and before["step"] >= peer.warmup_updates:
-            tokens += row["tokens"] - before["tokens"]
-            seconds += (row["tokens"] - before["tokens"]) / row["tokens_per_second"]
-    return tokens / seconds
+def _run_deepcloze(config: Config, folder: Path, peer: PeerSettings, ranks: int) -> float:
+    pretrain(config, folder, ranks=ranks, threads=peer.threads)
+    return tokens_per_second(folder, peer.warmup_updates)
 
 
 def _run_peer(peer: PeerSettings, environment: dict[str, str]) -> float:
@@ -171,7 +138,7 @@ def _run_products(peer: PeerSettings) -> float:
         hidden=peer.model["hidden_size"],
         intermediate=peer.model["intermediate_size"],
         vocabulary=len(load_tokenizer(Path(peer.tokenizer))),
-        tokens=_ROWS * peer.length,
+        tokens=ROWS * peer.length,
         precision=peer.precision,
         threads=peer.threads,
     )
@@ -186,18 +153,12 @@ def _run_module(module: str, settings: dict[str, Any], threads: int, environment
     return float(json.loads(finished.stdout.splitlines()[-1])["tokens_per_second"])
 
 
-def _deepcloze(*arguments: str, threads: int | None = None) -> None:
-    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
-    subprocess.run([sys.executable, "-m", "launcher", *arguments], env=environment, stdout=sys.stderr, check=True)
-
-
 def _print(rates: Rates, title: str) -> None:
     table = Table("contestant", "tokens/s: median (min – max)", "deepcloze is faster by", title=title)
     ours = rates["deepcloze"]
     for name, theirs in rates.items():
         ratio = statistics.median(own / other for own, other in zip(ours, theirs, strict=True))
-        spread = f"{statistics.median(theirs):,.0f} ({min(theirs):,.0f} – {max(theirs):,.0f})"
-        table.add_row(name, spread, "" if theirs is ours else f"{ratio:.2f} x")
+        table.add_row(name, spread(theirs, ",.0f"), "" if theirs is ours else f"{ratio:.2f} x")
     Console().print(table)
     print(describe_machine())
 

@@ -1,0 +1,98 @@
+"""Runs of `deepcloze pretrain` that benchmarks start and measure."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from pretrain.batching.sequences import split_documents
+from pretrain.corpus.reader import open_corpus
+
+MODELS = {
+    "small": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024},
+    "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
+}
+ROWS = 34  # of a microbatch of deepcloze: 32 would just not hold 32 rows of real tokens
+
+Config = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What a run trains."""
+
+    corpus: Path
+    model: dict[str, int]  # fields of the BERT config
+    precision: str  # bf16 or fp32
+    length: int  # longest sequence, in tokens
+    update_tokens: int  # real tokens of an update, about
+
+    def config(self, **sections: dict[str, Any]) -> Config:
+        """The config of a run. `sections`: keys to add or replace."""
+        config: Config = {
+            "run": {"dir": "set on the command line"},
+            "model": {"config": {"model_type": "bert", **self.model}},
+            "corpus": {"train": str(self.corpus)},
+            "batch": {
+                "sequences": max(1, round(self.update_tokens / mean_length(self.corpus, self.length))),
+                "max_seq_length": self.length,
+                "microbatch_tokens": ROWS * self.length,
+            },
+            "checkpoint": {"every_steps": None},
+            "engine": {"ds_config": f"ds_configs/{self.precision}_zero1.json"},
+        }
+        return config | {name: config.get(name, {}) | keys for name, keys in sections.items()}
+
+    def timed_config(self, steps: int, **run: Any) -> Config:
+        """The config of a run of `steps` steps that logs each of them and only evaluates at the end. `run`: keys."""
+        return self.config(run={"log_every": 1, **run}, schedule={"steps": steps}, evaluation={"every_steps": steps})
+
+
+def mean_length(corpus: Path, length: int) -> float:
+    """Mean number of tokens of a sequence, special tokens included."""
+    documents = [shard.astype(np.int64) for shard in open_corpus(corpus).document_lengths()]
+    return float(np.concatenate([split_documents(shard, length - 2) for shard in documents]).mean()) + 2
+
+
+def build_corpus(source: str, tokenizer: str, corpus: Path) -> Path:
+    deepcloze("corpus", "--source", source, "--tokenizer", tokenizer, "--output", str(corpus))
+    return corpus
+
+
+def pretrain(config: Config, folder: Path, *, ranks: int = 1, threads: int = 1) -> None:
+    """Train in the run folder `folder`. `threads`: of all ranks together."""
+    path = folder.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    command = ("pretrain", "--config", str(path), f"--run.dir={folder}", "--num_gpus", str(ranks))
+    deepcloze(*command, threads=max(1, threads // ranks))
+
+
+def tokens_per_second(folder: Path, skipped: int) -> float:
+    """Of the steps after the first `skipped`, from the metrics of a run that logged each step."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    tokens = seconds = 0.0
+    for before, row in pairwise(rows):
+        if row.get("tokens_per_second") and before["step"] >= skipped:
+            tokens += row["tokens"] - before["tokens"]
+            seconds += (row["tokens"] - before["tokens"]) / row["tokens_per_second"]
+    return tokens / seconds
+
+
+def deepcloze(*arguments: str, threads: int | None = None) -> None:
+    """Run a command of deepcloze; raises CalledProcessError if it fails. `threads`: of each of its processes."""
+    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    subprocess.run([sys.executable, "-m", "launcher", *arguments], env=environment, stdout=sys.stderr, check=True)
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """Median, minimum and maximum, each formatted by `form`."""
+    return f"{statistics.median(values):{form}} ({min(values):{form}} – {max(values):{form}})"
