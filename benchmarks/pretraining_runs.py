@@ -1,11 +1,8 @@
 """Runs of `deepcloze pretrain` that benchmarks start and measure."""
 
 import json
-import os
 import statistics
-import subprocess
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +11,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from benchmarks.processes import deepcloze
 from pretrain.batching.sequences import split_documents
 from pretrain.corpus.reader import open_corpus
 
@@ -68,12 +66,14 @@ def build_corpus(source: str, tokenizer: str, corpus: Path) -> Path:
     return corpus
 
 
-def pretrain(config: Config, folder: Path, *, ranks: int = 1, threads: int = 1) -> None:
+def pretrain(
+    config: Config, folder: Path, *, ranks: int, threads: int, environment: Mapping[str, str] | None = None
+) -> None:
     """Train in the run folder `folder`. `threads`: of all ranks together."""
     path = folder.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
     command = ("pretrain", "--config", str(path), f"--run.dir={folder}", "--num_gpus", str(ranks))
-    deepcloze(*command, threads=max(1, threads // ranks))
+    deepcloze(*command, threads=max(1, threads // ranks), environment=environment)
 
 
 def tokens_per_second(folder: Path, skipped: int) -> float:
@@ -85,12 +85,6 @@ def tokens_per_second(folder: Path, skipped: int) -> float:
             tokens += row["tokens"] - before["tokens"]
             seconds += (row["tokens"] - before["tokens"]) / row["tokens_per_second"]
     return tokens / seconds
-
-
-def deepcloze(*arguments: str, threads: int | None = None) -> None:
-    """Run a command of deepcloze; raises CalledProcessError if it fails. `threads`: of each of its processes."""
-    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
-    subprocess.run([sys.executable, "-m", "launcher", *arguments], env=environment, stdout=sys.stderr, check=True)
 
 
 def spread(values: Sequence[float], form: str) -> str:

@@ -1,8 +1,9 @@
 """The transformers `run_mlm` recipe, timed: Trainer and DataCollatorForLanguageModeling on plain text.
 
-`benchmarks.throughput` runs it in a separate process; it prints one JSON object. It does what `run_mlm` does by
-default, except for downloading: tokenize, concatenate and split into blocks (or one line per example), mask 15 % in the
-collator, compute the full head, step AdamW. Prefetching is off, as in `run_mlm`.
+`benchmarks.throughput` runs it in a separate process; it prints one JSON object. `benchmarks.run_mlm_minutes` trains it
+for some minutes instead. It does what `run_mlm` does by default, except for downloading: tokenize, concatenate and
+split into blocks (or one line per example), mask 15 % in the collator, compute the full head, step AdamW. Prefetching
+is off, as in `run_mlm`.
 """
 
 import json
@@ -22,6 +23,7 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    set_seed,
 )
 
 from experiment.tokenizer import load_tokenizer
@@ -31,8 +33,8 @@ _KEYS = ("input_ids", "attention_mask", "special_tokens_mask")
 
 
 @dataclass(frozen=True)
-class PeerSettings:
-    """What the peer trains, and for how long."""
+class Recipe:
+    """What the peer trains."""
 
     source: str  # text file, one document per line
     tokenizer: str
@@ -42,6 +44,12 @@ class PeerSettings:
     length: int  # longest example, in tokens
     threads: int
     accumulated: int  # microbatches of an update
+
+
+@dataclass(frozen=True)
+class PeerSettings(Recipe):
+    """For how long it is timed."""
+
     updates: int
     warmup_updates: int  # the first updates, not timed
 
@@ -77,46 +85,56 @@ class _CountingCollator:
 
 def run(settings: PeerSettings) -> float:
     """Train and return the tokens per second of the timed updates."""
-    torch.set_num_threads(settings.threads)
     tokenizer = load_tokenizer(Path(settings.tokenizer))
-    config = AutoConfig.for_model("bert", vocab_size=len(tokenizer), **settings.model)
+    examples = tokenize(settings, tokenizer)
+    while len(examples) < BATCH * settings.accumulated * settings.updates:
+        examples = examples + examples
+    collator = _CountingCollator(mask(tokenizer), settings.warmup_updates * settings.accumulated)
     timer = _Timer(settings.warmup_updates)
-    masking = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15)
-    collator = _CountingCollator(masking, settings.warmup_updates * settings.accumulated)
     with tempfile.TemporaryDirectory() as scratch:
-        Trainer(
-            model=AutoModelForMaskedLM.from_config(config, trust_remote_code=False),
-            args=TrainingArguments(
-                output_dir=scratch,
-                max_steps=settings.updates,
-                per_device_train_batch_size=BATCH,
-                gradient_accumulation_steps=settings.accumulated,
-                bf16=settings.precision == "bf16",
-                use_cpu=not torch.cuda.is_available(),
-                report_to=[],
-                save_strategy="no",
-                disable_tqdm=True,
-            ),
-            train_dataset=_examples(settings, tokenizer),
-            data_collator=collator,
-            callbacks=[timer],
-        ).train()
+        trainer = build_trainer(settings, tokenizer, examples, output_dir=scratch, max_steps=settings.updates)
+        trainer.data_collator = collator
+        trainer.add_callback(timer)
+        trainer.train()
     return collator.tokens / (timer.ended - timer.started)
 
 
-def _examples(settings: PeerSettings, tokenizer: Any) -> list[dict[str, list[int]]]:
-    """Tokenized examples, repeated until they suffice for all updates."""
-    text = Path(settings.source).read_text(encoding="utf-8").splitlines()
+def build_trainer(recipe: Recipe, tokenizer: Any, examples: list[dict[str, list[int]]], **arguments: Any) -> Trainer:
+    """`arguments`: of TrainingArguments, besides those of the recipe."""
+    torch.set_num_threads(recipe.threads)
+    set_seed(42)
+    config = AutoConfig.for_model("bert", vocab_size=len(tokenizer), **recipe.model)
+    return Trainer(
+        model=AutoModelForMaskedLM.from_config(config, trust_remote_code=False),
+        args=TrainingArguments(
+            per_device_train_batch_size=BATCH,
+            gradient_accumulation_steps=recipe.accumulated,
+            bf16=recipe.precision == "bf16",
+            use_cpu=not torch.cuda.is_available(),
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            **arguments,
+        ),
+        train_dataset=examples,
+        data_collator=mask(tokenizer),
+    )
+
+
+def mask(tokenizer: Any) -> DataCollatorForLanguageModeling:
+    return DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15)
+
+
+def tokenize(recipe: Recipe, tokenizer: Any) -> list[dict[str, list[int]]]:
+    """The examples of one epoch."""
+    text = Path(recipe.source).read_text(encoding="utf-8").splitlines()
     encoded = tokenizer(
         [line for line in text if line and not line.isspace()],
         return_special_tokens_mask=True,
-        truncation=settings.lines,
-        max_length=settings.length if settings.lines else None,
+        truncation=recipe.lines,
+        max_length=recipe.length if recipe.lines else None,
     )
-    examples = _lines(encoded) if settings.lines else _blocks(encoded, settings.length)
-    while len(examples) < BATCH * settings.accumulated * settings.updates:
-        examples = examples + examples
-    return examples
+    return _lines(encoded) if recipe.lines else _blocks(encoded, recipe.length)
 
 
 def _lines(encoded: Any) -> list[dict[str, list[int]]]:

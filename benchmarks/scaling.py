@@ -5,8 +5,8 @@
 Both train the same model on the same text with the same real tokens per update and the same threads in total. They
 alternate, so that a slow minute of the machine affects both. Whole training steps are timed, data work included, after
 some untimed first steps. The share of communication comes from a profile of three of the untimed steps on rank 0: the
-time in which gradients or weights were in flight. The profiled rank is slower, so it waits less for the other ranks than
-in a step that is not profiled.
+time in which gradients or weights were in flight. Profiling slows that rank down, so it waits less for the others than
+usual.
 """
 
 import json

@@ -13,16 +13,13 @@ that setting helps it as well. On a CPU,
 `benchmarks.matrix_products` shows what the matrix products alone would allow.
 """
 
-import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import fire
 import torch
@@ -42,9 +39,9 @@ from benchmarks.pretraining_runs import (
     spread,
     tokens_per_second,
 )
+from benchmarks.processes import DEFAULT_ALLOCATOR, OUR_ALLOCATOR, run_module
 from benchmarks.run_mlm_peer import BATCH, PeerSettings
 from experiment.tokenizer import load_tokenizer
-from launcher.ranks.environment import GLIBC_TUNABLES
 
 _MATRIX_PRODUCTS = "matrix products alone"
 
@@ -109,8 +106,8 @@ def throughput(
 
 def _measure(peer: PeerSettings, config: Config, work: Path, rounds: int, ranks: int) -> Rates:
     contestants: dict[str, Callable[[int], float]] = {
-        "run_mlm, default settings": lambda number: _run_peer(peer, {}),
-        "run_mlm, with our allocator setting": lambda number: _run_peer(peer, {"GLIBC_TUNABLES": GLIBC_TUNABLES}),
+        "run_mlm, default settings": lambda number: _run_peer(peer, DEFAULT_ALLOCATOR),
+        "run_mlm, with our allocator setting": lambda number: _run_peer(peer, OUR_ALLOCATOR),
         "deepcloze": lambda number: _run_deepcloze(config, work / f"run-{number}", peer, ranks),
     }
     if not torch.cuda.is_available():
@@ -129,7 +126,7 @@ def _run_deepcloze(config: Config, folder: Path, peer: PeerSettings, ranks: int)
 
 
 def _run_peer(peer: PeerSettings, environment: dict[str, str]) -> float:
-    return _run_module("benchmarks.run_mlm_peer", asdict(peer), peer.threads, environment)
+    return float(run_module("benchmarks.run_mlm_peer", asdict(peer), peer.threads, environment)["tokens_per_second"])
 
 
 def _run_products(peer: PeerSettings) -> float:
@@ -142,15 +139,9 @@ def _run_products(peer: PeerSettings) -> float:
         precision=peer.precision,
         threads=peer.threads,
     )
-    return _run_module("benchmarks.matrix_products", asdict(settings), peer.threads, {"GLIBC_TUNABLES": GLIBC_TUNABLES})
-
-
-def _run_module(module: str, settings: dict[str, Any], threads: int, environment: dict[str, str]) -> float:
-    """Tokens per second, which a module prints."""
-    command = [sys.executable, "-m", module, json.dumps(settings)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": "cpu", **environment}
-    finished = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return float(json.loads(finished.stdout.splitlines()[-1])["tokens_per_second"])
+    return float(
+        run_module("benchmarks.matrix_products", asdict(settings), peer.threads, OUR_ALLOCATOR)["tokens_per_second"]
+    )
 
 
 def _print(rates: Rates, title: str) -> None:
