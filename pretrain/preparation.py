@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from experiment.run_folder import open_run_folder
 from experiment.tracking.rank_logs import set_up_logging
+from pretrain.batching.packing import Rows
 from pretrain.config import PretrainConfig
 from pretrain.corpus.reader import Corpus
 from pretrain.corpus.verification import verified_shards
@@ -36,9 +37,19 @@ def prepare(config: PretrainConfig, world: World, hosts: HostGroup) -> Preparati
     hosts.call(lambda: check_device_support(run.deepspeed))
     verify_on_each_host([*(given.corpus for given in run.corpora), *run.held_out.values()], world, hosts)
     model = hosts.call(lambda: build_model(run.model_source, run.model_config, run.config.run.seed))
-    rows = choose_rows(model, weight_dtype(run.deepspeed))
+    rows = agreed_rows(choose_rows(model, weight_dtype(run.deepspeed)), world, hosts)
     stream = hosts.call(lambda: open_stream(run, world, rows=rows, first_position=model.first_position))
     return Preparation(run, model, stream)
+
+
+def agreed_rows(rows: Rows, world: World, hosts: HostGroup) -> Rows:
+    """The rows of all ranks: windows unless every rank, whose GPU may be of another type, can compute flat ones.
+    Collective.
+
+    Rows decide which sequences of a batch a rank takes. `rows`: what this rank would choose.
+    """
+    (flat,) = hosts.all_reduce_sum([int(rows == "flat")])
+    return "windows" if rows == "flat" and flat < world.size else rows
 
 
 def verify_on_each_host(corpora: Sequence[Corpus], world: World, hosts: HostGroup) -> None:

@@ -1,15 +1,22 @@
 """A run has the same losses and evaluations at every world size, microbatch size and ZeRO stage."""
 
 import itertools
+from collections.abc import Set as AbstractSet
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
 from experiment.checkpoints import checkpoint_path
+from experiment.config import build_config
+from pretrain.batching.packing import Rows
+from pretrain.config import PretrainConfig
+from pretrain.world import World
 from rank_pool import RankPool
 from runs import (
     NO_DROPOUT,
     TINY,
+    Tree,
     assert_same_tensors,
     evaluation_events,
     logged,
@@ -91,3 +98,26 @@ def test_batches_without_masked_tokens_update_nothing(
     first, second = (saved_tensors(checkpoint_path(tmp_path / "checkpoints", step)) for step in (1, 2))
     assert all(key.endswith("/fp32") for key in first), "optimizer state without an update"
     assert_same_tensors(first, second)
+
+
+def taken_case(world: World, tree: Tree, flat: AbstractSet[int]) -> tuple[Rows, list[int]]:
+    """The rows of a run on devices of which only those of the ranks `flat` compute flat rows, and the sequences of the
+    first batch that this rank takes."""
+    from pretrain import preparation
+    from pretrain.training.host_group import HostGroup
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preparation, "choose_rows", lambda *_: "flat" if world.rank in flat else "windows")
+        stream = preparation.prepare(build_config(PretrainConfig, tree), world, HostGroup(timedelta(seconds=60))).stream
+    return stream.rows, stream[0].origins.ids.tolist()
+
+
+@pytest.mark.parametrize(("flat", "rows"), [({0, 1}, "flat"), ({0}, "windows"), ({1}, "windows")])
+def test_ranks_on_different_devices_use_the_same_rows(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, flat: set[int], rows: Rows
+) -> None:
+    """Catches sequences that two ranks train on, and others that none does, where GPUs are of different types."""
+    tree = run_config(tmp_path, wordpiece_corpus)
+    (first, of_first), (second, of_second) = pools[2].run(taken_case, tree, flat)
+    assert (first, second) == (rows, rows)
+    assert len({*of_first, *of_second}) == len(of_first) + len(of_second) == tree["batch"]["sequences"]
