@@ -5,7 +5,7 @@ Bytes per parameter follow Rajbhandari et al. 2020 (ZeRO, arXiv:1910.02054, sect
 
     ZeRO           0 (fp32)   1                  2                      3
     weights        4 N        b N                b N                    b N / w, and those that are gathered
-    gradients      4 N        4 N (+ 2 N: b=2)   4 N / w                4 N / w
+    gradients      4 N        4 N (fp16: 6 N)    4 N / w                4 N / w
     optimizer      8 N        12 N / w           12 N / w               12 N / w
 
 The optimizer's part is the fp32 masters, its two moments, and the averaged weights (4 N / w more) if they are kept. The
@@ -20,10 +20,11 @@ from typing import Any
 import torch
 
 from pretrain.config import PretrainConfig
-from pretrain.engine.deepspeed_settings import DeepSpeedSettings
+from pretrain.engine.deepspeed_settings import DeepSpeedSettings, Precision
 from pretrain.plan.activations import MicrobatchMemory
 from pretrain.plan.parameters import ParameterCounts
 
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _FP32 = 4
 _MOMENTS = 8  # of AdamW, LAMB and StableAdamW
 
@@ -78,7 +79,7 @@ class MemorySettings:
 
     zero_stage: int
     ranks: int
-    weight_bytes: int  # b: 2 or 4
+    precision: Precision
     on_gpu: bool
     averaged: bool  # model.ema_decay
     optimizer: str
@@ -89,6 +90,11 @@ class MemorySettings:
     persistence_threshold: int
     max_reuse_distance: int
 
+    @property
+    def weight_bytes(self) -> int:
+        """b: 2 or 4."""
+        return _DTYPES[self.precision].itemsize
+
 
 def memory_settings(config: PretrainConfig, deepspeed: DeepSpeedSettings, ranks: int, on_gpu: bool) -> MemorySettings:
     zero: Mapping[str, Any] = deepspeed.raw.get("zero_optimization", {})
@@ -96,7 +102,7 @@ def memory_settings(config: PretrainConfig, deepspeed: DeepSpeedSettings, ranks:
     return MemorySettings(
         zero_stage=deepspeed.zero_stage,
         ranks=ranks,
-        weight_bytes=weight_dtype(deepspeed).itemsize,
+        precision=deepspeed.precision,
         on_gpu=on_gpu,
         averaged=config.model.ema_decay is not None,
         optimizer=config.optimizer.name,
@@ -110,7 +116,7 @@ def memory_settings(config: PretrainConfig, deepspeed: DeepSpeedSettings, ranks:
 
 
 def weight_dtype(deepspeed: DeepSpeedSettings) -> torch.dtype:
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[deepspeed.precision]
+    return _DTYPES[deepspeed.precision]
 
 
 def gradients_stay(settings: MemorySettings) -> bool:
@@ -226,8 +232,8 @@ def _update(counts: ParameterCounts, settings: MemorySettings) -> Parts:
 
 
 def uses_bf16_optimizer(settings: MemorySettings) -> bool:
-    """Whether `pretrain.engine.zero_optimizers` reduces the gradients and updates the weights."""
-    return settings.zero_stage == 1 and settings.weight_bytes < _FP32 and settings.offload == "none"
+    """Whether our own `Bf16Optimizer` accumulates and reduces the gradients, and not DeepSpeed."""
+    return settings.zero_stage == 1 and settings.precision == "bf16" and settings.offload == "none"
 
 
 def _prefetched(counts: ParameterCounts, settings: MemorySettings) -> int:

@@ -139,7 +139,7 @@ def plan_run(run: ResolvedRun, hosts: int, ranks: int, device: Device, rates: Ra
 
 def _alternatives(settings: MemorySettings) -> list[MemorySettings]:
     """The settings at each ZeRO stage that the precision and the offload device allow."""
-    lowest = {"nvme": 3, "cpu": 1}.get(settings.offload, 0 if settings.weight_bytes == 4 else 1)
+    lowest = {"nvme": 3, "cpu": 1}.get(settings.offload, 0 if settings.precision == "fp32" else 1)
     stages = sorted({*range(lowest, 4), settings.zero_stage})
     return [
         replace(settings, zero_stage=stage, offloads_weights=settings.offloads_weights and stage == 3)

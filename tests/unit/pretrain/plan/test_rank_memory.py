@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 
+from pretrain.engine.deepspeed_settings import Precision
 from pretrain.plan.activations import MicrobatchMemory
 from pretrain.plan.communication import sent_per_step
-from pretrain.plan.memory import MemorySettings, Parts, gathered_weights, rank_memory
+from pretrain.plan.memory import MemorySettings, Parts, gathered_weights, gradients_stay, rank_memory
 from pretrain.plan.parameters import ParameterCounts
 
 N = 1_000_000_000
@@ -15,7 +16,7 @@ NOTHING = MicrobatchMemory(0, 0, 0)
 BF16 = MemorySettings(
     zero_stage=1,
     ranks=8,
-    weight_bytes=2,
+    precision="bf16",
     on_gpu=True,
     averaged=False,
     optimizer="adamw",
@@ -36,17 +37,18 @@ def resident(settings: MemorySettings) -> Parts:
 @pytest.mark.parametrize(
     ("stage", "precision", "expected"),
     [
-        (0, 4, 4 + 0 + 8),  # gradients are in `parameter.grad`: counted with the microbatch
-        (1, 4, 4 + 12 / 8),
-        (1, 2, 2 + 4 + 12 / 8),
-        (2, 2, 2 + 4 / 8 + 12 / 8),
-        (3, 2, 2 / 8 + 4 / 8 + 12 / 8),
-        (3, 4, 4 / 8 + 4 / 8 + 12 / 8),
+        (0, "fp32", 4 + 0 + 8),  # gradients are in `parameter.grad`: counted with the microbatch
+        (1, "fp32", 4 + 12 / 8),
+        (1, "bf16", 2 + 4 + 12 / 8),
+        (1, "fp16", 2 + 4 + 12 / 8),
+        (2, "bf16", 2 + 4 / 8 + 12 / 8),
+        (3, "bf16", 2 / 8 + 4 / 8 + 12 / 8),
+        (3, "fp32", 4 / 8 + 4 / 8 + 12 / 8),
     ],
 )
-def test_bytes_per_parameter(stage: int, precision: int, expected: float) -> None:
+def test_bytes_per_parameter(stage: int, precision: Precision, expected: float) -> None:
     """Catches a part that is partitioned, or not, at the wrong stage (table in ds_configs/README.md)."""
-    assert resident(replace(BF16, zero_stage=stage, weight_bytes=precision)).total == pytest.approx(expected * N)
+    assert resident(replace(BF16, zero_stage=stage, precision=precision)).total == pytest.approx(expected * N)
 
 
 def test_averages_and_offload() -> None:
@@ -91,7 +93,17 @@ def test_communication_per_step(stage: int, microbatches: int, expected: float) 
     assert sent_per_step(COUNTS, replace(settings, ranks=1), microbatches) == 0
 
 
-def test_deepspeed_reduces_the_whole_gradient_for_all_ranks() -> None:
-    """Catches the communication of our optimizer in a run that DeepSpeed updates."""
-    offloaded = replace(BF16, zero_stage=1, offload="cpu")
-    assert sent_per_step(COUNTS, offloaded, 1) == pytest.approx((8 + 2) * N * 7 / 8)
+@pytest.mark.parametrize("settings", [replace(BF16, offload="cpu"), replace(BF16, precision="fp16")])
+def test_deepspeed_reduces_the_whole_gradient_for_all_ranks(settings: MemorySettings) -> None:
+    """Catches the communication of our optimizer in a run whose gradients DeepSpeed reduces."""
+    assert sent_per_step(COUNTS, settings, 1) == pytest.approx((8 + 2) * N * 7 / 8)
+
+
+def test_fp16_gradients_are_converted_after_the_backward_pass() -> None:
+    """Catches fp16 at ZeRO 1 planned as bf16, whose gradients go to fp32 one by one and take no bucket."""
+    fp16 = replace(BF16, precision="fp16")
+    assert (gradients_stay(fp16), gradients_stay(BF16)) == (True, False)
+    bucket = 2 * BF16.reduce_bucket
+    moments = [rank_memory(COUNTS, NOTHING, settings).moments for settings in (fp16, BF16)]
+    assert [each["backward"].buffers for each in moments] == [bucket, 0]
+    assert [each["update"].buffers for each in moments] == [bucket + 4 * BF16.reduce_bucket, 0]
