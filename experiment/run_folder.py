@@ -43,6 +43,11 @@ class RunFolder:
         return self.path / "launch.jsonl"
 
     @property
+    def goodput(self) -> Path:
+        """How the attempts have spent their time, see `goodput`."""
+        return self.logs / "goodput.jsonl"
+
+    @property
     def downstream(self) -> Path:
         """Scores of checkpoints on tasks, written by `deepcloze watch`, see `tracking.downstream`."""
         return self.path / "downstream"

@@ -18,6 +18,7 @@ import contextlib
 import datetime
 import logging
 import os
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NoReturn
@@ -27,12 +28,14 @@ from torch import nn
 
 from experiment.cache_folder import cache_folder
 from experiment.errors import AgreedFailureError, UserError
+from experiment.goodput import ActivityTimer, attempt_start
 from experiment.outcome_file import Cause, Outcome, ReportedOutcome
 from pretrain.arguments import read_arguments
 from pretrain.config import EngineConfig, PretrainConfig
 from pretrain.deadline import deadline
 from pretrain.engine.engine import Engine
 from pretrain.engine.process_group import connect, disconnect
+from pretrain.modeling.compile_time import compile_seconds
 from pretrain.modeling.masked_lm import MaskedLanguageModel
 from pretrain.preparation import prepare
 from pretrain.rank_process import exit_refused, give_up, run_rank
@@ -53,8 +56,13 @@ def pretrain(
     stop_request: Callable[[Path | None], StopRequest] = StopRequest,
     limits: HealthLimits = HEALTH_LIMITS,
     report: RankReport | None = None,
+    start_time: float | None = None,
 ) -> ReportedOutcome:
-    """Run or resume a pretraining on this rank. The process group is connected. Raises UserError."""
+    """Run or resume a pretraining on this rank. The process group is connected. Raises UserError.
+
+    start_time: of this attempt, as time.time(); default: now.
+    """
+    times = ActivityTimer(time.time() if start_time is None else start_time, compile_seconds)
     report = report or rank_report(config, world.rank)
     with deadline(_timeout(config), partial(give_up, report, "the ranks did not connect to each other's hosts")):
         hosts = HostGroup(_timeout(config))
@@ -77,7 +85,7 @@ def pretrain(
                 compiled=compiled,
             )
             resources.callback(engine.close)
-            trainer = Trainer(run, model, engine, stream, hosts, limits)
+            trainer = Trainer(run, model, engine, stream, hosts, times, limits)
             # Not earlier: a signal to a rank that has not loaded its checkpoint should end it at once.
             stop = resources.enter_context(stop_request(run.folder.stop if world.rank == 0 else None))
             report.begin_training()
@@ -130,7 +138,7 @@ def main(argv: Sequence[str]) -> NoReturn:
 
 def _connect_and_pretrain(config: PretrainConfig, report: RankReport) -> Outcome:
     world = connect(_timeout(config), partial(give_up, report))
-    ending = pretrain(config, world, report=report)
+    ending = pretrain(config, world, report=report, start_time=attempt_start())
     report.agree(ending)
     with contextlib.suppress(RuntimeError):  # the outcome stands
         disconnect()

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from experiment.errors import UserError
+from experiment.goodput import read_goodput
 from experiment.provenance import read_provenance
 from experiment.results.comparison import comparison_blocks
 from experiment.results.page import Block, Code, Figure, Heading, Table, Text, write_page
 from experiment.results.plots import INK, Line, Panel, draw_panels
 from experiment.run_folder import RunFolder
 from experiment.strict_json import parse_json
+from experiment.tracking.console import describe_duration
 from experiment.tracking.downstream import DownstreamResult, read_results
 from experiment.tracking.jsonl import Event, read_events
 
@@ -44,7 +46,8 @@ def write_report(run: str | Path) -> Path:
         raise UserError(f"there is no run folder {folder.path}")
     results = result_blocks(folder, folder.report)  # of fine-tuning: they show the evaluations of each seed
     training = training_blocks(folder, folder.report, held_out=not results)
-    blocks = [*compare_blocks(folder), *results, *training, *downstream_blocks(folder, folder.report)]
+    downstream = downstream_blocks(folder, folder.report)
+    blocks = [*compare_blocks(folder), *results, *training, *goodput_blocks(folder), *downstream]
     if not blocks:
         raise UserError(
             f"{folder.path} has nothing to report: neither results.json, compare.json nor an event in "
@@ -198,10 +201,29 @@ def label_tables(results: Mapping[str, Any]) -> list[Block]:
     return blocks
 
 
+def goodput_blocks(folder: RunFolder) -> list[Block]:
+    """How the attempts at the run have spent their time; empty if none has recorded it."""
+    goodput = read_goodput(folder)
+    if goodput is None:
+        return []
+    rows = [
+        [activity, describe_duration(seconds), f"{seconds / max(goodput.wall_clock, 1e-9):.1%}"]
+        for activity, seconds in goodput.seconds.items()
+        if seconds
+    ]
+    attempts = f"{goodput.attempts} attempt{'' if goodput.attempts == 1 else 's'}"
+    total = ["all", describe_duration(goodput.wall_clock), "100.0%"]
+    return [Heading("Time"), Table(["activity", "time", "share"], [*rows, total], f"Wall clock of {attempts}")]
+
+
 def provenance_blocks(folder: RunFolder) -> list[Block]:
     """The attempts at the run with their machines and library versions, and the config."""
     blocks: list[Block] = []
-    if provenance := read_provenance(folder):
+    try:
+        provenance = read_provenance(folder)
+    except UserError as error:  # the folder is being copied
+        blocks, provenance = [Heading("Provenance"), Text(str(error))], None
+    if provenance:
         rows = [_attempt_row(attempt) for attempt in provenance["attempts"]]
         blocks += [
             Heading("Provenance"),

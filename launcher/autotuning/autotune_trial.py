@@ -128,7 +128,7 @@ class TrialRunner:
         folder = open_run_folder(self._plan.folder.trials / str(tokens))
         plan = replace(self._plan, config=trial_config(config, sizes, folder), folder=folder, config_changed=True)
         reserve_outcome(folder)
-        record = begin_attempt(folder, plan.slots)
+        record = begin_attempt(folder, plan.slots, time.time())
         self._stop = stop = StopSignals(folder)
         if self.interrupted or self._time_is_up():
             return TrialResult({})

@@ -17,6 +17,7 @@ from pathlib import Path
 import xxhash
 
 from experiment.files import atomic_write
+from experiment.launch_variable import START_VARIABLE
 from experiment.outcome_file import Cause, Outcome, read_outcome
 from experiment.run_folder import RunFolder
 from launcher.hosts.guarded_hosts import GuardedHosts, GuardRequest, Rendezvous
@@ -154,7 +155,7 @@ def _run(
     pipe = subprocess.DEVNULL if launch.quiet else None if launch.local else subprocess.PIPE
     process = subprocess.Popen(
         command.argv,
-        env=dict(command.environment),
+        env={**command.environment, START_VARIABLE: str(record.start_time)},
         stdin=subprocess.DEVNULL,
         stdout=pipe,
         stderr=pipe,

@@ -22,6 +22,7 @@ class AttemptRecord:
 
     folder: RunFolder
     number: int
+    start_time: float  # as time.time()
 
     def start(self, argv: Sequence[str]) -> None:
         """Add the command of DeepSpeed's launcher."""
@@ -45,18 +46,21 @@ class AttemptRecord:
             notify(f"cannot record this launch: {describe_disk_error(error) or error}")
 
 
-def begin_attempt(folder: RunFolder, slots: Slots) -> AttemptRecord:
-    """Add a line for an attempt on these slots. Raises UserError if the file cannot be read, OSError if not written."""
+def begin_attempt(folder: RunFolder, slots: Slots, start_time: float) -> AttemptRecord:
+    """Add a line for an attempt on these slots. Raises UserError if the file cannot be read, OSError if not written.
+
+    start_time: of the attempt, or of the launch that it is the first one of, as time.time().
+    """
     attempts = _read(folder)
     record: dict[str, object] = {
         "attempt": len(attempts) + 1,
-        "time": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "time": datetime.fromtimestamp(start_time).astimezone().isoformat(timespec="seconds"),
         "hosts": {host: list(numbers) for host, numbers in slots.items()},
         "outcome": None,  # remains null if the launcher is killed, or the disk is full when the attempt ends
         "exit": None,
     }
     _write(folder, [*attempts, record])
-    return AttemptRecord(folder, len(attempts) + 1)
+    return AttemptRecord(folder, len(attempts) + 1, start_time)
 
 
 def _read(folder: RunFolder) -> list[dict[str, object]]:

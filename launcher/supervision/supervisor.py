@@ -42,7 +42,7 @@ def supervise(launch: Launch, start_time: float, dead_owner: Renewal | None = No
             notify(f"removed {folder.stop}, which is older than this launch")
         shutil.rmtree(folder.trials, ignore_errors=True)  # of a command that was killed
         with stop.handle(), contextlib.nullcontext() if launch.local else _ignored_suspension():
-            return _Supervisor(launch, stop).run()
+            return _Supervisor(launch, stop, start_time).run()
 
 
 @contextlib.contextmanager
@@ -56,8 +56,9 @@ def _ignored_suspension() -> Iterator[None]:
 
 
 class _Supervisor:
-    def __init__(self, launch: Launch, stop: StopSignals) -> None:
+    def __init__(self, launch: Launch, stop: StopSignals, start_time: float) -> None:
         self._launch = launch
+        self._start_time = start_time
         self._folder = launch.folder
         self._stop = stop
         self._attempts: list[Attempt] = []
@@ -91,7 +92,7 @@ class _Supervisor:
         try:
             clear_reports(self._folder)
             reserve_outcome(self._folder)
-            record = begin_attempt(self._folder, layout.slots)
+            record = begin_attempt(self._folder, layout.slots, time.time() if self._attempts else self._start_time)
             result, joins_hosts = self._run_or_stop(layout, record)
         except OSError as error:
             if not self._attempts:

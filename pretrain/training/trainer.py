@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from experiment.device_peaks import peak_flops, peak_memory
+from experiment.goodput import CHECKPOINTING, DATA, EVALUATING, STARTING, ActivityTimer
 from experiment.outcome_file import Outcome
 from experiment.throughput_meter import Throughput
 from experiment.tracking import Tracker
@@ -88,6 +89,7 @@ class Trainer:
         engine: Engine,
         stream: TrainingStream,
         hosts: HostGroup,
+        times: ActivityTimer,
         limits: HealthLimits = HEALTH_LIMITS,
     ) -> None:
         """Loads the checkpoint that the run resumes from, if any, and opens the trackers. Raises AgreedError."""
@@ -97,6 +99,7 @@ class Trainer:
         self._engine = engine
         self._stream = stream
         self._hosts = hosts
+        self._times = times
         self._limits = limits
         self._on_gpu = engine.device.type == "cuda"
         self._evaluator = hosts.call(lambda: open_evaluator(run, stream.rows, model.first_position, world))
@@ -106,6 +109,7 @@ class Trainer:
         provenance = hosts.from_rank0(lambda: record_start(run, world.size, num_hosts))
         self._tracker: Tracker | None = None
         if world.rank == 0:
+            times.open(run.folder, self._progress.step, stream.steps)
             self._tracker = open_run_tracker(
                 run, provenance, self._progress.step, stream.steps, self._is_evaluation_missing()
             )
@@ -124,6 +128,7 @@ class Trainer:
 
         Raises UnhealthyError, LossScaleError or UnwritableError, each on all ranks, if the run cannot continue.
         """
+        self._times.begin_training()
         self._evaluate_and_save_if_due()
         upcoming: UpcomingBatch | None = None
         while not self._is_finished():
@@ -166,7 +171,8 @@ class Trainer:
         if self._profiler is not None:
             self._profiler.close()
         if self._tracker is not None:
-            self._tracker.close(outcome)
+            with self._times.during(STARTING):
+                self._tracker.close(outcome)
 
     def _open_data(self) -> None:
         """Start the log interval and the data stream at the current progress."""
@@ -190,7 +196,7 @@ class Trainer:
     def _take_batch(self, stop: StopRequest) -> UpcomingBatch:
         """Take the next batch, if there is one, and begin to agree on it."""
         batch: RankBatch | DataWorkerError | None
-        with self._throughput.waiting(), phase("data"):
+        with self._throughput.waiting(), self._times.during(DATA), phase("data"):
             try:
                 batch = next(self._batches, None)
             except DataWorkerError as error:
@@ -263,7 +269,7 @@ class Trainer:
     def _rewind(self) -> None:
         """Go back to the newest checkpoint. Bad steps stay known; events logged before are not logged again."""
         reached = self._progress
-        with self._throughput.paused():
+        with self._throughput.paused(), self._times.during(STARTING):
             del self._batches  # ends its worker processes
             progress = self._checkpointer.load_newest()
             self._progress = replace(progress, bad_steps=reached.bad_steps)
@@ -293,6 +299,7 @@ class Trainer:
             grad_norms=() if unfreezes else norms,
             evaluated=False,
         )
+        self._times.finish_step(self._progress.step)
 
     def _log(self, rate: float, grad_norm: float) -> None:
         """Log the interval and start the next one."""
@@ -311,11 +318,13 @@ class Trainer:
                 "tokens_per_second": pace.tokens_per_second,
                 "mfu": self._mfu(pace.seconds),
                 "data_wait": pace.data_wait,
+                "goodput": self._times.goodput,
                 "memory": peak_memory(),
                 **({f"tokens/{name}": tokens for name, tokens in by_corpus.items()} if len(by_corpus) > 1 else {}),
             }
         )
         self._track_downstream()
+        self._times.record()
         self._progress = replace(
             progress,
             loss_sum=progress.loss_sum + interval.loss_sum,
@@ -345,7 +354,7 @@ class Trainer:
                 self._tracker.log(event)
 
     def _evaluate(self) -> None:
-        with self._throughput.paused():
+        with self._throughput.paused(), self._times.during(EVALUATING):
             progress, interval, config = self._progress, self._interval, self._config.evaluation
             metrics = self._evaluator.metrics(self._engine.predict, self._engine.device)
             if metrics:
@@ -367,7 +376,7 @@ class Trainer:
 
     def _save(self, seconds: float) -> None:
         """Save a checkpoint of this step, unless there is one. `seconds`: of training so far."""
-        with self._throughput.paused():
+        with self._throughput.paused(), self._times.during(CHECKPOINTING):
             if self._checkpointer.save(self._progress_to_save(seconds)):
                 self._recovery.reset_rewinds()
 

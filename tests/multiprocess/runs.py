@@ -159,7 +159,7 @@ def logged(folder: Path, key: str = "loss") -> list[Any]:
 
 def events_without_timing(folder: Path) -> list[Tree]:
     """All events of a run, evaluations too, without the metrics that differ from run to run."""
-    measured = ("tokens_per_second", "mfu", "data_wait", "memory")
+    measured = ("tokens_per_second", "mfu", "data_wait", "goodput", "memory")
     return [{key: value for key, value in event.items() if key not in measured} for event in _events(folder)]
 
 

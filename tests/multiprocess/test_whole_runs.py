@@ -155,6 +155,7 @@ def test_the_written_config_starts_the_same_run(
         "tokens_per_second",
         "mfu",
         "data_wait",
+        "goodput",
         "memory",
     }
     assert all(set(event) == documented for event in step_events(tmp_path / "first"))

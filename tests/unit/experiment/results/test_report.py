@@ -7,6 +7,7 @@ import pytest
 
 from experiment.errors import UserError
 from experiment.files import write_json
+from experiment.goodput import EVALUATING, ActivityTimer
 from experiment.provenance import write_provenance
 from experiment.results.page import Figure, Table, write_page
 from experiment.results.report import (
@@ -220,3 +221,35 @@ def test_several_runs_share_a_page(tmp_path: Path) -> None:
     assert all((out / name).is_file() for name in images(page))
     assert sum(isinstance(block, Table) for block in blocks) == 5
     assert [block.file for block in blocks if isinstance(block, Figure)] == images(page)
+
+
+def test_the_report_says_how_the_time_was_spent(tmp_path: Path) -> None:
+    """Catches a report without the time of the attempts, or one whose shares are not of the wall clock."""
+    folder = run_with(tmp_path, EVENTS)
+    now = 100.0
+    timer = ActivityTimer(40.0, clock=lambda: now, now=lambda: now)
+    timer.open(folder, step=0, total_steps=None)
+    timer.begin_training()
+    now += 240.0
+    timer.finish_step(1)
+    with timer.during(EVALUATING):
+        now += 100.0
+    page = write_report(folder.path).read_text(encoding="utf-8")
+    cells = re.findall(r"<td[^>]*>([^<]*)</td>", page)
+    for row in (
+        ["useful", "4m00s", "60.0%"],
+        ["evaluating", "1m40s", "25.0%"],
+        ["starting", "1m00s", "15.0%"],
+        ["all", "6m40s", "100.0%"],
+    ):
+        assert row in [cells[at : at + 3] for at in range(len(cells))], row
+
+
+def test_a_run_that_is_being_copied_has_a_report(tmp_path: Path) -> None:
+    """Catches a report that fails because a file is cut off."""
+    folder = run_with(tmp_path, EVENTS)
+    folder.provenance.write_text('{"run_id": "1"')
+    folder.goodput.write_text('{"start": 1')
+    with folder.metrics.open("a") as file:
+        file.write('{"step": 4')
+    assert "provenance.json is damaged" in write_report(folder.path).read_text(encoding="utf-8")

@@ -1,0 +1,224 @@
+"""How a run has spent its hours, over all its attempts. The useful share of them is its goodput.
+
+1. Rank 0 times what it does, `ActivityTimer`, and adds a line to RUN/logs/goodput.jsonl at each log event and around
+   each evaluation and checkpoint: the seconds of its attempt so far, by activity.
+2. The last complete line of an attempt stands for it. A kill loses the time since that line.
+3. `add_up` sums the attempts. What is missing to the wall clock from the first start to the last line was `DOWN`.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+
+import psutil
+
+from experiment.files import write_text
+from experiment.launch_variable import START_VARIABLE
+from experiment.run_folder import RunFolder
+from experiment.strict_json import parse_json
+
+USEFUL = "useful"  # training steps for the first time
+REDONE = "redone"  # training steps again, after a crash or a rewind
+COMPILING = "compiling"
+EVALUATING = "evaluating"
+CHECKPOINTING = "checkpointing"
+DATA = "waiting for data"
+STARTING = "starting"  # and ending
+DOWN = "down"
+TRAINING = "training"  # useful or redone
+_MEASURED = (USEFUL, REDONE, COMPILING, EVALUATING, CHECKPOINTING, DATA, STARTING)
+ACTIVITIES = (*_MEASURED, DOWN)
+
+_MOST_LINES = 1000
+_KEPT_LINES = 50  # of an attempt that has written more: enough to estimate its speed
+
+
+@dataclass(frozen=True)
+class AttemptTime:
+    """One line: how an attempt has spent its time so far."""
+
+    start: float  # as time.time(), like `time`; identifies the attempt
+    time: float
+    step: int  # finished steps
+    reached: int  # most finished steps so far, over all attempts
+    total_steps: int | None  # of the run; None: not known
+    activity: str  # at `time`
+    seconds: Mapping[str, float]  # by activity
+
+
+@dataclass(frozen=True)
+class Goodput:
+    """How a run has spent its time."""
+
+    seconds: Mapping[str, float]  # by activity, all of `ACTIVITIES`
+    attempts: int
+
+    @property
+    def wall_clock(self) -> float:
+        """Seconds from the first start to the last line."""
+        return sum(self.seconds.values())
+
+    @property
+    def share(self) -> float:
+        """Of the wall clock that was useful."""
+        return self.seconds[USEFUL] / max(self.wall_clock, 1e-9)
+
+
+def read_goodput(folder: RunFolder) -> Goodput | None:
+    """None if no attempt has recorded its time. Raises OSError if the file cannot be read."""
+    attempts = last_lines(read_attempt_times(folder))
+    return add_up(attempts) if attempts else None
+
+
+def add_up(attempts: Sequence[AttemptTime]) -> Goodput:
+    """The sum over one or more attempts, in any order."""
+    seconds = {activity: sum(attempt.seconds.get(activity, 0.0) for attempt in attempts) for activity in _MEASURED}
+    wall_clock = max(attempt.time for attempt in attempts) - min(attempt.start for attempt in attempts)
+    return Goodput({**seconds, DOWN: max(0.0, wall_clock - sum(seconds.values()))}, len(attempts))
+
+
+def last_lines(lines: Sequence[AttemptTime]) -> list[AttemptTime]:
+    """The last line of each attempt, oldest attempt first."""
+    return sorted({line.start: line for line in lines}.values(), key=lambda line: line.start)
+
+
+def read_attempt_times(folder: RunFolder) -> list[AttemptTime]:
+    """All lines; empty if there is no file. Skips damaged ones, such as one that a copy has cut off. Raises OSError."""
+    try:
+        lines = folder.goodput.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    return [line for line in map(_attempt_time, lines) if line is not None]
+
+
+def _attempt_time(line: bytes) -> AttemptTime | None:
+    try:
+        found = AttemptTime(**parse_json(line))
+        numbers = (found.start, found.time, found.step, found.reached, *found.seconds.values())
+        return found if all(isinstance(number, int | float) for number in numbers) else None
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def attempt_start() -> float:
+    """When the launch of this process began, or the process itself if the launch was on another machine, whose clock
+    may differ; as time.time()."""
+    created: float = psutil.Process().create_time()
+    with suppress(KeyError, ValueError):
+        return min(float(os.environ[START_VARIABLE]), created)
+    return created
+
+
+class ActivityTimer:
+    """Times the activities of one attempt, and records them once `open` was called."""
+
+    def __init__(
+        self,
+        start: float,
+        compile_seconds: Callable[[], float] = lambda: 0.0,
+        clock: Callable[[], float] = time.monotonic,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        """Args:
+        start: when the attempt was launched, as time.time(): the time since then was spent on starting.
+        compile_seconds: how long this process has compiled so far, during any activity.
+        """
+        self._start, self._compile_seconds, self._clock, self._now = start, compile_seconds, clock, now
+        self._activity = STARTING
+        self._seconds = dict.fromkeys(_MEASURED, 0.0) | {STARTING: max(0.0, now() - start)}
+        self._settled, self._compiled = clock(), compile_seconds()
+        self._unfinished = 0.0  # seconds of the step that is being trained
+        self._step, self._reached = 0, 0
+        self._total_steps: int | None = None
+        self._earlier: list[AttemptTime] = []
+        self._folder: RunFolder | None = None
+        self._lines: list[AttemptTime] = []  # of this attempt, in the file
+
+    def open(self, folder: RunFolder, step: int, total_steps: int | None) -> None:
+        """Record this attempt in the run folder, from now on. `step`: finished steps. Only rank 0 does."""
+        self._folder, self._step, self._reached, self._total_steps = folder, step, step, total_steps
+        with suppress(OSError):
+            self._earlier = last_lines(read_attempt_times(folder))
+        self._reached = max([step, *(attempt.reached for attempt in self._earlier)])
+        self._rewrite()
+        self.record()
+
+    @property
+    def goodput(self) -> float:
+        """Share of the run's time so far that was useful, over all attempts."""
+        return add_up([*self._earlier, self._line()]).share
+
+    @contextmanager
+    def during(self, activity: str) -> Iterator[None]:
+        """Count the time inside as spent on the activity."""
+        before = self._switch(activity)
+        try:
+            yield
+        finally:
+            self._switch(before)
+
+    def begin_training(self) -> None:
+        """What follows is training, apart from what `during` counts."""
+        self._switch(TRAINING)
+
+    def finish_step(self, step: int) -> None:
+        """Count the time of training since the last call for this step."""
+        self._settle()
+        self._seconds[USEFUL if step > self._reached else REDONE] += self._unfinished
+        self._unfinished = 0.0
+        self._step, self._reached = step, max(step, self._reached)
+
+    def record(self) -> None:
+        """Add a line. One that does not fit on the disk is dropped."""
+        if self._folder is None:
+            return
+        line = self._line()
+        with suppress(OSError), self._folder.goodput.open("ab", buffering=0) as file:
+            file.write(b"\n" + _json(line))  # in front: the last line may be cut off
+            self._lines.append(line)
+        if len(self._lines) >= _MOST_LINES:
+            self._lines = self._lines[-_KEPT_LINES:]
+            self._rewrite()
+
+    def _rewrite(self) -> None:
+        """Leave one line of each earlier attempt, and those of this one that `_lines` has."""
+        assert self._folder is not None
+        with suppress(OSError):
+            text = b"\n".join(map(_json, [*self._earlier, *self._lines])).decode()
+            write_text(self._folder.goodput, text)
+
+    def _switch(self, activity: str) -> str:
+        """Returns the activity before. There are too many waits for data to record them."""
+        self._settle()
+        before, self._activity = self._activity, activity
+        if DATA not in (before, activity):
+            self.record()
+        return before
+
+    def _settle(self) -> None:
+        """Count the time since the last call."""
+        now, compiled = self._clock(), self._compile_seconds()
+        elapsed = now - self._settled
+        compiling = min(max(0.0, compiled - self._compiled), elapsed)
+        self._seconds[COMPILING] += compiling
+        if self._activity == TRAINING:
+            self._unfinished += elapsed - compiling
+        else:
+            self._seconds[self._activity] += elapsed - compiling
+        self._settled, self._compiled = now, compiled
+
+    def _line(self) -> AttemptTime:
+        self._settle()
+        current = USEFUL if self._step >= self._reached else REDONE
+        seconds = {**self._seconds, current: self._seconds[current] + self._unfinished}
+        return AttemptTime(
+            self._start, self._now(), self._step, self._reached, self._total_steps, self._activity, seconds
+        )
+
+
+def _json(line: AttemptTime) -> bytes:
+    rounded = {activity: round(seconds, 3) for activity, seconds in line.seconds.items()}
+    return json.dumps(asdict(line) | {"time": round(line.time, 3), "seconds": rounded}).encode()

@@ -1,0 +1,207 @@
+import json
+import os
+from pathlib import Path
+
+import psutil
+import pytest
+
+from experiment.goodput import (
+    ACTIVITIES,
+    CHECKPOINTING,
+    COMPILING,
+    DATA,
+    DOWN,
+    EVALUATING,
+    REDONE,
+    STARTING,
+    USEFUL,
+    ActivityTimer,
+    attempt_start,
+    last_lines,
+    read_attempt_times,
+    read_goodput,
+)
+from experiment.launch_variable import START_VARIABLE
+from experiment.run_folder import RunFolder, open_run_folder
+
+
+class Clock:
+    """Wall clock, monotonic clock and the time spent on compiling, moved by the test."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.compiled = 0.0
+
+    def timer(self, start: float) -> ActivityTimer:
+        return ActivityTimer(start, lambda: self.compiled, clock=lambda: self.now - 500, now=lambda: self.now)
+
+    def pass_seconds(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return open_run_folder(tmp_path / "run")
+
+
+def train(timer: ActivityTimer, clock: Clock, first: int, last: int, log_every: int = 1) -> None:
+    """Steps of three seconds, of which one is spent waiting for data."""
+    for step in range(first, last + 1):
+        with timer.during(DATA):
+            clock.pass_seconds(1)
+        clock.pass_seconds(2)
+        timer.finish_step(step)
+        if step % log_every == 0:
+            timer.record()
+
+
+def spent(folder: RunFolder) -> dict[str, float]:
+    """Seconds by activity, without those that took none."""
+    goodput = read_goodput(folder)
+    assert goodput is not None
+    assert set(goodput.seconds) == set(ACTIVITIES)
+    return {activity: seconds for activity, seconds in goodput.seconds.items() if seconds}
+
+
+def test_every_second_is_counted_once(clock: Clock, folder: RunFolder) -> None:
+    """Catches time that is lost or counted twice where activities are nested, and compiling counted as training."""
+    timer = clock.timer(start=990.0)
+    timer.open(folder, step=0, total_steps=10)
+    clock.pass_seconds(5)
+    timer.begin_training()
+    with timer.during(EVALUATING):
+        clock.pass_seconds(7)
+    train(timer, clock, 1, 4)
+    clock.pass_seconds(20)
+    clock.compiled += 16.0
+    timer.finish_step(5)
+    with timer.during(CHECKPOINTING):
+        clock.pass_seconds(3)
+    assert spent(folder) == {
+        STARTING: 15.0,
+        EVALUATING: 7.0,
+        USEFUL: 12.0,
+        COMPILING: 16.0,
+        DATA: 4.0,
+        CHECKPOINTING: 3.0,
+    }
+    assert timer.goodput == pytest.approx(12 / 57)
+
+
+def test_steps_after_a_kill_are_redone_and_the_time_between_is_down(clock: Clock, folder: RunFolder) -> None:
+    """Catches steps that count as useful twice, and a kill that loses more than one logging interval."""
+    first = clock.timer(start=clock.now)
+    first.open(folder, step=0, total_steps=100)
+    first.begin_training()
+    train(first, clock, 1, 25, log_every=10)  # killed: steps 21 to 25 are not recorded
+    clock.pass_seconds(40)
+    second = clock.timer(start=clock.now)
+    second.open(folder, step=10, total_steps=100)
+    second.begin_training()
+    train(second, clock, 11, 30, log_every=10)
+    assert spent(folder) == {USEFUL: 2 * 20.0 + 2 * 10, REDONE: 2 * 10.0, DATA: 40.0, DOWN: 5 * 3 + 40.0}
+    goodput = read_goodput(folder)
+    assert goodput is not None
+    assert (goodput.attempts, goodput.wall_clock) == (2, clock.now - 1000)
+
+
+def test_steps_after_a_rewind_are_redone(clock: Clock, folder: RunFolder) -> None:
+    """Catches a rewind within an attempt, or before a crash, whose steps count as useful again."""
+    first = clock.timer(start=clock.now)
+    first.open(folder, step=0, total_steps=None)
+    first.begin_training()
+    train(first, clock, 1, 8)
+    with first.during(STARTING):
+        clock.pass_seconds(1)
+    train(first, clock, 5, 6)
+    second = clock.timer(start=clock.now)
+    second.open(folder, step=4, total_steps=None)
+    second.begin_training()
+    train(second, clock, 5, 9)
+    assert spent(folder) == {STARTING: 1.0, USEFUL: 16.0 + 2, REDONE: 4.0 + 8, DATA: 8.0 + 2 + 5}
+
+
+def test_a_file_that_is_being_copied_or_damaged_is_read(clock: Clock, folder: RunFolder) -> None:
+    """Catches a crash, or figures that do not add up, where the last line is cut off anywhere."""
+    for attempt in range(2):
+        timer = clock.timer(start=clock.now)
+        timer.open(folder, step=0, total_steps=None)
+        timer.begin_training()
+        train(timer, clock, 1, 3 + attempt)
+    whole = folder.goodput.read_bytes()
+    for end in range(len(whole)):
+        folder.goodput.write_bytes(whole[:end])
+        if goodput := read_goodput(folder):
+            last = last_lines(read_attempt_times(folder))
+            assert goodput.wall_clock == pytest.approx(last[-1].time - last[0].start, abs=0.01)
+    for damage in (b"[]", b"{}", b'{"start": "x"}', b"\xff", b"[" * 100_000, b"null"):
+        folder.goodput.write_bytes(damage + b"\n" + whole)
+        assert read_goodput(folder) is not None
+        assert len(last_lines(read_attempt_times(folder))) == 2
+    folder.goodput.unlink()
+    assert read_goodput(folder) is None
+
+
+def test_a_line_that_was_cut_off_does_not_damage_the_next(clock: Clock, folder: RunFolder) -> None:
+    """Catches the first line after a full disk being lost."""
+    timer = clock.timer(start=clock.now)
+    timer.open(folder, step=0, total_steps=None)
+    with folder.goodput.open("ab") as file:
+        file.write(b'\n{"start": 1')
+    clock.pass_seconds(5)
+    timer.record()
+    assert spent(folder) == {STARTING: 5.0}
+
+
+def test_a_folder_that_cannot_be_written_stops_nothing(clock: Clock, folder: RunFolder) -> None:
+    """Catches a run that ends because its time cannot be recorded, or never records it again."""
+    timer = clock.timer(start=clock.now)
+    folder.logs.rename(folder.path / "moved")
+    (folder.path / "logs").touch()  # a file in place of the folder
+    timer.open(folder, step=0, total_steps=None)
+    timer.begin_training()
+    train(timer, clock, 1, 2)
+    (folder.path / "logs").unlink()
+    (folder.path / "moved").rename(folder.logs)
+    train(timer, clock, 3, 3)
+    assert spent(folder) == {USEFUL: 6.0, DATA: 3.0}
+
+
+def test_the_file_stays_small(clock: Clock, folder: RunFolder) -> None:
+    """Catches a file that grows for weeks, and a shortened one that has lost an attempt or the recent lines."""
+    for start, steps in ((0, 5), (0, 1200)):
+        timer = clock.timer(start=clock.now)
+        timer.open(folder, step=start, total_steps=None)
+        timer.begin_training()
+        train(timer, clock, 1, steps)
+    lines = read_attempt_times(folder)
+    assert 50 < len(lines) < 1000
+    assert [line.step for line in last_lines(lines)] == [5, 1200]
+    assert [line.step for line in lines[-3:]] == [1198, 1199, 1200]
+    assert read_goodput(folder).wall_clock == pytest.approx(clock.now - 1000)  # type: ignore[union-attr]
+
+
+def test_a_line_says_what_the_attempt_does(clock: Clock, folder: RunFolder) -> None:
+    """Catches a status that shows training while the run evaluates."""
+    timer = clock.timer(start=clock.now)
+    timer.open(folder, step=7, total_steps=9)
+    timer.begin_training()
+    with timer.during(EVALUATING):
+        (line,) = last_lines(read_attempt_times(folder))
+        assert (line.activity, line.step, line.total_steps) == ("evaluating", 7, 9)
+    assert json.loads(folder.goodput.read_bytes().splitlines()[-1])["activity"] == "training"
+
+
+def test_an_attempt_starts_with_its_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches the time that a launch takes counted as down, and a wrong clock of another machine that is believed."""
+    created = psutil.Process(os.getpid()).create_time()
+    monkeypatch.delenv(START_VARIABLE, raising=False)
+    assert attempt_start() == created
+    for value, expected in ((created - 9, created - 9), (created + 9, created), ("x", created)):
+        monkeypatch.setenv(START_VARIABLE, str(value))
+        assert attempt_start() == expected
