@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import filelock
@@ -25,7 +26,8 @@ _RENEW_SECONDS = 2.0
 _LEASE_SECONDS = 120.0  # for which an NFS server keeps the lock of a dead client; Linux: 90
 _DEAD_SECONDS = 20.0
 """A machine that has not renewed its file for so long is dead, or has lost the disk."""
-
+_OBSERVED_SECONDS = 5.0
+"""For how long `folder_use` waits for another machine to renew its file."""
 
 Renewal = int
 """When a file was renewed: st_mtime_ns."""
@@ -82,6 +84,30 @@ def is_locked(folder: RunFolder) -> bool:
         return True
     except OSError:  # `open_run_folder` says why it cannot be written
         return False
+
+
+@dataclass(frozen=True)
+class FolderUse:
+    """Whether a process uses a run folder."""
+
+    alive: bool | None  # None: not known, another machine does not renew its file
+    host: str | None = None  # of the process that does, or did and has not ended properly
+    silent_seconds: float = 0.0  # since the file was renewed, if it is not known
+
+
+def folder_use(folder: RunFolder) -> FolderUse:
+    """Whether a process of any machine uses the run folder. Takes seconds if the last one was on another machine and
+    has not ended properly. Writes nothing."""
+    owner, other = _owner(folder.owner), _other_owner(folder)
+    host = None if owner is None else str(owner["host"])
+    if other is None:
+        return FolderUse(is_locked(folder), host)
+    renewed, deadline = _renewed(folder.owner), time.monotonic() + _OBSERVED_SECONDS
+    while time.monotonic() < deadline:
+        time.sleep(_RENEW_SECONDS / 4)
+        if (last := _renewed(folder.owner)) != renewed:
+            return FolderUse(last is not None, host)
+    return FolderUse(None, host, max(0.0, time.time() - (renewed or 0) / 1e9))
 
 
 def _used(folder: RunFolder) -> UserError:

@@ -21,6 +21,7 @@ from launcher.options import (
     PreflightOptions,
     PretrainOptions,
     ReportOptions,
+    StatusOptions,
     SweepOptions,
     WatchOptions,
 )
@@ -258,6 +259,21 @@ def watch(options: WatchOptions) -> None:
     watch_run(options)
 
 
+def status(options: StatusOptions) -> None:
+    """Show how pretraining runs are doing.
+
+    Whether a run is alive, or how it ended; step, loss, speed, time left, last checkpoint, bad batches, goodput and
+    restarts: a list for one run, a table for several. Reads their folders only. Takes five seconds if a run is on
+    another machine. See docs/tracking.md.
+
+    Example:
+        deepcloze status runs/*
+    """
+    from launcher.status import print_status
+
+    print_status(options.runs, as_json=options.json_output)
+
+
 def report(options: ReportOptions) -> None:
     """Write the HTML report of a run: curves and tables.
 
@@ -301,6 +317,7 @@ COMMANDS: dict[str, Command] = {
         sweep,
         compare,
         watch,
+        status,
         report,
     )
 }

@@ -5,7 +5,7 @@ and help text (the string literal below the field). Fire, which dispatches the c
 report an unknown flag afterwards, and would read values as Python literals; so the line is parsed and checked here.
 
 - `--flag value`, `--flag=value`; `-` and `_` are the same in names of flags. A `bool` field is a switch.
-- A field annotated with `Positional` is also accepted by position.
+- A field annotated with `Positional` is also accepted by position; one of type `tuple[str, ...]`, once or more often.
 - A field of type `dict[str, str]` collects `--section.key=value` overrides: dotted key -> raw text.
 """
 
@@ -43,6 +43,10 @@ class Flag:
     @property
     def is_switch(self) -> bool:
         return self.types == (bool,)
+
+    @property
+    def is_repeated(self) -> bool:
+        return self.types == (tuple[str, ...],)
 
     @property
     def label(self) -> str:
@@ -117,11 +121,11 @@ class _UsageError(UserError):
     """A usage error; the message points to --help."""
 
 
-def _split(arguments: Sequence[str], options_type: type[Section]) -> tuple[dict[str, str], dict[str, str]]:
-    """(raw text by flag, raw text by config key)"""
+def _split(arguments: Sequence[str], options_type: type[Section]) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """(raw texts by flag, raw text by config key). Only a repeated flag has several texts."""
     flags = flags_of(options_type)
     positional = [flag.name for flag in flags.values() if flag.positional]
-    texts: dict[str, str] = {}
+    texts: dict[str, list[str]] = {}
     overrides: dict[str, str] = {}
     rest = list(arguments)
     while rest:
@@ -129,7 +133,9 @@ def _split(arguments: Sequence[str], options_type: type[Section]) -> tuple[dict[
         if not argument.startswith("--"):
             if not positional or argument.startswith("-"):
                 raise _UsageError(f"unexpected argument '{argument}'; flags are written --name=value")
-            texts[positional.pop(0)] = argument
+            texts.setdefault(positional[0], []).append(argument)
+            if not flags[positional[0]].is_repeated:
+                positional.pop(0)
             continue
         written, equals, value = argument[2:].partition("=")
         name = written.replace("-", "_")
@@ -147,17 +153,22 @@ def _split(arguments: Sequence[str], options_type: type[Section]) -> tuple[dict[
         if is_override:
             overrides[written] = value
         else:
-            texts[name] = value
+            texts[name] = [value]
             positional = [other for other in positional if other != name]
     return texts, overrides
 
 
-def _build_options(options_type: type[Section], texts: Mapping[str, str], overrides: Mapping[str, str]) -> Section:
+def _build_options(
+    options_type: type[Section], texts: Mapping[str, Sequence[str]], overrides: Mapping[str, str]
+) -> Section:
     flags = flags_of(options_type)
     missing = [_usage(flag) for flag in flags.values() if flag.required and flag.name not in texts]
     if missing:
         raise _UsageError(f"missing: {', '.join(missing)}")
-    values: dict[str, Any] = {name: _value(flags[name], text) for name, text in texts.items()}
+    values: dict[str, Any] = {
+        name: tuple(given) if flags[name].is_repeated else _value(flags[name], given[0])
+        for name, given in texts.items()
+    }
     if field := _overrides_field(options_type):
         values[field] = dict(overrides)
     try:
@@ -181,7 +192,7 @@ def _value(flag: Flag, text: str) -> Any:
     return text
 
 
-def _explain(details: ErrorDetails, flags: Mapping[str, Flag], texts: Mapping[str, str]) -> str:
+def _explain(details: ErrorDetails, flags: Mapping[str, Flag], texts: Mapping[str, Sequence[str]]) -> str:
     """An error that pydantic reports, as a message about a flag."""
     if not details["loc"]:
         return str(details["ctx"]["error"])
@@ -190,8 +201,9 @@ def _explain(details: ErrorDetails, flags: Mapping[str, Flag], texts: Mapping[st
         return f"{flag.label}: {details['ctx']['error']}"
     expected = f"nothing, {flag.expected}" if flag.is_switch else flag.expected
     choices = [str(choice) for kind in flag.types if get_origin(kind) is Literal for choice in get_args(kind)]
-    close = did_you_mean(texts[flag.name], choices) if choices else ""
-    return f"{flag.label}: expected {expected}, found '{texts[flag.name]}'{close if 'did you mean' in close else ''}"
+    found = " ".join(texts[flag.name])
+    close = did_you_mean(found, choices) if choices else ""
+    return f"{flag.label}: expected {expected}, found '{found}'{close if 'did you mean' in close else ''}"
 
 
 def _overrides_field(options_type: type[Section]) -> str | None:

@@ -186,6 +186,14 @@ class ReportOptions(Section):
     """Run folder; the report is written to RUN/report."""
 
 
+class StatusOptions(Section):
+    runs: Annotated[tuple[str, ...], Positional("RUN…")]
+    """Run folders, also of runs on other machines, and copies."""
+
+    json_output: Annotated[bool, Field(alias="json")] = False
+    """Print a JSON list on stdout, with one object for each run; times in seconds."""
+
+
 class ConfigOptions(Section):
     kind: Annotated[Literal["pretrain", "finetune", "compare"], Positional("pretrain|finetune|compare")]
     """The kind of config."""

@@ -63,18 +63,28 @@ def begin_attempt(folder: RunFolder, slots: Slots, start_time: float) -> Attempt
     return AttemptRecord(folder, len(attempts) + 1, start_time)
 
 
+def count_attempts(folder: RunFolder) -> int:
+    """How often the run was started. Raises UserError if the file cannot be read."""
+    return sum(attempt is not None for attempt in _read_lines(folder))
+
+
 def _read(folder: RunFolder) -> list[dict[str, object]]:
     """The attempts so far. Skips what a full disk or a power cut left of a line, and says so."""
+    attempts = _read_lines(folder)
+    if damaged := attempts.count(None):
+        notify(f"{folder.launches} is damaged: removed {damaged} of its {len(attempts)} lines")
+    return [attempt for attempt in attempts if attempt is not None]
+
+
+def _read_lines(folder: RunFolder) -> list[dict[str, object] | None]:
+    """The attempts so far; None for a damaged line."""
     try:
         lines = folder.launches.read_bytes().split(b"\n")  # not str.splitlines, which also splits at U+2028 and others
     except FileNotFoundError:
         return []
     except OSError as error:
         raise UserError(f"run.dir: cannot read {folder.launches}: {error.strerror}") from None
-    attempts = list(map(_attempt, filter(None, lines)))
-    if damaged := attempts.count(None):
-        notify(f"{folder.launches} is damaged: removed {damaged} of its {len(attempts)} lines")
-    return [attempt for attempt in attempts if attempt is not None]
+    return list(map(_attempt, filter(None, lines)))
 
 
 def _attempt(line: bytes) -> dict[str, object] | None:

@@ -69,7 +69,7 @@ def test_help_explains_every_command_and_flag(capsys: pytest.CaptureFixture[str]
         assert parse_command_line(example, COMMANDS)[0] == name
 
 
-@pytest.mark.parametrize("name", ["serving", "status", "_fail", "main"])
+@pytest.mark.parametrize("name", ["serving", "state", "_fail", "main"])
 def test_only_commands_that_exist(name: str, capsys: pytest.CaptureFixture[str]):
     """Catches a command that is listed or reachable but does nothing."""
     assert main([name]) == 2

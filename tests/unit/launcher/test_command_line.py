@@ -57,6 +57,14 @@ class ShowOptions(Section):
     """As JSON."""
 
 
+class ListOptions(Section):
+    runs: Annotated[tuple[str, ...], Positional("RUN…")]
+    """The folders."""
+
+    as_json: Annotated[bool, Field(alias="json")] = False
+    """As JSON."""
+
+
 def train(options: TrainOptions) -> None:
     """Train a model.
 
@@ -203,3 +211,17 @@ def test_help_lists_flags_defaults_and_an_example():
     overview = help_text([], COMMANDS, "about " * 30, width=60)
     assert "  train  Train a model." in overview
     assert max(map(len, overview.splitlines())) <= 60
+
+
+def test_an_argument_may_be_repeated() -> None:
+    """Catches a command of several runs that sees one of them, takes a flag for a run, or accepts none."""
+
+    def listed(options: ListOptions) -> None:
+        """List."""
+
+    commands: dict[str, Command] = {"listed": listed}
+    for line, runs in (("listed a", ("a",)), ("listed a --json b c", ("a", "b", "c")), ("listed --runs=a", ("a",))):
+        assert parse_command_line(line.split(), commands)[1] == ListOptions(runs=runs, json="--json" in line)
+    with pytest.raises(UserError, match="missing: RUN…"):
+        parse_command_line(["listed", "--json"], commands)
+    assert "usage: deepcloze listed RUN… [flags]" in help_text(["listed"], commands, "", 100)

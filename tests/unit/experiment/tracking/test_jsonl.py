@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from experiment.outcome_file import Outcome
-from experiment.tracking.jsonl import JsonlTracker, read_events
+from experiment.tracking.jsonl import JsonlTracker, read_events, read_last_events
 
 
 def steps(path: Path) -> list[int]:
@@ -146,3 +146,13 @@ def test_a_failed_close_leaves_no_half_line(tmp_path: Path, monkeypatch: pytest.
 def test_no_file_means_no_events(tmp_path: Path) -> None:
     """Catches a stack trace for a run that has not logged yet."""
     assert read_events(tmp_path / "m.jsonl") == []
+
+
+def test_the_last_events_of_a_long_run(tmp_path: Path) -> None:
+    """Catches a status that reads the events of weeks, or takes a part of a line for an event."""
+    path = tmp_path / "m.jsonl"
+    assert read_last_events(path) == []
+    path.write_text("".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in range(30_000)) + '{"step": 1')
+    last = read_last_events(path)
+    assert 1000 < len(last) < 20_000
+    assert last == read_events(path)[-len(last) :]

@@ -1,0 +1,163 @@
+import json
+import os
+import platform
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiment import run_lock
+from experiment.errors import UserError
+from experiment.files import write_json
+from experiment.goodput import CHECKPOINTING, ActivityTimer
+from experiment.outcome_file import Cause, Outcome, write_outcome
+from experiment.run_folder import RunFolder, open_run_folder
+from experiment.run_lock import FolderUse, folder_use, lock_run
+from launcher.run_status import Life, read_life, read_status
+from launcher.supervision.launch_log import begin_attempt
+
+HOST = platform.node()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+    monkeypatch.setattr(run_lock, "_OBSERVED_SECONDS", 0.2)
+    monkeypatch.setattr(run_lock, "_RENEW_SECONDS", 0.05)
+    return open_run_folder(tmp_path / "run")
+
+
+def write_events(folder: RunFolder, *events: dict[str, Any]) -> None:
+    folder.metrics.write_text("".join(json.dumps(event) + "\n" for event in events))
+
+
+def owned(folder: RunFolder, **changes: Any) -> None:
+    """What a process leaves that does not end properly."""
+    folder.owner.write_text(json.dumps({**run_lock.this_machine(), "pid": 7, "id": "1", **changes}))
+
+
+@contextmanager
+def renewed(folder: RunFolder) -> Iterator[None]:
+    ended = threading.Event()
+
+    def renew() -> None:
+        while not ended.wait(0.02):
+            os.utime(folder.owner)
+
+    thread = threading.Thread(target=renew)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def test_a_run_of_this_machine_is_alive_while_it_is_locked(folder: RunFolder) -> None:
+    """Catches a killed run that counts as alive, and one that is alive but counts as killed."""
+    assert read_life(folder) == Life("not started")
+    with lock_run(folder):
+        assert read_life(folder) == Life("running", HOST)
+    owned(folder)
+    assert read_life(folder) == Life("killed", HOST)
+
+
+def test_a_run_of_another_machine_is_alive_while_it_renews_its_file(folder: RunFolder) -> None:
+    """Catches a run of a silent machine that counts as alive or as dead: neither is known."""
+    owned(folder, host="elsewhere", boot="1")
+    with renewed(folder):
+        assert read_life(folder) == Life("running", "elsewhere")
+    os.utime(folder.owner, (0, 0))
+    life = read_life(folder)
+    assert (life.state, life.host) == ("unknown", "elsewhere")
+    assert life.message.startswith("elsewhere has not renewed logs/launch.owner for ")
+    assert life.message.endswith("h" + life.message[-3:])
+    folder.owner.unlink()
+    assert folder_use(folder) == FolderUse(alive=False)
+
+
+def test_how_a_run_ended(folder: RunFolder) -> None:
+    """Catches a run that has ended with an outcome of an earlier attempt, or without its message."""
+    write_outcome(folder, Outcome.STOPPED, "stopped: found STOP", Cause.SIGNAL)
+    assert read_life(folder) == Life("stopped", None, "stopped: found STOP")
+    owned(folder)  # the launcher was killed when the ranks had ended
+    assert read_life(folder) == Life("stopped", None, "stopped: found STOP")
+    with lock_run(folder):
+        assert read_life(folder).state == "running"
+
+
+@pytest.mark.parametrize(
+    ("host", "pid", "exit_code", "state"),
+    [
+        (HOST, os.getpid(), None, "running"),
+        (HOST, 2**22 + 1, None, "killed"),
+        (HOST, os.getpid(), 1, "failed"),
+        ("elsewhere", os.getpid(), None, "unknown"),
+    ],
+)
+def test_a_run_without_our_launcher(folder: RunFolder, host: str, pid: int, exit_code: int | None, state: str) -> None:
+    """Catches a run that `deepspeed` has started itself, which locks nothing, and counts as not started."""
+    write_json(folder.rank_record(0), {"rank": 0, "host": host, "pid": pid, "training": True, "exit": exit_code})
+    assert read_life(folder).state == state
+
+
+def test_the_figures_of_a_run(folder: RunFolder) -> None:
+    """Catches an evaluation or a score of an earlier step in place of the last figures, and a wrong time left."""
+    write_events(
+        folder,
+        {"step": 10, "loss": 5.0, "tokens_per_second": 90.0},
+        {"step": 20, "loss": 4.0, "tokens_per_second": 100.0},
+        {"step": 20, "eval/wiki/loss": 3.0},
+        {"step": 10, "downstream/sst2/accuracy": 0.5},
+    )
+    now = 1000.0
+    timer = ActivityTimer(990.0, clock=lambda: now, now=lambda: now)
+    timer.open(folder, step=0, total_steps=50)
+    timer.begin_training()
+    for step in range(1, 21):
+        now += 2.0
+        timer.finish_step(step)
+        timer.record()
+    for step in (10, 20):
+        (folder.checkpoints / f"step-{step:08d}").mkdir(parents=True)
+    (folder.checkpoints / "step-00000010" / "COMPLETE").touch()  # the other one is being saved
+    folder.bad_batch(7).mkdir(parents=True)
+    for _ in range(3):
+        begin_attempt(folder, {"localhost": (0,)}, 0.0)
+    with lock_run(folder), timer.during(CHECKPOINTING):
+        status = read_status(str(folder.path))
+    assert (status.state, status.activity, status.step, status.total_steps) == ("running", "checkpointing", 20, 50)
+    assert (status.loss, status.tokens_per_second, status.seconds_left) == (4.0, 100.0, 60.0)
+    assert (status.checkpoint_step, status.bad_batches, status.restarts) == (10, 1, 2)
+    assert status.checkpoint_age is not None
+    assert 0 <= status.checkpoint_age < 3600
+    assert status.goodput == pytest.approx(40 / 50)
+    assert read_status(str(folder.path)).seconds_left is None, "it has ended"
+
+
+def test_a_folder_that_is_being_copied(folder: RunFolder) -> None:
+    """Catches a traceback for files that are cut off, or not there yet."""
+    folder.config.write_text("schedule:\n  steps: 400\n")
+    assert read_status(str(folder.path)).total_steps == 400
+    write_events(folder, {"step": 10, "loss": 5.0})
+    with folder.metrics.open("a") as file:
+        file.write('{"step": 11, "lo')
+    folder.launches.write_text('{"attempt": 1}\n{"atte')
+    folder.outcome.write_text('{"outc')
+    folder.owner.write_text('{"ho')
+    folder.goodput.write_text('\n{"start": 1, "ti')
+    folder.rank_record(0).write_text('{"rank"')
+    folder.config.write_text("schedule:\n  steps: [4")
+    status = read_status(str(folder.path))
+    assert (status.state, status.step, status.loss, status.restarts) == ("not started", 10, 5.0, 0)
+    assert (status.total_steps, status.goodput) == (None, None)
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    """Catches a mistyped name that gives a list of dashes."""
+    with pytest.raises(UserError, match=r"there is no run folder .*/none$"):
+        read_status(str(tmp_path / "none"))
+    with pytest.raises(UserError, match=r"is not a run folder: expected config\.yaml, .* or logs/"):
+        read_status(str(tmp_path))
