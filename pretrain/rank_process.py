@@ -68,9 +68,8 @@ def _call(train: Callable[[], Outcome], report: RankReport) -> ReportedOutcome:
         return ReportedOutcome(Outcome.REFUSED, str(error), Cause.AGREED)
     except AgreedFailureError as error:
         return ReportedOutcome(Outcome.FAILED, str(error).partition("\n")[0], Cause.AGREED)  # the rest has been logged
-    except DataWorkerError as error:
-        log.error("%s", error)
-        return ReportedOutcome(Outcome.FAILED, f"{here}: {error}".partition("\n")[0], Cause.ERROR)
+    except DataWorkerError as error:  # likewise, but a restart may succeed
+        return ReportedOutcome(Outcome.FAILED, str(error).partition("\n")[0], Cause.ERROR)
     except BaseException as error:
         log.exception("this rank failed")
         return ReportedOutcome(Outcome.FAILED, f"{here}: {type(error).__name__}: {error}", cause_of(error))

@@ -31,6 +31,7 @@ from experiment.errors import AgreedFailureError, UserError
 from experiment.goodput import ActivityTimer, attempt_start
 from experiment.outcome_file import Cause, Outcome, ReportedOutcome
 from pretrain.arguments import read_arguments
+from pretrain.batching.loader import DataWorkerError
 from pretrain.config import EngineConfig, PretrainConfig
 from pretrain.deadline import deadline
 from pretrain.engine.engine import Engine
@@ -107,7 +108,7 @@ def _train(trainer: Trainer, stop: StopRequest, hosts: HostGroup) -> ReportedOut
     except UnwritableError as error:
         ending = ReportedOutcome(Outcome.STOPPED, f"no checkpoint can be written: {error}", Cause.AGREED)
         log.error("%s", ending.message)
-    except AgreedFailureError as error:
+    except (AgreedFailureError, DataWorkerError) as error:
         log.error("%s", error)
         hosts.barrier()  # as above
         raise

@@ -89,16 +89,18 @@ class HostGroup:
         result: T = box[0]
         return result
 
-    def first_message(self, message: str | None) -> str | None:
+    def first_message(self, message: str | None, always_name_rank: bool = False) -> str | None:
         """The message of the first rank that has one, with its host and rank unless all have one; None if none has.
-        Collective."""
+        Collective. `always_name_rank`: also if all have one."""
         gathered: list[Any] = [None] * dist.get_world_size(self._group)
         dist.all_gather_object(gathered, (platform.node(), message), group=self._group)
         found = [(rank, host, text) for rank, (host, text) in enumerate(gathered) if text is not None]
         if not found:
             return None
         rank, host, text = found[0]
-        return str(text) if len(found) == len(gathered) else f"{host}, rank {rank}: {text}"
+        if len(found) == len(gathered) and not always_name_rank:
+            return str(text)
+        return f"{host}, rank {rank}: {text}"
 
     def _raise_any(self, message: str | None) -> None:
         """Raise AgreedError on all ranks if one of them has a message. Collective."""

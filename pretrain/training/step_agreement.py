@@ -1,4 +1,5 @@
-"""What all ranks agree on in each step: the next batch's token counts, requests to stop or save, and the time.
+"""What all ranks agree on in each step: the next batch's token counts, whether all ranks have their share of it,
+requests to stop or save, and the time.
 
 One all-reduce of whole numbers per step over gloo, without a device sync. It is in flight while the step is computed,
 because it takes up to 0.3 s at 1,024 ranks. Requests take effect when that step ends. Decisions that depend on time use
@@ -8,6 +9,7 @@ rank 0's clock: the learning rate of a step under a time budget depends on when 
 from typing import NamedTuple
 
 from pretrain.batching.batch import RankBatch
+from pretrain.batching.loader import DataWorkerError
 from pretrain.training.clock import TrainingClock
 from pretrain.training.host_group import HostGroup, PendingSums
 from pretrain.world import World
@@ -19,6 +21,7 @@ class StepTotals(NamedTuple):
     masked_tokens: int
     tokens: int  # real tokens, special tokens included
     squared_lengths: int  # sum over sequences
+    failed_batches: int  # ranks whose data worker has failed
     stop_requests: int  # ranks that were asked to stop
     save_requests: int  # 1: a checkpoint is due by rank 0's clock
     milliseconds: int  # of training so far, by rank 0's clock
@@ -40,19 +43,20 @@ class StepAgreement:
         self._save_minutes = save_minutes
         self._corpora = corpora
 
-    def begin(self, batch: RankBatch | None, stop_requested: bool) -> "PendingTotals":
+    def begin(self, share: RankBatch | DataWorkerError | None, stop_requested: bool) -> "PendingTotals":
         """Collective; call before a step is computed.
 
         Args:
-            batch: this rank's share of the global batch after that of the step; None: it has none.
+            share: of the global batch after that of the step: this rank's, or why it has none; None: the stream ends.
             stop_requested: of this rank.
         """
         save_due = self._save_minutes is not None and self._clock.minutes_since_save >= self._save_minutes
         counts, corpus_tokens = (0, 0, 0), [0] * self._corpora
-        if batch is not None:
-            counts = batch.masked_tokens, batch.tokens, batch.squared_lengths
-            corpus_tokens = list(batch.corpus_tokens)
+        if isinstance(share, RankBatch):
+            counts = share.masked_tokens, share.tokens, share.squared_lengths
+            corpus_tokens = list(share.corpus_tokens)
         now = (
+            int(isinstance(share, DataWorkerError)),
             int(stop_requested),
             int(save_due and self._is_rank0),
             int(self._clock.seconds * 1000) if self._is_rank0 else 0,
@@ -67,5 +71,5 @@ class PendingTotals:
         self._sums = sums
 
     def wait(self) -> StepTotals:
-        masked, tokens, squared_lengths, stops, saves, milliseconds, *corpus_tokens = self._sums.wait()
-        return StepTotals(masked, tokens, squared_lengths, stops, saves, milliseconds, tuple(corpus_tokens))
+        masked, tokens, squared_lengths, failed, stops, saves, milliseconds, *corpus_tokens = self._sums.wait()
+        return StepTotals(masked, tokens, squared_lengths, failed, stops, saves, milliseconds, tuple(corpus_tokens))

@@ -52,8 +52,8 @@ from pretrain.training_stream import TrainingStream
 log = logging.getLogger(__name__)
 
 
-# Timeout for a batch, as a fraction of `health.hang_seconds`: the rank whose data worker hangs fails before the ranks
-# that wait for it, and names the cause.
+# Timeout for a batch, as a fraction of `health.hang_seconds`: a rank whose data worker hangs reports it before the ranks
+# that wait for it give up.
 _DATA_TIMEOUT = 0.9
 
 
@@ -69,14 +69,19 @@ class UpcomingBatch(NamedTuple):
     """This rank's share of a global batch that has not been trained on yet."""
 
     share: RankBatch | DataWorkerError | None  # None: the stream has ended
-    agreement: PendingTotals  # on its token counts
+    agreement: PendingTotals  # on its token counts, and that all ranks have their share
 
-    def batch(self) -> RankBatch:
-        """Raises DataWorkerError if there was no way to get it: only now, so that the step before it is completed."""
-        if isinstance(self.share, DataWorkerError):
-            raise self.share
-        assert self.share is not None, "the run ends with the stream"
-        return self.share
+    def wait(self, hosts: HostGroup) -> tuple[RankBatch, StepTotals]:
+        """The share, and the totals of the batch. Collective.
+
+        Raises DataWorkerError on all ranks if one has no share: only now, so that the step before it is completed.
+        """
+        totals = self.agreement.wait()
+        if totals.failed_batches:
+            failure = str(self.share) if isinstance(self.share, DataWorkerError) else None
+            raise DataWorkerError(hosts.first_message(failure, always_name_rank=True))
+        assert isinstance(self.share, RankBatch), "the run ends with the stream"
+        return self.share, totals
 
 
 class Trainer:
@@ -126,14 +131,15 @@ class Trainer:
     def train(self, stop: StopRequest) -> Outcome:
         """Train to the end, or until a rank is asked to stop. Saves the last step.
 
-        Raises UnhealthyError, LossScaleError or UnwritableError, each on all ranks, if the run cannot continue.
+        Raises UnhealthyError, LossScaleError, UnwritableError or DataWorkerError, each on all ranks, if the run cannot
+        continue.
         """
         self._times.begin_training()
         self._evaluate_and_save_if_due()
         upcoming: UpcomingBatch | None = None
         while not self._is_finished():
             upcoming = upcoming or self._take_batch(stop)
-            batch, totals = upcoming.batch(), upcoming.agreement.wait()
+            batch, totals = upcoming.wait(self._hosts)
             upcoming = self._take_batch(stop)  # agreed on while this one is computed
             rate = self._learning_rate(batch.step, totals.seconds)
             update = self._train_step(batch, totals.masked_tokens, rate)
@@ -195,14 +201,13 @@ class Trainer:
 
     def _take_batch(self, stop: StopRequest) -> UpcomingBatch:
         """Take the next batch, if there is one, and begin to agree on it."""
-        batch: RankBatch | DataWorkerError | None
+        share: RankBatch | DataWorkerError | None
         with self._throughput.waiting(), self._times.during(DATA), phase("data"):
             try:
-                batch = next(self._batches, None)
+                share = next(self._batches, None)
             except DataWorkerError as error:
-                batch = error
-        share = batch if isinstance(batch, RankBatch) else None
-        return UpcomingBatch(batch, self._agreement.begin(share, stop_requested=stop.reason is not None))
+                share = error
+        return UpcomingBatch(share, self._agreement.begin(share, stop_requested=stop.reason is not None))
 
     def _learning_rate(self, step: int, seconds: float) -> float:
         return learning_rate(self._config.schedule, self._config.optimizer.lr, step, self._stream.steps, seconds)

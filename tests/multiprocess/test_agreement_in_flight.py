@@ -1,5 +1,6 @@
 """The ranks agree on a batch while they compute the one before it."""
 
+import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def test_each_agreement_begins_before_the_step_and_ends_after_it(
 
 
 def failing_case(world: World, tree: Mapping[str, Any], failing_step: int) -> str:
-    """A run whose data worker fails on the last rank at a step (from 0). Returns the error's type."""
+    """A run whose data worker fails on the last rank at a step (from 0). Returns the error's message."""
     from pretrain.batching.batch_maker import BatchMaker
     from pretrain.batching.loader import DataWorkerError
 
@@ -67,12 +68,16 @@ def failing_case(world: World, tree: Mapping[str, Any], failing_step: int) -> st
             return str(error)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_the_step_before_a_batch_that_fails_is_completed(
-    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, ranks: int
 ) -> None:
-    """Catches a batch fetched ahead whose failure costs the step before it, and the checkpoint that was due."""
+    """Catches a batch fetched ahead whose failure costs the step before it, and the checkpoint that was due, and ranks
+    that start the step although one of them has no batch: they would wait for it."""
     tree = run_config(tmp_path, wordpiece_corpus, checkpoint__every_steps=3, schedule__steps=6)
-    (message,) = pools[1].run(failing_case, tree, 3)
-    assert "failed at step 4: ValueError: made to fail" in message
+    messages = pools[ranks].run(failing_case, tree, 3)
+    assert len(set(messages)) == 1
+    assert messages[0].startswith(f"{platform.node()}, rank {ranks - 1}: the data worker ")
+    assert "failed at step 4: ValueError: made to fail" in messages[0]
     assert [event["step"] for event in step_events(tmp_path)] == [1, 2, 3]
     assert checkpoint_path(RunFolder(tmp_path).checkpoints, 3).is_dir()

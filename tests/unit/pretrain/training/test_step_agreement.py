@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pretrain.batching.batch import RankBatch
+from pretrain.batching.loader import DataWorkerError
 from pretrain.batching.order import BatchSequences
 from pretrain.training.clock import TrainingClock
 from pretrain.training.host_group import HostGroup
@@ -83,4 +84,7 @@ def test_a_rank_without_a_batch_contributes_nothing(monkeypatch: pytest.MonkeyPa
     agreement.begin(rank_batch(5, 9, 0), stop_requested=False)
     totals = agreement.begin(None, stop_requested=True).wait()
     assert (totals.masked_tokens, totals.tokens, totals.corpus_tokens) == (5, 9, (8, 1))
-    assert totals.stop_requests == 1
+    assert (totals.stop_requests, totals.failed_batches) == (1, 0)
+    totals = agreement.begin(DataWorkerError("killed"), stop_requested=False).wait()
+    assert (totals.masked_tokens, totals.tokens, totals.corpus_tokens) == (5, 9, (8, 1))
+    assert (totals.stop_requests, totals.failed_batches) == (1, 1)
