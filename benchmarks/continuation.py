@@ -14,7 +14,6 @@ import contextlib
 import csv
 import json
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import describe_machine
+from benchmarks.processes import deepcloze
 from experiment.tokenizer import load_tokenizer
 from experiment.tracking.jsonl import read_events
 
@@ -79,7 +79,7 @@ def continuation(
 
 def _build_corpus(folder: Path, source: str, tokenizer: str, *flags: str) -> None:
     if not (folder / "manifest.json").exists():
-        _deepcloze("corpus", f"--source={source}", f"--tokenizer={tokenizer}", f"--output={folder}", *flags)
+        deepcloze("corpus", f"--source={source}", f"--tokenizer={tokenizer}", f"--output={folder}", *flags)
 
 
 def _best_run(name: str, work: Path, model: dict[str, Any], size: RunSize, rates: str) -> tuple[str, Path]:
@@ -87,7 +87,7 @@ def _best_run(name: str, work: Path, model: dict[str, Any], size: RunSize, rates
     folder = work / name.replace(" ", "-")
     config = _write_config(folder.with_suffix(".yaml"), work, model, size)
     with contextlib.suppress(subprocess.CalledProcessError):  # a run that diverged fails, and is listed last
-        _deepcloze("sweep", f"--config={config}", f"--grid=optimizer.lr={rates}", f"--output={folder}", "--num_gpus=1")
+        deepcloze("sweep", f"--config={config}", f"--grid=optimizer.lr={rates}", f"--output={folder}", "--num_gpus=1")
     with (folder / "sweep.csv").open(encoding="utf-8") as file:
         best = next(csv.DictReader(file))
     return best["optimizer.lr"], folder / best["folder"]
@@ -119,10 +119,6 @@ def _write_config(path: Path, work: Path, model: dict[str, Any], size: RunSize) 
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
     return path
-
-
-def _deepcloze(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "launcher", *arguments], stdout=sys.stderr, check=True)
 
 
 def _print(runs: dict[str, tuple[str, Path]], title: str) -> None:
