@@ -145,7 +145,7 @@ def _map(_name: str, source: str, tokenizer: str, threads: int) -> float:
     import datasets
     from transformers import AutoTokenizer
 
-    encode = AutoTokenizer.from_pretrained(tokenizer)
+    encode = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
     lines = datasets.load_dataset("text", data_files=source, split="train")
     start = time.monotonic()
     lines.map(
