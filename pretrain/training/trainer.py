@@ -52,8 +52,8 @@ from pretrain.training_stream import TrainingStream
 log = logging.getLogger(__name__)
 
 
-# Timeout for a batch, as a fraction of `health.hang_seconds`: a rank whose data worker hangs reports it before the ranks
-# that wait for it give up.
+# Timeout for a batch, as a fraction of `health.hang_seconds`: a rank whose data worker hangs reports it before the
+# ranks that wait for it give up.
 _DATA_TIMEOUT = 0.9
 
 
