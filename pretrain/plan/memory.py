@@ -5,7 +5,7 @@ Bytes per parameter follow Rajbhandari et al. 2020 (ZeRO, arXiv:1910.02054, sect
 
     ZeRO           0 (fp32)   1                  2                      3
     weights        4 N        b N                b N                    b N / w, and those that are gathered
-    gradients      4 N        4 N (fp16: 6 N)    4 N / w                4 N / w
+    gradients      4 N        4 N                4 N / w                4 N / w
     optimizer      8 N        12 N / w           12 N / w               12 N / w
 
 The optimizer's part is the fp32 masters, its two moments, and the averaged weights (4 N / w more) if they are kept. The
@@ -120,8 +120,8 @@ def weight_dtype(deepspeed: DeepSpeedSettings) -> torch.dtype:
 
 
 def gradients_stay(settings: MemorySettings) -> bool:
-    """Whether gradients stay in `parameter.grad` until the update; else they go to a buffer one by one."""
-    return settings.zero_stage < 2 and settings.offload == "none" and not uses_bf16_optimizer(settings)
+    """Whether gradients stay in `parameter.grad` until the update; else they go to an fp32 sum or a bucket one by one."""
+    return settings.zero_stage < 2 and settings.offload == "none" and settings.precision == "fp32"
 
 
 def rank_memory(counts: ParameterCounts, microbatch: MicrobatchMemory, settings: MemorySettings) -> RankMemory:
@@ -207,7 +207,12 @@ def _backward_buffers(counts: ParameterCounts, settings: MemorySettings) -> int:
         return _FP32 * bucket + settings.weight_bytes * gathered_weights(counts, settings)
     if uses_bf16_optimizer(settings) or not settings.on_gpu:
         return 0
-    return settings.weight_bytes * settings.reduce_bucket
+    return _bucket_element(settings) * settings.reduce_bucket
+
+
+def _bucket_element(settings: MemorySettings) -> int:
+    """Bytes: at ZeRO 2 gradients are reduced before they are added up in fp32, elsewhere after that."""
+    return settings.weight_bytes if settings.zero_stage == 2 else _FP32
 
 
 def _update(counts: ParameterCounts, settings: MemorySettings) -> Parts:
@@ -222,7 +227,8 @@ def _update(counts: ParameterCounts, settings: MemorySettings) -> Parts:
         case 3:  # the flat gradient of a sub-group, beside the bucket
             buffers = _FP32 * (settings.reduce_bucket if settings.on_gpu else bucket) + _FP32 * share
         case 1 | 2 if not uses_bf16_optimizer(settings):
-            buffers = size * (settings.reduce_bucket if settings.on_gpu else bucket) + _FP32 * bucket
+            whole = settings.reduce_bucket if settings.on_gpu else bucket
+            buffers = _bucket_element(settings) * whole + _FP32 * bucket
             gradients = 0 if settings.zero_stage == 1 else gradients  # they have moved to the bucket
         case 1:
             buffers = 0 if settings.on_gpu or settings.ranks == 1 else _FP32 * total  # the parts of the other ranks

@@ -99,11 +99,12 @@ def test_deepspeed_reduces_the_whole_gradient_for_all_ranks(settings: MemorySett
     assert sent_per_step(COUNTS, settings, 1) == pytest.approx((8 + 2) * N * 7 / 8)
 
 
-def test_fp16_gradients_are_converted_after_the_backward_pass() -> None:
-    """Catches fp16 at ZeRO 1 planned as bf16, whose gradients go to fp32 one by one and take no bucket."""
-    fp16 = replace(BF16, precision="fp16")
-    assert (gradients_stay(fp16), gradients_stay(BF16)) == (True, False)
-    bucket = 2 * BF16.reduce_bucket
-    moments = [rank_memory(COUNTS, NOTHING, settings).moments for settings in (fp16, BF16)]
-    assert [each["backward"].buffers for each in moments] == [bucket, 0]
-    assert [each["update"].buffers for each in moments] == [bucket + 4 * BF16.reduce_bucket, 0]
+@pytest.mark.parametrize(("precision", "stays", "bucket"), [("fp32", True, 4), ("fp16", False, 4), ("bf16", False, 0)])
+def test_gradients_at_zero_1(precision: Precision, stays: bool, bucket: int) -> None:
+    """Catches fp16 planned as bf16, which takes no bucket, and 16-bit gradients that are counted twice: both precisions
+    add each gradient to an fp32 sum as soon as it is computed."""
+    settings = replace(BF16, precision=precision)
+    assert gradients_stay(settings) == stays
+    moments = rank_memory(COUNTS, NOTHING, settings).moments
+    assert moments["backward"].buffers == bucket * settings.reduce_bucket
+    assert moments["update"].buffers == 2 * bucket * settings.reduce_bucket, "and a copy of the bucket"
