@@ -48,6 +48,11 @@ class RunFolder:
         return self.logs / "goodput.jsonl"
 
     @property
+    def launch_output(self) -> Path:
+        """What the last launch has printed, if it was in the background."""
+        return self.logs / "launch.log"
+
+    @property
     def downstream(self) -> Path:
         """Scores of checkpoints on tasks, written by `deepcloze watch`, see `tracking.downstream`."""
         return self.path / "downstream"

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import filelock
+import psutil
 
 from experiment.errors import UserError
 from experiment.files import write_json
@@ -108,6 +109,12 @@ def folder_use(folder: RunFolder) -> FolderUse:
         if (last := _renewed(folder.owner)) != renewed:
             return FolderUse(last is not None, host)
     return FolderUse(None, host, max(0.0, time.time() - (renewed or 0) / 1e9))
+
+
+def may_be_in_use(folder: RunFolder) -> bool:
+    """As `folder_use`, at once: true for a process of another machine that has not ended properly."""
+    owner = _owner(folder.owner)
+    return owner is not None and (_other_owner(folder) is not None or psutil.pid_exists(owner["pid"]))
 
 
 def _used(folder: RunFolder) -> UserError:

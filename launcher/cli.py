@@ -17,6 +17,7 @@ from launcher.options import (
     ConfigOptions,
     EvaluateOptions,
     FinetuneOptions,
+    LogsOptions,
     PlanOptions,
     PreflightOptions,
     PretrainOptions,
@@ -129,9 +130,14 @@ def pretrain(options: PretrainOptions) -> None:
     Example:
         deepcloze pretrain --config my-run.yaml --num_gpus 2 --schedule.steps=1000
     """
-    from launcher.launch import launch_pretraining
+    if options.detach and not options.dry_run:
+        from launcher.detach import launch_detached
 
-    launch_pretraining(options)
+        launch_detached(options)
+    else:
+        from launcher.launch import launch_pretraining
+
+        launch_pretraining(options)
 
 
 def evaluate(options: EvaluateOptions) -> None:
@@ -274,6 +280,19 @@ def status(options: StatusOptions) -> None:
     print_status(options.runs, as_json=options.json_output)
 
 
+def logs(options: LogsOptions) -> None:
+    """Show what a pretraining run prints.
+
+    See docs/tracking.md for which file that is.
+
+    Example:
+        deepcloze logs runs/first --follow
+    """
+    from launcher.logs import print_logs
+
+    print_logs(options)
+
+
 def report(options: ReportOptions) -> None:
     """Write the HTML report of a run: curves and tables.
 
@@ -318,6 +337,7 @@ COMMANDS: dict[str, Command] = {
         compare,
         watch,
         status,
+        logs,
         report,
     )
 }

@@ -15,6 +15,7 @@ from experiment.outcome_file import Outcome
 from experiment.run_folder import RunFolder, open_run_folder
 from experiment.run_lock import Renewal, check_unlocked
 from launcher.autotuning.autotune import autotune
+from launcher.detach import remove_earlier_output
 from launcher.hosts.machine import inspect_machine, select_accelerator
 from launcher.launch_plan import LaunchPlan, plan_launch
 from launcher.options import PretrainOptions
@@ -82,7 +83,7 @@ def launch(plan: LaunchPlan, start_time: float, dead_owner: Renewal | None = Non
         dead_owner: what `check_unlocked` has returned.
     """
     to_start = plan.launch()
-    open_run_folder(plan.folder.path)
+    remove_earlier_output(open_run_folder(plan.folder.path))
     result = supervise(to_start, start_time, dead_owner)
     match result.outcome:
         case Outcome.DONE:

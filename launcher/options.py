@@ -103,6 +103,9 @@ class PretrainOptions(LaunchOptions):
     profile: bool = False
     """Profile a few of the first steps, and print where the time goes; the same as --run.profile=true."""
 
+    detach: bool = False
+    """Run in the background: return when training begins. The run survives the end of the terminal."""
+
     dry_run: bool = False
     """Print the resolved config, the added environment variables and the command; start nothing."""
 
@@ -192,6 +195,17 @@ class StatusOptions(Section):
 
     json_output: Annotated[bool, Field(alias="json")] = False
     """Print a JSON list on stdout, with one object for each run; times in seconds."""
+
+
+class LogsOptions(Section):
+    run: Annotated[str, Positional("RUN")]
+    """Run folder."""
+
+    rank: NonNegativeInt | None = None
+    """Show all messages of this rank; default: what a launch with --detach prints, else the messages of rank 0."""
+
+    follow: bool = False
+    """Show the last lines, and new ones until the run ends. Ctrl-C ends it."""
 
 
 class ConfigOptions(Section):

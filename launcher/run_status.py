@@ -58,7 +58,7 @@ class RunStatus:
 
 def read_status(run: str) -> RunStatus:
     """Raises UserError if there is no such run, OSError if its files cannot be read."""
-    folder = _run_folder(run)
+    folder = find_run(run)
     events, times = read_last_events(folder.metrics), read_attempt_times(folder)
     attempts, checkpoints = last_lines(times), complete_checkpoints(folder.checkpoints)
     life = read_life(folder)
@@ -83,7 +83,8 @@ def read_status(run: str) -> RunStatus:
     )
 
 
-def _run_folder(run: str) -> RunFolder:
+def find_run(run: str) -> RunFolder:
+    """Raises UserError if there is no such run."""
     folder = RunFolder(Path(run).absolute())
     if not folder.path.is_dir():
         raise UserError(f"there is no run folder {folder.path}")

@@ -1,0 +1,113 @@
+"""`deepcloze pretrain --detach`: the same command in the background, which prints to RUN/logs/launch.log.
+
+It has a session of its own: a terminal that closes sends no signal there.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+
+from experiment.config import load_config
+from experiment.run_folder import RunFolder, open_run_folder
+from experiment.run_lock import check_unlocked
+from launcher.messages import notify
+from launcher.options import PretrainOptions
+from pretrain.config import PretrainConfig
+
+_POLL_SECONDS = 0.2
+
+
+def launch_detached(options: PretrainOptions) -> None:
+    """Start the launch, show what it prints until rank 0 trains, and leave it to itself.
+
+    Raises UserError for a config that is not valid and a run that is active, SystemExit with the exit code of a launch
+    that ends before.
+    """
+    folder = RunFolder(Path(load_config(PretrainConfig, options.config, options.overrides).run.dir).absolute())
+    check_unlocked(folder)
+    is_new = not folder.path.exists()
+    before = _rank0_record(folder)  # of an earlier attempt
+    open_run_folder(folder.path)
+    with folder.launch_output.open("ab") as output, folder.launch_output.open("rb") as printed:
+        printed.seek(0, os.SEEK_END)
+        process = subprocess.Popen(
+            background_command(options),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+        try:
+            while process.poll() is None and not _trains(folder, before):
+                _show(printed)
+                time.sleep(_POLL_SECONDS)
+        except KeyboardInterrupt:
+            notify("no longer waiting for the run to start")
+        _show(printed)
+    if process.poll() is None:
+        _announce(folder, process.pid)
+    elif process.returncode != 0:
+        if is_new:
+            _remove_unused(folder)
+        sys.exit(process.returncode)
+
+
+def background_command(options: PretrainOptions) -> Sequence[str]:
+    """The command without `--detach`."""
+    flags = options.model_dump(exclude={"detach", "overrides"}, exclude_defaults=True) | options.overrides
+    return [sys.executable, "-m", "launcher", "pretrain", *(f"--{name}={value}" for name, value in flags.items())]
+
+
+def remove_earlier_output(folder: RunFolder) -> None:
+    """Remove what an earlier launch in the background has printed, unless this process prints there."""
+    with suppress(OSError):
+        if not os.path.samestat(folder.launch_output.stat(), os.fstat(2)):
+            folder.launch_output.unlink()
+
+
+def _rank0_record(folder: RunFolder) -> bytes:
+    try:
+        return folder.rank_record(0).read_bytes()
+    except OSError:
+        return b""
+
+
+def _trains(folder: RunFolder, before: bytes) -> bool:
+    """Whether rank 0 trains. before: its record before the launch."""
+    record = _rank0_record(folder)
+    if record in (b"", before):
+        return False
+    try:
+        return bool(json.loads(record)["training"])
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def _show(printed: IO[bytes]) -> None:
+    """Print what has been added to the file."""
+    with suppress(OSError):  # the terminal may be closed
+        sys.stderr.buffer.write(printed.read())
+        sys.stderr.flush()
+
+
+def _announce(folder: RunFolder, pid: int) -> None:
+    path = shlex.quote(str(folder.path))
+    print(f"{folder.path}: runs in the background as process {pid}")
+    print(f"  follow it: deepcloze logs {path} --follow")
+    print(f"  stop it:   touch {path}/STOP")
+
+
+def _remove_unused(folder: RunFolder) -> None:
+    """Remove the folder of a launch that has started nothing."""
+    with suppress(OSError):  # there is more in it
+        if [path.name for path in folder.logs.iterdir()] == [folder.launch_output.name]:
+            folder.launch_output.unlink()
+            folder.logs.rmdir()
+            folder.path.rmdir()

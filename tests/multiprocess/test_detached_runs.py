@@ -1,0 +1,69 @@
+"""Runs in the background."""
+
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from experiment.outcome_file import Outcome, read_outcome
+from experiment.run_folder import RunFolder
+from launches import LONG, Start, config_file, wait_for_exit
+from waiting import wait_until
+
+DEEPCLOZE = str(Path(sys.executable).with_name("deepcloze"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[RunFolder]:
+    """The run folder. A launch that still runs in the background afterwards is killed; its ranks end with it."""
+    folder = RunFolder(tmp_path / "run")
+    yield folder
+    with suppress(OSError, ValueError):
+        os.kill(json.loads(folder.owner.read_text())["pid"], signal.SIGKILL)
+
+
+def test_a_run_survives_its_terminal_and_can_be_followed(
+    start: Start, wordpiece_corpus: Path, tmp_path: Path, folder: RunFolder
+) -> None:
+    """Catches a run that ends with the session that has started it, and a status or log that lacks it."""
+    config = config_file(tmp_path, wordpiece_corpus, schedule__steps=LONG, checkpoint__every_steps=10)
+    launch = start(DEEPCLOZE, "pretrain", "--config", str(config), "--detach")
+    code, output = wait_for_exit(launch)
+    assert code == 0, output
+    with suppress(ProcessLookupError):  # it has no process left
+        os.killpg(launch.pid, signal.SIGHUP)
+    assert (found := re.search(r"runs in the background as process (\d+)", output)), output
+    assert os.getsid(int(found[1])) == int(found[1])
+    following = start(DEEPCLOZE, "logs", str(folder.path), "--follow")
+    wait_until(lambda: b"step 20/5000" in folder.launch_output.read_bytes())
+    code, listed = wait_for_exit(start(DEEPCLOZE, "status", str(folder.path), "--json"))
+    assert code == 0, listed
+    (status,) = json.loads(listed)
+    assert (status["state"], status["total_steps"], status["restarts"]) == ("running", LONG, 0)
+    assert status["step"] >= 20
+    assert status["checkpoint_step"] >= 10
+    folder.stop.touch()
+    code, followed = wait_for_exit(following)
+    assert code == 0, followed
+    assert "step 20/5000" in followed
+    assert "run the same command again to resume" in followed.splitlines()[-1]
+    reported = read_outcome(folder)
+    assert reported is not None
+    assert reported.outcome is Outcome.STOPPED
+
+
+def test_a_mistake_is_shown_and_leaves_nothing(
+    start: Start, wordpiece_corpus: Path, tmp_path: Path, folder: RunFolder
+) -> None:
+    """Catches a launch in the background that fails in silence."""
+    config = config_file(tmp_path, wordpiece_corpus, corpus__train=str(tmp_path / "none"))
+    code, output = wait_for_exit(start(DEEPCLOZE, "pretrain", "--config", str(config), "--detach"))
+    assert code == 2, output
+    assert re.search(r"deepcloze: .*none", output)
+    assert not folder.path.exists()

@@ -1,0 +1,146 @@
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from experiment.run_folder import RunFolder, open_run_folder
+from experiment.run_lock import lock_run
+from launcher import detach
+from launcher.cli import main
+from launcher.command_line import parse_command_line
+from launcher.detach import background_command, remove_earlier_output
+from launcher.options import PretrainOptions
+
+CONFIG = """
+run: {dir: my-run}
+model: {config: {model_type: bert}}
+corpus: {train: corpus}
+schedule: {steps: 10}
+"""
+
+# Stands for the launch in the background. It writes its process group to RUN/group.
+TRAINS = """
+import json, os, time
+from pathlib import Path
+print("step 1", flush=True)
+Path("my-run/group").write_text(str(os.getpgrp()))
+Path("my-run/logs/rank-0.json").write_text(json.dumps({"rank": 0, "training": True, "exit": None, "pid": os.getpid()}))
+time.sleep(3600)
+"""
+FAILS = "import sys; sys.exit('deepcloze: the run failed: disk full')"
+REFUSED = "import sys; print('deepcloze: no such corpus', file=sys.stderr); sys.exit(2)"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text(CONFIG)
+    return RunFolder(tmp_path / "my-run")
+
+
+@pytest.fixture(autouse=True)
+def children() -> Iterator[None]:
+    """Ends what a test has left in the background."""
+    yield
+    for child in psutil.Process().children():
+        if "json.dumps" in " ".join(child.cmdline()):
+            child.kill()
+            child.wait()
+
+
+def run_in_background(monkeypatch: pytest.MonkeyPatch, program: str) -> int:
+    monkeypatch.setattr(detach, "background_command", lambda options: [sys.executable, "-c", program])
+    try:
+        return main(["pretrain", "--config=run.yaml", "--detach"])
+    except SystemExit as ending:
+        return int(ending.code or 0)
+
+
+def test_a_run_is_left_in_the_background(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a command that waits for the run, returns before it trains because of an earlier attempt that was killed,
+    or leaves it in the session of the terminal."""
+    open_run_folder(folder.path)
+    folder.rank_record(0).write_text('{"training": true, "exit": null}')
+    assert run_in_background(monkeypatch, TRAINS) == 0
+    captured = capsys.readouterr()
+    group = int((folder.path / "group").read_text())
+    assert group != os.getpgrp()
+    assert captured.out.splitlines() == [
+        f"{folder.path}: runs in the background as process {group}",
+        f"  follow it: deepcloze logs {folder.path} --follow",
+        f"  stop it:   touch {folder.path}/STOP",
+    ]
+    assert captured.err == folder.launch_output.read_text() == "step 1\n"
+
+
+@pytest.mark.parametrize(("program", "code", "message"), [(FAILS, 1, "disk full"), (REFUSED, 2, "no such corpus")])
+def test_a_launch_that_fails_tells_why(
+    folder: RunFolder,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    program: str,
+    code: int,
+    message: str,
+) -> None:
+    """Catches a failure that is only in a file, another exit code, and a folder that is left by a mistake."""
+    assert run_in_background(monkeypatch, program) == code
+    assert message in capsys.readouterr().err
+    assert not folder.path.exists()
+
+
+def test_what_an_earlier_launch_printed_is_not_repeated(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches the failure of an earlier launch that is shown again, and a folder with a run that is removed."""
+    open_run_folder(folder.path).launch_output.write_text("earlier\n")
+    assert run_in_background(monkeypatch, FAILS) == 1
+    assert "earlier" not in capsys.readouterr().err
+    assert folder.launch_output.read_text().startswith("earlier\n")
+
+
+def test_mistakes_start_nothing(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a second launch that prints to the file of a run that is active, and a config that is checked late."""
+    with lock_run(open_run_folder(folder.path)):
+        assert run_in_background(monkeypatch, TRAINS) == 2
+    assert "another deepcloze process is using" in capsys.readouterr().err
+    assert not folder.launch_output.exists()
+    Path("run.yaml").write_text("run: {dir: other}\nmodle: {}\n")
+    assert run_in_background(monkeypatch, TRAINS) == 2
+    assert "unknown config key 'modle'" in capsys.readouterr().err
+    assert not Path("other").exists()
+
+
+def test_the_command_in_the_background_is_the_same() -> None:
+    """Catches a flag or override that is lost, and a command that detaches for ever."""
+    overrides = {"optimizer.lr": "1e-4", "model.freeze": "[a, b]"}
+    options = PretrainOptions(
+        config="my run.yaml", detach=True, num_gpus=2, profile=True, max_restarts=3, overrides=overrides
+    )
+    argv = background_command(options)
+    from launcher.cli import COMMANDS
+
+    assert parse_command_line(argv[3:], COMMANDS) == ("pretrain", options.model_copy(update={"detach": False}))
+
+
+def test_a_launch_in_the_foreground_removes_the_output_of_an_earlier_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches `deepcloze logs` that shows what an earlier launch printed, and a launch that removes its own output."""
+    folder = open_run_folder(tmp_path / "run")
+    folder.launch_output.write_text("earlier")
+    mine = folder.launch_output.stat()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fstat", lambda descriptor: mine)
+        remove_earlier_output(folder)
+    assert folder.launch_output.exists()
+    remove_earlier_output(folder)
+    assert not folder.launch_output.exists()
+    remove_earlier_output(folder)
+    assert list(folder.logs.iterdir()) == []
