@@ -120,7 +120,7 @@ def weight_dtype(deepspeed: DeepSpeedSettings) -> torch.dtype:
 
 
 def gradients_stay(settings: MemorySettings) -> bool:
-    """Whether gradients stay in `parameter.grad` until the update; else they go to an fp32 sum or a bucket one by one."""
+    """Whether gradients stay in `parameter.grad` until the update; else they go to a sum in fp32 or a bucket."""
     return settings.zero_stage < 2 and settings.offload == "none" and settings.precision == "fp32"
 
 
