@@ -8,7 +8,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -189,17 +189,26 @@ def replace_state(checkpoint: Path, state: dict[str, Any]) -> None:
     write_json(checkpoint / _COMPLETE, checksums | {_STATE: checksum(checkpoint / _STATE)}, indent=1)
 
 
-def mark_complete(checkpoint: Path) -> None:
-    """Make a folder a complete checkpoint: fsync everything in it, then write its checksums."""
-    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+def mark_complete(checkpoint: Path, known: Mapping[str, str] | None = None) -> None:
+    """Make a folder a complete checkpoint: fsync everything in it, then write its checksums. `known`: those of files
+    that need not be read again, by path in the checkpoint."""
+    files = {str(path.relative_to(checkpoint)): path for path in sorted(checkpoint.rglob("*")) if path.is_file()}
     fsync_tree(checkpoint)
-    checksums = {str(path.relative_to(checkpoint)): checksum(path) for path in files}
+    known = known or {}
+    checksums = {name: known.get(name) or checksum(path) for name, path in files.items()}
     write_json(checkpoint / _COMPLETE, checksums, indent=1)
 
 
 def write_best(checkpoints: Path, step: int) -> None:
-    """Let `RUN/checkpoints/best` name the checkpoint of `step`."""
-    write_text(checkpoints / _BEST, f"{checkpoint_path(checkpoints, step).name}\n")
+    """Let `RUN/checkpoints/best` name the checkpoint of `step`, unless it is missing because it could not be saved."""
+    checkpoint = checkpoint_path(checkpoints, step)
+    if (checkpoint / _COMPLETE).exists():
+        write_text(checkpoints / _BEST, f"{checkpoint.name}\n")
+
+
+def named_best(checkpoints: Path) -> Path | None:
+    """The checkpoint that `RUN/checkpoints/best` names."""
+    return checkpoints / _read_best(checkpoints / _BEST) if _is_best(checkpoints / _BEST) else None
 
 
 def checkpoint_step(checkpoint: Path) -> int:

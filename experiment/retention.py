@@ -5,7 +5,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiment.checkpoints import checkpoint_step, complete_checkpoints
+from experiment.checkpoints import checkpoint_step, complete_checkpoints, named_best
 
 log = logging.getLogger(__name__)
 
@@ -26,12 +26,18 @@ def apply_retention(checkpoints: Path, keep: Retention, newest: int) -> None:
     from them; they are left alone and do not count towards `keep_last`. Warns about what cannot be deleted (open on a
     network file system, immutable); the next call tries again.
     """
-    for leftover in checkpoints.glob(".step-*.partial"):
-        _delete(leftover)
+    remove_leftovers(checkpoints)
+    best = named_best(checkpoints)  # an earlier one than `keep.best` if that could not be saved
     by_step = {checkpoint_step(path): path for path in complete_checkpoints(checkpoints)}
     for step in [step for step in by_step if step <= newest][: -keep.keep_last]:
-        if step != keep.best and (keep.keep_every is None or step % keep.keep_every != 0):
+        if step != keep.best and by_step[step] != best and (keep.keep_every is None or step % keep.keep_every != 0):
             discard(by_step[step])
+
+
+def remove_leftovers(checkpoints: Path) -> None:
+    """Delete what interrupted saves and deletions have left."""
+    for leftover in checkpoints.glob(".step-*.partial"):
+        _delete(leftover)
 
 
 def discard(checkpoint: Path) -> None:

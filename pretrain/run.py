@@ -41,7 +41,7 @@ from pretrain.modeling.masked_lm import MaskedLanguageModel
 from pretrain.preparation import prepare
 from pretrain.rank_process import exit_refused, give_up, run_rank
 from pretrain.rank_report import RankReport, rank_report
-from pretrain.training.checkpoint_tensors import UnwritableError
+from pretrain.training.background_save import UnwritableError
 from pretrain.training.health import HEALTH_LIMITS, HealthLimits
 from pretrain.training.host_group import AgreedError, HostGroup
 from pretrain.training.stop_request import StopRequest
@@ -110,6 +110,8 @@ def _train(trainer: Trainer, stop: StopRequest, hosts: HostGroup) -> ReportedOut
         log.error("%s", ending.message)
     except (AgreedFailureError, DataWorkerError) as error:
         log.error("%s", error)
+        with contextlib.suppress(UnwritableError):
+            trainer.finish_save()
         hosts.barrier()  # as above
         raise
     finally:

@@ -8,37 +8,27 @@
         state.json                      everything that is not a tensor
         COMPLETE                        checksums of all of the above, written last
 
-It is written to a temporary folder, synced, checksummed, marked complete and renamed. Fragments are named by parameter
-and slice, not by rank or ZeRO stage, so a checkpoint loads at any world size, stage and precision. Saving needs no
-collective on tensors.
+It is written to a temporary folder, synced, checksummed, marked complete and renamed, while training continues (see
+`background_save`). Fragments are named by parameter and slice, not by rank or ZeRO stage, so a checkpoint loads at any
+world size, stage and precision. Saving needs no collective on tensors.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from experiment.checkpoints import (
-    checkpoint_path,
-    checkpoint_step,
-    mark_complete,
-    read_state,
-    replace_state,
-    write_best,
-)
-from experiment.disk_errors import describe_disk_error
+from experiment.checkpoints import checkpoint_step, mark_complete, read_state, write_best
 from experiment.errors import UserError
-from experiment.files import fsync, write_json
+from experiment.files import checksum, fsync, write_json
 from experiment.retention import Retention, apply_retention, discard
 from pretrain.engine.engine import Engine
-from pretrain.world import World
 
 # Kinds of tensors that are saved of a parameter, besides the optimizer's own (exp_avg, exp_avg_sq, step).
 MASTER = "fp32"
@@ -48,54 +38,89 @@ WriteModel = Callable[[dict[str, Tensor], Path], None]
 """Writes a Hugging Face folder from fp32 weights by parameter name."""
 
 
-class UnwritableError(Exception):
-    """A checkpoint cannot be written; the message says on which ranks, and why."""
+@dataclass(frozen=True)
+class Share:
+    """What a rank contributes to a checkpoint, in host memory."""
+
+    rank: int
+    tensors: dict[str, Tensor]  # by name in the file
+    index: dict[str, Any]  # which slice of which parameter that is
 
 
-def save_checkpoint(
-    engine: Engine, checkpoints: Path, step: int, state: dict[str, Any], write_model: WriteModel, keep: Retention
-) -> Path:
-    """Write the checkpoint of `step` and delete old ones. Collective; raises UnwritableError on all ranks if one
-    cannot write, and then leaves nothing of it behind: the disk may be full."""
-    final = checkpoint_path(checkpoints, step)
-    partial = checkpoints / f".{final.name}.partial"
-    try:
-        _write_partial(engine, partial, state | {"step": step}, write_model)
-        with _all_ranks_or_none(engine.world):
-            if engine.world.rank == 0:
-                _publish(partial, final, keep)
-    except UnwritableError:
-        if engine.world.rank == 0 and partial.exists():
-            discard(partial)
-        raise
-    return final
+@dataclass(frozen=True)
+class WrittenShare:
+    """A share that is on disk."""
+
+    index: dict[str, Any]
+    checksums: dict[str, str]  # by path in the checkpoint
 
 
-def _write_partial(engine: Engine, partial: Path, state: dict[str, Any], write_model: WriteModel) -> None:
-    """Write a complete checkpoint under its temporary name."""
-    is_rank0 = engine.world.rank == 0
-    with _all_ranks_or_none(engine.world):
-        if is_rank0:
-            if partial.exists():
-                discard(partial)
-            (partial / "engine").mkdir(parents=True)
-    entries: dict[str, Any] = {}
-    with _all_ranks_or_none(engine.world):
-        entries = _write_fragments(engine, partial / "engine" / f"rank-{engine.world.rank:05d}.safetensors")
-    gathered: list[Any] = [None] * engine.world.size
-    dist.all_gather_object(gathered, entries)
-    with _all_ranks_or_none(engine.world):
-        if is_rank0:
-            write_json(partial / "engine" / "index.json", _merge(gathered), indent=1)
-            reader = FragmentReader(partial / "engine")
-            write_model(reader.read_all(MASTER), partial / "hf")
+class HostMemory:
+    """Where a rank copies its share. It is kept, because to allocate it costs more than the copy."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def copy(self, engine: Engine) -> Share:
+        """The masters and optimizer state as they are now. The next call overwrites them.
+
+        At ZeRO 0 every rank owns everything: rank 0 writes.
+        """
+        rank = engine.world.rank
+        if engine.zero_stage == 0 and rank != 0:
+            return Share(rank, {}, {})
+        tensors: dict[str, Tensor] = {}
+        index: dict[str, Any] = {}
+        for fragment in engine.fragments():
+            kept = {MASTER: fragment.master} | engine.optimizer_state(fragment)
             if engine.ema is not None:
-                write_model(reader.read_all(AVERAGE), partial / "hf-ema")
-            write_json(partial / "state.json", state | {"loss_scaler": engine.loss_scaler_state()}, indent=1)
-            mark_complete(partial)
+                kept[AVERAGE] = engine.ema.of(fragment)
+            for kind, tensor in kept.items():
+                key = _key(fragment.name, fragment.start, kind)
+                tensors[key] = self._of(key, tensor).copy_(tensor, non_blocking=True)
+            index[fragment.name] = {
+                "shape": list(fragment.shape),
+                "kinds": {kind: tensor.dim() > 0 for kind, tensor in kept.items()},  # False: one scalar for all
+                "fragments": [{"file": _file_name(rank), "start": fragment.start, "numel": fragment.numel}],
+            }
+        if engine.device.type == "cuda":
+            torch.cuda.synchronize(engine.device)
+        self._tensors = tensors
+        return Share(rank, tensors, index)
+
+    def _of(self, key: str, tensor: Tensor) -> Tensor:
+        known = self._tensors.get(key)
+        if known is not None and known.shape == tensor.shape:
+            return known
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
 
 
-def _publish(partial: Path, final: Path, keep: Retention) -> None:
+def write_share(share: Share, checkpoint: Path) -> WrittenShare:
+    """Write a rank's share to the folder of a checkpoint, and wait until it is on disk."""
+    if not share.tensors:
+        return WrittenShare({}, {})
+    path = checkpoint / "engine" / _file_name(share.rank)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(share.tensors, path)
+    fsync(path)
+    return WrittenShare(share.index, {f"engine/{path.name}": checksum(path)})
+
+
+def complete_checkpoint(
+    checkpoint: Path, shares: Sequence[WrittenShare], state: dict[str, Any], write_model: WriteModel
+) -> None:
+    """Write everything else when the shares of all ranks are on disk."""
+    write_json(checkpoint / "engine" / "index.json", _merge([share.index for share in shares]), indent=1)
+    reader = FragmentReader(checkpoint / "engine")
+    write_model(reader.read_all(MASTER), checkpoint / "hf")
+    if reader.has_averages():
+        write_model(reader.read_all(AVERAGE), checkpoint / "hf-ema")
+    write_json(checkpoint / "state.json", state, indent=1)
+    mark_complete(checkpoint, {name: digest for share in shares for name, digest in share.checksums.items()})
+
+
+def publish(partial: Path, final: Path, keep: Retention) -> None:
     """Give a complete checkpoint its name, and delete those that need not be kept."""
     if final.exists():  # incomplete or damaged: a good one is never written again
         discard(final)
@@ -104,16 +129,6 @@ def _publish(partial: Path, final: Path, keep: Retention) -> None:
     if keep.best is not None:
         write_best(final.parent, keep.best)  # before the previous best may be deleted
     apply_retention(final.parent, keep, newest=checkpoint_step(final))
-
-
-def update_progress(world: World, checkpoint: Path, progress: dict[str, Any], best: int | None) -> None:
-    """Replace the progress in a complete checkpoint, and name the best one. Collective; raises UnwritableError on all
-    ranks if rank 0 cannot write, and the checkpoint stays usable."""
-    with _all_ranks_or_none(world):
-        if world.rank == 0:
-            replace_state(checkpoint, read_state(checkpoint) | {"progress": progress})
-            if best is not None:
-                write_best(checkpoint.parent, best)
 
 
 def load_checkpoint(engine: Engine, checkpoint: Path, load_optimizer_state: bool = True) -> None:
@@ -165,6 +180,9 @@ class FragmentReader:
         """What is saved of a parameter: the fp32 master, optimizer states, the average."""
         return list(self._index[name]["kinds"])
 
+    def has_averages(self) -> bool:
+        return all(AVERAGE in entry["kinds"] for entry in self._index.values())
+
     def read(self, name: str, kind: str, span: tuple[int, int] | None = None) -> Tensor:
         """Elements [start, end) of the flattened parameter (default: all); a scalar state whole."""
         entry = self._index[name]
@@ -180,7 +198,8 @@ class FragmentReader:
                 stored = self._open(piece["file"]).get_slice(_key(name, piece["start"], kind))
                 part = stored[low - piece["start"] : high - piece["start"]]
                 whole = torch.empty(end - start, dtype=part.dtype) if whole is None else whole
-                whole[low - start : high - start] = part
+                # Bytes, by NumPy: torch would use the threads that train.
+                _bytes(whole[low - start : high - start])[:] = _bytes(part)
         assert whole is not None
         return whole
 
@@ -194,26 +213,12 @@ class FragmentReader:
         return self._files[name]
 
 
-def _write_fragments(engine: Engine, path: Path) -> dict[str, Any]:
-    """Write this rank's fragments and return their index. At ZeRO 0 every rank owns everything: rank 0 writes."""
-    if engine.zero_stage == 0 and engine.world.rank != 0:
-        return {}
-    tensors: dict[str, Tensor] = {}
-    entries: dict[str, Any] = {}
-    for fragment in engine.fragments():
-        kept = {MASTER: fragment.master} | engine.optimizer_state(fragment)
-        if engine.ema is not None:
-            kept[AVERAGE] = engine.ema.of(fragment)
-        for kind, tensor in kept.items():
-            tensors[_key(fragment.name, fragment.start, kind)] = tensor.detach().to("cpu", copy=True).contiguous()
-        entries[fragment.name] = {
-            "shape": list(fragment.shape),
-            "kinds": {kind: tensor.dim() > 0 for kind, tensor in kept.items()},  # False: one scalar for all elements
-            "fragments": [{"file": path.name, "start": fragment.start, "numel": fragment.numel}],
-        }
-    save_file(tensors, path)
-    fsync(path)
-    return entries
+def _bytes(tensor: Tensor) -> Any:
+    return tensor.view(torch.uint8).numpy()
+
+
+def _file_name(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
 
 
 def _key(name: str, start: int, kind: str) -> str:
@@ -232,36 +237,3 @@ def _merge(ranks: list[dict[str, Any]]) -> dict[str, Any]:
         whole = torch.Size(entry["shape"]).numel()
         assert sum(piece["numel"] for piece in entry["fragments"]) == whole, f"fragments of {name} do not add up"
     return merged
-
-
-@contextmanager
-def _all_ranks_or_none(world: World) -> Iterator[None]:
-    """A part of a save that fails on all ranks if it fails on one, so that no rank waits for the others.
-
-    Raises UnwritableError if what failed is writing. Any other error is raised on its rank, RuntimeError on the others.
-    """
-    raised: Exception | None = None
-    try:
-        yield
-    except Exception as error:
-        raised = error
-    refusal = raised and describe_disk_error(raised)
-    unwritable = refusal is not None or isinstance(raised, OSError)
-    problem = (
-        None if raised is None else refusal or (str(raised) if unwritable else f"{type(raised).__name__}: {raised}")
-    )
-    gathered: list[Any] = [None] * world.size
-    dist.all_gather_object(gathered, (problem, unwritable))
-    if raised is not None and not unwritable:
-        raise raised
-    problems = [problem for problem, _ in gathered]
-    if any(problems):
-        all_unwritable = all(unwritable for problem, unwritable in gathered if problem)
-        raise (UnwritableError if all_unwritable else RuntimeError)(_join(problems)) from raised
-
-
-def _join(problems: Sequence[str | None]) -> str:
-    """The problems of the ranks in one line; one that all of them have, once."""
-    if len(set(problems)) == 1:
-        return str(problems[0])
-    return "; ".join(f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem)

@@ -1,22 +1,30 @@
 """The checkpoints of one run: what a save contains, and loading one."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from experiment.checkpoints import checkpoint_path, checkpoint_step, newest_usable, read_state
+from experiment.checkpoints import (
+    checkpoint_path,
+    checkpoint_step,
+    newest_usable,
+    read_state,
+    replace_state,
+    write_best,
+)
 from experiment.provenance import write_origin
 from experiment.retention import Retention
 from pretrain.corpus.reader import Corpus
 from pretrain.engine.engine import Engine
-from pretrain.export import write_hugging_face_folder
+from pretrain.export import persistent_buffers, write_hugging_face_folder
 from pretrain.resolve import ResolvedRun
 from pretrain.resume import ResumePlan
-from pretrain.training.checkpoint_tensors import load_checkpoint, save_checkpoint, update_progress
+from pretrain.training.background_save import BackgroundSave, Snapshot, UnwritableError, on_all_ranks
+from pretrain.training.checkpoint_tensors import HostMemory, load_checkpoint
 from pretrain.training.host_group import HostGroup
 from pretrain.training.training_progress import TrainingProgress, fork_progress, progress_from_json, progress_to_json
 
@@ -45,7 +53,9 @@ class Checkpointer:
         hosts: HostGroup,
         provenance: Mapping[str, Any],
     ) -> None:
-        """Args:
+        """Collective.
+
+        Args:
         model: whose config and buffers go to the Hugging Face folder.
         provenance: of the run.
         """
@@ -56,25 +66,82 @@ class Checkpointer:
         self._provenance = provenance
         plan = run.resume_plan
         resumed = plan.checkpoint is not None and not plan.fork
-        # Step of the newest checkpoint of this run, None if it has none.
-        self.saved_step = checkpoint_step(plan.checkpoint) if plan.checkpoint is not None and resumed else None
+        saved_step = checkpoint_step(plan.checkpoint) if plan.checkpoint is not None and resumed else None
+        self._saves = BackgroundSave(run.folder.checkpoints, hosts, engine.world, saved_step)
+        self._memory = HostMemory()
+
+    @property
+    def saved_step(self) -> int | None:
+        """Of the newest checkpoint of this run; None if it has none."""
+        return self._saves.saved_step
+
+    @property
+    def is_part_done(self) -> bool:
+        """Whether this rank has done its part of the save in flight."""
+        return self._saves.is_part_done
+
+    def advance_if_done(self, ranks_done: int) -> None:
+        """Carry on with the save in flight if so many ranks, all of them, have done their part. Collective.
+
+        Raises UnwritableError on all ranks after three failed saves in a row.
+        """
+        self._saves.advance_if_done(ranks_done)
+
+    def wait(self) -> None:
+        """Wait until the save in flight has ended. Collective; raises like `advance_if_done`."""
+        self._saves.wait()
 
     def load_newest(self) -> TrainingProgress:
-        """Load this run's newest checkpoint, to rewind. Collective."""
+        """Load this run's newest checkpoint, to rewind. Collective; no save may be in flight."""
         newest = self._hosts.from_rank0(lambda: newest_usable(self._run.folder.checkpoints))
         assert newest is not None, "the trainer saves a checkpoint before it may rewind"
         load_checkpoint(self._engine, newest)
         progress = progress_from_json(read_state(newest)["progress"])
-        self.saved_step = progress.step
+        self._saves.saved_step = progress.step
         return progress
 
-    def save(self, progress: TrainingProgress) -> bool:
-        """Save the checkpoint of this step unless it exists; returns whether it was saved. Collective.
+    def save(self, progress: TrainingProgress) -> None:
+        """Begin to save the checkpoint of this step unless it exists; waits for the save before. Collective.
+
+        Raises UnwritableError on all ranks after three failed saves in a row.
+        """
+        self._saves.wait()
+        if self.saved_step != progress.step:
+            self._saves.begin(self._snapshot(progress))
+        else:  # an attempt that failed after it was saved may not have named the best
+            self._on_rank0(lambda: _name_best(self._run.folder.checkpoints, progress))
+
+    def save_now(self, progress: TrainingProgress) -> None:
+        """Save the checkpoint of this step unless it exists, and wait for it. Collective.
 
         Raises UnwritableError on all ranks if one cannot write.
         """
-        if self.saved_step == progress.step:
-            return False
+        self.save(progress)
+        self._saves.wait()
+        if self.saved_step != progress.step:
+            raise UnwritableError(self._saves.problem)
+
+    def update(self, progress: TrainingProgress) -> None:
+        """Replace the progress in the saved checkpoint of this step, and name the best one. Collective.
+
+        Raises UnwritableError on all ranks if rank 0 cannot write; the checkpoint stays usable.
+        """
+        checkpoints = self._run.folder.checkpoints
+        checkpoint = checkpoint_path(checkpoints, progress.step)
+
+        def replace_progress() -> None:
+            replace_state(checkpoint, read_state(checkpoint) | {"progress": progress_to_json(progress)})
+            _name_best(checkpoints, progress)
+
+        self._on_rank0(replace_progress)
+
+    def _on_rank0(self, write: Callable[[], None]) -> None:
+        on_all_ranks(self._hosts, write if self._engine.world.rank == 0 else lambda: None)
+
+    def _snapshot(self, progress: TrainingProgress) -> Snapshot:
+        """Everything that the checkpoint of this step contains, copied."""
+        step, options = progress.step, self._run.config.checkpoint
+        buffers = persistent_buffers(self._model) if self._engine.world.rank == 0 else {}
         state = {
             "progress": progress_to_json(progress),
             "config": self._run.config.model_dump(mode="json"),
@@ -82,33 +149,26 @@ class Checkpointer:
             "precision": self._engine.precision,
             "corpora": _describe_corpora(self._run),
             "provenance": dict(self._provenance),
+            "step": step,
+            "loss_scaler": self._engine.loss_scaler_state(),
         }
-        options = self._run.config.checkpoint
-        keep = Retention(options.keep_last, options.keep_every, progress.evaluations.best_step)
-        save_checkpoint(
-            self._engine,
-            self._run.folder.checkpoints,
-            progress.step,
+        return Snapshot(
+            step,
+            self._memory.copy(self._engine),
             state,
-            lambda weights, folder: self._write_model(weights, folder, progress.step),
-            keep,
+            lambda weights, folder: self._write_model(weights, buffers, folder, step),
+            Retention(options.keep_last, options.keep_every, progress.evaluations.best_step),
         )
-        self.saved_step = progress.step
-        return True
 
-    def update(self, progress: TrainingProgress) -> None:
-        """Replace the progress in the saved checkpoint of this step, and name the best one. Collective.
-
-        Raises UnwritableError on all ranks if rank 0 cannot write.
-        """
-        checkpoint = checkpoint_path(self._run.folder.checkpoints, progress.step)
-        best = progress.evaluations.best_step
-        update_progress(self._engine.world, checkpoint, progress_to_json(progress), best)
-
-    def _write_model(self, weights: dict[str, Tensor], folder: Path, step: int) -> None:
+    def _write_model(self, weights: dict[str, Tensor], buffers: dict[str, Tensor], folder: Path, step: int) -> None:
         own = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
-        write_hugging_face_folder(own, self._model, self._run.tokenizer, folder)
+        write_hugging_face_folder(own | buffers, self._model, self._run.tokenizer, folder)
         write_origin(folder, self._run.folder, self._provenance, step)
+
+
+def _name_best(checkpoints: Path, progress: TrainingProgress) -> None:
+    if progress.evaluations.best_step is not None:
+        write_best(checkpoints, progress.evaluations.best_step)
 
 
 def _describe_corpora(run: ResolvedRun) -> dict[str, list[dict[str, Any]]]:

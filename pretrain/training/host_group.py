@@ -55,6 +55,12 @@ class HostGroup:
         dist.all_gather(gathered, own, group=self._group)
         return [of_rank.tolist() for of_rank in gathered]
 
+    def all_gather_objects(self, value: T) -> list[T]:
+        """The picklable value of every rank, by rank. Collective."""
+        gathered: list[Any] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(gathered, value, group=self._group)
+        return gathered
+
     def call(self, function: Callable[[], T]) -> T:
         """Call `function` on every rank and return its result. A UserError, or an error of the disk, on any rank is an
         AgreedError on all.
@@ -92,8 +98,7 @@ class HostGroup:
     def first_message(self, message: str | None, always_name_rank: bool = False) -> str | None:
         """The message of the first rank that has one, with its host and rank unless all have one; None if none has.
         Collective. `always_name_rank`: also if all have one."""
-        gathered: list[Any] = [None] * dist.get_world_size(self._group)
-        dist.all_gather_object(gathered, (platform.node(), message), group=self._group)
+        gathered = self.all_gather_objects((platform.node(), message))
         found = [(rank, host, text) for rank, (host, text) in enumerate(gathered) if text is not None]
         if not found:
             return None

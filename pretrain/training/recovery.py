@@ -25,7 +25,8 @@ class Recovery:
     def __init__(self, health: HealthConfig, limits: HealthLimits) -> None:
         self._policy = health.policy
         self._limits = limits
-        self._rewinds = 0  # since the last checkpoint was saved
+        self._rewinds = 0  # to the last checkpoint
+        self._saved_step: int | None = None  # of that checkpoint
 
     def respond(self, fault: Fault, dumped: Path, bad_steps: Sequence[int], saved_step: int | None) -> Response:
         """What to do about a bad batch. Raises UnhealthyError if a limit is reached.
@@ -35,6 +36,8 @@ class Recovery:
             bad_steps: known so far, without this one.
             saved_step: of the last checkpoint.
         """
+        if saved_step != self._saved_step:
+            self._saved_step, self._rewinds = saved_step, 0
         if self._policy == "stop":
             return Response.STOP
         what = f"{fault}\n  its batch: {dumped}"
@@ -51,7 +54,3 @@ class Recovery:
             )
         self._rewinds += 1
         return Response.REWIND
-
-    def reset_rewinds(self) -> None:
-        """Call after a checkpoint was saved."""
-        self._rewinds = 0

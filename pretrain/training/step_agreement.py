@@ -1,5 +1,5 @@
 """What all ranks agree on in each step: the next batch's token counts, whether all ranks have their share of it,
-requests to stop or save, and the time.
+requests to stop or save, whether a save has got further, and the time.
 
 One all-reduce of whole numbers per step over gloo, without a device sync. It is in flight while the step is computed,
 because it takes up to 0.3 s at 1,024 ranks. Requests take effect when that step ends. Decisions that depend on time use
@@ -24,6 +24,7 @@ class StepTotals(NamedTuple):
     failed_batches: int  # ranks whose data worker has failed
     stop_requests: int  # ranks that were asked to stop
     save_requests: int  # 1: a checkpoint is due by rank 0's clock
+    ranks_done: int  # ranks that have done their part of a save in flight
     milliseconds: int  # of training so far, by rank 0's clock
     corpus_tokens: tuple[int, ...]  # real tokens by corpus
 
@@ -43,12 +44,15 @@ class StepAgreement:
         self._save_minutes = save_minutes
         self._corpora = corpora
 
-    def begin(self, share: RankBatch | DataWorkerError | None, stop_requested: bool) -> "PendingTotals":
+    def begin(
+        self, share: RankBatch | DataWorkerError | None, stop_requested: bool, part_done: bool
+    ) -> "PendingTotals":
         """Collective; call before a step is computed.
 
         Args:
             share: of the global batch after that of the step: this rank's, or why it has none; None: the stream ends.
             stop_requested: of this rank.
+            part_done: whether this rank has done its part of a save in flight.
         """
         save_due = self._save_minutes is not None and self._clock.minutes_since_save >= self._save_minutes
         counts, corpus_tokens = (0, 0, 0), [0] * self._corpora
@@ -59,6 +63,7 @@ class StepAgreement:
             int(isinstance(share, DataWorkerError)),
             int(stop_requested),
             int(save_due and self._is_rank0),
+            int(part_done),
             int(self._clock.seconds * 1000) if self._is_rank0 else 0,
         )
         return PendingTotals(self._hosts.start_all_reduce_sum([*counts, *now, *corpus_tokens]))
@@ -71,5 +76,5 @@ class PendingTotals:
         self._sums = sums
 
     def wait(self) -> StepTotals:
-        masked, tokens, squared_lengths, failed, stops, saves, milliseconds, *corpus_tokens = self._sums.wait()
-        return StepTotals(masked, tokens, squared_lengths, failed, stops, saves, milliseconds, tuple(corpus_tokens))
+        masked, tokens, squared, failed, stops, saves, done, milliseconds, *corpus_tokens = self._sums.wait()
+        return StepTotals(masked, tokens, squared, failed, stops, saves, done, milliseconds, tuple(corpus_tokens))

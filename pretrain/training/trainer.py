@@ -145,6 +145,8 @@ class Trainer:
             update = self._train_step(batch, totals.masked_tokens, rate)
             with phase("wait for ranks"):
                 agreed = upcoming.agreement.wait()
+            with self._throughput.saving(), self._times.during(CHECKPOINTING):
+                self._checkpointer.advance_if_done(agreed.ranks_done)
             if self._profiler is not None:
                 self._profiler.step()
             if update.fault is not None:
@@ -164,13 +166,17 @@ class Trainer:
             if self._is_evaluation_due() and not stopping:
                 self._evaluate()
             if stopping or agreed.save_requests or self._is_save_due():
-                self._save(self._clock.seconds)
+                self._save(self._clock.seconds, now=finished or stopping)
                 self._clock.restart_save_timer()
             if stopping:
                 log.info("stopping after step %d: %s", self._progress.step, stop.reason or "on another rank")
                 return Outcome.STOPPED
         self._log_early_stop()
         return Outcome.DONE
+
+    def finish_save(self) -> None:
+        """Wait for the checkpoint that is being written, if any. Collective."""
+        self._checkpointer.wait()
 
     def close(self, outcome: Outcome) -> None:
         """Close the trackers."""
@@ -197,7 +203,7 @@ class Trainer:
         if evaluates and self._checkpointer.saved_step == self._progress.step:
             self._checkpointer.update(self._progress_to_save(self._progress.seconds))
         elif needs_rewind_target or self._is_best_step() or self._is_finished():
-            self._save(self._progress.seconds)
+            self._save(self._progress.seconds, now=needs_rewind_target or self._is_finished())
 
     def _take_batch(self, stop: StopRequest) -> UpcomingBatch:
         """Take the next batch, if there is one, and begin to agree on it."""
@@ -207,7 +213,8 @@ class Trainer:
                 share = next(self._batches, None)
             except DataWorkerError as error:
                 share = error
-        return UpcomingBatch(share, self._agreement.begin(share, stop_requested=stop.reason is not None))
+        stop_requested, part_done = stop.reason is not None, self._checkpointer.is_part_done
+        return UpcomingBatch(share, self._agreement.begin(share, stop_requested, part_done))
 
     def _learning_rate(self, step: int, seconds: float) -> float:
         return learning_rate(self._config.schedule, self._config.optimizer.lr, step, self._stream.steps, seconds)
@@ -246,6 +253,8 @@ class Trainer:
         assert losses is not None, "a batch that was not trained on has no fault"
         with self._throughput.paused():
             dumped = self._bad_batches.dump_bad_batch(batch, losses.tolist(), fault)
+        with self._throughput.saving(), self._times.during(CHECKPOINTING):
+            self._checkpointer.wait()  # it may be the one to go back to
         what = f"{fault}\n  its batch: {dumped}"
         bad_steps, saved_step = self._progress.bad_steps, self._checkpointer.saved_step
         response = self._recovery.respond(fault, dumped, bad_steps, saved_step)
@@ -265,7 +274,7 @@ class Trainer:
         (broken,) = self._hosts.all_reduce_sum([int(not self._engine.masters_are_finite())])
         if broken:
             return f"  the weights before it: not finite either, so not saved\n{ADVICE}"
-        self._save(self._progress.seconds)
+        self._save(self._progress.seconds, now=True)
         return (
             "  the state before it: saved; the same command with --health.policy=skip resumes and skips the batch\n"
             f"  if more batches are bad, the weights have diverged\n{ADVICE}"
@@ -324,6 +333,7 @@ class Trainer:
                 "mfu": self._mfu(pace.seconds),
                 "data_wait": pace.data_wait,
                 "goodput": self._times.goodput,
+                "checkpoint_seconds": pace.checkpoint_seconds,
                 "memory": peak_memory(),
                 **({f"tokens/{name}": tokens for name, tokens in by_corpus.items()} if len(by_corpus) > 1 else {}),
             }
@@ -379,11 +389,19 @@ class Trainer:
             last_norm = progress.grad_norms[-1] if progress.grad_norms else math.nan
             self._log(self._learning_rate(progress.step - 1, progress.seconds), last_norm)
 
-    def _save(self, seconds: float) -> None:
-        """Save a checkpoint of this step, unless there is one. `seconds`: of training so far."""
-        with self._throughput.paused(), self._times.during(CHECKPOINTING):
-            if self._checkpointer.save(self._progress_to_save(seconds)):
-                self._recovery.reset_rewinds()
+    def _save(self, seconds: float, now: bool) -> None:
+        """Save a checkpoint of this step, unless there is one.
+
+        Args:
+            seconds: of training so far.
+            now: wait until it is on disk.
+        """
+        with self._throughput.saving(), self._times.during(CHECKPOINTING):
+            progress = self._progress_to_save(seconds)
+            if now:
+                self._checkpointer.save_now(progress)
+            else:
+                self._checkpointer.save(progress)
 
     def _progress_to_save(self, seconds: float) -> TrainingProgress:
         """With the log interval so far. Collective."""

@@ -3,7 +3,8 @@
 import functools
 import json
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -118,11 +119,22 @@ def build_engine(world: World, tree: Tree, seed: int | None = None) -> tuple[Any
     return engine, built.model
 
 
-def save_engine(engine: Any, checkpoints: Path, step: int) -> None:
-    """Save a checkpoint with an empty Hugging Face folder. Collective."""
-    from pretrain.training.checkpoint_tensors import save_checkpoint
+def save_engine(
+    engine: Any,
+    checkpoints: Path,
+    step: int,
+    write_model: Callable[[dict[str, Tensor], Path], None] = lambda _, hf: hf.mkdir(),
+    keep: Retention = Retention(100),  # noqa: B008
+) -> None:
+    """Save a checkpoint, by default with an empty Hugging Face folder, and wait for it. Collective."""
+    from pretrain.training.background_save import BackgroundSave, Snapshot
+    from pretrain.training.checkpoint_tensors import HostMemory
+    from pretrain.training.host_group import HostGroup
 
-    save_checkpoint(engine, checkpoints, step, {}, lambda _, hf: hf.mkdir(), Retention(100))
+    state = {"step": step, "loss_scaler": engine.loss_scaler_state()}
+    saves = BackgroundSave(checkpoints, HostGroup(timedelta(seconds=100)), engine.world, None)
+    saves.begin(Snapshot(step, HostMemory().copy(engine), state, write_model, keep))
+    saves.wait()
 
 
 def copy_case(world: World, tree: Tree, source: Path, target: Path) -> None:
@@ -159,7 +171,7 @@ def logged(folder: Path, key: str = "loss") -> list[Any]:
 
 def events_without_timing(folder: Path) -> list[Tree]:
     """All events of a run, evaluations too, without the metrics that differ from run to run."""
-    measured = ("tokens_per_second", "mfu", "data_wait", "goodput", "memory")
+    measured = ("tokens_per_second", "mfu", "data_wait", "goodput", "checkpoint_seconds", "memory")
     return [{key: value for key, value in event.items() if key not in measured} for event in _events(folder)]
 
 

@@ -16,7 +16,7 @@ from experiment.run_folder import RunFolder
 from experiment.tokenizer import load_tokenizer
 from pretrain.world import World
 from rank_pool import RankError, RankPool
-from runs import Tree, build_engine, logged, pretrain_case, run_config, saved_tensors
+from runs import Tree, build_engine, logged, pretrain_case, run_config, save_engine, saved_tensors
 from small_disk import SmallDisk
 
 
@@ -59,7 +59,6 @@ class _Killer:
 def killed_saves_case(world: World, tree: Tree, folder: Path, every: int) -> int:
     """Save step 2 repeatedly, killed at every `every`-th change to the disk. Returns the changes of one save."""
     from pretrain.export import write_hugging_face_folder
-    from pretrain.training.checkpoint_tensors import save_checkpoint
 
     tokenizer = load_tokenizer(Path(tree["corpus"]["train"]) / "tokenizer")
     engine, model = build_engine(world, tree, seed=1)
@@ -70,7 +69,7 @@ def killed_saves_case(world: World, tree: Tree, folder: Path, every: int) -> int
         write_hugging_face_folder(own, model, tokenizer, target)
 
     def save(step: int) -> None:
-        save_checkpoint(engine, checkpoints, step, {"is": step}, write_model, Retention(1))
+        save_engine(engine, checkpoints, step, write_model, Retention(1))
 
     save(1)
     shutil.copytree(checkpoints, before)

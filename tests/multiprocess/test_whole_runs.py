@@ -156,6 +156,7 @@ def test_the_written_config_starts_the_same_run(
         "mfu",
         "data_wait",
         "goodput",
+        "checkpoint_seconds",
         "memory",
     }
     assert all(set(event) == documented for event in step_events(tmp_path / "first"))

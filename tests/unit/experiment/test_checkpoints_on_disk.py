@@ -1,4 +1,5 @@
 import errno
+import json
 import logging
 import os
 import shutil
@@ -22,6 +23,7 @@ from experiment.checkpoints import (
     write_best,
 )
 from experiment.errors import UserError
+from experiment.files import checksum
 from experiment.retention import Retention, apply_retention, discard
 
 
@@ -134,6 +136,25 @@ def test_retention(tmp_path: Path, keep: Retention, left: list[int]) -> None:
     apply_retention(tmp_path, keep, newest=60)
     assert steps(tmp_path) == left
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-{step:08d}" for step in left]
+
+
+def test_a_best_that_could_not_be_saved_leaves_the_one_before(tmp_path: Path) -> None:
+    """Catches `checkpoints/best` that names nothing, and the best checkpoint there is that is deleted."""
+    make(tmp_path, 10, 20, 40)
+    write_best(tmp_path, 10)
+    write_best(tmp_path, 30)
+    apply_retention(tmp_path, Retention(1, best=30), newest=40)
+    assert checkpoint_candidates(tmp_path / "best") == [checkpoint_path(tmp_path, 10)]
+    assert steps(tmp_path) == [10, 40]
+
+
+def test_known_checksums_are_not_computed_again(tmp_path: Path) -> None:
+    """Catches rank 0 reading the shares of all ranks, and checksums that replace those of other files."""
+    for name in ("known", "other"):
+        (tmp_path / name).write_bytes(b"content")
+    mark_complete(tmp_path, {"known": "of what was written"})
+    listed = json.loads((tmp_path / "COMPLETE").read_text(encoding="utf-8"))
+    assert listed == {"known": "of what was written", "other": checksum(tmp_path / "other")}
 
 
 def test_which_checkpoint_a_path_means(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

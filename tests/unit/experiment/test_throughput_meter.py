@@ -30,6 +30,20 @@ def test_tokens_and_waiting_are_those_of_one_lap() -> None:
     assert (lap.seconds, lap.tokens_per_second, lap.data_wait) == (2.0, 5.0, 0.0)
 
 
+def test_checkpoints_are_counted_and_excluded() -> None:
+    """Catches a save that lowers tokens per second, and seconds that leak into the next interval."""
+    clock = Clock()
+    meter = Throughput(clock)
+    for _ in range(2):
+        with meter.saving():
+            clock.now += 1.5
+        clock.now += 1.0
+    meter.add(100)
+    lap = meter.lap()
+    assert (lap.seconds, lap.tokens_per_second, lap.checkpoint_seconds) == (2.0, 50.0, 3.0)
+    assert meter.lap().checkpoint_seconds == 0.0
+
+
 def test_waiting_that_ends_in_an_exception_counts() -> None:
     """Catches a meter that is left waiting by the end of the data."""
     clock = Clock()

@@ -13,7 +13,7 @@ import pretrain.run
 from experiment.outcome_file import Cause, Outcome, read_outcome
 from experiment.run_folder import RunFolder
 from pretrain.engine.loss_scaler import LossScaleError
-from pretrain.training.checkpoint_tensors import UnwritableError
+from pretrain.training.background_save import UnwritableError
 from pretrain.world import World
 
 

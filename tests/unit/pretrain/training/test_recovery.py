@@ -39,7 +39,6 @@ def test_rewinds_to_the_same_checkpoint_are_limited() -> None:
     rewinding = recovery("rewind")
     for step in (3, 5):
         assert rewinding.respond(fault(step), BATCH, (), saved_step=2) is Response.REWIND
-    rewinding.reset_rewinds()
     for step in (7, 9):
         assert rewinding.respond(fault(step), BATCH, (3, 5), saved_step=6) is Response.REWIND
     with pytest.raises(UnhealthyError, match="rewound to step 6 2 times"):

@@ -44,7 +44,7 @@ def agree(monkeypatch: pytest.MonkeyPatch, save_minutes: float | None, asked: tu
         now = 100.0 + 70.0 * rank
         agreement = StepAgreement(cast(HostGroup, hosts), World(rank, 3), clock, save_minutes, corpora=2)
         batch = rank_batch(MASKED[rank], TOKENS[rank], SQUARED[rank])
-        pending = agreement.begin(batch, stop_requested=reason is not None)
+        pending = agreement.begin(batch, stop_requested=reason is not None, part_done=rank > 0)
     return pending.wait()
 
 
@@ -53,7 +53,7 @@ def test_totals_are_sums_over_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     totals = agree(monkeypatch, None, (None, None, None))
     assert (totals.masked_tokens, totals.tokens, totals.squared_lengths) == (235, 879, 6)
     assert totals.corpus_tokens == (876, 3)
-    assert (totals.stop_requests, totals.save_requests) == (0, 0)
+    assert (totals.stop_requests, totals.save_requests, totals.ranks_done) == (0, 0, 2)
 
 
 def test_time_is_that_of_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,8 +81,8 @@ def test_a_rank_without_a_batch_contributes_nothing(monkeypatch: pytest.MonkeyPa
     """Catches ranks that send different numbers of sums where the data of one has failed: the others would hang."""
     hosts: Any = RecordedHosts()
     agreement = StepAgreement(cast(HostGroup, hosts), World(0, 2), TrainingClock(0.0), None, corpora=2)
-    agreement.begin(rank_batch(5, 9, 0), stop_requested=False)
-    totals = agreement.begin(None, stop_requested=True).wait()
+    agreement.begin(rank_batch(5, 9, 0), stop_requested=False, part_done=True)
+    totals = agreement.begin(None, stop_requested=True, part_done=True).wait()
     assert (totals.masked_tokens, totals.tokens, totals.corpus_tokens) == (5, 9, (8, 1))
     assert (totals.stop_requests, totals.failed_batches) == (1, 0)
     totals = agreement.begin(DataWorkerError("killed"), stop_requested=False).wait()

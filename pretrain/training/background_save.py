@@ -1,0 +1,176 @@
+"""Write a checkpoint while training continues.
+
+Training waits only for the copy of each rank's share to host memory. Two parts follow in a thread of each rank:
+
+    1. every rank writes its share
+    2. rank 0 writes everything else, gives the checkpoint its name and deletes old ones
+
+A part ends when it has ended on all ranks. They agree on that along with a step (`step_agreement`), or wait for each
+other. At most one save is in flight.
+
+The thread has the lowest priority: it uses cores that training leaves idle. Most of its time is in calls that release
+the GIL: writing, fsync, hashing.
+"""
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from experiment.checkpoints import checkpoint_path
+from experiment.disk_errors import describe_disk_error
+from experiment.retention import Retention, discard, remove_leftovers
+from pretrain.training.checkpoint_tensors import (
+    Share,
+    WriteModel,
+    WrittenShare,
+    complete_checkpoint,
+    publish,
+    write_share,
+)
+from pretrain.training.host_group import HostGroup
+from pretrain.world import World
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_MOST_FAILURES = 3  # in a row
+_NICENESS = 19
+
+
+class UnwritableError(Exception):
+    """Checkpoints cannot be written; the message says on which ranks, and why."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What the checkpoint of a step contains, and what to do when it is written."""
+
+    step: int
+    share: Share  # of this rank
+    state: dict[str, Any]  # of state.json
+    write_model: WriteModel
+    keep: Retention
+
+
+class BackgroundSave:
+    """The save in flight, if any."""
+
+    def __init__(self, checkpoints: Path, hosts: HostGroup, world: World, saved_step: int | None) -> None:
+        """Collective. Deletes what interrupted saves have left.
+
+        Args:
+            checkpoints: folder of the run.
+            saved_step: of the newest checkpoint of the run; None if it has none.
+        """
+        self._checkpoints = checkpoints
+        self._hosts = hosts
+        self._world = world
+        self.saved_step = saved_step
+        self._thread = ThreadPoolExecutor(1, "checkpoint", _lower_priority)
+        self._snapshot: Snapshot | None = None  # in flight
+        self._part: Future[Any] = Future()
+        self._publishing = False  # in the second part
+        self._failures = 0
+        self.problem = ""  # of the last save that failed
+        hosts.from_rank0(lambda: remove_leftovers(checkpoints))
+
+    @property
+    def is_part_done(self) -> bool:
+        """On this rank."""
+        return self._snapshot is not None and self._part.done()
+
+    def begin(self, snapshot: Snapshot) -> None:
+        """Begin to write a checkpoint; none may be in flight. Collective."""
+        assert self._snapshot is None, "the save before it has ended"
+        self._snapshot, self._publishing = snapshot, False
+        self._part = self._thread.submit(write_share, snapshot.share, self._partial(snapshot.step))
+
+    def advance_if_done(self, ranks_done: int) -> None:
+        """Begin the next part, or end the save, if a part has ended on all ranks. Collective.
+
+        Raises UnwritableError on all ranks after three failed saves in a row.
+        """
+        if self._snapshot is not None and ranks_done == self._world.size:
+            self._advance(self._snapshot)
+
+    def wait(self) -> None:
+        """Wait until the save in flight has ended. Collective; raises like `advance_if_done`."""
+        while self._snapshot is not None:
+            self._advance(self._snapshot)
+
+    def _advance(self, snapshot: Snapshot) -> None:
+        try:
+            results = on_all_ranks(self._hosts, self._part.result)
+        except UnwritableError as error:
+            self._fail(snapshot.step, error)
+            return
+        if self._publishing:
+            self._snapshot, self.saved_step, self._failures = None, snapshot.step, 0
+        else:
+            self._publishing = True
+            self._part = self._thread.submit(self._publish, snapshot, results)
+
+    def _publish(self, snapshot: Snapshot, shares: Sequence[WrittenShare]) -> None:
+        if self._world.rank == 0:
+            partial = self._partial(snapshot.step)
+            complete_checkpoint(partial, shares, snapshot.state, snapshot.write_model)
+            publish(partial, checkpoint_path(self._checkpoints, snapshot.step), snapshot.keep)
+
+    def _fail(self, step: int, error: UnwritableError) -> None:
+        """Leave nothing of the save behind, the disk may be full, and let training continue a few times."""
+        partial = self._partial(step)
+        if self._world.rank == 0 and os.path.lexists(partial):
+            discard(partial)
+        self._snapshot, self.problem = None, str(error)
+        self._failures += 1
+        if self._failures == _MOST_FAILURES:
+            raise error
+        log.warning("the checkpoint of step %d cannot be written: %s; the next save tries again", step, error)
+
+    def _partial(self, step: int) -> Path:
+        return self._checkpoints / f".{checkpoint_path(self._checkpoints, step).name}.partial"
+
+
+def on_all_ranks(hosts: HostGroup, write: Callable[[], T]) -> list[T]:
+    """Call `write` on every rank and return the results by rank. It fails on all ranks if it fails on one. Collective.
+
+    Raises UnwritableError if what failed is writing. Any other error is raised on its rank, RuntimeError on the others.
+    """
+    result, raised = None, None
+    try:
+        result = write()
+    except Exception as error:
+        raised = error
+    refusal = raised and describe_disk_error(raised)
+    unwritable = refusal is not None or isinstance(raised, OSError)
+    problem = (
+        None if raised is None else refusal or (str(raised) if unwritable else f"{type(raised).__name__}: {raised}")
+    )
+    gathered = hosts.all_gather_objects((problem, unwritable, result))
+    if raised is not None and not unwritable:
+        raise raised
+    problems = [problem for problem, _, _ in gathered]
+    if any(problems):
+        all_unwritable = all(unwritable for problem, unwritable, _ in gathered if problem)
+        raise (UnwritableError if all_unwritable else RuntimeError)(_join(problems)) from raised
+    results: list[Any] = [result for _, _, result in gathered]
+    return results
+
+
+def _join(problems: Sequence[str | None]) -> str:
+    """The problems of the ranks in one line; one that all of them have, once."""
+    if len(set(problems)) == 1:
+        return str(problems[0])
+    return "; ".join(f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem)
+
+
+def _lower_priority() -> None:
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)  # on Linux, of this thread alone

@@ -1,0 +1,288 @@
+"""Checkpoints are written while training continues."""
+
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiment.checkpoints import checkpoint_path, complete_checkpoints, verify
+from experiment.run_folder import RunFolder
+from pretrain.world import World
+from rank_pool import RankError, RankPool
+from runs import (
+    Tree,
+    assert_same_run,
+    assert_same_tensors,
+    logged,
+    pretrain_case,
+    run_config,
+    saved_tensors,
+    soak,
+)
+from small_disk import SmallDisk
+from waiting import LIMIT, wait_until
+
+
+@contextmanager
+def _patched(owner: Any, name: str, replace: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, replace(getattr(owner, name)))
+        yield
+
+
+@contextmanager
+def _after_log(function: Callable[[Any, int], None]) -> Iterator[None]:
+    """Call `function(trainer, step)` after each log event, before the checkpoint of that step."""
+    from pretrain.training.trainer import Trainer
+
+    def replace(original: Callable[..., None]) -> Callable[..., None]:
+        def log(trainer: Any, *args: Any) -> None:
+            original(trainer, *args)
+            function(trainer, trainer._progress.step)
+
+        return log
+
+    with _patched(Trainer, "_log", replace):
+        yield
+
+
+@contextmanager
+def _before_writing(function: Callable[[int], None]) -> Iterator[None]:
+    """Call `function(step)` in the thread that writes, before it writes this rank's share."""
+    from pretrain.training import background_save
+
+    def replace(original: Callable[..., Any]) -> Callable[..., Any]:
+        def write(share: Any, partial: Path) -> Any:
+            function(int(partial.stem.removeprefix(".step-")))
+            return original(share, partial)
+
+        return write
+
+    with _patched(background_save, "write_share", replace):
+        yield
+
+
+def held_case(world: World, tree: Tree) -> str:
+    """A run in which the checkpoint of step 2 is not written before step 3 is logged."""
+    logged_3 = threading.Event()
+
+    def after_log(_: Any, step: int) -> None:
+        if step == 3:
+            logged_3.set()
+
+    def hold(step: int) -> None:
+        assert step > 2 or logged_3.wait(LIMIT)
+
+    with _after_log(after_log), _before_writing(hold):
+        return pretrain_case(world, tree)
+
+
+def synchronous_case(world: World, tree: Tree) -> str:
+    """A run that waits for each of its checkpoints."""
+    from pretrain.training.checkpointer import Checkpointer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpointer, "save", Checkpointer.save)
+        original = Checkpointer.save
+
+        def save(checkpointer: Any, progress: Any) -> None:
+            original(checkpointer, progress)
+            checkpointer.wait()
+
+        patch.setattr(Checkpointer, "save", save)
+        return pretrain_case(world, tree)
+
+
+def _tensor_files(checkpoint: Path) -> dict[str, bytes]:
+    files = [*checkpoint.rglob("*.safetensors"), checkpoint / "engine" / "index.json"]
+    return {str(path.relative_to(checkpoint)): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize("ds_config", ["fp32_zero1", *soak("fp32_zero0", "fp16_zero2", "bf16_zero1", "fp32_zero3")])
+def test_a_checkpoint_is_the_state_of_its_step(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, ds_config: str
+) -> None:
+    """Catches a save that training waits for, and one that contains later weights, averages or progress."""
+
+    def tree(name: str) -> Tree:
+        return run_config(tmp_path / name, wordpiece_corpus, ds_config, checkpoint__every_steps=2, model__ema_decay=0.7)
+
+    assert pools[2].run(held_case, tree("held")) == ["done", "done"]
+    assert pools[2].run(synchronous_case, tree("synchronous")) == ["done", "done"]
+    for step in (2, 4, 6):
+        held, synchronous = (checkpoint_path(tmp_path / name / "checkpoints", step) for name in ("held", "synchronous"))
+        assert verify(held) is None
+        assert _tensor_files(held) == _tensor_files(synchronous)
+        assert "hf-ema/model.safetensors" in _tensor_files(held)
+        assert_same_run(tmp_path / "held", tmp_path / "synchronous", step)
+    assert logged(tmp_path / "synchronous", "checkpoint_seconds")[2] > 0
+
+
+def failing_case(world: World, tree: Tree, steps: Collection[int]) -> str:
+    """A run in which the last rank cannot write the checkpoints of `steps`."""
+
+    def fail(step: int) -> None:
+        if step in steps and world.rank == world.size - 1:
+            raise OSError(28, "No space left on device")
+
+    with _before_writing(fail):
+        return pretrain_case(world, tree)
+
+
+@pytest.mark.parametrize(
+    ("failing", "outcome", "saved"), [({2, 3, 5}, "done", [1, 4, 6]), ({3, 4, 5}, "stopped", [1, 2])]
+)
+def test_three_failed_saves_in_a_row_stop_a_run(
+    pools: dict[int, RankPool],
+    wordpiece_corpus: Path,
+    tmp_path: Path,
+    failing: set[int],
+    outcome: str,
+    saved: list[int],
+) -> None:
+    """Catches a run that stops at the first failed save, one that trains on although nothing can be saved, and
+    failures that are counted although a save between them succeeded."""
+    tree = run_config(tmp_path, wordpiece_corpus, checkpoint__every_steps=1)
+    assert pools[2].run(failing_case, tree, failing) == [outcome] * 2
+    checkpoints = tmp_path / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == [f"step-{step:08d}" for step in saved]
+    assert verify(complete_checkpoints(checkpoints)[-1]) is None
+    log = RunFolder(tmp_path).rank_log(0).read_text(encoding="utf-8")
+    warned = failing if outcome == "done" else {3, 4}
+    for step in range(1, 7):
+        warning = f"the checkpoint of step {step} cannot be written: rank 1: "
+        assert log.count(warning) == int(step in warned)
+    assert log.count("no checkpoint can be written: rank 1: ") == int(outcome == "stopped")
+    assert pools[2].run(pretrain_case, tree) == ["done", "done"]
+    assert logged(tmp_path, "step") == [1, 2, 3, 4, 5, 6]
+
+
+def full_disk_case(world: World, tree: Tree, disk: SmallDisk) -> str:
+    """A run whose disk is full when it saves step 4, and has room again before step 6."""
+
+    def after_log(trainer: Any, step: int) -> None:
+        if world.rank == 0 and step == 3:
+            disk.fill()
+        elif world.rank == 0 and step == 5:
+            wait_until(lambda: trainer._checkpointer.is_part_done)
+            disk.free()
+
+    with _after_log(after_log):
+        return pretrain_case(world, tree)
+
+
+def test_training_continues_while_the_disk_is_full(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, small_disk: SmallDisk
+) -> None:
+    """Catches a run that a full disk stops or changes, and remains of a failed save."""
+    run = small_disk.path / "run"
+    tree = run_config(run, wordpiece_corpus, checkpoint__every_steps=4, schedule__steps=6)
+    assert pools[2].run(full_disk_case, tree, small_disk) == ["done", "done"]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000006"]
+    undisturbed = run_config(tmp_path, wordpiece_corpus)
+    assert pools[2].run(pretrain_case, undisturbed) == ["done", "done"]
+    saved = [saved_tensors(checkpoint_path(folder / "checkpoints", 6)) for folder in (run, tmp_path)]
+    assert_same_tensors(*saved)
+
+
+def removed_case(world: World, tree: Tree, checkpoints: Path) -> str:
+    """A run whose checkpoints are deleted while one may be in flight."""
+
+    def after_log(_: Any, step: int) -> None:
+        if world.rank == 0 and step == 3:
+            shutil.rmtree(checkpoints, ignore_errors=True)
+
+    with _after_log(after_log):
+        return pretrain_case(world, tree)
+
+
+def test_training_continues_without_the_folder(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path
+) -> None:
+    """Catches a run that cannot save again because a folder is missing."""
+    tree = run_config(tmp_path, wordpiece_corpus, checkpoint__every_steps=2)
+    assert pools[2].run(removed_case, tree, tmp_path / "checkpoints") == ["done", "done"]
+    assert verify(checkpoint_path(tmp_path / "checkpoints", 6)) is None
+
+
+def killed_case(world: World, tree: Tree, name: str) -> str:
+    """A run that is killed in the thread that writes the checkpoint of step 4, when it has done this call."""
+    from pretrain.training import background_save
+
+    def replace(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            result = original(*args)
+            if any("step-00000004" in str(argument) for argument in args if isinstance(argument, Path)):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return call
+
+    with _patched(background_save, name, replace):
+        return pretrain_case(world, tree)
+
+
+@pytest.mark.parametrize("name", ["write_share", *soak("complete_checkpoint", "publish")])
+def test_a_kill_during_a_save_leaves_the_checkpoint_before(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, name: str
+) -> None:
+    """Catches a partial checkpoint that is resumed from, or stays for ever."""
+    changes = {"checkpoint__every_steps": 2, "checkpoint__keep_last": 1}
+    tree, whole = (run_config(tmp_path / name, wordpiece_corpus, **changes) for name in ("killed", "whole"))
+    with pytest.raises(RankError, match="the process died"):
+        pools[1].run(killed_case, tree, name)
+    checkpoints = tmp_path / "killed" / "checkpoints"
+    newest = 4 if name == "publish" else 2
+    assert [path.name for path in complete_checkpoints(checkpoints)] == [f"step-{newest:08d}"]
+    assert pools[1].run(pretrain_case, tree) == ["done"]
+    assert [path.name for path in checkpoints.iterdir()] == ["step-00000006"]
+    assert pools[1].run(pretrain_case, whole) == ["done"]
+    assert_same_run(tmp_path / "killed", tmp_path / "whole", 6)
+
+
+def test_leftovers_are_removed_at_the_start(pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path) -> None:
+    """Catches a partial checkpoint that fills the disk until the next save, which may be hours later or fail."""
+    tree = run_config(tmp_path, wordpiece_corpus)
+    assert pools[1].run(pretrain_case, tree) == ["done"]
+    leftover = tmp_path / "checkpoints" / ".step-00000004.partial"
+    leftover.mkdir()
+    assert pools[1].run(pretrain_case, tree) == ["done"]
+    assert not leftover.exists()
+
+
+def stopped_case(world: World, tree: Tree) -> str:
+    """A run that is asked to stop after step 3, when the checkpoint of step 2 is not written yet."""
+    from pretrain.training.trainer import Trainer
+
+    stopping = threading.Event()
+
+    def replace(original: Callable[..., None]) -> Callable[..., None]:
+        def save(trainer: Any, seconds: float, now: bool) -> None:
+            if now:
+                stopping.set()
+            original(trainer, seconds, now)
+
+        return save
+
+    def hold(_: int) -> None:
+        assert stopping.wait(LIMIT)
+
+    with _patched(Trainer, "_save", replace), _before_writing(hold):
+        return pretrain_case(world, tree, 3)
+
+
+def test_a_stop_during_a_save_ends_with_a_complete_checkpoint(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path
+) -> None:
+    """Catches a run that ends before its last checkpoint is written, or drops the one in flight."""
+    tree = run_config(tmp_path, wordpiece_corpus, checkpoint__every_steps=2)
+    assert pools[2].run(stopped_case, tree) == ["stopped", "stopped"]
+    checkpoints = tmp_path / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000002", "step-00000003"]
+    assert [verify(path) for path in complete_checkpoints(checkpoints)] == [None, None]
