@@ -166,7 +166,7 @@ class Trainer:
             if self._is_evaluation_due() and not stopping:
                 self._evaluate()
             if stopping or agreed.save_requests or self._is_save_due():
-                self._save(self._clock.seconds, now=finished or stopping)
+                self._save(self._clock.seconds, now=stopping or self._is_finished())
                 self._clock.restart_save_timer()
             if stopping:
                 log.info("stopping after step %d: %s", self._progress.step, stop.reason or "on another rank")

@@ -25,7 +25,7 @@ def two_equal_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def totals(masked_tokens: int, tokens: int = 0, squared_lengths: int = 0) -> StepTotals:
-    return StepTotals(masked_tokens, tokens, squared_lengths, 0, 0, 0, 0, ())
+    return StepTotals(masked_tokens, tokens, squared_lengths, 0, 0, 0, 0, 0, ())
 
 
 def add_steps(interval: LogInterval, steps: Iterable[tuple[list[float] | None, int]]) -> LogInterval:

@@ -85,6 +85,6 @@ def test_a_rank_without_a_batch_contributes_nothing(monkeypatch: pytest.MonkeyPa
     totals = agreement.begin(None, stop_requested=True, part_done=True).wait()
     assert (totals.masked_tokens, totals.tokens, totals.corpus_tokens) == (5, 9, (8, 1))
     assert (totals.stop_requests, totals.failed_batches) == (1, 0)
-    totals = agreement.begin(DataWorkerError("killed"), stop_requested=False).wait()
+    totals = agreement.begin(DataWorkerError("killed"), stop_requested=False, part_done=False).wait()
     assert (totals.masked_tokens, totals.tokens, totals.corpus_tokens) == (5, 9, (8, 1))
     assert (totals.stop_requests, totals.failed_batches) == (1, 1)
