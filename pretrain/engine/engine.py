@@ -296,9 +296,10 @@ def _import_muon() -> None:
     """Import DeepSpeed's Muon, which it compares optimizers with, without compiling its kernels: `torch.compile` would
     import torch's inductor, which takes a second."""
     compiler, compile_kernel = deepspeed.runtime.compiler, deepspeed.runtime.compiler.compile
-    compiler.compile = lambda: lambda kernel: kernel
+    compiler.compile = lambda *_, **__: lambda kernel: kernel
     try:
-        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+        with contextlib.suppress(ImportError):  # a release without it
+            importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
     finally:
         compiler.compile = compile_kernel
 

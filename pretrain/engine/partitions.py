@@ -1,8 +1,8 @@
 """Map parameters to this rank's ZeRO partitions: the fp32 masters and optimizer states of its slices.
 
-Besides `zero_optimizers`, the only module that uses private attributes of DeepSpeed (0.19). Checkpoints, LAMB,
-StableAdamW and averaged weights are built on `fragments`. A DeepSpeed release that moves an attribute breaks this file
-and its test.
+Besides `zero_optimizers`, `loss_scaler` and `engine`, the only module that uses internals of DeepSpeed (0.19).
+Checkpoints, LAMB, StableAdamW and averaged weights are built on `fragments`. A DeepSpeed release that moves an
+attribute breaks this file and its test.
 
     ZeRO 0, fp32         the parameters themselves, all on every rank
     ZeRO 1, 2            one flat fp32 tensor per parameter group, sharded across ranks; `param._hp_mapping` says where

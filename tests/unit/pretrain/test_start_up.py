@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from pretrain.corpus.shards import write_shard
 
@@ -35,6 +36,28 @@ def test_an_engine_takes_no_compiler() -> None:
         "print([name in sys.modules for name in modules], compiler.compile is before)"
     )
     assert printed_by(code) == "[True, False] True"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "sys.modules['deepspeed.runtime.zero.muon.muon_optimizer'] = None",
+        "sys.modules['deepspeed.runtime.zero.muon.original_muon'] = Decorated('original_muon')",
+    ],
+)
+def test_an_engine_starts_with_another_muon(change: str) -> None:
+    """Catches a run that cannot start because a release of DeepSpeed has moved Muon, or compiles it with arguments."""
+    code = (
+        "import sys; from types import ModuleType; from deepspeed.runtime import compiler\n"
+        "from pretrain.engine import engine\n"
+        "class Decorated(ModuleType):\n"
+        "    def __getattr__(self, name): return compiler.compile(dynamic=True)(type(name, (), {}))\n"
+        f"{change}\n"
+        "before = compiler.compile\n"
+        "engine._import_muon()\n"
+        "print(compiler.compile is before)"
+    )
+    assert printed_by(code) == "True"
 
 
 def test_a_rank_collects_no_garbage_while_it_imports(tmp_path: Path) -> None:
