@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiment.errors import UserError
-from experiment.files import fsync, json_digest
+from experiment.files import fsync_tree, json_digest
 from experiment.strict_json import parse_json
 from experiment.transformers_logging import quiet_transformers
 
@@ -157,7 +157,7 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     kept = {key: value for key, value in config.items() if key not in _SOURCE_KEYS}
     path.write_text(json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
-    fsync(*folder.iterdir(), folder)
+    fsync_tree(folder)
 
 
 def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerFast") -> str:

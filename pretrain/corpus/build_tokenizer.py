@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiment.files import fsync
+from experiment.files import fsync_tree
 from experiment.tokenizer import load_tokenizer, save_tokenizer, tokenizer_fingerprint, vocabulary_size
 from pretrain.corpus.tokenization import TokenizerSpec, tokenizer_spec
 from pretrain.corpus.workers import worker_pool
@@ -23,19 +23,19 @@ class BuildTokenizer:
     spec: TokenizerSpec
     fingerprint: str
     vocabulary_size: int
-    files: Mapping[str, bytes]  # of its Hugging Face folder
+    files: Mapping[str, bytes]  # of its Hugging Face folder, by path in it
 
     def save(self, folder: Path) -> None:
         """Write the Hugging Face folder, and wait until it is on disk."""
-        folder.mkdir(parents=True, exist_ok=True)
         for name, content in self.files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(content)
-        fsync(*folder.iterdir(), folder)
+        fsync_tree(folder)
 
 
 def load_build_tokenizer(path: Path, segmenter: str | None) -> BuildTokenizer:
-    """Load a tokenizer folder. Raises UserError as `load_tokenizer`."""
-    with worker_pool(1) as pool:
+    """Load a tokenizer folder. Raises UserError as `load_tokenizer`, and StoppedError if the process is killed."""
+    with worker_pool(1, "free some, and run the same command again") as pool:
         return pool.submit(_load, path, segmenter).result()
 
 
@@ -46,7 +46,9 @@ def _load(path: Path, segmenter: str | None) -> BuildTokenizer:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         save_tokenizer(tokenizer, folder)
-        files = {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+        files = {
+            str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()
+        }
     return BuildTokenizer(
         tokenizer_spec(tokenizer, segmenter), tokenizer_fingerprint(tokenizer), vocabulary_size(tokenizer), files
     )

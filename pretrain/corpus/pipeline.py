@@ -23,6 +23,7 @@ from pretrain.corpus.workers import worker_pool
 
 _BATCH_BYTES = 1 << 20  # text sent to a worker at once
 _BATCHES_PER_WORKER = 3  # in flight; bounds memory, and keeps workers busy while a result is being written
+_KILLED = "use fewer --workers, and run the same command again to resume from the finished shards"
 
 
 class PositionedDocument(NamedTuple):
@@ -79,7 +80,7 @@ def encode_source(
     batches = {part: _Batch() for part in writers}
     with (
         ProgressBar("tokenizing", plan.sources) as bar,
-        worker_pool(plan.workers, start_worker, plan.tokenizer.spec) as pool,
+        worker_pool(plan.workers, _KILLED, start_worker, plan.tokenizer.spec) as pool,
     ):
         queue = _EncodeQueue(pool, capacity=_BATCHES_PER_WORKER * plan.workers)
         for document, part in zip(read_source(plan, stats, bar), parts, strict=False):

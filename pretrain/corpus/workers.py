@@ -17,12 +17,12 @@ Args = TypeVarTuple("Args")
 
 @contextmanager
 def worker_pool(
-    workers: int, initializer: Callable[[*Args], None] | None = None, *initargs: *Args
+    workers: int, advice: str, initializer: Callable[[*Args], None] | None = None, *initargs: *Args
 ) -> Iterator[ProcessPoolExecutor]:
     """Open a pool of processes that each call `initializer(*initargs)` first.
 
-    Workers are forked from a fork server, which has no threads or locks that a fork could break. Raises StoppedError if
-    a worker is killed.
+    Workers are forked from a fork server, which has no threads or locks that a fork could break. Raises StoppedError
+    with `advice` if a worker is killed.
     """
     context = get_context("forkserver")
     context.set_forkserver_preload(["pretrain.corpus.tokenization", "pretrain.corpus.python_docs.docstrings"])
@@ -30,10 +30,7 @@ def worker_pool(
     try:
         yield pool
     except BrokenProcessPool:
-        raise StoppedError(
-            "a worker process was killed, perhaps because memory ran out (use fewer --workers); "
-            "run the same command again to resume from the finished shards"
-        ) from None
+        raise StoppedError(f"a worker process was killed, perhaps because memory ran out; {advice}") from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

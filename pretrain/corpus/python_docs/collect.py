@@ -88,7 +88,10 @@ def read_python_docs() -> Iterator[PythonDoc]:
         *_standard_library(),
         *(file for package, found in distributions for file in _package_files(package, found)),
     ]
-    with worker_pool(len(os.sched_getaffinity(0))) as pool, _progress(len(files)) as advance:
+    with (
+        worker_pool(len(os.sched_getaffinity(0)), "run the same command again") as pool,
+        _progress(len(files)) as advance,
+    ):
         for file, found in zip(files, pool.map(extract_docs, [file.path for file in files], chunksize=16), strict=True):
             advance()
             for inner, text in found:

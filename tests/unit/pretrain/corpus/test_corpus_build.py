@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from filelock import FileLock
 from experiment.errors import StoppedError, UserError
 from experiment.tokenizer import load_tokenizer, save_tokenizer
 from launcher.cli import main
-from pretrain.corpus import pipeline, shards
+from pretrain.corpus import build_tokenizer, pipeline, shards
 from pretrain.corpus.build import build_corpus
 from pretrain.corpus.build_tokenizer import BuildTokenizer
 from pretrain.corpus.options import CorpusOptions
@@ -355,6 +356,29 @@ def test_killed_worker(corpus: Build, tmp_path: Path) -> None:
         with pytest.raises(StoppedError, match="killed"):
             corpus("c")
     assert corpus("c").documents == 300
+
+
+def test_killed_loader_of_the_tokenizer(vocabulary_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches advice that does not fit: there is no shard yet, and one process whatever --workers says."""
+    monkeypatch.setattr(build_tokenizer, "_load", kill_this_process)
+    with pytest.raises(StoppedError, match=r"killed.*run the same command again") as stopped:
+        build_tokenizer.load_build_tokenizer(vocabulary_folder, None)
+    assert not re.search("shard|workers", str(stopped.value))
+
+
+def kill_this_process(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_tokenizer_with_several_chat_templates(corpus: Build, vocabulary_folder: Path, tmp_path: Path) -> None:
+    """Catches a traceback for a tokenizer whose folder has a folder, and files in it that the corpus loses."""
+    tokenizer = load_tokenizer(vocabulary_folder)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}  # type: ignore[assignment]
+    tokenizer.save_pretrained(str(tmp_path / "tokenizer"))
+    template = Path("additional_chat_templates") / "tools.jinja"
+    assert (tmp_path / "tokenizer" / template).is_file()
+    corpus("c", tokenizer=tmp_path / "tokenizer")
+    assert (tmp_path / "c" / "tokenizer" / template).read_text(encoding="utf-8") == "{{ tools }}"
 
 
 @pytest.mark.parametrize("text", ["", " \n\n", "\x00\n\u200b\n"])
