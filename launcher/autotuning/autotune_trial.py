@@ -50,7 +50,7 @@ class TrialResult:
 
 def trial_config(config: PretrainConfig, sizes: Sequence[int], folder: RunFolder) -> PretrainConfig:
     """The config of a trial: the run with every part trained and its largest batches, but without evaluation,
-    checkpoints and trackers.
+    checkpoints, trackers and profile.
 
     Args:
         config: of the run, resolved.
@@ -71,7 +71,9 @@ def trial_config(config: PretrainConfig, sizes: Sequence[int], folder: RunFolder
     masking = {"schedule": "constant", "rate": max(config.masking.rates)}
     return config.model_copy(
         update={
-            "run": config.run.model_copy(update={"dir": str(folder.path), "log_every": 1, "resume": "auto"}),
+            "run": config.run.model_copy(
+                update={"dir": str(folder.path), "log_every": 1, "resume": "auto", "profile": False}
+            ),
             "model": config.model.model_copy(update={"freeze": (), "freeze_steps": 0}),
             "corpus": CorpusConfig(train=config.corpus.train),
             "masking": config.masking.model_copy(update=masking),

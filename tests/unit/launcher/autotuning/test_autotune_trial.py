@@ -30,7 +30,7 @@ DONE = LaunchResult(Outcome.DONE)
 
 def config(folder: Path, **changes: Any) -> PretrainConfig:
     tree: dict[str, Any] = {
-        "run": {"dir": str(folder), "resume": "checkpoints/other", "seed": 3},
+        "run": {"dir": str(folder), "resume": "checkpoints/other", "seed": 3, "profile": True},
         "model": {"config": {"model_type": "bert"}, "freeze": ["embeddings"], "freeze_steps": 9},
         "corpus": {"train": "c", "eval": {"held_out": "d"}},
         "batch": {"sequences": 16, "max_seq_length": 100, "microbatch_tokens": 400},
@@ -54,11 +54,13 @@ def config(folder: Path, **changes: Any) -> PretrainConfig:
     ],
 )
 def test_a_trial_is_a_valid_run_that_writes_nothing(tmp_path: Path, changes: dict[str, Any]) -> None:
-    """Catches a config that the ranks reject, and a trial that evaluates, saves, reports or starts from elsewhere."""
+    """Catches a config that the ranks reject, and a trial that evaluates, saves, reports, profiles or starts from
+    elsewhere."""
     trial = trial_config(config(tmp_path, **changes), range(-1, 2), RunFolder(tmp_path / "trial"))
     (tmp_path / "trial.yaml").write_text(dump_config(trial))
     assert build_config(PretrainConfig, trial.model_dump(mode="json")) == trial
     assert (trial.run.dir, trial.run.resume, trial.run.log_every) == (str(tmp_path / "trial"), "auto", 1)
+    assert not trial.run.profile
     assert (trial.corpus.eval, trial.evaluation.best_metric) == ({}, None)
     assert (trial.checkpoint.every_steps, trial.checkpoint.every_minutes, trial.health.policy) == (None, None, "stop")
     assert (trial.tracking.wandb, trial.model.freeze, trial.masking.rates) == ("disabled", (), (0.3,))
