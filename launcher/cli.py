@@ -1,6 +1,5 @@
 """The `deepcloze` commands. Each imports what it runs when it is called, so that `--help` stays fast."""
 
-import gc
 import shutil
 import sys
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ import fire
 
 from experiment.disk_errors import describe_disk_error
 from experiment.errors import StoppedError, UserError
+from experiment.fast_imports import fast_imports
 from finetune.options import ExportOptions, PredictOptions, ServeOptions
 from launcher.command_line import Command, help_text, is_help_request, parse_command_line
 from launcher.options import (
@@ -148,7 +148,8 @@ def evaluate(options: EvaluateOptions) -> None:
     Example:
         deepcloze evaluate --checkpoint runs/first/checkpoints/step-00001000 --corpus corpora/wiki-heldout
     """
-    from pretrain.evaluate import evaluate_command
+    with fast_imports():
+        from pretrain.evaluate import evaluate_command
 
     evaluate_command(options.checkpoint, options.corpus, json=options.json_output)
 
@@ -165,7 +166,8 @@ def export(options: ExportOptions) -> None:
     Example:
         deepcloze export --checkpoint runs/sst2 --output sst2-int8 --format onnx --int8
     """
-    from finetune.export.command import export_command
+    with fast_imports():
+        from finetune.export.command import export_command
 
     export_command(options)
 
@@ -179,7 +181,8 @@ def finetune(options: FinetuneOptions) -> None:
         deepcloze finetune --config my-task.yaml --model.init_from=my-encoder --training.seeds=1,2,3
     """
     with handle_stop_signals(interrupt):
-        from finetune.run import finetune as run_finetuning  # takes seconds
+        with fast_imports():
+            from finetune.run import finetune as run_finetuning  # takes seconds
 
         run_finetuning(options.config, options.overrides, options.dry_run)
 
@@ -194,7 +197,8 @@ def predict(options: PredictOptions) -> None:
     Example:
         deepcloze predict --model runs/sst2 --input reviews.csv --output labels.csv --columns.text=review
     """
-    from finetune.predict import predict_command
+    with fast_imports():
+        from finetune.predict import predict_command
 
     predict_command(options)
 
@@ -211,7 +215,8 @@ def serve(options: ServeOptions) -> None:
         deepcloze serve --model runs/sst2 --port 8000
     """
     try:
-        from finetune.serve.command import serve_command
+        with fast_imports():
+            from finetune.serve.command import serve_command
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] in ("launcher", "pretrain", "finetune", "experiment"):
             raise
@@ -245,7 +250,8 @@ def compare(options: CompareOptions) -> None:
     Example:
         deepcloze compare encoders.yaml
     """
-    from launcher.comparison.compare import launch_comparison
+    with fast_imports():
+        from launcher.comparison.compare import launch_comparison
 
     launch_comparison(options)
 
@@ -348,9 +354,6 @@ _RESUMABLE = ("corpus", "pretrain", "finetune", "sweep", "compare", "watch")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (without the program's name) and return the exit code: 0, 2, 75 or 130."""
     argv = sys.argv[1:] if argv is None else argv
-    # torch and transformers make a million objects that stay. With the default of 700, which is the number of new
-    # objects between collections, those take a quarter of the time of importing them.
-    gc.set_threshold(100_000)
     try:
         if is_help_request(argv):
             print(help_text(argv, COMMANDS, ABOUT, width=_terminal_width()))

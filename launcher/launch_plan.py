@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from experiment.config import dump_config
 from experiment.errors import UserError
+from experiment.fast_imports import fast_imports
 from experiment.provenance import REPOSITORY
 from experiment.run_folder import RunFolder
 from launcher.hosts.allocation import allocated_hosts
@@ -112,7 +113,8 @@ def plan_launch(
         slots = chosen_slots(options, machine)
     local = is_local(slots)
 
-    from pretrain.engine.deepspeed_settings import check_device_support  # imports torch and DeepSpeed
+    with fast_imports():
+        from pretrain.engine.deepspeed_settings import check_device_support  # imports torch and DeepSpeed
 
     run = _resolve(config, sum(map(len, slots.values())))
     if options.autotune and run.deepspeed.offload == "nvme":
@@ -128,7 +130,8 @@ def plan_launch(
 
 def _resolve(config: PretrainConfig, ranks: int) -> "ResolvedRun":
     """As `resolve`. A run that is active, which a dry run or preflight may read, deletes checkpoints: tries again."""
-    from pretrain.resolve import resolve
+    with fast_imports():
+        from pretrain.resolve import resolve
 
     try:
         return resolve(config, world_size=ranks)

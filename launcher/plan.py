@@ -3,6 +3,7 @@
 import json
 
 from experiment.config import load_config
+from experiment.fast_imports import fast_imports
 from launcher.hosts.allocation import allocated_hosts
 from launcher.hosts.hostfile import Slots, read_hostfile
 from launcher.hosts.machine import Machine, inspect_machine, select_accelerator
@@ -19,11 +20,12 @@ def print_run_plan(options: PlanOptions) -> None:
     slots = _planned_slots(options, machine)
     select_accelerator(machine.devices)
 
-    from pretrain.plan.cost import Rates
-    from pretrain.plan.device import Device, local_cpu, local_gpu
-    from pretrain.plan.plan import plan_run
-    from pretrain.plan.text import as_json, print_plan
-    from pretrain.resolve import resolve
+    with fast_imports():
+        from pretrain.plan.cost import Rates
+        from pretrain.plan.device import Device, local_cpu, local_gpu
+        from pretrain.plan.plan import plan_run
+        from pretrain.plan.text import as_json, print_plan
+        from pretrain.resolve import resolve
 
     ranks = sum(map(len, slots.values()))
     found = local_gpu() if machine.devices.kind == "cuda" else None

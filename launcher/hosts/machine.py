@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from experiment.fast_imports import fast_imports
 from launcher.hosts.hostfile import read_text
 
 DeviceKind = Literal["cuda", "cpu"]
@@ -59,7 +60,8 @@ def find_devices(environ: Mapping[str, str]) -> Devices:
     cores = Devices("cpu", tuple(range(cpu_cores())))
     if environ.get("DS_ACCELERATOR") == "cpu":
         return cores
-    import torch
+    with fast_imports():
+        import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     visible = environ.get("CUDA_VISIBLE_DEVICES")

@@ -11,6 +11,7 @@ import yaml
 from experiment.config import did_you_mean, flatten, load_config
 from experiment.config.yaml_dialect import read_yaml
 from experiment.errors import UserError
+from experiment.fast_imports import fast_imports
 from launcher.hosts.machine import inspect_machine, select_accelerator
 from launcher.launch import warnings_left_to_rank0
 from launcher.launch_plan import plan_launch
@@ -109,8 +110,9 @@ def validate_pretraining(config: str, placement: Mapping[str, Any]) -> Validate:
 
 def validate_finetuning(config: str) -> Validate:
     """Validation of fine-tuning runs of a config file."""
-    from finetune.config import FinetuneConfig
-    from finetune.run import resolve_paths
+    with fast_imports():
+        from finetune.config import FinetuneConfig
+        from finetune.run import resolve_paths
 
     def validate(overrides: dict[str, str]) -> FlatConfig:
         return flatten(resolve_paths(load_config(FinetuneConfig, config, overrides), default_name=Path(config).stem))

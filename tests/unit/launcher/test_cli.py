@@ -53,6 +53,22 @@ def test_help_is_fast(argv: tuple[str, ...]):
     assert after.children_user + after.children_system - before.children_user - before.children_system < 2.0  # CPU
 
 
+def test_a_command_collects_no_garbage_while_it_imports():
+    """Catches collections among the million objects that imports make, and settings of the garbage collector that stay
+    for the rest of the process."""
+    code = (
+        "import gc; from launcher.cli import main\n"
+        "gc.collect()\n"
+        "state = gc.get_threshold(), gc.get_freeze_count(), gc.isenabled()\n"
+        "collections = []\n"
+        "gc.callbacks.append(lambda phase, info: collections.append(info['generation']))\n"
+        "code = main(['finetune', '--config', 'missing.yaml'])\n"
+        "print(code, collections.count(2), (gc.get_threshold(), gc.get_freeze_count(), gc.isenabled()) == state)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["2", "0", "True"]
+
+
 def test_help_explains_every_command_and_flag(capsys: pytest.CaptureFixture[str]):
     """Catches a command or flag that is missing from the help, and an example that the command would reject."""
     assert main(["--help"]) == 0
