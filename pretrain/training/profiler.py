@@ -33,7 +33,7 @@ class StepProfiler:
         self._profile = profile(
             activities=[ProfilerActivity.CPU, *cuda],
             schedule=schedule(wait=SKIPPED - 1, warmup=1, active=PROFILED, repeat=1),
-            on_trace_ready=self._write,
+            on_trace_ready=self._finish,
         )
         self._done = False
         self._profile.start()
@@ -48,9 +48,17 @@ class StepProfiler:
         if not self._done:
             log.warning("the run ended before its steps %d to %d were profiled", SKIPPED + 1, SKIPPED + PROFILED)
             self._done = True
+            self._profile.on_trace_ready = None
+        self._profile.stop()
+
+    def _finish(self, finished: Any) -> None:
+        self._done = True
+        try:
+            self._write(finished)
+        except OSError as error:  # training does not need it
+            log.warning("no profile was written to %s: %s", self._folder, error)
 
     def _write(self, finished: Any) -> None:
-        self._done = True
         self._folder.mkdir(parents=True, exist_ok=True)
         finished.export_chrome_trace(str(self._folder / "trace.json"))
         times = _step_times(finished)
