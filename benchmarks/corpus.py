@@ -80,19 +80,20 @@ def _contestant(name: str, source: str, tokenizer: str, threads: int, output: Pa
 def _watch(command: list[str], environment: Mapping[str, str]) -> tuple[float, float, str]:
     """Seconds, peak memory in bytes and output of a process."""
     start, peak = time.monotonic(), 0.0
-    process = subprocess.Popen(
-        command, env=os.environ | dict(environment), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-    tree = psutil.Process(process.pid)
-    while process.poll() is None:
-        peak = max(peak, _memory(tree))
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(0.5)
-    seconds = time.monotonic() - start
-    if process.returncode != 0:
-        sys.exit(f"failed: {command}")
-    assert process.stdout is not None
-    return seconds, peak, process.stdout.read()
+    with tempfile.TemporaryFile("w+") as printed:  # a pipe that nobody reads would block the process
+        process = subprocess.Popen(
+            command, env=os.environ | dict(environment), stdout=printed, stderr=subprocess.DEVNULL
+        )
+        tree = psutil.Process(process.pid)
+        while process.poll() is None:
+            peak = max(peak, _memory(tree))
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(0.5)
+        seconds = time.monotonic() - start
+        if process.returncode != 0:
+            sys.exit(f"failed: {command}")
+        printed.seek(0)
+        return seconds, peak, printed.read()
 
 
 def _memory(tree: psutil.Process) -> float:
