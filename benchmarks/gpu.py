@@ -96,17 +96,28 @@ def _measure(
     trained: Trained = []
     timed: Timed = {}
     for one in settings:
-        timed[one.precision] = [KernelTime(**row) for row in _run("benchmarks.gpu_kernels", asdict(one), smoke)]
+        timed[one.precision] = _time_kernels(one, smoke)
         _write(output, trained, timed, smoke)
     for case in cases:
-        try:
-            result = TrainingResult(**_run("benchmarks.gpu_training", asdict(case), smoke))
-        except subprocess.CalledProcessError as error:
-            result = TrainingResult(error=f"exit code {error.returncode}")
+        result = _train(case, smoke)
         trained.append((case, result))
         print(f"{_describe(case)}: {_speed(result)}", file=sys.stderr)
         _write(output, trained, timed, smoke)
     return trained, timed
+
+
+def _time_kernels(settings: KernelSettings, smoke: bool) -> list[KernelTime]:
+    try:
+        return [KernelTime(**row) for row in _run("benchmarks.gpu_kernels", asdict(settings), smoke)]
+    except subprocess.CalledProcessError as error:
+        return [KernelTime("all", "", error=f"exit code {error.returncode}")]
+
+
+def _train(case: TrainingCase, smoke: bool) -> TrainingResult:
+    try:
+        return TrainingResult(**_run("benchmarks.gpu_training", asdict(case), smoke))
+    except subprocess.CalledProcessError as error:
+        return TrainingResult(error=f"exit code {error.returncode}")
 
 
 def _run(module: str, settings: dict[str, Any], smoke: bool) -> Any:
@@ -144,7 +155,7 @@ def _print(trained: Trained, timed: Timed, smoke: bool) -> None:
         kernels = Table("kernel, forward and backward", "shape", "ms", "TFLOP/s", title=precision)
         for row in rows:
             rate = "" if row.tflops is None else f"{row.tflops:,.1f}"
-            kernels.add_row(row.kernel, row.shape, f"{row.ms:.3f}", rate)
+            kernels.add_row(row.kernel, row.shape, row.error or f"{row.ms:.3f}", rate)
         console.print(kernels)
     print(describe_machine())
 

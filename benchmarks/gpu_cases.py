@@ -53,5 +53,6 @@ class KernelSettings:
 class KernelTime:
     kernel: str
     shape: str
-    ms: float  # forward and backward, median of the rounds
-    tflops: float | None  # TFLOP/s; None: it is bound by memory
+    ms: float | None = None  # forward and backward, median of the rounds
+    tflops: float | None = None  # TFLOP/s; None: it is bound by memory
+    error: str = ""  # why nothing was measured

@@ -46,11 +46,15 @@ class _Kernel:
 
 def run(settings: KernelSettings) -> list[KernelTime]:
     """Measure each kernel."""
-    return [
-        KernelTime(kernel.name, kernel.shape, ms, None if kernel.flops is None else kernel.flops / ms / 1e9)
-        for kernel in _kernels(settings)
-        for ms in [_milliseconds(kernel, settings)]
-    ]
+    return [_measure(kernel, settings) for kernel in _kernels(settings)]
+
+
+def _measure(kernel: _Kernel, settings: KernelSettings) -> KernelTime:
+    try:
+        ms = _milliseconds(kernel, settings)
+    except torch.cuda.OutOfMemoryError:
+        return KernelTime(kernel.name, kernel.shape, error="out of memory")
+    return KernelTime(kernel.name, kernel.shape, ms, None if kernel.flops is None else kernel.flops / ms / 1e9)
 
 
 def _kernels(settings: KernelSettings) -> Iterator[_Kernel]:

@@ -7,6 +7,7 @@ those of `deepcloze pretrain`; tokens are random, and the lengths of documents a
 import json
 import sys
 import time
+from contextlib import closing
 from dataclasses import asdict
 from datetime import timedelta
 from typing import cast
@@ -35,6 +36,7 @@ from pretrain.modeling.build import BuiltModel, build_model
 from pretrain.modeling.compiled_layers import compile_layers
 from pretrain.modeling.masked_lm import MaskedLanguageModel
 from pretrain.modeling.row_layout import choose_rows
+from pretrain.world import World
 
 _TINY = {
     "hidden_size": 32,
@@ -66,6 +68,17 @@ class _RandomCorpus:
 def run(case: TrainingCase) -> TrainingResult:
     """Train and measure."""
     world = connect(timedelta(seconds=60), lambda message: sys.exit(message))
+    try:
+        built, engine = _build(case, world)
+        with closing(engine):
+            return _measure(case, built, engine)
+    except torch.cuda.OutOfMemoryError:
+        return TrainingResult(error="out of memory")
+    finally:
+        disconnect()
+
+
+def _build(case: TrainingCase, world: World) -> tuple[BuiltModel, Engine]:
     fields = MODELS[case.model] | (_TINY if case.tiny else {})
     settings = ModelConfig(config=fields)
     built = build_model(settings, AutoConfig.for_model(**fields), seed=1)
@@ -79,13 +92,7 @@ def run(case: TrainingCase) -> TrainingResult:
         world=world,
         compiled=compiled,
     )
-    try:
-        return _measure(case, built, engine)
-    except torch.cuda.OutOfMemoryError:
-        return TrainingResult(error="out of memory")
-    finally:
-        engine.close()
-        disconnect()
+    return built, engine
 
 
 def _measure(case: TrainingCase, built: BuiltModel, engine: Engine) -> TrainingResult:

@@ -4,14 +4,17 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.gpu_cases import MODELS
+from benchmarks import gpu, gpu_kernels, gpu_training
+from benchmarks.gpu_cases import MODELS, KernelSettings, TrainingCase
 
 ROOT = Path(__file__).resolve().parents[3]
+CASE = TrainingCase("bert-base", 8, "bf16", 1, compile=False, microbatch_tokens=8, steps=1, warmup=1, tiny=True)
 
 
 def run_benchmark(*flags: str) -> "subprocess.CompletedProcess[str]":
@@ -49,6 +52,42 @@ def test_smoke(tmp_path: Path) -> None:
         assert 0.7 < row["fill"] <= 1.0
         assert row["tokens_per_second"] > 0
     assert {row["kernel"] for row in content["kernels"]["bf16"]} > {"head, logits kept", "dropout", "layer norm"}
+
+
+def test_a_process_that_fails_is_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a benchmark that ends at the first kernel or case that fails."""
+
+    def failing(*_: object) -> None:
+        raise subprocess.CalledProcessError(1, "python")
+
+    monkeypatch.setattr(gpu, "_run", failing)
+    settings = KernelSettings("cpu", "bf16", (8,), 8, 1)
+    trained, timed = gpu._measure([CASE], [settings], tmp_path / "gpu.json", smoke=True)
+    gpu._print(trained, timed, smoke=True)
+    assert ([result.error for _, result in trained], [row.error for row in timed["bf16"]]) == (2 * (["exit code 1"],))
+
+
+def out_of_memory(*_: object, **__: object) -> None:
+    raise torch.cuda.OutOfMemoryError
+
+
+@pytest.mark.parametrize("step", ["_build", "_measure"])
+def test_a_case_that_runs_out_of_memory_says_so(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an engine that does not fit on the device and is reported as an exit code."""
+    engine = SimpleNamespace(close=lambda: None)
+    monkeypatch.setattr(gpu_training, "connect", lambda *_: None)
+    monkeypatch.setattr(gpu_training, "disconnect", lambda: None)
+    monkeypatch.setattr(gpu_training, "_build", lambda *_: (None, engine))
+    monkeypatch.setattr(gpu_training, step, out_of_memory)
+    assert gpu_training.run(CASE).error == "out of memory"
+
+
+def test_a_kernel_that_runs_out_of_memory_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches other kernels that are not measured because one does not fit on the device."""
+    monkeypatch.setattr(gpu_kernels, "_milliseconds", out_of_memory)
+    rows = gpu_kernels.run(KernelSettings("cpu", "bf16", (8,), 8, 1))
+    assert len(rows) > 5
+    assert {(row.ms, row.error) for row in rows} == {(None, "out of memory")}
 
 
 @pytest.mark.soak
