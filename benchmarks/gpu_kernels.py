@@ -26,7 +26,7 @@ from pretrain.modeling.attention import (
     matmul_attention,
     supports_flash,
 )
-from pretrain.modeling.head import PlainHead
+from pretrain.modeling.head import cross_entropy
 
 _HEADS, _SIZE, _HIDDEN = 12, 64, 768
 _VOCABULARIES = (30522, 50368)  # of BERT and ModernBERT
@@ -121,7 +121,7 @@ def _heads(settings: KernelSettings, vocabulary: int) -> Iterator[_Kernel]:
 
 
 def _plain_loss(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
-    loss_sum, _ = PlainHead().cross_entropy(F.linear(hidden, weight, bias), labels, count=False)
+    loss_sum, _ = cross_entropy(F.linear(hidden, weight, bias), labels, count=False)
     return loss_sum
 
 

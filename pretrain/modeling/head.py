@@ -1,16 +1,17 @@
 """From labels to the loss of a masked-LM head: its logits first, or fused with its last linear layer.
 
 `choose_head` fuses on CUDA where the logits are the output of one linear layer, which a probe of the model shows; then
-the logits [M, V] are never kept, see `pretrain.modeling.fused_cross_entropy`. The fused loss is computed inside that
-layer's `forward`, so that ZeRO 3 gathers its weights as for any other layer.
+the logits [M, V] are never kept, see `pretrain.modeling.fused_cross_entropy`. The fused loss is computed in place
+of that layer's `forward`, so that ZeRO 3 gathers its weights as for any other layer.
 
 Shapes: D hidden, V vocabulary, M masked positions.
 """
 
 import functools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,67 +27,55 @@ from pretrain.modeling.packability import packed_inputs
 log = logging.getLogger(__name__)
 
 
-class PlainHead:
-    """Computes the cross-entropy of logits."""
-
-    def labelled(self, labels: Tensor) -> AbstractContextManager[None]:
-        """The model has to be called in this context. `labels`: int64 [M]."""
-        return nullcontext()
-
-    def cross_entropy(self, output: Tensor, labels: Tensor, count: bool) -> tuple[Tensor, Tensor | None]:
-        """The summed loss in fp32, and with `count` the number of correct predictions. `output`: what the model returns
-        as its logits."""
-        logits_MV = output.reshape(-1, output.shape[-1]).float()
-        loss_sum = F.cross_entropy(logits_MV, labels, ignore_index=IGNORED, reduction="sum")
-        return loss_sum, (logits_MV.argmax(dim=-1) == labels).sum() if count else None
+Head = Callable[[Tensor], AbstractContextManager[None]]
+"""Of labels, int64 [M]: a context in which the model returns for these positions what `cross_entropy` takes."""
 
 
-class FusedHead(PlainHead):
-    """Computes the cross-entropy in the model's last layer, where Triton runs; elsewhere that of logits."""
+def logits_head(_labels: Tensor) -> AbstractContextManager[None]:
+    """The model returns logits."""
+    return nullcontext()
 
-    def __init__(self, decoder: nn.Linear) -> None:
-        """`decoder`: as from `find_linear_decoder`. Parameters and their names do not change."""
-        decoder.__class__ = _LossDecoder
-        assert isinstance(decoder, _LossDecoder)
-        self._decoder = decoder
 
-    @contextmanager
-    def labelled(self, labels: Tensor) -> Iterator[None]:
-        self._decoder.labels = labels if _runs_triton(labels.device) else None
-        try:
-            yield
-        finally:
-            self._decoder.labels = None
+@contextmanager
+def fused_head(decoder: nn.Linear, labels: Tensor) -> Iterator[None]:
+    """Where Triton runs, the decoder returns the summed loss and the number of correct predictions, fp32 [2], in place
+    of logits. `decoder`: as from `find_linear_decoder`."""
+    if not _runs_triton(labels.device):
+        yield
+        return
+    decoder.forward = partial(_losses, decoder, labels)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del decoder.forward
 
-    def cross_entropy(self, output: Tensor, labels: Tensor, count: bool) -> tuple[Tensor, Tensor | None]:
-        if not _runs_triton(labels.device):
-            return super().cross_entropy(output, labels, count)
+
+def _losses(decoder: nn.Linear, labels: Tensor, values: Tensor) -> Tensor:
+    from pretrain.modeling.fused_cross_entropy import linear_cross_entropy
+
+    rows = values.reshape(-1, decoder.in_features)
+    loss_sum, correct = linear_cross_entropy(rows, decoder.weight, decoder.bias, labels)
+    return torch.stack([loss_sum, correct.float()])
+
+
+def cross_entropy(output: Tensor, labels: Tensor, count: bool) -> tuple[Tensor, Tensor | None]:
+    """The summed loss in fp32, and with `count` the number of correct predictions. `output`: of the model in place of
+    its logits, in the context of a head."""
+    if output.ndim == 1:
         loss_sum, correct = output
         return loss_sum, correct.long() if count else None
+    logits_MV = output.reshape(-1, output.shape[-1]).float()
+    loss_sum = F.cross_entropy(logits_MV, labels, ignore_index=IGNORED, reduction="sum")
+    return loss_sum, (logits_MV.argmax(dim=-1) == labels).sum() if count else None
 
 
-class _LossDecoder(FastLinear):
-    """A linear layer that returns, given labels, the summed loss and the number of correct predictions: fp32 [2]."""
-
-    labels: Tensor | None = None
-
-    def forward(self, values: Tensor) -> Tensor:
-        if self.labels is None:
-            return super().forward(values)
-        from pretrain.modeling.fused_cross_entropy import linear_cross_entropy
-
-        rows = values.reshape(-1, self.in_features)
-        loss_sum, correct = linear_cross_entropy(rows, self.weight, self.bias, self.labels)
-        return torch.stack([loss_sum, correct.float()])
-
-
-def choose_head(model: PreTrainedModel, packed: bool) -> PlainHead:
+def choose_head(model: PreTrainedModel, packed: bool) -> Head:
     """`model`: on the CPU, or the meta device, and not yet partitioned. `packed`: it uses the packed attention."""
     on_meta = next(model.parameters()).is_meta
     if on_meta or not torch.cuda.is_available() or not _is_fused_loss_usable():
-        return PlainHead()
+        return logits_head
     decoder = find_linear_decoder(model, packed)
-    return PlainHead() if decoder is None else FusedHead(decoder)
+    return logits_head if decoder is None else partial(fused_head, decoder)
 
 
 def find_linear_decoder(model: PreTrainedModel, packed: bool) -> nn.Linear | None:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from experiment.dropout import use_fast_dropout
 from experiment.fast_linear import use_fast_linear
 from pretrain.modeling.attention import Packing
-from pretrain.modeling.head import choose_head
+from pretrain.modeling.head import choose_head, cross_entropy
 
 
 class Predictions(NamedTuple):
@@ -50,7 +50,7 @@ class MaskedLanguageModel(nn.Module):
         """The arguments are the fields of a `pretrain.batching.batch.Microbatch`."""
         self._masked_positions = masked_positions
         try:
-            with self._head.labelled(labels):
+            with self._head(labels):
                 if self.packed:
                     width = segments.shape[1]
                     packing = Packing(segments, cu_seqlens, min(width, self._max_length or width))
@@ -62,7 +62,7 @@ class MaskedLanguageModel(nn.Module):
                     output = self.model(input_ids=input_ids, attention_mask=(segments > 0).long())
         finally:
             self._masked_positions = None
-        return Predictions(*self._head.cross_entropy(output.logits, labels, count=not self.training))
+        return Predictions(*cross_entropy(output.logits, labels, count=not self.training))
 
     def _keep_masked_positions(self, _module: nn.Module, _inputs: Any, output: Any) -> Any:
         if self._masked_positions is None:

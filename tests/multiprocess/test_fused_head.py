@@ -1,5 +1,6 @@
 """The fused head at every ZeRO stage, with Triton's interpreter in place of a GPU."""
 
+import functools
 import itertools
 import os
 from collections.abc import Callable, Iterator
@@ -56,14 +57,14 @@ def ranks() -> Iterator[Callable[..., list[Any]]]:
 def steps_case(world: World, tree: Tree, fused: bool) -> tuple[list[float], list[float]]:
     """The losses and gradient norms of a few steps of two microbatches."""
     from pretrain.modeling import masked_lm
-    from pretrain.modeling.head import FusedHead, PlainHead, choose_head, find_linear_decoder
+    from pretrain.modeling.head import Head, choose_head, find_linear_decoder, fused_head
 
-    def fused_head(model: Any, packed: bool) -> PlainHead:
+    def choose_fused(model: Any, packed: bool) -> Head:
         decoder = find_linear_decoder(model, packed)
         assert decoder is not None
-        return FusedHead(decoder)
+        return functools.partial(fused_head, decoder)
 
-    masked_lm.choose_head = fused_head if fused else choose_head
+    masked_lm.choose_head = choose_fused if fused else choose_head
     with fp16_supported():
         engine, _ = build_engine(world, tree)
     losses, norms = [], []
