@@ -152,17 +152,17 @@ class ActivityTimer:
         return add_up([*self._earlier, self._line()]).share
 
     @contextmanager
-    def during(self, activity: str) -> Iterator[None]:
-        """Count the time inside as spent on the activity."""
-        before = self._switch(activity)
+    def during(self, activity: str, recorded: bool = True) -> Iterator[None]:
+        """Count the time inside as spent on the activity. recorded: add lines before and after it; not in each step."""
+        before = self._switch(activity, recorded)
         try:
             yield
         finally:
-            self._switch(before)
+            self._switch(before, recorded)
 
     def begin_training(self) -> None:
         """What follows is training, apart from what `during` counts."""
-        self._switch(TRAINING)
+        self._switch(TRAINING, recorded=True)
 
     def finish_step(self, step: int) -> None:
         """Count the time of training since the last call for this step."""
@@ -190,11 +190,11 @@ class ActivityTimer:
             text = b"\n".join(map(_json, [*self._earlier, *self._lines])).decode()
             write_text(self._folder.goodput, text)
 
-    def _switch(self, activity: str) -> str:
-        """Returns the activity before. There are too many waits for data to record them."""
+    def _switch(self, activity: str, recorded: bool) -> str:
+        """Returns the activity before."""
         self._settle()
         before, self._activity = self._activity, activity
-        if DATA not in (before, activity):
+        if recorded:
             self.record()
         return before
 

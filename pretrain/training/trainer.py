@@ -145,7 +145,7 @@ class Trainer:
             update = self._train_step(batch, totals.masked_tokens, rate)
             with phase("wait for ranks"):
                 agreed = upcoming.agreement.wait()
-            with self._throughput.saving(), self._times.during(CHECKPOINTING):
+            with self._throughput.saving(), self._times.during(CHECKPOINTING, recorded=False):
                 self._checkpointer.advance_if_done(agreed.ranks_done)
             if self._profiler is not None:
                 self._profiler.step()
@@ -208,7 +208,7 @@ class Trainer:
     def _take_batch(self, stop: StopRequest) -> UpcomingBatch:
         """Take the next batch, if there is one, and begin to agree on it."""
         share: RankBatch | DataWorkerError | None
-        with self._throughput.waiting(), self._times.during(DATA), phase("data"):
+        with self._throughput.waiting(), self._times.during(DATA, recorded=False), phase("data"):
             try:
                 share = next(self._batches, None)
             except DataWorkerError as error:

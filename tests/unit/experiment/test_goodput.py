@@ -52,7 +52,7 @@ def folder(tmp_path: Path) -> RunFolder:
 def train(timer: ActivityTimer, clock: Clock, first: int, last: int, log_every: int = 1) -> None:
     """Steps of three seconds, of which one is spent waiting for data."""
     for step in range(first, last + 1):
-        with timer.during(DATA):
+        with timer.during(DATA, recorded=False):
             clock.pass_seconds(1)
         clock.pass_seconds(2)
         timer.finish_step(step)
@@ -184,6 +184,18 @@ def test_the_file_stays_small(clock: Clock, folder: RunFolder) -> None:
     assert [line.step for line in last_lines(lines)] == [5, 1200]
     assert [line.step for line in lines[-3:]] == [1198, 1199, 1200]
     assert read_goodput(folder).wall_clock == pytest.approx(clock.now - 1000)  # type: ignore[union-attr]
+
+
+def test_what_happens_in_each_step_adds_no_line(clock: Clock, folder: RunFolder) -> None:
+    """Catches several writes to the disk in each step."""
+    timer = clock.timer(start=clock.now)
+    timer.open(folder, step=0, total_steps=None)
+    timer.begin_training()
+    before = len(read_attempt_times(folder))
+    train(timer, clock, 1, 9, log_every=10)
+    assert len(read_attempt_times(folder)) == before
+    train(timer, clock, 10, 10, log_every=10)
+    assert len(read_attempt_times(folder)) == before + 1
 
 
 def test_a_line_says_what_the_attempt_does(clock: Clock, folder: RunFolder) -> None:
