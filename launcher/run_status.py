@@ -117,6 +117,10 @@ def _life_of_rank0(folder: RunFolder) -> Life:
         process = parse_json(folder.rank_record(0).read_text(encoding="utf-8"))
         host, pid, ended = str(process["host"]), int(process["pid"]), process["exit"] is not None
     except (OSError, ValueError, KeyError, TypeError):
+        if any(path.exists() for path in (folder.metrics, folder.launches)):
+            return Life(
+                "unknown", None, "no file says whether it runs, or how it ended: is the folder a part of a copy?"
+            )
         return Life("not started")
     if ended:
         return Life("failed", host, "rank 0 ended without reporting an outcome")

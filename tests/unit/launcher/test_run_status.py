@@ -138,7 +138,7 @@ def test_the_figures_of_a_run(folder: RunFolder) -> None:
 
 
 def test_a_folder_that_is_being_copied(folder: RunFolder) -> None:
-    """Catches a traceback for files that are cut off, or not there yet."""
+    """Catches a traceback for files that are cut off or not there yet, and a run that has not started with a loss."""
     folder.config.write_text("schedule:\n  steps: 400\n")
     assert read_status(str(folder.path)).total_steps == 400
     write_events(folder, {"step": 10, "loss": 5.0})
@@ -151,7 +151,7 @@ def test_a_folder_that_is_being_copied(folder: RunFolder) -> None:
     folder.rank_record(0).write_text('{"rank"')
     folder.config.write_text("schedule:\n  steps: [4")
     status = read_status(str(folder.path))
-    assert (status.state, status.step, status.loss, status.restarts) == ("not started", 10, 5.0, 0)
+    assert (status.state, status.step, status.loss, status.restarts) == ("unknown", 10, 5.0, 0)
     assert (status.total_steps, status.goodput) == (None, None)
 
 

@@ -44,7 +44,7 @@ def test_json_is_a_list_of_objects(tmp_path: Path, capsys: pytest.CaptureFixture
         assert main(["status", *given, "--json"]) == 0
         found = json.loads(capsys.readouterr().out)
         assert [(status["run"], status["step"], status["state"]) for status in found] == [
-            (run, 1200, "not started") for run in given
+            (run, 1200, "unknown") for run in given
         ]
 
 
