@@ -108,6 +108,7 @@ def test_losses_gradients_and_graphs(tmp_path: Path, options: dict[str, Any], gr
     assert found["warnings"] == []
 
 
+@pytest.mark.soak
 def test_a_damaged_cache_is_compiled_again(tmp_path: Path) -> None:
     """Catches a run that ends, or has other losses, because an earlier one was killed while it wrote compiled code."""
     cache = tmp_path / "cache"
