@@ -250,8 +250,11 @@ def _boundaries(segments: NDArray[np.int32]) -> NDArray[np.int32]:
 
 
 def _flat_boundaries(segments: NDArray[np.int32], longest: int) -> NDArray[np.int32]:
-    """`cu_seqlens` of a flat microbatch, whose padding is at the end, in stretches of at most `longest` slots: flash
-    attention is told no greater length. Repeats the total, so that few numbers of sequences occur."""
+    """`cu_seqlens` [N + 1] of a flat microbatch with `segments` [T], whose padding is at the end.
+
+    Padding is split into parts of at most `longest` slots, which is the `max_seqlen` that flash attention is given. The
+    last entries repeat T, so that N takes few values.
+    """
     used = int(np.count_nonzero(segments))
     starts = np.flatnonzero(np.diff(segments[:used], prepend=0))
     starts = np.append(starts, np.arange(used, len(segments), longest))

@@ -84,7 +84,7 @@ class Engine:
         groups = parameter_groups(model.model, optimizer, options)
         frozen = [parameter for group in groups if group["frozen_until"] for parameter in group["params"]]
         torch_optimizer = build_optimizer(optimizer, groups)
-        # ZeRO 3 then gathers the weights of a whole module before its forward, not inside of compiled code
+        # ZeRO 3 gathers the weights of such a module before its forward, not inside compiled code.
         if compiled:
             set_z3_leaf_modules(model, list(compiled))
         ds_config = settings.engine_config(optimizer.grad_clip, self._swap_folder)

@@ -1,8 +1,7 @@
 """Compile the layers of the encoder with `torch.compile`.
 
 All layers of a kind share one graph, because they are compiled one by one. Rows and width of a microbatch are symbols
-in it, so that new shapes need no new graph: a resumed run, which meets them in another order, computes with the same
-kernels. Evaluation runs the layers as they are.
+in it, so that new shapes need no new graph. Evaluation runs the layers as they are.
 
 Compiled code is kept in a cache on disk. If compiling fails it is tried once more with an empty cache, because a
 process that was killed may have left a damaged file. If that fails too, the layers run as they are.

@@ -1,5 +1,5 @@
 """What all ranks agree on in each step: the next batch's token counts, whether all ranks have their share of it,
-requests to stop or save, whether a save has got further, and the time.
+requests to stop or save, how many ranks have finished their part of a save, and the time.
 
 One all-reduce of whole numbers per step over gloo, without a device sync. It is in flight while the step is computed,
 because it takes up to 0.3 s at 1,024 ranks. Requests take effect when that step ends. Decisions that depend on time use

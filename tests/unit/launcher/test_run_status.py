@@ -1,9 +1,7 @@
 import json
 import os
 import platform
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from experiment.run_folder import RunFolder, open_run_folder
 from experiment.run_lock import FolderUse, folder_use, lock_run
 from launcher.run_status import Life, read_life, read_status
 from launcher.supervision.launch_log import begin_attempt
+from launcher.supervision.polling import polled
 
 HOST = platform.node()
 
@@ -38,21 +37,14 @@ def owned(folder: RunFolder, **changes: Any) -> None:
     folder.owner.write_text(json.dumps({**run_lock.this_machine(), "pid": 7, "id": "1", **changes}))
 
 
-@contextmanager
-def renewed(folder: RunFolder) -> Iterator[None]:
-    ended = threading.Event()
+def renewed(folder: RunFolder) -> AbstractContextManager[None]:
+    """The file of the owner is renewed, as by a process that is alive."""
 
-    def renew() -> None:
-        while not ended.wait(0.02):
-            os.utime(folder.owner)
+    def renew() -> bool:
+        os.utime(folder.owner)
+        return False
 
-    thread = threading.Thread(target=renew)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
+    return polled(renew, 0.02, "renew")
 
 
 def test_a_run_of_this_machine_is_alive_while_it_is_locked(folder: RunFolder) -> None:
