@@ -6,18 +6,20 @@
 """
 
 import gc
+import os
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
     gc.disable()  # imports make a million objects that stay, and collections among them take a second
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # so that torch finds no GPU either; read at its first look for one
 if not __package__:  # started as a file: import from the repository, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import contextlib
 import datetime
 import logging
-import os
 import time
 from collections.abc import Callable, Sequence
 from functools import partial

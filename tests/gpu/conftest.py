@@ -49,7 +49,7 @@ def _connect(rank: int, size: int, port: int, device: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WANDB_MODE": "disabled"}
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if device == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"
+        os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}  # as pretrain/run.py
     from pretrain.engine.process_group import connect
 
     connect(timedelta(seconds=60), give_up)

@@ -74,3 +74,20 @@ def test_a_rank_collects_no_garbage_while_it_imports(tmp_path: Path) -> None:
         "except BaseException: pass\n"
     )
     assert printed_by(code).split() == ["0", "True", "True"]
+
+
+@pytest.mark.parametrize(("accelerator", "visible"), [("cpu", ""), ("", "0,1")])
+def test_a_rank_on_the_cpu_sees_no_gpus(monkeypatch: pytest.MonkeyPatch, accelerator: str, visible: str) -> None:
+    """Catches rows, kernels and compiled layers for CUDA in a run with DS_ACCELERATOR=cpu on a machine with GPUs."""
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    if accelerator:
+        monkeypatch.setenv("DS_ACCELERATOR", accelerator)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    code = (
+        "import os, runpy, sys\n"
+        "os._exit = lambda code: print([os.environ['CUDA_VISIBLE_DEVICES']])\n"
+        "sys.argv = ['run', '--config', 'missing.yaml']\n"
+        "try: runpy.run_module('pretrain.run', run_name='__main__')\n"
+        "except BaseException: pass\n"
+    )
+    assert printed_by(code) == str([visible])
