@@ -8,7 +8,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,9 @@ _COMPLETE = "COMPLETE"
 _BEST = "best"
 _STATE = "state.json"
 
+Verify = Callable[[Path], str | None]
+"""Says what is wrong with a complete checkpoint; None if nothing is."""
+
 
 def checkpoint_path(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step-{step:08d}"
@@ -29,8 +32,17 @@ def checkpoint_path(checkpoints: Path, step: int) -> Path:
 
 def complete_checkpoints(checkpoints: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first. Does not verify them."""
-    found = [path for path in checkpoints.glob("step-*") if _NAME.fullmatch(path.name) and (path / _COMPLETE).exists()]
-    return sorted(found, key=checkpoint_step)
+    return [path for path in _named_checkpoints(checkpoints) if (path / _COMPLETE).exists()]
+
+
+def incomplete_checkpoints(checkpoints: Path) -> list[Path]:
+    """Those without a COMPLETE file, oldest first. A save has another name until it is complete, so these are damaged,
+    or their copy is incomplete."""
+    return [path for path in _named_checkpoints(checkpoints) if not (path / _COMPLETE).exists()]
+
+
+def _named_checkpoints(checkpoints: Path) -> list[Path]:
+    return sorted((path for path in checkpoints.glob("step-*") if _NAME.fullmatch(path.name)), key=checkpoint_step)
 
 
 def find_model_folder(path: Path) -> Path:
@@ -41,7 +53,7 @@ def find_model_folder(path: Path) -> Path:
     if not (path / "config.json").is_file():
         return find_checkpoint(path) / "hf"
     folder = path.resolve()
-    if (folder.parent / _COMPLETE).exists() and (problem := verify(folder.parent, below=folder.name)):
+    if (folder.parent / _COMPLETE).exists() and (problem := verify(folder.parent, files_below(folder.name))):
         raise UserError(f"{path} is damaged: {problem}")
     return path
 
@@ -63,7 +75,7 @@ def find_checkpoint(path: Path) -> Path:
     names is damaged or incomplete.
     """
     if candidates := checkpoint_candidates(path):
-        return last_usable(candidates)
+        return last_usable(candidates, verify)
     if (path / "hf" / "config.json").is_file():
         raise UserError(f"the checkpoint {path} is incomplete: it has no {_COMPLETE} file, so its save did not finish")
     if _is_best(path):
@@ -96,7 +108,7 @@ def _read_best(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace").strip()
 
 
-def last_usable(candidates: Sequence[Path]) -> Path:
+def last_usable(candidates: Sequence[Path], verify: Verify) -> Path:
     """The last undamaged one of one or more complete checkpoints; logs a warning for each damaged one it skips.
 
     Raises UserError if all are damaged.
@@ -111,31 +123,35 @@ def last_usable(candidates: Sequence[Path]) -> Path:
     raise UserError(f"all {len(candidates)} checkpoints in {candidates[-1].parent} are damaged")
 
 
-def newest_usable(checkpoints: Path) -> Path | None:
-    """The newest undamaged checkpoint in a run's checkpoints folder, as `last_usable`; None if none is complete."""
-    candidates = complete_checkpoints(checkpoints)
-    return last_usable(candidates) if candidates else None
+def verify(checkpoint: Path, choose: Callable[[list[str]], Sequence[str]] = list) -> str | None:
+    """Compare a checkpoint with its checksums. Returns None if it is complete and undamaged, else what is wrong.
 
-
-def verify(checkpoint: Path, below: str = "") -> str | None:
-    """Compare a checkpoint, or its folder `below`, with its checksums. Returns None if it is complete and undamaged,
-    else what is wrong."""
+    `choose`: those of its files to read, from their sorted paths in the checkpoint; default: all.
+    """
     try:
         checksums: dict[str, str] = json.loads((checkpoint / _COMPLETE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         return f"its {_COMPLETE} file cannot be read: {error}"
     if not isinstance(checksums, dict) or not checksums:
         return f"its {_COMPLETE} file lists no checksums"
-    for name, expected in checksums.items():
-        if below and not name.startswith(f"{below}/"):
-            continue
+    for name in choose(sorted(checksums)):
         try:
             found = checksum(checkpoint / name)
         except (OSError, ValueError) as error:  # ValueError: a NUL character in the name
             return f"{name} cannot be read: {getattr(error, 'strerror', None) or error}"
-        if found != expected:
-            return f"{name} has checksum {found}, expected {expected}"
+        if found != checksums[name]:
+            return f"{name} has checksum {found}, expected {checksums[name]}"
     return None
+
+
+def files_below(folder: str) -> Callable[[list[str]], Sequence[str]]:
+    """Makes `verify` read one folder of a checkpoint."""
+    return lambda names: [name for name in names if name.startswith(f"{folder}/")]
+
+
+def verify_descriptions(checkpoint: Path) -> str | None:
+    """`verify` without the tensors: what can be read in no time."""
+    return verify(checkpoint, lambda names: [name for name in names if name.endswith(".json")])
 
 
 def weights_digest(checkpoint: Path) -> str:

@@ -1,6 +1,7 @@
 """Prepare a run on all ranks: everything that may be refused, before the engine takes the device."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 from experiment.run_folder import open_run_folder
@@ -15,6 +16,7 @@ from pretrain.modeling.row_layout import choose_rows
 from pretrain.plan.memory import weight_dtype
 from pretrain.resolve import ResolvedRun, resolve
 from pretrain.training.host_group import HostGroup
+from pretrain.training.verification import verify_together
 from pretrain.training_stream import TrainingStream, open_stream
 from pretrain.world import World
 
@@ -33,13 +35,21 @@ def prepare(config: PretrainConfig, world: World, hosts: HostGroup) -> Preparati
     Raises AgreedError: a UserError on any rank, such as a host that lacks the corpus, is raised on all.
     """
     hosts.call(lambda: set_up_logging(open_run_folder(config.run.dir), world.rank))
-    run = hosts.call(lambda: resolve(config, world.size, decide=hosts.from_rank0))
+    run = hosts.call(
+        lambda: resolve(config, world.size, decide=hosts.from_rank0, verify=partial(verify_together, hosts, world))
+    )
     hosts.call(lambda: check_device_support(run.deepspeed))
     verify_on_each_host([*(given.corpus for given in run.corpora), *run.held_out.values()], world, hosts)
-    model = hosts.call(lambda: build_model(run.model_source, run.model_config, run.config.run.seed))
+    model = hosts.call(lambda: _build_model(run))
     rows = agreed_rows(choose_rows(model, weight_dtype(run.deepspeed)), world, hosts)
     stream = hosts.call(lambda: open_stream(run, world, rows=rows, first_position=model.first_position))
     return Preparation(run, model, stream)
+
+
+def _build_model(run: ResolvedRun) -> BuiltModel:
+    checkpoint = run.resume_plan.checkpoint
+    trained = None if checkpoint is None else checkpoint / "hf"
+    return build_model(run.model_source, run.model_config, run.config.run.seed, buffers=trained)
 
 
 def agreed_rows(rows: Rows, world: World, hosts: HostGroup) -> Rows:

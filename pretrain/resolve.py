@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
-from experiment.checkpoints import read_state
+from experiment.checkpoints import Verify, read_state, verify_descriptions
 from experiment.errors import UserError
 from experiment.frozen_modules import check_freeze
 from experiment.positions import max_positions
@@ -28,7 +28,7 @@ from pretrain.resume import (
     ResumePlan,
     ResumePoint,
     check_fork_length,
-    find_resume_point,
+    find_resume_candidates,
     locate_model,
     plan_resume,
     run_identity,
@@ -84,16 +84,23 @@ def _decide_locally(choose: Callable[[], T], /) -> T:
     return choose()
 
 
-def resolve(config: PretrainConfig, world_size: int, decide: Decide = _decide_locally) -> ResolvedRun:
+def resolve(
+    config: PretrainConfig,
+    world_size: int,
+    decide: Decide = _decide_locally,
+    verify: Verify = verify_descriptions,
+) -> ResolvedRun:
     """Resolve and check a run. Raises UserError for the first thing that would keep it from starting.
 
-    `decide`: ranks pass `HostGroup.from_rank0`, so that all of them use rank 0's choice even if a checkpoint appears or
-    disappears at this moment.
+    Args:
+        decide: ranks pass `HostGroup.from_rank0`, so that all of them use rank 0's choice even if a checkpoint appears
+            or disappears at this moment.
+        verify: says what is wrong with a checkpoint. Ranks, which load it, read all of it.
     """
     deepspeed = load_settings(config.engine.ds_config)
     config = _with_absolute_paths(config, deepspeed.path)
     folder = RunFolder(Path(config.run.dir))
-    point = decide(lambda: find_resume_point(config.run, folder))
+    point = decide(lambda: find_resume_candidates(config.run, folder)).choose(verify)
     located, model_source = decide(lambda: locate_model(config.model, point))
     config = config.model_copy(update={"model": located})
     corpora = _open_mixture(config.corpus)

@@ -4,15 +4,19 @@ The checkpoint contains all that the run needs besides the corpora: what `model.
 `run.resume` name may be deleted once it is there.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from experiment.checkpoints import (
+    Verify,
     checkpoint_candidates,
+    checkpoint_step,
     complete_checkpoints,
     find_model_folder,
+    incomplete_checkpoints,
     last_usable,
     names_model_folder,
     read_state,
@@ -22,6 +26,8 @@ from experiment.errors import UserError
 from experiment.provenance import read_origin, read_provenance
 from experiment.run_folder import RunFolder
 from pretrain.config import ModelConfig, PretrainConfig, RunConfig
+
+log = logging.getLogger(__name__)
 
 # Keys that determine which sequences are in a batch.
 _STREAM = (
@@ -74,19 +80,44 @@ class ResumePlan:
     same_stream: bool = True  # each step has the same batch as before, so known bad batches are still bad
 
 
-def find_resume_point(run: RunConfig, folder: RunFolder) -> ResumePoint | None:
-    """What `run.resume` means for a run folder; None: the run starts at step 0.
+@dataclass(frozen=True)
+class ResumeCandidates:
+    """Complete checkpoints that a run may continue from, some of which may be damaged."""
 
-    A fork that has saved a checkpoint resumes from it; one that has not forks again. Reads the whole checkpoint to
-    verify it.
+    checkpoints: Sequence[Path]  # oldest first; empty: the run starts at step 0
+    fork: bool  # they are another run's
+
+    def choose(self, verify: Verify) -> ResumePoint | None:
+        """The newest undamaged one. Raises UserError if all are damaged."""
+        return ResumePoint(last_usable(self.checkpoints, verify), self.fork) if self.checkpoints else None
+
+
+def find_resume_candidates(run: RunConfig, folder: RunFolder) -> ResumeCandidates:
+    """What `run.resume` means for a run folder.
+
+    A fork that has saved a checkpoint resumes from it; one that has not forks again.
 
     Raises UserError for a `run.resume` that names no checkpoint, and a run folder that should be unused.
     """
     own = complete_checkpoints(folder.checkpoints)
+    _check_incomplete(folder.checkpoints, own)
     if run.resume == "never" and (own or folder.metrics.exists()):
         raise UserError(f"run.resume is 'never', but {folder.path} already holds a run; choose another run.dir")
     parents = [] if run.parent is None else _parent_checkpoints(run.parent, folder, has_own=bool(own))
-    return ResumePoint(last_usable(own or parents), fork=not own) if own or parents else None
+    return ResumeCandidates(own or parents, fork=not own)
+
+
+def _check_incomplete(checkpoints: Path, complete: Sequence[Path]) -> None:
+    """Warn of newer checkpoints than the complete ones; raise UserError instead of starting over without any."""
+    found = incomplete_checkpoints(checkpoints)
+    if found and not complete:
+        raise UserError(
+            f"none of the {len(found)} checkpoints in {checkpoints} has a COMPLETE file: they are damaged, or their "
+            "copy is incomplete. To start over, delete them"
+        )
+    for path in found:
+        if checkpoint_step(path) > checkpoint_step(complete[-1]):
+            log.warning("skipping damaged checkpoint %s: it has no COMPLETE file", path)
 
 
 def locate_model(model: ModelConfig, point: ResumePoint | None) -> tuple[ModelConfig, ModelConfig]:

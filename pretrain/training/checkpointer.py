@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from transformers import PreTrainedModel
 from experiment.checkpoints import (
     checkpoint_path,
     checkpoint_step,
-    newest_usable,
+    complete_checkpoints,
+    last_usable,
     read_state,
     replace_state,
     write_best,
@@ -27,6 +29,7 @@ from pretrain.training.background_save import BackgroundSave, Snapshot, Unwritab
 from pretrain.training.checkpoint_tensors import HostMemory, load_checkpoint
 from pretrain.training.host_group import HostGroup
 from pretrain.training.training_progress import TrainingProgress, fork_progress, progress_from_json, progress_to_json
+from pretrain.training.verification import verify_together
 
 log = logging.getLogger(__name__)
 
@@ -93,8 +96,8 @@ class Checkpointer:
 
     def load_newest(self) -> TrainingProgress:
         """Load this run's newest checkpoint, to rewind. Collective; no save may be in flight."""
-        newest = self._hosts.from_rank0(lambda: newest_usable(self._run.folder.checkpoints))
-        assert newest is not None, "the trainer saves a checkpoint before it may rewind"
+        candidates = self._hosts.from_rank0(lambda: complete_checkpoints(self._run.folder.checkpoints))
+        newest = last_usable(candidates, partial(verify_together, self._hosts, self._engine.world))
         load_checkpoint(self._engine, newest)
         progress = progress_from_json(read_state(newest)["progress"])
         self._saves.saved_step = progress.step

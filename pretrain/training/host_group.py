@@ -65,8 +65,8 @@ class HostGroup:
         """Call `function` on every rank and return its result. A UserError, or an error of the disk, on any rank is an
         AgreedError on all.
 
-        `function` may call `from_rank0`, the same number of times on each rank, but no other collective: there the
-        other ranks learn of a rank that has failed.
+        `function` may call `from_rank0` and `from_all_ranks`, the same number of times on each rank, but no other
+        collective: there the other ranks learn of a rank that has failed.
         """
         try:
             with disk_errors_as(UserError):
@@ -94,6 +94,12 @@ class HostGroup:
             raise AgreedError(box[1])
         result: T = box[0]
         return result
+
+    def from_all_ranks(self, function: Callable[[], T]) -> list[T]:
+        """Call `function`, which raises nothing, on every rank and return the results, by rank. Errors of other ranks
+        are raised as by `call`."""
+        self._raise_any(None)
+        return self.all_gather_objects(function())
 
     def first_message(self, message: str | None, always_name_rank: bool = False) -> str | None:
         """The message of the first rank that has one, with its host and rank unless all have one; None if none has.

@@ -29,6 +29,11 @@ class SmallDisk:
             names = iter(range(_FILES + 1))
             _until_full(lambda: self.path.joinpath("empty", str(next(names))).touch())
 
+    def set_writable(self, writable: bool) -> None:
+        """As after a change of permissions, which do not bind root. No file on it may be open for writing."""
+        mode = "rw" if writable else "ro"
+        subprocess.run(["mount", "-o", f"remount,{mode}", str(self.path)], check=True)
+
     def free(self) -> None:
         """Remove what `fill` has written."""
         self._filler.unlink()

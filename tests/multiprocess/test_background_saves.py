@@ -201,6 +201,37 @@ def test_training_continues_while_the_disk_is_full(
     assert_same_tensors(*saved)
 
 
+def read_only_case(world: World, tree: Tree, disk: SmallDisk) -> str:
+    """A run that may not write checkpoints when it saves step 4, and may again before step 6."""
+
+    def after_log(trainer: Any, step: int) -> None:
+        if world.rank == 0 and step == 3:
+            disk.set_writable(False)
+        elif world.rank == 0 and step == 5:
+            saves = trainer._checkpointer._saves
+            wait_until(lambda: saves.is_part_done or saves.problem)
+            disk.set_writable(True)
+
+    with _after_log(after_log):
+        return pretrain_case(world, tree)
+
+
+def test_training_continues_without_permission_to_write(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, small_disk: SmallDisk
+) -> None:
+    """Catches a run that ends because its checkpoints cannot be written for a while."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "checkpoints").symlink_to(small_disk.path, target_is_directory=True)
+    tree = run_config(run, wordpiece_corpus, checkpoint__every_steps=4)
+    assert pools[2].run(read_only_case, tree, small_disk) == ["done", "done"]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000006"]
+    assert "Read-only file system" in RunFolder(run).rank_log(0).read_text(encoding="utf-8")
+    undisturbed = run_config(tmp_path / "undisturbed", wordpiece_corpus)
+    assert pools[2].run(pretrain_case, undisturbed) == ["done", "done"]
+    assert_same_run(run, tmp_path / "undisturbed", 6)
+
+
 def removed_case(world: World, tree: Tree, checkpoints: Path) -> str:
     """A run whose checkpoints are deleted while one may be in flight."""
 

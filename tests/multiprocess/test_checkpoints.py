@@ -1,22 +1,33 @@
 """A checkpoint is complete or does not exist, whatever happens while it is written."""
 
+import io
 import itertools
+import logging
 import os
 import resource
 import shutil
 import sys
+from collections.abc import Iterator
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from experiment.checkpoints import checkpoint_path, complete_checkpoints, newest_usable, verify
+from experiment.checkpoints import checkpoint_path, complete_checkpoints, last_usable, verify
+from experiment.config import build_config
+from experiment.errors import UserError
 from experiment.retention import Retention
 from experiment.run_folder import RunFolder
 from experiment.tokenizer import load_tokenizer
+from pretrain.config import PretrainConfig
+from pretrain.resolve import resolve
+from pretrain.training.host_group import HostGroup
+from pretrain.training.verification import verify_together
 from pretrain.world import World
 from rank_pool import RankError, RankPool
-from runs import Tree, build_engine, logged, pretrain_case, run_config, save_engine, saved_tensors
+from runs import Tree, build_engine, logged, pretrain_case, run_config, save_engine, saved_tensors, soak
 from small_disk import SmallDisk
 
 
@@ -83,7 +94,7 @@ def killed_saves_case(world: World, tree: Tree, folder: Path, every: int) -> int
         else:
             survived = False
         killer.disarm()
-        usable = newest_usable(checkpoints)
+        usable = last_usable(complete_checkpoints(checkpoints), verify)
         assert usable in (checkpoint_path(checkpoints, 1), checkpoint_path(checkpoints, 2)), changes
         for complete in complete_checkpoints(checkpoints):
             assert verify(complete) is None, (changes, complete)
@@ -143,7 +154,9 @@ def test_a_full_disk_stops_all_ranks(
     assert f"no checkpoint can be written: rank {full_on}: " in log
     assert pools[2].run(pretrain_case, tree) == ["done", "done"]
     assert logged(tmp_path, "step") == [1, 2]
-    assert newest_usable(tmp_path / "checkpoints") == checkpoint_path(tmp_path / "checkpoints", 2)
+    assert last_usable(complete_checkpoints(tmp_path / "checkpoints"), verify) == checkpoint_path(
+        tmp_path / "checkpoints", 2
+    )
 
 
 def broken_save_case(world: World, tree: Tree) -> str:
@@ -204,10 +217,7 @@ def test_resuming_skips_damaged_checkpoints(pools: dict[int, RankPool], wordpiec
     before, losses = saved_tensors(checkpoint_path(checkpoints, 6)), logged(tmp_path)
     damaged_files = {6: "engine/rank-00001.safetensors", 4: "hf/model.safetensors"}
     for step, file in damaged_files.items():
-        damaged = checkpoint_path(checkpoints, step) / file
-        content = bytearray(damaged.read_bytes())
-        content[-7] ^= 16
-        damaged.write_bytes(content)
+        flip_byte(checkpoint_path(checkpoints, step) / file)
     assert pools[2].run(pretrain_case, tree) == ["done", "done"]
     log = RunFolder(tmp_path).rank_log(0).read_text(encoding="utf-8")
     assert f"resuming from {checkpoint_path(checkpoints, 2)}" in log
@@ -218,6 +228,68 @@ def test_resuming_skips_damaged_checkpoints(pools: dict[int, RankPool], wordpiec
     assert [verify(checkpoint_path(checkpoints, step)) for step in (2, 4, 6)] == [None, None, None]
     after = saved_tensors(checkpoint_path(checkpoints, 6))
     assert all(bool((after[key] == before[key]).all()) for key in before)
+
+
+def chosen_case(world: World, tree: Tree) -> tuple[str, str]:
+    """The checkpoint that a run would resume, or why it would not start, and what rank 0 logs."""
+    hosts = HostGroup(timedelta(seconds=60))
+    config = build_config(PretrainConfig, tree)
+    logged = io.StringIO()
+    handler = logging.StreamHandler(logged)
+    logging.getLogger().addHandler(handler)
+    try:
+        run = resolve(config, world.size, decide=hosts.from_rank0, verify=partial(verify_together, hosts, world))
+    except UserError as error:
+        return str(error), ""
+    finally:
+        logging.getLogger().removeHandler(handler)
+    assert run.resume_plan.checkpoint is not None
+    return run.resume_plan.checkpoint.name, logged.getvalue() if world.rank == 0 else ""
+
+
+def damages(path: Path) -> Iterator[str]:
+    """Damage a file in each way in turn, and restore it."""
+    content = path.read_bytes()
+    middle = len(content) // 2
+    flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    for name, damaged in (("truncated", content[:-2]), ("empty", b""), ("flipped", flipped)):
+        path.write_bytes(damaged)
+        yield name
+    path.unlink()
+    yield "removed"
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("ranks", [2, *soak(1)])
+def test_every_damaged_file_is_named(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, ranks: int
+) -> None:
+    """Catches a file of a checkpoint that no rank verifies, damage without a warning, and a run that starts over."""
+    tree = run_config(tmp_path, wordpiece_corpus, schedule__steps=2, checkpoint__every_steps=1)
+    pools[2].run(pretrain_case, tree)
+    before, newest = complete_checkpoints(tmp_path / "checkpoints")
+    files = [path for path in newest.rglob("*") if path.is_file()]
+    assert len(files) > 8
+    for path in files:
+        name = str(path.relative_to(newest))
+        for damage in damages(path):
+            chosen = pools[ranks].run(chosen_case, tree)
+            assert {checkpoint for checkpoint, _ in chosen} == {before.name}, (name, damage)
+            logged_by_rank0 = chosen[0][1]
+            assert f"skipping damaged checkpoint {newest}: " in logged_by_rank0, (name, damage)
+            assert name in logged_by_rank0.replace(str(newest), ""), (name, damage)
+    for checkpoint in (before, newest):
+        flip_byte(checkpoint / "engine" / "rank-00001.safetensors")
+    assert all("all 2 checkpoints" in refusal for refusal, _ in pools[ranks].run(chosen_case, tree))
+    for checkpoint in (before, newest):
+        (checkpoint / "COMPLETE").unlink()
+    assert all("none of the 2 checkpoints" in refusal for refusal, _ in pools[ranks].run(chosen_case, tree))
+
+
+def flip_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-7] ^= 16
+    path.write_bytes(content)
 
 
 @pytest.mark.parametrize(

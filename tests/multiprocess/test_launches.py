@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from experiment.checkpoints import checkpoint_path, complete_checkpoints, newest_usable
+from experiment.checkpoints import checkpoint_path, complete_checkpoints, last_usable, verify
 from experiment.outcome_file import Cause, Outcome, read_outcome
 from experiment.run_folder import RunFolder
 from launches import LONG, Start, config_file, wait_for_exit, wait_for_steps
@@ -30,7 +30,7 @@ def test_a_killed_rank_resumes_and_repeats_no_step(
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
     reached = len(logged(tmp_path / "run"))
-    assert newest_usable(tmp_path / "run" / "checkpoints") is not None
+    assert last_usable(complete_checkpoints(tmp_path / "run" / "checkpoints"), verify)
 
     resumed = start(*command, f"--schedule.steps={LONG}")
     wait_for_steps(tmp_path / "run", reached + 3, resumed)

@@ -15,8 +15,8 @@ from experiment.checkpoints import (
     complete_checkpoints,
     find_checkpoint,
     find_model_folder,
+    last_usable,
     mark_complete,
-    newest_usable,
     read_state,
     replace_state,
     verify,
@@ -46,6 +46,11 @@ def flip(path: Path, at: int = 100) -> None:
     content = bytearray(path.read_bytes())
     content[at] ^= 1
     path.write_bytes(content)
+
+
+def newest_usable(checkpoints: Path) -> Path | None:
+    candidates = complete_checkpoints(checkpoints)
+    return last_usable(candidates, verify) if candidates else None
 
 
 def steps(checkpoints: Path) -> list[int]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from experiment.checkpoints import checkpoint_path, mark_complete
+from experiment.checkpoints import checkpoint_path, mark_complete, verify
 from experiment.config import build_config
 from experiment.errors import UserError
 from experiment.provenance import ancestors_of, write_origin, write_provenance
@@ -16,7 +16,7 @@ from pretrain.resume import (
     ResumePoint,
     check_fork,
     check_resume,
-    find_resume_point,
+    find_resume_candidates,
     locate_model,
     plan_resume,
     run_identity,
@@ -176,7 +176,8 @@ def make_run(
 
 
 def plan(run: Path, resume: str, **changes: Any) -> ResumePlan:
-    return plan_resume(find_resume_point(RunConfig(dir=str(run), resume=resume), RunFolder(run)), identity(**changes))
+    candidates = find_resume_candidates(RunConfig(dir=str(run), resume=resume), RunFolder(run))
+    return plan_resume(candidates.choose(verify), identity(**changes))
 
 
 def test_what_a_fork_loads(tmp_path: Path) -> None:
