@@ -15,8 +15,8 @@ from pretrain.modeling.build import BuiltModel, build_model
 from pretrain.modeling.row_layout import choose_rows
 from pretrain.plan.memory import weight_dtype
 from pretrain.resolve import ResolvedRun, resolve
+from pretrain.training.checkpoint_verification import verify_together
 from pretrain.training.host_group import HostGroup
-from pretrain.training.verification import verify_together
 from pretrain.training_stream import TrainingStream, open_stream
 from pretrain.world import World
 

@@ -27,9 +27,9 @@ from pretrain.resolve import ResolvedRun
 from pretrain.resume import ResumePlan
 from pretrain.training.background_save import BackgroundSave, Snapshot, UnwritableError, on_all_ranks
 from pretrain.training.checkpoint_tensors import HostMemory, load_checkpoint
+from pretrain.training.checkpoint_verification import verify_together
 from pretrain.training.host_group import HostGroup
 from pretrain.training.training_progress import TrainingProgress, fork_progress, progress_from_json, progress_to_json
-from pretrain.training.verification import verify_together
 
 log = logging.getLogger(__name__)
 

@@ -23,8 +23,8 @@ from experiment.run_folder import RunFolder
 from experiment.tokenizer import load_tokenizer
 from pretrain.config import PretrainConfig
 from pretrain.resolve import resolve
+from pretrain.training.checkpoint_verification import verify_together
 from pretrain.training.host_group import HostGroup
-from pretrain.training.verification import verify_together
 from pretrain.world import World
 from rank_pool import RankError, RankPool
 from runs import Tree, build_engine, logged, pretrain_case, run_config, save_engine, saved_tensors, soak
