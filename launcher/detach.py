@@ -62,7 +62,7 @@ def launch_detached(options: PretrainOptions) -> None:
 def background_command(options: PretrainOptions) -> Sequence[str]:
     """The command without `--detach`."""
     flags = options.model_dump(exclude={"detach", "overrides"}, exclude_defaults=True) | options.overrides
-    return [sys.executable, "-m", "launcher", "pretrain", *(f"--{name}={value}" for name, value in flags.items())]
+    return [sys.executable, "-P", "-m", "launcher", "pretrain", *(f"--{name}={value}" for name, value in flags.items())]
 
 
 def remove_earlier_output(folder: RunFolder) -> None:

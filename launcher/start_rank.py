@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 if not __package__:  # started as a file, by srun: import from the repository, not from this folder
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    sys.path[: 0 if sys.flags.safe_path else 1] = [str(Path(__file__).resolve().parents[1])]
 
 import os
 from collections.abc import Mapping, Sequence

@@ -15,7 +15,7 @@ if __name__ == "__main__":
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # so that torch finds no GPU either; read at its first look for one
 if not __package__:  # started as a file: import from the repository, not from this folder
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    sys.path[: 0 if sys.flags.safe_path else 1] = [str(Path(__file__).resolve().parents[1])]
 
 import contextlib
 import datetime

@@ -20,7 +20,7 @@ from launcher.options import CompareOptions, LaunchOptions
 from launcher.sweeps.sweep_grid import grid_points, parse_grid
 from launcher.sweeps.sweep_plan import FlatConfig, validate_finetuning, validate_pretraining
 
-_COMMAND = (sys.executable, "-m", "launcher")
+_COMMAND = (sys.executable, "-P", "-m", "launcher")
 _IRRELEVANT = ("run.", "tracking.")  # keys that do not change scores
 _PRETRAINING = "pretrain"  # folder, beside those of the tasks
 _USED = ("compare.csv", "compare.json", "compare.md", "logs", "report", "runs.json")  # beside the folders of the rows

@@ -23,19 +23,18 @@ GLIBC_TUNABLES = (
 
 
 def launch_environment(environ: Mapping[str, str], device: DeviceKind | None, root: Path) -> dict[str, str]:
-    """The variables that a launch adds for its ranks on all hosts. Variables set by the user are not changed.
+    """The variables that a launch adds for its ranks on all hosts. Ranks import the repository's modules, and nothing
+    from the working directory, whatever files the user has there. Other variables set by the user are not changed.
 
     Args:
         environ: the launcher's own environment.
         device: what the ranks compute on if all run on this machine; None: DeepSpeed finds out on each host.
-        root: the repository, added to PYTHONPATH so that the ranks can import it from any folder.
+        root: the repository, which becomes the first entry of PYTHONPATH.
     """
     wanted = {"TOKENIZERS_PARALLELISM": "false"} | ({"DS_ACCELERATOR": "cpu"} if device == "cpu" else {})
     added = _missing(environ, wanted)
-    path = [entry for entry in environ.get("PYTHONPATH", "").split(":") if entry]
-    if str(root) not in path:
-        added["PYTHONPATH"] = ":".join([str(root), *path])
-    return added
+    path = [entry for entry in environ.get("PYTHONPATH", "").split(":") if entry not in ("", str(root))]
+    return added | {"PYTHONPATH": ":".join([str(root), *path]), "PYTHONSAFEPATH": "1"}
 
 
 def host_environment(environ: Mapping[str, str], cores: int, ranks: int, device: DeviceKind) -> dict[str, str]:

@@ -115,9 +115,9 @@ def _argv(task: WatchedTask, folder: Path) -> tuple[str, ...]:
     overrides = {**_REPLACED, "model.init_from": str(folder / "hf"), "run.dir": str(folder / "run")}
     assignments = [f"{key}={value}" for key, value in overrides.items()]
     if task.probe:
-        return (sys.executable, "-m", "finetune.probe", task.file, *assignments)
+        return (sys.executable, "-P", "-m", "finetune.probe", task.file, *assignments)
     flags = (f"--{assignment}" for assignment in assignments)
-    return (sys.executable, "-m", "launcher", "finetune", "--config", task.file, *flags)
+    return (sys.executable, "-P", "-m", "launcher", "finetune", "--config", task.file, *flags)
 
 
 def _read_metrics(path: Path) -> dict[str, float]:

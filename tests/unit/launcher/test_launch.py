@@ -409,11 +409,12 @@ def test_the_devices_of_this_machine_concern_a_launch_on_it_only(config: str, ki
     Path("hosts").write_text("192.0.2.1 slots=2\n192.0.2.2 slots=2\n")
     remote = plan_launch(PretrainOptions(config=config, hostfile="hosts"), loaded, machine)
     assert checked == []
-    assert remote.added_environment.keys() == {"TOKENIZERS_PARALLELISM", "PYTHONPATH"}
+    added = {"TOKENIZERS_PARALLELISM", "PYTHONPATH", "PYTHONSAFEPATH"}
+    assert remote.added_environment.keys() == added
     (exported,) = (
         text for path, text in remote.command(Layout(remote.slots)).files.items() if path.name == "worker.env"
     )
-    assert {line.partition("=")[0] for line in exported.splitlines()} == {"TOKENIZERS_PARALLELISM", "PYTHONPATH"}
+    assert {line.partition("=")[0] for line in exported.splitlines()} == added
     plan_launch(PretrainOptions(config=config), loaded, machine)
     assert [settings.precision for settings in checked] == ["fp16"]
 

@@ -69,7 +69,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def start(run: ChildRun) -> str:
         names.append(run.folder.path.name if run.command == "sweep" else "/".join(run.folder.path.parts[-2:]))
-        code = main(run.argv[3:])
+        code = main(run.argv[4:])
         return DONE if code == 0 else f"failed (exit code {code})"
 
     monkeypatch.setattr(compare, "start", start)

@@ -37,7 +37,7 @@ def test_a_cpu_run_sets_the_allocator_and_the_device():
 @pytest.mark.parametrize("device", ["cuda", None])
 def test_the_launch_decides_nothing_that_depends_on_the_devices_of_other_hosts(device: DeviceKind | None):
     """Catches a launch from a machine without GPUs that makes hosts with GPUs train on their CPUs."""
-    assert launch_environment({}, device, ROOT).keys() == {"TOKENIZERS_PARALLELISM", "PYTHONPATH"}
+    assert launch_environment({}, device, ROOT).keys() == {"TOKENIZERS_PARALLELISM", "PYTHONPATH", "PYTHONSAFEPATH"}
 
 
 @pytest.mark.skipif(not LOADER.exists(), reason="another C library or processor")
@@ -64,20 +64,27 @@ def test_user_settings_are_kept():
         "OMP_NUM_THREADS": "7",
         "TOKENIZERS_PARALLELISM": "true",
         "DS_ACCELERATOR": "cpu",
-        "PYTHONPATH": f"/mine:{ROOT}",
         "HF_HUB_OFFLINE": "1",
     }
-    assert launch_environment(own, "cpu", ROOT) == {}
+    assert launch_environment(own, "cpu", ROOT).keys() == {"PYTHONPATH", "PYTHONSAFEPATH"}
     assert host_environment(own, 8, 2, "cpu") == {}
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), [(None, "/repository"), ("", "/repository"), ("/a:/b", "/repository:/a:/b")]
+    ("before", "after"),
+    [
+        (None, "/repository"),
+        ("", "/repository"),
+        ("/a:/b", "/repository:/a:/b"),
+        ("/a:/repository", "/repository:/a"),
+    ],
 )
-def test_the_repository_can_be_imported(before: str | None, after: str):
-    """Catches ranks that cannot import `pretrain` from another folder, and a lost user PYTHONPATH."""
+def test_the_repository_is_imported_first(before: str | None, after: str):
+    """Catches ranks that import a user's `pretrain.py`, or not ours from another folder, and a lost PYTHONPATH."""
     environ = {} if before is None else {"PYTHONPATH": before}
-    assert launch_environment(environ, "cuda", ROOT)["PYTHONPATH"] == after
+    added = launch_environment(environ, "cuda", ROOT)
+    assert added["PYTHONPATH"] == after
+    assert added["PYTHONSAFEPATH"] == "1", "nothing from the working directory"
 
 
 def test_deepspeed_does_not_see_cuda_visible_devices():
