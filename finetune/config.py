@@ -117,7 +117,10 @@ class FinetuneConfig(Section):
 
     @classmethod
     def specialize(cls, tree: Mapping[str, Any]) -> type[Self]:
-        """The type with the keys of the task's kind. Raises UserError for an unknown kind."""
+        """The type with the keys of the task's kind. Raises UserError for an unknown kind, and for the config of a
+        pretraining."""
+        if "task" not in tree and "corpus" in tree:
+            raise UserError("this is the config of a pretraining, for `deepcloze pretrain`; expected one with a 'task'")
         task = tree.get("task")
         if not isinstance(task, dict):
             return cls  # which rejects it

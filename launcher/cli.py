@@ -1,5 +1,6 @@
 """The `deepcloze` commands. Each imports what it runs when it is called, so that `--help` stays fast."""
 
+import importlib.metadata
 import shutil
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from finetune.options import ExportOptions, PredictOptions, ServeOptions
 from launcher.command_line import Command, help_text, is_help_request, parse_command_line
 from launcher.options import (
     CompareOptions,
+    CompletionOptions,
     ConfigOptions,
     EvaluateOptions,
     FinetuneOptions,
@@ -21,9 +23,11 @@ from launcher.options import (
     PlanOptions,
     PreflightOptions,
     PretrainOptions,
+    RecipesOptions,
     ReportOptions,
     StatusOptions,
     SweepOptions,
+    ValidateOptions,
     WatchOptions,
 )
 from launcher.signal_handlers import handle_stop_signals, ignore_stop_signals, interrupt
@@ -324,6 +328,44 @@ def config(options: ConfigOptions) -> None:
     print("\n\n".join(as_text(section, _terminal_width()) for section in sections))
 
 
+def recipes(options: RecipesOptions) -> None:
+    """List, print or copy the configs that come with deepcloze.
+
+    Each is complete but for its data: published pretraining recipes, and tasks in the format of their original files.
+    --config takes their names too.
+
+    Example:
+        deepcloze recipes cp roberta-base my-run.yaml
+    """
+    from launcher.recipes import recipes_command
+
+    recipes_command(options)
+
+
+def validate(options: ValidateOptions) -> None:
+    """Check the config of a pretraining or fine-tuning, and the files that it names. Starts nothing.
+
+    Example:
+        deepcloze validate my-run.yaml
+    """
+    from launcher.validate import validate_command
+
+    validate_command(options)
+
+
+def completion(options: CompletionOptions) -> None:
+    """Print a script with which a shell completes commands, flags and config keys.
+
+    The first line of the script says where to put it.
+
+    Example:
+        deepcloze completion bash
+    """
+    from launcher.completion import completion_script
+
+    print(completion_script(options.shell, COMMANDS), end="")
+
+
 COMMANDS: dict[str, Command] = {
     command.__name__: command
     for command in (
@@ -331,6 +373,8 @@ COMMANDS: dict[str, Command] = {
         tokenizer,
         corpus,
         config,
+        recipes,
+        validate,
         plan,
         preflight,
         pretrain,
@@ -345,6 +389,7 @@ COMMANDS: dict[str, Command] = {
         status,
         logs,
         report,
+        completion,
     )
 }
 
@@ -353,9 +398,11 @@ _RESUMABLE = ("corpus", "pretrain", "finetune", "sweep", "compare", "watch")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (without the program's name) and return the exit code: 0, 2, 75 or 130."""
-    argv = sys.argv[1:] if argv is None else argv
+    argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        if is_help_request(argv):
+        if argv == ["--version"]:
+            print(f"deepcloze {importlib.metadata.version('deepcloze')}")
+        elif is_help_request(argv):
             print(help_text(argv, COMMANDS, ABOUT, width=_terminal_width()))
         else:
             name, options = parse_command_line(argv, COMMANDS)

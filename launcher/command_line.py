@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from experiment.config import Metavar, Positional, Section, did_you_mean
-from experiment.config.field_types import describe_field, union_members
+from experiment.config.field_types import describe_field, known_keys, union_members
 from experiment.errors import UserError
 
 Command = Callable[[Any], None]
@@ -141,9 +141,7 @@ def _split(arguments: Sequence[str], options_type: type[Section]) -> tuple[dict[
         name = written.replace("-", "_")
         is_override = "." in written and _overrides_field(options_type) is not None
         if not is_override and name not in flags:
-            raise _UsageError(
-                f"unknown flag '--{written}'{did_you_mean(f'--{name}', [f'--{known}' for known in flags])}"
-            )
+            raise _UsageError(f"unknown flag '--{written}'{_similar_flags(name, flags, options_type)}")
         if not equals and not is_override and flags[name].is_switch:
             value = "true"
         elif not equals:
@@ -156,6 +154,17 @@ def _split(arguments: Sequence[str], options_type: type[Section]) -> tuple[dict[
             texts[name] = [value]
             positional = [other for other in positional if other != name]
     return texts, overrides
+
+
+def _similar_flags(name: str, flags: Mapping[str, Flag], options_type: type[Section]) -> str:
+    """The config key that is meant if only its dot is missing, as in --run-dir; else the most similar flag."""
+    if _overrides_field(options_type) is not None:
+        from launcher.config_docs import CONFIGS  # takes a while to import
+
+        keys = [key for config in CONFIGS.values() for key in known_keys(config)]
+        if meant := next((key for key in keys if key.replace(".", "_") == name), None):
+            return f"; did you mean '--{meant}'?"
+    return did_you_mean(f"--{name}", [f"--{known}" for known in flags])
 
 
 def _build_options(

@@ -2,9 +2,15 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from experiment.config import Metavar, Positional, Section
+from experiment.config.constraints import PathText, expand_home
+from experiment.recipes import find_config
+
+PretrainConfigName = Annotated[PathText, AfterValidator(lambda name: find_config(name, "pretrain"))]
+FinetuneConfigName = Annotated[PathText, AfterValidator(lambda name: find_config(name, "finetune"))]
+ConfigName = Annotated[PathText, AfterValidator(lambda name: find_config(name, "pretrain", "finetune"))]
 
 Launcher = Literal["pdsh", "openmpi", "mpich", "impi", "slurm", "mvapich"]
 
@@ -12,7 +18,7 @@ Launcher = Literal["pdsh", "openmpi", "mpich", "impi", "slurm", "mvapich"]
 class PlacementOptions(Section):
     """Which machines and devices the ranks use."""
 
-    hostfile: Annotated[str | None, Metavar("FILE")] = None
+    hostfile: Annotated[PathText | None, Metavar("FILE")] = None
     """Machines to run on, one `NAME slots=N` per line; default: those of the SLURM, PBS or MPI job, or this machine."""
 
     num_gpus: PositiveInt | None = None
@@ -30,8 +36,8 @@ class PlacementOptions(Section):
 
 
 class PlanOptions(PlacementOptions):
-    config: Annotated[str, Metavar("FILE")]
-    """The run as YAML."""
+    config: Annotated[PretrainConfigName, Metavar("FILE")]
+    """The run as YAML, or the name of a recipe."""
 
     device: Annotated[str | None, Metavar("NAME")] = None
     """GPU to plan for, such as H100 or "A100-SXM4-80GB", or cpu; default: this machine's."""
@@ -73,7 +79,7 @@ class HostOptions(PlacementOptions):
 
 
 class PreflightOptions(HostOptions):
-    config: Annotated[str | None, Metavar("FILE")] = None
+    config: Annotated[PretrainConfigName | None, Metavar("FILE")] = None
     """The run as YAML; default: check only what any run needs, without corpora, run folder and disk."""
 
     allow_missing: bool = False
@@ -94,8 +100,8 @@ class LaunchOptions(HostOptions):
 
 
 class PretrainOptions(LaunchOptions):
-    config: Annotated[str, Metavar("FILE")]
-    """The run as YAML; see pretrain/recipes for complete examples."""
+    config: Annotated[PretrainConfigName, Metavar("FILE")]
+    """The run as YAML, or the name of a recipe, see `deepcloze recipes`."""
 
     autotune: bool = False
     """First try microbatch sizes for at most two minutes, and train with the fastest one that fits in memory."""
@@ -114,13 +120,13 @@ class PretrainOptions(LaunchOptions):
 
 
 class SweepOptions(LaunchOptions):
-    config: Annotated[str, Metavar("FILE")]
-    """The run as YAML, for pretraining or fine-tuning."""
+    config: Annotated[ConfigName, Metavar("FILE")]
+    """The run as YAML, for pretraining or fine-tuning, or the name of a recipe."""
 
     grid: Annotated[str, Metavar("GRID")]
     """Values of any config keys, as 'KEY=VALUE,VALUE KEY=VALUE,VALUE'; put lists in brackets."""
 
-    output: Annotated[str | None, Metavar("DIR")] = None
+    output: Annotated[PathText | None, Metavar("DIR")] = None
     """Folder for the runs and results; default: the config's run.dir with the suffix -sweep."""
 
     metric: Annotated[str | None, Metavar("NAME")] = None
@@ -134,7 +140,7 @@ class SweepOptions(LaunchOptions):
 
 
 class CompareOptions(LaunchOptions):
-    file: Annotated[str, Positional("FILE")]
+    file: Annotated[PathText, Positional("FILE")]
     """Rows, tasks and seeds as YAML; see docs/comparing.md."""
 
     dry_run: bool = False
@@ -145,10 +151,10 @@ class CompareOptions(LaunchOptions):
 
 
 class WatchOptions(Section):
-    run: Annotated[str, Positional("RUN")]
+    run: Annotated[PathText, Positional("RUN")]
     """Run folder of a pretraining, which may be running on other machines."""
 
-    task: Annotated[str, Metavar("FILE")]
+    task: Annotated[FinetuneConfigName, Metavar("FILE")]
     """The task as YAML, as for `deepcloze finetune`; its run.dir and model.init_from are replaced."""
 
     probe: bool = False
@@ -162,7 +168,7 @@ class WatchOptions(Section):
 
 
 class EvaluateOptions(Section):
-    checkpoint: Annotated[str, Metavar("DIR")]
+    checkpoint: Annotated[PathText, Metavar("DIR")]
     """Checkpoint of a run, or any Hugging Face folder with a masked-LM head."""
 
     corpus: Annotated[str, Metavar("DIR[,DIR…]")]
@@ -173,8 +179,8 @@ class EvaluateOptions(Section):
 
 
 class FinetuneOptions(Section):
-    config: Annotated[str, Metavar("FILE")]
-    """The task as YAML; see finetune/recipes for complete examples."""
+    config: Annotated[FinetuneConfigName, Metavar("FILE")]
+    """The task as YAML, or the name of a recipe, see `deepcloze recipes`."""
 
     dry_run: bool = False
     """Read the data, and print the resolved config, what is found in the data, the model and the number of steps;
@@ -184,13 +190,37 @@ class FinetuneOptions(Section):
     """Any config key, for example --training.lr=3e-5; `deepcloze config finetune` lists them."""
 
 
+class ValidateOptions(Section):
+    config: Annotated[ConfigName, Positional("FILE")]
+    """The config of a pretraining or fine-tuning, or the name of a recipe."""
+
+    overrides: dict[str, str] = {}
+    """Any config key, for example --optimizer.lr=1e-4."""
+
+
+class RecipesOptions(Section):
+    action: Annotated[Literal["ls", "show", "cp"], Positional("ls|show|cp")] = "ls"
+    """List all, print one, or copy one to a file."""
+
+    name: Annotated[str | None, Positional("NAME")] = None
+    """As listed; pretrain/NAME or finetune/NAME where both have it."""
+
+    target: Annotated[str | None, Positional("TARGET")] = None
+    """File or folder to copy to; default: NAME.yaml in the working directory."""
+
+
+class CompletionOptions(Section):
+    shell: Annotated[Literal["bash", "zsh", "fish"], Positional("bash|zsh|fish")]
+    """The shell that runs the script."""
+
+
 class ReportOptions(Section):
-    run: Annotated[str, Positional("RUN")]
+    run: Annotated[PathText, Positional("RUN")]
     """Run folder; the report is written to RUN/report."""
 
 
 class StatusOptions(Section):
-    runs: Annotated[tuple[str, ...], Positional("RUN…")]
+    runs: Annotated[tuple[str, ...], Positional("RUN…"), AfterValidator(lambda runs: tuple(map(expand_home, runs)))]
     """Run folders, also of runs on other machines, and copies."""
 
     json_output: Annotated[bool, Field(alias="json")] = False
@@ -198,7 +228,7 @@ class StatusOptions(Section):
 
 
 class LogsOptions(Section):
-    run: Annotated[str, Positional("RUN")]
+    run: Annotated[PathText, Positional("RUN")]
     """Run folder."""
 
     rank: NonNegativeInt | None = None

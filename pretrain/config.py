@@ -5,6 +5,7 @@ complete examples.
 """
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import (
@@ -19,6 +20,7 @@ from pydantic import (
 
 from experiment.config import Section, did_you_mean
 from experiment.config.constraints import Fraction, PathText, Seed, SequenceLength
+from experiment.errors import UserError
 from experiment.tracking.config import TrackingConfig
 
 Rate = Annotated[float, Field(gt=0.0, lt=1.0)]
@@ -386,8 +388,8 @@ class EngineConfig(Section):
     """DeepSpeed."""
 
     ds_config: str = "ds_configs/bf16_zero1.json"
-    """DeepSpeed config: precision, ZeRO stage, offload and communication. Looked up in the working directory, then in
-    the repository. See ds_configs/README.md."""
+    """DeepSpeed config: precision, ZeRO stage, offload and communication. A JSON file, or the name of a preset such as
+    bf16_zero2. See ds_configs/README.md."""
 
     compile: Literal["auto"] | bool = "auto"
     """Compile the layers with torch.compile: auto, on or off. auto: on GPUs only, because compiled layers are at most a
@@ -426,6 +428,13 @@ class PretrainConfig(Section):
             )
             first_step += stage.steps or 0
         return tuple(resolved)
+
+    @classmethod
+    def specialize(cls, tree: Mapping[str, Any]) -> type[Self]:
+        """Raises UserError for the config of a task."""
+        if "task" in tree and "corpus" not in tree:
+            raise UserError("this is the config of a task, for `deepcloze finetune`; expected one with a 'corpus'")
+        return cls
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from experiment.checkpoints import find_model_folder, read_state
 from experiment.config import build_config
+from experiment.config.constraints import expand_home
 from experiment.errors import UserError
 from experiment.positions import max_positions
 from experiment.tokenizer import load_tokenizer, tokenizer_fingerprint
@@ -194,7 +195,7 @@ def _settings(folder: Path) -> _Settings:
 
 def _open_all(names: str, fingerprint: str, folder: Path) -> dict[str, Corpus]:
     opened: dict[str, Corpus] = {}
-    for name in filter(None, names.split(",")):
+    for name in map(expand_home, filter(None, names.split(","))):
         corpus = open_corpus(Path(name))
         if corpus.tokenizer_fingerprint != fingerprint:
             raise UserError(f"the corpus {name} was built with another tokenizer than the one in {folder}")

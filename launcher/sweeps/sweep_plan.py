@@ -51,7 +51,7 @@ def plan_sweep(options: SweepOptions) -> SweepPlan:
 
     Raises UserError for anything that would keep one of the runs from starting.
     """
-    config, finetuning = options.config, _is_finetuning(options.config)
+    config, finetuning = options.config, is_finetuning(options.config)
     placement = options.model_dump(include=set(LaunchOptions.model_fields), exclude_defaults=True)
     if finetuning and placement:
         raise UserError(f"--{next(iter(placement))} applies to pretraining only; {config} is a fine-tuning config")
@@ -59,7 +59,7 @@ def plan_sweep(options: SweepOptions) -> SweepPlan:
     if duplicates := [key for key in next(iter(points.values())) if key in options.overrides]:
         raise UserError(f"'{duplicates[0]}' is given both in --grid and as an override")
     validate = validate_finetuning(config) if finetuning else validate_pretraining(config, placement)
-    command = [sys.executable, "-m", "launcher", "finetune" if finetuning else "pretrain", "--config", config]
+    command = [sys.executable, "-P", "-m", "launcher", "finetune" if finetuning else "pretrain", "--config", config]
     command += [f"--{name}={value}" for name, value in placement.items()]
 
     output, runs = options.output, []
@@ -79,7 +79,8 @@ def plan_sweep(options: SweepOptions) -> SweepPlan:
     return SweepPlan(tuple(runs), Path(output).absolute(), metric, lower_is_better)
 
 
-def _is_finetuning(config: str) -> bool:
+def is_finetuning(config: str) -> bool:
+    """Whether a config file is for fine-tuning, not for pretraining. False for one that cannot be read."""
     try:
         tree = read_yaml(Path(config).read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):

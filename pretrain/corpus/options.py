@@ -7,14 +7,13 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, PositiveInt, Strict, model_validator
+from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
 from experiment.config import Metavar, Section
+from experiment.config.constraints import PathName
 
 SourceName = str | Path | tuple[str | Path, ...]
 """What to read: a path, glob, archive::members, hub:NAME[:SPLIT] or python-docs; several in a tuple or with commas."""
-
-PathName = Annotated[Path, Strict(False)]  # text will do
 
 
 def _compiled(pattern: object) -> object:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from experiment.config.constraints import expand_home
 from experiment.errors import UserError
 from pretrain.corpus.formats import detect_format
 from pretrain.corpus.options import SourceName
@@ -52,7 +53,7 @@ def _split_names(named: SourceName) -> list[str]:
         items = [text] if Path(text).exists() else text.split(",")
     else:
         items = [str(item) for item in named]
-    items = [item.strip() for item in items if item.strip()]
+    items = [expand_home(item.strip()) for item in items if item.strip()]
     if not items:
         raise UserError("--source is empty; expected files, folders or data sets to read")
     return items

@@ -17,6 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from experiment.cache_folder import cache_folder
+from experiment.config.constraints import expand_home
 from experiment.errors import UserError
 from experiment.files import json_digest, write_json
 from pretrain.corpus.reader import Corpus, open_corpus
@@ -45,7 +46,7 @@ def verify_command(folders: str) -> None:
     Prints the undamaged ones. Raises UserError that names every damaged shard.
     """
     damaged: list[str] = []
-    for name in filter(None, folders.split(",")):
+    for name in map(expand_home, filter(None, folders.split(","))):
         try:
             corpus = open_corpus(name)
             found = [damage for _, damage in _find_damage(corpus, show_progress=True) if damage is not None]

@@ -119,15 +119,12 @@ def load_settings(name: str) -> DeepSpeedSettings:
 
 
 def find_ds_config(name: str) -> Path:
-    """`name` as a path from the working directory, else from the repository. Raises UserError."""
-    for path in (Path(name).absolute(), REPOSITORY / name):
-        if path.is_file():
+    """`name` as a path from the working directory, else from the repository, else a preset. Raises UserError."""
+    presets = {path.stem: path for path in sorted((REPOSITORY / "ds_configs").glob("*.json"))}
+    for path in (Path(name).absolute(), REPOSITORY / name, presets.get(name)):
+        if path is not None and path.is_file():
             return path
-    presets = sorted(path.name for path in (REPOSITORY / "ds_configs").glob("*.json"))
-    raise UserError(
-        f"engine.ds_config: no file '{name}' in the working directory or the repository; "
-        f"presets in ds_configs/: {', '.join(presets)}"
-    )
+    raise UserError(f"engine.ds_config: no file '{name}' in the working directory; presets: {', '.join(presets)}")
 
 
 def parse_settings(raw: object, path: Path) -> DeepSpeedSettings:

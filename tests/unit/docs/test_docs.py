@@ -20,7 +20,9 @@ PAGES = sorted(
     for path in (REPOSITORY / folder).glob("*.md")
 )
 FOLDERS = ("launcher", "pretrain", "finetune", "experiment", "tests", "docs", "ds_configs", "hostfiles", "benchmarks")
-MODULES = [path.as_posix() for folder in FOLDERS for path in (REPOSITORY / folder).rglob("*.py")]
+MODULES = [path.as_posix() for folder in FOLDERS for path in (REPOSITORY / folder).rglob("*.py")] + [
+    str(REPOSITORY / "deepcloze.py")
+]
 SECTIONS = {name for config in CONFIGS.values() for name in config.model_fields}
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(REPOSITORY)))

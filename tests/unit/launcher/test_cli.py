@@ -139,7 +139,7 @@ def test_an_interrupted_run_can_be_resumed(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(function, interrupted)
-    assert main([command, "--config", "x"]) == 75
+    assert main([command, "--config", "x.yaml"]) == 75
     assert capsys.readouterr().err == "deepcloze: interrupted; run the same command again to resume\n"
 
 

@@ -55,7 +55,7 @@ def test_the_commands_of_a_sweep(pretraining: Path, tmp_path: Path, capsys: pyte
     lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
     assert len(lines) == 4
     assert lines[1][1:] == [
-        *("-m", "launcher", "pretrain", "--config", str(pretraining), "--num_gpus=1", "--schedule.steps=3"),
+        *("-P", "-m", "launcher", "pretrain", "--config", str(pretraining), "--num_gpus=1", "--schedule.steps=3"),
         *("--optimizer.lr=1e-4", "--optimizer.betas=[0.9,0.999]"),
         f"--run.dir={tmp_path}/run-sweep/lr=1e-4_betas=0.9-0.999",
     ]

@@ -1,0 +1,78 @@
+"""`deepcloze completion`: scripts that let a shell complete commands, flags, config keys and recipes."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+from experiment.config.reference import config_reference
+from experiment.recipes import all_recipes
+from launcher.command_line import Command, flags_of, options_of
+from launcher.config_docs import CONFIGS
+
+Shell = Literal["bash", "zsh", "fish"]
+
+_KEYS_OF = {"plan": "pretrain", "preflight": "pretrain"}  # commands that take the config of another one
+
+_BASH = """\
+# deepcloze, bash: eval "$(deepcloze completion bash)", for example in ~/.bashrc
+_deepcloze() {{
+    local word="${{COMP_WORDS[COMP_CWORD]}}" before="${{COMP_WORDS[COMP_CWORD-1]}}" words=""
+    if [ "$COMP_CWORD" -eq 1 ]; then
+        words="{commands} --help --version"
+    elif [ "$before" = --config ]; then
+        case "${{COMP_WORDS[1]}}" in
+{recipes}
+        esac
+        COMPREPLY=($(compgen -W "$words" -- "$word") $(compgen -f -- "$word"))
+        return
+    else
+        case "${{COMP_WORDS[1]}}" in
+{flags}
+        esac
+    fi
+    COMPREPLY=($(compgen -W "$words" -- "$word"))
+    case "${{COMPREPLY[0]}}" in *=) compopt -o nospace ;; esac
+}}
+complete -o default -F _deepcloze deepcloze
+"""
+
+_ZSH = """\
+# deepcloze, zsh: eval "$(deepcloze completion zsh)", for example in ~/.zshrc
+autoload -U +X compinit && compinit
+autoload -U +X bashcompinit && bashcompinit
+"""
+
+
+def completion_script(shell: Shell, commands: Mapping[str, Command]) -> str:
+    return _fish(commands) if shell == "fish" else (_ZSH if shell == "zsh" else "") + _bash(commands)
+
+
+def _bash(commands: Mapping[str, Command]) -> str:
+    flags = [f'            {name}) words="{" ".join(_flags(name, command))}" ;;' for name, command in commands.items()]
+    recipes = [f'            {name}) words="{" ".join(_recipes(name))}" ;;' for name in ("pretrain", "finetune")]
+    return _BASH.format(commands=" ".join(commands), flags="\n".join(flags), recipes="\n".join(recipes))
+
+
+def _fish(commands: Mapping[str, Command]) -> str:
+    lines = ["# deepcloze, fish: deepcloze completion fish > ~/.config/fish/completions/deepcloze.fish"]
+    for name, command in commands.items():
+        summary = (command.__doc__ or "").partition("\n")[0].replace("'", "\\'")
+        lines.append(f"complete -c deepcloze -n __fish_use_subcommand -a {name} -d '{summary}'")
+        on_command = f"complete -c deepcloze -n '__fish_seen_subcommand_from {name}'"
+        lines += [f"{on_command} -a '{flag}'" for flag in _flags(name, command)]
+        lines += [f"{on_command} -l config -a '{recipe}'" for recipe in _recipes(name)]
+    return "\n".join(lines) + "\n"
+
+
+def _flags(name: str, command: Command) -> list[str]:
+    """The flags of a command, and the config keys that it takes."""
+    options = options_of(command)
+    flags = [f"--{flag.name}" for flag in flags_of(options).values() if not flag.positional]
+    keys = CONFIGS.get(_KEYS_OF.get(name, name))
+    if keys is not None and "overrides" in options.model_fields:
+        names = dict.fromkeys(key.name for section in config_reference(keys) for key in section.keys)
+        flags += [f"--{key}=" for key in names if "[" not in key and "<" not in key]
+    return [*flags, "--help"]
+
+
+def _recipes(name: str) -> list[str]:
+    return [recipe.name for recipe in all_recipes() if recipe.kind == name]

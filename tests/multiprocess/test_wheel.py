@@ -1,0 +1,85 @@
+"""deepcloze installed from a wheel, in a virtual environment and a working directory of its own."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from experiment.checkpoints import complete_checkpoints
+from launches import config_file
+from rank_pool import RankPool
+from runs import logged, pretrain_case, run_config
+
+REPOSITORY = Path(__file__).parents[2]
+_PACKAGES = ("launcher", "pretrain", "finetune", "experiment", "ds_configs", "hostfiles")
+
+
+class Installed(NamedTuple):
+    command: Path
+    packages: Path
+    folder: Path  # the working directory
+
+    def run(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        return subprocess.run(
+            [self.command, *arguments], cwd=self.folder, env=environment, capture_output=True, text=True, check=False
+        )
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    source = folder / "source"
+    for name in _PACKAGES:  # a copy: a build writes to the folder of its source
+        shutil.copytree(REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("deepcloze.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, source / name)
+    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(folder), str(source)]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = folder.glob("deepcloze-*.whl")
+    venv.create(folder / "venv", symlinks=True)
+    python = folder / "venv" / "bin" / "python"
+    install = [*pip, "--python", str(python), "install", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run(install, check=True, capture_output=True)
+    packages = Path(sysconfig.get_path("purelib", vars={"base": str(folder / "venv")}))
+    # Finds what deepcloze depends on, but not this checkout: .pth files in folders that a .pth file names are not read.
+    dependencies = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    (packages / "dependencies.pth").write_text("\n".join(dependencies) + "\n")
+    work = folder / "work"
+    work.mkdir()
+    return Installed(python.with_name("deepcloze"), packages, work)
+
+
+def test_a_wheel_has_recipes_and_presets(installed: Installed) -> None:
+    """Catches files that only a source checkout has."""
+    done = installed.run("recipes")
+    assert done.returncode == 0, done.stderr
+    assert "roberta-base" in done.stdout
+    done = installed.run("validate", "roberta-base", "--engine.ds_config=fp32_zero2")
+    assert done.returncode == 2
+    assert done.stderr.startswith("deepcloze: corpus.train: "), "found the recipe and the preset, but no corpus"
+    names = ("hostfiles/slurm.sbatch", "ds_configs/README.md", "finetune/serve/page.html")
+    assert [name for name in names if not (installed.packages / name).is_file()] == []
+
+
+def test_a_wheel_trains_as_the_source_does(
+    installed: Installed, wordpiece_corpus: Path, tmp_path: Path, pools: dict[int, RankPool]
+) -> None:
+    """Catches ranks that do not find the packages of a wheel, or find others."""
+    for name in ("launcher", "pretrain", "finetune", "experiment", "torch", "deepspeed"):
+        (installed.folder / f"{name}.py").write_text("raise SystemExit('imported from the working directory')\n")
+    config = config_file(tmp_path, wordpiece_corpus, engine__ds_config="fp32_zero1")
+    done = installed.run("pretrain", "--config", str(config), "--num_gpus=2", "--oversubscribe")
+    assert done.returncode == 0, done.stderr
+    pools[2].run(pretrain_case, run_config(tmp_path / "pooled", wordpiece_corpus))
+    assert logged(tmp_path / "run") == logged(tmp_path / "pooled")
+    assert str(installed.packages / "ds_configs") in (tmp_path / "run" / "config.yaml").read_text(encoding="utf-8")
+    assert complete_checkpoints(tmp_path / "run" / "checkpoints")
