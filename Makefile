@@ -9,13 +9,14 @@ READY := $(VENV)/.ready
 unexport PYTHONDONTWRITEBYTECODE
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check soak
+.PHONY: help setup demo test check soak docs
 
 help:
 	@echo "make demo    the full pipeline on real text, from documentation to task scores: under 10 minutes on 2 cores"
 	@echo "make test    the tests"
 	@echo "make check   format, lint, types and the tests"
 	@echo "make soak    full test matrices, long chaos runs, and the demo"
+	@echo "make docs    the documentation as a site with search, in site/index.html"
 
 setup: $(READY)
 
@@ -35,6 +36,11 @@ check: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -m "not soak"
+
+docs: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html"
 
 soak: $(READY)
 	$(BIN)/python -m pytest -m soak

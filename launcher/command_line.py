@@ -54,6 +54,16 @@ class Flag:
         return self.metavar if self.positional else f"--{self.name}"
 
 
+@dataclass(frozen=True)
+class CommandDescription:
+    """The help of a command."""
+
+    usage: str
+    text: str  # paragraphs
+    flags: tuple[tuple[str, str], ...]  # as written, meaning
+    example: str
+
+
 def is_help_request(argv: Sequence[str]) -> bool:
     """Whether the command line is empty or asks for help."""
     return not argv or "--help" in argv or "-h" in argv
@@ -239,7 +249,8 @@ def _overview(commands: Mapping[str, Command], about: str, width: int) -> str:
     )
 
 
-def _command_help(name: str, command: Command, width: int) -> str:
+def describe_command(name: str, command: Command) -> CommandDescription:
+    """What its help says, for the documentation too."""
     options_type = options_of(command)
     flags = flags_of(options_type).values()
     usage = [_usage(flag) for flag in flags if flag.required]
@@ -249,12 +260,19 @@ def _command_help(name: str, command: Command, width: int) -> str:
     if field := _overrides_field(options_type):
         usage.append("[--section.key=value …]")
         rows.append(("--section.key=value", _one_line(options_type.model_fields[field].description)))
-    description, _, example = inspect.cleandoc(command.__doc__ or "").partition("\n\nExample:\n")
+    text, _, example = inspect.cleandoc(command.__doc__ or "").partition("\n\nExample:\n")
+    return CommandDescription(
+        " ".join(["deepcloze", name, *usage]), text, tuple(rows), textwrap.dedent(example).strip()
+    )
+
+
+def _command_help(name: str, command: Command, width: int) -> str:
+    description = describe_command(name, command)
     return "\n".join(
         [
-            *(f"usage: deepcloze {' '.join([name, *usage])}", "", _filled(description, width), "", "flags:"),
-            *_table(rows, width),
-            *("", "example:", textwrap.indent(textwrap.dedent(example).strip(), "  ")),
+            *(f"usage: {description.usage}", "", _filled(description.text, width), "", "flags:"),
+            *_table(description.flags, width),
+            *("", "example:", textwrap.indent(description.example, "  ")),
         ]
     )
 

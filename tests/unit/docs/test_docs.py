@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel
 
 from launcher.cli import main
+from launcher.command_docs import commands_page
 from launcher.config_docs import CONFIGS
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -31,6 +32,18 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.rel
 def test_there_are_pages() -> None:
     """A moved folder would leave the other tests with nothing to check."""
     assert {"README.md", "CONTRIBUTING.md", "pretraining.md", "RESULTS.md"} <= {page.name for page in PAGES}
+
+
+def test_the_site_has_all_pages() -> None:
+    """A new page is missing in the navigation of the site, or a removed one is still there."""
+    nav = re.findall(r"[\w]+\.md", (REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8"))
+    assert sorted(nav) == sorted(path.name for path in (REPOSITORY / "docs").glob("*.md"))
+
+
+def test_the_page_of_commands_is_up_to_date() -> None:
+    """docs/commands.md drifts from the docstrings of commands and flags."""
+    page = (REPOSITORY / "docs" / "commands.md").read_text(encoding="utf-8")
+    assert page == commands_page(), "python -m launcher.command_docs > docs/commands.md"
 
 
 @each_page
