@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from experiment.disk_errors import disk_errors_as
 from experiment.errors import UserError
+from pretrain.corpus.announcement import announce_sources
 from pretrain.corpus.build_plan import BuildPlan, plan_build
 from pretrain.corpus.manifest import MANIFEST, TOKENIZER, Manifest, read_manifest
 from pretrain.corpus.options import CorpusOptions
@@ -43,6 +44,7 @@ def build_corpus(options: CorpusOptions) -> Manifest:
 
 def _build(plan: BuildPlan) -> dict[Part, Manifest]:
     """Build all parts and publish them. However this ends, finished shards are kept."""
+    announce_sources(plan.sources, plan.text_options)
     total = scan_source("counting", plan) if plan.sampling.enabled else None
     writers = _open_writers(plan, total)
     try:
