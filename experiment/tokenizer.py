@@ -148,14 +148,20 @@ def _read_json(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
-    """Write a Hugging Face folder: the same bytes for the same tokenizer, wherever it was loaded from."""
-    tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.backend_tokenizer.no_padding()
+def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
+    """Write a Hugging Face folder: the same bytes for the same tokenizer, wherever it was loaded from.
+
+    transformers 4 opens it too: it does not know the name that transformers 5 gives to its general class.
+    """
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:  # not written in Python
+        backend.no_truncation()
+        backend.no_padding()
     tokenizer.save_pretrained(str(folder))
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     kept = {key: value for key, value in config.items() if key not in _SOURCE_KEYS}
+    if kept.get("tokenizer_class") == "TokenizersBackend":
+        kept["tokenizer_class"] = "PreTrainedTokenizerFast"
     path.write_text(json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
     fsync_tree(folder)
 

@@ -14,7 +14,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from experiment.errors import UserError
 from experiment.frozen_modules import check_freeze, is_in_module
 from experiment.positions import limit_tokenizer, max_positions
-from experiment.tokenizer import vocabulary_size
+from experiment.tensor_files import share_tensors
+from experiment.tokenizer import save_tokenizer, vocabulary_size
 from experiment.transformers_logging import quiet_transformers
 from experiment.unused_weights import describe_unused_layers
 
@@ -221,4 +222,5 @@ def save_model(
         tokenizer.init_kwargs[name] = value  # attributes are saved only if they are also here
     with quiet_transformers():
         model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
+    share_tensors(folder)

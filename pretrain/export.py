@@ -4,11 +4,12 @@ import copy
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from experiment.positions import limit_tokenizer
+from experiment.tensor_files import save_tensors
+from experiment.tokenizer import save_tokenizer
 
 
 def write_hugging_face_folder(
@@ -19,13 +20,13 @@ def write_hugging_face_folder(
     `weights`: fp32, by the model's own parameter names, tied ones once. Buffers that it lacks are those of `model`.
     """
     folder.mkdir(parents=True)
-    save_file(persistent_buffers(model) | weights, folder / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(persistent_buffers(model) | weights, folder / "model.safetensors", metadata={"format": "pt"})
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.dtype = torch.float32
     config.save_pretrained(folder)
     limit_tokenizer(tokenizer, model)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
 
 
 def persistent_buffers(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from experiment.checkpoints import checkpoint_step, mark_complete, read_state, write_best
 from experiment.errors import UserError
 from experiment.files import checksum, fsync, write_json
 from experiment.retention import Retention, apply_retention, discard
+from experiment.tensor_files import save_tensors
 from pretrain.engine.engine import Engine
 
 # Kinds of tensors that are saved of a parameter, besides the optimizer's own (exp_avg, exp_avg_sq, step).
@@ -102,7 +102,7 @@ def write_share(share: Share, checkpoint: Path) -> WrittenShare:
         return WrittenShare({}, {})
     path = checkpoint / "engine" / _file_name(share.rank)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(share.tensors, path)
+    save_tensors(share.tensors, path)
     fsync(path)
     return WrittenShare(share.index, {f"engine/{path.name}": checksum(path)})
 

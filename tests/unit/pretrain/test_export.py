@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -37,3 +38,15 @@ def test_transformers_can_cut_texts_at_the_positions(folder: Path) -> None:
     """Catches a tokenizer without a length limit: `truncation=True` then cuts nothing, and long texts fail."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert len(tokenizer("de fi " * 2000, truncation=True)["input_ids"]) == 512
+
+
+def test_others_can_open_the_folder(folder: Path) -> None:
+    """Catches a tokenizer that transformers 4 does not know, traces of this machine, and files that only their owner
+    can read."""
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert config["model_max_length"] == 512
+    assert not {"is_local", "local_files_only", "name_or_path", "tokenizer_file"} & config.keys()
+    new = folder / "new"
+    new.touch()
+    assert {oct(path.stat().st_mode) for path in folder.iterdir()} == {oct(new.stat().st_mode)}
