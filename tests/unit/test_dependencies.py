@@ -23,6 +23,7 @@ NOT_IMPORTED = {
     "mypy",
     "onnxscript",
     "pytest-timeout",
+    "pytest-xdist",
     "python-multipart",
     "selenium",
     "ruff",
