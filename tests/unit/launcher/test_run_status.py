@@ -88,6 +88,7 @@ def test_how_a_run_ended(folder: RunFolder) -> None:
         (HOST, os.getpid(), 1, "failed"),
         ("elsewhere", os.getpid(), None, "unknown"),
     ],
+    ids=["running", "killed", "failed", "elsewhere"],
 )
 def test_a_run_without_our_launcher(folder: RunFolder, host: str, pid: int, exit_code: int | None, state: str) -> None:
     """Catches a run that `deepspeed` has started itself, which locks nothing, and counts as not started."""
