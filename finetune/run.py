@@ -25,7 +25,7 @@ from experiment.provenance import ancestors_of, collect_provenance, write_proven
 from experiment.run_folder import RunFolder, open_run_folder
 from experiment.run_lock import check_unlocked, lock_run
 from experiment.tracking.console import terminal
-from experiment.tracking.tracker import TrackedRun, Tracker, open_trackers
+from experiment.tracking.tracker import TrackedRun, Tracker, check_tracking, open_trackers
 from finetune.config import FinetuneConfig, ModelConfig, TrainingConfig
 from finetune.data.checks import data_warnings
 from finetune.device import choose_device
@@ -106,6 +106,7 @@ def prepare(config: FinetuneConfig) -> Setup:
     name = config.task.name
     if (Path(config.run.dir) / "config.json").exists():
         raise UserError(f"run.dir: {config.run.dir} holds a model (config.json); choose another folder")
+    check_tracking(config.tracking)
     device = choose_device(config.training.precision)
     tables = read_splits(config.task, Path(config.model.init_from), config.training.fit_on)
     kind = make_kind(config.task, tables)

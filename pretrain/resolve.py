@@ -18,6 +18,7 @@ from experiment.frozen_modules import check_freeze
 from experiment.positions import max_positions
 from experiment.run_folder import RunFolder
 from experiment.tokenizer import load_tokenizer, tokenizer_fingerprint
+from experiment.tracking import check_tracking
 from pretrain.batching.vocabulary import Vocabulary, build_vocabulary
 from pretrain.config import CorpusConfig, ModelConfig, PretrainConfig, Stage, WeightedCorpus
 from pretrain.corpus.reader import Corpus, open_corpus
@@ -99,6 +100,7 @@ def resolve(
     """
     deepspeed = load_settings(config.engine.ds_config)
     config = _with_absolute_paths(config, deepspeed.path)
+    decide(lambda: check_tracking(config.tracking))  # only rank 0 tracks
     folder = RunFolder(Path(config.run.dir))
     point = decide(lambda: find_resume_candidates(config.run, folder)).choose(verify)
     located, model_source = decide(lambda: locate_model(config.model, point))

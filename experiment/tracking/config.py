@@ -6,10 +6,13 @@ from experiment.config import Section
 
 
 class TrackingConfig(Section):
-    """Weights & Biases. The console log and metrics.jsonl are always written. See docs/tracking.md."""
+    """Where metrics go. The console log and metrics.jsonl are always written. See docs/tracking.md."""
 
     wandb: Literal["online", "offline", "disabled"] = "disabled"
     """Log to Weights & Biases; `offline` writes local files for `wandb sync`."""
+
+    tensorboard: bool = False
+    """Write event files of TensorBoard to RUN/tensorboard; needs the extra `tensorboard`."""
 
     project: str = "deepcloze"
     """Weights & Biases project."""

@@ -3,17 +3,16 @@
 The events of training are in the order of the steps; the scores of `deepcloze watch` come later than their steps.
 """
 
-import errno
 import json
 import math
-import os
-from contextlib import suppress
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from experiment.files import write_text
 from experiment.outcome_file import Outcome
 from experiment.strict_json import parse_json
+from experiment.tracking.append_file import AppendFile
 from experiment.tracking.metrics import Metrics
 
 _TAIL_BYTES = 1 << 18
@@ -24,40 +23,40 @@ Event = dict[str, Any]  # parsed JSON; has an integer `step`
 class JsonlTracker:
     """Appends each event to `path` immediately.
 
-    Drops first what a resume logs again: the file's events after `resumed_step`, and the evaluation of that step if
-    `evaluates_again`.
+    Drops first what a resume logs again, see `kept_events`.
     """
 
     def __init__(self, path: Path, resumed_step: int, evaluates_again: bool = False) -> None:
-        kept = [event for event in read_events(path) if event["step"] <= resumed_step]
-        if evaluates_again:
-            kept = [event for event in kept if event["step"] < resumed_step or not _is_evaluation(event)]
-        write_text(path, "".join(_line(event) for event in kept))
-        # Unbuffered: an event is in the file when `log` returns, even if the process is killed right after.
-        self._file = path.open("ab", buffering=0)
-        self._end = self._file.tell()  # size of the file up to the last complete line
-        self._torn = False  # whether a failed write may have left a part of a line after `_end`
+        write_text(path, "".join(_line(event) for event in kept_events(path, resumed_step, evaluates_again)))
+        self._file = AppendFile(path)
 
     def log(self, metrics: Metrics) -> None:
-        line = _line(metrics).encode()
-        self._remove_torn_line()
-        self._torn = True
-        if self._file.write(line) != len(line):
-            with suppress(OSError):  # tried again before the next write
-                self._remove_torn_line()
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        self._end += len(line)
-        self._torn = False
+        self._file.append(_line(metrics).encode())
 
     def close(self, outcome: Outcome) -> None:
-        with self._file:
-            self._remove_torn_line()
+        self._file.close()
 
-    def _remove_torn_line(self) -> None:
-        """The file is open for appending: the next write goes to its new end, wherever the last one stopped."""
-        if self._torn:
-            self._file.truncate(self._end)
-            self._torn = False
+
+def kept_events(path: Path, resumed_step: int, evaluates_again: bool = False) -> list[Event]:
+    """The events in the file that a resumed run does not log again, see `is_kept`."""
+    return [event for event in read_events(path) if is_kept(event["step"], event, resumed_step, evaluates_again)]
+
+
+def is_kept(step: int, names: Iterable[str], resumed_step: int, evaluates_again: bool) -> bool:
+    """Whether a run that resumes after `resumed_step` does not log an event again.
+
+    Args:
+        step: of the event.
+        names: of its metrics.
+        evaluates_again: whether the run starts with the evaluation of `resumed_step`.
+    """
+    is_repeated = evaluates_again and is_evaluation(names)
+    return step < resumed_step or (step == resumed_step and not is_repeated)
+
+
+def is_evaluation(names: Iterable[str]) -> bool:
+    """Whether these are the metrics of an evaluation."""
+    return any(name.startswith("eval/") for name in names)
 
 
 def read_events(path: Path) -> list[Event]:
@@ -86,10 +85,6 @@ def _event(line: bytes) -> Event | None:
     except ValueError:
         return None
     return event if isinstance(event, dict) and isinstance(event.get("step"), int) else None
-
-
-def _is_evaluation(event: Event) -> bool:
-    return any(key.startswith("eval/") for key in event)
 
 
 def _line(metrics: Metrics) -> str:

@@ -1,4 +1,4 @@
-"""The trackers of a run as one: console, `metrics.jsonl` and Weights & Biases.
+"""The trackers of a run as one: console, `metrics.jsonl`, TensorBoard and Weights & Biases.
 
 Only rank 0 opens trackers. A tracker that fails is reported once and never stops the run or the other trackers.
 """
@@ -12,6 +12,7 @@ from experiment.outcome_file import Outcome
 from experiment.run_folder import RunFolder
 from experiment.tracking.config import TrackingConfig
 from experiment.tracking.console import ConsoleTracker
+from experiment.tracking.event_file import TensorBoardTracker, require_tensorboard
 from experiment.tracking.jsonl import JsonlTracker
 from experiment.tracking.metrics import Metrics
 from experiment.tracking.weights_and_biases import WandbTracker
@@ -39,14 +40,21 @@ class TrackedRun:
     unit: str = "step"  # what the console calls a step
 
 
+def check_tracking(config: TrackingConfig) -> None:
+    """Raises UserError if a tracker needs a package that is missing."""
+    if config.tensorboard:
+        require_tensorboard()
+
+
 def open_trackers(config: TrackingConfig, folder: RunFolder, run: TrackedRun, console: bool = True) -> Tracker:
     """Open the trackers that `config` enables, as one. console: whether the terminal is one of them."""
-    openers: dict[str, Callable[[], Tracker]] = {
-        "metrics.jsonl": lambda: JsonlTracker(folder.metrics, run.resumed_step, run.evaluates_again),
-    }
+    resumed = run.resumed_step, run.evaluates_again
+    openers: dict[str, Callable[[], Tracker]] = {"metrics.jsonl": lambda: JsonlTracker(folder.metrics, *resumed)}
     if console:
         shown = {"the console": lambda: ConsoleTracker(run.total_steps, run.resumed_step, run.unit)}
         openers = {**shown, **openers}
+    if config.tensorboard:
+        openers["TensorBoard"] = lambda: TensorBoardTracker(folder.tensorboard, *resumed)
     if config.wandb != "disabled":
         openers["W&B"] = lambda: WandbTracker(config, folder, run.run_id, run.parameters)
     return _TrackerGroup(openers)

@@ -14,6 +14,7 @@ from statistics import harmonic_mean, median
 
 from experiment.outcome_file import Cause, read_outcome, reserve_outcome
 from experiment.run_folder import RunFolder, open_run_folder
+from experiment.tracking.config import TrackingConfig
 from experiment.tracking.jsonl import Event, read_events
 from launcher.launch_plan import LaunchPlan
 from launcher.ranks.microbatch import scaled_microbatch
@@ -82,7 +83,7 @@ def trial_config(config: PretrainConfig, sizes: Sequence[int], folder: RunFolder
             "evaluation": config.evaluation.model_copy(update={"best_metric": None, "patience": None}),
             "checkpoint": config.checkpoint.model_copy(update={"every_steps": None, "every_minutes": None}),
             "health": config.health.model_copy(update={"policy": "stop", "compare_every": None}),
-            "tracking": config.tracking.model_copy(update={"wandb": "disabled", "tensorboard": False}),
+            "tracking": TrackingConfig(),
         }
     )
 

@@ -27,6 +27,7 @@ PRETRAIN_LAYERS = (
 ONLY_IN = {
     "deepspeed": ("pretrain.engine",),
     "wandb": ("experiment.tracking",),
+    "tensorboard": ("experiment.tracking",),
     "fastapi": ("finetune.serve",),
     "onnx": ("finetune.export",),
     "onnxruntime": ("finetune.export", "finetune.onnx_model"),

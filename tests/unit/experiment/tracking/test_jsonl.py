@@ -1,4 +1,3 @@
-import errno
 import json
 from pathlib import Path
 
@@ -80,67 +79,6 @@ def test_nan_and_infinity_become_null(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     JsonlTracker(path, -1).log({"step": 1, "loss": float("nan"), "grad_norm": float("inf")})
     assert path.read_text() == '{"step": 1, "loss": null, "grad_norm": null}\n'
-
-
-@pytest.mark.parametrize("failures", [1, 2, 5])
-@pytest.mark.parametrize("truncating", ["works", "fails too"])
-@pytest.mark.parametrize("written", [0, 4, None])
-def test_a_full_disk_leaves_no_half_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: int, truncating: str, written: int | None
-) -> None:
-    """Catches a partial line to which the next event is appended once there is space again, a position that is wrong
-    after several failed writes, and an event that `log` has accepted and a later failure removes.
-
-    written: bytes of the line that reach the file before the write fails; None: all, then the write raises.
-    """
-    path = tmp_path / "m.jsonl"
-    tracker = JsonlTracker(path, -1)
-    file = tracker._file
-
-    class FullDisk:
-        def write(self, line: bytes) -> int:
-            if written is None:
-                file.write(line)
-                raise OSError(errno.EIO, "No space left, or another error")
-            return file.write(line[:written])
-
-        def truncate(self, size: int) -> int:
-            if truncating == "works":
-                return file.truncate(size)
-            raise OSError(errno.EIO, "No space left, or another error")
-
-    expected = []
-    for attempt in range(3):
-        monkeypatch.setattr(tracker, "_file", FullDisk())
-        for failure in range(failures):
-            with pytest.raises(OSError, match="No space left"):
-                tracker.log({"step": attempt, "failed": failure * "x"})
-        monkeypatch.setattr(tracker, "_file", file)
-        tracker.log({"step": attempt, "loss": 1.5})
-        expected.append({"step": attempt, "loss": 1.5})
-        assert [json.loads(line) for line in path.read_text().splitlines()] == expected
-
-
-def test_a_failed_close_leaves_no_half_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches the remains of the last event, if it could not be written, in the file of a finished run."""
-    path = tmp_path / "m.jsonl"
-    tracker = JsonlTracker(path, -1)
-    tracker.log({"step": 1})
-    file = tracker._file
-
-    class Broken:
-        def write(self, line: bytes) -> int:
-            return file.write(line[:4])
-
-        def truncate(self, size: int) -> int:
-            raise OSError(errno.EIO, "No space left")
-
-    monkeypatch.setattr(tracker, "_file", Broken())
-    with pytest.raises(OSError, match="No space left"):
-        tracker.log({"step": 2})
-    monkeypatch.setattr(tracker, "_file", file)
-    tracker.close(Outcome.DONE)
-    assert path.read_text() == '{"step": 1}\n'
 
 
 def test_no_file_means_no_events(tmp_path: Path) -> None:

@@ -1,0 +1,107 @@
+"""The event file for TensorBoard.
+
+It is written with TensorBoard's own record format and messages, one record for each event. TensorBoard's
+`EventFileWriter`, which torch uses too, writes from a thread: a kill loses up to two minutes, and a full disk ends the
+thread. Steps that are logged again after a crash are removed from the file: TensorBoard's faster loader, its default,
+and most other readers ignore `purge_step`.
+"""
+
+import io
+import platform
+import time
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from experiment.errors import UserError
+from experiment.files import atomic_write
+from experiment.outcome_file import Outcome
+from experiment.tracking.append_file import AppendFile
+from experiment.tracking.jsonl import is_kept
+from experiment.tracking.metrics import Metrics
+
+_PREFIX = "events.out.tfevents."  # by which TensorBoard recognises its files
+_LENGTH, _CHECKSUM = 8, 4  # bytes: a record is its length, a checksum of that, the message, and a checksum of that
+
+
+def require_tensorboard() -> None:
+    """Raises UserError if the package is missing."""
+    if find_spec("tensorboard") is None:
+        raise UserError("tracking.tensorboard: tensorboard not installed; run: pip install 'deepcloze[tensorboard]'")
+
+
+class TensorBoardTracker:
+    """Writes the numbers of each event by step, under their names in metrics.jsonl.
+
+    Each attempt starts a new file in `folder` with what it does not log again of the one before, see `is_kept`.
+    """
+
+    def __init__(self, folder: Path, resumed_step: int, evaluates_again: bool = False) -> None:
+        from tensorboard.compat.proto.event_pb2 import SessionLog
+
+        folder.mkdir(parents=True, exist_ok=True)
+        earlier = sorted(folder.glob(f"{_PREFIX}*"))
+        path = folder / f"{_PREFIX}{_next_number(earlier):020d}.{platform.node()}"
+        with atomic_write(path) as temporary, temporary.open("wb") as file:
+            file.write(_record(file_version="brain.Event:2"))
+            file.write(_record(session_log=SessionLog(status=SessionLog.START)))  # forget what was read before
+            file.writelines(_kept_records(earlier, resumed_step, evaluates_again))
+        for replaced in earlier:
+            replaced.unlink()
+        self._file = AppendFile(path)
+
+    def log(self, metrics: Metrics) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [
+            Summary.Value(tag=name, simple_value=value)
+            for name, value in metrics.items()
+            if name != "step" and isinstance(value, int | float)
+        ]
+        self._file.append(_record(step=metrics["step"], summary=Summary(value=values)))
+
+    def close(self, outcome: Outcome) -> None:
+        self._file.close()
+
+
+def _next_number(files: list[Path]) -> int:
+    """For the name of a file: TensorBoard reads files in the order of their names, and the clock of the host that wrote
+    the last one may have been ahead."""
+    numbers = [path.name.removeprefix(_PREFIX).partition(".")[0] for path in files]
+    return max([time.time_ns(), *(int(number) + 1 for number in numbers if number.isdecimal())])
+
+
+def _kept_records(files: list[Path], resumed_step: int, evaluates_again: bool) -> list[bytes]:
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+    kept: list[bytes] = []
+    for path in files:
+        for record in _read_records(path):
+            event = Event.FromString(record[_LENGTH + _CHECKSUM : -_CHECKSUM])
+            if event.session_log.status == SessionLog.START:
+                kept.clear()  # an attempt that was killed here had not removed the files before
+            elif event.HasField("summary"):
+                names = [value.tag for value in event.summary.value]
+                if is_kept(event.step, names, resumed_step, evaluates_again):
+                    kept.append(record)
+    return kept
+
+
+def _read_records(path: Path) -> Iterator[bytes]:
+    """The records of a file, without one that a killed process left incomplete."""
+    with path.open("rb") as file:
+        while len(header := file.read(_LENGTH + _CHECKSUM)) == _LENGTH + _CHECKSUM:
+            length = int.from_bytes(header[:_LENGTH], "little") + _CHECKSUM
+            if len(rest := file.read(length)) < length:
+                return
+            yield header + rest
+
+
+def _record(**fields: Any) -> bytes:
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    buffer = io.BytesIO()
+    RecordWriter(buffer).write(Event(wall_time=time.time(), **fields).SerializeToString())
+    return buffer.getvalue()
