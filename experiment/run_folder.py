@@ -32,6 +32,11 @@ class RunFolder:
         return self.path / "tensorboard"
 
     @property
+    def wandb(self) -> Path:
+        """Files of Weights & Biases."""
+        return self.path / "wandb"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

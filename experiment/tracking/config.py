@@ -1,6 +1,8 @@
 """The `tracking:` section of both pretraining and fine-tuning."""
 
-from typing import Literal
+from typing import Literal, Self
+
+from pydantic import model_validator
 
 from experiment.config import Section
 
@@ -22,3 +24,12 @@ class TrackingConfig(Section):
 
     tags: tuple[str, ...] = ()
     """Tags of the run in Weights & Biases."""
+
+    artifacts: bool = False
+    """Save config, provenance and report as an artifact of the run in Weights & Biases."""
+
+    @model_validator(mode="after")
+    def _wandb_is_enabled(self) -> Self:
+        if self.artifacts and self.wandb == "disabled":
+            raise ValueError("artifacts: needs wandb: online or offline")
+        return self

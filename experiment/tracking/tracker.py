@@ -6,6 +6,7 @@ Only rank 0 opens trackers. A tracker that fails is reported once and never stop
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from experiment.outcome_file import Outcome
@@ -13,7 +14,7 @@ from experiment.run_folder import RunFolder
 from experiment.tracking.config import TrackingConfig
 from experiment.tracking.console import ConsoleTracker
 from experiment.tracking.event_file import TensorBoardTracker, require_tensorboard
-from experiment.tracking.jsonl import JsonlTracker
+from experiment.tracking.jsonl import JsonlTracker, kept_events
 from experiment.tracking.metrics import Metrics
 from experiment.tracking.weights_and_biases import WandbTracker
 
@@ -56,7 +57,8 @@ def open_trackers(config: TrackingConfig, folder: RunFolder, run: TrackedRun, co
     if config.tensorboard:
         openers["TensorBoard"] = lambda: TensorBoardTracker(folder.tensorboard, *resumed)
     if config.wandb != "disabled":
-        openers["W&B"] = lambda: WandbTracker(config, folder, run.run_id, run.parameters)
+        kept = partial(kept_events, folder.metrics, *resumed)
+        openers["W&B"] = lambda: WandbTracker(config, folder, run.run_id, run.parameters, kept())
     return _TrackerGroup(openers)
 
 

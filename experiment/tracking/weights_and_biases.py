@@ -2,17 +2,22 @@
 
 All calls to W&B are made in one daemon thread that reads a queue: `log` never blocks the training loop, and `close` has
 a timeout.
+
+W&B ignores a row whose W&B step is not larger than that of the row before, also after a resume. So each event gets a
+number that is the same if it is logged again, and nothing appears twice; and what an earlier attempt has not delivered
+is sent from metrics.jsonl, so nothing is missing.
 """
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from experiment.outcome_file import Outcome
 from experiment.run_folder import RunFolder
 from experiment.tracking.config import TrackingConfig
+from experiment.tracking.jsonl import Event, is_evaluation
 from experiment.tracking.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -20,8 +25,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-INIT_SECONDS = 60.0  # timeout for reaching the server; the run is then logged offline
+INIT_SECONDS = 20.0  # timeout for reaching the server; the run is then logged offline
 FINISH_SECONDS = 30.0  # timeout for uploading the rest when the run ends
+_UPLOAD_SHARE = 0.7  # of it, after which W&B gives up uploading and completes its local file
+_ROWS_PER_STEP = 10_000  # more than a step has events: scores of earlier checkpoints may come in any number
 
 
 class WandbTracker:
@@ -33,13 +40,16 @@ class WandbTracker:
         folder: RunFolder,
         run_id: str,
         parameters: Mapping[str, object],
+        kept: Sequence[Event] = (),
         init_seconds: float = INIT_SECONDS,
         finish_seconds: float = FINISH_SECONDS,
     ) -> None:
+        """`kept`: the events of earlier attempts that are not logged again."""
         self._events: SimpleQueue[Metrics | Outcome] = SimpleQueue()
+        self._config = config
+        self._folder = folder
         self._finish_seconds = finish_seconds
         self._off = False
-        self._files = folder.path / "wandb"
         self._options: dict[str, Any] = {
             "project": config.project,
             "name": config.name or folder.path.name,
@@ -51,11 +61,11 @@ class WandbTracker:
         }
         self._settings: dict[str, Any] = {
             "init_timeout": init_seconds,
-            "finish_timeout": finish_seconds,
+            "finish_timeout": _UPLOAD_SHARE * finish_seconds,
             "silent": True,
             "console": "off",  # the terminal belongs to the console tracker and the rank logs
         }
-        self._worker = threading.Thread(target=self._work, args=(config.wandb == "online",), name="wandb", daemon=True)
+        self._worker = threading.Thread(target=self._work, args=(kept,), name="wandb", daemon=True)
         self._worker.start()
 
     def log(self, metrics: Metrics) -> None:
@@ -66,45 +76,113 @@ class WandbTracker:
         self._events.put(outcome)
         self._worker.join(self._finish_seconds)
         if self._worker.is_alive():
-            self._warn(f"did not finish in {self._finish_seconds:g} s; what it has not uploaded is in {self._files}")
+            files = self._folder.wandb
+            self._warn(f"did not finish in {self._finish_seconds:g} s; what it has not uploaded is in {files}")
             self._off = True
 
-    def _work(self, online: bool) -> None:
+    def _work(self, kept: Sequence[Event]) -> None:
         try:
-            run = self._start(online)
+            run, first_number = self._start()
+            rows = _Rows(run, first_number)
+            for earlier in kept:
+                rows.log_again(earlier)
             while not isinstance(event := self._events.get(), Outcome):
-                run.log({key: value for key, value in event.items() if value is not None})
+                rows.log(event)
             if event is Outcome.STOPPED:
                 run.mark_preempting()  # stopped but resumable: neither finished nor failed
+            if self._config.artifacts:
+                self._save_artifact(run)
             run.finish(exit_code=event.exit_code)
         except Exception as error:
             self._warn(f"is switched off for this run: {_describe(error)}")
             self._off = True
 
-    def _start(self, online: bool) -> "wandb.Run":
-        """Open the W&B run; offline, for a later `wandb sync`, if the server cannot be reached."""
+    def _start(self) -> tuple["wandb.Run", int]:
+        """Open the W&B run; offline, for a later `wandb sync`, if the server cannot be reached.
+
+        Returns the number of its first row that is missing, too.
+        """
         import wandb
 
         settings = wandb.Settings(**self._settings)
         run = None
-        if online:
+        if self._config.wandb == "online":
             try:
                 wandb.setup(settings)  # so that `login` is silent too
                 if not wandb.login(prompt=False):
                     raise RuntimeError("no API key; `wandb login` stores one")
                 run = wandb.init(mode="online", settings=settings, **self._options)
+                first_number = run.starting_step
             except Exception as error:
-                self._warn(f"cannot be reached; run `wandb sync` on {self._files} later: {_describe(error)}")
+                self._warn(f"cannot be reached; run `wandb sync` on {self._folder.wandb} later: {_describe(error)}")
         if run is None:
+            from experiment.tracking.wandb_files import last_step
+
+            first_number = last_step(self._folder.wandb, self._options["id"]) + 1
             run = wandb.init(mode="offline", settings=settings, **self._options)
-        # A resumed run logs some steps a second time; W&B drops them unless `step` is an ordinary metric.
         run.define_metric("step")
         run.define_metric("*", step_metric="step")
-        return run
+        return run, first_number
+
+    def _save_artifact(self, run: "wandb.Run") -> None:
+        """Save the files that say where the results come from, and the report."""
+        import wandb
+
+        from experiment.results.report import write_report  # reads what trackers write, too
+
+        artifact = wandb.Artifact(f"run-{run.id}", type="run")
+        try:
+            page = write_report(self._folder.path)
+            for path in (self._folder.config, self._folder.provenance, *page.parent.iterdir()):
+                name = str(path.relative_to(self._folder.path))
+                artifact.add_file(str(path), name=name, policy="immutable", skip_cache=True)
+            run.log_artifact(artifact)
+        except Exception as error:
+            self._warn(f"has no artifact of this run: {_describe(error)}")
 
     def _warn(self, message: str) -> None:
         if not self._off:
             logger.warning("W&B %s", message)
+
+
+class _Rows:
+    """Logs events as rows, numbered by their steps. Rows before `first_number` are there already."""
+
+    def __init__(self, run: "wandb.Run", first_number: int) -> None:
+        self._run = run
+        self._first_number = first_number
+        self._last_number = -1
+        self._step = -1  # of the training
+        self._late = 0  # events of earlier steps since then
+
+    def log(self, event: Metrics) -> None:
+        number, is_late = self._next(event)
+        # What is late now may not have been when the rows before `first_number` were logged.
+        if is_late or number >= self._first_number:
+            self._log(event, number)
+
+    def log_again(self, event: Metrics) -> None:
+        """Log an event of an earlier attempt, if it is missing."""
+        number, _ = self._next(event)
+        if number >= self._first_number:
+            self._log(event, number)
+
+    def _next(self, event: Metrics) -> tuple[int, bool]:
+        """The number of an event, and whether it is of an earlier step than the training."""
+        step = event["step"]
+        assert isinstance(step, int)
+        if step > self._step:
+            self._step, self._late = step, 0
+        is_late = step < self._step
+        self._late += is_late
+        slot = 1 + self._late if is_late else int(is_evaluation(event))
+        return self._step * _ROWS_PER_STEP + slot, is_late
+
+    def _log(self, event: Metrics, number: int) -> None:
+        """With the number, or the next one that W&B accepts."""
+        self._last_number = max(number, self._last_number + 1, self._first_number)
+        row = {key: value for key, value in event.items() if value is not None}
+        self._run.log(row, step=self._last_number, commit=True)
 
 
 def _describe(error: Exception) -> str:

@@ -178,7 +178,8 @@ def log_results(run: RunFolder, config: PretrainConfig) -> None:
         total_steps=None,
         resumed_step=sys.maxsize,  # drop nothing
     )
-    tracker = open_trackers(config.tracking, run, tracked, console=False)
+    tracking = config.tracking.model_copy(update={"artifacts": False})
+    tracker = open_trackers(tracking, run, tracked, console=False)
     for event in DownstreamLog(run).take_new(sys.maxsize):
         tracker.log(event)
     tracker.close(outcome.outcome if outcome is not None else Outcome.FAILED)

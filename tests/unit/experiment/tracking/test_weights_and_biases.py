@@ -1,38 +1,59 @@
+import json
 import logging
 import subprocess
 import sys
 import textwrap
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from experiment.errors import UserError
 from experiment.outcome_file import Outcome
 from experiment.run_folder import RunFolder
 from experiment.tracking.config import TrackingConfig
+from experiment.tracking.jsonl import Event
+from experiment.tracking.wandb_files import last_step
 from experiment.tracking.weights_and_biases import WandbTracker
 
 
 class FakeRun:
-    def __init__(self, **options: Any) -> None:
+    """Ignores rows as W&B does: those whose W&B step is not larger than that of the row before."""
+
+    id = "id7"
+
+    def __init__(self, starting_step: int = 0, **options: Any) -> None:
         self.options = options
+        self.starting_step = self.next_step = starting_step
         self.logged: list[Mapping[str, Any]] = []
         self.calls: list[tuple[Any, ...]] = []
 
-    def log(self, metrics: Mapping[str, Any]) -> None:
-        self.logged.append(metrics)
+    def log(self, metrics: Mapping[str, Any], step: int, commit: bool) -> None:
+        assert commit, "a row that is not committed is lost by a kill"
+        if step >= self.next_step:
+            self.logged.append(metrics)
+            self.next_step = step + 1
 
-    def define_metric(self, name: str, step_metric: str | None = None) -> None:
-        self.calls.append(("define_metric", name, step_metric))
+    def log_artifact(self, artifact: "FakeArtifact") -> None:
+        self.calls.append(("log_artifact", artifact.name, artifact.content))
 
     def mark_preempting(self) -> None:
         self.calls.append(("mark_preempting",))
 
     def finish(self, exit_code: int) -> None:
         self.calls.append(("finish", exit_code))
+
+
+class FakeArtifact:
+    def __init__(self, name: str, type: str) -> None:
+        self.name = name
+        self.content: list[tuple[str, str]] = []
+
+    def add_file(self, path: str, name: str, **options: Any) -> None:
+        self.content.append((name, Path(path).read_text()))
 
 
 class FakeWandb:
@@ -43,6 +64,7 @@ class FakeWandb:
         self.failing_modes: tuple[str, ...] = ()
         self.has_key = True
         self.silent = False
+        self.starting_step = 0  # what the server says: after its last row
 
     def setup(self, settings: dict[str, Any]) -> None:
         self.silent = settings["silent"]
@@ -52,12 +74,14 @@ class FakeWandb:
         assert self.silent, "it would write into the progress line"
         return self.has_key
 
+    Artifact = FakeArtifact
+
     Settings = staticmethod(lambda **settings: settings)
 
     def init(self, **options: Any) -> FakeRun:
         if options["mode"] in self.failing_modes:
             raise ConnectionError("no route")
-        self.runs.append(FakeRun(**options))
+        self.runs.append(FakeRun(self.starting_step if options["mode"] == "online" else 0, **options))
         return self.runs[-1]
 
 
@@ -68,9 +92,11 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
     return fake
 
 
-def tracker(tmp_path: Path, mode: Any = "online", finish_seconds: float = 5.0) -> WandbTracker:
-    config = TrackingConfig(wandb=mode, project="p", tags=("t",))
-    return WandbTracker(config, RunFolder(tmp_path), "id7", {"a": 1}, finish_seconds=finish_seconds)
+def tracker(
+    tmp_path: Path, mode: Any = "online", finish_seconds: float = 5.0, kept: Sequence[Event] = (), **options: Any
+) -> WandbTracker:
+    config = TrackingConfig(wandb=mode, project="p", tags=("t",), **options)
+    return WandbTracker(config, RunFolder(tmp_path), "id7", {"a": 1}, kept, finish_seconds=finish_seconds)
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -81,10 +107,10 @@ def test_a_run_resumes_under_its_id_with_our_step_as_axis(tmp_path: Path, fake: 
     """Catches a resume that opens a second run, W&B's own step as the x axis, and nulls, which it plots as text."""
     open_tracker = tracker(tmp_path)
     open_tracker.log({"step": 20, "loss": 1.0, "mfu": None})
-    open_tracker.log({"step": 10, "loss": 2.0})
+    open_tracker.log({"step": 10, "downstream/task/accuracy": 0.5})
     open_tracker.close(Outcome.DONE)
     (run,) = fake.runs
-    assert run.logged == [{"step": 20, "loss": 1.0}, {"step": 10, "loss": 2.0}]
+    assert run.logged == [{"step": 20, "loss": 1.0}, {"step": 10, "downstream/task/accuracy": 0.5}]
     assert run.calls == [("define_metric", "step", None), ("define_metric", "*", "step"), ("finish", 0)]
     wanted = {
         "id": "id7",
@@ -96,6 +122,78 @@ def test_a_run_resumes_under_its_id_with_our_step_as_axis(tmp_path: Path, fake: 
     }
     assert wanted.items() <= run.options.items()
     assert run.options["name"] == tmp_path.name
+
+
+def event(step: int, name: str = "loss") -> Event:
+    return {"step": step, name: 1.0}
+
+
+def evaluation(step: int) -> Event:
+    return event(step, "eval/docs/loss")
+
+
+SCORE = event(10, "downstream/task/accuracy")
+FIRST = [evaluation(0), event(10), event(20), evaluation(20), SCORE, event(30)]
+AGAIN = [evaluation(20), event(30), event(40), evaluation(40)]
+
+
+@pytest.mark.parametrize("delivered", range(len(FIRST) + 1))
+def test_nothing_is_doubled_or_missing_after_a_crash(tmp_path: Path, fake: FakeWandb, delivered: int) -> None:
+    """Catches steps that appear twice because the run resumes from an earlier checkpoint, and those that a kill has
+    kept from the server.
+
+    delivered: events that have reached it; the run resumes at step 20, and repeats its evaluation.
+    """
+    first = tracker(tmp_path)
+    for logged in FIRST[:delivered]:
+        first.log(logged)
+    first.close(Outcome.FAILED)
+    fake.starting_step = fake.runs[0].next_step if delivered else 0
+    resumed = tracker(tmp_path, kept=[FIRST[0], FIRST[1], FIRST[2], FIRST[4]])
+    for logged in AGAIN:
+        resumed.log(logged)
+    resumed.close(Outcome.DONE)
+    shown = fake.runs[0].logged + fake.runs[1].logged
+    key = json.dumps
+    assert sorted(map(key, shown)) == sorted(map(key, [*FIRST, event(40), evaluation(40)]))
+
+
+def test_a_score_that_comes_while_steps_are_repeated(tmp_path: Path, fake: FakeWandb) -> None:
+    """Catches a score of an earlier checkpoint that is taken for one of the repeated steps, and lost."""
+    fake.starting_step = 500 * 10_000
+    resumed = tracker(tmp_path)
+    for logged in (event(100), event(90, "downstream/x"), event(510)):
+        resumed.log(logged)
+    resumed.close(Outcome.DONE)
+    assert fake.runs[0].logged == [event(90, "downstream/x"), event(510)]
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_the_origin_of_the_results_is_saved(
+    tmp_path: Path, fake: FakeWandb, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, failing: bool
+) -> None:
+    """Catches an artifact that lacks config, provenance or report, one that was not asked for, and a report that cannot
+    be drawn and leaves the W&B run unfinished."""
+    folder = RunFolder(tmp_path)
+
+    def write_report(path: Path) -> Path:
+        if failing:
+            raise UserError("nothing to report")
+        folder.report.mkdir()
+        (folder.report / "index.html").write_text("curves")
+        return folder.report / "index.html"
+
+    monkeypatch.setattr("experiment.results.report.write_report", write_report)
+    folder.config.write_text("a: 1")
+    folder.provenance.write_text("{}")
+    tracker(tmp_path, artifacts=True).close(Outcome.DONE)
+    tracker(tmp_path).close(Outcome.DONE)
+    content = [("config.yaml", "a: 1"), ("provenance.json", "{}"), ("report/index.html", "curves")]
+    assert [run.calls[2:] for run in fake.runs] == [
+        [*([] if failing else [("log_artifact", "run-id7", content)]), ("finish", 0)],
+        [("finish", 0)],
+    ]
+    assert len(warnings(caplog)) == failing
 
 
 @pytest.mark.parametrize("outcome", list(Outcome))
@@ -230,6 +328,8 @@ def test_offline_writes_into_the_run_folder(tmp_path: Path) -> None:
     """Catches settings that the installed wandb rejects, and a `wandb/` in the working directory."""
     run_for_real(tmp_path, "offline", {}, finish_seconds=120)
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*-id7/*.wandb"))
+    assert last_step(tmp_path / "run" / "wandb", "id7") == 99 * 10_000
+    assert last_step(tmp_path / "run" / "wandb", "other") == -1
 
 
 def test_an_unreachable_network_does_not_delay_a_run(tmp_path: Path) -> None:
