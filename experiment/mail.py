@@ -4,7 +4,7 @@ import os
 import smtplib
 import ssl
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from email.message import EmailMessage
 
 from experiment.errors import UserError
@@ -23,7 +23,7 @@ class MailSettings:
     port: int
     sender: str
     user: str | None = None
-    password: str | None = None
+    password: str | None = field(default=None, repr=False)
 
 
 def read_mail_settings(environ: Mapping[str, str] = os.environ) -> MailSettings:

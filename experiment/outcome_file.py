@@ -37,6 +37,7 @@ class Cause(StrEnum):
     SIGNAL = "signal"  # a rank was asked to stop
     KILLED = "killed"  # a rank was
     LOST_HOST = "lost_host"
+    HUNG = "hung"  # a rank made no progress
     ERROR = "error"  # anything else
 
 

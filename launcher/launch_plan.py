@@ -69,6 +69,7 @@ class LaunchPlan:
             host_environment=self.target.host_environment,
             max_restarts=max_restarts,
             max_halvings=max_halvings(self.config),
+            tracking=self.config.tracking,
             passing_hosts=partial(passing_hosts, self.target, {}),
         )
 

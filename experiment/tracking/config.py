@@ -2,13 +2,34 @@
 
 from typing import Literal, Self
 
-from pydantic import model_validator
+from pydantic import PositiveFloat, model_validator
 
 from experiment.config import Section
 
+AlertEvent = Literal["crash", "stall", "bad_batch", "no_checkpoint", "finish"]
+
+
+class AlertsConfig(Section):
+    """Messages to people about a run. Servers and passwords are environment variables, see docs/tracking.md."""
+
+    email: str | None = None
+    """Address to send mail to, or several separated by commas. The mail server is in DEEPCLOZE_SMTP_HOST."""
+
+    webhook: bool = False
+    """POST alerts as JSON to the URL in DEEPCLOZE_WEBHOOK_URL, for example one of Slack or Mattermost."""
+
+    wandb: bool = False
+    """Send alerts through Weights & Biases."""
+
+    events: tuple[AlertEvent, ...] = ("crash", "stall", "bad_batch", "no_checkpoint", "finish")
+    """What to send alerts about."""
+
+    no_checkpoint_hours: PositiveFloat = 6.0
+    """Hours of training without a new checkpoint after which `no_checkpoint` is sent."""
+
 
 class TrackingConfig(Section):
-    """Where metrics go. The console log and metrics.jsonl are always written. See docs/tracking.md."""
+    """Where metrics and alerts go. The console log and metrics.jsonl are always written. See docs/tracking.md."""
 
     wandb: Literal["online", "offline", "disabled"] = "disabled"
     """Log to Weights & Biases; `offline` writes local files for `wandb sync`."""
@@ -28,8 +49,12 @@ class TrackingConfig(Section):
     artifacts: bool = False
     """Save config, provenance and report as an artifact of the run in Weights & Biases."""
 
+    alerts: AlertsConfig = AlertsConfig()
+
     @model_validator(mode="after")
     def _wandb_is_enabled(self) -> Self:
         if self.artifacts and self.wandb == "disabled":
             raise ValueError("artifacts: needs wandb: online or offline")
+        if self.alerts.wandb and self.wandb != "online":
+            raise ValueError(f"alerts.wandb: needs wandb: online, found {self.wandb}")
         return self

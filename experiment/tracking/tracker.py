@@ -1,17 +1,20 @@
-"""The trackers of a run as one: console, `metrics.jsonl`, TensorBoard and Weights & Biases.
+"""The trackers of a run as one: console, `metrics.jsonl`, TensorBoard, Weights & Biases and alerts.
 
 Only rank 0 opens trackers. A tracker that fails is reported once and never stops the run or the other trackers.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
+from experiment.launch_variable import LAUNCH_VARIABLE, START_VARIABLE
 from experiment.outcome_file import Outcome
 from experiment.run_folder import RunFolder
-from experiment.tracking.config import TrackingConfig
+from experiment.tracking.alerts import Alert, AlertFilter, AlertSender, Messenger, check_alerts
+from experiment.tracking.config import AlertEvent, AlertsConfig, TrackingConfig
 from experiment.tracking.console import ConsoleTracker
 from experiment.tracking.event_file import TensorBoardTracker, require_tensorboard
 from experiment.tracking.jsonl import JsonlTracker, kept_events
@@ -42,12 +45,13 @@ class TrackedRun:
 
 
 def check_tracking(config: TrackingConfig) -> None:
-    """Raises UserError if a tracker needs a package that is missing."""
+    """Raises UserError if a tracker or an alert needs a package or an environment variable that is missing."""
     if config.tensorboard:
         require_tensorboard()
+    check_alerts(config.alerts)
 
 
-def open_trackers(config: TrackingConfig, folder: RunFolder, run: TrackedRun, console: bool = True) -> Tracker:
+def open_trackers(config: TrackingConfig, folder: RunFolder, run: TrackedRun, console: bool = True) -> "Trackers":
     """Open the trackers that `config` enables, as one. console: whether the terminal is one of them."""
     resumed = run.resumed_step, run.evaluates_again
     openers: dict[str, Callable[[], Tracker]] = {"metrics.jsonl": lambda: JsonlTracker(folder.metrics, *resumed)}
@@ -59,25 +63,55 @@ def open_trackers(config: TrackingConfig, folder: RunFolder, run: TrackedRun, co
     if config.wandb != "disabled":
         kept = partial(kept_events, folder.metrics, *resumed)
         openers["W&B"] = lambda: WandbTracker(config, folder, run.run_id, run.parameters, kept())
-    return _TrackerGroup(openers)
+    if config.alerts.webhook or config.alerts.email is not None:
+        openers["alerts"] = lambda: AlertTracker(config.alerts, folder)
+    return Trackers(openers, config.alerts.events)
 
 
-class _TrackerGroup:
+class AlertTracker:
+    """Sends alerts by webhook and mail."""
+
+    def __init__(self, config: AlertsConfig, folder: RunFolder) -> None:
+        self._messenger = Messenger(config, folder, lambda message: logger.warning("%s", message))
+
+    def log(self, metrics: Metrics) -> None:
+        """Metrics are not sent."""
+
+    def alert(self, alert: Alert) -> None:
+        """The launcher sends those about crashes, if there is one: this process might be killed."""
+        if alert.event != "crash" or not {START_VARIABLE, LAUNCH_VARIABLE} & os.environ.keys():
+            self._messenger.alert(alert)
+
+    def close(self, outcome: Outcome) -> None:
+        self._messenger.close()
+
+
+class Trackers:
     """Several trackers as one. A tracker that failed, or could not be opened, is tried again at every event: a full
     disk may have room by then."""
 
-    def __init__(self, openers: Mapping[str, Callable[[], Tracker]]) -> None:
+    def __init__(self, openers: Mapping[str, Callable[[], Tracker]], events: Sequence[AlertEvent] = ()) -> None:
+        """`events`: to send alerts about."""
         self._unopened = dict(openers)
         self._trackers: dict[str, Tracker] = {}
         self._reported: set[str] = set()
+        self._filter = AlertFilter(events)
+        self._last: dict[str, int | float | str | None] = {}  # metric -> its last value
         self._open_missing(None)
 
     def log(self, metrics: Metrics) -> None:
         if self._unopened:
             self._open_missing(metrics["step"])
+        self._last |= metrics
         self._each(lambda tracker: tracker.log(metrics))
 
+    def alert(self, alert: Alert) -> None:
+        """Send an alert, unless the config says otherwise or there was one of its kind shortly before."""
+        if self._filter.passes(alert):
+            self._each(lambda tracker: tracker.alert(alert) if isinstance(tracker, AlertSender) else None)
+
     def close(self, outcome: Outcome) -> None:
+        self.alert(_ending(outcome, self._last))
         self._each(lambda tracker: tracker.close(outcome))
 
     def _open_missing(self, step: object) -> None:
@@ -104,3 +138,10 @@ class _TrackerGroup:
                     logger.warning(
                         "the tracker for %s failed; the run continues: %s: %s", name, type(error).__name__, error
                     )
+
+
+def _ending(outcome: Outcome, last: Metrics) -> Alert:
+    """The alert at the end of a run. `last`: metric -> its last value."""
+    loss = f", loss {value:.4f}" if isinstance(value := last.get("loss"), float) else ""
+    text = f"{outcome} at step {last['step']}{loss}" if last else str(outcome)
+    return Alert("crash" if outcome is Outcome.FAILED else "finish", text, repeated=False)

@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from experiment.outcome_file import Outcome
 from experiment.run_folder import RunFolder
+from experiment.tracking.alerts import Alert
 from experiment.tracking.config import TrackingConfig
 from experiment.tracking.jsonl import Event, is_evaluation
 from experiment.tracking.metrics import Metrics
+from experiment.tracking.wandb_alert import send_alert
 
 if TYPE_CHECKING:
     import wandb
@@ -45,7 +47,7 @@ class WandbTracker:
         finish_seconds: float = FINISH_SECONDS,
     ) -> None:
         """`kept`: the events of earlier attempts that are not logged again."""
-        self._events: SimpleQueue[Metrics | Outcome] = SimpleQueue()
+        self._events: SimpleQueue[Metrics | Alert | Outcome] = SimpleQueue()
         self._config = config
         self._folder = folder
         self._finish_seconds = finish_seconds
@@ -72,6 +74,10 @@ class WandbTracker:
         if not self._off:
             self._events.put(dict(metrics))
 
+    def alert(self, alert: Alert) -> None:
+        if self._config.alerts.wandb and not self._off:
+            self._events.put(alert)
+
     def close(self, outcome: Outcome) -> None:
         self._events.put(outcome)
         self._worker.join(self._finish_seconds)
@@ -87,7 +93,10 @@ class WandbTracker:
             for earlier in kept:
                 rows.log_again(earlier)
             while not isinstance(event := self._events.get(), Outcome):
-                rows.log(event)
+                if isinstance(event, Alert):
+                    send_alert(run, event, self._folder.path.name)
+                else:
+                    rows.log(event)
             if event is Outcome.STOPPED:
                 run.mark_preempting()  # stopped but resumable: neither finished nor failed
             if self._config.artifacts:

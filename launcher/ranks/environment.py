@@ -11,7 +11,10 @@ from launcher.hosts.ssh import KEEP_ALIVE
 from launcher.options import Launcher
 
 # DeepSpeed would write those of PYTHON into command lines, where shells interpret their values.
-_FORWARDED = ("WANDB_", "HF_", "OMP_", "NCCL_", "GLOO_", "CUDA_", "MLFLOW_", "PYTHON")
+_FORWARDED = (
+    *("WANDB_", "HF_", "OMP_", "NCCL_", "GLOO_", "CUDA_", "MLFLOW_", "PYTHON"),
+    *("DEEPCLOZE_SMTP_", "DEEPCLOZE_WEBHOOK_"),  # of alerts
+)
 _OF_ONE_MACHINE = {"CUDA_VISIBLE_DEVICES"}  # the slots say it
 _DEVICE = "DS_ACCELERATOR"  # if the user sets it, for all hosts
 
@@ -68,7 +71,7 @@ def deepspeed_environment(environ: Mapping[str, str], added: Mapping[str, str]) 
 def forwarded_environment(environ: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
     """The variables of this process that ranks on other hosts get too. They may be secret: see `host_guard`.
 
-    Those of W&B, Hugging Face, OpenMP, NCCL, gloo, CUDA, MLflow and Python, and those that the user names; not
+    Those of W&B, Hugging Face, OpenMP, NCCL, gloo, CUDA, MLflow, Python and alerts, and those that the user names; not
     PYTHONPATH, which the launch extends and DeepSpeed exports. Raises UserError for a named one that is not set.
     """
     for name in names:

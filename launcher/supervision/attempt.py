@@ -20,6 +20,7 @@ from experiment.files import atomic_write
 from experiment.launch_variable import START_VARIABLE
 from experiment.outcome_file import Cause, Outcome, read_outcome
 from experiment.run_folder import RunFolder
+from experiment.tracking.config import TrackingConfig
 from launcher.hosts.guarded_hosts import GuardedHosts, GuardRequest, Rendezvous
 from launcher.hosts.hostfile import Slots
 from launcher.ranks.start_command import Command
@@ -58,6 +59,7 @@ class Launch:
     host_environment: Mapping[str, str] = field(default_factory=dict, repr=False)  # for ranks on other hosts
     max_restarts: int = 0
     max_halvings: int = 0  # of the microbatch
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)  # for alerts
     quiet: bool = False  # do not print what the ranks print
     passing_hosts: Callable[[Collection[str]], Collection[str]] = lambda hosts: hosts  # those that pass preflight
 

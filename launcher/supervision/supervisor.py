@@ -19,6 +19,7 @@ from launcher.hosts.hostfile import Slots
 from launcher.hosts.usable_hosts import usable_hosts, watch_for_hosts
 from launcher.messages import notify
 from launcher.supervision.attempt import Launch, Layout, run_attempt
+from launcher.supervision.launch_alerts import LaunchAlerts
 from launcher.supervision.launch_log import AttemptRecord, begin_attempt
 from launcher.supervision.launch_result import LaunchResult, clear_reports
 from launcher.supervision.restarts import Attempt, End, Restart, decide
@@ -36,13 +37,16 @@ def supervise(launch: Launch, start_time: float, dead_owner: Renewal | None = No
     """
     folder, stop = launch.folder, StopSignals(launch.folder)
     taken_over = f"another machine has taken over {folder.path}"
-    with lock_run(folder, on_lost=lambda: stop.abandon(taken_over), dead=dead_owner):
+    with (
+        contextlib.closing(LaunchAlerts(launch.tracking, folder)) as alerts,
+        lock_run(folder, on_lost=lambda: stop.abandon(taken_over), dead=dead_owner),
+    ):
         if folder.stop.exists() and folder.stop.stat().st_mtime < start_time:
             folder.stop.unlink()
             notify(f"removed {folder.stop}, which is older than this launch")
         shutil.rmtree(folder.trials, ignore_errors=True)  # of a command that was killed
         with stop.handle(), contextlib.nullcontext() if launch.local else _ignored_suspension():
-            return _Supervisor(launch, stop, start_time).run()
+            return _Supervisor(launch, stop, start_time, alerts).run()
 
 
 @contextlib.contextmanager
@@ -56,11 +60,12 @@ def _ignored_suspension() -> Iterator[None]:
 
 
 class _Supervisor:
-    def __init__(self, launch: Launch, stop: StopSignals, start_time: float) -> None:
+    def __init__(self, launch: Launch, stop: StopSignals, start_time: float, alerts: LaunchAlerts) -> None:
         self._launch = launch
         self._start_time = start_time
         self._folder = launch.folder
         self._stop = stop
+        self._alerts = alerts
         self._attempts: list[Attempt] = []
 
     def run(self) -> LaunchResult:
@@ -71,7 +76,9 @@ class _Supervisor:
             can_halve = layout.microbatch_halvings < self._launch.max_halvings
             match decide(self._attempts, self._launch.max_restarts, can_halve):
                 case End(advice):
-                    return attempt.result if self._stop_requested() else _with_advice(attempt.result, advice)
+                    result = attempt.result if self._stop_requested() else _with_advice(attempt.result, advice)
+                    self._alerts.report(result)
+                    return result
                 case Restart() as restart:
                     if not self._stop_requested():
                         self._announce(attempt, restart)
@@ -128,6 +135,7 @@ class _Supervisor:
         when = f" in {restart.wait_seconds:.0f} s" if restart.wait_seconds else ""
         reason = attempt.result.message or "the ranks were stopped"
         notify(f"{reason}\nrestarting{when}{smaller}")
+        self._alerts.report(attempt.result, f"restarting{when}{smaller}")
 
     def _usable_slots(self, trusted: Collection[str]) -> Slots:
         """The slots of the hosts that answer. Those that are not `trusted` must pass preflight too: a host that is back

@@ -18,6 +18,7 @@ from experiment.provenance import read_provenance
 from experiment.run_folder import RunFolder, open_run_folder
 from experiment.run_lock import is_locked, lock_run
 from experiment.strict_json import parse_json
+from experiment.tracking.config import AlertsConfig
 from experiment.tracking.downstream import DownstreamLog, DownstreamResult, read_results, write_result
 from experiment.tracking.tracker import TrackedRun, open_trackers
 from launcher.messages import notify
@@ -178,7 +179,7 @@ def log_results(run: RunFolder, config: PretrainConfig) -> None:
         total_steps=None,
         resumed_step=sys.maxsize,  # drop nothing
     )
-    tracking = config.tracking.model_copy(update={"artifacts": False})
+    tracking = config.tracking.model_copy(update={"alerts": AlertsConfig(), "artifacts": False})
     tracker = open_trackers(tracking, run, tracked, console=False)
     for event in DownstreamLog(run).take_new(sys.maxsize):
         tracker.log(event)

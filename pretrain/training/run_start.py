@@ -8,7 +8,7 @@ from typing import Any
 from experiment.config import dump_config
 from experiment.files import write_text
 from experiment.provenance import ancestors_of, collect_provenance, read_provenance, write_provenance
-from experiment.tracking import TrackedRun, Tracker, open_trackers
+from experiment.tracking import TrackedRun, Trackers, open_trackers
 from pretrain.resolve import ResolvedRun
 
 
@@ -23,7 +23,7 @@ def record_start(run: ResolvedRun, world_size: int, hosts: int) -> Mapping[str, 
 
 def open_run_tracker(
     run: ResolvedRun, provenance: Mapping[str, Any], step: int, total_steps: int | None, evaluates_first: bool
-) -> Tracker:
+) -> Trackers:
     """Args:
     step: finished steps when this attempt starts.
     total_steps: None under a time budget.

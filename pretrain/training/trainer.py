@@ -14,7 +14,8 @@ from experiment.device_peaks import peak_flops, peak_memory
 from experiment.goodput import CHECKPOINTING, DATA, EVALUATING, STARTING, ActivityTimer
 from experiment.outcome_file import Outcome
 from experiment.throughput_meter import Throughput
-from experiment.tracking import Tracker
+from experiment.tracking import Trackers
+from experiment.tracking.alerts import Alert
 from experiment.tracking.downstream import DownstreamLog
 from experiment.tracking.metrics import Metrics
 from pretrain.batching.batch import RankBatch
@@ -25,6 +26,7 @@ from pretrain.evaluate import open_evaluator
 from pretrain.modeling.build import BuiltModel
 from pretrain.resolve import ResolvedRun
 from pretrain.training.bad_batch_dump import BadBatchWriter
+from pretrain.training.checkpoint_alarm import CheckpointAlarm
 from pretrain.training.checkpointer import Checkpointer, load_resumed
 from pretrain.training.clock import TrainingClock
 from pretrain.training.early_stopping import newly_overfitting, should_stop_early, update_history
@@ -112,7 +114,7 @@ class Trainer:
         self._first_step = self._progress.step if run.resume_plan.fork else 0
         (num_hosts,) = hosts.all_reduce_sum([int(world.local_rank == 0)])
         provenance = hosts.from_rank0(lambda: record_start(run, world.size, num_hosts))
-        self._tracker: Tracker | None = None
+        self._tracker: Trackers | None = None
         if world.rank == 0:
             times.open(run.folder, self._progress.step, stream.steps)
             self._tracker = open_run_tracker(
@@ -120,6 +122,7 @@ class Trainer:
             )
         self._downstream = DownstreamLog(run.folder)
         self._checkpointer = Checkpointer(run, engine, model.model, hosts, provenance)
+        self._checkpoint_alarm = CheckpointAlarm(config.tracking.alerts.no_checkpoint_hours)
         self._recovery = Recovery(config.health, limits)
         self._bad_batches = BadBatchWriter(run.folder, world, stream.corpora, run.tokenizer.decode)
         self._clock, self._throughput = TrainingClock(self._progress.seconds), Throughput()
@@ -256,6 +259,8 @@ class Trainer:
         with self._throughput.saving(), self._times.during(CHECKPOINTING):
             self._checkpointer.wait()  # it may be the one to go back to
         what = f"{fault}\n  its batch: {dumped}"
+        if self._tracker is not None:
+            self._tracker.alert(Alert("bad_batch", f"{what}\n  policy: {self._config.health.policy}"))
         bad_steps, saved_step = self._progress.bad_steps, self._checkpointer.saved_step
         response = self._recovery.respond(fault, dumped, bad_steps, saved_step)
         if response is Response.STOP:
@@ -339,6 +344,7 @@ class Trainer:
             }
         )
         self._track_downstream()
+        self._check_checkpoints()
         self._times.record()
         self._progress = replace(
             progress,
@@ -367,6 +373,12 @@ class Trainer:
         if self._tracker is not None:
             for event in self._downstream.take_new(self._progress.step):
                 self._tracker.log(event)
+
+    def _check_checkpoints(self) -> None:
+        """Send an alert if there has been no new one for too long."""
+        message = self._checkpoint_alarm.check(self._checkpointer.saved_step)
+        if self._tracker is not None and message is not None:
+            self._tracker.alert(Alert("no_checkpoint", message))
 
     def _evaluate(self) -> None:
         with self._throughput.paused(), self._times.during(EVALUATING):

@@ -20,6 +20,7 @@ class FakeServer:
     status: int = 200  # of every answer
     answering: threading.Event = field(default_factory=threading.Event)  # while it is not set, requests wait
     history: list[dict[str, Any]] = field(default_factory=list)  # rows, as they arrived
+    alerts: list[dict[str, Any]] = field(default_factory=list)
     operations: list[str] = field(default_factory=list)  # of GraphQL, by name
     exit_codes: list[int] = field(default_factory=list)
     inserted: bool = False
@@ -37,6 +38,9 @@ class FakeServer:
                 return {"model": {**project, "bucket": self._bucket() if self.inserted else None}}
             case "CreateRunFiles":
                 return {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": []}}
+            case "NotifyScriptableRunAlert":
+                self.alerts.append(variables)
+                return {"notifyScriptableRunAlert": {"success": True}}
             case "Viewer":
                 return {"viewer": {"id": "v", "entity": "someone", "username": "someone", "teams": {"edges": []}}}
         return {}

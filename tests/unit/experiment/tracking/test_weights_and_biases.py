@@ -14,7 +14,8 @@ import pytest
 from experiment.errors import UserError
 from experiment.outcome_file import Outcome
 from experiment.run_folder import RunFolder
-from experiment.tracking.config import TrackingConfig
+from experiment.tracking.alerts import Alert
+from experiment.tracking.config import AlertsConfig, TrackingConfig
 from experiment.tracking.jsonl import Event
 from experiment.tracking.wandb_files import last_step
 from experiment.tracking.weights_and_biases import WandbTracker
@@ -36,6 +37,13 @@ class FakeRun:
         if step >= self.next_step:
             self.logged.append(metrics)
             self.next_step = step + 1
+
+    def alert(self, title: str, text: str, level: str) -> None:
+        assert len(title) < 64
+        self.calls.append(("alert", title, text, level))
+
+    def define_metric(self, name: str, step_metric: str | None = None) -> None:
+        self.calls.append(("define_metric", name, step_metric))
 
     def log_artifact(self, artifact: "FakeArtifact") -> None:
         self.calls.append(("log_artifact", artifact.name, artifact.content))
@@ -166,6 +174,22 @@ def test_a_score_that_comes_while_steps_are_repeated(tmp_path: Path, fake: FakeW
         resumed.log(logged)
     resumed.close(Outcome.DONE)
     assert fake.runs[0].logged == [event(90, "downstream/x"), event(510)]
+
+
+def test_alerts_are_sent_if_enabled(tmp_path: Path, fake: FakeWandb) -> None:
+    """Catches a title that W&B refuses, an alert without its text, and one that was not asked for."""
+    folder = tmp_path / ("long" * 20)
+    for enabled in (True, False):
+        open_tracker = tracker(folder, alerts=AlertsConfig(wandb=enabled))
+        open_tracker.alert(Alert("bad_batch", "step 7"))
+        open_tracker.alert(Alert("finish", "done"))
+        open_tracker.close(Outcome.DONE)
+    sent, none = [[call for call in run.calls if call[0] == "alert"] for run in fake.runs]
+    assert [(title.partition(":")[0], *rest) for _, title, *rest in sent] == [
+        ("bad batch", "step 7", "ERROR"),
+        ("finish", "done", "INFO"),
+    ]
+    assert none == []
 
 
 @pytest.mark.parametrize("failing", [False, True])

@@ -94,12 +94,16 @@ def test_deepspeed_does_not_see_cuda_visible_devices():
 
 
 def test_variables_for_other_hosts():
-    """Catches a network interface that is not forwarded (gloo then picks a wrong one), and GPUs of this machine."""
+    """Catches a network interface that is not forwarded (gloo then picks a wrong one), GPUs of this machine, and
+    alerts that rank 0 cannot send from another host."""
+    alerts = {"DEEPCLOZE_SMTP_PASSWORD": "secret", "DEEPCLOZE_WEBHOOK_URL": "https://secret"}
     environ = {"GLOO_SOCKET_IFNAME": "eth1", "CUDA_VISIBLE_DEVICES": "3", "WANDB_API_KEY": "secret", "MINE": "a b"}
+    environ |= {**alerts, "DEEPCLOZE_LAUNCH": "of another launch"}
     assert forwarded_environment(environ | {"HOME": "/home"}, ["MINE"]) == {
         "GLOO_SOCKET_IFNAME": "eth1",
         "MINE": "a b",
         "WANDB_API_KEY": "secret",
+        **alerts,
     }
     with pytest.raises(UserError, match="--env: OTHER is not set"):
         forwarded_environment(environ, ["OTHER"])

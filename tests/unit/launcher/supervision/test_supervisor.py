@@ -15,6 +15,7 @@ import pytest
 from experiment.errors import UserError
 from experiment.outcome_file import Outcome, write_outcome
 from experiment.run_folder import RunFolder, open_run_folder
+from experiment.tracking.config import AlertsConfig, TrackingConfig
 from launcher.ranks.start_command import Command
 from launcher.supervision import supervisor
 from launcher.supervision.attempt import Launch
@@ -22,6 +23,7 @@ from launcher.supervision.launch_result import LaunchResult
 from launcher.supervision.supervisor import supervise
 from small_disk import SmallDisk
 from waiting import wait_until
+from webhook_server import webhook
 
 ROOT = Path(__file__).parents[4]
 SLOTS = {"localhost": (0, 2)}
@@ -247,6 +249,22 @@ def test_a_launch_that_fails_too_often_ends(folder: RunFolder) -> None:
     result = supervise(replace(one_launch(folder, body), max_restarts=1), time.time())
     assert result.message == "lost a rank\nnot restarted: --max_restarts=1 within an hour"
     assert len(launches(folder)) == 2
+
+
+def test_failed_attempts_send_alerts(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a run that is down while nobody knows, and a launcher that exits before its last alert is sent."""
+    launch = replace(
+        one_launch(folder, "write_outcome(folder, Outcome.FAILED, 'lost a rank', Cause.LOST_RANK)"),
+        max_restarts=1,
+        tracking=TrackingConfig(alerts=AlertsConfig(webhook=True)),
+    )
+    with webhook() as (url, received):
+        monkeypatch.setenv("DEEPCLOZE_WEBHOOK_URL", url)
+        supervise(launch, time.time())
+    assert [alert["event"] for alert in received] == ["crash", "crash"]
+    first, last = [alert["message"] for alert in received]
+    assert first == "failed: lost a rank\nrestarting"
+    assert last.endswith("not restarted: --max_restarts=1 within an hour\nthe launch has ended")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, None])

@@ -1,0 +1,182 @@
+"""Alerts: messages to people about a run, by webhook and mail.
+
+They are sent from a thread of their own: sending neither blocks nor fails the run. What cannot be sent is a warning.
+"""
+
+import json
+import os
+import platform
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from queue import SimpleQueue
+from types import MappingProxyType
+from typing import Protocol, runtime_checkable
+
+from experiment.errors import UserError
+from experiment.mail import MailSettings, read_mail_settings, send_mail
+from experiment.run_folder import RunFolder
+from experiment.tracking.config import AlertEvent, AlertsConfig
+
+REPEAT_SECONDS = 600.0
+"""Between two alerts about the same kind of event."""
+
+_URL = "DEEPCLOZE_WEBHOOK_URL"
+_TIMEOUT = 15.0  # seconds, of each reply of a server
+_RETRY_WAITS = (0.0, 3.0, 9.0)  # seconds before each attempt to send
+_CLOSE_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Alert:
+    """A message about a run."""
+
+    event: AlertEvent
+    text: str
+    repeated: bool = True  # whether it is held back if there was one about such an event shortly before
+
+
+@runtime_checkable
+class AlertSender(Protocol):
+    """Sends alerts. Never blocks."""
+
+    def alert(self, alert: Alert) -> None: ...
+
+
+class AlertFilter:
+    """Lets an alert pass if its event is one of `events` and there was none about it in the last `REPEAT_SECONDS`."""
+
+    def __init__(self, events: Sequence[AlertEvent], clock: Callable[[], float] = time.monotonic) -> None:
+        self._events = frozenset(events)
+        self._clock = clock
+        self._last: dict[AlertEvent, float] = {}
+
+    def passes(self, alert: Alert) -> bool:
+        if alert.event not in self._events:
+            return False
+        now = self._clock()
+        if alert.repeated and now - self._last.get(alert.event, -REPEAT_SECONDS) < REPEAT_SECONDS:
+            return False
+        self._last[alert.event] = now
+        return True
+
+
+class Messenger:
+    """Sends alerts by webhook and mail, as `config` says, and in other ways."""
+
+    def __init__(
+        self,
+        config: AlertsConfig,
+        folder: RunFolder,
+        warn: Callable[[str], None],
+        others: Mapping[str, Callable[[Alert], None]] = MappingProxyType({}),
+    ) -> None:
+        """Raises UserError if an environment variable is missing.
+
+        Args:
+            folder: of the run.
+            warn: shows why an alert could not be sent.
+            others: name -> what else sends an alert; an OSError is tried again.
+        """
+        self._run = folder.path
+        self._channels = [_Channel(name, send, warn) for name, send in others.items()]
+        if config.webhook:
+            url = read_webhook_url()
+            self._channels.append(_Channel("webhook", lambda alert: _post(url, self._payload(alert)), warn))
+        if config.email is not None:
+            settings, to = read_mail_settings(), config.email
+            self._channels.append(_Channel("mail", lambda alert: self._mail(settings, to, alert), warn))
+
+    def alert(self, alert: Alert) -> None:
+        for channel in self._channels:
+            channel.send(alert)
+
+    def close(self, seconds: float = _CLOSE_SECONDS) -> None:
+        """Wait for at most so long until all alerts are sent."""
+        end = time.monotonic() + seconds
+        for channel in self._channels:
+            channel.finish()
+        for channel in self._channels:
+            channel.wait(end)
+
+    def _subject(self, alert: Alert) -> str:
+        return f"{self._run.name}: {alert.event.replace('_', ' ')}"
+
+    def _payload(self, alert: Alert) -> Mapping[str, str]:
+        return {
+            "text": f"{self._subject(alert)}\n{alert.text}",  # which Slack, Mattermost and others show
+            "event": alert.event,
+            "message": alert.text,
+            "run": str(self._run),
+            "host": platform.node(),
+        }
+
+    def _mail(self, settings: MailSettings, to: str, alert: Alert) -> None:
+        send_mail(settings, to, self._subject(alert), f"{alert.text}\n\nrun: {self._run}\nhost: {platform.node()}\n")
+
+
+class _Channel:
+    """Sends alerts one after the other in a thread."""
+
+    def __init__(self, name: str, send: Callable[[Alert], None], warn: Callable[[str], None]) -> None:
+        self._name, self._send, self._warn = name, send, warn
+        self._alerts: SimpleQueue[Alert | None] = SimpleQueue()
+        self._worker = threading.Thread(target=self._work, name=f"alerts by {name}", daemon=True)
+        self._worker.start()
+
+    def send(self, alert: Alert) -> None:
+        self._alerts.put(alert)
+
+    def finish(self) -> None:
+        """No further alert will come."""
+        self._alerts.put(None)
+
+    def wait(self, end: float) -> None:
+        """Until all are sent, or `time.monotonic()` is `end`."""
+        self._worker.join(max(0.0, end - time.monotonic()))
+        if self._worker.is_alive():
+            self._warn(f"alerts by {self._name} are given up: no answer in time")
+
+    def _work(self) -> None:
+        while (alert := self._alerts.get()) is not None:
+            if problem := self._try(alert):
+                self._warn(f"the alert '{alert.event}' could not be sent by {self._name}: {problem}")
+
+    def _try(self, alert: Alert) -> str:
+        """Why it could not be sent; empty if it was."""
+        problem = ""
+        for wait in _RETRY_WAITS:
+            time.sleep(wait)
+            try:
+                self._send(alert)
+                return ""
+            except OSError as error:  # all errors of urllib's requests and smtplib, too
+                problem = f"{type(error).__name__}: {error}"
+            except Exception as error:
+                return type(error).__name__  # the message of an InvalidURL contains the URL, which is secret
+        return problem
+
+
+def check_alerts(config: AlertsConfig) -> None:
+    """Raises UserError if an environment variable that alerts need is missing or wrong."""
+    if config.webhook:
+        read_webhook_url()
+    if config.email is not None:
+        read_mail_settings()
+
+
+def read_webhook_url(environ: Mapping[str, str] = os.environ) -> str:
+    """Raises UserError. The message does not contain the URL, which is secret."""
+    url = environ.get(_URL, "")
+    if not url.startswith(("https://", "http://")):
+        raise UserError(f"tracking.alerts.webhook: set {_URL} to a URL that begins with https:// or http://")
+    return url
+
+
+def _post(url: str, payload: Mapping[str, str]) -> None:
+    body = json.dumps(payload).encode()
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=_TIMEOUT) as reply:
+        reply.read(1)

@@ -1,0 +1,175 @@
+import threading
+from pathlib import Path
+
+import pytest
+
+from experiment.errors import UserError
+from experiment.mail import MailSettings
+from experiment.outcome_file import Outcome
+from experiment.run_folder import RunFolder
+from experiment.tracking import TrackedRun, Trackers, alerts, check_tracking, open_trackers
+from experiment.tracking.alerts import REPEAT_SECONDS, Alert, AlertFilter, Messenger
+from experiment.tracking.config import AlertEvent, AlertsConfig, TrackingConfig
+from webhook_server import webhook
+
+EVENTS: tuple[AlertEvent, ...] = ("crash", "stall", "bad_batch", "no_checkpoint", "finish")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alerts, "_RETRY_WAITS", (0.0, 0.0, 0.0))
+    for name in ("HOST", "PORT", "FROM", "USER", "PASSWORD"):
+        monkeypatch.delenv(f"DEEPCLOZE_SMTP_{name}", raising=False)
+    monkeypatch.delenv("DEEPCLOZE_WEBHOOK_URL", raising=False)
+    for name in ("START", "LAUNCH"):
+        monkeypatch.delenv(f"DEEPCLOZE_{name}", raising=False)
+
+
+@pytest.fixture
+def mails(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, str]]:
+    """Address, subject and text of what is mailed."""
+    sent: list[tuple[str, str, str]] = []
+    monkeypatch.setenv("DEEPCLOZE_SMTP_HOST", "mail.example")
+    monkeypatch.setenv("DEEPCLOZE_SMTP_FROM", "runs@example")
+    monkeypatch.setattr(alerts, "send_mail", lambda settings, *message: sent.append(message))
+    return sent
+
+
+def test_an_alert_reaches_the_webhook_and_the_mailbox(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mails: list[tuple[str, str, str]]
+) -> None:
+    """Catches a channel that is not used, and a message without the run, the event or its cause."""
+    warnings: list[str] = []
+    with webhook() as (url, received):
+        monkeypatch.setenv("DEEPCLOZE_WEBHOOK_URL", url)
+        messenger = Messenger(AlertsConfig(webhook=True, email="me@x"), RunFolder(tmp_path / "base"), warnings.append)
+        messenger.alert(Alert("bad_batch", "step 7: loss is NaN"))
+        messenger.close()
+    (payload,) = received
+    assert payload["text"] == "base: bad batch\nstep 7: loss is NaN"
+    assert (payload["event"], payload["message"]) == ("bad_batch", "step 7: loss is NaN")
+    assert payload["run"] == str(tmp_path / "base")
+    ((to, subject, text),) = mails
+    assert (to, subject) == ("me@x", "base: bad batch")
+    assert "step 7: loss is NaN" in text
+    assert warnings == []
+
+
+def test_what_cannot_be_sent_is_one_warning_without_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an exception that reaches training, a momentary failure that loses an alert, and the URL of the webhook,
+    with which anybody can post, in a log."""
+    for status, bad_url in ((500, None), (200, "http://127.0.0.1:bad/SECRET"), (200, "http://127.0.0.1:9/SECRET")):
+        warnings: list[str] = []
+        with webhook(status) as (url, received):
+            monkeypatch.setenv("DEEPCLOZE_WEBHOOK_URL", bad_url or url)
+            messenger = Messenger(AlertsConfig(webhook=True), RunFolder(tmp_path), warnings.append)
+            messenger.alert(Alert("stall", "rank 1"))
+            messenger.close()
+        assert len(received) == (0 if bad_url else 3)
+        assert len(warnings) == 1
+        assert warnings[0].startswith("the alert 'stall' could not be sent by webhook: ")
+        assert "SECRET" not in warnings[0]
+        assert "bad" not in warnings[0]
+
+
+def test_a_server_that_does_not_answer_delays_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mails: list[tuple[str, str, str]]
+) -> None:
+    """Catches training, the end of a run or the mail that wait for the webhook: they would wait forever here."""
+    never, warnings = threading.Event(), list[str]()
+    monkeypatch.setenv("DEEPCLOZE_WEBHOOK_URL", "http://unused")
+    monkeypatch.setattr(alerts, "_post", lambda url, payload: never.wait())
+    messenger = Messenger(AlertsConfig(webhook=True, email="me@x"), RunFolder(tmp_path), warnings.append)
+    for _ in range(100):
+        messenger.alert(Alert("crash", "…"))
+    messenger.close(0.3)
+    never.set()
+    assert len(mails) == 100
+    assert warnings == ["alerts by webhook are given up: no answer in time"]
+
+
+def test_repeated_alerts_are_held_back() -> None:
+    """Catches a mail for each of a thousand bad batches, an alert that hides one about another event, a last message
+    that is held back, and events that were not asked for."""
+    now = 0.0
+    passes = AlertFilter(("crash", "bad_batch"), lambda: now).passes
+    assert passes(Alert("bad_batch", "1"))
+    assert passes(Alert("crash", "1"))
+    now += REPEAT_SECONDS - 1
+    assert not passes(Alert("bad_batch", "2"))
+    assert passes(Alert("crash", "the end", repeated=False))
+    assert not passes(Alert("finish", "done", repeated=False))
+    now += 1
+    assert passes(Alert("bad_batch", "3"))
+
+
+@pytest.mark.parametrize(
+    ("config", "missing"),
+    [
+        (AlertsConfig(webhook=True), "DEEPCLOZE_WEBHOOK_URL"),
+        (AlertsConfig(email="me@x"), "DEEPCLOZE_SMTP_HOST"),
+    ],
+)
+def test_missing_variables_are_refused(config: AlertsConfig, missing: str) -> None:
+    """Catches a run of weeks whose first alert fails."""
+    with pytest.raises(UserError, match=missing):
+        check_tracking(TrackingConfig(alerts=config))
+
+
+def test_a_url_that_is_none_is_refused_without_showing_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a secret in a message."""
+    monkeypatch.setenv("DEEPCLOZE_WEBHOOK_URL", "hooks.example/SECRET")
+    with pytest.raises(UserError) as caught:
+        check_tracking(TrackingConfig(alerts=AlertsConfig(webhook=True)))
+    assert "SECRET" not in str(caught.value)
+
+
+def opened(tmp_path: Path, config: AlertsConfig) -> Trackers:
+    run = TrackedRun("id", {}, total_steps=9, resumed_step=-1)
+    return open_trackers(TrackingConfig(alerts=config), RunFolder(tmp_path / "base"), run, console=False)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "launched", "subjects"),
+    [
+        (Outcome.DONE, "DEEPCLOZE_START", ["base: finish"]),
+        (Outcome.STOPPED, "DEEPCLOZE_START", ["base: finish"]),
+        (Outcome.FAILED, "DEEPCLOZE_START", []),  # the launcher sends it: it knows more
+        (Outcome.FAILED, "DEEPCLOZE_LAUNCH", []),  # from another host
+        (Outcome.FAILED, None, ["base: crash"]),
+    ],
+)
+def test_the_end_of_a_run_is_told_once(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    mails: list[tuple[str, str, str]],
+    outcome: Outcome,
+    launched: str | None,
+    subjects: list[str],
+) -> None:
+    """Catches an end without a message, one told by both rank 0 and the launcher, and one without step and loss.
+
+    launched: the variable of a launch that rank 0 has.
+    """
+    if launched is not None:
+        monkeypatch.setenv(launched, "1.0")
+    trackers = opened(tmp_path, AlertsConfig(email="me@x"))
+    trackers.log({"step": 8, "loss": 2.5})
+    trackers.log({"step": 8, "eval/docs/loss": 3.0})
+    trackers.close(outcome)
+    assert [subject for _, subject, _ in mails] == subjects
+    assert all(f"{outcome} at step 8, loss 2.5000" in text for *_, text in mails)
+
+
+def test_only_chosen_events_are_sent(tmp_path: Path, mails: list[tuple[str, str, str]]) -> None:
+    """Catches `events` without effect."""
+    trackers = opened(tmp_path, AlertsConfig(email="me@x", events=("no_checkpoint",)))
+    for event in EVENTS:
+        trackers.alert(Alert(event, "…"))
+    trackers.close(Outcome.DONE)
+    assert [subject for _, subject, _ in mails] == ["base: no checkpoint"]
+
+
+def test_the_password_is_not_in_the_text_of_settings() -> None:
+    """Catches a traceback that shows the password."""
+    assert "hidden" not in repr(MailSettings("h", 25, "me@x", "user", "hidden"))

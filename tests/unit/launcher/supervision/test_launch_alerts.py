@@ -1,0 +1,68 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiment.files import write_json
+from experiment.outcome_file import Cause, Outcome
+from experiment.run_folder import RunFolder
+from experiment.tracking import wandb_alert
+from experiment.tracking.alerts import Alert, Messenger
+from experiment.tracking.config import AlertsConfig, TrackingConfig
+from launcher.supervision.launch_alerts import LaunchAlerts
+from launcher.supervision.launch_result import LaunchResult
+from wandb_server import wandb_server
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[Alert]:
+    alerts: list[Alert] = []
+    monkeypatch.setattr(Messenger, "alert", lambda self, alert: alerts.append(alert))
+    return alerts
+
+
+def test_failed_attempts_are_told(sent: list[Alert], tmp_path: Path) -> None:
+    """Catches a dead run that nobody hears of, a stall that is called a crash, a mail for every restart within minutes,
+    and a last failure that is held back because of them; and messages about launches that were stopped or are done."""
+    alerts = LaunchAlerts(TrackingConfig(), RunFolder(tmp_path))
+    killed = LaunchResult(Outcome.FAILED, "rank 1 was killed", Cause.KILLED)
+    for restarting in ("restarting", "restarting in 5 s", ""):
+        alerts.report(killed, restarting)
+    alerts.report(LaunchResult(Outcome.FAILED, "rank 0 hangs", Cause.HUNG), "restarting")
+    for outcome in (Outcome.DONE, Outcome.STOPPED):
+        alerts.report(LaunchResult(outcome))
+    alerts.close()
+    assert [(alert.event, alert.text) for alert in sent] == [
+        ("crash", "failed: rank 1 was killed\nrestarting"),
+        ("crash", "failed: rank 1 was killed\nthe launch has ended"),
+        ("stall", "failed: rank 0 hangs\nrestarting"),
+    ]
+
+
+def test_wandb_is_told_when_the_launch_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an alert that opens the W&B run while the next attempt uses it, none for a run whose rank 0 was killed,
+    and one through another W&B run."""
+    folder = RunFolder(tmp_path / "base")
+    write_json(folder.provenance, {"run_id": "id7", "ancestors": [], "attempts": []})
+    alerts = LaunchAlerts(TrackingConfig(wandb="online", alerts=AlertsConfig(wandb=True)), folder)
+    with wandb_server() as server:
+        server.inserted = True
+        for name, value in (("WANDB_BASE_URL", server.url), ("WANDB_API_KEY", "0" * 40), ("HOME", str(tmp_path))):
+            monkeypatch.setenv(name, value)
+        alerts.report(LaunchResult(Outcome.FAILED, "rank 0 hangs", Cause.HUNG), "restarting")
+        alerts.report(LaunchResult(Outcome.FAILED, "rank 0 was killed", Cause.KILLED))
+        alerts.close()
+    (alert,) = server.alerts
+    assert (alert["runName"], alert["projectName"]) == ("id7", "deepcloze")
+    assert (alert["title"], alert["text"]) == ("crash: base", "failed: rank 0 was killed\nthe launch has ended")
+    assert server.exit_codes == [1]
+
+
+def test_a_failure_of_wandb_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Catches a launch that ends with a traceback because W&B does not answer."""
+    write_json(RunFolder(tmp_path).provenance, {"run_id": "id7", "ancestors": [], "attempts": []})
+    monkeypatch.setattr(wandb_alert, "_SECONDS", 0.01)
+    alerts = LaunchAlerts(TrackingConfig(wandb="online", alerts=AlertsConfig(wandb=True)), RunFolder(tmp_path))
+    alerts.report(LaunchResult(Outcome.FAILED, "rank 0 was killed", Cause.KILLED))
+    alerts.close()
+    assert "warning: the alert 'crash' could not be sent by W&B: TimeoutExpired" in capsys.readouterr().err
