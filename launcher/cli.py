@@ -128,8 +128,8 @@ def pretrain(options: PretrainOptions) -> None:
     """Pretrain an encoder, one process per GPU.
 
     Checks the config and its files, and other hosts as `deepcloze preflight`, then starts the ranks with DeepSpeed and
-    waits for them. Run the same command again to resume from the last checkpoint. Ctrl-C, SIGTERM or a file RUN/STOP
-    make the run save a checkpoint and exit with code 75.
+    waits for them. Run the same command again to resume from the last checkpoint. Ctrl-C, SIGTERM, SIGUSR1, SIGUSR2 or
+    a file RUN/STOP make the run save a checkpoint and exit with code 75.
 
     Example:
         deepcloze pretrain --config my-run.yaml --num_gpus 2 --schedule.steps=1000

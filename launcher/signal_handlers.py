@@ -1,17 +1,19 @@
-"""Handling of the signals that ask a command to stop."""
+"""Handling of the signals that ask a command to stop, see `experiment.signals`."""
 
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+from experiment.signals import STOP_SIGNALS, WARNING_SIGNALS
+
+_STOP_SIGNALS = (*STOP_SIGNALS, signal.SIGHUP)
 
 
 @contextmanager
 def handle_stop_signals(handler: Callable[[int], None]) -> Iterator[None]:
-    """Call `handler` with the number of each SIGINT, SIGTERM and SIGHUP; restore the previous handlers on exit, unless
-    they are ignored by then.
+    """Call `handler` with the number of each SIGINT, SIGTERM, SIGUSR1, SIGUSR2 and SIGHUP; restore the previous
+    handlers on exit, unless they are ignored by then.
 
     SIGHUP stays ignored under nohup.
     """
@@ -40,3 +42,15 @@ def interrupt(_number: int) -> None:
     ends, which takes seconds. Raises KeyboardInterrupt."""
     ignore_stop_signals()
     raise KeyboardInterrupt
+
+
+@contextmanager
+def warnings_blocked() -> Iterator[None]:
+    """Block SIGUSR1 and SIGUSR2 in the processes that the block starts, and in theirs: batch systems may send them to
+    all processes of a job, and DeepSpeed's launchers, pdsh and ssh would die. Ranks unblock them when they handle them.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, WARNING_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

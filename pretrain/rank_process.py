@@ -49,6 +49,12 @@ def give_up(report: RankReport, message: str) -> NoReturn:
     _end_early(report, Outcome.FAILED, message, Cause.LOST_RANK)
 
 
+def stop_at_once(report: RankReport, reason: str) -> NoReturn:
+    """End a process that trains, without a checkpoint of its step. The other ranks lose it."""
+    message = f"{reason}; run the same command again to resume from the last complete checkpoint"
+    _end_early(report, Outcome.STOPPED, message, Cause.SIGNAL)
+
+
 def exit_process(outcome: Outcome) -> NoReturn:
     logging.shutdown()
     sys.stdout.flush()

@@ -41,7 +41,7 @@ from pretrain.engine.process_group import connect, disconnect
 from pretrain.modeling.compile_time import compile_seconds
 from pretrain.modeling.masked_lm import MaskedLanguageModel
 from pretrain.preparation import prepare
-from pretrain.rank_process import exit_refused, give_up, run_rank
+from pretrain.rank_process import exit_refused, give_up, run_rank, stop_at_once
 from pretrain.rank_report import RankReport, rank_report
 from pretrain.training.background_save import UnwritableError
 from pretrain.training.health import HEALTH_LIMITS, HealthLimits
@@ -118,6 +118,7 @@ def _train(trainer: Trainer, stop: StopRequest, hosts: HostGroup) -> ReportedOut
         raise
     finally:
         trainer.close(ending.outcome)
+    stop.ignore_second()
     hosts.barrier()
     return ending
 
@@ -143,7 +144,8 @@ def main(argv: Sequence[str]) -> NoReturn:
 
 def _connect_and_pretrain(config: PretrainConfig, report: RankReport) -> Outcome:
     world = connect(_timeout(config), partial(give_up, report))
-    ending = pretrain(config, world, report=report, start_time=attempt_start())
+    stop_request = partial(StopRequest, end_process=partial(stop_at_once, report))
+    ending = pretrain(config, world, stop_request, report=report, start_time=attempt_start())
     report.agree(ending)
     with contextlib.suppress(RuntimeError):  # the outcome stands
         disconnect()

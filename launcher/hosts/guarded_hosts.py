@@ -17,6 +17,7 @@ from typing import Self
 from experiment.provenance import REPOSITORY
 from launcher.hosts.host_guard import BEAT_SECONDS, END, ENDED, PREFIX, SILENCE_SECONDS
 from launcher.hosts.ssh import CONNECT_SECONDS, ssh_argv
+from launcher.signal_handlers import warnings_blocked
 
 _START_SECONDS = CONNECT_SECONDS + SILENCE_SECONDS
 _SECONDS_PER_HOST = 0.1  # to start ssh
@@ -174,13 +175,14 @@ class _Connection:
 
     def __init__(self, host: str) -> None:
         command = ["env", f"PYTHONPATH={REPOSITORY}", sys.executable, "-P", "-m", "launcher.hosts.host_guard"]
-        self._process = subprocess.Popen(
-            ssh_argv(host, command),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C does not reach it
-        )
+        with warnings_blocked():
+            self._process = subprocess.Popen(
+                ssh_argv(host, command),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C does not reach it
+            )
         self._heard = time.monotonic()
         self._last_output = "the connection was closed"
         self._requested = False

@@ -20,6 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from experiment.launch_variable import LAUNCH_VARIABLE
+from experiment.signals import WARNING_SIGNALS
 from launcher.hosts.addresses import route_to
 from launcher.hosts.machine import free_port
 
@@ -147,6 +148,8 @@ def main() -> None:
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: lines.put(_LEAVE))
+    for number in WARNING_SIGNALS:  # a rank that gets one asks all to stop
+        signal.signal(number, signal.SIG_IGN)
     request = json.loads(sys.stdin.readline())
     threading.Thread(target=_read_lines, args=(lines,), daemon=True).start()
     guard(request["launch"], request["environment"], request["head"], lines)

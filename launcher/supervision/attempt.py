@@ -24,6 +24,7 @@ from experiment.tracking.config import TrackingConfig
 from launcher.hosts.guarded_hosts import GuardedHosts, GuardRequest, Rendezvous
 from launcher.hosts.hostfile import Slots
 from launcher.ranks.start_command import Command
+from launcher.signal_handlers import warnings_blocked
 from launcher.supervision.early_stop import kill_on_early_stop
 from launcher.supervision.launch_log import AttemptRecord
 from launcher.supervision.launch_result import LaunchResult, all_done, read_result
@@ -155,14 +156,15 @@ def _run(
         _write_private(path, text)
     start_time = time.time()
     pipe = subprocess.DEVNULL if launch.quiet else None if launch.local else subprocess.PIPE
-    process = subprocess.Popen(
-        command.argv,
-        env={**command.environment, START_VARIABLE: str(record.start_time)},
-        stdin=subprocess.DEVNULL,
-        stdout=pipe,
-        stderr=pipe,
-        start_new_session=True,
-    )
+    with warnings_blocked():
+        process = subprocess.Popen(
+            command.argv,
+            env={**command.environment, START_VARIABLE: str(record.start_time)},
+            stdin=subprocess.DEVNULL,
+            stdout=pipe,
+            stderr=pipe,
+            start_new_session=True,
+        )
     with filtered_output(process):
         try:
             with watchdog(process.pid):

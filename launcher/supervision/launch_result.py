@@ -10,9 +10,9 @@ import psutil
 
 from experiment.outcome_file import Cause, Outcome, read_outcome
 from experiment.run_folder import RunFolder
+from experiment.signals import STOP_SIGNALS
 from launcher.hosts.ssh import SSH_FAILED
 
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)  # ranks catch them, except while they import their modules
 _MOST_NAMED = 4
 _TAIL_LINES = 15
 _TAIL_BYTES = 1 << 15
@@ -72,14 +72,15 @@ def read_result(folder: RunFolder, exit_code: int, start_time: float, remote: bo
     if remote and exit_code == 0 and (silent or not any(_rank_processes(folder))):
         cause, ending = Cause.KILLED, "pdsh, mpirun or srun, which runs the ranks on other hosts, was killed"
     if reported is None:
-        if exit_code == Outcome.STOPPED.exit_code or killer in _STOP_SIGNALS:
+        # Ranks catch stop signals, except while they import their modules.
+        if exit_code == Outcome.STOPPED.exit_code or killer in STOP_SIGNALS:
             message = "stopped before the first step; run the same command again"
             return LaunchResult(Outcome.STOPPED, message, Cause.SIGNAL)
         message = _failure_message(folder, ending or f"exit code {exit_code}", start_time)
         return LaunchResult(Outcome.FAILED, message, cause)
     outcome, message, reported_cause = reported
     # DeepSpeed's launcher stops the other ranks when one is killed, and before the first step they report that.
-    if outcome is Outcome.STOPPED and silent and killer not in (None, *_STOP_SIGNALS):
+    if outcome is Outcome.STOPPED and silent and killer not in (None, *STOP_SIGNALS):
         return LaunchResult(Outcome.FAILED, ending, cause)
     if outcome is not Outcome.FAILED:
         return LaunchResult(outcome, message, reported_cause)

@@ -6,6 +6,8 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from launcher.signal_handlers import warnings_blocked
+
 
 @contextmanager
 def watchdog(group: int) -> Iterator[None]:
@@ -14,7 +16,8 @@ def watchdog(group: int) -> Iterator[None]:
     A second process waits on a pipe, which closes when this process exits.
     """
     shell = 'read -r _; kill -s KILL -- "-$0"'
-    watchdog = subprocess.Popen(["sh", "-c", shell, str(group)], stdin=subprocess.PIPE, start_new_session=True)
+    with warnings_blocked():
+        watchdog = subprocess.Popen(["sh", "-c", shell, str(group)], stdin=subprocess.PIPE, start_new_session=True)
     try:
         yield
     finally:

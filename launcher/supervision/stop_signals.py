@@ -8,11 +8,11 @@ from contextlib import contextmanager, suppress
 
 from experiment.disk_errors import describe_disk_error
 from experiment.run_folder import RunFolder
+from experiment.signals import REPEATED_SECONDS, SignalHistory
 from launcher.messages import notify
 from launcher.signal_handlers import handle_stop_signals
 
-# A second Ctrl-C within this time is the first one again: `timeout` and some wrappers deliver it twice.
-_REPEATED_SIGNAL_SECONDS = 1.0
+_REPEATED_SIGNAL_SECONDS = REPEATED_SECONDS
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
@@ -24,12 +24,13 @@ class StopSignals:
         self.killed = False
         self.abandoned = False
         self._file = folder.stop
-        self._requested_at: float | None = None  # time.monotonic() of the first signal
+        self._signals = SignalHistory(_REPEATED_SIGNAL_SECONDS)
+        self._requested = False  # by a signal
         self._created = False
 
     @property
     def requested(self) -> bool:
-        return self.killed or self._requested_at is not None
+        return self.killed or self._requested
 
     def wait(self, seconds: float) -> None:
         """Wait, but not after a request."""
@@ -51,7 +52,7 @@ class StopSignals:
 
     @contextmanager
     def handle(self) -> Iterator[None]:
-        """Create RUN/STOP on the first signal; kill the ranks on a later Ctrl-C, or at once if the disk is full.
+        """Create RUN/STOP on the first signal; kill the ranks on a second one, or at once if the disk is full.
 
         The STOP file is removed on exit.
         """
@@ -64,19 +65,23 @@ class StopSignals:
                     self._file.unlink(missing_ok=True)
 
     def _on_signal(self, number: int) -> None:
-        if self._requested_at is None:
-            self._requested_at = time.monotonic()
-            try:
-                self._file.touch()
-            except OSError as error:
-                reason = describe_disk_error(error) or error
-                if error.errno in _UNWRITABLE:  # no checkpoint can be saved either
-                    self.kill_ranks(str(reason))
-                else:
-                    self._requested_at = None
-                    notify(f"cannot create STOP: {reason}; send the signal again")
+        is_second = self._signals.is_second(number)
+        if not self._requested:
+            self._request()
+        elif is_second:
+            self.kill_ranks(f"a second signal, {signal.Signals(number).name}")
+
+    def _request(self) -> None:
+        self._requested = True
+        try:
+            self._file.touch()
+        except OSError as error:
+            reason = describe_disk_error(error) or error
+            if error.errno in _UNWRITABLE:  # no checkpoint can be saved either
+                self.kill_ranks(str(reason))
             else:
-                self._created = True
-                notify("stopping: the ranks save a checkpoint and exit; press Ctrl-C again to kill them")
-        elif number == signal.SIGINT and time.monotonic() - self._requested_at > _REPEATED_SIGNAL_SECONDS:
-            self.kill_ranks()
+                self._requested = False
+                notify(f"cannot create STOP: {reason}; send the signal again")
+        else:
+            self._created = True
+            notify("stopping: the ranks save a checkpoint and exit; press Ctrl-C again to kill them")

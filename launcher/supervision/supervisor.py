@@ -32,8 +32,8 @@ def supervise(launch: Launch, start_time: float, dead_owner: Renewal | None = No
     `start_time`: `time.time()` when the user started the launch. A STOP file that is older is removed; a newer one was
     created while the launch was checked, and nothing is started. `dead_owner`: what `check_unlocked` has returned.
 
-    On SIGTERM, SIGHUP or Ctrl-C the ranks save a checkpoint and exit; a second Ctrl-C kills them. No rank outlives this
-    process. Raises UserError if another launch uses the run folder, OSError if it cannot be written.
+    On a stop signal the ranks save a checkpoint and exit; a second one kills them. No rank outlives this process.
+    Raises UserError if another launch uses the run folder, OSError if it cannot be written.
     """
     folder, stop = launch.folder, StopSignals(launch.folder)
     taken_over = f"another machine has taken over {folder.path}"

@@ -27,6 +27,7 @@ from typing import Protocol
 
 import torch
 
+from experiment.signals import WARNING_SIGNALS
 from pretrain.batching.batch import FlatRankBatch, RankBatch, flatten_batch, unflatten_batch
 
 log = logging.getLogger(__name__)
@@ -238,7 +239,8 @@ def _describe_state(worker: BaseProcess) -> str:
 def _defer_signals() -> None:
     """A launcher that stops a run signals the whole process tree, but the rank needs batches to finish its step."""
     signal.set_wakeup_fd(-1)  # the rank's own, which would take the signal for one to the rank
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, *WARNING_SIGNALS):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _exit_after_grace)
 
 

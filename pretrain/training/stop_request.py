@@ -1,7 +1,7 @@
 """Requests to stop early: a signal to any rank, or a STOP file in the run folder, which rank 0 checks for.
 
-During training a rank finishes its step and `step_agreement` tells the others. Before, nothing can be lost, and a rank
-ends within a second.
+During training a rank finishes its step and `step_agreement` tells the others; a second signal ends it at once. Before,
+nothing can be lost, and a rank ends within a second.
 """
 
 import os
@@ -15,8 +15,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Self
 
+from experiment.signals import STOP_SIGNALS, WARNING_SIGNALS, SignalHistory
+
 _CHECK_SECONDS = 0.5  # between checks for the file, which may be on a network disk
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _TAKEN_OVER = b"\0"  # in the pipe: no signal has this number
 
 
@@ -35,8 +36,9 @@ def exit_on_stop_request(end_process: Callable[[str], object], stop_file: Path |
             if reason := _wait_for_request(received, stop_file):
                 end_process(reason)
 
-    handlers = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}
+    handlers = {number: signal.signal(number, lambda *_: None) for number in STOP_SIGNALS}
     signal.set_wakeup_fd(wakeup)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, WARNING_SIGNALS)  # which the launcher has blocked
     threading.Thread(target=watch, name="stop request", daemon=True).start()
     try:
         yield
@@ -56,7 +58,7 @@ def _wait_for_request(received: int, stop_file: Path | None) -> str | None:
             number = os.read(received, 1)
             if number in (b"", _TAKEN_OVER):
                 return None
-            if number[0] in _SIGNALS:
+            if number[0] in STOP_SIGNALS:
                 return signal.Signals(number[0]).name
         elif found:
             return f"found {stop_file}"
@@ -72,15 +74,19 @@ def _exists(stop_file: Path) -> bool:
 class StopRequest:
     """Whether this rank has been asked to stop. Catches signals from construction to `close`."""
 
-    def __init__(self, stop_file: Path | None) -> None:
-        """`stop_file`: checked for on the rank that passes it (rank 0)."""
+    def __init__(self, stop_file: Path | None, end_process: Callable[[str], object] | None = None) -> None:
+        """Args:
+        stop_file: checked for on the rank that passes it (rank 0).
+        end_process: called with the reason, in a thread, on a second signal; None: it changes nothing.
+        """
         self._stop_file = stop_file
         self._checked = float("-inf")
         self._reason: str | None = None
-        self._handlers = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+        self._handlers = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
         wakeup = signal.set_wakeup_fd(-1)
         if wakeup != -1:  # requests no longer end the process, see `exit_on_stop_request`
             os.write(wakeup, _TAKEN_OVER)
+        self._second = None if end_process is None else _SecondSignal(end_process)
 
     @property
     def reason(self) -> str | None:
@@ -91,8 +97,15 @@ class StopRequest:
                 self._reason = f"found {self._stop_file}"
         return self._reason
 
+    def ignore_second(self) -> None:
+        """Let a second signal change nothing: DeepSpeed's launcher sends SIGTERM when another rank has ended."""
+        if self._second is not None:
+            self._second.close()
+            self._second = None
+
     def close(self) -> None:
         """Restore the signal handlers."""
+        self.ignore_second()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
@@ -103,4 +116,27 @@ class StopRequest:
         self.close()
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        self._reason = f"signal {signal.Signals(number).name}"
+        self._reason = self._reason or f"signal {signal.Signals(number).name}"
+
+
+class _SecondSignal:
+    """Waits for a second signal in a thread: the main thread may be blocked in C++."""
+
+    def __init__(self, end_process: Callable[[str], object]) -> None:
+        self._end_process = end_process
+        received, self._wakeup = os.pipe()
+        os.set_blocking(self._wakeup, False)
+        signal.set_wakeup_fd(self._wakeup)
+        threading.Thread(target=self._watch, args=(received,), name="second signal", daemon=True).start()
+
+    def close(self) -> None:
+        signal.set_wakeup_fd(-1)
+        os.write(self._wakeup, _TAKEN_OVER)  # data workers hold the pipe open, too
+        os.close(self._wakeup)
+
+    def _watch(self, received: int) -> None:
+        history = SignalHistory()
+        with open(received, "rb", buffering=0) as pipe:
+            while (number := pipe.read(1)) not in (b"", _TAKEN_OVER):
+                if number[0] in STOP_SIGNALS and history.is_second(number[0]):
+                    self._end_process(f"a second signal, {signal.Signals(number[0]).name}")

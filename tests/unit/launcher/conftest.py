@@ -12,6 +12,8 @@ def default_signals() -> Iterator[None]:
         (signal.SIGHUP, signal.SIG_DFL),
         (signal.SIGINT, signal.default_int_handler),
         (signal.SIGTERM, signal.SIG_DFL),
+        (signal.SIGUSR1, signal.SIG_DFL),
+        (signal.SIGUSR2, signal.SIG_DFL),
     )
     previous = {number: signal.signal(number, handler) for number, handler in defaults}
     yield

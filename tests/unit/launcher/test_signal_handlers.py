@@ -11,6 +11,7 @@ from launcher.signal_handlers import handle_stop_signals
 from waiting import LIMIT
 
 REPOSITORY = Path(__file__).parents[3]
+STOP_SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2]
 
 
 @pytest.fixture
@@ -25,9 +26,9 @@ def test_stop_signals_are_passed_on_and_restored() -> None:
     before = signal.getsignal(signal.SIGTERM)
     received: list[int] = []
     with handle_stop_signals(received.append):
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in STOP_SIGNALS:
             os.kill(os.getpid(), number)
-    assert received == [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+    assert received == STOP_SIGNALS
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -55,7 +56,7 @@ exit(cli.main(["pretrain", "--config", "x"]))
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_further_signals_change_nothing(number: signal.Signals) -> None:
     """Catches a second Ctrl-C that leaves processes on other hosts, or with another exit code than the first one."""
     process = subprocess.Popen([sys.executable, "-c", COMMAND], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)

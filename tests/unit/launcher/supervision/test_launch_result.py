@@ -10,7 +10,7 @@ from experiment.outcome_file import Cause, Outcome, write_outcome
 from experiment.run_folder import RunFolder, open_run_folder
 from launcher.supervision.launch_result import all_done, clear_reports, read_result
 
-STOPPED = {75, 256 - 15, 256 - 2}
+STOPPED = {75, 256 - 15, 256 - 2, 256 - 10, 256 - 12}
 OUT_OF_MEMORY = "was killed by SIGKILL, possibly because the system ran out of memory"
 
 

@@ -304,7 +304,7 @@ def test_one_launch_at_a_time(folder: RunFolder):
     process.communicate()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
 def test_a_signal_lets_the_ranks_save(folder: RunFolder, number: signal.Signals):
     """Catches a signal that kills the ranks before they have saved; some senders repeat it at once."""
     process = start(folder, "", repeated_signal_seconds=600.0)  # a busy machine may delay the second one
@@ -330,17 +330,26 @@ def test_a_run_under_nohup_outlives_its_terminal(folder: RunFolder):
     assert process.returncode == 75
 
 
-def test_a_second_interrupt_kills_unresponsive_ranks(folder: RunFolder):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_second_signal_kills_unresponsive_ranks(folder: RunFolder, number: signal.Signals):
     """Catches a hung run that only SIGKILL ends, and ranks that survive it."""
     process = start(folder, STUBBORN + HANG, repeated_signal_seconds=0.0)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     wait_until(folder.stop.exists)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, _ = process.communicate()
     assert process.returncode == 75
     assert "last complete checkpoint" in out
     assert not folder.stop.exists()
     wait_until(lambda: gone(int((folder.path / "pid").read_text())))
+
+
+def test_warnings_do_not_reach_deepspeeds_launcher(folder: RunFolder) -> None:
+    """Catches ranks that are killed because a batch system warns all processes of a job, which ends pdsh and ssh."""
+    process = start(folder, "os.kill(os.getpid(), signal.SIGUSR1); os.kill(os.getpid(), signal.SIGUSR2)")
+    process.terminate()
+    out, _ = process.communicate()
+    assert (process.returncode, out.strip()) == (75, "saved step 7")
 
 
 def test_no_rank_outlives_a_killed_launcher(folder: RunFolder):

@@ -94,7 +94,7 @@ class LargeBatches:
     ("number", "timeout", "message"),
     [
         (signal.SIGKILL, None, r"was killed \(SIGKILL\), perhaps because the memory ran out"),
-        (signal.SIGUSR1, None, "was killed by SIGUSR1"),  # not SIGHUP, which nohup ignores
+        (signal.SIGABRT, None, "was killed by SIGABRT"),  # not SIGHUP, which nohup ignores
         (signal.SIGSTOP, 2, r"has not made the batch of step 6 in 2 s: it is stopped \(SIGSTOP\)"),
         (None, None, "failed at step 6: ValueError: the corpus has changed"),
     ],

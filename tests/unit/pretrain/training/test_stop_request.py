@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from experiment.signals import SignalHistory
 from pretrain.training.stop_request import StopRequest, exit_on_stop_request
 from waiting import wait_until
 
@@ -43,7 +44,10 @@ def reasons_while_blocked(ask: Callable[[], object], stop_file: Path | None = No
     return reasons
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_before_training_is_handled_while_the_main_thread_is_blocked(number: signal.Signals) -> None:
     """Catches a rank that cannot be stopped while it connects or builds: Python's handlers wait for the main thread."""
     assert reasons_while_blocked(lambda: os.kill(os.getpid(), number)) == [number.name]
@@ -118,7 +122,37 @@ def test_a_disk_that_does_not_answer_is_asked_again(tmp_path: Path, monkeypatch:
     assert reasons_while_blocked(lambda: None, stop_file)[0] == f"found {stop_file}"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a rank that hangs and that only SIGKILL ends, or the one signal that is taken for two. Its main thread
+    may be blocked; a second signal is one that comes after a second."""
+    monkeypatch.setattr("pretrain.training.stop_request.SignalHistory", partial(SignalHistory, 0.0))
+    received: list[str] = []
+    with exit_on_stop_request(received.append, None), StopRequest(None, received.append) as stop:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.reason == "signal SIGUSR1"
+        os.kill(os.getpid(), signal.SIGUSR2)
+        wait_until(lambda: received)
+        assert stop.reason == "signal SIGUSR1"
+        stop.ignore_second()
+        os.kill(os.getpid(), signal.SIGUSR2)
+    assert received == ["a second signal, SIGUSR2"]
+    wait_until(lambda: all(thread.name != "second signal" for thread in threading.enumerate()))
+
+
+def test_a_warning_that_was_blocked_is_received() -> None:
+    """Catches a warning to a rank that imports its modules, while the launcher's mask still blocks it, that is lost."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    try:
+        signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)  # other threads of the test do not block it
+        received: list[str] = []
+        with exit_on_stop_request(received.append, None):
+            wait_until(lambda: received)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    assert received == ["SIGUSR1"]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_requests_a_stop(number: signal.Signals) -> None:
     """Catches a signal that ends the rank at once, and signal handlers that are not restored."""
     before = signal.getsignal(number)

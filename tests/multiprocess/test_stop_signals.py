@@ -1,0 +1,120 @@
+"""A warning of a batch system, SIGUSR1 or SIGUSR2, that one process of a run gets at any time."""
+
+import platform
+import signal
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from experiment.checkpoints import checkpoint_path, complete_checkpoints
+from experiment.outcome_file import Cause, Outcome, read_outcome
+from experiment.run_folder import RunFolder
+from launches import LONG, Start, config_file, wait_for_exit, wait_for_steps
+from runs import logged, soak
+from waiting import wait_until
+
+HOST = platform.node()
+REPOSITORY = Path(__file__).parents[2]
+
+# Python runs this at the start of each process: rank 1 signals itself where `patch` says.
+SIGNAL = """
+import os, signal, sys, time
+def signal_once(number=signal.SIGUSR1):
+    global signal_once
+    signal_once = lambda *_: None
+    os.kill(os.getpid(), number)
+def before(owner, name, is_due=lambda *_: True, act=lambda: signal_once()):
+    original = getattr(owner, name)
+    def call(*arguments, **options):
+        if is_due(*arguments):
+            act()
+        return original(*arguments, **options)
+    setattr(owner, name, call)
+def signal_again_and_again():
+    while True:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        time.sleep(0.2)
+if "pretrain.run" in sys.orig_argv and os.environ.get("RANK") == "1":
+    {patch}
+"""
+IN_A_SAVE = (
+    "from pretrain.training import background_save; "
+    'before(background_save, "write_share", lambda _, path: "00000004" in path.name)'
+)
+IN_AN_EVALUATION = "from pretrain.engine.engine import Engine; before(Engine, 'predict')"
+IN_A_STEP = "from pretrain.engine.engine import Engine; before(Engine, 'step')"
+WHILE_IT_IMPORTS = "signal_once()"
+WHILE_IT_BUILDS = "from pretrain import preparation; before(preparation, 'build_model')"
+TWICE = "from pretrain.engine.engine import Engine; before(Engine, 'step', act=signal_again_and_again)"
+
+
+def launch(start: Start, corpus: Path, held_out: Path, tmp_path: Path, patch: str) -> tuple[int, str]:
+    (tmp_path / "sitecustomize.py").write_text(SIGNAL.format(patch=patch))
+    config = config_file(
+        tmp_path,
+        corpus,
+        schedule__steps=LONG,
+        checkpoint__every_steps=2,
+        corpus__eval={"held-out": str(held_out)},
+        evaluation__every_steps=3,
+    )
+    command = (sys.executable, "-m", "launcher", "pretrain", "--config", str(config), "--num_gpus=2", "--oversubscribe")
+    return wait_for_exit(start(*command, PYTHONPATH=f"{tmp_path}:{REPOSITORY}"))
+
+
+@pytest.mark.parametrize("patch", [IN_A_SAVE, *soak(IN_AN_EVALUATION, IN_A_STEP)])
+def test_a_warning_to_one_rank_saves_a_checkpoint(
+    start: Start, wordpiece_corpus: Path, heldout_corpus: Path, tmp_path: Path, patch: str
+) -> None:
+    """Catches a rank that SIGUSR1 kills, and a run that goes on or loses the step because one rank alone was warned."""
+    code, output = launch(start, wordpiece_corpus, heldout_corpus, tmp_path, patch)
+    assert code == 75, output
+    reason = f"stopped: {HOST}, rank 1: signal SIGUSR1; run the same command again to resume"
+    folder = RunFolder(tmp_path / "run")
+    assert read_outcome(folder) == (Outcome.STOPPED, reason, Cause.SIGNAL)
+    last = logged(folder.path, "step")[-1]
+    assert complete_checkpoints(folder.checkpoints)[-1] == checkpoint_path(folder.checkpoints, last)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("patch", [WHILE_IT_IMPORTS, WHILE_IT_BUILDS])
+def test_a_warning_to_one_rank_that_starts_stops_the_run(
+    start: Start, wordpiece_corpus: Path, heldout_corpus: Path, tmp_path: Path, patch: str
+) -> None:
+    """Catches a failure, or a warning that is lost, because the rank does not train yet."""
+    code, output = launch(start, wordpiece_corpus, heldout_corpus, tmp_path, patch)
+    assert code == 75, output
+    assert f"{HOST}, rank 1: SIGUSR1 before the first step" in output
+
+
+@pytest.mark.soak
+def test_a_second_signal_to_one_rank_ends_all(
+    start: Start, wordpiece_corpus: Path, heldout_corpus: Path, tmp_path: Path
+) -> None:
+    """Catches ranks that stay when one of them has been told to end at once, and the wrong exit code."""
+    code, output = launch(start, wordpiece_corpus, heldout_corpus, tmp_path, TWICE)
+    assert code == 75, output
+    assert f"{HOST}, rank 1: a second signal, SIGUSR2; run the same command again to resume" in output
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
+def test_a_warning_to_all_processes_saves_a_checkpoint(
+    start: Start, wordpiece_corpus: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    """Catches a launcher of DeepSpeed or a data worker that dies because a batch system warns all of a job."""
+    config = config_file(tmp_path, wordpiece_corpus, schedule__steps=LONG)
+    command = (sys.executable, "-m", "launcher", "pretrain", "--config", str(config), "--num_gpus=2", "--oversubscribe")
+    process = start(*command)
+    wait_for_steps(tmp_path / "run", 3, process)
+    started = psutil.Process(process.pid)
+    for one in [*started.children(recursive=True), started]:
+        one.send_signal(number)
+    code, output = wait_for_exit(process)
+    assert code == 75, output
+    folder = RunFolder(tmp_path / "run")
+    last = logged(folder.path, "step")[-1]
+    assert complete_checkpoints(folder.checkpoints)[-1] == checkpoint_path(folder.checkpoints, last)
+    wait_until(lambda: started.pid not in psutil.pids())
