@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import psutil
 
@@ -112,6 +113,14 @@ def attempt_start() -> float:
     return created
 
 
+class Doing(NamedTuple):
+    """What a rank does, see `ActivityTimer.doing`."""
+
+    step: int  # finished steps
+    activity: str
+    changes: int  # a count that grows with each sign of progress
+
+
 class ActivityTimer:
     """Times the activities of one attempt, and records them once `open` was called."""
 
@@ -134,6 +143,7 @@ class ActivityTimer:
         self._step, self._reached = 0, 0
         self._total_steps: int | None = None
         self._earlier: list[AttemptTime] = []
+        self._changes = 0
         self._folder: RunFolder | None = None
         self._lines: list[AttemptTime] = []  # of this attempt, in the file
 
@@ -151,6 +161,15 @@ class ActivityTimer:
         """Share of the run's time so far that was useful, over all attempts."""
         return add_up([*self._earlier, self._line()]).share
 
+    @property
+    def doing(self) -> Doing:
+        """For other threads, which see from equal values that there was no progress."""
+        return Doing(self._step, self._activity, self._changes)
+
+    def make_progress(self) -> None:
+        """Call within a long activity, such as after each microbatch or collective."""
+        self._changes += 1
+
     @contextmanager
     def during(self, activity: str, recorded: bool = True) -> Iterator[None]:
         """Count the time inside as spent on the activity. recorded: add lines before and after it; not in each step."""
@@ -163,6 +182,10 @@ class ActivityTimer:
     def begin_training(self) -> None:
         """What follows is training, apart from what `during` counts."""
         self._switch(TRAINING, recorded=True)
+
+    def end_training(self) -> None:
+        """What follows is the end of the attempt."""
+        self._switch(STARTING, recorded=True)
 
     def finish_step(self, step: int) -> None:
         """Count the time of training since the last call for this step."""
@@ -194,6 +217,7 @@ class ActivityTimer:
         """Returns the activity before."""
         self._settle()
         before, self._activity = self._activity, activity
+        self._changes += 1
         if recorded:
             self.record()
         return before

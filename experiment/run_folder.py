@@ -114,6 +114,10 @@ class RunFolder:
         killed."""
         return self.logs / f"rank-{rank}.json"
 
+    def heartbeat(self, rank: int) -> Path:
+        """What a rank does, see `heartbeat`."""
+        return self.logs / f"rank-{rank}.beat"
+
 
 def folder_name(text: str) -> str:
     """A name for a folder: letters, digits and any of _.+- of a text; empty if it has none."""

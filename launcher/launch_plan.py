@@ -70,6 +70,7 @@ class LaunchPlan:
             max_restarts=max_restarts,
             max_halvings=max_halvings(self.config),
             tracking=self.config.tracking,
+            hang_seconds=self.config.health.hang_seconds,
             passing_hosts=partial(passing_hosts, self.target, {}),
         )
 

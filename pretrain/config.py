@@ -372,7 +372,8 @@ class HealthConfig(Section):
     """Steps between checks that all ranks hold the same weights and data position; null: never."""
 
     hang_seconds: PositiveInt = 600
-    """Timeout in seconds after which a rank that waits for the others, or for its data, fails."""
+    """Timeout in seconds: a rank that makes no progress, that others wait for, or that waits for its data is named
+    within it, and the run fails."""
 
 
 class Stage(NamedTuple):

@@ -41,6 +41,7 @@ from pretrain.engine.process_group import connect, disconnect
 from pretrain.modeling.compile_time import compile_seconds
 from pretrain.modeling.masked_lm import MaskedLanguageModel
 from pretrain.preparation import prepare
+from pretrain.rank_heartbeat import RankHeartbeat
 from pretrain.rank_process import exit_refused, give_up, run_rank, stop_at_once
 from pretrain.rank_report import RankReport, rank_report
 from pretrain.training.background_save import UnwritableError
@@ -59,16 +60,16 @@ def pretrain(
     stop_request: Callable[[Path | None], StopRequest] = StopRequest,
     limits: HealthLimits = HEALTH_LIMITS,
     report: RankReport | None = None,
-    start_time: float | None = None,
+    times: ActivityTimer | None = None,
 ) -> ReportedOutcome:
     """Run or resume a pretraining on this rank. The process group is connected. Raises UserError.
 
-    start_time: of this attempt, as time.time(); default: now.
+    times: of this attempt; default: it starts now.
     """
-    times = ActivityTimer(time.time() if start_time is None else start_time, compile_seconds)
+    times = times or ActivityTimer(time.time(), compile_seconds)
     report = report or rank_report(config, world.rank)
     with deadline(_timeout(config), partial(give_up, report, "the ranks did not connect to each other's hosts")):
-        hosts = HostGroup(_timeout(config))
+        hosts = HostGroup(_timeout(config), times.make_progress)
     try:
         run, model, stream = prepare(config, world, hosts)
         compiled: set[type[nn.Module]] = set()
@@ -143,9 +144,13 @@ def main(argv: Sequence[str]) -> NoReturn:
 
 
 def _connect_and_pretrain(config: PretrainConfig, report: RankReport) -> Outcome:
+    heartbeat = RankHeartbeat(report.folder, report.rank, config.health.hang_seconds)
+    heartbeat.start()
     world = connect(_timeout(config), partial(give_up, report))
     stop_request = partial(StopRequest, end_process=partial(stop_at_once, report))
-    ending = pretrain(config, world, stop_request, report=report, start_time=attempt_start())
+    times = ActivityTimer(attempt_start(), compile_seconds)
+    heartbeat.follow(times)
+    ending = pretrain(config, world, stop_request, report=report, times=times)
     report.agree(ending)
     with contextlib.suppress(RuntimeError):  # the outcome stands
         disconnect()

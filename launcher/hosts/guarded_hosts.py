@@ -14,8 +14,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Self
 
+from experiment.heartbeat import Heartbeat
 from experiment.provenance import REPOSITORY
-from launcher.hosts.host_guard import BEAT_SECONDS, END, ENDED, PREFIX, SILENCE_SECONDS
+from launcher.hosts.host_guard import BEAT_SECONDS, END, ENDED, PREFIX, SILENCE_SECONDS, STACK
 from launcher.hosts.ssh import CONNECT_SECONDS, ssh_argv
 from launcher.signal_handlers import warnings_blocked
 
@@ -87,6 +88,11 @@ class GuardedHosts:
         """Let `start` return, although some have neither replied nor are lost."""
         for connection in self._connections.values():
             connection.started.set()
+
+    def request_stack(self, beat: Heartbeat) -> None:
+        """Make a rank write its stacks. Its host may have another name here: all guards are asked."""
+        for connection in self._connections.values():
+            connection.try_send(f"{STACK} {beat.pid} {beat.host}\n".encode())
 
     def close(self) -> None:
         """End all processes of the launch on all hosts that can be reached, and the guards."""

@@ -4,12 +4,14 @@ The processes of a launch have its name in their environment. When the launch en
 lost, all of them are killed; if this process gets a signal, after they had time to save a checkpoint. Until then the
 ranks find the environment variables of the launch in a file that only the user can read.
 
-Both sides send lines. From the launcher: a request as JSON, beats, perhaps `end`. From here: a reply as JSON, then as
-beats the number of processes, and `ended`. Imports the standard library only, so that it starts at once.
+Both sides send lines. From the launcher: a request as JSON, beats, perhaps `stack PID HOST` or `end`. From here: a
+reply as JSON, then as beats the number of processes, and `ended`. Imports the standard library only, so that it starts
+at once.
 """
 
 import json
 import os
+import platform
 import queue
 import signal
 import sys
@@ -19,6 +21,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from experiment.heartbeat import request_stack
 from experiment.launch_variable import LAUNCH_VARIABLE
 from experiment.signals import WARNING_SIGNALS
 from launcher.hosts.addresses import route_to
@@ -29,6 +32,7 @@ SILENCE_SECONDS = 15.0
 """Without a line for this time, each side considers the other lost."""
 
 END = "end"
+STACK = "stack"
 ENDED = "ended"
 PREFIX = "deepcloze guard: "
 """Of the lines from the host, whose shell may print others, or something before the first one."""
@@ -83,12 +87,20 @@ def _wait_for_end(launch: str, lines: "queue.SimpleQueue[str]") -> None:
                 leave_at = min(leave_at, time.monotonic() + _LEAVE_SECONDS)
             else:
                 last_line = time.monotonic()
+            if line.startswith(STACK):
+                _request_stack(launch, line)
         leaving = leave_at < float("inf")
         if leaving or time.monotonic() - counted_at >= _COUNT_SECONDS:
             processes, counted_at = sum(1 for _ in _processes(launch)), time.monotonic()
         _send(str(processes))
         if leaving and processes == 0:
             return
+
+
+def _request_stack(launch: str, line: str) -> None:
+    _, pid, host = line.split(maxsplit=2)
+    if host == platform.node() and int(pid) in _processes(launch):
+        request_stack(int(pid))
 
 
 def _read_lines(lines: "queue.SimpleQueue[str]") -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 import xxhash
 
 from experiment.files import atomic_write
+from experiment.heartbeat import Heartbeat, request_stack
 from experiment.launch_variable import START_VARIABLE
 from experiment.outcome_file import Cause, Outcome, read_outcome
 from experiment.run_folder import RunFolder
@@ -26,6 +27,7 @@ from launcher.hosts.hostfile import Slots
 from launcher.ranks.start_command import Command
 from launcher.signal_handlers import warnings_blocked
 from launcher.supervision.early_stop import kill_on_early_stop
+from launcher.supervision.hang_watch import WatchedRanks, hang_watch
 from launcher.supervision.launch_log import AttemptRecord
 from launcher.supervision.launch_result import LaunchResult, all_done, read_result
 from launcher.supervision.output_filter import filtered_output
@@ -61,6 +63,7 @@ class Launch:
     max_restarts: int = 0
     max_halvings: int = 0  # of the microbatch
     tracking: TrackingConfig = field(default_factory=TrackingConfig)  # for alerts
+    hang_seconds: float = 600.0  # as `health.hang_seconds`
     quiet: bool = False  # do not print what the ranks print
     passing_hosts: Callable[[Collection[str]], Collection[str]] = lambda hosts: hosts  # those that pass preflight
 
@@ -68,7 +71,9 @@ class Launch:
 def run_attempt(launch: Launch, layout: Layout, stop: StopSignals, record: AttemptRecord) -> LaunchResult:
     """Run the ranks of this layout until they have exited. No process of theirs remains on a host that answers."""
     if launch.local:
-        return _run(launch, launch.command(layout, None), stop, record, _Processes())
+        processes = _Processes()
+        watched = _watched_ranks(launch, layout, processes, lambda beat: request_stack(beat.pid))
+        return _run(launch, launch.command(layout, None), stop, record, processes, watched)
     hosts = list(layout.slots)
     name = _launch_name(launch.folder)
     processes = _Processes()
@@ -78,7 +83,9 @@ def run_attempt(launch: Launch, layout: Layout, stop: StopSignals, record: Attem
     with kill_on_early_stop(launch.folder, stop) as stopped_early, guards:
         result = None
         if not guards.lost and not stop.killed:
-            result = _run(launch, launch.command(layout, guards.rendezvous()), stop, record, processes)
+            command = launch.command(layout, guards.rendezvous())
+            watched = _watched_ranks(launch, layout, processes, lambda beat: guards.request_stack(beat))
+            result = _run(launch, command, stop, record, processes, watched)
         lost = dict(guards.lost)
     if stopped_early.is_set():
         return _STOPPED_EARLY
@@ -148,8 +155,20 @@ def _launch_name(folder: RunFolder) -> str:
     return f"{xxhash.xxh3_64_hexdigest(os.fsencode(folder.path))}-{os.urandom(8).hex()}"
 
 
+def _watched_ranks(
+    launch: Launch, layout: Layout, processes: _Processes, request_stack: Callable[[Heartbeat], None]
+) -> WatchedRanks:
+    ranks = sum(map(len, layout.slots.values()))
+    return WatchedRanks(launch.folder, ranks, launch.hang_seconds, request_stack, processes.kill)
+
+
 def _run(
-    launch: Launch, command: Command, stop: StopSignals, record: AttemptRecord, processes: _Processes
+    launch: Launch,
+    command: Command,
+    stop: StopSignals,
+    record: AttemptRecord,
+    processes: _Processes,
+    watched: WatchedRanks,
 ) -> LaunchResult:
     record.start(command.argv)
     for path, text in command.files.items():
@@ -167,7 +186,7 @@ def _run(
         )
     with filtered_output(process):
         try:
-            with watchdog(process.pid):
+            with watchdog(process.pid), hang_watch(watched) as hang:
                 stop.kill = processes.kill
                 processes.started(process.pid)
                 if stop.killed:  # by a signal since the start
@@ -179,6 +198,8 @@ def _run(
     reported = read_outcome(launch.folder)
     if stop.killed and (reported is None or reported.outcome is Outcome.STOPPED):
         return _KILLED
+    if hang.message is not None and (reported is None or reported.outcome is Outcome.FAILED):
+        return LaunchResult(Outcome.FAILED, hang.message, Cause.HUNG)
     if processes.left is not None:
         if reported is None:
             message = f"the processes on {processes.left} ended, and those on other hosts did not"

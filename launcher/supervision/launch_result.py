@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 
+from experiment.heartbeat import read_heartbeat
 from experiment.outcome_file import Cause, Outcome, read_outcome
 from experiment.run_folder import RunFolder
 from experiment.signals import STOP_SIGNALS
@@ -30,7 +31,7 @@ class LaunchResult:
 
 def clear_reports(folder: RunFolder) -> None:
     """Remove what the ranks of an earlier launch left."""
-    for path in (folder.outcome, *_rank_processes(folder)):
+    for path in (folder.outcome, *_rank_processes(folder), *folder.logs.glob("rank-*.beat")):
         path.unlink(missing_ok=True)
 
 
@@ -101,7 +102,9 @@ def _silent_ranks(folder: RunFolder) -> Iterator[str]:
         try:
             process = json.loads(path.read_text(encoding="utf-8"))
             if process["exit"] is None:
-                yield f"rank {process['rank']} on {process['host']} (process {process['pid']})"
+                beat = read_heartbeat(folder, process["rank"])
+                step = "" if beat is None else f" after step {beat.step}"
+                yield f"rank {process['rank']} on {process['host']} (process {process['pid']}){step}"
         except (OSError, ValueError, KeyError, TypeError):
             continue
 
@@ -125,7 +128,7 @@ def _failure_message(folder: RunFolder, reason: str, start_time: float) -> str:
     """The message for ranks that exited without writing an outcome, with the end of the failed rank's log."""
     message = f"the ranks exited without reporting an outcome ({reason}); their logs are in {folder.logs}"
     logs = [path for path in sorted(folder.logs.glob("rank-*.log")) if path.stat().st_mtime >= start_time]
-    tails = {path: _tail(path) for path in logs}
+    tails = {path: tail for path in logs if (tail := _tail(path))}
     if not tails:
         return message
     # The failed rank stops logging first; the others notice its loss later.

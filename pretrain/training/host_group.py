@@ -21,21 +21,29 @@ class AgreedError(UserError):
 class PendingSums:
     """Sums over all ranks that are being computed."""
 
-    def __init__(self, sums: torch.Tensor, work: dist.Work) -> None:
+    def __init__(self, sums: torch.Tensor, work: dist.Work, on_progress: Callable[[], None]) -> None:
         self._sums = sums
         self._work = work
+        self._on_progress = on_progress
 
     def wait(self) -> list[int]:
         """The sums, when every rank has contributed."""
         self._work.wait()
+        self._on_progress()
         return self._sums.tolist()
 
 
 class HostGroup:
     """A gloo group of all ranks."""
 
-    def __init__(self, timeout: datetime.timedelta) -> None:
-        """Collective. `timeout`: of every collective of the group."""
+    def __init__(self, timeout: datetime.timedelta, on_progress: Callable[[], None] = lambda: None) -> None:
+        """Collective.
+
+        Args:
+            timeout: of every collective of the group.
+            on_progress: called after each collective.
+        """
+        self._on_progress = on_progress
         on_host = dist.get_backend() == "gloo"
         self._group = None if on_host else dist.new_group(backend="gloo", timeout=timeout)
 
@@ -46,19 +54,21 @@ class HostGroup:
     def start_all_reduce_sum(self, numbers: Sequence[int]) -> "PendingSums":
         """Start to sum each number over all ranks, while this rank does other work. Collective."""
         sums = torch.tensor(numbers, dtype=torch.int64)
-        return PendingSums(sums, dist.all_reduce(sums, group=self._group, async_op=True))
+        return PendingSums(sums, dist.all_reduce(sums, group=self._group, async_op=True), self._on_progress)
 
     def all_gather(self, numbers: Sequence[int]) -> list[list[int]]:
         """The numbers of every rank, by rank."""
         own = torch.tensor(numbers, dtype=torch.int64)
         gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(self._group))]
         dist.all_gather(gathered, own, group=self._group)
+        self._on_progress()
         return [of_rank.tolist() for of_rank in gathered]
 
     def all_gather_objects(self, value: T) -> list[T]:
         """The picklable value of every rank, by rank. Collective."""
         gathered: list[Any] = [None] * dist.get_world_size(self._group)
         dist.all_gather_object(gathered, value, group=self._group)
+        self._on_progress()
         return gathered
 
     def call(self, function: Callable[[], T]) -> T:
@@ -90,6 +100,7 @@ class HostGroup:
             except UserError as error:
                 box[1] = str(error)
         dist.broadcast_object_list(box, src=0, group=self._group)
+        self._on_progress()
         if box[1] is not None:
             raise AgreedError(box[1])
         result: T = box[0]

@@ -18,12 +18,13 @@ from experiment.tracking import Trackers
 from experiment.tracking.alerts import Alert
 from experiment.tracking.downstream import DownstreamLog
 from experiment.tracking.metrics import Metrics
-from pretrain.batching.batch import RankBatch
+from pretrain.batching.batch import Microbatch, RankBatch
 from pretrain.batching.loader import DataWorkerError
 from pretrain.engine.engine import Engine, StepResult
 from pretrain.engine.phases import phase
 from pretrain.evaluate import open_evaluator
 from pretrain.modeling.build import BuiltModel
+from pretrain.modeling.masked_lm import Predictions
 from pretrain.resolve import ResolvedRun
 from pretrain.training.bad_batch_dump import BadBatchWriter
 from pretrain.training.checkpoint_alarm import CheckpointAlarm
@@ -54,9 +55,9 @@ from pretrain.training_stream import TrainingStream
 log = logging.getLogger(__name__)
 
 
-# Timeout for a batch, as a fraction of `health.hang_seconds`: a rank whose data worker hangs reports it before the
-# ranks that wait for it give up.
-_DATA_TIMEOUT = 0.9
+# Timeout for a batch, as a fraction of `health.hang_seconds`: a rank whose data worker hangs reports it before it or
+# the ranks that wait for it count as hung.
+_DATA_TIMEOUT = 0.7
 
 
 class Update(NamedTuple):
@@ -185,9 +186,10 @@ class Trainer:
         """Close the trackers."""
         if self._profiler is not None:
             self._profiler.close()
+        self._times.end_training()
         if self._tracker is not None:
-            with self._times.during(STARTING):
-                self._tracker.close(outcome)
+            self._tracker.close(outcome)
+            self._times.record()
 
     def _open_data(self) -> None:
         """Start the log interval and the data stream at the current progress."""
@@ -231,7 +233,7 @@ class Trainer:
         engine.begin_step(batch.step, rate)
         losses = torch.stack(
             [
-                engine.accumulate(microbatch, global_masked, batch.step, number)
+                self._accumulate(microbatch, global_masked, batch.step, number)
                 for number, microbatch in enumerate(batch.microbatches)
             ]
         )
@@ -247,6 +249,15 @@ class Trainer:
         else:
             engine.load_loss_scaler_state(scaler)  # which treats every gradient that is not finite as an overflow
         return Update(result, losses, fault)
+
+    def _accumulate(self, microbatch: Microbatch, global_masked: int, step: int, number: int) -> Tensor:
+        loss = self._engine.accumulate(microbatch, global_masked, step, number)
+        self._times.make_progress()
+        return loss
+
+    def _predict(self, microbatch: Microbatch) -> Predictions:
+        self._times.make_progress()
+        return self._engine.predict(microbatch)
 
     def _recover(self, batch: RankBatch, fault: Fault, losses: Tensor | None) -> Update | None:
         """Respond to a bad batch as `health.policy` says: skip it, or rewind and return None.
@@ -383,7 +394,7 @@ class Trainer:
     def _evaluate(self) -> None:
         with self._throughput.paused(), self._times.during(EVALUATING):
             progress, interval, config = self._progress, self._interval, self._config.evaluation
-            metrics = self._evaluator.metrics(self._engine.predict, self._engine.device)
+            metrics = self._evaluator.metrics(self._predict, self._engine.device)
             if metrics:
                 self._track(metrics)
             interval.all_reduce_losses(self._engine.device)

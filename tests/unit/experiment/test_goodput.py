@@ -217,3 +217,20 @@ def test_an_attempt_starts_with_its_launch(monkeypatch: pytest.MonkeyPatch) -> N
     for value, expected in ((created - 9, created - 9), (created + 9, created), ("x", created)):
         monkeypatch.setenv(START_VARIABLE, str(value))
         assert attempt_start() == expected
+
+
+def test_other_threads_see_progress(clock: Clock) -> None:
+    """Catches a rank that counts as hung although it trains, evaluates or waits for data, and the reverse."""
+    timer = clock.timer(1000.0)
+    timer.begin_training()
+    trains = timer.doing
+    clock.pass_seconds(1)
+    timer.record()
+    assert timer.doing == trains
+    timer.make_progress()
+    assert timer.doing != trains
+    timer.finish_step(7)
+    with timer.during(DATA, recorded=False):
+        assert timer.doing[:2] == (7, DATA)
+    timer.end_training()
+    assert timer.doing[:2] == (7, STARTING)

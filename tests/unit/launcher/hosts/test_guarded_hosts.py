@@ -1,4 +1,5 @@
 import os
+import platform
 import queue
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from experiment.heartbeat import STACK_SIGNAL, Heartbeat
 from experiment.launch_variable import LAUNCH_VARIABLE
 from launcher.hosts import guarded_hosts, host_guard
 from launcher.hosts.guarded_hosts import GuardedHosts, GuardRequest
@@ -195,3 +197,21 @@ def test_a_guard_says_where_it_cannot_write(run: str, tmp_path: Path, monkeypatc
     monkeypatch.setattr(host_guard, "environment_file", lambda launch: tmp_path / "missing" / f"{launch}.json")
     with pytest.raises(SystemExit, match=f"cannot write to {tmp_path}/missing: No such file or directory"):
         host_guard.guard(f"{run}-1", {}, "localhost", queue.SimpleQueue())
+
+
+def test_a_rank_is_asked_for_its_stack(run: str, tmp_path: Path) -> None:
+    """Catches a rank on another host without stack, and a signal to a process that is none of the launch."""
+    code = f"import faulthandler, time; faulthandler.register({STACK_SIGNAL:d}, open({str(tmp_path / 'stack')!r}, 'w'))"
+    code += f"; open({str(tmp_path / 'ready')!r}, 'w').close(); time.sleep(3600)"
+    other = start_process(f"{os.urandom(8).hex()}-1")
+    with GuardedHosts(["node-1"], request(f"{run}-1"), lambda _: None) as hosts:
+        own = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {LAUNCH_VARIABLE: f"{run}-1"})
+        wait_until((tmp_path / "ready").exists)
+        for host, pid in (("another", own.pid), (platform.node(), other.pid), (platform.node(), own.pid)):
+            hosts.request_stack(Heartbeat(0, host, pid, 1, 57, "training", False, 0.0))
+        wait_until((tmp_path / "stack").read_text)
+    assert (tmp_path / "stack").read_text().count("most recent call first") == 1
+    own.wait(LIMIT)
+    assert other.poll() is None
+    other.kill()
+    other.wait()

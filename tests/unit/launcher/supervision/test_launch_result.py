@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from experiment.heartbeat import Heartbeat, write_heartbeat
 from experiment.outcome_file import Cause, Outcome, write_outcome
 from experiment.run_folder import RunFolder, open_run_folder
 from launcher.supervision.launch_result import all_done, clear_reports, read_result
@@ -40,6 +41,16 @@ def test_the_killed_rank_is_named(folder: RunFolder, exit_code: int) -> None:
     assert message(folder, exit_code) == f"rank 1 on node-1 (process 71) {OUT_OF_MEMORY}; node-0, rank 0: lost its peer"
     record(folder, 0, None)
     assert message(folder, exit_code).startswith("rank 0 on node-0 (process 70) or rank 1 on node-1 (process 71) was")
+
+
+def test_the_last_step_of_a_killed_rank_is_named(folder: RunFolder) -> None:
+    """Catches a rank that dies without a word on how far it came."""
+    record(folder, 1, None)
+    write_heartbeat(folder, Heartbeat(1, "node-1", 71, 9, 57, "training", False, 0.0))
+    assert message(folder, 247).startswith(
+        "the ranks exited without reporting an outcome (rank 1 on node-1 (process 71) "
+    )
+    assert f"(process 71) after step 57 {OUT_OF_MEMORY}" in message(folder, 247)
 
 
 @pytest.mark.parametrize("started", [True, False])

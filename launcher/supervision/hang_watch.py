@@ -1,0 +1,170 @@
+"""Finds the rank for which a run hangs: it has stopped, or makes no progress while others wait for it.
+
+The ranks write heartbeats to the run folder, which all hosts share (`experiment.heartbeat`). A rank whose heartbeat
+stays away has stopped, or its host or disk has. If some rank makes no progress, those that do not wait for others are
+to blame. The stack of a rank is in its log.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+from experiment.heartbeat import Heartbeat, beat_seconds, hung_seconds, main_stack, read_heartbeat
+from experiment.outcome_file import Cause, Outcome, write_first_outcome
+from experiment.run_folder import RunFolder
+from launcher.messages import notify
+from launcher.supervision.polling import polled
+
+_STACK_SECONDS = 1.0
+_MOST_NAMED = 4
+_MOST_FRAMES = 12
+
+
+@dataclass(frozen=True)
+class RankLife:
+    """What is known of a rank."""
+
+    beat: Heartbeat
+    silent_seconds: float  # since its heartbeat has changed
+
+
+@dataclass(frozen=True)
+class WatchedRanks:
+    """What a watch needs."""
+
+    folder: RunFolder
+    ranks: int
+    hang_seconds: float
+    request_stack: Callable[[Heartbeat], None]
+    end: Callable[[], None]  # all processes of the launch
+
+
+def hung_ranks(lives: Sequence[RankLife], ranks: int, limit: float) -> list[RankLife]:
+    """The ranks for which a run of so many ranks hangs; empty if it does not.
+
+    Args:
+        lives: of the ranks that have started, and not ended.
+        limit: in seconds.
+    """
+    silent = [life for life in lives if life.silent_seconds >= limit]
+    if silent:
+        return silent
+    # A rank that has not started is named by those that try to connect to it.
+    if len(lives) < ranks or all(life.beat.stuck_seconds < limit for life in lives):
+        return []
+    busy = [life for life in lives if not life.beat.waits]
+    stuck = [life for life in busy if life.beat.stuck_seconds >= limit]
+    return stuck or busy or list(lives)
+
+
+class HangWatch:
+    """Watches the ranks of an attempt. `message`: which rank hangs; None: none does."""
+
+    def __init__(self, watched: WatchedRanks, clock: Callable[[], float] = time.monotonic) -> None:
+        self.message: str | None = None
+        self._watched = watched
+        self._limit = hung_seconds(watched.hang_seconds)
+        self._clock = clock
+        self._checked = clock()
+        self._lives: dict[int, RankLife] = {}
+        self._log_sizes: dict[int, int] = {}  # before this attempt hangs
+
+    def is_settled(self) -> bool:
+        """Look at all ranks; end the run if it hangs. Returns whether it does."""
+        now = self._clock()
+        # A machine that was suspended has heard nothing meanwhile: count a part of a long pause only.
+        elapsed, self._checked = min(now - self._checked, self._limit / 4), now
+        for rank in range(self._watched.ranks):
+            self._look_at(rank, elapsed)
+        hung = hung_ranks(list(self._lives.values()), self._watched.ranks, self._limit)
+        ended = [life for life in hung if self._has_ended(life.beat.rank)]
+        for life in ended:
+            del self._lives[life.beat.rank]
+        if not hung or ended or not self._can_write():
+            return False
+        self._end(hung)
+        return True
+
+    def _look_at(self, rank: int, elapsed: float) -> None:
+        known, beat = self._lives.get(rank), read_heartbeat(self._watched.folder, rank)
+        if beat is not None and (known is None or beat.number != known.beat.number):
+            self._lives[rank] = RankLife(beat, 0.0)
+            self._log_sizes.setdefault(rank, self._log_size(rank))
+        elif known is not None:
+            self._lives[rank] = RankLife(known.beat, known.silent_seconds + elapsed)
+
+    def _log_size(self, rank: int) -> int:
+        with suppress(OSError):
+            return self._watched.folder.rank_log(rank).stat().st_size
+        return 0
+
+    def _has_ended(self, rank: int) -> bool:
+        try:
+            process = json.loads(self._watched.folder.rank_record(rank).read_text(encoding="utf-8"))
+            return process["exit"] is not None
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    def _can_write(self) -> bool:
+        """Whether the run folder can be written: heartbeats need it."""
+        try:
+            os.utime(self._watched.folder.logs)
+        except OSError:
+            return False
+        return True
+
+    def _end(self, hung: Sequence[RankLife]) -> None:
+        named = hung[:_MOST_NAMED]
+        self._get_stacks(named)
+        more = f"; and {len(hung) - len(named)} more ranks" if len(hung) > len(named) else ""
+        summary = "; ".join(self._describe(life) for life in named) + more
+        stacks = "\n".join(self._stack(life.beat.rank) for life in named)
+        self.message = f"{summary}\n{stacks}"
+        notify(f"{summary}; ending all ranks")
+        with suppress(OSError):
+            write_first_outcome(self._watched.folder, Outcome.FAILED, self.message, Cause.HUNG)
+        self._watched.end()
+
+    def _get_stacks(self, named: Sequence[RankLife]) -> None:
+        """A rank that makes no progress has written its stack; the others are asked to."""
+        missing = {life.beat.rank for life in named if not self._frames(life.beat.rank)}
+        for life in named:
+            if life.beat.rank in missing:
+                self._watched.request_stack(life.beat)
+        deadline = time.monotonic() + _STACK_SECONDS
+        while missing and time.monotonic() < deadline:
+            time.sleep(0.02)
+            missing = {rank for rank in missing if not self._frames(rank)}
+
+    def _frames(self, rank: int) -> list[str]:
+        return main_stack(self._watched.folder.rank_log(rank), self._log_sizes.get(rank, 0))
+
+    def _describe(self, life: RankLife) -> str:
+        beat = life.beat
+        silent = life.silent_seconds >= self._limit
+        seconds = max(life.silent_seconds, beat.stuck_seconds)
+        what = f"no sign of life for {seconds:.0f} s" if silent else f"no progress for {seconds:.0f} s"
+        if not silent and beat.stuck_seconds < self._limit:
+            what = "others wait for it"
+        where = f"after step {beat.step}, {beat.activity}"
+        return f"{beat.host}, rank {beat.rank} (process {beat.pid}) hangs: {what} ({where})"
+
+    def _stack(self, rank: int) -> str:
+        log = self._watched.folder.rank_log(rank)
+        frames = self._frames(rank)
+        if not frames:
+            return f"the stack of rank {rank} is not known: it does not react to signals"
+        more = ["…"] if len(frames) > _MOST_FRAMES else []
+        lines = "\n".join(f"  {frame}" for frame in [*frames[:_MOST_FRAMES], *more])
+        return f"the main thread of rank {rank}, innermost call first; all threads: {log}\n{lines}"
+
+
+@contextmanager
+def hang_watch(watched: WatchedRanks) -> Iterator[HangWatch]:
+    """Watch the ranks while the block runs."""
+    watch = HangWatch(watched)
+    with polled(watch.is_settled, beat_seconds(watched.hang_seconds), "hang watch"):
+        yield watch

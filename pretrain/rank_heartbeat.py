@@ -1,0 +1,85 @@
+"""A rank's signs of life, which the launcher watches, and the stacks of its threads when it hangs or crashes."""
+
+import faulthandler
+import os
+import platform
+import sys
+import threading
+import time
+from contextlib import suppress
+from types import FrameType
+from typing import IO
+
+from experiment.goodput import STARTING, ActivityTimer, Doing
+from experiment.heartbeat import STACK_SIGNAL, Heartbeat, beat_seconds, hung_seconds, write_heartbeat
+from experiment.run_folder import RunFolder
+
+# Code in which the innermost frame of a rank that waits for others is.
+_COLLECTIVES = ("/torch/distributed/", "/pretrain/training/host_group.py")
+_COMPILERS = ("/torch/_dynamo/", "/torch/_inductor/")
+
+
+class RankHeartbeat:
+    """Writes a heartbeat regularly, in a thread, from `start` to the end of the process."""
+
+    def __init__(self, folder: RunFolder, rank: int, hang_seconds: float) -> None:
+        self._folder = folder
+        self._rank = rank
+        self._interval = beat_seconds(hang_seconds)
+        self._limit = hung_seconds(hang_seconds)
+        self._times: ActivityTimer | None = None
+        self._log: IO[bytes] | None = None
+
+    def start(self) -> None:
+        with suppress(OSError):  # no room for stacks
+            self._log = self._folder.rank_log(self._rank).open("ab", buffering=0)
+            faulthandler.enable(self._log)
+            faulthandler.register(STACK_SIGNAL, self._log)
+        threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
+
+    def follow(self, times: ActivityTimer) -> None:
+        """Tell what these times say, from now on."""
+        self._times = times
+
+    def _run(self) -> None:
+        number, stuck, before, checked = 0, 0.0, None, time.monotonic()
+        while True:
+            doing, frame = self._doing(), sys._current_frames().get(threading.main_thread().ident or 0)
+            now = time.monotonic()
+            # A machine that was suspended has not hung: count a part of a long pause only.
+            elapsed, checked = min(now - checked, self._limit / 4), now
+            waits = _is_in(frame, _COLLECTIVES)
+            # While the ranks connect, they find themselves which one is missing.
+            measured = self._times is not None and (waits or doing.activity != STARTING) and not _compiles(frame)
+            was_stuck, stuck = stuck, stuck + elapsed if doing == before and measured else 0.0
+            if was_stuck < self._limit <= stuck:
+                self._dump()
+            number, before = number + 1, doing
+            host, pid = platform.node(), os.getpid()
+            with suppress(OSError):
+                write_heartbeat(
+                    self._folder,
+                    Heartbeat(self._rank, host, pid, number, doing.step, doing.activity, waits, round(stuck, 3)),
+                )
+            del frame
+            time.sleep(self._interval)
+
+    def _doing(self) -> Doing:
+        return Doing(0, STARTING, 0) if self._times is None else self._times.doing
+
+    def _dump(self) -> None:
+        if self._log is not None:
+            with suppress(OSError):
+                faulthandler.dump_traceback(self._log)
+
+
+def _is_in(frame: FrameType | None, code: tuple[str, ...]) -> bool:
+    return frame is not None and any(part in frame.f_code.co_filename for part in code)
+
+
+def _compiles(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if _is_in(frame, _COMPILERS):
+            return True
+        frame = frame.f_back
+    return False

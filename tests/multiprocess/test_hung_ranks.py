@@ -1,0 +1,103 @@
+"""A rank stops or makes no progress: it is named with its stack, all ranks end, and the next start resumes."""
+
+import json
+import platform
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import psutil
+import pytest
+
+from experiment.outcome_file import Cause, Outcome, read_outcome
+from experiment.run_folder import RunFolder
+from launches import Start, config_file, wait_for_exit
+from rank_pool import RankPool
+from runs import logged, pretrain_case, run_config, soak
+
+HOST = platform.node()
+REPOSITORY = Path(__file__).parents[2]
+HANG_SECONDS = 15  # the ranks also start within it
+OPTIONS: Mapping[str, object] = {"health__hang_seconds": HANG_SECONDS, "checkpoint__every_steps": 2}
+
+# Python runs this at the start of each process: rank 1 hangs once, when `call` is called for the given step.
+HANG = """
+import os, signal, sys, threading, time
+from pathlib import Path
+hung = Path({marker!r})
+def hang():
+    hung.touch()
+    {how}
+if "pretrain.run" in sys.orig_argv and os.environ.get("RANK") == "1" and not hung.exists():
+    {patch}
+"""
+AT_A_STEP = """
+    from pretrain.engine.engine import Engine
+    accumulate = Engine.accumulate
+    def held(self, microbatch, masked, step, number):
+        if step == 4:
+            hang()
+        return accumulate(self, microbatch, masked, step, number)
+    Engine.accumulate = held
+"""
+IN_A_SAVE = """
+    from pretrain.training import background_save
+    write_share = background_save.write_share
+    def held(share, partial):
+        if "00000004" in partial.name:
+            hang()
+        return write_share(share, partial)
+    background_save.write_share = held
+"""
+STOP = "os.kill(os.getpid(), signal.SIGSTOP)"
+BLOCK = "threading.Event().wait(600)"
+
+
+@pytest.mark.parametrize(
+    ("how", "patch", "found", "frame"),
+    [
+        (STOP, AT_A_STEP, "no sign of life", "in held"),
+        *soak(
+            (BLOCK, AT_A_STEP, "no progress", "in held"),
+            (STOP, IN_A_SAVE, "no sign of life", "File "),
+            (BLOCK, IN_A_SAVE, "no progress", "in result"),
+        ),
+    ],
+)
+def test_a_hung_rank_is_named(
+    start: Start,
+    pools: dict[int, RankPool],
+    wordpiece_corpus: Path,
+    tmp_path: Path,
+    how: str,
+    patch: str,
+    found: str,
+    frame: str,
+) -> None:
+    """Catches a launch that waits for a rank that has stopped, that does not say which one and where, that leaves it
+    behind, or whose next start does not resume with the losses of an undisturbed run."""
+    marker, folder = tmp_path / "hung", RunFolder(tmp_path / "run")
+    (tmp_path / "sitecustomize.py").write_text(HANG.format(marker=str(marker), how=how, patch=patch.strip()))
+    config = config_file(tmp_path, wordpiece_corpus, **OPTIONS)
+    command = (sys.executable, "-m", "launcher", "pretrain", "--config", str(config), "--num_gpus=2", "--oversubscribe")
+    code, output = wait_for_exit(start(*command, PYTHONPATH=f"{tmp_path}:{REPOSITORY}"))
+    assert code == 1, output
+    reported = read_outcome(folder)
+    assert reported is not None
+    assert (reported.outcome, reported.cause) == (Outcome.FAILED, Cause.HUNG)
+    process = json.loads(folder.rank_record(1).read_text(encoding="utf-8"))
+    expected = f"{HOST}, rank 1 (process {process['pid']}) hangs: {found}"
+    assert reported.message.startswith(expected), reported.message
+    assert frame in reported.message
+    assert expected in output
+    assert frame in output
+    assert frame in folder.rank_log(1).read_text(encoding="utf-8")
+    assert folder.outcome.stat().st_mtime - marker.stat().st_mtime < HANG_SECONDS
+    pids = [json.loads(folder.rank_record(rank).read_text(encoding="utf-8"))["pid"] for rank in range(2)]
+    assert not any(map(psutil.pid_exists, pids))
+    resumed = start(*command, "--health.hang_seconds=600", PYTHONPATH=f"{tmp_path}:{REPOSITORY}")
+    code, output = wait_for_exit(resumed)
+    assert code == 0, output
+    assert "resuming from" in output
+    pools[2].run(pretrain_case, run_config(tmp_path / "undisturbed", wordpiece_corpus, **OPTIONS))
+    assert logged(folder.path) == logged(tmp_path / "undisturbed")

@@ -1,0 +1,92 @@
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from experiment.heartbeat import Heartbeat, main_stack, read_heartbeat, request_stack
+from experiment.run_folder import RunFolder, open_run_folder
+from waiting import wait_until
+
+# Stands for a rank: its main thread does what {body} says.
+RANK = """
+import sys, threading, time
+from pathlib import Path
+from experiment.goodput import ActivityTimer
+from experiment.run_folder import RunFolder
+from pretrain.rank_heartbeat import RankHeartbeat
+heartbeat, times = RankHeartbeat(RunFolder(Path({path!r})), 3, hang_seconds=1.0), ActivityTimer(time.time())
+heartbeat.start()
+def blocked():
+    threading.Event().wait(600)
+{body}
+"""
+TRAINS = "heartbeat.follow(times); times.begin_training(); times.finish_step(7)\n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return open_run_folder(tmp_path / "run")
+
+
+@pytest.fixture
+def processes() -> "Iterator[list[subprocess.Popen[bytes]]]":
+    started: list[subprocess.Popen[bytes]] = []
+    yield started
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def rank(folder: RunFolder, body: str) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen([sys.executable, "-c", RANK.format(path=str(folder.path), body=body)])
+
+
+def last_beat(folder: RunFolder) -> Heartbeat:
+    wait_until(lambda: read_heartbeat(folder, 3))
+    beat = read_heartbeat(folder, 3)
+    return beat if beat is not None else last_beat(folder)
+
+
+def test_a_rank_without_progress_writes_its_stack(
+    folder: RunFolder, processes: "list[subprocess.Popen[bytes]]"
+) -> None:
+    """Catches a rank that hangs in one call, and of which nothing but the process id is known."""
+    processes.append(rank(folder, TRAINS + "blocked()"))
+    wait_until(lambda: last_beat(folder).stuck_seconds > 0.8, processes[0])
+    beat = last_beat(folder)
+    assert (beat.rank, beat.pid, beat.step, beat.activity, beat.waits) == (3, processes[0].pid, 7, "training", False)
+    assert any("in blocked" in frame for frame in main_stack(folder.rank_log(3), 0))
+
+
+def test_a_rank_that_has_stopped_writes_its_stack_when_asked(
+    folder: RunFolder, processes: "list[subprocess.Popen[bytes]]"
+) -> None:
+    """Catches a rank under SIGSTOP, which runs no code of its own, without a stack."""
+    processes.append(rank(folder, "blocked()"))
+    last_beat(folder)
+    processes[0].send_signal(signal.SIGSTOP)
+    assert main_stack(folder.rank_log(3), 0) == []
+    request_stack(processes[0].pid)
+    wait_until(lambda: main_stack(folder.rank_log(3), 0), processes[0])
+    assert any("in blocked" in frame for frame in main_stack(folder.rank_log(3), 0))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "blocked()",  # it starts: loading a large model may take long
+        TRAINS + "\nwhile True: times.make_progress(); time.sleep(0.01)",
+        TRAINS + "times.end_training(); blocked()",
+    ],
+)
+def test_a_rank_that_works_is_not_stuck(
+    folder: RunFolder, processes: "list[subprocess.Popen[bytes]]", body: str
+) -> None:
+    """Catches a run that is ended during a long evaluation, while it starts, or while W&B uploads at its end."""
+    processes.append(rank(folder, body))
+    wait_until(lambda: last_beat(folder).number > 60, processes[0])  # 1.5 times the timeout
+    assert last_beat(folder).stuck_seconds < 0.8
+    assert main_stack(folder.rank_log(3), 0) == []
