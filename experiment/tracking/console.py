@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from experiment.outcome_file import Outcome
-from experiment.tracking.metrics import Metrics
+from experiment.tracking.metrics import SLOW_RATIO, Metrics
 
 RATE_EVENTS = 20  # log events over which the time left is estimated
 
@@ -89,9 +89,14 @@ class ConsoleTracker:
 
 
 def describe_training(metrics: Metrics) -> str:
-    """'loss 6.1234 · lr 5.00e-04 · 12,345 tokens/s' for the keys that the event has."""
+    """'loss 6.1234 · lr 5.00e-04 · 12,345 tokens/s' for the keys that the event has; with the slowest rank if it is
+    slow."""
     shown = (("loss", "loss {:.4f}"), ("lr", "lr {:.2e}"), ("tokens_per_second", "{:,.0f} tokens/s"))
-    return " · ".join(form.format(metrics[key]) for key, form in shown if metrics.get(key) is not None)
+    values = [form.format(metrics[key]) for key, form in shown if metrics.get(key) is not None]
+    ratio = metrics.get("slowest_rank_ratio")
+    if isinstance(ratio, float) and ratio >= SLOW_RATIO:
+        values.append(f"rank {metrics['slowest_rank']} takes {ratio:.1f} × the median time")
+    return " · ".join(values)
 
 
 def describe_evaluation(metrics: Metrics) -> str:

@@ -29,6 +29,7 @@ from pretrain.config import ModelConfig, OptimizerConfig
 from pretrain.engine import partitions
 from pretrain.engine.deepspeed_settings import DeepSpeedSettings
 from pretrain.engine.ema import ExponentialMovingAverage
+from pretrain.engine.forward_timer import ForwardTimer
 from pretrain.engine.loss_scaler import LossScaleError, install_loss_scaler
 from pretrain.engine.optimizers import PerParameterOptimizer
 from pretrain.engine.parameter_groups import build_optimizer, parameter_groups
@@ -89,6 +90,7 @@ class Engine:
             set_z3_leaf_modules(model, list(compiled))
         ds_config = settings.engine_config(optimizer.grad_clip, self._swap_folder)
         self._deepspeed = _initialize(model, torch_optimizer, ds_config)
+        self.forward_timer = ForwardTimer(self.device.type == "cuda")
         self._loss_scaler = install_loss_scaler(self._deepspeed.optimizer)
         self._bf16_optimizer = install_zero_optimizer(self._deepspeed)
         self._averaged_over = 1 if self._bf16_optimizer is not None else world.size
@@ -125,7 +127,7 @@ class Engine:
         if not self._deepspeed.module.training:  # setting it visits every module
             self._deepspeed.train()
         torch.manual_seed(make_key(("dropout", self._seed, step, self.world.rank, number)) >> 1)
-        with phase("forward"):
+        with phase("forward"), self.forward_timer.measuring():
             predictions: Predictions = self._deepspeed(*self._on_device(microbatch))
         loss_sum = predictions.loss_sum.detach()
         # NaN if the loss is not finite, which does not make every gradient NaN on its own: the gradient norm then shows

@@ -6,5 +6,6 @@
 - step_agreement: one all-reduce per step of what ranks decide together; host_group: collectives between hosts
 - health: is this batch bad; recovery: stop, skip or rewind; bad_batch_dump: write it to the run folder
 - replicas: do the ranks still agree; early_stopping: best checkpoint, patience, overfitting
-- log_interval: what is logged; run_start: config, provenance, trackers; stop_request: signals and the STOP file
+- log_interval: what is logged; slow_ranks: which rank the others wait for; run_start: config, provenance, trackers
+- stop_request: signals and the STOP file
 """

@@ -2,7 +2,9 @@
 
 import logging
 import math
-from collections.abc import Iterator
+import platform
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -47,6 +49,7 @@ from pretrain.training.profiler import StepProfiler
 from pretrain.training.recovery import ADVICE, Recovery, Response
 from pretrain.training.replicas import compare_replicas
 from pretrain.training.run_start import open_run_tracker, record_start
+from pretrain.training.slow_ranks import SlowRanks
 from pretrain.training.step_agreement import PendingTotals, StepAgreement, StepTotals
 from pretrain.training.stop_request import StopRequest
 from pretrain.training.training_progress import TrainingProgress
@@ -114,6 +117,8 @@ class Trainer:
         self._progress = load_resumed(run.resume_plan, engine)
         self._first_step = self._progress.step if run.resume_plan.fork else 0
         (num_hosts,) = hosts.all_reduce_sum([int(world.local_rank == 0)])
+        self._slow_ranks = SlowRanks(hosts.all_gather_objects(platform.node()))
+        self._data_seconds = 0.0  # that this rank has waited for since it last told the others
         provenance = hosts.from_rank0(lambda: record_start(run, world.size, num_hosts))
         self._tracker: Trackers | None = None
         if world.rank == 0:
@@ -166,7 +171,7 @@ class Trainer:
             finished = self._is_finished()
             stopping = agreed.stop_requests > 0 and not finished
             if finished or self._is_due(self._config.run.log_every):
-                self._log(rate, update.result.grad_norm)
+                self._log(rate, update.result.grad_norm, agreed.work_microseconds)
             if self._is_evaluation_due() and not stopping:
                 self._evaluate()
             if stopping or agreed.save_requests or self._is_save_due():
@@ -213,13 +218,23 @@ class Trainer:
     def _take_batch(self, stop: StopRequest) -> UpcomingBatch:
         """Take the next batch, if there is one, and begin to agree on it."""
         share: RankBatch | DataWorkerError | None
+        started = time.perf_counter()
         with self._throughput.waiting(), self._times.during(DATA, recorded=False), phase("data"):
             try:
                 share = next(self._batches, None)
             except DataWorkerError as error:
                 share = error
         stop_requested, part_done = stop.reason is not None, self._checkpointer.is_part_done
-        return UpcomingBatch(share, self._agreement.begin(share, stop_requested, part_done))
+        self._data_seconds += time.perf_counter() - started
+        return UpcomingBatch(share, self._agreement.begin(share, stop_requested, part_done, self._take_work_seconds()))
+
+    def _take_work_seconds(self) -> float | None:
+        """How long this rank has worked without waiting for others since the last log event; None if the next step is
+        not logged."""
+        if self._engine.world.size == 1 or (self._progress.step + 1) % self._config.run.log_every:
+            return None
+        seconds, self._data_seconds = self._data_seconds + self._engine.forward_timer.take(), 0.0
+        return seconds
 
     def _learning_rate(self, step: int, seconds: float) -> float:
         return learning_rate(self._config.schedule, self._config.optimizer.lr, step, self._stream.steps, seconds)
@@ -331,8 +346,8 @@ class Trainer:
         )
         self._times.finish_step(self._progress.step)
 
-    def _log(self, rate: float, grad_norm: float) -> None:
-        """Log the interval and start the next one."""
+    def _log(self, rate: float, grad_norm: float, work_by_rank: Sequence[int] = ()) -> None:
+        """Log the interval and start the next one. work_by_rank: how long each rank has worked; may be empty."""
         interval, progress = self._interval, self._progress
         interval.all_reduce_losses(self._engine.device)
         pace = self._throughput.lap()
@@ -351,6 +366,7 @@ class Trainer:
                 "goodput": self._times.goodput,
                 "checkpoint_seconds": pace.checkpoint_seconds,
                 "memory": peak_memory(),
+                **self._slowest_rank(work_by_rank),
                 **({f"tokens/{name}": tokens for name, tokens in by_corpus.items()} if len(by_corpus) > 1 else {}),
             }
         )
@@ -363,6 +379,14 @@ class Trainer:
             masked_tokens=progress.masked_tokens + interval.masked_tokens,
         )
         self._interval = LogInterval()
+
+    def _slowest_rank(self, work_by_rank: Sequence[int]) -> Metrics:
+        if self._tracker is None or self._engine.world.size == 1:
+            return {}
+        slowest = self._slow_ranks.update(work_by_rank)
+        if slowest is None:
+            return {"slowest_rank": None, "slowest_rank_ratio": None}
+        return {"slowest_rank": slowest.rank, "slowest_rank_ratio": slowest.ratio}
 
     def _mfu(self, seconds: float) -> float | None:
         """Model FLOPs utilisation of the interval; None where the device's peak or the model's FLOPs are unknown."""

@@ -172,6 +172,7 @@ def logged(folder: Path, key: str = "loss") -> list[Any]:
 def events_without_timing(folder: Path) -> list[Tree]:
     """All events of a run, evaluations too, without the metrics that differ from run to run."""
     measured = ("tokens_per_second", "mfu", "data_wait", "goodput", "checkpoint_seconds", "memory")
+    measured += ("slowest_rank", "slowest_rank_ratio")
     return [{key: value for key, value in event.items() if key not in measured} for event in _events(folder)]
 
 

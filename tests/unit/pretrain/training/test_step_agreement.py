@@ -88,3 +88,14 @@ def test_a_rank_without_a_batch_contributes_nothing(monkeypatch: pytest.MonkeyPa
     totals = agreement.begin(DataWorkerError("killed"), stop_requested=False, part_done=False).wait()
     assert (totals.masked_tokens, totals.tokens, totals.corpus_tokens) == (5, 9, (8, 1))
     assert (totals.stop_requests, totals.failed_batches) == (1, 1)
+
+
+def test_ranks_tell_how_long_they_have_worked() -> None:
+    """Catches times of ranks that change places, are added up, or are taken for tokens of a corpus."""
+    hosts: Any = RecordedHosts()
+    for rank, seconds in enumerate((0.25, 2.0)):
+        agreement = StepAgreement(cast(HostGroup, hosts), World(rank, 2), TrainingClock(0.0), None, corpora=2)
+        pending = agreement.begin(rank_batch(5, 9, 0), False, False, work_seconds=seconds)
+    totals = pending.wait()
+    assert totals.corpus_tokens == (16, 2)
+    assert totals.work_microseconds == (250_000, 2_000_000)

@@ -1,0 +1,45 @@
+"""Times forward passes, without waiting for a GPU.
+
+At ZeRO 0 to 2 a forward pass waits for no other rank, unlike a backward pass or a whole step: a rank whose forward
+passes take longer than those of the others has a slower device or host.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class ForwardTimer:
+    def __init__(self, on_gpu: bool) -> None:
+        self._on_gpu = on_gpu
+        self._seconds = 0.0
+        self._pending: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Time what the block computes."""
+        if self._on_gpu:
+            start, end = _event(), _event()
+            start.record()
+            yield
+            end.record()
+            self._pending.append((start, end))
+        else:
+            started = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - started
+
+    def take(self) -> float:
+        """Seconds since the last call. What a GPU has not finished counts at the next one."""
+        while self._pending and self._pending[0][1].query():  # type: ignore[no-untyped-call]
+            start, end = self._pending.popleft()
+            self._seconds += start.elapsed_time(end) / 1000
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
