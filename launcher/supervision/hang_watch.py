@@ -56,8 +56,12 @@ def hung_ranks(lives: Sequence[RankLife], ranks: int, limit: float) -> list[Rank
     if len(lives) < ranks or all(life.beat.stuck_seconds < limit for life in lives):
         return []
     busy = [life for life in lives if not life.beat.waits]
-    stuck = [life for life in busy if life.beat.stuck_seconds >= limit]
-    return stuck or busy or list(lives)
+    return [life for life in busy if _is_stuck(life, limit)] or busy or list(lives)
+
+
+def _is_stuck(life: RankLife, limit: float) -> bool:
+    """Those that wait for a rank may have begun to do so before it was stuck."""
+    return life.beat.stuck_seconds >= limit / 2
 
 
 class HangWatch:
@@ -147,7 +151,7 @@ class HangWatch:
         silent = life.silent_seconds >= self._limit
         seconds = max(life.silent_seconds, beat.stuck_seconds)
         what = f"no sign of life for {seconds:.0f} s" if silent else f"no progress for {seconds:.0f} s"
-        if not silent and beat.stuck_seconds < self._limit:
+        if not silent and not _is_stuck(life, self._limit):
             what = "others wait for it"
         where = f"after step {beat.step}, {beat.activity}"
         return f"{beat.host}, rank {beat.rank} (process {beat.pid}) hangs: {what} ({where})"
