@@ -1,38 +1,23 @@
 """How a run is doing, from the files in its folder alone: it may run elsewhere, or be a copy that is not complete."""
 
-import platform
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import psutil
 import yaml
 
 from experiment.checkpoints import checkpoint_step, complete_checkpoints
 from experiment.config.yaml_dialect import read_yaml
 from experiment.errors import UserError
 from experiment.goodput import AttemptTime, add_up, last_lines, read_attempt_times
-from experiment.outcome_file import read_outcome
 from experiment.run_folder import RunFolder
-from experiment.run_lock import folder_use
-from experiment.strict_json import parse_json
-from experiment.tracking.console import RATE_EVENTS, describe_duration
+from experiment.run_life import State, read_life
+from experiment.tracking.console import RATE_EVENTS
 from experiment.tracking.jsonl import Event, read_last_events
 from launcher.supervision.launch_log import count_attempts
-
-State = Literal["running", "done", "stopped", "failed", "refused", "killed", "unknown", "not started"]
-
-
-@dataclass(frozen=True)
-class Life:
-    """Whether a run is alive, or how it ended."""
-
-    state: State
-    host: str | None = None  # where it runs, or ran when it was killed or was last heard of
-    message: str = ""
 
 
 @dataclass(frozen=True)
@@ -93,40 +78,6 @@ def find_run(run: str) -> RunFolder:
         names = ", ".join(path.name for path in known)
         raise UserError(f"{folder.path} is not a run folder: expected {names} or {folder.logs.name}/, found none")
     return folder
-
-
-def read_life(folder: RunFolder) -> Life:
-    """Takes seconds if the run was last used on another machine, and has not ended properly."""
-    use = folder_use(folder)
-    if use.alive:
-        return Life("running", use.host)
-    outcome = read_outcome(folder)  # removed when an attempt starts
-    if outcome is not None:
-        return Life(outcome.outcome.value, None, outcome.message)
-    if use.alive is None:
-        since = describe_duration(use.silent_seconds)
-        return Life("unknown", use.host, f"{use.host} has not renewed logs/{folder.owner.name} for {since}")
-    if use.host is not None:
-        return Life("killed", use.host)
-    return _life_of_rank0(folder)
-
-
-def _life_of_rank0(folder: RunFolder) -> Life:
-    """Of a run that DeepSpeed's launcher has started itself: no process has locked the folder."""
-    try:
-        process = parse_json(folder.rank_record(0).read_text(encoding="utf-8"))
-        host, pid, ended = str(process["host"]), int(process["pid"]), process["exit"] is not None
-    except (OSError, ValueError, KeyError, TypeError):
-        if any(path.exists() for path in (folder.metrics, folder.launches)):
-            return Life(
-                "unknown", None, "no file says whether it runs, or how it ended: is the folder a part of a copy?"
-            )
-        return Life("not started")
-    if ended:
-        return Life("failed", host, "rank 0 ended without reporting an outcome")
-    if host != platform.node():
-        return Life("unknown", host, f"rank 0 has started as process {pid} on {host}, and not recorded its end")
-    return Life("running" if psutil.pid_exists(pid) else "killed", host)
 
 
 def _total_steps(folder: RunFolder, attempts: Sequence[AttemptTime]) -> int | None:

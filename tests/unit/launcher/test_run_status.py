@@ -13,8 +13,9 @@ from experiment.files import write_json
 from experiment.goodput import CHECKPOINTING, ActivityTimer
 from experiment.outcome_file import Cause, Outcome, write_outcome
 from experiment.run_folder import RunFolder, open_run_folder
+from experiment.run_life import Life, read_life
 from experiment.run_lock import FolderUse, folder_use, lock_run
-from launcher.run_status import Life, read_life, read_status
+from launcher.run_status import read_status
 from launcher.supervision.launch_log import begin_attempt
 from launcher.supervision.polling import polled
 

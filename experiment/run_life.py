@@ -1,0 +1,58 @@
+"""Whether a run is alive, or how it ended, from the files in its folder, which may be a part of a copy."""
+
+import platform
+from dataclasses import dataclass
+from typing import Literal
+
+import psutil
+
+from experiment.outcome_file import read_outcome
+from experiment.run_folder import RunFolder
+from experiment.run_lock import folder_use
+from experiment.strict_json import parse_json
+from experiment.tracking.console import describe_duration
+
+State = Literal["running", "done", "stopped", "failed", "refused", "killed", "unknown", "not started"]
+
+
+@dataclass(frozen=True)
+class Life:
+    """Whether a run is alive, or how it ended."""
+
+    state: State
+    host: str | None = None  # where it runs, or ran when it was killed or was last heard of
+    message: str = ""
+
+
+def read_life(folder: RunFolder) -> Life:
+    """Takes seconds if the run was last used on another machine, and has not ended properly."""
+    use = folder_use(folder)
+    if use.alive:
+        return Life("running", use.host)
+    outcome = read_outcome(folder)  # removed when an attempt starts
+    if outcome is not None:
+        return Life(outcome.outcome.value, None, outcome.message)
+    if use.alive is None:
+        since = describe_duration(use.silent_seconds)
+        return Life("unknown", use.host, f"{use.host} has not renewed logs/{folder.owner.name} for {since}")
+    if use.host is not None:
+        return Life("killed", use.host)
+    return _life_of_rank0(folder)
+
+
+def _life_of_rank0(folder: RunFolder) -> Life:
+    """Of a run that DeepSpeed's launcher has started itself: no process has locked the folder."""
+    try:
+        process = parse_json(folder.rank_record(0).read_text(encoding="utf-8"))
+        host, pid, ended = str(process["host"]), int(process["pid"]), process["exit"] is not None
+    except (OSError, ValueError, KeyError, TypeError):
+        if any(path.exists() for path in (folder.metrics, folder.launches)):
+            return Life(
+                "unknown", None, "no file says whether it runs, or how it ended: is the folder a part of a copy?"
+            )
+        return Life("not started")
+    if ended:
+        return Life("failed", host, "rank 0 ended without reporting an outcome")
+    if host != platform.node():
+        return Life("unknown", host, f"rank 0 has started as process {pid} on {host}, and not recorded its end")
+    return Life("running" if psutil.pid_exists(pid) else "killed", host)
