@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from browsers import Page, PageServer, opened, start_browser
+from browsers import Page, PageServer, opened
 from transformers import AutoConfig
 
 from finetune.saved_task import SavedTask, write_saved_task
 from finetune.task_kind import find_kind
+from headless_chromium import start_browser
 from waiting import wait_until
 
 MARKUP = "<img src=x onerror=document.title='broken'>"
