@@ -4,15 +4,12 @@ state.json has all that the card says, so it is complete for a checkpoint that w
 corpora. One that an older version wrote, or a folder of another origin, gets a card of what is known.
 """
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
-from experiment.architecture import has_masked_lm_head
+from experiment.architecture import count_parameters, has_masked_lm_head
 from experiment.checkpoints import state_around
 from experiment.config import flatten
 from experiment.errors import UserError
@@ -118,18 +115,9 @@ def _usage(source: Path, config: Mapping[str, Any]) -> list[CardBlock]:
 
 def _architecture(source: Path, config: Mapping[str, Any]) -> list[CardBlock]:
     keys = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
-    facts = {"architecture": config.get("architectures"), "parameters": _count_parameters(source)}
+    facts = {"architecture": config.get("architectures"), "parameters": count_parameters(source)}
     facts |= {key: config.get(key) for key in keys}
     return [Heading("Model"), settings_table(facts)]
-
-
-def _count_parameters(source: Path) -> int | None:
-    """Elements of the tensors in the folder, where tied ones are once; None without safetensors."""
-    total = 0
-    for path in source.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-    return total or None
 
 
 def _data(state: Mapping[str, Any]) -> list[CardBlock]:
