@@ -31,7 +31,8 @@ from experiment.config import load_config
 from experiment.errors import UserError
 from experiment.results.page import Block, Code, Figure, Heading, Table, Text, write_page
 from experiment.results.plots import draw_spread
-from experiment.results.report import result_blocks, training_blocks
+from experiment.results.report.tasks import result_blocks
+from experiment.results.report.training import training_blocks
 from experiment.run_folder import RunFolder
 from experiment.tracking.console import describe_duration
 from experiment.tracking.jsonl import read_events
@@ -176,11 +177,12 @@ def write_combined_page(
     """One page with the comparison and the curves of all three runs."""
     directory = output / "report"
     values = {f"{weights} weights": of["splits"]["test"]["accuracy"]["values"] for weights, of in results.items()}
-    draw_spread(directory / "task.png", values, "accuracy on test, one dot per seed")
-    blocks: list[Block] = [table, Text(description), Figure("task.png", "Task accuracy by initial weights")]
+    image = directory / "task.png"
+    draw_spread(image, values, "accuracy on test, one dot per seed")
+    blocks: list[Block] = [table, Text(description), Figure(image.read_bytes(), "Task accuracy by initial weights")]
     blocks += training_blocks(run, directory, "pretraining-")
-    for weights in results:
-        blocks += result_blocks(RunFolder(output / f"task-{weights}"), directory, f"task-{weights}-")
+    for weights, of in results.items():
+        blocks += result_blocks(RunFolder(output / f"task-{weights}"), of, directory, f"task-{weights}-")
     blocks += [
         Heading("Configs"),
         Code("pretraining", run.config.read_text(encoding="utf-8")),

@@ -58,6 +58,11 @@ class RunFolder:
         return self.logs / "goodput.jsonl"
 
     @property
+    def fillings(self) -> Path:
+        """What checkpoints fill into held-out sentences, see `results.fillings`."""
+        return self.logs / "fillings.jsonl"
+
+    @property
     def launch_output(self) -> Path:
         """What the last launch has printed, if it was in the background."""
         return self.logs / "launch.log"

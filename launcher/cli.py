@@ -304,14 +304,14 @@ def logs(options: LogsOptions) -> None:
 
 
 def report(options: ReportOptions) -> None:
-    """Write the HTML report of a run: curves and tables.
+    """Write the HTML report of a run, a sweep, a comparison or several runs: curves and tables.
 
     Example:
-        deepcloze report runs/first
+        deepcloze report runs/first runs/second --output=runs/report
     """
-    from experiment.results.report import write_report
+    from launcher.report import report_runs
 
-    print(write_report(options.run))
+    print(report_runs(options.runs, options.output))
 
 
 def config(options: ConfigOptions) -> None:

@@ -215,8 +215,11 @@ class CompletionOptions(Section):
 
 
 class ReportOptions(Section):
-    run: Annotated[PathText, Positional("RUN")]
-    """Run folder; the report is written to RUN/report."""
+    runs: Annotated[tuple[str, ...], Positional("RUN…"), AfterValidator(lambda runs: tuple(map(expand_home, runs)))]
+    """Run folders, whose curves are drawn in the same charts, or the folder of a sweep or comparison."""
+
+    output: Annotated[PathText | None, Metavar("DIR")] = None
+    """Folder for the page; default: RUN/report, for several runs `report` in the working directory."""
 
 
 class StatusOptions(Section):

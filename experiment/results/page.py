@@ -1,17 +1,21 @@
-"""A page of results: a list of blocks becomes one HTML file that needs only the images next to it.
+"""A page of results: a list of blocks becomes one HTML file that needs nothing else.
 
-The markup and the style are in `page.html.j2`, which names the fields of the blocks below.
+The markup is in `page.html.j2`, which names the fields of the blocks below, the style in `page.css`, and what draws the
+charts in `page.js` and `chart_axes.js`.
 """
 
-from collections.abc import Sequence
+import base64
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from experiment.files import write_text
 
-TEMPLATE = "page.html.j2"
+TEMPLATE, STYLE, SCRIPTS = "page.html.j2", "page.css", ("chart_axes.js", "page.js")
 
 
 @dataclass(frozen=True)
@@ -38,10 +42,14 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """An image file in the folder of the page."""
+    """A PNG, which becomes a part of the page."""
 
-    file: str
+    png: bytes
     caption: str
+
+    @property
+    def source(self) -> str:
+        return f"data:image/png;base64,{base64.b64encode(self.png).decode()}"
 
 
 @dataclass(frozen=True)
@@ -52,20 +60,80 @@ class Code:
     text: str
 
 
-Block = Heading | Text | Table | Figure | Code
+@dataclass(frozen=True)
+class Chart:
+    """The title of a chart, and an image file in the folder of the page that browsers show without JavaScript."""
+
+    title: str
+    image: str = ""
 
 
-def write_page(directory: Path, title: str, blocks: Sequence[Block]) -> Path:
-    """Write `directory`/index.html and return its path. The images must already be in `directory`."""
+@dataclass(frozen=True)
+class Charts:
+    """Charts that share their x axis."""
+
+    charts: Sequence[Chart]
+    data: Mapping[str, Any]  # as `page.js` describes; JSON
+
+
+@dataclass(frozen=True)
+class Filling:
+    """A sentence with a masked token, and what a model fills in at several steps."""
+
+    before: str
+    answer: str
+    after: str
+    guesses: Sequence[tuple[str, Sequence[tuple[str, str]]]]  # (step, (token, probability), the most probable first)
+
+
+@dataclass(frozen=True)
+class Fillings:
+    fillings: Sequence[Filling]
+
+
+Block = Heading | Text | Table | Figure | Code | Charts | Fillings
+
+
+@dataclass(frozen=True)
+class Fact:
+    name: str
+    value: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Headline:
+    """What the page says first."""
+
+    state: str
+    tone: Literal["good", "busy", "warn", "bad", "plain"]  # of the state
+    message: str
+    facts: Sequence[Fact]
+
+
+def write_page(directory: Path, title: str, blocks: Sequence[Block], headline: Headline | None = None) -> Path:
+    """Write `directory`/index.html and return its path."""
+    folder = Path(__file__).parent
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader(folder),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    kinds = [(type(block).__name__, block) for block in blocks]
+    style = (folder / STYLE).read_text(encoding="utf-8")
+    script = "\n".join((folder / name).read_text(encoding="utf-8") for name in SCRIPTS)
+    # The only script that browsers run, should text of the user ever end up as markup.
+    digest = hashlib.sha256(f"\n{script}".encode()).digest()
+    text = environment.get_template(TEMPLATE).render(
+        title=title,
+        headline=headline,
+        blocks=[(type(block).__name__, block) for block in blocks],
+        style=style,
+        script=script,
+        script_hash=f"sha256-{base64.b64encode(digest).decode()}",
+    )
     path = directory / "index.html"
-    write_text(path, environment.get_template(TEMPLATE).render(title=title, blocks=kinds))
+    write_text(path, text)
     return path

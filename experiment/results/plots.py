@@ -52,7 +52,9 @@ class Line:
     y: Sequence[float | None]
     smoothed: bool = False
     marked: bool = False
+    dashed: bool = False
     color: str | None = None  # default: the next of COLORS
+    run: int = 0  # which of the runs that a page shows it is of
 
 
 @dataclass(frozen=True)
@@ -136,8 +138,8 @@ def _draw_line(axes: Axes, line: Line, color: str) -> None:
     if line.smoothed and len(y) >= 20:
         axes.plot(x, y, color=color, linewidth=0.8, alpha=0.3)
         y = moving_average(y, len(y) // 20)
-    marker = "o" if line.marked or len(y) == 1 else None
-    axes.plot(x, y, color=color, linewidth=1.8, marker=marker, markersize=4.5, label=line.label)
+    marker, style = "o" if line.marked or len(y) == 1 else None, "--" if line.dashed else "-"
+    axes.plot(x, y, style, color=color, linewidth=1.8, marker=marker, markersize=4.5, label=line.label)
 
 
 def moving_average(values: Sequence[float], radius: int) -> list[float]:

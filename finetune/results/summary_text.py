@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from experiment.results.report import UNKNOWN
+from experiment.results.report.values import UNKNOWN
 from finetune.results.score_table import print_label_scores, print_scores
 
 _CONFUSIONS = 3

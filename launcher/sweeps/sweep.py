@@ -38,6 +38,7 @@ class _SweepRecord(TypedDict):
     """The content of sweep.json."""
 
     metric: str
+    lower_is_better: bool
     runs: dict[str, _RunRecord]
 
 
@@ -95,7 +96,14 @@ def _run_all(plan: SweepPlan, record: _SweepRecord) -> list[SweepResult]:
         best = sort_results(results, plan.lower_is_better)[0]
         write_json(plan.output / "sweep.json", {**record, "best": best.name if best.value is not None else None})
         write_summary(results, plan.output, plan.metric, plan.lower_is_better)
+        print(_write_report(plan.output))
     return results
+
+
+def _write_report(output: Path) -> Path:
+    from experiment.results.report import write_report  # matplotlib takes a second
+
+    return write_report(output)
 
 
 def _open_record(plan: SweepPlan) -> _SweepRecord:
@@ -118,7 +126,7 @@ def _open_record(plan: SweepPlan) -> _SweepRecord:
                 f"{run.config.get(keys[0])!r}; choose another --output"
             )
         runs[run.name] = {**known.get(run.name, {"config": dict(run.config)}), "values": dict(run.values)}
-    record: _SweepRecord = {"metric": plan.metric, "runs": runs}
+    record: _SweepRecord = {"metric": plan.metric, "lower_is_better": plan.lower_is_better, "runs": runs}
     with disk_errors_as(UserError, "--output: "):
         write_json(path, record)
     return record

@@ -26,13 +26,13 @@ def deepcloze(*argv: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture
-def report_stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[str], object]], None]:
+def report_stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., object]], None]:
     """Replaces the function that `deepcloze report` calls."""
 
-    def put(function: Callable[[str], object]) -> None:
-        module = ModuleType("experiment.results.report")
-        module.write_report = function  # type: ignore[attr-defined]
-        monkeypatch.setitem(sys.modules, "experiment.results.report", module)
+    def put(function: Callable[..., object]) -> None:
+        module = ModuleType("launcher.report")
+        module.report_runs = function  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "launcher.report", module)
 
     return put
 
@@ -102,15 +102,15 @@ def test_a_mistake_is_one_message_and_exit_2():
 
 
 def test_exceptions_become_exit_codes(
-    report_stand_in: Callable[[Callable[[str], object]], None], capsys: pytest.CaptureFixture[str]
+    report_stand_in: Callable[[Callable[..., object]], None], capsys: pytest.CaptureFixture[str]
 ):
     """Catches outcomes that scripts and job queues cannot tell apart."""
 
     def ends_with(error: BaseException) -> int:
-        def write_report(run: str) -> object:
+        def report_runs(runs: tuple[str, ...], output: str | None) -> object:
             raise error
 
-        report_stand_in(write_report)
+        report_stand_in(report_runs)
         return main(["report", "2024_01"])
 
     assert ends_with(UserError("no such run")) == 2
@@ -144,9 +144,9 @@ def test_an_interrupted_run_can_be_resumed(
 
 
 def test_report_prints_the_path(
-    report_stand_in: Callable[[Callable[[str], object]], None], capsys: pytest.CaptureFixture[str]
+    report_stand_in: Callable[[Callable[..., object]], None], capsys: pytest.CaptureFixture[str]
 ):
     """Catches a folder name read as a number: 2024_01 is a folder."""
-    report_stand_in(lambda run: Path(run) / "report" / "index.html")
+    report_stand_in(lambda runs, output: Path(runs[0]) / "report" / "index.html")
     assert main(["report", "2024_01"]) == 0
     assert capsys.readouterr().out == "2024_01/report/index.html\n"

@@ -1,16 +1,35 @@
+import base64
+import hashlib
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
-from experiment.results.page import Code, Figure, Heading, Table, Text, write_page
+from experiment.results.page import (
+    Block,
+    Chart,
+    Charts,
+    Code,
+    Fact,
+    Figure,
+    Filling,
+    Fillings,
+    Heading,
+    Headline,
+    Table,
+    Text,
+    write_page,
+)
 
-BLOCKS = [
+BLOCKS: list[Block] = [
     Heading("Results <&>"),
     Text("Loss < 3 & falling."),
     Table(["corpus", "loss"], [["a<b>", "1.0"], ["news", "2.0"]], caption="Held out"),
-    Figure("loss.png", 'The "loss"'),
+    Figure(b"PNG", 'The "loss"'),
+    Charts([Chart("Loss <1>", "loss.png")], {"charts": [{"label": "</script><b>"}]}),
+    Fillings([Filling("a <i>", "<b>", " c", [("step 1", [("<u>", "9.0%")])])]),
     Code("config.yaml", "run:\n  dir: <x>\n"),
 ]
+HEADLINE = Headline("running <&>", "busy", "since <now>", [Fact("Tokens", "1<2", "<3")])
 
 
 class Outline(HTMLParser):
@@ -38,15 +57,20 @@ class Outline(HTMLParser):
 
 def test_blocks_become_html_in_their_order(tmp_path: Path) -> None:
     """Catches text that is not escaped, tags that do not nest, and missing blocks."""
-    path = write_page(tmp_path / "new", "Run {1}", BLOCKS)
+    path = write_page(tmp_path / "new", "Run {1}", BLOCKS, HEADLINE)
     assert path == tmp_path / "new" / "index.html"
     outline = Outline()
     outline.feed(path.read_text(encoding="utf-8"))
     assert outline.open == []
-    assert outline.images == ["loss.png"]
-    assert [text for text in outline.texts if text[0] != "style"] == [
+    assert outline.images == ["data:image/png;base64," + base64.b64encode(b"PNG").decode(), "loss.png"]
+    assert [text for text in outline.texts if text[0] not in ("style", "script")] == [
         ("title", "Run {1}"),
         ("h1", "Run {1}"),
+        ("span", "running <&>"),
+        ("p", "since <now>"),
+        ("dt", "Tokens"),
+        ("dd", "1<2"),
+        ("small", "<3"),
         ("h2", "Results <&>"),
         ("p", "Loss < 3 & falling."),
         ("caption", "Held out"),
@@ -54,6 +78,13 @@ def test_blocks_become_html_in_their_order(tmp_path: Path) -> None:
         ("th", "loss"),
         *[("td", cell) for cell in ("a<b>", "1.0", "news", "2.0")],
         ("figcaption", 'The "loss"'),
+        ("figcaption", "Loss <1>"),
+        ("p", "a <i>"),
+        ("mark", "<b>"),
+        ("p", " c"),
+        ("td", "step 1"),
+        ("td", "<u> "),
+        ("span", "9.0%"),
         ("summary", "config.yaml"),
         ("pre", "run:\n  dir: <x>\n"),
     ]
@@ -62,4 +93,16 @@ def test_blocks_become_html_in_their_order(tmp_path: Path) -> None:
 def test_a_page_needs_nothing_from_elsewhere(tmp_path: Path) -> None:
     """Catches scripts, fonts or styles from the network: clusters often have no access."""
     text = write_page(tmp_path, "Run", BLOCKS).read_text(encoding="utf-8")
-    assert not re.search(r"https?:|<script|<link|@import|url\(", text)
+    text = text.replace("http://www.w3.org/2000/svg", "")  # a name, which is not opened
+    assert not re.search(r"https?:|src=\"/|<link|@import|url\(['\"]", text)
+
+
+def test_a_page_runs_its_own_script_only(tmp_path: Path) -> None:
+    """Catches a policy that another script passes, or that keeps the page's own one from running; and data that end
+    their element."""
+    text = write_page(tmp_path, "Run", BLOCKS).read_text(encoding="utf-8")
+    data, script = re.findall(r"<script[^>]*>(.*?)</script>", text, re.DOTALL)
+    assert r"\u003c/script\u003e" in data
+    allowed = re.search(r"default-src 'none'; script-src 'sha256-([^']+)'", text)
+    assert allowed
+    assert base64.b64decode(allowed[1]) == hashlib.sha256(script.encode()).digest()

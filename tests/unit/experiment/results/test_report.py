@@ -1,3 +1,4 @@
+import base64
 import json
 import re
 from pathlib import Path
@@ -9,16 +10,12 @@ from experiment.errors import UserError
 from experiment.files import write_json
 from experiment.goodput import EVALUATING, ActivityTimer
 from experiment.provenance import write_provenance
-from experiment.results.page import Figure, Table, write_page
-from experiment.results.report import (
-    downstream_blocks,
-    evaluated_corpora,
-    held_out_table,
-    result_blocks,
-    training_blocks,
-    training_table,
-    write_report,
-)
+from experiment.results.charts import Mark, x_axis
+from experiment.results.page import Charts, Table, write_page
+from experiment.results.report import write_report
+from experiment.results.report.tasks import downstream_blocks, read_task_results, result_blocks
+from experiment.results.report.training import held_out_table, training_blocks, training_table
+from experiment.results.report.values import evaluated_corpora
 from experiment.run_folder import RunFolder, open_run_folder
 from experiment.tracking.downstream import DownstreamResult, write_result
 
@@ -65,7 +62,10 @@ def test_downstream_tasks(tmp_path: Path) -> None:
     for step, accuracy, error in ((300, 0.8, 0.5), (100, 0.9, 0.7), (200, 0.7, 0.2)):
         for task, metric, value, lower in (("sst2", "accuracy", accuracy, False), ("stsb", "error", error, True)):
             write_result(folder, DownstreamResult(step, task, metric, lower, {metric: value}, "w", "c", 1.0))
-    _, table, _ = downstream_blocks(folder, folder.report)
+    _, charts, table = downstream_blocks(folder, folder.report, x_axis([]))
+    assert isinstance(charts, Charts)
+    assert [chart.title for chart in charts.charts] == ["accuracy", "error"]
+    assert [line["x"] for chart in charts.data["charts"] for line in chart["lines"]] == [[100, 200, 300]] * 2
     assert isinstance(table, Table)
     assert table.rows == [
         ["sst2", "accuracy", "0.8000", "300", "0.9000", "100"],
@@ -127,6 +127,14 @@ def test_what_was_never_measured_is_left_out(tmp_path: Path) -> None:
     assert images(page) == ["loss.png"]
 
 
+def test_what_is_to_come_is_not_marked(tmp_path: Path) -> None:
+    """Catches a legend with a stage that the run has not reached."""
+    folder = run_with(tmp_path, [training(1), training(5)])
+    marks = [Mark("stage", 5, "now"), Mark("stage", 6, "later")]
+    (charts,) = [block for block in training_blocks(folder, folder.report, marks=marks) if isinstance(block, Charts)]
+    assert charts.data["marks"] == [{"kind": "stage", "step": 5, "text": "now"}]
+
+
 def test_values_that_are_no_numbers_are_left_out(tmp_path: Path) -> None:
     """Catches a traceback for a metrics.jsonl that was edited or written by another program."""
     odd = {"step": 2, "loss": "low", "grad_norm": [1], "eval/wiki/loss": {}, "tokens": True}
@@ -135,13 +143,13 @@ def test_values_that_are_no_numbers_are_left_out(tmp_path: Path) -> None:
 
 
 def test_the_report_of_a_fine_tuning_run(tmp_path: Path) -> None:
-    """Catches missing scores, and images outside the report folder."""
+    """Catches missing scores, and an image that is not a part of the page."""
     folder = open_run_folder(tmp_path / "task")
     write_json(folder.path / "results.json", RESULTS)
     (folder.path / "confusion.png").write_bytes(b"\x89PNG confusion")
     page = write_report(folder.path)
-    assert images(page) == ["confusion.png"]
-    assert (folder.report / "confusion.png").read_bytes() == b"\x89PNG confusion"
+    (image,) = images(page)
+    assert base64.b64decode(image.removeprefix("data:image/png;base64,")) == b"\x89PNG confusion"
     cells = re.findall(r"<td[^>]*>([^<]*)</td>", page.read_text(encoding="utf-8"))
     assert cells == ["test", "accuracy", "0.8500", "0.0707", "0.8500", "0.8000, 0.9000"]
 
@@ -210,17 +218,23 @@ def test_several_runs_share_a_page(tmp_path: Path) -> None:
     """Catches images of one run that overwrite those of another."""
     first, second = run_with(tmp_path / "1", EVENTS), run_with(tmp_path / "2", EVENTS)
     write_json(second.path / "results.json", RESULTS)
+    (second.path / "seed-1").mkdir()
+    epochs = "epoch,steps,train_loss,accuracy\n1,10,2.0,0.5\n2,20,1.0,0.7\n3,30"  # the last line is cut off
+    (second.path / "seed-1" / "epochs.csv").write_text(epochs)
+    results = read_task_results(second)
+    assert results is not None
     out = tmp_path / "out"
     blocks = [
         *training_blocks(first, out, "first-"),
         *training_blocks(second, out, "second-"),
-        *result_blocks(second, out, "second-"),
+        *result_blocks(second, results, out, "second-"),
     ]
     page = write_page(out, "Both", blocks)
-    assert len(set(images(page))) == 12
+    assert len(set(images(page))) == 14
     assert all((out / name).is_file() for name in images(page))
     assert sum(isinstance(block, Table) for block in blocks) == 5
-    assert [block.file for block in blocks if isinstance(block, Figure)] == images(page)
+    charts = [chart for block in blocks if isinstance(block, Charts) for chart in block.charts]
+    assert [chart.image for chart in charts if chart.image] == images(page)
 
 
 def test_the_report_says_how_the_time_was_spent(tmp_path: Path) -> None:

@@ -84,6 +84,8 @@ def test_a_sweep_with_a_failure_run_twice(tmp_path: Path, capfd: pytest.CaptureF
     assert rows[0] == ["optimizer.lr", "eval/held/loss", "state", "folder"]
     assert [row[0] for row in rows[1:]] == ["1e-2", "1e-4", "1e-3"]
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    report = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+    assert report.index("3.5000") < report.index("4.5000") < report.index("failed")
 
     repaired = plan(tmp_path, {"1e-4": "fail", "1e-3": "2.5", "1e-2": "fail", "1e-1": "6.5"})
     run_sweep(repaired)

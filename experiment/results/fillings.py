@@ -1,0 +1,95 @@
+"""`RUN/logs/fillings.jsonl`: what the checkpoints of a run fill into masked held-out sentences, one line each.
+
+`deepcloze report` adds the checkpoints that there are. The lines stay when retention deletes them.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TypeVar
+
+from experiment.results.page import Block, Filling, Fillings, Heading, Text
+from experiment.run_folder import RunFolder
+from experiment.strict_json import parse_json
+
+T = TypeVar("T")
+
+_SHOWN = 6  # checkpoints
+
+
+@dataclass(frozen=True)
+class MaskedSentence:
+    before: str
+    answer: str  # the masked token
+    after: str
+
+
+@dataclass(frozen=True)
+class FilledSentence:
+    sentence: MaskedSentence
+    top: tuple[tuple[str, float], ...]  # (token, probability), the most probable first
+
+
+@dataclass(frozen=True)
+class CheckpointFillings:
+    """What one checkpoint fills in."""
+
+    step: int
+    weights: str  # identifies the checkpoint, see `checkpoints.weights_digest`
+    sentences: tuple[FilledSentence, ...]
+
+
+def add_fillings(folder: RunFolder, fillings: CheckpointFillings) -> None:
+    folder.fillings.parent.mkdir(exist_ok=True)
+    line = json.dumps(asdict(fillings), ensure_ascii=False).encode()
+    with folder.fillings.open("ab") as file:
+        file.write(b"\n" + line)  # in front: the last line may be cut off
+
+
+def read_fillings(folder: RunFolder) -> list[CheckpointFillings]:
+    """By step; of a step that was trained twice, the last line. Empty if there is no file; skips damaged lines."""
+    try:
+        lines = folder.fillings.read_bytes().split(b"\n")
+    except OSError:
+        return []
+    found = {line.step: line for line in map(_parse, lines) if line is not None}
+    return [found[step] for step in sorted(found)]
+
+
+def _parse(line: bytes) -> CheckpointFillings | None:
+    try:
+        values = parse_json(line)
+        sentences = tuple(
+            FilledSentence(
+                MaskedSentence(**{key: str(text) for key, text in entry["sentence"].items()}),
+                tuple((str(token), float(probability)) for token, probability in entry["top"]),
+            )
+            for entry in values["sentences"]
+        )
+        return CheckpointFillings(int(values["step"]), str(values["weights"]), sentences)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def filling_blocks(folder: RunFolder) -> list[Block]:
+    """A section of a report; empty without fillings."""
+    checkpoints = spread(read_fillings(folder), _SHOWN)
+    if not checkpoints:
+        return []
+    by_sentence: dict[MaskedSentence, list[tuple[str, list[tuple[str, str]]]]] = {}
+    for checkpoint in checkpoints:
+        for filled in checkpoint.sentences:
+            guesses = [(token, f"{probability:.1%}") for token, probability in filled.top]
+            by_sentence.setdefault(filled.sentence, []).append((f"step {checkpoint.step:,}", guesses))
+    fillings = [
+        Filling(sentence.before, sentence.answer, sentence.after, guesses) for sentence, guesses in by_sentence.items()
+    ]
+    about = "The marked token is masked. Below: the most probable tokens of each checkpoint, with their probabilities."
+    return [Heading("Held-out sentences"), Text(about), Fillings(fillings)]
+
+
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """At most `count` of the items, evenly spread, with the first and the last."""
+    if len(items) <= count:
+        return list(items)
+    return [items[round(index * (len(items) - 1) / (count - 1))] for index in range(count)]

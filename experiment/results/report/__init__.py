@@ -1,0 +1,79 @@
+"""The report of a run, a sweep or a comparison, or of several runs: one HTML page."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiment.errors import UserError
+from experiment.goodput import read_goodput
+from experiment.results.charts import x_axis
+from experiment.results.fillings import filling_blocks
+from experiment.results.page import Block, Code, Heading, Headline, write_page
+from experiment.results.report.headline import pretraining_headline, task_headline
+from experiment.results.report.marks import read_marks
+from experiment.results.report.overlay import name_runs, open_runs, overlay_blocks
+from experiment.results.report.run_groups import compare_blocks, sweep_blocks
+from experiment.results.report.run_record import goodput_blocks, provenance_blocks, read_run_config
+from experiment.results.report.tasks import downstream_blocks, read_task_results, result_blocks
+from experiment.results.report.training import training_blocks
+from experiment.run_folder import RunFolder
+from experiment.tracking.jsonl import read_events
+
+
+def write_report(run: str | Path, output: str | Path | None = None) -> Path:
+    """Write index.html and its images to `output`, by default RUN/report; return the path of the page.
+
+    Raises UserError if the folder is not that of a run, sweep or comparison, or nothing has been logged yet.
+    """
+    folder = open_folder(run)
+    directory = folder.report if output is None else Path(output).absolute()
+    headline, blocks = _run_page(folder, directory)
+    if not blocks:
+        raise UserError(
+            f"{folder.path} has nothing to report: neither results.json, sweep.json, compare.json nor an event in "
+            f"{folder.metrics.name}"
+        )
+    return write_page(directory, folder.path.name, [*blocks, *provenance_blocks(folder)], headline)
+
+
+def write_overlay(runs: Sequence[str | Path], directory: Path) -> Path:
+    """Write a page about several runs to `directory`; return its path. Raises UserError as `write_report`."""
+    opened = open_runs(name_runs([open_folder(run).path for run in dict.fromkeys(runs)]))
+    for run in opened:
+        if not run.events:
+            raise UserError(f"{run.folder.path} has nothing to report: no event in {run.folder.metrics.name}")
+    blocks = overlay_blocks(opened, directory)
+    configs: list[Block] = [
+        Heading("Configs"),
+        *(
+            Code(f"{run.name}: config.yaml", run.folder.config.read_text(encoding="utf-8", errors="replace"))
+            for run in opened
+            if run.folder.config.is_file()
+        ),
+    ]
+    return write_page(directory, f"{len(opened)} runs", [*blocks, *configs])
+
+
+def open_folder(run: str | Path) -> RunFolder:
+    """Raises UserError if there is no such folder."""
+    folder = RunFolder(Path(run).absolute())
+    if not folder.path.is_dir():
+        raise UserError(f"there is no run folder {folder.path}")
+    return folder
+
+
+def _run_page(folder: RunFolder, directory: Path) -> tuple[Headline | None, list[Block]]:
+    """Without blocks if there is nothing to report."""
+    together = [*compare_blocks(folder, directory), *sweep_blocks(folder, directory)]
+    if together:
+        return None, together
+    results, events, goodput = read_task_results(folder), read_events(folder.metrics), read_goodput(folder)
+    blocks: list[Block] = []
+    if results is not None:
+        blocks += result_blocks(folder, results, directory)
+    marks = read_marks(folder, read_run_config(folder))
+    # Of fine-tuning, the results show the evaluations of each seed.
+    blocks += training_blocks(folder, directory, held_out=results is None, marks=marks)
+    blocks += downstream_blocks(folder, directory, x_axis(events))
+    blocks += [*filling_blocks(folder), *goodput_blocks(goodput)]
+    headline = pretraining_headline(folder, events, goodput) if results is None else task_headline(results)
+    return headline, blocks

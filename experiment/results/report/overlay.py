@@ -1,0 +1,125 @@
+"""The sections of a report about several runs: their curves in the same charts, and what differs in their configs."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiment.config import flatten
+from experiment.results.charts import Plot, charts_block, x_axis
+from experiment.results.page import Block, Heading, Table, Text
+from experiment.results.plots import Line, Panel
+from experiment.results.report.run_record import read_run_config
+from experiment.results.report.tasks import main_score, read_task_results
+from experiment.results.report.training import NORM, RATE, SPEED, WAIT, without_empty_columns
+from experiment.results.report.values import UNKNOWN, best_loss, curve, evaluated_corpora, last, median, show
+from experiment.run_folder import RunFolder
+from experiment.run_life import read_life
+from experiment.tracking.jsonl import Event, read_events
+
+_NOT_COMPARED = ("run.dir", "tracking.")  # keys
+_DIFFERENCES = "Differences of the configs"
+
+
+@dataclass(frozen=True)
+class NamedRun:
+    """A run as it is called in an overlay."""
+
+    name: str
+    folder: RunFolder
+    events: Sequence[Event]
+
+
+def open_runs(folders: Mapping[str, RunFolder]) -> list[NamedRun]:
+    """folders: by name."""
+    return [NamedRun(name, folder, read_events(folder.metrics)) for name, folder in folders.items()]
+
+
+def name_runs(folders: Sequence[Path]) -> dict[str, RunFolder]:
+    """Runs by their path below the folder that has all of them."""
+    shared = os.path.commonpath([path.parent for path in folders]) if folders else ""
+    return {str(path.relative_to(shared)): RunFolder(path) for path in folders}
+
+
+def overlay_blocks(runs: Sequence[NamedRun], directory: Path, prefix: str = "") -> list[Block]:
+    """A table of the runs, the differences of their configs, and charts. Images are written to `directory`."""
+    blocks: list[Block] = [runs_table(runs), *difference_blocks(runs)]
+    charts = overlay_charts(runs, directory, prefix)
+    return [*blocks, Heading("Curves"), *charts] if charts else blocks
+
+
+def overlay_charts(runs: Sequence[NamedRun], directory: Path, prefix: str = "") -> list[Block]:
+    axes = [x_axis(run.events) for run in runs]
+    return list(charts_block(list(_plots(runs)), directory, axes, prefix=prefix))
+
+
+def _plots(runs: Sequence[NamedRun]) -> Iterator[Plot]:
+    yield Plot("loss", [("Training loss", Panel("loss", _lines(runs, "loss", smoothed=True)))])
+    for number, corpus in enumerate(dict.fromkeys(name for run in runs for name in evaluated_corpora(run.events))):
+        loss = Panel("loss", _lines(runs, f"eval/{corpus}/loss", marked=True))
+        accuracy = Panel("accuracy", _lines(runs, f"eval/{corpus}/accuracy", marked=True), percent=True)
+        yield Plot(f"held-out-{number + 1}", [(f"Loss on {corpus}", loss), (f"Accuracy on {corpus}", accuracy)])
+    yield Plot("learning-rate", [(RATE, Panel("learning rate", _lines(runs, "lr")))])
+    yield Plot("gradient-norm", [(NORM, Panel("gradient norm", _lines(runs, "grad_norm", smoothed=True), "log"))])
+    speed = Panel("tokens/s", _lines(runs, "tokens_per_second", smoothed=True), from_zero=True)
+    wait = Panel("data wait", _lines(runs, "data_wait", smoothed=True), percent=True, from_zero=True)
+    yield Plot("throughput", [(SPEED, speed), (WAIT, wait)])
+
+
+def _lines(runs: Sequence[NamedRun], key: str, smoothed: bool = False, marked: bool = False) -> list[Line]:
+    return [
+        Line(run.name, *curve(run.events, key), smoothed=smoothed, marked=marked, run=number)
+        for number, run in enumerate(runs)
+    ]
+
+
+def runs_table(runs: Sequence[NamedRun]) -> Table:
+    """How far each run is, and its best figures."""
+    corpora = list(dict.fromkeys(name for run in runs for name in evaluated_corpora(run.events)))
+    columns = ["run", "state", "steps", "tokens", "training loss", *(f"best loss, {name}" for name in corpora)]
+    rows = [_run_row(run, corpora) for run in runs]
+    return without_empty_columns([*columns, "score", "tokens/s"], rows, labels=2)
+
+
+def _run_row(run: NamedRun, corpora: Sequence[str]) -> list[str]:
+    events, results = run.events, read_task_results(run.folder)
+    best = [best_loss(events, corpus) for corpus in corpora]
+    return [
+        run.name,
+        "done" if results is not None else read_life(run.folder).state,
+        show(max((event["step"] for event in events), default=None), ",.0f"),
+        show(last(events, "tokens"), ",.0f"),
+        show(last(events, "loss"), ".4f"),
+        *(f"{found[0]:.4f} at {found[1]:,}" if found else UNKNOWN for found in best),
+        UNKNOWN if results is None else main_score(results),
+        show(median(events, "tokens_per_second"), ",.0f"),
+    ]
+
+
+def difference_blocks(runs: Sequence[NamedRun]) -> list[Block]:
+    """The config keys whose values differ: a row each, or a column each if there are more runs than keys."""
+    configs = {run.name: flatten(read_run_config(run.folder)) for run in runs}
+    differing = differing_keys(list(configs.values()))
+    if not differing:
+        return [Text("The configs of these runs do not differ.")]
+    cells = {name: [_cell(config, key) for key in differing] for name, config in configs.items()}
+    if len(configs) > len(differing):
+        table = Table(["run", *differing], [[name, *values] for name, values in cells.items()], _DIFFERENCES)
+    else:
+        rows = [[key, *(values[row] for values in cells.values())] for row, key in enumerate(differing)]
+        table = Table(["key", *configs], rows, _DIFFERENCES)
+    return [table]
+
+
+def differing_keys(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Keys with different values, or that some configs do not have. A config that could not be read is left out."""
+    known = [config for config in configs if config]
+    keys = dict.fromkeys(key for config in known for key in config)
+    missing = object()
+    values = {key: [config.get(key, missing) for config in known] for key in keys if not key.startswith(_NOT_COMPARED)}
+    return [key for key, found in values.items() if any(value != found[0] for value in found)]
+
+
+def _cell(config: Mapping[str, Any], key: str) -> str:
+    return UNKNOWN if key not in config else "null" if config[key] is None else str(config[key])

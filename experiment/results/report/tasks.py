@@ -1,0 +1,183 @@
+"""The sections of a report about tasks: of a fine-tuning run, and of checkpoints that `deepcloze watch` has scored."""
+
+import csv
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from experiment.errors import UserError
+from experiment.results.charts import Axis, Plot, charts_block
+from experiment.results.page import Block, Figure, Heading, Table, Text
+from experiment.results.plots import COLORS, Line, Panel
+from experiment.results.report.values import UNKNOWN, show
+from experiment.run_folder import RunFolder
+from experiment.strict_json import parse_json
+from experiment.tracking.downstream import DownstreamResult, read_results
+
+_LABEL_SCORES = ("precision", "recall", "f1")
+_WORST = 10  # rows shown
+_LONGEST_CELL = 300  # characters
+_PROBABILITIES = "probability_"  # columns that are left out: one for each label
+
+
+def read_task_results(folder: RunFolder) -> dict[str, Any] | None:
+    """RUN/results.json; None if there is none. Raises UserError for a damaged file."""
+    path = folder.path / "results.json"
+    try:
+        results = dict(parse_json(path.read_text(encoding="utf-8")))
+        _score_blocks(results)
+        return results
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is damaged: expected 'task', 'init' and 'splits' with scores") from None
+
+
+def result_blocks(folder: RunFolder, results: Mapping[str, Any], directory: Path, prefix: str = "") -> list[Block]:
+    """Scores, curves, mistakes of a fine-tuning run. Images are written to `directory`, see `training_blocks`.
+
+    results: of `read_task_results`.
+    """
+    blocks = _score_blocks(results)
+    blocks += charts_block(_seed_plots(folder, str(results.get("metric"))), directory, prefix=prefix)
+    if (folder.path / "confusion.png").is_file():
+        blocks.append(Figure((folder.path / "confusion.png").read_bytes(), "Confusion matrix, all seeds together"))
+    return [*blocks, *worst_rows(folder, list(results["splits"]))]
+
+
+def main_score(results: Mapping[str, Any]) -> str:
+    """'0.8512 ± 0.0071 on test': the primary metric on the last split that has it."""
+    metric, found = results.get("metric"), UNKNOWN
+    for split, scores in results["splits"].items():
+        if metric in scores:
+            spread = "" if scores[metric]["std"] is None else f" ± {scores[metric]['std']:.4f}"
+            found = f"{scores[metric]['mean']:.4f}{spread} on {split}"
+    return found
+
+
+def _score_blocks(results: Mapping[str, Any]) -> list[Block]:
+    return [Heading("Task"), Text(_subject(results)), score_table(results), *label_tables(results)]
+
+
+def _subject(results: Mapping[str, Any]) -> str:
+    subject = f"{results['task']}, from {results['init']}"
+    if collapsed := results.get("collapsed"):
+        subject += (
+            f"; collapsed seeds, which predict the same for every row of a split: {', '.join(map(str, collapsed))}"
+        )
+    return subject
+
+
+def score_table(results: Mapping[str, Any]) -> Table:
+    """A row for each metric and split, and the calibration errors."""
+    calibration = results.get("calibration", {})
+    rows = [
+        [split, metric, *(show(scores[key], ".4f") for key in ("mean", "std", "median")), _joined(scores["values"])]
+        for split, metrics in results["splits"].items()
+        for metric, scores in {**metrics, **calibration.get(split, {})}.items()
+    ]
+    return Table(["split", "metric", "mean", "std", "median", "per seed"], rows, labels=2)
+
+
+def _joined(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.4f}" for value in values)
+
+
+def label_tables(results: Mapping[str, Any]) -> list[Block]:
+    """Scores of each label and the most frequent mistakes on the last split that has them."""
+    blocks: list[Block] = []
+    for split, labels in list(results.get("label_scores", {}).items())[-1:]:
+        rows = [
+            [label, *(show(scores[key]["mean"], ".4f") for key in _LABEL_SCORES), f"{scores['support']:,}"]
+            for label, scores in labels.items()
+        ]
+        blocks.append(Table(["label", *_LABEL_SCORES, "support"], rows, f"Labels on {split}, mean over the seeds"))
+        mistakes = [
+            [found["label"], found["predicted"], f"{found['count']:,}", f"{found['share']:.1%}"]
+            for found in results["confusions"].get(split, ())
+        ]
+        if mistakes:
+            caption = f"Most frequent mistakes on {split}, all seeds together"
+            blocks.append(Table(["label", "predicted", "count", "share of the label"], mistakes, caption, labels=2))
+    return blocks
+
+
+def _seed_plots(folder: RunFolder, metric: str) -> list[Plot]:
+    """Losses and the metric on validation at each evaluation, from the epochs.csv of the seeds."""
+    seeds = {path.parent.name: _read_table(path) for path in sorted(folder.path.glob("seed-*/epochs.csv"))}
+    losses, scores = [], []
+    for number, (seed, rows) in enumerate(seeds.items()):
+        color = COLORS[number % len(COLORS)]
+        losses.append(Line(f"{seed}, train", *_columns(rows, "train_loss"), dashed=True, color=color))
+        losses.append(Line(f"{seed}, validation", *_columns(rows, "validation_loss"), marked=True, color=color))
+        scores.append(Line(seed, *_columns(rows, metric), marked=True, color=color))
+    return [
+        Plot("seed-losses", [("Loss by seed", Panel("loss", losses))]),
+        Plot("seed-scores", [(f"{metric} on validation, by seed", Panel(metric, scores))]),
+    ]
+
+
+def _columns(rows: Sequence[Mapping[str, str]], name: str) -> tuple[list[float], list[float]]:
+    """(steps, values) of the rows in which both are numbers."""
+    found = []
+    for row in rows:
+        try:
+            found.append((float(row["steps"]), float(row[name])))
+        except (KeyError, TypeError, ValueError):  # no validation split, or the row is cut off
+            continue
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def worst_rows(folder: RunFolder, splits: Sequence[str]) -> Iterator[Table]:
+    """The rows with the highest loss of the first seed, on the last split that has them."""
+    seeds = sorted(folder.path.glob("seed-*"), key=lambda path: (len(path.name), path.name))
+    files = [path for split in reversed(splits) for seed in seeds if (path := seed / f"worst-{split}.csv").is_file()]
+    for path in files[:1]:
+        rows = _read_table(path)[:_WORST]
+        columns = [name for name in rows[0] if not name.startswith(_PROBABILITIES)] if rows else []
+        if columns:
+            caption = f"Highest losses on {path.stem.removeprefix('worst-')}, {path.parent.name}"
+            cells = [[_shortened(row[name] or "") for name in columns] for row in rows]
+            yield Table(columns, cells, caption, labels=len(columns))
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST_CELL else f"{text[:_LONGEST_CELL]}…"
+
+
+def _read_table(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file of ours; empty if it cannot be read."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return [row for row in csv.DictReader(file) if None not in row]
+    except (OSError, ValueError, csv.Error):  # it is being copied
+        return []
+
+
+def downstream_blocks(folder: RunFolder, directory: Path, axis: Axis) -> list[Block]:
+    """The scores of the run's checkpoints on tasks, by step, see `deepcloze watch`; empty without any.
+
+    The image is written to `directory`. axis: of the run.
+    """
+    results = read_results(folder)
+    if not results:
+        return []
+    by_task = {task: list(group) for task, group in groupby(results, key=lambda result: result.task)}
+    panels = []
+    for metric in dict.fromkeys(result.metric for result in results):
+        lines = [_task_line(task, group) for task, group in by_task.items() if group[-1].metric == metric]
+        panels.append((metric, Panel(metric, lines)))
+    rows = [_downstream_row(task, group) for task, group in by_task.items()]
+    table = Table(["task", "metric", "last", "at step", "best", "at step"], rows, labels=2)
+    return [Heading("Downstream tasks"), *charts_block([Plot("downstream", panels)], directory, [axis]), table]
+
+
+def _task_line(task: str, results: Sequence[DownstreamResult]) -> Line:
+    return Line(task, [result.step for result in results], [result.value for result in results], marked=True)
+
+
+def _downstream_row(task: str, results: Sequence[DownstreamResult]) -> list[str]:
+    last = results[-1]
+    best = (min if last.lower_is_better else max)(results, key=lambda result: result.value)
+    return [task, last.metric, f"{last.value:.4f}", f"{last.step:,}", f"{best.value:.4f}", f"{best.step:,}"]

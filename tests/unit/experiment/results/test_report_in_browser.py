@@ -1,0 +1,223 @@
+"""The page of `deepcloze report` in headless Chromium: what a user sees, and what the pointer shows."""
+
+import base64
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sample_run import MARKUP, make_run
+
+from experiment.results.report import write_overlay, write_report
+from headless_chromium import start_browser
+
+# The lowest contrast of a text with the background of the nearest element that has one, by WCAG 2.1.
+_CONTRAST = """
+    const parse = color => color.match(/[\\d.]+/g).map(Number);
+    const light = ([red, green, blue]) => [red, green, blue].map(value => value / 255)
+        .map(value => value <= 0.03928 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4)
+        .reduce((sum, value, index) => sum + value * [0.2126, 0.7152, 0.0722][index], 0);
+    let lowest = [99, ""];
+    for (const element of document.querySelectorAll("main *")) {
+        const own = [...element.childNodes].some(node => node.nodeType === 3 && node.textContent.trim());
+        if (!own || !element.getClientRects().length || element.closest("noscript, script")) continue;
+        let behind = element;
+        while (behind && (parse(getComputedStyle(behind).backgroundColor)[3] ?? 1) === 0) behind = behind.parentElement;
+        const style = getComputedStyle(element), text = element instanceof SVGElement ? style.fill : style.color;
+        const pair = [text, getComputedStyle(behind || document.body).backgroundColor].map(parse).map(light);
+        const contrast = (Math.max(...pair) + 0.05) / (Math.min(...pair) + 0.05);
+        if (contrast < lowest[0]) lowest = [contrast, element.outerHTML.slice(0, 200)];
+    }
+    return lowest;
+"""
+
+
+@pytest.fixture(scope="module")
+def driver() -> Iterator[Any]:
+    driver = start_browser()
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    runs = [make_run(folder / name, lr=lr).path for name, lr in (("base", 4e-4), ("<b>high", 8e-4))]
+    return {"run": write_report(runs[0]), "overlay": write_overlay(runs, folder / "report")}
+
+
+class View:
+    """An open page."""
+
+    def __init__(self, driver: Any, page: Path, width: int = 1280, scheme: str = "light", media: str = "") -> None:
+        self.driver = driver
+        driver.get("about:blank")
+        for kind in ("browser", "performance"):
+            driver.get_log(kind)  # of the previous page
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": features})
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        driver.get(page.as_uri())
+
+    def run(self, script: str, *arguments: Any) -> Any:
+        return self.driver.execute_script(script, *arguments)
+
+    def texts(self, selector: str) -> list[str]:
+        return self.run("return [...document.querySelectorAll(arguments[0])].map(found => found.textContent)", selector)
+
+    def click(self, text: str, selector: str = "button") -> None:
+        find = "return [...document.querySelectorAll(arguments[0])].find(found => found.textContent === arguments[1])"
+        self.run(f"{find.replace('return', 'const found =')}; found.click()", selector, text)
+
+    def hover(self, chart: int, share: float) -> str:
+        """Move the pointer over a chart, to a share of its width; returns the text of the box with values."""
+        place = """
+            const svg = document.querySelectorAll(".plot svg")[arguments[0]], box = svg.getBoundingClientRect();
+            const at = {clientX: box.left + box.width * arguments[1], clientY: box.top + 100, bubbles: true};
+            svg.dispatchEvent(new PointerEvent("pointermove", at));
+            return document.querySelectorAll(".tip")[arguments[0]].innerText"""
+        return str(self.run(place, chart, share))
+
+    def x_ticks(self) -> list[str]:
+        script = """return [...document.querySelector(".plot svg").querySelectorAll("text[text-anchor=middle]")]
+            .map(text => text.textContent)"""
+        return list(self.run(script))
+
+    def check(self) -> None:
+        """No message in the console, no request but for the page, and nothing wider than the window."""
+        assert self.driver.get_log("browser") == []
+        for entry in self.driver.get_log("performance"):
+            event = json.loads(entry["message"])["message"]
+            if event["method"] == "Network.requestWillBeSent":
+                assert event["params"]["request"]["url"].split(":")[0] in ("data", "file", "about")
+                assert not event["params"]["request"]["url"].endswith(".png")
+        assert self.run("return document.documentElement.scrollWidth - innerWidth") <= 0
+
+
+def test_the_pointer_shows_values(driver: Any, pages: dict[str, Path]) -> None:
+    """Catches a page whose script fails, values of another step, and marks without their text."""
+    view = View(driver, pages["run"])
+    assert view.texts(".charts figcaption")[0].startswith("Loss")
+    shown = view.hover(0, 0.5)
+    step = int(re.match(r"step ([\d,]+)", shown)[1].replace(",", ""))  # type: ignore[index]
+    assert 400 < step < 600
+    assert re.search(r"training\s+[\d.]+\s+mean [\d.]+", shown)
+    assert re.search(r"wikipedia\s+[\d.]+", shown)
+    view.run("document.querySelector('.plot svg').dispatchEvent(new PointerEvent('pointerleave'))")
+    assert view.run("return document.querySelector('.tip').hidden")
+    assert view.texts(".marks .key") == ["restart × 2", "bad batch", "stage", "best checkpoint"]
+    found = "".join(view.hover(0, share / 400) for share in range(100, 201))
+    assert "step 350: the loss is nan" in found
+    assert "attempt 2, 2026-11-20" in found
+    view.check()
+
+
+def test_the_axes_can_be_switched(driver: Any, pages: dict[str, Path]) -> None:
+    """Catches buttons that do nothing, and tokens or times that are not those of the steps."""
+    view = View(driver, pages["run"])
+    assert view.texts("#units button") == ["step", "tokens", "time"]
+    assert view.x_ticks() == ["200", "400", "600", "800", "1K"]
+    view.click("tokens")
+    assert view.x_ticks() == ["5M", "10M", "15M", "20M", "25M", "30M"]
+    assert "tokens 32,768,000" in view.hover(0, 1)
+    view.click("time")
+    assert "1m" in view.hover(0, 1)
+    before = view.run("return document.querySelector('.plot path').getAttribute('d')")
+    view.click("log")
+    assert view.run("return document.querySelector('.plot path').getAttribute('d')") != before
+    assert view.run("return document.querySelector('.log').getAttribute('aria-pressed')") == "true"
+    view.check()
+
+
+def test_a_line_can_be_hidden_and_a_range_zoomed_to(driver: Any, pages: dict[str, Path]) -> None:
+    """Catches legends and zooming that do not change the charts."""
+    view = View(driver, pages["run"])
+    lines = "return document.querySelector('.plot').querySelectorAll('path.line').length"
+    before = view.run(lines)
+    view.click("books", ".series")
+    assert view.run(lines) == before - 1
+    drag = """
+        const svg = document.querySelector(".plot svg"), box = svg.getBoundingClientRect();
+        for (const [kind, share, buttons] of [["down", 0.4, 1], ["move", 0.6, 1], ["up", 0.6, 0]])
+            svg.dispatchEvent(new PointerEvent(`pointer${kind}`,
+                {clientX: box.left + box.width * share, pointerType: "mouse", button: 0, buttons, bubbles: true}));"""
+    view.run(drag)
+    first, *_, last = [int(tick) for tick in view.x_ticks()]
+    assert 300 < first < last < 700
+    view.run("document.querySelector('.plot svg').dispatchEvent(new MouseEvent('dblclick'))")
+    assert view.x_ticks()[-1] == "1K"
+    view.check()
+
+
+@pytest.mark.parametrize("page", ["run", "overlay"])
+@pytest.mark.parametrize(("width", "media"), [(390, ""), (1280, ""), (720, "print")])
+def test_layouts(driver: Any, pages: dict[str, Path], page: str, width: int, media: str) -> None:
+    """Catches a page that is wider than a phone or a sheet of paper, charts without a size, and text as markup."""
+    view = View(driver, pages[page], width, media=media)
+    view.check()
+    charts = view.run(
+        "return [...document.querySelectorAll('.plot svg')].map(svg => svg.getBoundingClientRect().width)"
+    )
+    assert charts
+    assert all(min(280, width / 2 - 80) <= chart <= width for chart in charts)
+    assert driver.title in ("base", "2 runs")
+    if page == "run":
+        assert MARKUP in "".join(view.texts(".filling p"))
+    else:
+        assert "<b>high" in view.texts("td")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_texts_have_contrast(driver: Any, pages: dict[str, Path], scheme: str) -> None:
+    """Catches colors of one scheme that are left in the other one. WCAG 2.1 asks for 4.5."""
+    view = View(driver, pages["run"], scheme=scheme)
+    background = view.run("return getComputedStyle(document.body).backgroundColor")
+    assert (int(re.findall(r"\d+", background)[0]) < 60) == (scheme == "dark")
+    contrast, where = view.run(_CONTRAST)
+    assert contrast >= 4.5, where
+    view.check()
+
+
+def test_runs_are_overlaid(driver: Any, pages: dict[str, Path]) -> None:
+    """Catches runs that share a color, or are missing in a chart or in the table of differences."""
+    view = View(driver, pages["overlay"])
+    first = "document.querySelector('.charts figure')"
+    names = view.run(f"return [...{first}.querySelectorAll('.series')].map(button => button.innerText)")
+    assert sorted(names) == ["<b>high", "base"]
+    strokes = view.run(f"return [...{first}.querySelectorAll('path')].map(path => path.style.stroke)")
+    assert len(set(strokes)) == 2
+    assert "optimizer.lr" in view.texts("th")
+    assert {"0.0004", "0.0008"} <= set(view.texts("td"))
+    view.check()
+
+
+def test_it_prints_on_paper(driver: Any, pages: dict[str, Path]) -> None:
+    """Catches a page that cannot be printed, also from dark mode, or only as hundreds of sheets."""
+    view = View(driver, pages["run"], scheme="dark")
+    printed = driver.execute_cdp_cmd("Page.printToPDF", {"paperWidth": 8.27, "paperHeight": 11.7})
+    pdf = base64.b64decode(printed["data"])
+    assert 2 <= len(re.findall(rb"/Type\s*/Page\b", pdf)) <= 8
+    view.check()
+
+
+def test_without_javascript_there_are_images(driver: Any, pages: dict[str, Path]) -> None:
+    """Catches a policy that keeps the images from being shown where scripts do not run."""
+    driver.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
+    try:
+        View(driver, pages["run"])
+        log = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
+        asked = {
+            event["params"]["requestId"]: event["params"]["request"]["url"]
+            for event in log
+            if event["method"] == "Network.requestWillBeSent"
+        }
+        loaded = {event["params"]["requestId"] for event in log if event["method"] == "Network.loadingFinished"}
+        images = [Path(url).name for request, url in asked.items() if url.endswith(".png") and request in loaded]
+        assert "loss.png" in images
+        assert len(images) == 6
+        assert driver.get_log("browser") == []
+    finally:
+        driver.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})

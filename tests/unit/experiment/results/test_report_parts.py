@@ -1,0 +1,209 @@
+"""Marks, headline and overlays of reports."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sample_run import make_run
+
+from experiment.config.yaml_dialect import read_yaml
+from experiment.errors import UserError
+from experiment.files import write_json
+from experiment.goodput import read_goodput
+from experiment.results.page import Charts, Table
+from experiment.results.report import write_overlay, write_report
+from experiment.results.report.headline import pretraining_headline, scaled, task_headline
+from experiment.results.report.marks import read_marks
+from experiment.results.report.overlay import difference_blocks, differing_keys, name_runs, open_runs, overlay_blocks
+from experiment.results.report.run_groups import compare_blocks, sweep_blocks
+from experiment.results.report.tasks import worst_rows
+from experiment.run_folder import RunFolder, open_run_folder
+from experiment.tracking.jsonl import read_events
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """Not changed by tests."""
+    return make_run(tmp_path_factory.mktemp("runs") / "base")
+
+
+def test_what_happened_is_marked(run: RunFolder) -> None:
+    """Catches restarts at the step of the crash instead of the checkpoint, and stages that start one too early."""
+    marks = read_marks(run, read_yaml(run.config.read_text()))
+    assert [(mark.kind, mark.step) for mark in marks] == [
+        ("restart", 280),
+        ("restart", 800),
+        ("bad", 350),
+        ("stage", 500),
+        ("best", 1000),
+    ]
+    texts = [mark.text for mark in marks]
+    assert texts[0].startswith("attempt 2, 2026-11-20")
+    assert texts[2:4] == ["step 350: the loss is nan", "stage 2: max_seq_length 512, sequences 64"]
+
+
+def test_a_restart_whose_first_line_is_gone(tmp_path: Path) -> None:
+    """Catches a restart at the end of its attempt: of earlier attempts, only the last line is kept."""
+    folder = open_run_folder(tmp_path)
+    lines = [
+        {
+            "start": start,
+            "time": start + 9,
+            "step": step,
+            "reached": step,
+            "total_steps": 9,
+            "activity": "",
+            "seconds": {},
+        }
+        for start, step in ((0.0, 300), (10.0, 700), (20.0, 900))
+    ]
+    folder.goodput.write_text("\n".join(map(json.dumps, lines)))
+    assert [mark.step for mark in read_marks(folder, {})] == [300, 700]
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"schedule": None}, {"schedule": {"stages": 3}}, {"schedule": {"stages": [1, 2]}}]
+)
+def test_files_that_are_damaged_mark_nothing(tmp_path: Path, config: dict[str, Any]) -> None:
+    """Catches a report that fails because a folder is being copied."""
+    folder = open_run_folder(tmp_path)
+    (folder.bad_batch(3)).mkdir(parents=True)
+    (folder.bad_batch(3) / "fault.json").write_text('{"step"')
+    folder.checkpoints.mkdir()
+    (folder.checkpoints / "best").write_text("")
+    folder.goodput.write_text("{")
+    assert read_marks(folder, config) == []
+
+
+def test_the_headline(run: RunFolder) -> None:
+    """Catches figures of another event, and a run that is done but does not say so."""
+    headline = pretraining_headline(run, read_events(run.metrics), read_goodput(run))
+    assert (headline.state, headline.tone) == ("done", "good")
+    facts = {fact.name: (fact.value, fact.note) for fact in headline.facts}
+    assert facts["Parameters"] == ("64k", "64,000")
+    assert facts["Steps"] == ("1,000", "of 1,000, 100%")
+    assert facts["Tokens"] == ("32.8M", "32,768,000")
+    assert facts["Epochs"] == ("1.64", "of wikipedia")
+    assert facts["Precision"] == ("bf16", "")
+    assert facts["Duration"] == ("15h33m", "3 attempts")
+    assert facts["Best checkpoint"] == ("1,000", "step")
+    assert facts["Best held-out loss"][1].startswith("wikipedia, step ")
+
+
+def test_a_headline_without_files(tmp_path: Path) -> None:
+    """Catches a report that fails where only the metrics have been copied so far."""
+    folder = open_run_folder(tmp_path)
+    headline = pretraining_headline(folder, [{"step": 3, "loss": 1.0}], None)
+    assert [(fact.name, fact.value) for fact in headline.facts] == [("Steps", "3"), ("Training loss", "1.0000")]
+
+
+def test_the_headline_of_a_task() -> None:
+    """Catches a metric that is not the primary one, and a spread of one seed."""
+    accuracy = {"values": [0.8, 0.9], "mean": 0.85, "std": 0.07}
+    results = {"metric": "accuracy", "splits": {"test": {"f1": accuracy, "accuracy": accuracy}}, "labels": ["a", "b"]}
+    facts = task_headline(results).facts
+    assert [(fact.name, fact.value, fact.note) for fact in facts] == [
+        ("accuracy on test", "0.8500", "± 0.0700 over 2 seeds"),
+        ("Labels", "2", ""),
+    ]
+
+
+@pytest.mark.parametrize(("count", "text"), [(7, "7"), (1500, "1.5k"), (29_612_345, "29.6M"), (1.2e9, "1.2B")])
+def test_large_numbers(count: float, text: str) -> None:
+    """Catches a unit too large or too small."""
+    assert scaled(count) == text
+
+
+def test_what_differs() -> None:
+    """Catches keys that one config lacks, folders as differences, and a config that could not be read."""
+    first = {"run.dir": "a", "optimizer.lr": 1, "model.freeze": [], "tracking.name": "x"}
+    second = {"run.dir": "b", "optimizer.lr": 2, "model.freeze": [], "batch.sequences": 3, "tracking.name": "y"}
+    assert differing_keys([first, second, {}]) == ["optimizer.lr", "batch.sequences"]
+    assert differing_keys([first, first]) == differing_keys([]) == []
+
+
+def test_the_table_of_differences_fits_the_runs(tmp_path: Path) -> None:
+    """Catches a table with a column for each of many runs."""
+    for number in range(4):
+        open_run_folder(tmp_path / str(number)).config.write_text(f"optimizer:\n  lr: {number}\nrun: {{seed: 1}}\n")
+    runs = open_runs(name_runs([tmp_path / str(number) for number in range(4)]))
+    (table,) = [block for block in difference_blocks(runs) if isinstance(block, Table)]
+    assert table.columns == ["run", "optimizer.lr"]
+    assert table.rows == [["0", "0"], ["1", "1"], ["2", "2"], ["3", "3"]]
+    runs[0].folder.config.write_text("optimizer:\n  lr: null\n")
+    (table,) = [block for block in difference_blocks(runs[:2]) if isinstance(block, Table)]
+    assert table.rows == [["optimizer.lr", "null", "1"], ["run.seed", "–", "1"]]
+
+
+def test_several_runs_on_one_page(tmp_path: Path) -> None:
+    """Catches curves of one run on the axis of another, and runs of the same name in different folders."""
+    folders = [tmp_path / parent / "base" for parent in ("a", "b")]
+    for number, path in enumerate(folders, start=1):
+        events = [{"step": step, "tokens": step * number, "tokens_per_second": 1.0, "loss": 1.0} for step in (1, 2)]
+        open_run_folder(path).metrics.write_text("".join(f"{json.dumps(event)}\n" for event in events))
+    blocks = overlay_blocks(open_runs(name_runs(folders)), tmp_path)
+    (charts,) = [block for block in blocks if isinstance(block, Charts)]
+    assert [axis["tokens"] for axis in charts.data["axes"]] == [[0, 1, 2], [0, 2, 4]]
+    assert [(line["label"], line["run"]) for line in charts.data["charts"][0]["lines"]] == [
+        ("a/base", 0),
+        ("b/base", 1),
+    ]
+    page = write_overlay([*folders, folders[0]], tmp_path / "out")
+    assert page.read_text(encoding="utf-8").count("<h1>2 runs</h1>") == 1
+    with pytest.raises(UserError, match="nothing to report"):
+        write_overlay([folders[0], open_run_folder(tmp_path / "new").path], tmp_path / "out")
+    with pytest.raises(UserError, match="no run folder"):
+        write_overlay([folders[0], tmp_path / "missing"], tmp_path / "out")
+
+
+def test_the_runs_of_a_sweep(tmp_path: Path) -> None:
+    """Catches runs that are not sorted, or one that has not started as an error."""
+    for name, loss in (("lr=1", 2.0), ("lr=2", 1.0)):
+        open_run_folder(tmp_path / name).metrics.write_text(f'{{"step": 1, "loss": {loss}}}\n')
+    runs = {
+        name: {"values": {"lr": name[-1]}, "state": state, "value": value}
+        for name, state, value in (("lr=1", "done", 2.0), ("lr=2", "done", 1.0), ("lr=3", "failed", None))
+    }
+    write_json(tmp_path / "sweep.json", {"metric": "loss", "lower_is_better": True, "runs": runs})
+    _, table, *_ = sweep_blocks(RunFolder(tmp_path), tmp_path / "report")
+    assert isinstance(table, Table)
+    rows = [["lr=2", "done", "2", "1.0000"], ["lr=1", "done", "1", "2.0000"], ["lr=3", "failed", "3", "–"]]
+    assert table.rows == rows
+    assert "Best first" in write_report(tmp_path).read_text(encoding="utf-8")
+    (tmp_path / "sweep.json").write_text('{"runs": 3}')
+    with pytest.raises(UserError, match=r"sweep\.json is damaged"):
+        write_report(tmp_path)
+
+
+def test_the_curves_of_a_comparison(tmp_path: Path) -> None:
+    """Catches rows whose pretraining is missing, and curves of different tasks in one chart."""
+    for name in ("a/sst2", "b/sst2", "b/pretrain"):
+        open_run_folder(tmp_path / name).metrics.write_text('{"step": 1, "loss": 2.0}\n')
+    cell = {"metric": "accuracy", "split": "test", "values": [0.5], "mean": 0.5, "std": None, "collapsed": 0}
+    cells = {row: {"sst2": {**cell, "folder": f"{row}/sst2", "chosen": {}, "against": {}}} for row in ("a", "b")}
+    write_json(tmp_path / "compare.json", cells)
+    blocks = compare_blocks(RunFolder(tmp_path), tmp_path / "report")
+    found = [
+        [line["label"] for line in block.data["charts"][0]["lines"]] for block in blocks if isinstance(block, Charts)
+    ]
+    assert found == [["a", "b"], ["b"]]
+    for row in ("a", "b"):
+        (tmp_path / row / "sst2" / "config.yaml").write_text(f"model: {{init_from: {row}}}\nrun: {{dir: {row}}}\n")
+    blocks = compare_blocks(RunFolder(tmp_path), tmp_path / "report")
+    assert [["a", "a"], ["b", "b"]] in [block.rows for block in blocks if isinstance(block, Table)]
+
+
+def test_the_worst_rows_of_a_task(tmp_path: Path) -> None:
+    """Catches a table of the wrong split or seed, one of the whole file, and rows that a copy has cut off."""
+    for seed, split, text in ((10, "test", "other"), (9, "validation", "other"), (9, "test", "x" * 500)):
+        folder = tmp_path / f"seed-{seed}"
+        folder.mkdir(exist_ok=True)
+        rows = "".join(f"{9 - number},{text},a,b,0.1\n" for number in range(20))
+        (folder / f"worst-{split}.csv").write_text(f"loss,text,label,predicted,probability_a\n{rows}0.5,cut")
+    (table,) = worst_rows(RunFolder(tmp_path), ["validation", "test"])
+    assert table.columns == ["loss", "text", "label", "predicted"]
+    assert len(table.rows) == 10
+    assert table.rows[0] == ["9", "x" * 300 + "…", "a", "b"]
+    assert table.caption == "Highest losses on test, seed-9"
+    assert list(worst_rows(RunFolder(tmp_path / "missing"), ["test"])) == []
