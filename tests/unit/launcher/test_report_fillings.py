@@ -1,0 +1,119 @@
+"""`deepcloze report` on a run with checkpoints."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from experiment.checkpoints import mark_complete
+from experiment.errors import UserError
+from experiment.results.fillings import read_fillings
+from experiment.run_folder import RunFolder, open_run_folder
+from experiment.tokenizer import load_tokenizer
+from launcher.fillings import choose_sentences, fill_new_checkpoints
+from launcher.report import report_runs
+from pretrain.corpus.reader import open_corpus
+
+
+@pytest.fixture
+def run(tmp_path: Path, heldout_corpus: Path) -> RunFolder:
+    """A run that has saved one checkpoint."""
+    folder = open_run_folder(tmp_path / "run")
+    corpus = shutil.copytree(heldout_corpus, tmp_path / "corpus")
+    folder.config.write_text(f"corpus:\n  eval:\n    held_out: {corpus}\n")
+    folder.metrics.write_text('{"step": 10, "loss": 3.0}\n')
+    save_checkpoint(folder, 10, heldout_corpus / "tokenizer")
+    return folder
+
+
+def save_checkpoint(folder: RunFolder, step: int, tokenizer: Path) -> None:
+    loaded = load_tokenizer(tokenizer)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    torch.manual_seed(step)
+    model = transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=len(loaded), **sizes))
+    model.save_pretrained(folder.checkpoints / f"step-{step:08d}" / "hf")
+    loaded.save_pretrained(folder.checkpoints / f"step-{step:08d}" / "hf")
+    mark_complete(folder.checkpoints / f"step-{step:08d}")
+
+
+def test_each_checkpoint_is_filled_once(run: RunFolder, tmp_path: Path) -> None:
+    """Catches other sentences for each checkpoint, work that is done again, and fillings that go with a checkpoint."""
+    threads = torch.get_num_threads()
+    report_runs([str(run.path)], None)
+    (first,) = read_fillings(run)
+    assert first.step == 10
+    assert len(first.sentences) == 10
+    for filled in first.sentences:
+        assert filled.sentence.answer.isalpha()
+        probabilities = [probability for _, probability in filled.top]
+        assert len(probabilities) == 5
+        assert probabilities == sorted(probabilities, reverse=True)
+    written = run.fillings.read_bytes()
+    shutil.rmtree(tmp_path / "corpus")  # the sentences are kept with the fillings
+    fill_new_checkpoints(run)
+    assert run.fillings.read_bytes() == written
+    save_checkpoint(run, 20, run.checkpoints / "step-00000010" / "hf")
+    shutil.rmtree(run.checkpoints / "step-00000010")
+    page = report_runs([str(run.path)], None).read_text(encoding="utf-8")
+    kept, second = read_fillings(run)
+    assert kept == first
+    assert [filled.sentence for filled in second.sentences] == [filled.sentence for filled in first.sentences]
+    assert second.sentences != first.sentences
+    assert "step 10</td>" in page
+    assert "step 20</td>" in page
+    assert torch.get_num_threads() == threads
+
+
+def test_a_report_does_not_need_fillings(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a report that fails for a run without held-out text, or whose corpus or checkpoint is missing."""
+    run.config.write_text("corpus: {eval: {}}\n")
+    assert report_runs([str(run.path)], None) == run.report / "index.html"
+    assert capsys.readouterr().err == ""
+    run.config.write_text("corpus: {eval: {wiki: missing}}\n")
+    assert report_runs([str(run.path)], None) == run.report / "index.html"
+    assert "report: no held-out sentences: " in capsys.readouterr().err
+    assert not read_fillings(run)
+
+
+def test_a_checkpoint_that_is_being_copied(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a checkpoint without its model, or half of its checksums, that keeps the others from being filled."""
+    save_checkpoint(run, 20, run.checkpoints / "step-00000010" / "hf")
+    (run.checkpoints / "step-00000010" / "hf" / "model.safetensors").unlink()
+    save_checkpoint(run, 30, run.checkpoints / "step-00000020" / "hf")
+    (run.checkpoints / "step-00000030" / "COMPLETE").write_text("{")
+    assert report_runs([str(run.path)], None) == run.report / "index.html"
+    assert [found.step for found in read_fillings(run)] == [20]
+    assert "report: no fillings of step-00000010: " in capsys.readouterr().err
+
+
+def test_several_runs_share_a_folder(run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a page about several runs in the folder of one of them."""
+    monkeypatch.chdir(tmp_path)
+    other = shutil.copytree(run.path, tmp_path / "other")
+    assert report_runs([str(run.path), str(other)], None) == tmp_path / "report" / "index.html"
+    assert report_runs([str(run.path), "other"], "page") == tmp_path / "page" / "index.html"
+    assert report_runs([str(run.path)], "one") == tmp_path / "one" / "index.html"
+    assert not run.report.exists()
+    with pytest.raises(UserError, match="no run folder"):
+        report_runs(["missing"], None)
+
+
+@pytest.mark.parametrize("corpus", ["heldout_corpus", "byte_level_corpus"])
+def test_sentences_can_be_put_together_again(corpus: str, request: pytest.FixtureRequest) -> None:
+    """Catches a masked part of a word, and a space that is lost before it."""
+    opened = open_corpus(request.getfixturevalue(corpus))
+    tokenizer = load_tokenizer(opened.tokenizer_path)
+    lengths = np.concatenate(list(opened.document_lengths())).astype(np.int64)[:200]
+    starts = np.cumsum(lengths) - lengths
+    texts = [opened.read(starts[at : at + 1], lengths[at : at + 1]) for at in range(len(lengths))]
+    sentences = choose_sentences(iter(texts), tokenizer)
+    assert len(set(sentences)) == len(sentences) == 10
+    assert choose_sentences(iter(texts), tokenizer) == sentences
+    for sentence in sentences:
+        whole = sentence.before + sentence.answer + sentence.after
+        assert any(tokenizer.decode(text.tolist()).startswith(whole) for text in texts)
+        assert not sentence.before or sentence.before[-1:] == " "
+        assert not sentence.after[:1].isalnum()
