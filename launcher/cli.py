@@ -13,6 +13,7 @@ from experiment.errors import StoppedError, UserError
 from experiment.fast_imports import fast_imports
 from finetune.options import ExportOptions, PredictOptions, ServeOptions
 from launcher.command_line import Command, help_text, is_help_request, parse_command_line
+from launcher.messages import notify
 from launcher.options import (
     CompareOptions,
     CompletionOptions,
@@ -134,6 +135,8 @@ def pretrain(options: PretrainOptions) -> None:
     Example:
         deepcloze pretrain --config my-run.yaml --num_gpus 2 --schedule.steps=1000
     """
+    if sys.stderr.isatty() and not options.dry_run:
+        notify(f"reading {options.config}")  # imports take seconds
     if options.detach and not options.dry_run:
         from launcher.detach import launch_detached
 

@@ -17,6 +17,7 @@ from experiment.run_lock import Renewal, check_unlocked
 from launcher.autotuning.autotune import autotune
 from launcher.detach import remove_earlier_output
 from launcher.hosts.machine import inspect_machine, select_accelerator
+from launcher.launch_messages import announce_done, announce_start, announce_stop, last_step
 from launcher.launch_plan import LaunchPlan, plan_launch
 from launcher.options import PretrainOptions
 from launcher.preflight.run import check_hosts, require_hosts
@@ -84,11 +85,14 @@ def launch(plan: LaunchPlan, start_time: float, dead_owner: Renewal | None = Non
     """
     to_start = plan.launch()
     remove_earlier_output(open_run_folder(plan.folder.path))
+    step_before = last_step(plan.folder)
+    announce_start(plan)
     result = supervise(to_start, start_time, dead_owner)
     match result.outcome:
         case Outcome.DONE:
-            return
+            announce_done(plan.folder, step_before, time.time() - start_time)
         case Outcome.STOPPED:
+            announce_stop(plan.folder, step_before)
             raise StoppedError(result.message)
         case Outcome.REFUSED:
             sys.exit(result.outcome.exit_code)  # rank 0 has printed the message

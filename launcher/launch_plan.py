@@ -49,6 +49,7 @@ class LaunchPlan:
     machine: Machine
     added_environment: Mapping[str, str]  # variables that the launch adds for all ranks
     target: Target  # what preflight checks the hosts for
+    summary: str = ""  # model and engine, in words
     config_changed: bool = False  # whether `config` is no longer what the options say
 
     @property
@@ -127,7 +128,15 @@ def plan_launch(
         _check_paths(run.folder)
     added = launch_environment(machine.environ, machine.devices.kind if local else None, REPOSITORY)
     target = target_of_run(target_of_hosts(slots, machine, options), run.config, run.num_parameters, run.folder)
-    return LaunchPlan(options, run.config, run.folder, slots, machine, added, target)
+    return LaunchPlan(options, run.config, run.folder, slots, machine, added, target, _summary(run))
+
+
+def _summary(run: "ResolvedRun") -> str:
+    sequences = run.config.batch.sequences
+    return (
+        f"{run.num_parameters / 1e6:,.1f} M parameters, {run.deepspeed.precision}, ZeRO stage "
+        f"{run.deepspeed.zero_stage}, {sequences:,} sequences per step"
+    )
 
 
 def _resolve(config: PretrainConfig, ranks: int) -> "ResolvedRun":

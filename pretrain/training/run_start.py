@@ -1,5 +1,6 @@
 """What rank 0 does when a run starts: write RUN/config.yaml and RUN/provenance.json, open the trackers."""
 
+import logging
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,8 @@ from experiment.files import write_text
 from experiment.provenance import ancestors_of, collect_provenance, read_provenance, write_provenance
 from experiment.tracking import TrackedRun, Trackers, open_trackers
 from pretrain.resolve import ResolvedRun
+
+log = logging.getLogger(__name__)
 
 
 def record_start(run: ResolvedRun, world_size: int, hosts: int) -> Mapping[str, Any]:
@@ -29,6 +32,8 @@ def open_run_tracker(
     total_steps: None under a time budget.
     evaluates_first: whether this attempt starts with the evaluation of `step`.
     """
+    end = "until the time budget is used up" if total_steps is None else f"{total_steps:,} steps"
+    log.info("training: %s; %d finished", end, step)
     resumed = run.resume_plan.checkpoint is not None and not run.resume_plan.fork
     tracked = TrackedRun(
         run_id=provenance["run_id"],

@@ -61,7 +61,7 @@ def resolved(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, int]]:
         absolute = config.run.model_copy(update={"dir": str(folder.path)})
         resolved = config.model_copy(update={"run": absolute})
         offload = "nvme" if "nvme" in config.engine.ds_config else "none"
-        deepspeed = SimpleNamespace(precision="fp16", offload=offload)
+        deepspeed = SimpleNamespace(precision="fp16", zero_stage=1, offload=offload)
         return SimpleNamespace(config=resolved, folder=folder, deepspeed=deepspeed, num_parameters=1000)
 
     module.resolve = resolve  # type: ignore[attr-defined]

@@ -1,0 +1,48 @@
+"""What `deepcloze pretrain` says when a run starts and ends, besides the messages of the ranks."""
+
+import sys
+
+from experiment.checkpoints import checkpoint_path, checkpoint_step, complete_checkpoints
+from experiment.run_folder import RunFolder
+from experiment.tracking.console import describe_duration
+from experiment.tracking.jsonl import read_last_events
+from launcher.launch_plan import LaunchPlan
+from launcher.messages import notify
+
+
+def announce_start(plan: LaunchPlan) -> None:
+    ranks = sum(map(len, plan.slots.values()))
+    where = "this machine" if plan.local else f"{len(plan.slots)} hosts"
+    notify(f"starting {ranks} rank{'s' if ranks > 1 else ''} on {where}: {plan.summary}")
+
+
+def last_step(folder: RunFolder) -> int | None:
+    """Of the newest complete checkpoint of a run; None if it has none."""
+    checkpoints = complete_checkpoints(folder.checkpoints)
+    return checkpoint_step(checkpoints[-1]) if checkpoints else None
+
+
+def announce_done(folder: RunFolder, step_before: int | None, seconds: float) -> None:
+    """`step_before`: `last_step` before this launch; `seconds`: that it took."""
+    step = last_step(folder)
+    if step is None:
+        return
+    path = folder.path
+    if step == step_before:
+        notify(f"{path} was finished already, at step {step:,}; to train longer, raise schedule.steps, for example")
+        notify(f"  with --schedule.steps={2 * step}, and start it again")
+        return
+    losses = [event["loss"] for event in read_last_events(folder.metrics) if "loss" in event]
+    loss = f", loss {losses[-1]:.4f}" if losses and losses[-1] is not None else ""
+    notify(f"done: {step:,} steps{loss}, {describe_duration(seconds)} in this launch")
+    notify(f"  model: {checkpoint_path(folder.checkpoints, step) / 'hf'}")
+    notify(f"  next:  deepcloze report {path}; deepcloze finetune --config TASK --model.init_from={path}")
+
+
+def announce_stop(folder: RunFolder, step_before: int | None) -> None:
+    """What a stopped run has saved. `step_before`: as above."""
+    if sys.stderr.isatty():
+        print(file=sys.stderr)  # after a progress bar, or ^C
+    step = last_step(folder)
+    if step is not None and step != step_before:
+        notify(f"stopped at step {step:,}, saved")

@@ -1,0 +1,46 @@
+from pathlib import Path
+
+import pytest
+
+from experiment.checkpoints import checkpoint_path, mark_complete
+from experiment.run_folder import RunFolder, open_run_folder
+from launcher.launch_messages import announce_done, announce_stop, last_step
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    """A run with a checkpoint of step 1,200."""
+    folder = open_run_folder(str(tmp_path / "run"))
+    checkpoint = checkpoint_path(folder.checkpoints, 1200)
+    (checkpoint / "hf").mkdir(parents=True)
+    (checkpoint / "state.json").write_text("{}")
+    mark_complete(checkpoint)
+    folder.metrics.write_text(
+        '{"step": 1199, "loss": 3.0}\n{"step": 1200, "loss": 2.5}\n{"step": 1200, "eval/a/loss": 2}\n'
+    )
+    return folder
+
+
+def test_a_finished_run_says_where_its_model_is(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a run that ends without a word, and a loss of an earlier step."""
+    announce_done(run, None, seconds=75)
+    printed = capsys.readouterr().err
+    assert "deepcloze: done: 1,200 steps, loss 2.5000, 1m15s in this launch\n" in printed
+    assert f"model: {run.checkpoints}/step-00001200/hf\n" in printed
+    assert f"deepcloze finetune --config TASK --model.init_from={run.path}" in printed
+
+
+def test_a_run_that_was_finished_says_so(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a launch that seems to have trained, and advice that trains nothing."""
+    announce_done(run, last_step(run), seconds=9)
+    printed = capsys.readouterr().err
+    assert f"{run.path} was finished already, at step 1,200" in printed
+    assert "--schedule.steps=2400" in printed
+
+
+def test_a_stopped_run_says_what_it_has_saved(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches the step of an earlier launch."""
+    announce_stop(run, 1100)
+    assert capsys.readouterr().err == "deepcloze: stopped at step 1,200, saved\n"
+    announce_stop(run, 1200)
+    assert capsys.readouterr().err == ""
