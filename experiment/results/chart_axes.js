@@ -7,16 +7,16 @@ const compact = new Intl.NumberFormat("en", {notation: "compact", maximumSignifi
 const exact = new Intl.NumberFormat("en", {maximumSignificantDigits: 5});
 const whole = new Intl.NumberFormat("en", {maximumFractionDigits: 0});
 
-const isTiny = value => value !== 0 && Math.abs(value) < 1e-3;
+const isExtreme = value => value !== 0 && (Math.abs(value) < 1e-3 || Math.abs(value) >= 1e15);
 
 function tickText(value, percent) {
   if (percent) return `${exact.format(value * 100)}%`;
-  return isTiny(value) ? value.toExponential().replace(/(\.\d\d)\d+/, "$1") : compact.format(value);
+  return isExtreme(value) ? value.toExponential().replace(/(\.\d\d)\d+/, "$1") : compact.format(value);
 }
 
 function valueText(value, percent) {
   if (percent) return `${(value * 100).toFixed(2)}%`;
-  return isTiny(value) ? value.toExponential(3) : exact.format(value);
+  return isExtreme(value) ? value.toExponential(3) : exact.format(value);
 }
 
 function duration(seconds) {
@@ -34,8 +34,8 @@ function linearTicks([low, high], count) {
 }
 
 function logTicks([low, high]) {
-  const decades = Math.log10(high / low), ticks = [];
-  for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power += Math.ceil(decades / 6))
+  const decades = Math.log10(high) - Math.log10(low), ticks = [];
+  for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power += Math.ceil(decades / 6) || 1)
     for (const factor of decades > 3 ? [1] : [1, 2, 5]) ticks.push(Number((factor * 10 ** power).toPrecision(12)));
   const inside = ticks.filter(tick => tick >= low && tick <= high);
   return inside.length > 2 ? inside : linearTicks([low, high], 4);

@@ -86,7 +86,7 @@ class Chart {
     if (this.zero && !this.log) low = 0;
     if (low === high) [low, high] = this.log ? [low / 2, high * 2] : [low - Math.abs(low || 1) / 10, high + Math.abs(high || 1) / 10];
     const margin = this.log ? (high / low) ** 0.04 : (high - low) * 0.04;
-    const y = this.log ? [low / margin, high * margin] : [this.zero ? 0 : low - margin, high + margin];
+    const y = this.log ? [Math.max(low / margin, Number.MIN_VALUE), Math.min(high * margin, Number.MAX_VALUE)] : [this.zero ? 0 : low - margin, high + margin];
     return {x: left < right ? [left, right] : [left - 1, left + 1], y};
   }
 

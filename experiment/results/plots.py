@@ -115,7 +115,7 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
     colors = iter(_colors(len(panel.lines)))
     for line in panel.lines:
         _draw_line(axes, line, line.color or next(colors))
-    if panel.scale == "log":
+    if panel.scale == "log" and any(value is not None and value > 0 for line in panel.lines for value in line.y):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))

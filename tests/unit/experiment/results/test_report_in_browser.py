@@ -203,6 +203,25 @@ def test_it_prints_on_paper(driver: Any, pages: dict[str, Path]) -> None:
     view.check()
 
 
+@pytest.mark.filterwarnings("ignore:overflow")  # of matplotlib
+def test_values_of_any_size_are_drawn(driver: Any, tmp_path: Path) -> None:
+    """Catches ticks without end, and positions that are no numbers: of one event, of zeros, of a run that diverged."""
+    figures = {"loss": 2.0, "lr": 0.0, "grad_norm": 0.0, "tokens_per_second": 1e-3, "data_wait": 0.0}
+    events = [{"step": step, "tokens": step, **figures, "eval/x/perplexity": 10.0 ** (30 * step)} for step in range(11)]
+    for count in (1, 11):
+        run = tmp_path / str(count)
+        run.mkdir()
+        (run / "metrics.jsonl").write_text("".join(f"{json.dumps(event)}\n" for event in events[:count]))
+        view = View(driver, write_report(run))
+        for button in ("tokens", "time", "log"):
+            for chart in range(len(view.texts(".plot svg"))):
+                view.hover(chart, 0.5)
+            if button in view.texts("button"):
+                view.click(button)
+        assert not re.search("NaN|Infinity|undefined", view.run("return document.querySelector('main').innerHTML"))
+        view.check()
+
+
 def test_without_javascript_there_are_images(driver: Any, pages: dict[str, Path]) -> None:
     """Catches a policy that keeps the images from being shown where scripts do not run."""
     driver.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
