@@ -17,7 +17,7 @@ from runs import logged, pretrain_case, run_config, soak
 
 HOST = platform.node()
 REPOSITORY = Path(__file__).parents[2]
-HANG_SECONDS = 15  # the ranks also start within it
+HANG_SECONDS = 20  # the ranks also start within it
 OPTIONS: Mapping[str, object] = {"health__hang_seconds": HANG_SECONDS, "checkpoint__every_steps": 2}
 
 # Python runs this at the start of each process: rank 1 hangs once, when `call` is called for the given step.

@@ -21,7 +21,7 @@ PRETRAIN_LAYERS = (
     ("pretrain.modeling",),
     ("pretrain.batching", "pretrain.export", "pretrain.arguments", "pretrain.rank_report"),
     ("pretrain.corpus", "pretrain.config"),
-    ("pretrain.world", "pretrain.deadline"),
+    ("pretrain.world", "pretrain.deadline", "pretrain.rank_heartbeat"),
 )
 
 ONLY_IN = {
