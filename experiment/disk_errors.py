@@ -65,6 +65,11 @@ def _errno(error: BaseException) -> int | None:
         return None
     if isinstance(error, OSError) and not isinstance(error, shutil.Error):
         return error.errno if error.filename is not None or error.errno in _OF_DISKS_ONLY else None
+    return disk_error_number(error)
+
+
+def disk_error_number(error: BaseException) -> int | None:
+    """The errno in the message of an error of safetensors, tokenizers or shutil; None if there is none."""
     quoted = _QUOTED_BY_SHUTIL if isinstance(error, shutil.Error) else _QUOTED_BY_RUST
     found = quoted.search(str(error))
     return int(found[1]) if found else None

@@ -55,6 +55,6 @@ def find_config(name: str, *kinds: RecipeKind) -> str:
     Raises UserError for a name, or KIND/NAME, that is neither.
     """
     folder, _, last = name.rpartition("/")
-    if Path(name).exists() or folder not in ("", *_KINDS) or Path(last).suffix:
+    if Path(name).is_file() or folder not in ("", *_KINDS) or Path(last).suffix:
         return name
     return str(find_recipe(name, kinds).path)

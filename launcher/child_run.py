@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from experiment.errors import StoppedError
 from experiment.outcome_file import Outcome, read_outcome
+from experiment.own_process import own_environment
 from experiment.run_folder import RunFolder
 from experiment.run_lock import is_locked
 from launcher.messages import notify
@@ -86,7 +87,8 @@ def _run_command(argv: Sequence[str]) -> int:
             process.send_signal(number)
 
     with handle_stop_signals(forward):
-        process = subprocess.Popen(argv, start_new_session=True)  # so that Ctrl-C does not reach it twice
+        # A new session, so that Ctrl-C does not reach it twice.
+        process = subprocess.Popen(argv, env=own_environment(), start_new_session=True)
         if signals:  # since the start
             process.send_signal(signals[0])
         exit_code = process.wait()

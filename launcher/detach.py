@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from experiment.config import load_config
+from experiment.own_process import module_command, own_environment
 from experiment.run_folder import RunFolder, open_run_folder
 from experiment.run_lock import check_unlocked
 from launcher.messages import notify
@@ -39,6 +40,7 @@ def launch_detached(options: PretrainOptions) -> None:
         printed.seek(0, os.SEEK_END)
         process = subprocess.Popen(
             background_command(options),
+            env=own_environment(),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -62,7 +64,7 @@ def launch_detached(options: PretrainOptions) -> None:
 def background_command(options: PretrainOptions) -> Sequence[str]:
     """The command without `--detach`."""
     flags = options.model_dump(exclude={"detach", "overrides"}, exclude_defaults=True) | options.overrides
-    return [sys.executable, "-P", "-m", "launcher", "pretrain", *(f"--{name}={value}" for name, value in flags.items())]
+    return [*module_command("launcher"), "pretrain", *(f"--{name}={value}" for name, value in flags.items())]
 
 
 def remove_earlier_output(folder: RunFolder) -> None:

@@ -29,8 +29,7 @@ def announce_done(folder: RunFolder, step_before: int | None, seconds: float) ->
         return
     path = folder.path
     if step == step_before:
-        notify(f"{path} was finished already, at step {step:,}; to train longer, raise schedule.steps, for example")
-        notify(f"  with --schedule.steps={2 * step}, and start it again")
+        notify(f"{path} was finished already, at step {step:,}; to train longer, raise its length in `schedule`")
         return
     losses = [event["loss"] for event in read_last_events(folder.metrics) if "loss" in event]
     loss = f", loss {losses[-1]:.4f}" if losses and losses[-1] is not None else ""

@@ -12,7 +12,7 @@ from experiment.tracking.console import describe_duration
 from launcher.run_status import RunStatus, read_status
 
 _UNKNOWN = "–"
-_WIDTH = 200  # of a table in a pipe or file
+_WIDTH = 5000  # limit of a table in a pipe or file: no line is cut off
 
 
 def print_status(runs: Sequence[str], as_json: bool) -> None:

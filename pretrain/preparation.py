@@ -40,16 +40,10 @@ def prepare(config: PretrainConfig, world: World, hosts: HostGroup) -> Preparati
     )
     hosts.call(lambda: check_device_support(run.deepspeed))
     verify_on_each_host([*(given.corpus for given in run.corpora), *run.held_out.values()], world, hosts)
-    model = hosts.call(lambda: _build_model(run))
+    model = hosts.call(lambda: build_model(run.model_source, run.model_config, run.config.run.seed))
     rows = agreed_rows(choose_rows(model, weight_dtype(run.deepspeed)), world, hosts)
     stream = hosts.call(lambda: open_stream(run, world, rows=rows, first_position=model.first_position))
     return Preparation(run, model, stream)
-
-
-def _build_model(run: ResolvedRun) -> BuiltModel:
-    checkpoint = run.resume_plan.checkpoint
-    trained = None if checkpoint is None else checkpoint / "hf"
-    return build_model(run.model_source, run.model_config, run.config.run.seed, buffers=trained)
 
 
 def agreed_rows(rows: Rows, world: World, hosts: HostGroup) -> Rows:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from experiment.own_process import own_environment
 from experiment.provenance import read_provenance
 from experiment.run_folder import RunFolder
 from experiment.tracking.alerts import Alert
@@ -37,7 +38,15 @@ def send_last_alert(project: str, folder: RunFolder, alert: Alert) -> None:
         return
     request = [project, provenance["run_id"], str(folder.path), alert.event, alert.text]
     command = [sys.executable, "-P", "-c", f"from {__name__} import main; main()"]
-    subprocess.run(command, input=json.dumps(request), text=True, capture_output=True, timeout=_SECONDS, check=True)
+    subprocess.run(
+        command,
+        env=own_environment(),
+        input=json.dumps(request),
+        text=True,
+        capture_output=True,
+        timeout=_SECONDS,
+        check=True,
+    )
 
 
 def main() -> None:

@@ -1,6 +1,5 @@
 """The runs of a comparison, all checked before the first one starts."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from experiment.checkpoints import find_model_folder
 from experiment.config import load_config
 from experiment.errors import UserError
 from experiment.files import checksum
+from experiment.own_process import module_command
 from experiment.run_folder import RunFolder, folder_name
 from finetune.config import FinetuneConfig
 from finetune.data.checksums import data_checksums
@@ -20,7 +20,7 @@ from launcher.options import CompareOptions, LaunchOptions
 from launcher.sweeps.sweep_grid import grid_points, parse_grid
 from launcher.sweeps.sweep_plan import FlatConfig, validate_finetuning, validate_pretraining
 
-_COMMAND = (sys.executable, "-P", "-m", "launcher")
+_COMMAND = module_command("launcher")
 _IRRELEVANT = ("run.", "tracking.")  # keys that do not change scores
 _PRETRAINING = "pretrain"  # folder, beside those of the tasks
 _USED = ("compare.csv", "compare.json", "compare.md", "logs", "report", "runs.json")  # beside the folders of the rows

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from experiment.errors import UserError
 from experiment.launch_variable import LAUNCH_VARIABLE
+from experiment.own_process import python_path
 from launcher.hosts.guarded_hosts import Rendezvous
 from launcher.hosts.machine import DeviceKind
 from launcher.hosts.ssh import KEEP_ALIVE
@@ -36,8 +37,7 @@ def launch_environment(environ: Mapping[str, str], device: DeviceKind | None, ro
     """
     wanted = {"TOKENIZERS_PARALLELISM": "false"} | ({"DS_ACCELERATOR": "cpu"} if device == "cpu" else {})
     added = _missing(environ, wanted)
-    path = [entry for entry in environ.get("PYTHONPATH", "").split(":") if entry not in ("", str(root))]
-    return added | {"PYTHONPATH": ":".join([str(root), *path]), "PYTHONSAFEPATH": "1"}
+    return added | {"PYTHONPATH": python_path(environ, root), "PYTHONSAFEPATH": "1"}
 
 
 def host_environment(environ: Mapping[str, str], cores: int, ranks: int, device: DeviceKind) -> dict[str, str]:

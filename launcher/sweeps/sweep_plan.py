@@ -1,6 +1,5 @@
 """The runs of a sweep: each point of a grid, validated as the run it will be."""
 
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from experiment.config import did_you_mean, flatten, load_config
 from experiment.config.yaml_dialect import read_yaml
 from experiment.errors import UserError
 from experiment.fast_imports import fast_imports
+from experiment.own_process import module_command
 from launcher.hosts.machine import inspect_machine, select_accelerator
 from launcher.launch import warnings_left_to_rank0
 from launcher.launch_plan import plan_launch
@@ -59,7 +59,7 @@ def plan_sweep(options: SweepOptions) -> SweepPlan:
     if duplicates := [key for key in next(iter(points.values())) if key in options.overrides]:
         raise UserError(f"'{duplicates[0]}' is given both in --grid and as an override")
     validate = validate_finetuning(config) if finetuning else validate_pretraining(config, placement)
-    command = [sys.executable, "-P", "-m", "launcher", "finetune" if finetuning else "pretrain", "--config", config]
+    command = [*module_command("launcher"), "finetune" if finetuning else "pretrain", "--config", config]
     command += [f"--{name}={value}" for name, value in placement.items()]
 
     output, runs = options.output, []

@@ -124,7 +124,8 @@ def find_ds_config(name: str) -> Path:
     for path in (Path(name).absolute(), REPOSITORY / name, presets.get(name)):
         if path is not None and path.is_file():
             return path
-    raise UserError(f"engine.ds_config: no file '{name}' in the working directory; presets: {', '.join(presets)}")
+    names = ", ".join(path.name for path in presets.values())
+    raise UserError(f"engine.ds_config: no file '{name}' in the working directory; presets: {names}")
 
 
 def parse_settings(raw: object, path: Path) -> DeepSpeedSettings:

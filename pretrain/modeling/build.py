@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 
@@ -39,31 +38,14 @@ class BuiltModel:
     flops: FlopsModel | None  # None: unknown
 
 
-def build_model(
-    model: ModelConfig,
-    config: PreTrainedConfig,
-    seed: int,
-    new_head: bool = True,
-    buffers: Path | None = None,
-) -> BuiltModel:
-    """The model in fp32 on the CPU, the same on every rank.
+def build_model(model: ModelConfig, config: PreTrainedConfig, seed: int, new_head: bool = True) -> BuiltModel:
+    """The model in fp32 on the CPU, the same on every rank. `config`: from `resolve_model_config`; it is not changed.
 
-    Args:
-        model: its `init_from` names the weights; without, they are random.
-        config: from `resolve_model_config`; it is not changed.
-        seed: of random weights.
-        new_head: whether a folder without a masked-LM head gets a randomly initialized one.
-        buffers: Hugging Face folder to take only the buffers from. The weights are then random: a checkpoint is loaded.
-
-    Raises UserError for a config that makes no model, for weights that do not fit it, and for a missing head unless
-    `new_head`.
+    new_head: whether a folder without a masked-LM head gets a randomly initialized one. Raises UserError for a config
+    that makes no model, for weights that do not fit it, and for a missing head otherwise.
     """
     torch.manual_seed(seed)
-    if buffers is not None:
-        built = random_model(config)
-        _load_buffers(built, buffers / "model.safetensors")
-    else:
-        built = random_model(config) if model.init_from is None else _pretrained_model(model, config, new_head)
+    built = random_model(config) if model.init_from is None else _pretrained_model(model, config, new_head)
     built.float()
     first = first_position(built)
     reason = why_not_packed(built, first)
@@ -87,14 +69,6 @@ def _pretrained_model(model: ModelConfig, config: PreTrainedConfig, new_head: bo
     if model.added_tokens is not None:
         pieces = old_pieces(load_tokenizer(model.added_tokens), load_tokenizer(model.init_from))
     return resize_model(built, copy.deepcopy(config), pieces)
-
-
-def _load_buffers(model: PreTrainedModel, weights: Path) -> None:
-    persistent = model.state_dict().keys()
-    with safe_open(weights, framework="pt") as file:
-        for name, buffer in model.named_buffers():
-            if name in persistent:
-                buffer.copy_(file.get_tensor(name))
 
 
 def _load(folder: Path, config: PreTrainedConfig, new_head: bool) -> PreTrainedModel:

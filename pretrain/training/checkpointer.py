@@ -97,7 +97,9 @@ class Checkpointer:
     def load_newest(self) -> TrainingProgress:
         """Load this run's newest checkpoint, to rewind. Collective; no save may be in flight."""
         candidates = self._hosts.from_rank0(lambda: complete_checkpoints(self._run.folder.checkpoints))
-        newest = last_usable(candidates, partial(verify_together, self._hosts, self._engine.world))
+        assert candidates, "the trainer saves a checkpoint before it may rewind"
+        verify = partial(verify_together, self._hosts, self._engine.world)
+        newest = self._hosts.call(lambda: last_usable(candidates, verify))
         load_checkpoint(self._engine, newest)
         progress = progress_from_json(read_state(newest)["progress"])
         self._saves.saved_step = progress.step

@@ -107,10 +107,18 @@ class HostGroup:
         return result
 
     def from_all_ranks(self, function: Callable[[], T]) -> list[T]:
-        """Call `function`, which raises nothing, on every rank and return the results, by rank. Errors of other ranks
-        are raised as by `call`."""
+        """Call `function` on every rank and return the results, by rank. Errors are raised on all as by `call`."""
         self._raise_any(None)
-        return self.all_gather_objects(function())
+        own: list[Any] = [None, None]
+        try:
+            with disk_errors_as(UserError):
+                own[0] = function()
+        except UserError as error:
+            own[1] = str(error)
+        gathered = self.all_gather_objects(own)
+        if problem := next((text for _, text in gathered if text is not None), None):
+            raise AgreedError(problem)
+        return [of_rank for of_rank, _ in gathered]
 
     def first_message(self, message: str | None, always_name_rank: bool = False) -> str | None:
         """The message of the first rank that has one, with its host and rank unless all have one; None if none has.

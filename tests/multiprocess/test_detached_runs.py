@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from experiment.checkpoints import complete_checkpoints
 from experiment.outcome_file import Outcome, read_outcome
 from experiment.run_folder import RunFolder
 from launches import LONG, Start, config_file, wait_for_exit
@@ -42,6 +43,7 @@ def test_a_run_survives_its_terminal_and_can_be_followed(
     assert os.getsid(int(found[1])) == int(found[1])
     following = start(DEEPCLOZE, "logs", str(folder.path), "--follow")
     wait_until(lambda: b"step 20/5000" in folder.launch_output.read_bytes())
+    wait_until(lambda: complete_checkpoints(folder.checkpoints))
     code, listed = wait_for_exit(start(DEEPCLOZE, "status", str(folder.path), "--json"))
     assert code == 0, listed
     (status,) = json.loads(listed)

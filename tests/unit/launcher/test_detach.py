@@ -126,7 +126,7 @@ def test_the_command_in_the_background_is_the_same() -> None:
     argv = background_command(options)
     from launcher.cli import COMMANDS
 
-    assert parse_command_line(argv[3:], COMMANDS) == ("pretrain", options.model_copy(update={"detach": False}))
+    assert parse_command_line(argv[4:], COMMANDS) == ("pretrain", options.model_copy(update={"detach": False}))
 
 
 def test_a_launch_in_the_foreground_removes_the_output_of_an_earlier_one(

@@ -25,6 +25,9 @@ def test_a_recipe_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.Monke
     assert Path(find_config("roberta-base", "pretrain")).is_file()
     assert find_config("runs/mine", "pretrain") == "runs/mine", "a path is left as it is"
     assert find_config("mine.yaml", "pretrain") == "mine.yaml"
+    (tmp_path / "roberta-base").mkdir()
+    assert Path(find_config("roberta-base", "pretrain")).is_file(), "a folder is no config"
+    (tmp_path / "roberta-base").rmdir()
     (tmp_path / "roberta-base").touch()
     assert find_config("roberta-base", "pretrain") == "roberta-base"
     with pytest.raises(UserError, match="no file and no recipe 'cola'"):

@@ -52,7 +52,7 @@ def launch_pretraining(_):
 
 launch.launch_pretraining = launch_pretraining
 atexit.register(step, "exiting")
-exit(cli.main(["pretrain", "--config", "x"]))
+exit(cli.main(["pretrain", "--config", "x.yaml"]))
 """
 
 
