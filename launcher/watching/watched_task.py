@@ -21,7 +21,17 @@ from finetune.task_kind import Direction, find_kind
 from launcher.child_run import DONE, REJECTED, ChildRun, start, wait_for_other_process
 
 _PROBED_KIND = "classification"
-_REPLACED = {"model.weights": "pretrained", "task.test": "null", "tracking": "{}", "run.keep": "none"}
+_REPLACED = {
+    "model.weights": "pretrained",
+    "task.test": "null",
+    "run.keep": "none",
+    "tracking.wandb": "disabled",
+    "tracking.tensorboard": "false",
+    "tracking.artifacts": "false",
+    "tracking.alerts.email": "null",
+    "tracking.alerts.webhook": "false",
+    "tracking.alerts.wandb": "false",
+}
 """Overrides of the task's config. Test is not even read: it must not guide decisions during pretraining."""
 
 

@@ -10,9 +10,15 @@ import pytest
 import yaml
 
 from experiment.checkpoints import weights_digest
+from experiment.config import load_config
 from experiment.errors import StoppedError, UserError
 from experiment.run_folder import RunFolder
+from experiment.tracking.config import TrackingConfig
+from finetune.config import FinetuneConfig
 from launcher.child_run import DONE, ChildRun
+from launcher.cli import COMMANDS
+from launcher.command_line import parse_command_line
+from launcher.options import FinetuneOptions
 from launcher.watching import watched_task
 from launcher.watching.watched_task import ScoringError, WatchedTask, read_watched_task, score_checkpoint
 
@@ -69,8 +75,29 @@ def test_validation_is_scored_and_test_is_not_read(
     result = score_checkpoint(checkpoint, weights, task, run)
     assert (result.step, result.task, result.metrics, result.weights) == (100, "toy", {"accuracy": 0.7}, weights)
     (child,) = started
-    assert {"--task.test=null", "--run.keep=none", "--tracking={}"} <= set(child.argv)
+    assert {"--task.test=null", "--run.keep=none", "--tracking.wandb=disabled"} <= set(child.argv)
     assert list((run.downstream / "toy" / "work").iterdir()) == []
+
+
+def test_the_child_accepts_its_command_line(
+    run: RunFolder, save: Save, write_task: WriteTask, started: list[ChildRun]
+) -> None:
+    """Catches a flag that `deepcloze finetune` rejects, and one that leaves a tracker or an alert of the task on."""
+    file = write_task()
+    alerts = {"email": "me@x", "webhook": True, "wandb": True}
+    tracking = {"wandb": "online", "tensorboard": True, "artifacts": True, "alerts": alerts}
+    file.write_text(file.read_text() + yaml.safe_dump({"tracking": tracking}))
+    checkpoint = save(100)
+    score_checkpoint(checkpoint, weights_digest(checkpoint), task_of(file), run)
+    (child,) = started
+    assert child.argv[1:4] == ("-P", "-m", "launcher")
+    name, options = parse_command_line(child.argv[4:], COMMANDS)
+    assert name == "finetune"
+    assert isinstance(options, FinetuneOptions)
+    config = load_config(FinetuneConfig, options.config, options.overrides)
+    assert config.tracking == TrackingConfig()
+    assert config.task.test is None
+    assert config.run.dir == str(child.folder.path)
 
 
 def test_the_checkpoint_may_be_deleted_while_it_is_scored(
