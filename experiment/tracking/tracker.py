@@ -78,9 +78,7 @@ class AlertTracker:
         """Metrics are not sent."""
 
     def alert(self, alert: Alert) -> None:
-        """The launcher sends those about crashes, if there is one: this process might be killed."""
-        if alert.event != "crash" or not {START_VARIABLE, LAUNCH_VARIABLE} & os.environ.keys():
-            self._messenger.alert(alert)
+        self._messenger.alert(alert)
 
     def close(self, outcome: Outcome) -> None:
         self._messenger.close()
@@ -106,8 +104,12 @@ class Trackers:
         self._each(lambda tracker: tracker.log(metrics))
 
     def alert(self, alert: Alert) -> None:
-        """Send an alert, unless the config says otherwise or there was one of its kind shortly before."""
-        if self._filter.passes(alert):
+        """Send an alert, unless the config says otherwise or there was one of its kind shortly before.
+
+        The launcher sends those about crashes, if there is one: this process might be killed.
+        """
+        is_launched = not {START_VARIABLE, LAUNCH_VARIABLE}.isdisjoint(os.environ)
+        if not (alert.event == "crash" and is_launched) and self._filter.passes(alert):
             self._each(lambda tracker: tracker.alert(alert) if isinstance(tracker, AlertSender) else None)
 
     def close(self, outcome: Outcome) -> None:

@@ -1,5 +1,6 @@
 import threading
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -7,9 +8,10 @@ from experiment.errors import UserError
 from experiment.mail import MailSettings
 from experiment.outcome_file import Outcome
 from experiment.run_folder import RunFolder
-from experiment.tracking import TrackedRun, Trackers, alerts, check_tracking, open_trackers
+from experiment.tracking import TrackedRun, Trackers, alerts, check_tracking, open_trackers, tracker
 from experiment.tracking.alerts import REPEAT_SECONDS, Alert, AlertFilter, Messenger
 from experiment.tracking.config import AlertEvent, AlertsConfig, TrackingConfig
+from experiment.tracking.metrics import Metrics
 from webhook_server import webhook
 
 EVENTS: tuple[AlertEvent, ...] = ("crash", "stall", "bad_batch", "no_checkpoint", "finish")
@@ -124,9 +126,10 @@ def test_a_url_that_is_none_is_refused_without_showing_it(monkeypatch: pytest.Mo
     assert "SECRET" not in str(caught.value)
 
 
-def opened(tmp_path: Path, config: AlertsConfig) -> Trackers:
+def opened(tmp_path: Path, config: AlertsConfig, wandb: Literal["online", "disabled"] = "disabled") -> Trackers:
     run = TrackedRun("id", {}, total_steps=9, resumed_step=-1)
-    return open_trackers(TrackingConfig(alerts=config), RunFolder(tmp_path / "base"), run, console=False)
+    tracking = TrackingConfig(wandb=wandb, alerts=config)
+    return open_trackers(tracking, RunFolder(tmp_path / "base"), run, console=False)
 
 
 @pytest.mark.parametrize(
@@ -159,6 +162,37 @@ def test_the_end_of_a_run_is_told_once(
     trackers.close(outcome)
     assert [subject for _, subject, _ in mails] == subjects
     assert all(f"{outcome} at step 8, loss 2.5000" in text for *_, text in mails)
+
+
+@pytest.mark.parametrize("launched", ["DEEPCLOZE_START", "DEEPCLOZE_LAUNCH", None])
+def test_a_crash_is_sent_by_rank_0_only_without_a_launcher(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    mails: list[tuple[str, str, str]],
+    launched: str | None,
+) -> None:
+    """Catches a crash that W&B reports twice, and again at every restart, and one that nobody reports."""
+    sent_by_wandb: list[Alert] = []
+    monkeypatch.setattr(tracker, "WandbTracker", lambda *_: WandbSpy(sent_by_wandb))
+    if launched is not None:
+        monkeypatch.setenv(launched, "1.0")
+    trackers = opened(tmp_path, AlertsConfig(email="me@x", wandb=True), wandb="online")
+    trackers.alert(Alert("bad_batch", "step 7"))
+    trackers.close(Outcome.FAILED)
+    events = ["bad_batch"] if launched else ["bad_batch", "crash"]
+    assert [alert.event for alert in sent_by_wandb] == events
+    assert len(mails) == len(events)
+
+
+class WandbSpy:
+    """Stands for the tracker of W&B; keeps the alerts."""
+
+    def __init__(self, sent: list[Alert]) -> None:
+        self.alert = sent.append
+
+    def log(self, metrics: Metrics) -> None: ...
+
+    def close(self, outcome: Outcome) -> None: ...
 
 
 def test_only_chosen_events_are_sent(tmp_path: Path, mails: list[tuple[str, str, str]]) -> None:
