@@ -11,6 +11,7 @@ is sent from metrics.jsonl, so nothing is missing.
 import logging
 import threading
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,7 @@ class WandbTracker:
         self._folder = folder
         self._finish_seconds = finish_seconds
         self._off = False
+        self._report: Path | None = None
         self._options: dict[str, Any] = {
             "project": config.project,
             "name": config.name or folder.path.name,
@@ -79,6 +81,8 @@ class WandbTracker:
             self._events.put(alert)
 
     def close(self, outcome: Outcome) -> None:
+        if self._config.artifacts and not self._off:
+            self._report = self._write_report(outcome)  # here: it takes seconds, which are not for uploading
         self._events.put(outcome)
         self._worker.join(self._finish_seconds)
         if self._worker.is_alive():
@@ -99,8 +103,8 @@ class WandbTracker:
                     rows.log(event)
             if event is Outcome.STOPPED:
                 run.mark_preempting()  # stopped but resumable: neither finished nor failed
-            if self._config.artifacts:
-                self._save_artifact(run)
+            if self._report is not None:
+                self._save_artifact(run, self._report)
             run.finish(exit_code=event.exit_code)
         except Exception as error:
             self._warn(f"is switched off for this run: {_describe(error)}")
@@ -133,15 +137,22 @@ class WandbTracker:
         run.define_metric("*", step_metric="step")
         return run, first_number
 
-    def _save_artifact(self, run: "wandb.Run") -> None:
+    def _write_report(self, outcome: Outcome) -> Path | None:
+        """The page; None if it cannot be written."""
+        try:
+            from experiment.results.report import write_report  # reads what trackers write, too
+
+            return write_report(self._folder.path, outcome=outcome)
+        except Exception as error:
+            self._warn(f"has no artifact of this run: {_describe(error)}")
+            return None
+
+    def _save_artifact(self, run: "wandb.Run", page: Path) -> None:
         """Save the files that say where the results come from, and the report."""
         import wandb
 
-        from experiment.results.report import write_report  # reads what trackers write, too
-
         artifact = wandb.Artifact(f"run-{run.id}", type="run")
         try:
-            page = write_report(self._folder.path)
             for path in (self._folder.config, self._folder.provenance, *page.parent.iterdir()):
                 name = str(path.relative_to(self._folder.path))
                 artifact.add_file(str(path), name=name, policy="immutable", skip_cache=True)

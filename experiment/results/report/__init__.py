@@ -5,6 +5,7 @@ from pathlib import Path
 
 from experiment.errors import UserError
 from experiment.goodput import read_goodput
+from experiment.outcome_file import Outcome
 from experiment.results.charts import x_axis
 from experiment.results.fillings import filling_blocks
 from experiment.results.page import Block, Code, Heading, Headline, write_page
@@ -16,17 +17,20 @@ from experiment.results.report.run_record import goodput_blocks, provenance_bloc
 from experiment.results.report.tasks import downstream_blocks, read_task_results, result_blocks
 from experiment.results.report.training import training_blocks
 from experiment.run_folder import RunFolder
+from experiment.run_life import Life, read_life
 from experiment.tracking.jsonl import read_events
 
 
-def write_report(run: str | Path, output: str | Path | None = None) -> Path:
+def write_report(run: str | Path, output: str | Path | None = None, outcome: Outcome | None = None) -> Path:
     """Write index.html and its images to `output`, by default RUN/report; return the path of the page.
+
+    `outcome`: how the run that calls this is about to end; by default, what the files of the run say.
 
     Raises UserError if the folder is not that of a run, sweep or comparison, or nothing has been logged yet.
     """
     folder = open_folder(run)
     directory = folder.report if output is None else Path(output).absolute()
-    headline, blocks = _run_page(folder, directory)
+    headline, blocks = _run_page(folder, directory, outcome)
     if not blocks:
         raise UserError(
             f"{folder.path} has nothing to report: neither results.json, sweep.json, compare.json nor an event in "
@@ -61,7 +65,7 @@ def open_folder(run: str | Path) -> RunFolder:
     return folder
 
 
-def _run_page(folder: RunFolder, directory: Path) -> tuple[Headline | None, list[Block]]:
+def _run_page(folder: RunFolder, directory: Path, outcome: Outcome | None) -> tuple[Headline | None, list[Block]]:
     """Without blocks if there is nothing to report."""
     together = [*compare_blocks(folder, directory), *sweep_blocks(folder, directory)]
     if together:
@@ -75,5 +79,7 @@ def _run_page(folder: RunFolder, directory: Path) -> tuple[Headline | None, list
     blocks += training_blocks(folder, directory, held_out=results is None, marks=marks)
     blocks += downstream_blocks(folder, directory, x_axis(events))
     blocks += [*filling_blocks(folder), *goodput_blocks(goodput)]
-    headline = pretraining_headline(folder, events, goodput) if results is None else task_headline(results)
-    return headline, blocks
+    if results is not None:
+        return task_headline(results), blocks
+    life = read_life(folder) if outcome is None else Life(outcome.value)
+    return pretraining_headline(folder, events, goodput, life), blocks

@@ -11,7 +11,7 @@ from experiment.goodput import Goodput, last_lines, read_attempt_times
 from experiment.results.page import Fact, Headline
 from experiment.results.report.values import best_loss, evaluated_corpora, last
 from experiment.run_folder import RunFolder
-from experiment.run_life import Life, State, read_life
+from experiment.run_life import Life, State
 from experiment.tracking.console import describe_duration
 from experiment.tracking.jsonl import Event
 
@@ -30,9 +30,9 @@ _TONES: Mapping[State, Tone] = {
 _SCALES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 
-def pretraining_headline(folder: RunFolder, events: Sequence[Event], goodput: Goodput | None) -> Headline:
+def pretraining_headline(folder: RunFolder, events: Sequence[Event], goodput: Goodput | None, life: Life) -> Headline:
     """What is not known is left out."""
-    state, life = _newest_state(folder), read_life(folder)
+    state = _newest_state(folder)
     facts = [
         *_parameters(folder),
         *_progress(folder, events),

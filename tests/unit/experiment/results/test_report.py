@@ -9,6 +9,7 @@ import pytest
 from experiment.errors import UserError
 from experiment.files import write_json
 from experiment.goodput import EVALUATING, ActivityTimer
+from experiment.outcome_file import Outcome
 from experiment.provenance import write_provenance
 from experiment.results.charts import Mark, x_axis
 from experiment.results.page import Charts, Table, write_page
@@ -17,6 +18,7 @@ from experiment.results.report.tasks import downstream_blocks, read_task_results
 from experiment.results.report.training import held_out_table, training_blocks, training_table
 from experiment.results.report.values import evaluated_corpora
 from experiment.run_folder import RunFolder, open_run_folder
+from experiment.run_lock import lock_run
 from experiment.tracking.downstream import DownstreamResult, write_result
 
 
@@ -257,6 +259,14 @@ def test_the_report_says_how_the_time_was_spent(tmp_path: Path) -> None:
         ["all", "6m40s", "100.0%"],
     ):
         assert row in [cells[at : at + 3] for at in range(len(cells))], row
+
+
+def test_a_run_that_is_about_to_end_says_how(tmp_path: Path) -> None:
+    """Catches a report in an artifact of W&B that says "running" for ever."""
+    folder = run_with(tmp_path, EVENTS)
+    with lock_run(folder):
+        assert 'class="state busy"' in write_report(folder.path).read_text(encoding="utf-8")
+        assert 'class="state good"' in write_report(folder.path, outcome=Outcome.DONE).read_text(encoding="utf-8")
 
 
 def test_a_run_that_is_being_copied_has_a_report(tmp_path: Path) -> None:

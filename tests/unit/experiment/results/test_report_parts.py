@@ -19,6 +19,7 @@ from experiment.results.report.overlay import difference_blocks, differing_keys,
 from experiment.results.report.run_groups import compare_blocks, sweep_blocks
 from experiment.results.report.tasks import worst_rows
 from experiment.run_folder import RunFolder, open_run_folder
+from experiment.run_life import read_life
 from experiment.tracking.jsonl import read_events
 
 
@@ -78,7 +79,7 @@ def test_files_that_are_damaged_mark_nothing(tmp_path: Path, config: dict[str, A
 
 def test_the_headline(run: RunFolder) -> None:
     """Catches figures of another event, and a run that is done but does not say so."""
-    headline = pretraining_headline(run, read_events(run.metrics), read_goodput(run))
+    headline = pretraining_headline(run, read_events(run.metrics), read_goodput(run), read_life(run))
     assert (headline.state, headline.tone) == ("done", "good")
     facts = {fact.name: (fact.value, fact.note) for fact in headline.facts}
     assert facts["Parameters"] == ("64k", "64,000")
@@ -94,7 +95,7 @@ def test_the_headline(run: RunFolder) -> None:
 def test_a_headline_without_files(tmp_path: Path) -> None:
     """Catches a report that fails where only the metrics have been copied so far."""
     folder = open_run_folder(tmp_path)
-    headline = pretraining_headline(folder, [{"step": 3, "loss": 1.0}], None)
+    headline = pretraining_headline(folder, [{"step": 3, "loss": 1.0}], None, read_life(folder))
     assert [(fact.name, fact.value) for fact in headline.facts] == [("Steps", "3"), ("Training loss", "1.0000")]
 
 

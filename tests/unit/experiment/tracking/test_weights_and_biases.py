@@ -196,11 +196,13 @@ def test_alerts_are_sent_if_enabled(tmp_path: Path, fake: FakeWandb) -> None:
 def test_the_origin_of_the_results_is_saved(
     tmp_path: Path, fake: FakeWandb, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, failing: bool
 ) -> None:
-    """Catches an artifact that lacks config, provenance or report, one that was not asked for, and a report that cannot
-    be drawn and leaves the W&B run unfinished."""
-    folder = RunFolder(tmp_path)
+    """Catches an artifact that lacks config, provenance or report, one that was not asked for, a report that cannot be
+    drawn and leaves the W&B run unfinished, and one that is drawn in the time for uploading."""
+    folder, drawn_in = RunFolder(tmp_path), list[threading.Thread]()
 
-    def write_report(path: Path) -> Path:
+    def write_report(path: Path, outcome: Outcome) -> Path:
+        assert outcome is Outcome.DONE
+        drawn_in.append(threading.current_thread())
         if failing:
             raise UserError("nothing to report")
         folder.report.mkdir()
@@ -217,6 +219,7 @@ def test_the_origin_of_the_results_is_saved(
         [*([] if failing else [("log_artifact", "run-id7", content)]), ("finish", 0)],
         [("finish", 0)],
     ]
+    assert drawn_in == [threading.current_thread()], "before the timeout of the upload begins"
     assert len(warnings(caplog)) == failing
 
 
