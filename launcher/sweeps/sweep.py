@@ -96,14 +96,18 @@ def _run_all(plan: SweepPlan, record: _SweepRecord) -> list[SweepResult]:
         best = sort_results(results, plan.lower_is_better)[0]
         write_json(plan.output / "sweep.json", {**record, "best": best.name if best.value is not None else None})
         write_summary(results, plan.output, plan.metric, plan.lower_is_better)
-        print(_write_report(plan.output))
+    _print_report(plan.output)
     return results
 
 
-def _write_report(output: Path) -> Path:
+def _print_report(output: Path) -> None:
+    """Write the report and print its path. A report that cannot be written is a warning: the runs are done."""
     from experiment.results.report import write_report  # matplotlib takes a second
 
-    return write_report(output)
+    try:
+        print(write_report(output))
+    except (UserError, OSError) as error:
+        notify(f"warning: sweep: no report: {error}; to write it, run: deepcloze report {shlex.quote(str(output))}")
 
 
 def _open_record(plan: SweepPlan) -> _SweepRecord:

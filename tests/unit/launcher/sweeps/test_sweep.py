@@ -99,6 +99,23 @@ def test_a_sweep_with_a_failure_run_twice(tmp_path: Path, capfd: pytest.CaptureF
     }
 
 
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), UserError("nothing to report")])
+def test_a_report_that_cannot_be_written_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    """Catches a sweep whose runs are all done, and that fails because of its report."""
+
+    def fail(output: Path) -> Path:
+        raise error
+
+    monkeypatch.setattr("experiment.results.report.write_report", fail)
+    run_sweep(plan(tmp_path, {"1e-4": "4.5"}))
+    assert (
+        f"warning: sweep: no report: {error}; to write it, run: deepcloze report {tmp_path}" in capsys.readouterr().err
+    )
+    assert (tmp_path / "sweep.csv").is_file()
+
+
 def test_runs_of_another_config_are_not_mixed_in(tmp_path: Path) -> None:
     """Catches one table of runs that differ in more than its columns."""
     first = plan(tmp_path, {"1e-4": "4.5"})
