@@ -33,22 +33,26 @@ if TYPE_CHECKING:
 
 _SENTENCES = 10
 _TOP = 5
-_CHECKPOINTS = 6  # for one report
+_CHECKPOINTS = 6
 _SHORTEST, _LONGEST = 8, 40  # tokens of a sentence
 _ENDS = frozenset(".!?。！？")
 _SEED = 0
 
 
 def fill_new_checkpoints(folder: RunFolder) -> None:
-    """Add the fillings of checkpoints that have none yet. Problems are printed: a report does not need them."""
+    """Add the fillings of six evenly spread checkpoints, if they have none yet.
+
+    Problems are printed: a report does not need them.
+    """
     known = read_fillings(folder)
     done = {(found.step, found.weights) for found in known}
-    new = {path: digest for path, digest in _checkpoints(folder).items() if (checkpoint_step(path), digest) not in done}
+    shown = spread(list(_checkpoints(folder).items()), _CHECKPOINTS)
+    new = {path: digest for path, digest in shown if (checkpoint_step(path), digest) not in done}
     if not new:
         return
     with _printed_problems("no held-out sentences"):
         sentences = [filled.sentence for filled in known[0].sentences] if known else _sentences_of(folder)
-        for path in spread(list(new), _CHECKPOINTS) if sentences else ():
+        for path in new if sentences else ():
             if not path.exists():  # deleted meanwhile by the run
                 continue
             with _printed_problems(f"no fillings of {path.name}"):

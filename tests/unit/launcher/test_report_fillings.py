@@ -10,9 +10,10 @@ import transformers
 
 from experiment.checkpoints import mark_complete
 from experiment.errors import UserError
-from experiment.results.fillings import read_fillings
+from experiment.results.fillings import FilledSentence, MaskedSentence, read_fillings
 from experiment.run_folder import RunFolder, open_run_folder
 from experiment.tokenizer import load_tokenizer
+from launcher import fillings
 from launcher.fillings import choose_sentences, fill_new_checkpoints
 from launcher.report import report_runs
 from pretrain.corpus.reader import open_corpus
@@ -65,6 +66,23 @@ def test_each_checkpoint_is_filled_once(run: RunFolder, tmp_path: Path) -> None:
     assert "step 10</td>" in page
     assert "step 20</td>" in page
     assert torch.get_num_threads() == threads
+
+
+def test_a_second_report_fills_nothing(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches reports that each fill six more of a hundred checkpoints, and one that ignores new checkpoints."""
+    sentence = FilledSentence(MaskedSentence("a ", "b", " c"), (("b", 0.5),))
+    monkeypatch.setattr(fillings, "_fill", lambda model, sentences: [sentence])
+    for step in range(20, 80, 10):
+        shutil.copytree(run.checkpoints / "step-00000010", run.checkpoints / f"step-{step:08d}")
+    fill_new_checkpoints(run)
+    steps = [found.step for found in read_fillings(run)]
+    assert len(steps) == 6
+    assert (steps[0], steps[-1]) == (10, 70)
+    fill_new_checkpoints(run)
+    assert [found.step for found in read_fillings(run)] == steps
+    shutil.copytree(run.checkpoints / "step-00000010", run.checkpoints / "step-00000080")
+    fill_new_checkpoints(run)
+    assert read_fillings(run)[-1].step == 80
 
 
 def test_a_report_does_not_need_fillings(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
