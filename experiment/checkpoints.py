@@ -150,7 +150,7 @@ def files_below(folder: str) -> Callable[[list[str]], Sequence[str]]:
 
 
 def verify_descriptions(checkpoint: Path) -> str | None:
-    """`verify` without the tensors: what can be read in no time."""
+    """`verify` without the tensors: only the JSON files, which are small."""
     return verify(checkpoint, lambda names: [name for name in names if name.endswith(".json")])
 
 

@@ -15,6 +15,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from experiment.files import write_text
 
+Tone = Literal["good", "busy", "warn", "bad", "plain"]
+
 TEMPLATE, STYLE, SCRIPTS = "page.html.j2", "page.css", ("chart_axes.js", "page.js")
 
 
@@ -106,7 +108,7 @@ class Headline:
     """What the page says first."""
 
     state: str
-    tone: Literal["good", "busy", "warn", "bad", "plain"]  # of the state
+    tone: Tone  # of the state
     message: str
     facts: Sequence[Fact]
 

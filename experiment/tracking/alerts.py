@@ -94,7 +94,7 @@ class Messenger:
             channel.send(alert)
 
     def close(self, seconds: float = _CLOSE_SECONDS) -> None:
-        """Wait for at most so long until all alerts are sent."""
+        """Wait until all alerts are sent, for at most `seconds`."""
         end = time.monotonic() + seconds
         for channel in self._channels:
             channel.finish()

@@ -69,7 +69,7 @@ def read_events(path: Path) -> list[Event]:
 
 
 def read_last_events(path: Path) -> list[Event]:
-    """The last events in the file, hundreds at least, as `read_events`: in no time after weeks of training."""
+    """The last events in the file, hundreds at least, as `read_events`; fast for files of any size."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - _TAIL_BYTES))

@@ -20,7 +20,7 @@ def alerted_case(world: World, tree: Tree, url: str) -> str:
 
 
 def test_rank_0_tells_what_it_sees(pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path) -> None:
-    """Catches a bad batch, missing checkpoints or an end that nobody hears of, and alerts of every rank."""
+    """Catches a bad batch, missing checkpoints or an end without an alert, and one alert from each rank."""
     tree = run_config(tmp_path / "run", wordpiece_corpus, health__policy="skip")
     tree["tracking"] = {"alerts": {"webhook": True, "no_checkpoint_hours": 1e-9}}
     with webhook() as (url, received):

@@ -1,21 +1,19 @@
 """What a report says first: the state of a run and its most important figures."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from safetensors import SafetensorError
 
 from experiment.architecture import count_parameters
 from experiment.checkpoints import checkpoint_step, complete_checkpoints, named_best, read_state
 from experiment.goodput import Goodput, last_lines, read_attempt_times
-from experiment.results.page import Fact, Headline
+from experiment.results.page import Fact, Headline, Tone
 from experiment.results.report.values import best_loss, evaluated_corpora, last
 from experiment.run_folder import RunFolder
 from experiment.run_life import Life, State
 from experiment.tracking.console import describe_duration
 from experiment.tracking.jsonl import Event
-
-Tone = Literal["good", "busy", "warn", "bad", "plain"]
 
 _TONES: Mapping[State, Tone] = {
     "running": "busy",
@@ -53,7 +51,8 @@ def task_headline(results: Mapping[str, Any]) -> Headline:
             found = scores[metric]
             spread = "" if found["std"] is None else f"± {found['std']:.4f} over {len(found['values'])} seeds"
             facts.append(Fact(f"{metric} on {split}", f"{found['mean']:.4f}", spread))
-    facts.append(Fact("Labels", f"{len(results['labels']):,}")) if results.get("labels") else None
+    if results.get("labels"):
+        facts.append(Fact("Labels", f"{len(results['labels']):,}"))
     return Headline("done", "good", "", facts)
 
 

@@ -22,7 +22,7 @@ def run(tmp_path: Path) -> RunFolder:
 
 
 def test_a_finished_run_says_where_its_model_is(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
-    """Catches a run that ends without a word, and a loss of an earlier step."""
+    """Catches a run that ends without a message, and a loss of an earlier step."""
     announce_done(run, None, seconds=75)
     printed = capsys.readouterr().err
     assert "deepcloze: done: 1,200 steps, loss 2.5000, 1m15s in this launch\n" in printed

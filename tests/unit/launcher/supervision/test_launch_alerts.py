@@ -22,7 +22,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[Alert]:
 
 
 def test_failed_attempts_are_told(sent: list[Alert], tmp_path: Path) -> None:
-    """Catches a dead run that nobody hears of, a stall that is called a crash, a mail for every restart within minutes,
+    """Catches a failed run without an alert, a stall that is called a crash, a mail for every restart within minutes,
     and a last failure that is held back because of them; and messages about launches that were stopped or are done."""
     alerts = LaunchAlerts(TrackingConfig(), RunFolder(tmp_path))
     killed = LaunchResult(Outcome.FAILED, "rank 1 was killed", Cause.KILLED)
