@@ -1,7 +1,6 @@
 """The task that the checkpoints of a run are scored on, and scoring one of them in a process of its own."""
 
 import shutil
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from experiment.checkpoints import checkpoint_step, files_below, link_model, ver
 from experiment.config import load_config
 from experiment.errors import UserError
 from experiment.files import json_digest, removed_on_error
+from experiment.own_process import module_command
 from experiment.run_folder import RunFolder, folder_name
 from experiment.run_lock import is_locked
 from experiment.strict_json import parse_json
@@ -125,9 +125,9 @@ def _argv(task: WatchedTask, folder: Path) -> tuple[str, ...]:
     overrides = {**_REPLACED, "model.init_from": str(folder / "hf"), "run.dir": str(folder / "run")}
     assignments = [f"{key}={value}" for key, value in overrides.items()]
     if task.probe:
-        return (sys.executable, "-P", "-m", "finetune.probe", task.file, *assignments)
+        return (*module_command("finetune.probe"), task.file, *assignments)
     flags = (f"--{assignment}" for assignment in assignments)
-    return (sys.executable, "-P", "-m", "launcher", "finetune", "--config", task.file, *flags)
+    return (*module_command("launcher"), "finetune", "--config", task.file, *flags)
 
 
 def _read_metrics(path: Path) -> dict[str, float]:
