@@ -90,7 +90,7 @@ class Engine:
             set_z3_leaf_modules(model, list(compiled))
         ds_config = settings.engine_config(optimizer.grad_clip, self._swap_folder)
         self._deepspeed = _initialize(model, torch_optimizer, ds_config)
-        self.forward_timer = ForwardTimer(self.device.type == "cuda")
+        self.forward_timer = ForwardTimer(self.device.type == "cuda", world.size)
         self._loss_scaler = install_loss_scaler(self._deepspeed.optimizer)
         self._bf16_optimizer = install_zero_optimizer(self._deepspeed)
         self._averaged_over = 1 if self._bf16_optimizer is not None else world.size

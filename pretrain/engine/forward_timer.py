@@ -13,7 +13,10 @@ import torch
 
 
 class ForwardTimer:
-    def __init__(self, on_gpu: bool) -> None:
+    """Of one of so many ranks. `enabled`: whether there are others to compare with; if not, it measures nothing."""
+
+    def __init__(self, on_gpu: bool, ranks: int) -> None:
+        self.enabled = ranks > 1
         self._on_gpu = on_gpu
         self._seconds = 0.0
         self._pending: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
@@ -21,7 +24,9 @@ class ForwardTimer:
     @contextmanager
     def measuring(self) -> Iterator[None]:
         """Time what the block computes."""
-        if self._on_gpu:
+        if not self.enabled:
+            yield
+        elif self._on_gpu:
             start, end = _event(), _event()
             start.record()
             yield

@@ -231,9 +231,10 @@ class Trainer:
     def _take_work_seconds(self) -> float | None:
         """How long this rank has worked without waiting for others since the last log event; None if the next step is
         not logged."""
-        if self._engine.world.size == 1 or (self._progress.step + 1) % self._config.run.log_every:
+        timer = self._engine.forward_timer
+        if not timer.enabled or (self._progress.step + 1) % self._config.run.log_every:
             return None
-        seconds, self._data_seconds = self._data_seconds + self._engine.forward_timer.take(), 0.0
+        seconds, self._data_seconds = self._data_seconds + timer.take(), 0.0
         return seconds
 
     def _learning_rate(self, step: int, seconds: float) -> float:
@@ -381,7 +382,7 @@ class Trainer:
         self._interval = LogInterval()
 
     def _slowest_rank(self, work_by_rank: Sequence[int]) -> Metrics:
-        if self._tracker is None or self._engine.world.size == 1:
+        if self._tracker is None or not self._engine.forward_timer.enabled:
             return {}
         slowest = self._slow_ranks.update(work_by_rank)
         if slowest is None:
