@@ -10,27 +10,25 @@ WARNING_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, *WARNING_SIGNALS)
 
 REPEATED_SECONDS = 1.0
+"""A signal within this time of the first one repeats it: terminals, `timeout` and launchers deliver one several times.
+"""
 
 
 class SignalHistory:
     """The stop signals that a process has received."""
 
-    def __init__(self, repeated_seconds: float = REPEATED_SECONDS, clock: Callable[[], float] = time.monotonic) -> None:
-        """Args:
-        repeated_seconds: a signal within this time of the first one repeats it: terminals, `timeout` and launchers
-            deliver one several times.
-        clock: in seconds.
-        """
-        self._repeated_seconds = repeated_seconds
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """`clock`: in seconds."""
         self._clock = clock
         self._first: dict[int, float] = {}  # signal -> when it first came
 
     def is_second(self, number: int) -> bool:
         """Add a signal. Whether it comes after another one, and is not a repetition.
 
-        SIGTERM comes second only after SIGTERM: batch systems send it after a warning and before SIGKILL.
+        SIGTERM comes second only after SIGTERM: batch systems send it after a warning and before SIGKILL. SIGHUP never
+        does: it tells that the terminal was closed, perhaps during the save that another signal asked for.
         """
         since = self._first.get(number) if number == signal.SIGTERM else min(self._first.values(), default=None)
         now = self._clock()
         self._first.setdefault(number, now)
-        return since is not None and now - since > self._repeated_seconds
+        return number != signal.SIGHUP and since is not None and now - since > REPEATED_SECONDS

@@ -8,11 +8,10 @@ from contextlib import contextmanager, suppress
 
 from experiment.disk_errors import describe_disk_error
 from experiment.run_folder import RunFolder
-from experiment.signals import REPEATED_SECONDS, SignalHistory
+from experiment.signals import SignalHistory
 from launcher.messages import notify
 from launcher.signal_handlers import handle_stop_signals
 
-_REPEATED_SIGNAL_SECONDS = REPEATED_SECONDS
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
@@ -24,7 +23,7 @@ class StopSignals:
         self.killed = False
         self.abandoned = False
         self._file = folder.stop
-        self._signals = SignalHistory(_REPEATED_SIGNAL_SECONDS)
+        self._signals = SignalHistory()
         self._requested = False  # by a signal
         self._created = False
 

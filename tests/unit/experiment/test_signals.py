@@ -21,6 +21,9 @@ INT, TERM, USR1, USR2, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, sign
         ([(0.0, TERM), (2.0, INT)], 1),
         ([(0.0, USR1), (300.0, TERM)], None),  # SLURM at the time limit
         ([(0.0, INT), (10.0, TERM)], None),  # LSF
+        ([(0.0, INT), (10.0, HUP)], None),  # the terminal is closed during the save
+        ([(0.0, TERM), (10.0, HUP), (11.0, HUP)], None),
+        ([(0.0, HUP), (2.0, INT)], 1),
         ([(0.0, USR1), (300.0, TERM), (302.0, TERM)], 2),
     ],
 )

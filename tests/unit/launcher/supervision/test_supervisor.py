@@ -42,12 +42,12 @@ folder = RunFolder(Path({path!r}))
 LAUNCHER = """
 import os, sys, time
 from pathlib import Path
+from experiment import signals
 from experiment.run_folder import RunFolder
-from launcher.supervision import stop_signals
 from launcher.ranks.start_command import Command
 from launcher.supervision.attempt import Launch
 from launcher.supervision.supervisor import supervise
-stop_signals._REPEATED_SIGNAL_SECONDS = float(os.environ["REPEATED_SIGNAL_SECONDS"])
+signals.REPEATED_SECONDS = float(os.environ["REPEATED_SIGNAL_SECONDS"])
 command = Command(tuple(sys.argv[2:]), os.environ)
 launch = Launch(RunFolder(Path(sys.argv[1])), {"localhost": (0,)}, lambda *_: command)
 result = supervise(launch, time.time())
