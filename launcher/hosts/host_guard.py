@@ -5,8 +5,7 @@ lost, all of them are killed; if this process gets a signal, after they had time
 ranks find the environment variables of the launch in a file that only the user can read.
 
 Both sides send lines. From the launcher: a request as JSON, beats, perhaps `stack PID HOST` or `end`. From here: a
-reply as JSON, then as beats the number of processes, and `ended`. Imports the standard library only, so that it starts
-at once.
+reply as JSON, then as beats the number of processes, and `ended`. Imports little, so that it starts at once.
 """
 
 import json

@@ -1,8 +1,8 @@
 """Finds the rank for which a run hangs: it has stopped, or makes no progress while others wait for it.
 
 The ranks write heartbeats to the run folder, which all hosts share (`experiment.heartbeat`). A rank whose heartbeat
-stays away has stopped, or its host or disk has. If some rank makes no progress, those that do not wait for others are
-to blame. The stack of a rank is in its log.
+does not change has stopped, or its host or disk has. If some rank makes no progress, those that do not wait for others
+are the cause. The stack of a rank is in its log.
 """
 
 import json

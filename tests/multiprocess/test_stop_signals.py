@@ -68,7 +68,7 @@ def launch(start: Start, corpus: Path, held_out: Path, tmp_path: Path, patch: st
 def test_a_warning_to_one_rank_saves_a_checkpoint(
     start: Start, wordpiece_corpus: Path, heldout_corpus: Path, tmp_path: Path, patch: str
 ) -> None:
-    """Catches a rank that SIGUSR1 kills, and a run that goes on or loses the step because one rank alone was warned."""
+    """Catches a rank that SIGUSR1 kills, and a run that continues or loses the step when one rank alone is warned."""
     code, output = launch(start, wordpiece_corpus, heldout_corpus, tmp_path, patch)
     assert code == 75, output
     reason = f"stopped: {HOST}, rank 1: signal SIGUSR1; run the same command again to resume"
