@@ -2,7 +2,8 @@
 
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 WARNING_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
 """Batch systems send one of them, as the user chooses, some time before they end a job."""
@@ -32,3 +33,16 @@ class SignalHistory:
         now = self._clock()
         self._first.setdefault(number, now)
         return number != signal.SIGHUP and since is not None and now - since > REPEATED_SECONDS
+
+
+@contextmanager
+def warnings_blocked() -> Iterator[None]:
+    """Block SIGUSR1 and SIGUSR2 in the processes that the block starts, and in theirs: batch systems may send them to
+    all processes of a job, and DeepSpeed's launchers, pdsh, ssh and W&B would die. Ranks unblock them when they handle
+    them.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, WARNING_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

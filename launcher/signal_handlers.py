@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from experiment.signals import STOP_SIGNALS, WARNING_SIGNALS
+from experiment.signals import STOP_SIGNALS
 
 _STOP_SIGNALS = (*STOP_SIGNALS, signal.SIGHUP)
 
@@ -42,15 +42,3 @@ def interrupt(_number: int) -> None:
     ends, which takes seconds. Raises KeyboardInterrupt."""
     ignore_stop_signals()
     raise KeyboardInterrupt
-
-
-@contextmanager
-def warnings_blocked() -> Iterator[None]:
-    """Block SIGUSR1 and SIGUSR2 in the processes that the block starts, and in theirs: batch systems may send them to
-    all processes of a job, and DeepSpeed's launchers, pdsh and ssh would die. Ranks unblock them when they handle them.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, WARNING_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiment.outcome_file import Outcome
 from experiment.run_folder import RunFolder
+from experiment.signals import warnings_blocked
 from experiment.tracking.alerts import Alert
 from experiment.tracking.config import TrackingConfig
 from experiment.tracking.jsonl import Event, is_evaluation
@@ -92,7 +93,8 @@ class WandbTracker:
 
     def _work(self, kept: Sequence[Event]) -> None:
         try:
-            run, first_number = self._start()
+            with warnings_blocked():  # W&B's own process
+                run, first_number = self._start()
             rows = _Rows(run, first_number)
             for earlier in kept:
                 rows.log_again(earlier)

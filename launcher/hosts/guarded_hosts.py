@@ -16,9 +16,9 @@ from typing import Self
 
 from experiment.heartbeat import Heartbeat
 from experiment.provenance import REPOSITORY
+from experiment.signals import warnings_blocked
 from launcher.hosts.host_guard import BEAT_SECONDS, END, ENDED, PREFIX, SILENCE_SECONDS, STACK
 from launcher.hosts.ssh import CONNECT_SECONDS, ssh_argv
-from launcher.signal_handlers import warnings_blocked
 
 _START_SECONDS = CONNECT_SECONDS + SILENCE_SECONDS
 _SECONDS_PER_HOST = 0.1  # to start ssh

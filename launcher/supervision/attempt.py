@@ -21,11 +21,11 @@ from experiment.heartbeat import Heartbeat, request_stack
 from experiment.launch_variable import START_VARIABLE
 from experiment.outcome_file import Cause, Outcome, read_outcome
 from experiment.run_folder import RunFolder
+from experiment.signals import warnings_blocked
 from experiment.tracking.config import TrackingConfig
 from launcher.hosts.guarded_hosts import GuardedHosts, GuardRequest, Rendezvous
 from launcher.hosts.hostfile import Slots
 from launcher.ranks.start_command import Command
-from launcher.signal_handlers import warnings_blocked
 from launcher.supervision.early_stop import kill_on_early_stop
 from launcher.supervision.hang_watch import WatchedRanks, hang_watch
 from launcher.supervision.launch_log import AttemptRecord
@@ -72,7 +72,7 @@ def run_attempt(launch: Launch, layout: Layout, stop: StopSignals, record: Attem
     """Run the ranks of this layout until they have exited. No process of theirs remains on a host that answers."""
     if launch.local:
         processes = _Processes()
-        watched = _watched_ranks(launch, layout, processes, lambda beat: request_stack(beat.pid))
+        watched = _watched_ranks(launch, layout, processes, processes.request_stack)
         return _run(launch, launch.command(layout, None), stop, record, processes, watched)
     hosts = list(layout.slots)
     name = _launch_name(launch.folder)
@@ -125,6 +125,12 @@ class _Processes:
             self._killed = True
             if self._group is not None:
                 kill_group(self._group)
+
+    def request_stack(self, beat: Heartbeat) -> None:
+        """Unless the rank has ended: its process id may be that of another process by now."""
+        with self._lock, suppress(ProcessLookupError):
+            if os.getpgid(beat.pid) == self._group:
+                request_stack(beat.pid)
 
     def check(self, guards: GuardedHosts) -> None:
         with self._lock:

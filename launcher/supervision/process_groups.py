@@ -6,7 +6,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from launcher.signal_handlers import warnings_blocked
+from experiment.signals import warnings_blocked
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 import json
 import logging
+import signal
 import subprocess
 import sys
 import textwrap
@@ -14,6 +15,7 @@ import pytest
 from experiment.errors import UserError
 from experiment.outcome_file import Outcome
 from experiment.run_folder import RunFolder
+from experiment.signals import WARNING_SIGNALS
 from experiment.tracking.alerts import Alert
 from experiment.tracking.config import AlertsConfig, TrackingConfig
 from experiment.tracking.jsonl import Event
@@ -366,3 +368,19 @@ def test_an_unreachable_network_does_not_delay_a_run(tmp_path: Path) -> None:
     assert logged < 40.0  # W&B tries for 60 s to connect
     assert closed < 3.0 + 40.0
     assert whole < 120.0  # it retries for much longer by default
+
+
+def test_a_warning_of_a_batch_system_does_not_end_the_process_of_wandb(
+    tmp_path: Path, fake: FakeWandb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches W&B's process killed by SIGUSR1 to all processes of a job, before the last steps are uploaded."""
+    blocked: list[set[int]] = []
+    login = fake.login
+
+    def look(prompt: bool) -> bool:
+        blocked.append(set(signal.pthread_sigmask(signal.SIG_BLOCK, ())))
+        return login(prompt)
+
+    monkeypatch.setattr(fake, "login", look)
+    tracker(tmp_path).close(Outcome.DONE)
+    assert set(WARNING_SIGNALS) <= blocked[0]

@@ -14,6 +14,7 @@ from typing import Self
 import pytest
 
 from experiment import run_lock
+from experiment.heartbeat import Heartbeat
 from experiment.outcome_file import Cause, Outcome
 from experiment.run_folder import RunFolder, open_run_folder
 from launcher.hosts.guarded_hosts import GuardRequest, Rendezvous
@@ -248,3 +249,17 @@ def test_a_launch_that_another_machine_has_replaced_ends(
     assert f"killing the ranks: another machine has taken over {folder.path}" in capsys.readouterr().err
     assert launches(folder)[0]["outcome"] is None
     assert folder.owner.read_text() == owner
+
+
+def test_only_a_rank_of_the_launch_is_asked_for_its_stack(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches SIGQUIT to a process that has got the id of a rank that ended."""
+    asked: list[int] = []
+    monkeypatch.setattr(attempt, "request_stack", asked.append)
+    beat = Heartbeat(0, "node-1", os.getpid(), 1, 57, "training", False, 0.0)
+    processes = attempt._Processes()
+    processes.started(os.getpgrp() + 1)
+    processes.request_stack(beat)
+    assert not asked
+    processes.started(os.getpgrp())
+    processes.request_stack(beat)
+    assert asked == [os.getpid()]
