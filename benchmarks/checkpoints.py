@@ -25,6 +25,8 @@ from rich.table import Table
 from benchmarks.machine import describe_machine
 from benchmarks.pretraining_runs import Config, RunSettings, build_corpus, spread
 from benchmarks.processes import OUR_ALLOCATOR
+from experiment.goodput import read_attempt_times
+from experiment.run_folder import RunFolder
 
 WARM = 20
 _MODEL = {"hidden_size": 384, "num_hidden_layers": 10, "num_attention_heads": 6, "intermediate_size": 1536}
@@ -79,8 +81,7 @@ def checkpoints(
                 print(f"round {number + 1} of {rounds}: {name}: {runs[-1][:3]}", file=sys.stderr)
     if len({run.losses for runs in measured.values() for run in runs}) != 1:
         raise SystemExit("the losses of the runs differ")
-    count = len(range(every, steps, every))
-    _print(measured, f"{count} checkpoints in {steps - WARM} steps, {precision}")
+    _print(measured, f"{steps - 1 - WARM} steps, a checkpoint every {every}, {precision}")
 
 
 def _run(config: Config, folder: Path, waits: bool) -> Measured:
@@ -90,7 +91,7 @@ def _run(config: Config, folder: Path, waits: bool) -> Measured:
     command = [sys.executable, "-c", _WAITING_RANK if waits else _RANK, "--config", str(path), f"--run.dir={folder}"]
     subprocess.run(command, env=os.environ | OUR_ALLOCATOR | threads, stdout=sys.stderr, check=True)
     rows = [row for row in _read_lines(folder / "metrics.jsonl") if "loss" in row]
-    seconds = {line["step"]: line["time"] for line in _read_lines(folder / "logs" / "goodput.jsonl")}
+    seconds = {line.step: line.time for line in read_attempt_times(RunFolder(folder))}
     return Measured(
         seconds[rows[-2]["step"]] - seconds[WARM],
         sum(row["checkpoint_seconds"] for row in rows[WARM:-1]),
