@@ -76,6 +76,7 @@ def checkpoints(
         for number in range(rounds):
             for name, runs in measured.items():
                 config = settings.timed_config(steps)
+                config["optimizer"] = {"lr": 1e-5}  # a run whose gradients spike would end
                 config["checkpoint"]["every_steps"] = None if name == "none" else every
                 runs.append(_run(config, work / f"{name.replace(' ', '-')}-{number}", name == "training waits"))
                 print(f"round {number + 1} of {rounds}: {name}: {runs[-1][:3]}", file=sys.stderr)
