@@ -5,7 +5,7 @@ and help text (the string literal below the field). Fire, which dispatches the c
 report an unknown flag afterwards, and would read values as Python literals; so the line is parsed and checked here.
 
 - `--flag value`, `--flag=value`; `-` and `_` are the same in names of flags. A `bool` field is a switch.
-- A field annotated with `Positional` is also accepted by position; one of type `tuple[str, ...]`, once or more often.
+- A field annotated with `Positional` is also accepted by position; one whose type is a tuple, once or more often.
 - A field of type `dict[str, str]` collects `--section.key=value` overrides: dotted key -> raw text.
 """
 
@@ -46,7 +46,7 @@ class Flag:
 
     @property
     def is_repeated(self) -> bool:
-        return self.types == (tuple[str, ...],)
+        return len(self.types) == 1 and get_origin(self.types[0]) is tuple
 
     @property
     def label(self) -> str:

@@ -1,11 +1,12 @@
 """What `deepcloze pretrain` says when a run starts and ends, besides the messages of the ranks."""
 
+import shlex
 import sys
 
 from experiment.checkpoints import checkpoint_path, checkpoint_step, complete_checkpoints
 from experiment.run_folder import RunFolder
 from experiment.tracking.console import describe_duration
-from experiment.tracking.jsonl import read_last_events
+from experiment.tracking.jsonl import last_number, read_last_events
 from launcher.launch_plan import LaunchPlan
 from launcher.messages import notify
 
@@ -31,11 +32,12 @@ def announce_done(folder: RunFolder, step_before: int | None, seconds: float) ->
     if step == step_before:
         notify(f"{path} was finished already, at step {step:,}; to train longer, raise its length in `schedule`")
         return
-    losses = [event["loss"] for event in read_last_events(folder.metrics) if "loss" in event]
-    loss = f", loss {losses[-1]:.4f}" if losses and losses[-1] is not None else ""
-    notify(f"done: {step:,} steps{loss}, {describe_duration(seconds)} in this launch")
+    loss = last_number(read_last_events(folder.metrics), "loss")
+    with_loss = "" if loss is None else f", loss {loss:.4f}"
+    notify(f"done: {step:,} steps{with_loss}, {describe_duration(seconds)} in this launch")
     notify(f"  model: {checkpoint_path(folder.checkpoints, step) / 'hf'}")
-    notify(f"  next:  deepcloze report {path}; deepcloze finetune --config TASK --model.init_from={path}")
+    run = shlex.quote(str(path))
+    notify(f"  next:  deepcloze report {run}; deepcloze finetune --config TASK --model.init_from={run}")
 
 
 def announce_stop(folder: RunFolder, step_before: int | None) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from experiment.config import Metavar, Positional, Section
-from experiment.config.constraints import PathText, expand_home
+from experiment.config.constraints import PathText
 from experiment.recipes import find_config
 
 PretrainConfigName = Annotated[PathText, AfterValidator(lambda name: find_config(name, "pretrain"))]
@@ -215,7 +215,7 @@ class CompletionOptions(Section):
 
 
 class ReportOptions(Section):
-    runs: Annotated[tuple[str, ...], Positional("RUN…"), AfterValidator(lambda runs: tuple(map(expand_home, runs)))]
+    runs: Annotated[tuple[PathText, ...], Positional("RUN…")]
     """Run folders, whose curves are drawn in the same charts, or the folder of a sweep or comparison."""
 
     output: Annotated[PathText | None, Metavar("DIR")] = None
@@ -223,7 +223,7 @@ class ReportOptions(Section):
 
 
 class StatusOptions(Section):
-    runs: Annotated[tuple[str, ...], Positional("RUN…"), AfterValidator(lambda runs: tuple(map(expand_home, runs)))]
+    runs: Annotated[tuple[PathText, ...], Positional("RUN…")]
     """Run folders, also of runs on other machines, and copies."""
 
     json_output: Annotated[bool, Field(alias="json")] = False

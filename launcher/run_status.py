@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -16,7 +15,7 @@ from experiment.goodput import AttemptTime, add_up, last_lines, read_attempt_tim
 from experiment.run_folder import RunFolder
 from experiment.run_life import State, read_life
 from experiment.tracking.console import RATE_EVENTS
-from experiment.tracking.jsonl import Event, read_last_events
+from experiment.tracking.jsonl import last_number, read_last_events
 from launcher.supervision.launch_log import count_attempts
 
 
@@ -57,8 +56,8 @@ def read_status(run: str) -> RunStatus:
         activity=attempts[-1].activity if attempts and life.state == "running" else None,
         step=max((event["step"] for event in events), default=None),  # scores of `deepcloze watch` come later
         total_steps=total,
-        loss=_last(events, "loss"),
-        tokens_per_second=_last(events, "tokens_per_second"),
+        loss=last_number(events, "loss"),
+        tokens_per_second=last_number(events, "tokens_per_second"),
         seconds_left=_seconds_left(recent, total) if life.state == "running" else None,
         checkpoint_step=checkpoint_step(checkpoints[-1]) if checkpoints else None,
         checkpoint_age=_age(checkpoints[-1]) if checkpoints else None,
@@ -88,12 +87,6 @@ def _total_steps(folder: RunFolder, attempts: Sequence[AttemptTime]) -> int | No
         steps = read_yaml(folder.config.read_text(encoding="utf-8"))["schedule"]["steps"]
         return steps if isinstance(steps, int) else None
     return None
-
-
-def _last(events: Sequence[Event], key: str) -> Any:
-    """The last number with this key; None without any."""
-    values = (event.get(key) for event in reversed(events))
-    return next((value for value in values if type(value) in (int, float)), None)
 
 
 def _seconds_left(lines: Sequence[AttemptTime], total: int | None) -> float | None:

@@ -38,7 +38,7 @@ class RankHeartbeat:
         threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
 
     def follow(self, times: ActivityTimer) -> None:
-        """Tell what these times say, from now on."""
+        """Report the step and activity of `times` from now on."""
         self._times = times
 
     def _run(self) -> None:

@@ -11,28 +11,18 @@ from pathlib import Path
 
 import fire
 from PIL import Image
+from screenshots import chromium, save_side_by_side
 from selenium import webdriver
 from selenium.webdriver.support.ui import WebDriverWait
 
 _SIZES = ((760, 380), (360, 380))
-_MARGIN, _GREY = 16, (208, 208, 208)
 
 
 def take(text: str, url: str = "http://127.0.0.1:8000/") -> None:
     """Type a text, predict, and save both views side by side."""
-    options = webdriver.ChromeOptions()
-    options.binary_location = "/usr/bin/chromium"
-    for flag in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "hide-scrollbars"):
-        options.add_argument(f"--{flag}")
-    with webdriver.Chrome(options, webdriver.ChromeService("/usr/bin/chromedriver")) as driver:
+    with chromium() as driver:
         views = [_view(driver, url, text, *size) for size in _SIZES]
-    width = sum(view.width for view in views) + 3 * _MARGIN
-    sheet = Image.new("RGB", (width, max(view.height for view in views) + 2 * _MARGIN), _GREY)
-    left = _MARGIN
-    for view in views:
-        sheet.paste(view, (left, _MARGIN))
-        left += view.width + _MARGIN
-    sheet.quantize(64).save(Path(__file__).with_name("serve-page.png"), optimize=True)
+    save_side_by_side(views, Path(__file__).with_name("serve-page.png"), colors=64)
 
 
 def _view(driver: webdriver.Chrome, url: str, text: str, width: int, height: int) -> Image.Image:

@@ -5,7 +5,7 @@ The events of training are in the order of the steps; the scores of `deepcloze w
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,12 @@ def read_last_events(path: Path) -> list[Event]:
     except FileNotFoundError:
         return []
     return [event for event in map(_event, lines) if event is not None]
+
+
+def last_number(events: Sequence[Event], key: str) -> Any:
+    """The last number with this key; None without any."""
+    values = (event.get(key) for event in reversed(events))
+    return next((value for value in values if type(value) in (int, float)), None)
 
 
 def _event(line: bytes) -> Event | None:

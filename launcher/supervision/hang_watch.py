@@ -79,7 +79,7 @@ class HangWatch:
     def is_settled(self) -> bool:
         """Look at all ranks; end the run if it hangs. Returns whether it does."""
         now = self._clock()
-        # A machine that was suspended has heard nothing meanwhile: count a part of a long pause only.
+        # No heartbeat was read while this machine was suspended: count a part of a long pause only.
         elapsed, self._checked = min(now - self._checked, self._limit / 4), now
         for rank in range(self._watched.ranks):
             self._look_at(rank, elapsed)

@@ -92,13 +92,7 @@ class HostGroup:
     def from_rank0(self, function: Callable[[], T]) -> T:
         """Call `function` on rank 0 and return its result on all ranks. Errors are raised on all as by `call`."""
         self._raise_any(None)
-        box: list[Any] = [None, None]
-        if dist.get_rank() == 0:
-            try:
-                with disk_errors_as(UserError):
-                    box[0] = function()
-            except UserError as error:
-                box[1] = str(error)
+        box: list[Any] = _call(function) if dist.get_rank() == 0 else [None, None]
         dist.broadcast_object_list(box, src=0, group=self._group)
         self._on_progress()
         if box[1] is not None:
@@ -109,13 +103,7 @@ class HostGroup:
     def from_all_ranks(self, function: Callable[[], T]) -> list[T]:
         """Call `function` on every rank and return the results, by rank. Errors are raised on all as by `call`."""
         self._raise_any(None)
-        own: list[Any] = [None, None]
-        try:
-            with disk_errors_as(UserError):
-                own[0] = function()
-        except UserError as error:
-            own[1] = str(error)
-        gathered = self.all_gather_objects(own)
+        gathered = self.all_gather_objects(_call(function))
         if problem := next((text for _, text in gathered if text is not None), None):
             raise AgreedError(problem)
         return [of_rank for of_rank, _ in gathered]
@@ -139,3 +127,12 @@ class HostGroup:
 
     def barrier(self) -> None:
         dist.barrier(group=self._group)
+
+
+def _call(function: Callable[[], object]) -> list[Any]:
+    """[result, None], or [None, message] of a UserError or an error of the disk."""
+    try:
+        with disk_errors_as(UserError):
+            return [function(), None]
+    except UserError as error:
+        return [None, str(error)]

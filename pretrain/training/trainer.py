@@ -118,7 +118,7 @@ class Trainer:
         self._first_step = self._progress.step if run.resume_plan.fork else 0
         (num_hosts,) = hosts.all_reduce_sum([int(world.local_rank == 0)])
         self._slow_ranks = SlowRanks(hosts.all_gather_objects(platform.node()))
-        self._data_seconds = 0.0  # that this rank has waited for since it last told the others
+        self._data_seconds = 0.0  # that this rank has waited for data since it last reported its work
         provenance = hosts.from_rank0(lambda: record_start(run, world.size, num_hosts))
         self._tracker: Trackers | None = None
         if world.rank == 0:

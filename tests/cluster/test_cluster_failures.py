@@ -207,6 +207,15 @@ def test_a_killed_launcher_leaves_nothing_and_its_secrets_stay_secret(
     run.stop()
 
 
+def running_on_two(cluster: Cluster, tmp_path: Path, corpus: Path) -> tuple[Host, Run]:
+    """The second host of a run that trains on two, and the run."""
+    head, second, _ = cluster.hosts
+    run = Run(tmp_path, corpus, [head, second])
+    run.start(head)
+    run.wait_for_attempt(1)
+    return second, run
+
+
 def grep(folder: Path, text: str) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file() and text.encode() in path.read_bytes()]
 
@@ -216,10 +225,7 @@ def test_a_rank_that_stops_on_another_host_is_named_with_its_stack(
     cluster: Cluster, tmp_path: Path, wordpiece_corpus: Path
 ) -> None:
     """Catches a stack that is missing because the rank, which cannot write it while it is stopped, is elsewhere."""
-    head, second, _ = cluster.hosts
-    run = Run(tmp_path, wordpiece_corpus, [head, second])
-    run.start(head)
-    run.wait_for_attempt(1)
+    second, run = running_on_two(cluster, tmp_path, wordpiece_corpus)
     record = json.loads((run.folder / "logs" / "rank-1.json").read_text())
     assert second.run("kill", "-STOP", str(record["pid"])).returncode == 0
     run.wait_for_attempt(2)
@@ -236,10 +242,7 @@ def test_a_warning_to_all_processes_of_a_host_saves_a_checkpoint(
     cluster: Cluster, tmp_path: Path, wordpiece_corpus: Path
 ) -> None:
     """Catches ranks that are killed before they have saved because SIGUSR1 ends a guard or DeepSpeed's launcher."""
-    head, second, _ = cluster.hosts
-    run = Run(tmp_path, wordpiece_corpus, [head, second])
-    run.start(head)
-    run.wait_for_attempt(1)
+    second, run = running_on_two(cluster, tmp_path, wordpiece_corpus)
     assert second.run("pkill", "-USR1", "python").returncode == 0
     run.wait_for_attempt(2)
     run.stop()
