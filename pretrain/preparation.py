@@ -42,7 +42,9 @@ def prepare(config: PretrainConfig, world: World, hosts: HostGroup) -> Preparati
     verify_on_each_host([*(given.corpus for given in run.corpora), *run.held_out.values()], world, hosts)
     model = hosts.call(lambda: build_model(run.model_source, run.model_config, run.config.run.seed))
     rows = agreed_rows(choose_rows(model, weight_dtype(run.deepspeed)), world, hosts)
-    stream = hosts.call(lambda: open_stream(run, world, rows=rows, first_position=model.first_position))
+    stream = hosts.call(
+        lambda: open_stream(run, world, rows=rows, first_position=model.first_position, flops=model.flops)
+    )
     return Preparation(run, model, stream)
 
 

@@ -1,6 +1,7 @@
 """The training data of a run: step -> this rank's share of the global batch, and the number of steps."""
 
 import math
+import sys
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,11 +13,15 @@ from pretrain.batching.loader import load_batches
 from pretrain.batching.masking import MaskingSchedule
 from pretrain.batching.order import ShuffledOrder
 from pretrain.batching.packing import MicrobatchLayout, Rows
+from pretrain.batching.row_width import with_best_row_width
 from pretrain.config import MaskingConfig, ScheduleConfig
+from pretrain.modeling.flops import FlopsModel
 from pretrain.resolve import ResolvedRun
 from pretrain.resume import check_fork_length
 from pretrain.stage_data import open_stage
 from pretrain.world import World
+
+_SAMPLED_BATCHES = 16  # at most, to choose the width of rows
 
 
 @dataclass(frozen=True)
@@ -38,8 +43,14 @@ class TrainingStream:
         return load_batches(self, first_step, self.steps, workers, timeout=timeout, pin_memory=on_gpu)
 
 
-def open_stream(run: ResolvedRun, world: World, *, rows: Rows, first_position: int) -> TrainingStream:
-    """`rows`, `first_position`: what the model needs, see MicrobatchLayout.
+def open_stream(
+    run: ResolvedRun, world: World, *, rows: Rows, first_position: int, flops: FlopsModel | None = None
+) -> TrainingStream:
+    """The stream of a run.
+
+    Args:
+        rows, first_position: what the model needs, see MicrobatchLayout.
+        flops: of the model, from which windows get their width; None: that of the longest sequence.
 
     Raises UserError where the length of the run does not fit its stages, or ends before the checkpoint that it forks.
     """
@@ -48,7 +59,7 @@ def open_stream(run: ResolvedRun, world: World, *, rows: Rows, first_position: i
     orders = [stage.order(config.schedule, config.run.seed) for stage in stages]
     steps = _total_steps(config.schedule, orders, [stage.mean_length for stage in stages])
     check_fork_length(run.resume_plan, steps)
-    makers = (
+    makers = [
         BatchMaker(
             stage.masked_corpora(config.masking, config.run.seed),
             order,
@@ -58,14 +69,25 @@ def open_stream(run: ResolvedRun, world: World, *, rows: Rows, first_position: i
             _masking_rate(config.masking, steps),
         )
         for stage, order, settings in zip(stages, orders, run.stages, strict=True)
-    )
+    ]
+    first_steps = tuple(stage.first_step for stage in run.stages)
+    if rows == "windows" and flops is not None:
+        makers = [
+            with_best_row_width(maker, range(first, min(first + _SAMPLED_BATCHES, end)), flops.attention)
+            for maker, first, end in zip(makers, first_steps, _ends(first_steps, steps), strict=True)
+        ]
     return TrainingStream(
         tuple(makers),
-        tuple(stage.first_step for stage in run.stages),
+        first_steps,
         steps,
         tuple(given.name for given in run.corpora),
         rows,
     )
+
+
+def _ends(first_steps: tuple[int, ...], steps: int | None) -> tuple[int, ...]:
+    """The step at which each stage ends; for a time budget, a number that no run reaches."""
+    return (*first_steps[1:], sys.maxsize if steps is None else steps)
 
 
 def _masking_rate(masking: MaskingConfig, steps: int | None) -> MaskingSchedule | None:

@@ -127,7 +127,7 @@ class BatchMaker:
         layout, world_size = self.layout, self.world.size
         if layout.rows == "flat":
             return deal(lengths, world_size, layout.capacity)
-        rows = one_per_row(lengths) if layout.rows == "padded" else pack(lengths, layout.width)
+        rows = one_per_row(lengths) if layout.rows == "padded" else pack(lengths, layout.slots_per_row)
         return assign_to_ranks(lengths, rows, world_size, layout)
 
     def _text_lengths(self, sequences: BatchSequences) -> NDArray[np.int64]:

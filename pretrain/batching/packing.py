@@ -33,10 +33,15 @@ Rows = Literal["padded", "windows", "flat"]
 class MicrobatchLayout:
     """The shape of a microbatch, and how sequences fill its rows."""
 
-    width: int  # W, slots of the longest sequence, special tokens included
+    width: int  # slots of the longest sequence, special tokens included
     microbatch_tokens: int  # slots that a rank computes at once
     rows: Rows = "windows"
     first_position: int = 0  # position id of a sequence's first token; padding_idx + 1 in the RoBERTa family
+    row_width: int = 0  # W, slots of a row of windows, at least `width`; 0: `width`
+
+    @property
+    def slots_per_row(self) -> int:
+        return self.row_width or self.width
 
     @property
     def capacity(self) -> int:
@@ -186,7 +191,8 @@ def assign_to_ranks(
     """
     filled = np.bincount(packed.row, weights=lengths, minlength=packed.count).astype(np.int64)
     fullest_first = longest_first(filled)
-    max_rows = layout.capacity // layout.width
+    width = layout.slots_per_row
+    max_rows = layout.capacity // width
     microbatches = max(1, -(-packed.count // (world_size * max_rows)))
     bucket = max(1, max_rows // _ROW_BUCKETS)
     rows = -(-packed.count // (world_size * microbatches))
@@ -206,4 +212,4 @@ def assign_to_ranks(
         return by_row[packed.row]
 
     where = by_sequence(rank), by_sequence(microbatch), by_sequence(row), packed.offset
-    return Assignment(*where, microbatches, rows, layout.width)
+    return Assignment(*where, microbatches, rows, width)

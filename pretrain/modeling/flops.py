@@ -25,6 +25,12 @@ class FlopsModel:
     vocabulary: int
     windows: tuple[int | None, ...]  # per layer: tokens in the local window, None for full attention
 
+    @property
+    def attention(self) -> float:
+        """FLOPs of attention per slot that a slot is compared with, relative to those of a slot's linear layers.
+        Kernels that compare all slots of a row do so in layers with a local window too."""
+        return 2.0 * self.hidden_size * len(self.windows) / self.encoder_parameters
+
     def per_step(self, tokens: int, squared_lengths: int, predicted: int) -> float:
         """FLOPs of a step over `tokens` real tokens whose sequences' squared lengths sum to `squared_lengths`."""
         if tokens == 0:

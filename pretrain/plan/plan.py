@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from experiment.device_peaks import peak_flops
 from experiment.positions import first_position
+from pretrain.batching.packing import Rows
 from pretrain.modeling.flops import FlopsModel, flops_model
 from pretrain.modeling.random_model import meta_model
 from pretrain.plan.activations import Computation, MicrobatchMemory, microbatch_memory
@@ -71,11 +72,10 @@ def plan_run(run: ResolvedRun, hosts: int, ranks: int, device: Device, rates: Ra
     """`rates.peak_flops` None: look it up by the device's name. Raises UserError as `open_stream`."""
     skeleton = meta_model(run.model_config)
     packed = is_packed(run.model_config)
-    stream = open_stream(
-        run, World(0, ranks), rows="windows" if packed else "padded", first_position=first_position(skeleton)
-    )
-    stages = stage_work(stream, run.config.masking)
     counts, flops = count_parameters(skeleton), flops_model(skeleton)
+    rows: Rows = "windows" if packed else "padded"
+    stream = open_stream(run, World(0, ranks), rows=rows, first_position=first_position(skeleton), flops=flops)
+    stages = stage_work(stream, run.config.masking)
     settings = memory_settings(run.config, run.deepspeed, ranks, device.is_gpu)
     if rates.peak_flops is None:
         rates = replace(rates, peak_flops=peak_flops(device.name, run.deepspeed.precision))
