@@ -1,41 +1,81 @@
-"""Files of tensors that whoever may read the other files of their folder may read too.
+"""Files of tensors in the safetensors format (huggingface.co/docs/safetensors).
 
-safetensors writes files that only their owner can read, whatever the umask.
+The library's own writer is not used for checkpoints: it leaves gigabytes to one fsync, during which nobody can see
+whether a slow disk makes progress. And only their owner can read its files, whatever the umask.
 """
 
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
 
-from experiment.disk_errors import disk_error_number
+_PART = 1 << 26  # bytes between two calls of fsync
+_ALIGNMENT = 8  # bytes, of the first tensor
+# As the library, in its order: larger elements first, so that all are aligned.
+_DTYPES = {
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.complex64: "C64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_ORDER = {dtype: number for number, dtype in enumerate(_DTYPES)}
 
 
-def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file. Raises OSError if the disk refuses it."""
-    path.touch()
-    mode = path.stat().st_mode
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors on the host to a file, and wait until they are on disk. Raises OSError if the disk refuses it.
+
+    Each part of 64 MiB is waited for, so the thread uses processor time as long as the disk makes progress.
+    """
+    ordered = dict(sorted(tensors.items(), key=lambda item: (_ORDER[item[1].dtype], item[0])))
+    unsynced = 0
     try:
-        save_file(tensors, path, metadata=metadata)
-    except SafetensorError as error:
-        if (number := disk_error_number(error)) is None:
-            raise
-        raise OSError(number, os.strerror(number), str(path)) from error
-    _set_mode(path, mode)
+        with path.open("wb") as file:
+            for part in _parts(ordered, metadata):
+                file.write(part)
+                unsynced += len(part)
+                if unsynced >= _PART:
+                    file.flush()
+                    os.fsync(file.fileno())
+                    unsynced = 0
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def _parts(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> Iterator[Any]:
+    """The content of the file: bytes and arrays of bytes. The header is one part, tensors are at most `_PART` long."""
+    header: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    yield len(text).to_bytes(8, "little") + text
+    for tensor in tensors.values():
+        content = tensor.reshape(-1).view(torch.uint8).numpy()
+        for start in range(0, len(content), _PART):
+            yield content[start : start + _PART]
 
 
 def share_tensors(model: Path) -> None:
     """Give the safetensors files of a Hugging Face folder the mode of its config.json."""
     mode = (model / "config.json").stat().st_mode
     for path in model.glob("*.safetensors"):
-        _set_mode(path, mode)
-
-
-def _set_mode(path: Path, mode: int) -> None:
-    if path.stat().st_mode != mode:
-        with suppress(PermissionError):  # some network file systems have no modes
-            path.chmod(mode)
+        if path.stat().st_mode != mode:
+            with suppress(PermissionError):  # some network file systems have no modes
+                path.chmod(mode)

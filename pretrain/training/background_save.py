@@ -9,12 +9,14 @@ A part ends when it has ended on all ranks. They agree on that along with a step
 other. At most one save is in flight.
 
 The thread has the lowest priority: it uses cores that training leaves idle. Most of its time is in calls that release
-the GIL: writing, fsync, hashing.
+the GIL: writing, fsync, hashing. It uses the processor for some milliseconds per part of a file, and hardly at all
+while it waits for a disk: so a slow disk differs from one that does not answer.
 """
 
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -42,6 +44,9 @@ T = TypeVar("T")
 
 _MOST_FAILURES = 3  # in a row
 _NICENESS = 19
+# Of processor time since the last look, a second before. A write to a dead disk may also wake up a few times a second
+# to see whether the system may cache more, which takes 0.1 ms.
+_WORK_SECONDS = 0.001
 
 
 class UnwritableError(Exception):
@@ -59,6 +64,20 @@ class Snapshot:
     keep: Retention
 
 
+class ThreadWork:
+    """Tells a thread that works from one that only waits."""
+
+    def __init__(self, processor_seconds: Callable[[], float]) -> None:
+        """`processor_seconds`: that the thread has used so far."""
+        self._processor_seconds = processor_seconds
+        self._seen = processor_seconds()
+
+    def has_worked(self) -> bool:
+        """Since the last call."""
+        before, self._seen = self._seen, self._processor_seconds()
+        return self._seen - before >= _WORK_SECONDS
+
+
 class BackgroundSave:
     """The save in flight, if any."""
 
@@ -74,6 +93,8 @@ class BackgroundSave:
         self._world = world
         self.saved_step = saved_step
         self._thread = ThreadPoolExecutor(1, "checkpoint", _lower_priority)
+        clock = self._thread.submit(lambda: time.pthread_getcpuclockid(threading.get_ident())).result()
+        self._work = ThreadWork(lambda: time.clock_gettime(clock))
         self._snapshot: Snapshot | None = None  # in flight
         self._part: Future[Any] = Future()
         self._publishing = False  # in the second part
@@ -101,8 +122,12 @@ class BackgroundSave:
             self._advance(self._snapshot)
 
     def wait(self) -> None:
-        """Wait until the save in flight has ended. Collective; raises like `advance_if_done`."""
+        """Wait until the save in flight has ended, however slow the disk is. Collective; raises like `advance_if_done`.
+
+        A rank whose disk does not answer for `health.hang_seconds` counts as hung.
+        """
         while self._snapshot is not None:
+            self._hosts.wait_for_all(self._part, self._work.has_worked)
             self._advance(self._snapshot)
 
     def _advance(self, snapshot: Snapshot) -> None:

@@ -103,7 +103,6 @@ def write_share(share: Share, checkpoint: Path) -> WrittenShare:
     path = checkpoint / "engine" / _file_name(share.rank)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_tensors(share.tensors, path)
-    fsync(path)
     return WrittenShare(share.index, {f"engine/{path.name}": checksum(path)})
 
 

@@ -3,6 +3,7 @@
 import datetime
 import platform
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +13,8 @@ from experiment.disk_errors import disk_errors_as
 from experiment.errors import UserError
 
 T = TypeVar("T")
+
+_MEETING_SECONDS = 1.0
 
 
 class AgreedError(UserError):
@@ -53,8 +56,24 @@ class HostGroup:
 
     def start_all_reduce_sum(self, numbers: Sequence[int]) -> "PendingSums":
         """Start to sum each number over all ranks, while this rank does other work. Collective."""
+        return self._start_sum(numbers, self._on_progress)
+
+    def _start_sum(self, numbers: Sequence[int], on_progress: Callable[[], None]) -> "PendingSums":
         sums = torch.tensor(numbers, dtype=torch.int64)
-        return PendingSums(sums, dist.all_reduce(sums, group=self._group, async_op=True), self._on_progress)
+        return PendingSums(sums, dist.all_reduce(sums, group=self._group, async_op=True), on_progress)
+
+    def wait_for_all(self, part: "Future[Any]", lives: Callable[[], bool]) -> None:
+        """Wait until `part` has ended on all ranks, however long that takes. Collective.
+
+        The ranks meet every second. That is progress of a rank whose part has ended, so it does not count as hung while
+        it waits for others, and of any other while `lives()`, so a part that is stuck is found.
+        """
+        ranks_done = 0
+        while ranks_done < dist.get_world_size(self._group):
+            wait([part], timeout=_MEETING_SECONDS)
+            is_done = part.done()
+            on_progress = self._on_progress if is_done or lives() else _ignore
+            (ranks_done,) = self._start_sum([int(is_done)], on_progress).wait()
 
     def all_gather(self, numbers: Sequence[int]) -> list[list[int]]:
         """The numbers of every rank, by rank."""
@@ -127,6 +146,10 @@ class HostGroup:
 
     def barrier(self) -> None:
         dist.barrier(group=self._group)
+
+
+def _ignore() -> None:
+    """No progress."""
 
 
 def _call(function: Callable[[], object]) -> list[Any]:

@@ -3,17 +3,27 @@
 import json
 import platform
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
+from experiment import tensor_files
+from experiment.checkpoints import checkpoint_path, verify
+from experiment.config import build_config
+from experiment.goodput import CHECKPOINTING, ActivityTimer, read_goodput
+from experiment.heartbeat import main_stack
 from experiment.outcome_file import Cause, Outcome, read_outcome
-from experiment.run_folder import RunFolder
+from experiment.run_folder import RunFolder, open_run_folder
 from launches import Start, config_file, wait_for_exit
+from pretrain.config import PretrainConfig
+from pretrain.rank_heartbeat import RankHeartbeat
+from pretrain.world import World
 from rank_pool import RankPool
-from runs import logged, pretrain_case, run_config, soak
+from runs import Tree, logged, pretrain_case, run_config, soak
 
 HOST = platform.node()
 REPOSITORY = Path(__file__).parents[2]
@@ -60,7 +70,7 @@ BLOCK = "threading.Event().wait(600)"
         *soak(
             (BLOCK, AT_A_STEP, "no progress", "in held"),
             (STOP, IN_A_SAVE, "no sign of life", "File "),
-            (BLOCK, IN_A_SAVE, "no progress", "in result"),
+            (BLOCK, IN_A_SAVE, "no progress", "in wait_for_all"),
         ),
     ],
 )
@@ -101,3 +111,51 @@ def test_a_hung_rank_is_named(
     assert "resuming from" in output
     pools[2].run(pretrain_case, run_config(tmp_path / "undisturbed", wordpiece_corpus, **OPTIONS))
     assert logged(folder.path) == logged(tmp_path / "undisturbed")
+
+
+def beating_case(world: World, tree: Tree, hang_seconds: float) -> str:
+    """A run with heartbeats."""
+    from pretrain.run import pretrain
+
+    config = build_config(PretrainConfig, tree)
+    times = ActivityTimer(time.time())
+    heartbeat = RankHeartbeat(RunFolder(Path(config.run.dir)), world.rank, hang_seconds)
+    heartbeat.start()
+    heartbeat.follow(times)
+    return pretrain(config, world, times=times).outcome.value
+
+
+def slow_disk_case(world: World, tree: Tree, hang_seconds: float) -> str:
+    """A run whose last rank writes a checkpoint in many parts and takes longer than the timeout."""
+    began: list[float] = []
+
+    def fsync(_: int) -> None:
+        began.append(time.monotonic())
+        while time.monotonic() - began[-1] < 0.01:
+            """Work, as a part of 64 MiB takes."""
+        time.sleep(0.25 if began[-1] - began[0] < 1.2 * hang_seconds else 0.0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if world.rank == world.size - 1:
+            patch.setattr(tensor_files, "_PART", 1000)
+            patch.setattr(tensor_files, "os", SimpleNamespace(fsync=fsync))
+        return beating_case(world, tree, hang_seconds)
+
+
+@pytest.mark.parametrize(("case", "activity"), [(slow_disk_case, CHECKPOINTING)])
+def test_what_is_slow_has_not_hung(
+    pools: dict[int, RankPool],
+    wordpiece_corpus: Path,
+    tmp_path: Path,
+    case: Callable[..., str],
+    activity: str,
+) -> None:
+    """Catches a run that ends because its last checkpoint takes longer than the timeout."""
+    folder, hang_seconds = open_run_folder(tmp_path), 5.0  # before the heartbeats begin
+    assert pools[2].run(case, run_config(tmp_path, wordpiece_corpus), hang_seconds) == ["done", "done"]
+    pools[2].kill()  # ends the heartbeats
+    assert verify(checkpoint_path(folder.checkpoints, 6)) is None
+    ledger = read_goodput(folder)
+    assert ledger is not None
+    assert ledger.seconds[activity] > hang_seconds
+    assert [main_stack(folder.rank_log(rank), 0) for rank in range(2)] == [[], []]

@@ -1,0 +1,65 @@
+import datetime
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, NamedTuple
+
+import pytest
+
+from pretrain.training import host_group
+from pretrain.training.host_group import HostGroup
+
+
+class Meeting(NamedTuple):
+    """Of two ranks: what is true of them then."""
+
+    here_done: bool
+    here_lives: bool
+    other_done: bool
+
+
+class FakeSums:
+    def __init__(self, sums: list[int], on_progress: Callable[[], None]) -> None:
+        self._sums, self._on_progress = sums, on_progress
+
+    def wait(self) -> list[int]:
+        self._on_progress()
+        return self._sums
+
+
+def progress_at(meetings: Sequence[Meeting], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The meetings that count as progress of this rank. Fails unless the wait ends with the last one."""
+    part: Future[Any] = Future()
+    held: list[int] = []
+    progress: list[int] = []
+
+    def wait(_: object, timeout: float) -> None:
+        assert timeout <= 1.0
+        if meetings[len(held)].here_done and not part.done():
+            part.set_exception(OSError("the disk is full"))
+
+    def start_sum(_: HostGroup, numbers: Sequence[int], on_progress: Callable[[], None]) -> FakeSums:
+        meeting = meetings[len(held)]
+        held.append(len(held))
+        return FakeSums([sum(numbers) + meeting.other_done], on_progress)
+
+    monkeypatch.setattr(host_group.dist, "get_backend", lambda: "gloo")
+    monkeypatch.setattr(host_group.dist, "get_world_size", lambda _: 2)
+    monkeypatch.setattr(host_group, "wait", wait)
+    monkeypatch.setattr(HostGroup, "_start_sum", start_sum)
+    hosts = HostGroup(datetime.timedelta(seconds=1), lambda: progress.append(held[-1]))
+    hosts.wait_for_all(part, lambda: meetings[len(held)].here_lives)
+    assert len(held) == len(meetings)
+    return progress
+
+
+def test_a_part_that_is_stuck_makes_no_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a rank whose writer is stuck and that never counts as hung, since the ranks still meet; and a rank that
+    counts as hung while its disk is slow."""
+    slow, stuck = Meeting(False, True, False), Meeting(False, False, True)
+    assert progress_at([slow, stuck, stuck, slow, Meeting(True, False, True)], monkeypatch) == [0, 3, 4]
+
+
+def test_a_rank_that_waits_for_others_makes_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a rank that has failed or is done, and counts as hung instead of the one that it waits for."""
+    done = Meeting(True, False, False)
+    assert progress_at([done, done, done._replace(other_done=True)], monkeypatch) == [0, 1, 2]
