@@ -5,6 +5,7 @@ import math
 import platform
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -188,13 +189,20 @@ class Trainer:
         self._checkpointer.wait()
 
     def close(self, outcome: Outcome) -> None:
-        """Close the trackers."""
+        """Close the trackers, which may wait for servers until their timeouts. Collective unless the run has failed."""
         if self._profiler is not None:
             self._profiler.close()
         self._times.end_training()
+        with ThreadPoolExecutor(1, "trackers") as thread:
+            closing = thread.submit(self._close_tracker, outcome)
+            if outcome is not Outcome.FAILED:
+                self._hosts.wait_for_all(closing, lambda: True)
+            closing.result()
+        self._times.record()
+
+    def _close_tracker(self, outcome: Outcome) -> None:
         if self._tracker is not None:
             self._tracker.close(outcome)
-            self._times.record()
 
     def _open_data(self) -> None:
         """Start the log interval and the data stream at the current progress."""

@@ -14,10 +14,11 @@ import pytest
 from experiment import tensor_files
 from experiment.checkpoints import checkpoint_path, verify
 from experiment.config import build_config
-from experiment.goodput import CHECKPOINTING, ActivityTimer, read_goodput
+from experiment.goodput import CHECKPOINTING, STARTING, ActivityTimer, read_goodput
 from experiment.heartbeat import main_stack
 from experiment.outcome_file import Cause, Outcome, read_outcome
 from experiment.run_folder import RunFolder, open_run_folder
+from experiment.tracking import Trackers
 from launches import Start, config_file, wait_for_exit
 from pretrain.config import PretrainConfig
 from pretrain.rank_heartbeat import RankHeartbeat
@@ -142,7 +143,20 @@ def slow_disk_case(world: World, tree: Tree, hang_seconds: float) -> str:
         return beating_case(world, tree, hang_seconds)
 
 
-@pytest.mark.parametrize(("case", "activity"), [(slow_disk_case, CHECKPOINTING)])
+def slow_server_case(world: World, tree: Tree, hang_seconds: float) -> str:
+    """A run whose trackers wait longer than the timeout for a server when they are closed."""
+    close = Trackers.close
+
+    def slow(trackers: Trackers, outcome: Outcome) -> None:
+        time.sleep(1.2 * hang_seconds)
+        close(trackers, outcome)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trackers, "close", slow)
+        return beating_case(world, tree, hang_seconds)
+
+
+@pytest.mark.parametrize(("case", "activity"), [(slow_disk_case, CHECKPOINTING), (slow_server_case, STARTING)])
 def test_what_is_slow_has_not_hung(
     pools: dict[int, RankPool],
     wordpiece_corpus: Path,
@@ -150,7 +164,7 @@ def test_what_is_slow_has_not_hung(
     case: Callable[..., str],
     activity: str,
 ) -> None:
-    """Catches a run that ends because its last checkpoint takes longer than the timeout."""
+    """Catches a run that ends because its last checkpoint takes longer than the timeout, or W&B and alerts do."""
     folder, hang_seconds = open_run_folder(tmp_path), 5.0  # before the heartbeats begin
     assert pools[2].run(case, run_config(tmp_path, wordpiece_corpus), hang_seconds) == ["done", "done"]
     pools[2].kill()  # ends the heartbeats
