@@ -2,8 +2,8 @@
 
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 WARNING_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
 """Batch systems send one of them, as the user chooses, some time before they end a job."""
@@ -35,13 +35,18 @@ class SignalHistory:
         return number != signal.SIGHUP and since is not None and now - since > REPEATED_SECONDS
 
 
-@contextmanager
-def warnings_blocked() -> Iterator[None]:
+def warnings_blocked() -> AbstractContextManager[None]:
     """Block SIGUSR1 and SIGUSR2 in the processes that the block starts, and in theirs: batch systems may send them to
     all processes of a job, and DeepSpeed's launchers, pdsh, ssh and W&B would die. Ranks unblock them when they handle
     them.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, WARNING_SIGNALS)
+    return signals_blocked(WARNING_SIGNALS)
+
+
+@contextmanager
+def signals_blocked(numbers: Collection[int]) -> Iterator[None]:
+    """Block signals in this thread, and in the threads and processes that the block starts."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield
     finally:

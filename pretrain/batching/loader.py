@@ -242,6 +242,7 @@ def _defer_signals() -> None:
     for number in (signal.SIGINT, *WARNING_SIGNALS):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _exit_after_grace)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # which the rank has blocked
 
 
 def _exit_after_grace(_number: int, _frame: FrameType | None) -> None:

@@ -2,6 +2,9 @@
 
 During training a rank finishes its step and `step_agreement` tells the others; a second signal ends it at once. Before,
 nothing can be lost, and a rank ends within a second.
+
+Only one thread of the rank receives these signals. The others block them, and with them all processes that they start,
+such as compilers and W&B: a signal to all processes of a job must not end what the rank needs for its last step.
 """
 
 import os
@@ -15,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Self
 
-from experiment.signals import STOP_SIGNALS, WARNING_SIGNALS, SignalHistory
+from experiment.signals import STOP_SIGNALS, SignalHistory, signals_blocked
 
 _CHECK_SECONDS = 0.5  # between checks for the file, which may be on a network disk
 _TAKEN_OVER = b"\0"  # in the pipe: no signal has this number
@@ -32,21 +35,27 @@ def exit_on_stop_request(end_process: Callable[[str], object], stop_file: Path |
     os.set_blocking(wakeup, False)
 
     def watch() -> None:
+        _receive_signals()
         with open(received, "rb", buffering=0):
             if reason := _wait_for_request(received, stop_file):
                 end_process(reason)
 
     handlers = {number: signal.signal(number, lambda *_: None) for number in STOP_SIGNALS}
     signal.set_wakeup_fd(wakeup)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, WARNING_SIGNALS)  # which the launcher has blocked
-    threading.Thread(target=watch, name="stop request", daemon=True).start()
     try:
-        yield
+        with signals_blocked(STOP_SIGNALS):
+            threading.Thread(target=watch, name="stop request", daemon=True).start()
+            yield
     finally:
         signal.set_wakeup_fd(-1)
         for number, handler in handlers.items():
             signal.signal(number, handler)
         os.close(wakeup)
+
+
+def _receive_signals() -> None:
+    """In this thread."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 def _wait_for_request(received: int, stop_file: Path | None) -> str | None:
@@ -74,10 +83,10 @@ def _exists(stop_file: Path) -> bool:
 class StopRequest:
     """Whether this rank has been asked to stop. Catches signals from construction to `close`."""
 
-    def __init__(self, stop_file: Path | None, end_process: Callable[[str], object] | None = None) -> None:
+    def __init__(self, stop_file: Path | None, end_process: Callable[[str], object] = lambda _: None) -> None:
         """Args:
         stop_file: checked for on the rank that passes it (rank 0).
-        end_process: called with the reason, in a thread, on a second signal; None: it changes nothing.
+        end_process: called with the reason, in a thread, on a second signal.
         """
         self._stop_file = stop_file
         self._checked = float("-inf")
@@ -86,7 +95,7 @@ class StopRequest:
         wakeup = signal.set_wakeup_fd(-1)
         if wakeup != -1:  # requests no longer end the process, see `exit_on_stop_request`
             os.write(wakeup, _TAKEN_OVER)
-        self._second = None if end_process is None else _SecondSignal(end_process)
+        self._second: _SecondSignal | None = _SecondSignal(end_process)
 
     @property
     def reason(self) -> str | None:
@@ -135,6 +144,7 @@ class _SecondSignal:
         os.close(self._wakeup)
 
     def _watch(self, received: int) -> None:
+        _receive_signals()
         history = SignalHistory()
         with open(received, "rb", buffering=0) as pipe:
             while (number := pipe.read(1)) not in (b"", _TAKEN_OVER):

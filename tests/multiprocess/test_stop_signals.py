@@ -3,6 +3,7 @@
 import platform
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -99,22 +100,31 @@ def test_a_second_signal_to_one_rank_ends_all(
     assert f"{HOST}, rank 1: a second signal, SIGUSR2; run the same command again to resume" in output
 
 
-@pytest.mark.soak
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
-def test_a_warning_to_all_processes_saves_a_checkpoint(
+@pytest.mark.parametrize("number", [signal.SIGUSR1, *soak(signal.SIGUSR2, signal.SIGTERM)])
+def test_a_signal_to_all_processes_saves_a_checkpoint(
     start: Start, wordpiece_corpus: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    """Catches a launcher of DeepSpeed or a data worker that dies because a batch system warns all of a job."""
+    """Catches a launcher of DeepSpeed or a data worker that dies because a batch system signals all of a job, and a
+    run that does not resume after it."""
     config = config_file(tmp_path, wordpiece_corpus, schedule__steps=LONG)
     command = (sys.executable, "-m", "launcher", "pretrain", "--config", str(config), "--num_gpus=2", "--oversubscribe")
     process = start(*command)
     wait_for_steps(tmp_path / "run", 3, process)
     started = psutil.Process(process.pid)
     for one in [*started.children(recursive=True), started]:
-        one.send_signal(number)
+        with suppress(psutil.NoSuchProcess):
+            one.send_signal(number)
     code, output = wait_for_exit(process)
     assert code == 75, output
     folder = RunFolder(tmp_path / "run")
     last = logged(folder.path, "step")[-1]
-    assert complete_checkpoints(folder.checkpoints)[-1] == checkpoint_path(folder.checkpoints, last)
+    saved = complete_checkpoints(folder.checkpoints)[-1]
+    assert saved == checkpoint_path(folder.checkpoints, last)
     wait_until(lambda: started.pid not in psutil.pids())
+    resumed = start(*command)
+    wait_for_steps(folder.path, last + 2, resumed)
+    folder.stop.touch()
+    code, output = wait_for_exit(resumed)
+    assert code == 75, output
+    assert f"resuming from {saved}" in output
+    assert logged(folder.path, "step") == list(range(1, len(logged(folder.path, "step")) + 1))

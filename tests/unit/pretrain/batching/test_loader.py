@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 
+from experiment.signals import STOP_SIGNALS, signals_blocked
 from pretrain.batching import loader
 from pretrain.batching.batch import IGNORED, Microbatch, RankBatch
 from pretrain.batching.loader import DataWorkerError, _describe_state, load_batches
@@ -125,6 +126,22 @@ def test_a_worker_killed_within_a_batch_is_named():
     os.kill(worker.pid, signal.SIGKILL)
     with pytest.raises(DataWorkerError, match=rf"\(pid {worker.pid}\) was killed \(SIGKILL\)"):
         list(batches)
+
+
+def test_signals_to_all_processes_leave_a_worker_for_the_last_step(monkeypatch):
+    """Catches a worker that dies before its rank has finished a step, and one that stays when its rank cannot end."""
+    monkeypatch.setattr(loader, "_GRACE_SECONDS", 2)
+    others = set(active_children())
+    of_pytest = signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    with signals_blocked(STOP_SIGNALS):  # as a rank does
+        batches = load_batches(LargeBatches(), 0, None, workers=1)
+    signal.signal(signal.SIGALRM, of_pytest)
+    (worker,) = set(active_children()) - others
+    for number in STOP_SIGNALS:
+        os.kill(worker.pid, number)
+    assert next(batches).step == 0
+    worker.join(LIMIT)
+    assert worker.exitcode == -signal.SIGALRM
 
 
 def out_of_memory(*_: object) -> None:

@@ -2,6 +2,8 @@ import ctypes
 import errno
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -65,6 +67,7 @@ def test_signals_are_counted_once(tmp_path: Path) -> None:
     with exit_on_stop_request(received.append, tmp_path / "STOP"):
         with StopRequest(None) as stop:
             os.kill(os.getpid(), signal.SIGTERM)
+            wait_until(lambda: stop.reason)
             assert stop.reason == "signal SIGTERM"
             wait_until(lambda: not is_watched())
             (tmp_path / "STOP").touch()
@@ -128,6 +131,7 @@ def test_a_second_signal_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> No
     received: list[str] = []
     with exit_on_stop_request(received.append, None), StopRequest(None, received.append) as stop:
         os.kill(os.getpid(), signal.SIGUSR1)
+        wait_until(lambda: stop.reason)
         assert stop.reason == "signal SIGUSR1"
         os.kill(os.getpid(), signal.SIGUSR2)
         wait_until(lambda: received)
@@ -138,17 +142,49 @@ def test_a_second_signal_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> No
     wait_until(lambda: all(thread.name != "second signal" for thread in threading.enumerate()))
 
 
+# A rank, which its launcher has started with these signals blocked.
+RANK = """
+import os, signal, sys, threading
+from pretrain.training.stop_request import StopRequest, exit_on_stop_request
+blocked = {{signal.SIGUSR1, signal.SIGUSR2}}
+signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+received, done = [], threading.Event()
+def end(reason):
+    received.append(reason)
+    done.set()
+{body}
+"""
+WARNED = """
+os.kill(os.getpid(), signal.SIGUSR1)
+with exit_on_stop_request(end, None):
+    done.wait(120)
+print(received)
+"""
+STARTS_ANOTHER = """
+import subprocess
+mask = "import signal; print(sorted(map(int, signal.pthread_sigmask(signal.SIG_BLOCK, []))))"
+with exit_on_stop_request(end, None), StopRequest(None, end):
+    subprocess.run([sys.executable, "-c", mask], check=True)
+    thread = threading.Thread(target=subprocess.run, args=([sys.executable, "-c", mask],))
+    thread.start()
+    thread.join()
+"""
+
+
+def output_of_rank(body: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", RANK.format(body=body)], check=True, stdout=subprocess.PIPE, text=True, timeout=120
+    ).stdout
+
+
 def test_a_warning_that_was_blocked_is_received() -> None:
     """Catches a warning to a rank that imports its modules, while the launcher's mask still blocks it, that is lost."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
-    try:
-        signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)  # other threads of the test do not block it
-        received: list[str] = []
-        with exit_on_stop_request(received.append, None):
-            wait_until(lambda: received)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    assert received == ["SIGUSR1"]
+    assert output_of_rank(WARNED) == "['SIGUSR1']\n"
+
+
+def test_no_signal_to_all_processes_ends_what_a_rank_has_started() -> None:
+    """Catches compilers and W&B that end because a batch system signals all processes of a job."""
+    assert output_of_rank(STARTS_ANOTHER) == f"{sorted(map(int, SIGNALS))}\n" * 2
 
 
 @pytest.mark.parametrize("number", SIGNALS)
