@@ -1,10 +1,13 @@
 """`deepcloze report`: what new checkpoints fill into held-out sentences, then the page."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiment.errors import UserError
 from experiment.results.report import open_folder, write_overlay, write_report
 from launcher.fillings import fill_new_checkpoints
+from launcher.messages import notify
 
 
 def report_runs(runs: Sequence[str], output: str | None) -> Path:
@@ -13,3 +16,12 @@ def report_runs(runs: Sequence[str], output: str | None) -> Path:
         return write_overlay(runs, Path(output or "report").absolute())
     fill_new_checkpoints(open_folder(runs[0]))
     return write_report(runs[0], output)
+
+
+def print_report(command: str, folder: Path) -> None:
+    """Write the page of a sweep or comparison and print its path. A warning if it cannot be written: the runs are
+    done."""
+    try:
+        print(write_report(folder))
+    except (UserError, OSError) as error:
+        notify(f"warning: {command}: no report: {error}; to write it, run: deepcloze report {shlex.quote(str(folder))}")

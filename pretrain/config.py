@@ -126,6 +126,13 @@ class CorpusConfig(Section):
             raise ValueError("expected at least one corpus")
         return train
 
+    @field_validator("eval")
+    @classmethod
+    def _named(cls, held_out: dict[str, str]) -> dict[str, str]:
+        if "" in held_out:
+            raise ValueError(f"expected a name for each corpus, found an empty one for {held_out['']}")
+        return held_out
+
 
 class BatchConfig(Section):
     """Size of the global batch and of the microbatches."""

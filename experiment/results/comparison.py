@@ -19,6 +19,7 @@ Cells = list[list[str]]
 UNKNOWN = "–"
 SCORES = "Scores: mean ± standard deviation over the seeds"
 TESTS = "Differences: Multi-Bootstrap over seeds and records (Sellam et al. 2022), 95 % interval, two-sided p"
+FAILED = "Runs that failed"
 
 _CSV_COLUMNS = ("row", "task", "split", "metric", "mean", "std", "values", "collapsed", "chosen", "folder")
 
@@ -42,9 +43,17 @@ def test_cells(comparison: Comparison) -> Cells:
     return [header, *sorted(tests, key=lambda cells: cells[0])]
 
 
-def as_markdown(comparison: Comparison) -> str:
-    parts = [(SCORES, score_cells(comparison)), (TESTS, test_cells(comparison))]
-    return "\n".join(f"{title}\n\n{_markdown_table(cells)}" for title, cells in parts if len(cells) > 1)
+def tables(comparison: Comparison, failed: Mapping[str, str]) -> dict[str, Cells]:
+    """Title -> table, without those that have nothing to show. failed: name of a run -> how it failed."""
+    scores = score_cells(comparison) if any(comparison.values()) else []
+    failures = [["run", "what happened"], *map(list, failed.items())]
+    found = {SCORES: scores, TESTS: test_cells(comparison), FAILED: failures}
+    return {title: cells for title, cells in found.items() if len(cells) > 1}
+
+
+def as_markdown(comparison: Comparison, failed: Mapping[str, str]) -> str:
+    """failed: name of a run -> how it failed."""
+    return "\n".join(f"{title}\n\n{_markdown_table(cells)}" for title, cells in tables(comparison, failed).items())
 
 
 def as_csv(comparison: Comparison) -> str:

@@ -170,13 +170,13 @@ async def metrics(serving: State) -> Response:
     return Response(serving.metrics.text(), media_type=CONTENT_TYPE)
 
 
-@site.get("/", include_in_schema=False)
+@site.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
 async def page() -> HTMLResponse:
     """A page to try the model by hand."""
     return _html("page.html")
 
 
-@site.get("/docs", include_in_schema=False)
+@site.api_route("/docs", methods=["GET", "HEAD"], include_in_schema=False)
 async def docs() -> HTMLResponse:
     """The OpenAPI schema, readable; it needs no network."""
     return _html("docs.html")

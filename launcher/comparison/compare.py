@@ -55,8 +55,9 @@ def run_comparison(plan: ComparePlan) -> None:
     with lock_run(folder), stopped_by_disk_errors("compare: ", "; the same command resumes"):
         states = _Runs(plan).finish()
         cells = {row.name: _read_cells(row, states, plan.grid) for row in plan.rows}
-        write_tables(folder, cells, test_rows(cells))
-    if failed := [name for name, state in states.items() if state != DONE]:
+        failed = {name: state for name, state in states.items() if state != DONE}
+        write_tables(folder, cells, test_rows(cells), failed)
+    if failed:
         sys.exit(f"deepcloze: compare: {len(failed)} of {len(states)} runs failed: {', '.join(failed)}")
 
 

@@ -8,26 +8,36 @@ from rich.console import Console
 from rich.table import Table
 
 from experiment.files import write_json, write_text
-from experiment.results.comparison import SCORES, TESTS, Cells, as_csv, as_markdown, score_cells, test_cells
-from experiment.results.report import write_report
+from experiment.results.comparison import Cells, as_csv, as_markdown, tables
 from experiment.run_folder import RunFolder
 from launcher.comparison.cell_scores import CellScores
 from launcher.comparison.row_tests import RowTest
+from launcher.report import print_report
 
 
-def write_tables(folder: RunFolder, cells: Mapping[str, Sequence[CellScores]], tests: Sequence[RowTest]) -> None:
-    """cells: by row; those that failed are left out."""
+def write_tables(
+    folder: RunFolder,
+    cells: Mapping[str, Sequence[CellScores]],
+    tests: Sequence[RowTest],
+    failed: Mapping[str, str],
+) -> None:
+    """A report that cannot be written is a warning.
+
+    Args:
+        cells: by row; those that failed are left out.
+        failed: name of a run -> how it failed.
+    """
     comparison = {
         row: {cell.column: _as_json(row, cell, folder, tests) for cell in found} for row, found in cells.items()
     }
     write_json(folder.path / "compare.json", comparison)
     write_text(folder.path / "compare.csv", as_csv(comparison))
-    write_text(folder.path / "compare.md", as_markdown(comparison))
+    write_text(folder.path / "compare.md", as_markdown(comparison, failed))
+    for title, table in tables(comparison, failed).items():
+        _print(title, table)
+    print(f"{folder.path}/compare.json, compare.csv, compare.md")
     if any(comparison.values()):
-        _print(SCORES, score_cells(comparison))
-        _print(TESTS, test_cells(comparison))
-        write_report(folder.path)
-    print(f"{folder.path}/compare.json, compare.csv, compare.md, report/index.html")
+        print_report("compare", folder.path)
 
 
 def _as_json(row: str, cell: CellScores, folder: RunFolder, tests: Sequence[RowTest]) -> dict[str, Any]:
@@ -47,8 +57,7 @@ def _as_json(row: str, cell: CellScores, folder: RunFolder, tests: Sequence[RowT
 
 def _print(title: str, cells: Cells) -> None:
     header, *rows = cells
-    if rows:
-        table = Table(*header, title=title)
-        for row in rows:
-            table.add_row(*row)
-        Console(markup=False, highlight=False).print(table)
+    table = Table(*header, title=title)
+    for row in rows:
+        table.add_row(*row)
+    Console(markup=False, highlight=False).print(table)

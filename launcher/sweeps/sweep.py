@@ -96,18 +96,10 @@ def _run_all(plan: SweepPlan, record: _SweepRecord) -> list[SweepResult]:
         best = sort_results(results, plan.lower_is_better)[0]
         write_json(plan.output / "sweep.json", {**record, "best": best.name if best.value is not None else None})
         write_summary(results, plan.output, plan.metric, plan.lower_is_better)
-    _print_report(plan.output)
+    from launcher.report import print_report  # matplotlib takes a second
+
+    print_report("sweep", plan.output)
     return results
-
-
-def _print_report(output: Path) -> None:
-    """Write the report and print its path. A report that cannot be written is a warning: the runs are done."""
-    from experiment.results.report import write_report  # matplotlib takes a second
-
-    try:
-        print(write_report(output))
-    except (UserError, OSError) as error:
-        notify(f"warning: sweep: no report: {error}; to write it, run: deepcloze report {shlex.quote(str(output))}")
 
 
 def _open_record(plan: SweepPlan) -> _SweepRecord:

@@ -82,6 +82,7 @@ def test_the_config_itself_is_valid(config: Path, capsys: pytest.CaptureFixture[
         (["--run.resume=sometimes"], ["'run.resume'", "sometimes"]),
         (["--corpus.train=/nowhere/at/all"], ["corpus.train", "/nowhere/at/all"]),
         (["--corpus.eval.held=/nowhere/at/all"], ["corpus.eval.held", "/nowhere/at/all"]),
+        (["--corpus.eval={'': corpora/held}"], ["'corpus.eval'", "a name for each corpus", "corpora/held"]),
         (["--engine.ds_config=nothing.json"], ["engine.ds_config", "nothing.json", "bf16_zero1.json"]),
         (["--model.config.model_type=brt"], ["unknown model type 'brt'", "'bert'"]),
         (["--model.config.hiden_size=24"], ["'model.config.hiden_size'", "'hidden_size'"]),

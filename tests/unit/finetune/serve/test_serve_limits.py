@@ -222,6 +222,7 @@ def test_pages_need_no_network(client: TestClient) -> None:
     """Catches a page that loads a script or a font from elsewhere, and paths of clients as labels of metrics."""
     for path in ("/", "/docs"):
         page = client.get(path)
+        assert client.head(path).status_code == 200
         assert page.headers["content-type"].startswith("text/html")
         assert "http://" not in page.text
         assert "https://" not in page.text

@@ -192,9 +192,25 @@ def test_a_cell_that_fails_leaves_the_others(
         with pytest.raises(SystemExit, match=r"compare: 1 of 2 runs failed: ours/toy"):
             main(["compare", str(file)])
     assert read_tables(tmp_path / "compare")["ours"] == {}
-    assert "–" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "–" in said
+    assert "failed (exit code 1)" in said
+    assert "| ours/toy | failed (exit code 1) |" in (tmp_path / "compare" / "compare.md").read_text()
     assert main(["compare", str(file)]) == 0
     assert started == ["random/toy", "ours/toy"]
+
+
+def test_a_report_that_cannot_be_written_is_a_warning(
+    write_files: Callable[..., Path], started: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a comparison whose runs are all done, and that fails because of its report."""
+    file, folder = write_files(), tmp_path / "compare"
+    folder.mkdir()
+    (folder / "report").touch()  # a file in place of the folder
+    assert main(["compare", str(file)]) == 0
+    assert "warning: compare: no report: " in capsys.readouterr().err
+    assert set(read_tables(folder)) == {"ours", "random"}
+    assert started == ["ours/toy", "random/toy"]
 
 
 @pytest.mark.parametrize(

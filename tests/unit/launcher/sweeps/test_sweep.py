@@ -108,7 +108,7 @@ def test_a_report_that_cannot_be_written_is_a_warning(
     def fail(output: Path) -> Path:
         raise error
 
-    monkeypatch.setattr("experiment.results.report.write_report", fail)
+    monkeypatch.setattr("launcher.report.write_report", fail)
     run_sweep(plan(tmp_path, {"1e-4": "4.5"}))
     assert (
         f"warning: sweep: no report: {error}; to write it, run: deepcloze report {tmp_path}" in capsys.readouterr().err
