@@ -3,7 +3,8 @@
 1. Rank 0 times what it does, `ActivityTimer`, and adds a line to RUN/logs/goodput.jsonl at each log event and around
    each evaluation and checkpoint: the seconds of its attempt so far, by activity.
 2. The last complete line of an attempt stands for it. A kill loses the time since that line.
-3. `add_up` sums the attempts. What is missing to the wall clock from the first start to the last line was `DOWN`.
+3. The launcher adds a line when all processes of an attempt have ended, if the last one says that it was ending.
+4. `add_up` sums the attempts. What is missing to the wall clock from the first start to the last line was `DOWN`.
 """
 
 import json
@@ -11,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
 import psutil
@@ -104,10 +105,27 @@ def _attempt_time(line: bytes) -> AttemptTime | None:
         return None
 
 
+def record_end(folder: RunFolder, start: float, now: Callable[[], float] = time.time) -> None:
+    """Add a line for an attempt whose processes have ended. What it did since its last line is known only if it was
+    ending, or starting, then. `start`: as in its lines."""
+    with suppress(OSError):
+        for last in last_lines(read_attempt_times(folder)):
+            if last.start == start and last.activity == STARTING:
+                ended = max(last.time, now())
+                ending = last.seconds.get(STARTING, 0.0) + ended - last.time
+                _append(folder, replace(last, time=ended, seconds={**last.seconds, STARTING: ending}))
+
+
+def process_start() -> float:
+    """When this process began, as time.time(). `psutil.Process.create_time` alone is off by up to a second."""
+    since_boot: float = psutil.Process().create_time() - psutil.boot_time()
+    return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot)
+
+
 def attempt_start() -> float:
     """When the launch of this process began, or the process itself if the launch was on another machine, whose clock
     may differ; as time.time()."""
-    created: float = psutil.Process().create_time()
+    created = process_start()
     with suppress(KeyError, ValueError):
         return min(float(os.environ[START_VARIABLE]), created)
     return created
@@ -199,8 +217,8 @@ class ActivityTimer:
         if self._folder is None:
             return
         line = self._line()
-        with suppress(OSError), self._folder.goodput.open("ab", buffering=0) as file:
-            file.write(b"\n" + _json(line))  # in front: the last line may be cut off
+        with suppress(OSError):
+            _append(self._folder, line)
             self._lines.append(line)
         if len(self._lines) >= _MOST_LINES:
             self._lines = self._lines[-_KEPT_LINES:]
@@ -241,6 +259,11 @@ class ActivityTimer:
         return AttemptTime(
             self._start, self._now(), self._step, self._reached, self._total_steps, self._activity, seconds
         )
+
+
+def _append(folder: RunFolder, line: AttemptTime) -> None:
+    with folder.goodput.open("ab", buffering=0) as file:
+        file.write(b"\n" + _json(line))  # in front: the last line may be cut off
 
 
 def _json(line: AttemptTime) -> bytes:

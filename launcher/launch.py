@@ -10,6 +10,7 @@ from pathlib import Path
 
 from experiment.config import dump_config, load_config
 from experiment.errors import StoppedError
+from experiment.goodput import process_start
 from experiment.open_files import raise_limit_of_open_files
 from experiment.outcome_file import Outcome
 from experiment.run_folder import RunFolder, open_run_folder
@@ -35,7 +36,7 @@ def launch_pretraining(options: PretrainOptions) -> None:
     can resume, KeyboardInterrupt for a signal before the ranks start, and SystemExit for a run that failed (with a
     message) or that the ranks rejected (rank 0 prints why).
     """
-    start_time = time.time()
+    start_time = process_start()
     if options.profile:
         options = options.model_copy(update={"overrides": {**options.overrides, "run.profile": "true"}})
     raise_limit_of_open_files()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from experiment.checkpoints import complete_checkpoints
 from experiment.disk_errors import describe_disk_error
+from experiment.goodput import record_end
 from experiment.outcome_file import Cause, Outcome, reserve_outcome
 from experiment.run_lock import Renewal, lock_run
 from launcher.hosts.hostfile import Slots
@@ -109,6 +110,7 @@ class _Supervisor:
         else:
             if not self._stop.abandoned:
                 record.end(result)
+                record_end(self._folder, record.start_time)
         return Attempt(result, time.monotonic(), self._newest_checkpoint() != saved, joins_hosts)
 
     def _newest_checkpoint(self) -> list[Path]:

@@ -65,11 +65,12 @@ def test_the_time_of_an_interrupted_run_adds_up(
     attempts = last_lines(read_attempt_times(folder))
     assert len(attempts) == goodput.attempts == 3
     for attempt, launch_time, end in zip(attempts, launched, ended, strict=True):
-        assert launch_time <= attempt.start < attempt.time <= end
+        assert launch_time - 0.01 <= attempt.start < attempt.time <= end  # the system counts in steps of 0.01 s
         assert sum(attempt.seconds.values()) == pytest.approx(attempt.time - attempt.start, rel=0.02)
     gaps = itertools.pairwise(attempts)
     assert goodput.seconds[DOWN] == pytest.approx(sum(after.start - before.time for before, after in gaps), abs=0.1)
     assert goodput.wall_clock == pytest.approx(attempts[-1].time - attempts[0].start, abs=0.1)
+    assert goodput.wall_clock == pytest.approx(ended[-1] - launched[0], rel=0.02)
     assert min(goodput.seconds[activity] for activity in (USEFUL, REDONE, EVALUATING, CHECKPOINTING, STARTING)) > 0
     shares = logged(folder.path, "goodput")
     assert all(0 < share < 1 for share in shares)

@@ -1,8 +1,9 @@
 import json
-import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from experiment.goodput import (
@@ -18,8 +19,10 @@ from experiment.goodput import (
     ActivityTimer,
     attempt_start,
     last_lines,
+    process_start,
     read_attempt_times,
     read_goodput,
+    record_end,
 )
 from experiment.launch_variable import START_VARIABLE
 from experiment.run_folder import RunFolder, open_run_folder
@@ -108,6 +111,38 @@ def test_steps_after_a_kill_are_redone_and_the_time_between_is_down(clock: Clock
     goodput = read_goodput(folder)
     assert goodput is not None
     assert (goodput.attempts, goodput.wall_clock) == (2, clock.now - 1000)
+
+
+def test_the_end_of_the_processes_is_counted(clock: Clock, folder: RunFolder) -> None:
+    """Catches seconds between the last line and the end of the processes that are in no activity: here 12 %."""
+    timer = clock.timer(start=990.0)
+    timer.open(folder, step=0, total_steps=5)
+    timer.begin_training()
+    train(timer, clock, 1, 2)
+    timer.end_training()
+    clock.pass_seconds(1)
+    timer.record()
+    clock.pass_seconds(2.5)
+    record_end(folder, 990.0, lambda: clock.now)
+    assert spent(folder) == {STARTING: 13.5, USEFUL: 4.0, DATA: 2.0}
+    goodput = read_goodput(folder)
+    assert goodput is not None
+    assert goodput.wall_clock == pytest.approx(clock.now - 990.0)
+    assert (goodput.attempts, last_lines(read_attempt_times(folder))[0].step) == (1, 2)
+
+
+def test_what_a_killed_attempt_did_last_is_not_known(clock: Clock, folder: RunFolder) -> None:
+    """Catches steps that a kill has lost and that count as ending, and the end of another attempt."""
+    timer = clock.timer(start=990.0)
+    timer.open(folder, step=0, total_steps=5)
+    timer.begin_training()
+    train(timer, clock, 1, 2)
+    before = spent(folder)
+    clock.pass_seconds(2.5)
+    record_end(folder, 990.0, lambda: clock.now)
+    timer.end_training()
+    record_end(folder, 991.0, lambda: clock.now + 100)
+    assert spent(folder) == before | {USEFUL: before[USEFUL] + 2.5}
 
 
 def test_steps_after_a_rewind_are_redone(clock: Clock, folder: RunFolder) -> None:
@@ -211,12 +246,24 @@ def test_a_line_says_what_the_attempt_does(clock: Clock, folder: RunFolder) -> N
 
 def test_an_attempt_starts_with_its_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches the time that a launch takes counted as down, and a wrong clock of another machine that is believed."""
-    created = psutil.Process(os.getpid()).create_time()
+    created = process_start()
     monkeypatch.delenv(START_VARIABLE, raising=False)
-    assert attempt_start() == created
+    assert attempt_start() == pytest.approx(created, abs=0.1)
     for value, expected in ((created - 9, created - 9), (created + 9, created), ("x", created)):
         monkeypatch.setenv(START_VARIABLE, str(value))
-        assert attempt_start() == expected
+        assert attempt_start() == pytest.approx(expected, abs=0.1)
+
+
+def test_the_start_of_a_process_is_exact() -> None:
+    """Catches a start that is a second too early, as psutil's is where the system started within a second."""
+    code = (
+        "import time; begun = time.time(); from experiment.goodput import process_start; print(begun, process_start())"
+    )
+    before = time.time()
+    command = [sys.executable, "-c", code]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    begun, found = map(float, output.split())
+    assert before - 0.1 <= found <= begun + 0.1
 
 
 def test_other_threads_see_progress(clock: Clock) -> None:
