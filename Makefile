@@ -4,13 +4,20 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 READY := $(VENV)/.ready
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+ENGINE ?= $(firstword $(foreach name,docker podman buildah,$(shell command -v $(name))))
+DEVICE ?= cpu
+BASE_cpu := docker.io/library/python:3.11-slim
+BASE_cuda := docker.io/nvidia/cuda:13.0.2-base-ubuntu24.04
+BASE ?= $(BASE_$(DEVICE))
+IMAGE ?= deepcloze:$(VERSION)-$(DEVICE)
 PYTEST := $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadgroup
 
 # Packages are installed without bytecode: without a cache, each rank of each test would compile torch's modules again.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check soak docs
+.PHONY: help setup demo test check soak docs image
 
 help:
 	@echo "make demo    the full pipeline on real text, from documentation to task scores: under 10 minutes on 2 cores"
@@ -18,6 +25,7 @@ help:
 	@echo "make check   format, lint, types and the tests"
 	@echo "make soak    full test matrices, long chaos runs, and the demo"
 	@echo "make docs    the documentation as a site with search, in site/index.html"
+	@echo "make image   a container image for CPUs; DEVICE=cuda: for GPUs"
 
 setup: $(READY)
 
@@ -42,6 +50,13 @@ docs: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "site/index.html"
+
+# BUILD_FLAGS: more flags of `docker build`, such as --build-arg TORCH_INDEX=…
+image:
+	$(ENGINE) build --build-arg BASE=$(BASE) --build-arg TORCH=$(TORCH) --tag $(IMAGE) \
+		--label org.opencontainers.image.version=$(VERSION) \
+		--label org.opencontainers.image.revision=$(shell git rev-parse HEAD) $(BUILD_FLAGS) .
+	@echo "$(IMAGE)"
 
 soak: $(READY)
 	$(BIN)/python -m pytest -m soak

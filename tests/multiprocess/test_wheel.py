@@ -1,4 +1,4 @@
-"""deepcloze installed from a wheel, in a virtual environment and a working directory of its own."""
+"""deepcloze installed from a wheel, in a virtual environment and a working directory of its own, and in an image."""
 
 import os
 import shutil
@@ -71,8 +71,15 @@ def test_a_wheel_has_recipes_and_presets(installed: Installed) -> None:
     assert [name for name in names if not (installed.packages / name).is_file()] == []
 
 
+@pytest.fixture
+def losses(wordpiece_corpus: Path, tmp_path: Path, pools: dict[int, RankPool]) -> list[float]:
+    """Of a run of this checkout."""
+    pools[2].run(pretrain_case, run_config(tmp_path / "pooled", wordpiece_corpus))
+    return logged(tmp_path / "pooled")
+
+
 def test_a_wheel_trains_as_the_source_does(
-    installed: Installed, wordpiece_corpus: Path, tmp_path: Path, pools: dict[int, RankPool]
+    installed: Installed, wordpiece_corpus: Path, tmp_path: Path, losses: list[float]
 ) -> None:
     """Catches ranks that do not find the packages of a wheel, or find others."""
     for name in ("launcher", "pretrain", "finetune", "experiment", "torch", "deepspeed"):
@@ -80,7 +87,27 @@ def test_a_wheel_trains_as_the_source_does(
     config = config_file(tmp_path, wordpiece_corpus, engine__ds_config="fp32_zero1")
     done = installed.run("pretrain", "--config", str(config), "--num_gpus=2", "--oversubscribe")
     assert done.returncode == 0, done.stderr
-    pools[2].run(pretrain_case, run_config(tmp_path / "pooled", wordpiece_corpus))
-    assert logged(tmp_path / "run") == logged(tmp_path / "pooled")
+    assert logged(tmp_path / "run") == losses
     assert str(installed.packages / "ds_configs") in (tmp_path / "run" / "config.yaml").read_text(encoding="utf-8")
     assert complete_checkpoints(tmp_path / "run" / "checkpoints")
+
+
+@pytest.mark.skipif("TEST_IMAGE" not in os.environ, reason="TEST_IMAGE does not name an image; see CONTRIBUTING.md")
+def test_an_image_trains_as_the_source_does(wordpiece_corpus: Path, tmp_path: Path, losses: list[float]) -> None:
+    """Catches an image that lacks what a run needs, or that only root can use."""
+    engine = os.environ.get("ENGINE") or shutil.which("docker") or "podman"
+    user = os.getuid() or 12345  # has no name in the image
+    config = config_file(tmp_path, wordpiece_corpus, engine__ds_config="fp32_zero1")
+    tmp_path.chmod(0o777)
+    done = subprocess.run(
+        [
+            *(engine, "run", "--rm", f"--user={user}", "--env=DS_ACCELERATOR=cpu", "--env=OMP_NUM_THREADS=1"),
+            *(f"--volume={tmp_path}:{tmp_path}", f"--volume={wordpiece_corpus}:{wordpiece_corpus}:ro"),
+            *(os.environ["TEST_IMAGE"], "pretrain", "--config", str(config), "--num_gpus=2", "--oversubscribe"),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert logged(tmp_path / "run") == losses

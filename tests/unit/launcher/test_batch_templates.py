@@ -48,10 +48,10 @@ def test_the_time_limit_of_a_slurm_job_saves_and_queues_again(tmp_path: Path, pr
 
 
 def test_the_kubernetes_job_starts_one_deepcloze() -> None:
-    """Catches a manifest that cannot be read, and ranks that every worker starts."""
+    """Catches a manifest that cannot be read, ranks that every worker starts, and sshd without host keys."""
     job = yaml.safe_load((HOSTFILES / "kubernetes.yaml").read_text(encoding="utf-8"))
     replicas = job["spec"]["mpiReplicaSpecs"]
     containers = {name: spec["template"]["spec"]["containers"][0] for name, spec in replicas.items()}
     assert containers["Launcher"]["command"][:2] == ["deepcloze", "pretrain"]
-    assert "command" not in containers["Worker"]
+    assert containers["Worker"]["command"] == ["sh", "-c", "ssh-keygen -A && exec /usr/sbin/sshd -De"]
     assert containers["Worker"]["resources"]["limits"]["nvidia.com/gpu"] == job["spec"]["slotsPerWorker"]
