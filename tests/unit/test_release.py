@@ -1,0 +1,26 @@
+"""What a release is made from."""
+
+import re
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def test_the_version_is_the_newest_one_in_the_changelog() -> None:
+    """Catches a release without its changes, and one that keeps the version of the last."""
+    headings = re.findall(r"^## \[(.+?)\](.*)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert headings[0] == ("Unreleased", "")
+    assert headings[1][0] == PYPROJECT["project"]["version"]
+    assert re.fullmatch(r" - \d{4}-\d{2}-\d{2}", headings[1][1]), "the date of the release"
+
+
+def test_an_image_is_built_from_what_a_wheel_contains() -> None:
+    """Catches a package that `.dockerignore` keeps from an image."""
+    setuptools = PYPROJECT["tool"]["setuptools"]
+    needed = {pattern.removesuffix("*") for pattern in setuptools["packages"]["find"]["include"]}
+    needed |= {f"{module}.py" for module in setuptools["py-modules"]}
+    needed |= {"pyproject.toml", PYPROJECT["project"]["readme"], *PYPROJECT["project"]["license-files"]}
+    lines = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    assert {line.removeprefix("!") for line in lines if line.startswith("!")} == needed
