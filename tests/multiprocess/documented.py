@@ -1,0 +1,228 @@
+"""The command lines and configs that README and docs show, and what runs them."""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import yaml
+
+from launcher.cli import main
+from rank_pool import free_port
+from runs import TINY
+from waiting import LIMIT, wait_until
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PAGES = [
+    "README.md",
+    *sorted(f"docs/{path.name}" for path in (REPOSITORY / "docs").glob("*.md") if path.name != "commands.md"),
+    "ds_configs/README.md",
+    "hostfiles/README.md",
+    "CONTRIBUTING.md",
+    "docs/commands.md",  # last: most of its examples are in the pages that explain them
+]
+# In a block that also shows output, a line is a command if it starts with `$ ` or with one of these.
+_PROGRAMS = (
+    r"deepcloze|deepspeed|python3?|pip|make|sudo|apt-get|ssh|ssh-\w+|scp|rsync|for|export|echo|cd|source|\.|git|hf|"
+    r"curl|wget|jq|touch|kill|openssl|docker|tensorboard|wandb|mpirun|srun|sbatch|kubectl|tmux|nvidia-smi"
+)
+_COMMAND = re.compile(rf"\$ (.+)|((?:[A-Z_]+=\S+ )*(?:{_PROGRAMS}) .+)")
+# Of commands that a test cannot run as they are.
+_MARK = re.compile(
+    r"# ((?:needs (?:a GPU|two GPUs|a cluster|the network|Docker|a W&B account)|on (?:every host|node-\d))\b.*)"
+)
+_SERVERS = ("deepcloze serve ", "tensorboard ")
+# The numbers of long runs in commands and configs, and those of the runs here.
+_SCALED = {
+    "step-00050000": "step-00000003",
+    "schedule.steps=55000": "schedule.steps=5",
+    "schedule.decay_steps=5000": "schedule.decay_steps=2",
+}
+
+
+@dataclass(frozen=True)
+class Command:
+    page: str
+    text: str  # in one line, without prompt and comment
+    mark: str | None  # "needs a GPU": from a comment behind it, or from a line above it in the block
+    message: str | None  # the error that the page shows below it: "deepcloze: …"
+
+
+def read_page(page: str) -> str:
+    return (REPOSITORY / page).read_text(encoding="utf-8")
+
+
+def commands(page: str) -> list[Command]:
+    """The command lines in the code blocks of a page, in order."""
+    text = read_page(page)
+    if page == "docs/commands.md":  # each heading is followed by a synopsis: `deepcloze evaluate --checkpoint DIR …`
+        text = re.sub(r"^(## deepcloze .+\n\n).+\n", r"\1", text, flags=re.MULTILINE)
+    return find_commands(page, text)
+
+
+def find_commands(page: str, text: str) -> list[Command]:
+    return [command for language, block in _code_blocks(text) for command in _commands(page, language, block)]
+
+
+def configs(page: str) -> dict[str, str]:
+    """The YAML blocks that begin with `# NAME.yaml`, by name."""
+    return dict(re.findall(r"```yaml\n# (\S+\.yaml)\n(.*?)```", read_page(page), re.DOTALL))
+
+
+def write_configs(page: str, folder: Path, replace: Mapping[str, str] | None = None) -> None:
+    """Write the configs of a page to a folder, scaled down. `replace`: names that are others here."""
+    for name, text in configs(page).items():
+        config = _scaled(yaml.safe_load(replaced(text, {**_SCALED, **(replace or {})})))
+        (folder / name).write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def validate_configs(page: str, folder: Path) -> None:
+    """Validate the configs of a page as they are written, with the files in a folder that they name."""
+    with contextlib.chdir(folder):
+        for name, text in configs(page).items():
+            if "rows:" not in text:  # of a comparison: `deepcloze validate` is not for these
+                Path("as-written.yaml").write_text(text, encoding="utf-8")
+                assert main(["validate", "as-written.yaml", "--run.dir=as-written"]) == 0, name
+
+
+def replaced(text: str, replace: Mapping[str, str]) -> str:
+    for old, new in replace.items():
+        text = text.replace(old, new)
+    return text
+
+
+def _scaled(config: dict[str, Any]) -> dict[str, Any]:
+    """The config with a few steps of a tiny model, and without bf16, which this machine may lack."""
+    if "corpus" in config:
+        changes = {"schedule": {"steps": 3, "warmup_steps": 1}, "engine": {"ds_config": "fp32_zero1"}}
+        if "config" in config.get("model", {}):
+            changes["model"] = {"config": TINY | {"max_position_embeddings": 512}}
+        return config | changes
+    if "training" in config:
+        return config | {"training": config["training"] | {"epochs": 1, "precision": "fp32"}}
+    return config
+
+
+class Terminal:
+    """Runs commands in a folder as a user would, on the CPU. A server runs until the next one starts, or the end."""
+
+    def __init__(self, folder: Path, replace: Mapping[str, str] | None = None) -> None:
+        """`replace`: names in commands that are others here."""
+        self._folder = folder
+        self._port = free_port()
+        self._replace = _SCALED | {
+            ":8000": f":{self._port}",
+            " --port 8000": "",
+            "pip install ": "pip install --dry-run --no-index ",
+            "deepspeed ": f"deepspeed --master_port={free_port()} ",
+            " pretrain/run.py": f" {REPOSITORY}/pretrain/run.py",
+            **(replace or {}),
+        }
+        self._server: subprocess.Popen[bytes] | None = None
+        # If the server answers with an error, curl fails.
+        (folder / ".curlrc").write_text("silent\nshow-error\nfail-with-body\n", encoding="utf-8")
+        self._environment = {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1",
+            "CURL_HOME": str(folder),
+        }
+
+    def run(self, command: Command) -> None:
+        """Run a command. Raises AssertionError if it fails, or does not fail with the message that the page shows."""
+        text = replaced(command.text, self._replace)
+        few_resamples = mock.patch("launcher.comparison.row_tests.RESAMPLES", 20)
+        with contextlib.chdir(self._folder), mock.patch.dict(os.environ, self._environment), few_resamples:
+            if text.startswith(_SERVERS):
+                self._serve(text)
+            elif text.startswith("deepcloze "):
+                self._deepcloze(text, command.message)
+            else:
+                self._shell(text)
+
+    def close(self) -> None:
+        """Stop the server, if one is running."""
+        server, self._server = self._server, None
+        if server is not None:
+            server.terminate()
+            assert server.wait(LIMIT) in (0, -signal.SIGTERM), (self._folder / "server.log").read_text(encoding="utf-8")
+
+    def _deepcloze(self, text: str, message: str | None) -> None:
+        """In this process, which has imported everything. The ranks of a pretraining are processes of their own."""
+        argv = subprocess.run(["bash", "-c", f"printf '%s\\0' {text}"], capture_output=True, text=True, check=True)
+        with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
+            with contextlib.redirect_stderr(errors):
+                try:
+                    code: object = main(argv.stdout.split("\0")[1:-1])
+                except SystemExit as exit:
+                    code = exit.code
+            errors.seek(0)
+            printed = errors.read()
+        assert code == (0 if message is None else 2), f"{text}\n{code}\n{printed}"
+        assert message is None or printed == f"{message}\n", text
+
+    def _shell(self, text: str) -> None:
+        if self._server is not None:
+            text = text.replace(" PID", f" {self._server.pid}")
+        done = subprocess.run(["bash", "-ec", text], capture_output=True, text=True, timeout=LIMIT)
+        assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
+        assert "does not provide the extra" not in done.stderr, text
+
+    def _serve(self, text: str) -> None:
+        self.close()
+        command = ["bash", "-c", f"exec {text} --port={self._port}"]
+        with open("server.log", "w", encoding="utf-8") as log:
+            self._server = subprocess.Popen(command, stdout=log, stderr=log)
+        wait_until(lambda: self._answers() or self._server_ended())
+
+    def _server_ended(self) -> bool:
+        assert self._server is not None
+        assert self._server.poll() is None, (self._folder / "server.log").read_text(encoding="utf-8")
+        return False
+
+    def _answers(self) -> bool:
+        with socket.socket() as client:
+            return client.connect_ex(("127.0.0.1", self._port)) == 0
+
+
+def is_server(command: Command) -> bool:
+    return command.text.startswith(_SERVERS)
+
+
+def is_installed(program: str) -> bool:
+    """Whether this machine has a program, as Python or the shell do."""
+    return shutil.which(program, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}") is not None
+
+
+def _code_blocks(text: str) -> Iterator[tuple[str, list[str]]]:
+    """The language and the lines of each fenced or indented block, without indentation."""
+    for block in re.finditer(r"^( *)```(\w*)\n((?:.*\n)*?)\1```|(?:^ {4,}\S.*\n)+", text, re.MULTILINE):
+        body = (block[0] if block[2] is None else block[3]).replace("\\\n", " ")
+        yield block[2] or "", [line.strip() for line in body.splitlines()]
+
+
+def _commands(page: str, language: str, block: list[str]) -> Iterator[Command]:
+    """In `sh` each line is a command."""
+    if language not in ("", "sh"):
+        return
+    above = None
+    for line, below in zip(block, [*block[1:], ""], strict=True):
+        if line.startswith("#"):
+            mark = _MARK.fullmatch(line)
+            above = mark[1] if mark else None
+        elif (found := _COMMAND.fullmatch(line)) or (language == "sh" and line):
+            text = (found[1] or found[2]) if found else line
+            text, _, comment = re.sub(r"\s+(?=# )", "\0", text, count=1).partition("\0")
+            mark = _MARK.fullmatch(comment)
+            message = below if below.startswith("deepcloze: ") else None
+            yield Command(page, re.sub(" +", " ", text), mark[1] if mark else above, message)
