@@ -62,7 +62,7 @@ def tokenizer(options: TokenizerOptions) -> None:
     it.
 
     Example:
-        deepcloze tokenizer --source docs.jsonl --output tokenizer --vocab_size 8000 --lowercase
+        deepcloze tokenizer --source 'books/*.txt' --output tokenizer --vocab_size 30000 --lowercase
     """
     if options.extend is not None and options.added is not None:
         from pretrain.corpus.added_tokens import extend_tokenizer
@@ -83,7 +83,7 @@ def corpus(options: CorpusOptions) -> None:
     evaluation do so once on each machine.
 
     Example:
-        deepcloze corpus --source 'wiki/*.txt.gz' --tokenizer tokenizer --output corpora/wiki --holdout 1000
+        deepcloze corpus --source 'books/*.txt' --tokenizer tokenizer --output corpora/books --holdout 1000
     """
     if options.verify is not None:
         from pretrain.corpus.verification import verify_command
@@ -133,7 +133,7 @@ def pretrain(options: PretrainOptions) -> None:
     a file RUN/STOP make the run save a checkpoint and exit with code 75.
 
     Example:
-        deepcloze pretrain --config my-run.yaml --num_gpus 2 --schedule.steps=1000
+        deepcloze pretrain --config my-run.yaml --num_gpus 2
     """
     if sys.stderr.isatty() and not options.dry_run:
         notify(f"reading {options.config}")  # imports take seconds
@@ -153,7 +153,7 @@ def evaluate(options: EvaluateOptions) -> None:
     The masks are fixed by a seed, so the scores of two checkpoints are comparable.
 
     Example:
-        deepcloze evaluate --checkpoint runs/first/checkpoints/step-00001000 --corpus corpora/wiki-heldout
+        deepcloze evaluate --checkpoint runs/mine --corpus corpora/books-heldout
     """
     with fast_imports():
         from pretrain.evaluate import evaluate_command
@@ -185,7 +185,7 @@ def finetune(options: FinetuneOptions) -> None:
     Writes results.json, predictions, a confusion matrix and curves to the run folder.
 
     Example:
-        deepcloze finetune --config my-task.yaml --model.init_from=my-encoder --training.seeds=1,2,3
+        deepcloze finetune --config my-task.yaml --model.init_from=runs/mine
     """
     with handle_stop_signals(interrupt):
         with fast_imports():
@@ -240,7 +240,7 @@ def sweep(options: SweepOptions) -> None:
     first, are printed and written to sweep.csv, sweep.json and sweep.png.
 
     Example:
-        deepcloze sweep --config my-run.yaml --grid "optimizer.lr=1e-4,5e-4 schedule.epochs=1,2"
+        deepcloze sweep --config my-run.yaml --grid "optimizer.lr=1e-4,5e-4 masking.rate=0.15,0.3"
     """
     from launcher.sweeps.sweep import launch_sweep
 
@@ -271,7 +271,7 @@ def watch(options: WatchOptions) -> None:
     again to resume. See docs/watching.md.
 
     Example:
-        deepcloze watch runs/first --task my-task.yaml --probe
+        deepcloze watch runs/mine --task my-task.yaml --probe
     """
     from launcher.watching.watch import watch_run
 
@@ -299,7 +299,7 @@ def logs(options: LogsOptions) -> None:
     See docs/tracking.md for which file that is.
 
     Example:
-        deepcloze logs runs/first --follow
+        deepcloze logs runs/mine --follow
     """
     from launcher.logs import print_logs
 
@@ -310,7 +310,7 @@ def report(options: ReportOptions) -> None:
     """Write the HTML report of a run, a sweep, a comparison or several runs: curves and tables.
 
     Example:
-        deepcloze report runs/first runs/second --output=runs/report
+        deepcloze report runs/mine runs/bert-base --output=runs/report
     """
     from launcher.report import report_runs
 
@@ -338,7 +338,7 @@ def recipes(options: RecipesOptions) -> None:
     --config takes their names too.
 
     Example:
-        deepcloze recipes cp roberta-base my-run.yaml
+        deepcloze recipes cp roberta-base roberta.yaml
     """
     from launcher.recipes import recipes_command
 

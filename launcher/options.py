@@ -86,7 +86,7 @@ class PreflightOptions(HostOptions):
     """Exit with 0 if some hosts pass."""
 
     overrides: dict[str, str] = {}
-    """Any config key, for example --run.dir=runs/first."""
+    """Any config key, for example --run.dir=runs/mine."""
 
 
 class LaunchOptions(HostOptions):

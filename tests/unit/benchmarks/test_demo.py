@@ -1,11 +1,15 @@
 """Parts of the demo that can be tested without running it."""
 
 import json
+import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import benchmarks.demo
 from benchmarks.demo import EVALUATION, PRETRAINING, TASK, comparison, main, prepare_folder
+from documented import commands
 from experiment.config import load_config
 from experiment.run_folder import RunFolder
 from finetune.config import FinetuneConfig
@@ -68,3 +72,25 @@ def test_the_table_has_before_and_after_in_their_columns(tmp_path: Path) -> None
     assert rows["held-out loss"] == ("9.000", "4.000")
     assert rows["masked-token accuracy"] == ("0.0%", "25.0%")
     assert rows["task accuracy on test"] == ("30.0% ± 1.0%", "40.0% ± 1.0%")
+
+
+def test_the_readme_shows_the_commands_of_the_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A command of the demo was changed, and the README, whose commands no other test runs, still has its old form."""
+    run: list[set[str]] = []
+
+    def deepcloze(name: str, **flags: Any) -> str:
+        run.append({"deepcloze", *benchmarks.demo.command(name, **flags)[1:]})
+        if name == "finetune":
+            flags["run.dir"].mkdir()
+            (flags["run.dir"] / "results.json").write_text("{}", encoding="utf-8")
+        return '{"corpus-heldout": {}}'
+
+    monkeypatch.setattr(benchmarks.demo, "deepcloze", deepcloze)
+    for name in ("write_task", "pretrain_until_halfway", "comparison", "write_combined_page", "show"):
+        monkeypatch.setattr(benchmarks.demo, name, lambda *_: None)
+    monkeypatch.chdir(tmp_path)
+    benchmarks.demo.demo(Path("runs/demo"))
+    shown = [set(shlex.split(command.text)) for command in commands("README.md") if "runs/demo/" in command.text]
+    assert shown
+    for words in shown:
+        assert words in run if "…" not in words else any(words - {"…"} < flags for flags in run), words

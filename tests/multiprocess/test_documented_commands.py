@@ -1,0 +1,203 @@
+"""Each command line that README and docs show runs as it is written, in a folder with the files that they name.
+
+A command that cannot run here carries a mark for readers: `# needs a GPU`, `# needs a cluster`, `# on node-2`. The
+tutorials run in test_tutorials.py and test_cluster_tutorial.py, each in a folder of its own.
+"""
+
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from documented import (
+    PAGES,
+    REPOSITORY,
+    Command,
+    Terminal,
+    commands,
+    find_commands,
+    is_installed,
+    is_server,
+    validate_configs,
+    write_configs,
+)
+from documented_files import CHINESE, write_lines, write_model, write_public_tasks, write_task, write_texts
+from test_cluster_tutorial import TUTORIAL
+from test_tutorials import TUTORIALS
+
+OTHER_PAGES = [page for page in PAGES if page not in (*TUTORIALS, TUTORIAL)]
+# What takes long runs in `make soak` only.
+SLOW = (
+    "python_docs",
+    "--autotune",
+    "--on_result",
+    "deepcloze sweep",
+    "deepcloze compare",
+    "onnx",
+    "int8",
+    "tensorboard --",
+)
+
+
+def is_slow(command: Command) -> bool:
+    return any(text in command.text for text in SLOW)
+
+
+def is_run_here(command: Command) -> bool:
+    """`make` runs the tests; the demo, which `make soak` runs, is compared with the README in test_demo.py."""
+    return command.mark is None and "runs/demo/" not in command.text and not command.text.startswith("make ")
+
+
+def commands_to_run(page: str) -> list[Command]:
+    """Most examples in docs/commands.md are in the page that explains them, after the commands that they need."""
+    found = list(filter(is_run_here, commands(page)))
+    if page != "docs/commands.md":
+        return found
+    explained = {command.text for other in OTHER_PAGES if other != page for command in commands(other)}
+    return [command for command in found if command.text not in explained]
+
+
+COMMANDS = {page: commands_to_run(page) for page in OTHER_PAGES}
+CASES = [
+    pytest.param(page, slow, id=f"{page}-slow" if slow else page, marks=[pytest.mark.soak] if slow else [])
+    for page in OTHER_PAGES
+    for slow in (False, True)
+    if any(is_slow(command) == slow for command in COMMANDS[page])
+]
+
+
+@dataclass
+class Workplace:
+    """A folder in which commands are run, each once."""
+
+    folder: Path
+    terminal: Terminal
+    done: set[str] = field(default_factory=set)
+
+    def run(self, command: Command) -> None:
+        if command.text in self.done:
+            return
+        self.done.add(command.text)
+        self._prepare(command.text)
+        self.terminal.run(command)
+
+    def _prepare(self, text: str) -> None:
+        """Each pretraining of my-run.yaml starts at its beginning, and each watch has something to score."""
+        run = self.folder / "runs/mine"
+        trains = text.startswith(("deepcloze pretrain ", "deepspeed "))
+        if trains and "my-run.yaml" in text and "--run.dir" not in text:
+            shutil.rmtree(run, ignore_errors=True)
+        if text.startswith("deepcloze watch "):
+            shutil.rmtree(run / "downstream", ignore_errors=True)
+        if "runs/mine/health/" in text:
+            dump = run / "health/step-00000107/rank-00000.jsonl"
+            write_lines(dump, ['{"microbatch_loss": null, "text": "a"}'])
+
+
+@pytest.fixture(scope="module")
+def workplace(
+    tmp_path_factory: pytest.TempPathFactory, text_file: Path, wordpiece: Path, byte_level: Path
+) -> Iterator[Workplace]:
+    """A folder in which the commands of "Your own data" in the README have run."""
+    folder = tmp_path_factory.mktemp("workplace")
+    texts = text_file.read_text(encoding="utf-8").splitlines()
+    write_texts(folder, texts)
+    write_task(folder, texts, word="ba")
+    write_public_tasks(folder / "data", texts, word="ba")
+    write_lines(folder / "hosts", ["localhost slots=2"])
+    write_model(folder / "bert-base-uncased", wordpiece)
+    write_model(folder / "bert-base-chinese", sorted(set(CHINESE)))
+    for name in ("bert-base-cased", "models/bert-base-uncased", "encoders/minilm"):
+        shutil.copytree(folder / "bert-base-uncased", folder / name)
+    shutil.copytree(byte_level, folder / "roberta-base")
+    for page in OTHER_PAGES:
+        write_configs(page, folder)
+    place = Workplace(folder, Terminal(folder))
+    readme = COMMANDS["README.md"]
+    own_data = [command for command in readme if not is_server(command) and command.message is None]
+    for command in sorted(own_data, key=lambda command: "runs/bert-base" in command.text):
+        if "runs/bert-base" in command.text:
+            shutil.copytree(folder / "runs/mine", folder / "runs/bert-base")
+        place.run(command)
+    shutil.copytree(folder / "runs/mine", folder / "runs/stable")
+    shutil.copytree(folder / "corpora/books-heldout", folder / "corpora/wiki-heldout")
+    yield place
+    place.terminal.close()
+
+
+def test_own_data_in_the_readme_gives_labels(workplace: Workplace) -> None:
+    """Catches configs that do not fit the commands around them, or are not valid as they are written."""
+    labels = (workplace.folder / "labels.csv").read_text(encoding="utf-8")
+    assert labels.startswith("row,text,predicted,")
+    validate_configs("README.md", workplace.folder)
+
+
+@pytest.mark.parametrize(("page", "slow"), CASES)
+def test_commands_run(page: str, slow: bool, workplace: Workplace) -> None:
+    """Catches a command that does not work, and one that needs something and does not say so."""
+    missing = set()
+    for command in COMMANDS[page]:
+        program = command.text.split()[0].replace("export", "bash")  # a builtin
+        if not is_installed(program):
+            missing.add(program)
+        elif slow or not is_slow(command):
+            workplace.run(command)
+    workplace.terminal.close()
+    if missing:
+        pytest.skip(f"not installed: {', '.join(sorted(missing))}")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_targets_of_make_exist(page: str) -> None:
+    """Catches the name of a target that was renamed."""
+    makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    for command in commands(page):
+        for target in re.findall(r"(?:^|&& )make (\w+)", command.text):
+            assert re.search(rf"^{target}:", makefile, re.MULTILINE), command
+
+
+PAGE = """
+Text with `deepcloze status RUN`.
+
+    $ deepcloze evaluate --checkpoint a --json    # a comment
+    step 1: loss 2
+    deepcloze: no message of the last command
+
+    deepcloze pretrain --config a \\
+        --run.dir=b    # needs a GPU
+    $ deepcloze plan --config b
+    deepcloze: b is missing
+
+1. A list:
+
+       curl http://127.0.0.1:8000
+
+```sh
+true
+
+# needs Docker: a reason
+docker build .
+# another comment
+sort a | uniq
+```
+
+```yaml
+make: no command
+```
+"""
+
+
+def test_commands_are_found_with_their_marks_and_messages() -> None:
+    """Catches commands that no test runs because they are not found, and marks that apply to others."""
+    assert find_commands("a.md", PAGE) == [
+        Command("a.md", "deepcloze evaluate --checkpoint a --json", None, None),
+        Command("a.md", "deepcloze pretrain --config a --run.dir=b", "needs a GPU", None),
+        Command("a.md", "deepcloze plan --config b", None, "deepcloze: b is missing"),
+        Command("a.md", "curl http://127.0.0.1:8000", None, None),
+        Command("a.md", "true", None, None),
+        Command("a.md", "docker build .", "needs Docker: a reason", None),
+        Command("a.md", "sort a | uniq", None, None),
+    ]
