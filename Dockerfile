@@ -40,6 +40,6 @@ WORKDIR /work
 LABEL org.opencontainers.image.title=deepcloze \
       org.opencontainers.image.description="Distributed pretraining of masked language models on DeepSpeed" \
       org.opencontainers.image.licenses=Apache-2.0
-# tini passes signals on and reaps processes, neither of which the kernel does for the first process of a container.
+# The first process of a container ignores signals that it does not handle, and has to reap orphans: tini does both.
 ENTRYPOINT ["tini", "--", "deepcloze"]
 CMD ["--help"]
