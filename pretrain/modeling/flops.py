@@ -4,8 +4,9 @@ Forward and backward, per real token:
 
     6 N_encoder  +  12 h sum over layers of s_eff  +  6 r (V h + h^2)
 
-N_encoder: parameters outside the embeddings and the head; s_eff = sum(s^2) / sum(s) over the sequences, at most the
-local window where a layer has one; r: the fraction of tokens that are predicted; h: hidden size; V: vocabulary size.
+N_encoder: parameters outside the embeddings and the head, those that layers share (ALBERT) once for each layer;
+s_eff = sum(s^2) / sum(s) over the sequences, at most the local window where a layer has one; r: the fraction of tokens
+that are predicted; h: hidden size; V: vocabulary size.
 (Kaplan et al. 2020, section 2.1, with attention inside each sequence only.)
 """
 
@@ -56,8 +57,13 @@ def flops_model(model: PreTrainedModel) -> FlopsModel | None:
         if id(module) in embeddings
         for parameter in module.parameters()
     }
-    encoder = sum(p.numel() for p in model.base_model.parameters() if id(p) not in in_embeddings)
     layers: int = config.num_hidden_layers
+    layers_per_group = layers // (getattr(config, "num_hidden_groups", None) or layers)  # of ALBERT
+    encoder = sum(
+        p.numel() * (layers_per_group if "layer_groups" in name else 1)
+        for name, p in model.base_model.named_parameters()
+        if id(p) not in in_embeddings
+    )
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * layers
     window = 2 * getattr(config, "sliding_window", 0) + 1 if "sliding_attention" in kinds else 0
     return FlopsModel(

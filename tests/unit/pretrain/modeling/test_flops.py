@@ -42,6 +42,16 @@ def test_a_local_window_caps_the_attended_length(example: Callable[[str], Exampl
     assert shorter == 50 * (6 * model.encoder_parameters + 12 * HIDDEN * 4 * 5)
 
 
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_layers_that_share_parameters_all_count(groups: int) -> None:
+    """Catches ALBERT's speed, planned time and attention's share as if it had a single layer."""
+    sizes = {"embedding_size": 16, "hidden_size": HIDDEN, "intermediate_size": INNER, "num_attention_heads": 2}
+    config = AutoConfig.for_model("albert", num_hidden_layers=4, num_hidden_groups=groups, **sizes)
+    model = flops_model(meta_model(config))
+    assert model is not None
+    assert model.encoder_parameters == 4 * LAYER + 16 * HIDDEN + HIDDEN
+
+
 def test_an_empty_step_has_no_flops(example: Callable[[str], Example]) -> None:
     """Catches a division by zero tokens."""
     assert known_flops(example("bert")).per_step(0, 0, 0) == 0.0
