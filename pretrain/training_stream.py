@@ -11,7 +11,7 @@ from pretrain.batching.batch import RankBatch
 from pretrain.batching.batch_maker import BatchMaker
 from pretrain.batching.loader import load_batches
 from pretrain.batching.masking import MaskingSchedule
-from pretrain.batching.order import ShuffledOrder
+from pretrain.batching.order import BatchSizes, ShuffledOrder
 from pretrain.batching.packing import MicrobatchLayout, Rows
 from pretrain.batching.row_width import with_best_row_width
 from pretrain.config import MaskingConfig, ScheduleConfig
@@ -73,8 +73,8 @@ def open_stream(
     first_steps = tuple(stage.first_step for stage in run.stages)
     if rows == "windows" and flops is not None:
         makers = [
-            with_best_row_width(maker, range(first, min(first + _SAMPLED_BATCHES, end)), flops.attention)
-            for maker, first, end in zip(makers, first_steps, _ends(first_steps, steps), strict=True)
+            with_best_row_width(maker, _sampled_steps(order.sizes, first, end), flops.attention)
+            for maker, order, first, end in zip(makers, orders, first_steps, _ends(first_steps, steps), strict=True)
         ]
     return TrainingStream(
         tuple(makers),
@@ -88,6 +88,12 @@ def open_stream(
 def _ends(first_steps: tuple[int, ...], steps: int | None) -> tuple[int, ...]:
     """The step at which each stage ends; for a time budget, a number that no run reaches."""
     return (*first_steps[1:], sys.maxsize if steps is None else steps)
+
+
+def _sampled_steps(sizes: BatchSizes, first: int, end: int) -> range:
+    """The first full batches of a stage, from which its rows get their width; without so many, those before its end."""
+    first = max(first, min(sizes.warmup_steps, end - _SAMPLED_BATCHES))
+    return range(first, min(first + _SAMPLED_BATCHES, end))
 
 
 def _masking_rate(masking: MaskingConfig, steps: int | None) -> MaskingSchedule | None:

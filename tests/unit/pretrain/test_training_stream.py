@@ -14,9 +14,12 @@ import torch
 
 from experiment.config import build_config
 from experiment.errors import UserError
+from pretrain import training_stream
 from pretrain.batching.batch import IGNORED, RankBatch
+from pretrain.batching.batch_maker import BatchMaker
 from pretrain.batching.masking import MaskingSchedule
 from pretrain.config import PretrainConfig
+from pretrain.modeling.flops import FlopsModel
 from pretrain.resolve import ResolvedRun, resolve
 from pretrain.resume import ResumePlan
 from pretrain.training_stream import TrainingStream, open_stream
@@ -38,9 +41,14 @@ STAGES = [
 def open_run_stream(wordpiece_corpus: Path, heldout_corpus: Path) -> OpenStream:
     """Returns a function that opens a stream, of a mixture of the training and the held-out corpus, 3 to 1."""
 
-    def open_with(world: World = World(), mixed: bool = True, **sections: Any) -> TrainingStream:  # noqa: B008 (it is frozen)
+    def open_with(
+        world: World = World(),  # noqa: B008 (it is frozen)
+        mixed: bool = True,
+        flops: FlopsModel | None = None,
+        **sections: Any,
+    ) -> TrainingStream:
         run = resolve_run(wordpiece_corpus, heldout_corpus, mixed, sections)
-        return open_stream(run, world, rows="windows", first_position=0)
+        return open_stream(run, world, rows="windows", first_position=0, flops=flops)
 
     return open_with
 
@@ -92,6 +100,23 @@ def test_stages_have_their_own_lengths_and_batch_sizes(open_run_stream: OpenStre
     full = [50] * 6 + [29] * 5 + [9] * 5
     grown = [sequences * min(1.0, (step + 1) / 9) for step, sequences in enumerate(full)]
     assert [batch.sequences for batch in batches] == pytest.approx(grown, abs=1)
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(16, [(0, 6), (6, 11), (11, 16)]), (60, [(0, 6), (6, 11), (40, 56)])])
+def test_rows_get_their_width_from_full_batches(
+    open_run_stream: OpenStream, monkeypatch: pytest.MonkeyPatch, steps: int, expected: list[tuple[int, int]]
+) -> None:
+    """Catches a width for the few sequences of the first batches of a warmup, with which the whole run is computed."""
+    seen = []
+
+    def record(maker: BatchMaker, sampled: range, _attention: float) -> BatchMaker:
+        seen.append((sampled.start, sampled.stop))
+        return maker
+
+    monkeypatch.setattr(training_stream, "with_best_row_width", record)
+    schedule = {"steps": steps, "batch_warmup_steps": 40, "stages": STAGES}
+    open_run_stream(flops=FlopsModel(1000, 24, 200, (None,)), schedule=schedule)
+    assert seen == expected
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
