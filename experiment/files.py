@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 import xxhash
 
 _BLOCK = 1 << 24  # bytes
+
+_syncs: Counter[int] = Counter()  # calls of fsync that have returned, by thread
 
 
 @contextmanager
@@ -81,9 +84,20 @@ def fsync(*paths: Path) -> None:
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:
-            os.fsync(descriptor)
+            sync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def sync(descriptor: int) -> None:
+    """Wait until an open file or folder is on disk."""
+    os.fsync(descriptor)
+    _syncs[threading.get_ident()] += 1
+
+
+def syncs_of(thread: int) -> int:
+    """How many files and folders the thread with this identifier has synced: progress, however slow the disk is."""
+    return _syncs[thread]
 
 
 def fsync_tree(folder: Path) -> None:

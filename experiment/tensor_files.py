@@ -5,7 +5,6 @@ whether a slow disk makes progress. And only their owner can read its files, wha
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from experiment.files import sync
 
 _PART = 1 << 26  # bytes between two calls of fsync
 _ALIGNMENT = 8  # bytes, of the first tensor
@@ -47,10 +48,10 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
                 unsynced += len(part)
                 if unsynced >= _PART:
                     file.flush()
-                    os.fsync(file.fileno())
+                    sync(file.fileno())
                     unsynced = 0
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
     except OSError as error:
         error.filename = error.filename or str(path)
         raise

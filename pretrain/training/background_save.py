@@ -10,7 +10,7 @@ other. At most one save is in flight.
 
 The thread has the lowest priority: it uses cores that training leaves idle. Most of its time is in calls that release
 the GIL: writing, fsync, hashing. It uses the processor for some milliseconds per part of a file, and hardly at all
-while it waits for a disk: so a slow disk differs from one that does not answer.
+while it waits for a disk. That and the calls of fsync that return show whether a disk is slow or does not answer.
 """
 
 import logging
@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 
 from experiment.checkpoints import checkpoint_path
 from experiment.disk_errors import describe_disk_error
+from experiment.files import syncs_of
 from experiment.retention import Retention, discard, remove_leftovers
 from pretrain.training.checkpoint_tensors import (
     Share,
@@ -67,15 +68,16 @@ class Snapshot:
 class ThreadWork:
     """Tells a thread that works from one that only waits."""
 
-    def __init__(self, processor_seconds: Callable[[], float]) -> None:
-        """`processor_seconds`: that the thread has used so far."""
+    def __init__(self, processor_seconds: Callable[[], float], syncs: Callable[[], int]) -> None:
+        """`processor_seconds`, `syncs`: of the thread so far. To write a small file takes hardly any processor time."""
         self._processor_seconds = processor_seconds
-        self._seen = processor_seconds()
+        self._syncs = syncs
+        self._seen = processor_seconds(), syncs()
 
     def has_worked(self) -> bool:
         """Since the last call."""
-        before, self._seen = self._seen, self._processor_seconds()
-        return self._seen - before >= _WORK_SECONDS
+        (seconds, syncs), self._seen = self._seen, (self._processor_seconds(), self._syncs())
+        return self._seen[0] - seconds >= _WORK_SECONDS or self._seen[1] > syncs
 
 
 class BackgroundSave:
@@ -93,8 +95,9 @@ class BackgroundSave:
         self._world = world
         self.saved_step = saved_step
         self._thread = ThreadPoolExecutor(1, "checkpoint", _lower_priority)
-        clock = self._thread.submit(lambda: time.pthread_getcpuclockid(threading.get_ident())).result()
-        self._work = ThreadWork(lambda: time.clock_gettime(clock))
+        thread = self._thread.submit(threading.get_ident).result()
+        clock = time.pthread_getcpuclockid(thread)
+        self._work = ThreadWork(lambda: time.clock_gettime(clock), lambda: syncs_of(thread))
         self._snapshot: Snapshot | None = None  # in flight
         self._part: Future[Any] = Future()
         self._publishing = False  # in the second part
