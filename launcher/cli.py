@@ -432,5 +432,5 @@ def _terminal_width() -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"deepcloze: {message}", file=sys.stderr)
+    notify(message)
     return code

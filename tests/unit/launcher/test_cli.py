@@ -1,3 +1,5 @@
+import errno
+import io
 import os
 import shlex
 import subprocess
@@ -124,6 +126,23 @@ def test_exceptions_become_exit_codes(
     for bug in (ZeroDivisionError(), FileNotFoundError(2, "No such file or directory", "x")):
         with pytest.raises(type(bug)):
             ends_with(bug)
+
+
+def test_a_closed_terminal_does_not_change_the_exit_code(
+    report_stand_in: Callable[[Callable[..., object]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches exit code 1 of a run that has saved and can be resumed, because its last message cannot be written."""
+
+    class ClosedTerminal(io.StringIO):
+        def write(self, _: str) -> int:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def report_runs(runs: tuple[str, ...], output: str | None) -> object:
+        raise StoppedError("stopped at step 5")
+
+    report_stand_in(report_runs)
+    monkeypatch.setattr(sys, "stderr", ClosedTerminal())
+    assert main(["report", "2024_01"]) == 75
 
 
 @pytest.mark.parametrize(
