@@ -28,6 +28,7 @@ from benchmarks.machine import describe_machine
 from benchmarks.processes import deepcloze
 from experiment.tokenizer import load_tokenizer
 from experiment.tracking.jsonl import read_events
+from experiment.tracking.metrics import format_perplexity
 
 METRIC = "eval/held_out/loss"
 
@@ -132,7 +133,7 @@ def _print(runs: dict[str, tuple[str, Path]], title: str) -> None:
             rate,
             f"{first[METRIC]:.3f}",
             f"{last[METRIC]:.3f}",
-            f"{last['eval/held_out/perplexity']:,.1f}",
+            format_perplexity(last["eval/held_out/perplexity"]),
             f"{last['eval/held_out/accuracy']:.1%}",
         )
     Console(width=110).print(table)

@@ -36,6 +36,7 @@ from experiment.results.report.training import training_blocks
 from experiment.run_folder import RunFolder
 from experiment.tracking.console import describe_duration
 from experiment.tracking.jsonl import read_events
+from experiment.tracking.metrics import format_perplexity
 from pretrain.config import PretrainConfig
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -160,7 +161,7 @@ def comparison(run: RunFolder, scores: dict[str, float], results: dict[str, dict
         ["", "random weights", "pretrained"],
         [
             ["held-out loss", f"{untrained['loss']:.3f}", f"{scores['loss']:.3f}"],
-            ["held-out perplexity", f"{untrained['perplexity']:,.0f}", f"{scores['perplexity']:,.1f}"],
+            ["held-out perplexity", *(format_perplexity(of["perplexity"]) for of in (untrained, scores))],
             ["masked-token accuracy", f"{untrained['accuracy']:.1%}", f"{scores['accuracy']:.1%}"],
             [
                 f"task accuracy on test, mean ± std of {seeds} seeds",

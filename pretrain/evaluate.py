@@ -24,6 +24,7 @@ from experiment.config.constraints import expand_home
 from experiment.errors import UserError
 from experiment.positions import max_positions
 from experiment.tokenizer import load_tokenizer, tokenizer_fingerprint
+from experiment.tracking.metrics import format_perplexity
 from pretrain.batching.batch import Microbatch
 from pretrain.batching.batch_maker import BatchMaker, MaskedCorpus
 from pretrain.batching.loader import load_batches
@@ -211,5 +212,5 @@ def _print(scores: dict[str, Scores], as_json: bool) -> None:
         return
     table = Table("corpus", *(kind.replace("_", " ") for kind in Scores._fields))
     for name, (loss, perplexity, accuracy, masked) in scores.items():
-        table.add_row(name, f"{loss:.4f}", f"{perplexity:.2f}", f"{accuracy:.2%}", f"{masked:,}")
+        table.add_row(name, f"{loss:.4f}", format_perplexity(perplexity), f"{accuracy:.2%}", f"{masked:,}")
     Console().print(table)

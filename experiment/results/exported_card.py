@@ -37,6 +37,7 @@ from experiment.results.model_card import (
 from experiment.results.page import Heading, Table, Text
 from experiment.strict_json import parse_json
 from experiment.tokenizer import load_any_tokenizer
+from experiment.tracking.metrics import format_perplexity
 
 _AVERAGED = "hf-ema"
 _SETTINGS = ("batch", "masking", "optimizer", "schedule")  # sections of the config without paths
@@ -171,7 +172,9 @@ def _held_out(source: Path, state: Mapping[str, Any]) -> list[CardBlock]:
     rows = [
         [
             *_corpus_row(details.get(name, unknown | {"name": name})),
-            *(format_number(metrics.get(metric), 4) for metric in _METRICS),
+            format_number(metrics.get("loss"), 4),
+            format_perplexity(metrics.get("perplexity")),
+            format_number(metrics.get("accuracy"), 4),
         ]
         for name, metrics in by_corpus.items()
     ]

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from experiment.outcome_file import Outcome
-from experiment.tracking.metrics import SLOW_RATIO, Metrics
+from experiment.tracking.metrics import SLOW_RATIO, Metrics, format_perplexity
 
 RATE_EVENTS = 20  # log events over which the time left is estimated
 
@@ -105,7 +105,7 @@ def describe_evaluation(metrics: Metrics) -> str:
         (*key.removeprefix("eval/").rsplit("/", 1), value) for key, value in metrics.items() if key.startswith("eval/")
     ]
     return " · ".join(
-        f"{corpus} " + ", ".join(f"{metric} {_number(value)}" for _, metric, value in group)
+        f"{corpus} " + ", ".join(f"{metric} {_figure(str(metric), value)}" for _, metric, value in group)
         for corpus, group in groupby(values, key=lambda value: value[0])
     )
 
@@ -121,7 +121,9 @@ def describe_duration(seconds: float | None) -> str:
     return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 
 
-def _number(value: int | float | str | None) -> str:
+def _figure(metric: str, value: int | float | str | None) -> str:
+    if metric == "perplexity" and isinstance(value, float):
+        return format_perplexity(value)
     if value is None:
         return "–"
     return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value

@@ -17,6 +17,7 @@ from experiment.results.report.values import (
 )
 from experiment.run_folder import RunFolder
 from experiment.tracking.jsonl import Event, read_events
+from experiment.tracking.metrics import format_perplexity
 
 SPEED, WAIT = "Tokens per second, all ranks, without padding", "Time spent waiting for data"
 NORM, RATE = "Gradient norm before clipping", "Learning rate"
@@ -76,7 +77,7 @@ def held_out_table(events: Sequence[Event], corpora: Sequence[str]) -> Table:
         found = [last(events, f"eval/{corpus}/{metric}") for metric in ("loss", "perplexity", "accuracy")]
         best = best_loss(events, corpus)
         rows.append(
-            [corpus, show(found[0], ".4f"), show(found[1], ".2f"), show(found[2], ".1%")]
+            [corpus, show(found[0], ".4f"), format_perplexity(found[1]), show(found[2], ".1%")]
             + ([f"{best[0]:.4f}", f"{best[1]:,}"] if best else [UNKNOWN, UNKNOWN])
         )
     return without_empty_columns(["corpus", "loss", "perplexity", "accuracy", "best loss", "at step"], rows)

@@ -114,7 +114,7 @@ def test_the_tables_say_what_the_events_say() -> None:
     corpora = evaluated_corpora(EVENTS)
     assert corpora == ["wiki", "a/b"]
     assert held_out_table(EVENTS, corpora).rows == [
-        ["wiki", "3.0000", "8.00", "50.0%", "2.0000", "3"],
+        ["wiki", "3.0000", "8.000", "50.0%", "2.0000", "3"],
         ["a/b", "3.5000", "11.31", "50.0%", "3.5000", "5"],
     ]
     table = training_table(EVENTS)

@@ -1,4 +1,5 @@
 import io
+import math
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from experiment.tracking.console import (
     describe_evaluation,
     describe_training,
 )
+from experiment.tracking.metrics import format_perplexity
 
 TRAINING: dict[str, Any] = {"loss": 6.12341, "lr": 5e-4, "tokens_per_second": 12345.6, "memory": 1 << 30, "mfu": None}
 EVALUATION = {
@@ -60,6 +62,25 @@ def test_the_time_left_follows_the_recent_pace() -> None:
     for step in range(101):
         tracker.log({"step": step, "loss": 1.0})
     assert output.getvalue().splitlines()[-1].endswith("15m00s left")
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (3.9712, "3.971"),
+        (66.6, "66.60"),
+        (999.94, "999.9"),
+        (999.96, "1,000"),
+        (8448.3, "8,448"),
+        (30522.0, "30,522"),
+        (1e304, "1.000e+304"),
+        (math.nan, "nan"),
+        (None, "–"),
+    ],
+)
+def test_the_format_of_a_perplexity(value: float | None, expected: str) -> None:
+    """Catches exponents at the start of a run, and too few digits at its end."""
+    assert format_perplexity(value) == expected
 
 
 def test_no_time_left_without_a_known_end() -> None:
