@@ -9,11 +9,10 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from experiment.disk_errors import disk_errors_as
 from experiment.errors import UserError
 from experiment.files import write_json
+from experiment.progress import progress
 from experiment.tracking.console import terminal
 from finetune.data.formats import read_rows
 from finetune.data.records import Record, TurnJoiner, read_records
@@ -127,13 +126,12 @@ def _write(output: Path, predictor: Predictor, rows: Input, count: int, options:
     """Predict in chunks, and write each. Returns what is to be scored, if anything."""
     scored = Scored() if options.score else None
     done = 0
-    with open_row_file(output) as write, _progress() as bar:
-        task = bar.add_task("", total=count)
+    with open_row_file(output) as write, progress("predicting", count, "rows") as advance:
         for chunk in _chunks(rows, options.batch_size * _CHUNK):
             predictions = predictor.predict_records(chunk, options.calibrated)
             write(prediction_rows(predictor.kind, chunk, predictions, first=done + 1))
             done += len(chunk)
-            bar.update(task, completed=done)
+            advance(len(chunk))
             if scored is not None:
                 scored.records += chunk
                 scored.predictions += predictions
@@ -144,11 +142,6 @@ def _chunks(rows: Input, size: int) -> Iterator[Sequence[Record]]:
     records = iter(rows)
     while chunk := list(islice(records, size)):
         yield chunk
-
-
-def _progress() -> Progress:
-    columns = (TextColumn("rows"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=terminal(), transient=True, disable=not terminal().is_interactive)
 
 
 def _report_scores(path: Path, predictor: Predictor, scored: Scored, options: PredictOptions) -> None:

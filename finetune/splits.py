@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import track
 
 from experiment.errors import UserError
-from experiment.tracking.console import terminal
+from experiment.progress import track
 from finetune.config import FinetuneConfig
 from finetune.data.random_split import split_off
 from finetune.data.records import Record, Table, read_table
@@ -20,8 +19,6 @@ from finetune.encoding.examples import Padding, Split, encode_split
 from finetune.encoding.tokenizer import load_task_tokenizer, turn_joiner
 from finetune.model import ModelSpec, read_model_inputs
 from finetune.task_kind import LossOptions, TaskKind, find_kind
-
-_MANY = 10_000  # rows that take seconds to tokenize
 
 
 @dataclass(frozen=True)
@@ -105,11 +102,8 @@ def make_task(config: FinetuneConfig, kind: TaskKind[Any], spec: ModelSpec, tabl
 
 
 def _show_progress(split: str, records: Sequence[Record]) -> Iterable[Record]:
-    """Iterate over the records of a split, with a progress bar on a terminal, and a line elsewhere if they are many."""
-    console = terminal()
-    if len(records) >= _MANY and not console.is_interactive:
-        console.print(f"tokenizing {len(records):,} rows of {split}", markup=False)
-    return track(records, f"tokenizing {split}", console=console, transient=True, disable=not console.is_interactive)
+    """Iterate over the records of a split, and show the progress."""
+    return track(records, f"tokenizing {split}", len(records), "rows")
 
 
 def describe_task(task: Task) -> list[str]:

@@ -16,13 +16,13 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
-from tqdm import tqdm
 
 from experiment.checkpoints import find_model_folder, read_state
 from experiment.config import build_config
 from experiment.config.constraints import expand_home
 from experiment.errors import UserError
 from experiment.positions import max_positions
+from experiment.progress import track
 from experiment.tokenizer import load_tokenizer, tokenizer_fingerprint
 from experiment.tracking.metrics import format_perplexity
 from pretrain.batching.batch import Microbatch
@@ -126,7 +126,7 @@ def open_evaluator(run: ResolvedRun, rows: Rows, first_position: int, world: Wor
 def _score(name: str, corpus: HeldOutCorpus, predict: Predict, device: torch.device, show_progress: bool) -> Scores:
     totals = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct, masked tokens
     batches = load_batches(corpus.maker, 0, corpus.batches, workers=0)
-    for batch in tqdm(batches, desc=name, total=corpus.batches, unit="batch", disable=not show_progress, leave=False):
+    for batch in track(batches, name, corpus.batches, "batches", show_progress):
         for microbatch in batch.microbatches:
             loss_sum, correct = predict(microbatch)
             assert correct is not None

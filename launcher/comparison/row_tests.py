@@ -5,10 +5,8 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
 
-from rich.progress import track
-
 from experiment.errors import UserError
-from experiment.tracking.console import terminal
+from experiment.progress import track
 from finetune.metrics.bootstrap import Difference, Scores, bootstrap_scores, compare_scores, draw_records
 from finetune.results.scored_split import ScoredSplit, read_scored_split
 from launcher.comparison.cell_scores import CellScores
@@ -43,9 +41,7 @@ def _test_column(column: str, cells: Mapping[str, CellScores]) -> list[RowTest]:
     if others:
         raise UserError(f"{column}: the rows were scored on {count:,} and {others[0]:,} records; run them again")
     records = draw_records(count, RESAMPLES)
-    shown = track(
-        enumerate(splits.items()), f"{column}: bootstrap", total=len(splits), console=terminal(), transient=True
-    )
+    shown = track(enumerate(splits.items()), f"{column}: bootstrap", len(splits), "rows")
     scores: dict[str, Scores] = {}
     for stream, (row, split) in shown:
         scores[row] = bootstrap_scores(

@@ -12,8 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
-from tqdm import tqdm
 
+from experiment.progress import progress
 from launcher.hosts import addresses
 from launcher.hosts.ssh import CONNECT_SECONDS, SSH_FAILED, ssh_argv
 from launcher.preflight import probe
@@ -43,7 +43,7 @@ def probe_hosts(requests: Mapping[str, ProbeRequest], show_progress: bool = Fals
 
     Args:
         requests: by the name of the host.
-        show_progress: as a line on stderr, if that is a terminal.
+        show_progress: on stderr, see `progress`.
     """
     return asyncio.run(_probe_all(requests, show_progress))
 
@@ -54,12 +54,12 @@ def probe_this_machine(request: ProbeRequest) -> HostAnswer:
 
 async def _probe_all(requests: Mapping[str, ProbeRequest], show_progress: bool) -> dict[str, Answer]:
     free_places = asyncio.Semaphore(_AT_ONCE)
-    with tqdm(total=len(requests), desc="preflight", unit="host", disable=None if show_progress else True) as progress:
+    with progress("preflight", len(requests), "hosts", show_progress) as advance:
 
         async def ask(host: str, request: ProbeRequest) -> Answer:
             async with free_places:
                 answer = await _probe(host, probe_program(request))
-                progress.update()
+                advance(1)
                 return answer
 
         answers = await asyncio.gather(*(ask(host, request) for host, request in requests.items()))

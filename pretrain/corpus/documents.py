@@ -8,6 +8,7 @@ from typing import IO
 
 from experiment.csv_and_jsonl import missing_column
 from experiment.errors import UserError
+from experiment.tracking.console import terminal
 from pretrain.corpus.compression import decompress, explain_read_errors
 from pretrain.corpus.formats import Document, ReadStats, cell_document, parse_documents
 from pretrain.corpus.options import TextOptions
@@ -93,6 +94,8 @@ def _read_hub(source: Source, column: str) -> Iterator[Document]:
     if name.count("/") == 2 and not Path(name).exists():
         name, _, configuration = name.rpartition("/")
     origin = f"hub:{source.name}:{source.selection}"
+    if not terminal().is_interactive:
+        datasets.disable_progress_bars()
     try:
         rows = datasets.load_dataset(name, configuration, split=source.selection)
     except Exception as error:  # each cause (network, name, split, bad file) has its own exception

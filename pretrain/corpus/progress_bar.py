@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from experiment.tracking.console import terminal
 from pretrain.corpus.formats import ReadStats
 from pretrain.corpus.sources import Source
 
@@ -23,7 +23,7 @@ class ProgressBar:
         known = [size for size in sizes if size is not None]
         self._total = sum(known) if len(known) == len(sizes) else None
         self._label = label
-        self._console = Console(stderr=True)
+        self._console = terminal()
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -40,14 +40,14 @@ class ProgressBar:
         self.text_bytes = 0
 
     def __enter__(self) -> Self:
-        if self._console.is_terminal:
+        if self._console.is_interactive:
             self._bar.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._console.is_terminal:
+        if self._console.is_interactive:
             self._bar.stop()
 
     @property
@@ -61,7 +61,7 @@ class ProgressBar:
         if self.documents % 64:
             return
         now = time.monotonic()
-        if self._console.is_terminal:
+        if self._console.is_interactive:
             if now - self._shown_at > 0.2:
                 self._shown_at = now
                 self._bar.update(self._task, completed=stats.bytes_read if self._total else None, state=self._state())

@@ -8,18 +8,16 @@ keeps its size and modification time.
 import json
 import logging
 import platform
-import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-from tqdm import tqdm
-
 from experiment.cache_folder import cache_folder
 from experiment.config.constraints import expand_home
 from experiment.errors import UserError
 from experiment.files import json_digest, write_json
+from experiment.progress import progress
 from pretrain.corpus.reader import Corpus, open_corpus
 
 log = logging.getLogger(__name__)
@@ -63,20 +61,12 @@ def _find_damage(corpus: Corpus, show_progress: bool) -> Iterator[tuple[Path, st
     """Yield each shard and what is wrong with it, None if nothing is. Records a corpus without damage."""
     record, undamaged, shards = _Record(corpus), True, corpus.manifest.shards
     record.delete()
-    bar = tqdm(
-        desc=f"verifying {corpus.name}",
-        total=sum(shard.bytes for shard in shards),
-        unit="B",
-        unit_scale=True,
-        delay=3.0,
-        mininterval=0.1 if sys.stderr.isatty() else 10.0,
-        leave=False,
-        disable=not show_progress,
-    )
-    with ThreadPoolExecutor(_THREADS) as pool, bar:
+    megabytes = sum(shard.bytes for shard in shards) / 1e6
+    bar = progress(f"verifying {corpus.name}", megabytes, "MB", show_progress)
+    with ThreadPoolExecutor(_THREADS) as pool, bar as advance:
         for shard, damage in zip(shards, pool.map(corpus.find_damage, shards), strict=True):
             undamaged = undamaged and damage is None
-            bar.update(shard.bytes)
+            advance(shard.bytes / 1e6)
             yield corpus.path / shard.file, damage
     if undamaged:
         record.write()

@@ -6,24 +6,19 @@ shows.
 
 import hashlib
 import importlib.metadata
-import itertools
 import json
 import os
 import re
-import sys
 import sysconfig
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
-
-from rich.console import Console
-from rich.progress import Progress
 
 from experiment.disk_errors import describe_disk_error
 from experiment.errors import UserError
 from experiment.files import atomic_write
+from experiment.progress import progress
 from pretrain.corpus.python_docs.docstrings import extract_docs, prose
 from pretrain.corpus.workers import worker_pool
 
@@ -90,10 +85,10 @@ def read_python_docs() -> Iterator[PythonDoc]:
     ]
     with (
         worker_pool(len(os.sched_getaffinity(0)), "run the same command again") as pool,
-        _progress(len(files)) as advance,
+        progress("reading documentation", len(files), "files") as advance,
     ):
         for file, found in zip(files, pool.map(extract_docs, [file.path for file in files], chunksize=16), strict=True):
-            advance()
+            advance(1)
             for inner, text in found:
                 yield from unseen(file.package, f"{file.name}.{inner}" if inner else file.name, text)
 
@@ -141,20 +136,3 @@ def _select_docs(package: str, files: Iterator[tuple[Path, str]]) -> Iterator[_D
 
 def _module_name(name: str) -> str:
     return name.rsplit(".", 1)[0].replace("/", ".").removesuffix(".__init__")
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[], None]]:
-    """Show progress: a bar on a terminal, otherwise a line every 5,000 files. Call the result once per file."""
-    console = Console(stderr=True)
-    done = itertools.count(1)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("reading documentation", total=total)
-
-        def advance() -> None:
-            count = next(done)
-            bar.advance(task)
-            if not console.is_terminal and count % 5000 == 0:
-                print(f"reading documentation: {count:,} of {total:,} files", file=sys.stderr, flush=True)
-
-        yield advance

@@ -243,11 +243,12 @@ def test_unusable_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sourc
         find_sources(source)
 
 
-def test_hub_source(tmp_path: Path) -> None:
-    """Catches `hub:` sources with the wrong order, column or split."""
+def test_hub_source(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Catches `hub:` sources with the wrong order, column or split, and progress bars of `datasets` in a pipe."""
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train.jsonl").write_text('{"text": "a", "n": 1}\n{"text": "b", "n": 2}\n')
     assert texts(f"hub:{tmp_path / 'set'}:train") == ["a", "b"]
+    assert "\r" not in capfd.readouterr().err
     with pytest.raises(UserError, match="no column 'body'"):
         texts(f"hub:{tmp_path / 'set'}", column="body")
 

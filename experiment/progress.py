@@ -1,0 +1,71 @@
+"""Progress of long work on stderr: a bar on a terminal, otherwise a plain line every ten seconds."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TypeVar
+
+from rich.errors import LiveError
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from experiment.tracking.console import terminal
+
+T = TypeVar("T")
+
+_SECONDS_BEFORE_BAR = 1.0  # short work shows none
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+@contextmanager
+def progress(
+    label: str, total: float, unit: str, shown: bool = True, clock: Callable[[], float] = time.monotonic
+) -> Iterator[Callable[[float], None]]:
+    """Show progress while the block runs. Yields a function to call with the amount that has been done since.
+
+    Args:
+        label: what is done, such as 'verifying wiki'.
+        unit: of the total and the amounts, in the plural.
+        clock: returns seconds.
+    """
+    console, bar = terminal(), _bar()
+    task = bar.add_task(label, total=total, count="")
+    shown_at, done, started = clock(), 0.0, False
+
+    def advance(amount: float) -> None:
+        nonlocal shown_at, done, started
+        done += amount
+        count = f"{done:,.0f} of {total:,.0f} {unit}"
+        bar.update(task, completed=done, count=count)
+        waited = clock() - shown_at
+        if console.is_interactive and shown and not started and waited > _SECONDS_BEFORE_BAR:
+            with suppress(LiveError):  # another bar is shown
+                bar.start()
+                console.show_cursor(True)  # rich hides it; a killed process would leave it hidden
+                started = True
+        elif not console.is_interactive and shown and waited > _SECONDS_BETWEEN_LINES:
+            console.print(f"{label}: {count}", markup=False, emoji=False)
+            shown_at = clock()
+
+    try:
+        yield advance
+    finally:
+        if started:
+            bar.stop()
+
+
+def track(items: Iterable[T], label: str, total: int, unit: str, shown: bool = True) -> Iterator[T]:
+    """Iterate over items, and show the progress. Arguments as of `progress`."""
+    with progress(label, total, unit, shown) as advance:
+        for item in items:
+            yield item
+            advance(1)
+
+
+def _bar() -> Progress:
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[count]}", markup=False),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=terminal(), transient=True)

@@ -1,0 +1,54 @@
+import io
+import itertools
+
+import pytest
+from rich.console import Console
+from rich.progress import Progress
+
+from experiment import progress as module
+from experiment.progress import progress, track
+
+Screen = tuple[Console, io.StringIO]
+
+
+@pytest.fixture(params=[False, True], ids=["pipe", "terminal"])
+def screen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Screen:
+    """What progress is shown on."""
+    written = io.StringIO()
+    console = Console(file=written, width=80, force_terminal=request.param, force_interactive=request.param)
+    monkeypatch.setattr(module, "terminal", lambda: console)
+    return console, written
+
+
+def test_long_work_is_shown(screen: Screen) -> None:
+    """Catches control characters in a log file, a pipe without a sign of life for hours, and an empty terminal."""
+    console, written = screen
+    seconds = iter([0.0, 0.5, 2.0, 11.0, 11.5, 11.8])
+    with progress("reading [x]", 4_000, "files", clock=lambda: next(seconds)) as advance:
+        for _ in range(4):
+            advance(1_000)
+    if console.is_interactive:
+        assert "reading [x]" in written.getvalue()
+        assert "2,000 of 4,000 files" in written.getvalue()
+        assert written.getvalue().count("\x1b[?25l") <= written.getvalue().count("\x1b[?25h"), "the cursor is hidden"
+    else:
+        assert written.getvalue() == "reading [x]: 3,000 of 4,000 files\n"
+
+
+def test_short_and_hidden_work_is_not_shown(screen: Screen) -> None:
+    """Catches lines about work that takes a moment, and lines beside JSON."""
+    _, written = screen
+    assert list(track("abc", "reading", 3, "files")) == ["a", "b", "c"]
+    seconds = iter([0.0, 100.0, 200.0])
+    with progress("reading", 2, "files", shown=False, clock=lambda: next(seconds)) as advance:
+        advance(1)
+    assert written.getvalue() == ""
+
+
+def test_a_bar_in_a_bar_is_left_out(screen: Screen) -> None:
+    """Catches a traceback of rich, which shows one bar at a time."""
+    console, _ = screen
+    seconds = itertools.count(step=100.0)
+    with Progress(console=console), progress("reading", 2, "files", clock=lambda: next(seconds)) as advance:
+        advance(1)
+        advance(1)
