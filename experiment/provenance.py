@@ -3,7 +3,8 @@
 {"run_id": …, "ancestors": […], "attempts": [{"command": …, "git": …, "versions": …, "hardware": …, …}, …]}
 
 Every model folder that a run writes contains `deepcloze.json`, {"run_id": …, "folder": …, "step": …, "ancestors": […]}.
-It is copied along with the folder, so a run that starts from the model can record all of its ancestors.
+It is copied along with the folder, so a run that starts from the model can record all of its ancestors. Such folders
+are published: their `folder`s are names, not paths of this machine.
 """
 
 import importlib.metadata
@@ -19,6 +20,7 @@ from typing import Any
 
 from experiment.errors import UserError
 from experiment.files import sha256, write_json
+from experiment.hub_names import public_name
 from experiment.run_folder import RunFolder
 from experiment.strict_json import parse_json
 
@@ -80,8 +82,9 @@ def read_provenance(folder: RunFolder) -> dict[str, Any] | None:
 
 def write_origin(model: Path, folder: RunFolder, record: Mapping[str, Any], step: int) -> None:
     """Write deepcloze.json into a model folder of a run. record: the run's provenance."""
-    run = {"run_id": record["run_id"], "folder": str(folder.path), "step": step}
-    write_json(model / _ORIGIN, run | {"ancestors": record["ancestors"]})
+    ancestors = [{**ancestor, "folder": public_name(ancestor["folder"])} for ancestor in record["ancestors"]]
+    run = {"run_id": record["run_id"], "folder": folder.path.name, "step": step}
+    write_json(model / _ORIGIN, run | {"ancestors": ancestors})
 
 
 def read_origin(model: Path) -> dict[str, Any] | None:

@@ -20,6 +20,7 @@ from experiment.config.constraints import SequenceLength
 from experiment.errors import UserError
 from experiment.files import write_json
 from experiment.strict_json import parse_json
+from finetune.data.task_config import TaskConfig
 from finetune.kinds import kind_names
 from finetune.model import load_model_config
 from finetune.task_kind import TaskKind, find_kind
@@ -54,14 +55,23 @@ class _Content(Section):
 
 
 def write_saved_task(folder: Path, task: SavedTask) -> None:
+    """The names of the data files only: the folder may be published."""
+    config = task.kind.config
     value = {
-        "task": task.kind.config.model_dump(mode="json"),
+        "task": config.model_copy(update=_file_names(config)).model_dump(mode="json"),
         "labels": list(task.kind.labels),
         "max_seq_length": task.max_seq_length,
         "padded": task.padded,
         "temperature": task.temperature,
     }
     write_json(folder / FILE, value)
+
+
+def _file_names(task: TaskConfig) -> dict[str, Any]:
+    """The keys of the data files, without their folders."""
+    names = {split: Path(path).name for split, path in task.files().items()}
+    of_task = {split: names.pop(split, None) for split in ("train", "validation")}
+    return {**of_task, "test": names if isinstance(task.test, Mapping) else names.get("test")}
 
 
 def read_saved_task(folder: Path, overrides: Mapping[str, str] | None = None) -> SavedTask:

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from experiment.hub_names import hub_name
 from experiment.results.page import Heading, Table, Text
 
 FILE = "README.md"
@@ -27,7 +28,6 @@ _LICENSE = (
     "The licenses of the training data and of the models under *Lineage* may restrict the choice."
 )
 _LIBRARIES = ("deepcloze", "torch", "transformers", "deepspeed")
-_HUB_CACHE = re.compile(r"models--([\w.-]+?)(?:--([\w.-]+))?/snapshots(?:/|$)")
 
 
 @dataclass(frozen=True)
@@ -121,12 +121,6 @@ _HUB_METRICS = dict.fromkeys(("macro_f1", "micro_f1", "weighted_f1"), "f1") | {
     "uar": "recall",
 }
 """Metric -> its name on the Hub, where it has another one."""
-
-
-def hub_name(folder: str) -> str | None:
-    """The name of a model on the Hub, if its folder is in transformers' cache."""
-    found = _HUB_CACHE.search(folder)
-    return "/".join(part for part in found.groups() if part) if found else None
 
 
 def model_name(ancestor: Mapping[str, Any]) -> str:

@@ -77,6 +77,8 @@ def write_graph(loaded: LoadedModel, path: Path) -> None:
             reason = str(error.__cause__ or error).strip().partition("\n")[0]
             name = loaded.model.config.model_type
             raise UserError(f"{loaded.folder}: torch.onnx cannot export this {name} model: {reason}") from error
+        for node in program.model.graph.all_nodes():
+            node.metadata_props.clear()  # stack traces, with paths of this machine
         program.model.metadata_props[PRECISION] = "fp32"
         program.save(path)
 

@@ -56,7 +56,7 @@ def test_a_fork_with_the_same_config_repeats_its_parent(
     assert provenance(tmp_path)["run_id"] != provenance(parent)["run_id"]
     assert len(provenance(tmp_path)["attempts"]) == 2
     assert provenance(tmp_path)["ancestors"] == [
-        {"relation": "fork", "run_id": provenance(parent)["run_id"], "folder": str(parent), "step": 2}
+        {"relation": "fork", "run_id": provenance(parent)["run_id"], "folder": parent.name, "step": 2}
     ]
 
 
@@ -135,12 +135,12 @@ def test_ancestors_are_recorded(
     pools[1].run(pretrain_case, tree | {"model": {"init_from": str(tmp_path / "exported")}})
     ids = [provenance(folder)["run_id"] for folder in (parent, tmp_path / "forked", tmp_path / "target")]
     line = [
-        {"relation": "fork", "run_id": ids[0], "folder": str(parent), "step": 4},
-        {"relation": "init_from", "run_id": ids[1], "folder": str(tmp_path / "forked"), "step": 5},
+        {"relation": "fork", "run_id": ids[0], "folder": parent.name, "step": 4},
+        {"relation": "init_from", "run_id": ids[1], "folder": "forked", "step": 5},
     ]
     assert provenance(tmp_path / "target")["ancestors"] == line
     last = checkpoint_path(tmp_path / "target" / "checkpoints", 1) / "hf"
-    assert read_origin(last) == {"run_id": ids[2], "folder": str(tmp_path / "target"), "step": 1, "ancestors": line}
+    assert read_origin(last) == {"run_id": ids[2], "folder": "target", "step": 1, "ancestors": line}
     assert [ancestor["run_id"] for ancestor in ancestors_of(last, "init_from")] == ids
 
 

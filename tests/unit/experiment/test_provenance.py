@@ -11,9 +11,10 @@ from experiment.provenance import (
     git_state,
     read_origin,
     read_provenance,
+    write_origin,
     write_provenance,
 )
-from experiment.run_folder import open_run_folder
+from experiment.run_folder import RunFolder, open_run_folder
 
 
 def git(repository: Path, *arguments: str) -> str:
@@ -117,6 +118,21 @@ def test_a_foreign_model_is_identified_by_its_weights(tmp_path: Path) -> None:
         "name": tmp_path.name,
         "weights": {"model.safetensors": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"},
     }
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("/home/me/models/bert", "bert"),
+        ("/home/me/.cache/huggingface/hub/models--gpt2/snapshots/607a", "models--gpt2/snapshots/607a"),
+    ],
+)
+def test_a_model_folder_names_no_path(tmp_path: Path, folder: str, name: str) -> None:
+    """Catches the user's folders in a model that is published, and an ancestor that loses its name on the Hub."""
+    record = {"run_id": "a", "ancestors": [{"relation": "init_from", "folder": folder, "name": "x"}]}
+    write_origin(tmp_path, RunFolder(Path("/home/me/runs/first")), record, step=3)
+    ancestors = [{"relation": "init_from", "folder": name, "name": "x"}]
+    assert read_origin(tmp_path) == {"run_id": "a", "folder": "first", "step": 3, "ancestors": ancestors}
 
 
 def test_a_damaged_origin_is_rejected(tmp_path: Path) -> None:

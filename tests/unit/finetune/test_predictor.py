@@ -114,9 +114,17 @@ def test_the_model_folder_names_its_ancestors(trained_run: Path, encoder: Path) 
     """Catches a fine-tuned model that cannot be traced to the encoder that it was made from."""
     origin = json.loads((trained_run / "seed-1" / "model" / "deepcloze.json").read_text())
     provenance = json.loads((trained_run / "provenance.json").read_text())
-    assert (origin["run_id"], origin["folder"]) == (provenance["run_id"], str(trained_run / "seed-1"))
+    assert (origin["run_id"], origin["folder"]) == (provenance["run_id"], "seed-1")
     (ancestor,) = origin["ancestors"]
-    assert (ancestor["relation"], ancestor["folder"]) == ("init_from", str(encoder))
+    assert (ancestor["relation"], ancestor["folder"]) == ("init_from", encoder.name)
+
+
+def test_the_model_folder_has_no_path_of_the_machine(trained_run: Path, encoder: Path) -> None:
+    """Catches the user's name and folders in a model that is published."""
+    for path in (trained_run / "seed-1" / "model").iterdir():
+        content = path.read_bytes()
+        assert str(encoder.parent).encode() not in content, path.name
+        assert str(trained_run.parent).encode() not in content, path.name
 
 
 def test_a_classifier_of_transformers_works(classifier: Path) -> None:

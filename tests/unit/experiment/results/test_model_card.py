@@ -3,13 +3,13 @@ from typing import Any
 import pytest
 import yaml
 
+from experiment.hub_names import hub_name
 from experiment.results.model_card import (
     ModelCard,
     Score,
     Snippet,
     attempt_row,
     escape,
-    hub_name,
     lineage_blocks,
     metadata_of,
     render_block,

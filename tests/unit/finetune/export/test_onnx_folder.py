@@ -4,6 +4,7 @@ import json
 import random
 import re
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from experiment.config import build_config
 from experiment.errors import UserError
+from experiment.provenance import REPOSITORY
 from experiment.tokenizer import load_any_tokenizer
 from finetune.export import onnx_folder
 from finetune.export.command import export_command
@@ -179,6 +181,15 @@ def exported(trained_run: Path, export_onnx: ExportOnnx) -> Path:
 def int8(trained_run: Path, export_onnx: ExportOnnx) -> Path:
     """The same in int8."""
     return export_onnx(trained_run, int8=True)
+
+
+def test_the_folder_has_no_path_of_the_machine(exported: Path, trained_run: Path) -> None:
+    """Catches the user's folders in a model that is published: torch.onnx writes stack traces into the graph."""
+    for path in exported.iterdir():
+        content = path.read_bytes()
+        assert str(trained_run.parent).encode() not in content, path.name
+        assert str(REPOSITORY).encode() not in content, path.name
+        assert sys.prefix.encode() not in content, path.name
 
 
 def predict(model: Path, source: Path, output: Path, *flags: str) -> list[dict[str, Any]]:
