@@ -61,7 +61,7 @@ class EncodedBatch:
     ids: TokenIds  # [tokens of all documents]
     lengths: Counts  # [D] tokens
     unknown: Counts  # [D] unknown tokens
-    words: Counts  # [D] words separated by whitespace
+    words: Counts  # [D] words of the segmenter; without one, those separated by whitespace
     special: int | None  # index of the first document with a special token, which a corpus must not have
     word_starts: BoolArray | None  # [tokens of all documents] tokens that begin a word; None: no segmenter
 
@@ -88,6 +88,8 @@ class DocumentEncoder:
         lengths = np.array([len(document) for document in ids], dtype=np.int64)
         flat = np.fromiter(itertools.chain.from_iterable(ids), self._spec.token_type, int(lengths.sum()))
         ends = np.cumsum(lengths)
+        word_starts = self._word_starts(texts, encodings) if segmented else None
+        words = np.array([len(text.split()) for text in texts], dtype=np.int64)
         has_special = self._is_special[flat[flat < len(self._is_special)]].any()
         return EncodedBatch(
             ids=flat,
@@ -95,9 +97,9 @@ class DocumentEncoder:
             unknown=_count_per_document(flat == self._spec.unknown_id, ends)
             if self._spec.unknown_id is not None
             else np.zeros_like(lengths),
-            words=np.array([len(text.split()) for text in texts], dtype=np.int64),
+            words=words if word_starts is None else _count_per_document(word_starts, ends),
             special=self._first_special(flat, ends) if has_special else None,
-            word_starts=self._word_starts(texts, encodings) if segmented else None,
+            word_starts=word_starts,
         )
 
     def _word_starts(self, texts: list[str], encodings: list[Encoding]) -> BoolArray:
