@@ -1,14 +1,13 @@
 """What `deepcloze pretrain` says when a run starts and ends, besides the messages of the ranks."""
 
 import shlex
-import sys
 
 from experiment.checkpoints import checkpoint_path, checkpoint_step, complete_checkpoints
 from experiment.run_folder import RunFolder
 from experiment.tracking.console import describe_duration
 from experiment.tracking.jsonl import last_number, read_last_events
 from launcher.launch_plan import LaunchPlan
-from launcher.messages import notify
+from launcher.messages import end_line, notify
 
 
 def announce_start(plan: LaunchPlan) -> None:
@@ -42,8 +41,7 @@ def announce_done(folder: RunFolder, step_before: int | None, seconds: float) ->
 
 def announce_stop(folder: RunFolder, step_before: int | None) -> None:
     """What a stopped run has saved. `step_before`: as above."""
-    if sys.stderr.isatty():
-        print(file=sys.stderr)  # after a progress bar, or ^C
+    end_line()
     step = last_step(folder)
     if step is not None and step != step_before:
         notify(f"stopped at step {step:,}, saved")

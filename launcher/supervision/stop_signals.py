@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from experiment.disk_errors import describe_disk_error
 from experiment.run_folder import RunFolder
 from experiment.signals import SignalHistory
-from launcher.messages import notify
+from launcher.messages import end_line, notify
 from launcher.signal_handlers import handle_stop_signals
 
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -65,6 +65,8 @@ class StopSignals:
 
     def _on_signal(self, number: int) -> None:
         is_second = self._signals.is_second(number)
+        if not self._requested or is_second:
+            end_line()
         if not self._requested:
             self._request()
         elif is_second:
