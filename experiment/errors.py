@@ -9,6 +9,11 @@ class UserError(ValueError):
     """
 
 
+def reason(error: Exception) -> str:
+    """Why a file cannot be read or written, without the number and the path that the text of an OSError has."""
+    return getattr(error, "strerror", None) or str(error)
+
+
 class AgreedFailureError(Exception):
     """The run cannot continue. All ranks raise it in the same step; the message is for the user."""
 

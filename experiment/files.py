@@ -9,6 +9,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +21,38 @@ _syncs: Counter[int] = Counter()  # calls of fsync that have returned, by thread
 
 
 @contextmanager
+def created_parents(path: Path) -> Iterator[None]:
+    """Create the missing folders above `path`, and remove those that are empty when the block ends. Raises OSError."""
+    missing = list(takewhile(lambda folder: not folder.exists(), path.absolute().parents))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+@contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Replace the file `path` with what is written to the temporary path that this yields.
 
     After a crash or a power cut, `path` holds the old content or the new, never a part of it. Missing folders are
     created. If the block raises, `path` stays as it was; an OSError of the write names `path`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     # The folder may be shared by hosts.
     temporary = path.with_name(f".{path.name}.{platform.node()}.{threading.get_native_id()}")
-    try:
-        yield temporary
-        fsync(temporary)
-        temporary.replace(path)
-    except BaseException as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
-            error.filename = str(path)
-        raise
+    with created_parents(path):
+        try:
+            yield temporary
+            fsync(temporary)
+            temporary.replace(path)
+        except BaseException as error:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.filename in (None, str(temporary)):
+                error.filename = str(path)
+            raise
     with suppress(OSError):  # some network file systems cannot sync a folder
         fsync(path.parent)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from experiment.disk_errors import disk_errors_as
 from experiment.errors import UserError
-from experiment.files import write_json
+from experiment.files import created_parents, write_json
 from experiment.progress import progress
 from experiment.tracking.console import terminal
 from finetune.data.formats import read_rows
@@ -101,8 +101,7 @@ def _check_writable(path: Path) -> None:
     try:
         if path.is_dir():
             raise IsADirectoryError(EISDIR, os.strerror(EISDIR))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile(dir=path.parent):
+        with created_parents(path), NamedTemporaryFile(dir=path.parent):
             pass
     except OSError as error:
         raise UserError(f"--output: cannot write {path}: {error.strerror}") from None

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer
 
 from experiment.disk_errors import disk_errors_as
-from experiment.errors import UserError
+from experiment.errors import UserError, reason
+from experiment.files import created_parents
 from experiment.tokenizer import load_tokenizer, save_tokenizer, vocabulary_size
 from pretrain.corpus.train_tokenizer import check_output_folder
 
@@ -42,6 +43,7 @@ def extend_tokenizer(extend: Path, added: Path, output: Path) -> None:
     state["added_tokens"] += [_added_token(token, new_ids[token], state) for token in added_tokens]
     with (
         disk_errors_as(UserError, f"--output {output}: "),
+        created_parents(output),
         tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as temporary,
     ):
         partial = Path(temporary) / "tokenizer"
@@ -95,7 +97,7 @@ def _read_words(path: Path) -> list[tuple[int, str]]:
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--added: cannot read {path}: {error}") from None
+        raise UserError(f"--added: cannot read {path}: {reason(error)}") from None
     words = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
     for number, word in words:
         if len(word.split()) > 1:

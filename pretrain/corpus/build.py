@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from experiment.disk_errors import disk_errors_as
 from experiment.errors import UserError
+from experiment.files import created_parents
 from pretrain.corpus.announcement import announce_sources
 from pretrain.corpus.build_plan import BuildPlan, plan_build
 from pretrain.corpus.manifest import MANIFEST, TOKENIZER, Manifest, read_manifest
@@ -133,15 +134,17 @@ def summary(folder: Path, manifest: Manifest) -> str:
 @contextmanager
 def _build_lock(folder: Path) -> Iterator[None]:
     """Allow one build at a time into `folder`. Raises UserError if another one is running."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
     path = folder.with_name(f".{folder.name}.lock")
     lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"--output {folder}: another build is writing it") from None
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)  # while it is held: whoever opens it later gets a new file, and finds the corpus
-        lock.release()
+    with created_parents(folder):
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"--output {folder}: another build is writing it") from None
+        try:
+            yield
+        finally:
+            path.unlink(
+                missing_ok=True
+            )  # while it is held: whoever opens it later gets a new one, and finds the corpus
+            lock.release()

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from experiment.disk_errors import disk_errors_as
 from experiment.errors import UserError
-from experiment.files import removed_on_error
+from experiment.files import created_parents, removed_on_error
 from experiment.tokenizer import BERT_TOKENS, ROBERTA_TOKENS, save_tokenizer
 from pretrain.corpus.documents import read_documents
 from pretrain.corpus.formats import ReadStats
@@ -62,7 +62,11 @@ def train_tokenizer(options: TokenizerOptions) -> None:
     tokenizer = _wrap(model, options.kind)
     partial = options.output.with_name(options.output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    with disk_errors_as(UserError, f"--output {options.output}: "), removed_on_error(partial):
+    with (
+        disk_errors_as(UserError, f"--output {options.output}: "),
+        created_parents(options.output),
+        removed_on_error(partial),
+    ):
         save_tokenizer(tokenizer, partial)
         partial.replace(options.output)
     print(
@@ -81,7 +85,8 @@ def check_output_folder(folder: Path) -> None:
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"--output {folder} already holds something; name a new folder")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        with created_parents(folder):
+            pass
     except OSError as error:
         raise UserError(f"--output {folder}: cannot write there: {error.strerror}") from None
 

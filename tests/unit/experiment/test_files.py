@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from experiment.files import atomic_write, checksum, removed_on_error, sha256, write_json, write_text
+from experiment.files import atomic_write, checksum, created_parents, removed_on_error, sha256, write_json, write_text
 from small_disk import SmallDisk
 
 
@@ -19,6 +19,17 @@ def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path: Path) -> None:
         write_text(path, "half of it \ud800")
     assert json.loads(path.read_text(encoding="utf-8")) == {"é": 1}
     assert [entry.name for entry in path.parent.iterdir()] == ["state.json"]
+
+
+def test_folders_that_stay_empty_are_removed(tmp_path: Path) -> None:
+    """Catches a folder that a command leaves which has written nothing, and one that is removed with its files."""
+    (tmp_path / "old").mkdir()
+    with created_parents(tmp_path / "old" / "a" / "b" / "file"):
+        (tmp_path / "old" / "a" / "kept").touch()
+    assert [path.name for path in (tmp_path / "old" / "a").iterdir()] == ["kept"]
+    with created_parents(tmp_path / "new" / "a" / "file"):
+        assert (tmp_path / "new" / "a").is_dir()
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_reader_never_sees_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
