@@ -1,8 +1,13 @@
 """`deepcloze validate`: check a config without starting anything."""
 
+from experiment.config import load_config
 from experiment.fast_imports import fast_imports
-from launcher.options import ValidateOptions
-from launcher.sweeps.sweep_plan import is_finetuning, validate_pretraining
+from launcher.hosts.machine import inspect_machine, select_accelerator
+from launcher.launch_plan import plan_launch
+from launcher.messages import notify
+from launcher.options import PretrainOptions, ValidateOptions
+from launcher.sweeps.sweep_plan import is_finetuning
+from pretrain.config import PretrainConfig
 
 
 def validate_command(options: ValidateOptions) -> None:
@@ -14,5 +19,14 @@ def validate_command(options: ValidateOptions) -> None:
         finetune(options.config, options.overrides, dry_run=True)
         print(f"{options.config}: valid, for deepcloze finetune")
     else:
-        validate_pretraining(options.config, {})(options.overrides)
+        _validate_pretraining(PretrainOptions(config=options.config, overrides=options.overrides))
         print(f"{options.config}: valid, for deepcloze pretrain")
+
+
+def _validate_pretraining(options: PretrainOptions) -> None:
+    config, machine = load_config(PretrainConfig, options.config, options.overrides), inspect_machine()
+    select_accelerator(machine.devices)
+    plan_launch(options, config, machine)
+    steps = config.schedule.known_steps
+    for warning in () if steps is None else config.schedule.warnings(steps):
+        notify(f"warning: {warning}")

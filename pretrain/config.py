@@ -5,7 +5,7 @@ complete examples.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import (
@@ -279,6 +279,14 @@ class ScheduleConfig(Section):
         if self.steps is None and self.stages and self.stages[-1].steps is not None:
             return sum(stage.steps or 0 for stage in self.stages)
         return self.steps
+
+    def warnings(self, steps: int) -> Iterator[str]:
+        """Settings that have no effect, or a poor one, in a run of this many steps."""
+        for key in ("warmup_steps", "batch_warmup_steps"):
+            if getattr(self, key) >= steps:
+                yield f"schedule.{key} is {getattr(self, key):,}, but the run has only {steps:,} steps"
+        if self.decay_steps is not None and self.decay_steps > steps:
+            yield f"schedule.decay_steps is {self.decay_steps:,}, but the run has only {steps:,} steps"
 
     @field_validator("budget")
     @classmethod

@@ -58,15 +58,9 @@ def _batches(plan: RunPlan) -> Iterator[str]:
 
 
 def _schedule(plan: RunPlan) -> Iterator[str]:
-    schedule, steps = plan.run.config.schedule, plan.steps if plan.steps is not None else plan.budget_steps
-    if steps is None:
-        return
-    for key in ("warmup_steps", "batch_warmup_steps"):
-        warmup = getattr(schedule, key)
-        if warmup >= steps:
-            yield f"schedule.{key} is {warmup:,}, but the run has only {steps:,} steps"
-    if schedule.decay_steps is not None and schedule.decay_steps > steps:
-        yield f"schedule.decay_steps is {schedule.decay_steps:,}, but the run has only {steps:,} steps"
+    steps = plan.steps if plan.steps is not None else plan.budget_steps
+    if steps is not None:
+        yield from plan.run.config.schedule.warnings(steps)
 
 
 def _communication(plan: RunPlan) -> Iterator[str]:

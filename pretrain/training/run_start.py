@@ -34,6 +34,8 @@ def open_run_tracker(
     """
     end = "until the time budget is used up" if total_steps is None else f"{total_steps:,} steps"
     log.info("training: %s; %d finished", end, step)
+    for warning in () if total_steps is None else run.config.schedule.warnings(total_steps):
+        log.warning(warning)
     resumed = run.resume_plan.checkpoint is not None and not run.resume_plan.fork
     tracked = TrackedRun(
         run_id=provenance["run_id"],
