@@ -14,6 +14,7 @@ from typing import Any
 
 from experiment.errors import UserError
 from experiment.files import checksum, fsync_tree, json_digest, write_json, write_text
+from experiment.hub_names import download_hint
 
 log = logging.getLogger(__name__)
 
@@ -82,9 +83,15 @@ def find_checkpoint(path: Path) -> Path:
         raise UserError(f"{path} names {_read_best(path)!r}, which is not a complete checkpoint")
     if (path / "checkpoints").is_dir():
         raise UserError(f"the run {path} has no complete checkpoint")
+    if models := sorted(path.glob("seed-*/model")):
+        raise UserError(
+            f"{path} is a run of `deepcloze finetune`: expected the model of one of its seeds, such as {models[0]}"
+        )
     if path.exists():
         raise UserError(f"{path} is neither a Hugging Face folder, a checkpoint nor a run with a complete checkpoint")
-    raise UserError(f"{path} does not exist: expected a Hugging Face folder, a checkpoint or a run")
+    raise UserError(
+        f"{path} does not exist: expected a Hugging Face folder, a checkpoint or a run{download_hint(path)}"
+    )
 
 
 def checkpoint_candidates(path: Path) -> list[Path]:

@@ -42,7 +42,7 @@ def find_recipe(name: str, kinds: Sequence[RecipeKind] = _KINDS) -> Recipe:
     found = [recipe for recipe in known if name in (recipe.name, f"{recipe.kind}/{recipe.name}")]
     if not found:
         close = did_you_mean(name, [recipe.name for recipe in known])
-        raise UserError(f"there is no file and no recipe '{name}'{close}; see `deepcloze recipes`")
+        raise UserError(f"there is no file and no recipe '{name}'{close}")
     if len(found) > 1:
         names = " or ".join(f"{recipe.kind}/{recipe.name}" for recipe in found)
         raise UserError(f"there are several recipes '{name}': expected {names}")
@@ -57,4 +57,9 @@ def find_config(name: str, *kinds: RecipeKind) -> str:
     folder, _, last = name.rpartition("/")
     if Path(name).is_file() or folder not in ("", *_KINDS) or Path(last).suffix:
         return name
-    return str(find_recipe(name, kinds).path)
+    try:
+        return str(find_recipe(name, kinds).path)
+    except UserError:
+        if Path(name).is_dir():
+            raise UserError(f"{name} is a folder; expected a YAML file, or the name of a recipe") from None
+        raise

@@ -4,8 +4,20 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from experiment.errors import UserError
+from experiment.files import created_parents
+
+RunKind = Literal["pretraining run", "fine-tuning run"]
+
+_CONTENTS = {
+    "config.json": "model",
+    "manifest.json": "corpus",
+    "checkpoints": "pretraining run",
+    "seed-*/COMPLETE": "fine-tuning run",
+}
+"""Files and folders -> what a folder with them holds."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +139,23 @@ class RunFolder:
 def folder_name(text: str) -> str:
     """A name for a folder: letters, digits and any of _.+- of a text; empty if it has none."""
     return re.sub(r"[^\w.+-]+", "-", text).strip("-.")
+
+
+def check_run_folder(folder: RunFolder, kind: RunKind) -> None:
+    """Raise UserError for a folder that holds something else than runs of this kind, such as a corpus."""
+    for pattern, content in _CONTENTS.items():
+        found = next(folder.path.glob(pattern), None)
+        if found is not None and content != kind:
+            raise UserError(f"run.dir: {folder.path} holds a {content} ({pattern}); choose another folder")
+
+
+def check_creatable(folder: RunFolder) -> None:
+    """Raise UserError if the folder is missing and cannot be created. Leaves no folder."""
+    try:
+        with created_parents(folder.logs):
+            pass
+    except OSError as error:
+        raise UserError(f"run.dir: cannot create the run folder {folder.path}: {error.strerror}") from None
 
 
 def open_run_folder(path: Path | str) -> RunFolder:

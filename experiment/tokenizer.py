@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiment.errors import UserError
+from experiment.errors import UserError, reason
 from experiment.files import fsync_tree, json_digest
+from experiment.hub_names import download_hint
 from experiment.strict_json import parse_json
 from experiment.transformers_logging import quiet_transformers
 
@@ -67,7 +68,7 @@ def load_any_tokenizer(path: Path | str, needed: Sequence[str]) -> "PreTrainedTo
     if not folder.is_dir():
         raise UserError(
             f"tokenizer: {folder} is not a folder; expected a Hugging Face folder, or one with a vocab.txt; "
-            "`deepcloze tokenizer` makes one"
+            f"`deepcloze tokenizer` makes one{download_hint(folder)}"
         )
     tokenizer = _load_bare_vocabulary(folder) if _is_bare_vocabulary(folder) else _load_folder(folder)
     vocabulary = tokenizer.get_vocab()
@@ -125,7 +126,7 @@ def _load_bare_vocabulary(folder: Path) -> "PreTrainedTokenizerFast":
     try:
         entries = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"tokenizer: cannot read {path}: {error}") from None
+        raise UserError(f"tokenizer: cannot read {path}: {reason(error)}") from None
     if absent := [token for token in BERT_TOKENS.values() if token not in entries]:
         raise UserError(f"tokenizer: {path} is not a BERT vocabulary: it has no {', '.join(absent)}")
     config = _read_json(folder / "tokenizer_config.json")
@@ -144,7 +145,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise UserError(f"tokenizer: cannot read {path}: {error}") from None
+        raise UserError(f"tokenizer: cannot read {path}: {reason(error)}") from None
     return found if isinstance(found, dict) else {}
 
 

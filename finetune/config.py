@@ -13,6 +13,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, create
 
 from experiment.config import Section, did_you_mean
 from experiment.config.constraints import Fraction, PathText, Seed, SequenceLength
+from experiment.config.kinds import check_kind
 from experiment.errors import UserError
 from experiment.tracking.config import TrackingConfig
 from finetune.data.task_config import TaskConfig
@@ -116,11 +117,12 @@ class FinetuneConfig(Section):
     tracking: TrackingConfig = TrackingConfig()
 
     @classmethod
+    def check_kind(cls, tree: Mapping[str, Any]) -> None:
+        check_kind(tree, "task")
+
+    @classmethod
     def specialize(cls, tree: Mapping[str, Any]) -> type[Self]:
-        """The type with the keys of the task's kind. Raises UserError for an unknown kind, and for the config of a
-        pretraining."""
-        if "task" not in tree and "corpus" in tree:
-            raise UserError("this is the config of a pretraining, for `deepcloze pretrain`; expected one with a 'task'")
+        """The type with the keys of the task's kind. Raises UserError for an unknown kind."""
         task = tree.get("task")
         if not isinstance(task, dict):
             return cls  # which rejects it

@@ -22,7 +22,7 @@ from experiment.errors import StoppedError, UserError
 from experiment.files import write_text
 from experiment.outcome_file import Outcome
 from experiment.provenance import ancestors_of, collect_provenance, write_provenance
-from experiment.run_folder import RunFolder, open_run_folder
+from experiment.run_folder import RunFolder, check_creatable, check_run_folder, open_run_folder
 from experiment.run_lock import check_unlocked, lock_run
 from experiment.tracking.console import terminal
 from experiment.tracking.tracker import TrackedRun, Tracker, check_tracking, open_trackers
@@ -77,7 +77,7 @@ def resolve_paths(config: FinetuneConfig, default_name: str) -> FinetuneConfig:
 
 def _find_model(init_from: str) -> Path:
     try:
-        return find_model_folder(Path(init_from).absolute())
+        return find_model_folder(Path(init_from)).absolute()
     except UserError as error:
         raise UserError(f"model.init_from: {error}") from None
 
@@ -88,7 +88,9 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
     Raises UserError, also if the disk refuses something, and StoppedError if it is full after training has begun.
     """
     _prepare_process()
-    dead = check_unlocked(RunFolder(Path(config.run.dir)))  # before the data is read, which may take minutes
+    folder = RunFolder(Path(config.run.dir))
+    dead = check_unlocked(folder)  # before the data is read, which may take minutes
+    check_creatable(folder)
     setup = prepare(config)
     open_run_folder(setup.folder.path)
     with lock_run(setup.folder, dead=dead):
@@ -104,8 +106,7 @@ def _prepare_process() -> None:
 def prepare(config: FinetuneConfig) -> Setup:
     """Read the data and inspect the model, and print what is found. Writes nothing. Raises UserError."""
     name = config.task.name
-    if (Path(config.run.dir) / "config.json").exists():
-        raise UserError(f"run.dir: {config.run.dir} holds a model (config.json); choose another folder")
+    check_run_folder(RunFolder(Path(config.run.dir)), "fine-tuning run")
     check_tracking(config.tracking)
     device = choose_device(config.training.precision)
     tables = read_splits(config.task, Path(config.model.init_from), config.training.fit_on)

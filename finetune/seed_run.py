@@ -81,10 +81,8 @@ def result_settings(
 def finished_seeds(folder: RunFolder, settings: Mapping[str, Any]) -> dict[int, SeedRecord]:
     """The finished seeds in a run folder.
 
-    Raises UserError for a folder of a pretraining run, or of a run with other settings.
+    Raises UserError for a folder of a run with other settings.
     """
-    if folder.checkpoints.exists():
-        raise UserError(f"run.dir: {folder.path} holds a pretraining run; choose another folder")
     records = {}
     for path in sorted(folder.path.glob(f"seed-*/{_COMPLETE}")):
         try:

@@ -20,8 +20,11 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from experiment.config import Metavar, Positional, Section, did_you_mean
-from experiment.config.field_types import describe_field, known_keys, union_members
+from experiment.config.field_types import describe_field, is_section, known_keys, union_members
 from experiment.errors import UserError
+
+_DASHES = "-\N{HYPHEN}\N{NON-BREAKING HYPHEN}\N{EN DASH}\N{EM DASH}\N{MINUS SIGN}"
+"""With those that word processors and web pages put in place of two hyphens."""
 
 Command = Callable[[Any], None]
 """A function of its options, a subclass of `Section`."""
@@ -78,7 +81,7 @@ def parse_command_line(argv: Sequence[str], commands: Mapping[str, Command]) -> 
     name, command = find_command(argv, commands)
     options_type = options_of(command)
     try:
-        texts, overrides = _split(argv[1:], options_type)
+        texts, overrides = _split(name, argv[1:], options_type)
         return name, _build_options(options_type, texts, overrides)
     except _UsageError as error:
         raise UserError(f"{error} (deepcloze {name} --help)") from None
@@ -88,7 +91,7 @@ def find_command(argv: Sequence[str], commands: Mapping[str, Command]) -> tuple[
     """The command that a command line begins with. Raises UserError for an unknown one."""
     name = argv[0].replace("-", "_")
     if name not in commands:
-        raise UserError(f"unknown command '{argv[0]}'{did_you_mean(name, list(commands))}; see `deepcloze --help`")
+        raise UserError(f"unknown command '{argv[0]}'{did_you_mean(name, list(commands))} (deepcloze --help)")
     return name, commands[name]
 
 
@@ -131,7 +134,9 @@ class _UsageError(UserError):
     """A usage error; the message points to --help."""
 
 
-def _split(arguments: Sequence[str], options_type: type[Section]) -> tuple[dict[str, list[str]], dict[str, str]]:
+def _split(
+    command: str, arguments: Sequence[str], options_type: type[Section]
+) -> tuple[dict[str, list[str]], dict[str, str]]:
     """(raw texts by flag, raw text by config key). Only a repeated flag has several texts."""
     flags = flags_of(options_type)
     positional = [flag.name for flag in flags.values() if flag.positional]
@@ -141,17 +146,18 @@ def _split(arguments: Sequence[str], options_type: type[Section]) -> tuple[dict[
     while rest:
         argument = rest.pop(0)
         if not argument.startswith("--"):
-            if not positional or argument.startswith("-"):
-                raise _UsageError(f"unexpected argument '{argument}'; flags are written --name=value")
+            if not positional or argument.startswith(tuple(_DASHES)):
+                hint = _meant_flag(argument, options_type, texts, overrides)
+                raise _UsageError(f"unexpected argument '{argument}'; {hint}")
             texts.setdefault(positional[0], []).append(argument)
             if not flags[positional[0]].is_repeated:
                 positional.pop(0)
             continue
         written, equals, value = argument[2:].partition("=")
         name = written.replace("-", "_")
-        is_override = "." in written and _overrides_field(options_type) is not None
+        is_override = ("." in written and _overrides_field(options_type) is not None) or _is_plain_key(command, name)
         if not is_override and name not in flags:
-            raise _UsageError(f"unknown flag '--{written}'{_similar_flags(name, flags, options_type)}")
+            raise _UsageError(f"unknown flag '--{written}'{_similar_flags(name, flags, command, options_type)}")
         if not equals and not is_override and flags[name].is_switch:
             value = "true"
         elif not equals:
@@ -166,14 +172,51 @@ def _split(arguments: Sequence[str], options_type: type[Section]) -> tuple[dict[
     return texts, overrides
 
 
-def _similar_flags(name: str, flags: Mapping[str, Flag], options_type: type[Section]) -> str:
-    """The config key that is meant if only its dot is missing, as in --run-dir; else the most similar flag."""
+def _is_plain_key(command: str, name: str) -> bool:
+    """Whether a config of the command has a key `name` without a section, such as `seeds` of a comparison."""
+    if command != "compare":
+        return False
+    from launcher.config_docs import CONFIGS  # takes a while to import
+
+    field = CONFIGS[command].model_fields.get(name)
+    return field is not None and not is_section(field.annotation)
+
+
+def _meant_flag(
+    argument: str,
+    options_type: type[Section],
+    texts: Mapping[str, Sequence[str]],
+    overrides: Mapping[str, str],
+) -> str:
+    """What was meant by an argument that is no flag. texts, overrides: those before it."""
+    given = [text for of_flag in texts.values() for text in of_flag] + list(overrides.values())
+    if given and given[-1].startswith(("[", "{")) and given[-1][-1] not in "]}":
+        return "put quotes around a value with spaces"
+    flags = flags_of(options_type)
+    written = argument.lstrip(_DASHES)
+    name, equals, _ = written.partition("=")
+    is_override = "." in name and equals and _overrides_field(options_type) is not None
+    if is_override or (name.replace("-", "_") in flags and (equals or argument != written)):
+        return f"did you mean '--{written}'?"
+    missing = [flag for flag in flags.values() if flag.required and flag.name not in texts]
+    if missing and argument == written:
+        return f"did you mean '--{missing[0].name}={argument}'?"
+    return "flags are written --name=value"
+
+
+def _similar_flags(name: str, flags: Mapping[str, Flag], command: str, options_type: type[Section]) -> str:
+    """The config keys that may be meant if the dot is missing, as in --run-dir, or the section, as in --steps; else the
+    most similar flag."""
     if _overrides_field(options_type) is not None:
         from launcher.config_docs import CONFIGS  # takes a while to import
 
-        keys = [key for config in CONFIGS.values() for key in known_keys(config)]
-        if meant := next((key for key in keys if key.replace(".", "_") == name), None):
-            return f"; did you mean '--{meant}'?"
+        configs = [CONFIGS[command]] if command in CONFIGS else CONFIGS.values()
+        keys = [key for config in configs for key in known_keys(config) if "." in key]
+        meant = [key for key in keys if key.replace(".", "_") == name] or [
+            key for key in keys if key.rpartition(".")[2] == name
+        ]
+        if meant:
+            return "; did you mean " + " or ".join(f"'--{key}'" for key in dict.fromkeys(meant)) + "?"
     return did_you_mean(f"--{name}", [f"--{known}" for known in flags])
 
 

@@ -205,7 +205,7 @@ class RecipesOptions(Section):
     name: Annotated[str | None, Positional("NAME")] = None
     """As listed; pretrain/NAME or finetune/NAME where both have it."""
 
-    target: Annotated[str | None, Positional("TARGET")] = None
+    target: Annotated[PathText | None, Positional("TARGET")] = None
     """File or folder to copy to; default: NAME.yaml in the working directory."""
 
 

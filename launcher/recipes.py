@@ -21,7 +21,7 @@ def recipes_command(options: RecipesOptions) -> None:
     if options.action == "show":
         print(text, end="")
         return
-    target = Path(options.target or recipe.path.name).expanduser()
+    target = Path(options.target or recipe.path.name)
     if target.is_dir():
         target = target / recipe.path.name
     if target.exists():

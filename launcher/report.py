@@ -12,6 +12,8 @@ from launcher.messages import notify
 
 def report_runs(runs: Sequence[str], output: str | None) -> Path:
     """Write the page of a run, sweep or comparison, or of several runs; return its path. Raises UserError."""
+    if output is not None and Path(output).is_file():
+        raise UserError(f"--output: {output} is a file; expected a folder")
     if len(runs) > 1:
         return write_overlay(runs, Path(output or "report").absolute())
     fill_new_checkpoints(open_folder(runs[0]))

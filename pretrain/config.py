@@ -19,8 +19,8 @@ from pydantic import (
 )
 
 from experiment.config import Section, did_you_mean
-from experiment.config.constraints import Fraction, PathText, Seed, SequenceLength
-from experiment.errors import UserError
+from experiment.config.constraints import Fraction, PathText, Seed, SequenceLength, expand_home
+from experiment.config.kinds import check_kind
 from experiment.tracking.config import TrackingConfig
 
 Rate = Annotated[float, Field(gt=0.0, lt=1.0)]
@@ -50,7 +50,7 @@ class RunConfig(Section):
     @property
     def parent(self) -> str | None:
         """The run or checkpoint to fork, if any."""
-        return None if self.resume in ("auto", "never") else self.resume
+        return None if self.resume in ("auto", "never") else expand_home(self.resume)
 
 
 class ModelConfig(Section):
@@ -403,7 +403,7 @@ class Stage(NamedTuple):
 class EngineConfig(Section):
     """DeepSpeed."""
 
-    ds_config: str = "ds_configs/bf16_zero1.json"
+    ds_config: PathText = "ds_configs/bf16_zero1.json"
     """DeepSpeed config: precision, ZeRO stage, offload and communication. A JSON file, or the name of a preset such as
     bf16_zero2. See ds_configs/README.md."""
 
@@ -446,11 +446,8 @@ class PretrainConfig(Section):
         return tuple(resolved)
 
     @classmethod
-    def specialize(cls, tree: Mapping[str, Any]) -> type[Self]:
-        """Raises UserError for the config of a task."""
-        if "task" in tree and "corpus" not in tree:
-            raise UserError("this is the config of a task, for `deepcloze finetune`; expected one with a 'corpus'")
-        return cls
+    def check_kind(cls, tree: Mapping[str, Any]) -> None:
+        check_kind(tree, "corpus")
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:

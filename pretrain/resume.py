@@ -24,7 +24,7 @@ from experiment.checkpoints import (
 from experiment.config import flatten
 from experiment.errors import UserError
 from experiment.provenance import read_origin, read_provenance
-from experiment.run_folder import RunFolder
+from experiment.run_folder import RunFolder, check_run_folder
 from pretrain.config import ModelConfig, PretrainConfig, RunConfig
 
 log = logging.getLogger(__name__)
@@ -97,8 +97,10 @@ def find_resume_candidates(run: RunConfig, folder: RunFolder) -> ResumeCandidate
 
     A fork that has saved a checkpoint resumes from it; one that has not forks again.
 
-    Raises UserError for a `run.resume` that names no checkpoint, and a run folder that should be unused.
+    Raises UserError for a `run.resume` that names no checkpoint, a run folder that should be unused, and one that holds
+    something else than a pretraining.
     """
+    check_run_folder(folder, "pretraining run")
     own = complete_checkpoints(folder.checkpoints)
     _check_incomplete(folder.checkpoints, own)
     if run.resume == "never" and (own or folder.metrics.exists()):
@@ -204,9 +206,10 @@ def check_resume(before: Mapping[str, Any], now: Mapping[str, Any], where: str) 
     fixed = _FIXED if before["masking.schedule"] == "constant" else (*_FIXED, *_LENGTH)
     for key, (old, new) in changes.items():
         if _is_below(key, fixed) and key not in _LAYOUT:
+            what = "a corpus with the fingerprint " if key == "corpus.train" else ""
             raise UserError(
-                f"{where} cannot be resumed with another {key}: the run was started with {old!r}, the config says "
-                f"{new!r}. Restore the value, or start a new run (or a fork of this one) in another run.dir"
+                f"{where} cannot be resumed with another {key}: the run was started with {what}{old!r}, the config "
+                f"says {what}{new!r}. Restore the value, or start a new run (or a fork of this one) in another run.dir"
             )
     return _lines(changes)
 

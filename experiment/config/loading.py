@@ -51,6 +51,10 @@ class Section(BaseModel):
         return cls
 
     @classmethod
+    def check_kind(cls, tree: Mapping[str, Any]) -> None:
+        """Raise UserError if the tree in a file is the config of another command."""
+
+    @classmethod
     def variants(cls) -> Mapping[str, type[Self]]:
         """Title -> type, of all types that `specialize` may give; empty if there is only this one."""
         return {}
@@ -130,6 +134,7 @@ def _build(
     for dotted in by_depth:
         _set_key(plain, dotted, parse_value(Any, overrides[dotted]))
     try:
+        config_type.check_kind(merged)
         config_type = config_type.specialize(plain)
     except UserError as error:
         raise UserError(f"{origin}: {error}") from None

@@ -11,6 +11,7 @@ from pydantic_core import ErrorDetails
 
 from experiment.config.field_types import (
     TYPE_NAMES,
+    accepts,
     annotation_below,
     describe_type,
     known_keys,
@@ -21,8 +22,17 @@ from experiment.config.yaml_dialect import KeyPath, explain_yaml, read_yaml
 
 def explain_errors(config_type: type[BaseModel], error: ValidationError) -> Iterator[tuple[KeyPath, str]]:
     """(key, message) for each problem that the user has to solve."""
-    for key, details in _without_other_branches(config_type, error.errors()):
-        yield key, _explain(config_type, key, details)
+    found = _without_other_branches(config_type, error.errors())
+    missing = [key for key, details in found if _is_missing(details)]
+    for key, details in found:
+        if details["type"] == "too_short" and details["input"]:
+            continue  # what is wrong with its items is an error too
+        siblings = [other for other in missing if other[:-1] == key[:-1]] if _is_missing(details) else [key]
+        if len(siblings) == 1:
+            yield key, _explain(config_type, key, details)
+        elif key == siblings[0]:
+            names = [f"'{'.'.join(sibling)}'" for sibling in siblings]
+            yield key, f"{', '.join(names[:-1])} and {names[-1]} are missing: they have no default"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -66,9 +76,9 @@ def _explain(config_type: type[BaseModel], key: KeyPath, details: ErrorDetails) 
         for part in key:
             annotation = annotation_below(annotation, part)
         quote = str in union_members(annotation) and isinstance(details["input"], int | float)
-        hint = ": write it in quotes" if quote else _yaml_problem(details["input"])
+        hint = ": write it in quotes" if quote else _yaml_problem(details["input"], accepts(annotation, dict))
         return f"'{dotted}': expected {describe_type(annotation)}, found {describe_value(details['input'])}{hint}"
-    if details["type"] == "missing":
+    if _is_missing(details):
         return f"'{dotted}' is missing: it has no default"
     if details["type"] == "value_error":
         message = str(details["ctx"]["error"])
@@ -111,6 +121,10 @@ def _locate(config_type: type[BaseModel], details: ErrorDetails) -> tuple[KeyPat
     return key, unions
 
 
+def _is_missing(details: ErrorDetails) -> bool:
+    return details["type"] == "missing" and not _is_short_tuple(details)
+
+
 def _is_mismatch(details: ErrorDetails) -> bool:
     """Whether the value has the wrong type for its field."""
     kind = details["type"]
@@ -126,11 +140,13 @@ def _is_short_tuple(details: ErrorDetails) -> bool:
     return details["type"] == "missing" and isinstance(details["loc"][-1], int)
 
 
-def _yaml_problem(value: Any) -> str:
-    """The YAML error, if the value is text that looks like a list or mapping."""
+def _yaml_problem(value: Any, to_mapping: bool) -> str:
+    """The YAML error, if the value is text that looks like a list or mapping; how to write one, if one is expected."""
     if isinstance(value, str) and value.startswith(("[", "{")):
         try:
             read_yaml(value)
         except yaml.YAMLError as error:
             return explain_yaml(error)
+    if to_mapping and isinstance(value, str) and ":" in value:  # a shell has removed the braces
+        return "; write '{key: value}', with the quotes and a space after the colon"
     return ""

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from experiment.checkpoints import find_model_folder
 from experiment.disk_errors import describe_disk_error
-from experiment.errors import UserError
-from experiment.files import removed_on_error
+from experiment.errors import UserError, reason
+from experiment.files import created_parents, removed_on_error
 from experiment.results.exported_card import write_card
 from finetune.onnx_model import holds_onnx_model, require_packages
 from finetune.options import ExportOptions
@@ -23,14 +23,13 @@ def export_command(options: ExportOptions) -> None:
     aside = target.with_name(f".{target.name}.partial")
     try:
         shutil.rmtree(aside, ignore_errors=True)
-        aside.parent.mkdir(parents=True, exist_ok=True)
-        with removed_on_error(aside):
+        with created_parents(aside), removed_on_error(aside):
             lines = _write(source, aside, options)
             if target.exists():
                 target.rmdir()
             aside.rename(target)
     except OSError as error:
-        raise UserError(f"cannot write {target}: {describe_disk_error(error) or error}") from None
+        raise UserError(f"cannot write {target}: {describe_disk_error(error) or reason(error)}") from None
     print("\n".join([f"{source} -> {target}", *lines]))
 
 

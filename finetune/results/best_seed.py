@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+from experiment.checkpoints import complete_checkpoints
 from experiment.errors import UserError
+from experiment.hub_names import download_hint
 from experiment.strict_json import parse_json
 from finetune.task_kind import find_kind
 
@@ -20,8 +22,14 @@ def find_model(path: Path) -> tuple[Path, str]:
         return path / "model", str(path / "model")
     if (path / RESULTS).is_file():
         return _best_seed(path)
+    if checkpoints := complete_checkpoints(path / "checkpoints"):
+        raise UserError(
+            f"{path} is a pretraining run: expected a model folder, such as {checkpoints[-1] / 'hf'}, or a finished "
+            "run of `deepcloze finetune`"
+        )
     problem = "holds neither config.json nor results.json" if path.is_dir() else "is not a folder"
-    raise UserError(f"{path} {problem}: expected a model folder, such as RUN/seed-1/model, or a finished run")
+    hint = "" if path.exists() else download_hint(path)
+    raise UserError(f"{path} {problem}: expected a model folder, such as RUN/seed-1/model, or a finished run{hint}")
 
 
 def _best_seed(run: Path) -> tuple[Path, str]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiment.errors import UserError
+from experiment.errors import UserError, reason
 from experiment.files import write_text
 from experiment.strict_json import parse_json
 from finetune.data.records import Record, Table
@@ -30,7 +30,7 @@ def read_predictions(path: Path) -> list[Prediction]:
     try:
         return [parse_json(line) for line in path.read_bytes().splitlines()]
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
+        raise UserError(f"{path} cannot be read: {reason(error)}") from None
 
 
 def prediction_rows(

@@ -9,7 +9,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from experiment.allocator import keep_freed_memory
-from experiment.errors import UserError
+from experiment.errors import UserError, reason
 from finetune.options import ServeOptions
 from finetune.serve.app import make_app
 from finetune.serve.limits import Limits
@@ -60,7 +60,7 @@ def read_token(path: str | None, environment: Mapping[str, str]) -> str | None:
         try:
             token, origin = Path(path).read_text(encoding="utf-8").strip(), path
         except (OSError, ValueError) as error:
-            raise UserError(f"--token_file: cannot read {path}: {error}") from None
+            raise UserError(f"--token_file: cannot read {path}: {reason(error)}") from None
     if not token or not token.isascii() or not token.isprintable() or " " in token:
         raise UserError(f"{origin}: expected a token of printable ASCII characters without spaces")
     return token

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from experiment.disk_errors import stopped_by_disk_errors
-from experiment.errors import UserError
+from experiment.errors import UserError, reason
 from experiment.files import write_json
 from experiment.outcome_file import Outcome, read_outcome
 from experiment.run_folder import open_run_folder
@@ -140,7 +140,7 @@ def _read_records(path: Path) -> dict[str, _Record]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise UserError(f"run.dir: cannot read {path}: {error}") from None
+        raise UserError(f"run.dir: cannot read {path}: {reason(error)}") from None
     return records
 
 

@@ -1,12 +1,13 @@
 """The file of `deepcloze compare`, checked when it is read."""
 
 from collections.abc import Mapping
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from experiment.config import Section
 from experiment.config.constraints import PathText, Seed
+from experiment.config.kinds import check_kind
 
 
 class CompareRunConfig(Section):
@@ -54,3 +55,7 @@ class CompareConfig(Section):
     grid: str | None = None
     """Values of fine-tuning keys to try in each cell, as `deepcloze sweep --grid` takes them. The point that is best on
     validation is reported, with its test score."""
+
+    @classmethod
+    def check_kind(cls, tree: Mapping[str, Any]) -> None:
+        check_kind(tree, "rows")

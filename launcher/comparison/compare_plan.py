@@ -91,7 +91,7 @@ def _find_encoders(config: CompareConfig, file: str) -> CompareConfig:
     rows = {}
     for name, row in config.rows.items():
         try:
-            folder = find_model_folder(Path(row.init_from).absolute())
+            folder = find_model_folder(Path(row.init_from)).absolute()
         except UserError as error:
             raise UserError(f"{file}: rows.{name}.init_from: {error}") from None
         rows[name] = row.model_copy(update={"init_from": str(folder)})

@@ -14,7 +14,7 @@ from typing import TypedDict
 import filelock
 
 from experiment.disk_errors import disk_errors_as, stopped_by_disk_errors
-from experiment.errors import UserError
+from experiment.errors import UserError, reason
 from experiment.files import write_json
 from experiment.outcome_file import Outcome, read_outcome
 from experiment.results.sweep_summary import SweepResult, read_metric, sort_results, write_summary
@@ -111,7 +111,7 @@ def _open_record(plan: SweepPlan) -> _SweepRecord:
     except FileNotFoundError:
         pass
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--output: cannot read {path}: {error}") from None
+        raise UserError(f"--output: cannot read {path}: {reason(error)}") from None
     runs = dict(known)
     for run in plan.runs:
         before = known.get(run.name, {}).get("config", run.config)

@@ -62,6 +62,8 @@ def read_run_config(run: RunFolder) -> PretrainConfig:
     """The config of a run. Raises UserError if the folder is not one of a pretraining."""
     if not run.config.is_file():
         raise UserError(f"{run.path} is not the folder of a pretraining that has started: it has no {run.config.name}")
+    if next(run.path.glob("seed-*"), None) is not None:
+        raise UserError(f"{run.path} is a run of `deepcloze finetune`; expected one of `deepcloze pretrain`")
     return load_config(PretrainConfig, run.config)
 
 

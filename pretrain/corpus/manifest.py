@@ -123,7 +123,8 @@ def read_manifest(folder: Path) -> Manifest:
         if not all(isinstance(shard.file, str) and isinstance(shard.bytes, int) for shard in manifest.shards):
             raise TypeError("expected the name and size of each shard")
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{folder} is not a corpus: it has no {MANIFEST}; build one with `deepcloze corpus`") from None
+        problem = f"has no {MANIFEST}" if folder.is_dir() else "is a file" if folder.exists() else "does not exist"
+        raise UserError(f"{folder} is not a corpus: it {problem}; build one with `deepcloze corpus`") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError) as error:

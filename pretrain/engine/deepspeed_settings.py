@@ -18,7 +18,7 @@ from torch.utils.cpp_extension import is_ninja_available
 from xxhash import xxh64_hexdigest
 
 from experiment.config import did_you_mean
-from experiment.errors import UserError
+from experiment.errors import UserError, reason
 from experiment.strict_json import parse_json
 
 Precision = Literal["fp16", "bf16", "fp32"]
@@ -124,8 +124,7 @@ def find_ds_config(name: str) -> Path:
     for path in (Path(name).absolute(), REPOSITORY / name, presets.get(name)):
         if path is not None and path.is_file():
             return path
-    names = ", ".join(path.name for path in presets.values())
-    raise UserError(f"engine.ds_config: no file '{name}' in the working directory; presets: {names}")
+    raise UserError(f"engine.ds_config: there is no file and no preset '{name}'{did_you_mean(name, presets)}")
 
 
 def parse_settings(raw: object, path: Path) -> DeepSpeedSettings:
@@ -197,7 +196,7 @@ def _read_json(path: Path) -> Any:
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
+        raise UserError(f"cannot read {path}: {reason(error)}") from None
 
 
 def _check_keys(raw: Mapping[str, Any], path: Path) -> None:

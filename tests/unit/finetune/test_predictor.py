@@ -193,7 +193,7 @@ def test_a_precision_that_the_model_cannot_compute_in(
     [
         ("{", "is damaged"),
         ("[]", "is damaged"),
-        ('{"task": {"kind": "classification"}}', "'labels' is missing"),
+        ('{"task": {"kind": "classification"}}', "'labels', .* and 'temperature' are missing"),
         ('{"task": {"kind": "classification"}, "labels": ["a", "b"], "max_seq_length": "x"}', "max_seq_length.*number"),
         (json.dumps({**SAVED, "task": {"kind": "telepathy"}}), "has no tasks of kind 'telepathy'"),
         (json.dumps({**SAVED, "task": {"kind": "classification", "x": 1}}), "unknown config key 'x'"),

@@ -67,10 +67,6 @@ def test_a_preset_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["pretrain", "--config", "cola"], "there is no file and no recipe 'cola'"),
-        (["pretrain", "--config", "COLA.yaml"], "this is the config of a task, for `deepcloze finetune`"),
-        (["finetune", "--config", "ROBERTA.yaml"], "this is the config of a pretraining, for `deepcloze pretrain`"),
-        (["pretrain", "--config", "ROBERTA.yaml", "--run-dir=x"], "did you mean '--run.dir'?"),
         (["finetune", "--config", "COLA.yaml", "--training-lr", "1"], "did you mean '--training.lr'?"),
         (["validate", "ROBERTA.yaml"], "corpus.train: "),
         (["validate", "ROBERTA.yaml", "--optimizer.lr=fast"], "optimizer.lr"),

@@ -93,7 +93,7 @@ def test_launch_flags_are_rejected_for_fine_tuning(tmp_path: Path, capsys: pytes
     assert main([*arguments, "--num_gpus", "2"]) == 2
     assert "--num_gpus applies to pretraining only" in capsys.readouterr().err
     assert main(arguments) == 2
-    assert f"lr=1e-5: model.init_from: {Path.cwd() / 'none'} does not exist" in capsys.readouterr().err
+    assert "lr=1e-5: model.init_from: none does not exist" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,561 @@
+"""What a new user gets wrong: one line on stderr says what and where, exit code 2, and no file has changed."""
+
+import gzip
+import hashlib
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import yaml
+
+from launcher.cli import main
+from small_disk import SmallDisk
+
+ROOT = Path(__file__).parents[3]
+PRETRAINING = {
+    "run": {"dir": "run"},
+    "model": {
+        "config": {
+            "model_type": "bert",
+            "hidden_size": 8,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 8,
+            "max_position_embeddings": 64,
+        }
+    },
+    "corpus": {"train": "corpus"},
+    "batch": {"sequences": 8, "max_seq_length": 32, "microbatch_tokens": 256},
+    "schedule": {"steps": 2, "warmup_steps": 5},
+    "engine": {"ds_config": "fp32_zero1"},
+}
+TASK = {
+    "run": {"dir": "task"},
+    "task": {"train": "train.csv", "validation": "test.csv", "columns": {"text": "text", "label": "label"}},
+    "model": {"init_from": "run", "max_seq_length": 16},
+    "training": {"seeds": [1], "epochs": 1, "precision": "fp32"},
+}
+COMPARISON = {"run": {"dir": "compared"}, "rows": {"ours": {"init_from": "run"}}, "tasks": ["task.yaml"]}
+ROWS = "text,label\n" + "ba de fi,low\ngo lu mar,high\n" * 8
+
+
+COMMANDS = (
+    "tokenizer --source text.txt --output tokenizer --vocab_size 200 --lowercase",
+    "tokenizer --source text.txt --output bytes --vocab_size 330 --kind bpe",
+    "corpus --source text.txt --tokenizer tokenizer --output corpus --holdout 40 --workers 1",
+    "corpus --source text.txt --tokenizer bytes --output other --workers 1",
+    "corpus --verify corpus",
+    "plan --config run.yaml",
+    "pretrain --config run.yaml",
+    "evaluate --checkpoint run --corpus corpus-heldout",
+    "finetune --config task.yaml",
+    "predict --model task --input test.csv --output labels.csv --score",
+    "export --checkpoint run --output exported",
+    "report run",
+    "status run",
+)
+MAIN = """
+import shlex, sys
+import experiment.progress, pretrain.corpus.progress_bar
+from launcher.cli import main
+
+for module in (experiment.progress, pretrain.corpus.progress_bar):
+    module._SECONDS_BETWEEN_LINES = 0.0
+for command in sys.argv[1:]:
+    print("$", command, flush=True)
+    assert main(shlex.split(command)) == 0
+"""
+
+
+class Mistake(NamedTuple):
+    """A command in a folder with a corpus, a tokenizer, configs, data, a pretraining `run` and a fine-tuning `task`."""
+
+    command: str  # as typed after `deepcloze`; PORT is one in use
+    message: str  # regular expression
+    files: Mapping[str, str | bytes | None] = {}  # written before; None: a folder
+
+
+COMMAND_LINE = {
+    "misspelt command": Mistake("pretain --config run.yaml", r"unknown command 'pretain'; did you mean 'pretrain'\?"),
+    "misspelt flag": Mistake("pretrain --confg run.yaml", r"unknown flag '--confg'; did you mean '--config'\?"),
+    "no flag": Mistake("pretrain", r"missing: --config FILE"),
+    "no value": Mistake("pretrain --config", r"--config needs a value"),
+    "by position": Mistake("pretrain run.yaml", r"'run.yaml'; did you mean '--config=run.yaml'\?"),
+    "model by position": Mistake("serve task", r"'task'; did you mean '--model=task'\?"),
+    "one dash": Mistake("pretrain -config run.yaml", r"'-config'; did you mean '--config'\?"),
+    "long dash": Mistake("pretrain --config run.yaml —num_gpus 2", r"'—num_gpus'; did you mean '--num_gpus'\?"),
+    "no dashes": Mistake("pretrain --config run.yaml run.dir=x", r"'run.dir=x'; did you mean '--run.dir=x'\?"),
+    "no dot": Mistake("pretrain --config run.yaml --run-dir x", r"'--run-dir'; did you mean '--run.dir'\?"),
+    "no section": Mistake("pretrain --config run.yaml --steps 9", r"'--steps'; did you mean '--schedule.steps'\?"),
+    "list without quotes": Mistake(
+        "finetune --config task.yaml --training.seeds=[1, 2]", r"'2\]'; put quotes around a value with spaces"
+    ),
+    "mapping without quotes": Mistake(
+        "pretrain --config run.yaml --model.config=model_type:bert --model.config=hidden_size:8",
+        r"'model.config': expected a mapping or null, found text \(\"hidden_size:8\"\); write '{key: value}', with the",
+    ),
+    "wrong choice": Mistake("completion tcsh", r"expected 'bash', 'zsh' or 'fish', found 'tcsh'"),
+    "not a number": Mistake("pretrain --config run.yaml --num_gpus two", r"--num_gpus: expected a whole number > 0"),
+    "out of range": Mistake("plan --config run.yaml --mfu 40", r"--mfu: expected a number > 0 and <= 1, found '40'"),
+    "port out of range": Mistake("serve --model task --port 70000", r"--port: expected .* <= 65535, found '70000'"),
+    "misspelt recipe": Mistake("recipes cp rbert-base", r"no recipe 'rbert-base'; did you mean 'roberta-base'\?"),
+    "existing target": Mistake("recipes cp roberta-base run.yaml", r"run.yaml exists already; name another file"),
+    "misspelt key": Mistake("config pretrain optimizer.lrr", r"'optimizer.lrr'; did you mean 'optimizer.lr'\?"),
+    "part of the flags": Mistake("corpus --source text.txt", r"expected --source, --tokenizer and --output"),
+    "bad pattern": Mistake(
+        "corpus --source text.txt --tokenizer tokenizer --output new --document_start '['",
+        r"--document_start: '\[' is not a regular expression",
+    ),
+    "share for a count": Mistake(
+        "corpus --source text.txt --tokenizer tokenizer --output new --holdout 10%",
+        r"--holdout: expected a whole number > 0, found '10%'",
+    ),
+    "grid without values": Mistake("sweep --config run.yaml --grid optimizer.lr", r"--grid: expected .*'optimizer.lr'"),
+    "unknown key in a grid": Mistake(
+        "sweep --config run.yaml --grid optimizer.lrr=1,2", r"did you mean 'optimizer.lr'"
+    ),
+    "unknown metric": Mistake(
+        "sweep --config run.yaml --grid optimizer.lr=1,2 --metric accuracy",
+        r"--metric: .* not report 'accuracy'",
+    ),
+}
+CONFIGS = {
+    "missing config": Mistake("pretrain --config no.yaml", r"cannot read the config file no.yaml: No such file"),
+    "misspelt recipe as config": Mistake("pretrain --config roberta-bse", r"did you mean 'roberta-base'\?"),
+    "recipe of another command": Mistake("pretrain --config cola", r"--config: there is no file and no recipe 'cola'"),
+    "folder as config": Mistake("pretrain --config corpus", r"--config: corpus is a folder; expected a YAML file"),
+    "empty config": Mistake(
+        "pretrain --config empty.yaml",
+        r"empty.yaml: 'run', 'model', 'corpus' and 'schedule' are missing",
+        {"empty.yaml": ""},
+    ),
+    "data as config": Mistake("validate train.csv", r"train.csv: expected a mapping of sections"),
+    "task to pretrain": Mistake("pretrain --config task.yaml", r"the config of a task, for `deepcloze finetune`"),
+    "pretraining to finetune": Mistake("finetune --config run.yaml", r"of a pretraining, for `deepcloze pretrain`"),
+    "comparison to pretrain": Mistake("pretrain --config compare.yaml", r"a comparison, for `deepcloze compare`"),
+    "task to compare": Mistake("compare task.yaml", r"the config of a task, for `deepcloze finetune`"),
+    "task to plan": Mistake("plan --config task.yaml", r"the config of a task, for `deepcloze finetune`"),
+    "pretraining to watch": Mistake("watch run --task run.yaml", r"of a pretraining, for `deepcloze pretrain`"),
+    "tab": Mistake("validate tab.yaml", r"tab.yaml, line 2: .*'\\t'", {"tab.yaml": "run:\n\tdir: x\n"}),
+    "duplicate key": Mistake(
+        "validate twice.yaml", r"line 2: duplicate key 'run', already in line 1", {"twice.yaml": "run: {}\nrun: {}\n"}
+    ),
+    "unclosed bracket": Mistake("validate a.yaml", r"a.yaml, line 2: ", {"a.yaml": "run: {dir: x\nmodel: {}\n"}),
+    "no space after a colon": Mistake("validate a.yaml", r"write 'steps: 3', with a space", {"a.yaml": "a: {steps:3}"}),
+    "not UTF-8": Mistake("validate a.yaml", r"a.yaml, line 2: not UTF-8 text", {"a.yaml": b"run:\n  dir: \xff\n"}),
+    "unknown section": Mistake(
+        "pretrain --config run.yaml --optimiser.lr=1",
+        r"key 'optimiser.lr'; did you mean 'optimizer.lr'\?",
+    ),
+    "unknown key": Mistake(
+        "pretrain --config run.yaml --batch.sequence=8", r"'batch.sequence'; did you mean 'batch.sequences'\?"
+    ),
+    "wrong type": Mistake(
+        "pretrain --config run.yaml --optimizer.lr=fast", r"'optimizer.lr': expected a number, found text \(\"fast\"\)"
+    ),
+    "negative rate": Mistake(
+        "pretrain --config run.yaml --optimizer.lr=-1", r"'optimizer.lr': should be greater than 0, found .*\(-1\)"
+    ),
+    "line of a wrong type": Mistake(
+        "validate a.yaml",
+        r"a.yaml, line 4: 'batch.sequences': expected a whole number, found text \(\"eight\"\)",
+        {"a.yaml": yaml.safe_dump(PRETRAINING).replace("sequences: 8", "sequences: eight")},
+    ),
+    "shares": Mistake("pretrain --config run.yaml --masking.mask_share=0.95", r"mask_share \+ random_share is 1.05"),
+    "field of a model": Mistake(
+        "pretrain --config run.yaml --model.config.hiden_size=24", r"'model.config.hiden_size'.*'hidden_size'"
+    ),
+    "module to freeze": Mistake(
+        "pretrain --config run.yaml --model.freeze=embeding --model.freeze_steps=2",
+        r"model.freeze: .*'embeding'.*'embeddings'",
+    ),
+    "large seed": Mistake("pretrain --config run.yaml --run.seed=18446744073709551616", r"'run.seed': should be less"),
+    "character in a path": Mistake(
+        "pretrain --config a.yaml",
+        r"a.yaml, line 18: 'run.dir': a path cannot contain a NUL",
+        {"a.yaml": yaml.safe_dump(PRETRAINING).replace("dir: run", 'dir: "a\\0b"')},
+    ),
+    "empty path": Mistake("pretrain --config run.yaml --run.dir=", r"'run.dir': expected a path, found an empty text"),
+    "no seeds": Mistake("finetune --config task.yaml --training.seeds=", r"seeds: needs one or more, each once"),
+    "a seed twice": Mistake("finetune --config task.yaml --training.seeds=1,1", r"seeds: needs one or more, each once"),
+    "two lengths": Mistake(
+        "pretrain --config run.yaml --schedule.epochs=1", r"exactly one of .*, found 'steps' and 'epochs'"
+    ),
+    "duration": Mistake(
+        "pretrain --config run.yaml --schedule.steps=null --schedule.budget=2hours",
+        r"'2hours' is not a duration",
+    ),
+    "small microbatch": Mistake(
+        "pretrain --config run.yaml --batch.microbatch_tokens=16", r"microbatch_tokens \(16\) must hold one sequence"
+    ),
+    "long sequences": Mistake(
+        "pretrain --config run.yaml --batch.max_seq_length=128",
+        r"length is 128, but the model has 64 positions",
+    ),
+    "long sequences of a task": Mistake(
+        "finetune --config task.yaml --model.max_seq_length=128",
+        r"length is 128, the model .* has 64 positions",
+    ),
+    "unknown type of model": Mistake(
+        "pretrain --config run.yaml --model.config.model_type=brt", r"unknown model type 'brt'; did you mean 'bert'\?"
+    ),
+    "missing preset": Mistake(
+        "pretrain --config run.yaml --engine.ds_config=bf16_zero9", r"engine.ds_config: .* did you mean 'bf16_zero\d'\?"
+    ),
+    "precision of the device": Mistake(
+        "pretrain --config run.yaml --engine.ds_config=fp16_zero1",
+        r"cannot train in fp16; use --engine.*bf16_zero1",
+    ),
+    "precision of a task": Mistake("finetune --config task.yaml --training.precision=fp16", r"precision.*fp16"),
+    "metric of no corpus": Mistake(
+        "pretrain --config run.yaml --evaluation.best_metric=eval/held/loss", r"'eval/held/loss'; corpus.eval is empty"
+    ),
+    "unknown kind of task": Mistake(
+        "finetune --config task.yaml --task.kind=classifier", r"did you mean 'classification'"
+    ),
+    "unknown metric of a task": Mistake("finetune --config task.yaml --task.metric=f1", r"'task.metric': .*f1"),
+}
+MACHINES = {
+    "too many ranks": Mistake("pretrain --config run.yaml --num_gpus 1000", r"1000 ranks .* but .*--oversubscribe"),
+    "missing hostfile": Mistake("preflight --hostfile no", r"cannot read the hostfile no: No such file"),
+    "bad line in a hostfile": Mistake(
+        "pretrain --config run.yaml --hostfile hosts",
+        r"hosts, line 2: expected 'NAME slots=N', found 'b slots: 4'",
+        {"hosts": "a slots=2\nb slots: 4\n"},
+    ),
+    "empty hostfile": Mistake("preflight --hostfile hosts", r"hosts: no hosts found", {"hosts": "# none\n"}),
+    "more ranks than slots": Mistake(
+        "plan --config run.yaml --hostfile hosts --num_gpus 4",
+        r"has 2 slots for a",
+        {"hosts": "a slots=2\nb slots=2\n"},
+    ),
+    "host not in the hostfile": Mistake(
+        "plan --config run.yaml --hostfile hosts --include c",
+        r"--include: unknown host 'c'; known: a, b",
+        {"hosts": "a slots=2\nb slots=2\n"},
+    ),
+    "port in use": Mistake("serve --model task --port PORT", r"--port: .*in use"),
+    "no token file": Mistake("serve --model task --token_file no", r"--token_file: cannot read no: No such file"),
+}
+FOLDERS = {
+    "missing corpus": Mistake("pretrain --config run.yaml --corpus.train=no", r"corpus.train: .*/no .* does not exist"),
+    "missing held-out corpus": Mistake("pretrain --config run.yaml --corpus.eval.held=no", r"corpus.eval.held: .*no"),
+    "text as corpus": Mistake("pretrain --config run.yaml --corpus.train=text.txt", r"text.txt is not .* it is a file"),
+    "tokenizer as corpus": Mistake("evaluate --checkpoint run --corpus tokenizer", r"tokenizer .*not a corpus"),
+    "training text as held-out": Mistake(
+        "pretrain --config run.yaml --corpus.eval.held=corpus", r"corpus.eval.held: .* is also in corpus.train"
+    ),
+    "corpus of another tokenizer": Mistake(
+        "evaluate --checkpoint run --corpus other", r"other was built with another tokenizer than the one in"
+    ),
+    "training on another tokenizer": Mistake(
+        "pretrain --config run.yaml --run.dir=new --model.config=null --model.init_from=run --corpus.train=other",
+        r"other was built with another tokenizer .* Rebuild the corpus with `--tokenizer",
+    ),
+    "resume with another corpus": Mistake(
+        "pretrain --config run.yaml --corpus.train=corpus-heldout", r"cannot be resumed with another corpus.train"
+    ),
+    "resume with another tokenizer": Mistake(
+        "pretrain --config run.yaml --corpus.train=other", r"cannot be resumed with another"
+    ),
+    "resume with another model": Mistake(
+        "pretrain --config run.yaml --model.config.hidden_size=16", r"cannot be resumed with another model.hidden_size"
+    ),
+    "used run folder": Mistake("pretrain --config run.yaml --run.resume=never", r"already holds a run; choose another"),
+    "corpus as run folder": Mistake("pretrain --config run.yaml --run.dir=corpus", r"/corpus holds a corpus"),
+    "run folder of a task": Mistake("pretrain --config run.yaml --run.dir=task", r"holds a fine-tuning run .*choose"),
+    "run folder of a pretraining": Mistake("finetune --config task.yaml --run.dir=run", r"holds a pretraining run"),
+    "no run to fork": Mistake(
+        "pretrain --config run.yaml --run.dir=new --run.resume=no", r"'run.resume': expected auto, never, or a run"
+    ),
+    "model of the Hub": Mistake(
+        "pretrain --config run.yaml --run.dir=new --model.config=null --model.init_from=bert-base-uncased",
+        r"model.init_from: bert-base-uncased does not exist.* `hf download bert-base-uncased --local-dir FOLDER`",
+    ),
+    "encoder of the Hub": Mistake(
+        "finetune --config task.yaml --model.init_from=google-bert/bert-base-uncased",
+        r"model.init_from: .* `hf download google-bert/bert-base-uncased --local-dir FOLDER`",
+    ),
+    "tokenizer of the Hub": Mistake(
+        "corpus --source text.txt --tokenizer bert-base-uncased --output new", r"`hf download bert-base-uncased"
+    ),
+    "fine-tuned run as model": Mistake(
+        "pretrain --config run.yaml --run.dir=new --model.config=null --model.init_from=task",
+        r"model.init_from: task is a run of `deepcloze finetune`: expected the model .* such as task/seed-1/model",
+    ),
+    "corpus as model": Mistake(
+        "finetune --config task.yaml --model.init_from=corpus", r"corpus is neither a Hugging Face"
+    ),
+    "checkpoints as model": Mistake(
+        "evaluate --checkpoint run/checkpoints --corpus corpus", r"run/checkpoints is neither a Hugging Face"
+    ),
+    "classifier to evaluate": Mistake(
+        "evaluate --checkpoint task/seed-1/model --corpus corpus", r"task/seed-1/model has no masked-LM head"
+    ),
+    "corpus to evaluate": Mistake("evaluate --checkpoint corpus --corpus corpus", r"corpus is neither a Hugging Face"),
+    "no corpora": Mistake("evaluate --checkpoint run --corpus ,", r"--corpus is empty: expected corpus folders"),
+    "pretraining to predict": Mistake(
+        "predict --model run --input test.csv --output a.csv",
+        r"run is a pretraining run: expected a model folder",
+    ),
+    "nothing to serve": Mistake("serve --model no", r"no is not a folder"),
+    "nothing to export": Mistake("export --checkpoint no --output new", r"no does not exist"),
+    "existing export": Mistake("export --checkpoint run --output task", r"task already exists; choose another"),
+    "export to a file": Mistake("export --checkpoint run --output text.txt", r"text.txt already exists"),
+    "int8 without ONNX": Mistake("export --checkpoint run --output new --int8", r"--int8 needs --format onnx"),
+    "read-only export": Mistake("export --checkpoint run --output /proc/new", r"write /proc/new: No such file [^:]*$"),
+    "read-only run": Mistake("pretrain --config run.yaml --run.dir=/proc/new", r"run.dir: cannot create .* /proc/new"),
+    "file as run folder": Mistake("pretrain --config run.yaml --run.dir=text.txt", r"run.dir: .*text.txt"),
+    "file below a file": Mistake("finetune --config task.yaml --run.dir=text.txt/run", r"run.dir: .*text.txt/run"),
+    "no run to show": Mistake("status no", r"there is no run folder .*/no"),
+    "no run to report": Mistake("report corpus", r"corpus has nothing to report"),
+    "report to a file": Mistake("report run --output text.txt", r"--output: text.txt is a file"),
+    "no run to follow": Mistake("logs corpus", r"corpus is not a run folder"),
+    "log of no rank": Mistake("logs run --rank 7", r"no log of rank 7: there are those of ranks 0"),
+    "no run to watch": Mistake("watch task --task task.yaml", r"task is a run of `deepcloze finetune`; expected"),
+    "no corpus to verify": Mistake("corpus --verify no", r"no .*corpus"),
+    "home": Mistake("evaluate --checkpoint ~/run --corpus ~/no", r"/home-of-user/run does not exist"),
+    "home of a fork": Mistake("pretrain --config run.yaml --run.dir=new --run.resume=~/no", r"'/home-of-user/no'"),
+    "home of a preset": Mistake("pretrain --config run.yaml --engine.ds_config=~/no.json", r"'/home-of-user/no.json'"),
+    "row of no model": Mistake(
+        "compare compare.yaml --rows.ours.init_from=no", r"rows.ours.init_from: no does not exist"
+    ),
+    "task of a comparison": Mistake("compare compare.yaml --tasks=no.yaml", r"cannot read the config file no.yaml"),
+    "seeds of a comparison": Mistake(
+        "compare compare.yaml --seeds=one", r"'seeds.0': expected a whole number, found text"
+    ),
+}
+TEXT = {
+    "no text": Mistake("corpus --source no.txt --tokenizer tokenizer --output new", r"--source no.txt: no such file"),
+    "no match": Mistake("corpus --source 'no/*.txt' --tokenizer tokenizer --output new", r"no/\*.txt: no file matches"),
+    "empty text": Mistake(
+        "corpus --source a.txt --tokenizer tokenizer --output new", r"a.txt: none of its documents", {"a.txt": ""}
+    ),
+    "truncated gzip": Mistake(
+        "corpus --source a.txt.gz --tokenizer tokenizer --output new",
+        r"a.txt.gz is damaged or truncated",
+        {"a.txt.gz": gzip.compress(b"ba de fi\n" * 1000)[:-20]},
+    ),
+    "Latin-1": Mistake(
+        "corpus --source a.txt --tokenizer tokenizer --output new",
+        r"a.txt:2: .*UTF-8",
+        {"a.txt": "ba\ncaf\xe9\n".encode("latin-1")},
+    ),
+    "column of a corpus": Mistake(
+        "corpus --source train.csv --column review --tokenizer tokenizer --output new", r"'review'.*--column"
+    ),
+    "broken JSON lines": Mistake(
+        "corpus --source a.jsonl --tokenizer tokenizer --output new",
+        r"a.jsonl:2",
+        {"a.jsonl": '{"text": "ba"}\n{"te\n'},
+    ),
+    "existing corpus": Mistake(
+        "corpus --source train.csv --tokenizer tokenizer --output corpus", r"corpus already holds another corpus"
+    ),
+    "existing folder": Mistake(
+        "corpus --source text.txt --tokenizer tokenizer --output task", r"task already holds something"
+    ),
+    "everything held out": Mistake(
+        "corpus --source text.txt --tokenizer tokenizer --output new --holdout 100000", r"--holdout 100000|100,000"
+    ),
+    "no tokenizer": Mistake("corpus --source text.txt --tokenizer corpus --output new", r"tokenizer: .*corpus"),
+    "tiny vocabulary": Mistake("tokenizer --source text.txt --output new --vocab_size 3", r"vocab_size 3 is too small"),
+    "existing tokenizer": Mistake(
+        "tokenizer --source text.txt --output tokenizer --vocab_size 100", r"tokenizer already holds something"
+    ),
+    "tokenizer in a new folder": Mistake(
+        "tokenizer --source no.txt --output a/b --vocab_size 99", r"no.txt: no such file"
+    ),
+    "corpus in a new folder": Mistake(
+        "corpus --source a.txt --tokenizer tokenizer --output a/b", r"a.txt:1: not UTF-8 text", {"a.txt": b"\xff"}
+    ),
+    "no words to add": Mistake(
+        "tokenizer --extend tokenizer --added no.txt --output new", r"--added: cannot read no.txt: No such file"
+    ),
+    "folder as file": Mistake("python_docs --output corpus", r"--output corpus is a folder; expected a file"),
+}
+DATA = {
+    "no data": Mistake("finetune --config task.yaml --task.train=no.csv", r"no.csv: No such file"),
+    "folder as data": Mistake("finetune --config task.yaml --task.train=tokenizer", r"tokenizer"),
+    "column of a task": Mistake(
+        "finetune --config task.yaml --task.columns.text=sentence", r"train.csv.*'sentence'.*text, label"
+    ),
+    "one label": Mistake(
+        "finetune --config task.yaml --task.train=a.csv",
+        r"every row has the label 'low'",
+        {"a.csv": "text,label\nba,low\n"},
+    ),
+    "unknown label": Mistake(
+        "finetune --config task.yaml --task.test=a.csv", r"a.csv.*'lwo'", {"a.csv": "text,label\nba,lwo\n"}
+    ),
+    "broken JSON": Mistake(
+        "finetune --config task.yaml --task.train=a.jsonl",
+        r"a.jsonl.*2",
+        {"a.jsonl": '{"text": "ba", "label": "low"}\n{"text": \n'},
+    ),
+    "too many cells": Mistake(
+        "finetune --config task.yaml --task.train=a.csv",
+        r"a.csv:18: expected 2 columns, found 3",
+        {"a.csv": ROWS + "ba, de,low\n"},
+    ),
+    "Excel": Mistake("finetune --config task.yaml --task.train=a.xlsx", r"a.xlsx", {"a.xlsx": b"PK\x03\x04"}),
+    "no rows": Mistake("finetune --config task.yaml --task.train=a.csv", r"a.csv", {"a.csv": "text,label\n"}),
+    "no input": Mistake("predict --model task --input no.csv --output a.csv", r"no.csv: No such file"),
+    "column of the input": Mistake(
+        "predict --model task --input a.csv --output b.csv", r"a.csv.*'text'", {"a.csv": "sentence\nba\n"}
+    ),
+    "format of the output": Mistake("predict --model task --input test.csv --output a.xlsx", r"a.xlsx"),
+    "output in a new folder": Mistake("predict --model no --input test.csv --output a/b.csv", r"no is not a folder"),
+    "input as output": Mistake("predict --model task --input test.csv --output test.csv", r"test.csv is the input"),
+    "nothing to score": Mistake(
+        "predict --model task --input a.csv --output b.csv --score", r"'label'", {"a.csv": "text\nba\n"}
+    ),
+    "read-only output": Mistake(
+        "predict --model task --input test.csv --output /proc/a.csv", r"write /proc/a.csv: No such file"
+    ),
+}
+MISTAKES = {**COMMAND_LINE, **CONFIGS, **MACHINES, **FOLDERS, **TEXT, **DATA}
+
+
+@pytest.fixture(scope="module")
+def prepared(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A folder with what the commands are about, and what the commands that have made it have printed into a pipe."""
+    folder = tmp_path_factory.mktemp("prepared") / "folder"
+    folder.mkdir()
+    shutil.copy(text_file, folder / "text.txt")
+    for name, config in (("run", PRETRAINING), ("task", TASK), ("compare", COMPARISON)):
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
+    for name in ("train.csv", "test.csv"):
+        (folder / name).write_text(ROWS)
+    made = subprocess.run(
+        [sys.executable, "-c", MAIN, *COMMANDS],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=False,
+        check=False,
+    )
+    printed = made.stdout.decode()
+    assert made.returncode == 0, printed
+    return folder, printed
+
+
+@pytest.fixture
+def port_in_use() -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener.getsockname()[1]
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Path -> digest of a file; empty for a folder."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+        for path in folder.rglob("*")
+    }
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_clear_line(
+    prepared: tuple[Path, str],
+    port_in_use: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    name: str,
+) -> None:
+    """Catches a traceback, several lines, a message that does not name what is wrong, another exit code, and a mistake
+    that costs or leaves files."""
+    from deepspeed.accelerator import get_accelerator
+
+    mistake, folder = MISTAKES[name], tmp_path / "folder"
+    shutil.copytree(prepared[0], folder, symlinks=True)
+    for path, content in mistake.files.items():
+        (folder / path).write_bytes(content.encode() if isinstance(content, str) else content or b"")
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("HOME", "/home-of-user")
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False)
+    before = contents(folder)
+    capfd.readouterr()
+    code = main(shlex.split(mistake.command.replace("PORT", str(port_in_use))))
+    printed = capfd.readouterr().err
+    assert contents(folder) == before
+    *before_it, line = printed.splitlines()
+    assert all(other.startswith("task: ") for other in before_it), printed  # about the data
+    assert line.startswith("deepcloze: ")
+    assert re.search(mistake.message, line)
+    assert code == 2
+    assert len(line) < 500
+
+
+def test_no_carriage_return_in_a_pipe(prepared: tuple[Path, str]) -> None:
+    """Catches progress bars in the log file of a job, and long work without a line in it."""
+    _, printed = prepared
+    assert "\r" not in printed
+    assert "\x1b" not in printed
+    for line in (
+        "tokenizing: 100%, 640 documents",
+        "verifying corpus: 0 of 0 MB",
+        "corpus-heldout: 1 of ",
+        "predicting: 16 of 16 rows",
+    ):
+        assert f"\n{line}" in printed, printed
+
+
+def test_a_warmup_that_does_not_end_is_a_warning(
+    prepared: tuple[Path, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a run that never reaches its learning rate without a word, and a warning of each rank."""
+    folder, printed = prepared
+    warning = "warning: schedule.warmup_steps is 5, but the run has only 2 steps\n"
+    pretraining = printed.partition("$ pretrain")[2].partition("$ ")[0]
+    assert pretraining.count(warning) == 1
+    monkeypatch.chdir(folder)
+    assert main(["validate", "run.yaml"]) == 0
+    assert capsys.readouterr().err == f"deepcloze: {warning}"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "tokenizer --source text.txt --output DISK/new --vocab_size 200",
+        "corpus --source text.txt --tokenizer tokenizer --output DISK/new --workers 1",
+        "predict --model task --input test.csv --output DISK/new.csv",
+        "export --checkpoint run --output DISK/new",
+        "export --checkpoint task --output DISK/new",
+        "report run --output DISK/new",
+        "recipes cp roberta-base DISK/new.yaml",
+    ],
+)
+def test_a_full_disk_is_one_line(
+    prepared: tuple[Path, str],
+    small_disk: SmallDisk,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    command: str,
+) -> None:
+    """Catches a traceback, a message without the file, and half-written output."""
+    monkeypatch.chdir(prepared[0])
+    small_disk.fill()
+    before = contents(small_disk.path)
+    capfd.readouterr()
+    code = main(shlex.split(command.replace("DISK", str(small_disk.path))))
+    (line,) = (line for line in capfd.readouterr().err.splitlines() if not line.startswith("model: "))
+    assert code == 2
+    assert re.fullmatch(rf"deepcloze: .*{small_disk.path}/.*new.*: disk full.*", line)
+    assert contents(small_disk.path) == before
+
+
+def test_no_arguments_show_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a bare `deepcloze` that says nothing, or that something is missing."""
+    assert main([]) == 0
+    assert "commands:" in capsys.readouterr().out
