@@ -67,14 +67,19 @@ def read_status(run: str) -> RunStatus:
     )
 
 
+def is_run(folder: RunFolder) -> bool:
+    """Whether the folder has something that only a run has."""
+    known = (folder.config, folder.metrics, folder.launches)
+    return folder.logs.is_dir() or any(path.exists() for path in known)
+
+
 def find_run(run: str) -> RunFolder:
     """Raises UserError if there is no such run."""
     folder = RunFolder(Path(run).absolute())
     if not folder.path.is_dir():
         raise UserError(f"there is no run folder {folder.path}")
-    known = (folder.config, folder.metrics, folder.launches)
-    if not folder.logs.is_dir() and not any(path.exists() for path in known):
-        names = ", ".join(path.name for path in known)
+    if not is_run(folder):
+        names = ", ".join(path.name for path in (folder.config, folder.metrics, folder.launches))
         raise UserError(f"{folder.path} is not a run folder: expected {names} or {folder.logs.name}/, found none")
     return folder
 

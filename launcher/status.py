@@ -4,19 +4,23 @@ import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from experiment.run_folder import RunFolder
 from experiment.tracking.console import describe_duration
-from launcher.run_status import RunStatus, read_status
+from launcher.messages import notify
+from launcher.run_status import RunStatus, is_run, read_status
 
 _UNKNOWN = "–"
 _WIDTH = 5000  # limit of a table in a pipe or file: no line is cut off
 
 
 def print_status(runs: Sequence[str], as_json: bool) -> None:
-    """Raises UserError if one of the folders is not a run."""
+    """Skips what is no run among several folders. Raises UserError if one does not exist, or if there is no run."""
+    runs = _without_others(runs)
     with ThreadPoolExecutor() as readers:  # those on other machines take seconds
         found = list(readers.map(read_status, runs))
     if as_json:
@@ -25,6 +29,17 @@ def print_status(runs: Sequence[str], as_json: bool) -> None:
         print(_list(found[0]))
     else:
         _print_table(found)
+
+
+def _without_others(folders: Sequence[str]) -> Sequence[str]:
+    """The folders that are runs, or do not exist: `runs/*` also matches sweeps and reports."""
+    found = [folder for folder in folders if is_run(RunFolder(Path(folder))) or not Path(folder).exists()]
+    if not found:
+        return folders[:1]
+    for folder in folders:
+        if folder not in found:
+            notify(f"{folder} is skipped: it is not a run folder")
+    return found
 
 
 def _list(status: RunStatus) -> str:
