@@ -33,8 +33,9 @@ PAGES = [
 ]
 # In a block that also shows output, a line is a command if it starts with `$ ` or with one of these.
 _PROGRAMS = (
-    r"deepcloze|deepspeed|python3?|pip|make|sudo|apt-get|ssh|ssh-\w+|scp|rsync|for|export|echo|cd|source|\.|git|hf|"
-    r"curl|wget|jq|touch|kill|openssl|docker|tensorboard|wandb|mpirun|srun|sbatch|kubectl|tmux|nvidia-smi"
+    r"deepcloze|deepspeed|(?:\.venv/bin/)?python3?|pip|make|git|hf|wandb|tensorboard|sudo|apt-get|ssh|ssh-\w+|scp|"
+    r"rsync|for|export|echo|cd|source|\.|curl|wget|jq|mkdir|cp|mv|touch|kill|openssl|docker|podman|apptainer|mpirun|srun|"
+    r"sbatch|kubectl|tmux|nvidia-smi"
 )
 _COMMAND = re.compile(rf"\$ (.+)|((?:[A-Z_]+=\S+ )*(?:{_PROGRAMS}) .+)")
 # Of commands that a test cannot run as they are.
