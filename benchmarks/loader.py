@@ -126,7 +126,7 @@ def _make_maker(corpus: Corpus, layout: MicrobatchLayout, sequences: int, world:
         unmaskable=np.arange(_VOCABULARY) < 5,
         replacements=np.arange(5, _VOCABULARY),
     )
-    index = open_index(corpus, layout.width - vocabulary.num_special_tokens, corpus.path)
+    index = open_index(corpus, layout.max_seq_length - vocabulary.num_special_tokens, corpus.path)
     masker = Masker(vocabulary, MaskingPolicy(0.15, 0.8, 0.1), seed=1, corpus=corpus.fingerprint)
     order = ShuffledOrder((CorpusStream(len(index), seed=1),), BatchSizes(sequences))
     return BatchMaker((MaskedCorpus(corpus, index, masker),), order, vocabulary, layout, world)

@@ -12,7 +12,7 @@ from pretrain.corpus.reader import Corpus
 from pretrain.corpus.verification import verified_shards
 from pretrain.engine.deepspeed_settings import check_device_support
 from pretrain.modeling.build import BuiltModel, build_model
-from pretrain.modeling.row_layout import choose_rows
+from pretrain.modeling.row_layout import attention_ratio, choose_rows
 from pretrain.plan.memory import weight_dtype
 from pretrain.resolve import ResolvedRun, resolve
 from pretrain.training.checkpoint_verification import verify_together
@@ -43,7 +43,9 @@ def prepare(config: PretrainConfig, world: World, hosts: HostGroup) -> Preparati
     model = hosts.call(lambda: build_model(run.model_source, run.model_config, run.config.run.seed))
     rows = agreed_rows(choose_rows(model, weight_dtype(run.deepspeed)), world, hosts)
     stream = hosts.call(
-        lambda: open_stream(run, world, rows=rows, first_position=model.first_position, flops=model.flops)
+        lambda: open_stream(
+            run, world, rows=rows, first_position=model.first_position, attention_ratio=attention_ratio(model.flops)
+        )
     )
     return Preparation(run, model, stream)
 

@@ -11,17 +11,14 @@ from pretrain.batching.batch import RankBatch
 from pretrain.batching.batch_maker import BatchMaker
 from pretrain.batching.loader import load_batches
 from pretrain.batching.masking import MaskingSchedule
-from pretrain.batching.order import BatchSizes, ShuffledOrder
+from pretrain.batching.order import ShuffledOrder
 from pretrain.batching.packing import MicrobatchLayout, Rows
 from pretrain.batching.row_width import with_best_row_width
 from pretrain.config import MaskingConfig, ScheduleConfig
-from pretrain.modeling.flops import FlopsModel
 from pretrain.resolve import ResolvedRun
 from pretrain.resume import check_fork_length
 from pretrain.stage_data import open_stage
 from pretrain.world import World
-
-_SAMPLED_BATCHES = 16  # at most, to choose the width of rows
 
 
 @dataclass(frozen=True)
@@ -44,13 +41,13 @@ class TrainingStream:
 
 
 def open_stream(
-    run: ResolvedRun, world: World, *, rows: Rows, first_position: int, flops: FlopsModel | None = None
+    run: ResolvedRun, world: World, *, rows: Rows, first_position: int, attention_ratio: float | None = None
 ) -> TrainingStream:
     """The stream of a run.
 
     Args:
         rows, first_position: what the model needs, see MicrobatchLayout.
-        flops: of the model, from which windows get their width; None: that of the longest sequence.
+        attention_ratio: from which windows get their width, see `with_best_row_width`; None: the longest sequence's.
 
     Raises UserError where the length of the run does not fit its stages, or ends before the checkpoint that it forks.
     """
@@ -71,10 +68,11 @@ def open_stream(
         for stage, order, settings in zip(stages, orders, run.stages, strict=True)
     ]
     first_steps = tuple(stage.first_step for stage in run.stages)
-    if rows == "windows" and flops is not None:
+    if rows == "windows" and attention_ratio is not None:
+        ends = (*first_steps[1:], sys.maxsize if steps is None else steps)
         makers = [
-            with_best_row_width(maker, _sampled_steps(order.sizes, first, end), flops.attention)
-            for maker, order, first, end in zip(makers, orders, first_steps, _ends(first_steps, steps), strict=True)
+            with_best_row_width(maker, range(first, end), order.sizes.warmup_steps, attention_ratio)
+            for maker, order, first, end in zip(makers, orders, first_steps, ends, strict=True)
         ]
     return TrainingStream(
         tuple(makers),
@@ -83,17 +81,6 @@ def open_stream(
         tuple(given.name for given in run.corpora),
         rows,
     )
-
-
-def _ends(first_steps: tuple[int, ...], steps: int | None) -> tuple[int, ...]:
-    """The step at which each stage ends; for a time budget, a number that no run reaches."""
-    return (*first_steps[1:], sys.maxsize if steps is None else steps)
-
-
-def _sampled_steps(sizes: BatchSizes, first: int, end: int) -> range:
-    """The first full batches of a stage, from which its rows get their width; without so many, those before its end."""
-    first = max(first, min(sizes.warmup_steps, end - _SAMPLED_BATCHES))
-    return range(first, min(first + _SAMPLED_BATCHES, end))
 
 
 def _masking_rate(masking: MaskingConfig, steps: int | None) -> MaskingSchedule | None:

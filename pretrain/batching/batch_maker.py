@@ -127,7 +127,7 @@ class BatchMaker:
         layout, world_size = self.layout, self.world.size
         if layout.rows == "flat":
             return deal(lengths, world_size, layout.capacity)
-        rows = one_per_row(lengths) if layout.rows == "padded" else pack(lengths, layout.slots_per_row)
+        rows = one_per_row(lengths) if layout.rows == "padded" else pack(lengths, layout.row_width)
         return assign_to_ranks(lengths, rows, world_size, layout)
 
     def _text_lengths(self, sequences: BatchSequences) -> NDArray[np.int64]:
@@ -229,7 +229,7 @@ class BatchMaker:
 
     def _boundaries(self, segments: NDArray[np.int32]) -> NDArray[np.int32]:
         if self.layout.rows == "flat":
-            return _flat_boundaries(segments.reshape(-1), self.layout.width)
+            return _flat_boundaries(segments.reshape(-1), self.layout.max_seq_length)
         return _boundaries(segments)
 
 

@@ -33,20 +33,21 @@ Rows = Literal["padded", "windows", "flat"]
 class MicrobatchLayout:
     """The shape of a microbatch, and how sequences fill its rows."""
 
-    width: int  # slots of the longest sequence, special tokens included
+    max_seq_length: int  # slots of the longest sequence, special tokens included
     microbatch_tokens: int  # slots that a rank computes at once
     rows: Rows = "windows"
     first_position: int = 0  # position id of a sequence's first token; padding_idx + 1 in the RoBERTa family
-    row_width: int = 0  # W, slots of a row of windows, at least `width`; 0: `width`
+    wide_rows: int | None = None  # slots of a row of windows, if it is wider than the longest sequence
 
     @property
-    def slots_per_row(self) -> int:
-        return self.row_width or self.width
+    def row_width(self) -> int:
+        """W, slots of a row of windows, or of a padded one."""
+        return self.wide_rows or self.max_seq_length
 
     @property
     def capacity(self) -> int:
         """The most slots of a microbatch: it holds at least one sequence."""
-        return max(self.width, self.microbatch_tokens)
+        return max(self.max_seq_length, self.microbatch_tokens)
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ def assign_to_ranks(
     """
     filled = np.bincount(packed.row, weights=lengths, minlength=packed.count).astype(np.int64)
     fullest_first = longest_first(filled)
-    width = layout.slots_per_row
+    width = layout.row_width
     max_rows = layout.capacity // width
     microbatches = max(1, -(-packed.count // (world_size * max_rows)))
     bucket = max(1, max_rows // _ROW_BUCKETS)

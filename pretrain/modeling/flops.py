@@ -27,9 +27,9 @@ class FlopsModel:
     windows: tuple[int | None, ...]  # per layer: tokens in the local window, None for full attention
 
     @property
-    def attention(self) -> float:
-        """FLOPs of attention per slot that a slot is compared with, relative to those of a slot's linear layers.
-        Kernels that compare all slots of a row do so in layers with a local window too."""
+    def attention_ratio(self) -> float:
+        """FLOPs of comparing two slots in attention, relative to those of a slot's linear layers. Kernels that compare
+        all slots of a row do so in layers with a local window too."""
         return 2.0 * self.hidden_size * len(self.windows) / self.encoder_parameters
 
     def per_step(self, tokens: int, squared_lengths: int, predicted: int) -> float:

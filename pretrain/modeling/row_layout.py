@@ -5,6 +5,13 @@ import torch
 from pretrain.batching.packing import Rows
 from pretrain.modeling.attention import supports_flash
 from pretrain.modeling.build import BuiltModel
+from pretrain.modeling.flops import FlopsModel
+
+
+def attention_ratio(flops: FlopsModel | None) -> float | None:
+    """What the width of windows is chosen from. None on CUDA, where no width has been measured: theirs is that of the
+    longest sequence."""
+    return None if flops is None or torch.cuda.is_available() else flops.attention_ratio
 
 
 def choose_rows(model: BuiltModel, dtype: torch.dtype) -> Rows:

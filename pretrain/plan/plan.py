@@ -74,7 +74,9 @@ def plan_run(run: ResolvedRun, hosts: int, ranks: int, device: Device, rates: Ra
     packed = is_packed(run.model_config)
     counts, flops = count_parameters(skeleton), flops_model(skeleton)
     rows: Rows = "windows" if packed else "padded"
-    stream = open_stream(run, World(0, ranks), rows=rows, first_position=first_position(skeleton), flops=flops)
+    ratio = None if device.is_gpu or flops is None else flops.attention_ratio
+    first = first_position(skeleton)
+    stream = open_stream(run, World(0, ranks), rows=rows, first_position=first, attention_ratio=ratio)
     stages = stage_work(stream, run.config.masking)
     settings = memory_settings(run.config, run.deepspeed, ranks, device.is_gpu)
     if rates.peak_flops is None:

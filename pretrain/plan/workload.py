@@ -67,7 +67,7 @@ def _stage(maker: BatchMaker, first_step: int, end: int | None, rate: float) -> 
         first_step=first_step,
         steps=None if end is None else end - first_step,
         sequences=order.sizes.sequences,
-        max_seq_length=maker.layout.width,
+        max_seq_length=maker.layout.max_seq_length,
         tokens=None if end is None else _tokens(maker, order, end),
         batch=max(batches, key=lambda batch: (batch.largest.rows * batch.largest.width, batch.largest.predicted)),
     )

@@ -14,12 +14,9 @@ import torch
 
 from experiment.config import build_config
 from experiment.errors import UserError
-from pretrain import training_stream
 from pretrain.batching.batch import IGNORED, RankBatch
-from pretrain.batching.batch_maker import BatchMaker
 from pretrain.batching.masking import MaskingSchedule
 from pretrain.config import PretrainConfig
-from pretrain.modeling.flops import FlopsModel
 from pretrain.resolve import ResolvedRun, resolve
 from pretrain.resume import ResumePlan
 from pretrain.training_stream import TrainingStream, open_stream
@@ -44,11 +41,11 @@ def open_run_stream(wordpiece_corpus: Path, heldout_corpus: Path) -> OpenStream:
     def open_with(
         world: World = World(),  # noqa: B008 (it is frozen)
         mixed: bool = True,
-        flops: FlopsModel | None = None,
+        attention_ratio: float | None = None,
         **sections: Any,
     ) -> TrainingStream:
         run = resolve_run(wordpiece_corpus, heldout_corpus, mixed, sections)
-        return open_stream(run, world, rows="windows", first_position=0, flops=flops)
+        return open_stream(run, world, rows="windows", first_position=0, attention_ratio=attention_ratio)
 
     return open_with
 
@@ -102,21 +99,15 @@ def test_stages_have_their_own_lengths_and_batch_sizes(open_run_stream: OpenStre
     assert [batch.sequences for batch in batches] == pytest.approx(grown, abs=1)
 
 
-@pytest.mark.parametrize(("steps", "expected"), [(16, [(0, 6), (6, 11), (11, 16)]), (60, [(0, 6), (6, 11), (40, 56)])])
-def test_rows_get_their_width_from_full_batches(
-    open_run_stream: OpenStream, monkeypatch: pytest.MonkeyPatch, steps: int, expected: list[tuple[int, int]]
-) -> None:
-    """Catches a width for the few sequences of the first batches of a warmup, with which the whole run is computed."""
-    seen = []
-
-    def record(maker: BatchMaker, sampled: range, _attention: float) -> BatchMaker:
-        seen.append((sampled.start, sampled.stop))
-        return maker
-
-    monkeypatch.setattr(training_stream, "with_best_row_width", record)
-    schedule = {"steps": steps, "batch_warmup_steps": 40, "stages": STAGES}
-    open_run_stream(flops=FlopsModel(1000, 24, 200, (None,)), schedule=schedule)
-    assert seen == expected
+def test_each_stage_has_its_own_width_of_rows(open_run_stream: OpenStream) -> None:
+    """Catches a width that is chosen for the sequences of another stage, or that other steps of the run change."""
+    stream, again = (open_run_stream(attention_ratio=0.0, **changing_batches()) for _ in range(2))
+    longest = [maker.layout.max_seq_length for maker in stream.makers]
+    widths = [maker.layout.row_width for maker in stream.makers]
+    assert longest == [16, 32, 64]
+    assert all(length <= width <= 2 * length for length, width in zip(longest, widths, strict=True))
+    assert widths != longest
+    assert widths == [again[step].microbatches[0].input_ids.shape[1] for step in (3, 8, 12)]
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])

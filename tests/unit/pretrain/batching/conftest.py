@@ -77,5 +77,8 @@ def maker(corpus: MemoryCorpus, index: SequenceIndex, vocabulary: Vocabulary) ->
     masker = Masker(vocabulary, MaskingPolicy(0.15, 0.8, 0.1), seed=5, corpus=corpus.fingerprint)
     order = ShuffledOrder((CorpusStream(len(index), seed=5),), BatchSizes(37))
     return BatchMaker(
-        (MaskedCorpus(corpus, index, masker),), order, vocabulary, MicrobatchLayout(width=16, microbatch_tokens=64)
+        (MaskedCorpus(corpus, index, masker),),
+        order,
+        vocabulary,
+        MicrobatchLayout(max_seq_length=16, microbatch_tokens=64),
     )

@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from pretrain.batching.batch_maker import BatchMaker, MaskedCorpus
-from pretrain.batching.order import BatchSizes, CorpusStream, ShuffledOrder
+from pretrain.batching.order import BatchSequences, BatchSizes, CorpusStream, ShuffledOrder
 from pretrain.batching.packing import MicrobatchLayout
 from pretrain.batching.row_width import with_best_row_width
 from pretrain.batching.sequences import SequenceIndex
@@ -49,27 +49,45 @@ def slots(maker: BatchMaker, step: int = 0) -> int:
 def test_rows_are_wider_if_two_sequences_do_not_fit(maker_of: MakerOf) -> None:
     """Catches rows that stay a third empty where most sequences are longer than half a row."""
     maker = maker_of(drawn(35, 50))
-    chosen = with_best_row_width(maker, range(4), ATTENTION)
-    assert chosen.layout.slots_per_row in (96, 112, 128)
+    chosen = with_best_row_width(maker, range(100), 0, ATTENTION)
+    assert chosen.layout.row_width in (96, 112, 128)
     assert slots(chosen) < 0.8 * slots(maker)
 
 
 @pytest.mark.parametrize("lengths", [drawn(60, 65), drawn(3, 20)], ids=["full", "short"])
 def test_rows_that_are_full_stay_as_they_are(maker_of: MakerOf, lengths: NDArray[np.int64]) -> None:
     """Catches attention over wider rows that saves no slots."""
-    assert with_best_row_width(maker_of(lengths), range(4), ATTENTION).layout.slots_per_row == LONGEST
+    assert with_best_row_width(maker_of(lengths), range(100), 0, ATTENTION).layout.row_width == LONGEST
+
+
+@pytest.mark.parametrize(("warmup", "end", "first"), [(0, 99, 0), (40, 99, 40), (40, 50, 34), (40, 9, 0)])
+def test_the_width_is_that_for_full_batches(maker_of: MakerOf, warmup: int, end: int, first: int) -> None:
+    """Catches a width for the few sequences of the first batches of a warmup, with which the whole run is computed."""
+    asked = []
+
+    class Recorded(ShuffledOrder):
+        def batch(self, step: int) -> BatchSequences:
+            asked.append(step)
+            return super().batch(step)
+
+    maker = maker_of(drawn(35, 50), sequences=20)
+    order = maker.order
+    assert isinstance(order, ShuffledOrder)
+    recorded = replace(maker, order=Recorded(order.corpora, order.sizes))
+    with_best_row_width(recorded, range(end), warmup, ATTENTION)
+    assert (min(asked), max(asked)) == (first, min(first + 16, end) - 1)
 
 
 def test_expensive_attention_keeps_rows_narrow(maker_of: MakerOf) -> None:
     """Catches a choice by slots alone."""
-    assert with_best_row_width(maker_of(drawn(35, 50)), range(4), attention=1.0).layout.slots_per_row == LONGEST
+    assert with_best_row_width(maker_of(drawn(35, 50)), range(100), 0, attention_ratio=1.0).layout.row_width == LONGEST
 
 
 def test_a_row_is_not_wider_than_a_microbatch(maker_of: MakerOf) -> None:
     """Catches a microbatch that exceeds `batch.microbatch_tokens`, which the user chose to fit the device."""
     maker = maker_of(drawn(35, 50), microbatch_tokens=80)
-    chosen = with_best_row_width(maker, range(4), ATTENTION)
-    assert chosen.layout.slots_per_row == 80
+    chosen = with_best_row_width(maker, range(100), 0, ATTENTION)
+    assert chosen.layout.row_width == 80
     *_, assignment = chosen.assign(0)
     assert assignment.rows * assignment.width <= 80
 
@@ -78,7 +96,7 @@ def test_ranks_choose_the_same_width(maker_of: MakerOf) -> None:
     """Catches a choice that depends on the rank: ranks would disagree on where sequences are computed."""
     maker = maker_of(drawn(20, 64), sequences=37)
     chosen = {
-        with_best_row_width(replace(maker, world=World(rank, 3)), range(16), ATTENTION).layout for rank in range(3)
+        with_best_row_width(replace(maker, world=World(rank, 3)), range(100), 0, ATTENTION).layout for rank in range(3)
     }
     assert len(chosen) == 1
 
@@ -86,7 +104,7 @@ def test_ranks_choose_the_same_width(maker_of: MakerOf) -> None:
 def test_wide_rows_have_the_same_tokens_and_masks(maker_of: MakerOf) -> None:
     """Catches sequences that are lost, cut or masked differently in rows wider than the longest sequence."""
     narrow = maker_of(np.array([len(document) + 2 for document in _documents(maker_of)]), sequences=37)
-    wide = replace(narrow, layout=replace(narrow.layout, row_width=112))
+    wide = replace(narrow, layout=replace(narrow.layout, wide_rows=112))
     assert _texts(narrow) == _texts(wide)
 
 
