@@ -155,6 +155,9 @@ def evaluate(options: EvaluateOptions) -> None:
     Example:
         deepcloze evaluate --checkpoint runs/mine --corpus corpora/books-heldout
     """
+    from launcher.hosts.machine import inspect_machine, select_accelerator
+
+    select_accelerator(inspect_machine().devices)  # DeepSpeed would print to stdout that it found no GPU
     with fast_imports():
         from pretrain.evaluate import evaluate_command
 

@@ -13,6 +13,7 @@ import pytest
 from experiment.errors import StoppedError, UserError
 from launcher.cli import COMMANDS, main
 from launcher.command_line import flags_of, options_of, parse_command_line
+from launcher.hosts.machine import Devices
 
 ROOT = Path(__file__).parents[3]
 
@@ -143,6 +144,19 @@ def test_a_closed_terminal_does_not_change_the_exit_code(
     report_stand_in(report_runs)
     monkeypatch.setattr(sys, "stderr", ClosedTerminal())
     assert main(["report", "2024_01"]) == 75
+
+
+def test_scores_are_all_that_is_on_stdout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches `deepcloze evaluate --json` that is not JSON: DeepSpeed prints there which device it has found."""
+    seen: list[str | None] = []
+    module = ModuleType("pretrain.evaluate")
+    module.evaluate_command = lambda *_, **__: seen.append(os.environ.get("DS_ACCELERATOR"))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pretrain.evaluate", module)
+    monkeypatch.setenv("DS_ACCELERATOR", "")  # restored at the end
+    monkeypatch.delenv("DS_ACCELERATOR")
+    monkeypatch.setattr("launcher.hosts.machine.find_devices", lambda _: Devices("cpu", (0, 1)))
+    assert main(["evaluate", "--checkpoint", "runs/a", "--corpus", "corpora/b", "--json"]) == 0
+    assert seen == ["cpu"]
 
 
 @pytest.mark.parametrize(
