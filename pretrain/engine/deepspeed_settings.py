@@ -124,7 +124,8 @@ def find_ds_config(name: str) -> Path:
     for path in (Path(name).absolute(), REPOSITORY / name, presets.get(name)):
         if path is not None and path.is_file():
             return path
-    raise UserError(f"engine.ds_config: there is no file and no preset '{name}'{did_you_mean(name, presets)}")
+    known = did_you_mean(Path(name).stem, [preset for preset in presets if "offload" not in preset])
+    raise UserError(f"engine.ds_config: there is no file and no preset '{name}'{known}")
 
 
 def parse_settings(raw: object, path: Path) -> DeepSpeedSettings:
