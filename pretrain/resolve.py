@@ -108,7 +108,7 @@ def resolve(
     corpora = _open_mixture(config.corpus)
     held_out = {name: _open_corpus(f"corpus.eval.{name}", path) for name, path in config.corpus.eval.items()}
     _check_same_tokenizer(corpora, held_out)
-    _check_held_out(corpora, held_out)
+    _warn_of_training_text(corpora, held_out)
     train = corpora[0].corpus
     check_tokenizer(model_source, train.tokenizer_fingerprint, train.path)
     tokenizer = load_tokenizer(train.tokenizer_path)
@@ -207,13 +207,15 @@ def _check_same_tokenizer(corpora: Sequence[TrainingCorpus], held_out: Mapping[s
             raise UserError(f"{key}: {corpus.path} was built with another tokenizer than {first.path}")
 
 
-def _check_held_out(corpora: Sequence[TrainingCorpus], held_out: Mapping[str, Corpus]) -> None:
+def _warn_of_training_text(corpora: Sequence[TrainingCorpus], held_out: Mapping[str, Corpus]) -> None:
     trained = {given.corpus.fingerprint for given in corpora}
     for name, corpus in held_out.items():
         if corpus.fingerprint in trained:
-            raise UserError(
-                f"corpus.eval.{name}: {corpus.path} is also in corpus.train, so it is not held out; `deepcloze corpus "
-                "--holdout N` splits documents off"
+            log.warning(
+                "corpus.eval.%s: %s is also in corpus.train, so it is not held out; `deepcloze corpus --holdout N` "
+                "splits documents off",
+                name,
+                corpus.path,
             )
 
 

@@ -71,7 +71,7 @@ def test_the_config_itself_is_valid(config: Path, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["--corpus.eval={'': corpora/held}"], ["'corpus.eval'", "a name for each corpus", "corpora/held"]),
+        (["--corpus.eval={{'': corpora/held}}"], ["'corpus.eval'", "a name for each corpus", "corpora/held"]),
         (["--model.added_tokens=/nowhere"], ["model.added_tokens", "/nowhere"]),
         (["--model.added_tokens={byte_level}"], ["model.added_tokens", "{byte_level}", "does not extend"]),
         (["--model.max_positions=100"], ["model.max_positions is 100", "512"]),

@@ -61,3 +61,21 @@ def test_init_from_warns_of_the_same_corpus_and_seed(
     with caplog.at_level(logging.WARNING):
         resolve(config, 1)
     assert ("another seed" in caplog.text) == warned
+
+
+@pytest.mark.parametrize(("held", "warned"), [("wordpiece_corpus", True), ("heldout_corpus", False)])
+def test_training_text_as_held_out_text_warns(
+    request: pytest.FixtureRequest, wordpiece_corpus: Path, caplog: pytest.LogCaptureFixture, held: str, warned: bool
+) -> None:
+    """Catches a held-out loss that is that of the training text, without a warning."""
+    tree = {
+        "run": {"dir": "unused"},
+        "model": {"config": TINY},
+        "corpus": {"train": str(wordpiece_corpus), "eval": {"held": str(request.getfixturevalue(held))}},
+        "batch": {"sequences": 8, "max_seq_length": 32, "microbatch_tokens": 64},
+        "schedule": {"steps": 2},
+        "engine": {"ds_config": "ds_configs/fp32_zero1.json"},
+    }
+    with caplog.at_level(logging.WARNING):
+        resolve(build_config(PretrainConfig, tree), 1)
+    assert ("so it is not held out" in caplog.text) == warned
