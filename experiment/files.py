@@ -6,8 +6,7 @@ import os
 import platform
 import shutil
 import threading
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import takewhile
 from pathlib import Path
@@ -17,7 +16,12 @@ import xxhash
 
 _BLOCK = 1 << 24  # bytes
 
-_syncs: Counter[int] = Counter()  # calls of fsync that have returned, by thread
+
+class _ThreadLocal(threading.local):
+    on_sync: Callable[[], None] | None = None
+
+
+_of_thread = _ThreadLocal()
 
 
 @contextmanager
@@ -106,12 +110,13 @@ def fsync(*paths: Path) -> None:
 def sync(descriptor: int) -> None:
     """Wait until an open file or folder is on disk."""
     os.fsync(descriptor)
-    _syncs[threading.get_ident()] += 1
+    if _of_thread.on_sync is not None:
+        _of_thread.on_sync()
 
 
-def syncs_of(thread: int) -> int:
-    """How many files and folders the thread with this identifier has synced: progress, however slow the disk is."""
-    return _syncs[thread]
+def call_after_syncs(function: Callable[[], None]) -> None:
+    """Call `function` each time this thread has synced a file or folder: progress, however slow the disk is."""
+    _of_thread.on_sync = function
 
 
 def fsync_tree(folder: Path) -> None:

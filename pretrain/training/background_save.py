@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 
 from experiment.checkpoints import checkpoint_path
 from experiment.disk_errors import describe_disk_error
-from experiment.files import syncs_of
+from experiment.files import call_after_syncs
 from experiment.retention import Retention, discard, remove_leftovers
 from pretrain.training.checkpoint_tensors import (
     Share,
@@ -66,18 +66,30 @@ class Snapshot:
 
 
 class ThreadWork:
-    """Tells a thread that works from one that only waits."""
+    """Tells a thread that works from one that waits for a disk."""
 
-    def __init__(self, processor_seconds: Callable[[], float], syncs: Callable[[], int]) -> None:
-        """`processor_seconds`, `syncs`: of the thread so far. To write a small file takes hardly any processor time."""
+    def __init__(self, processor_seconds: Callable[[], float]) -> None:
+        """`processor_seconds`: of the thread so far."""
         self._processor_seconds = processor_seconds
-        self._syncs = syncs
-        self._seen = processor_seconds(), syncs()
+        self._syncs = 0
+        self._seen = processor_seconds(), 0
+
+    def count_sync(self) -> None:
+        """The thread has synced a file. To write a small one takes hardly any processor time."""
+        self._syncs += 1
 
     def has_worked(self) -> bool:
         """Since the last call."""
-        (seconds, syncs), self._seen = self._seen, (self._processor_seconds(), self._syncs())
+        (seconds, syncs), self._seen = self._seen, (self._processor_seconds(), self._syncs)
         return self._seen[0] - seconds >= _WORK_SECONDS or self._seen[1] > syncs
+
+
+def work_of_this_thread() -> ThreadWork:
+    """From now on."""
+    clock = time.pthread_getcpuclockid(threading.get_ident())
+    work = ThreadWork(lambda: time.clock_gettime(clock))
+    call_after_syncs(work.count_sync)
+    return work
 
 
 class BackgroundSave:
@@ -95,9 +107,7 @@ class BackgroundSave:
         self._world = world
         self.saved_step = saved_step
         self._thread = ThreadPoolExecutor(1, "checkpoint", _lower_priority)
-        thread = self._thread.submit(threading.get_ident).result()
-        clock = time.pthread_getcpuclockid(thread)
-        self._work = ThreadWork(lambda: time.clock_gettime(clock), lambda: syncs_of(thread))
+        self._work = self._thread.submit(work_of_this_thread).result()
         self._snapshot: Snapshot | None = None  # in flight
         self._part: Future[Any] = Future()
         self._publishing = False  # in the second part

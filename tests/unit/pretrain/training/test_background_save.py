@@ -1,10 +1,9 @@
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
-from experiment.files import fsync_tree, syncs_of, write_text
+from experiment.files import call_after_syncs, fsync_tree, write_text
 from experiment.tensor_files import save_tensors
 from pretrain.training.background_save import ThreadWork
 
@@ -12,7 +11,7 @@ from pretrain.training.background_save import ThreadWork
 def test_a_thread_that_waits_for_a_disk_does_not_work() -> None:
     """Catches a dead disk that counts as a slow one: a thread that waits for it may still wake up now and then."""
     used = 5.0
-    work = ThreadWork(lambda: used, lambda: 3)
+    work = ThreadWork(lambda: used)
     found = []
     for more in (0.0, 0.0001, 0.0009, 0.02, 0.0, 0.0002, 0.001):
         used += more
@@ -23,8 +22,8 @@ def test_a_thread_that_waits_for_a_disk_does_not_work() -> None:
 def test_a_thread_that_syncs_small_files_works(tmp_path: Path) -> None:
     """Catches a slow disk that counts as a dead one while small files are written, which takes no processor time."""
     with ThreadPoolExecutor(1) as pool:
-        thread = pool.submit(threading.get_ident).result()
-        work = ThreadWork(lambda: 5.0, lambda: syncs_of(thread))
+        work = ThreadWork(lambda: 5.0)
+        pool.submit(call_after_syncs, work.count_sync).result()
         found = [work.has_worked()]
         for write in (
             lambda: write_text(tmp_path / "small", "text"),
