@@ -17,16 +17,21 @@ from experiment.files import sync
 
 _PART = 1 << 26  # bytes between two calls of fsync
 _ALIGNMENT = 8  # bytes, of the first tensor
-# As the library, in its order: larger elements first, so that all are aligned.
+# As the library since 0.5, in its order: larger elements first, so that all are aligned.
 _DTYPES = {
+    torch.uint64: "U64",
     torch.int64: "I64",
     torch.float64: "F64",
     torch.complex64: "C64",
     torch.float32: "F32",
+    torch.uint32: "U32",
     torch.int32: "I32",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
+    torch.uint16: "U16",
     torch.int16: "I16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
@@ -35,10 +40,15 @@ _ORDER = {dtype: number for number, dtype in enumerate(_DTYPES)}
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors on the host to a file, and wait until they are on disk. Raises OSError if the disk refuses it.
+    """Write tensors on the host to a file, and wait until they are on disk.
+
+    Raises OSError if the disk refuses it, TypeError for a tensor of a type that the format lacks.
 
     Each part of 64 MiB is waited for, so the thread uses processor time as long as the disk makes progress.
     """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES:
+            raise TypeError(f"the tensor {name} cannot be saved: safetensors files cannot contain {tensor.dtype}")
     ordered = dict(sorted(tensors.items(), key=lambda item: (_ORDER[item[1].dtype], item[0])))
     unsynced = 0
     try:
