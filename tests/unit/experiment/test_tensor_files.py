@@ -43,7 +43,7 @@ def test_each_part_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_type_that_cannot_be_saved_is_named(tmp_path: Path) -> None:
     """Catches a bare KeyError in the thread of saves, and a file that is left behind."""
     tensors = {"weight": torch.zeros(2), "phases": torch.zeros(2, dtype=torch.complex128)}
-    with pytest.raises(TypeError, match="phases .* torch.complex128"):
+    with pytest.raises(TypeError, match=r"phases .* torch\.complex128"):
         save_tensors(tensors, tmp_path / "model.safetensors")
     assert not any(tmp_path.iterdir())
 
