@@ -44,7 +44,8 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
 
     Raises OSError if the disk refuses it, TypeError for a tensor of a type that the format lacks.
 
-    Each part of 64 MiB is waited for, so the thread uses processor time as long as the disk makes progress.
+    Each part of 64 MiB is synced, so as long as the disk makes progress, calls of fsync return and the thread uses
+    processor time.
     """
     for name, tensor in tensors.items():
         if tensor.dtype not in _DTYPES:
