@@ -66,7 +66,7 @@ class Snapshot:
 
 
 class ThreadWork:
-    """Tells a thread that works from one that waits for a disk."""
+    """Whether a thread works or only waits for a disk."""
 
     def __init__(self, processor_seconds: Callable[[], float]) -> None:
         """`processor_seconds`: of the thread so far."""
@@ -137,7 +137,8 @@ class BackgroundSave:
     def wait(self) -> None:
         """Wait until the save in flight has ended, however slow the disk is. Collective; raises like `advance_if_done`.
 
-        A rank whose disk does not answer for `health.hang_seconds` counts as hung.
+        Raises TimeoutError if the disk of a rank does not answer for `health.hang_seconds`. Before that, deepcloze's
+        launcher ends the ranks.
         """
         while self._snapshot is not None:
             self._hosts.wait_for_all(self._part, self._work.has_worked)

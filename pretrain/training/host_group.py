@@ -14,7 +14,7 @@ from experiment.errors import UserError
 
 T = TypeVar("T")
 
-_MEETING_SECONDS = 1.0
+_POLL_SECONDS = 1.0
 
 
 class AgreedError(UserError):
@@ -47,6 +47,7 @@ class HostGroup:
             on_progress: called after each collective.
         """
         self._on_progress = on_progress
+        self._timeout_seconds = timeout.total_seconds()
         on_host = dist.get_backend() == "gloo"
         self._group = None if on_host else dist.new_group(backend="gloo", timeout=timeout)
 
@@ -62,18 +63,25 @@ class HostGroup:
         sums = torch.tensor(numbers, dtype=torch.int64)
         return PendingSums(sums, dist.all_reduce(sums, group=self._group, async_op=True), on_progress)
 
-    def wait_for_all(self, part: "Future[Any]", lives: Callable[[], bool]) -> None:
+    def wait_for_all(self, part: "Future[Any]", made_progress: Callable[[], bool]) -> None:
         """Wait until `part` has ended on all ranks, however long that takes. Collective.
 
-        The ranks meet every second. That is progress of a rank whose part has ended, so it does not count as hung while
-        it waits for others, and of any other while `lives()`, so a part that is stuck is found.
+        The ranks poll every second. Waiting for others is progress of a rank whose part has ended. Any other makes
+        progress only if `made_progress()` since the last poll. Raises TimeoutError on all ranks, naming the first one
+        that has made none for the timeout of the group. Polls are counted, so that a suspended job does not time out.
         """
-        ranks_done = 0
+        idle_polls, ranks_done = 0, 0
         while ranks_done < dist.get_world_size(self._group):
-            wait([part], timeout=_MEETING_SECONDS)
+            wait([part], timeout=_POLL_SECONDS)
             is_done = part.done()
-            on_progress = self._on_progress if is_done or lives() else _ignore
-            (ranks_done,) = self._start_sum([int(is_done)], on_progress).wait()
+            is_idle = not is_done and not made_progress()
+            idle_polls = idle_polls + 1 if is_idle else 0
+            is_stuck = idle_polls * _POLL_SECONDS > self._timeout_seconds
+            on_progress = _do_nothing if is_idle else self._on_progress
+            ranks_done, ranks_stuck = self._start_sum([int(is_done), int(is_stuck)], on_progress).wait()
+            if ranks_stuck:
+                problem = f"no progress for {self._timeout_seconds:.0f} s" if is_stuck else None
+                raise TimeoutError(self.first_message(problem, always_name_rank=True))
 
     def all_gather(self, numbers: Sequence[int]) -> list[list[int]]:
         """The numbers of every rank, by rank."""
@@ -148,8 +156,8 @@ class HostGroup:
         dist.barrier(group=self._group)
 
 
-def _ignore() -> None:
-    """No progress."""
+def _do_nothing() -> None:
+    """The poll is no progress."""
 
 
 def _call(function: Callable[[], object]) -> list[Any]:

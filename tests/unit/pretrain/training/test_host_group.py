@@ -13,8 +13,9 @@ class Meeting(NamedTuple):
     """Of two ranks: what is true of them then."""
 
     here_done: bool
-    here_lives: bool
+    here_progressed: bool
     other_done: bool
+    other_stuck: bool = False
 
 
 class FakeSums:
@@ -40,15 +41,18 @@ def progress_at(meetings: Sequence[Meeting], monkeypatch: pytest.MonkeyPatch) ->
     def start_sum(_: HostGroup, numbers: Sequence[int], on_progress: Callable[[], None]) -> FakeSums:
         meeting = meetings[len(held)]
         held.append(len(held))
-        return FakeSums([sum(numbers) + meeting.other_done], on_progress)
+        return FakeSums([numbers[0] + meeting.other_done, numbers[1] + meeting.other_stuck], on_progress)
 
     monkeypatch.setattr(host_group.dist, "get_backend", lambda: "gloo")
     monkeypatch.setattr(host_group.dist, "get_world_size", lambda _: 2)
     monkeypatch.setattr(host_group, "wait", wait)
     monkeypatch.setattr(HostGroup, "_start_sum", start_sum)
-    hosts = HostGroup(datetime.timedelta(seconds=1), lambda: progress.append(held[-1]))
-    hosts.wait_for_all(part, lambda: meetings[len(held)].here_lives)
-    assert len(held) == len(meetings)
+    monkeypatch.setattr(HostGroup, "first_message", lambda _, here, always_name_rank: here or "rank 1: no progress")
+    hosts = HostGroup(datetime.timedelta(seconds=2), lambda: progress.append(held[-1]))
+    try:
+        hosts.wait_for_all(part, lambda: meetings[len(held)].here_progressed)
+    finally:
+        assert len(held) == len(meetings)
     return progress
 
 
@@ -63,3 +67,18 @@ def test_a_rank_that_waits_for_others_makes_progress(monkeypatch: pytest.MonkeyP
     """Catches a rank that has failed or is done, and counts as hung instead of the one that it waits for."""
     done = Meeting(True, False, False)
     assert progress_at([done, done, done._replace(other_done=True)], monkeypatch) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("last", "message"),
+    [
+        (Meeting(False, False, False), "no progress for 2 s"),
+        (Meeting(False, True, False, other_stuck=True), "rank 1: no progress"),
+    ],
+)
+def test_a_part_that_is_stuck_ends_the_wait(last: Meeting, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches ranks that wait forever for a dead disk without deepcloze's launcher, and a timeout of a rank that made
+    progress in between."""
+    slow, stuck = Meeting(False, True, True), Meeting(False, False, True)
+    with pytest.raises(TimeoutError, match=message):
+        progress_at([stuck, stuck, slow, stuck, stuck, last], monkeypatch)
