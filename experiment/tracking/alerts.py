@@ -26,7 +26,7 @@ REPEAT_SECONDS = 600.0
 _URL = "DEEPCLOZE_WEBHOOK_URL"
 _TIMEOUT = 15.0  # seconds, of each reply of a server
 _RETRY_WAITS = (0.0, 3.0, 9.0)  # seconds before each attempt to send
-_CLOSE_SECONDS = 30.0
+FLUSH_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Messenger:
         for channel in self._channels:
             channel.send(alert)
 
-    def close(self, seconds: float = _CLOSE_SECONDS) -> None:
+    def close(self, seconds: float = FLUSH_SECONDS) -> None:
         """Wait until all alerts are sent, for at most `seconds`."""
         end = time.monotonic() + seconds
         for channel in self._channels:

@@ -13,15 +13,18 @@ from typing import Protocol
 from experiment.launch_variable import LAUNCH_VARIABLE, START_VARIABLE
 from experiment.outcome_file import Outcome
 from experiment.run_folder import RunFolder
-from experiment.tracking.alerts import Alert, AlertFilter, AlertSender, Messenger, check_alerts
+from experiment.tracking.alerts import FLUSH_SECONDS, Alert, AlertFilter, AlertSender, Messenger, check_alerts
 from experiment.tracking.config import AlertEvent, AlertsConfig, TrackingConfig
 from experiment.tracking.console import ConsoleTracker
 from experiment.tracking.event_file import TensorBoardTracker, require_tensorboard
 from experiment.tracking.jsonl import JsonlTracker, kept_events
 from experiment.tracking.metrics import Metrics
-from experiment.tracking.weights_and_biases import WandbTracker
+from experiment.tracking.weights_and_biases import FINISH_SECONDS, WandbTracker
 
 logger = logging.getLogger(__name__)
+
+# `Trackers.close` has returned by then, unless a disk does not answer: W&B, alerts, and a minute to write files.
+CLOSE_SECONDS = FINISH_SECONDS + FLUSH_SECONDS + 60.0
 
 
 class Tracker(Protocol):

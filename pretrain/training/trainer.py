@@ -5,7 +5,7 @@ import math
 import platform
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from experiment.tracking import Trackers
 from experiment.tracking.alerts import Alert
 from experiment.tracking.downstream import DownstreamLog
 from experiment.tracking.metrics import Metrics
+from experiment.tracking.tracker import CLOSE_SECONDS
 from pretrain.batching.batch import Microbatch, RankBatch
 from pretrain.batching.loader import DataWorkerError
 from pretrain.engine.engine import Engine, StepResult
@@ -189,14 +190,21 @@ class Trainer:
         self._checkpointer.wait()
 
     def close(self, outcome: Outcome) -> None:
-        """Close the trackers, which may wait for servers until their timeouts. Collective unless the run has failed."""
+        """Close the trackers, which may wait for servers until their timeouts. Collective unless the run has failed.
+
+        Raises TimeoutError if they wait far longer, as for a disk that does not answer; not if the run has failed.
+        """
         if self._profiler is not None:
             self._profiler.close()
         self._times.end_training()
-        with ThreadPoolExecutor(1, "trackers") as thread:
-            closing = thread.submit(self._close_tracker, outcome)
-            if outcome is not Outcome.FAILED:
-                self._hosts.wait_for_all(closing, lambda: True)
+        thread = ThreadPoolExecutor(1, "trackers")
+        closing = thread.submit(self._close_tracker, outcome)
+        thread.shutdown(wait=False)
+        if outcome is Outcome.FAILED:
+            wait([closing], CLOSE_SECONDS)
+        else:
+            deadline = time.monotonic() + CLOSE_SECONDS
+            self._hosts.wait_for_all(closing, lambda: time.monotonic() < deadline)
             closing.result()
         self._times.record()
 
