@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from documented import Command, Terminal, commands, read_page, write_configs
+from documented import CLUSTER_TUTORIAL, Command, Terminal, commands, read_page, write_configs
 from documented_files import write_texts
 from hosts import Cluster, Host
 
-TUTORIAL = "docs/pretrain_on_a_cluster.md"
 # What starts something on the hosts; the other commands only read and write the shared disk.
 ON_HOSTS = ("for host", ".", "deepcloze preflight", "deepcloze pretrain", "deepcloze logs", "deepcloze status")
 
@@ -24,11 +23,11 @@ def test_the_tutorial_runs(cluster: Cluster, tmp_path: Path, text_file: Path) ->
     (data / "deepcloze/.venv").symlink_to(sys.prefix)
     write_texts(data, text_file.read_text(encoding="utf-8").splitlines())
     here = {"/data": str(data)}
-    write_configs(TUTORIAL, data, here)
-    (hostfile,) = re.findall(r"^# hosts\n((?:node-.*\n)+)", read_page(TUTORIAL), re.MULTILINE)
+    write_configs(CLUSTER_TUTORIAL, data, here)
+    (hostfile,) = re.findall(r"^# hosts\n((?:node-.*\n)+)", read_page(CLUSTER_TUTORIAL), re.MULTILINE)
     (data / "hosts").write_text(hostfile.replace("slots=4", "slots=1"), encoding="utf-8")
     with closing(Terminal(data, here)) as terminal:
-        for command in commands(TUTORIAL):
+        for command in commands(CLUSTER_TUTORIAL):
             if command.text.startswith(ON_HOSTS):
                 run_on(cluster.hosts[0], command, data)
             else:

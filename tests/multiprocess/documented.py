@@ -31,13 +31,22 @@ PAGES = [
     "CONTRIBUTING.md",
     "docs/commands.md",  # last: most of its examples are in the pages that explain them
 ]
-# In a block that also shows output, a line is a command if it starts with `$ ` or with one of these.
+TUTORIALS = [  # each runs in a folder of its own, in test_tutorials.py
+    "docs/continue_a_model.md",
+    "docs/compare_on_your_task.md",
+    "docs/from_run_mlm.md",
+    "docs/chinese.md",
+]
+CLUSTER_TUTORIAL = "docs/pretrain_on_a_cluster.md"  # runs on two hosts, in test_cluster_tutorial.py
+# In a block without a language, which may also show output, a line is a command if it starts with `$ ` or one of these.
 _PROGRAMS = (
     r"deepcloze|deepspeed|(?:\.venv/bin/)?python3?|pip|make|git|hf|wandb|tensorboard|sudo|apt-get|ssh|ssh-\w+|scp|"
     r"rsync|for|export|echo|cd|source|\.|curl|wget|jq|mkdir|cp|mv|touch|kill|openssl|docker|podman|apptainer|mpirun|srun|"
     r"sbatch|kubectl|tmux|nvidia-smi"
 )
 _COMMAND = re.compile(rf"\$ (.+)|((?:[A-Z_]+=\S+ )*(?:{_PROGRAMS}) .+)")
+# A flag shows a command, unless the line is output: `fix: ssh node-2 …`. Fails where a program is missing above.
+_WITH_FLAG = re.compile(r"(?!\w+: ).+ --?\w.*")
 # Of commands that a test cannot run as they are.
 _MARK = re.compile(
     r"# ((?:needs (?:a GPU|two GPUs|a cluster|the network|Docker|a W&B account)|on (?:every host|node-\d))\b.*)"
@@ -73,6 +82,13 @@ def commands(page: str) -> list[Command]:
 
 def find_commands(page: str, text: str) -> list[Command]:
     return [command for language, block in _code_blocks(text) for command in _commands(page, language, block)]
+
+
+def overlooked(text: str) -> list[str]:
+    """The lines in code blocks that look like commands, of programs that are not in the list of programs."""
+    blocks = [block for language, block in _code_blocks(text) if not language]
+    lines = [line for block in blocks for line in block if not line.startswith("#")]
+    return [line for line in lines if _WITH_FLAG.fullmatch(line) and not _COMMAND.fullmatch(line)]
 
 
 def configs(page: str) -> dict[str, str]:

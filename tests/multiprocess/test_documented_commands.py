@@ -13,22 +13,24 @@ from pathlib import Path
 import pytest
 
 from documented import (
+    CLUSTER_TUTORIAL,
     PAGES,
     REPOSITORY,
+    TUTORIALS,
     Command,
     Terminal,
     commands,
     find_commands,
     is_installed,
     is_server,
+    overlooked,
+    read_page,
     validate_configs,
     write_configs,
 )
 from documented_files import CHINESE, write_lines, write_model, write_public_tasks, write_task, write_texts
-from test_cluster_tutorial import TUTORIAL
-from test_tutorials import TUTORIALS
 
-OTHER_PAGES = [page for page in PAGES if page not in (*TUTORIALS, TUTORIAL)]
+OTHER_PAGES = [page for page in PAGES if page not in (*TUTORIALS, CLUSTER_TUTORIAL)]
 # What takes long runs in `make soak` only.
 SLOW = (
     "python_docs",
@@ -200,4 +202,17 @@ def test_commands_are_found_with_their_marks_and_messages() -> None:
         Command("a.md", "true", None, None),
         Command("a.md", "docker build .", "needs Docker: a reason", None),
         Command("a.md", "sort a | uniq", None, None),
+    ]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_command_is_overlooked(page: str) -> None:
+    """Catches a command that no test runs because `documented` does not know its program."""
+    assert overlooked(read_page(page)) == []
+
+
+def test_overlooked_commands_are_those_with_flags_of_unknown_programs() -> None:
+    """Catches a check that takes every line for output."""
+    assert overlooked("    fix: ssh a -v\n    unheard-of --flag\n    deepcloze plan --config a\n") == [
+        "unheard-of --flag"
     ]

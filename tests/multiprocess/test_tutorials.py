@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from documented import Terminal, commands, validate_configs, write_configs
+from documented import TUTORIALS, Terminal, commands, validate_configs, write_configs
 from documented_files import CHINESE, write_chinese_text, write_lines, write_model, write_task
 from rank_pool import RankPool
 from runs import TINY, pretrain_case, run_config
@@ -47,7 +47,7 @@ def chinese(folder: Path, given: Given) -> None:
     write_task(folder, write_chinese_text(folder), word="好")
 
 
-TUTORIALS: dict[str, tuple[Callable[[Path, Given], None], str]] = {
+PREPARED: dict[str, tuple[Callable[[Path, Given], None], str]] = {
     "docs/continue_a_model.md": (own_text, "my-bert/model.safetensors"),
     "docs/compare_on_your_task.md": (own_task, "labels.csv"),
     "docs/from_run_mlm.md": (run_mlm, "my-model/model.safetensors"),
@@ -61,7 +61,7 @@ def test_a_tutorial_runs(
     page: str, tmp_path: Path, text_file: Path, wordpiece: Path, wordpiece_corpus: Path, pools: dict[int, RankPool]
 ) -> None:
     """Catches a tutorial with a command or a config that does not work."""
-    prepare, result = TUTORIALS[page]
+    prepare, result = PREPARED[page]
     texts = text_file.read_text(encoding="utf-8").splitlines()
     prepare(tmp_path, Given(texts, wordpiece, wordpiece_corpus, pools[1]))
     write_configs(page, tmp_path)
