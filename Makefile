@@ -53,7 +53,7 @@ docs: $(READY)
 
 # BUILD_FLAGS: more flags of `docker build`, such as --build-arg TORCH_INDEX=…
 image:
-	$(ENGINE) build --build-arg BASE=$(BASE) --build-arg TORCH=$(TORCH) --tag $(IMAGE) \
+	$(if $(ENGINE),,$(error make image needs docker, podman or buildah))$(ENGINE) build --build-arg BASE=$(BASE) --build-arg TORCH=$(TORCH) --tag $(IMAGE) \
 		--label org.opencontainers.image.version=$(VERSION) \
 		--label org.opencontainers.image.revision=$(shell git rev-parse HEAD) $(BUILD_FLAGS) .
 	@echo "$(IMAGE)"

@@ -1,6 +1,7 @@
 """What a release is made from."""
 
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -14,6 +15,21 @@ def test_the_version_is_the_newest_one_in_the_changelog() -> None:
     assert headings[0] == ("Unreleased", "")
     assert headings[1][0] == PYPROJECT["project"]["version"]
     assert re.fullmatch(r" - \d{4}-\d{2}-\d{2}", headings[1][1]), "the date of the release"
+
+
+def test_images_in_the_docs_have_the_version() -> None:
+    """Catches commands with the image of the last release."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "hostfiles").iterdir()]
+    images = [tag for page in pages for tag in re.findall(r"deepcloze:(\d[\w.]*)-", page.read_text(encoding="utf-8"))]
+    assert images
+    assert set(images) == {PYPROJECT["project"]["version"]}
+
+
+def test_make_image_names_the_programs_that_it_needs() -> None:
+    """Catches a shell error about `build` where neither docker, podman nor buildah is installed."""
+    done = subprocess.run(["make", "image", "ENGINE="], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "make image needs docker, podman or buildah" in done.stderr
 
 
 def test_an_image_is_built_from_what_a_wheel_contains() -> None:
