@@ -131,7 +131,7 @@ class CorpusOptions(TextOptions):
     """Put N documents, drawn at random, into the corpus DIR-heldout instead."""
 
     segmenter: Literal["jieba"] | None = None
-    """Find the words of Chinese text for whole-word and span masking; needs `pip install jieba`."""
+    """Find the words of Chinese text for whole-word and span masking; needs `pip install 'deepcloze[chinese]'`."""
 
     verify: Annotated[str | None, Metavar("DIR[,DIR…]")] = None
     """Instead of building: corpus folders to compare with their checksums."""

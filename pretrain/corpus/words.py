@@ -176,7 +176,7 @@ def _import_jieba() -> ModuleType:
             warnings.simplefilter("ignore")  # jieba has invalid escapes and imports pkg_resources
             import jieba
     except ImportError:
-        raise UserError("--segmenter jieba needs the package jieba: pip install jieba") from None
+        raise UserError("--segmenter: jieba not installed; run: pip install 'deepcloze[chinese]'") from None
     module: ModuleType = jieba
     return module
 

@@ -176,7 +176,7 @@ def test_jieba_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, vocabula
     """Catches a traceback, or a build that fails in its workers, if the package is not installed."""
     monkeypatch.setitem(sys.modules, "jieba", None)
     (tmp_path / "s.txt").write_text("你好\n", encoding="utf-8")
-    with pytest.raises(UserError, match="pip install jieba"):
+    with pytest.raises(UserError, match=r"pip install 'deepcloze\[chinese\]'"):
         build_corpus(
             CorpusOptions(
                 source=tmp_path / "s.txt", tokenizer=vocabulary_folder, output=tmp_path / "c", segmenter="jieba"
