@@ -40,6 +40,6 @@ WORKDIR /work
 LABEL org.opencontainers.image.title=deepcloze \
       org.opencontainers.image.description="Distributed pretraining of masked language models on DeepSpeed" \
       org.opencontainers.image.licenses=Apache-2.0
-# The first process of a container ignores signals that it does not handle, and has to reap orphans: tini does both.
+# tini forwards signals, which process 1 would ignore unless it handles them, and reaps orphans.
 ENTRYPOINT ["tini", "--", "deepcloze"]
 CMD ["--help"]
