@@ -1,11 +1,14 @@
+import itertools
 import json
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from experiment import goodput
 from experiment.goodput import (
     ACTIVITIES,
     CHECKPOINTING,
@@ -264,6 +267,21 @@ def test_the_start_of_a_process_is_exact() -> None:
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     begun, found = map(float, output.split())
     assert before - 0.1 <= found <= begun + 0.1
+
+
+def test_a_busy_machine_does_not_move_a_start_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an attempt that begins before its launch, because another process ran while two clocks were read."""
+    reads = itertools.count()
+    process = SimpleNamespace(create_time=lambda: 1300.0)
+    since = 40.0  # as CLOCK_BOOTTIME; a second passes with each read
+    clocks = SimpleNamespace(
+        CLOCK_BOOTTIME=time.CLOCK_BOOTTIME,
+        clock_gettime=lambda _: 300.0 + since + next(reads),
+        time=lambda: 1300.0 + since + next(reads),
+    )
+    monkeypatch.setattr(goodput, "time", clocks)
+    monkeypatch.setattr(goodput, "psutil", SimpleNamespace(Process=lambda: process, boot_time=lambda: 1000.0))
+    assert process_start() == 1301.0
 
 
 def test_other_threads_see_progress(clock: Clock) -> None:
