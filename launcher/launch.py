@@ -36,7 +36,7 @@ def launch_pretraining(options: PretrainOptions) -> None:
     can resume, KeyboardInterrupt for a signal before the ranks start, and SystemExit for a run that failed (with a
     message) or that the ranks rejected (rank 0 prints why).
     """
-    start_time = process_start()
+    start_time = time.time()
     if options.profile:
         options = options.model_copy(update={"overrides": {**options.overrides, "run.profile": "true"}})
     raise_limit_of_open_files()
@@ -81,14 +81,14 @@ def launch(plan: LaunchPlan, start_time: float, dead_owner: Renewal | None = Non
 
     Args:
         plan: what to start.
-        start_time: `time.time()` when the user started the launch.
+        start_time: `time.time()` when deepcloze began to check the launch.
         dead_owner: what `check_unlocked` has returned.
     """
     to_start = plan.launch()
     remove_earlier_output(open_run_folder(plan.folder.path))
     step_before = last_step(plan.folder)
     announce_start(plan)
-    result = supervise(to_start, start_time, dead_owner)
+    result = supervise(to_start, start_time, dead_owner, process_start())
     match result.outcome:
         case Outcome.DONE:
             announce_done(plan.folder, step_before, time.time() - start_time)

@@ -27,11 +27,17 @@ from launcher.supervision.restarts import Attempt, End, Restart, decide
 from launcher.supervision.stop_signals import StopSignals
 
 
-def supervise(launch: Launch, start_time: float, dead_owner: Renewal | None = None) -> LaunchResult:
+def supervise(
+    launch: Launch, start_time: float, dead_owner: Renewal | None = None, first_start: float | None = None
+) -> LaunchResult:
     """Run a launch until it is done, stopped, or has failed too often, and record each attempt in `RUN/launch.jsonl`.
 
-    `start_time`: `time.time()` when the user started the launch. A STOP file that is older is removed; a newer one was
-    created while the launch was checked, and nothing is started. `dead_owner`: what `check_unlocked` has returned.
+    Args:
+        launch: what to run.
+        start_time: `time.time()` when deepcloze began to check the launch. A STOP file that is older is removed; a
+            newer one was created since then, and nothing is started.
+        dead_owner: what `check_unlocked` has returned.
+        first_start: when the first attempt began, for its record; default: `start_time`.
 
     On a stop signal the ranks save a checkpoint and exit; a second one kills them. No rank outlives this process.
     Raises UserError if another launch uses the run folder, OSError if it cannot be written.
@@ -47,7 +53,8 @@ def supervise(launch: Launch, start_time: float, dead_owner: Renewal | None = No
             notify(f"removed {folder.stop}, which is older than this launch")
         shutil.rmtree(folder.trials, ignore_errors=True)  # of a command that was killed
         with stop.handle(), contextlib.nullcontext() if launch.local else _ignored_suspension():
-            return _Supervisor(launch, stop, start_time, alerts).run()
+            first_start = start_time if first_start is None else first_start
+            return _Supervisor(launch, stop, first_start, alerts).run()
 
 
 @contextlib.contextmanager
@@ -61,9 +68,9 @@ def _ignored_suspension() -> Iterator[None]:
 
 
 class _Supervisor:
-    def __init__(self, launch: Launch, stop: StopSignals, start_time: float, alerts: LaunchAlerts) -> None:
+    def __init__(self, launch: Launch, stop: StopSignals, first_start: float, alerts: LaunchAlerts) -> None:
         self._launch = launch
-        self._start_time = start_time
+        self._first_start = first_start
         self._folder = launch.folder
         self._stop = stop
         self._alerts = alerts
@@ -100,7 +107,7 @@ class _Supervisor:
         try:
             clear_reports(self._folder)
             reserve_outcome(self._folder)
-            record = begin_attempt(self._folder, layout.slots, time.time() if self._attempts else self._start_time)
+            record = begin_attempt(self._folder, layout.slots, time.time() if self._attempts else self._first_start)
             result, joins_hosts = self._run_or_stop(layout, record)
         except OSError as error:
             if not self._attempts:

@@ -3,6 +3,7 @@ import os
 import shlex
 import signal
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -134,6 +135,19 @@ def test_a_plan_depends_on_the_given_machine_only(config: str, resolved: list[tu
     assert command.files == {}
     assert resolved[0][1] == 2
     assert [path.name for path in Path.cwd().iterdir()] == ["config.yaml"]
+
+
+def test_a_launch_and_its_process_may_begin_at_different_times(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a STOP file compared with the start of a shell that has prepared the launch, or time missing in the
+    ledger."""
+    seen: list[Any] = []
+    monkeypatch.setattr(launch, "process_start", lambda: 5.0)
+    monkeypatch.setattr(launch, "supervise", lambda *arguments: seen.append(arguments) or LaunchResult(Outcome.DONE))
+    before = time.time()
+    launch_pretraining(PretrainOptions(config=config, num_gpus=2))
+    (_, start_time, _, first_start) = seen[0]
+    assert before <= start_time <= time.time()
+    assert first_start == 5.0
 
 
 @pytest.mark.parametrize("dry_run", [True, False])
@@ -371,7 +385,7 @@ def test_a_dead_machine_is_waited_for_before_preflight_only(config: str, monkeyp
     seen: list[object] = []
 
     def end(*arguments: object) -> LaunchResult:
-        seen.append(arguments[-1])
+        seen.append(arguments[2])
         return LaunchResult(Outcome.DONE)
 
     monkeypatch.setattr(launch, "check_unlocked", lambda _: 7)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -206,6 +207,17 @@ def test_a_stop_file_created_while_the_launch_is_checked_stops_it(folder: RunFol
     assert str(folder.stop) in result.message
     assert not (folder.path / "started").exists()
     assert launches(folder)[0]["outcome"] == "stopped"
+
+
+def test_a_stop_file_older_than_the_launch_but_not_its_process_is_removed(folder: RunFolder):
+    """Catches `sh -c 'prepare && exec deepcloze pretrain'` that stops at once because of a STOP file created while the
+    shell prepared the launch."""
+    began = time.time() - 100
+    folder.stop.touch()
+    os.utime(folder.stop, (began + 50, began + 50))
+    launched = one_launch(folder, "write_outcome(folder, Outcome.DONE)")
+    assert supervise(launched, time.time(), first_start=began).outcome is Outcome.DONE
+    assert datetime.fromisoformat(launches(folder)[0]["time"]).timestamp() == int(began)
 
 
 def test_an_old_stop_file_does_not_stop_the_run(folder: RunFolder, capsys: pytest.CaptureFixture[str]):
