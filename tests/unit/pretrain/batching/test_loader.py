@@ -4,7 +4,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing import active_children, get_context
 from multiprocessing.process import BaseProcess
 
@@ -128,9 +128,8 @@ def test_a_worker_killed_within_a_batch_is_named():
         list(batches)
 
 
-def test_signals_to_all_processes_leave_a_worker_for_the_last_step(monkeypatch):
-    """Catches a worker that dies before its rank has finished a step, and one that stays when its rank cannot end."""
-    monkeypatch.setattr(loader, "_GRACE_SECONDS", 2)
+def load_and_signal() -> tuple[Iterator[RankBatch], BaseProcess]:
+    """Batches, and their worker, which has got all signals that stop a run."""
     others = set(active_children())
     of_pytest = signal.signal(signal.SIGALRM, signal.SIG_DFL)
     with signals_blocked(STOP_SIGNALS):  # as a rank does
@@ -139,7 +138,19 @@ def test_signals_to_all_processes_leave_a_worker_for_the_last_step(monkeypatch):
     (worker,) = set(active_children()) - others
     for number in STOP_SIGNALS:
         os.kill(worker.pid, number)
+    return batches, worker
+
+
+def test_signals_to_all_processes_leave_a_worker_for_the_last_step():
+    """Catches a worker that dies before its rank has finished a step."""
+    batches, _ = load_and_signal()
     assert next(batches).step == 0
+
+
+def test_a_worker_ends_some_time_after_a_signal(monkeypatch):
+    """Catches a worker that stays when its rank cannot end."""
+    monkeypatch.setattr(loader, "_GRACE_SECONDS", 1)
+    _batches, worker = load_and_signal()
     worker.join(LIMIT)
     assert worker.exitcode == -signal.SIGALRM
 
