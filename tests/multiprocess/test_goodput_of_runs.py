@@ -37,12 +37,13 @@ def test_the_time_of_an_interrupted_run_adds_up(
     changes = {"corpus__eval": {"held": str(heldout_corpus)}, "evaluation__every_steps": 10}
     config = config_file(tmp_path, wordpiece_corpus, schedule__steps=LONG, checkpoint__every_steps=10, **changes)
     deepcloze = str(Path(sys.executable).with_name("deepcloze"))
-    launched, ended = [], []
+    launched, began, ended = [], [], []
 
     def launch() -> "subprocess.Popen[str]":
         launched.append(time.time())
         reached = len(logged(folder.path)) if folder.metrics.exists() else 0
         process = start(deepcloze, "pretrain", "--config", str(config))
+        began.append(time.time())
         wait_for_steps(folder.path, reached // 10 * 10 + 18, process)
         assert (write_report(folder.path).parent / "index.html").is_file()
         return process
@@ -64,13 +65,14 @@ def test_the_time_of_an_interrupted_run_adds_up(
     assert goodput is not None
     attempts = last_lines(read_attempt_times(folder))
     assert len(attempts) == goodput.attempts == 3
-    for attempt, launch_time, end in zip(attempts, launched, ended, strict=True):
+    for attempt, launch_time, begin, end in zip(attempts, launched, began, ended, strict=True):
         assert launch_time - 0.01 <= attempt.start < attempt.time <= end  # the system counts in steps of 0.01 s
+        assert attempt.start < begin + 0.5  # the imports of the launcher take longer
         assert sum(attempt.seconds.values()) == pytest.approx(attempt.time - attempt.start, rel=0.02)
     gaps = itertools.pairwise(attempts)
     assert goodput.seconds[DOWN] == pytest.approx(sum(after.start - before.time for before, after in gaps), abs=0.1)
     assert goodput.wall_clock == pytest.approx(attempts[-1].time - attempts[0].start, abs=0.1)
-    assert goodput.wall_clock == pytest.approx(ended[-1] - launched[0], rel=0.02)
+    assert attempts[-1].time >= folder.launches.stat().st_mtime - 0.001  # the launcher's own last line; rounded
     assert min(goodput.seconds[activity] for activity in (USEFUL, REDONE, EVALUATING, CHECKPOINTING, STARTING)) > 0
     shares = logged(folder.path, "goodput")
     assert all(0 < share < 1 for share in shares)
