@@ -20,6 +20,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: help setup demo test check soak docs image
 
 help:
+	@echo "make setup   a virtual environment with deepcloze in .venv; then: . .venv/bin/activate"
 	@echo "make demo    the full pipeline on real text, from documentation to task scores: under 10 minutes on 2 cores"
 	@echo "make test    the tests"
 	@echo "make check   format, lint, types and the tests"
