@@ -58,6 +58,11 @@ def finetune(config: str | Path, overrides: Mapping[str, str] | None = None, dry
         print_results(run(resolved), Path(resolved.run.dir) / "results.json")
 
 
+def check(config: str | Path, overrides: Mapping[str, str] | None = None) -> None:
+    """Raise UserError for what would keep `finetune` from training. Prints what is notable about the data."""
+    prepare(resolve_paths(load_config(FinetuneConfig, config, overrides), default_name=Path(config).stem))
+
+
 def resolve_paths(config: FinetuneConfig, default_name: str) -> FinetuneConfig:
     """The config with absolute paths, the Hugging Face folder that init_from refers to, and a task name.
 

@@ -14,6 +14,7 @@ import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import ValidationError
@@ -192,6 +193,8 @@ def _meant_flag(
     given = [text for of_flag in texts.values() for text in of_flag] + list(overrides.values())
     if given and given[-1].startswith(("[", "{")) and given[-1][-1] not in "]}":
         return "put quotes around a value with spaces"
+    if given and Path(argument).is_file() and Path(given[-1]).is_file():
+        return "put quotes around a pattern, so that the shell does not replace it by the names of files"
     flags = flags_of(options_type)
     written = argument.lstrip(_DASHES)
     name, equals, _ = written.partition("=")

@@ -14,9 +14,9 @@ def validate_command(options: ValidateOptions) -> None:
     """Raises UserError for anything that would keep the run from starting on this machine."""
     if is_finetuning(options.config):
         with fast_imports():
-            from finetune.run import finetune
+            from finetune.run import check
 
-        finetune(options.config, options.overrides, dry_run=True)
+        check(options.config, options.overrides)
         print(f"{options.config}: valid, for deepcloze finetune")
     else:
         _validate_pretraining(PretrainOptions(config=options.config, overrides=options.overrides))

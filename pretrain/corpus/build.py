@@ -125,7 +125,7 @@ def summary(folder: Path, manifest: Manifest) -> str:
     return (
         f"{folder}\n"
         f"  {manifest.documents:,} documents ({manifest.empty_documents:,} empty ones dropped), "
-        f"{manifest.tokens:,} tokens in {len(manifest.shards):,} shards\n"
+        f"{manifest.tokens:,} tokens in {len(manifest.shards):,} shard{'s' if len(manifest.shards) != 1 else ''}\n"
         f"  {manifest.unknown_token_rate:.3%} unknown tokens, {manifest.tokens_per_word:.2f} tokens per word\n"
         f"  document lengths in tokens: {lengths}"
     )

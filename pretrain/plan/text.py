@@ -93,10 +93,17 @@ def _work(plan: RunPlan) -> list[str]:
             f"{shape.rows} × {shape.width} slots per rank, {batch.filled:.0%} of them filled"
         )
     if plan.steps is not None:
-        lines.append(f"in all {_count(plan.steps, 'step')}, {plan.tokens:,} tokens")
+        lines.append(f"in all {_count(plan.steps, 'step')}, {plan.tokens:,} tokens{_epochs(plan)}")
     elif plan.budget_steps is not None:
         lines.append(f"in all about {_count(plan.budget_steps, 'step')} in {plan.run.config.schedule.budget}")
     return lines
+
+
+def _epochs(plan: RunPlan) -> str:
+    """How often a run on one corpus reads it."""
+    if plan.tokens is None or len(plan.run.corpora) > 1:
+        return ""
+    return f", {plan.tokens / plan.run.corpora[0].corpus.tokens:,.3g} times those of the corpus"
 
 
 def _memory(plan: RunPlan) -> list[str]:

@@ -377,6 +377,10 @@ TEXT = {
     "no words to add": Mistake(
         "tokenizer --extend tokenizer --added no.txt --output new", r"--added: cannot read no.txt: No such file"
     ),
+    "pattern without quotes": Mistake(
+        "tokenizer --source train.csv test.csv --output new --vocab_size 100",
+        r"'test.csv'; put quotes around a pattern",
+    ),
     "folder as file": Mistake("python_docs --output corpus", r"--output corpus is a folder; expected a file"),
 }
 DATA = {
