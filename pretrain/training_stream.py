@@ -34,6 +34,19 @@ class TrainingStream:
     def __getitem__(self, step: int) -> RankBatch:
         return self.makers[bisect_right(self.first_steps, step) - 1][step]
 
+    @property
+    def epochs(self) -> float | None:
+        """How often the whole run reads its corpus; None for a mixture, and under a time budget."""
+        if self.steps is None or len(self.corpora) > 1:
+            return None
+        epochs = 0.0
+        for maker, end in zip(self.makers, (*self.first_steps[1:], self.steps), strict=True):
+            order = maker.order
+            assert isinstance(order, ShuffledOrder)
+            read = order.sizes.start(end)
+            epochs += (read if order.positions is None else min(read, order.positions)) / order.corpora[0].sequences
+        return epochs
+
     def load(self, first_step: int, on_gpu: bool, timeout: float) -> Iterator[RankBatch]:
         """The batches from `first_step` on, prepared ahead in worker processes. `timeout`: see `load_batches`."""
         workers = 2 if on_gpu else 1

@@ -49,6 +49,7 @@ class RunPlan:
     steps: int | None  # exact; None: a time budget
     budget_steps: int | None  # about how many steps a time budget lasts for
     tokens: int | None  # exact; None: a time budget
+    epochs: float | None  # None: a time budget or a mixture
     cost: Cost | None
 
     @property
@@ -135,6 +136,7 @@ def plan_run(run: ResolvedRun, hosts: int, ranks: int, device: Device, rates: Ra
         steps=stream.steps,
         budget_steps=steps,
         tokens=None if stream.steps is None else tokens,
+        epochs=stream.epochs,
         cost=cost,
     )
 

@@ -40,6 +40,7 @@ def as_json(plan: RunPlan) -> dict[str, Any]:
         "steps": plan.steps,
         "budget_steps": plan.budget_steps,
         "tokens": plan.tokens,
+        "epochs": plan.epochs,
         "stages": [asdict(stage) for stage in plan.stages],
         "zero_stage": plan.zero_stage,
         "zero": {
@@ -93,17 +94,11 @@ def _work(plan: RunPlan) -> list[str]:
             f"{shape.rows} × {shape.width} slots per rank, {batch.filled:.0%} of them filled"
         )
     if plan.steps is not None:
-        lines.append(f"in all {_count(plan.steps, 'step')}, {plan.tokens:,} tokens{_epochs(plan)}")
+        epochs = "" if plan.epochs is None else f", {plan.epochs:,.3g} epochs"
+        lines.append(f"in all {_count(plan.steps, 'step')}, {plan.tokens:,} tokens{epochs}")
     elif plan.budget_steps is not None:
         lines.append(f"in all about {_count(plan.budget_steps, 'step')} in {plan.run.config.schedule.budget}")
     return lines
-
-
-def _epochs(plan: RunPlan) -> str:
-    """How often a run on one corpus reads it."""
-    if plan.tokens is None or len(plan.run.corpora) > 1:
-        return ""
-    return f", {plan.tokens / plan.run.corpora[0].corpus.tokens:,.3g} times those of the corpus"
 
 
 def _memory(plan: RunPlan) -> list[str]:

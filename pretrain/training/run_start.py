@@ -11,6 +11,7 @@ from experiment.files import write_text
 from experiment.provenance import ancestors_of, collect_provenance, read_provenance, write_provenance
 from experiment.tracking import TrackedRun, Trackers, open_trackers
 from pretrain.resolve import ResolvedRun
+from pretrain.training_stream import TrainingStream
 
 log = logging.getLogger(__name__)
 
@@ -25,15 +26,16 @@ def record_start(run: ResolvedRun, world_size: int, hosts: int) -> Mapping[str, 
 
 
 def open_run_tracker(
-    run: ResolvedRun, provenance: Mapping[str, Any], step: int, total_steps: int | None, evaluates_first: bool
+    run: ResolvedRun, provenance: Mapping[str, Any], step: int, stream: TrainingStream, evaluates_first: bool
 ) -> Trackers:
     """Args:
     step: finished steps when this attempt starts.
-    total_steps: None under a time budget.
     evaluates_first: whether this attempt starts with the evaluation of `step`.
     """
+    total_steps = stream.steps
     end = "until the time budget is used up" if total_steps is None else f"{total_steps:,} steps"
-    log.info("training: %s; %d finished", end, step)
+    epochs = "" if stream.epochs is None else f", {stream.epochs:,.3g} epochs"
+    log.info("training: %s%s; %d finished", end, epochs, step)
     for warning in () if total_steps is None else run.config.schedule.warnings(total_steps):
         log.warning(warning)
     resumed = run.resume_plan.checkpoint is not None and not run.resume_plan.fork

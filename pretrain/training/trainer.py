@@ -126,7 +126,7 @@ class Trainer:
         if world.rank == 0:
             times.open(run.folder, self._progress.step, stream.steps)
             self._tracker = open_run_tracker(
-                run, provenance, self._progress.step, stream.steps, self._is_evaluation_missing()
+                run, provenance, self._progress.step, stream, self._is_evaluation_missing()
             )
         self._downstream = DownstreamLog(run.folder)
         self._checkpointer = Checkpointer(run, engine, model.model, hosts, provenance)

@@ -283,3 +283,13 @@ def test_a_fork_ends_after_its_parents_step(
     for step in (steps, steps + 5):
         with pytest.raises(UserError, match=rf"the run has {steps} steps, but .* is at step {step} already"):
             open_fork(step)
+
+
+def test_epochs_are_those_of_all_stages(open_run_stream: OpenStream) -> None:
+    """Catches a start message and a plan with the epochs of one stage, or without those of the batch warmup."""
+    stream = open_run_stream(mixed=False, **changing_batches())
+    read = [len(origins(stream[step])) for step in range(16)]
+    lengths = [len(maker.corpora[0].index) for maker in stream.makers]
+    of_stages = [sum(read[:6]) / lengths[0], sum(read[6:11]) / lengths[1], sum(read[11:]) / lengths[2]]
+    assert stream.epochs == pytest.approx(sum(of_stages))
+    assert open_run_stream(**changing_batches()).epochs is None, "of a mixture"
