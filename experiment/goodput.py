@@ -117,8 +117,8 @@ def record_end(folder: RunFolder, start: float, now: Callable[[], float] = time.
 
 
 def process_start() -> float:
-    """When this process began, as time.time(); `exec` does not change it, so that of `sh -c 'prepare && exec deepcloze
-    pretrain'` is when the shell began. `psutil.Process.create_time` alone is off by up to a second."""
+    """When this process started, in seconds as time.time(). `exec` keeps the start: with `sh -c 'prepare && exec
+    deepcloze pretrain'` it is that of the shell. `psutil.Process.create_time` alone is off by up to a second."""
     since_boot: float = psutil.Process().create_time() - psutil.boot_time()
     age = time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot  # first: time that passes between is no earlier start
     return time.time() - age

@@ -1,7 +1,7 @@
 """Files of tensors in the safetensors format (huggingface.co/docs/safetensors).
 
-The library's own writer is not used for checkpoints: it leaves gigabytes to one fsync, during which nobody can see
-whether a slow disk makes progress. And only their owner can read its files, whatever the umask.
+The library's own writer is not used for checkpoints: it syncs gigabytes in one fsync, so a slow disk
+cannot be distinguished from one that does not respond. Its files are readable by their owner only, whatever the umask.
 """
 
 import json

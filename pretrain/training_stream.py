@@ -35,16 +35,21 @@ class TrainingStream:
         return self.makers[bisect_right(self.first_steps, step) - 1][step]
 
     @property
+    def ends(self) -> tuple[int | None, ...]:
+        """The step after the last of each stage."""
+        return (*self.first_steps[1:], self.steps)
+
+    @property
     def epochs(self) -> float | None:
         """How often the whole run reads its corpus; None for a mixture, and under a time budget."""
         if self.steps is None or len(self.corpora) > 1:
             return None
         epochs = 0.0
-        for maker, end in zip(self.makers, (*self.first_steps[1:], self.steps), strict=True):
+        for maker, end in zip(self.makers, self.ends, strict=True):
             order = maker.order
             assert isinstance(order, ShuffledOrder)
-            read = order.sizes.start(end)
-            epochs += (read if order.positions is None else min(read, order.positions)) / order.corpora[0].sequences
+            assert end is not None
+            epochs += order.start(end) / order.corpora[0].sequences
         return epochs
 
     def load(self, first_step: int, on_gpu: bool, timeout: float) -> Iterator[RankBatch]:

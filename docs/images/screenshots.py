@@ -21,7 +21,7 @@ def chromium() -> Iterator[webdriver.Chrome]:
 
 
 def save_side_by_side(views: Sequence[Image.Image], path: Path, colors: int) -> None:
-    """Save pictures in one PNG with a palette of so many colors."""
+    """Save pictures as one PNG with a palette of `colors` colors."""
     width = sum(view.width + _MARGIN for view in views) + _MARGIN
     sheet = Image.new("RGB", (width, max(view.height for view in views) + 2 * _MARGIN), _GREY)
     left = _MARGIN

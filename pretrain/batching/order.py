@@ -98,9 +98,13 @@ class ShuffledOrder:
         """The step after the last, whose batch may be smaller; None: endless."""
         return None if self.positions is None else self.sizes.end(self.positions)
 
+    def start(self, step: int) -> int:
+        """The position at which the batch of this step starts: how many positions the steps before it read."""
+        start = self.sizes.start(step)
+        return start if self.positions is None else min(start, self.positions)
+
     def batch(self, step: int) -> BatchSequences:
-        start, end = self.sizes.start(step), self.sizes.start(step + 1)
-        corpora, own = self._split_by_corpus(start, end if self.positions is None else min(end, self.positions))
+        corpora, own = self._split_by_corpus(self.sizes.start(step), self.start(step + 1))
         epochs, ids = np.empty_like(own), np.empty_like(own)
         for number, corpus in enumerate(self.corpora):
             selected = corpora == number

@@ -13,7 +13,7 @@ _WIDTHS = (1.25, 1.5, 1.75, 2.0)  # that are tried, in units of L
 _BUCKET = 16  # widths are a multiple, which suits the kernels
 _ATTENTION_TIME = 2.0  # how long a FLOP of attention takes, compared with one of linear layers: 1.5 to 2.5 on a CPU,
 _WORTHWHILE = 0.97  # so a wider row has to save this much by the estimate (benchmarks/RESULTS.md, "Experiments")
-_BATCHES, _SEQUENCES = 16, 1024  # that are packed to compare widths: at most, and until there are so many
+_BATCHES, _SEQUENCES = 16, 1024  # to compare widths, batches are packed until either number is reached
 
 
 def with_best_row_width(maker: BatchMaker, steps: range, warmup_steps: int, attention_ratio: float) -> BatchMaker:

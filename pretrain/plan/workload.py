@@ -48,10 +48,9 @@ class StageWork:
 
 
 def stage_work(stream: TrainingStream, masking: MaskingConfig) -> tuple[StageWork, ...]:
-    ends = (*stream.first_steps[1:], stream.steps)
     return tuple(
         _stage(maker, first, end, max(masking.rates))
-        for maker, first, end in zip(stream.makers, stream.first_steps, ends, strict=True)
+        for maker, first, end in zip(stream.makers, stream.first_steps, stream.ends, strict=True)
     )
 
 
@@ -75,14 +74,10 @@ def _stage(maker: BatchMaker, first_step: int, end: int | None, rate: float) -> 
 
 def _tokens(maker: BatchMaker, order: ShuffledOrder, end: int) -> int:
     """Tokens of the stage's batches, special tokens included."""
-    positions = order.sizes.start(end)
-    if order.positions is not None:
-        positions = min(positions, order.positions)
+    counts = order.positions_by_corpus(order.start(end))
     return sum(
         _stream_tokens(corpus.index, stream, int(count), maker.vocabulary.num_special_tokens)
-        for corpus, stream, count in zip(
-            maker.corpora, order.corpora, order.positions_by_corpus(positions), strict=True
-        )
+        for corpus, stream, count in zip(maker.corpora, order.corpora, counts, strict=True)
     )
 
 

@@ -84,7 +84,7 @@ class Checkpointer:
         return self._saves.is_part_done
 
     def advance_if_done(self, ranks_done: int) -> None:
-        """Continue the save in flight if so many ranks, all of them, have done their part. Collective.
+        """Continue the save in flight if `ranks_done` is the number of ranks. Collective.
 
         Raises UnwritableError on all ranks after three failed saves in a row.
         """

@@ -32,10 +32,10 @@ def open_run_tracker(
     step: finished steps when this attempt starts.
     evaluates_first: whether this attempt starts with the evaluation of `step`.
     """
-    total_steps = stream.steps
+    total_steps, epochs = stream.steps, stream.epochs
     end = "until the time budget is used up" if total_steps is None else f"{total_steps:,} steps"
-    epochs = "" if stream.epochs is None else f", {stream.epochs:,.3g} epochs"
-    log.info("training: %s%s; %d finished", end, epochs, step)
+    in_epochs = "" if epochs is None else f", {epochs:,.3g} epochs"
+    log.info("training: %s%s; %d finished", end, in_epochs, step)
     for warning in () if total_steps is None else run.config.schedule.warnings(total_steps):
         log.warning(warning)
     resumed = run.resume_plan.checkpoint is not None and not run.resume_plan.fork

@@ -64,7 +64,7 @@ _SCALED = {
 class Command:
     page: str
     text: str  # in one line, without prompt and comment
-    mark: str | None  # "needs a GPU": from a comment behind it, or from a line above it in the block
+    mark: str | None  # such as "needs a GPU": the comment at the end of the line, or the comment line above it
     message: str | None  # the error that the page shows below it: "deepcloze: …"
 
 

@@ -9,11 +9,11 @@ from experiment.architecture import count_parameters
 from experiment.checkpoints import checkpoint_step, complete_checkpoints, named_best, read_state
 from experiment.goodput import Goodput, last_lines, read_attempt_times
 from experiment.results.page import Fact, Headline, Tone
-from experiment.results.report.values import best_loss, evaluated_corpora, last
+from experiment.results.report.values import best_loss, evaluated_corpora
 from experiment.run_folder import RunFolder
 from experiment.run_life import Life, State
 from experiment.tracking.console import describe_duration
-from experiment.tracking.jsonl import Event
+from experiment.tracking.jsonl import Event, last_number
 
 _TONES: Mapping[State, Tone] = {
     "running": "busy",
@@ -91,7 +91,7 @@ def _progress(folder: RunFolder, events: Sequence[Event]) -> Iterator[Fact]:
 
 
 def _tokens(events: Sequence[Event], state: Mapping[str, Any]) -> Iterator[Fact]:
-    tokens = last(events, "tokens")
+    tokens = last_number(events, "tokens")
     if tokens is None:
         return
     yield Fact("Tokens", scaled(tokens), f"{tokens:,.0f}")
@@ -109,7 +109,7 @@ def _losses(events: Sequence[Event]) -> Iterator[Fact]:
     for corpus in evaluated_corpora(events)[:1]:
         if best := best_loss(events, corpus):
             yield Fact("Best held-out loss", f"{best[0]:.4f}", f"{corpus}, step {best[1]:,}")
-    loss = last(events, "loss")
+    loss = last_number(events, "loss")
     if loss is not None:
         yield Fact("Training loss", f"{loss:.4f}", "last log event")
 

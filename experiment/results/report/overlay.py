@@ -13,10 +13,10 @@ from experiment.results.plots import Line, Panel
 from experiment.results.report.run_record import read_run_config
 from experiment.results.report.tasks import main_score, read_task_results
 from experiment.results.report.training import NORM, RATE, SPEED, WAIT, without_empty_columns
-from experiment.results.report.values import UNKNOWN, best_loss, curve, evaluated_corpora, last, median, show
+from experiment.results.report.values import UNKNOWN, best_loss, curve, evaluated_corpora, median, show
 from experiment.run_folder import RunFolder
 from experiment.run_life import read_life
-from experiment.tracking.jsonl import Event, read_events
+from experiment.tracking.jsonl import Event, last_number, read_events
 
 _NOT_COMPARED = ("run.dir", "tracking.")  # keys
 _DIFFERENCES = "Differences of the configs"
@@ -89,8 +89,8 @@ def _run_row(run: NamedRun, corpora: Sequence[str]) -> list[str]:
         run.name,
         "done" if results is not None else read_life(run.folder).state,
         show(max((event["step"] for event in events), default=None), ",.0f"),
-        show(last(events, "tokens"), ",.0f"),
-        show(last(events, "loss"), ".4f"),
+        show(last_number(events, "tokens"), ",.0f"),
+        show(last_number(events, "loss"), ".4f"),
         *(f"{found[0]:.4f} at {found[1]:,}" if found else UNKNOWN for found in best),
         UNKNOWN if results is None else main_score(results),
         show(median(events, "tokens_per_second"), ",.0f"),

@@ -11,12 +11,11 @@ from experiment.results.report.values import (
     best_loss,
     curve,
     evaluated_corpora,
-    last,
     median,
     show,
 )
 from experiment.run_folder import RunFolder
-from experiment.tracking.jsonl import Event, read_events
+from experiment.tracking.jsonl import Event, last_number, read_events
 from experiment.tracking.metrics import format_perplexity
 
 SPEED, WAIT = "Tokens per second, all ranks, without padding", "Time spent waiting for data"
@@ -74,7 +73,7 @@ def held_out_table(events: Sequence[Event], corpora: Sequence[str]) -> Table:
     """One row per corpus: loss, perplexity and accuracy at the last evaluation, and the best loss with its step."""
     rows = []
     for corpus in corpora:
-        found = [last(events, f"eval/{corpus}/{metric}") for metric in ("loss", "perplexity", "accuracy")]
+        found = [last_number(events, f"eval/{corpus}/{metric}") for metric in ("loss", "perplexity", "accuracy")]
         best = best_loss(events, corpus)
         rows.append(
             [corpus, show(found[0], ".4f"), format_perplexity(found[1]), show(found[2], ".1%")]
@@ -88,8 +87,8 @@ def training_table(events: Sequence[Event]) -> Table:
     memory = max(curve(events, "memory")[1], default=None)
     row = [
         f"{max(event['step'] for event in events):,}",
-        show(last(events, "tokens"), ",.0f"),
-        show(last(events, "loss"), ".4f"),
+        show(last_number(events, "tokens"), ",.0f"),
+        show(last_number(events, "loss"), ".4f"),
         show(median(events, "tokens_per_second"), ",.0f"),
         show(median(events, "mfu"), ".1%"),
         show(median(events, "data_wait"), ".1%"),

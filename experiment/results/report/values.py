@@ -14,11 +14,6 @@ def curve(events: Sequence[Event], key: str) -> tuple[list[int], list[float]]:
     return [step for step, _ in points], [value for _, value in points]
 
 
-def last(events: Sequence[Event], key: str) -> float | None:
-    values = curve(events, key)[1]
-    return values[-1] if values else None
-
-
 def median(events: Sequence[Event], key: str) -> float | None:
     values = curve(events, key)[1]
     return statistics.median(values) if values else None

@@ -1,6 +1,7 @@
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,19 @@ from pretrain.resolve import resolve
 TINY = {"model_type": "bert", "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
+def config_of(run: Path, corpus: Path, /, **sections: dict[str, Any]) -> PretrainConfig:
+    """A run of two steps. `sections`: to add, or to replace."""
+    tree = {
+        "run": {"dir": str(run)},
+        "model": {"config": TINY},
+        "corpus": {"train": str(corpus)},
+        "batch": {"sequences": 8, "max_seq_length": 32, "microbatch_tokens": 64},
+        "schedule": {"steps": 2},
+        "engine": {"ds_config": "ds_configs/fp32_zero1.json"},
+    }
+    return build_config(PretrainConfig, tree | sections)
+
+
 @pytest.mark.parametrize(("unit", "space", "warned"), [("word", "", True), ("word", " ", False), ("token", "", False)])
 def test_word_masking_warns_of_text_without_spaces(
     tmp_path: Path, wordpiece: Path, caplog: pytest.LogCaptureFixture, unit: str, space: str, warned: bool
@@ -22,17 +36,8 @@ def test_word_masking_warns_of_text_without_spaces(
     """Catches a missing warning for text such as Chinese, where whole-word masking masks characters or sentences."""
     (tmp_path / "s.txt").write_text(space.join("你好世界今天天气") + "\n", encoding="utf-8")
     build_corpus(CorpusOptions(source=tmp_path / "s.txt", tokenizer=wordpiece, output=tmp_path / "corpus", workers=1))
-    tree = {
-        "run": {"dir": str(tmp_path / "run")},
-        "model": {"config": TINY},
-        "corpus": {"train": str(tmp_path / "corpus")},
-        "masking": {"unit": unit},
-        "batch": {"sequences": 8, "max_seq_length": 32, "microbatch_tokens": 64},
-        "schedule": {"steps": 2},
-        "engine": {"ds_config": "ds_configs/fp32_zero1.json"},
-    }
     with caplog.at_level(logging.WARNING):
-        resolve(build_config(PretrainConfig, tree), 1)
+        resolve(config_of(tmp_path / "run", tmp_path / "corpus", masking={"unit": unit}), 1)
     assert ("--segmenter jieba" in caplog.text) == warned
 
 
@@ -41,23 +46,16 @@ def test_init_from_warns_of_the_same_corpus_and_seed(
     tmp_path: Path, wordpiece_corpus: Path, caplog: pytest.LogCaptureFixture, seed: int, warned: bool
 ) -> None:
     """Catches a missing warning about continued pretraining on the same batches with the same masks."""
-    tree = {
-        "run": {"dir": str(tmp_path / "first"), "seed": 8},
-        "model": {"config": TINY | {"intermediate_size": 32}},
-        "corpus": {"train": str(wordpiece_corpus)},
-        "batch": {"sequences": 8, "max_seq_length": 32, "microbatch_tokens": 64},
-        "schedule": {"steps": 2},
-        "engine": {"ds_config": "ds_configs/fp32_zero1.json"},
-    }
-    config = build_config(PretrainConfig, tree)
+    first = {"dir": str(tmp_path / "first"), "seed": 8}
+    model = {"config": TINY | {"intermediate_size": 32}}
+    config = config_of(tmp_path, wordpiece_corpus, run=first, model=model)
     run = resolve(config, 1)
     built = build_model(config.model, run.model_config, 8).model
     write_hugging_face_folder(dict(built.named_parameters()), built, run.tokenizer, tmp_path / "step" / "hf")
     (tmp_path / "step" / "state.json").write_text(json.dumps({"identity": run.identity}))
 
-    tree["run"] = {"dir": str(tmp_path / "second"), "seed": seed}
-    tree["model"] = {"init_from": str(tmp_path / "step" / "hf")}
-    config = build_config(PretrainConfig, tree)
+    second = {"dir": str(tmp_path / "second"), "seed": seed}
+    config = config_of(tmp_path, wordpiece_corpus, run=second, model={"init_from": str(tmp_path / "step" / "hf")})
     with caplog.at_level(logging.WARNING):
         resolve(config, 1)
     assert ("another seed" in caplog.text) == warned
@@ -65,17 +63,16 @@ def test_init_from_warns_of_the_same_corpus_and_seed(
 
 @pytest.mark.parametrize(("held", "warned"), [("wordpiece_corpus", True), ("heldout_corpus", False)])
 def test_training_text_as_held_out_text_warns(
-    request: pytest.FixtureRequest, wordpiece_corpus: Path, caplog: pytest.LogCaptureFixture, held: str, warned: bool
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    wordpiece_corpus: Path,
+    caplog: pytest.LogCaptureFixture,
+    held: str,
+    warned: bool,
 ) -> None:
     """Catches a held-out loss that is that of the training text, without a warning."""
-    tree = {
-        "run": {"dir": "unused"},
-        "model": {"config": TINY},
-        "corpus": {"train": str(wordpiece_corpus), "eval": {"held": str(request.getfixturevalue(held))}},
-        "batch": {"sequences": 8, "max_seq_length": 32, "microbatch_tokens": 64},
-        "schedule": {"steps": 2},
-        "engine": {"ds_config": "ds_configs/fp32_zero1.json"},
-    }
+    corpora = {"train": str(wordpiece_corpus), "eval": {"held": str(request.getfixturevalue(held))}}
+    config = config_of(tmp_path / "run", wordpiece_corpus, corpus=corpora)
     with caplog.at_level(logging.WARNING):
-        resolve(build_config(PretrainConfig, tree), 1)
+        resolve(config, 1)
     assert ("so it is not held out" in caplog.text) == warned
