@@ -4,12 +4,15 @@ import asyncio
 import functools
 import json
 import shlex
+import signal
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -18,8 +21,10 @@ from launcher.hosts import addresses
 from launcher.hosts.ssh import CONNECT_SECONDS, SSH_FAILED, ssh_argv
 from launcher.preflight import probe
 from launcher.preflight.facts import HostAnswer, HostFacts, ProbeRequest, Unreachable
+from launcher.signal_handlers import handle_stop_signals
 
 Answer = HostAnswer | Unreachable
+ResultT = TypeVar("ResultT")
 
 _ANSWER_SECONDS = 60.0  # from the start of ssh
 _AT_ONCE = 128  # three file descriptors each
@@ -45,7 +50,36 @@ def probe_hosts(requests: Mapping[str, ProbeRequest], show_progress: bool = Fals
         requests: by the name of the host.
         show_progress: on stderr, see `progress`.
     """
-    return asyncio.run(_probe_all(requests, show_progress))
+    probing = _probe_all(requests, show_progress)
+    if threading.current_thread() is threading.main_thread():
+        return _run_until_signal(probing)
+    return asyncio.run(probing)
+
+
+def _run_until_signal(coroutine: Coroutine[None, None, ResultT]) -> ResultT:
+    """`asyncio.run`, with the handlers of stop signals called once the event loop has ended.
+
+    A handler that raises inside the loop can lose a callback that the loop has taken from its queue, and the loop then
+    waits for it forever. The signal cancels the task instead, as `asyncio.run` does for SIGINT.
+    """
+    received: list[int] = []
+
+    def cancel(number: int) -> None:
+        if not received:
+            runner.get_loop().call_soon_threadsafe(task.cancel)
+        received.append(number)
+
+    async def result() -> ResultT:
+        return await task
+
+    try:
+        with asyncio.Runner() as runner:
+            task = runner.get_loop().create_task(coroutine)
+            with handle_stop_signals(cancel):
+                return runner.run(result())
+    finally:
+        if received:
+            signal.raise_signal(received[0])
 
 
 def probe_this_machine(request: ProbeRequest) -> HostAnswer:
