@@ -19,7 +19,8 @@ from launcher.autotuning.autotune import autotune
 from launcher.detach import remove_earlier_output
 from launcher.hosts.machine import inspect_machine, select_accelerator
 from launcher.launch_messages import announce_done, announce_start, announce_stop, last_step
-from launcher.launch_plan import LaunchPlan, plan_launch
+from launcher.launch_plan import LaunchPlan, chosen_slots, plan_launch
+from launcher.messages import notify
 from launcher.options import PretrainOptions
 from launcher.preflight.run import check_hosts, require_hosts
 from launcher.ranks.placement import name_localhost
@@ -49,8 +50,10 @@ def launch_pretraining(options: PretrainOptions) -> None:
             return
         # Before the plan and preflight: a run that is active deletes checkpoints, and its devices are busy.
         dead_owner = check_unlocked(RunFolder(Path(config.run.dir).absolute()))
+        slots = chosen_slots(options, machine)
+        announce_start(slots)
         with warnings_left_to_rank0():
-            plan = plan_launch(options, config, machine)
+            plan = plan_launch(options, config, machine, slots)  # imports libraries, which takes seconds
             if not plan.local:
                 plan = _plan_without_failed_hosts(plan)
         if options.autotune:
@@ -87,7 +90,7 @@ def launch(plan: LaunchPlan, start_time: float, dead_owner: Renewal | None = Non
     to_start = plan.launch()
     remove_earlier_output(open_run_folder(plan.folder.path))
     step_before = last_step(plan.folder)
-    announce_start(plan)
+    notify(plan.summary)
     result = supervise(to_start, start_time, dead_owner, process_start())
     match result.outcome:
         case Outcome.DONE:

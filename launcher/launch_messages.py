@@ -6,14 +6,15 @@ from experiment.checkpoints import checkpoint_path, checkpoint_step, complete_ch
 from experiment.run_folder import RunFolder
 from experiment.tracking.console import describe_duration
 from experiment.tracking.jsonl import last_number, read_last_events
-from launcher.launch_plan import LaunchPlan
+from launcher.hosts.hostfile import Slots
 from launcher.messages import end_line, notify
+from launcher.ranks.placement import is_local
 
 
-def announce_start(plan: LaunchPlan) -> None:
-    ranks = sum(map(len, plan.slots.values()))
-    where = "this machine" if plan.local else f"{len(plan.slots)} hosts"
-    notify(f"starting {ranks} rank{'s' if ranks > 1 else ''} on {where}: {plan.summary}")
+def announce_start(slots: Slots) -> None:
+    ranks = sum(map(len, slots.values()))
+    where = "this machine" if is_local(slots) else f"{len(slots)} host{'s' if len(slots) > 1 else ''}"
+    notify(f"starting {ranks} rank{'s' if ranks > 1 else ''} on {where}")
 
 
 def last_step(folder: RunFolder) -> int | None:

@@ -58,7 +58,7 @@ def find_devices(environ: Mapping[str, str]) -> Devices:
     DeepSpeed's launcher does not understand, are a problem only if ranks are to run on them.
     """
     cores = Devices("cpu", tuple(range(cpu_cores())))
-    if environ.get("DS_ACCELERATOR") == "cpu":
+    if guess_device(environ) == "cpu":
         return cores
     with fast_imports():
         import torch
@@ -83,7 +83,7 @@ def find_devices(environ: Mapping[str, str]) -> Devices:
 def guess_device(environ: Mapping[str, str], devices: Path = Path("/dev")) -> DeviceKind:
     """What ranks on this machine compute on, without torch, whose import takes seconds.
 
-    'cuda' where there may be a GPU. For settings that do not change results: DeepSpeed asks torch.
+    'cuda' where there may be a GPU: DeepSpeed asks torch. 'cpu' where no driver has made a device.
     """
     if "DS_ACCELERATOR" in environ:
         return "cpu" if environ["DS_ACCELERATOR"] == "cpu" else "cuda"

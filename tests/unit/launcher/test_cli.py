@@ -56,6 +56,22 @@ def test_help_is_fast(argv: tuple[str, ...]):
     assert after.children_user + after.children_system - before.children_user - before.children_system < 2.0  # CPU
 
 
+def test_a_start_is_announced_before_torch_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Catches a command that seems to hang for the seconds that its imports take."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"run: {{dir: {tmp_path}/run}}\ncorpus: {{train: {tmp_path}/none}}\n"
+        "model: {config: {model_type: bert}}\nschedule: {steps: 2}\n"
+    )
+    answer = deepcloze("pretrain", "--config", str(config), "--num_gpus", "2")
+    before, announced, after = answer.stderr.partition("deepcloze: starting 2 ranks on this machine\n")
+    assert announced, answer.stderr[-500:]
+    assert "|torch\n" not in before.replace(" ", "")
+    assert "|torch\n" in after.replace(" ", "")
+    assert f"{tmp_path}/none" in after
+
+
 def test_a_command_collects_no_garbage_while_it_imports():
     """Catches collections among the million objects that imports make, and settings of the garbage collector that stay
     for the rest of the process."""

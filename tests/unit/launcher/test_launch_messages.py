@@ -4,7 +4,8 @@ import pytest
 
 from experiment.checkpoints import checkpoint_path, mark_complete
 from experiment.run_folder import RunFolder, open_run_folder
-from launcher.launch_messages import announce_done, announce_stop, last_step
+from launcher.hosts.hostfile import Slots
+from launcher.launch_messages import announce_done, announce_start, announce_stop, last_step
 
 
 @pytest.fixture
@@ -19,6 +20,20 @@ def run(tmp_path: Path) -> RunFolder:
         '{"step": 1199, "loss": 3.0}\n{"step": 1200, "loss": 2.5}\n{"step": 1200, "eval/a/loss": 2}\n'
     )
     return folder
+
+
+@pytest.mark.parametrize(
+    ("slots", "message"),
+    [
+        ({"localhost": (0,)}, "starting 1 rank on this machine"),
+        ({"localhost": (0, 1)}, "starting 2 ranks on this machine"),
+        ({"192.0.2.1": (0, 1)}, "starting 2 ranks on 1 host"),
+        ({"192.0.2.1": (0, 1), "192.0.2.2": (0,)}, "starting 3 ranks on 2 hosts"),
+    ],
+)
+def test_a_start_says_how_many_ranks_run_where(slots: Slots, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    announce_start(slots)
+    assert capsys.readouterr().err == f"deepcloze: {message}\n"
 
 
 def test_a_finished_run_says_where_its_model_is(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:

@@ -52,9 +52,10 @@ def test_gpus_keep_the_numbers_of_cuda_visible_devices(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert find_devices({}) == Devices("cuda", (0, 1))
-    assert find_devices({"CUDA_VISIBLE_DEVICES": "6, 3"}) == Devices("cuda", (6, 3))
-    unnumbered = find_devices({"CUDA_VISIBLE_DEVICES": "MIG-1,MIG-2"})
+    gpus = {"DS_ACCELERATOR": "cuda"}
+    assert find_devices(gpus) == Devices("cuda", (0, 1))
+    assert find_devices({**gpus, "CUDA_VISIBLE_DEVICES": "6, 3"}) == Devices("cuda", (6, 3))
+    unnumbered = find_devices({**gpus, "CUDA_VISIBLE_DEVICES": "MIG-1,MIG-2"})
     with pytest.raises(UserError, match="found 'MIG-1'"):
         place_ranks(unnumbered, PlacementOptions())
     with pytest.raises(UserError, match="found 'MIG-1'"):
@@ -68,7 +69,7 @@ def test_gpus_without_numbers_do_not_concern_a_launch_over_other_hosts(monkeypat
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8932f937")
-    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
     hosts = [Host("192.0.2.1", 2), Host("192.0.2.2", 2)]
     assert place_ranks(inspect_machine().devices, PlacementOptions(), hosts) == {
         "192.0.2.1": (0, 1),
