@@ -23,7 +23,8 @@ from experiment.errors import UserError
 from experiment.files import atomic_write, fsync, sha256, write_json
 from experiment.strict_json import parse_json
 from pretrain.corpus.manifest import Manifest, Recipe, Shard, percentiles, write_manifest
-from pretrain.corpus.tokenization import Counts, EncodedBatch, TokenIds
+from pretrain.corpus.tokenization import EncodedBatch
+from pretrain.corpus.word_cache import Counts, TokenIds
 from pretrain.corpus.words import BoolArray
 
 SHARD_TOKENS = 32 * 2**20  # close a shard at the first document that reaches this

@@ -11,10 +11,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer
 
 from experiment.tokenizer import special_token_ids, vocabulary_size
+from pretrain.corpus.word_cache import Counts, TokenIds, WordCache, encodes_words_independently
 from pretrain.corpus.words import (
     BoolArray,
     Segmenter,
@@ -26,9 +26,6 @@ from pretrain.corpus.words import (
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-TokenIds = npt.NDArray[np.unsignedinteger]
-Counts = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -78,17 +75,16 @@ class DocumentEncoder:
         self._spec = spec
         self._is_special = np.zeros(max((*spec.special_ids, -1)) + 1, dtype=bool)
         self._is_special[list(spec.special_ids)] = True
+        self._words = (
+            WordCache(self._tokenizer, spec.token_type)
+            if spec.segmenter is None and encodes_words_independently(spec.tokenizer_json)
+            else None
+        )
 
     def encode(self, texts: list[str]) -> EncodedBatch:
         """Encode D texts. Lets exceptions of `tokenizers` through."""
-        segmented = self._spec.segmenter is not None
-        encode = self._tokenizer.encode_batch if segmented else self._tokenizer.encode_batch_fast  # without offsets
-        encodings = encode(texts, add_special_tokens=False)
-        ids = [encoding.ids for encoding in encodings]
-        lengths = np.array([len(document) for document in ids], dtype=np.int64)
-        flat = np.fromiter(itertools.chain.from_iterable(ids), self._spec.token_type, int(lengths.sum()))
+        flat, lengths, word_starts = self._tokenize(texts)
         ends = np.cumsum(lengths)
-        word_starts = self._word_starts(texts, encodings) if segmented else None
         words = np.array([len(text.split()) for text in texts], dtype=np.int64)
         has_special = self._is_special[flat[flat < len(self._is_special)]].any()
         return EncodedBatch(
@@ -101,6 +97,18 @@ class DocumentEncoder:
             special=self._first_special(flat, ends) if has_special else None,
             word_starts=word_starts,
         )
+
+    def _tokenize(self, texts: list[str]) -> tuple[TokenIds, Counts, BoolArray | None]:
+        """The ids, lengths and word starts of `EncodedBatch`."""
+        if self._words is not None and (found := self._words.encode(texts)) is not None:
+            return *found, None
+        segmented = self._spec.segmenter is not None
+        encode = self._tokenizer.encode_batch if segmented else self._tokenizer.encode_batch_fast  # without offsets
+        encodings = encode(texts, add_special_tokens=False)
+        ids = [encoding.ids for encoding in encodings]
+        lengths = np.array([len(document) for document in ids], dtype=np.int64)
+        flat = np.fromiter(itertools.chain.from_iterable(ids), self._spec.token_type, int(lengths.sum()))
+        return flat, lengths, self._word_starts(texts, encodings) if segmented else None
 
     def _word_starts(self, texts: list[str], encodings: list[Encoding]) -> BoolArray:
         boundaries, segmenter = self._segmentation
