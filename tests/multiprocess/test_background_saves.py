@@ -13,6 +13,7 @@ import pytest
 
 from experiment.checkpoints import checkpoint_path, complete_checkpoints, verify
 from experiment.run_folder import RunFolder
+from fp16 import fp16_supported
 from pretrain.world import World
 from rank_pool import RankError, RankPool
 from runs import (
@@ -79,7 +80,7 @@ def held_case(world: World, tree: Tree) -> str:
     def hold(step: int) -> None:
         assert step > 2 or logged_3.wait(LIMIT)
 
-    with _after_log(after_log), _before_writing(hold):
+    with fp16_supported(), _after_log(after_log), _before_writing(hold):
         return pretrain_case(world, tree)
 
 
@@ -87,8 +88,7 @@ def synchronous_case(world: World, tree: Tree) -> str:
     """A run that waits for each of its checkpoints."""
     from pretrain.training.checkpointer import Checkpointer
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Checkpointer, "save", Checkpointer.save)
+    with fp16_supported(), pytest.MonkeyPatch.context() as patch:
         original = Checkpointer.save
 
         def save(checkpointer: Any, progress: Any) -> None:
