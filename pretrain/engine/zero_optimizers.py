@@ -10,6 +10,7 @@ sum as soon as backward has computed it, and a rank reduces only its own partiti
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,8 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
 from torch import Tensor
+
+from pretrain.engine.shared_memory import SharedMemory, open_shared_memory, sum_in_order
 
 _EPSILON = 1e-6  # added to the norm that gradients are divided by, as torch does
 
@@ -28,6 +31,7 @@ class Bf16Optimizer(BF16_Optimizer):  # type: ignore[misc]
     """
 
     communication_dtype: torch.dtype  # in which gradients are sent and summed
+    shared_memory: SharedMemory | None
 
     # Called by DeepSpeed during a backward pass
 
@@ -59,7 +63,7 @@ class Bf16Optimizer(BF16_Optimizer):  # type: ignore[misc]
         for whole, partition in zip(
             self.fp32_groups_gradients_flat, self.fp32_groups_gradient_flat_partition, strict=True
         ):
-            sum_over_ranks(whole, partition, self.communication_dtype)
+            sum_over_ranks(whole, partition, self.communication_dtype, self.shared_memory)
         return _global_norm(self.fp32_groups_gradient_flat_partition)
 
     @torch.no_grad()
@@ -71,6 +75,16 @@ class Bf16Optimizer(BF16_Optimizer):  # type: ignore[misc]
             master.grad = gradient
         self.optimizer.step()
         self.update_lp_params()
+
+    # Called by DeepSpeed too
+
+    @torch.no_grad()
+    def update_lp_params(self) -> None:
+        """Copy the masters to the model's weights, on all ranks. Collective."""
+        if self.bf16_groups_flat[0].is_cuda:
+            super().update_lp_params()
+        else:
+            _copy_masters(self.fp32_groups_flat_partition, self.bf16_partitioned_groups, self.shared_memory)
 
     def clear_gradients(self) -> None:
         for received in self.fp32_groups_has_gradients:
@@ -86,6 +100,8 @@ class Bf16Optimizer(BF16_Optimizer):  # type: ignore[misc]
 
 class Zero12Optimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]
     """ZeRO 1 and 2 without offload: DeepSpeed accumulates and averages gradients."""
+
+    shared_memory: SharedMemory | None
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -107,6 +123,16 @@ class Zero12Optimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]
             self.update_lp_params()
         self.zero_grad()
 
+    @torch.no_grad()
+    def update_lp_params(self) -> None:
+        """Copy the masters to the model's weights, on all ranks. Called by DeepSpeed too. Collective."""
+        if self.bit16_groups_flat[0].is_cuda:
+            super().update_lp_params()
+        else:
+            _copy_masters(
+                self.single_partition_of_fp32_groups, self.parallel_partitioned_bit16_groups, self.shared_memory
+            )
+
     def _take_gradient(self, group: int) -> Tensor:
         """This rank's part of a group's averaged gradient, flat and in fp32. Frees what it is made of."""
         gradient = self._get_preflattened_grad_partition(group)
@@ -121,17 +147,18 @@ class Zero12Optimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]
 
 def install_zero_optimizer(engine: DeepSpeedEngine) -> Bf16Optimizer | None:
     """Replace DeepSpeed's optimizer at ZeRO 1 and 2 without offload. Returns it at ZeRO 1 in bf16, where the caller has
-    to reduce gradients; elsewhere DeepSpeed does it."""
+    to reduce gradients; elsewhere DeepSpeed does it. Collective."""
     optimizer = engine.optimizer
     if type(optimizer) is DeepSpeedZeroOptimizer and not optimizer.cpu_offload:
         optimizer.__class__ = Zero12Optimizer
-    if type(optimizer) is not BF16_Optimizer:
+    elif type(optimizer) is BF16_Optimizer:
+        optimizer.__class__ = Bf16Optimizer
+        optimizer.communication_dtype = engine.communication_data_type
+        assert optimizer.immediate_grad_update
+    else:
         return None
-    optimizer.__class__ = Bf16Optimizer
-    assert isinstance(optimizer, Bf16Optimizer)
-    assert optimizer.immediate_grad_update
-    optimizer.communication_dtype = engine.communication_data_type
-    return optimizer
+    optimizer.shared_memory = open_shared_memory() if torch.device(engine.device).type == "cpu" else None
+    return optimizer if isinstance(optimizer, Bf16Optimizer) else None
 
 
 def _global_norm(partitions: list[Tensor]) -> float:
@@ -151,36 +178,54 @@ def _clip(gradients: list[Tensor], norm: float, limit: float, scale: float = 1.0
         torch._foreach_mul_(gradients, factor)
 
 
-def sum_over_ranks(whole: Tensor, partition: Tensor, dtype: torch.dtype = torch.float32) -> None:
+def sum_over_ranks(
+    whole: Tensor, partition: Tensor, dtype: torch.dtype = torch.float32, shared_memory: SharedMemory | None = None
+) -> None:
     """Reduce-scatter in `dtype`: `partition`, this rank's equal part of the flat tensor `whole`, becomes the sum of the
     ranks' values.
 
     gloo would all-reduce the whole tensor, so ranks on CPUs exchange the parts with each other. They are added in the
     order of the ranks, so that the sum does not depend on which arrives first.
     """
-    if dist.get_world_size() == 1:
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    if ranks == 1:
         return
     sent = whole.to(dtype)
     if whole.is_cuda:
         total = partition if dtype == partition.dtype else torch.empty_like(partition, dtype=dtype)
         dist.reduce_scatter_tensor(total, sent)
+        partition.copy_(total)
+    elif shared_memory is not None:
+        shared_memory.sum(sent.chunk(ranks), partition)
     else:
-        total, *others = _exchange(list(sent.chunk(dist.get_world_size())))
-        for other in others:
-            total.add_(other)
-    partition.copy_(total)
+        parts = sent.chunk(ranks)
+        terms = [parts[rank] if number == rank else torch.empty_like(parts[rank]) for number in range(ranks)]
+        _exchange(parts, terms)
+        sum_in_order(terms, partition)
 
 
-def _exchange(parts: list[Tensor]) -> list[Tensor]:
-    """Send part n to rank n; returns what the ranks sent to this one, in the order of the ranks."""
-    ranks, rank = len(parts), dist.get_rank()
-    received = [torch.empty_like(parts[rank]) for _ in parts]
-    received[rank].copy_(parts[rank])
+def _copy_masters(
+    masters: list[Tensor], weights: list[list[Tensor]], shared_memory: SharedMemory | None = None
+) -> None:
+    """Copy this rank's masters, [groups], to its partition of the weights, [groups][ranks], and those of other ranks to
+    theirs. gloo's all-gather takes two to three times as long as an exchange."""
+    rank = dist.get_rank()
+    for master, partitions in zip(masters, weights, strict=True):
+        parts = [partition.detach() for partition in partitions]
+        parts[rank].copy_(master)
+        if shared_memory is not None:
+            shared_memory.gather(parts)
+        else:
+            _exchange([parts[rank]] * len(parts), parts)
+
+
+def _exchange(sent: Sequence[Tensor], received: Sequence[Tensor]) -> None:
+    """Send `sent[n]` to rank n, and receive `received[n]` from it, for all ranks but this one."""
+    ranks, rank = len(sent), dist.get_rank()
     transfers = []
     for distance in range(1, ranks):
         receiver, sender = (rank + distance) % ranks, (rank - distance) % ranks
-        transfers += [dist.isend(parts[receiver], receiver), dist.irecv(received[sender], sender)]
+        transfers += [dist.isend(sent[receiver], receiver), dist.irecv(received[sender], sender)]
     for transfer in transfers:
         assert transfer is not None
         transfer.wait()
-    return received

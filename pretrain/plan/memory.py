@@ -78,6 +78,7 @@ class MemorySettings:
     """What the memory of a rank depends on, besides parameters and microbatches."""
 
     zero_stage: int
+    hosts: int
     ranks: int
     precision: Precision
     on_gpu: bool
@@ -96,11 +97,14 @@ class MemorySettings:
         return _DTYPES[self.precision].itemsize
 
 
-def memory_settings(config: PretrainConfig, deepspeed: DeepSpeedSettings, ranks: int, on_gpu: bool) -> MemorySettings:
+def memory_settings(
+    config: PretrainConfig, deepspeed: DeepSpeedSettings, hosts: int, ranks: int, on_gpu: bool
+) -> MemorySettings:
     zero: Mapping[str, Any] = deepspeed.raw.get("zero_optimization", {})
     offload_param = (zero.get("offload_param") or {}).get("device", "none")
     return MemorySettings(
         zero_stage=deepspeed.zero_stage,
+        hosts=hosts,
         ranks=ranks,
         precision=deepspeed.precision,
         on_gpu=on_gpu,
@@ -231,7 +235,8 @@ def _update(counts: ParameterCounts, settings: MemorySettings) -> Parts:
             buffers = _bucket_element(settings) * whole + _FP32 * bucket
             gradients = 0 if settings.zero_stage == 1 else gradients  # they have moved to the bucket
         case 1:
-            buffers = 0 if settings.on_gpu or settings.ranks == 1 else _FP32 * total  # the parts of the other ranks
+            # The parts of the other ranks. On one host they are in memory that the ranks share, a few MB.
+            buffers = 0 if settings.on_gpu or settings.hosts == 1 else _FP32 * total
         case _:
             buffers = _FP32 * bucket
     return Parts(gradients=gradients, buffers=buffers + temporary)

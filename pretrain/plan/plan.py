@@ -79,7 +79,7 @@ def plan_run(run: ResolvedRun, hosts: int, ranks: int, device: Device, rates: Ra
     first = first_position(skeleton)
     stream = open_stream(run, World(0, ranks), rows=rows, first_position=first, attention_ratio=ratio)
     stages = stage_work(stream, run.config.masking)
-    settings = memory_settings(run.config, run.deepspeed, ranks, device.is_gpu)
+    settings = memory_settings(run.config, run.deepspeed, hosts, ranks, device.is_gpu)
     if rates.peak_flops is None:
         rates = replace(rates, peak_flops=peak_flops(device.name, run.deepspeed.precision))
     measure = _largest_microbatch(

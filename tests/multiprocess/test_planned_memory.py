@@ -43,12 +43,16 @@ def _return_freed_memory() -> None:
 def _train(world: World, tree: Tree) -> None:
     from experiment.config import build_config
     from pretrain.config import PretrainConfig
+    from pretrain.modeling.flops import flops_model
+    from pretrain.modeling.random_model import meta_model
+    from pretrain.modeling.row_layout import attention_ratio
     from pretrain.resolve import resolve
     from pretrain.training_stream import open_stream
     from runs import build_engine
 
     run = resolve(build_config(PretrainConfig, tree), world.size)
-    stream = open_stream(run, world, rows="windows", first_position=0)
+    ratio = attention_ratio(flops_model(meta_model(run.model_config)))
+    stream = open_stream(run, world, rows="windows", first_position=0, attention_ratio=ratio)
     engine, _ = build_engine(world, tree)
     for step in range(STEPS):
         batch = stream[step]

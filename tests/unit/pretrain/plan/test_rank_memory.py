@@ -15,6 +15,7 @@ COUNTS = ParameterCounts(N, N // 10, 8 * N // 10, N // 10, largest=N // 10, size
 NOTHING = MicrobatchMemory(0, 0, 0)
 BF16 = MemorySettings(
     zero_stage=1,
+    hosts=1,
     ranks=8,
     precision="bf16",
     on_gpu=True,
@@ -49,6 +50,13 @@ def resident(settings: MemorySettings) -> Parts:
 def test_bytes_per_parameter(stage: int, precision: Precision, expected: float) -> None:
     """Catches a part that is partitioned, or not, at the wrong stage (table in ds_configs/README.md)."""
     assert resident(replace(BF16, zero_stage=stage, precision=precision)).total == pytest.approx(expected * N)
+
+
+def test_ranks_on_one_host_do_not_copy_what_others_send() -> None:
+    """Catches a plan for gloo, which needs the parts of the gradient from all ranks at once, where memory is shared."""
+    cpu = replace(BF16, on_gpu=False)
+    shared, sent = (rank_memory(COUNTS, NOTHING, replace(cpu, hosts=hosts)).moments["update"] for hosts in (1, 2))
+    assert sent.total - shared.total == 4 * N
 
 
 def test_averages_and_offload() -> None:
