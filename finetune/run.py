@@ -7,6 +7,7 @@
 """
 
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -55,7 +56,13 @@ def finetune(config: str | Path, overrides: Mapping[str, str] | None = None, dry
         setup = prepare(resolved)
         print(_describe_training(setup.task, resolved.training))
     else:
-        print_results(run(resolved), Path(resolved.run.dir) / "results.json")
+        folder = Path(resolved.run.dir)
+        print_results(run(resolved), folder / "results.json")
+        if any(folder.glob("seed-*/model")):
+            model = shlex.quote(str(folder))
+            _print(
+                f"next: deepcloze predict --model {model} --input FILE --output FILE; deepcloze serve --model {model}"
+            )
 
 
 def check(config: str | Path, overrides: Mapping[str, str] | None = None) -> None:

@@ -25,11 +25,17 @@ class StopSignals:
         self._file = folder.stop
         self._signals = SignalHistory()
         self._requested = False  # by a signal
-        self._created = False
+        self._created_for: str | None = None  # the name of the signal for which the file was created
 
     @property
     def requested(self) -> bool:
         return self.killed or self._requested
+
+    def explain(self, message: str) -> str:
+        """What the ranks say about why they stopped, with the signal instead of the file that it created."""
+        if self._created_for is None:
+            return message
+        return message.replace(f"found {self._file}", f"the launcher got {self._created_for}")
 
     def wait(self, seconds: float) -> None:
         """Wait, but not after a request."""
@@ -59,7 +65,7 @@ class StopSignals:
             with handle_stop_signals(self._on_signal):
                 yield
         finally:
-            if self._created:
+            if self._created_for is not None:
                 with suppress(OSError):  # the next launch removes it
                     self._file.unlink(missing_ok=True)
 
@@ -68,11 +74,11 @@ class StopSignals:
         if not self._requested or is_second:
             end_line()
         if not self._requested:
-            self._request()
+            self._request(signal.Signals(number).name)
         elif is_second:
             self.kill_ranks(f"a second signal, {signal.Signals(number).name}")
 
-    def _request(self) -> None:
+    def _request(self, name: str) -> None:
         self._requested = True
         try:
             self._file.touch()
@@ -84,5 +90,5 @@ class StopSignals:
                 self._requested = False
                 notify(f"cannot create STOP: {reason}; send the signal again")
         else:
-            self._created = True
+            self._created_for = name
             notify("stopping: the ranks save a checkpoint and exit; press Ctrl-C again to kill them")

@@ -54,7 +54,8 @@ def supervise(
         shutil.rmtree(folder.trials, ignore_errors=True)  # of a command that was killed
         with stop.handle(), contextlib.nullcontext() if launch.local else _ignored_suspension():
             first_start = start_time if first_start is None else first_start
-            return _Supervisor(launch, stop, first_start, alerts).run()
+            result = _Supervisor(launch, stop, first_start, alerts).run()
+        return replace(result, message=stop.explain(result.message))
 
 
 @contextlib.contextmanager

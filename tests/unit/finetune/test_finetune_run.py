@@ -97,7 +97,9 @@ def test_a_run_leaves_what_it_promises(
         best = max(float(row["macro_f1"]) for row in epochs)
         assert best == pytest.approx(found["splits"]["validation"]["macro_f1"]["values"][place])
     assert found["splits"]["test"]["accuracy"]["mean"] > 0.9
-    assert "macro_f1 *" in capsys.readouterr().out
+    captured = capsys.readouterr()
+    assert "macro_f1 *" in captured.out
+    assert f"next: deepcloze predict --model {tmp_path}/run --input" in captured.err
 
 
 def test_the_model_folder_gives_the_predictions_without_our_code(config_file: Path, tmp_path: Path) -> None:
