@@ -56,6 +56,8 @@ def launch_pretraining(options: PretrainOptions) -> None:
             plan = plan_launch(options, config, machine, slots)  # imports libraries, which takes seconds
             if not plan.local:
                 plan = _plan_without_failed_hosts(plan)
+                if plan.slots != slots:
+                    announce_start(plan.slots)
         if options.autotune:
             plan = autotune(plan, dead_owner)
         launch(plan, start_time, dead_owner)

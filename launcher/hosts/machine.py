@@ -1,6 +1,7 @@
 """What this machine has: GPUs or CPU cores, its names and addresses, a free port."""
 
 import os
+import shutil
 import socket
 import sys
 from collections.abc import Callable, Mapping
@@ -58,7 +59,10 @@ def find_devices(environ: Mapping[str, str]) -> Devices:
     DeepSpeed's launcher does not understand, are a problem only if ranks are to run on them.
     """
     cores = Devices("cpu", tuple(range(cpu_cores())))
-    if guess_device(environ) == "cpu":
+    # nvidia-modprobe makes the devices when a program first asks for them.
+    if environ.get("DS_ACCELERATOR") == "cpu" or (
+        guess_device(environ) == "cpu" and not shutil.which("nvidia-modprobe")
+    ):
         return cores
     with fast_imports():
         import torch

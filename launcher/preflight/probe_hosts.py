@@ -46,13 +46,18 @@ probe["main"]({request!r})
 def probe_hosts(requests: Mapping[str, ProbeRequest], show_progress: bool = False) -> dict[str, Answer]:
     """The facts of each host, or why it gave none. Bounded in time: a host has a minute to answer.
 
+    After a signal whose handler does not raise, no host has given any.
+
     Args:
         requests: by the name of the host.
         show_progress: on stderr, see `progress`.
     """
     probing = _probe_all(requests, show_progress)
     if threading.current_thread() is threading.main_thread():
-        return _run_until_signal(probing)
+        try:
+            return _run_until_signal(probing)
+        except asyncio.CancelledError:
+            return {host: Unreachable("a signal interrupted the question", f"ssh {host} uptime") for host in requests}
     return asyncio.run(probing)
 
 
@@ -60,7 +65,8 @@ def _run_until_signal(coroutine: Coroutine[None, None, ResultT]) -> ResultT:
     """`asyncio.run`, with the handlers of stop signals called once the event loop has ended.
 
     A handler that raises inside the loop can lose a callback that the loop has taken from its queue, and the loop then
-    waits for it forever. The signal cancels the task instead, as `asyncio.run` does for SIGINT.
+    waits for it forever. The signal cancels the task instead, as `asyncio.run` does for SIGINT. Raises CancelledError
+    if the handler does not raise.
     """
     received: list[int] = []
 

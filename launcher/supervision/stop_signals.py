@@ -25,7 +25,7 @@ class StopSignals:
         self._file = folder.stop
         self._signals = SignalHistory()
         self._requested = False  # by a signal
-        self._created_for: str | None = None  # the name of the signal for which the file was created
+        self._signal_name: str | None = None  # of the signal after which STOP was created
 
     @property
     def requested(self) -> bool:
@@ -33,9 +33,9 @@ class StopSignals:
 
     def explain(self, message: str) -> str:
         """What the ranks say about why they stopped, with the signal instead of the file that it created."""
-        if self._created_for is None:
+        if self._signal_name is None:
             return message
-        return message.replace(f"found {self._file}", f"the launcher got {self._created_for}")
+        return message.replace(f"found {self._file}", f"the launcher got {self._signal_name}")
 
     def wait(self, seconds: float) -> None:
         """Wait, but not after a request."""
@@ -65,7 +65,7 @@ class StopSignals:
             with handle_stop_signals(self._on_signal):
                 yield
         finally:
-            if self._created_for is not None:
+            if self._signal_name is not None:
                 with suppress(OSError):  # the next launch removes it
                     self._file.unlink(missing_ok=True)
 
@@ -90,5 +90,5 @@ class StopSignals:
                 self._requested = False
                 notify(f"cannot create STOP: {reason}; send the signal again")
         else:
-            self._created_for = name
+            self._signal_name = name
             notify("stopping: the ranks save a checkpoint and exit; press Ctrl-C again to kill them")

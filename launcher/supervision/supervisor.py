@@ -54,8 +54,7 @@ def supervise(
         shutil.rmtree(folder.trials, ignore_errors=True)  # of a command that was killed
         with stop.handle(), contextlib.nullcontext() if launch.local else _ignored_suspension():
             first_start = start_time if first_start is None else first_start
-            result = _Supervisor(launch, stop, first_start, alerts).run()
-        return replace(result, message=stop.explain(result.message))
+            return _Supervisor(launch, stop, first_start, alerts).run()
 
 
 @contextlib.contextmanager
@@ -110,6 +109,7 @@ class _Supervisor:
             reserve_outcome(self._folder)
             record = begin_attempt(self._folder, layout.slots, time.time() if self._attempts else self._first_start)
             result, joins_hosts = self._run_or_stop(layout, record)
+            result = replace(result, message=self._stop.explain(result.message))
         except OSError as error:
             if not self._attempts:
                 raise

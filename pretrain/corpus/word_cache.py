@@ -1,7 +1,7 @@
 """Tokenize each word once, for tokenizers that encode words independently, as those of BERT do.
 
-A text has few different words. Looking them up takes less than half of the time of `tokenizers`, which computes each
-again. The ids are the same.
+A text has few different words. Looking them up takes half of the time of `tokenizers`, which computes each again. The
+ids are the same.
 """
 
 import itertools
@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 TokenIds = npt.NDArray[np.unsignedinteger]
 Counts = npt.NDArray[np.int64]
 
-_MAX_WORDS = 2**18  # that are remembered: about 60 MB
+_MAX_WORDS = 2**18  # that are remembered when a batch begins: about 60 MB
 _MAX_MEAN_LENGTH = 16  # characters of a word, in texts that have words
 # How BertPreTokenizer splits a word of printable ASCII characters.
 _ASCII_PIECE = re.compile(r"[a-zA-Z0-9]+|[^a-zA-Z0-9]")

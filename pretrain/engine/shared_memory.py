@@ -1,13 +1,15 @@
-"""Sums and copies between CPU ranks of one host, through memory that they share.
+"""Collectives of CPU ranks on one host, through memory that they share.
 
-gloo sends everything over sockets, also on one host: five times as long for the gradients of a model, and three times
-for its weights (benchmarks/RESULTS.md, "Experiments").
+gloo sends everything over sockets, also on one host: it takes three to four times as long for the gradients of a model,
+and more than twice as long for its weights (benchmarks/RESULTS.md, "Experiments").
 """
 
 import functools
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 _BYTES = 2**22  # of the buffer of each rank
+_TOKEN_BYTES = 16
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _PROCESS_IDS = Path("/proc/self/ns/pid")
 
@@ -28,7 +31,7 @@ class SharedMemory:
         self._rank = dist.get_rank()
         self._nothing = torch.zeros(1)
 
-    def sum(self, parts: Sequence[Tensor], total: Tensor) -> None:
+    def reduce_scatter(self, parts: Sequence[Tensor], total: Tensor) -> None:
         """`total` becomes the sum of the flat tensors that the ranks have for this one, as `sum_in_order`.
 
         parts: [ranks], what this rank has for each of them.
@@ -41,15 +44,15 @@ class SharedMemory:
             for rank, part in enumerate(parts):
                 if rank != self._rank:
                     slots[self._rank][_slot(self._rank, rank), : end - first].copy_(part[first:end])
-            self._wait_for_ranks()
+            self._barrier()
             terms = [
                 parts[rank][first:end] if rank == self._rank else slots[rank][_slot(rank, self._rank), : end - first]
                 for rank in range(ranks)
             ]
             sum_in_order(terms, total[first:end])
-            self._wait_for_ranks()
+            self._barrier()
 
-    def gather(self, parts: Sequence[Tensor]) -> None:
+    def all_gather(self, parts: Sequence[Tensor]) -> None:
         """Copy part n of rank n, a flat tensor, to part n of the others."""
         numel, dtype = parts[0].numel(), parts[0].dtype
         length = _BYTES // dtype.itemsize
@@ -57,13 +60,13 @@ class SharedMemory:
         for first in range(0, numel, length):
             end = min(first + length, numel)
             buffers[self._rank][: end - first].copy_(parts[self._rank][first:end])
-            self._wait_for_ranks()
+            self._barrier()
             for rank, part in enumerate(parts):
                 if rank != self._rank:
                     part[first:end].copy_(buffers[rank][: end - first])
-            self._wait_for_ranks()
+            self._barrier()
 
-    def _wait_for_ranks(self) -> None:
+    def _barrier(self) -> None:
         dist.all_reduce(self._nothing)
 
 
@@ -77,48 +80,69 @@ def sum_in_order(terms: Sequence[Tensor], total: Tensor) -> None:
     torch.add(functools.reduce(torch.add, terms[:-1]), terms[-1], out=total)
 
 
+@dataclass(frozen=True)
+class _Buffer:
+    """Where the buffer of a rank is, and the bytes at its start."""
+
+    processes: str  # in which namespace of which machine the path names a process
+    path: str
+    token: bytes
+
+
 def open_shared_memory() -> SharedMemory | None:
-    """None if the ranks cannot share memory: they are on several hosts or in several containers, or the system refuses.
-    Collective."""
+    """None if the ranks cannot share memory: there is one, they are on several hosts or in several containers, or the
+    system refuses. Collective."""
     ranks = dist.get_world_size()
-    file, path = _make_buffer()
-    descriptions: list[tuple[str, str] | None] = [None] * ranks
-    dist.all_gather_object(descriptions, path and (_process_namespace(), path))
-    buffers = None
-    if ranks > 1 and None not in descriptions and len({found[0] for found in descriptions if found}) == 1:
-        buffers = _map([found[1] for found in descriptions if found])
-    opened = torch.tensor(int(buffers is not None))
-    dist.all_reduce(opened, dist.ReduceOp.MIN)
+    if ranks == 1:
+        return None
+    file = _create_file()
+    found: list[_Buffer | None] = [None] * ranks
+    dist.all_gather_object(found, None if file is None else _describe(file))
+    mapped = _map([buffer for buffer in found if buffer is not None])
+    shared = torch.tensor(len(mapped) == ranks)
+    dist.all_reduce(shared, dist.ReduceOp.MIN)  # also: no rank writes before all have compared the tokens
     if file is not None:
         os.close(file)  # mapped memory stays until the last rank ends
-    return SharedMemory(buffers) if buffers is not None and opened.item() else None
+    return SharedMemory(mapped) if shared.item() else None
 
 
-def _make_buffer() -> tuple[int | None, str | None]:
-    """A file in memory, which needs no place in /dev/shm and no deletion, and the path at which other ranks open it."""
-    if sys.platform != "linux":
-        return None, None
+def _create_file() -> int | None:
+    """The descriptor of a file in memory, which needs no place in /dev/shm and no deletion."""
+    if sys.platform != "linux" or not hasattr(os, "memfd_create"):  # some builds of Python lack it
+        return None
     try:
         file = os.memfd_create("deepcloze")
     except OSError:
-        return None, None
+        return None
     try:
         os.posix_fallocate(file, 0, _BYTES)  # writing to memory that cannot be had would kill the process
     except OSError:
-        return file, None
-    return file, f"/proc/{os.getpid()}/fd/{file}"
-
-
-def _process_namespace() -> str:
-    """Where a process id means this process."""
-    try:
-        return f"{_BOOT_ID.read_text()} {_PROCESS_IDS.readlink()}"
-    except OSError:
-        return f"unknown {dist.get_rank()}"
-
-
-def _map(paths: Sequence[str]) -> list[Tensor] | None:
-    try:
-        return [torch.from_file(path, shared=True, size=_BYTES, dtype=torch.uint8) for path in paths]
-    except (OSError, RuntimeError):
+        os.close(file)
         return None
+    return file
+
+
+def _describe(file: int) -> _Buffer | None:
+    token = os.urandom(_TOKEN_BYTES)
+    try:
+        os.pwrite(file, token, 0)
+        return _Buffer(
+            f"{_BOOT_ID.read_text()} {_PROCESS_IDS.readlink()}",
+            f"/proc/{Path('/proc/self').readlink()}/fd/{file}",
+            token,
+        )
+    except OSError:
+        return None
+
+
+def _map(found: Sequence[_Buffer]) -> list[Tensor]:
+    """The buffers that are what they should be; none if they are on several machines or in several containers."""
+    buffers = []
+    if len({buffer.processes for buffer in found}) == 1:
+        for expected in found:
+            with suppress(OSError, RuntimeError):
+                if Path(expected.path).stat().st_size == _BYTES:  # torch would extend a smaller file
+                    buffer = torch.from_file(expected.path, shared=True, size=_BYTES, dtype=torch.uint8)
+                    if bytes(buffer[:_TOKEN_BYTES].tolist()) == expected.token:
+                        buffers.append(buffer)
+    return buffers

@@ -235,7 +235,8 @@ def _update(counts: ParameterCounts, settings: MemorySettings) -> Parts:
             buffers = _bucket_element(settings) * whole + _FP32 * bucket
             gradients = 0 if settings.zero_stage == 1 else gradients  # they have moved to the bucket
         case 1:
-            # The parts of the other ranks. On one host they are in memory that the ranks share, a few MB.
+            # The parts of the other ranks. On one host they are in memory that the ranks share, a few MB. Sent in fp32,
+            # the default of `communication_data_type`, the gradient is not copied.
             buffers = 0 if settings.on_gpu or settings.hosts == 1 else _FP32 * total
         case _:
             buffers = _FP32 * bucket

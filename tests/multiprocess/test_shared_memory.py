@@ -49,7 +49,7 @@ def gather_case(world: World, numel: int) -> list[list[float]]:
         parts = [torch.zeros(numel, dtype=torch.bfloat16) for _ in range(world.size)]
         for number in range(3):
             parts[world.rank].copy_(torch.arange(numel) + 100 * world.rank + number)
-            memory.gather(parts)
+            memory.all_gather(parts)
     return [part.tolist() for part in parts]
 
 
@@ -76,6 +76,12 @@ def refused_case(world: World, reason: str) -> bool:
                 patch.setattr(module, "_BOOT_ID", Path("/no"))
             elif reason == "map":
                 patch.setattr(torch, "from_file", refuse)
+            elif reason == "no function":
+                patch.delattr(os, "memfd_create")
+            elif reason == "another file":
+                patch.setattr(os, "pwrite", lambda *_: None)
+            elif reason == "smaller file":
+                patch.setattr(os, "posix_fallocate", lambda file, *_: os.truncate(file, 96))
             else:
                 patch.setattr(os, reason, refuse)
         memory = open_shared_memory()
@@ -84,7 +90,19 @@ def refused_case(world: World, reason: str) -> bool:
     return memory is not None
 
 
-@pytest.mark.parametrize("reason", ["namespace", "procfs", "map", "memfd_create", "posix_fallocate"])
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "namespace",
+        "procfs",
+        "map",
+        "no function",
+        "another file",
+        "smaller file",
+        "memfd_create",
+        "posix_fallocate",
+    ],
+)
 def test_without_shared_memory_all_ranks_use_gloo(pools: dict[int, RankPool], reason: str) -> None:
     """Catches ranks in two containers that open each other's processes, ranks that wait for one that cannot share, and
     memory that does not exist when it is written."""

@@ -1,6 +1,8 @@
 """Asking hosts over ssh, with a stand-in for ssh."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +20,7 @@ from launcher.preflight.probe import FACTS_MARK
 from launcher.preflight.probe_hosts import probe_hosts
 from launcher.preflight.table import preflight_table
 from launcher.preflight.target import Target
+from launcher.signal_handlers import handle_stop_signals
 from waiting import LIMIT, wait_until
 
 REPOSITORY = Path(__file__).parents[4]
@@ -155,6 +158,17 @@ with handle_stop_signals(handler):
     processes = [Path("/proc", pid) for pid in (tmp_path / "pids").read_text().split()]
     assert processes
     wait_until(lambda: not any(process.exists() for process in processes))
+
+
+def test_a_signal_that_its_handler_notes_ends_the_questions(ssh: Ssh) -> None:
+    """Catches a launch that is restarting and ends with a traceback when it is asked to stop."""
+    ssh(f"kill -TERM {os.getpid()}; exec sleep 1000")
+    received: list[int] = []
+    with handle_stop_signals(received.append):
+        answer = ask()
+    assert received == [signal.SIGTERM]
+    assert isinstance(answer, Unreachable)
+    assert answer.reason == "a signal interrupted the question"
 
 
 def test_hundreds_of_hosts_take_seconds(
