@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_BYTES = 2**22  # of the buffer of each rank
+BUFFER_BYTES = 2**22  # of the buffer of each rank
 _TOKEN_BYTES = 16
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _PROCESS_IDS = Path("/proc/self/ns/pid")
@@ -37,7 +37,7 @@ class SharedMemory:
         parts: [ranks], what this rank has for each of them.
         """
         ranks, numel, dtype = len(parts), total.numel(), parts[0].dtype
-        length = _BYTES // dtype.itemsize // (ranks - 1)
+        length = BUFFER_BYTES // dtype.itemsize // (ranks - 1)
         slots = [buffer.view(dtype)[: length * (ranks - 1)].view(ranks - 1, length) for buffer in self._buffers]
         for first in range(0, numel, length):
             end = min(first + length, numel)
@@ -55,7 +55,7 @@ class SharedMemory:
     def all_gather(self, parts: Sequence[Tensor]) -> None:
         """Copy part n of rank n, a flat tensor, to part n of the others."""
         numel, dtype = parts[0].numel(), parts[0].dtype
-        length = _BYTES // dtype.itemsize
+        length = BUFFER_BYTES // dtype.itemsize
         buffers = [buffer.view(dtype) for buffer in self._buffers]
         for first in range(0, numel, length):
             end = min(first + length, numel)
@@ -115,7 +115,7 @@ def _create_file() -> int | None:
     except OSError:
         return None
     try:
-        os.posix_fallocate(file, 0, _BYTES)  # writing to memory that cannot be had would kill the process
+        os.posix_fallocate(file, 0, BUFFER_BYTES)  # writing to memory that cannot be had would kill the process
     except OSError:
         os.close(file)
         return None
@@ -141,8 +141,8 @@ def _map(found: Sequence[_Buffer]) -> list[Tensor]:
     if len({buffer.processes for buffer in found}) == 1:
         for expected in found:
             with suppress(OSError, RuntimeError):
-                if Path(expected.path).stat().st_size == _BYTES:  # torch would extend a smaller file
-                    buffer = torch.from_file(expected.path, shared=True, size=_BYTES, dtype=torch.uint8)
+                if Path(expected.path).stat().st_size == BUFFER_BYTES:  # torch would extend a smaller file
+                    buffer = torch.from_file(expected.path, shared=True, size=BUFFER_BYTES, dtype=torch.uint8)
                     if bytes(buffer[:_TOKEN_BYTES].tolist()) == expected.token:
                         buffers.append(buffer)
     return buffers

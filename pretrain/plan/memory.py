@@ -21,6 +21,7 @@ import torch
 
 from pretrain.config import PretrainConfig
 from pretrain.engine.deepspeed_settings import DeepSpeedSettings, Precision
+from pretrain.engine.shared_memory import BUFFER_BYTES
 from pretrain.plan.activations import MicrobatchMemory
 from pretrain.plan.parameters import ParameterCounts
 
@@ -44,7 +45,7 @@ class Parts:
     optimizer: int = 0
     activations: int = 0
     logits: int = 0
-    buffers: int = 0  # DeepSpeed's buckets, gathered weights (ZeRO 3) and copies
+    buffers: int = 0  # DeepSpeed's buckets, gathered weights (ZeRO 3), what ranks exchange, and copies
 
     @property
     def total(self) -> int:
@@ -164,7 +165,13 @@ def _resident(counts: ParameterCounts, settings: MemorySettings) -> Parts:
         weights=size * (share if settings.zero_stage == 3 else total),
         gradients=_resident_gradients(total, share, settings),
         optimizer=(_FP32 + _MOMENTS + averages) * share,
+        buffers=BUFFER_BYTES if settings.zero_stage < 3 and _shares_memory(settings) else 0,
     )
+
+
+def _shares_memory(settings: MemorySettings) -> bool:
+    """Whether ranks exchange weights and gradients in memory, as CPU ranks of one host do."""
+    return not settings.on_gpu and settings.hosts == 1 and settings.ranks > 1
 
 
 def _resident_gradients(total: int, share: int, settings: MemorySettings) -> int:
@@ -235,9 +242,9 @@ def _update(counts: ParameterCounts, settings: MemorySettings) -> Parts:
             buffers = _bucket_element(settings) * whole + _FP32 * bucket
             gradients = 0 if settings.zero_stage == 1 else gradients  # they have moved to the bucket
         case 1:
-            # The parts of the other ranks. On one host they are in memory that the ranks share, a few MB. Sent in fp32,
-            # the default of `communication_data_type`, the gradient is not copied.
-            buffers = 0 if settings.on_gpu or settings.hosts == 1 else _FP32 * total
+            # The parts of the other ranks. In fp32, the default of `communication_data_type`, they are sent uncopied.
+            received = not settings.on_gpu and settings.ranks > 1 and not _shares_memory(settings)
+            buffers = _FP32 * total if received else 0
         case _:
             buffers = _FP32 * bucket
     return Parts(gradients=gradients, buffers=buffers + temporary)

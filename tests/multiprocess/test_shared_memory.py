@@ -18,7 +18,7 @@ from rank_pool import RankPool
 def sum_case(world: World, numel: int, dtype: torch.dtype) -> tuple[list[float], list[float]]:
     """This rank's part of a sum, twice with shared memory, then with gloo."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_BYTES", 96)
+        patch.setattr(module, "BUFFER_BYTES", 96)
         memory = open_shared_memory()
         assert isinstance(memory, SharedMemory)
         found = []
@@ -43,7 +43,7 @@ def test_sums_are_those_of_gloo(pools: dict[int, RankPool], ranks: int, numel: i
 
 def gather_case(world: World, numel: int) -> list[list[float]]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_BYTES", 96)
+        patch.setattr(module, "BUFFER_BYTES", 96)
         memory = open_shared_memory()
         assert memory is not None
         parts = [torch.zeros(numel, dtype=torch.bfloat16) for _ in range(world.size)]

@@ -170,8 +170,8 @@ def test_the_epochs_are_printed(config_file: Path, capsys: pytest.CaptureFixture
     """Catches a training that shows no loss, score and time of its epochs together."""
     finetune(config_file, {"training.seeds": "[7]", "training.epochs": "2"})
     captured = capsys.readouterr()
-    shown = [line.split()[:2] for line in captured.err.splitlines()[-2:]]
-    assert shown == [["1", "10"], ["2", "20"]]
+    *_, first, second, following = (line.split()[:2] for line in captured.err.splitlines())
+    assert [first, second, following] == [["1", "10"], ["2", "20"], ["next:", "deepcloze"]]
     assert "calibration error on test: 0." in captured.out
 
 
