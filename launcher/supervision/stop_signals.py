@@ -70,13 +70,13 @@ class StopSignals:
                     self._file.unlink(missing_ok=True)
 
     def _on_signal(self, number: int) -> None:
-        is_second = self._signals.is_second(number)
+        is_second, name = self._signals.is_second(number), signal.Signals(number).name
         if not self._requested or is_second:
             end_line()
         if not self._requested:
-            self._request(signal.Signals(number).name)
+            self._request(name)
         elif is_second:
-            self.kill_ranks(f"a second signal, {signal.Signals(number).name}")
+            self.kill_ranks(f"a second signal, {name}")
 
     def _request(self, name: str) -> None:
         self._requested = True

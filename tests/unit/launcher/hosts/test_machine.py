@@ -62,6 +62,22 @@ def test_gpus_keep_the_numbers_of_cuda_visible_devices(monkeypatch: pytest.Monke
         place_ranks(unnumbered, PlacementOptions(), [Host("localhost", 2)])
 
 
+@pytest.mark.parametrize(("installed", "kind"), [("/usr/bin/nvidia-modprobe", "cuda"), (None, "cpu")])
+def test_devices_that_are_made_on_first_use_are_found(
+    monkeypatch: pytest.MonkeyPatch, installed: str | None, kind: DeviceKind
+):
+    """Catches a run on the CPU because no program has used the GPUs since the machine started, and an import of torch
+    on machines without a driver."""
+    import torch
+
+    monkeypatch.setattr("launcher.hosts.machine.guess_device", lambda environ: "cpu")
+    monkeypatch.setattr("shutil.which", lambda name: installed)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert find_devices({}).kind == kind
+    assert find_devices({"DS_ACCELERATOR": "cpu"}).kind == "cpu"
+
+
 def test_gpus_without_numbers_do_not_concern_a_launch_over_other_hosts(monkeypatch: pytest.MonkeyPatch):
     """Catches a launch that is refused because of GPUs that it does not use."""
     import torch
