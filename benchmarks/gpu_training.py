@@ -82,9 +82,10 @@ def _build(case: TrainingCase, world: World) -> tuple[BuiltModel, Engine]:
     fields = MODELS[case.model] | (_TINY if case.tiny else {})
     settings = ModelConfig(config=fields)
     built = build_model(settings, AutoConfig.for_model(**fields), seed=1)
+    module = MaskedLanguageModel(built.model, built.packed, case.length)
     compiled = compile_layers(built.model, cache_folder() / "compiled") if case.compile else ()
     engine = Engine(
-        MaskedLanguageModel(built.model, built.packed, case.length),
+        module,
         load_settings(f"ds_configs/{case.precision}_zero{case.zero_stage}.json"),
         OptimizerConfig(),
         settings,

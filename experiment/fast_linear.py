@@ -5,6 +5,7 @@ twice as fast. In bf16 torch uses oneDNN, but writes the bias to the output firs
 with a vocabulary as output that takes a quarter of the time. Results differ by rounding.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 _AVAILABLE = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 _BF16 = _AVAILABLE and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-_DTYPES = (torch.float32, torch.bfloat16) if _BF16 else (torch.float32,)
+_DTYPES = ((torch.float32,) if _AVAILABLE else ()) + ((torch.bfloat16,) if _BF16 else ())
 
 
 def use_fast_linear(model: nn.Module) -> None:
@@ -26,9 +27,7 @@ def use_fast_linear(model: nn.Module) -> None:
 
 class FastLinear(nn.Linear):
     def forward(self, values: Tensor) -> Tensor:
-        if values.device.type != "cpu" or values.numel() == 0 or torch.is_autocast_enabled("cpu"):
-            return F.linear(values, self.weight, self.bias)
-        if values.dtype not in _DTYPES or values.dtype != self.weight.dtype:
+        if values.numel() == 0 or torch.is_autocast_enabled("cpu") or not _computes(values, self.weight):
             return F.linear(values, self.weight, self.bias)
         rows = values.reshape(-1, self.in_features)
         product: Tensor = _OneDnnLinear.apply(rows, self.weight, self.bias)  # type: ignore[no-untyped-call]
@@ -39,25 +38,45 @@ class _OneDnnLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(rows, weight)
-        return _multiply(rows, weight, bias)
+        return multiply(rows, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         rows, weight = ctx.saved_tensors
-        multiply = _multiply if gradient.dtype == torch.float32 else F.linear  # without bias, both use oneDNN in bf16
         wanted = ctx.needs_input_grad
         return (
-            multiply(gradient, weight.t()) if wanted[0] else None,
-            multiply(gradient.t(), rows.t()) if wanted[1] else None,
+            input_gradient(gradient, weight) if wanted[0] else None,
+            weight_gradient(gradient, rows) if wanted[1] else None,
             gradient.sum(0) if wanted[2] else None,
         )
 
 
-def _multiply(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """rows @ weight.T + bias"""
-    multiply = _compiled_multiply if torch.compiler.is_compiling() else _onednn_multiply
-    product: Tensor = multiply(rows, weight, bias)
+def multiply(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """rows @ weight.T + bias, of [N, K], [M, K] and [M]. Not differentiable on a CPU."""
+    if not _computes(rows, weight):
+        return F.linear(rows, weight, bias)
+    compute = _compiled_multiply if torch.compiler.is_compiling() else _onednn_multiply
+    product: Tensor = compute(rows, weight, bias)
     return product
+
+
+def input_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
+    """Of the rows of `multiply`, [N, K]. `gradient`: of its result, [N, M]."""
+    return _gradient_product(gradient.dtype)(gradient, weight.t())
+
+
+def weight_gradient(gradient: Tensor, rows: Tensor) -> Tensor:
+    """Of the weight of `multiply`, [M, K]. `gradient`: of its result, [N, M]."""
+    return _gradient_product(gradient.dtype)(gradient.t(), rows.t())
+
+
+def _gradient_product(dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
+    return multiply if dtype == torch.float32 else F.linear  # without bias, both use oneDNN in bf16
+
+
+def _computes(values: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN computes the product."""
+    return values.device.type == "cpu" and values.dtype in _DTYPES and values.dtype == weight.dtype
 
 
 def _onednn_multiply(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

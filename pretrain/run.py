@@ -72,6 +72,7 @@ def pretrain(
         hosts = HostGroup(_timeout(config), times.make_progress)
     try:
         run, model, stream = prepare(config, world, hosts)
+        module = MaskedLanguageModel(model.model, model.packed, run.longest_sequence)
         compiled: set[type[nn.Module]] = set()
         if _compiles(run.config.engine):
             from pretrain.modeling.compiled_layers import compile_layers  # takes seconds
@@ -79,7 +80,7 @@ def pretrain(
             compiled = compile_layers(model.model, cache_folder() / "compiled")
         with contextlib.ExitStack() as resources:
             engine = Engine(
-                MaskedLanguageModel(model.model, model.packed, run.longest_sequence),
+                module,
                 run.deepspeed,
                 run.config.optimizer,
                 run.config.model,

@@ -12,13 +12,16 @@ Three kernels compute the same result, see `choose_kernel`:
   `use_flash_attention_3`.
 - sdpa, on CUDA otherwise: scaled_dot_product_attention with a mask.
 
-Shapes: B rows, W slots, T = B · W, H heads, D dimensions of a head.
+Shapes: B rows, W slots, T = B · W, H heads, D dimensions of a head, M predicted positions.
 """
 
+import copy
 import functools
 import importlib.util
 import logging
-from typing import Any, Literal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -51,12 +54,17 @@ class Packing:
     Padding attends to padding, so that each softmax has something to sum over.
     """
 
-    def __init__(self, segments: Tensor, cu_seqlens: Tensor, max_length: int | None = None) -> None:
+    def __init__(
+        self, segments: Tensor, cu_seqlens: Tensor, max_length: int | None = None, predicted: Tensor | None = None
+    ) -> None:
         """As in a `pretrain.batching.batch.Microbatch`.
 
         max_length: of all sequences that `cu_seqlens` bounds, padding included; by default the width of a row. Flash
         attention does not compute the rest of a longer sequence, nor slots after the last bound.
+        predicted: the slots that a last layer returns which `shorten_last_layer` has changed; None: all.
         """
+        self.predicted = predicted
+        self.stops = False  # after attention: `pausable` raises AttentionReached
         self._segments = segments
         self.cu_seqlens = cu_seqlens
         self.max_length = segments.shape[1] if max_length is None else max_length
@@ -64,6 +72,12 @@ class Packing:
         self.capability = _capability(segments.device) if segments.is_cuda else None
         self.flash_3 = current_flash_attention_impl() == _FLASH_3
         self._biases: dict[tuple[int | None, torch.dtype], Tensor] = {}
+
+    def until_attention(self) -> Self:
+        """The same, for a layer that runs until it has computed its attention."""
+        stopping = copy.copy(self)
+        stopping.stops = True
+        return stopping
 
     def bias(self, sliding_window: int | None, dtype: torch.dtype) -> Tensor:
         """[B, 1, W, W], to be added to scores: 0, or the least number where a slot must not attend to another."""
@@ -80,6 +94,37 @@ class Packing:
             slot = torch.arange(self._segments.shape[1], device=self._segments.device)
             blocked = blocked | ((slot[:, None] - slot[None, :]).abs() >= sliding_window)
         return blocked
+
+
+@dataclass(frozen=True)
+class AttentionOutput:
+    """Takes the place of a Packing where the output of attention is known."""
+
+    output: Tensor  # [1, M, H, D]
+
+
+class AttentionReached(Exception):  # noqa: N818  # it is not an error
+    """Ends a layer that runs until its attention only."""
+
+    def __init__(self, output: Tensor) -> None:
+        """`output`: [1, M, H, D]"""
+        super().__init__()
+        self.output = output
+
+
+def pausable(attend: Callable[..., tuple[Tensor, None]]) -> Callable[..., tuple[Tensor, None]]:
+    """An attention function with which the last layer can run twice, see `pretrain.modeling.last_layer`."""
+
+    @functools.wraps(attend)
+    def attention(*inputs: Any, packing: Packing | AttentionOutput | None = None, **options: Any) -> Any:
+        if isinstance(packing, AttentionOutput):
+            return packing.output, None
+        output_BWHD, weights = attend(*inputs, packing=packing, **options)
+        if packing is not None and packing.stops:
+            raise AttentionReached(output_BWHD.flatten(0, 1)[packing.predicted][None])
+        return output_BWHD, weights
+
+    return attention
 
 
 def register_packed_attention() -> None:
@@ -141,6 +186,7 @@ def _capability(device: torch.device) -> Capability:
     return torch.cuda.get_device_capability(device)
 
 
+@pausable
 def packed_attention(
     module: nn.Module,
     query_BHWD: Tensor,

@@ -1,7 +1,8 @@
 """Compile the layers of the encoder with `torch.compile`.
 
 All layers of a kind share one graph, because they are compiled one by one. Rows and width of a microbatch are symbols
-in it, so that new shapes need no new graph. Evaluation runs the layers as they are.
+in it, so that new shapes need no new graph. Evaluation runs the layers as they are, and so does training the last one,
+which computes predicted positions only (`pretrain.modeling.last_layer`).
 
 Compiled code is kept in a cache on disk. If compiling fails it is tried once more with an empty cache, because a
 process that was killed may have left a damaged file. If that fails too, the layers run as they are.
@@ -12,10 +13,8 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
@@ -27,21 +26,15 @@ from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
+
+from pretrain.modeling.encoder_layers import Forward, encoder_layers, forward_without_checkpointing
 
 log = logging.getLogger(__name__)
 
-Forward = Callable[..., Any]
-
-
-def encoder_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
-    """The repeated layers of the encoder; empty for the few types of models that do not mark them."""
-    return [module for module in model.base_model.modules() if isinstance(module, GradientCheckpointingLayer)]
-
 
 def compile_layers(model: PreTrainedModel, cache: Path) -> set[type[nn.Module]]:
-    """Compile the layers, at the first microbatch. Call before DeepSpeed adds its hooks; it has to leave the modules
-    inside of a layer alone. Returns the types of the layers.
+    """Compile the layers, at the first microbatch. Call it for the model of a MaskedLanguageModel, before DeepSpeed
+    adds its hooks; it has to leave the modules inside of a layer alone. Returns the types of the layers.
 
     cache: folder for compiled code, shared by runs; TORCHINDUCTOR_CACHE_DIR takes precedence.
     """
@@ -51,9 +44,9 @@ def compile_layers(model: PreTrainedModel, cache: Path) -> set[type[nn.Module]]:
         return set()
     compiler = _Compiler(_open_cache(cache))
     for layer in layers:
-        # With activation checkpointing, a layer's forward is wrapped: what is compiled is inside of the wrapper.
-        inner: Forward = getattr(type(layer).forward, "__wrapped__", type(layer).forward)
-        forward = compiler.compile(MethodType(inner, layer))
+        if "forward" in vars(layer):  # the last one, if `shorten_last_layer` has changed it
+            continue
+        forward = compiler.compile(forward_without_checkpointing(layer))
         if layer.gradient_checkpointing:
             layer.gradient_checkpointing = False
             forward = partial(_checkpointed, layer, forward)

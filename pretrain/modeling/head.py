@@ -1,8 +1,9 @@
 """From labels to the loss of a masked-LM head: its logits first, or fused with its last linear layer.
 
-`choose_head` fuses on CUDA where the logits are the output of one linear layer, which a probe of the model shows; then
-the logits [M, V] are never kept, see `pretrain.modeling.fused_cross_entropy`. The fused loss is computed in place
-of that layer's `forward`, so that ZeRO 3 gathers its weights as for any other layer.
+`choose_head` fuses where the logits are the output of one linear layer, which a probe of the model shows. On CUDA the
+logits [M, V] are then never kept, see `pretrain.modeling.fused_cross_entropy`; on a CPU, in training, they are once,
+see `pretrain.modeling.cpu_cross_entropy`. The fused loss is computed in place of that layer's `forward`, so that ZeRO 3
+gathers its weights as for any other layer.
 
 Shapes: D hidden, V vocabulary, M masked positions.
 """
@@ -22,10 +23,12 @@ from transformers import PreTrainedModel
 from experiment.fast_linear import FastLinear
 from experiment.positions import first_position
 from pretrain.batching.batch import IGNORED
+from pretrain.modeling import cpu_cross_entropy
 from pretrain.modeling.packability import packed_inputs
 
 log = logging.getLogger(__name__)
 
+_CPU_DTYPES = (torch.float32, torch.bfloat16)  # fp16 would have to be scaled before it is rounded
 
 Head = Callable[[Tensor], AbstractContextManager[None]]
 """Of labels, int64 [M]: a context in which the model returns for these positions what `cross_entropy` takes."""
@@ -38,19 +41,20 @@ def logits_head(_labels: Tensor) -> AbstractContextManager[None]:
 
 @contextmanager
 def fused_head(decoder: nn.Linear, labels: Tensor) -> Iterator[None]:
-    """Where Triton runs, the decoder returns the summed loss and the number of correct predictions, fp32 [2], in place
-    of logits. `decoder`: as from `find_linear_decoder`."""
-    if not _runs_triton(labels.device):
+    """The decoder returns the summed loss in place of logits, fp32 [1]; where Triton runs also the number of correct
+    predictions, fp32 [2]. On a CPU evaluation keeps the logits. `decoder`: as from `find_linear_decoder`."""
+    losses = _triton_losses if _runs_triton(labels.device) else _cpu_losses
+    if losses is _cpu_losses and not (torch.is_grad_enabled() and decoder.weight.dtype in _CPU_DTYPES):
         yield
         return
-    decoder.forward = partial(_losses, decoder, labels)  # type: ignore[method-assign]
+    decoder.forward = partial(losses, decoder, labels)  # type: ignore[method-assign]
     try:
         yield
     finally:
         del decoder.forward
 
 
-def _losses(decoder: nn.Linear, labels: Tensor, values: Tensor) -> Tensor:
+def _triton_losses(decoder: nn.Linear, labels: Tensor, values: Tensor) -> Tensor:
     from pretrain.modeling.fused_cross_entropy import linear_cross_entropy
 
     rows = values.reshape(-1, decoder.in_features)
@@ -58,22 +62,30 @@ def _losses(decoder: nn.Linear, labels: Tensor, values: Tensor) -> Tensor:
     return torch.stack([loss_sum, correct.float()])
 
 
+def _cpu_losses(decoder: nn.Linear, labels: Tensor, values: Tensor) -> Tensor:
+    rows = values.reshape(-1, decoder.in_features)
+    return cpu_cross_entropy.linear_cross_entropy(rows, decoder.weight, decoder.bias, labels)[None]
+
+
 def cross_entropy(output: Tensor, labels: Tensor, count: bool) -> tuple[Tensor, Tensor | None]:
     """The summed loss in fp32, and with `count` the number of correct predictions. `output`: of the model in place of
     its logits, in the context of a head."""
     if output.ndim == 1:
-        loss_sum, correct = output
-        return loss_sum, correct.long() if count else None
+        return output[0], output[1].long() if count else None
     logits_MV = output.reshape(-1, output.shape[-1]).float()
     loss_sum = F.cross_entropy(logits_MV, labels, ignore_index=IGNORED, reduction="sum")
     return loss_sum, (logits_MV.argmax(dim=-1) == labels).sum() if count else None
 
 
 def choose_head(model: PreTrainedModel, packed: bool) -> Head:
-    """`model`: on the CPU, or the meta device, and not yet partitioned. `packed`: it uses the packed attention."""
-    on_meta = next(model.parameters()).is_meta
-    if on_meta or not torch.cuda.is_available() or not _is_fused_loss_usable():
+    """`model`: on the CPU and not yet partitioned. `packed`: it uses the packed attention."""
+    if torch.cuda.is_available() and not _is_fused_loss_usable():
         return logits_head
+    return fuse_head(model, packed)
+
+
+def fuse_head(model: PreTrainedModel, packed: bool) -> Head:
+    """`fused_head`, or `logits_head` where that is impossible. `model`: as above, or on the meta device."""
     decoder = find_linear_decoder(model, packed)
     return logits_head if decoder is None else partial(fused_head, decoder)
 
@@ -98,10 +110,11 @@ def find_linear_decoder(model: PreTrainedModel, packed: bool) -> nn.Linear | Non
 @torch.no_grad()
 def _probe(model: PreTrainedModel, packed: bool) -> Tensor:
     """The logits of a short sequence, without dropout."""
-    ids = torch.arange(8) % model.config.get_text_config().vocab_size
-    inputs: Mapping[str, Any] = (
-        packed_inputs(ids, (8,), 8, first_position(model)) if packed else {"input_ids": ids[None]}
-    )
+    with next(model.parameters()).device:
+        ids = torch.arange(8) % model.config.get_text_config().vocab_size
+        inputs: Mapping[str, Any] = (
+            packed_inputs(ids, (8,), 8, first_position(model)) if packed else {"input_ids": ids[None]}
+        )
     training = model.training
     model.eval()
     try:

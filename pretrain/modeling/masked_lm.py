@@ -1,7 +1,8 @@
 """The module that the engine trains: microbatch in, summed loss out.
 
-The head computes predicted positions only, without code per architecture: a hook on the encoder keeps the hidden states
-of these positions, so that the model's own head runs on [1, M, D] instead of [B, W, D].
+The head computes predicted positions only, without code per architecture: the encoder's last layer returns these
+(`pretrain.modeling.last_layer`), or a hook on the encoder keeps their hidden states, so that the model's own head runs
+on [1, M, D] instead of [B, W, D].
 
 Shapes: B rows, W slots, D hidden, V vocabulary, M masked positions.
 """
@@ -14,7 +15,8 @@ from transformers import PreTrainedModel
 from experiment.dropout import use_fast_dropout
 from experiment.fast_linear import use_fast_linear
 from pretrain.modeling.attention import Packing
-from pretrain.modeling.head import choose_head, cross_entropy
+from pretrain.modeling.head import Head, choose_head, cross_entropy
+from pretrain.modeling.last_layer import shorten_last_layer
 
 
 class Predictions(NamedTuple):
@@ -25,8 +27,11 @@ class Predictions(NamedTuple):
 class MaskedLanguageModel(nn.Module):
     """Wraps a model from `AutoModelForMaskedLM`."""
 
-    def __init__(self, model: PreTrainedModel, packed: bool, max_length: int | None = None) -> None:
-        """`packed`: it uses the packed attention. `max_length`: of all sequences; None: as wide as the rows."""
+    def __init__(
+        self, model: PreTrainedModel, packed: bool, max_length: int | None = None, head: Head | None = None
+    ) -> None:
+        """`packed`: it uses the packed attention. `max_length`: of all sequences; None: as wide as the rows. `head`:
+        None: the fastest for this process's device."""
         super().__init__()
         self.model = model
         self.packed = packed
@@ -35,8 +40,10 @@ class MaskedLanguageModel(nn.Module):
         self._windows = {None} | {getattr(module, "sliding_window", None) for module in model.modules()}
         use_fast_dropout(model)
         use_fast_linear(model)
-        self._head = choose_head(model, packed)
-        model.base_model.register_forward_hook(self._keep_masked_positions)
+        self._head = head or choose_head(model, packed)
+        self._has_short_layer = packed and shorten_last_layer(model)
+        if not self._has_short_layer:
+            model.base_model.register_forward_hook(self._keep_masked_positions)
 
     def forward(
         self,
@@ -53,7 +60,8 @@ class MaskedLanguageModel(nn.Module):
             with self._head(labels):
                 if self.packed:
                     width = segments.shape[1]
-                    packing = Packing(segments, cu_seqlens, min(width, self._max_length or width))
+                    predicted = masked_positions if self._has_short_layer else None
+                    packing = Packing(segments, cu_seqlens, min(width, self._max_length or width), predicted)
                     if not segments.is_cuda:  # before the layers, which may be compiled
                         for window in self._windows:
                             packing.bias(window, self.model.dtype)

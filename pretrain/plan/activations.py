@@ -22,7 +22,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel
 
 from pretrain.batching.batch import Microbatch
-from pretrain.modeling.attention import PACKED, register_packed_attention
+from pretrain.modeling.attention import PACKED, pausable, register_packed_attention
+from pretrain.modeling.head import fuse_head, logits_head
 from pretrain.modeling.masked_lm import MaskedLanguageModel
 
 _GPU_ATTENTION = "deepcloze_planned"
@@ -92,7 +93,8 @@ def _prepare(model: PreTrainedModel, computation: Computation) -> MaskedLanguage
     if computation.packed:
         register_packed_attention()
         model.set_attn_implementation(PACKED)
-    wrapped = MaskedLanguageModel(model, computation.packed).train()
+    head = logits_head if computation.on_gpu else fuse_head(model, computation.packed)
+    wrapped = MaskedLanguageModel(model, computation.packed, head=head).train()
     if computation.on_gpu:
         _use_gpu_kernels(model)
     if computation.checkpointed:
@@ -173,7 +175,7 @@ def _use_gpu_kernels(model: PreTrainedModel) -> None:
         if isinstance(module, nn.Dropout):
             module.__class__ = _GpuDropout
     if model.config._attn_implementation != "eager":
-        AttentionInterface.register(_GPU_ATTENTION, _gpu_attention)
+        AttentionInterface.register(_GPU_ATTENTION, pausable(_gpu_attention))
         model.set_attn_implementation(_GPU_ATTENTION)
 
 

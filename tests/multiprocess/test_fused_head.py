@@ -1,6 +1,5 @@
 """The fused head at every ZeRO stage, with Triton's interpreter in place of a GPU."""
 
-import functools
 import itertools
 import os
 from collections.abc import Callable, Iterator
@@ -57,14 +56,9 @@ def ranks() -> Iterator[Callable[..., list[Any]]]:
 def steps_case(world: World, tree: Tree, fused: bool) -> tuple[list[float], list[float]]:
     """The losses and gradient norms of a few steps of two microbatches."""
     from pretrain.modeling import masked_lm
-    from pretrain.modeling.head import Head, choose_head, find_linear_decoder, fused_head
+    from pretrain.modeling.head import fuse_head, logits_head
 
-    def choose_fused(model: Any, packed: bool) -> Head:
-        decoder = find_linear_decoder(model, packed)
-        assert decoder is not None
-        return functools.partial(fused_head, decoder)
-
-    masked_lm.choose_head = choose_fused if fused else choose_head
+    masked_lm.choose_head = fuse_head if fused else lambda *_: logits_head
     with fp16_supported():
         engine, _ = build_engine(world, tree)
     losses, norms = [], []

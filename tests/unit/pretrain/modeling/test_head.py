@@ -1,7 +1,6 @@
 import copy
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from pretrain.batching.batch import Microbatch
 from pretrain.modeling import head
-from pretrain.modeling.head import choose_head, find_linear_decoder, fused_head, logits_head
+from pretrain.modeling.head import choose_head, find_linear_decoder, fuse_head, fused_head, logits_head
 from pretrain.modeling.masked_lm import MaskedLanguageModel
 
 TYPES = (*PACKED, *PADDED)
@@ -77,13 +76,12 @@ def test_logits_that_are_changed_are_not_fused(model: Any, found: bool) -> None:
 def test_choice_of_the_head(
     example: Callable[[str], Example], works: bool, kind: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches the fused loss where Triton is missing or broken, and for models on the meta device."""
+    """Catches the fused loss where Triton is missing or broken, and logits that are kept on a CPU."""
     built = example("bert").built
     monkeypatch.setattr(head, "_is_fused_loss_usable", lambda: works)
     model = copy.deepcopy(built.model)
-    assert choose_head(model, built.packed) is logits_head, "without a CUDA device"
+    assert getattr(choose_head(model, built.packed), "func", None) is fused_head, "without a CUDA device"
     monkeypatch.setattr(head.torch.cuda, "is_available", lambda: True)
-    assert choose_head(model.to("meta"), built.packed) is logits_head
     chosen = choose_head(copy.deepcopy(built.model), built.packed)
     assert getattr(chosen, "func", chosen) is kind
 
@@ -127,10 +125,10 @@ def compare_heads(model_type: str, corpus: Path) -> None:
     """Fails unless a model computes the same with the fused head as without."""
     case = make_example(model_type, corpus)
     models = (case.built.model, copy.deepcopy(case.built.model))
-    modules = [MaskedLanguageModel(model, case.built.packed) for model in models]
-    decoder = find_linear_decoder(models[1], case.built.packed)
-    assert decoder is not None
-    modules[1]._head = partial(fused_head, decoder)
+    heads = (logits_head, fuse_head(models[1], case.built.packed))
+    modules = [
+        MaskedLanguageModel(model, case.built.packed, head=head) for model, head in zip(models, heads, strict=True)
+    ]
     (loss, correct, gradients), (fused_loss, fused_correct, fused_gradients) = (
         results(module, case.microbatches[0]) for module in modules
     )
@@ -150,3 +148,9 @@ def test_the_fused_head_computes_the_same(
     """Catches gradients of tied embeddings that are lost, a head on other rows than the masked ones, and labels that
     stay set after a forward pass."""
     interpreted(compare_heads, model_type, wordpiece_corpus)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "modernbert", "mpnet"])
+def test_the_fused_head_of_a_cpu_computes_the_same(wordpiece_corpus: Path, model_type: str) -> None:
+    """Catches the same on a CPU, and a count of correct predictions that is missing there."""
+    compare_heads(model_type, wordpiece_corpus)

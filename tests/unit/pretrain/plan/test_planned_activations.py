@@ -48,11 +48,12 @@ def test_a_linear_model_is_counted_byte_by_byte() -> None:
     assert (more - fewer) / 4 / tokens == pytest.approx((9 * hidden + 2 * 64 + scores / tokens), rel=0.15)
 
 
-def test_logits_are_three_tensors_of_the_predicted_positions() -> None:
+@pytest.mark.parametrize(("on_gpu", "tensors"), [(True, 3), (False, 1)])
+def test_logits_are_tensors_of_the_predicted_positions(on_gpu: bool, tensors: int) -> None:
     """Catches logits of every position, or copies that are forgotten: at the highest use the log-softmax and two
-    gradients."""
-    wide = replace(SHAPE, predicted=1024)
-    assert memory(shape=wide).logits == 3 * 1024 * VOCABULARY * 4
+    gradients, or on a CPU the logits that become their gradients."""
+    wide = replace(SHAPE, predicted=8192)
+    assert memory(replace(FP32, on_gpu=on_gpu), wide).logits == tensors * 8192 * VOCABULARY * 4
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])

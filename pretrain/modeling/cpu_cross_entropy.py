@@ -1,0 +1,66 @@
+"""Cross-entropy of a linear layer on a CPU: its logits [M, V] exist once, and become their own gradients.
+
+In the forward pass a few rows at a time, which stay in the CPU's cache, are reduced to their losses and overwritten
+with the gradients, softmax minus one at the label. torch's `cross_entropy` writes four more tensors of that size to
+memory. The idea is that of Hsu et al. 2024, "Liger Kernel", arXiv 2410.10989, section 3.
+
+Shapes: M rows, D hidden, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from experiment.fast_linear import input_gradient, multiply, weight_gradient
+from pretrain.batching.batch import IGNORED
+
+_CHUNK_LOGITS = 2**20  # 4 MiB in fp32
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+    """Cross-entropy of `hidden @ weight.T + bias` in nats, summed over the rows whose label is not IGNORED: a scalar in
+    fp32. Differentiable with respect to `hidden`, `weight` and `bias`, once.
+
+    Args:
+        hidden: [M, D], in bf16 or fp32, as `weight` [V, D] and `bias` [V].
+        labels: int64 [M].
+    """
+    loss_sum: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, labels)  # type: ignore[no-untyped-call]
+    return loss_sum
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+        logits = multiply(hidden, weight, bias)
+        counted = (labels != IGNORED)[:, None]
+        losses = _to_gradients(logits, torch.where(counted[:, 0], labels, 0)[:, None], counted)
+        ctx.save_for_backward(hidden, weight, logits)
+        return losses.sum()
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        hidden, weight, gradient = ctx.saved_tensors
+        of_hidden, of_weight, of_bias, _ = ctx.needs_input_grad
+        return (
+            input_gradient(gradient, weight).mul_(scale) if of_hidden else None,
+            weight_gradient(gradient, hidden * scale) if of_weight else None,
+            gradient.sum(0).mul_(scale) if of_bias else None,
+            None,
+        )
+
+
+def _to_gradients(logits: Tensor, labels: Tensor, counted: Tensor) -> Tensor:
+    """The losses, fp32 [M, 1], whose gradients take the place of the logits. `labels`, `counted`: [M, 1]."""
+    losses = torch.empty_like(labels, dtype=torch.float32)
+    rows = max(1, _CHUNK_LOGITS // logits.shape[1])
+    chunks = (torch.split(tensor, rows) for tensor in (logits, labels, counted, losses))
+    for chunk, label, count, loss in zip(*chunks, strict=True):
+        probabilities = chunk.softmax(dim=1, dtype=torch.float32)
+        # The largest probability is not 0, so its logarithm is that of the sum: that of the label's may be.
+        log_sum = chunk.amax(1, keepdim=True) - probabilities.amax(1, keepdim=True).log_()
+        loss.copy_(torch.where(count, log_sum - chunk.gather(1, label), 0.0))
+        probabilities.scatter_add_(1, label, probabilities.new_full(label.shape, -1.0))
+        chunk.copy_(probabilities.mul_(count))
+    return losses

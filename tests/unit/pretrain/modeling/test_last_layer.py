@@ -1,0 +1,95 @@
+"""The last layer computes predicted positions only. That losses and gradients are the same is tested in
+`test_packed_models.py`, and for compiled layers in `test_compiled_layers.py`."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from model_examples import PACKED, Example
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+
+from pretrain.modeling.encoder_layers import encoder_layers
+from pretrain.modeling.last_layer import shorten_last_layer
+from pretrain.modeling.masked_lm import MaskedLanguageModel
+from pretrain.modeling.packability import packed_inputs, why_not_packed
+from pretrain.modeling.random_model import meta_model, random_model
+
+
+def rows_of_linear_layers(model: PreTrainedModel) -> dict[str, set[int]]:
+    """By name, how many rows each linear layer of the encoder is given from now on."""
+    rows: dict[str, set[int]] = {}
+    for name, module in model.base_model.named_modules():
+        if isinstance(module, nn.Linear):
+            count = rows.setdefault(name, set())
+            module.register_forward_hook(
+                lambda _module, inputs, _output, count=count: count.add(inputs[0][..., 0].numel())
+            )
+    return rows
+
+
+@pytest.mark.parametrize("model_type", PACKED)
+def test_the_last_layer_computes_predicted_positions_after_attention(
+    example: Callable[[str], Example], model_type: str
+) -> None:
+    """Catches a type of model for which the last layer computes all positions, and another layer that does not."""
+    case = example(model_type)
+    module = MaskedLanguageModel(copy.deepcopy(case.built.model), packed=True).train()
+    rows = rows_of_linear_layers(module.model)
+    microbatch = case.microbatches[0]
+    module(*microbatch)
+    slots, predicted = microbatch.input_ids.numel(), len(microbatch.labels)
+    assert predicted < slots
+    last = encoder_layers(module.model)[-1]
+    inside = {name for name, part in module.model.base_model.named_modules() if part in set(last.modules())}
+    assert {frozenset(found) for name, found in rows.items() if name not in inside} == {frozenset({slots})}
+    counts = [frozenset(found) for name, found in rows.items() if name in inside]
+    assert set(counts) == {frozenset({predicted}), frozenset({predicted, slots})}
+    assert counts.count(frozenset({predicted})) >= 2, "the feed-forward part"
+
+
+def tiny(model_type: str, **fields: Any) -> PreTrainedModel:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40}
+    model = random_model(AutoConfig.for_model(model_type, vocab_size=101, pad_token_id=0, **sizes | fields)).float()
+    assert why_not_packed(model, 0) is None
+    return model
+
+
+def test_models_whose_layers_share_weights_stay_as_they_are() -> None:
+    """Catches ALBERT, whose one layer is every layer."""
+    assert not shorten_last_layer(tiny("albert", embedding_size=16))
+
+
+def test_layers_that_mix_positions_after_attention_stay_as_they_are() -> None:
+    """Catches wrong losses of a model whose last layer needs other positions than the predicted ones."""
+    model = tiny("bert")
+    dense = encoder_layers(model)[-1].output.dense
+
+    def mix(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        return output + output.mean(dim=1, keepdim=True)
+
+    hook = dense.register_forward_hook(mix)
+    assert not shorten_last_layer(model)
+    assert "forward" not in vars(encoder_layers(model)[-1])
+    hook.remove()
+    assert shorten_last_layer(model)
+
+
+def test_all_positions_are_computed_where_none_are_named(example: Callable[[str], Example]) -> None:
+    """Catches a checkpoint's model, or a probe of it, that returns less than it is asked for."""
+    model = copy.deepcopy(example("bert").built.model)
+    inputs = packed_inputs(torch.arange(6), (6,), 6, first_position=0)
+    expected = model(**inputs).logits
+    assert shorten_last_layer(model)
+    torch.testing.assert_close(model(**inputs).logits, expected)
+
+
+@pytest.mark.parametrize(("model_type", "short"), [("bert", True), ("albert", False)])
+def test_a_model_on_the_meta_device(model_type: str, short: bool) -> None:
+    """Catches a plan for another computation than that of the run."""
+    model = tiny(model_type, embedding_size=16)
+    planned = meta_model(model.config)
+    planned.set_attn_implementation(model.config._attn_implementation)
+    assert shorten_last_layer(planned) == shorten_last_layer(model) == short
