@@ -1,9 +1,10 @@
 """The matrix products of a training step on a CPU, alone: the most that any implementation could reach.
 
 `benchmarks.throughput` runs it in a separate process; it prints one JSON object. The products are those of the linear
-layers of a BERT with a masked-LM head, forward and backward, for one microbatch without padding. Those of attention are
-left out. Each is computed by the faster of two: `torch.mm`, or oneDNN's linear layer. In fp32 torch uses MKL otherwise,
-which is slower on many CPUs; in bf16 `torch.mm` is faster for gradients of weights.
+layers of a BERT with a masked-LM head, forward and backward, for one microbatch without padding. In the last layer only
+keys and values are needed for all tokens, the rest for masked ones. Those of attention are left out. Each is computed
+by the faster of two: `torch.mm`, or oneDNN's linear layer. In fp32 torch uses MKL otherwise, which is slower on many
+CPUs; in bf16 `torch.mm` is faster for gradients of weights.
 """
 
 import json
@@ -54,9 +55,10 @@ def run(settings: ProductSettings) -> float:
 def _products(settings: ProductSettings) -> Iterator[Callable[[], Tensor]]:
     hidden, masked = settings.hidden, round(_MASKED * settings.tokens)
     layer = [(hidden, hidden)] * 4 + [(hidden, settings.intermediate), (settings.intermediate, hidden)]
-    for inputs, outputs in layer * settings.layers:
+    keys_and_values = 2
+    for inputs, outputs in layer * (settings.layers - 1) + layer[:keys_and_values]:
         yield from _linear_layer(settings.tokens, inputs, outputs, settings.precision)
-    for inputs, outputs in [(hidden, hidden), (hidden, settings.vocabulary)]:
+    for inputs, outputs in [*layer[keys_and_values:], (hidden, hidden), (hidden, settings.vocabulary)]:
         yield from _linear_layer(masked, inputs, outputs, settings.precision)
 
 

@@ -11,6 +11,9 @@ from pretrain.batching.order import BatchSequences
 IGNORED = -100  # label of the padding entries of `masked_positions`; torch's default `ignore_index`
 
 
+_NONE = torch.empty(1, 0, dtype=torch.int64)
+
+
 class Microbatch(NamedTuple):
     """B rows of W slots. Padding slots have segment 0, and in `cu_seqlens` they form sequences of their own (in a flat
     microbatch also empty ones)."""
@@ -21,6 +24,9 @@ class Microbatch(NamedTuple):
     cu_seqlens: torch.Tensor  # int32 [sequences + 1], the same as boundaries in the flattened slots
     masked_positions: torch.Tensor  # int64 [M], flattened slots whose token is predicted
     labels: torch.Tensor  # int64 [M], the original token; IGNORED for padding entries
+    # Of windows, the same positions by row:
+    predicted_columns: torch.Tensor = _NONE  # int64 [B, Q], columns of a row's predicted slots, then zeros
+    predicted_entries: torch.Tensor = _NONE[0]  # int64 [M], which entry of the flattened columns each one is
 
 
 class RankBatch(NamedTuple):

@@ -35,6 +35,7 @@ from pretrain.world import World
 _MASKED_BUCKET = 64  # masked positions are padded to a multiple, so that kernels see few shapes
 _FLAT_PARTS = 32  # flat microbatches are larger: their masked positions are padded by less than one part in 32,
 _SEQUENCE_PARTS = 8  # and `cu_seqlens` by less than one part in 8
+_COLUMNS_BUCKET = 8  # so is the number of predicted columns of a row,
 _WIDTH_BUCKET = 16  # and so is the width of a padded microbatch
 
 
@@ -220,6 +221,7 @@ class BatchMaker:
             cu_seqlens=torch.from_numpy(self._boundaries(segments)),
             masked_positions=torch.from_numpy(np.pad(masked, (0, padding))),
             labels=torch.from_numpy(np.pad(labels, (0, padding), constant_values=IGNORED)),
+            **_by_row(masked, segments.shape, padding) if self.layout.rows == "windows" else {},
         )
 
     def _padded_count(self, masked: int) -> int:
@@ -238,6 +240,19 @@ def _used_width(segments: NDArray[np.int32]) -> int:
     used = int(np.flatnonzero(segments.any(axis=0)).max(initial=0)) + 1
     width: int = min(segments.shape[1], -(-used // _WIDTH_BUCKET) * _WIDTH_BUCKET)
     return width
+
+
+def _by_row(masked: NDArray[np.int64], shape: tuple[int, ...], padding: int) -> dict[str, torch.Tensor]:
+    """Where the `masked` slots [M], sorted, are in rows: fields of a Microbatch. `shape`: of the slots, [B, W]."""
+    rows, columns = np.divmod(masked, shape[1])
+    places = np.arange(len(masked)) - np.searchsorted(rows, rows)  # in the row
+    width = max(1, -(-int(places.max(initial=-1) + 1) // _COLUMNS_BUCKET)) * _COLUMNS_BUCKET
+    by_row = np.zeros((shape[0], width), dtype=np.int64)
+    by_row[rows, places] = columns
+    return {
+        "predicted_columns": torch.from_numpy(by_row),
+        "predicted_entries": torch.from_numpy(np.pad(rows * width + places, (0, padding))),
+    }
 
 
 def _boundaries(segments: NDArray[np.int32]) -> NDArray[np.int32]:

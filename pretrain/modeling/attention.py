@@ -21,7 +21,7 @@ import importlib.util
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -48,22 +48,36 @@ _FLASH_3_PACKAGE = "flash_attn_interface"
 _ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout")  # fields of transformers' configs
 
 
+class Predicted(NamedTuple):
+    """The slots of a microbatch that are predicted."""
+
+    positions: Tensor  # the fields of a `pretrain.batching.batch.Microbatch`, there called `masked_positions`
+    columns: Tensor
+    entries: Tensor
+
+    @property
+    def by_row(self) -> bool:
+        """Whether there are columns."""
+        return self.columns.shape[1] > 0
+
+    def select(self, output_BWHD: Tensor) -> Tensor:
+        """[1, M, H, D], of the output for all slots."""
+        return output_BWHD.flatten(0, 1)[self.positions][None]
+
+
 class Packing:
     """Which slots of a microbatch attend to each other. Masks are computed once for all layers.
 
     Padding attends to padding, so that each softmax has something to sum over.
     """
 
-    def __init__(
-        self, segments: Tensor, cu_seqlens: Tensor, max_length: int | None = None, predicted: Tensor | None = None
-    ) -> None:
+    def __init__(self, segments: Tensor, cu_seqlens: Tensor, max_length: int | None = None) -> None:
         """As in a `pretrain.batching.batch.Microbatch`.
 
         max_length: of all sequences that `cu_seqlens` bounds, padding included; by default the width of a row. Flash
         attention does not compute the rest of a longer sequence, nor slots after the last bound.
-        predicted: the slots that a last layer returns which `shorten_last_layer` has changed; None: all.
         """
-        self.predicted = predicted
+        self.predicted: Predicted | None = None  # what the last layer computes; None: all slots
         self.stops = False  # after attention: `pausable` raises AttentionReached
         self._segments = segments
         self.cu_seqlens = cu_seqlens
@@ -113,16 +127,17 @@ class AttentionReached(Exception):  # noqa: N818  # it is not an error
 
 
 def pausable(attend: Callable[..., tuple[Tensor, None]]) -> Callable[..., tuple[Tensor, None]]:
-    """An attention function with which the last layer can run twice, see `pretrain.modeling.last_layer`."""
+    """An attention function with which the last layer can run twice, see `pretrain.modeling.last_layer`. `attend` takes
+    a `predicted`, of which it returns the output [1, M, H, D]."""
 
     @functools.wraps(attend)
     def attention(*inputs: Any, packing: Packing | AttentionOutput | None = None, **options: Any) -> Any:
         if isinstance(packing, AttentionOutput):
             return packing.output, None
-        output_BWHD, weights = attend(*inputs, packing=packing, **options)
-        if packing is not None and packing.stops:
-            raise AttentionReached(output_BWHD.flatten(0, 1)[packing.predicted][None])
-        return output_BWHD, weights
+        if packing is None or not packing.stops:
+            return attend(*inputs, packing=packing, **options)
+        output_1MHD, _ = attend(*inputs, packing=packing, predicted=packing.predicted, **options)
+        raise AttentionReached(output_1MHD)
 
     return attention
 
@@ -198,10 +213,12 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    predicted: Predicted | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention output [B, W, H, D]. transformers dictates the signature.
 
+    predicted: the slots whose output is returned, [1, M, H, D]; None: all.
     `sliding_window`: a slot attends to slots less than this many slots away, as in transformers' flash attention
     (ModernBERT: half its local window, plus one).
     """
@@ -211,11 +228,32 @@ def packed_attention(
     inputs = (query_BHWD, key_BHWD, value_BHWD)
     match choose_kernel(packing.capability, head_size, dtype, dropout, packing.flash_3):
         case "matmul":
-            return matmul_attention(*inputs, packing.bias(sliding_window, dtype), scaling, dropout), None
+            bias = packing.bias(sliding_window, dtype)
+            if predicted is not None and predicted.by_row:
+                return predicted_attention(*inputs, predicted, bias, scaling, dropout), None
+            output_BWHD = matmul_attention(*inputs, bias, scaling, dropout)
         case "flash":
-            return flash_attention(*inputs, packing, scaling, dropout, sliding_window), None
+            output_BWHD = flash_attention(*inputs, packing, scaling, dropout, sliding_window)
         case "sdpa":
-            return masked_attention(*inputs, packing.bias(sliding_window, dtype), scaling, dropout), None
+            output_BWHD = masked_attention(*inputs, packing.bias(sliding_window, dtype), scaling, dropout)
+    return output_BWHD if predicted is None else predicted.select(output_BWHD), None
+
+
+def predicted_attention(
+    query_BHWD: Tensor,
+    key_BHWD: Tensor,
+    value_BHWD: Tensor,
+    predicted: Predicted,
+    bias: Tensor,
+    scaling: float,
+    dropout: float,
+) -> Tensor:
+    """`matmul_attention` of predicted slots by row, [1, M, H, D]."""
+    index = predicted.columns[:, None, :, None]
+    query_BHQD = query_BHWD.gather(2, index.expand(-1, query_BHWD.shape[1], -1, query_BHWD.shape[3]))
+    bias = bias.gather(2, index.expand(-1, -1, -1, bias.shape[3]))
+    output_BQHD = matmul_attention(query_BHQD, key_BHWD, value_BHWD, bias, scaling, dropout)
+    return output_BQHD.flatten(0, 1)[predicted.entries][None]
 
 
 def matmul_attention(

@@ -1,4 +1,5 @@
-"""Floating-point operations (FLOPs) of a training step. Padding and recomputed activations do not count.
+"""Floating-point operations (FLOPs) of a training step. Padding and recomputed activations do not count. The last layer
+counts in full, although it computes predicted positions only (`pretrain.modeling.last_layer`).
 
 Forward and backward, per real token:
 

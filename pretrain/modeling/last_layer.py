@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from experiment.positions import first_position
-from pretrain.modeling.attention import AttentionOutput, AttentionReached, Packing
+from pretrain.modeling.attention import AttentionOutput, AttentionReached, Packing, Predicted
 from pretrain.modeling.encoder_layers import Forward, encoder_layers, forward_without_checkpointing
 from pretrain.modeling.packability import packed_inputs
 
@@ -49,14 +49,14 @@ def shorten_last_layer(model: PreTrainedModel) -> bool:
 def _forward(layer: GradientCheckpointingLayer, forward: Forward, *inputs: Any, **options: Any) -> Any:
     packing = options.get("packing")
     if isinstance(packing, Packing) and packing.predicted is not None:
-        forward = partial(_run_twice, forward, packing.predicted)
+        forward = partial(_run_twice, forward, packing.predicted.positions)
     if layer.gradient_checkpointing and layer.training:
         return layer._gradient_checkpointing_func(partial(forward, **options), *inputs)
     return forward(*inputs, **options)
 
 
 def _run_twice(
-    forward: Forward, predicted: Tensor, hidden_BWD: Tensor, *inputs: Any, packing: Packing, **options: Any
+    forward: Forward, positions: Tensor, hidden_BWD: Tensor, *inputs: Any, packing: Packing, **options: Any
 ) -> Any:
     try:
         forward(hidden_BWD, *inputs, packing=packing.until_attention(), **options)
@@ -64,14 +64,14 @@ def _run_twice(
         output = AttentionOutput(reached.output)
     else:
         raise RuntimeError("the layer does not use the packed attention")
-    select = partial(_select, slots=hidden_BWD.shape[:2], predicted=predicted)
+    select = partial(_select, slots=hidden_BWD.shape[:2], positions=positions)
     hidden_1MD, inputs, options = tree_map_only(Tensor, select, (hidden_BWD, inputs, options))
     return forward(hidden_1MD, *inputs, packing=output, **options)
 
 
-def _select(tensor: Tensor, slots: torch.Size, predicted: Tensor) -> Tensor:
+def _select(tensor: Tensor, slots: torch.Size, positions: Tensor) -> Tensor:
     """[1, M, …] of a tensor [B, W, …], such as one with rotary positions. Others are returned as they are."""
-    return tensor.flatten(0, 1)[predicted][None] if tensor.shape[:2] == slots else tensor
+    return tensor.flatten(0, 1)[positions][None] if tensor.shape[:2] == slots else tensor
 
 
 @torch.no_grad()
@@ -83,11 +83,11 @@ def _computes_same_logits(model: PreTrainedModel, layer: GradientCheckpointingLa
     try:
         with next(model.parameters()).device:
             inputs = packed_inputs(torch.arange(1, 1 + sum(_LENGTHS)), _LENGTHS, _WIDTH, first_position(model))
-            predicted = torch.tensor(_PREDICTED)
-        expected = model(**inputs).logits[0, predicted]
+            positions = torch.tensor(_PREDICTED)
+        expected = model(**inputs).logits[0, positions]
         packing = inputs["packing"]
         assert isinstance(packing, Packing)
-        packing.predicted = predicted
+        packing.predicted = Predicted(positions, columns=positions[None], entries=torch.arange(len(positions)))
         found = model(**inputs).logits[0]
     except (TypeError, ValueError, AttributeError, RuntimeError, AssertionError, IndexError):
         return False

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from experiment.dropout import use_fast_dropout
 from experiment.fast_linear import use_fast_linear
-from pretrain.modeling.attention import Packing
+from pretrain.modeling.attention import Packing, Predicted
 from pretrain.modeling.head import Head, choose_head, cross_entropy
 from pretrain.modeling.last_layer import shorten_last_layer
 
@@ -53,6 +53,8 @@ class MaskedLanguageModel(nn.Module):
         cu_seqlens: Tensor,
         masked_positions: Tensor,
         labels: Tensor,
+        predicted_columns: Tensor,
+        predicted_entries: Tensor,
     ) -> Predictions:
         """The arguments are the fields of a `pretrain.batching.batch.Microbatch`."""
         self._masked_positions = masked_positions
@@ -60,8 +62,9 @@ class MaskedLanguageModel(nn.Module):
             with self._head(labels):
                 if self.packed:
                     width = segments.shape[1]
-                    predicted = masked_positions if self._has_short_layer else None
-                    packing = Packing(segments, cu_seqlens, min(width, self._max_length or width), predicted)
+                    packing = Packing(segments, cu_seqlens, min(width, self._max_length or width))
+                    if self._has_short_layer:
+                        packing.predicted = Predicted(masked_positions, predicted_columns, predicted_entries)
                     if not segments.is_cuda:  # before the layers, which may be compiled
                         for window in self._windows:
                             packing.bias(window, self.model.dtype)

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel
 
 from pretrain.batching.batch import Microbatch
-from pretrain.modeling.attention import PACKED, pausable, register_packed_attention
+from pretrain.modeling.attention import PACKED, Predicted, pausable, register_packed_attention
 from pretrain.modeling.head import fuse_head, logits_head
 from pretrain.modeling.masked_lm import MaskedLanguageModel
 
@@ -108,6 +108,7 @@ def _prepare(model: PreTrainedModel, computation: Computation) -> MaskedLanguage
 
 def _meta_microbatch(shape: MicrobatchShape) -> Microbatch:
     slots = (shape.rows, shape.width)
+    columns = min(shape.width, -(-3 * shape.predicted // (2 * shape.rows)))  # rows differ in predicted slots
     return Microbatch(
         input_ids=torch.empty(slots, dtype=torch.int64),
         position_ids=torch.empty(slots, dtype=torch.int64),
@@ -115,6 +116,8 @@ def _meta_microbatch(shape: MicrobatchShape) -> Microbatch:
         cu_seqlens=torch.empty(shape.sequences + 1, dtype=torch.int32),
         masked_positions=torch.empty(shape.predicted, dtype=torch.int64),
         labels=torch.empty(shape.predicted, dtype=torch.int64),
+        predicted_columns=torch.empty(shape.rows, columns, dtype=torch.int64),
+        predicted_entries=torch.empty(shape.predicted, dtype=torch.int64),
     )
 
 
@@ -184,9 +187,18 @@ class _GpuDropout(nn.Dropout):
         return torch.native_dropout(values, self.p, True)[0] if self.training and self.p > 0 else values
 
 
-def _gpu_attention(_module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
-    """Attention output [B, W, H, D] of query, key and value [B, H, W, D]."""
-    return _GpuAttention.apply(query, key, value).transpose(1, 2), None  # type: ignore[no-untyped-call]
+def _gpu_attention(
+    _module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *_: Any,
+    predicted: Predicted | None = None,
+    **__: Any,
+) -> Any:
+    """Attention output [B, W, H, D] of query, key and value [B, H, W, D], or what is selected of it."""
+    output = _GpuAttention.apply(query, key, value).transpose(1, 2)  # type: ignore[no-untyped-call]
+    return output if predicted is None else predicted.select(output), None
 
 
 class _GpuAttention(torch.autograd.Function):

@@ -94,6 +94,22 @@ def test_microbatch_layout(maker):
         assert len(micro.labels) % 64 == 0
 
 
+@pytest.mark.parametrize("sequences", [12, 1])
+def test_predicted_columns_of_windows(maker, sequences):
+    """Catches a predicted slot in another row or column than its position, also in microbatches without any."""
+    order = dataclasses.replace(maker.order, sizes=BatchSizes(sequences))
+    for micro in dataclasses.replace(maker, order=order)[0].microbatches:
+        rows, count = micro.predicted_columns.shape
+        assert rows == len(micro.input_ids)
+        assert count % 8 == 0
+        real = micro.labels != IGNORED
+        entries = micro.predicted_entries[real]
+        slots = entries // count * micro.input_ids.shape[1] + micro.predicted_columns.flatten()[entries]
+        assert slots.tolist() == micro.masked_positions[real].tolist()
+        assert len(set(entries.tolist())) == len(entries)
+        assert len(micro.predicted_entries) == len(micro.labels)
+
+
 def flat(maker, microbatch_tokens=90):
     """The maker with flat microbatches."""
     layout = dataclasses.replace(maker.layout, rows="flat", microbatch_tokens=microbatch_tokens, first_position=2)

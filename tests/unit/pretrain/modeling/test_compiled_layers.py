@@ -22,6 +22,7 @@ import torch
 from transformers import AutoConfig, AutoModelForMaskedLM
 
 from experiment.dropout import use_fast_dropout
+from pretrain.batching.batch import Microbatch
 from pretrain.modeling.attention import PACKED, register_packed_attention
 from pretrain.modeling.compiled_layers import compile_layers
 from pretrain.modeling.masked_lm import MaskedLanguageModel
@@ -53,7 +54,7 @@ def microbatch(rows, width):
     segments = (torch.arange(width) // 5 + 1).int().repeat(rows, 1)
     bounds = torch.arange(0, rows * width + 1, 5).int()
     ids, positions = torch.randint(1, 101, (rows, width)), (torch.arange(width) % 5).repeat(rows, 1)
-    return ids, positions, segments, bounds, torch.tensor([1, 3, 8]), torch.tensor([4, 5, 6])
+    return Microbatch(ids, positions, segments, bounds, torch.tensor([1, 3, 8]), torch.tensor([4, 5, 6]))
 
 
 def losses_and_gradients(wrapped):
