@@ -35,32 +35,32 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
         logits = multiply(hidden, weight, bias)
         counted = (labels != IGNORED)[:, None]
-        losses = _to_gradients(logits, torch.where(counted[:, 0], labels, 0)[:, None], counted)
-        ctx.save_for_backward(hidden, weight, logits)
-        return losses.sum()
+        losses = _to_gradients(logits, torch.where(counted, labels[:, None], 0))
+        ctx.save_for_backward(hidden, weight, logits, counted)
+        return torch.where(counted, losses, 0.0).sum()
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        hidden, weight, gradient = ctx.saved_tensors
+        hidden, weight, gradient, counted = ctx.saved_tensors
         of_hidden, of_weight, of_bias, _ = ctx.needs_input_grad
+        scales = (counted * scale).to(hidden.dtype)  # [M, 1]
         return (
-            input_gradient(gradient, weight).mul_(scale) if of_hidden else None,
-            weight_gradient(gradient, hidden * scale) if of_weight else None,
-            gradient.sum(0).mul_(scale) if of_bias else None,
+            input_gradient(gradient, weight).mul_(scales) if of_hidden else None,
+            weight_gradient(gradient, hidden * scales) if of_weight else None,
+            (scales.t() @ gradient)[0] if of_bias else None,
             None,
         )
 
 
-def _to_gradients(logits: Tensor, labels: Tensor, counted: Tensor) -> Tensor:
-    """The losses, fp32 [M, 1], whose gradients take the place of the logits. `labels`, `counted`: [M, 1]."""
+def _to_gradients(logits: Tensor, labels: Tensor) -> Tensor:
+    """The losses, fp32 [M, 1], whose gradients take the place of the logits. `labels`: [M, 1]."""
     losses = torch.empty_like(labels, dtype=torch.float32)
     rows = max(1, _CHUNK_LOGITS // logits.shape[1])
-    chunks = (torch.split(tensor, rows) for tensor in (logits, labels, counted, losses))
-    for chunk, label, count, loss in zip(*chunks, strict=True):
-        probabilities = chunk.softmax(dim=1, dtype=torch.float32)
-        # The largest probability is not 0, so its logarithm is that of the sum: that of the label's may be.
-        log_sum = chunk.amax(1, keepdim=True) - probabilities.amax(1, keepdim=True).log_()
-        loss.copy_(torch.where(count, log_sum - chunk.gather(1, label), 0.0))
-        probabilities.scatter_add_(1, label, probabilities.new_full(label.shape, -1.0))
-        chunk.copy_(probabilities.mul_(count))
+    for chunk, label, loss in zip(*(torch.split(tensor, rows) for tensor in (logits, labels, losses)), strict=True):
+        values = chunk.float()
+        probabilities = values.softmax(dim=1)
+        # The largest probability gives the logarithm of the sum of exponentials; the label's may be rounded to 0.
+        log_sum = values.amax(1, keepdim=True) - probabilities.amax(1, keepdim=True).log_()
+        torch.sub(log_sum, values.gather(1, label), out=loss)
+        chunk.copy_(probabilities.scatter_add_(1, label, probabilities.new_full(label.shape, -1.0)))
     return losses

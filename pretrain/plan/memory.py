@@ -28,6 +28,9 @@ from pretrain.plan.parameters import ParameterCounts
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _FP32 = 4
 _MOMENTS = 8  # of AdamW, LAMB and StableAdamW
+# oneDNN generates code for each shape of a matrix product and keeps it, 0.6 MB each (measured, on a CPU with AVX-512):
+# those of all slots and of two numbers of predicted ones, of linear layers and attention, forward and backward.
+_CPU_KERNELS = 50 * 600_000
 
 # DeepSpeed's defaults (deepspeed/runtime/zero/config.py), in elements
 _REDUCE_BUCKET = 500_000_000
@@ -45,7 +48,7 @@ class Parts:
     optimizer: int = 0
     activations: int = 0
     logits: int = 0
-    buffers: int = 0  # DeepSpeed's buckets, gathered weights (ZeRO 3), what ranks exchange, and copies
+    buffers: int = 0  # DeepSpeed's buckets, gathered weights (ZeRO 3), what ranks exchange, copies, and a CPU's kernels
 
     @property
     def total(self) -> int:
@@ -131,7 +134,7 @@ def gradients_stay(settings: MemorySettings) -> bool:
 
 def rank_memory(counts: ParameterCounts, microbatch: MicrobatchMemory, settings: MemorySettings) -> RankMemory:
     """`microbatch`: of the stage of the schedule whose microbatches take the most."""
-    resident = _resident(counts, settings)
+    resident = _resident(counts, settings) + Parts(buffers=0 if settings.on_gpu else _CPU_KERNELS)
     computing = Parts(activations=microbatch.activations, logits=microbatch.logits, gradients=microbatch.gradients)
     moments = {
         "backward": resident + computing + Parts(buffers=_backward_buffers(counts, settings)),

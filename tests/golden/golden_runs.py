@@ -132,7 +132,7 @@ def batch_hashes(tree: Tree, first: int, last: int) -> list[str]:
 def hash_batch(batch: RankBatch) -> str:
     digest = hashlib.sha256()
     for microbatch in batch.microbatches:
-        for tensor in microbatch:
+        for tensor in microbatch[:6]:  # the rest follows from these
             digest.update(np.ascontiguousarray(tensor.numpy().astype(np.int64)).data)
     return digest.hexdigest()[:16]
 
