@@ -83,7 +83,7 @@ def _build(case: TrainingCase, world: World) -> tuple[BuiltModel, Engine]:
     settings = ModelConfig(config=fields)
     built = build_model(settings, AutoConfig.for_model(**fields), seed=1)
     module = MaskedLanguageModel(built.model, built.packed, case.length)
-    compiled = compile_layers(built.model, cache_folder() / "compiled") if case.compile else ()
+    compiled = compile_layers(module, cache_folder() / "compiled") if case.compile else ()
     engine = Engine(
         module,
         load_settings(f"ds_configs/{case.precision}_zero{case.zero_stage}.json"),

@@ -77,7 +77,7 @@ def pretrain(
         if _compiles(run.config.engine):
             from pretrain.modeling.compiled_layers import compile_layers  # takes seconds
 
-            compiled = compile_layers(model.model, cache_folder() / "compiled")
+            compiled = compile_layers(module, cache_folder() / "compiled")
         with contextlib.ExitStack() as resources:
             engine = Engine(
                 module,

@@ -221,7 +221,7 @@ class BatchMaker:
             cu_seqlens=torch.from_numpy(self._boundaries(segments)),
             masked_positions=torch.from_numpy(np.pad(masked, (0, padding))),
             labels=torch.from_numpy(np.pad(labels, (0, padding), constant_values=IGNORED)),
-            **_by_row(masked, segments.shape, padding) if self.layout.rows == "windows" else {},
+            **_predicted_by_row(masked, segments.shape, padding) if self.layout.rows == "windows" else {},
         )
 
     def _padded_count(self, masked: int) -> int:
@@ -242,7 +242,7 @@ def _used_width(segments: NDArray[np.int32]) -> int:
     return width
 
 
-def _by_row(masked: NDArray[np.int64], shape: tuple[int, ...], padding: int) -> dict[str, torch.Tensor]:
+def _predicted_by_row(masked: NDArray[np.int64], shape: tuple[int, ...], padding: int) -> dict[str, torch.Tensor]:
     """Where the `masked` slots [M], sorted, are in rows: fields of a Microbatch. `shape`: of the slots, [B, W]."""
     rows, columns = np.divmod(masked, shape[1])
     places = np.arange(len(masked)) - np.searchsorted(rows, rows)  # in the row

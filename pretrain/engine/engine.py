@@ -21,6 +21,7 @@ import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from deepspeed.utils import set_z3_leaf_modules
+from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
 from torch import Tensor, nn
 
 from pretrain.batching.batch import Microbatch
@@ -88,6 +89,9 @@ class Engine:
         # ZeRO 3 gathers the weights of such a module before its forward, not inside compiled code.
         if compiled:
             set_z3_leaf_modules(model, list(compiled))
+        # Nor inside this one, where hooks of DeepSpeed's after a forward would be left out.
+        if model.short_layer is not None:
+            set_z3_leaf_module(model.short_layer, True)
         ds_config = settings.engine_config(optimizer.grad_clip, self._swap_folder)
         self._deepspeed = _initialize(model, torch_optimizer, ds_config)
         self.forward_timer = ForwardTimer(self.device.type == "cuda", world.size)

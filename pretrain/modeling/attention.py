@@ -71,14 +71,17 @@ class Packing:
     Padding attends to padding, so that each softmax has something to sum over.
     """
 
-    def __init__(self, segments: Tensor, cu_seqlens: Tensor, max_length: int | None = None) -> None:
+    def __init__(
+        self, segments: Tensor, cu_seqlens: Tensor, max_length: int | None = None, predicted: Predicted | None = None
+    ) -> None:
         """As in a `pretrain.batching.batch.Microbatch`.
 
         max_length: of all sequences that `cu_seqlens` bounds, padding included; by default the width of a row. Flash
         attention does not compute the rest of a longer sequence, nor slots after the last bound.
+        predicted: the slots that the last layer returns, if it is a short one (`shorten_last_layer`). None: all.
         """
-        self.predicted: Predicted | None = None  # what the last layer computes; None: all slots
-        self.stops = False  # after attention: `pausable` raises AttentionReached
+        self.predicted = predicted
+        self.interrupts = False
         self._segments = segments
         self.cu_seqlens = cu_seqlens
         self.max_length = segments.shape[1] if max_length is None else max_length
@@ -87,11 +90,11 @@ class Packing:
         self.flash_3 = current_flash_attention_impl() == _FLASH_3
         self._biases: dict[tuple[int | None, torch.dtype], Tensor] = {}
 
-    def until_attention(self) -> Self:
-        """The same, for a layer that runs until it has computed its attention."""
-        stopping = copy.copy(self)
-        stopping.stops = True
-        return stopping
+    def interrupting(self) -> Self:
+        """The same, for a layer that is to run until it has computed its attention."""
+        copied = copy.copy(self)
+        copied.interrupts = True
+        return copied
 
     def bias(self, sliding_window: int | None, dtype: torch.dtype) -> Tensor:
         """[B, 1, W, W], to be added to scores: 0, or the least number where a slot must not attend to another."""
@@ -111,33 +114,34 @@ class Packing:
 
 
 @dataclass(frozen=True)
-class AttentionOutput:
-    """Takes the place of a Packing where the output of attention is known."""
+class KnownAttention:
+    """In place of a Packing: attention has been computed before, and this is its output."""
 
     output: Tensor  # [1, M, H, D]
 
 
-class AttentionReached(Exception):  # noqa: N818  # it is not an error
-    """Ends a layer that runs until its attention only."""
+class LayerInterrupted(Exception):  # noqa: N818  # it is not an error
+    """Ends the forward pass of a layer when its attention is computed."""
 
     def __init__(self, output: Tensor) -> None:
-        """`output`: [1, M, H, D]"""
+        """`output`: of the predicted slots, [1, M, H, D]."""
         super().__init__()
         self.output = output
 
 
-def pausable(attend: Callable[..., tuple[Tensor, None]]) -> Callable[..., tuple[Tensor, None]]:
-    """An attention function with which the last layer can run twice, see `pretrain.modeling.last_layer`. `attend` takes
-    a `predicted`, of which it returns the output [1, M, H, D]."""
+def interruptible(attend: Callable[..., tuple[Tensor, None]]) -> Callable[..., tuple[Tensor, None]]:
+    """An attention function for `pretrain.modeling.last_layer`, which runs a layer twice: it ends the first run, and
+    knows the output in the second one. `attend` is also told which slots are `predicted`; then it returns the output of
+    these, [1, M, H, D]."""
 
     @functools.wraps(attend)
-    def attention(*inputs: Any, packing: Packing | AttentionOutput | None = None, **options: Any) -> Any:
-        if isinstance(packing, AttentionOutput):
+    def attention(*inputs: Any, packing: Packing | KnownAttention | None = None, **options: Any) -> Any:
+        if isinstance(packing, KnownAttention):
             return packing.output, None
-        if packing is None or not packing.stops:
+        if packing is None or not packing.interrupts:
             return attend(*inputs, packing=packing, **options)
         output_1MHD, _ = attend(*inputs, packing=packing, predicted=packing.predicted, **options)
-        raise AttentionReached(output_1MHD)
+        raise LayerInterrupted(output_1MHD)
 
     return attention
 
@@ -201,7 +205,7 @@ def _capability(device: torch.device) -> Capability:
     return torch.cuda.get_device_capability(device)
 
 
-@pausable
+@interruptible
 def packed_attention(
     module: nn.Module,
     query_BHWD: Tensor,

@@ -25,27 +25,25 @@ from torch import nn
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 
 from pretrain.modeling.encoder_layers import Forward, encoder_layers, forward_without_checkpointing
+from pretrain.modeling.masked_lm import MaskedLanguageModel
 
 log = logging.getLogger(__name__)
 
 
-def compile_layers(model: PreTrainedModel, cache: Path) -> set[type[nn.Module]]:
-    """Compile the layers, at the first microbatch. Call it for the model of a MaskedLanguageModel, before DeepSpeed
-    adds its hooks; it has to leave the modules inside of a layer alone. Returns the types of the layers.
+def compile_layers(model: MaskedLanguageModel, cache: Path) -> set[type[nn.Module]]:
+    """Compile the layers, at the first microbatch. Call before DeepSpeed adds its hooks; it has to leave the modules
+    inside of a layer alone. Returns the types of the layers.
 
     cache: folder for compiled code, shared by runs; TORCHINDUCTOR_CACHE_DIR takes precedence.
     """
-    layers = encoder_layers(model)
+    layers = [layer for layer in encoder_layers(model.model) if layer is not model.short_layer]
     if not layers:
-        log.warning("'%s' runs without torch.compile: its layers are not marked", model.config.model_type)
+        log.warning("'%s' runs without torch.compile: it has no layers to compile", model.model.config.model_type)
         return set()
     compiler = _Compiler(_open_cache(cache))
     for layer in layers:
-        if "forward" in vars(layer):  # the last one, if `shorten_last_layer` has changed it
-            continue
         forward = compiler.compile(forward_without_checkpointing(layer))
         if layer.gradient_checkpointing:
             layer.gradient_checkpointing = False

@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from experiment.fast_linear import input_gradient, multiply, weight_gradient
 from pretrain.batching.batch import IGNORED
 
 _CHUNK_LOGITS = 2**20  # 4 MiB in fp32
+_PART = 4096  # of the vocabulary
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
@@ -34,22 +36,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
         logits = multiply(hidden, weight, bias)
-        counted = (labels != IGNORED)[:, None]
-        losses = _to_gradients(logits, torch.where(counted, labels[:, None], 0))
-        ctx.save_for_backward(hidden, weight, logits, counted)
-        return torch.where(counted, losses, 0.0).sum()
+        losses = _to_gradients(logits, labels[:, None])
+        ctx.save_for_backward(hidden, weight, logits)
+        return losses.sum()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        hidden, weight, gradient, counted = ctx.saved_tensors
+        hidden, weight, gradient = ctx.saved_tensors
         of_hidden, of_weight, of_bias, _ = ctx.needs_input_grad
-        scales = (counted * scale).to(hidden.dtype)  # [M, 1]
         return (
-            input_gradient(gradient, weight).mul_(scales) if of_hidden else None,
-            weight_gradient(gradient, hidden * scales) if of_weight else None,
-            (scales.t() @ gradient)[0] if of_bias else None,
+            input_gradient(gradient, weight).mul_(scale) if of_hidden else None,
+            _weight_gradient(gradient, hidden * scale) if of_weight else None,
+            gradient.sum(0).mul_(scale) if of_bias else None,
             None,
         )
+
+
+def _weight_gradient(gradient: Tensor, hidden: Tensor) -> Tensor:
+    if gradient.dtype != torch.float32:
+        return weight_gradient(gradient, hidden)
+    # A part of the vocabulary at a time: in fp32, oneDNN copies the transposed gradient.
+    return torch.cat([weight_gradient(part, hidden) for part in torch.split(gradient, _PART, dim=1)])
 
 
 def _to_gradients(logits: Tensor, labels: Tensor) -> Tensor:
@@ -57,10 +65,13 @@ def _to_gradients(logits: Tensor, labels: Tensor) -> Tensor:
     losses = torch.empty_like(labels, dtype=torch.float32)
     rows = max(1, _CHUNK_LOGITS // logits.shape[1])
     for chunk, label, loss in zip(*(torch.split(tensor, rows) for tensor in (logits, labels, losses)), strict=True):
+        counted = label != IGNORED
+        target = torch.where(counted, label, 0)
         values = chunk.float()
         probabilities = values.softmax(dim=1)
         # The largest probability gives the logarithm of the sum of exponentials; the label's may be rounded to 0.
         log_sum = values.amax(1, keepdim=True) - probabilities.amax(1, keepdim=True).log_()
-        torch.sub(log_sum, values.gather(1, label), out=loss)
-        chunk.copy_(probabilities.scatter_add_(1, label, probabilities.new_full(label.shape, -1.0)))
+        loss.copy_(torch.where(counted, log_sum - values.gather(1, target), 0.0))
+        probabilities.scatter_add_(1, target, probabilities.new_full(target.shape, -1.0))
+        chunk.copy_(probabilities.mul_(counted))
     return losses

@@ -30,21 +30,22 @@ log = logging.getLogger(__name__)
 
 _CPU_DTYPES = (torch.float32, torch.bfloat16)  # fp16 would have to be scaled before it is rounded
 
-Head = Callable[[Tensor], AbstractContextManager[None]]
-"""Of labels, int64 [M]: a context in which the model returns for these positions what `cross_entropy` takes."""
+Head = Callable[[Tensor, bool], AbstractContextManager[None]]
+"""Of labels, int64 [M]: a context in which the model returns for these positions what `cross_entropy` takes, also to
+count correct predictions or not."""
 
 
-def logits_head(_labels: Tensor) -> AbstractContextManager[None]:
+def logits_head(_labels: Tensor, _count: bool) -> AbstractContextManager[None]:
     """The model returns logits."""
     return nullcontext()
 
 
 @contextmanager
-def fused_head(decoder: nn.Linear, labels: Tensor) -> Iterator[None]:
+def fused_head(decoder: nn.Linear, labels: Tensor, count: bool) -> Iterator[None]:
     """The decoder returns the summed loss in place of logits, fp32 [1]; where Triton runs also the number of correct
-    predictions, fp32 [2]. On a CPU evaluation keeps the logits. `decoder`: as from `find_linear_decoder`."""
+    predictions, fp32 [2]. To count these on a CPU, logits are kept. `decoder`: as from `find_linear_decoder`."""
     losses = _triton_losses if _runs_triton(labels.device) else _cpu_losses
-    if losses is _cpu_losses and not (torch.is_grad_enabled() and decoder.weight.dtype in _CPU_DTYPES):
+    if losses is _cpu_losses and (count or decoder.weight.dtype not in _CPU_DTYPES):
         yield
         return
     decoder.forward = partial(losses, decoder, labels)  # type: ignore[method-assign]

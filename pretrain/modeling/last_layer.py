@@ -5,9 +5,13 @@ has computed its attention, and then with the predicted ones, for which attentio
 That needs no code per architecture. The second run computes queries, keys and values that are not used, for 15 % of the
 positions and without a backward pass.
 
+This is wrong for a layer with dropout before its attention whose result is also added after it: the two runs would draw
+two masks. None of transformers' layers is like that.
+
 Shapes: B rows, W slots, M predicted positions.
 """
 
+import logging
 from functools import partial
 from typing import Any
 
@@ -18,32 +22,40 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from experiment.positions import first_position
-from pretrain.modeling.attention import AttentionOutput, AttentionReached, Packing, Predicted
+from pretrain.modeling.attention import KnownAttention, LayerInterrupted, Packing, Predicted
 from pretrain.modeling.encoder_layers import Forward, encoder_layers, forward_without_checkpointing
-from pretrain.modeling.packability import packed_inputs
+from pretrain.modeling.random_model import first_line
+
+log = logging.getLogger(__name__)
 
 _TOLERANCE = 1e-4  # absolute and relative, on fp32 logits
-_WIDTH, _LENGTHS = 12, (7, 4)  # of a row, and of the sequences in it
-_PREDICTED = (1, 5, 9)
+# Two sequences and padding, twice: with two rows, a layer with one input per row, or one for all rows, is found out.
+_SEGMENTS = (1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 0)
+_POSITIONS = (0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 0)
+_BOUNDS = (0, 7, 11, 12, 19, 23, 24)
+_PREDICTED = (1, 5, 9, 14)
+_COLUMNS = ((1, 5, 9), (2, 0, 0))  # of the predicted slots, by row
 
 
-def shorten_last_layer(model: PreTrainedModel) -> bool:
+def shorten_last_layer(model: PreTrainedModel) -> GradientCheckpointingLayer | None:
     """Let the last layer return [1, M, hidden], of the slots that its `Packing` names in `predicted`, if it does.
 
-    Returns False, and leaves the model as it is, if the logits would differ or its layers are not marked. On the meta
-    device, where there are no values, only shapes are compared.
+    Returns the layer; None, and leaves the model as it is, if its logits would differ or its layers are not marked. On
+    the meta device, where there are no values, only shapes are compared.
 
     model: uses the packed attention; not yet partitioned.
     """
     layers = encoder_layers(model)
     if not layers:
-        return False
+        return None
     layer = layers[-1]
     layer.forward = partial(_forward, layer, forward_without_checkpointing(layer))
-    if not _computes_same_logits(model, layer):
+    reason = _why_not_short(model, layer)
+    if reason is not None:
+        log.info("the last layer of '%s' computes all positions: %s", model.config.model_type, reason)
         del layer.forward
-        return False
-    return True
+        return None
+    return layer
 
 
 def _forward(layer: GradientCheckpointingLayer, forward: Forward, *inputs: Any, **options: Any) -> Any:
@@ -59,41 +71,47 @@ def _run_twice(
     forward: Forward, positions: Tensor, hidden_BWD: Tensor, *inputs: Any, packing: Packing, **options: Any
 ) -> Any:
     try:
-        forward(hidden_BWD, *inputs, packing=packing.until_attention(), **options)
-    except AttentionReached as reached:
-        output = AttentionOutput(reached.output)
+        forward(hidden_BWD, *inputs, packing=packing.interrupting(), **options)
+    except LayerInterrupted as interrupted:
+        known = KnownAttention(interrupted.output)
     else:
-        raise RuntimeError("the layer does not use the packed attention")
+        raise RuntimeError("it does not use the packed attention")
     select = partial(_select, slots=hidden_BWD.shape[:2], positions=positions)
     hidden_1MD, inputs, options = tree_map_only(Tensor, select, (hidden_BWD, inputs, options))
-    return forward(hidden_1MD, *inputs, packing=output, **options)
+    return forward(hidden_1MD, *inputs, packing=known, **options)
 
 
 def _select(tensor: Tensor, slots: torch.Size, positions: Tensor) -> Tensor:
-    """[1, M, …] of a tensor [B, W, …], such as one with rotary positions. Others are returned as they are."""
+    """[1, M, …] of a tensor [B, W, …], such as one with rotary positions. Others, which have other first sizes, are
+    returned as they are."""
     return tensor.flatten(0, 1)[positions][None] if tensor.shape[:2] == slots else tensor
 
 
 @torch.no_grad()
-def _computes_same_logits(model: PreTrainedModel, layer: GradientCheckpointingLayer) -> bool:
+def _why_not_short(model: PreTrainedModel, layer: GradientCheckpointingLayer) -> str | None:
+    """None if the logits of predicted slots are the same as without `_run_twice`, else the reason."""
     runs: list[None] = []  # of the layer, which some models (ALBERT) have in place of others too
     hook = layer.register_forward_hook(lambda *_: runs.append(None))
     training = model.training
     model.eval()
     try:
         with next(model.parameters()).device:
-            inputs = packed_inputs(torch.arange(1, 1 + sum(_LENGTHS)), _LENGTHS, _WIDTH, first_position(model))
-            positions = torch.tensor(_PREDICTED)
-        expected = model(**inputs).logits[0, positions]
-        packing = inputs["packing"]
-        assert isinstance(packing, Packing)
-        packing.predicted = Predicted(positions, columns=positions[None], entries=torch.arange(len(positions)))
-        found = model(**inputs).logits[0]
-    except (TypeError, ValueError, AttributeError, RuntimeError, AssertionError, IndexError):
-        return False
+            ids = torch.arange(1, 25).view(2, 12) % model.config.get_text_config().vocab_size
+            positions = torch.tensor((_POSITIONS,) * 2) + first_position(model)
+            packing = Packing(torch.tensor((_SEGMENTS,) * 2, dtype=torch.int32), torch.tensor(_BOUNDS).int())
+            predicted = Predicted(torch.tensor(_PREDICTED), torch.tensor(_COLUMNS), torch.arange(len(_PREDICTED)))
+        logits = model(input_ids=ids, position_ids=positions, packing=packing).logits
+        expected = logits.flatten(0, 1)[predicted.positions]
+        packing.predicted = predicted
+        found = model(input_ids=ids, position_ids=positions, packing=packing).logits[0]
+    except (TypeError, ValueError, AttributeError, RuntimeError, AssertionError, IndexError) as error:
+        return first_line(error)
     finally:
         hook.remove()
         model.train(training)
-    if len(runs) != 2 or found.shape != expected.shape:
-        return False
-    return expected.is_meta or torch.allclose(found, expected, atol=_TOLERANCE, rtol=_TOLERANCE)
+    if len(runs) != 2:
+        return "it runs several times"
+    if found.shape != expected.shape:
+        return f"its logits have the shape {list(found.shape)}"
+    same = expected.is_meta or torch.allclose(found, expected, atol=_TOLERANCE, rtol=_TOLERANCE)
+    return None if same else "its logits would differ"

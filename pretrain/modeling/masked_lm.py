@@ -41,8 +41,9 @@ class MaskedLanguageModel(nn.Module):
         use_fast_dropout(model)
         use_fast_linear(model)
         self._head = head or choose_head(model, packed)
-        self._has_short_layer = packed and shorten_last_layer(model)
-        if not self._has_short_layer:
+        short_layer = shorten_last_layer(model) if packed else None
+        self._short_layer = (short_layer,)  # a module of its own would be registered twice
+        if short_layer is None:
             model.base_model.register_forward_hook(self._keep_masked_positions)
 
     def forward(
@@ -59,12 +60,11 @@ class MaskedLanguageModel(nn.Module):
         """The arguments are the fields of a `pretrain.batching.batch.Microbatch`."""
         self._masked_positions = masked_positions
         try:
-            with self._head(labels):
+            with self._head(labels, not self.training):
                 if self.packed:
                     width = segments.shape[1]
-                    packing = Packing(segments, cu_seqlens, min(width, self._max_length or width))
-                    if self._has_short_layer:
-                        packing.predicted = Predicted(masked_positions, predicted_columns, predicted_entries)
+                    predicted = Predicted(masked_positions, predicted_columns, predicted_entries)
+                    packing = Packing(segments, cu_seqlens, min(width, self._max_length or width), predicted)
                     if not segments.is_cuda:  # before the layers, which may be compiled
                         for window in self._windows:
                             packing.bias(window, self.model.dtype)
@@ -74,6 +74,11 @@ class MaskedLanguageModel(nn.Module):
         finally:
             self._masked_positions = None
         return Predictions(*cross_entropy(output.logits, labels, count=not self.training))
+
+    @property
+    def short_layer(self) -> nn.Module | None:
+        """The last layer, if it computes masked positions only: some of its parts begin two runs and end one."""
+        return self._short_layer[0]
 
     def _keep_masked_positions(self, _module: nn.Module, _inputs: Any, output: Any) -> Any:
         if self._masked_positions is None:

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel
 
 from pretrain.batching.batch import Microbatch
-from pretrain.modeling.attention import PACKED, Predicted, pausable, register_packed_attention
+from pretrain.modeling.attention import PACKED, Predicted, interruptible, register_packed_attention
 from pretrain.modeling.head import fuse_head, logits_head
 from pretrain.modeling.masked_lm import MaskedLanguageModel
 
@@ -178,7 +178,7 @@ def _use_gpu_kernels(model: PreTrainedModel) -> None:
         if isinstance(module, nn.Dropout):
             module.__class__ = _GpuDropout
     if model.config._attn_implementation != "eager":
-        AttentionInterface.register(_GPU_ATTENTION, pausable(_gpu_attention))
+        AttentionInterface.register(_GPU_ATTENTION, interruptible(_gpu_attention))
         model.set_attn_implementation(_GPU_ATTENTION)
 
 

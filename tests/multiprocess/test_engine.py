@@ -107,6 +107,30 @@ def test_the_gradient_is_clipped_by_its_global_norm(
     assert clipped.norm().item() == pytest.approx(0.01, rel=1e-3)
 
 
+def entered_modules_case(world: World, tree: Tree) -> list[int]:
+    """After each of a few steps, how many modules DeepSpeed's ZeRO 3 takes for being computed."""
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+    engine, _ = build_engine(world, tree)
+    counts = []
+    for step in range(3):
+        engine.begin_step(step, 0.01)
+        engine.accumulate(microbatch(), 6, step, 0)
+        engine.step()
+        counts.append(len(FWD_MODULE_STACK))
+    engine.close()
+    return counts
+
+
+def test_a_layer_that_ends_early_leaves_no_trace_in_zero_3(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path
+) -> None:
+    """Catches hooks of DeepSpeed's that begin in the last layer and do not end: its list of modules would grow."""
+    tree = run_config(tmp_path, wordpiece_corpus, "fp32_zero3")
+    for counts in pools[2].run(entered_modules_case, tree):
+        assert len(set(counts)) == 1
+
+
 def veto_case(world: World, tree: Tree, folder: Path, limits: list[float]) -> list[tuple[bool, float]]:
     """Take a step of the same microbatch for each norm limit, then save."""
 

@@ -71,7 +71,7 @@ plain = build()
 expected = losses_and_gradients(MaskedLanguageModel(plain, packed=True).train())
 model = build()
 wrapped = MaskedLanguageModel(model, packed=True)
-compile_layers(model, Path(options["cache"]))
+compile_layers(wrapped, Path(options["cache"]))
 found = losses_and_gradients(wrapped.train())
 for (loss, gradients), (other, others) in zip(expected, found, strict=True):
     torch.testing.assert_close(loss, other, rtol=1e-5, atol=1e-5)

@@ -31,8 +31,10 @@ def reference(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tenso
 def test_losses_and_gradients(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tolerance: float, rows_of_a_chunk: int, with_bias: bool
 ) -> None:
-    """Catches rows between two chunks that are lost, ignored rows that count, and a gradient that is not scaled."""
+    """Catches rows between two chunks, or parts of the vocabulary, that are lost, ignored rows that count, and a
+    gradient that is not scaled."""
     monkeypatch.setattr(cpu_cross_entropy, "_CHUNK_LOGITS", rows_of_a_chunk * VOCABULARY)
+    monkeypatch.setattr(cpu_cross_entropy, "_PART", 100)
     *values, labels = inputs(dtype)
     values = [value.requires_grad_() for value in values[: 3 if with_bias else 2]]
     exact = [value.detach().double().requires_grad_() for value in values]
@@ -63,11 +65,27 @@ def test_logits_that_are_not_finite_are_reported() -> None:
     assert torch.isnan(linear_cross_entropy(hidden, weight, bias, labels))
 
 
-def test_frozen_inputs_get_no_gradient() -> None:
+def test_frozen_inputs_get_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches products that are computed for a frozen head."""
-    hidden, weight, bias, labels = inputs(torch.float32)
-    hidden.requires_grad_()
-    linear_cross_entropy(hidden, weight, bias, labels).backward()
-    assert hidden.grad is not None
-    assert weight.grad is None
-    assert bias.grad is None
+    products = []
+    compute = cpu_cross_entropy.weight_gradient
+    monkeypatch.setattr(cpu_cross_entropy, "weight_gradient", lambda *args: products.append(args) or compute(*args))
+    for frozen in (True, False):
+        hidden, weight, bias, labels = inputs(torch.float32)
+        hidden.requires_grad_()
+        weight.requires_grad_(not frozen)
+        linear_cross_entropy(hidden, weight, bias, labels).backward()
+        assert hidden.grad is not None
+        assert (products == []) == frozen
+
+
+def test_the_scale_of_the_loss_is_not_rounded() -> None:
+    """Catches a scale that is rounded to bf16, by up to 0.4 %, before gradients are multiplied by it."""
+    *values, labels = inputs(torch.bfloat16)
+    for value in values:
+        value.requires_grad_()
+    assert torch.tensor(SCALE).bfloat16().item() != pytest.approx(SCALE, rel=2e-3)
+    scaled = torch.autograd.grad(linear_cross_entropy(*values, labels) * SCALE, values)
+    for gradient, once in zip(scaled, torch.autograd.grad(linear_cross_entropy(*values, labels), values), strict=True):
+        factor = (gradient.double() * once.double()).sum() / once.double().square().sum()
+        assert float(factor) == pytest.approx(SCALE, rel=5e-4)

@@ -1,5 +1,7 @@
 """Every type that transformers' AutoModelForMaskedLM knows trains."""
 
+import copy
+
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, PreTrainedTokenizerFast
@@ -7,6 +9,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, PreTrained
 from experiment.errors import UserError
 from pretrain.batching.batch import Microbatch
 from pretrain.config import ModelConfig
+from pretrain.modeling import masked_lm
 from pretrain.modeling.build import build_model
 from pretrain.modeling.masked_lm import MaskedLanguageModel
 from pretrain.modeling.model_config import resolve_model_config
@@ -50,6 +53,29 @@ def test_every_type_trains(tokenizer: PreTrainedTokenizerFast, model_type: str) 
         after = module(*batch).loss_sum
     assert torch.isfinite(before)
     assert after < before
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("model_type", TYPES)
+def test_the_last_layer_of_every_type(
+    tokenizer: PreTrainedTokenizerFast, model_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches another loss, or other gradients, where the last layer computes predicted positions only."""
+    settings = tiny(model_type)
+    built = build_model(settings, resolve_model_config(settings, tokenizer), seed=1)
+    if not built.packed:
+        pytest.skip("trains padded, so its last layer computes all positions")
+    whole = copy.deepcopy(built.model)
+    short = MaskedLanguageModel(built.model, packed=True).eval()  # without dropout
+    monkeypatch.setattr(masked_lm, "shorten_last_layer", lambda _model: None)
+    modules = (short, MaskedLanguageModel(whole, packed=True).eval())
+    losses = [module(*microbatch(True, built.first_position)).loss_sum for module in modules]
+    torch.testing.assert_close(*losses)
+    gradients = [
+        torch.autograd.grad(loss, list(module.parameters()), materialize_grads=True)
+        for loss, module in zip(losses, modules, strict=True)
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(("model_type", "key"), [("xmod", "default_language"), ("reformer", "axial_pos_embds")])

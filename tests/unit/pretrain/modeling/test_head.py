@@ -150,6 +150,15 @@ def test_the_fused_head_computes_the_same(
     interpreted(compare_heads, model_type, wordpiece_corpus)
 
 
+def test_predictions_are_counted_in_evaluation_with_gradients(example: Callable[[str], Example]) -> None:
+    """Catches a fused head that is chosen by another rule than the count of correct predictions."""
+    case = example("bert")
+    module = MaskedLanguageModel(copy.deepcopy(case.built.model), case.built.packed).eval()
+    predictions = module(*case.microbatches[0])
+    assert predictions.correct is not None
+    assert predictions.loss_sum.requires_grad
+
+
 @pytest.mark.parametrize("model_type", ["bert", "modernbert", "mpnet"])
 def test_the_fused_head_of_a_cpu_computes_the_same(wordpiece_corpus: Path, model_type: str) -> None:
     """Catches the same on a CPU, and a count of correct predictions that is missing there."""

@@ -11,6 +11,8 @@ from model_examples import PACKED, Example
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
+from experiment.positions import first_position
+from pretrain.batching.batch import Microbatch
 from pretrain.modeling.encoder_layers import encoder_layers
 from pretrain.modeling.last_layer import shorten_last_layer
 from pretrain.modeling.masked_lm import MaskedLanguageModel
@@ -52,14 +54,32 @@ def test_the_last_layer_computes_predicted_positions_after_attention(
 
 def tiny(model_type: str, **fields: Any) -> PreTrainedModel:
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40}
-    model = random_model(AutoConfig.for_model(model_type, vocab_size=101, pad_token_id=0, **sizes | fields)).float()
-    assert why_not_packed(model, 0) is None
+    defaults = {"vocab_size": 101, "pad_token_id": 0}
+    model = random_model(AutoConfig.for_model(model_type, **defaults | sizes | fields)).float()
+    assert why_not_packed(model, first_position(model)) is None
     return model
 
 
 def test_models_whose_layers_share_weights_stay_as_they_are() -> None:
     """Catches ALBERT, whose one layer is every layer."""
-    assert not shorten_last_layer(tiny("albert", embedding_size=16))
+    assert shorten_last_layer(tiny("albert", embedding_size=16)) is None
+
+
+def test_layers_with_an_input_for_each_row_stay_as_they_are() -> None:
+    """Catches XMOD, whose layers choose adapters by the language of a row: selected positions have no rows."""
+    model = tiny("xmod", languages=["en_XX"], default_language="en_XX", max_position_embeddings=40)
+    module = MaskedLanguageModel(model, packed=True).train()
+    assert module.short_layer is None
+    ids = torch.arange(24).view(2, 12)
+    segments = torch.ones(2, 12, dtype=torch.int32)
+    bounds = torch.tensor([0, 12, 24], dtype=torch.int32)
+    positions = torch.arange(1, 13).expand(2, 12)
+    assert torch.isfinite(module(*Microbatch(ids, positions, segments, bounds, ids[0, :3], ids[1, :3])).loss_sum)
+
+
+def test_a_small_vocabulary() -> None:
+    """Catches a check with token ids that the model does not have."""
+    assert shorten_last_layer(tiny("bert", vocab_size=12)) is not None
 
 
 def test_layers_that_mix_positions_after_attention_stay_as_they_are() -> None:
@@ -71,10 +91,10 @@ def test_layers_that_mix_positions_after_attention_stay_as_they_are() -> None:
         return output + output.mean(dim=1, keepdim=True)
 
     hook = dense.register_forward_hook(mix)
-    assert not shorten_last_layer(model)
+    assert shorten_last_layer(model) is None
     assert "forward" not in vars(encoder_layers(model)[-1])
     hook.remove()
-    assert shorten_last_layer(model)
+    assert shorten_last_layer(model) is encoder_layers(model)[-1]
 
 
 def test_all_positions_are_computed_where_none_are_named(example: Callable[[str], Example]) -> None:
@@ -82,7 +102,7 @@ def test_all_positions_are_computed_where_none_are_named(example: Callable[[str]
     model = copy.deepcopy(example("bert").built.model)
     inputs = packed_inputs(torch.arange(6), (6,), 6, first_position=0)
     expected = model(**inputs).logits
-    assert shorten_last_layer(model)
+    assert shorten_last_layer(model) is not None
     torch.testing.assert_close(model(**inputs).logits, expected)
 
 
@@ -92,4 +112,4 @@ def test_a_model_on_the_meta_device(model_type: str, short: bool) -> None:
     model = tiny(model_type, embedding_size=16)
     planned = meta_model(model.config)
     planned.set_attn_implementation(model.config._attn_implementation)
-    assert shorten_last_layer(planned) == shorten_last_layer(model) == short
+    assert [shorten_last_layer(each) is not None for each in (planned, model)] == [short, short]
