@@ -17,7 +17,6 @@ from experiment.fast_linear import input_gradient, multiply, weight_gradient
 from pretrain.batching.batch import IGNORED
 
 _CHUNK_LOGITS = 2**20  # 4 MiB in fp32
-_PART = 4096  # of the vocabulary
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
@@ -56,8 +55,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _weight_gradient(gradient: Tensor, hidden: Tensor) -> Tensor:
     if gradient.dtype != torch.float32:
         return weight_gradient(gradient, hidden)
-    # A part of the vocabulary at a time: in fp32, oneDNN copies the transposed gradient.
-    return torch.cat([weight_gradient(part, hidden) for part in torch.split(gradient, _PART, dim=1)])
+    # In fp32 oneDNN copies what is transposed on the left, so that should not be the gradient of the logits.
+    return multiply(hidden.t(), gradient.t()).t().contiguous()
 
 
 def _to_gradients(logits: Tensor, labels: Tensor) -> Tensor:

@@ -31,10 +31,8 @@ def reference(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tenso
 def test_losses_and_gradients(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tolerance: float, rows_of_a_chunk: int, with_bias: bool
 ) -> None:
-    """Catches rows between two chunks, or parts of the vocabulary, that are lost, ignored rows that count, and a
-    gradient that is not scaled."""
+    """Catches rows between two chunks that are lost, ignored rows that count, and a gradient that is not scaled."""
     monkeypatch.setattr(cpu_cross_entropy, "_CHUNK_LOGITS", rows_of_a_chunk * VOCABULARY)
-    monkeypatch.setattr(cpu_cross_entropy, "_PART", 100)
     *values, labels = inputs(dtype)
     values = [value.requires_grad_() for value in values[: 3 if with_bias else 2]]
     exact = [value.detach().double().requires_grad_() for value in values]
@@ -68,8 +66,8 @@ def test_logits_that_are_not_finite_are_reported() -> None:
 def test_frozen_inputs_get_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches products that are computed for a frozen head."""
     products = []
-    compute = cpu_cross_entropy.weight_gradient
-    monkeypatch.setattr(cpu_cross_entropy, "weight_gradient", lambda *args: products.append(args) or compute(*args))
+    compute = cpu_cross_entropy._weight_gradient
+    monkeypatch.setattr(cpu_cross_entropy, "_weight_gradient", lambda *args: products.append(args) or compute(*args))
     for frozen in (True, False):
         hidden, weight, bias, labels = inputs(torch.float32)
         hidden.requires_grad_()
