@@ -22,11 +22,11 @@ class Microbatch(NamedTuple):
     position_ids: torch.Tensor  # int64 [B, W], restarting with each sequence
     segments: torch.Tensor  # int32 [B, W], number of the slot's sequence, from 1; 0: padding
     cu_seqlens: torch.Tensor  # int32 [sequences + 1], the same as boundaries in the flattened slots
-    masked_positions: torch.Tensor  # int64 [M], flattened slots whose token is predicted
+    masked_positions: torch.Tensor  # int64 [M], flattened slots whose token is predicted, then any
     labels: torch.Tensor  # int64 [M], the original token; IGNORED for padding entries
-    # Of windows, the same positions by row:
+    # Of windows, the predicted slots by row; empty for other rows. Q: the most of a row, rounded up.
     predicted_columns: torch.Tensor = _NONE  # int64 [B, Q], columns of a row's predicted slots, then zeros
-    predicted_entries: torch.Tensor = _NONE[0]  # int64 [M], which entry of the flattened columns each one is
+    predicted_entries: torch.Tensor = _NONE[0]  # int64 [M], index of each position in the flattened columns
 
 
 class RankBatch(NamedTuple):

@@ -33,10 +33,10 @@ from pretrain.corpus.reader import Corpus
 from pretrain.world import World
 
 _MASKED_BUCKET = 64  # masked positions are padded to a multiple, so that kernels see few shapes
+_COLUMNS_BUCKET = 8  # and the predicted columns of a row too
 _FLAT_PARTS = 32  # flat microbatches are larger: their masked positions are padded by less than one part in 32,
 _SEQUENCE_PARTS = 8  # and `cu_seqlens` by less than one part in 8
-_COLUMNS_BUCKET = 8  # so is the number of predicted columns of a row,
-_WIDTH_BUCKET = 16  # and so is the width of a padded microbatch
+_WIDTH_BUCKET = 16  # the width of a padded microbatch is a multiple
 
 
 class MaskedText(NamedTuple):

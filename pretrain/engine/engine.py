@@ -89,7 +89,7 @@ class Engine:
         # ZeRO 3 gathers the weights of such a module before its forward, not inside compiled code.
         if compiled:
             set_z3_leaf_modules(model, list(compiled))
-        # Nor inside this one, where hooks of DeepSpeed's after a forward would be left out.
+        # Nor inside the short layer: its first run ends with an exception, which leaves out DeepSpeed's hooks after it.
         if model.short_layer is not None:
             set_z3_leaf_module(model.short_layer, True)
         ds_config = settings.engine_config(optimizer.grad_clip, self._swap_folder)

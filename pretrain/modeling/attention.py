@@ -12,7 +12,7 @@ Three kernels compute the same result, see `choose_kernel`:
   `use_flash_attention_3`.
 - sdpa, on CUDA otherwise: scaled_dot_product_attention with a mask.
 
-Shapes: B rows, W slots, T = B · W, H heads, D dimensions of a head, M predicted positions.
+Shapes: B rows, W slots, T = B · W, H heads, D dimensions of a head, M predicted positions, Q the most of a row.
 """
 
 import copy
@@ -49,11 +49,11 @@ _ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout")  # fi
 
 
 class Predicted(NamedTuple):
-    """The slots of a microbatch that are predicted."""
+    """The slots of a microbatch that are predicted. See the fields of a `pretrain.batching.batch.Microbatch`."""
 
-    positions: Tensor  # the fields of a `pretrain.batching.batch.Microbatch`, there called `masked_positions`
-    columns: Tensor
-    entries: Tensor
+    positions: Tensor  # [M], its `masked_positions`
+    columns: Tensor  # [B, Q], its `predicted_columns`
+    entries: Tensor  # [M], its `predicted_entries`
 
     @property
     def by_row(self) -> bool:
@@ -81,7 +81,7 @@ class Packing:
         predicted: the slots that the last layer returns, if it is a short one (`shorten_last_layer`). None: all.
         """
         self.predicted = predicted
-        self.interrupts = False
+        self.interrupts = False  # whether attention raises LayerInterrupted
         self._segments = segments
         self.cu_seqlens = cu_seqlens
         self.max_length = segments.shape[1] if max_length is None else max_length
@@ -130,9 +130,9 @@ class LayerInterrupted(Exception):  # noqa: N818  # it is not an error
 
 
 def interruptible(attend: Callable[..., tuple[Tensor, None]]) -> Callable[..., tuple[Tensor, None]]:
-    """An attention function for `pretrain.modeling.last_layer`, which runs a layer twice: it ends the first run, and
-    knows the output in the second one. `attend` is also told which slots are `predicted`; then it returns the output of
-    these, [1, M, H, D]."""
+    """`attend` for `pretrain.modeling.last_layer`, which runs a layer twice: the returned function raises
+    LayerInterrupted in the first run, and returns the known output in the second. In the first run `attend` gets the
+    option `predicted`, the slots whose output it has to return, [1, M, H, D]."""
 
     @functools.wraps(attend)
     def attention(*inputs: Any, packing: Packing | KnownAttention | None = None, **options: Any) -> Any:

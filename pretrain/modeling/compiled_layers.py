@@ -1,8 +1,8 @@
 """Compile the layers of the encoder with `torch.compile`.
 
 All layers of a kind share one graph, because they are compiled one by one. Rows and width of a microbatch are symbols
-in it, so that new shapes need no new graph. Evaluation runs the layers as they are, and so does training the last one,
-which computes predicted positions only (`pretrain.modeling.last_layer`).
+in it, so that new shapes need no new graph. Evaluation runs the layers as they are. A last layer that computes
+predicted positions only (`pretrain.modeling.last_layer`) is not compiled.
 
 Compiled code is kept in a cache on disk. If compiling fails it is tried once more with an empty cache, because a
 process that was killed may have left a damaged file. If that fails too, the layers run as they are.

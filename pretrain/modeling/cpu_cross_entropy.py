@@ -53,9 +53,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _weight_gradient(gradient: Tensor, hidden: Tensor) -> Tensor:
-    if gradient.dtype != torch.float32:
+    # In fp32 oneDNN copies what is transposed on the left: [V, M] here. Below, [D, M] and the result, [V, D].
+    if gradient.dtype != torch.float32 or gradient.shape[0] <= hidden.shape[1]:
         return weight_gradient(gradient, hidden)
-    # In fp32 oneDNN copies what is transposed on the left, so that should not be the gradient of the logits.
     return multiply(hidden.t(), gradient.t()).t().contiguous()
 
 

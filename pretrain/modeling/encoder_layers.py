@@ -11,7 +11,7 @@ Forward = Callable[..., Any]
 
 
 def encoder_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
-    """In order; empty for the few types of models that do not mark them."""
+    """In order; empty for the few types of models whose layers are not a `GradientCheckpointingLayer`."""
     return [module for module in model.base_model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 

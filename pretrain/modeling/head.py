@@ -1,9 +1,9 @@
 """From labels to the loss of a masked-LM head: its logits first, or fused with its last linear layer.
 
 `choose_head` fuses where the logits are the output of one linear layer, which a probe of the model shows. On CUDA the
-logits [M, V] are then never kept, see `pretrain.modeling.fused_cross_entropy`; on a CPU, in training, they are once,
-see `pretrain.modeling.cpu_cross_entropy`. The fused loss is computed in place of that layer's `forward`, so that ZeRO 3
-gathers its weights as for any other layer.
+logits [M, V] are then never kept, see `pretrain.modeling.fused_cross_entropy`; on a CPU, in training, they are kept
+once, see `pretrain.modeling.cpu_cross_entropy`. The fused loss is computed in place of that layer's `forward`, so that
+ZeRO 3 gathers its weights as for any other layer.
 
 Shapes: D hidden, V vocabulary, M masked positions.
 """
@@ -31,8 +31,8 @@ log = logging.getLogger(__name__)
 _CPU_DTYPES = (torch.float32, torch.bfloat16)  # fp16 would have to be scaled before it is rounded
 
 Head = Callable[[Tensor, bool], AbstractContextManager[None]]
-"""Of labels, int64 [M]: a context in which the model returns for these positions what `cross_entropy` takes, also to
-count correct predictions or not."""
+"""Of labels, int64 [M], and whether correct predictions are counted: a context in which the model returns for these
+positions what `cross_entropy` takes."""
 
 
 def logits_head(_labels: Tensor, _count: bool) -> AbstractContextManager[None]:
@@ -126,11 +126,13 @@ def _probe(model: PreTrainedModel, packed: bool) -> Tensor:
 
 
 def _runs_triton(device: torch.device) -> bool:
-    """On a CPU, Triton's interpreter has to be enabled."""
+    """On a CPU, Triton has to be installed, and its interpreter enabled."""
     if device.type != "cpu":
         return device.type == "cuda"
-    import triton
-
+    try:
+        import triton
+    except ImportError:
+        return False
     return bool(triton.knobs.runtime.interpret)
 
 

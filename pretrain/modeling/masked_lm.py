@@ -77,7 +77,8 @@ class MaskedLanguageModel(nn.Module):
 
     @property
     def short_layer(self) -> nn.Module | None:
-        """The last layer, if it computes masked positions only: some of its parts begin two runs and end one."""
+        """The last layer, if it computes predicted positions only. Its first run ends with an exception, so that hooks
+        after the forward pass of modules inside it do not run."""
         return self._short_layer[0]
 
     def _keep_masked_positions(self, _module: nn.Module, _inputs: Any, output: Any) -> Any:

@@ -44,7 +44,7 @@ class MicrobatchMemory:
     """Bytes at the moment of the highest use in the forward and backward pass of one microbatch."""
 
     activations: int
-    logits: int  # tensors of the size of the logits: fp32 copies, their log-softmax and gradients
+    logits: int  # tensors of the size of the logits: on a GPU log-softmax and gradients in fp32, on a CPU themselves
     gradients: int  # in `parameter.grad`; 0 where they go to a buffer of DeepSpeed as soon as they are computed
 
     @property
@@ -108,7 +108,8 @@ def _prepare(model: PreTrainedModel, computation: Computation) -> MaskedLanguage
 
 def _meta_microbatch(shape: MicrobatchShape) -> Microbatch:
     slots = (shape.rows, shape.width)
-    columns = min(shape.width, -(-3 * shape.predicted // (2 * shape.rows)))  # rows differ in predicted slots
+    fullest = -(-3 * shape.predicted // (2 * shape.rows))  # assumed: the fullest row has half more than the mean
+    columns = min(shape.width, fullest)
     return Microbatch(
         input_ids=torch.empty(slots, dtype=torch.int64),
         position_ids=torch.empty(slots, dtype=torch.int64),

@@ -28,8 +28,9 @@ from pretrain.plan.parameters import ParameterCounts
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _FP32 = 4
 _MOMENTS = 8  # of AdamW, LAMB and StableAdamW
-# oneDNN generates code for each shape of a matrix product and keeps it: 0.6 MB each with torch 2.13 and AVX-512. Fifty
-# are those of linear layers and attention, forward and backward, of all slots and of two numbers of predicted ones.
+# oneDNN generates code for each shape of a matrix product and keeps it: 0.6 MB each with torch 2.13 and AVX-512. There
+# are 3 shapes of linear layers for all slots and 5 for each number of predicted ones, of which most microbatches have
+# two or three; each needs 3 products, forward and backward. Attention needs 6 for all slots and 6 for predicted ones.
 _CPU_KERNELS = 50 * 600_000
 
 # DeepSpeed's defaults (deepspeed/runtime/zero/config.py), in elements

@@ -1,4 +1,5 @@
 import copy
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -148,6 +149,15 @@ def test_the_fused_head_computes_the_same(
     """Catches gradients of tied embeddings that are lost, a head on other rows than the masked ones, and labels that
     stay set after a forward pass."""
     interpreted(compare_heads, model_type, wordpiece_corpus)
+
+
+def test_a_cpu_without_triton_trains(example: Callable[[str], Example], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an import of Triton on a machine without a GPU, where it need not be installed."""
+    monkeypatch.setitem(sys.modules, "triton", None)
+    case = example("bert")
+    module = MaskedLanguageModel(copy.deepcopy(case.built.model), case.built.packed)
+    module.train()(*case.microbatches[0]).loss_sum.backward()
+    assert module.eval()(*case.microbatches[0]).correct is not None
 
 
 def test_predictions_are_counted_in_evaluation_with_gradients(example: Callable[[str], Example]) -> None:
