@@ -57,9 +57,11 @@ class Host:
         return subprocess.Popen(self._enter(*argv), text=True, **options)
 
     def processes(self) -> list[str]:
-        """The command lines of all processes on the host but its sshd."""
+        """The command lines of all processes on the host but its sshd, and but those that are ending: of these ps shows
+        the name in brackets."""
         lines = [line.split(None, 1) for line in self.run("ps", "-ww", "-eo", "state=,args=").stdout.splitlines()]
-        return [args for state, args in lines if state != "Z" and not args.startswith(("sshd", _SSHD, "ps -ww"))]
+        ignored = ("[", "sshd", _SSHD, "ps -ww")
+        return [args for state, args in lines if state != "Z" and not args.startswith(ignored)]
 
     def disconnect(self) -> None:
         """Cut the host off from the others, as if its cable were pulled."""
