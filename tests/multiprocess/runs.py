@@ -79,7 +79,8 @@ def pretrain_case(
     is_asked = stop_after is not None and world.rank == world.size - 1
     stop_request = functools.partial(_StopAfter, stop_after) if is_asked else StopRequest
     outcome = pretrain(build_config(PretrainConfig, tree), world, stop_request, limits).outcome.value
-    if COMPILED:
+    only_layer = (tree["model"].get("config") or {}).get("num_hidden_layers") == 1  # is not compiled, being the last
+    if COMPILED and not only_layer:
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
     return outcome
 
