@@ -10,8 +10,7 @@ from pretrain.batching.order import BatchSequences
 
 IGNORED = -100  # label of the padding entries of `masked_positions`; torch's default `ignore_index`
 
-
-_NONE = torch.empty(1, 0, dtype=torch.int64)
+_NO_COLUMNS = torch.empty(1, 0, dtype=torch.int64)
 
 
 class Microbatch(NamedTuple):
@@ -25,8 +24,8 @@ class Microbatch(NamedTuple):
     masked_positions: torch.Tensor  # int64 [M], flattened slots whose token is predicted, then any
     labels: torch.Tensor  # int64 [M], the original token; IGNORED for padding entries
     # Of windows, the predicted slots by row; empty for other rows. Q: the most of a row, rounded up.
-    predicted_columns: torch.Tensor = _NONE  # int64 [B, Q], columns of a row's predicted slots, then zeros
-    predicted_entries: torch.Tensor = _NONE[0]  # int64 [M], index of each position in the flattened columns
+    predicted_columns: torch.Tensor = _NO_COLUMNS  # int64 [B, Q], columns of a row's predicted slots, then zeros
+    predicted_entries: torch.Tensor = _NO_COLUMNS[0]  # int64 [M], index of each position in the flattened columns
 
 
 class RankBatch(NamedTuple):

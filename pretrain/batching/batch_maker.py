@@ -227,7 +227,7 @@ class BatchMaker:
     def _padded_count(self, masked: int) -> int:
         if self.layout.rows == "flat":
             masked = round_up(masked, _FLAT_PARTS)
-        return max(1, -(-masked // _MASKED_BUCKET)) * _MASKED_BUCKET
+        return _next_multiple(masked, _MASKED_BUCKET)
 
     def _boundaries(self, segments: NDArray[np.int32]) -> NDArray[np.int32]:
         if self.layout.rows == "flat":
@@ -238,15 +238,20 @@ class BatchMaker:
 def _used_width(segments: NDArray[np.int32]) -> int:
     """Columns up to the last that is not padding in every row, rounded up to a bucket."""
     used = int(np.flatnonzero(segments.any(axis=0)).max(initial=0)) + 1
-    width: int = min(segments.shape[1], -(-used // _WIDTH_BUCKET) * _WIDTH_BUCKET)
+    width: int = min(segments.shape[1], _next_multiple(used, _WIDTH_BUCKET))
     return width
+
+
+def _next_multiple(count: int, divisor: int) -> int:
+    """At least `divisor`."""
+    return max(1, -(-count // divisor)) * divisor
 
 
 def _predicted_by_row(masked: NDArray[np.int64], shape: tuple[int, ...], padding: int) -> dict[str, torch.Tensor]:
     """Where the `masked` slots [M], sorted, are in rows: fields of a Microbatch. `shape`: of the slots, [B, W]."""
     rows, columns = np.divmod(masked, shape[1])
     places = np.arange(len(masked)) - np.searchsorted(rows, rows)  # in the row
-    width = max(1, -(-int(places.max(initial=-1) + 1) // _COLUMNS_BUCKET)) * _COLUMNS_BUCKET
+    width = _next_multiple(int(places.max(initial=-1)) + 1, _COLUMNS_BUCKET)
     by_row = np.zeros((shape[0], width), dtype=np.int64)
     by_row[rows, places] = columns
     return {

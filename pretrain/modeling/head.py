@@ -82,10 +82,10 @@ def choose_head(model: PreTrainedModel, packed: bool) -> Head:
     """`model`: on the CPU and not yet partitioned. `packed`: it uses the packed attention."""
     if torch.cuda.is_available() and not _is_fused_loss_usable():
         return logits_head
-    return fuse_head(model, packed)
+    return choose_fused_head(model, packed)
 
 
-def fuse_head(model: PreTrainedModel, packed: bool) -> Head:
+def choose_fused_head(model: PreTrainedModel, packed: bool) -> Head:
     """`fused_head`, or `logits_head` where that is impossible. `model`: as above, or on the meta device."""
     decoder = find_linear_decoder(model, packed)
     return logits_head if decoder is None else partial(fused_head, decoder)

@@ -23,7 +23,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from pretrain.batching.batch import Microbatch
 from pretrain.modeling.attention import PACKED, Predicted, interruptible, register_packed_attention
-from pretrain.modeling.head import fuse_head, logits_head
+from pretrain.modeling.head import choose_fused_head, logits_head
 from pretrain.modeling.masked_lm import MaskedLanguageModel
 
 _GPU_ATTENTION = "deepcloze_planned"
@@ -93,7 +93,7 @@ def _prepare(model: PreTrainedModel, computation: Computation) -> MaskedLanguage
     if computation.packed:
         register_packed_attention()
         model.set_attn_implementation(PACKED)
-    head = logits_head if computation.on_gpu else fuse_head(model, computation.packed)
+    head = logits_head if computation.on_gpu else choose_fused_head(model, computation.packed)
     wrapped = MaskedLanguageModel(model, computation.packed, head=head).train()
     if computation.on_gpu:
         _use_gpu_kernels(model)

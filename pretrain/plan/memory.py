@@ -29,8 +29,8 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _FP32 = 4
 _MOMENTS = 8  # of AdamW, LAMB and StableAdamW
 # oneDNN generates code for each shape of a matrix product and keeps it: 0.6 MB each with torch 2.13 and AVX-512. There
-# are 3 shapes of linear layers for all slots and 5 for each number of predicted ones, of which most microbatches have
-# two or three; each needs 3 products, forward and backward. Attention needs 6 for all slots and 6 for predicted ones.
+# are 3 shapes of linear layers for all slots and 5 for each number of predicted ones, of which two are assumed; each
+# needs 3 products, forward and backward. Attention needs 6 for all slots and 6 for predicted ones.
 _CPU_KERNELS = 50 * 600_000
 
 # DeepSpeed's defaults (deepspeed/runtime/zero/config.py), in elements

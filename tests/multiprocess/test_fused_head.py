@@ -56,9 +56,9 @@ def ranks() -> Iterator[Callable[..., list[Any]]]:
 def steps_case(world: World, tree: Tree, fused: bool) -> tuple[list[float], list[float]]:
     """The losses and gradient norms of a few steps of two microbatches."""
     from pretrain.modeling import masked_lm
-    from pretrain.modeling.head import fuse_head, logits_head
+    from pretrain.modeling.head import choose_fused_head, logits_head
 
-    masked_lm.choose_head = fuse_head if fused else lambda *_: logits_head
+    masked_lm.choose_head = choose_fused_head if fused else lambda *_: logits_head
     with fp16_supported():
         engine, _ = build_engine(world, tree)
     losses, norms = [], []

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pretrain.batching.batch import Microbatch
 from pretrain.modeling import head
-from pretrain.modeling.head import choose_head, find_linear_decoder, fuse_head, fused_head, logits_head
+from pretrain.modeling.head import choose_fused_head, choose_head, find_linear_decoder, fused_head, logits_head
 from pretrain.modeling.masked_lm import MaskedLanguageModel
 
 TYPES = (*PACKED, *PADDED)
@@ -126,7 +126,7 @@ def compare_heads(model_type: str, corpus: Path) -> None:
     """Fails unless a model computes the same with the fused head as without."""
     case = make_example(model_type, corpus)
     models = (case.built.model, copy.deepcopy(case.built.model))
-    heads = (logits_head, fuse_head(models[1], case.built.packed))
+    heads = (logits_head, choose_fused_head(models[1], case.built.packed))
     modules = [
         MaskedLanguageModel(model, case.built.packed, head=head) for model, head in zip(models, heads, strict=True)
     ]
