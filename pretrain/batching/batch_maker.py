@@ -22,6 +22,7 @@ from pretrain.batching.packing import (
     Assignment,
     MicrobatchLayout,
     assign_to_ranks,
+    next_multiple,
     one_per_row,
     pack,
     round_up,
@@ -32,7 +33,7 @@ from pretrain.batching.vocabulary import Vocabulary
 from pretrain.corpus.reader import Corpus
 from pretrain.world import World
 
-_MASKED_BUCKET = 64  # masked positions are padded to a multiple, so that kernels see few shapes
+MASKED_BUCKET = 64  # masked positions are padded to a multiple, so that kernels see few shapes
 _COLUMNS_BUCKET = 8  # and the predicted columns of a row too
 _FLAT_PARTS = 32  # flat microbatches are larger: their masked positions are padded by less than one part in 32,
 _SEQUENCE_PARTS = 8  # and `cu_seqlens` by less than one part in 8
@@ -227,7 +228,7 @@ class BatchMaker:
     def _padded_count(self, masked: int) -> int:
         if self.layout.rows == "flat":
             masked = round_up(masked, _FLAT_PARTS)
-        return _next_multiple(masked, _MASKED_BUCKET)
+        return next_multiple(masked, MASKED_BUCKET)
 
     def _boundaries(self, segments: NDArray[np.int32]) -> NDArray[np.int32]:
         if self.layout.rows == "flat":
@@ -238,20 +239,15 @@ class BatchMaker:
 def _used_width(segments: NDArray[np.int32]) -> int:
     """Columns up to the last that is not padding in every row, rounded up to a bucket."""
     used = int(np.flatnonzero(segments.any(axis=0)).max(initial=0)) + 1
-    width: int = min(segments.shape[1], _next_multiple(used, _WIDTH_BUCKET))
+    width: int = min(segments.shape[1], next_multiple(used, _WIDTH_BUCKET))
     return width
-
-
-def _next_multiple(count: int, divisor: int) -> int:
-    """At least `divisor`."""
-    return max(1, -(-count // divisor)) * divisor
 
 
 def _predicted_by_row(masked: NDArray[np.int64], shape: tuple[int, ...], padding: int) -> dict[str, torch.Tensor]:
     """Where the `masked` slots [M], sorted, are in rows: fields of a Microbatch. `shape`: of the slots, [B, W]."""
     rows, columns = np.divmod(masked, shape[1])
     places = np.arange(len(masked)) - np.searchsorted(rows, rows)  # in the row
-    width = _next_multiple(int(places.max(initial=-1)) + 1, _COLUMNS_BUCKET)
+    width = next_multiple(int(places.max(initial=-1)) + 1, _COLUMNS_BUCKET)
     by_row = np.zeros((shape[0], width), dtype=np.int64)
     by_row[rows, places] = columns
     return {

@@ -178,6 +178,11 @@ def round_up(count: int, parts: int) -> int:
     return -(-count // step) * step
 
 
+def next_multiple(count: int, divisor: int) -> int:
+    """`count` rounded up to a multiple of `divisor`; at least `divisor`."""
+    return max(1, -(-count // divisor)) * divisor
+
+
 def one_per_row(lengths: NDArray[np.int64]) -> PackedRows:
     """One sequence per row, for models that train padded."""
     return PackedRows(np.arange(len(lengths)), np.zeros(len(lengths), dtype=np.int64), len(lengths))
@@ -197,7 +202,7 @@ def assign_to_ranks(
     microbatches = max(1, -(-packed.count // (world_size * max_rows)))
     bucket = max(1, max_rows // _ROW_BUCKETS)
     rows = -(-packed.count // (world_size * microbatches))
-    rows = min(max_rows, max(1, -(-rows // bucket)) * bucket)
+    rows = min(max_rows, next_multiple(rows, bucket))
 
     # Snake order: each round gives every rank one row, alternately first to last and last to first rank.
     round_, place = np.divmod(np.arange(packed.count), world_size)

@@ -8,6 +8,7 @@ compares all slots of a row, takes longer for each slot.
 from dataclasses import replace
 
 from pretrain.batching.batch_maker import BatchMaker
+from pretrain.batching.packing import next_multiple
 
 _WIDTHS = (1.25, 1.5, 1.75, 2.0)  # that are tried, in units of L
 _BUCKET = 16  # widths are a multiple, which suits the kernels
@@ -30,7 +31,7 @@ def with_best_row_width(maker: BatchMaker, steps: range, warmup_steps: int, atte
     sample = _sample(maker, max(steps.start, min(warmup_steps, steps.stop - _BATCHES)), steps.stop)
     best, least = maker, _time(maker, sample, attention_ratio) * _WORTHWHILE
     for factor in _WIDTHS:
-        width = -(-int(factor * layout.max_seq_length) // _BUCKET) * _BUCKET
+        width = next_multiple(int(factor * layout.max_seq_length), _BUCKET)
         if width <= layout.microbatch_tokens:
             wider = replace(maker, layout=replace(layout, wide_rows=width))
             if (time := _time(wider, sample, attention_ratio)) < least:

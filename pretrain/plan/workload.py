@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pretrain.batching.batch_maker import BatchMaker
+from pretrain.batching.batch_maker import MASKED_BUCKET, BatchMaker
 from pretrain.batching.order import CorpusStream, ShuffledOrder
+from pretrain.batching.packing import next_multiple
 from pretrain.batching.sequences import SequenceIndex
 from pretrain.config import MaskingConfig
 from pretrain.plan.activations import MicrobatchShape
@@ -17,7 +18,6 @@ from pretrain.training_stream import TrainingStream
 _BLOCK = 1 << 20  # sequences whose lengths are read at once
 _SAMPLED_BATCHES = 16
 _SAMPLED_SEQUENCES = 200_000  # in all of them: a second of packing
-_BUCKET = 64  # masked positions are padded to a multiple (pretrain/batching/batch_maker.py)
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def _batch_shape(maker: BatchMaker, step: int, rate: float) -> BatchShape:
     largest = MicrobatchShape(
         rows=assignment.rows,
         width=used,
-        predicted=-(-int(predicted) // _BUCKET) * _BUCKET or _BUCKET,
+        predicted=next_multiple(int(predicted), MASKED_BUCKET),
         sequences=int(np.bincount(microbatch, minlength=count).max()) + assignment.rows,
     )
     tokens = int(lengths.sum())
