@@ -27,11 +27,11 @@ class SlowRanks:
     def update(self, times: Sequence[int]) -> SlowestRank | None:
         """The slowest rank of an interval; None if unknown. Warns once of a rank that was slow in several in a row.
 
-        times: that each rank took for work in which it waits for no other rank, in any unit; may be empty.
+        times: that each rank took for work in which it waits for no other rank, in any unit; 0: unknown. May be empty.
         """
-        median = statistics.median_low(times) if times else 0
-        if median == 0:
+        if not times or min(times) == 0:
             return None
+        median = statistics.median_low(times)
         rank = max(range(len(times)), key=times.__getitem__)
         slowest = SlowestRank(rank, times[rank] / median)
         if slowest.ratio < SLOW_RATIO or rank != self._slow:

@@ -60,8 +60,8 @@ class StepAgreement:
             share: of the global batch after that of the step: this rank's, or why it has none; None: the stream ends.
             stop_requested: of this rank.
             part_done: whether this rank has done its part of a save in flight.
-            work_seconds: how long this rank has worked without waiting for others since it last said so; None on all
-                ranks: not told.
+            work_seconds: how long this rank has worked without waiting for others since it last said so; 0: unknown.
+                None on all ranks: not told.
         """
         save_due = self._save_minutes is not None and self._clock.minutes_since_save >= self._save_minutes
         counts, corpus_tokens = (0, 0, 0), [0] * self._corpora

@@ -245,13 +245,14 @@ class Trainer:
         return UpcomingBatch(share, self._agreement.begin(share, stop_requested, part_done, self._take_work_seconds()))
 
     def _take_work_seconds(self) -> float | None:
-        """How long this rank has worked without waiting for others since the last log event; None if the next step is
-        not logged."""
+        """How long this rank has worked without waiting for others since the last log event; 0 if no forward pass has
+        ended since; None if the next step is not logged."""
         timer = self._engine.forward_timer
         if not timer.enabled or (self._progress.step + 1) % self._config.run.log_every:
             return None
-        seconds, self._data_seconds = self._data_seconds + timer.take(), 0.0
-        return seconds
+        data_seconds, self._data_seconds = self._data_seconds, 0.0
+        forward_seconds = timer.take()
+        return forward_seconds + data_seconds if forward_seconds else 0.0
 
     def _learning_rate(self, step: int, seconds: float) -> float:
         return learning_rate(self._config.schedule, self._config.optimizer.lr, step, self._stream.steps, seconds)

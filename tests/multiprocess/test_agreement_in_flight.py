@@ -11,7 +11,7 @@ from experiment.checkpoints import checkpoint_path
 from experiment.run_folder import RunFolder
 from pretrain.world import World
 from rank_pool import RankPool
-from runs import pretrain_case, run_config, step_events
+from runs import logged, pretrain_case, run_config, step_events
 
 
 def recorded_case(world: World, tree: Mapping[str, Any]) -> list[str]:
@@ -46,6 +46,17 @@ def test_each_agreement_begins_before_the_step_and_ends_after_it(
     for events in pools[2].run(recorded_case, tree):
         step = ["wait", "begin", "compute", "wait"]
         assert events == ["begin", *step * 3]
+
+
+def test_ranks_are_compared_once_a_forward_pass_has_ended(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path
+) -> None:
+    """Catches a rank that is called slow because it waited longer for the first batch, before it computed anything."""
+    pools[2].run(pretrain_case, run_config(tmp_path, wordpiece_corpus, schedule__steps=3))
+    first, *others = logged(tmp_path, "slowest_rank")
+    assert first is None
+    assert len(others) == 2
+    assert set(others) <= {0, 1}
 
 
 def failing_case(world: World, tree: Mapping[str, Any], failing_step: int) -> str:

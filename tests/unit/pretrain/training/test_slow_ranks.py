@@ -14,6 +14,7 @@ def test_the_slowest_rank_is_found() -> None:
     assert SlowRanks(["a", "b"]).update([100, 300]) == (1, 3.0)
     assert ranks.update([]) is None
     assert ranks.update([0, 0, 0, 0]) is None
+    assert ranks.update([100, 100, 0, 250]) is None, "no rank is slow while the time of one is unknown"
 
 
 def test_a_rank_that_stays_slow_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
