@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pretrain.engine.phases import collective
+
 BUFFER_BYTES = 2**22  # of the buffer of each rank
 _TOKEN_BYTES = 16
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -31,6 +33,7 @@ class SharedMemory:
         self._rank = dist.get_rank()
         self._nothing = torch.zeros(1)
 
+    @collective("reduce_scatter")
     def reduce_scatter(self, parts: Sequence[Tensor], total: Tensor) -> None:
         """`total` becomes the sum of the flat tensors that the ranks have for this one, as `sum_in_order`.
 
@@ -52,6 +55,7 @@ class SharedMemory:
             sum_in_order(terms, total[first:end])
             self._barrier()
 
+    @collective("all_gather")
     def all_gather(self, parts: Sequence[Tensor]) -> None:
         """Copy part n of rank n, a flat tensor, to part n of the others."""
         numel, dtype = parts[0].numel(), parts[0].dtype

@@ -14,13 +14,13 @@ from rich.table import Table
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from pretrain.engine.phases import PREFIX
+from pretrain.engine.phases import COLLECTIVE_PREFIX, PREFIX
 
 log = logging.getLogger(__name__)
 
 SKIPPED, PROFILED = 4, 3  # steps; the first ones allocate memory and may compile
 _OPERATIONS = 10
-_COLLECTIVES = ("gloo:", "nccl:", "c10d::", "ncclDevKernel")
+_COLLECTIVES = ("gloo:", "nccl:", "c10d::", "ncclDevKernel", COLLECTIVE_PREFIX)
 
 
 class StepProfiler:
@@ -136,7 +136,7 @@ def _operation_table(events: Sequence[Any], step: float) -> Table:
     found = {
         event: event.self_device_time_total if on_gpu else event.self_cpu_time_total
         for event in events
-        if not event.key.startswith((PREFIX, "ProfilerStep"))
+        if not event.key.startswith((PREFIX, COLLECTIVE_PREFIX, "ProfilerStep"))
     }
     for event in sorted(found, key=lambda event: -found[event])[:_OPERATIONS]:
         table.add_row(event.key[:60], *_row(found[event] / 1e3 / PROFILED, step), f"{event.count / PROFILED:,.0f}")

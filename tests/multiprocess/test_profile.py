@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.engine.phases import COLLECTIVE_PREFIX
 from pretrain.training.profiler import PROFILED, SKIPPED
 from rank_pool import RankPool
 from runs import pretrain_case, run_config, step_events
@@ -36,6 +37,9 @@ def test_a_profile_shows_the_parts_of_a_step(
     assert len(steps) == PROFILED
     times = json.loads((tmp_path / "profiled" / "profile" / "profile.json").read_text(encoding="utf-8"))
     assert 0 < times["communication"] < times["step"] - times["phases"]["forward"], "ranks only compute in forward"
+    spent = [event["dur"] for event in trace["traceEvents"] if str(event.get("name")).startswith(COLLECTIVE_PREFIX)]
+    assert bool(spent) == (ds_config != "fp32_zero0"), "sums and copies through shared memory are communication"
+    assert times["communication"] > 0.9 * sum(spent) / 1e3 / PROFILED
     losses = [[event["loss"] for event in step_events(tmp_path / name)] for name in ("profiled", "plain")]
     assert losses[0] == losses[1]
 
