@@ -17,15 +17,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 
 import fire
-import psutil
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import describe_machine
+from benchmarks.peak_memory import PeakMemory
 
 _DEEPCLOZE, _RAW, _FAST, _MAP = "deepcloze corpus", "encode_batch", "encode_batch_fast", "datasets.map"
 _BATCH = 1000  # documents, as in `datasets.map`
@@ -79,29 +78,13 @@ def _contestant(name: str, source: str, tokenizer: str, threads: int, output: Pa
 
 def _watch(command: list[str], environment: Mapping[str, str]) -> tuple[float, float, str]:
     """Seconds, peak memory in bytes and output of a process."""
-    start, peak = time.monotonic(), 0.0
-    with tempfile.TemporaryFile("w+") as printed:  # a pipe that nobody reads would block the process
-        process = subprocess.Popen(
-            command, env=os.environ | dict(environment), stdout=printed, stderr=subprocess.DEVNULL
-        )
-        tree = psutil.Process(process.pid)
-        while process.poll() is None:
-            peak = max(peak, _memory(tree))
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(0.5)
-        seconds = time.monotonic() - start
-        if process.returncode != 0:
-            sys.exit(f"failed: {command}")
-        printed.seek(0)
-        return seconds, peak, printed.read()
-
-
-def _memory(tree: psutil.Process) -> float:
-    total = 0.0
-    with suppress(psutil.Error):
-        for process in (tree, *tree.children(recursive=True)):
-            total += process.memory_full_info().pss
-    return total
+    variables = os.environ | dict(environment)
+    start = time.monotonic()
+    with PeakMemory(seconds=0.5) as memory:
+        done = subprocess.run(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    if done.returncode != 0:
+        sys.exit(f"failed: {command}")
+    return time.monotonic() - start, memory.bytes, done.stdout
 
 
 def _table(runs: Runs) -> Table:

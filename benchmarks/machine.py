@@ -6,11 +6,14 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
+import psutil
+
 
 def describe_machine() -> str:
-    """One line with today's date, the CPU, and the versions of Python and the libraries."""
+    """One line with today's date, the CPU, the memory, and the versions of Python and the libraries."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "deepspeed"))
-    return f"{date.today()}, {_cpu()}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}"
+    hardware = f"{_cpu()}, {os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB"
+    return f"{date.today()}, {hardware}, Python {platform.python_version()}, {versions}"
 
 
 def _cpu() -> str:

@@ -5,8 +5,8 @@
 Both train the same model on the same text with the same real tokens per update and the same threads in total. They
 alternate, so that a slow minute of the machine affects both. Whole training steps are timed, data work included, after
 some untimed first steps. The share of communication comes from a profile of three of the untimed steps on rank 0: the
-time in which gradients or weights were in flight. Profiling slows that rank down, so it waits less for the others than
-usual.
+time in which it exchanged gradients or weights with others, waiting for them included. Profiling slows that rank down,
+so it waits less than usual. Peak memory is that of all processes, shared pages counted once.
 """
 
 import json
@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import describe_machine
+from benchmarks.peak_memory import PeakMemory
 from benchmarks.pretraining_runs import (
     MODELS,
     Config,
@@ -39,6 +40,7 @@ _UNTIMED = SKIPPED + PROFILED + 1
 class Measured(NamedTuple):
     tokens_per_second: float
     communication: float  # fraction of a step
+    memory: int  # peak bytes of all processes
 
 
 Rounds = list[tuple[Measured, Measured]]
@@ -90,9 +92,11 @@ def scaling(
 
 def _run(config: Config, folder: Path, ranks: int, threads: int) -> Measured:
     folder.parent.mkdir(exist_ok=True)
-    pretrain(config, folder, ranks=ranks, threads=threads)
+    with PeakMemory() as memory:
+        pretrain(config, folder, ranks=ranks, threads=threads)
     profile = json.loads((folder / "profile" / "profile.json").read_text(encoding="utf-8"))
-    return Measured(tokens_per_second(folder, _UNTIMED), profile["communication"] / profile["step"])
+    communication = profile["communication"] / profile["step"]
+    return Measured(tokens_per_second(folder, _UNTIMED), communication, memory.bytes)
 
 
 def _print(measured: dict[int, Rounds], ranks: int, threads: int, title: str) -> None:
@@ -102,6 +106,7 @@ def _print(measured: dict[int, Rounds], ranks: int, threads: int, title: str) ->
         f"{ranks} ranks x {max(1, threads // ranks)}",
         "ratio",
         "communication",
+        "peak memory, GB",
         title=f"{title}; median (min – max)",
     )
     for size, rounds in measured.items():
@@ -112,6 +117,7 @@ def _print(measured: dict[int, Rounds], ranks: int, threads: int, title: str) ->
             spread([run.tokens_per_second for run in several], ",.0f"),
             spread([several.tokens_per_second / one.tokens_per_second for one, several in rounds], ".2f"),
             spread([run.communication for run in several], ".1%"),
+            " / ".join(f"{max(run.memory for run in runs) / 1e9:.2f}" for runs in (one, several)),
         )
     Console(width=120).print(table)
     print(describe_machine())

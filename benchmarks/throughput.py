@@ -6,11 +6,12 @@ r"""Real tokens per second of deepcloze and of the transformers `run_mlm` recipe
 Both train the same model on the same text with the same precision, number of threads and real tokens per update, each
 in its own process; the peer accumulates microbatches of 32 examples. They alternate, so that a slow minute of the
 machine affects both. Whole training steps are timed, data work included, after some untimed first steps; padding is not
-counted. The peer is transformers' Trainer with DataCollatorForLanguageModeling, fed as `run_mlm` feeds it: the text
-concatenated and split into blocks, or with --lines one line per example, padded to the longest of its batch. It is
-measured twice: with default settings, and with the allocator setting that `deepcloze pretrain` gives its ranks, because
-that setting helps it as well. On a CPU,
-`benchmarks.matrix_products` shows what the matrix products alone would allow.
+counted. Peak memory is that of all processes, shared pages counted once.
+
+The peer is transformers' Trainer with DataCollatorForLanguageModeling, fed as `run_mlm` feeds it: the text concatenated
+and split into blocks, or with --lines one line per example, padded to the longest of its batch. It is measured twice:
+with default settings, and with the allocator setting that `deepcloze pretrain` gives its ranks, because that setting
+helps it as well. On a CPU, `benchmarks.matrix_products` shows what the matrix products alone would allow.
 """
 
 import os
@@ -20,6 +21,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import fire
 import torch
@@ -28,6 +30,7 @@ from rich.table import Table
 
 from benchmarks.machine import describe_machine
 from benchmarks.matrix_products import ProductSettings
+from benchmarks.peak_memory import PeakMemory
 from benchmarks.pretraining_runs import (
     MODELS,
     ROWS,
@@ -45,8 +48,14 @@ from experiment.tokenizer import load_tokenizer
 
 _MATRIX_PRODUCTS = "matrix products alone"
 
-Rates = dict[str, list[float]]
-"""Tokens per second of each contestant, one value per round."""
+
+class Measured(NamedTuple):
+    tokens_per_second: float
+    memory: int  # peak bytes of all processes
+
+
+Rounds = dict[str, list[Measured]]
+"""Of each contestant."""
 
 
 def throughput(
@@ -97,14 +106,14 @@ def throughput(
             warmup_updates=warm,
         )
         config = RunSettings(corpus, peer.model, precision, length, update_tokens).timed_config(steps)
-        rates = _measure(peer, config, work, rounds, ranks)
+        measured = _measure(peer, config, work, rounds, ranks)
     shape = "one line per example" if lines else f"blocks of {length}"
     about = f"{model} model, {precision}, {threads} threads, {update_tokens:,} tokens per update, {shape}"
     about += f"; deepcloze: {ranks} ranks" if ranks > 1 else ""
-    _print(rates, f"{Path(source).name}, {about}")
+    _print(measured, f"{Path(source).name}, {about}")
 
 
-def _measure(peer: PeerSettings, config: Config, work: Path, rounds: int, ranks: int) -> Rates:
+def _measure(peer: PeerSettings, config: Config, work: Path, rounds: int, ranks: int) -> Rounds:
     contestants: dict[str, Callable[[int], float]] = {
         "run_mlm, default settings": lambda number: _run_peer(peer, DEFAULT_ALLOCATOR),
         "run_mlm, with our allocator setting": lambda number: _run_peer(peer, OUR_ALLOCATOR),
@@ -112,12 +121,14 @@ def _measure(peer: PeerSettings, config: Config, work: Path, rounds: int, ranks:
     }
     if not torch.cuda.is_available():
         contestants[_MATRIX_PRODUCTS] = lambda number: _run_products(peer)
-    rates: Rates = {name: [] for name in contestants}
+    measured: Rounds = {name: [] for name in contestants}
     for number in range(rounds):
         for name, run in contestants.items():
-            rates[name].append(run(number))
-            print(f"round {number + 1} of {rounds}: {name}: {rates[name][-1]:,.0f} tokens/s", file=sys.stderr)
-    return rates
+            with PeakMemory() as memory:
+                rate = run(number)
+            measured[name].append(Measured(rate, memory.bytes))
+            print(f"round {number + 1} of {rounds}: {name}: {rate:,.0f} tokens/s", file=sys.stderr)
+    return measured
 
 
 def _run_deepcloze(config: Config, folder: Path, peer: PeerSettings, ranks: int) -> float:
@@ -144,13 +155,16 @@ def _run_products(peer: PeerSettings) -> float:
     )
 
 
-def _print(rates: Rates, title: str) -> None:
-    table = Table("contestant", "tokens/s: median (min – max)", "deepcloze is faster by", title=title)
-    ours = rates["deepcloze"]
-    for name, theirs in rates.items():
+def _print(measured: Rounds, title: str) -> None:
+    columns = ("tokens/s: median (min – max)", "deepcloze is faster by", "peak memory, GB")
+    table = Table("contestant", *columns, title=title)
+    ours = [run.tokens_per_second for run in measured["deepcloze"]]
+    for name, runs in measured.items():
+        theirs = [run.tokens_per_second for run in runs]
         ratio = statistics.median(own / other for own, other in zip(ours, theirs, strict=True))
-        table.add_row(name, spread(theirs, ",.0f"), "" if theirs is ours else f"{ratio:.2f} x")
-    Console().print(table)
+        memory = f"{max(run.memory for run in runs) / 1e9:.2f}"
+        table.add_row(name, spread(theirs, ",.0f"), "" if name == "deepcloze" else f"{ratio:.2f} x", memory)
+    Console(width=110).print(table)
     print(describe_machine())
 
 

@@ -1,12 +1,13 @@
 """Minutes until deepcloze reaches the held-out loss that the transformers `run_mlm` recipe has after some minutes.
 
-    python -m benchmarks.time_to_loss --source FILE --held_out FILE --tokenizer DIR [--minutes 10]
+    python -m benchmarks.time_to_loss --source FILE --held_out FILE --tokenizer DIR [--minutes 10] [--rounds 3]
 
 Both train the same model on the same text with the same real tokens per update, update rule and learning rates. The
 rate is constant after the warmup, so that the loss at any time is that of a run which ends there. The recipe is trained
 with default settings, and with the allocator setting that `deepcloze pretrain` gives its ranks. Its clock starts with
 its first step. The clock of deepcloze starts with the command, so that start-up and checkpoints count. deepcloze runs
-without compiled layers, with a cold compile cache, and with a warm one. Corpora are built before.
+without compiled layers, with a cold compile cache, and with a warm one. They alternate. Corpora are built before. Peak
+memory is that of all processes, shared pages counted once.
 
 Both sides are scored by `deepcloze evaluate`, with the same masks. A run of deepcloze saves checkpoints at intervals:
 the first one whose loss is not above that of the recipe counts. `run_mlm` trains on blocks of concatenated lines (with
@@ -31,7 +32,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import describe_machine
-from benchmarks.pretraining_runs import MODELS, RunSettings, build_corpus, mean_length, pretrain
+from benchmarks.peak_memory import PeakMemory
+from benchmarks.pretraining_runs import MODELS, RunSettings, build_corpus, mean_length, pretrain, spread
 from benchmarks.processes import DEFAULT_ALLOCATOR, OUR_ALLOCATOR, run_module
 from benchmarks.run_mlm_minutes import LimitedPeerSettings
 from benchmarks.run_mlm_peer import BATCH
@@ -67,6 +69,12 @@ class Saved(NamedTuple):
     minutes: float  # from the command to the end of its writing
 
 
+class Round(NamedTuple):
+    losses: dict[str, float]  # of the recipe, by its settings
+    minutes: dict[str, dict[str, float | None]]  # of each run of deepcloze to each of these losses; None: not reached
+    memory: dict[str, int]  # peak bytes of each contestant
+
+
 def time_to_loss(
     source: str,
     held_out: str,
@@ -81,6 +89,7 @@ def time_to_loss(
     update_tokens: int = 4096,
     warmup: int = 100,
     ranks: int = 1,
+    rounds: int = 1,
 ) -> None:
     """Train both and print a table.
 
@@ -97,6 +106,7 @@ def time_to_loss(
         update_tokens: real tokens of an update, about
         warmup: steps of linear warmup
         ranks: of deepcloze, which share the cores
+        rounds: how often each contestant runs
     """
     threads = len(os.sched_getaffinity(0))
     budget = Budget(minutes, limit or minutes / 2, checkpoint_seconds, warmup, ranks, threads)
@@ -106,13 +116,11 @@ def time_to_loss(
         settings = RunSettings(corpus, MODELS[model], precision, _LENGTH, update_tokens)
         score = functools.cache(functools.partial(_score, corpus=build_corpus(held_out, tokenizer, work / "held_out")))
         peer = _peer(source, tokenizer, lines, settings, budget)
-        losses = {name: score(_train_peer(peer, name, work)) for name in _PEERS}
-        runs = {name: _train(settings, budget, work, *choice) for name, choice in _RUNS.items()}
-        reached = {name: [_first_below(saved, loss, score) for loss in losses.values()] for name, saved in runs.items()}
+        done = [_round(peer, settings, budget, score, work / f"round-{number}") for number in range(rounds)]
     shape = "one line per example" if lines else f"blocks of {_LENGTH}"
     about = f"{model} model, {precision}, {threads} threads, {update_tokens:,} tokens per update, {shape}"
     about += f"; deepcloze: {ranks} ranks" if ranks > 1 else ""
-    _print(losses, reached, minutes, f"{Path(source).name}, {about}")
+    _print(done, minutes, f"{Path(source).name}, {about}; median (min – max)")
 
 
 def _peer(source: str, tokenizer: str, lines: bool, settings: RunSettings, budget: Budget) -> LimitedPeerSettings:
@@ -143,6 +151,26 @@ def _peer(source: str, tokenizer: str, lines: bool, settings: RunSettings, budge
     )
 
 
+def _round(
+    peer: LimitedPeerSettings, settings: RunSettings, budget: Budget, score: Callable[[Path], float], work: Path
+) -> Round:
+    """Train each contestant once. `work`: a new folder, so that compile caches are cold at first."""
+    work.mkdir()
+    losses: dict[str, float] = {}
+    minutes: dict[str, dict[str, float | None]] = {}
+    memory: dict[str, int] = {}
+    for name in _PEERS:
+        with PeakMemory() as peak:
+            folder = _train_peer(peer, name, work)
+        losses[name], memory[name] = score(folder), peak.bytes
+    for name, choice in _RUNS.items():
+        with PeakMemory() as peak:
+            saved = _train(settings, budget, work, *choice)
+        minutes[name] = {recipe: _minutes_to(loss, saved, score) for recipe, loss in losses.items()}
+        memory[name] = peak.bytes
+    return Round(losses, minutes, memory)
+
+
 def _train_peer(peer: LimitedPeerSettings, name: str, work: Path) -> Path:
     """The Hugging Face folder of the trained model."""
     settings = replace(peer, folder=str(work / name.replace(" ", "-")))
@@ -166,10 +194,10 @@ def _train(settings: RunSettings, budget: Budget, work: Path, compiled: bool, ca
     return [Saved(path, (path.stat().st_mtime - start) / 60) for path in found]
 
 
-def _first_below(saved: Sequence[Saved], loss: float, score: Callable[[Path], float]) -> Saved | None:
-    """The first checkpoint whose loss is not above `loss`, found by bisection: losses fall."""
+def _minutes_to(loss: float, saved: Sequence[Saved], score: Callable[[Path], float]) -> float | None:
+    """Of the first checkpoint whose loss is not above `loss`, found by bisection: losses fall. None: there is none."""
     number = bisect.bisect_left(saved, True, key=lambda checkpoint: score(checkpoint.folder) <= loss)
-    return saved[number] if number < len(saved) else None
+    return saved[number].minutes if number < len(saved) else None
 
 
 def _score(model: Path, corpus: Path) -> float:
@@ -181,16 +209,33 @@ def _score(model: Path, corpus: Path) -> float:
     return float(scores["loss"])
 
 
-def _print(losses: dict[str, float], reached: dict[str, list[Saved | None]], minutes: float, title: str) -> None:
-    columns = [f"minutes to {loss:.3f}: run_mlm, {name}" for name, loss in losses.items()]
-    table = Table("contestant", *columns, title=title)
-    for number, name in enumerate(losses):
-        own = [f"{minutes:g}" if column == number else "" for column in range(len(losses))]
-        table.add_row(f"run_mlm, {name}", *own)
-    for name, found in reached.items():
-        table.add_row(name, *(f"{saved.minutes:.2f}" if saved else "not reached" for saved in found))
-    Console(width=120).print(table)
+def _print(rounds: Sequence[Round], minutes: float, title: str) -> None:
+    table = Table("contestant", title=title)
+    for peer in _PEERS:
+        loss = spread([done.losses[peer] for done in rounds], ".3f")
+        table.add_column(f"minutes to {loss}: run_mlm, {peer}")
+        table.add_column("faster by")
+    table.add_column("peak memory, GB")
+    for name in _PEERS:
+        own = [cell for peer in _PEERS for cell in (f"{minutes:g}" if peer == name else "", "")]
+        table.add_row(f"run_mlm, {name}", *own, _peak(rounds, name))
+    for name in _RUNS:
+        cells = [cell for peer in _PEERS for cell in _compare([done.minutes[name][peer] for done in rounds], minutes)]
+        table.add_row(name, *cells, _peak(rounds, name))
+    Console(width=150).print(table)
     print(describe_machine())
+
+
+def _compare(reached: Sequence[float | None], minutes: float) -> tuple[str, str]:
+    """The minutes to a loss that the recipe has after `minutes`, and by what factor they are fewer."""
+    found = [each for each in reached if each is not None]
+    if len(found) < len(reached):
+        return f"not reached in {len(reached) - len(found)} of {len(reached)} rounds", ""
+    return spread(found, ".2f"), spread([minutes / each for each in found], ".1f")
+
+
+def _peak(rounds: Sequence[Round], name: str) -> str:
+    return f"{max(done.memory[name] for done in rounds) / 1e9:.2f}"
 
 
 if __name__ == "__main__":

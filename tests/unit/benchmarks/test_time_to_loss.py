@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.time_to_loss import Saved, _first_below
+from benchmarks.time_to_loss import Saved, _compare, _minutes_to
 
 
 @pytest.mark.parametrize(("loss", "minutes"), [(9.0, 1.0), (4.0, 3.0), (3.5, 4.0), (1.0, None)])
@@ -10,5 +10,10 @@ def test_the_first_checkpoint_that_reaches_a_loss_counts(loss: float, minutes: f
     """Catches a time to a loss that is too short, and one for a loss that was not reached."""
     losses = {"step-1": 8.0, "step-2": 5.0, "step-3": 4.0, "step-4": 3.0}
     saved = [Saved(Path(name), number + 1.0) for number, name in enumerate(losses)]
-    found = _first_below(saved, loss, lambda folder: losses[folder.name])
-    assert (found and found.minutes) == minutes
+    assert _minutes_to(loss, saved, lambda folder: losses[folder.name]) == minutes
+
+
+def test_a_round_that_does_not_reach_the_loss_is_named() -> None:
+    """Catches a median of the rounds that went well only."""
+    assert _compare([2.0, 4.0, 2.5], 10.0) == ("2.50 (2.00 – 4.00)", "4.0 (2.5 – 5.0)")
+    assert _compare([2.0, None, 2.5], 10.0) == ("not reached in 1 of 3 rounds", "")
