@@ -82,9 +82,10 @@ def _watch(command: list[str], environment: Mapping[str, str]) -> tuple[float, f
     start = time.monotonic()
     with PeakMemory(seconds=0.5) as memory:
         done = subprocess.run(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        seconds = time.monotonic() - start
     if done.returncode != 0:
         sys.exit(f"failed: {command}")
-    return time.monotonic() - start, memory.bytes, done.stdout
+    return seconds, memory.bytes, done.stdout
 
 
 def _table(runs: Runs) -> Table:
