@@ -60,6 +60,11 @@ class DeepSpeedSettings:
     nvme_path: Path | None  # where NVMe offload swaps to, if the JSON says so
     raw: Mapping[str, Any]
 
+    @property
+    def accumulates_itself(self) -> bool:
+        """Whether gradients are accumulated and reduced by `Zero1Optimizer`, and not by DeepSpeed."""
+        return self.zero_stage == 1 and self.offload == "none"
+
     def preset(self, precision: Precision, offload: OffloadDevice) -> str:
         """The file in ds_configs/ with the same ZeRO stage and another precision or offload device."""
         suffix = "" if offload == "none" else f"_{offload}_offload"
@@ -93,8 +98,9 @@ class DeepSpeedSettings:
         if self.precision != "fp32":  # DeepSpeed would accumulate and reduce gradients in 16 bit
             merged.setdefault("communication_data_type", "fp32")
             merged["data_types"] = {"grad_accum_dtype": "fp32"} | self.raw.get("data_types", {})
-        if self.precision == "bf16":
-            merged["bf16"] = self.raw["bf16"] | {"immediate_grad_update": True}  # see zero_optimizers.py
+        if self.accumulates_itself:  # what makes DeepSpeed build the optimizer that `Zero1Optimizer` replaces
+            merged["data_types"] = {"grad_accum_dtype": self.precision}
+            zero["contiguous_gradients"] = True
         return merged | {
             "zero_optimization": zero,
             "train_micro_batch_size_per_gpu": 1,

@@ -36,7 +36,7 @@ from pretrain.engine.optimizers import PerParameterOptimizer
 from pretrain.engine.parameter_groups import build_optimizer, parameter_groups
 from pretrain.engine.partitions import Fragment
 from pretrain.engine.phases import phase
-from pretrain.engine.zero_optimizers import Bf16Optimizer, install_zero_optimizer
+from pretrain.engine.zero_optimizers import Zero1Optimizer, install_zero_optimizer
 from pretrain.modeling.masked_lm import MaskedLanguageModel, Predictions
 from pretrain.world import World
 
@@ -96,8 +96,8 @@ class Engine:
         self._deepspeed = _initialize(model, torch_optimizer, ds_config)
         self.forward_timer = ForwardTimer(self.device.type == "cuda", world.size)
         self._loss_scaler = install_loss_scaler(self._deepspeed.optimizer)
-        self._bf16_optimizer = install_zero_optimizer(self._deepspeed)
-        self._averaged_over = 1 if self._bf16_optimizer is not None else world.size
+        self._zero1_optimizer = install_zero_optimizer(self._deepspeed)
+        self._averaged_over = 1 if self._zero1_optimizer is not None else world.size
         self._grad_clip = optimizer.grad_clip
         self._freeze_steps = options.freeze_steps
         self._step = 0
@@ -145,12 +145,14 @@ class Engine:
         """Reduce, clip, update. An update whose gradient norm exceeds `norm_limit` or is not finite is not applied:
         no weight, moment, step counter or decay changes. Frozen parameters do not count in the norm."""
         self._norm_limit, self._update_allowed = norm_limit, None
-        if self._bf16_optimizer is not None:
-            result = self._step_bf16(self._bf16_optimizer)
+        if self._zero1_optimizer is not None:
+            result = self._step_zero1(self._zero1_optimizer)
         elif self._deepspeed.zero_optimization_stage() > 0:
             result = self._step_sharded()
         else:
             result = self._step_zero0()
+        if self._loss_scaler is not None:
+            self._loss_scaler.finish_step()
         if result.applied and self.ema is not None:
             self.ema.update()
         return result
@@ -229,18 +231,16 @@ class Engine:
     def _step_sharded(self) -> StepResult:
         with phase("update weights"):  # DeepSpeed reduces the gradients there, at ZeRO 2 and 3 during the backward pass
             self._deepspeed.step()
-        if self._loss_scaler is not None:
-            self._loss_scaler.finish_step()
         norm = float(self._deepspeed.get_global_grad_norm())
         return StepResult(bool(self._deepspeed.was_step_applied()) and self._is_within_limit(norm), norm)
 
-    def _step_bf16(self, optimizer: Bf16Optimizer) -> StepResult:
+    def _step_zero1(self, optimizer: Zero1Optimizer) -> StepResult:
         with phase("reduce gradients"):
             norm = optimizer.reduce_gradients()
         self._update_allowed = self._is_within_limit(norm)
         if self._update_allowed:
             with phase("update weights"):
-                optimizer.update(norm)
+                optimizer.update(optimizer.gradients, norm)
         optimizer.clear_gradients()
         return StepResult(self._update_allowed, norm)
 

@@ -6,7 +6,6 @@ attribute breaks this file and its test.
 
     ZeRO 0, fp32         the parameters themselves, all on every rank
     ZeRO 1, 2            one flat fp32 tensor per parameter group, sharded across ranks; `param._hp_mapping` says where
-    ZeRO 1, bf16 with fp32 gradient accumulation (BF16_Optimizer)   the same under other names
     ZeRO 3               flat tensors per sub-group; every parameter is sharded across ranks, padded to equal parts
     CPU offload          the same, in host memory
     NVMe offload         ZeRO 3 only; the flat tensors are empty except while their sub-group is resident
@@ -79,10 +78,7 @@ def _fragments_zero3(engine: DeepSpeedEngine) -> Iterator[Fragment]:
 
 def _fragments_zero12(engine: DeepSpeedEngine) -> Iterator[Fragment]:
     optimizer, names = engine.optimizer, engine.param_names
-    bf16_optimizer = hasattr(optimizer, "fp32_groups_flat_partition")
-    flats = optimizer.fp32_groups_flat_partition if bf16_optimizer else optimizer.single_partition_of_fp32_groups
-    groups = optimizer.bf16_groups if bf16_optimizer else optimizer.bit16_groups
-    for flat, group in zip(flats, groups, strict=True):
+    for flat, group in zip(optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups, strict=True):
         for parameter in group:
             mapping = parameter._hp_mapping
             if mapping is not None:

@@ -1,21 +1,22 @@
-"""Gradients and updates at ZeRO 1 and 2, in place of DeepSpeed's. Offload and ZeRO 3 are DeepSpeed's own.
+"""Gradients and updates under ZeRO without offload, in place of DeepSpeed's.
 
 DeepSpeed's optimizers keep the flat tensors and their partition. A step of theirs reads values of the device up to six
 times: whether gradients overflow, and the norm of each parameter group. Here it reads once, the norm of the whole
 gradient, which is summed from the partitions; it is not finite if a gradient overflows.
 
-At ZeRO 1 in bf16, gradients are accumulated and reduced here too. DeepSpeed converts all of them in a Python loop after
-each microbatch, and every rank all-reduces, measures and clips the whole gradient. Here each one is added to the fp32
-sum as soon as backward has computed it, and a rank reduces only its own partition.
+At ZeRO 1, gradients are accumulated and reduced here too. DeepSpeed copies or converts all of them in a Python loop,
+and every rank all-reduces the whole gradient. Here each one is added to an fp32 sum as soon as backward has computed
+it, and a rank reduces only its own partition.
 """
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
 from torch import Tensor
 
@@ -24,102 +25,22 @@ from pretrain.engine.shared_memory import SharedMemory, open_shared_memory, sum_
 _EPSILON = 1e-6  # added to the norm that gradients are divided by, as torch does
 
 
-class Bf16Optimizer(BF16_Optimizer):  # type: ignore[misc]
-    """ZeRO 1 in bf16. Gradients are summed over ranks, not averaged.
+class _FlatOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]
+    """ZeRO 1 and 2: one flat tensor per parameter group, of which each rank updates an equal part."""
 
-    One step is `reduce_gradients`, then perhaps `update`, then `clear_gradients`.
-    """
-
-    communication_dtype: torch.dtype  # in which gradients are sent and summed
     shared_memory: SharedMemory | None
 
-    # Called by DeepSpeed during a backward pass
-
     @torch.no_grad()
-    def accumulate_hp_grads_and_remove_lp(self, parameter: Tensor, group: int, number: int) -> None:
-        """The gradient of a parameter is complete in this backward pass."""
-        assert parameter.grad is not None
-        total, received = self.fp32_groups_gradients[group][number], self.fp32_groups_has_gradients[group]
-        gradient = parameter.grad.view(-1)
-        if not received[number]:
-            total.copy_(gradient)
-        elif gradient.is_cuda:
-            total.add_(gradient)
-        else:
-            total.add_(gradient.float())  # three times as fast on a CPU as adding bf16 to fp32
-        received[number] = True
-        parameter.grad = None
-
-    def backward_prologue(self) -> None:
-        """There are no gradients to clear."""
-
-    # Called by the engine
-
-    @torch.no_grad()
-    def reduce_gradients(self) -> float:
-        """Sum this rank's partition of the gradient over all ranks. Returns the norm of the whole gradient, NaN or
-        infinite if it is not finite. Collective."""
-        self._zero_missing_gradients()
-        for whole, partition in zip(
-            self.fp32_groups_gradients_flat, self.fp32_groups_gradient_flat_partition, strict=True
-        ):
-            sum_over_ranks(whole, partition, self.communication_dtype, self.shared_memory)
-        return _global_norm(self.fp32_groups_gradient_flat_partition)
-
-    @torch.no_grad()
-    def update(self, norm: float) -> None:
-        """Clip the gradient, whose norm is given, and update weights and masters. Collective."""
-        gradients = self.fp32_groups_gradient_flat_partition
-        _clip(gradients, norm, self.clip_grad)
-        for master, gradient in zip(self.fp32_groups_flat_partition, gradients, strict=True):
+    def update(self, gradients: list[Tensor], norm: float) -> None:
+        """Update weights and masters with this rank's part of the gradient, one fp32 tensor per group, which is
+        unscaled and clipped in place. norm: of the whole gradient, unscaled. Collective."""
+        _unscale_and_clip(gradients, norm, self.clip_grad, self.loss_scale)
+        for master, gradient in zip(self.single_partition_of_fp32_groups, gradients, strict=True):
             master.grad = gradient
         self.optimizer.step()
+        for master in self.single_partition_of_fp32_groups:
+            master.grad = None
         self.update_lp_params()
-
-    def clear_gradients(self) -> None:
-        for received in self.fp32_groups_has_gradients:
-            received[:] = [False] * len(received)
-
-    @torch.no_grad()
-    def update_lp_params(self) -> None:
-        """Copy the masters to the weights, on all ranks. Called by DeepSpeed and `partitions` too. Collective."""
-        if self.bf16_groups_flat[0].is_cuda:
-            super().update_lp_params()
-        else:
-            _copy_masters(self.fp32_groups_flat_partition, self.bf16_partitioned_groups, self.shared_memory)
-
-    def _zero_missing_gradients(self) -> None:
-        """Those of parameters that the model did not use in this step."""
-        for gradients, received in zip(self.fp32_groups_gradients, self.fp32_groups_has_gradients, strict=True):
-            for gradient, has_gradient in zip(gradients, received, strict=True):
-                if not has_gradient:
-                    gradient.zero_()
-
-
-class Zero12Optimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]
-    """ZeRO 1 and 2 without offload: DeepSpeed accumulates and averages gradients."""
-
-    shared_memory: SharedMemory | None
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        """Called by DeepSpeed's engine after the last microbatch. Collective."""
-        self.micro_step_id = INITIAL_MICRO_STEP_ID
-        gradients = [self._take_gradient(group) for group in range(len(self.bit16_groups))]
-        scale = self.loss_scale
-        norm = _global_norm(gradients) / scale
-        self._global_grad_norm = norm
-        self.overflow = not math.isfinite(norm)
-        self._update_scale(self.overflow)
-        if not self.overflow:
-            _clip(gradients, norm, self.clip_grad, scale)
-            for master, gradient in zip(self.single_partition_of_fp32_groups, gradients, strict=True):
-                master.grad = gradient
-            self.optimizer.step()
-            for master in self.single_partition_of_fp32_groups:
-                master.grad = None
-            self.update_lp_params()
-        self.zero_grad()
 
     @torch.no_grad()
     def update_lp_params(self) -> None:
@@ -130,6 +51,79 @@ class Zero12Optimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]
             _copy_masters(
                 self.single_partition_of_fp32_groups, self.parallel_partitioned_bit16_groups, self.shared_memory
             )
+
+
+class Zero1Optimizer(_FlatOptimizer):
+    """ZeRO 1. Gradients are summed over ranks, not averaged.
+
+    One step is `reduce_gradients`, then perhaps `update`, then `clear_gradients`.
+    """
+
+    communication_dtype: torch.dtype  # in which gradients are sent and summed
+    gradients: list[Tensor]  # this rank's part, one fp32 tensor per parameter group
+    _sums: list[
+        Tensor
+    ]  # of the gradients of this rank's microbatches, laid out like the weights; `gradients` are views
+    _parts: list[list[Tensor]]  # of the sums, [group][parameter]
+    _received: list[list[bool]]  # which parts hold a gradient of this step
+
+    def allocate_sums(self) -> None:
+        ranks, rank = dist.get_world_size(), dist.get_rank()
+        self._sums = [torch.zeros_like(weights, dtype=torch.float32) for weights in self.bit16_groups_flat]
+        self.gradients = [total.chunk(ranks)[rank] for total in self._sums]
+        self._parts = [
+            [total.narrow(0, offset, weight.numel()) for weight, offset in zip(group, offsets, strict=True)]
+            for total, group, offsets in zip(self._sums, self.bit16_groups, self.round_robin_bit16_offsets, strict=True)
+        ]
+        self.clear_gradients()
+
+    # Called by DeepSpeed during a backward pass
+
+    @torch.no_grad()
+    def process_gradients(self, parameter: Tensor, group: int) -> None:
+        """The gradient of a parameter is complete in this backward pass."""
+        assert parameter.grad is not None
+        number = parameter.param_idx_in_group  # type: ignore[attr-defined]
+        total, gradient = self._parts[group][number], parameter.grad.view(-1)
+        if not self._received[group][number]:
+            total.copy_(gradient)
+        elif gradient.is_cuda:
+            total.add_(gradient)
+        else:
+            total.add_(gradient.float())  # three times as fast on a CPU as adding bf16 to fp32
+        self._received[group][number] = True
+        parameter.grad = None
+
+    # Called by the engine
+
+    @torch.no_grad()
+    def reduce_gradients(self) -> float:
+        """Sum this rank's part of the gradient over all ranks. Returns the norm of the whole gradient, unscaled; NaN or
+        infinite if it is not finite. Collective."""
+        for parts, received in zip(self._parts, self._received, strict=True):
+            for part, has_gradient in zip(parts, received, strict=True):
+                if not has_gradient:  # the model did not use the parameter in this step
+                    part.zero_()
+        for whole, partition in zip(self._sums, self.gradients, strict=True):
+            sum_over_ranks(whole, partition, self.communication_dtype, self.shared_memory)
+        return _measure(self, self.gradients)
+
+    def clear_gradients(self) -> None:
+        self._received = [[False] * len(parts) for parts in self._parts]
+
+
+class Zero2Optimizer(_FlatOptimizer):
+    """ZeRO 2. DeepSpeed accumulates and averages gradients."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Called by DeepSpeed's engine after the last microbatch. Collective."""
+        self.micro_step_id = INITIAL_MICRO_STEP_ID
+        gradients = [self._take_gradient(group) for group in range(len(self.bit16_groups))]
+        norm = _measure(self, gradients)
+        if not self.overflow:
+            self.update(gradients, norm)
+        self.zero_grad()
 
     def _take_gradient(self, group: int) -> Tensor:
         """This rank's part of a group's averaged gradient, flat and in fp32. Frees what it is made of."""
@@ -143,20 +137,55 @@ class Zero12Optimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]
         return flat
 
 
-def install_zero_optimizer(engine: DeepSpeedEngine) -> Bf16Optimizer | None:
-    """Replace DeepSpeed's optimizer at ZeRO 1 and 2 without offload. Returns it at ZeRO 1 in bf16, where the caller has
-    to reduce gradients; elsewhere DeepSpeed does it. Collective."""
+class Zero3Optimizer(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[misc]
+    """ZeRO 3. DeepSpeed accumulates and averages gradients, and exchanges weights."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Called by DeepSpeed's engine after the last microbatch. Collective."""
+        self._pre_step()
+        self._partition_all_parameters()
+        sub_groups = range(len(self.fp16_groups))
+        norm = _measure(self, [part for sub_group in sub_groups for part in self.averaged_gradients[sub_group]])
+        if self.overflow:
+            self._overflow_clean_up(self.loss_scale)
+            return
+        self.zero_grad()
+        timers: set[str] = set()
+        for sub_group in sub_groups:
+            self._prepare_sub_group(sub_group, timers)
+            gradient = self.fp32_partitioned_groups_flat[sub_group].grad
+            _unscale_and_clip([gradient], norm, self.clip_grad, self.loss_scale)
+            self._optimizer_step(sub_group)
+            self._reassign_or_swap_out_partitioned_parameters(sub_group)
+            self._release_sub_group(sub_group, timers)
+        self._post_step(timers)
+
+
+def install_zero_optimizer(engine: DeepSpeedEngine) -> Zero1Optimizer | None:
+    """Replace DeepSpeed's optimizer at ZeRO 1 to 3 without offload. Returns it at ZeRO 1, where the caller has to
+    reduce gradients; elsewhere DeepSpeed does it. Collective."""
     optimizer = engine.optimizer
-    if type(optimizer) is DeepSpeedZeroOptimizer and not optimizer.cpu_offload:
-        optimizer.__class__ = Zero12Optimizer
-    elif type(optimizer) is BF16_Optimizer:
-        optimizer.__class__ = Bf16Optimizer
-        optimizer.communication_dtype = engine.communication_data_type
-        assert optimizer.immediate_grad_update
-    else:
+    if type(optimizer) is DeepSpeedZeroOptimizer_Stage3 and not optimizer.offload_optimizer:
+        optimizer.__class__ = Zero3Optimizer
+    if type(optimizer) is not DeepSpeedZeroOptimizer or optimizer.cpu_offload:
         return None
+    optimizer.__class__ = Zero2Optimizer if optimizer.partition_gradients else Zero1Optimizer
     optimizer.shared_memory = open_shared_memory() if torch.device(engine.device).type == "cpu" else None
-    return optimizer if isinstance(optimizer, Bf16Optimizer) else None
+    if not isinstance(optimizer, Zero1Optimizer):
+        return None
+    optimizer.communication_dtype = engine.communication_data_type
+    optimizer.allocate_sums()
+    return optimizer
+
+
+def _measure(optimizer: Any, gradients: list[Tensor]) -> float:
+    """Unscaled norm of a gradient of which each rank holds tensors. DeepSpeed's optimizer is told the norm and
+    whether gradients overflowed. Collective."""
+    norm = _global_norm(gradients) / float(optimizer.loss_scale)
+    optimizer._global_grad_norm, optimizer.overflow = norm, not math.isfinite(norm)
+    optimizer._update_scale(optimizer.overflow)
+    return norm
 
 
 def _global_norm(partitions: list[Tensor]) -> float:
@@ -167,7 +196,7 @@ def _global_norm(partitions: list[Tensor]) -> float:
     return math.sqrt(squares.item())
 
 
-def _clip(gradients: list[Tensor], norm: float, limit: float, scale: float = 1.0) -> None:
+def _unscale_and_clip(gradients: list[Tensor], norm: float, limit: float, scale: float) -> None:
     """Divide gradients by `scale`, and shrink them to the norm `limit` unless that is 0. norm: after the division."""
     factor = 1.0 / scale
     if limit and norm > limit:

@@ -5,7 +5,7 @@ all (Rajbhandari et al. 2020, arXiv:1910.02054, section 7). A ring over several 
 machine once, so the same bytes pass between machines, whatever the number of ranks on each.
 """
 
-from pretrain.plan.memory import MemorySettings, uses_bf16_optimizer
+from pretrain.plan.memory import MemorySettings, accumulates_itself
 from pretrain.plan.parameters import ParameterCounts
 
 _FP32 = 4  # gradients are reduced in fp32 at every precision
@@ -18,7 +18,7 @@ def sent_per_step(counts: ParameterCounts, settings: MemorySettings, microbatche
     match settings.zero_stage:
         case 0:
             return 2 * gradients
-        case 1 if uses_bf16_optimizer(settings):
+        case 1 if accumulates_itself(settings):
             return gradients + weights
         case 1:
             return 2 * gradients + weights

@@ -130,7 +130,7 @@ def weight_dtype(deepspeed: DeepSpeedSettings) -> torch.dtype:
 
 def gradients_stay(settings: MemorySettings) -> bool:
     """Whether gradients stay in `parameter.grad` until the update; else they go to a sum in fp32 or a bucket."""
-    return settings.zero_stage < 2 and settings.offload == "none" and settings.precision == "fp32"
+    return settings.zero_stage == 0
 
 
 def rank_memory(counts: ParameterCounts, microbatch: MicrobatchMemory, settings: MemorySettings) -> RankMemory:
@@ -180,9 +180,7 @@ def _shares_memory(settings: MemorySettings) -> bool:
 
 def _resident_gradients(total: int, share: int, settings: MemorySettings) -> int:
     """Those that are not in `parameter.grad`."""
-    if settings.zero_stage >= 2:
-        return _FP32 * share
-    return _FP32 * total if settings.weight_bytes < _FP32 else 0
+    return _FP32 * (share if settings.zero_stage >= 2 else total)
 
 
 def _start(counts: ParameterCounts, settings: MemorySettings, resident: Parts) -> Parts:
@@ -212,15 +210,15 @@ def _offloaded(counts: ParameterCounts, settings: MemorySettings) -> int:
 def _backward_buffers(counts: ParameterCounts, settings: MemorySettings) -> int:
     """Buckets and gathered weights in the backward pass.
 
-    The bucket is allocated whole, but a CPU's memory is taken only as far as it is written: at ZeRO 1 when the
-    gradients are reduced, at ZeRO 2 when most activations are freed already.
+    The bucket is allocated whole, but a CPU's memory is taken only as far as it is written: at ZeRO 2 when most
+    activations are freed already.
     """
     if settings.zero_stage == 0:
         return 0
     if settings.zero_stage == 3:
         bucket = settings.reduce_bucket if settings.on_gpu else min(counts.total, settings.reduce_bucket)
         return _FP32 * bucket + settings.weight_bytes * gathered_weights(counts, settings)
-    if uses_bf16_optimizer(settings) or not settings.on_gpu:
+    if accumulates_itself(settings) or not settings.on_gpu:
         return 0
     return _bucket_element(settings) * settings.reduce_bucket
 
@@ -241,22 +239,21 @@ def _update(counts: ParameterCounts, settings: MemorySettings) -> Parts:
     match settings.zero_stage:
         case 3:  # the flat gradient of a sub-group, beside the bucket
             buffers = _FP32 * (settings.reduce_bucket if settings.on_gpu else bucket) + _FP32 * share
-        case 1 | 2 if not uses_bf16_optimizer(settings):
-            whole = settings.reduce_bucket if settings.on_gpu else bucket
-            buffers = _bucket_element(settings) * whole + _FP32 * bucket
-            gradients = 0 if settings.zero_stage == 1 else gradients  # they have moved to the bucket
-        case 1:
+        case 1 if accumulates_itself(settings):
             # The parts of the other ranks. In fp32, the default of `communication_data_type`, they are sent uncopied.
             received = not settings.on_gpu and settings.ranks > 1 and not _shares_memory(settings)
             buffers = _FP32 * total if received else 0
+        case 1 | 2:
+            whole = settings.reduce_bucket if settings.on_gpu else bucket
+            buffers = _bucket_element(settings) * whole + _FP32 * bucket
         case _:
             buffers = _FP32 * bucket
     return Parts(gradients=gradients, buffers=buffers + temporary)
 
 
-def uses_bf16_optimizer(settings: MemorySettings) -> bool:
-    """Whether our own `Bf16Optimizer` accumulates and reduces the gradients, and not DeepSpeed."""
-    return settings.zero_stage == 1 and settings.precision == "bf16" and settings.offload == "none"
+def accumulates_itself(settings: MemorySettings) -> bool:
+    """Whether gradients are accumulated and reduced by `Zero1Optimizer`, and not by DeepSpeed."""
+    return settings.zero_stage == 1 and settings.offload == "none"
 
 
 def _prefetched(counts: ParameterCounts, settings: MemorySettings) -> int:

@@ -23,15 +23,10 @@ from runs import Tree, build_engine, microbatch, run_config
 
 WARMUP = 2  # steps; in the first ones DeepSpeed's ZeRO 3 compares the order of parameters between ranks
 
-MOST_READS = {  # by the host in a step
-    **{f"{precision}_zero{stage}": 1 for precision in ("fp32", "bf16", "fp16") for stage in (1, 2)},
-    "fp32_zero0": 1,
-    # DeepSpeed's ZeRO 3 reads whether norms are finite, of each parameter group and of all, and in fp16 whether
-    # gradients overflowed.
-    "fp32_zero3": 3,
-    "bf16_zero3": 3,
-    "fp16_zero3": 4,
-}
+DS_CONFIGS = [
+    "fp32_zero0",
+    *(f"{precision}_zero{stage}" for precision in ("fp32", "bf16", "fp16") for stage in (1, 2, 3)),
+]
 
 _aten = torch.ops.aten
 _READ_BY_OPERATOR = {  # scalars, such as item(), float() and bool(), and sizes that depend on values
@@ -104,9 +99,9 @@ def reads_case(world: World, tree: Tree) -> tuple[list[str], list[list[str]]]:
     return in_microbatches, in_steps
 
 
-@pytest.mark.parametrize("ds_config", MOST_READS)
+@pytest.mark.parametrize("ds_config", DS_CONFIGS)
 @pytest.mark.parametrize("rule", ["adamw", "lamb"])
-def test_no_read_in_a_microbatch_and_few_in_a_step(
+def test_at_most_one_read_per_step_and_none_in_a_microbatch(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, rule: str, ds_config: str
 ) -> None:
     """Catches `.item()`, `float(tensor)`, `.tolist()` and boolean indexing in a step: a GPU would run dry."""
@@ -114,7 +109,7 @@ def test_no_read_in_a_microbatch_and_few_in_a_step(
     tree["optimizer"] = {"name": rule, "lr": 3e-3}
     for in_microbatches, in_steps in pools[2].run(reads_case, tree):
         assert in_microbatches == []
-        assert all(len(reads) <= MOST_READS[ds_config] for reads in in_steps), in_steps
+        assert all(len(reads) <= 1 for reads in in_steps), in_steps
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,11 @@
-"""Gradients and updates at ZeRO 1 in bf16."""
+"""Gradients and updates at ZeRO 1."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
-from pretrain.engine.zero_optimizers import Bf16Optimizer, sum_over_ranks
+from pretrain.engine.zero_optimizers import Zero1Optimizer, sum_over_ranks
 from pretrain.world import World
 from rank_pool import RankPool
 from runs import Tree, build_engine, microbatch, run_config
@@ -32,7 +32,7 @@ def test_each_rank_sums_its_part_in_the_order_of_the_ranks(pools: dict[int, Rank
 def unused_case(world: World, tree: Tree) -> list[float]:
     """The gradient norms of a step, and of one in which the embeddings get no gradient."""
     engine, model = build_engine(world, tree)
-    assert isinstance(engine._deepspeed.optimizer, Bf16Optimizer)
+    assert isinstance(engine._deepspeed.optimizer, Zero1Optimizer)
     norms = []
     for step in range(2):
         engine.begin_step(step, 0.0)
@@ -44,9 +44,10 @@ def unused_case(world: World, tree: Tree) -> list[float]:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_missing_gradient_is_zero(
-    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, ranks: int
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, precision: str, ranks: int
 ) -> None:
     """Catches the gradient of an earlier step that is used again for a parameter without one."""
-    for used, unused in pools[ranks].run(unused_case, run_config(tmp_path, wordpiece_corpus, "bf16_zero1")):
+    for used, unused in pools[ranks].run(unused_case, run_config(tmp_path, wordpiece_corpus, f"{precision}_zero1")):
         assert 0 < unused < 0.9 * used
