@@ -22,13 +22,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table as RichTable
 
 from benchmarks.package_task import EXAMPLES, NAMES, make_package_task, read_package_documents, write_jsonl
 from experiment.config import load_config
 from experiment.errors import UserError
+from experiment.native_bf16 import has_native_bf16
 from experiment.results.page import Block, Code, Figure, Heading, Table, Text, write_page
 from experiment.results.plots import draw_spread
 from experiment.results.report.tasks import result_blocks
@@ -74,7 +74,7 @@ def demo(output: Path) -> None:
         "corpus.train": corpus,
         f"corpus.eval.{EVALUATION}": held_out,
     }
-    if not has_bf16():
+    if not has_native_bf16("cpu"):
         arguments["engine.ds_config"] = "ds_configs/fp32_zero1.json"
     pretrain_until_halfway(run, arguments)
     deepcloze("pretrain", **arguments)
@@ -190,12 +190,6 @@ def write_combined_page(
         Code("task", RunFolder(output / "task-pretrained").config.read_text(encoding="utf-8")),
     ]
     return write_page(directory, "deepcloze demo", blocks)
-
-
-def has_bf16() -> bool:
-    """Whether this CPU supports bf16 natively. Emulated bf16 is slower than fp32."""
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(feature, False) for feature in ("avx512_bf16", "amx_bf16"))
 
 
 def command(name: str, **flags: Any) -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from experiment.errors import UserError
+from experiment.native_bf16 import has_native_bf16
 
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -35,10 +36,7 @@ def choose_device(precision: str, key: str = "training.precision") -> Device:
     key: what messages call the precision. Raises UserError for a precision that the device does not support.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cuda":
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        bf16 = any(torch.cpu.get_capabilities().get(feature, False) for feature in ("avx512_bf16", "amx_bf16"))
+    bf16 = has_native_bf16(device.type)
     if precision == "fp16" and device.type == "cpu":
         raise UserError(f"{key}: fp16 needs a CUDA device; on a CPU use bf16 or fp32")
     if precision == "bf16" and not bf16 and device.type == "cuda":

@@ -10,7 +10,7 @@ from pretrain.batching.packing import Rows
 from pretrain.config import PretrainConfig
 from pretrain.corpus.reader import Corpus
 from pretrain.corpus.verification import verified_shards
-from pretrain.engine.deepspeed_settings import check_device_support
+from pretrain.engine.deepspeed_settings import check_device_support, warn_of_emulation
 from pretrain.modeling.build import BuiltModel, build_model
 from pretrain.modeling.row_layout import attention_ratio, choose_rows
 from pretrain.plan.memory import weight_dtype
@@ -39,6 +39,8 @@ def prepare(config: PretrainConfig, world: World, hosts: HostGroup) -> Preparati
         lambda: resolve(config, world.size, decide=hosts.from_rank0, verify=partial(verify_together, hosts, world))
     )
     hosts.call(lambda: check_device_support(run.deepspeed))
+    if world.rank == 0:
+        warn_of_emulation(run.deepspeed)
     verify_on_each_host([*(given.corpus for given in run.corpora), *run.held_out.values()], world, hosts)
     model = hosts.call(lambda: build_model(run.model_source, run.model_config, run.config.run.seed))
     rows = agreed_rows(choose_rows(model, weight_dtype(run.deepspeed)), world, hosts)

@@ -5,12 +5,14 @@ are rejected.
 """
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig
 from pydantic import ValidationError
@@ -19,7 +21,10 @@ from xxhash import xxh64_hexdigest
 
 from experiment.config import did_you_mean
 from experiment.errors import UserError, reason
+from experiment.native_bf16 import has_native_bf16
 from experiment.strict_json import parse_json
+
+log = logging.getLogger(__name__)
 
 Precision = Literal["fp16", "bf16", "fp32"]
 OffloadDevice = Literal["none", "cpu", "nvme"]
@@ -173,6 +178,15 @@ def check_device_support(settings: DeepSpeedSettings) -> None:
         )
     if settings.offload == "nvme":
         check_nvme(settings)
+
+
+def warn_of_emulation(settings: DeepSpeedSettings) -> None:
+    """Log a warning if this CPU computes bf16 several times slower than fp32."""
+    if settings.precision == "bf16" and not torch.cuda.is_available() and not has_native_bf16("cpu"):
+        log.warning(
+            "this CPU only emulates bf16, several times slower than fp32: use --engine.ds_config=%s",
+            settings.preset("fp32", settings.offload),
+        )
 
 
 def check_nvme(settings: DeepSpeedSettings) -> None:

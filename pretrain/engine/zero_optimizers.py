@@ -61,9 +61,7 @@ class Zero1Optimizer(_FlatOptimizer):
 
     communication_dtype: torch.dtype  # in which gradients are sent and summed
     gradients: list[Tensor]  # this rank's part, one fp32 tensor per parameter group
-    _sums: list[
-        Tensor
-    ]  # of the gradients of this rank's microbatches, laid out like the weights; `gradients` are views
+    _sums: list[Tensor]  # over this rank's microbatches, in the layout of the weights; `gradients` are views of them
     _parts: list[list[Tensor]]  # of the sums, [group][parameter]
     _received: list[list[bool]]  # which parts hold a gradient of this step
 

@@ -3,6 +3,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 
 from experiment.errors import UserError
@@ -13,6 +14,7 @@ from pretrain.engine.deepspeed_settings import (
     find_ds_config,
     load_settings,
     parse_settings,
+    warn_of_emulation,
 )
 
 PRECISIONS: tuple[Precision, ...] = ("fp16", "bf16", "fp32")
@@ -60,16 +62,18 @@ def test_deepspeed_accepts_the_preset(path: Path, monkeypatch: pytest.MonkeyPatc
     assert parsed.bfloat16_config.enabled == (precision == "bf16")
     if precision != "fp32":
         assert parsed.communication_data_type is not None
-        assert parsed.grad_accum_dtype == "fp32"
+        ours = runs_as == 1 and device == "none"  # accumulates in fp32 whatever DeepSpeed is told
+        assert parsed.grad_accum_dtype == (precision if ours else "fp32")
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_gradients_are_accumulated_in_fp32_by_default(precision: str) -> None:
     """Catches a user's file without these keys, with which DeepSpeed would accumulate in 16 bit."""
-    default = engine_config({precision: {"enabled": True}})
+    own = {precision: {"enabled": True}, "zero_optimization": {"stage": 2}}
+    default = engine_config(own)
     assert (default["communication_data_type"], default["data_types"]) == ("fp32", {"grad_accum_dtype": "fp32"})
     given = {"communication_data_type": precision, "data_types": {"grad_accum_dtype": precision}}
-    merged = engine_config({precision: {"enabled": True}} | given)
+    merged = engine_config(own | given)
     assert {key: merged[key] for key in given} == given
 
 
@@ -181,6 +185,22 @@ def test_an_unsupported_precision_is_rejected_with_the_preset_to_use(
     instead = find_ds_config(str(rejected.value).partition("--engine.ds_config=")[2])
     assert instead.stem == f"{has[0]}_{kind}"
     check_device_support(load_settings(str(instead)))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about the precisions of a CPU")
+def test_a_cpu_that_emulates_bf16_is_reported(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches a run that is several times slower than in fp32 without a word, and a warning where bf16 is fast."""
+    for native, preset, expected in (
+        (True, "bf16_zero2", []),
+        (False, "fp32_zero2", []),
+        (False, "bf16_zero2", ["--engine.ds_config=ds_configs/fp32_zero2.json"]),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda native=native: {"avx512_bf16": native})
+        caplog.clear()
+        warn_of_emulation(load_settings(preset))
+        assert [record.getMessage().split()[-1] for record in caplog.records] == expected
 
 
 def test_preset_for_offload_at_a_stage_without_one_is_of_the_next_stage() -> None:
