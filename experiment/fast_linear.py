@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 _AVAILABLE = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 _BF16 = _AVAILABLE and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-_DTYPES = ((torch.float32,) if _AVAILABLE else ()) + ((torch.bfloat16,) if _BF16 else ())
+ONEDNN_DTYPES = ((torch.float32,) if _AVAILABLE else ()) + ((torch.bfloat16,) if _BF16 else ())
+"""In which oneDNN computes on this CPU. For bf16 it needs AVX-512."""
 
 
 def use_fast_linear(model: nn.Module) -> None:
@@ -76,7 +77,7 @@ def _gradient_product(dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
 
 def _computes(values: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN computes the product."""
-    return values.device.type == "cpu" and values.dtype in _DTYPES and values.dtype == weight.dtype
+    return values.device.type == "cpu" and values.dtype in ONEDNN_DTYPES and values.dtype == weight.dtype
 
 
 def _onednn_multiply(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

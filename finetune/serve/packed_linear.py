@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiment.fast_linear import FastLinear
+from experiment.fast_linear import ONEDNN_DTYPES, FastLinear
 from finetune.device import Device
 
 _ROWS = 512  # oneDNN chooses a layout that is good for about as many; any number can be computed
@@ -19,10 +19,9 @@ _MULTIPLE = 32  # of rows
 
 def pack_linear_layers(model: nn.Module, device: Device) -> None:
     """Let the linear layers of a model compute with packed weights, for inference only. They give the same results up
-    to rounding, in the precision of the device. Does nothing on a GPU, nor in fp16."""
+    to rounding, in the precision of the device. Does nothing on a GPU, nor where oneDNN lacks the precision."""
     dtype = device.dtype or torch.float32
-    available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    if device.device.type != "cpu" or not available or dtype == torch.float16:
+    if device.device.type != "cpu" or dtype not in ONEDNN_DTYPES:
         return
     for module in model.modules():
         if type(module) in (nn.Linear, FastLinear):

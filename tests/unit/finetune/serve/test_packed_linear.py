@@ -3,10 +3,10 @@ import torch
 from torch import nn
 
 from finetune.device import Device
+from finetune.serve import packed_linear
 from finetune.serve.packed_linear import pack_linear_layers, padded_rows
 
 CPU = torch.device("cpu")
-BF16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
 
 
 class Layers(nn.Module):
@@ -22,9 +22,7 @@ class Layers(nn.Module):
             return self.third(hidden.float())
 
 
-@pytest.mark.parametrize(
-    "dtype", [None, pytest.param(torch.bfloat16, marks=pytest.mark.skipif(not BF16, reason="no bf16"))]
-)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_packed_layers_give_the_same_results(dtype: torch.dtype | None) -> None:
     """Catches another precision than that of autocast, a bias that is lost, and numbers of tokens that do not work."""
     torch.manual_seed(0)
@@ -39,6 +37,14 @@ def test_packed_layers_give_the_same_results(dtype: torch.dtype | None) -> None:
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == other.dtype
         torch.testing.assert_close(one, other, atol=1e-6 if dtype is None else 2e-2, rtol=0.0)
+
+
+def test_a_precision_without_onednn_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a server in bf16 that does not start on a CPU without AVX-512."""
+    monkeypatch.setattr(packed_linear, "ONEDNN_DTYPES", (torch.float32,))
+    model = Layers()
+    pack_linear_layers(model, Device(CPU, torch.bfloat16))
+    assert {type(layer) for layer in model.children()} == {nn.Linear}
 
 
 def test_a_layer_outside_of_autocast_stays_fp32() -> None:
