@@ -1,6 +1,7 @@
 """The `deepcloze` commands. Each imports what it runs when it is called, so that `--help` stays fast."""
 
 import importlib.metadata
+import select
 import shutil
 import sys
 from collections.abc import Sequence
@@ -403,7 +404,7 @@ _RESUMABLE = ("corpus", "pretrain", "finetune", "sweep", "compare", "watch")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line (without the program's name) and return the exit code: 0, 2, 75 or 130."""
+    """Run one command line (without the program's name) and return the exit code: 0, 2, 75, 130 or 141."""
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         if argv == ["--version"]:
@@ -423,11 +424,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv[0] in _RESUMABLE:
             return _fail("interrupted; run the same command again to resume", 75)
         return _fail("interrupted", 130)
+    except BrokenPipeError:
+        if not _reader_has_ended():
+            raise
+        return 141  # as a shell reports a program that ends by SIGPIPE
     except Exception as error:
         if (message := describe_disk_error(error)) is None:
             raise
         return _fail(message, 2)
     return 0
+
+
+def _reader_has_ended() -> bool:
+    """Whether nothing reads stdout any more, as in `deepcloze --help | head -1`."""
+    stdout = select.poll()
+    stdout.register(sys.stdout, 0)
+    return any(event & select.POLLERR for _, event in stdout.poll(0))
 
 
 def _terminal_width() -> int:

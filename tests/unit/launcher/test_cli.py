@@ -162,6 +162,16 @@ def test_a_closed_terminal_does_not_change_the_exit_code(
     assert main(["report", "2024_01"]) == 75
 
 
+def test_a_reader_that_ends_is_no_error() -> None:
+    """Catches a traceback after `deepcloze pretrain --help | head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "launcher", "pretrain", "--help"]
+    answer = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, cwd=ROOT, text=True, check=False)
+    os.close(writer)
+    assert (answer.returncode, answer.stderr) == (141, "")
+
+
 def test_scores_are_all_that_is_on_stdout(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches `deepcloze evaluate --json` that is not JSON: DeepSpeed prints there which device it has found."""
     seen: list[str | None] = []
