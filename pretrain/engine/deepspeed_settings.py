@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig
 from pydantic import ValidationError
@@ -65,11 +64,6 @@ class DeepSpeedSettings:
     nvme_path: Path | None  # where NVMe offload swaps to, if the JSON says so
     raw: Mapping[str, Any]
 
-    @property
-    def accumulates_itself(self) -> bool:
-        """Whether gradients are accumulated and reduced by `Zero1Optimizer`, and not by DeepSpeed."""
-        return self.zero_stage == 1 and self.offload == "none"
-
     def preset(self, precision: Precision, offload: OffloadDevice) -> str:
         """The file in ds_configs/ with the same ZeRO stage and another precision or offload device."""
         suffix = "" if offload == "none" else f"_{offload}_offload"
@@ -103,7 +97,8 @@ class DeepSpeedSettings:
         if self.precision != "fp32":  # DeepSpeed would accumulate and reduce gradients in 16 bit
             merged.setdefault("communication_data_type", "fp32")
             merged["data_types"] = {"grad_accum_dtype": "fp32"} | self.raw.get("data_types", {})
-        if self.accumulates_itself:  # what makes DeepSpeed build the optimizer that `Zero1Optimizer` replaces
+        if uses_zero1_optimizer(self.zero_stage, self.offload):
+            # With these DeepSpeed builds the optimizer that `Zero1Optimizer` replaces.
             merged["data_types"] = {"grad_accum_dtype": self.precision}
             zero["contiguous_gradients"] = True
         return merged | {
@@ -116,6 +111,11 @@ class DeepSpeedSettings:
             "zero_force_ds_cpu_optimizer": False,
             "timers": {"throughput": {"enabled": False}},  # it waits for the GPU at each microbatch
         }
+
+
+def uses_zero1_optimizer(zero_stage: int, offload: OffloadDevice) -> bool:
+    """Whether `Zero1Optimizer` accumulates and reduces the gradients, and not DeepSpeed."""
+    return zero_stage == 1 and offload == "none"
 
 
 def load_settings(name: str) -> DeepSpeedSettings:
@@ -181,10 +181,10 @@ def check_device_support(settings: DeepSpeedSettings) -> None:
 
 
 def warn_of_emulation(settings: DeepSpeedSettings) -> None:
-    """Log a warning if this CPU computes bf16 several times slower than fp32."""
-    if settings.precision == "bf16" and not torch.cuda.is_available() and not has_native_bf16("cpu"):
+    """Log a warning if this device computes bf16 several times slower than fp32."""
+    if settings.precision == "bf16" and not has_native_bf16(get_accelerator().device_name()):
         log.warning(
-            "this CPU only emulates bf16, several times slower than fp32: use --engine.ds_config=%s",
+            "this device only emulates bf16, several times slower than fp32: use --engine.ds_config=%s",
             settings.preset("fp32", settings.offload),
         )
 

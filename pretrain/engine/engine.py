@@ -240,7 +240,7 @@ class Engine:
         self._update_allowed = self._is_within_limit(norm)
         if self._update_allowed:
             with phase("update weights"):
-                optimizer.update(optimizer.gradients, norm)
+                optimizer.update(norm)
         optimizer.clear_gradients()
         return StepResult(self._update_allowed, norm)
 

@@ -31,8 +31,8 @@ class _FlatOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]
     shared_memory: SharedMemory | None
 
     @torch.no_grad()
-    def update(self, gradients: list[Tensor], norm: float) -> None:
-        """Update weights and masters with this rank's part of the gradient, one fp32 tensor per group, which is
+    def _update_weights(self, gradients: list[Tensor], norm: float) -> None:
+        """Update weights and masters with this rank's part of the gradient, one flat fp32 tensor per group, which is
         unscaled and clipped in place. norm: of the whole gradient, unscaled. Collective."""
         _unscale_and_clip(gradients, norm, self.clip_grad, self.loss_scale)
         for master, gradient in zip(self.single_partition_of_fp32_groups, gradients, strict=True):
@@ -60,15 +60,15 @@ class Zero1Optimizer(_FlatOptimizer):
     """
 
     communication_dtype: torch.dtype  # in which gradients are sent and summed
-    gradients: list[Tensor]  # this rank's part, one fp32 tensor per parameter group
-    _sums: list[Tensor]  # over this rank's microbatches, in the layout of the weights; `gradients` are views of them
+    _sums: list[Tensor]  # fp32, over this rank's microbatches; one per parameter group, in the layout of the weights
+    _partitions: list[Tensor]  # of the sums, those that this rank reduces: views
     _parts: list[list[Tensor]]  # of the sums, [group][parameter]
     _received: list[list[bool]]  # which parts hold a gradient of this step
 
     def allocate_sums(self) -> None:
         ranks, rank = dist.get_world_size(), dist.get_rank()
         self._sums = [torch.zeros_like(weights, dtype=torch.float32) for weights in self.bit16_groups_flat]
-        self.gradients = [total.chunk(ranks)[rank] for total in self._sums]
+        self._partitions = [total.chunk(ranks)[rank] for total in self._sums]
         self._parts = [
             [total.narrow(0, offset, weight.numel()) for weight, offset in zip(group, offsets, strict=True)]
             for total, group, offsets in zip(self._sums, self.bit16_groups, self.round_robin_bit16_offsets, strict=True)
@@ -102,9 +102,13 @@ class Zero1Optimizer(_FlatOptimizer):
             for part, has_gradient in zip(parts, received, strict=True):
                 if not has_gradient:  # the model did not use the parameter in this step
                     part.zero_()
-        for whole, partition in zip(self._sums, self.gradients, strict=True):
+        for whole, partition in zip(self._sums, self._partitions, strict=True):
             sum_over_ranks(whole, partition, self.communication_dtype, self.shared_memory)
-        return _measure(self, self.gradients)
+        return _measure(self, self._partitions)
+
+    def update(self, norm: float) -> None:
+        """Clip the gradient, whose norm is given, and update weights and masters. Collective."""
+        self._update_weights(self._partitions, norm)
 
     def clear_gradients(self) -> None:
         self._received = [[False] * len(parts) for parts in self._parts]
@@ -120,7 +124,7 @@ class Zero2Optimizer(_FlatOptimizer):
         gradients = [self._take_gradient(group) for group in range(len(self.bit16_groups))]
         norm = _measure(self, gradients)
         if not self.overflow:
-            self.update(gradients, norm)
+            self._update_weights(gradients, norm)
         self.zero_grad()
 
     def _take_gradient(self, group: int) -> Tensor:
@@ -178,8 +182,8 @@ def install_zero_optimizer(engine: DeepSpeedEngine) -> Zero1Optimizer | None:
 
 
 def _measure(optimizer: Any, gradients: list[Tensor]) -> float:
-    """Unscaled norm of a gradient of which each rank holds tensors. DeepSpeed's optimizer is told the norm and
-    whether gradients overflowed. Collective."""
+    """Unscaled norm of a gradient of which each rank holds some tensors. Stores the norm and whether gradients
+    overflowed in DeepSpeed's optimizer, and updates the loss scale. Collective."""
     norm = _global_norm(gradients) / float(optimizer.loss_scale)
     optimizer._global_grad_norm, optimizer.overflow = norm, not math.isfinite(norm)
     optimizer._update_scale(optimizer.overflow)

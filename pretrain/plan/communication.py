@@ -5,7 +5,8 @@ all (Rajbhandari et al. 2020, arXiv:1910.02054, section 7). A ring over several 
 machine once, so the same bytes pass between machines, whatever the number of ranks on each.
 """
 
-from pretrain.plan.memory import MemorySettings, accumulates_itself
+from pretrain.engine.deepspeed_settings import uses_zero1_optimizer
+from pretrain.plan.memory import MemorySettings
 from pretrain.plan.parameters import ParameterCounts
 
 _FP32 = 4  # gradients are reduced in fp32 at every precision
@@ -18,7 +19,7 @@ def sent_per_step(counts: ParameterCounts, settings: MemorySettings, microbatche
     match settings.zero_stage:
         case 0:
             return 2 * gradients
-        case 1 if accumulates_itself(settings):
+        case 1 if uses_zero1_optimizer(settings.zero_stage, settings.offload):
             return gradients + weights
         case 1:
             return 2 * gradients + weights

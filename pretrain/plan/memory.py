@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from pretrain.config import PretrainConfig
-from pretrain.engine.deepspeed_settings import DeepSpeedSettings, Precision
+from pretrain.engine.deepspeed_settings import DeepSpeedSettings, OffloadDevice, Precision, uses_zero1_optimizer
 from pretrain.engine.shared_memory import BUFFER_BYTES
 from pretrain.plan.activations import MicrobatchMemory
 from pretrain.plan.parameters import ParameterCounts
@@ -89,7 +89,7 @@ class MemorySettings:
     on_gpu: bool
     averaged: bool  # model.ema_decay
     optimizer: str
-    offload: str  # none | cpu | nvme
+    offload: OffloadDevice
     offloads_weights: bool
     reduce_bucket: int  # elements
     prefetch_bucket: int
@@ -218,7 +218,7 @@ def _backward_buffers(counts: ParameterCounts, settings: MemorySettings) -> int:
     if settings.zero_stage == 3:
         bucket = settings.reduce_bucket if settings.on_gpu else min(counts.total, settings.reduce_bucket)
         return _FP32 * bucket + settings.weight_bytes * gathered_weights(counts, settings)
-    if accumulates_itself(settings) or not settings.on_gpu:
+    if uses_zero1_optimizer(settings.zero_stage, settings.offload) or not settings.on_gpu:
         return 0
     return _bucket_element(settings) * settings.reduce_bucket
 
@@ -239,7 +239,7 @@ def _update(counts: ParameterCounts, settings: MemorySettings) -> Parts:
     match settings.zero_stage:
         case 3:  # the flat gradient of a sub-group, beside the bucket
             buffers = _FP32 * (settings.reduce_bucket if settings.on_gpu else bucket) + _FP32 * share
-        case 1 if accumulates_itself(settings):
+        case 1 if uses_zero1_optimizer(settings.zero_stage, settings.offload):
             # The parts of the other ranks. In fp32, the default of `communication_data_type`, they are sent uncopied.
             received = not settings.on_gpu and settings.ranks > 1 and not _shares_memory(settings)
             buffers = _FP32 * total if received else 0
@@ -249,11 +249,6 @@ def _update(counts: ParameterCounts, settings: MemorySettings) -> Parts:
         case _:
             buffers = _FP32 * bucket
     return Parts(gradients=gradients, buffers=buffers + temporary)
-
-
-def accumulates_itself(settings: MemorySettings) -> bool:
-    """Whether gradients are accumulated and reduced by `Zero1Optimizer`, and not by DeepSpeed."""
-    return settings.zero_stage == 1 and settings.offload == "none"
 
 
 def _prefetched(counts: ParameterCounts, settings: MemorySettings) -> int:

@@ -14,6 +14,7 @@ from pretrain.engine.deepspeed_settings import (
     find_ds_config,
     load_settings,
     parse_settings,
+    uses_zero1_optimizer,
     warn_of_emulation,
 )
 
@@ -62,8 +63,8 @@ def test_deepspeed_accepts_the_preset(path: Path, monkeypatch: pytest.MonkeyPatc
     assert parsed.bfloat16_config.enabled == (precision == "bf16")
     if precision != "fp32":
         assert parsed.communication_data_type is not None
-        ours = runs_as == 1 and device == "none"  # accumulates in fp32 whatever DeepSpeed is told
-        assert parsed.grad_accum_dtype == (precision if ours else "fp32")
+        # `Zero1Optimizer` does not use this setting: its sums are always fp32.
+        assert parsed.grad_accum_dtype == (precision if uses_zero1_optimizer(runs_as, settings.offload) else "fp32")
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
@@ -75,6 +76,7 @@ def test_gradients_are_accumulated_in_fp32_by_default(precision: str) -> None:
     given = {"communication_data_type": precision, "data_types": {"grad_accum_dtype": precision}}
     merged = engine_config(own | given)
     assert {key: merged[key] for key in given} == given
+    assert engine_config({precision: {"enabled": True}})["communication_data_type"] == "fp32", "at ZeRO 1 too"
 
 
 def test_engine_config_does_not_change_its_input() -> None:
