@@ -44,9 +44,9 @@ _CONFIG = {
     "engine": {"ds_config": "ds_configs/bf16_zero1.json"},
 }
 _PHASES = (
-    "launcher checks",
+    "launcher",
     "DeepSpeed starts ranks",
-    "ranks import",
+    "ranks import, launcher checks",
     "ranks prepare",
     "first step",
     "rest of the run",
@@ -96,7 +96,7 @@ def _seconds_by_phase(config: Path, ranks: int, run: Path) -> list[float]:
     process = subprocess.Popen([*command, f"--run.dir={run}", "--oversubscribe"], stdout=subprocess.DEVNULL)
     tree = psutil.Process(process.pid)
     phases: tuple[Callable[[], object], ...] = (
-        lambda: _runs(tree, "deepspeed.launcher.runner"),
+        lambda: _runs(tree, "deepspeed.launcher.launch"),
         lambda: _runs(tree, "pretrain.run"),
         lambda: folder.rank_record(0).exists(),
         lambda: _record(folder).get("training"),

@@ -5,3 +5,7 @@ LAUNCH_VARIABLE = "DEEPCLOZE_LAUNCH"
 
 START_VARIABLE = "DEEPCLOZE_START"
 """When the attempt began, as time.time(). Only on the machine of the launch."""
+
+GATE_VARIABLE = "DEEPCLOZE_GATE"
+"""A file. The ranks wait for it after their imports: meanwhile the launch checks the config. Only on the machine of the
+launch."""

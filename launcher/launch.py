@@ -19,13 +19,14 @@ from launcher.autotuning.autotune import autotune
 from launcher.detach import remove_earlier_output
 from launcher.hosts.machine import inspect_machine, select_accelerator
 from launcher.launch_messages import announce_done, announce_start, announce_stop, last_step
-from launcher.launch_plan import LaunchPlan, chosen_slots, plan_launch
+from launcher.launch_plan import LaunchPlan, chosen_slots, local_command, plan_launch
 from launcher.messages import notify
 from launcher.options import PretrainOptions
 from launcher.preflight.run import check_hosts, require_hosts
-from launcher.ranks.placement import name_localhost
+from launcher.ranks.placement import is_local, name_localhost
 from launcher.signal_handlers import handle_stop_signals, interrupt
 from launcher.supervision.attempt import Layout
+from launcher.supervision.rank_processes import RankProcesses, held_ranks
 from launcher.supervision.supervisor import supervise
 from pretrain.config import PretrainConfig
 
@@ -52,15 +53,20 @@ def launch_pretraining(options: PretrainOptions) -> None:
         dead_owner = check_unlocked(RunFolder(Path(config.run.dir).absolute()))
         slots = chosen_slots(options, machine)
         announce_start(slots)
-        with warnings_left_to_rank0():
-            plan = plan_launch(options, config, machine, slots)  # imports libraries, which takes seconds
-            if not plan.local:
-                plan = _plan_without_failed_hosts(plan)
-                if plan.slots != slots:
-                    announce_start(plan.slots)
-        if options.autotune:
-            plan = autotune(plan, dead_owner)
-        launch(plan, start_time, dead_owner)
+        attempt_start = process_start()
+        with contextlib.ExitStack() as stack:
+            held = None
+            if is_local(slots) and not options.autotune:  # they import libraries, which takes seconds, while this does
+                held = stack.enter_context(held_ranks(local_command(options, slots, machine), attempt_start))
+            with warnings_left_to_rank0():
+                plan = plan_launch(options, config, machine, slots)
+                if not plan.local:
+                    plan = _plan_without_failed_hosts(plan)
+                    if plan.slots != slots:
+                        announce_start(plan.slots)
+            if options.autotune:
+                plan = autotune(plan, dead_owner)
+            launch(plan, start_time, attempt_start, dead_owner, held)
 
 
 def _plan_without_failed_hosts(plan: LaunchPlan) -> LaunchPlan:
@@ -81,19 +87,27 @@ def describe_plan(plan: LaunchPlan) -> str:
     return f"# config\n{config}\n# added to the environment\n{variables}\n\n# command\n{shlex.join(argv)}"
 
 
-def launch(plan: LaunchPlan, start_time: float, dead_owner: Renewal | None = None) -> None:
+def launch(
+    plan: LaunchPlan,
+    start_time: float,
+    attempt_start: float,
+    dead_owner: Renewal | None = None,
+    held: RankProcesses | None = None,
+) -> None:
     """Start the ranks and wait until they have exited. Raises StoppedError and SystemExit as `launch_pretraining`.
 
     Args:
         plan: what to start.
         start_time: `time.time()` when deepcloze began to check the launch.
+        attempt_start: when the first attempt began, as `time.time()`.
         dead_owner: what `check_unlocked` has returned.
+        held: the ranks of the first attempt, if they have been started already.
     """
     to_start = plan.launch()
     remove_earlier_output(open_run_folder(plan.folder.path))
     step_before = last_step(plan.folder)
     notify(plan.summary)
-    result = supervise(to_start, start_time, dead_owner, process_start())
+    result = supervise(to_start, start_time, dead_owner, attempt_start, held)
     match result.outcome:
         case Outcome.DONE:
             announce_done(plan.folder, step_before, time.time() - start_time)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from pretrain.resolve import ResolvedRun
 
 _MAX_RESTARTS_ON_HOSTS = 10
+_RANK_MODULE = "launcher.start_rank"
 _SPECIAL = re.compile(r"[^\w@+=:,./~ -]")  # to shells or, as %h, to pdsh
 _SPECIAL_OR_SPACE = re.compile(r"[^\w@+=:,./~-]")
 
@@ -77,24 +78,21 @@ class LaunchPlan:
 
     def command(self, layout: Layout, rendezvous: Rendezvous | None = None) -> Command:
         """How DeepSpeed starts the ranks of a layout. `rendezvous`: None: unknown, or all ranks run here."""
-        as_written = self.local and layout.microbatch_halvings == 0 and not self.config_changed
+        if self.local and layout.microbatch_halvings == 0 and not self.config_changed:
+            return local_command(self.options, layout.slots, self.machine)
         config_file = self.folder.logs / "launch.yaml"
         command = DeepSpeedCommand(
             python=sys.executable,
-            module="launcher.start_rank",
+            module=_RANK_MODULE,
             # The shell of another host would parse the overrides again, so they are passed in a file there.
-            config=Path(self.options.config).absolute() if as_written else config_file,
-            overrides=self.options.overrides if as_written else {},
+            config=config_file,
             slots=layout.slots,
-            device=self.machine.devices.kind,
             master_port=rendezvous.port if rendezvous else self.machine.find_port(),
             hostfile=None if self.local else self.folder.logs / "hostfile",
             launcher=self.options.launcher,
             master_addr=rendezvous.address if rendezvous else None,
         )
         start = start_command(command, self.machine, self.added_environment, self.target.host_environment, rendezvous)
-        if as_written:
-            return start
         config = dump_config(scaled_microbatch(self.config, -layout.microbatch_halvings))
         return replace(start, files={**start.files, config_file: config})
 
@@ -126,9 +124,26 @@ def plan_launch(
         check_device_support(run.deepspeed)
     else:
         _check_paths(run.folder)
-    added = launch_environment(machine.environ, machine.devices.kind if local else None, REPOSITORY)
     target = target_of_run(target_of_hosts(slots, machine, options), run.config, run.num_parameters, run.folder)
+    added = _added_environment(machine, local)
     return LaunchPlan(options, run.config, run.folder, slots, machine, added, target, _summary(run))
+
+
+def local_command(options: PretrainOptions, slots: Slots, machine: Machine) -> Command:
+    """How DeepSpeed starts ranks on this machine that read the config of the options."""
+    command = DeepSpeedCommand(
+        python=sys.executable,
+        module=_RANK_MODULE,
+        config=Path(options.config).absolute(),
+        overrides=options.overrides,
+        slots=slots,
+        master_port=machine.find_port(),
+    )
+    return start_command(command, machine, _added_environment(machine, local=True))
+
+
+def _added_environment(machine: Machine, local: bool) -> dict[str, str]:
+    return launch_environment(machine.environ, machine.devices.kind if local else None, REPOSITORY)
 
 
 def _summary(run: "ResolvedRun") -> str:

@@ -4,15 +4,17 @@ import logging
 import os
 import platform
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 
 from experiment.errors import AgreedFailureError, UserError
-from experiment.launch_variable import LAUNCH_VARIABLE
+from experiment.launch_variable import GATE_VARIABLE, LAUNCH_VARIABLE
 from experiment.open_files import raise_limit_of_open_files
 from experiment.outcome_file import Cause, Outcome, ReportedOutcome
 from pretrain.batching.loader import DataWorkerError
@@ -22,6 +24,15 @@ from pretrain.training.host_group import AgreedError
 from pretrain.training.stop_request import exit_on_stop_request
 
 log = logging.getLogger(__name__)
+
+_POLL_SECONDS = 0.01
+
+
+def wait_at_gate() -> None:
+    """Wait until the launch that has started this process lets it begin. If it is refused, it kills the process."""
+    gate = os.environ.pop(GATE_VARIABLE, None)
+    while gate is not None and not Path(gate).exists():
+        time.sleep(_POLL_SECONDS)
 
 
 def run_rank(train: Callable[[], Outcome], report: RankReport) -> NoReturn:

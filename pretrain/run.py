@@ -42,7 +42,7 @@ from pretrain.modeling.compile_time import compile_seconds
 from pretrain.modeling.masked_lm import MaskedLanguageModel
 from pretrain.preparation import prepare
 from pretrain.rank_heartbeat import RankHeartbeat
-from pretrain.rank_process import exit_refused, give_up, run_rank, stop_at_once
+from pretrain.rank_process import exit_refused, give_up, run_rank, stop_at_once, wait_at_gate
 from pretrain.rank_report import RankReport, rank_report
 from pretrain.training.background_save import UnwritableError
 from pretrain.training.health import HEALTH_LIMITS, HealthLimits
@@ -165,4 +165,5 @@ def _timeout(config: PretrainConfig) -> datetime.timedelta:
 if __name__ == "__main__":
     gc.freeze()  # what is imported: collections skip it, such as those that DeepSpeed makes while it starts
     gc.enable()
+    wait_at_gate()
     main(sys.argv[1:])

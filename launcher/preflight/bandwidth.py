@@ -85,7 +85,6 @@ def _command(
         module="launcher.preflight.start_measurement",
         config=None,
         slots=slots,
-        device=machine.devices.kind,
         master_port=rendezvous.port if rendezvous else target.port,
         hostfile=temporary / "hostfile" if rendezvous else None,
         launcher=target.launcher,

@@ -1,13 +1,17 @@
-"""The `deepspeed` command line of a launch. Pure."""
+"""The command line of DeepSpeed's launcher. Pure."""
 
+import base64
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from experiment.provenance import REPOSITORY
 from launcher.hosts.hostfile import Slots
-from launcher.hosts.machine import DeviceKind
 from launcher.options import Launcher
+
+# DeepSpeed would log a stopped rank as an error; the ranks and `deepcloze` report what happened.
+_LOG_LEVEL = "--log_level=critical"
 
 
 @dataclass(frozen=True)
@@ -18,10 +22,9 @@ class DeepSpeedCommand:
     module: str  # what each rank runs
     config: Path | None  # absolute; None: the module takes none
     slots: Slots
-    device: DeviceKind
     master_port: int
     overrides: Mapping[str, str] = field(default_factory=dict)  # dotted config key -> raw text
-    hostfile: Path | None = None  # absolute; None: this machine only
+    hostfile: Path | None = None  # absolute; None: all slots are on this machine
     launcher: Launcher = "pdsh"  # what starts the ranks on other hosts
     master_addr: str | None = None  # of the first host; None: DeepSpeed asks it
 
@@ -30,38 +33,40 @@ def deepspeed_argv(command: DeepSpeedCommand) -> list[str]:
     """The argv that starts one rank per slot, each running `module --config FILE --section.key=value …`."""
     return [
         # Run as a module, so that the ranks use this interpreter whatever PATH says.
-        # DeepSpeed would log a stopped rank as an error; the ranks and `deepcloze` report what happened.
-        *(command.python, "-m", "deepspeed.launcher.runner", "--log_level=critical"),
-        f"--master_port={command.master_port}",
-        *([f"--master_addr={command.master_addr}"] if command.master_addr else []),
-        *_resource_flags(command),
-        *_program(command),
+        *(command.python, "-m", *(_local_launcher(command) if command.hostfile is None else _launcher(command))),
         *(("--config", str(command.config)) if command.config is not None else ()),
         *(f"--{key}={text}" for key, text in command.overrides.items()),
     ]
 
 
+def _local_launcher(command: DeepSpeedCommand) -> list[str]:
+    # What `deepspeed` starts on each host. Started directly, one process less has to import torch, which takes seconds.
+    slots = json.dumps(dict(command.slots))
+    return [
+        *("deepspeed.launcher.launch", _LOG_LEVEL),
+        f"--world_info={base64.urlsafe_b64encode(slots.encode()).decode()}",
+        *("--master_addr=127.0.0.1", f"--master_port={command.master_port}"),
+        *("--module", command.module),
+    ]
+
+
+def _launcher(command: DeepSpeedCommand) -> list[str]:
+    include = "@".join(f"{host}:{','.join(map(str, slots))}" for host, slots in command.slots.items())
+    return [
+        *("deepspeed.launcher.runner", _LOG_LEVEL, f"--master_port={command.master_port}"),
+        *([f"--master_addr={command.master_addr}"] if command.master_addr else []),
+        f"--hostfile={command.hostfile}",
+        # MPI launchers reject --include: their hostfile has just these slots.
+        *([f"--include={include}"] if command.launcher in ("pdsh", "slurm") else []),
+        *([f"--launcher={command.launcher}"] if command.launcher != "pdsh" else []),
+        # Without --force_multi, DeepSpeed would run the ranks of a single remote host on this machine.
+        *(["--force_multi"] if len(command.slots) == 1 else []),
+        *_program(command),
+    ]
+
+
 def _program(command: DeepSpeedCommand) -> list[str]:
     # DeepSpeed ignores --module with slurm, and with mpich applies it to a script of its own, which does not start.
-    if command.hostfile is not None and command.launcher in ("slurm", "mpich"):
+    if command.launcher in ("slurm", "mpich"):
         return [str(REPOSITORY.joinpath(*command.module.split(".")).with_suffix(".py"))]
     return ["--module", command.module]
-
-
-def _resource_flags(command: DeepSpeedCommand) -> list[str]:
-    include = "@".join(f"{host}:{','.join(map(str, slots))}" for host, slots in command.slots.items())
-    if command.hostfile is not None:
-        return [
-            f"--hostfile={command.hostfile}",
-            # MPI launchers reject --include: their hostfile has just these slots.
-            *([f"--include={include}"] if command.launcher in ("pdsh", "slurm") else []),
-            *([f"--launcher={command.launcher}"] if command.launcher != "pdsh" else []),
-            # Without --force_multi, DeepSpeed would run the ranks of a single remote host on this machine.
-            *(["--force_multi"] if len(command.slots) == 1 else []),
-        ]
-    # An explicit empty hostfile, because DeepSpeed's default, /job/hostfile, may send a local run to other hosts.
-    local = ["--hostfile=/dev/null"]
-    if command.device == "cuda":
-        return [*local, f"--include={include}"]
-    # DeepSpeed counts one slot per NUMA node on a machine without GPUs, and checks --include against those.
-    return [*local, f"--num_gpus={len(command.slots['localhost'])}"]

@@ -12,16 +12,15 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import xxhash
 
 from experiment.files import atomic_write
 from experiment.heartbeat import Heartbeat, request_stack
-from experiment.launch_variable import START_VARIABLE
 from experiment.outcome_file import Cause, Outcome, read_outcome
 from experiment.run_folder import RunFolder
-from experiment.signals import warnings_blocked
 from experiment.tracking.config import TrackingConfig
 from launcher.hosts.guarded_hosts import GuardedHosts, GuardRequest, Rendezvous
 from launcher.hosts.hostfile import Slots
@@ -30,8 +29,8 @@ from launcher.supervision.early_stop import kill_on_early_stop
 from launcher.supervision.hang_watch import WatchedRanks, hang_watch
 from launcher.supervision.launch_log import AttemptRecord
 from launcher.supervision.launch_result import LaunchResult, all_done, read_result
-from launcher.supervision.output_filter import filtered_output
-from launcher.supervision.process_groups import kill_group, watchdog
+from launcher.supervision.process_groups import kill_group
+from launcher.supervision.rank_processes import RankProcesses, started
 from launcher.supervision.stop_signals import StopSignals
 
 # DeepSpeed's launcher gives ranks 30 s to exit after one of them failed or it got a signal.
@@ -68,12 +67,18 @@ class Launch:
     passing_hosts: Callable[[Collection[str]], Collection[str]] = lambda hosts: hosts  # those that pass preflight
 
 
-def run_attempt(launch: Launch, layout: Layout, stop: StopSignals, record: AttemptRecord) -> LaunchResult:
-    """Run the ranks of this layout until they have exited. No process of theirs remains on a host that answers."""
+def run_attempt(
+    launch: Launch, layout: Layout, stop: StopSignals, record: AttemptRecord, held: RankProcesses | None = None
+) -> LaunchResult:
+    """Run the ranks of this layout until they have exited. No process of theirs remains on a host that answers.
+
+    held: the ranks, if they have been started already.
+    """
     if launch.local:
         processes = _Processes()
         watched = _watched_ranks(launch, layout, processes, processes.request_stack)
-        return _run(launch, launch.command(layout, None), stop, record, processes, watched)
+        ranks = held or _ranks(launch.command(layout, None), record, subprocess.DEVNULL if launch.quiet else None)
+        return _run(launch, ranks, stop, record, processes, watched)
     hosts = list(layout.slots)
     name = _launch_name(launch.folder)
     processes = _Processes()
@@ -83,9 +88,10 @@ def run_attempt(launch: Launch, layout: Layout, stop: StopSignals, record: Attem
     with kill_on_early_stop(launch.folder, stop) as stopped_early, guards:
         result = None
         if not guards.lost and not stop.killed:
-            command = launch.command(layout, guards.rendezvous())
+            output = subprocess.DEVNULL if launch.quiet else subprocess.PIPE
+            ranks = _ranks(launch.command(layout, guards.rendezvous()), record, output)
             watched = _watched_ranks(launch, layout, processes, lambda beat: guards.request_stack(beat))
-            result = _run(launch, command, stop, record, processes, watched)
+            result = _run(launch, ranks, stop, record, processes, watched)
         lost = dict(guards.lost)
     if stopped_early.is_set():
         return _STOPPED_EARLY
@@ -168,38 +174,30 @@ def _watched_ranks(
     return WatchedRanks(launch.folder, ranks, launch.hang_seconds, request_stack, processes.kill)
 
 
+def _ranks(command: Command, record: AttemptRecord, output: int | None) -> RankProcesses:
+    return RankProcesses(command, partial(started, command, record.start_time, output))
+
+
 def _run(
     launch: Launch,
-    command: Command,
+    ranks: RankProcesses,
     stop: StopSignals,
     record: AttemptRecord,
     processes: _Processes,
     watched: WatchedRanks,
 ) -> LaunchResult:
-    record.start(command.argv)
-    for path, text in command.files.items():
+    record.start(ranks.command.argv)
+    for path, text in ranks.command.files.items():
         _write_private(path, text)
     start_time = time.time()
-    pipe = subprocess.DEVNULL if launch.quiet else None if launch.local else subprocess.PIPE
-    with warnings_blocked():
-        process = subprocess.Popen(
-            command.argv,
-            env={**command.environment, START_VARIABLE: str(record.start_time)},
-            stdin=subprocess.DEVNULL,
-            stdout=pipe,
-            stderr=pipe,
-            start_new_session=True,
-        )
-    with filtered_output(process):
+    with ranks.begin() as process, hang_watch(watched) as hang:
         try:
-            with watchdog(process.pid), hang_watch(watched) as hang:
-                stop.kill = processes.kill
-                processes.started(process.pid)
-                if stop.killed:  # by a signal since the start
-                    stop.kill()
-                exit_code = _wait(process, launch)
+            stop.kill = processes.kill
+            processes.started(process.pid)
+            if stop.killed:  # by a signal since the start
+                stop.kill()
+            exit_code = _wait(process, launch)
         finally:
-            kill_group(process.pid)
             processes.ended()
     reported = read_outcome(launch.folder)
     if stop.killed and (reported is None or reported.outcome is Outcome.STOPPED):

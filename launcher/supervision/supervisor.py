@@ -23,12 +23,17 @@ from launcher.supervision.attempt import Launch, Layout, run_attempt
 from launcher.supervision.launch_alerts import LaunchAlerts
 from launcher.supervision.launch_log import AttemptRecord, begin_attempt
 from launcher.supervision.launch_result import LaunchResult, clear_reports
+from launcher.supervision.rank_processes import RankProcesses
 from launcher.supervision.restarts import Attempt, End, Restart, decide
 from launcher.supervision.stop_signals import StopSignals
 
 
 def supervise(
-    launch: Launch, start_time: float, dead_owner: Renewal | None = None, first_start: float | None = None
+    launch: Launch,
+    start_time: float,
+    dead_owner: Renewal | None = None,
+    first_start: float | None = None,
+    held: RankProcesses | None = None,
 ) -> LaunchResult:
     """Run a launch until it is done, stopped, or has failed too often, and record each attempt in `RUN/launch.jsonl`.
 
@@ -38,6 +43,7 @@ def supervise(
             newer one was created since then, and nothing is started.
         dead_owner: what `check_unlocked` has returned.
         first_start: when the first attempt began, for its record; default: `start_time`.
+        held: the ranks of the first attempt, if they have been started already.
 
     On a stop signal the ranks save a checkpoint and exit; a second one kills them. No rank outlives this process.
     Raises UserError if another launch uses the run folder, OSError if it cannot be written.
@@ -54,7 +60,7 @@ def supervise(
         shutil.rmtree(folder.trials, ignore_errors=True)  # of a command that was killed
         with stop.handle(), contextlib.nullcontext() if launch.local else _ignored_suspension():
             first_start = start_time if first_start is None else first_start
-            return _Supervisor(launch, stop, first_start, alerts).run()
+            return _Supervisor(launch, stop, first_start, held, alerts).run()
 
 
 @contextlib.contextmanager
@@ -68,9 +74,12 @@ def _ignored_suspension() -> Iterator[None]:
 
 
 class _Supervisor:
-    def __init__(self, launch: Launch, stop: StopSignals, first_start: float, alerts: LaunchAlerts) -> None:
+    def __init__(
+        self, launch: Launch, stop: StopSignals, first_start: float, held: RankProcesses | None, alerts: LaunchAlerts
+    ) -> None:
         self._launch = launch
         self._first_start = first_start
+        self._held = held
         self._folder = launch.folder
         self._stop = stop
         self._alerts = alerts
@@ -134,7 +143,8 @@ class _Supervisor:
         request = _StopRequest(self._folder.stop)
         missing = self._launch.slots.keys() - layout.slots.keys()
         with watch_for_hosts(missing, self._launch.passing_hosts, self._folder, request.make):
-            result = run_attempt(self._launch, layout, self._stop, record)
+            held = None if self._attempts else self._held
+            result = run_attempt(self._launch, layout, self._stop, record, held)
         withdrawn = request.withdraw()
         return result, withdrawn and result.outcome is Outcome.STOPPED
 

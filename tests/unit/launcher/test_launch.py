@@ -1,9 +1,13 @@
+import base64
+import json
 import logging
 import os
 import shlex
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -27,8 +31,10 @@ from launcher.options import PretrainOptions
 from launcher.preflight.run import Report
 from launcher.preflight.target import Target
 from launcher.ranks.microbatch import scaled_microbatch
+from launcher.ranks.start_command import Command
 from launcher.supervision.attempt import Launch, Layout, Rendezvous
 from launcher.supervision.launch_result import LaunchResult
+from launcher.supervision.rank_processes import RankProcesses
 from pretrain.config import PretrainConfig
 
 CONFIG = """
@@ -112,6 +118,23 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
 
 
 @pytest.fixture(autouse=True)
+def held(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Stands for the ranks of this machine that wait for their launch; records their command lines, and their end."""
+    seen: list[str] = []
+
+    @contextmanager
+    def held_ranks(command: Command, start_time: float) -> Iterator[RankProcesses]:
+        seen.append(shlex.join(command.argv))
+        try:
+            yield RankProcesses(command, nullcontext)
+        finally:
+            seen.append("ended")
+
+    monkeypatch.setattr(launch, "held_ranks", held_ranks)
+    return seen
+
+
+@pytest.fixture(autouse=True)
 def failed_hosts(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """Stands for preflight: the hosts in this set fail."""
     failed: set[str] = set()
@@ -123,6 +146,12 @@ def failed_hosts(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     return failed
 
 
+def slots_of(command: Command) -> Any:
+    """The slots of a launch on this machine, as DeepSpeed reads them."""
+    (encoded,) = (word.partition("=")[2] for word in command.argv if word.startswith("--world_info="))
+    return json.loads(base64.urlsafe_b64decode(encoded))
+
+
 def test_a_plan_depends_on_the_given_machine_only(config: str, resolved: list[tuple[Any, int]]) -> None:
     """Catches a plan that reads the environment or the devices of the machine it is made on."""
     environ = {"CUDA_VISIBLE_DEVICES": "4,5,6"}
@@ -130,7 +159,8 @@ def test_a_plan_depends_on_the_given_machine_only(config: str, resolved: list[tu
     plan = plan_launch(PretrainOptions(config=config, num_gpus=2), load_config(PretrainConfig, config), gpus)
     assert plan.slots == {"localhost": (4, 5)}
     command = plan.command(Layout(plan.slots))
-    assert {"--master_port=29501", "--include=localhost:4,5"} <= set(command.argv)
+    assert slots_of(command) == {"localhost": [4, 5]}
+    assert "--master_port=29501" in command.argv
     assert command.environment == plan.added_environment
     assert command.files == {}
     assert resolved[0][1] == 2
@@ -145,7 +175,7 @@ def test_a_launch_and_its_process_may_begin_at_different_times(config: str, monk
     monkeypatch.setattr(launch, "supervise", lambda *arguments: seen.append(arguments) or LaunchResult(Outcome.DONE))
     before = time.time()
     launch_pretraining(PretrainOptions(config=config, num_gpus=2))
-    (_, start_time, _, first_start) = seen[0]
+    (_, start_time, _, first_start, _) = seen[0]
     assert before <= start_time <= time.time()
     assert first_start == 5.0
 
@@ -179,7 +209,7 @@ def test_ranks_get_the_users_config_and_overrides(config: str, launches: list[La
 
 
 def test_a_dry_run_prints_the_plan_and_starts_nothing(
-    config: str, launches: list[Launch], resolved: list[Any], capsys: pytest.CaptureFixture[str]
+    config: str, launches: list[Launch], held: list[str], resolved: list[Any], capsys: pytest.CaptureFixture[str]
 ):
     """Catches a dry run that starts or writes something, or prints something else than what would run."""
     launch_pretraining(PretrainOptions(config=config, num_gpus=2, dry_run=True, overrides={"run.dir": "2024 01"}))
@@ -188,10 +218,41 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(
     assert "TOKENIZERS_PARALLELISM=false" in environment or "TOKENIZERS_PARALLELISM" in os.environ
     argv = shlex.split(command, comments=True)
     assert argv[0] == sys.executable
-    assert "--num_gpus=2" in argv
+    assert slots_of(Command(tuple(argv), {})) == {"localhost": [0, 1]}
     assert argv[-1] == "--run.dir=2024 01"
     assert len(resolved) == 1
-    assert launches == []
+    assert launches == held == []
+    assert [path.name for path in Path.cwd().iterdir()] == ["config.yaml"]
+
+
+def test_ranks_start_while_the_launch_is_checked(
+    config: str, launches: list[Launch], held: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a start of seconds that waits for checks of seconds, and ranks that wait but are not the planned ones."""
+    monkeypatch.setattr("launcher.hosts.machine.free_port", lambda: 29501)
+    resolve = sys.modules["pretrain.resolve"].resolve
+
+    def resolve_afterwards(*arguments: Any, **options: Any) -> SimpleNamespace:
+        assert len(held) == 1
+        return resolve(*arguments, **options)
+
+    monkeypatch.setattr(sys.modules["pretrain.resolve"], "resolve", resolve_afterwards)
+    launch_pretraining(PretrainOptions(config=config, num_gpus=2, overrides={"run.dir": "2024 01"}))
+    (started,) = launches
+    assert held == [shlex.join(started.command(Layout(started.slots), None).argv), "ended"]
+
+
+def test_no_rank_of_a_refused_launch_remains(config: str, held: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a mistake in the config that leaves ranks or a run folder."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise UserError("corpus.train: no such folder")
+
+    monkeypatch.setattr(sys.modules["pretrain.resolve"], "resolve", refuse)
+    with pytest.raises(UserError, match="no such folder"):
+        launch_pretraining(PretrainOptions(config=config))
+    assert len(held) == 2
+    assert held[1] == "ended"
     assert [path.name for path in Path.cwd().iterdir()] == ["config.yaml"]
 
 
@@ -376,7 +437,7 @@ def test_if_only_this_machine_passes_it_runs_without_ssh(
     launch_pretraining(PretrainOptions(config=config, hostfile="hosts", allow_missing=True))
     (started,) = launches
     assert started.slots == {"localhost": (0, 1)}
-    assert "--num_gpus=2" in started.command(Layout(started.slots), None).argv
+    assert slots_of(started.command(Layout(started.slots), None)) == {"localhost": [0, 1]}
 
 
 def test_a_dead_machine_is_waited_for_before_preflight_only(config: str, monkeypatch: pytest.MonkeyPatch) -> None:

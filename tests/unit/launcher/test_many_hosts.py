@@ -86,7 +86,6 @@ def test_the_command_line_of_many_hosts(tmp_path: Path) -> None:
         module="launcher.start_rank",
         config=tmp_path / "launch.yaml",
         slots=SLOTS,
-        device="cpu",
         master_port=4567,
         hostfile=tmp_path / "hostfile",
     )

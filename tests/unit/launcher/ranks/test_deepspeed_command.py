@@ -2,7 +2,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from deepspeed.launcher.runner import parse_args, parse_inclusion_exclusion
+from deepspeed.launcher import launch
+from deepspeed.launcher.runner import encode_world_info, parse_args, parse_inclusion_exclusion
 
 from experiment.provenance import REPOSITORY
 from launcher.options import Launcher
@@ -13,10 +14,12 @@ COMMAND = DeepSpeedCommand(
     module="pretrain.run",
     config=Path("/runs/a config.yaml"),
     slots={"localhost": (0, 1)},
-    device="cpu",
     master_port=29999,
     overrides={"schedule.steps": "10", "run.dir": "my runs/2024_01", "corpus.eval.my-corpus": "a,b"},
 )
+
+
+HOSTS = replace(COMMAND, slots={"a": (0, 1), "b": (3,)}, hostfile=Path("/cluster/hosts"))
 
 
 def parsed(command: DeepSpeedCommand):
@@ -24,51 +27,57 @@ def parsed(command: DeepSpeedCommand):
     return parse_args(deepspeed_argv(command)[3:])
 
 
-def test_runs_deepspeed_with_this_interpreter():
+def parsed_locally(command: DeepSpeedCommand, monkeypatch: pytest.MonkeyPatch):
+    """That of a launch on this machine."""
+    monkeypatch.setattr("sys.argv", deepspeed_argv(command)[2:])
+    return launch.parse_args()
+
+
+@pytest.mark.parametrize(("command", "launcher"), [(COMMAND, "launch"), (HOSTS, "runner")])
+def test_runs_deepspeed_with_this_interpreter(command: DeepSpeedCommand, launcher: str):
     """Catches a deepspeed of another environment, found on PATH."""
-    assert deepspeed_argv(COMMAND)[:3] == ["/venv/bin/python", "-m", "deepspeed.launcher.runner"]
+    assert deepspeed_argv(command)[:3] == ["/venv/bin/python", "-m", f"deepspeed.launcher.{launcher}"]
 
 
-def test_the_ranks_get_config_and_overrides_unchanged():
+ARGUMENTS = [
+    "--config",
+    "/runs/a config.yaml",
+    "--schedule.steps=10",
+    "--run.dir=my runs/2024_01",
+    "--corpus.eval.my-corpus=a,b",
+]
+
+
+def test_the_ranks_get_config_and_overrides_unchanged(monkeypatch: pytest.MonkeyPatch):
     """Catches an override that is lost, split or consumed by DeepSpeed's launcher."""
-    args = parsed(COMMAND)
+    args = parsed_locally(COMMAND, monkeypatch)
     assert args.module
-    assert args.user_script == "pretrain.run"
-    assert args.user_args == [
-        "--config",
-        "/runs/a config.yaml",
-        "--schedule.steps=10",
-        "--run.dir=my runs/2024_01",
-        "--corpus.eval.my-corpus=a,b",
-    ]
+    assert (args.training_script, args.training_script_args) == ("pretrain.run", ARGUMENTS)
+    assert (args.master_addr, args.master_port) == ("127.0.0.1", 29999)
+
+
+def test_ranks_on_hosts_get_config_and_overrides_unchanged():
+    args = parsed(HOSTS)
+    assert args.module
+    assert (args.user_script, args.user_args) == ("pretrain.run", ARGUMENTS)
     assert args.master_port == 29999
 
 
-def test_a_module_without_a_config_gets_no_arguments():
-    assert parsed(replace(COMMAND, config=None, overrides={})).user_args == []
+@pytest.mark.parametrize("command", [COMMAND, HOSTS])
+def test_a_module_without_a_config_gets_no_arguments(command: DeepSpeedCommand):
+    assert deepspeed_argv(replace(command, config=None, overrides={}))[-1] == "pretrain.run"
 
 
-def test_a_cpu_run_counts_its_slots():
-    """Catches slot numbers reaching DeepSpeed, which knows one slot on a CPU and rejects slot 2."""
-    args = parsed(replace(COMMAND, slots={"localhost": (0, 2)}))
-    assert (args.num_gpus, args.include) == (2, "")
-
-
-def test_a_local_gpu_run_names_its_gpus():
+def test_a_local_run_names_its_slots(monkeypatch: pytest.MonkeyPatch):
     """Catches a run on the first GPUs instead of the chosen ones."""
-    args = parsed(replace(COMMAND, slots={"localhost": (0, 2)}, device="cuda"))
-    assert (args.num_gpus, args.include) == (-1, "localhost:0,2")
-
-
-def test_a_local_run_reads_no_hostfile():
-    """Catches a machine with a /job/hostfile, DeepSpeed's default, taking a local run elsewhere."""
-    assert not Path(parsed(COMMAND).hostfile).is_file()
+    args = parsed_locally(replace(COMMAND, slots={"localhost": (0, 2)}), monkeypatch)
+    assert args.world_info == encode_world_info({"localhost": [0, 2]})
+    assert (args.node_rank, args.no_python, args.no_local_rank) == (0, False, False)
 
 
 def test_several_hosts_run_on_their_slots():
     """Catches slots that DeepSpeed reads differently from the hostfile."""
-    command = replace(COMMAND, slots={"a": (0, 1), "b": (3,)}, hostfile=Path("/cluster/hosts"))
-    args = parsed(command)
+    args = parsed(HOSTS)
     assert args.hostfile == "/cluster/hosts"
     assert parse_inclusion_exclusion({"a": 2, "b": 4}, args.include, args.exclude) == {"a": [0, 1], "b": [3]}
     assert not args.force_multi
