@@ -17,16 +17,17 @@ from experiment.run_folder import RunFolder, open_run_folder
 from experiment.run_lock import Renewal, check_unlocked
 from launcher.autotuning.autotune import autotune
 from launcher.detach import remove_earlier_output
-from launcher.hosts.machine import inspect_machine, select_accelerator
+from launcher.hosts.hostfile import Slots
+from launcher.hosts.machine import Machine, inspect_machine, select_accelerator
 from launcher.launch_messages import announce_done, announce_start, announce_stop, last_step
-from launcher.launch_plan import LaunchPlan, chosen_slots, local_command, plan_launch
+from launcher.launch_plan import LaunchPlan, added_environment, chosen_slots, local_command, plan_launch
 from launcher.messages import notify
 from launcher.options import PretrainOptions
 from launcher.preflight.run import check_hosts, require_hosts
 from launcher.ranks.placement import is_local, name_localhost
 from launcher.signal_handlers import handle_stop_signals, interrupt
 from launcher.supervision.attempt import Layout
-from launcher.supervision.rank_processes import RankProcesses, held_ranks
+from launcher.supervision.rank_processes import HeldRanks, held_ranks
 from launcher.supervision.supervisor import supervise
 from pretrain.config import PretrainConfig
 
@@ -35,7 +36,7 @@ def launch_pretraining(options: PretrainOptions) -> None:
     """Pretrain, one process per slot, and return when the run is done; or print the plan, for a dry run.
 
     Raises UserError for anything that would keep the ranks from starting, StoppedError for a run that stopped early but
-    can resume, KeyboardInterrupt for a signal before the ranks start, and SystemExit for a run that failed (with a
+    can resume, KeyboardInterrupt for a signal before the ranks begin, and SystemExit for a run that failed (with a
     message) or that the ranks rejected (rank 0 prints why).
     """
     start_time = time.time()
@@ -53,20 +54,25 @@ def launch_pretraining(options: PretrainOptions) -> None:
         dead_owner = check_unlocked(RunFolder(Path(config.run.dir).absolute()))
         slots = chosen_slots(options, machine)
         announce_start(slots)
-        attempt_start = process_start()
-        with contextlib.ExitStack() as stack:
-            held = None
-            if is_local(slots) and not options.autotune:  # they import libraries, which takes seconds, while this does
-                held = stack.enter_context(held_ranks(local_command(options, slots, machine), attempt_start))
+        with _ranks_started_early(options, slots, machine) as held:
             with warnings_left_to_rank0():
-                plan = plan_launch(options, config, machine, slots)
+                plan = plan_launch(options, config, machine, slots)  # imports libraries, which takes seconds
                 if not plan.local:
                     plan = _plan_without_failed_hosts(plan)
                     if plan.slots != slots:
                         announce_start(plan.slots)
             if options.autotune:
                 plan = autotune(plan, dead_owner)
-            launch(plan, start_time, attempt_start, dead_owner, held)
+            launch(plan, start_time, dead_owner, held)
+
+
+def _ranks_started_early(
+    options: PretrainOptions, slots: Slots, machine: Machine
+) -> contextlib.AbstractContextManager[HeldRanks | None]:
+    """The ranks of a launch on this machine, which import their libraries while the launch is checked."""
+    if not is_local(slots) or options.autotune:  # others depend on the plan
+        return contextlib.nullcontext()
+    return held_ranks(local_command(options, slots, machine, added_environment(machine, local=True)))
 
 
 def _plan_without_failed_hosts(plan: LaunchPlan) -> LaunchPlan:
@@ -88,26 +94,21 @@ def describe_plan(plan: LaunchPlan) -> str:
 
 
 def launch(
-    plan: LaunchPlan,
-    start_time: float,
-    attempt_start: float,
-    dead_owner: Renewal | None = None,
-    held: RankProcesses | None = None,
+    plan: LaunchPlan, start_time: float, dead_owner: Renewal | None = None, held: HeldRanks | None = None
 ) -> None:
-    """Start the ranks and wait until they have exited. Raises StoppedError and SystemExit as `launch_pretraining`.
+    """Let the ranks begin and wait until they have exited. Raises StoppedError and SystemExit as `launch_pretraining`.
 
     Args:
         plan: what to start.
         start_time: `time.time()` when deepcloze began to check the launch.
-        attempt_start: when the first attempt began, as `time.time()`.
         dead_owner: what `check_unlocked` has returned.
-        held: the ranks of the first attempt, if they have been started already.
+        held: the ranks, if they have been started already.
     """
     to_start = plan.launch()
     remove_earlier_output(open_run_folder(plan.folder.path))
     step_before = last_step(plan.folder)
     notify(plan.summary)
-    result = supervise(to_start, start_time, dead_owner, attempt_start, held)
+    result = supervise(to_start, start_time, dead_owner, held.start_time if held else process_start(), held)
     match result.outcome:
         case Outcome.DONE:
             announce_done(plan.folder, step_before, time.time() - start_time)

@@ -79,7 +79,7 @@ class LaunchPlan:
     def command(self, layout: Layout, rendezvous: Rendezvous | None = None) -> Command:
         """How DeepSpeed starts the ranks of a layout. `rendezvous`: None: unknown, or all ranks run here."""
         if self.local and layout.microbatch_halvings == 0 and not self.config_changed:
-            return local_command(self.options, layout.slots, self.machine)
+            return local_command(self.options, layout.slots, self.machine, self.added_environment)
         config_file = self.folder.logs / "launch.yaml"
         command = DeepSpeedCommand(
             python=sys.executable,
@@ -125,12 +125,15 @@ def plan_launch(
     else:
         _check_paths(run.folder)
     target = target_of_run(target_of_hosts(slots, machine, options), run.config, run.num_parameters, run.folder)
-    added = _added_environment(machine, local)
+    added = added_environment(machine, local)
     return LaunchPlan(options, run.config, run.folder, slots, machine, added, target, _summary(run))
 
 
-def local_command(options: PretrainOptions, slots: Slots, machine: Machine) -> Command:
-    """How DeepSpeed starts ranks on this machine that read the config of the options."""
+def local_command(options: PretrainOptions, slots: Slots, machine: Machine, added: Mapping[str, str]) -> Command:
+    """How DeepSpeed starts ranks on this machine that read the config of the options.
+
+    added: as `added_environment`.
+    """
     command = DeepSpeedCommand(
         python=sys.executable,
         module=_RANK_MODULE,
@@ -139,10 +142,11 @@ def local_command(options: PretrainOptions, slots: Slots, machine: Machine) -> C
         slots=slots,
         master_port=machine.find_port(),
     )
-    return start_command(command, machine, _added_environment(machine, local=True))
+    return start_command(command, machine, added, {}, None)
 
 
-def _added_environment(machine: Machine, local: bool) -> dict[str, str]:
+def added_environment(machine: Machine, local: bool) -> dict[str, str]:
+    """The variables that a launch adds for all ranks. local: whether all of them run on this machine."""
     return launch_environment(machine.environ, machine.devices.kind if local else None, REPOSITORY)
 
 

@@ -29,9 +29,14 @@ _POLL_SECONDS = 0.01
 
 
 def wait_at_gate() -> None:
-    """Wait until the launch that has started this process lets it begin. If it is refused, it kills the process."""
-    gate = os.environ.pop(GATE_VARIABLE, None)
-    while gate is not None and not Path(gate).exists():
+    """Wait until the launch that has started this process lets it begin. Ends the process if the launch has ended,
+    which usually kills it."""
+    if (path := os.environ.pop(GATE_VARIABLE, None)) is None:
+        return
+    gate = Path(path)
+    while not gate.exists():
+        if not gate.parent.exists():
+            exit_process(Outcome.REFUSED)
         time.sleep(_POLL_SECONDS)
 
 

@@ -34,7 +34,7 @@ class Machine:
 
     devices: Devices
     environ: Mapping[str, str] = field(repr=False)  # may contain secrets
-    find_port: Callable[[], int]  # a free port, called as late as possible
+    find_port: Callable[[], int]  # a free port: called shortly before it is used
     deepspeed_env_files: tuple[Path, ...] = ()  # the user's own, which DeepSpeed exports to other hosts
 
     def deepspeed_env_text(self) -> str:
@@ -55,8 +55,8 @@ def inspect_machine() -> Machine:
 def find_devices(environ: Mapping[str, str]) -> Devices:
     """The GPUs in CUDA_VISIBLE_DEVICES, or, without GPUs, the cores this process may use.
 
-    DS_ACCELERATOR=cpu selects the cores on a machine with GPUs too. GPUs that are not listed by number, which
-    DeepSpeed's launcher does not understand, are a problem only if ranks are to run on them.
+    DS_ACCELERATOR=cpu selects the cores on a machine with GPUs too. GPUs that are not listed by number are a
+    problem only if ranks are to run on them.
     """
     cores = Devices("cpu", tuple(range(cpu_cores())))
     # nvidia-modprobe makes the devices when a program first asks for them.
@@ -78,7 +78,7 @@ def find_devices(environ: Mapping[str, str]) -> Devices:
         if not name.isdigit():
             problem = (
                 f"CUDA_VISIBLE_DEVICES={visible}: expected GPU numbers such as 0,1, found {name!r}; "
-                "DeepSpeed's launcher accepts nothing else"
+                "slots are numbers of GPUs"
             )
             return Devices("cuda", (), problem)
     return Devices("cuda", tuple(map(int, names))[:count])

@@ -16,7 +16,6 @@ from launcher.hosts.guarded_hosts import GuardedHosts, GuardRequest, Rendezvous
 from launcher.hosts.hostfile import Slots
 from launcher.hosts.machine import Machine
 from launcher.preflight.target import Target
-from launcher.preflight.temporary_folder import temporary_folder
 from launcher.ranks.deepspeed_command import DeepSpeedCommand
 from launcher.ranks.environment import (
     launch_environment,
@@ -24,6 +23,7 @@ from launcher.ranks.environment import (
 from launcher.ranks.placement import is_local
 from launcher.ranks.start_command import Command, start_command
 from launcher.supervision.process_groups import kill_group, watchdog
+from launcher.temporary_folder import temporary_folder
 
 LIMIT_SECONDS = 240.0
 """After which each rank gives up. Most of it is for the start: Python's modules may come from a slow disk."""

@@ -21,8 +21,8 @@ from launcher.preflight.probe import LAUNCHER_TOKEN
 from launcher.preflight.probe_hosts import probe_hosts, probe_this_machine
 from launcher.preflight.table import preflight_table
 from launcher.preflight.target import Target
-from launcher.preflight.temporary_folder import temporary_folder
 from launcher.ranks.placement import is_local, name_localhost
+from launcher.temporary_folder import temporary_folder
 
 _PACKAGES = ("launcher", "pretrain", "finetune", "experiment")
 _TOKEN_FOLDER = ".preflight-"

@@ -33,7 +33,7 @@ def deepspeed_argv(command: DeepSpeedCommand) -> list[str]:
     """The argv that starts one rank per slot, each running `module --config FILE --section.key=value …`."""
     return [
         # Run as a module, so that the ranks use this interpreter whatever PATH says.
-        *(command.python, "-m", *(_local_launcher(command) if command.hostfile is None else _launcher(command))),
+        *(command.python, "-m", *(_local_launcher(command) if command.hostfile is None else _hosts_launcher(command))),
         *(("--config", str(command.config)) if command.config is not None else ()),
         *(f"--{key}={text}" for key, text in command.overrides.items()),
     ]
@@ -50,7 +50,7 @@ def _local_launcher(command: DeepSpeedCommand) -> list[str]:
     ]
 
 
-def _launcher(command: DeepSpeedCommand) -> list[str]:
+def _hosts_launcher(command: DeepSpeedCommand) -> list[str]:
     include = "@".join(f"{host}:{','.join(map(str, slots))}" for host, slots in command.slots.items())
     return [
         *("deepspeed.launcher.runner", _LOG_LEVEL, f"--master_port={command.master_port}"),

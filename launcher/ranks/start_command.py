@@ -29,8 +29,8 @@ def start_command(
     command: DeepSpeedCommand,
     machine: Machine,
     added: Mapping[str, str],
-    forwarded: Mapping[str, str] | None = None,
-    rendezvous: Rendezvous | None = None,
+    forwarded: Mapping[str, str],
+    rendezvous: Rendezvous | None,
 ) -> Command:
     """The command with its environment and, for ranks on other hosts, its hostfile and the variables to export, which
     are written to the folder of the hostfile.
@@ -38,7 +38,7 @@ def start_command(
     Args:
         machine: the machine that it is started on.
         added: variables that the launch adds for its ranks.
-        forwarded: variables that guards bring to other hosts; default: none.
+        forwarded: variables that guards bring to other hosts.
         rendezvous: None: unknown, or all ranks run on this machine.
     """
     argv = tuple(deepspeed_argv(command))
@@ -46,7 +46,7 @@ def start_command(
         return Command(argv, deepspeed_environment(machine.environ, added))
     exports = command.hostfile.with_name("worker.env")
     exported = exported_variables(added, rendezvous, command.launcher)
-    environment = remote_deepspeed_environment(machine.environ, added, forwarded or {}) | {"DS_ENV_FILE": str(exports)}
+    environment = remote_deepspeed_environment(machine.environ, added, forwarded) | {"DS_ENV_FILE": str(exports)}
     files = {
         command.hostfile: hostfile_text(command.slots),
         exports: exported_text(exported, machine.deepspeed_env_text()),

@@ -1,6 +1,6 @@
 """One attempt to run a launch: start DeepSpeed and wait until all its processes have exited, on all hosts.
 
-DeepSpeed's launcher kills the ranks when it gets a signal and reduces most exit codes to 0 or 1. Therefore it runs in a
+DeepSpeed's launcher kills the ranks when it gets a signal, and its exit code says little. Therefore it runs in a
 session of its own, which Ctrl-C does not reach. The outcome is read from the run folder, where the ranks write it
 (`launch_result`). Processes on other hosts are guarded (`guarded_hosts`).
 """
@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import xxhash
@@ -28,9 +27,9 @@ from launcher.ranks.start_command import Command
 from launcher.supervision.early_stop import kill_on_early_stop
 from launcher.supervision.hang_watch import WatchedRanks, hang_watch
 from launcher.supervision.launch_log import AttemptRecord
-from launcher.supervision.launch_result import LaunchResult, all_done, read_result
+from launcher.supervision.launch_result import LaunchResult, all_done, has_begun, read_result
 from launcher.supervision.process_groups import kill_group
-from launcher.supervision.rank_processes import RankProcesses, started
+from launcher.supervision.rank_processes import Begin, HeldRanks, started
 from launcher.supervision.stop_signals import StopSignals
 
 # DeepSpeed's launcher gives ranks 30 s to exit after one of them failed or it got a signal.
@@ -68,17 +67,19 @@ class Launch:
 
 
 def run_attempt(
-    launch: Launch, layout: Layout, stop: StopSignals, record: AttemptRecord, held: RankProcesses | None = None
+    launch: Launch, layout: Layout, stop: StopSignals, record: AttemptRecord, held: HeldRanks | None = None
 ) -> LaunchResult:
     """Run the ranks of this layout until they have exited. No process of theirs remains on a host that answers.
 
     held: the ranks, if they have been started already.
     """
     if launch.local:
+        if stop.killed:
+            return _KILLED
         processes = _Processes()
         watched = _watched_ranks(launch, layout, processes, processes.request_stack)
-        ranks = held or _ranks(launch.command(layout, None), record, subprocess.DEVNULL if launch.quiet else None)
-        return _run(launch, ranks, stop, record, processes, watched)
+        command = held.command if held else launch.command(layout, None)
+        return _run(launch, command, held.begin if held else None, stop, record, processes, watched)
     hosts = list(layout.slots)
     name = _launch_name(launch.folder)
     processes = _Processes()
@@ -88,10 +89,9 @@ def run_attempt(
     with kill_on_early_stop(launch.folder, stop) as stopped_early, guards:
         result = None
         if not guards.lost and not stop.killed:
-            output = subprocess.DEVNULL if launch.quiet else subprocess.PIPE
-            ranks = _ranks(launch.command(layout, guards.rendezvous()), record, output)
+            command = launch.command(layout, guards.rendezvous())
             watched = _watched_ranks(launch, layout, processes, lambda beat: guards.request_stack(beat))
-            result = _run(launch, ranks, stop, record, processes, watched)
+            result = _run(launch, command, None, stop, record, processes, watched)
         lost = dict(guards.lost)
     if stopped_early.is_set():
         return _STOPPED_EARLY
@@ -174,47 +174,62 @@ def _watched_ranks(
     return WatchedRanks(launch.folder, ranks, launch.hang_seconds, request_stack, processes.kill)
 
 
-def _ranks(command: Command, record: AttemptRecord, output: int | None) -> RankProcesses:
-    return RankProcesses(command, partial(started, command, record.start_time, output))
-
-
 def _run(
     launch: Launch,
-    ranks: RankProcesses,
+    command: Command,
+    begin: Begin | None,
     stop: StopSignals,
     record: AttemptRecord,
     processes: _Processes,
     watched: WatchedRanks,
 ) -> LaunchResult:
-    record.start(ranks.command.argv)
-    for path, text in ranks.command.files.items():
+    """Start ranks, or let held ones `begin`, and wait until they have exited."""
+    record.start(command.argv)
+    for path, text in command.files.items():
         _write_private(path, text)
+    output = subprocess.DEVNULL if launch.quiet else None if launch.local else subprocess.PIPE
     start_time = time.time()
-    with ranks.begin() as process, hang_watch(watched) as hang:
-        try:
+    try:
+        with begin() if begin else started(command, record.start_time, output) as process, hang_watch(watched) as hang:
             stop.kill = processes.kill
             processes.started(process.pid)
             if stop.killed:  # by a signal since the start
                 stop.kill()
             exit_code = _wait(process, launch)
-        finally:
-            processes.ended()
+    finally:
+        processes.ended()
+    return _result(launch, stop, hang.message, processes.left, exit_code, start_time)
+
+
+def _result(
+    launch: Launch, stop: StopSignals, hung: str | None, left: str | None, exit_code: int, start_time: float
+) -> LaunchResult:
+    """The result of processes that have exited.
+
+    Args:
+        hung: the message if they were killed because a rank hung.
+        left: the host that they were killed for: its own had ended.
+        exit_code: of DeepSpeed's launcher.
+        start_time: when the ranks began, as `time.time()`.
+    """
     reported = read_outcome(launch.folder)
     if stop.killed and (reported is None or reported.outcome is Outcome.STOPPED):
         return _KILLED
-    if hang.message is not None and (reported is None or reported.outcome is Outcome.FAILED):
-        return LaunchResult(Outcome.FAILED, hang.message, Cause.HUNG)
-    if processes.left is not None:
+    if hung is not None and (reported is None or reported.outcome is Outcome.FAILED):
+        return LaunchResult(Outcome.FAILED, hung, Cause.HUNG)
+    if left is not None:
         if reported is None:
-            message = f"the processes on {processes.left} ended, and those on other hosts did not"
+            message = f"the processes on {left} ended, and those on other hosts did not"
             return LaunchResult(Outcome.FAILED, message, Cause.KILLED)
         exit_code = 1  # that of DeepSpeed's launcher says only that `processes` killed it
+    if reported is None and stop.requested and not has_begun(launch.folder):
+        return _STOPPED_EARLY  # DeepSpeed's launcher exits with 1 if it gets the signal too
     return read_result(launch.folder, exit_code, start_time, remote=not launch.local)
 
 
 def _wait(process: "subprocess.Popen[bytes]", launch: Launch) -> int:
     """The exit code of DeepSpeed's launcher, once its process group is empty. On this machine, what is left of the
-    group when all ranks are done is killed: DeepSpeed takes two seconds to notice that and to exit."""
+    group when all ranks are done is killed: DeepSpeed takes up to a second to notice that and to exit."""
     ranks = sum(map(len, launch.slots.values()))
     exit_code = None
     while exit_code is None:

@@ -35,6 +35,11 @@ def clear_reports(folder: RunFolder) -> None:
         path.unlink(missing_ok=True)
 
 
+def has_begun(folder: RunFolder) -> bool:
+    """Whether a rank has begun: until then, signals end it at once."""
+    return any(_rank_processes(folder))
+
+
 def all_done(folder: RunFolder, ranks: int) -> bool:
     """Whether the run is done, and the processes of all its ranks, which are on this machine, have ended."""
     reported = read_outcome(folder)
@@ -70,10 +75,10 @@ def read_result(folder: RunFolder, exit_code: int, start_time: float, remote: bo
     if remote and exit_code == SSH_FAILED:
         killer, cause, ending = None, Cause.LOST_HOST, "ssh failed or lost the connection to a host"
     # It exits with 0 if a signal ended the program that starts ranks on other hosts.
-    if remote and exit_code == 0 and (silent or not any(_rank_processes(folder))):
+    if remote and exit_code == 0 and (silent or not has_begun(folder)):
         cause, ending = Cause.KILLED, "pdsh, mpirun or srun, which runs the ranks on other hosts, was killed"
     if reported is None:
-        # Ranks catch stop signals, except while they import their modules.
+        # Ranks catch stop signals when they begin, after their imports.
         if exit_code == Outcome.STOPPED.exit_code or killer in STOP_SIGNALS:
             message = "stopped before the first step; run the same command again"
             return LaunchResult(Outcome.STOPPED, message, Cause.SIGNAL)

@@ -7,20 +7,26 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from experiment.goodput import process_start
 from experiment.launch_variable import GATE_VARIABLE, START_VARIABLE
 from experiment.signals import warnings_blocked
 from launcher.ranks.start_command import Command
+from launcher.signal_handlers import handle_stop_signals, interrupt
 from launcher.supervision.output_filter import filtered_output
 from launcher.supervision.process_groups import kill_group, watchdog
+from launcher.temporary_folder import temporary_folder
+
+Begin = Callable[[], AbstractContextManager["subprocess.Popen[bytes]"]]
+"""Lets ranks begin, once. In the block there is DeepSpeed's launcher, whose process group is killed at the end."""
 
 
 @dataclass(frozen=True)
-class RankProcesses:
-    """Ranks to be started, or that wait at a gate."""
+class HeldRanks:
+    """Ranks on this machine that have been started, and wait after their imports."""
 
     command: Command
-    begin: Callable[[], AbstractContextManager["subprocess.Popen[bytes]"]]
-    """Lets them begin, once. DeepSpeed's launcher, whose process group is killed at the end of the block."""
+    start_time: float  # of the attempt, exactly as the ranks know it
+    begin: Begin
 
 
 @contextmanager
@@ -46,23 +52,29 @@ def started(
             stderr=output,
             start_new_session=True,
         )
-    with filtered_output(process):
+    with filtered_output(process), watchdog(process.pid):
         try:
-            with watchdog(process.pid):
-                yield process
+            yield process
         finally:
             kill_group(process.pid)
+            process.wait()
 
 
 @contextmanager
-def held_ranks(command: Command, start_time: float) -> Iterator[RankProcesses]:
-    """Start ranks on this machine that import their modules, which takes seconds, and wait until they may begin.
-
-    They are killed at the end of the block unless `begin` was called. `start_time`: of the attempt, as `time.time()`.
-    """
-    with tempfile.TemporaryDirectory(prefix="deepcloze-launch-") as folder, ExitStack() as held:
-        gate = Path(folder) / "gate"
-        process = held.enter_context(started(command, start_time, gate=gate))
+def held_ranks(command: Command) -> Iterator[HeldRanks]:
+    """Start ranks that import their modules, which takes seconds, and wait until `begin` is called. They are killed at
+    the end of the block, or earlier if this process dies. Raises KeyboardInterrupt for a stop signal."""
+    start_time = process_start()
+    with (
+        temporary_folder(Path(tempfile.gettempdir()), "deepcloze-launch-", mode=0o700) as folder,
+        ExitStack() as held,
+    ):
+        gate = folder / "gate"
+        signals: list[int] = []
+        with handle_stop_signals(signals.append):  # an exception while they start would leave them running
+            process = held.enter_context(started(command, start_time, gate=gate))
+        if signals:
+            interrupt(signals[0])
 
         @contextmanager
         def begin() -> Iterator["subprocess.Popen[bytes]"]:
@@ -70,4 +82,4 @@ def held_ranks(command: Command, start_time: float) -> Iterator[RankProcesses]:
                 gate.touch()
                 yield process
 
-        yield RankProcesses(command, begin)
+        yield HeldRanks(command, start_time, begin)

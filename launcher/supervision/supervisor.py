@@ -23,7 +23,7 @@ from launcher.supervision.attempt import Launch, Layout, run_attempt
 from launcher.supervision.launch_alerts import LaunchAlerts
 from launcher.supervision.launch_log import AttemptRecord, begin_attempt
 from launcher.supervision.launch_result import LaunchResult, clear_reports
-from launcher.supervision.rank_processes import RankProcesses
+from launcher.supervision.rank_processes import HeldRanks
 from launcher.supervision.restarts import Attempt, End, Restart, decide
 from launcher.supervision.stop_signals import StopSignals
 
@@ -33,17 +33,18 @@ def supervise(
     start_time: float,
     dead_owner: Renewal | None = None,
     first_start: float | None = None,
-    held: RankProcesses | None = None,
+    held: HeldRanks | None = None,
 ) -> LaunchResult:
     """Run a launch until it is done, stopped, or has failed too often, and record each attempt in `RUN/launch.jsonl`.
 
     Args:
         launch: what to run.
         start_time: `time.time()` when deepcloze began to check the launch. A STOP file that is older is removed; a
-            newer one was created since then, and nothing is started.
+            newer one was created since then, and no rank begins.
         dead_owner: what `check_unlocked` has returned.
         first_start: when the first attempt began, for its record; default: `start_time`.
-        held: the ranks of the first attempt, if they have been started already.
+        held: the ranks of the first attempt, if they have been started already, at `first_start`. The caller ends those
+            that have not begun.
 
     On a stop signal the ranks save a checkpoint and exit; a second one kills them. No rank outlives this process.
     Raises UserError if another launch uses the run folder, OSError if it cannot be written.
@@ -75,7 +76,7 @@ def _ignored_suspension() -> Iterator[None]:
 
 class _Supervisor:
     def __init__(
-        self, launch: Launch, stop: StopSignals, first_start: float, held: RankProcesses | None, alerts: LaunchAlerts
+        self, launch: Launch, stop: StopSignals, first_start: float, held: HeldRanks | None, alerts: LaunchAlerts
     ) -> None:
         self._launch = launch
         self._first_start = first_start

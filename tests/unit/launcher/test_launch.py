@@ -34,7 +34,7 @@ from launcher.ranks.microbatch import scaled_microbatch
 from launcher.ranks.start_command import Command
 from launcher.supervision.attempt import Launch, Layout, Rendezvous
 from launcher.supervision.launch_result import LaunchResult
-from launcher.supervision.rank_processes import RankProcesses
+from launcher.supervision.rank_processes import HeldRanks
 from pretrain.config import PretrainConfig
 
 CONFIG = """
@@ -123,10 +123,10 @@ def held(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
 
     @contextmanager
-    def held_ranks(command: Command, start_time: float) -> Iterator[RankProcesses]:
+    def held_ranks(command: Command) -> Iterator[HeldRanks]:
         seen.append(shlex.join(command.argv))
         try:
-            yield RankProcesses(command, nullcontext)
+            yield HeldRanks(command, 5.0, nullcontext)
         finally:
             seen.append("ended")
 
@@ -171,13 +171,12 @@ def test_a_launch_and_its_process_may_begin_at_different_times(config: str, monk
     """Catches a STOP file compared with the start of a shell that has prepared the launch, or time missing in the
     ledger."""
     seen: list[Any] = []
-    monkeypatch.setattr(launch, "process_start", lambda: 5.0)
     monkeypatch.setattr(launch, "supervise", lambda *arguments: seen.append(arguments) or LaunchResult(Outcome.DONE))
     before = time.time()
     launch_pretraining(PretrainOptions(config=config, num_gpus=2))
-    (_, start_time, _, first_start, _) = seen[0]
+    (_, start_time, _, first_start, held) = seen[0]
     assert before <= start_time <= time.time()
-    assert first_start == 5.0
+    assert first_start == held.start_time == 5.0
 
 
 @pytest.mark.parametrize("dry_run", [True, False])
@@ -346,7 +345,7 @@ def test_a_profile_is_requested_from_the_ranks(config: str, launches: list[Launc
 
 
 def test_trials_precede_the_launch_but_not_a_dry_run(
-    config: str, launches: list[Launch], monkeypatch: pytest.MonkeyPatch
+    config: str, launches: list[Launch], held: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches a choice that the run does not start with, and trials for a plan that is only printed."""
     chosen: list[LaunchPlan] = []
@@ -360,6 +359,7 @@ def test_trials_precede_the_launch_but_not_a_dry_run(
     launch_pretraining(PretrainOptions(config=config, autotune=True, dry_run=True))
     assert chosen == []
     launch_pretraining(PretrainOptions(config=config, autotune=True))
+    assert held == [], "they would train with the size before the trials"
     (started,) = launches
     (text,) = started.command(Layout(started.slots), None).files.values()
     assert yaml.safe_load(text)["batch"]["microbatch_tokens"] == 16384
@@ -430,7 +430,7 @@ def test_hosts_that_fail_preflight_are_left_out_on_request(
 
 
 def test_if_only_this_machine_passes_it_runs_without_ssh(
-    config: str, launches: list[Launch], failed_hosts: set[str]
+    config: str, launches: list[Launch], failed_hosts: set[str], held: list[str]
 ) -> None:
     Path("hosts").write_text("localhost slots=2\n192.0.2.2 slots=2\n")
     failed_hosts.add("192.0.2.2")
@@ -438,6 +438,7 @@ def test_if_only_this_machine_passes_it_runs_without_ssh(
     (started,) = launches
     assert started.slots == {"localhost": (0, 1)}
     assert slots_of(started.command(Layout(started.slots), None)) == {"localhost": [0, 1]}
+    assert held == [], "before preflight, the ranks were to run on two hosts"
 
 
 def test_a_dead_machine_is_waited_for_before_preflight_only(config: str, monkeypatch: pytest.MonkeyPatch) -> None:

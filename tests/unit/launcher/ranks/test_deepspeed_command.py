@@ -19,6 +19,13 @@ COMMAND = DeepSpeedCommand(
 )
 
 
+ARGUMENTS = [
+    "--config",
+    "/runs/a config.yaml",
+    "--schedule.steps=10",
+    "--run.dir=my runs/2024_01",
+    "--corpus.eval.my-corpus=a,b",
+]
 HOSTS = replace(COMMAND, slots={"a": (0, 1), "b": (3,)}, hostfile=Path("/cluster/hosts"))
 
 
@@ -37,15 +44,6 @@ def parsed_locally(command: DeepSpeedCommand, monkeypatch: pytest.MonkeyPatch):
 def test_runs_deepspeed_with_this_interpreter(command: DeepSpeedCommand, launcher: str):
     """Catches a deepspeed of another environment, found on PATH."""
     assert deepspeed_argv(command)[:3] == ["/venv/bin/python", "-m", f"deepspeed.launcher.{launcher}"]
-
-
-ARGUMENTS = [
-    "--config",
-    "/runs/a config.yaml",
-    "--schedule.steps=10",
-    "--run.dir=my runs/2024_01",
-    "--corpus.eval.my-corpus=a,b",
-]
 
 
 def test_the_ranks_get_config_and_overrides_unchanged(monkeypatch: pytest.MonkeyPatch):

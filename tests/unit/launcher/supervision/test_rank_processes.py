@@ -1,13 +1,17 @@
+import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
+import pytest
 
+from experiment.launch_variable import GATE_VARIABLE
 from experiment.outcome_file import Outcome
 from experiment.run_folder import RunFolder, open_run_folder
 from launcher.ranks.start_command import Command
@@ -36,12 +40,21 @@ wait_at_gate()
 {body}
 """
 
-# Stands for `deepcloze`.
+# Stands for `deepcloze`. With a second argument it gets a signal while DeepSpeed's launcher starts.
 LAUNCHER = """
-import os, sys, time
+import json, os, signal, subprocess, sys, time
 from launcher.ranks.start_command import Command
+from launcher.signal_handlers import handle_stop_signals, interrupt
 from launcher.supervision.rank_processes import held_ranks
-with held_ranks(Command(tuple(sys.argv[1:]), os.environ), 1.0):
+argv, early = json.loads(sys.argv[1]), sys.argv[2:]
+popen = subprocess.Popen
+def start(*arguments, **options):
+    process = popen(*arguments, **options)
+    if early:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return process
+subprocess.Popen = start
+with handle_stop_signals(interrupt), held_ranks(Command(tuple(argv), os.environ)):
     time.sleep(3600)
 """
 
@@ -59,35 +72,78 @@ def has_ended(folder: Path) -> bool:
         return True
 
 
+def launcher(folder: Path, *arguments: str) -> "subprocess.Popen[bytes]":
+    (folder / "tmp").mkdir()
+    command = rank(folder)
+    return subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, json.dumps(command.argv), *arguments],
+        env={**command.environment, "TMPDIR": str(folder / "tmp")},
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def processes_with(path: Path) -> list[psutil.Process]:
+    """Those with this path in their command line."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if any(str(path) in word for word in process.cmdline()):
+                found.append(process)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder for temporary files."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
 def test_held_ranks_import_and_wait(tmp_path: Path) -> None:
     """Catches ranks that begin a run which is still being checked, and ones that never begin."""
-    with held_ranks(rank(tmp_path), 1.0) as ranks:
+    with held_ranks(rank(tmp_path)) as held:
         wait_until((tmp_path / "imported").exists)
         time.sleep(0.2)  # a rank that does not wait would begin in it
         assert not (tmp_path / "began").exists()
-        with ranks.begin() as process:
+        with held.begin() as process:
             assert process.wait() == 0
-    assert float((tmp_path / "began").read_text()) == 1.0
+    assert float((tmp_path / "began").read_text()) == held.start_time, "the ledger finds an attempt by it"
 
 
-def test_ranks_of_a_refused_launch_are_killed(tmp_path: Path) -> None:
+def test_ranks_of_a_refused_launch_are_killed(tmp_path: Path, temporary: Path) -> None:
     """Catches processes and files that a mistake in the config leaves."""
-    folders = set(Path(tempfile.gettempdir()).glob("deepcloze-launch-*"))
-    with held_ranks(rank(tmp_path), 1.0):
+    with held_ranks(rank(tmp_path)):
         wait_until((tmp_path / "imported").exists)
     wait_until(lambda: has_ended(tmp_path))
     assert not (tmp_path / "began").exists()
-    assert set(Path(tempfile.gettempdir()).glob("deepcloze-launch-*")) <= folders
+    assert list(temporary.iterdir()) == []
 
 
 def test_held_ranks_do_not_outlive_the_launcher(tmp_path: Path) -> None:
     """Catches ranks that wait forever for a launcher that was killed."""
-    command = rank(tmp_path)
-    launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, *command.argv], env=command.environment)
-    wait_until((tmp_path / "imported").exists, launcher)
-    launcher.send_signal(signal.SIGKILL)
-    launcher.wait()
+    process = launcher(tmp_path)
+    wait_until((tmp_path / "imported").exists, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
     wait_until(lambda: has_ended(tmp_path))
+
+
+def test_a_signal_while_the_ranks_are_started_leaves_none(tmp_path: Path) -> None:
+    """Catches processes that nobody kills, because the signal comes before the launcher knows them."""
+    process = launcher(tmp_path, "early")
+    assert process.wait() != 0
+    wait_until(lambda: not processes_with(tmp_path))
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_a_rank_ends_if_its_launch_is_gone(tmp_path: Path) -> None:
+    """Catches a rank that waits forever because it was not killed with its launcher."""
+    command = rank(tmp_path)
+    environment = {**command.environment, GATE_VARIABLE: str(tmp_path / "removed" / "gate")}
+    assert subprocess.run(command.argv, env=environment, check=False).returncode == 2
+    assert not (tmp_path / "began").exists()
 
 
 def test_a_restart_starts_ranks_of_its_own(tmp_path: Path) -> None:
@@ -95,8 +151,8 @@ def test_a_restart_starts_ranks_of_its_own(tmp_path: Path) -> None:
     folder: RunFolder = open_run_folder(tmp_path / "run")
     body = "write_outcome(RunFolder(folder / 'run'), Outcome.{}, 'lost a rank', Cause.LOST_RANK)"
     launch = Launch(folder, {"localhost": (0,)}, lambda *_: rank(tmp_path, body.format("DONE")), max_restarts=1)
-    with held_ranks(rank(tmp_path, body.format("FAILED")), 1.0) as ranks:
-        result = supervise(launch, time.time(), first_start=1.0, held=ranks)
+    with held_ranks(rank(tmp_path, body.format("FAILED"))) as held:
+        result = supervise(launch, time.time(), first_start=held.start_time, held=held)
     assert result.outcome is Outcome.DONE
     assert len(folder.launches.read_text().splitlines()) == 2
-    assert float((tmp_path / "began").read_text()) > 1.0
+    assert float((tmp_path / "began").read_text()) > held.start_time

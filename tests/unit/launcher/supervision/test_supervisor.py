@@ -132,13 +132,13 @@ def launches(folder: RunFolder) -> list[dict]:
 @pytest.mark.parametrize("outcome", list(Outcome))
 @pytest.mark.parametrize("code", [0, 1])
 def test_what_the_ranks_wrote_is_the_outcome(folder: RunFolder, outcome: Outcome, code: int):
-    """Catches the exit code of DeepSpeed's launcher, which is always 0 or 1, being taken for the outcome."""
+    """Catches the exit code of DeepSpeed's launcher, which may be 0 or 1 for any outcome, being taken for it."""
     result = attempt(folder, f"write_outcome(folder, Outcome({outcome.value!r}), 'because'); sys.exit({code})")
     assert result == LaunchResult(outcome, "because")
 
 
 def test_a_run_ends_when_its_ranks_have(folder: RunFolder):
-    """Catches a launch that waits for DeepSpeed's launcher, which takes two seconds to exit; here it never does."""
+    """Catches a launch that waits for DeepSpeed's launcher, which takes a second to exit; here it never does."""
     body = (
         "import json, subprocess\n"
         "rank = subprocess.Popen([sys.executable, '-c', ''])\n"
@@ -289,6 +289,15 @@ def test_a_stop_between_restarts_ends_the_launch(folder: RunFolder, number: sign
     assert len(launches(folder)) == 1
     assert result.outcome is Outcome.STOPPED
     assert result.message.startswith("lost a rank\nstopped")
+
+
+@pytest.mark.parametrize(("begun", "outcome"), [(False, Outcome.STOPPED), (True, Outcome.FAILED)])
+def test_a_signal_to_all_processes_stops_ranks_that_import(folder: RunFolder, begun: bool, outcome: Outcome) -> None:
+    """Catches exit code 1 for a job that a batch system ends early, because DeepSpeed's launcher, which gets the signal
+    too, exits with it; and one that hides the failure of a rank that saves."""
+    record = "folder.rank_record(0).write_text('{}')" if begun else "pass"
+    body = f"{record}; os.kill(os.getppid(), signal.SIGTERM); sys.exit(1)"
+    assert attempt(folder, body).outcome is outcome
 
 
 def test_a_disk_that_fails_between_attempts_is_tried_again(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:

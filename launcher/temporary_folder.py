@@ -1,4 +1,4 @@
-"""Temporary folders of preflight. A process that is killed leaves its folder; the next one removes it."""
+"""Temporary folders of launches and preflight. A process that is killed leaves its folder; the next one removes it."""
 
 import fcntl
 import json

@@ -3,13 +3,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launcher.preflight.temporary_folder import temporary_folder
+from launcher.temporary_folder import temporary_folder
 from waiting import wait_until
 
 OWNER = """
 import sys, time
 from pathlib import Path
-from launcher.preflight.temporary_folder import temporary_folder
+from launcher.temporary_folder import temporary_folder
 with temporary_folder(Path(sys.argv[1]), "mine-", mode=0o700) as folder:
     (folder / "secret").touch()
     time.sleep(3600)
