@@ -18,8 +18,10 @@ def run() -> NoReturn:
                 file=sys.stderr,
             )
             sys.exit(2)
-    from launcher.__main__ import run as run_launcher
-
+    try:
+        from launcher.__main__ import run as run_launcher
+    except KeyboardInterrupt:
+        sys.exit(130)
     run_launcher()
 
 

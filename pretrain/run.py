@@ -7,10 +7,13 @@
 
 import gc
 import os
+import signal
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends it without a traceback while it imports
     gc.disable()  # imports make a million objects that stay, and collections among them take a second
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # so that torch finds no GPU either; read at its first look for one

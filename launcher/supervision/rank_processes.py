@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from experiment.errors import UserError
 from experiment.goodput import process_start
 from experiment.launch_variable import GATE_VARIABLE, START_VARIABLE
 from experiment.signals import warnings_blocked
@@ -63,7 +64,10 @@ def started(
 @contextmanager
 def held_ranks(command: Command) -> Iterator[HeldRanks]:
     """Start ranks that import their modules, which takes seconds, and wait until `begin` is called. They are killed at
-    the end of the block, or earlier if this process dies. Raises KeyboardInterrupt for a stop signal."""
+    the end of the block, or earlier if this process dies. Raises KeyboardInterrupt for a stop signal.
+
+    `begin` raises UserError if its temporary folder was removed or is full.
+    """
     start_time = process_start()
     with (
         temporary_folder(Path(tempfile.gettempdir()), "deepcloze-launch-", mode=0o700) as folder,
@@ -78,8 +82,13 @@ def held_ranks(command: Command) -> Iterator[HeldRanks]:
 
         @contextmanager
         def begin() -> Iterator["subprocess.Popen[bytes]"]:
+            if process.poll() is not None:  # the ranks that it has left would begin
+                kill_group(process.pid)
             with held.pop_all():
-                gate.touch()
+                try:
+                    gate.touch()
+                except OSError as error:
+                    raise UserError(f"cannot create {gate}: {error.strerror}") from None
                 yield process
 
         yield HeldRanks(command, start_time, begin)

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from experiment.errors import UserError
 from experiment.launch_variable import GATE_VARIABLE
 from experiment.outcome_file import Outcome
 from experiment.run_folder import RunFolder, open_run_folder
@@ -144,6 +146,29 @@ def test_a_rank_ends_if_its_launch_is_gone(tmp_path: Path) -> None:
     environment = {**command.environment, GATE_VARIABLE: str(tmp_path / "removed" / "gate")}
     assert subprocess.run(command.argv, env=environment, check=False).returncode == 2
     assert not (tmp_path / "began").exists()
+
+
+def test_ranks_that_lost_their_launcher_do_not_begin(tmp_path: Path) -> None:
+    """Catches ranks that train for as long as a dead launcher is given to exit."""
+    with held_ranks(rank(tmp_path)) as held:
+        wait_until((tmp_path / "imported").exists)
+        parent = psutil.Process(int((tmp_path / "pid").read_text())).parent()
+        assert parent is not None
+        parent.kill()
+        wait_until(lambda: parent.status() == psutil.STATUS_ZOMBIE)
+        with held.begin() as process:
+            assert process.wait() == -signal.SIGKILL
+            wait_until(lambda: has_ended(tmp_path))
+    assert not (tmp_path / "began").exists()
+
+
+def test_a_removed_folder_is_named(tmp_path: Path, temporary: Path) -> None:
+    """Catches a traceback after a cleaner of temporary files."""
+    with held_ranks(rank(tmp_path)) as held:
+        (folder,) = temporary.iterdir()
+        shutil.rmtree(folder)
+        with pytest.raises(UserError, match=r"cannot create .*: No such file"), held.begin():
+            pass
 
 
 def test_a_restart_starts_ranks_of_its_own(tmp_path: Path) -> None:
