@@ -66,8 +66,9 @@ def load_any_tokenizer(path: Path | str, needed: Sequence[str]) -> "PreTrainedTo
     """
     folder = Path(path)
     if not folder.is_dir():
+        problem = "is not a folder" if folder.exists() else "does not exist"
         raise UserError(
-            f"tokenizer: {folder} is not a folder; expected a Hugging Face folder, or one with a vocab.txt; "
+            f"tokenizer: {folder} {problem}; expected a Hugging Face folder, or one with a vocab.txt; "
             f"`deepcloze tokenizer` makes one{download_hint(folder)}"
         )
     tokenizer = _load_bare_vocabulary(folder) if _is_bare_vocabulary(folder) else _load_folder(folder)

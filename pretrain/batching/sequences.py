@@ -125,5 +125,5 @@ def _build(corpus: Corpus, capacity: int, path: Path) -> None:
                 f"{corpus.path}: {end} tokens were split into sequences, but the corpus has {corpus.tokens}"
             )
     log.info(
-        "%s: %d tokens split into %d sequences of at most %d text tokens", corpus.name, corpus.tokens, count, capacity
+        f"{corpus.name}: {corpus.tokens:,} tokens split into {count:,} sequences of at most {capacity:,} text tokens"
     )

@@ -71,7 +71,7 @@ def train_tokenizer(options: TokenizerOptions) -> None:
         partial.replace(options.output)
     print(
         f"{options.output}: {options.kind} tokenizer of {len(tokenizer):,} tokens, "
-        f"trained on {text.documents:,} documents"
+        f"trained on {text.documents:,} document{'s' if text.documents > 1 else ''}"
     )
     if len(tokenizer) < options.vocab_size:
         print(

@@ -67,9 +67,11 @@ def test_saved_tokenizers_do_not_depend_on_their_source(tmp_path: Path, vocabula
 
 def test_folders_without_a_usable_tokenizer(tmp_path: Path) -> None:
     """Catches a traceback, or a tokenizer without a mask token that fails at the first batch."""
-    with pytest.raises(UserError, match="is not a folder"):
+    with pytest.raises(UserError, match="nowhere does not exist"):
         load_tokenizer(tmp_path / "nowhere")
     (tmp_path / "encoder.json").write_text("{}")
+    with pytest.raises(UserError, match="is not a folder"):
+        load_tokenizer(tmp_path / "encoder.json")
     with pytest.raises(UserError, match=r"found encoder\.json"):
         load_tokenizer(tmp_path)
     (tmp_path / "vocab.txt").write_text("the\na\n")
