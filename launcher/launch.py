@@ -20,11 +20,12 @@ from launcher.detach import remove_earlier_output
 from launcher.hosts.hostfile import Slots
 from launcher.hosts.machine import Machine, inspect_machine, select_accelerator
 from launcher.launch_messages import announce_done, announce_start, announce_stop, last_step
-from launcher.launch_plan import LaunchPlan, added_environment, chosen_slots, local_command, plan_launch
+from launcher.launch_plan import LaunchPlan, chosen_slots, local_command, plan_launch
 from launcher.messages import notify
 from launcher.options import PretrainOptions
 from launcher.preflight.run import check_hosts, require_hosts
 from launcher.ranks.placement import is_local, name_localhost
+from launcher.ranks.start_command import added_environment
 from launcher.signal_handlers import handle_stop_signals, interrupt
 from launcher.supervision.attempt import Layout
 from launcher.supervision.rank_processes import HeldRanks, held_ranks

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from experiment.config import dump_config
 from experiment.errors import UserError
 from experiment.fast_imports import fast_imports
-from experiment.provenance import REPOSITORY
 from experiment.run_folder import RunFolder
 from launcher.hosts.allocation import allocated_hosts
 from launcher.hosts.guarded_hosts import Rendezvous
@@ -21,12 +20,9 @@ from launcher.options import HostOptions, PretrainOptions
 from launcher.preflight.run import passing_hosts
 from launcher.preflight.target import Target, target_of_hosts, target_of_run
 from launcher.ranks.deepspeed_command import DeepSpeedCommand
-from launcher.ranks.environment import (
-    launch_environment,
-)
 from launcher.ranks.microbatch import max_halvings, scaled_microbatch
 from launcher.ranks.placement import check_launcher, is_local, place_ranks
-from launcher.ranks.start_command import Command, start_command
+from launcher.ranks.start_command import Command, added_environment, start_command
 from launcher.supervision.attempt import Launch, Layout
 from pretrain.config import PretrainConfig
 
@@ -143,11 +139,6 @@ def local_command(options: PretrainOptions, slots: Slots, machine: Machine, adde
         master_port=machine.find_port(),
     )
     return start_command(command, machine, added, {}, None)
-
-
-def added_environment(machine: Machine, local: bool) -> dict[str, str]:
-    """The variables that a launch adds for all ranks. local: whether all of them run on this machine."""
-    return launch_environment(machine.environ, machine.devices.kind if local else None, REPOSITORY)
 
 
 def _summary(run: "ResolvedRun") -> str:

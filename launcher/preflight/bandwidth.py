@@ -11,17 +11,13 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from experiment.files import write_text
-from experiment.provenance import REPOSITORY
 from launcher.hosts.guarded_hosts import GuardedHosts, GuardRequest, Rendezvous
 from launcher.hosts.hostfile import Slots
 from launcher.hosts.machine import Machine
 from launcher.preflight.target import Target
 from launcher.ranks.deepspeed_command import DeepSpeedCommand
-from launcher.ranks.environment import (
-    launch_environment,
-)
 from launcher.ranks.placement import is_local
-from launcher.ranks.start_command import Command, start_command
+from launcher.ranks.start_command import Command, added_environment, start_command
 from launcher.supervision.process_groups import kill_group, watchdog
 from launcher.temporary_folder import temporary_folder
 
@@ -90,7 +86,7 @@ def _command(
         launcher=target.launcher,
         master_addr=rendezvous.address if rendezvous else None,
     )
-    added = launch_environment(machine.environ, None if rendezvous else machine.devices.kind, REPOSITORY)
+    added = added_environment(machine, local=rendezvous is None)
     return start_command(command, machine, added, target.host_environment, rendezvous)
 
 

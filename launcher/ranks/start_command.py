@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from experiment.provenance import REPOSITORY
 from launcher.hosts.guarded_hosts import Rendezvous
 from launcher.hosts.hostfile import hostfile_text
 from launcher.hosts.machine import Machine
@@ -12,6 +13,7 @@ from launcher.ranks.environment import (
     deepspeed_environment,
     exported_text,
     exported_variables,
+    launch_environment,
     remote_deepspeed_environment,
 )
 
@@ -23,6 +25,11 @@ class Command:
     argv: tuple[str, ...]
     environment: Mapping[str, str] = field(repr=False)
     files: Mapping[Path, str] = field(default_factory=dict)  # path -> text: written before the start
+
+
+def added_environment(machine: Machine, local: bool) -> dict[str, str]:
+    """The variables that a launch from this machine adds for all ranks. local: whether all of them run on it."""
+    return launch_environment(machine.environ, machine.devices.kind if local else None, REPOSITORY)
 
 
 def start_command(

@@ -53,9 +53,10 @@ def started(
             stderr=output,
             start_new_session=True,
         )
-    with filtered_output(process), watchdog(process.pid):
+    with filtered_output(process):
         try:
-            yield process
+            with watchdog(process.pid):
+                yield process
         finally:
             kill_group(process.pid)
             process.wait()

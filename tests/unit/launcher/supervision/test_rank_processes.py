@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import shutil
@@ -160,6 +161,23 @@ def test_ranks_that_lost_their_launcher_do_not_begin(tmp_path: Path) -> None:
             assert process.wait() == -signal.SIGKILL
             wait_until(lambda: has_ended(tmp_path))
     assert not (tmp_path / "began").exists()
+
+
+def test_ranks_without_a_watchdog_are_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches ranks that nobody ends, because the system has no process left for their watchdog."""
+    started: list[subprocess.Popen[bytes]] = []
+    popen = subprocess.Popen
+
+    def start(*arguments: object, **options: object) -> "subprocess.Popen[bytes]":
+        if started:
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        started.append(popen(*arguments, **options))  # type: ignore[call-overload]
+        return started[0]
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    with pytest.raises(BlockingIOError), held_ranks(rank(tmp_path)):
+        pass
+    assert started[0].returncode == -signal.SIGKILL
 
 
 def test_a_removed_folder_is_named(tmp_path: Path, temporary: Path) -> None:
