@@ -233,7 +233,8 @@ def test_a_rank_that_stops_on_another_host_is_named_with_its_stack(
     first, *_ = run.attempts()
     assert (first["outcome"], first["cause"]) == ("failed", Cause.HUNG)
     assert first["message"].startswith(f"node-2, rank 1 (process {record['pid']}) hangs: no sign of life")
-    assert "pretrain/run.py" in first["message"]
+    assert "the main thread of rank 1, innermost call first" in first["message"]
+    assert "pretrain/run.py" in (run.folder / "logs" / "rank-1.log").read_text()  # a message has the innermost calls
     assert first["message"] in errors
 
 
