@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from finetune.device import Device
-from finetune.encoding.examples import Example, Padding, Split, collate
+from finetune.encoding.encoded_split import Split, collate
+from finetune.encoding.examples import Example, Padding
 from finetune.task_kind import Loss, LossOptions, Prediction, TaskKind
 from finetune.training.batch_order import evaluation_batches
 from finetune.training.microbatch import Microbatch

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from experiment.errors import UserError
 from experiment.fast_linear import use_fast_linear
 from finetune.device import Device, choose_device
+from finetune.encoding.encoded_split import collate
 from finetune.encoding.encoder import Encoder, Tokens
-from finetune.encoding.examples import Batch, Padding, collate
+from finetune.encoding.examples import Batch, Padding
 from finetune.model import ModelSpec, build_model, read_model_inputs
 from finetune.onnx_model import OnnxModel, holds_onnx_model
 from finetune.saved_task import SavedTask

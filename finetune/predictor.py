@@ -7,7 +7,8 @@ from typing import Any, Self
 
 from experiment.errors import UserError
 from finetune.data.records import Record, Table, read_value
-from finetune.encoding.examples import Example, Split, encode_split
+from finetune.encoding.encoded_split import Split, encode_split
+from finetune.encoding.examples import Example
 from finetune.encoding.tokenizer import load_task_tokenizer
 from finetune.inference import Inference, Outputs, decode
 from finetune.loaded_model import LoadedModel, load_model

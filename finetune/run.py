@@ -35,7 +35,8 @@ from finetune.model import ModelSpec, build_model, describe_model
 from finetune.results.model_card import add_seed_scores
 from finetune.results.seed_summary import write_results
 from finetune.results.summary_text import print_results
-from finetune.seed_run import SeedRecord, Setup, finished_seeds, result_settings, state_file, train_seed
+from finetune.seed_record import SeedRecord, Setup
+from finetune.seed_run import finished_seeds, result_settings, state_file, train_seed
 from finetune.splits import Task, describe_task, make_kind, make_task, read_splits
 from finetune.task_kind import TaskKind
 from finetune.training.compatibility import adapt_to_model

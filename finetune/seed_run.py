@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from finetune.data.records import Table
 from finetune.device import Device
 from finetune.encoding.tokenizer import load_task_tokenizer
 from finetune.metrics.calibration import measure_calibration
-from finetune.metrics.label_scores import LabelScores
 from finetune.model import ModelSpec, build_model, model_files, save_model
 from finetune.results.epoch_table import print_epochs
 from finetune.results.model_card import write_seed_card
@@ -30,39 +29,11 @@ from finetune.results.predictions import save_predictions, write_predictions
 from finetune.results.row_file import write_rows
 from finetune.results.worst_rows import write_worst_rows
 from finetune.saved_task import SavedTask, write_saved_task
-from finetune.splits import Task
+from finetune.seed_record import SeedRecord, Setup
 from finetune.training.fit import Epoch, Fitted, Log, fit, score
 from finetune.training.state_file import StateFile
 
 _COMPLETE = "COMPLETE"  # written last into a seed's folder
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What all seeds of a run share."""
-
-    config: FinetuneConfig
-    model: ModelSpec
-    task: Task
-    device: Device
-    folder: RunFolder
-    settings: dict[str, Any]  # see `result_settings`
-
-
-@dataclass(frozen=True)
-class SeedRecord:
-    """The results of a finished seed, stored in `seed-N/COMPLETE`."""
-
-    settings: dict[str, Any]  # see `result_settings`
-    best_epoch: float
-    epochs: list[dict[str, float]]
-    scores: dict[str, dict[str, float]]  # split -> metric -> value, of the best epoch
-    intervals: dict[str, dict[str, Sequence[float]]]  # split -> metric -> [low, high], of 95 % confidence
-    confusion: dict[str, list[list[int]]]  # split -> counts: rows by label, columns by predicted label
-    label_scores: dict[str, LabelScores]  # split -> label -> precision, recall, f1, support
-    collapsed: list[str]  # splits for which the same is predicted for all records
-    temperature: float | None  # fitted on validation; None if the kind has no probabilities of labels
-    calibration: dict[str, dict[str, float]]  # split -> `ece`, `calibrated_ece`
 
 
 def result_settings(

@@ -14,8 +14,9 @@ from finetune.config import FinetuneConfig
 from finetune.data.random_split import split_off
 from finetune.data.records import Record, Table, read_table
 from finetune.data.task_config import TaskConfig
+from finetune.encoding.encoded_split import Split, encode_split
 from finetune.encoding.encoder import Encoder
-from finetune.encoding.examples import Padding, Split, encode_split
+from finetune.encoding.examples import Padding
 from finetune.encoding.tokenizer import load_task_tokenizer, turn_joiner
 from finetune.model import ModelSpec, read_model_inputs
 from finetune.task_kind import LossOptions, TaskKind, find_kind

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from finetune.encoding.examples import Split
+from finetune.encoding.encoded_split import Split
 
 _PERCENTILES = (50, 90, 99)
 _ROUND_TO = 8  # tensor cores prefer multiples of it

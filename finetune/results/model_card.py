@@ -7,7 +7,7 @@ at the end of the run, and a card is never changed otherwise: a user may have ed
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from experiment.config import flatten
 from experiment.files import write_text
@@ -35,9 +35,7 @@ from experiment.results.model_card import (
 from experiment.results.page import Heading, Table, Text
 from finetune.data.task_config import TaskConfig
 from finetune.metrics.scores import summarize
-
-if TYPE_CHECKING:
-    from finetune.seed_run import SeedRecord, Setup
+from finetune.seed_record import SeedRecord, Setup
 
 _SEEDS = "<!-- deepcloze: scores of all seeds -->"
 """A line of the card that the scores of all seeds replace."""
@@ -53,9 +51,7 @@ deepcloze serve --model .
 _LABEL_SCORES = ("precision", "recall", "f1")
 
 
-def write_seed_card(
-    seed: int, setup: "Setup", record: "SeedRecord", provenance: Mapping[str, Any], folder: Path
-) -> None:
+def write_seed_card(seed: int, setup: Setup, record: SeedRecord, provenance: Mapping[str, Any], folder: Path) -> None:
     """Write README.md into the model folder of a seed. provenance: of the run."""
     task, ancestors = setup.config.task, provenance["ancestors"]
     title = str(task.name)
@@ -74,7 +70,7 @@ def write_seed_card(
     write_text(folder / FILE, render_card(ModelCard(title, metadata, _usage(setup), blocks)))
 
 
-def add_seed_scores(run: Path, records: Mapping[int, "SeedRecord"]) -> None:
+def add_seed_scores(run: Path, records: Mapping[int, SeedRecord]) -> None:
     """Add the mean over the seeds to the cards that have none yet."""
     if len(records) < 2:
         return
@@ -85,7 +81,7 @@ def add_seed_scores(run: Path, records: Mapping[int, "SeedRecord"]) -> None:
             write_text(path, text.replace(f"{_SEEDS}\n", "\n".join(map(render_block, _seed_scores(records))), 1))
 
 
-def _seed_scores(records: Mapping[int, "SeedRecord"]) -> list[CardBlock]:
+def _seed_scores(records: Mapping[int, SeedRecord]) -> list[CardBlock]:
     rows = [
         [split, metric, *_mean_and_deviation([record.scores[split][metric] for record in records.values()])]
         for split, metrics in next(iter(records.values())).scores.items()
@@ -100,7 +96,7 @@ def _mean_and_deviation(values: Sequence[float]) -> list[str]:
     return [format_number(summary[key], 4) for key in ("mean", "std")]
 
 
-def _introduction(seed: int, setup: "Setup", ancestors: Sequence[Mapping[str, Any]]) -> str:
+def _introduction(seed: int, setup: Setup, ancestors: Sequence[Mapping[str, Any]]) -> str:
     task = setup.config.task
     base = escape(model_name(ancestors[-1])) if ancestors else "random weights"
     made = "fine-tuned with deepcloze from" if setup.task.is_trained else "scored with deepcloze without training:"
@@ -108,7 +104,7 @@ def _introduction(seed: int, setup: "Setup", ancestors: Sequence[Mapping[str, An
     return f"A model for the task {escape(str(task.name))} ({kind}), {made} {base}, with seed {seed}."
 
 
-def _usage(setup: "Setup") -> list[CardBlock]:
+def _usage(setup: Setup) -> list[CardBlock]:
     length = f"max_length={setup.config.model.max_seq_length}"
     padded = setup.task.padding.length is not None
     tokenizing = f"truncation=True, {length}" + (', padding="max_length"' if padded else "")
@@ -123,7 +119,7 @@ def _usage(setup: "Setup") -> list[CardBlock]:
     ]
 
 
-def _results(setup: "Setup", record: "SeedRecord") -> Iterator[CardBlock]:
+def _results(setup: Setup, record: SeedRecord) -> Iterator[CardBlock]:
     yield Heading("Results")
     rows = [
         [split, metric, format_number(value, 4), _interval(record.intervals.get(split, {}).get(metric))]
@@ -152,7 +148,7 @@ def _interval(interval: Sequence[float] | None) -> str:
     return UNKNOWN if interval is None else " to ".join(format_number(end, 4) for end in interval)
 
 
-def _calibration(record: "SeedRecord", temperature: float) -> Table:
+def _calibration(record: SeedRecord, temperature: float) -> Table:
     rows = [
         [split, *(format_number(errors[key], 4) for key in ("ece", "calibrated_ece"))]
         for split, errors in record.calibration.items()
@@ -161,7 +157,7 @@ def _calibration(record: "SeedRecord", temperature: float) -> Table:
     return Table(["split", "as it is", "calibrated"], rows, caption)
 
 
-def _data(setup: "Setup") -> list[CardBlock]:
+def _data(setup: Setup) -> list[CardBlock]:
     task, tables = setup.config.task, {split: found.table for split, found in setup.task.splits.items()}
     rows = [
         [split, table.path.name, format_number(len(table)), table.digest, "yes" if table.labelled else "no"]
@@ -179,7 +175,7 @@ def _data(setup: "Setup") -> list[CardBlock]:
     ]
 
 
-def _training(seed: int, setup: "Setup", record: "SeedRecord") -> list[CardBlock]:
+def _training(seed: int, setup: Setup, record: SeedRecord) -> list[CardBlock]:
     config, settings = setup.config, setup.settings
     own_keys = type(config.task).model_fields.keys() - TaskConfig.model_fields.keys()
     task = {key: settings["task"][key] for key in ("dialogue", "special_tokens_in_text", *sorted(own_keys))}
@@ -196,11 +192,11 @@ def _training(seed: int, setup: "Setup", record: "SeedRecord") -> list[CardBlock
     return [Heading("Training"), settings_table(facts | flatten({"task": task, "model": model, "training": training}))]
 
 
-def _best(record: "SeedRecord") -> Mapping[str, float]:
+def _best(record: SeedRecord) -> Mapping[str, float]:
     return next((row for row in record.epochs if row["epoch"] == record.best_epoch), {})
 
 
-def _hardware(setup: "Setup", attempt: Mapping[str, Any]) -> list[CardBlock]:
+def _hardware(setup: Setup, attempt: Mapping[str, Any]) -> list[CardBlock]:
     hardware = attempt["hardware"]
     device = hardware["gpus"][0] if setup.device.device.type == "cuda" else cpu_name(hardware)
     return hardware_blocks([attempt_row(attempt, device)])

@@ -12,7 +12,7 @@ from finetune.config import FinetuneConfig
 from finetune.metrics.label_scores import top_confusions
 from finetune.metrics.scores import summarize
 from finetune.results.figures import draw_confusion, draw_curves
-from finetune.seed_run import SeedRecord
+from finetune.seed_record import SeedRecord
 
 
 def write_results(

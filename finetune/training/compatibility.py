@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from finetune.device import Device
-from finetune.encoding.examples import Batch, Example, collate
+from finetune.encoding.encoded_split import collate
+from finetune.encoding.examples import Batch, Example
 from finetune.splits import Task
 from finetune.task_kind import LossOptions, TaskKind
 from finetune.training.microbatch import is_out_of_memory

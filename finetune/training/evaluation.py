@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from finetune.device import Device
-from finetune.encoding.examples import Split
+from finetune.encoding.encoded_split import Split
 from finetune.inference import Inference, decode
 from finetune.splits import Task
 from finetune.task_kind import Prediction

@@ -11,7 +11,8 @@ from experiment.dropout import use_fast_dropout
 from experiment.fast_linear import use_fast_linear
 from finetune.config import TrainingConfig
 from finetune.device import Device
-from finetune.encoding.examples import Example, collate
+from finetune.encoding.encoded_split import collate
+from finetune.encoding.examples import Example
 from finetune.splits import Task
 from finetune.task_kind import Loss
 from finetune.training.microbatch import Microbatch

@@ -6,8 +6,9 @@ import torch
 from rich.console import Console
 
 from finetune.data.records import Table
+from finetune.encoding.encoded_split import Split
 from finetune.encoding.encoder import Tokens
-from finetune.encoding.examples import Example, Split
+from finetune.encoding.examples import Example
 from finetune.encoding.lengths import print_lengths
 
 

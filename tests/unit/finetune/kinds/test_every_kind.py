@@ -21,15 +21,16 @@ from finetune.config import FinetuneConfig
 from finetune.data.columns import TextColumns
 from finetune.data.records import read_table
 from finetune.device import Device
+from finetune.encoding.encoded_split import collate, encode_split
 from finetune.encoding.encoder import Encoder
-from finetune.encoding.examples import Padding, collate, encode_split
+from finetune.encoding.examples import Padding
 from finetune.inference import Inference, decode
 from finetune.kinds import kind_names
 from finetune.model import ModelSpec, build_model
 from finetune.predictor import Predictor
 from finetune.results.summary_text import print_results
 from finetune.run import run
-from finetune.seed_run import SeedRecord
+from finetune.seed_record import SeedRecord
 from finetune.splits import make_kind, read_splits
 from finetune.task_kind import find_kind
 from finetune.training.compatibility import computes

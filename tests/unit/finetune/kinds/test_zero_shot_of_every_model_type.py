@@ -10,8 +10,9 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig
 
 from finetune.data.records import Record, Table
 from finetune.device import Device
+from finetune.encoding.encoded_split import Split, collate
 from finetune.encoding.encoder import Tokens
-from finetune.encoding.examples import Example, Padding, Split, collate
+from finetune.encoding.examples import Example, Padding
 from finetune.inference import Inference
 from finetune.kinds.cloze import Config, Kind, _Blank, _Masked
 from finetune.splits import Task

@@ -10,8 +10,9 @@ from transformers import DebertaConfig, DebertaForSequenceClassification
 
 from finetune.data.records import Record, Table
 from finetune.device import Device
+from finetune.encoding.encoded_split import Split, collate
 from finetune.encoding.encoder import Tokens
-from finetune.encoding.examples import Example, Padding, Split, collate
+from finetune.encoding.examples import Example, Padding
 from finetune.kinds.classification import Config, Kind
 from finetune.kinds.regression import Config as RegressionConfig
 from finetune.kinds.regression import Kind as Regression

@@ -14,8 +14,9 @@ from experiment.errors import UserError
 from finetune.config import TrainingConfig
 from finetune.data.records import Record, Table
 from finetune.device import Device, choose_device
+from finetune.encoding.encoded_split import Split
 from finetune.encoding.encoder import Tokens
-from finetune.encoding.examples import Example, Padding, Split
+from finetune.encoding.examples import Example, Padding
 from finetune.kinds.classification import Config, Kind
 from finetune.splits import Task
 from finetune.training import updater as updater_module

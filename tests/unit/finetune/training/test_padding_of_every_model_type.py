@@ -16,8 +16,9 @@ from transformers import (
 
 from finetune.data.records import Record, Table
 from finetune.device import Device
+from finetune.encoding.encoded_split import Split
 from finetune.encoding.encoder import Tokens
-from finetune.encoding.examples import Example, Padding, Split
+from finetune.encoding.examples import Example, Padding
 from finetune.inference import Inference
 from finetune.kinds.classification import Config, Kind
 from finetune.splits import Task
