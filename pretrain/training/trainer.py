@@ -124,7 +124,8 @@ class Trainer:
         provenance = hosts.from_rank0(lambda: record_start(run, world.size, num_hosts))
         self._tracker: Trackers | None = None
         if world.rank == 0:
-            times.open(run.folder, self._progress.step, stream.steps)
+            if not self._is_finished():  # else the time since its end would count as down
+                times.open(run.folder, self._progress.step, stream.steps)
             self._tracker = open_run_tracker(
                 run, provenance, self._progress.step, stream, self._is_evaluation_missing()
             )

@@ -122,12 +122,13 @@ def test_a_time_budget_spans_attempts(
 def test_restarting_a_finished_run_does_nothing(
     pools: dict[int, RankPool], wordpiece_corpus: Path, heldout_corpus: Path, tmp_path: Path
 ) -> None:
-    """Catches an extra step, and evaluations that are logged twice."""
+    """Catches an extra step, evaluations that are logged twice, and the time since the end counted as down."""
     tree = run_config(tmp_path, wordpiece_corpus, schedule__steps=2, corpus__eval={"held": str(heldout_corpus)})
     pools[2].run(pretrain_case, tree)
-    before = RunFolder(tmp_path).metrics.read_text(encoding="utf-8")
+    files = RunFolder(tmp_path).metrics, RunFolder(tmp_path).goodput
+    before = [file.read_text(encoding="utf-8") for file in files]
     assert pools[2].run(pretrain_case, tree) == ["done", "done"]
-    assert RunFolder(tmp_path).metrics.read_text(encoding="utf-8") == before
+    assert [file.read_text(encoding="utf-8") for file in files] == before
 
 
 def test_the_written_config_starts_the_same_run(
