@@ -176,6 +176,14 @@ def supports_flash(capability: Capability, head_size: int, dtype: torch.dtype) -
     )
 
 
+def uses_flash(config: PreTrainedConfig, capability: Capability | None, dtype: torch.dtype) -> bool:
+    """Whether flash attention computes the layers of a model on a device of this capability (None: a CPU)."""
+    hidden, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
+    if capability is None or not hidden or not heads:
+        return False
+    return supports_flash(capability, getattr(config, "head_dim", None) or hidden // heads, dtype)
+
+
 def use_flash_attention_3(config: PreTrainedConfig) -> None:
     """Let FlashAttention-3 take the place of FlashAttention-2 in this process where it can: installed as
     `flash_attn_interface`, on a device of compute capability 9, for a model without attention dropout. Elsewhere

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from experiment.dropout import use_fast_dropout
 from experiment.fast_linear import use_fast_linear
-from pretrain.modeling.attention import Packing, Predicted
+from pretrain.modeling.attention import Packing, Predicted, uses_flash
 from pretrain.modeling.head import Head, choose_head, cross_entropy
 from pretrain.modeling.last_layer import shorten_last_layer
 
@@ -65,7 +65,8 @@ class MaskedLanguageModel(nn.Module):
                     width = segments.shape[1]
                     predicted = Predicted(masked_positions, predicted_columns, predicted_entries)
                     packing = Packing(segments, cu_seqlens, min(width, self._max_length or width), predicted)
-                    if not segments.is_cuda:  # before the layers, which may be compiled
+                    if not uses_flash(self.model.config, packing.capability, self.model.dtype):
+                        # Before the layers, which may be compiled: the first one would need another graph.
                         for window in self._windows:
                             packing.bias(window, self.model.dtype)
                     output = self.model(input_ids=input_ids, position_ids=position_ids, packing=packing)

@@ -3,7 +3,7 @@
 import torch
 
 from pretrain.batching.packing import Rows
-from pretrain.modeling.attention import supports_flash
+from pretrain.modeling.attention import uses_flash
 from pretrain.modeling.build import BuiltModel
 from pretrain.modeling.flops import FlopsModel
 
@@ -19,9 +19,5 @@ def choose_rows(model: BuiltModel, dtype: torch.dtype) -> Rows:
     all slots of a row, so they get windows."""
     if not model.packed:
         return "padded"
-    config = model.model.config
-    hidden, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
-    if not torch.cuda.is_available() or not hidden or not heads:
-        return "windows"
-    head_size = getattr(config, "head_dim", None) or hidden // heads
-    return "flat" if supports_flash(torch.cuda.get_device_capability(), head_size, dtype) else "windows"
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    return "flat" if uses_flash(model.model.config, capability, dtype) else "windows"

@@ -22,8 +22,9 @@ import torch
 from transformers import AutoConfig, AutoModelForMaskedLM
 
 from experiment.dropout import use_fast_dropout
+from pretrain.modeling import masked_lm
 from pretrain.batching.batch import Microbatch
-from pretrain.modeling.attention import PACKED, register_packed_attention
+from pretrain.modeling.attention import PACKED, Packing, register_packed_attention
 from pretrain.modeling.compiled_layers import compile_layers
 from pretrain.modeling.masked_lm import MaskedLanguageModel
 
@@ -35,6 +36,15 @@ logging.getLogger("pretrain").addHandler(handler)
 if options["compiler"]:
     import torch._inductor.config
     torch._inductor.config.cpp.cxx = (options["compiler"],)
+
+
+class PackingOfDevice(Packing):
+    def __init__(self, *inputs):
+        super().__init__(*inputs)
+        self.capability = options["capability"] and tuple(options["capability"])
+
+
+masked_lm.Packing = PackingOfDevice
 
 
 def build():
@@ -83,10 +93,9 @@ print(json.dumps({"graphs": stats["unique_graphs"], "losses": losses, "warnings"
 
 
 def run(cache: Path, **options: Any) -> dict[str, Any]:
-    given = {"model_type": "bert", "config": {}, "checkpointing": False, "compiler": "", "cache": str(cache)}
-    finished = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(given | options)], capture_output=True, text=True, check=False
-    )
+    given = {"model_type": "bert", "config": {}, "checkpointing": False, "compiler": "", "capability": None}
+    argument = json.dumps(given | {"cache": str(cache)} | options)
+    finished = subprocess.run([sys.executable, "-c", SCRIPT, argument], capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     result: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])
     return result
@@ -100,11 +109,14 @@ MODERNBERT = {"layer_types": ["full_attention", "sliding_attention", "sliding_at
     [
         ({}, 1),
         pytest.param({"checkpointing": True}, 1, marks=pytest.mark.soak),
+        ({"checkpointing": True, "capability": (7, 0), "config": {"attention_probs_dropout_prob": 0.0}}, 1),
         pytest.param({"model_type": "modernbert", "config": MODERNBERT}, 2, marks=pytest.mark.soak),
     ],
 )
 def test_losses_gradients_and_graphs(tmp_path: Path, options: dict[str, Any], graphs: int) -> None:
-    """Catches other dropout masks than without compiling, other gradients, and a graph for each layer or shape."""
+    """Catches other dropout masks than without compiling, other gradients, and a graph for each layer or shape.
+
+    `capability`: of a GPU without flash attention, whose code runs here on the CPU."""
     found = run(tmp_path / "cache", **options)
     assert found["graphs"] == graphs
     assert found["warnings"] == []
