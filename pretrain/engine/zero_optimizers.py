@@ -21,6 +21,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpee
 from torch import Tensor
 
 from pretrain.engine.shared_memory import SharedMemory, open_shared_memory, sum_in_order
+from pretrain.engine.zero3_streams import gather, let_streams_wait
 
 _EPSILON = 1e-6  # added to the norm that gradients are divided by, as torch does
 
@@ -161,6 +162,7 @@ class Zero3Optimizer(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[misc]
             self._optimizer_step(sub_group)
             self._reassign_or_swap_out_partitioned_parameters(sub_group)
             self._release_sub_group(sub_group, timers)
+        gather(self.persistent_parameters)
         self._post_step(timers)
 
 
@@ -170,6 +172,7 @@ def install_zero_optimizer(engine: DeepSpeedEngine) -> Zero1Optimizer | None:
     optimizer = engine.optimizer
     if type(optimizer) is DeepSpeedZeroOptimizer_Stage3 and not optimizer.offload_optimizer:
         optimizer.__class__ = Zero3Optimizer
+        let_streams_wait(optimizer)
     if type(optimizer) is not DeepSpeedZeroOptimizer or optimizer.cpu_offload:
         return None
     optimizer.__class__ = Zero2Optimizer if optimizer.partition_gradients else Zero1Optimizer

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -110,6 +111,60 @@ def test_at_most_one_read_per_step_and_none_in_a_microbatch(
     for in_microbatches, in_steps in pools[2].run(reads_case, tree):
         assert in_microbatches == []
         assert all(len(reads) <= 1 for reads in in_steps), in_steps
+
+
+class _Stream:
+    """A stream of a device that computes asynchronously. Counts how often the host waits for one."""
+
+    waits = 0
+    awaited = 0  # how often a stream waits for another one
+
+    def synchronize(self) -> None:
+        _Stream.waits += 1
+
+    def wait_stream(self, _other: "_Stream") -> None:
+        _Stream.awaited += 1
+
+
+class _Event:
+    def record(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+
+def waits_case(world: World, tree: Tree) -> tuple[int, int]:
+    """How often the host waits in microbatches and steps, and streams wait for each other, as on a GPU."""
+    accelerator = get_accelerator()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("is_synchronized_device", "resolves_data_dependency", "handles_memory_backpressure"):
+            patch.setattr(accelerator, name, lambda: False)
+        for name in ("current_stream", "default_stream"):
+            patch.setattr(accelerator, name, _Stream)
+        patch.setattr(accelerator, "synchronize", _Stream().synchronize)
+        patch.setattr(type(accelerator), "Stream", _Stream)
+        patch.setattr(type(accelerator), "Event", _Event)
+        patch.setattr(Tensor, "record_stream", lambda *_: None)
+        engine, _ = build_engine(world, tree)
+        for step in range(WARMUP + 1):
+            _Stream.waits = _Stream.awaited = 0
+            engine.begin_step(step, 1e-4)
+            for number in range(2):
+                engine.accumulate(microbatch(), 6, step, number)
+            engine.step(1e6)
+        found = _Stream.waits, _Stream.awaited
+        engine.close()
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_streams_wait_in_place_of_the_host(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, ranks: int
+) -> None:
+    """Catches a host that waits for gradients or weights at ZeRO 3, and a stream that uses them too early."""
+    for waits, awaited in pools[ranks].run(waits_case, run_config(tmp_path, wordpiece_corpus, "bf16_zero3")):
+        assert waits == 0
+        assert awaited > 2
 
 
 @pytest.mark.parametrize(
