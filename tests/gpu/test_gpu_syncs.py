@@ -19,9 +19,11 @@ WITH_DROPOUT = MODEL | {"hidden_dropout_prob": 0.1, "attention_probs_dropout_pro
 WARMUP = 3  # steps that create the optimizer's state, compile kernels and look up the device
 
 
-def syncs_case(world: World, tree: Tree, norm_limit: float) -> tuple[list[str], list[list[str]]]:
+def syncs_case(
+    world: World, tree: Tree, norm_limit: float, compiled: bool = False
+) -> tuple[list[str], list[list[str]]]:
     """Where the host waits in the microbatches of some steps, and in the rest of each of these steps."""
-    engine, _ = build_engine(world, tree)
+    engine, _ = build_engine(world, tree, compiled=compiled)
     pinned = Microbatch(*(tensor.pin_memory() for tensor in microbatch()))
     in_microbatches: list[str] = []
     in_steps: list[list[str]] = []
@@ -63,6 +65,20 @@ def test_at_most_one_sync_per_step_and_none_in_a_microbatch(
     tree = gpu_run(tmp_path, wordpiece_corpus, f"{precision}_zero{stage}", model__config=WITH_DROPOUT)
     tree["optimizer"] = {"name": rule, "lr": 3e-3}
     for in_microbatches, in_steps in gpus.run(syncs_case, tree, 1e6):
+        assert in_microbatches == []
+        assert all(len(found) <= 1 for found in in_steps), in_steps
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_compiled_layers_add_no_sync(
+    gpus: Any, wordpiece_corpus: Path, tmp_path: Path, precision: str, stage: int, checkpointing: bool
+) -> None:
+    """Catches compiled code that reads sizes from the GPU, with flash attention and with a mask."""
+    tree = gpu_run(tmp_path, wordpiece_corpus, f"{precision}_zero{stage}", model__config=WITH_DROPOUT)
+    tree["model"]["activation_checkpointing"] = checkpointing
+    for in_microbatches, in_steps in gpus.run(syncs_case, tree, 1e6, True):
         assert in_microbatches == []
         assert all(len(found) <= 1 for found in in_steps), in_steps
 

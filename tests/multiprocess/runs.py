@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from experiment.cache_folder import cache_folder
 from experiment.checkpoints import checkpoint_path, read_state
 from experiment.config import build_config
 from experiment.retention import Retention
@@ -98,8 +99,8 @@ class _StopAfter(StopRequest):
         return "requested by the test" if self._left <= 0 else None
 
 
-def build_engine(world: World, tree: Tree, seed: int | None = None) -> tuple[Any, Any]:
-    """The engine that a run would build, and the transformers model in it. Collective."""
+def build_engine(world: World, tree: Tree, seed: int | None = None, compiled: bool = False) -> tuple[Any, Any]:
+    """The engine that a run would build, and the transformers model in it. `compiled`: its layers. Collective."""
     from pretrain.engine.engine import Engine
     from pretrain.modeling.build import build_model
     from pretrain.modeling.masked_lm import MaskedLanguageModel
@@ -108,14 +109,21 @@ def build_engine(world: World, tree: Tree, seed: int | None = None) -> tuple[Any
     run = resolve(build_config(PretrainConfig, tree), world.size)
     config = run.config
     built = build_model(config.model, run.model_config, config.run.seed if seed is None else seed)
+    module = MaskedLanguageModel(built.model, built.packed)
+    layers = set()
+    if compiled:
+        from pretrain.modeling.compiled_layers import compile_layers
+
+        layers = compile_layers(module, cache_folder() / "compiled")
     engine = Engine(
-        MaskedLanguageModel(built.model, built.packed),
+        module,
         run.deepspeed,
         config.optimizer,
         config.model,
         seed=config.run.seed,
         world=world,
         swap_folder=run.deepspeed.swap_folder(run.folder.path),
+        compiled=layers,
     )
     return engine, built.model
 
