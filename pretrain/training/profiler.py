@@ -2,6 +2,8 @@
 
 import json
 import logging
+import re
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +22,9 @@ log = logging.getLogger(__name__)
 
 SKIPPED, PROFILED = 4, 3  # steps; the first ones allocate memory and may compile
 _OPERATIONS = 10
-_COLLECTIVES = ("gloo:", "nccl:", "c10d::", "ncclDevKernel", COLLECTIVE_PREFIX)
+_COLLECTIVES = ("gloo:", "c10d::", COLLECTIVE_PREFIX)
+_NCCL_KERNEL = re.compile(r"nccl\w*Kernel")  # ncclDevKernel_AllReduce_…, ncclSymDevKernel_…
+_CUDA_CALL = re.compile(r"cu(da)?[A-Z]")  # cudaLaunchKernel, cuLaunchKernel
 
 
 class StepProfiler:
@@ -29,7 +33,8 @@ class StepProfiler:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        cuda = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+        self._on_gpu = torch.cuda.is_available()
+        cuda = [ProfilerActivity.CUDA] if self._on_gpu else []
         self._profile = profile(
             activities=[ProfilerActivity.CPU, *cuda],
             schedule=schedule(wait=SKIPPED - 1, warmup=1, active=PROFILED, repeat=1),
@@ -61,9 +66,9 @@ class StepProfiler:
     def _write(self, finished: Any) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         finished.export_chrome_trace(str(self._folder / "trace.json"))
-        times = _step_times(finished)
+        times = _step_times(finished, self._on_gpu)
         (self._folder / "profile.json").write_text(json.dumps(asdict(times), indent=2) + "\n", encoding="utf-8")
-        tables = [_phase_table(times), _operation_table(finished.key_averages(), times.step)]
+        tables = [_phase_table(times), _operation_table(finished.key_averages(), times.step, self._on_gpu)]
         with (self._folder / "profile.txt").open("w", encoding="utf-8") as file:
             for console in (Console(file=file, width=110), Console(stderr=True)):
                 for table in tables:
@@ -82,26 +87,47 @@ class StepTimes:
     communication: float  # part of the phases; on a CPU waiting for other ranks included
 
 
-def _step_times(finished: Any) -> StepTimes:
-    events = [event for event in finished.events() if event.device_type == DeviceType.CPU]
-    steps = [event for event in events if event.name.startswith("ProfilerStep")]
-    phases = [event for event in events if event.name.startswith(PREFIX)]
-    on_gpu = torch.cuda.is_available()
+def _step_times(finished: Any, on_gpu: bool) -> StepTimes:
+    events = finished.events()
+    on_cpu = [event for event in events if event.device_type == DeviceType.CPU]
+    steps = [event for event in on_cpu if event.name.startswith("ProfilerStep")]
+    phases = [event for event in on_cpu if event.name.startswith(PREFIX)]
     cpu: defaultdict[str, float] = defaultdict(float)
-    gpu: defaultdict[str, float] = defaultdict(float)
     for event in phases:
-        name = event.name.removeprefix(PREFIX)
-        cpu[name] += event.cpu_time_total / 1e3 / PROFILED
-        gpu[name] += event.device_time_total / 1e3 / PROFILED
-    sent = _gpu_communication(finished) if on_gpu else _cpu_communication(events, phases)
+        cpu[event.name.removeprefix(PREFIX)] += event.cpu_time_total / 1e3 / PROFILED
+    gpu = {name: time / 1e3 / PROFILED for name, time in _gpu_phases(events, phases).items()} if on_gpu else {}
+    sent = _gpu_communication(events) if on_gpu else _cpu_communication(on_cpu, phases)
     step = sum(event.cpu_time_total for event in steps) / 1e3 / PROFILED
-    return StepTimes(step, dict(cpu), dict(gpu) if on_gpu else {}, sent / 1e3 / PROFILED)
+    return StepTimes(step, dict(cpu), gpu, sent / 1e3 / PROFILED)
 
 
-def _gpu_communication(finished: Any) -> float:
-    """Microseconds of the collectives' kernels."""
-    sent = [event for event in finished.key_averages() if event.key.startswith(_COLLECTIVES)]
-    return float(sum(event.self_device_time_total for event in sent))
+def _gpu_phases(events: Sequence[Any], phases: Sequence[Any]) -> dict[str, float]:
+    """Microseconds of the kernels that were launched in each phase, on any thread: autograd launches those of the
+    backward pass on a thread of its own, so they are not part of the phase's own `device_time_total`."""
+    annotations = {event.name for event in events if event.is_user_annotation}
+    ordered = sorted(phases, key=lambda phase: phase.time_range.start)
+    starts = [phase.time_range.start for phase in ordered]
+    total = {phase.name.removeprefix(PREFIX): 0.0 for phase in ordered}
+    for event in events:
+        # torch matches kernels to operations by number, and calls of CUDA have numbers of their own.
+        if event.device_type != DeviceType.CPU or _CUDA_CALL.match(event.name):
+            continue
+        number = bisect_right(starts, event.time_range.start) - 1
+        if number >= 0 and event.time_range.start < ordered[number].time_range.end:
+            kernels = [kernel.duration for kernel in event.kernels if kernel.name not in annotations]
+            total[ordered[number].name.removeprefix(PREFIX)] += sum(kernels)
+    return total
+
+
+def _gpu_communication(events: Sequence[Any]) -> float:
+    """Microseconds of NCCL's kernels. The annotations around them, `nccl:…`, are events of the device too."""
+    kernels = [event.time_range for event in events if _is_on_gpu(event) and _NCCL_KERNEL.match(event.name)]
+    return float(sum(kernel.end - kernel.start for kernel in kernels))
+
+
+def _is_on_gpu(event: Any) -> bool:
+    """Whether this is a kernel, copy or fill: not what launched it on the CPU, nor an annotation around several."""
+    return event.device_type == DeviceType.CUDA and not event.is_user_annotation
 
 
 def _cpu_communication(events: Sequence[Any], phases: Sequence[Any]) -> float:
@@ -129,17 +155,16 @@ def _phase_table(times: StepTimes) -> Table:
     return table
 
 
-def _operation_table(events: Sequence[Any], step: float) -> Table:
-    on_gpu = torch.cuda.is_available()
+def _operation_table(events: Sequence[Any], step: float, on_gpu: bool) -> Table:
     title = f"the {_OPERATIONS} most expensive operations, {'on the GPU' if on_gpu else 'by time on this rank'}"
     table = Table("operation", "ms per step", "share", "calls per step", title=title)
-    found = {
-        event: event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        for event in events
-        if not event.key.startswith((PREFIX, COLLECTIVE_PREFIX, "ProfilerStep"))
-    }
-    for event in sorted(found, key=lambda event: -found[event])[:_OPERATIONS]:
-        table.add_row(event.key[:60], *_row(found[event] / 1e3 / PROFILED, step), f"{event.count / PROFILED:,.0f}")
+    if on_gpu:  # the operations on the CPU that launched the kernels have their time too
+        found = [(event.self_device_time_total, event) for event in events if _is_on_gpu(event)]
+    else:
+        ours = (PREFIX, COLLECTIVE_PREFIX, "ProfilerStep")
+        found = [(event.self_cpu_time_total, event) for event in events if not event.key.startswith(ours)]
+    for time, event in sorted(found, key=lambda entry: -entry[0])[:_OPERATIONS]:
+        table.add_row(event.key[:60], *_row(time / 1e3 / PROFILED, step), f"{event.count / PROFILED:,.0f}")
     return table
 
 

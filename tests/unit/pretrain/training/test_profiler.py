@@ -4,9 +4,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 from pretrain.engine.phases import PREFIX
-from pretrain.training.profiler import PROFILED, SKIPPED, StepProfiler, _cpu_communication
+from pretrain.training.profiler import (
+    PROFILED,
+    SKIPPED,
+    StepProfiler,
+    _cpu_communication,
+    _operation_table,
+    _step_times,
+)
 
 
 def event(name: str, start: float, end: float) -> Any:
@@ -22,6 +30,83 @@ def test_time_in_which_several_collectives_are_in_flight_counts_once() -> None:
     sent = [event("gloo:recv", 60, 70), event("gloo:send", 55, 65), event("gloo:send", 72, 75)]
     computed = event("aten::mm", 50, 80)
     assert _cpu_communication([*phases, waiting, agreement, *sent, computed], [*phases, waiting]) == 15 + 3 + 5
+
+
+def on_cpu(name: str, start: float, end: float, *kernels: tuple[str, float], annotation: bool = False) -> Any:
+    """An event of the CPU, in microseconds. `kernels`: (name, duration) of those that it launched."""
+    launched = [SimpleNamespace(name=name, duration=duration) for name, duration in kernels]
+    return SimpleNamespace(
+        **vars(event(name, start, end)),
+        device_type=DeviceType.CPU,
+        is_user_annotation=annotation,
+        kernels=launched,
+        cpu_time_total=end - start,
+    )
+
+
+def on_gpu(name: str, start: float, end: float, annotation: bool = False) -> Any:
+    """An event of the GPU, in microseconds: a kernel, or an annotation around some."""
+    return SimpleNamespace(
+        **vars(event(name, start, end)),
+        device_type=DeviceType.CUDA,
+        is_user_annotation=annotation,
+        kernels=[],
+        key=name,
+        self_device_time_total=end - start,
+        count=PROFILED,
+    )
+
+
+def test_a_phase_has_the_kernels_that_every_thread_launched_in_it() -> None:
+    """Catches a backward pass of 0 ms on the GPU, whose kernels autograd's own thread launches; kernels that count
+    once for each annotation around them, or again for the call of CUDA with the number of their operation; and kernels
+    that count for the phase in which they run, in place of the one in which they were launched."""
+    events = [
+        on_cpu("ProfilerStep#5", 0, 3000, annotation=True),
+        on_cpu(PREFIX + "forward", 0, 1000, (PREFIX + "forward", 6000), annotation=True),
+        on_cpu("aten::linear", 10, 40),
+        on_cpu("aten::addmm", 20, 30, ("gemm", 6000)),
+        on_cpu("cudaLaunchKernel", 25, 26, ("gemm", 6000)),
+        on_cpu(PREFIX + "backward", 1000, 2000, annotation=True),
+        on_cpu("autograd::engine::evaluate_function: AddmmBackward0", 1100, 1400),  # of another thread, as those below
+        on_cpu("aten::mm", 1200, 1210, ("gemm", 3000), ("splitKreduce", 900)),
+        on_cpu("aten::copy_", 2500, 2510, ("Memcpy DtoH", 9000)),  # in no phase
+        on_gpu(PREFIX + "forward", 900, 6900, annotation=True),
+        on_gpu("gemm", 900, 6900),
+        on_gpu("gemm", 6900, 9900),
+        on_gpu("splitKreduce", 9900, 10800),
+    ]
+    times = _step_times(SimpleNamespace(events=lambda: events), on_gpu=True)
+    assert times.gpu == pytest.approx({"forward": 6 / PROFILED, "backward": 3.9 / PROFILED})
+    assert times.phases == pytest.approx({"forward": 1 / PROFILED, "backward": 1 / PROFILED})
+
+
+def test_the_kernels_of_collectives_count_once() -> None:
+    """Catches communication on a GPU that adds up the annotation of a collective, its kernel, and what launched it."""
+    events = [
+        on_cpu("ProfilerStep#5", 0, 3000, annotation=True),
+        on_cpu("c10d::allreduce_", 10, 90),
+        on_cpu("nccl:all_reduce", 20, 80, ("ncclDevKernel_AllReduce_Sum_f32_RING_LL(args)", 1500), annotation=True),
+        on_gpu("nccl:all_reduce", 100, 1600, annotation=True),
+        on_gpu("ncclDevKernel_AllReduce_Sum_f32_RING_LL(args)", 100, 1600),
+        on_gpu("gemm", 100, 1000),
+    ]
+    times = _step_times(SimpleNamespace(events=lambda: events), on_gpu=True)
+    assert times.communication == pytest.approx(1.5 / PROFILED)
+
+
+def test_the_most_expensive_operations_of_a_gpu_are_those_that_ran_there() -> None:
+    """Catches a table in which an operation of the CPU and the kernel that it launched share the same time, and one
+    with annotations, whose time is that of the kernels within."""
+    launcher = on_cpu("aten::addmm", 20, 30, ("gemm", 800))
+    averages = [
+        SimpleNamespace(**vars(launcher), key="aten::addmm", self_device_time_total=800.0, count=PROFILED),
+        on_gpu("gemm", 0, 800),
+        on_gpu("Memset (Device)", 0, 200),
+        on_gpu(PREFIX + "forward", 0, 1000, annotation=True),
+    ]
+    table = _operation_table(averages, step=1.0, on_gpu=True)
+    assert list(table.columns[0].cells) == ["gemm", "Memset (Device)"]
 
 
 def profile_steps(folder: Path, steps: int) -> None:
