@@ -1,7 +1,9 @@
 """Profile a few steps of a run: `deepcloze pretrain --profile`. docs/performance.md explains how to read the result."""
 
-import json
+import errno
+import io
 import logging
+import os
 import re
 from bisect import bisect_right
 from collections import defaultdict
@@ -16,12 +18,14 @@ from rich.table import Table
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from experiment.files import atomic_write, write_json, write_text
 from pretrain.engine.phases import COLLECTIVE_PREFIX, PREFIX
 
 log = logging.getLogger(__name__)
 
 SKIPPED, PROFILED = 4, 3  # steps; the first ones allocate memory and may compile
 _OPERATIONS = 10
+_TRACE_END = 8192  # bytes: more than the path of the trace, which is the last value in it
 _COLLECTIVES = ("gloo:", "c10d::", COLLECTIVE_PREFIX)
 _NCCL_KERNEL = re.compile(r"nccl\w*Kernel")  # ncclDevKernel_AllReduce_…, ncclSymDevKernel_…
 _CUDA_CALL = re.compile(r"cu(da)?[A-Z]")  # cudaLaunchKernel, cuLaunchKernel
@@ -64,16 +68,38 @@ class StepProfiler:
             log.warning("no profile was written to %s: %s", self._folder, error)
 
     def _write(self, finished: Any) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        finished.export_chrome_trace(str(self._folder / "trace.json"))
+        _export_trace(finished, self._folder / "trace.json")
         times = _step_times(finished, self._on_gpu)
-        (self._folder / "profile.json").write_text(json.dumps(asdict(times), indent=2) + "\n", encoding="utf-8")
+        write_json(self._folder / "profile.json", asdict(times))
         tables = [_phase_table(times), _operation_table(finished.key_averages(), times.step, self._on_gpu)]
-        with (self._folder / "profile.txt").open("w", encoding="utf-8") as file:
-            for console in (Console(file=file, width=110), Console(stderr=True)):
-                for table in tables:
-                    console.print(table)
+        text = io.StringIO()
+        for console in (Console(file=text, width=110), Console(stderr=True)):
+            for table in tables:
+                console.print(table)
+        write_text(self._folder / "profile.txt", text.getvalue())
         log.info("profile written to %s", self._folder)
+
+
+def _export_trace(finished: Any, path: Path) -> None:
+    """torch raises nothing if the disk is full: it leaves a part of the trace, and may not rename its own temporary
+    file."""
+    with atomic_write(path) as temporary:
+        try:
+            finished.export_chrome_trace(str(temporary))
+            if not _is_complete(temporary):
+                raise OSError(errno.EIO, "torch did not write all of the trace", str(path))
+        finally:
+            temporary.with_name(temporary.name + ".tmp").unlink(missing_ok=True)
+
+
+def _is_complete(trace: Path) -> bool:
+    """Whether the last key of a trace is there, and its last bracket. Parsing all of it would take gigabytes."""
+    if not trace.exists():
+        return False
+    with trace.open("rb") as file:
+        file.seek(-min(_TRACE_END, trace.stat().st_size), os.SEEK_END)
+        end = file.read().rstrip()
+    return b'"traceName"' in end and end.endswith(b"}")
 
 
 @dataclass(frozen=True)

@@ -1,3 +1,4 @@
+import resource
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from pretrain.training.profiler import (
     SKIPPED,
     StepProfiler,
     _cpu_communication,
+    _is_complete,
     _operation_table,
     _step_times,
 )
@@ -117,20 +119,54 @@ def profile_steps(folder: Path, steps: int) -> None:
     profiler.close()
 
 
-@pytest.mark.parametrize("link", ["", "trace.json", "profile.json", "profile.txt"])
+@pytest.mark.parametrize("name", ["", "trace.json", "profile.json", "profile.txt"])
 def test_a_profile_that_cannot_be_written_is_a_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, link: str
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
-    """Catches a run that ends on rank 0 alone because the disk of its profile is full, or its folder not writable."""
+    """Catches a run that ends on rank 0 alone because the folder of its profile, or a file in it, is not writable."""
     folder = tmp_path / "profile"
-    if link:
-        folder.mkdir()
-        (folder / link).symlink_to("/dev/full")
+    if name:
+        (folder / name / "in the way").mkdir(parents=True)
     else:
         folder.touch()
     profile_steps(folder, SKIPPED + PROFILED + 1)
-    assert link == "trace.json" or f"no profile was written to {folder}" in caplog.text
+    assert f"no profile was written to {folder}" in caplog.text
+    assert name in caplog.text
     assert not torch.autograd._profiler_enabled()
+
+
+@pytest.fixture
+def trace_size(tmp_path: Path) -> int:
+    """Bytes of a trace; the one of another folder may differ by some hundred."""
+    profile_steps(tmp_path / "profile", SKIPPED + PROFILED)
+    return (tmp_path / "profile" / "trace.json").stat().st_size
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_a_full_disk_leaves_no_part_of_a_trace(
+    trace_size: int, tmp_path: Path, caplog: pytest.LogCaptureFixture, share: float
+) -> None:
+    """Catches a part of a trace under its final name: torch reports no error for a disk that gets full."""
+    folder = tmp_path / "full"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * trace_size), hard))
+    try:
+        profile_steps(folder, SKIPPED + PROFILED + 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert f"no profile was written to {folder}" in caplog.text
+    assert "trace.json" in caplog.text
+    assert not folder.exists()
+
+
+def test_a_trace_without_its_end_is_not_complete(trace_size: int, tmp_path: Path) -> None:
+    """Catches a trace that lacks only its last bytes, or whose last whole event ends like the trace."""
+    trace = tmp_path / "profile" / "trace.json"
+    assert _is_complete(trace)
+    content = trace.read_bytes()
+    for end in (0, content.rindex(b"}"), content.rindex(b"}", 0, content.rindex(b"]")) + 1):
+        trace.write_bytes(content[:end])
+        assert not _is_complete(trace)
 
 
 @pytest.mark.parametrize("steps", [0, SKIPPED - 1, SKIPPED, SKIPPED + 1, SKIPPED + PROFILED, SKIPPED + PROFILED + 1])
