@@ -507,10 +507,9 @@ class Trainer:
     def _log_early_stop(self) -> None:
         history = self._progress.evaluations
         if should_stop_early(history, self._config.evaluation):
+            found = "it was never finite"
+            if history.best is not None:
+                found = f"the best was {history.best:.4g} at step {history.best_step}"
             log.info(
-                "stopping early: %s has not improved for %d evaluations; the best was %.4g at step %s",
-                history.metric,
-                history.waited,
-                history.best,
-                history.best_step,
+                "stopping early: %s has not improved for %d evaluations; %s", history.metric, history.waited, found
             )

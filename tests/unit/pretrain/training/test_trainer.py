@@ -10,7 +10,9 @@ from experiment.goodput import ActivityTimer
 from experiment.outcome_file import Outcome
 from experiment.tracking import Trackers
 from experiment.tracking.tracker import CLOSE_SECONDS
+from pretrain.config import EvaluationConfig
 from pretrain.training import trainer as trainer_module
+from pretrain.training.early_stopping import EvaluationHistory
 from pretrain.training.trainer import Trainer
 
 
@@ -18,6 +20,22 @@ def test_mfu_is_unknown_for_a_model_with_unknown_flops() -> None:
     """Catches a run on a GPU that stops at its first log line because of a figure that cannot be computed."""
     trainer: Any = SimpleNamespace(_on_gpu=True, _flops=None)
     assert Trainer._mfu(trainer, seconds=1.0) is None
+
+
+@pytest.mark.parametrize(
+    ("best", "step", "found"), [(None, None, "it was never finite"), (2.34567, 40, "the best was 2.346 at step 40")]
+)
+def test_the_reason_of_an_early_stop_is_logged(
+    caplog: pytest.LogCaptureFixture, best: float | None, step: int | None, found: str
+) -> None:
+    """Catches a traceback on stderr in place of the reason if the metric was never finite."""
+    metric = "eval/test/loss"
+    history = EvaluationHistory(metric, best, step, waited=2)
+    config = SimpleNamespace(evaluation=EvaluationConfig(best_metric=metric, patience=2))
+    trainer: Any = SimpleNamespace(_progress=SimpleNamespace(evaluations=history), _config=config)
+    with caplog.at_level("INFO"):
+        Trainer._log_early_stop(trainer)
+    assert caplog.messages == [f"stopping early: {metric} has not improved for 2 evaluations; {found}"]
 
 
 @pytest.fixture
