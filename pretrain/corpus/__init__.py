@@ -2,11 +2,17 @@
 
 `deepcloze corpus`, top-down:
 
-- options.py: the flags; build.py: the build; build_plan.py: what it reads and writes
-- sources.py, documents.py, formats.py, compression.py: names of sources to documents
-- pipeline.py: documents to worker processes (workers.py, tokenization.py, words.py) to shard writers
-- sampling.py: --holdout and --limit
-- shards.py, manifest.py: the files of a corpus; reader.py: opens a finished corpus for training
+- options: the flags; build: the build; build_plan: what it reads and writes; announcement: what it says before
+- sources, documents, formats, compression: names of sources to documents; progress_bar: how much has been read
+- pipeline: documents to worker processes to shard writers; workers: these processes
+- build_tokenizer: the tokenizer as plain data; tokenization: text to token ids; word_cache: each word once
+- words: where words begin
+- sampling: --holdout and --limit
+- shards, manifest: the files of a corpus
+- reader: opens a finished corpus for training; verification: checks its files
 
-train_tokenizer.py and added_tokens.py are `deepcloze tokenizer`; python_docs/ is text that needs no network.
+Besides:
+
+- train_tokenizer, added_tokens: `deepcloze tokenizer`
+- python_docs: text that needs no network
 """

@@ -2,6 +2,6 @@
 
 It needs no network, and its vocabulary and style differ from package to package, so it makes a good first corpus.
 
-- collect.py: find the files, read them in worker processes, drop duplicates; `deepcloze python_docs`
-- docstrings.py: extract prose from one source file or documentation page
+- collect: find the files, read them in worker processes, drop duplicates; `deepcloze python_docs`
+- docstrings: extract prose from one source file or documentation page
 """
