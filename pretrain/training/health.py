@@ -54,7 +54,11 @@ class Fault:
 
 def norm_limit(norms: Sequence[float], spike_factor: float, limits: HealthLimits) -> float:
     """The largest gradient norm that is not a spike after these recent ones; infinite while there are too few."""
-    return spike_factor * median(norms) or math.inf if len(norms) >= limits.min_norms else math.inf
+    if len(norms) < limits.min_norms:
+        return math.inf
+    if (middle := median(norms)) == 0:  # every norm would be a spike
+        return math.inf
+    return spike_factor * middle
 
 
 def append_norm(norms: tuple[float, ...], norm: float) -> tuple[float, ...]:
