@@ -90,7 +90,7 @@ def _call(train: Callable[[], Outcome], report: RankReport) -> ReportedOutcome:
         return ReportedOutcome(Outcome.REFUSED, str(error), Cause.AGREED)
     except AgreedFailureError as error:
         return ReportedOutcome(Outcome.FAILED, str(error).partition("\n")[0], Cause.AGREED)  # the rest has been logged
-    except DataWorkerError as error:  # likewise, but a restart may succeed
+    except DataWorkerError as error:  # the rest has been logged; a restart may succeed
         return ReportedOutcome(Outcome.FAILED, str(error).partition("\n")[0], Cause.ERROR)
     except BaseException as error:
         log.exception("this rank failed")

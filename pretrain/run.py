@@ -119,7 +119,7 @@ def _train(trainer: Trainer, stop: StopRequest, hosts: HostGroup) -> ReportedOut
         log.error("%s", error)
         with contextlib.suppress(UnwritableError):
             trainer.finish_save()
-        hosts.barrier()  # as above
+        hosts.barrier()  # the launcher kills all ranks when one exits, perhaps before rank 0 has logged the error
         raise
     finally:
         trainer.close(ending.outcome)

@@ -24,7 +24,7 @@ class Attempt:
 
     @property
     def counts(self) -> bool:
-        """Against `--max_restarts`."""
+        """Whether a restart after this attempt is one of the `--max_restarts` that are allowed."""
         return not self.joins_hosts
 
 

@@ -33,11 +33,14 @@ from pretrain.batching.vocabulary import Vocabulary
 from pretrain.corpus.reader import Corpus
 from pretrain.world import World
 
-MASKED_BUCKET = 64  # masked positions are padded to a multiple, so that kernels see few shapes
-_COLUMNS_BUCKET = 8  # and the predicted columns of a row too
-_FLAT_PARTS = 32  # flat microbatches are larger: their masked positions are padded by less than one part in 32,
-_SEQUENCE_PARTS = 8  # and `cu_seqlens` by less than one part in 8
-_WIDTH_BUCKET = 16  # the width of a padded microbatch is a multiple
+# Masked positions, and the predicted columns of a row, are padded to a multiple, so that kernels see few shapes.
+MASKED_BUCKET = 64
+_COLUMNS_BUCKET = 8
+# Flat microbatches are larger: their masked positions are padded by less than one part in 32, `cu_seqlens` by less than
+# one part in 8.
+_FLAT_PARTS = 32
+_SEQUENCE_PARTS = 8
+_WIDTH_BUCKET = 16  # the width of a padded microbatch is a multiple of this
 
 
 class MaskedText(NamedTuple):

@@ -12,8 +12,10 @@ from pretrain.batching.packing import next_multiple
 
 _WIDTHS = (1.25, 1.5, 1.75, 2.0)  # that are tried, in units of L
 _BUCKET = 16  # widths are a multiple, which suits the kernels
-_ATTENTION_TIME = 2.0  # how long a FLOP of attention takes, compared with one of linear layers: 1.5 to 2.5 on a CPU,
-_WORTHWHILE = 0.97  # so a wider row has to save this much by the estimate (benchmarks/RESULTS.md, "Experiments")
+# How long a FLOP of attention takes, compared with one of linear layers: 1.5 to 2.5 on a CPU
+# (benchmarks/RESULTS.md, "Experiments"). As that is uncertain, wider rows must take less than this share of the time.
+_ATTENTION_TIME = 2.0
+_WORTHWHILE = 0.97
 _BATCHES, _SEQUENCES = 16, 1024  # to compare widths, batches are packed until either number is reached
 
 

@@ -13,9 +13,11 @@ import torch
 
 
 class ForwardTimer:
-    """Of one of so many ranks. `enabled`: whether there are others to compare with; if not, it measures nothing."""
+    """Measures the forward passes of this rank. `enabled`: whether there are ranks to compare with; if not, it measures
+    nothing."""
 
     def __init__(self, on_gpu: bool, ranks: int) -> None:
+        """`ranks`: of the run, this one included."""
         self.enabled = ranks > 1
         self._on_gpu = on_gpu
         self._seconds = 0.0

@@ -79,13 +79,13 @@ class ThreadWork:
         self._syncs += 1
 
     def has_worked(self) -> bool:
-        """Since the last call."""
+        """Whether the thread has used the processor, or synced a file, since the last call of this method."""
         (seconds, syncs), self._seen = self._seen, (self._processor_seconds(), self._syncs)
         return self._seen[0] - seconds >= _WORK_SECONDS or self._seen[1] > syncs
 
 
 def work_of_this_thread() -> ThreadWork:
-    """From now on."""
+    """Measures the thread that calls this, from now on."""
     clock = time.pthread_getcpuclockid(threading.get_ident())
     work = ThreadWork(lambda: time.clock_gettime(clock))
     call_after_syncs(work.count_sync)
@@ -117,7 +117,7 @@ class BackgroundSave:
 
     @property
     def is_part_done(self) -> bool:
-        """On this rank."""
+        """Whether this rank has done its current part of the save in flight."""
         return self._snapshot is not None and self._part.done()
 
     def begin(self, snapshot: Snapshot) -> None:

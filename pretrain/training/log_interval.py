@@ -37,7 +37,7 @@ class LogInterval:
 
     @property
     def loss_sum(self) -> float:
-        """Over the reduced losses."""
+        """Sum of the losses of all masked tokens, over the steps whose losses `all_reduce_losses` has reduced."""
         return sum(self.losses)
 
     @property

@@ -54,7 +54,7 @@ def exit_on_stop_request(end_process: Callable[[str], object], stop_file: Path |
 
 
 def _receive_signals() -> None:
-    """In this thread."""
+    """Let the thread that calls this receive signals that ask to stop: all others block them."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
