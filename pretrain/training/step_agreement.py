@@ -7,7 +7,9 @@ because it takes up to 0.3 s at 1,024 ranks. Requests take effect when that step
 rank 0's clock: the learning rate of a step under a time budget depends on when the step before it began.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any, NamedTuple
 
 from pretrain.batching.batch import RankBatch
 from pretrain.batching.loader import DataWorkerError
@@ -33,6 +35,19 @@ class StepTotals(NamedTuple):
     @property
     def seconds(self) -> float:
         return self.milliseconds / 1000
+
+    def flatten(self) -> list[int]:
+        """All numbers in one list, in the order of the fields."""
+        return [number for value in self for number in (value if isinstance(value, tuple) else (value,))]
+
+    def unflatten(self, numbers: Sequence[int]) -> "StepTotals":
+        """The totals whose fields are as long as those of `self`, and which flatten to `numbers`."""
+        rest = iter(numbers)
+        fields: dict[str, Any] = {
+            name: tuple(islice(rest, len(value))) if isinstance(value, tuple) else next(rest)
+            for name, value in self._asdict().items()
+        }
+        return StepTotals(**fields)
 
 
 class StepAgreement:
@@ -64,32 +79,32 @@ class StepAgreement:
                 None on all ranks: not told.
         """
         save_due = self._save_minutes is not None and self._clock.minutes_since_save >= self._save_minutes
-        counts, corpus_tokens = (0, 0, 0), [0] * self._corpora
-        if isinstance(share, RankBatch):
-            counts = share.masked_tokens, share.tokens, share.squared_lengths
-            corpus_tokens = list(share.corpus_tokens)
-        now = (
-            int(isinstance(share, DataWorkerError)),
-            int(stop_requested),
-            int(save_due and self._is_rank0),
-            int(part_done),
-            int(self._clock.seconds * 1000) if self._is_rank0 else 0,
-        )
+        batch = share if isinstance(share, RankBatch) else None
         work = [] if work_seconds is None else [0] * self._world.size
         if work_seconds is not None:
             work[self._world.rank] = int(work_seconds * 1e6)
-        sums = self._hosts.start_all_reduce_sum([*counts, *now, *corpus_tokens, *work])
-        return PendingTotals(sums, self._corpora)
+        own = StepTotals(
+            masked_tokens=batch.masked_tokens if batch else 0,
+            tokens=batch.tokens if batch else 0,
+            squared_lengths=batch.squared_lengths if batch else 0,
+            failed_batches=int(isinstance(share, DataWorkerError)),
+            stop_requests=int(stop_requested),
+            save_requests=int(save_due and self._is_rank0),
+            ranks_done=int(part_done),
+            milliseconds=int(self._clock.seconds * 1000) if self._is_rank0 else 0,
+            corpus_tokens=tuple(batch.corpus_tokens) if batch else (0,) * self._corpora,
+            work_microseconds=tuple(work),
+        )
+        return PendingTotals(own, self._hosts.start_all_reduce_sum(own.flatten()))
 
 
 class PendingTotals:
     """An agreement that is in flight."""
 
-    def __init__(self, sums: PendingSums, corpora: int) -> None:
+    def __init__(self, own: StepTotals, sums: PendingSums) -> None:
+        """`own`: this rank's part of the sums."""
+        self._own = own
         self._sums = sums
-        self._corpora = corpora
 
     def wait(self) -> StepTotals:
-        masked, tokens, squared, failed, stops, saves, done, milliseconds, *rest = self._sums.wait()
-        by_corpus, by_rank = tuple(rest[: self._corpora]), tuple(rest[self._corpora :])
-        return StepTotals(masked, tokens, squared, failed, stops, saves, done, milliseconds, by_corpus, by_rank)
+        return self._own.unflatten(self._sums.wait())

@@ -56,6 +56,14 @@ def test_totals_are_sums_over_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (totals.stop_requests, totals.save_requests, totals.ranks_done) == (0, 0, 2)
 
 
+def test_every_field_comes_back_from_the_sums() -> None:
+    """Catches an order of the numbers that is sent and another that is read, also for a field that is new."""
+    numbers = {name: number for number, name in enumerate(StepTotals._fields)}
+    own = StepTotals(**{**numbers, "corpus_tokens": (20, 30), "work_microseconds": (40,)})
+    zeros = StepTotals(**{**dict.fromkeys(numbers, 0), "corpus_tokens": (0, 0), "work_microseconds": (0,)})
+    assert zeros.unflatten(own.flatten()) == own
+
+
 def test_time_is_that_of_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches clocks that are added up, or a budget that each rank measures for itself."""
     assert agree(monkeypatch, None, (None, None, None)).seconds == 100.0
