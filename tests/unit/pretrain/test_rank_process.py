@@ -1,32 +1,106 @@
 import os
 import resource
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
-from experiment.outcome_file import Outcome
+from experiment.errors import AgreedFailureError, UserError
+from experiment.outcome_file import Cause, Outcome, ReportedOutcome, read_outcome
 from experiment.run_folder import RunFolder
+from pretrain.batching.loader import DataWorkerError
+from pretrain.engine.process_group import LostRankError
 from pretrain.rank_process import run_rank
 from pretrain.rank_report import RankReport
+from pretrain.training.host_group import AgreedError
 
 
 class Exited(BaseException):
     """Raised in place of the process's exit."""
 
 
-def test_a_rank_raises_its_limit_of_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a rank that runs out of file descriptors although the system allows more than the default of 1024."""
-
+@pytest.fixture(autouse=True)
+def raised_exit(monkeypatch: pytest.MonkeyPatch) -> None:
     def end(code: int) -> None:
         raise Exited(code)
 
     monkeypatch.setattr(os, "_exit", end)
+
+
+def end_of(train: Callable[[], Outcome], folder: Path) -> tuple[int, ReportedOutcome | None]:
+    """The exit code of a rank that calls `train`, and what it leaves for the launcher."""
+    with pytest.raises(Exited) as exited:
+        run_rank(train, RankReport(RunFolder(folder), 3))
+    return exited.value.args[0], read_outcome(RunFolder(folder))
+
+
+@pytest.mark.parametrize(("outcome", "code"), [(Outcome.DONE, 0), (Outcome.STOPPED, 75)])
+def test_a_rank_that_does_not_fail_leaves_the_outcome_to_rank_0(tmp_path: Path, outcome: Outcome, code: int) -> None:
+    """Catches a run that is called failed, or a job that a scheduler does not resume."""
+    assert end_of(lambda: outcome, tmp_path) == (code, None)
+
+
+CLOSED = "[gloo/transport/tcp/pair.cc:553] Connection closed by peer [192.0.2.1]:2953"
+NO_MEMORY = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome", "cause", "code"),
+    [
+        (AgreedError("a mistake"), Outcome.REFUSED, Cause.AGREED, 2),
+        (UserError("a mistake"), Outcome.REFUSED, Cause.AGREED, 2),
+        (AgreedFailureError("the weights have diverged\nsee health/"), Outcome.FAILED, Cause.AGREED, 1),
+        (DataWorkerError("the data worker was killed\nits stack"), Outcome.FAILED, Cause.ERROR, 1),
+        (torch.OutOfMemoryError("CUDA out of memory"), Outcome.FAILED, Cause.OUT_OF_MEMORY, 1),
+        (RuntimeError(NO_MEMORY), Outcome.FAILED, Cause.OUT_OF_MEMORY, 1),
+        (dist.DistBackendError("NCCL error"), Outcome.FAILED, Cause.LOST_RANK, 1),
+        (dist.DistStoreError("wait timeout after 300000ms"), Outcome.FAILED, Cause.LOST_RANK, 1),
+        (dist.DistNetworkError("failed to recv, got 0 bytes"), Outcome.FAILED, Cause.LOST_RANK, 1),
+        (LostRankError("not connected: rank 1"), Outcome.FAILED, Cause.LOST_RANK, 1),
+        (RuntimeError(CLOSED), Outcome.FAILED, Cause.LOST_RANK, 1),
+        (RuntimeError("shape '[3]' is invalid for input of size 4"), Outcome.FAILED, Cause.ERROR, 1),
+        (KeyError("a bug"), Outcome.FAILED, Cause.ERROR, 1),
+        (KeyboardInterrupt(), Outcome.FAILED, Cause.ERROR, 1),
+    ],
+    ids=repr,
+)
+def test_an_exception_decides_what_the_launcher_does(
+    tmp_path: Path, error: BaseException, outcome: Outcome, cause: Cause, code: int
+) -> None:
+    """Catches a failure that is not restarted, a lack of memory that halves no microbatch, and ranks that start again
+    after a mistake of the user, or after a failure that would happen again."""
+
+    def train() -> Outcome:
+        raise error
+
+    exit_code, reported = end_of(train, tmp_path)
+    assert reported is not None
+    assert (exit_code, reported.outcome, reported.cause) == (code, outcome, cause)
+    assert reported.message.count("\n") == 0, "the rest has been logged"
+    assert str(error).partition("\n")[0] in reported.message
+
+
+def test_a_lack_of_memory_on_a_cpu_halves_the_microbatch(tmp_path: Path) -> None:
+    """Catches a torch that words it differently: the launch would restart with the same microbatch."""
+
+    def train() -> Outcome:
+        torch.empty(1 << 62, dtype=torch.uint8)
+        return Outcome.DONE
+
+    code, reported = end_of(train, tmp_path)
+    assert reported is not None
+    assert (code, reported.cause) == (1, Cause.OUT_OF_MEMORY)
+
+
+def test_a_rank_raises_its_limit_of_open_files(tmp_path: Path) -> None:
+    """Catches a rank that runs out of file descriptors although the system allows more than the default of 1024."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     soft, hard = min(before[0], 512), before[1]
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        with pytest.raises(Exited, match="0"):
-            run_rank(lambda: Outcome.DONE, RankReport(RunFolder(tmp_path), 0))
+        assert end_of(lambda: Outcome.DONE, tmp_path) == (0, None)
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
