@@ -26,6 +26,8 @@ from pretrain.training.stop_request import exit_on_stop_request
 log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.01
+# gloo raises RuntimeError: with the line of its source, or, if another collective of the group has timed out, without.
+_GLOO_ERRORS = ("gloo/transport", "Application timeout caused pair closure")
 
 
 def wait_at_gate() -> None:
@@ -101,7 +103,7 @@ def cause_of(error: BaseException) -> Cause:
     """What an exception that ends a rank means for a restart."""
     if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error):
         return Cause.OUT_OF_MEMORY
-    if isinstance(error, dist.DistError | LostRankError) or "gloo/transport" in str(error):
+    if isinstance(error, dist.DistError | LostRankError) or any(words in str(error) for words in _GLOO_ERRORS):
         return Cause.LOST_RANK
     return Cause.ERROR
 

@@ -60,6 +60,7 @@ NO_MEMORY = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: 
         (dist.DistNetworkError("failed to recv, got 0 bytes"), Outcome.FAILED, Cause.LOST_RANK, 1),
         (LostRankError("not connected: rank 1"), Outcome.FAILED, Cause.LOST_RANK, 1),
         (RuntimeError(CLOSED), Outcome.FAILED, Cause.LOST_RANK, 1),
+        (RuntimeError("Application timeout caused pair closure"), Outcome.FAILED, Cause.LOST_RANK, 1),
         (RuntimeError("shape '[3]' is invalid for input of size 4"), Outcome.FAILED, Cause.ERROR, 1),
         (KeyError("a bug"), Outcome.FAILED, Cause.ERROR, 1),
         (KeyboardInterrupt(), Outcome.FAILED, Cause.ERROR, 1),
