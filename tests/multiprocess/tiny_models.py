@@ -1,5 +1,6 @@
 """Tiny models of every type that transformers has for masked LMs."""
 
+import copy
 from typing import Any
 
 from transformers import AutoConfig
@@ -36,4 +37,4 @@ def tiny_fields(model_type: str) -> dict[str, Any]:
     """Fields of the config of a tiny model."""
     declared = declared_fields(AutoConfig.for_model(model_type))
     fields = {name: size for name, size in SMALL.items() if name in declared} | FIELDS.get(model_type, {})
-    return {name: value for name, value in fields.items() if value is not None}
+    return copy.deepcopy({name: value for name, value in fields.items() if value is not None})
