@@ -147,8 +147,8 @@ def parse_settings(raw: object, path: Path) -> DeepSpeedSettings:
     zero = _check_zero(raw, path)
     precision = _check_precision_keys(raw, path)
     requested: int = zero.get("stage", 0)
-    offload: OffloadDevice = (zero.get("offload_optimizer") or {}).get("device", "none")
-    nvme_path = (zero.get("offload_optimizer") or {}).get("nvme_path")
+    offload = _offload_device(zero, "offload_optimizer")
+    nvme_paths = _nvme_paths(zero)
     stage, change = _usable_stage(requested, precision, offload)
     return DeepSpeedSettings(
         path=path,
@@ -157,7 +157,7 @@ def parse_settings(raw: object, path: Path) -> DeepSpeedSettings:
         zero_stage=stage,
         stage_change=change,
         offload=offload,
-        nvme_path=None if nvme_path is None else Path(nvme_path),
+        nvme_path=Path(nvme_paths[0]) if nvme_paths else None,
         raw=raw,
     )
 
@@ -249,7 +249,22 @@ def _check_zero(raw: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
         raise UserError(f"{path}: 'compute_grad_norm' is false, but every update needs the norm; remove it")
     for key, lowest in (("offload_optimizer", 1), ("offload_param", 3)):
         _check_offload(zero, key, lowest, path)
+    if _offload_device(zero, "offload_param") == "nvme" and _offload_device(zero, "offload_optimizer") != "nvme":
+        raise UserError(f"{path}: 'offload_param' is on NVMe, which needs 'offload_optimizer' there, too")
+    if len(set(_nvme_paths(zero))) > 1:
+        raise UserError(f"{path}: 'nvme_path' of 'offload_optimizer' and 'offload_param' differ; expected one folder")
     return zero
+
+
+def _offload_device(zero: Mapping[str, Any], key: str) -> OffloadDevice:
+    device: OffloadDevice = (zero.get(key) or {}).get("device", "none")
+    return device
+
+
+def _nvme_paths(zero: Mapping[str, Any]) -> list[str]:
+    """Of what is offloaded to NVMe, those that are given."""
+    sections = [zero[key] for key in ("offload_optimizer", "offload_param") if _offload_device(zero, key) == "nvme"]
+    return [section["nvme_path"] for section in sections if section.get("nvme_path") is not None]
 
 
 def _check_offload(zero: Mapping[str, Any], key: str, lowest_stage: int, path: Path) -> None:

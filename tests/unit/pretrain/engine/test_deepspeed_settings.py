@@ -113,6 +113,16 @@ def test_engine_config_does_not_change_its_input() -> None:
             '{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": 5}}}',
             "'zero_optimization.offload_optimizer.nvme_path' is 5",
         ),
+        (
+            '{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}, '
+            '"offload_param": {"device": "nvme"}}}',
+            "needs 'offload_optimizer' there, too",
+        ),
+        (
+            '{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/a"}, '
+            '"offload_param": {"device": "nvme", "nvme_path": "/b"}}}',
+            "'nvme_path' of 'offload_optimizer' and 'offload_param' differ",
+        ),
         ('{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "disk"}}}', 'device\' is "disk"'),
         (
             '{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}',
@@ -209,3 +219,11 @@ def test_preset_for_offload_at_a_stage_without_one_is_of_the_next_stage() -> Non
     """Catches a message that names a file that does not exist."""
     own = {"fp16": {"enabled": True}, "zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}
     assert parse_settings(own, Path("own.json")).preset("bf16", "cpu") == "ds_configs/bf16_zero2_cpu_offload.json"
+
+
+def test_the_nvme_path_may_be_that_of_the_weights() -> None:
+    """Catches a run that swaps to its own folder although the file names a disk."""
+    weights = {"device": "nvme", "nvme_path": "/disk"}
+    zero = {"stage": 3, "offload_optimizer": {"device": "nvme"}, "offload_param": weights}
+    settings = parse_settings({"zero_optimization": zero}, Path("ds.json"))
+    assert settings.nvme_path == Path("/disk")
