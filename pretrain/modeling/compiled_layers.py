@@ -88,14 +88,16 @@ class _Compiler:
     def _recover(self, error: Exception) -> None:
         """Try again with an empty cache: a file in the usual one may be damaged. After that, give up."""
         torch._dynamo.reset()
-        self._failed = self._trial is not None or isinstance(error, FailOnRecompileLimitHit)
+        tried = self._trial is not None
+        self._delete_trial()
+        if not tried and not isinstance(error, FailOnRecompileLimitHit):
+            with contextlib.suppress(OSError):  # a full disk
+                self._trial = Path(tempfile.mkdtemp(prefix="compiling-", dir=self._cache.parent))
+        self._failed = self._trial is None
         if self._failed:
             first_line = str(error).strip().partition("\n")[0]
             log.warning("the layers run without torch.compile, which failed: %s", first_line)
-            self._delete_trial()
-        else:
-            self._trial = Path(tempfile.mkdtemp(prefix="compiling-", dir=self._cache.parent))
-            _use_cache(self._trial)
+        _use_cache(self._trial or self._cache)  # Triton goes on compiling
 
     def _keep_trial(self) -> None:
         """The layers compile with an empty cache: it takes the place of the damaged one."""
@@ -115,15 +117,16 @@ class _Compiler:
 
 def _open_cache(usual: Path) -> Path:
     """A folder for compiled code that this process can write: below the one that the user has set for torch, or the
-    usual one, or a temporary one."""
+    usual one, or torch's default."""
     given = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     set_by_user = given is not None and given not in (default_cache_dir(), str(usual))  # torch sets it too
     folder = Path(given) / "deepcloze" if given is not None and set_by_user else usual
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
     except OSError:
-        folder = Path(tempfile.mkdtemp(prefix="deepcloze-")) / "compiled"
-    return folder
+        writable = False
+    return folder if writable else Path(default_cache_dir()) / "deepcloze"
 
 
 def _use_cache(folder: Path) -> None:

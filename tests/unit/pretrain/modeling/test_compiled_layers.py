@@ -15,7 +15,7 @@ import pytest
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 
 SCRIPT = """
-import json, logging, sys
+import json, logging, sys, tempfile
 from pathlib import Path
 
 import torch
@@ -36,6 +36,10 @@ logging.getLogger("pretrain").addHandler(handler)
 if options["compiler"]:
     import torch._inductor.config
     torch._inductor.config.cpp.cxx = (options["compiler"],)
+if options["full_disk"]:
+    def mkdtemp(**_):
+        raise OSError(28, "No space left on device")
+    tempfile.mkdtemp = mkdtemp
 
 
 class PackingOfDevice(Packing):
@@ -94,6 +98,7 @@ print(json.dumps({"graphs": stats["unique_graphs"], "losses": losses, "warnings"
 
 def run(cache: Path, **options: Any) -> dict[str, Any]:
     given = {"model_type": "bert", "config": {}, "checkpointing": False, "compiler": "", "capability": None}
+    given["full_disk"] = False
     argument = json.dumps(given | {"cache": str(cache)} | options)
     finished = subprocess.run([sys.executable, "-c", SCRIPT, argument], capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
@@ -138,11 +143,12 @@ def test_a_damaged_cache_is_compiled_again(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
 
-def test_without_a_working_compiler_the_layers_run_as_they_are(tmp_path: Path) -> None:
+@pytest.mark.parametrize("full_disk", [False, pytest.param(True, marks=pytest.mark.soak)])
+def test_without_a_working_compiler_the_layers_run_as_they_are(tmp_path: Path, full_disk: bool) -> None:
     """Catches a run that ends where nothing can be compiled, and one that does not say so."""
     cache = tmp_path / "cache"
     (cache / "of another run").mkdir(parents=True)
-    found = run(cache, compiler="/bin/false")
+    found = run(cache, compiler="/bin/false", full_disk=full_disk)
     assert len(found["warnings"]) == 1
     assert "torch.compile" in found["warnings"][0]
     assert (cache / "of another run").is_dir()
