@@ -10,6 +10,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -68,18 +69,15 @@ class _Timer(TrainerCallback):  # type: ignore[misc]
 
 
 class _CountingCollator:
-    """Counts the real tokens of the microbatches after the untimed ones."""
+    """Counts the real tokens of each microbatch."""
 
-    def __init__(self, collator: DataCollatorForLanguageModeling, untimed: int) -> None:
+    def __init__(self, collator: DataCollatorForLanguageModeling) -> None:
         self.collator = collator
-        self.untimed_left = untimed
-        self.tokens = 0
+        self.tokens: list[int] = []
 
     def __call__(self, examples: list[Any]) -> Any:
         batch = self.collator(examples)
-        self.untimed_left -= 1
-        if self.untimed_left < 0:
-            self.tokens += int(batch["attention_mask"].sum())
+        self.tokens.append(int(batch["attention_mask"].sum()))
         return batch
 
 
@@ -89,14 +87,20 @@ def run(settings: PeerSettings) -> float:
     examples = tokenize(settings, tokenizer)
     while len(examples) < BATCH * settings.accumulated * settings.updates:
         examples = examples + examples
-    collator = _CountingCollator(mask(tokenizer), settings.warmup_updates * settings.accumulated)
+    collator = _CountingCollator(mask(tokenizer))
     timer = _Timer(settings.warmup_updates)
     with tempfile.TemporaryDirectory() as scratch:
         trainer = build_trainer(settings, tokenizer, examples, output_dir=scratch, max_steps=settings.updates)
         trainer.data_collator = collator
         trainer.add_callback(timer)
         trainer.train()
-    return collator.tokens / (timer.ended - timer.started)
+    return timed_tokens(collator.tokens, settings) / (timer.ended - timer.started)
+
+
+def timed_tokens(tokens: Sequence[int], settings: PeerSettings) -> int:
+    """Those of the timed updates. `tokens`: of each microbatch, and of one more that accelerate collates ahead."""
+    first, last = settings.warmup_updates * settings.accumulated, settings.updates * settings.accumulated
+    return sum(tokens[first:last])
 
 
 def build_trainer(recipe: Recipe, tokenizer: Any, examples: list[dict[str, list[int]]], **arguments: Any) -> Trainer:
