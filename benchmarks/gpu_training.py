@@ -5,12 +5,13 @@ those of `deepcloze pretrain`; tokens are random, and the lengths of documents a
 """
 
 import json
+import os
 import sys
 import time
 from contextlib import closing
 from dataclasses import asdict
 from datetime import timedelta
-from typing import cast
+from typing import NoReturn, cast
 
 import numpy as np
 import torch
@@ -67,7 +68,7 @@ class _RandomCorpus:
 
 def run(case: TrainingCase) -> TrainingResult:
     """Train and measure."""
-    world = connect(timedelta(seconds=60), lambda message: sys.exit(message))
+    world = connect(timedelta(seconds=60), _give_up)
     try:
         built, engine = _build(case, world)
         with closing(engine):
@@ -76,6 +77,11 @@ def run(case: TrainingCase) -> TrainingResult:
         return TrainingResult(error="out of memory")
     finally:
         disconnect()
+
+
+def _give_up(message: str) -> NoReturn:
+    print(message, file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _build(case: TrainingCase, world: World) -> tuple[BuiltModel, Engine]:

@@ -27,7 +27,7 @@ def connect(timeout: datetime.timedelta, end_process: Callable[[str], object]) -
     Args:
         timeout: of every collective, and of each of the two parts of connecting: to rank 0, then to all ranks.
         end_process: called with a message, in a thread, if a rank is lost in the second part, where torch may wait for
-            it forever.
+            it forever. It must end the process itself, by `os._exit`: an exception would end the thread only.
 
     Raises LostRankError if a rank is missing in the first part.
     """

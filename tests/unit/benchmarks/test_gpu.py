@@ -1,8 +1,11 @@
 """What of `benchmarks.gpu` can be tested without a GPU."""
 
 import json
+import os
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -80,6 +83,23 @@ def test_a_case_that_runs_out_of_memory_says_so(step: str, monkeypatch: pytest.M
     monkeypatch.setattr(gpu_training, "_build", lambda *_: (None, engine))
     monkeypatch.setattr(gpu_training, step, out_of_memory)
     assert gpu_training.run(CASE).error == "out of memory"
+
+
+def test_a_case_that_cannot_connect_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a process that waits forever: `sys.exit` in a thread ends the thread only."""
+    codes: list[int] = []
+
+    def connect(_: object, end_process: Callable[[str], object]) -> None:
+        thread = threading.Thread(target=end_process, args=["not connected"])
+        thread.start()
+        thread.join()
+        raise RuntimeError
+
+    monkeypatch.setattr(gpu_training, "connect", connect)
+    monkeypatch.setattr(os, "_exit", codes.append)
+    with pytest.raises(RuntimeError):
+        gpu_training.run(CASE)
+    assert codes == [1]
 
 
 def test_a_kernel_that_runs_out_of_memory_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
