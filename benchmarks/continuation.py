@@ -10,7 +10,6 @@ each, and the best one is reported. The model folder need not have a masked-LM h
 initialized one, as the model trained from scratch does.
 """
 
-import contextlib
 import csv
 import json
 import subprocess
@@ -87,8 +86,11 @@ def _best_run(name: str, work: Path, model: dict[str, Any], size: RunSize, rates
     """The learning rate with the lowest held-out loss, and the folder of its run."""
     folder = work / name.replace(" ", "-")
     config = _write_config(folder.with_suffix(".yaml"), work, model, size)
-    with contextlib.suppress(subprocess.CalledProcessError):  # a run that diverged fails, and is listed last
+    try:
         deepcloze("sweep", f"--config={config}", f"--grid=optimizer.lr={rates}", f"--output={folder}", "--num_gpus=1")
+    except subprocess.CalledProcessError as error:
+        if error.returncode != 1:  # 1: runs failed. One that diverged is listed last
+            raise
     with (folder / "sweep.csv").open(encoding="utf-8") as file:
         best = next(csv.DictReader(file))
     return best["optimizer.lr"], folder / best["folder"]
