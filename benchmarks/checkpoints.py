@@ -8,14 +8,13 @@ affects all. Timed are the steps after the first `WARM` and before the last, who
 for. All runs must have the same losses.
 """
 
-import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import fire
 import yaml
@@ -23,10 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import describe_machine
-from benchmarks.pretraining_runs import Config, RunSettings, build_corpus, spread
+from benchmarks.pretraining_runs import Config, RunSettings, build_corpus, read_steps, spread
 from benchmarks.processes import OUR_ALLOCATOR
-from experiment.goodput import read_attempt_times
-from experiment.run_folder import RunFolder
 
 WARM = 20
 _MODEL = {"hidden_size": 384, "num_hidden_layers": 10, "num_attention_heads": 6, "intermediate_size": 1536}
@@ -91,18 +88,14 @@ def _run(config: Config, folder: Path, waits: bool) -> Measured:
     threads = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
     command = [sys.executable, "-c", _WAITING_RANK if waits else _RANK, "--config", str(path), f"--run.dir={folder}"]
     subprocess.run(command, env=os.environ | OUR_ALLOCATOR | threads, stdout=sys.stderr, check=True)
-    rows = [row for row in _read_lines(folder / "metrics.jsonl") if "loss" in row]
-    seconds = {line.step: line.time for line in read_attempt_times(RunFolder(folder))}
+    steps = read_steps(folder)
+    waited = sum(step.event["checkpoint_seconds"] for step in steps[WARM:-1])
     return Measured(
-        seconds[rows[-2]["step"]] - seconds[WARM],
-        sum(row["checkpoint_seconds"] for row in rows[WARM:-1]),
-        max(row["memory"] for row in rows) / 1e9,
-        tuple(row["loss"] for row in rows),
+        waited + sum(step.seconds for step in steps[WARM:-1]),
+        waited,
+        max(step.event["memory"] for step in steps) / 1e9,
+        tuple(step.event["loss"] for step in steps),
     )
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _print(measured: dict[str, list[Measured]], title: str) -> None:

@@ -1,17 +1,18 @@
 """Runs of `deepcloze pretrain` that benchmarks start and measure."""
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
 
 from benchmarks.processes import deepcloze
+from experiment.run_folder import RunFolder
+from experiment.tracking.jsonl import Event, read_events
 from pretrain.batching.sequences import split_documents
 from pretrain.corpus.reader import open_corpus
 
@@ -55,6 +56,14 @@ class RunSettings:
         return self.config(run={"log_every": 1, **run}, schedule={"steps": steps}, evaluation={"every_steps": steps})
 
 
+class Step(NamedTuple):
+    """A step of a run."""
+
+    event: Event  # its metrics
+    tokens: int
+    seconds: float  # without those that it waited for a checkpoint, or evaluated
+
+
 def mean_length(corpus: Path, length: int) -> float:
     """Mean number of tokens of a sequence, special tokens included."""
     documents = [shard.astype(np.int64) for shard in open_corpus(corpus).document_lengths()]
@@ -76,15 +85,17 @@ def pretrain(
     deepcloze(*command, threads=max(1, threads // ranks), environment=environment)
 
 
+def read_steps(folder: Path) -> list[Step]:
+    """The steps of a run that logged each of them."""
+    events = [{"tokens": 0}, *read_events(RunFolder(folder).metrics)]
+    tokens = ((event, event["tokens"] - before["tokens"]) for before, event in pairwise(events))
+    return [Step(event, new, new / event["tokens_per_second"]) for event, new in tokens if "loss" in event]
+
+
 def tokens_per_second(folder: Path, skipped: int) -> float:
-    """Of the steps after the first `skipped`, from the metrics of a run that logged each step."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    tokens = seconds = 0.0
-    for before, row in pairwise(rows):
-        if row.get("tokens_per_second") and before["step"] >= skipped:
-            tokens += row["tokens"] - before["tokens"]
-            seconds += (row["tokens"] - before["tokens"]) / row["tokens_per_second"]
-    return tokens / seconds
+    """Of the steps after the first `skipped` of a run that logged each step."""
+    timed = read_steps(folder)[skipped:]
+    return sum(step.tokens for step in timed) / sum(step.seconds for step in timed)
 
 
 def spread(values: Sequence[float], form: str) -> str:
