@@ -28,9 +28,8 @@ from rich.table import Table
 
 from benchmarks.machine import describe_machine
 from experiment.allocator import keep_freed_memory
-from pretrain.batching.batch import flatten_batch
 from pretrain.batching.batch_maker import BatchMaker, MaskedCorpus
-from pretrain.batching.loader import load_batches
+from pretrain.batching.loader import batch_message, load_batches
 from pretrain.batching.masking import Masker, MaskingPolicy
 from pretrain.batching.order import BatchSizes, CorpusStream, ShuffledOrder
 from pretrain.batching.packing import MicrobatchLayout, Rows
@@ -150,13 +149,8 @@ def _phases(maker: BatchMaker, step: int) -> dict[str, float]:
     read, ids = _timed(lambda: source.corpus.read(starts, lengths))
     keys = source.masker.keys(batch.origins)
     mask, _ = _timed(lambda: source.masker.mask(ids.astype(np.int64), lengths, keys))
-    send, _ = _timed(lambda: pickle.loads(pickle.dumps(_message(batch), protocol=pickle.HIGHEST_PROTOCOL)))
+    send, _ = _timed(lambda: pickle.loads(pickle.dumps(batch_message(batch), protocol=pickle.HIGHEST_PROTOCOL)))
     return dict(zip(_PHASES, (order, every_rank, read, mask, share, send), strict=True))
-
-
-def _message(batch: Any) -> tuple[Any, ...]:
-    flat = flatten_batch(batch)
-    return flat.data.numpy(), flat.fields, flat.batch
 
 
 def _timed(function: Callable[[], Any]) -> tuple[float, Any]:

@@ -23,7 +23,7 @@ from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
 from pathlib import Path
 from types import FrameType
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -172,11 +172,17 @@ def _make_batches(batches: Batches, span: tuple[int, int | None, int], writer: C
         writer.send_bytes(_STARTED)
         for step in _steps(*span):
             try:
-                flat = flatten_batch(batches[step])
+                message = batch_message(batches[step])
             except Exception as error:
                 writer.send(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
                 return
-            writer.send((flat.data.numpy(), flat.fields, flat.batch))
+            writer.send(message)
+
+
+def batch_message(batch: RankBatch) -> tuple[Any, ...]:
+    """What a worker sends: one array, and what rebuilds the batch from it."""
+    flat = flatten_batch(batch)
+    return flat.data.numpy(), flat.fields, flat.batch
 
 
 def _receive_batches(
