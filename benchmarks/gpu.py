@@ -12,7 +12,6 @@ figures mean nothing.
 """
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from rich.table import Table
 
 from benchmarks.gpu_cases import MODELS, KernelSettings, KernelTime, TrainingCase, TrainingResult
 from benchmarks.machine import describe_machine
+from benchmarks.processes import run_module
 
 _LENGTHS, _PRECISIONS, _STAGES = (128, 512, 1024), ("fp16", "bf16"), (0, 1, 2, 3)
 _KERNEL_TOKENS = 32_768
@@ -121,16 +121,14 @@ def _train(case: TrainingCase, smoke: bool) -> TrainingResult:
 
 
 def _run(module: str, settings: dict[str, Any], smoke: bool) -> Any:
-    """What a module prints as JSON. Its messages go to stderr."""
+    """What a module prints as JSON."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     if smoke:
         environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", module, json.dumps(settings)]
-    finished = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(finished.stdout.splitlines()[-1])
+    return run_module(module, settings, environment=environment)
 
 
 def _write(output: Path, trained: Trained, timed: Timed, smoke: bool) -> None:

@@ -31,7 +31,7 @@ from pretrain.modeling.head import cross_entropy
 _HEADS, _SIZE, _HIDDEN = 12, 64, 768
 _VOCABULARIES = (30522, 50368)  # of BERT and ModernBERT
 _PREDICTED = 0.15
-_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _WARM = 3
 
 
@@ -72,7 +72,7 @@ def _kernels(settings: KernelSettings) -> Iterator[_Kernel]:
 
 
 def _attention(settings: KernelSettings, length: int) -> Iterator[_Kernel]:
-    on_gpu, dtype = settings.device == "cuda", _DTYPES[settings.precision]
+    on_gpu, dtype = settings.device == "cuda", DTYPES[settings.precision]
     if on_gpu and supports_flash(torch.cuda.get_device_capability(), _SIZE, dtype):
         for dropout in (0.0, 0.1):
             yield _flash(settings, length, dropout, "flash attention")
@@ -138,7 +138,7 @@ def _layers(settings: KernelSettings) -> Iterator[_Kernel]:
 
 
 def _draw(settings: KernelSettings, *shape: int) -> Tensor:
-    return torch.randn(shape, device=settings.device, dtype=_DTYPES[settings.precision]).requires_grad_()
+    return torch.randn(shape, device=settings.device, dtype=DTYPES[settings.precision]).requires_grad_()
 
 
 def _describe(tensor: Tensor) -> str:

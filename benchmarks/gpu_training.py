@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from transformers import AutoConfig
 
 from benchmarks.gpu_cases import MODELS, TrainingCase, TrainingResult
+from benchmarks.gpu_kernels import DTYPES
 from experiment.cache_folder import cache_folder
 from experiment.device_peaks import peak_flops, peak_memory
 from pretrain.batching.batch import RankBatch
@@ -50,7 +51,6 @@ _TINY = {
 _MASKED = {"bert": 0.15, "modernbert": 0.3}
 _DOCUMENTS, _MEDIAN_LENGTH, _LENGTH_SPREAD = 20_000, 250.0, 1.2  # log-normal, in tokens
 _SPECIAL = 5  # ids 0 to 4: padding, unknown, and those around a text
-_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _FILL = {"flat": 0.97, "windows": 0.9, "padded": 0.5}  # of the slots, about, so that a step needs no second microbatch
 _BATCHES = 4
 
@@ -130,7 +130,7 @@ def make_batches(case: TrainingCase, built: BuiltModel, pinned: bool) -> list[Ra
     special = np.zeros(config.vocab_size, dtype=np.bool_)
     special[:_SPECIAL] = True
     vocabulary = Vocabulary((2,), (3,), config.pad_token_id or 0, 4, special, np.arange(_SPECIAL, config.vocab_size))
-    rows = choose_rows(built, _DTYPES[case.precision])
+    rows = choose_rows(built, DTYPES[case.precision])
     index = _draw_index(case.length - vocabulary.num_special_tokens)
     corpus = cast(Corpus, _RandomCorpus(config.vocab_size))
     masker = Masker(vocabulary, MaskingPolicy(_MASKED[config.model_type], 0.8, 0.1), seed=1, corpus="random")

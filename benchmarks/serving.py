@@ -33,6 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import describe_machine
+from benchmarks.processes import deepcloze
 
 PLAIN = "FastAPI + pipeline"
 PRECISIONS = {"fp32": "deepcloze serve, fp32", "bf16": "deepcloze serve, bf16", "int8": "deepcloze serve, ONNX int8"}
@@ -68,7 +69,7 @@ def serving(
     with tempfile.TemporaryDirectory() as made:
         folder = model or _save_model(Path(made, "model"))
         if "int8" in chosen.values():
-            _export(folder, f"{made}/int8")
+            deepcloze("export", "--checkpoint", folder, "--output", f"{made}/int8", "--format", "onnx", "--int8")
         folders = {name: f"{made}/int8" if chosen.get(name) == "int8" else folder for name in names}
         for _ in range(rounds):
             for name in names:
@@ -157,12 +158,6 @@ def _server(folder: str, clients: int, precision: str | None) -> Iterator[tuple[
     finally:
         process.kill()
         process.wait()
-
-
-def _export(model: str, output: str) -> None:
-    """Write the model as ONNX in int8."""
-    flags = ["--checkpoint", model, "--output", output, "--format", "onnx", "--int8"]
-    subprocess.run([sys.executable, "-m", "launcher", "export", *flags], stdout=sys.stderr, check=True)
 
 
 def serve_plainly(folder: str) -> None:

@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import describe_machine
+from benchmarks.processes import deepcloze
 from experiment.run_folder import RunFolder
 
 _POLL_SECONDS = 0.005
@@ -78,15 +79,11 @@ def _write_inputs(folder: Path) -> Path:
     (folder / "text.txt").write_text("\n".join(lines))
     source = ("--source", str(folder / "text.txt"))
     tokenizer, corpus = str(folder / "tokenizer"), str(folder / "corpus")
-    _deepcloze("tokenizer", *source, "--output", tokenizer, "--vocab_size", "8000")
-    _deepcloze("corpus", *source, "--tokenizer", tokenizer, "--output", corpus)
+    deepcloze("tokenizer", *source, "--output", tokenizer, "--vocab_size", "8000")
+    deepcloze("corpus", *source, "--tokenizer", tokenizer, "--output", corpus)
     config = folder / "run.yaml"
     config.write_text(yaml.safe_dump({**_CONFIG, "corpus": {"train": corpus}}))
     return config
-
-
-def _deepcloze(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "launcher", *arguments], check=True, capture_output=True)
 
 
 def _seconds_by_phase(config: Path, ranks: int, run: Path) -> list[float]:
