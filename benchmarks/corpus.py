@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import fire
@@ -89,21 +89,20 @@ def _watch(command: list[str], environment: Mapping[str, str]) -> tuple[float, f
 
 
 def _table(runs: Runs) -> Table:
-    table = Table("", "process, s: median (min – max)", "tokenization, s", "peak memory, GB", "speed of deepcloze")
-    ours = statistics.median(run["total"] for run in runs[_DEEPCLOZE])
+    columns = ("process, s: median (min – max)", "tokenization, s", "peak memory, GB", "deepcloze is faster by")
+    table = Table("", *columns)
+    ours = [run["total"] for run in runs[_DEEPCLOZE]]
     for name, found in runs.items():
         # Of `datasets.map` the whole process, as users start it; of the others tokenization alone.
         key = "total" if name in (_DEEPCLOZE, _MAP) else "encoding"
-        ratio = statistics.median(run[key] for run in found) / ours
-        memory = max(run["memory"] for run in found) / 1e9
-        cells = (_spread(found, "total"), _spread(found, "encoding"), f"{memory:.2f}", f"{ratio:.2f} ×")
-        table.add_row(name, *cells)
+        ratio = "" if name == _DEEPCLOZE else _spread([run[key] / own for run, own in zip(found, ours, strict=True)])
+        seconds = (_spread([run[of] for run in found]) for of in ("total", "encoding"))
+        table.add_row(name, *seconds, f"{max(run['memory'] for run in found) / 1e9:.2f}", ratio)
     return table
 
 
-def _spread(runs: list[dict[str, float]], key: str) -> str:
-    seconds = [run[key] for run in runs]
-    return f"{statistics.median(seconds):.2f} ({min(seconds):.2f} – {max(seconds):.2f})"
+def _spread(values: Sequence[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f} – {max(values):.2f})"
 
 
 def contestant(name: str, source: str, tokenizer: str, threads: str) -> None:

@@ -1,9 +1,21 @@
 import sys
 
-from benchmarks.corpus import _watch
+from rich.console import Console
+
+from benchmarks.corpus import Runs, _table, _watch
 
 
 def test_a_contestant_may_print_much() -> None:
     """Catches a process that waits forever because nobody reads what it prints: a pipe holds 64 KiB."""
     _, _, printed = _watch([sys.executable, "-c", "print('x' * 200_000)"], {})
     assert len(printed) == 200_001
+
+
+def test_a_ratio_is_that_of_each_round() -> None:
+    """Catches the ratio of two medians, which may be of different rounds, and one without its spread."""
+    seconds = {"deepcloze corpus": (1.0, 4.0, 2.0), "datasets.map": (3.0, 8.0, 8.0)}
+    runs: Runs = {name: [{"total": s, "encoding": s, "memory": 1e9} for s in of] for name, of in seconds.items()}
+    console = Console(width=120)
+    with console.capture() as printed:
+        console.print(_table(runs))
+    assert "3.00 (2.00 – 4.00)" in printed.get()
