@@ -1,14 +1,13 @@
-"""Seconds from `deepcloze pretrain` to the first step of a small run, and to its end, by phase.
+"""Seconds from `deepcloze pretrain` to the first step of a small run, and to its end, by phase; and its peak memory.
 
     python -m benchmarks.startup [--rounds 5]
 
 Builds a small corpus, then starts runs of three steps with one rank and with two, in turn. The files are in the
-system's cache after the first, untimed run.
+system's cache after the first, untimed run. Peak memory is that of all processes, shared pages counted once.
 """
 
 import json
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import fire
 import psutil
@@ -25,6 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import describe_machine
+from benchmarks.peak_memory import PeakMemory
+from benchmarks.pretraining_runs import spread
 from benchmarks.processes import deepcloze
 from experiment.run_folder import RunFolder
 
@@ -54,6 +56,11 @@ _PHASES = (
 )
 
 
+class Measured(NamedTuple):
+    seconds: list[float]  # by phase
+    memory: int  # peak bytes of all processes
+
+
 def startup(rounds: int = 5) -> None:
     """Measure and print a table.
 
@@ -64,11 +71,13 @@ def startup(rounds: int = 5) -> None:
     with tempfile.TemporaryDirectory(prefix="deepcloze-startup-") as folder:
         config = _write_inputs(Path(folder))
         _seconds_by_phase(config, 1, Path(folder) / "first")
-        seconds: dict[int, list[list[float]]] = {1: [], 2: []}
+        measured: dict[int, list[Measured]] = {1: [], 2: []}
         for number in range(rounds):
-            for ranks in seconds:
-                seconds[ranks].append(_seconds_by_phase(config, ranks, Path(folder) / f"run-{ranks}-{number}"))
-    Console().print(_table(seconds))
+            for ranks, runs in measured.items():
+                with PeakMemory(seconds=0.5) as memory:
+                    seconds = _seconds_by_phase(config, ranks, Path(folder) / f"run-{ranks}-{number}")
+                runs.append(Measured(seconds, memory.bytes))
+    Console().print(_table(measured))
 
 
 def _write_inputs(folder: Path) -> Path:
@@ -131,13 +140,15 @@ def _record(folder: RunFolder) -> dict[str, object]:
         return {}
 
 
-def _table(seconds: dict[int, list[list[float]]]) -> Table:
-    table = Table("seconds, median (min – max)", *(f"{ranks} rank{'s' * (ranks > 1)}" for ranks in seconds))
-    rows = {phase: [[run[number] for run in runs] for runs in seconds.values()] for number, phase in enumerate(_PHASES)}
-    rows["to the first step"] = [[sum(run[:-1]) for run in runs] for runs in seconds.values()]
-    rows["to the end"] = [[sum(run) for run in runs] for runs in seconds.values()]
+def _table(measured: dict[int, list[Measured]]) -> Table:
+    table = Table("seconds, median (min – max)", *(f"{ranks} rank{'s' * (ranks > 1)}" for ranks in measured))
+    columns = [[run.seconds for run in runs] for runs in measured.values()]
+    rows = {phase: [[run[number] for run in runs] for runs in columns] for number, phase in enumerate(_PHASES)}
+    rows["to the first step"] = [[sum(run[:-1]) for run in runs] for runs in columns]
+    rows["to the end"] = [[sum(run) for run in runs] for runs in columns]
+    rows["peak memory, GB"] = [[run.memory / 1e9 for run in runs] for runs in measured.values()]
     for name, cells in rows.items():
-        table.add_row(name, *(f"{statistics.median(runs):.2f} ({min(runs):.2f} – {max(runs):.2f})" for runs in cells))
+        table.add_row(name, *(spread(values, ".2f") for values in cells))
     return table
 
 
