@@ -2,7 +2,8 @@
 
     python -m benchmarks.loader [--length 512] [--documents web]
 
-On a corpus of random tokens in documents of realistic lengths:
+On a corpus of random tokens in documents of realistic lengths, and on a mixture of three such corpora with sequences of
+up to 8,192 tokens:
 
 - the milliseconds of each phase of a batch, at the beginning of the stream and at step 10^9, for one rank and for one
   of 1,024. Every rank repeats all from the order to the assignment, for the whole global batch. Reading and masking are
@@ -15,7 +16,8 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from experiment.allocator import keep_freed_memory
 from pretrain.batching.batch_maker import BatchMaker, MaskedCorpus
 from pretrain.batching.loader import batch_message, load_batches
 from pretrain.batching.masking import Masker, MaskingPolicy
-from pretrain.batching.order import BatchSizes, CorpusStream, ShuffledOrder
+from pretrain.batching.order import BatchSequences, BatchSizes, CorpusStream, ShuffledOrder
 from pretrain.batching.packing import MicrobatchLayout, Rows
 from pretrain.batching.sequences import open_index
 from pretrain.batching.vocabulary import Vocabulary
@@ -47,6 +49,10 @@ _DOCUMENTS = {
     "web": (6.0, 1.1),
     "books": (11.0, 0.5),
 }  # mean and deviation of the log of the length
+_MIXTURE, _LONGEST = (
+    {"wiki": 0.3, "web": 0.5, "books": 0.2},
+    8192,
+)  # shares of the sequences; longest sequence, in tokens
 _PHASES = ("order", "order to assignment", "read", "mask", "own share", "send, receive")
 
 
@@ -64,7 +70,7 @@ def loader(
     Args:
         documents: how long documents are: wiki (paragraphs), web or books
         length: longest sequence, in tokens
-        tokens: of the corpus
+        tokens: of each corpus
         microbatch_tokens: slots of a microbatch
         consumption: tokens per second that the simulated rank trains on
         seconds: for which one worker is measured
@@ -72,18 +78,10 @@ def loader(
     torch.set_num_threads(1)
     keep_freed_memory()  # as in a run
     with tempfile.TemporaryDirectory() as scratch:
-        corpus = _make_corpus(Path(scratch) / "corpus", _document_lengths(documents, tokens))
-        layouts: list[tuple[Rows, int, int]] = [
-            (rows, world_size, sequences)
-            for rows in ("windows", "flat")
-            for world_size, sequences in ((1, 256), (1, 4096), (1024, 65536))
-        ]
+        corpora = {name: _make_corpus(Path(scratch) / name, _document_lengths(name, tokens)) for name in _DOCUMENTS}
         phases = Table("batch", *_PHASES, title=f"milliseconds per batch, {documents}, sequences of up to {length}")
         rates = Table("batch", "tokens/s of one worker", f"wait at {consumption:,} tokens/s")
-        for rows, world_size, sequences in layouts:
-            layout = MicrobatchLayout(length, microbatch_tokens, rows)
-            maker = _make_maker(corpus, layout, sequences, World(world_size // 2, world_size))
-            name = f"{rows}, {sequences:,} sequences, {world_size:,} ranks"
+        for name, maker in _cases(corpora, documents, length, microbatch_tokens):
             for step in (0, 10**9):
                 figures = _median_phases(maker, step)
                 phases.add_row(f"{name}, step {step:.0e}", *(f"{figures[phase]:.2f}" for phase in _PHASES))
@@ -95,6 +93,21 @@ def loader(
         f"{_peak(resource.RUSAGE_CHILDREN)} MiB, memory-mapped files included"
     )
     print(describe_machine())
+
+
+def _cases(
+    corpora: Mapping[str, Corpus], documents: str, length: int, microbatch_tokens: int
+) -> Iterator[tuple[str, BatchMaker]]:
+    rows: Rows
+    for rows in ("windows", "flat"):
+        layout = MicrobatchLayout(length, microbatch_tokens, rows)
+        for world_size, sequences in ((1, 256), (1, 4096), (1024, 65536)):
+            world = World(world_size // 2, world_size)
+            name = f"{rows}, {sequences:,} sequences, {world_size:,} ranks"
+            yield name, _make_maker([corpora[documents]], (1.0,), layout, sequences, world)
+        mixture = [corpora[part] for part in _MIXTURE]
+        layout = replace(layout, max_seq_length=_LONGEST)
+        yield f"{name}, mixture", _make_maker(mixture, tuple(_MIXTURE.values()), layout, sequences, world)
 
 
 def _document_lengths(documents: str, tokens: int) -> NDArray[np.int64]:
@@ -116,7 +129,9 @@ def _make_corpus(folder: Path, lengths: NDArray[np.int64]) -> Corpus:
     return open_corpus(folder)
 
 
-def _make_maker(corpus: Corpus, layout: MicrobatchLayout, sequences: int, world: World) -> BatchMaker:
+def _make_maker(
+    corpora: Sequence[Corpus], shares: tuple[float, ...], layout: MicrobatchLayout, sequences: int, world: World
+) -> BatchMaker:
     vocabulary = Vocabulary(
         prefix=(2,),
         suffix=(3,),
@@ -125,10 +140,18 @@ def _make_maker(corpus: Corpus, layout: MicrobatchLayout, sequences: int, world:
         unmaskable=np.arange(_VOCABULARY) < 5,
         replacements=np.arange(5, _VOCABULARY),
     )
-    index = open_index(corpus, layout.max_seq_length - vocabulary.num_special_tokens, corpus.path)
-    masker = Masker(vocabulary, MaskingPolicy(0.15, 0.8, 0.1), seed=1, corpus=corpus.fingerprint)
-    order = ShuffledOrder((CorpusStream(len(index), seed=1),), BatchSizes(sequences))
-    return BatchMaker((MaskedCorpus(corpus, index, masker),), order, vocabulary, layout, world)
+    policy = MaskingPolicy(0.15, 0.8, 0.1)
+    sources = tuple(
+        MaskedCorpus(
+            corpus,
+            open_index(corpus, layout.max_seq_length - vocabulary.num_special_tokens, corpus.path),
+            Masker(vocabulary, policy, seed=1, corpus=corpus.fingerprint),
+        )
+        for corpus in corpora
+    )
+    streams = tuple(CorpusStream(len(source.index), seed) for seed, source in enumerate(sources, start=1))
+    order = ShuffledOrder(streams, BatchSizes(sequences), shares=shares)
+    return BatchMaker(sources, order, vocabulary, layout, world)
 
 
 def _median_phases(maker: BatchMaker, step: int) -> dict[str, float]:
@@ -139,18 +162,23 @@ def _median_phases(maker: BatchMaker, step: int) -> dict[str, float]:
 
 
 def _phases(maker: BatchMaker, step: int) -> dict[str, float]:
-    (source,) = maker.corpora
     order, _ = _timed(lambda: maker.order.batch(step))
     every_rank, assigned = _timed(lambda: maker.assign(step))
     share, batch = _timed(lambda: maker.make_share(step, *assigned))
-    sequences, text_lengths, assignment = assigned
-    own = np.flatnonzero(assignment.rank == maker.world.rank)
-    starts, lengths = np.asarray(source.index.starts[sequences.ids[own]]), text_lengths[own]
-    read, ids = _timed(lambda: source.corpus.read(starts, lengths))
-    keys = source.masker.keys(batch.origins)
-    mask, _ = _timed(lambda: source.masker.mask(ids.astype(np.int64), lengths, keys))
+    parts = [_read_and_mask(source, number, batch.origins) for number, source in enumerate(maker.corpora)]
+    read, mask = map(sum, zip(*parts, strict=True))
     send, _ = _timed(lambda: pickle.loads(pickle.dumps(batch_message(batch), protocol=pickle.HIGHEST_PROTOCOL)))
     return dict(zip(_PHASES, (order, every_rank, read, mask, share, send), strict=True))
+
+
+def _read_and_mask(source: MaskedCorpus, number: int, origins: BatchSequences) -> tuple[float, float]:
+    """Milliseconds to read and to mask the sequences of corpus `number`."""
+    own = BatchSequences(*(column[origins.corpora == number] for column in origins))
+    starts, lengths = np.asarray(source.index.starts[own.ids]), source.index.lengths(own.ids)
+    read, ids = _timed(lambda: source.corpus.read(starts, lengths))
+    keys = source.masker.keys(own)
+    mask, _ = _timed(lambda: source.masker.mask(ids.astype(np.int64), lengths, keys))
+    return read, mask
 
 
 def _timed(function: Callable[[], Any]) -> tuple[float, Any]:
