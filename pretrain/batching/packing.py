@@ -13,7 +13,7 @@ Pure functions of (lengths, world size, microbatch size): every rank computes th
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,24 +82,22 @@ def pack(lengths: NDArray[np.int64], width: int) -> PackedRows:
 
     Rows are grouped by their free slots, and a bit mask tells which group sizes exist, so that the best fit is a shift
     and a lowest set bit (cf. Krell et al. 2021, "Efficient sequence packing without cross-contamination"). Sequences of
-    the same length go into the rows of a group at once: until a row is full, it remains the best fit.
+    the same length go into the rows of a group at once: until a row is full, it remains the best fit. Each sequence
+    longer than half a row opens a row.
     """
     rows = _OpenRows(width)
     counts = np.bincount(lengths, minlength=width + 1)
     present = np.flatnonzero(counts)[::-1]
-    for length, count in zip(present.tolist(), counts[present].tolist(), strict=True):
+    longer, shorter = present[2 * present > width], present[2 * present <= width]
+    rows.open_each(longer, counts[longer])
+    for length, count in zip(shorter.tolist(), counts[shorter].tolist(), strict=True):
         rows.place(length, count)
     return rows.packed(longest_first(lengths))
 
 
-class _Fill(NamedTuple):
-    """Sequences of one length that were placed in rows with the same number of free slots."""
-
-    free: int  # slots in each of these rows, before
-    length: int
-    rows: int
-    each: int  # sequences in each of these rows
-    last: int  # but in the last one
+_Fill = tuple[int, int, int, int, int]
+"""Sequences of one length that were placed in rows with the same number of free slots: free slots in each of these rows
+before, length, rows, sequences in each of these rows, and those in the last one."""
 
 
 class _OpenRows:
@@ -107,11 +105,24 @@ class _OpenRows:
 
     def __init__(self, width: int) -> None:
         self._width = width
-        self._by_free: list[list[int]] = [[] for _ in range(width + 1)]  # rows; the last one is filled first
-        self._sizes = 0  # bit f is set if by_free[f] is not empty
+        self._by_free: dict[int, list[int]] = {}  # rows, by free slots; the last one is filled first
+        self._sizes = 0  # bit f is set if there is by_free[f]
         self._count = 0
         self._fills: list[_Fill] = []
         self._filled: list[int] = []  # the rows of these fills
+
+    def open_each(self, lengths: NDArray[np.int64], counts: NDArray[np.int64]) -> None:
+        """Open a row for each of `counts` sequences of these lengths, falling and longer than half a row."""
+        width, first = self._width, 0
+        for length, count in zip(lengths.tolist(), counts.tolist(), strict=True):
+            self._fills.append((width, length, count, 1, 1))
+            if length < width:
+                self._by_free[width - length] = list(range(first, first + count))
+            first += count
+        self._count, self._filled = first, list(range(first))
+        exists = np.zeros(width + 1, dtype=np.bool_)
+        exists[list(self._by_free)] = True
+        self._sizes = int.from_bytes(np.packbits(exists, bitorder="little").tobytes(), "little")
 
     def place(self, length: int, count: int) -> None:
         """Place `count` sequences of this length; all that were placed before were longer."""
@@ -123,8 +134,9 @@ class _OpenRows:
             last = min(each, count - (len(taken) - 1) * each)
             count -= (len(taken) - 1) * each + last
             self._filled += taken
-            self._fills.append(_Fill(free, length, len(taken), each, last))
-            self._put(free - each * length, taken[:-1])
+            self._fills.append((free, length, len(taken), each, last))
+            if len(taken) > 1:
+                self._put(free - each * length, taken[:-1])
             self._put(free - last * length, taken[-1:])
 
     def _open(self, length: int, count: int) -> int:
@@ -136,20 +148,26 @@ class _OpenRows:
 
     def _take(self, free: int, wanted: int) -> list[int]:
         rows = self._by_free[free]
-        taken = rows[: -wanted - 1 : -1]
-        del rows[-wanted:]
-        if not rows:
-            self._sizes ^= 1 << free
-        return taken
+        if wanted < len(rows):
+            taken = rows[: -wanted - 1 : -1]
+            del rows[-wanted:]
+            return taken
+        del self._by_free[free]
+        self._sizes ^= 1 << free
+        return rows[::-1]
 
     def _put(self, free: int, rows: list[int]) -> None:
-        if free and rows:
+        if not free:
+            return
+        if free in self._by_free:
             self._by_free[free] += rows
+        else:
+            self._by_free[free] = rows
             self._sizes |= 1 << free
 
     def packed(self, order: NDArray[np.int64]) -> PackedRows:
         """`order` [S]: the sequences in the order in which they were placed."""
-        free, length, rows, each, last = np.array(self._fills, dtype=np.int64).reshape(-1, len(_Fill._fields)).T
+        free, length, rows, each, last = np.array(self._fills, dtype=np.int64).reshape(-1, 5).T
         per_row = np.repeat(each, rows)
         per_row[np.cumsum(rows) - 1] = last
         row_of = np.repeat(np.arange(len(per_row)), per_row)
