@@ -13,6 +13,7 @@ from pathlib import Path
 
 from experiment.checkpoints import complete_checkpoints
 from experiment.disk_errors import describe_disk_error
+from experiment.errors import UserError
 from experiment.goodput import record_end
 from experiment.outcome_file import Cause, Outcome, reserve_outcome
 from experiment.run_lock import Renewal, lock_run
@@ -107,32 +108,47 @@ class _Supervisor:
                     layout = Layout(slots, layout.microbatch_halvings + restart.halve_microbatch)
 
     def _stop_requested(self) -> bool:
-        """By a signal or a STOP file."""
-        list(self._folder.path.iterdir())  # else a network file system may remember that there was none
-        return self._stop.requested or self._folder.stop.exists()
+        """By a signal or a STOP file. A disk that does not answer shows no file."""
+        with contextlib.suppress(OSError):
+            list(self._folder.path.iterdir())  # else a network file system may remember that there was none
+            if self._folder.stop.exists():
+                return True
+        return self._stop.requested
 
     def _attempt(self, layout: Layout) -> Attempt:
+        """Raises what keeps the first attempt from starting. Later the disk that made the ranks fail may not answer the
+        launcher either: that is one more failure."""
         saved = self._newest_checkpoint()
-        joins_hosts = False
         try:
-            clear_reports(self._folder)
-            reserve_outcome(self._folder)
-            record = begin_attempt(self._folder, layout.slots, time.time() if self._attempts else self._first_start)
-            result, joins_hosts = self._run_or_stop(layout, record)
-            result = replace(result, message=self._stop.explain(result.message))
-        except OSError as error:
+            record = self._begin(layout.slots)
+        except (OSError, UserError) as error:
             if not self._attempts:
                 raise
-            # The disk that made the ranks fail does not answer the launcher either.
-            result = LaunchResult(Outcome.FAILED, describe_disk_error(error) or str(error), Cause.LOST_RANK)
-        else:
-            if not self._stop.abandoned:
-                record.end(result)
-                record_end(self._folder, record.start_time)
-        return Attempt(result, time.monotonic(), self._newest_checkpoint() != saved, joins_hosts)
+            return Attempt(_disk_failure(error), time.monotonic(), saved=False)
+        try:
+            result, joins_hosts = self._run_or_stop(layout, record)
+        except OSError as error:
+            result, joins_hosts = _disk_failure(error), False
+        result = replace(result, message=self._stop.explain(result.message))
+        if not self._stop.abandoned:
+            record.end(result)
+            record_end(self._folder, record.start_time)
+        return Attempt(result, time.monotonic(), self._has_saved_since(saved), joins_hosts)
 
-    def _newest_checkpoint(self) -> list[Path]:
-        return complete_checkpoints(self._folder.checkpoints)[-1:]
+    def _begin(self, slots: Slots) -> AttemptRecord:
+        clear_reports(self._folder)
+        reserve_outcome(self._folder)
+        return begin_attempt(self._folder, slots, time.time() if self._attempts else self._first_start)
+
+    def _newest_checkpoint(self) -> list[Path] | None:
+        """Empty if there is none, None if the disk does not answer."""
+        with contextlib.suppress(OSError):
+            return complete_checkpoints(self._folder.checkpoints)[-1:]
+        return None
+
+    def _has_saved_since(self, before: list[Path] | None) -> bool:
+        newest = self._newest_checkpoint()
+        return before is not None and newest is not None and newest != before
 
     def _run_or_stop(self, layout: Layout, record: AttemptRecord) -> tuple[LaunchResult, bool]:
         """The result, and whether the attempt was ended to take hosts back."""
@@ -190,6 +206,10 @@ class _StopRequest:
             return False
         self._path.unlink()
         return True
+
+
+def _disk_failure(error: OSError | UserError) -> LaunchResult:
+    return LaunchResult(Outcome.FAILED, describe_disk_error(error) or str(error), Cause.LOST_RANK)
 
 
 def _as_stop(result: LaunchResult) -> LaunchResult:

@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 
 from experiment.errors import UserError
-from experiment.outcome_file import Outcome, write_outcome
+from experiment.outcome_file import Cause, Outcome, write_outcome
 from experiment.run_folder import RunFolder, open_run_folder
 from experiment.tracking.config import AlertsConfig, TrackingConfig
 from launcher.ranks.start_command import Command
-from launcher.supervision import supervisor
+from launcher.supervision import attempt as attempt_module
+from launcher.supervision import restarts, supervisor
 from launcher.supervision.attempt import Launch
 from launcher.supervision.launch_result import LaunchResult
 from launcher.supervision.supervisor import supervise
@@ -279,10 +280,15 @@ def test_failed_attempts_send_alerts(folder: RunFolder, monkeypatch: pytest.Monk
     assert last.endswith("not restarted: --max_restarts=1 within an hour\nthe launch has ended")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, None])
-def test_a_stop_between_restarts_ends_the_launch(folder: RunFolder, number: signal.Signals | None) -> None:
-    """Catches a STOP file or signal that only ends one attempt, and a batch system that does not start the run again
-    because a rank was lost at the same time."""
+@pytest.mark.parametrize(("number", "answers"), [(signal.SIGTERM, True), (None, True), (signal.SIGTERM, False)])
+def test_a_stop_between_restarts_ends_the_launch(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, number: signal.Signals | None, answers: bool
+) -> None:
+    """Catches a STOP file or signal that only ends one attempt, also if the disk does not answer, and a batch system
+    that does not start the run again because a rank was lost at the same time."""
+    if not answers:
+        (folder.path / "second").touch()
+        break_disk(monkeypatch, folder, Path, "iterdir")
     stop = "folder.stop.touch()" if number is None else f"os.kill(os.getppid(), {number}); time.sleep(1)"
     body = f"write_outcome(folder, Outcome.FAILED, 'lost a rank', Cause.LOST_RANK); {stop}"
     result = supervise(replace(one_launch(folder, body), max_restarts=5), time.time())
@@ -300,20 +306,69 @@ def test_a_signal_to_all_processes_stops_ranks_that_import(folder: RunFolder, be
     assert attempt(folder, body).outcome is outcome
 
 
-def test_a_disk_that_fails_between_attempts_is_tried_again(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a run that ends because the disk that made its ranks fail does not answer the launcher either."""
-    failures = iter([False, True])
+FAILS_ONCE = (
+    "first = not (folder.path / 'second').exists(); (folder.path / 'second').touch()\n"
+    "write_outcome(folder, Outcome.FAILED if first else Outcome.DONE, 'lost a rank', Cause.LOST_RANK)"
+)
 
-    def reserve(folder: RunFolder) -> None:
-        if next(failures, False):
+
+def break_disk(
+    monkeypatch: pytest.MonkeyPatch, folder: RunFolder, owner: object, name: str, times: int = 1_000_000
+) -> None:
+    """Let a function fail so often on files of the run folder, from when RUN/second exists."""
+    working, failures = getattr(owner, name), iter(range(times))
+
+    def fail(where: Path | RunFolder, *arguments: object, **options: object) -> object:
+        path = where.path if isinstance(where, RunFolder) else where
+        is_of_run = path.is_relative_to(folder.path) and (folder.path / "second").exists()
+        if is_of_run and next(failures, None) is not None:
             raise OSError(errno.EIO, "Input/output error", str(folder.path))
+        return working(where, *arguments, **options)
 
-    monkeypatch.setattr(supervisor, "reserve_outcome", reserve)
-    body = (
-        "first = not (folder.path / 'second').exists(); (folder.path / 'second').touch()\n"
-        "write_outcome(folder, Outcome.FAILED if first else Outcome.DONE, 'lost a rank', Cause.LOST_RANK)"
-    )
-    assert supervise(replace(one_launch(folder, body), max_restarts=2), time.time()).outcome is Outcome.DONE
+    monkeypatch.setattr(owner, name, fail)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (supervisor, "reserve_outcome"),
+        (supervisor, "complete_checkpoints"),
+        (attempt_module, "read_result"),
+        (Path, "iterdir"),
+        (Path, "read_bytes"),  # launch.jsonl
+    ],
+)
+def test_a_disk_that_fails_between_attempts_is_tried_again(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, owner: object, name: str
+) -> None:
+    """Catches a run that ends because the disk that made its ranks fail does not answer the launcher either: at the end
+    of the first attempt, between two, or at the start of the second."""
+    monkeypatch.setattr(restarts, "_FIRST_WAIT_SECONDS", 0.0)
+    break_disk(monkeypatch, folder, owner, name, times=4)
+    launch = replace(one_launch(folder, FAILS_ONCE), max_restarts=5)
+    assert supervise(launch, time.time()).outcome is Outcome.DONE
+
+
+def test_an_attempt_whose_end_cannot_be_read_is_recorded(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches exit code 2, a mistake of the user, for a disk that fails while the ranks run; and a restart whose reason
+    nobody finds."""
+    break_disk(monkeypatch, folder, attempt_module, "read_result", times=1)
+    result = attempt(folder, FAILS_ONCE)
+    assert (result.outcome, result.cause) == (Outcome.FAILED, Cause.LOST_RANK)
+    assert (launches(folder)[0]["outcome"], launches(folder)[0]["cause"]) == ("failed", "lost_rank")
+    assert result.message == launches(folder)[0]["message"] == f"{folder.path}: Input/output error"
+
+
+def test_checkpoints_that_cannot_be_listed_are_no_progress(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a bug that is run into until the limit is reached, because a disk that does not answer is taken for a
+    checkpoint that was saved."""
+    checkpoint = folder.checkpoints / "step-00000007"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "COMPLETE").touch()
+    break_disk(monkeypatch, folder, supervisor, "complete_checkpoints")
+    body = "(folder.path / 'second').touch(); write_outcome(folder, Outcome.FAILED, 'KeyError', Cause.ERROR)"
+    supervise(replace(one_launch(folder, body), max_restarts=5), time.time())
+    assert len(launches(folder)) == 2
 
 
 def test_one_launch_at_a_time(folder: RunFolder):
