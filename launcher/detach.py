@@ -67,13 +67,6 @@ def background_command(options: PretrainOptions) -> Sequence[str]:
     return [*module_command("launcher"), "pretrain", *(f"--{name}={value}" for name, value in flags.items())]
 
 
-def remove_earlier_output(folder: RunFolder) -> None:
-    """Remove what an earlier launch in the background has printed, unless this process prints there."""
-    with suppress(OSError):
-        if not os.path.samestat(folder.launch_output.stat(), os.fstat(2)):
-            folder.launch_output.unlink()
-
-
 def _rank0_record(folder: RunFolder) -> bytes:
     try:
         return folder.rank_record(0).read_bytes()

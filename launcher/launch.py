@@ -16,7 +16,6 @@ from experiment.outcome_file import Outcome
 from experiment.run_folder import RunFolder, open_run_folder
 from experiment.run_lock import Renewal, check_unlocked
 from launcher.autotuning.autotune import autotune
-from launcher.detach import remove_earlier_output
 from launcher.hosts.hostfile import Slots
 from launcher.hosts.machine import Machine, inspect_machine, select_accelerator
 from launcher.launch_messages import announce_done, announce_start, announce_stop, last_step
@@ -106,7 +105,7 @@ def launch(
         held: the ranks, if they have been started already.
     """
     to_start = plan.launch()
-    remove_earlier_output(open_run_folder(plan.folder.path))
+    open_run_folder(plan.folder.path)
     step_before = last_step(plan.folder)
     notify(plan.summary)
     result = supervise(to_start, start_time, dead_owner, held.start_time if held else process_start(), held)

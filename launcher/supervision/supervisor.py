@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import shutil
 import signal
 import time
 from collections.abc import Collection, Iterator
@@ -24,6 +23,7 @@ from launcher.supervision.attempt import Launch, Layout, run_attempt
 from launcher.supervision.launch_alerts import LaunchAlerts
 from launcher.supervision.launch_log import AttemptRecord, begin_attempt
 from launcher.supervision.launch_result import LaunchResult, clear_reports
+from launcher.supervision.leftovers import remove_leftovers
 from launcher.supervision.rank_processes import HeldRanks
 from launcher.supervision.restarts import Attempt, End, Restart, decide
 from launcher.supervision.stop_signals import StopSignals
@@ -56,10 +56,7 @@ def supervise(
         contextlib.closing(LaunchAlerts(launch.tracking, folder)) as alerts,
         lock_run(folder, on_lost=lambda: stop.abandon(taken_over), dead=dead_owner),
     ):
-        if folder.stop.exists() and folder.stop.stat().st_mtime < start_time:
-            folder.stop.unlink()
-            notify(f"removed {folder.stop}, which is older than this launch")
-        shutil.rmtree(folder.trials, ignore_errors=True)  # of a command that was killed
+        remove_leftovers(folder, start_time)
         with stop.handle(), contextlib.nullcontext() if launch.local else _ignored_suspension():
             first_start = start_time if first_start is None else first_start
             return _Supervisor(launch, stop, first_start, held, alerts).run()

@@ -11,7 +11,7 @@ from experiment.run_lock import lock_run
 from launcher import detach
 from launcher.cli import main
 from launcher.command_line import parse_command_line
-from launcher.detach import background_command, remove_earlier_output
+from launcher.detach import background_command
 from launcher.options import PretrainOptions
 
 CONFIG = """
@@ -127,20 +127,3 @@ def test_the_command_in_the_background_is_the_same() -> None:
     from launcher.cli import COMMANDS
 
     assert parse_command_line(argv[4:], COMMANDS) == ("pretrain", options.model_copy(update={"detach": False}))
-
-
-def test_a_launch_in_the_foreground_removes_the_output_of_an_earlier_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Catches `deepcloze logs` that shows what an earlier launch printed, and a launch that removes its own output."""
-    folder = open_run_folder(tmp_path / "run")
-    folder.launch_output.write_text("earlier")
-    mine = folder.launch_output.stat()
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fstat", lambda descriptor: mine)
-        remove_earlier_output(folder)
-    assert folder.launch_output.exists()
-    remove_earlier_output(folder)
-    assert not folder.launch_output.exists()
-    remove_earlier_output(folder)
-    assert list(folder.logs.iterdir()) == []

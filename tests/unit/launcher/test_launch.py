@@ -32,6 +32,7 @@ from launcher.preflight.run import Report
 from launcher.preflight.target import Target
 from launcher.ranks.microbatch import scaled_microbatch
 from launcher.ranks.start_command import Command
+from launcher.supervision import supervisor
 from launcher.supervision.attempt import Launch, Layout, Rendezvous
 from launcher.supervision.launch_result import LaunchResult
 from launcher.supervision.rank_processes import HeldRanks
@@ -177,6 +178,18 @@ def test_a_launch_and_its_process_may_begin_at_different_times(config: str, monk
     (_, start_time, _, first_start, held) = seen[0]
     assert before <= start_time <= time.time()
     assert first_start == held.start_time == 5.0
+
+
+def test_a_refused_launch_leaves_the_output_of_the_active_one(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a run in the background whose output is lost, because a second launch was checked before the first one
+    had locked the run folder."""
+    monkeypatch.setattr(launch, "check_unlocked", lambda _: None)
+    monkeypatch.setattr(launch, "supervise", supervisor.supervise)
+    folder = open_run_folder("my-run")
+    folder.launch_output.write_text("step 1")
+    with lock_run(folder), pytest.raises(UserError, match="another deepcloze process is using"):
+        launch_pretraining(PretrainOptions(config=config, num_gpus=2))
+    assert folder.launch_output.read_text() == "step 1"
 
 
 @pytest.mark.parametrize("dry_run", [True, False])

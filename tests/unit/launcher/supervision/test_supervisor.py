@@ -237,6 +237,13 @@ def test_trials_of_a_killed_launcher_are_removed(folder: RunFolder) -> None:
     assert not folder.trials.exists()
 
 
+def test_the_output_of_an_earlier_launch_is_removed(folder: RunFolder) -> None:
+    """Catches `deepcloze logs` that shows what a launch in the background printed long ago."""
+    folder.launch_output.write_text("earlier")
+    attempt(folder, "write_outcome(folder, Outcome.DONE)")
+    assert not folder.launch_output.exists()
+
+
 def test_a_stop_file_created_by_the_user_is_kept(folder: RunFolder):
     """Catches the launcher removing a STOP file it did not create, before the ranks have seen it."""
     attempt(folder, "folder.stop.touch()")

@@ -1,0 +1,25 @@
+"""What earlier launches have left in the run folder. Removed by the launch that has locked it: it is of nobody else."""
+
+import os
+import shutil
+from contextlib import suppress
+
+from experiment.run_folder import RunFolder
+from launcher.messages import notify
+
+
+def remove_leftovers(folder: RunFolder, start_time: float) -> None:
+    """Remove trials, the output of a launch in the background, and a STOP file that is older than `start_time`, when
+    deepcloze began to check this launch. Raises OSError for the STOP file."""
+    if folder.stop.exists() and folder.stop.stat().st_mtime < start_time:
+        folder.stop.unlink()
+        notify(f"removed {folder.stop}, which is older than this launch")
+    shutil.rmtree(folder.trials, ignore_errors=True)  # of a command that was killed
+    remove_earlier_output(folder)
+
+
+def remove_earlier_output(folder: RunFolder) -> None:
+    """Remove what an earlier launch in the background has printed, unless this process prints there."""
+    with suppress(OSError):
+        if not os.path.samestat(folder.launch_output.stat(), os.fstat(2)):
+            folder.launch_output.unlink()
