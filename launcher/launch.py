@@ -10,7 +10,6 @@ from pathlib import Path
 
 from experiment.config import dump_config, load_config
 from experiment.errors import StoppedError
-from experiment.goodput import process_start
 from experiment.open_files import raise_limit_of_open_files
 from experiment.outcome_file import Outcome
 from experiment.run_folder import RunFolder, open_run_folder
@@ -108,7 +107,7 @@ def launch(
     open_run_folder(plan.folder.path)
     step_before = last_step(plan.folder)
     notify(plan.summary)
-    result = supervise(to_start, start_time, dead_owner, held.start_time if held else process_start(), held)
+    result = supervise(to_start, start_time, dead_owner, held)
     match result.outcome:
         case Outcome.DONE:
             announce_done(plan.folder, step_before, time.time() - start_time)

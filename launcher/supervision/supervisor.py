@@ -13,7 +13,7 @@ from pathlib import Path
 from experiment.checkpoints import complete_checkpoints
 from experiment.disk_errors import describe_disk_error
 from experiment.errors import UserError
-from experiment.goodput import record_end
+from experiment.goodput import process_start, record_end
 from experiment.outcome_file import Cause, Outcome, reserve_outcome
 from experiment.run_lock import Renewal, lock_run
 from launcher.hosts.hostfile import Slots
@@ -30,11 +30,7 @@ from launcher.supervision.stop_signals import StopSignals
 
 
 def supervise(
-    launch: Launch,
-    start_time: float,
-    dead_owner: Renewal | None = None,
-    first_start: float | None = None,
-    held: HeldRanks | None = None,
+    launch: Launch, start_time: float, dead_owner: Renewal | None = None, held: HeldRanks | None = None
 ) -> LaunchResult:
     """Run a launch until it is done, stopped, or has failed too often, and record each attempt in `RUN/launch.jsonl`.
 
@@ -43,9 +39,8 @@ def supervise(
         start_time: `time.time()` when deepcloze began to check the launch. A STOP file that is older is removed; a
             newer one was created since then, and no rank begins.
         dead_owner: what `check_unlocked` has returned.
-        first_start: when the first attempt began, for its record; default: `start_time`.
-        held: the ranks of the first attempt, if they have been started already, at `first_start`. The caller ends those
-            that have not begun.
+        held: the ranks of the first attempt, if they have been started already. The caller ends those that have not
+            begun.
 
     On a stop signal the ranks save a checkpoint and exit; a second one kills them. No rank outlives this process.
     Raises UserError if another launch uses the run folder, OSError if it cannot be written.
@@ -58,8 +53,7 @@ def supervise(
     ):
         remove_leftovers(folder, start_time)
         with stop.handle(), contextlib.nullcontext() if launch.local else _ignored_suspension():
-            first_start = start_time if first_start is None else first_start
-            return _Supervisor(launch, stop, first_start, held, alerts).run()
+            return _Supervisor(launch, stop, held, alerts).run()
 
 
 @contextlib.contextmanager
@@ -73,11 +67,8 @@ def _ignored_suspension() -> Iterator[None]:
 
 
 class _Supervisor:
-    def __init__(
-        self, launch: Launch, stop: StopSignals, first_start: float, held: HeldRanks | None, alerts: LaunchAlerts
-    ) -> None:
+    def __init__(self, launch: Launch, stop: StopSignals, held: HeldRanks | None, alerts: LaunchAlerts) -> None:
         self._launch = launch
-        self._first_start = first_start
         self._held = held
         self._folder = launch.folder
         self._stop = stop
@@ -135,7 +126,13 @@ class _Supervisor:
     def _begin(self, slots: Slots) -> AttemptRecord:
         clear_reports(self._folder)
         reserve_outcome(self._folder)
-        return begin_attempt(self._folder, slots, time.time() if self._attempts else self._first_start)
+        return begin_attempt(self._folder, slots, self._start_time())
+
+    def _start_time(self) -> float:
+        """Of the attempt that begins now. The first one includes what came before: a shell that prepared the launch."""
+        if self._attempts:
+            return time.time()
+        return self._held.start_time if self._held else process_start()
 
     def _newest_checkpoint(self) -> list[Path] | None:
         """Empty if there is none, None if the disk does not answer."""

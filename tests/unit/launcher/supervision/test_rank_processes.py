@@ -8,6 +8,8 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import psutil
@@ -190,12 +192,16 @@ def test_a_removed_folder_is_named(tmp_path: Path, temporary: Path) -> None:
 
 
 def test_a_restart_starts_ranks_of_its_own(tmp_path: Path) -> None:
-    """Catches a second attempt that waits for the ranks of the first one, and ranks that take part in two."""
+    """Catches a second attempt that waits for the ranks of the first one, ranks that take part in two, and a record
+    without the time for which held ranks have waited."""
     folder: RunFolder = open_run_folder(tmp_path / "run")
     body = "write_outcome(RunFolder(folder / 'run'), Outcome.{}, 'lost a rank', Cause.LOST_RANK)"
     launch = Launch(folder, {"localhost": (0,)}, lambda *_: rank(tmp_path, body.format("DONE")), max_restarts=1)
     with held_ranks(rank(tmp_path, body.format("FAILED"))) as held:
-        result = supervise(launch, time.time(), first_start=held.start_time, held=held)
+        earlier = replace(held, start_time=held.start_time - 100)
+        result = supervise(launch, time.time(), held=earlier)
     assert result.outcome is Outcome.DONE
-    assert len(folder.launches.read_text().splitlines()) == 2
+    first, second = [json.loads(line) for line in folder.launches.read_text().splitlines()]
+    assert datetime.fromisoformat(first["time"]).timestamp() == int(earlier.start_time)
+    assert datetime.fromisoformat(second["time"]).timestamp() > held.start_time
     assert float((tmp_path / "began").read_text()) > held.start_time

@@ -210,14 +210,16 @@ def test_a_stop_file_created_while_the_launch_is_checked_stops_it(folder: RunFol
     assert launches(folder)[0]["outcome"] == "stopped"
 
 
-def test_a_stop_file_older_than_the_launch_but_not_its_process_is_removed(folder: RunFolder):
+def test_a_stop_file_older_than_the_launch_but_not_its_process_is_removed(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Catches `sh -c 'prepare && exec deepcloze pretrain'` that stops at once because of a STOP file created while the
     shell prepared the launch."""
     began = time.time() - 100
     folder.stop.touch()
     os.utime(folder.stop, (began + 50, began + 50))
-    launched = one_launch(folder, "write_outcome(folder, Outcome.DONE)")
-    assert supervise(launched, time.time(), first_start=began).outcome is Outcome.DONE
+    monkeypatch.setattr(supervisor, "process_start", lambda: began)
+    assert attempt(folder, "write_outcome(folder, Outcome.DONE)").outcome is Outcome.DONE
     assert datetime.fromisoformat(launches(folder)[0]["time"]).timestamp() == int(began)
 
 
