@@ -38,7 +38,7 @@ def launch_pretraining(options: PretrainOptions) -> None:
     can resume, KeyboardInterrupt for a signal before the ranks begin, and SystemExit for a run that failed (with a
     message) or that the ranks rejected (rank 0 prints why).
     """
-    start_time = time.time()
+    checked_at = time.time()
     if options.profile:
         options = options.model_copy(update={"overrides": {**options.overrides, "run.profile": "true"}})
     raise_limit_of_open_files()
@@ -62,7 +62,7 @@ def launch_pretraining(options: PretrainOptions) -> None:
                         announce_start(plan.slots)
             if options.autotune:
                 plan = autotune(plan, dead_owner)
-            launch(plan, start_time, dead_owner, held)
+            launch(plan, checked_at, dead_owner, held)
 
 
 def _ranks_started_early(
@@ -93,13 +93,13 @@ def describe_plan(plan: LaunchPlan) -> str:
 
 
 def launch(
-    plan: LaunchPlan, start_time: float, dead_owner: Renewal | None = None, held: HeldRanks | None = None
+    plan: LaunchPlan, checked_at: float, dead_owner: Renewal | None = None, held: HeldRanks | None = None
 ) -> None:
     """Let the ranks begin and wait until they have exited. Raises StoppedError and SystemExit as `launch_pretraining`.
 
     Args:
         plan: what to start.
-        start_time: `time.time()` when deepcloze began to check the launch.
+        checked_at: `time.time()` when deepcloze began to check the launch.
         dead_owner: what `check_unlocked` has returned.
         held: the ranks, if they have been started already.
     """
@@ -107,10 +107,10 @@ def launch(
     open_run_folder(plan.folder.path)
     step_before = last_step(plan.folder)
     notify(plan.summary)
-    result = supervise(to_start, start_time, dead_owner, held)
+    result = supervise(to_start, checked_at, dead_owner, held)
     match result.outcome:
         case Outcome.DONE:
-            announce_done(plan.folder, step_before, time.time() - start_time)
+            announce_done(plan.folder, step_before, time.time() - checked_at)
         case Outcome.STOPPED:
             announce_stop(plan.folder, step_before)
             raise StoppedError(result.message)

@@ -8,10 +8,10 @@ from experiment.run_folder import RunFolder
 from launcher.messages import notify
 
 
-def remove_leftovers(folder: RunFolder, start_time: float) -> None:
-    """Remove trials, the output of a launch in the background, and a STOP file that is older than `start_time`, when
+def remove_leftovers(folder: RunFolder, checked_at: float) -> None:
+    """Remove trials, the output of a launch in the background, and a STOP file that is older than `checked_at`, when
     deepcloze began to check this launch. Raises OSError for the STOP file."""
-    if folder.stop.exists() and folder.stop.stat().st_mtime < start_time:
+    if folder.stop.exists() and folder.stop.stat().st_mtime < checked_at:
         folder.stop.unlink()
         notify(f"removed {folder.stop}, which is older than this launch")
     shutil.rmtree(folder.trials, ignore_errors=True)  # of a command that was killed

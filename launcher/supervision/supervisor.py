@@ -30,13 +30,13 @@ from launcher.supervision.stop_signals import StopSignals
 
 
 def supervise(
-    launch: Launch, start_time: float, dead_owner: Renewal | None = None, held: HeldRanks | None = None
+    launch: Launch, checked_at: float, dead_owner: Renewal | None = None, held: HeldRanks | None = None
 ) -> LaunchResult:
     """Run a launch until it is done, stopped, or has failed too often, and record each attempt in `RUN/launch.jsonl`.
 
     Args:
         launch: what to run.
-        start_time: `time.time()` when deepcloze began to check the launch. A STOP file that is older is removed; a
+        checked_at: `time.time()` when deepcloze began to check the launch. A STOP file that is older is removed; a
             newer one was created since then, and no rank begins.
         dead_owner: what `check_unlocked` has returned.
         held: the ranks of the first attempt, if they have been started already. The caller ends those that have not
@@ -51,7 +51,7 @@ def supervise(
         contextlib.closing(LaunchAlerts(launch.tracking, folder)) as alerts,
         lock_run(folder, on_lost=lambda: stop.abandon(taken_over), dead=dead_owner),
     ):
-        remove_leftovers(folder, start_time)
+        remove_leftovers(folder, checked_at)
         with stop.handle(), contextlib.nullcontext() if launch.local else _ignored_suspension():
             return _Supervisor(launch, stop, held, alerts).run()
 
@@ -151,12 +151,12 @@ class _Supervisor:
             return LaunchResult(Outcome.STOPPED, message), False
         if not layout.slots:
             return LaunchResult(Outcome.FAILED, "no host answers", Cause.LOST_HOST), False
-        request = _StopRequest(self._folder.stop)
+        own_stop = _OwnStopFile(self._folder.stop)
         missing = self._launch.slots.keys() - layout.slots.keys()
-        with watch_for_hosts(missing, self._launch.passing_hosts, self._folder, request.make):
+        with watch_for_hosts(missing, self._launch.passing_hosts, self._folder, own_stop.make):
             held = None if self._attempts else self._held
             result = run_attempt(self._launch, layout, self._stop, record, held)
-        withdrawn = request.withdraw()
+        withdrawn = own_stop.withdraw()
         return result, withdrawn and result.outcome is Outcome.STOPPED
 
     def _announce(self, attempt: Attempt, restart: Restart) -> None:
@@ -182,7 +182,7 @@ class _Supervisor:
         return {host: slots for host, slots in wanted.items() if host in usable}
 
 
-class _StopRequest:
+class _OwnStopFile:
     """The launcher's own STOP file, which asks the ranks to save a checkpoint and exit."""
 
     def __init__(self, path: Path) -> None:
