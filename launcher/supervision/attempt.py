@@ -29,7 +29,7 @@ from launcher.supervision.hang_watch import WatchedRanks, hang_watch
 from launcher.supervision.launch_log import AttemptRecord
 from launcher.supervision.launch_result import LaunchResult, all_done, has_begun, read_result
 from launcher.supervision.process_groups import kill_group
-from launcher.supervision.rank_processes import Begin, HeldRanks, started
+from launcher.supervision.rank_processes import HeldRanks, RunningRanks, started
 from launcher.supervision.stop_signals import StopSignals
 
 # DeepSpeed's launcher gives ranks 30 s to exit after one of them failed or it got a signal.
@@ -73,25 +73,40 @@ def run_attempt(
 
     held: the ranks, if they have been started already.
     """
+    if stop.killed:
+        return _KILLED
     if launch.local:
-        if stop.killed:
-            return _KILLED
-        processes = _Processes()
-        watched = _watched_ranks(launch, layout, processes, processes.request_stack)
-        command = held.command if held else launch.command(layout, None)
-        return _run(launch, command, held.begin if held else None, stop, record, processes, watched)
-    hosts = list(layout.slots)
-    name = _launch_name(launch.folder)
+        return _run_here(launch, layout, stop, record, held)
+    return _run_on_hosts(launch, layout, stop, record)
+
+
+def _run_here(
+    launch: Launch, layout: Layout, stop: StopSignals, record: AttemptRecord, held: HeldRanks | None
+) -> LaunchResult:
+    """Run the ranks on this machine."""
     processes = _Processes()
-    request = GuardRequest(name, launch.host_environment, head=hosts[0])
+    command = held.command if held else launch.command(layout, None)
+    output = subprocess.DEVNULL if launch.quiet else None
+    ranks = held.begin() if held else started(command, record.start_time, output)
+    _prepare(command, record)
+    return _run(launch, ranks, stop, processes, _watched_ranks(launch, layout, processes, processes.request_stack))
+
+
+def _run_on_hosts(launch: Launch, layout: Layout, stop: StopSignals, record: AttemptRecord) -> LaunchResult:
+    """Run the ranks on hosts that are guarded."""
+    processes, hosts = _Processes(), list(layout.slots)
+    request = GuardRequest(_launch_name(launch.folder), launch.host_environment, head=hosts[0])
     guards = GuardedHosts(hosts, request, processes.check)
+    result = None
     stop.kill = guards.cancel
     with kill_on_early_stop(launch.folder, stop) as stopped_early, guards:
-        result = None
         if not guards.lost and not stop.killed:
             command = launch.command(layout, guards.rendezvous())
-            watched = _watched_ranks(launch, layout, processes, lambda beat: guards.request_stack(beat))
-            result = _run(launch, command, None, stop, record, processes, watched)
+            ranks = started(command, record.start_time, subprocess.DEVNULL if launch.quiet else subprocess.PIPE)
+            _prepare(command, record)
+            result = _run(
+                launch, ranks, stop, processes, _watched_ranks(launch, layout, processes, guards.request_stack)
+            )
         lost = dict(guards.lost)
     if stopped_early.is_set():
         return _STOPPED_EARLY
@@ -174,23 +189,20 @@ def _watched_ranks(
     return WatchedRanks(launch.folder, ranks, launch.hang_seconds, request_stack, processes.kill)
 
 
-def _run(
-    launch: Launch,
-    command: Command,
-    begin: Begin | None,
-    stop: StopSignals,
-    record: AttemptRecord,
-    processes: _Processes,
-    watched: WatchedRanks,
-) -> LaunchResult:
-    """Start ranks, or let held ones `begin`, and wait until they have exited."""
+def _prepare(command: Command, record: AttemptRecord) -> None:
+    """Record the command and write the files that it reads."""
     record.start(command.argv)
     for path, text in command.files.items():
         _write_private(path, text)
-    output = subprocess.DEVNULL if launch.quiet else None if launch.local else subprocess.PIPE
+
+
+def _run(
+    launch: Launch, ranks: RunningRanks, stop: StopSignals, processes: _Processes, watched: WatchedRanks
+) -> LaunchResult:
+    """Let the ranks begin, and wait until they have exited."""
     start_time = time.time()
     try:
-        with begin() if begin else started(command, record.start_time, output) as process, hang_watch(watched) as hang:
+        with ranks as process, hang_watch(watched) as hang:
             stop.kill = processes.kill
             processes.started(process.pid)
             if stop.killed:  # by a signal since the start

@@ -17,8 +17,8 @@ from launcher.supervision.output_filter import filtered_output
 from launcher.supervision.process_groups import kill_group, watchdog
 from launcher.temporary_folder import temporary_folder
 
-Begin = Callable[[], AbstractContextManager["subprocess.Popen[bytes]"]]
-"""Lets ranks begin, once. In the block there is DeepSpeed's launcher, whose process group is killed at the end."""
+RunningRanks = AbstractContextManager["subprocess.Popen[bytes]"]
+"""Lets ranks begin. In the block there is DeepSpeed's launcher, whose process group is killed at the end."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class HeldRanks:
 
     command: Command
     start_time: float  # of the attempt, exactly as the ranks know it
-    begin: Begin
+    begin: Callable[[], RunningRanks]  # to call once
 
 
 @contextmanager

@@ -53,6 +53,9 @@ class StandInGuards:
     def cancel(self) -> None:
         pass
 
+    def request_stack(self, _: Heartbeat) -> None:
+        pass
+
     def __enter__(self) -> Self:
         return self
 
