@@ -98,8 +98,7 @@ def _run_on_hosts(launch: Launch, layout: Layout, stop: StopSignals, record: Att
     request = GuardRequest(_launch_name(launch.folder), launch.host_environment, head=hosts[0])
     guards = GuardedHosts(hosts, request, processes.check)
     result = None
-    stop.kill = guards.cancel
-    with kill_on_early_stop(launch.folder, stop) as stopped_early, guards:
+    with stop.killing(guards.cancel), kill_on_early_stop(launch.folder, stop) as stopped_early, guards:
         if not guards.lost and not stop.killed:
             command = launch.command(layout, guards.rendezvous())
             ranks = started(command, record.start_time, subprocess.DEVNULL if launch.quiet else subprocess.PIPE)
@@ -203,11 +202,9 @@ def _run(
     start_time = time.time()
     try:
         with ranks as process, hang_watch(watched) as hang:
-            stop.kill = processes.kill
             processes.started(process.pid)
-            if stop.killed:  # by a signal since the start
-                stop.kill()
-            exit_code = _wait(process, launch)
+            with stop.killing(processes.kill):
+                exit_code = _wait(process, launch)
     finally:
         processes.ended()
     return _result(launch, stop, hang.message, processes.left, exit_code, start_time)

@@ -16,12 +16,12 @@ _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 class StopSignals:
-    """Requests to stop the ranks of a launch. `kill`: kills those that run now; set while there are any."""
+    """Requests to stop the ranks of a launch."""
 
     def __init__(self, folder: RunFolder) -> None:
-        self.kill: Callable[[], None] = lambda: None
         self.killed = False
         self.abandoned = False
+        self._kill: Callable[[], None] = _kill_nothing
         self._file = folder.stop
         self._signals = SignalHistory()
         self._requested = False  # by a signal
@@ -43,12 +43,23 @@ class StopSignals:
         while not self.requested and time.monotonic() < deadline:
             time.sleep(0.1)
 
+    @contextmanager
+    def killing(self, kill: Callable[[], None]) -> Iterator[None]:
+        """Let `kill_ranks` call `kill` in the block, or this at its start if the ranks were to be killed before."""
+        before, self._kill = self._kill, kill
+        try:
+            if self.killed:  # read after `_kill` is set: `kill_ranks`, also in a thread, does it the other way round
+                kill()
+            yield
+        finally:
+            self._kill = before
+
     def kill_ranks(self, reason: str = "") -> None:
         """Kill the ranks at once. They can resume from the last complete checkpoint."""
         if reason:
             notify(f"killing the ranks: {reason}")
         self.killed = True
-        self.kill()
+        self._kill()
 
     def abandon(self, reason: str) -> None:
         """Kill the ranks, and leave the run folder to another launch."""
@@ -92,3 +103,7 @@ class StopSignals:
         else:
             self._signal_name = name
             notify("stopping: the ranks save a checkpoint and exit; press Ctrl-C again to kill them")
+
+
+def _kill_nothing() -> None:
+    """No rank runs."""
