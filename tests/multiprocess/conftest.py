@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,6 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
     yield run
     for process in processes:
-        if process.poll() is None:
+        with suppress(ProcessLookupError):  # the group may have members although its first process has ended
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        process.wait()
