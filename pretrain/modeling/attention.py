@@ -200,8 +200,21 @@ def use_flash_attention_3(config: PreTrainedConfig) -> None:
         return
     try:
         activate_flash_attention_impl(_FLASH_3)
+        _try_flash_attention()
     except Exception as error:  # of an extension that was built for another torch
+        restore_flash_attention_impl()
         log.warning("FlashAttention-3 is installed but does not work: %s", error)
+
+
+def _try_flash_attention() -> None:
+    """Compute and differentiate a few slots, with a window and without. Raises whatever the extension does: those of
+    some releases cannot compute gradients."""
+    segments = torch.ones(1, 16, dtype=torch.int32, device="cuda")
+    packing = Packing(segments, torch.tensor([0, 9, 16], dtype=torch.int32, device="cuda"))
+    for sliding_window in (None, 4):
+        query, key, value = torch.ones(3, 1, 2, 16, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+        output = flash_attention(query, key, value, packing, 1.0, 0.0, sliding_window)
+        output.sum().backward()  # type: ignore[no-untyped-call]
 
 
 def is_flash_3_installed() -> bool:

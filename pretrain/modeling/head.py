@@ -142,10 +142,13 @@ def _is_fused_loss_usable() -> bool:
     try:
         from pretrain.modeling.fused_cross_entropy import linear_cross_entropy
 
-        hidden, weight = (torch.ones(2, 16, device="cuda", requires_grad=True) for _ in range(2))
-        loss, _ = linear_cross_entropy(hidden, weight, None, torch.tensor([0, IGNORED], device="cuda"))
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.testing.assert_close(loss.item(), torch.tensor(2.0).log().item())
+        # In fp16, whose products are torch's newest operators.
+        hidden, weight = (torch.eye(2, 16, dtype=torch.float16, device="cuda", requires_grad=True) for _ in range(2))
+        labels = torch.tensor([0, IGNORED], device="cuda")
+        fused = linear_cross_entropy(hidden, weight, None, labels).loss_sum
+        expected, _ = cross_entropy(F.linear(hidden, weight), labels, count=False)
+        torch.testing.assert_close(fused, expected)
+        torch.testing.assert_close(*(torch.autograd.grad(loss, (hidden, weight)) for loss in (fused, expected)))
     except Exception as error:  # of a missing package, compiler or driver
         log.warning("the fused cross-entropy does not work here, so logits are kept: %s", error)
         return False

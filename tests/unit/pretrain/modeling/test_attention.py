@@ -78,6 +78,7 @@ def test_flash_attention_3_takes_the_place_of_2_where_it_can(
     monkeypatch.setattr(attention.torch.cuda, "is_available", lambda: capability is not None)
     monkeypatch.setattr(attention, "_capability", lambda _: capability)
     monkeypatch.setattr(attention, "is_flash_3_installed", lambda: installed)
+    monkeypatch.setattr(attention, "_try_flash_attention", lambda: None)
     attention.use_flash_attention_3(config)
     assert state["impl"] == ("FA3" if wanted else None)
 
@@ -92,6 +93,21 @@ def test_flash_attention_3_that_does_not_work_is_not_used(
     attention.use_flash_attention_3(ModernBertConfig(attention_dropout=0.0))
     assert "FlashAttention-3 is installed but does not work" in caplog.text
     assert not Packing(SEGMENTS, CU_SEQLENS).flash_3
+
+
+def test_flash_attention_3_without_gradients_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches a run that ends in its first backward pass. The trial fails here: there is no CUDA device."""
+    restored: list[bool] = []
+    monkeypatch.setattr(attention.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(attention, "_capability", lambda _: (9, 0))
+    monkeypatch.setattr(attention, "is_flash_3_installed", lambda: True)
+    monkeypatch.setattr(attention, "activate_flash_attention_impl", lambda _: None)
+    monkeypatch.setattr(attention, "restore_flash_attention_impl", lambda: restored.append(True))
+    attention.use_flash_attention_3(ModernBertConfig(attention_dropout=0.0))
+    assert "FlashAttention-3 is installed but does not work" in caplog.text
+    assert restored == [True]
 
 
 def draw_inputs(device: str = "cpu") -> list[Tensor]:
