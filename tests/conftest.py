@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from rank_pool import ForkServer, RankPool
 from small_disk import SmallDisk, mounted_small_disk
@@ -18,6 +19,9 @@ _CACHE = tempfile.mkdtemp(prefix="deepcloze-tests-")
 os.environ["XDG_CACHE_HOME"] = _CACHE  # also of the processes that tests start
 # Threads that wait for another one spin for milliseconds otherwise: on busy cores, that one cannot run meanwhile.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+# A busy machine may take any time to draw an example or to run a test with it.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 
 def pytest_unconfigure() -> None:

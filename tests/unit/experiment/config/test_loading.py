@@ -355,7 +355,7 @@ trees = st.dictionaries(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     name=texts | odd_texts,
     lr=numbers,

@@ -74,7 +74,7 @@ def test_a_split_without_labels_has_no_targets(encoder: Path) -> None:
     assert encode(encoder, ("word0",), labelled=False).examples[0].target is None
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=300), st.integers(1, 17), st.integers(0, 2**32))
 def test_an_epoch_visits_every_example_once(lengths: list[int], batch_size: int, seed: int) -> None:
     """Catches examples that are lost or repeated by shuffling, by grouping, or in a last short batch."""

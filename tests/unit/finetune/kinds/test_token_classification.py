@@ -33,7 +33,7 @@ def test_the_first_token_of_a_word_carries_its_tag(encoder: Path) -> None:
     assert example.target.tolist() == [-100, 2, 0, -100, 1, -100, -100, -100]
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=40), st.integers(3, 20))
 def test_every_word_gets_one_tag(encoder: Path, lengths: list[int], max_length: int) -> None:
     """Catches words at the edges of windows that get no tag, or two; also words longer than a window."""

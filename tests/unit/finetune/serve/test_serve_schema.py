@@ -31,7 +31,7 @@ def test_every_request_gets_a_documented_answer(
     requests = [operation.as_strategy(mode, media_type=kind) for mode in modes for kind in media]
     excluded = schemathesis.checks.CHECKS.get_by_names(["positive_data_acceptance"])
 
-    @settings(max_examples=40, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=40, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(case=st.one_of(requests))
     def check(case: Any) -> None:
         answer = client.request(**case.as_transport_kwargs(base_url="http://testserver"))
