@@ -3,8 +3,8 @@
     python -m benchmarks.gpu [--models bert-base] [--lengths 128,512] [--full] [--rounds 2] [--output gpu.json]
 
 BERT-base, BERT-large and a model of ModernBERT-base's shape train with random weights and text; each case in a process
-of its own, after some untimed first steps. The ten default cases are for a short loan of a GPU. The first five flags
-select other cases: all combinations of their values. With --full, those that are not given have all values.
+of its own, after some untimed first steps. There are ten default cases. The first five flags select others: all
+combinations of their values. With --full, those that are not given have all values.
 
 All cases run once per round, so that a slow minute of the machine affects all. Prints tables and writes a JSON file,
 which is kept up to date while the benchmark runs. MFU is as in `pretrain.modeling.flops`: padding and recomputed

@@ -9,6 +9,7 @@ import logging
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,13 @@ def checkpoint_path(checkpoints: Path, step: int) -> Path:
 def complete_checkpoints(checkpoints: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first. Does not verify them."""
     return [path for path in _named_checkpoints(checkpoints) if (path / _COMPLETE).exists()]
+
+
+def newest_checkpoint(checkpoints: Path) -> list[Path] | None:
+    """The last of `complete_checkpoints`, in a list: empty if there is none; None if the disk does not answer."""
+    with suppress(OSError):
+        return complete_checkpoints(checkpoints)[-1:]
+    return None
 
 
 def incomplete_checkpoints(checkpoints: Path) -> list[Path]:

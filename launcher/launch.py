@@ -110,9 +110,11 @@ def launch(
     result = supervise(to_start, checked_at, dead_owner, held)
     match result.outcome:
         case Outcome.DONE:
-            announce_done(plan.folder, step_before, time.time() - checked_at)
+            with contextlib.suppress(OSError):  # of a disk that no longer answers: the outcome stands
+                announce_done(plan.folder, step_before, time.time() - checked_at)
         case Outcome.STOPPED:
-            announce_stop(plan.folder, step_before)
+            with contextlib.suppress(OSError):
+                announce_stop(plan.folder, step_before)
             raise StoppedError(result.message)
         case Outcome.REFUSED:
             sys.exit(result.outcome.exit_code)  # rank 0 has printed the message

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from experiment.checkpoints import complete_checkpoints
+from experiment.checkpoints import newest_checkpoint
 from experiment.disk_errors import describe_disk_error
 from experiment.errors import UserError
 from experiment.goodput import process_start, record_end
@@ -106,7 +106,7 @@ class _Supervisor:
     def _attempt(self, layout: Layout) -> Attempt:
         """Raises what keeps the first attempt from starting. Later the disk that made the ranks fail may not answer the
         launcher either: that is one more failure."""
-        saved = self._newest_checkpoint()
+        saved = newest_checkpoint(self._folder.checkpoints)
         try:
             record = self._begin(layout.slots)
         except (OSError, UserError) as error:
@@ -134,14 +134,8 @@ class _Supervisor:
             return time.time()
         return self._held.start_time if self._held else process_start()
 
-    def _newest_checkpoint(self) -> list[Path] | None:
-        """Empty if there is none, None if the disk does not answer."""
-        with contextlib.suppress(OSError):
-            return complete_checkpoints(self._folder.checkpoints)[-1:]
-        return None
-
     def _has_saved_since(self, before: list[Path] | None) -> bool:
-        newest = self._newest_checkpoint()
+        newest = newest_checkpoint(self._folder.checkpoints)
         return before is not None and newest is not None and newest != before
 
     def _run_or_stop(self, layout: Layout, record: AttemptRecord) -> tuple[LaunchResult, bool]:

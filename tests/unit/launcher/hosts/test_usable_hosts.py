@@ -1,3 +1,4 @@
+import errno
 import itertools
 import threading
 from collections.abc import Collection
@@ -5,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from experiment import checkpoints
 from experiment.run_folder import RunFolder, open_run_folder
 from launcher.hosts import usable_hosts as module
 from launcher.hosts.usable_hosts import usable_hosts, watch_for_hosts
@@ -47,6 +49,26 @@ def test_a_host_is_taken_back_after_the_next_checkpoint(folder: RunFolder) -> No
             save(folder, step)
             if returned.wait(0.1):
                 break
+
+
+def test_a_disk_that_fails_once_keeps_no_host_away(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a run that goes on without a host because a checkpoint could not be listed for a moment."""
+    returned, failed = threading.Event(), threading.Event()
+    working = checkpoints.complete_checkpoints
+
+    def fail_once(path: Path) -> list[Path]:
+        if failed.is_set():
+            return working(path)
+        failed.set()
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(checkpoints, "complete_checkpoints", fail_once)
+    with watch_for_hosts(["node-2"], lambda hosts: hosts, folder, returned.set):
+        for step in itertools.count(1):
+            save(folder, step)
+            if returned.wait(0.1):
+                break
+    assert failed.is_set()
 
 
 def test_nothing_is_taken_back_after_the_end(folder: RunFolder) -> None:

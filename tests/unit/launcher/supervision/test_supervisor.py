@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from experiment import checkpoints
 from experiment.errors import UserError
 from experiment.outcome_file import Cause, Outcome, write_outcome
 from experiment.run_folder import RunFolder, open_run_folder
@@ -341,7 +342,7 @@ def break_disk(
     ("owner", "name"),
     [
         (supervisor, "reserve_outcome"),
-        (supervisor, "complete_checkpoints"),
+        (checkpoints, "complete_checkpoints"),
         (attempt_module, "read_result"),
         (Path, "iterdir"),
         (Path, "read_bytes"),  # launch.jsonl
@@ -374,7 +375,7 @@ def test_checkpoints_that_cannot_be_listed_are_no_progress(folder: RunFolder, mo
     checkpoint = folder.checkpoints / "step-00000007"
     checkpoint.mkdir(parents=True)
     (checkpoint / "COMPLETE").touch()
-    break_disk(monkeypatch, folder, supervisor, "complete_checkpoints")
+    break_disk(monkeypatch, folder, checkpoints, "complete_checkpoints")
     body = "(folder.path / 'second').touch(); write_outcome(folder, Outcome.FAILED, 'KeyError', Cause.ERROR)"
     supervise(replace(one_launch(folder, body), max_restarts=5), time.time())
     assert len(launches(folder)) == 2
