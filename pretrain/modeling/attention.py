@@ -138,7 +138,9 @@ def interruptible(attend: Callable[..., tuple[Tensor, None]]) -> Callable[..., t
     def attention(*inputs: Any, packing: Packing | KnownAttention | None = None, **options: Any) -> Any:
         if isinstance(packing, KnownAttention):
             return packing.output, None
-        if packing is None or not packing.interrupts:
+        if packing is None:
+            raise TypeError("it does not pass 'packing' on to its attention")
+        if not packing.interrupts:
             return attend(*inputs, packing=packing, **options)
         output_1MHD, _ = attend(*inputs, packing=packing, predicted=packing.predicted, **options)
         raise LayerInterrupted(output_1MHD)

@@ -24,7 +24,7 @@ from experiment.fast_linear import FastLinear
 from experiment.positions import first_position
 from pretrain.batching.batch import IGNORED
 from pretrain.modeling import cpu_cross_entropy
-from pretrain.modeling.packability import packed_inputs
+from pretrain.modeling.packability import evaluation_mode, packed_inputs
 
 log = logging.getLogger(__name__)
 
@@ -116,13 +116,9 @@ def _probe(model: PreTrainedModel, packed: bool) -> Tensor:
         inputs: Mapping[str, Any] = (
             packed_inputs(ids, (8,), 8, first_position(model)) if packed else {"input_ids": ids[None]}
         )
-    training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         logits: Tensor = model(**inputs).logits
-        return logits
-    finally:
-        model.train(training)
+    return logits
 
 
 def _runs_triton(device: torch.device) -> bool:

@@ -24,6 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from experiment.positions import first_position
 from pretrain.modeling.attention import KnownAttention, LayerInterrupted, Packing, Predicted
 from pretrain.modeling.encoder_layers import Forward, encoder_layers, forward_without_checkpointing
+from pretrain.modeling.packability import evaluation_mode
 from pretrain.modeling.random_model import first_line
 
 log = logging.getLogger(__name__)
@@ -92,23 +93,21 @@ def _why_not_short(model: PreTrainedModel, layer: GradientCheckpointingLayer) ->
     """None if the logits of predicted slots are the same as without `_run_twice`, else the reason."""
     runs: list[None] = []  # of the layer, which some models (ALBERT) have in place of others too
     hook = layer.register_forward_hook(lambda *_: runs.append(None))
-    training = model.training
-    model.eval()
     try:
         with next(model.parameters()).device:
             ids = torch.arange(1, 25).view(2, 12) % model.config.get_text_config().vocab_size
             positions = torch.tensor((_POSITIONS,) * 2) + first_position(model)
             packing = Packing(torch.tensor((_SEGMENTS,) * 2, dtype=torch.int32), torch.tensor(_BOUNDS).int())
             predicted = Predicted(torch.tensor(_PREDICTED), torch.tensor(_COLUMNS), torch.arange(len(_PREDICTED)))
-        logits = model(input_ids=ids, position_ids=positions, packing=packing).logits
-        expected = logits.flatten(0, 1)[predicted.positions]
-        packing.predicted = predicted
-        found = model(input_ids=ids, position_ids=positions, packing=packing).logits[0]
+        with evaluation_mode(model):
+            logits = model(input_ids=ids, position_ids=positions, packing=packing).logits
+            expected = logits.flatten(0, 1)[predicted.positions]
+            packing.predicted = predicted
+            found = model(input_ids=ids, position_ids=positions, packing=packing).logits[0]
     except Exception as error:  # of any type of model
         return first_line(error)
     finally:
         hook.remove()
-        model.train(training)
     if len(runs) != 2:
         return f"it runs {len(runs) / 2:g} times"
     if found.shape != expected.shape:

@@ -4,6 +4,9 @@ Tested with a forward pass: a model may use the packed attention and still mix s
 relative positions, statistics of a whole row).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -28,16 +31,23 @@ def why_not_packed(model: PreTrainedModel, first_position: int) -> str | None:
     ids = torch.randint(0, vocabulary, (sum(_LENGTHS),), generator=torch.Generator().manual_seed(0))
     if getattr(model.config, "mask_token_id", None) is not None:
         ids[:3] = model.config.mask_token_id  # ESM scales a row's embeddings by its share of masked tokens
+    try:
+        with evaluation_mode(model):
+            same = _same_logits(model, ids, first_position)
+    except (TypeError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
+        return f"it does not accept packed input ({first_line(error)})"
+    return None if same else "packed sequences would influence each other"
+
+
+@contextmanager
+def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Without dropout in the block. Modules that have another mode than the model get the model's."""
     training = model.training
     model.eval()
     try:
-        if not _same_logits(model, ids, first_position):
-            return "packed sequences would influence each other"
-    except (TypeError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
-        return f"it does not accept packed input ({first_line(error)})"
+        yield
     finally:
         model.train(training)
-    return None
 
 
 @torch.inference_mode()
