@@ -60,7 +60,7 @@ def stopped_by_disk_errors(where: str = "", advice: str = "") -> Iterator[None]:
 
 
 def _errno(error: BaseException) -> int | None:
-    """Of an error that a disk may have given."""
+    """The system's number for an error that a disk may have given."""
     if isinstance(error, UserError | StoppedError):  # says itself what is wrong
         return None
     if isinstance(error, OSError) and not isinstance(error, shutil.Error):

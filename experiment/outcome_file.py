@@ -64,7 +64,7 @@ def write_outcome(folder: RunFolder, outcome: Outcome, message: str = "", cause:
 
 
 def write_first_outcome(folder: RunFolder, outcome: Outcome, message: str, cause: Cause | None = None) -> None:
-    """As `write_outcome`, unless a rank has written one."""
+    """Write an outcome as `write_outcome` does, unless a rank has written one."""
     reported = ReportedOutcome(outcome, message, cause)
     try:
         create_json(folder.outcome, reported._asdict())

@@ -107,12 +107,12 @@ def train_seed(seed: int, setup: Setup, log: Log) -> SeedRecord:
 
 
 def _seed_folder(seed: int, folder: RunFolder) -> Path:
-    """Of a finished seed."""
+    """Where a finished seed is."""
     return folder.path / f"seed-{seed}"
 
 
 def _working_folder(seed: int, folder: RunFolder) -> Path:
-    """Of an unfinished seed."""
+    """Where a seed is until it is finished."""
     return folder.path / f".seed-{seed}"
 
 

@@ -7,7 +7,7 @@ from launcher.comparison.compare_config import CompareConfig
 from pretrain.config import PretrainConfig
 
 CONFIGS: dict[str, type[Section]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "compare": CompareConfig}
-"""By the command that they are for."""
+"""Configs by the command that reads them."""
 
 _HEAD = """\
 <!-- Generated from the docstrings of the config fields: python -m launcher.config_docs > docs/config.md -->

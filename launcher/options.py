@@ -203,7 +203,7 @@ class RecipesOptions(Section):
     """List all, print one, or copy one to a file."""
 
     name: Annotated[str | None, Positional("NAME")] = None
-    """As listed; pretrain/NAME or finetune/NAME where both have it."""
+    """The name as listed; pretrain/NAME or finetune/NAME where both have it."""
 
     target: Annotated[PathText | None, Positional("TARGET")] = None
     """File or folder to copy to; default: NAME.yaml in the working directory."""

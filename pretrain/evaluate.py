@@ -54,7 +54,7 @@ class Scores(NamedTuple):
     masked_tokens: int
 
     def finite(self) -> dict[str, float | int | None]:
-        """By name; None where not finite, which JSON cannot express."""
+        """Values by name; None for those that are not finite, which JSON cannot express."""
         return {name: value if math.isfinite(value) else None for name, value in self._asdict().items()}
 
 

@@ -86,7 +86,7 @@ def _make_card(source: Path, title: str) -> ModelCard:
 
 
 def _read_config(source: Path) -> dict[str, Any]:
-    """Of transformers. Raises UserError if it is damaged."""
+    """The config of the transformers model. Raises UserError if it is damaged."""
     path = source / "config.json"
     try:
         return dict(parse_json(path.read_text(encoding="utf-8")))
@@ -212,6 +212,6 @@ def _hardware(state: Mapping[str, Any]) -> list[CardBlock]:
 
 
 def _devices(hardware: Mapping[str, Any]) -> str:
-    """Of a host."""
+    """The devices of a host: its GPUs, or its CPU."""
     gpus = Counter(hardware.get("gpus", []))
     return ", ".join(f"{count} × {name}" for name, count in gpus.items()) or cpu_name(hardware)

@@ -37,7 +37,7 @@ class DownstreamResult:
 
     @property
     def value(self) -> float:
-        """Of the primary metric."""
+        """The score by the primary metric."""
         return self.metrics[self.metric]
 
 

@@ -50,7 +50,7 @@ def send_last_alert(project: str, folder: RunFolder, alert: Alert) -> None:
 
 
 def main() -> None:
-    """Of that process: send the alert on stdin."""
+    """Run that process: send the alert that stdin has."""
     import wandb
 
     project, run_id, folder, event, text = json.load(sys.stdin)

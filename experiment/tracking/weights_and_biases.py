@@ -201,7 +201,7 @@ class _Rows:
         return self._step * _ROWS_PER_STEP + slot, is_late
 
     def _log(self, event: Metrics, number: int) -> None:
-        """With the number, or the next one that W&B accepts."""
+        """Log an event under this number, or the next one that W&B accepts."""
         self._last_number = max(number, self._last_number + 1, self._first_number)
         row = {key: value for key, value in event.items() if value is not None}
         self._run.log(row, step=self._last_number, commit=True)

@@ -208,7 +208,7 @@ class Columns(Section):
         }
 
     def roles(self, *cell_types: CellType) -> list[str]:
-        """Of the columns that are given, those of any of these types."""
+        """The roles of those given columns that have one of these types."""
         return [role for role, found in self.cell_types().items() if any(found is wanted for wanted in cell_types)]
 
     def without_targets(self) -> Self:

@@ -118,7 +118,7 @@ class Encoder:
 
     @cached_property
     def _frames(self) -> tuple[_Frame, _Frame]:
-        """Of a single text and of a pair."""
+        """The special tokens around a single text, and those around a pair."""
         return self._find_frame("a"), self._find_frame("a", "b")
 
     def _find_frame(self, *texts: str) -> _Frame:

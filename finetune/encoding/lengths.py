@@ -18,7 +18,7 @@ _ACCEPTABLE = 0.01  # share of sequences that may be cut without a suggestion
 
 @dataclass(frozen=True)
 class Lengths:
-    """Of the sequences of a split, before they are cut."""
+    """How long the sequences of a split are before they are cut."""
 
     tokens: NDArray[np.int64]
     share_cut: float

@@ -24,7 +24,7 @@ _BATCH_TOKENS = 512  # with padding
 
 @dataclass
 class Difference:
-    """Of an output, over all batches."""
+    """How much an output differs, over all batches."""
 
     largest: float = 0.0
     scale: float = 1.0  # the largest output of PyTorch, at least 1

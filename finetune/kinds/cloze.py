@@ -290,7 +290,7 @@ class Kind(TaskKind[Config]):
         return is_constant(answers, [letter for record in records for letter in record.values["answers"]])
 
     def classified(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> Classified:
-        """Of each blank."""
+        """Labels and probabilities of each blank."""
         gold = [answer for record in records for answer in self._parse(record)[2] or []]
         blanks = [{"probabilities": row} for prediction in predictions for row in prediction["probabilities"]]
         return Classified(np.array(gold), pad_probabilities(blanks))

@@ -178,7 +178,7 @@ class Kind(TaskKind[Config]):
         return np.array(losses)
 
     def confusion(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> NDArray[np.int64]:
-        """Of words."""
+        """Counts of words."""
         ids = {label: number for number, label in enumerate(self.labels)}
         gold, predicted = (
             np.array([ids[tag] for tags in side for tag in tags], dtype=int) for side in _sides(records, predictions)
@@ -186,7 +186,7 @@ class Kind(TaskKind[Config]):
         return confusion_matrix(gold, predicted, len(self.labels))
 
     def label_scores(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> LabelScores:
-        """Of each type of entities, as a whole."""
+        """Scores of each type of entities; an entity is right as a whole or not at all."""
         from seqeval.metrics.sequence_labeling import get_entities
 
         gold, predicted = (

@@ -24,7 +24,7 @@ class Size:
 
     @property
     def tokens(self) -> int:
-        """With padding."""
+        """How many tokens are computed, padding included."""
         return self.sequences * self.longest
 
 
@@ -39,7 +39,7 @@ class BatchLimits:
 
 @dataclass(frozen=True)
 class BatchSize:
-    """Of a batch, for metrics."""
+    """The size of a batch, for metrics."""
 
     sequences: int
     padded_tokens: int

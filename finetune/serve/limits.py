@@ -23,7 +23,7 @@ _DISCARD_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Limits:
-    """Of requests."""
+    """What a request may be, and how long it may take."""
 
     max_texts: int  # of one request
     max_bytes: int  # of one request

@@ -101,7 +101,7 @@ class Updater:
         return kind.loss(outputs, batch, self.loss_options)
 
     def _scale_and_clip_gradients(self, factor: torch.Tensor) -> None:
-        """In one pass over the gradients, which counts in small batches."""
+        """Scale and clip in one pass over the gradients, because a second one would take long in small batches."""
         gradients = [parameter.grad for parameter in self._model.parameters() if parameter.grad is not None]
         norm = get_total_norm(gradients) * factor
         torch._foreach_mul_(gradients, factor * (_MAX_GRAD_NORM / (norm + 1e-6)).clamp(max=1.0))

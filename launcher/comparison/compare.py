@@ -50,7 +50,7 @@ def launch_comparison(options: CompareOptions) -> None:
 
 
 def run_comparison(plan: ComparePlan) -> None:
-    """As `launch_comparison`."""
+    """Run a comparison whose plan has been checked. Raises what `launch_comparison` does."""
     folder = open_run_folder(plan.folder.path)
     with lock_run(folder), stopped_by_disk_errors("compare: ", "; the same command resumes"):
         states = _Runs(plan).finish()

@@ -161,7 +161,7 @@ def _gpu_memory_used() -> list[int] | None:
 
 
 def _cores() -> int:
-    """As `launcher.hosts.machine.cpu_cores`."""
+    """The number of cores, counted as in `launcher.hosts.machine.cpu_cores`."""
     cores = len(os.sched_getaffinity(0))
     try:
         with open("/sys/fs/cgroup/cpu.max") as file:

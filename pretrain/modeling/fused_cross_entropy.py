@@ -99,7 +99,7 @@ def _aligned_rows(rows: int, columns: int, like: Tensor) -> Tensor:
 
 
 def _scale(dtype: torch.dtype) -> float:
-    """Of the gradients of logits, which are between -1 and 1."""
+    """The scale of the gradients of logits, which are between -1 and 1."""
     return _FP16_SCALE if dtype == torch.float16 else 1.0
 
 

@@ -16,7 +16,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a whole run."""
+    """What a whole run costs."""
 
     computing: float  # seconds
     communicating: float  # seconds, counted as not overlapping with computation

@@ -177,7 +177,7 @@ def _largest_microbatch(
 
 
 def _flops_per_token(flops: FlopsModel | None, stages: tuple[StageWork, ...], rate: float) -> list[float] | None:
-    """Of each stage, counted as in pretrain/modeling/flops.py."""
+    """FLOPs per token in each stage, counted as in pretrain/modeling/flops.py."""
     if flops is None:
         return None
     return [

@@ -75,7 +75,7 @@ class Checkpointer:
 
     @property
     def saved_step(self) -> int | None:
-        """Of the newest checkpoint of this run; None if it has none."""
+        """The step of this run's newest checkpoint; None if it has none."""
         return self._saves.saved_step
 
     @property

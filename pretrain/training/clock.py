@@ -11,7 +11,7 @@ class TrainingClock:
 
     @property
     def seconds(self) -> float:
-        """Of training, over all attempts."""
+        """Seconds of training, over all attempts."""
         return time.monotonic() - self._start
 
     @property

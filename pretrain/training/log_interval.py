@@ -46,5 +46,5 @@ class LogInterval:
         return self.loss_sum / self.masked_tokens if self.masked_tokens else None
 
     def flops(self, model: FlopsModel) -> float:
-        """Of the steps that this process took, over all ranks."""
+        """FLOPs of the steps that this process took part in, over all ranks."""
         return sum(model.per_step(step.tokens, step.squared_lengths, step.masked_tokens) for step in self._totals)

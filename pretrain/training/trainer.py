@@ -470,7 +470,7 @@ class Trainer:
                 self._checkpointer.save(progress)
 
     def _progress_to_save(self, seconds: float) -> TrainingProgress:
-        """With the log interval so far. Collective."""
+        """The progress, with the log interval so far. Collective."""
         self._interval.all_reduce_losses(self._engine.device)
         return replace(
             self._progress,
