@@ -75,23 +75,12 @@ class Engine:
         self.zero_stage = settings.zero_stage
         self._seed = seed
         self._swap_folder = swap_folder and swap_folder / f"rank-{world.rank}"
-        if settings.stage_change and world.rank == 0:
-            log.warning(
-                "ZeRO %d in %s runs as ZeRO %d: %s",
-                settings.requested_zero_stage,
-                settings.precision,
-                settings.zero_stage,
-                settings.stage_change,
-            )
+        if world.rank == 0:
+            _warn_of_stage_change(settings)
         groups = parameter_groups(model.model, optimizer, options)
         frozen = [parameter for group in groups if group["frozen_until"] for parameter in group["params"]]
         torch_optimizer = build_optimizer(optimizer, groups)
-        # ZeRO 3 gathers the weights of such a module before its forward, not inside compiled code.
-        if compiled:
-            set_z3_leaf_modules(model, list(compiled))
-        # Nor inside the short layer: its first run ends with an exception, which leaves out DeepSpeed's hooks after it.
-        if model.short_layer is not None:
-            set_z3_leaf_module(model.short_layer, True)
+        _set_zero3_leaves(model, compiled)
         ds_config = settings.engine_config(optimizer.grad_clip, self._swap_folder)
         self._deepspeed = _initialize(model, torch_optimizer, ds_config)
         self.forward_timer = ForwardTimer(self.device.type == "cuda", world.size)
@@ -283,6 +272,26 @@ class Engine:
 
     def _on_device(self, microbatch: Microbatch) -> list[Tensor]:
         return [tensor.to(self.device, non_blocking=True) for tensor in microbatch]
+
+
+def _warn_of_stage_change(settings: DeepSpeedSettings) -> None:
+    if settings.stage_change:
+        log.warning(
+            "ZeRO %d in %s runs as ZeRO %d: %s",
+            settings.requested_zero_stage,
+            settings.precision,
+            settings.zero_stage,
+            settings.stage_change,
+        )
+
+
+def _set_zero3_leaves(model: MaskedLanguageModel, compiled: Collection[type[nn.Module]]) -> None:
+    """Let ZeRO 3 gather all weights of a module before its forward, and none inside: not in compiled code, nor in the
+    short layer, whose first run ends with an exception, which leaves out DeepSpeed's hooks after it."""
+    if compiled:
+        set_z3_leaf_modules(model, list(compiled))
+    if model.short_layer is not None:
+        set_z3_leaf_module(model.short_layer, True)
 
 
 def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, ds_config: dict[str, Any]) -> DeepSpeedEngine:
