@@ -59,7 +59,10 @@ image:
 		--label org.opencontainers.image.revision=$(shell git rev-parse HEAD) $(BUILD_FLAGS) .
 	@echo "$(IMAGE)"
 
+# The packages: for SLURM, Open MPI, MPICH and NVMe offload.
 soak: $(READY)
+	@.ci/packages slurmctld:slurmctld slurmd:slurmd srun:slurm-client munged:munge mpirun.openmpi:openmpi-bin \
+		mpirun.mpich:mpich /usr/include/libaio.h:libaio-dev
 	$(BIN)/python -m pytest -m soak
 	TEST_COMPILE=1 $(BIN)/python -m pytest -m "not soak" tests/golden $(addprefix tests/multiprocess/, \
 		test_gradient_parity.py test_layouts.py test_resumed_runs.py)

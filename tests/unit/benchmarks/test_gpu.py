@@ -98,7 +98,7 @@ def test_cases_alternate_and_are_compared(
 
 
 def test_each_case_runs_once() -> None:
-    """Catches 16-bit cases at ZeRO 0, which run at ZeRO 1, and a list that no longer fits a short loan of a GPU."""
+    """Catches 16-bit cases at ZeRO 0, which run at ZeRO 1, and a long default list."""
     few = gpu.choose_cases({}, full=False)
     assert len(set(few)) == len(few) <= 12
     full = gpu.choose_cases({}, full=True)
