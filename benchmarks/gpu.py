@@ -134,7 +134,7 @@ def _values(given: Any) -> tuple[Any, ...]:
 
 
 def _kernel_settings(cases: Sequence[TrainingCase]) -> list[KernelSettings]:
-    """Of each precision of the cases."""
+    """One for each precision of the cases."""
     lengths = tuple(sorted({case.length for case in cases}))
     precisions = dict.fromkeys(case.precision for case in cases)
     return [KernelSettings("cuda", precision, lengths, _KERNEL_TOKENS, rounds=20) for precision in precisions]

@@ -49,10 +49,8 @@ _DOCUMENTS = {
     "web": (6.0, 1.1),
     "books": (11.0, 0.5),
 }  # mean and deviation of the log of the length
-_MIXTURE, _LONGEST = (
-    {"wiki": 0.3, "web": 0.5, "books": 0.2},
-    8192,
-)  # shares of the sequences; longest sequence, in tokens
+_MIXTURE = {"wiki": 0.3, "web": 0.5, "books": 0.2}  # shares of the sequences
+_LONGEST = 8192  # tokens of the longest sequence of the mixture
 _PHASES = ("order", "order to assignment", "read", "mask", "own share", "send, receive")
 
 

@@ -38,7 +38,7 @@ def complete_checkpoints(checkpoints: Path) -> list[Path]:
 
 
 def newest_checkpoint(checkpoints: Path) -> list[Path] | None:
-    """The last of `complete_checkpoints`, in a list: empty if there is none; None if the disk does not answer."""
+    """The last of `complete_checkpoints`, in a list: empty if there is none; None for a disk error."""
     with suppress(OSError):
         return complete_checkpoints(checkpoints)[-1:]
     return None

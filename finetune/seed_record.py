@@ -21,14 +21,14 @@ class Setup:
     task: Task
     device: Device
     folder: RunFolder
-    settings: dict[str, Any]  # see `result_settings`
+    settings: dict[str, Any]  # see `finetune.seed_run.result_settings`
 
 
 @dataclass(frozen=True)
 class SeedRecord:
     """The results of a finished seed, stored in `seed-N/COMPLETE`."""
 
-    settings: dict[str, Any]  # see `result_settings`
+    settings: dict[str, Any]  # see `finetune.seed_run.result_settings`
     best_epoch: float
     epochs: list[dict[str, float]]
     scores: dict[str, dict[str, float]]  # split -> metric -> value, of the best epoch

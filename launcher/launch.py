@@ -110,7 +110,7 @@ def launch(
     result = supervise(to_start, checked_at, dead_owner, held)
     match result.outcome:
         case Outcome.DONE:
-            with contextlib.suppress(OSError):  # of a disk that no longer answers: the outcome stands
+            with contextlib.suppress(OSError):  # a disk error does not change the outcome
                 announce_done(plan.folder, step_before, time.time() - checked_at)
         case Outcome.STOPPED:
             with contextlib.suppress(OSError):

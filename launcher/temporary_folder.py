@@ -13,7 +13,7 @@ from pathlib import Path
 from experiment.run_lock import this_machine
 
 _OWNER = ".owner"
-_LEFT_SECONDS = 3600.0  # nobody needs the folder for longer
+_LEFT_SECONDS = 3600.0  # launches and preflight use a folder for less
 
 
 @contextmanager

@@ -19,7 +19,7 @@ _CACHE = tempfile.mkdtemp(prefix="deepcloze-tests-")
 os.environ["XDG_CACHE_HOME"] = _CACHE  # also of the processes that tests start
 # Threads that wait for another one spin for milliseconds otherwise: on busy cores, that one cannot run meanwhile.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-# A busy machine may take any time to draw an example or to run a test with it.
+# Drawing an example, or running a test with it, can be slow on a busy machine.
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")
 

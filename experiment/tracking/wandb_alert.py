@@ -50,7 +50,7 @@ def send_last_alert(project: str, folder: RunFolder, alert: Alert) -> None:
 
 
 def main() -> None:
-    """Run that process: send the alert that stdin has."""
+    """Read an alert from stdin and send it."""
     import wandb
 
     project, run_id, folder, event, text = json.load(sys.stdin)

@@ -1,4 +1,4 @@
-"""What earlier launches have left in the run folder. Removed by the launch that has locked it: it is of nobody else."""
+"""Remove files that earlier launches have left in the run folder. Only the launch that has locked the folder does."""
 
 import os
 import shutil

@@ -45,10 +45,10 @@ class StopSignals:
 
     @contextmanager
     def killing(self, kill: Callable[[], None]) -> Iterator[None]:
-        """Let `kill_ranks` call `kill` in the block, or this at its start if the ranks were to be killed before."""
+        """In the block, `kill_ranks` calls `kill`. If `kill_ranks` was called before, `kill` is called at once."""
         before, self._kill = self._kill, kill
         try:
-            if self.killed:  # read after `_kill` is set: `kill_ranks`, also in a thread, does it the other way round
+            if self.killed:  # `kill_ranks` may run in another thread: it sets `killed`, then reads `_kill`
                 kill()
             yield
         finally:
@@ -106,4 +106,4 @@ class StopSignals:
 
 
 def _kill_nothing() -> None:
-    """No rank runs."""
+    """Do nothing: no rank is running."""

@@ -96,7 +96,7 @@ class _Supervisor:
                     layout = Layout(slots, layout.microbatch_halvings + restart.halve_microbatch)
 
     def _stop_requested(self) -> bool:
-        """By a signal or a STOP file. A disk that does not answer shows no file."""
+        """Whether a signal or a STOP file asks to stop. If the run folder cannot be read, only signals count."""
         with contextlib.suppress(OSError):
             list(self._folder.path.iterdir())  # else a network file system may remember that there was none
             if self._folder.stop.exists():
@@ -104,8 +104,8 @@ class _Supervisor:
         return self._stop.requested
 
     def _attempt(self, layout: Layout) -> Attempt:
-        """Raises what keeps the first attempt from starting. Later the disk that made the ranks fail may not answer the
-        launcher either: that is one more failure."""
+        """Raises an error that prevents the first attempt from starting. Later disk errors count as a failed attempt,
+        because the ranks may have failed for the same reason."""
         saved = newest_checkpoint(self._folder.checkpoints)
         try:
             record = self._begin(layout.slots)
@@ -129,7 +129,7 @@ class _Supervisor:
         return begin_attempt(self._folder, slots, self._start_time())
 
     def _start_time(self) -> float:
-        """Of the attempt that begins now. The first one includes what came before: a shell that prepared the launch."""
+        """When the current attempt started. The first attempt includes the time before the launch was checked."""
         if self._attempts:
             return time.time()
         return self._held.start_time if self._held else process_start()

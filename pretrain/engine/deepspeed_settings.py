@@ -262,7 +262,7 @@ def _offload_device(zero: Mapping[str, Any], key: str) -> OffloadDevice:
 
 
 def _nvme_paths(zero: Mapping[str, Any]) -> list[str]:
-    """Of what is offloaded to NVMe, those that are given."""
+    """The values of `nvme_path` of what is offloaded to NVMe."""
     sections = [zero[key] for key in ("offload_optimizer", "offload_param") if _offload_device(zero, key) == "nvme"]
     return [section["nvme_path"] for section in sections if section.get("nvme_path") is not None]
 

@@ -1,8 +1,8 @@
 """ZeRO 3 on a GPU: streams wait for each other where DeepSpeed lets the host wait for the GPU.
 
-DeepSpeed's host waits after each backward pass, until gradients are reduced, at the end of a step, until the small
-weights that stay whole are gathered, and on a single GPU for the weights of each layer, which are there already. Until
-it has queued more work, the GPU then has none.
+In DeepSpeed the host waits after each backward pass until gradients are reduced, at the end of a step until the small
+weights that stay whole are gathered, and on a single GPU before each layer, although its weights are not partitioned.
+The GPU is idle until the host has queued more work.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,8 +16,8 @@ from torch import nn
 
 
 class _WholeWeights:
-    """Weights of which this rank's partition is the whole: nothing is gathered. In place of DeepSpeed's
-    `NoGatherHandle` and `NoGatherCoalescedHandle`, with which the host waits for the current stream."""
+    """A handle for weights that are not partitioned, so that nothing is gathered. Replaces DeepSpeed's `NoGatherHandle`
+    and `NoGatherCoalescedHandle`, which let the host wait for the current stream."""
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         self._parameters: list[Any] = list(parameters)
@@ -40,7 +40,7 @@ def gather(parameters: Sequence[Any]) -> None:
 
 
 def let_streams_wait(optimizer: DeepSpeedZeroOptimizer_Stage3) -> None:
-    """Call before training. `optimizer`: without offload."""
+    """Replace waits of the host by waits of streams. Call before training. `optimizer`: without offloaded states."""
     partition_parameters._no_gather_coalesced = _WholeWeights
     stream = optimizer.reduce_and_partition_stream
     if stream is not None:  # on CPUs there are no streams

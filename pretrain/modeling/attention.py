@@ -209,8 +209,8 @@ def use_flash_attention_3(config: PreTrainedConfig) -> None:
 
 
 def _try_flash_attention() -> None:
-    """Compute and differentiate a few slots, with a window and without. Raises whatever the extension does: those of
-    some releases cannot compute gradients."""
+    """Run a forward and a backward pass on a few slots, with a window and without. Raises what the extension raises, of
+    which some releases have no backward pass."""
     segments = torch.ones(1, 16, dtype=torch.int32, device="cuda")
     packing = Packing(segments, torch.tensor([0, 9, 16], dtype=torch.int32, device="cuda"))
     for sliding_window in (None, 4):

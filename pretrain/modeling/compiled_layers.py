@@ -97,7 +97,7 @@ class _Compiler:
         if self._failed:
             first_line = str(error).strip().partition("\n")[0]
             log.warning("the layers run without torch.compile, which failed: %s", first_line)
-        _use_cache(self._trial or self._cache)  # Triton goes on compiling
+        _use_cache(self._trial or self._cache)  # Triton still compiles the loss
 
     def _keep_trial(self) -> None:
         """The layers compile with an empty cache: it takes the place of the damaged one."""

@@ -138,7 +138,7 @@ def _is_fused_loss_usable() -> bool:
     try:
         from pretrain.modeling.fused_cross_entropy import linear_cross_entropy
 
-        # In fp16, whose products are torch's newest operators.
+        # In fp16: 16-bit products use `addmm` with `out_dtype`, fp32 does not.
         hidden, weight = (torch.eye(2, 16, dtype=torch.float16, device="cuda", requires_grad=True) for _ in range(2))
         labels = torch.tensor([0, IGNORED], device="cuda")
         fused = linear_cross_entropy(hidden, weight, None, labels).loss_sum

@@ -66,7 +66,7 @@ class MaskedLanguageModel(nn.Module):
                     predicted = Predicted(masked_positions, predicted_columns, predicted_entries)
                     packing = Packing(segments, cu_seqlens, min(width, self._max_length or width), predicted)
                     if not uses_flash(self.model.config, packing.capability, self.model.dtype):
-                        # Before the layers, which may be compiled: the first one would need another graph.
+                        # Not in the first layer: if it is compiled, its graph would differ from that of the others.
                         for window in self._windows:
                             packing.bias(window, self.model.dtype)
                     output = self.model(input_ids=input_ids, position_ids=position_ids, packing=packing)

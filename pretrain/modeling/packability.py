@@ -41,7 +41,7 @@ def why_not_packed(model: PreTrainedModel, first_position: int) -> str | None:
 
 @contextmanager
 def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Without dropout in the block. Modules that have another mode than the model get the model's."""
+    """Switch the model to evaluation mode in the block. Afterwards all its modules have the mode that it had before."""
     training = model.training
     model.eval()
     try:

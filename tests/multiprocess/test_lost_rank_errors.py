@@ -33,7 +33,7 @@ def lost_rank_case(world: World, how: str) -> list[tuple[str, Cause]]:
 
 @pytest.mark.parametrize("how", ["closed", "timeout"])
 def test_an_error_of_gloo_means_a_lost_rank(pools: dict[int, RankPool], how: str) -> None:
-    """Catches a release of torch whose gloo words its errors differently: a launch that loses the same rank twice would
+    """Catches a release of torch with other error messages of gloo: a launch that loses the same rank twice would
     take it for a bug and not restart. A collective after a timeout has another message than the first."""
     errors, _ = pools[2].run(lost_rank_case, how)
     assert [cause for _, cause in errors] == [Cause.LOST_RANK] * 2, errors

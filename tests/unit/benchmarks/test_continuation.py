@@ -25,7 +25,9 @@ def test_a_run_that_failed_does_not_end_the_benchmark(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("code", [2, 75, -9])
-def test_a_sweep_that_was_rejected_or_stopped_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+def test_a_rejected_or_stopped_sweep_ends_the_benchmark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
     """Catches a result of some of the learning rates only, or of an earlier sweep."""
     with pytest.raises(subprocess.CalledProcessError):
         best_run(tmp_path, monkeypatch, code)

@@ -84,7 +84,7 @@ def test_an_exception_decides_what_the_launcher_does(
 
 
 def test_a_lack_of_memory_on_a_cpu_halves_the_microbatch(tmp_path: Path) -> None:
-    """Catches a torch that words it differently: the launch would restart with the same microbatch."""
+    """Catches a release of torch with another error message: the launch would restart with the same microbatch."""
 
     def train() -> Outcome:
         torch.empty(1 << 62, dtype=torch.uint8)

@@ -51,8 +51,8 @@ def test_a_host_is_taken_back_after_the_next_checkpoint(folder: RunFolder) -> No
                 break
 
 
-def test_a_disk_that_fails_once_keeps_no_host_away(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a run that goes on without a host because a checkpoint could not be listed for a moment."""
+def test_a_host_is_taken_back_after_a_disk_error(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a host that is never taken back after one error while listing checkpoints."""
     returned, failed = threading.Event(), threading.Event()
     working = checkpoints.complete_checkpoints
 

@@ -26,7 +26,7 @@ def test_the_innermost_is_called_while_it_runs(stop: StopSignals) -> None:
 
 
 def test_what_starts_after_a_kill_is_killed_at_once(stop: StopSignals) -> None:
-    """Catches ranks that run on because the signal came before they were known."""
+    """Catches ranks that keep running because the signal came before they had started."""
     calls: list[str] = []
     stop.kill_ranks()
     with stop.killing(lambda: calls.append("ranks")):

@@ -166,7 +166,7 @@ def test_ranks_that_lost_their_launcher_do_not_begin(tmp_path: Path) -> None:
 
 
 def test_ranks_without_a_watchdog_are_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches ranks that nobody ends, because the system has no process left for their watchdog."""
+    """Catches ranks that keep running because their watchdog could not be started."""
     started: list[subprocess.Popen[bytes]] = []
     popen = subprocess.Popen
 

@@ -360,8 +360,8 @@ def test_a_disk_that_fails_between_attempts_is_tried_again(
 
 
 def test_an_attempt_whose_end_cannot_be_read_is_recorded(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches exit code 2, a mistake of the user, for a disk that fails while the ranks run; and a restart whose reason
-    nobody finds."""
+    """Catches exit code 2, a mistake of the user, for a disk that fails while the ranks run; and a restart without
+    a recorded reason."""
     break_disk(monkeypatch, folder, attempt_module, "read_result", times=1)
     result = attempt(folder, FAILS_ONCE)
     assert (result.outcome, result.cause) == (Outcome.FAILED, Cause.LOST_RANK)
@@ -370,8 +370,7 @@ def test_an_attempt_whose_end_cannot_be_read_is_recorded(folder: RunFolder, monk
 
 
 def test_checkpoints_that_cannot_be_listed_are_no_progress(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a bug that is run into until the limit is reached, because a disk that does not answer is taken for a
-    checkpoint that was saved."""
+    """Catches restarts up to the limit after the same bug, because a disk error is taken for a new checkpoint."""
     checkpoint = folder.checkpoints / "step-00000007"
     checkpoint.mkdir(parents=True)
     (checkpoint / "COMPLETE").touch()

@@ -57,7 +57,7 @@ def test_totals_are_sums_over_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_field_comes_back_from_the_sums() -> None:
-    """Catches an order of the numbers that is sent and another that is read, also for a field that is new."""
+    """Catches numbers that are sent in one order and read in another, also for a new field."""
     numbers = {name: number for number, name in enumerate(StepTotals._fields)}
     own = StepTotals(**{**numbers, "corpus_tokens": (20, 30), "work_microseconds": (40,)})
     zeros = StepTotals(**{**dict.fromkeys(numbers, 0), "corpus_tokens": (0, 0), "work_microseconds": (0,)})
