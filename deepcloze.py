@@ -1,23 +1,22 @@
-"""The `deepcloze` command. It checks that it imports its own packages before it imports any."""
+"""The `deepcloze` command. It imports its own packages, whatever else on Python's path has their names."""
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from typing import NoReturn
 
 _PACKAGES = ("launcher", "pretrain", "finetune", "experiment")
+_ROOT = Path(__file__).resolve().parent
 
 
 def run() -> NoReturn:
     """Run the command line and end the process with its exit code."""
-    for name in _PACKAGES:
-        if (found := _location(name)) != Path(__file__).resolve().with_name(name):
-            print(
-                f"deepcloze: {found} hides deepcloze's own package '{name}': {found.parent} comes first on Python's "
-                "path. Rename it, or remove that folder from PYTHONPATH",
-                file=sys.stderr,
-            )
-            sys.exit(2)
+    if any(_location(name) != _ROOT / name for name in _PACKAGES):
+        sys.path.insert(0, str(_ROOT))
+        from experiment.own_process import own_environment
+
+        os.environ.update(own_environment())  # for worker processes
     try:
         from launcher.__main__ import run as run_launcher
     except KeyboardInterrupt:

@@ -17,19 +17,33 @@ def run_command(folder: Path, *path: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("intruder", ["launcher.py", "pretrain/__init__.py", "finetune/data.txt", "experiment.py"])
-def test_a_hidden_package_is_named(tmp_path: Path, intruder: str) -> None:
-    """Catches a user's file that is executed, and a traceback in place of its name."""
+def test_a_module_of_the_same_name_on_the_path_is_not_imported(tmp_path: Path, intruder: str) -> None:
+    """Catches a user's file that is executed in place of a package."""
     path = tmp_path / "mine" / intruder
     path.parent.mkdir(parents=True)
     path.write_text("print('executed')")
     done = run_command(tmp_path, tmp_path / "mine", ROOT)
-    if intruder == "finetune/data.txt":  # a folder without Python files hides no package
+    assert done.returncode == 0, done.stderr
+    assert "executed" not in done.stdout
+
+
+def test_worker_processes_import_the_same_packages(tmp_path: Path) -> None:
+    """Catches workers, which are other processes, that import a user's `pretrain.py`."""
+    (tmp_path / "pretrain.py").write_text("raise SystemExit('executed')")
+    (tmp_path / "text.txt").write_text("a b\nc d\n" * 50)
+    for flags in (["tokenizer", "--vocab_size=40"], ["corpus", "--tokenizer=tokenizer", "--workers=2"]):
+        output = f"--output={flags[0]}"
+        code = f"from deepcloze import run; import sys; sys.argv[1:] = {[*flags, '--source=text.txt', output]}; run()"
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", code],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert done.returncode == 0, done.stderr
-        return
-    name = Path(intruder).parts[0]
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"deepcloze: {tmp_path / 'mine' / name} hides deepcloze's own package '")
-    assert "Traceback" not in done.stderr
+    assert (tmp_path / "corpus" / "manifest.json").is_file()
 
 
 def test_files_in_the_working_directory_hide_nothing(tmp_path: Path) -> None:
