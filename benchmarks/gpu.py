@@ -7,7 +7,7 @@ of its own, after some untimed first steps. There are ten default cases. The fir
 combinations of their values. With --full, those that are not given have all values.
 
 All cases run once per round, so that a slow minute of the machine affects all. Prints tables and writes a JSON file,
-which is kept up to date while the benchmark runs. MFU is as in `pretrain.modeling.flops`: padding and recomputed
+which is kept up to date while the benchmark runs. MFU is as in `pretrain.modeling.structure`: padding and recomputed
 activations do not count.
 
 Without a CUDA device it ends with exit code 2. `--smoke` runs the same code on a CPU with tiny models, to test it; the

@@ -34,10 +34,9 @@ from pretrain.corpus.reader import Corpus
 from pretrain.engine.deepspeed_settings import load_settings
 from pretrain.engine.engine import Engine
 from pretrain.engine.process_group import connect, disconnect
-from pretrain.modeling.build import BuiltModel, build_model
+from pretrain.modeling.build import BuiltModel, build_model, choose_rows
 from pretrain.modeling.compiled_layers import compile_layers
 from pretrain.modeling.masked_lm import MaskedLanguageModel
-from pretrain.modeling.row_layout import choose_rows
 from pretrain.world import World
 
 _TINY = {

@@ -49,7 +49,7 @@ def python_docs(options: PythonDocsOptions) -> None:
     Example:
         deepcloze python_docs --output docs.jsonl
     """
-    from pretrain.corpus.python_docs.collect import write_python_docs
+    from pretrain.corpus.python_docs import write_python_docs
 
     write_python_docs(options.output)
 

@@ -21,8 +21,7 @@ def print_run_plan(options: PlanOptions) -> None:
     select_accelerator(machine.devices)
 
     with fast_imports():
-        from pretrain.plan.cost import Rates
-        from pretrain.plan.device import Device, local_cpu, local_gpu
+        from pretrain.plan.cost import Device, Rates, local_cpu, local_gpu
         from pretrain.plan.plan import plan_run
         from pretrain.plan.text import as_json, print_plan
         from pretrain.resolve import resolve

@@ -36,10 +36,9 @@ from pretrain.batching.vocabulary import Vocabulary, build_vocabulary
 from pretrain.config import MaskingConfig, ModelConfig
 from pretrain.corpus.reader import Corpus, open_corpus
 from pretrain.corpus.verification import verified_shards
-from pretrain.modeling.build import build_model
+from pretrain.modeling.build import build_model, choose_rows
 from pretrain.modeling.masked_lm import MaskedLanguageModel, Predictions
 from pretrain.modeling.model_config import resolve_model_config
-from pretrain.modeling.row_layout import choose_rows
 from pretrain.resolve import ResolvedRun
 from pretrain.world import World
 

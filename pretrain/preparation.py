@@ -11,8 +11,7 @@ from pretrain.config import PretrainConfig
 from pretrain.corpus.reader import Corpus
 from pretrain.corpus.verification import verified_shards
 from pretrain.engine.deepspeed_settings import check_device_support, warn_of_emulation
-from pretrain.modeling.build import BuiltModel, build_model
-from pretrain.modeling.row_layout import attention_ratio, choose_rows
+from pretrain.modeling.build import BuiltModel, attention_ratio, build_model, choose_rows
 from pretrain.plan.memory import weight_dtype
 from pretrain.resolve import ResolvedRun, resolve
 from pretrain.training.checkpoint_verification import verify_together

@@ -15,19 +15,18 @@ import xxhash
 from numpy.typing import NDArray
 
 from pretrain.batching.batch import IGNORED, Microbatch, RankBatch
-from pretrain.batching.dealing import deal
-from pretrain.batching.masking import Masker, MaskingSchedule
+from pretrain.batching.masking import Masker, MaskingSchedule, Ranges
 from pretrain.batching.order import BatchSequences, Order
 from pretrain.batching.packing import (
     Assignment,
     MicrobatchLayout,
     assign_to_ranks,
+    deal,
     next_multiple,
     one_per_row,
     pack,
     round_up,
 )
-from pretrain.batching.ranges import Ranges
 from pretrain.batching.sequences import SequenceIndex
 from pretrain.batching.vocabulary import Vocabulary
 from pretrain.corpus.reader import Corpus

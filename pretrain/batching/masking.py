@@ -14,9 +14,22 @@ from numpy.typing import NDArray
 
 from pretrain.batching.counter_rng import U64, fold_in, make_key, randint, random_bits, uniform
 from pretrain.batching.order import BatchSequences
-from pretrain.batching.ranges import Ranges
 from pretrain.batching.vocabulary import Vocabulary
 from pretrain.config import MaskingConfig
+
+
+class Ranges(NamedTuple):
+    """R ranges [start, start + size) of tokens, words or slots."""
+
+    starts: NDArray[np.int64]  # [R]
+    sizes: NDArray[np.int64]  # [R]
+
+    def indices(self) -> NDArray[np.int64]:
+        """The indices of every range, concatenated; shape [sum of sizes]."""
+        before = np.cumsum(self.sizes) - self.sizes
+        indices: NDArray[np.int64] = np.arange(self.sizes.sum()) + np.repeat(self.starts - before, self.sizes)
+        return indices
+
 
 MAX_SPAN_WORDS = 10  # as in SpanBERT
 _SPAN_END_PROBABILITY = 0.2  # that a span shorter than the maximum ends after the current word

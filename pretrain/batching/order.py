@@ -15,8 +15,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.batching.counter_rng import make_key
-from pretrain.batching.permutation import permutations, permute
+from pretrain.batching.counter_rng import make_key, permutations, permute
 
 _BLOCK = 1024  # positions in which a mixture has exact shares; they are shuffled inside
 _SHARE_UNITS = 1 << 32  # resolution of the shares: they are rounded to multiples of 1 / this

@@ -2,12 +2,11 @@
 
 `deepcloze corpus`, top-down:
 
-- options: the flags; build: the build; build_plan: what it reads and writes; announcement: what it says before
-- sources, documents, formats, compression: names of sources to documents; progress_bar: how much has been read
+- options: the flags; build: the build; build_plan: what it reads and writes
+- sources, documents, formats: names of sources to documents; progress_bar: how much has been read
 - pipeline: documents to worker processes to shard writers; workers: these processes
-- build_tokenizer: the tokenizer as plain data; tokenization: text to token ids; word_cache: each word once
+- tokenization: text to token ids; word_cache: each word once
 - words: where words begin
-- sampling: --holdout and --limit
 - shards, manifest: the files of a corpus
 - reader: opens a finished corpus for training; verification: checks its files
 

@@ -1,18 +1,111 @@
 """What a corpus build is going to read and write."""
 
 import os
+import random
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 from experiment.errors import UserError
-from pretrain.corpus.build_tokenizer import BuildTokenizer, load_build_tokenizer
+from experiment.files import fsync_tree
+from experiment.tokenizer import load_tokenizer, save_tokenizer, tokenizer_fingerprint, vocabulary_size
 from pretrain.corpus.manifest import Recipe
 from pretrain.corpus.options import CorpusOptions, TextOptions
-from pretrain.corpus.sampling import MAIN, Part, Sampling
 from pretrain.corpus.sources import Source, find_sources
-from pretrain.corpus.tokenization import DocumentEncoder
+from pretrain.corpus.tokenization import DocumentEncoder, TokenizerSpec, tokenizer_spec
 from pretrain.corpus.words import segmenter_identity, word_boundaries
+from pretrain.corpus.workers import worker_pool
+
+Part = Literal["main", "heldout"]
+MAIN: Part = "main"
+HELDOUT: Part = "heldout"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Draws by seed: `holdout` of all documents for the held-out corpus, `limit` of the rest for the main corpus."""
+
+    seed: int
+    limit: int | None
+    holdout: int | None
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anything is drawn, which needs the number of documents in advance."""
+        return self.limit is not None or self.holdout is not None
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The corpora that are built."""
+        return (MAIN, HELDOUT) if self.holdout else (MAIN,)
+
+    def assign(self, documents: int) -> Iterator[Part | None]:
+        """Assign each of `documents` in turn to a part, or to None. Raises UserError if there are too few.
+
+        Selection sampling (Knuth, The Art of Computer Programming 2, 3.4.2, algorithm S): exact counts, constant
+        memory, source order. The held-out documents do not depend on the limit.
+        """
+        holdout = self.holdout or 0
+        if holdout >= documents:
+            raise UserError(f"--holdout {holdout}: the source has only {documents} documents with text")
+        rest = documents - holdout
+        limit = rest if self.limit is None else min(self.limit, rest)
+        return self._select(documents, holdout, rest, limit)
+
+    def _select(self, documents: int, holdout: int, rest: int, limit: int) -> Iterator[Part | None]:
+        holdout_random, limit_random = random.Random(f"holdout {self.seed}"), random.Random(f"limit {self.seed}")
+        for left in range(documents, 0, -1):
+            if holdout_random.random() * left < holdout:
+                holdout -= 1
+                yield HELDOUT
+            elif limit_random.random() * rest < limit:
+                rest, limit = rest - 1, limit - 1
+                yield MAIN
+            else:
+                rest -= 1
+                yield None
+
+
+@dataclass(frozen=True)
+class BuildTokenizer:
+    """What a build needs to know about its tokenizer."""
+
+    spec: TokenizerSpec
+    fingerprint: str
+    vocabulary_size: int
+    files: Mapping[str, bytes]  # of its Hugging Face folder, by path in it
+
+    def save(self, folder: Path) -> None:
+        """Write the Hugging Face folder, and wait until it is on disk."""
+        for name, content in self.files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+        fsync_tree(folder)
+
+
+def load_build_tokenizer(path: Path, segmenter: str | None) -> BuildTokenizer:
+    """Load a tokenizer folder. Raises UserError as `load_tokenizer`, and StoppedError if the process is killed."""
+    with worker_pool(1, "free some, and run the same command again") as pool:
+        return pool.submit(_load, path, segmenter).result()
+
+
+def _load(path: Path, segmenter: str | None) -> BuildTokenizer:
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # it would say that torch is missing
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    tokenizer = load_tokenizer(path)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        save_tokenizer(tokenizer, folder)
+        files = {
+            str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()
+        }
+    return BuildTokenizer(
+        tokenizer_spec(tokenizer, segmenter), tokenizer_fingerprint(tokenizer), vocabulary_size(tokenizer), files
+    )
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,7 @@ from typing import IO
 from experiment.csv_and_jsonl import missing_column
 from experiment.errors import UserError
 from experiment.tracking.console import terminal
-from pretrain.corpus.compression import decompress, explain_read_errors
-from pretrain.corpus.formats import Document, ReadStats, cell_document, parse_documents
+from pretrain.corpus.formats import Document, ReadStats, cell_document, decompress, explain_read_errors, parse_documents
 from pretrain.corpus.options import TextOptions
 from pretrain.corpus.sources import PYTHON_DOCS, Source, is_selected, is_skipped, report_skipped
 
@@ -31,7 +30,7 @@ def read_documents(sources: Iterable[Source], options: TextOptions, stats: ReadS
 
 def _read_source(source: Source, options: TextOptions, stats: ReadStats) -> Iterator[Document]:
     if source.kind == PYTHON_DOCS:
-        from pretrain.corpus.python_docs.collect import read_python_docs
+        from pretrain.corpus.python_docs import read_python_docs
 
         for doc in read_python_docs():
             yield Document(doc.text, f"{PYTHON_DOCS}:{doc.document}", 1)

@@ -1,14 +1,22 @@
 """Split one file into documents: plain text, JSON lines, CSV, TSV or Parquet, possibly compressed.
 
-A line ends at "\\n" or "\\r\\n" only, not at Unicode line separators. Only the line end is removed. Bytes that are not
+A line ends at "\n" or "\r\n" only, not at Unicode line separators. Only the line end is removed. Bytes that are not
 UTF-8 are rejected, naming the line.
 """
 
+import gzip
+import io
 import shutil
+import tarfile
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO, NamedTuple
+from typing import IO, TYPE_CHECKING, NamedTuple, cast
+
+import zstandard
 
 from experiment.csv_and_jsonl import (
     CsvFormat,
@@ -20,8 +28,10 @@ from experiment.csv_and_jsonl import (
     unexpected_cell,
 )
 from experiment.errors import UserError
-from pretrain.corpus.compression import decompress, explain_read_errors
 from pretrain.corpus.options import TextOptions
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 # .raw and .tokens are WikiText's names for plain text.
 _SUFFIXES = {
@@ -161,3 +171,54 @@ def _copy_to_disk(stream: IO[bytes]) -> IO[bytes]:
     shutil.copyfileobj(stream, copy, 1 << 20)
     copy.seek(0)
     return copy
+
+
+def decompress(stream: IO[bytes], compression: str) -> IO[bytes]:
+    """Open the content of a `gz` or `zst` stream. For any other `compression`, return the stream itself."""
+    if compression == "gz":
+        return cast(IO[bytes], gzip.GzipFile(fileobj=stream))
+    if compression == "zst":
+        return io.BufferedReader(_ZstandardReader(stream), 1 << 20)
+    return stream
+
+
+@contextmanager
+def explain_read_errors(origin: str) -> Iterator[None]:
+    """Turn read, decompression and archive errors into a UserError that names the file."""
+    try:
+        yield
+    except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError, zipfile.BadZipFile, tarfile.TarError) as error:
+        raise UserError(f"{origin} is damaged or truncated: {error}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {origin}: {error.strerror or error}") from None
+
+
+class _ZstandardReader(io.RawIOBase):
+    """Reads all frames of a .zst. Raises EOFError if the last one is truncated."""
+
+    def __init__(self, compressed: IO[bytes]) -> None:
+        self._compressed = compressed
+        self._frame: zstandard.ZstdDecompressionObj | None = None
+        self._input, self._output = b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: "WriteableBuffer") -> int:
+        while not self._output:
+            chunk = self._input or self._compressed.read(1 << 17)
+            if not chunk:
+                if self._frame is not None:
+                    raise EOFError("the last Zstandard frame has no end")
+                return 0
+            # 2**31 is the largest window that `zstd --long` writes.
+            self._frame = self._frame or zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
+            self._output = memoryview(self._frame.decompress(chunk))
+            self._input = b""
+            if self._frame.eof:
+                self._input, self._frame = self._frame.unused_data, None
+        target = memoryview(buffer)
+        size = min(len(target), len(self._output))
+        target[:size] = self._output[:size]
+        self._output = self._output[size:]
+        return size

@@ -12,11 +12,10 @@ import numpy as np
 import xxhash
 
 from experiment.errors import UserError
-from pretrain.corpus.build_plan import BuildPlan
+from pretrain.corpus.build_plan import MAIN, BuildPlan, Part
 from pretrain.corpus.documents import read_documents
 from pretrain.corpus.formats import Document, ReadStats
 from pretrain.corpus.progress_bar import ProgressBar
-from pretrain.corpus.sampling import MAIN, Part
 from pretrain.corpus.shards import ShardWriter, SourcePosition
 from pretrain.corpus.tokenization import EncodedBatch, encode_in_worker, start_worker
 from pretrain.corpus.workers import worker_pool

@@ -25,7 +25,7 @@ def worker_pool(
     with `advice` if a worker is killed.
     """
     context = get_context("forkserver")
-    context.set_forkserver_preload(["pretrain.corpus.tokenization", "pretrain.corpus.python_docs.docstrings"])
+    context.set_forkserver_preload(["pretrain.corpus.tokenization"])
     pool = ProcessPoolExecutor(workers, context, _start, (initializer, initargs))
     try:
         yield pool

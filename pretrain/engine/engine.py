@@ -29,13 +29,15 @@ from pretrain.batching.counter_rng import make_key
 from pretrain.config import ModelConfig, OptimizerConfig
 from pretrain.engine import partitions
 from pretrain.engine.deepspeed_settings import DeepSpeedSettings
-from pretrain.engine.ema import ExponentialMovingAverage
-from pretrain.engine.forward_timer import ForwardTimer
 from pretrain.engine.loss_scaler import LossScaleError, install_loss_scaler
-from pretrain.engine.optimizers import PerParameterOptimizer
-from pretrain.engine.parameter_groups import build_optimizer, parameter_groups
+from pretrain.engine.optimizers import (
+    ExponentialMovingAverage,
+    PerParameterOptimizer,
+    build_optimizer,
+    parameter_groups,
+)
 from pretrain.engine.partitions import Fragment
-from pretrain.engine.phases import phase
+from pretrain.engine.phases import ForwardTimer, phase
 from pretrain.engine.zero_optimizers import Zero1Optimizer, install_zero_optimizer
 from pretrain.modeling.masked_lm import MaskedLanguageModel, Predictions
 from pretrain.world import World

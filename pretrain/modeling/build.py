@@ -16,14 +16,15 @@ from experiment.positions import first_position
 from experiment.tokenizer import load_tokenizer
 from experiment.transformers_logging import quiet_transformers
 from experiment.unused_weights import describe_unused_layers
+from pretrain.batching.packing import Rows
 from pretrain.config import ModelConfig
 from pretrain.corpus.added_tokens import old_pieces
-from pretrain.modeling.attention import use_flash_attention_3
-from pretrain.modeling.flops import FlopsModel, flops_model
+from pretrain.modeling.attention import use_flash_attention_3, uses_flash
 from pretrain.modeling.model_config import source_config
 from pretrain.modeling.packability import why_not_packed
 from pretrain.modeling.random_model import first_line, random_model
 from pretrain.modeling.resize import resize_model
+from pretrain.modeling.structure import FlopsModel, flops_model
 
 log = logging.getLogger(__name__)
 
@@ -126,3 +127,18 @@ def _checkpoint_activations(model: PreTrainedModel) -> None:
     model.config.use_cache = False  # else transformers warns that a cache and checkpointing exclude each other
     # Private because the public method differs between the transformers releases that we support.
     model._set_gradient_checkpointing(gradient_checkpointing_func=partial(checkpoint, use_reentrant=False))
+
+
+def attention_ratio(flops: FlopsModel | None) -> float | None:
+    """What the width of windows is chosen from. None on CUDA, where no width has been measured: theirs is that of the
+    longest sequence."""
+    return None if flops is None or torch.cuda.is_available() else flops.attention_ratio
+
+
+def choose_rows(model: BuiltModel, dtype: torch.dtype) -> Rows:
+    """Flat rows where flash attention computes them, in `dtype` on this process's CUDA device. Other kernels compare
+    all slots of a row, so they get windows."""
+    if not model.packed:
+        return "padded"
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    return "flat" if uses_flash(model.model.config, capability, dtype) else "windows"

@@ -26,8 +26,8 @@ from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.utils.checkpoint import checkpoint
 
-from pretrain.modeling.encoder_layers import Forward, encoder_layers, forward_without_checkpointing
 from pretrain.modeling.masked_lm import MaskedLanguageModel
+from pretrain.modeling.structure import Forward, encoder_layers, forward_without_checkpointing
 
 log = logging.getLogger(__name__)
 

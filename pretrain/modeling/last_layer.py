@@ -23,9 +23,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from experiment.positions import first_position
 from pretrain.modeling.attention import KnownAttention, LayerInterrupted, Packing, Predicted
-from pretrain.modeling.encoder_layers import Forward, encoder_layers, forward_without_checkpointing
 from pretrain.modeling.packability import evaluation_mode
 from pretrain.modeling.random_model import first_line
+from pretrain.modeling.structure import Forward, encoder_layers, forward_without_checkpointing
 
 log = logging.getLogger(__name__)
 

@@ -19,8 +19,7 @@ from experiment.errors import UserError
 from experiment.tokenizer import load_tokenizer, tokenizer_fingerprint
 from pretrain.config import ModelConfig
 from pretrain.corpus.added_tokens import check_extends
-from pretrain.modeling.config_fields import check_fields, declared_fields
-from pretrain.modeling.random_model import first_line, meta_model
+from pretrain.modeling.random_model import check_fields, declared_fields, first_line, meta_model
 from pretrain.modeling.resize import config_with_positions
 
 _SPECIAL_TOKEN_IDS = ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "mask_token_id")

@@ -6,16 +6,29 @@ relative positions, statistics of a whole row).
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from experiment.errors import UserError
+from experiment.positions import first_position
+from experiment.transformers_logging import quiet_transformers
 from pretrain.modeling.attention import PACKED, Packing, register_packed_attention
-from pretrain.modeling.random_model import first_line
+from pretrain.modeling.random_model import first_line, random_model
 
 _TOLERANCE = 1e-4  # absolute and relative, on fp32 logits
 _WIDTH, _LENGTHS = 12, (7, 4)  # a row of two sequences and padding
+
+# Sizes on which packability does not depend, under the names that configs have for them.
+_SMALL: dict[str, Any] = {
+    **dict.fromkeys(("hidden_size", "dim", "d_model", "embedding_size"), 32),
+    **dict.fromkeys(("intermediate_size", "hidden_dim"), 64),
+    **dict.fromkeys(("num_attention_heads", "n_heads"), 4),
+    **dict.fromkeys(("num_hidden_layers", "n_layers"), 2),
+}
+_PER_LAYER = ("layer_types", "head_dim", "attention_head_size")  # follow from the sizes above
 
 
 def why_not_packed(model: PreTrainedModel, first_position: int) -> str | None:
@@ -76,3 +89,20 @@ def packed_inputs(
         "position_ids": positions[None],
         "packing": Packing(torch.cat([segments, segments.new_zeros(free)])[None].int(), boundaries.int()),
     }
+
+
+def is_packed(config: PreTrainedConfig) -> bool:
+    """Whether a model of this config can be packed, tested with a small model of the same kind: its own weights may not
+    fit here."""
+    with quiet_transformers():
+        try:
+            model = random_model(_small(config))
+        except (UserError, TypeError, ValueError):
+            model = random_model(config)
+        return why_not_packed(model.float(), first_position(model)) is None
+
+
+def _small(config: PreTrainedConfig) -> PreTrainedConfig:
+    fields = {name: value for name, value in config.to_dict().items() if name not in _PER_LAYER}
+    fields |= {name: size for name, size in _SMALL.items() if name in fields}
+    return AutoConfig.for_model(fields.pop("model_type"), **fields)

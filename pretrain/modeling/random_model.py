@@ -1,13 +1,43 @@
-"""A transformers masked-LM model that is built from its config alone."""
+"""A masked-LM model that is built from its transformers config alone, and the check that it uses the config's fields.
+
+A transformers config keeps any keyword as an attribute, so a misspelt field changes nothing and raises nothing. A field
+that the user sets in `model.config` is used if one of these holds:
+
+- The config declares it: a default, an alias (`attribute_map`) or a property with a setter.
+- The config class computes something from it, such as ModernBERT's `global_attn_every_n_layers`.
+- A model looks it up in the config while it is built, such as DeBERTa's `position_buckets`.
+"""
 
 import copy
+import inspect
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any
+from unittest.mock import patch
 
 import torch
-from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_MULTIPLE_CHOICE_MAPPING,
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    AutoModelForMaskedLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
+from experiment.config import did_you_mean
 from experiment.errors import UserError
+from experiment.transformers_logging import quiet_transformers
 
 _MAX_LAYERS = 1000  # more are a mistake, and would be built one by one until the memory is full
+# What a pretrained model may be fine-tuned as, with fields of its own.
+_FINE_TUNING_HEADS = (
+    MODEL_FOR_MULTIPLE_CHOICE_MAPPING,
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+)
 
 
 def random_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -34,3 +64,69 @@ def first_line(error: BaseException) -> str:
     """The first line of an error's message, and the second if the first announces it; its type if it has none."""
     first, *others = str(error).strip().splitlines() or [type(error).__name__]
     return f"{first} {others[0].strip()}" if first.endswith(":") and others else first
+
+
+def check_fields(fields: Mapping[str, Any], make_config: Callable[[Mapping[str, Any]], PreTrainedConfig]) -> None:
+    """Raise UserError for the first of the `fields` that is not used. `make_config`: fields -> config with them set.
+
+    Whether a model looks a field up can depend on other fields (DeBERTa's `position_buckets` on `relative_attention`),
+    so models are built with all fields that are known to be used, until no more turn out to be.
+    """
+    config = make_config({})
+    known = declared_fields(config)
+    used = {field for field in fields if field in known or _is_computed_with(field, make_config)}
+    while unused := [field for field in fields if field not in used]:
+        looked_up = _missing_lookups(make_config({field: fields[field] for field in fields if field in used}))
+        if looked_up.isdisjoint(unused):
+            raise UserError(
+                f"unknown config key 'model.config.{unused[0]}': '{config.model_type}' does not use it with this config"
+                f"{did_you_mean(unused[0], known | {name for name in looked_up if not name.startswith('_')})}"
+            )
+        used |= looked_up.intersection(unused)
+
+
+def declared_fields(config: PreTrainedConfig) -> set[str]:
+    """Fields with a default, aliases of them, and properties that can be set."""
+    members = inspect.getmembers_static(type(config))
+    properties = {name for name, member in members if isinstance(member, property) and member.fset}
+    return {*config.to_dict(), *config.attribute_map, *(name for name in properties if not name.startswith("_"))}
+
+
+def _is_computed_with(field: str, make_config: Callable[[Mapping[str, Any]], PreTrainedConfig]) -> bool:
+    """Whether the value of an undeclared field influences anything but the attribute of that name.
+
+    The value tried supports no operation, so that computing with it raises, and equals no other, so that passing it on
+    is seen.
+    """
+    try:
+        with quiet_transformers():
+            config = make_config({field: object()})
+    except Exception:  # transformers raises many types for values that it cannot use
+        return True
+    return _other_fields(config, field) != _other_fields(make_config({}), field)
+
+
+def _other_fields(config: PreTrainedConfig, field: str) -> dict[str, Any]:
+    """What is set besides `field`. Private attributes are transformers' own, such as the attention implementation."""
+    return {name: value for name, value in vars(config).items() if name != field and not name.startswith("_")}
+
+
+def _missing_lookups(config: PreTrainedConfig) -> set[str]:
+    """Attributes that models look up in their config while they are built, and that it does not have.
+
+    Raises UserError for a config that makes no masked-LM model.
+    """
+    missing: set[str] = set()
+
+    def record(_: PreTrainedConfig, name: str) -> None:
+        missing.add(name)
+        raise AttributeError(name)
+
+    # Python calls __getattr__ for missing attributes only. Models check the exact type of their config, which rules a
+    # subclass out.
+    with quiet_transformers(), torch.device("meta"), patch.object(type(config), "__getattr__", record, create=True):
+        meta_model(config)
+        for models in _FINE_TUNING_HEADS:
+            with suppress(Exception):  # not every type has every head
+                models[type(config)](copy.deepcopy(config))
+    return missing

@@ -22,8 +22,8 @@ import torch
 from pretrain.config import PretrainConfig
 from pretrain.engine.deepspeed_settings import DeepSpeedSettings, OffloadDevice, Precision, uses_zero1_optimizer
 from pretrain.engine.shared_memory import BUFFER_BYTES
+from pretrain.modeling.structure import ParameterCounts
 from pretrain.plan.activations import MicrobatchMemory
-from pretrain.plan.parameters import ParameterCounts
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _FP32 = 4

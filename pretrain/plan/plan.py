@@ -10,19 +10,19 @@ from typing import NamedTuple
 from experiment.device_peaks import peak_flops
 from experiment.positions import first_position
 from pretrain.batching.packing import Rows
-from pretrain.modeling.flops import FlopsModel, flops_model
+from pretrain.engine.deepspeed_settings import uses_zero1_optimizer
+from pretrain.modeling.packability import is_packed
 from pretrain.modeling.random_model import meta_model
+from pretrain.modeling.structure import FlopsModel, ParameterCounts, count_parameters, flops_model
 from pretrain.plan.activations import Computation, MicrobatchMemory, microbatch_memory
-from pretrain.plan.communication import sent_per_step
-from pretrain.plan.cost import Cost, Rates, budget_cost, run_cost
-from pretrain.plan.device import Device
+from pretrain.plan.cost import Cost, Device, Rates, budget_cost, run_cost
 from pretrain.plan.memory import MemorySettings, RankMemory, gradients_stay, memory_settings, rank_memory, weight_dtype
-from pretrain.plan.packability import is_packed
-from pretrain.plan.parameters import ParameterCounts, count_parameters
 from pretrain.plan.workload import StageWork, stage_work
 from pretrain.resolve import ResolvedRun
 from pretrain.training_stream import open_stream
 from pretrain.world import World
+
+_FP32 = 4  # bytes; gradients are reduced in fp32 at every precision
 
 
 class ZeroPlan(NamedTuple):
@@ -177,7 +177,7 @@ def _largest_microbatch(
 
 
 def _flops_per_token(flops: FlopsModel | None, stages: tuple[StageWork, ...], rate: float) -> list[float] | None:
-    """FLOPs per token in each stage, counted as in pretrain/modeling/flops.py."""
+    """FLOPs per token in each stage, counted as in `pretrain.modeling.structure`."""
     if flops is None:
         return None
     return [
@@ -195,3 +195,30 @@ def _mean_over_tokens(by_stage: list[float], stages: tuple[StageWork, ...], budg
         for stage in stages
     ]
     return sum(each * count for each, count in zip(by_stage, tokens, strict=True)) / max(1, sum(tokens))
+
+
+def sent_per_step(counts: ParameterCounts, settings: MemorySettings, microbatches: int) -> float:
+    """Bytes that each rank sends per step.
+
+    A ring moves (w - 1) / w of a tensor past each of w ranks to gather or to scatter it, and twice that to reduce it
+    for all (Rajbhandari et al. 2020, arXiv:1910.02054, section 7). A ring over several machines crosses the network of
+    each machine once, so the same bytes pass between machines, whatever the number of ranks on each.
+    """
+    around_ring = (settings.ranks - 1) / settings.ranks
+    gradients, weights = _FP32 * counts.total * around_ring, settings.weight_bytes * counts.total * around_ring
+    match settings.zero_stage:
+        case 0:
+            return 2 * gradients
+        case 1 if uses_zero1_optimizer(settings.zero_stage, settings.offload):
+            return gradients + weights
+        case 1:
+            return 2 * gradients + weights
+        case 2:  # reduces after each microbatch
+            return 2 * gradients * microbatches + weights
+        case _:
+            return (gradients + _gathers(counts, settings) * weights) * microbatches
+
+
+def _gathers(counts: ParameterCounts, settings: MemorySettings) -> int:
+    """How often ZeRO 3 gathers the weights for a microbatch: once if all stay until the backward pass."""
+    return 1 if 2 * counts.total <= settings.max_reuse_distance else 2

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pretrain.modeling.flops import FlopsModel
+from pretrain.modeling.structure import FlopsModel
 from pretrain.training.step_agreement import StepTotals
 
 

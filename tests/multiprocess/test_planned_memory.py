@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.plan.cost import Rates
-from pretrain.plan.device import Device
+from pretrain.plan.cost import Device, Rates
 from pretrain.plan.memory import RankMemory
 from pretrain.world import World
 from rank_pool import RankPool
@@ -46,9 +45,9 @@ def _return_freed_memory() -> None:
 def _train(world: World, tree: Tree) -> None:
     from experiment.config import build_config
     from pretrain.config import PretrainConfig
-    from pretrain.modeling.flops import flops_model
+    from pretrain.modeling.build import attention_ratio
     from pretrain.modeling.random_model import meta_model
-    from pretrain.modeling.row_layout import attention_ratio
+    from pretrain.modeling.structure import flops_model
     from pretrain.resolve import resolve
     from pretrain.training_stream import open_stream
     from runs import build_engine

@@ -7,8 +7,7 @@ import pytest
 
 from experiment.config import build_config
 from pretrain.config import PretrainConfig
-from pretrain.plan.cost import Rates
-from pretrain.plan.device import Device
+from pretrain.plan.cost import Device, Rates
 from pretrain.plan.plan import plan_run
 from pretrain.resolve import resolve
 from rank_pool import RankPool

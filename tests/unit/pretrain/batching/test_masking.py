@@ -6,9 +6,8 @@ import pytest
 from scipy import stats
 
 from pretrain.batching.counter_rng import fold_in
-from pretrain.batching.masking import MAX_SPAN_WORDS, Masker, MaskingPolicy, draw_spans
+from pretrain.batching.masking import MAX_SPAN_WORDS, Masker, MaskingPolicy, Ranges, draw_spans
 from pretrain.batching.order import BatchSequences
-from pretrain.batching.ranges import Ranges
 
 MASK, UNK = 4, 3
 UNITS = ("token", "word", "span")

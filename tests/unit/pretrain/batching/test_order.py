@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.batching import permutation
+from pretrain.batching import counter_rng
+from pretrain.batching.counter_rng import _network
 from pretrain.batching.order import BatchSizes, CorpusStream, SequentialOrder, ShuffledOrder, quotas
-from pretrain.batching.permutation import _network
 
 
 def alone(sequences=101, batch_sequences=13, positions=None, **sizes):
@@ -123,7 +123,7 @@ def test_seeking_is_constant_time(order, monkeypatch):
         assert len(starts) < 10, "the start of a batch has a closed form"
         return start_of(self, step)
 
-    monkeypatch.setattr(permutation, "_network", counted_network)
+    monkeypatch.setattr(counter_rng, "_network", counted_network)
     monkeypatch.setattr(BatchSizes, "start", counted_start)
     tracemalloc.start()
     batch = order.batch(10**9)

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,12 @@ from filelock import FileLock
 from experiment.errors import StoppedError, UserError
 from experiment.tokenizer import load_tokenizer, save_tokenizer
 from launcher.cli import main
-from pretrain.corpus import build_tokenizer, pipeline, shards
-from pretrain.corpus.build import build_corpus
-from pretrain.corpus.build_tokenizer import BuildTokenizer
-from pretrain.corpus.options import CorpusOptions
+from pretrain.corpus import build_plan, pipeline, shards
+from pretrain.corpus.build import announce_sources, build_corpus, is_hard_wrapped
+from pretrain.corpus.build_plan import BuildTokenizer
+from pretrain.corpus.options import CorpusOptions, TextOptions
 from pretrain.corpus.reader import open_corpus
+from pretrain.corpus.sources import find_sources
 from small_disk import SmallDisk
 from waiting import LIMIT
 
@@ -360,9 +362,9 @@ def test_killed_worker(corpus: Build, tmp_path: Path) -> None:
 
 def test_killed_loader_of_the_tokenizer(vocabulary_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches advice that does not fit: there is no shard yet, and one process whatever --workers says."""
-    monkeypatch.setattr(build_tokenizer, "_load", kill_this_process)
+    monkeypatch.setattr(build_plan, "_load", kill_this_process)
     with pytest.raises(StoppedError, match=r"killed.*run the same command again") as stopped:
-        build_tokenizer.load_build_tokenizer(vocabulary_folder, None)
+        build_plan.load_build_tokenizer(vocabulary_folder, None)
     assert not re.search("shard|workers", str(stopped.value))
 
 
@@ -443,3 +445,39 @@ def test_holdout_and_limit(tmp_path: Path, corpus: Build) -> None:
     assert rows(tmp_path / "c-heldout") != heldout
     with pytest.raises(UserError, match="--holdout 300: the source has only 300"):
         corpus("d", holdout=300)
+
+
+SENTENCES = [f"The {number}th run of the long night was slower than the one before it." for number in range(200)]
+
+
+def test_wrapped_text_is_recognized() -> None:
+    """Catches a book whose lines become documents of ten words."""
+    assert is_hard_wrapped(textwrap.wrap(" ".join(SENTENCES), 72))
+    assert is_hard_wrapped(textwrap.wrap("今天我们在图书馆里学习自然语言处理的新方法天气很好" * 200, 60))
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        SENTENCES,  # equally long, but complete
+        [f"word {'x' * (number % 60)}" for number in range(200)],  # titles, search queries: all lengths
+        [" ".join(SENTENCES[:9])] * 100,  # paragraphs
+        textwrap.wrap(" ".join(SENTENCES[:5]), 72),  # too few to tell
+    ],
+)
+def test_other_text_is_not(lines: list[str]) -> None:
+    """Catches a warning about text with a document on each line."""
+    assert not is_hard_wrapped(lines)
+
+
+def test_sources_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a glob that names other files than meant, without a sign of it."""
+    for number in range(12):
+        (tmp_path / f"{number:02}.txt").write_text("\n".join(textwrap.wrap(" ".join(SENTENCES), 72)))
+    announce_sources(find_sources(tmp_path), TextOptions())
+    printed, warnings = capsys.readouterr()
+    assert printed.startswith("reading 12 sources, 0.2 MB:\n")
+    assert f"  {tmp_path}/09.txt\n  … and 2 more\n" in printed
+    assert f"warning: the lines of {tmp_path}/00.txt look like parts of paragraphs" in warnings
+    announce_sources(find_sources(tmp_path), TextOptions(document="blank_line"))
+    assert "warning" not in capsys.readouterr().err

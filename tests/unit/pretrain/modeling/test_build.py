@@ -1,14 +1,24 @@
 import logging
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from model_examples import TINY
-from transformers import BertConfig, BertForMaskedLM, BertModel, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    DistilBertConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
 from experiment.errors import UserError
+from pretrain.batching.packing import Rows
 from pretrain.config import ModelConfig
-from pretrain.modeling.build import build_model
+from pretrain.modeling.build import build_model, choose_rows
 from pretrain.modeling.model_config import resolve_model_config
 from pretrain.modeling.random_model import meta_model
 
@@ -108,3 +118,48 @@ def test_building_does_not_change_the_config(
     assert built.model.config is not config
     assert vars(config) == before
     assert built.model.config.use_cache is False, "the model's own config may differ"
+
+
+HEADS_OF_32 = BertConfig(hidden_size=128, num_attention_heads=4)
+HEADS_OF_26 = BertConfig(hidden_size=312, num_attention_heads=12)
+
+
+@pytest.mark.parametrize(
+    ("packed", "config", "dtype", "capability", "rows"),
+    [
+        (True, HEADS_OF_32, torch.bfloat16, (9, 0), "flat"),
+        (True, DistilBertConfig(dim=128, n_heads=4), torch.float16, (8, 0), "flat"),
+        (False, HEADS_OF_32, torch.bfloat16, (9, 0), "padded"),
+        (False, HEADS_OF_32, torch.bfloat16, None, "padded"),
+        (True, HEADS_OF_32, torch.float32, (9, 0), "windows"),
+        (True, HEADS_OF_26, torch.bfloat16, (9, 0), "windows"),
+        (True, HEADS_OF_32, torch.float16, (7, 0), "windows"),
+        (True, HEADS_OF_32, torch.bfloat16, None, "windows"),
+        (True, PreTrainedConfig(), torch.bfloat16, (9, 0), "windows"),
+    ],
+)
+def test_rows_are_flat_only_for_flash_attention(
+    monkeypatch: pytest.MonkeyPatch,
+    packed: bool,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    capability: tuple[int, int] | None,
+    rows: Rows,
+) -> None:
+    """Catches flat rows for a kernel that compares all slots of a row, whose memory would not suffice, and windows
+    where flash attention would do. `capability` None: no CUDA device."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: capability is not None)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
+    built: Any = SimpleNamespace(packed=packed, model=SimpleNamespace(config=config))
+    assert choose_rows(built, dtype) == rows
+
+
+@pytest.mark.parametrize(("token_dropout", "packed"), [(False, True), (True, False)])
+def test_a_model_that_uses_the_share_of_masked_tokens_is_not_packed(
+    tokenizer: PreTrainedTokenizerFast, token_dropout: bool, packed: bool
+) -> None:
+    """Catches a trial without masked tokens, which ESM-2 passes although its packed sequences mix."""
+    settings = ModelConfig(
+        config={"model_type": "esm", **TINY, "mask_token_id": tokenizer.mask_token_id, "token_dropout": token_dropout}
+    )
+    assert build_model(settings, resolve_model_config(settings, tokenizer), seed=1).packed == packed

@@ -13,11 +13,11 @@ from transformers import AutoConfig, PreTrainedModel
 
 from experiment.positions import first_position
 from pretrain.batching.batch import Microbatch
-from pretrain.modeling.encoder_layers import encoder_layers
 from pretrain.modeling.last_layer import shorten_last_layer
 from pretrain.modeling.masked_lm import MaskedLanguageModel
 from pretrain.modeling.packability import packed_inputs, why_not_packed
 from pretrain.modeling.random_model import meta_model, random_model
+from pretrain.modeling.structure import encoder_layers
 
 
 def rows_of_linear_layers(model: PreTrainedModel) -> dict[str, set[int]]:

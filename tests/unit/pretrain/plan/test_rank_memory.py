@@ -6,10 +6,10 @@ import pytest
 
 from pretrain.engine.deepspeed_settings import Precision
 from pretrain.engine.shared_memory import BUFFER_BYTES
+from pretrain.modeling.structure import ParameterCounts
 from pretrain.plan.activations import MicrobatchMemory
-from pretrain.plan.communication import sent_per_step
 from pretrain.plan.memory import MemorySettings, Parts, gathered_weights, gradients_stay, rank_memory
-from pretrain.plan.parameters import ParameterCounts
+from pretrain.plan.plan import sent_per_step
 
 N = 1_000_000_000
 COUNTS = ParameterCounts(N, N // 10, 8 * N // 10, N // 10, largest=N // 10, sizes=(N // 10,) * 10)

@@ -3,7 +3,7 @@ from collections.abc import Iterable
 import pytest
 import torch
 
-from pretrain.modeling.flops import FlopsModel
+from pretrain.modeling.structure import FlopsModel
 from pretrain.training.log_interval import LogInterval
 from pretrain.training.step_agreement import StepTotals
 

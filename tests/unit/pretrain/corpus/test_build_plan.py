@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiment.errors import UserError
-from pretrain.corpus.sampling import HELDOUT, MAIN, Part, Sampling
+from pretrain.corpus.build_plan import HELDOUT, MAIN, Part, Sampling
 
 
 @given(

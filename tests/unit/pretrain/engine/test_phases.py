@@ -1,7 +1,7 @@
 import pytest
 
-from pretrain.engine import forward_timer
-from pretrain.engine.forward_timer import ForwardTimer
+from pretrain.engine import phases
+from pretrain.engine.phases import ForwardTimer
 
 
 class Event:
@@ -23,7 +23,7 @@ class Event:
 
 def test_a_gpu_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a read of a time that the device does not know yet, and one that is lost or counted twice."""
-    monkeypatch.setattr(forward_timer, "_event", Event)
+    monkeypatch.setattr(phases, "_event", Event)
     timer = ForwardTimer(on_gpu=True, ranks=2)
     for _ in range(3):
         with timer.measuring():
@@ -38,7 +38,7 @@ def test_a_gpu_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_passes_on_a_cpu_are_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr("pretrain.engine.forward_timer.time.perf_counter", lambda: now)
+    monkeypatch.setattr("pretrain.engine.phases.time.perf_counter", lambda: now)
     timer = ForwardTimer(on_gpu=False, ranks=2)
     for _ in range(3):
         with timer.measuring():
@@ -51,7 +51,7 @@ def test_passes_on_a_cpu_are_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_single_rank_keeps_no_events(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches events that nobody takes, and that fill the memory over a long run."""
     created: list[Event] = []
-    monkeypatch.setattr(forward_timer, "_event", lambda: created.append(Event()) or created[-1])
+    monkeypatch.setattr(phases, "_event", lambda: created.append(Event()) or created[-1])
     timer = ForwardTimer(on_gpu=True, ranks=1)
     with timer.measuring():
         pass

@@ -5,12 +5,11 @@ from pathlib import Path
 import pytest
 
 from experiment.errors import UserError
+from pretrain.corpus import python_docs
 from pretrain.corpus.documents import read_documents
 from pretrain.corpus.formats import ReadStats
 from pretrain.corpus.options import TextOptions
-from pretrain.corpus.python_docs import collect
-from pretrain.corpus.python_docs.collect import read_python_docs, write_python_docs
-from pretrain.corpus.python_docs.docstrings import extract_docs, prose
+from pretrain.corpus.python_docs import extract_docs, prose, read_python_docs, write_python_docs
 from pretrain.corpus.sources import find_sources
 
 SOURCE = '''
@@ -133,7 +132,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )
     real = importlib.metadata.distributions
     monkeypatch.setattr(importlib.metadata, "distributions", lambda: real(path=[str(site)]))
-    monkeypatch.setattr(collect.sysconfig, "get_paths", lambda: {"stdlib": str(library)})
+    monkeypatch.setattr(python_docs.sysconfig, "get_paths", lambda: {"stdlib": str(library)})
     return tmp_path
 
 

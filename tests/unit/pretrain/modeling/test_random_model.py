@@ -8,8 +8,8 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from experiment.errors import UserError
 from pretrain.config import ModelConfig
-from pretrain.modeling.config_fields import check_fields
 from pretrain.modeling.model_config import resolve_model_config
+from pretrain.modeling.random_model import check_fields
 
 
 def check(model_type: str, fields: Mapping[str, Any]) -> None:

@@ -1,0 +1,148 @@
+"""The structure of a transformers model: its repeated layers, the layer and part of each parameter, its FLOPs.
+
+Floating-point operations (FLOPs) of a training step, forward and backward, per real token:
+
+    6 N_encoder  +  12 h sum over layers of s_eff  +  6 r (V h + h^2)
+
+N_encoder: parameters outside the embeddings and the head, those that layers share (ALBERT) once for each layer;
+s_eff = sum(s^2) / sum(s) over the sequences, at most the local window where a layer has one; r: the fraction of tokens
+that are predicted; h: hidden size; V: vocabulary size.
+(Kaplan et al. 2020, section 2.1, with attention inside each sequence only.)
+
+Padding and recomputed activations do not count. The last layer counts in full, although it computes predicted positions
+only (`pretrain.modeling.last_layer`).
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+Forward = Callable[..., Any]
+
+_NUMBERED = re.compile(r"\.(\d+)\.")
+_FLOPS_SIZES = ("hidden_size", "num_hidden_layers", "vocab_size")
+
+
+def encoder_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
+    """In order; empty for the few types of models whose layers are not a `GradientCheckpointingLayer`."""
+    return [module for module in model.base_model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def forward_without_checkpointing(layer: GradientCheckpointingLayer) -> Forward:
+    """The layer's own `forward`, which transformers wraps for activation checkpointing."""
+    forward: Forward = getattr(type(layer).forward, "__wrapped__", type(layer).forward)
+    return MethodType(forward, layer)
+
+
+def layer_ids(model: PreTrainedModel) -> dict[str, int]:
+    """Parameter name -> 0 for embeddings, 1 … L for the encoder's layers from the bottom, L + 1 for the head.
+
+    The numbering of ELECTRA (Clark et al. 2020) and BEiT. A layer is the outermost numbered module of the encoder, so
+    layers that share their weights count once. Parameters shared by all layers (relative positions) count as
+    embeddings, those after the last layer (a final norm) as head.
+    """
+    encoder = f"{model.base_model_prefix}."
+    tables = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+    ids: dict[str, int] = {}
+    layers = 0
+    for name, parameter in model.named_parameters():
+        number = _NUMBERED.search(name) if name.startswith(encoder) else None
+        if number is not None:
+            ids[name] = int(number[1]) + 1
+            layers = max(layers, ids[name])
+        elif id(parameter) in tables or "embedding" in name:
+            ids[name] = 0
+        else:
+            ids[name] = -1
+    return {name: layers + 1 if number < 0 else number for name, number in ids.items()}
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Shared parameters, such as a decoder tied to the embeddings, count once."""
+
+    total: int
+    embeddings: int  # modules called `embeddings`
+    encoder: int  # the rest of the base model
+    head: int  # outside the base model
+    largest: int  # of one parameter
+    sizes: tuple[int, ...]  # of each parameter
+
+
+def _in_embeddings(model: PreTrainedModel) -> set[int]:
+    """The ids of the parameters in modules called `embeddings`."""
+    return {
+        id(parameter)
+        for name, module in model.base_model.named_modules()
+        if name.split(".")[-1] == "embeddings"
+        for parameter in module.parameters()
+    }
+
+
+def count_parameters(model: PreTrainedModel) -> ParameterCounts:
+    embeddings = _in_embeddings(model)
+    in_base = {id(parameter) for parameter in model.base_model.parameters()}
+    sizes = {id(parameter): parameter.numel() for parameter in model.parameters()}
+    return ParameterCounts(
+        total=sum(sizes.values()),
+        embeddings=sum(size for key, size in sizes.items() if key in embeddings),
+        encoder=sum(size for key, size in sizes.items() if key in in_base and key not in embeddings),
+        head=sum(size for key, size in sizes.items() if key not in in_base),
+        largest=max(sizes.values()),
+        sizes=tuple(sizes.values()),
+    )
+
+
+@dataclass(frozen=True)
+class FlopsModel:
+    """What the FLOPs of a step depend on, besides its tokens."""
+
+    encoder_parameters: int
+    hidden_size: int
+    vocabulary: int
+    windows: tuple[int | None, ...]  # per layer: tokens in the local window, None for full attention
+
+    @property
+    def attention_ratio(self) -> float:
+        """FLOPs of comparing two slots in attention, relative to those of a slot's linear layers. Kernels that compare
+        all slots of a row do so in layers with a local window too."""
+        return 2.0 * self.hidden_size * len(self.windows) / self.encoder_parameters
+
+    def per_step(self, tokens: int, squared_lengths: int, predicted: int) -> float:
+        """FLOPs of a step over `tokens` real tokens whose sequences' squared lengths sum to `squared_lengths`."""
+        if tokens == 0:
+            return 0.0
+        mean_length = squared_lengths / tokens
+        attended = sum(mean_length if window is None else min(window, mean_length) for window in self.windows)
+        encoder = tokens * (6.0 * self.encoder_parameters + 12.0 * self.hidden_size * attended)
+        return encoder + 6.0 * predicted * (self.vocabulary * self.hidden_size + self.hidden_size**2)
+
+
+def flops_model(model: PreTrainedModel) -> FlopsModel | None:
+    """Count the parameters of a model that is not yet partitioned (ZeRO 3). None for a type whose config does not have
+    the sizes that the formula needs, such as Perceiver, or has sizes of its own for each layer."""
+    config = model.config
+    if getattr(config, "is_heterogeneous", False) or any(getattr(config, name, None) is None for name in _FLOPS_SIZES):
+        return None
+    in_embeddings = _in_embeddings(model)
+    layers: int = config.num_hidden_layers
+    layers_per_group = layers // (getattr(config, "num_hidden_groups", None) or layers)  # of ALBERT
+    encoder = sum(
+        p.numel() * (layers_per_group if "layer_groups" in name else 1)
+        for name, p in model.base_model.named_parameters()
+        if id(p) not in in_embeddings
+    )
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * layers
+    window = 2 * getattr(config, "sliding_window", 0) + 1 if "sliding_attention" in kinds else 0
+    return FlopsModel(
+        encoder_parameters=encoder,
+        hidden_size=config.hidden_size,
+        vocabulary=config.vocab_size,
+        windows=tuple(window if kind == "sliding_attention" else None for kind in kinds),
+    )
