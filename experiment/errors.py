@@ -1,4 +1,7 @@
-"""Exceptions that end a command without being a bug."""
+"""Exceptions that end a command without being a bug, and messages to the user."""
+
+import sys
+from contextlib import suppress
 
 
 class UserError(ValueError):
@@ -20,3 +23,15 @@ class AgreedFailureError(Exception):
 
 class StoppedError(Exception):
     """The run was stopped early and can be resumed (signal, STOP file, time limit). `deepcloze` exits 75."""
+
+
+def notify(message: str) -> None:
+    with suppress(OSError):  # the terminal may be closed
+        print(f"deepcloze: {message}", file=sys.stderr, flush=True)
+
+
+def end_line() -> None:
+    """On a terminal, begin a new line: the last one may have a progress bar, or ^C."""
+    with suppress(OSError):
+        if sys.stderr.isatty():
+            print(file=sys.stderr, flush=True)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import psutil
 
 from experiment.files import write_text
-from experiment.launch_variable import START_VARIABLE
+from experiment.own_process import START_VARIABLE
 from experiment.run_folder import RunFolder
 from experiment.strict_json import parse_json
 

@@ -1,12 +1,26 @@
-"""Processes that run our modules: they import the code of the process that starts them, whatever is installed or lies
-in the working directory."""
+"""This process and the processes of our modules that it starts.
 
+They import the same code, whatever is installed or lies in the working directory.
+"""
+
+import contextlib
 import os
+import resource
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from experiment.provenance import REPOSITORY
+
+LAUNCH_VARIABLE = "DEEPCLOZE_LAUNCH"
+"""Names the launch as RUN-ATTEMPT: both are hexadecimal. Only of a launch over several hosts."""
+
+START_VARIABLE = "DEEPCLOZE_START"
+"""When the attempt began, as time.time(). Only on the machine of the launch."""
+
+GATE_VARIABLE = "DEEPCLOZE_GATE"
+"""A file. The ranks wait for it after their imports: meanwhile the launch checks the config. Only on the machine of the
+launch."""
 
 
 def module_command(module: str) -> tuple[str, ...]:
@@ -22,3 +36,10 @@ def python_path(environ: Mapping[str, str], root: Path) -> str:
     """PYTHONPATH with `root` as its first entry."""
     others = [entry for entry in environ.get("PYTHONPATH", "").split(":") if entry not in ("", str(root))]
     return ":".join([str(root), *others])
+
+
+def raise_limit_of_open_files() -> None:
+    """Raise the soft limit, often 1024, to the hard limit: corpora, connections and hosts take file descriptors."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # some systems allow less than their hard limit says
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,9 +1,10 @@
-"""The signals that ask a process to stop, and which of them ends it at once."""
+"""The signals that ask a process to stop: which of them ends it at once, and how they are handled or blocked."""
 
 import signal
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from types import FrameType
 
 WARNING_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
 """Batch systems send one of them, as the user chooses, some time before they end a job."""
@@ -13,6 +14,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, *WARNING_SIGNALS)
 REPEATED_SECONDS = 1.0
 """A signal within this time of the first one repeats it: terminals, `timeout` and launchers deliver one several times.
 """
+_STOP_SIGNALS = (*STOP_SIGNALS, signal.SIGHUP)
 
 
 class SignalHistory:
@@ -51,3 +53,37 @@ def signals_blocked(numbers: Collection[int]) -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def handle_stop_signals(handler: Callable[[int], None]) -> Iterator[None]:
+    """Call `handler` with the number of each SIGINT, SIGTERM, SIGUSR1, SIGUSR2 and SIGHUP; restore the previous
+    handlers on exit, unless they are ignored by then.
+
+    SIGHUP stays ignored under nohup.
+    """
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        handler(number)
+
+    ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
+    previous = {number: signal.signal(number, on_signal) for number in _STOP_SIGNALS if number not in ignored}
+    try:
+        yield
+    finally:
+        for number, original in previous.items():
+            if signal.getsignal(number) is on_signal:
+                signal.signal(number, original)
+
+
+def ignore_stop_signals() -> None:
+    """For the rest of a process that ends: it has an exit code, and leaves nothing if it is not interrupted."""
+    for number in _STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def interrupt(_number: int) -> None:
+    """A handler for `handle_stop_signals` that treats the first signal as Ctrl-C, and ignores others while the command
+    ends, which takes seconds. Raises KeyboardInterrupt."""
+    ignore_stop_signals()
+    raise KeyboardInterrupt

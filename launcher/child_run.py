@@ -8,13 +8,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from experiment.errors import StoppedError
+from experiment.errors import StoppedError, notify
 from experiment.outcome_file import Outcome, read_outcome
 from experiment.own_process import own_environment
 from experiment.run_folder import RunFolder
 from experiment.run_lock import is_locked
-from launcher.messages import notify
-from launcher.signal_handlers import handle_stop_signals
+from experiment.signals import handle_stop_signals
 
 DONE = "done"
 REJECTED = "rejected (exit code 2)"  # the user's mistake, which the run has reported

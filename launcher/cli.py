@@ -10,11 +10,11 @@ from functools import partial
 import fire
 
 from experiment.disk_errors import describe_disk_error
-from experiment.errors import StoppedError, UserError
+from experiment.errors import StoppedError, UserError, notify
 from experiment.fast_imports import fast_imports
+from experiment.signals import handle_stop_signals, ignore_stop_signals, interrupt
 from finetune.options import ExportOptions, PredictOptions, ServeOptions
 from launcher.command_line import Command, help_text, is_help_request, parse_command_line
-from launcher.messages import notify
 from launcher.options import (
     CompareOptions,
     CompletionOptions,
@@ -32,7 +32,6 @@ from launcher.options import (
     ValidateOptions,
     WatchOptions,
 )
-from launcher.signal_handlers import handle_stop_signals, ignore_stop_signals, interrupt
 from pretrain.corpus.options import CorpusOptions, PythonDocsOptions, TokenizerOptions
 
 ABOUT = (
@@ -121,7 +120,7 @@ def preflight(options: PreflightOptions) -> None:
     Example:
         deepcloze preflight --hostfile hosts --config my-run.yaml
     """
-    from launcher.preflight.command import preflight_command
+    from launcher.launch import preflight_command
 
     preflight_command(options)
 
@@ -305,7 +304,7 @@ def logs(options: LogsOptions) -> None:
     Example:
         deepcloze logs runs/mine --follow
     """
-    from launcher.logs import print_logs
+    from launcher.status import print_logs
 
     print_logs(options)
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import IO
 
 from experiment.config import load_config
+from experiment.errors import notify
 from experiment.own_process import module_command, own_environment
 from experiment.run_folder import RunFolder, open_run_folder
 from experiment.run_lock import check_unlocked
-from launcher.messages import notify
 from launcher.options import PretrainOptions
 from pretrain.config import PretrainConfig
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from experiment.checkpoints import checkpoint_step, complete_checkpoints, weights_digest
-from experiment.errors import UserError
+from experiment.errors import UserError, notify
 from experiment.results.fillings import (
     CheckpointFillings,
     FilledSentence,
@@ -24,7 +24,6 @@ from experiment.results.fillings import (
 )
 from experiment.results.report.run_record import read_run_config
 from experiment.run_folder import RunFolder
-from launcher.messages import notify
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

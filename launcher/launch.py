@@ -1,4 +1,4 @@
-"""`deepcloze pretrain`: plan a launch, carry it out and report how it ended."""
+"""`deepcloze pretrain` and `preflight`: plan a launch, check its hosts, carry it out and report how it ended."""
 
 import contextlib
 import logging
@@ -8,23 +8,25 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from experiment.checkpoints import checkpoint_path, checkpoint_step, complete_checkpoints
 from experiment.config import dump_config, load_config
-from experiment.errors import StoppedError
-from experiment.open_files import raise_limit_of_open_files
+from experiment.errors import StoppedError, UserError, end_line, notify
 from experiment.outcome_file import Outcome
+from experiment.own_process import raise_limit_of_open_files
 from experiment.run_folder import RunFolder, open_run_folder
 from experiment.run_lock import Renewal, check_unlocked
+from experiment.signals import handle_stop_signals, interrupt
+from experiment.tracking.console import describe_duration
+from experiment.tracking.jsonl import last_number, read_last_events
 from launcher.autotuning.autotune import autotune
 from launcher.hosts.hostfile import Slots
 from launcher.hosts.machine import Machine, inspect_machine, select_accelerator
-from launcher.launch_messages import announce_done, announce_start, announce_stop, last_step
 from launcher.launch_plan import LaunchPlan, chosen_slots, local_command, plan_launch
-from launcher.messages import notify
-from launcher.options import PretrainOptions
+from launcher.options import PreflightOptions, PretrainOptions
 from launcher.preflight.run import check_hosts, require_hosts
+from launcher.preflight.target import Target, target_of_hosts
+from launcher.ranks.deepspeed_command import added_environment
 from launcher.ranks.placement import is_local, name_localhost
-from launcher.ranks.start_command import added_environment
-from launcher.signal_handlers import handle_stop_signals, interrupt
 from launcher.supervision.attempt import Layout
 from launcher.supervision.rank_processes import HeldRanks, held_ranks
 from launcher.supervision.supervisor import supervise
@@ -134,3 +136,69 @@ def warnings_left_to_rank0() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def announce_start(slots: Slots) -> None:
+    ranks = sum(map(len, slots.values()))
+    where = "this machine" if is_local(slots) else f"{len(slots)} host{'s' if len(slots) > 1 else ''}"
+    notify(f"starting {ranks} rank{'s' if ranks > 1 else ''} on {where}")
+
+
+def last_step(folder: RunFolder) -> int | None:
+    """Of the newest complete checkpoint of a run; None if it has none."""
+    checkpoints = complete_checkpoints(folder.checkpoints)
+    return checkpoint_step(checkpoints[-1]) if checkpoints else None
+
+
+def announce_done(folder: RunFolder, step_before: int | None, seconds: float) -> None:
+    """`step_before`: `last_step` before this launch; `seconds`: that it took."""
+    step = last_step(folder)
+    if step is None:
+        return
+    path = folder.path
+    if step == step_before:
+        notify(f"{path} was finished already, at step {step:,}; to train longer, raise its length in `schedule`")
+        return
+    loss = last_number(read_last_events(folder.metrics), "loss")
+    with_loss = "" if loss is None else f", loss {loss:.4f}"
+    notify(f"done: {step:,} steps{with_loss}, {describe_duration(seconds)} in this launch")
+    notify(f"  model: {checkpoint_path(folder.checkpoints, step) / 'hf'}")
+    run = shlex.quote(str(path))
+    notify(f"  next:  deepcloze report {run}; deepcloze finetune --config TASK --model.init_from={run}")
+
+
+def announce_stop(folder: RunFolder, step_before: int | None) -> None:
+    """What a stopped run has saved. `step_before`: as above."""
+    end_line()
+    step = last_step(folder)
+    if step is not None and step != step_before:
+        notify(f"stopped at step {step:,}, saved")
+
+
+def preflight_command(options: PreflightOptions) -> None:
+    """Check the hosts of a launch and print a row for each.
+
+    Raises UserError if one fails, unless `options.allow_missing`, and for anything else that would keep a run from
+    starting.
+    """
+    raise_limit_of_open_files()
+    with handle_stop_signals(interrupt):  # not to leave processes on other hosts
+        machine = inspect_machine()
+        select_accelerator(machine.devices)
+        target = _target(options, machine)
+        report = check_hosts(target, machine)
+    print(report.text)
+    require_hosts(report, target, options.allow_missing)
+
+
+def _target(options: PreflightOptions, machine: Machine) -> Target:
+    if options.config is None:
+        if options.overrides:
+            raise UserError(f"--{next(iter(options.overrides))} applies to a config: give --config too")
+        return target_of_hosts(
+            chosen_slots(options, machine), machine, options.launcher, options.env, options.oversubscribe
+        )
+    launch = PretrainOptions(**options.model_dump())
+    config = load_config(PretrainConfig, launch.config, launch.overrides)
+    with warnings_left_to_rank0():
+        return plan_launch(launch, config, machine).target

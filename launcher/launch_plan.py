@@ -1,5 +1,6 @@
 """What a launch would start: the config, the hosts and the command, worked out without starting anything."""
 
+import math
 import re
 import sys
 from collections.abc import Mapping
@@ -12,17 +13,14 @@ from experiment.config import dump_config
 from experiment.errors import UserError
 from experiment.fast_imports import fast_imports
 from experiment.run_folder import RunFolder
-from launcher.hosts.allocation import allocated_hosts
 from launcher.hosts.guarded_hosts import Rendezvous
-from launcher.hosts.hostfile import Slots, read_hostfile
+from launcher.hosts.hostfile import Slots, allocated_hosts, read_hostfile
 from launcher.hosts.machine import Machine
 from launcher.options import HostOptions, PretrainOptions
 from launcher.preflight.run import passing_hosts
 from launcher.preflight.target import Target, target_of_hosts, target_of_run
-from launcher.ranks.deepspeed_command import DeepSpeedCommand
-from launcher.ranks.microbatch import max_halvings, scaled_microbatch
+from launcher.ranks.deepspeed_command import Command, DeepSpeedCommand, added_environment, start_command
 from launcher.ranks.placement import check_launcher, is_local, place_ranks
-from launcher.ranks.start_command import Command, added_environment, start_command
 from launcher.supervision.attempt import Launch, Layout
 from pretrain.config import PretrainConfig
 
@@ -30,7 +28,7 @@ if TYPE_CHECKING:
     from pretrain.resolve import ResolvedRun
 
 _MAX_RESTARTS_ON_HOSTS = 10
-_RANK_MODULE = "launcher.start_rank"
+_RANK_MODULE = "launcher.ranks.start_rank"
 _SPECIAL = re.compile(r"[^\w@+=:,./~ -]")  # to shells or, as %h, to pdsh
 _SPECIAL_OR_SPACE = re.compile(r"[^\w@+=:,./~-]")
 
@@ -120,7 +118,8 @@ def plan_launch(
         check_device_support(run.deepspeed)
     else:
         _check_paths(run.folder)
-    target = target_of_run(target_of_hosts(slots, machine, options), run.config, run.num_parameters, run.folder)
+    hosts = target_of_hosts(slots, machine, options.launcher, options.env, options.oversubscribe)
+    target = target_of_run(hosts, run.config, run.num_parameters, run.folder)
     added = added_environment(machine, local)
     return LaunchPlan(options, run.config, run.folder, slots, machine, added, target, _summary(run))
 
@@ -183,3 +182,47 @@ def chosen_slots(options: HostOptions, machine: Machine) -> Slots:
     if not is_local(slots):
         check_launcher(options.launcher, slots)
     return slots
+
+
+def max_halvings(config: PretrainConfig) -> int:
+    """How often halving changes a config: until a microbatch is one sequence."""
+    halvings = 0
+    while scaled_microbatch(config, -halvings - 1) != scaled_microbatch(config, -halvings):
+        halvings += 1
+    return halvings
+
+
+def max_doublings(config: PretrainConfig, ranks: int) -> int:
+    """How often doubling changes what is computed: until a microbatch holds a rank's share of each global batch."""
+    shares = (
+        math.ceil(stage.sequences / ranks) * stage.max_seq_length / stage.microbatch_tokens for stage in config.stages
+    )
+    return max(0, math.ceil(math.log2(max(shares))))
+
+
+def scaled_microbatch(config: PretrainConfig, doublings: int) -> PretrainConfig:
+    """The config with microbatches doubled so often, in all stages; with a negative number halved, but of at least one
+    sequence."""
+    if doublings == 0:
+        return config
+    batch = config.batch.model_copy(
+        update={"microbatch_tokens": _scaled(config.batch.microbatch_tokens, config.batch.max_seq_length, doublings)}
+    )
+    stages = tuple(
+        stage.model_copy(
+            update={
+                "microbatch_tokens": _scaled(
+                    stage.microbatch_tokens or config.batch.microbatch_tokens,
+                    stage.max_seq_length or config.batch.max_seq_length,
+                    doublings,
+                )
+            }
+        )
+        for stage in config.schedule.stages
+    )
+    schedule = config.schedule.model_copy(update={"stages": stages})
+    return config.model_copy(update={"batch": batch, "schedule": schedule})
+
+
+def _scaled(tokens: int, max_seq_length: int, doublings: int) -> int:
+    return max(max_seq_length, tokens << doublings if doublings > 0 else tokens >> -doublings)

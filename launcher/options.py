@@ -2,37 +2,16 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat
 
 from experiment.config import Metavar, Positional, Section
 from experiment.config.constraints import PathText
 from experiment.recipes import find_config
+from launcher.ranks.placement import Launcher, PlacementOptions
 
 PretrainConfigName = Annotated[PathText, AfterValidator(lambda name: find_config(name, "pretrain"))]
 FinetuneConfigName = Annotated[PathText, AfterValidator(lambda name: find_config(name, "finetune"))]
 ConfigName = Annotated[PathText, AfterValidator(lambda name: find_config(name, "pretrain", "finetune"))]
-
-Launcher = Literal["pdsh", "openmpi", "mpich", "impi", "slurm", "mvapich"]
-
-
-class PlacementOptions(Section):
-    """Which machines and devices the ranks use."""
-
-    hostfile: Annotated[PathText | None, Metavar("FILE")] = None
-    """Machines to run on, one `NAME slots=N` per line; default: those of the SLURM, PBS or MPI job, or this machine."""
-
-    num_gpus: PositiveInt | None = None
-    """Ranks per machine; default: all slots of the hostfile, else one per GPU, or 1 on a CPU, where each rank is a
-    process."""
-
-    include: Annotated[str | None, Metavar("FILTER")] = None
-    """GPUs to use, as HOST[:SLOT,…][@HOST…], for example localhost:0,2; on a CPU, only their number counts."""
-
-    exclude: Annotated[str | None, Metavar("FILTER")] = None
-    """GPUs not to use."""
-
-    oversubscribe: bool = False
-    """Allow more ranks than CPU cores."""
 
 
 class PlanOptions(PlacementOptions):

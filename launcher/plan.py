@@ -3,11 +3,10 @@
 import json
 
 from experiment.config import load_config
+from experiment.errors import notify
 from experiment.fast_imports import fast_imports
-from launcher.hosts.allocation import allocated_hosts
-from launcher.hosts.hostfile import Slots, read_hostfile
+from launcher.hosts.hostfile import Slots, allocated_hosts, read_hostfile
 from launcher.hosts.machine import Machine, inspect_machine, select_accelerator
-from launcher.messages import notify
 from launcher.options import PlanOptions
 from launcher.ranks.placement import is_local, place_ranks
 from pretrain.config import PretrainConfig

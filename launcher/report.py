@@ -4,10 +4,9 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiment.errors import UserError
+from experiment.errors import UserError, notify
 from experiment.results.report import open_folder, write_overlay, write_report
 from launcher.fillings import fill_new_checkpoints
-from launcher.messages import notify
 
 
 def report_runs(runs: Sequence[str], output: str | None) -> Path:

@@ -1,21 +1,135 @@
-"""`deepcloze status`: one run as a list, several as a table."""
+"""`deepcloze status` and `deepcloze logs`: how a run is doing, from the files in its folder alone.
+
+It may run on another machine, or be a copy that is not complete.
+"""
 
 import json
-from collections.abc import Sequence
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import IO
 
+import yaml
 from rich.console import Console
 from rich.table import Table
 
+from experiment.checkpoints import checkpoint_step, complete_checkpoints
+from experiment.config.yaml_dialect import read_yaml
+from experiment.errors import UserError, notify
+from experiment.goodput import AttemptTime, add_up, last_lines, read_attempt_times
 from experiment.run_folder import RunFolder
-from experiment.tracking.console import describe_duration
-from launcher.messages import notify
-from launcher.run_status import RunStatus, is_run, read_status
+from experiment.run_life import State, read_life
+from experiment.run_lock import may_be_in_use
+from experiment.tracking.console import RATE_EVENTS, describe_duration
+from experiment.tracking.jsonl import last_number, read_last_events
+from launcher.options import LogsOptions
+from launcher.supervision.launch_result import count_attempts
 
 _UNKNOWN = "–"
 _WIDTH = 5000  # limit of a table in a pipe or file: no line is cut off
+_POLL_SECONDS = 0.5
+_LAST_LINES = 20
+_TAIL_BYTES = 1 << 14
+_RANK_LOG = re.compile(r"rank-(\d+)\.log")
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """How a run is doing. None: not known."""
+
+    run: str
+    state: State
+    host: str | None
+    message: str  # why it ended, or why its state is not known
+    activity: str | None  # of a run that is alive
+    step: int | None  # finished steps
+    total_steps: int | None
+    loss: float | None
+    tokens_per_second: float | None
+    seconds_left: float | None
+    checkpoint_step: int | None  # of the last checkpoint
+    checkpoint_age: float | None  # seconds
+    bad_batches: int
+    goodput: float | None  # share of the time so far
+    restarts: int
+
+
+def read_status(run: str) -> RunStatus:
+    """Raises UserError if there is no such run, OSError if its files cannot be read."""
+    folder = find_run(run)
+    events, times = read_last_events(folder.metrics), read_attempt_times(folder)
+    attempts, checkpoints = last_lines(times), complete_checkpoints(folder.checkpoints)
+    life = read_life(folder)
+    total = _total_steps(folder, attempts)
+    recent = [line for line in times if line.start == times[-1].start]
+    return RunStatus(
+        run=run,
+        state=life.state,
+        host=life.host,
+        message=life.message,
+        activity=attempts[-1].activity if attempts and life.state == "running" else None,
+        step=max((event["step"] for event in events), default=None),  # scores of `deepcloze watch` come later
+        total_steps=total,
+        loss=last_number(events, "loss"),
+        tokens_per_second=last_number(events, "tokens_per_second"),
+        seconds_left=_seconds_left(recent, total) if life.state == "running" else None,
+        checkpoint_step=checkpoint_step(checkpoints[-1]) if checkpoints else None,
+        checkpoint_age=_age(checkpoints[-1]) if checkpoints else None,
+        bad_batches=len(list(folder.bad_batch(0).parent.glob("step-*"))),
+        goodput=add_up(attempts).share if attempts else None,
+        restarts=max(0, max(count_attempts(folder), len(attempts)) - 1),
+    )
+
+
+def is_run(folder: RunFolder) -> bool:
+    """Whether the folder has something that only a run has."""
+    known = (folder.config, folder.metrics, folder.launches)
+    return folder.logs.is_dir() or any(path.exists() for path in known)
+
+
+def find_run(run: str) -> RunFolder:
+    """Raises UserError if there is no such run."""
+    folder = RunFolder(Path(run).absolute())
+    if not folder.path.is_dir():
+        raise UserError(f"there is no run folder {folder.path}")
+    if not is_run(folder):
+        names = ", ".join(path.name for path in (folder.config, folder.metrics, folder.launches))
+        raise UserError(f"{folder.path} is not a run folder: expected {names} or {folder.logs.name}/, found none")
+    return folder
+
+
+def _total_steps(folder: RunFolder, attempts: Sequence[AttemptTime]) -> int | None:
+    """As the last attempt knows it; before its first line, as the config says."""
+    if attempts:
+        return attempts[-1].total_steps
+    with suppress(OSError, ValueError, yaml.YAMLError, RecursionError, KeyError, TypeError):
+        steps = read_yaml(folder.config.read_text(encoding="utf-8"))["schedule"]["steps"]
+        return steps if isinstance(steps, int) else None
+    return None
+
+
+def _seconds_left(lines: Sequence[AttemptTime], total: int | None) -> float | None:
+    """At the speed of the last log events, evaluations and checkpoints included. `lines`: of the last attempt."""
+    by_step = {line.step: line.time for line in lines}  # the last one of each step
+    steps = list(by_step)[-RATE_EVENTS:]
+    if total is None or len(steps) < 2 or steps[-1] <= steps[0]:
+        return None
+    first, last = steps[0], steps[-1]
+    return max(0, total - last) * (by_step[last] - by_step[first]) / (last - first)
+
+
+def _age(checkpoint: Path) -> float | None:
+    with suppress(OSError):  # deleted meanwhile
+        return max(0.0, time.time() - checkpoint.stat().st_mtime)
+    return None
 
 
 def print_status(runs: Sequence[str], as_json: bool) -> None:
@@ -84,3 +198,47 @@ def _values(status: RunStatus) -> dict[str, str]:
 
 def _format(value: float | None, spec: str) -> str:
     return _UNKNOWN if value is None else format(value, spec)
+
+
+def print_logs(options: LogsOptions) -> None:
+    """Raises UserError if there is no such run, or no such log."""
+    folder = find_run(options.run)
+    try:
+        with log_file(folder, options.rank).open("rb") as file:
+            if options.follow:
+                follow(file, partial(may_be_in_use, folder))
+            else:
+                shutil.copyfileobj(file, sys.stdout.buffer)
+                sys.stdout.flush()
+    except KeyboardInterrupt:
+        return
+    except BrokenPipeError:  # of a pager that was closed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python writes at its end
+
+
+def log_file(folder: RunFolder, rank: int | None) -> Path:
+    """The file to show, see `LogsOptions.rank`. Raises UserError if there is none."""
+    if rank is None and folder.launch_output.is_file():
+        return folder.launch_output
+    path = folder.rank_log(rank or 0)
+    if not path.is_file():
+        found = sorted(int(match[1]) for path in folder.logs.glob("*") if (match := _RANK_LOG.fullmatch(path.name)))
+        known = f"there are those of ranks {', '.join(map(str, found))}" if found else "there are none"
+        raise UserError(f"{folder.path} has no log of rank {rank or 0}: {known}")
+    return path
+
+
+def follow(file: IO[bytes], may_grow: Callable[[], bool]) -> None:
+    """Print the last lines of a file, and what is added to it until it cannot grow any more."""
+    file.seek(-min(_TAIL_BYTES, file.seek(0, os.SEEK_END)), os.SEEK_END)
+    new = b"".join(file.read().splitlines(keepends=True)[-_LAST_LINES:])
+    has_ended = False
+    while True:
+        sys.stdout.buffer.write(new)
+        sys.stdout.flush()
+        if has_ended:
+            return
+        has_ended = not may_grow()  # before the last look at the file
+        new = file.read()
+        if not new and not has_ended:
+            time.sleep(_POLL_SECONDS)

@@ -1,10 +1,10 @@
 """`deepcloze validate`: check a config without starting anything."""
 
 from experiment.config import load_config
+from experiment.errors import notify
 from experiment.fast_imports import fast_imports
 from launcher.hosts.machine import inspect_machine, select_accelerator
 from launcher.launch_plan import plan_launch
-from launcher.messages import notify
 from launcher.options import PretrainOptions, ValidateOptions
 from launcher.sweeps.sweep_plan import is_finetuning
 from pretrain.config import PretrainConfig

@@ -14,9 +14,8 @@ import torch
 import torch.distributed as dist
 
 from experiment.errors import AgreedFailureError, UserError
-from experiment.launch_variable import GATE_VARIABLE, LAUNCH_VARIABLE
-from experiment.open_files import raise_limit_of_open_files
 from experiment.outcome_file import Cause, Outcome, ReportedOutcome
+from experiment.own_process import GATE_VARIABLE, LAUNCH_VARIABLE, raise_limit_of_open_files
 from pretrain.batching.loader import DataWorkerError
 from pretrain.engine.process_group import LostRankError
 from pretrain.rank_report import RankReport

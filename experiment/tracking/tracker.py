@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from experiment.launch_variable import LAUNCH_VARIABLE, START_VARIABLE
 from experiment.outcome_file import Outcome
+from experiment.own_process import LAUNCH_VARIABLE, START_VARIABLE
 from experiment.run_folder import RunFolder
 from experiment.tracking.alerts import FLUSH_SECONDS, Alert, AlertFilter, AlertSender, Messenger, check_alerts
 from experiment.tracking.config import AlertEvent, AlertsConfig, TrackingConfig

@@ -10,15 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
-from experiment.errors import StoppedError, UserError
+from experiment.errors import StoppedError, UserError, notify
 from experiment.outcome_file import Cause, Outcome
 from experiment.run_folder import open_run_folder
 from experiment.run_lock import Renewal, lock_run
+from experiment.signals import handle_stop_signals
 from launcher.autotuning.autotune_trial import Speed, TrialResult, TrialRunner, remove_trials
-from launcher.launch_plan import LaunchPlan
-from launcher.messages import notify
-from launcher.ranks.microbatch import max_doublings, max_halvings, scaled_microbatch
-from launcher.signal_handlers import handle_stop_signals
+from launcher.launch_plan import LaunchPlan, max_doublings, max_halvings, scaled_microbatch
 from launcher.supervision.launch_result import LaunchResult
 
 LIMIT_SECONDS = 120.0

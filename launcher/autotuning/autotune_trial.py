@@ -16,12 +16,10 @@ from experiment.outcome_file import Cause, read_outcome, reserve_outcome
 from experiment.run_folder import RunFolder, open_run_folder
 from experiment.tracking.config import TrackingConfig
 from experiment.tracking.jsonl import Event, read_events
-from launcher.launch_plan import LaunchPlan
-from launcher.ranks.microbatch import scaled_microbatch
+from launcher.launch_plan import LaunchPlan, scaled_microbatch
 from launcher.supervision.attempt import Layout, run_attempt
-from launcher.supervision.launch_log import begin_attempt
-from launcher.supervision.launch_result import LaunchResult
-from launcher.supervision.polling import polled
+from launcher.supervision.launch_result import LaunchResult, begin_attempt
+from launcher.supervision.rank_processes import polled
 from launcher.supervision.stop_signals import StopSignals
 from pretrain.config import CorpusConfig, PretrainConfig, ScheduleConfig, StageConfig
 

@@ -11,20 +11,19 @@ from pathlib import Path
 from typing import TypedDict
 
 from experiment.disk_errors import stopped_by_disk_errors
-from experiment.errors import UserError, reason
+from experiment.errors import UserError, notify, reason
 from experiment.files import write_json
 from experiment.outcome_file import Outcome, read_outcome
 from experiment.run_folder import open_run_folder
 from experiment.run_lock import lock_run
+from experiment.signals import handle_stop_signals, interrupt
 from experiment.strict_json import parse_json
 from launcher.child_run import DONE, ChildRun, start, wait_for_other_process
 from launcher.comparison.cell_scores import CellScores, read_cell
 from launcher.comparison.compare_plan import ComparePlan, PlannedRun, Row, plan_comparison
 from launcher.comparison.compare_table import write_tables
 from launcher.comparison.row_tests import test_rows
-from launcher.messages import notify
 from launcher.options import CompareOptions
-from launcher.signal_handlers import handle_stop_signals, interrupt
 from launcher.sweeps.sweep_plan import FlatConfig
 
 _SEEDS = "training.seeds"  # a comparison may get more of them later

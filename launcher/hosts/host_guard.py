@@ -21,10 +21,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from experiment.heartbeat import request_stack
-from experiment.launch_variable import LAUNCH_VARIABLE
+from experiment.own_process import LAUNCH_VARIABLE
 from experiment.signals import WARNING_SIGNALS
-from launcher.hosts.addresses import route_to
 from launcher.hosts.machine import free_port
+from launcher.hosts.probe import route_to
 
 BEAT_SECONDS = 1.0
 SILENCE_SECONDS = 15.0

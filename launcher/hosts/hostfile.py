@@ -1,11 +1,14 @@
-"""Hostfiles: the hosts of a launch and their slots.
+"""The hosts of a launch and their slots, from a hostfile or a batch system: SLURM, PBS, the MPI operator of Kubernetes.
 
-A slot holds one rank: a GPU by its number, or a share of the CPU on machines without GPUs. The syntax is DeepSpeed's.
-Parsing is stricter: DeepSpeed falls back to the local machine when a hostfile is missing.
+A slot holds one rank: a GPU by its number, or a share of the CPU on machines without GPUs. The syntax of hostfiles is
+DeepSpeed's. Parsing is stricter: DeepSpeed falls back to the local machine when a hostfile is missing.
 """
 
+import itertools
 import re
-from collections.abc import Mapping
+import socket
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +19,11 @@ Slots = Mapping[str, tuple[int, ...]]
 
 HOST_NAME = r"(?P<name>[A-Za-z0-9_][A-Za-z0-9_.-]*)"
 _LINE = re.compile(HOST_NAME + r"\s+slots=(?P<slots>[0-9]{1,4})")
+_MPI_HOSTFILES = ("OMPI_MCA_orte_default_hostfile", "PRTE_MCA_prte_default_hostfile", "HYDRA_HOST_FILE")
+_MPI_LINE = re.compile(r"(?P<name>\S+?)(?:\s+slots=|:)(?P<slots>[0-9]+)")
+_RANGE = r"[0-9]+(?:-[0-9]+)?"
+_PART = rf"[A-Za-z0-9_.-]+|\[{_RANGE}(?:,{_RANGE})*\]"
+_ENTRY = f"(?:{_PART})+"  # of a node list of SLURM
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,19 @@ def read_text(path: Path, what: str) -> str:
         raise UserError(f"cannot read {what} {path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{what} {path} is not UTF-8 text: {error}") from None
+
+
+def is_this_machine(host: str) -> bool:
+    """Whether a host name, or the address it resolves to, belongs to this machine."""
+    if host == "localhost" or host in (socket.gethostname(), socket.getfqdn()):
+        return True
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.bind(address)  # succeeds for this machine's own addresses only
+    except OSError:
+        return False
+    return True
 
 
 def hostfile_text(slots: Slots) -> str:
@@ -76,3 +97,106 @@ def parse_hostfile(text: str, origin: str = "hostfile") -> tuple[Host, ...]:
     if not hosts:
         raise UserError(f"{origin}: no hosts found, expected lines such as 'worker-1 slots=4'")
     return tuple(hosts.values())
+
+
+def allocated_hosts(environ: Mapping[str, str]) -> tuple[Host, ...] | None:
+    """The hosts of the job that this process runs in, in rank order, with a slot for each GPU or, without GPUs, for
+    each task; None outside a job, and in a job on this machine alone, whose devices are counted instead.
+
+    SLURM: SLURM_JOB_NODELIST. PBS: PBS_NODEFILE. Kubernetes: the hostfile of the MPI operator's launcher pod.
+
+    Raises UserError for values that cannot be read, and for the tasks of `srun` other than the first: one `deepcloze`
+    starts all ranks.
+    """
+    hosts = _hosts_of_job(environ)
+    for host in hosts or ():
+        if re.fullmatch(HOST_NAME, host.name) is None:
+            raise UserError(f"the job has a host {host.name!r}; expected a name such as node-1")
+    return None if hosts is None or (len(hosts) == 1 and is_this_machine(hosts[0].name)) else hosts
+
+
+def _hosts_of_job(environ: Mapping[str, str]) -> tuple[Host, ...] | None:
+    if "SLURM_JOB_NODELIST" in environ:
+        return _slurm_hosts(environ)
+    if "PBS_NODEFILE" in environ:
+        return _pbs_hosts(environ["PBS_NODEFILE"])
+    for name in _MPI_HOSTFILES:
+        if name in environ:
+            return _mpi_hosts(environ[name], name)
+    return None
+
+
+def _slurm_hosts(environ: Mapping[str, str]) -> tuple[Host, ...]:
+    if int(environ.get("SLURM_PROCID", "0")) > 0:
+        raise UserError("srun has started deepcloze several times; start it once for the job: it starts all ranks")
+    names = expand_nodelist(environ["SLURM_JOB_NODELIST"])
+    gpus = environ.get("SLURM_GPUS_ON_NODE") or environ.get("SLURM_GPUS_PER_NODE", "").rpartition(":")[2]
+    if gpus and gpus != "0":
+        slots = [_number(gpus, "SLURM_GPUS_ON_NODE")] * len(names)
+    else:
+        slots = list(_expand_counts(environ.get("SLURM_TASKS_PER_NODE", f"1(x{len(names)})")))
+    if len(slots) != len(names):
+        raise UserError(
+            f"SLURM_TASKS_PER_NODE={environ['SLURM_TASKS_PER_NODE']}: expected {len(names)} numbers, one for each node "
+            f"of {environ['SLURM_JOB_NODELIST']}; found {len(slots)}"
+        )
+    return tuple(map(Host, names, slots))
+
+
+def expand_nodelist(nodelist: str) -> tuple[str, ...]:
+    """The names in a node list of SLURM, such as `gpu[01-03,7],login`. Raises UserError for one that is malformed."""
+    if re.fullmatch(f"{_ENTRY}(?:,{_ENTRY})*", nodelist) is None:
+        raise UserError(f"SLURM_JOB_NODELIST={nodelist}: expected names such as gpu[01-03,7],login")
+    names: list[str] = []
+    for entry in re.findall(_ENTRY, nodelist):
+        parts = [_expand_ranges(part) for part in re.findall(_PART, entry)]
+        names += map("".join, itertools.product(*parts))
+    return tuple(names)
+
+
+def _expand_ranges(part: str) -> list[str]:
+    """The numbers of `[01-03,7]` with their leading zeros; other parts of a name as they are."""
+    if not part.startswith("["):
+        return [part]
+    numbers: list[str] = []
+    for item in part[1:-1].split(","):
+        first, _, last = item.partition("-")
+        numbers += (str(number).zfill(len(first)) for number in range(int(first), int(last or first) + 1))
+    return numbers
+
+
+def _expand_counts(counts: str) -> Iterator[int]:
+    """The numbers of `2(x3),1`: 2, 2, 2, 1."""
+    for item in counts.split(","):
+        match = re.fullmatch(r"([0-9]+)(?:\(x([0-9]+)\))?", item)
+        if match is None:
+            raise UserError(f"SLURM_TASKS_PER_NODE={counts}: expected numbers such as 2(x3),1")
+        yield from [int(match[1])] * int(match[2] or 1)
+
+
+def _number(text: str, name: str) -> int:
+    if not text.isdecimal():
+        raise UserError(f"{name}={text}: expected a number")
+    return int(text)
+
+
+def _pbs_hosts(path: str) -> tuple[Host, ...]:
+    """PBS lists a host once for each of its MPI processes."""
+    lines = read_text(Path(path), "PBS_NODEFILE").split()
+    if not lines:
+        raise UserError(f"PBS_NODEFILE: {path} has no hosts")
+    return tuple(Host(name, slots) for name, slots in Counter(lines).items())
+
+
+def _mpi_hosts(path: str, variable: str) -> tuple[Host, ...]:
+    """`NAME slots=N` for Open MPI, `NAME:N` for Intel MPI and MPICH."""
+    hosts = []
+    for number, line in enumerate(read_text(Path(path), variable).splitlines(), start=1):
+        if entry := line.partition("#")[0].strip():
+            match = _MPI_LINE.fullmatch(entry)
+            if match is None:
+                raise UserError(f"{path}, line {number}: expected 'NAME slots=N' or 'NAME:N', found {entry!r}")
+            hosts.append(Host(match["name"], int(match["slots"])))
+    if not hosts:
+        raise UserError(f"{variable}: {path} has no hosts")
+    return tuple(hosts)

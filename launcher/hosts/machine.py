@@ -3,15 +3,14 @@
 import os
 import shutil
 import socket
-import sys
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from experiment.fast_imports import fast_imports
 from launcher.hosts.hostfile import read_text
+from launcher.hosts.probe import cpu_cores
 
 DeviceKind = Literal["cuda", "cpu"]
 
@@ -101,28 +100,6 @@ def select_accelerator(devices: Devices) -> None:
     """
     if devices.kind == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-
-
-def is_this_machine(host: str) -> bool:
-    """Whether a host name, or the address it resolves to, belongs to this machine."""
-    if host == "localhost" or host in (socket.gethostname(), socket.getfqdn()):
-        return True
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.bind(address)  # succeeds for this machine's own addresses only
-    except OSError:
-        return False
-    return True
-
-
-def cpu_cores() -> int:
-    """CPU cores this process may use: its affinity, limited by a container's quota (cgroup v2)."""
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    with suppress(OSError, ValueError):  # no such file, or no quota: 'max'
-        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
-        cores = min(cores, max(1, quota // period))
-    return cores
 
 
 def free_port() -> int:

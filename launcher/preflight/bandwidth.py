@@ -11,15 +11,14 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from experiment.files import write_text
+from experiment.run_lock import temporary_folder
 from launcher.hosts.guarded_hosts import GuardedHosts, GuardRequest, Rendezvous
 from launcher.hosts.hostfile import Slots
 from launcher.hosts.machine import Machine
 from launcher.preflight.target import Target
-from launcher.ranks.deepspeed_command import DeepSpeedCommand
+from launcher.ranks.deepspeed_command import Command, DeepSpeedCommand, added_environment, start_command
 from launcher.ranks.placement import is_local
-from launcher.ranks.start_command import Command, added_environment, start_command
-from launcher.supervision.process_groups import kill_group, watchdog
-from launcher.temporary_folder import temporary_folder
+from launcher.supervision.rank_processes import kill_group, watchdog
 
 LIMIT_SECONDS = 240.0
 """After which each rank gives up. Most of it is for the start: Python's modules may come from a slow disk."""

@@ -10,7 +10,7 @@ from typing import Literal
 
 from launcher.hosts.hostfile import Slots
 from launcher.preflight.bandwidth import Measurement
-from launcher.preflight.facts import HostAnswer, HostFacts, Unreachable
+from launcher.preflight.probe_hosts import HostAnswer, HostFacts, Unreachable
 from launcher.preflight.target import Target
 
 Check = Literal[

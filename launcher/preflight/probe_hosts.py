@@ -10,37 +10,91 @@ import threading
 import time
 from collections.abc import Coroutine, Mapping
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from experiment.progress import progress
-from launcher.hosts import addresses
+from experiment.signals import handle_stop_signals
+from launcher.hosts import probe
 from launcher.hosts.ssh import CONNECT_SECONDS, SSH_FAILED, ssh_argv
-from launcher.preflight import probe
-from launcher.preflight.facts import HostAnswer, HostFacts, ProbeRequest, Unreachable
-from launcher.signal_handlers import handle_stop_signals
-
-Answer = HostAnswer | Unreachable
-ResultT = TypeVar("ResultT")
 
 _ANSWER_SECONDS = 60.0  # from the start of ssh
 _AT_ONCE = 128  # three file descriptors each
 _NOT_EXECUTABLE, _NOT_FOUND = 126, 127  # exit codes of shells
 
-_FACTS = TypeAdapter(HostFacts)
 # The working directory, which `python -` searches first, may have modules of any name.
 _PROGRAM = """\
-import sys, types
+import sys
 sys.path = [folder for folder in sys.path if folder]
-addresses = sys.modules["launcher.hosts.addresses"] = types.ModuleType("addresses")
-exec(compile({addresses!r}, "addresses.py", "exec"), addresses.__dict__)
 probe = {{"__name__": "probe"}}
 exec(compile({source!r}, "probe.py", "exec"), probe)
 probe["main"]({request!r})
 """
+
+
+@dataclass(frozen=True)
+class ProbeRequest:
+    """What `probe.py` reports of a host, besides what needs no question. None: not asked for."""
+
+    libraries: tuple[str, ...] = ()  # distributions
+    project: str | None = None  # folder of the packages
+    packages: tuple[str, ...] = ()  # of the project
+    files: tuple[str, ...] = ()  # absolute paths
+    folders: tuple[str, ...] = ()  # absolute paths
+    token_folder: str | None = None  # in the run folder; holds `probe.LAUNCHER_TOKEN`
+    token: str = ""  # name of the file that this host writes there
+    port: int | None = None
+    peer: str | None = None  # another host
+
+
+@dataclass(frozen=True)
+class HostFacts:
+    """The answer of a host."""
+
+    python: str  # version
+    versions: Mapping[str, str | None]  # library -> version; None: missing
+    commit: str | None  # None: no git checkout, or no git
+    source: str | None  # digest of the project's Python files; None: there are none
+    checksums: Mapping[str, str | None]  # file -> SHA-256; None: cannot be read
+    missing_folders: tuple[str, ...]
+    shared: bool | None  # whether the launching machine's token is there
+    write_error: str | None  # why the own token cannot be written
+    free_bytes: int | None  # of the run folder's disk
+    time: float  # `time.time()`
+    gpu_memory_used: tuple[int, ...] | None  # bytes, by GPU; None: unknown
+    cores: int
+    port_free: bool | None
+    interfaces: tuple[str, ...]
+    interface: str | None  # the one towards the peer
+    address: str | None  # the own one on it
+    network_error: str | None  # why there is no way to the peer
+    machine: str | None = None  # the same only for another name of the machine, or of the container
+    shell: str | None = None  # the login shell; None: not reached over ssh
+
+
+@dataclass(frozen=True)
+class HostAnswer:
+    """The facts of a host, and how far its clock is off at least."""
+
+    facts: HostFacts
+    clock_offset: float  # seconds; positive if it is ahead of the launching machine's
+
+
+@dataclass(frozen=True)
+class Unreachable:
+    """Why a host gave no facts."""
+
+    reason: str
+    fix: str  # a command
+    connected: bool = False  # ssh works
+
+
+Answer = HostAnswer | Unreachable
+ResultT = TypeVar("ResultT")
+_FACTS = TypeAdapter(HostFacts)
 
 
 def probe_hosts(requests: Mapping[str, ProbeRequest], show_progress: bool = False) -> dict[str, Answer]:
@@ -108,14 +162,12 @@ async def _probe_all(requests: Mapping[str, ProbeRequest], show_progress: bool) 
 
 def probe_program(request: ProbeRequest) -> str:
     """What `PYTHON -` reads on a host: prints the facts as one line."""
-    return _PROGRAM.format(
-        addresses=_source(addresses.__file__), source=_source(probe.__file__), request=json.dumps(asdict(request))
-    )
+    return _PROGRAM.format(source=_probe_source(), request=json.dumps(asdict(request)))
 
 
 @functools.cache
-def _source(path: str) -> str:
-    return Path(path).read_text(encoding="utf-8")
+def _probe_source() -> str:
+    return Path(probe.__file__).read_text(encoding="utf-8")
 
 
 async def _probe(host: str, program: str) -> Answer:

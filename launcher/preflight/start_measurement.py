@@ -2,7 +2,7 @@
 
 import sys
 
-from launcher.start_rank import main
+from launcher.ranks.start_rank import main
 
 if __name__ == "__main__":
     main(sys.argv[1:], module="launcher.preflight.measure")

@@ -11,8 +11,8 @@ from experiment.provenance import REPOSITORY
 from experiment.run_folder import RunFolder
 from launcher.hosts.hostfile import Slots
 from launcher.hosts.machine import Machine
-from launcher.options import HostOptions, Launcher
 from launcher.ranks.environment import forwarded_environment
+from launcher.ranks.placement import Launcher
 from pretrain.config import PretrainConfig
 
 # Of each parameter, in fp32. See `pretrain/training/checkpoint_tensors.py`.
@@ -47,18 +47,20 @@ class Target:
         return next((peer for peer in self._first_two if peer != host), None)
 
 
-def target_of_hosts(slots: Slots, machine: Machine, options: HostOptions) -> Target:
-    """What any launch over these slots needs. Raises UserError for an --env that is not set."""
-    names = [name.strip() for name in (options.env or "").split(",") if name.strip()]
+def target_of_hosts(
+    slots: Slots, machine: Machine, launcher: Launcher = "pdsh", env: str | None = None, oversubscribe: bool = False
+) -> Target:
+    """The requirements of any launch over these slots. Raises UserError for a name in `env` that is not set."""
+    names = [name.strip() for name in (env or "").split(",") if name.strip()]
     return Target(
         slots=slots,
         port=machine.find_port(),
         project=str(REPOSITORY),
         interfaces=_named_interfaces(machine.environ),
-        launcher=options.launcher,
+        launcher=launcher,
         host_environment=forwarded_environment(machine.environ, names),
         uses_cpu=machine.environ.get("DS_ACCELERATOR") == "cpu",
-        oversubscribe=options.oversubscribe,
+        oversubscribe=oversubscribe,
     )
 
 

@@ -4,12 +4,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from experiment.errors import UserError
-from experiment.launch_variable import LAUNCH_VARIABLE
-from experiment.own_process import python_path
+from experiment.own_process import LAUNCH_VARIABLE, python_path
 from launcher.hosts.guarded_hosts import Rendezvous
 from launcher.hosts.machine import DeviceKind
 from launcher.hosts.ssh import KEEP_ALIVE
-from launcher.options import Launcher
+from launcher.ranks.placement import Launcher
 
 # DeepSpeed would write those of PYTHON into command lines, where shells interpret their values.
 _FORWARDED = (

@@ -23,14 +23,11 @@ from experiment.run_folder import RunFolder
 from experiment.tracking.config import TrackingConfig
 from launcher.hosts.guarded_hosts import GuardedHosts, GuardRequest, Rendezvous
 from launcher.hosts.hostfile import Slots
-from launcher.ranks.start_command import Command
-from launcher.supervision.early_stop import kill_on_early_stop
+from launcher.ranks.deepspeed_command import Command
 from launcher.supervision.hang_watch import WatchedRanks, hang_watch
-from launcher.supervision.launch_log import AttemptRecord
-from launcher.supervision.launch_result import LaunchResult, all_done, has_begun, read_result
-from launcher.supervision.process_groups import kill_group
-from launcher.supervision.rank_processes import HeldRanks, RunningRanks, started
-from launcher.supervision.stop_signals import StopSignals
+from launcher.supervision.launch_result import AttemptRecord, LaunchResult, all_done, has_begun, read_result
+from launcher.supervision.rank_processes import HeldRanks, RunningRanks, kill_group, started
+from launcher.supervision.stop_signals import StopSignals, kill_on_early_stop
 
 # DeepSpeed's launcher gives ranks 30 s to exit after one of them failed or it got a signal.
 _EXIT_TIMEOUT_SECONDS = 40.0

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
+from experiment.errors import notify
 from experiment.heartbeat import Heartbeat, beat_seconds, hung_seconds, main_stack, read_heartbeat
 from experiment.outcome_file import Cause, Outcome, write_first_outcome
 from experiment.run_folder import RunFolder
-from launcher.messages import notify
-from launcher.supervision.polling import polled
+from launcher.supervision.rank_processes import polled
 
 _STACK_SECONDS = 1.0
 _MOST_NAMED = 4

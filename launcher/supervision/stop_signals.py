@@ -1,18 +1,24 @@
-"""Turns signals to the launcher into a STOP file, for which the training loop checks."""
+"""Turns signals to the launcher into a STOP file, for which the training loop checks.
+
+Ranks that do not train yet are ended.
+"""
 
 import errno
+import json
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from experiment.disk_errors import describe_disk_error
+from experiment.errors import end_line, notify
 from experiment.run_folder import RunFolder
-from experiment.signals import SignalHistory
-from launcher.messages import end_line, notify
-from launcher.signal_handlers import handle_stop_signals
+from experiment.signals import SignalHistory, handle_stop_signals
+from launcher.supervision.rank_processes import polled
 
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_POLL_SECONDS = 0.5
 
 
 class StopSignals:
@@ -107,3 +113,31 @@ class StopSignals:
 
 def _kill_nothing() -> None:
     """Do nothing: no rank is running."""
+
+
+@contextmanager
+def kill_on_early_stop(folder: RunFolder, stop: StopSignals) -> Iterator[threading.Event]:
+    """Kill the ranks, which sets the event, on a signal or STOP file until rank 0 trains."""
+    killed = threading.Event()
+
+    def is_settled() -> bool:
+        with suppress(OSError, ValueError):  # a network disk does not answer for a moment
+            if stop.killed or _has_begun_to_train(folder):
+                return True
+            if stop.requested or folder.stop in folder.path.iterdir():
+                killed.set()
+                stop.kill_ranks()
+                return True
+        return False
+
+    with polled(is_settled, _POLL_SECONDS, "early stop"):
+        yield killed
+
+
+def _has_begun_to_train(folder: RunFolder) -> bool:
+    """Whether rank 0 trains, or has ended."""
+    record = folder.rank_record(0)
+    if record not in folder.logs.iterdir():  # a network file system may answer a lookup by name from a cache
+        return False
+    process = json.loads(record.read_text(encoding="utf-8"))
+    return process["training"] or process["exit"] is not None

@@ -4,26 +4,29 @@
 """
 
 import contextlib
+import os
+import shutil
 import signal
 import time
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from experiment.checkpoints import newest_checkpoint
 from experiment.disk_errors import describe_disk_error
-from experiment.errors import UserError
+from experiment.errors import UserError, notify
 from experiment.goodput import process_start, record_end
 from experiment.outcome_file import Cause, Outcome, reserve_outcome
+from experiment.run_folder import RunFolder
 from experiment.run_lock import Renewal, lock_run
+from experiment.tracking.alerts import Alert, AlertFilter, Messenger
+from experiment.tracking.config import AlertEvent, TrackingConfig
+from experiment.tracking.wandb_alert import send_last_alert
 from launcher.hosts.hostfile import Slots
-from launcher.hosts.usable_hosts import usable_hosts, watch_for_hosts
-from launcher.messages import notify
+from launcher.hosts.ssh import usable_hosts, watch_for_hosts
 from launcher.supervision.attempt import Launch, Layout, run_attempt
-from launcher.supervision.launch_alerts import LaunchAlerts
-from launcher.supervision.launch_log import AttemptRecord, begin_attempt
-from launcher.supervision.launch_result import LaunchResult, clear_reports
-from launcher.supervision.leftovers import remove_leftovers
+from launcher.supervision.launch_result import AttemptRecord, LaunchResult, begin_attempt, clear_reports
 from launcher.supervision.rank_processes import HeldRanks
 from launcher.supervision.restarts import Attempt, End, Restart, decide
 from launcher.supervision.stop_signals import StopSignals
@@ -64,6 +67,36 @@ def _ignored_suspension() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTSTP, before)
+
+
+class LaunchAlerts:
+    """Sends alerts while the launch continues: by webhook and mail; when it ends, through W&B too."""
+
+    def __init__(self, config: TrackingConfig, folder: RunFolder) -> None:
+        """Raises UserError if an environment variable is missing."""
+        self._project, self._folder = config.project, folder
+        self._filter = AlertFilter(config.alerts.events)
+        others = {"W&B": self._send_to_wandb} if config.alerts.wandb else {}
+        self._messenger = Messenger(config.alerts, folder, lambda message: notify(f"warning: {message}"), others)
+
+    def report(self, result: LaunchResult, restarting: str = "") -> None:
+        """Send an alert if an attempt has failed. `restarting`: what follows; empty if the launch ends."""
+        if result.outcome not in (Outcome.FAILED, Outcome.REFUSED):
+            return
+        event: AlertEvent = "stall" if result.cause is Cause.HUNG else "crash"
+        text = f"{result.outcome}: {result.message}\n{restarting or 'the launch has ended'}"
+        alert = Alert(event, text, repeated=bool(restarting))
+        if self._filter.passes(alert):
+            self._messenger.alert(alert)
+
+    def _send_to_wandb(self, alert: Alert) -> None:
+        """The next attempt will have the W&B run open, if there is one."""
+        if not alert.repeated:
+            send_last_alert(self._project, self._folder, alert)
+
+    def close(self) -> None:
+        """Wait a moment for alerts that are not sent yet."""
+        self._messenger.close()
 
 
 class _Supervisor:
@@ -210,3 +243,20 @@ def _as_stop(result: LaunchResult) -> LaunchResult:
 
 def _with_advice(result: LaunchResult, advice: str) -> LaunchResult:
     return replace(result, message=f"{result.message}\n{advice}") if advice else result
+
+
+def remove_leftovers(folder: RunFolder, checked_at: float) -> None:
+    """Remove trials, the output of a launch in the background, and a STOP file that is older than `checked_at`, when
+    deepcloze began to check this launch. Raises OSError for the STOP file."""
+    if folder.stop.exists() and folder.stop.stat().st_mtime < checked_at:
+        folder.stop.unlink()
+        notify(f"removed {folder.stop}, which is older than this launch")
+    shutil.rmtree(folder.trials, ignore_errors=True)  # of a command that was killed
+    remove_earlier_output(folder)
+
+
+def remove_earlier_output(folder: RunFolder) -> None:
+    """Remove what an earlier launch in the background has printed, unless this process prints there."""
+    with suppress(OSError):
+        if not os.path.samestat(folder.launch_output.stat(), os.fstat(2)):
+            folder.launch_output.unlink()

@@ -14,16 +14,15 @@ from typing import TypedDict
 import filelock
 
 from experiment.disk_errors import disk_errors_as, stopped_by_disk_errors
-from experiment.errors import UserError, reason
+from experiment.errors import UserError, notify, reason
 from experiment.files import write_json
 from experiment.outcome_file import Outcome, read_outcome
 from experiment.results.sweep_summary import SweepResult, read_metric, sort_results, write_summary
 from experiment.run_folder import RunFolder
+from experiment.signals import handle_stop_signals, interrupt
 from experiment.strict_json import parse_json
 from launcher.child_run import DONE, ChildRun, start, wait_for_other_process
-from launcher.messages import notify
 from launcher.options import SweepOptions
-from launcher.signal_handlers import handle_stop_signals, interrupt
 from launcher.sweeps.sweep_plan import FlatConfig, SweepPlan, SweepRun, plan_sweep
 
 

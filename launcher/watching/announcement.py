@@ -4,10 +4,10 @@ import json
 import subprocess
 from dataclasses import asdict, dataclass
 
+from experiment.errors import notify
 from experiment.mail import MailSettings, read_mail_settings, send_mail
 from experiment.run_folder import RunFolder
 from experiment.tracking.downstream import DownstreamResult
-from launcher.messages import notify
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from experiment.goodput import (
     read_goodput,
     record_end,
 )
-from experiment.launch_variable import START_VARIABLE
+from experiment.own_process import START_VARIABLE
 from experiment.run_folder import RunFolder, open_run_folder
 
 

@@ -26,12 +26,11 @@ from launcher.cli import main
 from launcher.hosts.hostfile import Host, parse_hostfile
 from launcher.hosts.machine import DeviceKind, Devices, Machine
 from launcher.launch import launch_pretraining
-from launcher.launch_plan import LaunchPlan, plan_launch
+from launcher.launch_plan import LaunchPlan, plan_launch, scaled_microbatch
 from launcher.options import PretrainOptions
 from launcher.preflight.run import Report
 from launcher.preflight.target import Target
-from launcher.ranks.microbatch import scaled_microbatch
-from launcher.ranks.start_command import Command
+from launcher.ranks.deepspeed_command import Command
 from launcher.supervision import supervisor
 from launcher.supervision.attempt import Launch, Layout, Rendezvous
 from launcher.supervision.launch_result import LaunchResult
@@ -206,7 +205,7 @@ def test_ranks_get_the_users_config_and_overrides(config: str, launches: list[La
     command = started.command(Layout(started.slots), None)
     assert list(command.argv[-5:]) == [
         "--module",
-        "launcher.start_rank",
+        "launcher.ranks.start_rank",
         "--config",
         str(Path("config.yaml").absolute()),
         "--schedule.steps=20",

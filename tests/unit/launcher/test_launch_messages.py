@@ -5,7 +5,7 @@ import pytest
 from experiment.checkpoints import checkpoint_path, mark_complete
 from experiment.run_folder import RunFolder, open_run_folder
 from launcher.hosts.hostfile import Slots
-from launcher.launch_messages import announce_done, announce_start, announce_stop, last_step
+from launcher.launch import announce_done, announce_start, announce_stop, last_step
 
 
 @pytest.fixture

@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from experiment.open_files import raise_limit_of_open_files
 from experiment.outcome_file import Cause, Outcome, write_outcome
+from experiment.own_process import raise_limit_of_open_files
 from experiment.run_folder import open_run_folder
 from launcher.hosts.guarded_hosts import Rendezvous
 from launcher.hosts.hostfile import hostfile_text, parse_hostfile
-from launcher.ranks.deepspeed_command import DeepSpeedCommand, deepspeed_argv
-from launcher.ranks.start_command import Command
+from launcher.ranks.deepspeed_command import Command, DeepSpeedCommand, deepspeed_argv
 from launcher.supervision.attempt import Launch, Layout
 from launcher.supervision.launch_result import read_result
 from launcher.supervision.supervisor import supervise
@@ -35,7 +34,7 @@ case "$2" in *host_guard*) ;; *) exit 0;; esac
 RANKS = """
 import sys
 from pathlib import Path
-from experiment.open_files import raise_limit_of_open_files
+from experiment.own_process import raise_limit_of_open_files
 from experiment.outcome_file import Outcome, write_outcome
 from experiment.run_folder import RunFolder
 write_outcome(RunFolder(Path(sys.argv[1])), Outcome.DONE)
@@ -83,7 +82,7 @@ def test_the_command_line_of_many_hosts(tmp_path: Path) -> None:
     """Catches arguments that Linux rejects, and a hostfile that DeepSpeed reads differently."""
     command = DeepSpeedCommand(
         python=sys.executable,
-        module="launcher.start_rank",
+        module="launcher.ranks.start_rank",
         config=tmp_path / "launch.yaml",
         slots=SLOTS,
         master_port=4567,

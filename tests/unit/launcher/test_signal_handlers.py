@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.signal_handlers import handle_stop_signals
+from experiment.signals import handle_stop_signals
 from waiting import LIMIT
 
 REPOSITORY = Path(__file__).parents[3]
@@ -35,7 +35,7 @@ def test_stop_signals_are_passed_on_and_restored() -> None:
 COMMAND = """
 import atexit, time
 from launcher import cli, launch
-from launcher.signal_handlers import handle_stop_signals, interrupt
+from experiment.signals import handle_stop_signals, interrupt
 
 def step(name):
     print(name, flush=True)

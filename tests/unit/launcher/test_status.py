@@ -1,12 +1,29 @@
 import json
+import os
+import platform
+import subprocess
+import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import IO, Any
 
 import pytest
 
+from experiment import run_lock
+from experiment.errors import UserError
+from experiment.files import write_json
+from experiment.goodput import CHECKPOINTING, ActivityTimer
 from experiment.outcome_file import Cause, Outcome, write_outcome
-from experiment.run_folder import open_run_folder
-from experiment.run_lock import lock_run
+from experiment.run_folder import RunFolder, open_run_folder
+from experiment.run_life import Life, read_life
+from experiment.run_lock import FolderUse, folder_use, lock_run, may_be_in_use
+from launcher import status
 from launcher.cli import main
+from launcher.status import read_status
+from launcher.supervision.launch_result import begin_attempt
+from launcher.supervision.rank_processes import polled
+
+HOST = platform.node()
 
 
 def make_run(path: Path) -> str:
@@ -68,3 +85,231 @@ def test_folders_that_are_no_runs_are_skipped(tmp_path: Path, capsys: pytest.Cap
     assert captured.err == f"deepcloze: {report} is skipped: it is not a run folder\n"
     assert main(["status", report, report]) == 2
     assert "report is not a run folder" in capsys.readouterr().err
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+    monkeypatch.setattr(run_lock, "_OBSERVED_SECONDS", 0.2)
+    monkeypatch.setattr(run_lock, "_RENEW_SECONDS", 0.05)
+    return open_run_folder(tmp_path / "run")
+
+
+def write_events(folder: RunFolder, *events: dict[str, Any]) -> None:
+    folder.metrics.write_text("".join(json.dumps(event) + "\n" for event in events))
+
+
+def owned(folder: RunFolder, **changes: Any) -> None:
+    """What a process leaves that does not end properly."""
+    folder.owner.write_text(json.dumps({**run_lock.this_machine(), "pid": 7, "id": "1", **changes}))
+
+
+def renewed(folder: RunFolder) -> AbstractContextManager[None]:
+    """The file of the owner is renewed, as by a process that is alive."""
+
+    def renew() -> bool:
+        os.utime(folder.owner)
+        return False
+
+    return polled(renew, 0.02, "renew")
+
+
+def test_a_run_of_this_machine_is_alive_while_it_is_locked(folder: RunFolder) -> None:
+    """Catches a killed run that counts as alive, and one that is alive but counts as killed."""
+    assert read_life(folder) == Life("not started")
+    with lock_run(folder):
+        assert read_life(folder) == Life("running", HOST)
+    owned(folder)
+    assert read_life(folder) == Life("killed", HOST)
+
+
+def test_a_run_of_another_machine_is_alive_while_it_renews_its_file(folder: RunFolder) -> None:
+    """Catches a run of a silent machine that counts as alive or as dead: neither is known."""
+    owned(folder, host="elsewhere", boot="1")
+    with renewed(folder):
+        assert read_life(folder) == Life("running", "elsewhere")
+    os.utime(folder.owner, (0, 0))
+    life = read_life(folder)
+    assert (life.state, life.host) == ("unknown", "elsewhere")
+    assert life.message.startswith("elsewhere has not renewed logs/launch.owner for ")
+    assert life.message.endswith("h" + life.message[-3:])
+    folder.owner.unlink()
+    assert folder_use(folder) == FolderUse(alive=False)
+
+
+def test_how_a_run_ended(folder: RunFolder) -> None:
+    """Catches a run that has ended with an outcome of an earlier attempt, or without its message."""
+    write_outcome(folder, Outcome.STOPPED, "stopped: found STOP", Cause.SIGNAL)
+    assert read_life(folder) == Life("stopped", None, "stopped: found STOP")
+    owned(folder)  # the launcher was killed when the ranks had ended
+    assert read_life(folder) == Life("stopped", None, "stopped: found STOP")
+    with lock_run(folder):
+        assert read_life(folder).state == "running"
+
+
+@pytest.mark.parametrize(
+    ("host", "pid", "exit_code", "state"),
+    [
+        (HOST, os.getpid(), None, "running"),
+        (HOST, 2**22 + 1, None, "killed"),
+        (HOST, os.getpid(), 1, "failed"),
+        ("elsewhere", os.getpid(), None, "unknown"),
+    ],
+    ids=["running", "killed", "failed", "elsewhere"],
+)
+def test_a_run_without_our_launcher(folder: RunFolder, host: str, pid: int, exit_code: int | None, state: str) -> None:
+    """Catches a run that `deepspeed` has started itself, which locks nothing, and counts as not started."""
+    write_json(folder.rank_record(0), {"rank": 0, "host": host, "pid": pid, "training": True, "exit": exit_code})
+    assert read_life(folder).state == state
+
+
+def test_the_figures_of_a_run(folder: RunFolder) -> None:
+    """Catches an evaluation or a score of an earlier step in place of the last figures, and a wrong time left."""
+    write_events(
+        folder,
+        {"step": 10, "loss": 5.0, "tokens_per_second": 90.0},
+        {"step": 20, "loss": 4.0, "tokens_per_second": 100.0},
+        {"step": 20, "eval/wiki/loss": 3.0},
+        {"step": 10, "downstream/sst2/accuracy": 0.5},
+    )
+    now = 1000.0
+    timer = ActivityTimer(990.0, clock=lambda: now, now=lambda: now)
+    timer.open(folder, step=0, total_steps=50)
+    timer.begin_training()
+    for step in range(1, 21):
+        now += 2.0
+        timer.finish_step(step)
+        timer.record()
+    for step in (10, 20):
+        (folder.checkpoints / f"step-{step:08d}").mkdir(parents=True)
+    (folder.checkpoints / "step-00000010" / "COMPLETE").touch()  # the other one is being saved
+    folder.bad_batch(7).mkdir(parents=True)
+    for _ in range(3):
+        begin_attempt(folder, {"localhost": (0,)}, 0.0)
+    with lock_run(folder), timer.during(CHECKPOINTING):
+        status = read_status(str(folder.path))
+    assert (status.state, status.activity, status.step, status.total_steps) == ("running", "checkpointing", 20, 50)
+    assert (status.loss, status.tokens_per_second, status.seconds_left) == (4.0, 100.0, 60.0)
+    assert (status.checkpoint_step, status.bad_batches, status.restarts) == (10, 1, 2)
+    assert status.checkpoint_age is not None
+    assert 0 <= status.checkpoint_age < 3600
+    assert status.goodput == pytest.approx(40 / 50)
+    assert read_status(str(folder.path)).seconds_left is None, "it has ended"
+
+
+def test_a_folder_that_is_being_copied(folder: RunFolder) -> None:
+    """Catches a traceback for files that are cut off or not there yet, and a run that has not started with a loss."""
+    folder.config.write_text("schedule:\n  steps: 400\n")
+    assert read_status(str(folder.path)).total_steps == 400
+    write_events(folder, {"step": 10, "loss": 5.0})
+    with folder.metrics.open("a") as file:
+        file.write('{"step": 11, "lo')
+    folder.launches.write_text('{"attempt": 1}\n{"atte')
+    folder.outcome.write_text('{"outc')
+    folder.owner.write_text('{"ho')
+    folder.goodput.write_text('\n{"start": 1, "ti')
+    folder.rank_record(0).write_text('{"rank"')
+    folder.config.write_text("schedule:\n  steps: [4")
+    status = read_status(str(folder.path))
+    assert (status.state, status.step, status.loss, status.restarts) == ("unknown", 10, 5.0, 0)
+    assert (status.total_steps, status.goodput) == (None, None)
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    """Catches a mistyped name that gives a list of dashes."""
+    with pytest.raises(UserError, match=r"there is no run folder .*/none$"):
+        read_status(str(tmp_path / "none"))
+    with pytest.raises(UserError, match=r"is not a run folder: expected config\.yaml, .* or logs/"):
+        read_status(str(tmp_path))
+
+
+@pytest.fixture
+def logged(tmp_path: Path) -> RunFolder:
+    logged = open_run_folder(tmp_path / "run")
+    for rank in (0, 1, 10):
+        logged.rank_log(rank).write_text(f"message of rank {rank}\n")
+    return logged
+
+
+def shown(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    assert main(["logs", *argv]) == 0
+    return capsys.readouterr().out
+
+
+def test_which_log_is_shown(logged: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches the log of another rank, and one of rank 0 in place of what the launch prints."""
+    run = str(logged.path)
+    assert shown(capsys, run) == "message of rank 0\n"
+    assert shown(capsys, run, "--rank=10") == "message of rank 10\n"
+    logged.launch_output.write_text("step 1\n")
+    assert shown(capsys, run) == "step 1\n"
+    assert shown(capsys, run, "--rank=0") == "message of rank 0\n"
+
+
+def test_a_log_that_does_not_exist(logged: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a traceback, or a message that does not say which logs there are."""
+    assert main(["logs", str(logged.path), "--rank=2"]) == 2
+    assert "has no log of rank 2: there are those of ranks 0, 1, 10" in capsys.readouterr().err
+    empty = open_run_folder(tmp_path / "empty")
+    assert main(["logs", str(empty.path)]) == 2
+    assert "has no log of rank 0: there are none" in capsys.readouterr().err
+    assert main(["logs", str(tmp_path / "none")]) == 2
+    assert "there is no run folder" in capsys.readouterr().err
+
+
+def test_a_run_that_has_ended_is_not_followed(logged: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a command that waits for a run that was killed, and one that floods the terminal first."""
+    logged.rank_log(0).write_text("".join(f"{number}\n" for number in range(10_000)))
+    logged.owner.write_text(json.dumps({**run_lock.this_machine(), "pid": 2**22 + 1}))
+    assert shown(capsys, str(logged.path), "--follow") == "".join(f"{number}\n" for number in range(9_980, 10_000))
+
+
+def test_a_run_is_followed_to_its_end(
+    logged: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches lines that are lost between the last look at the file and the end of the run."""
+    monkeypatch.setattr(status, "_POLL_SECONDS", 0.0)
+    additions = iter(["step 1\n", "step", " 2\n", "the last line\n"])
+
+    def may_grow() -> bool:
+        addition = next(additions)
+        with logged.rank_log(0).open("a") as file:
+            file.write(addition)
+        return addition != "the last line\n"
+
+    with logged.rank_log(0).open("rb") as file:
+        status.follow(file, may_grow)
+    assert capsys.readouterr().out == "message of rank 0\nstep 1\nstep 2\nthe last line\n"
+
+
+def test_ctrl_c_ends_it(logged: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a message about an interruption: there is no other way to end it."""
+
+    def interrupt(file: IO[bytes], may_grow: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(status, "follow", interrupt)
+    assert main(["logs", str(logged.path), "--follow"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_pager_may_be_closed(logged: RunFolder) -> None:
+    """Catches a traceback after `deepcloze logs RUN | head -1`."""
+    logged.rank_log(0).write_text("line\n" * 100_000)
+    command = [sys.executable, "-m", "launcher", "logs", str(logged.path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=Path(__file__).parents[3])
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.readline() == b"line\n"
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait() == 0
+
+
+def test_when_a_run_may_be_in_use(logged: RunFolder) -> None:
+    """Catches a run on another machine that is not followed, and a lock that is taken to find out."""
+    assert not may_be_in_use(logged)
+    with lock_run(logged):
+        assert may_be_in_use(logged)
+    logged.owner.write_text(json.dumps({"host": "elsewhere", "boot": "1", "pid": os.getpid()}))
+    assert may_be_in_use(logged)

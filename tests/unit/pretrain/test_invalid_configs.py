@@ -63,7 +63,7 @@ def test_the_config_itself_is_valid(config: Path, capsys: pytest.CaptureFixture[
     writes files."""
     assert main(["pretrain", "--config", str(config), "--dry_run"]) == 0
     printed = capsys.readouterr().out
-    assert "launcher.start_rank" in printed
+    assert "launcher.ranks.start_rank" in printed
     assert "max_seq_length: 32" in printed
     assert not (tmp_path / "run").exists()
 

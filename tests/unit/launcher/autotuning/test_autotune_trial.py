@@ -17,8 +17,7 @@ from launcher.hosts.machine import Devices, Machine
 from launcher.launch_plan import LaunchPlan
 from launcher.options import PretrainOptions
 from launcher.supervision.attempt import Launch, Layout
-from launcher.supervision.launch_log import AttemptRecord
-from launcher.supervision.launch_result import LaunchResult
+from launcher.supervision.launch_result import AttemptRecord, LaunchResult
 from launcher.supervision.stop_signals import StopSignals
 from pretrain.config import PretrainConfig
 from waiting import wait_until

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from experiment.heartbeat import STACK_SIGNAL, Heartbeat
-from experiment.launch_variable import LAUNCH_VARIABLE
+from experiment.own_process import LAUNCH_VARIABLE
 from launcher.hosts import guarded_hosts, host_guard
 from launcher.hosts.guarded_hosts import GuardedHosts, GuardRequest
 from launcher.hosts.host_guard import environment_file, read_environment

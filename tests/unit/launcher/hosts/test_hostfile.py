@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiment.errors import UserError
-from launcher.hosts.hostfile import Host, parse_hostfile, read_hostfile
+from launcher.hosts.hostfile import Host, allocated_hosts, expand_nodelist, parse_hostfile, read_hostfile
 
 
 def test_reads_hosts_in_order_past_comments_and_blank_lines():
@@ -78,3 +78,117 @@ def test_reads_back_what_was_written(hosts: dict[str, int]):
     """Catches names or counts that do not round-trip."""
     text = "".join(f"{name} slots={slots}\n" for name, slots in hosts.items())
     assert parse_hostfile(text) == tuple(Host(name, slots) for name, slots in hosts.items())
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "names"),
+    [
+        ("node7", ["node7"]),
+        ("a,b-1.example.org", ["a", "b-1.example.org"]),
+        ("gpu[01-03,7],login", ["gpu01", "gpu02", "gpu03", "gpu7", "login"]),
+        ("gpu[098-101]", ["gpu098", "gpu099", "gpu100", "gpu101"]),
+        ("rack[1-2]n[01,03]-ib", ["rack1n01-ib", "rack1n03-ib", "rack2n01-ib", "rack2n03-ib"]),
+    ],
+)
+def test_node_lists_of_slurm(nodelist: str, names: list[str]) -> None:
+    """Catches lost leading zeros, and a range taken for a name."""
+    assert list(expand_nodelist(nodelist)) == names
+
+
+@pytest.mark.parametrize("nodelist", ["", "gpu[", "gpu[1-]", "gpu[a-b]", "gpu]1[", "gpu[1-2", "a b"])
+def test_a_malformed_node_list_is_rejected(nodelist: str) -> None:
+    """Catches a launch on hosts that nobody named."""
+    with pytest.raises(UserError, match="SLURM_JOB_NODELIST"):
+        expand_nodelist(nodelist)
+
+
+def test_a_node_list_of_thousands_of_hosts() -> None:
+    assert len(expand_nodelist("n[0000-4095]")) == 4096
+
+
+@pytest.mark.parametrize(
+    ("variables", "slots"),
+    [
+        ({"SLURM_GPUS_ON_NODE": "8", "SLURM_TASKS_PER_NODE": "1(x3)"}, [8, 8, 8]),
+        ({"SLURM_GPUS_PER_NODE": "h100:4"}, [4, 4, 4]),
+        ({"SLURM_GPUS_ON_NODE": "0", "SLURM_TASKS_PER_NODE": "2(x2),5"}, [2, 2, 5]),
+        ({}, [1, 1, 1]),
+    ],
+)
+def test_slots_of_a_slurm_job(variables: dict[str, str], slots: list[int]) -> None:
+    """Catches one rank on a node with eight GPUs, and GPUs counted as CPU tasks."""
+    hosts = allocated_hosts({"SLURM_JOB_NODELIST": "n[1-3]", "SLURM_PROCID": "0", **variables})
+    assert hosts == tuple(Host(f"n{number}", count) for number, count in enumerate(slots, start=1))
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"SLURM_PROCID": "1"}, "srun has started deepcloze several times"),
+        (
+            {"SLURM_TASKS_PER_NODE": "1(x2)"},
+            "SLURM_TASKS_PER_NODE=1(x2): expected 3 numbers, one for each node of n[1-3]",
+        ),
+        ({"SLURM_TASKS_PER_NODE": "many"}, "SLURM_TASKS_PER_NODE=many"),
+        ({"SLURM_GPUS_ON_NODE": "all"}, "SLURM_GPUS_ON_NODE=all: expected a number"),
+    ],
+)
+def test_a_slurm_job_that_cannot_be_read_is_rejected(variables: dict[str, str], message: str) -> None:
+    """Catches a run in every task of srun, and hosts without slots."""
+    with pytest.raises(UserError) as raised:
+        allocated_hosts({"SLURM_JOB_NODELIST": "n[1-3]", **variables})
+    assert message in str(raised.value)
+
+
+def test_a_pbs_job_lists_a_host_once_for_each_process(tmp_path: Path) -> None:
+    """Catches duplicate hosts, and an order other than that of the file, whose first host is rank 0's."""
+    (tmp_path / "nodes").write_text("n2\nn2\nn1\nn2\nn1\n", encoding="utf-8")
+    assert allocated_hosts({"PBS_NODEFILE": str(tmp_path / "nodes")}) == (Host("n2", 3), Host("n1", 2))
+
+
+@pytest.mark.parametrize(
+    ("variable", "text"),
+    [
+        (
+            "OMPI_MCA_orte_default_hostfile",
+            "job-worker-0.job.svc slots=2\n# comment\njob-worker-1.job.svc slots=2\n",
+        ),
+        ("HYDRA_HOST_FILE", "job-worker-0.job.svc:2\njob-worker-1.job.svc:2\n"),
+    ],
+)
+def test_the_hostfile_of_the_mpi_operator(tmp_path: Path, variable: str, text: str) -> None:
+    """Catches a launcher pod that trains alone."""
+    (tmp_path / "hostfile").write_text(text, encoding="utf-8")
+    hosts = allocated_hosts({variable: str(tmp_path / "hostfile")})
+    assert hosts == (Host("job-worker-0.job.svc", 2), Host("job-worker-1.job.svc", 2))
+
+
+@pytest.mark.parametrize(
+    ("variable", "text"),
+    [("PBS_NODEFILE", None), ("PBS_NODEFILE", ""), ("HYDRA_HOST_FILE", None), ("HYDRA_HOST_FILE", "a b c\n")],
+)
+def test_a_file_of_hosts_that_cannot_be_read_is_rejected(tmp_path: Path, variable: str, text: str | None) -> None:
+    """Catches a job on several hosts that falls back to this machine."""
+    if text is not None:
+        (tmp_path / "hosts").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=str(tmp_path / "hosts")):
+        allocated_hosts({variable: str(tmp_path / "hosts")})
+
+
+@pytest.mark.parametrize(
+    ("variable", "text"), [("PBS_NODEFILE", "n1\n-oProxyCommand=id\n"), ("HYDRA_HOST_FILE", "-oProxyCommand=id:2\n")]
+)
+def test_a_host_that_is_an_option_of_ssh_is_rejected(tmp_path: Path, variable: str, text: str) -> None:
+    """Catches a command in a name, which ssh would run."""
+    (tmp_path / "hosts").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match="the job has a host '-oProxyCommand=id'"):
+        allocated_hosts({variable: str(tmp_path / "hosts")})
+    with pytest.raises(UserError, match="the job has a host '-n1'"):
+        allocated_hosts({"SLURM_JOB_NODELIST": "n1,-n1"})
+
+
+def test_outside_a_job_or_in_one_on_this_machine_its_devices_count() -> None:
+    """Catches a job on one node that may not use more ranks than SLURM counts tasks."""
+    assert allocated_hosts({"HOME": "/root"}) is None
+    assert allocated_hosts({"SLURM_JOB_NODELIST": "localhost"}) is None
+    assert allocated_hosts({"SLURM_JOB_NODELIST": "another-host"}) == (Host("another-host", 1),)

@@ -4,19 +4,18 @@ from pathlib import Path
 import pytest
 
 from experiment.errors import UserError
-from launcher.hosts import machine
-from launcher.hosts.hostfile import Host
+from launcher.hosts import probe
+from launcher.hosts.hostfile import Host, is_this_machine
 from launcher.hosts.machine import (
     DeviceKind,
     Devices,
     Machine,
-    cpu_cores,
     find_devices,
     free_port,
     guess_device,
     inspect_machine,
-    is_this_machine,
 )
+from launcher.hosts.probe import cpu_cores
 from launcher.options import PlacementOptions
 from launcher.ranks.placement import place_ranks
 
@@ -107,9 +106,9 @@ def test_a_gpu_is_found_without_torch(tmp_path: Path, names: tuple[str, ...], ki
 
 def test_a_container_quota_limits_the_cores(monkeypatch: pytest.MonkeyPatch):
     """Catches threads for all cores of the host in a container that may use only a few."""
-    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: set(range(64)))
+    monkeypatch.setattr(probe.os, "sched_getaffinity", lambda _: set(range(64)))
     for text, cores in {"200000 100000": 2, "50000 100000": 1, "max 100000": 64}.items():
-        monkeypatch.setattr(machine.Path, "read_text", lambda _, text=text: text)
+        monkeypatch.setattr(probe.Path, "read_text", lambda _, text=text: text)
         assert cpu_cores() == cores
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.preflight.facts import HostAnswer, HostFacts
+from launcher.preflight.probe_hosts import HostAnswer, HostFacts
 from launcher.preflight.target import Target
 
 HEALTHY = HostFacts(

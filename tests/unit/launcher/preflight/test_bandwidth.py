@@ -7,17 +7,16 @@ from pathlib import Path
 import pytest
 
 from launcher.hosts.machine import Devices, Machine
-from launcher.options import HostOptions
 from launcher.preflight import bandwidth
 from launcher.preflight.bandwidth import RESULT_MARK, Measurement, MeasurementError, measure
 from launcher.preflight.measure import _rounds
 from launcher.preflight.target import target_of_hosts
-from launcher.ranks import start_command
+from launcher.ranks import deepspeed_command
 from stand_in_hosts import install_ssh
 
 MACHINE = Machine(Devices("cpu", (0, 1)), environ={}, find_port=lambda: 29500)
 SLOTS = {"node-1": (0,), "node-2": (0,)}
-TARGET = target_of_hosts(SLOTS, MACHINE, HostOptions())
+TARGET = target_of_hosts(SLOTS, MACHINE)
 RESULT = '{"ranks": 2, "bytes": 1048576, "seconds": 0.1, "compute_seconds": [0.1, 0.2], "link_bandwidths": [1e9, 1e9]}'
 
 
@@ -30,7 +29,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def program(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Python code that stands for DeepSpeed's launcher."""
     code: list[str] = []
-    monkeypatch.setattr(start_command, "deepspeed_argv", lambda _: [sys.executable, "-c", *code])
+    monkeypatch.setattr(deepspeed_command, "deepspeed_argv", lambda _: [sys.executable, "-c", *code])
     return code
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from launcher.preflight.bandwidth import Measurement
 from launcher.preflight.checks import find_problems, find_slow_hosts
-from launcher.preflight.facts import HostAnswer, Unreachable
+from launcher.preflight.probe_hosts import HostAnswer, Unreachable
 from launcher.preflight.target import Target
 
 Answers = Callable[..., HostAnswer]

@@ -1,8 +1,6 @@
-"""Preflight from end to end, on this machine, without the ranks of the all-reduce."""
-
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,18 +8,19 @@ import pytest
 
 from experiment.errors import UserError
 from experiment.run_folder import RunFolder
+from launcher import launch
 from launcher.cli import main
 from launcher.hosts.machine import Devices, Machine
-from launcher.options import HostOptions
-from launcher.preflight import command, run
+from launcher.preflight import run
 from launcher.preflight.bandwidth import Measurement, MeasurementError
-from launcher.preflight.facts import ProbeRequest, Unreachable
-from launcher.preflight.probe_hosts import Answer
-from launcher.preflight.run import Report, check_hosts, require_hosts
+from launcher.preflight.checks import Problem
+from launcher.preflight.probe_hosts import Answer, HostAnswer, ProbeRequest, Unreachable
+from launcher.preflight.run import Report, check_hosts, preflight_table, require_hosts
 from launcher.preflight.target import Target, target_of_hosts
 
 MACHINE = Machine(Devices("cpu", (0, 1)), environ={}, find_port=lambda: 29500)
 SLOTS = {"localhost": (0, 1)}
+NODES = {"node-1": (0,), "node-2": (0,), "node-10": (0,)}
 
 
 @pytest.fixture
@@ -29,7 +28,7 @@ def target(tmp_path: Path) -> Target:
     with socket.create_server(("", 0)) as listener:
         port = listener.getsockname()[1]
     machine = replace(MACHINE, environ={"DS_ACCELERATOR": "cpu"}, find_port=lambda: port)
-    hosts = target_of_hosts(SLOTS, machine, HostOptions(oversubscribe=True))
+    hosts = target_of_hosts(SLOTS, machine, oversubscribe=True)
     return replace(hosts, folder=tmp_path / "runs" / "first")
 
 
@@ -128,7 +127,7 @@ def test_the_exit_code_of_the_command(
     allow_missing: bool, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Catches a failed host that a script does not notice."""
-    monkeypatch.setattr(command, "check_hosts", lambda *_: Report({"192.0.2.1": (0,)}, "the table"))
+    monkeypatch.setattr(launch, "check_hosts", lambda *_: Report({"192.0.2.1": (0,)}, "the table"))
     (tmp_path / "hosts").write_text("192.0.2.1 slots=1\n192.0.2.2 slots=1\n")
     flags = ["--allow_missing"] if allow_missing else []
     assert main(["preflight", "--hostfile", str(tmp_path / "hosts"), *flags]) == code
@@ -140,3 +139,45 @@ def test_the_exit_code_of_the_command(
 def test_an_override_needs_a_config(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["preflight", "--schedule.steps=3"]) == 2
     assert "--schedule.steps applies to a config: give --config too" in capsys.readouterr().err
+
+
+def table(answer: Callable[..., HostAnswer], only_failed: bool = False) -> str:
+    answers = {"node-1": answer(), "node-2": answer(clock_offset=3600.0), "node-10": Unreachable("refused", "start it")}
+    problems = {
+        "node-1": [],
+        "node-2": [Problem("clock", "an hour ahead", "ssh node-2 chronyc"), Problem("disk", "full", "df")],
+        "node-10": [Problem("ssh", "refused", "start it")],
+    }
+    measured = Measurement(3, 1 << 20, 0.002, (0.1, 0.2, 0.1), (1e9, 5e8, 9e8))
+    return preflight_table(answers, problems, NODES, measured, only_failed)
+
+
+def test_a_row_for_each_host_and_a_fix_for_each_problem(answer: Callable[..., HostAnswer]) -> None:
+    header, first, second, third, *rest = table(answer).splitlines()
+    assert header.split()[:4] == ["host", "ssh", "Python", "packages"]
+    for row in (first, second):  # aligned
+        assert row[header.index("Python")] == "3"
+    assert second.count("FAILED") == 2
+    assert second[header.index("clock") :].startswith("FAILED")
+    assert second[header.index("disk") :].startswith("FAILED")
+    assert third.split()[:3] == ["node-10", "FAILED", "?"]
+    assert rest[:6] == [
+        "node-2: clock: an hour ahead",
+        "    fix: ssh node-2 chronyc",
+        "node-2: disk: full",
+        "    fix: df",
+        "node-10: ssh: refused",
+        "    fix: start it",
+    ]
+    assert rest[6] == (
+        "all-reduce of 1 MiB over 3 ranks: 2.0 ms, 699 MB/s bus bandwidth; slowest network: node-2, 500 MB/s; "
+        "slowest to compute: node-2, 200.0 ms"
+    )
+    assert rest[7:] == ["preflight: 1 of 3 hosts passed"]
+
+
+def test_before_a_launch_healthy_hosts_need_no_row(answer: Callable[..., HostAnswer]) -> None:
+    assert "node-1 " not in table(answer, only_failed=True)
+    assert table(answer, only_failed=True).splitlines()[1].startswith("node-2")
+    healthy = preflight_table({"node-1": answer()}, {"node-1": []}, {"node-1": (0,)}, None, only_failed=True)
+    assert healthy == "preflight: 1 of 1 host passed"

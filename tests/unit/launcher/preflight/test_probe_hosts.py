@@ -13,14 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from experiment.signals import handle_stop_signals
+from launcher.hosts.probe import FACTS_MARK
 from launcher.preflight import probe_hosts as module
 from launcher.preflight.checks import find_problems
-from launcher.preflight.facts import HostAnswer, ProbeRequest, Unreachable
-from launcher.preflight.probe import FACTS_MARK
-from launcher.preflight.probe_hosts import probe_hosts
-from launcher.preflight.table import preflight_table
+from launcher.preflight.probe_hosts import HostAnswer, ProbeRequest, Unreachable, probe_hosts
+from launcher.preflight.run import preflight_table
 from launcher.preflight.target import Target
-from launcher.signal_handlers import handle_stop_signals
 from waiting import LIMIT, wait_until
 
 REPOSITORY = Path(__file__).parents[4]
@@ -137,7 +136,7 @@ def test_a_signal_ends_the_questions(ssh: Ssh, tmp_path: Path) -> None:
     code = """
 import os, signal, sys, threading
 from launcher.preflight.probe_hosts import ProbeRequest, probe_hosts
-from launcher.signal_handlers import handle_stop_signals
+from experiment.signals import handle_stop_signals
 
 def handler(number):
     raise KeyboardInterrupt

@@ -18,8 +18,8 @@ from experiment.heartbeat import Heartbeat
 from experiment.outcome_file import Cause, Outcome
 from experiment.run_folder import RunFolder, open_run_folder
 from launcher.hosts.guarded_hosts import GuardRequest, Rendezvous
-from launcher.ranks.start_command import Command
-from launcher.supervision import attempt, early_stop, supervisor
+from launcher.ranks.deepspeed_command import Command
+from launcher.supervision import attempt, stop_signals, supervisor
 from launcher.supervision.attempt import Launch, Layout
 from launcher.supervision.supervisor import supervise
 from waiting import wait_until
@@ -180,7 +180,7 @@ def test_a_stop_while_hosts_do_not_answer_starts_nothing(folder: RunFolder, monk
 def test_ranks_that_train_are_left_to_save(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches ranks that are killed without a checkpoint by the stop of ranks that do not train yet."""
     monkeypatch.setattr(attempt, "GuardedHosts", StandInGuards)
-    monkeypatch.setattr(early_stop, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(stop_signals, "_POLL_SECONDS", 0.01)
     body = (
         "from pretrain.rank_report import RankReport\n"
         "RankReport(folder, 0).begin_training(); folder.stop.touch(); time.sleep(1)  # saving\n"

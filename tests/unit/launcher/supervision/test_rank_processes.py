@@ -16,12 +16,12 @@ import psutil
 import pytest
 
 from experiment.errors import UserError
-from experiment.launch_variable import GATE_VARIABLE
 from experiment.outcome_file import Outcome
+from experiment.own_process import GATE_VARIABLE
 from experiment.run_folder import RunFolder, open_run_folder
-from launcher.ranks.start_command import Command
+from launcher.ranks.deepspeed_command import Command
 from launcher.supervision.attempt import Launch
-from launcher.supervision.rank_processes import held_ranks
+from launcher.supervision.rank_processes import filtered_output, held_ranks, is_noise
 from launcher.supervision.supervisor import supervise
 from waiting import wait_until
 
@@ -48,8 +48,8 @@ wait_at_gate()
 # Stands for `deepcloze`. With a second argument it gets a signal while DeepSpeed's launcher starts.
 LAUNCHER = """
 import json, os, signal, subprocess, sys, time
-from launcher.ranks.start_command import Command
-from launcher.signal_handlers import handle_stop_signals, interrupt
+from launcher.ranks.deepspeed_command import Command
+from experiment.signals import handle_stop_signals, interrupt
 from launcher.supervision.rank_processes import held_ranks
 argv, early = json.loads(sys.argv[1]), sys.argv[2:]
 popen = subprocess.Popen
@@ -205,3 +205,30 @@ def test_a_restart_starts_ranks_of_its_own(tmp_path: Path) -> None:
     assert datetime.fromisoformat(first["time"]).timestamp() == int(earlier.start_time)
     assert datetime.fromisoformat(second["time"]).timestamp() > held.start_time
     assert float((tmp_path / "began").read_text()) > held.start_time
+
+
+@pytest.mark.parametrize(
+    ("line", "noise"),
+    [
+        (b"node-2: [2026-11-21 00:03:50,219] [INFO] [launch.py:152:main] WORLD INFO DICT: {'node-1': [0]}\n", True),
+        (b"[2026-11-21 00:03:32,555] [WARNING] [real_accelerator.py:213:get_accelerator] Setting\n", True),
+        (
+            b"node-1: [W1121 socket.cpp:207] [c10d] The hostname of the client socket cannot be retrieved\n",
+            True,
+        ),
+        (b"node-2: [2026-11-21 00:03:50,219] [ERROR] [launch.py:152:main] no such GPU\n", False),
+        (b"node-1: step 1/1000 \xc2\xb7 loss 5.3\n", False),
+        (b"\n", False),
+    ],
+)
+def test_only_what_tells_nothing_is_removed(line: bytes, noise: bool) -> None:
+    assert is_noise(line) == noise
+
+
+def test_both_streams_are_printed(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    """Catches lost or reordered output, and a last line without its end."""
+    code = "import sys; print('a'); print('b', file=sys.stderr); print('c', end='')"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with filtered_output(process):
+        process.wait()
+    assert capfdbinary.readouterr() == (b"a\nc", b"b\n")

@@ -18,12 +18,12 @@ from experiment.errors import UserError
 from experiment.outcome_file import Cause, Outcome, write_outcome
 from experiment.run_folder import RunFolder, open_run_folder
 from experiment.tracking.config import AlertsConfig, TrackingConfig
-from launcher.ranks.start_command import Command
+from launcher.ranks.deepspeed_command import Command
 from launcher.supervision import attempt as attempt_module
 from launcher.supervision import restarts, supervisor
 from launcher.supervision.attempt import Launch
 from launcher.supervision.launch_result import LaunchResult
-from launcher.supervision.supervisor import supervise
+from launcher.supervision.supervisor import remove_earlier_output, supervise
 from small_disk import SmallDisk
 from waiting import wait_until
 from webhook_server import webhook
@@ -47,7 +47,7 @@ import os, sys, time
 from pathlib import Path
 from experiment import signals
 from experiment.run_folder import RunFolder
-from launcher.ranks.start_command import Command
+from launcher.ranks.deepspeed_command import Command
 from launcher.supervision.attempt import Launch
 from launcher.supervision.supervisor import supervise
 signals.REPEATED_SECONDS = float(os.environ["REPEATED_SIGNAL_SECONDS"])
@@ -547,3 +547,20 @@ def test_a_signal_on_a_full_or_read_only_disk_while_the_ranks_start(
     monkeypatch.setattr(Path, "touch", refuse)
     assert attempt(folder, "time.sleep(60)").outcome is Outcome.STOPPED
     assert started[0].returncode == -signal.SIGKILL
+
+
+def test_a_launch_in_the_foreground_removes_the_output_of_an_earlier_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches `deepcloze logs` that shows what an earlier launch printed, and a launch that removes its own output."""
+    folder = open_run_folder(tmp_path / "run")
+    folder.launch_output.write_text("earlier")
+    mine = folder.launch_output.stat()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fstat", lambda descriptor: mine)
+        remove_earlier_output(folder)
+    assert folder.launch_output.exists()
+    remove_earlier_output(folder)
+    assert not folder.launch_output.exists()
+    remove_earlier_output(folder)
+    assert list(folder.logs.iterdir()) == []

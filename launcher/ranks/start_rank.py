@@ -9,19 +9,27 @@ import sys
 from pathlib import Path
 
 if not __package__:  # started as a file, by srun: import from the repository, not from this folder
-    sys.path[: 0 if sys.flags.safe_path else 1] = [str(Path(__file__).resolve().parents[1])]
+    sys.path[: 0 if sys.flags.safe_path else 1] = [str(Path(__file__).resolve().parents[2])]
 
 import os
 from collections.abc import Mapping, Sequence
 
 import psutil
 
-from experiment.launch_variable import LAUNCH_VARIABLE
-from launcher.hosts.addresses import route_to
+from experiment.own_process import LAUNCH_VARIABLE
 from launcher.hosts.host_guard import read_environment
-from launcher.hosts.machine import cpu_cores, guess_device
+from launcher.hosts.machine import guess_device
+from launcher.hosts.probe import cpu_cores, route_to
 from launcher.ranks.environment import host_environment, network_interface
-from launcher.ranks.rank_variables import rank_variables
+
+# Of each source: the variables of RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_SIZE.
+_SOURCES = (
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE"),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
+)
+_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE")
 
 
 def main(argv: Sequence[str], module: str = "pretrain.run") -> None:
@@ -53,6 +61,21 @@ def _network(environ: Mapping[str, str]) -> dict[str, str]:
         return {}
     addresses = {name: [entry.address for entry in entries] for name, entries in psutil.net_if_addrs().items()}
     return network_interface(environ, addresses, own)
+
+
+def rank_variables(environ: Mapping[str, str]) -> dict[str, str]:
+    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_SIZE of a rank that Open MPI, MVAPICH, MPICH, Intel MPI or srun has
+    started; nothing for one that has them, because DeepSpeed's launcher started it.
+
+    In a job of SLURM, its variables are those of the job unless srun has started the process: MPI comes first.
+    """
+    if "RANK" in environ:
+        return {}
+    for source in _SOURCES:
+        if all(name in environ for name in source):
+            values = [environ[name].partition("(")[0].partition(",")[0] for name in source]  # tasks per node: 4(x2)
+            return dict(zip(_NAMES, values, strict=True))
+    return {}
 
 
 if __name__ == "__main__":

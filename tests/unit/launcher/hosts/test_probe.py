@@ -1,5 +1,3 @@
-"""The facts that a host reports, by running the probe on this machine."""
-
 import hashlib
 import platform
 import socket
@@ -12,11 +10,15 @@ from typing import Any
 
 import pytest
 
-from launcher.preflight import probe
-from launcher.preflight.facts import ProbeRequest
-from launcher.preflight.probe_hosts import probe_program, probe_this_machine
+from launcher.hosts import probe
+from launcher.hosts.probe import interface_of, route_to
+from launcher.preflight.probe_hosts import ProbeRequest, probe_program, probe_this_machine
 
 REPOSITORY = Path(__file__).parents[4]
+IPV4, IPV6 = ("127.0.0.1", 9), ("::1", 9, 0, 0)
+BROADCAST = ("255.255.255.255", 9)  # to which an ordinary socket cannot connect
+
+needs_ipv6 = pytest.mark.skipif(interface_of("::1") is None, reason="needs IPv6")
 
 
 def facts(**request: Any) -> Any:
@@ -114,3 +116,40 @@ def test_the_probe_needs_nothing_but_python() -> None:
     done = subprocess.run([sys.executable, "-I", "-S", "-"], input=program, capture_output=True, text=True, cwd="/")
     assert done.returncode == 0, done.stderr
     assert platform.python_version() in done.stdout
+
+
+def resolve_to(monkeypatch: pytest.MonkeyPatch, *addresses: tuple[object, ...]) -> None:
+    found = [
+        (socket.AF_INET6 if len(address) == 4 else socket.AF_INET, socket.SOCK_DGRAM, 0, "", address)
+        for address in addresses
+    ]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+
+
+@needs_ipv6
+def test_ipv4_is_preferred_if_there_is_a_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a guard that takes another address than preflight has checked, and a name with an old IPv4 address."""
+    resolve_to(monkeypatch, IPV6, IPV4)
+    assert route_to("node-1") == ("127.0.0.1", "127.0.0.1")
+    resolve_to(monkeypatch, BROADCAST, IPV6)
+    assert route_to("node-1") == ("::1", "::1")
+
+
+def test_a_host_without_a_way_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OSError, match="Name or service not known"):
+        route_to("no-such-host.invalid")
+    resolve_to(monkeypatch, BROADCAST)
+    with pytest.raises(OSError, match="Permission denied"):
+        route_to("node-1")
+
+
+def test_interfaces_are_found_by_ipv4_addresses() -> None:
+    assert interface_of("127.0.0.1") == "lo"
+    assert interface_of("192.0.2.1") is None
+
+
+@needs_ipv6
+def test_interfaces_are_found_by_ipv6_addresses() -> None:
+    """Catches '?' in the table of preflight, and NCCL on a wrong network."""
+    assert interface_of("0:0::1") == "lo"
+    assert interface_of("2001:db8::1") is None

@@ -1,25 +1,26 @@
-"""Collect the facts of the host that this runs on, for `HostFacts`.
+"""Collect the facts of the host that this runs on, for `HostFacts`, and its routes to other hosts.
 
-The source of this file is sent to `PYTHON -` on other hosts, with that of `addresses`. Both import nothing else of the
-project and no library, and have to run on Python versions that the project does not support: another version is a fact
-to report.
+Preflight sends the source of this file to `PYTHON -` on other hosts. It imports nothing else of the project and no
+library, and has to run on Python versions that the project does not support: another version is a fact to report.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import platform
 import socket
+import struct
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-
-from launcher.hosts.addresses import interface_of, route_to
 
 LAUNCHER_TOKEN = "launcher"
 """File that the launching machine writes to the token folder, for the hosts to see."""
@@ -29,6 +30,8 @@ FACTS_MARK = "deepcloze facts: "
 
 _TOKEN_SECONDS = 5.0  # network disks cache folders for some seconds
 _TOKEN_BYTES = 4096  # so that a full disk is noticed
+_SIOCGIFADDR = 0x8915  # see netdevice(7)
+_IF_INET6 = Path("/proc/net/if_inet6")
 
 
 def main(request: str) -> None:
@@ -53,7 +56,7 @@ def collect(request: Mapping[str, Any]) -> dict[str, Any]:
         "free_bytes": _free_bytes(request["token_folder"]) if shared else None,
         "time": time.time(),
         "gpu_memory_used": _gpu_memory_used(),
-        "cores": _cores(),
+        "cores": cpu_cores(),
         "port_free": _is_free(request["port"]),
         "interfaces": [name for _, name in socket.if_nameindex()],
         "interface": interface,
@@ -160,15 +163,13 @@ def _gpu_memory_used() -> list[int] | None:
     return None if any(map(os.path.exists, ("/dev/kfd", "/dev/dxg"))) else []
 
 
-def _cores() -> int:
-    """The number of cores, counted as in `launcher.hosts.machine.cpu_cores`."""
-    cores = len(os.sched_getaffinity(0))
-    try:
-        with open("/sys/fs/cgroup/cpu.max") as file:
-            quota, period = map(int, file.read().split())
-    except (OSError, ValueError):
-        return cores
-    return min(cores, max(1, quota // period))
+def cpu_cores() -> int:
+    """CPU cores that this process may use: its affinity, limited by a container's quota (cgroup v2)."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    with suppress(OSError, ValueError):  # no such file, or no quota: 'max'
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
+        cores = min(cores, max(1, quota // period))
+    return cores
 
 
 def _is_free(port: int | None) -> bool | None:
@@ -203,3 +204,45 @@ def _route_to(peer: str | None) -> tuple[str | None, str | None, str | None]:
     except OSError as error:
         return None, None, error.strerror or str(error)
     return interface_of(own), own, None
+
+
+def route_to(name: str) -> tuple[str, str]:
+    """(the address of a host, the own address of packets to it). An IPv4 address unless there is no way to it.
+
+    Raises OSError if the name has no address, or there is no way to any.
+    """
+    failure = OSError(f"no address of {name}")
+    found = socket.getaddrinfo(name, 9, type=socket.SOCK_DGRAM)
+    for family, kind, protocol, _, address in sorted(found, key=lambda info: info[0] != socket.AF_INET):
+        try:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.connect(address)  # sends nothing
+                return str(address[0]), str(probe.getsockname()[0])
+        except OSError as error:
+            failure = error
+    raise failure
+
+
+def interface_of(address: str) -> str | None:
+    """The interface with this IPv4 or IPv6 address, None if unknown."""
+    return _interface_of_ipv6(address) if ":" in address else _interface_of_ipv4(address)
+
+
+def _interface_of_ipv4(address: str) -> str | None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):
+                answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+                if socket.inet_ntoa(answer[20:24]) == address:
+                    return name
+    return None
+
+
+def _interface_of_ipv6(address: str) -> str | None:
+    own = socket.inet_pton(socket.AF_INET6, address.partition("%")[0]).hex()
+    with suppress(OSError):
+        for line in _IF_INET6.read_text().splitlines():
+            digits, _, _, _, _, name = line.split()
+            if digits == own:
+                return name
+    return None

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.hosts.machine import cpu_cores
+from launcher.hosts.probe import cpu_cores
 from launcher.ranks.environment import GLIBC_TUNABLES
 
 ROOT = Path(__file__).parents[3]
@@ -31,7 +31,7 @@ def test_a_rank_runs_in_the_environment_of_its_host(folder: Path) -> None:
     """Catches settings of the launching machine, a lost argument, and a process that the launcher loses track of."""
     environ = {name: os.environ[name] for name in os.environ if name not in ("OMP_NUM_THREADS", "GLIBC_TUNABLES")}
     environ |= {"PYTHONPATH": str(ROOT), "LOCAL_SIZE": "2", "DS_ACCELERATOR": "cpu", "RANK": "3"}
-    command = [sys.executable, "-u", "-m", "launcher.start_rank", "--local_rank=1", "--run.dir=a b"]
+    command = [sys.executable, "-u", "-m", "launcher.ranks.start_rank", "--local_rank=1", "--run.dir=a b"]
     process = subprocess.Popen(command, cwd=folder, env=environ, stdout=subprocess.PIPE, text=True)
     output, _ = process.communicate(timeout=100)
     assert process.returncode == 75
@@ -44,5 +44,5 @@ def test_a_rank_runs_in_the_environment_of_its_host(folder: Path) -> None:
 
 def test_starting_a_rank_imports_no_torch() -> None:
     """Catches a start that takes seconds longer: pretrain.run imports torch again."""
-    code = "import sys, launcher.start_rank; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = "import sys, launcher.ranks.start_rank; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
