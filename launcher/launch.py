@@ -6,6 +6,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from experiment.checkpoints import checkpoint_path, checkpoint_step, complete_checkpoints
@@ -14,7 +15,7 @@ from experiment.errors import StoppedError, UserError, end_line, notify
 from experiment.outcome_file import Outcome
 from experiment.own_process import raise_limit_of_open_files
 from experiment.run_folder import RunFolder, open_run_folder
-from experiment.run_lock import Renewal, check_unlocked
+from experiment.run_lock import check_unlocked
 from experiment.signals import handle_stop_signals, interrupt
 from experiment.tracking.console import describe_duration
 from experiment.tracking.jsonl import last_number, read_last_events
@@ -27,7 +28,7 @@ from launcher.preflight.run import check_hosts, require_hosts
 from launcher.preflight.target import Target, target_of_hosts
 from launcher.ranks.deepspeed_command import added_environment
 from launcher.ranks.placement import is_local, name_localhost
-from launcher.supervision.attempt import Layout
+from launcher.supervision.attempt import Launch, Layout
 from launcher.supervision.rank_processes import HeldRanks, held_ranks
 from launcher.supervision.supervisor import supervise
 from pretrain.config import PretrainConfig
@@ -64,7 +65,8 @@ def launch_pretraining(options: PretrainOptions) -> None:
                         announce_start(plan.slots)
             if options.autotune:
                 plan = autotune(plan, dead_owner)
-            launch(plan, checked_at, dead_owner, held)
+            start = replace(plan.launch(), checked_at=checked_at, dead_owner=dead_owner, held=held)
+            launch(start, plan.summary)
 
 
 def _ranks_started_early(
@@ -94,29 +96,22 @@ def describe_plan(plan: LaunchPlan) -> str:
     return f"# config\n{config}\n# added to the environment\n{variables}\n\n# command\n{shlex.join(argv)}"
 
 
-def launch(
-    plan: LaunchPlan, checked_at: float, dead_owner: Renewal | None = None, held: HeldRanks | None = None
-) -> None:
+def launch(start: Launch, summary: str) -> None:
     """Let the ranks begin and wait until they have exited. Raises StoppedError and SystemExit as `launch_pretraining`.
 
-    Args:
-        plan: what to start.
-        checked_at: `time.time()` when deepcloze began to check the launch.
-        dead_owner: what `check_unlocked` has returned.
-        held: the ranks, if they have been started already.
+    `summary`: of the run, to print.
     """
-    to_start = plan.launch()
-    open_run_folder(plan.folder.path)
-    step_before = last_step(plan.folder)
-    notify(plan.summary)
-    result = supervise(to_start, checked_at, dead_owner, held)
+    folder = open_run_folder(start.folder.path)
+    step_before = last_step(folder)
+    notify(summary)
+    result = supervise(start)
     match result.outcome:
         case Outcome.DONE:
             with contextlib.suppress(OSError):  # a disk error does not change the outcome
-                announce_done(plan.folder, step_before, time.time() - checked_at)
+                announce_done(folder, step_before, time.time() - start.checked_at)
         case Outcome.STOPPED:
             with contextlib.suppress(OSError):
-                announce_stop(plan.folder, step_before)
+                announce_stop(folder, step_before)
             raise StoppedError(result.message)
         case Outcome.REFUSED:
             sys.exit(result.outcome.exit_code)  # rank 0 has printed the message

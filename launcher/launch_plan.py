@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from pretrain.resolve import ResolvedRun
 
 _MAX_RESTARTS_ON_HOSTS = 10
-_RANK_MODULE = "launcher.ranks.start_rank"
 _SPECIAL = re.compile(r"[^\w@+=:,./~ -]")  # to shells or, as %h, to pdsh
 _SPECIAL_OR_SPACE = re.compile(r"[^\w@+=:,./~-]")
 
@@ -53,7 +52,7 @@ class LaunchPlan:
         return is_local(self.slots)
 
     def launch(self) -> Launch:
-        """What the supervisor starts."""
+        """The settings with which the supervisor starts the ranks."""
         max_restarts = self.options.max_restarts
         if max_restarts is None:
             max_restarts = 0 if self.local else _MAX_RESTARTS_ON_HOSTS
@@ -76,17 +75,15 @@ class LaunchPlan:
             return local_command(self.options, layout.slots, self.machine, self.added_environment)
         config_file = self.folder.logs / "launch.yaml"
         command = DeepSpeedCommand(
-            python=sys.executable,
-            module=_RANK_MODULE,
-            # The shell of another host would parse the overrides again, so they are passed in a file there.
-            config=config_file,
             slots=layout.slots,
-            master_port=rendezvous.port if rendezvous else self.machine.find_port(),
+            # The shell of another host would parse the overrides again, so they are passed in a file there.
+            arguments=("--config", str(config_file)),
+            port=self.machine.find_port(),
             hostfile=None if self.local else self.folder.logs / "hostfile",
             launcher=self.options.launcher,
-            master_addr=rendezvous.address if rendezvous else None,
+            rendezvous=rendezvous,
         )
-        start = start_command(command, self.machine, self.added_environment, self.target.host_environment, rendezvous)
+        start = start_command(command, self.machine, self.added_environment, self.target.host_environment)
         config = dump_config(scaled_microbatch(self.config, -layout.microbatch_halvings))
         return replace(start, files={**start.files, config_file: config})
 
@@ -129,15 +126,13 @@ def local_command(options: PretrainOptions, slots: Slots, machine: Machine, adde
 
     added: as `added_environment`.
     """
+    overrides = (f"--{key}={text}" for key, text in options.overrides.items())
     command = DeepSpeedCommand(
-        python=sys.executable,
-        module=_RANK_MODULE,
-        config=Path(options.config).absolute(),
-        overrides=options.overrides,
         slots=slots,
-        master_port=machine.find_port(),
+        arguments=("--config", str(Path(options.config).absolute()), *overrides),
+        port=machine.find_port(),
     )
-    return start_command(command, machine, added, {}, None)
+    return start_command(command, machine, added, {})
 
 
 def _summary(run: "ResolvedRun") -> str:

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Self
 
 from experiment.heartbeat import Heartbeat
@@ -23,19 +23,6 @@ from launcher.hosts.ssh import CONNECT_SECONDS, ssh_argv
 _START_SECONDS = CONNECT_SECONDS + SILENCE_SECONDS
 _SECONDS_PER_HOST = 0.1  # to start ssh
 _END_SECONDS = 15.0
-
-
-@dataclass(frozen=True)
-class GuardRequest:
-    """What a guard needs; see `host_guard.guard`. Travels over ssh, not in a command line."""
-
-    launch: str
-    environment: Mapping[str, str] = field(repr=False)
-    head: str
-
-    def line(self) -> bytes:
-        request = {"launch": self.launch, "environment": dict(self.environment), "head": self.head}
-        return json.dumps(request).encode() + b"\n"
 
 
 @dataclass(frozen=True)
@@ -63,13 +50,24 @@ class GuardedHosts:
     """
 
     def __init__(
-        self, hosts: Sequence[str], request: GuardRequest, on_change: "Callable[[GuardedHosts], object]"
+        self,
+        hosts: Sequence[str],
+        launch: str,
+        environment: Mapping[str, str],
+        on_change: "Callable[[GuardedHosts], object]",
     ) -> None:
-        """`on_change`: called with this object, in a thread, when a host is lost or its number of processes changes."""
+        """Args:
+        hosts: the first one is the one of rank 0.
+        launch: name of the launch.
+        environment: variables for its ranks. They travel over ssh, not in a command line.
+        on_change: called with this object, in a thread, when a host is lost or its number of processes changes.
+        """
         self.replies: dict[str, Reply] = {}
         self.lost: dict[str, str] = {}
         self.processes: dict[str, int] = {}
-        self._request = request
+        self._launch = launch
+        request = {"launch": launch, "environment": dict(environment), "head": hosts[0]}
+        self._request = json.dumps(request).encode() + b"\n"
         self._on_change = on_change
         self._closing = threading.Event()
         self._connections = {host: _Connection(host) for host in hosts}
@@ -114,7 +112,7 @@ class GuardedHosts:
         """On the first host, by the address that others know: on itself, its name often means a loopback address."""
         first, *others = self._connections
         addresses = (self.replies[host].address for host in [*others, first])
-        return Rendezvous(self._request.launch, next(filter(None, addresses), None), self.replies[first].port)
+        return Rendezvous(self._launch, next(filter(None, addresses), None), self.replies[first].port)
 
     def __enter__(self) -> Self:
         self.start()
@@ -132,7 +130,7 @@ class GuardedHosts:
             connection.started.set()
 
     def _read_guard(self, host: str, connection: "_Connection") -> None:
-        connection.request(self._request.line())
+        connection.request(self._request)
         for line in connection.lines():
             if line == ENDED:
                 break
@@ -150,7 +148,7 @@ class GuardedHosts:
         """End the launch on a host whose guard was killed or connection failed: a new guard does only that."""
         connection = _Connection(host)
         self._connections[host] = connection  # `close` kills it if it takes too long
-        connection.request(self._request.line() + f"{END}\n".encode())
+        connection.request(self._request + f"{END}\n".encode())
         for line in connection.lines():
             if line == ENDED:
                 return

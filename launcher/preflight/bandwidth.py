@@ -2,23 +2,22 @@
 
 import os
 import subprocess
-import sys
 import tempfile
-from collections.abc import Sequence
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from experiment.files import write_text
 from experiment.run_lock import temporary_folder
-from launcher.hosts.guarded_hosts import GuardedHosts, GuardRequest, Rendezvous
+from launcher.hosts.guarded_hosts import GuardedHosts, Rendezvous
 from launcher.hosts.hostfile import Slots
 from launcher.hosts.machine import Machine
 from launcher.preflight.target import Target
 from launcher.ranks.deepspeed_command import Command, DeepSpeedCommand, added_environment, start_command
 from launcher.ranks.placement import is_local
-from launcher.supervision.rank_processes import kill_group, watchdog
+from launcher.ranks.start_rank import MEASURE
+from launcher.supervision.rank_processes import RankProcesses, started
 
 LIMIT_SECONDS = 240.0
 """After which each rank gives up. Most of it is for the start: Python's modules may come from a slow disk."""
@@ -30,7 +29,7 @@ _TAIL_LINES = 15
 
 @dataclass(frozen=True)
 class Measurement:
-    """What the ranks measured."""
+    """Measurements of the ranks."""
 
     ranks: int
     bytes: int  # of one all-reduce
@@ -53,16 +52,15 @@ def measure(slots: Slots, machine: Machine, target: Target) -> Measurement:
 
     Raises MeasurementError with the end of the output.
     """
-    with temporary_folder(Path(tempfile.gettempdir()), "deepcloze-preflight-", mode=0o700) as temporary:
+    processes = RankProcesses()
+    with temporary_folder(Path(tempfile.gettempdir()), "deepcloze-preflight-", mode=0o700) as folder:
         if is_local(slots):
-            output = _run(_command(slots, machine, target, temporary), groups=[])
+            output = _run(_command(slots, machine, target, folder), folder, processes)
         else:
-            name = f"{os.urandom(8).hex()}-0"
-            request = GuardRequest(name, target.host_environment, head=next(iter(slots)))
-            groups: list[int] = []
-            with GuardedHosts(list(slots), request, lambda guards: _kill_if_lost(guards, groups)) as guards:
+            launch = f"{os.urandom(8).hex()}-0"
+            with GuardedHosts(list(slots), launch, target.host_environment, processes.check) as guards:
                 _check_lost(guards)
-                output = _run(_command(slots, machine, target, temporary, guards.rendezvous()), groups)
+                output = _run(_command(slots, machine, target, folder, guards.rendezvous()), folder, processes)
                 _check_lost(guards)
     for line in output.splitlines():
         _, mark, result = line.partition(RESULT_MARK)
@@ -72,27 +70,19 @@ def measure(slots: Slots, machine: Machine, target: Target) -> Measurement:
 
 
 def _command(
-    slots: Slots, machine: Machine, target: Target, temporary: Path, rendezvous: Rendezvous | None = None
+    slots: Slots, machine: Machine, target: Target, folder: Path, rendezvous: Rendezvous | None = None
 ) -> Command:
-    """How the measurement is started. Without a rendezvous, all ranks run on this machine."""
+    """The command of the measurement. Without a rendezvous, all ranks run on this machine."""
     command = DeepSpeedCommand(
-        python=sys.executable,
-        module="launcher.preflight.start_measurement",
-        config=None,
         slots=slots,
-        master_port=rendezvous.port if rendezvous else target.port,
-        hostfile=temporary / "hostfile" if rendezvous else None,
+        arguments=(MEASURE,),
+        port=target.port,
+        hostfile=folder / "hostfile" if rendezvous else None,
         launcher=target.launcher,
-        master_addr=rendezvous.address if rendezvous else None,
+        rendezvous=rendezvous,
     )
     added = added_environment(machine, local=rendezvous is None)
-    return start_command(command, machine, added, target.host_environment, rendezvous)
-
-
-def _kill_if_lost(guards: GuardedHosts, groups: Sequence[int]) -> None:
-    if guards.lost:
-        for group in groups:
-            kill_group(group)
+    return start_command(command, machine, added, target.host_environment)
 
 
 def _check_lost(guards: GuardedHosts) -> None:
@@ -100,36 +90,24 @@ def _check_lost(guards: GuardedHosts) -> None:
         raise MeasurementError("lost " + "; ".join(f"{host}: {reason}" for host, reason in lost.items()))
 
 
-def _run(command: Command, groups: list[int]) -> str:
-    """The output of the command. Kills it, and all that it has started here, if it does not end in time.
-
-    `groups`: gets its process group.
-    """
-    for path, text in command.files.items():
-        write_text(path, text)
-    process = subprocess.Popen(
-        command.argv,
-        env=dict(command.environment),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-        text=True,
-        errors="replace",
-    )
-    groups.append(process.pid)
-    try:
-        with watchdog(process.pid):
-            return process.communicate(timeout=LIMIT_SECONDS + _EXIT_SECONDS)[0]
-    except subprocess.TimeoutExpired:
-        kill_group(process.pid)
-        output = process.communicate()[0]
+def _run(command: Command, folder: Path, processes: RankProcesses) -> str:
+    """The output of the command. Kills it, and all that it has started here, if it does not end in time."""
+    path, limit, has_ended = folder / "output", LIMIT_SECONDS + _EXIT_SECONDS, False
+    with path.open("wb") as file, started(command, time.time(), file) as process:
+        processes.started(process.pid)
+        try:
+            process.wait(limit)
+            has_ended = True
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            processes.ended()
+    output = path.read_text(encoding="utf-8", errors="replace")
+    if not has_ended:
         raise MeasurementError(
-            f"the all-reduce over all ranks did not end within {LIMIT_SECONDS + _EXIT_SECONDS:.0f} s; the end of its "
-            f"output:\n{_tail(output)}"
-        ) from None
-    finally:
-        kill_group(process.pid)
+            f"the all-reduce over all ranks did not end within {limit:.0f} s; the end of its output:\n{_tail(output)}"
+        )
+    return output
 
 
 def _tail(output: str) -> str:

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,30 +22,32 @@ from launcher.ranks.placement import Launcher
 
 # DeepSpeed would log a stopped rank as an error; the ranks and `deepcloze` report what happened.
 _LOG_LEVEL = "--log_level=critical"
+_MODULE = "launcher.ranks.start_rank"
+_FILE = str(REPOSITORY / "launcher" / "ranks" / "start_rank.py")
 
 
 @dataclass(frozen=True)
 class DeepSpeedCommand:
     """Everything the command line of one launch depends on."""
 
-    python: str  # the interpreter of DeepSpeed's launcher and of the ranks
-    module: str  # what each rank runs
-    config: Path | None  # absolute; None: the module takes none
     slots: Slots
-    master_port: int
-    overrides: Mapping[str, str] = field(default_factory=dict)  # dotted config key -> raw text
+    arguments: tuple[str, ...]  # of each rank
+    port: int  # at which the ranks meet, without a rendezvous
     hostfile: Path | None = None  # absolute; None: all slots are on this machine
     launcher: Launcher = "pdsh"  # what starts the ranks on other hosts
-    master_addr: str | None = None  # of the first host; None: DeepSpeed asks it
+    rendezvous: Rendezvous | None = None  # None: unknown, or all ranks run on this machine
+
+    @property
+    def master_port(self) -> int:
+        return self.rendezvous.port if self.rendezvous else self.port
 
 
 def deepspeed_argv(command: DeepSpeedCommand) -> list[str]:
-    """The argv that starts one rank per slot, each running `module --config FILE --section.key=value …`."""
+    """The argv that starts one rank per slot, each running `launcher.ranks.start_rank ARGUMENT…`."""
     return [
         # Run as a module, so that the ranks use this interpreter whatever PATH says.
-        *(command.python, "-m", *(_local_launcher(command) if command.hostfile is None else _hosts_launcher(command))),
-        *(("--config", str(command.config)) if command.config is not None else ()),
-        *(f"--{key}={text}" for key, text in command.overrides.items()),
+        *(sys.executable, "-m", *(_local_launcher(command) if command.hostfile is None else _hosts_launcher(command))),
+        *command.arguments,
     ]
 
 
@@ -55,30 +58,25 @@ def _local_launcher(command: DeepSpeedCommand) -> list[str]:
         *("deepspeed.launcher.launch", _LOG_LEVEL),
         f"--world_info={base64.urlsafe_b64encode(slots.encode()).decode()}",
         *("--master_addr=127.0.0.1", f"--master_port={command.master_port}"),
-        *("--module", command.module),
+        *("--module", _MODULE),
     ]
 
 
 def _hosts_launcher(command: DeepSpeedCommand) -> list[str]:
+    address = command.rendezvous and command.rendezvous.address
     include = "@".join(f"{host}:{','.join(map(str, slots))}" for host, slots in command.slots.items())
     return [
         *("deepspeed.launcher.runner", _LOG_LEVEL, f"--master_port={command.master_port}"),
-        *([f"--master_addr={command.master_addr}"] if command.master_addr else []),
+        *([f"--master_addr={address}"] if address else []),  # else DeepSpeed asks the first host
         f"--hostfile={command.hostfile}",
         # MPI launchers reject --include: their hostfile has just these slots.
         *([f"--include={include}"] if command.launcher in ("pdsh", "slurm") else []),
         *([f"--launcher={command.launcher}"] if command.launcher != "pdsh" else []),
         # Without --force_multi, DeepSpeed would run the ranks of a single remote host on this machine.
         *(["--force_multi"] if len(command.slots) == 1 else []),
-        *_program(command),
+        # DeepSpeed ignores --module with slurm, and with mpich applies it to a script of its own, which does not start.
+        *([_FILE] if command.launcher in ("slurm", "mpich") else ["--module", _MODULE]),
     ]
-
-
-def _program(command: DeepSpeedCommand) -> list[str]:
-    # DeepSpeed ignores --module with slurm, and with mpich applies it to a script of its own, which does not start.
-    if command.launcher in ("slurm", "mpich"):
-        return [str(REPOSITORY.joinpath(*command.module.split(".")).with_suffix(".py"))]
-    return ["--module", command.module]
 
 
 @dataclass(frozen=True)
@@ -96,11 +94,7 @@ def added_environment(machine: Machine, local: bool) -> dict[str, str]:
 
 
 def start_command(
-    command: DeepSpeedCommand,
-    machine: Machine,
-    added: Mapping[str, str],
-    forwarded: Mapping[str, str],
-    rendezvous: Rendezvous | None,
+    command: DeepSpeedCommand, machine: Machine, added: Mapping[str, str], forwarded: Mapping[str, str]
 ) -> Command:
     """The command with its environment and, for ranks on other hosts, its hostfile and the variables to export, which
     are written to the folder of the hostfile.
@@ -109,13 +103,12 @@ def start_command(
         machine: the machine that it is started on.
         added: variables that the launch adds for its ranks.
         forwarded: variables that guards bring to other hosts.
-        rendezvous: None: unknown, or all ranks run on this machine.
     """
     argv = tuple(deepspeed_argv(command))
     if command.hostfile is None:
         return Command(argv, deepspeed_environment(machine.environ, added))
     exports = command.hostfile.with_name("worker.env")
-    exported = exported_variables(added, rendezvous, command.launcher)
+    exported = exported_variables(added, command.rendezvous, command.launcher)
     environment = remote_deepspeed_environment(machine.environ, added, forwarded) | {"DS_ENV_FILE": str(exports)}
     files = {
         command.hostfile: hostfile_text(command.slots),

@@ -1,4 +1,5 @@
-"""Start one rank on its host: add the variables that depend on the host, then become `python -m pretrain.run`.
+"""Start one rank on its host: add the variables that depend on the host, then become `python -m pretrain.run`, or
+with `--measure` a rank of the timed all-reduce of preflight.
 
 DeepSpeed's launcher, or MPI or SLURM for it, runs this module once for each rank. The devices, cores and networks of
 the host may differ from those of the machine that the launch was started on. glibc reads its settings when a program
@@ -22,6 +23,8 @@ from launcher.hosts.machine import guess_device
 from launcher.hosts.probe import cpu_cores, route_to
 from launcher.ranks.environment import host_environment, network_interface
 
+MEASURE = "--measure"
+
 # Of each source: the variables of RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_SIZE.
 _SOURCES = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
@@ -32,7 +35,8 @@ _SOURCES = (
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE")
 
 
-def main(argv: Sequence[str], module: str = "pretrain.run") -> None:
+def main(argv: Sequence[str]) -> None:
+    module = "launcher.preflight.measure" if MEASURE in argv else "pretrain.run"
     environ = {**os.environ, **_of_launch(os.environ)}
     environ |= rank_variables(environ)
     ranks = int(environ.get("LOCAL_SIZE", "1"))

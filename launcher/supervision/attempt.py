@@ -7,30 +7,34 @@ session of its own, which Ctrl-C does not reach. The outcome is read from the ru
 
 import os
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import xxhash
 
-from experiment.files import atomic_write
-from experiment.heartbeat import Heartbeat, request_stack
+from experiment.heartbeat import Heartbeat, beat_seconds
 from experiment.outcome_file import Cause, Outcome, read_outcome
 from experiment.run_folder import RunFolder
+from experiment.run_lock import Renewal
 from experiment.tracking.config import TrackingConfig
-from launcher.hosts.guarded_hosts import GuardedHosts, GuardRequest, Rendezvous
+from launcher.hosts.guarded_hosts import GuardedHosts, Rendezvous
 from launcher.hosts.hostfile import Slots
 from launcher.ranks.deepspeed_command import Command
-from launcher.supervision.hang_watch import WatchedRanks, hang_watch
+from launcher.supervision.hang_watch import HangWatch
 from launcher.supervision.launch_result import AttemptRecord, LaunchResult, all_done, has_begun, read_result
-from launcher.supervision.rank_processes import HeldRanks, RunningRanks, kill_group, started
+from launcher.supervision.rank_processes import (
+    EXIT_TIMEOUT_SECONDS,
+    HeldRanks,
+    RankProcesses,
+    RunningRanks,
+    kill_group,
+    polled,
+    started,
+)
 from launcher.supervision.stop_signals import StopSignals, kill_on_early_stop
 
-# DeepSpeed's launcher gives ranks 30 s to exit after one of them failed or it got a signal.
-_EXIT_TIMEOUT_SECONDS = 40.0
 _POLL_SECONDS = 0.2
 _KILLED = LaunchResult(Outcome.STOPPED, "killed; the run can resume from its last complete checkpoint")
 _STOPPED_EARLY = LaunchResult(
@@ -45,10 +49,14 @@ class Layout:
     slots: Slots
     microbatch_halvings: int = 0
 
+    @property
+    def ranks(self) -> int:
+        return sum(map(len, self.slots.values()))
+
 
 @dataclass(frozen=True)
 class Launch:
-    """What is started, as often as needed."""
+    """Settings for starting ranks, as often as needed."""
 
     folder: RunFolder
     slots: Slots  # of all hosts
@@ -61,48 +69,35 @@ class Launch:
     hang_seconds: float = 600.0  # as `health.hang_seconds`
     quiet: bool = False  # do not print what the ranks print
     passing_hosts: Callable[[Collection[str]], Collection[str]] = lambda hosts: hosts  # those that pass preflight
+    checked_at: float = field(default_factory=time.time)  # when deepcloze began to check the launch
+    dead_owner: Renewal | None = None  # of the run folder, as `check_unlocked` found it
+    held: HeldRanks | None = None  # the ranks of the first attempt, if they have been started already
 
 
-def run_attempt(
-    launch: Launch, layout: Layout, stop: StopSignals, record: AttemptRecord, held: HeldRanks | None = None
-) -> LaunchResult:
-    """Run the ranks of this layout until they have exited. No process of theirs remains on a host that answers.
-
-    held: the ranks, if they have been started already.
-    """
+def run_attempt(launch: Launch, layout: Layout, stop: StopSignals, record: AttemptRecord) -> LaunchResult:
+    """Run the ranks of this layout until they have exited. No process of theirs remains on a host that answers."""
     if stop.killed:
         return _KILLED
-    if launch.local:
-        return _run_here(launch, layout, stop, record, held)
-    return _run_on_hosts(launch, layout, stop, record)
-
-
-def _run_here(
-    launch: Launch, layout: Layout, stop: StopSignals, record: AttemptRecord, held: HeldRanks | None
-) -> LaunchResult:
-    """Run the ranks on this machine."""
-    processes = _Processes()
+    if not launch.local:
+        return _run_on_hosts(launch, layout, stop, record)
+    processes, held = RankProcesses(), launch.held
     command = held.command if held else launch.command(layout, None)
-    output = subprocess.DEVNULL if launch.quiet else None
-    ranks = held.begin() if held else started(command, record.start_time, output)
-    _prepare(command, record)
-    return _run(launch, ranks, stop, processes, _watched_ranks(launch, layout, processes, processes.request_stack))
+    record.start(command.argv)
+    ranks = held.begin() if held else started(command, record.start_time, subprocess.DEVNULL if launch.quiet else None)
+    return _run(launch, layout, ranks, stop, processes, processes.request_stack)
 
 
 def _run_on_hosts(launch: Launch, layout: Layout, stop: StopSignals, record: AttemptRecord) -> LaunchResult:
     """Run the ranks on hosts that are guarded."""
-    processes, hosts = _Processes(), list(layout.slots)
-    request = GuardRequest(_launch_name(launch.folder), launch.host_environment, head=hosts[0])
-    guards = GuardedHosts(hosts, request, processes.check)
+    processes = RankProcesses()
+    guards = GuardedHosts(list(layout.slots), _launch_name(launch.folder), launch.host_environment, processes.check)
     result = None
     with stop.killing(guards.cancel), kill_on_early_stop(launch.folder, stop) as stopped_early, guards:
         if not guards.lost and not stop.killed:
             command = launch.command(layout, guards.rendezvous())
+            record.start(command.argv)
             ranks = started(command, record.start_time, subprocess.DEVNULL if launch.quiet else subprocess.PIPE)
-            _prepare(command, record)
-            result = _run(
-                launch, ranks, stop, processes, _watched_ranks(launch, layout, processes, guards.request_stack)
-            )
+            result = _run(launch, layout, ranks, stop, processes, guards.request_stack)
         lost = dict(guards.lost)
     if stopped_early.is_set():
         return _STOPPED_EARLY
@@ -118,87 +113,24 @@ def _is_explained_by_a_lost_host(result: LaunchResult) -> bool:
     return result.outcome is Outcome.FAILED and result.cause not in (Cause.AGREED, Cause.OUT_OF_MEMORY)
 
 
-class _Processes:
-    """The processes of an attempt. They end when a host is lost, or some time after those of a host have ended.
-
-    `left`: the host whose processes had ended when the others were killed.
-    """
-
-    def __init__(self) -> None:
-        self.left: str | None = None
-        self._group: int | None = None
-        self._killed = False
-        self._timer: threading.Timer | None = None
-        self._lock = threading.RLock()
-
-    def started(self, group: int) -> None:
-        with self._lock:
-            self._group = group
-            if self._killed:
-                self.kill()
-
-    def kill(self) -> None:
-        with self._lock:
-            self._killed = True
-            if self._group is not None:
-                kill_group(self._group)
-
-    def request_stack(self, beat: Heartbeat) -> None:
-        """Unless the rank has ended: its process id may be that of another process by now."""
-        with self._lock, suppress(ProcessLookupError):
-            if os.getpgid(beat.pid) == self._group:
-                request_stack(beat.pid)
-
-    def check(self, guards: GuardedHosts) -> None:
-        with self._lock:
-            if guards.lost:
-                self.kill()
-            elif self._timer is None and (
-                left := [host for host, count in dict(guards.processes).items() if not count]
-            ):
-                self._timer = threading.Timer(_EXIT_TIMEOUT_SECONDS, self._kill_others, left[:1])
-                self._timer.daemon = True
-                self._timer.start()
-
-    def ended(self) -> None:
-        with self._lock:
-            self._group = None
-            if self._timer is not None:
-                self._timer.cancel()
-
-    def _kill_others(self, left: str) -> None:
-        with self._lock:
-            if self._group is not None:
-                self.left = left
-                self.kill()
-
-
 def _launch_name(folder: RunFolder) -> str:
     """A new name for an attempt, as `LAUNCH_VARIABLE` has it."""
     return f"{xxhash.xxh3_64_hexdigest(os.fsencode(folder.path))}-{os.urandom(8).hex()}"
 
 
-def _watched_ranks(
-    launch: Launch, layout: Layout, processes: _Processes, request_stack: Callable[[Heartbeat], None]
-) -> WatchedRanks:
-    ranks = sum(map(len, layout.slots.values()))
-    return WatchedRanks(launch.folder, ranks, launch.hang_seconds, request_stack, processes.kill)
-
-
-def _prepare(command: Command, record: AttemptRecord) -> None:
-    """Record the command and write the files that it reads."""
-    record.start(command.argv)
-    for path, text in command.files.items():
-        _write_private(path, text)
-
-
 def _run(
-    launch: Launch, ranks: RunningRanks, stop: StopSignals, processes: _Processes, watched: WatchedRanks
+    launch: Launch,
+    layout: Layout,
+    ranks: RunningRanks,
+    stop: StopSignals,
+    processes: RankProcesses,
+    request_stack: Callable[[Heartbeat], None],
 ) -> LaunchResult:
     """Let the ranks begin, and wait until they have exited."""
     start_time = time.time()
+    hang = HangWatch(launch.folder, layout.ranks, launch.hang_seconds, request_stack, processes.kill)
     try:
-        with ranks as process, hang_watch(watched) as hang:
+        with ranks as process, polled(hang.is_settled, beat_seconds(launch.hang_seconds), "hang watch"):
             processes.started(process.pid)
             with stop.killing(processes.kill):
                 exit_code = _wait(process, launch)
@@ -249,16 +181,9 @@ def _wait(process: "subprocess.Popen[bytes]", launch: Launch) -> int:
     return exit_code
 
 
-def _write_private(path: Path, text: str) -> None:
-    """Write a file that only the user can read."""
-    with atomic_write(path) as temporary:
-        temporary.touch(mode=0o600)
-        temporary.write_text(text, encoding="utf-8")
-
-
 def _wait_for_group(group: int) -> None:
     """Wait until the process group is empty, or time out: DeepSpeed's launcher may exit before the ranks do."""
-    deadline = time.monotonic() + _EXIT_TIMEOUT_SECONDS
+    deadline = time.monotonic() + EXIT_TIMEOUT_SECONDS
     with suppress(ProcessLookupError):
         while time.monotonic() < deadline:
             os.killpg(group, 0)

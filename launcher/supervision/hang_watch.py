@@ -8,15 +8,14 @@ are the cause. The stack of a rank is in its log.
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from experiment.errors import notify
-from experiment.heartbeat import Heartbeat, beat_seconds, hung_seconds, main_stack, read_heartbeat
+from experiment.heartbeat import Heartbeat, hung_seconds, main_stack, read_heartbeat
 from experiment.outcome_file import Cause, Outcome, write_first_outcome
 from experiment.run_folder import RunFolder
-from launcher.supervision.rank_processes import polled
 
 _STACK_SECONDS = 1.0
 _MOST_NAMED = 4
@@ -29,17 +28,6 @@ class RankLife:
 
     beat: Heartbeat
     silent_seconds: float  # since its heartbeat has changed
-
-
-@dataclass(frozen=True)
-class WatchedRanks:
-    """What a watch needs."""
-
-    folder: RunFolder
-    ranks: int
-    hang_seconds: float
-    request_stack: Callable[[Heartbeat], None]
-    end: Callable[[], None]  # all processes of the launch
 
 
 def hung_ranks(lives: Sequence[RankLife], ranks: int, limit: float) -> list[RankLife]:
@@ -67,10 +55,22 @@ def _is_stuck(life: RankLife, limit: float) -> bool:
 class HangWatch:
     """Watches the ranks of an attempt. `message`: which rank hangs; None: none does."""
 
-    def __init__(self, watched: WatchedRanks, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        folder: RunFolder,
+        ranks: int,
+        hang_seconds: float,
+        request_stack: Callable[[Heartbeat], None],
+        end: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`end`: ends all processes of the launch."""
         self.message: str | None = None
-        self._watched = watched
-        self._limit = hung_seconds(watched.hang_seconds)
+        self._folder = folder
+        self._ranks = ranks
+        self._request_stack = request_stack
+        self._end_ranks = end
+        self._limit = hung_seconds(hang_seconds)
         self._clock = clock
         self._checked = clock()
         self._lives: dict[int, RankLife] = {}
@@ -81,9 +81,9 @@ class HangWatch:
         now = self._clock()
         # No heartbeat was read while this machine was suspended: count a part of a long pause only.
         elapsed, self._checked = min(now - self._checked, self._limit / 4), now
-        for rank in range(self._watched.ranks):
+        for rank in range(self._ranks):
             self._look_at(rank, elapsed)
-        hung = hung_ranks(list(self._lives.values()), self._watched.ranks, self._limit)
+        hung = hung_ranks(list(self._lives.values()), self._ranks, self._limit)
         ended = [life for life in hung if self._has_ended(life.beat.rank)]
         for life in ended:
             del self._lives[life.beat.rank]
@@ -93,7 +93,7 @@ class HangWatch:
         return True
 
     def _look_at(self, rank: int, elapsed: float) -> None:
-        known, beat = self._lives.get(rank), read_heartbeat(self._watched.folder, rank)
+        known, beat = self._lives.get(rank), read_heartbeat(self._folder, rank)
         if beat is not None and (known is None or beat.number != known.beat.number):
             self._lives[rank] = RankLife(beat, 0.0)
             self._log_sizes.setdefault(rank, self._log_size(rank))
@@ -102,12 +102,12 @@ class HangWatch:
 
     def _log_size(self, rank: int) -> int:
         with suppress(OSError):
-            return self._watched.folder.rank_log(rank).stat().st_size
+            return self._folder.rank_log(rank).stat().st_size
         return 0
 
     def _has_ended(self, rank: int) -> bool:
         try:
-            process = json.loads(self._watched.folder.rank_record(rank).read_text(encoding="utf-8"))
+            process = json.loads(self._folder.rank_record(rank).read_text(encoding="utf-8"))
             return process["exit"] is not None
         except (OSError, ValueError, KeyError, TypeError):
             return False
@@ -115,7 +115,7 @@ class HangWatch:
     def _can_write(self) -> bool:
         """Whether the run folder can be written: heartbeats need it."""
         try:
-            os.utime(self._watched.folder.logs)
+            os.utime(self._folder.logs)
         except OSError:
             return False
         return True
@@ -129,22 +129,22 @@ class HangWatch:
         self.message = f"{summary}\n{stacks}"
         notify(f"{summary}; ending all ranks")
         with suppress(OSError):
-            write_first_outcome(self._watched.folder, Outcome.FAILED, self.message, Cause.HUNG)
-        self._watched.end()
+            write_first_outcome(self._folder, Outcome.FAILED, self.message, Cause.HUNG)
+        self._end_ranks()
 
     def _get_stacks(self, named: Sequence[RankLife]) -> None:
         """A rank that makes no progress has written its stack; the others are asked to."""
         missing = {life.beat.rank for life in named if not self._frames(life.beat.rank)}
         for life in named:
             if life.beat.rank in missing:
-                self._watched.request_stack(life.beat)
+                self._request_stack(life.beat)
         deadline = time.monotonic() + _STACK_SECONDS
         while missing and time.monotonic() < deadline:
             time.sleep(0.02)
             missing = {rank for rank in missing if not self._frames(rank)}
 
     def _frames(self, rank: int) -> list[str]:
-        return main_stack(self._watched.folder.rank_log(rank), self._log_sizes.get(rank, 0))
+        return main_stack(self._folder.rank_log(rank), self._log_sizes.get(rank, 0))
 
     def _describe(self, life: RankLife) -> str:
         beat = life.beat
@@ -157,18 +157,10 @@ class HangWatch:
         return f"{beat.host}, rank {beat.rank} (process {beat.pid}) hangs: {what} ({where})"
 
     def _stack(self, rank: int) -> str:
-        log = self._watched.folder.rank_log(rank)
+        log = self._folder.rank_log(rank)
         frames = self._frames(rank)
         if not frames:
             return f"the stack of rank {rank} is not known: it does not react to signals"
         more = ["…"] if len(frames) > _MOST_FRAMES else []
         lines = "\n".join(f"  {frame}" for frame in [*frames[:_MOST_FRAMES], *more])
         return f"the main thread of rank {rank}, innermost call first; all threads: {log}\n{lines}"
-
-
-@contextmanager
-def hang_watch(watched: WatchedRanks) -> Iterator[HangWatch]:
-    """Watch the ranks while the block runs."""
-    watch = HangWatch(watched)
-    with polled(watch.is_settled, beat_seconds(watched.hang_seconds), "hang watch"):
-        yield watch

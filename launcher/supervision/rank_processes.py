@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import IO
 
 from experiment.errors import UserError
+from experiment.files import atomic_write
 from experiment.goodput import process_start
+from experiment.heartbeat import Heartbeat, request_stack
 from experiment.own_process import GATE_VARIABLE, START_VARIABLE
 from experiment.run_lock import temporary_folder
 from experiment.signals import handle_stop_signals, interrupt, warnings_blocked
+from launcher.hosts.guarded_hosts import GuardedHosts
 from launcher.ranks.deepspeed_command import Command
 
 _NOISE = re.compile(
@@ -25,6 +28,9 @@ _NOISE = re.compile(
     rb"\[[-0-9]+ [:,0-9]+\] \[(INFO|WARNING)\] \[(launch|real_accelerator)\.py:"
     rb"|\[W.*\[c10d\] The hostname of the client socket cannot be retrieved)"
 )
+EXIT_TIMEOUT_SECONDS = 40.0
+"""DeepSpeed's launcher gives ranks 30 s to exit after one of them failed or it got a signal."""
+
 RunningRanks = AbstractContextManager["subprocess.Popen[bytes]"]
 """Lets ranks begin. In the block there is DeepSpeed's launcher, whose process group is killed at the end."""
 
@@ -48,6 +54,62 @@ def watchdog(group: int) -> Iterator[None]:
 def kill_group(group: int) -> None:
     with suppress(ProcessLookupError):
         os.killpg(group, signal.SIGKILL)
+
+
+class RankProcesses:
+    """The process group of a launch on this machine. It is killed when a host is lost, or some time after the processes
+    of a host have ended.
+
+    `left`: the host whose processes had ended when the others were killed.
+    """
+
+    def __init__(self) -> None:
+        self.left: str | None = None
+        self._group: int | None = None
+        self._killed = False
+        self._timer: threading.Timer | None = None
+        self._lock = threading.RLock()
+
+    def started(self, group: int) -> None:
+        with self._lock:
+            self._group = group
+            if self._killed:
+                self.kill()
+
+    def kill(self) -> None:
+        with self._lock:
+            self._killed = True
+            if self._group is not None:
+                kill_group(self._group)
+
+    def request_stack(self, beat: Heartbeat) -> None:
+        """Unless the rank has ended: its process id may be that of another process by now."""
+        with self._lock, suppress(ProcessLookupError):
+            if os.getpgid(beat.pid) == self._group:
+                request_stack(beat.pid)
+
+    def check(self, guards: GuardedHosts) -> None:
+        with self._lock:
+            if guards.lost:
+                self.kill()
+            elif self._timer is None and (
+                left := [host for host, count in dict(guards.processes).items() if not count]
+            ):
+                self._timer = threading.Timer(EXIT_TIMEOUT_SECONDS, self._kill_others, left[:1])
+                self._timer.daemon = True
+                self._timer.start()
+
+    def ended(self) -> None:
+        with self._lock:
+            self._group = None
+            if self._timer is not None:
+                self._timer.cancel()
+
+    def _kill_others(self, left: str) -> None:
+        with self._lock:
+            if self._group is not None:
+                self.left = left
+                self.kill()
 
 
 def is_noise(line: bytes) -> bool:
@@ -90,15 +152,18 @@ class HeldRanks:
 
 @contextmanager
 def started(
-    command: Command, start_time: float, output: int | None = None, gate: Path | None = None
+    command: Command, start_time: float, output: int | IO[bytes] | None = None, gate: Path | None = None
 ) -> Iterator["subprocess.Popen[bytes]"]:
-    """Start DeepSpeed's launcher. Its process group is killed at the end of the block, or when this process dies.
+    """Write the files of a command and start it: DeepSpeed's launcher. Its process group is killed at the end of the
+    block, or when this process dies.
 
     Args:
         start_time: of the attempt, as `time.time()`.
         output: as `stdout` of `subprocess.Popen`, also for errors.
         gate: a file; the ranks wait for it before they begin.
     """
+    for path, text in command.files.items():
+        _write_private(path, text)
     environment = {**command.environment, START_VARIABLE: str(start_time)}
     if gate is not None:
         environment[GATE_VARIABLE] = str(gate)
@@ -118,6 +183,13 @@ def started(
         finally:
             kill_group(process.pid)
             process.wait()
+
+
+def _write_private(path: Path, text: str) -> None:
+    """Write a file that only the user can read."""
+    with atomic_write(path) as temporary:
+        temporary.touch(mode=0o600)
+        temporary.write_text(text, encoding="utf-8")
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from experiment.errors import UserError, notify
 from experiment.goodput import process_start, record_end
 from experiment.outcome_file import Cause, Outcome, reserve_outcome
 from experiment.run_folder import RunFolder
-from experiment.run_lock import Renewal, lock_run
+from experiment.run_lock import lock_run
 from experiment.tracking.alerts import Alert, AlertFilter, Messenger
 from experiment.tracking.config import AlertEvent, TrackingConfig
 from experiment.tracking.wandb_alert import send_last_alert
@@ -27,23 +27,15 @@ from launcher.hosts.hostfile import Slots
 from launcher.hosts.ssh import usable_hosts, watch_for_hosts
 from launcher.supervision.attempt import Launch, Layout, run_attempt
 from launcher.supervision.launch_result import AttemptRecord, LaunchResult, begin_attempt, clear_reports
-from launcher.supervision.rank_processes import HeldRanks
 from launcher.supervision.restarts import Attempt, End, Restart, decide
 from launcher.supervision.stop_signals import StopSignals
 
 
-def supervise(
-    launch: Launch, checked_at: float, dead_owner: Renewal | None = None, held: HeldRanks | None = None
-) -> LaunchResult:
+def supervise(launch: Launch) -> LaunchResult:
     """Run a launch until it is done, stopped, or has failed too often, and record each attempt in `RUN/launch.jsonl`.
 
-    Args:
-        launch: what to run.
-        checked_at: `time.time()` when deepcloze began to check the launch. A STOP file that is older is removed; a
-            newer one was created since then, and no rank begins.
-        dead_owner: what `check_unlocked` has returned.
-        held: the ranks of the first attempt, if they have been started already. The caller ends those that have not
-            begun.
+    A STOP file that is older than `launch.checked_at` is removed; a newer one was created since then, and no rank
+    begins. The caller ends ranks of `launch.held` that have not begun.
 
     On a stop signal the ranks save a checkpoint and exit; a second one kills them. No rank outlives this process.
     Raises UserError if another launch uses the run folder, OSError if it cannot be written.
@@ -52,11 +44,11 @@ def supervise(
     taken_over = f"another machine has taken over {folder.path}"
     with (
         contextlib.closing(LaunchAlerts(launch.tracking, folder)) as alerts,
-        lock_run(folder, on_lost=lambda: stop.abandon(taken_over), dead=dead_owner),
+        lock_run(folder, on_lost=lambda: stop.abandon(taken_over), dead=launch.dead_owner),
     ):
-        remove_leftovers(folder, checked_at)
+        remove_leftovers(folder, launch.checked_at)
         with stop.handle(), contextlib.nullcontext() if launch.local else _ignored_suspension():
-            return _Supervisor(launch, stop, held, alerts).run()
+            return _Supervisor(launch, stop, alerts).run()
 
 
 @contextlib.contextmanager
@@ -100,9 +92,8 @@ class LaunchAlerts:
 
 
 class _Supervisor:
-    def __init__(self, launch: Launch, stop: StopSignals, held: HeldRanks | None, alerts: LaunchAlerts) -> None:
+    def __init__(self, launch: Launch, stop: StopSignals, alerts: LaunchAlerts) -> None:
         self._launch = launch
-        self._held = held
         self._folder = launch.folder
         self._stop = stop
         self._alerts = alerts
@@ -113,6 +104,7 @@ class _Supervisor:
         while True:
             attempt = self._attempt(layout)
             self._attempts.append(attempt)
+            self._launch = replace(self._launch, held=None)
             can_halve = layout.microbatch_halvings < self._launch.max_halvings
             match decide(self._attempts, self._launch.max_restarts, can_halve):
                 case End(advice):
@@ -165,7 +157,7 @@ class _Supervisor:
         """When the current attempt started. The first attempt includes the time before the launch was checked."""
         if self._attempts:
             return time.time()
-        return self._held.start_time if self._held else process_start()
+        return self._launch.held.start_time if self._launch.held else process_start()
 
     def _has_saved_since(self, before: list[Path] | None) -> bool:
         newest = newest_checkpoint(self._folder.checkpoints)
@@ -181,8 +173,7 @@ class _Supervisor:
         own_stop = _OwnStopFile(self._folder.stop)
         missing = self._launch.slots.keys() - layout.slots.keys()
         with watch_for_hosts(missing, self._launch.passing_hosts, self._folder, own_stop.make):
-            held = None if self._attempts else self._held
-            result = run_attempt(self._launch, layout, self._stop, record, held)
+            result = run_attempt(self._launch, layout, self._stop, record)
         withdrawn = own_stop.withdraw()
         return result, withdrawn and result.outcome is Outcome.STOPPED
 

@@ -109,7 +109,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     """Stands for the ranks; records what would be started."""
     seen: list[Launch] = []
 
-    def supervise(launch: Launch, *_: object) -> LaunchResult:
+    def supervise(launch: Launch) -> LaunchResult:
         seen.append(launch)
         return LaunchResult(Outcome.DONE)
 
@@ -170,13 +170,13 @@ def test_a_plan_depends_on_the_given_machine_only(config: str, resolved: list[tu
 def test_a_launch_and_its_process_may_begin_at_different_times(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a STOP file compared with the start of a shell that has prepared the launch, or time missing in the
     ledger."""
-    seen: list[Any] = []
-    monkeypatch.setattr(launch, "supervise", lambda *arguments: seen.append(arguments) or LaunchResult(Outcome.DONE))
+    seen: list[Launch] = []
+    monkeypatch.setattr(launch, "supervise", lambda start: seen.append(start) or LaunchResult(Outcome.DONE))
     before = time.time()
     launch_pretraining(PretrainOptions(config=config, num_gpus=2))
-    (_, checked_at, _, held) = seen[0]
-    assert before <= checked_at <= time.time()
-    assert held.start_time == 5.0
+    assert before <= seen[0].checked_at <= time.time()
+    assert seen[0].held is not None
+    assert seen[0].held.start_time == 5.0
 
 
 def test_a_refused_launch_leaves_the_output_of_the_active_one(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -458,8 +458,8 @@ def test_a_dead_machine_is_waited_for_before_preflight_only(config: str, monkeyp
     Path("hosts").write_text("192.0.2.1 slots=2\n192.0.2.2 slots=2\n")
     seen: list[object] = []
 
-    def end(*arguments: object) -> LaunchResult:
-        seen.append(arguments[2])
+    def end(start: Launch) -> LaunchResult:
+        seen.append(start.dead_owner)
         return LaunchResult(Outcome.DONE)
 
     monkeypatch.setattr(launch, "check_unlocked", lambda _: 7)

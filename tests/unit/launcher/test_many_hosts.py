@@ -68,7 +68,7 @@ def test_a_lost_host_of_many_is_left_out(tmp_path: Path, monkeypatch: pytest.Mon
         seen.append((layout, rendezvous))
         return Command((sys.executable, "-c", RANKS, str(folder.path)), {"PYTHONPATH": str(ROOT)})
 
-    result = supervise(Launch(folder, SLOTS, command, local=False, max_restarts=1), time.time())
+    result = supervise(Launch(folder, SLOTS, command, local=False, max_restarts=1))
     assert result.outcome is Outcome.DONE, result
     first, second = [json.loads(line) for line in folder.launches.read_text().splitlines()]
     assert (len(first["hosts"]), first["cause"]) == (512, Cause.LOST_HOST)
@@ -81,11 +81,9 @@ def test_a_lost_host_of_many_is_left_out(tmp_path: Path, monkeypatch: pytest.Mon
 def test_the_command_line_of_many_hosts(tmp_path: Path) -> None:
     """Catches arguments that Linux rejects, and a hostfile that DeepSpeed reads differently."""
     command = DeepSpeedCommand(
-        python=sys.executable,
-        module="launcher.ranks.start_rank",
-        config=tmp_path / "launch.yaml",
         slots=SLOTS,
-        master_port=4567,
+        arguments=("--config", str(tmp_path / "launch.yaml")),
+        port=4567,
         hostfile=tmp_path / "hostfile",
     )
     assert max(map(len, deepspeed_argv(command))) < MOST_BYTES_OF_AN_ARGUMENT

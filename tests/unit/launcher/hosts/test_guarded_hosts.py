@@ -1,3 +1,4 @@
+import json
 import os
 import platform
 import queue
@@ -13,7 +14,7 @@ import pytest
 from experiment.heartbeat import STACK_SIGNAL, Heartbeat
 from experiment.own_process import LAUNCH_VARIABLE
 from launcher.hosts import guarded_hosts, host_guard
-from launcher.hosts.guarded_hosts import GuardedHosts, GuardRequest
+from launcher.hosts.guarded_hosts import GuardedHosts
 from launcher.hosts.host_guard import environment_file, read_environment
 from stand_in_hosts import STAND_IN_GUARD, install_ssh
 from waiting import LIMIT, wait_until
@@ -33,8 +34,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install_ssh(tmp_path / "bin", monkeypatch, before="echo welcome; printf 'to $1'")
 
 
-def request(launch: str) -> GuardRequest:
-    return GuardRequest(launch, {"SECRET": "two words 'quoted'"}, head="localhost")
+ENVIRONMENT = {"SECRET": "two words 'quoted'"}
 
 
 def start_process(launch: str) -> "subprocess.Popen[bytes]":
@@ -53,10 +53,10 @@ def test_the_end_of_a_launch_ends_its_processes(run: str, process: "subprocess.P
     """Catches orphans, a kill of another run's processes, and a secret that stays."""
     other = start_process(f"{os.urandom(8).hex()}-1")
     try:
-        with GuardedHosts(["node-1"], request(f"{run}-2"), lambda _: None) as hosts:
+        with GuardedHosts(["localhost"], f"{run}-2", ENVIRONMENT, lambda _: None) as hosts:
             assert process.wait(LIMIT) == -9, "left by an earlier launch of the run"
             own = start_process(f"{run}-2")
-            wait_until(lambda: hosts.processes.get("node-1") == 1)
+            wait_until(lambda: hosts.processes.get("localhost") == 1)
             assert read_environment(f"{run}-2") == {"SECRET": "two words 'quoted'"}
             assert environment_file(f"{run}-2").stat().st_mode & 0o077 == 0
         assert own.wait(LIMIT) == -9
@@ -69,13 +69,13 @@ def test_the_end_of_a_launch_ends_its_processes(run: str, process: "subprocess.P
 
 
 def test_hosts_reply_with_what_the_ranks_need(run: str) -> None:
-    with GuardedHosts(["node-1", "node-2"], request(f"{run}-1"), lambda _: None) as hosts:
+    with GuardedHosts(["localhost", "node-2"], f"{run}-1", ENVIRONMENT, lambda _: None) as hosts:
         assert {reply.address for reply in hosts.replies.values()} == {"127.0.0.1"}
         assert all(reply.port > 0 for reply in hosts.replies.values())
 
 
 def test_a_host_that_cannot_be_reached_is_lost(run: str) -> None:
-    with GuardedHosts(["missing-1", "node-2"], request(f"{run}-1"), lambda _: None) as hosts:
+    with GuardedHosts(["missing-1", "node-2"], f"{run}-1", ENVIRONMENT, lambda _: None) as hosts:
         assert hosts.lost == {"missing-1": "ssh: Could not resolve hostname missing-1: Name or service not known"}
         assert list(hosts.replies) == ["node-2"]
 
@@ -85,10 +85,10 @@ def test_a_silent_host_is_lost(run: str, tmp_path: Path, monkeypatch: pytest.Mon
     install_ssh(tmp_path / "bin", monkeypatch, before=f"echo $$ > {tmp_path}/guard.pid")
     monkeypatch.setattr(guarded_hosts, "SILENCE_SECONDS", 1.0)
     lost = threading.Event()
-    with GuardedHosts(["node-1"], request(f"{run}-1"), lambda _: lost.set()) as hosts:
+    with GuardedHosts(["localhost"], f"{run}-1", ENVIRONMENT, lambda _: lost.set()) as hosts:
         os.kill(int((tmp_path / "guard.pid").read_text()), 19)
         assert lost.wait(60)
-        assert hosts.lost == {"node-1": "no answer within 1 s"}
+        assert hosts.lost == {"localhost": "no answer within 1 s"}
 
 
 def test_a_host_that_reads_nothing_disturbs_no_other_host(
@@ -101,7 +101,7 @@ def test_a_host_that_reads_nothing_disturbs_no_other_host(
     monkeypatch.setattr(guarded_hosts, "SILENCE_SECONDS", 3600.0)
     monkeypatch.setattr(guarded_hosts, "_START_SECONDS", 3600.0)
     monkeypatch.setattr(guarded_hosts, "_END_SECONDS", 0.1)
-    hosts = GuardedHosts(["hangs", "node-2"], GuardRequest(f"{run}-1", {"LONG": "x" * (1 << 17)}, ""), lambda _: None)
+    hosts = GuardedHosts(["hangs", "node-2"], f"{run}-1", {"LONG": "x" * (1 << 17)}, lambda _: None)
     threading.Thread(target=hosts.start, daemon=True).start()
     wait_until(lambda: (tmp_path / "sent").exists() and (tmp_path / "sent").read_bytes().count(b"\n") > 10)
     hosts.close()
@@ -110,7 +110,7 @@ def test_a_host_that_reads_nothing_disturbs_no_other_host(
 def test_a_cancelled_start_waits_for_no_host(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a stop of a launch that waits for a host that hangs."""
     install_ssh(tmp_path / "bin", monkeypatch, before="exec sleep 3600")
-    hosts = GuardedHosts(["hangs"], request(f"{run}-1"), lambda _: None)
+    hosts = GuardedHosts(["hangs"], f"{run}-1", ENVIRONMENT, lambda _: None)
     hosts.cancel()
     started = time.monotonic()
     with hosts:
@@ -121,13 +121,13 @@ def test_a_cancelled_start_waits_for_no_host(run: str, tmp_path: Path, monkeypat
 def test_a_killed_guard_leaves_nothing(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches ranks and secrets that stay on a host whose guard alone was killed, because memory ran out."""
     install_ssh(tmp_path / "bin", monkeypatch, before=f"echo $$ > {tmp_path}/guard.pid")
-    with GuardedHosts(["node-1"], request(f"{run}-1"), lambda _: None) as hosts:
+    with GuardedHosts(["localhost"], f"{run}-1", ENVIRONMENT, lambda _: None) as hosts:
         own = start_process(f"{run}-1")
         written = environment_file(f"{run}-1").with_name(f"{environment_file(f'{run}-1').name}.7")
         written.touch()  # by a guard that was killed at once
         os.kill(int((tmp_path / "guard.pid").read_text()), 9)
         assert own.wait(LIMIT) == -9
-        assert hosts.lost == {"node-1": "the connection was closed"}
+        assert hosts.lost == {"localhost": "the connection was closed"}
     assert not environment_file(f"{run}-1").exists()
     assert not written.exists()
 
@@ -138,7 +138,8 @@ def start_guard(launch: str, silence_seconds: float = host_guard.SILENCE_SECONDS
     guard = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert guard.stdin is not None
     assert guard.stdout is not None
-    guard.stdin.write(request(launch).line())
+    request = {"launch": launch, "environment": ENVIRONMENT, "head": "localhost"}
+    guard.stdin.write(json.dumps(request).encode() + b"\n")
     guard.stdin.flush()
     guard.stdout.readline()
     return guard
@@ -187,7 +188,7 @@ def test_many_hosts_are_guarded_at_once(run: str, tmp_path: Path, monkeypatch: p
     install_ssh(tmp_path / "bin", monkeypatch, before=STAND_IN_GUARD)
     started = time.monotonic()
     names = [f"node-{number}" for number in range(512)]
-    with GuardedHosts(names, request(f"{run}-1"), lambda _: None) as hosts:
+    with GuardedHosts(names, f"{run}-1", ENVIRONMENT, lambda _: None) as hosts:
         assert len(hosts.replies) == 512
     assert time.monotonic() - started < 60
 
@@ -204,7 +205,7 @@ def test_a_rank_is_asked_for_its_stack(run: str, tmp_path: Path) -> None:
     code = f"import faulthandler, time; faulthandler.register({STACK_SIGNAL:d}, open({str(tmp_path / 'stack')!r}, 'w'))"
     code += f"; open({str(tmp_path / 'ready')!r}, 'w').close(); time.sleep(3600)"
     other = start_process(f"{os.urandom(8).hex()}-1")
-    with GuardedHosts(["node-1"], request(f"{run}-1"), lambda _: None) as hosts:
+    with GuardedHosts(["localhost"], f"{run}-1", ENVIRONMENT, lambda _: None) as hosts:
         own = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {LAUNCH_VARIABLE: f"{run}-1"})
         wait_until((tmp_path / "ready").exists)
         for host, pid in (("another", own.pid), (platform.node(), other.pid), (platform.node(), own.pid)):

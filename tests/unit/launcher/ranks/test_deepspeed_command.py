@@ -1,3 +1,4 @@
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,16 +10,6 @@ from experiment.provenance import REPOSITORY
 from launcher.options import Launcher
 from launcher.ranks.deepspeed_command import DeepSpeedCommand, deepspeed_argv
 
-COMMAND = DeepSpeedCommand(
-    python="/venv/bin/python",
-    module="pretrain.run",
-    config=Path("/runs/a config.yaml"),
-    slots={"localhost": (0, 1)},
-    master_port=29999,
-    overrides={"schedule.steps": "10", "run.dir": "my runs/2024_01", "corpus.eval.my-corpus": "a,b"},
-)
-
-
 ARGUMENTS = [
     "--config",
     "/runs/a config.yaml",
@@ -26,6 +17,7 @@ ARGUMENTS = [
     "--run.dir=my runs/2024_01",
     "--corpus.eval.my-corpus=a,b",
 ]
+COMMAND = DeepSpeedCommand(slots={"localhost": (0, 1)}, arguments=tuple(ARGUMENTS), port=29999)
 HOSTS = replace(COMMAND, slots={"a": (0, 1), "b": (3,)}, hostfile=Path("/cluster/hosts"))
 
 
@@ -43,27 +35,22 @@ def parsed_locally(command: DeepSpeedCommand, monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(("command", "launcher"), [(COMMAND, "launch"), (HOSTS, "runner")])
 def test_runs_deepspeed_with_this_interpreter(command: DeepSpeedCommand, launcher: str):
     """Catches a deepspeed of another environment, found on PATH."""
-    assert deepspeed_argv(command)[:3] == ["/venv/bin/python", "-m", f"deepspeed.launcher.{launcher}"]
+    assert deepspeed_argv(command)[:3] == [sys.executable, "-m", f"deepspeed.launcher.{launcher}"]
 
 
 def test_the_ranks_get_config_and_overrides_unchanged(monkeypatch: pytest.MonkeyPatch):
     """Catches an override that is lost, split or consumed by DeepSpeed's launcher."""
     args = parsed_locally(COMMAND, monkeypatch)
     assert args.module
-    assert (args.training_script, args.training_script_args) == ("pretrain.run", ARGUMENTS)
+    assert (args.training_script, args.training_script_args) == ("launcher.ranks.start_rank", ARGUMENTS)
     assert (args.master_addr, args.master_port) == ("127.0.0.1", 29999)
 
 
 def test_ranks_on_hosts_get_config_and_overrides_unchanged():
     args = parsed(HOSTS)
     assert args.module
-    assert (args.user_script, args.user_args) == ("pretrain.run", ARGUMENTS)
+    assert (args.user_script, args.user_args) == ("launcher.ranks.start_rank", ARGUMENTS)
     assert args.master_port == 29999
-
-
-@pytest.mark.parametrize("command", [COMMAND, HOSTS])
-def test_a_module_without_a_config_gets_no_arguments(command: DeepSpeedCommand):
-    assert deepspeed_argv(replace(command, config=None, overrides={}))[-1] == "pretrain.run"
 
 
 def test_a_local_run_names_its_slots(monkeypatch: pytest.MonkeyPatch):
@@ -91,4 +78,4 @@ def test_a_launcher_without_modules_starts_a_file(launcher: Launcher) -> None:
     """Catches ranks that do not start: DeepSpeed adds `-m` for none of these, or for its own helper."""
     args = parsed(replace(COMMAND, slots={"a": (0,), "b": (0,)}, hostfile=Path("/cluster/hosts"), launcher=launcher))
     assert not args.module
-    assert Path(args.user_script).samefile(REPOSITORY / "pretrain" / "run.py")
+    assert Path(args.user_script).samefile(REPOSITORY / "launcher" / "ranks" / "start_rank.py")

@@ -9,7 +9,7 @@ import pytest
 from launcher.hosts.probe import cpu_cores
 from launcher.ranks.environment import GLIBC_TUNABLES
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 
 # Stands for pretrain.run: it prints what it was started with.
 RUN = """

@@ -8,7 +8,7 @@ from experiment.heartbeat import Heartbeat, read_heartbeat, write_heartbeat
 from experiment.outcome_file import Cause, Outcome, read_outcome
 from experiment.run_folder import RunFolder, open_run_folder
 from launcher.supervision import hang_watch
-from launcher.supervision.hang_watch import HangWatch, RankLife, WatchedRanks, hung_ranks
+from launcher.supervision.hang_watch import HangWatch, RankLife, hung_ranks
 
 LIMIT = 80.0  # of a timeout of 100 s
 STACKS = """
@@ -51,7 +51,7 @@ class Watched:
         self.folder = folder
         self.now = 0.0
         self.ended = False
-        self.watch = HangWatch(WatchedRanks(folder, 2, 100.0, request_stack, self._end), lambda: self.now)
+        self.watch = HangWatch(folder, 2, 100.0, request_stack, self._end, lambda: self.now)
 
     def _end(self) -> None:
         self.ended = True

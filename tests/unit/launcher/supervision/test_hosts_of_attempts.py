@@ -5,8 +5,7 @@ import os
 import signal
 import sys
 import threading
-import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Self
@@ -17,9 +16,9 @@ from experiment import run_lock
 from experiment.heartbeat import Heartbeat
 from experiment.outcome_file import Cause, Outcome
 from experiment.run_folder import RunFolder, open_run_folder
-from launcher.hosts.guarded_hosts import GuardRequest, Rendezvous
+from launcher.hosts.guarded_hosts import Rendezvous
 from launcher.ranks.deepspeed_command import Command
-from launcher.supervision import attempt, stop_signals, supervisor
+from launcher.supervision import attempt, rank_processes, stop_signals, supervisor
 from launcher.supervision.attempt import Launch, Layout
 from launcher.supervision.supervisor import supervise
 from waiting import wait_until
@@ -41,7 +40,9 @@ HANG = "(folder.path / 'ready').touch(); time.sleep(3600)"
 class StandInGuards:
     """Guards of hosts of which nothing is known but what a test sets."""
 
-    def __init__(self, hosts: Sequence[str], _request: GuardRequest, on_change: Callable[[Self], object]) -> None:
+    def __init__(
+        self, hosts: Sequence[str], _launch: str, _environment: Mapping[str, str], on_change: Callable[[Self], object]
+    ) -> None:
         self.hosts = list(hosts)
         self.lost: dict[str, str] = {}
         self.processes: dict[str, int] = {}
@@ -106,7 +107,7 @@ def test_a_lost_host_explains_failures_of_ranks_only(
 ) -> None:
     """Catches a run that is done, or would diverge again, and is restarted because a host went away at its end."""
     monkeypatch.setattr(attempt, "GuardedHosts", LosesTheSecondHost)
-    result = supervise(launch(folder, f"write_outcome(folder, Outcome.{reported})"), time.time())
+    result = supervise(launch(folder, f"write_outcome(folder, Outcome.{reported})"))
     assert (result.outcome, result.cause) == (outcome, cause)
     assert (result.message == "lost node-2: no answer") == (cause is Cause.LOST_HOST)
 
@@ -138,11 +139,11 @@ def test_ranks_that_wait_for_a_host_without_processes_are_killed(
             self.on_change(self)
 
     monkeypatch.setattr(attempt, "GuardedHosts", EndsOnTheSecondHost)
-    monkeypatch.setattr(attempt, "_EXIT_TIMEOUT_SECONDS", 0.1)
+    monkeypatch.setattr(rank_processes, "EXIT_TIMEOUT_SECONDS", 0.1)
     process = json.dumps({"rank": 0, "host": "node-1", "pid": 7, "exit": None})
     (folder.logs / "process").write_text(process)
     body = f"(folder.logs / 'process').rename(folder.logs / 'rank-0.json'); {reported} {HANG}"
-    result = supervise(launch(folder, body), time.time())
+    result = supervise(launch(folder, body))
     assert (result.outcome, result.message, result.cause) == expected
 
 
@@ -153,7 +154,7 @@ def test_a_stop_before_training_ends_the_ranks_at_once(
     """Catches a stop that waits until ranks have started and found each other, longer than a batch system waits."""
     monkeypatch.setattr(attempt, "GuardedHosts", StandInGuards)
     stop = "import os; os.kill(os.getppid(), 15)" if by_signal else "folder.stop.touch()"
-    result = supervise(launch(folder, f"{stop}; {HANG}"), time.time())
+    result = supervise(launch(folder, f"{stop}; {HANG}"))
     assert (result.outcome, result.message[:30]) == (Outcome.STOPPED, "stopped before the first step;")
     assert [attempt["cause"] for attempt in launches(folder)] == ["signal"]
 
@@ -172,7 +173,7 @@ def test_a_stop_while_hosts_do_not_answer_starts_nothing(folder: RunFolder, monk
             self.cancelled.set()
 
     monkeypatch.setattr(attempt, "GuardedHosts", Waits)
-    result = supervise(launch(folder, "(folder.path / 'started').touch()"), time.time())
+    result = supervise(launch(folder, "(folder.path / 'started').touch()"))
     assert result.outcome is Outcome.STOPPED
     assert not (folder.path / "started").exists()
 
@@ -186,7 +187,7 @@ def test_ranks_that_train_are_left_to_save(folder: RunFolder, monkeypatch: pytes
         "RankReport(folder, 0).begin_training(); folder.stop.touch(); time.sleep(1)  # saving\n"
         "write_outcome(folder, Outcome.STOPPED, 'saved step 7')"
     )
-    assert supervise(launch(folder, body), time.time()).message == "saved step 7"
+    assert supervise(launch(folder, body)).message == "saved step 7"
 
 
 @pytest.mark.parametrize("passes", [True, False])
@@ -204,7 +205,7 @@ def test_a_host_that_was_lost_has_to_pass_preflight(
     monkeypatch.setattr(attempt, "GuardedHosts", LosesTheSecondHost)
     monkeypatch.setattr(supervisor, "usable_hosts", lambda hosts, _: set(hosts))
     body = "write_outcome(folder, Outcome.FAILED, '', Cause.LOST_RANK)"
-    supervise(replace(launch(folder, body, layouts), max_restarts=1, passing_hosts=passing_hosts), time.time())
+    supervise(replace(launch(folder, body, layouts), max_restarts=1, passing_hosts=passing_hosts))
     assert checked == [{"node-2"}]
     assert [list(layout.slots) for layout in layouts] == [list(SLOTS), list(SLOTS) if passes else ["node-1"]]
 
@@ -213,14 +214,14 @@ def test_a_launch_without_hosts_fails(folder: RunFolder, monkeypatch: pytest.Mon
     monkeypatch.setattr(attempt, "GuardedHosts", LosesTheSecondHost)
     monkeypatch.setattr(supervisor, "usable_hosts", lambda *_: set())
     body = "write_outcome(folder, Outcome.FAILED, '', Cause.LOST_RANK)"
-    result = supervise(replace(launch(folder, body), max_restarts=1), time.time())
+    result = supervise(replace(launch(folder, body), max_restarts=1))
     assert result.message == "no host answers\nnot restarted: --max_restarts=1 within an hour"
 
 
 def test_only_the_user_reads_what_deepspeed_exports(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches variables of `.deepspeed_env`, which may be secret, in a file that other users can read."""
     monkeypatch.setattr(attempt, "GuardedHosts", StandInGuards)
-    supervise(launch(folder, "write_outcome(folder, Outcome.DONE)"), time.time())
+    supervise(launch(folder, "write_outcome(folder, Outcome.DONE)"))
     assert (folder.logs / "worker.env").stat().st_mode & 0o077 == 0
 
 
@@ -235,7 +236,7 @@ def test_a_launch_over_hosts_is_not_suspended(folder: RunFolder, monkeypatch: py
 
     monkeypatch.setattr(attempt, "GuardedHosts", Looks)
     before = signal.getsignal(signal.SIGTSTP)
-    supervise(launch(folder, "write_outcome(folder, Outcome.DONE)"), time.time())
+    supervise(launch(folder, "write_outcome(folder, Outcome.DONE)"))
     assert handlers == [signal.SIG_IGN]
     assert signal.getsignal(signal.SIGTSTP) is before
 
@@ -247,7 +248,7 @@ def test_a_launch_that_another_machine_has_replaced_ends(
     monkeypatch.setattr(attempt, "GuardedHosts", StandInGuards)
     monkeypatch.setattr(run_lock, "_RENEW_SECONDS", 0.05)
     owner = json.dumps({"host": "elsewhere", "boot": "1", "pid": 7, "id": "1"})
-    result = supervise(launch(folder, f"folder.owner.write_text({owner!r}); {HANG}"), time.time())
+    result = supervise(launch(folder, f"folder.owner.write_text({owner!r}); {HANG}"))
     assert result.outcome is Outcome.STOPPED
     assert f"killing the ranks: another machine has taken over {folder.path}" in capsys.readouterr().err
     assert launches(folder)[0]["outcome"] is None
@@ -257,9 +258,9 @@ def test_a_launch_that_another_machine_has_replaced_ends(
 def test_only_a_rank_of_the_launch_is_asked_for_its_stack(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches SIGQUIT to a process that has got the id of a rank that ended."""
     asked: list[int] = []
-    monkeypatch.setattr(attempt, "request_stack", asked.append)
+    monkeypatch.setattr(rank_processes, "request_stack", asked.append)
     beat = Heartbeat(0, "node-1", os.getpid(), 1, 57, "training", False, 0.0)
-    processes = attempt._Processes()
+    processes = rank_processes.RankProcesses()
     processes.started(os.getpgrp() + 1)
     processes.request_stack(beat)
     assert not asked

@@ -199,7 +199,7 @@ def test_a_restart_starts_ranks_of_its_own(tmp_path: Path) -> None:
     launch = Launch(folder, {"localhost": (0,)}, lambda *_: rank(tmp_path, body.format("DONE")), max_restarts=1)
     with held_ranks(rank(tmp_path, body.format("FAILED"))) as held:
         earlier = replace(held, start_time=held.start_time - 100)
-        result = supervise(launch, time.time(), held=earlier)
+        result = supervise(replace(launch, held=earlier))
     assert result.outcome is Outcome.DONE
     first, second = [json.loads(line) for line in folder.launches.read_text().splitlines()]
     assert datetime.fromisoformat(first["time"]).timestamp() == int(earlier.start_time)

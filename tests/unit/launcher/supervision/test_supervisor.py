@@ -53,7 +53,7 @@ from launcher.supervision.supervisor import supervise
 signals.REPEATED_SECONDS = float(os.environ["REPEATED_SIGNAL_SECONDS"])
 command = Command(tuple(sys.argv[2:]), os.environ)
 launch = Launch(RunFolder(Path(sys.argv[1])), {"localhost": (0,)}, lambda *_: command)
-result = supervise(launch, time.time())
+result = supervise(launch)
 print(result.message)
 sys.exit(result.outcome.exit_code)
 """
@@ -81,7 +81,7 @@ def rank(folder: RunFolder, body: str) -> list[str]:
 
 
 def attempt(folder: RunFolder, body: str) -> LaunchResult:
-    return supervise(one_launch(folder, body), time.time())
+    return supervise(one_launch(folder, body))
 
 
 def one_launch(folder: RunFolder, body: str, path: str = str(ROOT)) -> Launch:
@@ -150,7 +150,7 @@ def test_a_run_ends_when_its_ranks_have(folder: RunFolder):
         "time.sleep(3600)"
     )
     launch = replace(one_launch(folder, body), slots={"localhost": (0,)})
-    assert supervise(launch, time.time()) == LaunchResult(Outcome.DONE, "")
+    assert supervise(launch) == LaunchResult(Outcome.DONE, "")
 
 
 def test_the_outcome_of_an_earlier_launch_is_ignored(folder: RunFolder):
@@ -204,7 +204,7 @@ def test_a_stop_file_created_while_the_launch_is_checked_stops_it(folder: RunFol
     launched_at = time.time()
     folder.stop.touch()
     os.utime(folder.stop, (launched_at + 1, launched_at + 1))
-    result = supervise(one_launch(folder, "(folder.path / 'started').touch()"), launched_at)
+    result = supervise(replace(one_launch(folder, "(folder.path / 'started').touch()"), checked_at=launched_at))
     assert result.outcome is Outcome.STOPPED
     assert str(folder.stop) in result.message
     assert not (folder.path / "started").exists()
@@ -259,7 +259,7 @@ def test_a_launch_is_restarted(folder: RunFolder, capsys: pytest.CaptureFixture[
         "first = not (folder.path / 'second').exists(); (folder.path / 'second').touch()\n"
         "write_outcome(folder, Outcome.FAILED if first else Outcome.DONE, 'lost a rank', Cause.LOST_RANK)"
     )
-    assert supervise(replace(one_launch(folder, body), max_restarts=1), time.time()).outcome is Outcome.DONE
+    assert supervise(replace(one_launch(folder, body), max_restarts=1)).outcome is Outcome.DONE
     assert "lost a rank\nrestarting" in capsys.readouterr().err
     first, second = launches(folder)
     assert (first["outcome"], first["cause"], first["message"]) == ("failed", "lost_rank", "lost a rank")
@@ -269,7 +269,7 @@ def test_a_launch_is_restarted(folder: RunFolder, capsys: pytest.CaptureFixture[
 def test_a_launch_that_fails_too_often_ends(folder: RunFolder) -> None:
     """Catches an endless loop."""
     body = "write_outcome(folder, Outcome.FAILED, 'lost a rank', Cause.LOST_RANK)"
-    result = supervise(replace(one_launch(folder, body), max_restarts=1), time.time())
+    result = supervise(replace(one_launch(folder, body), max_restarts=1))
     assert result.message == "lost a rank\nnot restarted: --max_restarts=1 within an hour"
     assert len(launches(folder)) == 2
 
@@ -283,7 +283,7 @@ def test_failed_attempts_send_alerts(folder: RunFolder, monkeypatch: pytest.Monk
     )
     with webhook() as (url, received):
         monkeypatch.setenv("DEEPCLOZE_WEBHOOK_URL", url)
-        supervise(launch, time.time())
+        supervise(launch)
     assert [alert["event"] for alert in received] == ["crash", "crash"]
     first, last = [alert["message"] for alert in received]
     assert first == "failed: lost a rank\nrestarting"
@@ -301,7 +301,7 @@ def test_a_stop_between_restarts_ends_the_launch(
         break_disk(monkeypatch, folder, Path, "iterdir")
     stop = "folder.stop.touch()" if number is None else f"os.kill(os.getppid(), {number}); time.sleep(1)"
     body = f"write_outcome(folder, Outcome.FAILED, 'lost a rank', Cause.LOST_RANK); {stop}"
-    result = supervise(replace(one_launch(folder, body), max_restarts=5), time.time())
+    result = supervise(replace(one_launch(folder, body), max_restarts=5))
     assert len(launches(folder)) == 1
     assert result.outcome is Outcome.STOPPED
     assert result.message.startswith("lost a rank\nstopped")
@@ -356,7 +356,7 @@ def test_a_disk_that_fails_between_attempts_is_tried_again(
     monkeypatch.setattr(restarts, "_FIRST_WAIT_SECONDS", 0.0)
     break_disk(monkeypatch, folder, owner, name, times=4)
     launch = replace(one_launch(folder, FAILS_ONCE), max_restarts=5)
-    assert supervise(launch, time.time()).outcome is Outcome.DONE
+    assert supervise(launch).outcome is Outcome.DONE
 
 
 def test_an_attempt_whose_end_cannot_be_read_is_recorded(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -376,7 +376,7 @@ def test_checkpoints_that_cannot_be_listed_are_no_progress(folder: RunFolder, mo
     (checkpoint / "COMPLETE").touch()
     break_disk(monkeypatch, folder, checkpoints, "complete_checkpoints")
     body = "(folder.path / 'second').touch(); write_outcome(folder, Outcome.FAILED, 'KeyError', Cause.ERROR)"
-    supervise(replace(one_launch(folder, body), max_restarts=5), time.time())
+    supervise(replace(one_launch(folder, body), max_restarts=5))
     assert len(launches(folder)) == 2
 
 
@@ -491,7 +491,7 @@ def test_the_outcome_survives_a_disk_that_fills_up(small_disk: SmallDisk, capsys
         f"SmallDisk(Path({str(small_disk.path)!r})).fill(new_files=False)\n"
         "write_outcome(folder, Outcome.STOPPED, 'saved step 7')"
     )
-    result = supervise(one_launch(folder, body, path=f"{ROOT}:{ROOT / 'tests' / 'multiprocess'}"), time.time())
+    result = supervise(one_launch(folder, body, path=f"{ROOT}:{ROOT / 'tests' / 'multiprocess'}"))
     assert result == LaunchResult(Outcome.STOPPED, "saved step 7")
     error = capsys.readouterr().err
     assert f"cannot record this launch: {folder.launches}: disk full" in error
