@@ -22,6 +22,7 @@ from experiment.config import did_you_mean
 from experiment.errors import UserError, reason
 from experiment.native_bf16 import has_native_bf16
 from experiment.strict_json import parse_json
+from pretrain.engine.deepspeed_internals import check_deepspeed
 
 log = logging.getLogger(__name__)
 
@@ -121,8 +122,10 @@ def uses_zero1_optimizer(zero_stage: int, offload: OffloadDevice) -> bool:
 def load_settings(name: str) -> DeepSpeedSettings:
     """Find, read and check a DeepSpeed JSON.
 
-    Raises UserError that names the file and the key, also for values that DeepSpeed's own parser rejects.
+    Raises UserError that names the file and the key, also for values that DeepSpeed's own parser rejects, and for a
+    release of DeepSpeed that lacks what this package uses.
     """
+    check_deepspeed()
     path = find_ds_config(name)
     settings = parse_settings(_read_json(path), path)
     _check_with_deepspeed(settings)

@@ -6,30 +6,25 @@ it reduces them. Gradient accumulation is unmanaged: one backward pass per micro
 """
 
 import contextlib
-import importlib
-import io
 import logging
 import math
 import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from deepspeed.utils import set_z3_leaf_modules
-from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
 from torch import Tensor, nn
 
 from pretrain.batching.batch import Microbatch
 from pretrain.batching.counter_rng import make_key
 from pretrain.config import ModelConfig, OptimizerConfig
 from pretrain.engine import partitions
+from pretrain.engine.deepspeed_internals import set_z3_leaf_module
 from pretrain.engine.deepspeed_settings import DeepSpeedSettings
-from pretrain.engine.loss_scaler import LossScaleError, install_loss_scaler
+from pretrain.engine.initialization import LossScaleError, initialize, install_loss_scaler
 from pretrain.engine.optimizers import (
     ExponentialMovingAverage,
     PerParameterOptimizer,
@@ -84,7 +79,7 @@ class Engine:
         torch_optimizer = build_optimizer(optimizer, groups)
         _set_zero3_leaves(model, compiled)
         ds_config = settings.engine_config(optimizer.grad_clip, self._swap_folder)
-        self._deepspeed = _initialize(model, torch_optimizer, ds_config)
+        self._deepspeed = initialize(model, torch_optimizer, ds_config)
         self.forward_timer = ForwardTimer(self.device.type == "cuda", world.size)
         self._loss_scaler = install_loss_scaler(self._deepspeed.optimizer)
         self._zero1_optimizer = install_zero_optimizer(self._deepspeed)
@@ -294,33 +289,3 @@ def _set_zero3_leaves(model: MaskedLanguageModel, compiled: Collection[type[nn.M
         set_z3_leaf_modules(model, list(compiled))
     if model.short_layer is not None:
         set_z3_leaf_module(model.short_layer, True)
-
-
-def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, ds_config: dict[str, Any]) -> DeepSpeedEngine:
-    """`deepspeed.initialize`, without its output on the terminal."""
-    if type(optimizer) not in ZERO_SUPPORTED_OPTIMIZERS:
-        ZERO_SUPPORTED_OPTIMIZERS.append(type(optimizer))  # it warns of optimizers that it has not tested
-    _import_muon()
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):  # one of its optimizers prints the machine's memory six times
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
-    logging.getLogger("deepspeed").info("%s", printed.getvalue())
-    logging.getLogger("DeepSpeed").addFilter(_is_not_overflow_message)
-    return engine
-
-
-def _import_muon() -> None:
-    """Import DeepSpeed's Muon, which it compares optimizers with, without compiling its kernels: `torch.compile` would
-    import torch's inductor, which takes a second."""
-    compiler, compile_kernel = deepspeed.runtime.compiler, deepspeed.runtime.compiler.compile
-    compiler.compile = lambda *_, **__: lambda kernel: kernel
-    try:
-        with contextlib.suppress(ImportError):  # a release without it
-            importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
-    finally:
-        compiler.compile = compile_kernel
-
-
-def _is_not_overflow_message(record: logging.LogRecord) -> bool:
-    """The trainer reports gradients that are not finite in more detail."""
-    return "OVERFLOW! Skipping step" not in record.getMessage()

@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from experiment.frozen_modules import is_in_module
 from pretrain.config import ModelConfig, OptimizerConfig
+from pretrain.engine.deepspeed_internals import DeepSpeedEngine
 from pretrain.engine.partitions import Fragment, fragments, resident_fragments
 from pretrain.modeling.structure import layer_ids
 

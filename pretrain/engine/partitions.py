@@ -1,8 +1,6 @@
 """Map parameters to this rank's ZeRO partitions: the fp32 masters and optimizer states of its slices.
 
-Checkpoints, LAMB, StableAdamW and averaged weights are built on `fragments`. Like other modules of this package, it
-reads attributes of DeepSpeed (0.19) that are not part of the API. A release that moves one breaks it, and the test that
-resumes runs at each ZeRO stage, `tests/multiprocess/test_resumed_runs.py`.
+Checkpoints, LAMB, StableAdamW and averaged weights are built on `fragments`.
 
     ZeRO 0, fp32         the parameters themselves, all on every rank
     ZeRO 1, 2            one flat fp32 tensor per parameter group, sharded across ranks; `param._hp_mapping` says where
@@ -17,8 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
+
+from pretrain.engine.deepspeed_internals import DeepSpeedEngine
 
 
 @dataclass(frozen=True)

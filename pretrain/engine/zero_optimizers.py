@@ -7,21 +7,30 @@ gradient, which is summed from the partitions; it is not finite if a gradient ov
 At ZeRO 1, gradients are accumulated and reduced here too. DeepSpeed copies or converts all of them in a Python loop,
 and every rank all-reduces the whole gradient. Here each one is added to an fp32 sum as soon as backward has computed
 it, and a rank reduces only its own partition.
+
+At ZeRO 3 on a GPU, streams wait for each other where DeepSpeed lets the host wait for the GPU: after each backward pass
+until gradients are reduced, at the end of a step until the small weights that stay whole are gathered, and on a single
+GPU before each layer, although its weights are not partitioned. The GPU is idle until the host has queued more work.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
-from torch import Tensor
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
 
+from pretrain.engine.deepspeed_internals import (
+    INITIAL_MICRO_STEP_ID,
+    DeepSpeedEngine,
+    DeepSpeedZeroOptimizer,
+    DeepSpeedZeroOptimizer_Stage3,
+    ZeroParamStatus,
+    partition_parameters,
+)
 from pretrain.engine.shared_memory import SharedMemory, open_shared_memory, sum_in_order
-from pretrain.engine.zero3_streams import gather, let_streams_wait
 
 _EPSILON = 1e-6  # added to the norm that gradients are divided by, as torch does
 
@@ -162,8 +171,40 @@ class Zero3Optimizer(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[misc]
             self._optimizer_step(sub_group)
             self._reassign_or_swap_out_partitioned_parameters(sub_group)
             self._release_sub_group(sub_group, timers)
-        gather(self.persistent_parameters)
+        _gather(self.persistent_parameters)
         self._post_step(timers)
+
+
+class _WholeWeights:
+    """A handle for weights that are not partitioned, so that nothing is gathered. Replaces DeepSpeed's `NoGatherHandle`
+    and `NoGatherCoalescedHandle`, which let the host wait for the current stream."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self._parameters: list[Any] = list(parameters)
+        for parameter in self._parameters:
+            assert parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE, parameter.ds_summary()
+            whole = parameter.ds_tensor.data.to(get_accelerator().current_device_name(), non_blocking=True)
+            parameter.data = whole.view(parameter.ds_shape)
+            parameter.ds_status = ZeroParamStatus.INFLIGHT
+
+    def wait(self, **_: Any) -> None:
+        for parameter in self._parameters:
+            parameter.ds_status = ZeroParamStatus.AVAILABLE
+
+
+def _gather(parameters: Sequence[Any]) -> None:
+    """Gather the weights that are partitioned, with one collective: the current stream waits for it."""
+    partitioned = [parameter for parameter in parameters if parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE]
+    if partitioned:
+        partitioned[0].all_gather_coalesced(partitioned).wait()
+
+
+def _let_streams_wait(optimizer: DeepSpeedZeroOptimizer_Stage3) -> None:
+    """Replace waits of the host by waits of streams. Call before training. `optimizer`: without offloaded states."""
+    partition_parameters._no_gather_coalesced = _WholeWeights
+    stream = optimizer.reduce_and_partition_stream
+    if stream is not None:  # on CPUs there are no streams
+        stream.synchronize = lambda: get_accelerator().current_stream().wait_stream(stream)
 
 
 def install_zero_optimizer(engine: DeepSpeedEngine) -> Zero1Optimizer | None:
@@ -172,7 +213,7 @@ def install_zero_optimizer(engine: DeepSpeedEngine) -> Zero1Optimizer | None:
     optimizer = engine.optimizer
     if type(optimizer) is DeepSpeedZeroOptimizer_Stage3 and not optimizer.offload_optimizer:
         optimizer.__class__ = Zero3Optimizer
-        let_streams_wait(optimizer)
+        _let_streams_wait(optimizer)
     if type(optimizer) is not DeepSpeedZeroOptimizer or optimizer.cpu_offload:
         return None
     optimizer.__class__ = Zero2Optimizer if optimizer.partition_gradients else Zero1Optimizer

@@ -23,7 +23,7 @@ def fp16_case(
     """An fp16 run with infinite gradients at each (step, rank) of `poisoned`. Returns the outcome, or the message of
     LossScaleError."""
     from pretrain.engine.engine import Engine
-    from pretrain.engine.loss_scaler import LossScaleError
+    from pretrain.engine.initialization import LossScaleError
 
     accumulate = Engine.accumulate
 

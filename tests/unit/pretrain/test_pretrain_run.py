@@ -12,7 +12,7 @@ import yaml
 import pretrain.run
 from experiment.outcome_file import Cause, Outcome, read_outcome
 from experiment.run_folder import RunFolder
-from pretrain.engine.loss_scaler import LossScaleError
+from pretrain.engine.initialization import LossScaleError
 from pretrain.training.background_save import UnwritableError
 from pretrain.world import World
 

@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 
-from pretrain.engine.loss_scaler import Fp16LossScaler, install_loss_scaler
+from pretrain.engine.initialization import Fp16LossScaler, install_loss_scaler
 
 
 @pytest.fixture(autouse=True)
