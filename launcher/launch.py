@@ -19,7 +19,7 @@ from experiment.run_lock import check_unlocked
 from experiment.signals import handle_stop_signals, interrupt
 from experiment.tracking.console import describe_duration
 from experiment.tracking.jsonl import last_number, read_last_events
-from launcher.autotuning.autotune import autotune
+from launcher.autotune import autotune
 from launcher.hosts.hostfile import Slots
 from launcher.hosts.machine import Machine, inspect_machine, select_accelerator
 from launcher.launch_plan import LaunchPlan, chosen_slots, local_command, plan_launch

@@ -52,10 +52,7 @@ def test_trials_of_autotune_use_all_hosts(cluster: Cluster, tmp_path: Path, word
     """Catches a trial whose config or folder other hosts do not see, and one whose ranks stay there when it ends."""
     head = cluster.hosts[0]
     hostfile = write_hostfile(tmp_path / "hostfile", cluster.hosts[:2])
-    patient = (
-        "from launcher.autotuning import autotune; from launcher import cli\n"
-        "autotune.LIMIT_SECONDS = 3600; exit(cli.main())"
-    )
+    patient = "from launcher import autotune, cli\nautotune.LIMIT_SECONDS = 3600; exit(cli.main())"
     command = ["env", "OMP_NUM_THREADS=1", sys.executable, "-c", patient, "pretrain", f"--hostfile={hostfile}"]
     done = head.run(*command, "--autotune", "--config", write_config(tmp_path, "run", wordpiece_corpus))
     assert done.returncode == 0, done.stdout + done.stderr

@@ -33,7 +33,7 @@ def limited_memory(module):
         return original(self, microbatch, *others)
     module.Engine.accumulate = accumulate
 
-PATCHES = {"launcher.autotuning.autotune": no_time_limit, "pretrain.engine.engine": limited_memory}
+PATCHES = {"launcher.autotune": no_time_limit, "pretrain.engine.engine": limited_memory}
 
 class Patching(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
