@@ -177,7 +177,7 @@ def _is_plain_key(command: str, name: str) -> bool:
     """Whether a config of the command has a key `name` without a section, such as `seeds` of a comparison."""
     if command != "compare":
         return False
-    from launcher.config_docs import CONFIGS  # takes a while to import
+    from launcher.reference import CONFIGS  # takes a while to import
 
     field = CONFIGS[command].model_fields.get(name)
     return field is not None and not is_section(field.annotation)
@@ -211,7 +211,7 @@ def _similar_flags(name: str, flags: Mapping[str, Flag], command: str, options_t
     """The config keys that may be meant if the dot is missing, as in --run-dir, or the section, as in --steps; else the
     most similar flag."""
     if _overrides_field(options_type) is not None:
-        from launcher.config_docs import CONFIGS  # takes a while to import
+        from launcher.reference import CONFIGS  # takes a while to import
 
         configs = [CONFIGS[command]] if command in CONFIGS else CONFIGS.values()
         keys = [key for config in configs for key in known_keys(config) if "." in key]

@@ -1,12 +1,43 @@
-"""`deepcloze report`: what new checkpoints fill into held-out sentences, then the page."""
+"""`deepcloze report`: fill masked sentences of held-out text with new checkpoints of a run, then write the page.
+
+The fillings are computed when a report is made, from the exported models and on one core: training is neither changed
+nor slowed down. The sentences are chosen once, and kept with the fillings.
+"""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
+from experiment.checkpoints import checkpoint_step, complete_checkpoints, weights_digest
 from experiment.errors import UserError, notify
+from experiment.results.fillings import (
+    CheckpointFillings,
+    FilledSentence,
+    MaskedSentence,
+    add_fillings,
+    read_fillings,
+    spread,
+)
 from experiment.results.report import open_folder, write_overlay, write_report
-from launcher.fillings import fill_new_checkpoints
+from experiment.results.report.run_record import read_run_config
+from experiment.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from pretrain.batching.vocabulary import Vocabulary
+
+_SENTENCES = 10
+_TOP = 5
+_CHECKPOINTS = 6
+_SHORTEST, _LONGEST = 8, 40  # tokens of a sentence
+_ENDS = frozenset(".!?。！？")
+_SEED = 0
 
 
 def report_runs(runs: Sequence[str], output: str | None) -> Path:
@@ -26,3 +57,124 @@ def print_report(command: str, folder: Path) -> None:
         print(write_report(folder))
     except (UserError, OSError) as error:
         notify(f"warning: {command}: no report: {error}; to write it, run: deepcloze report {shlex.quote(str(folder))}")
+
+
+def fill_new_checkpoints(folder: RunFolder) -> None:
+    """Add the fillings of six evenly spread checkpoints, if they have none yet.
+
+    Problems are printed: a report does not need them.
+    """
+    known = read_fillings(folder)
+    done = {(found.step, found.weights) for found in known}
+    shown = spread(list(_checkpoints(folder).items()), _CHECKPOINTS)
+    new = {path: digest for path, digest in shown if (checkpoint_step(path), digest) not in done}
+    if not new:
+        return
+    with _printed_problems("no held-out sentences"):
+        sentences = [filled.sentence for filled in known[0].sentences] if known else _sentences_of(folder)
+        for path in new if sentences else ():
+            if not path.exists():  # deleted meanwhile by the run
+                continue
+            with _printed_problems(f"no fillings of {path.name}"):
+                filled = tuple(_fill(path / "hf", sentences))
+                add_fillings(folder, CheckpointFillings(checkpoint_step(path), new[path], filled))
+
+
+@contextmanager
+def _printed_problems(without: str) -> Iterator[None]:
+    try:
+        yield
+    except (UserError, OSError, ValueError, KeyError, RuntimeError) as error:  # such as a deleted checkpoint
+        notify(f"report: {without}: {error}")
+
+
+def _checkpoints(folder: RunFolder) -> dict[Path, str]:
+    """What identifies each complete checkpoint. Without those that are deleted or copied at this moment."""
+    found = {}
+    for path in complete_checkpoints(folder.checkpoints):
+        with suppress(OSError, ValueError):
+            found[path] = weights_digest(path)
+    return found
+
+
+def _sentences_of(folder: RunFolder) -> list[MaskedSentence]:
+    """From the first corpus of `corpus.eval`; empty without any."""
+    from experiment.tokenizer import load_tokenizer
+    from pretrain.corpus.reader import open_corpus
+
+    held_out = (read_run_config(folder).get("corpus") or {}).get("eval") or {}
+    for path in list(held_out.values())[:1]:
+        corpus = open_corpus(Path(path))
+        lengths = np.concatenate(list(corpus.document_lengths())).astype(np.int64)
+        starts, cut = np.cumsum(lengths) - lengths, np.minimum(lengths, _LONGEST)
+        order = np.random.default_rng(_SEED).permutation(np.flatnonzero(lengths >= _SHORTEST))
+        texts = (corpus.read(starts[at : at + 1], cut[at : at + 1]) for at in order.tolist())
+        return choose_sentences(texts, load_tokenizer(corpus.tokenizer_path))
+    return []
+
+
+def choose_sentences(texts: Iterator[NDArray[np.int32]], tokenizer: "PreTrainedTokenizerFast") -> list[MaskedSentence]:
+    """Ten different sentences, from the beginnings of texts [T] as token ids, each with one masked word."""
+    from pretrain.batching.vocabulary import build_vocabulary
+
+    vocabulary, draw = build_vocabulary(tokenizer), np.random.default_rng(_SEED)
+    chosen: dict[MaskedSentence, None] = {}
+    for ids in texts:
+        sentence = _mask_word(_first_sentence(ids, tokenizer), tokenizer, vocabulary, draw)
+        if sentence is not None:
+            chosen[sentence] = None
+        if len(chosen) == _SENTENCES:
+            break
+    return list(chosen)
+
+
+def _first_sentence(ids: NDArray[np.int32], tokenizer: "PreTrainedTokenizerFast") -> NDArray[np.int32]:
+    for end in range(_SHORTEST, len(ids) + 1):
+        if tokenizer.decode([int(ids[end - 1])]).strip() in _ENDS:
+            return ids[:end]
+    return ids
+
+
+def _mask_word(
+    ids: NDArray[np.int32], tokenizer: "PreTrainedTokenizerFast", vocabulary: "Vocabulary", draw: np.random.Generator
+) -> MaskedSentence | None:
+    """Mask a word that is one token; None if there is none, or the text cannot be put together again."""
+    boundaries = vocabulary.word_boundaries
+    starts = np.ones(len(ids), dtype=np.bool_) if boundaries is None else boundaries.word_starts(ids)
+    whole = starts & np.append(starts[1:], True) & ~vocabulary.unmaskable[ids]
+    words = [at for at in np.flatnonzero(whole).tolist() if tokenizer.decode([int(ids[at])]).strip().isalpha()]
+    if not words:
+        return None
+    at = words[int(draw.integers(len(words)))]
+    answer = tokenizer.decode([int(ids[at])]).strip()
+    text, until = tokenizer.decode(ids.tolist()), tokenizer.decode(ids[: at + 1].tolist())
+    if not (until.endswith(answer) and text.startswith(until)) or str(tokenizer.mask_token) in text:
+        return None
+    return MaskedSentence(until.removesuffix(answer), answer, text.removeprefix(until))
+
+
+def _fill(model: Path, sentences: Sequence[MaskedSentence]) -> Iterator[FilledSentence]:
+    from finetune.loaded_model import load_on_cpu
+    from finetune.mask_filler import MaskFiller, load_filling_tokenizer, ranking_task
+    from finetune.predictor import Predictor
+
+    with _one_thread():
+        loaded = load_on_cpu(model, load_filling_tokenizer(model), ranking_task())
+        filler = MaskFiller(loaded, Predictor.of(loaded, ranking_task(), _SENTENCES))
+        texts = [f"{sentence.before}{filler.mask}{sentence.after}" for sentence in sentences]
+        for sentence, (candidates,) in zip(sentences, filler.fill(texts, _TOP), strict=True):
+            top = tuple((found["token"], round(found["probability"], 6)) for found in candidates)
+            yield FilledSentence(sentence, top)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Leave the other cores to the run, which may be training on this machine."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -10,9 +10,8 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from launcher.cli import main
-from launcher.command_docs import commands_page
-from launcher.config_docs import CONFIGS
+from launcher.cli import COMMANDS, main
+from launcher.reference import CONFIGS, commands_page
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 PAGES = sorted(
@@ -43,7 +42,7 @@ def test_the_site_has_all_pages() -> None:
 def test_the_page_of_commands_is_up_to_date() -> None:
     """docs/commands.md drifts from the docstrings of commands and flags."""
     page = (REPOSITORY / "docs" / "commands.md").read_text(encoding="utf-8")
-    assert page == commands_page(), "python -m launcher.command_docs > docs/commands.md"
+    assert page == commands_page(COMMANDS), "python -m launcher.reference commands > docs/commands.md"
 
 
 @each_page

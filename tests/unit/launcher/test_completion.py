@@ -4,7 +4,7 @@ import subprocess
 import pytest
 
 from launcher.cli import COMMANDS
-from launcher.completion import completion_script
+from launcher.reference import completion_script
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 from experiment.config.reference import config_reference
 from launcher.cli import COMMANDS, main
 from launcher.command_line import flags_of, options_of
-from launcher.config_docs import CONFIGS, config_page
+from launcher.reference import CONFIGS, config_page
 
 ROOT = Path(__file__).parents[3]
 
@@ -35,7 +35,7 @@ def test_no_name_changes_by_accident() -> None:
 def test_the_config_page_is_up_to_date() -> None:
     """Catches docs/config.md drifting from the docstrings of the fields, and a link to a page that does not exist."""
     page = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
-    assert page == config_page(), "python -m launcher.config_docs > docs/config.md"
+    assert page == config_page(), "python -m launcher.reference config > docs/config.md"
     for link in re.findall(r"\]\(([^)]+)\)", page):
         assert (ROOT / "docs" / link).is_file(), link
 

@@ -13,9 +13,8 @@ from experiment.errors import UserError
 from experiment.results.fillings import FilledSentence, MaskedSentence, read_fillings
 from experiment.run_folder import RunFolder, open_run_folder
 from experiment.tokenizer import load_tokenizer
-from launcher import fillings
-from launcher.fillings import choose_sentences, fill_new_checkpoints
-from launcher.report import report_runs
+from launcher import report
+from launcher.report import choose_sentences, fill_new_checkpoints, report_runs
 from pretrain.corpus.reader import open_corpus
 
 
@@ -71,7 +70,7 @@ def test_each_checkpoint_is_filled_once(run: RunFolder, tmp_path: Path) -> None:
 def test_a_second_report_fills_nothing(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches reports that each fill six more of a hundred checkpoints, and one that ignores new checkpoints."""
     sentence = FilledSentence(MaskedSentence("a ", "b", " c"), (("b", 0.5),))
-    monkeypatch.setattr(fillings, "_fill", lambda model, sentences: [sentence])
+    monkeypatch.setattr(report, "_fill", lambda model, sentences: [sentence])
     for step in range(20, 80, 10):
         shutil.copytree(run.checkpoints / "step-00000010", run.checkpoints / f"step-{step:08d}")
     fill_new_checkpoints(run)

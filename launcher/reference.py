@@ -1,0 +1,181 @@
+"""Commands, config keys and recipes, described for a terminal, a shell and the docs.
+
+`python -m launcher.reference config > docs/config.md` and `python -m launcher.reference commands > docs/commands.md`
+write the pages of the docs.
+"""
+
+import sys
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from experiment.config import Section
+from experiment.config.reference import as_markdown, config_reference
+from experiment.errors import UserError
+from experiment.files import write_text
+from experiment.recipes import Recipe, all_recipes, find_recipe
+from finetune.config import FinetuneConfig
+from launcher.command_line import Command, describe_command, flags_of, options_of
+from launcher.compare_config import CompareConfig
+from launcher.options import RecipesOptions
+from pretrain.config import PretrainConfig
+
+CONFIGS: dict[str, type[Section]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "compare": CompareConfig}
+"""Configs by the command that reads them."""
+
+Shell = Literal["bash", "zsh", "fish"]
+
+_KEYS_OF = {"plan": "pretrain", "preflight": "pretrain"}  # commands that take the config of another one
+
+_BASH = """\
+# deepcloze, bash: eval "$(deepcloze completion bash)", for example in ~/.bashrc
+_deepcloze() {{
+    local word="${{COMP_WORDS[COMP_CWORD]}}" before="${{COMP_WORDS[COMP_CWORD-1]}}" words=""
+    if [ "$COMP_CWORD" -eq 1 ]; then
+        words="{commands} --help --version"
+    elif [ "$before" = --config ]; then
+        case "${{COMP_WORDS[1]}}" in
+{recipes}
+        esac
+        COMPREPLY=($(compgen -W "$words" -- "$word") $(compgen -f -- "$word"))
+        return
+    else
+        case "${{COMP_WORDS[1]}}" in
+{flags}
+        esac
+    fi
+    COMPREPLY=($(compgen -W "$words" -- "$word"))
+    case "${{COMPREPLY[0]}}" in *=) compopt -o nospace ;; esac
+}}
+complete -o default -F _deepcloze deepcloze
+"""
+
+_ZSH = """\
+# deepcloze, zsh: eval "$(deepcloze completion zsh)", for example in ~/.zshrc
+autoload -U +X compinit && compinit
+autoload -U +X bashcompinit && bashcompinit
+"""
+
+_CONFIG_HEAD = """\
+<!-- Generated from the docstrings of the config fields: python -m launcher.reference config > docs/config.md -->
+
+# Config reference
+
+Every key of a config file, with its type and default. Override any key on the command line as `--section.key=value`.
+`deepcloze config pretrain [KEY]`, and the same with `finetune` or `compare`, shows all keys, one section or one key.
+Keys of list items are written `list[].key`.
+"""
+
+_COMMANDS_HEAD = """\
+<!-- Generated from the docstrings of the commands: python -m launcher.reference commands > docs/commands.md -->
+
+# Commands
+
+All commands, in the order of their use. `deepcloze COMMAND --help` prints the same in the terminal.
+
+Flags are written `--flag value` or `--flag=value`; in their names, `-` and `_` are the same. Commands that take a
+config also take any of its keys as `--section.key=value`, see [config.md](config.md).
+"""
+
+
+def recipes_command(options: RecipesOptions) -> None:
+    """Raises UserError for a missing or unknown name, and for a target that exists."""
+    if options.action == "ls":
+        print(_recipe_table())
+        return
+    if options.name is None:
+        raise UserError(f"recipes {options.action}: missing: NAME, see `deepcloze recipes`")
+    recipe = find_recipe(options.name)
+    text = recipe.path.read_text(encoding="utf-8")
+    if options.action == "show":
+        print(text, end="")
+        return
+    target = Path(options.target or recipe.path.name)
+    if target.is_dir():
+        target = target / recipe.path.name
+    if target.exists():
+        raise UserError(f"recipes cp: {target} exists already; name another file")
+    write_text(target, text)
+    print(f"{target}: edit it, then run: deepcloze {recipe.kind} --config {target}")
+
+
+def _recipe_table() -> str:
+    recipes = all_recipes()
+    width = max(len(recipe.name) for recipe in recipes)
+    lines = []
+    for kind in dict.fromkeys(recipe.kind for recipe in recipes):
+        lines += ["", f"deepcloze {kind} --config NAME"]
+        lines += [_recipe_row(recipe, width) for recipe in recipes if recipe.kind == kind]
+    return "\n".join(lines[1:])
+
+
+def _recipe_row(recipe: Recipe, width: int) -> str:
+    indent = " " * (width + 4)
+    name = f"  {recipe.name}".ljust(width + 4)
+    return textwrap.fill(recipe.summary, 100, initial_indent=name, subsequent_indent=indent)
+
+
+def completion_script(shell: Shell, commands: Mapping[str, Command]) -> str:
+    return _fish(commands) if shell == "fish" else (_ZSH if shell == "zsh" else "") + _bash(commands)
+
+
+def _bash(commands: Mapping[str, Command]) -> str:
+    flags = [f'            {name}) words="{" ".join(_flags(name, command))}" ;;' for name, command in commands.items()]
+    recipes = [f'            {name}) words="{" ".join(_recipe_names(name))}" ;;' for name in ("pretrain", "finetune")]
+    return _BASH.format(commands=" ".join(commands), flags="\n".join(flags), recipes="\n".join(recipes))
+
+
+def _fish(commands: Mapping[str, Command]) -> str:
+    lines = ["# deepcloze, fish: deepcloze completion fish > ~/.config/fish/completions/deepcloze.fish"]
+    for name, command in commands.items():
+        summary = (command.__doc__ or "").partition("\n")[0].replace("'", "\\'")
+        lines.append(f"complete -c deepcloze -n __fish_use_subcommand -a {name} -d '{summary}'")
+        on_command = f"complete -c deepcloze -n '__fish_seen_subcommand_from {name}'"
+        lines += [f"{on_command} -a '{flag}'" for flag in _flags(name, command)]
+        lines += [f"{on_command} -l config -a '{recipe}'" for recipe in _recipe_names(name)]
+    return "\n".join(lines) + "\n"
+
+
+def _flags(name: str, command: Command) -> list[str]:
+    """The flags of a command, and the config keys that it takes."""
+    options = options_of(command)
+    flags = [f"--{flag.name}" for flag in flags_of(options).values() if not flag.positional]
+    keys = CONFIGS.get(_KEYS_OF.get(name, name))
+    if keys is not None and "overrides" in options.model_fields:
+        names = dict.fromkeys(key.name for section in config_reference(keys) for key in section.keys)
+        flags += [f"--{key}=" for key in names if "[" not in key and "<" not in key]
+    return [*flags, "--help"]
+
+
+def _recipe_names(name: str) -> list[str]:
+    return [recipe.name for recipe in all_recipes() if recipe.kind == name]
+
+
+def config_page() -> str:
+    """The Markdown of docs/config.md."""
+    titles = {"pretrain": "Pretraining", "finetune": "Fine-tuning", "compare": "Comparisons"}
+    sections = [f"## {titles[kind]}\n\n{as_markdown(config_reference(config))}" for kind, config in CONFIGS.items()]
+    return "\n".join([_CONFIG_HEAD, *sections])
+
+
+def commands_page(commands: Mapping[str, Command]) -> str:
+    """The Markdown of docs/commands.md."""
+    return "\n".join([_COMMANDS_HEAD, *(_command_section(name, command) for name, command in commands.items())])
+
+
+def _command_section(name: str, command: Command) -> str:
+    found = describe_command(name, command)
+    rows = "".join(f"| {_cell(f'`{flag}`')} | {_cell(meaning)} |\n" for flag, meaning in found.flags)
+    usage, example = (textwrap.indent(text, "    ") for text in (found.usage, found.example))
+    return f"## deepcloze {name}\n\n{usage}\n\n{found.text}\n\n| flag | |\n|---|---|\n{rows}\nExample:\n\n{example}\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", r"\|")
+
+
+if __name__ == "__main__":
+    from launcher.cli import COMMANDS
+
+    print(config_page() if sys.argv[1] == "config" else commands_page(COMMANDS), end="")
