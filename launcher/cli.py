@@ -245,7 +245,7 @@ def sweep(options: SweepOptions) -> None:
     Example:
         deepcloze sweep --config my-run.yaml --grid "optimizer.lr=1e-4,5e-4 masking.rate=0.15,0.3"
     """
-    from launcher.sweeps.sweep import launch_sweep
+    from launcher.sweep import launch_sweep
 
     launch_sweep(options)
 
@@ -261,7 +261,7 @@ def compare(options: CompareOptions) -> None:
         deepcloze compare encoders.yaml
     """
     with fast_imports():
-        from launcher.comparison.compare import launch_comparison
+        from launcher.compare import launch_comparison
 
     launch_comparison(options)
 
@@ -276,7 +276,7 @@ def watch(options: WatchOptions) -> None:
     Example:
         deepcloze watch runs/mine --task my-task.yaml --probe
     """
-    from launcher.watching.watch import watch_run
+    from launcher.watch import watch_run
 
     watch_run(options)
 
@@ -327,7 +327,7 @@ def config(options: ConfigOptions) -> None:
         deepcloze config pretrain optimizer.lr
     """
     from experiment.config.reference import as_text, config_reference, find_keys
-    from launcher.config_docs import CONFIGS
+    from launcher.reference import CONFIGS
 
     config_type = CONFIGS[options.kind]
     sections = find_keys(config_type, options.key) if options.key else config_reference(config_type)
@@ -343,7 +343,7 @@ def recipes(options: RecipesOptions) -> None:
     Example:
         deepcloze recipes cp roberta-base roberta.yaml
     """
-    from launcher.recipes import recipes_command
+    from launcher.reference import recipes_command
 
     recipes_command(options)
 
@@ -367,7 +367,7 @@ def completion(options: CompletionOptions) -> None:
     Example:
         deepcloze completion bash
     """
-    from launcher.completion import completion_script
+    from launcher.reference import completion_script
 
     print(completion_script(options.shell, COMMANDS), end="")
 

@@ -90,9 +90,10 @@ def read_status(run: str) -> RunStatus:
 
 
 def is_run(folder: RunFolder) -> bool:
-    """Whether the folder has something that only a run has."""
+    """Whether the folder has something that only a run has. Sweeps and comparisons have logs and a record of runs."""
     known = (folder.config, folder.metrics, folder.launches)
-    return folder.logs.is_dir() or any(path.exists() for path in known)
+    records = (folder.path / "sweep.json", folder.path / "runs.json")
+    return any(path.exists() for path in known) or (folder.logs.is_dir() and not any(map(Path.exists, records)))
 
 
 def find_run(run: str) -> RunFolder:

@@ -1,32 +1,78 @@
-"""`deepcloze validate`: check a config without starting anything."""
+"""Validation of configs without starting anything: `deepcloze validate`, and the runs of sweeps and comparisons."""
 
-from experiment.config import load_config
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from experiment.config import flatten, load_config
+from experiment.config.yaml_dialect import read_yaml
 from experiment.errors import notify
 from experiment.fast_imports import fast_imports
-from launcher.hosts.machine import inspect_machine, select_accelerator
+from launcher.hosts.machine import Machine, inspect_machine, select_accelerator
+from launcher.launch import warnings_left_to_rank0
 from launcher.launch_plan import plan_launch
 from launcher.options import PretrainOptions, ValidateOptions
-from launcher.sweeps.sweep_plan import is_finetuning
+from launcher.run_set import FlatConfig
 from pretrain.config import PretrainConfig
+
+Validate = Callable[[dict[str, str]], FlatConfig]
+"""Config overrides -> the config of the run. Raises UserError for anything that would keep the run from starting."""
 
 
 def validate_command(options: ValidateOptions) -> None:
     """Raises UserError for anything that would keep the run from starting on this machine."""
-    if is_finetuning(options.config):
+    command = "finetune" if is_finetuning(options.config) else "pretrain"
+    if command == "finetune":
         with fast_imports():
             from finetune.run import check
 
         check(options.config, options.overrides)
-        print(f"{options.config}: valid, for deepcloze finetune")
     else:
-        _validate_pretraining(PretrainOptions(config=options.config, overrides=options.overrides))
-        print(f"{options.config}: valid, for deepcloze pretrain")
+        config, machine = load_config(PretrainConfig, options.config, options.overrides), _machine()
+        plan_launch(PretrainOptions(config=options.config, overrides=options.overrides), config, machine)
+        steps = config.schedule.known_steps
+        for warning in () if steps is None else config.schedule.warnings(steps):
+            notify(f"warning: {warning}")
+    print(f"{options.config}: valid, for deepcloze {command}")
 
 
-def _validate_pretraining(options: PretrainOptions) -> None:
-    config, machine = load_config(PretrainConfig, options.config, options.overrides), inspect_machine()
+def is_finetuning(config: str) -> bool:
+    """Whether a config file is for fine-tuning, not for pretraining. False for one that cannot be read."""
+    try:
+        tree = read_yaml(Path(config).read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return False  # `load_config` raises it with a message
+    return isinstance(tree, dict) and "task" in tree
+
+
+def validate_pretraining(config: str, placement: Mapping[str, Any]) -> Validate:
+    """Validation of pretraining runs of a config file. placement: of `LaunchOptions`."""
+    machine = _machine()
+
+    def validate(overrides: dict[str, str]) -> FlatConfig:
+        point = load_config(PretrainConfig, config, overrides)
+        with warnings_left_to_rank0():
+            plan_launch(PretrainOptions(config=config, overrides=overrides, **placement), point, machine)
+        return flatten(point)  # not the resolved one, whose model.init_from may be a newer checkpoint after a restart
+
+    return validate
+
+
+def validate_finetuning(config: str) -> Validate:
+    """Validation of fine-tuning runs of a config file."""
+    with fast_imports():
+        from finetune.config import FinetuneConfig
+        from finetune.run import resolve_paths
+
+    def validate(overrides: dict[str, str]) -> FlatConfig:
+        return flatten(resolve_paths(load_config(FinetuneConfig, config, overrides), default_name=Path(config).stem))
+
+    return validate
+
+
+def _machine() -> Machine:
+    machine = inspect_machine()
     select_accelerator(machine.devices)
-    plan_launch(options, config, machine)
-    steps = config.schedule.known_steps
-    for warning in () if steps is None else config.schedule.warnings(steps):
-        notify(f"warning: {warning}")
+    return machine

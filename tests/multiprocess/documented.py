@@ -158,7 +158,7 @@ class Terminal:
     def run(self, command: Command) -> None:
         """Run a command. Raises AssertionError if it fails, or does not fail with the message that the page shows."""
         text = replaced(command.text, self._replace)
-        few_resamples = mock.patch("launcher.comparison.row_tests.RESAMPLES", 20)
+        few_resamples = mock.patch("launcher.compare.RESAMPLES", 20)
         with contextlib.chdir(self._folder), mock.patch.dict(os.environ, self._environment), few_resamples:
             if text.startswith(_SERVERS):
                 self._serve(text)

@@ -1,7 +1,16 @@
+"""Default signals, and a run folder with stand-ins for checkpoints."""
+
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
+import yaml
+
+from experiment.checkpoints import checkpoint_path, mark_complete
+from experiment.files import write_json
+from experiment.outcome_file import Outcome, write_outcome
+from experiment.run_folder import RunFolder, open_run_folder
 
 
 @pytest.fixture(autouse=True)
@@ -19,3 +28,44 @@ def default_signals() -> Iterator[None]:
     yield
     for number, handler in previous.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    """A run that has started and not ended."""
+    folder = open_run_folder(tmp_path / "run")
+    tree = {"run": {"dir": str(folder.path)}, "model": {"config": {"model_type": "bert"}}}
+    tree |= {"corpus": {"train": "unused"}, "schedule": {"steps": 500}}
+    folder.config.write_text(yaml.safe_dump(tree))
+    write_json(folder.provenance, {"run_id": "abc", "attempts": [], "ancestors": []})
+    folder.metrics.write_text('{"step": 100, "loss": 5.0}\n{"step": 200, "loss": 4.0}\n')
+    write_json(folder.rank_record(0), {"rank": 0, "host": "here", "pid": 1, "training": True, "exit": None})
+    return folder
+
+
+@pytest.fixture
+def save(run: RunFolder) -> Callable[..., Path]:
+    """Saves a checkpoint with these weights."""
+
+    def save_checkpoint(step: int, weights: str = "", complete: bool = True) -> Path:
+        checkpoint = checkpoint_path(run.checkpoints, step)
+        (checkpoint / "hf").mkdir(parents=True, exist_ok=True)
+        (checkpoint / "hf" / "config.json").write_text("{}")
+        (checkpoint / "hf" / "model.safetensors").write_text(weights or f"of step {step}")
+        if complete:
+            (checkpoint / "COMPLETE").unlink(missing_ok=True)
+            mark_complete(checkpoint)
+        return checkpoint
+
+    return save_checkpoint
+
+
+@pytest.fixture
+def end(run: RunFolder) -> Callable[..., None]:
+    """Ends the run."""
+
+    def end_run(outcome: Outcome = Outcome.DONE) -> None:
+        write_outcome(run, outcome)
+        write_json(run.rank_record(0), {"rank": 0, "host": "here", "pid": 1, "exit": outcome.exit_code})
+
+    return end_run

@@ -78,11 +78,14 @@ def test_an_unknown_folder_is_one_line(tmp_path: Path, capsys: pytest.CaptureFix
 def test_folders_that_are_no_runs_are_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches `status runs/*` that fails because there is a sweep or a report, and one that hides a misspelled run."""
     (tmp_path / "report").mkdir()
-    run, report = make_run(tmp_path / "a"), str(tmp_path / "report")
-    assert main(["status", run, report, "--json"]) == 0
+    (tmp_path / "sweep" / "logs").mkdir(parents=True)
+    (tmp_path / "sweep" / "sweep.json").touch()
+    run, report, sweep = make_run(tmp_path / "a"), str(tmp_path / "report"), str(tmp_path / "sweep")
+    assert main(["status", run, report, sweep, "--json"]) == 0
     captured = capsys.readouterr()
     assert [status["run"] for status in json.loads(captured.out)] == [run]
-    assert captured.err == f"deepcloze: {report} is skipped: it is not a run folder\n"
+    skipped = "deepcloze: {} is skipped: it is not a run folder\n"
+    assert captured.err == skipped.format(report) + skipped.format(sweep)
     assert main(["status", report, report]) == 2
     assert "report is not a run folder" in capsys.readouterr().err
 

@@ -15,12 +15,12 @@ from experiment.errors import StoppedError, UserError
 from experiment.run_folder import RunFolder
 from experiment.tracking.config import TrackingConfig
 from finetune.config import FinetuneConfig
-from launcher.child_run import DONE, ChildRun
+from launcher import watched_task
 from launcher.cli import COMMANDS
 from launcher.command_line import parse_command_line
 from launcher.options import FinetuneOptions
-from launcher.watching import watched_task
-from launcher.watching.watched_task import ScoringError, WatchedTask, read_watched_task, score_checkpoint
+from launcher.run_set import DONE, ChildRun
+from launcher.watched_task import ScoringError, WatchedTask, read_watched_task, score_checkpoint
 
 Save = Callable[..., Path]
 WriteTask = Callable[..., Path]

@@ -1,6 +1,9 @@
+"""`deepcloze sweep`: the grid, the validation of its points, and runs with stand-ins for commands."""
+
 import csv
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,18 +14,174 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from experiment.errors import StoppedError, UserError
 from experiment.files import write_json
 from experiment.run_folder import RunFolder
-from launcher import child_run
+from experiment.run_lock import is_locked
+from finetune.kinds.classification import Kind
+from finetune.task_kind import Direction
+from launcher import run_set
+from launcher import sweep as sweep_module
 from launcher.cli import main
-from launcher.sweeps import sweep as sweep_module
-from launcher.sweeps.sweep import run_sweep
-from launcher.sweeps.sweep_plan import SweepPlan, SweepRun
+from launcher.options import SweepOptions
+from launcher.run_set import PlannedRun
+from launcher.sweep import SweepPlan, grid_points, parse_grid, plan_sweep, run_sweep
 from waiting import wait_until
 
-ROOT = Path(__file__).parents[4]
+ROOT = Path(__file__).parents[3]
+
+Reject = Callable[..., str]
+
+
+def test_grid_syntax() -> None:
+    """Catches lists split at their commas, and merged keys."""
+    text = "optimizer.lr=1e-4,5e-4  optimizer.betas=[0.9, 0.98],[0.9,0.999] tracking.name='a, b'"
+    assert parse_grid(text) == {
+        "optimizer.lr": ("1e-4", "5e-4"),
+        "optimizer.betas": ("[0.9, 0.98]", "[0.9,0.999]"),
+        "tracking.name": ("'a, b'",),
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "found nothing"),
+        ("optimizer.lr", "found 'optimizer.lr'"),
+        ("optimizer.lr=", "found 'optimizer.lr='"),
+        ("optimizer.lr=1,,2", "found 'optimizer.lr=1,,2'"),
+        ("optimizer.lr=1 optimizer.lr=2", "'optimizer.lr' is given twice"),
+        ("optimizer.lr=1,2,1", "has a duplicate value"),
+        ("a.b=[1,2 c.d=3", "']' is missing"),
+        ("run.dir=a,b", "--output"),
+    ],
+)
+def test_malformed_grids_are_rejected(text: str, message: str) -> None:
+    """Catches runs that are silently left out, repeated, or overwrite each other."""
+    with pytest.raises(UserError, match="--grid") as rejected:
+        parse_grid(text)
+    assert message in str(rejected.value)
+
+
+def test_every_point_has_a_unique_name() -> None:
+    """Catches missing points, and two that share a folder."""
+    points = grid_points(
+        {"optimizer.lr": ("1e-4", "5e-4"), "corpus.train": ("a/b", "a-b"), "a.x": ("1",), "b.x": ("2",)}
+    )
+    assert list(points) == [
+        "lr=1e-4_train=a-b_a.x=1_b.x=2",
+        "lr=1e-4_train=a-b_a.x=1_b.x=2-2",
+        "lr=5e-4_train=a-b_a.x=1_b.x=2",
+        "lr=5e-4_train=a-b_a.x=1_b.x=2-2",
+    ]
+    assert points["lr=5e-4_train=a-b_a.x=1_b.x=2-2"]["corpus.train"] == "a-b"
+
+
+@pytest.fixture
+def pretraining(tmp_path: Path, wordpiece_corpus: Path, heldout_corpus: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 40}
+    tree = {
+        "run": {"dir": str(tmp_path / "run")},
+        "model": {"config": {"model_type": "bert", **sizes, "max_position_embeddings": 64}},
+        "corpus": {"train": str(wordpiece_corpus), "eval": {"held": str(heldout_corpus)}},
+        "batch": {"sequences": 8, "max_seq_length": 32, "microbatch_tokens": 64},
+        "schedule": {"steps": 2},
+        "engine": {"ds_config": "ds_configs/fp32_zero1.json"},
+    }
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+@pytest.fixture
+def reject(
+    pretraining: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Reject:
+    """Call `deepcloze sweep`, which must reject the grid and start nothing; returns the message."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+
+    def command(grid: str, *arguments: str) -> str:
+        assert main(["sweep", "--config", str(pretraining), "--grid", grid, *arguments]) == 2
+        assert not list(tmp_path.glob("*-sweep"))
+        return capsys.readouterr().err
+
+    return command
+
+
+def test_the_commands_of_a_sweep(pretraining: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches overrides or flags that do not reach the runs, and two runs in one folder."""
+    grid = "optimizer.lr=1e-4,5e-4 optimizer.betas=[0.9,0.98],[0.9,0.999]"
+    arguments = ["--config", str(pretraining), "--grid", grid, "--num_gpus", "1", "--schedule.steps=3", "--dry_run"]
+    assert main(["sweep", *arguments]) == 0
+    lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(lines) == 4
+    assert lines[1][1:] == [
+        *("-P", "-m", "launcher", "pretrain", "--config", str(pretraining), "--num_gpus=1", "--schedule.steps=3"),
+        *("--optimizer.lr=1e-4", "--optimizer.betas=[0.9,0.999]"),
+        f"--run.dir={tmp_path}/run-sweep/lr=1e-4_betas=0.9-0.999",
+    ]
+    assert not (tmp_path / "run-sweep").exists()
+
+
+def test_every_point_is_validated_before_the_first_run(reject: Reject) -> None:
+    """Catches a typo in the last value that is found hours later, and a metric that no run reports."""
+    assert "lr=fast: command line: 'optimizer.lr'" in reject("optimizer.lr=1e-4,fast")
+    assert "unknown config key 'optimizer.rate'" in reject("optimizer.rate=1e-4")
+    assert "max_seq_length=128" in reject("batch.max_seq_length=32,128 batch.microbatch_tokens=128")
+    assert "'optimizer.lr' is given both in --grid and as an override" in reject(
+        "optimizer.lr=1e-4", "--optimizer.lr=1e-3"
+    )
+    assert "did you mean 'eval/held/loss'" in reject("optimizer.lr=1e-4", "--metric=eval/hold/loss")
+
+
+def test_the_run_folder_of_the_config_may_be_in_use(
+    pretraining: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches points validated as resumes of a run made with the same config."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    arguments = ["--config", str(pretraining), "--grid", "batch.sequences=4,8", "--run.resume=never", "--dry_run"]
+    assert main(["sweep", *arguments]) == 0
+    assert f"--run.dir={tmp_path}/run-sweep/sequences=4" in capsys.readouterr().out
+
+
+def test_launch_flags_are_rejected_for_fine_tuning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches flags that are silently ignored, and a fine-tuning config taken for a pretraining config."""
+    path = tmp_path / "task.yaml"
+    tree = {"run": {"dir": "a"}, "task": {"train": "t.csv", "validation": "v.csv"}, "model": {"init_from": "none"}}
+    path.write_text(yaml.safe_dump(tree))
+    arguments = ["sweep", "--config", str(path), "--grid", "training.lr=1e-5,2e-5"]
+    assert main([*arguments, "--num_gpus", "2"]) == 2
+    assert "--num_gpus applies to pretraining only" in capsys.readouterr().err
+    assert main(arguments) == 2
+    assert "lr=1e-5: model.init_from: none does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("metric", "lower_is_better"),
+    [("eval/held/loss", True), ("eval/held/perplexity", True), ("eval/held/accuracy", False)],
+)
+def test_the_direction_of_a_metric_of_pretraining(pretraining: Path, metric: str, lower_is_better: bool) -> None:
+    """Catches a table with the worst run at its top."""
+    plan = plan_sweep(SweepOptions(config=str(pretraining), grid="batch.sequences=4", metric=metric))
+    assert (plan.metric, plan.lower_is_better) == (metric, lower_is_better)
+
+
+@pytest.mark.parametrize("direction", Direction)
+def test_the_direction_of_a_metric_of_a_task(
+    tmp_path: Path, direction: Direction, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches an error rate that is sorted as if higher were better, whatever its kind declares."""
+    monkeypatch.setattr(Kind, "metrics", {"accuracy": direction})
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").touch()
+    tree = {"run": {"dir": "a"}, "task": {"train": "t.csv"}, "model": {"init_from": str(tmp_path / "model")}}
+    (tmp_path / "task.yaml").write_text(yaml.safe_dump(tree))
+    plan = plan_sweep(SweepOptions(config=str(tmp_path / "task.yaml"), grid="training.lr=1e-5"))
+    assert (plan.metric, plan.lower_is_better) == ("accuracy", direction is Direction.LOWER)
+
 
 # Stands for a run: it logs an event with the given loss, sleeps and reports that it is done, or fails.
 RUN = r"""
@@ -60,15 +219,15 @@ with lock_run(folder):
 def plan(output: Path, losses: dict[str, str], seconds: float = 0.0) -> SweepPlan:
     """One run for each learning rate; `losses` are their final losses."""
     runs = [
-        SweepRun(
+        PlannedRun(
             f"lr={rate}",
-            {"optimizer.lr": rate},
             (sys.executable, "-c", RUN, str(output / f"lr={rate}"), loss, str(seconds)),
             {"optimizer.lr": rate, "run.seed": 1},
+            values={"optimizer.lr": rate},
         )
         for rate, loss in losses.items()
     ]
-    return SweepPlan(tuple(runs), output, "eval/held/loss", lower_is_better=True)
+    return SweepPlan.of(tuple(runs), output, "eval/held/loss", lower_is_better=True)
 
 
 def test_a_sweep_with_a_failure_run_twice(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -120,9 +279,10 @@ def test_runs_of_another_config_are_not_mixed_in(tmp_path: Path) -> None:
     """Catches one table of runs that differ in more than its columns."""
     first = plan(tmp_path, {"1e-4": "4.5"})
     run_sweep(first)
-    (run,) = first.runs
+    (run,) = first.runs.runs
+    other = replace(first.runs, runs=(replace(run, config={**run.config, "run.seed": 2}),))
     with pytest.raises(UserError, match=r"lr=1e-4 was started with another run\.seed: 1, now 2"):
-        run_sweep(replace(first, runs=(replace(run, config={**run.config, "run.seed": 2}),)))
+        run_sweep(replace(first, runs=other))
 
 
 def test_one_sweep_at_a_time_uses_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,11 +292,12 @@ def test_one_sweep_at_a_time_uses_a_folder(tmp_path: Path, monkeypatch: pytest.M
 
     def notify(message: str) -> None:
         if message.endswith("running"):
-            with pytest.raises(UserError, match=r"^--output: another sweep is using .*new$"):
+            with pytest.raises(UserError, match=r"^--output: another deepcloze process is using .*new$"):
                 run_sweep(sweep)
+            assert is_locked(sweep.runs.folder), "a comparison waits for the sweep that a killed one has left"
             refused.append(message)
 
-    monkeypatch.setattr(child_run, "notify", notify)
+    monkeypatch.setattr(run_set, "notify", notify)
     run_sweep(sweep)
     assert len(refused) == 1
     run_sweep(sweep)
@@ -196,7 +357,7 @@ def left_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
                 assert str(folder) in message
                 (when_waiting or (folder / "end").touch)()
 
-        monkeypatch.setattr(child_run, "notify", notify)
+        monkeypatch.setattr(run_set, "notify", notify)
         return process
 
     yield start
@@ -244,7 +405,7 @@ def test_a_full_disk_stops_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyP
             raise OSError(28, "No space left on device", str(path))
         write_json(path, value)
 
-    monkeypatch.setattr("launcher.sweeps.sweep.write_json", full)
+    monkeypatch.setattr("launcher.run_set.write_json", full)
     with pytest.raises(StoppedError, match=r"^sweep: .*sweep\.json: disk full; the same command resumes$"):
         run_sweep(sweep)
     run_sweep(sweep)

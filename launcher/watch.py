@@ -4,15 +4,19 @@
 Weights & Biases through the process that writes them: rank 0 while the run is running, this one when it has ended.
 """
 
+import json
+import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from experiment.checkpoints import checkpoint_step, complete_checkpoints, weights_digest
 from experiment.config import load_config
 from experiment.disk_errors import stopped_by_disk_errors
 from experiment.errors import UserError, notify
+from experiment.mail import MailSettings, read_mail_settings, send_mail
 from experiment.outcome_file import Outcome, read_outcome
 from experiment.provenance import read_provenance
 from experiment.run_folder import RunFolder, open_run_folder
@@ -23,8 +27,7 @@ from experiment.tracking.config import AlertsConfig
 from experiment.tracking.downstream import DownstreamLog, DownstreamResult, read_results, write_result
 from experiment.tracking.tracker import TrackedRun, open_trackers
 from launcher.options import WatchOptions
-from launcher.watching.announcement import Announcement, make_announcement
-from launcher.watching.watched_task import (
+from launcher.watched_task import (
     ScoringError,
     TaskRejectedError,
     WatchedTask,
@@ -64,6 +67,34 @@ def read_run_config(run: RunFolder) -> PretrainConfig:
     if next(run.path.glob("seed-*"), None) is not None:
         raise UserError(f"{run.path} is a run of `deepcloze finetune`; expected one of `deepcloze pretrain`")
     return load_config(PretrainConfig, run.config)
+
+
+@dataclass(frozen=True)
+class Announcement:
+    """Where to send the result of a checkpoint: a command of the user, mail. Failures are warnings."""
+
+    command: str | None = None  # of the shell, gets the result as JSON on stdin
+    mail: tuple[MailSettings, str] | None = None  # server and address
+
+    def send(self, run: RunFolder, result: DownstreamResult) -> None:
+        """Send a result. Waits for the command."""
+        text = json.dumps({"run": str(run.path), **asdict(result)}, ensure_ascii=False, indent=2) + "\n"
+        if self.command is not None:
+            code = subprocess.run(self.command, shell=True, input=text.encode(), check=False).returncode
+            if code != 0:
+                notify(f"watch: warning: --on_result failed with exit code {code}: {self.command}")
+        if self.mail is not None:
+            settings, to = self.mail
+            subject = f"{run.path.name}: {result.task} {result.metric} {result.value:.4f} at step {result.step}"
+            try:
+                send_mail(settings, to, subject, text)
+            except OSError as error:
+                notify(f"watch: warning: cannot send mail to {to}: {error}")
+
+
+def make_announcement(command: str | None, mail: str | None) -> Announcement:
+    """Raises UserError if mail is wanted and the environment does not say how to send it."""
+    return Announcement(command, None if mail is None else (read_mail_settings(), mail))
 
 
 class Watch:

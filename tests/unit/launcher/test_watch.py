@@ -1,6 +1,7 @@
-"""Which checkpoints `deepcloze watch` scores and logs, with a stand-in for scoring."""
+"""Which checkpoints `deepcloze watch` scores, logs and announces, with a stand-in for scoring."""
 
 import json
+import shlex
 import shutil
 import sys
 from collections.abc import Callable
@@ -13,16 +14,17 @@ import pytest
 
 from experiment.checkpoints import checkpoint_step
 from experiment.errors import UserError
+from experiment.mail import MailSettings
 from experiment.outcome_file import Outcome
 from experiment.run_folder import RunFolder, open_run_folder
 from experiment.run_lock import lock_run
 from experiment.tracking.downstream import DownstreamLog, DownstreamResult, read_results
 from experiment.tracking.jsonl import JsonlTracker, read_events
 from launcher.cli import main
-from launcher.watching.announcement import Announcement
-from launcher.watching.watch import Watch, read_run_config
-from launcher.watching.watched_task import ScoringError, TaskRejectedError, WatchedTask
+from launcher.watch import Announcement, Watch, make_announcement, read_run_config
+from launcher.watched_task import ScoringError, TaskRejectedError, WatchedTask
 
+RESULT = DownstreamResult(100, "toy", "accuracy", False, {"accuracy": 0.9}, "weights", "config", 2.0)
 TASK = WatchedTask("toy.yaml", "toy", False, "accuracy", False, "config")
 
 Save = Callable[..., Path]
@@ -179,7 +181,7 @@ def test_mistakes_are_rejected_at_the_start(
     run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Catches a watch that waits for ever in a folder that is no run, and two that score the same checkpoints."""
-    monkeypatch.setattr("launcher.watching.watch.read_watched_task", lambda file, probe: TASK)
+    monkeypatch.setattr("launcher.watch.read_watched_task", lambda file, probe: TASK)
     assert main(["watch", str(tmp_path), "--task", "toy.yaml"]) == 2
     assert "is not the folder of a pretraining that has started: it has no config.yaml" in capsys.readouterr().err
     with lock_run(open_run_folder(run.downstream / "toy")):
@@ -225,3 +227,45 @@ def test_scores_reach_the_trackers_after_a_failed_run(run: RunFolder, save: Save
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     assert lines[-1] == {"step": 100, "downstream/toy/accuracy": 0.1}
     assert DownstreamLog(run).take_new(sys.maxsize) == []
+
+
+def test_the_command_gets_the_result(run: RunFolder, tmp_path: Path) -> None:
+    """Catches a command that is started without its input, or not by a shell."""
+    Announcement(f"cat > {shlex.quote(str(tmp_path / 'result.json'))}").send(run, RESULT)
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert (found["run"], found["task"], found["step"]) == (str(run.path), "toy", 100)
+    assert found["metrics"] == {"accuracy": 0.9}
+
+
+@pytest.mark.parametrize("command", ["exit 3", f"{sys.executable} -c 'raise SystemExit(3)'"])
+def test_a_command_that_fails_is_a_warning(run: RunFolder, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a watch that ends because a command does not read its input, or fails."""
+    Announcement(command).send(run, RESULT)
+    assert f"warning: --on_result failed with exit code 3: {command}" in capsys.readouterr().err
+
+
+def test_mail_says_what_was_scored(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches mail without the score in its subject, and a watch that ends because mail cannot be sent."""
+    sent: list[tuple[object, ...]] = []
+    monkeypatch.setattr("launcher.watch.send_mail", lambda *message: sent.append(message))
+    settings = MailSettings("mail.example", 587, "runs@mail.example")
+    told = Announcement(mail=(settings, "me@home.example"))
+    told.send(run, RESULT)
+    assert sent[0][:3] == (settings, "me@home.example", "run: toy accuracy 0.9000 at step 100")
+
+    def fail(*_: object) -> None:
+        raise ConnectionRefusedError("refused")
+
+    monkeypatch.setattr("launcher.watch.send_mail", fail)
+    told.send(run, RESULT)
+    assert "warning: cannot send mail to me@home.example: refused" in capsys.readouterr().err
+
+
+def test_mail_needs_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a mistake that shows at the first result."""
+    monkeypatch.delenv("DEEPCLOZE_SMTP_HOST", raising=False)
+    with pytest.raises(UserError, match="DEEPCLOZE_SMTP_HOST"):
+        make_announcement(None, "me@home.example")
+    assert make_announcement("true", None) == Announcement("true")

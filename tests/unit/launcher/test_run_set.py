@@ -7,8 +7,8 @@ import filelock
 import pytest
 
 from experiment.run_folder import open_run_folder
-from launcher import child_run
-from launcher.child_run import DONE, REJECTED, ChildRun, start
+from launcher import run_set
+from launcher.run_set import DONE, REJECTED, ChildRun, start
 
 
 def test_a_run_that_another_process_was_starting_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,8 +21,8 @@ def test_a_run_that_another_process_was_starting_is_waited_for(tmp_path: Path, m
             lock.acquire(timeout=0)
         return codes.pop(0)
 
-    monkeypatch.setattr(child_run, "_run_command", run_command)
-    monkeypatch.setattr(child_run.time, "sleep", lambda _: lock.release())
+    monkeypatch.setattr(run_set, "_run_command", run_command)
+    monkeypatch.setattr(run_set.time, "sleep", lambda _: lock.release())
     assert start(run) == DONE
     assert not codes
 
@@ -31,5 +31,5 @@ def test_a_run_that_another_process_was_starting_is_waited_for(tmp_path: Path, m
 def test_a_state_tells_how_a_run_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, state: str) -> None:
     """Catches a mistake of the user that looks like a failure, and a run that is started twice."""
     codes = [code]
-    monkeypatch.setattr(child_run, "_run_command", lambda argv: codes.pop(0))
+    monkeypatch.setattr(run_set, "_run_command", lambda argv: codes.pop(0))
     assert start(ChildRun("compare", "a/b", open_run_folder(tmp_path / "run"), ())) == state

@@ -1,4 +1,4 @@
-"""The runs of a comparison, all checked before the first one starts."""
+"""The runs of a comparison, all validated before the first one starts."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +15,11 @@ from finetune.config import FinetuneConfig
 from finetune.data.checksums import data_checksums
 from finetune.model import model_files
 from finetune.run import check_data
-from launcher.comparison.compare_config import CompareConfig, RowConfig
+from launcher.compare_config import CompareConfig, RowConfig
 from launcher.options import CompareOptions, LaunchOptions
-from launcher.sweeps.sweep_grid import grid_points, parse_grid
-from launcher.sweeps.sweep_plan import FlatConfig, validate_finetuning, validate_pretraining
+from launcher.run_set import FlatConfig, PlannedRun, RunSet
+from launcher.sweep import grid_points, parse_grid
+from launcher.validate import validate_finetuning, validate_pretraining
 
 _COMMAND = module_command("launcher")
 _IRRELEVANT = ("run.", "tracking.")  # keys that do not change scores
@@ -27,30 +28,11 @@ _USED = ("compare.csv", "compare.json", "compare.md", "logs", "report", "runs.js
 
 
 @dataclass(frozen=True)
-class PlannedRun:
-    """A pretraining, a fine-tuning run, or a sweep of them."""
-
-    name: str  # ROW/TASK, or ROW/pretrain: its folder in that of the comparison
-    folder: RunFolder
-    argv: tuple[str, ...]  # the command that starts or resumes it
-    config: FlatConfig  # and checksums of what it reads, see DIR/runs.json
-
-
-@dataclass(frozen=True)
-class Row:
-    """What is run for a row, in order."""
-
-    name: str
-    pretraining: PlannedRun | None
-    cells: Mapping[str, PlannedRun]  # by task
-
-
-@dataclass(frozen=True)
 class ComparePlan:
-    """The validated runs of a comparison."""
+    """The validated runs of a comparison, named ROW/TASK and ROW/pretrain after their folders."""
 
-    folder: RunFolder
-    rows: tuple[Row, ...]
+    runs: RunSet
+    cells: Mapping[str, Mapping[str, PlannedRun]]  # row -> task -> its fine-tuning run, or a sweep of them
     grid: bool  # whether a cell is a sweep
 
 
@@ -66,23 +48,28 @@ class _Task:
 def plan_comparison(options: CompareOptions) -> ComparePlan:
     """Validate all runs and read their data. Writes and starts nothing.
 
-    Raises UserError for what would keep a run from starting.
+    Raises UserError for anything that would keep a run from starting.
     """
     config = load_config(CompareConfig, options.file, options.overrides)
     placement = options.model_dump(include=set(LaunchOptions.model_fields), exclude_defaults=True)
     if placement and all(row.pretrain is None for row in config.rows.values()):
         raise UserError(f"--{next(iter(placement))} applies to pretraining, and no row of {options.file} has any")
     folder = RunFolder(Path(config.run.dir).absolute())
-    row_folders = _row_folders(list(config.rows))
+    row_folders = _folders("rows", list(config.rows))
+    if used := [name for name, row_folder in row_folders.items() if row_folder in _USED]:
+        raise UserError(f"rows: '{used[0]}' is the name of a file or folder of the comparison; rename this row")
     config = _find_encoders(config, options.file)
     tasks = _read_tasks(config)
-    rows = []
+    runs: list[PlannedRun] = []
+    cells: dict[str, dict[str, PlannedRun]] = {}
     for name, row in config.rows.items():
         try:
-            rows.append(_plan_row(name, row, folder.path, row_folders[name], tasks, config, placement))
+            pretraining = _plan_pretraining(row, folder.path, row_folders[name], placement)
+            cells[name] = _plan_cells(row, pretraining, folder.path, row_folders[name], tasks, config)
         except UserError as error:
             raise UserError(f"{options.file}: rows.{name}: {error}") from None
-    return ComparePlan(folder, tuple(rows), config.grid is not None)
+        runs += [*([pretraining] if pretraining is not None else []), *cells[name].values()]
+    return ComparePlan(RunSet("compare", folder, "run.dir", "runs.json", tuple(runs)), cells, config.grid is not None)
 
 
 def _find_encoders(config: CompareConfig, file: str) -> CompareConfig:
@@ -106,15 +93,6 @@ def _folders(key: str, names: Sequence[str]) -> dict[str, str]:
             raise UserError(f"{key}: expected a name with letters or digits, found '{name}'")
         if others := [other for other in names if other != name and folders[other] == folder]:
             raise UserError(f"{key}: '{name}' and '{others[0]}' would share the folder '{folder}'; rename one")
-    return folders
-
-
-def _row_folders(names: Sequence[str]) -> dict[str, str]:
-    """Name -> name of its folder. Raises UserError as `_folders`, and for a name that the comparison itself uses."""
-    folders = _folders("rows", names)
-    for name, folder in folders.items():
-        if folder in _USED:
-            raise UserError(f"rows: '{name}' is the name of a file or folder of the comparison; rename this row")
     return folders
 
 
@@ -143,46 +121,41 @@ def _read_data(file: str, config: FinetuneConfig) -> FlatConfig:
         raise UserError(f"{file}: {error}") from None
 
 
-def _plan_row(
-    name: str,
+def _plan_pretraining(row: RowConfig, parent: Path, folder: str, placement: Mapping[str, Any]) -> PlannedRun | None:
+    if row.pretrain is None:
+        return None
+    name = f"{folder}/{_PRETRAINING}"
+    overrides = {"model.init_from": row.init_from, "run.dir": str(parent / name)}
+    config = validate_pretraining(row.pretrain, placement)(overrides)
+    flags = [f"--{key}={value}" for key, value in {**placement, **overrides}.items()]
+    return PlannedRun(name, (*_COMMAND, "pretrain", "--config", row.pretrain, *flags), config)
+
+
+def _plan_cells(
     row: RowConfig,
+    pretraining: PlannedRun | None,
     parent: Path,
     folder: str,
     tasks: Sequence[_Task],
     config: CompareConfig,
-    placement: Mapping[str, Any],
-) -> Row:
-    pretraining, origin = None, _encoder_checksums(row)
-    if row.pretrain is not None:
-        run = f"{folder}/{_PRETRAINING}"
-        pretraining = _plan_pretraining(row.pretrain, row.init_from, run, RunFolder(parent / run), placement)
-        origin |= {f"pretrain.{key}": value for key, value in pretraining.config.items()}
+) -> dict[str, PlannedRun]:
+    """The runs of a row by task. Their configs have the checksums of all files that they read."""
+    files = model_files(Path(row.init_from), weights=row.weights == "pretrained")
+    origin: dict[str, object] = {f"encoder.{path.name}": checksum(path) for path in files}
     seeds = ",".join(map(str, config.seeds))
     now = {"model.init_from": row.init_from, "model.weights": row.weights, "training.seeds": seeds}
-    then = now if pretraining is None else {**now, "model.init_from": str(pretraining.folder.path)}
+    then = now
+    if pretraining is not None:
+        origin |= {f"pretrain.{key}": value for key, value in pretraining.config.items()}
+        then = {**now, "model.init_from": str(parent / pretraining.name)}
     cells = {}
     for task in tasks:
-        path = parent / folder / task.name
-        checked = _check_cell(task.file, now, path, config.grid)
-        argv = _cell_argv(task.file, then, path, config.grid)
+        name = f"{folder}/{task.name}"
+        checked = _check_cell(task.file, now, parent / name, config.grid)
+        argv = _cell_argv(task.file, then, parent / name, config.grid)
         all_keys = {**checked, **task.data, **origin, **then}
-        cells[task.name] = PlannedRun(f"{folder}/{task.name}", RunFolder(path), argv, all_keys)
-    return Row(name, pretraining, cells)
-
-
-def _encoder_checksums(row: RowConfig) -> dict[str, object]:
-    """encoder.FILE -> checksum."""
-    files = model_files(Path(row.init_from), weights=row.weights == "pretrained")
-    return {f"encoder.{path.name}": checksum(path) for path in files}
-
-
-def _plan_pretraining(
-    file: str, init_from: str, name: str, folder: RunFolder, placement: Mapping[str, Any]
-) -> PlannedRun:
-    overrides = {"model.init_from": init_from, "run.dir": str(folder.path)}
-    config = validate_pretraining(file, placement)(overrides)
-    flags = [f"--{key}={value}" for key, value in {**placement, **overrides}.items()]
-    return PlannedRun(name, folder, (*_COMMAND, "pretrain", "--config", file, *flags), config)
+        cells[task.name] = PlannedRun(name, argv, all_keys, pretraining.name if pretraining is not None else None)
+    return cells
 
 
 def _check_cell(file: str, overrides: Mapping[str, str], folder: Path, grid: str | None) -> FlatConfig:

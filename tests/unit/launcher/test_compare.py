@@ -15,9 +15,9 @@ from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
 from experiment.checkpoints import checkpoint_path, mark_complete
 from experiment.errors import StoppedError
-from launcher.child_run import DONE, ChildRun
+from launcher import compare, run_set
 from launcher.cli import main
-from launcher.comparison import compare, row_tests
+from launcher.run_set import DONE, ChildRun
 
 LOW, HIGH = "ba de fi go lu mar", "pol rin sta ter ud ven"
 
@@ -72,9 +72,8 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         code = main(run.argv[4:])
         return DONE if code == 0 else f"failed (exit code {code})"
 
-    monkeypatch.setattr(compare, "start", start)
-    monkeypatch.setattr("launcher.sweeps.sweep.start", start)
-    monkeypatch.setattr(row_tests, "RESAMPLES", 40)
+    monkeypatch.setattr(run_set, "start", start)
+    monkeypatch.setattr(compare, "RESAMPLES", 40)
     return names
 
 
@@ -122,7 +121,7 @@ def test_a_stopped_comparison_runs_each_cell_once(
     write_files: Callable[..., Path], started: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches a restart that begins at the start, and one that takes an interrupted cell for a finished one."""
-    file, run_here = write_files(), compare.start
+    file, run_here = write_files(), run_set.start
 
     def stop_at_second(run: ChildRun) -> str:
         if len(started) == 1:
@@ -130,7 +129,7 @@ def test_a_stopped_comparison_runs_each_cell_once(
         return run_here(run)
 
     with monkeypatch.context() as patch:
-        patch.setattr(compare, "start", stop_at_second)
+        patch.setattr(run_set, "start", stop_at_second)
         assert main(["compare", str(file)]) == 75
     assert started == ["ours/toy"]
     assert main(["compare", str(file)]) == 0
@@ -182,13 +181,13 @@ def test_a_cell_that_fails_leaves_the_others(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Catches a failure that ends the comparison, one that is hidden, and one that is not tried again."""
-    file, run_here = write_files(), compare.start
+    file, run_here = write_files(), run_set.start
 
     def fail_first(run: ChildRun) -> str:
         return "failed (exit code 1)" if run.name.endswith("ours/toy") else run_here(run)
 
     with monkeypatch.context() as patch:
-        patch.setattr(compare, "start", fail_first)
+        patch.setattr(run_set, "start", fail_first)
         with pytest.raises(SystemExit, match=r"compare: 1 of 2 runs failed: ours/toy"):
             main(["compare", str(file)])
     assert read_tables(tmp_path / "compare")["ours"] == {}

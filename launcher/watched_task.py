@@ -18,7 +18,7 @@ from experiment.tracking.downstream import DownstreamResult
 from finetune.config import FinetuneConfig
 from finetune.data.checksums import data_checksums
 from finetune.task_kind import Direction, find_kind
-from launcher.child_run import DONE, REJECTED, ChildRun, start, wait_for_other_process
+from launcher.run_set import DONE, REJECTED, ChildRun, start, wait_for_other_process
 
 _PROBED_KIND = "classification"
 _REPLACED = {

@@ -1,0 +1,181 @@
+"""`deepcloze compare`: finish the runs of a comparison, then test the differences of their scores and write the tables.
+
+DIR/runs.json is the record of the runs, DIR/compare.json their scores, see `experiment.results.comparison`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from experiment.errors import UserError
+from experiment.files import write_json, write_text
+from experiment.progress import track
+from experiment.results.comparison import as_csv, as_markdown, tables
+from experiment.run_folder import RunFolder
+from experiment.signals import handle_stop_signals, interrupt
+from experiment.strict_json import parse_json
+from finetune.metrics.bootstrap import Scores, bootstrap_scores, compare_scores, draw_records
+from finetune.results.scored_split import ScoredSplit, read_scored_split
+from launcher.compare_plan import ComparePlan, plan_comparison
+from launcher.options import CompareOptions
+from launcher.report import print_report
+from launcher.run_set import DONE
+
+RESAMPLES = 1000
+
+_FITTED_ON = ("train", "validation")
+
+ScoresByRow = Mapping[str, Sequence["CellScores"]]
+"""Row -> its cells; those that failed are left out."""
+
+Differences = Mapping[tuple[str, str], Mapping[str, Mapping[str, Any]]]
+"""(column, row) -> another row -> the difference of their scores, its interval and p-value."""
+
+
+@dataclass(frozen=True)
+class CellScores:
+    """The scores of a row for one column of the table: a task, or one of the test splits of a task."""
+
+    column: str
+    folder: RunFolder  # of the fine-tuning run
+    split: str
+    chosen: Mapping[str, str]  # the point of the grid
+    metric: str
+    values: tuple[float, ...]  # by seed
+    mean: float
+    std: float | None  # None for one seed
+    collapsed: int  # number of seeds
+    labels: tuple[str, ...]
+
+
+def launch_comparison(options: CompareOptions) -> None:
+    """Run all cells of a comparison and write its tables; or print the commands, for a dry run.
+
+    Raises UserError for anything that would keep a run from starting, StoppedError if a signal or a full disk stops
+    it early, KeyboardInterrupt for a signal while no run is running, and SystemExit if runs failed, after all others.
+    """
+    with handle_stop_signals(interrupt):
+        plan = plan_comparison(options)
+        if options.dry_run:
+            plan.runs.print_commands()
+        else:
+            run_comparison(plan)
+
+
+def run_comparison(plan: ComparePlan) -> None:
+    """Run a comparison whose plan has been checked. Raises as `launch_comparison`."""
+    runs = plan.runs
+    with runs.opened() as records:
+        runs.finish(records)
+        states = {run.name: records[run.name]["state"] for run in runs.runs}
+        cells = {
+            row: [
+                cell
+                for task, run in row_runs.items()
+                if states[run.name] == DONE
+                for cell in read_cell(task, runs.run_folder(run), plan.grid)
+            ]
+            for row, row_runs in plan.cells.items()
+        }
+        failed = {name: state for name, state in states.items() if state != DONE}
+        write_tables(runs.folder, cells, test_rows(cells), failed)
+
+
+def read_cell(task: str, folder: RunFolder, grid: bool) -> list[CellScores]:
+    """The scores of a finished cell for each labelled test split; on validation if there is none.
+
+    grid: whether the folder is that of a sweep. Raises UserError for a damaged file.
+    """
+    chosen: Mapping[str, str] = {}
+    try:
+        if grid:
+            folder, chosen = _best_run(folder.path)
+        results = parse_json((folder.path / "results.json").read_text(encoding="utf-8"))
+        splits = [split for split in results["splits"] if split not in _FITTED_ON] or ["validation"]
+        columns = {task if len(splits) == 1 else f"{task} {split}": split for split in splits}
+        return [_scores(column, folder, split, chosen, results) for column, split in columns.items()]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"the results in {folder.path} cannot be read: {type(error).__name__}: {error}") from None
+
+
+def _best_run(sweep: Path) -> tuple[RunFolder, Mapping[str, str]]:
+    """The folder and the grid point of the run of a sweep that is best on validation."""
+    runs = parse_json((sweep / "sweep.json").read_text(encoding="utf-8"))
+    name = runs["best"]
+    return RunFolder(sweep / name), runs["runs"][name]["values"]
+
+
+def _scores(
+    column: str, folder: RunFolder, split: str, chosen: Mapping[str, str], results: Mapping[str, Any]
+) -> CellScores:
+    metric, collapsed, labels = results["metric"], len(results["collapsed"]), tuple(results["labels"])
+    scores = results["splits"][split][metric]
+    values, mean, std = tuple(scores["values"]), scores["mean"], scores["std"]
+    return CellScores(column, folder, split, chosen, metric, values, mean, std, collapsed, labels)
+
+
+def test_rows(cells: ScoresByRow) -> Differences:
+    """Test all pairs of rows in each column, see `finetune.metrics.bootstrap`.
+
+    Raises UserError if data have changed since they were scored.
+    """
+    columns: dict[str, dict[str, CellScores]] = {}
+    for row, scores in cells.items():
+        for cell in scores:
+            columns.setdefault(cell.column, {})[row] = cell
+    found: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
+    for column, by_row in columns.items():
+        resampled = _resample(column, by_row) if len(by_row) > 1 else {}
+        for a, b in combinations(resampled, 2):
+            test = compare_scores(by_row[a].mean - by_row[b].mean, resampled[a], resampled[b])
+            found.setdefault((column, a), {})[b] = {"difference": test.mean, "interval": test.interval, "p": test.p}
+    return found
+
+
+def _resample(column: str, cells: Mapping[str, CellScores]) -> dict[str, Scores]:
+    """The bootstrap scores of each row."""
+    splits = {row: read_scored_split(cell.folder, cell.split, cell.labels) for row, cell in cells.items()}
+    (count, *others) = {len(split.records) for split in splits.values()}
+    if others:
+        raise UserError(f"{column}: the rows were scored on {count:,} and {others[0]:,} records; run them again")
+    records = draw_records(count, RESAMPLES)
+    shown = track(enumerate(splits.items()), f"{column}: bootstrap", len(splits), "rows")
+    scores: dict[str, Scores] = {}
+    for stream, (row, split) in shown:
+        score = partial(ScoredSplit.score, split, cells[row].metric)
+        scores[row] = bootstrap_scores(score, len(split.predictions), records, stream)
+    return scores
+
+
+def write_tables(folder: RunFolder, cells: ScoresByRow, differences: Differences, failed: Mapping[str, str]) -> None:
+    """Write compare.json, compare.csv, compare.md and the report, and print the tables.
+
+    A report that cannot be written is a warning. failed: name of a run -> how it failed.
+    """
+    comparison = {
+        row: {cell.column: _as_json(cell, folder, differences.get((cell.column, row), {})) for cell in found}
+        for row, found in cells.items()
+    }
+    write_json(folder.path / "compare.json", comparison)
+    write_text(folder.path / "compare.csv", as_csv(comparison))
+    write_text(folder.path / "compare.md", as_markdown(comparison, failed))
+    for title, (header, *rows) in tables(comparison, failed).items():
+        table = Table(*header, title=title)
+        for row in rows:
+            table.add_row(*row)
+        Console(markup=False, highlight=False).print(table)
+    print(f"{folder.path}/compare.json, compare.csv, compare.md")
+    if any(comparison.values()):
+        print_report("compare", folder.path)
+
+
+def _as_json(cell: CellScores, folder: RunFolder, against: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    path = str(cell.folder.path.relative_to(folder.path))
+    found = {name: value for name, value in vars(cell).items() if name not in ("column", "labels")}
+    return {**found, "folder": path, "against": against}

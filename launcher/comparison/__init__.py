@@ -1,1 +1,0 @@
-"""`deepcloze compare`: initializations × tasks × seeds."""

@@ -1,0 +1,234 @@
+"""Sets of runs: commands that are started one after the other, each with a run folder of its own.
+
+`deepcloze sweep` and `compare` plan a `RunSet` and finish it; `deepcloze watch` starts single runs. A record in the
+folder of the set keeps the config of each run and how it ended, so that a restarted command runs what is missing and
+does not mix in runs of another config. A run that a killed command has left is waited for.
+"""
+
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import NotRequired, TypedDict
+
+from experiment.disk_errors import stopped_by_disk_errors
+from experiment.errors import StoppedError, UserError, notify, reason
+from experiment.files import write_json
+from experiment.outcome_file import Outcome, read_outcome
+from experiment.own_process import own_environment
+from experiment.run_folder import RunFolder, open_run_folder
+from experiment.run_lock import is_locked, lock_run
+from experiment.signals import handle_stop_signals
+from experiment.strict_json import parse_json
+
+DONE = "done"
+REJECTED = "rejected (exit code 2)"  # the user's mistake, which the run has reported
+
+_SEEDS = "training.seeds"  # may change: finished seeds are not trained again
+_POLL_SECONDS = 0.5
+
+FlatConfig = Mapping[str, object]
+"""Dotted config key -> value."""
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run of a set. Its folder is the one of that name in the folder of the set."""
+
+    name: str
+    argv: tuple[str, ...]  # the command that starts or resumes it
+    config: FlatConfig  # everything that its results depend on
+    pretraining: str | None = None  # name of the run that must be done before
+    values: Mapping[str, str] = field(default_factory=dict)  # point of a grid: dotted config key -> raw text
+
+
+class RunRecord(TypedDict):
+    """A run in the record of its set."""
+
+    config: FlatConfig
+    values: NotRequired[Mapping[str, str]]
+    state: NotRequired[str]  # `DONE`, or how it failed; missing if it has not ended
+    value: NotRequired[float | None]  # result of `measure`
+
+
+@dataclass(frozen=True)
+class RunSet:
+    """Runs to finish, in this order."""
+
+    command: str  # for messages: "sweep"
+    folder: RunFolder
+    option: str  # that names the folder, for messages
+    record: str  # name of the record in the folder
+    runs: tuple[PlannedRun, ...]
+    header: Mapping[str, object] | None = None  # other content of the record; None: it consists of the runs
+
+    def run_folder(self, run: PlannedRun) -> RunFolder:
+        return RunFolder(self.folder.path / run.name)
+
+    def print_commands(self) -> None:
+        print("\n".join(shlex.join(run.argv) for run in self.runs))
+
+    @contextmanager
+    def opened(self) -> Iterator[dict[str, RunRecord]]:
+        """Lock the folder and read the record: name -> run, also runs of earlier plans.
+
+        At the end, raises SystemExit if runs failed. Raises UserError if another process uses the folder, or if runs
+        were started with another config; StoppedError in place of errors of the disk that may pass.
+        """
+        resumable = stopped_by_disk_errors(f"{self.command}: ", "; the same command resumes")
+        with _locked(self.folder, self.option), resumable:
+            records = self._read()
+            self.save(records)
+            yield records
+        if failed := [run.name for run in self.runs if records[run.name].get("state") != DONE]:
+            names = ", ".join(failed)
+            sys.exit(f"deepcloze: {self.command}: {len(failed)} of {len(self.runs)} runs failed: {names}")
+
+    def finish(self, records: dict[str, RunRecord], measure: Callable[[RunFolder], float | None] | None = None) -> None:
+        """Run what is not done, and note how it ended. Raises StoppedError if a run was stopped.
+
+        measure: reads the value of a run that is done.
+        """
+        for number, run in enumerate(self.runs, start=1):
+            record = records[run.name]
+            if run.pretraining is not None and records[run.pretraining].get("state") != DONE:
+                record["state"] = "not run: its pretraining failed"
+            else:
+                record["state"] = self._finish(run, f"[{number}/{len(self.runs)}] {run.name}", record.get("state"))
+            if measure is not None:
+                record["value"] = measure(self.run_folder(run)) if record["state"] == DONE else None
+            self.save(records)
+
+    def save(self, records: Mapping[str, RunRecord], **more: object) -> None:
+        content = records if self.header is None else {**self.header, "runs": records, **more}
+        write_json(self.folder.path / self.record, content)
+
+    def _finish(self, run: PlannedRun, label: str, state: str | None) -> str:
+        child = ChildRun(self.command, label, self.run_folder(run), run.argv)
+        wait_for_other_process(child)
+        outcome = read_outcome(child.folder)
+        if state == DONE or (outcome is not None and outcome.outcome is Outcome.DONE):
+            notify(f"{self.command}: {label}: already finished")
+            return DONE
+        return start(child)
+
+    def _read(self) -> dict[str, RunRecord]:
+        """The record, with the runs of this set. A run without a folder has not started, or was removed to run again.
+
+        Raises UserError if the record is damaged, or if a run was started with another config.
+        """
+        path = self.folder.path / self.record
+        records: dict[str, RunRecord] = {}
+        try:
+            content = parse_json(path.read_text(encoding="utf-8"))
+            records = content if self.header is None else content["runs"]
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.option}: cannot read {path}: {reason(error)}") from None
+        for run in self.runs:
+            folder, new = self.run_folder(run).path, RunRecord(config=run.config)
+            record = records.get(run.name, new) if folder.exists() else new
+            before = record["config"]
+            if key := _changed_key(before, run.config):
+                raise UserError(
+                    f"{self.option}: {folder} was started with another {key}: {before.get(key)!r}, now "
+                    f"{run.config.get(key)!r}; choose another {self.option}, or remove that folder to run it again"
+                )
+            same = before.get(_SEEDS) == run.config.get(_SEEDS)
+            records[run.name] = {**(record if same else new), "config": run.config}
+            if run.values:
+                records[run.name]["values"] = run.values
+        return records
+
+
+@contextmanager
+def _locked(folder: RunFolder, option: str) -> Iterator[None]:
+    """Raises UserError that names the option of the folder."""
+    with ExitStack() as lock:
+        try:
+            lock.enter_context(lock_run(open_run_folder(folder.path)))
+        except UserError as error:
+            raise UserError(str(error).replace("run.dir", option, 1)) from None
+        yield
+
+
+def _changed_key(before: FlatConfig, now: FlatConfig) -> str | None:
+    changed = (key for key in sorted({*before, *now} - {_SEEDS}) if before.get(key) != now.get(key))
+    return next(changed, None)
+
+
+@dataclass(frozen=True)
+class ChildRun:
+    """A run to start."""
+
+    command: str  # that starts it: "sweep", for messages
+    name: str  # for messages
+    folder: RunFolder
+    argv: tuple[str, ...]  # the command that starts or resumes it
+
+
+def wait_for_other_process(run: ChildRun) -> None:
+    """Wait while another process uses the run folder, such as the process of a killed command.
+
+    Raises StoppedError if that process was stopped, or on a stop signal, which does not reach it.
+    """
+    if not is_locked(run.folder):
+        return
+    signals: list[int] = []
+    with handle_stop_signals(signals.append):
+        notify(f"{run.command}: {run.name}: waiting for the process that is using {run.folder.path}")
+        while is_locked(run.folder):
+            if signals:
+                raise StoppedError(
+                    f"{run.command}: stopped at {run.name}; the process that is using {run.folder.path} still runs"
+                )
+            time.sleep(_POLL_SECONDS)
+    outcome = read_outcome(run.folder)
+    if outcome is not None and outcome.outcome is Outcome.STOPPED:
+        raise _stopped(run)
+
+
+def start(run: ChildRun) -> str:
+    """Run the command. Returns `DONE`, `REJECTED` or how it failed. Raises StoppedError if it was stopped."""
+    notify(f"{run.command}: {run.name}: running")
+    start_time = time.monotonic()
+    exit_code = _run_command(run.argv)
+    if exit_code not in (0, Outcome.STOPPED.exit_code) and is_locked(run.folder):
+        # The process that a killed command had just started has locked the folder meanwhile.
+        wait_for_other_process(run)
+        exit_code = _run_command(run.argv)
+    if exit_code == Outcome.STOPPED.exit_code:
+        raise _stopped(run)
+    state = {0: DONE, 2: REJECTED}.get(exit_code, f"failed (exit code {exit_code})")
+    notify(f"{run.command}: {run.name}: {state} after {time.monotonic() - start_time:,.0f} s")
+    return state
+
+
+def _stopped(run: ChildRun) -> StoppedError:
+    return StoppedError(f"{run.command}: stopped at {run.name}; run the same command again to resume")
+
+
+def _run_command(argv: Sequence[str]) -> int:
+    """Run a command, forward stop signals to it and return its exit code.
+
+    A command that fails after a forwarded signal counts as stopped.
+    """
+    process: subprocess.Popen[bytes] | None = None
+    signals: list[int] = []
+
+    def forward(number: int) -> None:
+        signals.append(number)
+        if process is not None:
+            process.send_signal(number)
+
+    with handle_stop_signals(forward):
+        # A new session, so that Ctrl-C does not reach it twice.
+        process = subprocess.Popen(argv, env=own_environment(), start_new_session=True)
+        if signals:  # since the start
+            process.send_signal(signals[0])
+        exit_code = process.wait()
+    return Outcome.STOPPED.exit_code if signals and exit_code != 0 else exit_code

@@ -1,0 +1,190 @@
+"""`deepcloze sweep`: validate each point of a grid, run one after the other, and write one table.
+
+OUTPUT/sweep.json is the record of the runs.
+"""
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Self
+
+from experiment.config import did_you_mean, load_config
+from experiment.errors import UserError
+from experiment.own_process import module_command
+from experiment.results.sweep_summary import SweepResult, read_metric, short_names, sort_results, write_summary
+from experiment.run_folder import RunFolder
+from experiment.signals import handle_stop_signals, interrupt
+from launcher.options import LaunchOptions, SweepOptions
+from launcher.run_set import FlatConfig, PlannedRun, RunSet
+from launcher.validate import is_finetuning, validate_finetuning, validate_pretraining
+from pretrain.config import PretrainConfig
+
+Grid = Mapping[str, Sequence[str]]
+"""Dotted config key -> the raw texts of its values."""
+
+_CLOSING = {"[": "]", "{": "}"}
+_QUOTES = ("'", '"')
+_UNSAFE = re.compile(r"[^\w.+-]+")  # not allowed in a folder name
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """The validated runs of a sweep, and the metric to compare them by."""
+
+    runs: RunSet
+    metric: str
+    lower_is_better: bool
+
+    @classmethod
+    def of(cls, runs: tuple[PlannedRun, ...], output: Path, metric: str, lower_is_better: bool) -> Self:
+        header = {"metric": metric, "lower_is_better": lower_is_better}
+        run_set = RunSet("sweep", RunFolder(output), "--output", "sweep.json", runs, header)
+        return cls(run_set, metric, lower_is_better)
+
+
+def launch_sweep(options: SweepOptions) -> None:
+    """Run a config at each point of a grid; or print the commands, for a dry run.
+
+    Raises as `plan_sweep` and `run_sweep`, and KeyboardInterrupt for a signal while no run is running.
+    """
+    with handle_stop_signals(interrupt):
+        plan = plan_sweep(options)
+        if options.dry_run:
+            plan.runs.print_commands()
+        else:
+            run_sweep(plan)
+
+
+def run_sweep(plan: SweepPlan) -> None:
+    """Run what is not finished, then write OUTPUT/sweep.{json,csv,png} and print the table.
+
+    Raises UserError if OUTPUT is in use or has runs of other configs, StoppedError if a signal, a run's own STOP file
+    or a full disk stops it early, and SystemExit if runs failed, after all others have been run.
+    """
+    runs, output = plan.runs, plan.runs.folder.path
+    with runs.opened() as records:
+        runs.finish(records, partial(read_metric, metric=plan.metric))
+        found = [(run, records[run.name]) for run in runs.runs]
+        results = [SweepResult(run.name, run.values, record["state"], record["value"]) for run, record in found]
+        best = sort_results(results, plan.lower_is_better)[0]
+        runs.save(records, best=best.name if best.value is not None else None)
+        write_summary(results, output, plan.metric, plan.lower_is_better)
+        from launcher.report import print_report  # matplotlib takes a second
+
+        print_report("sweep", output)
+
+
+def plan_sweep(options: SweepOptions) -> SweepPlan:
+    """Validate all points of the grid. Writes and starts nothing.
+
+    Raises UserError for anything that would keep one of the runs from starting.
+    """
+    config, finetuning = options.config, is_finetuning(options.config)
+    placement = options.model_dump(include=set(LaunchOptions.model_fields), exclude_defaults=True)
+    if finetuning and placement:
+        raise UserError(f"--{next(iter(placement))} applies to pretraining only; {config} is a fine-tuning config")
+    points = grid_points(parse_grid(options.grid))
+    if duplicates := [key for key in next(iter(points.values())) if key in options.overrides]:
+        raise UserError(f"'{duplicates[0]}' is given both in --grid and as an override")
+    validate = validate_finetuning(config) if finetuning else validate_pretraining(config, placement)
+    command = [*module_command("launcher"), "finetune" if finetuning else "pretrain", "--config", config]
+    command += [f"--{name}={value}" for name, value in placement.items()]
+
+    output, runs = options.output, []
+    for name, values in points.items():
+        overrides = options.overrides | values
+        try:
+            if output is None:
+                output = f"{_run_dir(config, overrides, finetuning)}-sweep"
+            overrides["run.dir"] = str(Path(output).absolute() / name)
+            validated = validate(overrides)
+        except UserError as error:
+            raise UserError(f"sweep: {name}: {error}") from None
+        argv = (*command, *(f"--{key}={text}" for key, text in overrides.items()))
+        runs.append(PlannedRun(name, argv, validated, values=values))
+    assert output is not None
+    metric, lower_is_better = _choose_metric(options.metric, runs[0].config, finetuning)
+    return SweepPlan.of(tuple(runs), Path(output).absolute(), metric, lower_is_better)
+
+
+def _run_dir(config: str, overrides: dict[str, str], finetuning: bool) -> str:
+    """The run folder named by the config. It may be in use: no run of the sweep writes to it."""
+    if finetuning:
+        return str(validate_finetuning(config)(overrides)["run.dir"])
+    return load_config(PretrainConfig, config, overrides).run.dir
+
+
+def _choose_metric(requested: str | None, config: FlatConfig, finetuning: bool) -> tuple[str, bool]:
+    """The metric to compare runs by, and whether lower is better. Raises UserError for one that runs do not report."""
+    if finetuning:
+        from finetune.task_kind import Direction, find_kind
+
+        metrics = find_kind(str(config["task.kind"])).metrics
+        known = {name: direction is Direction.LOWER for name, direction in metrics.items()}
+        default = str(config["task.metric"])
+    else:
+        corpora = [key.removeprefix("corpus.eval.") for key in config if key.startswith("corpus.eval.")]
+        kinds = {"loss": True, "perplexity": True, "accuracy": False}
+        known = {f"eval/{name}/{kind}": lower for name in corpora for kind, lower in kinds.items()} | {"loss": True}
+        default = next(iter(known))
+    chosen = requested or default
+    if chosen not in known:
+        raise UserError(f"--metric: the runs do not report '{chosen}'{did_you_mean(chosen, known)}")
+    return chosen, known[chosen]
+
+
+def parse_grid(text: str) -> dict[str, tuple[str, ...]]:
+    """Parse `optimizer.lr=1e-4,5e-4 schedule.epochs=1,2`: spaces separate keys, commas values; lists need brackets.
+
+    Raises UserError.
+    """
+    grid: dict[str, tuple[str, ...]] = {}
+    for part in filter(None, _split(text, " \t\n")):
+        key, equals, listed = part.partition("=")
+        values = tuple(value.strip() for value in _split(listed, ","))
+        if not (equals and key) or not all(values):
+            raise UserError(f"--grid: expected SECTION.KEY=VALUE,VALUE,…, found '{part}'")
+        if key == "run.dir":
+            raise UserError("--grid: run.dir is set for each run; choose the folder of all runs with --output")
+        if key in grid:
+            raise UserError(f"--grid: '{key}' is given twice")
+        if len(set(values)) < len(values):
+            raise UserError(f"--grid: '{key}' has a duplicate value: {listed}")
+        grid[key] = values
+    if not grid:
+        raise UserError("--grid: expected SECTION.KEY=VALUE,VALUE,…, found nothing")
+    return grid
+
+
+def grid_points(grid: Grid) -> dict[str, dict[str, str]]:
+    """{readable unique name: {key: value}} for each point of the grid; the last key changes fastest."""
+    labels = short_names(list(grid))
+    points: dict[str, dict[str, str]] = {}
+    for values in itertools.product(*grid.values()):
+        point = dict(zip(grid, values, strict=True))
+        name = "_".join(f"{labels[key]}={_UNSAFE.sub('-', value).strip('-')}" for key, value in point.items())
+        candidates = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+        points[next(candidate for candidate in candidates if candidate not in points)] = point
+    return points
+
+
+def _split(text: str, separators: str) -> list[str]:
+    """Split at separators outside of brackets and quotes. Raises UserError for a missing bracket or quote."""
+    parts, expected = [""], ""  # expected: the closing brackets and quotes still to come, innermost last
+    for character in text:
+        if expected and character == expected[-1]:
+            expected = expected[:-1]
+        elif character in _CLOSING and expected[-1:] not in _QUOTES:
+            expected += _CLOSING[character]
+        elif character in _QUOTES and expected[-1:] not in _QUOTES:
+            expected += character
+        elif not expected and character in separators:
+            parts.append("")
+            continue
+        parts[-1] += character
+    if expected:
+        raise UserError(f"--grid: '{expected[-1]}' is missing in '{parts[-1]}'")
+    return parts

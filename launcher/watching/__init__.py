@@ -1,1 +1,0 @@
-"""`deepcloze watch`: score the checkpoints of a running pretraining."""
