@@ -15,6 +15,7 @@ from typing import Any
 import xxhash
 
 _BLOCK = 1 << 24  # bytes
+_LEFT_SECONDS = 3600.0
 
 
 class _ThreadLocal(threading.local):
@@ -69,6 +70,23 @@ def removed_on_error(folder: Path) -> Iterator[None]:
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+@contextmanager
+def temporary_folder(parent: Path, prefix: str, mode: int = 0o700) -> Iterator[Path]:
+    """Make a folder with this prefix in `parent`. It is removed at the end of the block, or by a later call if the
+    process is killed: folders of the user with this prefix that are older than an hour are removed."""
+    folder = parent / f"{prefix}{os.urandom(8).hex()}"
+    folder.mkdir(mode=mode)
+    try:
+        oldest = folder.stat().st_mtime - _LEFT_SECONDS  # by the clock of the disk
+        for left in parent.glob(f"{prefix}*"):
+            with suppress(OSError):  # removed meanwhile
+                if left.stat().st_uid == os.getuid() and left.stat().st_mtime < oldest:
+                    shutil.rmtree(left, ignore_errors=True)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,16 +1,12 @@
-"""Which process uses a folder: a run folder, or a temporary one.
+"""One process at a time writes to a run folder: the launch of a pretraining, or a fine-tuning.
 
-One process at a time writes to a run folder: the launch of a pretraining, or a fine-tuning. On one machine the system
-keeps the lock and releases it when the process ends, however it ends. Not all network file systems do that between
-machines. There the owner renews a file, and one that has not been renewed for a while counts as dead.
+On one machine the system keeps the lock and releases it when the process ends, however it ends. Not all network file
+systems do that between machines. There the owner renews a file, and one that has not been renewed for a while counts as
+dead.
 """
 
-import fcntl
-import json
 import os
 import platform
-import secrets
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -36,8 +32,6 @@ _OBSERVED_SECONDS = 5.0
 
 Renewal = int
 """When a file was renewed: st_mtime_ns."""
-_OWNER = ".owner"
-_LEFT_SECONDS = 3600.0  # launches and preflight use a folder for less
 
 
 @contextmanager
@@ -148,7 +142,7 @@ def _check_other_machine(folder: RunFolder, dead: Renewal | None = None) -> Rene
 
 
 def _other_owner(folder: RunFolder) -> dict[str, object] | None:
-    """What the owner has written, if it is on another machine."""
+    """The content of the owner's file, if the owner is on another machine."""
     owner = _owner(folder.owner)
     return None if owner is None or owner.items() >= this_machine().items() else owner
 
@@ -189,7 +183,7 @@ def _owner_file(path: Path, on_lost: Callable[[], object]) -> Iterator[None]:
 
 
 def _owner(path: Path) -> dict[str, object] | None:
-    """What the file says; None if there is none, or it is damaged."""
+    """Read the file of the owner; None if there is none, or it is damaged."""
     try:
         found = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -204,40 +198,3 @@ def _renewed(path: Path) -> int | None:
             return os.fstat(file.fileno()).st_mtime_ns
     except OSError:
         return None
-
-
-@contextmanager
-def temporary_folder(parent: Path, prefix: str, mode: int) -> Iterator[Path]:
-    """Make a folder with this prefix in `parent`, after removing those of processes that were killed."""
-    folder = parent / f"{prefix}{platform.node()}-{secrets.token_hex(8)}"
-    folder.mkdir(mode=mode)
-    try:
-        with (folder / _OWNER).open("w", encoding="utf-8") as owner:
-            with suppress(OSError):  # a file system without locks: nobody else gets one either
-                fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            json.dump(this_machine(), owner)
-            owner.flush()
-            _remove_left_folders(folder, prefix)
-            yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _remove_left_folders(own: Path, prefix: str) -> None:
-    now = own.stat().st_mtime  # by the clock of the disk
-    for folder in own.parent.glob(f"{prefix}*"):
-        with suppress(OSError):  # it ends now, or is another user's
-            if folder != own and folder.stat().st_uid == os.getuid() and _is_left(folder, now):
-                shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_left(folder: Path, now: float) -> bool:
-    """Whether the process that made the folder has ended. Known at once of this machine, of others after some time."""
-    with suppress(FileNotFoundError), (folder / _OWNER).open("r+", encoding="utf-8") as owner:
-        if owner.read() == json.dumps(this_machine()):
-            try:
-                fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return False
-            return True
-    return now - folder.stat().st_mtime > _LEFT_SECONDS

@@ -189,7 +189,7 @@ def _meant_flag(
     texts: Mapping[str, Sequence[str]],
     overrides: Mapping[str, str],
 ) -> str:
-    """What was meant by an argument that is no flag. texts, overrides: those before it."""
+    """Suggest a correction of an argument that is no flag. texts, overrides: given before it."""
     given = [text for of_flag in texts.values() for text in of_flag] + list(overrides.values())
     if given and given[-1].startswith(("[", "{")) and given[-1][-1] not in "]}":
         return "put quotes around a value with spaces"
@@ -296,7 +296,7 @@ def _overview(commands: Mapping[str, Command], about: str, width: int) -> str:
 
 
 def describe_command(name: str, command: Command) -> CommandDescription:
-    """What its help says, for the documentation too."""
+    """Describe a command, for its help and for the documentation."""
     options_type = options_of(command)
     flags = flags_of(options_type).values()
     usage = [_usage(flag) for flag in flags if flag.required]

@@ -163,7 +163,7 @@ def announce_done(folder: RunFolder, step_before: int | None, seconds: float) ->
 
 
 def announce_stop(folder: RunFolder, step_before: int | None) -> None:
-    """What a stopped run has saved. `step_before`: as above."""
+    """Print the step that a stopped run has saved. `step_before`: as above."""
     end_line()
     step = last_step(folder)
     if step is not None and step != step_before:

@@ -36,7 +36,7 @@ class Rendezvous:
 
 @dataclass(frozen=True)
 class Reply:
-    """What a host has found: the address by which it reaches the head, and a free port of its own."""
+    """The answer of a host: the address by which it reaches the head, and a free port of its own."""
 
     address: str | None
     port: int
@@ -218,7 +218,7 @@ class _Connection:
             self._process.stdin.flush()
 
     def lines(self) -> Iterator[str]:
-        """What the guard sends, until the connection is closed."""
+        """Yields the lines of the guard, until the connection is closed."""
         assert self._process.stdout is not None
         for line in self._process.stdout:
             text = line.decode(errors="replace").strip()

@@ -109,7 +109,7 @@ def _read_lines(lines: "queue.SimpleQueue[str]") -> None:
 
 
 def _end_launches(name: str, keep: str | None = None) -> None:
-    """Kill the processes of launches whose name starts with `name`, but not those of `keep`, and remove their files."""
+    """Kill the processes of launches whose name starts with `name`, except `keep`, and remove their files."""
     deadline = time.monotonic() + _KILL_SECONDS
     while (pids := list(_processes(name, keep))) and time.monotonic() < deadline:
         for pid in pids:

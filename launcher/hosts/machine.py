@@ -1,4 +1,4 @@
-"""What this machine has: GPUs or CPU cores, its names and addresses, a free port."""
+"""The machine that a launch starts from: its GPUs or CPU cores, its environment, a free port."""
 
 import os
 import shutil
@@ -20,7 +20,7 @@ _GPU_DEVICES = ("nvidia*", "nvhost*", "nvmap", "kfd", "dxg")
 
 @dataclass(frozen=True)
 class Devices:
-    """What this machine computes on: GPUs by index, or its CPU cores counted from 0."""
+    """The devices of this machine: GPUs by index, or its CPU cores counted from 0."""
 
     kind: DeviceKind
     indices: tuple[int, ...]
@@ -84,7 +84,7 @@ def find_devices(environ: Mapping[str, str]) -> Devices:
 
 
 def guess_device(environ: Mapping[str, str], devices: Path = Path("/dev")) -> DeviceKind:
-    """What ranks on this machine compute on, without torch, whose import takes seconds.
+    """The kind of device for ranks on this machine, found without torch, whose import takes seconds.
 
     'cuda' where there may be a GPU: DeepSpeed asks torch. 'cpu' where no driver has made a device.
     """

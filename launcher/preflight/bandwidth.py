@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from experiment.run_lock import temporary_folder
+from experiment.files import temporary_folder
 from launcher.hosts.guarded_hosts import GuardedHosts, Rendezvous
 from launcher.hosts.hostfile import Slots
 from launcher.hosts.machine import Machine
@@ -53,7 +53,7 @@ def measure(slots: Slots, machine: Machine, target: Target) -> Measurement:
     Raises MeasurementError with the end of the output.
     """
     processes = RankProcesses()
-    with temporary_folder(Path(tempfile.gettempdir()), "deepcloze-preflight-", mode=0o700) as folder:
+    with temporary_folder(Path(tempfile.gettempdir()), "deepcloze-preflight-") as folder:
         if is_local(slots):
             output = _run(_command(slots, machine, target, folder), folder, processes)
         else:

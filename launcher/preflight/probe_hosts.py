@@ -37,7 +37,7 @@ probe["main"]({request!r})
 
 @dataclass(frozen=True)
 class ProbeRequest:
-    """What `probe.py` reports of a host, besides what needs no question. None: not asked for."""
+    """Arguments of `probe.collect`. None: not asked for."""
 
     libraries: tuple[str, ...] = ()  # distributions
     project: str | None = None  # folder of the packages
@@ -161,7 +161,7 @@ async def _probe_all(requests: Mapping[str, ProbeRequest], show_progress: bool) 
 
 
 def probe_program(request: ProbeRequest) -> str:
-    """What `PYTHON -` reads on a host: prints the facts as one line."""
+    """The program that `PYTHON -` reads on a host. It prints the facts as one line."""
     return _PROGRAM.format(source=_probe_source(), request=json.dumps(asdict(request)))
 
 

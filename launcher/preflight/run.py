@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import get_args
 
 from experiment.errors import UserError, notify
-from experiment.files import write_text
+from experiment.files import temporary_folder, write_text
 from experiment.provenance import LIBRARIES
 from experiment.run_folder import RunFolder, open_run_folder
-from experiment.run_lock import temporary_folder
 from launcher.hosts.hostfile import Slots
 from launcher.hosts.machine import Machine
 from launcher.hosts.probe import LAUNCHER_TOKEN
@@ -202,7 +201,7 @@ def _row(host: str, answer: HostAnswer | Unreachable, problems: Problems) -> lis
 
 
 def _values(answer: HostAnswer) -> dict[Check, str]:
-    """What is shown in place of 'ok'."""
+    """The texts that are shown in place of 'ok'."""
     facts = answer.facts
     values: dict[Check, str] = {"Python": facts.python, "clock": f"{answer.clock_offset:+.0f} s"}
     if facts.shared is None:

@@ -1,4 +1,4 @@
-"""What preflight checks hosts for: the ranks on each host and, with a config, the run."""
+"""The requirements that preflight compares hosts with: of the ranks on each host and, with a config, of the run."""
 
 import sys
 from collections.abc import Mapping
@@ -65,7 +65,7 @@ def target_of_hosts(
 
 
 def target_of_run(hosts: Target, config: PretrainConfig, num_parameters: int, folder: RunFolder) -> Target:
-    """What a run needs beyond its hosts. `config`: resolved."""
+    """Add the requirements of a run. `config`: resolved."""
     return replace(
         hosts,
         folder=folder.path,

@@ -10,7 +10,7 @@ from launcher.hosts.machine import DeviceKind
 from launcher.hosts.ssh import KEEP_ALIVE
 from launcher.ranks.placement import Launcher
 
-# DeepSpeed would write those of PYTHON into command lines, where shells interpret their values.
+# DeepSpeed would write variables that begin with PYTHON into command lines, where shells interpret their values.
 _FORWARDED = (
     *("WANDB_", "HF_", "OMP_", "NCCL_", "GLOO_", "CUDA_", "MLFLOW_", "PYTHON"),
     *("DEEPCLOZE_SMTP_", "DEEPCLOZE_WEBHOOK_"),  # of alerts

@@ -24,7 +24,7 @@ _MOST_FRAMES = 12
 
 @dataclass(frozen=True)
 class RankLife:
-    """What is known of a rank."""
+    """The state of a rank, as its heartbeat tells it."""
 
     beat: Heartbeat
     silent_seconds: float  # since its heartbeat has changed

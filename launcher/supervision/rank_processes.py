@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import IO
 
 from experiment.errors import UserError
-from experiment.files import atomic_write
+from experiment.files import atomic_write, temporary_folder
 from experiment.goodput import process_start
 from experiment.heartbeat import Heartbeat, request_stack
 from experiment.own_process import GATE_VARIABLE, START_VARIABLE
-from experiment.run_lock import temporary_folder
 from experiment.signals import handle_stop_signals, interrupt, warnings_blocked
 from launcher.hosts.guarded_hosts import GuardedHosts
 from launcher.ranks.deepspeed_command import Command
@@ -83,7 +82,7 @@ class RankProcesses:
                 kill_group(self._group)
 
     def request_stack(self, beat: Heartbeat) -> None:
-        """Unless the rank has ended: its process id may be that of another process by now."""
+        """Ask a rank for its stack, unless it has ended: another process may have its process id by now."""
         with self._lock, suppress(ProcessLookupError):
             if os.getpgid(beat.pid) == self._group:
                 request_stack(beat.pid)
@@ -201,7 +200,7 @@ def held_ranks(command: Command) -> Iterator[HeldRanks]:
     """
     start_time = process_start()
     with (
-        temporary_folder(Path(tempfile.gettempdir()), "deepcloze-launch-", mode=0o700) as folder,
+        temporary_folder(Path(tempfile.gettempdir()), "deepcloze-launch-") as folder,
         ExitStack() as held,
     ):
         gate = folder / "gate"

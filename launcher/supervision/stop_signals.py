@@ -38,7 +38,7 @@ class StopSignals:
         return self.killed or self._requested
 
     def explain(self, message: str) -> str:
-        """What the ranks say about why they stopped, with the signal instead of the file that it created."""
+        """Replace the STOP file, in the message of ranks that stopped, by the signal that created it."""
         if self._signal_name is None:
             return message
         return message.replace(f"found {self._file}", f"the launcher got {self._signal_name}")

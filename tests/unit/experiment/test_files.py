@@ -1,11 +1,21 @@
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import pytest
 import xxhash
 
-from experiment.files import atomic_write, checksum, created_parents, removed_on_error, sha256, write_json, write_text
+from experiment.files import (
+    atomic_write,
+    checksum,
+    created_parents,
+    removed_on_error,
+    sha256,
+    temporary_folder,
+    write_json,
+    write_text,
+)
 from small_disk import SmallDisk
 
 
@@ -89,3 +99,17 @@ def test_a_folder_is_removed_on_error(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), removed_on_error(tmp_path / "half"):
         raise KeyboardInterrupt
     assert [entry.name for entry in tmp_path.iterdir()] == ["complete"]
+
+
+def test_folders_of_killed_processes_are_removed(tmp_path: Path) -> None:
+    """Catches folders with secrets that pile up or that others can read, and the folder of a process that still runs
+    which is removed."""
+    for name in ("mine-killed", "mine-running", "other-old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "secret").touch()
+    for name in ("mine-killed", "other-old"):
+        os.utime(tmp_path / name, (0, 0))
+    with temporary_folder(tmp_path, "mine-") as folder:
+        assert {path.name for path in tmp_path.iterdir()} == {"mine-running", "other-old", folder.name}
+        assert folder.stat().st_mode & 0o777 == 0o700
+    assert {path.name for path in tmp_path.iterdir()} == {"mine-running", "other-old"}

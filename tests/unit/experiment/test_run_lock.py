@@ -1,8 +1,6 @@
 import json
 import os
 import platform
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,17 +13,8 @@ import pytest
 from experiment import run_lock
 from experiment.errors import UserError
 from experiment.run_folder import RunFolder, open_run_folder
-from experiment.run_lock import check_unlocked, is_locked, lock_run, temporary_folder
+from experiment.run_lock import check_unlocked, is_locked, lock_run
 from waiting import wait_until
-
-OWNER = """
-import sys, time
-from pathlib import Path
-from experiment.run_lock import temporary_folder
-with temporary_folder(Path(sys.argv[1]), "mine-", mode=0o700) as folder:
-    (folder / "secret").touch()
-    time.sleep(3600)
-"""
 
 
 @pytest.fixture
@@ -150,40 +139,3 @@ def test_a_damaged_file_is_ignored(folder: RunFolder) -> None:
         assert is_locked(folder)
         with pytest.raises(UserError, match="another deepcloze process is using"):
             check_unlocked(folder)
-
-
-def start_owner(parent: Path) -> "subprocess.Popen[bytes]":
-    process = subprocess.Popen([sys.executable, "-c", OWNER, str(parent)])
-    wait_until(lambda: list(parent.glob("mine-*/secret")), process)
-    return process
-
-
-def test_the_folder_of_a_killed_process_is_removed(tmp_path: Path) -> None:
-    """Catches folders with secrets that stay until somebody finds them, and one of a process that still runs which is
-    removed."""
-    process = start_owner(tmp_path)
-    try:
-        with temporary_folder(tmp_path, "mine-", mode=0o700):
-            assert list(tmp_path.glob("mine-*/secret"))
-    finally:
-        process.kill()
-        process.wait()
-    with temporary_folder(tmp_path, "mine-", mode=0o700) as folder:
-        assert list(tmp_path.iterdir()) == [folder]
-        assert folder.stat().st_mode & 0o777 == 0o700
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_folders_of_others_stay(tmp_path: Path) -> None:
-    """Catches the folder of a process on another machine, or of one that is just being made, which is removed."""
-    (tmp_path / "mine-elsewhere").mkdir()
-    (tmp_path / "mine-elsewhere" / ".owner").write_text('{"host": "elsewhere", "boot": "1"}')
-    (tmp_path / "mine-new").mkdir()
-    with temporary_folder(tmp_path, "mine-", mode=0o700):
-        pass
-    assert {path.name for path in tmp_path.iterdir()} == {"mine-elsewhere", "mine-new"}
-    for name in ("mine-elsewhere", "mine-new"):
-        os.utime(tmp_path / name, (0, 0))
-    with temporary_folder(tmp_path, "mine-", mode=0o700):
-        pass
-    assert list(tmp_path.iterdir()) == []
