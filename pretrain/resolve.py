@@ -105,10 +105,7 @@ def resolve(
     point = decide(lambda: find_resume_candidates(config.run, folder)).choose(verify)
     located, model_source = decide(lambda: locate_model(config.model, point))
     config = config.model_copy(update={"model": located})
-    corpora = _open_mixture(config.corpus)
-    held_out = {name: _open_corpus(f"corpus.eval.{name}", path) for name, path in config.corpus.eval.items()}
-    _check_same_tokenizer(corpora, held_out)
-    _warn_of_training_text(corpora, held_out)
+    corpora, held_out = _open_corpora(config.corpus)
     train = corpora[0].corpus
     check_tokenizer(model_source, train.tokenizer_fingerprint, train.path)
     tokenizer = load_tokenizer(train.tokenizer_path)
@@ -118,10 +115,7 @@ def resolve(
     model_config = resolve_model_config(model_source, tokenizer)
     skeleton = meta_model(model_config)
     check_freeze(config.model.freeze, skeleton)
-    _check_lengths(config, max_positions(skeleton), vocabulary)
-    fewest = min(stage.sequences for stage in config.stages)
-    if fewest < world_size:
-        log.warning("a batch has %d sequences, fewer than the %d ranks: some compute padding only", fewest, world_size)
+    _check_batches(config, max_positions(skeleton), vocabulary, world_size)
     identity = run_identity(config, model_config.to_dict(), [(c.corpus.fingerprint, c.weight) for c in corpora])
     return ResolvedRun(
         config=config,
@@ -166,18 +160,40 @@ def _absolute(path: str) -> str:
     return str(Path(path).absolute())
 
 
-def _open_mixture(config: CorpusConfig) -> tuple[TrainingCorpus, ...]:
-    if isinstance(config.train, str):
-        corpus = _open_corpus("corpus.train", config.train)
+def _open_corpora(config: CorpusConfig) -> tuple[tuple[TrainingCorpus, ...], dict[str, Corpus]]:
+    """The training corpora, and the held-out ones by name. Raises UserError unless all have the same tokenizer."""
+    corpora = _open_mixture(config.train)
+    held_out = {name: _open_corpus(f"corpus.eval.{name}", path) for name, path in config.eval.items()}
+    first, *others = [given.corpus for given in corpora]
+    keys = [("corpus.train", corpus) for corpus in others]
+    keys += [(f"corpus.eval.{name}", corpus) for name, corpus in held_out.items()]
+    for key, corpus in keys:
+        if corpus.tokenizer_fingerprint != first.tokenizer_fingerprint:
+            raise UserError(f"{key}: {corpus.path} was built with another tokenizer than {first.path}")
+    trained = {given.corpus.fingerprint for given in corpora}
+    for name, corpus in held_out.items():
+        if corpus.fingerprint in trained:
+            log.warning(
+                "corpus.eval.%s: %s is also in corpus.train, so it is not held out; `deepcloze corpus --holdout N` "
+                "splits documents off",
+                name,
+                corpus.path,
+            )
+    return corpora, held_out
+
+
+def _open_mixture(train: str | Sequence[WeightedCorpus]) -> tuple[TrainingCorpus, ...]:
+    if isinstance(train, str):
+        corpus = _open_corpus("corpus.train", train)
         return (TrainingCorpus(corpus.name, corpus),)
-    opened = [_open_corpus("corpus.train", given.path) for given in config.train]
+    opened = [_open_corpus("corpus.train", given.path) for given in train]
     for number, corpus in enumerate(opened):
         for other in opened[:number]:
             if corpus.fingerprint == other.fingerprint:
                 raise UserError(f"corpus.train: {other.path} and {corpus.path} are the same corpus; add up the weights")
     return tuple(
         TrainingCorpus(name, corpus, given.weight)
-        for name, corpus, given in zip(_unique_names(opened), opened, config.train, strict=True)
+        for name, corpus, given in zip(_unique_names(opened), opened, train, strict=True)
     )
 
 
@@ -196,27 +212,6 @@ def _unique_names(corpora: Sequence[Corpus]) -> list[str]:
         if len(set(names)) == len(names):
             break
     return names
-
-
-def _check_same_tokenizer(corpora: Sequence[TrainingCorpus], held_out: Mapping[str, Corpus]) -> None:
-    first = corpora[0].corpus
-    others = [("corpus.train", given.corpus) for given in corpora[1:]]
-    others += [(f"corpus.eval.{name}", corpus) for name, corpus in held_out.items()]
-    for key, corpus in others:
-        if corpus.tokenizer_fingerprint != first.tokenizer_fingerprint:
-            raise UserError(f"{key}: {corpus.path} was built with another tokenizer than {first.path}")
-
-
-def _warn_of_training_text(corpora: Sequence[TrainingCorpus], held_out: Mapping[str, Corpus]) -> None:
-    trained = {given.corpus.fingerprint for given in corpora}
-    for name, corpus in held_out.items():
-        if corpus.fingerprint in trained:
-            log.warning(
-                "corpus.eval.%s: %s is also in corpus.train, so it is not held out; `deepcloze corpus --holdout N` "
-                "splits documents off",
-                name,
-                corpus.path,
-            )
 
 
 def _check_word_boundaries(unit: str, corpora: Sequence[TrainingCorpus], vocabulary: Vocabulary) -> None:
@@ -238,7 +233,8 @@ def _check_word_boundaries(unit: str, corpora: Sequence[TrainingCorpus], vocabul
             )
 
 
-def _check_lengths(config: PretrainConfig, positions: int | None, vocabulary: Vocabulary) -> None:
+def _check_batches(config: PretrainConfig, positions: int | None, vocabulary: Vocabulary, world_size: int) -> None:
+    """Raises UserError for sequences that do not fit the model; warns of batches that do not occupy all ranks."""
     lengths = {"batch.max_seq_length": config.batch.max_seq_length} | {
         f"max_seq_length of number {number + 1} of schedule.stages": stage.max_seq_length
         for number, stage in enumerate(config.stages)
@@ -250,6 +246,9 @@ def _check_lengths(config: PretrainConfig, positions: int | None, vocabulary: Vo
             raise UserError(
                 f"{key} must be greater than the {vocabulary.num_special_tokens} special tokens of a sequence"
             )
+    fewest = min(stage.sequences for stage in config.stages)
+    if fewest < world_size:
+        log.warning("a batch has %d sequences, fewer than the %d ranks: some compute padding only", fewest, world_size)
 
 
 def _plan_resume(

@@ -61,28 +61,19 @@ class _OpenShard:
     empty_documents: int = 0
 
 
-def partial_folder(folder: Path) -> Path:
-    """Return the folder in which the corpus `folder` is built."""
-    return folder.with_name(folder.name + ".partial")
-
-
 class ShardWriter:
     """Writes one corpus folder, shard by shard. Resumes after the finished shards of an earlier build."""
 
     def __init__(self, folder: Path, token_type: str, arguments: Mapping[str, str | int | None]) -> None:
         """`arguments` must equal those of the earlier build, or this raises UserError."""
         self.folder = folder
-        self.partial = partial_folder(folder)
+        self.partial = folder.with_name(folder.name + ".partial")
         self._token_type = token_type
         self._arguments = dict(arguments)
         self.finished = self._open_partial()
-        self._resumed_at = self.finished[-1].position if self.finished else SourcePosition(0, "")
+        # The source position after the last shard of the earlier build.
+        self.resumed_at = self.finished[-1].position if self.finished else SourcePosition(0, "")
         self._open = _OpenShard()
-
-    @property
-    def resumed_at(self) -> SourcePosition:
-        """The source position after the last shard of the earlier build."""
-        return self._resumed_at
 
     def add(self, batch: EncodedBatch, text_bytes: Counts, positions: list[SourcePosition]) -> None:
         """Append D documents. `text_bytes` [D]: UTF-8 bytes of each; `positions` [D]: source position after each."""

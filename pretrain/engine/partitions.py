@@ -170,8 +170,3 @@ def base_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
     """The torch optimizer inside DeepSpeed's wrapper; its state is keyed by `Fragment.flat`."""
     base: torch.optim.Optimizer = engine.basic_optimizer
     return base
-
-
-def global_grad_norm(engine: DeepSpeedEngine) -> float:
-    """Norm of the whole gradient before clipping, at ZeRO 1 to 3; known when the torch optimizer is called."""
-    return float(engine.optimizer._global_grad_norm)
