@@ -1,11 +1,12 @@
 """Shared by all tests: `--record`, soak tests on request only, a cache folder of their own, a disk that can be filled,
-and tiny corpora that are built once per session."""
+and tiny corpora that are built once per session. With `--durations`, also prints the seconds by folder."""
 
 import os
 import random
 import shutil
 import signal
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,6 +43,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         soak = [item for item in items if item.get_closest_marker("soak")]
         items[:] = [item for item in items if not item.get_closest_marker("soak")]
         config.hook.pytest_deselected(items=soak)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Print the total by folder below the slowest tests, so that growth is seen."""
+    if config.option.durations is None:
+        return
+    seconds: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                folders = Path(report.nodeid.partition("::")[0]).parent.parts
+                seconds["/".join(folders[: 3 if "unit" in folders else 2])] += report.duration
+    terminalreporter.section("seconds by folder")
+    for folder, total in seconds.most_common():
+        terminalreporter.write_line(f"{total:8.1f}s {folder}")
 
 
 @pytest.fixture(autouse=True)
