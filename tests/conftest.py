@@ -1,13 +1,14 @@
 """Shared by all tests: `--record`, soak tests on request only, a cache folder of their own, a disk that can be filled,
 and tiny corpora that are built once per session. With `--durations`, also prints the seconds by folder."""
 
+import gc
 import os
 import random
 import shutil
 import signal
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from hypothesis import HealthCheck, settings
 from rank_pool import ForkServer, RankPool
 from small_disk import SmallDisk, mounted_small_disk
 
+gc.disable()  # until tests are collected: their imports make a million objects that stay
 _CACHE = tempfile.mkdtemp(prefix="deepcloze-tests-")
 os.environ["XDG_CACHE_HOME"] = _CACHE  # also of the processes that tests start
 # Threads that wait for another one spin for milliseconds otherwise: on busy cores, that one cannot run meanwhile.
@@ -23,6 +25,11 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 # Drawing an example, or running a test with it, can be slow on a busy machine.
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_unconfigure() -> None:
@@ -148,14 +155,27 @@ def byte_level_corpus(tmp_path_factory: pytest.TempPathFactory, text_file: Path,
 
 
 @pytest.fixture(scope="session")
-def pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, RankPool]]:
+def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    server = ForkServer(tmp_path_factory.mktemp("ranks"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def pools(fork_server: ForkServer) -> Iterator[dict[int, RankPool]]:
     """Pools of rank processes, by world size."""
-    fork_server = ForkServer(tmp_path_factory.mktemp("ranks") / "output.log")
     pools = {size: RankPool(fork_server, size) for size in (1, 2, 3)}
     yield pools
     for pool in pools.values():
         pool.close()
-    fork_server.close()
+
+
+@pytest.fixture
+def handed_over(request: pytest.FixtureRequest) -> Mapping[str, str]:
+    """Variables for commands, which then run in forked processes; none for tests marked `real_start`."""
+    if request.node.get_closest_marker("real_start"):
+        return {}
+    return request.getfixturevalue("fork_server").environment()
 
 
 @pytest.fixture

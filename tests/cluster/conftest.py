@@ -1,6 +1,8 @@
 """A cluster of three hosts on this machine; see hosts.py."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
+from unittest import mock
 
 import pytest
 
@@ -16,7 +18,14 @@ def _running_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clust
 
 
 @pytest.fixture
-def cluster(_running_cluster: Cluster) -> Iterator[Cluster]:
-    """Three hosts, node-1 to node-3, each connected and without processes."""
-    yield _running_cluster
+def cluster(
+    _running_cluster: Cluster, handed_over: Mapping[str, str], request: pytest.FixtureRequest
+) -> Iterator[Cluster]:
+    """Three hosts, node-1 to node-3, each connected and without processes. Unless the test is marked `real_start`,
+    commands of deepcloze are forked from a process that has imported everything, until a host is rebooted."""
+    if handed_over:
+        for host in _running_cluster.hosts:
+            request.getfixturevalue("fork_server").serve_namespaces(host.first_process)
+    with mock.patch.dict(os.environ, handed_over):
+        yield _running_cluster
     _running_cluster.reboot()

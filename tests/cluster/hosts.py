@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
+from fork_server import TITLE
 from waiting import LIMIT, wait_until
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -57,10 +58,10 @@ class Host:
         return subprocess.Popen(self._enter(*argv), text=True, **options)
 
     def processes(self) -> list[str]:
-        """The command lines of all processes on the host but its sshd, and but those that are ending: of these ps shows
-        the name in brackets."""
+        """The command lines of all processes on the host but sshd, the fork server, and those that are ending:
+        of the last, ps shows the name in brackets."""
         lines = [line.split(None, 1) for line in self.run("ps", "-ww", "-eo", "state=,args=").stdout.splitlines()]
-        ignored = ("[", "sshd", _SSHD, "ps -ww")
+        ignored = ("[", "sshd", _SSHD, "ps -ww", TITLE)
         return [args for state, args in lines if state != "Z" and not args.startswith(ignored)]
 
     def disconnect(self) -> None:
@@ -78,7 +79,7 @@ class Host:
     def shut_down(self) -> None:
         """Kill all its processes at once, as if its power failed."""
         with suppress(ProcessLookupError):
-            os.kill(self._pid, signal.SIGKILL)
+            os.kill(self.first_process, signal.SIGKILL)
         self._process.wait()
         _ip(self._switch, f"link delete to-{self.name}", check=False)  # the kernel removes it too, some time later
 
@@ -86,12 +87,12 @@ class Host:
         """Start it again after `shut_down`."""
         setup = self._setup_script(environment)
         self._process = _unshare(*_NAMESPACES, argv=["sh", "-ec", setup])
-        self._pid = _child_of(self._process.pid)
+        self.first_process = _child_of(self._process.pid)
         bridge_end = f"to-{self.name}"
-        _ip(self._switch, f"link add {bridge_end} type veth peer name eth0 netns {self._pid}")
+        _ip(self._switch, f"link add {bridge_end} type veth peer name eth0 netns {self.first_process}")
         _ip(self._switch, f"link set {bridge_end} master bridge up")
         for command in ("link set lo up", f"address add {self.address}/24 dev eth0", "link set eth0 up"):
-            _ip(self._pid, command)
+            _ip(self.first_process, command)
         wait_until(self._sshd_answers)
 
     def _setup_script(self, environment: Mapping[str, str]) -> str:
@@ -120,7 +121,7 @@ class Host:
         return self.run("bash", "-c", "exec 3<>/dev/tcp/127.0.0.1/22").returncode == 0
 
     def _enter(self, *argv: str) -> list[str]:
-        return ["nsenter", f"--target={self._pid}", "--all", f"--wdns={REPOSITORY}", "--", *argv]
+        return ["nsenter", f"--target={self.first_process}", "--all", f"--wdns={REPOSITORY}", "--", *argv]
 
     def _set_link(self, state: str) -> None:
         _ip(self._switch, f"link set to-{self.name} {state}")

@@ -28,6 +28,7 @@ def write_config(folder: Path, name: str, corpus: Path) -> str:
     return str(path)
 
 
+@pytest.mark.real_start
 @pytest.mark.parametrize(
     ("launcher", "ranks"), [("deepcloze", 2), *soak(("deepspeed", 2), ("deepcloze", 3), ("deepspeed", 3))]
 )

@@ -3,7 +3,7 @@
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,8 +17,9 @@ torch.set_num_threads(1)  # more threads only slow down models this small
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    """Start commands, each in a session of its own, in an empty folder; kill what is left of them afterwards."""
+def start(tmp_path: Path, handed_over: Mapping[str, str]) -> Iterator[Start]:
+    """Start commands, each in a session of its own, in an empty folder; kill what is left of them afterwards. Unless
+    the test is marked `real_start`, commands of deepcloze are forked from a process that has imported everything."""
     processes: list[subprocess.Popen[str]] = []
 
     def run(*command: str, **variables: str) -> subprocess.Popen[str]:
@@ -27,6 +28,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
             "OMP_NUM_THREADS": "1",
             "MASTER_PORT": str(free_port()),
         }
+        environment |= handed_over
         environment |= variables
         process = subprocess.Popen(
             command,

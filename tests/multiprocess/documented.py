@@ -133,8 +133,10 @@ def _scaled(config: dict[str, Any]) -> dict[str, Any]:
 class Terminal:
     """Runs commands in a folder as a user would, on the CPU. A server runs until the next one starts, or the end."""
 
-    def __init__(self, folder: Path, replace: Mapping[str, str] | None = None) -> None:
-        """`replace`: names in commands that are others here."""
+    def __init__(
+        self, folder: Path, replace: Mapping[str, str] | None = None, variables: Mapping[str, str] | None = None
+    ) -> None:
+        """`replace`: names in commands that are others here. `variables`: more of the environment."""
         self._folder = folder
         self._port = free_port()
         self._replace = _SCALED | {
@@ -153,6 +155,7 @@ class Terminal:
             "DS_ACCELERATOR": "cpu",
             "OMP_NUM_THREADS": "1",
             "CURL_HOME": str(folder),
+            **(variables or {}),
         }
 
     def run(self, command: Command) -> None:

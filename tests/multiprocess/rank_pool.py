@@ -6,13 +6,13 @@
 
 A case is a module-level function with picklable arguments and result, and builds all that it uses. If a case fails or
 hangs, the ranks are killed and the next case gets new ones.
-
-The fork server is a single-threaded process that has imported everything; it forks a rank within 0.1 s.
 """
 
+import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -20,11 +20,11 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
-from multiprocessing import get_context, set_start_method
-from multiprocessing.connection import Client, Connection, Listener, wait
+from multiprocessing.connection import Client, Connection, Listener, Pipe, wait
 from pathlib import Path
 from typing import Any, NoReturn
 
+from fork_server import PADDING
 from waiting import LIMIT
 
 COLLECTIVE_SECONDS = 300  # timeout of collectives
@@ -36,24 +36,49 @@ class RankError(Exception):
 
 
 class ForkServer:
-    def __init__(self, log: Path) -> None:
-        """`log`: file for the ranks' output."""
-        self._requests, theirs = get_context("spawn").Pipe()
-        self._process = get_context("spawn").Process(target=_fork_server, args=(theirs, log, sys.path))
-        self._process.start()
+    """A process of `fork_server.py`."""
+
+    def __init__(self, folder: Path) -> None:
+        """`folder`: for the ranks' output, and what hands commands over: see `environment`."""
+        self._folder = folder
+        (folder / "sitecustomize.py").symlink_to(Path(__file__).with_name("hand_over.py"))
+        self._requests, theirs = Pipe()
+        environment = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"}
+        environment |= {"WANDB_MODE": "disabled", PADDING: 16384 * "x"}
+        arguments = json.dumps([theirs.fileno(), str(folder), sys.path])
+        with (folder / "output.log").open("a") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, str(Path(__file__).with_name("fork_server.py")), arguments, 8192 * "x"],
+                env=os.environ | environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                pass_fds=[theirs.fileno()],
+            )
         theirs.close()
+
+    def environment(self) -> dict[str, str]:
+        """Variables with which commands are handed over to the server."""
+        return {"PYTHONPATH": str(self._folder)}
 
     def fork(self, size: int, address: str, port: int) -> list[int]:
         """Start `size` ranks that connect to `address`. Returns their process ids."""
-        self._requests.send((size, address, port))
+        self._requests.send(("ranks", size, address, port))
         pids: list[int] = self._requests.recv()
         return pids
 
+    def serve_namespaces(self, process: int) -> None:
+        """Serve commands in the namespaces of a process, until these end."""
+        self._requests.send(("namespaces", process, self._folder))
+        assert self._requests.recv()
+
     def close(self) -> None:
         self._requests.close()  # ends the fork server
-        self._process.join(10)
-        if self._process.is_alive():
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
             self._process.kill()
+            self._process.wait()
 
 
 class RankPool:
@@ -120,43 +145,8 @@ def free_port() -> int:
         return port
 
 
-def _fork_server(requests: Connection, log: Path, path: list[str]) -> NoReturn:
-    os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "disabled"}
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    sys.path[:] = path
-
-    import gc
-
-    import torch
-
-    import pretrain.run  # noqa: F401
-
-    set_start_method("fork", force=True)  # for processes that ranks start: the default in a rank that was not spawned
-    torch.set_num_threads(1)  # torch may have been imported before the variable was set
-    gc.freeze()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group: pytest handles it
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # leaves no zombies
-    while True:
-        try:
-            size, address, port = requests.recv()
-        except EOFError:
-            os._exit(0)
-        pids = []
-        for rank in range(size):
-            pid = os.fork()
-            if pid == 0:
-                requests.close()
-                _rank_main(rank, size, address, port)
-            pids.append(pid)
-        requests.send(pids)
-
-
-def _rank_main(rank: int, size: int, address: str, port: int) -> NoReturn:
+def rank_main(rank: int, size: int, address: str, port: int) -> NoReturn:
     try:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_SIZE": str(size)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         connection = Client(address)

@@ -29,6 +29,7 @@ from documented import (
     write_configs,
 )
 from documented_files import CHINESE, write_lines, write_model, write_public_tasks, write_task, write_texts
+from rank_pool import ForkServer
 
 OTHER_PAGES = [page for page in PAGES if page not in (*TUTORIALS, CLUSTER_TUTORIAL)]
 # What takes long runs in `make soak` only.
@@ -101,7 +102,11 @@ class Workplace:
 
 @pytest.fixture(scope="module")
 def workplace(
-    tmp_path_factory: pytest.TempPathFactory, text_file: Path, wordpiece: Path, byte_level: Path
+    tmp_path_factory: pytest.TempPathFactory,
+    text_file: Path,
+    wordpiece: Path,
+    byte_level: Path,
+    fork_server: ForkServer,
 ) -> Iterator[Workplace]:
     """A folder in which the commands of "Your own data" in the README have run."""
     folder = tmp_path_factory.mktemp("workplace")
@@ -117,7 +122,7 @@ def workplace(
     shutil.copytree(byte_level, folder / "roberta-base")
     for page in OTHER_PAGES:
         write_configs(page, folder)
-    place = Workplace(folder, Terminal(folder))
+    place = Workplace(folder, Terminal(folder, variables=fork_server.environment()))
     readme = COMMANDS["README.md"]
     own_data = [command for command in readme if not is_server(command) and command.message is None]
     for command in sorted(own_data, key=lambda command: "runs/bert-base" in command.text):

@@ -26,6 +26,8 @@ from pretrain.world import World
 from rank_pool import RankPool
 from runs import Tree, logged, pretrain_case, run_config, soak
 
+pytestmark = pytest.mark.real_start
+
 HOST = platform.node()
 REPOSITORY = Path(__file__).parents[2]
 HANG_SECONDS = 20  # the ranks also start within it

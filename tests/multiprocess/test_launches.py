@@ -18,6 +18,8 @@ from pretrain.engine.deepspeed_settings import REPOSITORY
 from rank_pool import RankPool, free_port
 from runs import NO_DROPOUT, TINY, logged, pretrain_case, run_config, saved_tensors
 
+pytestmark = pytest.mark.real_start
+
 
 def test_a_killed_rank_resumes_and_repeats_no_step(
     start: Start, wordpiece_corpus: Path, tmp_path: Path, pools: dict[int, RankPool]

@@ -6,6 +6,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ from experiment.outcome_file import Outcome, read_outcome, reserve_outcome
 from experiment.run_folder import RunFolder
 from pretrain.corpus.build import build_corpus
 from pretrain.corpus.options import CorpusOptions
-from pretrain.engine.deepspeed_settings import REPOSITORY
 from pretrain.training.host_group import HostGroup
 from pretrain.world import World
 from rank_pool import RankPool, free_port
@@ -179,7 +179,9 @@ def test_every_host_verifies_for_itself(
     assert pools[2].run(verification_case, tmp_path / "corpus", None) == [("", 1)] * 2, "both have recorded it"
 
 
-def test_a_corpus_missing_on_one_host_is_printed_and_exits_with_2(wordpiece_corpus: Path, tmp_path: Path) -> None:
+def test_a_corpus_missing_on_one_host_is_printed_and_exits_with_2(
+    wordpiece_corpus: Path, tmp_path: Path, handed_over: Mapping[str, str]
+) -> None:
     """Catches an error of another rank than 0 that nobody prints, and exit code 1."""
     port, ranks = free_port(), []
     for rank, corpus in enumerate((wordpiece_corpus, tmp_path / "missing")):
@@ -187,7 +189,7 @@ def test_a_corpus_missing_on_one_host_is_printed_and_exits_with_2(wordpiece_corp
         config.write_text(yaml.safe_dump(run_config(tmp_path / "run", corpus)))
         environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
         environment |= {"RANK": str(rank), "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "WORLD_SIZE": "2"}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(REPOSITORY)}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **handed_over}
         command = [sys.executable, "-m", "pretrain.run", "--config", str(config)]
         ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=tmp_path))
     outputs = [process.communicate(timeout=LIMIT)[1] for process in ranks]

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,11 @@ BODY = {"texts": ["word1 word2", "word3"]}
 class Server:
     """A running `deepcloze serve`."""
 
-    def __init__(self, folder: Path, model: Path, flags: tuple[str, ...]) -> None:
+    def __init__(self, folder: Path, model: Path, flags: tuple[str, ...], variables: Mapping[str, str]) -> None:
         self.log = folder / f"serve-{random.getrandbits(32):x}.log"
         command = [sys.executable, "-m", "launcher", "serve", "--model", str(model), "--port", "0", *flags]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", **variables}
+        environment["PYTHONPATH"] = f"{ROOT}:{environment.get('PYTHONPATH', '')}"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         wait_until(lambda: "http://" in self.output(), self.process)
@@ -91,12 +92,12 @@ Serve = Callable[..., Server]
 
 
 @pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Serve]:
+def serve(tmp_path: Path, handed_over: Mapping[str, str]) -> Iterator[Serve]:
     """Starts servers: serve(folder, *flags)."""
     started: list[Server] = []
 
     def start(folder: Path, *flags: str) -> Server:
-        started.append(Server(tmp_path, folder, flags))
+        started.append(Server(tmp_path, folder, flags, handed_over))
         return started[-1]
 
     yield start
@@ -235,6 +236,7 @@ def test_two_servers_on_one_port(model: Path, serve: Serve) -> None:
 
 
 @pytest.mark.soak
+@pytest.mark.real_start
 def test_memory_stays_flat(model: Path, serve: Serve) -> None:
     """Catches a leak: of requests, of their texts, or of old models."""
     server, draw = serve(model), random.Random(0)

@@ -1,6 +1,6 @@
 """The tutorials in docs/ run as they are written, on a small model and few documents."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +58,13 @@ PREPARED: dict[str, tuple[Callable[[Path, Given], None], str]] = {
 
 @pytest.mark.parametrize("page", TUTORIALS)
 def test_a_tutorial_runs(
-    page: str, tmp_path: Path, text_file: Path, wordpiece: Path, wordpiece_corpus: Path, pools: dict[int, RankPool]
+    page: str,
+    tmp_path: Path,
+    text_file: Path,
+    wordpiece: Path,
+    wordpiece_corpus: Path,
+    pools: dict[int, RankPool],
+    handed_over: Mapping[str, str],
 ) -> None:
     """Catches a tutorial with a command or a config that does not work."""
     prepare, result = PREPARED[page]
@@ -67,7 +73,7 @@ def test_a_tutorial_runs(
     write_configs(page, tmp_path)
     found = commands(page)
     assert len(found) > 4
-    with closing(Terminal(tmp_path)) as terminal:
+    with closing(Terminal(tmp_path, variables=handed_over)) as terminal:
         for command in found:
             if command.mark is None:
                 terminal.run(command)

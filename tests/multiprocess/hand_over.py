@@ -1,0 +1,83 @@
+"""Runs as `sitecustomize` when Python starts: hands a command over to the fork server; see fork_server.py."""
+
+import os
+import sys
+
+_SCRIPTS = ("deepcloze",)
+_MODULES = ("launcher", "pretrain.run")
+
+
+def _command() -> tuple[str | None, list[str], bool] | None:
+    """The module, or None for a script, the arguments with the script, and whether `-u` is given. None: another one."""
+    flags, rest = [], sys.orig_argv[1:]
+    while rest and rest[0] in ("-u", "-P"):
+        flags.append(rest.pop(0))
+    if len(rest) > 1 and rest[0] == "-m" and rest[1].removeprefix("deepcloze.") in _MODULES:
+        return rest[1], rest[1:], "-u" in flags
+    if rest and rest[0] in (f"{sys.executable.rpartition('/')[0]}/{name}" for name in _SCRIPTS):
+        return None, rest, "-u" in flags
+    return None
+
+
+def _hand_over(path: str, module: str | None, argv: list[str], unbuffered: bool) -> None:
+    """Returns if there is no server, or if it refuses; otherwise ends the process."""
+    import array
+    import json
+    import resource
+    import signal
+    import socket
+
+    passed_on = {signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGABRT, signal.SIGTERM}
+    passed_on |= {signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM}
+    server = socket.socket(socket.AF_UNIX)
+    try:
+        server.connect(path)
+    except OSError:
+        return
+    ignored = [number for number in signal.Signals if signal.getsignal(number) == signal.SIG_IGN]
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, passed_on)
+    umask = os.umask(0)
+    os.umask(umask)
+    folder = os.getcwd()  # noqa: PTH109  # imports little
+    first = [] if sys.flags.safe_path else [folder if module else argv[0].rpartition("/")[0]]
+    limits = [getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")]
+    request = {
+        "python": sys.executable,
+        "module": module,
+        "argv": argv,
+        "shown": sys.orig_argv,
+        "unbuffered": unbuffered,
+        "environ": dict(os.environ),
+        "folder": folder,
+        "path": first + sys.path,
+        "umask": umask,
+        "cores": sorted(os.sched_getaffinity(0)),
+        "limits": [(number, resource.getrlimit(number)) for number in limits],
+        "ignored": ignored,
+        "mask": sorted(mask),
+    }
+    streams = array.array("i", [0, 1, 2])
+    text = json.dumps(request).encode() + b"\n"
+    sent = server.sendmsg([text], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)])
+    server.sendall(text[sent:])
+    with server.makefile("rb") as answers:
+        pid = int(answers.readline() or 0)
+        if not pid:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            server.close()
+            return
+        for number in passed_on - set(ignored):
+            signal.signal(number, lambda number, _: os.kill(pid, number))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, passed_on)
+        status = int(answers.readline() or signal.SIGKILL)
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        if number not in (signal.SIGKILL, signal.SIGSTOP):
+            signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+    os._exit(os.waitstatus_to_exitcode(status))
+
+
+if found := _command():
+    _hand_over(f"{__file__.rpartition('/')[0]}/{os.uname().nodename}.socket", *found)

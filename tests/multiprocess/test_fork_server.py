@@ -1,0 +1,81 @@
+"""Commands that are handed over to the fork server behave like started ones."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from launches import Start, wait_for_exit
+from waiting import wait_until
+
+PRETRAIN = (sys.executable, "-m", "pretrain.run", "--config")
+
+
+@pytest.fixture
+def config(tmp_path: Path, wordpiece_corpus: Path) -> str:
+    """Of a rank that waits at a gate."""
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"run": {"dir": str(tmp_path / "run")}, "corpus": {"train": str(wordpiece_corpus)}}))
+    return str(path)
+
+
+def forked(first: int, mark: str) -> psutil.Process:
+    """The process in which the command of the process `first` runs. It is another one with the same variable."""
+    found: list[psutil.Process] = []
+
+    def search() -> bool:
+        for process in psutil.process_iter():
+            try:
+                if process.pid != first and process.environ().get("MARK") == mark:
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return bool(found)
+
+    wait_until(search)
+    return found[0]
+
+
+def has_ended(process: psutil.Process) -> bool:
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_ends_both_processes(start: Start, tmp_path: Path, config: str, number: signal.Signals) -> None:
+    """Catches signals that do not reach the command, another exit status, and a command that outlives a killed
+    process."""
+    gate = tmp_path / "gate"
+    first = start(*PRETRAIN, config, MARK=str(tmp_path), DEEPCLOZE_GATE=str(gate))
+    second = forked(first.pid, str(tmp_path))
+    assert second.cmdline() == [*PRETRAIN, config]
+    assert second.cwd() == str(tmp_path)
+    first.send_signal(number)
+    code, output = wait_for_exit(first)
+    assert code == -number, output
+    wait_until(lambda: has_ended(second))
+
+
+def test_the_end_of_the_command_ends_the_process(start: Start, tmp_path: Path, config: str) -> None:
+    """Catches a killed rank whose death its launcher does not see."""
+    first = start(*PRETRAIN, config, MARK=str(tmp_path), DEEPCLOZE_GATE=str(tmp_path / "gate"))
+    forked(first.pid, str(tmp_path)).kill()
+    assert wait_for_exit(first)[0] == -signal.SIGKILL
+
+
+def test_output_and_exit_code_are_those_of_the_command(start: Start, tmp_path: Path) -> None:
+    """Catches lost arguments, output or exit codes, and variables that were read at an import of the server."""
+    command = (sys.executable, "-m", "launcher", "validate", "missing.yaml")
+    for variables in ({}, {"HF_HOME": str(tmp_path)}):  # with the second, the server refuses it
+        code, output = wait_for_exit(start(*command, **variables))
+        assert code == 2
+        assert output.startswith("deepcloze: missing.yaml"), output
+
+
+@pytest.mark.real_start
+def test_commands_of_marked_tests_are_not_handed_over(start: Start, tmp_path: Path) -> None:
+    process = start(sys.executable, "-c", "import os; print(os.environ.get('PYTHONPATH'))")
+    assert wait_for_exit(process) == (0, f"{os.environ.get('PYTHONPATH')}\n")
