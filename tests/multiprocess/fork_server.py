@@ -37,13 +37,12 @@ _READ_AT_IMPORT = ("DS_", "HF_", "TRANSFORMERS_", "TORCH", "PYTORCH_", "LD_", "G
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
-def main(requests: Connection, folder: Path) -> NoReturn:
+def main(requests: Connection, listener: socket.socket) -> NoReturn:
     """Serve until the other end of `requests` is closed."""
     _import_everything()
     # SIGINT: Ctrl-C reaches the whole process group, and pytest handles it. SIGCHLD: leaves no zombies.
     for number in (signal.SIGINT, signal.SIGCHLD):
         signal.signal(number, signal.SIG_IGN)
-    listener = listen(folder)
     while True:
         ready, _, _ = select.select([requests, listener], [], [])
         if listener in ready:
@@ -58,7 +57,7 @@ def main(requests: Connection, folder: Path) -> NoReturn:
 
 
 def listen(folder: Path) -> socket.socket:
-    """Where the processes of this host find the server. `hand_over.py` knows the name."""
+    """Where the processes of this host find the server, and wait for it. `hand_over.py` knows the name."""
     path = folder / f"{os.uname().nodename}.socket"
     path.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX)
@@ -260,7 +259,7 @@ def _show(argv: list[str], environ: dict[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    descriptor, folder, path = json.loads(sys.argv[1])
+    requests, listener, path = json.loads(sys.argv[1])
     sys.path[:] = path
     os.environ.pop(PADDING)
-    main(Connection(descriptor), Path(folder))
+    main(Connection(requests), socket.socket(fileno=listener))

@@ -24,7 +24,7 @@ from multiprocessing.connection import Client, Connection, Listener, Pipe, wait
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fork_server import PADDING
+from fork_server import PADDING, listen
 from waiting import LIMIT
 
 COLLECTIVE_SECONDS = 300  # timeout of collectives
@@ -45,17 +45,17 @@ class ForkServer:
         self._requests, theirs = Pipe()
         environment = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"}
         environment |= {"WANDB_MODE": "disabled", PADDING: 16384 * "x"}
-        arguments = json.dumps([theirs.fileno(), str(folder), sys.path])
-        with (folder / "output.log").open("a") as output:
+        with listen(folder) as listener, theirs, (folder / "output.log").open("a") as output:
+            passed = [theirs.fileno(), listener.fileno()]
+            arguments = json.dumps([*passed, sys.path])
             self._process = subprocess.Popen(
                 [sys.executable, str(Path(__file__).with_name("fork_server.py")), arguments, 8192 * "x"],
                 env=os.environ | environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                pass_fds=[theirs.fileno()],
+                pass_fds=passed,
             )
-        theirs.close()
 
     def environment(self) -> dict[str, str]:
         """Variables with which commands are handed over to the server."""
