@@ -1,7 +1,7 @@
 """Process that has imported torch, transformers and DeepSpeed, and forks in 0.1 s what would import them for seconds:
 ranks of a pool, and commands that tests start.
 
-A command is `deepcloze`, `python -m launcher` or `python -m pretrain.run`. With `FOLDER` of the server first in
+A command is `deepcloze`, `python -m launcher` or a rank: `python -m pretrain.run`. With `FOLDER` of the server first in
 PYTHONPATH, Python runs `hand_over.py` as it starts. It sends its arguments, environment, working directory and
 standard streams to the server, which forks a process that runs the command with them. The first process stays: it
 passes signals on, ends with the same exit code or signal, and if it is killed, the forked one is killed too. Both show

@@ -3,7 +3,7 @@
 import os
 import sys
 
-_SCRIPTS = ("deepcloze",)
+_SCRIPTS = (f"{sys.executable.rpartition('/')[0]}/deepcloze", "/pretrain/run.py")
 _MODULES = ("launcher", "pretrain.run")
 
 
@@ -14,7 +14,7 @@ def _command() -> tuple[str | None, list[str], bool] | None:
         flags.append(rest.pop(0))
     if len(rest) > 1 and rest[0] == "-m" and rest[1].removeprefix("deepcloze.") in _MODULES:
         return rest[1], rest[1:], "-u" in flags
-    if rest and rest[0] in (f"{sys.executable.rpartition('/')[0]}/{name}" for name in _SCRIPTS):
+    if rest and rest[0].endswith(_SCRIPTS):
         return None, rest, "-u" in flags
     return None
 
