@@ -1,11 +1,11 @@
-"""Share of wall time that checkpoints cost: written in the background, and while training waits.
+"""Share of wall time spent on checkpoints: written in the background, and while training waits.
 
     python -m benchmarks.checkpoints --source FILE --tokenizer DIR [--every 100] [--steps 220] [--rounds 3]
 
 The same model (30 M parameters) is trained on the same text, on one rank: without checkpoints, with one every `every`
 steps, and with one every `every` steps that training waits for. They alternate, so that a slow minute of the machine
-affects all. Timed are the steps after the first `WARM` and before the last, whose checkpoint every run saves and waits
-for. All runs must have the same losses.
+affects all. The steps after the first `WARM` and before the last are timed; every run saves a checkpoint at the last
+step and waits for it. All runs must have the same losses.
 """
 
 import os
@@ -21,9 +21,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import describe_machine
-from benchmarks.pretraining_runs import Config, RunSettings, build_corpus, read_steps, spread
-from benchmarks.processes import OUR_ALLOCATOR
+from benchmarks.measuring import OUR_ALLOCATOR, describe_machine, spread
+from benchmarks.pretraining_runs import Config, RunSettings, build_corpus, read_steps
 
 WARM = 20
 _MODEL = {"hidden_size": 384, "num_hidden_layers": 10, "num_attention_heads": 6, "intermediate_size": 1536}

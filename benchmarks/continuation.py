@@ -23,8 +23,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import describe_machine
-from benchmarks.processes import deepcloze
+from benchmarks.measuring import deepcloze, describe_machine
 from experiment.tokenizer import load_tokenizer
 from experiment.tracking.jsonl import read_events
 from experiment.tracking.metrics import format_perplexity

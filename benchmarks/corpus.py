@@ -5,8 +5,9 @@
 `deepcloze corpus` runs as a process and is timed from its start to its end. The others tokenize the same lines on as
 many threads or processes, each in a process of its own: `encode_batch` and `encode_batch_fast` (without offsets) of
 `tokenizers`, of which only the calls are timed, and `datasets.map` as `run_mlm` calls it, timed from the start of its
-process and without it. They alternate. Peak memory is that of all processes of a contestant, shared pages counted once
-(PSS). Last, one process reads and hashes the source without tokenizing it: how many cores the reader can feed.
+process and without it. They alternate. Peak memory is summed over all processes of a contestant, shared pages counted
+once (PSS). Last, one process reads and hashes the source without tokenizing it, to find how many cores the reader can
+feed.
 """
 
 import json
@@ -23,8 +24,7 @@ import fire
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import describe_machine
-from benchmarks.peak_memory import PeakMemory
+from benchmarks.measuring import PeakMemory, describe_machine
 
 _DEEPCLOZE, _RAW, _FAST, _MAP = "deepcloze corpus", "encode_batch", "encode_batch_fast", "datasets.map"
 _BATCH = 1000  # documents, as in `datasets.map`
@@ -60,7 +60,7 @@ def corpus(source: str, tokenizer: str, threads: int = 0, rounds: int = 3) -> No
 
 
 def _run(name: str, source: str, tokenizer: str, threads: int, output: Path) -> dict[str, float]:
-    """{"total": seconds of the process, "encoding": those of tokenization, "memory": peak bytes}"""
+    """{"total": seconds of the process, "encoding": seconds of tokenization, "memory": peak bytes}"""
     if name != _DEEPCLOZE:
         return _contestant(name, source, tokenizer, threads, output)
     flags = ["--source", source, "--tokenizer", tokenizer, "--output", str(output), f"--workers={threads}"]

@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import describe_machine
+from benchmarks.measuring import describe_machine
 from experiment.allocator import keep_freed_memory
 from experiment.config import load_config
 from finetune.config import FinetuneConfig

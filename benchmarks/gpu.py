@@ -4,7 +4,7 @@
 
 BERT-base, BERT-large and a model of ModernBERT-base's shape train with random weights and text; each case in a process
 of its own, after some untimed first steps. There are ten default cases. The first five flags select others: all
-combinations of their values. With --full, those that are not given have all values.
+combinations of their values. With --full, the remaining flags have all values.
 
 All cases run once per round, so that a slow minute of the machine affects all. Prints tables and writes a JSON file,
 which is kept up to date while the benchmark runs. MFU is as in `pretrain.modeling.structure`: padding and recomputed
@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.gpu_cases import MODELS, KernelSettings, KernelTime, TrainingCase, TrainingResult
-from benchmarks.machine import describe_machine
-from benchmarks.pretraining_runs import spread
-from benchmarks.processes import run_module
+from benchmarks.gpu_kernels import KernelSettings, KernelTime
+from benchmarks.measuring import describe_machine, run_module, spread
 
+_BERT = {"model_type": "bert", "vocab_size": 30522, "max_position_embeddings": 1024}
+MODELS: dict[str, dict[str, Any]] = {
+    "bert-base": _BERT,
+    "bert-large": _BERT
+    | {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
+    "modernbert-base": {"model_type": "modernbert"},  # the defaults of transformers, with 50,368 tokens
+}
 _DEFAULT_CASES = (  # the others of a model and length are compared with the first
     ("bert-base", 512, "bf16", 1, False),
     ("bert-base", 512, "bf16", 1, True),
@@ -57,6 +62,35 @@ _ALL: dict[str, tuple[Any, ...]] = {
 _FEW = _ALL | {"lengths": (512,), "precisions": ("bf16",), "stages": (1,)}
 _KERNEL_TOKENS = 32_768
 _SMOKE_NOTE = "smoke test with tiny models on a CPU: the figures mean nothing"
+
+
+@dataclass(frozen=True)
+class TrainingCase:
+    """A training run to measure."""
+
+    model: str  # of MODELS
+    length: int  # of the longest sequence, in tokens
+    precision: str
+    zero_stage: int
+    compile: bool
+    microbatch_tokens: int
+    steps: int
+    warmup: int  # steps before, not timed
+    tiny: bool  # a tiny model of the same type
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """Measurements of a training run, or an error."""
+
+    device: str = ""
+    tokens_per_second: float | None = None
+    mfu: float | None = None  # None: the device's peak is unknown
+    step_ms: float | None = None
+    memory: int | None = None  # peak, in bytes
+    fill: float | None = None  # real tokens per slot
+    error: str = ""
+
 
 Choice = tuple[str, int, str, int, bool]
 """Model, length, precision, ZeRO stage, and whether layers are compiled."""
@@ -89,7 +123,7 @@ def gpu(
         precisions: bf16, fp16; default: bf16
         stages: ZeRO stages; default: 1
         compiled: off, on; default: both
-        full: all models, lengths, precisions and stages that are not given
+        full: all values of the flags above that are not given
         rounds: how often each case runs
         microbatch_tokens: slots of a microbatch; a step has one
         steps: timed steps of each case and round
@@ -172,7 +206,7 @@ def _train(case: TrainingCase, smoke: bool) -> TrainingResult:
 
 
 def _run(module: str, settings: dict[str, Any], smoke: bool) -> Any:
-    """What a module prints as JSON."""
+    """The JSON output of a module."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,6 +1,6 @@
 """Kernels of a training step alone, forward and backward: a part of `benchmarks.gpu`.
 
-Runs in a process of its own and prints one JSON array. On CUDA, times are those of CUDA events.
+Runs in a process of its own and prints one JSON array. On CUDA, CUDA events measure the times.
 """
 
 import json
@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import activate_flash_attention_impl, restore_flash_attention_impl
 
-from benchmarks.gpu_cases import KernelSettings, KernelTime
 from pretrain.batching.batch import IGNORED
 from pretrain.modeling.attention import (
     Packing,
@@ -36,10 +35,28 @@ _WARM = 3
 
 
 @dataclass(frozen=True)
+class KernelSettings:
+    device: str  # cuda or cpu
+    precision: str
+    lengths: tuple[int, ...]  # of the sequences in attention
+    tokens: int  # of a microbatch
+    rounds: int
+
+
+@dataclass(frozen=True)
+class KernelTime:
+    kernel: str
+    shape: str
+    ms: float | None = None  # forward and backward, median of the rounds
+    tflops: float | None = None  # TFLOP/s; None: it is bound by memory
+    error: str = ""  # why nothing was measured
+
+
+@dataclass(frozen=True)
 class _Kernel:
     name: str
     shape: str
-    inputs: Sequence[Tensor]  # what gradients are computed of
+    inputs: Sequence[Tensor]  # gradients are computed for these
     call: Callable[[], Tensor]
     flops: float | None = None  # of forward and backward
 

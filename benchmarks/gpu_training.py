@@ -1,7 +1,7 @@
 """Training steps of one model at one length, precision and ZeRO stage: a case of `benchmarks.gpu`.
 
-Runs in a process of its own, whose peak memory it reports, and prints one JSON object. Engine, model and batches are
-those of `deepcloze pretrain`; tokens are random, and the lengths of documents are drawn like those of Wikipedia.
+Runs in a process of its own, whose peak memory it reports, and prints one JSON object. It uses the engine, model and
+batches of `deepcloze pretrain`; tokens are random, and documents are about as long as in Wikipedia.
 """
 
 import json
@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoConfig
 
-from benchmarks.gpu_cases import MODELS, TrainingCase, TrainingResult
+from benchmarks.gpu import MODELS, TrainingCase, TrainingResult
 from benchmarks.gpu_kernels import DTYPES
 from experiment.cache_folder import cache_folder
 from experiment.device_peaks import peak_flops, peak_memory

@@ -1,4 +1,4 @@
-"""What data loading costs, without a model.
+"""Cost of data loading, without a model.
 
     python -m benchmarks.loader [--length 512] [--documents web]
 
@@ -6,8 +6,8 @@ On a corpus of random tokens in documents of realistic lengths, and on a mixture
 up to 8,192 tokens:
 
 - the milliseconds of each phase of a batch, at the beginning of the stream and at step 10^9, for one rank and for one
-  of 1,024. Every rank repeats all from the order to the assignment, for the whole global batch. Reading and masking are
-  parts of the rank's own share.
+  of 1,024. Every rank repeats the phases from order to assignment for the whole global batch. Reading and masking
+  are parts of the rank's own share.
 - the tokens per second of one worker, and the share of the time that a rank waits for it at a simulated consumption.
 """
 
@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import describe_machine
+from benchmarks.measuring import describe_machine
 from experiment.allocator import keep_freed_memory
 from pretrain.batching.batch_maker import BatchMaker, MaskedCorpus
 from pretrain.batching.loader import batch_message, load_batches
@@ -180,7 +180,7 @@ def _read_and_mask(source: MaskedCorpus, number: int, origins: BatchSequences) -
 
 
 def _timed(function: Callable[[], Any]) -> tuple[float, Any]:
-    """Milliseconds, and what `function` returns."""
+    """Milliseconds, and the result of `function`."""
     start = time.perf_counter()
     result = function()
     return (time.perf_counter() - start) * 1000, result

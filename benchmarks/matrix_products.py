@@ -1,10 +1,10 @@
-"""The matrix products of a training step on a CPU, alone: the most that any implementation could reach.
+"""The matrix products of a training step on a CPU, alone: an upper bound for any implementation.
 
-`benchmarks.throughput` runs it in a separate process; it prints one JSON object. The products are those of the linear
+`benchmarks.throughput` runs it in a separate process; it prints one JSON object. It computes the products of the linear
 layers of a BERT with a masked-LM head, forward and backward, for one microbatch without padding. In the last layer only
-keys and values are needed for all tokens, the rest for masked ones. Those of attention are left out. Each is computed
-by the faster of two: `torch.mm`, or oneDNN's linear layer. In fp32 torch uses MKL otherwise, which is slower on many
-CPUs; in bf16 `torch.mm` is faster for gradients of weights.
+keys and values are needed for all tokens, the rest for masked ones. Products of attention are left out. Each product
+uses the faster of two implementations: `torch.mm`, or oneDNN's linear layer. In fp32 torch otherwise uses MKL, which is
+slower on many CPUs; in bf16 `torch.mm` is faster for gradients of weights.
 """
 
 import json
@@ -22,12 +22,12 @@ from experiment.allocator import keep_freed_memory
 
 _MASKED = 0.15
 _ROUNDS = 20
-_TRIES = 3  # of each way to compute a product
+_TRIES = 3  # of each implementation
 
 
 @dataclass(frozen=True)
 class ProductSettings:
-    """What is computed."""
+    """Shapes, precision and threads."""
 
     layers: int
     hidden: int

@@ -4,8 +4,8 @@
    template, could have been memorized.
 2. A sentence is excluded if it names its own package.
 3. A document gives at most one example, so that examples are independent, and belongs to one split.
-4. The pretraining text is the documentation of these packages without the documents of validation and test. Those of
-   train stay in it: their text may be read during pretraining, but not their labels.
+4. The pretraining text is the documentation of these packages without the documents of validation and test. Documents
+   of train stay in it: their text may be read during pretraining, but not their labels.
 """
 
 import json

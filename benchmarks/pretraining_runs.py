@@ -1,7 +1,6 @@
 """Runs of `deepcloze pretrain` that benchmarks start and measure."""
 
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from benchmarks.processes import deepcloze
+from benchmarks.measuring import deepcloze
 from experiment.run_folder import RunFolder
 from experiment.tracking.jsonl import Event, read_events
 from pretrain.batching.sequences import split_documents
@@ -27,7 +26,7 @@ Config = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What a run trains."""
+    """Corpus, model, precision and batch size of a run."""
 
     corpus: Path
     model: dict[str, int]  # fields of the BERT config
@@ -61,7 +60,7 @@ class Step(NamedTuple):
 
     event: Event  # its metrics
     tokens: int
-    seconds: float  # without those that it waited for a checkpoint, or evaluated
+    seconds: float  # without checkpoints and evaluations
 
 
 def mean_length(corpus: Path, length: int) -> float:
@@ -96,8 +95,3 @@ def tokens_per_second(folder: Path, skipped: int) -> float:
     """Of the steps after the first `skipped` of a run that logged each step."""
     timed = read_steps(folder)[skipped:]
     return sum(step.tokens for step in timed) / sum(step.seconds for step in timed)
-
-
-def spread(values: Sequence[float], form: str) -> str:
-    """Median, minimum and maximum, each formatted by `form`."""
-    return f"{statistics.median(values):{form}} ({min(values):{form}} – {max(values):{form}})"

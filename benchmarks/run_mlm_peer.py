@@ -1,9 +1,9 @@
-"""The transformers `run_mlm` recipe, timed: Trainer and DataCollatorForLanguageModeling on plain text.
+"""The transformers `run_mlm` recipe: Trainer and DataCollatorForLanguageModeling on plain text.
 
-`benchmarks.throughput` runs it in a separate process; it prints one JSON object. `benchmarks.run_mlm_minutes` trains it
-for some minutes instead. It does what `run_mlm` does by default, except for downloading: tokenize, concatenate and
-split into blocks (or one line per example), mask 15 % in the collator, compute the full head, step AdamW. Prefetching
-is off, as in `run_mlm`.
+Runs in a process of its own and prints one JSON object: `benchmarks.throughput` measures tokens per second,
+`benchmarks.time_to_loss` trains for some minutes and saves the model. The recipe does the same as `run_mlm` by default,
+except for downloading: tokenize, concatenate and split into blocks (or one line per example), mask 15 % in the
+collator, compute the full head, step AdamW. Prefetching is off, as in `run_mlm`.
 """
 
 import json
@@ -30,12 +30,13 @@ from transformers import (
 from experiment.tokenizer import load_tokenizer
 
 BATCH = 32  # examples of a microbatch
+_MOST_STEPS = 10**9  # the time limit comes first
 _KEYS = ("input_ids", "attention_mask", "special_tokens_mask")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the peer trains."""
+    """Model, data and batches of the peer."""
 
     source: str  # text file, one document per line
     tokenizer: str
@@ -49,10 +50,19 @@ class Recipe:
 
 @dataclass(frozen=True)
 class PeerSettings(Recipe):
-    """For how long it is timed."""
+    """A run that is timed."""
 
     updates: int
     warmup_updates: int  # the first updates, not timed
+
+
+@dataclass(frozen=True)
+class LimitedPeerSettings(Recipe):
+    """A run that trains for a time and is saved."""
+
+    seconds: float
+    folder: str  # to save the model and its tokenizer in
+    arguments: dict[str, Any]  # of TrainingArguments: the update rule and its learning rates
 
 
 class _Timer(TrainerCallback):  # type: ignore[misc]
@@ -66,6 +76,16 @@ class _Timer(TrainerCallback):  # type: ignore[misc]
         self.ended = time.perf_counter()
         if state.global_step == self.warmup_updates:
             self.started = self.ended
+
+
+class _TimeLimit(TrainerCallback):  # type: ignore[misc]
+    """Ends training after the first step that ends after `seconds`."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.perf_counter() + seconds
+
+    def on_step_end(self, _arguments: Any, _state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop = time.perf_counter() >= self._end
 
 
 class _CountingCollator:
@@ -97,14 +117,28 @@ def run(settings: PeerSettings) -> float:
     return timed_tokens(collator.tokens, settings) / (timer.ended - timer.started)
 
 
+def run_for_minutes(settings: LimitedPeerSettings) -> int:
+    """Train, save, and return the number of updates. The time starts with the first step, after tokenization."""
+    tokenizer = load_tokenizer(Path(settings.tokenizer))
+    examples = tokenize(settings, tokenizer)
+    trainer = build_trainer(
+        settings, tokenizer, examples, output_dir=settings.folder, max_steps=_MOST_STEPS, **settings.arguments
+    )
+    trainer.add_callback(_TimeLimit(settings.seconds))
+    trainer.train()
+    trainer.save_model(settings.folder)
+    tokenizer.save_pretrained(settings.folder)
+    return int(trainer.state.global_step)
+
+
 def timed_tokens(tokens: Sequence[int], settings: PeerSettings) -> int:
-    """Those of the timed updates. `tokens`: of each microbatch, and of one more that accelerate collates ahead."""
+    """The tokens of the timed updates. `tokens`: per microbatch, with one more that accelerate collates ahead."""
     first, last = settings.warmup_updates * settings.accumulated, settings.updates * settings.accumulated
     return sum(tokens[first:last])
 
 
 def build_trainer(recipe: Recipe, tokenizer: Any, examples: list[dict[str, list[int]]], **arguments: Any) -> Trainer:
-    """`arguments`: of TrainingArguments, besides those of the recipe."""
+    """A Trainer for the recipe. `arguments`: further TrainingArguments."""
     torch.set_num_threads(recipe.threads)
     set_seed(42)
     config = AutoConfig.for_model("bert", vocab_size=len(tokenizer), **recipe.model)
@@ -152,5 +186,9 @@ def _blocks(encoded: Any, length: int) -> list[dict[str, list[int]]]:
 
 
 if __name__ == "__main__":
-    rate = run(PeerSettings(**json.loads(sys.argv[1])))
-    print(json.dumps({"tokens_per_second": rate}), flush=True)
+    given = json.loads(sys.argv[1])
+    if "seconds" in given:
+        printed: dict[str, float] = {"updates": run_for_minutes(LimitedPeerSettings(**given))}
+    else:
+        printed = {"tokens_per_second": run(PeerSettings(**given))}
+    print(json.dumps(printed), flush=True)

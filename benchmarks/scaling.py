@@ -6,7 +6,7 @@ Both train the same model on the same text with the same real tokens per update 
 alternate, so that a slow minute of the machine affects both. Whole training steps are timed, data work included, after
 some untimed first steps. The share of communication comes from a profile of three of the untimed steps on rank 0: the
 time in which it exchanged gradients or weights with others, waiting for them included. Profiling slows that rank down,
-so it waits less than usual. Peak memory is that of all processes, shared pages counted once.
+so it waits less than usual. Peak memory is summed over all processes, shared pages counted once.
 """
 
 import json
@@ -21,17 +21,8 @@ import fire
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import describe_machine
-from benchmarks.peak_memory import PeakMemory
-from benchmarks.pretraining_runs import (
-    MODELS,
-    Config,
-    RunSettings,
-    build_corpus,
-    pretrain,
-    spread,
-    tokens_per_second,
-)
+from benchmarks.measuring import PeakMemory, describe_machine, spread
+from benchmarks.pretraining_runs import MODELS, Config, RunSettings, build_corpus, pretrain, tokens_per_second
 from pretrain.training.profiler import PROFILED, SKIPPED
 
 _UNTIMED = SKIPPED + PROFILED + 1

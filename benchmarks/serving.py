@@ -5,9 +5,8 @@
 All serve the same sequence classifier, by default one of the size of BERT base with random weights, to clients on this
 machine that send one text at a time and wait for its answer. The texts are as long as sentences of reviews: 3 to 60
 words, half of them less than 20. The servers alternate, so that a slow minute of the machine affects all, and each is
-started again for each round. The plain server is what tutorials show: a function of FastAPI that calls the pipeline; it
-computes in fp32. Prints requests per second, latencies, and the memory of `deepcloze serve` before and after many
-requests.
+started again for each round. The plain server is written as in tutorials: a FastAPI function that calls the pipeline,
+in fp32. Prints requests per second, latencies, and the memory of `deepcloze serve` before and after many requests.
 """
 
 import http.client
@@ -32,8 +31,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import describe_machine
-from benchmarks.processes import deepcloze
+from benchmarks.measuring import deepcloze, describe_machine
 
 PLAIN = "FastAPI + pipeline"
 PRECISIONS = {"fp32": "deepcloze serve, fp32", "bf16": "deepcloze serve, bf16", "int8": "deepcloze serve, ONNX int8"}
@@ -44,7 +42,7 @@ _VOCABULARY = 20_000
 
 @dataclass(frozen=True)
 class Load:
-    """What clients do."""
+    """Requests of the clients."""
 
     port: int
     path: str
@@ -88,7 +86,7 @@ def serving(
 
 
 def _cpu_seconds(process: psutil.Process) -> float:
-    """Of all threads of a server: what counts where other programs use the machine, too."""
+    """CPU time of all threads of a server: comparable even if other programs use the machine."""
     times = process.cpu_times()
     return float(times.user + times.system)
 

@@ -3,7 +3,7 @@
     python -m benchmarks.startup [--rounds 5]
 
 Builds a small corpus, then starts runs of three steps with one rank and with two, in turn. The files are in the
-system's cache after the first, untimed run. Peak memory is that of all processes, shared pages counted once.
+system's cache after the first, untimed run. Peak memory is summed over all processes, shared pages counted once.
 """
 
 import json
@@ -24,10 +24,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import describe_machine
-from benchmarks.peak_memory import PeakMemory
-from benchmarks.pretraining_runs import spread
-from benchmarks.processes import deepcloze
+from benchmarks.measuring import PeakMemory, deepcloze, describe_machine, spread
 from experiment.run_folder import RunFolder
 
 _POLL_SECONDS = 0.005

@@ -6,12 +6,12 @@ r"""Real tokens per second of deepcloze and of the transformers `run_mlm` recipe
 Both train the same model on the same text with the same precision, number of threads and real tokens per update, each
 in its own process; the peer accumulates microbatches of 32 examples. They alternate, so that a slow minute of the
 machine affects both. Whole training steps are timed, data work included, after some untimed first steps; padding is not
-counted. Peak memory is that of all processes, shared pages counted once.
+counted. Peak memory is summed over all processes, shared pages counted once.
 
 The peer is transformers' Trainer with DataCollatorForLanguageModeling, fed as `run_mlm` feeds it: the text concatenated
 and split into blocks, or with --lines one line per example, padded to the longest of its batch. It is measured twice:
 with default settings, and with the allocator setting that `deepcloze pretrain` gives its ranks, because that setting
-helps it as well. On a CPU, `benchmarks.matrix_products` shows what the matrix products alone would allow.
+helps it as well. On a CPU, `benchmarks.matrix_products` gives the speed of the matrix products alone.
 """
 
 import os
@@ -28,9 +28,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import describe_machine
 from benchmarks.matrix_products import ProductSettings
-from benchmarks.peak_memory import PeakMemory
+from benchmarks.measuring import DEFAULT_ALLOCATOR, OUR_ALLOCATOR, PeakMemory, describe_machine, run_module, spread
 from benchmarks.pretraining_runs import (
     MODELS,
     ROWS,
@@ -39,10 +38,8 @@ from benchmarks.pretraining_runs import (
     build_corpus,
     mean_length,
     pretrain,
-    spread,
     tokens_per_second,
 )
-from benchmarks.processes import DEFAULT_ALLOCATOR, OUR_ALLOCATOR, run_module
 from benchmarks.run_mlm_peer import BATCH, PeerSettings
 from experiment.tokenizer import load_tokenizer
 

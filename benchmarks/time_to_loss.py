@@ -3,14 +3,14 @@
     python -m benchmarks.time_to_loss --source FILE --held_out FILE --tokenizer DIR [--minutes 10] [--rounds 3]
 
 Both train the same model on the same text with the same real tokens per update, update rule and learning rates. The
-rate is constant after the warmup, so that the loss at any time is that of a run which ends there. The recipe is trained
-with default settings, and with the allocator setting that `deepcloze pretrain` gives its ranks. Its clock starts with
-its first step. The clock of deepcloze starts with the command, so that start-up and checkpoints count. deepcloze runs
-without compiled layers, with a cold compile cache, and with a warm one. They alternate. Corpora are built before. Peak
-memory is that of all processes, shared pages counted once.
+rate is constant after the warmup, so that the loss at any time equals the final loss of a run that ends then. The
+recipe is trained with default settings, and with the allocator setting that `deepcloze pretrain` gives its ranks. Its
+clock starts with its first step. The clock of deepcloze starts with the command, so that start-up and checkpoints
+count. deepcloze runs without compiled layers, with a cold compile cache, and with a warm one. They alternate. Corpora
+are built before. Peak memory is summed over all processes, shared pages counted once.
 
 Both sides are scored by `deepcloze evaluate`, with the same masks. A run of deepcloze saves checkpoints at intervals:
-the first one whose loss is not above that of the recipe counts. `run_mlm` trains on blocks of concatenated lines (with
+the first one whose loss is not above the recipe's counts. `run_mlm` trains on blocks of concatenated lines (with
 --lines: on one line per example), deepcloze on lines, and lines are scored.
 """
 
@@ -31,16 +31,13 @@ import fire
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import describe_machine
-from benchmarks.peak_memory import PeakMemory
-from benchmarks.pretraining_runs import MODELS, RunSettings, build_corpus, mean_length, pretrain, spread
-from benchmarks.processes import DEFAULT_ALLOCATOR, OUR_ALLOCATOR, run_module
-from benchmarks.run_mlm_minutes import LimitedPeerSettings
-from benchmarks.run_mlm_peer import BATCH
+from benchmarks.measuring import DEFAULT_ALLOCATOR, OUR_ALLOCATOR, PeakMemory, describe_machine, run_module, spread
+from benchmarks.pretraining_runs import MODELS, RunSettings, build_corpus, mean_length, pretrain
+from benchmarks.run_mlm_peer import BATCH, LimitedPeerSettings
 from experiment.checkpoints import complete_checkpoints
 from pretrain.config import OptimizerConfig
 
-_LENGTH = 128  # longest sequence, in tokens: that of `deepcloze evaluate` for a folder without a run
+_LENGTH = 128  # longest sequence, in tokens: the default of `deepcloze evaluate` for a folder without a run
 _ALL = 1_000_000  # checkpoints to keep
 _PEERS = {"default settings": DEFAULT_ALLOCATOR, "with our allocator setting": OUR_ALLOCATOR}
 _RUNS = {  # whether layers are compiled, and the cache folder
@@ -52,7 +49,7 @@ _RUNS = {  # whether layers are compiled, and the cache folder
 
 @dataclass(frozen=True)
 class Budget:
-    """What a run trains with, and how it is timed."""
+    """Time limits and devices of the runs."""
 
     minutes: float  # of the recipe
     limit: float  # minutes of a run of deepcloze
@@ -174,7 +171,7 @@ def _round(
 def _train_peer(peer: LimitedPeerSettings, name: str, work: Path) -> Path:
     """The Hugging Face folder of the trained model."""
     settings = replace(peer, folder=str(work / name.replace(" ", "-")))
-    done = run_module("benchmarks.run_mlm_minutes", asdict(settings), peer.threads, _PEERS[name])
+    done = run_module("benchmarks.run_mlm_peer", asdict(settings), peer.threads, _PEERS[name])
     print(f"run_mlm, {name}: {done['updates']:,} updates", file=sys.stderr)
     return Path(settings.folder)
 
@@ -227,7 +224,7 @@ def _print(rounds: Sequence[Round], minutes: float, title: str) -> None:
 
 
 def _compare(reached: Sequence[float | None], minutes: float) -> tuple[str, str]:
-    """The minutes to a loss that the recipe has after `minutes`, and by what factor they are fewer."""
+    """The minutes to the loss of the recipe after `minutes`, and the speedup."""
     found = [each for each in reached if each is not None]
     if len(found) < len(reached):
         return f"not reached in {len(reached) - len(found)} of {len(reached)} rounds", ""

@@ -1,4 +1,4 @@
-"""What of `benchmarks.gpu` can be tested without a GPU."""
+"""`benchmarks.gpu` without a GPU."""
 
 import json
 import os
@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from benchmarks import gpu, gpu_kernels, gpu_training
-from benchmarks.gpu_cases import MODELS, KernelSettings, TrainingCase, TrainingResult
+from benchmarks.gpu import MODELS, TrainingCase, TrainingResult
+from benchmarks.gpu_kernels import KernelSettings
 
 ROOT = Path(__file__).resolve().parents[3]
 CASE = TrainingCase("bert-base", 8, "bf16", 1, compile=False, microbatch_tokens=8, steps=1, warmup=1, tiny=True)

@@ -2,7 +2,7 @@ import subprocess
 import sys
 import time
 
-from benchmarks.peak_memory import PeakMemory
+from benchmarks.measuring import PeakMemory
 
 MEMORY = 400 * 2**20
 FORKING = f"""
@@ -22,7 +22,7 @@ def test_processes_of_processes_count_and_shared_pages_only_once() -> None:
         process = subprocess.Popen([sys.executable, "-c", STARTING], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert process.stdout is not None
         process.stdout.readline()
-        memory.bytes = 0  # what was seen before the fork
+        memory.bytes = 0  # measured before the fork
         while memory.bytes < MEMORY:
             assert process.poll() is None
             time.sleep(0.01)

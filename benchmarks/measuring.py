@@ -1,0 +1,101 @@
+"""Shared by all benchmarks: start processes, watch their memory, and describe the machine and a series of values."""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Self
+
+import psutil
+
+from launcher.ranks.environment import GLIBC_TUNABLES
+
+DEFAULT_ALLOCATOR: dict[str, str] = {}
+OUR_ALLOCATOR = {"GLIBC_TUNABLES": GLIBC_TUNABLES}  # set by `deepcloze pretrain` for its ranks
+
+
+def deepcloze(*arguments: str, threads: int | None = None, environment: Mapping[str, str] | None = None) -> None:
+    """Run a command of deepcloze; raises CalledProcessError if it fails. `threads`: per process."""
+    variables = _variables(threads, environment)
+    subprocess.run([sys.executable, "-m", "launcher", *arguments], env=variables, stdout=sys.stderr, check=True)
+
+
+def run_module(
+    module: str, settings: dict[str, Any], threads: int | None = None, environment: Mapping[str, str] | None = None
+) -> Any:
+    """The JSON that `python -m module SETTINGS` prints last; raises CalledProcessError if it fails."""
+    command = [sys.executable, "-m", module, json.dumps(settings)]
+    variables = _variables(threads, environment)
+    finished = subprocess.run(command, env=variables, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(finished.stdout.splitlines()[-1])
+
+
+def _variables(threads: int | None, environment: Mapping[str, str] | None) -> dict[str, str]:
+    return {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {}), **(environment or {})}
+
+
+class PeakMemory:
+    """The peak memory, in `bytes`, of all processes that are started in a `with` block, their children included.
+
+    Sampled every `seconds`, which takes a core some milliseconds per GB. Shared pages count once (PSS).
+    """
+
+    def __init__(self, seconds: float = 2.0) -> None:
+        self.bytes = 0
+        self._seconds = seconds
+        self._before = _started()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(self._seconds):
+            self.bytes = max(self.bytes, sum(map(_memory, _started() - self._before)))
+
+
+def _started() -> set[psutil.Process]:
+    return set(psutil.Process().children(recursive=True))
+
+
+def _memory(process: psutil.Process) -> int:
+    with suppress(psutil.Error):  # it has ended
+        return int(process.memory_full_info().pss)
+    return 0
+
+
+def describe_machine() -> str:
+    """One line to publish with a result: date, CPU, memory, and versions of Python and the libraries."""
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "deepspeed"))
+    hardware = f"{_cpu()}, {os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB"
+    return f"{date.today()}, {hardware}, Python {platform.python_version()}, {versions}"
+
+
+def _cpu() -> str:
+    """The name, with family and model where /proc/cpuinfo has them: virtual machines may give CPUs of all generations
+    one name, and the latest may be twice as fast."""
+    first_core = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0]
+    pairs = (line.partition(":") for line in first_core.splitlines())
+    fields = {name.strip(): value.strip() for name, _, value in pairs}
+    name = fields.get("model name", platform.machine())
+    family, model = fields.get("cpu family"), fields.get("model")
+    return f"{name} (family {family}, model {model})" if family and model else name
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """Median, minimum and maximum, each formatted by `form`."""
+    return f"{statistics.median(values):{form}} ({min(values):{form}} – {max(values):{form}})"
