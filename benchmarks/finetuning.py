@@ -26,14 +26,14 @@ from benchmarks.measuring import describe_machine
 from experiment.allocator import keep_freed_memory
 from experiment.config import load_config
 from finetune.config import FinetuneConfig
-from finetune.encoding.encoded_split import Split
+from finetune.device import Microbatch
+from finetune.encoding.examples import Split
+from finetune.inference import evaluate
 from finetune.metrics.scores import classification_scores
 from finetune.model import build_model
 from finetune.run import prepare, resolve_paths
 from finetune.seed_record import Setup
-from finetune.training.evaluation import evaluate
 from finetune.training.fit import fit
-from finetune.training.microbatch import Microbatch
 
 DEEPCLOZE, GROUPED, PADDED = "deepcloze finetune", "Trainer, group_by_length", "Trainer, padded to max_seq_length"
 

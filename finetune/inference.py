@@ -1,23 +1,30 @@
-"""Compute the outputs of examples in batches of similar length, and decode them: in training and in `predictor`."""
+"""Compute the outputs of examples in batches of similar length, decode and score them: in training and in `predictor`.
+
+What a model can compute is found out before training on a few examples.
+"""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
-from finetune.device import Device
-from finetune.encoding.encoded_split import Split, collate
-from finetune.encoding.examples import Example, Padding
+from finetune.device import Device, Microbatch, is_out_of_memory
+from finetune.encoding.examples import Batch, Example, Padding, Split, collate
+from finetune.splits import Task
 from finetune.task_kind import Loss, LossOptions, Prediction, TaskKind
-from finetune.training.batch_order import evaluation_batches
-from finetune.training.microbatch import Microbatch
+from finetune.training.updater import evaluation_batches
 
 Outputs = list[list[NDArray[np.float32]]]
 """What a model computes for each example: one array per sequence."""
+
+EVALUATION_FACTOR = 4  # evaluation batches are larger: no activations are kept
+
+_EXAMPLES = 4
+_TOLERANCE = 2e-5  # of outputs in fp32: more than rounding, far less than what padding changes if it counts
 
 
 @dataclass(frozen=True)
@@ -80,3 +87,79 @@ def decode(kind: TaskKind[Any], split: Split, outputs: Outputs) -> tuple[Predict
 def _total(losses: Sequence[Loss]) -> Loss:
     sums = [torch.stack([getattr(loss, part) for loss in losses]).double().sum() for part in ("sum", "weight")]
     return Loss(*sums)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Predictions for the records of a split, in order."""
+
+    predictions: tuple[Prediction, ...]
+    loss: float | None  # mean, weighted as in training; None without targets
+    scores: dict[str, float]  # empty without targets
+
+
+def evaluate(model: nn.Module, task: Task, split: Split, microbatch: Microbatch, device: Device) -> Evaluation:
+    """Predict all records of a split, and score them if it has targets."""
+    inference = Inference(model, task.kind, task.padding, device, microbatch)
+    outputs, loss = inference.compute(split.examples, task.loss_options(device.device))
+    predictions = decode(task.kind, split, outputs)
+    if not split.table.labelled or loss is None:
+        return Evaluation(predictions, None, {})
+    return Evaluation(predictions, (loss.sum / loss.weight).item(), task.kind.scores(split.table.records, predictions))
+
+
+def adapt_to_model(model: nn.Module, task: Task, device: Device, max_length: int) -> tuple[Task, Device, list[str]]:
+    """The task and the device as the model needs them, and a line for each change.
+
+    Some models cannot compute in autocast, such as DeBERTa (v1) on a CPU: they compute in fp32. The outputs of some
+    depend on padding, such as FNet's, which has no attention mask: their batches are all padded to `max_length`.
+    """
+    examples = sorted(next(iter(task.splits.values())).examples, key=lambda example: example.longest)
+    lines, name = [], getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    if not _ignores_padding(model, task, examples):
+        lines.append(f"{name}: its outputs depend on padding, so all sequences are padded to {max_length} tokens")
+        task = replace(task, padding=replace(task.padding, length=max_length))
+    if device.dtype is not None:
+        batch = collate(task.kind, examples[:2], task.padding, device.device)
+        options = task.loss_options(device.device) if task.is_trained else None
+        if not computes(model.to(device.device).train(task.is_trained), task.kind, batch, device, options):
+            lines.append(f"{name} cannot compute in {device.precision} on {device.device.type}; fp32 is used")
+            device = replace(device, dtype=None)
+    return task, device, lines
+
+
+def _ignores_padding(model: nn.Module, task: Task, examples: Sequence[Example]) -> bool:
+    """Whether the outputs of short examples stay the same next to a long one. examples: the shortest first."""
+    compared = [*examples[:_EXAMPLES], examples[-1]]
+    model.eval()
+    with torch.inference_mode():
+        together = torch.split(_outputs(model, task, compared), [len(example.sequences) for example in compared])
+        return all(map(_same, [_outputs(model, task, [example]) for example in compared], together))
+
+
+def _outputs(model: nn.Module, task: Task, examples: Sequence[Example]) -> Tensor:
+    """In fp32 on the CPU. The first dimension is that of the sequences."""
+    return task.kind.forward(model, collate(task.kind, examples, task.padding, torch.device("cpu"))).float()
+
+
+def _same(alone: Tensor, together: Tensor) -> bool:
+    """Whether outputs are the same but for rounding. together: perhaps for more tokens, which are padding."""
+    shown = together[tuple(map(slice, alone.shape))]
+    return bool((alone - shown).abs().max() <= _TOLERANCE * (1 + alone.abs().max()))
+
+
+def computes(
+    model: nn.Module, kind: TaskKind[Any], batch: Batch, device: Device, options: LossOptions | None = None
+) -> bool:
+    """Whether a model can compute a batch in the precision of the device; with loss options, the gradients too."""
+    try:
+        with torch.set_grad_enabled(options is not None):
+            with device.autocast():
+                outputs = kind.forward(model, batch)
+            if options is not None:
+                kind.loss(outputs, batch, options).sum.backward()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        return False
+    return True

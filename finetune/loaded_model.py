@@ -1,30 +1,33 @@
-"""A model folder, loaded to compute with: what prediction, mask filling and embeddings share."""
+"""A model folder, loaded to compute with: what prediction, mask filling and embeddings share; and embeddings."""
 
 import logging
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from experiment.errors import UserError
 from experiment.fast_linear import use_fast_linear
 from finetune.device import Device, choose_device
-from finetune.encoding.encoded_split import collate
 from finetune.encoding.encoder import Encoder, Tokens
-from finetune.encoding.examples import Batch, Padding
+from finetune.encoding.examples import Batch, Padding, collate, pad_sequences
+from finetune.inference import computes
 from finetune.model import ModelSpec, build_model, read_model_inputs
 from finetune.onnx_model import OnnxModel, holds_onnx_model
 from finetune.saved_task import SavedTask
 from finetune.task_kind import TaskKind
-from finetune.training.compatibility import computes
 
 log = logging.getLogger(__name__)
 
 _UNLIMITED = 512  # tokens of a sequence, if neither the folder nor the model limits them
 _MASKED_LM = "AutoModelForMaskedLM"
+
+Pooling = Literal["mean", "first"]
 
 
 @dataclass(frozen=True)
@@ -110,3 +113,37 @@ def _usable_precision(model: PreTrainedModel, kind: TaskKind[Any], probe: Batch,
     name = model.config.model_type
     log.warning("%s cannot compute in %s on %s: predicting in fp32", name, device.precision, device.device.type)
     return replace(device, dtype=None)
+
+
+@dataclass(frozen=True)
+class EmbeddedText(EncodedText):
+    """A text to embed."""
+
+    pooling: Pooling  # mean over all tokens, special ones included; or the first token, such as [CLS]
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """The encoder of a loaded model, without its head. Threads may share it."""
+
+    loaded: LoadedModel
+
+    def encode(self, texts: Sequence[str], pooling: Pooling) -> list[EmbeddedText]:
+        """Texts that are too long are cut."""
+        with self.loaded.encoding:
+            return [EmbeddedText(self.loaded.encoder.encode(text), pooling) for text in texts]
+
+    def compute(self, texts: Sequence[EmbeddedText]) -> list[list[float]]:
+        """The vectors of texts, D numbers each: hidden states of the last layer, pooled."""
+        inputs = pad_sequences([text.tokens for text in texts], self.loaded.padding, self.loaded.device.device)
+        with torch.inference_mode(), self.loaded.device.autocast():
+            hidden_STD = self.loaded.model.base_model(**inputs).last_hidden_state.float()
+        mask_ST = inputs["attention_mask"]
+        pooled = [_pool(*row) for row in zip(hidden_STD, mask_ST, (text.pooling for text in texts), strict=True)]
+        vectors: list[list[float]] = torch.stack(pooled).tolist()
+        return vectors
+
+
+def _pool(hidden_TD: Tensor, mask_T: Tensor, pooling: Pooling) -> Tensor:
+    tokens = hidden_TD[mask_T.bool()]
+    return tokens[0] if pooling == "first" else tokens.mean(0)

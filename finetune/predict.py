@@ -16,16 +16,15 @@ from experiment.progress import progress
 from experiment.tracking.console import terminal
 from finetune.data.formats import read_rows
 from finetune.data.records import Record, TurnJoiner, read_records
-from finetune.encoding.tokenizer import turn_joiner
+from finetune.encoding.encoder import turn_joiner
 from finetune.metrics.calibration import calibration_error
-from finetune.metrics.label_scores import top_confusions
+from finetune.metrics.scores import top_confusions
 from finetune.options import PredictOptions
 from finetune.predictor import Predictor, missing_temperature
-from finetune.results.best_seed import find_model
 from finetune.results.predictions import prediction_rows
 from finetune.results.row_file import check_row_file, open_row_file
-from finetune.results.score_table import print_label_scores, print_scores
-from finetune.saved_task import read_saved_task
+from finetune.results.tables import print_label_scores, print_scores
+from finetune.saved_task import find_model, read_saved_task
 from finetune.task_kind import Prediction, TaskKind
 
 _CHUNK = 64  # batches that are read, sorted by length, computed and written together

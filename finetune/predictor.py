@@ -7,14 +7,13 @@ from typing import Any, Self
 
 from experiment.errors import UserError
 from finetune.data.records import Record, Table, read_value
-from finetune.encoding.encoded_split import Split, encode_split
-from finetune.encoding.examples import Example
-from finetune.encoding.tokenizer import load_task_tokenizer
+from finetune.device import Microbatch
+from finetune.encoding.encoder import load_task_tokenizer
+from finetune.encoding.examples import Example, Split, encode_split
 from finetune.inference import Inference, Outputs, decode
 from finetune.loaded_model import LoadedModel, load_model
 from finetune.saved_task import SavedTask, read_saved_task
 from finetune.task_kind import Prediction, TaskKind
-from finetune.training.microbatch import Microbatch
 
 
 @dataclass(frozen=True)

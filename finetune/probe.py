@@ -30,14 +30,13 @@ from experiment.config import load_config
 from experiment.errors import UserError
 from experiment.files import write_json
 from finetune.config import FinetuneConfig
-from finetune.encoding.encoded_split import Split
-from finetune.inference import Inference
+from finetune.device import Microbatch
+from finetune.encoding.examples import Split
+from finetune.inference import EVALUATION_FACTOR, Inference
 from finetune.model import build_model
 from finetune.run import prepare, resolve_paths
 from finetune.seed_record import Setup
 from finetune.task_kind import TaskKind
-from finetune.training.evaluation import EVALUATION_FACTOR
-from finetune.training.microbatch import Microbatch
 
 _C = 1.0
 _ITERATIONS = 1000

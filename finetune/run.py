@@ -28,18 +28,17 @@ from experiment.run_lock import check_unlocked, lock_run
 from experiment.tracking.console import terminal
 from experiment.tracking.tracker import TrackedRun, Tracker, check_tracking, open_trackers
 from finetune.config import FinetuneConfig, ModelConfig, TrainingConfig
-from finetune.data.checks import data_warnings
+from finetune.data_report import data_warnings, print_lengths
 from finetune.device import choose_device
-from finetune.encoding.lengths import print_lengths
+from finetune.inference import adapt_to_model
 from finetune.model import ModelSpec, build_model, describe_model
 from finetune.results.model_card import add_seed_scores
 from finetune.results.seed_summary import write_results
-from finetune.results.summary_text import print_results
+from finetune.results.tables import print_results
 from finetune.seed_record import SeedRecord, Setup
 from finetune.seed_run import finished_seeds, result_settings, state_file, train_seed
 from finetune.splits import Task, describe_task, make_kind, make_task, read_splits
 from finetune.task_kind import TaskKind
-from finetune.training.compatibility import adapt_to_model
 from finetune.training.fit import Log
 from finetune.training.updater import total_steps
 

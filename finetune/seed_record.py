@@ -7,7 +7,7 @@ from typing import Any
 from experiment.run_folder import RunFolder
 from finetune.config import FinetuneConfig
 from finetune.device import Device
-from finetune.metrics.label_scores import LabelScores
+from finetune.metrics.scores import LabelScores
 from finetune.model import ModelSpec
 from finetune.splits import Task
 

@@ -20,18 +20,16 @@ from experiment.tracking.console import terminal
 from finetune.config import FinetuneConfig
 from finetune.data.records import Table
 from finetune.device import Device
-from finetune.encoding.tokenizer import load_task_tokenizer
+from finetune.encoding.encoder import load_task_tokenizer
 from finetune.metrics.calibration import measure_calibration
 from finetune.model import ModelSpec, build_model, model_files, save_model
-from finetune.results.epoch_table import print_epochs
 from finetune.results.model_card import write_seed_card
-from finetune.results.predictions import save_predictions, write_predictions
+from finetune.results.predictions import save_predictions, write_predictions, write_worst_rows
 from finetune.results.row_file import write_rows
-from finetune.results.worst_rows import write_worst_rows
+from finetune.results.tables import print_epochs
 from finetune.saved_task import SavedTask, write_saved_task
 from finetune.seed_record import SeedRecord, Setup
-from finetune.training.fit import Epoch, Fitted, Log, fit, score
-from finetune.training.state_file import StateFile
+from finetune.training.fit import Epoch, Fitted, Log, StateFile, fit, score
 
 _COMPLETE = "COMPLETE"  # written last into a seed's folder
 

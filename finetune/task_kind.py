@@ -17,8 +17,7 @@ from finetune import kinds
 from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
 from finetune.metrics.calibration import Classified, calibrate
-from finetune.metrics.collapse import is_constant
-from finetune.metrics.label_scores import LabelScores, label_scores
+from finetune.metrics.scores import LabelScores, is_constant, label_scores
 
 if TYPE_CHECKING:
     import numpy as np

@@ -226,7 +226,7 @@ def serve(options: ServeOptions) -> None:
     """
     try:
         with fast_imports():
-            from finetune.serve.command import serve_command
+            from finetune.serve.server import serve_command
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] in ("launcher", "pretrain", "finetune", "experiment"):
             raise

@@ -12,7 +12,7 @@ from experiment.files import checksum
 from experiment.own_process import module_command
 from experiment.run_folder import RunFolder, folder_name
 from finetune.config import FinetuneConfig
-from finetune.data.checksums import data_checksums
+from finetune.data.task_config import data_checksums
 from finetune.model import model_files
 from finetune.run import check_data
 from launcher.compare_config import CompareConfig, RowConfig

@@ -16,7 +16,7 @@ from experiment.run_lock import is_locked
 from experiment.strict_json import parse_json
 from experiment.tracking.downstream import DownstreamResult
 from finetune.config import FinetuneConfig
-from finetune.data.checksums import data_checksums
+from finetune.data.task_config import data_checksums
 from finetune.task_kind import Direction, find_kind
 from launcher.run_set import DONE, REJECTED, ChildRun, start, wait_for_other_process
 

@@ -1,4 +1,4 @@
-"""Read the rows of a split, and their cells as the columns of the task declare."""
+"""Read the rows of a split, and their cells as the columns of the task declare. Turns of a dialogue are joined."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,9 +10,8 @@ from experiment.csv_and_jsonl import column_index, unexpected_cell
 from experiment.errors import UserError
 from experiment.files import json_digest
 from finetune.data.columns import CellType, Columns
-from finetune.data.dialogue import DialogueContext, join_turns
-from finetune.data.formats import FileFormat, read_rows
-from finetune.data.formats.row import Row
+from finetune.data.formats import FileFormat, Row, read_rows
+from finetune.data.task_config import DialogueContext
 
 _MISSING = (None, "-1", -1.0)  # targets of a test split that has none; the data sets of the Hugging Face Hub have -1
 
@@ -187,3 +186,43 @@ def is_unicode(value: Any) -> bool:
             return False
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return all(map(is_unicode, parts))
+
+
+def join_turns(
+    texts: Sequence[str], turns: Sequence[Mapping[str, Any]], context: DialogueContext, separator: str
+) -> list[str]:
+    """Each text with the turns before it. turns: the values of the columns of `context`, in the order of the texts.
+
+    Raises ValueError with the position and the value of an order that is not a number.
+    """
+    spoken = [
+        f"{turn['speaker']}: {text}" if turn.get("speaker") else text for text, turn in zip(texts, turns, strict=True)
+    ]
+    if context.previous is not None:
+        before = [[text for text in turn["previous"] if text.strip()] for turn in turns]
+    else:
+        before = [[spoken[index] for index in indices] for indices in _previous(turns, context.turns)]
+    return [f" {separator} ".join([*previous, text]) for previous, text in zip(before, spoken, strict=True)]
+
+
+def _previous(turns: Sequence[Mapping[str, Any]], count: int) -> list[list[int]]:
+    """Of each turn, the turns before it in its group. A turn without a group has none."""
+    groups: dict[str, list[int]] = {}
+    for index, turn in enumerate(turns):
+        if turn["group"] is not None:
+            groups.setdefault(turn["group"], []).append(index)
+    found: list[list[int]] = [[] for _ in turns]
+    for indices in groups.values():
+        in_order = sorted(indices, key=lambda index: _order(index, turns[index]))
+        for place, index in enumerate(in_order):
+            found[index] = in_order[max(0, place - count) : place]
+    return found
+
+
+def _order(index: int, turn: Mapping[str, Any]) -> float:
+    if "order" not in turn:
+        return index
+    try:
+        return float(turn["order"])
+    except (TypeError, ValueError):
+        raise ValueError(index, turn["order"]) from None

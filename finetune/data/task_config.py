@@ -2,15 +2,17 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt, model_validator
 
 from experiment.config import Section
 from experiment.config.constraints import PathText, Seed
 from experiment.csv_and_jsonl import CsvFormat
-from finetune.data.columns import Columns, Name
-from finetune.data.dialogue import DialogueContext
+from experiment.errors import UserError
+from experiment.files import checksum, json_digest
+from finetune.data.columns import Columns, IdColumn, Name, TextsColumn
 from finetune.data.formats import FileFormat
 
 
@@ -40,6 +42,33 @@ def _check_numbers(key: str, columns: Iterable[str]) -> None:
 
 
 SplitName = Annotated[str, AfterValidator(_check_split_name)]
+
+
+class DialogueContext(Columns):
+    """Previous turns of a dialogue: the rows with the same `group`, or the texts in the columns `previous`."""
+
+    group: IdColumn | None = None
+    """Column that says which dialogue a row belongs to."""
+
+    order: IdColumn | None = None
+    """Column with the number of the turn in its dialogue; default: the order of the rows."""
+
+    turns: PositiveInt = 3
+    """Number of previous rows to put before a text, with `group`."""
+
+    previous: TextsColumn | None = None
+    """Columns with the previous turns, the oldest first, in place of `group`. Empty ones are skipped."""
+
+    speaker: IdColumn | None = None
+    """Column with the speaker, whose name is put before each turn; not before those of `previous`."""
+
+    @model_validator(mode="after")
+    def _turns_are_found_in_one_way(self) -> Self:
+        if (self.group is None) == (self.previous is None):
+            raise ValueError("expected either 'group' or 'previous'")
+        if self.order is not None and self.group is None:
+            raise ValueError("order: needs 'group'")
+        return self
 
 
 class TaskConfig(Section):
@@ -144,3 +173,18 @@ class TaskConfig(Section):
             if twice := sorted({label for label in self.labels if self.labels.count(label) > 1}):
                 raise ValueError(f"labels: named twice: {', '.join(twice)}")
         return self
+
+
+def data_checksums(task: TaskConfig) -> dict[str, str]:
+    """Split -> checksum of its file, or of the files in its folder. Raises UserError if one does not exist."""
+    return {split: _checksum(f"task.{split}", Path(path)) for split, path in task.files().items()}
+
+
+def _checksum(key: str, path: Path) -> str:
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        return json_digest({str(file.relative_to(path)): checksum(file) for file in files})
+    try:
+        return checksum(path)
+    except OSError as error:
+        raise UserError(f"{key}: cannot read {path}: {error.strerror}") from None

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from experiment.errors import UserError
+from experiment.tokenizer import load_any_tokenizer
+from finetune.data.records import TurnJoiner
+from finetune.data.task_config import TaskConfig
 
 
 @dataclass(frozen=True)
@@ -156,3 +160,19 @@ class Encoder:
             verbose=False,
             **options,
         )
+
+
+def load_task_tokenizer(folder: Path, task: TaskConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder. Raises UserError if it lacks a special token that the task needs."""
+    needed = ["pad_token"] if task.dialogue is None else ["pad_token", "sep_token"]
+    tokenizer = load_any_tokenizer(folder, needed)
+    if task.dialogue is not None:
+        tokenizer.truncation_side = "left"  # keep the text itself rather than the turns before it
+    return tokenizer
+
+
+def turn_joiner(folder: Path, task: TaskConfig) -> TurnJoiner | None:
+    """Joins the turns of dialogues for the model in a folder, if the task has any."""
+    if task.dialogue is None:
+        return None
+    return TurnJoiner(task.dialogue, load_task_tokenizer(folder, task).sep_token)

@@ -1,7 +1,8 @@
-"""Examples and padded batches of them."""
+"""Examples, the splits that they come from, and padded batches of them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from finetune.encoding.encoder import Tokens
+from finetune.data.records import Record, Table
+from finetune.encoding.encoder import Encoder, Tokens
+from finetune.task_kind import TaskKind
 
 # Shape suffixes: S sequences of a batch, T tokens of the longest of them.
 
@@ -76,3 +79,41 @@ def padding_last(outputs: Tensor, batch: Batch) -> Tensor:
     """Outputs for each token (ST…), with the padding of each sequence moved behind its tokens."""
     order = torch.argsort(batch.inputs["attention_mask"], dim=1, descending=True, stable=True)
     return outputs[torch.arange(len(order), device=order.device)[:, None], order]
+
+
+@dataclass(frozen=True)
+class Split:
+    """The records of a split and their examples, in order."""
+
+    table: Table
+    examples: tuple[Example, ...]
+    record_of: tuple[int, ...]  # of each example, the index of its record
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of the longest sequence of each example."""
+        return [example.longest for example in self.examples]
+
+
+def encode_split(
+    table: Table,
+    kind: TaskKind[Any],
+    encoder: Encoder,
+    training: bool,
+    progress: Callable[[Sequence[Record]], Iterable[Record]] = iter,
+) -> Split:
+    """The examples of all records. progress: shows the progress of an iteration. Raises UserError for an invalid
+    target."""
+    expanded = [kind.expand(record, encoder, training) for record in progress(table.records)]
+    return Split(
+        table,
+        examples=tuple(example for examples in expanded for example in examples),
+        record_of=tuple(index for index, examples in enumerate(expanded) for _ in examples),
+    )
+
+
+def collate(kind: TaskKind[Any], examples: Sequence[Example], padding: Padding, device: torch.device) -> Batch:
+    """A batch of all sequences of the examples, padded to the longest of them."""
+    inputs = pad_sequences([tokens for example in examples for tokens in example.sequences], padding, device)
+    targets = None if any(example.target is None for example in examples) else kind.targets(examples, padding)
+    return Batch(tuple(examples), inputs, None if targets is None else targets.to(device, non_blocking=True))

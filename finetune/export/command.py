@@ -10,7 +10,7 @@ from experiment.files import created_parents, removed_on_error
 from experiment.results.exported_card import write_card
 from finetune.onnx_model import holds_onnx_model, require_packages
 from finetune.options import ExportOptions
-from finetune.results.best_seed import RESULTS, find_model
+from finetune.saved_task import RESULTS, find_model
 
 
 def export_command(options: ExportOptions) -> None:

@@ -5,10 +5,9 @@ from pathlib import Path
 
 from experiment.errors import UserError
 from experiment.fast_linear import use_fast_linear
-from finetune.encoding.tokenizer import load_task_tokenizer
-from finetune.export.graph import write_graph
+from finetune.encoding.encoder import load_task_tokenizer
+from finetune.export.graph import quantize, write_graph
 from finetune.export.parity import Comparison, compare, sample_batches
-from finetune.export.quantization import quantize
 from finetune.loaded_model import LoadedModel, load_on_cpu
 from finetune.mask_filler import load_filling_tokenizer, ranking_task
 from finetune.model import model_files

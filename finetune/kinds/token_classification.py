@@ -21,9 +21,7 @@ from finetune.encoding.examples import Batch, Example, Padding, padding_last
 from finetune.encoding.windows import most_context, windows
 from finetune.kinds.classification import balanced_weights
 from finetune.metrics.calibration import confidence_losses
-from finetune.metrics.collapse import is_constant
-from finetune.metrics.label_scores import LabelScores, scores_of_counts
-from finetune.metrics.scores import confusion_matrix
+from finetune.metrics.scores import LabelScores, confusion_matrix, is_constant, scores_of_counts
 from finetune.task_kind import Direction, Loss, LossOptions, Prediction, TaskKind
 
 _NO_TAG = -100  # target of a token that carries none

@@ -1,18 +1,27 @@
-"""The rows that predictions are written as, in the files of a run and by `deepcloze predict`."""
+"""Files of predictions: the rows that they hold, the worst of them, and predictions read back to be scored again."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from experiment.config import load_config
 from experiment.errors import UserError, reason
 from experiment.files import write_text
+from experiment.run_folder import RunFolder
 from experiment.strict_json import parse_json
+from finetune.config import FinetuneConfig
 from finetune.data.records import Record, Table
 from finetune.results.row_file import write_rows
-from finetune.task_kind import Prediction, TaskKind
+from finetune.splits import read_splits
+from finetune.task_kind import Prediction, TaskKind, find_kind
 
 _DECIMALS = 6  # of probabilities
+
+_COUNT = 50
 
 
 def write_predictions(path: Path, kind: TaskKind[Any], table: Table, predictions: Sequence[Prediction]) -> None:
@@ -58,3 +67,42 @@ def _flatten(prediction: Prediction, kind: TaskKind[Any]) -> Iterator[tuple[str,
             yield from ((f"probability_{name}", round(probability, _DECIMALS)) for name, probability in value.items())
         else:
             yield "predicted" if key == kind.answer else key, value
+
+
+def write_worst_rows(
+    path: Path, kind: TaskKind[Any], records: Sequence[Record], predictions: Sequence[Prediction]
+) -> None:
+    """The 50 rows of the predictions file with the highest loss, highest first; no file if the kind has no losses."""
+    losses = kind.losses(records, predictions)
+    if losses is None:
+        return
+    rows = prediction_rows(kind, records, predictions)
+    order = np.argsort(-losses, kind="stable")[:_COUNT].tolist()
+    write_rows(path, [{"loss": round(float(losses[index]), 6), **rows[index]} for index in order])
+
+
+@dataclass(frozen=True)
+class ScoredSplit:
+    """Records with targets, and what the model of each seed predicts for them."""
+
+    kind: TaskKind[Any]
+    records: Sequence[Record]
+    predictions: Sequence[Sequence[Prediction]]  # by seed
+
+    def score(self, metric: str, seed: int, rows: Sequence[int]) -> float:
+        """A metric of the records `rows`, in which one may occur several times. seed: its position."""
+        predictions = self.predictions[seed]
+        return self.kind.scores([self.records[row] for row in rows], [predictions[row] for row in rows])[metric]
+
+
+def read_scored_split(folder: RunFolder, split: str, labels: Sequence[str]) -> ScoredSplit:
+    """labels: as in the results of the run. Raises UserError if the data or the predictions are not as they were."""
+    config = load_config(FinetuneConfig, folder.config)
+    table = read_splits(config.task, Path(config.model.init_from), config.training.fit_on)[split]
+    kind = find_kind(config.task.kind)(config.task, tuple(labels))
+    paths = [folder.path / f"seed-{seed}" / f"predictions-{split}.jsonl" for seed in config.training.seeds]
+    predictions = [read_predictions(path) for path in paths]
+    for path, found in zip(paths, predictions, strict=True):
+        if len(found) != len(table):
+            raise UserError(f"{path} has {len(found):,} predictions, {table.path} now has {len(table):,} rows")
+    return ScoredSplit(kind, table.records, predictions)

@@ -9,8 +9,7 @@ from numpy.typing import NDArray
 from experiment.files import write_json
 from experiment.run_folder import RunFolder
 from finetune.config import FinetuneConfig
-from finetune.metrics.label_scores import top_confusions
-from finetune.metrics.scores import summarize
+from finetune.metrics.scores import summarize, top_confusions
 from finetune.results.figures import draw_confusion, draw_curves
 from finetune.seed_record import SeedRecord
 

@@ -1,7 +1,7 @@
 """The routes: each takes a typed request, and answers with JSON.
 
 From outside to inside, a request passes `observe` (logs, metrics), `limit_time`, `limit_size`, `require_token`, and the
-FastAPI application.
+FastAPI application. Every error of a client is answered with {"error": MESSAGE}.
 """
 
 import json
@@ -14,16 +14,15 @@ from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Respons
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from pydantic import ValidationError
+from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
 from experiment.errors import UserError
 from finetune.data.records import Record
 from finetune.predictor import Predictor
-from finetune.serve.errors import NOT_JSON, handle_errors
-from finetune.serve.limits import busy, limit_size, limit_time, require_token
-from finetune.serve.logs import observe
-from finetune.serve.metrics import CONTENT_TYPE
+from finetune.serve.limits import busy, error_response, limit_size, limit_time, require_token
+from finetune.serve.monitoring import CONTENT_TYPE, observe
 from finetune.serve.schemas import (
     EmbedRequest,
     EmbedResponse,
@@ -58,6 +57,9 @@ _FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
 
 api = APIRouter(prefix="/v1", responses=_ERRORS)
 site = APIRouter()
+
+NOT_JSON = "the request is not JSON in UTF-8"
+_FASTAPI_NOT_JSON = "There was an error parsing the body"
 
 
 def make_app(serving: Serving, token: str | None) -> ASGIApp:
@@ -230,3 +232,39 @@ def _text_records(rows: Sequence[Sequence[str]], served: ServedModel) -> list[Re
         return dict(zip(roles, row, strict=False))
 
     return [Record(f"{name} {index}", values(row)) for index, row in enumerate(rows)]
+
+
+def handle_errors(app: FastAPI) -> None:
+    """Answer the errors that routes raise."""
+
+    @app.exception_handler(UserError)
+    async def answer_user_error(_: Request, error: UserError) -> Response:
+        return error_response(422, str(error))
+
+    @app.exception_handler(StarletteHTTPException)
+    async def answer_http_error(_: Request, error: StarletteHTTPException) -> Response:
+        # FastAPI's own message does not say what is wrong with a body that cannot be decoded or is nested too deeply.
+        message = NOT_JSON if error.detail == _FASTAPI_NOT_JSON else str(error.detail)
+        return error_response(error.status_code, message, dict(error.headers or {}))
+
+    @app.exception_handler(Exception)
+    async def answer_bug(_: Request, __: Exception) -> Response:
+        return error_response(500, "an error in the server; its log says more")
+
+    @app.exception_handler(RequestValidationError)
+    async def answer_invalid(request: Request, invalid: RequestValidationError) -> Response:
+        errors = invalid.errors()
+        if errors[0]["type"] == "json_invalid":
+            return error_response(400, f"invalid JSON: {errors[0]['ctx']['error']}")
+        content = request.headers.get("content-type", "")
+        if errors[0]["loc"] == ("body",) and "json" not in content:
+            return error_response(415, f"expected `Content-Type: application/json`, found '{content}'")
+        return error_response(422, describe_errors(errors))
+
+
+def describe_errors(errors: Sequence[Any]) -> str:
+    """The first error that pydantic reports, as one line such as `texts[2]: input should be a valid string`."""
+    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in errors[0]["loc"][1:])
+    message = errors[0]["msg"].removeprefix("Value error, ")
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    return f"{place.removeprefix('.') or 'the request'}: {message[0].lower()}{message[1:]}{more}"

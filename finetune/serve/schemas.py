@@ -5,7 +5,7 @@ from typing import Annotated, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 from finetune.data.records import is_unicode
-from finetune.embedder import Pooling
+from finetune.loaded_model import Pooling
 
 _ONE_OF = ("texts", "pairs", "records")
 

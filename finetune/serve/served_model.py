@@ -1,22 +1,27 @@
-"""The model of a server: loaded, described and tried once."""
+"""The model of a server: loaded, described, tried once, and made fast on a CPU."""
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
+from typing import cast
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from finetune.embedder import Embedder
-from finetune.loaded_model import LoadedModel
+from experiment.fast_linear import ONEDNN_DTYPES, FastLinear
+from finetune.device import Device
+from finetune.loaded_model import Embedder, LoadedModel
 from finetune.mask_filler import MaskFiller
 from finetune.predictor import Predictor
-from finetune.results.best_seed import find_model
-from finetune.saved_task import SavedTask, is_masked_lm, read_saved_task
-from finetune.serve.packed_linear import pack_linear_layers
+from finetune.saved_task import SavedTask, find_model, is_masked_lm, read_saved_task
 from finetune.serve.schemas import ModelInfo
 
 _SEQUENCES = 128  # that are computed at once, at most
+
+_ROWS = 512  # oneDNN chooses a layout that is good for about as many; any number can be computed
+_MULTIPLE = 32  # of rows
 
 
 @dataclass(frozen=True)
@@ -95,3 +100,45 @@ def _describe(loaded: LoadedModel, kind: str) -> ModelInfo:
         calibrated=False,
         loaded=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+def pack_linear_layers(model: nn.Module, device: Device) -> None:
+    """Let the linear layers of a model compute with packed weights, for inference only. They give the same results up
+    to rounding, in the precision of the device. Does nothing on a GPU, nor where oneDNN lacks the precision."""
+    dtype = device.dtype or torch.float32
+    if device.device.type != "cpu" or dtype not in ONEDNN_DTYPES:
+        return
+    for module in model.modules():
+        if type(module) in (nn.Linear, FastLinear):
+            module.__class__ = _PackedLinear
+            cast(_PackedLinear, module).pack(dtype)
+
+
+def padded_rows(count: int) -> int:
+    """How many rows to compute for `count` of them: a power of two, or a multiple of 32.
+
+    oneDNN generates code for each number of rows, and keeps that of about a thousand shapes: with any number, a server
+    grows by some hundred MiB, and is slower by a fifth.
+    """
+    return 1 << (count - 1).bit_length() if count < _MULTIPLE else count + -count % _MULTIPLE
+
+
+class _PackedLinear(nn.Linear):
+    packed_: Tensor
+    bias_: Tensor | None
+    dtype_: torch.dtype
+
+    def pack(self, dtype: torch.dtype) -> None:
+        self.packed_ = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach().to(dtype), _ROWS)
+        self.bias_ = None if self.bias is None else self.bias.detach().to(dtype)
+        self.dtype_ = dtype
+
+    def forward(self, values: Tensor) -> Tensor:
+        autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else values.dtype
+        if autocast != self.dtype_ or values.numel() == 0:  # a model may switch autocast off for some layers
+            return F.linear(values, self.weight, self.bias)
+        rows = values.reshape(-1, self.in_features).to(self.dtype_)
+        count = len(rows)
+        rows = F.pad(rows, (0, 0, 0, padded_rows(count) - count))
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self.packed_, self.bias_, "none", [], "")
+        return product[:count].view(*values.shape[:-1], self.out_features)

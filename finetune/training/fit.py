@@ -1,8 +1,11 @@
 """Train with one seed: score the validation split at intervals, keep the best weights, predict with them."""
 
 import math
+import pickle
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,20 +13,91 @@ from torch import Tensor, nn
 
 from experiment.errors import UserError
 from experiment.fast_linear import use_fast_linear
+from experiment.files import atomic_write
 from finetune.config import TrainingConfig
-from finetune.device import Device
+from finetune.device import Device, Microbatch
+from finetune.inference import EVALUATION_FACTOR, Evaluation, evaluate
 from finetune.splits import Task
-from finetune.training.batch_order import training_order
-from finetune.training.evaluation import EVALUATION_FACTOR, Evaluation, evaluate
-from finetune.training.loss_meter import LossMeter
-from finetune.training.microbatch import Microbatch
-from finetune.training.state_file import StateFile
-from finetune.training.updater import Updater, steps_per_epoch
+from finetune.task_kind import Loss
+from finetune.training.updater import Updater, steps_per_epoch, training_order
+
+State = dict[str, Any]  # tensors and plain values
 
 _EVENTS_PER_SEED = 40  # each waits for the device once
 
 Log = Callable[[int, Mapping[str, int | float | str | None]], None]
 """Logs metrics; takes the number of finished steps and the metrics."""
+
+
+@dataclass(frozen=True)
+class StateFile:
+    """Holds the state of the last evaluation, for a training with these settings."""
+
+    path: Path
+    settings: Mapping[str, Any]  # plain values
+
+    def save(self, state: State) -> None:
+        """Replace the file atomically."""
+        with atomic_write(self.path) as temporary, temporary.open("wb") as file:
+            try:
+                torch.save({"settings": self.settings, "state": state}, file)
+            except RuntimeError as error:  # of torch's writer, which hides what the disk says
+                raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+
+    def load(self) -> State | None:
+        """The last state; None if there is none for these settings. Raises UserError if the file is damaged."""
+        if not self.path.exists():
+            return None
+        try:
+            saved = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
+            return saved["state"] if saved["settings"] == self.settings else None
+        except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
+            raise UserError(f"{self.path} is damaged ({error}): remove it to train this seed from the start") from None
+
+    @property
+    def steps(self) -> int:
+        """Updates until the last state, 0 if there is none."""
+        state = self.load()
+        return 0 if state is None else int(state["updater"]["steps"])
+
+
+class LossMeter:
+    """Adds up losses on the device, and waits for it only when a mean is asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(2, 2, dtype=torch.float64, device=device)  # rows: log event, evaluation; (loss, weight)
+        self._tokens = 0
+        self._started = [time.monotonic()] * 2
+
+    def add(self, loss: Loss, tokens: int) -> None:
+        """Count an update. tokens: of its sequences."""
+        self.sums += torch.stack([loss.sum, loss.weight])
+        self._tokens += tokens
+
+    def interval(self) -> dict[str, float]:
+        """Metrics since the last call."""
+        tokens, self._tokens = self._tokens, 0
+        loss, seconds = self._read(0)
+        return {"loss": loss, "tokens_per_second": tokens / seconds}
+
+    def evaluation(self) -> tuple[float, float]:
+        """Mean loss and seconds since the last call, or since `skip_time`."""
+        return self._read(1)
+
+    def skip_time(self) -> None:
+        """The time up to now was not for training."""
+        self._started[1] = time.monotonic()
+
+    def load(self, sums: Tensor) -> None:
+        """Continue from the `sums` of another meter."""
+        self.sums.copy_(sums)
+
+    def _read(self, row: int) -> tuple[float, float]:
+        loss, weight = self.sums[row].tolist()
+        now = time.monotonic()
+        seconds = now - self._started[row]
+        self.sums[row], self._started[row] = 0.0, now
+        return loss / weight, seconds
 
 
 @dataclass(frozen=True)

@@ -288,7 +288,7 @@ def test_another_microbatch_size_is_the_same_run(config_file: Path, seeds_traine
 SEND_SIGNAL = """
 import os, signal, sys, torch
 torch.set_num_threads(1)
-from finetune.training.state_file import StateFile
+from finetune.training.fit import StateFile
 from launcher.cli import main
 save, saved = StateFile.save, []
 def save_and_send(self, state):

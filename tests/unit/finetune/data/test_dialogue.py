@@ -5,10 +5,10 @@ import pytest
 from experiment.config import build_config
 from experiment.errors import UserError
 from finetune.config import FinetuneConfig
-from finetune.data.dialogue import DialogueContext, join_turns
-from finetune.data.random_split import split_off
-from finetune.data.records import TurnJoiner, read_table
+from finetune.data.records import TurnJoiner, join_turns, read_table
+from finetune.data.task_config import DialogueContext
 from finetune.kinds.classification import ClassificationColumns
+from finetune.splits import split_off
 
 COLUMNS = ClassificationColumns(text="said")
 ROWS = """dialogue,turn,speaker,said,label

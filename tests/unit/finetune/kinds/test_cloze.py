@@ -17,9 +17,8 @@ from experiment.errors import UserError
 from experiment.tokenizer import load_tokenizer
 from finetune.config import FinetuneConfig
 from finetune.data.records import Record, read_table
-from finetune.encoding.encoded_split import collate
 from finetune.encoding.encoder import Encoder
-from finetune.encoding.examples import Example, Padding
+from finetune.encoding.examples import Example, Padding, collate
 from finetune.kinds.cloze import Config, Kind
 from finetune.predictor import Predictor
 from finetune.run import finetune, run

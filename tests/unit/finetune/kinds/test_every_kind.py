@@ -20,21 +20,18 @@ from experiment.tokenizer import load_any_tokenizer
 from finetune.config import FinetuneConfig
 from finetune.data.columns import TextColumns
 from finetune.data.records import read_table
-from finetune.device import Device
-from finetune.encoding.encoded_split import collate, encode_split
+from finetune.device import Device, Microbatch
 from finetune.encoding.encoder import Encoder
-from finetune.encoding.examples import Padding
-from finetune.inference import Inference, decode
+from finetune.encoding.examples import Padding, collate, encode_split
+from finetune.inference import Inference, computes, decode
 from finetune.kinds import kind_names
 from finetune.model import ModelSpec, build_model
 from finetune.predictor import Predictor
-from finetune.results.summary_text import print_results
+from finetune.results.tables import print_results
 from finetune.run import run
 from finetune.seed_record import SeedRecord
 from finetune.splits import make_kind, read_splits
 from finetune.task_kind import find_kind
-from finetune.training.compatibility import computes
-from finetune.training.microbatch import Microbatch
 
 LOW, HIGH = [f"word{n}" for n in range(20)], [f"word{n}" for n in range(20, 40)]
 Row = dict[str, Any]

@@ -10,11 +10,10 @@ from experiment.config import build_config
 from experiment.errors import UserError
 from experiment.tokenizer import load_tokenizer
 from finetune.config import FinetuneConfig
-from finetune.data.checks import data_warnings
 from finetune.data.records import Record, Table
-from finetune.encoding.encoded_split import collate
+from finetune.data_report import data_warnings
 from finetune.encoding.encoder import Encoder
-from finetune.encoding.examples import Padding
+from finetune.encoding.examples import Padding, collate
 from finetune.kinds.multiple_choice import Config, Kind, MultipleChoiceColumns
 from finetune.model import ModelSpec, read_model_inputs
 from finetune.task_kind import LossOptions

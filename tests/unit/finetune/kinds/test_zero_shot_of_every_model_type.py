@@ -9,15 +9,12 @@ from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, AutoModelForMaskedLM
 
 from finetune.data.records import Record, Table
-from finetune.device import Device
-from finetune.encoding.encoded_split import Split, collate
+from finetune.device import Device, Microbatch
 from finetune.encoding.encoder import Tokens
-from finetune.encoding.examples import Example, Padding
-from finetune.inference import Inference
+from finetune.encoding.examples import Example, Padding, Split, collate
+from finetune.inference import Inference, adapt_to_model
 from finetune.kinds.cloze import Config, Kind, _Blank, _Masked
 from finetune.splits import Task
-from finetune.training.compatibility import adapt_to_model
-from finetune.training.microbatch import Microbatch
 from tiny_models import tiny_fields
 
 QUICK = ("bert", "mobilebert", "perceiver")  # the latter two have no module for the output layer that is called

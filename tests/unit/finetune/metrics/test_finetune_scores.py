@@ -1,7 +1,20 @@
 import numpy as np
 import pytest
+from sklearn import metrics
+from sklearn.metrics import precision_recall_fscore_support
 
-from finetune.metrics.scores import classification_scores, confusion_matrix, summarize
+from finetune.data.records import Record
+from finetune.kinds.classification import Config, Kind
+from finetune.metrics.scores import (
+    classification_scores,
+    confusion_matrix,
+    is_constant,
+    label_scores,
+    summarize,
+    top_confusions,
+)
+
+LABELS = ("a", "b", "c", "d")
 
 
 def test_scores_of_a_case_counted_by_hand() -> None:
@@ -47,3 +60,54 @@ def test_summarize_over_seeds() -> None:
     """Catches the population standard deviation, too small for few seeds, and a spread of 0 for a single seed."""
     assert summarize([1.0, 2.0, 6.0]) == {"values": [1.0, 2.0, 6.0], "mean": 3.0, "std": 7.0**0.5, "median": 2.0}
     assert summarize([0.5])["std"] is None
+
+
+def test_scores_are_those_of_scikit_learn() -> None:
+    """Catches precision and recall mixed up, and a division by zero for a label that is never predicted or never
+    occurs."""
+    gold, predicted = [0, 0, 0, 1, 1, 2], [0, 0, 1, 1, 3, 0]
+    matrix = metrics.confusion_matrix(gold, predicted, labels=range(4))
+    expected = precision_recall_fscore_support(gold, predicted, labels=range(4), zero_division=0.0)
+    found = label_scores(matrix, LABELS)
+    for name, values in zip(("precision", "recall", "f1", "support"), expected, strict=True):
+        assert [found[label][name] for label in LABELS] == pytest.approx(values.tolist())
+
+
+def test_mistakes_are_ordered_by_count() -> None:
+    """Catches right answers among the mistakes, transposed labels, and mistakes that never happened."""
+    matrix = np.array([[9, 1, 0, 0], [4, 5, 1, 0], [0, 0, 3, 0], [0, 0, 0, 0]])
+    assert top_confusions(matrix, LABELS) == [
+        {"label": "b", "predicted": "a", "count": 4, "share": 0.4},
+        {"label": "a", "predicted": "b", "count": 1, "share": 0.1},
+        {"label": "b", "predicted": "c", "count": 1, "share": 0.1},
+    ]
+    assert len(top_confusions(matrix, LABELS, count=2)) == 2
+
+
+@pytest.mark.parametrize(
+    ("answers", "targets", "constant"),
+    [
+        (["a", "a", "a"], ["a", "b", "a"], True),
+        (["a", "b", "a"], ["a", "b", "a"], False),
+        (["a", "a", "a"], ["a", "a", "a"], False),
+        (["a"], ["a"], False),
+        ([2.501, 2.502, 2.5], [0.0, 5.0, 2.0], True),
+        ([1.0, 4.0, 2.5], [0.0, 5.0, 2.0], False),
+        ([[], [], []], [["x"], [], ["y"]], True),
+    ],
+)
+def test_a_constant_answer_to_different_targets_is_a_collapse(
+    answers: list[object], targets: list[object], constant: bool
+) -> None:
+    """Catches a collapse that is missed, above all of a regression, whose outputs are never exactly equal; and a split
+    with a single label, all of it found, that counts as one."""
+    assert is_constant(answers, targets) == constant
+
+
+def test_a_kind_compares_answers_with_targets() -> None:
+    """Catches a kind that looks at the texts or the probabilities instead."""
+    kind = Kind(Config(train="f.csv", validation="f.csv"), ("a", "b"))
+    records = [Record("f.csv:2", {"text": text, "label": label}) for text, label in (("x", "a"), ("y", "b"))]
+    predictions = [{"label": "a", "probabilities": {"a": p, "b": 1 - p}} for p in (0.6, 0.9)]
+    assert kind.is_collapsed(records, predictions)
+    assert not kind.is_collapsed(records, [{"label": "a"}, {"label": "b"}])

@@ -1,13 +1,15 @@
 """Answers are those of transformers, alone and under load."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from serving_clients import WORDS, Connect
 from starlette.testclient import TestClient
 from transformers import (
@@ -21,6 +23,13 @@ from transformers import (
 from finetune.predictor import Predictor
 
 CLOSE = 1e-5
+
+TEXTS = [" ".join(WORDS[start:stop]) for start, stop in ((0, 9), (3, 4), (7, 30), (0, 40))]
+MASKED = {"texts": ["word1 [MASK] word2", "[MASK] word3 word4 [MASK]"]}
+
+schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed: pip install '.[test]'")
+
+PATHS = ("/v1/predict", "/v1/fill-mask", "/v1/embed", "/v1/model_prediction/", "/v1/model", "/healthz", "/readyz")
 
 
 def texts(count: int, longest: int = 30) -> list[str]:
@@ -173,3 +182,76 @@ def test_label_and_score_for_older_clients(send: str, folders: dict[str, Path], 
     assert score == pytest.approx(expected[label], abs=CLOSE)
     label, score = client.post("/v1/model_prediction/", json={"sentence1": "word1", "sentence2": ""}).json()
     assert score == pytest.approx(probabilities(folders["sequence"], ["word1"])[0][label], abs=CLOSE)
+
+
+def answer_of(client: TestClient, path: str, body: Any) -> Any:
+    (found,) = post(client, path, body).values()
+    return found
+
+
+def assert_close(found: Any, expected: Any) -> None:
+    assert type(found) is type(expected)
+    if isinstance(expected, dict):
+        assert list(found) == list(expected)
+        found, expected = list(found.values()), list(expected.values())
+    if isinstance(expected, list):
+        for one, other in zip(found, expected, strict=True):
+            assert_close(one, other)
+    else:
+        assert found == (pytest.approx(expected, abs=1e-4) if isinstance(expected, float) else expected)
+
+
+@pytest.mark.parametrize(
+    ("head", "requests"),
+    [
+        ("choice", {"/v1/predict": {"records": [{"question": TEXTS[0], "choices": TEXTS[1:]}]}}),
+        ("masked", {"/v1/fill-mask": MASKED | {"top_k": 3}}),
+    ],
+)
+def test_answers_are_the_same(
+    head: str, requests: dict[str, Any], folders: dict[str, Path], export_onnx: Callable[..., Path], connect: Connect
+) -> None:
+    """Catches a route that needs what only PyTorch has, such as hooks in the output layer, or hidden states that have
+    another shape."""
+    exported = connect(export_onnx(folders[head]))
+    original = connect(folders[head])
+    requests = {**requests, "/v1/embed": {"texts": TEXTS, "pooling": "mean"}}
+    if head == "masked":
+        options = [[["word5", "word6 word7"]], [["word1", "word2"], ["word8", "word9"]]]
+        assert_close(
+            *(answer_of(each, "/v1/fill-mask", MASKED | {"options": options}) for each in (exported, original))
+        )
+    for path, body in requests.items():
+        assert_close(answer_of(exported, path, body), answer_of(original, path, body))
+    infos = [client.get("/v1/model").json() for client in (exported, original)]
+    assert [info.pop("model") for info in infos] == [str(exported.serving.served.loaded.folder), str(folders[head])]  # type: ignore[attr-defined]
+    assert infos[0] | {"loaded": None} == infos[1] | {"loaded": None}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("head", ["sequence", "masked"])
+@pytest.mark.parametrize("path", PATHS)
+def test_every_request_gets_a_documented_answer(
+    path: str, head: str, folders: dict[str, Path], connect: Connect
+) -> None:
+    """Catches a 500, an answer that the schema does not describe, and a mistake that is accepted.
+
+    Requests that follow the schema may be rejected: which fields a record has depends on the model.
+    """
+    client = connect(folders[head])
+    schema = schemathesis.openapi.from_dict(client.get("/openapi.json").json())
+    ((method, operation),) = schema[path].items()
+    modes = [mode for mode in schemathesis.GenerationMode if method == "post" or mode.is_positive]
+    media = ["application/json", "application/x-www-form-urlencoded"] if path.endswith("model_prediction/") else [None]
+    requests = [operation.as_strategy(mode, media_type=kind) for mode in modes for kind in media]
+    excluded = schemathesis.checks.CHECKS.get_by_names(["positive_data_acceptance"])
+
+    @settings(max_examples=40, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(case=st.one_of(requests))
+    def check(case: Any) -> None:
+        answer = client.request(**case.as_transport_kwargs(base_url="http://testserver"))
+        answer.request.read()  # a multipart form is streamed, and schemathesis looks at it
+        case.validate_response(answer, excluded_checks=excluded)
+
+    check()
+    assert client.get("/healthz").status_code == 200

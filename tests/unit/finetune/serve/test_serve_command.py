@@ -15,7 +15,7 @@ import pytest
 from experiment.errors import UserError
 from finetune.options import ServeOptions
 from finetune.serve import command
-from finetune.serve.command import TOKEN_VARIABLE, read_token
+from finetune.serve.server import TOKEN_VARIABLE, read_token
 from launcher.cli import main
 
 

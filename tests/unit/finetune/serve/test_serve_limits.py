@@ -13,7 +13,7 @@ from serving_clients import Connect
 from starlette.testclient import TestClient
 
 from finetune.inference import Inference
-from finetune.serve.logs import JsonFormatter
+from finetune.serve.monitoring import JsonFormatter
 
 JSON = {"Content-Type": "application/json"}
 DEEP = b'{"records": [{"text": ' + b"[" * 20_000 + b"]" * 20_000 + b"}]}"

@@ -13,17 +13,14 @@ from torch import nn
 from experiment.errors import UserError
 from finetune.config import TrainingConfig
 from finetune.data.records import Record, Table
-from finetune.device import Device, choose_device
-from finetune.encoding.encoded_split import Split
+from finetune.device import Device, Microbatch, choose_device
 from finetune.encoding.encoder import Tokens
-from finetune.encoding.examples import Example, Padding
+from finetune.encoding.examples import Example, Padding, Split
+from finetune.inference import Evaluation, evaluate
 from finetune.kinds.classification import Config, Kind
 from finetune.splits import Task
 from finetune.training import updater as updater_module
-from finetune.training.evaluation import Evaluation, evaluate
-from finetune.training.fit import Fitted, fit
-from finetune.training.microbatch import Microbatch
-from finetune.training.state_file import StateFile
+from finetune.training.fit import Fitted, StateFile, fit
 from finetune.training.updater import Updater, lr_factor, parameter_groups
 
 CPU = Device(torch.device("cpu"), None)

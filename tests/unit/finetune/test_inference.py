@@ -10,14 +10,13 @@ from transformers import DebertaConfig, DebertaForSequenceClassification
 
 from finetune.data.records import Record, Table
 from finetune.device import Device
-from finetune.encoding.encoded_split import Split, collate
 from finetune.encoding.encoder import Tokens
-from finetune.encoding.examples import Example, Padding
+from finetune.encoding.examples import Example, Padding, Split, collate
+from finetune.inference import adapt_to_model
 from finetune.kinds.classification import Config, Kind
 from finetune.kinds.regression import Config as RegressionConfig
 from finetune.kinds.regression import Kind as Regression
 from finetune.splits import Task
-from finetune.training.compatibility import adapt_to_model
 
 FP32 = Device(torch.device("cpu"), None)
 BF16 = Device(torch.device("cpu"), torch.bfloat16)

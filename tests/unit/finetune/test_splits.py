@@ -5,12 +5,12 @@ import pytest
 
 from experiment.errors import UserError
 from finetune.data.columns import Columns, LabelColumn
-from finetune.data.random_split import split_off
 from finetune.data.records import Record, Table
 from finetune.kinds.classification import ClassificationColumns
 from finetune.kinds.multiple_choice import MultipleChoiceColumns
 from finetune.kinds.question_answering import QuestionAnsweringColumns
 from finetune.kinds.regression import RegressionColumns
+from finetune.splits import split_off
 
 TEXTS = ClassificationColumns()
 

@@ -5,7 +5,7 @@ import pytest
 
 from experiment.errors import UserError
 from finetune.kinds.classification import Kind
-from finetune.results.best_seed import find_model
+from finetune.saved_task import find_model
 from finetune.task_kind import Direction
 
 

@@ -4,7 +4,7 @@ from torch import nn
 
 from finetune.device import Device
 from finetune.serve import packed_linear
-from finetune.serve.packed_linear import pack_linear_layers, padded_rows
+from finetune.serve.served_model import pack_linear_layers, padded_rows
 
 CPU = torch.device("cpu")
 NEEDS_BF16 = pytest.mark.skipif(torch.bfloat16 not in packed_linear.ONEDNN_DTYPES, reason="oneDNN lacks bf16 here")

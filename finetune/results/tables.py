@@ -1,16 +1,82 @@
-"""What a finished run prints on stdout: scores, scores of labels, frequent mistakes, calibration, collapsed seeds."""
+"""What is printed on the terminal: the epochs of a seed; scores, mistakes, calibration and collapsed seeds of a run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
+from rich.table import Table
 
 from experiment.results.report.values import UNKNOWN
-from finetune.results.score_table import print_label_scores, print_scores
+
+_LABELS = 30  # more are in results.json only
+
+Describe = Callable[[Any], str]
+"""The text of a score."""
+
+_TITLES = {"steps": "step", "train_loss": "train loss", "validation_loss": "valid. loss"}
 
 _CONFUSIONS = 3
+
+
+def print_scores(
+    title: str, splits: Mapping[str, Mapping[str, Any]], metric: str | None, describe: Describe = "{:.4f}".format
+) -> None:
+    """A row for each metric, a column for each split. metric: the one to mark, if any."""
+    if not splits:
+        return
+    table = _table(title, *splits)
+    for name in next(iter(splits.values())):
+        cells = [describe(scores[name]) for scores in splits.values()]
+        table.add_row(f"{name} *" if name == metric else name, *cells)
+    Console().print(table)
+
+
+def print_label_scores(
+    title: str, labels: Mapping[str, Mapping[str, Any]], describe: Describe = "{:.4f}".format
+) -> None:
+    """A row for each label, the most frequent first."""
+    table = _table("label", "precision", "recall", "f1", "support")
+    table.title = title
+    by_support = sorted(labels.items(), key=lambda item: -item[1]["support"])
+    for label, scores in by_support[:_LABELS]:
+        cells = [describe(scores[name]) for name in ("precision", "recall", "f1")]
+        table.add_row(label, *cells, f"{scores['support']:,}")
+    if len(labels) > _LABELS:
+        table.add_row(f"… and {len(labels) - _LABELS} more")
+    Console(markup=False).print(table)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table()
+    table.add_column(title)
+    for name in columns:
+        table.add_column(name, justify="right")
+    return table
+
+
+def print_epochs(console: Console, title: str, epochs: Sequence[Mapping[str, float]], best_epoch: float) -> None:
+    """Losses, scores and seconds of each epoch, or of each evaluation. best_epoch: the one to mark.
+
+    epochs: the rows of epochs.csv.
+    """
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=0)
+    for name in epochs[0]:
+        table.add_column(_TITLES.get(name, name.replace("_", " ")), justify="right")
+    for row in epochs:
+        cells = [_cell(name, value) for name, value in row.items()]
+        table.add_row(*cells, style="bold" if row["epoch"] == best_epoch else None)
+    console.print(table, soft_wrap=False)
+
+
+def _cell(name: str, value: float) -> str:
+    if name == "epoch":
+        return f"{value:.4g}"
+    if name == "steps":
+        return f"{value:,}"
+    return f"{value:.1f}" if name == "seconds" else f"{value:.4f}"
 
 
 def print_results(results: Mapping[str, Any], path: Path) -> None:

@@ -7,11 +7,10 @@ from hypothesis import strategies as st
 
 from experiment.tokenizer import load_tokenizer
 from finetune.data.records import Record, Table
-from finetune.encoding.encoded_split import Split, collate, encode_split
 from finetune.encoding.encoder import Encoder
-from finetune.encoding.examples import Padding
+from finetune.encoding.examples import Padding, Split, collate, encode_split
 from finetune.kinds.classification import Config, Kind
-from finetune.training.batch_order import evaluation_batches, training_batches
+from finetune.training.updater import evaluation_batches, training_batches
 
 KIND = Kind(Config(train="f.csv", validation="f.csv"), ("a", "b"))
 

@@ -1,9 +1,11 @@
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from finetune.results.summary_text import print_results
+from finetune.results.tables import print_epochs, print_results
 
 
 def results(splits: list[str], best_epoch: int, **score: Any) -> dict[str, Any]:
@@ -28,3 +30,20 @@ def test_the_legend_fits_the_table(
     out = capsys.readouterr().out
     assert ("* selected the best epoch" in out) == ("accuracy *" in out) == selected
     assert ("95 % confidence interval" in out) == (interval is not None)
+
+
+def test_the_table_fits_a_terminal() -> None:
+    """Catches figures that are cut or wrapped on 80 columns, which then read as other figures."""
+    scores = dict.fromkeys(("accuracy", "macro_f1", "weighted_f1", "uar", "matthews"), 0.51234)
+    rows = [
+        {"epoch": epoch, "steps": 12_345, "train_loss": 0.1234, "validation_loss": 12.3456, **scores, "seconds": 1234.5}
+        for epoch in (0.5, 1)
+    ]
+    text = io.StringIO()
+    print_epochs(Console(file=text, width=80), "seed 7", rows, best_epoch=1)
+    lines = text.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[0].strip() == "seed 7"
+    assert [line.split() for line in lines[-2:]] == [
+        [epoch, "12,345", "0.1234", "12.3456", *["0.5123"] * 5, "1234.5"] for epoch in ("0.5", "1")
+    ]

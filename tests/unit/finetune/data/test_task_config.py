@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from experiment.errors import UserError
-from finetune.data.checksums import data_checksums
+from finetune.data.task_config import data_checksums
 from finetune.kinds.classification import Config
 
 

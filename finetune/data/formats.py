@@ -1,0 +1,274 @@
+"""The formats of data files: CSV, JSON, Parquet and CoNLL-2003. Each gives the rows of a file as named cells."""
+
+import csv
+import gzip
+import logging
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import pyarrow
+import pyarrow.parquet
+
+from experiment.csv_and_jsonl import CsvFormat, CsvRow, read_csv, read_json_lines, text_lines
+from experiment.errors import UserError
+from experiment.strict_json import parse_json
+
+FormatName = Literal["csv", "jsonl", "json", "parquet", "conll"]
+
+_FORMATS: dict[str, FormatName] = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".txt": "csv",
+    ".jsonl": "jsonl",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".conll": "conll",
+}
+
+log = logging.getLogger(__name__)
+
+_EXPECTED = "expected a list of objects, one object, one object per line, or the lists of DREAM or SQuAD"
+
+_SEPARATOR = re.compile(r"[ \t]+")
+
+
+class Row(NamedTuple):
+    """One row: cells with names."""
+
+    place: str  # file and line, for messages
+    names: Sequence[str]  # of its cells
+    cells: Sequence[object]
+    named_at: str  # where the names are, such as the header
+    numbered: bool = False  # whether a column may also be called by its number from 0
+
+
+@contextmanager
+def open_lines(path: Path) -> Iterator[Iterator[str]]:
+    """The lines of a file, perhaps compressed (.gz). They end at "\\n", "\\r\\n" or "\\r". Raises UserError."""
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            yield text_lines((line for part in file for line in part.splitlines(keepends=True)), str(path))
+    except (OSError, EOFError, zlib.error) as error:  # also a .gz file that is damaged or not compressed
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+@dataclass(frozen=True)
+class FileFormat:
+    """How to read a data file."""
+
+    name: FormatName | None = None  # None: as the file name suggests
+    csv: CsvFormat = field(default_factory=CsvFormat)  # if it has no separator, the file name suggests one
+    name_key: str = "task.format"  # what messages call the option for the name
+
+
+def read_rows(path: Path, file_format: FileFormat) -> Iterator[Row]:
+    """The rows of a file, perhaps compressed (.gz), or of all .json files of a folder.
+
+    Raises UserError with file and line.
+    """
+    if path.is_dir():
+        return read_json_folder(path)
+    suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    match file_format.name or _FORMATS.get(suffix):
+        case "csv":
+            separator = file_format.csv.separator or ("," if suffix == ".csv" else "\t")
+            return read_delimited(path, replace(file_format.csv, separator=separator))
+        case "jsonl":
+            return read_jsonl(path)
+        case "json":
+            return read_json(path)
+        case "parquet":
+            return read_parquet(path)
+        case "conll":
+            return read_conll(path)
+    raise UserError(
+        f"{path}: expected a file that ends in {', '.join(_FORMATS)} (or one of these and .gz); "
+        f"for another name, set {file_format.name_key}"
+    )
+
+
+def read_delimited(path: Path, csv_format: CsvFormat) -> Iterator[Row]:
+    """The rows of a CSV file.
+
+    If a quoted field seems to hold further rows, rejects it if the separator is a tab; otherwise warns, since texts
+    have commas.
+    """
+    warned = False
+    with open_lines(path) as lines:
+        names, rows = read_csv(lines, str(path), csv_format)
+        for row in rows:
+            if not warned and (message := _swallowed_rows(row, csv_format)):
+                if csv_format.separator == "\t":
+                    raise UserError(f"{path}:{row.line}: {message}")
+                warned = True
+                log.warning("%s:%d: %s", path, row.line, message)
+            yield Row(f"{path}:{row.line}", names, row.cells, f"{path}:1", numbered=True)
+
+
+def _swallowed_rows(row: CsvRow, csv_format: CsvFormat) -> str | None:
+    """A message if a field has line breaks and what follows them looks like rows."""
+    for cell in row.cells:
+        if csv_format.quoting != csv.QUOTE_NONE and ("\n" in cell or "\r" in cell):
+            separators = [line.count(csv_format.separator or ",") for line in cell.splitlines()[1:]]
+            expected = 1 if csv_format.separator == "\t" else len(row.cells) - 1
+            if expected and any(count >= expected for count in separators):
+                return (
+                    f"a quoted field spans {len(separators) + 1} lines that look like rows: is its quote an ordinary "
+                    f"character? Then set {csv_format.quoting_key} 3"
+                )
+    return None
+
+
+def read_jsonl(path: Path) -> Iterator[Row]:
+    """The rows of a file with one object per line."""
+    with open_lines(path) as lines:
+        yield from _rows_of_lines(lines, path)
+
+
+def read_json_folder(folder: Path) -> Iterator[Row]:
+    """The rows of all .json files in a folder and below it, by file name, as CLOTH (Xie et al. 2018) comes."""
+    files = sorted(folder.rglob("*.json"))
+    if not files:
+        raise UserError(f"{folder}: a folder without .json files")
+    for path in files:
+        yield from read_json(path)
+
+
+def read_json(path: Path) -> Iterator[Row]:
+    """The rows of a .json file: its objects, or its questions if they are nested.
+
+    DREAM (Sun et al. 2019) and C3 (Sun et al. 2020) give `context` (the lines of the dialogue, joined by line breaks),
+    `question`, `choices`, `answer` and `id`; SQuAD (Rajpurkar et al. 2016) `title`, `context`, `question`, `answers`
+    (`text` and `answer_start`, a list each; None in a test split that lacks them) and `id`.
+    """
+    with open_lines(path) as file:
+        lines = list(file)
+    try:
+        document = parse_json("".join(lines))
+    except ValueError as error:
+        if len(lines) > 1 and _is_object(lines[0]):
+            yield from _rows_of_lines(lines, path)
+            return
+        raise UserError(f"{path}: invalid JSON: {error}") from None
+    if isinstance(document, dict) and "data" not in document:
+        yield _row(str(path), document)
+        return
+    for number, cells in enumerate(_objects(path, document), 1):
+        yield _row(f"{path}, row {number}", cells)
+
+
+def _rows_of_lines(lines: Iterable[str], path: Path) -> Iterator[Row]:
+    for line, cells in read_json_lines(lines, str(path)):
+        yield _row(f"{path}:{line}", cells)
+
+
+def _row(place: str, cells: Mapping[str, object]) -> Row:
+    return Row(place, list(cells), list(cells.values()), place)
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(parse_json(line), dict)
+    except ValueError:
+        return False
+
+
+def _objects(path: Path, document: Any) -> Iterator[Mapping[str, object]]:
+    items = document["data"] if isinstance(document, dict) else document
+    if not isinstance(items, list):
+        raise UserError(f"{path}: {_EXPECTED}, found {str(items)[:60]}")
+    for number, item in enumerate(items, 1):
+        try:
+            match item:
+                case {"paragraphs": paragraphs}:
+                    yield from _squad_questions(item.get("title"), paragraphs)
+                case dict():
+                    yield item
+                case [[*_] as lines, [*questions], identity]:
+                    yield from _dream_questions(lines, questions, identity)
+                case _:
+                    raise TypeError
+        except (KeyError, TypeError):
+            raise UserError(f"{path}, item {number}: {_EXPECTED}, found {str(item)[:60]}") from None
+
+
+def _dream_questions(lines: list[str], questions: list[Any], identity: object) -> Iterator[dict[str, object]]:
+    for question in questions:
+        yield {
+            "context": "\n".join(lines),
+            "question": question["question"],
+            "choices": question["choice"],
+            "answer": question.get("answer"),
+            "id": identity,
+        }
+
+
+def _squad_questions(title: object, paragraphs: list[Any]) -> Iterator[dict[str, object]]:
+    for paragraph in paragraphs:
+        for question in paragraph["qas"]:
+            answers = question.get("answers")
+            yield {
+                "title": title,
+                "context": paragraph["context"],
+                "question": question["question"],
+                "answers": None if answers is None else _columns_of(answers),
+                "id": question["id"],
+            }
+
+
+def _columns_of(answers: list[Any]) -> dict[str, list[object]]:
+    return {key: [answer[key] for answer in answers] for key in ("text", "answer_start")}
+
+
+def read_parquet(path: Path) -> Iterator[Row]:
+    """The rows of a Parquet file."""
+    number = 0
+    try:
+        with path.open("rb") as stream, pyarrow.parquet.ParquetFile(stream) as file:
+            names = file.schema_arrow.names
+            for batch in file.iter_batches():
+                for cells in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+                    number += 1
+                    yield Row(f"{path}, row {number}", names, cells, str(path))
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def read_conll(path: Path) -> Iterator[Row]:
+    """The sentences of a file. The cells of each are lists with an item for each token.
+
+    They are named by the number of their column, from 0; the first is also called `tokens`, the last `tags`. Fields are
+    separated by tabs or, in lines without any, by spaces. Document borders (-DOCSTART-) are skipped.
+    """
+    width: int | None = None
+    with open_lines(path) as lines:
+        numbered = ((number, line.strip("\r\n \t")) for number, line in enumerate(lines, 1))
+        for is_blank, group in groupby(numbered, lambda pair: not pair[1] or pair[1].startswith("-DOCSTART-")):
+            if is_blank:
+                continue
+            sentence = [(number, _fields(line)) for number, line in group]
+            width = width or len(sentence[0][1])
+            for number, fields in sentence:
+                if len(fields) != width:
+                    raise UserError(f"{path}:{number}: expected {width} columns, found {len(fields)}")
+            place = f"{path}:{sentence[0][0]}"
+            yield Row(place, _names(width), _cells([fields for _, fields in sentence]), place)
+
+
+def _fields(line: str) -> list[str]:
+    return line.split("\t") if "\t" in line else _SEPARATOR.split(line)
+
+
+def _names(width: int) -> list[str]:
+    return [*map(str, range(width)), "tokens", *(["tags"] if width > 1 else [])]
+
+
+def _cells(rows: list[list[str]]) -> list[list[str]]:
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    return [*columns, columns[0], *([columns[-1]] if len(columns) > 1 else [])]
