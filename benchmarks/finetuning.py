@@ -24,15 +24,12 @@ from rich.table import Table
 
 from benchmarks.measuring import describe_machine
 from experiment.allocator import keep_freed_memory
-from experiment.config import load_config
-from finetune.config import FinetuneConfig
 from finetune.device import Microbatch
 from finetune.encoding.examples import Split
 from finetune.inference import evaluate
 from finetune.metrics.scores import classification_scores
 from finetune.model import build_model
-from finetune.run import prepare, resolve_paths
-from finetune.seed_record import Setup
+from finetune.resolve import ResolvedRun, load_run_config, resolve
 from finetune.training.fit import fit
 
 DEEPCLOZE, GROUPED, PADDED = "deepcloze finetune", "Trainer, group_by_length", "Trainer, padded to max_seq_length"
@@ -63,33 +60,33 @@ def measure(name: str, config: str, precision: str, steps: str, seed: str) -> No
     """One contestant, in this process. Prints a line of JSON."""
     overrides = {"training.precision": precision, "training.steps": steps, "training.evaluate_every": steps}
     torch.set_num_threads(1)  # threads that wait for each other would count
-    setup = prepare(resolve_paths(load_config(FinetuneConfig, config, overrides), default_name="benchmark"))
-    run = _measure_deepcloze if name == DEEPCLOZE else _measure_trainer
+    run = resolve(load_run_config(config, overrides))
+    measured = _measure_deepcloze if name == DEEPCLOZE else _measure_trainer
     torch.manual_seed(int(seed))
-    seconds, accuracy = run(setup, int(seed), name == GROUPED)
-    examples = int(steps) * setup.config.training.batch_size
+    seconds, accuracy = measured(run, int(seed), name == GROUPED)
+    examples = int(steps) * run.training.batch_size
     print(json.dumps({"rate": examples / seconds, "accuracy": accuracy}))
 
 
-def _measure_deepcloze(setup: Setup, seed: int, _: bool) -> tuple[float, float]:
+def _measure_deepcloze(run: ResolvedRun, seed: int, _: bool) -> tuple[float, float]:
     keep_freed_memory()
-    model, validation = build_model(setup.model).model, setup.task.splits["validation"]
+    model, validation = build_model(run.model).model, run.task.splits["validation"]
     start = time.process_time()
-    fitted = fit(model, setup.task, setup.config.training, seed, setup.device, lambda *_: None)
+    fitted = fit(model, run.task, run.training, seed, run.device, lambda *_: None)
     assert fitted.best is not None
     trained = time.process_time()
-    evaluate(model, setup.task, validation, Microbatch(setup.config.training.batch_size * 4), setup.device)
+    evaluate(model, run.task, validation, Microbatch(run.training.batch_size * 4), run.device)
     evaluation = time.process_time() - trained  # `fit` has evaluated once
     return trained - start - evaluation, fitted.best.scores["accuracy"]
 
 
-def _measure_trainer(setup: Setup, seed: int, grouped: bool) -> tuple[float, float]:
+def _measure_trainer(run: ResolvedRun, seed: int, grouped: bool) -> tuple[float, float]:
     from transformers import AutoTokenizer, DataCollatorWithPadding, Trainer, TrainingArguments
 
-    training = setup.config.training
+    training = run.training
     padding: dict[str, Any] = {"padding": True}
     if not grouped:
-        padding = {"padding": "max_length", "max_length": setup.config.model.max_seq_length}
+        padding = {"padding": "max_length", "max_length": run.max_seq_length}
     arguments = TrainingArguments(
         output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=training.batch_size,
@@ -99,24 +96,24 @@ def _measure_trainer(setup: Setup, seed: int, grouped: bool) -> tuple[float, flo
         warmup_steps=round(training.warmup_ratio * (training.steps or 0)),
         max_steps=training.steps or -1,
         train_sampling_strategy="group_by_length" if grouped else "random",
-        bf16=setup.device.precision == "bf16",
+        bf16=run.device.precision == "bf16",
         seed=seed,
         save_strategy="no",
         report_to=[],
         disable_tqdm=True,
-        use_cpu=setup.device.device.type == "cpu",
+        use_cpu=run.device.device.type == "cpu",
     )
-    tokenizer = AutoTokenizer.from_pretrained(setup.model.folder, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(run.model.folder, trust_remote_code=False)
     trainer = Trainer(
-        build_model(setup.model).model,
+        build_model(run.model).model,
         arguments,
         data_collator=DataCollatorWithPadding(tokenizer, **padding),
-        train_dataset=_rows(setup.task.splits["train"]),
+        train_dataset=_rows(run.task.splits["train"]),
     )
     start = time.process_time()
     trainer.train()
     seconds = time.process_time() - start
-    found = trainer.predict(_rows(setup.task.splits["validation"]))
+    found = trainer.predict(_rows(run.task.splits["validation"]))
     return seconds, classification_scores(found.label_ids, found.predictions.argmax(-1))["accuracy"]
 
 

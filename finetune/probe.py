@@ -12,7 +12,6 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,16 +25,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from experiment.config import load_config
 from experiment.errors import UserError
 from experiment.files import write_json
-from finetune.config import FinetuneConfig
 from finetune.device import Microbatch
 from finetune.encoding.examples import Split
 from finetune.inference import EVALUATION_FACTOR, Inference
 from finetune.model import build_model
-from finetune.run import prepare, resolve_paths
-from finetune.seed_record import Setup
+from finetune.resolve import ResolvedRun, load_run_config, resolve
 from finetune.task_kind import TaskKind
 
 _C = 1.0
@@ -58,13 +54,12 @@ class MeanPooled(nn.Module):
         return SequenceClassifierOutput(logits=(hidden * mask).sum(dim=1) / mask.sum(dim=1))
 
 
-def probe(config: FinetuneConfig) -> dict[str, float]:
-    """The metrics on validation of a probe that was fitted on train. config: resolved. Raises UserError."""
-    setup = prepare(config)
-    kind, splits = setup.task.kind, setup.task.splits
-    encoder = build_model(setup.model).model.base_model.to(setup.device.device).eval()
+def probe(run: ResolvedRun) -> dict[str, float]:
+    """The metrics on validation of a probe that was fitted on train. Raises UserError."""
+    kind, splits = run.task.kind, run.task.splits
+    encoder = build_model(run.model).model.base_model.to(run.device.device).eval()
     model = MeanPooled(encoder)
-    train, validation = (features(model, splits[split], setup) for split in ("train", "validation"))
+    train, validation = (features(model, splits[split], run) for split in ("train", "validation"))
     targets = np.array([example.target for example in splits["train"].examples])
     if len(set(targets)) == 1:
         raise UserError(f"{splits['train'].table.path}: every row has the label '{kind.labels[targets[0]]}'")
@@ -75,11 +70,10 @@ def probe(config: FinetuneConfig) -> dict[str, float]:
     return _score(kind, splits["validation"], classifier.predict(validation))
 
 
-def features(model: MeanPooled, split: Split, setup: Setup) -> NDArray[np.float32]:
+def features(model: MeanPooled, split: Split, run: ResolvedRun) -> NDArray[np.float32]:
     """ND, one row for each example."""
-    training = setup.config.training
-    size = (training.microbatch_size or training.batch_size) * EVALUATION_FACTOR
-    inference = Inference(model, setup.task.kind, setup.task.padding, setup.device, Microbatch(size))
+    size = (run.training.microbatch_size or run.training.batch_size) * EVALUATION_FACTOR
+    inference = Inference(model, run.task.kind, run.task.padding, run.device, Microbatch(size))
     outputs, _ = inference.compute(split.examples)
     return np.stack([rows[0] for rows in outputs])
 
@@ -94,12 +88,13 @@ def main(argv: Sequence[str]) -> int:
     file, overrides = argv[0], dict(argument.split("=", 1) for argument in argv[1:])
     torch.manual_seed(0)  # for the head, which is not used
     try:
-        config = resolve_paths(load_config(FinetuneConfig, file, overrides), default_name=Path(file).stem)
-        scores = {name: {"mean": value} for name, value in probe(config).items()}
+        run = resolve(load_run_config(file, overrides))
+        scores = {name: {"mean": value} for name, value in probe(run).items()}
     except UserError as error:
         print(f"deepcloze: {error}", file=sys.stderr)
         return 2
-    write_json(Path(config.run.dir) / "results.json", {"task": config.task.name, "splits": {"validation": scores}})
+    name = run.task.kind.config.name
+    write_json(run.folder.path / "results.json", {"task": name, "splits": {"validation": scores}})
     return 0
 
 

@@ -1,7 +1,7 @@
 """Train one model per seed. A finished seed is a folder RUN/seed-N that is written aside and renamed."""
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -12,39 +12,24 @@ from transformers import PreTrainedModel
 
 from experiment.config import flatten
 from experiment.errors import UserError
-from experiment.files import checksum, removed_on_error, write_json
+from experiment.files import removed_on_error, write_json
 from experiment.provenance import read_provenance, write_origin
 from experiment.run_folder import RunFolder
 from experiment.strict_json import parse_json
 from experiment.tracking.console import terminal
-from finetune.config import FinetuneConfig
-from finetune.data.records import Table
-from finetune.device import Device
 from finetune.encoding.encoder import load_task_tokenizer
 from finetune.metrics.calibration import measure_calibration
-from finetune.model import ModelSpec, build_model, model_files, save_model
+from finetune.model import build_model, save_model
+from finetune.resolve import ResolvedRun
 from finetune.results.model_card import write_seed_card
 from finetune.results.predictions import save_predictions, write_predictions, write_worst_rows
 from finetune.results.row_file import write_rows
+from finetune.results.seed_summary import SeedRecord
 from finetune.results.tables import print_epochs
 from finetune.saved_task import SavedTask, write_saved_task
-from finetune.seed_record import SeedRecord, Setup
 from finetune.training.fit import Epoch, Fitted, Log, StateFile, fit, score
 
 _COMPLETE = "COMPLETE"  # written last into a seed's folder
-
-
-def result_settings(
-    config: FinetuneConfig, model: ModelSpec, device: Device, labels: Sequence[str], tables: Mapping[str, Table]
-) -> dict[str, Any]:
-    """Everything the results of a seed depend on, apart from the seed: only equal settings may share a table."""
-    tree = config.model_dump(mode="json")
-    del tree["run"], tree["tracking"], tree["task"]["name"], tree["training"]["seeds"]
-    del tree["training"]["microbatch_size"]  # changes rounding and dropout only
-    tree["task"]["labels"] = list(labels)
-    tree["training"]["precision"] = device.precision
-    files = {path.name: checksum(path) for path in model_files(model.folder, weights=model.pretrained)}
-    return {**tree, "encoder": files, "data": {split: table.digest for split, table in tables.items()}}
 
 
 def finished_seeds(folder: RunFolder, settings: Mapping[str, Any]) -> dict[int, SeedRecord]:
@@ -73,34 +58,34 @@ def _check_settings(seed_folder: Path, settings: Mapping[str, Any], recorded: Ma
         )
 
 
-def state_file(seed: int, setup: Setup) -> StateFile:
+def state_file(seed: int, run: ResolvedRun) -> StateFile:
     """What an interrupted training with this seed resumes from."""
-    return StateFile(_working_folder(seed, setup.folder) / "state.pt", setup.settings)
+    return StateFile(_working_folder(seed, run.folder) / "state.pt", run.settings)
 
 
-def train_seed(seed: int, setup: Setup, log: Log) -> SeedRecord:
+def train_seed(seed: int, run: ResolvedRun, log: Log) -> SeedRecord:
     """Build, train and save one model in RUN/seed-N."""
     torch.manual_seed(seed)  # for the new head; `fit` seeds again
-    model = build_model(setup.model).model
-    if setup.task.is_trained:
-        fitted = fit(model, setup.task, setup.config.training, seed, setup.device, log, state_file(seed, setup))
+    model = build_model(run.model).model
+    if run.task.is_trained:
+        fitted = fit(model, run.task, run.training, seed, run.device, log, state_file(seed, run))
     else:
-        fitted = score(model, setup.task, setup.config.training, setup.device)
-    record = _make_record(fitted, setup)
+        fitted = score(model, run.task, run.training, run.device)
+    record = _make_record(fitted, run)
     if record.epochs:
         print_epochs(terminal(), f"seed {seed}", record.epochs, record.best_epoch)
     if record.collapsed:
         splits = ", ".join(record.collapsed)
         terminal().print(f"seed {seed} has collapsed: it predicts the same for every row of {splits}", markup=False)
-    output = _working_folder(seed, setup.folder) / "output"
-    final = _seed_folder(seed, setup.folder)
+    output = _working_folder(seed, run.folder) / "output"
+    final = _seed_folder(seed, run.folder)
     for leftover in (output, final):
         shutil.rmtree(leftover, ignore_errors=True)
     with _removed_if_empty(output.parent), removed_on_error(output):
         output.mkdir(parents=True)
-        _write_seed(output, seed, model, fitted, record, setup)
+        _write_seed(output, seed, model, fitted, record, run)
         output.rename(final)
-        state_file(seed, setup).path.unlink(missing_ok=True)
+        state_file(seed, run).path.unlink(missing_ok=True)
     return record
 
 
@@ -124,28 +109,28 @@ def _removed_if_empty(folder: Path) -> Iterator[None]:
 
 
 def _write_seed(
-    folder: Path, seed: int, model: PreTrainedModel, fitted: Fitted, record: SeedRecord, setup: Setup
+    folder: Path, seed: int, model: PreTrainedModel, fitted: Fitted, record: SeedRecord, run: ResolvedRun
 ) -> None:
     """Write what RUN/seed-N holds to `folder`, which will be renamed to that."""
-    if setup.config.run.keep == "best":
+    if run.keeps_models:
         # Load it again: tokenizing has changed the truncation settings of the other one.
-        tokenizer = load_task_tokenizer(setup.model.folder, setup.config.task)
-        save_model(model, tokenizer, setup.config.task.special_tokens_in_text, folder / "model")
+        tokenizer = load_task_tokenizer(run.model.folder, run.task.kind.config)
+        save_model(model, tokenizer, run.task.kind.config.special_tokens_in_text, folder / "model")
         task = SavedTask(
-            kind=setup.task.kind,
-            max_seq_length=setup.config.model.max_seq_length,
-            padded=setup.task.padding.length is not None,
+            kind=run.task.kind,
+            max_seq_length=run.max_seq_length,
+            padded=run.task.padding.length is not None,
             temperature=record.temperature,
         )
         write_saved_task(folder / "model", task)
-        if provenance := read_provenance(setup.folder):
-            final = RunFolder(_seed_folder(seed, setup.folder))
+        if provenance := read_provenance(run.folder):
+            final = RunFolder(_seed_folder(seed, run.folder))
             write_origin(folder / "model", final, provenance, fitted.best.steps if fitted.best else 0)
-            write_seed_card(seed, setup, record, provenance, folder / "model")
+            write_seed_card(seed, run, record, provenance, folder / "model")
     if record.epochs:
         write_rows(folder / "epochs.csv", record.epochs)
     for split, evaluation in fitted.evaluations.items():
-        kind, table = setup.task.kind, setup.task.splits[split].table
+        kind, table = run.task.kind, run.task.splits[split].table
         write_predictions(folder / f"predictions-{split}.csv", kind, table, evaluation.predictions)
         save_predictions(folder / f"predictions-{split}.jsonl", evaluation.predictions)
         if split in record.scores:
@@ -155,10 +140,10 @@ def _write_seed(
     write_json(folder / _COMPLETE, asdict(record))
 
 
-def _make_record(fitted: Fitted, setup: Setup) -> SeedRecord:
-    kind = setup.task.kind
+def _make_record(fitted: Fitted, run: ResolvedRun) -> SeedRecord:
+    kind = run.task.kind
     labelled = {
-        split: (setup.task.splits[split].table.records, found.predictions)
+        split: (run.task.splits[split].table.records, found.predictions)
         for split, found in fitted.evaluations.items()
         if found.scores
     }
@@ -168,7 +153,7 @@ def _make_record(fitted: Fitted, setup: Setup) -> SeedRecord:
         {split: kind.classified(*found) for split, found in labelled.items()}
     )
     return SeedRecord(
-        settings=setup.settings,
+        settings=run.settings,
         best_epoch=fitted.best.epoch if fitted.best else 0,
         epochs=[_epoch_row(epoch) for epoch in fitted.epochs],
         scores={split: fitted.evaluations[split].scores for split in labelled},

@@ -12,7 +12,7 @@ import torch
 
 from experiment.errors import UserError
 from experiment.progress import track
-from finetune.config import FinetuneConfig
+from finetune.config import TrainingConfig
 from finetune.data.columns import CONTEXT, LABEL, Columns
 from finetune.data.records import Record, Table, read_table
 from finetune.data.task_config import TaskConfig
@@ -80,26 +80,35 @@ def make_kind(task: TaskConfig, tables: Mapping[str, Table]) -> TaskKind[Any]:
     return kind(task, kind.find_labels(task, tables["train"]) if "train" in tables else ())
 
 
-def make_task(config: FinetuneConfig, kind: TaskKind[Any], spec: ModelSpec, tables: Mapping[str, Table]) -> Task:
-    """Encode the splits. Raises UserError for an invalid target, and sequences longer than the model's positions."""
-    if config.training.label_smoothing and not kind.smooths_labels:
-        raise UserError(f"training.label_smoothing: tasks of kind '{config.task.kind}' have no use for it; set it to 0")
-    tokenizer = load_task_tokenizer(spec.folder, config.task)
+def make_task(
+    kind: TaskKind[Any], tables: Mapping[str, Table], spec: ModelSpec, length: int, training: TrainingConfig
+) -> Task:
+    """Encode the splits. length: tokens of a sequence, at most.
+
+    Raises UserError for an invalid target, and for sequences longer than the model's positions.
+    """
+    if training.label_smoothing and not kind.smooths_labels:
+        raise UserError(f"training.label_smoothing: tasks of kind '{kind.config.kind}' have no use for it; set it to 0")
+    tokenizer = load_task_tokenizer(spec.folder, kind.config)
     inputs = read_model_inputs(spec, tokenizer)
-    length = config.model.max_seq_length
     if inputs.max_length is not None and length > inputs.max_length:
         raise UserError(
             f"model.max_seq_length is {length}, the model in {spec.folder} has {inputs.max_length} positions"
         )
-    encoder = Encoder(tokenizer, length, inputs.token_types, config.task.special_tokens_in_text)
+    encoder = Encoder(tokenizer, length, inputs.token_types, kind.config.special_tokens_in_text)
     splits = {
         split: encode_split(table, kind, encoder, split == "train", partial(_show_progress, split))
         for split, table in tables.items()
     }
-    balanced = config.training.class_weights == "balanced"
-    weights = kind.label_weights(splits["train"].examples) if balanced else None
-    smoothing = config.training.label_smoothing
-    return Task(kind, config.task.metric, splits, Padding.of(tokenizer), weights, smoothing, inputs.max_length)
+    return Task(
+        kind=kind,
+        metric=kind.config.metric,
+        splits=splits,
+        padding=Padding.of(tokenizer),
+        label_weights=kind.label_weights(splits["train"].examples) if training.class_weights == "balanced" else None,
+        label_smoothing=training.label_smoothing,
+        positions=inputs.max_length,
+    )
 
 
 def _show_progress(split: str, records: Sequence[Record]) -> Iterable[Record]:

@@ -14,7 +14,7 @@ from experiment.run_folder import RunFolder, folder_name
 from finetune.config import FinetuneConfig
 from finetune.data.task_config import data_checksums
 from finetune.model import model_files
-from finetune.run import check_data
+from finetune.resolve import check_data
 from launcher.compare_config import CompareConfig, RowConfig
 from launcher.options import CompareOptions, LaunchOptions
 from launcher.run_set import FlatConfig, PlannedRun, RunSet

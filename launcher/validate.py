@@ -63,11 +63,10 @@ def validate_pretraining(config: str, placement: Mapping[str, Any]) -> Validate:
 def validate_finetuning(config: str) -> Validate:
     """Validation of fine-tuning runs of a config file."""
     with fast_imports():
-        from finetune.config import FinetuneConfig
-        from finetune.run import resolve_paths
+        from finetune.resolve import load_run_config
 
     def validate(overrides: dict[str, str]) -> FlatConfig:
-        return flatten(resolve_paths(load_config(FinetuneConfig, config, overrides), default_name=Path(config).stem))
+        return flatten(load_run_config(config, overrides))
 
     return validate
 

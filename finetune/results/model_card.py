@@ -35,7 +35,8 @@ from experiment.results.model_card import (
 from experiment.results.page import Heading, Table, Text
 from finetune.data.task_config import TaskConfig
 from finetune.metrics.scores import summarize
-from finetune.seed_record import SeedRecord, Setup
+from finetune.resolve import ResolvedRun
+from finetune.results.seed_summary import SeedRecord
 
 _SEEDS = "<!-- deepcloze: scores of all seeds -->"
 """A line of the card that the scores of all seeds replace."""
@@ -51,23 +52,25 @@ deepcloze serve --model .
 _LABEL_SCORES = ("precision", "recall", "f1")
 
 
-def write_seed_card(seed: int, setup: Setup, record: SeedRecord, provenance: Mapping[str, Any], folder: Path) -> None:
+def write_seed_card(
+    seed: int, run: ResolvedRun, record: SeedRecord, provenance: Mapping[str, Any], folder: Path
+) -> None:
     """Write README.md into the model folder of a seed. provenance: of the run."""
-    task, ancestors = setup.config.task, provenance["ancestors"]
+    task, ancestors = run.task.kind.config, provenance["ancestors"]
     title = str(task.name)
     scores = [
         Score(metric, value, title, split) for split, found in record.scores.items() for metric, value in found.items()
     ]
     blocks = [
-        Text(_introduction(seed, setup, ancestors)),
-        *_results(setup, record),
-        *_data(setup),
-        *_training(seed, setup, record),
-        *_hardware(setup, provenance["attempts"][-1]),
+        Text(_introduction(seed, run, ancestors)),
+        *_results(run, record),
+        *_data(run),
+        *_training(seed, run, record),
+        *_hardware(run, provenance["attempts"][-1]),
         *lineage_blocks(ancestors),
     ]
-    metadata = metadata_of(setup.task.kind.hub_task, [task.kind.replace("_", "-")], ancestors, title, scores)
-    write_text(folder / FILE, render_card(ModelCard(title, metadata, _usage(setup), blocks)))
+    metadata = metadata_of(run.task.kind.hub_task, [task.kind.replace("_", "-")], ancestors, title, scores)
+    write_text(folder / FILE, render_card(ModelCard(title, metadata, _usage(run), blocks)))
 
 
 def add_seed_scores(run: Path, records: Mapping[int, SeedRecord]) -> None:
@@ -96,21 +99,21 @@ def _mean_and_deviation(values: Sequence[float]) -> list[str]:
     return [format_number(summary[key], 4) for key in ("mean", "std")]
 
 
-def _introduction(seed: int, setup: Setup, ancestors: Sequence[Mapping[str, Any]]) -> str:
-    task = setup.config.task
+def _introduction(seed: int, run: ResolvedRun, ancestors: Sequence[Mapping[str, Any]]) -> str:
+    task = run.task.kind.config
     base = escape(model_name(ancestors[-1])) if ancestors else "random weights"
-    made = "fine-tuned with deepcloze from" if setup.task.is_trained else "scored with deepcloze without training:"
+    made = "fine-tuned with deepcloze from" if run.task.is_trained else "scored with deepcloze without training:"
     kind = task.kind.replace("_", " ")
     return f"A model for the task {escape(str(task.name))} ({kind}), {made} {base}, with seed {seed}."
 
 
-def _usage(setup: Setup) -> list[CardBlock]:
-    length = f"max_length={setup.config.model.max_seq_length}"
-    padded = setup.task.padding.length is not None
+def _usage(run: ResolvedRun) -> list[CardBlock]:
+    length = f"max_length={run.max_seq_length}"
+    padded = run.task.padding.length is not None
     tokenizing = f"truncation=True, {length}" + (', padding="max_length"' if padded else "")
-    code = Template(setup.task.kind.usage).substitute(model=MODEL, tokenizing=tokenizing, length=length)
-    roles = setup.task.kind.config.columns.without_targets().cell_types()
-    columns = ", ".join(escape(name) for role in roles for name in setup.config.task.columns.names(role))
+    code = Template(run.task.kind.usage).substitute(model=MODEL, tokenizing=tokenizing, length=length)
+    roles = run.task.kind.config.columns.without_targets().cell_types()
+    columns = ", ".join(escape(name) for role in roles for name in run.task.kind.config.columns.names(role))
     commands = f"deepcloze prepares texts as in training. The input of `predict` has the columns {columns}:"
     return [
         Snippet("python", code),
@@ -119,7 +122,7 @@ def _usage(setup: Setup) -> list[CardBlock]:
     ]
 
 
-def _results(setup: Setup, record: SeedRecord) -> Iterator[CardBlock]:
+def _results(run: ResolvedRun, record: SeedRecord) -> Iterator[CardBlock]:
     yield Heading("Results")
     rows = [
         [split, metric, format_number(value, 4), _interval(record.intervals.get(split, {}).get(metric))]
@@ -127,8 +130,8 @@ def _results(setup: Setup, record: SeedRecord) -> Iterator[CardBlock]:
         for metric, value in metrics.items()
     ]
     yield Table(["split", "metric", "this model", "95 % interval"], rows, labels=2)
-    if "validation" in record.scores and setup.task.is_trained:
-        chosen = f"The weights were chosen by {escape(setup.task.metric)} on validation"
+    if "validation" in record.scores and run.task.is_trained:
+        chosen = f"The weights were chosen by {escape(run.task.metric)} on validation"
         yield Text(f"{chosen}, so the scores on validation are optimistic.")
     yield Text(_SEEDS)
     if record.collapsed:
@@ -157,8 +160,8 @@ def _calibration(record: SeedRecord, temperature: float) -> Table:
     return Table(["split", "as it is", "calibrated"], rows, caption)
 
 
-def _data(setup: Setup) -> list[CardBlock]:
-    task, tables = setup.config.task, {split: found.table for split, found in setup.task.splits.items()}
+def _data(run: ResolvedRun) -> list[CardBlock]:
+    task, tables = run.task.kind.config, {split: found.table for split, found in run.task.splits.items()}
     rows = [
         [split, table.path.name, format_number(len(table)), table.digest, "yes" if table.labelled else "no"]
         for split, table in tables.items()
@@ -175,20 +178,20 @@ def _data(setup: Setup) -> list[CardBlock]:
     ]
 
 
-def _training(seed: int, setup: Setup, record: SeedRecord) -> list[CardBlock]:
-    config, settings = setup.config, setup.settings
-    own_keys = type(config.task).model_fields.keys() - TaskConfig.model_fields.keys()
+def _training(seed: int, run: ResolvedRun, record: SeedRecord) -> list[CardBlock]:
+    settings = run.settings
+    own_keys = type(run.task.kind.config).model_fields.keys() - TaskConfig.model_fields.keys()
     task = {key: settings["task"][key] for key in ("dialogue", "special_tokens_in_text", *sorted(own_keys))}
     model = {key: settings["model"][key] for key in ("weights", "max_seq_length", "freeze")}
     last, best = (record.epochs[-1] if record.epochs else {}), _best(record)
     facts = {
-        "labels": list(setup.task.kind.labels),
+        "labels": list(run.task.kind.labels),
         "seed": seed,
         "steps": last.get("steps"),
         "epoch of these weights": best.get("epoch"),
         "step of these weights": best.get("steps"),
     }
-    training = settings["training"] if setup.task.is_trained else {"precision": settings["training"]["precision"]}
+    training = settings["training"] if run.task.is_trained else {"precision": settings["training"]["precision"]}
     return [Heading("Training"), settings_table(facts | flatten({"task": task, "model": model, "training": training}))]
 
 
@@ -196,7 +199,7 @@ def _best(record: SeedRecord) -> Mapping[str, float]:
     return next((row for row in record.epochs if row["epoch"] == record.best_epoch), {})
 
 
-def _hardware(setup: Setup, attempt: Mapping[str, Any]) -> list[CardBlock]:
+def _hardware(run: ResolvedRun, attempt: Mapping[str, Any]) -> list[CardBlock]:
     hardware = attempt["hardware"]
-    device = hardware["gpus"][0] if setup.device.device.type == "cuda" else cpu_name(hardware)
+    device = hardware["gpus"][0] if run.device.device.type == "cuda" else cpu_name(hardware)
     return hardware_blocks([attempt_row(attempt, device)])

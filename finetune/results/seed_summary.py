@@ -1,56 +1,68 @@
-"""The results of all seeds together: results.json, confusion.png and curves.png."""
+"""The results of one seed, and of all seeds together: results.json, confusion.png and curves.png."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from experiment.files import write_json
-from experiment.run_folder import RunFolder
-from finetune.config import FinetuneConfig
-from finetune.metrics.scores import summarize, top_confusions
+from finetune.metrics.scores import LabelScores, summarize, top_confusions
+from finetune.resolve import ResolvedRun
 from finetune.results.figures import draw_confusion, draw_curves
-from finetune.seed_record import SeedRecord
 
 
-def write_results(
-    folder: RunFolder, config: FinetuneConfig, labels: Sequence[str], records: Mapping[int, SeedRecord]
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class SeedRecord:
+    """The results of a finished seed, stored in `seed-N/COMPLETE`."""
+
+    settings: dict[str, Any]  # of its run, see `finetune.resolve.ResolvedRun`
+    best_epoch: float
+    epochs: list[dict[str, float]]
+    scores: dict[str, dict[str, float]]  # split -> metric -> value, of the best epoch
+    intervals: dict[str, dict[str, Sequence[float]]]  # split -> metric -> [low, high], of 95 % confidence
+    confusion: dict[str, list[list[int]]]  # split -> counts: rows by label, columns by predicted label
+    label_scores: dict[str, LabelScores]  # split -> label -> precision, recall, f1, support
+    collapsed: list[str]  # splits for which the same is predicted for all records
+    temperature: float | None  # fitted on validation; None if the kind has no probabilities of labels
+    calibration: dict[str, dict[str, float]]  # split -> `ece`, `calibrated_ece`
+
+
+def write_results(run: ResolvedRun, records: Mapping[int, SeedRecord]) -> dict[str, Any]:
     """Write results.json, confusion.png and curves.png. Returns the content of results.json.
 
     The confusion matrix is summed over the seeds; it is of the test split, or of validation if test has no labels.
     """
+    folder, task, labels = run.folder.path, run.task.kind.config, run.task.kind.labels
     first = next(iter(records.values()))
     confusions = {
         split: np.sum([record.confusion[split] for record in records.values()], axis=0) for split in first.confusion
     }
-    results = _combine(config, labels, records, confusions)
+    results = _combine(run, records, confusions)
     if confusions:
         split, confusion = list(confusions.items())[-1]
-        title = f"{config.task.name}, {split}, {len(records)} seed{'s' if len(records) > 1 else ''}"
-        draw_confusion(folder.path / "confusion.png", confusion, labels, title)
+        title = f"{task.name}, {split}, {len(records)} seed{'s' if len(records) > 1 else ''}"
+        draw_confusion(folder / "confusion.png", confusion, labels, title)
     curves = {seed: record.epochs for seed, record in records.items()}
     best = {seed: record.best_epoch for seed, record in records.items()}
     if any(curves.values()):
-        draw_curves(folder.path / "curves.png", curves, best, config.task.metric)
-    write_json(folder.path / "results.json", results)
+        draw_curves(folder / "curves.png", curves, best, task.metric)
+    write_json(folder / "results.json", results)
     return results
 
 
 def _combine(
-    config: FinetuneConfig,
-    labels: Sequence[str],
-    records: Mapping[int, SeedRecord],
-    confusions: Mapping[str, NDArray[np.int64]],
+    run: ResolvedRun, records: Mapping[int, SeedRecord], confusions: Mapping[str, NDArray[np.int64]]
 ) -> dict[str, Any]:
     """The content of results.json. confusions: split -> CC counts, of all seeds together."""
+    task, labels = run.task.kind.config, run.task.kind.labels
     first, by_seed = next(iter(records.values())), list(records.values())
     return {
-        "task": config.task.name,
-        "kind": config.task.kind,
-        "init": config.model.init_from if config.model.weights == "pretrained" else "random",
-        "metric": config.task.metric,
+        "task": task.name,
+        "kind": task.kind,
+        "init": str(run.model.folder) if run.model.pretrained else "random",
+        "metric": task.metric,
         "labels": list(labels),
         "seeds": list(records),
         "collapsed": [seed for seed, record in records.items() if record.collapsed],

@@ -9,11 +9,9 @@ import torch
 import yaml
 from transformers import AutoModel, AutoTokenizer
 
-from experiment.config import load_config
-from finetune.config import FinetuneConfig
 from finetune.model import build_model
 from finetune.probe import MeanPooled, features, main, probe
-from finetune.run import prepare, resolve_paths
+from finetune.resolve import load_run_config, resolve
 
 
 @pytest.fixture
@@ -29,24 +27,20 @@ def task(tmp_path: Path, encoder: Path, task_files: dict[str, str]) -> Path:
     return path
 
 
-def read(task: Path) -> FinetuneConfig:
-    return resolve_paths(load_config(FinetuneConfig, task), default_name="toy")
-
-
 def test_a_probe_separates_what_the_encoder_separates(task: Path) -> None:
     """Catches labels in another order than their rows, features of other rows, and a score on train."""
-    scores = probe(read(task))
+    scores = probe(resolve(load_run_config(task)))
     assert set(scores) == {"accuracy", "macro_f1", "weighted_f1", "uar", "matthews"}
     assert scores["accuracy"] > 0.85
-    assert scores == probe(read(task))
+    assert scores == probe(resolve(load_run_config(task)))
 
 
 def test_features_are_the_mean_over_the_tokens(task: Path, encoder: Path) -> None:
     """Catches padding in the mean, hidden states of another layer, and rows in the order of their lengths."""
-    setup = prepare(read(task))
-    model = MeanPooled(build_model(setup.model).model.base_model).eval()
-    split = setup.task.splits["validation"]
-    found = features(model, split, setup)
+    run = resolve(load_run_config(task))
+    model = MeanPooled(build_model(run.model).model.base_model).eval()
+    split = run.task.splits["validation"]
+    found = features(model, split, run)
     tokenizer, alone = AutoTokenizer.from_pretrained(encoder), AutoModel.from_pretrained(encoder).eval()
     assert len({example.longest for example in split.examples}) > 1
     for record, row in list(zip(split.table.records, found, strict=True))[:8]:

@@ -27,9 +27,9 @@ from finetune.inference import Inference, computes, decode
 from finetune.kinds import kind_names
 from finetune.model import ModelSpec, build_model
 from finetune.predictor import Predictor
+from finetune.results.seed_summary import SeedRecord
 from finetune.results.tables import print_results
 from finetune.run import run
-from finetune.seed_record import SeedRecord
 from finetune.splits import make_kind, read_splits
 from finetune.task_kind import find_kind
 

@@ -14,7 +14,7 @@ import pytest
 
 from experiment.errors import UserError
 from finetune.options import ServeOptions
-from finetune.serve import command
+from finetune.serve import server
 from finetune.serve.server import TOKEN_VARIABLE, read_token
 from launcher.cli import main
 
@@ -126,10 +126,10 @@ def test_reloads_while_the_server_starts_and_later(monkeypatch: pytest.MonkeyPat
         gc.collect()
         assert first[0]() is None
 
-    monkeypatch.setattr(command, "load_served_model", load)
-    monkeypatch.setattr(command, "Serving", make_serving)
-    monkeypatch.setattr(command, "make_app", lambda *_: None)
-    monkeypatch.setattr(command, "log_as_json", lambda: None)
-    monkeypatch.setattr(command, "run_server", run)
-    command.serve_command(ServeOptions(model=str(tmp_path), port=0))
+    monkeypatch.setattr(server, "load_served_model", load)
+    monkeypatch.setattr(server, "Serving", make_serving)
+    monkeypatch.setattr(server, "make_app", lambda *_: None)
+    monkeypatch.setattr(server, "log_as_json", lambda: None)
+    monkeypatch.setattr(server, "run_server", run)
+    server.serve_command(ServeOptions(model=str(tmp_path), port=0))
     assert serving.reloads == 1

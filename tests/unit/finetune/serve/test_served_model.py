@@ -3,11 +3,11 @@ import torch
 from torch import nn
 
 from finetune.device import Device
-from finetune.serve import packed_linear
+from finetune.serve import served_model
 from finetune.serve.served_model import pack_linear_layers, padded_rows
 
 CPU = torch.device("cpu")
-NEEDS_BF16 = pytest.mark.skipif(torch.bfloat16 not in packed_linear.ONEDNN_DTYPES, reason="oneDNN lacks bf16 here")
+NEEDS_BF16 = pytest.mark.skipif(torch.bfloat16 not in served_model.ONEDNN_DTYPES, reason="oneDNN lacks bf16 here")
 
 
 class Layers(nn.Module):
@@ -42,7 +42,7 @@ def test_packed_layers_give_the_same_results(dtype: torch.dtype | None) -> None:
 
 def test_a_precision_without_onednn_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a server in bf16 that does not start on a CPU without AVX-512."""
-    monkeypatch.setattr(packed_linear, "ONEDNN_DTYPES", (torch.float32,))
+    monkeypatch.setattr(served_model, "ONEDNN_DTYPES", (torch.float32,))
     model = Layers()
     pack_linear_layers(model, Device(CPU, torch.bfloat16))
     assert {type(layer) for layer in model.children()} == {nn.Linear}

@@ -1,0 +1,127 @@
+"""Resolve a run: config -> everything that is known before it trains.
+
+`resolve` reads the data, finds the labels, tokenizes and inspects the model: bad input is rejected before anything is
+trained. What follows takes the typed result.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiment.checkpoints import find_model_folder
+from experiment.config import load_config
+from experiment.errors import UserError
+from experiment.files import checksum
+from experiment.run_folder import RunFolder, check_run_folder
+from experiment.tracking.console import terminal
+from experiment.tracking.tracker import check_tracking
+from finetune.config import FinetuneConfig, ModelConfig, TrainingConfig
+from finetune.data.records import Table
+from finetune.data_report import data_warnings, print_lengths
+from finetune.device import Device, choose_device
+from finetune.inference import adapt_to_model
+from finetune.model import ModelSpec, build_model, describe_model, model_files
+from finetune.splits import Task, describe_task, make_kind, make_task, read_splits
+from finetune.task_kind import TaskKind
+
+
+@dataclass(frozen=True)
+class ResolvedRun:
+    """What all seeds of a run share."""
+
+    folder: RunFolder
+    keeps_models: bool  # whether the best model of each seed is saved
+    model: ModelSpec
+    max_seq_length: int  # tokens of a sequence, special tokens included
+    task: Task
+    training: TrainingConfig
+    device: Device
+    settings: dict[str, Any]  # everything the results of a seed depend on, apart from the seed
+
+
+def load_run_config(file: str | Path, overrides: Mapping[str, str] | None = None) -> FinetuneConfig:
+    """The config of a file with absolute paths, the Hugging Face folder that init_from refers to, and a task name.
+
+    overrides: dotted keys to raw text. Raises UserError, also if init_from refers to no usable model.
+    """
+    config = load_config(FinetuneConfig, file, overrides)
+    files = {split: str(Path(path).absolute()) for split, path in config.task.files().items()}
+    splits = {split: files.pop(split, None) for split in ("train", "validation")}
+    tests = files if isinstance(config.task.test, Mapping) else files.get("test")
+    name = config.task.name or Path(file).stem
+    return config.model_copy(
+        update={
+            "run": config.run.model_copy(update={"dir": str(Path(config.run.dir).absolute())}),
+            "task": config.task.model_copy(update={**splits, "test": tests, "name": name}),
+            "model": config.model.model_copy(update={"init_from": str(_find_model(config.model.init_from))}),
+        }
+    )
+
+
+def _find_model(init_from: str) -> Path:
+    try:
+        return find_model_folder(Path(init_from)).absolute()
+    except UserError as error:
+        raise UserError(f"model.init_from: {error}") from None
+
+
+def resolve(config: FinetuneConfig) -> ResolvedRun:
+    """Read the data and inspect the model, and print what is found. Writes nothing. Raises UserError.
+
+    config: as `load_run_config` returns it.
+    """
+    name, training, length = config.task.name, config.training, config.model.max_seq_length
+    folder = RunFolder(Path(config.run.dir))
+    check_run_folder(folder, "fine-tuning run")
+    check_tracking(config.tracking)
+    device = choose_device(training.precision)
+    tables = read_splits(config.task, Path(config.model.init_from), training.fit_on)
+    kind = make_kind(config.task, tables)
+    model = _model_spec(config.model, kind)
+    rows = ", ".join(f"{len(table):,} {split}" for split, table in tables.items())
+    print_lines([f"{name}: {line}" for line in (rows, *data_warnings(tables, config.task.columns))])
+    task = make_task(kind, tables, model, length, training)
+    built = build_model(model)
+    if model.pretrained and built.new and not task.is_trained:
+        raise UserError(f"{model.folder}: its weights lack {', '.join(built.new[:3])}, and the task is not trained")
+    task, device, changes = adapt_to_model(built.model, task, device, length)
+    print_lines([f"{name}: {line}" for line in (*describe_task(task), *describe_model(built, model), *changes)])
+    print_lengths(terminal(), task.splits, task.positions)
+    settings = _result_settings(config, model, device, kind.labels, tables)
+    return ResolvedRun(folder, config.run.keep == "best", model, length, task, training, device, settings)
+
+
+def check_data(config: FinetuneConfig) -> None:
+    """Read and encode the splits of a config, which shows mistakes in the data. Raises UserError."""
+    tables = read_splits(config.task, Path(config.model.init_from), config.training.fit_on)
+    kind = make_kind(config.task, tables)
+    make_task(kind, tables, _model_spec(config.model, kind), config.model.max_seq_length, config.training)
+
+
+def print_lines(lines: Sequence[str]) -> None:
+    for line in lines:
+        terminal().print(line, markup=False, emoji=False)
+
+
+def _model_spec(config: ModelConfig, kind: TaskKind[Any]) -> ModelSpec:
+    return ModelSpec(
+        folder=Path(config.init_from),
+        pretrained=config.weights == "pretrained",
+        auto_model=kind.auto_model,
+        head=kind.head,
+        freeze=config.freeze,
+    )
+
+
+def _result_settings(
+    config: FinetuneConfig, model: ModelSpec, device: Device, labels: Sequence[str], tables: Mapping[str, Table]
+) -> dict[str, Any]:
+    """Everything the results of a seed depend on, apart from the seed: only equal settings may share a table."""
+    tree = config.model_dump(mode="json")
+    del tree["run"], tree["tracking"], tree["task"]["name"], tree["training"]["seeds"]
+    del tree["training"]["microbatch_size"]  # changes rounding and dropout only
+    tree["task"]["labels"] = list(labels)
+    tree["training"]["precision"] = device.precision
+    files = {path.name: checksum(path) for path in model_files(model.folder, weights=model.pretrained)}
+    return {**tree, "encoder": files, "data": {split: table.digest for split, table in tables.items()}}
