@@ -16,7 +16,6 @@ from finetune.device import Device, Microbatch, is_out_of_memory
 from finetune.encoding.examples import Batch, Example, Padding, Split, collate
 from finetune.splits import Task
 from finetune.task_kind import Loss, LossOptions, Prediction, TaskKind
-from finetune.training.updater import evaluation_batches
 
 Outputs = list[list[NDArray[np.float32]]]
 """What a model computes for each example: one array per sequence."""
@@ -67,6 +66,13 @@ class Inference:
             outputs = self.kind.forward(self.model, batch)
         loss = None if options is None or batch.targets is None else self.kind.loss(outputs, batch, options)
         return iter(outputs.float().cpu().numpy()), loss
+
+
+def evaluation_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """All examples by index, in batches of similar length. The longest come first, to run out of memory early if at
+    all."""
+    by_length = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    return [by_length[at : at + batch_size] for at in range(0, len(by_length), batch_size)]
 
 
 def decode(kind: TaskKind[Any], split: Split, outputs: Outputs) -> tuple[Prediction, ...]:

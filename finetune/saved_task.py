@@ -4,6 +4,8 @@
 
 The folder is otherwise one of transformers. Without the file, a model with a head for sequence classification, token
 classification or multiple choice predicts as a task of that kind, with the labels of its config.
+
+`find_model` finds the folder in a run.
 """
 
 from collections.abc import Mapping

@@ -22,7 +22,7 @@ from finetune.metrics.calibration import measure_calibration
 from finetune.model import build_model, save_model
 from finetune.resolve import ResolvedRun
 from finetune.results.model_card import write_seed_card
-from finetune.results.predictions import save_predictions, write_predictions, write_worst_rows
+from finetune.results.predictions import prediction_rows, save_predictions, write_worst_rows
 from finetune.results.row_file import write_rows
 from finetune.results.seed_summary import SeedRecord
 from finetune.results.tables import print_epochs
@@ -131,7 +131,7 @@ def _write_seed(
         write_rows(folder / "epochs.csv", record.epochs)
     for split, evaluation in fitted.evaluations.items():
         kind, table = run.task.kind, run.task.splits[split].table
-        write_predictions(folder / f"predictions-{split}.csv", kind, table, evaluation.predictions)
+        write_rows(folder / f"predictions-{split}.csv", prediction_rows(kind, table.records, evaluation.predictions))
         save_predictions(folder / f"predictions-{split}.jsonl", evaluation.predictions)
         if split in record.scores:
             write_worst_rows(folder / f"worst-{split}.csv", kind, table.records, evaluation.predictions)

@@ -56,8 +56,7 @@ def _write(source: Path, folder: Path, options: ExportOptions) -> list[str]:
         write_card(source, folder, title)
         return []
     require_packages("onnx", "onnxruntime", "onnxscript")
-    from finetune.export.onnx_folder import write_onnx_folder
-    from finetune.export.onnx_usage import onnx_usage
+    from finetune.export.onnx_folder import onnx_usage, write_onnx_folder
 
     lines = write_onnx_folder(source, folder, options.int8)
     write_card(source, folder, title, onnx_usage(folder), library="onnx")

@@ -1,10 +1,12 @@
-"""Write a model folder whose model is ONNX, and compare it with the original."""
+"""Write a model folder whose model is ONNX, compare it with the original, and say how to use it."""
 
 import shutil
 from pathlib import Path
 
 from experiment.errors import UserError
 from experiment.fast_linear import use_fast_linear
+from experiment.results.model_card import MODEL, CardBlock, Snippet
+from experiment.results.page import Text
 from finetune.encoding.encoder import load_task_tokenizer
 from finetune.export.graph import quantize, write_graph
 from finetune.export.parity import Comparison, compare, sample_batches
@@ -12,9 +14,24 @@ from finetune.loaded_model import LoadedModel, load_on_cpu
 from finetune.mask_filler import load_filling_tokenizer, ranking_task
 from finetune.model import model_files
 from finetune.onnx_model import FILE
+from finetune.results.model_card import COMMANDS
 from finetune.saved_task import is_masked_lm, read_saved_task
 
 _TOLERANCE = 1e-4  # of outputs in fp32: in units of the largest, or of 1 if that is larger
+
+_CODE = """
+import onnxruntime
+from transformers import AutoTokenizer
+
+{model}
+tokenizer = AutoTokenizer.from_pretrained(model)
+session = onnxruntime.InferenceSession(f"{{model}}/{file}")
+texts = ["A text.", "Another text, which is longer."]
+tokens = tokenizer(texts, padding={padding}, truncation=True, return_tensors="np")
+inputs = {{each.name: {value} for each in session.get_inputs()}}
+for output, values in zip(session.get_outputs(), session.run(None, inputs)):
+    print(output.name, values.shape)
+"""
 
 
 def write_onnx_folder(source: Path, folder: Path, int8: bool) -> list[str]:
@@ -67,3 +84,19 @@ def _describe(found: Comparison) -> str:
 
 def _megabytes(*files: Path) -> str:
     return f"{sum(file.stat().st_size for file in files) / 1e6:7.1f} MB"
+
+
+def onnx_usage(folder: Path) -> list[CardBlock]:
+    """folder: holds the ONNX model, its config and tokenizer, and its task, if it has one."""
+    if is_masked_lm(folder):
+        return [Snippet("python", _code(padding="True"))]
+    task = read_saved_task(folder)
+    padding = f'"max_length", max_length={task.max_seq_length}' if task.padded else "True"
+    code = _code(padding, choices=task.kind.auto_model == "AutoModelForMultipleChoice")
+    return [Snippet("python", code), Text("deepcloze prepares texts as in training:"), COMMANDS]
+
+
+def _code(padding: str, choices: bool = False) -> str:
+    """choices: whether the model takes the choices of several questions."""
+    value = "tokens[each.name][None]" if choices else "tokens[each.name]"
+    return _CODE.format(model=MODEL, file=FILE, padding=padding, value=value)

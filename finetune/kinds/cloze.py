@@ -17,9 +17,8 @@ from experiment.errors import UserError
 from finetune.data.columns import ClozeAnswersColumn, Columns, Name, OptionsColumn, TextColumn
 from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
-from finetune.encoding.encoder import Encoder
+from finetune.encoding.encoder import Context, Encoder, Surroundings, surroundings
 from finetune.encoding.examples import Batch, Example
-from finetune.encoding.windows import Context, Surroundings, surroundings
 from finetune.kinds.multiple_choice import choice_loss
 from finetune.metrics.bootstrap import Interval, accuracy_interval
 from finetune.metrics.calibration import Classified, pad_probabilities, scale

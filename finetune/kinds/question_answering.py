@@ -18,9 +18,8 @@ from experiment.errors import UserError
 from finetune.data.columns import AnswersColumn, Columns, ContextColumn, TextColumn
 from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
-from finetune.encoding.encoder import Encoder, Tokens
+from finetune.encoding.encoder import Encoder, Tokens, windows
 from finetune.encoding.examples import Batch, Example, padding_last
-from finetune.encoding.windows import windows
 from finetune.metrics.calibration import confidence_losses
 from finetune.task_kind import Direction, Loss, LossOptions, Prediction, TaskKind
 

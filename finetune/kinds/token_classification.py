@@ -16,9 +16,8 @@ from experiment.errors import UserError
 from finetune.data.columns import Columns, TagsColumn, WordsColumn
 from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
-from finetune.encoding.encoder import Encoder
+from finetune.encoding.encoder import Encoder, most_context, windows
 from finetune.encoding.examples import Batch, Example, Padding, padding_last
-from finetune.encoding.windows import most_context, windows
 from finetune.kinds.classification import balanced_weights
 from finetune.metrics.calibration import confidence_losses
 from finetune.metrics.scores import LabelScores, confusion_matrix, is_constant, scores_of_counts

@@ -31,9 +31,9 @@ class Difference:
     p: float  # two-sided, of no difference
 
 
-def draw_records(count: int, resamples: int, seed: int = 0) -> NDArray[np.int64]:
+def draw_records(count: int, resamples: int) -> NDArray[np.int64]:
     """R × count numbers of records, to be used for all models."""
-    return np.random.default_rng(seed).integers(0, count, size=(resamples, count))
+    return np.random.default_rng(0).integers(0, count, size=(resamples, count))
 
 
 def bootstrap_scores(score: Score, seeds: int, records: NDArray[np.int64], stream: int) -> Scores:

@@ -14,7 +14,7 @@ from experiment.files import write_text
 from experiment.run_folder import RunFolder
 from experiment.strict_json import parse_json
 from finetune.config import FinetuneConfig
-from finetune.data.records import Record, Table
+from finetune.data.records import Record
 from finetune.results.row_file import write_rows
 from finetune.splits import read_splits
 from finetune.task_kind import Prediction, TaskKind, find_kind
@@ -22,11 +22,6 @@ from finetune.task_kind import Prediction, TaskKind, find_kind
 _DECIMALS = 6  # of probabilities
 
 _COUNT = 50
-
-
-def write_predictions(path: Path, kind: TaskKind[Any], table: Table, predictions: Sequence[Prediction]) -> None:
-    """The records of a split, in order."""
-    write_rows(path, prediction_rows(kind, table.records, predictions))
 
 
 def save_predictions(path: Path, predictions: Sequence[Prediction]) -> None:

@@ -12,13 +12,11 @@ from rich.table import Table
 from experiment.results.report.values import UNKNOWN
 
 _LABELS = 30  # more are in results.json only
+_CONFUSIONS = 3
+_TITLES = {"steps": "step", "train_loss": "train loss", "validation_loss": "valid. loss"}
 
 Describe = Callable[[Any], str]
 """The text of a score."""
-
-_TITLES = {"steps": "step", "train_loss": "train loss", "validation_loss": "valid. loss"}
-
-_CONFUSIONS = 3
 
 
 def print_scores(

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
@@ -22,7 +23,7 @@ from experiment.errors import UserError
 from finetune.data.records import Record
 from finetune.predictor import Predictor
 from finetune.serve.limits import busy, error_response, limit_size, limit_time, require_token
-from finetune.serve.monitoring import CONTENT_TYPE, observe
+from finetune.serve.monitoring import observe
 from finetune.serve.schemas import (
     EmbedRequest,
     EmbedResponse,
@@ -169,7 +170,7 @@ async def readyz(serving: State) -> Response:
 @site.get("/metrics", tags=["operation"], responses={200: {"content": {"text/plain": {}}}, 401: {"model": Error}})
 async def metrics(serving: State) -> Response:
     """Counts for Prometheus."""
-    return Response(serving.metrics.text(), media_type=CONTENT_TYPE)
+    return Response(serving.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
 @site.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)

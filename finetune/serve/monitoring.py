@@ -18,7 +18,6 @@ from prometheus_client import (
     ProcessCollector,
     generate_latest,
 )
-from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from finetune.serve.batching import BatchSize
@@ -26,8 +25,6 @@ from finetune.serve.limits import Admission
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _SEQUENCES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-
-CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 log = logging.getLogger("finetune.serve")
 

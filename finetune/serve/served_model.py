@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,8 @@ def load_served_model(path: Path, precision: str) -> ServedModel:
     folder, _ = find_model(path)
     if is_masked_lm(folder):
         filler = MaskFiller.load(folder, precision, _SEQUENCES)
-        served = ServedModel(_describe_filler(filler), Embedder(filler.loaded), filler=filler)
+        info = _describe(filler.loaded, kind="masked_lm", mask=filler.mask)
+        served = ServedModel(info, Embedder(filler.loaded), filler=filler)
         filler.fill([filler.mask])
     else:
         task = read_saved_task(folder)
@@ -72,33 +73,24 @@ def _describe_predictor(predictor: Predictor, task: SavedTask) -> ModelInfo:
         *(["pairs"] if pairs_too or set(roles) == {"text", "text_pair"} else []),
         "records",
     ]
-    fields = {role: cell_type.description for role, cell_type in roles.items()}
-    return _describe(predictor.loaded, task.kind.config.kind).model_copy(
-        update={
-            "labels": list(task.kind.labels),
-            "accepts": accepts,
-            "fields": fields,
-            "calibrated": predictor.temperature is not None,
-        }
+    return _describe(
+        predictor.loaded,
+        kind=task.kind.config.kind,
+        labels=list(task.kind.labels),
+        accepts=accepts,
+        fields={role: cell_type.description for role, cell_type in roles.items()},
+        calibrated=predictor.temperature is not None,
     )
 
 
-def _describe_filler(filler: MaskFiller) -> ModelInfo:
-    return _describe(filler.loaded, "masked_lm").model_copy(update={"mask": filler.mask})
-
-
-def _describe(loaded: LoadedModel, kind: str) -> ModelInfo:
+def _describe(loaded: LoadedModel, **known: Any) -> ModelInfo:
+    """known: the fields that depend on the kind of the model; the others stay empty."""
     return ModelInfo(
         model=str(loaded.folder),
-        kind=kind,
-        labels=[],
-        accepts=[],
-        fields={},
-        mask=None,
         max_seq_length=loaded.encoder.max_length,
         precision=loaded.precision,
-        calibrated=False,
         loaded=datetime.now(UTC).isoformat(timespec="seconds"),
+        **{"labels": [], "accepts": [], "fields": {}, "mask": None, "calibrated": False, **known},
     )
 
 

@@ -162,10 +162,3 @@ def training_batches(lengths: Sequence[int], batch_size: int, generator: torch.G
         by_length = sorted(shuffled[start : min(start + group, whole)], key=lambda index: lengths[index])
         batches += [by_length[at : at + batch_size] for at in range(0, len(by_length), batch_size)]
     return [batches[index] for index in torch.randperm(len(batches), generator=generator).tolist()]
-
-
-def evaluation_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """All examples by index, in batches of similar length. The longest come first, to run out of memory early if at
-    all."""
-    by_length = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    return [by_length[at : at + batch_size] for at in range(0, len(by_length), batch_size)]

@@ -219,17 +219,17 @@ def test_a_killed_seed_is_trained_again_and_agrees(
     config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches an incomplete seed folder counted as a result, and a repeated seed with other weights."""
-    write = seed_run.write_predictions
+    save = seed_run.save_predictions
 
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(seed_run, "write_predictions", killed)
+    monkeypatch.setattr(seed_run, "save_predictions", killed)
     with pytest.raises(KeyboardInterrupt):
         finetune(config_file, {"training.seeds": "[1]"})
     assert not (tmp_path / "run" / "seed-1").exists()
     assert not (tmp_path / "run" / "results.json").exists()
-    monkeypatch.setattr(seed_run, "write_predictions", write)
+    monkeypatch.setattr(seed_run, "save_predictions", save)
     finetune(config_file, {"training.seeds": "[1]"})
     finetune(config_file, {"training.seeds": "[1]", "run.dir": str(tmp_path / "other")})
     once, again = (load_file(tmp_path / name / "seed-1" / "model" / "model.safetensors") for name in ("run", "other"))

@@ -8,8 +8,7 @@ from transformers import XLNetTokenizer
 
 from experiment.errors import UserError
 from experiment.tokenizer import load_tokenizer
-from finetune.encoding.encoder import Encoder
-from finetune.encoding.windows import most_context, window_around, windows
+from finetune.encoding.encoder import Encoder, most_context, window_around, windows
 
 
 def xlnet() -> Encoder:

@@ -9,8 +9,9 @@ from experiment.tokenizer import load_tokenizer
 from finetune.data.records import Record, Table
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Padding, Split, collate, encode_split
+from finetune.inference import evaluation_batches
 from finetune.kinds.classification import Config, Kind
-from finetune.training.updater import evaluation_batches, training_batches
+from finetune.training.updater import training_batches
 
 KIND = Kind(Config(train="f.csv", validation="f.csv"), ("a", "b"))
 
