@@ -156,17 +156,7 @@ def _parse_json(cell: object) -> object:
 
 TEXT = CellType("text", _read_text)
 CONTEXT = CellType("text", _read_text)  # that several rows may be about
-ID = CellType("text or a whole number", _read_label)
-TEXTS = CellType("a list of texts", _read_texts)
-WORDS = CellType("a list of words, or words separated by spaces", _read_sentence)
 LABEL = CellType("a label", _read_label, target=True)
-CHOICE = CellType("the right choice", _read_label, target=True)
-LABELS = CellType("a list of labels, or text", _read_labels, target=True)
-NUMBER = CellType("a number", _read_number, target=True)
-TAGS = CellType("a list of tags, or tags separated by spaces", _read_tags, target=True)
-OPTIONS = CellType("a list with two or more options for each blank", _read_options)
-CLOZE_ANSWERS = CellType("a list of letters, one for each blank", _read_words, target=True)
-ANSWERS = CellType('answers {"text": […], "answer_start": […]} as in SQuAD', _read_answers, target=True)
 
 
 def _number_as_text(value: Any) -> Any:
@@ -175,19 +165,22 @@ def _number_as_text(value: Any) -> Any:
 
 
 Name = Annotated[str, BeforeValidator(_number_as_text), Field(min_length=1)]
+
 TextColumn = Annotated[Name, TEXT]
 ContextColumn = Annotated[Name, CONTEXT]  # a random validation split keeps the rows on one context together
-IdColumn = Annotated[Name, ID]
-TextsColumn = Annotated[Name | tuple[Name, ...], TEXTS]  # a column of lists, or one column for each text
-WordsColumn = Annotated[Name, WORDS]
 LabelColumn = Annotated[Name, LABEL]  # a random validation split has about as much of each label as the rest
-ChoiceColumn = Annotated[Name, CHOICE]
-LabelsColumn = Annotated[Name, LABELS]
-NumberColumn = Annotated[Name, NUMBER]
-TagsColumn = Annotated[Name, TAGS]
-OptionsColumn = Annotated[Name, OPTIONS]
-ClozeAnswersColumn = Annotated[Name, CLOZE_ANSWERS]
-AnswersColumn = Annotated[Name, ANSWERS]
+IdColumn = Annotated[Name, CellType("text or a whole number", _read_label)]
+TextsColumn = Annotated[Name | tuple[Name, ...], CellType("a list of texts", _read_texts)]  # or one column for each
+WordsColumn = Annotated[Name, CellType("a list of words, or words separated by spaces", _read_sentence)]
+ChoiceColumn = Annotated[Name, CellType("the right choice", _read_label, target=True)]
+LabelsColumn = Annotated[Name, CellType("a list of labels, or text", _read_labels, target=True)]
+NumberColumn = Annotated[Name, CellType("a number", _read_number, target=True)]
+TagsColumn = Annotated[Name, CellType("a list of tags, or tags separated by spaces", _read_tags, target=True)]
+OptionsColumn = Annotated[Name, CellType("a list with two or more options for each blank", _read_options)]
+ClozeAnswersColumn = Annotated[Name, CellType("a list of letters, one for each blank", _read_words, target=True)]
+AnswersColumn = Annotated[
+    Name, CellType('answers {"text": […], "answer_start": […]} as in SQuAD', _read_answers, target=True)
+]
 
 
 class Columns(Section):
