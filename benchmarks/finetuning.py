@@ -27,7 +27,7 @@ from experiment.allocator import keep_freed_memory
 from finetune.device import Microbatch
 from finetune.encoding.examples import Split
 from finetune.inference import evaluate
-from finetune.metrics.scores import classification_scores
+from finetune.metrics import classification_scores
 from finetune.model import build_model
 from finetune.resolve import ResolvedRun, load_run_config, resolve
 from finetune.training.fit import fit

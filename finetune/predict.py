@@ -17,12 +17,10 @@ from experiment.tracking.console import terminal
 from finetune.data.formats import read_rows
 from finetune.data.records import Record, TurnJoiner, read_records
 from finetune.encoding.encoder import turn_joiner
-from finetune.metrics.calibration import calibration_error
-from finetune.metrics.scores import top_confusions
+from finetune.metrics import calibration_error, top_confusions
 from finetune.options import PredictOptions
 from finetune.predictor import Predictor, missing_temperature
-from finetune.results.predictions import prediction_rows
-from finetune.results.row_file import check_row_file, open_row_file
+from finetune.results.predictions import check_row_file, open_row_file, prediction_rows
 from finetune.results.tables import print_label_scores, print_scores
 from finetune.saved_task import find_model, read_saved_task
 from finetune.task_kind import Prediction, TaskKind

@@ -21,7 +21,7 @@ class Predictor:
     """A fine-tuned model, ready to predict. Threads may share it."""
 
     kind: TaskKind[Any]
-    temperature: float | None  # of calibrated probabilities, see `finetune.metrics.calibration`
+    temperature: float | None  # of calibrated probabilities, see `finetune.metrics`
     loaded: LoadedModel
     _inference: Inference
 

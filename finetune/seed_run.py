@@ -18,12 +18,11 @@ from experiment.run_folder import RunFolder
 from experiment.strict_json import parse_json
 from experiment.tracking.console import terminal
 from finetune.encoding.encoder import load_task_tokenizer
-from finetune.metrics.calibration import measure_calibration
+from finetune.metrics import measure_calibration
 from finetune.model import build_model, save_model
 from finetune.resolve import ResolvedRun
 from finetune.results.model_card import write_seed_card
-from finetune.results.predictions import prediction_rows, save_predictions, write_worst_rows
-from finetune.results.row_file import write_rows
+from finetune.results.predictions import prediction_rows, save_predictions, write_rows, write_worst_rows
 from finetune.results.seed_summary import SeedRecord
 from finetune.results.tables import print_epochs
 from finetune.saved_task import SavedTask, write_saved_task

@@ -16,8 +16,7 @@ from experiment.errors import UserError
 from finetune import kinds
 from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
-from finetune.metrics.calibration import Classified, calibrate
-from finetune.metrics.scores import LabelScores, is_constant, label_scores
+from finetune.metrics import Classified, LabelScores, calibrate, is_constant, label_scores
 
 if TYPE_CHECKING:
     import numpy as np
@@ -181,7 +180,7 @@ class TaskKind(ABC, Generic[ConfigT]):
         """All metrics of predictions for records with targets."""
 
     def is_collapsed(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> bool:
-        """Whether a model predicts the same for all records although their targets differ, see `metrics.collapse`."""
+        """Whether a model predicts the same for all records although their targets differ, see `metrics.is_constant`."""
         roles = [role for role, cell_type in self.config.columns.cell_types().items() if cell_type.target]
         targets = [record.values[role] for record in records for role in roles]
         return is_constant([prediction[self.answer] for prediction in predictions], targets)
@@ -189,7 +188,7 @@ class TaskKind(ABC, Generic[ConfigT]):
     def intervals(
         self, records: Sequence[Record], predictions: Sequence[Prediction]
     ) -> Mapping[str, tuple[float, float]]:
-        """The 95 % confidence intervals of those metrics that have one, see `metrics.intervals`."""
+        """The 95 % confidence intervals of those metrics that have one, see `metrics.accuracy_interval`."""
         return {}
 
     def breakdowns(

@@ -20,7 +20,7 @@ from experiment.results.comparison import as_csv, as_markdown, tables
 from experiment.run_folder import RunFolder
 from experiment.signals import handle_stop_signals, interrupt
 from experiment.strict_json import parse_json
-from finetune.metrics.bootstrap import Scores, bootstrap_scores, compare_scores, draw_records
+from finetune.metrics import Scores, bootstrap_scores, compare_scores, draw_records
 from finetune.results.predictions import ScoredSplit, read_scored_split
 from launcher.compare_plan import ComparePlan, plan_comparison
 from launcher.options import CompareOptions

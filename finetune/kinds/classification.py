@@ -17,8 +17,7 @@ from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Batch, Example
-from finetune.metrics.calibration import Classified, pad_probabilities
-from finetune.metrics.scores import classification_scores, confusion_matrix
+from finetune.metrics import Classified, classification_scores, confusion_matrix, pad_probabilities
 from finetune.task_kind import Direction, Loss, LossOptions, Prediction, TaskKind
 
 

@@ -20,9 +20,7 @@ from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Context, Encoder, Surroundings, surroundings
 from finetune.encoding.examples import Batch, Example
 from finetune.kinds.multiple_choice import choice_loss
-from finetune.metrics.bootstrap import Interval, accuracy_interval
-from finetune.metrics.calibration import Classified, pad_probabilities, scale
-from finetune.metrics.scores import is_constant
+from finetune.metrics import Classified, Interval, accuracy_interval, is_constant, pad_probabilities, scale
 from finetune.task_kind import Direction, Loss, LossOptions, Prediction, TaskKind
 
 _BLANK = "_"

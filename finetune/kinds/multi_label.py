@@ -18,8 +18,7 @@ from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Batch, Example, Padding
-from finetune.metrics.calibration import Classified, list_probabilities, pad_probabilities, scale
-from finetune.metrics.scores import LabelScores, scores_of_counts
+from finetune.metrics import Classified, LabelScores, list_probabilities, pad_probabilities, scale, scores_of_counts
 from finetune.task_kind import Direction, Loss, LossOptions, Prediction, TaskKind
 
 _THRESHOLD = 0.5

@@ -18,8 +18,7 @@ from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder, Tokens
 from finetune.encoding.examples import Batch, Example
-from finetune.metrics.bootstrap import Interval, accuracy_interval
-from finetune.metrics.calibration import Classified, pad_probabilities
+from finetune.metrics import Classified, Interval, accuracy_interval, pad_probabilities
 from finetune.task_kind import Direction, Loss, LossOptions, Prediction, TaskKind
 
 

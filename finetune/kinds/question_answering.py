@@ -20,7 +20,7 @@ from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder, Tokens, windows
 from finetune.encoding.examples import Batch, Example, padding_last
-from finetune.metrics.calibration import confidence_losses
+from finetune.metrics import confidence_losses
 from finetune.task_kind import Direction, Loss, LossOptions, Prediction, TaskKind
 
 

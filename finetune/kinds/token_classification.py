@@ -19,8 +19,7 @@ from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder, most_context, windows
 from finetune.encoding.examples import Batch, Example, Padding, padding_last
 from finetune.kinds.classification import balanced_weights
-from finetune.metrics.calibration import confidence_losses
-from finetune.metrics.scores import LabelScores, confusion_matrix, is_constant, scores_of_counts
+from finetune.metrics import LabelScores, confidence_losses, confusion_matrix, is_constant, scores_of_counts
 from finetune.task_kind import Direction, Loss, LossOptions, Prediction, TaskKind
 
 _NO_TAG = -100  # target of a token that carries none

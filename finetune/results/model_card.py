@@ -34,7 +34,7 @@ from experiment.results.model_card import (
 )
 from experiment.results.page import Heading, Table, Text
 from finetune.data.task_config import TaskConfig
-from finetune.metrics.scores import summarize
+from finetune.metrics import summarize
 from finetune.resolve import ResolvedRun
 from finetune.results.seed_summary import SeedRecord
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from experiment.files import write_json
-from finetune.metrics.scores import LabelScores, summarize, top_confusions
+from finetune.metrics import LabelScores, summarize, top_confusions
 from finetune.resolve import ResolvedRun
 from finetune.results.figures import draw_confusion, draw_curves
 

@@ -6,8 +6,8 @@ import pytest
 from pyarrow import parquet
 
 from experiment.errors import UserError
-from finetune.results import row_file
-from finetune.results.row_file import open_row_file
+from finetune.results import predictions
+from finetune.results.predictions import open_row_file
 
 ROWS: list[list[dict[str, Any]]] = [
     [{"row": 1, "spans": [[0, 2]], "p": 0.5, "note": None}],
@@ -60,7 +60,7 @@ def test_an_unknown_format_is_rejected(tmp_path: Path) -> None:
 
 def test_rows_do_not_wait_forever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches memory that grows with the file, or a traceback for a late number, if a column has no value for long."""
-    monkeypatch.setattr(row_file, "_WAITING", 2)
+    monkeypatch.setattr(predictions, "_WAITING", 2)
     path = tmp_path / "a.parquet"
     rows = [{"start": start, "score": 0.5} for start in (None, None, 3, None)]
     with open_row_file(path) as add:

@@ -1,0 +1,268 @@
+"""Metrics of predictions, how certain they are, and calibration of probabilities: pure functions of arrays."""
+
+import statistics
+import warnings
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize_scalar
+
+_BINS = 15  # of the calibration error
+_TEMPERATURES = (0.05, 20.0)
+_TINY = 1e-37  # least probability: its logarithm is finite
+_CONSTANT = 0.01  # numbers whose spread is below this share of the targets' are constant
+_RESAMPLES = 10_000
+
+LabelIds = NDArray[np.int64]  # N
+Confusion = NDArray[np.int64]  # CC counts: rows by label, columns by predicted label
+
+LabelScores = Mapping[str, Mapping[str, float]]
+"""Label -> precision, recall, f1 and support (how often it occurs)."""
+
+Scores = NDArray[np.float64]  # R resamples
+Score = Callable[[int, Sequence[int]], float]
+"""(number of the seed, numbers of the drawn records) -> score"""
+
+Interval = tuple[float, float]
+"""Low and high end of a confidence interval of 95 %."""
+
+
+def classification_scores(gold: LabelIds, predicted: LabelIds) -> dict[str, float]:
+    """All classification metrics, each in [0, 1] except matthews in [-1, 1].
+
+    F1 is averaged over the labels that occur in either array, as scikit-learn does by default; uar, the unweighted
+    average recall (balanced accuracy), over those in `gold`. matthews is the correlation coefficient of Matthews
+    (1975), extended to more than two labels by Gorodkin (2004); 0 if undefined.
+    """
+    # Imported here: it takes a second, and every kind of task imports this module.
+    from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, matthews_corrcoef
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*not in y_true.*")  # a predicted label that never occurs
+        warnings.filterwarnings("ignore", message=".*single label.*")
+        return {
+            "accuracy": float(accuracy_score(gold, predicted)),
+            "macro_f1": float(f1_score(gold, predicted, average="macro", zero_division=0.0)),
+            "weighted_f1": float(f1_score(gold, predicted, average="weighted", zero_division=0.0)),
+            "uar": float(balanced_accuracy_score(gold, predicted)),
+            "matthews": float(matthews_corrcoef(gold, predicted)),
+        }
+
+
+def confusion_matrix(gold: LabelIds, predicted: LabelIds, label_count: int) -> NDArray[np.int64]:
+    """CC counts: rows by gold label, columns by predicted label."""
+    return np.bincount(gold * label_count + predicted, minlength=label_count**2).reshape(label_count, label_count)
+
+
+def summarize(values: Sequence[float]) -> dict[str, list[float] | float | None]:
+    """A metric over the seeds: values, mean, sample standard deviation (None for a single seed) and median."""
+    return {
+        "values": list(values),
+        "mean": statistics.fmean(values),
+        "std": statistics.stdev(values) if len(values) > 1 else None,
+        "median": statistics.median(values),
+    }
+
+
+def label_scores(confusion: Confusion, labels: Sequence[str]) -> LabelScores:
+    """The scores of labels of which each record has one."""
+    return scores_of_counts(labels, np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0))
+
+
+def scores_of_counts(
+    labels: Sequence[str], right: NDArray[np.int64], support: NDArray[np.int64], predicted: NDArray[np.int64]
+) -> LabelScores:
+    """C counts of each label: how often it is predicted and right, occurs, and is predicted. A score of nothing is 0,
+    as in scikit-learn."""
+    precision, recall = right / np.maximum(predicted, 1), right / np.maximum(support, 1)
+    f1 = 2 * right / np.maximum(support + predicted, 1)
+    columns = {"precision": precision, "recall": recall, "f1": f1, "support": support}
+    return {label: {name: values[at].item() for name, values in columns.items()} for at, label in enumerate(labels)}
+
+
+def top_confusions(confusion: Confusion, labels: Sequence[str], count: int = 10) -> list[dict[str, Any]]:
+    """The most frequent mistakes, as {label, predicted, count, share}. share: of the label's records."""
+    mistakes = confusion - np.diag(np.diag(confusion))
+    order = np.argsort(-mistakes, axis=None, kind="stable")[:count]
+    places = [divmod(int(place), len(labels)) for place in order]
+    return [
+        {
+            "label": labels[row],
+            "predicted": labels[column],
+            "count": int(mistakes[row, column]),
+            "share": float(mistakes[row, column] / confusion[row].sum()),
+        }
+        for row, column in places
+        if mistakes[row, column]
+    ]
+
+
+def is_constant(answers: Sequence[Any], targets: Sequence[Any]) -> bool:
+    """Whether all answers are the same although the targets differ. For numbers: whether their spread is near zero.
+
+    Such a model has collapsed. Fine-tuning on little data ends this way for some seeds (Devlin et al. 2019; Mosbach et
+    al. 2021, "On the Stability of Fine-tuning BERT"), and the mean over the seeds then says little.
+    """
+    if all(isinstance(value, float) for value in (*answers, *targets)):
+        return bool(statistics.pstdev(answers) < _CONSTANT * statistics.pstdev(targets))
+    return all(answer == answers[0] for answer in answers) and any(target != targets[0] for target in targets)
+
+
+@dataclass(frozen=True)
+class Classified:
+    """Labels and predictions of N records, for kinds that predict one of C labels for each."""
+
+    gold: NDArray[np.int64]  # N
+    probabilities: NDArray[np.float64]  # NC
+
+    @property
+    def losses(self) -> NDArray[np.float64]:
+        """N, negative log-probabilities of the labels."""
+        gold = np.take_along_axis(self.probabilities, self.gold[:, None], axis=1)[:, 0]
+        return np.asarray(-np.log(np.maximum(gold, _TINY)))
+
+
+def confidence_losses(confidences: Sequence[float], right: Sequence[float]) -> NDArray[np.float64]:
+    """N cross-entropies of the probabilities of N answers, and how right the answers are, from 0 to 1."""
+    p, share = np.asarray(confidences, dtype=float), np.asarray(right, dtype=float)
+    return np.asarray(-share * np.log(np.maximum(p, _TINY)) - (1 - share) * np.log(np.maximum(1 - p, _TINY)))
+
+
+def calibration_error(classified: Classified) -> float:
+    """Expected calibration error: mean distance of confidence and accuracy in 15 bins of equal width, weighted by
+    their sizes. The confidence is the probability of the predicted label."""
+    confidence = classified.probabilities.max(axis=1)
+    right = classified.probabilities.argmax(axis=1) == classified.gold
+    bins = np.clip(np.ceil(confidence * _BINS).astype(int) - 1, 0, _BINS - 1)  # upper ends belong to a bin
+    distances = np.bincount(bins, weights=confidence - right, minlength=_BINS)
+    return float(np.abs(distances).sum() / len(confidence))
+
+
+def fit_temperature(classified: Classified) -> float:
+    """The temperature with the lowest loss (Guo et al. 2017, "On Calibration of Modern Neural Networks"). If all
+    records are predicted right, the loss falls until the lower end of the range, 0.05 to 20."""
+
+    def loss(log_temperature: float) -> float:
+        scaled = scale(classified.probabilities, float(np.exp(log_temperature)))
+        return float(Classified(classified.gold, scaled).losses.mean())
+
+    low, high = np.log(_TEMPERATURES)
+    return float(np.exp(minimize_scalar(loss, bounds=(low, high), method="bounded").x))
+
+
+def measure_calibration(
+    splits: Mapping[str, Classified | None],
+) -> tuple[float | None, dict[str, dict[str, float]]]:
+    """The temperature that is best on validation, and {`ece`, `calibrated_ece`} of each split; None and {} if there is
+    nothing to calibrate."""
+    validation = splits.get("validation")
+    if validation is None:
+        return None, {}
+    temperature = fit_temperature(validation)
+    return temperature, {
+        split: {
+            "ece": calibration_error(found),
+            "calibrated_ece": calibration_error(Classified(found.gold, scale(found.probabilities, temperature))),
+        }
+        for split, found in splits.items()
+        if found is not None
+    }
+
+
+def scale(probabilities: NDArray[np.float64], temperature: float) -> NDArray[np.float64]:
+    """Probabilities, along the last axis, of logits divided by a temperature. It changes no order; 0 stays 0."""
+    with np.errstate(divide="ignore"):
+        logits = np.log(probabilities) / temperature
+    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return np.asarray(exponentials / exponentials.sum(axis=-1, keepdims=True))
+
+
+def calibrate(prediction: Mapping[str, Any], temperature: float) -> dict[str, Any]:
+    """A prediction with calibrated `probabilities`, which are a list or a mapping."""
+    probabilities = prediction["probabilities"]
+    scaled = scale(np.array(list_probabilities(prediction)), temperature).tolist()
+    named = dict(zip(probabilities, scaled, strict=True)) if isinstance(probabilities, Mapping) else scaled
+    return {**prediction, "probabilities": named}
+
+
+def list_probabilities(prediction: Mapping[str, Any]) -> list[float]:
+    """The `probabilities` of a prediction, in their order."""
+    probabilities = prediction["probabilities"]
+    return list(probabilities.values() if isinstance(probabilities, Mapping) else probabilities)
+
+
+def pad_probabilities(predictions: Sequence[Mapping[str, Any]]) -> NDArray[np.float64]:
+    """The probabilities NC of N predictions, C being the most that one has; the others get zeros."""
+    rows = [list_probabilities(prediction) for prediction in predictions]
+    width = max(map(len, rows))
+    return np.array([row + [0.0] * (width - len(row)) for row in rows])
+
+
+@dataclass(frozen=True)
+class Difference:
+    """By how much the score of one model is above that of another."""
+
+    mean: float
+    interval: tuple[float, float]  # 95 %
+    p: float  # two-sided, of no difference
+
+
+def draw_records(count: int, resamples: int) -> NDArray[np.int64]:
+    """R × count numbers of records, to be used for all models."""
+    return np.random.default_rng(0).integers(0, count, size=(resamples, count))
+
+
+def bootstrap_scores(score: Score, seeds: int, records: NDArray[np.int64], stream: int) -> Scores:
+    """The score, as a mean over drawn seeds, for each row of `records`.
+
+    This is the Multi-Bootstrap of Sellam et al. (2022), https://arxiv.org/abs/2106.16163. A score varies with the seed
+    and with the records of the test split. Both are drawn with replacement: the records once for all models, which
+    makes the test a paired one, the seeds for each model separately, because seeds of different initializations have
+    nothing in common. With one seed it is the paired bootstrap over records.
+
+    stream: another number for each model, so that its seeds are drawn separately.
+    """
+    draw = np.random.default_rng([stream, seeds])
+    scores = np.empty(len(records))
+    for resample, rows in enumerate(records.tolist()):
+        drawn, counts = np.unique(draw.integers(0, seeds, size=seeds), return_counts=True)
+        scores[resample] = np.average([score(int(seed), rows) for seed in drawn], weights=counts)
+    return scores
+
+
+def compare_scores(observed: float, first: Scores, second: Scores) -> Difference:
+    """observed: the difference of the two scores as measured.
+
+    The p-value counts the resamples on the other side of zero, twice; it is at least 2 / (R + 1).
+    """
+    differences = first - second
+    low, high = np.percentile(differences, [2.5, 97.5])
+    opposite = min(np.count_nonzero(differences <= 0), np.count_nonzero(differences >= 0))
+    return Difference(observed, (float(low), float(high)), min(1.0, 2 * (opposite + 1) / (len(differences) + 1)))
+
+
+def accuracy_interval(right: Sequence[bool], groups: Sequence[Hashable]) -> Interval:
+    """The interval of an accuracy, for other questions of the same kind.
+
+    groups: what each question is about. If each has its own, Wilson's (1927) interval. Otherwise the percentiles of a
+    bootstrap over groups (Davison and Hinkley 1997, section 3.8): questions about one text are not independent, and an
+    interval that ignores it is too narrow. If all or none are right, a bootstrap has no width: Wilson's interval of as
+    many questions as there are groups.
+    """
+    from scipy.stats import binomtest  # takes a second, and every kind of task imports this module
+
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    ids = np.array([numbers[group] for group in groups])
+    counts = np.bincount(ids)
+    accuracy = float(np.mean(right))
+    if len(counts) == len(right) or accuracy in (0.0, 1.0):
+        found = binomtest(round(accuracy * len(counts)), len(counts)).proportion_ci(method="wilson")
+        return float(found.low), float(found.high)
+    hits = np.bincount(ids, weights=np.asarray(right, dtype=float))
+    draw = np.random.default_rng(0)
+    drawn = draw.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=_RESAMPLES)
+    low, high = np.percentile(drawn @ hits / (drawn @ counts), [2.5, 97.5])
+    return float(low), float(high)
