@@ -180,7 +180,7 @@ class TaskKind(ABC, Generic[ConfigT]):
         """All metrics of predictions for records with targets."""
 
     def is_collapsed(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> bool:
-        """Whether a model predicts the same for all records although their targets differ, see `metrics.is_constant`."""
+        """Whether a model predicts the same for all records although their targets differ, see `is_constant`."""
         roles = [role for role, cell_type in self.config.columns.cell_types().items() if cell_type.target]
         targets = [record.values[role] for record in records for role in roles]
         return is_constant([prediction[self.answer] for prediction in predictions], targets)
