@@ -4,12 +4,14 @@ import csv
 import random
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from transformers import BertConfig, BertForMaskedLM
 
+from finetune import run as run_module
 from finetune.export.command import export_command
 from finetune.options import ExportOptions
 from finetune.run import finetune
@@ -80,6 +82,34 @@ def task_files(write_tsv: Callable[[str, Rows], Path]) -> dict[str, str]:
         split: str(write_tsv(f"{split}.tsv", labelled_rows(size, seed)))
         for seed, (split, size) in enumerate(sizes.items())
     }
+
+
+@pytest.fixture
+def config_file(tmp_path: Path, encoder: Path, task_files: dict[str, str]) -> Path:
+    """A config with seeds 1 and 2, to be changed by overrides."""
+    tree = {
+        "run": {"dir": str(tmp_path / "run")},
+        "task": {**task_files, "columns": {"label": "label", "text": "text"}, "metric": "macro_f1"},
+        "model": {"init_from": str(encoder), "max_seq_length": 16},
+        "training": {"lr": 1e-2, "epochs": 2, "batch_size": 16, "seeds": [1, 2], "precision": "fp32"},
+    }
+    path = tmp_path / "toy.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+@pytest.fixture
+def seeds_trained(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The seeds that were trained, in order."""
+    trained: list[int] = []
+    original = run_module.train_seed
+
+    def spy(seed: int, *rest: Any) -> Any:
+        trained.append(seed)
+        return original(seed, *rest)
+
+    monkeypatch.setattr(run_module, "train_seed", spy)
+    return trained
 
 
 @pytest.fixture(scope="session")

@@ -4,9 +4,6 @@ import math
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,37 +11,16 @@ import pytest
 import torch
 import transformers
 import yaml
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from experiment.checkpoints import checkpoint_path, mark_complete
 from experiment.errors import UserError
-from experiment.run_folder import RunFolder, open_run_folder
-from experiment.run_lock import is_locked, lock_run
-from finetune import run as run_module
-from finetune import seed_run
-from finetune.device import Device
 from finetune.kinds.classification import Kind
 from finetune.predictor import Predictor
 from finetune.run import finetune
-from finetune.seed_run import finished_seeds
 from launcher.cli import main
-from small_disk import SmallDisk
 
 ROOT = Path(__file__).parents[3]
-
-
-@pytest.fixture
-def config_file(tmp_path: Path, encoder: Path, task_files: dict[str, str]) -> Path:
-    tree = {
-        "run": {"dir": str(tmp_path / "run")},
-        "task": {**task_files, "columns": {"label": "label", "text": "text"}, "metric": "macro_f1"},
-        "model": {"init_from": str(encoder), "max_seq_length": 16},
-        "training": {"lr": 1e-2, "epochs": 2, "batch_size": 16, "seeds": [1, 2], "precision": "fp32"},
-    }
-    path = tmp_path / "toy.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    return path
 
 
 def results(run: Path) -> dict[str, Any]:
@@ -54,20 +30,6 @@ def results(run: Path) -> dict[str, Any]:
 def read_csv(path: Path) -> list[dict[str, str]]:
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
-
-
-@pytest.fixture
-def seeds_trained(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The seeds that were trained, in order."""
-    trained: list[int] = []
-    original = run_module.train_seed
-
-    def spy(seed: int, *rest: Any) -> Any:
-        trained.append(seed)
-        return original(seed, *rest)
-
-    monkeypatch.setattr(run_module, "train_seed", spy)
-    return trained
 
 
 def test_a_run_leaves_what_it_promises(
@@ -182,197 +144,6 @@ def test_one_seed_has_no_standard_deviation(
     finetune(config_file, {"training.seeds": "[1]", "training.epochs": "1"})
     assert results(tmp_path / "run")["splits"]["test"]["accuracy"]["std"] is None
     assert re.search(r"accuracy +│ \d\.\d{4} ± – ", capsys.readouterr().out)
-
-
-def test_finished_seeds_are_not_run_again(config_file: Path, tmp_path: Path, seeds_trained: list[int]) -> None:
-    """Catches a restart that trains finished seeds again, and results without the seeds of the first start."""
-    finetune(config_file, {"training.seeds": "[1]"})
-    weights = tmp_path / "run" / "seed-1" / "model" / "model.safetensors"
-    written = weights.stat().st_mtime_ns
-    finetune(config_file, {"training.seeds": "[1, 2]"})
-    assert seeds_trained == [1, 2]
-    assert weights.stat().st_mtime_ns == written
-    assert results(tmp_path / "run")["seeds"] == [1, 2]
-    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert steps == sorted(steps)
-    assert steps[-1] == 2 * 2 * 10
-
-
-def test_one_process_at_a_time_uses_a_run_folder(
-    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Catches two processes that train the same seeds, a lock that is not released, and data read for nothing."""
-    with lock_run(open_run_folder(tmp_path / "run")), pytest.raises(UserError, match="another deepcloze process is"):
-        finetune(config_file)
-    assert not (tmp_path / "run" / "config.yaml").exists()
-    with lock_run(RunFolder(tmp_path / "run")):
-        capsys.readouterr()
-        assert main(["finetune", "--config", str(config_file)]) == 2
-    assert capsys.readouterr().err.splitlines() == [
-        f"deepcloze: run.dir: another deepcloze process is using {tmp_path / 'run'}"
-    ]
-    finetune(config_file, {"training.seeds": "1"})
-    assert not is_locked(RunFolder(tmp_path / "run"))
-
-
-def test_a_killed_seed_is_trained_again_and_agrees(
-    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Catches an incomplete seed folder counted as a result, and a repeated seed with other weights."""
-    save = seed_run.save_predictions
-
-    def killed(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(seed_run, "save_predictions", killed)
-    with pytest.raises(KeyboardInterrupt):
-        finetune(config_file, {"training.seeds": "[1]"})
-    assert not (tmp_path / "run" / "seed-1").exists()
-    assert not (tmp_path / "run" / "results.json").exists()
-    monkeypatch.setattr(seed_run, "save_predictions", save)
-    finetune(config_file, {"training.seeds": "[1]"})
-    finetune(config_file, {"training.seeds": "[1]", "run.dir": str(tmp_path / "other")})
-    once, again = (load_file(tmp_path / name / "seed-1" / "model" / "model.safetensors") for name in ("run", "other"))
-    assert all(torch.equal(once[key], again[key]) for key in once)
-    assert not list((tmp_path / "run").glob(".*"))
-
-
-def test_other_settings_do_not_mix_into_a_run(config_file: Path, task_files: dict[str, str]) -> None:
-    """Catches seeds of two learning rates, or of two versions of the data, in one table."""
-    one_seed = {"training.seeds": "[1]"}
-    finetune(config_file, one_seed)
-    with pytest.raises(UserError, match=r"seed-1 was trained with other settings: training\.lr \(.*was 0\.01, is 0\.5"):
-        finetune(config_file, {"training.seeds": "[2]", "training.lr": "0.5"})
-    with Path(task_files["train"]).open("a", encoding="utf-8") as file:
-        file.write("low\tword1\n")
-    with pytest.raises(UserError, match=r"data\.train"):
-        finetune(config_file, one_seed)
-
-
-def test_another_encoder_in_the_same_place_does_not_mix_into_a_run(
-    config_file: Path, encoder: Path, tmp_path: Path
-) -> None:
-    """Catches seeds of two encoders in one table, because the folder has the same name, and of two tokenizers."""
-    folder = Path(shutil.copytree(encoder, tmp_path / "encoder"))
-    overrides = {"model.init_from": str(folder), "training.seeds": "[1]", "training.epochs": "1"}
-    finetune(config_file, overrides)
-    weights = load_file(folder / "model.safetensors")
-    save_file({name: value + 1 for name, value in weights.items()}, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=r"other settings: encoder\.model\.safetensors"):
-        finetune(config_file, overrides)
-    shutil.copy(encoder / "model.safetensors", folder)
-    vocabulary = (folder / "vocab.txt").read_text().splitlines()
-    (folder / "vocab.txt").write_text("\n".join([*vocabulary[:-2], vocabulary[-1], vocabulary[-2]]) + "\n")
-    with pytest.raises(UserError, match=r"other settings: encoder\.vocab\.txt \("):
-        finetune(config_file, overrides)
-
-
-def test_another_resolved_precision_does_not_mix_into_a_run(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches seeds of bf16 and fp32 in one table, trained with `precision: auto` on two machines."""
-    overrides = {"training.precision": "auto", "training.seeds": "[1]", "training.epochs": "1"}
-    cpu = torch.device("cpu")
-    monkeypatch.setattr(run_module, "choose_device", lambda _: Device(cpu, torch.bfloat16))
-    finetune(config_file, overrides)
-    monkeypatch.setattr(run_module, "choose_device", lambda _: Device(cpu, None))
-    with pytest.raises(UserError, match=r"training\.precision \(training\.precision was 'bf16', is 'fp32'\)"):
-        finetune(config_file, {**overrides, "training.seeds": "[1, 2]"})
-
-
-def test_another_microbatch_size_is_the_same_run(config_file: Path, seeds_trained: list[int]) -> None:
-    """Catches a run that cannot be resumed with smaller microbatches after it ran out of memory."""
-    for size in ("null", "4"):
-        finetune(config_file, {"training.epochs": "1", "training.seeds": "[1]", "training.microbatch_size": size})
-    assert seeds_trained == [1]
-
-
-SEND_SIGNAL = """
-import os, signal, sys, torch
-torch.set_num_threads(1)
-from finetune.training.fit import StateFile
-from launcher.cli import main
-save, saved = StateFile.save, []
-def save_and_send(self, state):
-    save(self, state)
-    saved.append(state)
-    if len(saved) == 2:
-        os.kill(os.getpid(), int(sys.argv[1]))
-StateFile.save = save_and_send
-sys.exit(main(sys.argv[2:]))
-"""
-
-
-def run_files(run: Path) -> dict[str, str]:
-    """The files of a run without what differs between equal runs: times, the name of the run and its path."""
-    kept = [run / "results.json", run / "curves.png", run / "confusion.png", *run.glob("seed-*/**/*")]
-    found = {str(path.relative_to(run)): path.read_bytes().decode("latin-1") for path in kept if path.is_file()}
-    del found["seed-1/model/deepcloze.json"]
-    for name in found:
-        if name.endswith("COMPLETE"):
-            found[name] = re.sub(r'"seconds": [\d.e-]+', "", found[name])
-        if name.endswith("epochs.csv"):
-            rows = list(csv.DictReader(found[name].splitlines()))
-            found[name] = str([{**row, "seconds": None} for row in rows])
-    return found
-
-
-def finetune_until_signal(
-    number: signal.Signals, config_file: Path, flags: list[str]
-) -> subprocess.CompletedProcess[str]:
-    """The command, which gets a signal after its second evaluation."""
-    script = [sys.executable, "-c", SEND_SIGNAL, str(int(number)), "finetune", "--config", str(config_file), *flags]
-    return subprocess.run(script, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
-
-
-def test_a_stop_signal_ends_with_a_message_and_can_be_resumed(config_file: Path, tmp_path: Path) -> None:
-    """Catches SIGTERM that ends a run without a word, with an exit code that queue systems count as a failure."""
-    flags = ["--training.seeds=1", "--training.epochs=4", "--training.evaluate_every=7"]
-    stopped = finetune_until_signal(signal.SIGTERM, config_file, flags)
-    assert stopped.returncode == 75, stopped.stderr
-    assert stopped.stderr.endswith("deepcloze: interrupted; run the same command again to resume\n")
-    assert "Traceback" not in stopped.stderr
-    assert list((tmp_path / "run" / ".seed-1").iterdir())
-
-
-SEND_SIGNAL_DURING_IMPORTS = """
-import os, signal, sys
-from launcher.cli import main
-class Finder:
-    def find_spec(self, name, *_):
-        if name == "finetune.run":
-            os.kill(os.getpid(), signal.SIGTERM)
-sys.meta_path.insert(0, Finder())
-sys.exit(main(sys.argv[1:]))
-"""
-
-
-def test_a_stop_signal_during_the_imports_ends_with_a_message(config_file: Path) -> None:
-    """Catches SIGTERM in the first seconds, while torch is imported, that ends the command without a word."""
-    script = [sys.executable, "-c", SEND_SIGNAL_DURING_IMPORTS, "finetune", "--config", str(config_file)]
-    stopped = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
-    assert stopped.returncode == 75, stopped.stderr
-    assert stopped.stderr == "deepcloze: interrupted; run the same command again to resume\n"
-
-
-def test_a_killed_run_resumes_within_a_seed(
-    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Catches a kill that costs a whole seed, and a resume whose files differ: by order, dropout, or the best weights.
-    Also the files of two runs with the same seed that differ."""
-    overrides = {"training.seeds": "[1]", "training.epochs": "4", "training.evaluate_every": "7"}
-    flags = [f"--{key}={value}" for key, value in overrides.items()]
-    killed = finetune_until_signal(signal.SIGKILL, config_file, flags)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    run, other = tmp_path / "run", tmp_path / "other"
-    assert not (run / "seed-1").exists()
-    finetune(config_file, overrides)
-    assert "seed 1: resuming after step 14" in capsys.readouterr().err
-    finetune(config_file, {**overrides, "run.dir": str(other)})
-    assert "resuming" not in capsys.readouterr().err
-    assert run_files(run) == run_files(other)
-    assert len(run_files(run)) > 8
-    steps = [[json.loads(line)["step"] for line in (at / "metrics.jsonl").open()] for at in (run, other)]
-    assert steps[0] == steps[1]
-    assert not list(run.glob(".seed*"))
 
 
 def test_models_need_not_be_kept(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -565,52 +336,6 @@ def test_a_damaged_checkpoint_is_not_fine_tuned(
     assert "skipping damaged checkpoint" in caplog.text
     with pytest.raises(UserError, match=r"model\.init_from: the checkpoint .*step-00000020 is damaged: hf/model"):
         finetune(config_file, {"model.init_from": str(newest)})
-
-
-@pytest.mark.parametrize("damage", ["a folder", "torn", "too many digits"])
-def test_a_damaged_seed_is_rejected(tmp_path: Path, damage: str) -> None:
-    """Catches a traceback that does not say what to remove."""
-    complete = tmp_path / "seed-1" / "COMPLETE"
-    complete.parent.mkdir()
-    if damage == "a folder":
-        complete.mkdir()
-    else:
-        complete.write_text('{"se' if damage == "torn" else f'{{"settings": {"9" * 10_000}}}')
-    with pytest.raises(UserError, match=r"COMPLETE is damaged: remove .*seed-1 to train this seed again"):
-        finished_seeds(RunFolder(tmp_path), {})
-
-
-@pytest.mark.parametrize(("pages", "code"), [(0, 2), (12, 75)])
-def test_a_full_disk_keeps_finished_seeds_only(
-    config_file: Path, small_disk: SmallDisk, capsys: pytest.CaptureFixture[str], pages: int, code: int
-) -> None:
-    """Catches a traceback, half a seed that keeps the disk full, and an exit code that does not say to resume."""
-    run = small_disk.path / "run"
-    command = ["finetune", "--config", str(config_file), f"--run.dir={run}", "--training.epochs=1"]
-    small_disk.fill(leave=pages * 4096)
-    assert main(command) == code
-    error = capsys.readouterr().err
-    assert "disk full" in error.splitlines()[-1]
-    assert "Traceback" not in error
-    assert list(run.glob("*seed-*")) == []
-    small_disk.free()
-    assert main(command) == 0
-    assert len(results(run)["splits"]["test"]["accuracy"]["values"]) == 2
-
-
-def test_a_disk_that_is_full_at_an_evaluation(
-    config_file: Path, small_disk: SmallDisk, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Catches a traceback of torch, whose writer says nothing of the disk, when the state of a seed is saved."""
-    run = small_disk.path / "run"
-    command = ["finetune", "--config", str(config_file), f"--run.dir={run}", "--training.seeds=[1]"]
-    small_disk.fill(leave=40 * 4096)
-    assert main(command) == 75
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("deepcloze: ")]
-    assert line == f"deepcloze: {run}/.seed-1/state.pt: disk full; the same command resumes"
-    assert list(run.glob(".seed-1/*")) == []
-    small_disk.free()
-    assert main(command) == 0
 
 
 def test_a_model_folder_is_no_run_folder(config_file: Path, encoder: Path) -> None:
