@@ -24,6 +24,7 @@ from finetune.inference import adapt_to_model
 from finetune.model import ModelSpec, build_model, describe_model, model_files
 from finetune.splits import Task, describe_task, make_kind, make_task, read_splits
 from finetune.task_kind import TaskKind
+from finetune.training.updater import total_steps
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class ResolvedRun:
     max_seq_length: int  # tokens of a sequence, special tokens included
     task: Task
     training: TrainingConfig
+    steps: int  # updates of each seed; 0 if nothing is trained
     device: Device
     settings: dict[str, Any]  # everything the results of a seed depend on, apart from the seed
 
@@ -88,8 +90,17 @@ def resolve(config: FinetuneConfig) -> ResolvedRun:
     task, device, changes = adapt_to_model(built.model, task, device, length)
     print_lines([f"{name}: {line}" for line in (*describe_task(task), *describe_model(built, model), *changes)])
     print_lengths(terminal(), task.splits, task.positions)
-    settings = _result_settings(config, model, device, kind.labels, tables)
-    return ResolvedRun(folder, config.run.keep == "best", model, length, task, training, device, settings)
+    return ResolvedRun(
+        folder=folder,
+        keeps_models=config.run.keep == "best",
+        model=model,
+        max_seq_length=length,
+        task=task,
+        training=training,
+        steps=total_steps(task, training),
+        device=device,
+        settings=_result_settings(config, model, device, kind.labels, tables),
+    )
 
 
 def check_data(config: FinetuneConfig) -> None:

@@ -32,7 +32,6 @@ from finetune.results.seed_summary import SeedRecord, write_results
 from finetune.results.tables import print_results
 from finetune.seed_run import finished_seeds, state_file, train_seed
 from finetune.training.fit import Log
-from finetune.training.updater import total_steps
 
 _RESUME = "; the same command resumes"
 
@@ -90,7 +89,7 @@ def _train_and_score(config: FinetuneConfig, resolved: ResolvedRun) -> dict[str,
     started = state_file(missing[0], resolved).steps if missing else 0
     if started:
         print_lines([f"seed {missing[0]}: resuming after step {started:,}"])
-    steps = total_steps(resolved.task, resolved.training)
+    steps = resolved.steps
     tracked = TrackedRun(run_id, flatten(config), steps * len(seeds), steps * len(records) + started)
     tracker = open_trackers(config.tracking, folder, tracked)
     records |= _train_seeds(missing, resolved, tracker, first=len(records))
@@ -103,11 +102,10 @@ def _train_and_score(config: FinetuneConfig, resolved: ResolvedRun) -> dict[str,
 def _train_seeds(seeds: Sequence[int], resolved: ResolvedRun, tracker: Tracker, first: int) -> dict[int, SeedRecord]:
     """Train with each of these seeds. first: how many others of the run are finished. Closes the tracker."""
     records, outcome = {}, Outcome.FAILED
-    steps = total_steps(resolved.task, resolved.training)
     try:
         with stopped_by_disk_errors(advice=_RESUME):
             for number, seed in enumerate(seeds, first):
-                records[seed] = train_seed(seed, resolved, _log_from_step(tracker, steps * number))
+                records[seed] = train_seed(seed, resolved, _log_from_step(tracker, resolved.steps * number))
         outcome = Outcome.DONE
     except (KeyboardInterrupt, StoppedError):
         outcome = Outcome.STOPPED
@@ -128,11 +126,10 @@ def _describe_finished(seeds: Sequence[int], resolved: ResolvedRun) -> list[str]
 
 
 def _describe_training(resolved: ResolvedRun) -> str:
-    task, training = resolved.task, resolved.training
-    if not task.is_trained:
+    training = resolved.training
+    if not resolved.task.is_trained:
         return "nothing is trained: the splits are only scored"
-    updates = total_steps(task, training)
-    return f"{updates:,} updates of {training.batch_size} examples for each of {len(training.seeds)} seeds"
+    return f"{resolved.steps:,} updates of {training.batch_size} examples for each of {len(training.seeds)} seeds"
 
 
 def _log_from_step(tracker: Tracker, first: int) -> Log:

@@ -121,12 +121,12 @@ def _records(rows: Iterable[Row], columns: Columns, targets_required: bool, key:
     indices: dict[str, int | list[int]] = {}
     for row in rows:
         if row.names != names:
-            names, indices = row.names, dict(_find_columns(row, columns, targets_required, key))
+            names, indices = row.names, dict(_find_columns(row, columns, types, targets_required, key))
         yield Record(row.place, {role: _read_cell(row, types[role], found) for role, found in indices.items()})
 
 
 def _find_columns(
-    row: Row, columns: Columns, targets_required: bool, key: str
+    row: Row, columns: Columns, types: Mapping[str, CellType], targets_required: bool, key: str
 ) -> Iterator[tuple[str, int | list[int]]]:
     """(role, position of its column, or of each of its columns) for all roles that the row has.
 
@@ -136,22 +136,25 @@ def _find_columns(
     names = [name.strip() for name in row.names]
     numbers = {str(number) for number in range(len(names))} - set(names) if row.numbered else set()
     found: dict[str, list[int]] = {}
-    for role, cell_type in columns.cell_types().items():
+    for role, cell_type in types.items():
         asked = [name.strip() for name in columns.names(role)]
         if targets_required or not cell_type.target or any(name in names or name in numbers for name in asked):
             found[role] = [
                 int(name) if name in numbers else column_index(names, name, row.named_at, f"{key}.{role}")
                 for name in asked
             ]
-    _reject_targets_as_inputs(row, columns, found, key)
+    _reject_targets_as_inputs(row, types, found, key)
     for role, indices in found.items():
         yield role, indices if isinstance(getattr(columns, role), tuple) else indices[0]
 
 
-def _reject_targets_as_inputs(row: Row, columns: Columns, found: Mapping[str, list[int]], key: str) -> None:
+def _reject_targets_as_inputs(
+    row: Row, types: Mapping[str, CellType], found: Mapping[str, list[int]], key: str
+) -> None:
     """Raises UserError if a target and an input are the same column: the model would be shown what it predicts."""
-    inputs = columns.without_targets().cell_types()
-    for target in found.keys() - inputs.keys():
+    targets = [role for role in found if types[role].target]
+    inputs = [role for role in found if not types[role].target]
+    for target in targets:
         for role in inputs:
             if shared := set(found[target]) & set(found[role]):
                 raise UserError(
