@@ -6,10 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from finetune.encoding.encoded_split import Split
-from finetune.training.compatibility import adapt_to_model
-from finetune.training.evaluation import evaluate
-from finetune.training.microbatch import Microbatch
 from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
@@ -19,10 +15,10 @@ from transformers import (
 )
 
 from finetune.data.records import Record, Table
-from finetune.device import Device
+from finetune.device import Device, Microbatch
 from finetune.encoding.encoder import Tokens
-from finetune.encoding.examples import Example, Padding
-from finetune.inference import Inference
+from finetune.encoding.examples import Example, Padding, Split
+from finetune.inference import Inference, adapt_to_model, evaluate
 from finetune.kinds.classification import Config, Kind
 from finetune.splits import Task
 from finetune.task_kind import find_kind
