@@ -121,7 +121,7 @@ def _scores(
 
 
 def test_rows(cells: ScoresByRow) -> Differences:
-    """Test all pairs of rows in each column, see `finetune.metrics.bootstrap`.
+    """Test all pairs of rows in each column, see `finetune.metrics.bootstrap_scores`.
 
     Raises UserError if data have changed since they were scored.
     """
