@@ -237,6 +237,12 @@ def build_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]]) -> Ga
 
 
 class ExponentialMovingAverage:
+    """Exponential moving average of the weights, kept on this rank's fp32 masters.
+
+    After each applied update, average <- decay * average + (1 - decay) * master (Polyak and Juditsky 1992 averaged all
+    steps equally; the exponential form is from Tarvainen and Valpola 2017). The average starts at the current weights.
+    """
+
     def __init__(self, engine: DeepSpeedEngine, decay: float) -> None:
         """`engine`: with the weights that the average starts at."""
         self._engine = engine

@@ -26,8 +26,12 @@ def collective(name: str) -> record_function:
 
 
 class ForwardTimer:
-    """Measures the forward passes of this rank. `enabled`: whether there are ranks to compare with; if not, it measures
-    nothing."""
+    """Times the forward passes of this rank, without waiting for a GPU.
+
+    At ZeRO 0 to 2 a forward pass waits for no other rank, unlike a backward pass or a whole step: a rank whose forward
+    passes take longer than on other ranks has a slower device or host. `enabled`: whether there are ranks to
+    compare with; if not, it measures nothing.
+    """
 
     def __init__(self, on_gpu: bool, ranks: int) -> None:
         """`ranks`: of the run, this one included."""
