@@ -62,14 +62,28 @@ def _draws(draw: random.Random, count: int) -> list[tuple[str, str]]:
     return [draw.choice([("low", LOW), ("high", HIGH)]) for _ in range(count)]
 
 
+@pytest.fixture(scope="module")
+def finished() -> dict[str, Path]:
+    """Copies of finished runs, by what their results depend on: training takes seconds."""
+    return {}
+
+
 @pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, finished: dict[str, Path]) -> list[str]:
     """The names of the runs that were started, in order. They run in this process."""
     names: list[str] = []
 
     def start(run: ChildRun) -> str:
         names.append(run.folder.path.name if run.command == "sweep" else "/".join(run.folder.path.parts[-2:]))
+        copy = tmp_path / f"finished-{len(names)}"
+        files = (path.read_text() for path in sorted([*tmp_path.glob("*.csv"), *tmp_path.glob("toy.yaml")]))
+        key = "\n".join([*run.argv, *files]).replace(str(tmp_path), "")
+        if key in finished and not run.folder.path.exists():
+            shutil.copytree(finished[key], run.folder.path)
+            return DONE
         code = main(run.argv[4:])
+        if code == 0:
+            finished[key] = shutil.copytree(run.folder.path, copy)
         return DONE if code == 0 else f"failed (exit code {code})"
 
     monkeypatch.setattr(run_set, "start", start)

@@ -1,0 +1,209 @@
+"""Names that users rely on, and how commands, config keys and recipes are described to a reader and a shell."""
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from experiment.config.reference import config_reference
+from experiment.errors import UserError
+from experiment.recipes import all_recipes, find_config, find_recipe
+from launcher.cli import COMMANDS, main
+from launcher.command_line import flags_of, options_of
+from launcher.reference import CONFIGS, completion_script, config_page
+from pretrain.engine.deepspeed_settings import find_ds_config
+
+ROOT = Path(__file__).parents[3]
+
+
+def public_names() -> Iterator[str]:
+    """All commands, flags and config keys, one per line."""
+    for name, command in COMMANDS.items():
+        yield f"deepcloze {name}"
+        for flag in flags_of(options_of(command)).values():
+            yield f"deepcloze {name} {flag.label}"
+    for kind, config_type in CONFIGS.items():
+        for section in config_reference(config_type):
+            variant = f" ({section.variant})" if section.variant else ""
+            yield from (f"{kind} config {key.name}{variant}" for key in section.keys)
+
+
+def test_no_name_changes_by_accident() -> None:
+    """Catches a renamed or removed command, flag or config key: scripts and configs of users have them.
+
+    After an intended change, edit public_names.txt and name the change in CHANGELOG.md.
+    """
+    assert list(public_names()) == (Path(__file__).parent / "public_names.txt").read_text().splitlines()
+
+
+def test_the_config_page_is_up_to_date() -> None:
+    """Catches docs/config.md drifting from the docstrings of the fields, and a link to a page that does not exist."""
+    page = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
+    assert page == config_page(), "python -m launcher.reference config > docs/config.md"
+    for link in re.findall(r"\]\(([^)]+)\)", page):
+        assert (ROOT / "docs" / link).is_file(), link
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_every_key_is_documented(kind: str) -> None:
+    """Catches a key or section without a docstring, which the reference would show with no meaning."""
+    for section in config_reference(CONFIGS[kind]):
+        assert section.meaning or section.name == section.keys[0].name
+        for key in section.keys:
+            assert key.meaning.endswith("."), key.name
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("config pretrain", ["schedule: The learning-rate schedule", "optimizer.lr", "schedule.stages[].steps"]),
+        ("config pretrain optimizer", ["optimizer: The update rule.", "optimizer.betas", "[0.9, 0.98]"]),
+        ("config pretrain optimizer.lr", ["Peak learning rate", "(a number > 0; default: 0.0005)"]),
+        ("config pretrain run.dir", ["Run folder", "(text; required)"]),
+        ("config pretrain schedule.stages", ["a list of mappings", "schedule.stages[].steps"]),
+        ("config compare rows", ["rows.NAME.init_from", "(text; required)"]),
+        ("config finetune task.columns", ["task.columns.label", "task.columns.text_pair"]),
+        ("config finetune task.metric", ["'accuracy', 'macro_f1', 'weighted_f1', 'uar' or 'matthews'"]),
+    ],
+)
+def test_config_explains_keys(line: str, expected: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a key that `deepcloze config` does not find, or shows without its type, default or meaning."""
+    assert main(line.split()) == 0
+    printed = capsys.readouterr().out
+    assert all(part in printed for part in expected)
+    assert max(map(len, printed.splitlines())) <= 100
+    if line.endswith("optimizer.lr"):
+        assert "optimizer.betas" not in printed
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("config pretrain lr", "unknown config key 'lr'; did you mean 'optimizer.lr'?"),
+        ("config pretrain optimiser", "unknown config key 'optimiser'; did you mean 'optimizer'?"),
+        ("config finetune schedule.steps", "unknown config key 'schedule.steps'"),
+        ("config pretain", "expected 'pretrain', 'finetune' or 'compare', found 'pretain'; did you mean 'pretrain'?"),
+        ("config", "missing: pretrain|finetune|compare"),
+    ],
+)
+def test_config_suggests_a_key(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a traceback, or no help, for a misspelled key."""
+    assert main(line.split()) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_every_recipe_is_listed_with_a_summary(capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a recipe without a comment at its top, and a summary cut off in a sentence."""
+    assert main(["recipes"]) == 0
+    listed = capsys.readouterr().out
+    assert len(all_recipes()) > 15
+    for recipe in all_recipes():
+        assert f"  {recipe.name} " in listed
+        assert recipe.summary.endswith((".", "?")), recipe
+        assert len(recipe.summary) < 400
+
+
+def test_a_recipe_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches names that work in a source checkout only, and a recipe that hides a user's file."""
+    monkeypatch.chdir(tmp_path)
+    assert Path(find_config("roberta-base", "pretrain")).is_file()
+    assert find_config("runs/mine", "pretrain") == "runs/mine", "a path is left as it is"
+    assert find_config("mine.yaml", "pretrain") == "mine.yaml"
+    (tmp_path / "roberta-base").mkdir()
+    assert Path(find_config("roberta-base", "pretrain")).is_file(), "a folder is no config"
+    (tmp_path / "roberta-base").rmdir()
+    (tmp_path / "roberta-base").touch()
+    assert find_config("roberta-base", "pretrain") == "roberta-base"
+    with pytest.raises(UserError, match="no file and no recipe 'cola'"):
+        find_config("cola", "pretrain")
+    assert Path(find_config("cola", "pretrain", "finetune")).is_file()
+    with pytest.raises(UserError, match="did you mean 'modernbert-base'"):
+        find_recipe("modern-bert-base")
+    with pytest.raises(UserError, match="expected pretrain/demo or finetune/demo"):
+        find_recipe("demo")
+    assert find_recipe("finetune/demo").kind == "finetune"
+
+
+def test_a_recipe_is_copied_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches an edited config that is overwritten."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["recipes", "cp", "cola", "my-task.yaml"]) == 0
+    assert "deepcloze finetune --config my-task.yaml" in capsys.readouterr().out
+    copied = (tmp_path / "my-task.yaml").read_text(encoding="utf-8")
+    assert main(["recipes", "show", "cola"]) == 0
+    assert capsys.readouterr().out == copied
+    assert main(["recipes", "cp", "cola", "my-task.yaml"]) == 2
+    assert "my-task.yaml exists already" in capsys.readouterr().err
+    assert main(["recipes", "cp", "cola"]) == 0
+    assert (tmp_path / "cola.yaml").read_text(encoding="utf-8") == copied
+    assert main(["recipes", "cp"]) == 2
+
+
+@pytest.mark.parametrize("name", ["bf16_zero1", "ds_configs/bf16_zero1.json"])
+def test_a_preset_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Catches presets that are found by a path in the repository only."""
+    monkeypatch.chdir(tmp_path)
+    assert find_ds_config(name).name == "bf16_zero1.json"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["finetune", "--config", "COLA.yaml", "--training-lr", "1"], "did you mean '--training.lr'?"),
+        (["validate", "ROBERTA.yaml"], "corpus.train: "),
+        (["validate", "ROBERTA.yaml", "--optimizer.lr=fast"], "optimizer.lr"),
+        (["validate", "COLA.yaml"], "model.init_from: "),
+    ],
+)
+def test_a_mistaken_config_is_recognized(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    argv: list[str],
+    message: str,
+) -> None:
+    """Catches a list of unknown keys in place of the mistake."""
+    monkeypatch.chdir(tmp_path)
+    main(["recipes", "cp", "cola", "COLA.yaml"])
+    main(["recipes", "cp", "roberta-base", "ROBERTA.yaml"])
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["pre"], {"preflight", "pretrain"}),
+        (["pretrain", "--num"], {"--num_gpus"}),
+        (["pretrain", "--optimizer.l"], {"--optimizer.lr=", "--optimizer.layer_decay="}),
+        (["finetune", "--training.class"], {"--training.class_weights="}),
+        (["pretrain", "--config", "rob"], {"roberta-base"}),
+        (["status", "--js"], {"--json"}),
+    ],
+)
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+def test_bash_completes(words: list[str], expected: set[str]) -> None:
+    """Catches a script that bash cannot run, and flags or keys that are missing in it."""
+    script = completion_script("bash", COMMANDS)
+    typed = " ".join(f"'{word}'" for word in ["deepcloze", *words])
+    code = f"compopt() {{ :; }}\n{script}\nCOMP_WORDS=({typed}); COMP_CWORD={len(words)}; _deepcloze\n"
+    code += 'printf "%s\\n" "${COMPREPLY[@]}"'
+    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True)
+    assert expected <= set(done.stdout.split())
+    assert all(word.startswith(words[-1]) for word in done.stdout.split())
+
+
+def test_fish_knows_all_commands() -> None:
+    """Catches a command, or the quote in a summary, that fish does not understand."""
+    script = completion_script("fish", COMMANDS)
+    for name in COMMANDS:
+        assert f"__fish_use_subcommand -a {name} -d '" in script
+    if shutil.which("fish"):
+        subprocess.run(["fish", "--no-execute"], input=script, text=True, check=True)
