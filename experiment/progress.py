@@ -6,7 +6,7 @@ from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 from rich.errors import LiveError
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from experiment.tracking.console import terminal
 
@@ -18,23 +18,31 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 @contextmanager
 def progress(
-    label: str, total: float, unit: str, shown: bool = True, clock: Callable[[], float] = time.monotonic
+    label: str,
+    total: float | None,
+    unit: str = "",
+    shown: bool = True,
+    clock: Callable[[], float] = time.monotonic,
+    describe: Callable[[float], str] | None = None,
 ) -> Iterator[Callable[[float], None]]:
     """Show progress while the block runs. Yields a function to call with the amount that has been done since.
 
     Args:
         label: what is done, such as 'verifying wiki'.
+        total: None if it is not known.
         unit: of the total and the amounts, in the plural.
         clock: returns seconds.
+        describe: amount done so far -> text beside the bar; default: '3 of 10 files'.
     """
     console, bar = terminal(), _bar()
     task = bar.add_task(label, total=total, count="")
+    describe = describe or (lambda done: f"{done:,.0f} of {total:,.0f} {unit}")
     shown_at, done, started = clock(), 0.0, False
 
     def advance(amount: float) -> None:
         nonlocal shown_at, done, started
         done += amount
-        count = f"{done:,.0f} of {total:,.0f} {unit}"
+        count = describe(done)
         bar.update(task, completed=done, count=count)
         waited = clock() - shown_at
         if console.is_interactive and shown and not started and waited > _SECONDS_BEFORE_BAR:
@@ -66,6 +74,7 @@ def _bar() -> Progress:
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         TextColumn("{task.fields[count]}", markup=False),
+        TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
     return Progress(*columns, console=terminal(), transient=True)

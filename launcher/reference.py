@@ -14,6 +14,7 @@ from experiment.config import Section
 from experiment.config.reference import as_markdown, config_reference
 from experiment.errors import UserError
 from experiment.files import write_text
+from experiment.markdown import markdown_table
 from experiment.recipes import Recipe, all_recipes, find_recipe
 from finetune.config import FinetuneConfig
 from launcher.command_line import Command, describe_command, flags_of, options_of
@@ -166,9 +167,9 @@ def commands_page(commands: Mapping[str, Command]) -> str:
 
 def _command_section(name: str, command: Command) -> str:
     found = describe_command(name, command)
-    rows = "".join(f"| {_cell(f'`{flag}`')} | {_cell(meaning)} |\n" for flag, meaning in found.flags)
+    table = markdown_table(["flag", "meaning"], [[_cell(f"`{flag}`"), _cell(meaning)] for flag, meaning in found.flags])
     usage, example = (textwrap.indent(text, "    ") for text in (found.usage, found.example))
-    return f"## deepcloze {name}\n\n{usage}\n\n{found.text}\n\n| flag | |\n|---|---|\n{rows}\nExample:\n\n{example}\n"
+    return f"## deepcloze {name}\n\n{usage}\n\n{found.text}\n\n{table}\nExample:\n\n{example}\n"
 
 
 def _cell(text: str) -> str:

@@ -15,6 +15,7 @@ from experiment.config.field_types import describe_field, is_section, union_memb
 from experiment.config.loading import Section
 from experiment.config.validation_errors import explain_unknown_key
 from experiment.errors import UserError
+from experiment.markdown import markdown_table
 
 REQUIRED = "required"
 
@@ -103,13 +104,17 @@ def as_markdown(reference: Sequence[ConfigSection]) -> str:
     parts = []
     for section in reference:
         rows = [
-            f"| `{key.name}` | {key.type} | {f'`{key.default}`' if key.default != REQUIRED else REQUIRED} "
-            f"| {_linked(key.meaning)} |"
+            [
+                f"`{key.name}`",
+                key.type,
+                f"`{key.default}`" if key.default != REQUIRED else REQUIRED,
+                _linked(key.meaning),
+            ]
             for key in section.keys
         ]
-        table = "\n".join(["| key | type | default | meaning |", "|---|---|---|---|", *rows])
+        table = markdown_table(["key", "type", "default", "meaning"], rows)
         title = f"`{section.name}`, {section.variant}" if section.variant else f"`{section.name}`"
-        parts.append("\n\n".join(filter(None, [f"### {title}", _linked(section.meaning), f"{table}\n"])))
+        parts.append("\n\n".join(filter(None, [f"### {title}", _linked(section.meaning), table])))
     return "\n".join(parts)
 
 

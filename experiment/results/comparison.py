@@ -9,7 +9,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiment.results.model_card import escape
+from experiment.markdown import escape, markdown_table
 from experiment.results.page import Block, Heading, Table, Text
 
 Comparison = Mapping[str, Mapping[str, Mapping[str, Any]]]
@@ -53,7 +53,11 @@ def tables(comparison: Comparison, failed: Mapping[str, str]) -> dict[str, Cells
 
 def as_markdown(comparison: Comparison, failed: Mapping[str, str]) -> str:
     """failed: name of a run -> how it failed."""
-    return "\n".join(f"{title}\n\n{_markdown_table(cells)}" for title, cells in tables(comparison, failed).items())
+    parts = []
+    for title, cells in tables(comparison, failed).items():
+        header, *rows = [[escape(cell) for cell in row] for row in cells]
+        parts.append(f"{title}\n\n{markdown_table(header, rows)}")
+    return "\n".join(parts)
 
 
 def as_csv(comparison: Comparison) -> str:
@@ -101,9 +105,3 @@ def _score(cell: Mapping[str, Any] | None) -> str:
 def _interval(interval: Sequence[float]) -> str:
     low, high = interval
     return f"{low:+.4f} to {high:+.4f}"
-
-
-def _markdown_table(cells: Cells) -> str:
-    header, *rows = [[escape(cell) for cell in row] for row in cells]
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -3,7 +3,7 @@
 `deepcloze corpus`, top-down:
 
 - options: the flags; build: the build; build_plan: what it reads and writes
-- sources, documents, formats: names of sources to documents; progress_bar: how much has been read
+- sources, documents, formats: names of sources to documents
 - pipeline: documents to worker processes to shard writers; workers: these processes
 - tokenization: text to token ids; word_cache: each word once
 - words: where words begin

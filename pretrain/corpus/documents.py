@@ -1,13 +1,16 @@
 """Read the documents of all sources, in order: files, members of archives, hub data sets and python-docs."""
 
 import tarfile
+import time
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 from experiment.csv_and_jsonl import missing_column
 from experiment.errors import UserError
+from experiment.progress import progress
 from experiment.tracking.console import terminal
 from pretrain.corpus.formats import Document, ReadStats, cell_document, decompress, explain_read_errors, parse_documents
 from pretrain.corpus.options import TextOptions
@@ -26,6 +29,30 @@ def read_documents(sources: Iterable[Source], options: TextOptions, stats: ReadS
         stats.finished_bytes += source.bytes or 0
     if options.document_start is not None and stats.start_matches == 0:
         raise UserError(f"--document_start '{options.document_start.pattern}' matches no line of the text")
+
+
+@contextmanager
+def reading_progress(label: str, sources: Sequence[Source]) -> Iterator[Callable[[ReadStats, int], None]]:
+    """Show how many documents and megabytes of text have been read. Yields a function to call with each document's size
+    in bytes."""
+    sizes = [source.bytes for source in sources if source.bytes is not None]
+    total = sum(sizes) if len(sizes) == len(sources) else None
+    documents, text_bytes, bytes_read, started = 0, 0, 0, time.monotonic()
+
+    def describe(done: float) -> str:
+        share, megabytes = f"{done / total:.0%}, " if total else "", text_bytes / 1e6
+        speed = megabytes / max(time.monotonic() - started, 1e-9)
+        return f"{share}{documents:,} documents, {megabytes:,.1f} MB of text, {speed:.1f} MB/s"
+
+    def advance(stats: ReadStats, size: int) -> None:
+        nonlocal documents, text_bytes, bytes_read
+        documents, text_bytes = documents + 1, text_bytes + size
+        if documents % 64 == 0:
+            show(stats.bytes_read - bytes_read)
+            bytes_read = stats.bytes_read
+
+    with progress(label, total, describe=describe) as show:
+        yield advance
 
 
 def _read_source(source: Source, options: TextOptions, stats: ReadStats) -> Iterator[Document]:

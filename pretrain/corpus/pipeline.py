@@ -2,7 +2,7 @@
 
 import itertools
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -13,9 +13,8 @@ import xxhash
 
 from experiment.errors import UserError
 from pretrain.corpus.build_plan import MAIN, BuildPlan, Part
-from pretrain.corpus.documents import read_documents
+from pretrain.corpus.documents import read_documents, reading_progress
 from pretrain.corpus.formats import Document, ReadStats
-from pretrain.corpus.progress_bar import ProgressBar
 from pretrain.corpus.shards import ShardWriter, SourcePosition
 from pretrain.corpus.tokenization import EncodedBatch, encode_in_worker, start_worker
 from pretrain.corpus.workers import worker_pool
@@ -33,8 +32,13 @@ class PositionedDocument(NamedTuple):
     position: SourcePosition
 
 
-def read_source(plan: BuildPlan, stats: ReadStats, bar: ProgressBar) -> Iterator[PositionedDocument]:
-    """Yield all documents that have a token. Raises UserError for bad input, and if there is no such document."""
+def read_source(
+    plan: BuildPlan, stats: ReadStats, advance: Callable[[ReadStats, int], None]
+) -> Iterator[PositionedDocument]:
+    """Yield all documents that have a token, and call `advance` for each, see `reading_progress`.
+
+    Raises UserError for bad input, and if there is no such document.
+    """
     digest, count = "", 0
     for document in read_documents(plan.sources, plan.text_options, stats):
         try:
@@ -48,7 +52,7 @@ def read_source(plan: BuildPlan, stats: ReadStats, bar: ProgressBar) -> Iterator
             continue
         count += 1
         digest = xxhash.xxh3_128_hexdigest(digest.encode() + text)
-        bar.advance(stats, len(text))
+        advance(stats, len(text))
         yield PositionedDocument(document, len(text), SourcePosition(count, digest))
     if not digest:
         names = ", ".join(source.name for source in plan.sources)
@@ -57,8 +61,8 @@ def read_source(plan: BuildPlan, stats: ReadStats, bar: ProgressBar) -> Iterator
 
 def scan_source(label: str, plan: BuildPlan) -> SourcePosition:
     """Read the whole source without encoding it, and return its end: the number of documents and their digest."""
-    with ProgressBar(label, plan.sources) as bar:
-        (last,) = deque(read_source(plan, ReadStats(), bar), maxlen=1)
+    with reading_progress(label, plan.sources) as advance:
+        (last,) = deque(read_source(plan, ReadStats(), advance), maxlen=1)
     return last.position
 
 
@@ -78,11 +82,11 @@ def encode_source(
     parts = plan.sampling.assign(total.documents) if total else itertools.repeat(MAIN)
     batches = {part: _Batch() for part in writers}
     with (
-        ProgressBar("tokenizing", plan.sources) as bar,
+        reading_progress("tokenizing", plan.sources) as advance,
         worker_pool(plan.workers, _KILLED, start_worker, plan.tokenizer.spec) as pool,
     ):
         queue = _EncodeQueue(pool, capacity=_BATCHES_PER_WORKER * plan.workers)
-        for document, part in zip(read_source(plan, stats, bar), parts, strict=False):
+        for document, part in zip(read_source(plan, stats, advance), parts, strict=False):
             end = document.position
             _check_resumed_source(writers, end)
             if part not in writers or end.documents <= writers[part].resumed_at.documents:

@@ -16,10 +16,9 @@ from experiment.disk_errors import disk_errors_as
 from experiment.errors import UserError
 from experiment.files import created_parents, removed_on_error
 from experiment.tokenizer import BERT_TOKENS, ROBERTA_TOKENS, save_tokenizer
-from pretrain.corpus.documents import read_documents
+from pretrain.corpus.documents import read_documents, reading_progress
 from pretrain.corpus.formats import ReadStats
 from pretrain.corpus.options import TextOptions, TokenizerOptions
-from pretrain.corpus.progress_bar import ProgressBar
 from pretrain.corpus.sources import Source, find_sources
 
 if TYPE_CHECKING:
@@ -36,12 +35,12 @@ class _TrainingText:
 
     def read(self, label: str) -> Iterator[str]:
         """Yield the text of each document. `label`: what the progress bar says."""
-        stats = ReadStats()
-        with ProgressBar(label, self.sources) as bar:
+        stats, self.documents = ReadStats(), 0
+        with reading_progress(label, self.sources) as advance:
             for document in read_documents(self.sources, self.options, stats):
-                bar.advance(stats, len(document.text))
+                self.documents += 1
+                advance(stats, len(document.text))
                 yield document.text
-        self.documents = bar.documents
 
 
 def train_tokenizer(options: TokenizerOptions) -> None:

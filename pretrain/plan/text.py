@@ -8,6 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from experiment.tracking.console import describe_duration
 from pretrain.plan.plan import RunPlan
 
 _WIDTH = 110  # of the memory table
@@ -158,7 +159,7 @@ def _cost(plan: RunPlan) -> list[str]:
     steps = plan.steps or plan.budget_steps
     per_step = f", {cost.seconds / steps:.3g} s per step" if steps else ""
     lines.append(
-        f"{_duration(cost.seconds)}{per_step}; {cost.communicating / cost.seconds:.0%} of it communication, "
+        f"{describe_duration(cost.seconds)}{per_step}; {cost.communicating / cost.seconds:.0%} of it communication, "
         "counted as if nothing overlapped"
     )
     kwh = "energy unknown (--watts)" if cost.kwh is None else f"{cost.kwh:,.4g} kWh at {rates.watts:g} W per device"
@@ -178,12 +179,6 @@ def _gb(size: float) -> str:
 
 def _count(number: int, noun: str, plural: str = "s") -> str:
     return f"{number:,} {noun}{'' if number == 1 else plural}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.3g} s"
-    return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:,.3g} h"
 
 
 def warnings(plan: RunPlan) -> list[str]:

@@ -64,11 +64,10 @@ COMMANDS = (
 )
 MAIN = """
 import shlex, sys
-import experiment.progress, pretrain.corpus.progress_bar
+import experiment.progress
 from launcher.cli import main
 
-for module in (experiment.progress, pretrain.corpus.progress_bar):
-    module._SECONDS_BETWEEN_LINES = 0.0
+experiment.progress._SECONDS_BETWEEN_LINES = 0.0
 for command in sys.argv[1:]:
     print("$", command, flush=True)
     assert main(shlex.split(command)) == 0
