@@ -5,7 +5,7 @@ corpora. One that an older version wrote, or a folder of another origin, gets a 
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +19,15 @@ from experiment.results.model_card import (
     FILE,
     MODEL,
     UNKNOWN,
-    CardBlock,
-    ModelCard,
-    Score,
-    Snippet,
     attempt_row,
     cpu_name,
-    escape,
     format_number,
-    hardware_blocks,
-    lineage_blocks,
-    metadata_of,
+    front_matter,
     render_card,
     replace_usage,
-    settings_table,
+    snippet,
+    usage_section,
 )
-from experiment.results.page import Heading, Table, Text
 from experiment.strict_json import parse_json
 from experiment.tokenizer import load_any_tokenizer
 from experiment.tracking.metrics import format_perplexity
@@ -42,6 +35,7 @@ from experiment.tracking.metrics import format_perplexity
 _AVERAGED = "hf-ema"
 _SETTINGS = ("batch", "masking", "optimizer", "schedule")  # sections of the config without paths
 _METRICS = ("loss", "perplexity", "accuracy")
+_SHAPE = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
 _USAGE = """
 from transformers import pipeline
 
@@ -52,15 +46,13 @@ for found in fill_mask({sentence!r}):
 """
 
 
-def write_card(
-    source: Path, folder: Path, title: str, usage: Sequence[CardBlock] | None = None, library: str = "transformers"
-) -> None:
+def write_card(source: Path, folder: Path, title: str, usage: str | None = None, library: str = "transformers") -> None:
     """Write README.md of a folder that was exported.
 
     source: the Hugging Face folder that was exported. A card in it is kept: a user may have edited it. usage, library:
     in place of those for transformers, for a folder in another format.
     """
-    text = _read_card(source / FILE) if (source / FILE).is_file() else render_card(_make_card(source, title))
+    text = _read_card(source / FILE) if (source / FILE).is_file() else _make_card(source, title)
     write_text(folder / FILE, text if usage is None else replace_usage(text, usage, library))
 
 
@@ -71,18 +63,31 @@ def _read_card(path: Path) -> str:
         raise UserError(f"{path} is not UTF-8 text") from None
 
 
-def _make_card(source: Path, title: str) -> ModelCard:
+def _make_card(source: Path, title: str) -> str:
     state, origin, config = state_around(source), read_origin(source), _read_config(source)
-    ancestors = origin["ancestors"] if origin else []
+    ancestors, averaged = origin["ancestors"] if origin else None, source.name == _AVERAGED
+    is_pretrained = origin is not None and has_masked_lm_head(config.get("architectures"))
     usage = _usage(source, config)
-    blocks = [Text(_introduction(source, config, origin)), *_architecture(source, config)]
-    if state:
-        blocks += [*_data(state), *_training(state), *_held_out(source, state), *_hardware(state)]
-    if origin:
-        blocks += lineage_blocks(ancestors)
-    scores = [] if source.name == _AVERAGED else list(_scores(state))
     task, tags = "fill-mask" if usage else None, [str(config["model_type"])] if "model_type" in config else []
-    return ModelCard(title, metadata_of(task, tags, ancestors, title, scores), usage, blocks)
+    scores = [] if averaged else list(_scores(state))
+    architecture = {"architecture": config.get("architectures"), "parameters": count_parameters(source)}
+    attempts = state.get("provenance", {}).get("attempts", [])
+    return render_card(
+        Path(__file__).with_name("exported_card.md.j2"),
+        title,
+        usage,
+        ancestors,
+        data=front_matter(task, tags, ancestors or [], title, scores),
+        model_type=str(config.get("model_type", UNKNOWN)),
+        step=origin["step"] if origin is not None and is_pretrained else None,
+        averaged=averaged,
+        architecture=architecture | {key: config.get(key) for key in _SHAPE},
+        state=state,
+        corpora=list(_corpora(state)),
+        training=_training(state) if state else {},
+        held_out=list(_held_out(state)),
+        hardware=[attempt_row(attempt, _devices(attempt.get("hardware", {}))) for attempt in attempts],
+    )
 
 
 def _read_config(source: Path) -> dict[str, Any]:
@@ -94,51 +99,25 @@ def _read_config(source: Path) -> dict[str, Any]:
         raise UserError(f"{path} is damaged: expected a JSON object") from None
 
 
-def _introduction(source: Path, config: Mapping[str, Any], origin: Mapping[str, Any] | None) -> str:
-    kind = f"A model of type {escape(str(config.get('model_type', UNKNOWN)))}"
-    if not origin or not has_masked_lm_head(config.get("architectures")):
-        return f"{kind}, exported with deepcloze."
-    averaged = ", averaged over the training" if source.name == _AVERAGED else ""
-    weights = f"those of step {origin['step']:,}{averaged}"
-    return f"{kind}, pretrained with deepcloze as a masked language model. The weights are {weights}."
-
-
-def _usage(source: Path, config: Mapping[str, Any]) -> list[CardBlock]:
+def _usage(source: Path, config: Mapping[str, Any]) -> str:
     """Empty for a model without a masked-LM head, or a tokenizer without a mask."""
     if not has_masked_lm_head(config.get("architectures")):
-        return []
+        return ""
     try:
         mask = load_any_tokenizer(source, ["mask_token"]).mask_token
     except UserError:
-        return []
-    return [Snippet("python", _USAGE.format(model=MODEL, sentence=f"The capital of France is {mask}."))]
+        return ""
+    return usage_section(snippet("python", _USAGE.format(model=MODEL, sentence=f"The capital of France is {mask}.")))
 
 
-def _architecture(source: Path, config: Mapping[str, Any]) -> list[CardBlock]:
-    keys = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
-    facts = {"architecture": config.get("architectures"), "parameters": count_parameters(source)}
-    facts |= {key: config.get(key) for key in keys}
-    return [Heading("Model"), settings_table(facts)]
-
-
-def _data(state: Mapping[str, Any]) -> list[CardBlock]:
-    """The corpora; those of an older checkpoint are known by fingerprint only."""
-    corpora = state.get("corpora")
-    if corpora is None:
-        return [Heading("Training data"), settings_table({"fingerprint": state["identity"]["corpus.train"]})]
-    train, progress = corpora["train"], state["progress"]
+def _corpora(state: Mapping[str, Any]) -> Iterator[list[str]]:
+    """Rows of the training corpora. An older checkpoint has none: it knows their fingerprint only."""
+    train = state.get("corpora", {}).get("train", [])
     total = sum(corpus["weight"] for corpus in train)
-    rows = []
     for corpus in train:
-        seen = progress["tokens_by_corpus"].get(corpus["name"], 0)
+        seen = state["progress"]["tokens_by_corpus"].get(corpus["name"], 0)
         epochs = format_number(seen / corpus["tokens"], 2)
-        rows.append([*_corpus_row(corpus), f"{corpus['weight'] / total:.1%}", format_number(seen), epochs])
-    columns = ["corpus", "documents", "tokens", "fingerprint", "digest of the text", "share", "tokens seen", "epochs"]
-    about = (
-        "Fingerprint: of the tokens and the tokenizer. Tokens seen include special tokens, those of the corpus do not, "
-        "so the number of epochs is approximate."
-    )
-    return [Heading("Training data"), Table(columns, rows), Text(about)]
+        yield [*_corpus_row(corpus), f"{corpus['weight'] / total:.1%}", format_number(seen), epochs]
 
 
 def _corpus_row(corpus: Mapping[str, Any]) -> list[str]:
@@ -147,7 +126,7 @@ def _corpus_row(corpus: Mapping[str, Any]) -> list[str]:
     return [corpus["name"], *counts, corpus["fingerprint"], corpus["source"]]
 
 
-def _training(state: Mapping[str, Any]) -> list[CardBlock]:
+def _training(state: Mapping[str, Any]) -> dict[str, Any]:
     config, progress = state["config"], state["progress"]
     facts = {
         "steps": progress["step"],
@@ -159,30 +138,16 @@ def _training(state: Mapping[str, Any]) -> list[CardBlock]:
     }
     model = {key: config["model"].get(key) or None for key in ("freeze", "freeze_steps", "ema_decay")}
     settings = {section: config[section] for section in _SETTINGS}
-    return [Heading("Training"), settings_table(facts | flatten({"model": model, **settings}))]
+    return facts | flatten({"model": model, **settings})
 
 
-def _held_out(source: Path, state: Mapping[str, Any]) -> list[CardBlock]:
-    evaluations = state["progress"]["standing"]
-    by_corpus = _held_out_metrics(state)
-    if not by_corpus:
-        return []
+def _held_out(state: Mapping[str, Any]) -> Iterator[list[str]]:
     details = {corpus["name"]: corpus for corpus in state.get("corpora", {}).get("held_out", [])}
     unknown = {"documents": None, "tokens": None, "fingerprint": UNKNOWN, "source": UNKNOWN}
-    rows = [
-        [
-            *_corpus_row(details.get(name, unknown | {"name": name})),
-            format_number(metrics.get("loss"), 4),
-            format_perplexity(metrics.get("perplexity")),
-            format_number(metrics.get("accuracy"), 4),
-        ]
-        for name, metrics in by_corpus.items()
-    ]
-    step = evaluations.get("step")
-    when = f"Evaluated at step {step:,}" if step is not None else "From the last evaluation up to this step"
-    when += ", with the weights that are not averaged." if source.name == _AVERAGED else "."
-    columns = ["corpus", "documents", "tokens", "fingerprint", "digest of the text", *_METRICS]
-    return [Heading("Held-out text"), Text(f"{when} Accuracy is that of the masked tokens."), Table(columns, rows)]
+    for name, metrics in _held_out_metrics(state).items():
+        loss, accuracy = (format_number(metrics.get(metric), 4) for metric in ("loss", "accuracy"))
+        perplexity = format_perplexity(metrics.get("perplexity"))
+        yield [*_corpus_row(details.get(name, unknown | {"name": name})), loss, perplexity, accuracy]
 
 
 def _held_out_metrics(state: Mapping[str, Any]) -> dict[str, dict[str, float]]:
@@ -199,16 +164,10 @@ def _held_out_metrics(state: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     return found
 
 
-def _scores(state: Mapping[str, Any]) -> Iterator[Score]:
+def _scores(state: Mapping[str, Any]) -> Iterator[tuple[str, str, str, float]]:
     for name, metrics in _held_out_metrics(state).items():
         for metric, value in metrics.items():
-            yield Score(metric, value, name, "held-out")
-
-
-def _hardware(state: Mapping[str, Any]) -> list[CardBlock]:
-    attempts = state.get("provenance", {}).get("attempts", [])
-    rows = [attempt_row(attempt, _devices(attempt.get("hardware", {}))) for attempt in attempts]
-    return hardware_blocks(rows) if rows else []
+            yield name, "held-out", metric, value
 
 
 def _devices(hardware: Mapping[str, Any]) -> str:

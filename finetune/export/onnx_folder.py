@@ -5,8 +5,7 @@ from pathlib import Path
 
 from experiment.errors import UserError
 from experiment.fast_linear import use_fast_linear
-from experiment.results.model_card import MODEL, CardBlock, Snippet
-from experiment.results.page import Text
+from experiment.results.model_card import MODEL, snippet, usage_section
 from finetune.encoding.encoder import load_task_tokenizer
 from finetune.export.graph import quantize, write_graph
 from finetune.export.parity import Comparison, compare, sample_batches
@@ -86,14 +85,14 @@ def _megabytes(*files: Path) -> str:
     return f"{sum(file.stat().st_size for file in files) / 1e6:7.1f} MB"
 
 
-def onnx_usage(folder: Path) -> list[CardBlock]:
-    """folder: holds the ONNX model, its config and tokenizer, and its task, if it has one."""
+def onnx_usage(folder: Path) -> str:
+    """The section *Usage*. folder: holds the ONNX model, its config and tokenizer, and its task, if it has one."""
     if is_masked_lm(folder):
-        return [Snippet("python", _code(padding="True"))]
+        return usage_section(snippet("python", _code(padding="True")))
     task = read_saved_task(folder)
     padding = f'"max_length", max_length={task.max_seq_length}' if task.padded else "True"
     code = _code(padding, choices=task.kind.auto_model == "AutoModelForMultipleChoice")
-    return [Snippet("python", code), Text("deepcloze prepares texts as in training:"), COMMANDS]
+    return usage_section(snippet("python", code), "deepcloze prepares texts as in training:", COMMANDS)
 
 
 def _code(padding: str, choices: bool = False) -> str:

@@ -11,7 +11,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel
 from experiment.checkpoints import find_checkpoint
 from experiment.errors import UserError
 from experiment.results.exported_card import write_card
-from experiment.results.model_card import Snippet
+from experiment.results.model_card import snippet, usage_section
 from finetune.export.command import export_command
 from finetune.options import ExportOptions
 
@@ -52,7 +52,7 @@ def test_an_edited_card_is_exported_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "mine" / "README.md").write_text("---\nlibrary_name: x\n---\n\n## Usage\n\nOld.\n\n## Mine\n")
     export(str(tmp_path / "mine"), str(tmp_path / "out"))
     assert (tmp_path / "out" / "README.md").read_text() == (tmp_path / "mine" / "README.md").read_text()
-    write_card(tmp_path / "mine", tmp_path / "out", "out", [Snippet("bash", "run")], "onnx")
+    write_card(tmp_path / "mine", tmp_path / "out", "out", usage_section(snippet("bash", "run")), "onnx")
     expected = "---\nlibrary_name: onnx\n---\n\n## Usage\n\n```bash\nrun\n```\n\n## Mine\n"
     assert (tmp_path / "out" / "README.md").read_text() == expected
 
