@@ -16,7 +16,7 @@ from experiment.checkpoints import checkpoint_step, complete_checkpoints, weight
 from experiment.config import load_config
 from experiment.disk_errors import stopped_by_disk_errors
 from experiment.errors import UserError, notify
-from experiment.mail import MailSettings, read_mail_settings, send_mail
+from experiment.notification import Message, Service, mail_service
 from experiment.outcome_file import Outcome, read_outcome
 from experiment.provenance import read_provenance
 from experiment.run_folder import RunFolder, open_run_folder
@@ -74,7 +74,7 @@ class Announcement:
     """Where to send the result of a checkpoint: a command of the user, mail. Failures are warnings."""
 
     command: str | None = None  # of the shell, gets the result as JSON on stdin
-    mail: tuple[MailSettings, str] | None = None  # server and address
+    mail: tuple[Service, str] | None = None  # and the address
 
     def send(self, run: RunFolder, result: DownstreamResult) -> None:
         """Send a result. Waits for the command."""
@@ -84,17 +84,17 @@ class Announcement:
             if code != 0:
                 notify(f"watch: warning: --on_result failed with exit code {code}: {self.command}")
         if self.mail is not None:
-            settings, to = self.mail
+            service, to = self.mail
             subject = f"{run.path.name}: {result.task} {result.metric} {result.value:.4f} at step {result.step}"
             try:
-                send_mail(settings, to, subject, text)
+                service.send(Message(subject, text))
             except OSError as error:
                 notify(f"watch: warning: cannot send mail to {to}: {error}")
 
 
 def make_announcement(command: str | None, mail: str | None) -> Announcement:
     """Raises UserError if mail is wanted and the environment does not say how to send it."""
-    return Announcement(command, None if mail is None else (read_mail_settings(), mail))
+    return Announcement(command, None if mail is None else (mail_service(mail), mail))
 
 
 class Watch:

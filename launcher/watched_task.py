@@ -30,6 +30,7 @@ _REPLACED = {
     "tracking.artifacts": "false",
     "tracking.alerts.email": "null",
     "tracking.alerts.webhook": "false",
+    "tracking.alerts.apprise": "false",
     "tracking.alerts.wandb": "false",
 }
 """Overrides of the task's config. Test is not even read: it must not guide decisions during pretraining."""

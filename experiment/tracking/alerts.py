@@ -1,30 +1,25 @@
-"""Alerts: messages to people about a run, by webhook and mail.
+"""Alerts: messages to people about a run, by mail, webhook and Apprise.
 
 They are sent from a thread of their own: sending neither blocks nor fails the run. What cannot be sent is a warning.
 """
 
-import json
-import os
 import platform
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from queue import SimpleQueue
 from types import MappingProxyType
 from typing import Protocol, runtime_checkable
 
-from experiment.errors import UserError
-from experiment.mail import MailSettings, read_mail_settings, send_mail
+from experiment.notification import Message, Service, apprise_services, mail_service, webhook_service
 from experiment.run_folder import RunFolder
 from experiment.tracking.config import AlertEvent, AlertsConfig
 
 REPEAT_SECONDS = 600.0
 """Between two alerts about the same kind of event."""
 
-_URL = "DEEPCLOZE_WEBHOOK_URL"
-_TIMEOUT = 15.0  # seconds, of each reply of a server
 _RETRY_WAITS = (0.0, 3.0, 9.0)  # seconds before each attempt to send
 FLUSH_SECONDS = 30.0
 
@@ -64,7 +59,7 @@ class AlertFilter:
 
 
 class Messenger:
-    """Sends alerts by webhook and mail, as `config` says, and in other ways."""
+    """Sends alerts as `config` says, and in other ways."""
 
     def __init__(
         self,
@@ -82,12 +77,8 @@ class Messenger:
         """
         self._run = folder.path
         self._channels = [_Channel(name, send, warn) for name, send in others.items()]
-        if config.webhook:
-            url = read_webhook_url()
-            self._channels.append(_Channel("webhook", lambda alert: _post(url, self._payload(alert)), warn))
-        if config.email is not None:
-            settings, to = read_mail_settings(), config.email
-            self._channels.append(_Channel("mail", lambda alert: self._mail(settings, to, alert), warn))
+        for service in alert_services(config):
+            self._channels.append(_Channel(service.name, partial(self._send, service), warn))
 
     def alert(self, alert: Alert) -> None:
         for channel in self._channels:
@@ -101,20 +92,11 @@ class Messenger:
         for channel in self._channels:
             channel.wait(end)
 
-    def _subject(self, alert: Alert) -> str:
-        return f"{self._run.name}: {alert.event.replace('_', ' ')}"
-
-    def _payload(self, alert: Alert) -> Mapping[str, str]:
-        return {
-            "text": f"{self._subject(alert)}\n{alert.text}",  # which Slack, Mattermost and others show
-            "event": alert.event,
-            "message": alert.text,
-            "run": str(self._run),
-            "host": platform.node(),
-        }
-
-    def _mail(self, settings: MailSettings, to: str, alert: Alert) -> None:
-        send_mail(settings, to, self._subject(alert), f"{alert.text}\n\nrun: {self._run}\nhost: {platform.node()}\n")
+    def _send(self, service: Service, alert: Alert) -> None:
+        run, host = str(self._run), platform.node()
+        fields = {"event": alert.event, "message": alert.text, "run": run, "host": host}
+        title = f"{self._run.name}: {alert.event.replace('_', ' ')}"
+        service.send(Message(title, alert.text, f"\n\nrun: {run}\nhost: {host}\n", fields))
 
 
 class _Channel:
@@ -159,24 +141,8 @@ class _Channel:
         return problem
 
 
-def check_alerts(config: AlertsConfig) -> None:
-    """Raises UserError if an environment variable that alerts need is missing or wrong."""
-    if config.webhook:
-        read_webhook_url()
-    if config.email is not None:
-        read_mail_settings()
-
-
-def read_webhook_url(environ: Mapping[str, str] = os.environ) -> str:
-    """Raises UserError. The message does not contain the URL, which is secret."""
-    url = environ.get(_URL, "")
-    if not url.startswith(("https://", "http://")):
-        raise UserError(f"tracking.alerts.webhook: set {_URL} to a URL that begins with https:// or http://")
-    return url
-
-
-def _post(url: str, payload: Mapping[str, str]) -> None:
-    body = json.dumps(payload).encode()
-    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=_TIMEOUT) as reply:
-        reply.read(1)
+def alert_services(config: AlertsConfig) -> list[Service]:
+    """The services that `config` names. Raises UserError if an environment variable is missing or wrong."""
+    services = [webhook_service()] if config.webhook else []
+    services += [mail_service(config.email)] if config.email is not None else []
+    return services + (apprise_services() if config.apprise else [])

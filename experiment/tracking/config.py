@@ -18,6 +18,9 @@ class AlertsConfig(Section):
     webhook: bool = False
     """POST alerts as JSON to the URL in DEEPCLOZE_WEBHOOK_URL, for example one of Slack or Mattermost."""
 
+    apprise: bool = False
+    """Send alerts to the services whose Apprise URLs are in DEEPCLOZE_APPRISE_URLS: Slack, Teams, Discord, ntfy, …"""
+
     wandb: bool = False
     """Send alerts through Weights & Biases."""
 

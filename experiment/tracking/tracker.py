@@ -13,7 +13,7 @@ from typing import Protocol
 from experiment.outcome_file import Outcome
 from experiment.own_process import LAUNCH_VARIABLE, START_VARIABLE
 from experiment.run_folder import RunFolder
-from experiment.tracking.alerts import FLUSH_SECONDS, Alert, AlertFilter, AlertSender, Messenger, check_alerts
+from experiment.tracking.alerts import FLUSH_SECONDS, Alert, AlertFilter, AlertSender, Messenger, alert_services
 from experiment.tracking.config import AlertEvent, AlertsConfig, TrackingConfig
 from experiment.tracking.console import ConsoleTracker
 from experiment.tracking.event_file import TensorBoardTracker, require_tensorboard
@@ -51,7 +51,7 @@ def check_tracking(config: TrackingConfig) -> None:
     """Raises UserError if a tracker or an alert needs a package or an environment variable that is missing."""
     if config.tensorboard:
         require_tensorboard()
-    check_alerts(config.alerts)
+    alert_services(config.alerts)
 
 
 def open_trackers(config: TrackingConfig, folder: RunFolder, run: TrackedRun, console: bool = True) -> "Trackers":
@@ -66,13 +66,13 @@ def open_trackers(config: TrackingConfig, folder: RunFolder, run: TrackedRun, co
     if config.wandb != "disabled":
         kept = partial(kept_events, folder.metrics, *resumed)
         openers["W&B"] = lambda: WandbTracker(config, folder, run.run_id, run.parameters, kept())
-    if config.alerts.webhook or config.alerts.email is not None:
+    if config.alerts.webhook or config.alerts.apprise or config.alerts.email is not None:
         openers["alerts"] = lambda: AlertTracker(config.alerts, folder)
     return Trackers(openers, config.alerts.events)
 
 
 class AlertTracker:
-    """Sends alerts by webhook and mail."""
+    """Sends alerts."""
 
     def __init__(self, config: AlertsConfig, folder: RunFolder) -> None:
         self._messenger = Messenger(config, folder, lambda message: logger.warning("%s", message))

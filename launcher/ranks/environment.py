@@ -13,7 +13,7 @@ from launcher.ranks.placement import Launcher
 # DeepSpeed would write variables that begin with PYTHON into command lines, where shells interpret their values.
 _FORWARDED = (
     *("WANDB_", "HF_", "OMP_", "NCCL_", "GLOO_", "CUDA_", "MLFLOW_", "PYTHON"),
-    *("DEEPCLOZE_SMTP_", "DEEPCLOZE_WEBHOOK_"),  # of alerts
+    *("DEEPCLOZE_SMTP_", "DEEPCLOZE_WEBHOOK_", "DEEPCLOZE_APPRISE_"),  # of alerts
 )
 _OF_ONE_MACHINE = {"CUDA_VISIBLE_DEVICES"}  # the slots say it
 _DEVICE = "DS_ACCELERATOR"  # if the user sets it, for all hosts

@@ -14,7 +14,7 @@ import pytest
 
 from experiment.checkpoints import checkpoint_step
 from experiment.errors import UserError
-from experiment.mail import MailSettings
+from experiment.notification import Message, Service
 from experiment.outcome_file import Outcome
 from experiment.run_folder import RunFolder, open_run_folder
 from experiment.run_lock import lock_run
@@ -244,22 +244,17 @@ def test_a_command_that_fails_is_a_warning(run: RunFolder, command: str, capsys:
     assert f"warning: --on_result failed with exit code 3: {command}" in capsys.readouterr().err
 
 
-def test_mail_says_what_was_scored(
-    run: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mail_says_what_was_scored(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches mail without the score in its subject, and a watch that ends because mail cannot be sent."""
-    sent: list[tuple[object, ...]] = []
-    monkeypatch.setattr("launcher.watch.send_mail", lambda *message: sent.append(message))
-    settings = MailSettings("mail.example", 587, "runs@mail.example")
-    told = Announcement(mail=(settings, "me@home.example"))
-    told.send(run, RESULT)
-    assert sent[0][:3] == (settings, "me@home.example", "run: toy accuracy 0.9000 at step 100")
+    sent: list[Message] = []
+    Announcement(mail=(Service("mail", sent.append), "me@home.example")).send(run, RESULT)
+    assert sent[0].title == "run: toy accuracy 0.9000 at step 100"
+    assert '"accuracy": 0.9' in sent[0].text
 
-    def fail(*_: object) -> None:
+    def fail(message: Message) -> None:
         raise ConnectionRefusedError("refused")
 
-    monkeypatch.setattr("launcher.watch.send_mail", fail)
-    told.send(run, RESULT)
+    Announcement(mail=(Service("mail", fail), "me@home.example")).send(run, RESULT)
     assert "warning: cannot send mail to me@home.example: refused" in capsys.readouterr().err
 
 

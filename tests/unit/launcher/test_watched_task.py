@@ -84,7 +84,7 @@ def test_the_child_accepts_its_command_line(
 ) -> None:
     """Catches a flag that `deepcloze finetune` rejects, and one that leaves a tracker or an alert of the task on."""
     file = write_task()
-    alerts = {"email": "me@x", "webhook": True, "wandb": True}
+    alerts = {"email": "me@x", "webhook": True, "apprise": True, "wandb": True}
     tracking = {"wandb": "online", "tensorboard": True, "artifacts": True, "alerts": alerts}
     file.write_text(file.read_text() + yaml.safe_dump({"tracking": tracking}))
     checkpoint = save(100)

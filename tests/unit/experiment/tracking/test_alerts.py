@@ -5,7 +5,7 @@ from typing import Literal
 import pytest
 
 from experiment.errors import UserError
-from experiment.mail import MailSettings
+from experiment.notification import Message, Service
 from experiment.outcome_file import Outcome
 from experiment.run_folder import RunFolder
 from experiment.tracking import TrackedRun, Trackers, alerts, check_tracking, open_trackers, tracker
@@ -22,7 +22,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(alerts, "_RETRY_WAITS", (0.0, 0.0, 0.0))
     for name in ("HOST", "PORT", "FROM", "USER", "PASSWORD"):
         monkeypatch.delenv(f"DEEPCLOZE_SMTP_{name}", raising=False)
-    monkeypatch.delenv("DEEPCLOZE_WEBHOOK_URL", raising=False)
+    for name in ("WEBHOOK_URL", "APPRISE_URLS"):
+        monkeypatch.delenv(f"DEEPCLOZE_{name}", raising=False)
     for name in ("START", "LAUNCH"):
         monkeypatch.delenv(f"DEEPCLOZE_{name}", raising=False)
 
@@ -31,9 +32,11 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def mails(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, str]]:
     """Address, subject and text of what is mailed."""
     sent: list[tuple[str, str, str]] = []
-    monkeypatch.setenv("DEEPCLOZE_SMTP_HOST", "mail.example")
-    monkeypatch.setenv("DEEPCLOZE_SMTP_FROM", "runs@example")
-    monkeypatch.setattr(alerts, "send_mail", lambda settings, *message: sent.append(message))
+
+    def service(to: str) -> Service:
+        return Service("mail", lambda message: sent.append((to, message.title, message.text + message.footer)))
+
+    monkeypatch.setattr(alerts, "mail_service", service)
     return sent
 
 
@@ -79,8 +82,11 @@ def test_a_server_that_does_not_answer_delays_nothing(
 ) -> None:
     """Catches training, the end of a run or the mail that wait for the webhook: they would wait forever here."""
     never, warnings = threading.Event(), list[str]()
-    monkeypatch.setenv("DEEPCLOZE_WEBHOOK_URL", "http://unused")
-    monkeypatch.setattr(alerts, "_post", lambda url, payload: never.wait())
+
+    def hang(message: Message) -> None:
+        never.wait()
+
+    monkeypatch.setattr(alerts, "webhook_service", lambda: Service("webhook", hang))
     messenger = Messenger(AlertsConfig(webhook=True, email="me@x"), RunFolder(tmp_path), warnings.append)
     for _ in range(100):
         messenger.alert(Alert("crash", "…"))
@@ -109,6 +115,7 @@ def test_repeated_alerts_are_held_back() -> None:
     ("config", "missing"),
     [
         (AlertsConfig(webhook=True), "DEEPCLOZE_WEBHOOK_URL"),
+        (AlertsConfig(apprise=True), "DEEPCLOZE_APPRISE_URLS"),
         (AlertsConfig(email="me@x"), "DEEPCLOZE_SMTP_HOST"),
     ],
 )
@@ -202,8 +209,3 @@ def test_only_chosen_events_are_sent(tmp_path: Path, mails: list[tuple[str, str,
         trackers.alert(Alert(event, "…"))
     trackers.close(Outcome.DONE)
     assert [subject for _, subject, _ in mails] == ["base: no checkpoint"]
-
-
-def test_the_password_is_not_in_the_text_of_settings() -> None:
-    """Catches a traceback that shows the password."""
-    assert "hidden" not in repr(MailSettings("h", 25, "me@x", "user", "hidden"))

@@ -96,7 +96,7 @@ def test_deepspeed_does_not_see_cuda_visible_devices():
 def test_variables_for_other_hosts():
     """Catches a network interface that is not forwarded (gloo then picks a wrong one), GPUs of this machine, and
     alerts that rank 0 cannot send from another host."""
-    alerts = {"DEEPCLOZE_SMTP_PASSWORD": "secret", "DEEPCLOZE_WEBHOOK_URL": "https://secret"}
+    alerts = {f"DEEPCLOZE_{name}": "secret" for name in ("SMTP_PASSWORD", "WEBHOOK_URL", "APPRISE_URLS")}
     environ = {"GLOO_SOCKET_IFNAME": "eth1", "CUDA_VISIBLE_DEVICES": "3", "WANDB_API_KEY": "secret", "MINE": "a b"}
     environ |= {**alerts, "DEEPCLOZE_LAUNCH": "of another launch"}
     assert forwarded_environment(environ | {"HOME": "/home"}, ["MINE"]) == {

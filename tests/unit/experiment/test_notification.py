@@ -1,4 +1,4 @@
-"""Mail, sent to a server that keeps it."""
+"""Messages, sent to servers that keep them."""
 
 import socketserver
 import threading
@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from experiment.errors import UserError
-from experiment.mail import MailSettings, read_mail_settings, send_mail
+from experiment.notification import Message, Service, apprise_services, mail_service
+from webhook_server import webhook
 
 SERVER = {"DEEPCLOZE_SMTP_HOST": "mail.example", "DEEPCLOZE_SMTP_FROM": "runs@mail.example"}
 
@@ -41,8 +42,10 @@ class MailServer(socketserver.ThreadingTCPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.commands: list[str] = []
 
-    def settings(self, user: str | None = None) -> MailSettings:
-        return MailSettings("127.0.0.1", self.server_address[1], "runs@mail.example", user, user and "secret")
+    def service(self, to: str, **login: str) -> Service:
+        host, port = self.server_address
+        server = {"HOST": str(host), "PORT": str(port), "FROM": "runs@mail.example", **login}
+        return mail_service(to, {f"DEEPCLOZE_SMTP_{name}": value for name, value in server.items()})
 
 
 @pytest.fixture
@@ -57,7 +60,7 @@ def mail_server() -> Iterator[MailServer]:
 
 def test_a_message_arrives(mail_server: MailServer) -> None:
     """Catches a message without sender, receiver, subject or text."""
-    send_mail(mail_server.settings(), "me@home.example, you@home.example", "sst2 0.91", "step 100: 0.91\n")
+    mail_server.service("me@home.example, you@home.example").send(Message("sst2 0.91", "step 100: 0.91\n"))
     sent = mail_server.commands
     assert any(line.lower().startswith("mail from:<runs@mail.example>") for line in sent)
     assert sum(line.lower().startswith("rcpt to:") for line in sent) == 2
@@ -66,17 +69,19 @@ def test_a_message_arrives(mail_server: MailServer) -> None:
 
 def test_a_password_is_not_sent_in_the_clear(mail_server: MailServer) -> None:
     """Catches a password that everybody in the network can read."""
+    service = mail_server.service("me@home.example", USER="me", PASSWORD="hidden")
     with pytest.raises(OSError, match=r"127\.0\.0\.1 offers no TLS, without which the password is not sent"):
-        send_mail(mail_server.settings(user="me"), "me@home.example", "subject", "text")
+        service.send(Message("subject", "text"))
+    assert "hidden" not in repr(service)
     assert not any("AUTH" in line.upper() for line in mail_server.commands)
 
 
 def test_a_server_that_does_not_answer_raises_an_os_error(mail_server: MailServer) -> None:
     """Catches an error of another type, which would end the command that only wanted to tell somebody."""
     with MailServer() as closed:
-        settings = closed.settings()
+        service = closed.service("me@home.example")
     with pytest.raises(OSError, match="refused"):
-        send_mail(settings, "me@home.example", "subject", "text")
+        service.send(Message("subject", "text"))
 
 
 @pytest.mark.parametrize(
@@ -91,11 +96,24 @@ def test_a_server_that_does_not_answer_raises_an_os_error(mail_server: MailServe
 def test_settings_that_are_missing(changes: dict[str, str], message: str) -> None:
     """Catches a mistake that shows when the first message is sent, after hours."""
     with pytest.raises(UserError, match=message):
-        read_mail_settings(SERVER | changes)
+        mail_service("me@home.example", SERVER | changes)
 
 
-def test_settings() -> None:
-    """Catches a variable that is ignored."""
-    assert read_mail_settings(SERVER) == MailSettings("mail.example", 587, "runs@mail.example")
-    login = {"DEEPCLOZE_SMTP_PORT": "465", "DEEPCLOZE_SMTP_USER": "me", "DEEPCLOZE_SMTP_PASSWORD": "secret"}
-    assert read_mail_settings(SERVER | login) == MailSettings("mail.example", 465, "runs@mail.example", "me", "secret")
+def test_a_message_reaches_the_services_of_apprise() -> None:
+    """Catches a URL that is not used, a service that fails unnoticed, and an error of another type than OSError."""
+    with webhook() as (url, received), webhook(500) as (failing, _):
+        urls = {"DEEPCLOZE_APPRISE_URLS": " ".join(f"json{each.removeprefix('http')}" for each in (url, failing))}
+        works, fails = apprise_services(urls)
+        works.send(Message("base: crash", "step *7*", "\nhost: x"))
+        with pytest.raises(OSError, match="refused the message"):
+            fails.send(Message("base: crash", "step 7"))
+    assert [(sent["title"], sent["message"]) for sent in received] == [("base: crash", "step *7*\nhost: x")]
+    assert works.name == "json"
+
+
+@pytest.mark.parametrize("urls", ["", "json://127.0.0.1/SECRET unknown://SECRET"])
+def test_urls_that_apprise_does_not_know(urls: str) -> None:
+    """Catches a mistake that shows when the first message is sent, and a secret in a message."""
+    with pytest.raises(UserError, match="DEEPCLOZE_APPRISE_URLS") as caught:
+        apprise_services({"DEEPCLOZE_APPRISE_URLS": urls})
+    assert "SECRET" not in str(caught.value)
