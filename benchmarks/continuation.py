@@ -24,9 +24,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measuring import deepcloze, describe_machine
+from experiment.formatting import format_perplexity
 from experiment.tokenizer import load_tokenizer
 from experiment.tracking.jsonl import read_events
-from experiment.tracking.metrics import format_perplexity
 
 METRIC = "eval/held_out/loss"
 

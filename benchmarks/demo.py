@@ -28,15 +28,14 @@ from rich.table import Table as RichTable
 from benchmarks.package_task import EXAMPLES, NAMES, make_package_task, read_package_documents, write_jsonl
 from experiment.config import load_config
 from experiment.errors import UserError
-from experiment.native_bf16 import has_native_bf16
+from experiment.formatting import describe_duration, format_perplexity
+from experiment.hardware import has_native_bf16
 from experiment.results.page import Block, Code, Figure, Heading, Table, Text, write_page
 from experiment.results.plots import draw_spread
 from experiment.results.report.tasks import result_blocks
 from experiment.results.report.training import training_blocks
 from experiment.run_folder import RunFolder
-from experiment.tracking.console import describe_duration
 from experiment.tracking.jsonl import read_events
-from experiment.tracking.metrics import format_perplexity
 from pretrain.config import PretrainConfig
 
 REPOSITORY = Path(__file__).resolve().parent.parent

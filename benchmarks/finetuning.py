@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measuring import describe_machine
-from experiment.allocator import keep_freed_memory
+from experiment.hardware import keep_freed_memory
 from finetune.device import Microbatch
 from finetune.encoding.examples import Split
 from finetune.inference import evaluate

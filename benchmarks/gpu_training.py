@@ -20,8 +20,8 @@ from transformers import AutoConfig
 
 from benchmarks.gpu import MODELS, TrainingCase, TrainingResult
 from benchmarks.gpu_kernels import DTYPES
-from experiment.cache_folder import cache_folder
-from experiment.device_peaks import peak_flops, peak_memory
+from experiment.files import cache_folder
+from experiment.hardware import peak_flops, peak_memory
 from pretrain.batching.batch import RankBatch
 from pretrain.batching.batch_maker import BatchMaker, MaskedCorpus
 from pretrain.batching.masking import Masker, MaskingPolicy

@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measuring import describe_machine
-from experiment.allocator import keep_freed_memory
+from experiment.hardware import keep_freed_memory
 from pretrain.batching.batch_maker import BatchMaker, MaskedCorpus
 from pretrain.batching.loader import batch_message, load_batches
 from pretrain.batching.masking import Masker, MaskingPolicy

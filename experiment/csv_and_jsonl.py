@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from experiment.errors import UserError
-from experiment.strict_json import parse_json
+from experiment.files import parse_json
 
 log = logging.getLogger(__name__)
 

@@ -1,7 +1,23 @@
-"""Exceptions that end a command without being a bug, and messages to the user."""
+"""Exceptions that end a command without being a bug, messages to the user, and errors of disks."""
 
+import errno
+import logging
+import os
+import re
+import shutil
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+log = logging.getLogger(__name__)
+
+_FULL = {errno.ENOSPC: "disk full", errno.EDQUOT: "disk full (quota exceeded)"}
+_MAY_PASS = {*_FULL, errno.EIO, errno.ESTALE}
+# Only a disk gives these. The others count only with the name of a file: a process may not be signalled either.
+_OF_DISKS_ONLY = {*_MAY_PASS, errno.EFBIG, errno.EROFS}
+_REFUSALS = {*_OF_DISKS_ONLY, errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EPERM}
+_QUOTED_BY_RUST = re.compile(r"\(os error (\d+)\)")  # safetensors and tokenizers raise no OSError
+_QUOTED_BY_SHUTIL = re.compile(r"\[Errno (\d+)\]")
 
 
 class UserError(ValueError):
@@ -35,3 +51,57 @@ def end_line() -> None:
     with suppress(OSError):
         if sys.stderr.isatty():
             print(file=sys.stderr, flush=True)
+
+
+def describe_disk_error(error: BaseException) -> str | None:
+    """What the disk refused, with the file if it is known; None for an error of another kind."""
+    number = _errno(error)
+    if number not in _REFUSALS:
+        return None
+    log.debug("the disk refused:", exc_info=error)
+    reason = _FULL.get(number) or os.strerror(number)
+    file = getattr(error, "filename", None)
+    return f"{file}: {reason}" if file else reason
+
+
+@contextmanager
+def disk_errors_as(error_type: type[Exception], where: str = "", advice: str = "") -> Iterator[None]:
+    """Raise `error_type` in place of an error of the disk. `where` and `advice` go before and after its message."""
+    try:
+        yield
+    except Exception as error:
+        line = describe_disk_error(error)
+        if line is None:
+            raise
+        raise error_type(f"{where}{line}{advice}") from None
+
+
+@contextmanager
+def stopped_by_disk_errors(where: str = "", advice: str = "") -> Iterator[None]:
+    """Raise StoppedError in place of an error of the disk that may pass, such as a full one: the same command resumes.
+    UserError in place of the others: it would fail again."""
+    try:
+        yield
+    except Exception as error:
+        line = describe_disk_error(error)
+        if line is None:
+            raise
+        if _errno(error) in _MAY_PASS:
+            raise StoppedError(f"{where}{line}{advice}") from None
+        raise UserError(f"{where}{line}") from None
+
+
+def _errno(error: BaseException) -> int | None:
+    """The system's number for an error that a disk may have given."""
+    if isinstance(error, UserError | StoppedError):  # says itself what is wrong
+        return None
+    if isinstance(error, OSError) and not isinstance(error, shutil.Error):
+        return error.errno if error.filename is not None or error.errno in _OF_DISKS_ONLY else None
+    return disk_error_number(error)
+
+
+def disk_error_number(error: BaseException) -> int | None:
+    """The errno in the message of an error of safetensors, tokenizers or shutil; None if there is none."""
+    quoted = _QUOTED_BY_SHUTIL if isinstance(error, shutil.Error) else _QUOTED_BY_RUST
+    found = quoted.search(str(error))
+    return int(found[1]) if found else None

@@ -16,6 +16,7 @@ import xxhash
 
 _BLOCK = 1 << 24  # bytes
 _LEFT_SECONDS = 3600.0
+_MAX_DIGITS = 4300  # Python refuses to read longer whole numbers
 
 
 class _ThreadLocal(threading.local):
@@ -115,6 +116,30 @@ def create_json(path: Path, value: Any) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text. Raises ValueError with one line, also for a key that an object has twice, of which
+    Python keeps the last, for a whole number of more than 4300 digits, and for nesting that is too deep."""
+    try:
+        return json.loads(text, object_pairs_hook=_unique, parse_int=_whole_number)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} appears twice in an object")
+    return found
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"the number {digits[:12]}… has {len(digits):,} digits, more than {_MAX_DIGITS:,}")
+    return int(digits)
+
+
 def fsync(*paths: Path) -> None:
     """Wait until the contents of these files, or the entries of these folders, are on disk."""
     for path in paths:
@@ -160,3 +185,10 @@ def checksum(path: Path) -> str:
         while block := file.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()
+
+
+def cache_folder() -> Path:
+    """The folder of what deepcloze may delete and make again: `deepcloze` in XDG_CACHE_HOME, by default `~/.cache`. It
+    may not exist, nor be writable."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 (never raises)
+    return Path(home) / "deepcloze"

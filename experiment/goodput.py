@@ -17,10 +17,9 @@ from typing import NamedTuple
 
 import psutil
 
-from experiment.files import write_text
+from experiment.files import parse_json, write_text
 from experiment.own_process import START_VARIABLE
 from experiment.run_folder import RunFolder
-from experiment.strict_json import parse_json
 
 USEFUL = "useful"  # training steps for the first time
 REDONE = "redone"  # training steps again, after a crash or a rewind

@@ -7,9 +7,8 @@ import json
 from enum import StrEnum
 from typing import NamedTuple
 
-from experiment.files import create_json, write_json, write_text
+from experiment.files import create_json, parse_json, write_json, write_text
 from experiment.run_folder import RunFolder
-from experiment.strict_json import parse_json
 
 _RESERVED_BYTES = 4096
 _SHORT_MESSAGE = 300  # characters, of at most 12 bytes each in JSON

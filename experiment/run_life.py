@@ -6,11 +6,11 @@ from typing import Literal
 
 import psutil
 
+from experiment.files import parse_json
+from experiment.formatting import describe_duration
 from experiment.outcome_file import read_outcome
 from experiment.run_folder import RunFolder
 from experiment.run_lock import folder_use
-from experiment.strict_json import parse_json
-from experiment.tracking.console import describe_duration
 
 State = Literal["running", "done", "stopped", "failed", "refused", "killed", "unknown", "not started"]
 

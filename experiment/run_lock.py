@@ -18,9 +18,8 @@ import filelock
 import psutil
 
 from experiment.errors import UserError
-from experiment.files import write_json
+from experiment.files import parse_json, write_json
 from experiment.run_folder import RunFolder
-from experiment.strict_json import parse_json
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # see random(4)
 _RENEW_SECONDS = 2.0

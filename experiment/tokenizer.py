@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiment.errors import UserError, reason
-from experiment.files import fsync_tree, json_digest
-from experiment.hub_names import download_hint
-from experiment.strict_json import parse_json
-from experiment.transformers_logging import quiet_transformers
+from experiment.files import fsync_tree, json_digest, parse_json
+from experiment.transformers_models import download_hint, quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast

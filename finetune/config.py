@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, create_model, model_validator
 
 from experiment.config import Section, did_you_mean
-from experiment.config.constraints import Fraction, PathText, Seed, SequenceLength
-from experiment.config.kinds import check_kind
+from experiment.config.field_types import Fraction, PathText, Seed, SequenceLength
+from experiment.config.loading import check_kind
 from experiment.errors import UserError
 from experiment.tracking.config import TrackingConfig
 from finetune.data.task_config import TaskConfig

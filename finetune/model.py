@@ -12,12 +12,16 @@ from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from experiment.errors import UserError
-from experiment.frozen_modules import check_freeze, is_in_module
-from experiment.positions import limit_tokenizer, max_positions
 from experiment.tensor_files import share_tensors
 from experiment.tokenizer import save_tokenizer, vocabulary_size
-from experiment.transformers_logging import quiet_transformers
-from experiment.unused_weights import describe_unused_layers
+from experiment.transformers_models import (
+    check_freeze,
+    describe_unused_layers,
+    is_in_module,
+    limit_tokenizer,
+    max_positions,
+    quiet_transformers,
+)
 
 _PRETRAINING = ("Model", "ForMaskedLM", "ForPreTraining", "LMHeadModel")
 """How the names of classes end that have no head for a task."""

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from experiment.config import Metavar, Section
-from experiment.config.constraints import PathText
+from experiment.config.field_types import PathText
 
 
 class PredictOptions(Section):

@@ -9,8 +9,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
-from experiment.disk_errors import disk_errors_as
-from experiment.errors import UserError
+from experiment.errors import UserError, disk_errors_as
 from experiment.files import created_parents, write_json
 from experiment.progress import progress
 from experiment.tracking.console import terminal

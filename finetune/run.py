@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 
-from experiment.allocator import keep_freed_memory
 from experiment.config import dump_config, flatten
-from experiment.disk_errors import stopped_by_disk_errors
-from experiment.errors import StoppedError
+from experiment.errors import StoppedError, stopped_by_disk_errors
 from experiment.files import write_text
+from experiment.hardware import keep_freed_memory
 from experiment.outcome_file import Outcome
 from experiment.provenance import ancestors_of, collect_provenance, write_provenance
 from experiment.run_folder import RunFolder, check_creatable, open_run_folder

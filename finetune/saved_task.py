@@ -16,14 +16,12 @@ from typing import Any
 from pydantic import PositiveFloat
 from transformers import PreTrainedConfig
 
-from experiment.architecture import has_masked_lm_head
 from experiment.checkpoints import complete_checkpoints
 from experiment.config import Section, build_config
-from experiment.config.constraints import SequenceLength
+from experiment.config.field_types import SequenceLength
 from experiment.errors import UserError
-from experiment.files import write_json
-from experiment.hub_names import download_hint
-from experiment.strict_json import parse_json
+from experiment.files import parse_json, write_json
+from experiment.transformers_models import download_hint, has_masked_lm_head
 from finetune.data.task_config import TaskConfig
 from finetune.kinds import kind_names
 from finetune.model import load_model_config

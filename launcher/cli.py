@@ -9,8 +9,7 @@ from functools import partial
 
 import fire
 
-from experiment.disk_errors import describe_disk_error
-from experiment.errors import StoppedError, UserError, notify
+from experiment.errors import StoppedError, UserError, describe_disk_error, notify
 from experiment.fast_imports import fast_imports
 from experiment.signals import handle_stop_signals, ignore_stop_signals, interrupt
 from finetune.options import ExportOptions, PredictOptions, ServeOptions

@@ -14,12 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 from experiment.errors import UserError
-from experiment.files import write_json, write_text
+from experiment.files import parse_json, write_json, write_text
 from experiment.progress import track
 from experiment.results.comparison import as_csv, as_markdown, tables
 from experiment.run_folder import RunFolder
 from experiment.signals import handle_stop_signals, interrupt
-from experiment.strict_json import parse_json
 from finetune.metrics import Scores, bootstrap_scores, compare_scores, draw_records
 from finetune.results.predictions import ScoredSplit, read_scored_split
 from launcher.compare_plan import ComparePlan, plan_comparison

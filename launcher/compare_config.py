@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from experiment.config import Section
-from experiment.config.constraints import PathText, Seed
-from experiment.config.kinds import check_kind
+from experiment.config.field_types import PathText, Seed
+from experiment.config.loading import check_kind
 
 
 class CompareRunConfig(Section):

@@ -12,12 +12,12 @@ from pathlib import Path
 from experiment.checkpoints import checkpoint_path, checkpoint_step, complete_checkpoints
 from experiment.config import dump_config, load_config
 from experiment.errors import StoppedError, UserError, end_line, notify
+from experiment.formatting import describe_duration
 from experiment.outcome_file import Outcome
 from experiment.own_process import raise_limit_of_open_files
 from experiment.run_folder import RunFolder, open_run_folder
 from experiment.run_lock import check_unlocked
 from experiment.signals import handle_stop_signals, interrupt
-from experiment.tracking.console import describe_duration
 from experiment.tracking.jsonl import last_number, read_last_events
 from launcher.autotune import autotune
 from launcher.hosts.hostfile import Slots

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat
 
 from experiment.config import Metavar, Positional, Section
-from experiment.config.constraints import PathText
+from experiment.config.field_types import PathText
 from experiment.recipes import find_config
 from launcher.ranks.placement import Launcher, PlacementOptions
 

@@ -14,7 +14,7 @@ from experiment.config import Section
 from experiment.config.reference import as_markdown, config_reference
 from experiment.errors import UserError
 from experiment.files import write_text
-from experiment.markdown import markdown_table
+from experiment.formatting import markdown_table
 from experiment.recipes import Recipe, all_recipes, find_recipe
 from finetune.config import FinetuneConfig
 from launcher.command_line import Command, describe_command, flags_of, options_of

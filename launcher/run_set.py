@@ -14,15 +14,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import NotRequired, TypedDict
 
-from experiment.disk_errors import stopped_by_disk_errors
-from experiment.errors import StoppedError, UserError, notify, reason
-from experiment.files import write_json
+from experiment.errors import StoppedError, UserError, notify, reason, stopped_by_disk_errors
+from experiment.files import parse_json, write_json
 from experiment.outcome_file import Outcome, read_outcome
 from experiment.own_process import own_environment
 from experiment.run_folder import RunFolder, open_run_folder
 from experiment.run_lock import is_locked, lock_run
 from experiment.signals import handle_stop_signals
-from experiment.strict_json import parse_json
 
 DONE = "done"
 REJECTED = "rejected (exit code 2)"  # the user's mistake, which the run has reported

@@ -14,15 +14,13 @@ from pathlib import Path
 
 from experiment.checkpoints import checkpoint_step, complete_checkpoints, weights_digest
 from experiment.config import load_config
-from experiment.disk_errors import stopped_by_disk_errors
-from experiment.errors import UserError, notify
+from experiment.errors import UserError, notify, stopped_by_disk_errors
 from experiment.notification import Message, Service, mail_service
 from experiment.outcome_file import Outcome, read_outcome
 from experiment.provenance import read_provenance
 from experiment.run_folder import RunFolder, open_run_folder
 from experiment.run_lock import is_locked, lock_run
 from experiment.signals import handle_stop_signals, interrupt
-from experiment.strict_json import parse_json
 from experiment.tracking.config import AlertsConfig
 from experiment.tracking.downstream import DownstreamLog, DownstreamResult, read_results, write_result
 from experiment.tracking.tracker import TrackedRun, open_trackers

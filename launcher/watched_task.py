@@ -9,11 +9,10 @@ from pathlib import Path
 from experiment.checkpoints import checkpoint_step, files_below, link_model, verify
 from experiment.config import load_config
 from experiment.errors import UserError
-from experiment.files import json_digest, removed_on_error
+from experiment.files import json_digest, parse_json, removed_on_error
 from experiment.own_process import module_command
 from experiment.run_folder import RunFolder, folder_name
 from experiment.run_lock import is_locked
-from experiment.strict_json import parse_json
 from experiment.tracking.downstream import DownstreamResult
 from finetune.config import FinetuneConfig
 from finetune.data.task_config import data_checksums

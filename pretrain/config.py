@@ -19,8 +19,8 @@ from pydantic import (
 )
 
 from experiment.config import Section, did_you_mean
-from experiment.config.constraints import Fraction, PathText, Seed, SequenceLength, expand_home
-from experiment.config.kinds import check_kind
+from experiment.config.field_types import Fraction, PathText, Seed, SequenceLength, expand_home
+from experiment.config.loading import check_kind
 from experiment.tracking.config import TrackingConfig
 
 Rate = Annotated[float, Field(gt=0.0, lt=1.0)]

@@ -19,12 +19,12 @@ from rich.table import Table
 
 from experiment.checkpoints import find_model_folder, read_state
 from experiment.config import build_config
-from experiment.config.constraints import expand_home
+from experiment.config.field_types import expand_home
 from experiment.errors import UserError
-from experiment.positions import max_positions
+from experiment.formatting import format_perplexity
 from experiment.progress import track
 from experiment.tokenizer import load_tokenizer, tokenizer_fingerprint
-from experiment.tracking.metrics import format_perplexity
+from experiment.transformers_models import max_positions
 from pretrain.batching.batch import Microbatch
 from pretrain.batching.batch_maker import BatchMaker, MaskedCorpus
 from pretrain.batching.loader import load_batches

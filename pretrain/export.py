@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from experiment.positions import limit_tokenizer
 from experiment.tensor_files import save_tensors
 from experiment.tokenizer import save_tokenizer
+from experiment.transformers_models import limit_tokenizer
 
 
 def write_hugging_face_folder(

@@ -14,11 +14,10 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 from experiment.checkpoints import Verify, read_state, verify_descriptions
 from experiment.errors import UserError
-from experiment.frozen_modules import check_freeze
-from experiment.positions import max_positions
 from experiment.run_folder import RunFolder
 from experiment.tokenizer import load_tokenizer, tokenizer_fingerprint
 from experiment.tracking import check_tracking
+from experiment.transformers_models import check_freeze, max_positions
 from pretrain.batching.vocabulary import Vocabulary, build_vocabulary
 from pretrain.config import CorpusConfig, ModelConfig, PretrainConfig, Stage, WeightedCorpus
 from pretrain.corpus.reader import Corpus, open_corpus

@@ -31,8 +31,8 @@ from typing import NoReturn
 import torch
 from torch import nn
 
-from experiment.cache_folder import cache_folder
 from experiment.errors import AgreedFailureError, UserError
+from experiment.files import cache_folder
 from experiment.goodput import ActivityTimer, attempt_start
 from experiment.outcome_file import Cause, Outcome, ReportedOutcome
 from pretrain.arguments import read_arguments

@@ -1,14 +1,16 @@
 """Types of config fields: what is below a key, which value raw text stands for, and how to describe a type."""
 
+import os
 import re
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_origin
 
 import annotated_types
 import yaml
-from pydantic import BaseModel
+from pydantic import AfterValidator, BaseModel, Field, Strict
 from pydantic.fields import FieldInfo
 
 from experiment.config.yaml_dialect import Loader, read_yaml
@@ -200,3 +202,23 @@ def _limits(metadata: Iterable[Any]) -> str:
             case annotated_types.Le(le=limit):
                 limits.append(f"<= {limit:g}")
     return " and ".join(filter(None, limits))
+
+
+def expand_home(path: str) -> str:
+    """`path` with ~ as the home folder, which shells do not expand in `--run.dir=~/run` or quotes. Never raises."""
+    return os.path.expanduser(path)  # noqa: PTH111
+
+
+def _check_path(path: str) -> str:
+    if "\0" in path:
+        raise ValueError("a path cannot contain a NUL character")
+    if not path:
+        raise ValueError("expected a path, found an empty text; '.' is the working directory")
+    return expand_home(path)
+
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+SequenceLength = Annotated[int, Field(ge=8)]  # tokens, special tokens included
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # torch takes no larger ones
+PathText = Annotated[str, AfterValidator(_check_path)]  # ~ becomes the home folder
+PathName = Annotated[Path, Strict(False), AfterValidator(lambda path: Path(expand_home(str(path))))]  # text will do

@@ -181,3 +181,19 @@ def _place(key: KeyPath, origin: str, lines: Mapping[KeyPath, int], overrides: M
     line = next((lines[key[:depth]] for depth in range(len(key), 0, -1) if key[:depth] in lines), None)
     refined = [f"--{override}" for override in overrides if key and override.startswith(f"{dotted}.")]
     return origin + (f", line {line}" if line else "") + (f", with {' and '.join(refined)}" if refined else "")
+
+
+_KINDS = {
+    "corpus": ("a pretraining", "pretrain"),
+    "task": ("a task", "finetune"),
+    "rows": ("a comparison", "compare"),
+}
+"""Section -> what a config with it is of, and the command that takes it."""
+
+
+def check_kind(tree: Mapping[str, Any], section: str) -> None:
+    """Raise UserError for the config of another command: without `section`, and with the section of another one."""
+    other = next((kind for name, kind in _KINDS.items() if name in tree), None)
+    if section not in tree and other is not None:
+        what, command = other
+        raise UserError(f"this is the config of {what}, for `deepcloze {command}`; expected one with '{section}'")

@@ -15,7 +15,7 @@ from experiment.config.field_types import describe_field, is_section, union_memb
 from experiment.config.loading import Section
 from experiment.config.validation_errors import explain_unknown_key
 from experiment.errors import UserError
-from experiment.markdown import markdown_table
+from experiment.formatting import markdown_table
 
 REQUIRED = "required"
 

@@ -9,7 +9,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiment.markdown import escape, markdown_table
+from experiment.formatting import escape, markdown_table
 from experiment.results.page import Block, Heading, Table, Text
 
 Comparison = Mapping[str, Mapping[str, Mapping[str, Any]]]

@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from experiment.architecture import count_parameters, has_masked_lm_head
 from experiment.checkpoints import state_around
 from experiment.config import flatten
 from experiment.errors import UserError
-from experiment.files import write_text
+from experiment.files import parse_json, write_text
+from experiment.formatting import format_perplexity
 from experiment.provenance import read_origin
 from experiment.results.model_card import (
     FILE,
@@ -28,9 +28,8 @@ from experiment.results.model_card import (
     snippet,
     usage_section,
 )
-from experiment.strict_json import parse_json
 from experiment.tokenizer import load_any_tokenizer
-from experiment.tracking.metrics import format_perplexity
+from experiment.transformers_models import count_parameters, has_masked_lm_head
 
 _AVERAGED = "hf-ema"
 _SETTINGS = ("batch", "masking", "optimizer", "schedule")  # sections of the config without paths

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TypeVar
 
+from experiment.files import parse_json
 from experiment.results.page import Block, Filling, Fillings, Heading, Text
 from experiment.run_folder import RunFolder
-from experiment.strict_json import parse_json
 
 T = TypeVar("T")
 

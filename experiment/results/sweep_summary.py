@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiment.files import write_text
+from experiment.files import parse_json, write_text
 from experiment.run_folder import RunFolder
-from experiment.strict_json import parse_json
 from experiment.tracking.jsonl import read_events
 
 

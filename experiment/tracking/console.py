@@ -10,8 +10,9 @@ from itertools import groupby
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from experiment.formatting import describe_duration, format_perplexity
 from experiment.outcome_file import Outcome
-from experiment.tracking.metrics import SLOW_RATIO, Metrics, format_perplexity
+from experiment.tracking.jsonl import SLOW_RATIO, Metrics
 
 RATE_EVENTS = 20  # log events over which the time left is estimated
 
@@ -108,17 +109,6 @@ def describe_evaluation(metrics: Metrics) -> str:
         f"{corpus} " + ", ".join(f"{metric} {_figure(str(metric), value)}" for _, metric, value in group)
         for corpus, group in groupby(values, key=lambda value: value[0])
     )
-
-
-def describe_duration(seconds: float | None) -> str:
-    """'1h05m', '2m10s' or '9s'; '–' for None."""
-    if seconds is None:
-        return "–"
-    whole = max(0, round(seconds))
-    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
-    if hours:
-        return f"{hours}h{minutes:02d}m"
-    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 
 
 def _figure(metric: str, value: int | float | str | None) -> str:

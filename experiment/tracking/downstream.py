@@ -11,11 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from experiment.files import write_json
+from experiment.files import parse_json, write_json
 from experiment.run_folder import RunFolder
-from experiment.strict_json import parse_json
-from experiment.tracking.jsonl import read_events
-from experiment.tracking.metrics import Metrics
+from experiment.tracking.jsonl import Metrics, read_events
 
 log = logging.getLogger(__name__)
 

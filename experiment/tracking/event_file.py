@@ -17,9 +17,7 @@ from typing import Any
 from experiment.errors import UserError
 from experiment.files import atomic_write
 from experiment.outcome_file import Outcome
-from experiment.tracking.append_file import AppendFile
-from experiment.tracking.jsonl import is_kept
-from experiment.tracking.metrics import Metrics
+from experiment.tracking.jsonl import AppendFile, Metrics, is_kept
 
 _PREFIX = "events.out.tfevents."  # by which TensorBoard recognises its files
 _LENGTH, _CHECKSUM = 8, 4  # bytes: a record is its length, a checksum of that, the message, and a checksum of that

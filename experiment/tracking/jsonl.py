@@ -3,21 +3,28 @@
 The events of training are in the order of the steps; the scores of `deepcloze watch` come later than their steps.
 """
 
+import errno
 import json
 import math
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from experiment.files import write_text
+from experiment.files import parse_json, write_text
 from experiment.outcome_file import Outcome
-from experiment.strict_json import parse_json
-from experiment.tracking.append_file import AppendFile
-from experiment.tracking.metrics import Metrics
 
 _TAIL_BYTES = 1 << 18
 
-Event = dict[str, Any]  # parsed JSON; has an integer `step`
+Metrics = Mapping[str, int | float | str | None]
+"""An event: flat keys, null where a value is unknown. Every event has `step`, the number of finished steps."""
+
+Event = dict[str, Any]
+"""An event that was read; `step` is an integer."""
+
+SLOW_RATIO = 1.5
+"""A rank that takes so many times as long as the median rank is slow."""
 
 
 class JsonlTracker:
@@ -99,3 +106,34 @@ def _line(metrics: Metrics) -> str:
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in metrics.items()
     }
     return json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+class AppendFile:
+    """Appends records to `path`: each is in the file when `append` returns, and no part of one stays there."""
+
+    def __init__(self, path: Path) -> None:
+        # Unbuffered: a record is in the file even if the process is killed right after.
+        self._file = path.open("ab", buffering=0)
+        self._end = self._file.tell()  # size of the file up to the last complete record
+        self._torn = False  # whether a failed write may have left a part of a record after `_end`
+
+    def append(self, record: bytes) -> None:
+        """Raises OSError if the record does not fit."""
+        self._remove_torn_record()
+        self._torn = True
+        if self._file.write(record) != len(record):
+            with suppress(OSError):  # tried again before the next write
+                self._remove_torn_record()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._end += len(record)
+        self._torn = False
+
+    def close(self) -> None:
+        with self._file:
+            self._remove_torn_record()
+
+    def _remove_torn_record(self) -> None:
+        """The file is open for appending: the next write goes to its new end, wherever the last one stopped."""
+        if self._torn:
+            self._file.truncate(self._end)
+            self._torn = False

@@ -17,8 +17,7 @@ from experiment.tracking.alerts import FLUSH_SECONDS, Alert, AlertFilter, AlertS
 from experiment.tracking.config import AlertEvent, AlertsConfig, TrackingConfig
 from experiment.tracking.console import ConsoleTracker
 from experiment.tracking.event_file import TensorBoardTracker, require_tensorboard
-from experiment.tracking.jsonl import JsonlTracker, kept_events
-from experiment.tracking.metrics import Metrics
+from experiment.tracking.jsonl import JsonlTracker, Metrics, kept_events
 from experiment.tracking.weights_and_biases import FINISH_SECONDS, WandbTracker
 
 logger = logging.getLogger(__name__)

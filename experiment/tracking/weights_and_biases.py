@@ -20,8 +20,7 @@ from experiment.run_folder import RunFolder
 from experiment.signals import warnings_blocked
 from experiment.tracking.alerts import Alert
 from experiment.tracking.config import TrackingConfig
-from experiment.tracking.jsonl import Event, is_evaluation
-from experiment.tracking.metrics import Metrics
+from experiment.tracking.jsonl import Event, Metrics, is_evaluation
 from experiment.tracking.wandb_alert import send_alert
 
 if TYPE_CHECKING:

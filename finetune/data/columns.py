@@ -13,7 +13,7 @@ from typing import Annotated, Any, Self, get_args
 from pydantic import BeforeValidator, Field
 
 from experiment.config import Section
-from experiment.strict_json import parse_json
+from experiment.files import parse_json
 
 _LARGEST = 1e18  # of the numbers to predict
 

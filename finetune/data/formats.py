@@ -17,7 +17,7 @@ import pyarrow.parquet
 
 from experiment.csv_and_jsonl import CsvFormat, CsvRow, read_csv, read_json_lines, text_lines
 from experiment.errors import UserError
-from experiment.strict_json import parse_json
+from experiment.files import parse_json
 
 FormatName = Literal["csv", "jsonl", "json", "parquet", "conll"]
 

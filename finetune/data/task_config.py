@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt, model_validator
 
 from experiment.config import Section
-from experiment.config.constraints import PathText, Seed
+from experiment.config.field_types import PathText, Seed
 from experiment.csv_and_jsonl import CsvFormat
 from experiment.errors import UserError
 from experiment.files import checksum, json_digest

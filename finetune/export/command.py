@@ -4,8 +4,7 @@ import shutil
 from pathlib import Path
 
 from experiment.checkpoints import find_model_folder
-from experiment.disk_errors import describe_disk_error
-from experiment.errors import UserError, reason
+from experiment.errors import UserError, describe_disk_error, reason
 from experiment.files import created_parents, removed_on_error
 from experiment.results.exported_card import write_card
 from finetune.onnx_model import holds_onnx_model, require_packages

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from experiment.errors import UserError
-from experiment.transformers_logging import quiet_transformers
+from experiment.transformers_models import quiet_transformers
 from finetune.loaded_model import LoadedModel
 from finetune.onnx_model import HIDDEN, PRECISION
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from experiment.positions import max_positions
+from experiment.transformers_models import max_positions
 from finetune.encoding.encoder import Encoder, Tokens
 from finetune.encoding.examples import pad_sequences
 from finetune.export.graph import ModelGraph, takes_choices

@@ -11,7 +11,7 @@ from typing import Any
 
 from experiment.config import flatten
 from experiment.files import write_text
-from experiment.markdown import escape, markdown_table
+from experiment.formatting import escape, markdown_table
 from experiment.results.model_card import (
     FILE,
     MODEL,

@@ -17,9 +17,8 @@ import numpy as np
 
 from experiment.config import load_config
 from experiment.errors import UserError, reason
-from experiment.files import atomic_write, write_text
+from experiment.files import atomic_write, parse_json, write_text
 from experiment.run_folder import RunFolder
-from experiment.strict_json import parse_json
 from finetune.config import FinetuneConfig
 from finetune.data.records import Record
 from finetune.splits import read_splits

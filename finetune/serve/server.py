@@ -16,8 +16,8 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from experiment.allocator import keep_freed_memory
 from experiment.errors import UserError, reason
+from experiment.hardware import keep_freed_memory
 from finetune.options import ServeOptions
 from finetune.serve.app import make_app
 from finetune.serve.limits import Limits

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import PositiveInt
 
 from experiment.config import Metavar, Section
-from experiment.config.constraints import PathText
+from experiment.config.field_types import PathText
 from experiment.errors import UserError
 from launcher.hosts.hostfile import HOST_NAME, Host, Slots, is_this_machine
 from launcher.hosts.machine import Devices

@@ -9,14 +9,12 @@ from pathlib import Path
 
 import psutil
 
-from experiment.disk_errors import describe_disk_error
-from experiment.errors import UserError, notify
-from experiment.files import write_text
+from experiment.errors import UserError, describe_disk_error, notify
+from experiment.files import parse_json, write_text
 from experiment.heartbeat import read_heartbeat
 from experiment.outcome_file import Cause, Outcome, read_outcome
 from experiment.run_folder import RunFolder
 from experiment.signals import STOP_SIGNALS
-from experiment.strict_json import parse_json
 from launcher.hosts.hostfile import Slots
 from launcher.hosts.ssh import SSH_FAILED
 

@@ -11,8 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-from experiment.disk_errors import describe_disk_error
-from experiment.errors import end_line, notify
+from experiment.errors import describe_disk_error, end_line, notify
 from experiment.run_folder import RunFolder
 from experiment.signals import SignalHistory, handle_stop_signals
 from launcher.supervision.rank_processes import polled

@@ -14,8 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from experiment.checkpoints import newest_checkpoint
-from experiment.disk_errors import describe_disk_error
-from experiment.errors import UserError, notify
+from experiment.errors import UserError, describe_disk_error, notify
 from experiment.goodput import process_start, record_end
 from experiment.outcome_file import Cause, Outcome, reserve_outcome
 from experiment.run_folder import RunFolder

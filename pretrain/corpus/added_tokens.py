@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
-from experiment.disk_errors import disk_errors_as
-from experiment.errors import UserError, reason
+from experiment.errors import UserError, disk_errors_as, reason
 from experiment.files import created_parents
 from experiment.tokenizer import load_tokenizer, save_tokenizer, vocabulary_size
 from pretrain.corpus.train_tokenizer import check_output_folder

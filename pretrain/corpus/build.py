@@ -17,8 +17,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from experiment.disk_errors import disk_errors_as
-from experiment.errors import UserError
+from experiment.errors import UserError, disk_errors_as
 from experiment.files import created_parents
 from pretrain.corpus.build_plan import HELDOUT, MAIN, BuildPlan, Part, plan_build
 from pretrain.corpus.documents import read_documents

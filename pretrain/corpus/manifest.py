@@ -5,8 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from experiment.errors import UserError
-from experiment.files import json_digest, write_json
-from experiment.strict_json import parse_json
+from experiment.files import json_digest, parse_json, write_json
 
 FORMAT = 1
 MANIFEST = "manifest.json"

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
 from experiment.config import Metavar, Section
-from experiment.config.constraints import PathName
+from experiment.config.field_types import PathName
 
 SourceName = str | Path | tuple[str | Path, ...]
 """What to read: a path, glob, archive::members, hub:NAME[:SPLIT] or python-docs; several in a tuple or with commas."""

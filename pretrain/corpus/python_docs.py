@@ -19,8 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from experiment.disk_errors import describe_disk_error
-from experiment.errors import UserError
+from experiment.errors import UserError, describe_disk_error
 from experiment.files import atomic_write
 from experiment.progress import progress
 from pretrain.corpus.workers import worker_pool

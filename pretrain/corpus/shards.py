@@ -20,8 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from experiment.errors import UserError
-from experiment.files import atomic_write, fsync, sha256, write_json
-from experiment.strict_json import parse_json
+from experiment.files import atomic_write, fsync, parse_json, sha256, write_json
 from pretrain.corpus.manifest import Manifest, Recipe, Shard, percentiles, write_manifest
 from pretrain.corpus.tokenization import EncodedBatch
 from pretrain.corpus.word_cache import Counts, TokenIds

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiment.config.constraints import expand_home
+from experiment.config.field_types import expand_home
 from experiment.errors import UserError
 from pretrain.corpus.formats import detect_format
 from pretrain.corpus.options import SourceName

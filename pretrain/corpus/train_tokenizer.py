@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from experiment.disk_errors import disk_errors_as
-from experiment.errors import UserError
+from experiment.errors import UserError, disk_errors_as
 from experiment.files import created_parents, removed_on_error
 from experiment.tokenizer import BERT_TOKENS, ROBERTA_TOKENS, save_tokenizer
 from pretrain.corpus.documents import read_documents, reading_progress

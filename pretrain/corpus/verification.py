@@ -13,10 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-from experiment.cache_folder import cache_folder
-from experiment.config.constraints import expand_home
+from experiment.config.field_types import expand_home
 from experiment.errors import UserError
-from experiment.files import json_digest, write_json
+from experiment.files import cache_folder, json_digest, write_json
 from experiment.progress import progress
 from pretrain.corpus.reader import Corpus, open_corpus
 

@@ -20,8 +20,8 @@ from xxhash import xxh64_hexdigest
 
 from experiment.config import did_you_mean
 from experiment.errors import UserError, reason
-from experiment.native_bf16 import has_native_bf16
-from experiment.strict_json import parse_json
+from experiment.files import parse_json
+from experiment.hardware import has_native_bf16
 from pretrain.engine.deepspeed_internals import check_deepspeed
 
 log = logging.getLogger(__name__)

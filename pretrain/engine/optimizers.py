@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from experiment.frozen_modules import is_in_module
+from experiment.transformers_models import is_in_module
 from pretrain.config import ModelConfig, OptimizerConfig
 from pretrain.engine.deepspeed_internals import DeepSpeedEngine
 from pretrain.engine.partitions import Fragment, fragments, resident_fragments

@@ -12,10 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 
 from experiment.errors import UserError
-from experiment.positions import first_position
 from experiment.tokenizer import load_tokenizer
-from experiment.transformers_logging import quiet_transformers
-from experiment.unused_weights import describe_unused_layers
+from experiment.transformers_models import describe_unused_layers, first_position, quiet_transformers
 from pretrain.batching.packing import Rows
 from pretrain.config import ModelConfig
 from pretrain.corpus.added_tokens import old_pieces

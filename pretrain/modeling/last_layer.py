@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from experiment.positions import first_position
+from experiment.transformers_models import first_position
 from pretrain.modeling.attention import KnownAttention, LayerInterrupted, Packing, Predicted
 from pretrain.modeling.packability import evaluation_mode
 from pretrain.modeling.random_model import first_line

@@ -13,8 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from experiment.errors import UserError
-from experiment.positions import first_position
-from experiment.transformers_logging import quiet_transformers
+from experiment.transformers_models import first_position, quiet_transformers
 from pretrain.modeling.attention import PACKED, Packing, register_packed_attention
 from pretrain.modeling.random_model import first_line, random_model
 

@@ -28,7 +28,7 @@ from transformers import (
 
 from experiment.config import did_you_mean
 from experiment.errors import UserError
-from experiment.transformers_logging import quiet_transformers
+from experiment.transformers_models import quiet_transformers
 
 _MAX_LAYERS = 1000  # more are a mistake, and would be built one by one until the memory is full
 # What a pretrained model may be fine-tuned as, with fields of its own.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 
 from experiment.errors import UserError
-from experiment.positions import first_position, max_positions
+from experiment.transformers_models import first_position, max_positions
 
 _LEARNED_POSITIONS = "position_embeddings.weight"
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from statistics import mean
 from typing import NamedTuple
 
-from experiment.device_peaks import peak_flops
-from experiment.positions import first_position
+from experiment.hardware import peak_flops
+from experiment.transformers_models import first_position
 from pretrain.batching.packing import Rows
 from pretrain.engine.deepspeed_settings import uses_zero1_optimizer
 from pretrain.modeling.packability import is_packed

@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from experiment.tracking.console import describe_duration
+from experiment.formatting import describe_duration
 from pretrain.plan.plan import RunPlan
 
 _WIDTH = 110  # of the memory table

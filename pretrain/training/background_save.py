@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from experiment.checkpoints import checkpoint_path
-from experiment.disk_errors import describe_disk_error
+from experiment.errors import describe_disk_error
 from experiment.files import call_after_syncs
 from experiment.retention import Retention, discard, remove_leftovers
 from pretrain.training.checkpoint_tensors import (

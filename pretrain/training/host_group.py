@@ -9,8 +9,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from experiment.disk_errors import disk_errors_as
-from experiment.errors import UserError
+from experiment.errors import UserError, disk_errors_as
 
 T = TypeVar("T")
 

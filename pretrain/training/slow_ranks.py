@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from experiment.tracking.metrics import SLOW_RATIO
+from experiment.tracking.jsonl import SLOW_RATIO
 
 log = logging.getLogger(__name__)
 

@@ -13,14 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from experiment.device_peaks import peak_flops, peak_memory
 from experiment.goodput import CHECKPOINTING, DATA, EVALUATING, STARTING, ActivityTimer
+from experiment.hardware import peak_flops, peak_memory
 from experiment.outcome_file import Outcome
 from experiment.throughput_meter import Throughput
 from experiment.tracking import Trackers
 from experiment.tracking.alerts import Alert
 from experiment.tracking.downstream import DownstreamLog
-from experiment.tracking.metrics import Metrics
+from experiment.tracking.jsonl import Metrics
 from experiment.tracking.tracker import CLOSE_SECONDS
 from pretrain.batching.batch import Microbatch, RankBatch
 from pretrain.batching.loader import DataWorkerError

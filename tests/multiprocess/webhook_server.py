@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from experiment.strict_json import parse_json
+from experiment.files import parse_json
 
 
 @contextmanager

@@ -5,15 +5,15 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from experiment.architecture import count_parameters
 from experiment.checkpoints import checkpoint_step, complete_checkpoints, named_best, read_state
+from experiment.formatting import describe_duration
 from experiment.goodput import Goodput, last_lines, read_attempt_times
 from experiment.results.page import Fact, Headline, Tone
 from experiment.results.report.values import best_loss, evaluated_corpora
 from experiment.run_folder import RunFolder
 from experiment.run_life import Life, State
-from experiment.tracking.console import describe_duration
 from experiment.tracking.jsonl import Event, last_number
+from experiment.transformers_models import count_parameters
 
 _TONES: Mapping[State, Tone] = {
     "running": "busy",

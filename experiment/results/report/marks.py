@@ -7,10 +7,10 @@ from itertools import groupby, pairwise
 from typing import Any
 
 from experiment.checkpoints import checkpoint_step, named_best
+from experiment.files import parse_json
 from experiment.goodput import read_attempt_times
 from experiment.results.charts import Mark
 from experiment.run_folder import RunFolder
-from experiment.strict_json import parse_json
 
 
 def read_marks(folder: RunFolder, config: Mapping[str, Any]) -> list[Mark]:

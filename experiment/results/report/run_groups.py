@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from experiment.errors import UserError
+from experiment.files import parse_json
 from experiment.results.comparison import comparison_blocks
 from experiment.results.page import Block, Figure, Heading, Table
 from experiment.results.report.overlay import NamedRun, difference_blocks, open_runs, overlay_blocks, overlay_charts
 from experiment.results.report.values import UNKNOWN, show
 from experiment.results.sweep_summary import SweepResult, sort_results
 from experiment.run_folder import RunFolder
-from experiment.strict_json import parse_json
 
 _PRETRAINING = "pretrain"  # folder of a row, beside those of its tasks
 

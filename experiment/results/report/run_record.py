@@ -8,12 +8,12 @@ import yaml
 
 from experiment.config.yaml_dialect import read_yaml
 from experiment.errors import UserError
+from experiment.formatting import describe_duration
 from experiment.goodput import Goodput
 from experiment.provenance import read_provenance
 from experiment.results.page import Block, Code, Heading, Table, Text
 from experiment.results.report.values import UNKNOWN
 from experiment.run_folder import RunFolder
-from experiment.tracking.console import describe_duration
 
 _LIBRARIES = ("torch", "deepspeed", "transformers")
 _ATTEMPT_COLUMNS = ("started", "host", "ranks", "commit", "device", *_LIBRARIES)

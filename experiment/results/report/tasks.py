@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from experiment.errors import UserError
+from experiment.files import parse_json
 from experiment.results.charts import Axis, Plot, charts_block
 from experiment.results.page import Block, Figure, Heading, Table, Text
 from experiment.results.plots import COLORS, Line, Panel
 from experiment.results.report.values import UNKNOWN, show
 from experiment.run_folder import RunFolder
-from experiment.strict_json import parse_json
 from experiment.tracking.downstream import DownstreamResult, read_results
 
 _LABEL_SCORES = ("precision", "recall", "f1")

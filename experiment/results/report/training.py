@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiment.formatting import format_perplexity
 from experiment.results.charts import Mark, Plot, charts_block, x_axis
 from experiment.results.page import Block, Heading, Table
 from experiment.results.plots import INK, Line, Panel
@@ -16,7 +17,6 @@ from experiment.results.report.values import (
 )
 from experiment.run_folder import RunFolder
 from experiment.tracking.jsonl import Event, last_number, read_events
-from experiment.tracking.metrics import format_perplexity
 
 SPEED, WAIT = "Tokens per second, all ranks, without padding", "Time spent waiting for data"
 NORM, RATE = "Gradient norm before clipping", "Learning rate"

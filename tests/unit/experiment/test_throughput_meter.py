@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from experiment.device_peaks import peak_flops, peak_memory
+from experiment.hardware import peak_flops, peak_memory
 from experiment.throughput_meter import Throughput
 
 

@@ -11,7 +11,7 @@ from experiment.run_folder import RunFolder
 from experiment.tracking import TrackedRun, Trackers, alerts, check_tracking, open_trackers, tracker
 from experiment.tracking.alerts import REPEAT_SECONDS, Alert, AlertFilter, Messenger
 from experiment.tracking.config import AlertEvent, AlertsConfig, TrackingConfig
-from experiment.tracking.metrics import Metrics
+from experiment.tracking.jsonl import Metrics
 from webhook_server import webhook
 
 EVENTS: tuple[AlertEvent, ...] = ("crash", "stall", "bad_batch", "no_checkpoint", "finish")

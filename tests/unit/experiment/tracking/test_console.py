@@ -5,14 +5,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from experiment.formatting import describe_duration, format_perplexity
 from experiment.outcome_file import Outcome
 from experiment.tracking.console import (
     ConsoleTracker,
-    describe_duration,
     describe_evaluation,
     describe_training,
 )
-from experiment.tracking.metrics import format_perplexity
 
 TRAINING: dict[str, Any] = {"loss": 6.12341, "lr": 5e-4, "tokens_per_second": 12345.6, "memory": 1 << 30, "mfu": None}
 EVALUATION = {

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from experiment.strict_json import parse_json
+from experiment.files import parse_json
 from finetune.run import finetune
 from launcher.cli import main
 

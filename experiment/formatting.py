@@ -1,7 +1,25 @@
-"""Text and tables in Markdown."""
+"""Numbers, durations and tables as text for people."""
 
 import re
 from collections.abc import Iterable, Sequence
+
+
+def describe_duration(seconds: float | None) -> str:
+    """'1h05m', '2m10s' or '9s'; '–' for None."""
+    if seconds is None:
+        return "–"
+    whole = max(0, round(seconds))
+    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+
+
+def format_perplexity(value: float | None) -> str:
+    """With four digits or more: '8,448', '66.60' or '3.971'; '–' for None."""
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if 999.95 <= value < 1e7 else f"{value:#.4g}"
 
 
 def escape(text: str) -> str:

@@ -5,8 +5,7 @@ import shutil
 
 import pytest
 
-from experiment.disk_errors import describe_disk_error, disk_errors_as, stopped_by_disk_errors
-from experiment.errors import StoppedError, UserError
+from experiment.errors import StoppedError, UserError, describe_disk_error, disk_errors_as, stopped_by_disk_errors
 
 RUST = Exception("Error while serializing: I/O error: No space left on device (os error 28)")
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/runs/a/config.yaml")

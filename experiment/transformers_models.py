@@ -1,0 +1,128 @@
+"""Models of transformers: their folders and names, weights, positions and frozen modules."""
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from experiment.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+HUB_CACHE = re.compile(r"models--([\w.-]+?)(?:--([\w.-]+))?/snapshots(?:/|$)")
+"""In the path of a model in transformers' cache: its organization and name, or its name alone."""
+_NAME = re.compile(r"([A-Za-z0-9][\w.-]*)(/[\w.-]+)?")
+_MASKED_LM = ("ForMaskedLM", "ForPreTraining", "LMHeadModel")
+_NUMBERED = re.compile(r"\.\d+\.")
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' warnings and progress bars; the caller reports what matters in its own words."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def hub_name(folder: str) -> str | None:
+    """The name of a model on the Hub, if its folder is in transformers' cache."""
+    found = HUB_CACHE.search(folder)
+    return "/".join(part for part in found.groups() if part) if found else None
+
+
+def public_name(folder: str) -> str:
+    """The name of a folder; in transformers' cache with the folders above it that name the model."""
+    found = HUB_CACHE.search(folder)
+    return folder[found.start() :] if found else Path(folder).name
+
+
+def download_hint(path: Path) -> str:
+    """The end of a message about a path that does not exist, if it may be the name of a model on the Hub."""
+    if not _NAME.fullmatch(str(path)) or (path.parent != Path() and path.parent.exists()):
+        return ""
+    return f"; to use a model of the Hugging Face Hub, download it: `hf download {path} --local-dir FOLDER`"
+
+
+def has_masked_lm_head(architectures: Sequence[str] | None) -> bool:
+    """Whether the model predicts masked tokens. architectures: as in the config of transformers."""
+    return any(str(name).endswith(_MASKED_LM) for name in (architectures or ())[:1])
+
+
+def count_parameters(folder: Path) -> int | None:
+    """Elements of the tensors in the folder, where tied ones are once; None without safetensors."""
+    from safetensors import safe_open
+
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="np") as file:
+            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return total or None
+
+
+def describe_unused_layers(folder: Path, unused: Iterable[str]) -> str | None:
+    """One line on the numbered layers among the tensors that a model does not use; None if there are none."""
+    names = sorted(name for name in unused if _NUMBERED.search(name))
+    if not names:
+        return None
+    return f"the config has fewer layers than {folder}: {len(names)} tensors are left out ({names[0]} …)"
+
+
+def first_position(model: "nn.Module") -> int:
+    """Position id of a sequence's first token: 0, or padding_idx + 1 if the position embeddings have a padding row, as
+    in the RoBERTa family."""
+    from torch import nn
+
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return module.padding_idx + 1
+    return 0
+
+
+def max_positions(model: "PreTrainedModel") -> int | None:
+    """Length in tokens of the longest sequence the model has positions for; None if it has no limit."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    return None if limit is None or limit <= 0 else int(limit) - first_position(model)
+
+
+def limit_tokenizer(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel") -> None:
+    """Let `truncation=True` cut texts at the length that the model has positions for, without which transformers fails
+    on long ones."""
+    if (limit := max_positions(model)) is not None:
+        tokenizer.model_max_length = limit
+
+
+def is_in_module(parameter: str, module: str) -> bool:
+    """Whether `module` is one part, or several consecutive dotted parts, of the parameter's name."""
+    return f".{module}." in f".{parameter}."
+
+
+def check_freeze(freeze: tuple[str, ...], model: "nn.Module") -> None:
+    """Raise UserError for a module without parameters, and if nothing would be left to train."""
+    from experiment.config import did_you_mean
+
+    names = [name for name, _ in model.named_parameters()]
+    for module in freeze:
+        if not any(is_in_module(name, module) for name in names):
+            raise UserError(
+                f"model.freeze: no parameter of the model is in a module '{module}'"
+                f"{did_you_mean(module, _modules(names))}"
+            )
+    if freeze and all(any(is_in_module(name, module) for module in freeze) for name in names):
+        raise UserError(f"model.freeze: {', '.join(freeze)} is the whole model; nothing would be trained")
+
+
+def _modules(names: list[str]) -> set[str]:
+    """Short names of these parameters' modules: embeddings, layer.0, attention, …"""
+    return set(re.findall(r"(?<=\.)[a-zA-Z_]\w*(?:\.\d+)?(?=\.)", "\n".join(f".{name}" for name in names)))
