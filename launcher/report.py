@@ -24,7 +24,7 @@ from experiment.results.fillings import (
     spread,
 )
 from experiment.results.report import open_folder, write_overlay, write_report
-from experiment.results.report.run_record import read_run_config
+from experiment.results.report.run_facts import read_run_config
 from experiment.run_folder import RunFolder
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ from pathlib import Path
 from experiment.checkpoints import checkpoint_step, complete_checkpoints, weights_digest
 from experiment.config import load_config
 from experiment.errors import UserError, notify, stopped_by_disk_errors
+from experiment.files import parse_json
 from experiment.notification import Message, Service, mail_service
 from experiment.outcome_file import Outcome, read_outcome
 from experiment.provenance import read_provenance

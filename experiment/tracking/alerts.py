@@ -1,27 +1,39 @@
-"""Alerts: messages to people about a run, by mail, webhook and Apprise.
+"""Alerts: messages to people about a run, by mail, webhook, Apprise and Weights & Biases.
 
 They are sent from a thread of their own: sending neither blocks nor fails the run. What cannot be sent is a warning.
 """
 
+import json
 import platform
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from queue import SimpleQueue
 from types import MappingProxyType
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from experiment.notification import Message, Service, apprise_services, mail_service, webhook_service
+from experiment.own_process import own_environment
+from experiment.provenance import read_provenance
 from experiment.run_folder import RunFolder
 from experiment.tracking.config import AlertEvent, AlertsConfig
+
+if TYPE_CHECKING:
+    import wandb
 
 REPEAT_SECONDS = 600.0
 """Between two alerts about the same kind of event."""
 
 _RETRY_WAITS = (0.0, 3.0, 9.0)  # seconds before each attempt to send
 FLUSH_SECONDS = 30.0
+_WANDB_SECONDS = 25.0  # to send an alert when the run has ended
+_WANDB_INIT_SECONDS, _WANDB_FINISH_SECONDS = 12.0, 6.0  # of these
+_WANDB_TITLE_LENGTH = 63  # W&B takes no longer ones
 
 
 @dataclass(frozen=True)
@@ -146,3 +158,48 @@ def alert_services(config: AlertsConfig) -> list[Service]:
     services = [webhook_service()] if config.webhook else []
     services += [mail_service(config.email)] if config.email is not None else []
     return services + (apprise_services() if config.apprise else [])
+
+
+def send_by_wandb(run: "wandb.Run", alert: Alert, name: str) -> None:
+    """Send an alert about the run called `name`."""
+    title = f"{alert.event.replace('_', ' ')}: {name}"
+    run.alert(title[:_WANDB_TITLE_LENGTH], alert.text, "INFO" if alert.event == "finish" else "ERROR")
+
+
+def send_last_alert(project: str, folder: RunFolder, alert: Alert) -> None:
+    """Send an alert through the W&B run of a run that has failed, also if its rank 0 was killed, and mark it as failed
+    there. Uses a process of its own, which can be ended.
+
+    Raises subprocess.SubprocessError if that fails, or takes too long.
+    """
+    provenance = read_provenance(folder)
+    if provenance is None:  # rank 0 has not opened a W&B run
+        return
+    request = [project, provenance["run_id"], str(folder.path), alert.event, alert.text]
+    command = [sys.executable, "-P", "-c", f"from {__name__} import send_requested; send_requested()"]
+    subprocess.run(
+        command,
+        env=own_environment(),
+        input=json.dumps(request),
+        text=True,
+        capture_output=True,
+        timeout=_WANDB_SECONDS,
+        check=True,
+    )
+
+
+def send_requested() -> None:
+    """Send the alert that `send_last_alert` writes to stdin."""
+    import wandb
+
+    project, run_id, folder, event, text = json.load(sys.stdin)
+    settings = wandb.Settings(
+        init_timeout=_WANDB_INIT_SECONDS,
+        finish_timeout=_WANDB_FINISH_SECONDS,
+        silent=True,
+        console="off",
+        x_disable_stats=True,
+    )
+    run = wandb.init(project=project, id=run_id, dir=folder, resume="must", settings=settings)
+    send_by_wandb(run, Alert(event, text), Path(folder).name)
+    run.finish(exit_code=1)

@@ -8,9 +8,12 @@ number that is the same if it is logged again, and nothing appears twice; and wh
 is sent from metrics.jsonl, so nothing is missing.
 """
 
+import json
 import logging
+import struct
 import threading
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -18,10 +21,9 @@ from typing import TYPE_CHECKING, Any
 from experiment.outcome_file import Outcome
 from experiment.run_folder import RunFolder
 from experiment.signals import warnings_blocked
-from experiment.tracking.alerts import Alert
+from experiment.tracking.alerts import Alert, send_by_wandb
 from experiment.tracking.config import TrackingConfig
 from experiment.tracking.jsonl import Event, Metrics, is_evaluation
-from experiment.tracking.wandb_alert import send_alert
 
 if TYPE_CHECKING:
     import wandb
@@ -31,6 +33,12 @@ logger = logging.getLogger(__name__)
 INIT_SECONDS = 20.0  # timeout for reaching the server; the run is then logged offline
 FINISH_SECONDS = 30.0  # timeout for uploading the rest when the run ends
 _UPLOAD_SHARE = 0.7  # of it, after which W&B gives up uploading and completes its local file
+# The format of W&B's local files is that of LevelDB's log, with a header of its own and plain CRC-32:
+# https://github.com/google/leveldb/blob/main/doc/log_format.md
+_FILE_HEADER = 7  # bytes
+_BLOCK = 32768
+_HEADER = struct.Struct("<IHB")  # checksum, length, type
+_FULL, _FIRST, _MIDDLE, _LAST = range(1, 5)
 _ROWS_PER_STEP = 10_000  # more than a step has events: scores of earlier checkpoints may come in any number
 
 
@@ -99,7 +107,7 @@ class WandbTracker:
                 rows.log_again(earlier)
             while not isinstance(event := self._events.get(), Outcome):
                 if isinstance(event, Alert):
-                    send_alert(run, event, self._folder.path.name)
+                    send_by_wandb(run, event, self._folder.path.name)
                 else:
                     rows.log(event)
             if event is Outcome.STOPPED:
@@ -130,8 +138,6 @@ class WandbTracker:
             except Exception as error:
                 self._warn(f"cannot be reached; run `wandb sync` on {self._folder.wandb} later: {_describe(error)}")
         if run is None:
-            from experiment.tracking.wandb_files import last_step
-
             first_number = last_step(self._folder.wandb, self._options["id"]) + 1
             run = wandb.init(mode="offline", settings=settings, **self._options)
         run.define_metric("step")
@@ -208,3 +214,41 @@ class _Rows:
 
 def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
+
+
+def last_step(folder: Path, run_id: str) -> int:
+    """The largest W&B step of a run in the local files of all its attempts, `RUN/wandb/*run-*-ID*/run-ID.wandb`; -1 if
+    there is none."""
+    files = list(folder.glob(f"*run-*-{run_id}*/run-{run_id}.wandb"))
+    if not files:
+        return -1
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    steps = [-1]
+    for path in files:
+        for data in _read_records(path.read_bytes()):
+            record = Record.FromString(data)
+            steps += [json.loads(item.value_json) for item in record.history.item if _is_step(item)]
+    return max(steps)
+
+
+def _is_step(item: object) -> bool:
+    return "_step" in (item.key, *item.nested_key)  # type: ignore[attr-defined]
+
+
+def _read_records(data: bytes) -> Iterator[bytes]:
+    """The records of a file, up to the first one that a killed process left incomplete."""
+    record, position = b"", _FILE_HEADER
+    while position + _HEADER.size <= len(data):
+        if _BLOCK - position % _BLOCK < _HEADER.size:  # the rest of a block is empty
+            position += _BLOCK - position % _BLOCK
+            continue
+        checksum, length, kind = _HEADER.unpack_from(data, position)
+        position += _HEADER.size
+        part = data[position : position + length]
+        position += length
+        if len(part) < length or zlib.crc32(bytes([kind]) + part) != checksum:
+            return
+        record = part if kind in (_FULL, _FIRST) else record + part
+        if kind in (_FULL, _LAST):
+            yield record

@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from experiment.results.report.values import UNKNOWN
+from experiment.results.report.training import UNKNOWN
 
 _LABELS = 30  # more are in results.json only
 _CONFUSIONS = 3

@@ -19,9 +19,8 @@ from experiment.goodput import process_start, record_end
 from experiment.outcome_file import Cause, Outcome, reserve_outcome
 from experiment.run_folder import RunFolder
 from experiment.run_lock import lock_run
-from experiment.tracking.alerts import Alert, AlertFilter, Messenger
+from experiment.tracking.alerts import Alert, AlertFilter, Messenger, send_last_alert
 from experiment.tracking.config import AlertEvent, TrackingConfig
-from experiment.tracking.wandb_alert import send_last_alert
 from launcher.hosts.hostfile import Slots
 from launcher.hosts.ssh import usable_hosts, watch_for_hosts
 from launcher.supervision.attempt import Launch, Layout, run_attempt

@@ -176,7 +176,7 @@ def _event_file(folder: Path) -> list[float]:
 
 
 def _local_steps(folder: Path) -> int:
-    from experiment.tracking.wandb_files import last_step
+    from experiment.tracking.weights_and_biases import last_step
 
     run_id = json.loads((folder / "provenance.json").read_text())["run_id"]
     return last_step(folder / "wandb", run_id) // 10_000

@@ -9,13 +9,16 @@ from experiment.outcome_file import Outcome
 from experiment.results.charts import x_axis
 from experiment.results.fillings import filling_blocks
 from experiment.results.page import Block, Code, Heading, Headline, write_page
-from experiment.results.report.headline import pretraining_headline, task_headline
-from experiment.results.report.marks import read_marks
-from experiment.results.report.overlay import name_runs, open_runs, overlay_blocks
-from experiment.results.report.run_groups import compare_blocks, sweep_blocks
-from experiment.results.report.run_record import goodput_blocks, provenance_blocks, read_run_config
+from experiment.results.report.run_facts import (
+    goodput_blocks,
+    pretraining_headline,
+    provenance_blocks,
+    read_run_config,
+    task_headline,
+)
+from experiment.results.report.several_runs import compare_blocks, name_runs, open_runs, overlay_blocks, sweep_blocks
 from experiment.results.report.tasks import downstream_blocks, read_task_results, result_blocks
-from experiment.results.report.training import training_blocks
+from experiment.results.report.training import read_marks, training_blocks
 from experiment.run_folder import RunFolder
 from experiment.run_life import Life, read_life
 from experiment.tracking.jsonl import read_events

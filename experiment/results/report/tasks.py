@@ -11,7 +11,7 @@ from experiment.files import parse_json
 from experiment.results.charts import Axis, Plot, charts_block
 from experiment.results.page import Block, Figure, Heading, Table, Text
 from experiment.results.plots import COLORS, Line, Panel
-from experiment.results.report.values import UNKNOWN, show
+from experiment.results.report.training import UNKNOWN, show
 from experiment.run_folder import RunFolder
 from experiment.tracking.downstream import DownstreamResult, read_results
 

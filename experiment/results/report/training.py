@@ -1,25 +1,26 @@
-"""The section of a report about one training run: tables and charts from its metrics.jsonl."""
+"""The sections of a report about one training run: tables and charts from its metrics.jsonl, and the marks in them."""
 
-from collections.abc import Sequence
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from itertools import groupby, pairwise
 from pathlib import Path
+from typing import Any
 
+from experiment.checkpoints import checkpoint_step, named_best
+from experiment.files import parse_json
 from experiment.formatting import format_perplexity
+from experiment.goodput import read_attempt_times
 from experiment.results.charts import Mark, Plot, charts_block, x_axis
 from experiment.results.page import Block, Heading, Table
 from experiment.results.plots import INK, Line, Panel
-from experiment.results.report.values import (
-    UNKNOWN,
-    best_loss,
-    curve,
-    evaluated_corpora,
-    median,
-    show,
-)
 from experiment.run_folder import RunFolder
 from experiment.tracking.jsonl import Event, last_number, read_events
 
 SPEED, WAIT = "Tokens per second, all ranks, without padding", "Time spent waiting for data"
 NORM, RATE = "Gradient norm before clipping", "Learning rate"
+UNKNOWN = "–"
 
 
 def training_blocks(
@@ -100,3 +101,74 @@ def training_table(events: Sequence[Event]) -> Table:
 def without_empty_columns(columns: Sequence[str], rows: Sequence[Sequence[str]], labels: int = 1) -> Table:
     shown = [index for index in range(len(columns)) if any(row[index] != UNKNOWN for row in rows)]
     return Table([columns[index] for index in shown], [[row[index] for index in shown] for row in rows], labels=labels)
+
+
+def curve(events: Sequence[Event], key: str) -> tuple[list[int], list[float]]:
+    """(steps, values) of the events in which `key` is a number."""
+    points = [(event["step"], event[key]) for event in events if type(event.get(key)) in (int, float)]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def median(events: Sequence[Event], key: str) -> float | None:
+    values = curve(events, key)[1]
+    return statistics.median(values) if values else None
+
+
+def show(value: float | None, spec: str) -> str:
+    return UNKNOWN if value is None else format(value, spec)
+
+
+def evaluated_corpora(events: Sequence[Event]) -> list[str]:
+    """Names of the held-out corpora, in the order of their first evaluation."""
+    keys = [key for event in events for key in event if key.startswith("eval/")]
+    return list(dict.fromkeys(key.removeprefix("eval/").rsplit("/", 1)[0] for key in keys))
+
+
+def best_loss(events: Sequence[Event], corpus: str) -> tuple[float, int] | None:
+    """The lowest loss on a held-out corpus, and its step; None without any."""
+    steps, losses = curve(events, f"eval/{corpus}/loss")
+    return min(zip(losses, steps, strict=True), default=None)
+
+
+def read_marks(folder: RunFolder, config: Mapping[str, Any]) -> list[Mark]:
+    """config: of config.yaml, empty if not known. Files that cannot be read mark nothing."""
+    return [*_restarts(folder), *_bad_batches(folder), *_stages(config), *_best(folder)]
+
+
+def _restarts(folder: RunFolder) -> Iterator[Mark]:
+    """Where each later attempt has resumed, or, if that is not kept, the last step of the attempt before."""
+    try:
+        lines = sorted(read_attempt_times(folder), key=lambda line: (line.start, line.time))
+    except OSError:
+        return
+    attempts = [list(group) for _, group in groupby(lines, key=lambda line: line.start)]
+    for number, (before, attempt) in enumerate(pairwise(attempts), start=2):
+        started = datetime.fromtimestamp(attempt[0].start, UTC)
+        step = min(before[-1].step, attempt[0].step)
+        yield Mark("restart", step, f"attempt {number}, {started:%Y-%m-%d %H:%M} UTC, from step {step:,}")
+
+
+def _bad_batches(folder: RunFolder) -> Iterator[Mark]:
+    for path in sorted(folder.bad_batch(0).parent.glob("step-*/fault.json")):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            fault = parse_json(path.read_text(encoding="utf-8"))
+            yield Mark("bad", int(fault["step"]), str(fault["what"]))
+
+
+def _stages(config: Mapping[str, Any]) -> Iterator[Mark]:
+    with suppress(KeyError, TypeError, AttributeError):
+        first_step = 0
+        for number, stage in enumerate(config["schedule"]["stages"], start=1):
+            if number > 1:
+                values = {key: value for key, value in stage.items() if key != "steps" and value is not None}
+                described = ", ".join(f"{key} {value}" for key, value in values.items())
+                yield Mark("stage", first_step, f"stage {number}: {described}" if described else f"stage {number}")
+            first_step += stage["steps"] or 0
+
+
+def _best(folder: RunFolder) -> Iterator[Mark]:
+    with suppress(OSError, ValueError):
+        best = named_best(folder.checkpoints)
+        if best is not None:
+            step = checkpoint_step(best)
+            yield Mark("best", step, f"best checkpoint: step {step:,}")

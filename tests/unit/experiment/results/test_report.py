@@ -15,8 +15,7 @@ from experiment.results.charts import Mark, x_axis
 from experiment.results.page import Charts, Table, write_page
 from experiment.results.report import write_report
 from experiment.results.report.tasks import downstream_blocks, read_task_results, result_blocks
-from experiment.results.report.training import held_out_table, training_blocks, training_table
-from experiment.results.report.values import evaluated_corpora
+from experiment.results.report.training import evaluated_corpora, held_out_table, training_blocks, training_table
 from experiment.run_folder import RunFolder, open_run_folder
 from experiment.run_lock import lock_run
 from experiment.tracking.downstream import DownstreamResult, write_result

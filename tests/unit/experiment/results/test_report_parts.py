@@ -13,11 +13,18 @@ from experiment.files import write_json
 from experiment.goodput import read_goodput
 from experiment.results.page import Charts, Table
 from experiment.results.report import write_overlay, write_report
-from experiment.results.report.headline import pretraining_headline, scaled, task_headline
-from experiment.results.report.marks import read_marks
-from experiment.results.report.overlay import difference_blocks, differing_keys, name_runs, open_runs, overlay_blocks
-from experiment.results.report.run_groups import compare_blocks, sweep_blocks
+from experiment.results.report.run_facts import pretraining_headline, scaled, task_headline
+from experiment.results.report.several_runs import (
+    compare_blocks,
+    difference_blocks,
+    differing_keys,
+    name_runs,
+    open_runs,
+    overlay_blocks,
+    sweep_blocks,
+)
 from experiment.results.report.tasks import worst_rows
+from experiment.results.report.training import read_marks
 from experiment.run_folder import RunFolder, open_run_folder
 from experiment.run_life import read_life
 from experiment.tracking.jsonl import read_events

@@ -118,7 +118,7 @@ def test_only_tracking_imports_wandb() -> None:
     sources = [path for folder in folders for path in (REPOSITORY / folder).rglob("*.py")]
     assert len(sources) > 5
     importing = {path.relative_to(REPOSITORY).as_posix() for path in sources if "wandb" in imported(path)}
-    allowed = ("weights_and_biases", "wandb_files", "wandb_alert")
+    allowed = ("weights_and_biases", "alerts")
     assert importing == {f"experiment/tracking/{name}.py" for name in allowed}
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from experiment.tracking.wandb_files import _read_records
+from experiment.tracking.weights_and_biases import _read_records
 
 HEADER = b":W&B\xe1\xbe\x00"
 

@@ -19,8 +19,7 @@ from experiment.signals import WARNING_SIGNALS
 from experiment.tracking.alerts import Alert
 from experiment.tracking.config import AlertsConfig, TrackingConfig
 from experiment.tracking.jsonl import Event
-from experiment.tracking.wandb_files import last_step
-from experiment.tracking.weights_and_biases import WandbTracker
+from experiment.tracking.weights_and_biases import WandbTracker, last_step
 
 
 class FakeRun:

@@ -6,7 +6,7 @@ import pytest
 from experiment.files import write_json
 from experiment.outcome_file import Cause, Outcome
 from experiment.run_folder import RunFolder
-from experiment.tracking import wandb_alert
+from experiment.tracking import alerts as alerts_module
 from experiment.tracking.alerts import Alert, Messenger
 from experiment.tracking.config import AlertsConfig, TrackingConfig
 from launcher.supervision.launch_result import LaunchResult
@@ -61,7 +61,7 @@ def test_wandb_is_told_when_the_launch_ends(tmp_path: Path, monkeypatch: pytest.
 def test_a_failure_of_wandb_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """Catches a launch that ends with a traceback because W&B does not answer."""
     write_json(RunFolder(tmp_path).provenance, {"run_id": "id7", "ancestors": [], "attempts": []})
-    monkeypatch.setattr(wandb_alert, "_SECONDS", 0.01)
+    monkeypatch.setattr(alerts_module, "_WANDB_SECONDS", 0.01)
     alerts = LaunchAlerts(TrackingConfig(wandb="online", alerts=AlertsConfig(wandb=True)), RunFolder(tmp_path))
     alerts.report(LaunchResult(Outcome.FAILED, "rank 0 was killed", Cause.KILLED))
     alerts.close()

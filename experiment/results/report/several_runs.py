@@ -1,4 +1,4 @@
-"""The sections of a report about several runs: their curves in the same charts, and what differs in their configs."""
+"""The sections of a report about several runs, also of a sweep or a comparison: charts and differences of configs."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,19 +7,35 @@ from pathlib import Path
 from typing import Any
 
 from experiment.config import flatten
+from experiment.errors import UserError
+from experiment.files import parse_json
 from experiment.results.charts import Plot, charts_block, x_axis
-from experiment.results.page import Block, Heading, Table, Text
+from experiment.results.comparison import comparison_blocks
+from experiment.results.page import Block, Figure, Heading, Table, Text
 from experiment.results.plots import Line, Panel
-from experiment.results.report.run_record import read_run_config
+from experiment.results.report.run_facts import read_run_config
 from experiment.results.report.tasks import main_score, read_task_results
-from experiment.results.report.training import NORM, RATE, SPEED, WAIT, without_empty_columns
-from experiment.results.report.values import UNKNOWN, best_loss, curve, evaluated_corpora, median, show
+from experiment.results.report.training import (
+    NORM,
+    RATE,
+    SPEED,
+    UNKNOWN,
+    WAIT,
+    best_loss,
+    curve,
+    evaluated_corpora,
+    median,
+    show,
+    without_empty_columns,
+)
+from experiment.results.sweep_summary import SweepResult, sort_results
 from experiment.run_folder import RunFolder
 from experiment.run_life import read_life
 from experiment.tracking.jsonl import Event, last_number, read_events
 
 _NOT_COMPARED = ("run.dir", "tracking.")  # keys
 _DIFFERENCES = "Differences of the configs"
+_PRETRAINING = "pretrain"  # folder of a row, beside those of its tasks
 
 
 @dataclass(frozen=True)
@@ -123,3 +139,70 @@ def differing_keys(configs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _cell(config: Mapping[str, Any], key: str) -> str:
     return UNKNOWN if key not in config else "null" if config[key] is None else str(config[key])
+
+
+def sweep_blocks(folder: RunFolder, directory: Path) -> list[Block]:
+    """The runs of a sweep, best first, from DIR/sweep.json; empty if there is none. Raises UserError if damaged."""
+    path = folder.path / "sweep.json"
+    try:
+        record = parse_json(path.read_text(encoding="utf-8"))
+        lower, results = bool(record.get("lower_is_better", True)), _results(record["runs"])
+        table = _sweep_table(sort_results(results, lower), str(record["metric"]))
+    except FileNotFoundError:
+        return []
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is damaged: expected 'metric' and 'runs'") from None
+    names = [result.name for result in results if (folder.path / result.name).is_dir()]
+    runs = open_runs({name: RunFolder(folder.path / name) for name in names})
+    image = folder.path / "sweep.png"
+    figures = [Figure(image.read_bytes(), f"{record['metric']} by grid point")] if image.is_file() else []
+    return [Heading("Sweep"), table, *figures, *overlay_blocks(runs, directory)]
+
+
+def _results(runs: Mapping[str, Mapping[str, Any]]) -> list[SweepResult]:
+    return [
+        SweepResult(name, dict(run["values"]), str(run.get("state", "not done")), run.get("value"))
+        for name, run in runs.items()
+        if "values" in run
+    ]
+
+
+def _sweep_table(best_first: list[SweepResult], metric: str) -> Table:
+    keys = list(dict.fromkeys(key for result in best_first for key in result.values))
+    rows = [
+        [result.name, result.state, *(result.values.get(key, UNKNOWN) for key in keys), show(result.value, ".4f")]
+        for result in best_first
+    ]
+    return Table(["run", "state", *keys, metric], rows, "Best first", labels=2)
+
+
+def compare_blocks(folder: RunFolder, directory: Path) -> list[Block]:
+    """The tables of a comparison, and the curves of its runs by task, from DIR/compare.json; empty if there is none.
+
+    Raises UserError for a damaged one.
+    """
+    path = folder.path / "compare.json"
+    try:
+        comparison = parse_json(path.read_text(encoding="utf-8"))
+        blocks, groups = comparison_blocks(comparison), _groups(folder, comparison)
+    except FileNotFoundError:
+        return []
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is damaged: expected scores by row and task") from None
+    for number, (title, runs) in enumerate(groups.items(), start=1):
+        blocks += [Heading(title), *difference_blocks(runs), *overlay_charts(runs, directory, f"{number}-")]
+    return blocks
+
+
+def _groups(folder: RunFolder, comparison: Mapping[str, Mapping[str, Any]]) -> dict[str, list[NamedRun]]:
+    """The runs whose curves belong together, by title: the pretrainings, and those of each task."""
+    groups: dict[str, dict[str, RunFolder]] = {}
+    for row, cells in comparison.items():
+        for column, cell in cells.items():
+            run = RunFolder(folder.path / cell["folder"])
+            pretraining = RunFolder(folder.path / Path(cell["folder"]).parts[0] / _PRETRAINING)
+            groups.setdefault(column, {})[row] = run
+            if pretraining.metrics.is_file():
+                groups.setdefault(_PRETRAINING, {})[row] = pretraining
+    logged = {name: runs for name, runs in groups.items() if any(run.metrics.is_file() for run in runs.values())}
+    return {f"Training: {name}": open_runs(runs) for name, runs in logged.items()}
