@@ -13,6 +13,7 @@ import platform
 import secrets
 import socket
 import subprocess
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -139,6 +140,22 @@ def _version(library: str) -> str | None:
         return importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def describe_commit(attempt: Mapping[str, Any]) -> str | None:
+    """The commit of an attempt in provenance.json; None if it is not known."""
+    git = attempt.get("git")
+    return f"{git['commit'][:10]}{' (changed)' if git['dirty'] else ''}" if git else None
+
+
+def describe_devices(hardware: Mapping[str, Any]) -> str:
+    """The devices of a host, from an attempt in provenance.json: its GPUs, or its CPU."""
+    gpus = Counter(hardware.get("gpus") or [])
+    return ", ".join(f"{count} × {name}" for name, count in gpus.items()) or describe_cpu(hardware)
+
+
+def describe_cpu(hardware: Mapping[str, Any]) -> str:
+    return f"{hardware.get('cores', '–')} cores, {hardware.get('cpu', '–')}"
 
 
 def _hardware() -> dict[str, Any]:

@@ -4,7 +4,6 @@ state.json has all that the card says, so it is complete for a checkpoint that w
 corpora. One that an older version wrote, or a folder of another origin, gets a card of what is known.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,12 @@ from experiment.config import flatten
 from experiment.errors import UserError
 from experiment.files import parse_json, write_text
 from experiment.formatting import format_perplexity
-from experiment.provenance import read_origin
+from experiment.provenance import describe_devices, read_origin
 from experiment.results.model_card import (
     FILE,
     MODEL,
     UNKNOWN,
     attempt_row,
-    cpu_name,
     format_number,
     front_matter,
     render_card,
@@ -85,7 +83,7 @@ def _make_card(source: Path, title: str) -> str:
         corpora=list(_corpora(state)),
         training=_training(state) if state else {},
         held_out=list(_held_out(state)),
-        hardware=[attempt_row(attempt, _devices(attempt.get("hardware", {}))) for attempt in attempts],
+        hardware=[attempt_row(attempt, describe_devices(attempt.get("hardware", {}))) for attempt in attempts],
     )
 
 
@@ -167,9 +165,3 @@ def _scores(state: Mapping[str, Any]) -> Iterator[tuple[str, str, str, float]]:
     for name, metrics in _held_out_metrics(state).items():
         for metric, value in metrics.items():
             yield name, "held-out", metric, value
-
-
-def _devices(hardware: Mapping[str, Any]) -> str:
-    """The devices of a host: its GPUs, or its CPU."""
-    gpus = Counter(hardware.get("gpus", []))
-    return ", ".join(f"{count} × {name}" for name, count in gpus.items()) or cpu_name(hardware)

@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from experiment.formatting import escape, markdown_table
+from experiment.provenance import describe_commit
 from experiment.transformers_models import hub_name
 
 FILE = "README.md"
@@ -133,15 +134,9 @@ def _lineage_row(ancestor: Mapping[str, Any]) -> list[str]:
 
 def attempt_row(attempt: Mapping[str, Any], device: str) -> list[str]:
     """A row of the table of hardware and software. attempt: as in provenance.json."""
-    git, versions = attempt.get("git"), attempt.get("versions", {})
-    commit = f"{git['commit'][:10]}{' (changed)' if git['dirty'] else ''}" if git else UNKNOWN
+    commit, versions = describe_commit(attempt) or UNKNOWN, attempt.get("versions", {})
     ranks, hosts = (format_number(attempt.get(key)) for key in ("world_size", "hosts"))
     return [device, ranks, hosts, *(str(versions.get(name) or UNKNOWN) for name in _LIBRARIES), commit]
-
-
-def cpu_name(hardware: Mapping[str, Any]) -> str:
-    """hardware: as in provenance.json."""
-    return f"{hardware.get('cores', UNKNOWN)} cores, {hardware.get('cpu', UNKNOWN)}"
 
 
 def format_value(value: Any) -> str:

@@ -1,7 +1,7 @@
 """A page of results: a list of blocks becomes one HTML file that needs nothing else.
 
-The markup is in `page.html.j2`, which names the fields of the blocks below, the style in `page.css`, and what draws the
-charts in `page.js` and `chart_axes.js`.
+The markup is in `page.html.j2`, which names the fields of the blocks below, the style in `page.css`, and the script
+that draws the charts in `page.js`.
 """
 
 import base64
@@ -17,7 +17,7 @@ from experiment.files import write_text
 
 Tone = Literal["good", "busy", "warn", "bad", "plain"]
 
-TEMPLATE, STYLE, SCRIPTS = "page.html.j2", "page.css", ("chart_axes.js", "page.js")
+TEMPLATE, STYLE, SCRIPT = "page.html.j2", "page.css", "page.js"
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def write_page(directory: Path, title: str, blocks: Sequence[Block], headline: H
         keep_trailing_newline=True,
     )
     style = (folder / STYLE).read_text(encoding="utf-8")
-    script = "\n".join((folder / name).read_text(encoding="utf-8") for name in SCRIPTS)
+    script = (folder / SCRIPT).read_text(encoding="utf-8")
     # The only script that browsers run, should text of the user ever end up as markup.
     digest = hashlib.sha256(f"\n{script}".encode()).digest()
     text = environment.get_template(TEMPLATE).render(

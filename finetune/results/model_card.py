@@ -12,12 +12,12 @@ from typing import Any
 from experiment.config import flatten
 from experiment.files import write_text
 from experiment.formatting import escape, markdown_table
+from experiment.provenance import describe_cpu
 from experiment.results.model_card import (
     FILE,
     MODEL,
     UNKNOWN,
     attempt_row,
-    cpu_name,
     format_number,
     format_value,
     front_matter,
@@ -52,7 +52,7 @@ def write_seed_card(
     task, ancestors, attempt = run.task.kind.config, provenance["ancestors"], provenance["attempts"][-1]
     title, hardware = str(task.name), attempt["hardware"]
     scores = [(title, split, *score) for split, found in record.scores.items() for score in found.items()]
-    device = hardware["gpus"][0] if run.device.device.type == "cuda" else cpu_name(hardware)
+    device = hardware["gpus"][0] if run.device.device.type == "cuda" else describe_cpu(hardware)
     tables = {split: found.table for split, found in run.task.splits.items()}
     text = render_card(
         Path(__file__).with_name("finetuned_card.md.j2"),

@@ -12,7 +12,7 @@ from experiment.config.yaml_dialect import read_yaml
 from experiment.errors import UserError
 from experiment.formatting import describe_duration
 from experiment.goodput import Goodput, last_lines, read_attempt_times
-from experiment.provenance import read_provenance
+from experiment.provenance import describe_commit, describe_devices, read_provenance
 from experiment.results.page import Block, Code, Fact, Heading, Headline, Table, Text, Tone
 from experiment.results.report.training import UNKNOWN, best_loss, evaluated_corpora
 from experiment.run_folder import RunFolder
@@ -194,15 +194,8 @@ def read_run_config(folder: RunFolder) -> dict[str, Any]:
 
 def _attempt_row(attempt: Mapping[str, Any]) -> list[str]:
     """`attempt`: as in provenance.json; keys that an older version did not write are unknown."""
-    git, versions = attempt.get("git"), attempt.get("versions", {})
-    commit = f"{git['commit'][:10]}{' (changed)' if git['dirty'] else ''}" if git else UNKNOWN
+    commit, versions = describe_commit(attempt) or UNKNOWN, attempt.get("versions", {})
     date = str(attempt.get("date", UNKNOWN)).replace("T", " ").replace("+00:00", " UTC")
     libraries = [str(versions.get(name) or UNKNOWN) for name in _LIBRARIES]
     host, ranks = (str(attempt.get(key, UNKNOWN)) for key in ("host", "world_size"))
-    return [date, host, ranks, commit, _device(attempt.get("hardware", {})), *libraries]
-
-
-def _device(hardware: Mapping[str, Any]) -> str:
-    if gpus := hardware.get("gpus"):
-        return f"{len(gpus)} × {gpus[0]}"
-    return f"{hardware.get('cores', UNKNOWN)} cores, {hardware.get('cpu', UNKNOWN)}"
+    return [date, host, ranks, commit, describe_devices(attempt.get("hardware", {})), *libraries]
