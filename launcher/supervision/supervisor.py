@@ -60,7 +60,7 @@ def _ignored_suspension() -> Iterator[None]:
 
 
 class LaunchAlerts:
-    """Sends alerts while the launch continues: by webhook and mail; when it ends, through W&B too."""
+    """Sends alerts while the launch continues; when it ends, through W&B too."""
 
     def __init__(self, config: TrackingConfig, folder: RunFolder) -> None:
         """Raises UserError if an environment variable is missing."""
