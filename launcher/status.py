@@ -24,11 +24,12 @@ from rich.table import Table
 from experiment.checkpoints import checkpoint_step, complete_checkpoints
 from experiment.config.yaml_dialect import read_yaml
 from experiment.errors import UserError, notify
+from experiment.formatting import describe_duration
 from experiment.goodput import AttemptTime, add_up, last_lines, read_attempt_times
 from experiment.run_folder import RunFolder
 from experiment.run_life import State, read_life
 from experiment.run_lock import may_be_in_use
-from experiment.tracking.console import RATE_EVENTS, describe_duration
+from experiment.tracking.console import RATE_EVENTS
 from experiment.tracking.jsonl import last_number, read_last_events
 from launcher.options import LogsOptions
 from launcher.supervision.launch_result import count_attempts
