@@ -29,6 +29,7 @@ def folder(tmp_path: Path) -> Iterator[RunFolder]:
         os.kill(json.loads(folder.owner.read_text())["pid"], signal.SIGKILL)
 
 
+@pytest.mark.real_start
 def test_a_run_survives_its_terminal_and_can_be_followed(
     start: Start, wordpiece_corpus: Path, tmp_path: Path, folder: RunFolder
 ) -> None:

@@ -121,6 +121,7 @@ def test_a_server_that_breaks_during_a_run(
     assert _local_steps(folder) == steps, "`wandb sync` has nothing to send"
 
 
+@pytest.mark.real_start
 def test_no_step_is_doubled_or_missing_after_a_kill(start: Start, wordpiece_corpus: Path, tmp_path: Path) -> None:
     """Catches steps that appear twice in W&B or TensorBoard after a crash, or not at all, with the real packages."""
     config = config_file(
