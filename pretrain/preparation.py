@@ -15,7 +15,7 @@ from pretrain.modeling.build import BuiltModel, attention_ratio, build_model, ch
 from pretrain.plan.memory import weight_dtype
 from pretrain.resolve import ResolvedRun, resolve
 from pretrain.training.checkpoint_verification import verify_together
-from pretrain.training.host_group import HostGroup
+from pretrain.training.cpu_group import CpuGroup
 from pretrain.training_stream import TrainingStream, open_stream
 from pretrain.world import World
 
@@ -28,22 +28,22 @@ class Preparation(NamedTuple):
     stream: TrainingStream
 
 
-def prepare(config: PretrainConfig, world: World, hosts: HostGroup) -> Preparation:
+def prepare(config: PretrainConfig, world: World, group: CpuGroup) -> Preparation:
     """Resolve the config, verify the corpora, build the model and open the stream of batches. Collective.
 
     Raises AgreedError: a UserError on any rank, such as a host that lacks the corpus, is raised on all.
     """
-    hosts.call(lambda: set_up_logging(open_run_folder(config.run.dir), world.rank))
-    run = hosts.call(
-        lambda: resolve(config, world.size, decide=hosts.from_rank0, verify=partial(verify_together, hosts, world))
+    group.call(lambda: set_up_logging(open_run_folder(config.run.dir), world.rank))
+    run = group.call(
+        lambda: resolve(config, world.size, decide=group.from_rank0, verify=partial(verify_together, group, world))
     )
-    hosts.call(lambda: check_device_support(run.deepspeed))
+    group.call(lambda: check_device_support(run.deepspeed))
     if world.rank == 0:
         warn_of_emulation(run.deepspeed)
-    verify_on_each_host([*(given.corpus for given in run.corpora), *run.held_out.values()], world, hosts)
-    model = hosts.call(lambda: build_model(run.model_source, run.model_config, run.config.run.seed))
-    rows = agreed_rows(choose_rows(model, weight_dtype(run.deepspeed)), world, hosts)
-    stream = hosts.call(
+    verify_on_each_host([*(given.corpus for given in run.corpora), *run.held_out.values()], world, group)
+    model = group.call(lambda: build_model(run.model_source, run.model_config, run.config.run.seed))
+    rows = agreed_rows(choose_rows(model, weight_dtype(run.deepspeed)), world, group)
+    stream = group.call(
         lambda: open_stream(
             run, world, rows=rows, first_position=model.first_position, attention_ratio=attention_ratio(model.flops)
         )
@@ -51,21 +51,21 @@ def prepare(config: PretrainConfig, world: World, hosts: HostGroup) -> Preparati
     return Preparation(run, model, stream)
 
 
-def agreed_rows(rows: Rows, world: World, hosts: HostGroup) -> Rows:
+def agreed_rows(rows: Rows, world: World, group: CpuGroup) -> Rows:
     """The rows of all ranks: windows unless every rank, whose GPU may be of another type, can compute flat ones.
     Collective.
 
     Rows decide which sequences of a batch a rank takes. `rows`: what this rank would choose.
     """
-    (flat,) = hosts.all_reduce_sum([int(rows == "flat")])
+    (flat,) = group.all_reduce_sum([int(rows == "flat")])
     return "windows" if rows == "flat" and flat < world.size else rows
 
 
-def verify_on_each_host(corpora: Sequence[Corpus], world: World, hosts: HostGroup) -> None:
+def verify_on_each_host(corpora: Sequence[Corpus], world: World, group: CpuGroup) -> None:
     """Verify the corpora on one rank of each host. Collective; raises AgreedError for a damaged shard.
 
     The ranks meet after every shard: reading all of them may take longer than the timeout of a collective.
     """
     shards = verified_shards(corpora if world.local_rank == 0 else [], show_progress=world.rank == 0)
-    while hosts.all_reduce_sum([hosts.call(lambda: next(shards, None) is not None)]) != [0]:
+    while group.all_reduce_sum([group.call(lambda: next(shards, None) is not None)]) != [0]:
         pass

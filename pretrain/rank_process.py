@@ -19,7 +19,7 @@ from experiment.own_process import GATE_VARIABLE, LAUNCH_VARIABLE, raise_limit_o
 from pretrain.batching.loader import DataWorkerError
 from pretrain.engine.process_group import LostRankError
 from pretrain.rank_report import RankReport
-from pretrain.training.host_group import AgreedError
+from pretrain.training.cpu_group import AgreedError
 from pretrain.training.stop_request import exit_on_stop_request
 
 log = logging.getLogger(__name__)

@@ -93,7 +93,7 @@ def resolve(
     """Resolve and check a run. Raises UserError for the first thing that would keep it from starting.
 
     Args:
-        decide: ranks pass `HostGroup.from_rank0`, so that all of them use rank 0's choice even if a checkpoint appears
+        decide: ranks pass `CpuGroup.from_rank0`, so that all of them use rank 0's choice even if a checkpoint appears
             or disappears at this moment.
         verify: says what is wrong with a checkpoint. Ranks, which load it, read all of it.
     """

@@ -48,8 +48,8 @@ from pretrain.rank_heartbeat import RankHeartbeat
 from pretrain.rank_process import exit_refused, give_up, run_rank, stop_at_once, wait_at_gate
 from pretrain.rank_report import RankReport, rank_report
 from pretrain.training.background_save import UnwritableError
+from pretrain.training.cpu_group import AgreedError, CpuGroup
 from pretrain.training.health import HEALTH_LIMITS, HealthLimits
-from pretrain.training.host_group import AgreedError, HostGroup
 from pretrain.training.stop_request import StopRequest
 from pretrain.training.trainer import Trainer
 from pretrain.world import World
@@ -72,9 +72,9 @@ def pretrain(
     times = times or ActivityTimer(time.time(), compile_seconds)
     report = report or rank_report(config, world.rank)
     with deadline(_timeout(config), partial(give_up, report, "the ranks did not connect to each other's hosts")):
-        hosts = HostGroup(_timeout(config), times.make_progress)
+        group = CpuGroup(_timeout(config), times.make_progress)
     try:
-        run, model, stream = prepare(config, world, hosts)
+        run, model, stream = prepare(config, world, group)
         module = MaskedLanguageModel(model.model, model.packed, run.longest_sequence)
         compiled: set[type[nn.Module]] = set()
         if _compiles(run.config.engine):
@@ -93,14 +93,14 @@ def pretrain(
                 compiled=compiled,
             )
             resources.callback(engine.close)
-            trainer = Trainer(run, model, engine, stream, hosts, times, limits)
+            trainer = Trainer(run, model, engine, stream, group, times, limits)
             # Not earlier: a signal to a rank that has not loaded its checkpoint should end it at once.
             stop = resources.enter_context(stop_request(run.folder.stop if world.rank == 0 else None))
             report.begin_training()
-            return _train(trainer, stop, hosts)
+            return _train(trainer, stop, group)
     except AgreedError as error:
         report.announce_refusal(error)
-        hosts.barrier()  # the launcher kills all ranks when one exits, perhaps before rank 0 has printed
+        group.barrier()  # the launcher kills all ranks when one exits, perhaps before rank 0 has printed
         raise
 
 
@@ -108,10 +108,10 @@ def _compiles(engine: EngineConfig) -> bool:
     return torch.cuda.is_available() if engine.compile == "auto" else engine.compile
 
 
-def _train(trainer: Trainer, stop: StopRequest, hosts: HostGroup) -> ReportedOutcome:
+def _train(trainer: Trainer, stop: StopRequest, group: CpuGroup) -> ReportedOutcome:
     ending = ReportedOutcome(Outcome.FAILED, "")
     try:
-        ending = _reported(trainer.train(stop), stop, hosts)
+        ending = _reported(trainer.train(stop), stop, group)
     except UnwritableError as error:
         ending = ReportedOutcome(Outcome.STOPPED, f"no checkpoint can be written: {error}", Cause.AGREED)
         log.error("%s", ending.message)
@@ -119,20 +119,20 @@ def _train(trainer: Trainer, stop: StopRequest, hosts: HostGroup) -> ReportedOut
         log.error("%s", error)
         with contextlib.suppress(UnwritableError):
             trainer.finish_save()
-        hosts.barrier()  # the launcher kills all ranks when one exits, perhaps before rank 0 has logged the error
+        group.barrier()  # the launcher kills all ranks when one exits, perhaps before rank 0 has logged the error
         raise
     finally:
         trainer.close(ending.outcome)
     stop.ignore_second()
-    hosts.barrier()
+    group.barrier()
     return ending
 
 
-def _reported(outcome: Outcome, stop: StopRequest, hosts: HostGroup) -> ReportedOutcome:
+def _reported(outcome: Outcome, stop: StopRequest, group: CpuGroup) -> ReportedOutcome:
     """The outcome and, if a rank was asked to stop, which one and how. Collective."""
     if outcome is not Outcome.STOPPED:
         return ReportedOutcome(outcome, "")
-    message = f"stopped: {hosts.first_message(stop.reason)}; run the same command again to resume"
+    message = f"stopped: {group.first_message(stop.reason)}; run the same command again to resume"
     return ReportedOutcome(outcome, message, Cause.SIGNAL)
 
 

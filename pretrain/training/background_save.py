@@ -36,7 +36,7 @@ from pretrain.training.checkpoint_tensors import (
     publish,
     write_share,
 )
-from pretrain.training.host_group import HostGroup
+from pretrain.training.cpu_group import CpuGroup
 from pretrain.world import World
 
 log = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ def work_of_this_thread() -> ThreadWork:
 class BackgroundSave:
     """The save in flight, if any."""
 
-    def __init__(self, checkpoints: Path, hosts: HostGroup, world: World, saved_step: int | None) -> None:
+    def __init__(self, checkpoints: Path, group: CpuGroup, world: World, saved_step: int | None) -> None:
         """Collective. Deletes what interrupted saves have left.
 
         Args:
@@ -103,7 +103,7 @@ class BackgroundSave:
             saved_step: of the newest checkpoint of the run; None if it has none.
         """
         self._checkpoints = checkpoints
-        self._hosts = hosts
+        self._group = group
         self._world = world
         self.saved_step = saved_step
         self._thread = ThreadPoolExecutor(1, "checkpoint", _lower_priority)
@@ -113,7 +113,7 @@ class BackgroundSave:
         self._publishing = False  # in the second part
         self._failures = 0
         self.problem = ""  # of the last save that failed
-        hosts.from_rank0(lambda: remove_leftovers(checkpoints))
+        group.from_rank0(lambda: remove_leftovers(checkpoints))
 
     @property
     def is_part_done(self) -> bool:
@@ -141,12 +141,12 @@ class BackgroundSave:
         launcher ends the ranks.
         """
         while self._snapshot is not None:
-            self._hosts.wait_for_all(self._part, self._work.has_worked)
+            self._group.wait_for_all(self._part, self._work.has_worked)
             self._advance(self._snapshot)
 
     def _advance(self, snapshot: Snapshot) -> None:
         try:
-            results = on_all_ranks(self._hosts, self._part.result)
+            results = on_all_ranks(self._group, self._part.result)
         except UnwritableError as error:
             self._fail(snapshot.step, error)
             return
@@ -177,7 +177,7 @@ class BackgroundSave:
         return self._checkpoints / f".{checkpoint_path(self._checkpoints, step).name}.partial"
 
 
-def on_all_ranks(hosts: HostGroup, write: Callable[[], T]) -> list[T]:
+def on_all_ranks(group: CpuGroup, write: Callable[[], T]) -> list[T]:
     """Call `write` on every rank and return the results by rank. It fails on all ranks if it fails on one. Collective.
 
     Raises UnwritableError if what failed is writing. Any other error is raised on its rank, RuntimeError on the others.
@@ -192,7 +192,7 @@ def on_all_ranks(hosts: HostGroup, write: Callable[[], T]) -> list[T]:
     problem = (
         None if raised is None else refusal or (str(raised) if unwritable else f"{type(raised).__name__}: {raised}")
     )
-    gathered = hosts.all_gather_objects((problem, unwritable, result))
+    gathered = group.all_gather_objects((problem, unwritable, result))
     if raised is not None and not unwritable:
         raise raised
     problems = [problem for problem, _, _ in gathered]

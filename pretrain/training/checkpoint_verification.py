@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from experiment.checkpoints import verify
-from pretrain.training.host_group import HostGroup
+from pretrain.training.cpu_group import CpuGroup
 from pretrain.world import World
 
 
-def verify_together(hosts: HostGroup, world: World, checkpoint: Path) -> str | None:
+def verify_together(group: CpuGroup, world: World, checkpoint: Path) -> str | None:
     """As `experiment.checkpoints.verify`, but each rank reads its share of the files. Collective.
 
     All ranks pass the same checkpoint, and get the same result. A rank's share contains the tensors that it saved, and
@@ -18,5 +18,5 @@ def verify_together(hosts: HostGroup, world: World, checkpoint: Path) -> str | N
         first = (world.rank + 1) % world.size  # before the tensors of rank 0 comes engine/index.json
         return names[first :: world.size]
 
-    problems = hosts.from_all_ranks(lambda: verify(checkpoint, share))
+    problems = group.from_all_ranks(lambda: verify(checkpoint, share))
     return next((problem for problem in problems if problem is not None), None)

@@ -28,7 +28,7 @@ from pretrain.resume import ResumePlan
 from pretrain.training.background_save import BackgroundSave, Snapshot, UnwritableError, on_all_ranks
 from pretrain.training.checkpoint_tensors import HostMemory, load_checkpoint
 from pretrain.training.checkpoint_verification import verify_together
-from pretrain.training.host_group import HostGroup
+from pretrain.training.cpu_group import CpuGroup
 from pretrain.training.training_progress import TrainingProgress, fork_progress, progress_from_json, progress_to_json
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class Checkpointer:
         run: ResolvedRun,
         engine: Engine,
         model: PreTrainedModel,
-        hosts: HostGroup,
+        group: CpuGroup,
         provenance: Mapping[str, Any],
     ) -> None:
         """Collective.
@@ -65,12 +65,12 @@ class Checkpointer:
         self._run = run
         self._engine = engine
         self._model = model
-        self._hosts = hosts
+        self._group = group
         self._provenance = provenance
         plan = run.resume_plan
         resumed = plan.checkpoint is not None and not plan.fork
         saved_step = checkpoint_step(plan.checkpoint) if plan.checkpoint is not None and resumed else None
-        self._saves = BackgroundSave(run.folder.checkpoints, hosts, engine.world, saved_step)
+        self._saves = BackgroundSave(run.folder.checkpoints, group, engine.world, saved_step)
         self._memory = HostMemory()
 
     @property
@@ -96,10 +96,10 @@ class Checkpointer:
 
     def load_newest(self) -> TrainingProgress:
         """Load this run's newest checkpoint, to rewind. Collective; no save may be in flight."""
-        candidates = self._hosts.from_rank0(lambda: complete_checkpoints(self._run.folder.checkpoints))
+        candidates = self._group.from_rank0(lambda: complete_checkpoints(self._run.folder.checkpoints))
         assert candidates, "the trainer saves a checkpoint before it may rewind"
-        verify = partial(verify_together, self._hosts, self._engine.world)
-        newest = self._hosts.call(lambda: last_usable(candidates, verify))
+        verify = partial(verify_together, self._group, self._engine.world)
+        newest = self._group.call(lambda: last_usable(candidates, verify))
         load_checkpoint(self._engine, newest)
         progress = progress_from_json(read_state(newest)["progress"])
         self._saves.saved_step = progress.step
@@ -141,7 +141,7 @@ class Checkpointer:
         self._on_rank0(replace_progress)
 
     def _on_rank0(self, write: Callable[[], None]) -> None:
-        on_all_ranks(self._hosts, write if self._engine.world.rank == 0 else lambda: None)
+        on_all_ranks(self._group, write if self._engine.world.rank == 0 else lambda: None)
 
     def _snapshot(self, progress: TrainingProgress) -> Snapshot:
         """Everything that the checkpoint of this step contains, copied."""

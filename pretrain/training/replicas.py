@@ -15,8 +15,8 @@ from torch import Tensor
 
 from pretrain.batching.batch import RankBatch
 from pretrain.engine.engine import Engine
+from pretrain.training.cpu_group import CpuGroup
 from pretrain.training.health import UnhealthyError
-from pretrain.training.host_group import HostGroup
 
 
 def _signed(word: int) -> int:
@@ -31,14 +31,14 @@ _GOLDEN = _signed(0x9E3779B97F4A7C15)
 _ROUNDS = ((30, _signed(0xBF58476D1CE4E5B9)), (27, _signed(0x94D049BB133111EB)), (31, 1))
 
 
-def compare_replicas(engine: Engine, hosts: HostGroup, batch: RankBatch, learning_rate: float) -> None:
+def compare_replicas(engine: Engine, group: CpuGroup, batch: RankBatch, learning_rate: float) -> None:
     """Call after the update of `batch`. Collective. Raises UnhealthyError on all ranks, naming the first difference."""
     own = {
         "the position in the data": batch.step,
         "the sequences of the batch": batch.fingerprint,
         "the learning rate": _bits(learning_rate),
     } | _hash_weights(engine)
-    difference = first_difference(own, hosts.all_gather(list(own.values())))
+    difference = first_difference(own, group.all_gather(list(own.values())))
     if difference is not None:
         raise UnhealthyError(
             f"step {batch.step + 1}: {difference}\n"

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from pretrain.batching.batch import RankBatch
 from pretrain.batching.loader import DataWorkerError
 from pretrain.training.clock import TrainingClock
-from pretrain.training.host_group import HostGroup, PendingSums
+from pretrain.training.cpu_group import CpuGroup, PendingSums
 from pretrain.world import World
 
 
@@ -52,10 +52,10 @@ class StepTotals(NamedTuple):
 
 class StepAgreement:
     def __init__(
-        self, hosts: HostGroup, world: World, clock: TrainingClock, save_minutes: float | None, corpora: int
+        self, group: CpuGroup, world: World, clock: TrainingClock, save_minutes: float | None, corpora: int
     ) -> None:
         """`save_minutes`: between checkpoints; None: none are due by the clock. `corpora`: of the mixture."""
-        self._hosts = hosts
+        self._group = group
         self._world = world
         self._is_rank0 = world.rank == 0
         self._clock = clock
@@ -95,7 +95,7 @@ class StepAgreement:
             corpus_tokens=tuple(batch.corpus_tokens) if batch else (0,) * self._corpora,
             work_microseconds=tuple(work),
         )
-        return PendingTotals(own, self._hosts.start_all_reduce_sum(own.flatten()))
+        return PendingTotals(own, self._group.start_all_reduce_sum(own.flatten()))
 
 
 class PendingTotals:

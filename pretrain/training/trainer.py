@@ -34,6 +34,7 @@ from pretrain.training.bad_batch_dump import BadBatchWriter
 from pretrain.training.checkpoint_alarm import CheckpointAlarm
 from pretrain.training.checkpointer import Checkpointer, load_resumed
 from pretrain.training.clock import TrainingClock
+from pretrain.training.cpu_group import CpuGroup
 from pretrain.training.early_stopping import newly_overfitting, should_stop_early, update_history
 from pretrain.training.health import (
     HEALTH_LIMITS,
@@ -44,7 +45,6 @@ from pretrain.training.health import (
     diagnose,
     norm_limit,
 )
-from pretrain.training.host_group import HostGroup
 from pretrain.training.learning_rate import learning_rate
 from pretrain.training.log_interval import LogInterval
 from pretrain.training.profiler import StepProfiler
@@ -79,7 +79,7 @@ class UpcomingBatch(NamedTuple):
     share: RankBatch | DataWorkerError | None  # None: the stream has ended
     agreement: PendingTotals  # on its token counts, and that all ranks have their share
 
-    def wait(self, hosts: HostGroup) -> tuple[RankBatch, StepTotals]:
+    def wait(self, group: CpuGroup) -> tuple[RankBatch, StepTotals]:
         """The share, and the totals of the batch. Collective.
 
         Raises DataWorkerError on all ranks if one has no share: only now, so that the step before it is completed.
@@ -87,7 +87,7 @@ class UpcomingBatch(NamedTuple):
         totals = self.agreement.wait()
         if totals.failed_batches:
             failure = str(self.share) if isinstance(self.share, DataWorkerError) else None
-            raise DataWorkerError(hosts.first_message(failure, always_name_rank=True))
+            raise DataWorkerError(group.first_message(failure, always_name_rank=True))
         assert isinstance(self.share, RankBatch), "the run ends with the stream"
         return self.share, totals
 
@@ -101,7 +101,7 @@ class Trainer:
         model: BuiltModel,
         engine: Engine,
         stream: TrainingStream,
-        hosts: HostGroup,
+        group: CpuGroup,
         times: ActivityTimer,
         limits: HealthLimits = HEALTH_LIMITS,
     ) -> None:
@@ -111,17 +111,17 @@ class Trainer:
         self._flops = model.flops
         self._engine = engine
         self._stream = stream
-        self._hosts = hosts
+        self._group = group
         self._times = times
         self._limits = limits
         self._on_gpu = engine.device.type == "cuda"
-        self._evaluator = hosts.call(lambda: open_evaluator(run, stream.rows, model.first_position, world))
+        self._evaluator = group.call(lambda: open_evaluator(run, stream.rows, model.first_position, world))
         self._progress = load_resumed(run.resume_plan, engine)
         self._first_step = self._progress.step if run.resume_plan.fork else 0
-        (num_hosts,) = hosts.all_reduce_sum([int(world.local_rank == 0)])
-        self._slow_ranks = SlowRanks(hosts.all_gather_objects(platform.node()))
+        (num_hosts,) = group.all_reduce_sum([int(world.local_rank == 0)])
+        self._slow_ranks = SlowRanks(group.all_gather_objects(platform.node()))
         self._data_seconds = 0.0  # that this rank has waited for data since it last reported its work
-        provenance = hosts.from_rank0(lambda: record_start(run, world.size, num_hosts))
+        provenance = group.from_rank0(lambda: record_start(run, world.size, num_hosts))
         self._tracker: Trackers | None = None
         if world.rank == 0:
             if not self._is_finished():  # else the time since its end would count as down
@@ -130,12 +130,12 @@ class Trainer:
                 run, provenance, self._progress.step, stream, self._is_evaluation_missing()
             )
         self._downstream = DownstreamLog(run.folder)
-        self._checkpointer = Checkpointer(run, engine, model.model, hosts, provenance)
+        self._checkpointer = Checkpointer(run, engine, model.model, group, provenance)
         self._checkpoint_alarm = CheckpointAlarm(config.tracking.alerts.no_checkpoint_hours)
         self._recovery = Recovery(config.health, limits)
         self._bad_batches = BadBatchWriter(run.folder, world, stream.corpora, run.tokenizer.decode)
         self._clock, self._throughput = TrainingClock(self._progress.seconds), Throughput()
-        self._agreement = StepAgreement(hosts, world, self._clock, config.checkpoint.every_minutes, len(stream.corpora))
+        self._agreement = StepAgreement(group, world, self._clock, config.checkpoint.every_minutes, len(stream.corpora))
         self._profiler = StepProfiler(run.folder.profile) if config.run.profile and world.rank == 0 else None
         self._logged_step = -1  # events up to this step were logged before a rewind
         self._open_data()
@@ -151,7 +151,7 @@ class Trainer:
         upcoming: UpcomingBatch | None = None
         while not self._is_finished():
             upcoming = upcoming or self._take_batch(stop)
-            batch, totals = upcoming.wait(self._hosts)
+            batch, totals = upcoming.wait(self._group)
             upcoming = self._take_batch(stop)  # agreed on while this one is computed
             rate = self._learning_rate(batch.step, totals.seconds)
             update = self._train_step(batch, totals.masked_tokens, rate)
@@ -169,7 +169,7 @@ class Trainer:
                 update = recovered
             self._advance(totals, update)
             if self._is_due(self._config.health.compare_every) and self._engine.world.size > 1:
-                compare_replicas(self._engine, self._hosts, batch, rate)
+                compare_replicas(self._engine, self._group, batch, rate)
 
             finished = self._is_finished()
             stopping = agreed.stop_requests > 0 and not finished
@@ -205,7 +205,7 @@ class Trainer:
             wait([closing], CLOSE_SECONDS)
         else:
             deadline = time.monotonic() + CLOSE_SECONDS
-            self._hosts.wait_for_all(closing, lambda: time.monotonic() < deadline)
+            self._group.wait_for_all(closing, lambda: time.monotonic() < deadline)
             closing.result()
         self._times.record()
 
@@ -321,7 +321,7 @@ class Trainer:
 
     def _save_before_fault(self) -> str:
         """Save the state before a bad batch unless it is broken; returns what the user can do."""
-        (broken,) = self._hosts.all_reduce_sum([int(not self._engine.masters_are_finite())])
+        (broken,) = self._group.all_reduce_sum([int(not self._engine.masters_are_finite())])
         if broken:
             return f"  the weights before it: not finite either, so not saved\n{ADVICE}"
         self._save(self._progress.seconds, now=True)

@@ -138,10 +138,10 @@ def save_engine(
     """Save a checkpoint, by default with an empty Hugging Face folder, and wait for it. Collective."""
     from pretrain.training.background_save import BackgroundSave, Snapshot
     from pretrain.training.checkpoint_tensors import HostMemory
-    from pretrain.training.host_group import HostGroup
+    from pretrain.training.cpu_group import CpuGroup
 
     state = {"step": step, "loss_scaler": engine.loss_scaler_state()}
-    saves = BackgroundSave(checkpoints, HostGroup(timedelta(seconds=100)), engine.world, None)
+    saves = BackgroundSave(checkpoints, CpuGroup(timedelta(seconds=100)), engine.world, None)
     saves.begin(Snapshot(step, HostMemory().copy(engine), state, write_model, keep))
     saves.wait()
 

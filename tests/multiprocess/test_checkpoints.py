@@ -24,7 +24,7 @@ from experiment.tokenizer import load_tokenizer
 from pretrain.config import PretrainConfig
 from pretrain.resolve import resolve
 from pretrain.training.checkpoint_verification import verify_together
-from pretrain.training.host_group import HostGroup
+from pretrain.training.cpu_group import CpuGroup
 from pretrain.world import World
 from rank_pool import RankError, RankPool
 from runs import Tree, build_engine, logged, pretrain_case, run_config, save_engine, saved_tensors, soak
@@ -232,7 +232,7 @@ def test_resuming_skips_damaged_checkpoints(pools: dict[int, RankPool], wordpiec
 
 def chosen_case(world: World, tree: Tree) -> tuple[str, str]:
     """The checkpoint that a run would resume, or why it would not start, and what rank 0 logs."""
-    hosts = HostGroup(timedelta(seconds=60))
+    hosts = CpuGroup(timedelta(seconds=60))
     config = build_config(PretrainConfig, tree)
     logged = io.StringIO()
     handler = logging.StreamHandler(logged)

@@ -104,11 +104,11 @@ def taken_case(world: World, tree: Tree, flat: AbstractSet[int]) -> tuple[Rows, 
     """The rows of a run on devices of which only those of the ranks `flat` compute flat rows, and the sequences of the
     first batch that this rank takes."""
     from pretrain import preparation
-    from pretrain.training.host_group import HostGroup
+    from pretrain.training.cpu_group import CpuGroup
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preparation, "choose_rows", lambda *_: "flat" if world.rank in flat else "windows")
-        stream = preparation.prepare(build_config(PretrainConfig, tree), world, HostGroup(timedelta(seconds=60))).stream
+        stream = preparation.prepare(build_config(PretrainConfig, tree), world, CpuGroup(timedelta(seconds=60))).stream
     return stream.rows, stream[0].origins.ids.tolist()
 
 

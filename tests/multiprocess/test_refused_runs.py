@@ -19,7 +19,7 @@ from experiment.outcome_file import Outcome, read_outcome, reserve_outcome
 from experiment.run_folder import RunFolder
 from pretrain.corpus.build import build_corpus
 from pretrain.corpus.options import CorpusOptions
-from pretrain.training.host_group import HostGroup
+from pretrain.training.cpu_group import CpuGroup
 from pretrain.world import World
 from rank_pool import RankPool, free_port
 from runs import Tree, pretrain_case, run_config
@@ -142,7 +142,7 @@ def verification_case(world: World, corpus: Path, fails_on: int | None) -> tuple
     from pretrain.corpus.reader import Corpus, open_corpus
     from pretrain.preparation import verify_on_each_host
 
-    class Counting(HostGroup):
+    class Counting(CpuGroup):
         calls = 0
 
         def call(self, function: Any) -> Any:

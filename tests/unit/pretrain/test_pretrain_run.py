@@ -68,6 +68,6 @@ def test_a_checkpoint_that_cannot_be_written_is_agreed_on() -> None:
         raise UnwritableError("disk full")
 
     trainer = SimpleNamespace(train=train, close=lambda _: None)
-    hosts = SimpleNamespace(barrier=lambda: None)
-    ending = pretrain.run._train(trainer, SimpleNamespace(ignore_second=lambda: None), hosts)  # type: ignore[arg-type]
+    group = SimpleNamespace(barrier=lambda: None)
+    ending = pretrain.run._train(trainer, SimpleNamespace(ignore_second=lambda: None), group)  # type: ignore[arg-type]
     assert ending == (Outcome.STOPPED, "no checkpoint can be written: disk full", Cause.AGREED)

@@ -14,7 +14,7 @@ from pretrain.batching.loader import DataWorkerError
 from pretrain.engine.process_group import LostRankError
 from pretrain.rank_process import run_rank
 from pretrain.rank_report import RankReport
-from pretrain.training.host_group import AgreedError
+from pretrain.training.cpu_group import AgreedError
 
 
 class Exited(BaseException):

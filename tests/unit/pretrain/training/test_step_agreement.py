@@ -9,14 +9,14 @@ from pretrain.batching.batch import RankBatch
 from pretrain.batching.loader import DataWorkerError
 from pretrain.batching.order import BatchSequences
 from pretrain.training.clock import TrainingClock
-from pretrain.training.host_group import HostGroup
+from pretrain.training.cpu_group import CpuGroup
 from pretrain.training.step_agreement import StepAgreement, StepTotals
 from pretrain.world import World
 
 MASKED, TOKENS, SQUARED = (5, 30, 200), (9, 70, 800), (0, 2, 4)  # of three ranks
 
 
-class RecordedHosts:
+class RecordedGroup:
     """In place of the process group: keeps what each rank contributes."""
 
     def __init__(self) -> None:
@@ -37,12 +37,12 @@ def agree(monkeypatch: pytest.MonkeyPatch, save_minutes: float | None, asked: tu
     """The totals of three ranks whose clocks disagree: 100, 170 and 240 seconds of training, as long since a save."""
     now = 0.0
     monkeypatch.setattr("pretrain.training.clock.time.monotonic", lambda: now)
-    hosts: Any = RecordedHosts()
+    group: Any = RecordedGroup()
     for rank, reason in enumerate(asked):
         now = 0.0
         clock = TrainingClock(0.0)
         now = 100.0 + 70.0 * rank
-        agreement = StepAgreement(cast(HostGroup, hosts), World(rank, 3), clock, save_minutes, corpora=2)
+        agreement = StepAgreement(cast(CpuGroup, group), World(rank, 3), clock, save_minutes, corpora=2)
         batch = rank_batch(MASKED[rank], TOKENS[rank], SQUARED[rank])
         pending = agreement.begin(batch, stop_requested=reason is not None, part_done=rank > 0)
     return pending.wait()
@@ -87,8 +87,8 @@ def test_any_rank_can_request_a_stop(
 
 def test_a_rank_without_a_batch_contributes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches ranks that send different numbers of sums where the data of one has failed: the others would hang."""
-    hosts: Any = RecordedHosts()
-    agreement = StepAgreement(cast(HostGroup, hosts), World(0, 2), TrainingClock(0.0), None, corpora=2)
+    group: Any = RecordedGroup()
+    agreement = StepAgreement(cast(CpuGroup, group), World(0, 2), TrainingClock(0.0), None, corpora=2)
     agreement.begin(rank_batch(5, 9, 0), stop_requested=False, part_done=True)
     totals = agreement.begin(None, stop_requested=True, part_done=True).wait()
     assert (totals.masked_tokens, totals.tokens, totals.corpus_tokens) == (5, 9, (8, 1))
@@ -100,9 +100,9 @@ def test_a_rank_without_a_batch_contributes_nothing(monkeypatch: pytest.MonkeyPa
 
 def test_ranks_tell_how_long_they_have_worked() -> None:
     """Catches times of ranks that change places, are added up, or are taken for tokens of a corpus."""
-    hosts: Any = RecordedHosts()
+    group: Any = RecordedGroup()
     for rank, seconds in enumerate((0.25, 2.0)):
-        agreement = StepAgreement(cast(HostGroup, hosts), World(rank, 2), TrainingClock(0.0), None, corpora=2)
+        agreement = StepAgreement(cast(CpuGroup, group), World(rank, 2), TrainingClock(0.0), None, corpora=2)
         pending = agreement.begin(rank_batch(5, 9, 0), False, False, work_seconds=seconds)
     totals = pending.wait()
     assert totals.corpus_tokens == (16, 2)

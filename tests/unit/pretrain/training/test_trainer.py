@@ -50,7 +50,7 @@ def stuck_trackers() -> Iterator[Trackers]:
 def closing_trainer(trackers: Trackers, wait_for_all: Callable[..., None]) -> Any:
     trainer: Any = SimpleNamespace(_tracker=trackers, _profiler=None, _times=ActivityTimer(0.0))
     trainer._close_tracker = lambda outcome: Trainer._close_tracker(trainer, outcome)
-    trainer._hosts = SimpleNamespace(wait_for_all=wait_for_all)
+    trainer._group = SimpleNamespace(wait_for_all=wait_for_all)
     return trainer
 
 

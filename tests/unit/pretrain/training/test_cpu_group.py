@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from pretrain.training import host_group
-from pretrain.training.host_group import HostGroup
+from pretrain.training import cpu_group
+from pretrain.training.cpu_group import CpuGroup
 
 
 class Meeting(NamedTuple):
@@ -38,19 +38,19 @@ def progress_at(meetings: Sequence[Meeting], monkeypatch: pytest.MonkeyPatch) ->
         if meetings[len(held)].here_done and not part.done():
             part.set_exception(OSError("the disk is full"))
 
-    def start_sum(_: HostGroup, numbers: Sequence[int], on_progress: Callable[[], None]) -> FakeSums:
+    def start_sum(_: CpuGroup, numbers: Sequence[int], on_progress: Callable[[], None]) -> FakeSums:
         meeting = meetings[len(held)]
         held.append(len(held))
         return FakeSums([numbers[0] + meeting.other_done, numbers[1] + meeting.other_stuck], on_progress)
 
-    monkeypatch.setattr(host_group.dist, "get_backend", lambda: "gloo")
-    monkeypatch.setattr(host_group.dist, "get_world_size", lambda _: 2)
-    monkeypatch.setattr(host_group, "wait", wait)
-    monkeypatch.setattr(HostGroup, "_start_sum", start_sum)
-    monkeypatch.setattr(HostGroup, "first_message", lambda _, here, always_name_rank: here or "rank 1: no progress")
-    hosts = HostGroup(datetime.timedelta(seconds=2), lambda: progress.append(held[-1]))
+    monkeypatch.setattr(cpu_group.dist, "get_backend", lambda: "gloo")
+    monkeypatch.setattr(cpu_group.dist, "get_world_size", lambda _: 2)
+    monkeypatch.setattr(cpu_group, "wait", wait)
+    monkeypatch.setattr(CpuGroup, "_start_sum", start_sum)
+    monkeypatch.setattr(CpuGroup, "first_message", lambda _, here, always_name_rank: here or "rank 1: no progress")
+    group = CpuGroup(datetime.timedelta(seconds=2), lambda: progress.append(held[-1]))
     try:
-        hosts.wait_for_all(part, lambda: meetings[len(held)].here_progressed)
+        group.wait_for_all(part, lambda: meetings[len(held)].here_progressed)
     finally:
         assert len(held) == len(meetings)
     return progress

@@ -1,4 +1,4 @@
-"""Collectives between the ranks' host processes: whole numbers and small objects, never through the device."""
+"""Collectives over all ranks on the CPU: whole numbers and small objects, never through the device."""
 
 import datetime
 import platform
@@ -35,7 +35,7 @@ class PendingSums:
         return self._sums.tolist()
 
 
-class HostGroup:
+class CpuGroup:
     """A gloo group of all ranks."""
 
     def __init__(self, timeout: datetime.timedelta, on_progress: Callable[[], None] = lambda: None) -> None:
