@@ -10,6 +10,7 @@
 import json
 import os
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -157,6 +158,7 @@ class ActivityTimer:
         self._start, self._compile_seconds, self._clock, self._now = start, compile_seconds, clock, now
         self._activity = STARTING
         self._seconds = dict.fromkeys(_MEASURED, 0.0) | {STARTING: max(0.0, now() - start)}
+        self._elapsed: defaultdict[str, float] = defaultdict(float)
         self._settled, self._compiled = clock(), compile_seconds()
         self._unfinished = 0.0  # seconds of the step that is being trained
         self._step, self._reached = 0, 0
@@ -179,6 +181,11 @@ class ActivityTimer:
     def goodput(self) -> float:
         """Share of the run's time so far that was useful, over all attempts."""
         return add_up([*self._earlier, self._line()]).share
+
+    def elapsed(self, activity: str) -> float:
+        """Seconds of an activity so far since this timer was made, `TRAINING` among them; compiling included."""
+        self._settle()
+        return self._elapsed[activity]
 
     @property
     def doing(self) -> Doing:
@@ -237,7 +244,7 @@ class ActivityTimer:
         self._settle()
         before, self._activity = self._activity, activity
         self._changes += 1
-        if recorded:
+        if recorded and activity != before:
             self.record()
         return before
 
@@ -245,6 +252,7 @@ class ActivityTimer:
         """Count the time since the last call."""
         now, compiled = self._clock(), self._compile_seconds()
         elapsed = now - self._settled
+        self._elapsed[self._activity] += elapsed
         compiling = min(max(0.0, compiled - self._compiled), elapsed)
         self._seconds[COMPILING] += compiling
         if self._activity == TRAINING:

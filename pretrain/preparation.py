@@ -14,7 +14,7 @@ from pretrain.engine.deepspeed_settings import check_device_support, warn_of_emu
 from pretrain.modeling.build import BuiltModel, attention_ratio, build_model, choose_rows
 from pretrain.plan.memory import weight_dtype
 from pretrain.resolve import ResolvedRun, resolve
-from pretrain.training.checkpoint_verification import verify_together
+from pretrain.training.checkpointer import verify_together
 from pretrain.training.cpu_group import CpuGroup
 from pretrain.training_stream import TrainingStream, open_stream
 from pretrain.world import World

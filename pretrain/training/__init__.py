@@ -1,12 +1,11 @@
 """The training loop and its parts.
 
-- trainer: load, step, log, evaluate, save; training_progress: how far a run has come
-- checkpointer: the checkpoints of a run; checkpoint_tensors: what is in them; checkpoint_verification: is it whole
-- background_save: write a checkpoint while training continues; checkpoint_alarm: none was saved for too long
-- learning_rate: a function of the step; clock: training time over all attempts
-- step_agreement: one all-reduce per step of what ranks decide together; cpu_group: collectives on the CPU
+- trainer: take a batch, train, respond to a bad one, count, report, evaluate, save; training_progress: how far a run is
+- batch_feed: batches, taken one step ahead; step_agreement: one all-reduce per step of what ranks decide together
+- reporter: metrics, alerts, slow ranks; log_interval: losses and pace since the last log event
+- evaluation: held-out scores, best step, early stopping, overfitting; learning_rate: a function of the step
+- checkpointer: when to save and what; checkpoint_tensors: its files; background_save: write while training continues
 - health: is this batch bad; recovery: stop, skip or rewind; bad_batch_dump: write it to the run folder
-- replicas: do the ranks still agree; early_stopping: best checkpoint, patience, overfitting
-- log_interval: what is logged; slow_ranks: which rank the others wait for; run_start: config, provenance, trackers
+- replicas: do the ranks still agree; cpu_group: collectives on the CPU
 - profiler: where the time of a step goes; stop_request: signals and the STOP file
 """

@@ -1,7 +1,8 @@
-"""The checkpoints of one run: what a save contains, and loading one."""
+"""The checkpoints of one run: when to save one, what it contains, verifying and loading one."""
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from experiment.checkpoints import (
     last_usable,
     read_state,
     replace_state,
+    verify,
     write_best,
 )
+from experiment.goodput import CHECKPOINTING, ActivityTimer
 from experiment.provenance import write_origin
 from experiment.retention import Retention
 from pretrain.corpus.reader import Corpus
@@ -27,9 +30,16 @@ from pretrain.resolve import ResolvedRun
 from pretrain.resume import ResumePlan
 from pretrain.training.background_save import BackgroundSave, Snapshot, UnwritableError, on_all_ranks
 from pretrain.training.checkpoint_tensors import HostMemory, load_checkpoint
-from pretrain.training.checkpoint_verification import verify_together
 from pretrain.training.cpu_group import CpuGroup
-from pretrain.training.training_progress import TrainingProgress, fork_progress, progress_from_json, progress_to_json
+from pretrain.training.log_interval import LogInterval
+from pretrain.training.training_progress import (
+    TrainingClock,
+    TrainingProgress,
+    fork_progress,
+    progress_from_json,
+    progress_to_json,
+)
+from pretrain.world import World
 
 log = logging.getLogger(__name__)
 
@@ -47,25 +57,49 @@ def load_resumed(plan: ResumePlan, engine: Engine) -> TrainingProgress:
     return fork_progress(progress, plan.same_stream) if plan.fork else progress
 
 
+def verify_together(group: CpuGroup, world: World, checkpoint: Path) -> str | None:
+    """As `experiment.checkpoints.verify`, but each rank reads its share of the files. Collective.
+
+    All ranks pass the same checkpoint, and get the same result. A rank's share contains the tensors that it saved, and
+    will load if the layout is the same. They are then loaded from memory, where the operating system keeps them.
+    """
+
+    def share(names: list[str]) -> list[str]:
+        first = (world.rank + 1) % world.size  # before the tensors of rank 0 comes engine/index.json
+        return names[first :: world.size]
+
+    problems = group.from_all_ranks(lambda: verify(checkpoint, share))
+    return next((problem for problem in problems if problem is not None), None)
+
+
 class Checkpointer:
+    """Saves a run every `checkpoint.every_steps` steps, on request, at its best step and when it ends or stops."""
+
     def __init__(
         self,
         run: ResolvedRun,
         engine: Engine,
         model: PreTrainedModel,
         group: CpuGroup,
+        interval: LogInterval,
+        clock: TrainingClock,
+        times: ActivityTimer,
         provenance: Mapping[str, Any],
     ) -> None:
         """Collective.
 
         Args:
-        model: whose config and buffers go to the Hugging Face folder.
-        provenance: of the run.
+            model: whose config and buffers go to the Hugging Face folder.
+            interval: its losses are a part of the progress.
+            provenance: of the run.
         """
         self._run = run
         self._engine = engine
         self._model = model
         self._group = group
+        self._interval = interval
+        self._clock = clock
+        self._times = times
         self._provenance = provenance
         plan = run.resume_plan
         resumed = plan.checkpoint is not None and not plan.fork
@@ -88,41 +122,79 @@ class Checkpointer:
 
         Raises UnwritableError on all ranks after three failed saves in a row.
         """
-        self._saves.advance_if_done(ranks_done)
+        with self._times.during(CHECKPOINTING, recorded=False):
+            self._saves.advance_if_done(ranks_done)
 
     def wait(self) -> None:
         """Wait until the save in flight has ended. Collective; raises like `advance_if_done`."""
-        self._saves.wait()
+        with self._times.during(CHECKPOINTING):
+            self._saves.wait()
 
     def load_newest(self) -> TrainingProgress:
         """Load this run's newest checkpoint, to rewind. Collective; no save may be in flight."""
         candidates = self._group.from_rank0(lambda: complete_checkpoints(self._run.folder.checkpoints))
         assert candidates, "the trainer saves a checkpoint before it may rewind"
-        verify = partial(verify_together, self._group, self._engine.world)
-        newest = self._group.call(lambda: last_usable(candidates, verify))
+        verify_candidate = partial(verify_together, self._group, self._engine.world)
+        newest = self._group.call(lambda: last_usable(candidates, verify_candidate))
         load_checkpoint(self._engine, newest)
         progress = progress_from_json(read_state(newest)["progress"])
         self._saves.saved_step = progress.step
         return progress
+
+    def save_if_due(self, progress: TrainingProgress, finished: bool, stopping: bool, requested: bool) -> None:
+        """Save the checkpoint of this step if it is due; wait for it if the run ends here. Collective.
+
+        Args:
+            finished: this was the last step of the run.
+            stopping: this is the last step of the attempt, which was asked to stop.
+            requested: a checkpoint is due by the clock.
+
+        Raises UnwritableError on all ranks after three failed saves in a row, or if the run ends and one cannot write.
+        """
+        every_steps = self._run.config.checkpoint.every_steps
+        if not (finished or stopping or requested or progress.is_best_step or progress.is_multiple_of(every_steps)):
+            return
+        progress = replace(progress, seconds=self._clock.seconds)
+        if finished or stopping:
+            self.save_now(progress)
+        else:
+            self.save(progress)
+        self._clock.restart_save_timer()
+
+    def save_at_start(self, progress: TrainingProgress, finished: bool, evaluated: bool) -> None:
+        """Save what is due before the next step: a checkpoint to rewind to, the best step, the end. Collective.
+
+        `evaluated`: an evaluation that was left to this attempt was just made; it is added to the checkpoint of its
+        step. Raises UnwritableError like `save_if_due`.
+        """
+        needs_rewind_target = self.saved_step is None and self._run.config.health.policy == "rewind"
+        if evaluated and self.saved_step == progress.step:
+            self.update(progress)
+        elif needs_rewind_target or finished:
+            self.save_now(progress)
+        elif progress.is_best_step:
+            self.save(progress)
 
     def save(self, progress: TrainingProgress) -> None:
         """Begin to save the checkpoint of this step unless it exists; waits for the save before. Collective.
 
         Raises UnwritableError on all ranks after three failed saves in a row.
         """
-        self._saves.wait()
-        if self.saved_step != progress.step:
-            self._saves.begin(self._snapshot(progress))
-        else:  # an attempt that failed after it was saved may not have named the best
-            self._on_rank0(lambda: _name_best(self._run.folder.checkpoints, progress))
+        with self._times.during(CHECKPOINTING):
+            self._saves.wait()
+            if self.saved_step != progress.step:
+                self._saves.begin(self._snapshot(self._interval.include_in(progress)))
+            else:  # an attempt that failed after it was saved may not have named the best
+                self._on_rank0(lambda: _name_best(self._run.folder.checkpoints, progress))
 
     def save_now(self, progress: TrainingProgress) -> None:
         """Save the checkpoint of this step unless it exists, and wait for it. Collective.
 
         Raises UnwritableError on all ranks if one cannot write.
         """
-        self.save(progress)
-        self._saves.wait()
+        with self._times.during(CHECKPOINTING):
+            self.save(progress)
+            self._saves.wait()
         if self.saved_step != progress.step:
             raise UnwritableError(self._saves.problem)
 
@@ -133,9 +205,10 @@ class Checkpointer:
         """
         checkpoints = self._run.folder.checkpoints
         checkpoint = checkpoint_path(checkpoints, progress.step)
+        saved = progress_to_json(self._interval.include_in(progress))
 
         def replace_progress() -> None:
-            replace_state(checkpoint, read_state(checkpoint) | {"progress": progress_to_json(progress)})
+            replace_state(checkpoint, read_state(checkpoint) | {"progress": saved})
             _name_best(checkpoints, progress)
 
         self._on_rank0(replace_progress)

@@ -1,24 +1,49 @@
-"""The steps since the last log event: their losses and token counts.
+"""The steps since the last log event: their losses, token counts and times.
 
 Each step's loss is reduced separately and added up in step order, so that a run that was stopped within an interval
 logs the same figure as one that was not.
 """
 
+from dataclasses import dataclass, replace
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from experiment.goodput import CHECKPOINTING, DATA, TRAINING, ActivityTimer
 from pretrain.modeling.structure import FlopsModel
 from pretrain.training.step_agreement import StepTotals
+from pretrain.training.training_progress import TrainingProgress
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast an interval was trained. Evaluations and checkpoints are no part of it."""
+
+    seconds: float
+    tokens_per_second: float
+    data_wait: float  # fraction of the interval spent waiting for data
+    checkpoint_seconds: float  # spent waiting for checkpoints, which are no part of `seconds`
 
 
 class LogInterval:
-    def __init__(self, losses: tuple[float, ...] = (), masked_tokens: int = 0) -> None:
-        """`losses`, `masked_tokens`: of the steps in the interval that an earlier attempt took."""
-        self.losses = list(losses)  # of each step, summed over ranks and masked tokens
-        self.masked_tokens = masked_tokens
+    def __init__(self, times: ActivityTimer, device: torch.device) -> None:
+        """`times`: of this rank, from which the pace follows. `device`: of the losses."""
+        self._times = times
+        self._device = device
+        self._clear()
+
+    def _clear(self) -> None:
+        self.losses: list[float] = []  # of each step, summed over ranks and masked tokens
+        self.masked_tokens = 0
         self._pending: list[Tensor] = []  # this rank's part of further losses, still on the device
         self._totals: list[StepTotals] = []  # of the steps that this process took
+        self._elapsed = {name: self._times.elapsed(name) for name in (TRAINING, DATA, CHECKPOINTING)}
+
+    def restart(self, progress: TrainingProgress) -> None:
+        """Begin again with the steps of the interval that an earlier attempt took."""
+        self._clear()
+        self.losses, self.masked_tokens = list(progress.interval_losses), progress.interval_masked
 
     def add(self, losses: Tensor | None, totals: StepTotals) -> None:
         """`losses`: of this rank's microbatches; None for a step that was not trained on."""
@@ -27,23 +52,36 @@ class LogInterval:
             self._pending.append(losses.sum(dtype=torch.float64))
             self.masked_tokens += totals.masked_tokens
 
-    def all_reduce_losses(self, device: torch.device) -> None:
+    def include_in(self, progress: TrainingProgress) -> TrainingProgress:
+        """The progress with the losses of this interval. Waits for the device. Collective."""
+        self.all_reduce_losses()
+        return replace(progress, interval_losses=tuple(self.losses), interval_masked=self.masked_tokens)
+
+    def end(self, progress: TrainingProgress) -> TrainingProgress:
+        """The progress with the losses of this interval among those of earlier ones. The next interval begins."""
+        included = self.include_in(progress)
+        self._clear()
+        loss_sum, masked_tokens = included.trained
+        return replace(included, loss_sum=loss_sum, masked_tokens=masked_tokens, interval_losses=(), interval_masked=0)
+
+    def all_reduce_losses(self) -> None:
         """Copy all losses to the host: the interval's only wait for the device. Collective."""
         if self._pending:
-            summed = torch.stack([loss.to(device, torch.float64) for loss in self._pending])
+            summed = torch.stack([loss.to(self._device, torch.float64) for loss in self._pending])
             dist.all_reduce(summed)
             self.losses += summed.tolist()
             self._pending.clear()
 
     @property
-    def loss_sum(self) -> float:
-        """Sum of the losses of all masked tokens, over the steps whose losses `all_reduce_losses` has reduced."""
-        return sum(self.losses)
-
-    @property
     def mean_loss(self) -> float | None:
-        """Per masked token; None if no step was trained on."""
-        return self.loss_sum / self.masked_tokens if self.masked_tokens else None
+        """Per masked token, after `all_reduce_losses`; None if no step was trained on."""
+        return sum(self.losses) / self.masked_tokens if self.masked_tokens else None
+
+    def pace(self) -> Pace:
+        training, data, checkpointing = (self._times.elapsed(name) - before for name, before in self._elapsed.items())
+        seconds = max(training + data, 1e-9)
+        tokens = sum(step.tokens for step in self._totals)
+        return Pace(seconds, tokens / seconds, data / seconds, checkpointing)
 
     def flops(self, model: FlopsModel) -> float:
         """FLOPs of the steps that this process took part in, over all ranks."""

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from pretrain.batching.batch import RankBatch
 from pretrain.batching.loader import DataWorkerError
-from pretrain.training.clock import TrainingClock
 from pretrain.training.cpu_group import CpuGroup, PendingSums
+from pretrain.training.training_progress import TrainingClock
 from pretrain.world import World
 
 

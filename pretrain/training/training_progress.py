@@ -1,12 +1,27 @@
-"""How far a run has come: what a checkpoint holds besides tensors."""
+"""How far a run has come: what a checkpoint holds besides tensors, and the clock of its training."""
 
+import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pretrain.training.early_stopping import EvaluationHistory, history_from_json
-
 # Names in state.json, kept so that existing checkpoints load.
 _SAVED_AS = {"masked_tokens": "masked", "grad_norms": "norms", "bad_steps": "skipped", "evaluations": "standing"}
+
+
+@dataclass(frozen=True)
+class EvaluationHistory:
+    """The evaluations so far: which one is best, and whether the model overfits."""
+
+    metric: str | None = None  # that `best`, `best_step` and `waited` are about
+    best: float | None = None
+    best_step: int | None = None
+    waited: int = 0  # evaluations since the best one
+    trained: tuple[float, int] = (0.0, 0)  # summed training loss and masked tokens up to the last evaluation
+    train_loss: float | None = None  # mean over the steps between the last two evaluations
+    held_out: dict[str, float] = field(default_factory=dict)  # corpus -> loss at the last evaluation
+    rising: dict[str, int] = field(default_factory=dict)  # corpus -> consecutive evaluations that suggest overfitting
+    step: int | None = None  # of the last evaluation
+    metrics: dict[str, float | int | None] = field(default_factory=dict)  # of the last evaluation, for model cards
 
 
 @dataclass(frozen=True)
@@ -28,6 +43,20 @@ class TrainingProgress:
     evaluations: EvaluationHistory = field(default_factory=EvaluationHistory)
     evaluated: bool = False  # the evaluation of this step, if one is due, is done
 
+    @property
+    def trained(self) -> tuple[float, int]:
+        """The summed loss and the masked tokens of all steps, if the log interval is included."""
+        return self.loss_sum + sum(self.interval_losses), self.masked_tokens + self.interval_masked
+
+    @property
+    def is_best_step(self) -> bool:
+        """Whether the evaluation of this step is the best one."""
+        return self.evaluations.best_step == self.step
+
+    def is_multiple_of(self, steps: int | None) -> bool:
+        """Whether something that happens every so many steps, None: never, is due."""
+        return steps is not None and self.step % steps == 0
+
 
 def progress_to_json(progress: TrainingProgress) -> dict[str, Any]:
     return {_SAVED_AS.get(key, key): value for key, value in asdict(progress).items()}
@@ -39,7 +68,9 @@ def progress_from_json(saved: dict[str, Any]) -> TrainingProgress:
     fields: dict[str, Any] = {
         names.get(key, key): tuple(value) if isinstance(value, list) else value for key, value in saved.items()
     }
-    return TrainingProgress(**{**fields, "evaluations": history_from_json(fields["evaluations"])})
+    evaluations = fields["evaluations"]
+    trained = tuple(evaluations["trained"])
+    return TrainingProgress(**{**fields, "evaluations": EvaluationHistory(**{**evaluations, "trained": trained})})
 
 
 def fork_progress(parent: TrainingProgress, same_stream: bool) -> TrainingProgress:
@@ -53,3 +84,24 @@ def fork_progress(parent: TrainingProgress, same_stream: bool) -> TrainingProgre
         tokens_by_corpus=parent.tokens_by_corpus,
         bad_steps=parent.bad_steps if same_stream else (),
     )
+
+
+class TrainingClock:
+    """Times a run over all its attempts, and since the last checkpoint."""
+
+    def __init__(self, seconds_before: float) -> None:
+        """`seconds_before`: of training in earlier attempts."""
+        self._start = time.monotonic() - seconds_before
+        self._saved = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training, over all attempts."""
+        return time.monotonic() - self._start
+
+    @property
+    def minutes_since_save(self) -> float:
+        return (time.monotonic() - self._saved) / 60
+
+    def restart_save_timer(self) -> None:
+        self._saved = time.monotonic()

@@ -49,7 +49,7 @@ def _after_log(function: Callable[[Any, int], None]) -> Iterator[None]:
 
         return log
 
-    with _patched(Trainer, "_log", replace):
+    with _patched(Trainer, "_report", replace):
         yield
 
 
@@ -299,22 +299,21 @@ def test_leftovers_are_removed_at_the_start(pools: dict[int, RankPool], wordpiec
 
 def stopped_case(world: World, tree: Tree) -> str:
     """A run that is asked to stop after step 3, when the checkpoint of step 2 is not written yet."""
-    from pretrain.training.trainer import Trainer
+    from pretrain.training.checkpointer import Checkpointer
 
     stopping = threading.Event()
 
     def replace(original: Callable[..., None]) -> Callable[..., None]:
-        def save(trainer: Any, seconds: float, now: bool) -> None:
-            if now:
-                stopping.set()
-            original(trainer, seconds, now)
+        def save_now(checkpointer: Any, progress: Any) -> None:
+            stopping.set()
+            original(checkpointer, progress)
 
-        return save
+        return save_now
 
     def hold(_: int) -> None:
         assert stopping.wait(LIMIT)
 
-    with _patched(Trainer, "_save", replace), _before_writing(hold):
+    with _patched(Checkpointer, "save_now", replace), _before_writing(hold):
         return pretrain_case(world, tree, 3)
 
 

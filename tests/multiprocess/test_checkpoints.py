@@ -23,7 +23,7 @@ from experiment.run_folder import RunFolder
 from experiment.tokenizer import load_tokenizer
 from pretrain.config import PretrainConfig
 from pretrain.resolve import resolve
-from pretrain.training.checkpoint_verification import verify_together
+from pretrain.training.checkpointer import verify_together
 from pretrain.training.cpu_group import CpuGroup
 from pretrain.world import World
 from rank_pool import RankError, RankPool

@@ -28,6 +28,7 @@ class Interruption(NamedTuple):
 def killed_case(world: World, tree: Mapping[str, Any], poisons: Mapping[int, Poison], after: int) -> str:
     """A run that is killed where an event is logged, or a checkpoint is saved or loaded."""
     import pretrain.training.checkpoint_tensors as checkpoint_tensors
+    from pretrain.training.checkpointer import Checkpointer
     from pretrain.training.trainer import Trainer
 
     left = after
@@ -50,7 +51,7 @@ def killed_case(world: World, tree: Mapping[str, Any], poisons: Mapping[int, Poi
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JsonlTracker, "log", counted(JsonlTracker.log))
         patch.setattr(JsonlTracker, "__init__", counted(JsonlTracker.__init__))
-        patch.setattr(Trainer, "_save", counted(Trainer._save))
+        patch.setattr(Checkpointer, "save", counted(Checkpointer.save))
         patch.setattr(Trainer, "_rewind", counted(Trainer._rewind))
         patch.setattr(checkpoint_tensors, "mark_complete", counted(checkpoint_tensors.mark_complete))
         return poisoned_case(world, tree, poisons)

@@ -11,7 +11,7 @@ import pytest
         "run_folder",
         "tracking",
         "tracking.rank_logs",
-        "throughput_meter",
+        "goodput",
         "checkpoints",
         "provenance",
         "results.report",

@@ -1,8 +1,15 @@
 import dataclasses
 import json
 
-from pretrain.training.early_stopping import EvaluationHistory
-from pretrain.training.training_progress import TrainingProgress, progress_from_json, progress_to_json
+import pytest
+
+from pretrain.training.training_progress import (
+    EvaluationHistory,
+    TrainingClock,
+    TrainingProgress,
+    progress_from_json,
+    progress_to_json,
+)
 
 PROGRESS = TrainingProgress(
     step=7,
@@ -59,3 +66,16 @@ def test_names_in_state_json_do_not_change() -> None:
         },
         "evaluated": True,
     }
+
+
+def test_training_time_covers_all_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a resumed run that starts its time budget over, and a save that resets the training time."""
+    now = 1000.0
+    monkeypatch.setattr("pretrain.training.training_progress.time.monotonic", lambda: now)
+    clock = TrainingClock(seconds_before=50.0)
+    assert (clock.seconds, clock.minutes_since_save) == (50.0, 0.0)
+    now += 90.0
+    assert (clock.seconds, clock.minutes_since_save) == (140.0, 1.5)
+    clock.restart_save_timer()
+    now += 30.0
+    assert (clock.seconds, clock.minutes_since_save) == (170.0, 0.5)

@@ -1,17 +1,10 @@
-import json
-from dataclasses import asdict
 from typing import Any
 
 import pytest
 
 from pretrain.config import EvaluationConfig
-from pretrain.training.early_stopping import (
-    EvaluationHistory,
-    history_from_json,
-    newly_overfitting,
-    should_stop_early,
-    update_history,
-)
+from pretrain.training.evaluation import log_early_stop, newly_overfitting, should_stop_early, update_history
+from pretrain.training.training_progress import EvaluationHistory
 
 
 def histories_after(
@@ -79,9 +72,14 @@ def test_overfitting_is_training_loss_down_and_held_out_loss_up() -> None:
     assert falling[3].train_loss == 4.0
 
 
-def test_a_history_survives_json() -> None:
-    """Catches a field that a resume loses."""
-    config = EvaluationConfig(best_metric="eval/a/loss", patience=2)
-    history = histories_after(config, *losses(3.0, 2.1, 2.9, 3.3), training=(0, 6, 5, 4.1))[-1]
-    assert history.rising
-    assert history_from_json(json.loads(json.dumps(asdict(history)))) == history
+@pytest.mark.parametrize(
+    ("best", "step", "found"), [(None, None, "it was never finite"), (2.34567, 40, "the best was 2.346 at step 40")]
+)
+def test_the_reason_of_an_early_stop_is_logged(
+    caplog: pytest.LogCaptureFixture, best: float | None, step: int | None, found: str
+) -> None:
+    """Catches a traceback on stderr in place of the reason if the metric was never finite."""
+    metric = "eval/test/loss"
+    with caplog.at_level("INFO"):
+        log_early_stop(EvaluationHistory(metric, best, step, waited=2))
+    assert caplog.messages == [f"stopping early: {metric} has not improved for 2 evaluations; {found}"]

@@ -2,67 +2,6 @@ import pytest
 import torch
 
 from experiment.hardware import peak_flops, peak_memory
-from experiment.throughput_meter import Throughput
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def test_tokens_and_waiting_are_those_of_one_lap() -> None:
-    """Catches metrics that leak from one logging interval into the next."""
-    clock = Clock()
-    meter = Throughput(clock)
-    with meter.waiting():
-        clock.now += 1.0
-    clock.now += 3.0
-    meter.add(600)
-    meter.add(400)
-    lap = meter.lap()
-    assert (lap.seconds, lap.tokens_per_second, lap.data_wait) == (4.0, 250.0, 0.25)
-    clock.now += 2.0
-    meter.add(10)
-    lap = meter.lap()
-    assert (lap.seconds, lap.tokens_per_second, lap.data_wait) == (2.0, 5.0, 0.0)
-
-
-def test_checkpoints_are_counted_and_excluded() -> None:
-    """Catches a save that lowers tokens per second, and seconds that leak into the next interval."""
-    clock = Clock()
-    meter = Throughput(clock)
-    for _ in range(2):
-        with meter.saving():
-            clock.now += 1.5
-        clock.now += 1.0
-    meter.add(100)
-    lap = meter.lap()
-    assert (lap.seconds, lap.tokens_per_second, lap.checkpoint_seconds) == (2.0, 50.0, 3.0)
-    assert meter.lap().checkpoint_seconds == 0.0
-
-
-def test_waiting_that_ends_in_an_exception_counts() -> None:
-    """Catches a meter that is left waiting by the end of the data."""
-    clock = Clock()
-    meter = Throughput(clock)
-
-    def end_of_data() -> None:
-        with meter.waiting():
-            clock.now += 1.0
-            raise StopIteration
-
-    with pytest.raises(StopIteration):
-        end_of_data()
-    clock.now += 1.0
-    assert meter.lap().data_wait == 0.5
-
-
-def test_a_lap_without_time_is_no_error() -> None:
-    """Catches a division by zero on a coarse clock."""
-    assert Throughput(Clock()).lap().tokens_per_second == 0.0
 
 
 def test_memory_is_in_bytes() -> None:

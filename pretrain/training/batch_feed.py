@@ -1,0 +1,111 @@
+"""The batches of a run, each taken one step ahead, so that the ranks agree on it while they compute the one before."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from experiment.goodput import DATA, ActivityTimer
+from pretrain.batching.batch import RankBatch
+from pretrain.batching.loader import DataWorkerError
+from pretrain.config import PretrainConfig
+from pretrain.engine.engine import Engine
+from pretrain.engine.phases import phase
+from pretrain.training.checkpointer import Checkpointer
+from pretrain.training.cpu_group import CpuGroup
+from pretrain.training.step_agreement import PendingTotals, StepAgreement, StepTotals
+from pretrain.training.stop_request import StopRequest
+from pretrain.training_stream import TrainingStream
+
+# Timeout for a batch, as a fraction of `health.hang_seconds`: a rank whose data worker hangs reports it before it or
+# the ranks that wait for it count as hung.
+_DATA_TIMEOUT = 0.7
+
+
+class UpcomingBatch(NamedTuple):
+    """This rank's share of a global batch that has not been trained on yet."""
+
+    share: RankBatch | DataWorkerError | None  # None: the stream has ended
+    agreement: PendingTotals
+
+    def wait(self, group: CpuGroup) -> tuple[RankBatch, StepTotals]:
+        """The share, and the totals of the batch. Collective.
+
+        Raises DataWorkerError on all ranks if one has no share: only now, so that the step before it is completed.
+        """
+        totals = self.agreement.wait()
+        if totals.failed_batches:
+            failure = str(self.share) if isinstance(self.share, DataWorkerError) else None
+            raise DataWorkerError(group.first_message(failure, always_name_rank=True))
+        assert isinstance(self.share, RankBatch), "the run ends with the stream"
+        return self.share, totals
+
+
+class BatchFeed:
+    """Gives the trainer one batch per step, while the ranks agree on the next one.
+
+    That agreement begins before the step is computed and is read after it. So it also says, of this step, whether a
+    rank wants to stop or save after it: its votes.
+    """
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        stream: TrainingStream,
+        engine: Engine,
+        checkpointer: Checkpointer,
+        agreement: StepAgreement,
+        group: CpuGroup,
+        times: ActivityTimer,
+    ) -> None:
+        self._log_every = config.run.log_every
+        self._timeout = _DATA_TIMEOUT * config.health.hang_seconds
+        self._stream = stream
+        self._on_gpu = engine.device.type == "cuda"
+        self._forward_timer = engine.forward_timer
+        self._checkpointer = checkpointer
+        self._agreement = agreement
+        self._group = group
+        self._times = times
+        self._data_seconds = 0.0  # of waiting for data, up to when this rank last told how long it has worked
+        self._batches: Iterator[RankBatch] = iter(())
+        self._upcoming: UpcomingBatch | None = None
+
+    def open(self, step: int) -> None:
+        """Start the stream at a step, counted from 0."""
+        self._batches = self._stream.load(step, self._on_gpu, self._timeout)
+
+    def close(self) -> None:
+        """End the worker processes, and drop the batch that was taken ahead."""
+        self._batches, self._upcoming = iter(()), None
+
+    def take(self, stop: StopRequest) -> tuple[RankBatch, StepTotals]:
+        """This rank's share of the next batch, and the totals of the batch; begins to agree on the one after it.
+        Collective. Raises DataWorkerError on all ranks if one has no share."""
+        upcoming = self._upcoming or self._take_ahead(stop, is_logged=False)
+        batch, totals = upcoming.wait(self._group)
+        self._upcoming = self._take_ahead(stop, is_logged=(batch.step + 1) % self._log_every == 0)
+        return batch, totals
+
+    def wait_for_votes(self) -> StepTotals:
+        """What the ranks agreed on while the step was computed. Collective."""
+        assert self._upcoming is not None, "a batch was taken"
+        with phase("wait for ranks"):
+            return self._upcoming.agreement.wait()
+
+    def _take_ahead(self, stop: StopRequest, is_logged: bool) -> UpcomingBatch:
+        """Take a batch, if there is one, and begin to agree on it. is_logged: whether the step before it is."""
+        share: RankBatch | DataWorkerError | None
+        with self._times.during(DATA, recorded=False), phase("data"):
+            try:
+                share = next(self._batches, None)
+            except DataWorkerError as error:
+                share = error
+        stop_requested, part_done = stop.reason is not None, self._checkpointer.is_part_done
+        work_seconds = self._work_seconds() if is_logged and self._forward_timer.enabled else None
+        return UpcomingBatch(share, self._agreement.begin(share, stop_requested, part_done, work_seconds))
+
+    def _work_seconds(self) -> float:
+        """How long this rank has worked without waiting for others since the last call; 0 if no forward pass has ended
+        since."""
+        before, self._data_seconds = self._data_seconds, self._times.elapsed(DATA)
+        forward_seconds = self._forward_timer.take()
+        return forward_seconds + self._data_seconds - before if forward_seconds else 0.0

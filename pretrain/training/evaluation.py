@@ -1,0 +1,135 @@
+"""Evaluate a run on held-out text: when, which step is best, when to stop early, whether the model overfits."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+
+from experiment.goodput import EVALUATING, ActivityTimer
+from pretrain.batching.batch import Microbatch
+from pretrain.config import EvaluationConfig
+from pretrain.engine.engine import Engine
+from pretrain.evaluate import HeldOutEvaluator
+from pretrain.modeling.masked_lm import Predictions
+from pretrain.training.log_interval import LogInterval
+from pretrain.training.reporter import Reporter
+from pretrain.training.training_progress import EvaluationHistory, TrainingProgress
+
+log = logging.getLogger(__name__)
+
+EvaluationMetrics = Mapping[str, float | int | None]
+"""Flat: eval/<corpus>/{loss,perplexity,accuracy}; None where not finite."""
+
+
+class RunEvaluator:
+    """Evaluates a run every `evaluation.every_steps` steps, before its first step and after its last."""
+
+    def __init__(
+        self,
+        config: EvaluationConfig,
+        held_out: HeldOutEvaluator,
+        engine: Engine,
+        interval: LogInterval,
+        times: ActivityTimer,
+        first_step: int,
+    ) -> None:
+        self._config = config
+        self._held_out = held_out
+        self._engine = engine
+        self._interval = interval
+        self._times = times
+        self._first_step = first_step
+
+    def is_due(self, progress: TrainingProgress, finished: bool) -> bool:
+        return finished or progress.step == self._first_step or progress.is_multiple_of(self._config.every_steps)
+
+    def is_missing(self, progress: TrainingProgress, finished: bool) -> bool:
+        """A run that is asked to stop saves at once: the evaluation of that step is left to its next attempt."""
+        return self.is_due(progress, finished) and not progress.evaluated
+
+    def evaluate(self, progress: TrainingProgress, reporter: Reporter) -> TrainingProgress:
+        """Evaluate the model, log the scores, and return the progress with them. Collective."""
+        with self._times.during(EVALUATING):
+            metrics = self._held_out.metrics(self._predict, self._engine.device)
+            if metrics:
+                reporter.log(progress, metrics)
+            so_far = self._interval.include_in(progress)
+            history = update_history(progress.evaluations, self._config, progress.step, metrics, so_far.trained)
+            for name in newly_overfitting(history, self._config):
+                log.warning(
+                    "step %d: overfitting: the loss on %s has risen for %d evaluations while the training loss fell",
+                    progress.step,
+                    name,
+                    self._config.overfitting_after,
+                )
+            return replace(so_far, evaluations=history, evaluated=True)
+
+    def should_stop_early(self, progress: TrainingProgress) -> bool:
+        return should_stop_early(progress.evaluations, self._config)
+
+    def _predict(self, microbatch: Microbatch) -> Predictions:
+        self._times.make_progress()
+        return self._engine.predict(microbatch)
+
+
+def log_early_stop(history: EvaluationHistory) -> None:
+    """Log why a run ends early."""
+    found = "it was never finite"
+    if history.best is not None:
+        found = f"the best was {history.best:.4g} at step {history.best_step}"
+    log.info("stopping early: %s has not improved for %d evaluations; %s", history.metric, history.waited, found)
+
+
+def update_history(
+    history: EvaluationHistory,
+    config: EvaluationConfig,
+    step: int,
+    metrics: EvaluationMetrics,
+    trained: tuple[float, int],
+) -> EvaluationHistory:
+    """The history after the evaluation of `step`. `trained`: summed training loss and masked tokens up to this step."""
+    best, best_step, waited = history.best, history.best_step, history.waited + 1
+    if config.best_metric != history.metric:
+        best, best_step, waited = None, None, 1
+    value = None if config.best_metric is None else metrics.get(config.best_metric)
+    if value is not None and (best is None or _is_better(config.best_metric, value, best)):
+        best, best_step, waited = value, step, 0
+
+    masked = trained[1] - history.trained[1]
+    train_loss = (trained[0] - history.trained[0]) / masked if masked else None
+    train_loss_fell = train_loss is not None and history.train_loss is not None and train_loss < history.train_loss
+    held_out = {
+        key.removeprefix("eval/").removesuffix("/loss"): float(loss)
+        for key, loss in metrics.items()
+        if key.startswith("eval/") and key.endswith("/loss") and loss is not None
+    }
+    rising = {
+        name: history.rising.get(name, 0) + 1
+        for name, loss in held_out.items()
+        if train_loss_fell and loss > history.held_out.get(name, loss)
+    }
+    return EvaluationHistory(
+        metric=config.best_metric,
+        best=best,
+        best_step=best_step,
+        waited=waited,
+        trained=trained,
+        train_loss=train_loss,
+        held_out=held_out,
+        rising=rising,
+        step=step,
+        metrics=dict(metrics),
+    )
+
+
+def should_stop_early(history: EvaluationHistory, config: EvaluationConfig) -> bool:
+    """Whether `patience` evaluations have passed without a new best."""
+    return config.patience is not None and history.metric == config.best_metric and history.waited >= config.patience
+
+
+def newly_overfitting(history: EvaluationHistory, config: EvaluationConfig) -> list[str]:
+    """The corpora to warn about now: each once per streak."""
+    return [name for name, times in history.rising.items() if times == config.overfitting_after]
+
+
+def _is_better(metric: str | None, value: float, than: float) -> bool:
+    return value > than if str(metric).endswith("/accuracy") else value < than

@@ -1,0 +1,277 @@
+"""Report on a run: provenance when it starts, metrics at each log event, alerts, and which rank is slow."""
+
+import logging
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from experiment.config import dump_config
+from experiment.files import write_text
+from experiment.goodput import ActivityTimer
+from experiment.hardware import peak_flops, peak_memory
+from experiment.outcome_file import Outcome
+from experiment.provenance import ancestors_of, collect_provenance, read_provenance, write_provenance
+from experiment.tracking import TrackedRun, Trackers, open_trackers
+from experiment.tracking.alerts import Alert
+from experiment.tracking.downstream import DownstreamLog
+from experiment.tracking.jsonl import SLOW_RATIO, Metrics
+from experiment.tracking.tracker import CLOSE_SECONDS
+from pretrain.engine.engine import Engine
+from pretrain.modeling.structure import FlopsModel
+from pretrain.resolve import ResolvedRun
+from pretrain.training.cpu_group import CpuGroup
+from pretrain.training.log_interval import LogInterval
+from pretrain.training.training_progress import TrainingProgress
+from pretrain.training_stream import TrainingStream
+
+log = logging.getLogger(__name__)
+
+_HOUR = 3600.0
+_SLOW_INTERVALS = 5  # in a row
+
+
+def record_start(run: ResolvedRun, world_size: int, hosts: int) -> Mapping[str, Any]:
+    """Write RUN/config.yaml, and this attempt to RUN/provenance.json. Returns the run's provenance."""
+    write_provenance(run.folder, collect_provenance(sys.argv, world_size, hosts), _ancestors(run))
+    write_text(run.folder.config, dump_config(run.config))
+    provenance = read_provenance(run.folder)
+    assert provenance is not None
+    return provenance
+
+
+def open_run_tracker(
+    run: ResolvedRun, provenance: Mapping[str, Any], step: int, stream: TrainingStream, evaluates_first: bool
+) -> Trackers:
+    """Log what the run will do, and open its trackers.
+
+    Args:
+    step: finished steps when this attempt starts.
+    evaluates_first: whether this attempt starts with the evaluation of `step`.
+    """
+    total_steps, epochs = stream.steps, stream.epochs
+    end = "until the time budget is used up" if total_steps is None else f"{total_steps:,} steps"
+    in_epochs = "" if epochs is None else f", {epochs:,.3g} epochs"
+    log.info("training: %s%s; %d finished", end, in_epochs, step)
+    for warning in () if total_steps is None else run.config.schedule.warnings(total_steps):
+        log.warning(warning)
+    resumed = run.resume_plan.checkpoint is not None and not run.resume_plan.fork
+    tracked = TrackedRun(
+        run_id=provenance["run_id"],
+        parameters=run.config.model_dump(mode="json"),
+        total_steps=total_steps,
+        resumed_step=step if resumed else -1,
+        evaluates_again=evaluates_first,
+    )
+    return open_trackers(run.config.tracking, run.folder, tracked)
+
+
+def _ancestors(run: ResolvedRun) -> list[dict[str, Any]] | None:
+    """The models that the run's first weights came from; None for a resumed run, which has recorded them."""
+    if run.resume_plan.checkpoint is not None:
+        return ancestors_of(run.resume_plan.checkpoint / "hf", "fork") if run.resume_plan.fork else None
+    init_from = run.config.model.init_from
+    return ancestors_of(Path(init_from), "init_from") if init_from else []
+
+
+class Reporter:
+    """Logs the metrics of a run every `run.log_every` steps and after its last one, and sends alerts."""
+
+    def __init__(
+        self,
+        run: ResolvedRun,
+        flops: FlopsModel | None,
+        engine: Engine,
+        interval: LogInterval,
+        times: ActivityTimer,
+        nodes: Sequence[str],
+        tracker: Trackers | None,
+    ) -> None:
+        """Args:
+        flops: of the model; None if they are unknown.
+        nodes: the host of each rank.
+        tracker: of rank 0; None on the others.
+        """
+        self._log_every = run.config.run.log_every
+        self._flops = flops
+        self._engine = engine
+        self._interval = interval
+        self._times = times
+        self._slow_ranks = SlowRanks(nodes)
+        self._tracker = tracker
+        self._downstream = DownstreamLog(run.folder)
+        self._checkpoint_alarm = CheckpointAlarm(run.config.tracking.alerts.no_checkpoint_hours)
+        self._logged_step = -1
+
+    def is_due(self, progress: TrainingProgress, finished: bool) -> bool:
+        return finished or progress.is_multiple_of(self._log_every)
+
+    def report(
+        self,
+        progress: TrainingProgress,
+        rate: float,
+        grad_norm: float,
+        saved_step: int | None,
+        work_by_rank: Sequence[int] = (),
+    ) -> TrainingProgress:
+        """Log the interval, and return the progress with its losses. Starts the next interval. Collective.
+
+        Args:
+            rate: the learning rate of the last step.
+            grad_norm: of the last step, before clipping.
+            saved_step: of the newest checkpoint.
+            work_by_rank: how long each rank has worked since the last event; may be empty.
+        """
+        interval, by_corpus = self._interval, progress.tokens_by_corpus
+        interval.all_reduce_losses()
+        pace = interval.pace()
+        self.log(
+            progress,
+            {
+                "loss": interval.mean_loss,
+                "lr": rate,
+                "grad_norm": grad_norm,
+                "loss_scale": self._engine.loss_scale,
+                "skipped_steps": progress.skipped_steps,
+                "overflows": progress.overflows if self._engine.precision == "fp16" else None,
+                "tokens_per_second": pace.tokens_per_second,
+                "mfu": self._mfu(pace.seconds),
+                "data_wait": pace.data_wait,
+                "goodput": self._times.goodput,
+                "checkpoint_seconds": pace.checkpoint_seconds,
+                "memory": peak_memory(),
+                **self._slowest_rank(work_by_rank),
+                **({f"tokens/{name}": tokens for name, tokens in by_corpus.items()} if len(by_corpus) > 1 else {}),
+            },
+        )
+        self._log_downstream(progress.step)
+        self._check_checkpoints(saved_step)
+        self._times.record()
+        return interval.end(progress)
+
+    def log(self, progress: TrainingProgress, metrics: Metrics) -> None:
+        """Log an event of the current step, unless it was logged before a rewind."""
+        if self._tracker is not None and progress.step > self._logged_step:
+            self._tracker.log({"step": progress.step, "tokens": progress.tokens, **metrics})
+
+    def skip_until(self, step: int) -> None:
+        """After a rewind: do not log events up to this step again."""
+        self._logged_step = max(self._logged_step, step)
+
+    def alert(self, alert: Alert) -> None:
+        if self._tracker is not None:
+            self._tracker.alert(alert)
+
+    def close(self, outcome: Outcome, group: CpuGroup) -> None:
+        """Close the trackers, which may wait for servers until their timeouts. Collective unless the run has failed.
+
+        Raises TimeoutError if they wait far longer, as for a disk that does not answer; not if the run has failed.
+        """
+        thread = ThreadPoolExecutor(1, "trackers")
+        closing = thread.submit(self._close_tracker, outcome)
+        thread.shutdown(wait=False)
+        if outcome is Outcome.FAILED:
+            wait([closing], CLOSE_SECONDS)
+        else:
+            deadline = time.monotonic() + CLOSE_SECONDS
+            group.wait_for_all(closing, lambda: time.monotonic() < deadline)
+            closing.result()
+
+    def _close_tracker(self, outcome: Outcome) -> None:
+        if self._tracker is not None:
+            self._tracker.close(outcome)
+
+    def _slowest_rank(self, work_by_rank: Sequence[int]) -> Metrics:
+        if self._tracker is None or not self._engine.forward_timer.enabled:
+            return {}
+        slowest = self._slow_ranks.update(work_by_rank)
+        if slowest is None:
+            return {"slowest_rank": None, "slowest_rank_ratio": None}
+        return {"slowest_rank": slowest.rank, "slowest_rank_ratio": slowest.ratio}
+
+    def _mfu(self, seconds: float) -> float | None:
+        """Model FLOPs utilisation of the interval; None where the device's peak or the model's FLOPs are unknown."""
+        if self._engine.device.type != "cuda" or self._flops is None:
+            return None
+        peak = peak_flops(torch.cuda.get_device_name(self._engine.device), self._engine.precision)
+        if peak is None:
+            return None
+        return self._interval.flops(self._flops) / seconds / (peak * self._engine.world.size)
+
+    def _log_downstream(self, step: int) -> None:
+        """Log what `deepcloze watch` has scored since the last log event: events of earlier steps."""
+        if self._tracker is not None:
+            for event in self._downstream.take_new(step):
+                self._tracker.log(event)
+
+    def _check_checkpoints(self, saved_step: int | None) -> None:
+        """Send an alert if there has been no new one for too long."""
+        message = self._checkpoint_alarm.check(saved_step)
+        if message is not None:
+            self.alert(Alert("no_checkpoint", message))
+
+
+class SlowestRank(NamedTuple):
+    rank: int
+    ratio: float  # of its time to the median of all ranks
+
+
+class SlowRanks:
+    def __init__(self, nodes: Sequence[str]) -> None:
+        """`nodes`: the host of each rank."""
+        self._nodes = nodes
+        self._slow: int | None = None  # rank
+        self._intervals = 0  # in which it was the slowest one, and slow
+
+    def update(self, times: Sequence[int]) -> SlowestRank | None:
+        """The slowest rank of an interval; None if unknown. Warns once of a rank that was slow in several in a row.
+
+        times: that each rank took for work in which it waits for no other rank, in any unit; 0: unknown. May be empty.
+        """
+        if not times or min(times) == 0:
+            return None
+        median = statistics.median_low(times)
+        rank = max(range(len(times)), key=times.__getitem__)
+        slowest = SlowestRank(rank, times[rank] / median)
+        if slowest.ratio < SLOW_RATIO or rank != self._slow:
+            self._slow, self._intervals = rank, 0
+        if slowest.ratio >= SLOW_RATIO:
+            self._intervals += 1
+            if self._intervals == _SLOW_INTERVALS:
+                log.warning(
+                    "%s, rank %d is slow: its forward passes and its waits for data took %.1f times as long as those "
+                    "of the median rank, and so in the last %d log intervals",
+                    self._nodes[rank],
+                    rank,
+                    slowest.ratio,
+                    _SLOW_INTERVALS,
+                )
+        return slowest
+
+
+class CheckpointAlarm:
+    """Is raised after `hours` without a new checkpoint, and again after as many."""
+
+    def __init__(self, hours: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._seconds = hours * _HOUR
+        self._saved_step: int | None = None
+        self._saved_at = clock()
+        self._due = self._saved_at + self._seconds
+
+    def check(self, saved_step: int | None) -> str | None:
+        """The message to send now, if any. `saved_step`: of the newest checkpoint."""
+        now = self._clock()
+        if saved_step != self._saved_step:
+            self._saved_step, self._saved_at = saved_step, now
+            self._due = now + self._seconds
+        if now < self._due:
+            return None
+        self._due = now + self._seconds
+        newest = "there is none" if saved_step is None else f"the newest is of step {saved_step}"
+        return f"no checkpoint was saved for {(now - self._saved_at) / _HOUR:.1f} hours; {newest}"
