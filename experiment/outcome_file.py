@@ -1,11 +1,16 @@
-"""The file in which the ranks of a run write how it ended, and where the launcher reads it.
+"""The files in which the ranks of a run write how it, and each of their processes, ended. The launcher reads them.
 
-Contains {"outcome": …, "message": …, "cause": …}: written by rank 0 at the end, or by the first rank that fails.
+1. RUN/logs/outcome.json, a `ReportedOutcome`: written by rank 0 at the end, or by the first rank that fails.
+2. RUN/logs/rank-N.json, a `RankRecord`: written by each rank when it starts, begins to train, and ends.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import NamedTuple
+from pathlib import Path
+from typing import NamedTuple, Self
 
 from experiment.files import create_json, parse_json, write_json, write_text
 from experiment.run_folder import RunFolder
@@ -87,3 +92,38 @@ def _fill_reserved(folder: RunFolder, reported: ReportedOutcome) -> None:
     with folder.reserved_outcome.open("r+b") as file:
         file.write(short.ljust(_RESERVED_BYTES))
     folder.reserved_outcome.replace(folder.outcome)
+
+
+@dataclass(frozen=True)
+class RankRecord:
+    """The process of a rank."""
+
+    rank: int
+    host: str
+    pid: int
+    training: bool = False  # it looks for stop requests itself
+    exit: int | None = None  # its exit code; None: it runs, or was killed
+
+    def write(self, folder: RunFolder) -> None:
+        """Raises OSError."""
+        write_json(folder.rank_record(self.rank), asdict(self))
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Raises OSError, and ValueError for a damaged file."""
+        try:
+            return cls(**parse_json(path.read_text(encoding="utf-8")))
+        except TypeError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+
+def read_rank_record(folder: RunFolder, rank: int) -> RankRecord | None:
+    """None if there is none, or it is damaged."""
+    with suppress(OSError, ValueError):
+        return RankRecord.read(folder.rank_record(rank))
+    return None
+
+
+def rank_records(folder: RunFolder) -> Iterator[Path]:
+    """The files of the ranks that have started."""
+    return folder.logs.glob("rank-*.json")

@@ -127,12 +127,11 @@ class RunFolder:
         return self.logs / f"rank-{rank}.log"
 
     def rank_record(self, rank: int) -> Path:
-        """{"rank": …, "host": …, "pid": …, "training": …, "exit": …}; the exit code is null if the rank runs or was
-        killed."""
+        """The process of a rank, see `outcome_file.RankRecord`."""
         return self.logs / f"rank-{rank}.json"
 
     def heartbeat(self, rank: int) -> Path:
-        """What a rank does, see `heartbeat`."""
+        """What a rank does, see `heartbeat.Heartbeat`."""
         return self.logs / f"rank-{rank}.beat"
 
 

@@ -6,9 +6,8 @@ from typing import Literal
 
 import psutil
 
-from experiment.files import parse_json
 from experiment.formatting import describe_duration
-from experiment.outcome_file import read_outcome
+from experiment.outcome_file import read_outcome, read_rank_record
 from experiment.run_folder import RunFolder
 from experiment.run_lock import folder_use
 
@@ -42,17 +41,16 @@ def read_life(folder: RunFolder) -> Life:
 
 def _life_of_rank0(folder: RunFolder) -> Life:
     """Of a run that DeepSpeed's launcher has started itself: no process has locked the folder."""
-    try:
-        process = parse_json(folder.rank_record(0).read_text(encoding="utf-8"))
-        host, pid, ended = str(process["host"]), int(process["pid"]), process["exit"] is not None
-    except (OSError, ValueError, KeyError, TypeError):
+    process = read_rank_record(folder, 0)
+    if process is None:
         if any(path.exists() for path in (folder.metrics, folder.launches)):
             return Life(
                 "unknown", None, "no file says whether it runs, or how it ended: is the folder a part of a copy?"
             )
         return Life("not started")
-    if ended:
+    host = process.host
+    if process.exit is not None:
         return Life("failed", host, "rank 0 ended without reporting an outcome")
     if host != platform.node():
-        return Life("unknown", host, f"rank 0 has started as process {pid} on {host}, and not recorded its end")
-    return Life("running" if psutil.pid_exists(pid) else "killed", host)
+        return Life("unknown", host, f"rank 0 has started as process {process.pid} on {host}, and not recorded its end")
+    return Life("running" if psutil.pid_exists(process.pid) else "killed", host)

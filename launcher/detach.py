@@ -3,7 +3,6 @@
 It has a session of its own: a terminal that closes sends no signal there.
 """
 
-import json
 import os
 import shlex
 import subprocess
@@ -16,6 +15,7 @@ from typing import IO
 
 from experiment.config import load_config
 from experiment.errors import notify
+from experiment.outcome_file import RankRecord, read_rank_record
 from experiment.own_process import module_command, own_environment
 from experiment.run_folder import RunFolder, open_run_folder
 from experiment.run_lock import check_unlocked
@@ -34,7 +34,7 @@ def launch_detached(options: PretrainOptions) -> None:
     folder = RunFolder(Path(load_config(PretrainConfig, options.config, options.overrides).run.dir).absolute())
     check_unlocked(folder)
     is_new = not folder.path.exists()
-    before = _rank0_record(folder)  # of an earlier attempt
+    before = read_rank_record(folder, 0)  # of an earlier attempt
     open_run_folder(folder.path)
     with folder.launch_output.open("ab") as output, folder.launch_output.open("rb") as printed:
         printed.seek(0, os.SEEK_END)
@@ -67,22 +67,10 @@ def background_command(options: PretrainOptions) -> Sequence[str]:
     return [*module_command("launcher"), "pretrain", *(f"--{name}={value}" for name, value in flags.items())]
 
 
-def _rank0_record(folder: RunFolder) -> bytes:
-    try:
-        return folder.rank_record(0).read_bytes()
-    except OSError:
-        return b""
-
-
-def _trains(folder: RunFolder, before: bytes) -> bool:
+def _trains(folder: RunFolder, before: RankRecord | None) -> bool:
     """Whether rank 0 trains. before: its record before the launch."""
-    record = _rank0_record(folder)
-    if record in (b"", before):
-        return False
-    try:
-        return bool(json.loads(record)["training"])
-    except (ValueError, KeyError, TypeError):
-        return False
+    record = read_rank_record(folder, 0)
+    return record is not None and record != before and record.training
 
 
 def _show(printed: IO[bytes]) -> None:

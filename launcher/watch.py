@@ -15,9 +15,8 @@ from pathlib import Path
 from experiment.checkpoints import checkpoint_step, complete_checkpoints, weights_digest
 from experiment.config import load_config
 from experiment.errors import UserError, notify, stopped_by_disk_errors
-from experiment.files import parse_json
 from experiment.notification import Message, Service, mail_service
-from experiment.outcome_file import Outcome, read_outcome
+from experiment.outcome_file import Outcome, read_outcome, read_rank_record
 from experiment.provenance import read_provenance
 from experiment.run_folder import RunFolder, open_run_folder
 from experiment.run_lock import is_locked, lock_run
@@ -222,11 +221,8 @@ def has_ended(run: RunFolder) -> bool:
 
     The lock alone does not tell: ranks that were started by `deepspeed` hold none.
     """
-    try:
-        record = parse_json(run.rank_record(0).read_text(encoding="utf-8"))
-        return record["exit"] is not None and not is_locked(run)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    record = read_rank_record(run, 0)
+    return record is not None and record.exit is not None and not is_locked(run)
 
 
 def is_done(run: RunFolder) -> bool:

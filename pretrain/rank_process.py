@@ -1,4 +1,4 @@
-"""The process of a rank: what ends it, what it leaves for the launcher, and its exit code."""
+"""The process of a rank: what it records for the launcher, what ends it, and its exit code."""
 
 import logging
 import os
@@ -6,6 +6,8 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -14,11 +16,11 @@ import torch
 import torch.distributed as dist
 
 from experiment.errors import AgreedFailureError, UserError
-from experiment.outcome_file import Cause, Outcome, ReportedOutcome
+from experiment.outcome_file import Cause, Outcome, RankRecord, ReportedOutcome, write_first_outcome, write_outcome
 from experiment.own_process import GATE_VARIABLE, LAUNCH_VARIABLE, raise_limit_of_open_files
+from experiment.run_folder import RunFolder
 from pretrain.batching.loader import DataWorkerError
 from pretrain.engine.process_group import LostRankError
-from pretrain.rank_report import RankReport
 from pretrain.training.cpu_group import AgreedError
 from pretrain.training.stop_request import exit_on_stop_request
 
@@ -27,6 +29,47 @@ log = logging.getLogger(__name__)
 _POLL_SECONDS = 0.01
 # gloo raises RuntimeError: with the line of its source, or, if another collective of the group has timed out, without.
 _GLOO_ERRORS = ("gloo/transport", "Application timeout caused pair closure")
+
+
+@dataclass(frozen=True)
+class RankRecorder:
+    """Records in the run folder, as far as it is writable, how a rank and the run are doing, for the launcher."""
+
+    folder: RunFolder
+    rank: int
+
+    def start(self) -> None:
+        """Record this process. A record without an exit code means that the process was killed."""
+        self._record(None)
+
+    def begin_training(self) -> None:
+        """Record that this rank now looks for stop requests itself."""
+        self._record(None, training=True)
+
+    def agree(self, ending: ReportedOutcome) -> None:
+        """Record how the run ended, on which all ranks have agreed. Only rank 0 writes."""
+        if self.rank == 0:
+            with suppress(OSError):
+                write_outcome(self.folder, *ending)
+
+    def announce_refusal(self, error: UserError) -> None:
+        """Print and record a mistake that all ranks have raised. Only rank 0 does."""
+        if self.rank == 0:
+            print(f"deepcloze: {error}", file=sys.stderr, flush=True)
+        self.agree(ReportedOutcome(Outcome.REFUSED, str(error), Cause.AGREED))
+
+    def fail(self, outcome: Outcome, message: str, cause: Cause | None) -> None:
+        """Record an outcome that this rank alone knows of, unless another rank has failed before: losing that
+        rank is why this one fails."""
+        with suppress(OSError):
+            write_first_outcome(self.folder, outcome, message, cause)
+
+    def end(self, exit_code: int) -> None:
+        self._record(exit_code)
+
+    def _record(self, exit_code: int | None, training: bool = False) -> None:
+        with suppress(OSError):
+            RankRecord(self.rank, platform.node(), os.getpid(), training, exit_code).write(self.folder)
 
 
 def wait_at_gate() -> None:
@@ -41,17 +84,17 @@ def wait_at_gate() -> None:
         time.sleep(_POLL_SECONDS)
 
 
-def run_rank(train: Callable[[], Outcome], report: RankReport) -> NoReturn:
+def run_rank(train: Callable[[], Outcome], recorder: RankRecorder) -> NoReturn:
     """Call `train` and end the process with the exit code of its outcome, or of what it raises."""
     raise_limit_of_open_files()
     # On several hosts the launcher ends all ranks at once: others would wait for one that ends alone.
-    stop_file = report.folder.stop if report.rank == 0 and LAUNCH_VARIABLE not in os.environ else None
-    with exit_on_stop_request(partial(_stop_before_training, report), stop_file):
-        report.start()
-        ending = _call(train, report)
+    stop_file = recorder.folder.stop if recorder.rank == 0 and LAUNCH_VARIABLE not in os.environ else None
+    with exit_on_stop_request(partial(_stop_before_training, recorder), stop_file):
+        recorder.start()
+        ending = _call(train, recorder)
         if ending.outcome in (Outcome.FAILED, Outcome.REFUSED):
-            report.fail(*ending)
-        report.end(ending.outcome.exit_code)
+            recorder.fail(*ending)
+        recorder.end(ending.outcome.exit_code)
         exit_process(ending.outcome)
 
 
@@ -61,15 +104,15 @@ def exit_refused(error: UserError, rank: int) -> NoReturn:
     exit_process(Outcome.REFUSED)
 
 
-def give_up(report: RankReport, message: str) -> NoReturn:
+def give_up(recorder: RankRecorder, message: str) -> NoReturn:
     """End a process whose main thread may be blocked, waiting for a rank that is lost."""
-    _end_early(report, Outcome.FAILED, message, Cause.LOST_RANK)
+    _end_early(recorder, Outcome.FAILED, message, Cause.LOST_RANK)
 
 
-def stop_at_once(report: RankReport, reason: str) -> NoReturn:
+def stop_at_once(recorder: RankRecorder, reason: str) -> NoReturn:
     """End a process that trains, without a checkpoint of its step. The other ranks lose it."""
     message = f"{reason}; run the same command again to resume from the last complete checkpoint"
-    _end_early(report, Outcome.STOPPED, message, Cause.SIGNAL)
+    _end_early(recorder, Outcome.STOPPED, message, Cause.SIGNAL)
 
 
 def exit_process(outcome: Outcome) -> NoReturn:
@@ -79,15 +122,15 @@ def exit_process(outcome: Outcome) -> NoReturn:
     os._exit(outcome.exit_code)  # a normal exit with live collective threads sometimes aborts
 
 
-def _call(train: Callable[[], Outcome], report: RankReport) -> ReportedOutcome:
+def _call(train: Callable[[], Outcome], recorder: RankRecorder) -> ReportedOutcome:
     """The outcome on this rank, and the reason for a failure."""
-    here = f"{platform.node()}, rank {report.rank}"
+    here = f"{platform.node()}, rank {recorder.rank}"
     try:
         return ReportedOutcome(train(), "")
     except AgreedError as error:
         return ReportedOutcome(Outcome.REFUSED, str(error), Cause.AGREED)  # rank 0 has printed it
     except UserError as error:
-        _print_mistake(error, report.rank)
+        _print_mistake(error, recorder.rank)
         return ReportedOutcome(Outcome.REFUSED, str(error), Cause.AGREED)
     except AgreedFailureError as error:
         return ReportedOutcome(Outcome.FAILED, str(error).partition("\n")[0], Cause.AGREED)  # the rest has been logged
@@ -107,15 +150,15 @@ def cause_of(error: BaseException) -> Cause:
     return Cause.ERROR
 
 
-def _stop_before_training(report: RankReport, reason: str) -> None:
+def _stop_before_training(recorder: RankRecorder, reason: str) -> None:
     message = f"{reason} before the first step; run the same command again"
-    _end_early(report, Outcome.STOPPED, message, Cause.SIGNAL)
+    _end_early(recorder, Outcome.STOPPED, message, Cause.SIGNAL)
 
 
-def _end_early(report: RankReport, outcome: Outcome, message: str, cause: Cause) -> NoReturn:
-    message = f"{platform.node()}, rank {report.rank}: {message}"
-    report.fail(outcome, message, cause)
-    report.end(outcome.exit_code)
+def _end_early(recorder: RankRecorder, outcome: Outcome, message: str, cause: Cause) -> NoReturn:
+    message = f"{platform.node()}, rank {recorder.rank}: {message}"
+    recorder.fail(outcome, message, cause)
+    recorder.end(outcome.exit_code)
     print(f"deepcloze: {message}", file=sys.stderr, flush=True)
     os._exit(outcome.exit_code)
 

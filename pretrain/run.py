@@ -31,22 +31,21 @@ from typing import NoReturn
 import torch
 from torch import nn
 
+from experiment.config import load_config
 from experiment.errors import AgreedFailureError, UserError
 from experiment.files import cache_folder
 from experiment.goodput import ActivityTimer, attempt_start
 from experiment.outcome_file import Cause, Outcome, ReportedOutcome
-from pretrain.arguments import read_arguments
+from experiment.run_folder import RunFolder
 from pretrain.batching.loader import DataWorkerError
 from pretrain.config import EngineConfig, PretrainConfig
-from pretrain.deadline import deadline
 from pretrain.engine.engine import Engine
-from pretrain.engine.process_group import connect, disconnect
+from pretrain.engine.process_group import connect, deadline, disconnect
 from pretrain.modeling.compile_time import compile_seconds
 from pretrain.modeling.masked_lm import MaskedLanguageModel
 from pretrain.preparation import prepare
 from pretrain.rank_heartbeat import RankHeartbeat
-from pretrain.rank_process import exit_refused, give_up, run_rank, stop_at_once, wait_at_gate
-from pretrain.rank_report import RankReport, rank_report
+from pretrain.rank_process import RankRecorder, exit_refused, give_up, run_rank, stop_at_once, wait_at_gate
 from pretrain.training.background_save import UnwritableError
 from pretrain.training.cpu_group import AgreedError, CpuGroup
 from pretrain.training.health import HEALTH_LIMITS, HealthLimits
@@ -62,7 +61,7 @@ def pretrain(
     world: World,
     stop_request: Callable[[Path | None], StopRequest] = StopRequest,
     limits: HealthLimits = HEALTH_LIMITS,
-    report: RankReport | None = None,
+    recorder: RankRecorder | None = None,
     times: ActivityTimer | None = None,
 ) -> ReportedOutcome:
     """Run or resume a pretraining on this rank. The process group is connected. Raises UserError.
@@ -70,8 +69,8 @@ def pretrain(
     times: of this attempt; default: it starts now.
     """
     times = times or ActivityTimer(time.time(), compile_seconds)
-    report = report or rank_report(config, world.rank)
-    with deadline(_timeout(config), partial(give_up, report, "the ranks did not connect to each other's hosts")):
+    recorder = recorder or _recorder(config, world.rank)
+    with deadline(_timeout(config), partial(give_up, recorder, "the ranks did not connect to each other's hosts")):
         group = CpuGroup(_timeout(config), times.make_progress)
     try:
         run, model, stream = prepare(config, world, group)
@@ -96,10 +95,10 @@ def pretrain(
             trainer = Trainer(run, model, engine, stream, group, times, limits)
             # Not earlier: a signal to a rank that has not loaded its checkpoint should end it at once.
             stop = resources.enter_context(stop_request(run.folder.stop if world.rank == 0 else None))
-            report.begin_training()
+            recorder.begin_training()
             return _train(trainer, stop, group)
     except AgreedError as error:
-        report.announce_refusal(error)
+        recorder.announce_refusal(error)
         group.barrier()  # the launcher kills all ranks when one exits, perhaps before rank 0 has printed
         raise
 
@@ -111,7 +110,11 @@ def _compiles(engine: EngineConfig) -> bool:
 def _train(trainer: Trainer, stop: StopRequest, group: CpuGroup) -> ReportedOutcome:
     ending = ReportedOutcome(Outcome.FAILED, "")
     try:
-        ending = _reported(trainer.train(stop), stop, group)
+        outcome = trainer.train(stop)
+        ending = ReportedOutcome(outcome, "")
+        if outcome is Outcome.STOPPED:
+            message = f"stopped: {group.first_message(stop.reason)}; run the same command again to resume"
+            ending = ReportedOutcome(outcome, message, Cause.SIGNAL)
     except UnwritableError as error:
         ending = ReportedOutcome(Outcome.STOPPED, f"no checkpoint can be written: {error}", Cause.AGREED)
         log.error("%s", ending.message)
@@ -128,14 +131,6 @@ def _train(trainer: Trainer, stop: StopRequest, group: CpuGroup) -> ReportedOutc
     return ending
 
 
-def _reported(outcome: Outcome, stop: StopRequest, group: CpuGroup) -> ReportedOutcome:
-    """The outcome and, if a rank was asked to stop, which one and how. Collective."""
-    if outcome is not Outcome.STOPPED:
-        return ReportedOutcome(outcome, "")
-    message = f"stopped: {group.first_message(stop.reason)}; run the same command again to resume"
-    return ReportedOutcome(outcome, message, Cause.SIGNAL)
-
-
 def main(argv: Sequence[str]) -> NoReturn:
     """Run this rank and end the process with the outcome's exit code."""
     rank = int(os.environ.get("RANK", "0"))
@@ -143,19 +138,46 @@ def main(argv: Sequence[str]) -> NoReturn:
         config = read_arguments(argv)
     except UserError as error:
         exit_refused(error, rank)
-    report = rank_report(config, rank)
-    run_rank(partial(_connect_and_pretrain, config, report), report)
+    recorder = _recorder(config, rank)
+    run_rank(partial(_connect_and_pretrain, config, recorder), recorder)
 
 
-def _connect_and_pretrain(config: PretrainConfig, report: RankReport) -> Outcome:
-    heartbeat = RankHeartbeat(report.folder, report.rank, config.health.hang_seconds)
+def read_arguments(argv: Sequence[str]) -> PretrainConfig:
+    """Load the config that the arguments name, with overrides. Ignores the --local_rank that DeepSpeed's launcher adds.
+
+    Fire, which dispatches the `deepcloze` commands, would not do: it reads values as Python literals and turns `-` into
+    `_` inside config keys. Raises UserError.
+    """
+    arguments: dict[str, str] = {}
+    rest = list(argv)
+    while rest:
+        key, equals, value = rest.pop(0).partition("=")
+        if not key.startswith("--"):
+            raise UserError(f"unexpected argument '{key}'; write --section.key=value")
+        if not equals:
+            if not rest:
+                raise UserError(f"{key} needs a value: {key}=…")
+            value = rest.pop(0)
+        arguments[key.removeprefix("--")] = value
+    arguments.pop("local_rank", None)  # LOCAL_RANK in the environment is the same
+    if "config" not in arguments:
+        raise UserError("--config FILE is missing")
+    return load_config(PretrainConfig, arguments.pop("config"), arguments)
+
+
+def _recorder(config: PretrainConfig, rank: int) -> RankRecorder:
+    return RankRecorder(RunFolder(Path(config.run.dir).absolute()), rank)
+
+
+def _connect_and_pretrain(config: PretrainConfig, recorder: RankRecorder) -> Outcome:
+    heartbeat = RankHeartbeat(recorder.folder, recorder.rank, config.health.hang_seconds)
     heartbeat.start()
-    world = connect(_timeout(config), partial(give_up, report))
-    stop_request = partial(StopRequest, end_process=partial(stop_at_once, report))
+    world = connect(_timeout(config), partial(give_up, recorder))
+    stop_request = partial(StopRequest, end_process=partial(stop_at_once, recorder))
     times = ActivityTimer(attempt_start(), compile_seconds)
     heartbeat.follow(times)
-    ending = pretrain(config, world, stop_request, report=report, times=times)
-    report.agree(ending)
+    ending = pretrain(config, world, stop_request, recorder=recorder, times=times)
+    recorder.agree(ending)
     with contextlib.suppress(RuntimeError):  # the outcome stands
         disconnect()
     return ending.outcome

@@ -19,8 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from launcher.preflight.bandwidth import LIMIT_SECONDS, RESULT_MARK
-from pretrain.deadline import deadline
-from pretrain.engine.process_group import LostRankError, connect
+from pretrain.engine.process_group import LostRankError, connect, deadline
 from pretrain.world import World
 
 _TRANSFER_BYTES = 4 << 20

@@ -5,7 +5,6 @@ does not change has stopped, or its host or disk has. If some rank makes no prog
 are the cause. The stack of a rank is in its log.
 """
 
-import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 
 from experiment.errors import notify
 from experiment.heartbeat import Heartbeat, hung_seconds, main_stack, read_heartbeat
-from experiment.outcome_file import Cause, Outcome, write_first_outcome
+from experiment.outcome_file import Cause, Outcome, read_rank_record, write_first_outcome
 from experiment.run_folder import RunFolder
 
 _STACK_SECONDS = 1.0
@@ -106,11 +105,8 @@ class HangWatch:
         return 0
 
     def _has_ended(self, rank: int) -> bool:
-        try:
-            process = json.loads(self._folder.rank_record(rank).read_text(encoding="utf-8"))
-            return process["exit"] is not None
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
+        process = read_rank_record(self._folder, rank)
+        return process is not None and process.exit is not None
 
     def _can_write(self) -> bool:
         """Whether the run folder can be written: heartbeats need it."""

@@ -3,6 +3,7 @@
 import json
 import signal
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -12,7 +13,7 @@ import psutil
 from experiment.errors import UserError, describe_disk_error, notify
 from experiment.files import parse_json, write_text
 from experiment.heartbeat import read_heartbeat
-from experiment.outcome_file import Cause, Outcome, read_outcome
+from experiment.outcome_file import Cause, Outcome, RankRecord, rank_records, read_outcome
 from experiment.run_folder import RunFolder
 from experiment.signals import STOP_SIGNALS
 from launcher.hosts.hostfile import Slots
@@ -35,13 +36,13 @@ class LaunchResult:
 
 def clear_reports(folder: RunFolder) -> None:
     """Remove what the ranks of an earlier launch left."""
-    for path in (folder.outcome, *_rank_processes(folder), *folder.logs.glob("rank-*.beat")):
+    for path in (folder.outcome, *rank_records(folder), *folder.logs.glob("rank-*.beat")):
         path.unlink(missing_ok=True)
 
 
 def has_begun(folder: RunFolder) -> bool:
     """Whether a rank has begun: until then, signals end it at once."""
-    return any(_rank_processes(folder))
+    return any(rank_records(folder))
 
 
 def all_done(folder: RunFolder, ranks: int) -> bool:
@@ -50,9 +51,9 @@ def all_done(folder: RunFolder, ranks: int) -> bool:
     if reported is None or reported.outcome is not Outcome.DONE:
         return False
     try:
-        processes = [json.loads(path.read_text(encoding="utf-8")) for path in _rank_processes(folder)]
+        processes = [RankRecord.read(path) for path in rank_records(folder)]
         return len(processes) == ranks and all(
-            process["exit"] == 0 and not _is_running(process["pid"]) for process in processes
+            process.exit == 0 and not _is_running(process.pid) for process in processes
         )
     except (OSError, ValueError):  # being written
         return False
@@ -101,21 +102,15 @@ def read_result(folder: RunFolder, exit_code: int, start_time: float, remote: bo
     return LaunchResult(outcome, message, cause if reported_cause is Cause.LOST_RANK and ending else reported_cause)
 
 
-def _rank_processes(folder: RunFolder) -> Iterator[Path]:
-    return folder.logs.glob("rank-*.json")
-
-
 def _silent_ranks(folder: RunFolder) -> Iterator[str]:
     """The processes of the ranks that have started and not recorded their end."""
-    for path in sorted(_rank_processes(folder)):
-        try:
-            process = json.loads(path.read_text(encoding="utf-8"))
-            if process["exit"] is None:
-                beat = read_heartbeat(folder, process["rank"])
+    for path in sorted(rank_records(folder)):
+        with suppress(OSError, ValueError):
+            process = RankRecord.read(path)
+            if process.exit is None:
+                beat = read_heartbeat(folder, process.rank)
                 step = "" if beat is None else f" after step {beat.step}"
-                yield f"rank {process['rank']} on {process['host']} (process {process['pid']}){step}"
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
+                yield f"rank {process.rank} on {process.host} (process {process.pid}){step}"
 
 
 def _killer(exit_code: int) -> signal.Signals | None:

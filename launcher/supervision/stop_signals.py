@@ -4,7 +4,6 @@ Ranks that do not train yet are ended.
 """
 
 import errno
-import json
 import signal
 import threading
 import time
@@ -12,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from experiment.errors import describe_disk_error, end_line, notify
+from experiment.outcome_file import RankRecord
 from experiment.run_folder import RunFolder
 from experiment.signals import SignalHistory, handle_stop_signals
 from launcher.supervision.rank_processes import polled
@@ -138,5 +138,5 @@ def _has_begun_to_train(folder: RunFolder) -> bool:
     record = folder.rank_record(0)
     if record not in folder.logs.iterdir():  # a network file system may answer a lookup by name from a cache
         return False
-    process = json.loads(record.read_text(encoding="utf-8"))
-    return process["training"] or process["exit"] is not None
+    process = RankRecord.read(record)
+    return process.training or process.exit is not None

@@ -5,13 +5,14 @@ import errno
 import logging
 import os
 import socket
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import deepspeed
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from pretrain.deadline import deadline
 from pretrain.world import World
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,19 @@ def connect(timeout: datetime.timedelta, end_process: Callable[[str], object]) -
         )
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)  # uses the group
     return world
+
+
+@contextmanager
+def deadline(timeout: datetime.timedelta, end_process: Callable[[], object]) -> Iterator[None]:
+    """Call `end_process` in a thread if the block takes longer than `timeout`. It may wait for other ranks in C++ code,
+    which no exception interrupts."""
+    timer = threading.Timer(timeout.total_seconds(), end_process)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def disconnect() -> None:

@@ -34,7 +34,7 @@ process_group.connect(timedelta(seconds={seconds}), give_up)
 """
 # Once all have met at the store, this rank soon gives up …
 SHORT = """
-from pretrain.deadline import deadline
+deadline = process_group.deadline
 process_group.deadline = lambda _, end_process: deadline(timedelta(seconds=1), end_process)
 """
 # … and this one is lost, before they connect to each other.

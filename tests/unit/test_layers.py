@@ -19,9 +19,9 @@ PRETRAIN_LAYERS = (
     ("pretrain.resolve",),
     ("pretrain.engine", "pretrain.resume"),
     ("pretrain.modeling",),
-    ("pretrain.batching", "pretrain.export", "pretrain.arguments", "pretrain.rank_report"),
+    ("pretrain.batching", "pretrain.export"),
     ("pretrain.corpus", "pretrain.config"),
-    ("pretrain.world", "pretrain.deadline", "pretrain.rank_heartbeat"),
+    ("pretrain.world", "pretrain.rank_heartbeat"),
 )
 
 ONLY_IN = {

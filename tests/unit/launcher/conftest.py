@@ -9,7 +9,7 @@ import yaml
 
 from experiment.checkpoints import checkpoint_path, mark_complete
 from experiment.files import write_json
-from experiment.outcome_file import Outcome, write_outcome
+from experiment.outcome_file import Outcome, RankRecord, write_outcome
 from experiment.run_folder import RunFolder, open_run_folder
 
 
@@ -39,7 +39,7 @@ def run(tmp_path: Path) -> RunFolder:
     folder.config.write_text(yaml.safe_dump(tree))
     write_json(folder.provenance, {"run_id": "abc", "attempts": [], "ancestors": []})
     folder.metrics.write_text('{"step": 100, "loss": 5.0}\n{"step": 200, "loss": 4.0}\n')
-    write_json(folder.rank_record(0), {"rank": 0, "host": "here", "pid": 1, "training": True, "exit": None})
+    RankRecord(0, "here", 1, training=True).write(folder)
     return folder
 
 
@@ -66,6 +66,6 @@ def end(run: RunFolder) -> Callable[..., None]:
 
     def end_run(outcome: Outcome = Outcome.DONE) -> None:
         write_outcome(run, outcome)
-        write_json(run.rank_record(0), {"rank": 0, "host": "here", "pid": 1, "exit": outcome.exit_code})
+        RankRecord(0, "here", 1, exit=outcome.exit_code).write(run)
 
     return end_run

@@ -6,6 +6,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from experiment.outcome_file import RankRecord
 from experiment.run_folder import RunFolder, open_run_folder
 from experiment.run_lock import lock_run
 from launcher import detach
@@ -23,11 +24,13 @@ schedule: {steps: 10}
 
 # Stands for the launch in the background. It writes its process group to RUN/group.
 TRAINS = """
-import json, os, time
+import os, time
 from pathlib import Path
+from experiment.outcome_file import RankRecord
+from experiment.run_folder import RunFolder
 print("step 1", flush=True)
 Path("my-run/group").write_text(str(os.getpgrp()))
-Path("my-run/logs/rank-0.json").write_text(json.dumps({"rank": 0, "training": True, "exit": None, "pid": os.getpid()}))
+RankRecord(0, "localhost", os.getpid(), training=True).write(RunFolder(Path("my-run")))
 time.sleep(3600)
 """
 FAILS = "import sys; sys.exit('deepcloze: the run failed: disk full')"
@@ -46,7 +49,7 @@ def children() -> Iterator[None]:
     """Ends what a test has left in the background."""
     yield
     for child in psutil.Process().children():
-        if "json.dumps" in " ".join(child.cmdline()):
+        if "RankRecord" in " ".join(child.cmdline()):
             child.kill()
             child.wait()
 
@@ -65,7 +68,7 @@ def test_a_run_is_left_in_the_background(
     """Catches a command that waits for the run, returns before it trains because of an earlier attempt that was killed,
     or leaves it in the session of the terminal."""
     open_run_folder(folder.path)
-    folder.rank_record(0).write_text('{"training": true, "exit": null}')
+    RankRecord(0, "localhost", 1, training=True).write(folder)
     assert run_in_background(monkeypatch, TRAINS) == 0
     captured = capsys.readouterr()
     group = int((folder.path / "group").read_text())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from experiment.outcome_file import Cause, Outcome, write_outcome
+from experiment.outcome_file import Cause, Outcome, RankRecord, write_outcome
 from experiment.own_process import raise_limit_of_open_files
 from experiment.run_folder import open_run_folder
 from launcher.hosts.guarded_hosts import Rendezvous
@@ -94,8 +94,7 @@ def test_the_failure_of_one_rank_of_many_is_found(tmp_path: Path) -> None:
     """Catches logs of weeks that are read as a whole."""
     folder = open_run_folder(tmp_path / "run")
     for rank in range(4096):
-        record = {"rank": rank, "host": HOSTS[rank // 8], "pid": rank, "exit": None if rank == 77 else 1}
-        folder.rank_record(rank).write_text(json.dumps(record))
+        RankRecord(rank, HOSTS[rank // 8], rank, exit=None if rank == 77 else 1).write(folder)
         folder.rank_log(rank).write_text("step 1\n" * 1000)
     write_outcome(folder, Outcome.FAILED, "node-0, rank 0: lost its peer", Cause.LOST_RANK)
     result = read_result(folder, 247, 0.0, remote=True)

@@ -11,9 +11,8 @@ import pytest
 
 from experiment import run_lock
 from experiment.errors import UserError
-from experiment.files import write_json
 from experiment.goodput import CHECKPOINTING, ActivityTimer
-from experiment.outcome_file import Cause, Outcome, write_outcome
+from experiment.outcome_file import Cause, Outcome, RankRecord, write_outcome
 from experiment.run_folder import RunFolder, open_run_folder
 from experiment.run_life import Life, read_life
 from experiment.run_lock import FolderUse, folder_use, lock_run, may_be_in_use
@@ -161,7 +160,7 @@ def test_how_a_run_ended(folder: RunFolder) -> None:
 )
 def test_a_run_without_our_launcher(folder: RunFolder, host: str, pid: int, exit_code: int | None, state: str) -> None:
     """Catches a run that `deepspeed` has started itself, which locks nothing, and counts as not started."""
-    write_json(folder.rank_record(0), {"rank": 0, "host": host, "pid": pid, "training": True, "exit": exit_code})
+    RankRecord(0, host, pid, training=True, exit=exit_code).write(folder)
     assert read_life(folder).state == state
 
 

@@ -1,4 +1,7 @@
+import json
+import multiprocessing
 import os
+import platform
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +15,7 @@ from experiment.outcome_file import Cause, Outcome, ReportedOutcome, read_outcom
 from experiment.run_folder import RunFolder
 from pretrain.batching.loader import DataWorkerError
 from pretrain.engine.process_group import LostRankError
-from pretrain.rank_process import run_rank
-from pretrain.rank_report import RankReport
+from pretrain.rank_process import RankRecorder, run_rank
 from pretrain.training.cpu_group import AgreedError
 
 
@@ -32,7 +34,7 @@ def raised_exit(monkeypatch: pytest.MonkeyPatch) -> None:
 def end_of(train: Callable[[], Outcome], folder: Path) -> tuple[int, ReportedOutcome | None]:
     """The exit code of a rank that calls `train`, and what it leaves for the launcher."""
     with pytest.raises(Exited) as exited:
-        run_rank(train, RankReport(RunFolder(folder), 3))
+        run_rank(train, RankRecorder(RunFolder(folder), 3))
     return exited.value.args[0], read_outcome(RunFolder(folder))
 
 
@@ -105,3 +107,81 @@ def test_a_rank_raises_its_limit_of_open_files(tmp_path: Path) -> None:
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return RunFolder(tmp_path / "run")
+
+
+def test_the_first_failure_stays(folder: RunFolder) -> None:
+    """Catches rank 0's loss of its peer in place of the reason."""
+    RankRecorder(folder, 1).fail(Outcome.FAILED, "out of paper", Cause.ERROR)
+    RankRecorder(folder, 0).fail(Outcome.FAILED, "connection closed", Cause.LOST_RANK)
+    assert read_outcome(folder)[:2] == (Outcome.FAILED, "out of paper")
+    assert [path.name for path in folder.logs.iterdir()] == ["outcome.json"]
+
+
+def test_a_file_system_without_hard_links(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a reason that is lost on file systems such as FUSE mounts of object stores."""
+
+    def refuse(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "link", refuse)
+    RankRecorder(folder, 1).fail(Outcome.FAILED, "out of paper", Cause.ERROR)
+    RankRecorder(folder, 0).fail(Outcome.FAILED, "connection closed", Cause.LOST_RANK)
+    assert read_outcome(folder)[:2] == (Outcome.FAILED, "out of paper")
+    assert [path.name for path in folder.logs.iterdir()] == ["outcome.json"]
+
+
+def _fail(folder: RunFolder, rank: int) -> None:
+    RankRecorder(folder, rank).fail(Outcome.FAILED, f"rank {rank}: " + "x" * 100_000, Cause.ERROR)
+
+
+def test_of_ranks_that_fail_at_once_one_is_reported_whole(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an outcome that is torn, or lost, if ranks write it at the same time."""
+    monkeypatch.undo()  # processes end by os._exit
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=_fail, args=(folder, rank)) for rank in range(8)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+    assert [process.exitcode for process in ranks] == [0] * 8
+    outcome = read_outcome(folder)
+    assert outcome is not None
+    assert outcome[1].endswith("x" * 100_000)
+
+
+def test_only_rank_0_writes_what_all_have_agreed_on(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a message printed once for each rank, and an outcome of an earlier run that stays."""
+    RankRecorder(folder, 1).announce_refusal(UserError("no such corpus"))
+    assert read_outcome(folder) is None
+    RankRecorder(folder, 0).announce_refusal(UserError("no such corpus"))
+    assert read_outcome(folder) == (Outcome.REFUSED, "no such corpus", Cause.AGREED)
+    assert capsys.readouterr().err == "deepcloze: no such corpus\n"
+    RankRecorder(folder, 0).agree(ReportedOutcome(Outcome.DONE, ""))
+    assert read_outcome(folder) == (Outcome.DONE, "", None), "a run that is done has no cause"
+
+
+def test_a_rank_leaves_its_process_and_exit_code(folder: RunFolder) -> None:
+    """Catches a killed rank that looks like one that has ended."""
+    recorder = RankRecorder(folder, 3)
+    recorder.start()
+    process = {"rank": 3, "host": platform.node(), "pid": os.getpid(), "training": False, "exit": None}
+    assert json.loads(folder.rank_record(3).read_text()) == process
+    recorder.begin_training()
+    assert json.loads(folder.rank_record(3).read_text()) == process | {"training": True}
+    recorder.end(75)
+    assert json.loads(folder.rank_record(3).read_text()) == process | {"exit": 75}
+
+
+def test_a_run_folder_that_cannot_be_written_is_ignored(tmp_path: Path) -> None:
+    """Catches a full disk that hides the reason why the run failed."""
+    (tmp_path / "run").write_text("a file")
+    recorder = RankRecorder(RunFolder(tmp_path / "run"), 0)
+    recorder.start()
+    recorder.fail(Outcome.FAILED, "", Cause.ERROR)
+    recorder.agree(ReportedOutcome(Outcome.DONE, ""))
+    recorder.end(1)

@@ -1,11 +1,10 @@
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from experiment.heartbeat import Heartbeat, read_heartbeat, write_heartbeat
-from experiment.outcome_file import Cause, Outcome, read_outcome
+from experiment.outcome_file import Cause, Outcome, RankRecord, read_outcome
 from experiment.run_folder import RunFolder, open_run_folder
 from launcher.supervision import hang_watch
 from launcher.supervision.hang_watch import HangWatch, RankLife, hung_ranks
@@ -121,7 +120,7 @@ def test_a_rank_without_stack_is_named(folder: RunFolder, monkeypatch: pytest.Mo
 
 def test_a_rank_that_has_ended_does_not_hang(folder: RunFolder) -> None:
     """Catches a run that fails at its end because one rank has exited before another."""
-    folder.rank_record(1).write_text(json.dumps({"exit": 0}))
+    RankRecord(1, "node-1", 71, exit=0).write(folder)
     watched = Watched(folder)
     watched.after(1, beat(0, 1), beat(1, 1))
     assert not any(watched.after(10, beat(0, 2 + count)) for count in range(20))

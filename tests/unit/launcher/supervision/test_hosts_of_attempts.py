@@ -14,7 +14,7 @@ import pytest
 
 from experiment import run_lock
 from experiment.heartbeat import Heartbeat
-from experiment.outcome_file import Cause, Outcome
+from experiment.outcome_file import Cause, Outcome, RankRecord
 from experiment.run_folder import RunFolder, open_run_folder
 from launcher.hosts.guarded_hosts import Rendezvous
 from launcher.ranks.deepspeed_command import Command
@@ -140,8 +140,8 @@ def test_ranks_that_wait_for_a_host_without_processes_are_killed(
 
     monkeypatch.setattr(attempt, "GuardedHosts", EndsOnTheSecondHost)
     monkeypatch.setattr(rank_processes, "EXIT_TIMEOUT_SECONDS", 0.1)
-    process = json.dumps({"rank": 0, "host": "node-1", "pid": 7, "exit": None})
-    (folder.logs / "process").write_text(process)
+    RankRecord(0, "node-1", 7).write(folder)
+    folder.rank_record(0).rename(folder.logs / "process")
     body = f"(folder.logs / 'process').rename(folder.logs / 'rank-0.json'); {reported} {HANG}"
     result = supervise(launch(folder, body))
     assert (result.outcome, result.message, result.cause) == expected
@@ -183,8 +183,9 @@ def test_ranks_that_train_are_left_to_save(folder: RunFolder, monkeypatch: pytes
     monkeypatch.setattr(attempt, "GuardedHosts", StandInGuards)
     monkeypatch.setattr(stop_signals, "_POLL_SECONDS", 0.01)
     body = (
-        "from pretrain.rank_report import RankReport\n"
-        "RankReport(folder, 0).begin_training(); folder.stop.touch(); time.sleep(1)  # saving\n"
+        "from experiment.outcome_file import RankRecord\n"
+        "RankRecord(0, 'node-1', 7, training=True).write(folder)\n"
+        "folder.stop.touch(); time.sleep(1)  # saving\n"
         "write_outcome(folder, Outcome.STOPPED, 'saved step 7')"
     )
     assert supervise(launch(folder, body)).message == "saved step 7"

@@ -1,4 +1,3 @@
-import json
 import os
 import subprocess
 import sys
@@ -7,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from experiment.heartbeat import Heartbeat, write_heartbeat
-from experiment.outcome_file import Cause, Outcome, write_outcome
+from experiment.outcome_file import Cause, Outcome, RankRecord, write_outcome
 from experiment.run_folder import RunFolder, open_run_folder
 from launcher.supervision.launch_result import all_done, clear_reports, read_result
 
@@ -21,8 +20,7 @@ def folder(tmp_path: Path) -> RunFolder:
 
 
 def record(folder: RunFolder, rank: int, exit_code: int | None) -> None:
-    process = {"rank": rank, "host": f"node-{rank}", "pid": 70 + rank, "exit": exit_code}
-    folder.rank_record(rank).write_text(json.dumps(process))
+    RankRecord(rank, f"node-{rank}", 70 + rank, exit=exit_code).write(folder)
 
 
 def message(folder: RunFolder, exit_code: int, remote: bool = False) -> str:
@@ -128,7 +126,7 @@ def test_a_run_is_done_when_all_its_ranks_have_ended(folder: RunFolder) -> None:
     ended.wait()
 
     def rank(number: int, exit_code: int | None, pid: int = ended.pid) -> None:
-        folder.rank_record(number).write_text(json.dumps({"rank": number, "pid": pid, "exit": exit_code}))
+        RankRecord(number, "localhost", pid, exit=exit_code).write(folder)
 
     rank(0, 0)
     assert not all_done(folder, 1), "no outcome yet"

@@ -142,10 +142,11 @@ def test_what_the_ranks_wrote_is_the_outcome(folder: RunFolder, outcome: Outcome
 def test_a_run_ends_when_its_ranks_have(folder: RunFolder):
     """Catches a launch that waits for DeepSpeed's launcher, which takes a second to exit; here it never does."""
     body = (
-        "import json, subprocess\n"
+        "import subprocess\n"
+        "from experiment.outcome_file import RankRecord\n"
         "rank = subprocess.Popen([sys.executable, '-c', ''])\n"
         "rank.wait()\n"
-        "folder.rank_record(0).write_text(json.dumps({'rank': 0, 'pid': rank.pid, 'exit': 0}))\n"
+        "RankRecord(0, 'localhost', rank.pid, exit=0).write(folder)\n"
         "write_outcome(folder, Outcome.DONE)\n"
         "time.sleep(3600)"
     )
