@@ -1,18 +1,42 @@
-"""Decide whether a step's batch is bad from its loss and gradient norm. Pure functions; `recovery` acts on them.
+"""Find bad batches, write them to the run folder for people to look at, and decide what follows.
 
 A batch is bad if its loss or gradient is not finite, or if its gradient norm is more than `spike_factor` times the
 median of the recent norms. The norm is that of the gradient reduced over all ranks, and a loss that is not finite makes
 it NaN (see `Engine.accumulate`): every rank decides the same, within the step, and the update is never applied.
+
+RUN/health/step-00000107/
+    fault.json          what was wrong, with figures
+    rank-00000.jsonl    the sequences of each rank's share: their origin, their text, what the model saw
 """
 
+import enum
+import json
+import logging
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import median
+from typing import Any
+
+import numpy as np
 
 from experiment.errors import AgreedFailureError
+from experiment.files import write_json, write_text
+from experiment.run_folder import RunFolder
+from pretrain.batching.batch import IGNORED, RankBatch
+from pretrain.config import HealthConfig
+from pretrain.world import World
+
+log = logging.getLogger(__name__)
 
 NORM_WINDOW = 128  # norms that the median is taken over
+ADVICE = (
+    "  to try: fork an earlier checkpoint (run.resume), or restart, with a lower optimizer.lr, a longer "
+    "schedule.warmup_steps or a smaller optimizer.grad_clip"
+)
+
+Decode = Callable[[Sequence[int]], str]
 
 
 @dataclass(frozen=True)
@@ -82,3 +106,105 @@ def count_consecutive(bad_steps: Sequence[int], step: int) -> int:
     while first in bad:
         first -= 1
     return step - first
+
+
+class Response(enum.Enum):
+    STOP = enum.auto()
+    SKIP = enum.auto()
+    REWIND = enum.auto()
+
+
+class Recovery:
+    """Applies `health.policy`."""
+
+    def __init__(self, health: HealthConfig, limits: HealthLimits) -> None:
+        self._policy = health.policy
+        self._limits = limits
+        self._rewinds = 0  # to the last checkpoint
+        self._saved_step: int | None = None  # of that checkpoint
+
+    def respond(self, fault: Fault, dumped: Path, bad_steps: Sequence[int], saved_step: int | None) -> Response:
+        """What to do about a bad batch. Raises UnhealthyError if a limit is reached.
+
+        Args:
+            dumped: folder of the bad batch.
+            bad_steps: known so far, without this one.
+            saved_step: of the last checkpoint.
+        """
+        if saved_step != self._saved_step:
+            self._saved_step, self._rewinds = saved_step, 0
+        if self._policy == "stop":
+            return Response.STOP
+        what = f"{fault}\n  its batch: {dumped}"
+        if count_consecutive((*bad_steps, fault.step), fault.step) >= self._limits.max_consecutive:
+            raise UnhealthyError(
+                f"{what}\n  the last {self._limits.max_consecutive} steps were all bad: the weights have probably "
+                f"diverged\n{ADVICE}"
+            )
+        if self._policy == "skip":
+            return Response.SKIP
+        if self._rewinds >= self._limits.max_rewinds:
+            raise UnhealthyError(
+                f"{what}\n  the run has been rewound to step {saved_step} {self._rewinds} times\n{ADVICE}"
+            )
+        self._rewinds += 1
+        return Response.REWIND
+
+
+@dataclass(frozen=True)
+class BadBatchWriter:
+    folder: RunFolder
+    world: World
+    corpora: Sequence[str]  # names, by corpus number
+    decode: Decode
+
+    def dump_bad_batch(self, batch: RankBatch, losses: Sequence[float], fault: Fault) -> Path:
+        """Write this rank's share and return its folder. `losses`: summed, of each microbatch.
+
+        A share that cannot be written is logged, not raised.
+        """
+        target = self.folder.bad_batch(fault.step)
+        try:
+            if self.world.rank == 0:
+                figures = {key: _finite_or_none(value) for key, value in asdict(fault).items()}
+                write_json(target / "fault.json", figures | {"what": str(fault)})
+            rows = describe_sequences(batch, losses, self.corpora, self.decode)
+            lines = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
+            write_text(target / f"rank-{self.world.rank:05d}.jsonl", lines)
+        except OSError as error:
+            log.warning("cannot write this rank's share of the bad batch to %s: %s", target, error)
+        return target
+
+
+def describe_sequences(
+    batch: RankBatch, losses: Sequence[float], corpora: Sequence[str], decode: Decode
+) -> list[dict[str, Any]]:
+    """The sequences of a rank's share, in the order of its microbatches."""
+    rows = []
+    for number, (microbatch, loss) in enumerate(zip(batch.microbatches, losses, strict=True)):
+        shown, segments = microbatch.input_ids.reshape(-1), microbatch.segments.reshape(-1)
+        masked = microbatch.labels != IGNORED
+        original = shown.clone()
+        original[microbatch.masked_positions[masked]] = microbatch.labels[masked]
+        for segment in np.unique(segments[segments != 0]).tolist():
+            here = segments == segment
+            ids, shown_ids = original[here].tolist(), shown[here].tolist()
+            rows.append(
+                {
+                    "corpus": corpora[batch.origins.corpora[segment - 1]],
+                    "epoch": int(batch.origins.epochs[segment - 1]),
+                    "sequence": int(batch.origins.ids[segment - 1]),
+                    "microbatch": number,
+                    "microbatch_loss": _finite_or_none(loss),  # summed over its masked tokens
+                    "text": decode(ids),
+                    "shown": decode(shown_ids),
+                    "input_ids": ids,
+                    "shown_ids": shown_ids,
+                }
+            )
+    return rows
+
+
+def _finite_or_none(value: float | None) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return value if value is not None and math.isfinite(value) else None

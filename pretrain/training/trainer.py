@@ -19,15 +19,18 @@ from pretrain.engine.engine import Engine, StepResult
 from pretrain.evaluate import open_evaluator
 from pretrain.modeling.build import BuiltModel
 from pretrain.resolve import ResolvedRun
-from pretrain.training.bad_batch_dump import BadBatchWriter
 from pretrain.training.batch_feed import BatchFeed
 from pretrain.training.checkpointer import Checkpointer, load_resumed
 from pretrain.training.cpu_group import CpuGroup
 from pretrain.training.evaluation import RunEvaluator, log_early_stop
 from pretrain.training.health import (
+    ADVICE,
     HEALTH_LIMITS,
+    BadBatchWriter,
     Fault,
     HealthLimits,
+    Recovery,
+    Response,
     UnhealthyError,
     append_norm,
     diagnose,
@@ -36,7 +39,6 @@ from pretrain.training.health import (
 from pretrain.training.learning_rate import learning_rate
 from pretrain.training.log_interval import LogInterval
 from pretrain.training.profiler import StepProfiler
-from pretrain.training.recovery import ADVICE, Recovery, Response
 from pretrain.training.replicas import compare_replicas
 from pretrain.training.reporter import Reporter, open_run_tracker, record_start
 from pretrain.training.step_agreement import StepAgreement, StepTotals
