@@ -6,7 +6,6 @@ Builds a small corpus, then starts runs of three steps with one rank and with tw
 system's cache after the first, untimed run. Peak memory is summed over all processes, shared pages counted once.
 """
 
-import json
 import random
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measuring import PeakMemory, deepcloze, describe_machine, spread
+from experiment.outcome_file import read_rank_record
 from experiment.run_folder import RunFolder
 
 _POLL_SECONDS = 0.005
@@ -102,7 +102,7 @@ def _seconds_by_phase(config: Path, ranks: int, run: Path) -> list[float]:
         lambda: _runs(tree, "deepspeed.launcher.launch"),
         lambda: _runs(tree, "pretrain.run"),
         lambda: folder.rank_record(0).exists(),
-        lambda: _record(folder).get("training"),
+        lambda: (record := read_rank_record(folder, 0)) is not None and record.training,
         lambda: folder.metrics.exists() and '"step": 1,' in folder.metrics.read_text(),
     )
     for has_ended in phases:
@@ -128,13 +128,6 @@ def _runs(tree: psutil.Process, module: str) -> bool:
             if module in process.cmdline():
                 return True
     return False
-
-
-def _record(folder: RunFolder) -> dict[str, object]:
-    try:
-        return dict(json.loads(folder.rank_record(0).read_text()))
-    except ValueError:
-        return {}
 
 
 def _table(measured: dict[int, list[Measured]]) -> Table:
