@@ -91,7 +91,7 @@ class ServeOptions(Section):
 
 class ExportOptions(Section):
     checkpoint: Annotated[PathText, Metavar("DIR")]
-    """What to export: a checkpoint of a pretraining, or a run (its newest checkpoint); a fine-tuned model folder, or a
+    """Model to export: a checkpoint of a pretraining, or a run (its newest checkpoint); a fine-tuned model folder, or a
     run (its best seed on validation); or a folder of transformers."""
 
     output: Annotated[PathText, Metavar("DIR")]

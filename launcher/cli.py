@@ -113,7 +113,7 @@ def preflight(options: PreflightOptions) -> None:
     """Check whether hosts can run a pretraining.
 
     Compares Python, packages, code and files of all hosts with this machine's, checks ssh, run folder, disk, devices,
-    clocks and network, and times an all-reduce. Prints a row for each host, and how to fix what fails; exits with 2 if
+    clocks and network, and times an all-reduce. Prints a row for each host, and a fix for each failure; exits with 2 if
     a host fails. `deepcloze pretrain` does so before it starts ranks on other hosts.
 
     Example:
@@ -169,7 +169,7 @@ def export(options: ExportOptions) -> None:
     By default, copies the Hugging Face folder of a checkpoint, or of a fine-tuned model. With --format onnx, the
     outputs of ONNX Runtime are compared with those of PyTorch on texts of random tokens, and sizes and differences are
     printed; if those in fp32 are more than 1e-4, nothing is written. `deepcloze predict` and `serve` run the folder.
-    Needs `pip install 'deepcloze[onnx]'`. To measure what --int8 changes, run `deepcloze predict --score` with both
+    Needs `pip install 'deepcloze[onnx]'`. To measure the effect of --int8, run `deepcloze predict --score` with both
     folders. See docs/exporting.md.
 
     Example:
@@ -200,8 +200,8 @@ def predict(options: PredictOptions) -> None:
     """Predict with a fine-tuned model for the rows of a file.
 
     Writes a row for each row of the input, in its order: number, texts, prediction, probabilities. The columns of the
-    input are those of training, labels are not needed; --columns.text=NAME and the like name others. The file is read
-    twice, first to check it; files larger than the memory are fine. See docs/prediction.md.
+    input are named as in training, labels are not needed; --columns.text=NAME and the like name others. The file is
+    read twice, first to check it; files larger than the memory are fine. See docs/prediction.md.
 
     Example:
         deepcloze predict --model runs/sst2 --input reviews.csv --output labels.csv --columns.text=review
@@ -296,7 +296,7 @@ def status(options: StatusOptions) -> None:
 
 
 def logs(options: LogsOptions) -> None:
-    """Show what a pretraining run prints.
+    """Show the output of a pretraining run.
 
     See docs/tracking.md for which file that is.
 

@@ -50,7 +50,7 @@ class HostOptions(PlacementOptions):
     """How ranks are started on other hosts."""
 
     launcher: Launcher = "pdsh"
-    """What starts the ranks on other hosts: pdsh (ssh), an MPI, or srun in a job of SLURM."""
+    """Program that starts the ranks on other hosts: pdsh (ssh), an MPI, or srun in a SLURM job."""
 
     env: Annotated[str | None, Metavar("NAME[,NAME…]")] = None
     """More environment variables to send to other hosts, by name; WANDB_*, HF_*, OMP_*, NCCL_*, GLOO_*, MLFLOW_*,
@@ -162,7 +162,7 @@ class FinetuneOptions(Section):
     """The task as YAML, or the name of a recipe, see `deepcloze recipes`."""
 
     dry_run: bool = False
-    """Read the data, and print the resolved config, what is found in the data, the model and the number of steps;
+    """Read the data, and print the resolved config, a summary of the data, the model and the number of steps;
     train nothing."""
 
     overrides: dict[str, str] = {}
@@ -214,7 +214,7 @@ class LogsOptions(Section):
     """Run folder."""
 
     rank: NonNegativeInt | None = None
-    """Show all messages of this rank; default: what a launch with --detach prints, else the messages of rank 0."""
+    """Show all messages of this rank; default: the output of a launch with --detach, else the messages of rank 0."""
 
     follow: bool = False
     """Show the last lines, and new ones until the run ends. Ctrl-C ends it."""

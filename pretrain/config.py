@@ -27,7 +27,7 @@ Rate = Annotated[float, Field(gt=0.0, lt=1.0)]
 
 
 class RunConfig(Section):
-    """The run folder, the seed, and what to resume."""
+    """The run folder, the seed, and the run to resume."""
 
     dir: PathText
     """Run folder; see docs/tracking.md for its contents."""
@@ -160,7 +160,7 @@ class MaskingConfig(Section):
     """Dynamic masking as in BERT (Devlin et al. 2019), with new masks in every epoch. See docs/masking.md."""
 
     unit: Literal["token", "word", "span"] = "token"
-    """What is masked as a whole: single tokens, whole words, or spans of words."""
+    """Unit of masking: single tokens, whole words, or spans of words."""
 
     rate: Rate | tuple[Rate, ...] = 0.15
     """Fraction of the text tokens to predict; a list of rates if `schedule` is `linear` or `stepped`."""
@@ -213,7 +213,7 @@ class OptimizerConfig(Section):
     """Maximum norm of the global gradient; 0 disables clipping."""
 
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Layer-wise learning-rate decay: ratio of a layer's learning rate to that of the next layer. 1 disables it."""
+    """Layer-wise learning-rate decay: ratio of a layer's learning rate to the next layer's. 1 disables it."""
 
 
 class StageConfig(Section):
@@ -374,10 +374,10 @@ class CheckpointConfig(Section):
 
 
 class HealthConfig(Section):
-    """What to do about bad batches, diverged ranks and hung ranks. See docs/health.md."""
+    """Handling of bad batches, diverged ranks and hung ranks. See docs/health.md."""
 
     policy: Literal["stop", "skip", "rewind"] = "stop"
-    """What to do about a bad batch (the loss or gradient is not finite, or the gradient norm spikes): `stop` the run,
+    """Response to a bad batch (the loss or gradient is not finite, or the gradient norm spikes): `stop` the run,
     `skip` the update, or `rewind` to the newest checkpoint and skip the batch from there."""
 
     spike_factor: Annotated[float, Field(gt=1.0)] = 10.0

@@ -25,7 +25,7 @@ class AlertsConfig(Section):
     """Send alerts through Weights & Biases."""
 
     events: tuple[AlertEvent, ...] = ("crash", "stall", "bad_batch", "no_checkpoint", "finish")
-    """What to send alerts about."""
+    """Events that send alerts."""
 
     no_checkpoint_hours: PositiveFloat = 6.0
     """Hours of training without a new checkpoint after which `no_checkpoint` is sent."""

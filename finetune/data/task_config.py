@@ -60,7 +60,7 @@ class DialogueContext(Columns):
     """Columns with the previous turns, the oldest first, in place of `group`. Empty ones are skipped."""
 
     speaker: IdColumn | None = None
-    """Column with the speaker, whose name is put before each turn; not before those of `previous`."""
+    """Column with the speaker, whose name is put before each turn; not before the turns in `previous`."""
 
     @model_validator(mode="after")
     def _turns_are_found_in_one_way(self) -> Self:

@@ -55,14 +55,14 @@ class Config(TaskConfig):
     metric: Literal["accuracy"] = "accuracy"
 
     labels: tuple[Name, ...] | None = None
-    """What `answers` calls the first, second, … option; default: the letters from `A`."""
+    """Names of the first, second, … option in `answers`; default: the letters from `A`."""
 
     context: Context = "article"
-    """What is shown around a blank: the whole article, in overlapping windows if it is too long; the article cut around
+    """Context shown around a blank: the whole article, in overlapping windows if it is too long; the article cut around
     the blank; or what is between the neighbouring blanks."""
 
     other_blanks: Literal["filled", "masked", "dropped"] = "filled"
-    """What stands in the other blanks that are shown: the right option, in training only, and otherwise a mask; always
+    """Content of the other blanks that are shown: the right option, in training only, and otherwise a mask; always
     a mask; or nothing."""
 
     scoring: Literal["multiple_choice", "binary", "zero_shot"] = "multiple_choice"

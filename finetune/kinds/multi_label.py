@@ -43,7 +43,7 @@ class Config(TaskConfig):
     metric: Literal["micro_f1", "macro_f1", "weighted_f1", "accuracy"] = "micro_f1"
 
     label_separator: Annotated[str, Field(min_length=1)] = ","
-    """What separates the labels of a row, where they are text."""
+    """Separator between the labels of a row, where they are text."""
 
 
 class Kind(TaskKind[Config]):

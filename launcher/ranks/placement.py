@@ -21,7 +21,7 @@ class PlacementOptions(Section):
     """Which machines and devices the ranks use."""
 
     hostfile: Annotated[PathText | None, Metavar("FILE")] = None
-    """Machines to run on, one `NAME slots=N` per line; default: those of the SLURM, PBS or MPI job, or this machine."""
+    """Machines to run on, one `NAME slots=N` per line; default: hosts of the SLURM, PBS or MPI job, or this machine."""
 
     num_gpus: PositiveInt | None = None
     """Ranks per machine; default: all slots of the hostfile, else one per GPU, or 1 on a CPU, where each rank is a

@@ -40,7 +40,7 @@ class TextOptions(Section):
     """How to read text files."""
 
     document: Literal["line", "blank_line", "file"] = "line"
-    """What a document is in plain text: a line, a block between blank lines, or a whole file."""
+    """Unit of a document in plain text: a line, a block between blank lines, or a whole file."""
 
     document_start: Annotated[re.Pattern[str] | None, BeforeValidator(_compiled), Metavar("REGEX")] = None
     """Instead of --document: start a document at each line that matches."""
