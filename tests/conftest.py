@@ -40,12 +40,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--record", action="store_true", help="record the golden runs instead of comparing with them")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect soak tests unless `-m` names them. The tests of a file share fixtures, and those of tests/cluster the
-    machine's network: each such group runs in one process."""
+    """Deselect soak tests unless `-m` names them. The tests of a file share fixtures: they run in one process."""
     for item in items:
-        group = "cluster" if "tests/cluster/" in item.path.as_posix() else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
+        item.add_marker(pytest.mark.xdist_group(item.path.name))
     if "soak" not in config.option.markexpr:
         soak = [item for item in items if item.get_closest_marker("soak")]
         items[:] = [item for item in items if not item.get_closest_marker("soak")]
