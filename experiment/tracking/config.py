@@ -19,7 +19,7 @@ class AlertsConfig(Section):
     """POST alerts as JSON to the URL in DEEPCLOZE_WEBHOOK_URL, for example one of Slack or Mattermost."""
 
     apprise: bool = False
-    """Send alerts to the services whose Apprise URLs are in DEEPCLOZE_APPRISE_URLS: Slack, Teams, Discord, ntfy, …"""
+    """Send alerts to the services with Apprise URLs in DEEPCLOZE_APPRISE_URLS: Slack, Teams, Discord and others."""
 
     wandb: bool = False
     """Send alerts through Weights & Biases."""
