@@ -1,5 +1,6 @@
 """Files on disk: atomic writes, fsync, JSON and checksums."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -75,19 +76,47 @@ def removed_on_error(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def temporary_folder(parent: Path, prefix: str, mode: int = 0o700) -> Iterator[Path]:
-    """Make a folder with this prefix in `parent`. It is removed at the end of the block, or by a later call if the
-    process is killed: folders of the user with this prefix that are older than an hour are removed."""
-    folder = parent / f"{prefix}{os.urandom(8).hex()}"
-    folder.mkdir(mode=mode)
+    """Make a folder with this prefix in `parent`, and remove it at the end of the block.
+
+    If the process is killed, a later call removes the folder: at once on the same machine, where it sees that the
+    folder is not locked any more, and elsewhere after an hour.
+    """
+    ours = f"{prefix}{platform.node()}-"
+    folder = parent / f"{ours}{os.urandom(8).hex()}"
+    unlocked = folder.with_name(f".{folder.name}")
+    unlocked.mkdir(mode=mode)
+    descriptor = os.open(unlocked, os.O_RDONLY | os.O_DIRECTORY)
     try:
+        with suppress(OSError):  # a network disk without locks for folders: nobody else gets one either
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        unlocked.rename(folder)
         oldest = folder.stat().st_mtime - _LEFT_SECONDS  # by the clock of the disk
         for left in parent.glob(f"{prefix}*"):
-            with suppress(OSError):  # removed meanwhile
-                if left.stat().st_uid == os.getuid() and left.stat().st_mtime < oldest:
-                    shutil.rmtree(left, ignore_errors=True)
+            with suppress(OSError):  # removed meanwhile, or still locked
+                if left != folder and left.stat().st_uid == os.getuid():
+                    _remove_left_folder(left, left.name.startswith(ours), oldest)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _remove_left_folder(folder: Path, is_ours: bool, oldest: float) -> None:
+    """Raises BlockingIOError if its process still runs on this machine."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        has_ended = False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            has_ended = is_ours
+        except BlockingIOError:
+            raise
+        except OSError:  # the disk has no locks for folders
+            pass
+        if has_ended or folder.stat().st_mtime < oldest:
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:

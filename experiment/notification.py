@@ -74,7 +74,7 @@ def apprise_services(environ: Mapping[str, str] = os.environ) -> list[Service]:
     logging.getLogger("apprise").setLevel(logging.CRITICAL)  # the caller reports failures
     services = []
     for number, url in enumerate(urls, start=1):
-        server = Apprise(asset=AppriseAsset(app_id="deepcloze", secure_logging=True))
+        server = Apprise(asset=AppriseAsset(app_id="deepcloze", secure_logging=True, service_timeout=0))
         if not server.add(url):
             raise UserError(f"{_APPRISE}: URL {number} of {len(urls)} is not one that Apprise knows")
         services.append(Service(url.partition(":")[0], partial(_send_by_apprise, server)))

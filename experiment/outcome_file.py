@@ -7,7 +7,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -110,9 +110,10 @@ class RankRecord:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Raises OSError, and ValueError for a damaged file."""
+        """Ignore unknown keys, which another version may write. Raises OSError, and ValueError for a damaged file."""
         try:
-            return cls(**parse_json(path.read_text(encoding="utf-8")))
+            found = parse_json(path.read_text(encoding="utf-8"))
+            return cls(**{field.name: found[field.name] for field in fields(cls) if field.name in found})
         except TypeError as error:
             raise ValueError(f"{path}: {error}") from None
 

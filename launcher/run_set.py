@@ -26,6 +26,8 @@ DONE = "done"
 REJECTED = "rejected (exit code 2)"  # the user's mistake, which the run has reported
 
 _SEEDS = "training.seeds"  # may change: finished seeds are not trained again
+_OTHER_SEEDS = "started with other seeds"
+_IRRELEVANT = "tracking."  # keys that do not change results
 _POLL_SECONDS = 0.5
 
 FlatConfig = Mapping[str, object]
@@ -107,8 +109,7 @@ class RunSet:
     def _finish(self, run: PlannedRun, label: str, state: str | None) -> str:
         child = ChildRun(self.command, label, self.run_folder(run), run.argv)
         wait_for_other_process(child)
-        outcome = read_outcome(child.folder)
-        if state == DONE or (outcome is not None and outcome.outcome is Outcome.DONE):
+        if _is_finished(child.folder, state):
             notify(f"{self.command}: {label}: already finished")
             return DONE
         return start(child)
@@ -137,10 +138,18 @@ class RunSet:
                     f"{run.config.get(key)!r}; choose another {self.option}, or remove that folder to run it again"
                 )
             same = before.get(_SEEDS) == run.config.get(_SEEDS)
-            records[run.name] = {**(record if same else new), "config": run.config}
+            records[run.name] = {**(record if same else RunRecord(config={}, state=_OTHER_SEEDS)), "config": run.config}
             if run.values:
                 records[run.name]["values"] = run.values
         return records
+
+
+def _is_finished(folder: RunFolder, state: str | None) -> bool:
+    """Whether a run is done, also if the command was killed before it could note that. `state`: in the record."""
+    outcome = read_outcome(folder)
+    if outcome is not None:  # of a pretraining
+        return outcome.outcome is Outcome.DONE
+    return state == DONE or (state != _OTHER_SEEDS and (folder.path / "results.json").is_file())
 
 
 @contextmanager
@@ -155,8 +164,8 @@ def _locked(folder: RunFolder, option: str) -> Iterator[None]:
 
 
 def _changed_key(before: FlatConfig, now: FlatConfig) -> str | None:
-    changed = (key for key in sorted({*before, *now} - {_SEEDS}) if before.get(key) != now.get(key))
-    return next(changed, None)
+    keys = sorted(key for key in {*before, *now} - {_SEEDS} if not key.startswith(_IRRELEVANT))
+    return next((key for key in keys if before.get(key) != now.get(key)), None)
 
 
 @dataclass(frozen=True)

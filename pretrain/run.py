@@ -111,10 +111,11 @@ def _train(trainer: Trainer, stop: StopRequest, group: CpuGroup) -> ReportedOutc
     ending = ReportedOutcome(Outcome.FAILED, "")
     try:
         outcome = trainer.train(stop)
-        ending = ReportedOutcome(outcome, "")
         if outcome is Outcome.STOPPED:
             message = f"stopped: {group.first_message(stop.reason)}; run the same command again to resume"
             ending = ReportedOutcome(outcome, message, Cause.SIGNAL)
+        else:
+            ending = ReportedOutcome(outcome, "")
     except UnwritableError as error:
         ending = ReportedOutcome(Outcome.STOPPED, f"no checkpoint can be written: {error}", Cause.AGREED)
         log.error("%s", ending.message)

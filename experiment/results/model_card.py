@@ -100,7 +100,7 @@ def front_matter(
     results = [
         # `dataset_type` is the name of a data set on the Hub; ours has none.
         EvalResult(
-            str(task),
+            task or "other",
             dataset,
             dataset,
             _HUB_METRICS.get(metric, metric),

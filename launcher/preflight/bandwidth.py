@@ -62,6 +62,11 @@ def measure(slots: Slots, machine: Machine, target: Target) -> Measurement:
                 _check_lost(guards)
                 output = _run(_command(slots, machine, target, folder, guards.rendezvous()), folder, processes)
                 _check_lost(guards)
+                if processes.left is not None:
+                    raise MeasurementError(
+                        f"the ranks on {processes.left} ended before the others; the end of the output of all:\n"
+                        f"{_tail(output)}"
+                    )
     for line in output.splitlines():
         _, mark, result = line.partition(RESULT_MARK)
         if mark:

@@ -158,8 +158,9 @@ def _cost(plan: RunPlan) -> list[str]:
         return [*lines, "unknown: state the device's peak as --peak_tflops"]
     steps = plan.steps or plan.budget_steps
     per_step = f", {cost.seconds / steps:.3g} s per step" if steps else ""
+    duration = describe_duration(cost.seconds) if cost.seconds >= 10 else f"{cost.seconds:.3g} s"
     lines.append(
-        f"{describe_duration(cost.seconds)}{per_step}; {cost.communicating / cost.seconds:.0%} of it communication, "
+        f"{duration}{per_step}; {cost.communicating / cost.seconds:.0%} of it communication, "
         "counted as if nothing overlapped"
     )
     kwh = "energy unknown (--watts)" if cost.kwh is None else f"{cost.kwh:,.4g} kWh at {rates.watts:g} W per device"

@@ -31,6 +31,7 @@ class LogInterval:
         """`times`: of this rank, from which the pace follows. `device`: of the losses."""
         self._times = times
         self._device = device
+        self._measured = self._clocks()
         self._clear()
 
     def _clear(self) -> None:
@@ -38,11 +39,15 @@ class LogInterval:
         self.masked_tokens = 0
         self._pending: list[Tensor] = []  # this rank's part of further losses, still on the device
         self._totals: list[StepTotals] = []  # of the steps that this process took
-        self._elapsed = {name: self._times.elapsed(name) for name in (TRAINING, DATA, CHECKPOINTING)}
+
+    def _clocks(self) -> dict[str, float]:
+        """Seconds of this process so far, by activity."""
+        return {name: self._times.elapsed(name) for name in (TRAINING, DATA, CHECKPOINTING)}
 
     def restart(self, progress: TrainingProgress) -> None:
         """Begin again with the steps of the interval that an earlier attempt took."""
         self._clear()
+        self._measured = {**self._clocks(), CHECKPOINTING: self._measured[CHECKPOINTING]}
         self.losses, self.masked_tokens = list(progress.interval_losses), progress.interval_masked
 
     def add(self, losses: Tensor | None, totals: StepTotals) -> None:
@@ -77,8 +82,10 @@ class LogInterval:
         """Per masked token, after `all_reduce_losses`; None if no step was trained on."""
         return sum(self.losses) / self.masked_tokens if self.masked_tokens else None
 
-    def pace(self) -> Pace:
-        training, data, checkpointing = (self._times.elapsed(name) - before for name, before in self._elapsed.items())
+    def measure_pace(self) -> Pace:
+        """The pace of the interval. Time from now on, such as that of logging, belongs to the next one."""
+        before, self._measured = self._measured, self._clocks()
+        training, data, checkpointing = (now - before[name] for name, now in self._measured.items())
         seconds = max(training + data, 1e-9)
         tokens = sum(step.tokens for step in self._totals)
         return Pace(seconds, tokens / seconds, data / seconds, checkpointing)

@@ -129,7 +129,7 @@ class Reporter:
         """
         interval, by_corpus = self._interval, progress.tokens_by_corpus
         interval.all_reduce_losses()
-        pace = interval.pace()
+        pace = interval.measure_pace()
         self.log(
             progress,
             {

@@ -1,6 +1,8 @@
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from experiment.files import (
     write_text,
 )
 from small_disk import SmallDisk
+from waiting import wait_until
 
 
 def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path: Path) -> None:
@@ -101,15 +104,44 @@ def test_a_folder_is_removed_on_error(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["complete"]
 
 
-def test_folders_of_killed_processes_are_removed(tmp_path: Path) -> None:
-    """Catches folders with secrets that pile up or that others can read, and the folder of a process that still runs
-    which is removed."""
-    for name in ("mine-killed", "mine-running", "other-old"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "secret").touch()
-    for name in ("mine-killed", "other-old"):
-        os.utime(tmp_path / name, (0, 0))
+OWNER = """
+import sys, time
+from pathlib import Path
+from experiment.files import temporary_folder
+with temporary_folder(Path(sys.argv[1]), "mine-") as folder:
+    (folder / "secret").touch()
+    time.sleep(3600)
+"""
+
+
+def test_the_folder_of_a_killed_process_is_removed(tmp_path: Path) -> None:
+    """Catches folders with secrets that stay or that others can read, and the folder of a process that still runs,
+    however old, which is removed."""
+    process = subprocess.Popen([sys.executable, "-c", OWNER, str(tmp_path)])
+    try:
+        wait_until(lambda: list(tmp_path.glob("mine-*/secret")), process)
+        (running,) = tmp_path.iterdir()
+        os.utime(running, (0, 0))
+        with temporary_folder(tmp_path, "mine-"):
+            assert list(tmp_path.glob("mine-*/secret"))
+    finally:
+        process.kill()
+        process.wait()
     with temporary_folder(tmp_path, "mine-") as folder:
-        assert {path.name for path in tmp_path.iterdir()} == {"mine-running", "other-old", folder.name}
+        assert list(tmp_path.iterdir()) == [folder]
         assert folder.stat().st_mode & 0o777 == 0o700
-    assert {path.name for path in tmp_path.iterdir()} == {"mine-running", "other-old"}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_of_other_machines_are_removed_after_an_hour(tmp_path: Path) -> None:
+    """Catches the folder of a process on another machine, whose lock is not seen here, which is removed."""
+    for name in ("mine-elsewhere-1", "other-1"):
+        (tmp_path / name).mkdir()
+    with temporary_folder(tmp_path, "mine-"):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {"mine-elsewhere-1", "other-1"}
+    for path in tmp_path.iterdir():
+        os.utime(path, (0, 0))
+    with temporary_folder(tmp_path, "mine-"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["other-1"]

@@ -6,9 +6,11 @@ from pathlib import Path
 import filelock
 import pytest
 
+from experiment.files import write_json
+from experiment.outcome_file import Outcome, write_outcome
 from experiment.run_folder import open_run_folder
 from launcher import run_set
-from launcher.run_set import DONE, REJECTED, ChildRun, start
+from launcher.run_set import DONE, REJECTED, ChildRun, FlatConfig, PlannedRun, RunSet, start
 
 
 def test_a_run_that_another_process_was_starting_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,3 +35,52 @@ def test_a_state_tells_how_a_run_ended(tmp_path: Path, monkeypatch: pytest.Monke
     codes = [code]
     monkeypatch.setattr(run_set, "_run_command", lambda argv: codes.pop(0))
     assert start(ChildRun("compare", "a/b", open_run_folder(tmp_path / "run"), ())) == state
+
+
+def finish(folder: Path, config: FlatConfig, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Finish a set with one run; returns the runs that it has started."""
+    started: list[str] = []
+
+    def run_command(argv: Sequence[str]) -> int:
+        started.append(argv[0])
+        return 0
+
+    monkeypatch.setattr(run_set, "_run_command", run_command)
+    runs = (PlannedRun("a", ("command",), config),)
+    to_finish = RunSet("sweep", open_run_folder(folder), "--output", "sweep.json", runs, header={})
+    with to_finish.opened() as records:
+        to_finish.finish(records)
+    return started
+
+
+@pytest.mark.parametrize("state", [None, "failed (exit code 1)", DONE])
+def test_a_fine_tuning_that_has_finished_is_not_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str | None
+) -> None:
+    """Catches a run that starts again because the command was killed before it could note the end; and seeds that are
+    added and not trained."""
+    config = {"training.seeds": [1]}
+    record = {"config": config} if state is None else {"config": config, "state": state}
+    write_json(tmp_path / "sweep.json", {"runs": {"a": record}})
+    write_json(tmp_path / "a" / "results.json", {})
+    assert finish(tmp_path, config, monkeypatch) == []
+    assert finish(tmp_path, {"training.seeds": [1, 2]}, monkeypatch) == ["command"]
+
+
+def test_a_pretraining_that_was_resumed_and_stopped_is_not_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a record that outranks what the run itself has reported."""
+    write_json(tmp_path / "sweep.json", {"runs": {"a": {"config": {}, "state": DONE}}})
+    folder = open_run_folder(tmp_path / "a")
+    write_outcome(folder, Outcome.FAILED)
+    assert finish(tmp_path, {}, monkeypatch) == ["command"]
+    write_outcome(folder, Outcome.DONE)
+    assert finish(tmp_path, {}, monkeypatch) == []
+
+
+def test_a_new_key_of_tracking_changes_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a sweep that a newer version, whose configs have one more key, cannot resume."""
+    write_json(tmp_path / "sweep.json", {"runs": {"a": {"config": {"seed": 1}}}})
+    (tmp_path / "a").mkdir()
+    assert finish(tmp_path, {"seed": 1, "tracking.alerts.new": False}, monkeypatch) == ["command"]

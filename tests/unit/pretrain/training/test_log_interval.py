@@ -107,7 +107,7 @@ def test_pace_is_of_one_interval() -> None:
     at.now += 50.0  # starting
     interval = new_interval(times=times)
     times.begin_training()
-    assert interval.pace() == Pace(1e-9, 0.0, 0.0, 0.0)
+    assert interval.measure_pace() == Pace(1e-9, 0.0, 0.0, 0.0)
     for _ in range(2):
         with times.during(DATA):
             at.now += 1.0
@@ -117,8 +117,8 @@ def test_pace_is_of_one_interval() -> None:
             at.now += 10.0
         with times.during(CHECKPOINTING):
             at.now += 1.5
-    assert interval.pace() == Pace(8.0, 125.0, 0.25, 3.0)
+    assert interval.measure_pace() == Pace(8.0, 125.0, 0.25, 3.0)
     interval.end(TrainingProgress())
     at.now += 2.0
     interval.add(None, totals(0, 10))
-    assert interval.pace() == Pace(2.0, 5.0, 0.0, 0.0)
+    assert interval.measure_pace() == Pace(2.0, 5.0, 0.0, 0.0)
