@@ -40,11 +40,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--record", action="store_true", help="record the golden runs instead of comparing with them")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect soak tests unless `-m` names them. The tests of a file share fixtures: they run in one process."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(item.path.name))
+    """Deselect soak tests unless `-m` names them."""
     if "soak" not in config.option.markexpr:
         soak = [item for item in items if item.get_closest_marker("soak")]
         items[:] = [item for item in items if not item.get_closest_marker("soak")]
