@@ -58,10 +58,12 @@ def main(requests: Connection, listener: socket.socket) -> NoReturn:
 
 def listen(folder: Path) -> socket.socket:
     """Where the processes of this host find the server, and wait for it. `hand_over.py` knows the name."""
-    path = folder / f"{os.uname().nodename}.socket"
-    path.unlink(missing_ok=True)
+    name = f"{os.uname().nodename}.socket"
+    (folder / name).unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX)
-    listener.bind(str(path))
+    descriptor = os.open(folder, os.O_RDONLY)
+    listener.bind(f"/proc/self/fd/{descriptor}/{name}")  # the path of a socket has at most 107 bytes
+    os.close(descriptor)
     listener.listen(100)
     return listener
 
@@ -206,6 +208,7 @@ def _run_command(request: dict[str, Any], streams: list[int], client: socket.soc
         os.dup2(stream, descriptor)
         os.close(stream)
     os.environ.clear()
+    _LIBC.clearenv()  # `_show` has overwritten what the entries of C's `environ` pointed to
     os.environ.update(request["environ"])
     _show(request["shown"], request["environ"])
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", len(request["cores"]))))

@@ -12,14 +12,14 @@ def _command() -> tuple[str | None, list[str], bool] | None:
     flags, rest = [], sys.orig_argv[1:]
     while rest and rest[0] in ("-u", "-P"):
         flags.append(rest.pop(0))
-    if len(rest) > 1 and rest[0] == "-m" and rest[1].removeprefix("deepcloze.") in _MODULES:
+    if len(rest) > 1 and rest[0] == "-m" and rest[1] in _MODULES:
         return rest[1], rest[1:], "-u" in flags
     if rest and rest[0].endswith(_SCRIPTS):
         return None, rest, "-u" in flags
     return None
 
 
-def _hand_over(path: str, module: str | None, argv: list[str], unbuffered: bool) -> None:
+def _hand_over(folder_of_server: str, module: str | None, argv: list[str], unbuffered: bool) -> None:
     """Returns if there is no server, or if it refuses; otherwise ends the process."""
     import array
     import json
@@ -31,7 +31,10 @@ def _hand_over(path: str, module: str | None, argv: list[str], unbuffered: bool)
     passed_on |= {signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM}
     server = socket.socket(socket.AF_UNIX)
     try:
-        server.connect(path)
+        descriptor = os.open(folder_of_server, os.O_RDONLY)
+        # The path of a socket has at most 107 bytes.
+        server.connect(f"/proc/self/fd/{descriptor}/{os.uname().nodename}.socket")
+        os.close(descriptor)
     except OSError:
         return
     ignored = [number for number in signal.Signals if signal.getsignal(number) == signal.SIG_IGN]
@@ -80,4 +83,4 @@ def _hand_over(path: str, module: str | None, argv: list[str], unbuffered: bool)
 
 
 if found := _command():
-    _hand_over(f"{__file__.rpartition('/')[0]}/{os.uname().nodename}.socket", *found)
+    _hand_over(__file__.rpartition("/")[0], *found)

@@ -59,7 +59,8 @@ class ForkServer:
 
     def environment(self) -> dict[str, str]:
         """Variables with which commands are handed over to the server."""
-        return {"PYTHONPATH": str(self._folder)}
+        others = os.environ.get("PYTHONPATH")
+        return {"PYTHONPATH": f"{self._folder}:{others}" if others else str(self._folder)}
 
     def fork(self, size: int, address: str, port: int) -> list[int]:
         """Start `size` ranks that connect to `address`. Returns their process ids."""
