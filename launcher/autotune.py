@@ -22,7 +22,8 @@ from experiment.run_lock import Renewal, lock_run
 from experiment.signals import handle_stop_signals
 from experiment.tracking.config import TrackingConfig
 from experiment.tracking.jsonl import Event, read_events
-from launcher.launch_plan import LaunchPlan, max_doublings, max_halvings, scaled_microbatch
+from launcher.launch_plan import LaunchPlan
+from launcher.ranks.microbatch import max_doublings, max_halvings, scaled_microbatch
 from launcher.supervision.attempt import Layout, run_attempt
 from launcher.supervision.launch_result import LaunchResult, begin_attempt
 from launcher.supervision.rank_processes import polled

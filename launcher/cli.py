@@ -303,7 +303,7 @@ def logs(options: LogsOptions) -> None:
     Example:
         deepcloze logs runs/mine --follow
     """
-    from launcher.status import print_logs
+    from launcher.logs import print_logs
 
     print_logs(options)
 

@@ -1,6 +1,5 @@
 """What a launch would start: the config, the hosts and the command, worked out without starting anything."""
 
-import math
 import re
 import sys
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from launcher.options import HostOptions, PretrainOptions
 from launcher.preflight.run import passing_hosts
 from launcher.preflight.target import Target, target_of_hosts, target_of_run
 from launcher.ranks.deepspeed_command import Command, DeepSpeedCommand, added_environment, start_command
+from launcher.ranks.microbatch import max_halvings, scaled_microbatch
 from launcher.ranks.placement import check_launcher, is_local, place_ranks
 from launcher.supervision.attempt import Launch, Layout
 from pretrain.config import PretrainConfig
@@ -177,47 +177,3 @@ def chosen_slots(options: HostOptions, machine: Machine) -> Slots:
     if not is_local(slots):
         check_launcher(options.launcher, slots)
     return slots
-
-
-def max_halvings(config: PretrainConfig) -> int:
-    """How often halving changes a config: until a microbatch is one sequence."""
-    halvings = 0
-    while scaled_microbatch(config, -halvings - 1) != scaled_microbatch(config, -halvings):
-        halvings += 1
-    return halvings
-
-
-def max_doublings(config: PretrainConfig, ranks: int) -> int:
-    """How often doubling changes what is computed: until a microbatch holds a rank's share of each global batch."""
-    shares = (
-        math.ceil(stage.sequences / ranks) * stage.max_seq_length / stage.microbatch_tokens for stage in config.stages
-    )
-    return max(0, math.ceil(math.log2(max(shares))))
-
-
-def scaled_microbatch(config: PretrainConfig, doublings: int) -> PretrainConfig:
-    """The config with microbatches doubled so often, in all stages; with a negative number halved, but of at least one
-    sequence."""
-    if doublings == 0:
-        return config
-    batch = config.batch.model_copy(
-        update={"microbatch_tokens": _scaled(config.batch.microbatch_tokens, config.batch.max_seq_length, doublings)}
-    )
-    stages = tuple(
-        stage.model_copy(
-            update={
-                "microbatch_tokens": _scaled(
-                    stage.microbatch_tokens or config.batch.microbatch_tokens,
-                    stage.max_seq_length or config.batch.max_seq_length,
-                    doublings,
-                )
-            }
-        )
-        for stage in config.schedule.stages
-    )
-    schedule = config.schedule.model_copy(update={"stages": stages})
-    return config.model_copy(update={"batch": batch, "schedule": schedule})
-
-
-def _scaled(tokens: int, max_seq_length: int, doublings: int) -> int:
-    return max(max_seq_length, tokens << doublings if doublings > 0 else tokens >> -doublings)

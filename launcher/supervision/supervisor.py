@@ -22,10 +22,10 @@ from experiment.run_lock import lock_run
 from experiment.tracking.alerts import Alert, AlertFilter, Messenger, send_last_alert
 from experiment.tracking.config import AlertEvent, TrackingConfig
 from launcher.hosts.hostfile import Slots
-from launcher.hosts.ssh import usable_hosts, watch_for_hosts
 from launcher.supervision.attempt import Launch, Layout, run_attempt
 from launcher.supervision.launch_result import AttemptRecord, LaunchResult, begin_attempt, clear_reports
 from launcher.supervision.restarts import Attempt, End, Restart, decide
+from launcher.supervision.returning_hosts import usable_hosts, watch_for_hosts
 from launcher.supervision.stop_signals import StopSignals
 
 

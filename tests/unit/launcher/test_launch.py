@@ -26,11 +26,12 @@ from launcher.cli import main
 from launcher.hosts.hostfile import Host, parse_hostfile
 from launcher.hosts.machine import DeviceKind, Devices, Machine
 from launcher.launch import launch_pretraining
-from launcher.launch_plan import LaunchPlan, plan_launch, scaled_microbatch
+from launcher.launch_plan import LaunchPlan, plan_launch
 from launcher.options import PretrainOptions
 from launcher.preflight.run import Report
 from launcher.preflight.target import Target
 from launcher.ranks.deepspeed_command import Command
+from launcher.ranks.microbatch import scaled_microbatch
 from launcher.supervision import supervisor
 from launcher.supervision.attempt import Launch, Layout, Rendezvous
 from launcher.supervision.launch_result import LaunchResult

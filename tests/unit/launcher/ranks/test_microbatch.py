@@ -1,7 +1,7 @@
 import pytest
 
 from experiment.config import build_config
-from launcher.launch_plan import max_doublings, max_halvings, scaled_microbatch
+from launcher.ranks.microbatch import max_doublings, max_halvings, scaled_microbatch
 from pretrain.config import PretrainConfig
 
 

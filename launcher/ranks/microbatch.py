@@ -1,0 +1,49 @@
+"""Other sizes of the microbatch: halved when memory runs out, and tried by `--autotune`."""
+
+import math
+
+from pretrain.config import PretrainConfig
+
+
+def max_halvings(config: PretrainConfig) -> int:
+    """How often halving changes a config: until a microbatch is one sequence."""
+    halvings = 0
+    while scaled_microbatch(config, -halvings - 1) != scaled_microbatch(config, -halvings):
+        halvings += 1
+    return halvings
+
+
+def max_doublings(config: PretrainConfig, ranks: int) -> int:
+    """How often doubling changes what is computed: until a microbatch holds a rank's share of each global batch."""
+    shares = (
+        math.ceil(stage.sequences / ranks) * stage.max_seq_length / stage.microbatch_tokens for stage in config.stages
+    )
+    return max(0, math.ceil(math.log2(max(shares))))
+
+
+def scaled_microbatch(config: PretrainConfig, doublings: int) -> PretrainConfig:
+    """The config with microbatches doubled so often, in all stages; with a negative number halved, but of at least one
+    sequence."""
+    if doublings == 0:
+        return config
+    batch = config.batch.model_copy(
+        update={"microbatch_tokens": _scaled(config.batch.microbatch_tokens, config.batch.max_seq_length, doublings)}
+    )
+    stages = tuple(
+        stage.model_copy(
+            update={
+                "microbatch_tokens": _scaled(
+                    stage.microbatch_tokens or config.batch.microbatch_tokens,
+                    stage.max_seq_length or config.batch.max_seq_length,
+                    doublings,
+                )
+            }
+        )
+        for stage in config.schedule.stages
+    )
+    schedule = config.schedule.model_copy(update={"stages": stages})
+    return config.model_copy(update={"batch": batch, "schedule": schedule})
+
+
+def _scaled(tokens: int, max_seq_length: int, doublings: int) -> int:
+    return max(max_seq_length, tokens << doublings if doublings > 0 else tokens >> -doublings)

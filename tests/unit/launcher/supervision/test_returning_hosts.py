@@ -1,0 +1,94 @@
+import errno
+import itertools
+import threading
+from collections.abc import Collection
+from pathlib import Path
+
+import pytest
+
+from experiment import checkpoints
+from experiment.run_folder import RunFolder, open_run_folder
+from launcher.supervision import returning_hosts as module
+from launcher.supervision.returning_hosts import usable_hosts, watch_for_hosts
+from stand_in_hosts import install_ssh
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+    monkeypatch.setattr(module, "_POLL_SECONDS", 0.01)
+    return open_run_folder(tmp_path / "run")
+
+
+def save(folder: RunFolder, step: int) -> None:
+    checkpoint = folder.checkpoints / f"step-{step:08d}"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "COMPLETE").touch()
+
+
+def test_hosts_that_answer_and_see_the_run_folder(
+    folder: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_ssh(tmp_path / "bin", monkeypatch)
+    assert usable_hosts(["node-1", "missing-2", "node-3"], folder) == {"node-1", "node-3"}
+    assert usable_hosts(["node-1"], RunFolder(tmp_path / "other")) == set()
+
+
+def test_a_host_is_taken_back_after_the_next_checkpoint(folder: RunFolder) -> None:
+    """Catches a run that restarts whenever a host comes and goes, and one that never takes it back."""
+    asked, returned = threading.Event(), threading.Event()
+
+    def find(hosts: Collection[str]) -> Collection[str]:
+        asked.set()
+        return hosts
+
+    save(folder, 1)
+    with watch_for_hosts(["node-2"], find, folder, returned.set):
+        assert asked.wait(60)
+        assert not returned.wait(0.5)
+        for step in itertools.count(2):
+            save(folder, step)
+            if returned.wait(0.1):
+                break
+
+
+def test_a_host_is_taken_back_after_a_disk_error(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a host that is never taken back after one error while listing checkpoints."""
+    returned, failed = threading.Event(), threading.Event()
+    working = checkpoints.complete_checkpoints
+
+    def fail_once(path: Path) -> list[Path]:
+        if failed.is_set():
+            return working(path)
+        failed.set()
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(checkpoints, "complete_checkpoints", fail_once)
+    with watch_for_hosts(["node-2"], lambda hosts: hosts, folder, returned.set):
+        for step in itertools.count(1):
+            save(folder, step)
+            if returned.wait(0.1):
+                break
+    assert failed.is_set()
+
+
+def test_nothing_is_taken_back_after_the_end(folder: RunFolder) -> None:
+    """Catches a STOP file that ends the next attempt: the last checkpoint of an attempt is a new one too."""
+    asked, go_on, returned = threading.Event(), threading.Event(), threading.Event()
+    answers = iter([True, False])  # the second question is asked after the checkpoint
+
+    def find(hosts: Collection[str]) -> Collection[str]:
+        if not next(answers):
+            asked.set()
+            assert go_on.wait(60)
+        return hosts
+
+    with watch_for_hosts(["node-2"], find, folder, returned.set):
+        for step in itertools.count(1):
+            save(folder, step)
+            if asked.wait(0.1):
+                break
+    (thread,) = (thread for thread in threading.enumerate() if thread.name == "returning hosts")
+    go_on.set()
+    thread.join(60)
+    assert not thread.is_alive()
+    assert not returned.is_set()
