@@ -130,12 +130,14 @@ class Trainer:
             if self._engine.world.size > 1 and self._progress.is_multiple_of(self._config.health.compare_every):
                 compare_replicas(self._engine, self._group, batch, rate)
 
-            stopping = votes.stop_requests > 0 and not self._is_finished()
-            if self._reporter.is_due(self._progress, self._is_finished()):
+            finished = self._is_finished()
+            stopping = votes.stop_requests > 0 and not finished
+            if self._reporter.is_due(self._progress, finished):
                 self._report(rate, trained.result.grad_norm, votes.work_microseconds)
-            if self._evaluator.is_due(self._progress, self._is_finished()) and not stopping:
+            if self._evaluator.is_due(self._progress, finished) and not stopping:
                 self._evaluate()
-            self._checkpointer.save_if_due(self._progress, self._is_finished(), stopping, votes.save_requests > 0)
+                finished = self._is_finished()  # patience may end the run
+            self._checkpointer.save_if_due(self._progress, finished, stopping, votes.save_requests > 0)
             if stopping:
                 log.info("stopping after step %d: %s", self._progress.step, stop.reason or "on another rank")
                 return Outcome.STOPPED
