@@ -29,9 +29,9 @@ def test_reading_a_shard_takes_no_pandas(tmp_path: Path) -> None:
 def test_an_engine_takes_no_compiler() -> None:
     """Catches torch's inductor, which takes a second to import, for an optimizer of DeepSpeed that is not used."""
     code = (
-        "import sys; from deepspeed.runtime import compiler; from pretrain.engine import engine\n"
+        "import sys; from deepspeed.runtime import compiler; from pretrain.engine import initialization\n"
         "before = compiler.compile\n"
-        "engine._import_muon()\n"
+        "initialization._import_muon()\n"
         "modules = ('deepspeed.runtime.zero.muon.muon_optimizer', 'torch._inductor.compile_fx')\n"
         "print([name in sys.modules for name in modules], compiler.compile is before)"
     )
@@ -49,12 +49,12 @@ def test_an_engine_starts_with_another_muon(change: str) -> None:
     """Catches a run that cannot start because a release of DeepSpeed has moved Muon, or compiles it with arguments."""
     code = (
         "import sys; from types import ModuleType; from deepspeed.runtime import compiler\n"
-        "from pretrain.engine import engine\n"
+        "from pretrain.engine import initialization\n"
         "class Decorated(ModuleType):\n"
         "    def __getattr__(self, name): return compiler.compile(dynamic=True)(type(name, (), {}))\n"
         f"{change}\n"
         "before = compiler.compile\n"
-        "engine._import_muon()\n"
+        "initialization._import_muon()\n"
         "print(compiler.compile is before)"
     )
     assert printed_by(code) == "True"
