@@ -20,6 +20,7 @@ from pretrain.rank_heartbeat import RankHeartbeat
 heartbeat, times = RankHeartbeat(RunFolder(Path({path!r})), 3, hang_seconds=1.0), ActivityTimer(time.time())
 heartbeat.start()
 def blocked():
+    Path({path!r}, "blocked").touch()
     threading.Event().wait(600)
 {body}
 """
@@ -67,11 +68,11 @@ def test_a_rank_that_has_stopped_writes_its_stack_when_asked(
     """Catches a rank under SIGSTOP, which runs no code of its own, without a stack."""
     processes.append(rank(folder, "blocked()"))
     last_beat(folder)
+    wait_until((folder.path / "blocked").exists, processes[0])
     processes[0].send_signal(signal.SIGSTOP)
     assert main_stack(folder.rank_log(3), 0) == []
     request_stack(processes[0].pid)
-    wait_until(lambda: main_stack(folder.rank_log(3), 0), processes[0])
-    assert any("in blocked" in frame for frame in main_stack(folder.rank_log(3), 0))
+    wait_until(lambda: any("in blocked" in frame for frame in main_stack(folder.rank_log(3), 0)), processes[0])
 
 
 @pytest.mark.parametrize(
