@@ -15,7 +15,7 @@ from typing import Any
 
 from experiment.errors import UserError
 from experiment.files import checksum, fsync_tree, json_digest, write_json, write_text
-from experiment.transformers_models import download_hint
+from experiment.hub_names import download_hint
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,8 @@ from typing import Any
 import xxhash
 
 _BLOCK = 1 << 24  # bytes
-_LEFT_SECONDS = 3600.0
+_LEFT_SECONDS = 3600.0  # launches and preflight use a folder for less
+_UNLOCKED_SECONDS = 10.0  # between a folder and its lock
 _MAX_DIGITS = 4300  # Python refuses to read longer whole numbers
 
 
@@ -78,45 +79,40 @@ def removed_on_error(folder: Path) -> Iterator[None]:
 def temporary_folder(parent: Path, prefix: str, mode: int = 0o700) -> Iterator[Path]:
     """Make a folder with this prefix in `parent`, and remove it at the end of the block.
 
-    If the process is killed, a later call removes the folder: at once on the same machine, where it sees that the
-    folder is not locked any more, and elsewhere after an hour.
+    If the process is killed, a later call removes the folder: on the same machine after some seconds, because it sees
+    that the folder is not locked any more, and elsewhere after an hour.
     """
     ours = f"{prefix}{platform.node()}-"
     folder = parent / f"{ours}{os.urandom(8).hex()}"
-    unlocked = folder.with_name(f".{folder.name}")
-    unlocked.mkdir(mode=mode)
-    descriptor = os.open(unlocked, os.O_RDONLY | os.O_DIRECTORY)
+    folder.mkdir(mode=mode)
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):  # a network disk without locks for folders: nobody else gets one either
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        unlocked.rename(folder)
-        oldest = folder.stat().st_mtime - _LEFT_SECONDS  # by the clock of the disk
+        now = folder.stat().st_mtime  # by the clock of the disk
         for left in parent.glob(f"{prefix}*"):
-            with suppress(OSError):  # removed meanwhile, or still locked
-                if left != folder and left.stat().st_uid == os.getuid():
-                    _remove_left_folder(left, left.name.startswith(ours), oldest)
+            with suppress(OSError):  # removed meanwhile
+                if left.stat().st_uid == os.getuid() and _is_left(left, now, left.name.startswith(ours)):
+                    shutil.rmtree(left, ignore_errors=True)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(descriptor)
 
 
-def _remove_left_folder(folder: Path, is_ours: bool, oldest: float) -> None:
-    """Raises BlockingIOError if its process still runs on this machine."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def _is_left(folder: Path, now: float, made_here: bool) -> bool:
+    """Whether the process that made the folder has ended."""
+    age = now - folder.stat().st_mtime
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        has_ended = False
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            has_ended = is_ours
-        except BlockingIOError:
-            raise
-        except OSError:  # the disk has no locks for folders
-            pass
-        if has_ended or folder.stat().st_mtime < oldest:
-            shutil.rmtree(folder, ignore_errors=True)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a disk without locks for folders
+        made_here = False
     finally:
         os.close(descriptor)
+    return age > (_UNLOCKED_SECONDS if made_here else _LEFT_SECONDS)
 
 
 def write_text(path: Path, text: str) -> None:

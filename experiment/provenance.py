@@ -21,8 +21,8 @@ from typing import Any
 
 from experiment.errors import UserError
 from experiment.files import parse_json, sha256, write_json
+from experiment.hub_names import public_name
 from experiment.run_folder import RunFolder
-from experiment.transformers_models import public_name
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LIBRARIES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "safetensors", "numpy", "pyarrow", "wandb")

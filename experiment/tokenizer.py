@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from experiment.errors import UserError, reason
 from experiment.files import fsync_tree, json_digest, parse_json
-from experiment.transformers_models import download_hint, quiet_transformers
+from experiment.hub_names import download_hint
+from experiment.transformers_models import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast

@@ -1,6 +1,5 @@
-"""Transformers and its models: quick imports, log messages, names, weights, positions and frozen modules."""
+"""Models of transformers: their weights, positions and frozen modules."""
 
-import gc
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,26 +13,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-HUB_CACHE = re.compile(r"models--([\w.-]+?)(?:--([\w.-]+))?/snapshots(?:/|$)")
-"""In the path of a model in transformers' cache: its organization and name, or its name alone."""
-_NAME = re.compile(r"([A-Za-z0-9][\w.-]*)(/[\w.-]+)?")
 _MASKED_LM = ("ForMaskedLM", "ForPreTraining", "LMHeadModel")
 _NUMBERED = re.compile(r"\.\d+\.")
-
-
-@contextmanager
-def fast_imports() -> Iterator[None]:
-    """Import torch and transformers in three quarters of the time, by collecting no garbage in the block.
-
-    The imports make a million objects that stay.
-    """
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.unfreeze()  # all objects are now in the oldest generation, which is rarely collected
-        gc.enable()
 
 
 @contextmanager
@@ -50,25 +31,6 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-
-
-def hub_name(folder: str) -> str | None:
-    """The name of a model on the Hub, if its folder is in transformers' cache."""
-    found = HUB_CACHE.search(folder)
-    return "/".join(part for part in found.groups() if part) if found else None
-
-
-def public_name(folder: str) -> str:
-    """The name of a folder; in transformers' cache with the folders above it that name the model."""
-    found = HUB_CACHE.search(folder)
-    return folder[found.start() :] if found else Path(folder).name
-
-
-def download_hint(path: Path) -> str:
-    """The end of a message about a path that does not exist, if it may be the name of a model on the Hub."""
-    if not _NAME.fullmatch(str(path)) or (path.parent != Path() and path.parent.exists()):
-        return ""
-    return f"; to use a model of the Hugging Face Hub, download it: `hf download {path} --local-dir FOLDER`"
 
 
 def has_masked_lm_head(architectures: Sequence[str] | None) -> bool:

@@ -21,7 +21,8 @@ from experiment.config import Section, build_config
 from experiment.config.field_types import SequenceLength
 from experiment.errors import UserError
 from experiment.files import parse_json, write_json
-from experiment.transformers_models import download_hint, has_masked_lm_head
+from experiment.hub_names import download_hint
+from experiment.transformers_models import has_masked_lm_head
 from finetune.data.task_config import TaskConfig
 from finetune.kinds import kind_names
 from finetune.model import load_model_config

@@ -10,8 +10,8 @@ from functools import partial
 import fire
 
 from experiment.errors import StoppedError, UserError, describe_disk_error, notify
+from experiment.fast_imports import fast_imports
 from experiment.signals import handle_stop_signals, ignore_stop_signals, interrupt
-from experiment.transformers_models import fast_imports
 from finetune.options import ExportOptions, PredictOptions, ServeOptions
 from launcher.command_line import Command, help_text, is_help_request, parse_command_line
 from launcher.options import (

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from experiment.config import dump_config
 from experiment.errors import UserError
+from experiment.fast_imports import fast_imports
 from experiment.run_folder import RunFolder
-from experiment.transformers_models import fast_imports
 from launcher.hosts.guarded_hosts import Rendezvous
 from launcher.hosts.hostfile import Slots, allocated_hosts, read_hostfile
 from launcher.hosts.machine import Machine

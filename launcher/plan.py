@@ -4,7 +4,7 @@ import json
 
 from experiment.config import load_config
 from experiment.errors import notify
-from experiment.transformers_models import fast_imports
+from experiment.fast_imports import fast_imports
 from launcher.hosts.hostfile import Slots, allocated_hosts, read_hostfile
 from launcher.hosts.machine import Machine, inspect_machine, select_accelerator
 from launcher.options import PlanOptions

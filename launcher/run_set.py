@@ -145,11 +145,14 @@ class RunSet:
 
 
 def _is_finished(folder: RunFolder, state: str | None) -> bool:
-    """Whether a run is done, also if the command was killed before it could note that. `state`: in the record."""
+    """Whether a run is done, also if the command was killed before it could note that.
+
+    state: in the record. A fine-tuning that failed, or has other seeds now, may have results of fewer seeds.
+    """
     outcome = read_outcome(folder)
     if outcome is not None:  # of a pretraining
         return outcome.outcome is Outcome.DONE
-    return state == DONE or (state != _OTHER_SEEDS and (folder.path / "results.json").is_file())
+    return state == DONE or (state is None and (folder.path / "results.json").is_file())
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import yaml
 from experiment.config import flatten, load_config
 from experiment.config.yaml_dialect import read_yaml
 from experiment.errors import notify
-from experiment.transformers_models import fast_imports
+from experiment.fast_imports import fast_imports
 from launcher.hosts.machine import Machine, inspect_machine, select_accelerator
 from launcher.launch import warnings_left_to_rank0
 from launcher.launch_plan import plan_launch

@@ -13,8 +13,8 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from experiment.formatting import escape, markdown_table
+from experiment.hub_names import hub_name
 from experiment.provenance import describe_commit
-from experiment.transformers_models import hub_name
 
 FILE = "README.md"
 MODEL = 'model = "."  # this folder; elsewhere its path, or its name on the Hugging Face Hub'

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from experiment.transformers_models import fast_imports
+from experiment.fast_imports import fast_imports
 from launcher.hosts.hostfile import read_text
 from launcher.hosts.probe import cpu_cores
 

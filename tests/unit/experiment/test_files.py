@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,7 @@ def test_the_folder_of_a_killed_process_is_removed(tmp_path: Path) -> None:
     finally:
         process.kill()
         process.wait()
+    os.utime(running, (now := time.time() - 60, now))
     with temporary_folder(tmp_path, "mine-") as folder:
         assert list(tmp_path.iterdir()) == [folder]
         assert folder.stat().st_mode & 0o777 == 0o700

@@ -6,8 +6,8 @@ import yaml
 from huggingface_hub import ModelCardData
 
 from experiment.formatting import escape
+from experiment.hub_names import hub_name
 from experiment.results.model_card import attempt_row, front_matter, render_card, replace_usage, snippet, usage_section
-from experiment.transformers_models import hub_name
 
 USAGE = "## Usage\n\n```bash\nrun it\n```\n\n"
 SECTIONS = """\
