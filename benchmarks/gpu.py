@@ -140,7 +140,9 @@ def gpu(
     settings = _kernel_settings(cases) if kernels else []
     if smoke:
         cases = [replace(case, microbatch_tokens=4 * case.length, steps=2, warmup=1, tiny=True) for case in cases]
-        settings = [replace(one, device="cpu", tokens=2 * max(one.lengths), rounds=1) for one in settings]
+        settings = [
+            replace(one, device="cpu", tokens=2 * max(one.lengths), rounds=1, vocabularies=(200,)) for one in settings
+        ]
     _print(*_measure(cases, settings, rounds, Path(output), smoke), smoke)
 
 

@@ -28,7 +28,6 @@ from pretrain.modeling.attention import (
 from pretrain.modeling.head import cross_entropy
 
 _HEADS, _SIZE, _HIDDEN = 12, 64, 768
-_VOCABULARIES = (30522, 50368)  # of BERT and ModernBERT
 _PREDICTED = 0.15
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _WARM = 3
@@ -41,6 +40,7 @@ class KernelSettings:
     lengths: tuple[int, ...]  # of the sequences in attention
     tokens: int  # of a microbatch
     rounds: int
+    vocabularies: tuple[int, ...] = (30522, 50368)  # of BERT and ModernBERT
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def _kernels(settings: KernelSettings) -> Iterator[_Kernel]:
         for length in settings.lengths:
             yield _flash(settings, length, 0.0, "FlashAttention-3")
         restore_flash_attention_impl()
-    for vocabulary in _VOCABULARIES:
+    for vocabulary in settings.vocabularies:
         yield from _heads(settings, vocabulary)
     yield from _layers(settings)
 

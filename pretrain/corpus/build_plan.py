@@ -88,14 +88,22 @@ class BuildTokenizer:
 
 
 def load_build_tokenizer(path: Path, segmenter: str | None) -> BuildTokenizer:
-    """Load a tokenizer folder. Raises UserError as `load_tokenizer`, and StoppedError if the process is killed."""
+    """Load a tokenizer folder, without importing torch. Raises UserError as `load_tokenizer`, and StoppedError if a
+    worker process is killed."""
+    if "transformers" in sys.modules:
+        return _load(path, segmenter)
     with worker_pool(1, "free some, and run the same command again") as pool:
-        return pool.submit(_load, path, segmenter).result()
+        return pool.submit(_load_without_torch, path, segmenter).result()
+
+
+def _load_without_torch(path: Path, segmenter: str | None) -> BuildTokenizer:
+    """In a worker process."""
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # it would say that torch is missing
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    return _load(path, segmenter)
 
 
 def _load(path: Path, segmenter: str | None) -> BuildTokenizer:
-    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # it would say that torch is missing
-    sys.modules["torch"] = None  # type: ignore[assignment]
     tokenizer = load_tokenizer(path)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

@@ -11,7 +11,9 @@ import yaml
 
 from experiment.checkpoints import complete_checkpoints
 from experiment.outcome_file import Cause
+from fork_server import PATCH
 from hosts import Cluster, Host
+from launches import patched
 from runs import NO_DROPOUT, TINY, run_config, soak
 from test_cluster_launches import DEEPCLOZE, write_hostfile
 from waiting import LIMIT, wait_until
@@ -136,13 +138,12 @@ def test_a_stop_while_ranks_wait_for_each_other_ends_all_hosts(
     """Catches ranks that wait for one that has stopped, longer than a batch system waits, and print a stack dump."""
     head, second, _ = cluster.hosts
     run = Run(tmp_path, wordpiece_corpus, [head, second])
-    customize = tmp_path / "customize"
-    customize.mkdir()
-    (customize / "sitecustomize.py").write_text(
-        "import platform, sys, time\n"
-        f"if 'pretrain.run' in sys.orig_argv and platform.node() == {second.name!r}: time.sleep(3600)\n"
+    patch = patched(
+        tmp_path,
+        "import os, sys, time\n"
+        f"if 'pretrain.run' in sys.orig_argv and os.uname().nodename == {second.name!r}: time.sleep(3600)\n",
     )
-    run.start(head, variables=(f"PYTHONPATH={customize}",))
+    run.start(head, f"--env={PATCH}", variables=tuple(f"{name}={value}" for name, value in patch.items()))
     wait_until((run.folder / "logs" / "rank-0.json").exists, run.process)
     _, errors = run.stop()
     assert errors.endswith("deepcloze: stopped before the first step; run the same command again\n")

@@ -1,13 +1,13 @@
 """Process that has imported torch, transformers and DeepSpeed, and forks in 0.1 s what would import them for seconds:
 ranks of a pool, and commands that tests start.
 
-A command is `deepcloze`, `python -m launcher` or a rank: `python -m pretrain.run`. With `FOLDER` of the server first in
-PYTHONPATH, Python runs `hand_over.py` as it starts. It sends its arguments, environment, working directory and
-standard streams to the server, which forks a process that runs the command with them. The first process stays: it
-passes signals on, ends with the same exit code or signal, and if it is killed, the forked one is killed too. Both show
-the arguments and the environment of the command in /proc. What differs from a real start: the forked process is not in
-the process group of the first one, settings of glibc do not apply, and all processes hash strings alike. A test of
-such things has the mark `real_start`.
+A command is `deepcloze`, `python -m launcher`, one of DeepSpeed's launchers or a rank of a run or of preflight. With
+`FOLDER` of the server first in PYTHONPATH, Python runs `hand_over.py` as it starts. It sends its arguments,
+environment, working directory and standard streams to the server, which forks a process that runs the command with
+them. The first process stays: it passes signals on, ends with the same exit code or signal, and if it is killed, the
+forked one is killed too. Both show the arguments and the environment of the command in /proc. What differs from a real
+start: the forked process is not in the process group of the first one, settings of glibc do not apply, and all
+processes hash strings alike. A test of such things has the mark `real_start`.
 
 The server is single-threaded. It can serve in the namespaces of another process, too.
 """
@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 TITLE = "fork server of tests"
+PATCH = "FORK_SERVER_PATCH"  # a variable: a file with Python code that commands run first
 PADDING = "FORK_SERVER_PADDING"  # an argument and a variable: the room for those of commands in /proc
 _NAMESPACES = ("ipc", "uts", "net", "pid", "mnt")
 # Libraries read these variables when they are imported: with other values, a command starts in the usual way.
@@ -72,13 +73,15 @@ def _import_everything() -> None:
     import gc
 
     gc.disable()
+    import deepspeed.launcher.launch
+    import deepspeed.launcher.runner
     import torch
 
     import finetune.run
     import launcher.launch
     import pretrain.run
 
-    del finetune, launcher, pretrain
+    del deepspeed, finetune, launcher, pretrain
     set_start_method("fork", force=True)  # for processes that ranks start: the default on Linux
     torch.set_num_threads(1)  # torch may have been imported before the variable was set
     gc.freeze()
@@ -171,7 +174,8 @@ def _serve_client(client: socket.socket) -> NoReturn:
         client.sendall(f"{pid}\n".encode())
     ready, _, _ = select.select([client, handle], [], [])
     if handle not in ready:
-        os.kill(pid, signal.SIGKILL)
+        # DeepSpeed's launcher is killed together with its process group, in which its ranks are.
+        (os.killpg if "deepspeed" in str(request["module"]) else os.kill)(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
     with suppress(BrokenPipeError):
         client.sendall(f"{status}\n".encode())
@@ -219,8 +223,10 @@ def _run_command(request: dict[str, Any], streams: list[int], client: socket.soc
     sys.orig_argv = request["shown"]
     _reset_signals(request["ignored"], request["mask"])
     try:
+        if PATCH in os.environ:
+            exec(Path(os.environ[PATCH]).read_text(), {})
         if request["module"]:
-            sys.modules.pop(request["module"])  # Python warns of a program that has been imported
+            sys.modules.pop(request["module"], None)  # Python warns of a program that has been imported
             runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
         else:
             runpy.run_path(request["argv"][0], run_name="__main__")

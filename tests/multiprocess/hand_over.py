@@ -4,7 +4,13 @@ import os
 import sys
 
 _SCRIPTS = (f"{sys.executable.rpartition('/')[0]}/deepcloze", "/pretrain/run.py")
-_MODULES = ("launcher", "pretrain.run")
+_MODULES = (
+    "launcher",
+    "launcher.preflight.measure",
+    "pretrain.run",
+    "deepspeed.launcher.launch",
+    "deepspeed.launcher.runner",
+)
 
 
 def _command() -> tuple[str | None, list[str], bool] | None:
@@ -61,10 +67,13 @@ def _hand_over(folder_of_server: str, module: str | None, argv: list[str], unbuf
     }
     streams = array.array("i", [0, 1, 2])
     text = json.dumps(request).encode() + b"\n"
-    sent = server.sendmsg([text], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)])
-    server.sendall(text[sent:])
     with server.makefile("rb") as answers:
-        pid = int(answers.readline() or 0)
+        try:
+            sent = server.sendmsg([text], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)])
+            server.sendall(text[sent:])
+            pid = int(answers.readline() or 0)
+        except OSError:  # it has ended
+            pid = 0
         if not pid:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             server.close()

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from experiment.run_folder import RunFolder
+from fork_server import PATCH
 from runs import logged, run_config
 from waiting import LIMIT, wait_until
 
@@ -20,6 +21,13 @@ def config_file(tmp_path: Path, corpus: Path, **changes: Any) -> Path:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(run_config(tmp_path / "run", corpus, **changes)))
     return path
+
+
+def patched(tmp_path: Path, code: str) -> dict[str, str]:
+    """Variables with which commands run `code` first. Not for tests marked `real_start`."""
+    path = tmp_path / "patch.py"
+    path.write_text(code, encoding="utf-8")
+    return {PATCH: str(path)}
 
 
 def wait_for_exit(process: subprocess.Popen[str]) -> tuple[int, str]:

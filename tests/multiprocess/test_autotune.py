@@ -11,55 +11,34 @@ import pytest
 import yaml
 
 from experiment.run_folder import RunFolder
-from launches import Start, config_file, wait_for_exit, wait_for_file
-from pretrain.engine.deepspeed_settings import REPOSITORY
+from launches import Start, config_file, patched, wait_for_exit, wait_for_file
 from rank_pool import RankPool
 from runs import NO_DROPOUT, TINY, logged, pretrain_case, run_config
 from waiting import wait_until
 
-# Patches modules of the project in all processes of a launch, when they are imported.
-PATCHED = """
-import importlib.abc, importlib.util, os, sys
+# Each process runs this first: rank 1 has memory for microbatches of up to 300 tokens.
+PATCH = """
+import os, sys
 
-def no_time_limit(module):
-    module.LIMIT_SECONDS = 3600.0
-
-def limited_memory(module):
-    original = module.Engine.accumulate
+if "pretrain.run" in sys.orig_argv:
+    import torch
+    from pretrain.engine.engine import Engine
+    original = Engine.accumulate
     def accumulate(self, microbatch, *others):
-        import torch
         if os.environ["RANK"] == "1" and microbatch[0].numel() > 300:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return original(self, microbatch, *others)
-    module.Engine.accumulate = accumulate
-
-PATCHES = {"launcher.autotune": no_time_limit, "pretrain.engine.engine": limited_memory}
-
-class Patching(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name not in PATCHES:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        sys.meta_path.insert(0, self)
-        original = spec.loader.exec_module
-        def execute(module):
-            original(module)
-            PATCHES[name](module)
-        spec.loader.exec_module = execute
-        return spec
-
-sys.meta_path.insert(0, Patching())
+    Engine.accumulate = accumulate
+else:
+    from launcher import autotune
+    autotune.LIMIT_SECONDS = 3600.0
 """
 
 
 def start_autotune(start: Start, tmp_path: Path, config: Path, *overrides: str) -> "subprocess.Popen[str]":
     """With 2 ranks, of which the second one has memory for microbatches of up to 300 tokens."""
-    patches = tmp_path / "patches"
-    patches.mkdir()
-    (patches / "sitecustomize.py").write_text(PATCHED)
     command = (sys.executable, "-m", "launcher", "pretrain", "--config", str(config), "--num_gpus=2", "--oversubscribe")
-    return start(*command, "--autotune", *overrides, PYTHONPATH=f"{patches}:{REPOSITORY}")
+    return start(*command, "--autotune", *overrides, **patched(tmp_path, PATCH))
 
 
 @pytest.mark.soak

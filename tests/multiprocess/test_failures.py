@@ -14,11 +14,10 @@ import yaml
 
 from experiment.outcome_file import Outcome, read_outcome
 from experiment.run_folder import RunFolder
-from launches import LONG, Start, config_file, rank_environment, wait_for_exit, wait_for_file, wait_for_steps
+from launches import LONG, Start, config_file, patched, rank_environment, wait_for_exit, wait_for_file, wait_for_steps
 from rank_pool import free_port
 
 HOST = platform.node()
-REPOSITORY = Path(__file__).parents[2]
 
 
 def start_training(start: Start, corpus: Path, tmp_path: Path) -> tuple[subprocess.Popen[str], psutil.Process]:
@@ -58,7 +57,7 @@ def test_a_killed_rank_is_named(start: Start, wordpiece_corpus: Path, tmp_path: 
     assert f"{HOST}, rank 0: " in output
 
 
-# Python runs this at the start of each process. A microbatch of more than 80 slots needs more memory than there is.
+# A microbatch of more than 80 slots needs more memory than there is.
 SMALL_MEMORY = """
 import sys
 if "pretrain.run" in sys.orig_argv:
@@ -75,11 +74,9 @@ if "pretrain.run" in sys.orig_argv:
 
 def test_a_rank_out_of_memory_gets_a_smaller_microbatch(start: Start, wordpiece_corpus: Path, tmp_path: Path) -> None:
     """Catches a restart that fails the same way again, or that changes the global batch."""
-    (tmp_path / "sitecustomize.py").write_text(SMALL_MEMORY, encoding="utf-8")
     config = config_file(tmp_path, wordpiece_corpus)
     command = (sys.executable, "-m", "launcher", "pretrain", "--config", str(config), "--max_restarts=2")
-    path = f"{tmp_path}:{REPOSITORY}"
-    code, output = wait_for_exit(start(*command, PYTHONPATH=path))
+    code, output = wait_for_exit(start(*command, **patched(tmp_path, SMALL_MEMORY)))
     assert code == 0, output
     assert "OutOfMemoryError: CUDA out of memory\nrestarting, with half the microbatch" in output
     lines = (tmp_path / "run" / "launch.jsonl").read_text(encoding="utf-8").splitlines()

@@ -28,7 +28,6 @@ from launches import LONG, Start, config_file, wait_for_exit, wait_for_steps
 from runs import logged
 
 
-@pytest.mark.real_start
 def test_the_time_of_an_interrupted_run_adds_up(
     start: Start, wordpiece_corpus: Path, heldout_corpus: Path, tmp_path: Path
 ) -> None:

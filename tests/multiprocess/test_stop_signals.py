@@ -12,14 +12,13 @@ import pytest
 from experiment.checkpoints import checkpoint_path, complete_checkpoints
 from experiment.outcome_file import Cause, Outcome, read_outcome
 from experiment.run_folder import RunFolder
-from launches import LONG, Start, config_file, wait_for_exit, wait_for_steps
+from launches import LONG, Start, config_file, patched, wait_for_exit, wait_for_steps
 from runs import logged, soak
 from waiting import wait_until
 
 HOST = platform.node()
-REPOSITORY = Path(__file__).parents[2]
 
-# Python runs this at the start of each process: rank 1 signals itself where `patch` says.
+# Each process runs this first: rank 1 signals itself where `patch` says.
 SIGNAL = """
 import os, signal, sys, time
 def signal_once(number=signal.SIGUSR1):
@@ -52,7 +51,6 @@ TWICE = "from pretrain.engine.engine import Engine; before(Engine, 'step', act=s
 
 
 def launch(start: Start, corpus: Path, held_out: Path, tmp_path: Path, patch: str) -> tuple[int, str]:
-    (tmp_path / "sitecustomize.py").write_text(SIGNAL.format(patch=patch))
     config = config_file(
         tmp_path,
         corpus,
@@ -62,7 +60,7 @@ def launch(start: Start, corpus: Path, held_out: Path, tmp_path: Path, patch: st
         evaluation__every_steps=3,
     )
     command = (sys.executable, "-m", "launcher", "pretrain", "--config", str(config), "--num_gpus=2", "--oversubscribe")
-    return wait_for_exit(start(*command, PYTHONPATH=f"{tmp_path}:{REPOSITORY}"))
+    return wait_for_exit(start(*command, **patched(tmp_path, SIGNAL.format(patch=patch))))
 
 
 @pytest.mark.parametrize("patch", [IN_A_SAVE, *soak(IN_AN_EVALUATION, IN_A_STEP)])

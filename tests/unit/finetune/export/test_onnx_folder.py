@@ -146,7 +146,7 @@ TYPES = {
     "albert": {},
     "mpnet": {},
 }
-QUICK = ("roberta", "distilbert", "modernbert", "deberta-v2")
+QUICK = ("modernbert", "deberta-v2")
 
 
 @pytest.mark.parametrize(

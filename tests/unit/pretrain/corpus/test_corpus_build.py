@@ -362,7 +362,8 @@ def test_killed_worker(corpus: Build, tmp_path: Path) -> None:
 
 def test_killed_loader_of_the_tokenizer(vocabulary_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches advice that does not fit: there is no shard yet, and one process whatever --workers says."""
-    monkeypatch.setattr(build_plan, "_load", kill_this_process)
+    monkeypatch.delitem(sys.modules, "transformers", raising=False)
+    monkeypatch.setattr(build_plan, "_load_without_torch", kill_this_process)
     with pytest.raises(StoppedError, match=r"killed.*run the same command again") as stopped:
         build_plan.load_build_tokenizer(vocabulary_folder, None)
     assert not re.search("shard|workers", str(stopped.value))

@@ -114,7 +114,11 @@ MODERNBERT = {"layer_types": ["full_attention", "sliding_attention", "sliding_at
     [
         ({}, 1),
         pytest.param({"checkpointing": True}, 1, marks=pytest.mark.soak),
-        ({"checkpointing": True, "capability": (7, 0), "config": {"attention_probs_dropout_prob": 0.0}}, 1),
+        pytest.param(
+            {"checkpointing": True, "capability": (7, 0), "config": {"attention_probs_dropout_prob": 0.0}},
+            1,
+            marks=pytest.mark.soak,
+        ),
         pytest.param({"model_type": "modernbert", "config": MODERNBERT}, 2, marks=pytest.mark.soak),
     ],
 )
