@@ -1,4 +1,4 @@
-# On a fresh machine with Python 3.11 or 3.12 and make:  make demo   make test   make check   make soak
+# On a fresh machine with Python 3.11 to 3.13 and make:  make demo   make test   make check   make soak
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -18,7 +18,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses=$(shell expr $$(nproc) + 1) --m
 unexport PYTHONDONTWRITEBYTECODE
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check soak docs image
+.PHONY: help setup demo test check soak compat docs image
 
 help:
 	@echo "make setup   a virtual environment with deepcloze in .venv; then: . .venv/bin/activate"
@@ -26,6 +26,7 @@ help:
 	@echo "make test    the tests"
 	@echo "make check   format, lint, types and the tests"
 	@echo "make soak    full test matrices, long chaos runs, and the demo"
+	@echo "make compat  tests with the lowest and the newest versions of the dependencies, on Python 3.11 to 3.13"
 	@echo "make docs    the documentation as a site with search, in site/index.html"
 	@echo "make image   a container image for CPUs; DEVICE=cuda: for GPUs"
 
@@ -47,6 +48,10 @@ check: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(PYTEST) -m "not soak"
+
+# CASES: some of them, such as 3.12:newest.
+compat: $(READY)
+	.ci/compat $(CASES)
 
 docs: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'

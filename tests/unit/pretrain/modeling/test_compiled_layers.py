@@ -147,7 +147,8 @@ def test_a_damaged_cache_is_compiled_again(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
 
-@pytest.mark.parametrize("full_disk", [False, pytest.param(True, marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("full_disk", [False, True])
 def test_without_a_working_compiler_the_layers_run_as_they_are(tmp_path: Path, full_disk: bool) -> None:
     """Catches a run that ends where nothing can be compiled, and one that does not say so."""
     cache = tmp_path / "cache"
