@@ -111,6 +111,8 @@ class Host:
             f"mount --bind {self._folder}/hosts /etc/hosts",
             "mount -t tmpfs tmpfs /run",
             "mkdir /run/sshd",
+            # bash reads it for each command of ssh, and what it starts there may take longer than the command.
+            "[ ! -e ~/.bashrc ] || mount --bind /dev/null ~/.bashrc",
         ]
         variables = " ".join(f"{name}={value}" for name, value in environment.items())
         options = ["-o", f"SetEnv {variables}"] if variables else []
