@@ -11,8 +11,8 @@ BASE_cpu := docker.io/library/python:3.11-slim
 BASE_cuda := docker.io/nvidia/cuda:13.0.2-base-ubuntu24.04
 BASE ?= $(BASE_$(DEVICE))
 IMAGE ?= deepcloze:$(VERSION)-$(DEVICE)
-# One process more than there are cores: many tests wait for what they have started.
-PYTEST := $(BIN)/python -m pytest --numprocesses=$(shell expr $$(nproc) + 1) --maxprocesses=5 --dist=loadfile --no-loadscope-reorder
+# One process more than there are cores: many tests wait for what they have started. Large freed memory is kept, as in runs.
+PYTEST := MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=2147483648 $(BIN)/python -m pytest --numprocesses=$(shell expr $$(nproc) + 1) --maxprocesses=5 --dist=loadfile --no-loadscope-reorder
 
 # Packages are installed without bytecode: without a cache, each rank of each test would compile torch's modules again.
 unexport PYTHONDONTWRITEBYTECODE
