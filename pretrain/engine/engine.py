@@ -33,7 +33,12 @@ from pretrain.engine.optimizers import (
 )
 from pretrain.engine.partitions import Fragment
 from pretrain.engine.phases import ForwardTimer, phase
-from pretrain.engine.zero_optimizers import Zero1Optimizer, install_zero_optimizer
+from pretrain.engine.zero_optimizers import (
+    Zero1Optimizer,
+    install_zero_optimizer,
+    sum_of_squares,
+    unscale_and_clip,
+)
 from pretrain.modeling.masked_lm import MaskedLanguageModel, Predictions
 from pretrain.world import World
 
@@ -235,11 +240,13 @@ class Engine:
         if self.world.size > 1:
             with phase("reduce gradients"):
                 self._deepspeed.buffered_allreduce_fallback()
-        parameters = [parameter for group in self._deepspeed.optimizer.param_groups for parameter in group["params"]]
-        norm = nn.utils.clip_grad_norm_(parameters, self._grad_clip or math.inf).item()
+        groups = self._deepspeed.optimizer.param_groups
+        gradients = [weight.grad for group in groups for weight in group["params"] if weight.grad is not None]
+        norm = math.sqrt(sum_of_squares(gradients).item())
         applied = self._is_within_limit(norm)
         if applied:
             self._update_allowed = True
+            unscale_and_clip(gradients, norm, self._grad_clip, scale=1.0)
             with phase("update weights"):
                 self._deepspeed.optimizer.step()
         self._deepspeed.optimizer.zero_grad(set_to_none=True)
