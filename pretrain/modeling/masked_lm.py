@@ -9,6 +9,7 @@ Shapes: B rows, W slots, D hidden, V vocabulary, M masked positions.
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -71,7 +72,8 @@ class MaskedLanguageModel(nn.Module):
                             packing.bias(window, self.model.dtype)
                     output = self.model(input_ids=input_ids, position_ids=position_ids, packing=packing)
                 else:
-                    output = self.model(input_ids=input_ids, attention_mask=(segments > 0).long())
+                    input_ids, visible = self._fill_empty_rows(input_ids, segments)
+                    output = self.model(input_ids=input_ids, attention_mask=visible)
         finally:
             self._masked_positions = None
         return Predictions(*cross_entropy(output.logits, labels, count=not self.training))
@@ -81,6 +83,16 @@ class MaskedLanguageModel(nn.Module):
         """The last layer, if it computes predicted positions only. Its first run ends with an exception, so that hooks
         after the forward pass of modules inside it do not run."""
         return self._short_layer[0]
+
+    def _fill_empty_rows(self, input_ids: Tensor, segments: Tensor) -> tuple[Tensor, Tensor]:
+        """The ids [B, W] and the attention mask of padded rows. A row without a sequence gets a token that predicts
+        nothing: ESM divides by the number of tokens in a row, and mBART looks for the last one."""
+        visible = (segments > 0).long()
+        special = (self.model.config.pad_token_id, getattr(self.model.config, "mask_token_id", None))
+        ordinary = next(number for number in range(3) if number not in special)
+        first = input_ids[:, :1].masked_fill(visible[:, :1] == 0, ordinary)
+        visible[:, 0] = 1
+        return torch.cat([first, input_ids[:, 1:]], dim=1), visible
 
     def _keep_masked_positions(self, _module: nn.Module, _inputs: Any, output: Any) -> Any:
         if self._masked_positions is None:

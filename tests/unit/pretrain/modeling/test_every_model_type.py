@@ -14,6 +14,7 @@ from pretrain.modeling.build import build_model
 from pretrain.modeling.masked_lm import MaskedLanguageModel
 from pretrain.modeling.model_config import resolve_model_config
 from pretrain.modeling.random_model import meta_model
+from runs import sampled
 from tiny_models import tiny_fields
 
 TYPES = [name for name, config in CONFIG_MAPPING.items() if config in MODEL_FOR_MASKED_LM_MAPPING]
@@ -76,6 +77,27 @@ def test_the_last_layer_of_every_type(
     expected = loss_and_gradients(MaskedLanguageModel(whole, packed=True).eval(), by_slot)
     for batch in (by_slot, by_row):
         torch.testing.assert_close(loss_and_gradients(short, batch), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", sampled(TYPES, ["esm"]))
+def test_rows_without_a_sequence_change_nothing(tokenizer: PreTrainedTokenizerFast, model_type: str) -> None:
+    """Catches gradients that are not finite, and failures: ESM divides by the number of tokens in each row, and mBART
+    looks for the last one."""
+    fields = tiny_fields(model_type)
+    if model_type == "esm":
+        fields |= {"token_dropout": True, "mask_token_id": tokenizer.mask_token_id}
+    settings = ModelConfig(config={"model_type": model_type, **fields})
+    built = build_model(settings, resolve_model_config(settings, tokenizer), seed=1)
+    if built.packed or model_type == "reformer":
+        pytest.skip("trains packed, so every row has a sequence, or has no gradients without dropout")
+    built.model.requires_grad_(True)
+    module = MaskedLanguageModel(built.model, packed=False).eval()  # without dropout
+    batch = microbatch(False, built.first_position)
+    padding = torch.zeros(1, 12, dtype=torch.int32)
+    ids = torch.cat([batch.input_ids, padding.long() + (built.model.config.pad_token_id or 0)])
+    surplus = batch._replace(input_ids=ids, segments=torch.cat([batch.segments, padding]))
+    expected = loss_and_gradients(module, batch)
+    torch.testing.assert_close(loss_and_gradients(module, surplus), expected, rtol=1e-4, atol=1e-5)
 
 
 def loss_and_gradients(module: MaskedLanguageModel, batch: Microbatch) -> list[torch.Tensor]:
