@@ -5,7 +5,9 @@ needed.
 """
 
 import itertools
+import json
 import os
+from collections.abc import Container
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -67,7 +69,7 @@ class DocumentEncoder:
     """A tokenizer set up for corpora: no truncation or padding, and special tokens are neither added nor recognized."""
 
     def __init__(self, spec: TokenizerSpec) -> None:
-        self._tokenizer = Tokenizer.from_str(spec.tokenizer_json)
+        self._tokenizer = Tokenizer.from_str(hide_special_tokens(spec.tokenizer_json, spec.special_ids))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # a literal [MASK] in the text is ordinary text
@@ -129,6 +131,34 @@ class DocumentEncoder:
     def _first_special(self, flat: TokenIds, ends: Counts) -> int:
         first = np.flatnonzero(np.isin(flat, self._spec.special_ids))[0]
         return int(np.searchsorted(ends, first, side="right"))
+
+
+def hide_special_tokens(tokenizer_json: str, special_ids: Container[int]) -> str:
+    """The tokenizer with other names for its special tokens, which no text has; all ids stay.
+
+    `encode_special_tokens` does not keep a model from finding a literal `<s>` in its vocabulary, as Unigram does. What
+    the merges of BPE mention keeps its name.
+    """
+    state = json.loads(tokenizer_json)
+    model = state["model"]
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] not in special_ids]
+    if isinstance(model["vocab"], list):  # of Unigram: pieces with scores, by id
+        model["vocab"] = [
+            [_hidden_name(number) if number in special_ids else piece, score]
+            for number, (piece, score) in enumerate(model["vocab"])
+        ]
+    else:
+        merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges", [])]
+        merged = {piece for merge in merges for piece in (*merge, "".join(merge))}
+        model["vocab"] = {
+            _hidden_name(number) if number in special_ids and token not in merged else token: number
+            for token, number in model["vocab"].items()
+        }
+    return json.dumps(state)
+
+
+def _hidden_name(number: int) -> str:
+    return f"\x00 \ufffe{number}"
 
 
 def _count_per_document(hits: BoolArray, ends: Counts) -> Counts:

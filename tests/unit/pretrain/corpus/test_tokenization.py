@@ -25,21 +25,40 @@ def test_text_never_gives_special_tokens(tmp_path: Path, kind: str) -> None:
     assert len(spec.special_ids) == 4
 
 
-def test_special_token_from_text_is_detected() -> None:
-    """Catches a check that finds nothing: a tokenizer that splits at spaces finds [MASK] in its vocabulary."""
+PIECES = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("<mask>", 0.0)]
+PIECES += [(piece, -2.0) for piece in ("▁a", "<", ">", "/", "s", "▁")]
+
+
+def test_a_special_token_in_a_unigram_vocabulary_is_ordinary_text() -> None:
+    """Catches an HTML tag that is one piece of XLM-RoBERTa's vocabulary, and moved ids."""
+    tokenizer = Tokenizer(models.Unigram(PIECES, unk_id=3))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", mask_token="<mask>"
+    )
+    encoded = DocumentEncoder(tokenizer_spec(wrapped)).encode(["a <s>", "a"])
+    assert (encoded.ids.tolist(), encoded.special) == ([5, 10, 6, 9, 7, 5], None)
+
+
+@pytest.mark.parametrize("added", [False, True])
+def test_a_special_token_in_a_vocabulary_of_words_is_ordinary_text(added: bool) -> None:
+    """Catches a tokenizer that splits at spaces, and so finds [MASK] in its vocabulary; also one without a role."""
     tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "[MASK]": 1, "a": 2}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", mask_token="[MASK]")
-    assert DocumentEncoder(tokenizer_spec(wrapped)).encode(["a", "b", "a [MASK]", "[MASK]"]).special == 2
+    role = {} if added else {"mask_token": "[MASK]"}
+    if added:
+        tokenizer.add_special_tokens(["[MASK]"])
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", **role)
+    encoded = DocumentEncoder(tokenizer_spec(wrapped)).encode(["a", "b", "a [MASK]", "[MASK]"])
+    assert (encoded.ids.tolist(), encoded.special) == ([2, 0, 2, 0, 0], None)
 
 
-def test_special_token_without_a_role_is_detected() -> None:
-    """Catches a corpus with tokens that only tokenizer.json marks as special."""
-    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "<extra_0>": 1, "a": 2}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens(["<extra_0>"])
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
-    assert DocumentEncoder(tokenizer_spec(wrapped)).encode(["a", "a <extra_0>"]).special == 1
+def test_a_special_token_that_merges_give_is_detected() -> None:
+    """Catches a corpus with special tokens: this one cannot be renamed."""
+    vocabulary = {"<unk>": 0, "<s>": 1, "<": 2, "s": 3, ">": 4, "<s": 5, "a": 6}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("<", "s"), ("<s", ">")], unk_token="<unk>"))
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>")
+    assert DocumentEncoder(tokenizer_spec(wrapped)).encode(["a", "a<s>"]).special == 1
 
 
 def test_counts_per_document(vocabulary_folder: Path) -> None:
