@@ -16,6 +16,8 @@ _MAY_PASS = {*_FULL, errno.EIO, errno.ESTALE}
 # Only a disk gives these. The others count only with the name of a file: a process may not be signalled either.
 _OF_DISKS_ONLY = {*_MAY_PASS, errno.EFBIG, errno.EROFS}
 _REFUSALS = {*_OF_DISKS_ONLY, errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EPERM}
+# torch's allocator on a CPU; oneDNN, which gives no reason; its mapping of files.
+_OUT_OF_MEMORY = ("can't allocate memory", "could not create a primitive", "unable to mmap", "Cannot allocate memory")
 _QUOTED_BY_RUST = re.compile(r"\(os error (\d+)\)")  # safetensors and tokenizers raise no OSError
 _QUOTED_BY_SHUTIL = re.compile(r"\[Errno (\d+)\]")
 
@@ -105,3 +107,10 @@ def disk_error_number(error: BaseException) -> int | None:
     quoted = _QUOTED_BY_SHUTIL if isinstance(error, shutil.Error) else _QUOTED_BY_RUST
     found = quoted.search(str(error))
     return int(found[1]) if found else None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the memory of a device, or that of the host, does not suffice. For the latter torch has no type."""
+    return type(error).__name__ == "OutOfMemoryError" or (
+        isinstance(error, RuntimeError | MemoryError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+    )

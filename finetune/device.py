@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch
 
-from experiment.errors import UserError
+from experiment.errors import UserError, is_out_of_memory
 from experiment.hardware import has_native_bf16
 
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -93,8 +93,3 @@ def _fits(compute: Callable[[Sequence[Sequence[T]]], None], parts: Sequence[Sequ
             raise
         return False
     return True
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """On the CPU, torch's allocator raises a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from finetune.device import Device, Microbatch, is_out_of_memory
+from experiment.errors import is_out_of_memory
+from finetune.device import Device, Microbatch
 from finetune.encoding.examples import Batch, Example, Padding, Split, collate
 from finetune.splits import Task
 from finetune.task_kind import Loss, LossOptions, Prediction, TaskKind

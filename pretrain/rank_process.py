@@ -12,10 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-import torch
 import torch.distributed as dist
 
-from experiment.errors import AgreedFailureError, UserError
+from experiment.errors import AgreedFailureError, UserError, is_out_of_memory
 from experiment.outcome_file import Cause, Outcome, RankRecord, ReportedOutcome, write_first_outcome, write_outcome
 from experiment.own_process import GATE_VARIABLE, LAUNCH_VARIABLE, raise_limit_of_open_files
 from experiment.run_folder import RunFolder
@@ -143,7 +142,7 @@ def _call(train: Callable[[], Outcome], recorder: RankRecorder) -> ReportedOutco
 
 def cause_of(error: BaseException) -> Cause:
     """What an exception that ends a rank means for a restart."""
-    if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error):
+    if is_out_of_memory(error):
         return Cause.OUT_OF_MEMORY
     if isinstance(error, dist.DistError | LostRankError) or any(words in str(error) for words in _GLOO_ERRORS):
         return Cause.LOST_RANK

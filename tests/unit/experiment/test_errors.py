@@ -2,6 +2,8 @@ import errno
 import logging
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -61,3 +63,32 @@ def test_the_traceback_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG), pytest.raises(UserError), disk_errors_as(UserError):
         raise FULL
     assert "test_the_traceback_is_logged" in caplog.text.partition("Traceback")[2]
+
+
+LITTLE_MEMORY = """
+import resource
+import torch
+from experiment.errors import is_out_of_memory
+
+torch.set_num_threads(1)
+layers = [torch.nn.Linear(512, 512), torch.nn.Linear(512, 512, dtype=torch.bfloat16)]
+for layer in layers:
+    layer(torch.zeros(8, 512, dtype=layer.weight.dtype))
+with open("/proc/self/statm") as file:
+    used = int(file.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (16 << 20), resource.RLIM_INFINITY))
+errors = []
+for layer in layers:
+    for rows in range(2000, 40000, 1000):
+        try:
+            layer(torch.zeros(rows, 512, dtype=layer.weight.dtype))
+        except Exception as error:
+            errors.append(error)
+print(len(errors) > 2, [str(error) for error in errors if not is_out_of_memory(error)])
+"""
+
+
+def test_running_out_of_the_memory_of_a_limit_is_recognized() -> None:
+    """Catches an error of the allocator or of oneDNN that ends a run instead of halving its microbatch."""
+    done = subprocess.run([sys.executable, "-c", LITTLE_MEMORY], capture_output=True, text=True, check=True)
+    assert done.stdout == "True []\n"

@@ -248,10 +248,11 @@ class SmallMemory(Bag):
 OUT_OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
+    RuntimeError("could not create a primitive"),
 ]
 
 
-@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["GPU", "CPU"])
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["GPU", "CPU", "oneDNN"])
 def test_running_out_of_memory_changes_no_loss(error: RuntimeError, caplog: pytest.LogCaptureFixture) -> None:
     """Catches an update that loses examples or keeps half a gradient, predictions of too few examples, a warning at
     each update, and a batch that is tried again at a size that failed."""

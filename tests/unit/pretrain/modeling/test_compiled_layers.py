@@ -100,7 +100,14 @@ print(json.dumps({"graphs": stats["unique_graphs"], "losses": losses, "warnings"
 
 
 def run(cache: Path, **options: Any) -> dict[str, Any]:
-    given = {"model_type": "bert", "config": {}, "checkpointing": False, "compiler": "", "backend": "", "capability": None}
+    given = {
+        "model_type": "bert",
+        "config": {},
+        "checkpointing": False,
+        "compiler": "",
+        "backend": "",
+        "capability": None,
+    }
     given["full_disk"] = False
     argument = json.dumps(given | {"cache": str(cache)} | options)
     finished = subprocess.run([sys.executable, "-c", SCRIPT, argument], capture_output=True, text=True, check=False)
