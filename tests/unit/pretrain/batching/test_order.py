@@ -33,6 +33,14 @@ def test_each_epoch_visits_every_sequence_once():
         assert np.array_equal(np.sort(ids[epochs == epoch]), np.arange(101))
 
 
+def test_each_epoch_has_an_order_of_its_own():
+    """Catches epochs in the same order, in which the same sequences share batches again and again."""
+    _, epochs, ids = joined(alone(), range(40))
+    neighbors = [set(pairwise(ids[epochs == epoch].tolist())) for epoch in range(4)]
+    for one, other in pairwise(neighbors):
+        assert len(one & other) < 10
+
+
 @pytest.mark.parametrize("warmup", [0, 30])
 def test_each_epoch_of_each_corpus_of_a_mixture_visits_every_sequence_once(warmup):
     """Catches corpora that lose, repeat or reorder sequences at the borders of blocks, batches and epochs."""
