@@ -1,11 +1,11 @@
-"""The norm of a gradient."""
+"""The norm of a gradient, and clipping."""
 
 import math
 
 import pytest
 import torch
 
-from pretrain.engine.zero_optimizers import sum_of_squares
+from pretrain.engine.zero_optimizers import sum_of_squares, unscale_and_clip
 
 
 @pytest.mark.parametrize("sizes", [(20_000_000,), (12_000_001, 7_999_999), (0, 20_000_000)])
@@ -15,3 +15,11 @@ def test_the_norm_does_not_depend_on_how_the_gradient_is_divided(sizes: tuple[in
     gradient = torch.randn(sum(sizes), generator=torch.Generator().manual_seed(0))
     found = math.sqrt(sum_of_squares(gradient.split(sizes)).item())
     assert found == pytest.approx(gradient.double().norm().item(), rel=1e-7)
+
+
+@pytest.mark.parametrize(("norm", "limit", "expected"), [(0.5, 1.0, 0.5), (2.0, 1.0, 1.0), (2.0, 0.0, 2.0)])
+def test_a_scaled_gradient_is_clipped_by_its_unscaled_norm(norm: float, limit: float, expected: float) -> None:
+    """Catches gradients of fp16 that are below the limit and are enlarged to it, and a limit of 0 that clips."""
+    gradient = 128.0 * norm * torch.tensor([0.6, 0.8])
+    unscale_and_clip([gradient], norm, limit, scale=128.0)
+    assert gradient.norm().item() == pytest.approx(expected, rel=1e-5)
