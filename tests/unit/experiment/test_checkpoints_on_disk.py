@@ -333,3 +333,19 @@ def test_a_checkpoint_is_usable_while_its_state_is_replaced(tmp_path: Path, monk
     assert seen == [(None, "old"), (None, "new"), (None, "new")]
     (checkpoint / "state.json").write_text('{"is": "damaged"}')
     assert verify(checkpoint) is not None
+
+
+def test_a_checkpoint_is_complete_only_when_it_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a COMPLETE file that a power cut leaves beside files whose content was not written yet."""
+    files = [tmp_path / "state.json", tmp_path / "hf" / "config.json"]
+    for path in files:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("{}")
+    written = []
+
+    def fsync(descriptor: int) -> None:
+        written.append((Path(f"/proc/self/fd/{descriptor}").readlink(), (tmp_path / "COMPLETE").exists()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    mark_complete(tmp_path)
+    assert {(path, False) for path in files} <= set(written)
