@@ -24,7 +24,7 @@ def config_file(tmp_path: Path, corpus: Path, **changes: Any) -> Path:
 
 
 def patched(tmp_path: Path, code: str) -> dict[str, str]:
-    """Variables with which commands run `code` first. Not for tests marked `real_start`."""
+    """Variables with which commands run `code` first. Without effect in tests marked `real_start`."""
     path = tmp_path / "patch.py"
     path.write_text(code, encoding="utf-8")
     return {PATCH: str(path)}

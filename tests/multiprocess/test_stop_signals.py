@@ -106,7 +106,7 @@ def test_a_signal_to_all_processes_saves_a_checkpoint(
     """Catches a launcher of DeepSpeed or a data worker that dies because a batch system signals all of a job, and a
     run that does not resume after it."""
     config = config_file(tmp_path, wordpiece_corpus, schedule__steps=LONG)
-    command = (sys.executable, "-m", "launcher", "pretrain", "--config", str(config))
+    command = (sys.executable, "-m", "launcher", "pretrain", "--config", str(config), "--num_gpus=2", "--oversubscribe")
     process = start(*command)
     wait_for_steps(tmp_path / "run", 3, process)
     started = psutil.Process(process.pid)
