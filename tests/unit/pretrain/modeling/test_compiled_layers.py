@@ -34,8 +34,10 @@ handler = logging.Handler()
 handler.emit = lambda record: warnings.append(record.getMessage())
 logging.getLogger("pretrain").addHandler(handler)
 if options["backend"]:
-    compile = torch.compile
-    torch.compile = lambda *args, **kwargs: compile(*args, **{**kwargs, "backend": options["backend"]})
+    def broken(*_):
+        raise RuntimeError("does not compile")
+    compile, backend = torch.compile, broken if options["backend"] == "broken" else options["backend"]
+    torch.compile = lambda *args, **kwargs: compile(*args, **{**kwargs, "backend": backend})
 if options["compiler"]:
     import torch._inductor.config
     torch._inductor.config.cpp.cxx = (options["compiler"],)
@@ -158,13 +160,19 @@ def test_a_damaged_cache_is_compiled_again(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
 
-@pytest.mark.soak
-@pytest.mark.parametrize("full_disk", [False, True])
-def test_without_a_working_compiler_the_layers_run_as_they_are(tmp_path: Path, full_disk: bool) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"backend": "broken"},
+        pytest.param({"compiler": "/bin/false"}, marks=pytest.mark.soak),
+        pytest.param({"compiler": "/bin/false", "full_disk": True}, marks=pytest.mark.soak),
+    ],
+)
+def test_without_a_working_compiler_the_layers_run_as_they_are(tmp_path: Path, options: dict[str, Any]) -> None:
     """Catches a run that ends where nothing can be compiled, and one that does not say so."""
     cache = tmp_path / "cache"
     (cache / "of another run").mkdir(parents=True)
-    found = run(cache, compiler="/bin/false", full_disk=full_disk)
+    found = run(cache, **options)
     assert len(found["warnings"]) == 1
     assert "torch.compile" in found["warnings"][0]
     assert (cache / "of another run").is_dir()
