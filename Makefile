@@ -69,7 +69,7 @@ image:
 soak: $(READY)
 	@.ci/packages slurmctld:slurmctld slurmd:slurmd srun:slurm-client munged:munge mpirun.openmpi:openmpi-bin \
 		mpirun.mpich:mpich /usr/include/libaio.h:libaio-dev
-	$(BIN)/python -m pytest -m soak
-	TEST_COMPILE=1 $(BIN)/python -m pytest -m "not soak" tests/golden $(addprefix tests/multiprocess/, \
-		test_gradient_parity.py test_layouts.py test_resumed_runs.py)
+	$(PYTEST) -m soak
+	TEST_COMPILE=1 $(PYTEST) -m "not soak" tests/golden $(addprefix tests/multiprocess/, test_gradient_parity.py \
+		test_layouts.py test_resumed_runs.py)
 	$(BIN)/python -m benchmarks.demo

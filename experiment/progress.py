@@ -1,19 +1,26 @@
 """Progress of long work on stderr: a bar on a terminal, otherwise a plain line every ten seconds."""
 
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from typing import TypeVar
 
+from rich.console import Console
 from rich.errors import LiveError
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-from experiment.tracking.console import terminal
 
 T = TypeVar("T")
 
 _SECONDS_BEFORE_BAR = 1.0  # short work shows none
 _SECONDS_BETWEEN_LINES = 10.0
+
+
+@cache
+def terminal() -> Console:
+    """The console on stderr; the progress bar and the log messages share it so as not to overwrite each other."""
+    return Console(stderr=True, highlight=False, soft_wrap=True, force_interactive=sys.stderr.isatty())
 
 
 @contextmanager

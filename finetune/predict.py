@@ -11,8 +11,7 @@ from typing import Any
 
 from experiment.errors import UserError, disk_errors_as
 from experiment.files import created_parents, write_json
-from experiment.progress import progress
-from experiment.tracking.console import terminal
+from experiment.progress import progress, terminal
 from finetune.data.formats import read_rows
 from finetune.data.records import Record, TurnJoiner, read_records
 from finetune.encoding.encoder import turn_joiner

@@ -13,8 +13,8 @@ from experiment.checkpoints import find_model_folder
 from experiment.config import load_config
 from experiment.errors import UserError
 from experiment.files import checksum
+from experiment.progress import terminal
 from experiment.run_folder import RunFolder, check_run_folder
-from experiment.tracking.console import terminal
 from experiment.tracking.tracker import check_tracking
 from finetune.config import FinetuneConfig, ModelConfig, TrainingConfig
 from finetune.data.records import Table

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from experiment.config import flatten
 from experiment.errors import UserError
 from experiment.files import parse_json, removed_on_error, write_json
+from experiment.progress import terminal
 from experiment.provenance import read_provenance, write_origin
 from experiment.run_folder import RunFolder
-from experiment.tracking.console import terminal
 from finetune.encoding.encoder import load_task_tokenizer
 from finetune.metrics import measure_calibration
 from finetune.model import build_model, save_model

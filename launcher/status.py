@@ -22,8 +22,8 @@ from experiment.formatting import describe_duration
 from experiment.goodput import AttemptTime, add_up, last_lines, read_attempt_times
 from experiment.run_folder import RunFolder
 from experiment.run_life import State, read_life
-from experiment.tracking.console import RATE_EVENTS
 from experiment.tracking.jsonl import last_number, read_last_events
+from experiment.tracking.progress_line import RATE_EVENTS
 from launcher.supervision.launch_result import count_attempts
 
 _UNKNOWN = "–"

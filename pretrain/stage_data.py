@@ -7,9 +7,10 @@ weights are converted here.
 from dataclasses import dataclass
 
 from pretrain.batching.batch_maker import MaskedCorpus
+from pretrain.batching.batch_sizes import BatchSizes
 from pretrain.batching.counter_rng import make_key
 from pretrain.batching.masking import Masker, masking_policy
-from pretrain.batching.order import BatchSizes, CorpusStream, ShuffledOrder
+from pretrain.batching.order import CorpusStream, ShuffledOrder
 from pretrain.batching.sequences import SequenceIndex, open_index
 from pretrain.batching.vocabulary import Vocabulary
 from pretrain.config import MaskingConfig, ScheduleConfig, Stage

@@ -6,8 +6,8 @@ from contextlib import suppress
 
 from rich.text import Text
 
+from experiment.progress import terminal
 from experiment.run_folder import RunFolder
-from experiment.tracking.console import terminal
 
 OUR_PACKAGES = frozenset({"__main__", "launcher", "pretrain", "finetune", "experiment", "benchmarks"})
 COLORS = {logging.WARNING: "yellow", logging.ERROR: "red", logging.CRITICAL: "red"}

@@ -15,9 +15,9 @@ from experiment.own_process import LAUNCH_VARIABLE, START_VARIABLE
 from experiment.run_folder import RunFolder
 from experiment.tracking.alerts import FLUSH_SECONDS, Alert, AlertFilter, AlertSender, Messenger, alert_services
 from experiment.tracking.config import AlertEvent, AlertsConfig, TrackingConfig
-from experiment.tracking.console import ConsoleTracker
 from experiment.tracking.event_file import TensorBoardTracker, require_tensorboard
 from experiment.tracking.jsonl import JsonlTracker, Metrics, kept_events
+from experiment.tracking.progress_line import ConsoleTracker
 from experiment.tracking.weights_and_biases import FINISH_SECONDS, WandbTracker
 
 logger = logging.getLogger(__name__)

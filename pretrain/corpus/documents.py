@@ -10,8 +10,7 @@ from typing import IO
 
 from experiment.csv_and_jsonl import missing_column
 from experiment.errors import UserError
-from experiment.progress import progress
-from experiment.tracking.console import terminal
+from experiment.progress import progress, terminal
 from pretrain.corpus.formats import Document, ReadStats, cell_document, decompress, explain_read_errors, parse_documents
 from pretrain.corpus.options import TextOptions
 from pretrain.corpus.sources import PYTHON_DOCS, Source, is_selected, is_skipped, report_skipped

@@ -74,6 +74,8 @@ def _hand_over(folder_of_server: str, module: str | None, argv: list[str], unbuf
             pid = int(answers.readline() or 0)
         except OSError:  # it has ended
             pid = 0
+        if not pid and "FORK_SERVER_PATCH" in os.environ:
+            sys.exit("the fork server of tests did not take this command, so it would run without its patch")
         if not pid:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             server.close()

@@ -11,7 +11,7 @@ from rich.console import Console
 from experiment.outcome_file import Outcome
 from experiment.run_folder import RunFolder
 from experiment.tracking import rank_logs
-from experiment.tracking.console import ConsoleTracker
+from experiment.tracking.progress_line import ConsoleTracker
 from experiment.tracking.rank_logs import set_up_logging
 from small_disk import SmallDisk
 

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pretrain.batching import counter_rng
+from pretrain.batching.batch_sizes import BatchSizes
 from pretrain.batching.counter_rng import _network
-from pretrain.batching.order import BatchSizes, CorpusStream, SequentialOrder, ShuffledOrder, quotas
+from pretrain.batching.order import CorpusStream, SequentialOrder, ShuffledOrder, quotas
 
 
 def alone(sequences=101, batch_sequences=13, positions=None, **sizes):
@@ -90,28 +91,6 @@ def test_a_stream_that_ends_does_so_with_a_short_batch(positions, end, last):
     order = alone(positions=positions)
     assert order.end == end
     assert len(order.batch(end - 1).ids) == last
-
-
-@given(st.integers(1, 300), st.integers(0, 60), st.integers(0, 80))
-def test_batches_grow_linearly(sequences, warmup, first_step):
-    """Catches gaps, overlaps, empty batches and ones that are too large, wherever in the warmup a stage starts."""
-    sizes = BatchSizes(sequences, warmup, first_step)
-    starts = [sizes.start(step) for step in range(first_step, first_step + 100)]
-    assert starts[0] == 0
-    for step, (start, after) in enumerate(pairwise(starts), first_step):
-        grown = min(1.0, (step + 1) / (warmup + 1)) * sequences
-        assert 1 <= after - start <= sequences
-        assert abs(after - start - grown) <= 1
-        if step >= warmup:
-            assert after - start == sequences
-
-
-@given(st.integers(1, 300), st.integers(0, 60), st.integers(0, 80), st.integers(1, 10_000))
-def test_the_end_is_the_first_step_that_reaches_all_positions(sequences, warmup, first_step, positions):
-    """Catches a run limited by epochs or tokens that is one batch too short or too long."""
-    sizes = BatchSizes(sequences, warmup, first_step)
-    end = sizes.end(positions)
-    assert sizes.start(end - 1) < positions <= sizes.start(end)
 
 
 @pytest.mark.parametrize("order", [alone(10**10, 4096, warmup_steps=10**6), mixture(4096, 10**6)])

@@ -8,7 +8,7 @@ import pytest
 
 from experiment.outcome_file import Outcome
 from experiment.tracking import Trackers
-from experiment.tracking.console import describe_training
+from experiment.tracking.progress_line import describe_training
 from experiment.tracking.tracker import CLOSE_SECONDS
 from pretrain.training import reporter as reporter_module
 from pretrain.training.reporter import CheckpointAlarm, Reporter, SlowRanks

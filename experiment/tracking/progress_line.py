@@ -1,10 +1,8 @@
 """The run on the terminal: a progress bar if stderr is interactive, plain lines otherwise."""
 
-import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from functools import cache
 from itertools import groupby
 
 from rich.console import Console
@@ -12,15 +10,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from experiment.formatting import describe_duration, format_perplexity
 from experiment.outcome_file import Outcome
+from experiment.progress import terminal
 from experiment.tracking.jsonl import SLOW_RATIO, Metrics
 
 RATE_EVENTS = 20  # log events over which the time left is estimated
-
-
-@cache
-def terminal() -> Console:
-    """The console on stderr; the progress bar and the log messages share it so as not to overwrite each other."""
-    return Console(stderr=True, highlight=False, soft_wrap=True, force_interactive=sys.stderr.isatty())
 
 
 class ConsoleTracker:

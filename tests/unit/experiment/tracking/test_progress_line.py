@@ -7,7 +7,7 @@ from rich.console import Console
 
 from experiment.formatting import describe_duration, format_perplexity
 from experiment.outcome_file import Outcome
-from experiment.tracking.console import (
+from experiment.tracking.progress_line import (
     ConsoleTracker,
     describe_evaluation,
     describe_training,
