@@ -89,6 +89,7 @@ def pretrain(
                 seed=run.config.run.seed,
                 world=world,
                 swap_folder=run.deepspeed.swap_folder(run.folder.path),
+                unused=model.unused,
                 compiled=compiled,
             )
             resources.callback(engine.close)

@@ -25,6 +25,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 # Drawing an example, or running a test with it, can be slow on a busy machine.
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")
+# The commands that tests start would ignore them too, under `nohup` and in the background of a shell.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish() -> None:

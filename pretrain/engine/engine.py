@@ -58,6 +58,7 @@ class Engine:
         seed: int,
         world: World,
         swap_folder: Path | None = None,
+        unused: Collection[str] = (),
         compiled: Collection[type[nn.Module]] = (),
     ) -> None:
         """Args:
@@ -65,6 +66,7 @@ class Engine:
         options: which parameters are frozen and for how long, and the decay of averaged weights.
         seed: of dropout.
         swap_folder: of the run, for NVMe offload.
+        unused: names of parameters that the transformers model does not use.
         compiled: types of modules whose forward is compiled.
         """
         self.world = world
@@ -74,7 +76,7 @@ class Engine:
         self._swap_folder = swap_folder and swap_folder / f"rank-{world.rank}"
         if world.rank == 0:
             _warn_of_stage_change(settings)
-        groups = parameter_groups(model.model, optimizer, options)
+        groups = parameter_groups(model.model, optimizer, options, unused)
         frozen = [parameter for group in groups if group["frozen_until"] for parameter in group["params"]]
         torch_optimizer = build_optimizer(optimizer, groups)
         _set_zero3_leaves(model, compiled)

@@ -12,7 +12,7 @@ element alike. LAMB and StableAdamW scale each parameter's update by a statistic
 them which slices their tensors hold, and they sum squares per slice and then over ranks.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -202,8 +202,11 @@ class StableAdamW(PerParameterOptimizer):
             part.mul_(1 - rate * group["weight_decay"]).addcmul_(direction, -rate)
 
 
-def parameter_groups(model: PreTrainedModel, optimizer: OptimizerConfig, freeze: ModelConfig) -> list[dict[str, Any]]:
-    """Weights decay; biases and norms do not. A layer's rate is `layer_decay` times that of the layer above it.
+def parameter_groups(
+    model: PreTrainedModel, optimizer: OptimizerConfig, freeze: ModelConfig, unused: Collection[str] = ()
+) -> list[dict[str, Any]]:
+    """Weights decay; biases, norms and parameters that the model does not use do not. A layer's rate is `layer_decay`
+    times that of the layer above it.
 
     With `layer_decay` 1 and nothing frozen there are two groups, with and without weight decay.
     """
@@ -213,7 +216,8 @@ def parameter_groups(model: PreTrainedModel, optimizer: OptimizerConfig, freeze:
     depths = layer_ids(model)
     groups: dict[tuple[float, int, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
-        decays = id(parameter) not in norms and not name.endswith("bias") and parameter.dim() >= 2
+        is_weight = id(parameter) not in norms and not name.endswith("bias") and parameter.dim() >= 2
+        decays = is_weight and name not in unused
         lr_scale = optimizer.layer_decay ** (max(depths.values()) - depths[name])
         frozen_until = freeze.freeze_steps if any(is_in_module(name, module) for module in freeze.freeze) else 0
         group = groups.setdefault(

@@ -23,6 +23,7 @@ from pretrain.modeling.packability import why_not_packed
 from pretrain.modeling.random_model import first_line, random_model
 from pretrain.modeling.resize import resize_model
 from pretrain.modeling.structure import FlopsModel, flops_model
+from pretrain.modeling.unused_parameters import unused_parameters
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ class BuiltModel:
     packed: bool  # a row holds several sequences; else one, padded
     first_position: int  # position id of a sequence's first token
     flops: FlopsModel | None  # None: unknown
+    unused: frozenset[str]  # names of the parameters that it does not use
 
 
 def build_model(model: ModelConfig, config: PreTrainedConfig, seed: int, new_head: bool = True) -> BuiltModel:
@@ -53,9 +55,10 @@ def build_model(model: ModelConfig, config: PreTrainedConfig, seed: int, new_hea
     else:
         built.set_attn_implementation("sdpa" if built._supports_sdpa else "eager")
         log.warning("'%s' trains padded, one sequence a row: %s", config.model_type, reason)
+    unused = unused_parameters(built, reason is None, first)
     if model.activation_checkpointing:
         _checkpoint_activations(built)
-    return BuiltModel(built, packed=reason is None, first_position=first, flops=flops_model(built))
+    return BuiltModel(built, packed=reason is None, first_position=first, flops=flops_model(built), unused=unused)
 
 
 def _pretrained_model(model: ModelConfig, config: PreTrainedConfig, new_head: bool) -> PreTrainedModel:

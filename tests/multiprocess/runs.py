@@ -123,6 +123,7 @@ def build_engine(world: World, tree: Tree, seed: int | None = None, compiled: bo
         seed=config.run.seed,
         world=world,
         swap_folder=run.deepspeed.swap_folder(run.folder.path),
+        unused=built.unused,
         compiled=layers,
     )
     return engine, built.model

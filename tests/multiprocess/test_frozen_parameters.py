@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from transformers import AutoConfig, AutoModelForMaskedLM
 
 from experiment.checkpoints import checkpoint_path, read_state
+from experiment.tokenizer import load_tokenizer
 from pretrain.world import World
 from rank_pool import RankPool
 from runs import (
@@ -24,6 +26,7 @@ from runs import (
     saved_tensors,
     soak,
 )
+from tiny_models import tiny_fields
 
 FROZEN = ("embeddings", "layer.0")
 
@@ -117,6 +120,27 @@ def test_a_run_resumed_before_unfreezing_is_the_uninterrupted_one(
     assert {float(value) for key, value in one.items() if is_frozen(key) and key.endswith("/step")} == {2.0}
     assert_same_tensors(one, other)
     assert logged(tmp_path / "resumed", "grad_norm") == logged(tmp_path / "uninterrupted", "grad_norm")
+
+
+@pytest.mark.parametrize("ds_config", ["fp32_zero1", *soak("fp32_zero0", "fp32_zero2", "fp32_zero3")])
+def test_unused_parameters_stay_as_they_are(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, ds_config: str
+) -> None:
+    """Catches weights that decay although the model does not use them. RoFormer looks its positions up outside of
+    autograd; loading them from a folder makes them require a gradient."""
+    tokenizer = load_tokenizer(wordpiece_corpus / "tokenizer")
+    tokens = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    start = AutoModelForMaskedLM.from_config(AutoConfig.for_model("roformer", **tiny_fields("roformer") | tokens))
+    start.save_pretrained(tmp_path / "start")
+    tokenizer.save_pretrained(tmp_path / "start")
+    changes = {"optimizer__weight_decay": 0.5, "schedule__steps": 3}
+    tree = run_config(tmp_path / "run", wordpiece_corpus, ds_config, **changes)
+    tree["model"] = {"init_from": str(tmp_path / "start")}
+    pools[2].run(pretrain_case, tree)
+    trained = AutoModelForMaskedLM.from_pretrained(checkpoint_path(tmp_path / "run" / "checkpoints", 3) / "hf")
+    pairs = zip(start.named_parameters(), trained.parameters(), strict=True)
+    same = [name for (name, before), after in pairs if torch.equal(before, after)]
+    assert same == ["roformer.encoder.embed_positions.weight"]
 
 
 def rewind_case(world: World, tree: Tree, folder: Path) -> None:

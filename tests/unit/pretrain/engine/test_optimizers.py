@@ -219,6 +219,15 @@ def test_frozen_parameters_have_their_own_groups() -> None:
     assert not any("embeddings" in name or "layer.0.attention" in name for name in frozen[0])
 
 
+def test_unused_parameters_do_not_decay() -> None:
+    """Catches weights that no gradient reaches, and that shrink."""
+    model, unused = tiny_model("bert"), "cls.predictions.transform.dense.weight"
+    groups = parameter_groups(model, OptimizerConfig(), ModelConfig(config={"model_type": "bert"}), unused={unused})
+    (own,) = [group for group in groups if unused in names_in_group(model, group)]
+    assert own["weight_decay"] == 0.0
+    assert not own["decays"]
+
+
 def test_vetoed_updates_and_frozen_groups_change_nothing() -> None:
     """Catches decay, moments or a step count of frozen parameters or in a vetoed update, and groups that are lost."""
     weights = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]

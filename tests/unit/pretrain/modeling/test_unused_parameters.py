@@ -1,0 +1,33 @@
+"""Which parameters a model does not use."""
+
+import pytest
+from transformers import AutoConfig, AutoModelForMaskedLM
+
+from experiment.transformers_models import first_position
+from pretrain.modeling.packability import why_not_packed
+from pretrain.modeling.unused_parameters import unused_parameters
+from tiny_models import tiny_fields
+
+
+@pytest.mark.parametrize(
+    ("model_type", "expected"),
+    [
+        ("bert", ()),
+        ("modernbert", ()),
+        ("longformer", ("query_global", "key_global", "value_global")),
+        ("layoutlm", ("pooler",)),
+        ("roformer", ("embed_positions",)),
+        ("reformer", ()),
+    ],
+)
+def test_unused_parameters(model_type: str, expected: tuple[str, ...]) -> None:
+    """Catches weights that decay though no gradient reaches them, and the reverse; Reformer hides all that it uses."""
+    fields = tiny_fields(model_type) | ({"attention_window": 8} if model_type == "longformer" else {})
+    model = AutoModelForMaskedLM.from_config(AutoConfig.for_model(model_type, **fields, vocab_size=40, pad_token_id=0))
+    first = first_position(model)
+    packed = why_not_packed(model, first) is None
+    if not packed:
+        model.set_attn_implementation("eager")
+    found = unused_parameters(model, packed, first)
+    names = {name for name, _ in model.named_parameters()}
+    assert found == {name for name in names if any(part in name for part in expected)}
