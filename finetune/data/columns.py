@@ -43,6 +43,14 @@ def _read_label(cell: object) -> str | None:
     raise ValueError("; for regression set task.kind: regression" if isinstance(cell, float) else "")
 
 
+def _read_group(cell: object) -> str | None:
+    """Text that is the same for the same cell, or the same cells of several columns; None if all are empty."""
+    if not isinstance(cell, list):
+        return _read_label(cell)
+    labels = [_read_label(part) for part in cell]
+    return json.dumps(labels, ensure_ascii=False) if any(labels) else None
+
+
 def _read_texts(cell: object) -> list[str]:
     cell = _parse_json(cell)
     if isinstance(cell, list) and all(isinstance(text, str) for text in cell):
@@ -170,6 +178,7 @@ TextColumn = Annotated[Name, TEXT]
 ContextColumn = Annotated[Name, CONTEXT]  # a random validation split keeps the rows on one context together
 LabelColumn = Annotated[Name, LABEL]  # a random validation split has about as much of each label as the rest
 IdColumn = Annotated[Name, CellType("text or a whole number", _read_label)]
+GroupColumn = Annotated[Name | tuple[Name, ...], CellType("text or a whole number", _read_group)]
 TextsColumn = Annotated[Name | tuple[Name, ...], CellType("a list of texts", _read_texts)]  # or one column for each
 WordsColumn = Annotated[Name, CellType("a list of words, or words separated by spaces", _read_sentence)]
 ChoiceColumn = Annotated[Name, CellType("the right choice", _read_label, target=True)]

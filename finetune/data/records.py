@@ -56,8 +56,23 @@ class TurnJoiner:
         except ValueError as error:
             index, order = error.args
             raise unexpected_cell(records[index].place, str(self.context.order), order, "a number") from None
+        self._check_turns_are_distinct(records, turns)
         for record, turn, text in zip(records, turns, texts, strict=True):
             yield Record(record.place, {**record.values, "text": text}, turn.get("group"))
+
+    def _check_turns_are_distinct(self, records: Sequence[Record], turns: Sequence[Mapping[str, Any]]) -> None:
+        """Raises UserError if a dialogue has two turns of the same number: they are two dialogues."""
+        places: dict[tuple[str, float], str] = {}
+        for record, turn in zip(records, turns, strict=True):
+            if turn.get("group") is None or "order" not in turn:
+                continue
+            earlier = places.setdefault((turn["group"], float(turn["order"])), record.place)
+            if earlier != record.place:
+                raise UserError(
+                    f"{record.place}: dialogue {turn['group']} has turn {turn['order']} twice, see {earlier}; if "
+                    "dialogues are numbered anew in each part of the data, name all columns that identify one: "
+                    "task.dialogue.group: [Episode_ID, Scene_ID]"
+                )
 
 
 def read_table(

@@ -12,7 +12,7 @@ from experiment.config.field_types import PathText, Seed
 from experiment.csv_and_jsonl import CsvFormat
 from experiment.errors import UserError
 from experiment.files import checksum, json_digest
-from finetune.data.columns import Columns, IdColumn, Name, TextsColumn
+from finetune.data.columns import Columns, GroupColumn, IdColumn, Name, TextsColumn
 from finetune.data.formats import FileFormat
 
 
@@ -47,8 +47,9 @@ SplitName = Annotated[str, AfterValidator(_check_split_name)]
 class DialogueContext(Columns):
     """Previous turns of a dialogue: the rows with the same `group`, or the texts in the columns `previous`."""
 
-    group: IdColumn | None = None
-    """Column that says which dialogue a row belongs to."""
+    group: GroupColumn | None = None
+    """Column that says which dialogue a row belongs to. Several, if dialogues are numbered anew in each episode:
+    `[Episode_ID, Scene_ID]`."""
 
     order: IdColumn | None = None
     """Column with the number of the turn in its dialogue; default: the order of the rows."""

@@ -49,6 +49,22 @@ def test_speakers_are_named_and_the_order_is_that_of_the_rows(tmp_path: Path) ->
     ]
 
 
+def test_a_dialogue_may_be_identified_by_several_columns(tmp_path: Path) -> None:
+    """Catches turns of a scene with the same number in another episode: EmoryNLP's scenes restart in each."""
+    turns = ("1,1,1,0,a", "1,1,1,1,b", "1,2,1,0,c", "1,2,1,1,d", "2,1,1,0,e", ",,,1,f")
+    rows = ["season,episode,scene,turn,said,label", *(f"{turn},x" for turn in turns)]
+    texts = joined(tmp_path, "\n".join(rows), group=("season", "episode", "scene"), order="turn")
+    assert texts == ["a", "a [SEP] b", "c", "c [SEP] d", "e", "f"]
+
+
+def test_the_same_turn_twice_is_rejected(tmp_path: Path) -> None:
+    """Catches turns of other dialogues, without a warning, where a column does not tell dialogues apart."""
+    rows = "episode,scene,turn,said,label\n1,1,0,a,x\n1,1,1,b,x\n2,1,0,c,x\n"
+    message = r"a\.csv:4: dialogue 1 has turn 0 twice, see .*a\.csv:2; .*group: \[Episode_ID, Scene_ID\]"
+    with pytest.raises(UserError, match=message):
+        joined(tmp_path, rows, group="scene", order="turn")
+
+
 def test_previous_turns_may_be_columns(tmp_path: Path) -> None:
     """Catches separators around a turn that does not exist."""
     rows = "before2,before1,said,label\n,a,b,x\n,,a,y\n"
