@@ -66,6 +66,10 @@ class ServeOptions(Section):
     """File with a token that clients must send, as `Authorization: Bearer TOKEN`; default: the variable
     DEEPCLOZE_SERVE_TOKEN, or none is needed."""
 
+    allowed_hosts: Annotated[tuple[str, ...] | None, Metavar("NAME")] = None
+    """Name by which clients may call this server, such as models.example.org; given once or more often. Others are
+    rejected with 421. Default: localhost and 127.0.0.1 if only this machine can reach the address, otherwise any."""
+
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto is bf16 if the device supports it natively, otherwise fp32."""
 

@@ -1,7 +1,8 @@
 """The routes: each takes a typed request, and answers with JSON.
 
-From outside to inside, a request passes `observe` (logs, metrics), `limit_time`, `limit_size`, `require_token`, and the
-FastAPI application. Every error of a client is answered with {"error": MESSAGE}.
+From outside to inside, a request passes `observe` (logs, metrics), `limit_time`, `limit_size`, `require_host`,
+`require_token`, `read_as_json`, and the FastAPI application. Every error of a client is answered with
+{"error": MESSAGE}.
 """
 
 import json
@@ -22,7 +23,16 @@ from starlette.types import ASGIApp
 from experiment.errors import UserError
 from finetune.data.records import Record
 from finetune.predictor import Predictor
-from finetune.serve.limits import busy, error_response, limit_size, limit_time, require_token
+from finetune.serve.limits import (
+    FORM,
+    busy,
+    error_response,
+    limit_size,
+    limit_time,
+    read_as_json,
+    require_host,
+    require_token,
+)
 from finetune.serve.monitoring import observe
 from finetune.serve.schemas import (
     EmbedRequest,
@@ -46,15 +56,18 @@ Errors are answered with `{"error": MESSAGE}`. If the server has a token, send `
 _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": Error, "description": "Invalid JSON, or not UTF-8"},
     401: {"model": Error, "description": "The token is missing or wrong"},
+    403: {"model": Error, "description": "The request is from a page of another site"},
     404: {"model": Error, "description": "The model cannot do this"},
     408: {"model": Error, "description": "The request did not arrive in time"},
     413: {"model": Error, "description": "The request is too large, or has too many texts"},
     415: {"model": Error, "description": "The request is not JSON"},
+    421: {"model": Error, "description": "The server does not answer to this name"},
     422: {"model": Error, "description": "The request is not as described here"},
     503: {"model": Error, "description": "Too many texts are waiting; try again after Retry-After"},
 }
 _PAGE_HEADERS = {"Content-Security-Policy": "default-src 'unsafe-inline' 'self'; img-src data:; frame-ancestors 'none'"}
-_FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
+_FORMS = (FORM, "multipart/form-data")
+_JSON_PATHS = ("/v1/predict", "/v1/fill-mask", "/v1/embed")
 
 api = APIRouter(prefix="/v1", responses=_ERRORS)
 site = APIRouter()
@@ -63,8 +76,8 @@ NOT_JSON = "the request is not JSON in UTF-8"
 _FASTAPI_NOT_JSON = "There was an error parsing the body"
 
 
-def make_app(serving: Serving, token: str | None) -> ASGIApp:
-    """The whole application."""
+def make_app(serving: Serving, token: str | None, hosts: frozenset[str] | None = None) -> ASGIApp:
+    """The whole application. hosts: that it answers to; None: any."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -76,7 +89,8 @@ def make_app(serving: Serving, token: str | None) -> ASGIApp:
     app.include_router(api)
     app.include_router(site)
     handle_errors(app)
-    limited = limit_time(limit_size(require_token(app, token), serving.limits), serving.limits)
+    permitted = require_host(require_token(read_as_json(app, _JSON_PATHS), token), hosts, only_own_pages=token is None)
+    limited = limit_time(limit_size(permitted, serving.limits), serving.limits)
     return observe(limited, serving.metrics)
 
 
@@ -101,10 +115,13 @@ async def predict(asked: PredictRequest, serving: State, request: Request) -> Re
 async def fill_mask(asked: FillMaskRequest, serving: State, request: Request) -> Response:
     """Fill the masks in texts with the most probable tokens, or rank given options."""
     request.state.texts = len(asked.texts)
-    with serving.answering(len(asked.texts)) as services:
+    options = sum(len(each) for lists in asked.options or [] for each in lists)
+    with serving.answering(len(asked.texts), options) as services:
         if services.served.filler is None:
             raise HTTPException(404, f"the model fills no masks: its kind is {services.served.info.kind}")
         if asked.options is None:
+            masks = sum(text.count(services.served.filler.mask) for text in asked.texts)
+            serving.admission.check_candidates(masks * asked.top_k)
             found = await services.fill(asked.texts, asked.top_k)
         else:
             found = await services.rank(asked.texts, asked.options)
@@ -193,7 +210,7 @@ async def _read_json_or_form(request: Request) -> Any:
     """Raises HTTPException if it is neither."""
     content = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     try:
-        if content in _FORMS:
+        if content in _FORMS and not (await request.body()).lstrip().startswith(b"{"):  # `curl -d` calls JSON a form
             return dict(await request.form(max_files=0, max_fields=10))
         return json.loads(await request.body())
     except (ValueError, RecursionError) as error:

@@ -1,20 +1,24 @@
-"""What a client may ask for: size, time, a token that permits to ask at all, and the number of texts.
+"""What a client may ask for: size, time, a host and a token that permit to ask at all, and the number of texts.
 
-The first three wrap an ASGI application, see https://asgi.readthedocs.io.
+The first four wrap an ASGI application, see https://asgi.readthedocs.io.
 """
 
 import asyncio
 import hmac
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from ipaddress import ip_address
 
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _OPEN = ("/", "/docs", "/openapi.json", "/healthz", "/readyz")  # pages without data, and probes
+_LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
+FORM = "application/x-www-form-urlencoded"
+_CANDIDATES_PER_TEXT = 100  # on average, of as many texts as a request may have
 _RETRY_SECONDS = "1"
 _LONGEST_MESSAGE = 500  # characters
 _DISCARDED_BYTES = 64 * 2**20  # of a request that is too large, at most
@@ -54,11 +58,23 @@ class Admission:
     def is_full(self) -> bool:
         return self.texts >= self._limits.max_queue
 
+    def check_candidates(self, count: int) -> None:
+        """Raises HTTPException for too many candidates for the masks of one request: memory grows with them."""
+        most = self._limits.max_texts * _CANDIDATES_PER_TEXT
+        if count > most:
+            raise HTTPException(413, f"{count:,} candidates for all masks; at most {most:,} are accepted")
+
     @contextmanager
-    def admit(self, texts: int) -> Iterator[None]:
-        """Raises HTTPException: 413 for too many texts in one request, 503 if too many wait already."""
-        if texts > self._limits.max_texts:
-            raise HTTPException(413, f"{texts:,} texts in one request; at most {self._limits.max_texts:,} are accepted")
+    def admit(self, texts: int, options: int = 0) -> Iterator[None]:
+        """For each request. options: for the masks of all texts; they count as texts.
+
+        Raises HTTPException: 413 for too many texts in one request, 503 if too many wait already.
+        """
+        for name, count in (("texts", texts), ("options", options)):
+            if count > self._limits.max_texts:
+                most = f"at most {self._limits.max_texts:,} are accepted"
+                raise HTTPException(413, f"{count:,} {name} in one request; {most}")
+        texts = max(texts, options)
         if self.texts and self.texts + texts > self._limits.max_queue:
             raise busy(f"{self.texts:,} texts are waiting already; try again")
         self.texts += texts
@@ -66,6 +82,62 @@ class Admission:
             yield
         finally:
             self.texts -= texts
+
+
+def require_host(app: ASGIApp, hosts: frozenset[str] | None, only_own_pages: bool) -> ASGIApp:
+    """Answer 421 to requests for another host, whose name may have been pointed at this machine (DNS rebinding), and
+    403 to those that a page of another site sends.
+
+    Args:
+        hosts: names in lower case; None: any.
+        only_own_pages: False if clients need a token, which pages of other sites lack.
+    """
+    proxied = (hosts or frozenset()) - _LOCAL_HOSTS  # a proxy may change `Host`, but not `Origin`
+
+    async def checked(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        host = headers.get("host", "").lower()
+        origin = headers.get("origin", f"http://{host}").lower().partition("://")[2]
+        if hosts is not None and _name(host) not in hosts:
+            message = "this server does not answer to this name; `deepcloze serve --allowed_hosts` sets its names"
+            await error_response(421, message)(scope, receive, send)
+        elif only_own_pages and origin != host and _name(origin) not in proxied:
+            await error_response(403, "requests from pages of other sites are not answered")(scope, receive, send)
+        else:
+            await app(scope, receive, send)
+
+    return checked
+
+
+def allowed_hosts(names: Sequence[str] | None, address: str) -> frozenset[str] | None:
+    """The hosts that `require_host` takes. names: of the option; if there are none, this machine's own where only it
+    can reach the `address` to listen on."""
+    if names:
+        return frozenset(name.lower() for name in names)
+    return _LOCAL_HOSTS | {address} if ip_address(address).is_loopback else None
+
+
+def _name(host: str) -> str:
+    """A `Host` without its port, an IPv6 address without its brackets."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.partition(":")[0]
+
+
+def read_as_json(app: ASGIApp, paths: Collection[str]) -> ASGIApp:
+    """Let bodies without a type be read as JSON at these paths; also forms, as which `curl -d` sends them."""
+
+    async def changed(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] in paths:
+            headers = MutableHeaders(scope=scope)
+            if headers.get("content-type", FORM).partition(";")[0].strip().lower() == FORM:
+                headers["content-type"] = "application/json"
+        await app(scope, receive, send)
+
+    return changed
 
 
 def require_token(app: ASGIApp, token: str | None) -> ASGIApp:
@@ -131,23 +203,35 @@ async def _discard(receive: Receive) -> None:
 
 def limit_time(app: ASGIApp, limits: Limits) -> ASGIApp:
     """Answer 408 to requests that do not arrive in time, and 503 to those that are not answered in time. Drop clients
-    that do not take their answer in time."""
+    that do not take their answer in time, and stop work for those that have gone."""
 
     async def limited(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await app(scope, receive, send)
             return
-        arrived = started = False
+        arrived = started = gone = False
+        answering, watching = asyncio.current_task(), None
+
+        async def watch() -> None:
+            nonlocal gone
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            gone = True
+            assert answering is not None
+            answering.cancel()
 
         async def note_arrival() -> Message:
-            nonlocal arrived
+            nonlocal arrived, watching
             event = await receive()
-            arrived = arrived or not event.get("more_body", False)
+            if not arrived and not event.get("more_body", False):
+                arrived, watching = True, asyncio.create_task(watch())
             return event
 
         async def note_start(event: Message) -> None:
             nonlocal started
             started = True
+            if watching is not None:
+                watching.cancel()
             await send(event)
 
         try:
@@ -156,6 +240,13 @@ def limit_time(app: ASGIApp, limits: Limits) -> ASGIApp:
         except TimeoutError:
             if not started:
                 await _timeout_response(arrived, limits.timeout)(scope, receive, send)
+        except asyncio.CancelledError:
+            if not gone or answering is None:
+                raise
+            answering.uncancel()
+        finally:
+            if watching is not None:
+                watching.cancel()
 
     return limited
 

@@ -28,6 +28,7 @@ _SEQUENCES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 log = logging.getLogger("finetune.serve")
 
+_GONE = 499  # as nginx logs it: the client has gone before its answer
 _FIELDS = "fields"  # of a record: what to write besides its message
 
 
@@ -104,7 +105,7 @@ def observe(app: ASGIApp, metrics: Metrics) -> ASGIApp:
         if scope["type"] != "http":
             await app(scope, receive, send)
             return
-        start, status = time.perf_counter(), 0
+        start, status = time.perf_counter(), _GONE
 
         async def note_status(event: Message) -> None:
             nonlocal status

@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -20,7 +21,7 @@ from experiment.errors import UserError, reason
 from experiment.hardware import keep_freed_memory
 from finetune.options import ServeOptions
 from finetune.serve.app import make_app
-from finetune.serve.limits import Limits
+from finetune.serve.limits import Limits, allowed_hosts
 from finetune.serve.monitoring import log_as_json, log_event
 from finetune.serve.served_model import load_served_model
 from finetune.serve.serving import Serving
@@ -30,6 +31,8 @@ TOKEN_VARIABLE = "DEEPCLOZE_SERVE_TOKEN"
 _HEADER_SECONDS = 10.0  # for the headers of a request
 _IDLE_SECONDS = 30  # until a connection without requests is closed
 _BACKLOG = 2048
+_DRAIN_SECONDS = 1.0
+_CLOSE = (b"connection", b"close")
 
 
 def serve_command(options: ServeOptions) -> None:
@@ -58,7 +61,8 @@ def serve_command(options: ServeOptions) -> None:
             if wanted:
                 serving.reload()
 
-        run_server(make_app(serving, token), listener, options.timeout, announce, serving.reload)
+        hosts = allowed_hosts(options.allowed_hosts, address)
+        run_server(make_app(serving, token, hosts), listener, options.timeout, announce, serving.reload)
 
 
 def read_token(path: str | None, environment: Mapping[str, str]) -> str | None:
@@ -108,6 +112,11 @@ class _Protocol(H11Protocol):
 
 
 class _Server(uvicorn.Server):
+    """Stops when its clients know: after a signal, answers say that the connection will be closed. uvicorn would close
+    idle ones at once, and a client that sends its next request at that moment would get no answer."""
+
+    _drained_at: float | None = None  # when connections that are still idle are closed; None: no signal has come
+
     def __init__(self, config: uvicorn.Config, on_started: Callable[[], None], on_reload: Callable[[], None]) -> None:
         super().__init__(config)
         self._on_started, self._on_reload = on_started, on_reload
@@ -130,8 +139,23 @@ class _Server(uvicorn.Server):
                 loop.remove_signal_handler(number)
 
     def _stop(self) -> None:
-        """Finish what was accepted; the second time, do not wait for it."""
-        self.force_exit, self.should_exit = self.should_exit, True
+        """Accept nothing more, and finish what was accepted; the second time, do not wait for it."""
+        if self._drained_at is not None:
+            self.force_exit = self.should_exit = True
+            return
+        self._drained_at = time.monotonic() + _DRAIN_SECONDS
+        for server in self.servers:
+            server.close()
+        self.config.encoded_headers.append(_CLOSE)  # of further requests, and of those that are being answered:
+        self.server_state.default_headers = [*self.server_state.default_headers, _CLOSE]
+        for connection in self.server_state.connections:
+            if (cycle := getattr(connection, "cycle", None)) is not None:
+                cycle.default_headers = self.server_state.default_headers
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._drained_at is not None:
+            self.should_exit |= not self.server_state.connections or time.monotonic() > self._drained_at
+        return await super().on_tick(counter)
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
+from fastapi import HTTPException
+
 from experiment.errors import UserError
 from finetune.data.records import Record
 from finetune.encoding.encoder import Tokens
@@ -26,6 +28,7 @@ from finetune.serve.monitoring import Metrics, log, log_event
 from finetune.serve.served_model import ServedModel
 
 _BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
+_LARGEST_ITEM = 32768  # tokens of a text, with all its options
 _BATCH_COST = {"cpu": 64, "cuda": 4096}  # tokens that take as long to compute as the fixed costs of a batch
 
 
@@ -126,7 +129,12 @@ class Services:
         return await asyncio.to_thread(predictor.decode, split, outputs, calibrated)
 
     def _sizes(self, items: Sequence[_Encoded]) -> list[Size]:
-        return [Size(len(item.sequences), self._padded or item.longest) for item in items]
+        """Raises HTTPException for an item that would take too long, or too much memory: it is computed at once."""
+        sizes = [Size(len(item.sequences), self._padded or item.longest) for item in items]
+        if (most := max((size.tokens for size in sizes), default=0)) > _LARGEST_ITEM:
+            message = f"a text whose options have {most:,} tokens; at most {_LARGEST_ITEM:,} are accepted"
+            raise HTTPException(413, message)
+        return sizes
 
 
 def _encode_masked(filler: MaskFiller, texts: Sequence[str], top_k: int) -> list[MaskedText]:
@@ -173,9 +181,9 @@ class Serving:
         return self._services.served
 
     @contextmanager
-    def answering(self, texts: int) -> Iterator[Services]:
-        """For each request. Raises HTTPException for too many texts."""
-        with self.admission.admit(texts), self._services.used() as services:
+    def answering(self, texts: int, options: int = 0) -> Iterator[Services]:
+        """For each request. options: for masks. Raises HTTPException for too many of them."""
+        with self.admission.admit(texts, options), self._services.used() as services:
             yield services
 
     def reload(self) -> None:

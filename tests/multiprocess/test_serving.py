@@ -123,6 +123,42 @@ def test_a_signal_finishes_accepted_requests(number: int, model: Path, serve: Se
         server.connect().connect()
 
 
+def test_a_signal_closes_connections_of_active_clients_politely(model: Path, serve: Serve) -> None:
+    """Catches clients of kept connections whose next request is reset instead of answered."""
+    server = serve(model)
+    started = threading.Barrier(9)
+
+    def ask() -> str:
+        connection = server.connect()
+        assert post(connection)[0] == 200
+        started.wait(LIMIT)
+        while True:
+            connection.request("POST", "/v1/predict", json.dumps(BODY), {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            assert answer.status == 200
+            answer.read()
+            if answer.getheader("Connection") == "close":
+                return "told"
+
+    with ThreadPoolExecutor(8) as threads:
+        asked = [threads.submit(ask) for _ in range(8)]
+        started.wait(LIMIT)
+        assert server.stop() == 0
+        assert [answer.result(LIMIT) for answer in asked] == ["told"] * 8
+
+
+def test_work_for_a_client_that_has_gone_is_dropped(model: Path, serve: Serve) -> None:
+    """Catches a core that computes for minutes what nobody waits for, while other clients wait."""
+    server = serve(model, "--max_texts", "4000", "--batch_tokens", "64", "--batch_delay_ms", "0")
+    connection = server.connect()
+    connection.request("POST", "/v1/predict", json.dumps({"texts": ["word1 word2 word3"] * 4000}))
+    wait_until(lambda: "deepcloze_queue_texts 4000.0" in get(server, "/metrics"), server.process)
+    connection.close()
+    wait_until(lambda: "deepcloze_queue_texts 0.0" in get(server, "/metrics"), server.process)
+    assert '"status": 499' in server.output()
+    assert post(server.connect())[0] == 200
+
+
 def test_a_reload_drops_no_request(model: Path, tmp_path: Path, serve: Serve) -> None:
     """Catches a reload that answers with neither model, or with both in one answer, or never with the new one."""
     folder = tmp_path / "model"
@@ -177,7 +213,7 @@ def test_files_that_are_overwritten_do_not_change_the_model(model: Path, tmp_pat
 def test_slow_clients_do_not_block_others(model: Path, serve: Serve) -> None:
     """Catches clients that hold a server by sending slowly: headers, a body; or by not reading their answer."""
     server = serve(model, "--timeout", "3")
-    head = b"POST /v1/predict HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\nContent-Length: 100\r\n"
+    head = b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n"
     slow = [socket.create_connection(("127.0.0.1", server.port), timeout=LIMIT) for _ in range(40)]
     for number, client in enumerate(slow):
         client.sendall(head if number % 2 else head + b'\r\n{"texts": ["word1')

@@ -13,6 +13,9 @@ from serving_clients import Connect
 from starlette.testclient import TestClient
 
 from finetune.inference import Inference
+from finetune.serve import serving
+from finetune.serve.app import make_app
+from finetune.serve.limits import allowed_hosts
 from finetune.serve.monitoring import JsonFormatter
 
 JSON = {"Content-Type": "application/json"}
@@ -160,10 +163,77 @@ def test_an_unreadable_form_or_body(client: TestClient, kind: str, body: bytes, 
 
 
 def test_another_content_type(client: TestClient) -> None:
-    """Catches a puzzling message for curl without the header."""
-    answer = client.post("/v1/predict", data={"texts": "a"})
+    """Catches a puzzling message for what is not JSON."""
+    answer = client.post("/v1/predict", content="texts\na\n", headers={"Content-Type": "text/csv"})
     assert answer.status_code == 415
     assert "expected `Content-Type: application/json`" in answer.json()["error"]
+
+
+@pytest.mark.parametrize("headers", [{}, {"Content-Type": "application/x-www-form-urlencoded"}])
+@pytest.mark.parametrize(
+    ("path", "body"), [("predict", '{"texts": ["a"]}'), ("model_prediction/", ' {"sentence1": "a"}')]
+)
+def test_json_without_its_type(client: TestClient, headers: dict[str, str], path: str, body: str) -> None:
+    """Catches `curl -d '{…}'` that is rejected: curl calls it a form."""
+    answer = client.post(f"/v1/{path}", content=body, headers=headers)
+    assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize(
+    ("names", "headers", "status"),
+    [
+        ((), {"Host": "localhost:8000"}, 200),
+        ((), {"Host": "127.0.0.1"}, 200),
+        ((), {"Host": "[::1]:8000"}, 200),
+        ((), {"Host": "evil.example:8000"}, 421),
+        ((), {"Host": ""}, 421),
+        ((), {"Host": "localhost:8000", "Origin": "http://localhost:8000"}, 200),
+        ((), {"Host": "localhost:8000", "Origin": "http://localhost:3000"}, 403),
+        ((), {"Host": "localhost:8000", "Origin": "https://evil.example"}, 403),
+        ((), {"Host": "localhost:8000", "Origin": "null"}, 403),
+        (("Models.example",), {"Host": "models.example"}, 200),
+        (("models.example",), {"Host": "localhost"}, 421),
+        (("models.example", "127.0.0.1"), {"Host": "127.0.0.1:8000", "Origin": "https://models.example"}, 200),
+    ],
+)
+def test_other_hosts_and_pages_of_other_sites(
+    client: TestClient, names: tuple[str, ...], headers: dict[str, str], status: int
+) -> None:
+    """Catches a page on the web that reads predictions, through a name that it has pointed at this machine, and one
+    that lets visitors compute."""
+    hosts = allowed_hosts(names, "127.0.0.1")
+    app = make_app(client.serving, None, hosts)  # type: ignore[attr-defined]
+    answer = TestClient(app).get("/v1/model", headers=headers)
+    assert answer.status_code == status, answer.text
+
+
+def test_addresses_that_others_can_reach_have_any_name() -> None:
+    """Catches a server on a network that answers to localhost only."""
+    assert allowed_hosts((), "0.0.0.0") is None
+    assert allowed_hosts((), "::1") == {"localhost", "127.0.0.1", "::1"}
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"texts": ["[MASK]"], "options": [[["word1"] * 65]]}, "65 options in one request; at most 64"),
+        ({"texts": ["[MASK]"] * 7, "top_k": 1000}, "7,000 candidates for all masks; at most 6,400"),
+        (
+            {"texts": ["word1 " * 50 + "[MASK]"], "options": [[["word1 word2 word3 " * 3, "word4 word5 " * 4] * 32]]},
+            "a text whose options have .* tokens; at most 500",
+        ),
+    ],
+)
+def test_too_much_for_masks(
+    body: Any, message: str, folders: dict[str, Path], connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a request of few texts that takes gigabytes, and minutes of a core."""
+    monkeypatch.setattr(serving, "_LARGEST_ITEM", 500)
+    client = connect(folders["masked"])
+    answer = client.post("/v1/fill-mask", json=body)
+    assert answer.status_code == 413, answer.text
+    assert re.search(message, answer.json()["error"])
+    assert client.post("/v1/fill-mask", json={"texts": ["[MASK]"], "top_k": 1000}).status_code == 200
 
 
 def test_a_full_queue(client: TestClient) -> None:
