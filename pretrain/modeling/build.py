@@ -19,7 +19,7 @@ from pretrain.config import ModelConfig
 from pretrain.corpus.added_tokens import old_pieces
 from pretrain.modeling.attention import use_flash_attention_3, uses_flash
 from pretrain.modeling.model_config import source_config
-from pretrain.modeling.packability import why_not_packed
+from pretrain.modeling.packability import ignores_padding, why_not_packed
 from pretrain.modeling.random_model import first_line, random_model
 from pretrain.modeling.resize import resize_model
 from pretrain.modeling.structure import FlopsModel, flops_model
@@ -55,6 +55,11 @@ def build_model(model: ModelConfig, config: PreTrainedConfig, seed: int, new_hea
     else:
         built.set_attn_implementation("sdpa" if built._supports_sdpa else "eager")
         log.warning("'%s' trains padded, one sequence a row: %s", config.model_type, reason)
+        if not ignores_padding(built):
+            log.warning(
+                "'%s' sees padding: losses depend a little on the number of ranks and on batch.microbatch_tokens",
+                config.model_type,
+            )
     unused = unused_parameters(built, reason is None, first)
     if model.activation_checkpointing:
         _checkpoint_activations(built)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
@@ -18,6 +19,7 @@ from pretrain.modeling.attention import PACKED, Packing, register_packed_attenti
 from pretrain.modeling.random_model import first_line, random_model
 
 _TOLERANCE = 1e-4  # absolute and relative, on fp32 logits
+_PADDING_TOLERANCE = 2e-6  # more than rounding; new weights are small, and so is the difference
 _WIDTH, _LENGTHS = 12, (7, 4)  # a row of two sequences and padding
 
 # Sizes on which packability does not depend, under the names that configs have for them.
@@ -49,6 +51,19 @@ def why_not_packed(model: PreTrainedModel, first_position: int) -> str | None:
     except (TypeError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
         return f"it does not accept packed input ({first_line(error)})"
     return None if same else "packed sequences would influence each other"
+
+
+def ignores_padding(model: PreTrainedModel) -> bool:
+    """Whether the logits of a sequence stay the same if padding follows, which the attention mask hides: convolutions
+    (ConvBERT) and Fourier transforms (FNet) see it."""
+    length, vocabulary = _LENGTHS[0], model.config.get_text_config().vocab_size
+    ids = torch.randint(0, vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
+    padded = F.pad(ids, (0, _WIDTH - length), value=model.config.pad_token_id or 0)
+    visible = F.pad(torch.ones_like(ids), (0, _WIDTH - length))
+    with torch.inference_mode(), evaluation_mode(model), quiet_transformers():
+        alone = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        together = model(input_ids=padded, attention_mask=visible).logits[:, :length]
+    return bool((alone - together).abs().max() <= _PADDING_TOLERANCE * (1 + alone.abs().max()))
 
 
 @contextmanager
