@@ -18,7 +18,7 @@ PYTEST := MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=2147483648 $(
 unexport PYTHONDONTWRITEBYTECODE
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check soak compat docs image
+.PHONY: help setup demo packages test check soak compat docs image
 
 help:
 	@echo "make setup   a virtual environment with deepcloze in .venv; then: . .venv/bin/activate"
@@ -40,17 +40,21 @@ $(READY): pyproject.toml Makefile
 demo: $(READY)
 	$(BIN)/python -m benchmarks.demo
 
-test: $(READY)
+# Debian packages for the tests on several hosts and in a browser.
+packages:
+	@.ci/packages sshd:openssh-server pdsh:pdsh ip:iproute2 ps:procps chromedriver:chromium-driver
+
+test: $(READY) packages
 	$(PYTEST) -m "not soak"
 
-check: $(READY)
+check: $(READY) packages
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(PYTEST) -m "not soak"
 
 # CASES: some of them, such as 3.12:newest.
-compat: $(READY)
+compat: $(READY) packages
 	.ci/compat $(CASES)
 
 docs: $(READY)
@@ -66,7 +70,7 @@ image:
 	@echo "$(IMAGE)"
 
 # The packages: for SLURM, Open MPI, MPICH and NVMe offload.
-soak: $(READY)
+soak: $(READY) packages
 	@.ci/packages slurmctld:slurmctld slurmd:slurmd srun:slurm-client munged:munge mpirun.openmpi:openmpi-bin \
 		mpirun.mpich:mpich /usr/include/libaio.h:libaio-dev
 	$(PYTEST) -m soak

@@ -3,7 +3,7 @@
 - model_config: the `model` section of a config -> transformers config
 - build: config or Hugging Face folder -> model, and which rows it is fed; resize: more tokens or positions
 - random_model: a model from a config alone, and which fields of the config it uses
-- packability: whether a model can be packed
+- packability: whether a model can be packed; unused_parameters: what of it the logits do not depend on
 - masked_lm: microbatch -> loss, with the head on predicted positions only; last_layer: and the encoder's last layer too
 - head: labels -> loss; fused_cross_entropy, cpu_cross_entropy: without logits [M, V], on a GPU and on a CPU
 - attention: packed sequences do not attend to each other
