@@ -1,12 +1,14 @@
-"""The run on the terminal: a progress bar if stderr is interactive, plain lines otherwise."""
+"""The run on the terminal: a progress bar above the latest values if stderr is interactive, plain lines otherwise."""
 
 import time
 from collections import deque
 from collections.abc import Callable
 from itertools import groupby
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.text import Text
 
 from experiment.formatting import describe_duration, format_perplexity
 from experiment.outcome_file import Outcome
@@ -35,18 +37,14 @@ class ConsoleTracker:
         self._console = console or terminal()
         self._clock = clock
         self._recent: deque[tuple[float, int]] = deque(maxlen=RATE_EVENTS)  # (seconds, step)
-        self._progress: Progress | None = None
+        self._live: Live | None = None
         if self._console.is_interactive:
-            self._progress = Progress(
-                TextColumn(unit),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[values]}", markup=False),
-                console=self._console,
-                auto_refresh=False,  # no refresh thread: each event redraws the bar
-            )
-            self._task = self._progress.add_task("", total=total_steps, completed=max(resumed_step, 0), values="")
-            self._progress.start()
+            left = TextColumn("{task.fields[left]}", markup=False)
+            self._bar = Progress(TextColumn(unit), BarColumn(bar_width=24), MofNCompleteColumn(), left)
+            self._task = self._bar.add_task("", total=total_steps, completed=max(resumed_step, 0), left="")
+            # No refresh thread: each event redraws the bar.
+            self._live = Live(self._bar, console=self._console, auto_refresh=False)
+            self._live.start(refresh=True)
             self._console.show_cursor(True)  # rich hides it; a killed process would leave it hidden
 
     def log(self, metrics: Metrics) -> None:
@@ -56,21 +54,23 @@ class ConsoleTracker:
             self._print(f"{self._unit} {metrics['step']}: {evaluation}")
 
     def close(self, outcome: Outcome) -> None:
-        if self._progress is not None:
-            self._progress.stop()
+        if self._live is not None:
+            self._live.stop()
 
     def _log_training(self, metrics: Metrics) -> None:
         step = metrics["step"]
         assert isinstance(step, int)
         self._recent.append((self._clock(), step))
         values = describe_training(metrics)
-        if self._total is not None:
-            values += f" · {describe_duration(self._seconds_left())} left"
-        if self._progress is not None:
-            self._progress.update(self._task, completed=step, values=values, refresh=True)
+        left = "" if self._total is None else f"{describe_duration(self._seconds_left())} left"
+        if self._live is not None:
+            self._bar.update(self._task, completed=step, left=left)
+            # Below the bar, whose width does not change with them. `soft_wrap` of the console would cut them off.
+            lines = Text(values).wrap(self._console, self._console.width)
+            self._live.update(Group(self._bar, *lines), refresh=True)
         else:
             of = "" if self._total is None else f"/{self._total}"
-            self._print(f"{self._unit} {step}{of} · {values}")
+            self._print(" · ".join([f"{self._unit} {step}{of}", values, *([left] if left else [])]))
 
     def _seconds_left(self) -> float | None:
         (start, first), (now, step) = self._recent[0], self._recent[-1]

@@ -1,5 +1,6 @@
 import io
 import math
+import re
 from typing import Any
 
 import pytest
@@ -31,10 +32,10 @@ def plain(total: int | None, seconds: list[float]) -> tuple[ConsoleTracker, io.S
     ), output
 
 
-def on_terminal(total: int | None) -> tuple[ConsoleTracker, io.StringIO]:
+def on_terminal(total: int | None, width: int = 120) -> tuple[ConsoleTracker, io.StringIO]:
     output = io.StringIO()
     console = Console(
-        file=output, width=120, soft_wrap=True, force_terminal=True, force_interactive=True, color_system=None
+        file=output, width=width, soft_wrap=True, force_terminal=True, force_interactive=True, color_system=None
     )
     return ConsoleTracker(total, resumed_step=10, console=console), output
 
@@ -98,8 +99,20 @@ def test_on_a_terminal_the_progress_bar_stays_below_the_other_lines() -> None:
     text = output.getvalue()
     assert "10/100" in text
     assert "step 50: wiki loss 3.21" in text
-    assert text.rindex("50/100 loss 6.1234") > text.rindex("step 50: wiki")
+    assert text.rindex("loss 6.1234") > text.rindex("50/100") > text.rindex("step 50: wiki")
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
+
+
+def test_a_narrow_terminal_shows_everything() -> None:
+    """Catches a bar, a step or a time left that a long line of values pushes off the screen."""
+    tracker, output = on_terminal(1_000_000, width=60)
+    slow = {"slowest_rank": 3, "slowest_rank_ratio": 2.0}
+    tracker.log({"step": 50, **TRAINING, **slow})
+    tracker.close(Outcome.DONE)
+    lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[[?\d;]*\w", "", output.getvalue()))
+    assert max(map(len, lines)) <= 60
+    assert any(re.fullmatch(r"step .{24} +50/1000000 – left", line.rstrip()) for line in lines)
+    assert describe_training({**TRAINING, **slow}) in " ".join(" ".join(lines).split())
 
 
 def test_a_killed_run_leaves_the_cursor_visible() -> None:
