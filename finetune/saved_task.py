@@ -1,6 +1,7 @@
 """`deepcloze_task.json` in a model folder: the task that the model was trained for, all that it takes to predict.
 
-{"task": {…, as in the config}, "labels": […], "max_seq_length": N, "padded": false, "temperature": T or null}
+{"task": {…, as in the config}, "labels": […], "max_seq_length": N, "padded": false, "temperature": T or null,
+"checksums": {FILE: checksum}}
 
 The folder is otherwise one of transformers. Without the file, a model with a head for sequence classification, token
 classification or multiple choice predicts as a task of that kind, with the labels of its config.
@@ -20,7 +21,7 @@ from experiment.checkpoints import complete_checkpoints
 from experiment.config import Section, build_config
 from experiment.config.field_types import SequenceLength
 from experiment.errors import UserError
-from experiment.files import parse_json, write_json
+from experiment.files import checksum, parse_json, write_json
 from experiment.hub_names import download_hint
 from experiment.transformers_models import has_masked_lm_head
 from finetune.data.task_config import TaskConfig
@@ -57,10 +58,12 @@ class _Content(Section):
     max_seq_length: SequenceLength | None
     padded: bool
     temperature: PositiveFloat | None
+    checksums: Mapping[str, str] = {}  # of the files in the folder, as training wrote them
 
 
 def write_saved_task(folder: Path, task: SavedTask) -> None:
-    """The names of the data files only: the folder may be published."""
+    """Call when the model and its tokenizer are in the folder. Of the data files, only the names are written: the
+    folder may be published."""
     config = task.kind.config
     value = {
         "task": config.model_copy(update=_file_names(config)).model_dump(mode="json"),
@@ -68,6 +71,7 @@ def write_saved_task(folder: Path, task: SavedTask) -> None:
         "max_seq_length": task.max_seq_length,
         "padded": task.padded,
         "temperature": task.temperature,
+        "checksums": {path.name: checksum(path) for path in sorted(folder.iterdir()) if path.is_file()},
     }
     write_json(folder / FILE, value)
 
@@ -82,8 +86,8 @@ def _file_names(task: TaskConfig) -> dict[str, Any]:
 def read_saved_task(folder: Path, overrides: Mapping[str, str] | None = None) -> SavedTask:
     """The task of a model folder. overrides: dotted keys of the `task` section -> raw text, such as `columns.text`.
 
-    Raises UserError for a damaged file, for a folder without the file whose model has no head that says what it was
-    trained for, and for an unknown key.
+    Raises UserError for a damaged file, or one that is not as training wrote it, for a folder without the file whose
+    model has no head that says what it was trained for, and for an unknown key.
     """
     path = folder / FILE
     try:
@@ -95,11 +99,23 @@ def read_saved_task(folder: Path, overrides: Mapping[str, str] | None = None) ->
     if not isinstance(tree, dict):
         raise UserError(f"{path} is damaged: expected an object")
     saved = build_config(_Content, tree, origin=str(path))
+    _verify(folder, saved.checksums)
     if saved.task.get("kind") not in kind_names():
         raise UserError(f"{path}: this version of deepcloze has no tasks of kind '{saved.task.get('kind')}'")
     kind = find_kind(saved.task["kind"])
     config = build_config(kind.config_type, saved.task, overrides, str(path))
     return SavedTask(kind(config, saved.labels), saved.max_seq_length, saved.padded, saved.temperature)
+
+
+def _verify(folder: Path, checksums: Mapping[str, str]) -> None:
+    """Raises UserError for a file that is not as training wrote it. An ONNX folder lacks some of them."""
+    for name, expected in checksums.items():
+        path = folder / Path(name).name
+        if path.is_file() and checksum(path) != expected:
+            raise UserError(
+                f"{path} is damaged, or was changed after training: it does not match its checksum in {FILE}; to use "
+                "it as it is, remove 'checksums' there"
+            )
 
 
 def is_masked_lm(folder: Path) -> bool:

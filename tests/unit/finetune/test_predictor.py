@@ -100,6 +100,23 @@ def test_a_value_of_another_type_is_rejected(model: Path, value: object, found: 
         Predictor.load(model, "fp32").predict([{"text": "word1"}, {"text": value}])
 
 
+def test_damaged_weights_are_rejected(model: Path, tmp_path: Path) -> None:
+    """Catches a flipped sign in the weights, which changes predictions silently; files that the user has changed are
+    used if the user says so."""
+    folder = tmp_path / "copy"
+    shutil.copytree(model, folder)
+    weights = folder / "model.safetensors"
+    damaged = bytearray(weights.read_bytes())
+    damaged[-1] ^= 0x80
+    weights.write_bytes(damaged)
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged, or was changed .* remove 'checksums'"):
+        Predictor.load(folder)
+    saved = json.loads((folder / FILE).read_text())
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= saved.pop("checksums").keys()
+    (folder / FILE).write_text(json.dumps(saved))
+    Predictor.load(folder)
+
+
 def test_the_task_file_survives(model: Path) -> None:
     """Catches options of the task that are lost on the way to another machine, and overrides that have no effect."""
     saved = read_saved_task(model, {"columns.text": "review"})
@@ -154,6 +171,7 @@ def test_an_encoder_without_a_head_is_rejected(encoder: Path) -> None:
 def test_a_head_that_is_missing_is_not_drawn(model: Path, encoder: Path) -> None:
     """Catches predictions of a random head, for a folder whose weights were replaced."""
     shutil.copy(encoder / "model.safetensors", model)
+    change(model / FILE, checksums={})
     with pytest.raises(UserError, match=r"not fine-tuned: its weights lack .*classifier"):
         Predictor.load(model, "fp32")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 from serving_clients import WORDS, Connect
 from starlette.testclient import TestClient
@@ -249,7 +249,11 @@ def test_every_request_gets_a_documented_answer(
     @settings(max_examples=40, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(case=st.one_of(requests))
     def check(case: Any) -> None:
-        answer = client.request(**case.as_transport_kwargs(base_url="http://testserver"))
+        try:
+            request = client.build_request(**case.as_transport_kwargs(base_url="http://testserver"))
+        except (AttributeError, TypeError):  # a multipart form with a number for a file, which httpx cannot send
+            reject()
+        answer = client.send(request)
         answer.request.read()  # a multipart form is streamed, and schemathesis looks at it
         case.validate_response(answer, excluded_checks=excluded)
 
