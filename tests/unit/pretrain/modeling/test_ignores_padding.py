@@ -7,7 +7,7 @@ from tiny_models import tiny_fields
 
 @pytest.mark.parametrize(
     ("model_type", "expected"),
-    [("bert", True), ("deberta-v2", True), ("mpnet", True), ("convbert", False), ("fnet", False)],
+    [("bert", True), ("deberta-v2", True), ("mpnet", True), ("perceiver", True), ("convbert", False), ("fnet", False)],
 )
 def test_models_that_see_padding(model_type: str, expected: bool) -> None:
     """Catches losses that depend on the layout without a warning, and a warning for rounding."""
