@@ -70,7 +70,7 @@ class ConsoleTracker:
             self._live.update(Group(self._bar, *lines), refresh=True)
         else:
             of = "" if self._total is None else f"/{self._total}"
-            self._print(" · ".join([f"{self._unit} {step}{of}", values, *([left] if left else [])]))
+            self._print(" · ".join(filter(None, [f"{self._unit} {step}{of}", values, left])))
 
     def _seconds_left(self) -> float | None:
         (start, first), (now, step) = self._recent[0], self._recent[-1]

@@ -9,8 +9,7 @@ from experiment.files import created_parents, removed_on_error
 from experiment.results.exported_card import write_card
 from finetune.onnx_model import holds_onnx_model, require_packages
 from finetune.options import ExportOptions
-from finetune.saved_task import FILE as TASK_FILE
-from finetune.saved_task import RESULTS, find_model, read_saved_task
+from finetune.saved_task import FILE, RESULTS, find_model, read_saved_task
 
 
 def export_command(options: ExportOptions) -> None:
@@ -51,9 +50,9 @@ def _write(source: Path, folder: Path, options: ExportOptions) -> list[str]:
     if holds_onnx_model(source):
         raise UserError(f"{source} holds an ONNX model already; export the folder that it was made from")
     title = Path(options.output).name
-    if (source / TASK_FILE).is_file():
-        read_saved_task(source)  # refuses damaged files
     if options.format == "hf":
+        if (source / FILE).is_file():
+            read_saved_task(source)  # refuses damaged files, as the export to ONNX does
         shutil.copytree(source, folder)
         write_card(source, folder, title)
         return []

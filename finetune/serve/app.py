@@ -1,7 +1,7 @@
 """The routes: each takes a typed request, and answers with JSON.
 
-From outside to inside, a request passes `observe` (logs, metrics), `limit_time`, `limit_size`, `require_host`,
-`require_token`, `read_as_json`, and the FastAPI application. Every error of a client is answered with
+From outside to inside, a request passes `observe` (logs, metrics), `limit_time`, `stop_without_client`, `limit_size`,
+`require_host`, `require_token`, `read_as_json`, and the FastAPI application. Every error of a client is answered with
 {"error": MESSAGE}.
 """
 
@@ -32,6 +32,7 @@ from finetune.serve.limits import (
     read_as_json,
     require_host,
     require_token,
+    stop_without_client,
 )
 from finetune.serve.monitoring import observe
 from finetune.serve.schemas import (
@@ -90,7 +91,7 @@ def make_app(serving: Serving, token: str | None, hosts: frozenset[str] | None =
     app.include_router(site)
     handle_errors(app)
     permitted = require_host(require_token(read_as_json(app, _JSON_PATHS), token), hosts, only_own_pages=token is None)
-    limited = limit_time(limit_size(permitted, serving.limits), serving.limits)
+    limited = limit_time(stop_without_client(limit_size(permitted, serving.limits)), serving.limits)
     return observe(limited, serving.metrics)
 
 

@@ -1,6 +1,6 @@
 """What a client may ask for: size, time, a host and a token that permit to ask at all, and the number of texts.
 
-The first four wrap an ASGI application, see https://asgi.readthedocs.io.
+All but the last wrap an ASGI application, see https://asgi.readthedocs.io.
 """
 
 import asyncio
@@ -86,7 +86,7 @@ class Admission:
 
 def require_host(app: ASGIApp, hosts: frozenset[str] | None, only_own_pages: bool) -> ASGIApp:
     """Answer 421 to requests for another host, whose name may have been pointed at this machine (DNS rebinding), and
-    403 to those that a page of another site sends.
+    403 to those that a page of another site sends, except for pages without data and probes.
 
     Args:
         hosts: names in lower case; None: any.
@@ -95,7 +95,7 @@ def require_host(app: ASGIApp, hosts: frozenset[str] | None, only_own_pages: boo
     proxied = (hosts or frozenset()) - _LOCAL_HOSTS  # a proxy may change `Host`, but not `Origin`
 
     async def checked(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] != "http" or scope["path"] in _OPEN:
             await app(scope, receive, send)
             return
         headers = Headers(scope=scope)
@@ -203,35 +203,23 @@ async def _discard(receive: Receive) -> None:
 
 def limit_time(app: ASGIApp, limits: Limits) -> ASGIApp:
     """Answer 408 to requests that do not arrive in time, and 503 to those that are not answered in time. Drop clients
-    that do not take their answer in time, and stop work for those that have gone."""
+    that do not take their answer in time."""
 
     async def limited(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await app(scope, receive, send)
             return
-        arrived = started = gone = False
-        answering, watching = asyncio.current_task(), None
-
-        async def watch() -> None:
-            nonlocal gone
-            while (await receive())["type"] != "http.disconnect":
-                pass
-            gone = True
-            assert answering is not None
-            answering.cancel()
+        arrived = started = False
 
         async def note_arrival() -> Message:
-            nonlocal arrived, watching
+            nonlocal arrived
             event = await receive()
-            if not arrived and not event.get("more_body", False):
-                arrived, watching = True, asyncio.create_task(watch())
+            arrived = arrived or not event.get("more_body", False)
             return event
 
         async def note_start(event: Message) -> None:
             nonlocal started
             started = True
-            if watching is not None:
-                watching.cancel()
             await send(event)
 
         try:
@@ -240,15 +228,51 @@ def limit_time(app: ASGIApp, limits: Limits) -> ASGIApp:
         except TimeoutError:
             if not started:
                 await _timeout_response(arrived, limits.timeout)(scope, receive, send)
+
+    return limited
+
+
+def stop_without_client(app: ASGIApp) -> ASGIApp:
+    """Cancel the work for a request whose client has gone."""
+
+    async def stoppable(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await app(scope, receive, send)
+            return
+        answering = asyncio.current_task()
+        assert answering is not None
+        gone, watching = False, None
+
+        async def watch() -> None:
+            nonlocal gone
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            gone = True
+            answering.cancel()
+
+        async def note_arrival() -> Message:
+            nonlocal watching
+            event = await receive()
+            if watching is None and not event.get("more_body", False):
+                watching = asyncio.create_task(watch())
+            return event
+
+        async def note_start(event: Message) -> None:
+            if watching is not None:
+                watching.cancel()  # the end of an answer looks like a client that goes
+            await send(event)
+
+        try:
+            await app(scope, note_arrival, note_start)
         except asyncio.CancelledError:
-            if not gone or answering is None:
+            if not gone:
                 raise
             answering.uncancel()
         finally:
             if watching is not None:
                 watching.cancel()
 
-    return limited
+    return stoppable
 
 
 def _timeout_response(arrived: bool, seconds: float) -> JSONResponse:

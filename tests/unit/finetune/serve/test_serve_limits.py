@@ -207,6 +207,13 @@ def test_other_hosts_and_pages_of_other_sites(
     assert answer.status_code == status, answer.text
 
 
+def test_probes_have_any_name(client: TestClient) -> None:
+    """Catches a server that is restarted because Kubernetes asks for its health by address."""
+    app = make_app(client.serving, None, allowed_hosts(["models.example"], "0.0.0.0"))  # type: ignore[attr-defined]
+    assert TestClient(app).get("/healthz", headers={"Host": "10.0.0.7:8000"}).status_code == 200
+    assert TestClient(app).get("/metrics", headers={"Host": "10.0.0.7:8000"}).status_code == 421
+
+
 def test_addresses_that_others_can_reach_have_any_name() -> None:
     """Catches a server on a network that answers to localhost only."""
     assert allowed_hosts((), "0.0.0.0") is None
