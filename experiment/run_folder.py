@@ -115,6 +115,11 @@ class RunFolder:
         return self.path / "logs" / "launch.lock"
 
     @property
+    def ranks_lock(self) -> Path:
+        """Locked by the ranks of a launch, see `run_lock`."""
+        return self.logs / "ranks.lock"
+
+    @property
     def owner(self) -> Path:
         """Renewed by the process that writes to the folder, for other machines, see `run_lock`."""
         return self.logs / "launch.owner"

@@ -3,8 +3,11 @@
 On one machine the system keeps the lock and releases it when the process ends, however it ends. Not all network file
 systems do that between machines. There the owner renews a file, and one that has not been renewed for a while counts as
 dead.
+
+The ranks of a launch hold a second lock: if both the launch and its watchdog are killed, they may train on.
 """
 
+import fcntl
 import os
 import platform
 import threading
@@ -17,8 +20,9 @@ from pathlib import Path
 import filelock
 import psutil
 
-from experiment.errors import UserError
+from experiment.errors import UserError, notify
 from experiment.files import parse_json, write_json
+from experiment.outcome_file import RankRecord, rank_records
 from experiment.run_folder import RunFolder
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # see random(4)
@@ -26,6 +30,8 @@ _RENEW_SECONDS = 2.0
 _LEASE_SECONDS = 120.0  # for which an NFS server keeps the lock of a dead client; Linux: 90
 _DEAD_SECONDS = 20.0
 """A machine that has not renewed its file for so long is dead, or has lost the disk."""
+_POLL_SECONDS = 0.1
+_QUIET_SECONDS = 1.0
 _OBSERVED_SECONDS = 5.0
 """For how long `folder_use` waits for another machine to renew its file."""
 
@@ -38,6 +44,7 @@ def lock_run(
     folder: RunFolder, on_lost: Callable[[], object] = lambda: None, dead: Renewal | None = None
 ) -> Iterator[None]:
     """Raises UserError if another process, of this machine or another one, uses the run folder, which must exist.
+    Ranks that a dead launch has left get some time to end.
 
     Takes as long as `_DEAD_SECONDS` after a process on another machine, or before a reboot of this one, that did not
     end properly, unless `dead` is what `check_unlocked` has returned. `on_lost` is called in a thread if another
@@ -56,6 +63,7 @@ def lock_run(
             raise _used(folder) from None
     try:
         _check_other_machine(folder, dead)
+        _wait_for_ranks(folder)
         with _owner_file(folder.owner, on_lost):
             yield
     finally:
@@ -68,22 +76,56 @@ def check_unlocked(folder: RunFolder) -> Renewal | None:
     Returns the last renewal of a process on another machine that was found dead, for `lock_run`: it need not wait.
     """
     dead = _check_other_machine(folder)
-    if is_locked(folder) and _other_owner(folder) is None:
+    if _is_held(folder.lock) and _other_owner(folder) is None:
         raise _used(folder)
+    _wait_for_ranks(folder)
     return dead
 
 
+def lock_for_rank(folder: RunFolder) -> None:
+    """Lock the run folder until this process ends, together with the other ranks. Raises OSError."""
+    descriptor = os.open(folder.ranks_lock, os.O_RDWR | os.O_CREAT, 0o644)  # stays open
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+
+
 def is_locked(folder: RunFolder) -> bool:
-    """Whether another process of this machine uses the run folder, which may not exist."""
+    """Whether another process of this machine, or a rank, uses the run folder, which may not exist."""
+    return _is_held(folder.lock) or _is_held(folder.ranks_lock)
+
+
+def _is_held(lock: Path) -> bool:
     try:
-        if not folder.lock.exists():
-            return False
-        with filelock.FileLock(folder.lock, timeout=0):
-            return False
-    except filelock.Timeout:
+        with lock.open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
         return True
-    except OSError:  # `open_run_folder` says why it cannot be written
+    except OSError:  # there is none; or `open_run_folder` says why it cannot be written
         return False
+    return False
+
+
+def _wait_for_ranks(folder: RunFolder) -> None:
+    """Raises UserError if ranks of an earlier launch, which was killed, do not end within `_DEAD_SECONDS`."""
+    start, said = time.monotonic(), False
+    while _is_held(folder.ranks_lock):
+        seconds = time.monotonic() - start
+        if seconds > _QUIET_SECONDS and not said:
+            notify(f"waiting for the ranks of an earlier launch to end, in {folder.path}")
+            said = True
+        if seconds > _DEAD_SECONDS:
+            raise UserError(
+                f"run.dir: ranks of an earlier launch, which was killed, still use {folder.path}; end them: "
+                f"{', '.join(_running_ranks(folder))}"
+            )
+        time.sleep(_POLL_SECONDS)
+
+
+def _running_ranks(folder: RunFolder) -> Iterator[str]:
+    for path in rank_records(folder):
+        with suppress(OSError, ValueError):  # damaged
+            rank = RankRecord.read(path)
+            if rank.exit is None:
+                yield f"process {rank.pid} on {rank.host}"
 
 
 @dataclass(frozen=True)

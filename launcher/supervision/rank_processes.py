@@ -27,6 +27,7 @@ _NOISE = re.compile(
     rb"\[[-0-9]+ [:,0-9]+\] \[(INFO|WARNING)\] \[(launch|real_accelerator)\.py:"
     rb"|\[W.*\[c10d\] The hostname of the client socket cannot be retrieved)"
 )
+_WATCHDOG_SECONDS = 0.5
 EXIT_TIMEOUT_SECONDS = 40.0
 """DeepSpeed's launcher gives ranks 30 s to exit after one of them failed or it got a signal."""
 
@@ -38,13 +39,26 @@ RunningRanks = AbstractContextManager["subprocess.Popen[bytes]"]
 def watchdog(group: int) -> Iterator[None]:
     """Kill the process group if this process dies, even by SIGKILL.
 
-    A second process waits on a pipe, which closes when this process exits.
+    A second process waits on a pipe, which closes when this process exits. If it is killed, another one is started.
     """
     shell = 'read -r _; kill -s KILL -- "-$0"'
-    with warnings_blocked():
-        watchdog = subprocess.Popen(["sh", "-c", shell, str(group)], stdin=subprocess.PIPE, start_new_session=True)
+
+    def start() -> "subprocess.Popen[bytes]":
+        with warnings_blocked():
+            return subprocess.Popen(["sh", "-c", shell, str(group)], stdin=subprocess.PIPE, start_new_session=True)
+
+    watchdog = start()
+
+    def replace_if_killed() -> bool:
+        nonlocal watchdog
+        if watchdog.poll() is not None:
+            with suppress(OSError):  # tried again
+                watchdog = start()
+        return False
+
     try:
-        yield
+        with polled(replace_if_killed, _WATCHDOG_SECONDS, "watchdog"):
+            yield
     finally:
         watchdog.kill()
         watchdog.communicate()

@@ -1,6 +1,9 @@
 import json
 import os
 import platform
+import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +15,7 @@ import pytest
 
 from experiment import run_lock
 from experiment.errors import UserError
+from experiment.outcome_file import RankRecord
 from experiment.run_folder import RunFolder, open_run_folder
 from experiment.run_lock import check_unlocked, is_locked, lock_run
 from waiting import wait_until
@@ -69,7 +73,7 @@ def test_a_dead_machine_is_replaced(folder: RunFolder, monkeypatch: pytest.Monke
     assert not folder.owner.exists()
 
 
-def test_a_killed_process_ofthis_machine_delays_nothing(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_process_of_this_machine_delays_nothing(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     be_elsewhere(folder)
     monkeypatch.setattr(run_lock, "this_machine", lambda: {"host": "elsewhere", "boot": "1"})
     started = time.monotonic()
@@ -139,3 +143,38 @@ def test_a_damaged_file_is_ignored(folder: RunFolder) -> None:
         assert is_locked(folder)
         with pytest.raises(UserError, match="another deepcloze process is using"):
             check_unlocked(folder)
+
+
+def test_ranks_that_outlived_their_launch_are_respected(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches two launches that train in one folder, after the first one and its watchdog were killed, and a launch
+    that is refused because it follows a killed one too fast."""
+    code = """
+import sys
+from pathlib import Path
+from experiment.run_folder import RunFolder
+from pretrain.rank_process import RankRecorder
+RankRecorder(RunFolder(Path(sys.argv[1])), 0).start()
+sys.stdin.read()
+"""
+    command = [sys.executable, "-c", code, str(folder.path)]
+    RankRecord(1, "node-2", 7, training=True, exit=0).write(folder)
+    (folder.logs / "rank-2.json").write_text("{")
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as rank:
+        wait_until(folder.rank_record(0).exists, rank)
+        monkeypatch.setattr(run_lock, "_DEAD_SECONDS", 0.2)
+        message = f"still use {re.escape(str(folder.path))}; end them: process {rank.pid} on {platform.node()}$"
+        with pytest.raises(UserError, match=message):
+            check_unlocked(folder)
+        with pytest.raises(UserError, match=message), lock_run(folder):
+            pass
+        assert is_locked(folder)
+
+        monkeypatch.setattr(run_lock, "_DEAD_SECONDS", 60.0)
+        monkeypatch.setattr(run_lock, "_QUIET_SECONDS", 0.0)
+        threading.Timer(0.3, rank.kill).start()
+        with lock_run(folder):
+            assert rank.wait() != 0
+    assert capsys.readouterr().err.count("waiting for the ranks of an earlier launch to end") == 1
+    assert not is_locked(folder)

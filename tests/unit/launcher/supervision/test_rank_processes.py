@@ -135,6 +135,23 @@ def test_held_ranks_do_not_outlive_the_launcher(tmp_path: Path) -> None:
     wait_until(lambda: has_ended(tmp_path))
 
 
+def test_a_killed_watchdog_is_replaced(tmp_path: Path) -> None:
+    """Catches ranks that train on without their launcher, because their watchdog was killed before it."""
+    process = launcher(tmp_path)
+    wait_until((tmp_path / "imported").exists, process)
+
+    def watchdogs() -> list[psutil.Process]:
+        return [child for child in psutil.Process(process.pid).children() if child.name() == "sh"]
+
+    wait_until(lambda: len(watchdogs()) == 1)
+    (first,) = watchdogs()
+    first.kill()
+    wait_until(lambda: [child for child in watchdogs() if child != first])
+    process.kill()
+    process.wait()
+    wait_until(lambda: has_ended(tmp_path))
+
+
 def test_a_signal_while_the_ranks_are_started_leaves_none(tmp_path: Path) -> None:
     """Catches processes that nobody kills, because the signal comes before the launcher knows them."""
     process = launcher(tmp_path, "early")
