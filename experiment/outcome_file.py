@@ -1,17 +1,19 @@
 """The files in which the ranks of a run write how it, and each of their processes, ended. The launcher reads them.
 
-1. RUN/logs/outcome.json, a `ReportedOutcome`: written by rank 0 at the end, or by the first rank that fails.
+1. RUN/logs/outcome.json, a `ReportedOutcome`: written by rank 0 at the end, or by the first rank that fails. Other
+   commands write it, too (`recorded_outcome`).
 2. RUN/logs/rank-N.json, a `RankRecord`: written by each rank when it starts, begins to train, and ends.
 """
 
 import json
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import NamedTuple, Self
 
+from experiment.errors import StoppedError, UserError
 from experiment.files import create_json, parse_json, write_json, write_text
 from experiment.run_folder import RunFolder
 
@@ -75,6 +77,30 @@ def write_first_outcome(folder: RunFolder, outcome: Outcome, message: str, cause
     except OSError:
         if not folder.outcome.exists():
             _fill_reserved(folder, reported)
+
+
+@contextmanager
+def recorded_outcome(folder: RunFolder) -> Iterator[None]:
+    """Record how the block ends, for a command of one process."""
+    folder.outcome.unlink(missing_ok=True)
+    reported = ReportedOutcome(Outcome.DONE, "")
+    try:
+        yield
+    except (KeyboardInterrupt, StoppedError) as error:
+        reported = ReportedOutcome(Outcome.STOPPED, str(error) or "interrupted; run the same command again to resume")
+        raise
+    except UserError as error:
+        reported = ReportedOutcome(Outcome.REFUSED, str(error))
+        raise
+    except SystemExit as ending:
+        reported = ReportedOutcome(Outcome.FAILED, str(ending.code).removeprefix("deepcloze: "))
+        raise
+    except BaseException as error:
+        reported = ReportedOutcome(Outcome.FAILED, f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        with suppress(OSError):
+            write_outcome(folder, *reported)
 
 
 def read_outcome(folder: RunFolder) -> ReportedOutcome | None:

@@ -76,6 +76,16 @@ def handle_stop_signals(handler: Callable[[int], None]) -> Iterator[None]:
                 signal.signal(number, original)
 
 
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Handle a stop signal that comes during the block after it. Of the main thread."""
+    numbers: list[int] = []
+    with handle_stop_signals(numbers.append):
+        yield
+    if numbers:
+        signal.raise_signal(numbers[0])
+
+
 def ignore_stop_signals() -> None:
     """For the rest of a process that ends: it has an exit code, and leaves nothing if it is not interrupted."""
     for number in _STOP_SIGNALS:

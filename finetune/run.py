@@ -19,10 +19,11 @@ from experiment.config import dump_config, flatten
 from experiment.errors import StoppedError, stopped_by_disk_errors
 from experiment.files import write_text
 from experiment.hardware import keep_freed_memory
-from experiment.outcome_file import Outcome
+from experiment.outcome_file import Outcome, recorded_outcome
 from experiment.provenance import ancestors_of, collect_provenance, write_provenance
 from experiment.run_folder import RunFolder, check_creatable, open_run_folder
 from experiment.run_lock import check_unlocked, lock_run
+from experiment.tracking.rank_logs import logging_set_up
 from experiment.tracking.tracker import TrackedRun, Tracker, open_trackers
 from finetune.config import FinetuneConfig
 from finetune.resolve import ResolvedRun, load_run_config, print_lines, resolve
@@ -71,7 +72,7 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
     check_creatable(folder)
     resolved = resolve(config)
     open_run_folder(folder.path)
-    with lock_run(folder, dead=dead):
+    with lock_run(folder, dead=dead), recorded_outcome(folder), logging_set_up(folder):
         return _train_and_score(config, resolved)
 
 

@@ -281,11 +281,11 @@ def watch(options: WatchOptions) -> None:
 
 
 def status(options: StatusOptions) -> None:
-    """Show how pretraining runs are doing.
+    """Show how runs are doing: pretraining, fine-tuning, sweeps and comparisons.
 
     Whether a run is alive, or how it ended; step, loss, speed, time left, last checkpoint, bad batches, goodput and
-    restarts: a list for one run, a table for several. Reads their folders only. Takes five seconds if a run is on
-    another machine. See docs/tracking.md.
+    restarts, or seeds and score: a list for one run, a table for several. Reads their folders only. Takes five seconds
+    if a run is on another machine. See docs/tracking.md.
 
     Example:
         deepcloze status runs/*
@@ -296,7 +296,7 @@ def status(options: StatusOptions) -> None:
 
 
 def logs(options: LogsOptions) -> None:
-    """Show the output of a pretraining run.
+    """Show the output of a run.
 
     See docs/tracking.md for which file that is.
 

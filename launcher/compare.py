@@ -24,7 +24,7 @@ from finetune.results.predictions import ScoredSplit, read_scored_split
 from launcher.compare_plan import ComparePlan, plan_comparison
 from launcher.options import CompareOptions
 from launcher.report import print_report
-from launcher.run_set import DONE
+from launcher.run_set import DONE, SWEEP_RECORD
 
 RESAMPLES = 1000
 
@@ -105,7 +105,7 @@ def read_cell(task: str, folder: RunFolder, grid: bool) -> list[CellScores]:
 
 def _best_run(sweep: Path) -> tuple[RunFolder, Mapping[str, str]]:
     """The folder and the grid point of the run of a sweep that is best on validation."""
-    runs = parse_json((sweep / "sweep.json").read_text(encoding="utf-8"))
+    runs = parse_json((sweep / SWEEP_RECORD).read_text(encoding="utf-8"))
     name = runs["best"]
     return RunFolder(sweep / name), runs["runs"][name]["values"]
 

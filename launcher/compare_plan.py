@@ -17,14 +17,15 @@ from finetune.model import model_files
 from finetune.resolve import check_data
 from launcher.compare_config import CompareConfig, RowConfig
 from launcher.options import CompareOptions, LaunchOptions
-from launcher.run_set import FlatConfig, PlannedRun, RunSet
+from launcher.run_set import COMPARISON_RECORD, FlatConfig, PlannedRun, RunSet
 from launcher.sweep import grid_points, parse_grid
 from launcher.validate import validate_finetuning, validate_pretraining
 
 _COMMAND = module_command("launcher")
 _IRRELEVANT = ("run.", "tracking.")  # keys that do not change scores
 _PRETRAINING = "pretrain"  # folder, beside those of the tasks
-_USED = ("compare.csv", "compare.json", "compare.md", "logs", "report", "runs.json")  # beside the folders of the rows
+# Beside the folders of the rows.
+_USED = ("compare.csv", "compare.json", "compare.md", "logs", "report", COMPARISON_RECORD)
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ def plan_comparison(options: CompareOptions) -> ComparePlan:
         except UserError as error:
             raise UserError(f"{options.file}: rows.{name}: {error}") from None
         runs += [*([pretraining] if pretraining is not None else []), *cells[name].values()]
-    return ComparePlan(RunSet("compare", folder, "run.dir", "runs.json", tuple(runs)), cells, config.grid is not None)
+    run_set = RunSet("compare", folder, "run.dir", COMPARISON_RECORD, tuple(runs))
+    return ComparePlan(run_set, cells, config.grid is not None)
 
 
 def _find_encoders(config: CompareConfig, file: str) -> CompareConfig:

@@ -55,14 +55,14 @@ def launch_pretraining(options: PretrainOptions) -> None:
         # Before the plan and preflight: a run that is active deletes checkpoints, and its devices are busy.
         dead_owner = check_unlocked(RunFolder(Path(config.run.dir).absolute()))
         slots = chosen_slots(options, machine)
-        announce_start(slots)
+        announce_checks(options.config, slots)
         with _ranks_started_early(options, slots, machine) as held:
             with warnings_left_to_rank0():
                 plan = plan_launch(options, config, machine, slots)  # imports libraries, which takes seconds
                 if not plan.local:
                     plan = _plan_without_failed_hosts(plan)
                     if plan.slots != slots:
-                        announce_start(plan.slots)
+                        announce_checks(options.config, plan.slots)
             if options.autotune:
                 plan = autotune(plan, dead_owner)
             start = replace(plan.launch(), checked_at=checked_at, dead_owner=dead_owner, held=held)
@@ -133,10 +133,11 @@ def warnings_left_to_rank0() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def announce_start(slots: Slots) -> None:
+def announce_checks(config: str, slots: Slots) -> None:
+    """config: its file."""
     ranks = sum(map(len, slots.values()))
     where = "this machine" if is_local(slots) else f"{len(slots)} host{'s' if len(slots) > 1 else ''}"
-    notify(f"starting {ranks} rank{'s' if ranks > 1 else ''} on {where}")
+    notify(f"checking {config} for {ranks} rank{'s' if ranks > 1 else ''} on {where}")
 
 
 def last_step(folder: RunFolder) -> int | None:

@@ -202,8 +202,8 @@ class ReportOptions(Section):
 
 
 class StatusOptions(Section):
-    runs: Annotated[tuple[PathText, ...], Positional("RUN…")]
-    """Run folders, also of runs on other machines, and copies."""
+    runs: Annotated[tuple[PathText, ...], Positional("RUN…")] = ("runs",)
+    """Run folders, also of runs on other machines, and copies; of a sweep or comparison; or folders of these."""
 
     json_output: Annotated[bool, Field(alias="json")] = False
     """Print a JSON list on stdout, with one object for each run; times in seconds."""

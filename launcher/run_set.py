@@ -10,18 +10,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NotRequired, TypedDict
 
 from experiment.errors import StoppedError, UserError, notify, reason, stopped_by_disk_errors
 from experiment.files import parse_json, write_json
-from experiment.outcome_file import Outcome, read_outcome
+from experiment.outcome_file import Outcome, read_outcome, recorded_outcome
 from experiment.own_process import own_environment
 from experiment.run_folder import RunFolder, open_run_folder
 from experiment.run_lock import is_locked, lock_run
 from experiment.signals import handle_stop_signals
 
+SWEEP_RECORD = "sweep.json"
+COMPARISON_RECORD = "runs.json"
 DONE = "done"
 REJECTED = "rejected (exit code 2)"  # the user's mistake, which the run has reported
 
@@ -79,13 +82,13 @@ class RunSet:
         were started with another config; StoppedError in place of errors of the disk that may pass.
         """
         resumable = stopped_by_disk_errors(f"{self.command}: ", "; the same command resumes")
-        with _locked(self.folder, self.option), resumable:
+        with _locked(self.folder, self.option), recorded_outcome(self.folder), resumable:
             records = self._read()
             self.save(records)
             yield records
-        if failed := [run.name for run in self.runs if records[run.name].get("state") != DONE]:
-            names = ", ".join(failed)
-            sys.exit(f"deepcloze: {self.command}: {len(failed)} of {len(self.runs)} runs failed: {names}")
+            if failed := [run.name for run in self.runs if records[run.name].get("state") != DONE]:
+                names = ", ".join(failed)
+                sys.exit(f"deepcloze: {self.command}: {len(failed)} of {len(self.runs)} runs failed: {names}")
 
     def finish(self, records: dict[str, RunRecord], measure: Callable[[RunFolder], float | None] | None = None) -> None:
         """Run what is not done, and note how it ended. Raises StoppedError if a run was stopped.
@@ -144,15 +147,22 @@ class RunSet:
         return records
 
 
+def planned_folders(folder: Path) -> list[Path]:
+    """The run folders of a sweep or comparison, also of runs that have not started; empty if it is none."""
+    for name in (SWEEP_RECORD, COMPARISON_RECORD):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            content = parse_json((folder / name).read_text(encoding="utf-8"))
+            return [folder / run for run in (content["runs"] if name == SWEEP_RECORD else content)]
+    return []
+
+
 def _is_finished(folder: RunFolder, state: str | None) -> bool:
     """Whether a run is done, also if the command was killed before it could note that.
 
-    state: in the record. A fine-tuning that failed, or has other seeds now, may have results of fewer seeds.
+    state: in the record. A fine-tuning that has other seeds now may have results of fewer seeds.
     """
     outcome = read_outcome(folder)
-    if outcome is not None:  # of a pretraining
-        return outcome.outcome is Outcome.DONE
-    return state == DONE or (state is None and (folder.path / "results.json").is_file())
+    return state != _OTHER_SEEDS and outcome is not None and outcome.outcome is Outcome.DONE
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""`deepcloze status`: how a run is doing, from the files in its folder alone.
+"""`deepcloze status`: how runs are doing, from the files in their folders alone.
 
 It may run on another machine, or be a copy that is not complete.
 """
@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 import yaml
 from rich.console import Console
@@ -18,12 +19,14 @@ from rich.table import Table
 from experiment.checkpoints import checkpoint_step, complete_checkpoints
 from experiment.config.yaml_dialect import read_yaml
 from experiment.errors import UserError, notify
+from experiment.files import parse_json
 from experiment.formatting import describe_duration
 from experiment.goodput import AttemptTime, add_up, last_lines, read_attempt_times
 from experiment.run_folder import RunFolder
 from experiment.run_life import State, read_life
 from experiment.tracking.jsonl import last_number, read_last_events
 from experiment.tracking.progress_line import RATE_EVENTS
+from launcher.run_set import planned_folders
 from launcher.supervision.launch_result import count_attempts
 
 _UNKNOWN = "–"
@@ -36,6 +39,10 @@ class RunStatus:
 
     run: str
     state: State
+    finished_seeds: int | None  # of a fine-tuning
+    seeds: int | None
+    score: float | None  # mean of the seeds: of a fine-tuning that is done
+    metric: str | None
     host: str | None
     message: str  # why it ended, or why its state is not known
     activity: str | None  # of a run that is alive
@@ -52,25 +59,33 @@ class RunStatus:
 
 
 def read_status(run: str) -> RunStatus:
-    """Raises UserError if there is no such run, OSError if its files cannot be read."""
-    folder = find_run(run)
+    """The status of a run, which may not have started. Raises OSError if its files cannot be read."""
+    folder = RunFolder(Path(run).absolute())
     events, times = read_last_events(folder.metrics), read_attempt_times(folder)
     attempts, checkpoints = last_lines(times), complete_checkpoints(folder.checkpoints)
     life = read_life(folder)
     total = _total_steps(folder, attempts)
     recent = [line for line in times if line.start == times[-1].start]
+    seeds = _seeds(folder)
+    metric, score = _score(folder)
+    saved = checkpoint_step(checkpoints[-1]) if checkpoints else None
     return RunStatus(
         run=run,
         state=life.state,
         host=life.host,
         message=life.message,
+        finished_seeds=len(list(folder.path.glob("seed-*/COMPLETE"))) if seeds else None,
+        seeds=seeds,
+        score=score,
+        metric=metric,
         activity=attempts[-1].activity if attempts and life.state == "running" else None,
-        step=max((event["step"] for event in events), default=None),  # scores of `deepcloze watch` come later
+        # Scores of `deepcloze watch` come later, and a checkpoint may be newer than the last event.
+        step=max([event["step"] for event in events] + ([] if saved is None else [saved]), default=None),
         total_steps=total,
         loss=last_number(events, "loss"),
         tokens_per_second=last_number(events, "tokens_per_second"),
         seconds_left=_seconds_left(recent, total) if life.state == "running" else None,
-        checkpoint_step=checkpoint_step(checkpoints[-1]) if checkpoints else None,
+        checkpoint_step=saved,
         checkpoint_age=_age(checkpoints[-1]) if checkpoints else None,
         bad_batches=len(list(folder.bad_batch(0).parent.glob("step-*"))),
         goodput=add_up(attempts).share if attempts else None,
@@ -79,10 +94,9 @@ def read_status(run: str) -> RunStatus:
 
 
 def is_run(folder: RunFolder) -> bool:
-    """Whether the folder has something that only a run has. Sweeps and comparisons have logs and a record of runs."""
+    """Whether the folder has something that only a run has. Sweeps and comparisons have logs, too."""
     known = (folder.config, folder.metrics, folder.launches)
-    records = (folder.path / "sweep.json", folder.path / "runs.json")
-    return any(path.exists() for path in known) or (folder.logs.is_dir() and not any(map(Path.exists, records)))
+    return any(path.exists() for path in known) or (folder.logs.is_dir() and not planned_folders(folder.path))
 
 
 def find_run(run: str) -> RunFolder:
@@ -90,20 +104,42 @@ def find_run(run: str) -> RunFolder:
     folder = RunFolder(Path(run).absolute())
     if not folder.path.is_dir():
         raise UserError(f"there is no run folder {folder.path}")
-    if not is_run(folder):
-        names = ", ".join(path.name for path in (folder.config, folder.metrics, folder.launches))
-        raise UserError(f"{folder.path} is not a run folder: expected {names} or {folder.logs.name}/, found none")
-    return folder
+    if is_run(folder):
+        return folder
+    if runs := runs_in(run):
+        raise UserError(f"{folder.path} has several runs: give one of {', '.join(runs)}")
+    names = ", ".join(path.name for path in (folder.config, folder.metrics, folder.launches))
+    raise UserError(f"{folder.path} is not a run folder: expected {names} or {folder.logs.name}/, found none")
 
 
 def _total_steps(folder: RunFolder, attempts: Sequence[AttemptTime]) -> int | None:
     """As the last attempt knows it; before its first line, as the config says."""
     if attempts:
         return attempts[-1].total_steps
+    steps = _config_value(folder, "schedule", "steps")
+    return steps if isinstance(steps, int) else None
+
+
+def _config_value(folder: RunFolder, section: str, key: str) -> object:
+    """None if the file is missing, incomplete, or lacks the key."""
     with suppress(OSError, ValueError, yaml.YAMLError, RecursionError, KeyError, TypeError):
-        steps = read_yaml(folder.config.read_text(encoding="utf-8"))["schedule"]["steps"]
-        return steps if isinstance(steps, int) else None
+        return cast(object, read_yaml(folder.config.read_text(encoding="utf-8"))[section][key])
     return None
+
+
+def _seeds(folder: RunFolder) -> int | None:
+    """How many seeds a fine-tuning has."""
+    seeds = _config_value(folder, "training", "seeds")
+    return len(seeds) if isinstance(seeds, list) else None
+
+
+def _score(folder: RunFolder) -> tuple[str | None, float | None]:
+    """The metric of a fine-tuning, and its mean on the last split: test, or validation without one."""
+    with suppress(OSError, ValueError, KeyError, TypeError, IndexError):
+        results = parse_json((folder.path / "results.json").read_text(encoding="utf-8"))
+        metric = results["metric"]
+        return metric, float(list(results["splits"].values())[-1][metric]["mean"])
+    return None, None
 
 
 def _seconds_left(lines: Sequence[AttemptTime], total: int | None) -> float | None:
@@ -122,9 +158,14 @@ def _age(checkpoint: Path) -> float | None:
     return None
 
 
-def print_status(runs: Sequence[str], as_json: bool) -> None:
-    """Skips what is no run among several folders. Raises UserError if one does not exist, or if there is no run."""
-    runs = _without_others(runs)
+def print_status(folders: Sequence[str], as_json: bool) -> None:
+    """Raises UserError if a folder does not exist, or if there is no run."""
+    runs = [run for folder in folders for run in runs_in(folder)]
+    if not runs:
+        raise UserError(f"{folders[0]} is not a run folder, and has none")
+    for folder in folders:
+        if not runs_in(folder):
+            notify(f"{folder} is skipped: it is not a run folder, and has none")
     with ThreadPoolExecutor() as readers:  # those on other machines take seconds
         found = list(readers.map(read_status, runs))
     if as_json:
@@ -135,15 +176,23 @@ def print_status(runs: Sequence[str], as_json: bool) -> None:
         _print_table(found)
 
 
-def _without_others(folders: Sequence[str]) -> Sequence[str]:
-    """The folders that are runs, or do not exist: `runs/*` also matches sweeps and reports."""
-    found = [folder for folder in folders if is_run(RunFolder(Path(folder))) or not Path(folder).exists()]
-    if not found:
-        return folders[:1]
-    for folder in folders:
-        if folder not in found:
-            notify(f"{folder} is skipped: it is not a run folder")
-    return found
+def runs_in(folder: str) -> list[str]:
+    """A run, the runs of a sweep or comparison, or those of a folder with any of these.
+
+    Raises UserError if the folder does not exist.
+    """
+    if not Path(folder).is_dir():
+        raise UserError(f"there is no run folder {Path(folder).absolute()}")
+    if found := _runs_in(Path(folder)):
+        return list(map(str, found))
+    children = sorted(path for path in Path(folder).iterdir() if path.is_dir())
+    return [str(run) for child in children for run in _runs_in(child)]
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    if is_run(RunFolder(folder)):
+        return [folder]
+    return [run for planned in planned_folders(folder) for run in _runs_in(planned) or [planned]]
 
 
 def _list(status: RunStatus) -> str:
@@ -155,10 +204,12 @@ def _list(status: RunStatus) -> str:
 
 def _print_table(found: Sequence[RunStatus]) -> None:
     table = Table("run", "state")
-    for name in _values(found[0]):
+    rows = [_values(status) for status in found]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    for name in names:
         table.add_column(name, justify="right")
-    for status in found:
-        table.add_row(status.run, _state(status), *_values(status).values())
+    for status, row in zip(found, rows, strict=True):
+        table.add_row(status.run, _state(status), *(row.get(name, "") for name in names))
     console = Console(markup=False, highlight=False)
     if not console.is_terminal:
         console.width = _WIDTH
@@ -173,6 +224,14 @@ def _state(status: RunStatus) -> str:
 
 
 def _values(status: RunStatus) -> dict[str, str]:
+    if status.seeds is not None:
+        return {
+            "seeds": f"{status.finished_seeds} of {status.seeds}",
+            "score": _UNKNOWN if status.score is None else f"{status.metric} {status.score:.4f}",
+            "step": _format(status.step, ","),
+            "loss": _format(status.loss, ".4f"),
+            "tokens/s": _format(status.tokens_per_second, ",.0f"),
+        }
     age = None if status.checkpoint_age is None else f", {describe_duration(status.checkpoint_age)} ago"
     return {
         "step": _format(status.step, ",") + ("" if status.total_steps is None else f" of {status.total_steps:,}"),

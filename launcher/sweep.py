@@ -18,7 +18,7 @@ from experiment.results.sweep_summary import SweepResult, read_metric, short_nam
 from experiment.run_folder import RunFolder
 from experiment.signals import handle_stop_signals, interrupt
 from launcher.options import LaunchOptions, SweepOptions
-from launcher.run_set import FlatConfig, PlannedRun, RunSet
+from launcher.run_set import SWEEP_RECORD, FlatConfig, PlannedRun, RunSet
 from launcher.validate import is_finetuning, validate_finetuning, validate_pretraining
 from pretrain.config import PretrainConfig
 
@@ -41,7 +41,7 @@ class SweepPlan:
     @classmethod
     def of(cls, runs: tuple[PlannedRun, ...], output: Path, metric: str, lower_is_better: bool) -> Self:
         header = {"metric": metric, "lower_is_better": lower_is_better}
-        run_set = RunSet("sweep", RunFolder(output), "--output", "sweep.json", runs, header)
+        run_set = RunSet("sweep", RunFolder(output), "--output", SWEEP_RECORD, runs, header)
         return cls(run_set, metric, lower_is_better)
 
 

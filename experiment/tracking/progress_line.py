@@ -1,5 +1,9 @@
-"""The run on the terminal: a progress bar above the latest values if stderr is interactive, plain lines otherwise."""
+"""The run on the terminal: a progress bar above the latest values if stderr is interactive, plain lines otherwise.
 
+The log of rank 0 gets the plain lines in both cases.
+"""
+
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -15,7 +19,11 @@ from experiment.outcome_file import Outcome
 from experiment.progress import terminal
 from experiment.tracking.jsonl import SLOW_RATIO, Metrics
 
+PROGRESS_LOG = "experiment.progress"
+"""Name of the logger whose messages are not printed: the terminal shows them already."""
 RATE_EVENTS = 20  # log events over which the time left is estimated
+
+_log = logging.getLogger(PROGRESS_LOG)
 
 
 class ConsoleTracker:
@@ -63,14 +71,16 @@ class ConsoleTracker:
         self._recent.append((self._clock(), step))
         values = describe_training(metrics)
         left = "" if self._total is None else f"{describe_duration(self._seconds_left())} left"
+        of = "" if self._total is None else f"/{self._total}"
+        line = " · ".join(filter(None, [f"{self._unit} {step}{of}", values, left]))
         if self._live is not None:
             self._bar.update(self._task, completed=step, left=left)
             # Below the bar, whose width does not change with them. `soft_wrap` of the console would cut them off.
             lines = Text(values).wrap(self._console, self._console.width)
             self._live.update(Group(self._bar, *lines), refresh=True)
+            _log.info("%s", line)
         else:
-            of = "" if self._total is None else f"/{self._total}"
-            self._print(" · ".join(filter(None, [f"{self._unit} {step}{of}", values, left])))
+            self._print(line)
 
     def _seconds_left(self) -> float | None:
         (start, first), (now, step) = self._recent[0], self._recent[-1]
@@ -80,6 +90,7 @@ class ConsoleTracker:
 
     def _print(self, line: str) -> None:
         self._console.print(line, markup=False, emoji=False)
+        _log.info("%s", line)
 
 
 def describe_training(metrics: Metrics) -> str:

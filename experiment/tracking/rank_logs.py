@@ -2,12 +2,14 @@
 
 import logging
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 from rich.text import Text
 
 from experiment.progress import terminal
 from experiment.run_folder import RunFolder
+from experiment.tracking.progress_line import PROGRESS_LOG
 
 OUR_PACKAGES = frozenset({"__main__", "launcher", "pretrain", "finetune", "experiment", "benchmarks"})
 COLORS = {logging.WARNING: "yellow", logging.ERROR: "red", logging.CRITICAL: "red"}
@@ -23,17 +25,35 @@ def set_up_logging(folder: RunFolder, rank: int) -> None:
     folder.logs.mkdir(parents=True, exist_ok=True)
     logging.captureWarnings(True)
     _remove_terminal_handlers()
+    _remove_own_handlers()
     root = logging.getLogger()
-    for handler in [handler for handler in root.handlers if isinstance(handler, _RankLog | _Terminal)]:
-        root.removeHandler(handler)
-        with suppress(OSError):  # what it could not write to a full disk is lost
-            handler.close()
     root.setLevel(logging.INFO)
     log_file = _RankLog(folder.rank_log(rank), encoding="utf-8")
     log_file.setFormatter(logging.Formatter(FILE_FORMAT))
     root.addHandler(log_file)
     if rank == 0:
         root.addHandler(_Terminal())
+
+
+@contextmanager
+def logging_set_up(folder: RunFolder) -> Iterator[None]:
+    """Log in the block as rank 0 does, for a command of one process."""
+    level = logging.getLogger().level
+    set_up_logging(folder, 0)
+    try:
+        yield
+    finally:
+        _remove_own_handlers()
+        logging.getLogger().setLevel(level)
+        logging.captureWarnings(False)
+
+
+def _remove_own_handlers() -> None:
+    root = logging.getLogger()
+    for handler in [handler for handler in root.handlers if isinstance(handler, _RankLog | _Terminal)]:
+        root.removeHandler(handler)
+        with suppress(OSError):  # what it could not write to a full disk is lost
+            handler.close()
 
 
 def _remove_terminal_handlers() -> None:
@@ -58,6 +78,8 @@ class _Terminal(logging.Handler):
     """Prints above the progress line."""
 
     def filter(self, record: logging.LogRecord) -> bool:
+        if record.name == PROGRESS_LOG:
+            return False
         ours = record.name.split(".")[0] in OUR_PACKAGES
         return ours or (record.levelno >= logging.WARNING and record.name != "py.warnings")
 

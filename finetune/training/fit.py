@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiment.errors import UserError
+from experiment.errors import StoppedError, UserError
 from experiment.fast_linear import use_fast_linear
 from experiment.files import atomic_write
+from experiment.signals import uninterrupted
 from finetune.config import TrainingConfig
 from finetune.device import Device, Microbatch
 from finetune.inference import EVALUATION_FACTOR, Evaluation, evaluate
@@ -31,7 +32,7 @@ Log = Callable[[int, Mapping[str, int | float | str | None]], None]
 
 @dataclass(frozen=True)
 class StateFile:
-    """Holds the state of the last evaluation, for a training with these settings."""
+    """Holds the state of a training with these settings, at its last evaluation or when it was stopped."""
 
     path: Path
     settings: Mapping[str, Any]  # plain values
@@ -68,6 +69,7 @@ class LossMeter:
         self.sums = torch.zeros(2, 2, dtype=torch.float64, device=device)  # rows: log event, evaluation; (loss, weight)
         self._tokens = 0
         self._started = [time.monotonic()] * 2
+        self._paused_at: float | None = None
 
     def add(self, loss: Loss, tokens: int) -> None:
         """Count an update. tokens: of its sequences."""
@@ -81,12 +83,15 @@ class LossMeter:
         return {"loss": loss, "tokens_per_second": tokens / seconds}
 
     def evaluation(self) -> tuple[float, float]:
-        """Mean loss and seconds since the last call, or since `skip_time`."""
+        """Mean loss, and seconds of training, since the last call."""
         return self._read(1)
 
-    def skip_time(self) -> None:
-        """The time up to now was not for training."""
-        self._started[1] = time.monotonic()
+    def pause(self) -> None:
+        """The time from now until `go_on` is not for training."""
+        self._paused_at = time.monotonic()
+
+    def go_on(self) -> None:
+        self._started[1], self._paused_at = time.monotonic(), None
 
     def load(self, sums: Tensor) -> None:
         """Continue from the `sums` of another meter."""
@@ -95,7 +100,7 @@ class LossMeter:
     def _read(self, row: int) -> tuple[float, float]:
         loss, weight = self.sums[row].tolist()
         now = time.monotonic()
-        seconds = now - self._started[row]
+        seconds = (self._paused_at or now) - self._started[row]
         self.sums[row], self._started[row] = 0.0, now
         return loss / weight, seconds
 
@@ -139,17 +144,26 @@ def fit(
     last ones if there is no validation split.
 
     The seed determines the order of the examples and dropout; the caller seeds the model's head. Continues from
-    `state_file`, which is written at each evaluation. Raises UserError if the loss is not finite.
+    `state_file`, which is written at each evaluation, and on KeyboardInterrupt before StoppedError is raised. Raises
+    UserError if the loss is not finite.
     """
     torch.manual_seed(seed)
     fitting = _Fitting(model, task, config, seed, device)
     if state_file is not None and (state := state_file.load()) is not None:
         fitting.load_state(state)
-    while not fitting.done:
-        fitting.train_until_evaluation(log)
-        fitting.evaluate(log)
-        if state_file is not None and not fitting.done:
-            state_file.save(fitting.state())
+    try:
+        while not fitting.done:
+            fitting.train_until_evaluation(log)
+            fitting.evaluate(log)
+            if state_file is not None and not fitting.done:
+                state_file.save(fitting.state())
+    except KeyboardInterrupt:
+        if state_file is None:
+            raise
+        state_file.save(fitting.state())
+        raise StoppedError(
+            f"stopped: seed {seed} at step {fitting.steps:,}, saved; run the same command again to resume"
+        ) from None
     return fitting.predict()
 
 
@@ -174,31 +188,51 @@ class _Fitting:
         self._best: _Best | None = None
 
     @property
+    def steps(self) -> int:
+        """Updates so far."""
+        return self._updater.steps
+
+    @property
     def done(self) -> bool:
-        """Whether all steps are taken, or `patience` evaluations have brought nothing better."""
+        """Whether all steps are taken and evaluated, or `patience` evaluations have brought nothing better."""
+        if self._must_evaluate():
+            return False
         waited = 0 if self._best is None else len(self._epochs) - 1 - self._best.number
         stop_early = self._config.patience is not None and waited >= self._config.patience
         return stop_early or self._updater.steps >= self._updater.total_steps
 
+    def _must_evaluate(self) -> bool:
+        """Whether an evaluation is due after the last update."""
+        steps, config = self._updater.steps, self._config
+        every = steps_per_epoch(self._task, config) if config.evaluate_every == "epoch" else config.evaluate_every
+        evaluated = self._epochs[-1].steps if self._epochs else 0
+        return steps > evaluated and (steps % every == 0 or steps == self._updater.total_steps)
+
     def train_until_evaluation(self, log: Log) -> None:
+        if self._must_evaluate():  # it was interrupted
+            return
         train, updater, config = self._task.splits["train"], self._updater, self._config
-        per_epoch = steps_per_epoch(self._task, config)
-        every = per_epoch if config.evaluate_every == "epoch" else config.evaluate_every
         log_every = max(1, updater.total_steps // _EVENTS_PER_SEED)
         self._model.train()
-        self._meter.skip_time()
+        self._meter.go_on()
         for epoch, indices in training_order(train.lengths, config.batch_size, self._seed, first=updater.steps):
             examples = [train.examples[index] for index in indices]
-            self._meter.add(updater.step(examples), sum(example.tokens for example in examples))
-            if updater.steps % log_every == 0:
-                log(updater.steps, {"seed": self._seed, "epoch": epoch, "lr": updater.lr, **self._meter.interval()})
-            if updater.steps % every == 0 or updater.steps == updater.total_steps:
+            with uninterrupted():
+                self._meter.add(updater.step(examples), sum(example.tokens for example in examples))
+                if updater.steps % log_every == 0:
+                    log(updater.steps, {"seed": self._seed, "epoch": epoch, "lr": updater.lr, **self._meter.interval()})
+            if self._must_evaluate():
                 return
 
     def evaluate(self, log: Log) -> None:
         """Score the validation split, if any; remember the weights if they are the best so far, without one always."""
-        train_loss, seconds = self._meter.evaluation()
+        self._meter.pause()
         validation = self._evaluate("validation") if "validation" in self._task.splits else None
+        with uninterrupted():
+            self._add_evaluation(validation, log)
+
+    def _add_evaluation(self, validation: Evaluation | None, log: Log) -> None:
+        train_loss, seconds = self._meter.evaluation()
         loss, scores = (None, {}) if validation is None else (validation.loss, validation.scores)
         steps = self._updater.steps
         epoch = _whole_if_possible(steps / steps_per_epoch(self._task, self._config))
@@ -224,24 +258,27 @@ class _Fitting:
 
     def state(self) -> dict[str, Any]:
         """What `load_state` needs. The best weights are left out if they are the present ones."""
-        assert self._best is not None
-        is_newest = self._best.number == len(self._epochs) - 1
         return {
             "updater": self._updater.state(),
             "losses": self._meter.sums,
             "epochs": [asdict(epoch) for epoch in self._epochs],
-            "best": {
-                "number": self._best.number,
-                "weights": None if is_newest else self._best.weights,
-                "validation": self._best.validation and asdict(self._best.validation),
-            },
+            "best": None if self._best is None else self._state_of(self._best),
+        }
+
+    def _state_of(self, best: _Best) -> dict[str, Any]:
+        is_present = self._epochs[best.number].steps == self.steps
+        return {
+            "number": best.number,
+            "weights": None if is_present else best.weights,
+            "validation": best.validation and asdict(best.validation),
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self._updater.load_state(state["updater"])
         self._meter.load(state["losses"])
         self._epochs = [Epoch(**epoch) for epoch in state["epochs"]]
-        best = state["best"]
+        if (best := state["best"]) is None:
+            return
         weights = best["weights"] or _copy_to_cpu(self._model, into=None)
         validation = best["validation"] and Evaluation(**best["validation"])
         self._best = _Best(best["number"], weights, validation)

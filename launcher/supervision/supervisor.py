@@ -16,7 +16,7 @@ from pathlib import Path
 from experiment.checkpoints import newest_checkpoint
 from experiment.errors import UserError, describe_disk_error, notify
 from experiment.goodput import process_start, record_end
-from experiment.outcome_file import Cause, Outcome, reserve_outcome
+from experiment.outcome_file import Cause, Outcome, reserve_outcome, write_outcome
 from experiment.run_folder import RunFolder
 from experiment.run_lock import lock_run
 from experiment.tracking.alerts import Alert, AlertFilter, Messenger, send_last_alert
@@ -46,7 +46,11 @@ def supervise(launch: Launch) -> LaunchResult:
     ):
         remove_leftovers(folder, launch.checked_at)
         with stop.handle(), contextlib.nullcontext() if launch.local else _ignored_suspension():
-            return _Supervisor(launch, stop, alerts).run()
+            result = _Supervisor(launch, stop, alerts).run()
+        if not stop.abandoned:
+            with suppress(OSError):  # what the ranks have reported may be less than the launcher knows
+                write_outcome(folder, result.outcome, result.message, result.cause)
+        return result
 
 
 @contextlib.contextmanager

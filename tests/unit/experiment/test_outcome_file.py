@@ -1,10 +1,19 @@
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from experiment.errors import StoppedError, UserError
 from experiment.files import write_text
-from experiment.outcome_file import Outcome, read_outcome, reserve_outcome, write_first_outcome, write_outcome
+from experiment.outcome_file import (
+    Outcome,
+    read_outcome,
+    recorded_outcome,
+    reserve_outcome,
+    write_first_outcome,
+    write_outcome,
+)
 from experiment.run_folder import RunFolder, open_run_folder
 from small_disk import SmallDisk
 
@@ -25,6 +34,30 @@ def test_the_outcome_is_read_back_and_none_if_missing(tmp_path: Path) -> None:
     assert read_outcome(folder) is None
     write_outcome(folder, Outcome.STOPPED, "signal 15")
     assert read_outcome(folder)[:2] == (Outcome.STOPPED, "signal 15")
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome", "message"),
+    [
+        (None, Outcome.DONE, ""),
+        (StoppedError("stopped at step 7"), Outcome.STOPPED, "stopped at step 7"),
+        (KeyboardInterrupt(), Outcome.STOPPED, "interrupted; run the same command again to resume"),
+        (UserError("task.train: no such file"), Outcome.REFUSED, "task.train: no such file"),
+        (SystemExit("deepcloze: sweep: 1 of 2 runs failed: a"), Outcome.FAILED, "sweep: 1 of 2 runs failed: a"),
+        (ZeroDivisionError("by 0"), Outcome.FAILED, "ZeroDivisionError: by 0"),
+    ],
+)
+def test_a_command_records_how_it_ended(
+    tmp_path: Path, error: BaseException | None, outcome: Outcome, message: str
+) -> None:
+    """Catches a run that is `unknown` or seems to be done, because its command recorded nothing or an earlier end."""
+    folder = open_run_folder(tmp_path)
+    write_outcome(folder, Outcome.DONE, "earlier")
+    with suppress(BaseException), recorded_outcome(folder):
+        assert read_outcome(folder) is None
+        if error is not None:
+            raise error
+    assert read_outcome(folder) == (outcome, message, None)
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", "{}", '{"outcome": "lost", "message": ""}', '{"outcome": "done"}'])

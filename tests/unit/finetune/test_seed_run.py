@@ -169,14 +169,24 @@ def finetune_until_signal(
     return subprocess.run(script, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
 
 
-def test_a_stop_signal_ends_with_a_message_and_can_be_resumed(config_file: Path, tmp_path: Path) -> None:
-    """Catches SIGTERM that ends a run without a word, with an exit code that queue systems count as a failure."""
+def test_a_stop_signal_ends_with_a_message_and_can_be_resumed(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches SIGTERM that ends a run without a word, with an exit code that queue systems count as a failure, and a
+    status or log that does not tell about it."""
     flags = ["--training.seeds=1", "--training.epochs=4", "--training.evaluate_every=7"]
     stopped = finetune_until_signal(signal.SIGTERM, config_file, flags)
     assert stopped.returncode == 75, stopped.stderr
-    assert stopped.stderr.endswith("deepcloze: interrupted; run the same command again to resume\n")
+    message = "stopped: seed 1 at step 14, saved; run the same command again to resume\n"
+    assert stopped.stderr.endswith(f"deepcloze: {message}")
     assert "Traceback" not in stopped.stderr
     assert list((tmp_path / "run" / ".seed-1").iterdir())
+    assert main(["status", str(tmp_path / "run")]) == 0
+    status = capsys.readouterr().out
+    assert "  state     stopped\n  seeds     0 of 1\n" in status
+    assert status.endswith(f"  {message}")
+    assert main(["logs", str(tmp_path / "run")]) == 0
+    assert "INFO experiment.progress: step 14/" in capsys.readouterr().out
 
 
 SEND_SIGNAL_DURING_IMPORTS = """

@@ -65,7 +65,7 @@ def test_a_start_is_announced_before_torch_is_imported(tmp_path: Path, monkeypat
         "model: {config: {model_type: bert}}\nschedule: {steps: 2}\n"
     )
     answer = deepcloze("pretrain", "--config", str(config), "--num_gpus", "2")
-    before, announced, after = answer.stderr.partition("deepcloze: starting 2 ranks on this machine\n")
+    before, announced, after = answer.stderr.partition(f"deepcloze: checking {config} for 2 ranks on this machine\n")
     assert announced, answer.stderr[-500:]
     assert "|torch\n" not in before.replace(" ", "")
     assert "|torch\n" in after.replace(" ", "")

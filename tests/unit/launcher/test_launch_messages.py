@@ -5,7 +5,7 @@ import pytest
 from experiment.checkpoints import checkpoint_path, mark_complete
 from experiment.run_folder import RunFolder, open_run_folder
 from launcher.hosts.hostfile import Slots
-from launcher.launch import announce_done, announce_start, announce_stop, last_step
+from launcher.launch import announce_checks, announce_done, announce_stop, last_step
 
 
 @pytest.fixture
@@ -25,14 +25,14 @@ def run(tmp_path: Path) -> RunFolder:
 @pytest.mark.parametrize(
     ("slots", "message"),
     [
-        ({"localhost": (0,)}, "starting 1 rank on this machine"),
-        ({"localhost": (0, 1)}, "starting 2 ranks on this machine"),
-        ({"192.0.2.1": (0, 1)}, "starting 2 ranks on 1 host"),
-        ({"192.0.2.1": (0, 1), "192.0.2.2": (0,)}, "starting 3 ranks on 2 hosts"),
+        ({"localhost": (0,)}, "checking my.yaml for 1 rank on this machine"),
+        ({"localhost": (0, 1)}, "checking my.yaml for 2 ranks on this machine"),
+        ({"192.0.2.1": (0, 1)}, "checking my.yaml for 2 ranks on 1 host"),
+        ({"192.0.2.1": (0, 1), "192.0.2.2": (0,)}, "checking my.yaml for 3 ranks on 2 hosts"),
     ],
 )
-def test_a_start_says_how_many_ranks_run_where(slots: Slots, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    announce_start(slots)
+def test_a_launch_says_what_it_checks(slots: Slots, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    announce_checks("my.yaml", slots)
     assert capsys.readouterr().err == f"deepcloze: {message}\n"
 
 

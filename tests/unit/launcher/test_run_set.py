@@ -62,12 +62,13 @@ def test_a_fine_tuning_that_has_finished_is_not_started_again(
     config = {"training.seeds": [1]}
     record = {"config": config} if state is None else {"config": config, "state": state}
     write_json(tmp_path / "sweep.json", {"runs": {"a": record}})
-    write_json(tmp_path / "a" / "results.json", {})
+    run = open_run_folder(tmp_path / "a")
+    write_outcome(run, Outcome.DONE)
     assert finish(tmp_path, config, monkeypatch) == []
     more = {"training.seeds": [1, 2]}
     assert finish(tmp_path, more, monkeypatch) == ["command"]
-    write_json(tmp_path / "sweep.json", {"runs": {"a": {"config": more, "state": "failed (exit code 1)"}}})
-    assert finish(tmp_path, more, monkeypatch) == ["command"], "the results may be of fewer seeds"
+    run.outcome.unlink()  # as a fine-tuning does when it starts
+    assert finish(tmp_path, more, monkeypatch) == ["command"], "it was killed"
 
 
 def test_a_pretraining_that_was_resumed_and_stopped_is_not_done(

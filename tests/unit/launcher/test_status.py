@@ -15,7 +15,7 @@ from experiment.run_folder import RunFolder, open_run_folder
 from experiment.run_life import Life, read_life
 from experiment.run_lock import FolderUse, folder_use, lock_run
 from launcher.cli import main
-from launcher.status import read_status
+from launcher.status import find_run, read_status
 from launcher.supervision.launch_result import begin_attempt
 from launcher.supervision.rank_processes import polled
 
@@ -67,23 +67,68 @@ def test_an_unknown_folder_is_one_line(tmp_path: Path, capsys: pytest.CaptureFix
     captured = capsys.readouterr()
     assert captured.err == f"deepcloze: there is no run folder {tmp_path}/none\n"
     assert captured.out == ""
-    assert main(["status"]) == 2
-    assert "missing: RUN…" in capsys.readouterr().err
 
 
 def test_folders_that_are_no_runs_are_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Catches `status runs/*` that fails because there is a sweep or a report, and one that hides a misspelled run."""
+    """Catches `status runs/*` that fails because there is a report, and one that hides a misspelled run."""
     (tmp_path / "report").mkdir()
-    (tmp_path / "sweep" / "logs").mkdir(parents=True)
-    (tmp_path / "sweep" / "sweep.json").touch()
-    run, report, sweep = make_run(tmp_path / "a"), str(tmp_path / "report"), str(tmp_path / "sweep")
-    assert main(["status", run, report, sweep, "--json"]) == 0
+    run, report = make_run(tmp_path / "a"), str(tmp_path / "report")
+    assert main(["status", run, report, "--json"]) == 0
     captured = capsys.readouterr()
     assert [status["run"] for status in json.loads(captured.out)] == [run]
-    skipped = "deepcloze: {} is skipped: it is not a run folder\n"
-    assert captured.err == skipped.format(report) + skipped.format(sweep)
+    assert captured.err == f"deepcloze: {report} is skipped: it is not a run folder, and has none\n"
     assert main(["status", report, report]) == 2
     assert "report is not a run folder" in capsys.readouterr().err
+
+
+def test_all_runs_of_a_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches runs of sweeps and comparisons that are not shown, such as those that have not started."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["status"]) == 2
+    assert f"there is no run folder {tmp_path}/runs" in capsys.readouterr().err
+    make_run(Path("runs/a"))
+    for name, record in [
+        ("sweep", {"metric": "loss", "runs": {"lr=1": {}, "lr=2": {}}}),
+        ("compare", {"base/sst2": {}, "base/grid": {}}),
+        ("compare/base/grid", {"runs": {"lr=3": {}}}),
+    ]:
+        folder = open_run_folder(Path("runs") / name).path
+        (folder / ("runs.json" if name == "compare" else "sweep.json")).write_text(json.dumps(record))
+    make_run(Path("runs/sweep/lr=1"))
+    Path("runs/report").mkdir()
+    assert main(["status", "--json"]) == 0
+    assert [(status["run"], status["state"]) for status in json.loads(capsys.readouterr().out)] == [
+        ("runs/a", "unknown"),
+        ("runs/compare/base/sst2", "not started"),
+        ("runs/compare/base/grid/lr=3", "not started"),
+        ("runs/sweep/lr=1", "unknown"),
+        ("runs/sweep/lr=2", "not started"),
+    ]
+    assert main(["status", "runs/sweep"]) == 0
+    assert "lr=2" in capsys.readouterr().out
+
+
+def test_a_fine_tuning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a fine-tuning that is shown as a pretraining without checkpoints, or without its scores."""
+    folder = open_run_folder(make_run(tmp_path / "run"))
+    folder.config.write_text("training: {seeds: [1, 2, 3]}\n")
+    (folder.path / "seed-2").mkdir()
+    (folder.path / "seed-2" / "COMPLETE").touch()
+    scores = {"validation": {"accuracy": {"mean": 0.5}}, "test": {"accuracy": {"mean": 0.75}}}
+    (folder.path / "results.json").write_text(json.dumps({"metric": "accuracy", "splits": scores}))
+    write_outcome(folder, Outcome.DONE)
+    assert main(["status", str(folder.path)]) == 0
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert [line.split() for line in lines] == [
+        ["state", "done"],
+        ["seeds", "1", "of", "3"],
+        ["score", "accuracy", "0.7500"],
+        ["step", "1,200"],
+        ["loss", "3.2500"],
+        ["tokens/s", "45,679"],
+    ]
 
 
 @pytest.fixture
@@ -216,6 +261,6 @@ def test_a_folder_that_is_being_copied(folder: RunFolder) -> None:
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     """Catches a mistyped name that gives a list of dashes."""
     with pytest.raises(UserError, match=r"there is no run folder .*/none$"):
-        read_status(str(tmp_path / "none"))
+        find_run(str(tmp_path / "none"))
     with pytest.raises(UserError, match=r"is not a run folder: expected config\.yaml, .* or logs/"):
-        read_status(str(tmp_path))
+        find_run(str(tmp_path))

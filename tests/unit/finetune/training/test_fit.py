@@ -1,4 +1,5 @@
 import math
+import signal
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from experiment.errors import UserError
+from experiment.errors import StoppedError, UserError
 from finetune.config import TrainingConfig
 from finetune.data.records import Record, Table
 from finetune.device import Device, Microbatch, choose_device
@@ -411,6 +412,33 @@ def test_a_training_resumes_exactly(tmp_path: Path, saves: int) -> None:
     assert without_seconds(resumed) == without_seconds(whole)
     assert events["resumed"] == events["whole"]
     for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("call", [3, 7, 12, 14, 18])
+def test_an_interrupted_training_resumes_exactly(tmp_path: Path, call: int) -> None:
+    """Catches an interruption that loses updates since the last evaluation, or cuts through an update."""
+    config = TrainingConfig(lr=0.03, epochs=3, batch_size=8, evaluate_every=5)
+    path, settings = tmp_path / "work" / "state.pt", {"lr": 1}
+    ready, whole, resumed = task(test=split(9, 3)), Bag(), Bag()
+    calls = []
+
+    def interrupt(*_: object) -> None:
+        calls.append(interrupted.training)
+        if len(calls) == call:
+            signal.raise_signal(signal.SIGINT)
+
+    interrupted = Bag()
+    interrupted.register_forward_hook(interrupt)
+    with pytest.raises(StoppedError, match=r"stopped: seed 7 at step (\d+), saved") as stopped:
+        fit(interrupted, ready, config, 7, CPU, ignore, StateFile(path, settings))
+    updates = sum(calls)
+    assert f"at step {updates}, saved" in str(stopped.value)
+    assert StateFile(path, settings).steps == updates
+
+    fitted = fit(resumed, ready, config, 7, CPU, ignore, StateFile(path, settings))
+    assert without_seconds(fitted) == without_seconds(fit(whole, ready, config, 7, CPU, ignore))
+    for one, other in zip(resumed.parameters(), whole.parameters(), strict=True):
         assert torch.equal(one, other)
 
 
