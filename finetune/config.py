@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, create_model, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, create_model, model_validator
 
 from experiment.config import Section, did_you_mean
 from experiment.config.field_types import Fraction, PathText, Seed, SequenceLength
@@ -27,8 +27,9 @@ class RunConfig(Section):
     dir: PathText
     """Run folder; see docs/finetuning.md for its contents."""
 
-    keep: Literal["best", "none"] = "best"
-    """Models to keep: `best` saves the best one of each seed, `none` saves predictions and scores only."""
+    keep: Literal["best", "all", "none"] = "best"
+    """Models to keep: `best` saves the best one of each seed, `all` those of its other evaluations too, in
+    RUN/seed-N/evaluations; `none` saves predictions and scores only."""
 
 
 class ModelConfig(Section):
@@ -57,6 +58,12 @@ class TrainingConfig(Section):
     weight_decay: NonNegativeFloat = 0.01
     """Decoupled weight decay; not applied to biases and norms."""
 
+    adam_eps: PositiveFloat = 1.0e-8
+    """Added to the denominator of AdamW's update for numerical stability."""
+
+    grad_clip: NonNegativeFloat = 1.0
+    """Maximum norm of the gradient; 0 disables clipping."""
+
     epochs: PositiveInt = 3
     """Number of epochs."""
 
@@ -70,11 +77,21 @@ class TrainingConfig(Section):
     """Examples that are computed at once; their gradients are accumulated over the update. null: `batch_size`. It is
     halved when memory runs out."""
 
+    eval_batch_size: PositiveInt | None = None
+    """Examples that are computed at once in evaluations; null: four times `batch_size`. It is halved when memory runs
+    out."""
+
     warmup_ratio: Fraction = 0.1
     """Fraction of all steps used for the warmup."""
 
+    warmup_steps: NonNegativeInt | None = None
+    """Steps of the warmup, in place of `warmup_ratio`."""
+
     evaluate_every: Literal["epoch"] | PositiveInt = "epoch"
     """Updates between evaluations of the validation split, or `epoch`. The last update is always followed by one."""
+
+    score_train: bool = False
+    """Score the training split too at each evaluation, to see overfitting."""
 
     patience: PositiveInt | None = None
     """Stop after this many evaluations in a row without a better score. null: no early stopping."""

@@ -12,12 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 from rich import table as rich_table
 from rich.console import Console
+from transformers import PreTrainedTokenizerBase
 
 from finetune.data.columns import CONTEXT, LABEL, TEXT, Columns, as_number
 from finetune.data.records import Record, Table
 from finetune.encoding.examples import Split
 
 _MANY_NUMBERS = 30  # different labels that are numbers: more are probably a scale
+
+_SHOWN_TOKENS = 40
 
 _PERCENTILES = (50, 90, 99)
 _ROUND_TO = 8  # tensor cores prefer multiples of it
@@ -97,6 +100,17 @@ def _inputs(record: Record, targets: Sequence[str]) -> str:
 
 def _shorten(text: str) -> str:
     return text if len(text) <= 40 else f"{text[:39]}…"
+
+
+def describe_example(split: Split, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The tokens and the target of the first example, as the model gets them: they show a wrong tokenizer, or columns
+    that are swapped."""
+    example = split.examples[0]
+    ids = example.sequences[0].input_ids.tolist()
+    tokens = tokenizer.convert_ids_to_tokens(ids[:_SHOWN_TOKENS])
+    more = f" … ({len(ids):,} tokens)" if len(ids) > _SHOWN_TOKENS else ""
+    target = "" if example.target is None else f"; target: {example.target}"
+    return f"first example: {' '.join(tokens)}{more}{target}"
 
 
 @dataclass(frozen=True)

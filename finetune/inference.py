@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from experiment.errors import is_out_of_memory
+from finetune.config import TrainingConfig
 from finetune.device import Device, Microbatch
 from finetune.encoding.examples import Batch, Example, Padding, Split, collate
 from finetune.splits import Task
@@ -21,7 +22,7 @@ from finetune.task_kind import Loss, LossOptions, Prediction, TaskKind
 Outputs = list[list[NDArray[np.float32]]]
 """What a model computes for each example: one array per sequence."""
 
-EVALUATION_FACTOR = 4  # evaluation batches are larger: no activations are kept
+_EVALUATION_FACTOR = 4  # evaluation batches are larger: no activations are kept
 
 _EXAMPLES = 4
 _TOLERANCE = 2e-5  # of outputs in fp32: more than rounding, far less than what padding changes if it counts
@@ -94,6 +95,10 @@ def decode(kind: TaskKind[Any], split: Split, outputs: Outputs) -> tuple[Predict
 def _total(losses: Sequence[Loss]) -> Loss:
     sums = [torch.stack([getattr(loss, part) for loss in losses]).double().sum() for part in ("sum", "weight")]
     return Loss(*sums)
+
+
+def evaluation_microbatch(config: TrainingConfig) -> Microbatch:
+    return Microbatch(config.eval_batch_size or config.batch_size * _EVALUATION_FACTOR)
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,8 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from experiment.errors import UserError
 from experiment.files import write_json
-from finetune.device import Microbatch
 from finetune.encoding.examples import Split
-from finetune.inference import EVALUATION_FACTOR, Inference
+from finetune.inference import Inference, evaluation_microbatch
 from finetune.model import build_model
 from finetune.resolve import ResolvedRun, load_run_config, resolve
 from finetune.task_kind import TaskKind
@@ -72,8 +71,8 @@ def probe(run: ResolvedRun) -> dict[str, float]:
 
 def features(model: MeanPooled, split: Split, run: ResolvedRun) -> NDArray[np.float32]:
     """ND, one row for each example."""
-    size = (run.training.microbatch_size or run.training.batch_size) * EVALUATION_FACTOR
-    inference = Inference(model, run.task.kind, run.task.padding, run.device, Microbatch(size))
+    microbatch = evaluation_microbatch(run.training)
+    inference = Inference(model, run.task.kind, run.task.padding, run.device, microbatch)
     outputs, _ = inference.compute(split.examples)
     return np.stack([rows[0] for rows in outputs])
 

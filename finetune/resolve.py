@@ -7,7 +7,7 @@ trained. What follows takes the typed result.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from experiment.checkpoints import find_model_folder
 from experiment.config import load_config
@@ -18,8 +18,9 @@ from experiment.run_folder import RunFolder, check_run_folder
 from experiment.tracking.tracker import check_tracking
 from finetune.config import FinetuneConfig, ModelConfig, TrainingConfig
 from finetune.data.records import Table
-from finetune.data_report import data_warnings, print_lengths
+from finetune.data_report import data_warnings, describe_example, print_lengths
 from finetune.device import Device, choose_device
+from finetune.encoding.encoder import load_task_tokenizer
 from finetune.inference import adapt_to_model
 from finetune.model import ModelSpec, build_model, describe_model, model_files
 from finetune.splits import Task, describe_task, make_kind, make_task, read_splits
@@ -32,7 +33,7 @@ class ResolvedRun:
     """What all seeds of a run share."""
 
     folder: RunFolder
-    keeps_models: bool  # whether the best model of each seed is saved
+    keep: Literal["best", "all", "none"]  # models to save
     model: ModelSpec
     max_seq_length: int  # tokens of a sequence, special tokens included
     task: Task
@@ -89,10 +90,13 @@ def resolve(config: FinetuneConfig) -> ResolvedRun:
         raise UserError(f"{model.folder}: its weights lack {', '.join(built.new[:3])}, and the task is not trained")
     task, device, changes = adapt_to_model(built.model, task, device, length)
     print_lines([f"{name}: {line}" for line in (*describe_task(task), *describe_model(built, model), *changes)])
+    if "train" in task.splits:
+        example = describe_example(task.splits["train"], load_task_tokenizer(model.folder, kind.config))
+        print_lines([f"{name}: {example}"])
     print_lengths(terminal(), task.splits, task.positions)
     return ResolvedRun(
         folder=folder,
-        keeps_models=config.run.keep == "best",
+        keep=config.run.keep,
         model=model,
         max_seq_length=length,
         task=task,
@@ -131,7 +135,7 @@ def _result_settings(
     """Everything the results of a seed depend on, apart from the seed: only equal settings may share a table."""
     tree = config.model_dump(mode="json")
     del tree["run"], tree["tracking"], tree["task"]["name"], tree["training"]["seeds"]
-    del tree["training"]["microbatch_size"]  # changes rounding and dropout only
+    del tree["training"]["microbatch_size"], tree["training"]["eval_batch_size"]  # change rounding and dropout only
     tree["task"]["labels"] = list(labels)
     tree["training"]["precision"] = device.precision
     files = {path.name: checksum(path) for path in model_files(model.folder, weights=model.pretrained)}

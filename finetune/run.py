@@ -9,6 +9,7 @@
 import os
 import shlex
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from experiment.config import dump_config, flatten
 from experiment.errors import StoppedError, stopped_by_disk_errors
 from experiment.files import write_text
+from experiment.formatting import describe_duration
 from experiment.hardware import keep_freed_memory
 from experiment.outcome_file import Outcome, recorded_outcome
 from experiment.provenance import ancestors_of, collect_provenance, write_provenance
@@ -46,8 +48,9 @@ def finetune(config: str | Path, overrides: Mapping[str, str] | None = None, dry
         print(f"# config\n{dump_config(loaded)}")
         print(_describe_training(resolve(loaded)))
     else:
-        folder = Path(loaded.run.dir)
+        folder, start = Path(loaded.run.dir), time.monotonic()
         print_results(run(loaded), folder / "results.json")
+        print_lines([f"done: {describe_duration(time.monotonic() - start)} in this command"])
         if any(folder.glob("seed-*/model")):
             model = shlex.quote(str(folder))
             commands = f"deepcloze predict --model {model} --input FILE --output FILE; deepcloze serve --model {model}"
@@ -120,7 +123,7 @@ def _describe_finished(seeds: Sequence[int], resolved: ResolvedRun) -> list[str]
     folder = resolved.folder.path
     lines = [f"already finished in {folder}: seed {', '.join(map(str, seeds))}"] if seeds else []
     folders = [f"seed-{seed}" for seed in seeds if not (folder / f"seed-{seed}" / "model").exists()]
-    if folders and resolved.keeps_models:
+    if folders and resolved.keep != "none":
         lines.append(f"finished without a model: {', '.join(folders)}; remove these folders to train and keep one")
     return lines
 

@@ -16,6 +16,7 @@ from experiment.files import parse_json, removed_on_error, write_json
 from experiment.progress import terminal
 from experiment.provenance import read_provenance, write_origin
 from experiment.run_folder import RunFolder
+from finetune.config import TrainingConfig
 from finetune.encoding.encoder import load_task_tokenizer
 from finetune.metrics import measure_calibration
 from finetune.model import build_model, save_model
@@ -28,6 +29,7 @@ from finetune.saved_task import SavedTask, write_saved_task
 from finetune.training.fit import Epoch, Fitted, Log, StateFile, fit, score
 
 _COMPLETE = "COMPLETE"  # written last into a seed's folder
+_EVALUATIONS = "evaluations"  # folder of the models of all evaluations
 
 
 def finished_seeds(folder: RunFolder, settings: Mapping[str, Any]) -> dict[int, SeedRecord]:
@@ -47,7 +49,8 @@ def finished_seeds(folder: RunFolder, settings: Mapping[str, Any]) -> dict[int, 
 
 
 def _check_settings(seed_folder: Path, settings: Mapping[str, Any], recorded: Mapping[str, Any]) -> None:
-    now, before = flatten(settings), flatten(recorded)
+    defaults = flatten({"training": TrainingConfig().model_dump(mode="json")})  # of keys that are newer
+    now, before = defaults | flatten(settings), defaults | flatten(recorded)
     if different := [key for key in sorted({*now, *before}) if now.get(key) != before.get(key)]:
         key = different[0]
         raise UserError(
@@ -66,7 +69,16 @@ def train_seed(seed: int, run: ResolvedRun, log: Log) -> SeedRecord:
     torch.manual_seed(seed)  # for the new head; `fit` seeds again
     model = build_model(run.model).model
     if run.task.is_trained:
-        fitted = fit(model, run.task, run.training, seed, run.device, log, state_file(seed, run))
+        state = state_file(seed, run)
+        evaluations = _working_folder(seed, run.folder) / _EVALUATIONS
+        if not state.steps:
+            shutil.rmtree(evaluations, ignore_errors=True)
+
+        def keep(steps: int) -> None:
+            if run.keep == "all":
+                _write_model(evaluations / f"step-{steps:08d}", model, run)
+
+        fitted = fit(model, run.task, run.training, seed, run.device, log, state, keep)
     else:
         fitted = score(model, run.task, run.training, run.device)
     record = _make_record(fitted, run)
@@ -82,6 +94,8 @@ def train_seed(seed: int, run: ResolvedRun, log: Log) -> SeedRecord:
     with _removed_if_empty(output.parent), removed_on_error(output):
         output.mkdir(parents=True)
         _write_seed(output, seed, model, fitted, record, run)
+        with suppress(FileNotFoundError):
+            (output.parent / _EVALUATIONS).rename(output / _EVALUATIONS)
         output.rename(final)
         state_file(seed, run).path.unlink(missing_ok=True)
     return record
@@ -110,17 +124,8 @@ def _write_seed(
     folder: Path, seed: int, model: PreTrainedModel, fitted: Fitted, record: SeedRecord, run: ResolvedRun
 ) -> None:
     """Write what RUN/seed-N holds to `folder`, which will be renamed to that."""
-    if run.keeps_models:
-        # Load it again: tokenizing has changed the truncation settings of the other one.
-        tokenizer = load_task_tokenizer(run.model.folder, run.task.kind.config)
-        save_model(model, tokenizer, run.task.kind.config.special_tokens_in_text, folder / "model")
-        task = SavedTask(
-            kind=run.task.kind,
-            max_seq_length=run.max_seq_length,
-            padded=run.task.padding.length is not None,
-            temperature=record.temperature,
-        )
-        write_saved_task(folder / "model", task)
+    if run.keep != "none":
+        _write_model(folder / "model", model, run, record.temperature)
         if provenance := read_provenance(run.folder):
             final = RunFolder(_seed_folder(seed, run.folder))
             write_origin(folder / "model", final, provenance, fitted.best.steps if fitted.best else 0)
@@ -138,6 +143,19 @@ def _write_seed(
     write_json(folder / _COMPLETE, asdict(record))
 
 
+def _write_model(folder: Path, model: PreTrainedModel, run: ResolvedRun, temperature: float | None = None) -> None:
+    # Load it again: tokenizing has changed the truncation settings of the other one.
+    tokenizer = load_task_tokenizer(run.model.folder, run.task.kind.config)
+    save_model(model, tokenizer, run.task.kind.config.special_tokens_in_text, folder)
+    task = SavedTask(
+        kind=run.task.kind,
+        max_seq_length=run.max_seq_length,
+        padded=run.task.padding.length is not None,
+        temperature=temperature,
+    )
+    write_saved_task(folder, task)
+
+
 def _make_record(fitted: Fitted, run: ResolvedRun) -> SeedRecord:
     kind = run.task.kind
     labelled = {
@@ -153,7 +171,7 @@ def _make_record(fitted: Fitted, run: ResolvedRun) -> SeedRecord:
     return SeedRecord(
         settings=run.settings,
         best_epoch=fitted.best.epoch if fitted.best else 0,
-        epochs=[_epoch_row(epoch) for epoch in fitted.epochs],
+        epochs=[_epoch_row(epoch, run.task.metric) for epoch in fitted.epochs],
         scores={split: fitted.evaluations[split].scores for split in labelled},
         intervals={split: dict(kind.intervals(*found)) for split, found in labelled.items()},
         confusion={split: matrix.tolist() for split, matrix in confusion.items() if matrix is not None},
@@ -164,9 +182,9 @@ def _make_record(fitted: Fitted, run: ResolvedRun) -> SeedRecord:
     )
 
 
-def _epoch_row(epoch: Epoch) -> dict[str, float]:
+def _epoch_row(epoch: Epoch, metric: str) -> dict[str, float]:
     row = asdict(epoch)
-    scores = row.pop("scores")
+    scores, train_scores = row.pop("scores"), row.pop("train_scores")
     if epoch.validation_loss is None:
         del row["validation_loss"]
-    return {**row, **scores}
+    return {**row, **scores, **({f"train_{metric}": train_scores[metric]} if train_scores else {})}

@@ -38,8 +38,8 @@ def draw_confusion(path: Path, confusion: NDArray[np.int64], labels: Sequence[st
 def draw_curves(
     path: Path, epochs: Mapping[int, Sequence[Mapping[str, float]]], best: Mapping[int, float], metric: str
 ) -> None:
-    """Loss on train and validation, and the metric on validation, by epoch; by step if there are evaluations within
-    epochs. One color per seed; a ring marks the best epoch.
+    """Loss on train and validation, and the metric on validation and perhaps train, by epoch; by step if there are
+    evaluations within epochs. One color per seed; a ring marks the best epoch.
 
     epochs: seed -> rows of its epochs.csv. best: seed -> its best epoch.
     """
@@ -55,9 +55,13 @@ def draw_curves(
         kept = next(row for row in rows if row["epoch"] == best[seed])
         losses.plot(x, [row["validation_loss"] for row in rows], "-o", color=color, markersize=4)
         scores.plot(x, [row[metric] for row in rows], "-o", color=color, markersize=4, label=f"seed {seed}")
+        if f"train_{metric}" in rows[0]:
+            scores.plot(x, [row[f"train_{metric}"] for row in rows], "--.", color=color, linewidth=1.2)
         scores.plot(kept[unit], kept[metric], "o", color=color, markersize=10, fillstyle="none")
     last = max(row[unit] for rows in epochs.values() for row in rows)
-    for axes, y_label in ((losses, "loss (dashed: train, solid: validation)"), (scores, f"{metric} on validation")):
+    trained = any(f"train_{metric}" in rows[0] for rows in epochs.values())
+    splits = "(dashed: train, solid: validation)"
+    for axes, y_label in ((losses, f"loss {splits}"), (scores, f"{metric} {splits if trained else 'on validation'}")):
         axes.set_xlim((0.5, last + 0.5) if whole else (0.0, 1.03 * last))
         axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
         axes.set_xlabel(label, color=GREY)

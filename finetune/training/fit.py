@@ -4,7 +4,7 @@ import math
 import pickle
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from experiment.fast_linear import use_fast_linear
 from experiment.files import atomic_write
 from experiment.signals import uninterrupted
 from finetune.config import TrainingConfig
-from finetune.device import Device, Microbatch
-from finetune.inference import EVALUATION_FACTOR, Evaluation, evaluate
+from finetune.device import Device
+from finetune.inference import Evaluation, evaluate, evaluation_microbatch
 from finetune.splits import Task
 from finetune.task_kind import Loss
 from finetune.training.updater import Updater, steps_per_epoch, training_order
@@ -115,13 +115,14 @@ class Epoch:
     validation_loss: float | None  # None without a validation split
     scores: dict[str, float]  # on validation; empty without one
     seconds: float  # of training since the last evaluation
+    train_scores: dict[str, float] = field(default_factory=dict)  # if `training.score_train` is set
 
 
 @dataclass(frozen=True)
 class Fitted:
     epochs: tuple[Epoch, ...]
     best: Epoch | None  # None without training
-    evaluations: Mapping[str, Evaluation]  # of every split but train, with the best weights
+    evaluations: Mapping[str, Evaluation]  # with the best weights; of train only if `training.score_train` is set
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,7 @@ def fit(
     device: Device,
     log: Log,
     state_file: StateFile | None = None,
+    keep: Callable[[int], None] = lambda steps: None,
 ) -> Fitted:
     """Train `model` in place. It ends with the weights that are best on validation, the first of equals, or with the
     last ones if there is no validation split.
@@ -146,9 +148,11 @@ def fit(
     The seed determines the order of the examples and dropout; the caller seeds the model's head. Continues from
     `state_file`, which is written at each evaluation, and on KeyboardInterrupt before StoppedError is raised. Raises
     UserError if the loss is not finite.
+
+    keep: saves the weights of an evaluation; takes the steps so far.
     """
     torch.manual_seed(seed)
-    fitting = _Fitting(model, task, config, seed, device)
+    fitting = _Fitting(model, task, config, seed, device, keep)
     if state_file is not None and (state := state_file.load()) is not None:
         fitting.load_state(state)
     try:
@@ -171,7 +175,7 @@ def score(model: nn.Module, task: Task, config: TrainingConfig, device: Device) 
     """Predict all splits of a task that is not trained."""
     model.to(device.device)
     use_fast_linear(model)
-    microbatch = Microbatch(config.batch_size * EVALUATION_FACTOR)
+    microbatch = evaluation_microbatch(config)
     splits = task.splits.items()
     return Fitted((), None, {name: evaluate(model, task, split, microbatch, device) for name, split in splits})
 
@@ -179,11 +183,20 @@ def score(model: nn.Module, task: Task, config: TrainingConfig, device: Device) 
 class _Fitting:
     """The training with one seed, between two evaluations."""
 
-    def __init__(self, model: nn.Module, task: Task, config: TrainingConfig, seed: int, device: Device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        config: TrainingConfig,
+        seed: int,
+        device: Device,
+        keep: Callable[[int], None],
+    ) -> None:
         self._model, self._task, self._config, self._seed, self._device = model, task, config, seed, device
+        self._keep = keep
         self._updater = Updater(model, task, config, device)
         self._meter = LossMeter(device.device)
-        self._evaluated_at_once = Microbatch(config.batch_size * EVALUATION_FACTOR)
+        self._evaluated_at_once = evaluation_microbatch(config)
         self._epochs: list[Epoch] = []
         self._best: _Best | None = None
 
@@ -228,28 +241,37 @@ class _Fitting:
         """Score the validation split, if any; remember the weights if they are the best so far, without one always."""
         self._meter.pause()
         validation = self._evaluate("validation") if "validation" in self._task.splits else None
+        train = self._evaluate("train") if self._config.score_train else None
         with uninterrupted():
-            self._add_evaluation(validation, log)
+            self._add_evaluation(validation, train, log)
+            self._keep(self._updater.steps)
 
-    def _add_evaluation(self, validation: Evaluation | None, log: Log) -> None:
+    def _add_evaluation(self, validation: Evaluation | None, train: Evaluation | None, log: Log) -> None:
         train_loss, seconds = self._meter.evaluation()
         loss, scores = (None, {}) if validation is None else (validation.loss, validation.scores)
         steps = self._updater.steps
         epoch = _whole_if_possible(steps / steps_per_epoch(self._task, self._config))
         _check_finite(train_loss, loss, f"seed {self._seed}, step {steps}", self._config.lr)
-        self._epochs.append(Epoch(epoch, steps, train_loss, loss, scores, seconds))
-        if validation is not None:
-            metrics = {f"eval/validation/{name}": value for name, value in {"loss": loss, **scores}.items()}
+        self._epochs.append(Epoch(epoch, steps, train_loss, loss, scores, seconds, train.scores if train else {}))
+        evaluations = {"validation": validation, "train": train}
+        metrics = {
+            f"eval/{split}/{name}": value
+            for split, found in evaluations.items()
+            if found is not None
+            for name, value in {"loss": found.loss, **found.scores}.items()
+        }
+        if metrics:
             log(steps, {"seed": self._seed, "epoch": epoch, **metrics})
         if self._best is None or not scores or self._task.is_better(scores, self._epochs[self._best.number].scores):
             weights = _copy_to_cpu(self._model, into=None if self._best is None else self._best.weights)
             self._best = _Best(len(self._epochs) - 1, weights, validation)
 
     def predict(self) -> Fitted:
-        """The evaluations of all splits but train, with the best weights."""
+        """The evaluations of all splits, with the best weights."""
         assert self._best is not None
         self._model.load_state_dict(self._best.weights)
-        evaluations = {} if self._best.validation is None else {"validation": self._best.validation}
+        evaluations = {"train": self._evaluate("train")} if self._config.score_train else {}
+        evaluations |= {} if self._best.validation is None else {"validation": self._best.validation}
         evaluations |= {name: self._evaluate(name) for name in self._task.splits if name not in ("train", "validation")}
         return Fitted(tuple(self._epochs), self._epochs[self._best.number], evaluations)
 

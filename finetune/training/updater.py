@@ -17,8 +17,6 @@ from finetune.encoding.examples import Example, collate
 from finetune.splits import Task
 from finetune.task_kind import Loss
 
-_MAX_GRAD_NORM = 1.0
-
 _SORTED_BATCHES = 50  # examples of this many batches are sorted by length together: less padding, still random
 
 
@@ -32,9 +30,10 @@ class Updater:
         self.steps = 0
         self.total_steps = total_steps(task, config)
         self._model, self._task, self._config, self._device = model, task, config, device
+        self._warmup = config.warmup_ratio * self.total_steps if config.warmup_steps is None else config.warmup_steps
         self._microbatch = Microbatch(config.microbatch_size or config.batch_size)
         groups = parameter_groups(model, config.weight_decay)
-        self._optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=True)
+        self._optimizer = torch.optim.AdamW(groups, lr=config.lr, eps=config.adam_eps, fused=True)
         self._scaler = torch.amp.GradScaler(device.device.type, enabled=device.dtype == torch.float16)
         self.loss_options = task.loss_options(device.device)
 
@@ -50,7 +49,7 @@ class Updater:
         down by their number, so that every example of an epoch counts the same.
         """
         for group in self._optimizer.param_groups:
-            group["lr"] = self._config.lr * lr_factor(self.steps, self.total_steps, self._config.warmup_ratio)
+            group["lr"] = self._config.lr * lr_factor(self.steps, self.total_steps, self._warmup)
         loss = self._backward(examples)
         self._scaler.unscale_(self._optimizer)
         self._scale_and_clip_gradients(len(examples) / loss.weight)
@@ -105,13 +104,15 @@ class Updater:
     def _scale_and_clip_gradients(self, factor: torch.Tensor) -> None:
         """Scale and clip in one pass over the gradients, because a second one would take long in small batches."""
         gradients = [parameter.grad for parameter in self._model.parameters() if parameter.grad is not None]
-        norm = get_total_norm(gradients) * factor
-        torch._foreach_mul_(gradients, factor * (_MAX_GRAD_NORM / (norm + 1e-6)).clamp(max=1.0))
+        if self._config.grad_clip:
+            norm = get_total_norm(gradients) * factor
+            factor = factor * (self._config.grad_clip / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(gradients, factor)
 
 
-def lr_factor(step: int, steps: int, warmup_ratio: float) -> float:
-    """Factor of the learning rate at a step (from 0): linear warmup, then linear decay to 0 after the last step."""
-    warmup = warmup_ratio * steps
+def lr_factor(step: int, steps: int, warmup: float) -> float:
+    """Factor of the learning rate at a step (from 0): linear over `warmup` steps, then linear to 0 after the last
+    step."""
     return (step + 1) / (warmup + 1) if step < warmup else (steps - step) / max(steps - warmup, 1)
 
 

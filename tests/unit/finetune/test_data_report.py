@@ -1,12 +1,13 @@
 import io
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 
 from finetune.data.records import Record, Table
-from finetune.data_report import data_warnings, print_lengths
+from finetune.data_report import data_warnings, describe_example, print_lengths
 from finetune.encoding.encoder import Tokens
 from finetune.encoding.examples import Example, Split
 from finetune.kinds.classification import ClassificationColumns
@@ -49,6 +50,18 @@ def test_texts_with_different_labels_are_counted() -> None:
     """Catches duplicates that contradict each other and set a limit to every score."""
     found = oddities(train=[*GOOD, ("text 1", "more", "b"), ("text 1", "more", "a"), ("text 1", "more", "a")])
     assert found == ["train: 1 texts occur with different labels, such as in train:3 and train:13"]
+
+
+def test_an_example_shows_what_the_model_gets() -> None:
+    """Catches a line that shows the text, not its tokens, or hides the target."""
+    tokenizer = SimpleNamespace(convert_ids_to_tokens=lambda ids: [f"t{number}" for number in ids])
+
+    def shown(count: int, target: object) -> str:
+        example = Example((Tokens(torch.arange(count), None),), target)
+        return describe_example(Split(table("train", ("a", "b", "c")), (example,), (0,)), tokenizer)  # type: ignore[arg-type]
+
+    assert shown(3, 1) == "first example: t0 t1 t2; target: 1"
+    assert shown(41, None) == f"first example: {' '.join(f't{number}' for number in range(40))} … (41 tokens)"
 
 
 def test_empty_texts_are_counted() -> None:

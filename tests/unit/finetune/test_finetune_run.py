@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from experiment.checkpoints import checkpoint_path, mark_complete
@@ -132,8 +133,9 @@ def test_the_epochs_are_printed(config_file: Path, capsys: pytest.CaptureFixture
     """Catches a training that shows no loss, score and time of its epochs together."""
     finetune(config_file, {"training.seeds": "[7]", "training.epochs": "2"})
     captured = capsys.readouterr()
-    *_, first, second, following = (line.split()[:2] for line in captured.err.splitlines())
+    *_, first, second, done, following = (line.split()[:2] for line in captured.err.splitlines())
     assert [first, second, following] == [["1", "10"], ["2", "20"], ["next:", "deepcloze"]]
+    assert done[0] == "done:"
     assert "calibration error on test: 0." in captured.out
 
 
@@ -144,6 +146,29 @@ def test_one_seed_has_no_standard_deviation(
     finetune(config_file, {"training.seeds": "[1]", "training.epochs": "1"})
     assert results(tmp_path / "run")["splits"]["test"]["accuracy"]["std"] is None
     assert re.search(r"accuracy +│ \d\.\d{4} ± – ", capsys.readouterr().out)
+
+
+def test_the_model_of_each_evaluation_can_be_kept(config_file: Path, tmp_path: Path) -> None:
+    """Catches weights of another evaluation, and folders that cannot predict."""
+    seed = tmp_path / "run" / "seed-1"
+    finetune(config_file, {"run.keep": "all", "training.epochs": "3", "training.seeds": "[1]"})
+    folders = sorted((seed / "evaluations").iterdir())
+    assert [folder.name for folder in folders] == ["step-00000010", "step-00000020", "step-00000030"]
+    weights = [load_file(folder / "model.safetensors") for folder in folders]
+    best = json.loads((seed / "COMPLETE").read_text())["best_epoch"]
+    kept = load_file(seed / "model" / "model.safetensors")
+    equal = [all(torch.equal(each[name], kept[name]) for name in kept) for each in weights]
+    assert equal == [number == best for number in (1, 2, 3)]
+    assert Predictor.load(folders[0]).predict([{"text": "word1 word2"}])
+
+
+def test_training_scores_are_in_tables_and_curves(config_file: Path, tmp_path: Path) -> None:
+    """Catches `training.score_train` that reaches the log only."""
+    finetune(config_file, {"training.score_train": "true", "training.epochs": "2", "training.seeds": "[1]"})
+    found = results(tmp_path / "run")
+    assert list(found["splits"]) == ["train", "validation", "test"]
+    rows = list(csv.DictReader((tmp_path / "run" / "seed-1" / "epochs.csv").open()))
+    assert all(0 <= float(row[f"train_{found['metric']}"]) <= 1 for row in rows)
 
 
 def test_models_need_not_be_kept(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

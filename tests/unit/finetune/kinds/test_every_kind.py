@@ -160,8 +160,9 @@ def test_a_kind_learns_and_saves_what_it_learned(
 ) -> None:
     """Catches targets, losses or decoding that do not fit together, a saved model that is not the one scored, a kind
     without a list of its worst rows or a table of its labels, and a model card whose snippet does not run."""
-    config = config_of(name, encoder, tmp_path)
+    config = config_of(name, encoder, tmp_path, score_train=True)
     results = run(config)
+    assert results["splits"]["train"][config.task.metric]["mean"] > TASKS[name].chance
     score = results["splits"]["test"][config.task.metric]["mean"]
     assert score > TASKS[name].chance
     folder = tmp_path / "run" / "seed-42"

@@ -1,4 +1,3 @@
-import math
 import signal
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -20,7 +19,6 @@ from finetune.encoding.examples import Example, Padding, Split
 from finetune.inference import Evaluation, evaluate
 from finetune.kinds.classification import Config, Kind
 from finetune.splits import Task
-from finetune.training import updater as updater_module
 from finetune.training.fit import Fitted, StateFile, fit
 from finetune.training.updater import Updater, lr_factor, parameter_groups
 
@@ -157,13 +155,13 @@ def test_events_count_steps_and_carry_figures() -> None:
 
 def test_learning_rate_warms_up_and_decays() -> None:
     """Catches a first step at rate 0, a peak that is not 1, and a last step at rate 0 or below."""
-    factors = [lr_factor(step, 100, 0.1) for step in range(100)]
+    factors = [lr_factor(step, 100, 10) for step in range(100)]
     assert 0 < factors[0] < factors[9] < 1
     assert max(factors) == factors[10] == 1.0
     assert factors[99] == pytest.approx(1 / 90)
     assert all(a > b for a, b in pairwise(factors[10:]))
     assert lr_factor(0, 1, 0.0) == 1.0
-    assert all(0 < lr_factor(step, 3, 1.0) < 1 for step in range(3))
+    assert all(0 < lr_factor(step, 3, 3) < 1 for step in range(3))
 
 
 def test_biases_and_norms_do_not_decay() -> None:
@@ -307,7 +305,7 @@ def of_targets(targets: list[int], labels: tuple[str, ...], balanced: bool = Fal
 
 @pytest.fixture
 def gradients(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """The gradient of each update, without clipping, of a model with one parameter."""
+    """The gradient of each update of a model with one parameter."""
     found: list[torch.Tensor] = []
 
     def record(optimizer: torch.optim.AdamW) -> None:
@@ -316,7 +314,6 @@ def gradients(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
         found.append(gradient.clone())
 
     monkeypatch.setattr(torch.optim.AdamW, "step", record)
-    monkeypatch.setattr(updater_module, "_MAX_GRAD_NORM", math.inf)
     return found
 
 
@@ -328,7 +325,9 @@ def test_balanced_weights_give_each_label_the_same_share(batch_size: int, gradie
     shares = (0.472, 0.174, 0.121, 0.111, 0.068, 0.027, 0.027)
     targets = [label for label, share in enumerate(shares) for _ in range(round(1000 * share))]
     ready = of_targets(targets, labels, balanced=True)
-    fit(Bias(len(labels)), ready, TrainingConfig(lr=1e-12, epochs=1, batch_size=batch_size), 1, CPU, ignore)
+    fit(
+        Bias(len(labels)), ready, TrainingConfig(lr=1e-12, epochs=1, batch_size=batch_size, grad_clip=0), 1, CPU, ignore
+    )
     assert len(gradients) == -(-len(targets) // batch_size)
     assert max(gradient.abs().max() for gradient in gradients) > 1e-3 or batch_size == 1000
     assert torch.stack(gradients).mean(0).abs().max() < 1e-6
@@ -337,7 +336,7 @@ def test_balanced_weights_give_each_label_the_same_share(batch_size: int, gradie
 def test_a_short_batch_counts_by_its_examples(gradients: list[torch.Tensor]) -> None:
     """Catches a full step for the few examples that are left at the end of an epoch."""
     ready = of_targets([0] * 11, ("a", "b"))
-    fit(Bias(2), ready, TrainingConfig(lr=1e-12, epochs=1, batch_size=8), 1, CPU, ignore)
+    fit(Bias(2), ready, TrainingConfig(lr=1e-12, epochs=1, batch_size=8, grad_clip=0), 1, CPU, ignore)
     sizes = sorted(gradient.norm().item() for gradient in gradients)
     assert sizes[0] == pytest.approx(sizes[1] * 3 / 8)
 
@@ -352,7 +351,7 @@ def test_losses_of_training_and_validation_are_comparable() -> None:
 def test_label_smoothing_spreads_the_target(gradients: list[torch.Tensor]) -> None:
     """Catches smoothing that never reaches the loss. The gradient is the probabilities minus the target."""
     ready = replace(of_targets([0] * 4, ("a", "b")), label_smoothing=0.2)
-    fit(Bias(2), ready, TrainingConfig(lr=1e-12, epochs=1, batch_size=4), 1, CPU, ignore)
+    fit(Bias(2), ready, TrainingConfig(lr=1e-12, epochs=1, batch_size=4, grad_clip=0), 1, CPU, ignore)
     torch.testing.assert_close(gradients[0], torch.tensor([0.5 - 0.9, 0.5 - 0.1]))
 
 
@@ -457,11 +456,62 @@ def test_a_state_of_other_settings_or_a_damaged_one_is_not_used(tmp_path: Path) 
         StateFile(path, {"lr": 1}).load()
 
 
-def test_gradients_are_clipped_after_they_are_scaled() -> None:
-    """Catches a norm that is taken of the summed loss: its gradient grows with the batch size."""
+@pytest.mark.parametrize(
+    ("grad_clip", "gradient", "factor", "expected"),
+    [
+        (1.0, [3.0, 4.0], 1.0, [0.6, 0.8]),
+        (1.0, [3.0, 4.0], 0.1, [0.3, 0.4]),
+        (2.5, [3.0, 4.0], 1.0, [1.5, 2.0]),
+        (0.0, [3.0, 4.0], 0.5, [1.5, 2.0]),
+    ],
+)
+def test_gradients_are_clipped_after_they_are_scaled(
+    grad_clip: float, gradient: list[float], factor: float, expected: list[float]
+) -> None:
+    """Catches a norm that is taken of the summed loss: its gradient grows with the batch size. Also another limit than
+    the one asked for."""
     model = Bias(2)
-    updater = Updater(model, of_targets([0] * 8, ("a", "b")), TrainingConfig(batch_size=8), CPU)
-    for gradient, factor, expected in (([3.0, 4.0], 1.0, [0.6, 0.8]), ([3.0, 4.0], 0.1, [0.3, 0.4])):
-        model.bias.grad = torch.tensor(gradient)
-        updater._scale_and_clip_gradients(torch.tensor(factor))
-        torch.testing.assert_close(model.bias.grad, torch.tensor(expected))
+    updater = Updater(model, of_targets([0] * 8, ("a", "b")), TrainingConfig(batch_size=8, grad_clip=grad_clip), CPU)
+    model.bias.grad = torch.tensor(gradient)
+    updater._scale_and_clip_gradients(torch.tensor(factor))
+    torch.testing.assert_close(model.bias.grad, torch.tensor(expected))
+
+
+def test_settings_of_the_optimizer_and_of_evaluations_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches keys that do nothing."""
+    sizes: list[int] = []
+    forward = Bag.forward
+
+    def record(self: Bag, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+        if not self.training:
+            sizes.append(len(input_ids))
+        return forward(self, input_ids, attention_mask)
+
+    monkeypatch.setattr(Bag, "forward", record)
+    config = TrainingConfig(
+        lr=1.0, weight_decay=0, adam_eps=1e9, warmup_steps=4, epochs=1, batch_size=8, eval_batch_size=10
+    )
+    model, lrs = Bag(), []
+    before = [parameter.clone() for parameter in model.parameters()]
+    fit(model, task(), config, 1, CPU, lambda _, metrics: lrs.append(metrics.get("lr")))
+    assert lrs[:8] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 0.75, 0.5, 0.25])
+    assert set(sizes) == {10, 7}  # of 37
+    for parameter, old in zip(model.parameters(), before, strict=True):
+        assert (parameter - old).abs().max() < 1e-3, "a large epsilon makes updates small"
+
+
+def test_the_training_split_is_scored_if_asked_for() -> None:
+    """Catches scores of another split, or of the weights at the end in place of the best ones."""
+    events: list[Any] = []
+    config = TrainingConfig(lr=0.05, epochs=3, batch_size=8, score_train=True)
+    ready = task()
+    model = Bag()
+    fitted = fit(model, ready, config, 1, CPU, lambda _, metrics: events.append(metrics))
+    logged = [event["eval/train/accuracy"] for event in events if "eval/train/loss" in event]
+    assert logged == [epoch.train_scores["accuracy"] for epoch in fitted.epochs]
+    again = evaluate(model, ready, ready.splits["train"], Microbatch(64), CPU)
+    assert fitted.evaluations["train"].scores == again.scores == fitted.best.train_scores
+    assert list(fitted.evaluations) == ["train", "validation"]
+    plain = fit(Bag(), ready, TrainingConfig(lr=0.05, epochs=3, batch_size=8), 1, CPU, ignore)
+    assert [epoch.scores for epoch in plain.epochs] == [epoch.scores for epoch in fitted.epochs]
+    assert list(plain.evaluations) == ["validation"]
