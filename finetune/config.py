@@ -105,6 +105,9 @@ class TrainingConfig(Section):
     seeds: tuple[Seed, ...] = (42,)
     """Train once with each of these seeds."""
 
+    parallel_seeds: PositiveInt = 1
+    """Seeds to train at a time, each in a process of its own: on a GPU of its own, or on a share of the CPU's cores."""
+
     class_weights: Literal["none", "balanced"] = "none"
     """`balanced` weights the loss of each label inversely to its frequency, for rare labels."""
 

@@ -135,7 +135,8 @@ def _result_settings(
     """Everything the results of a seed depend on, apart from the seed: only equal settings may share a table."""
     tree = config.model_dump(mode="json")
     del tree["run"], tree["tracking"], tree["task"]["name"], tree["training"]["seeds"]
-    del tree["training"]["microbatch_size"], tree["training"]["eval_batch_size"]  # change rounding and dropout only
+    for key in ("microbatch_size", "eval_batch_size", "parallel_seeds"):  # change rounding and dropout only
+        del tree["training"][key]
     tree["task"]["labels"] = list(labels)
     tree["training"]["precision"] = device.precision
     files = {path.name: checksum(path) for path in model_files(model.folder, weights=model.pretrained)}

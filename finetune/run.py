@@ -28,6 +28,7 @@ from experiment.run_lock import check_unlocked, lock_run
 from experiment.tracking.rank_logs import logging_set_up
 from experiment.tracking.tracker import TrackedRun, Tracker, open_trackers
 from finetune.config import FinetuneConfig
+from finetune.parallel_seeds import log_events_of_process, train_seeds_in_parallel
 from finetune.resolve import ResolvedRun, load_run_config, print_lines, resolve
 from finetune.results.model_card import add_seed_scores
 from finetune.results.seed_summary import SeedRecord, write_results
@@ -94,21 +95,31 @@ def _train_and_score(config: FinetuneConfig, resolved: ResolvedRun) -> dict[str,
         print_lines([f"seed {missing[0]}: resuming after step {started:,}"])
     steps = resolved.steps
     tracked = TrackedRun(run_id, flatten(config), steps * len(seeds), steps * len(records) + started)
-    tracker = open_trackers(config.tracking, folder, tracked)
-    records |= _train_seeds(missing, resolved, tracker, first=len(records))
+    tracker = open_trackers(config.tracking, folder, tracked, console=not _in_parallel(missing, resolved))
+    records |= _train_seeds(missing, resolved, tracker, list(records))
     with stopped_by_disk_errors(advice=_RESUME):
         records = {seed: records[seed] for seed in seeds}
         add_seed_scores(folder.path, records)
         return write_results(resolved, records)
 
 
-def _train_seeds(seeds: Sequence[int], resolved: ResolvedRun, tracker: Tracker, first: int) -> dict[int, SeedRecord]:
-    """Train with each of these seeds. first: how many others of the run are finished. Closes the tracker."""
+def _train_seeds(
+    seeds: Sequence[int], resolved: ResolvedRun, tracker: Tracker, finished: Sequence[int]
+) -> dict[int, SeedRecord]:
+    """Train with each of these seeds. finished: the other seeds of the run. Closes the tracker."""
     records, outcome = {}, Outcome.FAILED
+    order = enumerate([*finished, *seeds])
+    logs = {seed: _log_from_step(tracker, resolved.steps * number) for number, seed in order}
     try:
         with stopped_by_disk_errors(advice=_RESUME):
-            for number, seed in enumerate(seeds, first):
-                records[seed] = train_seed(seed, resolved, _log_from_step(tracker, resolved.steps * number))
+            for seed in finished:
+                log_events_of_process(seed, resolved, logs[seed])
+            if _in_parallel(seeds, resolved):
+                records = train_seeds_in_parallel(seeds, resolved, logs)
+            else:
+                for seed in seeds:
+                    log_events_of_process(seed, resolved, logs[seed])
+                    records[seed] = train_seed(seed, resolved, logs[seed])
         outcome = Outcome.DONE
     except (KeyboardInterrupt, StoppedError):
         outcome = Outcome.STOPPED
@@ -116,6 +127,10 @@ def _train_seeds(seeds: Sequence[int], resolved: ResolvedRun, tracker: Tracker, 
     finally:
         tracker.close(outcome)
     return records
+
+
+def _in_parallel(seeds: Sequence[int], resolved: ResolvedRun) -> bool:
+    return min(resolved.training.parallel_seeds, len(seeds)) > 1
 
 
 def _describe_finished(seeds: Sequence[int], resolved: ResolvedRun) -> list[str]:

@@ -1,0 +1,189 @@
+"""Train several seeds at a time, each in a process of its own: on a GPU of its own, or on a share of the cores.
+
+`python -m finetune.parallel_seeds CONFIG SEED` is the process of a seed. It writes RUN/seed-N as `train_seed` does, its
+output to RUN/logs/seed-N.log and its events to RUN/logs/seed-N.jsonl, from where they go to the trackers of the run
+when the seed is finished. It ends when this process does, and saves its state.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from experiment.errors import StoppedError, UserError, notify, stopped_by_disk_errors
+from experiment.outcome_file import Outcome
+from experiment.own_process import module_command, own_environment
+from experiment.progress import progress, terminal
+from experiment.run_folder import RunFolder
+from experiment.signals import handle_stop_signals, interrupt
+from experiment.tracking.jsonl import JsonlTracker, kept_events, read_last_events
+from experiment.tracking.progress_line import ConsoleTracker
+from finetune.resolve import ResolvedRun, load_run_config, resolve
+from finetune.results.seed_summary import SeedRecord
+from finetune.results.tables import print_epochs
+from finetune.seed_run import finished_seeds, state_file, train_seed
+from finetune.training.fit import Log
+
+_POLL_SECONDS = 0.2
+
+
+@dataclass
+class _SeedProcess:
+    seed: int
+    slot: int  # among those that run at a time
+    process: "subprocess.Popen[bytes]"
+
+
+def train_seeds_in_parallel(seeds: Sequence[int], run: ResolvedRun, logs: Mapping[int, Log]) -> dict[int, SeedRecord]:
+    """Train with these seeds, `training.parallel_seeds` at a time. Returns the records of all finished seeds.
+
+    Raises UserError if a seed was rejected, StoppedError if one was stopped, and SystemExit if one failed, when the
+    others have saved their state.
+
+    logs: of each seed.
+    """
+    waiting, unlogged, running = list(seeds), list(seeds), list[_SeedProcess]()
+    started = {seed: state_file(seed, run).steps for seed in seeds}
+    total = run.steps * len(seeds) - sum(started.values())
+    try:
+        with progress("training", total, describe=lambda done: f"{done:,.0f} of {total:,} steps") as advance:
+            done = 0
+            while waiting or running:
+                free = [slot for slot in range(run.training.parallel_seeds) if slot not in {it.slot for it in running}]
+                while waiting and free:
+                    running.append(_start(waiting.pop(0), free.pop(0), run))
+                time.sleep(_POLL_SECONDS)
+                for ended in [it for it in running if it.process.poll() is not None]:
+                    running.remove(ended)
+                    _finish(ended, run)
+                while unlogged and _is_finished(unlogged[0], run.folder):  # in their order: steps never decrease
+                    seed = unlogged.pop(0)
+                    log_events_of_process(seed, run, logs[seed])
+                now = sum(max(_last_step(seed, run) - started[seed], 0) for seed in seeds)
+                advance(now - done)
+                done = now
+    except KeyboardInterrupt:
+        raise StoppedError("stopped: the seeds have saved their state; run the same command again to resume") from None
+    finally:
+        _stop(running)
+    return finished_seeds(run.folder, run.settings)
+
+
+def log_events_of_process(seed: int, run: ResolvedRun, log: Log) -> None:
+    """Log the events that the process of a seed has left, up to the state from which it resumes."""
+    path = _events_file(seed, run.folder)
+    for event in kept_events(path, run.steps if _is_finished(seed, run.folder) else state_file(seed, run).steps):
+        log(event.pop("step"), event)
+    path.unlink(missing_ok=True)
+
+
+def _start(seed: int, slot: int, run: ResolvedRun) -> _SeedProcess:
+    notify(f"seed {seed}: training, see {_log_file(seed, run.folder)}")
+    with _log_file(seed, run.folder).open("ab") as output:
+        process = subprocess.Popen(
+            [*module_command(__name__), str(run.folder.config), str(seed)],
+            env={**own_environment(), **_share(slot, run)},
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    return _SeedProcess(seed, slot, process)
+
+
+def _share(slot: int, run: ResolvedRun) -> dict[str, str]:
+    """The variables that give the process in a slot its GPU, or its share of the cores."""
+    if run.device.device.type == "cuda":
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        devices = visible.split(",") if visible else list(map(str, range(torch.cuda.device_count())))
+        return {"CUDA_VISIBLE_DEVICES": devices[slot % len(devices)]}
+    return {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // run.training.parallel_seeds))}
+
+
+def _finish(ended: _SeedProcess, run: ResolvedRun) -> None:
+    """Print the evaluations of a seed whose process has ended. Raises as `train_seeds_in_parallel`."""
+    seed, code = ended.seed, ended.process.returncode
+    if code == 0:
+        record = finished_seeds(run.folder, run.settings)[seed]
+        if record.epochs:
+            print_epochs(terminal(), f"seed {seed}", record.epochs, record.best_epoch)
+        return
+    output = _log_file(seed, run.folder)
+    lines = output.read_text(encoding="utf-8", errors="replace").splitlines()
+    last = lines[-1].removeprefix("deepcloze: ") if lines else ""
+    if code == Outcome.STOPPED.exit_code:
+        raise StoppedError(last)
+    if code == Outcome.REFUSED.exit_code:
+        raise UserError(last)
+    sys.exit(f"deepcloze: seed {seed} failed (exit code {code}): {last}; see {output}")
+
+
+def _stop(running: Sequence[_SeedProcess]) -> None:
+    """Let the processes save their state, and wait for them."""
+    for each in running:
+        with suppress(ProcessLookupError):
+            each.process.send_signal(signal.SIGTERM)
+    for each in running:
+        each.process.communicate()
+
+
+def _last_step(seed: int, run: ResolvedRun) -> int:
+    events = read_last_events(_events_file(seed, run.folder))
+    return max((event["step"] for event in events), default=run.steps if _is_finished(seed, run.folder) else 0)
+
+
+def _is_finished(seed: int, folder: RunFolder) -> bool:
+    return (folder.path / f"seed-{seed}").exists()
+
+
+def _events_file(seed: int, folder: RunFolder) -> Path:
+    return folder.logs / f"seed-{seed}.jsonl"
+
+
+def _log_file(seed: int, folder: RunFolder) -> Path:
+    return folder.logs / f"seed-{seed}.log"
+
+
+def _stop_with_parent() -> None:
+    """Stop this process when stdin is closed, which its parent holds open."""
+    sys.stdin.buffer.read()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Train one seed. Returns an exit code."""
+    config, seed = argv[0], int(argv[1])
+    try:
+        with handle_stop_signals(interrupt), stopped_by_disk_errors(advice="; the same command resumes"):
+            threading.Thread(target=_stop_with_parent, daemon=True).start()
+            run = resolve(load_run_config(config))
+            started = state_file(seed, run).steps
+            trackers = (ConsoleTracker(run.steps, started), JsonlTracker(_events_file(seed, run.folder), started))
+
+            def log(step: int, metrics: Mapping[str, int | float | str | None]) -> None:
+                for tracker in trackers:
+                    tracker.log({"step": step, **metrics})
+
+            train_seed(seed, run, log)
+    except UserError as error:
+        notify(str(error))
+        return Outcome.REFUSED.exit_code
+    except (StoppedError, KeyboardInterrupt) as stopped:
+        notify(str(stopped) or "stopped")
+        return Outcome.STOPPED.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # a normal exit takes a second to take apart what was imported

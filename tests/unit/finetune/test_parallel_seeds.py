@@ -1,0 +1,106 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from experiment.run_folder import RunFolder
+from finetune.parallel_seeds import _share
+from finetune.run import finetune
+from launcher.cli import main
+from runs import soak
+from waiting import wait_until
+
+ROOT = Path(__file__).resolve().parents[3]
+FLAGS = {"training.seeds": "[1, 2, 3]", "training.epochs": "3", "training.evaluate_every": "4"}
+
+
+def events(run: Path) -> list[tuple[int, int, float | None]]:
+    return [
+        (event["step"], event["seed"], event.get("loss"))
+        for event in map(json.loads, (run / "metrics.jsonl").open(encoding="utf-8"))
+    ]
+
+
+def start(config: Path, **flags: str) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-m", "launcher", "finetune", "--config", str(config)]
+    return subprocess.Popen([*command, *(f"--{key}={value}" for key, value in flags.items())], cwd=ROOT)
+
+
+def children_with(path: Path) -> list[int]:
+    """Processes of seeds of this run."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (folder / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"finetune.parallel_seeds" in command and str(path / "config.yaml").encode() in command:
+            found.append(int(folder.name))
+    return found
+
+
+@pytest.mark.parametrize(("number", "resumed"), [(signal.SIGTERM, "2"), *soak((signal.SIGKILL, "1"))])
+def test_parallel_seeds_give_the_results_of_one_after_the_other(
+    config_file: Path, tmp_path: Path, number: signal.Signals, resumed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches seeds that share a random state, events that are lost or doubled by a resume, events whose steps
+    decrease, which W&B drops, and processes that go on when the command was stopped or killed."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    run = tmp_path / "run"
+    process = start(config_file, **FLAGS, **{"training.parallel_seeds": "2"})
+    folder = RunFolder(run)
+    wait_until(lambda: all((folder.logs / f"seed-{seed}.jsonl").exists() for seed in (1, 2)), process)
+    wait_until(lambda: any((run / f".seed-{seed}" / "state.pt").exists() for seed in (1, 2)), process)
+    process.send_signal(number)
+    assert process.wait() == (75 if number is signal.SIGTERM else -number)
+    wait_until(lambda: not children_with(run))
+    flags = {**FLAGS, "training.parallel_seeds": resumed}
+    assert main(["finetune", "--config", str(config_file), *(f"--{key}={value}" for key, value in flags.items())]) == 0
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    finetune(config_file, {**FLAGS, "run.dir": str(tmp_path / "other")})
+    results = [json.loads((at / "results.json").read_text()) for at in (run, tmp_path / "other")]
+    assert results[0]["splits"] == results[1]["splits"]
+    assert sorted(event[1] for event in events(run)) == sorted(event[1] for event in events(tmp_path / "other"))
+    steps = [step for step, *_ in events(run)]
+    assert steps == sorted(steps)
+    assert not list(folder.logs.glob("seed-*.jsonl"))
+
+
+def test_a_seed_that_fails_ends_the_command(
+    config_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a failure that only a log file tells of, and an exit code of success."""
+    flags = {
+        **FLAGS,
+        "training.seeds": "[1, 2]",
+        "training.parallel_seeds": "2",
+        "training.lr": "1e30",
+        "training.grad_clip": "0",
+    }
+    assert start(config_file, **flags).wait() == 2
+    assert "training diverged" in capfd.readouterr().err.splitlines()[-1]
+    assert not children_with(tmp_path / "run")
+
+
+def test_each_process_gets_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches processes on the same GPU, and GPUs that the user has hidden."""
+
+    def share(slot: int, kind: str = "cuda") -> dict[str, str]:
+        device = SimpleNamespace(device=SimpleNamespace(type=kind))
+        return _share(slot, SimpleNamespace(device=device, training=SimpleNamespace(parallel_seeds=2)))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [share(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["0", "1", "0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5")
+    assert [share(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(2)] == ["3", "GPU-5"]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    assert share(0, "cpu") == {"OMP_NUM_THREADS": "2"}
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3,GPU-5"
