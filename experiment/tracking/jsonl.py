@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,19 @@ def read_last_events(path: Path) -> list[Event]:
     except FileNotFoundError:
         return []
     return [event for event in map(_event, lines) if event is not None]
+
+
+def split_by_seed(events: Sequence[Event]) -> dict[int | None, Sequence[Event]]:
+    """The events of each seed of a fine-tuning run, counting steps from the start of the seed; None: without seeds.
+
+    In the file, the steps continue from one seed to the next. All seeds log at the same steps of their own.
+    """
+    runs = [(seed, list(found)) for seed, found in groupby(events, key=lambda event: last_number([event], "seed"))]
+    offsets = [found[0]["step"] - events[0]["step"] for _, found in runs]
+    return {
+        seed: [{**event, "step": event["step"] - offset} for event in found]
+        for (seed, found), offset in zip(runs, offsets, strict=True)
+    }
 
 
 def last_number(events: Sequence[Event], key: str) -> Any:

@@ -12,7 +12,7 @@ from experiment.files import parse_json
 from experiment.results.charts import Plot, charts_block, x_axis
 from experiment.results.comparison import comparison_blocks
 from experiment.results.page import Block, Figure, Heading, Table, Text
-from experiment.results.plots import Line, Panel
+from experiment.results.plots import COLORS, Line, Panel
 from experiment.results.report.run_facts import read_run_config
 from experiment.results.report.tasks import main_score, read_task_results
 from experiment.results.report.training import (
@@ -31,7 +31,7 @@ from experiment.results.report.training import (
 from experiment.results.sweep_summary import SweepResult, sort_results
 from experiment.run_folder import RunFolder
 from experiment.run_life import read_life
-from experiment.tracking.jsonl import Event, last_number, read_events
+from experiment.tracking.jsonl import Event, last_number, read_events, split_by_seed
 
 _NOT_COMPARED = ("run.dir", "tracking.")  # keys
 _DIFFERENCES = "Differences of the configs"
@@ -45,6 +45,7 @@ class NamedRun:
     name: str
     folder: RunFolder
     events: Sequence[Event]
+    color: str | None = None  # of its curves; default: the next of COLORS
 
 
 def open_runs(folders: Mapping[str, RunFolder]) -> list[NamedRun]:
@@ -66,8 +67,23 @@ def overlay_blocks(runs: Sequence[NamedRun], directory: Path, prefix: str = "") 
 
 
 def overlay_charts(runs: Sequence[NamedRun], directory: Path, prefix: str = "") -> list[Block]:
-    axes = [x_axis(run.events) for run in runs]
-    return list(charts_block(list(_plots(runs)), directory, axes, prefix=prefix))
+    seeds = _split_by_seed(runs)
+    axes = [x_axis(run.events) for run in seeds]
+    return list(charts_block(list(_plots(seeds)), directory, axes, prefix=prefix))
+
+
+def _split_by_seed(runs: Sequence[NamedRun]) -> list[NamedRun]:
+    """A run for each seed, in the color of the run; the runs themselves if none has several seeds."""
+    by_run = [(run, split_by_seed(run.events)) for run in runs]
+    if all(len(seeds) <= 1 for _, seeds in by_run):
+        return list(runs)
+    return [
+        NamedRun(
+            run.name if seed is None else f"{run.name}, seed {seed}", run.folder, events, COLORS[number % len(COLORS)]
+        )
+        for number, (run, seeds) in enumerate(by_run)
+        for seed, events in seeds.items()
+    ]
 
 
 def _plots(runs: Sequence[NamedRun]) -> Iterator[Plot]:
@@ -85,7 +101,7 @@ def _plots(runs: Sequence[NamedRun]) -> Iterator[Plot]:
 
 def _lines(runs: Sequence[NamedRun], key: str, smoothed: bool = False, marked: bool = False) -> list[Line]:
     return [
-        Line(run.name, *curve(run.events, key), smoothed=smoothed, marked=marked, run=number)
+        Line(run.name, *curve(run.events, key), smoothed=smoothed, marked=marked, run=number, color=run.color)
         for number, run in enumerate(runs)
     ]
 

@@ -14,9 +14,9 @@ from experiment.formatting import format_perplexity
 from experiment.goodput import read_attempt_times
 from experiment.results.charts import Mark, Plot, charts_block, x_axis
 from experiment.results.page import Block, Heading, Table
-from experiment.results.plots import INK, Line, Panel
+from experiment.results.plots import COLORS, INK, Line, Panel
 from experiment.run_folder import RunFolder
-from experiment.tracking.jsonl import Event, last_number, read_events
+from experiment.tracking.jsonl import Event, last_number, read_events, split_by_seed
 
 SPEED, WAIT = "Tokens per second, all ranks, without padding", "Time spent waiting for data"
 NORM, RATE = "Gradient norm before clipping", "Learning rate"
@@ -38,20 +38,23 @@ def training_blocks(
     blocks: list[Block] = [Heading("Training")]
     reached = max(event["step"] for event in events)
     shown = [mark for mark in marks if mark.step <= reached]  # later stages are in the config already
-    blocks += charts_block(training_plots(events, corpora), directory, [x_axis(events)], shown, prefix)
+    seeds = split_by_seed(events)
+    axes = [x_axis(found) for found in seeds.values()]
+    blocks += charts_block(training_plots(seeds, corpora), directory, axes, shown, prefix)
     if corpora:
         blocks += [Heading("Held-out text"), held_out_table(events, corpora)]
     return [*blocks, Heading("Speed and memory"), training_table(events)]
 
 
-def training_plots(events: Sequence[Event], corpora: Sequence[str]) -> list[Plot]:
-    loss = [_training_line(events, "loss", color=INK), *_held_out_lines(events, corpora, "loss")]
-    perplexity = Panel("perplexity", _held_out_lines(events, corpora, "perplexity"), "log")
-    accuracy = Panel("accuracy", _held_out_lines(events, corpora, "accuracy"), percent=True)
-    rate = Panel("learning rate", [Line("learning rate", *curve(events, "lr"))])
-    norm = Panel("gradient norm", [_training_line(events, "grad_norm")], "log")
-    speed = Panel("tokens/s", [_training_line(events, "tokens_per_second")], from_zero=True)
-    wait = Panel("data wait", [_training_line(events, "data_wait")], percent=True, from_zero=True)
+def training_plots(seeds: Mapping[int | None, Sequence[Event]], corpora: Sequence[str]) -> list[Plot]:
+    """seeds: of `split_by_seed`."""
+    loss = [*_training_lines(seeds, "loss", INK), *_held_out_lines(seeds, corpora, "loss")]
+    perplexity = Panel("perplexity", _held_out_lines(seeds, corpora, "perplexity"), "log")
+    accuracy = Panel("accuracy", _held_out_lines(seeds, corpora, "accuracy"), percent=True)
+    rate = Panel("learning rate", _training_lines(seeds, "lr", smoothed=False))
+    norm = Panel("gradient norm", _training_lines(seeds, "grad_norm"), "log")
+    speed = Panel("tokens/s", _training_lines(seeds, "tokens_per_second"), from_zero=True)
+    wait = Panel("data wait", _training_lines(seeds, "data_wait"), percent=True, from_zero=True)
     return [
         Plot("loss", [("Loss", Panel("loss", loss))]),
         Plot("perplexity", [("Perplexity on held-out text", perplexity)]),
@@ -62,12 +65,30 @@ def training_plots(events: Sequence[Event], corpora: Sequence[str]) -> list[Plot
     ]
 
 
-def _training_line(events: Sequence[Event], key: str, color: str | None = None) -> Line:
-    return Line("training", *curve(events, key), smoothed=True, color=color)
+def _training_lines(
+    seeds: Mapping[int | None, Sequence[Event]], key: str, color: str | None = None, smoothed: bool = True
+) -> list[Line]:
+    """color: of a run with one seed; by default, and for several, the next of COLORS."""
+    if len(seeds) == 1:
+        return [Line("training", *curve(events, key), smoothed=smoothed, color=color) for events in seeds.values()]
+    return [
+        Line(f"seed {seed}", *curve(events, key), smoothed=smoothed, run=number, color=COLORS[number % len(COLORS)])
+        for number, (seed, events) in enumerate(seeds.items())
+    ]
 
 
-def _held_out_lines(events: Sequence[Event], corpora: Sequence[str], metric: str) -> list[Line]:
-    return [Line(corpus, *curve(events, f"eval/{corpus}/{metric}"), marked=True) for corpus in corpora]
+def _held_out_lines(seeds: Mapping[int | None, Sequence[Event]], corpora: Sequence[str], metric: str) -> list[Line]:
+    return [
+        Line(
+            corpus if len(seeds) == 1 else f"seed {seed}, {corpus}",
+            *curve(events, f"eval/{corpus}/{metric}"),
+            marked=True,
+            run=number,
+            color=None if len(seeds) == 1 else COLORS[number % len(COLORS)],
+        )
+        for number, (seed, events) in enumerate(seeds.items())
+        for corpus in corpora
+    ]
 
 
 def held_out_table(events: Sequence[Event], corpora: Sequence[str]) -> Table:

@@ -24,7 +24,7 @@ from experiment.results.report.several_runs import (
     sweep_blocks,
 )
 from experiment.results.report.tasks import worst_rows
-from experiment.results.report.training import read_marks
+from experiment.results.report.training import read_marks, training_blocks
 from experiment.run_folder import RunFolder, open_run_folder
 from experiment.run_life import read_life
 from experiment.tracking.jsonl import read_events
@@ -200,6 +200,26 @@ def test_the_curves_of_a_comparison(tmp_path: Path) -> None:
         (tmp_path / row / "sst2" / "config.yaml").write_text(f"model: {{init_from: {row}}}\nrun: {{dir: {row}}}\n")
     blocks = compare_blocks(RunFolder(tmp_path), tmp_path / "report")
     assert [["a", "a"], ["b", "b"]] in [block.rows for block in blocks if isinstance(block, Table)]
+
+
+def test_seeds_are_curves_of_their_own(tmp_path: Path) -> None:
+    """Catches the seeds of a fine-tuning joined end to end, so that the loss climbs back at each seed; two seeds of one
+    row in different colors; and two rows in the same color."""
+    for name, seeds in (("a", (1, 2)), ("b", (1,))):
+        joined = [(seed, step, number * 20 + step) for number, seed in enumerate(seeds) for step in (10, 20)]
+        events = [{"seed": seed, "step": logged, "loss": 1 / step, "lr": 1e-3} for seed, step, logged in joined]
+        open_run_folder(tmp_path / name).metrics.write_text("".join(f"{json.dumps(event)}\n" for event in events))
+    runs = open_runs(name_runs([tmp_path / "a", tmp_path / "b"]))
+    (charts,) = [block for block in overlay_blocks(runs, tmp_path) if isinstance(block, Charts)]
+    for chart in charts.data["charts"]:
+        assert [line["x"] for line in chart["lines"]] == [[10, 20]] * 3
+    lines = charts.data["charts"][0]["lines"]
+    assert [line["label"] for line in lines] == ["a, seed 1", "a, seed 2", "b, seed 1"]
+    assert lines[0]["color"] == lines[1]["color"] != lines[2]["color"]
+    assert len(charts.data["axes"]) == 3
+    (charts,) = [block for block in training_blocks(runs[0].folder, tmp_path) if isinstance(block, Charts)]
+    for chart in charts.data["charts"]:
+        assert [(line["label"], line["x"]) for line in chart["lines"]] == [("seed 1", [10, 20]), ("seed 2", [10, 20])]
 
 
 def test_the_worst_rows_of_a_task(tmp_path: Path) -> None:
