@@ -180,9 +180,9 @@ def write_combined_page(
     image = directory / "task.png"
     draw_spread(image, values, "accuracy on test, one dot per seed")
     blocks: list[Block] = [table, Text(description), Figure(image.read_bytes(), "Task accuracy by initial weights")]
-    blocks += training_blocks(run, directory, "pretraining-")
+    blocks += training_blocks(run)
     for weights, of in results.items():
-        blocks += result_blocks(RunFolder(output / f"task-{weights}"), of, directory, f"task-{weights}-")
+        blocks += result_blocks(RunFolder(output / f"task-{weights}"), of)
     blocks += [
         Heading("Configs"),
         Code("pretraining", run.config.read_text(encoding="utf-8")),

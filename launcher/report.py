@@ -40,14 +40,17 @@ _ENDS = frozenset(".!?。！？")
 _SEED = 0
 
 
-def report_runs(runs: Sequence[str], output: str | None) -> Path:
-    """Write the page of a run, sweep or comparison, or of several runs; return its path. Raises UserError."""
+def report_runs(runs: Sequence[str], output: str | None, png: bool = False) -> Path:
+    """Write the page of a run, sweep or comparison, or of several runs; return its path. Raises UserError.
+
+    png: write the charts next to the page, too.
+    """
     if output is not None and Path(output).is_file():
         raise UserError(f"--output: {output} is a file; expected a folder")
     if len(runs) > 1:
-        return write_overlay(runs, Path(output or "report").absolute())
+        return write_overlay(runs, Path(output or "report").absolute(), png)
     fill_new_checkpoints(open_folder(runs[0]))
-    return write_report(runs[0], output)
+    return write_report(runs[0], output, png=png)
 
 
 def print_report(command: str, folder: Path) -> None:

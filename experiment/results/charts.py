@@ -1,16 +1,20 @@
-"""Curves of runs as the charts of a page, see `page.js`: of bounded size, however long the runs."""
+"""Charts of runs: what they show, and their data in a page, of bounded size however long the runs.
+
+`page.js` draws them in pages, `plots` as PNG files.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from experiment.results.page import Chart, Charts
-from experiment.results.plots import COLORS, INK, Line, Panel, draw_panels, moving_average
 from experiment.tracking.jsonl import Event
+
+# Okabe & Ito (2008), "Color universal design": distinguishable with any kind of color vision.
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+INK = "#1d2430"
 
 MAX_POINTS = 2000  # of a curve
 _DASHES = ("", "7 3", "2 3")  # for more lines than colors
@@ -21,11 +25,39 @@ Axis = Mapping[str, Sequence[float]]
 
 
 @dataclass(frozen=True)
+class Line:
+    """One curve. Points whose y is None are left out.
+
+    smoothed: draw a pale line behind its moving average, for noisy values. marked: show the points, for sparse values.
+    """
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float | None]
+    smoothed: bool = False
+    marked: bool = False
+    dashed: bool = False
+    color: str | None = None  # default: the next of COLORS
+    run: int = 0  # which of the runs that a page shows it is of
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One set of axes with its curves."""
+
+    y_label: str
+    lines: Sequence[Line]
+    scale: Literal["linear", "log"] = "linear"
+    percent: bool = False  # y is a fraction
+    from_zero: bool = False  # the y axis starts at 0
+
+
+@dataclass(frozen=True)
 class Plot:
-    """Panels that are one PNG, and one chart each on a page."""
+    """Panels with titles: one chart each on a page, together one PNG."""
 
     name: str  # of the PNG
-    panels: Sequence[tuple[str, Panel]]  # with titles
+    panels: Sequence[tuple[str, Panel]]
 
 
 @dataclass(frozen=True)
@@ -37,25 +69,32 @@ class Mark:
     text: str
 
 
-def charts_block(
-    plots: Sequence[Plot], directory: Path, axes: Sequence[Axis] = (), marks: Sequence[Mark] = (), prefix: str = ""
-) -> list[Charts]:
-    """The panels that have data; empty if none has. Writes a PNG of each plot to `directory`.
+@dataclass(frozen=True)
+class Charts:
+    """Charts that share their x axis, a block of a page. axes: of the runs of the lines."""
 
-    axes: of the runs of the lines. prefix: keeps the images of several runs on one page apart.
-    """
-    charts, data = [], []
-    for plot in plots:
-        panels = [(title, panel) for title, panel in plot.panels if any(line.x for line in panel.lines)]
-        image = f"{prefix}{plot.name}.png"
-        if panels:
-            draw_panels(directory / image, [panel for _, panel in panels])
-        for title, panel in panels:
-            charts.append(Chart(title, image))
-            data.append(_chart(panel))
-            image = ""  # it has all panels
-    shared = {"axes": list(axes) or [x_axis([])], "marks": [vars(mark) for mark in marks]}
-    return [Charts(charts, shared | {"charts": data})] if charts else []
+    plots: Sequence[Plot]
+    axes: Sequence[Axis] = ()
+    marks: Sequence[Mark] = ()
+
+    @property
+    def titles(self) -> list[str]:
+        return [title for plot in self.plots for title, _ in plot.panels]
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """As `page.js` describes; JSON."""
+        shared = {"axes": list(self.axes) or [x_axis([])], "marks": [vars(mark) for mark in self.marks]}
+        return {**shared, "charts": [_chart(panel) for plot in self.plots for _, panel in plot.panels]}
+
+
+def charts_block(plots: Sequence[Plot], axes: Sequence[Axis] = (), marks: Sequence[Mark] = ()) -> list[Charts]:
+    """The panels that have data, as one block; empty if none has."""
+    filled = [
+        Plot(plot.name, [found for found in plot.panels if any(line.x for line in found[1].lines)]) for plot in plots
+    ]
+    shown = [plot for plot in filled if plot.panels]
+    return [Charts(shown, axes, marks)] if shown else []
 
 
 def x_axis(events: Sequence[Event]) -> Axis:
@@ -106,6 +145,20 @@ def _line(line: Line, number: int | None) -> dict[str, Any]:
         "y": _rounded(y[kept]),
         "average": None if average is None else _rounded(average[kept]),
     }
+
+
+def moving_average(values: Sequence[float], radius: int) -> list[float]:
+    """The mean of each value and up to `radius` neighbours on each side.
+
+    Near the start the neighbourhood is symmetric, so that the average follows a loss that falls fast. Near the end it
+    is not: it keeps all values on the left, so that the curve does not end in the noise of a single value.
+    """
+    sums = np.concatenate([[0.0], np.cumsum(np.asarray(values, dtype=np.float64))])
+    index = np.arange(len(values))
+    near = np.minimum(radius, index)
+    first, end = index - near, np.minimum(index + near + 1, len(values))
+    means: list[float] = ((sums[end] - sums[first]) / (end - first)).tolist()
+    return means
 
 
 def thin(values: NDArray[np.float64]) -> NDArray[np.int64]:

@@ -6,14 +6,15 @@ that draws the charts in `page.js`.
 
 import base64
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from experiment.files import write_text
+from experiment.results.charts import Charts
 
 Tone = Literal["good", "busy", "warn", "bad", "plain"]
 
@@ -60,22 +61,6 @@ class Code:
 
     title: str
     text: str
-
-
-@dataclass(frozen=True)
-class Chart:
-    """The title of a chart, and an image file in the folder of the page that browsers show without JavaScript."""
-
-    title: str
-    image: str = ""
-
-
-@dataclass(frozen=True)
-class Charts:
-    """Charts that share their x axis."""
-
-    charts: Sequence[Chart]
-    data: Mapping[str, Any]  # as `page.js` describes; JSON
 
 
 @dataclass(frozen=True)

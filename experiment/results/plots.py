@@ -1,14 +1,13 @@
-"""Plots as PNG files in one style."""
+"""Charts as PNG files in one style."""
 
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import matplotlib
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.font_manager import fontManager
@@ -23,11 +22,9 @@ from matplotlib.ticker import (
 )
 
 from experiment.files import atomic_write
+from experiment.results.charts import COLORS, Charts, Line, Panel, moving_average
 
-# Okabe & Ito (2008), "Color universal design": distinguishable with any kind of color vision.
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 GREY = "#596579"
-INK = "#1d2430"
 
 # Fonts that have what matplotlib's own lacks: Chinese, Japanese and Korean.
 _CJK_FONTS = (
@@ -40,32 +37,13 @@ matplotlib.rcParams["font.family"] = ["DejaVu Sans", *(name for name in _CJK_FON
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Line:
-    """One curve. Points whose y is None are left out.
-
-    smoothed: draw a pale line behind its moving average, for noisy values. marked: show the points, for sparse values.
-    """
-
-    label: str
-    x: Sequence[float]
-    y: Sequence[float | None]
-    smoothed: bool = False
-    marked: bool = False
-    dashed: bool = False
-    color: str | None = None  # default: the next of COLORS
-    run: int = 0  # which of the runs that a page shows it is of
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One set of axes with its curves."""
-
-    y_label: str
-    lines: Sequence[Line]
-    scale: Literal["linear", "log"] = "linear"
-    percent: bool = False  # y is a fraction
-    from_zero: bool = False  # the y axis starts at 0
+def draw_charts(directory: Path, blocks: Sequence[object]) -> None:
+    """Save the charts among the blocks of a page as NAME.png; the second of a name as NAME-2.png, and so on."""
+    drawn: Counter[str] = Counter()
+    for plot in [plot for block in blocks if isinstance(block, Charts) for plot in block.plots]:
+        drawn[plot.name] += 1
+        number = f"-{drawn[plot.name]}" if drawn[plot.name] > 1 else ""
+        draw_panels(directory / f"{plot.name}{number}.png", [panel for _, panel in plot.panels])
 
 
 def draw_panels(path: Path, panels: Sequence[Panel], x_label: str = "step") -> None:
@@ -140,20 +118,6 @@ def _draw_line(axes: Axes, line: Line, color: str) -> None:
         y = moving_average(y, len(y) // 20)
     marker, style = "o" if line.marked or len(y) == 1 else None, "--" if line.dashed else "-"
     axes.plot(x, y, style, color=color, linewidth=1.8, marker=marker, markersize=4.5, label=line.label)
-
-
-def moving_average(values: Sequence[float], radius: int) -> list[float]:
-    """The mean of each value and up to `radius` neighbours on each side.
-
-    Near the start the neighbourhood is symmetric, so that the average follows a loss that falls fast. Near the end it
-    is not: it keeps all values on the left, so that the curve does not end in the noise of a single value.
-    """
-    sums = np.concatenate([[0.0], np.cumsum(np.asarray(values, dtype=np.float64))])
-    index = np.arange(len(values))
-    near = np.minimum(radius, index)
-    first, end = index - near, np.minimum(index + near + 1, len(values))
-    means: list[float] = ((sums[end] - sums[first]) / (end - first)).tolist()
-    return means
 
 
 def _colors(count: int) -> list[str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiment.files import parse_json, write_text
+from experiment.results.charts import Line, Panel
 from experiment.run_folder import RunFolder
 from experiment.tracking.jsonl import read_events
 
@@ -77,7 +78,7 @@ def _print_table(best_first: Sequence[SweepResult], keys: Sequence[str], metric:
 
 def _plot(results: Sequence[SweepResult], keys: Sequence[str], metric: str, path: Path) -> None:
     """Plot the metric over the first key, with one line for each combination of the other keys."""
-    from experiment.results.plots import Line, Panel, draw_grid
+    from experiment.results.plots import draw_grid
 
     first, *others = keys
     labels = short_names(keys)

@@ -8,7 +8,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from experiment.results.plots import COLORS, GREY, save_figure
+from experiment.results.charts import COLORS
+from experiment.results.plots import GREY, save_figure
 
 _MAX_ANNOTATED = 25  # with more labels, the matrix shows colors only
 

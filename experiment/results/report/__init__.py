@@ -24,31 +24,35 @@ from experiment.run_life import Life, read_life
 from experiment.tracking.jsonl import read_events
 
 
-def write_report(run: str | Path, output: str | Path | None = None, outcome: Outcome | None = None) -> Path:
-    """Write index.html and its images to `output`, by default RUN/report; return the path of the page.
+def write_report(
+    run: str | Path, output: str | Path | None = None, outcome: Outcome | None = None, png: bool = False
+) -> Path:
+    """Write index.html to `output`, by default RUN/report; return its path.
 
-    `outcome`: how the run that calls this is about to end; by default, what the files of the run say.
+    `outcome`: how the run that calls this is about to end; by default, what the files of the run say. `png`: write
+    the charts next to the page, too.
 
     Raises UserError if the folder is not that of a run, sweep or comparison, or nothing has been logged yet.
     """
     folder = open_folder(run)
     directory = folder.report if output is None else Path(output).absolute()
-    headline, blocks = _run_page(folder, directory, outcome)
+    headline, blocks = _run_page(folder, outcome)
     if not blocks:
         raise UserError(
             f"{folder.path} has nothing to report: neither results.json, sweep.json, compare.json nor an event in "
             f"{folder.metrics.name}"
         )
-    return write_page(directory, folder.path.name, [*blocks, *provenance_blocks(folder)], headline)
+    page = write_page(directory, folder.path.name, [*blocks, *provenance_blocks(folder)], headline)
+    return _with_charts(page, blocks, png)
 
 
-def write_overlay(runs: Sequence[str | Path], directory: Path) -> Path:
+def write_overlay(runs: Sequence[str | Path], directory: Path, png: bool = False) -> Path:
     """Write a page about several runs to `directory`; return its path. Raises UserError as `write_report`."""
     opened = open_runs(name_runs([open_folder(run).path for run in dict.fromkeys(runs)]))
     for run in opened:
         if not run.events:
             raise UserError(f"{run.folder.path} has nothing to report: no event in {run.folder.metrics.name}")
-    blocks = overlay_blocks(opened, directory)
+    blocks = overlay_blocks(opened)
     configs: list[Block] = [
         Heading("Configs"),
         *(
@@ -57,7 +61,15 @@ def write_overlay(runs: Sequence[str | Path], directory: Path) -> Path:
             if run.folder.config.is_file()
         ),
     ]
-    return write_page(directory, f"{len(opened)} runs", [*blocks, *configs])
+    return _with_charts(write_page(directory, f"{len(opened)} runs", [*blocks, *configs]), blocks, png)
+
+
+def _with_charts(page: Path, blocks: Sequence[Block], png: bool) -> Path:
+    if png:
+        from experiment.results.plots import draw_charts  # imports matplotlib
+
+        draw_charts(page.parent, blocks)
+    return page
 
 
 def open_folder(run: str | Path) -> RunFolder:
@@ -68,19 +80,19 @@ def open_folder(run: str | Path) -> RunFolder:
     return folder
 
 
-def _run_page(folder: RunFolder, directory: Path, outcome: Outcome | None) -> tuple[Headline | None, list[Block]]:
+def _run_page(folder: RunFolder, outcome: Outcome | None) -> tuple[Headline | None, list[Block]]:
     """Without blocks if there is nothing to report."""
-    together = [*compare_blocks(folder, directory), *sweep_blocks(folder, directory)]
+    together = [*compare_blocks(folder), *sweep_blocks(folder)]
     if together:
         return None, together
     results, events, goodput = read_task_results(folder), read_events(folder.metrics), read_goodput(folder)
     blocks: list[Block] = []
     if results is not None:
-        blocks += result_blocks(folder, results, directory)
+        blocks += result_blocks(folder, results)
     marks = read_marks(folder, read_run_config(folder))
     # Of fine-tuning, the results show the evaluations of each seed.
-    blocks += training_blocks(folder, directory, held_out=results is None, marks=marks)
-    blocks += downstream_blocks(folder, directory, x_axis(events))
+    blocks += training_blocks(folder, held_out=results is None, marks=marks)
+    blocks += downstream_blocks(folder, x_axis(events))
     blocks += [*filling_blocks(folder), *goodput_blocks(goodput)]
     if results is not None:
         return task_headline(results), blocks

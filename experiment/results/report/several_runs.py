@@ -9,10 +9,9 @@ from typing import Any
 from experiment.config import flatten
 from experiment.errors import UserError
 from experiment.files import parse_json
-from experiment.results.charts import Plot, charts_block, x_axis
+from experiment.results.charts import COLORS, Charts, Line, Panel, Plot, charts_block, x_axis
 from experiment.results.comparison import comparison_blocks
 from experiment.results.page import Block, Figure, Heading, Table, Text
-from experiment.results.plots import COLORS, Line, Panel
 from experiment.results.report.run_facts import read_run_config
 from experiment.results.report.tasks import main_score, read_task_results
 from experiment.results.report.training import (
@@ -59,17 +58,16 @@ def name_runs(folders: Sequence[Path]) -> dict[str, RunFolder]:
     return {str(path.relative_to(shared)): RunFolder(path) for path in folders}
 
 
-def overlay_blocks(runs: Sequence[NamedRun], directory: Path, prefix: str = "") -> list[Block]:
-    """A table of the runs, the differences of their configs, and charts. Images are written to `directory`."""
+def overlay_blocks(runs: Sequence[NamedRun]) -> list[Block]:
+    """A table of the runs, the differences of their configs, and charts."""
     blocks: list[Block] = [runs_table(runs), *difference_blocks(runs)]
-    charts = overlay_charts(runs, directory, prefix)
+    charts = overlay_charts(runs)
     return [*blocks, Heading("Curves"), *charts] if charts else blocks
 
 
-def overlay_charts(runs: Sequence[NamedRun], directory: Path, prefix: str = "") -> list[Block]:
+def overlay_charts(runs: Sequence[NamedRun]) -> list[Charts]:
     seeds = _split_by_seed(runs)
-    axes = [x_axis(run.events) for run in seeds]
-    return list(charts_block(list(_plots(seeds)), directory, axes, prefix=prefix))
+    return charts_block(list(_plots(seeds)), [x_axis(run.events) for run in seeds])
 
 
 def _split_by_seed(runs: Sequence[NamedRun]) -> list[NamedRun]:
@@ -157,7 +155,7 @@ def _cell(config: Mapping[str, Any], key: str) -> str:
     return UNKNOWN if key not in config else "null" if config[key] is None else str(config[key])
 
 
-def sweep_blocks(folder: RunFolder, directory: Path) -> list[Block]:
+def sweep_blocks(folder: RunFolder) -> list[Block]:
     """The runs of a sweep, best first, from DIR/sweep.json; empty if there is none. Raises UserError if damaged."""
     path = folder.path / "sweep.json"
     try:
@@ -172,7 +170,7 @@ def sweep_blocks(folder: RunFolder, directory: Path) -> list[Block]:
     runs = open_runs({name: RunFolder(folder.path / name) for name in names})
     image = folder.path / "sweep.png"
     figures = [Figure(image.read_bytes(), f"{record['metric']} by grid point")] if image.is_file() else []
-    return [Heading("Sweep"), table, *figures, *overlay_blocks(runs, directory)]
+    return [Heading("Sweep"), table, *figures, *overlay_blocks(runs)]
 
 
 def _results(runs: Mapping[str, Mapping[str, Any]]) -> list[SweepResult]:
@@ -192,7 +190,7 @@ def _sweep_table(best_first: list[SweepResult], metric: str) -> Table:
     return Table(["run", "state", *keys, metric], rows, "Best first", labels=2)
 
 
-def compare_blocks(folder: RunFolder, directory: Path) -> list[Block]:
+def compare_blocks(folder: RunFolder) -> list[Block]:
     """The tables of a comparison, and the curves of its runs by task, from DIR/compare.json; empty if there is none.
 
     Raises UserError for a damaged one.
@@ -205,8 +203,8 @@ def compare_blocks(folder: RunFolder, directory: Path) -> list[Block]:
         return []
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is damaged: expected scores by row and task") from None
-    for number, (title, runs) in enumerate(groups.items(), start=1):
-        blocks += [Heading(title), *difference_blocks(runs), *overlay_charts(runs, directory, f"{number}-")]
+    for title, runs in groups.items():
+        blocks += [Heading(title), *difference_blocks(runs), *overlay_charts(runs)]
     return blocks
 
 

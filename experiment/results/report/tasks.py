@@ -8,9 +8,8 @@ from typing import Any
 
 from experiment.errors import UserError
 from experiment.files import parse_json
-from experiment.results.charts import Axis, Plot, charts_block
+from experiment.results.charts import COLORS, Axis, Line, Panel, Plot, charts_block
 from experiment.results.page import Block, Figure, Heading, Table, Text
-from experiment.results.plots import COLORS, Line, Panel
 from experiment.results.report.training import UNKNOWN, show
 from experiment.run_folder import RunFolder
 from experiment.tracking.downstream import DownstreamResult, read_results
@@ -34,13 +33,10 @@ def read_task_results(folder: RunFolder) -> dict[str, Any] | None:
         raise UserError(f"{path} is damaged: expected 'task', 'init' and 'splits' with scores") from None
 
 
-def result_blocks(folder: RunFolder, results: Mapping[str, Any], directory: Path, prefix: str = "") -> list[Block]:
-    """Scores, curves, mistakes of a fine-tuning run. Images are written to `directory`, see `training_blocks`.
-
-    results: of `read_task_results`.
-    """
+def result_blocks(folder: RunFolder, results: Mapping[str, Any]) -> list[Block]:
+    """Scores, curves, mistakes of a fine-tuning run. results: of `read_task_results`."""
     blocks = _score_blocks(results)
-    blocks += charts_block(_seed_plots(folder, str(results.get("metric"))), directory, prefix=prefix)
+    blocks += charts_block(_seed_plots(folder, str(results.get("metric"))))
     if (folder.path / "confusion.png").is_file():
         blocks.append(Figure((folder.path / "confusion.png").read_bytes(), "Confusion matrix, all seeds together"))
     return [*blocks, *worst_rows(folder, list(results["splits"]))]
@@ -155,10 +151,10 @@ def _read_table(path: Path) -> list[dict[str, str]]:
         return []
 
 
-def downstream_blocks(folder: RunFolder, directory: Path, axis: Axis) -> list[Block]:
+def downstream_blocks(folder: RunFolder, axis: Axis) -> list[Block]:
     """The scores of the run's checkpoints on tasks, by step, see `deepcloze watch`; empty without any.
 
-    The image is written to `directory`. axis: of the run.
+    axis: of the run.
     """
     results = read_results(folder)
     if not results:
@@ -170,7 +166,7 @@ def downstream_blocks(folder: RunFolder, directory: Path, axis: Axis) -> list[Bl
         panels.append((metric, Panel(metric, lines)))
     rows = [_downstream_row(task, group) for task, group in by_task.items()]
     table = Table(["task", "metric", "last", "at step", "best", "at step"], rows, labels=2)
-    return [Heading("Downstream tasks"), *charts_block([Plot("downstream", panels)], directory, [axis]), table]
+    return [Heading("Downstream tasks"), *charts_block([Plot("downstream", panels)], [axis]), table]
 
 
 def _task_line(task: str, results: Sequence[DownstreamResult]) -> Line:

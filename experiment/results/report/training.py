@@ -5,16 +5,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from itertools import groupby, pairwise
-from pathlib import Path
 from typing import Any
 
 from experiment.checkpoints import checkpoint_step, named_best
 from experiment.files import parse_json
 from experiment.formatting import format_perplexity
 from experiment.goodput import read_attempt_times
-from experiment.results.charts import Mark, Plot, charts_block, x_axis
+from experiment.results.charts import COLORS, INK, Line, Mark, Panel, Plot, charts_block, x_axis
 from experiment.results.page import Block, Heading, Table
-from experiment.results.plots import COLORS, INK, Line, Panel
 from experiment.run_folder import RunFolder
 from experiment.tracking.jsonl import Event, last_number, read_events, split_by_seed
 
@@ -23,13 +21,10 @@ NORM, RATE = "Gradient norm before clipping", "Learning rate"
 UNKNOWN = "–"
 
 
-def training_blocks(
-    folder: RunFolder, directory: Path, prefix: str = "", held_out: bool = True, marks: Sequence[Mark] = ()
-) -> list[Block]:
+def training_blocks(folder: RunFolder, held_out: bool = True, marks: Sequence[Mark] = ()) -> list[Block]:
     """Final metrics and curves from RUN/metrics.jsonl; empty without events.
 
-    held_out: whether to show evaluations too. Images are written to `directory`; `prefix` keeps the images of several
-    runs on one page apart.
+    held_out: whether to show evaluations too.
     """
     events = read_events(folder.metrics)
     if not events:
@@ -40,7 +35,7 @@ def training_blocks(
     shown = [mark for mark in marks if mark.step <= reached]  # later stages are in the config already
     seeds = split_by_seed(events)
     axes = [x_axis(found) for found in seeds.values()]
-    blocks += charts_block(training_plots(seeds, corpora), directory, axes, shown, prefix)
+    blocks += charts_block(training_plots(seeds, corpora), axes, shown)
     if corpora:
         blocks += [Heading("Held-out text"), held_out_table(events, corpora)]
     return [*blocks, Heading("Speed and memory"), training_table(events)]

@@ -4,10 +4,9 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+from experiment.results.charts import Charts, Line, Panel, Plot
 from experiment.results.page import (
     Block,
-    Chart,
-    Charts,
     Code,
     Fact,
     Figure,
@@ -25,7 +24,7 @@ BLOCKS: list[Block] = [
     Text("Loss < 3 & falling."),
     Table(["corpus", "loss"], [["a<b>", "1.0"], ["news", "2.0"]], caption="Held out"),
     Figure(b"PNG", 'The "loss"'),
-    Charts([Chart("Loss <1>", "loss.png")], {"charts": [{"label": "</script><b>"}]}),
+    Charts([Plot("loss", [("Loss <1>", Panel("loss", [Line("</script><b>", [1], [2.0])]))])]),
     Fillings([Filling("a <i>", "<b>", " c", [("step 1", [("<u>", "9.0%")])])]),
     Code("config.yaml", "run:\n  dir: <x>\n"),
 ]
@@ -62,7 +61,7 @@ def test_blocks_become_html_in_their_order(tmp_path: Path) -> None:
     outline = Outline()
     outline.feed(path.read_text(encoding="utf-8"))
     assert outline.open == []
-    assert outline.images == ["data:image/png;base64," + base64.b64encode(b"PNG").decode(), "loss.png"]
+    assert outline.images == ["data:image/png;base64," + base64.b64encode(b"PNG").decode()]
     assert [text for text in outline.texts if text[0] not in ("style", "script")] == [
         ("title", "Run {1}"),
         ("h1", "Run {1}"),
@@ -79,6 +78,7 @@ def test_blocks_become_html_in_their_order(tmp_path: Path) -> None:
         *[("td", cell) for cell in ("a<b>", "1.0", "news", "2.0")],
         ("figcaption", 'The "loss"'),
         ("figcaption", "Loss <1>"),
+        ("p", "The charts need JavaScript."),
         ("p", "a <i>"),
         ("mark", "<b>"),
         ("p", " c"),

@@ -8,7 +8,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from experiment.results import plots as figures
-from experiment.results.plots import Line, Panel, draw_panels, draw_spread, moving_average, save_figure
+from experiment.results.charts import Charts, Line, Panel, Plot
+from experiment.results.plots import draw_charts, draw_panels, draw_spread, save_figure
 
 
 @pytest.fixture
@@ -50,6 +51,14 @@ def test_panels_show_every_line_and_a_legend_where_there_are_several(tmp_path: P
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["loss.png"]
 
 
+def test_charts_of_one_name_are_files_of_their_own(tmp_path: Path, canvases: list[Figure]) -> None:
+    """Catches charts of one task that overwrite those of another, and a block of a page that is no chart."""
+    panels = [(title, Panel(title, [Line("a", [1, 2], [1.0, 2.0])])) for title in ("speed", "wait")]
+    draw_charts(tmp_path, [Charts([Plot("speed", panels)]), "text", Charts([Plot("speed", panels[:1])])])
+    assert {path.name for path in tmp_path.iterdir()} == {"speed.png", "speed-2.png"}
+    assert [len(canvas.axes) for canvas in canvases] == [2, 1]
+
+
 def test_scales_and_limits(tmp_path: Path, canvases: list[Figure]) -> None:
     """Catches a linear axis for perplexities up to 30,000, and an axis that exaggerates a difference."""
     line = Line("a", [1, 2], [10.0, 30000.0])
@@ -77,13 +86,6 @@ def test_a_spread_shows_each_value_and_the_mean(tmp_path: Path, canvases: list[F
     assert [text.get_text() for text in axes.texts] == ["0.850", "0.600"]
     assert [line.get_xdata().tolist() for line in axes.lines[::2]] == [[0.8, 0.9], [0.5, 0.7]]  # type: ignore[union-attr]
     assert axes.get_ylim()[0] > axes.get_ylim()[1], "the first group is at the top"
-
-
-def test_the_moving_average_follows_a_start_and_smooths_an_end() -> None:
-    """Catches a curve that lags behind a falling loss, or bends towards the last value at its end."""
-    line = [float(value) for value in range(30)]
-    assert moving_average(line, 4)[:26] == pytest.approx(line[:26])
-    assert moving_average([0.0, 3.0, 0.0, 3.0, 0.0, 6.0], 1) == pytest.approx([0.0, 1.0, 2.0, 1.0, 3.0, 3.0])
 
 
 def test_characters_without_a_font_are_one_message(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -11,7 +11,8 @@ from experiment.config.yaml_dialect import read_yaml
 from experiment.errors import UserError
 from experiment.files import write_json
 from experiment.goodput import read_goodput
-from experiment.results.page import Charts, Table
+from experiment.results.charts import Charts
+from experiment.results.page import Table
 from experiment.results.report import write_overlay, write_report
 from experiment.results.report.run_facts import pretraining_headline, scaled, task_headline
 from experiment.results.report.several_runs import (
@@ -150,7 +151,7 @@ def test_several_runs_on_one_page(tmp_path: Path) -> None:
     for number, path in enumerate(folders, start=1):
         events = [{"step": step, "tokens": step * number, "tokens_per_second": 1.0, "loss": 1.0} for step in (1, 2)]
         open_run_folder(path).metrics.write_text("".join(f"{json.dumps(event)}\n" for event in events))
-    blocks = overlay_blocks(open_runs(name_runs(folders)), tmp_path)
+    blocks = overlay_blocks(open_runs(name_runs(folders)))
     (charts,) = [block for block in blocks if isinstance(block, Charts)]
     assert [axis["tokens"] for axis in charts.data["axes"]] == [[0, 1, 2], [0, 2, 4]]
     assert [(line["label"], line["run"]) for line in charts.data["charts"][0]["lines"]] == [
@@ -174,7 +175,7 @@ def test_the_runs_of_a_sweep(tmp_path: Path) -> None:
         for name, state, value in (("lr=1", "done", 2.0), ("lr=2", "done", 1.0), ("lr=3", "failed", None))
     }
     write_json(tmp_path / "sweep.json", {"metric": "loss", "lower_is_better": True, "runs": runs})
-    _, table, *_ = sweep_blocks(RunFolder(tmp_path), tmp_path / "report")
+    _, table, *_ = sweep_blocks(RunFolder(tmp_path))
     assert isinstance(table, Table)
     rows = [["lr=2", "done", "2", "1.0000"], ["lr=1", "done", "1", "2.0000"], ["lr=3", "failed", "3", "–"]]
     assert table.rows == rows
@@ -191,14 +192,14 @@ def test_the_curves_of_a_comparison(tmp_path: Path) -> None:
     cell = {"metric": "accuracy", "split": "test", "values": [0.5], "mean": 0.5, "std": None, "collapsed": 0}
     cells = {row: {"sst2": {**cell, "folder": f"{row}/sst2", "chosen": {}, "against": {}}} for row in ("a", "b")}
     write_json(tmp_path / "compare.json", cells)
-    blocks = compare_blocks(RunFolder(tmp_path), tmp_path / "report")
+    blocks = compare_blocks(RunFolder(tmp_path))
     found = [
         [line["label"] for line in block.data["charts"][0]["lines"]] for block in blocks if isinstance(block, Charts)
     ]
     assert found == [["a", "b"], ["b"]]
     for row in ("a", "b"):
         (tmp_path / row / "sst2" / "config.yaml").write_text(f"model: {{init_from: {row}}}\nrun: {{dir: {row}}}\n")
-    blocks = compare_blocks(RunFolder(tmp_path), tmp_path / "report")
+    blocks = compare_blocks(RunFolder(tmp_path))
     assert [["a", "a"], ["b", "b"]] in [block.rows for block in blocks if isinstance(block, Table)]
 
 
@@ -210,14 +211,14 @@ def test_seeds_are_curves_of_their_own(tmp_path: Path) -> None:
         events = [{"seed": seed, "step": logged, "loss": 1 / step, "lr": 1e-3} for seed, step, logged in joined]
         open_run_folder(tmp_path / name).metrics.write_text("".join(f"{json.dumps(event)}\n" for event in events))
     runs = open_runs(name_runs([tmp_path / "a", tmp_path / "b"]))
-    (charts,) = [block for block in overlay_blocks(runs, tmp_path) if isinstance(block, Charts)]
+    (charts,) = [block for block in overlay_blocks(runs) if isinstance(block, Charts)]
     for chart in charts.data["charts"]:
         assert [line["x"] for line in chart["lines"]] == [[10, 20]] * 3
     lines = charts.data["charts"][0]["lines"]
     assert [line["label"] for line in lines] == ["a, seed 1", "a, seed 2", "b, seed 1"]
     assert lines[0]["color"] == lines[1]["color"] != lines[2]["color"]
     assert len(charts.data["axes"]) == 3
-    (charts,) = [block for block in training_blocks(runs[0].folder, tmp_path) if isinstance(block, Charts)]
+    (charts,) = [block for block in training_blocks(runs[0].folder) if isinstance(block, Charts)]
     for chart in charts.data["charts"]:
         assert [(line["label"], line["x"]) for line in chart["lines"]] == [("seed 1", [10, 20]), ("seed 2", [10, 20])]
 
