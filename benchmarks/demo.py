@@ -30,8 +30,8 @@ from experiment.config import load_config
 from experiment.errors import UserError
 from experiment.formatting import describe_duration, format_perplexity
 from experiment.hardware import has_native_bf16
-from experiment.results.page import Block, Code, Figure, Heading, Table, Text, write_page
-from experiment.results.plots import draw_spread
+from experiment.results.charts import DotChart, DotCharts, Dots
+from experiment.results.page import Block, Code, Heading, Table, Text, write_page
 from experiment.results.report.tasks import result_blocks
 from experiment.results.report.training import training_blocks
 from experiment.run_folder import RunFolder
@@ -176,10 +176,10 @@ def write_combined_page(
 ) -> Path:
     """One page with the comparison and the curves of all three runs."""
     directory = output / "report"
-    values = {f"{weights} weights": of["splits"]["test"]["accuracy"]["values"] for weights, of in results.items()}
-    image = directory / "task.png"
-    draw_spread(image, values, "accuracy on test, one dot per seed")
-    blocks: list[Block] = [table, Text(description), Figure(image.read_bytes(), "Task accuracy by initial weights")]
+    accuracy = {f"{weights} weights": of["splits"]["test"]["accuracy"] for weights, of in results.items()}
+    rows = [Dots(label, found["values"], found["mean"]) for label, found in accuracy.items()]
+    chart = DotChart("Task accuracy on test, one dot per seed", rows)
+    blocks: list[Block] = [table, Text(description), DotCharts("task", [chart])]
     blocks += training_blocks(run)
     for weights, of in results.items():
         blocks += result_blocks(RunFolder(output / f"task-{weights}"), of)

@@ -239,9 +239,14 @@ def compare_scores(observed: float, first: Scores, second: Scores) -> Difference
     The p-value counts the resamples on the other side of zero, twice; it is at least 2 / (R + 1).
     """
     differences = first - second
-    low, high = np.percentile(differences, [2.5, 97.5])
     opposite = min(np.count_nonzero(differences <= 0), np.count_nonzero(differences >= 0))
-    return Difference(observed, (float(low), float(high)), min(1.0, 2 * (opposite + 1) / (len(differences) + 1)))
+    return Difference(observed, percentile_interval(differences), min(1.0, 2 * (opposite + 1) / (len(differences) + 1)))
+
+
+def percentile_interval(scores: Scores) -> Interval:
+    """The 95 % interval of bootstrap scores."""
+    low, high = np.percentile(scores, [2.5, 97.5])
+    return float(low), float(high)
 
 
 def accuracy_interval(right: Sequence[bool], groups: Sequence[Hashable]) -> Interval:
@@ -264,5 +269,4 @@ def accuracy_interval(right: Sequence[bool], groups: Sequence[Hashable]) -> Inte
     hits = np.bincount(ids, weights=np.asarray(right, dtype=float))
     draw = np.random.default_rng(0)
     drawn = draw.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=_RESAMPLES)
-    low, high = np.percentile(drawn @ hits / (drawn @ counts), [2.5, 97.5])
-    return float(low), float(high)
+    return percentile_interval(drawn @ hits / (drawn @ counts))

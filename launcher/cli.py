@@ -254,7 +254,7 @@ def compare(options: CompareOptions) -> None:
 
     Fine-tunes each row of FILE on each of its tasks with each seed, after a pretraining on other text for rows that
     ask for one, and prints test scores with the significance of their differences. Run the same command again to
-    resume: each cell runs once. Writes compare.json, compare.csv, compare.md and a report. See docs/comparing.md.
+    resume: each cell runs once. Writes compare.json, .csv, .md, .png and a report. See docs/comparing.md.
 
     Example:
         deepcloze compare encoders.yaml

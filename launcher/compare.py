@@ -16,10 +16,11 @@ from rich.table import Table
 from experiment.errors import UserError
 from experiment.files import parse_json, write_json, write_text
 from experiment.progress import track
-from experiment.results.comparison import as_csv, as_markdown, tables
+from experiment.results.comparison import as_csv, as_markdown, score_charts, tables
+from experiment.results.plots import draw_dots
 from experiment.run_folder import RunFolder
 from experiment.signals import handle_stop_signals, interrupt
-from finetune.metrics import Scores, bootstrap_scores, compare_scores, draw_records
+from finetune.metrics import Scores, bootstrap_scores, compare_scores, draw_records, percentile_interval
 from finetune.results.predictions import ScoredSplit, read_scored_split
 from launcher.compare_plan import ComparePlan, plan_comparison
 from launcher.options import CompareOptions
@@ -33,8 +34,8 @@ _FITTED_ON = ("train", "validation")
 ScoresByRow = Mapping[str, Sequence["CellScores"]]
 """Row -> its cells; those that failed are left out."""
 
-Differences = Mapping[tuple[str, str], Mapping[str, Mapping[str, Any]]]
-"""(column, row) -> another row -> the difference of their scores, its interval and p-value."""
+Tests = Mapping[tuple[str, str], Mapping[str, Any]]
+"""(column, row) -> the `interval` of its score, and `against`: another row -> difference of the scores, interval, p."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +120,8 @@ def _scores(
     return CellScores(column, folder, split, chosen, metric, values, mean, std, collapsed, labels)
 
 
-def test_rows(cells: ScoresByRow) -> Differences:
-    """Test all pairs of rows in each column, see `finetune.metrics.bootstrap_scores`.
+def test_rows(cells: ScoresByRow) -> Tests:
+    """Bootstrap the scores and test all pairs of rows in each column, see `finetune.metrics.bootstrap_scores`.
 
     Raises UserError if data have changed since they were scored.
     """
@@ -128,12 +129,14 @@ def test_rows(cells: ScoresByRow) -> Differences:
     for row, scores in cells.items():
         for cell in scores:
             columns.setdefault(cell.column, {})[row] = cell
-    found: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
+    found: dict[tuple[str, str], dict[str, Any]] = {}
     for column, by_row in columns.items():
-        resampled = _resample(column, by_row) if len(by_row) > 1 else {}
+        resampled = _resample(column, by_row)
+        for row, drawn in resampled.items():
+            found[column, row] = {"interval": percentile_interval(drawn), "against": {}}
         for a, b in combinations(resampled, 2):
             test = compare_scores(by_row[a].mean - by_row[b].mean, resampled[a], resampled[b])
-            found.setdefault((column, a), {})[b] = {"difference": test.mean, "interval": test.interval, "p": test.p}
+            found[column, a]["against"][b] = {"difference": test.mean, "interval": test.interval, "p": test.p}
     return found
 
 
@@ -152,13 +155,13 @@ def _resample(column: str, cells: Mapping[str, CellScores]) -> dict[str, Scores]
     return scores
 
 
-def write_tables(folder: RunFolder, cells: ScoresByRow, differences: Differences, failed: Mapping[str, str]) -> None:
-    """Write compare.json, compare.csv, compare.md and the report, and print the tables.
+def write_tables(folder: RunFolder, cells: ScoresByRow, tests: Tests, failed: Mapping[str, str]) -> None:
+    """Write compare.json, compare.csv, compare.md, compare.png and the report, and print the tables.
 
     A report that cannot be written is a warning. failed: name of a run -> how it failed.
     """
     comparison = {
-        row: {cell.column: _as_json(cell, folder, differences.get((cell.column, row), {})) for cell in found}
+        row: {cell.column: _as_json(cell, folder, tests[cell.column, row]) for cell in found}
         for row, found in cells.items()
     }
     write_json(folder.path / "compare.json", comparison)
@@ -171,10 +174,11 @@ def write_tables(folder: RunFolder, cells: ScoresByRow, differences: Differences
         Console(markup=False, highlight=False).print(table)
     print(f"{folder.path}/compare.json, compare.csv, compare.md")
     if any(comparison.values()):
+        draw_dots(folder.path / "compare.png", score_charts(comparison))
         print_report("compare", folder.path)
 
 
-def _as_json(cell: CellScores, folder: RunFolder, against: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _as_json(cell: CellScores, folder: RunFolder, tests: Mapping[str, Any]) -> dict[str, Any]:
     path = str(cell.folder.path.relative_to(folder.path))
     found = {name: value for name, value in vars(cell).items() if name not in ("column", "labels")}
-    return {**found, "folder": path, "against": against}
+    return {**found, "folder": path, **tests}

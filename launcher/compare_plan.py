@@ -25,7 +25,7 @@ _COMMAND = module_command("launcher")
 _IRRELEVANT = ("run.", "tracking.")  # keys that do not change scores
 _PRETRAINING = "pretrain"  # folder, beside those of the tasks
 # Beside the folders of the rows.
-_USED = ("compare.csv", "compare.json", "compare.md", "logs", "report", COMPARISON_RECORD)
+_USED = ("compare.csv", "compare.json", "compare.md", "compare.png", "logs", "report", COMPARISON_RECORD)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 `page.js` draws them in pages, `plots` as PNG files.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -39,6 +40,7 @@ class Line:
     dashed: bool = False
     color: str | None = None  # default: the next of COLORS
     run: int = 0  # which of the runs that a page shows it is of
+    seed: str = ""  # tells lines of one label apart
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,48 @@ class Charts:
         """As `page.js` describes; JSON."""
         shared = {"axes": list(self.axes) or [x_axis([])], "marks": [vars(mark) for mark in self.marks]}
         return {**shared, "charts": [_chart(panel) for plot in self.plots for _, panel in plot.panels]}
+
+
+@dataclass(frozen=True)
+class Dots:
+    """A dot for each value, usually one per seed, and their mean, with its 95 % interval if it is known."""
+
+    label: str
+    values: Sequence[float]
+    mean: float
+    interval: Sequence[float] | None = None  # low, high
+
+
+@dataclass(frozen=True)
+class DotChart:
+    """Rows of dots on one axis."""
+
+    title: str
+    rows: Sequence[Dots]
+
+    @property
+    def ticks(self) -> list[float]:
+        """Round numbers, the first and last of which are the ends of the axis."""
+        shown = [value for row in self.rows for value in (*row.values, row.mean, *(row.interval or ()))]
+        low, high = min(shown), max(shown)
+        least = (high - low or abs(high) or 1.0) / 4
+        power = 10.0 ** math.floor(math.log10(least))
+        step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= least * (1 - 1e-9))
+        first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+        return [float(f"{number * step:.9g}") for number in range(first, max(last, first + 1) + 1)]
+
+    def place(self, value: float) -> float:
+        """The position of a value on the axis, in percent of its length."""
+        first, *_, last = self.ticks
+        return round(100 * (value - first) / (last - first), 2)
+
+
+@dataclass(frozen=True)
+class DotCharts:
+    """A block of a page: charts that belong together, and that are one PNG."""
+
+    name: str  # of the PNG
+    charts: Sequence[DotChart]
 
 
 def charts_block(plots: Sequence[Plot], axes: Sequence[Axis] = (), marks: Sequence[Mark] = ()) -> list[Charts]:
@@ -137,6 +181,7 @@ def _line(line: Line, number: int | None) -> dict[str, Any]:
     dash = _DASHES[int(line.dashed) if number is None else number // len(COLORS) % len(_DASHES)]
     return {
         "label": line.label,
+        "seed": line.seed,
         "color": "var(--ink)" if color in (INK, COLORS[-1]) else f"var(--series-{COLORS.index(color)})",
         "dash": dash,
         "run": line.run,

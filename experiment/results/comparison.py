@@ -1,7 +1,8 @@
 """The tables of a comparison, `deepcloze compare`: its compare.json as CSV, as Markdown, on a terminal and in a report.
 
-compare.json: row -> column -> `metric`, `split`, `values` by seed, `mean`, `std`, `collapsed` seeds, `folder`, `chosen`
-point of the grid, and `against`: another row -> `difference`, its 95 % `interval`, and `p`.
+compare.json: row -> column -> `metric`, `split`, `values` by seed, `mean`, its 95 % `interval`, `std`, `collapsed`
+seeds, `folder`, `chosen` point of the grid, and `against`: another row -> `difference`, its 95 % `interval`, and `p`.
+Files of version 0.2.0 have no intervals of means.
 """
 
 import csv
@@ -10,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiment.formatting import escape, markdown_table
+from experiment.results.charts import DotChart, DotCharts, Dots
 from experiment.results.page import Block, Heading, Table, Text
 
 Comparison = Mapping[str, Mapping[str, Mapping[str, Any]]]
@@ -18,6 +20,7 @@ Cells = list[list[str]]
 
 UNKNOWN = "–"
 SCORES = "Scores: mean ± standard deviation over the seeds"
+INTERVALS = "Scores: a dot for each seed, their mean and its 95 % interval"
 TESTS = "Differences: Multi-Bootstrap over seeds and records (Sellam et al. 2022), 95 % interval, two-sided p"
 FAILED = "Runs that failed"
 
@@ -26,9 +29,9 @@ _CSV_COLUMNS = ("row", "task", "split", "metric", "mean", "std", "values", "coll
 
 def score_cells(comparison: Comparison) -> Cells:
     """A row for each initialization, a column for each task."""
-    metrics = {column: cell["metric"] for cells in comparison.values() for column, cell in cells.items()}
-    header = ["", *(f"{column}, {metric}" for column, metric in metrics.items())]
-    return [header] + [[row, *(_score(cells.get(column)) for column in metrics)] for row, cells in comparison.items()]
+    columns = _columns(comparison)
+    header = ["", *columns.values()]
+    return [header] + [[row, *(_score(cells.get(column)) for column in columns)] for row, cells in comparison.items()]
 
 
 def test_cells(comparison: Comparison) -> Cells:
@@ -57,6 +60,8 @@ def as_markdown(comparison: Comparison, failed: Mapping[str, str]) -> str:
     for title, cells in tables(comparison, failed).items():
         header, *rows = [[escape(cell) for cell in row] for row in cells]
         parts.append(f"{title}\n\n{markdown_table(header, rows)}")
+    if any(comparison.values()):
+        parts.append(f"![{INTERVALS}](compare.png)\n")
     return "\n".join(parts)
 
 
@@ -76,15 +81,33 @@ def as_csv(comparison: Comparison) -> str:
     return text.getvalue()
 
 
+def score_charts(comparison: Comparison) -> list[DotChart]:
+    """A chart for each task, with a row for each initialization."""
+    charts = []
+    for column, title in _columns(comparison).items():
+        cells = {row: cells[column] for row, cells in comparison.items() if column in cells}
+        rows = [Dots(row, cell["values"], cell["mean"], cell.get("interval")) for row, cell in cells.items()]
+        charts.append(DotChart(title, rows))
+    return charts
+
+
 def comparison_blocks(comparison: Comparison) -> list[Block]:
     """A section of a report."""
     blocks: list[Block] = [Heading("Comparison")]
     if lines := _remarks(comparison):
         blocks.append(Text(" ".join(lines)))
+    if charts := score_charts(comparison):
+        blocks += [Text(f"{INTERVALS}."), DotCharts("scores", charts)]
     for title, cells, labels in ((SCORES, score_cells(comparison), 1), (TESTS, test_cells(comparison), 3)):
         if len(cells) > 1:
             blocks.append(Table(cells[0], cells[1:], title, labels))
     return blocks
+
+
+def _columns(comparison: Comparison) -> dict[str, str]:
+    """The columns with their titles, which name the metric."""
+    found = {column: cell["metric"] for cells in comparison.values() for column, cell in cells.items()}
+    return {column: f"{column}, {metric}" for column, metric in found.items()}
 
 
 def _remarks(comparison: Comparison) -> list[str]:

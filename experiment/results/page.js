@@ -4,7 +4,8 @@
 // The data of a section of charts:
 //   axes    for each run: {step, tokens, seconds}, lists of equal length; tokens and seconds are empty if not known
 //   marks   [{kind, step, text}]: events of the run
-//   charts  [{lines, log, percent, zero}]; a line is {label, color, dash, run, dots, x: steps, y, average: y or null}
+//   charts  [{lines, log, percent, zero}]; a line is
+//           {label, seed, color, dash, run, dots, x: steps, y, average: y or null}; lines of one label share a legend entry
 
 const HEIGHT = 250, LEFT = 58, RIGHT = 12, TOP = 12, BOTTOM = 38, PRINTED = 430;
 const TIMES = [[86400, "days"], [3600, "hours"], [60, "minutes"], [1, "seconds"]];
@@ -44,6 +45,7 @@ function duration(seconds) {
   return hours ? `${hours}h${String(minutes).padStart(2, "0")}m` : minutes ? `${minutes}m${String(rest).padStart(2, "0")}s` : `${rest}s`;
 }
 
+const lineName = line => (line.seed ? `${line.label}, ${line.seed}` : line.label);
 const xText = (unit, x) => (unit === "seconds" ? duration(x) : `${X_NAMES[unit]} ${whole.format(x)}`);
 
 function linearTicks([low, high], count) {
@@ -103,13 +105,13 @@ class Chart {
     const bar = add(this.figure, "div", {class: "legend"});
     const labels = new Set(this.lines.map(line => line.label));
     if (labels.size > 1)
-      for (const line of this.lines) {
+      for (const label of labels) {
         const button = add(bar, "button", {type: "button", "aria-pressed": "true", class: "series"});
-        this.swatch(button, line);
-        add(button, "span", {}, line.label);
+        this.swatch(button, this.lines.find(line => line.label === label));
+        add(button, "span", {}, label);
         button.onclick = () => {
-          this.hidden.has(line) ? this.hidden.delete(line) : this.hidden.add(line);
-          button.setAttribute("aria-pressed", String(!this.hidden.has(line)));
+          this.hidden.has(label) ? this.hidden.delete(label) : this.hidden.add(label);
+          button.setAttribute("aria-pressed", String(!this.hidden.has(label)));
           this.draw();
         };
       }
@@ -134,7 +136,7 @@ class Chart {
   /** The lines that are visible, with x in the current unit. */
   visible() {
     const unit = this.section.unit;
-    const lines = this.lines.filter(line => !this.hidden.has(line) && (unit === "step" || this.section.axes[line.run][unit].length > 1));
+    const lines = this.lines.filter(line => !this.hidden.has(line.label) && (unit === "step" || this.section.axes[line.run][unit].length > 1));
     for (const line of lines)
       if (line.unit !== unit) {
         line.unit = unit;
@@ -181,7 +183,7 @@ class Chart {
   }
 
   lastValue(line) {
-    return `${line.label} ${valueText((line.average || line.y)[line.y.length - 1], this.percent)}`;
+    return `${lineName(line)} ${valueText((line.average || line.y)[line.y.length - 1], this.percent)}`;
   }
 
   drawAxes(svg, y) {
@@ -266,7 +268,7 @@ class Chart {
     for (const line of lines) {
       const row = add(this.tip, "div", {class: "value"}), index = nearest(line.at, x);
       this.swatch(row, line);
-      add(row, "span", {}, line.label);
+      add(row, "span", {}, lineName(line));
       add(row, "b", {}, valueText(line.y[index], this.percent));
       if (line.average) add(row, "i", {}, `mean ${valueText(line.average[index], this.percent)}`);
     }

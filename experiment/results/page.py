@@ -14,7 +14,7 @@ from typing import Literal
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from experiment.files import write_text
-from experiment.results.charts import Charts
+from experiment.results.charts import Charts, DotCharts
 
 Tone = Literal["good", "busy", "warn", "bad", "plain"]
 
@@ -78,7 +78,7 @@ class Fillings:
     fillings: Sequence[Filling]
 
 
-Block = Heading | Text | Table | Figure | Code | Charts | Fillings
+Block = Heading | Text | Table | Figure | Code | Charts | DotCharts | Fillings
 
 
 @dataclass(frozen=True)

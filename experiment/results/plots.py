@@ -22,7 +22,7 @@ from matplotlib.ticker import (
 )
 
 from experiment.files import atomic_write
-from experiment.results.charts import COLORS, Charts, Line, Panel, moving_average
+from experiment.results.charts import COLORS, Charts, DotChart, DotCharts, Line, Panel, moving_average
 
 GREY = "#596579"
 
@@ -40,10 +40,14 @@ log = logging.getLogger(__name__)
 def draw_charts(directory: Path, blocks: Sequence[object]) -> None:
     """Save the charts among the blocks of a page as NAME.png; the second of a name as NAME-2.png, and so on."""
     drawn: Counter[str] = Counter()
-    for plot in [plot for block in blocks if isinstance(block, Charts) for plot in block.plots]:
-        drawn[plot.name] += 1
-        number = f"-{drawn[plot.name]}" if drawn[plot.name] > 1 else ""
-        draw_panels(directory / f"{plot.name}{number}.png", [panel for _, panel in plot.panels])
+    for block in blocks:
+        for plot in [block] if isinstance(block, DotCharts) else block.plots if isinstance(block, Charts) else []:
+            drawn[plot.name] += 1
+            path = directory / f"{plot.name}{f'-{drawn[plot.name]}' if drawn[plot.name] > 1 else ''}.png"
+            if isinstance(plot, DotCharts):
+                draw_dots(path, plot.charts)
+            else:
+                draw_panels(path, [panel for _, panel in plot.panels])
 
 
 def draw_panels(path: Path, panels: Sequence[Panel], x_label: str = "step") -> None:
@@ -72,20 +76,23 @@ def draw_grid(path: Path, panel: Panel, x_label: str, ticks: Mapping[float, str]
     save_figure(canvas, path)
 
 
-def draw_spread(path: Path, groups: Mapping[str, Sequence[float]], x_label: str) -> None:
-    """Draw one row per group, with a dot per value (usually a seed) and a bar at the mean, and save it as a PNG."""
-    canvas = Canvas(figsize=(9, 1.2 + 0.6 * len(groups)), dpi=144, layout="constrained")
-    axes = canvas.subplots()
-    for row, (values, color) in enumerate(zip(groups.values(), _colors(len(groups)), strict=True)):
-        mean = sum(values) / len(values)
-        axes.plot(values, [row] * len(values), "o", color=color, alpha=0.6, markersize=8, markeredgewidth=0)
-        axes.plot([mean, mean], [row - 0.28, row + 0.28], color=color, linewidth=2.5)
-        axes.annotate(f"{mean:.3f}", (mean, row - 0.32), ha="center", va="bottom", color=color, fontsize=10)
-    axes.set_yticks(range(len(groups)), list(groups))
-    axes.set_ylim(len(groups) - 0.4, -0.75)
-    axes.margins(x=0.08)
-    axes.set_xlabel(x_label, color=GREY)
-    _tidy(axes, grid="x")
+def draw_dots(path: Path, charts: Sequence[DotChart]) -> None:
+    """Draw charts below each other and save them as a PNG."""
+    heights = [1.2 + 0.6 * len(chart.rows) for chart in charts]
+    canvas = Canvas(figsize=(9, sum(heights)), dpi=144, layout="constrained")
+    column = canvas.subplots(len(charts), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, chart in zip(column, charts, strict=True):
+        for row, dots in enumerate(chart.rows):
+            axes.plot(dots.values, [row] * len(dots.values), "o", color=COLORS[0], alpha=0.5, markersize=8, mew=0)
+            if dots.interval:
+                axes.plot(dots.interval, [row, row], color=COLORS[0], linewidth=2)
+            axes.plot([dots.mean, dots.mean], [row - 0.28, row + 0.28], color=COLORS[0], linewidth=2.5)
+            axes.annotate(f"{dots.mean:.3f}", (dots.mean, row - 0.32), ha="center", va="bottom", color=COLORS[0])
+        axes.set_yticks(range(len(chart.rows)), [dots.label for dots in chart.rows], parse_math=False)
+        axes.set_ylim(len(chart.rows) - 0.4, -0.75)
+        axes.set_xticks(chart.ticks)
+        axes.set_xlabel(chart.title, color=GREY, parse_math=False)
+        _tidy(axes, grid="x")
     save_figure(canvas, path)
 
 
@@ -103,8 +110,9 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     if panel.from_zero:
         axes.set_ylim(bottom=0.0)
-    if len(panel.lines) > 1:
-        axes.legend(frameon=False, labelcolor=GREY)
+    handles, labels = axes.get_legend_handles_labels()
+    if len(entries := dict(zip(labels, handles, strict=True))) > 1:
+        axes.legend(entries.values(), entries.keys(), frameon=False, labelcolor=GREY)
     _tidy(axes, grid="both")
 
 

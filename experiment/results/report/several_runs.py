@@ -9,9 +9,9 @@ from typing import Any
 from experiment.config import flatten
 from experiment.errors import UserError
 from experiment.files import parse_json
-from experiment.results.charts import COLORS, Charts, Line, Panel, Plot, charts_block, x_axis
+from experiment.results.charts import COLORS, Charts, DotChart, DotCharts, Dots, Line, Panel, Plot, charts_block, x_axis
 from experiment.results.comparison import comparison_blocks
-from experiment.results.page import Block, Figure, Heading, Table, Text
+from experiment.results.page import Block, Heading, Table, Text
 from experiment.results.report.run_facts import read_run_config
 from experiment.results.report.tasks import main_score, read_task_results
 from experiment.results.report.training import (
@@ -44,6 +44,7 @@ class NamedRun:
     name: str
     folder: RunFolder
     events: Sequence[Event]
+    seed: str = ""  # of its curves, if there are several
     color: str | None = None  # of its curves; default: the next of COLORS
 
 
@@ -76,9 +77,7 @@ def _split_by_seed(runs: Sequence[NamedRun]) -> list[NamedRun]:
     if all(len(seeds) <= 1 for _, seeds in by_run):
         return list(runs)
     return [
-        NamedRun(
-            run.name if seed is None else f"{run.name}, seed {seed}", run.folder, events, COLORS[number % len(COLORS)]
-        )
+        NamedRun(run.name, run.folder, events, "" if seed is None else f"seed {seed}", COLORS[number % len(COLORS)])
         for number, (run, seeds) in enumerate(by_run)
         for seed, events in seeds.items()
     ]
@@ -99,7 +98,15 @@ def _plots(runs: Sequence[NamedRun]) -> Iterator[Plot]:
 
 def _lines(runs: Sequence[NamedRun], key: str, smoothed: bool = False, marked: bool = False) -> list[Line]:
     return [
-        Line(run.name, *curve(run.events, key), smoothed=smoothed, marked=marked, run=number, color=run.color)
+        Line(
+            run.name,
+            *curve(run.events, key),
+            smoothed=smoothed,
+            marked=marked,
+            color=run.color,
+            run=number,
+            seed=run.seed,
+        )
         for number, run in enumerate(runs)
     ]
 
@@ -161,16 +168,17 @@ def sweep_blocks(folder: RunFolder) -> list[Block]:
     try:
         record = parse_json(path.read_text(encoding="utf-8"))
         lower, results = bool(record.get("lower_is_better", True)), _results(record["runs"])
-        table = _sweep_table(sort_results(results, lower), str(record["metric"]))
+        best_first = sort_results(results, lower)
+        table = _sweep_table(best_first, str(record["metric"]))
+        scored = [Dots(result.name, [result.value], result.value) for result in best_first if result.value is not None]
+        charts = [DotCharts("sweep", [DotChart(str(record["metric"]), scored)])] if scored else []
     except FileNotFoundError:
         return []
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is damaged: expected 'metric' and 'runs'") from None
     names = [result.name for result in results if (folder.path / result.name).is_dir()]
     runs = open_runs({name: RunFolder(folder.path / name) for name in names})
-    image = folder.path / "sweep.png"
-    figures = [Figure(image.read_bytes(), f"{record['metric']} by grid point")] if image.is_file() else []
-    return [Heading("Sweep"), table, *figures, *overlay_blocks(runs)]
+    return [Heading("Sweep"), table, *charts, *overlay_blocks(runs)]
 
 
 def _results(runs: Mapping[str, Mapping[str, Any]]) -> list[SweepResult]:

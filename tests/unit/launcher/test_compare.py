@@ -112,6 +112,7 @@ def test_rows_and_tasks_and_seeds(
         assert len(cell["values"]) == 2
         assert cell["mean"] == pytest.approx(sum(cell["values"]) / 2)
         assert cell["collapsed"] == len(results["collapsed"])
+        assert cell["interval"][0] <= cell["mean"] <= cell["interval"][1]
     difference = table["ours"]["toy"]["against"]["random"]
     assert difference["difference"] == pytest.approx(table["ours"]["toy"]["mean"] - table["random"]["toy"]["mean"])
     assert difference["interval"][0] <= difference["difference"] <= difference["interval"][1]
@@ -121,6 +122,7 @@ def test_rows_and_tasks_and_seeds(
     assert shown in said
     assert shown in (folder / "compare.md").read_text()
     assert shown in (folder / "report" / "index.html").read_text()
+    assert (folder / "compare.png").read_bytes().startswith(b"\x89PNG")
     rows = list(csv.DictReader((folder / "compare.csv").open()))
     assert [(row["row"], row["task"], float(row["mean"])) for row in rows] == [
         (row, "toy", table[row]["toy"]["mean"]) for row in ("ours", "random")
@@ -275,11 +277,13 @@ def test_changed_data_and_encoders_are_not_mixed_in(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Catches one table of other training data, and of an encoder whose files were replaced."""
+    """Catches one table of other training data, and of an encoder whose files were replaced; and a row alone that
+    has no interval."""
     shutil.copytree(encoder, tmp_path / "encoder")
     rows = {"ours": {"init_from": str(tmp_path / "encoder")}}
     file = write_files(rows=rows, seeds=[1])
     assert main(["compare", str(file)]) == 0
+    assert len(read_tables(tmp_path / "compare")["ours"]["toy"]["interval"]) == 2
     train = (tmp_path / "train.csv").read_bytes()
     (tmp_path / "train.csv").write_bytes(train + b"low,ba de fi\n")
     assert main(["compare", str(file)]) == 2

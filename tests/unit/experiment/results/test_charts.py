@@ -10,6 +10,8 @@ from experiment.results.charts import (
     INK,
     MAX_POINTS,
     Charts,
+    DotChart,
+    Dots,
     Line,
     Panel,
     Plot,
@@ -85,3 +87,29 @@ def test_the_moving_average_follows_a_start_and_smooths_an_end() -> None:
     line = [float(value) for value in range(30)]
     assert moving_average(line, 4)[:26] == pytest.approx(line[:26])
     assert moving_average([0.0, 3.0, 0.0, 3.0, 0.0, 6.0], 1) == pytest.approx([0.0, 1.0, 2.0, 1.0, 3.0, 3.0])
+
+
+@pytest.mark.parametrize(
+    ("values", "ticks"),
+    [
+        ([0.81, 0.93], [0.8, 0.85, 0.9, 0.95]),
+        ([0.8], [0.8, 1.0]),
+        ([-3.0, 41.0], [-20.0, 0.0, 20.0, 40.0, 60.0]),
+        ([0.0], [0.0, 0.25]),
+        ([1e-9, 3e-9], [1e-9, 1.5e-9, 2e-9, 2.5e-9, 3e-9]),
+    ],
+)
+def test_dots_are_within_their_axis(values: list[float], ticks: list[float]) -> None:
+    """Catches dots beyond the axis, ticks that are not round, and one value or zero, which have no range."""
+    chart = DotChart("score", [Dots("a", values, values[0])])
+    assert chart.ticks == pytest.approx(ticks)
+    assert chart.place(chart.ticks[0]) == 0.0
+    assert chart.place(chart.ticks[-1]) == 100.0
+    assert all(0.0 <= chart.place(value) <= 100.0 for value in values)
+
+
+def test_the_axis_has_room_for_intervals() -> None:
+    """Catches intervals that end beyond the axis."""
+    chart = DotChart("score", [Dots("a", [0.5], 0.5, (0.1, 0.9)), Dots("b", [0.4], 0.4)])
+    assert chart.ticks[0] <= 0.1
+    assert chart.ticks[-1] >= 0.9

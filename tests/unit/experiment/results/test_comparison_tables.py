@@ -1,6 +1,6 @@
 """The tables of a comparison as text."""
 
-from experiment.results.comparison import FAILED, SCORES, as_markdown, tables
+from experiment.results.comparison import FAILED, SCORES, as_markdown, score_charts, tables
 
 CELL = {"metric": "accuracy", "split": "test", "values": [0.5], "mean": 0.5, "std": None, "collapsed": 0, "against": {}}
 
@@ -20,3 +20,15 @@ def test_a_task_whose_cells_have_all_failed_is_listed() -> None:
     assert list(tables({"a": {"toy": CELL}}, {})) == [SCORES]
     table = as_markdown({"a": {"toy": CELL}, "b": {}}, failed)
     assert "| a/other | failed (exit code 1) |\n| b/other | not run: its pretraining failed |\n" in table
+
+
+def test_scores_are_charts_by_task() -> None:
+    """Catches scores of another task, a row without a score that is drawn at zero, and a file of 0.2.0, which has no
+    intervals."""
+    first = {"toy": {**CELL, "interval": [0.4, 0.6]}, "other": {**CELL, "metric": "f1"}}
+    toy, other = score_charts({"a": first, "b": {"toy": {**CELL, "mean": 0.7}}, "c": {}})
+    assert (toy.title, other.title) == ("toy, accuracy", "other, f1")
+    assert [(row.label, row.mean, row.interval) for row in toy.rows] == [("a", 0.5, [0.4, 0.6]), ("b", 0.7, None)]
+    assert [row.label for row in other.rows] == ["a"]
+    assert "](compare.png)" in as_markdown({"a": first}, {})
+    assert "compare.png" not in as_markdown({"a": {}}, {"a/toy": "failed"})

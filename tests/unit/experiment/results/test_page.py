@@ -4,7 +4,7 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
-from experiment.results.charts import Charts, Line, Panel, Plot
+from experiment.results.charts import Charts, DotChart, DotCharts, Dots, Line, Panel, Plot
 from experiment.results.page import (
     Block,
     Code,
@@ -25,6 +25,7 @@ BLOCKS: list[Block] = [
     Table(["corpus", "loss"], [["a<b>", "1.0"], ["news", "2.0"]], caption="Held out"),
     Figure(b"PNG", 'The "loss"'),
     Charts([Plot("loss", [("Loss <1>", Panel("loss", [Line("</script><b>", [1], [2.0])]))])]),
+    DotCharts("scores", [DotChart("F1 <%>", [Dots("<row>", [0.25, 0.75], 0.5, (0.0, 1.0))])]),
     Fillings([Filling("a <i>", "<b>", " c", [("step 1", [("<u>", "9.0%")])])]),
     Code("config.yaml", "run:\n  dir: <x>\n"),
 ]
@@ -79,6 +80,11 @@ def test_blocks_become_html_in_their_order(tmp_path: Path) -> None:
         ("figcaption", 'The "loss"'),
         ("figcaption", "Loss <1>"),
         ("p", "The charts need JavaScript."),
+        ("figcaption", "F1 <%>"),
+        ("div", "<row>"),
+        ("div", "0.5000"),
+        ("small", "0.0000 to 1.0000"),
+        *[("span", tick) for tick in ("0", "0.25", "0.5", "0.75", "1")],
         ("p", "a <i>"),
         ("mark", "<b>"),
         ("p", " c"),

@@ -8,8 +8,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from experiment.results import plots as figures
-from experiment.results.charts import Charts, Line, Panel, Plot
-from experiment.results.plots import draw_charts, draw_panels, draw_spread, save_figure
+from experiment.results.charts import Charts, DotChart, DotCharts, Dots, Line, Panel, Plot
+from experiment.results.plots import draw_charts, draw_panels, save_figure
 
 
 @pytest.fixture
@@ -78,14 +78,18 @@ def test_odd_curves_are_drawn(tmp_path: Path, y: list[float | None]) -> None:
     assert inked(tmp_path / "f.png") > 0.0
 
 
-def test_a_spread_shows_each_value_and_the_mean(tmp_path: Path, canvases: list[Figure]) -> None:
-    """Catches a mean that is shown without its seeds."""
-    draw_spread(tmp_path / "f.png", {"pretrained": [0.8, 0.9], "random": [0.5, 0.7]}, "accuracy")
-    (axes,) = canvases[0].axes
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["pretrained", "random"]
-    assert [text.get_text() for text in axes.texts] == ["0.850", "0.600"]
-    assert [line.get_xdata().tolist() for line in axes.lines[::2]] == [[0.8, 0.9], [0.5, 0.7]]  # type: ignore[union-attr]
-    assert axes.get_ylim()[0] > axes.get_ylim()[1], "the first group is at the top"
+def test_dots_are_drawn_with_their_mean_and_interval(tmp_path: Path, canvases: list[Figure]) -> None:
+    """Catches a mean that is shown without its seeds or its interval, and a task that is missing."""
+    rows = [Dots("pretrained", [0.8, 0.9], 0.85, (0.78, 0.91)), Dots("$ran{dom", [0.5, 0.7], 0.6)]
+    draw_charts(tmp_path, [DotCharts("scores", [DotChart("accuracy", rows), DotChart("f1", rows[:1])])])
+    first, second = canvases[0].axes
+    assert [label.get_text() for label in first.get_yticklabels()] == ["pretrained", "$ran{dom"]
+    assert [text.get_text() for text in first.texts] == ["0.850", "0.600"]
+    drawn = [line.get_xdata() for line in first.lines]
+    assert [list(x) for x in drawn] == [[0.8, 0.9], [0.78, 0.91], [0.85, 0.85], [0.5, 0.7], [0.6, 0.6]]
+    assert first.get_ylim()[0] > first.get_ylim()[1], "the first row is at the top"
+    assert (first.get_xlabel(), second.get_xlabel()) == ("accuracy", "f1")
+    assert inked(tmp_path / "scores.png") > 0.005
 
 
 def test_characters_without_a_font_are_one_message(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

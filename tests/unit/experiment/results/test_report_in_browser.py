@@ -194,6 +194,37 @@ def test_runs_are_overlaid(driver: Any, pages: dict[str, Path]) -> None:
     view.check()
 
 
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_comparison(driver: Any, tmp_path: Path, width: int) -> None:
+    """Catches a legend with an entry for each seed, one that hides one of the seeds only, values that do not name their
+    seed, and dots or ticks beyond their chart."""
+    cells = {}
+    for row, mean in (("random", 0.25), ("a row with a long name that no column of a phone has room for", 0.75)):
+        folder = tmp_path / row / "toy"
+        folder.mkdir(parents=True)
+        events = [{"step": 10 * seed + step, "seed": seed, "loss": mean / step} for seed in (1, 2) for step in (1, 9)]
+        (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(event)}\n" for event in events))
+        scores = {"values": [mean - 0.1, mean + 0.1], "mean": mean, "std": 0.1, "interval": [mean - 0.2, mean + 0.25]}
+        run = {"metric": "f1", "split": "test", "collapsed": 0, "folder": f"{row}/toy", "chosen": {}, "against": {}}
+        cells[row] = {"toy": {**scores, **run}}
+    (tmp_path / "compare.json").write_text(json.dumps(cells))
+    view = View(driver, write_report(tmp_path), width, scheme="dark")
+    assert view.texts(".series") == list(cells)
+    assert view.run("return document.querySelectorAll('.plot path.line').length") == 4
+    assert re.search(r"random, seed 1\s+0.25\s+random, seed 2\s+0.25", view.hover(0, 0))
+    view.click("random", ".series")
+    assert view.run("return document.querySelectorAll('.plot path.line').length") == 2
+    outside = """
+        const chart = document.querySelector(".dots").getBoundingClientRect();
+        return [...document.querySelectorAll(".dots *")].map(found => found.getBoundingClientRect())
+            .filter(box => box.left < chart.left || box.right > chart.right || box.bottom > chart.bottom).length"""
+    assert view.run(outside) == 0
+    assert view.texts(".dots small") == ["0.0500 to 0.5000", "0.5500 to 1.0000"]
+    contrast, where = view.run(_CONTRAST)
+    assert contrast >= 4.5, where
+    view.check()
+
+
 def test_it_prints_on_paper(driver: Any, pages: dict[str, Path]) -> None:
     """Catches a page that cannot be printed, also from dark mode, or only as hundreds of sheets."""
     view = View(driver, pages["run"], scheme="dark")

@@ -215,7 +215,7 @@ def test_seeds_are_curves_of_their_own(tmp_path: Path) -> None:
     for chart in charts.data["charts"]:
         assert [line["x"] for line in chart["lines"]] == [[10, 20]] * 3
     lines = charts.data["charts"][0]["lines"]
-    assert [line["label"] for line in lines] == ["a, seed 1", "a, seed 2", "b, seed 1"]
+    assert [(line["label"], line["seed"]) for line in lines] == [("a", "seed 1"), ("a", "seed 2"), ("b", "seed 1")]
     assert lines[0]["color"] == lines[1]["color"] != lines[2]["color"]
     assert len(charts.data["axes"]) == 3
     (charts,) = [block for block in training_blocks(runs[0].folder) if isinstance(block, Charts)]
