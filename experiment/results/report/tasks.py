@@ -35,7 +35,7 @@ def read_task_results(folder: RunFolder) -> dict[str, Any] | None:
 
 def result_blocks(folder: RunFolder, results: Mapping[str, Any]) -> list[Block]:
     """Scores, curves, mistakes of a fine-tuning run. results: of `read_task_results`."""
-    blocks = _score_blocks(results)
+    blocks = [Heading(f"Task: {results['task']} ({folder.path.name})"), *_score_blocks(results)]
     blocks += charts_block(_seed_plots(folder, str(results.get("metric"))))
     if (folder.path / "confusion.png").is_file():
         blocks.append(Figure((folder.path / "confusion.png").read_bytes(), "Confusion matrix, all seeds together"))
@@ -53,7 +53,7 @@ def main_score(results: Mapping[str, Any]) -> str:
 
 
 def _score_blocks(results: Mapping[str, Any]) -> list[Block]:
-    return [Heading("Task"), Text(_subject(results)), score_table(results), *label_tables(results)]
+    return [Text(_subject(results)), score_table(results), *label_tables(results)]
 
 
 def _subject(results: Mapping[str, Any]) -> str:

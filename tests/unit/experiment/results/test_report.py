@@ -12,7 +12,7 @@ from experiment.goodput import EVALUATING, ActivityTimer
 from experiment.outcome_file import Outcome
 from experiment.provenance import write_provenance
 from experiment.results.charts import Charts, Mark, x_axis
-from experiment.results.page import Table
+from experiment.results.page import Heading, Table
 from experiment.results.report import write_report
 from experiment.results.report.tasks import downstream_blocks, result_blocks
 from experiment.results.report.training import (
@@ -221,6 +221,13 @@ def test_a_run_without_anything_to_report_is_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="nothing to report"):
             write_report(folder.path)
         assert not folder.report.exists()
+
+
+def test_sections_of_tasks_have_names(tmp_path: Path) -> None:
+    """Catches sections about two runs of one task on one page, such as the demo's, that cannot be told apart."""
+    runs = [open_run_folder(tmp_path / name) for name in ("random", "pretrained")]
+    headings = [block.text for run in runs for block in result_blocks(run, RESULTS) if isinstance(block, Heading)]
+    assert headings == ["Task: topics (random)", "Task: topics (pretrained)"]
 
 
 def test_the_curves_of_the_seeds_of_a_task(tmp_path: Path) -> None:
