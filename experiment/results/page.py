@@ -44,15 +44,12 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A PNG, which becomes a part of the page."""
+class ConfusionMatrix:
+    """Counts: rows by label, columns by predicted label."""
 
-    png: bytes
+    labels: Sequence[str]
+    counts: Sequence[Sequence[int]]
     caption: str
-
-    @property
-    def source(self) -> str:
-        return f"data:image/png;base64,{base64.b64encode(self.png).decode()}"
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,7 @@ class Fillings:
     fillings: Sequence[Filling]
 
 
-Block = Heading | Text | Table | Figure | Code | Charts | DotCharts | Fillings
+Block = Heading | Text | Table | ConfusionMatrix | Code | Charts | DotCharts | Fillings
 
 
 @dataclass(frozen=True)
@@ -119,6 +116,7 @@ def write_page(directory: Path, title: str, blocks: Sequence[Block], headline: H
         blocks=[(type(block).__name__, block) for block in blocks],
         style=style,
         script=script,
+        zip=zip,
         script_hash=f"sha256-{base64.b64encode(digest).decode()}",
     )
     path = directory / "index.html"

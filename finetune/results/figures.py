@@ -17,22 +17,24 @@ _MAX_ANNOTATED = 25  # with more labels, the matrix shows colors only
 def draw_confusion(path: Path, confusion: NDArray[np.int64], labels: Sequence[str], title: str) -> None:
     """CC counts: rows by label, columns by predicted label; colored by the share of the row."""
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
-    side = min(2.5 + 0.55 * len(labels), 16.0)
+    size = max(16 - len(labels) // 2, 10)  # of the text, in points
+    side = min(2.5 + 0.05 * size * len(labels), 18.0)
     canvas = Figure(figsize=(side + 1.0, side), dpi=144, layout="constrained")
     axes = canvas.subplots()
     image = axes.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0)
     canvas.colorbar(image, ax=axes, label="share of the label's examples")
-    axes.set_title(title, color=GREY, fontsize=10, parse_math=False)  # names may have dollars
-    axes.set_xlabel("predicted", color=GREY)
-    axes.set_ylabel("label", color=GREY)
+    axes.set_title(title, color=GREY, fontsize=size, parse_math=False)  # names may have dollars
+    axes.set_xlabel("predicted", color=GREY, fontsize=size)
+    axes.set_ylabel("label", color=GREY, fontsize=size)
     if len(labels) <= _MAX_ANNOTATED:
         ticks = range(len(labels))
-        axes.set_xticks(ticks, labels, rotation=45, ha="right", parse_math=False)
-        axes.set_yticks(ticks, labels, parse_math=False)
+        axes.set_xticks(ticks, labels, rotation=45, ha="right", fontsize=size, parse_math=False)
+        axes.set_yticks(ticks, labels, fontsize=size, parse_math=False)
         for row in ticks:
             for column in ticks:
                 color = "white" if shares[row, column] > 0.5 else "black"
-                axes.text(column, row, f"{confusion[row, column]:,}", ha="center", va="center", color=color, fontsize=8)
+                count = f"{confusion[row, column]:,}"
+                axes.text(column, row, count, ha="center", va="center", color=color, fontsize=size)
     save_figure(canvas, path)
 
 

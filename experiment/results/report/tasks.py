@@ -6,10 +6,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from experiment.errors import UserError
 from experiment.files import parse_json
 from experiment.results.charts import COLORS, Axis, Line, Panel, Plot, charts_block
-from experiment.results.page import Block, Figure, Heading, Table, Text
+from experiment.results.page import Block, ConfusionMatrix, Heading, Table, Text
 from experiment.results.report.training import UNKNOWN, show
 from experiment.run_folder import RunFolder
 from experiment.tracking.downstream import DownstreamResult, read_results
@@ -37,9 +39,7 @@ def result_blocks(folder: RunFolder, results: Mapping[str, Any]) -> list[Block]:
     """Scores, curves, mistakes of a fine-tuning run. results: of `read_task_results`."""
     blocks = [Heading(f"Task: {results['task']} ({folder.path.name})"), *_score_blocks(results)]
     blocks += charts_block(_seed_plots(folder, str(results.get("metric"))))
-    if (folder.path / "confusion.png").is_file():
-        blocks.append(Figure((folder.path / "confusion.png").read_bytes(), "Confusion matrix, all seeds together"))
-    return [*blocks, *worst_rows(folder, list(results["splits"]))]
+    return [*blocks, *confusion_matrix(folder, results), *worst_rows(folder, list(results["splits"]))]
 
 
 def main_score(results: Mapping[str, Any]) -> str:
@@ -123,6 +123,17 @@ def _columns(rows: Sequence[Mapping[str, str]], name: str) -> tuple[list[float],
         except (KeyError, TypeError, ValueError):  # no validation split, or the row is cut off
             continue
     return [step for step, _ in found], [value for _, value in found]
+
+
+def confusion_matrix(folder: RunFolder, results: Mapping[str, Any]) -> list[ConfusionMatrix]:
+    """Of all seeds together, on the last split that has one; empty if there is none, as for regression."""
+    try:
+        records = [parse_json((folder.path / f"seed-{seed}/COMPLETE").read_text("utf-8")) for seed in results["seeds"]]
+        split = list(records[0]["confusion"])[-1]
+        counts: list[list[int]] = np.array([record["confusion"][split] for record in records]).sum(axis=0).tolist()
+    except (OSError, ValueError, LookupError, TypeError):  # the folder is being copied
+        return []
+    return [ConfusionMatrix(results["labels"], counts, f"Confusion matrix on {split}, all seeds together")]
 
 
 def worst_rows(folder: RunFolder, splits: Sequence[str]) -> Iterator[Table]:

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 from sample_run import MARKUP, make_run
 
+from experiment.results.page import ConfusionMatrix, write_page
 from experiment.results.report import write_overlay, write_report
 from headless_chromium import start_browser
 
 # The lowest contrast of a text with the background of the nearest element that has one, by WCAG 2.1.
 _CONTRAST = """
-    const parse = color => color.match(/[\\d.]+/g).map(Number);
+    const scale = color => (color.startsWith("color(srgb") ? [255, 255, 255, 1] : [1, 1, 1, 1]);
+    const parse = color => color.match(/[\\d.]+/g).map((value, index) => value * scale(color)[index]);
     const light = ([red, green, blue]) => [red, green, blue].map(value => value / 255)
         .map(value => value <= 0.03928 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4)
         .reduce((sum, value, index) => sum + value * [0.2126, 0.7152, 0.0722][index], 0);
@@ -178,6 +180,25 @@ def test_texts_have_contrast(driver: Any, pages: dict[str, Path], scheme: str) -
     assert (int(re.findall(r"\d+", background)[0]) < 60) == (scheme == "dark")
     contrast, where = view.run(_CONTRAST)
     assert contrast >= 4.5, where
+    view.check()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("labels", [2, 20, 60])
+def test_a_confusion_matrix_can_be_read(driver: Any, tmp_path: Path, labels: int, scheme: str) -> None:
+    """Catches text that is tiny, or has the color of its cell; cells without a color; and a page that is wider than a
+    phone."""
+    counts = [[9000 if row == column else row for column in range(labels)] for row in range(labels)]
+    matrix = ConfusionMatrix([f"label {number}" for number in range(labels)], counts, "test")
+    view = View(driver, write_page(tmp_path, "Run", [matrix]), 390, scheme)
+    contrast, where = view.run(_CONTRAST)
+    assert contrast >= 4.5, where
+    colors = "return [...document.querySelectorAll('td')].map(cell => getComputedStyle(cell).backgroundColor)"
+    first, second, *_ = view.run(colors)
+    assert first != second
+    size = "return parseFloat(getComputedStyle(document.querySelector('td')).fontSize)"
+    assert view.run(size) >= 12
+    assert ("9,000" in view.texts("td")) == (labels < 60)
     view.check()
 
 

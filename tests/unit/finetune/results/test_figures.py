@@ -33,3 +33,20 @@ def test_names_with_dollars_are_no_formulas(tmp_path: Path) -> None:
     labels = ["$\\frac{$", "$5"]
     figures.draw_confusion(tmp_path / "confusion.png", np.eye(2, dtype=np.int64), labels, "$\\bad{$")
     assert (tmp_path / "confusion.png").exists()
+
+
+@pytest.mark.parametrize(("count", "least"), [(2, 14), (7, 12), (25, 10)])
+def test_counts_of_a_confusion_matrix_fit_their_cells(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, count: int, least: int
+) -> None:
+    """Catches text that is tiny where there is room for more, and counts that overlap."""
+    drawn: list[Figure] = []
+    monkeypatch.setattr(figures, "save_figure", lambda canvas, path: drawn.append(canvas))
+    counts = np.full((count, count), 9999, dtype=np.int64)
+    figures.draw_confusion(tmp_path / "confusion.png", counts, [f"label {number}" for number in range(count)], "t")
+    drawn[0].draw_without_rendering()
+    axes = drawn[0].axes[0]
+    first, second = axes.texts[:2]
+    assert first.get_fontsize() >= least
+    assert axes.get_yticklabels()[0].get_fontsize() >= least
+    assert first.get_window_extent().x1 < second.get_window_extent().x0
