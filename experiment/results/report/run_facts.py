@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 import yaml
@@ -47,7 +48,7 @@ def pretraining_headline(folder: RunFolder, events: Sequence[Event], goodput: Go
         *_device_facts(state),
         *_time_facts(goodput),
     ]
-    return Headline(_state(life), _TONES[life.state], life.message, facts)
+    return Headline(describe_state(life), _TONES[life.state], life.message, facts)
 
 
 def task_headline(results: Mapping[str, Any]) -> Headline:
@@ -63,8 +64,12 @@ def task_headline(results: Mapping[str, Any]) -> Headline:
     return Headline("done", "good", "", facts)
 
 
-def _state(life: Life) -> str:
-    return f"{life.state} on {life.host}" if life.host and life.state == "running" else life.state
+def describe_state(life: Life) -> str:
+    """'running on node-1, as of 2026-11-20 09:20 UTC': a page stays as it is when the run goes on."""
+    if life.state != "running":
+        return life.state
+    host = f" on {life.host}" if life.host else ""
+    return f"running{host}, as of {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
 
 
 def _newest_state(folder: RunFolder) -> dict[str, Any]:

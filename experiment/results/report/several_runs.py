@@ -12,7 +12,7 @@ from experiment.files import parse_json
 from experiment.results.charts import COLORS, Charts, DotChart, DotCharts, Dots, Line, Panel, Plot, charts_block, x_axis
 from experiment.results.comparison import comparison_blocks
 from experiment.results.page import Block, Heading, Table, Text
-from experiment.results.report.run_facts import read_run_config
+from experiment.results.report.run_facts import describe_state, read_run_config
 from experiment.results.report.tasks import main_score, read_task_results
 from experiment.results.report.training import (
     NORM,
@@ -124,7 +124,7 @@ def _run_row(run: NamedRun, corpora: Sequence[str]) -> list[str]:
     best = [best_loss(events, corpus) for corpus in corpora]
     return [
         run.name,
-        "done" if results is not None else read_life(run.folder).state,
+        "done" if results is not None else describe_state(read_life(run.folder)),
         show(max((event["step"] for event in events), default=None), ",.0f"),
         show(last_number(events, "tokens"), ",.0f"),
         show(last_number(events, "loss"), ".4f"),

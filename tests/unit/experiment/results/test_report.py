@@ -1,4 +1,5 @@
 import json
+import platform
 import re
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from experiment.outcome_file import Outcome
 from experiment.provenance import write_provenance
 from experiment.results.charts import Charts, Mark, x_axis
 from experiment.results.page import Heading, Table
-from experiment.results.report import write_report
+from experiment.results.report import write_overlay, write_report
 from experiment.results.report.tasks import confusion_matrix, downstream_blocks, result_blocks
 from experiment.results.report.training import (
     NORM,
@@ -282,10 +283,13 @@ def test_the_report_says_how_the_time_was_spent(tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_about_to_end_says_how(tmp_path: Path) -> None:
-    """Catches a report in an artifact of W&B that says "running" for ever."""
+    """Catches a report in an artifact of W&B that says "running" for ever, and one that does not say when it was so."""
     folder = run_with(tmp_path, EVENTS)
     with lock_run(folder):
-        assert 'class="state busy"' in write_report(folder.path).read_text(encoding="utf-8")
+        now = rf"running on {re.escape(platform.node())}, as of 20\d\d-\d\d-\d\d \d\d:\d\d UTC"
+        page = write_report(folder.path).read_text(encoding="utf-8")
+        assert re.search(f'<span class="state busy">{now}</span>', page)
+        assert re.search(now, write_overlay([folder.path], tmp_path / "several").read_text(encoding="utf-8"))
         assert 'class="state good"' in write_report(folder.path, outcome=Outcome.DONE).read_text(encoding="utf-8")
 
 
