@@ -94,7 +94,8 @@ def _train_and_score(config: FinetuneConfig, resolved: ResolvedRun) -> dict[str,
     if started:
         print_lines([f"seed {missing[0]}: resuming after step {started:,}"])
     steps = resolved.steps
-    tracked = TrackedRun(run_id, flatten(config), steps * len(seeds), steps * len(records) + started)
+    resumed_step = steps * len(records) + started
+    tracked = TrackedRun(run_id, flatten(config), steps * len(seeds), resumed_step, seed_steps=steps)
     tracker = open_trackers(config.tracking, folder, tracked, console=not _in_parallel(missing, resolved))
     records |= _train_seeds(missing, resolved, tracker, list(records))
     with stopped_by_disk_errors(advice=_RESUME):

@@ -1,6 +1,6 @@
-"""The event file for TensorBoard.
+"""Event files for TensorBoard: one of a pretraining run, one for each seed of a fine-tuning run.
 
-It is written with TensorBoard's own record format and messages, one record for each event. TensorBoard's
+A file is written with TensorBoard's own record format and messages, one record for each event. TensorBoard's
 `EventFileWriter`, which torch uses too, writes from a thread: a kill loses up to two minutes, and a full disk ends the
 thread. Steps that are logged again after a crash are removed from the file: TensorBoard's faster loader, its default,
 and most other readers ignore `purge_step`.
@@ -20,6 +20,18 @@ from experiment.outcome_file import Outcome
 from experiment.tracking.jsonl import AppendFile, Metrics, is_kept
 
 _PREFIX = "events.out.tfevents."  # by which TensorBoard recognises its files
+_SPEED = frozenset(
+    (
+        "tokens_per_second",
+        "mfu",
+        "data_wait",
+        "goodput",
+        "checkpoint_seconds",
+        "slowest_rank",
+        "slowest_rank_ratio",
+        "memory",
+    )
+)
 _LENGTH, _CHECKSUM = 8, 4  # bytes: a record is its length, a checksum of that, the message, and a checksum of that
 
 
@@ -30,7 +42,7 @@ def require_tensorboard() -> None:
 
 
 class TensorBoardTracker:
-    """Writes the numbers of each event by step, under their names in metrics.jsonl.
+    """Writes the numbers of each event by step, see `tag_of`.
 
     Each attempt starts a new file in `folder` with what it does not log again of the one before, see `is_kept`.
     """
@@ -53,14 +65,41 @@ class TensorBoardTracker:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         values = [
-            Summary.Value(tag=name, simple_value=value)
+            Summary.Value(tag=tag_of(name), simple_value=value)
             for name, value in metrics.items()
-            if name != "step" and isinstance(value, int | float)
+            if name not in ("step", "seed") and isinstance(value, int | float)
         ]
         self._file.append(_record(step=metrics["step"], summary=Summary(value=values)))
 
     def close(self, outcome: Outcome) -> None:
         self._file.close()
+
+
+class SeedsTensorBoardTracker:
+    """Writes an event file for each seed of a fine-tuning run, to `folder`/seed-N, with the seed's own steps."""
+
+    def __init__(self, folder: Path, resumed_step: int, seed_steps: int) -> None:
+        """resumed_step: over all seeds. seed_steps: steps of one seed."""
+        self._folder, self._resumed_step, self._seed_steps = folder, resumed_step, seed_steps
+        self._trackers: dict[object, TensorBoardTracker] = {}
+
+    def log(self, metrics: Metrics) -> None:
+        seed, step = metrics["seed"], metrics["step"]
+        assert isinstance(step, int)
+        own_step = (step - 1) % self._seed_steps + 1
+        if seed not in self._trackers:
+            folder, resumed_step = self._folder / f"seed-{seed}", self._resumed_step - (step - own_step)
+            self._trackers[seed] = TensorBoardTracker(folder, resumed_step)
+        self._trackers[seed].log({**metrics, "step": own_step})
+
+    def close(self, outcome: Outcome) -> None:
+        for tracker in self._trackers.values():
+            tracker.close(outcome)
+
+
+def tag_of(name: str) -> str:
+    """The tag of a metric. TensorBoard groups tags by what is before the first slash."""
+    return name if "/" in name else f"{'speed' if name in _SPEED else 'train'}/{name}"
 
 
 def _next_number(files: list[Path]) -> int:

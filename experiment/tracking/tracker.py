@@ -15,7 +15,7 @@ from experiment.own_process import LAUNCH_VARIABLE, START_VARIABLE
 from experiment.run_folder import RunFolder
 from experiment.tracking.alerts import FLUSH_SECONDS, Alert, AlertFilter, AlertSender, Messenger, alert_services
 from experiment.tracking.config import AlertEvent, AlertsConfig, TrackingConfig
-from experiment.tracking.event_file import TensorBoardTracker, require_tensorboard
+from experiment.tracking.event_file import SeedsTensorBoardTracker, TensorBoardTracker, require_tensorboard
 from experiment.tracking.jsonl import JsonlTracker, Metrics, kept_events
 from experiment.tracking.progress_line import ConsoleTracker
 from experiment.tracking.weights_and_biases import FINISH_SECONDS, WandbTracker
@@ -43,6 +43,7 @@ class TrackedRun:
     total_steps: int | None  # the last step; None if it is not known (a time budget)
     resumed_step: int  # finished steps of the checkpoint it resumes from, -1 for a new run; later events are dropped
     evaluates_again: bool = False  # the evaluation of `resumed_step` is dropped too: the checkpoint lacks it
+    seed_steps: int | None = None  # of each seed of a fine-tuning run
     unit: str = "step"  # what the console calls a step
 
 
@@ -60,7 +61,10 @@ def open_trackers(config: TrackingConfig, folder: RunFolder, run: TrackedRun, co
     if console:
         shown = {"the console": lambda: ConsoleTracker(run.total_steps, run.resumed_step, run.unit)}
         openers = {**shown, **openers}
-    if config.tensorboard:
+    if config.tensorboard and run.seed_steps:
+        seeds = partial(SeedsTensorBoardTracker, folder.tensorboard, run.resumed_step, run.seed_steps)
+        openers["TensorBoard"] = seeds
+    elif config.tensorboard:
         openers["TensorBoard"] = lambda: TensorBoardTracker(folder.tensorboard, *resumed)
     if config.wandb != "disabled":
         kept = partial(kept_events, folder.metrics, *resumed)

@@ -171,7 +171,7 @@ def _event_file(folder: Path) -> list[float]:
 
     accumulator = EventAccumulator(str(folder / "tensorboard"), {"scalars": 0}, purge_orphaned_data=False)
     accumulator.Reload()
-    events = accumulator.Scalars("loss")
+    events = accumulator.Scalars("train/loss")
     assert [event.step for event in events] == list(range(1, len(events) + 1))
     return [event.value for event in events]
 

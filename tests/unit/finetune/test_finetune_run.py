@@ -65,6 +65,22 @@ def test_a_run_leaves_what_it_promises(
     assert f"next: deepcloze predict --model {tmp_path}/run --input" in captured.err
 
 
+def test_seeds_are_curves_of_their_own_in_tensorboard(config_file: Path, tmp_path: Path) -> None:
+    """Catches steps of a seed in TensorBoard that are not those of its epochs.csv, and a finished seed that is lost
+    when another is added."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = {"tracking.tensorboard": "true", "training.epochs": "2"}
+    for seeds in ("[1]", "[1, 2]"):
+        finetune(config_file, {**flags, "training.seeds": seeds})
+    for seed in (1, 2):
+        accumulator = EventAccumulator(str(tmp_path / "run" / "tensorboard" / f"seed-{seed}")).Reload()
+        steps = [event.step for event in accumulator.Scalars("eval/validation/macro_f1")]
+        assert steps == [int(row["steps"]) for row in read_csv(tmp_path / "run" / f"seed-{seed}" / "epochs.csv")]
+    events = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert max(event["step"] for event in events) == 2 * steps[-1]
+
+
 def test_the_model_folder_gives_the_predictions_without_our_code(config_file: Path, tmp_path: Path) -> None:
     """Catches a saved model that is not the one that was scored, lacks its tokenizer, or has lost the label names."""
     finetune(config_file, {"training.seeds": "[1]"})

@@ -9,7 +9,7 @@ from experiment.outcome_file import Outcome
 from experiment.run_folder import RunFolder
 from experiment.tracking import TrackedRun, check_tracking, event_file, open_trackers
 from experiment.tracking.config import TrackingConfig
-from experiment.tracking.event_file import TensorBoardTracker
+from experiment.tracking.event_file import SeedsTensorBoardTracker, TensorBoardTracker, tag_of
 
 
 def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
@@ -36,9 +36,9 @@ def test_numbers_are_shown_by_step_and_at_once(tmp_path: Path) -> None:
 
     accumulator = EventAccumulator(str(tmp_path))
     accumulator.Reload()
-    assert accumulator.Tags()["scalars"] == ["loss", "tokens"]
-    assert scalars(tmp_path, "loss") == [(5, 2.5)]
-    assert scalars(tmp_path, "tokens") == [(5, 7.0)]
+    assert accumulator.Tags()["scalars"] == ["train/loss", "train/tokens"]
+    assert scalars(tmp_path, "train/loss") == [(5, 2.5)]
+    assert scalars(tmp_path, "train/tokens") == [(5, 7.0)]
 
 
 def test_lost_steps_are_removed(tmp_path: Path) -> None:
@@ -47,7 +47,7 @@ def test_lost_steps_are_removed(tmp_path: Path) -> None:
     attempt(tmp_path, -1, [{"step": step, "loss": step} for step in range(10, 60, 10)])
     attempt(tmp_path, 20, [{"step": step, "loss": -step} for step in (25, 50)])
     attempt(tmp_path, 25, [{"step": 30, "loss": 3}])
-    assert scalars(tmp_path, "loss") == [(10, 10), (20, 20), (25, -25), (30, 3)]
+    assert scalars(tmp_path, "train/loss") == [(10, 10), (20, 20), (25, -25), (30, 3)]
     assert len(list(tmp_path.iterdir())) == 1
 
 
@@ -55,7 +55,7 @@ def test_the_evaluation_of_the_resumed_step_is_not_doubled(tmp_path: Path) -> No
     """Catches an evaluation that is repeated because the checkpoint lacks it, and shown twice."""
     attempt(tmp_path, -1, [{"step": 10, "loss": 1}, {"step": 10, "eval/docs/loss": 2}])
     attempt(tmp_path, 10, [{"step": 10, "eval/docs/loss": 3}], again=True)
-    assert scalars(tmp_path, "loss") == [(10, 1)]
+    assert scalars(tmp_path, "train/loss") == [(10, 1)]
     assert scalars(tmp_path, "eval/docs/loss") == [(10, 3)]
 
 
@@ -69,7 +69,7 @@ def test_kept_steps_keep_their_time(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     attempt(tmp_path, 1, [])
     accumulator = EventAccumulator(str(tmp_path))
     accumulator.Reload()
-    assert [event.wall_time for event in accumulator.Scalars("loss")] == [1000.0]
+    assert [event.wall_time for event in accumulator.Scalars("train/loss")] == [1000.0]
 
 
 def test_files_of_a_killed_start(tmp_path: Path) -> None:
@@ -85,7 +85,31 @@ def test_files_of_a_killed_start(tmp_path: Path) -> None:
     with new.open("ab") as file:
         file.write(b"\x20\0\0\0\0\0\0\0torn")
     attempt(first, 3, [{"step": 4, "loss": 4}])
-    assert scalars(first, "loss") == [(1, 1), (2, 2), (3, 30), (4, 4)]
+    assert scalars(first, "train/loss") == [(1, 1), (2, 2), (3, 30), (4, 4)]
+
+
+def test_tags_are_in_groups() -> None:
+    """Catches a chart of its own for each of 20 metrics in one list, and names of corpora that lose their group."""
+    names = ("loss", "lr", "skipped_steps", "tokens_per_second", "memory", "tokens/books", "eval/a/b/loss")
+    tags = ["train/loss", "train/lr", "train/skipped_steps", "speed/tokens_per_second", "speed/memory"]
+    assert [tag_of(name) for name in names] == [*tags, "tokens/books", "eval/a/b/loss"]
+
+
+def test_seeds_have_files_and_steps_of_their_own(tmp_path: Path) -> None:
+    """Catches seeds in one curve, steps that continue from the seed before, steps that appear twice after a resume,
+    and finished seeds that are lost or written again."""
+    first = SeedsTensorBoardTracker(tmp_path, 0, seed_steps=20)
+    for seed, step in ((7, 10), (7, 20), (8, 30), (8, 40), (9, 50)):
+        first.log({"step": step, "seed": seed, "loss": float(step)})
+    (finished,) = (tmp_path / "seed-7").iterdir()
+    before = finished.read_bytes()
+    second = SeedsTensorBoardTracker(tmp_path, 30, seed_steps=20)  # seed 8 resumes after its step 10
+    for seed, step in ((8, 40), (9, 45), (9, 60)):
+        second.log({"step": step, "seed": seed, "loss": -float(step)})
+    second.close(Outcome.DONE)
+    assert finished.read_bytes() == before
+    found = {path.name: scalars(path, "train/loss") for path in sorted(tmp_path.iterdir())}
+    assert found == {"seed-7": [(10, 10), (20, 20)], "seed-8": [(10, 30), (20, -40)], "seed-9": [(5, -45), (20, -60)]}
 
 
 def test_a_later_file_is_read_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +131,7 @@ def test_it_is_written_into_the_run_folder_if_enabled(tmp_path: Path) -> None:
         trackers.log({"step": 1, "loss": 2.0})
         trackers.close(Outcome.DONE)
         assert folder.tensorboard.exists() == enabled
-    assert scalars(tmp_path / "tensorboard", "loss") == [(1, 2.0)]
+    assert scalars(tmp_path / "tensorboard", "train/loss") == [(1, 2.0)]
 
 
 def test_a_missing_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
