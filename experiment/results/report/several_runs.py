@@ -24,13 +24,14 @@ from experiment.results.report.training import (
     curve,
     evaluated_corpora,
     median,
+    read_own_steps,
     show,
     without_empty_columns,
 )
 from experiment.results.sweep_summary import SweepResult, sort_results
 from experiment.run_folder import RunFolder
 from experiment.run_life import read_life
-from experiment.tracking.jsonl import Event, last_number, read_events, split_by_seed
+from experiment.tracking.jsonl import Event, last_number, split_by_seed
 
 _NOT_COMPARED = ("run.dir", "tracking.")  # keys
 _DIFFERENCES = "Differences of the configs"
@@ -50,7 +51,7 @@ class NamedRun:
 
 def open_runs(folders: Mapping[str, RunFolder]) -> list[NamedRun]:
     """folders: by name."""
-    return [NamedRun(name, folder, read_events(folder.metrics)) for name, folder in folders.items()]
+    return [NamedRun(name, folder, read_own_steps(folder)) for name, folder in folders.items()]
 
 
 def name_runs(folders: Sequence[Path]) -> dict[str, RunFolder]:

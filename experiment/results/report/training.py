@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
-from itertools import groupby, pairwise
+from itertools import chain, groupby, pairwise
 from typing import Any
 
 from experiment.checkpoints import checkpoint_step, named_best
@@ -26,7 +26,7 @@ def training_blocks(folder: RunFolder, held_out: bool = True, marks: Sequence[Ma
 
     held_out: whether to show evaluations too.
     """
-    events = read_events(folder.metrics)
+    events = read_own_steps(folder)
     if not events:
         return []
     corpora = evaluated_corpora(events) if held_out else []
@@ -39,6 +39,11 @@ def training_blocks(folder: RunFolder, held_out: bool = True, marks: Sequence[Ma
     if corpora:
         blocks += [Heading("Held-out text"), held_out_table(events, corpora)]
     return [*blocks, Heading("Speed and memory"), training_table(events)]
+
+
+def read_own_steps(folder: RunFolder) -> list[Event]:
+    """The events in RUN/metrics.jsonl, with the steps of a fine-tuning run counted from the start of each seed."""
+    return list(chain.from_iterable(split_by_seed(read_events(folder.metrics)).values()))
 
 
 def training_plots(seeds: Mapping[int | None, Sequence[Event]], corpora: Sequence[str]) -> list[Plot]:

@@ -22,6 +22,7 @@ from experiment.results.report.several_runs import (
     name_runs,
     open_runs,
     overlay_blocks,
+    runs_table,
     sweep_blocks,
 )
 from experiment.results.report.tasks import worst_rows
@@ -205,7 +206,7 @@ def test_the_curves_of_a_comparison(tmp_path: Path) -> None:
 
 def test_seeds_are_curves_of_their_own(tmp_path: Path) -> None:
     """Catches the seeds of a fine-tuning joined end to end, so that the loss climbs back at each seed; two seeds of one
-    row in different colors; and two rows in the same color."""
+    row in different colors; two rows in the same color; and steps in a table that are in no chart."""
     for name, seeds in (("a", (1, 2)), ("b", (1,))):
         joined = [(seed, step, number * 20 + step) for number, seed in enumerate(seeds) for step in (10, 20)]
         events = [{"seed": seed, "step": logged, "loss": 1 / step, "lr": 1e-3} for seed, step, logged in joined]
@@ -218,6 +219,8 @@ def test_seeds_are_curves_of_their_own(tmp_path: Path) -> None:
     assert [(line["label"], line["seed"]) for line in lines] == [("a", "seed 1"), ("a", "seed 2"), ("b", "seed 1")]
     assert lines[0]["color"] == lines[1]["color"] != lines[2]["color"]
     assert len(charts.data["axes"]) == 3
+    table = runs_table(runs)
+    assert [row[table.columns.index("steps")] for row in table.rows] == ["20", "20"]
     (charts,) = [block for block in training_blocks(runs[0].folder) if isinstance(block, Charts)]
     for chart in charts.data["charts"]:
         assert [(line["label"], line["x"]) for line in chart["lines"]] == [("seed 1", [10, 20]), ("seed 2", [10, 20])]
