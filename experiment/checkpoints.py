@@ -139,7 +139,8 @@ def last_usable(candidates: Sequence[Path], verify: Verify) -> Path:
 
 
 def verify(checkpoint: Path, choose: Callable[[list[str]], Sequence[str]] = list) -> str | None:
-    """Compare a checkpoint with its checksums. Returns None if it is complete and undamaged, else what is wrong.
+    """Compare a checkpoint with its checksums, and its step with its name. Returns None if it is complete and
+    undamaged, else what is wrong.
 
     `choose`: those of its files to read, from their sorted paths in the checkpoint; default: all.
     """
@@ -156,6 +157,17 @@ def verify(checkpoint: Path, choose: Callable[[list[str]], Sequence[str]] = list
             return f"{name} cannot be read: {getattr(error, 'strerror', None) or error}"
         if found != checksums[name]:
             return f"{name} has checksum {found}, expected {checksums[name]}"
+    return verify_name(checkpoint)
+
+
+def verify_name(checkpoint: Path) -> str | None:
+    """What is wrong if a checkpoint has the name of another step; None if nothing is, or its step is unknown."""
+    try:
+        step = read_state(checkpoint)["step"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # not among the files that were to be read
+        return None
+    if _NAME.fullmatch(checkpoint.name) and checkpoint_step(checkpoint) != step:
+        return f"its {_STATE} is of step {step}"
     return None
 
 

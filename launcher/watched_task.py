@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiment.checkpoints import checkpoint_step, files_below, link_model, verify
+from experiment.checkpoints import checkpoint_step, files_below, link_model, verify, verify_name
 from experiment.config import load_config
 from experiment.errors import UserError
 from experiment.files import json_digest, parse_json, removed_on_error
@@ -100,7 +100,7 @@ def score_checkpoint(checkpoint: Path, weights: str, task: WatchedTask, run: Run
     _remove_leftovers(work, folder)
     with removed_on_error(folder):
         link_model(checkpoint, folder)
-        if problem := verify(folder, files_below("hf")):
+        if problem := verify(folder, files_below("hf")) or verify_name(checkpoint):
             raise ScoringError(f"the checkpoint is damaged: {problem}")
     step = checkpoint_step(checkpoint)
     child = ChildRun("watch", f"{task.name}: step {step}", RunFolder(folder / "run"), _argv(task, folder))

@@ -221,6 +221,21 @@ def test_a_damaged_model_folder_of_a_checkpoint_is_rejected(tmp_path: Path) -> N
         find_model_folder(checkpoint / "hf")
 
 
+def test_a_checkpoint_with_the_name_of_another_step_is_rejected(tmp_path: Path) -> None:
+    """Catches weights of another step than the folder says, after folders were renamed or restored in another order."""
+    first, second = make(tmp_path / "run" / "checkpoints", 290, 300)
+    first.rename(tmp_path / "aside")
+    second.rename(first)
+    (tmp_path / "aside").rename(second)
+    for named in (first, first / "hf"):
+        with pytest.raises(UserError, match=r"is damaged: its state\.json is of step 300"):
+            find_model_folder(named)
+    with pytest.raises(UserError, match="all 2 checkpoints"):
+        find_model_folder(tmp_path / "run")
+    first.rename(tmp_path / "mine")
+    assert find_checkpoint(tmp_path / "mine") == tmp_path / "mine", "another name says nothing about the step"
+
+
 def test_damaged_later_checkpoints_do_not_count_as_kept(tmp_path: Path) -> None:
     """Catches the loss of every usable checkpoint after a run fell back behind damaged ones and saved again."""
     make(tmp_path, 10, 20, 30, 40)

@@ -79,6 +79,17 @@ def test_validation_is_scored_and_test_is_not_read(
     assert list((run.downstream / "toy" / "work").iterdir()) == []
 
 
+def test_a_checkpoint_with_the_name_of_another_step_is_not_scored(
+    run: RunFolder, save: Save, write_task: WriteTask, started: list[ChildRun]
+) -> None:
+    """Catches scores that are drawn at the wrong step."""
+    checkpoint = save(100)
+    (checkpoint / "state.json").write_text('{"step": 200}')
+    with pytest.raises(ScoringError, match=r"damaged: its state\.json is of step 200"):
+        score_checkpoint(checkpoint, weights_digest(checkpoint), task_of(write_task()), run)
+    assert not started
+
+
 def test_the_child_accepts_its_command_line(
     run: RunFolder, save: Save, write_task: WriteTask, started: list[ChildRun]
 ) -> None:
