@@ -190,11 +190,25 @@ def weights_digest(checkpoint: Path) -> str:
     return json_digest({name: value for name, value in checksums.items() if name.startswith("hf/")})
 
 
+def unlisted_files(model: Path) -> set[Path]:
+    """Files and folders in a Hugging Face folder that its complete checkpoint does not list, so that they are no part
+    of it. Empty for a folder that is in no checkpoint."""
+    folder = model.resolve()
+    try:
+        listed = json.loads((folder.parent / _COMPLETE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return set()
+    files = [folder.parent / name for name in files_below(folder.name)(list(listed))]
+    known = {path for file in files for path in (file, *file.parents)}
+    return {path for path in model.rglob("*") if files and folder / path.relative_to(model) not in known}
+
+
 def link_model(checkpoint: Path, folder: Path) -> None:
     """Make `folder` a complete checkpoint that has only the Hugging Face folder, which stays when the original is
     deleted. Its files are hard links, or copies on a file system without them; they must not be changed."""
+    unlisted = unlisted_files(checkpoint / "hf")
     for source in [*sorted((checkpoint / "hf").rglob("*")), checkpoint / _COMPLETE]:
-        if source.is_dir():
+        if source.is_dir() or source in unlisted:
             continue
         target = folder / source.relative_to(checkpoint)
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from experiment.checkpoints import find_model_folder
+from experiment.checkpoints import find_model_folder, unlisted_files
 from experiment.errors import UserError, describe_disk_error, reason
 from experiment.files import created_parents, removed_on_error
 from experiment.results.exported_card import write_card
@@ -53,7 +53,8 @@ def _write(source: Path, folder: Path, options: ExportOptions) -> list[str]:
     if options.format == "hf":
         if (source / FILE).is_file():
             read_saved_task(source)  # refuses damaged files, as the export to ONNX does
-        shutil.copytree(source, folder)
+        unlisted = unlisted_files(source)
+        shutil.copytree(source, folder, ignore=lambda at, names: {x for x in names if Path(at, x) in unlisted})
         write_card(source, folder, title)
         return []
     require_packages("onnx", "onnxruntime", "onnxscript")

@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+from experiment.checkpoints import unlisted_files
 from experiment.errors import UserError
 from experiment.fast_linear import use_fast_linear
 from experiment.results.model_card import MODEL, snippet, usage_section
@@ -41,7 +42,7 @@ def write_onnx_folder(source: Path, folder: Path, int8: bool) -> list[str]:
     """
     original = _load(source)
     folder.mkdir()
-    for path in [*model_files(source, weights=False), *source.glob("deepcloze*.json")]:
+    for path in {*model_files(source, weights=False), *source.glob("deepcloze*.json")} - unlisted_files(source):
         shutil.copyfile(path, folder / path.name)
     write_graph(original, folder / FILE)
     use_fast_linear(original.model)  # as `deepcloze predict` computes it

@@ -51,6 +51,20 @@ def test_export_copies_the_newest_checkpoint(run: Path, tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["encoder"]
 
 
+def test_only_what_the_checkpoint_lists_is_exported(run: Path, tmp_path: Path) -> None:
+    """Catches a file that was put into a checkpoint later, such as other weights, and is published with it."""
+    hf = checkpoint_path(run / "checkpoints", 2) / "hf"
+    expected = {path.name for path in hf.iterdir()} | {"README.md"}
+    (hf / "pytorch_model.bin").write_text("of somebody else")
+    (hf / "notes").mkdir()
+    (hf / "notes" / "private.txt").write_text("about the data")
+    (tmp_path / "link").symlink_to(hf)
+    for source in (run, hf, tmp_path / "link"):
+        output = tmp_path / "exported" / source.name
+        export(source, output)
+        assert {path.name for path in output.rglob("*")} == expected
+
+
 def test_export_does_not_overwrite(run: Path, tmp_path: Path) -> None:
     """Catches a user's files that an export replaces."""
     (tmp_path / "mine").mkdir()
