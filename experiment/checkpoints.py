@@ -57,13 +57,14 @@ def _named_checkpoints(checkpoints: Path) -> list[Path]:
 def find_model_folder(path: Path) -> Path:
     """The Hugging Face folder that `path` refers to: itself, or the one of the checkpoint that `find_checkpoint` finds.
 
-    Raises UserError like `find_checkpoint`, and for a folder of a complete checkpoint that is damaged.
+    Raises UserError like `find_checkpoint`, and for a folder of a complete checkpoint, or of a finished seed of
+    fine-tuning, that is damaged.
     """
     if not (path / "config.json").is_file():
         return find_checkpoint(path) / "hf"
     folder = path.resolve()
     if (folder.parent / _COMPLETE).exists() and (problem := verify(folder.parent, files_below(folder.name))):
-        raise UserError(f"{path} is damaged: {problem}")
+        raise UserError(f"{folder.parent} is damaged: {problem}")
     return path
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import PositiveFloat
 from transformers import PreTrainedConfig
 
-from experiment.checkpoints import complete_checkpoints
+from experiment.checkpoints import complete_checkpoints, find_model_folder
 from experiment.config import Section, build_config
 from experiment.config.field_types import SequenceLength
 from experiment.errors import UserError
@@ -151,14 +151,16 @@ def _read_foreign(folder: Path, overrides: Mapping[str, str] | None) -> SavedTas
 def find_model(path: Path) -> tuple[Path, str]:
     """The model folder that `path` refers to, and a line that says which it is.
 
-    path: a model folder, the folder of a seed, or a run. Raises UserError if it is none of these.
+    path: a model folder, the folder of a seed, or a run. Raises UserError if it is none of these, and for the folder of
+    a damaged seed or checkpoint.
     """
     if (path / "config.json").is_file():
-        return path, str(path)
+        return find_model_folder(path), str(path)
     if (path / "model" / "config.json").is_file():
-        return path / "model", str(path / "model")
+        return find_model_folder(path / "model"), str(path / "model")
     if (path / RESULTS).is_file():
-        return _best_seed(path)
+        folder, description = _best_seed(path)
+        return find_model_folder(folder), description
     if checkpoints := complete_checkpoints(path / "checkpoints"):
         raise UserError(
             f"{path} is a pretraining run: expected a model folder, such as {checkpoints[-1] / 'hf'}, or a finished "

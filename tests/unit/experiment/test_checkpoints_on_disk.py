@@ -217,7 +217,7 @@ def test_a_damaged_model_folder_of_a_checkpoint_is_rejected(tmp_path: Path) -> N
     flip(checkpoint / "state.json", at=5)
     assert find_model_folder(checkpoint / "hf") == checkpoint / "hf", "state.json is not part of it"
     flip(checkpoint / "hf" / "config.json", at=1)
-    with pytest.raises(UserError, match=r"hf is damaged: hf/config\.json has checksum"):
+    with pytest.raises(UserError, match=r"step-00000010 is damaged: hf/config\.json has checksum"):
         find_model_folder(checkpoint / "hf")
 
 

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from experiment.checkpoints import mark_complete
 from experiment.errors import UserError
 from finetune.kinds.classification import Kind
 from finetune.saved_task import find_model
@@ -44,3 +45,27 @@ def test_a_run_without_models_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text("{}")
     with pytest.raises(UserError, match=r"results\.json is damaged"):
         find_model(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", '{"settings": {"task', "[]", "null"])
+def test_a_seed_whose_complete_file_is_damaged_is_rejected(tmp_path: Path, content: str) -> None:
+    """Catches a seed that is used although its folder was copied only in part."""
+    seed = run_with(tmp_path, [0.5], kept=[1]) / "seed-1"
+    (seed / "COMPLETE").write_text('{"settings": {}}')
+    for path in (tmp_path, seed, seed / "model"):
+        assert find_model(path)[0] == seed / "model"
+    (seed / "COMPLETE").write_text(content)
+    for path in (tmp_path, seed, seed / "model"):
+        with pytest.raises(UserError, match=r"seed-1 is damaged: its COMPLETE file"):
+            find_model(path)
+
+
+def test_a_damaged_checkpoint_is_rejected(tmp_path: Path) -> None:
+    """Catches weights of a pretraining that are served without being verified."""
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text("{}")
+    mark_complete(tmp_path)
+    assert find_model(tmp_path / "hf")[0] == tmp_path / "hf"
+    (tmp_path / "hf" / "config.json").write_text("[]")
+    with pytest.raises(UserError, match=r"is damaged: hf/config\.json has checksum"):
+        find_model(tmp_path / "hf")
