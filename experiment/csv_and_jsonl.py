@@ -6,8 +6,12 @@
 import csv
 import json
 import logging
+import re
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 from experiment.errors import UserError
@@ -17,6 +21,8 @@ log = logging.getLogger(__name__)
 
 # An unclosed quote swallows the rows after it. No real field is longer than this many characters.
 _MAX_FIELD = 1 << 27
+_WORDS_OF_A_NAME = re.compile(r"(?:[^\W\d]|#)[\w.()%#/:-]*(?: [\w(#][\w.()%#/:-]*){0,2}")  # '#1 ID', 'score (1-5)'
+_MAX_NAME = 40  # characters
 
 
 @dataclass(frozen=True)
@@ -26,8 +32,12 @@ class CsvFormat:
     separator: str | None = None  # None: a comma
     quoting: Literal[0, 1, 2, 3] = 0  # 3: quotes are ordinary characters
     header: bool = True
-    quoting_key: str = "quoting"  # what messages call the option
+    as_flags: bool = True  # whether messages call the options --header and so on, or task.header
     on_bad_lines: Literal["error", "skip", "drop_extra"] = "error"  # of another width; skipped ones with a warning
+
+    def option(self, name: str, value: str) -> str:
+        """How messages tell to set an option; `null` in a config is `none` as a flag."""
+        return f"--{name} {'none' if value == 'null' else value}" if self.as_flags else f"task.{name}: {value}"
 
 
 class CsvRow(NamedTuple):
@@ -56,7 +66,7 @@ def text_lines(stream: Iterable[bytes], origin: str) -> Iterator[str]:
 def read_csv(lines: Iterable[str], origin: str, csv_format: CsvFormat) -> tuple[list[str], Iterator[CsvRow]]:
     """Column names and rows of a CSV file. Empty lines are skipped.
 
-    Without a header, columns are named "0", "1", …. A file without rows has no columns.
+    Without a header, columns are named "0", "1", …; warns if there seems to be one. A file without rows has no columns.
     """
     rows = _csv_rows(lines, origin, csv_format)
     first = next(rows, None)
@@ -64,8 +74,31 @@ def read_csv(lines: Iterable[str], origin: str, csv_format: CsvFormat) -> tuple[
         return [], rows
     if csv_format.header:
         return first.cells, _of_equal_length(rows, len(first.cells), origin, csv_format)
+    second = next(rows, None)
+    if second is not None and looks_like_header(first.cells, 1) and not looks_like_header(second.cells, 1):
+        warn_once(
+            f"{origin}:{first.line}: this row is read as data; if it is a header ({listed(first.cells)}), "
+            f"set {csv_format.option('header', '0')}"
+        )
     names = [str(index) for index in range(len(first.cells))]
-    return names, _of_equal_length(_chain(first, rows), len(names), origin, csv_format)
+    rows = chain([first], [] if second is None else [second], rows)
+    return names, _of_equal_length(rows, len(names), origin, csv_format)
+
+
+def looks_like_header(cells: Sequence[str], words: int = 3) -> bool:
+    """Whether the cells of a row may be names of columns: distinct, short, of at most 3 `words`, and no numbers."""
+    return len(set(cells)) == len(cells) and all(_looks_like_name(cell.strip(), words) for cell in cells)
+
+
+def _looks_like_name(cell: str, words: int) -> bool:
+    fits = len(cell) <= _MAX_NAME and cell.count(" ") < words and not cell.endswith(".")
+    return fits and _WORDS_OF_A_NAME.fullmatch(cell) is not None
+
+
+@cache
+def warn_once(message: str) -> None:
+    """Log a warning about a file, once: some commands read files twice."""
+    log.warning("%s", message)
 
 
 def _csv_rows(lines: Iterable[str], origin: str, csv_format: CsvFormat) -> Iterator[CsvRow]:
@@ -82,11 +115,6 @@ def _csv_rows(lines: Iterable[str], origin: str, csv_format: CsvFormat) -> Itera
         raise UserError(f"{origin}:{line}: malformed row: {error}{_quoting_hint(csv_format)}") from None
 
 
-def _chain(first: CsvRow, rows: Iterator[CsvRow]) -> Iterator[CsvRow]:
-    yield first
-    yield from rows
-
-
 def _of_equal_length(rows: Iterator[CsvRow], length: int, origin: str, csv_format: CsvFormat) -> Iterator[CsvRow]:
     skipped: list[int] = []
     for row in rows:
@@ -101,15 +129,13 @@ def _of_equal_length(rows: Iterator[CsvRow], length: int, origin: str, csv_forma
                 f"{origin}:{row.line}: expected {length} columns, found {len(row.cells)}{_quoting_hint(csv_format)}"
             )
     if skipped:
-        log.warning(
-            "%s: skipped %d rows that do not have %d columns, such as line %d", origin, len(skipped), length, skipped[0]
-        )
+        warn_once(f"{origin}: skipped {len(skipped)} rows that do not have {length} columns, such as line {skipped[0]}")
 
 
 def _quoting_hint(csv_format: CsvFormat) -> str:
     hint = f"; is the separator {csv_format.separator or ','!r}?"
     if csv_format.quoting != csv.QUOTE_NONE:
-        hint += f" If quotes are ordinary characters, set {csv_format.quoting_key} 3"
+        hint += f" If quotes are ordinary characters, set {csv_format.option('quoting', '3')}"
     return hint
 
 
@@ -127,17 +153,31 @@ def read_json_lines(lines: Iterable[str], origin: str) -> Iterator[JsonRow]:
         yield JsonRow(number, row)
 
 
-def column_index(names: Sequence[str], column: str, place: str, key: str) -> int:
-    """Position of a column. place: file, perhaps with line; key: the option that names the column."""
+def column_index(names: Sequence[str], column: str, place: str, key: str, csv_format: CsvFormat | None = None) -> int:
+    """Position of a column. place: file, perhaps with line; key: the option that names the column; csv_format: if the
+    file is a CSV file."""
     if column not in names:
-        raise missing_column(place, column, names, key)
+        raise missing_column(place, column, names, key, header_advice(names, csv_format))
     if names.count(column) > 1:
         raise UserError(f"{place}: {names.count(column)} columns are called '{column}' ({key} names the column)")
     return names.index(column)
 
 
-def missing_column(place: str, column: str, names: Iterable[str], key: str) -> UserError:
-    return UserError(f"{place}: no column '{column}'; found: {', '.join(map(str, names))} ({key} names the column)")
+def header_advice(names: Sequence[str], csv_format: CsvFormat | None) -> str:
+    """What to set, if the names are those of a header but look like data; otherwise empty."""
+    if csv_format is None or not csv_format.header or looks_like_header(names):
+        return ""
+    option = csv_format.option("header", "null")
+    return f"; if the first row is data, set {option} and name columns by their numbers, from 0"
+
+
+def missing_column(place: str, column: str, names: Iterable[str], key: str, advice: str = "") -> UserError:
+    return UserError(f"{place}: no column '{column}'; found: {listed(names)} ({key} names the column){advice}")
+
+
+def listed(names: Iterable[object]) -> str:
+    """Names of columns, or cells, on one line of a message."""
+    return ", ".join(textwrap.shorten(str(name), _MAX_NAME, placeholder=" …") for name in names)
 
 
 def unexpected_cell(place: str, column: str, value: object, expected: str = "text", hint: str = "") -> UserError:

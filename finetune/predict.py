@@ -38,7 +38,7 @@ class Input:
     def __iter__(self) -> Iterator[Record]:
         task = self.kind.config
         columns = task.columns if self.labelled else task.columns.without_targets()
-        rows = read_rows(self.path, task.file_format("--quoting", "--format"))
+        rows = read_rows(self.path, task.file_format(as_flags=True))
         return read_records(rows, columns, self.labelled, self.joiner, "--columns")
 
     def count(self) -> int:

@@ -2,7 +2,6 @@
 
 import csv
 import gzip
-import logging
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import pyarrow
 import pyarrow.parquet
 
-from experiment.csv_and_jsonl import CsvFormat, CsvRow, read_csv, read_json_lines, text_lines
+from experiment.csv_and_jsonl import CsvFormat, CsvRow, read_csv, read_json_lines, text_lines, warn_once
 from experiment.errors import UserError
 from experiment.files import parse_json
 
@@ -31,8 +30,6 @@ _FORMATS: dict[str, FormatName] = {
     ".conll": "conll",
 }
 
-log = logging.getLogger(__name__)
-
 _EXPECTED = "expected a list of objects, one object, one object per line, or the lists of DREAM or SQuAD"
 
 _SEPARATOR = re.compile(r"[ \t]+")
@@ -45,7 +42,7 @@ class Row(NamedTuple):
     names: Sequence[str]  # of its cells
     cells: Sequence[object]
     named_at: str  # where the names are, such as the header
-    numbered: bool = False  # whether a column may also be called by its number from 0
+    csv: CsvFormat | None = None  # of a CSV file, whose columns may also be called by their numbers from 0
 
 
 @contextmanager
@@ -64,7 +61,6 @@ class FileFormat:
 
     name: FormatName | None = None  # None: as the file name suggests
     csv: CsvFormat = field(default_factory=CsvFormat)  # if it has no separator, the file name suggests one
-    name_key: str = "task.format"  # what messages call the option for the name
 
 
 def read_rows(path: Path, file_format: FileFormat) -> Iterator[Row]:
@@ -89,7 +85,7 @@ def read_rows(path: Path, file_format: FileFormat) -> Iterator[Row]:
             return read_conll(path)
     raise UserError(
         f"{path}: expected a file that ends in {', '.join(_FORMATS)} (or one of these and .gz); "
-        f"for another name, set {file_format.name_key}"
+        f"for another name, set the format, as {file_format.csv.option('format', 'csv')}"
     )
 
 
@@ -107,8 +103,8 @@ def read_delimited(path: Path, csv_format: CsvFormat) -> Iterator[Row]:
                 if csv_format.separator == "\t":
                     raise UserError(f"{path}:{row.line}: {message}")
                 warned = True
-                log.warning("%s:%d: %s", path, row.line, message)
-            yield Row(f"{path}:{row.line}", names, row.cells, f"{path}:1", numbered=True)
+                warn_once(f"{path}:{row.line}: {message}")
+            yield Row(f"{path}:{row.line}", names, row.cells, f"{path}:1", csv_format)
 
 
 def _swallowed_rows(row: CsvRow, csv_format: CsvFormat) -> str | None:
@@ -120,7 +116,7 @@ def _swallowed_rows(row: CsvRow, csv_format: CsvFormat) -> str | None:
             if expected and any(count >= expected for count in separators):
                 return (
                     f"a quoted field spans {len(separators) + 1} lines that look like rows: is its quote an ordinary "
-                    f"character? Then set {csv_format.quoting_key} 3"
+                    f"character? Then set {csv_format.option('quoting', '3')}"
                 )
     return None
 

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from experiment.csv_and_jsonl import column_index, unexpected_cell
+from experiment.csv_and_jsonl import column_index, header_advice, listed, unexpected_cell, warn_once
 from experiment.errors import UserError
 from experiment.files import json_digest
 from finetune.data.columns import CellType, Columns
@@ -149,16 +149,19 @@ def _find_columns(
     UserError for a column that is missing, or is input and target.
     """
     names = [name.strip() for name in row.names]
-    numbers = {str(number) for number in range(len(names))} - set(names) if row.numbered else set()
+    numbers = {str(number) for number in range(len(names))} - set(names) if row.csv else set()
     found: dict[str, list[int]] = {}
     for role, cell_type in types.items():
         asked = [name.strip() for name in columns.names(role)]
         if targets_required or not cell_type.target or any(name in names or name in numbers for name in asked):
             found[role] = [
-                int(name) if name in numbers else column_index(names, name, row.named_at, f"{key}.{role}")
+                int(name) if name in numbers else column_index(names, name, row.named_at, f"{key}.{role}", row.csv)
                 for name in asked
             ]
     _reject_targets_as_inputs(row, types, found, key)
+    advice = header_advice(row.names, row.csv)
+    if advice and all(name.strip().isdecimal() for role in found for name in columns.names(role)):
+        warn_once(f"{row.named_at}: column names that look like data: {listed(row.names)}{advice}")
     for role, indices in found.items():
         yield role, indices if isinstance(getattr(columns, role), tuple) else indices[0]
 

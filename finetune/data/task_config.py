@@ -133,10 +133,10 @@ class TaskConfig(Section):
     special_tokens_in_text: bool = False
     """Whether a special token that is written out in a text, such as `[SEP]`, is that token; otherwise it is text."""
 
-    def file_format(self, quoting_key: str = "task.quoting:", name_key: str = "task.format") -> FileFormat:
-        """How to read the files. quoting_key, name_key: what messages call `quoting`, `format`."""
-        csv_format = CsvFormat(self.sep, self.quoting, self.header == 0, quoting_key, self.on_bad_lines)
-        return FileFormat(None if self.format == "auto" else self.format, csv_format, name_key)
+    def file_format(self, as_flags: bool = False) -> FileFormat:
+        """How to read the files. as_flags: whether messages call the options as those of `deepcloze predict`."""
+        csv_format = CsvFormat(self.sep, self.quoting, self.header == 0, as_flags, self.on_bad_lines)
+        return FileFormat(None if self.format == "auto" else self.format, csv_format)
 
     def files(self) -> dict[str, str]:
         """Split -> file, of the splits that have one: train, validation, then the test splits."""

@@ -93,7 +93,7 @@ def parse_documents(
             yield from _parse_json_lines(text_lines(stream, origin), origin, options.column)
         elif file_format in ("csv", "tsv"):
             separator = options.sep or ("," if file_format == "csv" else "\t")
-            csv_format = CsvFormat(separator, options.quoting, options.header != "none", "--quoting")
+            csv_format = CsvFormat(separator, options.quoting, options.header != "none")
             yield from _parse_csv(text_lines(stream, origin), origin, csv_format, options.column)
         else:
             yield from _parse_text(text_lines(stream, origin), origin, options, stats)
@@ -145,7 +145,7 @@ def _parse_json_lines(lines: Iterable[str], origin: str, column: str) -> Iterato
 def _parse_csv(lines: Iterable[str], origin: str, csv_format: CsvFormat, column: str) -> Iterator[Document]:
     names, rows = read_csv(lines, origin, csv_format)
     if names:
-        index = column_index(names, column, origin, "--column")
+        index = column_index(names, column, origin, "--column", csv_format)
         for number, cells in rows:
             yield Document(cells[index], origin, number)
 

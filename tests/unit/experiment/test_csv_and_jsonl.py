@@ -3,7 +3,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from experiment.csv_and_jsonl import CsvFormat, column_index, read_csv, read_json_lines, text_lines
+from experiment.csv_and_jsonl import CsvFormat, column_index, looks_like_header, read_csv, read_json_lines, text_lines
 from experiment.errors import UserError
 
 
@@ -24,6 +24,47 @@ def test_a_row_is_found_where_it_begins() -> None:
     assert [next(rows), next(rows)] == [(3, ["1", "x\ny"]), (5, ["2", "z"])]
     with pytest.raises(UserError, match=r"f\.csv:6: expected 2 columns, found 1; is the separator ','"):
         next(rows)
+
+
+@pytest.mark.parametrize(
+    ("cells", "expected"),
+    [
+        (["text", "label"], True),
+        (["Quality", "#1 ID", "Score (1-5)", "_id", "文本"], True),
+        (["a stirring , funny film", "1"], False),
+        (["label", "label"], False),
+        (["", "text"], False),
+        (["It was good.", "positive"], False),
+        (["nothing was as good as this", "positive"], False),
+    ],
+)
+def test_what_looks_like_a_header(cells: list[str], expected: bool) -> None:
+    """Catches data that is taken for names of columns, and unusual names that are taken for data."""
+    assert looks_like_header(cells) is expected
+
+
+def test_a_header_that_is_read_as_data_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    """Catches a header that becomes a row without a word, and a warning of data or of each reading of the file."""
+    without_header = CsvFormat(header=False)
+    for _ in range(2):
+        read_csv(["text,label\n", "a good film,1\n"], "header.csv", without_header)
+    read_csv(["a good film,1\n", "bad,0\n"], "data.csv", without_header)
+    read_csv(["good,positive\n", "bad,negative\n"], "words.csv", without_header)
+    assert caplog.messages == [
+        "header.csv:1: this row is read as data; if it is a header (text, label), set --header 0"
+    ]
+
+
+def test_data_that_is_read_as_a_header_is_named() -> None:
+    """Catches a message that lists the first row of data as names of columns, and does not say what to set."""
+    row = ["a stirring , funny and finally transporting film", "1"]
+    with pytest.raises(UserError, match=r"if the first row is data, set --header none and name columns by their num"):
+        column_index(row, "text", "f:1", "--column", CsvFormat())
+    with pytest.raises(UserError, match=r"stirring , funny and finally …, 1 .* set task\.header: null and name"):
+        column_index(row, "text", "f:1", "task.columns.text", CsvFormat(as_flags=False))
+    for csv_format in (None, CsvFormat(header=False)):
+        with pytest.raises(UserError, match=r"names the column\)$"):
+            column_index(row, "text", "f:1", "--column", csv_format)
 
 
 def test_a_file_without_rows_has_no_columns() -> None:

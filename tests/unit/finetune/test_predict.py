@@ -205,6 +205,21 @@ def test_a_file_without_header_and_labels(
     assert "bare.csv:1: no column 'label'; found: 0 (--columns.label names" in capsys.readouterr().err
 
 
+def test_a_header_or_its_lack_is_seen(
+    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches a header that gets a prediction without a word, and data that is listed as names of columns."""
+    (tmp_path / "with.csv").write_text("text\nword1 word2\n")
+    (tmp_path / "without.csv").write_text("word1 word2 , word3\nword30\n")
+    flags = ("--columns.text=0", "--header=none", "--sep=;")
+    assert predict(trained_run, tmp_path / "with.csv", tmp_path / "out.csv", *flags) == 0
+    warning = "with.csv:1: this row is read as data; if it is a header (text), set --header 0"
+    assert [message.rpartition("/")[2] for message in caplog.messages] == [warning]
+    assert predict(trained_run, tmp_path / "without.csv", tmp_path / "out.csv", "--sep=;") == 2
+    assert "no column 'text'; found: word1 word2 , word3 (--columns.text names" in (error := capsys.readouterr().err)
+    assert error.endswith("; if the first row is data, set --header none and name columns by their numbers, from 0\n")
+
+
 def test_labels_are_ignored_unless_they_are_scored(trained_run: Path, tmp_path: Path) -> None:
     """Catches a file that is rejected for its labels, which are not needed."""
     (tmp_path / "odd.jsonl").write_text('{"text": "word1", "label": 0.5}\n{"text": "word2"}\n')
@@ -314,5 +329,5 @@ def test_an_input_without_a_known_ending_names_the_flag(
     """Catches a message that names a key of the training config, which `deepcloze predict` rejects."""
     (tmp_path / "texts.data").write_text("text\nword1\n")
     assert predict(trained_run, tmp_path / "texts.data", tmp_path / "out.csv") == 2
-    assert capsys.readouterr().err.endswith("for another name, set --format\n")
+    assert capsys.readouterr().err.endswith("for another name, set the format, as --format csv\n")
     assert predict(trained_run, tmp_path / "texts.data", tmp_path / "out.csv", "--format=csv") == 0

@@ -388,6 +388,16 @@ DATA = {
     "column of a task": Mistake(
         "finetune --config task.yaml --task.columns.text=sentence", r"train.csv.*'sentence'.*text, label"
     ),
+    "data without a header": Mistake(
+        "finetune --config task.yaml --task.train=a.csv",
+        r"a.csv:1: no column '\w+'; found: ba, de, 1 .*; if the first row is data, set task.header: null and name",
+        {"a.csv": '"ba, de",1\ngo,0\n'},
+    ),
+    "input without a header": Mistake(
+        "predict --model task --input a.csv --output b.csv",
+        r"a.csv:1: no column 'text'; found: .*; if the first row is data, set --header none and name columns",
+        {"a.csv": '"ba, de"\ngo\n'},
+    ),
     "one label": Mistake(
         "finetune --config task.yaml --task.train=a.csv",
         r"every row has the label 'low'",

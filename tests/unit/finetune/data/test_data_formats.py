@@ -78,7 +78,7 @@ def test_a_quote_that_swallows_rows_of_a_tsv_file_is_rejected(tmp_path: Path) ->
     path = tmp_path / "a.tsv"
     path.write_text("label\ttext\n" + SWALLOWED)
     with pytest.raises(UserError, match=r"a\.tsv:2: a quoted field spans 3 lines .* Then set task\.quoting: 3"):
-        cells(path, FileFormat(csv=CsvFormat(quoting_key="task.quoting:")))
+        cells(path, FileFormat(csv=CsvFormat(as_flags=False)))
     assert len(cells(path, FileFormat(csv=CsvFormat(quoting=csv.QUOTE_NONE)))) == 4
 
 
@@ -91,7 +91,7 @@ def test_a_quote_that_may_have_swallowed_rows_of_a_csv_file_is_named(
     assert len(cells(path)) == 2
     assert [record.getMessage() for record in caplog.records] == [
         f"{path}:2: a quoted field spans 3 lines that look like rows: is its quote an ordinary character? "
-        "Then set quoting 3"
+        "Then set --quoting 3"
     ]
 
 
@@ -114,7 +114,9 @@ def test_a_format_may_be_named(tmp_path: Path) -> None:
     path = tmp_path / "data.dat"
     path.write_text("a\tb\n1\t2\n")
     assert cells(path, FileFormat("csv")) == [["1", "2"]]
-    with pytest.raises(UserError, match=r"data\.dat: expected a file that ends in \.csv, .*, set task\.format"):
+    with pytest.raises(
+        UserError, match=r"data\.dat: expected a file that ends in \.csv, .*, set the format, as --format csv"
+    ):
         cells(path)
 
 

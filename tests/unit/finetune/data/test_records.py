@@ -44,6 +44,21 @@ def test_headerless_tsv_by_column_number(tmp_path: Path) -> None:
     assert table.records[0].place == f"{path}:1"
 
 
+def test_data_read_as_a_header_by_column_number(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Catches a first row that is lost as a header without a word where columns are numbers."""
+    by_number = ClassificationColumns(label="1", text="0")
+    path = write(tmp_path / "a.csv", "a stirring film,1\nbad,0\n")
+    assert len(read_table(path, by_number)) == 1
+    assert caplog.messages == [
+        f"{path}:1: column names that look like data: a stirring film, 1; if the first row is data, set --header none "
+        "and name columns by their numbers, from 0"
+    ]
+    caplog.clear()
+    read_table(write(tmp_path / "b.csv", "Review Text,Label (0-1)\na stirring film,1\n"), by_number)
+    read_table(write(tmp_path / "c.csv", ",text,label\n0,a stirring film,1\n"), COLUMNS)
+    assert caplog.messages == []
+
+
 def test_byte_order_mark_and_ordinary_quotes(tmp_path: Path) -> None:
     """Catches a BOM glued to the first column's name, and quote characters that swallow tabs when quoting is off."""
     path = write(tmp_path / "a.tsv", '\ufefflabel\ttext\n1\t" he said\n0\tshe "did\n')
@@ -54,7 +69,7 @@ def test_byte_order_mark_and_ordinary_quotes(tmp_path: Path) -> None:
 def test_unbalanced_quotes_are_rejected_with_a_hint(tmp_path: Path) -> None:
     """Catches rows that silently disappear inside a quoted field which never ends."""
     path = write(tmp_path / "a.tsv", 'label\ttext\n1\t" he said\n0\tshe did\n')
-    with pytest.raises(UserError, match=r"a\.tsv:2: malformed row: .*set quoting 3"):
+    with pytest.raises(UserError, match=r"a\.tsv:2: malformed row: .*set --quoting 3"):
         read_table(path, COLUMNS)
 
 
