@@ -4,7 +4,6 @@ A checkpoint is the folder RUN/checkpoints/step-XXXXXXXX. It is complete once it
 the checksums of all its other files and is written last.
 """
 
-import json
 import logging
 import re
 import shutil
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from experiment.errors import UserError
-from experiment.files import checksum, fsync_tree, json_digest, write_json, write_text
+from experiment.files import checksum, fsync_tree, json_digest, parse_json, write_json, write_text
 from experiment.hub_names import download_hint
 
 log = logging.getLogger(__name__)
@@ -146,8 +145,8 @@ def verify(checkpoint: Path, choose: Callable[[list[str]], Sequence[str]] = list
     `choose`: those of its files to read, from their sorted paths in the checkpoint; default: all.
     """
     try:
-        checksums: dict[str, str] = json.loads((checkpoint / _COMPLETE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        checksums: dict[str, str] = parse_json((checkpoint / _COMPLETE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         return f"its {_COMPLETE} file cannot be read: {error}"
     if not isinstance(checksums, dict) or not checksums:
         return f"its {_COMPLETE} file lists no checksums"
@@ -185,7 +184,7 @@ def verify_descriptions(checkpoint: Path) -> str | None:
 def weights_digest(checkpoint: Path) -> str:
     """Identifies the contents of a complete checkpoint's Hugging Face folder. Raises OSError or ValueError if its
     COMPLETE file cannot be read, as after the checkpoint was deleted."""
-    checksums = json.loads((checkpoint / _COMPLETE).read_text(encoding="utf-8"))
+    checksums = parse_json((checkpoint / _COMPLETE).read_text(encoding="utf-8"))
     if not isinstance(checksums, dict):
         raise ValueError(f"its {_COMPLETE} file lists no checksums")
     return json_digest({name: value for name, value in checksums.items() if name.startswith("hf/")})
@@ -224,7 +223,7 @@ def link_model(checkpoint: Path, folder: Path) -> None:
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """state.json: everything in a checkpoint that is not a tensor."""
-    state: dict[str, Any] = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+    state: dict[str, Any] = parse_json((checkpoint / _STATE).read_text(encoding="utf-8"))
     return state
 
 
@@ -241,7 +240,7 @@ def state_around(model: Path) -> dict[str, Any]:
 
 def replace_state(checkpoint: Path, state: dict[str, Any]) -> None:
     """Replace state.json of a complete checkpoint, which is usable at every moment."""
-    checksums: dict[str, str] = json.loads((checkpoint / _COMPLETE).read_text(encoding="utf-8"))
+    checksums: dict[str, str] = parse_json((checkpoint / _COMPLETE).read_text(encoding="utf-8"))
     write_json(checkpoint / _COMPLETE, {name: checksums[name] for name in checksums if name != _STATE}, indent=1)
     write_json(checkpoint / _STATE, state, indent=1)
     write_json(checkpoint / _COMPLETE, checksums | {_STATE: checksum(checkpoint / _STATE)}, indent=1)

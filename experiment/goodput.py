@@ -101,7 +101,7 @@ def _attempt_time(line: bytes) -> AttemptTime | None:
         found = AttemptTime(**parse_json(line))
         numbers = (found.start, found.time, found.step, found.reached, *found.seconds.values())
         return found if all(isinstance(number, int | float) for number in numbers) else None
-    except (ValueError, TypeError, AttributeError, RecursionError):
+    except (ValueError, TypeError, AttributeError):
         return None
 
 

@@ -122,7 +122,7 @@ def _total_steps(folder: RunFolder, attempts: Sequence[AttemptTime]) -> int | No
 
 def _config_value(folder: RunFolder, section: str, key: str) -> object:
     """None if the file is missing, incomplete, or lacks the key."""
-    with suppress(OSError, ValueError, yaml.YAMLError, RecursionError, KeyError, TypeError):
+    with suppress(OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
         return cast(object, read_yaml(folder.config.read_text(encoding="utf-8"))[section][key])
     return None
 

@@ -81,8 +81,6 @@ def load_config(config_type: type[ConfigT], path: Path | str, overrides: Mapping
         raise UserError(f"{path}, line {line}: not UTF-8 text: {error.reason}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path}{explain_yaml(error)}") from None
-    except RecursionError:
-        raise UserError(f"{path}: nested too deeply") from None
     if tree is None:
         tree = {}
     if not isinstance(tree, dict):

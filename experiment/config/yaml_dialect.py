@@ -5,6 +5,7 @@
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import yaml
@@ -16,18 +17,25 @@ KeyPath = tuple[str, ...]  # path of a value: keys and, in lists, indices
 
 def read_yaml(text: str) -> Any:
     """The value of one YAML document. Raises yaml.YAMLError."""
-    return yaml.load(text, Loader=Loader)
+    with _deep_nesting_is_an_error():
+        return yaml.load(text, Loader=Loader)
 
 
 def read_yaml_with_lines(text: str) -> tuple[Any, dict[KeyPath, int]]:
     """(value, line of each key and list item, counted from 1) of one YAML document. Raises yaml.YAMLError."""
-    loader = Loader(text)
-    try:
+    with _deep_nesting_is_an_error():
+        loader = Loader(text)
         node = loader.get_single_node()
         value = None if node is None else loader.construct_document(node)
-    finally:
-        loader.dispose()
-    return value, dict(_lines(node, (), ()))
+        return value, dict(_lines(node, (), ()))
+
+
+@contextmanager
+def _deep_nesting_is_an_error() -> Iterator[None]:
+    try:
+        yield
+    except RecursionError:
+        raise yaml.YAMLError("nested too deeply") from None
 
 
 def write_yaml(value: Any) -> str:

@@ -226,7 +226,7 @@ def _read_lines(folder: RunFolder) -> list[dict[str, object] | None]:
 def _attempt(line: bytes) -> dict[str, object] | None:
     try:
         attempt = parse_json(line)
-    except (ValueError, RecursionError):
+    except ValueError:
         return None
     return attempt if isinstance(attempt, dict) else None
 

@@ -5,7 +5,6 @@ be read-only, and a home folder shared by hosts of which one reads it wrongly. T
 keeps its size and modification time.
 """
 
-import json
 import logging
 import platform
 from collections.abc import Iterable, Iterator
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from experiment.config.field_types import expand_home
 from experiment.errors import UserError
-from experiment.files import cache_folder, json_digest, write_json
+from experiment.files import cache_folder, json_digest, parse_json, write_json
 from experiment.progress import progress
 from pretrain.corpus.reader import Corpus, open_corpus
 
@@ -87,7 +86,7 @@ class _Record:
 
     def holds(self) -> bool:
         try:
-            found: object = json.loads(self._path.read_text(encoding="utf-8"))
+            found: object = parse_json(self._path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return False
         return found == self._content

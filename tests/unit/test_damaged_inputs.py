@@ -110,6 +110,17 @@ def test_a_damaged_file(files: Path, capfd: pytest.CaptureFixture[str], name: st
     assert_refused(capfd, "pretrain", "--config", str(files / "run.yaml"), "--dry_run", valid=valid)
 
 
+@pytest.mark.parametrize("content", [*CONTENTS, "folder"])
+@pytest.mark.parametrize(
+    "command",
+    ["validate FILE", "plan --config FILE", "finetune --config FILE", "compare FILE", "sweep --config FILE --grid a=1"],
+)
+def test_a_damaged_config(files: Path, capfd: pytest.CaptureFixture[str], command: str, content: str) -> None:
+    """Catches a traceback of one of the commands that read a config before it is loaded."""
+    damage(files / "run.yaml", content)
+    assert_refused(capfd, *command.replace("FILE", str(files / "run.yaml")).split())
+
+
 def keys(value: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """The paths of all values, except below the second item of a list and the 20th key of an object."""
     items = (

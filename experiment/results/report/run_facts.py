@@ -192,7 +192,7 @@ def read_run_config(folder: RunFolder) -> dict[str, Any]:
     """RUN/config.yaml as nested values; empty if it cannot be read."""
     try:
         config = read_yaml(folder.config.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+    except (OSError, ValueError, yaml.YAMLError):
         return {}
     return config if isinstance(config, dict) else {}
 

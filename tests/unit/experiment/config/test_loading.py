@@ -121,6 +121,7 @@ def _aliases(value: bytes) -> bytes:
         (b"a: &a {x: 1}\n" + _aliases(b"{<<: [*%c, *%c, *%c, *%c]}"), "FILE, line 9: aliases make this more than"),
         (b'run: {name: "\\ud800"}\n', "FILE: expected only mappings"),
         (b"[" * 5000, "FILE: nested too deeply"),
+        (b"run: " + b"[" * 210 + b"]" * 210, "FILE: nested too deeply"),
         (
             b"run:\n  seed: " + b"9" * 10_000,
             "FILE, line 2: cannot read '99999999999999999999' as int: Exceeds the limit",
