@@ -14,7 +14,7 @@ from functools import cache
 from itertools import chain
 from typing import Any, Literal, NamedTuple
 
-from experiment.errors import UserError
+from experiment.errors import UserError, escaped
 from experiment.files import parse_json
 
 log = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ def _looks_like_name(cell: str, words: int) -> bool:
 @cache
 def warn_once(message: str) -> None:
     """Log a warning about a file, once: some commands read files twice."""
-    log.warning("%s", message)
+    log.warning("%s", escaped(message))
 
 
 def _csv_rows(lines: Iterable[str], origin: str, csv_format: CsvFormat) -> Iterator[CsvRow]:

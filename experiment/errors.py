@@ -19,6 +19,7 @@ _REFUSALS = {*_OF_DISKS_ONLY, errno.EACCES, errno.EEXIST, errno.EISDIR, errno.EN
 # torch's allocator on a CPU; oneDNN, which gives no reason; its mapping of files.
 _OUT_OF_MEMORY = ("can't allocate memory", "could not create a primitive", "unable to mmap", "Cannot allocate memory")
 _QUOTED_BY_RUST = re.compile(r"\(os error (\d+)\)")  # safetensors and tokenizers raise no OSError
+_CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # other than a tab and a line break
 _QUOTED_BY_SHUTIL = re.compile(r"\[Errno (\d+)\]")
 
 
@@ -45,7 +46,12 @@ class StoppedError(Exception):
 
 def notify(message: str) -> None:
     with suppress(OSError):  # the terminal may be closed
-        print(f"deepcloze: {message}", file=sys.stderr, flush=True)
+        print(f"deepcloze: {escaped(message)}", file=sys.stderr, flush=True)
+
+
+def escaped(message: str) -> str:
+    """The message without control characters, which would change the terminal: those of a file that it quotes."""
+    return _CONTROL_CHARACTER.sub(lambda found: f"\\x{ord(found[0]):02x}", message)
 
 
 def end_line() -> None:

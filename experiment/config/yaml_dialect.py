@@ -48,6 +48,8 @@ def explain_yaml(error: yaml.YAMLError) -> str:
     if isinstance(error, yaml.MarkedYAMLError):
         mark = error.problem_mark or error.context_mark
         problem = ", ".join(part for part in (error.context, error.problem) if part)
+        if r"'\t'" in problem:
+            problem = "found a tab: use spaces, not tabs"
         return f", line {mark.line + 1}: {problem}" if mark else f": {problem}"
     if isinstance(error, yaml.reader.ReaderError):
         return f": the character {chr(error.character)!r} at position {error.position} is not allowed in YAML"

@@ -143,7 +143,9 @@ CONFIGS = {
     "task to compare": Mistake("compare task.yaml", r"the config of a task, for `deepcloze finetune`"),
     "task to plan": Mistake("plan --config task.yaml", r"the config of a task, for `deepcloze finetune`"),
     "pretraining to watch": Mistake("watch run --task run.yaml", r"of a pretraining, for `deepcloze pretrain`"),
-    "tab": Mistake("validate tab.yaml", r"tab.yaml, line 2: .*'\\t'", {"tab.yaml": "run:\n\tdir: x\n"}),
+    "tab": Mistake(
+        "validate tab.yaml", r"tab.yaml, line 2: found a tab: use spaces, not tabs", {"tab.yaml": "run:\n\tdir: x\n"}
+    ),
     "duplicate key": Mistake(
         "validate twice.yaml", r"line 2: duplicate key 'run', already in line 1", {"twice.yaml": "run: {}\nrun: {}\n"}
     ),
@@ -153,6 +155,14 @@ CONFIGS = {
     "unknown section": Mistake(
         "pretrain --config run.yaml --optimiser.lr=1",
         r"key 'optimiser.lr'; did you mean 'optimizer.lr'\?",
+    ),
+    "escape sequences in a key": Mistake(
+        "validate a.yaml",
+        r"unknown config key 'run.\\x1b\[31mred\\x07'",
+        {"a.yaml": yaml.safe_dump(PRETRAINING).replace("dir: run", 'dir: run\n  "\\e[31mred\\a": 1')},
+    ),
+    "escape sequences in a value": Mistake(
+        "pretrain --config run.yaml --run.dir=new --run.resume=\x1b[2J", r"'run.resume': .*\\x1b\[2J'"
     ),
     "unknown key": Mistake(
         "pretrain --config run.yaml --batch.sequence=8", r"'batch.sequence'; did you mean 'batch.sequences'\?"

@@ -105,7 +105,7 @@ def _aliases(value: bytes) -> bytes:
     [
         (b"run: {}\nrun: {}\n", "FILE, line 2: duplicate key 'run', already in line 1"),
         (b"run:\n  lr: 1\n  name: x\n  lr: 2\n", "FILE, line 4: duplicate key 'lr', already in line 2"),
-        (b"run:\n\tlr: 1\n", "FILE, line 2: "),
+        (b"run:\n\tlr: 1\n", "FILE, line 2: found a tab: use spaces, not tabs"),
         (b"run: {lr:1}\n", "FILE, line 1: write 'lr: 1', with a space after the colon"),
         (b"run: [1,\n", "FILE, line 2: "),
         (b"run: {}\n---\nrun: {}\n", "FILE, line 2: "),
