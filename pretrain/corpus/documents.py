@@ -27,7 +27,7 @@ def read_documents(sources: Iterable[Source], options: TextOptions, stats: ReadS
         stats.file_position = lambda: 0
         stats.finished_bytes += source.bytes or 0
     if options.document_start is not None and stats.start_matches == 0:
-        raise UserError(f"--document_start '{options.document_start.pattern}' matches no line of the text")
+        raise UserError(f"--document_start '{options.document_start}' matches no line of the text")
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, NamedTuple, cast
 
+import regex
 import zstandard
 
 from experiment.csv_and_jsonl import (
@@ -41,6 +42,7 @@ _SUFFIXES = {
     "tsv": "tsv",
     "parquet": "parquet",
 }
+_MATCH_SECONDS = 10.0  # for a line; a pattern that tries all ways to split a line may take years
 _FORMAT_OF = {suffix: name for name, suffixes in _SUFFIXES.items() for suffix in suffixes.split()}
 
 
@@ -107,7 +109,7 @@ def cell_document(value: object, origin: str, row: int, column: str) -> Document
 
 
 def _parse_text(lines: Iterable[str], origin: str, options: TextOptions, stats: ReadStats) -> Iterator[Document]:
-    pattern = options.document_start
+    pattern = None if options.document_start is None else regex.compile(options.document_start)
     numbered = enumerate(map(_strip_line_end, lines), 1)
     if options.document == "line" and pattern is None:
         for number, line in numbered:
@@ -117,7 +119,7 @@ def _parse_text(lines: Iterable[str], origin: str, options: TextOptions, stats: 
     collected: list[str] = []
     for number, line in numbered:
         is_separator = options.document == "blank_line" and not line.strip()
-        is_start = pattern is not None and pattern.search(line) is not None
+        is_start = pattern is not None and _matches(pattern, line, f"{origin}:{number}")
         stats.start_matches += is_start
         if (is_separator or is_start) and collected:
             yield Document("\n".join(collected), origin, first)
@@ -127,6 +129,16 @@ def _parse_text(lines: Iterable[str], origin: str, options: TextOptions, stats: 
             collected.append(line)
     if collected:
         yield Document("\n".join(collected), origin, first)
+
+
+def _matches(pattern: regex.Pattern[str], line: str, place: str) -> bool:
+    try:
+        return pattern.search(line, timeout=_MATCH_SECONDS) is not None
+    except TimeoutError:
+        raise UserError(
+            f"{place}: --document_start '{pattern.pattern}' takes longer than {_MATCH_SECONDS:.0f} s on this line; "
+            "write it without a repeated group that can match the same text in several ways, such as (a+)+"
+        ) from None
 
 
 def _strip_line_end(line: str) -> str:

@@ -3,11 +3,10 @@
 Imports nothing heavy: `deepcloze --help` reads this module.
 """
 
-import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, PositiveInt, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt, model_validator
 
 from experiment.config import Metavar, Section
 from experiment.config.field_types import PathName
@@ -16,13 +15,14 @@ SourceName = str | Path | tuple[str | Path, ...]
 """What to read: a path, glob, archive::members, hub:NAME[:SPLIT] or python-docs; several in a tuple or with commas."""
 
 
-def _compiled(pattern: object) -> object:
-    if not isinstance(pattern, str):
-        return pattern
+def _regular_expression(pattern: str) -> str:
+    import regex  # takes a while to import
+
     try:
-        return re.compile(pattern)
-    except re.error as error:
+        regex.compile(pattern)
+    except regex.error as error:
         raise ValueError(f"'{pattern}' is not a regular expression: {error}") from None
+    return pattern
 
 
 def _separator(text: object) -> object:
@@ -42,7 +42,7 @@ class TextOptions(Section):
     document: Literal["line", "blank_line", "file"] = "line"
     """Unit of a document in plain text: a line, a block between blank lines, or a whole file."""
 
-    document_start: Annotated[re.Pattern[str] | None, BeforeValidator(_compiled), Metavar("REGEX")] = None
+    document_start: Annotated[Annotated[str, AfterValidator(_regular_expression)] | None, Metavar("REGEX")] = None
     """Instead of --document: start a document at each line that matches."""
 
     column: Annotated[str, Metavar("NAME")] = "text"

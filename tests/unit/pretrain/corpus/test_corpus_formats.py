@@ -13,6 +13,7 @@ import zstandard
 from pydantic import ValidationError
 
 from experiment.errors import UserError
+from pretrain.corpus import formats
 from pretrain.corpus.documents import read_documents
 from pretrain.corpus.formats import Document, ReadStats
 from pretrain.corpus.options import SourceName, TextOptions
@@ -49,6 +50,17 @@ def test_documents_of_several_lines(tmp_path: Path, flags: dict[str, str], expec
     path = tmp_path / "a.txt"
     path.write_text("intro\n\n = A = \none\n \ntwo\n = B = \nthree\n")
     assert texts(path, **flags) == expected
+
+
+def test_document_start_has_a_time_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a build that never ends, because the pattern tries all ways to split a line."""
+    monkeypatch.setattr(formats, "_MATCH_SECONDS", 0.1)
+    path = tmp_path / "a.txt"
+    path.write_text("a\n" + "a" * 100 + "b\n")
+    with pytest.raises(
+        UserError, match=r"a\.txt:2: --document_start '\(a\|aa\)\+\$' takes longer than 0 s on this line"
+    ):
+        texts(path, document_start="(a|aa)+$")
 
 
 def test_document_start_without_match_is_rejected(tmp_path: Path) -> None:
