@@ -11,7 +11,15 @@ from typing import IO
 from experiment.csv_and_jsonl import missing_column
 from experiment.errors import UserError
 from experiment.progress import progress, terminal
-from pretrain.corpus.formats import Document, ReadStats, cell_document, decompress, explain_read_errors, parse_documents
+from pretrain.corpus.formats import (
+    Document,
+    ReadStats,
+    cell_document,
+    check_is_read,
+    decompress,
+    explain_read_errors,
+    parse_documents,
+)
 from pretrain.corpus.options import TextOptions
 from pretrain.corpus.sources import PYTHON_DOCS, Source, is_selected, is_skipped, report_skipped
 
@@ -82,6 +90,7 @@ def _read_archive(file: IO[bytes], source: Source, options: TextOptions, stats: 
 
     for name, member in members(file, source, is_wanted):
         found = True
+        check_is_read(name, f"{source.name}::{name}")
         yield from parse_documents(member, name, f"{source.name}::{name}", options, stats)
     if not found:
         raise UserError(f"{source.name}: no member matches '{source.selection}'")

@@ -43,6 +43,14 @@ _SUFFIXES = {
     "parquet": "parquet",
 }
 _MATCH_SECONDS = 10.0  # for a line; a pattern that tries all ways to split a line may take years
+_CONVERSIONS = {
+    "convert it to text, for instance with pandoc": "docx epub htm html odt rtf xhtml",
+    "convert it to text, for instance with pdftotext": "pdf",
+    "convert it to text, for instance with LibreOffice": "doc ppt pptx",
+    "convert it to .csv, for instance with LibreOffice": "ods xls xlsx",
+    "decompress it": "7z br bz2 lz4 rar xz",
+}
+_CONVERSION_OF = {suffix: advice for advice, suffixes in _CONVERSIONS.items() for suffix in suffixes.split()}
 _FORMAT_OF = {suffix: name for name, suffixes in _SUFFIXES.items() for suffix in suffixes.split()}
 
 
@@ -74,10 +82,21 @@ class ReadStats:
 
 def detect_format(name: str) -> tuple[str | None, str]:
     """Tell from a file name its format (text, jsonl, csv, tsv, parquet or None) and compression (gz, zst or "")."""
-    lower = name.lower()
-    compression = next((suffix for suffix in ("gz", "zst") if lower.endswith(f".{suffix}")), "")
-    stem = lower.removesuffix(f".{compression}") if compression else lower
-    return (_FORMAT_OF.get(stem.rsplit(".", 1)[-1]) if "." in stem else None), compression
+    suffix, compression = _suffixes(name)
+    return _FORMAT_OF.get(suffix), compression
+
+
+def _suffixes(name: str) -> tuple[str, str]:
+    """The suffix that tells the format, and that of the compression; empty if there is none."""
+    *suffixes, last = ["", *name.lower().split(".")[1:]]
+    return (suffixes[-1], last) if suffixes and last in ("gz", "zst") else (last, "")
+
+
+def check_is_read(name: str, origin: str) -> None:
+    """Raise UserError for a format that is not read, such as .pdf."""
+    suffix, _ = _suffixes(name)
+    if suffix in _CONVERSION_OF:
+        raise UserError(f"--source {origin}: .{suffix} files are not read; {_CONVERSION_OF[suffix]}")
 
 
 def parse_documents(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from experiment.config.field_types import expand_home
 from experiment.errors import UserError
-from pretrain.corpus.formats import detect_format
+from pretrain.corpus.formats import check_is_read, detect_format
 from pretrain.corpus.options import SourceName
 
 PYTHON_DOCS = "python-docs"
@@ -105,6 +105,7 @@ def _is_hidden(path: Path) -> bool:
 def _from_file(path: Path) -> Source:
     if path.name.lower().endswith((".zip", *_TAR)):
         return _from_archive(path, "*")
+    check_is_read(path.name, str(path))
     return Source("file", str(path), bytes=path.stat().st_size)
 
 

@@ -273,3 +273,13 @@ def test_empty_documents_are_counted(tmp_path: Path) -> None:
     assert len(list(read_documents(find_sources(path), TextOptions(), stats))) == 2
     assert stats.empty_documents == 2
     assert stats.bytes_read == path.stat().st_size
+
+
+def test_a_member_of_a_format_that_is_not_read(tmp_path: Path) -> None:
+    """Catches tags of a page, or a compressed document, that become text of a corpus."""
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.txt", "text")
+        archive.writestr("b/a.html", "<p>text</p>")
+    assert texts(tmp_path / "a.zip") == ["text"]
+    with pytest.raises(UserError, match=r"a\.zip::b/a\.html: \.html files are not read; convert it to text"):
+        texts(f"{tmp_path / 'a.zip'}::*.html")
