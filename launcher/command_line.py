@@ -27,6 +27,9 @@ from experiment.errors import UserError
 _DASHES = "-\N{HYPHEN}\N{NON-BREAKING HYPHEN}\N{EN DASH}\N{EM DASH}\N{MINUS SIGN}"
 """With those that word processors and web pages put in place of two hyphens."""
 
+_SYNONYMS = {"gpu": "device", "nproc_per_node": "num_gpus"}
+"""Flag of another program -> ours, where the names are not similar."""
+
 Command = Callable[[Any], None]
 """A function of its options, a subclass of `Section`."""
 
@@ -220,6 +223,8 @@ def _similar_flags(name: str, flags: Mapping[str, Flag], command: str, options_t
         ]
         if meant:
             return "; did you mean " + " or ".join(f"'--{key}'" for key in dict.fromkeys(meant)) + "?"
+    if (synonym := _SYNONYMS.get(name)) in flags:
+        return f"; did you mean '--{synonym}'?"
     return did_you_mean(f"--{name}", [f"--{known}" for known in flags])
 
 

@@ -95,10 +95,11 @@ class TokenizerOptions(TextOptions):
 
     @model_validator(mode="after")
     def _train_or_extend(self) -> Self:
-        to_train, to_extend = (self.source, self.vocab_size), (self.extend, self.added)
-        if not (None not in to_train and to_extend == (None, None)) and not (
-            None not in to_extend and to_train == (None, None)
-        ):
+        given = [name for name in ("source", "vocab_size", "extend", "added") if getattr(self, name) is not None]
+        partner = {"source": "vocab_size", "vocab_size": "source", "extend": "added", "added": "extend"}
+        if len(given) == 1:
+            raise ValueError(f"missing: --{partner[given[0]]}, which --{given[0]} needs")
+        if given not in (["source", "vocab_size"], ["extend", "added"]):
             raise ValueError(
                 "expected --source and --vocab_size to train a tokenizer, or --extend and --added to add tokens to one"
             )
@@ -139,7 +140,10 @@ class CorpusOptions(TextOptions):
     @model_validator(mode="after")
     def _build_or_verify(self) -> Self:
         given = self.model_fields_set
-        if self.verify is None and not {"source", "tokenizer", "output"} <= given:
+        missing = [f"--{name}" for name in ("source", "tokenizer", "output") if getattr(self, name) is None]
+        if self.verify is None and len(missing) in (1, 2):
+            raise ValueError(f"missing: {', '.join(missing)}")
+        if self.verify is None and missing:
             raise ValueError("expected --source, --tokenizer and --output to build a corpus, or --verify to check some")
         if self.verify is not None and given != {"verify"}:
             raise ValueError("--verify builds nothing; expected no other flag")

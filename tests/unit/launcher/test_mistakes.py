@@ -93,6 +93,9 @@ COMMAND_LINE = {
     "long dash": Mistake("pretrain --config run.yaml —num_gpus 2", r"'—num_gpus'; did you mean '--num_gpus'\?"),
     "no dashes": Mistake("pretrain --config run.yaml run.dir=x", r"'run.dir=x'; did you mean '--run.dir=x'\?"),
     "no dot": Mistake("pretrain --config run.yaml --run-dir x", r"'--run-dir'; did you mean '--run.dir'\?"),
+    "flag by meaning": Mistake("plan --config run.yaml --gpu A100", r"'--gpu'; did you mean '--device'\?"),
+    "flag of torchrun": Mistake("pretrain --nproc-per-node 2", r"per-node'; did you mean '--num_gpus'\?"),
+    "flag of another command": Mistake("pretrain --config run.yaml --gpu 2", r"'--gpu'; did you mean '--num_gpus'\?"),
     "no section": Mistake("pretrain --config run.yaml --steps 9", r"'--steps'; did you mean '--schedule.steps'\?"),
     "list without quotes": Mistake(
         "finetune --config task.yaml --training.seeds=[1, 2]", r"'2\]'; put quotes around a value with spaces"
@@ -108,7 +111,17 @@ COMMAND_LINE = {
     "misspelt recipe": Mistake("recipes cp rbert-base", r"no recipe 'rbert-base'; did you mean 'roberta-base'\?"),
     "existing target": Mistake("recipes cp roberta-base run.yaml", r"run.yaml exists already; name another file"),
     "misspelt key": Mistake("config pretrain optimizer.lrr", r"'optimizer.lrr'; did you mean 'optimizer.lr'\?"),
-    "part of the flags": Mistake("corpus --source text.txt", r"expected --source, --tokenizer and --output"),
+    "part of the flags": Mistake("corpus --source text.txt", r"missing: --tokenizer, --output \("),
+    "no size of the vocabulary": Mistake(
+        "tokenizer --source text.txt --output new", r"missing: --vocab_size, which --source needs"
+    ),
+    "no text to train on": Mistake(
+        "tokenizer --vocab_size 100 --output new", r"missing: --source, which --vocab_size needs"
+    ),
+    "no tokens to add": Mistake("tokenizer --extend tokenizer --output new", r"missing: --added, which --extend needs"),
+    "training and adding": Mistake(
+        "tokenizer --source text.txt --extend tokenizer --output new", r"expected --source and --vocab_size to train"
+    ),
     "bad pattern": Mistake(
         "corpus --source text.txt --tokenizer tokenizer --output new --document_start '['",
         r"--document_start: '\[' is not a regular expression",
@@ -344,6 +357,21 @@ TEXT = {
     "no match": Mistake("corpus --source 'no/*.txt' --tokenizer tokenizer --output new", r"no/\*.txt: no file matches"),
     "empty text": Mistake(
         "corpus --source a.txt --tokenizer tokenizer --output new", r"a.txt: none of its documents", {"a.txt": ""}
+    ),
+    "Word": Mistake(
+        "corpus --source a.docx --tokenizer tokenizer --output new",
+        r"--source a.docx: .docx files are not read; convert it to text, for instance with pandoc",
+        {"a.docx": b"PK\x03\x04"},
+    ),
+    "PDF": Mistake(
+        "tokenizer --source 'a*' --output new --vocab_size 100",
+        r"--source a.PDF: .pdf files are not read; convert it to text, for instance with pdftotext",
+        {"a.PDF": b"%PDF-1.7\n"},
+    ),
+    "bzip2": Mistake(
+        "corpus --source a.txt.bz2 --tokenizer tokenizer --output new",
+        r"--source a.txt.bz2: .bz2 files are not read; decompress it",
+        {"a.txt.bz2": b"BZh9"},
     ),
     "truncated gzip": Mistake(
         "corpus --source a.txt.gz --tokenizer tokenizer --output new",
