@@ -93,7 +93,8 @@ def make_task(
     inputs = read_model_inputs(spec, tokenizer)
     if inputs.max_length is not None and length > inputs.max_length:
         raise UserError(
-            f"model.max_seq_length is {length}, the model in {spec.folder} has {inputs.max_length} positions"
+            f"model.max_seq_length is {length}, the model in {spec.folder} has {inputs.max_length} positions; lower "
+            "it, or extend the model by pretraining with model.max_positions"
         )
     encoder = Encoder(tokenizer, length, inputs.token_types, kind.config.special_tokens_in_text)
     splits = {

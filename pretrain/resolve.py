@@ -240,7 +240,12 @@ def _check_batches(config: PretrainConfig, positions: int | None, vocabulary: Vo
     }
     for key, length in lengths.items():
         if positions is not None and length > positions:
-            raise UserError(f"{key} is {length}, but the model has {positions} positions")
+            extend = (
+                "raise them in model.config"
+                if config.model.init_from is None
+                else f"set model.max_positions: {length} to extend the model"
+            )
+            raise UserError(f"{key} is {length}, but the model has {positions} positions; lower it, or {extend}")
         if length <= vocabulary.num_special_tokens:
             raise UserError(
                 f"{key} must be greater than the {vocabulary.num_special_tokens} special tokens of a sequence"
