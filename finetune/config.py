@@ -5,7 +5,7 @@ its variants. The string literal below each field documents it; docs/config.md i
 `finetune/recipes/*.yaml` are complete examples.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Annotated, Any, Literal, Self
 
@@ -19,6 +19,8 @@ from experiment.tracking.config import TrackingConfig
 from finetune.data.task_config import TaskConfig
 from finetune.kinds import kind_names
 from finetune.task_kind import find_kind
+
+_HIGH_LR = 0.01  # even for small models
 
 
 class RunConfig(Section):
@@ -113,6 +115,11 @@ class TrainingConfig(Section):
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """`auto` is bf16 if the device supports it natively, otherwise fp32. fp16 needs CUDA."""
+
+    def warnings(self) -> Iterator[str]:
+        """Settings that are probably mistakes."""
+        if self.lr > _HIGH_LR:
+            yield f"training.lr is {self.lr:g}: usual learning rates are 1e-5 to 1e-3, see docs/finetuning.md"
 
     @model_validator(mode="after")
     def _patience_has_a_validation_split(self) -> Self:

@@ -83,7 +83,9 @@ def resolve(config: FinetuneConfig) -> ResolvedRun:
     kind = make_kind(config.task, tables)
     model = _model_spec(config.model, kind)
     rows = ", ".join(f"{len(table):,} {split}" for split, table in tables.items())
-    print_lines([f"{name}: {line}" for line in (rows, *data_warnings(tables, config.task.columns))])
+    print_lines(
+        [f"{name}: {line}" for line in (rows, *data_warnings(tables, config.task.columns), *training.warnings())]
+    )
     task = make_task(kind, tables, model, length, training)
     built = build_model(model)
     if model.pretrained and built.new and not task.is_trained:

@@ -32,8 +32,7 @@ def validate_command(options: ValidateOptions) -> None:
     else:
         config, machine = load_config(PretrainConfig, options.config, options.overrides), _machine()
         plan_launch(PretrainOptions(config=options.config, overrides=options.overrides), config, machine)
-        steps = config.schedule.known_steps
-        for warning in () if steps is None else config.schedule.warnings(steps):
+        for warning in config.warnings(config.schedule.known_steps):
             notify(f"warning: {warning}")
     print(f"{options.config}: valid, for deepcloze {command}")
 

@@ -24,6 +24,7 @@ from experiment.config.loading import check_kind
 from experiment.tracking.config import TrackingConfig
 
 Rate = Annotated[float, Field(gt=0.0, lt=1.0)]
+_HIGH_LR = 0.1  # even for small models and LAMB
 
 
 class RunConfig(Section):
@@ -281,7 +282,7 @@ class ScheduleConfig(Section):
         return self.steps
 
     def warnings(self, steps: int) -> Iterator[str]:
-        """Settings that have no effect, or a poor one, in a run of this many steps."""
+        """Settings that have no effect in a run of this many steps."""
         for key in ("warmup_steps", "batch_warmup_steps"):
             if getattr(self, key) >= steps:
                 yield f"schedule.{key} is {getattr(self, key):,}, but the run has only {steps:,} steps"
@@ -428,6 +429,13 @@ class PretrainConfig(Section):
     health: HealthConfig = HealthConfig()
     engine: EngineConfig = EngineConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    def warnings(self, steps: int | None) -> Iterator[str]:
+        """Settings that have no effect, or a poor one. steps: of the run, if known."""
+        if self.optimizer.lr > _HIGH_LR:
+            yield f"optimizer.lr is {self.optimizer.lr:g}: usual learning rates are 1e-4 to 1e-2"
+        if steps is not None:
+            yield from self.schedule.warnings(steps)
 
     @property
     def stages(self) -> tuple[Stage, ...]:

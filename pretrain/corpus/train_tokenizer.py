@@ -23,6 +23,8 @@ from pretrain.corpus.sources import Source, find_sources
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+_SMALL_VOCABULARY = 1000  # tokens: most words become characters
+
 
 @dataclass
 class _TrainingText:
@@ -74,6 +76,11 @@ def train_tokenizer(options: TokenizerOptions) -> None:
     if len(tokenizer) < options.vocab_size:
         print(
             f"found only {len(tokenizer):,} tokens in the text, fewer than --vocab_size {options.vocab_size:,}",
+            file=sys.stderr,
+        )
+    if options.vocab_size < _SMALL_VOCABULARY:
+        print(
+            f"--vocab_size {options.vocab_size} is small: usual vocabularies have 8,000 to 50,000 tokens",
             file=sys.stderr,
         )
 

@@ -186,7 +186,7 @@ def warnings(plan: RunPlan) -> list[str]:
     return [
         *_memory_warnings(plan),
         *_batches_warnings(plan),
-        *_schedule_warnings(plan),
+        *plan.run.config.warnings(plan.steps if plan.steps is not None else plan.budget_steps),
         *_communication_warnings(plan),
     ]
 
@@ -232,12 +232,6 @@ def _batches_warnings(plan: RunPlan) -> Iterator[str]:
                 "; lower batch.microbatch_tokens, or raise batch.sequences" if stage.batch.microbatches == 1 else ""
             )
             yield f"only {stage.batch.filled:.0%} of the computed slots{where} hold tokens; the rest is padding{advice}"
-
-
-def _schedule_warnings(plan: RunPlan) -> Iterator[str]:
-    steps = plan.steps if plan.steps is not None else plan.budget_steps
-    if steps is not None:
-        yield from plan.run.config.schedule.warnings(steps)
 
 
 def _communication_warnings(plan: RunPlan) -> Iterator[str]:

@@ -58,7 +58,7 @@ def open_run_tracker(
     end = "until the time budget is used up" if total_steps is None else f"{total_steps:,} steps"
     in_epochs = "" if epochs is None else f", {epochs:,.3g} epochs"
     log.info("training: %s%s; %d finished", end, in_epochs, step)
-    for warning in () if total_steps is None else run.config.schedule.warnings(total_steps):
+    for warning in run.config.warnings(total_steps):
         log.warning(warning)
     resumed = run.resume_plan.checkpoint is not None and not run.resume_plan.fork
     tracked = TrackedRun(

@@ -220,11 +220,16 @@ CONFIGS = {
     ),
     "long sequences": Mistake(
         "pretrain --config run.yaml --batch.max_seq_length=128",
-        r"length is 128, but the model has 64 positions",
+        r"length is 128, but the model has 64 positions; lower it, or raise them in model.config",
+    ),
+    "long sequences for a loaded model": Mistake(
+        "pretrain --config run.yaml --run.dir=new --model.config=null --model.init_from=run --batch.max_seq_length=128 "
+        "--batch.microbatch_tokens=128",
+        r"length is 128, but the model has 64 positions; lower it, or set model.max_positions: 128 to extend the model",
     ),
     "long sequences of a task": Mistake(
         "finetune --config task.yaml --model.max_seq_length=128",
-        r"length is 128, the model .* has 64 positions",
+        r"length is 128, the model .* has 64 positions; lower it, or extend .* with model.max_positions",
     ),
     "unknown type of model": Mistake(
         "pretrain --config run.yaml --model.config.model_type=brt", r"unknown model type 'brt'; did you mean 'bert'\?"
@@ -569,8 +574,9 @@ def test_a_warmup_that_does_not_end_is_a_warning(
     pretraining = printed.partition("$ pretrain")[2].partition("$ ")[0]
     assert pretraining.count(warning) == 1
     monkeypatch.chdir(folder)
-    assert main(["validate", "run.yaml"]) == 0
-    assert capsys.readouterr().err == f"deepcloze: {warning}"
+    assert main(["validate", "run.yaml", "--optimizer.lr=5"]) == 0
+    unusual = "warning: optimizer.lr is 5: usual learning rates are 1e-4 to 1e-2\n"
+    assert capsys.readouterr().err == f"deepcloze: {unusual}deepcloze: {warning}"
 
 
 @pytest.mark.parametrize(

@@ -40,11 +40,17 @@ def test_plans_thousands_of_gpus(config: Path, tmp_path: Path, capsys: pytest.Ca
     """Catches a plan that needs the hosts or the devices, and warnings that are missing."""
     hostfile = tmp_path / "hosts"
     hostfile.write_text("".join(f"node{number} slots=8\n" for number in range(512)), encoding="utf-8")
-    found = plan(capsys, config, "--hostfile", str(hostfile), *H100, "--schedule.warmup_steps=1000")
+    found = plan(capsys, config, "--hostfile", str(hostfile), *H100, "--schedule.warmup_steps=1000", "--optimizer.lr=5")
     assert (found["hosts"], found["ranks"], found["zero_stage"], found["fits"]) == (512, 4096, 3, True)
     assert found["steps"] == found["stages"][0]["steps"] == 23
     text = "\n".join(found["warnings"])
-    for expected in ("ZeRO 3 gathers", "too small for a GPU", "fewer than the 4,096 ranks", "warmup_steps is 1,000"):
+    for expected in (
+        "ZeRO 3 gathers",
+        "too small for a GPU",
+        "fewer than the 4,096 ranks",
+        "warmup_steps is 1,000",
+        "lr is 5: usual",
+    ):
         assert expected in text
     assert found["cost"]["seconds"] > 0
     assert found["cost"]["kwh"] is None

@@ -42,6 +42,12 @@ def test_trained_tokenizer_opens_in_transformers(tmp_path: Path, text: Path, kin
     assert tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(load_tokenizer(tmp_path / "a"))
 
 
+def test_a_small_vocabulary_is_named(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a vocabulary that lacks a digit, of which nothing is said."""
+    train_tokenizer(TokenizerOptions(source=text, output=tmp_path / "t", vocab_size=50))
+    assert "--vocab_size 50 is small: usual vocabularies have 8,000 to 50,000 tokens\n" in capsys.readouterr().err
+
+
 def test_invalid_options(tmp_path: Path, text: Path) -> None:
     """Catches invalid options that are found after training, and an output folder that is overwritten."""
     for flags in ({"vocab_size": "many"}, {"vocab_size": 300, "kind": "word_piece"}, {"vocab_size": 300, "added": "a"}):
