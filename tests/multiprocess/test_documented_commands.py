@@ -124,7 +124,8 @@ def workplace(
         write_configs(page, folder)
     place = Workplace(folder, Terminal(folder, variables=fork_server.environment()))
     readme = COMMANDS["README.md"]
-    own_data = [command for command in readme if not is_server(command) and command.message is None]
+    needs_server = [command for command in readme if is_server(command) or command.text.startswith("curl ")]
+    own_data = [command for command in readme if command not in needs_server and command.message is None]
     for command in sorted(own_data, key=lambda command: "runs/bert-base" in command.text):
         if "runs/bert-base" in command.text:
             shutil.copytree(folder / "runs/mine", folder / "runs/bert-base")
@@ -161,8 +162,9 @@ def test_commands_run(page: str, slow: bool, workplace: Workplace) -> None:
 def test_targets_of_make_exist(page: str) -> None:
     """Catches the name of a target that was renamed."""
     makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
-    for command in commands(page):
-        for target in re.findall(r"(?:^|&& )make (\w+)", command.text):
+    named = [command.text for command in commands(page)] + re.findall(r"`(make [^`]*)`", read_page(page))
+    for command in named:
+        for target in re.findall(r"(?:^|&& )make (?:[A-Z]+=\S+ )*([a-z]+)\b", command):
             assert re.search(rf"^{target}:", makefile, re.MULTILINE), command
 
 
