@@ -1,5 +1,6 @@
 """The sections of a report about several runs, also of a sweep or a comparison: charts and differences of configs."""
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -171,7 +172,8 @@ def sweep_blocks(folder: RunFolder) -> list[Block]:
         lower, results = bool(record.get("lower_is_better", True)), _results(record["runs"])
         best_first = sort_results(results, lower)
         table = _sweep_table(best_first, str(record["metric"]))
-        scored = [Dots(result.name, [result.value], result.value) for result in best_first if result.value is not None]
+        values = {result.name: result.value for result in best_first if result.value is not None}
+        scored = [Dots(name, [value], value) for name, value in values.items() if math.isfinite(value)]
         charts = [DotCharts("sweep", [DotChart(str(record["metric"]), scored)])] if scored else []
     except FileNotFoundError:
         return []

@@ -126,7 +126,7 @@ def test_exceptions_become_exit_codes(
     """Catches outcomes that scripts and job queues cannot tell apart."""
 
     def ends_with(error: BaseException) -> int:
-        def report_runs(runs: tuple[str, ...], output: str | None) -> object:
+        def report_runs(*_: object) -> object:
             raise error
 
         report_stand_in(report_runs)
@@ -154,7 +154,7 @@ def test_a_closed_terminal_does_not_change_the_exit_code(
         def write(self, _: str) -> int:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    def report_runs(runs: tuple[str, ...], output: str | None) -> object:
+    def report_runs(*_: object) -> object:
         raise StoppedError("stopped at step 5")
 
     report_stand_in(report_runs)
@@ -206,6 +206,6 @@ def test_report_prints_the_path(
     report_stand_in: Callable[[Callable[..., object]], None], capsys: pytest.CaptureFixture[str]
 ):
     """Catches a folder name read as a number: 2024_01 is a folder."""
-    report_stand_in(lambda runs, output: Path(runs[0]) / "report" / "index.html")
+    report_stand_in(lambda runs, output, png: Path(runs[0]) / "report" / "index.html")
     assert main(["report", "2024_01"]) == 0
     assert capsys.readouterr().out == "2024_01/report/index.html\n"

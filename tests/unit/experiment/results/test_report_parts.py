@@ -168,7 +168,7 @@ def test_several_runs_on_one_page(tmp_path: Path) -> None:
 
 
 def test_the_runs_of_a_sweep(tmp_path: Path) -> None:
-    """Catches runs that are not sorted, or one that has not started as an error."""
+    """Catches runs that are not sorted, and a report that fails for a run that has not started or has diverged."""
     for name, loss in (("lr=1", 2.0), ("lr=2", 1.0)):
         open_run_folder(tmp_path / name).metrics.write_text(f'{{"step": 1, "loss": {loss}}}\n')
     runs = {
@@ -181,6 +181,9 @@ def test_the_runs_of_a_sweep(tmp_path: Path) -> None:
     rows = [["lr=2", "done", "2", "1.0000"], ["lr=1", "done", "1", "2.0000"], ["lr=3", "failed", "3", "–"]]
     assert table.rows == rows
     assert "Best first" in write_report(tmp_path).read_text(encoding="utf-8")
+    runs["lr=1"]["value"] = float("nan")
+    (tmp_path / "sweep.json").write_text(json.dumps({"metric": "loss", "runs": runs}))
+    assert "lr=2" in write_report(tmp_path).read_text(encoding="utf-8")
     (tmp_path / "sweep.json").write_text('{"runs": 3}')
     with pytest.raises(UserError, match=r"sweep\.json is damaged"):
         write_report(tmp_path)
