@@ -195,8 +195,8 @@ def unlisted_files(model: Path) -> set[Path]:
     of it. Empty for a folder that is in no checkpoint."""
     folder = model.resolve()
     try:
-        listed = json.loads((folder.parent / _COMPLETE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        listed = parse_json((folder.parent / _COMPLETE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return set()
     files = [folder.parent / name for name in files_below(folder.name)(list(listed))]
     known = {path for file in files for path in (file, *file.parents)}
