@@ -316,7 +316,7 @@ def report(options: ReportOptions) -> None:
     """
     from launcher.report import report_runs
 
-    print(report_runs(options.runs, options.output, options.png))
+    print(report_runs(options.runs, options.output))
 
 
 def config(options: ConfigOptions) -> None:

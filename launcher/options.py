@@ -200,9 +200,6 @@ class ReportOptions(Section):
     output: Annotated[PathText | None, Metavar("DIR")] = None
     """Folder for the page; default: RUN/report, for several runs `report` in the working directory."""
 
-    png: bool = False
-    """Write the charts as PNG files, too, next to the page."""
-
 
 class StatusOptions(Section):
     runs: Annotated[tuple[PathText, ...], Positional("RUN…")] = ("runs",)

@@ -40,17 +40,15 @@ _ENDS = frozenset(".!?。！？")
 _SEED = 0
 
 
-def report_runs(runs: Sequence[str], output: str | None, png: bool = False) -> Path:
-    """Write the page of a run, sweep or comparison, or of several runs; return its path. Raises UserError.
-
-    png: write the charts next to the page, too.
-    """
+def report_runs(runs: Sequence[str], output: str | None) -> Path:
+    """Write the page of a run, sweep or comparison, or of several runs, with its charts as PNG files next to it; return
+    its path. Raises UserError."""
     if output is not None and Path(output).is_file():
         raise UserError(f"--output: {output} is a file; expected a folder")
     if len(runs) > 1:
-        return write_overlay(runs, Path(output or "report").absolute(), png)
+        return write_overlay(runs, Path(output or "report").absolute(), png=True)
     fill_new_checkpoints(open_folder(runs[0]))
-    return write_report(runs[0], output, png=png)
+    return write_report(runs[0], output, png=True)
 
 
 def print_report(command: str, folder: Path) -> None:

@@ -206,6 +206,6 @@ def test_report_prints_the_path(
     report_stand_in: Callable[[Callable[..., object]], None], capsys: pytest.CaptureFixture[str]
 ):
     """Catches a folder name read as a number: 2024_01 is a folder."""
-    report_stand_in(lambda runs, output, png: Path(runs[0]) / "report" / "index.html")
+    report_stand_in(lambda runs, output: Path(runs[0]) / "report" / "index.html")
     assert main(["report", "2024_01"]) == 0
     assert capsys.readouterr().out == "2024_01/report/index.html\n"

@@ -78,7 +78,7 @@ def test_blocks_become_html_in_their_order(tmp_path: Path) -> None:
         *[("th", "<joy>"), ("td", "3,000"), ("td", "1")],
         *[("th", "fear"), ("td", "0"), ("td", "0")],
         ("figcaption", "Loss <1>"),
-        ("p", "The charts need JavaScript."),
+        ("p", "The charts need JavaScript. `deepcloze report` also writes them as PNG files next to this page."),
         ("figcaption", "F1 <%>"),
         ("div", "<row>"),
         ("div", "0.5000"),
