@@ -50,9 +50,10 @@ def finetune(config: str | Path, overrides: Mapping[str, str] | None = None, dry
         print(_describe_training(resolve(loaded)))
     else:
         folder, start = Path(loaded.run.dir), time.monotonic()
-        print_results(run(loaded), folder / "results.json")
+        results = run(loaded)
+        print_results(results, folder / "results.json")
         print_lines([f"done: {describe_duration(time.monotonic() - start)} in this command"])
-        if any(folder.glob("seed-*/model")):
+        if any(folder.glob("seed-*/model")) and results["collapsed"] != results["seeds"]:
             model = shlex.quote(str(folder))
             commands = f"deepcloze predict --model {model} --input FILE --output FILE; deepcloze serve --model {model}"
             print_lines([f"next: {commands}"])

@@ -30,6 +30,7 @@ from finetune.training.fit import Epoch, Fitted, Log, StateFile, fit, score
 
 _COMPLETE = "COMPLETE"  # written last into a seed's folder
 _EVALUATIONS = "evaluations"  # folder of the models of all evaluations
+_SMALL_MODEL = 30_000_000  # parameters
 
 
 def finished_seeds(folder: RunFolder, settings: Mapping[str, Any]) -> dict[int, SeedRecord]:
@@ -85,8 +86,11 @@ def train_seed(seed: int, run: ResolvedRun, log: Log) -> SeedRecord:
     if record.epochs:
         print_epochs(terminal(), f"seed {seed}", record.epochs, record.best_epoch)
     if record.collapsed:
-        splits = ", ".join(record.collapsed)
-        terminal().print(f"seed {seed} has collapsed: it predicts the same for every row of {splits}", markup=False)
+        advice = _advice_for_collapsed(model, run) if run.task.is_trained else ""
+        terminal().print(
+            f"seed {seed} has collapsed: it predicts the same for every row of {', '.join(record.collapsed)}{advice}",
+            markup=False,
+        )
     output = _working_folder(seed, run.folder) / "output"
     final = _seed_folder(seed, run.folder)
     for leftover in (output, final):
@@ -99,6 +103,20 @@ def train_seed(seed: int, run: ResolvedRun, log: Log) -> SeedRecord:
         output.rename(final)
         state_file(seed, run).path.unlink(missing_ok=True)
     return record
+
+
+def _advice_for_collapsed(model: PreTrainedModel, run: ResolvedRun) -> str:
+    """What to change: the learning rate if it is unusual for the size of the model, else the length of the training.
+
+    The ranges are those of docs/finetuning.md, which has their sources.
+    """
+    parameters, lr = sum(parameter.numel() for parameter in model.parameters()), run.training.lr
+    is_small = parameters < _SMALL_MODEL or not run.model.pretrained
+    low, high = ("1e-4", "1e-3") if is_small else ("1e-5", "5e-5")
+    if float(low) <= lr <= float(high):
+        return f"; train longer than {run.steps:,} updates (training.epochs)"
+    weights = f"{parameters / 1e6:.1f} M {'' if run.model.pretrained else 'random '}parameters"
+    return f"; {'raise' if lr < float(low) else 'lower'} training.lr: {low} to {high} are usual for {weights}"
 
 
 def _seed_folder(seed: int, folder: RunFolder) -> Path:

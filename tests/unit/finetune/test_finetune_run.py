@@ -115,8 +115,38 @@ def test_a_collapsed_seed_is_reported(
     finetune(config_file, {"training.epochs": "4"})
     assert results(tmp_path / "run")["collapsed"] == [2]
     captured = capsys.readouterr()
-    assert "seed 2 has collapsed: it predicts the same for every row of validation, test" in captured.err
+    assert "seed 2 has collapsed: it predicts the same for every row of validation, test; " in captured.err
     assert "1 of 2 seeds collapsed (2)" in captured.out
+    assert "next: deepcloze predict" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "advice"),
+    [
+        ({"training.lr": "2e-5"}, r"raise training\.lr: 1e-4 to 1e-3 are usual for 0\.\d M parameters"),
+        ({"training.lr": "0.005", "model.weights": "random"}, r"lower training\.lr: .* for 0\.\d M random parameters"),
+        ({"training.lr": "5e-4"}, r"train longer than \d+ updates \(training\.epochs\)"),
+    ],
+)
+def test_what_to_change_after_a_collapse(
+    config_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    overrides: dict[str, str],
+    advice: str,
+) -> None:
+    """Catches the advice to predict with a model that predicts one label, and to lower a rate that is too low."""
+    monkeypatch.setattr(Kind, "decode", lambda *_: {"label": "low", "probabilities": {"high": 0.1, "low": 0.9}})
+    finetune(config_file, {"training.seeds": "[1]", "training.epochs": "1", **overrides})
+    error = capsys.readouterr().err
+    assert re.search(f"seed 1 has collapsed: .*; {advice}", error)
+    assert "next:" not in error
+
+
+def test_an_unusual_learning_rate_is_named(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a misplaced decimal point that is found when all seeds have collapsed."""
+    finetune(config_file, {"training.lr": "5"}, dry_run=True)
+    assert "training.lr is 5: usual learning rates are 1e-5 to 1e-3" in capsys.readouterr().err
 
 
 def test_what_is_told_after_training(trained_run: Path) -> None:
