@@ -19,6 +19,10 @@ if __name__ == "__main__":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # so that torch finds no GPU either; read at its first look for one
 if not __package__:  # started as a file: import from the repository, not from this folder
     sys.path[: 0 if sys.flags.safe_path else 1] = [str(Path(__file__).resolve().parents[1])]
+if __name__ == "__main__":
+    from experiment.fast_imports import import_transformers_without_scipy
+
+    import_transformers_without_scipy()
 
 import contextlib
 import datetime

@@ -24,3 +24,12 @@ def test_importing_it_takes_no_heavy_library(module: str) -> None:
     code = f"import sys, experiment.{module}; print(sorted({heavy!r} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_rank_imports_no_scipy() -> None:
+    """Catches an eighth of the time of a rank's imports that is spent on what only object detection uses."""
+    rank = [sys.executable, "-X", "importtime", "-m", "pretrain.run"]
+    done = subprocess.run(rank, capture_output=True, text=True, check=False)
+    assert "--config FILE is missing" in done.stderr
+    assert "| torch\n" in done.stderr
+    assert "scipy" not in done.stderr
