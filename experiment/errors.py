@@ -36,6 +36,12 @@ def reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, and the second if the first announces it; its type if it has none."""
+    first, *others = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{first} {others[0].strip()}" if first.endswith(":") and others else first
+
+
 class AgreedFailureError(Exception):
     """The run cannot continue. All ranks raise it in the same step; the message is for the user."""
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from experiment.errors import UserError, reason
 from experiment.files import fsync_tree, json_digest, parse_json
 from experiment.hub_names import download_hint
-from experiment.transformers_models import quiet_transformers
+from experiment.transformers_models import check_label_count, quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -88,6 +88,7 @@ def load_any_tokenizer(path: Path | str, needed: Sequence[str]) -> "PreTrainedTo
 def _load_folder(folder: Path) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
+    check_label_count(folder)
     with quiet_transformers():
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)

@@ -1,11 +1,12 @@
 """Models of transformers: their weights, positions and frozen modules."""
 
+import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from experiment.errors import UserError
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _MASKED_LM = ("ForMaskedLM", "ForPreTraining", "LMHeadModel")
+_MAX_LABELS = 1 << 20
 _NUMBERED = re.compile(r"\.\d+\.")
 
 
@@ -33,9 +35,29 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def check_label_count(folder: Path) -> None:
+    """Raise UserError for a config with far too many labels: transformers makes a name for each when it reads the
+    config, which it also does to load a tokenizer. A config that is missing or damaged is left to the caller."""
+    path = folder / "config.json"
+    try:
+        largest = max(_label_counts(json.loads(path.read_text(encoding="utf-8"))), default=0)
+    except (OSError, ValueError, RecursionError):
+        return
+    if largest > _MAX_LABELS:
+        raise UserError(f"{path}: 'num_labels' is {largest:,}; expected at most {_MAX_LABELS:,}")
+
+
+def _label_counts(value: Any) -> Iterator[float]:
+    """The values of `num_labels` in a config, also in those of its parts."""
+    for key, child in value.items() if isinstance(value, dict) else ():
+        if key == "num_labels" and isinstance(child, int | float):
+            yield child
+        yield from _label_counts(child)
+
+
 def has_masked_lm_head(architectures: Sequence[str] | None) -> bool:
     """Whether the model predicts masked tokens. architectures: as in the config of transformers."""
-    return any(str(name).endswith(_MASKED_LM) for name in (architectures or ())[:1])
+    return isinstance(architectures, list) and any(str(name).endswith(_MASKED_LM) for name in architectures[:1])
 
 
 def count_parameters(folder: Path) -> int | None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from experiment.errors import is_out_of_memory
+from experiment.model_folder import first_use
 from finetune.config import TrainingConfig
 from finetune.device import Device, Microbatch
 from finetune.encoding.examples import Batch, Example, Padding, Split, collate
@@ -124,7 +125,8 @@ def adapt_to_model(model: nn.Module, task: Task, device: Device, max_length: int
     """The task and the device as the model needs them, and a line for each change.
 
     Some models cannot compute in autocast, such as DeBERTa (v1) on a CPU: they compute in fp32. The outputs of some
-    depend on padding, such as FNet's, which has no attention mask: their batches are all padded to `max_length`.
+    depend on padding, such as FNet's, which has no attention mask: their batches are all padded to `max_length`. Raises
+    UserError for a model that cannot compute at all.
     """
     examples = sorted(next(iter(task.splits.values())).examples, key=lambda example: example.longest)
     lines, name = [], getattr(getattr(model, "config", None), "model_type", type(model).__name__)
@@ -144,7 +146,7 @@ def _ignores_padding(model: nn.Module, task: Task, examples: Sequence[Example]) 
     """Whether the outputs of short examples stay the same next to a long one. examples: the shortest first."""
     compared = [*examples[:_EXAMPLES], examples[-1]]
     model.eval()
-    with torch.inference_mode():
+    with first_use(model), torch.inference_mode():
         together = torch.split(_outputs(model, task, compared), [len(example.sequences) for example in compared])
         return all(map(_same, [_outputs(model, task, [example]) for example in compared], together))
 

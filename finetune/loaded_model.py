@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from experiment.errors import UserError
 from experiment.fast_linear import use_fast_linear
+from experiment.model_folder import first_use
 from finetune.device import Device, choose_device
 from finetune.encoding.encoder import Encoder, Tokens
 from finetune.encoding.examples import Batch, Padding, collate, pad_sequences
@@ -81,8 +82,8 @@ def load_model(
     loaded = load_on_cpu(folder, tokenizer, task)
     loaded.model.to(device.device)
     use_fast_linear(loaded.model)
-    probe = collate(task.kind, [task.kind.probe(loaded.encoder)], loaded.padding, device.device)
-    return replace(loaded, device=_usable_precision(loaded.model, task.kind, probe, device))
+    device = _usable_precision(loaded.model, task.kind, _probe(replace(loaded, device=device), task.kind), device)
+    return replace(loaded, device=device)
 
 
 def load_on_cpu(folder: Path, tokenizer: PreTrainedTokenizerBase, task: SavedTask) -> LoadedModel:
@@ -93,9 +94,11 @@ def load_on_cpu(folder: Path, tokenizer: PreTrainedTokenizerBase, task: SavedTas
     length = task.max_seq_length or min(inputs.max_length or _UNLIMITED, tokenizer.model_max_length)
     encoder = Encoder(tokenizer, length, inputs.token_types, task.kind.config.special_tokens_in_text)
     padding = replace(Padding.of(tokenizer), length=length if task.padded else None)
-    return LoadedModel(
-        folder, model.eval().requires_grad_(False), encoder, padding, Device(torch.device("cpu"), dtype=None)
-    )
+    device = Device(torch.device("cpu"), dtype=None)
+    loaded = LoadedModel(folder, model.eval().requires_grad_(False), encoder, padding, device)
+    with first_use(model), torch.inference_mode():
+        task.kind.forward(model, _probe(loaded, task.kind))
+    return loaded
 
 
 def _build(spec: ModelSpec) -> PreTrainedModel:
@@ -104,6 +107,11 @@ def _build(spec: ModelSpec) -> PreTrainedModel:
         problem = "has no masked-LM head" if spec.auto_model == _MASKED_LM else "is not fine-tuned"
         raise UserError(f"{spec.folder}: the model {problem}: its weights lack {', '.join(built.new[:3])}")
     return built.model
+
+
+def _probe(loaded: LoadedModel, kind: TaskKind[Any]) -> Batch:
+    """The smallest batch."""
+    return collate(kind, [kind.probe(loaded.encoder)], loaded.padding, loaded.device.device)
 
 
 def _usable_precision(model: PreTrainedModel, kind: TaskKind[Any], probe: Batch, device: Device) -> Device:

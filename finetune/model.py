@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from experiment.errors import UserError
+from experiment.model_folder import WEIGHT_FILES, build_from_config, load_config
 from experiment.tensor_files import share_tensors
 from experiment.tokenizer import save_tokenizer, vocabulary_size
 from experiment.transformers_models import (
@@ -26,7 +27,6 @@ from experiment.transformers_models import (
 _PRETRAINING = ("Model", "ForMaskedLM", "ForPreTraining", "LMHeadModel")
 """How the names of classes end that have no head for a task."""
 
-_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
 _TOKENIZER_FILES = ("*token*.json", "vocab*", "merges.txt", "*.model")
 
 
@@ -60,13 +60,8 @@ class ModelInputs:
 
 def model_files(folder: Path, weights: bool) -> list[Path]:
     """The config and the tokenizer in a Hugging Face folder, and perhaps its weights."""
-    patterns = ("config.json", *_TOKENIZER_FILES, *(_WEIGHT_FILES if weights else ()))
+    patterns = ("config.json", *_TOKENIZER_FILES, *(WEIGHT_FILES if weights else ()))
     return sorted({path for pattern in patterns for path in folder.glob(pattern)})
-
-
-def has_weights(folder: Path) -> bool:
-    """Whether there are weights in a Hugging Face folder."""
-    return any(path.is_file() for pattern in _WEIGHT_FILES for path in folder.glob(pattern))
 
 
 def read_model_inputs(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase) -> ModelInputs:
@@ -136,7 +131,7 @@ def _load(spec: ModelSpec) -> BuiltModel:
         try:
             model, report = getattr(transformers, spec.auto_model).from_pretrained(
                 spec.folder,
-                config=load_model_config(spec.folder, **spec.head),
+                config=load_config(spec.folder, **spec.head),
                 dtype=torch.float32,
                 local_files_only=True,
                 trust_remote_code=False,
@@ -161,7 +156,7 @@ def _is_in_head(parameter: str, model: PreTrainedModel) -> bool:
 
 def _fits_head(model: PreTrainedModel, spec: ModelSpec) -> bool:
     """Whether the head in the folder, if any, is for the same labels. Otherwise its weights mean something else."""
-    config = load_model_config(spec.folder)
+    config = load_config(spec.folder)
     architecture = (config.architectures or ["Model"])[0]
     if architecture.endswith(_PRETRAINING):
         return True
@@ -181,30 +176,16 @@ def _renew_head(model: PreTrainedModel, spec: ModelSpec) -> set[str]:
     return {name for name, _ in model.named_parameters() if name in head}
 
 
-def load_model_config(folder: Path, **changes: Any) -> PreTrainedConfig:
-    """The config of a model folder. changes: to its settings. Raises UserError if it cannot be read."""
-    try:
-        config: PreTrainedConfig = transformers.AutoConfig.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, **changes
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot read the model config in {folder}: {error}") from None
-    return config
-
-
 def _build_from_config(spec: ModelSpec) -> PreTrainedModel:
-    auto_model, config = getattr(transformers, spec.auto_model), load_model_config(spec.folder, **spec.head)
+    auto_model, config = getattr(transformers, spec.auto_model), load_config(spec.folder, **spec.head)
     if type(config) not in (supported := auto_model._model_mapping.keys()):
         head = spec.auto_model.removeprefix("AutoModelFor")
         known = ", ".join(sorted({config_type.model_type for config_type in supported}))
         raise UserError(
             f"{spec.folder}: transformers has no {config.model_type} model for {head}; it has one for: {known}"
         )
-    try:
-        model: PreTrainedModel = auto_model.from_config(config, dtype=torch.float32, trust_remote_code=False)
-    except ValueError as error:
-        raise UserError(f"{spec.folder}: {error}") from None
-    return model
+    weights = spec.folder if spec.pretrained else None
+    return build_from_config(auto_model, config, str(spec.folder / "config.json"), weights, dtype=torch.float32)
 
 
 def save_model(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from experiment.errors import UserError
-from finetune.model import has_weights, load_model_config
+from experiment.model_folder import has_weights, load_config
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -44,7 +44,7 @@ class OnnxModel(nn.Module):
         """Raises UserError for a file that is damaged, or was written by something else."""
         super().__init__()
         require_packages("onnxruntime")
-        self.config = load_model_config(folder)
+        self.config = load_config(folder)
         self._session = _open_session(folder / FILE)
         self._rank = len(self._session.get_inputs()[0].shape)
         names = [output.name for output in self._session.get_outputs()]

@@ -23,10 +23,10 @@ from experiment.config.field_types import SequenceLength
 from experiment.errors import UserError
 from experiment.files import checksum, parse_json, write_json
 from experiment.hub_names import download_hint
+from experiment.model_folder import load_config
 from experiment.transformers_models import has_masked_lm_head
 from finetune.data.task_config import TaskConfig
 from finetune.kinds import kind_names
-from finetune.model import load_model_config
 from finetune.task_kind import TaskKind, find_kind
 
 FILE = "deepcloze_task.json"
@@ -120,7 +120,7 @@ def _verify(folder: Path, checksums: Mapping[str, str]) -> None:
 
 def is_masked_lm(folder: Path) -> bool:
     """Whether a model folder is for no task but has a masked-LM head."""
-    return has_masked_lm_head(load_model_config(folder).architectures) and not (folder / FILE).is_file()
+    return has_masked_lm_head(load_config(folder).architectures) and not (folder / FILE).is_file()
 
 
 def _architecture(config: PreTrainedConfig) -> str:
@@ -129,7 +129,7 @@ def _architecture(config: PreTrainedConfig) -> str:
 
 def _read_foreign(folder: Path, overrides: Mapping[str, str] | None) -> SavedTask:
     """The task of a model that was trained elsewhere."""
-    config = load_model_config(folder)
+    config = load_config(folder)
     architecture = _architecture(config)
     kind_name = next((kind for end, kind in _FOREIGN_KINDS.items() if architecture.endswith(end)), None)
     labels = tuple(config.id2label[number] for number in sorted(config.id2label))

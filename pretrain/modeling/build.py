@@ -11,7 +11,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 
-from experiment.errors import UserError
+from experiment.errors import UserError, first_line
 from experiment.tokenizer import load_tokenizer
 from experiment.transformers_models import describe_unused_layers, first_position, quiet_transformers
 from pretrain.batching.packing import Rows
@@ -20,7 +20,7 @@ from pretrain.corpus.added_tokens import old_pieces
 from pretrain.modeling.attention import use_flash_attention_3, uses_flash
 from pretrain.modeling.model_config import source_config
 from pretrain.modeling.packability import ignores_padding, why_not_packed
-from pretrain.modeling.random_model import first_line, random_model
+from pretrain.modeling.random_model import random_model
 from pretrain.modeling.resize import resize_model
 from pretrain.modeling.structure import FlopsModel, flops_model
 from pretrain.modeling.unused_parameters import unused_parameters

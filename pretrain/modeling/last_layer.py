@@ -21,10 +21,10 @@ from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from experiment.errors import first_line
 from experiment.transformers_models import first_position
 from pretrain.modeling.attention import KnownAttention, LayerInterrupted, Packing, Predicted
 from pretrain.modeling.packability import evaluation_mode
-from pretrain.modeling.random_model import first_line
 from pretrain.modeling.structure import Forward, encoder_layers, forward_without_checkpointing
 
 log = logging.getLogger(__name__)

@@ -6,20 +6,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
+    AutoModelForMaskedLM,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
 )
 
 from experiment.config import did_you_mean
-from experiment.errors import UserError
+from experiment.errors import UserError, first_line
+from experiment.model_folder import build_from_config, load_config
 from experiment.tokenizer import load_tokenizer, tokenizer_fingerprint
+from experiment.transformers_models import quiet_transformers
 from pretrain.config import ModelConfig
 from pretrain.corpus.added_tokens import check_extends
-from pretrain.modeling.random_model import check_fields, declared_fields, first_line, meta_model
+from pretrain.modeling.random_model import check_fields, declared_fields, meta_model
 from pretrain.modeling.resize import config_with_positions
 
 _SPECIAL_TOKEN_IDS = ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "mask_token_id")
@@ -55,9 +59,16 @@ def resolve_model_config(model: ModelConfig, tokenizer: PreTrainedTokenizerFast)
 
 
 def source_config(model: ModelConfig) -> PreTrainedConfig:
-    """The config that matches the weights in `model.init_from`, with the fields of `model.config` set."""
+    """The config that matches the weights in `model.init_from`, with the fields of `model.config` set.
+
+    Raises UserError for one that makes no model, or a far larger one.
+    """
     assert model.init_from is not None
-    return _with_fields(_read_config(Path(model.init_from)), _fields(model))
+    folder = Path(model.init_from)
+    config = _with_fields(_read_config(folder), _fields(model))
+    with quiet_transformers(), torch.device("meta"):
+        build_from_config(AutoModelForMaskedLM, config, f"model.init_from: {folder / 'config.json'}", folder)
+    return config
 
 
 def check_tokenizer(model: ModelConfig, corpus_fingerprint: str, corpus: Path) -> None:
@@ -173,9 +184,9 @@ def _read_config(folder: Path) -> PreTrainedConfig:
     if not (folder / "config.json").is_file():
         raise UserError(f"model.init_from: {folder} is not a Hugging Face folder: it has no config.json")
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model.init_from: cannot read {folder / 'config.json'}: {first_line(error)}") from None
+        return load_config(folder)
+    except UserError as error:
+        raise UserError(f"model.init_from: {error}") from None
 
 
 def _load_tokenizer(key: str, folder: str) -> PreTrainedTokenizerFast:

@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from experiment.errors import UserError
+from experiment.errors import UserError, first_line
+from experiment.model_folder import first_use
 from experiment.transformers_models import first_position, quiet_transformers
 from pretrain.modeling.attention import PACKED, Packing, register_packed_attention
-from pretrain.modeling.random_model import first_line, random_model
+from pretrain.modeling.random_model import random_model
 
 _TOLERANCE = 1e-4  # absolute and relative, on fp32 logits
 _WIDTH, _LENGTHS = 12, (7, 4)  # a row of two sequences and padding
@@ -54,12 +55,12 @@ def why_not_packed(model: PreTrainedModel, first_position: int) -> str | None:
 
 def ignores_padding(model: PreTrainedModel) -> bool:
     """Whether the logits of a sequence stay the same if padding follows, which the attention mask hides: convolutions
-    (ConvBERT) and Fourier transforms (FNet) see it."""
+    (ConvBERT) and Fourier transforms (FNet) see it. Raises UserError for a model that cannot compute."""
     length, vocabulary = _LENGTHS[0], model.config.get_text_config().vocab_size
     ids = torch.randint(0, vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
     padded = F.pad(ids, (0, _WIDTH - length), value=model.config.pad_token_id or 0)
     visible = F.pad(torch.ones_like(ids), (0, _WIDTH - length))
-    with torch.inference_mode(), evaluation_mode(model), quiet_transformers():
+    with first_use(model), torch.inference_mode(), evaluation_mode(model), quiet_transformers():
         # Perceiver has logits for all its positions, however short the sequence is.
         alone = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, :length]
         together = model(input_ids=padded, attention_mask=visible).logits[:, :length]

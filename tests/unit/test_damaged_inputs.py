@@ -76,8 +76,8 @@ def damage(path: Path, content: str) -> None:
         path.write_bytes(data)
 
 
-def assert_refused(capfd: pytest.CaptureFixture[str], *argv: str, valid: bool = False) -> None:
-    """`valid`: the input may be accepted, too."""
+def assert_refused(capfd: pytest.CaptureFixture[str], *argv: str, valid: bool = False, shows: str = "") -> None:
+    """`valid`: the input may be accepted, too. `shows`: a part of the message."""
     capfd.readouterr()
     code = main(argv)
     error = capfd.readouterr().err
@@ -88,6 +88,7 @@ def assert_refused(capfd: pytest.CaptureFixture[str], *argv: str, valid: bool = 
         assert len(messages) == 1, error
         assert error.splitlines()[-1] == messages[0], "more than a line"
         assert len(messages[0]) < 1000
+        assert shows in messages[0]
 
 
 JSON_FILES = [
@@ -227,3 +228,91 @@ def test_a_file_in_place_of_a_folder(files: Path, capfd: pytest.CaptureFixture[s
             model = here["checkpoint"] if what == "checkpoint" else str(files / "model")
             command = ["evaluate", "--checkpoint", model, "--corpus", here["corpus"]]
         assert_refused(capfd, *command)
+
+
+@pytest.fixture
+def model_commands(files: Path, model_folder: Path) -> list[list[str]]:
+    """The commands that build `files/model`, or `files/classifier`, from its config."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    BertForSequenceClassification(BertConfig.from_pretrained(model_folder)).save_pretrained(files / "classifier")
+    shutil.copytree(model_folder, files / "classifier", dirs_exist_ok=True, ignore=lambda *_: ["model.safetensors"])
+    config = json.loads((files / "model" / "config.json").read_text())
+    config["architectures"] = ["BertForSequenceClassification"]
+    (files / "classifier" / "config.json").write_text(json.dumps(config))
+    (files / "rows.csv").write_text("label,sentence1\n0,ba de\n1,fi go\n")
+    task = {
+        "run": {"dir": str(files / "finetuned")},
+        "model": {"init_from": str(files / "model"), "max_seq_length": 16},
+        "task": {"train": str(files / "rows.csv"), "validation": str(files / "rows.csv")},
+    }
+    (files / "task.yaml").write_text(yaml.safe_dump(task))
+    model, classifier = str(files / "model"), str(files / "classifier")
+    return [
+        ["predict", "--model", classifier, "--input", str(files / "rows.csv"), "--output", str(files / "out.csv")],
+        ["serve", "--model", model, "--port", "0"],
+        ["export", "--checkpoint", classifier, "--output", str(files / "onnx"), "--format", "onnx"],
+        ["finetune", "--config", str(files / "task.yaml")],
+        ["pretrain", "--config", str(files / "run.yaml"), "--dry_run"],
+        ["evaluate", "--checkpoint", model, "--corpus", str(files / "corpus")],
+    ]
+
+
+IMPOSSIBLE: list[tuple[str, Any, str]] = [
+    ("num_labels", 10**9, "'num_labels' is 1,000,000,000; expected at most"),
+    ("num_hidden_layers", 10**9, "'num_hidden_layers' is 1,000,000,000; expected 1 to 1,000"),
+    ("num_hidden_layers", 0, "'num_hidden_layers' is 0; expected 1 to 1,000"),
+    ("hidden_size", 10**9, "it makes a model far larger than its weights"),
+    ("vocab_size", 10**9, "it makes a model far larger than its weights"),
+    ("max_position_embeddings", 10**9, "it makes a model far larger than its weights"),
+    ("hidden_size", -8, "cannot build a 'bert' model"),
+    ("intermediate_size", -1, "cannot build a 'bert' model"),
+    ("num_attention_heads", 0, "cannot build a 'bert' model"),
+    ("hidden_act", "none", "cannot build a 'bert' model"),
+    ("hidden_size", "8", "'hidden_size'"),
+    ("num_attention_heads", -1, "model cannot compute with its config"),
+    ("return_dict", False, "model cannot compute"),
+    ("architectures", 5, "'architectures' is 5; expected a list of names"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "message"), IMPOSSIBLE)
+def test_a_model_config_with_an_impossible_value(
+    files: Path,
+    model_commands: list[list[str]],
+    capfd: pytest.CaptureFixture[str],
+    key: str,
+    value: Any,
+    message: str,
+) -> None:
+    """Catches a config of a stranger that fills the memory, never ends, or gives a traceback."""
+    for folder in ("model", "classifier"):
+        path = files / folder / "config.json"
+        tree = json.loads(path.read_text()) | {key: value}
+        if key == "num_labels":
+            tree = {name: child for name, child in tree.items() if name not in ("id2label", "label2id")}
+        path.write_text(json.dumps(tree))
+    for argv in model_commands:
+        assert_refused(capfd, *argv, shows=message, valid=argv[0] == "pretrain" and "compute" in message)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("command", ["predict", "export", "finetune", "evaluate"])
+def test_a_model_config_with_a_wrong_value(
+    files: Path, model_commands: list[list[str]], capfd: pytest.CaptureFixture[str], command: str
+) -> None:
+    """Catches a traceback for a config that lacks a key, or has a value of another type or size, wherever it fails."""
+    (argv,) = (argv for argv in model_commands if argv[0] == command)
+    path = files / ("classifier" if command in ("predict", "export") else "model") / "config.json"
+    original = json.loads(path.read_text())
+    failed = []
+    for key in [*original, "num_labels", "return_dict", "chunk_size_feed_forward", "output_hidden_states"]:
+        for kind, value in {**VALUES, "zero": 0, "large": 10**9}.items():
+            path.write_text(json.dumps(original | {key: value}))
+            for output in ("onnx", "finetuned"):
+                shutil.rmtree(files / output, ignore_errors=True)
+            try:
+                assert_refused(capfd, *argv, valid=True)
+            except BaseException as error:
+                failed.append(f"{key} {kind}: {type(error).__name__} {str(error)[:200]}")
+    assert not failed, "\n".join(failed)

@@ -117,5 +117,5 @@ def test_defaults_that_cannot_be_trained_are_refused(
 def test_too_many_layers_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     """Catches a mistyped number of layers, which are built until the memory is full."""
     config = resolve_model_config(ModelConfig(config={"model_type": "bert", "num_hidden_layers": 120_000}), tokenizer)
-    with pytest.raises(UserError, match="'num_hidden_layers' is 120,000; expected at most 1,000"):
+    with pytest.raises(UserError, match="'num_hidden_layers' is 120,000; expected 1 to 1,000"):
         meta_model(config)

@@ -50,7 +50,7 @@ def test_the_vocabulary_of_a_text_model_comes_from_the_tokenizer(
     ):
         with pytest.raises(UserError, match=message):
             resolve_model_config(ModelConfig(config=fields), tokenizer)
-    with pytest.raises(UserError, match="'num_hidden_layers' is 120,000; expected at most 1,000"):
+    with pytest.raises(UserError, match="'num_hidden_layers' is 120,000; expected 1 to 1,000"):
         meta_model(resolve_model_config(ModelConfig(config=visual(num_hidden_layers=120_000)), tokenizer))
 
 

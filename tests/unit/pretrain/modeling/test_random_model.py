@@ -103,13 +103,17 @@ def test_the_check_leaves_config_classes_as_they_were() -> None:
     assert not hasattr(config, "dropout")
 
 
-@pytest.mark.parametrize(("model_type", "field"), [("deberta-v2", "position_buckets"), ("bert", "hidden_act")])
-def test_fields_of_a_folder(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, model_type: str, field: str) -> None:
+@pytest.mark.parametrize(
+    ("model_type", "field", "value"), [("deberta-v2", "position_buckets", 8), ("bert", "hidden_act", "relu")]
+)
+def test_fields_of_a_folder(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, model_type: str, field: str, value: Any
+) -> None:
     """Catches checks that hold for new models only, and rejection of fields that the folder's config has."""
     given = CONFIGS[model_type] | {"vocab_size": len(tokenizer), "position_buckets": 16, "made_up": 1}
     AutoConfig.for_model(model_type, **given).save_pretrained(tmp_path)
     for known in (field, "made_up"):
-        config = resolve_model_config(ModelConfig(init_from=str(tmp_path), config={known: "gelu"}), tokenizer)
-        assert getattr(config, known) == "gelu"
+        config = resolve_model_config(ModelConfig(init_from=str(tmp_path), config={known: value}), tokenizer)
+        assert getattr(config, known) == value
     with pytest.raises(UserError, match=r"'model\.config\.dropot'"):
         resolve_model_config(ModelConfig(init_from=str(tmp_path), config={"dropot": 0.1}), tokenizer)

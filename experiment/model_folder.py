@@ -1,0 +1,124 @@
+"""The config of a Hugging Face folder, and models that are built from it.
+
+The folder may come from a stranger: sizes that cannot be, by mistake or on purpose, are rejected before they cost
+memory or time.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from experiment.errors import UserError, first_line, is_out_of_memory
+from experiment.transformers_models import check_label_count
+
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
+_MAX_LAYERS = 1000  # more are a mistake, and would be built one by one until the memory is full
+_MAX_TENSORS = 50_000  # of a model, for layers by other names
+_SPARE = 1 << 24  # elements of parts that the weights lack, such as a pooler and a new head
+
+
+def load_config(folder: Path, **changes: Any) -> PreTrainedConfig:
+    """The config of a Hugging Face folder. changes: to its settings. Raises UserError if it cannot be read."""
+    check_label_count(folder)
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, **changes
+        )
+    except Exception as error:  # transformers raises many types for values that make no config
+        raise UserError(f"cannot read the model config {folder / 'config.json'}: {first_line(error)}") from None
+    names = config.architectures or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{folder / 'config.json'}: 'architectures' is {names!r}; expected a list of names")
+    return config
+
+
+def build_from_config(
+    auto_model: Any, config: PreTrainedConfig, origin: str, weights: Path | None = None, **options: Any
+) -> PreTrainedModel:
+    """A model with random weights from torch's generator.
+
+    Args:
+        auto_model: a class of transformers, such as AutoModelForMaskedLM.
+        origin: of the config, for messages.
+        weights: a folder whose weights the model will get. Build it on the meta device first, so that a model that is
+            far larger is rejected before it costs memory.
+        options: of `from_config`.
+
+    Raises UserError for a config that makes no model, or one that is too large.
+    """
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(layers, int) and not 1 <= layers <= _MAX_LAYERS:
+        raise UserError(f"{origin}: 'num_hidden_layers' is {layers:,}; expected 1 to {_MAX_LAYERS:,}")
+    try:
+        # transformers stores dtype and attention implementation in the config it is given.
+        with _limited_tensors(origin):
+            model: PreTrainedModel = auto_model.from_config(copy.deepcopy(config), trust_remote_code=False, **options)
+    except UserError:
+        raise
+    except Exception as error:  # transformers raises many types for values that make no model
+        problem = f"cannot build a '{config.model_type}' model from it: {first_line(error)}"
+        raise UserError(f"{origin}: {problem}") from None
+    if weights is not None:
+        _check_size(model, weights, origin)
+    return model
+
+
+@contextmanager
+def _limited_tensors(origin: str) -> Iterator[None]:
+    """Raise UserError as soon as a model that the block builds has too many tensors."""
+    tensors = 0
+
+    def count(_: nn.Module, name: str, tensor: Any) -> None:
+        nonlocal tensors
+        tensors += 1
+        if tensors > _MAX_TENSORS:
+            raise UserError(f"{origin}: it makes a model of more than {_MAX_TENSORS:,} tensors, such as {name}")
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _check_size(model: PreTrainedModel, weights: Path, origin: str) -> None:
+    """Raise UserError for a model with far more elements than its weights have bytes: those of int8 have one each."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    size = _weights_bytes(weights)
+    if size and sum(tensor.numel() for tensor in tensors.values()) > 2 * size + _SPARE:
+        name = max(tensors, key=lambda name: tensors[name].numel())
+        raise UserError(
+            f"{origin}: it makes a model far larger than its weights: {name} would be {list(tensors[name].shape)}, but "
+            f"{weights} has {size:,} bytes of weights"
+        )
+
+
+@contextmanager
+def first_use(model: nn.Module) -> Iterator[None]:
+    """Raise UserError in place of an error of the block, which computes with a model for the first time: transformers
+    builds models from values with which they fail, such as -1 heads."""
+    try:
+        yield
+    except Exception as error:  # of any type of model
+        if isinstance(error, UserError) or is_out_of_memory(error):
+            raise
+        config = getattr(model, "config", None)
+        name, path = getattr(config, "model_type", type(model).__name__), getattr(config, "name_or_path", "")
+        origin = f" in {path}" if path else ""
+        raise UserError(f"the '{name}' model cannot compute with its config{origin}: {first_line(error)}") from None
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether there are weights of PyTorch in a Hugging Face folder."""
+    return any(path.is_file() for pattern in WEIGHT_FILES for path in folder.glob(pattern))
+
+
+def _weights_bytes(folder: Path) -> int:
+    """Those of ONNX models count too: they are built from their config to find out what they accept."""
+    return sum(path.stat().st_size for pattern in (*WEIGHT_FILES, "*.onnx*") for path in folder.glob(pattern))
