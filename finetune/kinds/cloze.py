@@ -55,7 +55,8 @@ class Config(TaskConfig):
     metric: Literal["accuracy"] = "accuracy"
 
     labels: tuple[Name, ...] | None = None
-    """Names of the first, second, … option in `answers`; default: the letters from `A`."""
+    """Names of the first, second, … option in `answers`; default: the letters from `A`. Options after the last name
+    have their number."""
 
     context: Context = "article"
     """Context shown around a blank: the whole article, in overlapping windows if it is too long; the article cut around
@@ -176,10 +177,15 @@ class Kind(TaskKind[Config]):
         if letters is None:
             return segments, options, None
         for number, (row, letter) in enumerate(zip(options, letters, strict=True), 1):
-            if letter not in self._letters[: len(row)]:
-                known = ", ".join(self._letters[: len(row)])
-                raise UserError(f"{record.place}, blank {number}: unknown answer '{letter}'; known: {known}")
-        return segments, options, [self._letters.index(letter) for letter in letters]
+            if letter not in (known := self._names(len(row))):
+                problem = f"unknown answer '{letter}'; known: {', '.join(known)}"
+                raise UserError(f"{record.place}, blank {number}: {problem}")
+        found = zip(options, letters, strict=True)
+        return segments, options, [self._names(len(row)).index(letter) for row, letter in found]
+
+    def _names(self, count: int) -> list[str]:
+        """Of the options of a blank in `answers`: numbers from 1 for those that have no letter."""
+        return [*self._letters[:count], *(str(number + 1) for number in range(len(self._letters), count))]
 
     def _fillings(
         self, option_ids: Sequence[Sequence[list[int]]], answers: Sequence[int] | None, encoder: Encoder
@@ -246,7 +252,7 @@ class Kind(TaskKind[Config]):
             scores[example.details.index].append(self._option_scores(found, example.details))
         probabilities = [torch.softmax(torch.stack(each).mean(0), dim=0).tolist() for each in scores]
         return {
-            "answers": [self._letters[int(np.argmax(each))] for each in probabilities],
+            "answers": [self._names(len(each))[int(np.argmax(each))] for each in probabilities],
             "probabilities": probabilities,
         }
 

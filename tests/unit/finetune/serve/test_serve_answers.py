@@ -117,6 +117,17 @@ def test_ranked_options(folders: dict[str, Path], connect: Connect) -> None:
     assert {each["token"] for each in found[1]} == set(options[1])
 
 
+def test_more_options_than_letters(folders: dict[str, Path], connect: Connect) -> None:
+    """Catches an error in the server for more options than the letters from A to Z."""
+    client, options = connect(folders["masked"]), [f"word{number}" for number in range(32)]
+    request = {
+        "texts": ["word1 [MASK]"] * 2,
+        "options": [[options], [options[::-1]]],
+    }  # the best is among the last in one
+    for (found,) in post(client, "/v1/fill-mask", request)["predictions"]:
+        assert {each["token"] for each in found} == set(options)
+
+
 @pytest.mark.parametrize("head", ["sequence", "masked"])
 def test_embeddings(head: str, folders: dict[str, Path], connect: Connect) -> None:
     """Catches vectors that depend on padding, or are not those of the last layer."""
