@@ -29,6 +29,7 @@ from finetune.serve.served_model import ServedModel
 
 _BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 _LARGEST_ITEM = 32768  # tokens of a text, with all its options
+_OPTION_TOKENS = 8 * _LARGEST_ITEM  # of the options of all texts
 _BATCH_COST = {"cpu": 64, "cuda": 4096}  # tokens that take as long to compute as the fixed costs of a batch
 
 
@@ -104,7 +105,10 @@ class Services:
         return await asyncio.to_thread(lambda: [filler.describe(candidates) for candidates in found])
 
     async def rank(self, texts: Sequence[str], options: Sequence[Sequence[Sequence[str]]]) -> list[Any]:
-        """The options of each mask of each text, the most probable first. The model must fill masks."""
+        """The options of each mask of each text, the most probable first. The model must fill masks.
+
+        Raises HTTPException for options that would take too much memory.
+        """
         filler = self.served.filler
         assert filler is not None
         if len(texts) != len(options):
@@ -113,6 +117,10 @@ class Services:
             filler.option_record(text, each, f"texts[{index}]")
             for index, (text, each) in enumerate(zip(texts, options, strict=True))
         ]
+        tokens = await asyncio.to_thread(filler.count_option_tokens, options)
+        if tokens > _OPTION_TOKENS:  # before they are encoded, which takes as much memory
+            message = f"ranking the options takes {tokens:,} tokens, as each of theirs is masked in turn"
+            raise HTTPException(413, f"{message}; at most {_OPTION_TOKENS:,} are accepted")
         found = await self._predict(filler.ranking, records, False)
         return [
             filler.rank(record, prediction["probabilities"]) for record, prediction in zip(records, found, strict=True)

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
 from waiting import LIMIT, wait_until
 
@@ -293,3 +294,75 @@ def test_memory_stays_flat(model: Path, serve: Serve) -> None:
     for _ in range(5):
         last = ask_all()
     assert last < first + 20 * 2**20
+
+
+@pytest.fixture(scope="module")
+def mask_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A masked LM with a vocabulary and positions as large as BERT's, on which the memory of an answer depends."""
+    folder = tmp_path_factory.mktemp("masked")
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{number}" for number in range(30_000))]
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+    BertForMaskedLM(BertConfig(vocab_size=len(tokens), **shape)).save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(tokens) + "\n")
+    return folder
+
+
+_MASKS = " ".join(["word1 [MASK]"] * 60)
+_HEAVY: list[tuple[str, dict[str, Any]]] = [
+    ("many candidates", {"texts": [_MASKS] * 200, "top_k": 1000}),
+    ("as many candidates as are accepted", {"texts": [_MASKS] * 17, "top_k": 100}),
+    ("many masks", {"texts": [_MASKS] * 1024, "top_k": 1}),
+    ("many options", {"texts": ["word1 [MASK]"], "options": [[[f"word{n}" for n in range(20_000)]]]}),
+    ("as many options as are accepted", {"texts": ["word1 [MASK]"], "options": [[[f"word{n}" for n in range(1024)]]]}),
+    (
+        "long options",
+        {"texts": ["word1 " * 400 + "[MASK]"], "options": [[[f"word{n} " * 100 for n in range(1000)]]]},
+    ),
+    ("long texts", {"texts": ["word1 " * 500 + "[MASK]"] * 100, "top_k": 5}),
+]
+
+
+@pytest.mark.soak
+@pytest.mark.real_start
+def test_heavy_requests_leave_memory_and_other_clients_alone(mask_model: Path, serve: Serve) -> None:
+    """Catches a request that takes gigabytes, so that the server is killed, and one that holds up others for minutes;
+    also if clients leave without waiting for the answer."""
+    server, stop = serve(mask_model), threading.Event()
+    process = psutil.Process(server.process.pid)
+    small = {"texts": ["word1 [MASK]"]}
+    assert post(server.connect(), "/v1/fill-mask", small)[0] == 200
+    before, peak, slowest = process.memory_info().rss, 0, 0.0
+
+    def watch() -> None:
+        nonlocal peak
+        while not stop.wait(0.01):
+            peak = max(peak, process.memory_info().rss)
+
+    def ask_little() -> None:
+        nonlocal slowest
+        while not stop.is_set():
+            start = time.monotonic()
+            assert post(server.connect(), "/v1/fill-mask", small)[0] in (200, 503)
+            slowest = max(slowest, time.monotonic() - start)
+
+    def leave(body: dict[str, Any]) -> None:
+        connection = server.connect()
+        connection.request("POST", "/v1/fill-mask", json.dumps(body), {"Content-Type": "application/json"})
+        connection.close()
+
+    with ThreadPoolExecutor(12) as threads:
+        watched = [threads.submit(watch), threads.submit(ask_little)]
+        try:
+            for name, body in _HEAVY:
+                answers = [threads.submit(post, server.connect(), "/v1/fill-mask", body) for _ in range(4)]
+                for _ in range(20):
+                    leave(body)
+                assert {answer.result(LIMIT)[0] for answer in answers} <= {200, 413, 503}, name
+        finally:
+            stop.set()
+        for each in watched:
+            each.result(LIMIT)
+    assert peak < before + 2**29
+    assert slowest < 30
+    assert post(server.connect(), "/v1/fill-mask", small)[0] == 200
+    assert server.stop() == 0

@@ -81,10 +81,12 @@ def test_strange_texts_are_answered(client: TestClient, text: str) -> None:
     assert set(answer.json()["predictions"][0]["probabilities"]) == {"no", "yes"}
 
 
-def test_no_texts_have_no_predictions(client: TestClient) -> None:
+def test_no_texts_have_no_predictions(client: TestClient, folders: dict[str, Path], connect: Connect) -> None:
     """Catches an error for the empty request of a client."""
     assert client.post("/v1/predict", json={"texts": []}).json() == {"predictions": []}
     assert client.post("/v1/embed", json={"texts": []}).json() == {"embeddings": []}
+    for body in ({"texts": []}, {"texts": [], "options": []}):
+        assert connect(folders["masked"]).post("/v1/fill-mask", json=body).json() == {"predictions": []}
 
 
 @pytest.mark.parametrize(
@@ -229,6 +231,10 @@ def test_addresses_that_others_can_reach_have_any_name() -> None:
             {"texts": ["word1 " * 50 + "[MASK]"], "options": [[["word1 word2 word3 " * 3, "word4 word5 " * 4] * 32]]},
             "a text whose options have .* tokens; at most 500",
         ),
+        (
+            {"texts": ["[MASK]"] * 2, "options": [[["word1 " * 32, "word2 " * 32]], [["word1 " * 40, "word2 " * 40]]]},
+            "ranking the options takes 3,720 tokens, .*; at most 3,000",
+        ),
     ],
 )
 def test_too_much_for_masks(
@@ -236,6 +242,7 @@ def test_too_much_for_masks(
 ) -> None:
     """Catches a request of few texts that takes gigabytes, and minutes of a core."""
     monkeypatch.setattr(serving, "_LARGEST_ITEM", 500)
+    monkeypatch.setattr(serving, "_OPTION_TOKENS", 3000)
     client = connect(folders["masked"])
     answer = client.post("/v1/fill-mask", json=body)
     assert answer.status_code == 413, answer.text
