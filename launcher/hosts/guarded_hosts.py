@@ -4,7 +4,9 @@ See `host_guard` for what runs there.
 """
 
 import json
+import os
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -234,6 +236,9 @@ class _Connection:
         return self._last_output
 
     def close(self) -> None:
-        self.closed = True
-        self._process.kill()
-        self._process.wait()
+        """End ssh, with the processes that it has started, such as a ProxyCommand: they have its output open."""
+        if not self.closed:
+            self.closed = True
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()

@@ -118,6 +118,20 @@ def test_a_cancelled_start_waits_for_no_host(run: str, tmp_path: Path, monkeypat
     assert time.monotonic() - started < guarded_hosts._END_SECONDS
 
 
+def test_a_process_that_ssh_has_started_delays_no_end(
+    run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a stop that never returns if ssh uses a ProxyCommand, which keeps its output open, to a silent host."""
+    install_ssh(tmp_path / "bin", monkeypatch, before=f"sleep 3600 & touch {tmp_path}/connects; sleep 3600")
+    hosts = GuardedHosts(["hangs"], f"{run}-1", ENVIRONMENT, lambda _: None)
+    threading.Thread(target=hosts.start, daemon=True).start()
+    wait_until((tmp_path / "connects").exists)
+    closing = threading.Thread(target=hosts.close, daemon=True)
+    closing.start()
+    closing.join(LIMIT)
+    assert not closing.is_alive()
+
+
 def test_a_killed_guard_leaves_nothing(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches ranks and secrets that stay on a host whose guard alone was killed, because memory ran out."""
     install_ssh(tmp_path / "bin", monkeypatch, before=f"echo $$ > {tmp_path}/guard.pid")
