@@ -544,7 +544,7 @@ def test_a_mistake_is_one_clear_line(
     assert contents(folder) == before
     *before_it, line = printed.splitlines()
     for other in before_it:  # about the data, or what takes seconds
-        assert re.match(r"task: |deepcloze: starting \d+ ranks? on this machine$", other), printed
+        assert re.match(r"task: |deepcloze: checking \S+ for \d+ ranks? on this machine$", other), printed
     assert line.startswith("deepcloze: ")
     assert re.search(mistake.message, line)
     assert code == 2
