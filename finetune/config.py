@@ -20,6 +20,9 @@ from finetune.data.task_config import TaskConfig
 from finetune.kinds import kind_names
 from finetune.task_kind import find_kind
 
+CHANGE_ROUNDING_ONLY = ("microbatch_size", "eval_batch_size", "parallel_seeds")
+"""Keys of `training` that change no more of the results than rounding and the dropout that is drawn."""
+
 _HIGH_LR = 0.01  # even for small models
 
 

@@ -16,7 +16,7 @@ from experiment.files import checksum
 from experiment.progress import terminal
 from experiment.run_folder import RunFolder, check_run_folder
 from experiment.tracking.tracker import check_tracking
-from finetune.config import FinetuneConfig, ModelConfig, TrainingConfig
+from finetune.config import CHANGE_ROUNDING_ONLY, FinetuneConfig, ModelConfig, TrainingConfig
 from finetune.data.records import Table
 from finetune.data_report import data_warnings, describe_example, print_lengths
 from finetune.device import Device, choose_device
@@ -137,7 +137,7 @@ def _result_settings(
     """Everything the results of a seed depend on, apart from the seed: only equal settings may share a table."""
     tree = config.model_dump(mode="json")
     del tree["run"], tree["tracking"], tree["task"]["name"], tree["training"]["seeds"]
-    for key in ("microbatch_size", "eval_batch_size", "parallel_seeds"):  # change rounding and dropout only
+    for key in CHANGE_ROUNDING_ONLY:
         del tree["training"][key]
     tree["task"]["labels"] = list(labels)
     tree["training"]["precision"] = device.precision

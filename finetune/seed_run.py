@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from experiment.config import flatten
+from experiment.config import defaults, flatten
 from experiment.errors import UserError
 from experiment.files import parse_json, removed_on_error, write_json
 from experiment.progress import terminal
 from experiment.provenance import read_provenance, write_origin
 from experiment.run_folder import RunFolder
-from finetune.config import TrainingConfig
+from finetune.config import FinetuneConfig
 from finetune.encoding.encoder import load_task_tokenizer
 from finetune.metrics import measure_calibration
 from finetune.model import build_model, save_model
@@ -50,8 +50,8 @@ def finished_seeds(folder: RunFolder, settings: Mapping[str, Any]) -> dict[int, 
 
 
 def _check_settings(seed_folder: Path, settings: Mapping[str, Any], recorded: Mapping[str, Any]) -> None:
-    defaults = flatten({"training": TrainingConfig().model_dump(mode="json")})  # of keys that are newer
-    now, before = defaults | flatten(settings), defaults | flatten(recorded)
+    older = defaults(FinetuneConfig)  # values of keys that an earlier version did not have
+    now, before = older | flatten(settings), older | flatten(recorded)
     if different := [key for key in sorted({*now, *before}) if now.get(key) != before.get(key)]:
         key = different[0]
         raise UserError(

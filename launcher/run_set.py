@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
+from experiment.config import defaults
 from experiment.errors import StoppedError, UserError, notify, reason, stopped_by_disk_errors
 from experiment.files import parse_json, write_json
 from experiment.outcome_file import Outcome, read_outcome, recorded_outcome
@@ -22,6 +23,8 @@ from experiment.own_process import own_environment
 from experiment.run_folder import RunFolder, open_run_folder
 from experiment.run_lock import is_locked, lock_run
 from experiment.signals import handle_stop_signals
+from finetune.config import CHANGE_ROUNDING_ONLY, FinetuneConfig
+from pretrain.config import PretrainConfig
 
 SWEEP_RECORD = "sweep.json"
 COMPARISON_RECORD = "runs.json"
@@ -30,7 +33,7 @@ REJECTED = "rejected (exit code 2)"  # the user's mistake, which the run has rep
 
 _SEEDS = "training.seeds"  # may change: finished seeds are not trained again
 _OTHER_SEEDS = "started with other seeds"
-_IRRELEVANT = "tracking."  # keys that do not change results
+_IRRELEVANT = ("tracking.", *(f"training.{key}" for key in CHANGE_ROUNDING_ONLY))  # beginnings of keys
 _POLL_SECONDS = 0.5
 
 FlatConfig = Mapping[str, object]
@@ -134,7 +137,7 @@ class RunSet:
         for run in self.runs:
             folder, new = self.run_folder(run).path, RunRecord(config=run.config)
             record = records.get(run.name, new) if folder.exists() else new
-            before = record["config"]
+            before = _with_new_keys(record["config"], run.config)
             if key := _changed_key(before, run.config):
                 raise UserError(
                     f"{self.option}: {folder} was started with another {key}: {before.get(key)!r}, now "
@@ -174,6 +177,13 @@ def _locked(folder: RunFolder, option: str) -> Iterator[None]:
         except UserError as error:
             raise UserError(str(error).replace("run.dir", option, 1)) from None
         yield
+
+
+def _with_new_keys(before: FlatConfig, now: FlatConfig) -> FlatConfig:
+    """A recorded config with the keys of `now` that an earlier version did not have, at their defaults."""
+    pretraining = defaults(PretrainConfig)
+    known = pretraining | {f"pretrain.{key}": value for key, value in pretraining.items()} | defaults(FinetuneConfig)
+    return {key: known[key] for key in now if key in known} | dict(before)
 
 
 def _changed_key(before: FlatConfig, now: FlatConfig) -> str | None:

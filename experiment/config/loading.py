@@ -12,6 +12,7 @@ from typing import Any, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import to_jsonable_python
 
 from experiment.config.field_types import (
     accepts,
@@ -112,6 +113,17 @@ def flatten(config: Section | Mapping[str, Any]) -> dict[str, Any]:
             leaves.update({f"{key}.{below}": leaf for below, leaf in flatten(value).items()})
         else:
             leaves[key] = value
+    return leaves
+
+
+def defaults(config_type: type[Section]) -> dict[str, Any]:
+    """{'section.key': default} for every leaf that has one."""
+    leaves: dict[str, Any] = {}
+    for name, field in config_type.model_fields.items():
+        if not field.is_required():
+            leaves |= flatten({name: to_jsonable_python(field.get_default(call_default_factory=True))})
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            leaves |= flatten({name: defaults(field.annotation)})
     return leaves
 
 

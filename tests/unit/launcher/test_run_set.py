@@ -6,6 +6,7 @@ from pathlib import Path
 import filelock
 import pytest
 
+from experiment.errors import UserError
 from experiment.files import write_json
 from experiment.outcome_file import Outcome, write_outcome
 from experiment.run_folder import open_run_folder
@@ -83,8 +84,32 @@ def test_a_pretraining_that_was_resumed_and_stopped_is_not_done(
     assert finish(tmp_path, {}, monkeypatch) == []
 
 
-def test_a_new_key_of_tracking_changes_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a sweep that a newer version, whose configs have one more key, cannot resume."""
+@pytest.mark.parametrize(
+    "newer",
+    [
+        {"tracking.alerts.new": False},
+        {"training.adam_eps": 1e-8},
+        {"pretrain.optimizer.grad_clip": 1.0},
+        {"training.parallel_seeds": 2},
+    ],
+)
+def test_a_new_key_changes_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, newer: FlatConfig) -> None:
+    """Catches a sweep or comparison that a newer version, whose configs have one more key, cannot resume."""
     write_json(tmp_path / "sweep.json", {"runs": {"a": {"config": {"seed": 1}}}})
     (tmp_path / "a").mkdir()
-    assert finish(tmp_path, {"seed": 1, "tracking.alerts.new": False}, monkeypatch) == ["command"]
+    assert finish(tmp_path, {"seed": 1, **newer}, monkeypatch) == ["command"]
+
+
+def test_a_new_key_with_another_value_changes_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches one table of runs with and without a setting that an earlier version did not have."""
+    write_json(tmp_path / "sweep.json", {"runs": {"a": {"config": {"seed": 1}}}})
+    (tmp_path / "a").mkdir()
+    with pytest.raises(UserError, match=r"another training\.adam_eps: 1e-08, now 1e-06"):
+        finish(tmp_path, {"seed": 1, "training.adam_eps": 1e-6}, monkeypatch)
+
+
+def test_seeds_in_parallel_change_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a sweep that cannot go on with more seeds at a time."""
+    for parallel in (1, 2):
+        finish(tmp_path, {"training.parallel_seeds": parallel, "training.microbatch_size": parallel}, monkeypatch)
+        (tmp_path / "a").mkdir(exist_ok=True)
