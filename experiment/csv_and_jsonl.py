@@ -10,9 +10,9 @@ import re
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import chain
-from typing import Any, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 from experiment.errors import UserError, escaped
 from experiment.files import parse_json
@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 
 # An unclosed quote swallows the rows after it. No real field is longer than this many characters.
 _MAX_FIELD = 1 << 27
+# Bytes. A compressed file of a megabyte may hold a line that no memory does.
+_MAX_LINE = 1 << 30
 _WORDS_OF_A_NAME = re.compile(r"(?:[^\W\d]|#)[\w.()%#/:-]*(?: [\w(#][\w.()%#/:-]*){0,2}")  # '#1 ID', 'score (1-5)'
 _MAX_NAME = 40  # characters
 
@@ -50,9 +52,17 @@ class JsonRow(NamedTuple):
     cells: dict[str, Any]
 
 
-def text_lines(stream: Iterable[bytes], origin: str) -> Iterator[str]:
-    """The lines of a UTF-8 file, with their line ends and without a byte order mark."""
-    for number, raw in enumerate(stream, 1):
+def raw_lines(stream: IO[bytes], origin: str) -> Iterator[bytes]:
+    """The lines of a file, with their line ends. Raises UserError for a line that is too long to be one."""
+    for number, line in enumerate(iter(partial(stream.readline, _MAX_LINE + 1), b""), 1):
+        if len(line) > _MAX_LINE:
+            raise UserError(f"{origin}:{number}: the line has more than {_MAX_LINE:,} bytes; split it")
+        yield line
+
+
+def text_lines(lines: Iterable[bytes], origin: str) -> Iterator[str]:
+    """Decode the lines of a UTF-8 file. They keep their line ends, but not a byte order mark."""
+    for number, raw in enumerate(lines, 1):
         try:
             line = raw.decode("utf-8")
         except UnicodeDecodeError as error:

@@ -123,6 +123,8 @@ def disk_error_number(error: BaseException) -> int | None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the memory of a device, or that of the host, does not suffice. For the latter torch has no type."""
-    return type(error).__name__ == "OutOfMemoryError" or (
-        isinstance(error, RuntimeError | MemoryError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY))
     )

@@ -402,7 +402,7 @@ _RESUMABLE = ("corpus", "pretrain", "finetune", "sweep", "compare", "watch")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line (without the program's name) and return the exit code: 0, 2, 75, 130 or 141."""
+    """Run one command line (without the program's name) and return the exit code: 0, 1, 2, 75, 130 or 141."""
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         if argv == ["--version"]:
@@ -426,6 +426,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not _reader_has_ended():
             raise
         return 141  # as a shell reports a program that ends by SIGPIPE
+    except MemoryError:
+        return _fail("memory ran out", 1)
     except Exception as error:
         if (message := describe_disk_error(error)) is None:
             raise

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple, cast
 
 import pyarrow
 import pyarrow.parquet
 
-from experiment.csv_and_jsonl import CsvFormat, CsvRow, read_csv, read_json_lines, text_lines, warn_once
+from experiment.csv_and_jsonl import CsvFormat, CsvRow, raw_lines, read_csv, read_json_lines, text_lines, warn_once
 from experiment.errors import UserError
 from experiment.files import parse_json
 
@@ -50,7 +50,8 @@ def open_lines(path: Path) -> Iterator[Iterator[str]]:
     """The lines of a file, perhaps compressed (.gz). They end at "\\n", "\\r\\n" or "\\r". Raises UserError."""
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            yield text_lines((line for part in file for line in part.splitlines(keepends=True)), str(path))
+            parts = raw_lines(cast(IO[bytes], file), str(path))
+            yield text_lines((line for part in parts for line in part.splitlines(keepends=True)), str(path))
     except (OSError, EOFError, zlib.error) as error:  # also a .gz file that is damaged or not compressed
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
 

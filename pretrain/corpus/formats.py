@@ -23,6 +23,7 @@ from experiment.csv_and_jsonl import (
     CsvFormat,
     column_index,
     missing_column,
+    raw_lines,
     read_csv,
     read_json_lines,
     text_lines,
@@ -42,7 +43,9 @@ _SUFFIXES = {
     "tsv": "tsv",
     "parquet": "parquet",
 }
+_MAX_DOCUMENT = 1 << 30  # characters; a text without the expected blank lines may be larger than memory
 _MATCH_SECONDS = 10.0  # for a line; a pattern that tries all ways to split a line may take years
+_ZSTANDARD_BYTES = 1 << 13  # decompressed at once; they may become 10,000 times as many
 _CONVERSIONS = {
     "convert it to text, for instance with pandoc": "docx epub htm html odt rtf xhtml",
     "convert it to text, for instance with pdftotext": "pdf",
@@ -111,13 +114,17 @@ def parse_documents(
             seekable = not compression and origin == name
             yield from _parse_parquet(stream if seekable else _copy_to_disk(stream), origin, options.column)
         elif file_format == "jsonl":
-            yield from _parse_json_lines(text_lines(stream, origin), origin, options.column)
+            yield from _parse_json_lines(_text_lines(stream, origin), origin, options.column)
         elif file_format in ("csv", "tsv"):
             separator = options.sep or ("," if file_format == "csv" else "\t")
             csv_format = CsvFormat(separator, options.quoting, options.header != "none")
-            yield from _parse_csv(text_lines(stream, origin), origin, csv_format, options.column)
+            yield from _parse_csv(_text_lines(stream, origin), origin, csv_format, options.column)
         else:
-            yield from _parse_text(text_lines(stream, origin), origin, options, stats)
+            yield from _parse_text(_text_lines(stream, origin), origin, options, stats)
+
+
+def _text_lines(stream: IO[bytes], origin: str) -> Iterator[str]:
+    return text_lines(raw_lines(stream, origin), origin)
 
 
 def cell_document(value: object, origin: str, row: int, column: str) -> Document:
@@ -134,7 +141,7 @@ def _parse_text(lines: Iterable[str], origin: str, options: TextOptions, stats: 
         for number, line in numbered:
             yield Document(line, origin, number)
         return
-    first = 1
+    first, length = 1, 0
     collected: list[str] = []
     for number, line in numbered:
         is_separator = options.document == "blank_line" and not line.strip()
@@ -142,10 +149,13 @@ def _parse_text(lines: Iterable[str], origin: str, options: TextOptions, stats: 
         stats.start_matches += is_start
         if (is_separator or is_start) and collected:
             yield Document("\n".join(collected), origin, first)
-            collected = []
+            collected, length = [], 0
         if not is_separator:
             first = first if collected else number
             collected.append(line)
+            length += len(line) + 1
+        if length > _MAX_DOCUMENT:
+            raise UserError(f"{origin}:{first}: the document has more than {_MAX_DOCUMENT:,} characters; split it")
     if collected:
         yield Document("\n".join(collected), origin, first)
 
@@ -237,7 +247,7 @@ class _ZstandardReader(io.RawIOBase):
 
     def readinto(self, buffer: "WriteableBuffer") -> int:
         while not self._output:
-            chunk = self._input or self._compressed.read(1 << 17)
+            chunk = self._input or self._compressed.read(_ZSTANDARD_BYTES)
             if not chunk:
                 if self._frame is not None:
                     raise EOFError("the last Zstandard frame has no end")

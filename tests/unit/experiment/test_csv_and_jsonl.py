@@ -1,9 +1,19 @@
+import io
 import itertools
 from collections.abc import Iterator
 
 import pytest
 
-from experiment.csv_and_jsonl import CsvFormat, column_index, looks_like_header, read_csv, read_json_lines, text_lines
+from experiment import csv_and_jsonl
+from experiment.csv_and_jsonl import (
+    CsvFormat,
+    column_index,
+    looks_like_header,
+    raw_lines,
+    read_csv,
+    read_json_lines,
+    text_lines,
+)
 from experiment.errors import UserError
 
 
@@ -86,6 +96,17 @@ def test_bad_text_is_found_while_reading() -> None:
     assert next(lines) == "a\n"
     with pytest.raises(UserError, match=r"f:2: not UTF-8 text \(byte 0xff at column 1\)"):
         next(lines)
+
+
+def test_a_line_larger_than_memory_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a compressed file of a megabyte with a line of gigabytes, which uses up the memory of the machine."""
+    monkeypatch.setattr(csv_and_jsonl, "_MAX_LINE", 10)
+    stream = io.BytesIO(b"123456789\n" + b"x" * 100)
+    lines = raw_lines(stream, "f")
+    assert next(lines) == b"123456789\n"
+    with pytest.raises(UserError, match="f:2: the line has more than 10 bytes"):
+        next(lines)
+    assert stream.tell() < 30
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,8 @@ def test_exceptions_become_exit_codes(
     capsys.readouterr()
     assert ends_with(OSError(28, "No space left on device", "runs/a/launch.jsonl")) == 2
     assert capsys.readouterr().err == "deepcloze: runs/a/launch.jsonl: disk full\n"
+    assert ends_with(MemoryError()) == 1
+    assert capsys.readouterr().err == "deepcloze: memory ran out\n"
     for bug in (ZeroDivisionError(), FileNotFoundError(2, "No such file or directory", "x")):
         with pytest.raises(type(bug)):
             ends_with(bug)

@@ -2,6 +2,7 @@ import gzip
 import io
 import json
 import tarfile
+import tracemalloc
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,26 @@ def test_documents_of_several_lines(tmp_path: Path, flags: dict[str, str], expec
     path = tmp_path / "a.txt"
     path.write_text("intro\n\n = A = \none\n \ntwo\n = B = \nthree\n")
     assert texts(path, **flags) == expected
+
+
+def test_a_document_larger_than_memory_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a large file without blank lines that is collected into one document until memory runs out."""
+    monkeypatch.setattr(formats, "_MAX_DOCUMENT", 10)
+    path = tmp_path / "a.txt"
+    path.write_text("1234\n6789\n\n" + "ab\n" * 4)
+    with pytest.raises(UserError, match=r"a\.txt:4: the document has more than 10 characters"):
+        texts(path, document="blank_line")
+
+
+def test_little_memory_suffices_for_compressed_text(tmp_path: Path) -> None:
+    """Catches a part of a Zstandard file whose content, ten thousand times larger, is made in memory at once."""
+    path = tmp_path / "a.txt.zst"
+    path.write_bytes(zstandard.compress((b"a " * 499 + b"a\n") * 300_000))
+    stream = formats.decompress(path.open("rb"), "zst")
+    tracemalloc.start()
+    assert stream.readline() == b"a " * 499 + b"a\n"
+    assert tracemalloc.get_traced_memory()[1] < 200 << 20
+    tracemalloc.stop()
 
 
 def test_document_start_has_a_time_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
