@@ -161,6 +161,7 @@ def fit(
             fitting.evaluate(log)
             if state_file is not None and not fitting.done:
                 state_file.save(fitting.state())
+        return fitting.predict()
     except KeyboardInterrupt:
         if state_file is None:
             raise
@@ -168,7 +169,6 @@ def fit(
         raise StoppedError(
             f"stopped: seed {seed} at step {fitting.steps:,}, saved; run the same command again to resume"
         ) from None
-    return fitting.predict()
 
 
 def score(model: nn.Module, task: Task, config: TrainingConfig, device: Device) -> Fitted:

@@ -441,6 +441,28 @@ def test_an_interrupted_training_resumes_exactly(tmp_path: Path, call: int) -> N
         assert torch.equal(one, other)
 
 
+def test_an_interrupted_prediction_needs_no_training_again(tmp_path: Path) -> None:
+    """Catches Ctrl-C while a large test split is predicted that costs the updates since the evaluation before the last
+    one: all of them, if there was only one."""
+    config = TrainingConfig(lr=0.03, epochs=2, batch_size=8, evaluate_every=5)
+    ready, state = task(test=split(9, 3)), StateFile(tmp_path / "work" / "state.pt", {"lr": 1})
+    whole = fit(Bag(), ready, config, 7, CPU, ignore)
+    interrupted, resumed = Bag(), Bag()
+
+    def interrupt(model: nn.Module, _: object, output: Any) -> None:
+        if len(output.logits) == 9:  # of test
+            signal.raise_signal(signal.SIGINT)
+
+    interrupted.register_forward_hook(interrupt)
+    with pytest.raises(StoppedError, match="saved"):
+        fit(interrupted, ready, config, 7, CPU, ignore, state)
+    assert state.steps == whole.epochs[-1].steps
+    updates: list[bool] = []
+    resumed.register_forward_hook(lambda model, *_: updates.append(model.training))
+    assert without_seconds(fit(resumed, ready, config, 7, CPU, ignore, state)) == without_seconds(whole)
+    assert updates == [False]
+
+
 def without_seconds(fitted: Fitted) -> Fitted:
     return replace(fitted, epochs=tuple(replace(epoch, seconds=0) for epoch in fitted.epochs), best=fitted.best.steps)  # type: ignore[arg-type]
 
