@@ -72,7 +72,7 @@ def train_seed(seed: int, run: ResolvedRun, log: Log) -> SeedRecord:
     if run.task.is_trained:
         state = state_file(seed, run)
         evaluations = _working_folder(seed, run.folder) / _EVALUATIONS
-        if not state.steps:
+        if run.keep != "all" or not state.steps:
             shutil.rmtree(evaluations, ignore_errors=True)
 
         def keep(steps: int) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from experiment.errors import UserError
+from experiment.errors import StoppedError, UserError
 from experiment.run_folder import RunFolder, open_run_folder
 from experiment.run_lock import is_locked, lock_run
 from finetune import resolve as resolve_module
@@ -20,6 +20,7 @@ from finetune import seed_run
 from finetune.device import Device
 from finetune.run import finetune
 from finetune.seed_run import finished_seeds
+from finetune.training.fit import StateFile
 from launcher.cli import main
 from small_disk import SmallDisk
 
@@ -228,6 +229,31 @@ def test_a_killed_run_resumes_within_a_seed(
     assert len(run_files(run)) > 8
     steps = [[json.loads(line)["step"] for line in (at / "metrics.jsonl").open()] for at in (run, other)]
     assert steps[0] == steps[1]
+    assert not list(run.glob(".seed*"))
+
+
+def stop_at_the_first_evaluation(config_file: Path, overrides: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    save = StateFile.save
+
+    def save_and_stop(self: StateFile, state: Any) -> None:
+        save(self, state)
+        monkeypatch.setattr(StateFile, "save", save)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(StateFile, "save", save_and_stop)
+    with pytest.raises(StoppedError):
+        finetune(config_file, overrides)
+
+
+def test_models_of_evaluations_are_kept_only_if_asked_for(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a resume without `run.keep: all` that keeps the models of some evaluations, and a hidden folder."""
+    stop_at_the_first_evaluation(config_file, {"training.seeds": "[1]", "run.keep": "all"}, monkeypatch)
+    run = tmp_path / "run"
+    assert len(list((run / ".seed-1" / "evaluations").iterdir())) == 1
+    finetune(config_file, {"training.seeds": "[1]", "run.keep": "best"})
+    assert not (run / "seed-1" / "evaluations").exists()
     assert not list(run.glob(".seed*"))
 
 
