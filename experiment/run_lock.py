@@ -4,7 +4,8 @@ On one machine the system keeps the lock and releases it when the process ends, 
 systems do that between machines. There the owner renews a file, and one that has not been renewed for a while counts as
 dead.
 
-The ranks of a launch hold a second lock: if both the launch and its watchdog are killed, they may train on.
+The ranks of a launch hold a second lock: if both the launch and its watchdog are killed, they may train on. So do the
+processes of `training.parallel_seeds`, which take a while to save their state when the command is killed.
 """
 
 import fcntl
@@ -105,17 +106,17 @@ def _is_held(lock: Path) -> bool:
 
 
 def _wait_for_ranks(folder: RunFolder) -> None:
-    """Raises UserError if ranks of an earlier launch, which was killed, do not end within `_DEAD_SECONDS`."""
+    """Raises UserError if processes of an earlier command, which was killed, do not end within `_DEAD_SECONDS`."""
     start, said = time.monotonic(), False
     while _is_held(folder.ranks_lock):
         seconds = time.monotonic() - start
         if seconds > _QUIET_SECONDS and not said:
-            notify(f"waiting for the ranks of an earlier launch to end, in {folder.path}")
+            notify(f"waiting for the processes of an earlier command to end, in {folder.path}")
             said = True
         if seconds > _DEAD_SECONDS:
             raise UserError(
-                f"run.dir: ranks of an earlier launch, which was killed, still use {folder.path}; end them: "
-                f"{', '.join(_running_ranks(folder))}"
+                f"run.dir: processes of an earlier command, which was killed, still use {folder.path}; end them: "
+                f"{', '.join(_running_ranks(folder)) or f'fuser {folder.ranks_lock} names them'}"
             )
         time.sleep(_POLL_SECONDS)
 

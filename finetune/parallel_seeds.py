@@ -23,6 +23,7 @@ from experiment.outcome_file import Outcome
 from experiment.own_process import module_command, own_environment
 from experiment.progress import progress, terminal
 from experiment.run_folder import RunFolder
+from experiment.run_lock import lock_for_rank
 from experiment.signals import handle_stop_signals, interrupt
 from experiment.tracking.jsonl import JsonlTracker, kept_events, read_last_events
 from experiment.tracking.progress_line import ConsoleTracker
@@ -161,6 +162,7 @@ def _stop_with_parent() -> None:
 def main(argv: Sequence[str]) -> int:
     """Train one seed. Returns an exit code."""
     config, seed = argv[0], int(argv[1])
+    lock_for_rank(RunFolder(Path(config).parent))  # the next command waits, if its parent was killed
     try:
         with handle_stop_signals(interrupt), stopped_by_disk_errors(advice="; the same command resumes"):
             threading.Thread(target=_stop_with_parent, daemon=True).start()

@@ -176,5 +176,5 @@ sys.stdin.read()
         threading.Timer(0.3, rank.kill).start()
         with lock_run(folder):
             assert rank.wait() != 0
-    assert capsys.readouterr().err.count("waiting for the ranks of an earlier launch to end") == 1
+    assert capsys.readouterr().err.count("waiting for the processes of an earlier command to end") == 1
     assert not is_locked(folder)

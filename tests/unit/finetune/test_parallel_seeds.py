@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from experiment.run_folder import RunFolder
+from experiment.run_folder import RunFolder, open_run_folder
+from experiment.run_lock import is_locked, lock_run
 from finetune.parallel_seeds import _share
 from finetune.run import finetune
 from launcher.cli import main
@@ -87,6 +89,19 @@ def test_a_seed_that_fails_ends_the_command(
     assert start(config_file, **flags).wait() == 2
     assert "training diverged" in capfd.readouterr().err.splitlines()[-1]
     assert not children_with(tmp_path / "run")
+
+
+def test_a_seed_that_outlives_its_command_is_waited_for(config_file: Path, tmp_path: Path) -> None:
+    """Catches two processes that train one seed, after the command was killed and started again at once."""
+    folder = open_run_folder(tmp_path / "run")
+    shutil.copy(config_file, folder.config)
+    command = [sys.executable, "-m", "finetune.parallel_seeds", str(folder.config), "1"]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE) as process:
+        wait_until(lambda: is_locked(folder), process)
+        assert process.stdin is not None
+        process.stdin.close()  # as the system does when the command is killed
+        with lock_run(folder):
+            assert process.wait() == 75
 
 
 def test_each_process_gets_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
