@@ -52,15 +52,16 @@ def train_seeds_in_parallel(seeds: Sequence[int], run: ResolvedRun, logs: Mappin
     logs: of each seed.
     """
     waiting, unlogged, running = list(seeds), list(seeds), list[_SeedProcess]()
+    slots = min(run.training.parallel_seeds, len(seeds))
     started = {seed: state_file(seed, run).steps for seed in seeds}
     total = run.steps * len(seeds) - sum(started.values())
     try:
         with progress("training", total, describe=lambda done: f"{done:,.0f} of {total:,} steps") as advance:
             done = 0
             while waiting or running:
-                free = [slot for slot in range(run.training.parallel_seeds) if slot not in {it.slot for it in running}]
+                free = [slot for slot in range(slots) if slot not in {it.slot for it in running}]
                 while waiting and free:
-                    running.append(_start(waiting.pop(0), free.pop(0), run))
+                    running.append(_start(waiting.pop(0), free.pop(0), slots, run))
                 time.sleep(_POLL_SECONDS)
                 for ended in [it for it in running if it.process.poll() is not None]:
                     running.remove(ended)
@@ -86,12 +87,12 @@ def log_events_of_process(seed: int, run: ResolvedRun, log: Log) -> None:
     path.unlink(missing_ok=True)
 
 
-def _start(seed: int, slot: int, run: ResolvedRun) -> _SeedProcess:
+def _start(seed: int, slot: int, slots: int, run: ResolvedRun) -> _SeedProcess:
     notify(f"seed {seed}: training, see {_log_file(seed, run.folder)}")
     with _log_file(seed, run.folder).open("ab") as output:
         process = subprocess.Popen(
             [*module_command(__name__), str(run.folder.config), str(seed)],
-            env={**own_environment(), **_share(slot, run)},
+            env={**own_environment(), **_share(slot, slots, run)},
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=output,
@@ -100,13 +101,13 @@ def _start(seed: int, slot: int, run: ResolvedRun) -> _SeedProcess:
     return _SeedProcess(seed, slot, process)
 
 
-def _share(slot: int, run: ResolvedRun) -> dict[str, str]:
+def _share(slot: int, slots: int, run: ResolvedRun) -> dict[str, str]:
     """The variables that give the process in a slot its GPU, or its share of the cores."""
     if run.device.device.type == "cuda":
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         devices = visible.split(",") if visible else list(map(str, range(torch.cuda.device_count())))
         return {"CUDA_VISIBLE_DEVICES": devices[slot % len(devices)]}
-    return {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // run.training.parallel_seeds))}
+    return {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // slots))}
 
 
 def _finish(ended: _SeedProcess, run: ResolvedRun) -> None:
