@@ -24,13 +24,13 @@ from experiment.own_process import module_command, own_environment
 from experiment.progress import progress, terminal
 from experiment.run_folder import RunFolder
 from experiment.run_lock import lock_for_rank
-from experiment.signals import handle_stop_signals, interrupt
+from experiment.signals import handle_stop_signals, interrupt, uninterrupted
 from experiment.tracking.jsonl import JsonlTracker, kept_events, read_last_events
 from experiment.tracking.progress_line import ConsoleTracker
 from finetune.resolve import ResolvedRun, load_run_config, resolve
 from finetune.results.seed_summary import SeedRecord
 from finetune.results.tables import print_epochs
-from finetune.seed_run import finished_seeds, state_file, train_seed
+from finetune.seed_run import finished_seeds, is_finished, state_file, train_seed
 from finetune.training.fit import Log
 
 _POLL_SECONDS = 0.2
@@ -43,18 +43,19 @@ class _SeedProcess:
     process: "subprocess.Popen[bytes]"
 
 
-def train_seeds_in_parallel(seeds: Sequence[int], run: ResolvedRun, logs: Mapping[int, Log]) -> dict[int, SeedRecord]:
-    """Train with these seeds, `training.parallel_seeds` at a time. Returns the records of all finished seeds.
+def train_seeds_in_parallel(run: ResolvedRun, logs: Mapping[int, Log]) -> dict[int, SeedRecord]:
+    """Train with the missing seeds, `training.parallel_seeds` at a time. Returns the records of all finished seeds.
 
     Raises UserError if a seed was rejected, StoppedError if one was stopped, and SystemExit if one failed, when the
     others have saved their state.
 
-    logs: of each seed.
+    logs: of all seeds, in the order of their events.
     """
-    waiting, unlogged, running = list(seeds), list(seeds), list[_SeedProcess]()
-    slots = min(run.training.parallel_seeds, len(seeds))
-    started = {seed: state_file(seed, run).steps for seed in seeds}
-    total = run.steps * len(seeds) - sum(started.values())
+    waiting = [seed for seed in logs if not is_finished(seed, run)]
+    unlogged, running = list(logs), list[_SeedProcess]()
+    slots = min(run.training.parallel_seeds, len(waiting))
+    started = {seed: state_file(seed, run).steps for seed in waiting}
+    total = run.steps * len(started) - sum(started.values())
     try:
         with progress("training", total, describe=lambda done: f"{done:,.0f} of {total:,} steps") as advance:
             done = 0
@@ -66,10 +67,10 @@ def train_seeds_in_parallel(seeds: Sequence[int], run: ResolvedRun, logs: Mappin
                 for ended in [it for it in running if it.process.poll() is not None]:
                     running.remove(ended)
                     _finish(ended, run)
-                while unlogged and _is_finished(unlogged[0], run.folder):  # in their order: steps never decrease
+                while unlogged and is_finished(unlogged[0], run):  # in their order: steps never decrease
                     seed = unlogged.pop(0)
                     log_events_of_process(seed, run, logs[seed])
-                now = sum(max(_last_step(seed, run) - started[seed], 0) for seed in seeds)
+                now = sum(max(_last_step(seed, run) - started[seed], 0) for seed in started)
                 advance(now - done)
                 done = now
     except KeyboardInterrupt:
@@ -82,9 +83,11 @@ def train_seeds_in_parallel(seeds: Sequence[int], run: ResolvedRun, logs: Mappin
 def log_events_of_process(seed: int, run: ResolvedRun, log: Log) -> None:
     """Log the events that the process of a seed has left, up to the state from which it resumes."""
     path = _events_file(seed, run.folder)
-    for event in kept_events(path, run.steps if _is_finished(seed, run.folder) else state_file(seed, run).steps):
-        log(event.pop("step"), event)
-    path.unlink(missing_ok=True)
+    events = kept_events(path, run.steps if is_finished(seed, run) else state_file(seed, run).steps)
+    with uninterrupted():  # the next command would log them again
+        for event in events:
+            log(event.pop("step"), event)
+        path.unlink(missing_ok=True)
 
 
 def _start(seed: int, slot: int, slots: int, run: ResolvedRun) -> _SeedProcess:
@@ -139,11 +142,7 @@ def _stop(running: Sequence[_SeedProcess]) -> None:
 
 def _last_step(seed: int, run: ResolvedRun) -> int:
     events = read_last_events(_events_file(seed, run.folder))
-    return max((event["step"] for event in events), default=run.steps if _is_finished(seed, run.folder) else 0)
-
-
-def _is_finished(seed: int, folder: RunFolder) -> bool:
-    return (folder.path / f"seed-{seed}").exists()
+    return max((event["step"] for event in events), default=run.steps if is_finished(seed, run) else 0)
 
 
 def _events_file(seed: int, folder: RunFolder) -> Path:

@@ -25,6 +25,7 @@ from experiment.outcome_file import Outcome, recorded_outcome
 from experiment.provenance import ancestors_of, collect_provenance, write_provenance
 from experiment.run_folder import RunFolder, check_creatable, open_run_folder
 from experiment.run_lock import check_unlocked, lock_run
+from experiment.tracking.jsonl import read_events
 from experiment.tracking.rank_logs import logging_set_up
 from experiment.tracking.tracker import TrackedRun, Tracker, open_trackers
 from finetune.config import FinetuneConfig
@@ -89,39 +90,47 @@ def _train_and_score(config: FinetuneConfig, resolved: ResolvedRun) -> dict[str,
     ancestors = ancestors_of(model.folder, "init_from") if model.pretrained else []
     run_id = write_provenance(folder, collect_provenance(sys.argv), ancestors)
     records = {seed: finished[seed] for seed in seeds if seed in finished}
-    missing = [seed for seed in seeds if seed not in finished]
+    order = _in_order_of_events(seeds, folder)
+    missing = [seed for seed in order if seed in seeds and seed not in finished]
     print_lines(_describe_finished(list(records), resolved))
     started = state_file(missing[0], resolved).steps if missing else 0
     if started:
         print_lines([f"seed {missing[0]}: resuming after step {started:,}"])
     steps = resolved.steps
-    resumed_step = steps * len(records) + started
-    tracked = TrackedRun(run_id, flatten(config), steps * len(seeds), resumed_step, seed_steps=steps)
+    resumed_step = steps * (order.index(missing[0]) if missing else len(order)) + started
+    tracked = TrackedRun(run_id, flatten(config), steps * len(order), resumed_step, seed_steps=steps)
     tracker = open_trackers(config.tracking, folder, tracked, console=not _in_parallel(missing, resolved))
-    records |= _train_seeds(missing, resolved, tracker, list(records))
+    logs = {seed: _log_from_step(tracker, steps * number) for number, seed in enumerate(order) if seed in seeds}
+    records |= _train_seeds(missing, resolved, tracker, logs)
     with stopped_by_disk_errors(advice=_RESUME):
         records = {seed: records[seed] for seed in seeds}
         add_seed_scores(folder.path, records)
         return write_results(resolved, records)
 
 
+def _in_order_of_events(seeds: Sequence[int], folder: RunFolder) -> list[int]:
+    """The seeds of a run, and those that it no longer has but has logged. What is logged keeps its place."""
+    logged = (event["seed"] for event in read_events(folder.metrics) if isinstance(event.get("seed"), int))
+    return list(dict.fromkeys([*logged, *seeds]))
+
+
 def _train_seeds(
-    seeds: Sequence[int], resolved: ResolvedRun, tracker: Tracker, finished: Sequence[int]
+    missing: Sequence[int], resolved: ResolvedRun, tracker: Tracker, logs: Mapping[int, Log]
 ) -> dict[int, SeedRecord]:
-    """Train with each of these seeds. finished: the other seeds of the run. Closes the tracker."""
+    """Train with the missing seeds. Closes the tracker.
+
+    logs: of all seeds, in the order of their events.
+    """
     records, outcome = {}, Outcome.FAILED
-    order = enumerate([*finished, *seeds])
-    logs = {seed: _log_from_step(tracker, resolved.steps * number) for number, seed in order}
     try:
         with stopped_by_disk_errors(advice=_RESUME):
-            for seed in finished:
-                log_events_of_process(seed, resolved, logs[seed])
-            if _in_parallel(seeds, resolved):
-                records = train_seeds_in_parallel(seeds, resolved, logs)
+            if _in_parallel(missing, resolved):
+                records = train_seeds_in_parallel(resolved, logs)
             else:
-                for seed in seeds:
-                    log_events_of_process(seed, resolved, logs[seed])
-                    records[seed] = train_seed(seed, resolved, logs[seed])
+                for seed, log in logs.items():
+                    log_events_of_process(seed, resolved, log)
+                    if seed in missing:
+                        records[seed] = train_seed(seed, resolved, log)
         outcome = Outcome.DONE
     except (KeyboardInterrupt, StoppedError):
         outcome = Outcome.STOPPED

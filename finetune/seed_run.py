@@ -65,6 +65,10 @@ def state_file(seed: int, run: ResolvedRun) -> StateFile:
     return StateFile(_working_folder(seed, run.folder) / "state.pt", run.settings)
 
 
+def is_finished(seed: int, run: ResolvedRun) -> bool:
+    return (_seed_folder(seed, run.folder) / _COMPLETE).exists()
+
+
 def train_seed(seed: int, run: ResolvedRun, log: Log) -> SeedRecord:
     """Build, train and save one model in RUN/seed-N."""
     torch.manual_seed(seed)  # for the new head; `fit` seeds again

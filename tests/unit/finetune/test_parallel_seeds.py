@@ -10,9 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from experiment.files import write_json
 from experiment.run_folder import RunFolder, open_run_folder
 from experiment.run_lock import is_locked, lock_run
-from finetune.parallel_seeds import _share
+from finetune.parallel_seeds import _share, log_events_of_process
 from finetune.run import finetune
 from launcher.cli import main
 from runs import soak
@@ -102,6 +103,22 @@ def test_a_seed_that_outlives_its_command_is_waited_for(config_file: Path, tmp_p
         process.stdin.close()  # as the system does when the command is killed
         with lock_run(folder):
             assert process.wait() == 75
+
+
+def test_events_are_logged_once(tmp_path: Path) -> None:
+    """Catches events that Ctrl-C doubles, because it comes while they are logged: the next command logs them again."""
+    folder, logged = open_run_folder(tmp_path), list[int]()
+    write_json(tmp_path / "seed-1" / "COMPLETE", {})
+    (folder.logs / "seed-1.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+
+    def log(step: int, _: object) -> None:
+        logged.append(step)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        log_events_of_process(1, SimpleNamespace(folder=folder, steps=2), log)  # type: ignore[arg-type]
+    assert logged == [1, 2]
+    assert not list(folder.logs.iterdir())
 
 
 def test_each_process_gets_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

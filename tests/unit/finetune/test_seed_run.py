@@ -245,6 +245,28 @@ def stop_at_the_first_evaluation(config_file: Path, overrides: dict[str, str], m
         finetune(config_file, overrides)
 
 
+def losses_by_seed(run: Path) -> dict[int, list[float]]:
+    found: dict[int, list[float]] = {}
+    for event in map(json.loads, (run / "metrics.jsonl").open(encoding="utf-8")):
+        if "loss" in event:
+            found.setdefault(event["seed"], []).append(event["loss"])
+    return found
+
+
+def test_seeds_in_another_order_keep_their_events(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a curve that lacks its beginning, or is missing, after seeds were added before an unfinished one, or
+    were left out."""
+    stop_at_the_first_evaluation(config_file, {"training.seeds": "[1]"}, monkeypatch)
+    finetune(config_file, {"training.seeds": "[3, 1]"})
+    finetune(config_file, {"training.seeds": "[2, 3]"})
+    finetune(config_file, {"training.seeds": "[1, 2, 3]", "run.dir": str(tmp_path / "other")})
+    assert losses_by_seed(tmp_path / "run") == losses_by_seed(tmp_path / "other")
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").open(encoding="utf-8")]
+    assert steps == sorted(steps)
+
+
 def test_models_of_evaluations_are_kept_only_if_asked_for(
     config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
