@@ -18,6 +18,7 @@ from launcher.supervision.rank_processes import polled
 
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _POLL_SECONDS = 0.5
+_BAR_LINES = 3  # rank 0 erases as many when it draws its progress bar again, at most, in 80 columns
 
 
 class StopSignals:
@@ -108,6 +109,8 @@ class StopSignals:
         else:
             self._signal_name = name
             notify("stopping: the ranks save a checkpoint and exit; press Ctrl-C again to kill them")
+            for _ in range(_BAR_LINES - 1):
+                end_line()
 
 
 def _kill_nothing() -> None:

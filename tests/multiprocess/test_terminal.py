@@ -60,6 +60,22 @@ class Terminal:
         os.close(self._ours)
 
 
+def visible(shown: str) -> list[str]:
+    """The lines that remain on the terminal, after those that the progress bar has erased."""
+    lines, row = [""], 0
+    for part in re.findall(r"\x1b\[[0-9?;]*[A-Za-z]|\r|\n|[^\x1b\r\n]+", shown):
+        if part == "\n":
+            row += 1
+            lines += [""] * (row == len(lines))
+        elif part == "\x1b[1A":
+            row -= 1
+        elif part == "\x1b[2K":
+            lines[row] = ""
+        elif part[0] not in "\x1b\r":
+            lines[row] += part
+    return lines
+
+
 @pytest.fixture
 def terminal(tmp_path: Path, wordpiece_corpus: Path) -> Iterator[Terminal]:
     """One with a long pretraining."""
@@ -70,7 +86,7 @@ def terminal(tmp_path: Path, wordpiece_corpus: Path) -> Iterator[Terminal]:
 
 
 def test_ctrl_c_saves_and_says_so(terminal: Terminal, tmp_path: Path) -> None:
-    """Catches messages that are glued to the progress bar or ^C, a missing step, and a hidden cursor."""
+    """Catches messages glued to the progress bar or ^C, or erased by the bar, a missing step, and a hidden cursor."""
     wait_for_steps(tmp_path / "run", 3, terminal.process)
     terminal.type("\x03")
     shown = terminal.read()
@@ -78,6 +94,7 @@ def test_ctrl_c_saves_and_says_so(terminal: Terminal, tmp_path: Path) -> None:
     (checkpoint,) = complete_checkpoints(tmp_path / "run" / "checkpoints")
     lines = shown.replace("\r\n", "\n")
     assert "^C\ndeepcloze: stopping: the ranks save a checkpoint and exit; press Ctrl-C again to kill them\n" in lines
+    assert any(line.startswith("deepcloze: stopping: ") for line in visible(shown)), visible(shown)
     *_, saved, stopped = lines.rstrip("\n").split("\n")
     assert saved == f"deepcloze: stopped at step {checkpoint_step(checkpoint)}, saved"
     assert re.fullmatch("deepcloze: stopped: .*; run the same command again to resume", stopped)
