@@ -31,6 +31,7 @@ from launcher.supervision.launch_result import count_attempts
 
 _UNKNOWN = "–"
 _WIDTH = 5000  # limit of a table in a pipe or file: no line is cut off
+_LEAST_IMPORTANT = ("restarts", "goodput", "bad batches", "tokens/s", "last checkpoint", "loss", "time left", "seeds")
 
 
 @dataclass(frozen=True)
@@ -203,17 +204,32 @@ def _list(status: RunStatus) -> str:
 
 
 def _print_table(found: Sequence[RunStatus]) -> None:
-    table = Table("run", "state")
-    rows = [_values(status) for status in found]
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    for name in names:
-        table.add_column(name, justify="right")
-    for status, row in zip(found, rows, strict=True):
-        table.add_row(status.run, _state(status), *(row.get(name, "") for name in names))
+    """On a narrow terminal, without the columns that do not fit."""
     console = Console(markup=False, highlight=False)
     if not console.is_terminal:
         console.width = _WIDTH
-    console.print(table)
+    names = list(dict.fromkeys(name for status in found for name in _values(status)))
+    left_out: list[str] = []
+    unlimited = console.options.update(max_width=_WIDTH)
+    for name in _LEAST_IMPORTANT:
+        if console.measure(_table(found, names), options=unlimited).maximum <= console.width:
+            break
+        if name in names:
+            names.remove(name)
+            left_out.append(name)
+    console.print(_table(found, names))
+    if left_out:
+        console.print(f"left out to fit the terminal: {', '.join(left_out)} (deepcloze status RUN, or --json)")
+
+
+def _table(found: Sequence[RunStatus], names: Sequence[str]) -> Table:
+    table = Table("run", "state")
+    for name in names:
+        table.add_column(name, justify="right")
+    for status in found:
+        values = _values(status)
+        table.add_row(status.run, _state(status), *(values.get(name, "") for name in names))
+    return table
 
 
 def _state(status: RunStatus) -> str:

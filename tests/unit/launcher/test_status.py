@@ -50,6 +50,20 @@ def test_several_runs_are_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert all("45,679" in lines[number] for number in (first, second))
 
 
+def test_a_narrow_terminal_shows_fewer_columns(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches columns so narrow that no figure can be read."""
+    for name, value in {"TTY_COMPATIBLE": "1", "NO_COLOR": "1", "COLUMNS": "80"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    assert main(["status", make_run(Path("runs/first")), make_run(Path("runs/second"))]) == 0
+    shown = capsys.readouterr().out
+    assert all(text in shown for text in ("runs/first", "runs/second", "1,200", "3.2500")), shown
+    assert "…" not in shown
+    assert "left out to fit the terminal: restarts, goodput" in shown
+
+
 def test_json_is_a_list_of_objects(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches output that differs between one and several runs, or has anything else on stdout."""
     runs = [make_run(tmp_path / name) for name in "ab"]
