@@ -116,13 +116,15 @@ def _share(slot: int, slots: int, run: ResolvedRun) -> dict[str, str]:
 def _finish(ended: _SeedProcess, run: ResolvedRun) -> None:
     """Print the evaluations of a seed whose process has ended. Raises as `train_seeds_in_parallel`."""
     seed, code = ended.seed, ended.process.returncode
+    output = _log_file(seed, run.folder)
+    lines = output.read_text(encoding="utf-8", errors="replace").splitlines()
     if code == 0:
         record = finished_seeds(run.folder, run.settings)[seed]
         if record.epochs:
             print_epochs(terminal(), f"seed {seed}", record.epochs, record.best_epoch)
+        if collapses := [line for line in lines if line.startswith(f"seed {seed} has collapsed: ")]:
+            terminal().print(collapses[-1], markup=False)
         return
-    output = _log_file(seed, run.folder)
-    lines = output.read_text(encoding="utf-8", errors="replace").splitlines()
     last = lines[-1].removeprefix("deepcloze: ") if lines else ""
     if code == Outcome.STOPPED.exit_code:
         raise StoppedError(last)

@@ -76,6 +76,17 @@ def test_parallel_seeds_give_the_results_of_one_after_the_other(
     assert not list(folder.logs.glob("seed-*.jsonl"))
 
 
+def test_a_collapsed_seed_is_reported(config_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Catches advice that only the log of the seed has."""
+    flags = {"training.seeds": "[1, 2]", "training.parallel_seeds": "2", "training.lr": "1e-30", "training.epochs": "1"}
+    assert start(config_file, **flags).wait() == 0
+    reported = [line for line in capfd.readouterr().err.splitlines() if "has collapsed: " in line]
+    collapsed = json.loads((tmp_path / "run" / "results.json").read_text())["collapsed"]
+    assert collapsed
+    assert sorted(line.split(" has ")[0] for line in reported) == [f"seed {seed}" for seed in collapsed]
+    assert all("; raise training.lr" in line for line in reported)
+
+
 def test_a_seed_that_fails_ends_the_command(
     config_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
