@@ -163,8 +163,8 @@ def find_model(path: Path) -> tuple[Path, str]:
         return find_model_folder(folder), description
     if checkpoints := complete_checkpoints(path / "checkpoints"):
         raise UserError(
-            f"{path} is a pretraining run: expected a model folder, such as {checkpoints[-1] / 'hf'}, or a finished "
-            "run of `deepcloze finetune`"
+            f"{path} is a pretraining run: expected a finished run of `deepcloze finetune`, or a model folder; "
+            f"`deepcloze serve` fills masks with {checkpoints[-1] / 'hf'}"
         )
     problem = "holds neither config.json nor results.json" if path.is_dir() else "is not a folder"
     hint = "" if path.exists() else download_hint(path)

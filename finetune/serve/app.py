@@ -285,5 +285,7 @@ def describe_errors(errors: Sequence[Any]) -> str:
     """The first error that pydantic reports, as one line such as `texts[2]: input should be a valid string`."""
     place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in errors[0]["loc"][1:])
     message = errors[0]["msg"].removeprefix("Value error, ")
+    if errors[0]["type"] == "extra_forbidden":
+        message = "unknown field; /docs lists those of this request"
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     return f"{place.removeprefix('.') or 'the request'}: {message[0].lower()}{message[1:]}{more}"

@@ -328,7 +328,7 @@ FOLDERS = {
     "no corpora": Mistake("evaluate --checkpoint run --corpus ,", r"--corpus is empty: expected corpus folders"),
     "pretraining to predict": Mistake(
         "predict --model run --input test.csv --output a.csv",
-        r"run is a pretraining run: expected a model folder",
+        r"run is a pretraining run: expected a finished run of `deepcloze finetune`",
     ),
     "nothing to serve": Mistake("serve --model no", r"no is not a folder"),
     "nothing to export": Mistake("export --checkpoint no --output new", r"no does not exist"),
