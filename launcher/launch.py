@@ -18,7 +18,7 @@ from experiment.own_process import raise_limit_of_open_files
 from experiment.run_folder import RunFolder, open_run_folder
 from experiment.run_lock import check_unlocked
 from experiment.signals import handle_stop_signals, interrupt
-from experiment.tracking.jsonl import last_number, read_last_events
+from experiment.tracking.jsonl import last_number, read_events
 from launcher.autotune import autotune
 from launcher.hosts.hostfile import Slots
 from launcher.hosts.machine import Machine, inspect_machine, select_accelerator
@@ -32,6 +32,8 @@ from launcher.supervision.attempt import Launch, Layout
 from launcher.supervision.rank_processes import HeldRanks, held_ranks
 from launcher.supervision.supervisor import supervise
 from pretrain.config import PretrainConfig
+
+_RISEN = 1.5  # last loss divided by the first one: of a run that has diverged; noise gives less
 
 
 def launch_pretraining(options: PretrainOptions) -> None:
@@ -155,10 +157,14 @@ def announce_done(folder: RunFolder, step_before: int | None, seconds: float) ->
     if step == step_before:
         notify(f"{path} was finished already, at step {step:,}; to train longer, raise its length in `schedule`")
         return
-    loss = last_number(read_last_events(folder.metrics), "loss")
+    events = read_events(folder.metrics)
+    first, loss = last_number(events[::-1], "loss"), last_number(events, "loss")
     with_loss = "" if loss is None else f", loss {loss:.4f}"
     notify(f"done: {step:,} steps{with_loss}, {describe_duration(seconds)} in this launch")
     notify(f"  model: {checkpoint_path(folder.checkpoints, step) / 'hf'}")
+    if loss is not None and loss > _RISEN * first:
+        notify(f"warning: the loss has risen from {first:.4f}: lower optimizer.lr, and start in a new run.dir")
+        return
     run = shlex.quote(str(path))
     notify(f"  next:  deepcloze report {run}; deepcloze finetune --config TASK --model.init_from={run}")
 

@@ -45,6 +45,15 @@ def test_a_finished_run_says_where_its_model_is(run: RunFolder, capsys: pytest.C
     assert f"deepcloze finetune --config TASK --model.init_from={run.path}" in printed
 
 
+def test_a_run_whose_loss_has_risen_says_what_to_change(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches the advice to fine-tune a model that has diverged."""
+    run.metrics.write_text('{"step": 10, "loss": 8.9}\n{"step": 20, "loss": 7.0}\n{"step": 1200, "loss": 20000.0}\n')
+    announce_done(run, None, seconds=75)
+    printed = capsys.readouterr().err
+    assert "the loss has risen from 8.9000: lower optimizer.lr, and start in a new run.dir" in printed
+    assert "finetune" not in printed
+
+
 def test_a_run_that_was_finished_says_so(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a launch that seems to have trained."""
     announce_done(run, last_step(run), seconds=9)
