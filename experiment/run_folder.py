@@ -18,6 +18,7 @@ _CONTENTS = {
     "seed-*/COMPLETE": "fine-tuning run",
 }
 """Files and folders -> what a folder with them holds."""
+_SEED = re.compile(r"seed-(0|[1-9][0-9]*)")
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,12 @@ class RunFolder:
     def downstream(self) -> Path:
         """Scores of checkpoints on tasks, written by `deepcloze watch`, see `tracking.downstream`."""
         return self.path / "downstream"
+
+    @property
+    def finished_seeds(self) -> dict[int, Path]:
+        """Seed -> the file with which a finished seed of fine-tuning is complete. Copies of a seed do not count."""
+        found = {path: _SEED.fullmatch(path.parent.name) for path in sorted(self.path.glob("seed-*/COMPLETE"))}
+        return {int(name[1]): path for path, name in found.items() if name is not None}
 
     @property
     def stop(self) -> Path:

@@ -39,13 +39,13 @@ def finished_seeds(folder: RunFolder, settings: Mapping[str, Any]) -> dict[int, 
     Raises UserError for a folder of a run with other settings.
     """
     records = {}
-    for path in sorted(folder.path.glob(f"seed-*/{_COMPLETE}")):
+    for seed, path in folder.finished_seeds.items():
         try:
             record = SeedRecord(**parse_json(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             raise UserError(f"{path} is damaged: remove {path.parent} to train this seed again") from None
         _check_settings(path.parent, settings, record.settings)
-        records[int(path.parent.name.removeprefix("seed-"))] = record
+        records[seed] = record
     return records
 
 

@@ -75,7 +75,7 @@ def read_status(run: str) -> RunStatus:
         state=life.state,
         host=life.host,
         message=life.message,
-        finished_seeds=len(list(folder.path.glob("seed-*/COMPLETE"))) if seeds else None,
+        finished_seeds=len(folder.finished_seeds) if seeds else None,
         seeds=seeds,
         score=score,
         metric=metric,

@@ -1,8 +1,8 @@
 """Train with one seed: score the validation split at intervals, keep the best weights, predict with them."""
 
 import math
-import pickle
 import time
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiment.errors import StoppedError, UserError
+from experiment.errors import StoppedError, UserError, first_line
 from experiment.fast_linear import use_fast_linear
 from experiment.files import atomic_write
 from experiment.signals import uninterrupted
@@ -50,10 +50,17 @@ class StateFile:
         if not self.path.exists():
             return None
         try:
+            with zipfile.ZipFile(self.path) as file:
+                if damaged := file.testzip():  # torch does not compare checksums
+                    raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
             saved = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
             return saved["state"] if saved["settings"] == self.settings else None
-        except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
-            raise UserError(f"{self.path} is damaged ({error}): remove it to train this seed from the start") from None
+        except OSError:
+            raise
+        except Exception as error:  # zipfile and torch raise many types for damaged files
+            raise UserError(
+                f"{self.path} is damaged ({first_line(error)}): remove it to train this seed from the start"
+            ) from None
 
     @property
     def steps(self) -> int:

@@ -292,6 +292,14 @@ def test_a_damaged_seed_is_rejected(tmp_path: Path, damage: str) -> None:
         finished_seeds(RunFolder(tmp_path), {})
 
 
+def test_a_copy_of_a_seed_is_no_seed(tmp_path: Path) -> None:
+    """Catches a traceback for a folder that a user has copied aside, such as seed-1.bak."""
+    for name in ("seed-1.bak", "seed-01", "seed-"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "COMPLETE").write_text("{}")
+    assert finished_seeds(RunFolder(tmp_path), {}) == {}
+
+
 @pytest.mark.parametrize(("pages", "code"), [(0, 2), (12, 75)])
 def test_a_full_disk_keeps_finished_seeds_only(
     config_file: Path, small_disk: SmallDisk, capsys: pytest.CaptureFixture[str], pages: int, code: int

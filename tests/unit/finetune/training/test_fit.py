@@ -478,6 +478,20 @@ def test_a_state_of_other_settings_or_a_damaged_one_is_not_used(tmp_path: Path) 
         StateFile(path, {"lr": 1}).load()
 
 
+def test_a_state_with_a_flipped_bit_is_not_used(tmp_path: Path) -> None:
+    """Catches a traceback, and a training that continues with a wrong weight."""
+    path = tmp_path / "state.pt"
+    state = StateFile(path, {"lr": 1})
+    state.save({"updater": {"steps": 3, "moments": torch.arange(8.0)}})
+    content = path.read_bytes()
+    for found in (b"updater", b"moments", torch.arange(8.0).numpy().tobytes()):
+        damaged = bytearray(content)
+        damaged[content.index(found) + 5] ^= 0x80
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"state\.pt is damaged .*remove it"):
+            state.load()
+
+
 @pytest.mark.parametrize(
     ("grad_clip", "gradient", "factor", "expected"),
     [
