@@ -51,7 +51,7 @@ class Sampling:
         """
         holdout = self.holdout or 0
         if holdout >= documents:
-            raise UserError(f"--holdout {holdout}: the source has only {documents} documents with text")
+            raise UserError(f"--holdout {holdout:,}: the source has only {documents:,} documents with text")
         rest = documents - holdout
         limit = rest if self.limit is None else min(self.limit, rest)
         return self._select(documents, holdout, rest, limit)

@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from experiment.formatting import describe_duration
+from experiment.formatting import describe_duration, format_epochs
 from pretrain.plan.plan import RunPlan
 
 _WIDTH = 110  # of the memory table
@@ -100,7 +100,7 @@ def _work(plan: RunPlan) -> list[str]:
             f"{shape.rows} × {shape.width} slots per rank, {batch.filled:.0%} of them filled"
         )
     if plan.steps is not None:
-        epochs = "" if plan.epochs is None else f", {plan.epochs:,.3g} epochs"
+        epochs = "" if plan.epochs is None else f", {format_epochs(plan.epochs)} epochs"
         lines.append(f"in all {_count(plan.steps, 'step')}, {plan.tokens:,} tokens{epochs}")
     elif plan.budget_steps is not None:
         lines.append(f"in all about {_count(plan.budget_steps, 'step')} in {plan.run.config.schedule.budget}")

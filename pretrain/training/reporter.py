@@ -13,6 +13,7 @@ import torch
 
 from experiment.config import dump_config
 from experiment.files import write_text
+from experiment.formatting import format_epochs
 from experiment.goodput import ActivityTimer
 from experiment.hardware import peak_flops, peak_memory
 from experiment.outcome_file import Outcome
@@ -56,7 +57,7 @@ def open_run_tracker(
     """
     total_steps, epochs = stream.steps, stream.epochs
     end = "until the time budget is used up" if total_steps is None else f"{total_steps:,} steps"
-    in_epochs = "" if epochs is None else f", {epochs:,.3g} epochs"
+    in_epochs = "" if epochs is None else f", {format_epochs(epochs)} epochs"
     log.info("training: %s%s; %d finished", end, in_epochs, step)
     for warning in run.config.warnings(total_steps):
         log.warning(warning)

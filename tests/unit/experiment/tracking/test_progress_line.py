@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from experiment.formatting import describe_duration, format_perplexity
+from experiment.formatting import describe_duration, format_epochs, format_perplexity
 from experiment.outcome_file import Outcome
 from experiment.tracking.progress_line import (
     ConsoleTracker,
@@ -81,6 +81,14 @@ def test_the_time_left_follows_the_recent_pace() -> None:
 def test_the_format_of_a_perplexity(value: float | None, expected: str) -> None:
     """Catches exponents at the start of a run, and too few digits at its end."""
     assert format_perplexity(value) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(0.02134, "0.0213"), (1.5, "1.5"), (999.6, "1,000"), (8832.4, "8,832")]
+)
+def test_the_format_of_epochs(value: float, expected: str) -> None:
+    """Catches an exponent for many epochs of a small corpus."""
+    assert format_epochs(value) == expected
 
 
 def test_no_time_left_without_a_known_end() -> None:
