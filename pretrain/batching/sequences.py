@@ -14,6 +14,7 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
+from experiment.errors import first_line
 from experiment.files import atomic_write
 from pretrain.corpus.reader import Corpus
 
@@ -84,11 +85,11 @@ def _read_or_build(corpus: Corpus, capacity: int, path: Path) -> SequenceIndex:
 def _read(path: Path, capacity: int, tokens: int) -> tuple[SequenceIndex | None, str]:
     """(index, "") if the file holds a valid one, (None, what is wrong) if not, (None, "") if there is no file."""
     try:
-        starts = np.load(path, mmap_mode="r")
+        starts = np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError:
         return None, ""
-    except (OSError, ValueError, OverflowError, EOFError) as error:
-        return None, str(error) or type(error).__name__
+    except Exception as error:  # numpy raises many types for a damaged header
+        return None, first_line(error)
     problem = _find_damage(starts, capacity, tokens)
     return (None, problem) if problem else (SequenceIndex(starts), "")
 

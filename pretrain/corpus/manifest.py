@@ -1,5 +1,6 @@
 """manifest.json: the contents of a corpus folder, with checksums."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
+_SHARD_NAME = re.compile(r"data-\d+-of-\d+\.arrow")
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,9 @@ def read_manifest(folder: Path) -> Manifest:
         recorded = found["fingerprint"]
         if not all(isinstance(shard.file, str) and isinstance(shard.bytes, int) for shard in manifest.shards):
             raise TypeError("expected the name and size of each shard")
+        for shard in manifest.shards:
+            if not _SHARD_NAME.fullmatch(shard.file):
+                raise ValueError(f"no name of a shard: {shard.file}")
     except (FileNotFoundError, NotADirectoryError):
         problem = f"has no {MANIFEST}" if folder.is_dir() else "is a file" if folder.exists() else "does not exist"
         raise UserError(f"{folder} is not a corpus: it {problem}; build one with `deepcloze corpus`") from None

@@ -54,6 +54,8 @@ DAMAGE = {
     "truncated": lambda content: content[:-8],
     "truncated in the header": lambda content: content[:60],
     "not an array": lambda content: b"not an array" * 20,
+    "torn header": lambda content: content.replace(b"}", b"{"),
+    "an archive": lambda content: b"PK\3\4" + content[4:],
     "other type": lambda content: content.replace(b"<i8", b"<f8"),
     "first": lambda content: content[:-48] + np.int64(1).tobytes() + content[-40:],
     "last": lambda content: content[:-8] + np.int64(39).tobytes(),
