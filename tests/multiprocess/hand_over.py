@@ -8,6 +8,7 @@ _MODULES = (
     "launcher",
     "launcher.preflight.measure",
     "pretrain.run",
+    "finetune.parallel_seeds",
     "deepspeed.launcher.launch",
     "deepspeed.launcher.runner",
 )

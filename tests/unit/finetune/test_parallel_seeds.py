@@ -4,6 +4,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +22,13 @@ from waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[3]
 FLAGS = {"training.seeds": "[1, 2, 3]", "training.epochs": "3", "training.evaluate_every": "4"}
+
+
+@pytest.fixture(autouse=True)
+def forked(handed_over: Mapping[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands, and the processes that they start, are forked from one that has imported their modules."""
+    for name, value in handed_over.items():
+        monkeypatch.setenv(name, value)
 
 
 def events(run: Path) -> list[tuple[int, int, float | None]]:
