@@ -14,7 +14,7 @@ from experiment.own_process import module_command
 from experiment.run_folder import RunFolder, folder_name
 from experiment.run_lock import is_locked
 from experiment.tracking.downstream import DownstreamResult
-from finetune.config import FinetuneConfig
+from finetune.config import CHANGE_ROUNDING_ONLY, FinetuneConfig, TrainingConfig
 from finetune.data.task_config import data_checksums
 from finetune.task_kind import Direction, find_kind
 from launcher.run_set import DONE, REJECTED, ChildRun, start, wait_for_other_process
@@ -33,6 +33,8 @@ _REPLACED = {
     "tracking.alerts.wandb": "false",
 }
 """Overrides of the task's config. Test is not even read: it must not guide decisions during pretraining."""
+_NEWER_KEYS = ("adam_eps", "grad_clip", "warmup_steps", "score_train", "eval_batch_size", "parallel_seeds")
+"""Keys of `training` that version 0.2.0 lacks: scores from before are comparable with those of the defaults."""
 
 
 class ScoringError(Exception):
@@ -66,6 +68,9 @@ def read_watched_task(file: str, probe: bool) -> WatchedTask:
     if not name:
         raise UserError(f"{file}: task.name: expected a name with letters or digits, found '{task.name}'")
     settings = config.model_dump(mode="json", exclude={"run": True, "tracking": True, "task": {"name"}})
+    for key in _NEWER_KEYS:
+        if key in CHANGE_ROUNDING_ONLY or settings["training"][key] == TrainingConfig.model_fields[key].default:
+            del settings["training"][key]
     try:
         settings["data"] = data_checksums(task)
     except UserError as error:

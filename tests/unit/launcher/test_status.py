@@ -124,6 +124,13 @@ def test_all_runs_of_a_folder(
     assert "lr=2" in capsys.readouterr().out
 
 
+def test_a_fine_tuning_of_an_earlier_version(folder: RunFolder) -> None:
+    """Catches a finished run that is `unknown` because it has not recorded how it ended."""
+    write_events(folder, {"step": 1, "loss": 1.0})
+    (folder.path / "results.json").write_text("{}")
+    assert read_life(folder) == Life("done")
+
+
 def test_a_fine_tuning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a fine-tuning that is shown as a pretraining without checkpoints, or without its scores."""
     folder = open_run_folder(make_run(tmp_path / "run"))
