@@ -2,10 +2,12 @@
 
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pytest
+from packaging.version import Version
 
 from pretrain.corpus.shards import write_shard
 
@@ -15,6 +17,7 @@ def printed_by(code: str) -> str:
     return done.stdout.splitlines()[-1]
 
 
+@pytest.mark.skipif(Version(version("pyarrow")) < Version("26"), reason="pyarrow before 26 imports pandas")
 def test_reading_a_shard_takes_no_pandas(tmp_path: Path) -> None:
     """Catches Arrow's conversions to NumPy, which import pandas in each rank and data worker."""
     write_shard(tmp_path / "shard", np.arange(5, dtype=np.uint16), np.array([2, 3]), np.ones(5, dtype=np.bool_))
@@ -26,6 +29,7 @@ def test_reading_a_shard_takes_no_pandas(tmp_path: Path) -> None:
     assert printed_by(code) == "[0, 1, 2, 3, 4] [0, 2, 5] 31 False"
 
 
+@pytest.mark.skipif(Version(version("deepspeed")) < Version("0.19.8"), reason="DeepSpeed before 0.19.8 imports it")
 def test_an_engine_takes_no_compiler() -> None:
     """Catches torch's inductor, which takes a second to import, for an optimizer of DeepSpeed that is not used."""
     code = (
