@@ -32,6 +32,7 @@ _FORMATS: dict[str, FormatName] = {
 
 _EXPECTED = "expected a list of objects, one object, one object per line, or the lists of DREAM or SQuAD"
 
+_PARQUET_ROWS = 64  # decoded at once; a file of a kilobyte may repeat a text of a megabyte in each row
 _SEPARATOR = re.compile(r"[ \t]+")
 
 
@@ -229,7 +230,7 @@ def read_parquet(path: Path) -> Iterator[Row]:
     try:
         with path.open("rb") as stream, pyarrow.parquet.ParquetFile(stream) as file:
             names = file.schema_arrow.names
-            for batch in file.iter_batches():
+            for batch in file.iter_batches(_PARQUET_ROWS):
                 for cells in zip(*(column.to_pylist() for column in batch.columns), strict=True):
                     number += 1
                     yield Row(f"{path}, row {number}", names, cells, str(path))

@@ -170,6 +170,20 @@ def test_parquet_plain_and_inside_an_archive(tmp_path: Path) -> None:
     assert texts(f"{tmp_path}/a.zip,{tmp_path}/b.parquet.gz") == ["a", "b", "a", "b"]
 
 
+def test_a_small_parquet_file_takes_little_memory(tmp_path: Path) -> None:
+    """Catches rows that are decoded together although each has a megabyte."""
+    rows = pa.DictionaryArray.from_arrays(pa.array([0] * 1000), ["a" * (1 << 20)])
+    pq.write_table(pa.table({"text": rows}), tmp_path / "a.parquet")
+    assert (tmp_path / "a.parquet").stat().st_size < 1 << 21
+    documents = read_documents(find_sources(f"{tmp_path}/a.parquet"), TextOptions(), ReadStats())
+    tracemalloc.start()
+    try:
+        assert len(next(documents).text) == 1 << 20
+        assert tracemalloc.get_traced_memory()[1] < 1 << 27
+    finally:
+        tracemalloc.stop()
+
+
 def test_a_parquet_column_must_be_there_once(tmp_path: Path) -> None:
     """Catches the first of two columns of one name taken for the one that is meant."""
     path = tmp_path / "a.parquet"
