@@ -164,7 +164,7 @@ def verify_name(checkpoint: Path) -> str | None:
     """What is wrong if a checkpoint has the name of another step; None if nothing is, or its step is unknown."""
     try:
         step = read_state(checkpoint)["step"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # not among the files that were to be read
+    except (OSError, ValueError, KeyError, TypeError):  # not among the files that were to be read
         return None
     if _NAME.fullmatch(checkpoint.name) and checkpoint_step(checkpoint) != step:
         return f"its {_STATE} is of step {step}"

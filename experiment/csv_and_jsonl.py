@@ -21,8 +21,7 @@ log = logging.getLogger(__name__)
 
 # An unclosed quote swallows the rows after it. No real field is longer than this many characters.
 _MAX_FIELD = 1 << 27
-# Bytes. A compressed file of a megabyte may hold a line that no memory does.
-_MAX_LINE = 1 << 30
+_MAX_LINE = 1 << 30  # bytes; a compressed file of a megabyte may contain a line that does not fit into memory
 _WORDS_OF_A_NAME = re.compile(r"(?:[^\W\d]|#)[\w.()%#/:-]*(?: [\w(#][\w.()%#/:-]*){0,2}")  # '#1 ID', 'score (1-5)'
 _MAX_NAME = 40  # characters
 

@@ -1,7 +1,6 @@
 """The config of a Hugging Face folder, and models that are built from it.
 
-The folder may come from a stranger: sizes that cannot be, by mistake or on purpose, are rejected before they cost
-memory or time.
+Folders may come from untrusted sources: impossible sizes are rejected before memory is allocated.
 """
 
 import copy

@@ -2,14 +2,19 @@
 
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from experiment.errors import UserError
-from experiment.files import created_parents
+from experiment.files import created_parents, parse_json
 
 RunKind = Literal["pretraining run", "fine-tuning run"]
+
+SWEEP_RECORD = "sweep.json"
+COMPARISON_RECORD = "runs.json"
+"""Files in the folder of a sweep or comparison that list its runs."""
 
 _CONTENTS = {
     "config.json": "model",
@@ -122,9 +127,9 @@ class RunFolder:
         return self.path / "logs" / "launch.lock"
 
     @property
-    def ranks_lock(self) -> Path:
+    def processes_lock(self) -> Path:
         """Locked by the ranks of a launch, see `run_lock`."""
-        return self.logs / "ranks.lock"
+        return self.logs / "processes.lock"
 
     @property
     def owner(self) -> Path:
@@ -145,6 +150,15 @@ class RunFolder:
     def heartbeat(self, rank: int) -> Path:
         """What a rank does, see `heartbeat.Heartbeat`."""
         return self.logs / f"rank-{rank}.beat"
+
+
+def planned_folders(folder: Path) -> list[Path]:
+    """The run folders of a sweep or comparison, also of runs that have not started; empty if it is none."""
+    for name in (SWEEP_RECORD, COMPARISON_RECORD):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            content = parse_json((folder / name).read_text(encoding="utf-8"))
+            return [folder / run for run in (content["runs"] if name == SWEEP_RECORD else content)]
+    return []
 
 
 def folder_name(text: str) -> str:

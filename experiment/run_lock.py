@@ -64,7 +64,7 @@ def lock_run(
             raise _used(folder) from None
     try:
         _check_other_machine(folder, dead)
-        _wait_for_ranks(folder)
+        _wait_for_processes(folder)
         with _owner_file(folder.owner, on_lost):
             yield
     finally:
@@ -79,19 +79,19 @@ def check_unlocked(folder: RunFolder) -> Renewal | None:
     dead = _check_other_machine(folder)
     if _is_held(folder.lock) and _other_owner(folder) is None:
         raise _used(folder)
-    _wait_for_ranks(folder)
+    _wait_for_processes(folder)
     return dead
 
 
-def lock_for_rank(folder: RunFolder) -> None:
+def lock_until_exit(folder: RunFolder) -> None:
     """Lock the run folder until this process ends, together with the other ranks. Raises OSError."""
-    descriptor = os.open(folder.ranks_lock, os.O_RDWR | os.O_CREAT, 0o644)  # stays open
+    descriptor = os.open(folder.processes_lock, os.O_RDWR | os.O_CREAT, 0o644)  # stays open
     fcntl.flock(descriptor, fcntl.LOCK_SH)
 
 
 def is_locked(folder: RunFolder) -> bool:
     """Whether another process of this machine, or a rank, uses the run folder, which may not exist."""
-    return _is_held(folder.lock) or _is_held(folder.ranks_lock)
+    return _is_held(folder.lock) or _is_held(folder.processes_lock)
 
 
 def _is_held(lock: Path) -> bool:
@@ -105,10 +105,10 @@ def _is_held(lock: Path) -> bool:
     return False
 
 
-def _wait_for_ranks(folder: RunFolder) -> None:
+def _wait_for_processes(folder: RunFolder) -> None:
     """Raises UserError if processes of an earlier command, which was killed, do not end within `_DEAD_SECONDS`."""
     start, said = time.monotonic(), False
-    while _is_held(folder.ranks_lock):
+    while _is_held(folder.processes_lock):
         seconds = time.monotonic() - start
         if seconds > _QUIET_SECONDS and not said:
             notify(f"waiting for the processes of an earlier command to end, in {folder.path}")
@@ -116,12 +116,12 @@ def _wait_for_ranks(folder: RunFolder) -> None:
         if seconds > _DEAD_SECONDS:
             raise UserError(
                 f"run.dir: processes of an earlier command, which was killed, still use {folder.path}; end them: "
-                f"{', '.join(_running_ranks(folder)) or f'fuser {folder.ranks_lock} names them'}"
+                f"{', '.join(_running_processes(folder)) or f'fuser {folder.processes_lock} names them'}"
             )
         time.sleep(_POLL_SECONDS)
 
 
-def _running_ranks(folder: RunFolder) -> Iterator[str]:
+def _running_processes(folder: RunFolder) -> Iterator[str]:
     for path in rank_records(folder):
         with suppress(OSError, ValueError):  # damaged
             rank = RankRecord.read(path)

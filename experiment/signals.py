@@ -78,7 +78,7 @@ def handle_stop_signals(handler: Callable[[int], None]) -> Iterator[None]:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Handle a stop signal that comes during the block after it. Of the main thread."""
+    """Delay stop signals until the block has ended. Call it in the main thread."""
     numbers: list[int] = []
     with handle_stop_signals(numbers.append):
         yield

@@ -21,7 +21,7 @@ from finetune.kinds import kind_names
 from finetune.task_kind import find_kind
 
 CHANGE_ROUNDING_ONLY = ("microbatch_size", "eval_batch_size", "parallel_seeds")
-"""Keys of `training` that change no more of the results than rounding and the dropout that is drawn."""
+"""Keys of `training` that change results only by rounding and by other dropout masks."""
 
 _HIGH_LR = 0.01  # even for small models
 

@@ -23,7 +23,7 @@ from experiment.outcome_file import Outcome
 from experiment.own_process import module_command, own_environment
 from experiment.progress import progress, terminal
 from experiment.run_folder import RunFolder
-from experiment.run_lock import lock_for_rank
+from experiment.run_lock import lock_until_exit
 from experiment.signals import handle_stop_signals, interrupt, uninterrupted
 from experiment.tracking.jsonl import JsonlTracker, kept_events, read_last_events
 from experiment.tracking.progress_line import ConsoleTracker
@@ -33,7 +33,7 @@ from finetune.results.tables import print_epochs
 from finetune.seed_run import finished_seeds, is_finished, state_file, train_seed
 from finetune.training.fit import Log
 
-_POLL_SECONDS = 0.2
+_POLL_SECONDS = 0.5  # reads the end of a file for each seed
 
 
 @dataclass
@@ -164,7 +164,7 @@ def _stop_with_parent() -> None:
 def main(argv: Sequence[str]) -> int:
     """Train one seed. Returns an exit code."""
     config, seed = argv[0], int(argv[1])
-    lock_for_rank(RunFolder(Path(config).parent))  # the next command waits, if its parent was killed
+    lock_until_exit(RunFolder(Path(config).parent))  # the next command waits, if its parent was killed
     try:
         with handle_stop_signals(interrupt), stopped_by_disk_errors(advice="; the same command resumes"):
             threading.Thread(target=_stop_with_parent, daemon=True).start()

@@ -18,14 +18,14 @@ from experiment.files import parse_json, write_json, write_text
 from experiment.progress import track
 from experiment.results.comparison import as_csv, as_markdown, score_charts, tables
 from experiment.results.plots import draw_dots
-from experiment.run_folder import RunFolder
+from experiment.run_folder import SWEEP_RECORD, RunFolder
 from experiment.signals import handle_stop_signals, interrupt
 from finetune.metrics import Scores, bootstrap_scores, compare_scores, draw_records, percentile_interval
 from finetune.results.predictions import ScoredSplit, read_scored_split
 from launcher.compare_plan import ComparePlan, plan_comparison
 from launcher.options import CompareOptions
 from launcher.report import print_report
-from launcher.run_set import DONE, SWEEP_RECORD
+from launcher.run_set import DONE
 
 RESAMPLES = 1000
 

@@ -10,14 +10,14 @@ from experiment.config import load_config
 from experiment.errors import UserError
 from experiment.files import checksum
 from experiment.own_process import module_command
-from experiment.run_folder import RunFolder, folder_name
+from experiment.run_folder import COMPARISON_RECORD, RunFolder, folder_name
 from finetune.config import FinetuneConfig
 from finetune.data.task_config import data_checksums
 from finetune.model import model_files
 from finetune.resolve import check_data
 from launcher.compare_config import CompareConfig, RowConfig
 from launcher.options import CompareOptions, LaunchOptions
-from launcher.run_set import COMPARISON_RECORD, FlatConfig, PlannedRun, RunSet
+from launcher.run_set import FlatConfig, PlannedRun, RunSet
 from launcher.sweep import grid_points, parse_grid
 from launcher.validate import validate_finetuning, validate_pretraining
 

@@ -10,9 +10,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NotRequired, TypedDict
 
 from experiment.config import defaults
@@ -26,8 +25,6 @@ from experiment.signals import handle_stop_signals
 from finetune.config import CHANGE_ROUNDING_ONLY, FinetuneConfig
 from pretrain.config import PretrainConfig
 
-SWEEP_RECORD = "sweep.json"
-COMPARISON_RECORD = "runs.json"
 DONE = "done"
 REJECTED = "rejected (exit code 2)"  # the user's mistake, which the run has reported
 
@@ -148,15 +145,6 @@ class RunSet:
             if run.values:
                 records[run.name]["values"] = run.values
         return records
-
-
-def planned_folders(folder: Path) -> list[Path]:
-    """The run folders of a sweep or comparison, also of runs that have not started; empty if it is none."""
-    for name in (SWEEP_RECORD, COMPARISON_RECORD):
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            content = parse_json((folder / name).read_text(encoding="utf-8"))
-            return [folder / run for run in (content["runs"] if name == SWEEP_RECORD else content)]
-    return []
 
 
 def _is_finished(folder: RunFolder, state: str | None) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import cast
 
@@ -22,11 +23,10 @@ from experiment.errors import UserError, notify
 from experiment.files import parse_json
 from experiment.formatting import describe_duration
 from experiment.goodput import AttemptTime, add_up, last_lines, read_attempt_times
-from experiment.run_folder import RunFolder
+from experiment.run_folder import RunFolder, planned_folders
 from experiment.run_life import State, read_life
 from experiment.tracking.jsonl import last_number, read_last_events
 from experiment.tracking.progress_line import RATE_EVENTS
-from launcher.run_set import planned_folders
 from launcher.supervision.launch_result import count_attempts
 
 _UNKNOWN = "–"
@@ -161,14 +161,14 @@ def _age(checkpoint: Path) -> float | None:
 
 def print_status(folders: Sequence[str], as_json: bool) -> None:
     """Raises UserError if a folder does not exist, or if there is no run."""
-    runs = [run for folder in folders for run in runs_in(folder)]
-    if not runs:
-        raise UserError(f"{folders[0]} is not a run folder, and has none")
+    runs = {folder: runs_in(folder) for folder in folders}
+    if not any(runs.values()):
+        raise UserError(f"{folders[0]} is not a run folder and contains none")
     for folder in folders:
-        if not runs_in(folder):
-            notify(f"{folder} is skipped: it is not a run folder, and has none")
+        if not runs[folder]:
+            notify(f"{folder} is skipped: it is not a run folder and contains none")
     with ThreadPoolExecutor() as readers:  # those on other machines take seconds
-        found = list(readers.map(read_status, runs))
+        found = list(readers.map(read_status, chain.from_iterable(runs.values())))
     if as_json:
         print(json.dumps([asdict(status) for status in found], ensure_ascii=False))
     elif len(found) == 1:

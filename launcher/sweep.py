@@ -15,10 +15,10 @@ from experiment.config import did_you_mean, load_config
 from experiment.errors import UserError
 from experiment.own_process import module_command
 from experiment.results.sweep_summary import SweepResult, read_metric, short_names, sort_results, write_summary
-from experiment.run_folder import RunFolder
+from experiment.run_folder import SWEEP_RECORD, RunFolder
 from experiment.signals import handle_stop_signals, interrupt
 from launcher.options import LaunchOptions, SweepOptions
-from launcher.run_set import SWEEP_RECORD, FlatConfig, PlannedRun, RunSet
+from launcher.run_set import FlatConfig, PlannedRun, RunSet
 from launcher.validate import is_finetuning, validate_finetuning, validate_pretraining
 from pretrain.config import PretrainConfig
 

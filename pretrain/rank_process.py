@@ -18,7 +18,7 @@ from experiment.errors import AgreedFailureError, UserError, is_out_of_memory
 from experiment.outcome_file import Cause, Outcome, RankRecord, ReportedOutcome, write_first_outcome, write_outcome
 from experiment.own_process import GATE_VARIABLE, LAUNCH_VARIABLE, raise_limit_of_open_files
 from experiment.run_folder import RunFolder
-from experiment.run_lock import lock_for_rank
+from experiment.run_lock import lock_until_exit
 from pretrain.batching.loader import DataWorkerError
 from pretrain.engine.process_group import LostRankError
 from pretrain.training.cpu_group import AgreedError
@@ -42,7 +42,7 @@ class RankRecorder:
         """Record this process, and lock the run folder until it ends. A record without an exit code means that the
         process was killed."""
         with suppress(OSError):
-            lock_for_rank(self.folder)
+            lock_until_exit(self.folder)
         self._record(None)
 
     def begin_training(self) -> None:

@@ -18,7 +18,7 @@ from launcher.supervision.rank_processes import polled
 
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _POLL_SECONDS = 0.5
-_BAR_LINES = 3  # rank 0 erases as many when it draws its progress bar again, at most, in 80 columns
+_BAR_LINES = 3  # that rank 0 erases at most when it redraws its progress bar in 80 columns
 
 
 class StopSignals:

@@ -125,7 +125,7 @@ def read_manifest(folder: Path) -> Manifest:
             raise TypeError("expected the name and size of each shard")
         for shard in manifest.shards:
             if not _SHARD_NAME.fullmatch(shard.file):
-                raise ValueError(f"no name of a shard: {shard.file}")
+                raise ValueError(f"not a shard name: {shard.file}")
     except (FileNotFoundError, NotADirectoryError):
         problem = f"has no {MANIFEST}" if folder.is_dir() else "is a file" if folder.exists() else "does not exist"
         raise UserError(f"{folder} is not a corpus: it {problem}; build one with `deepcloze corpus`") from None

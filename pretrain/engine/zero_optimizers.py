@@ -248,7 +248,7 @@ def sum_of_squares(gradients: Sequence[Tensor]) -> Tensor:
 
     On a CPU, torch adds up the squares of a tensor in fp32, one after another: the norm of 10⁸ elements is 0.5 to 1 %
     too small, by another amount in each layout. In chunks the error is about 1e-8. On a GPU, a block of 512 threads
-    adds up 65,536 elements, and another block what those give: no thread adds more than hundreds of numbers.
+    sums 65,536 elements, and a second kernel sums the results, so each thread adds a few hundred numbers at most.
     """
     parts = list(gradients)
     if not parts[0].is_cuda:

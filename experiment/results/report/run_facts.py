@@ -65,7 +65,7 @@ def task_headline(results: Mapping[str, Any]) -> Headline:
 
 
 def describe_state(life: Life) -> str:
-    """'running on node-1, as of 2026-11-20 09:20 UTC': a page stays as it is when the run goes on."""
+    """'running on node-1, as of 2026-11-20 09:20 UTC'. The time is shown because the page is not updated."""
     if life.state != "running":
         return life.state
     host = f" on {life.host}" if life.host else ""

@@ -30,7 +30,7 @@ from experiment.results.report.training import (
     without_empty_columns,
 )
 from experiment.results.sweep_summary import SweepResult, sort_results
-from experiment.run_folder import RunFolder
+from experiment.run_folder import SWEEP_RECORD, RunFolder
 from experiment.run_life import read_life
 from experiment.tracking.jsonl import Event, last_number, split_by_seed
 
@@ -166,7 +166,7 @@ def _cell(config: Mapping[str, Any], key: str) -> str:
 
 def sweep_blocks(folder: RunFolder) -> list[Block]:
     """The runs of a sweep, best first, from DIR/sweep.json; empty if there is none. Raises UserError if damaged."""
-    path = folder.path / "sweep.json"
+    path = folder.path / SWEEP_RECORD
     try:
         record = parse_json(path.read_text(encoding="utf-8"))
         lower, results = bool(record.get("lower_is_better", True)), _results(record["runs"])

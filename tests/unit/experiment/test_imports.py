@@ -36,3 +36,11 @@ def test_a_rank_imports_no_scipy() -> None:
     assert "--config FILE is missing" in done.stderr
     assert "| torch\n" in done.stderr
     assert "scipy" not in done.stderr
+
+
+def test_status_imports_no_heavy_library() -> None:
+    """Catches a `deepcloze status` that takes a second because it imports the configs of runs."""
+    heavy = {"torch", "numpy", "pyarrow", "finetune.config"}
+    code = f"import sys, launcher.status; print(sorted({heavy!r} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -90,7 +90,7 @@ def test_folders_that_are_no_runs_are_skipped(tmp_path: Path, capsys: pytest.Cap
     assert main(["status", run, report, "--json"]) == 0
     captured = capsys.readouterr()
     assert [status["run"] for status in json.loads(captured.out)] == [run]
-    assert captured.err == f"deepcloze: {report} is skipped: it is not a run folder, and has none\n"
+    assert captured.err == f"deepcloze: {report} is skipped: it is not a run folder and contains none\n"
     assert main(["status", report, report]) == 2
     assert "report is not a run folder" in capsys.readouterr().err
 
