@@ -102,7 +102,7 @@ def _rounds(hosts: int) -> list[list[tuple[int, int]]]:
 
 
 def _transfer(peer: int, sends_first: bool, device: torch.device) -> float:
-    """Bytes per second of a message there and back."""
+    """Bytes per second of a message there and back. Both ranks return the same value."""
 
     def exchange(message: Tensor) -> None:
         for sends in (sends_first, not sends_first):
@@ -111,11 +111,10 @@ def _transfer(peer: int, sends_first: bool, device: torch.device) -> float:
     exchange(torch.zeros(1, device=device))  # connects
     message, best = torch.zeros(_TRANSFER_BYTES // 4, device=device), 0.0
     for _ in range(_REPEATS):
-        seconds = _seconds(lambda: exchange(message), device)
-        best = max(best, 2 * _TRANSFER_BYTES / seconds)
-        slowest = torch.tensor([seconds], device=device)
-        dist.send(slowest, peer) if sends_first else dist.recv(slowest, peer)  # both continue, or neither
-        if slowest.item() >= _ENOUGH_SECONDS:
+        seconds = torch.tensor([_seconds(lambda: exchange(message), device)], device=device)
+        dist.send(seconds, peer) if sends_first else dist.recv(seconds, peer)
+        best = max(best, 2 * _TRANSFER_BYTES / seconds.item())
+        if seconds.item() >= _ENOUGH_SECONDS:
             break
     return best
 
