@@ -1,8 +1,8 @@
 """The full pipeline on real text, in a few minutes on two CPU cores: `make demo`.
 
-1. Read the documentation of Python and the installed packages; extract a task from it (benchmarks/package_task.py).
+1. Read the documentation of Python and a few packages; extract a task from it (benchmarks/package_task.py).
 2. Train a tokenizer, build a corpus.
-3. Pretrain a small encoder with two ranks under ZeRO, stop the run halfway, resume it, evaluate it.
+3. Pretrain a small encoder for two minutes with two ranks under ZeRO, stop the run halfway, resume it, evaluate it.
 4. Fine-tune on the task from pretrained and from random weights, three seeds each, and compare.
 
 Everything but the task and the comparison is a `deepcloze` command, which is printed. The demo uses the CPU even if
@@ -10,6 +10,7 @@ there are GPUs. Restarting it starts over.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
@@ -18,7 +19,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from benchmarks.package_task import EXAMPLES, NAMES, make_package_task, read_package_documents, write_jsonl
-from experiment.config import load_config
 from experiment.errors import UserError
 from experiment.formatting import describe_duration, format_perplexity
 from experiment.hardware import has_native_bf16
@@ -36,7 +36,6 @@ from experiment.results.report.tasks import result_blocks
 from experiment.results.report.training import training_blocks
 from experiment.run_folder import RunFolder
 from experiment.tracking.jsonl import read_events
-from pretrain.config import PretrainConfig
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PRETRAINING, TASK = "pretrain/recipes/demo.yaml", "finetune/recipes/demo.yaml"
@@ -47,24 +46,54 @@ HELD_OUT_DOCUMENTS = 400
 VOCABULARY = 8192
 MARKER = ".demo"  # marks a folder made by the demo, which the next one may delete
 STOPPED = 75  # exit code of a run that can be resumed
+FILES = 300  # read of each package: a few times what the run has time to train on
+MINUTES = 2.0  # of pretraining
+OTHER_MINUTES = (2, 3)  # of everything else, on two idle cores with AVX-512 and without
 
 
-def demo(output: Path) -> None:
-    """Run the demo in the folder `output`. Raises UserError, or SystemExit if a command fails."""
-    started = time.monotonic()
+class Stopwatch:
+    """The time of each part of the demo."""
+
+    def __init__(self) -> None:
+        self._began: list[tuple[str, float]] = []
+
+    def begin(self, part: str) -> None:
+        """Print a heading. The part before it has ended."""
+        self._began.append((part, time.monotonic()))
+        Console(stderr=True).rule(part, align="left")
+
+    def lines(self) -> Iterator[str]:
+        """How long each part took, and all of them."""
+        ends = [*(began for _, began in self._began[1:]), time.monotonic()]
+        for (part, began), end in zip(self._began, ends, strict=True):
+            yield f"{describe_duration(end - began):>8}  {part}"
+        yield f"{describe_duration(ends[-1] - self._began[0][1]):>8}  in all"
+
+
+def demo(output: Path, minutes: float = MINUTES) -> None:
+    """Run the demo in the folder `output`. Raises UserError, or SystemExit if a command fails.
+
+    `minutes`: of pretraining.
+    """
     prepare_folder(output)
+    shortest, longest = (describe_duration(60 * (minutes + others)) for others in OTHER_MINUTES)
+    say(
+        f"The demo prepares text, pretrains for {describe_duration(60 * minutes)}, and fine-tunes six times: about "
+        f"{shortest} in all on two idle cores with AVX-512, {longest} without"
+    )
+    stopwatch = Stopwatch()
 
-    heading("Text: the documentation on this machine, and a task extracted from it")
-    deepcloze("python_docs", output=output / "docs.jsonl")
+    stopwatch.begin("Text: the documentation on this machine, and a task extracted from it")
+    deepcloze("python_docs", output=output / "docs.jsonl", packages=",".join(NAMES), files_per_package=FILES)
     description = write_task(output)
 
-    heading("Tokenizer and corpus")
+    stopwatch.begin("Tokenizer and corpus")
     text = output / "pretraining.jsonl"
     deepcloze("tokenizer", source=text, output=output / "tokenizer", vocab_size=VOCABULARY, lowercase=True)
     corpus, held_out = output / "corpus", output / "corpus-heldout"
     deepcloze("corpus", source=text, tokenizer=output / "tokenizer", output=corpus, holdout=HELD_OUT_DOCUMENTS)
 
-    heading("Pretraining: two ranks, stopped halfway and resumed")
+    stopwatch.begin("Pretraining: two ranks, stopped halfway and resumed")
     run = RunFolder(output / "pretraining")
     arguments: dict[str, Any] = {
         "config": PRETRAINING,
@@ -72,21 +101,25 @@ def demo(output: Path) -> None:
         "run.dir": run.path,
         "corpus.train": corpus,
         f"corpus.eval.{EVALUATION}": held_out,
+        "schedule.budget": f"{60 * minutes:.0f}s",
     }
     if not has_native_bf16("cpu"):
         arguments["engine.ds_config"] = "ds_configs/fp32_zero1.json"
-    pretrain_until_halfway(run, arguments)
+    pretrain_for(30 * minutes, run, arguments)
     deepcloze("pretrain", **arguments)
+
+    stopwatch.begin("Evaluation on held-out text")
     scores = json.loads(deepcloze("evaluate", checkpoint=run.path, corpus=held_out, json=True))
 
-    heading("Fine-tuning, from random and from pretrained weights")
+    stopwatch.begin("Fine-tuning from random and from pretrained weights, three seeds each")
     results = {weights: finetune(output, run, weights) for weights in ("random", "pretrained")}
 
-    heading("Results")
+    stopwatch.begin("Report")
     table = comparison(run, scores[held_out.name], results)
     page = write_combined_page(output, run, table, results, description)
     show(table)
-    print(f"\nreport, with the curves: {page}\n{describe_duration(time.monotonic() - started)} in all")
+    print(f"\nreport, with the curves: {page}\n")
+    print("\n".join(stopwatch.lines()))
 
 
 def prepare_folder(output: Path) -> None:
@@ -116,17 +149,17 @@ def write_task(output: Path) -> str:
     return description
 
 
-def pretrain_until_halfway(run: RunFolder, arguments: dict[str, Any]) -> None:
-    """Pretrain for half of the steps, then send SIGTERM, as a job queue or a user would."""
-    steps = load_config(PretrainConfig, PRETRAINING).schedule.steps
-    assert steps is not None
+def pretrain_for(seconds: float, run: RunFolder, arguments: dict[str, Any]) -> None:
+    """Pretrain for this time from the first logged step on, then send SIGTERM, as a job queue or a user would."""
     argv = command("pretrain", **arguments)
     with subprocess.Popen(argv, env=environment()) as process:
         try:
-            while process.poll() is None and last_step(run) < steps // 2:
+            while process.poll() is None and not has_stepped(run):
                 time.sleep(0.2)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(seconds)
             if process.poll() is None:
-                say(f"{steps // 2} of {steps} steps are done: sending SIGTERM")
+                say(f"{describe_duration(seconds)} of training are over: sending SIGTERM")
                 process.send_signal(signal.SIGTERM)
             code = process.wait()
         finally:
@@ -136,8 +169,8 @@ def pretrain_until_halfway(run: RunFolder, arguments: dict[str, Any]) -> None:
     say(f"stopped with exit code {STOPPED}. The same command resumes it:")
 
 
-def last_step(run: RunFolder) -> int:
-    return max((event["step"] for event in read_events(run.metrics)), default=0)
+def has_stepped(run: RunFolder) -> bool:
+    return any(event["step"] > 0 for event in read_events(run.metrics))
 
 
 def finetune(output: Path, run: RunFolder, weights: str) -> dict[str, Any]:
@@ -215,10 +248,6 @@ def environment() -> dict[str, str]:
     return {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 
 
-def heading(text: str) -> None:
-    Console(stderr=True).rule(text, align="left")
-
-
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -236,10 +265,12 @@ def show(table: Table) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.demo", description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for everything (runs/demo)")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help=f"of pretraining ({MINUTES:g})")
     try:
-        output = parser.parse_args(argv).output.absolute()
+        arguments = parser.parse_args(argv)
+        output = arguments.output.absolute()
         os.chdir(REPOSITORY)
-        demo(output.relative_to(REPOSITORY) if output.is_relative_to(REPOSITORY) else output)
+        demo(output.relative_to(REPOSITORY) if output.is_relative_to(REPOSITORY) else output, arguments.minutes)
     except UserError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2

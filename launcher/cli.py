@@ -49,7 +49,7 @@ def python_docs(options: PythonDocsOptions) -> None:
     """
     from pretrain.corpus.python_docs import write_python_docs
 
-    write_python_docs(options.output)
+    write_python_docs(options.output, options.packages, options.files_per_package)
 
 
 def tokenizer(options: TokenizerOptions) -> None:

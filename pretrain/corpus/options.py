@@ -68,6 +68,12 @@ class PythonDocsOptions(Section):
     output: Annotated[PathName, Metavar("FILE")]
     """The .jsonl file to write."""
 
+    packages: Annotated[tuple[str, ...] | None, Metavar("NAME[,NAME…]")] = None
+    """Packages to read, `python` for Python's own; default: all that are installed."""
+
+    files_per_package: PositiveInt | None = None
+    """Read at most this many files of a package, evenly spaced in the order of their names; default: all."""
+
 
 class TokenizerOptions(TextOptions):
     """Either `source` and `vocab_size` (train a tokenizer) or `extend` and `added` (add tokens to one)."""

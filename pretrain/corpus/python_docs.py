@@ -15,7 +15,7 @@ import re
 import sysconfig
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +26,7 @@ from pretrain.corpus.workers import worker_pool
 
 _TESTS = re.compile(r"(?:^|/)(?:tests?|idle_test|conftest\.py|test_[^/]*\.py|[^/]*_test\.py)(?:/|$)")
 _LEGAL = re.compile(r"licen[sc]e|copying|copyright|notice|authors|third.?party|vendor", re.IGNORECASE)
+PYTHON = "python"  # the package name of the standard library
 
 
 class PythonDoc(NamedTuple):
@@ -44,15 +45,17 @@ class _DocFile(NamedTuple):
     name: str  # module name, or path inside the package
 
 
-def write_python_docs(output: Path) -> None:
-    """`deepcloze python_docs`: write all documents as JSON lines. Raises UserError if the file cannot be written."""
+def write_python_docs(
+    output: Path, packages: Collection[str] | None = None, files_per_package: int | None = None
+) -> None:
+    """`deepcloze python_docs`: write documents as JSON lines. Raises UserError if the file cannot be written."""
     if output.is_dir():
         raise UserError(f"--output {output} is a folder; expected a file")
     counts: Counter[str] = Counter()
     characters = 0
     try:
         with atomic_write(output) as temporary, temporary.open("w", encoding="utf-8") as file:
-            for doc in read_python_docs():
+            for doc in read_python_docs(packages, files_per_package):
                 file.write(json.dumps(doc._asdict(), ensure_ascii=False) + "\n")
                 counts[doc.package] += 1
                 characters += len(doc.text)
@@ -65,8 +68,14 @@ def write_python_docs(output: Path) -> None:
     print(f"  most from: {largest}")
 
 
-def read_python_docs() -> Iterator[PythonDoc]:
-    """Yield each text once, in an order that depends only on what is installed."""
+def read_python_docs(
+    packages: Collection[str] | None = None, files_per_package: int | None = None
+) -> Iterator[PythonDoc]:
+    """Yield each text once, in an order that depends only on what is installed.
+
+    packages: None: all. Raises UserError for one that is not installed.
+    files_per_package: at most, evenly spaced; None: all.
+    """
     names: Counter[str] = Counter()
     seen: set[bytes] = set()
 
@@ -79,12 +88,18 @@ def read_python_docs() -> Iterator[PythonDoc]:
             yield PythonDoc(text, package, document if names[document] == 1 else f"{document}#{names[document]}")
 
     distributions = _distributions()
+    if packages is not None:
+        wanted = {_normalized(name) for name in packages}
+        missing = wanted - {PYTHON, *(name for name, _ in distributions)}
+        if missing:
+            raise UserError(f"--packages: not installed: {', '.join(sorted(missing))}")
+        distributions = [(name, found) for name, found in distributions if name in wanted]
     for package, distribution in distributions:
         yield from unseen(package, "METADATA", _description(distribution))
-    files = [
-        *_standard_library(),
-        *(file for package, found in distributions for file in _package_files(package, found)),
-    ]
+    by_package = [list(_package_files(package, found)) for package, found in distributions]
+    if packages is None or PYTHON in packages:
+        by_package = [list(_standard_library()), *by_package]
+    files = [file for found in by_package for file in _spread(found, files_per_package)]
     with (
         worker_pool(len(os.sched_getaffinity(0)), "run the same command again") as pool,
         progress("reading documentation", len(files), "files") as advance,
@@ -101,8 +116,18 @@ def _distributions() -> list[tuple[str, importlib.metadata.Distribution]]:
     for distribution in importlib.metadata.distributions():
         name = distribution.metadata["Name"]
         if name:
-            found.setdefault(re.sub(r"[-_.]+", "-", name).lower(), distribution)
+            found.setdefault(_normalized(name), distribution)
     return sorted(found.items())
+
+
+def _normalized(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _spread(files: list[_DocFile], most: int | None) -> list[_DocFile]:
+    if most is None or len(files) <= most:
+        return files
+    return [files[number * len(files) // most] for number in range(most)]
 
 
 def _description(distribution: importlib.metadata.Distribution) -> str:
@@ -112,7 +137,7 @@ def _description(distribution: importlib.metadata.Distribution) -> str:
 
 def _standard_library() -> Iterator[_DocFile]:
     root = Path(sysconfig.get_paths()["stdlib"])
-    yield from _select_docs("python", ((path, path.relative_to(root).as_posix()) for path in _python_files(root)))
+    yield from _select_docs(PYTHON, ((path, path.relative_to(root).as_posix()) for path in _python_files(root)))
 
 
 def _python_files(folder: Path) -> Iterator[Path]:

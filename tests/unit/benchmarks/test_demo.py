@@ -8,7 +8,17 @@ from typing import Any
 import pytest
 
 import benchmarks.demo
-from benchmarks.demo import EVALUATION, PRETRAINING, TASK, comparison, main, prepare_folder
+from benchmarks.demo import (
+    EVALUATION,
+    MINUTES,
+    OTHER_MINUTES,
+    PRETRAINING,
+    TASK,
+    Stopwatch,
+    comparison,
+    main,
+    prepare_folder,
+)
 from documented import commands
 from experiment.config import load_config
 from experiment.run_folder import RunFolder
@@ -37,12 +47,32 @@ def test_the_folder_of_an_earlier_demo_is_emptied(tmp_path: Path) -> None:
 
 
 def test_the_recipes_fit_the_demo() -> None:
-    """A run by epochs has no known halfway step to stop at; metrics of another evaluation would not be found."""
+    """The demo would not take the time that it says; metrics of another evaluation would not be found."""
     pretraining = load_config(PretrainConfig, REPOSITORY / PRETRAINING)
     task = load_config(FinetuneConfig, REPOSITORY / TASK)
-    assert pretraining.schedule.steps is not None
+    assert pretraining.schedule.budget_seconds == 60 * MINUTES
     assert list(pretraining.corpus.eval) == [EVALUATION]
     assert (task.task.columns.text, task.task.columns.label) == ("sentence", "package")
+
+
+def test_the_readme_says_how_long_the_demo_takes() -> None:
+    """A new user with a stopwatch would find the tour wrong."""
+    shortest, longest = (round(MINUTES + others) for others in OTHER_MINUTES)
+    text = " ".join((REPOSITORY / "README.md").read_text(encoding="utf-8").split())
+    assert f"about {shortest} minutes on two idle cores with AVX-512, about {longest} without" in text
+    makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    assert f"about {longest} minutes on 2 cores" in makefile
+
+
+def test_parts_of_the_demo_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts whose times do not add up to the whole."""
+    clock = iter([100.0, 120.0, 180.0])
+    monkeypatch.setattr(benchmarks.demo.time, "monotonic", lambda: next(clock))
+    stopwatch = Stopwatch()
+    stopwatch.begin("first")
+    stopwatch.begin("second")
+    lines = [line.split(maxsplit=1) for line in stopwatch.lines()]
+    assert lines == [["20s", "first"], ["1m00s", "second"], ["1m20s", "in all"]]
 
 
 def test_the_table_has_before_and_after_in_their_columns(tmp_path: Path) -> None:
@@ -86,7 +116,7 @@ def test_the_readme_shows_the_commands_of_the_demo(monkeypatch: pytest.MonkeyPat
         return '{"corpus-heldout": {}}'
 
     monkeypatch.setattr(benchmarks.demo, "deepcloze", deepcloze)
-    for name in ("write_task", "pretrain_until_halfway", "comparison", "write_combined_page", "show"):
+    for name in ("write_task", "pretrain_for", "comparison", "write_combined_page", "show"):
         monkeypatch.setattr(benchmarks.demo, name, lambda *_: None)
     monkeypatch.chdir(tmp_path)
     benchmarks.demo.demo(Path("runs/demo"))

@@ -151,6 +151,16 @@ def test_read_installed_packages(installed: Path) -> None:
     assert list(read_python_docs()) == docs
 
 
+def test_packages_and_files_can_be_chosen(installed: Path) -> None:
+    """Catches packages that are read although they were not asked for, and a name that nothing has."""
+    assert {doc.package for doc in read_python_docs(["python"])} == {"python"}
+    assert {doc.package for doc in read_python_docs(["My_Shapes"])} == {"my-shapes"}
+    files = [doc.document for doc in read_python_docs(["my-shapes"], files_per_package=1)]
+    assert files == ["my-shapes/METADATA", "my-shapes/shapes", "my-shapes/shapes.f"]
+    with pytest.raises(UserError, match="--packages: not installed: circles"):
+        list(read_python_docs(["circles", "python"]))
+
+
 def test_file_equals_source(installed: Path) -> None:
     """Catches JSON lines that `deepcloze corpus` cannot read, and a `python-docs` source that differs from them."""
     path = installed / "docs.jsonl"
