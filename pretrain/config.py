@@ -192,10 +192,27 @@ class MaskingConfig(Section):
         return self
 
 
+class MuonConfig(Section):
+    """How Muon updates hidden matrices. The other keys of `optimizer` apply to them too, except `betas` and `eps`."""
+
+    lr: PositiveFloat | None = None
+    """Peak learning rate of the hidden matrices, with Jordan's scale, such as 0.02. null: `optimizer.lr`, with
+    Moonlight's scale, which gives updates the size of AdamW's."""
+
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
+    """Decay rate of the running average of the gradient."""
+
+    nesterov: bool = True
+    """Use Nesterov momentum."""
+
+    precision: Literal["bf16", "fp32"] | None = None
+    """In which matrices are orthogonalized. null: bf16 in a bf16 run, else fp32."""
+
+
 class OptimizerConfig(Section):
     """The update rule. See docs/optimizers.md."""
 
-    name: Literal["adamw", "lamb", "stableadamw"] = "adamw"
+    name: Literal["adamw", "lamb", "stableadamw", "muon"] = "adamw"
     """Optimizer. It cannot change on resume; a fork may use another."""
 
     lr: PositiveFloat = 5.0e-4
@@ -215,6 +232,14 @@ class OptimizerConfig(Section):
 
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Layer-wise learning-rate decay: ratio of a layer's learning rate to the next layer's. 1 disables it."""
+
+    muon: MuonConfig = MuonConfig()
+
+    @model_validator(mode="after")
+    def _no_unused_options(self) -> Self:
+        if self.name != "muon" and self.muon != MuonConfig():
+            raise ValueError(f"'muon' belongs to the optimizer 'muon', but 'name' is '{self.name}'")
+        return self
 
 
 class StageConfig(Section):

@@ -7,6 +7,7 @@
 - process_group: join and leave; shared_memory: collectives of CPU ranks on one host
 - partitions: which slice of which parameter this rank owns, and where DeepSpeed keeps it
 - zero_optimizers: gradients and updates under ZeRO without offload, in place of DeepSpeed's
-- optimizers: parameter groups, AdamW, LAMB, StableAdamW, averaged weights
+- optimizers: AdamW, LAMB, StableAdamW, averaged weights; muon: Muon
+- parameter_groups: what an optimizer updates, and how
 - phases: parts of a step in profiles, and the time of forward passes
 """

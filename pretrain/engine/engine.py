@@ -25,12 +25,9 @@ from pretrain.engine import partitions
 from pretrain.engine.deepspeed_internals import set_z3_leaf_module
 from pretrain.engine.deepspeed_settings import DeepSpeedSettings
 from pretrain.engine.initialization import LossScaleError, initialize, install_loss_scaler
-from pretrain.engine.optimizers import (
-    ExponentialMovingAverage,
-    PerParameterOptimizer,
-    build_optimizer,
-    parameter_groups,
-)
+from pretrain.engine.muon import Muon
+from pretrain.engine.optimizers import ExponentialMovingAverage, PerParameterOptimizer
+from pretrain.engine.parameter_groups import build_optimizer, parameter_groups
 from pretrain.engine.partitions import Fragment
 from pretrain.engine.phases import ForwardTimer, phase
 from pretrain.engine.zero_optimizers import Zero1Optimizer, install_zero_optimizer, sum_of_squares, unscale_and_clip
@@ -78,7 +75,7 @@ class Engine:
             _warn_of_stage_change(settings)
         groups = parameter_groups(model.model, optimizer, options, unused)
         frozen = [parameter for group in groups if group["frozen_until"] for parameter in group["params"]]
-        torch_optimizer = build_optimizer(optimizer, groups)
+        torch_optimizer = build_optimizer(optimizer, groups, self.precision)
         _set_zero3_leaves(model, compiled)
         ds_config = settings.engine_config(optimizer.grad_clip, self._swap_folder)
         self._deepspeed = initialize(model, torch_optimizer, ds_config)
@@ -95,6 +92,8 @@ class Engine:
         if isinstance(torch_optimizer, PerParameterOptimizer):
             names = sorted(self._deepspeed.param_names.values())
             torch_optimizer.attach(self.fragments(), names, self._sum_over_shards)
+        elif isinstance(torch_optimizer, Muon):
+            torch_optimizer.attach(partitions.flat_tensors(self._deepspeed), self.fragments(), self.device)
         for parameter in frozen:
             parameter.register_hook(self._zero_while_frozen)
         decay = options.ema_decay

@@ -1,29 +1,18 @@
-"""Parameter groups, and AdamW, LAMB and StableAdamW under ZeRO, with updates that can be skipped; averaged weights.
-
-A parameter group has these keys besides those of torch's optimizers:
-
-    decays          its parameters are weights, not biases or norms
-    lr_scale        its learning rate is the schedule's times this
-    frozen_until    the first step that updates it
-    frozen          the next update skips it
+"""AdamW, LAMB and StableAdamW under ZeRO, with updates that can be skipped; averaged weights.
 
 ZeRO passes a torch optimizer flat tensors that hold slices of many parameters, sharded across ranks. AdamW treats every
 element alike. LAMB and StableAdamW scale each parameter's update by a statistic of the whole parameter: `attach` tells
 them which slices their tensors hold, and they sum squares per slice and then over ranks.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from experiment.transformers_models import is_in_module
-from pretrain.config import ModelConfig, OptimizerConfig
 from pretrain.engine.deepspeed_internals import DeepSpeedEngine
 from pretrain.engine.partitions import Fragment, fragments, resident_fragments
-from pretrain.modeling.structure import layer_ids
 
 Group = dict[str, Any]
 
@@ -200,44 +189,6 @@ class StableAdamW(PerParameterOptimizer):
         directions = state["exp_avg"] / state["exp_avg_sq"].sqrt().add_(group["eps"])
         for part, direction, rate in zip(slices.views(tensor), slices.views(directions), rates, strict=True):
             part.mul_(1 - rate * group["weight_decay"]).addcmul_(direction, -rate)
-
-
-def parameter_groups(
-    model: PreTrainedModel, optimizer: OptimizerConfig, freeze: ModelConfig, unused: Collection[str] = ()
-) -> list[dict[str, Any]]:
-    """Weights decay; biases, norms and parameters that the model does not use do not. A layer's rate is `layer_decay`
-    times that of the layer above it.
-
-    With `layer_decay` 1 and nothing frozen there are two groups, with and without weight decay.
-    """
-    norms = {
-        id(p) for module in model.modules() if "Norm" in type(module).__name__ for p in module.parameters(recurse=False)
-    }
-    depths = layer_ids(model)
-    groups: dict[tuple[float, int, bool], dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
-        is_weight = id(parameter) not in norms and not name.endswith("bias") and parameter.dim() >= 2
-        decays = is_weight and name not in unused
-        lr_scale = optimizer.layer_decay ** (max(depths.values()) - depths[name])
-        frozen_until = freeze.freeze_steps if any(is_in_module(name, module) for module in freeze.freeze) else 0
-        group = groups.setdefault(
-            (lr_scale, frozen_until, not decays),
-            {
-                "params": [],
-                "weight_decay": optimizer.weight_decay if decays else 0.0,
-                "decays": decays,
-                "lr_scale": lr_scale,
-                "frozen_until": frozen_until,
-                "frozen": False,
-            },
-        )
-        group["params"].append(parameter)
-    return [groups[key] for key in sorted(groups)]
-
-
-def build_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]]) -> GatedOptimizer:
-    rule = {"adamw": AdamW, "lamb": Lamb, "stableadamw": StableAdamW}[config.name]
-    return rule(groups, lr=config.lr, betas=config.betas, eps=config.eps)
 
 
 class ExponentialMovingAverage:

@@ -1,6 +1,6 @@
 """Map parameters to this rank's ZeRO partitions: the fp32 masters and optimizer states of its slices.
 
-Checkpoints, LAMB, StableAdamW and averaged weights are built on `fragments`.
+Checkpoints, LAMB, StableAdamW, Muon and averaged weights are built on `fragments`.
 
     ZeRO 0, fp32         the parameters themselves, all on every rank
     ZeRO 1, 2            one flat fp32 tensor per parameter group, sharded across ranks; `param._hp_mapping` says where
@@ -51,6 +51,17 @@ def fragments(engine: DeepSpeedEngine) -> Iterator[Fragment]:
                 for parameter in group["params"]:
                     name = engine.param_names[parameter]
                     yield Fragment(name, tuple(parameter.shape), 0, parameter.data.view(-1), parameter, 0)
+
+
+def flat_tensors(engine: DeepSpeedEngine) -> list[Tensor]:
+    """The tensors that hold the fragments. Tensor n holds slices of the same parameters on every rank."""
+    match engine.zero_optimization_stage():
+        case 3:
+            return list(engine.optimizer.fp32_partitioned_groups_flat)
+        case 1 | 2:
+            return list(engine.optimizer.single_partition_of_fp32_groups)
+        case _:
+            return [parameter for group in engine.optimizer.param_groups for parameter in group["params"]]
 
 
 def resident_fragments(engine: DeepSpeedEngine) -> Iterator[list[Fragment]]:

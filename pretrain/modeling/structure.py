@@ -22,6 +22,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
 
 Forward = Callable[..., Any]
 
@@ -63,6 +64,21 @@ def layer_ids(model: PreTrainedModel) -> dict[str, int]:
     return {name: layers + 1 if number < 0 else number for name, number in ids.items()}
 
 
+def hidden_matrices(model: PreTrainedModel) -> list[str]:
+    """Names of the weights that hidden states are multiplied by: those of linear layers, except the decoder, also where
+    it is tied to the embeddings."""
+    tables = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+    decoder = model.get_output_embeddings()
+    matrices = {
+        id(module.weight)
+        for module in model.modules()
+        if (isinstance(module, Conv1D) or type(module).__name__.endswith("Linear"))  # I-BERT has a class of its own
+        and module is not decoder
+        and min(module.weight.shape) > 1
+    }
+    return [name for name, parameter in model.named_parameters() if id(parameter) in matrices - tables]
+
+
 @dataclass(frozen=True)
 class ParameterCounts:
     """Shared parameters, such as a decoder tied to the embeddings, count once."""
@@ -71,6 +87,7 @@ class ParameterCounts:
     embeddings: int  # modules called `embeddings`
     encoder: int  # the rest of the base model
     head: int  # outside the base model
+    hidden_matrices: int  # see the function of this name
     largest: int  # of one parameter
     sizes: tuple[int, ...]  # of each parameter
 
@@ -86,7 +103,7 @@ def _in_embeddings(model: PreTrainedModel) -> set[int]:
 
 
 def count_parameters(model: PreTrainedModel) -> ParameterCounts:
-    embeddings = _in_embeddings(model)
+    embeddings, matrices = _in_embeddings(model), hidden_matrices(model)
     in_base = {id(parameter) for parameter in model.base_model.parameters()}
     sizes = {id(parameter): parameter.numel() for parameter in model.parameters()}
     return ParameterCounts(
@@ -94,6 +111,7 @@ def count_parameters(model: PreTrainedModel) -> ParameterCounts:
         embeddings=sum(size for key, size in sizes.items() if key in embeddings),
         encoder=sum(size for key, size in sizes.items() if key in in_base and key not in embeddings),
         head=sum(size for key, size in sizes.items() if key not in in_base),
+        hidden_matrices=sum(parameter.numel() for name, parameter in model.named_parameters() if name in matrices),
         largest=max(sizes.values()),
         sizes=tuple(sizes.values()),
     )

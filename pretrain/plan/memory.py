@@ -21,13 +21,13 @@ import torch
 
 from pretrain.config import PretrainConfig
 from pretrain.engine.deepspeed_settings import DeepSpeedSettings, OffloadDevice, Precision, uses_zero1_optimizer
+from pretrain.engine.muon import orthogonalization_dtype
 from pretrain.engine.shared_memory import BUFFER_BYTES
 from pretrain.modeling.structure import ParameterCounts
 from pretrain.plan.activations import MicrobatchMemory
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _FP32 = 4
-_MOMENTS = 8  # of AdamW, LAMB and StableAdamW
 # oneDNN generates code for each shape of a matrix product and keeps it: 0.6 MB each with torch 2.13 and AVX-512. There
 # are 3 shapes of linear layers for all slots and 5 for each number of predicted ones, of which two are assumed; each
 # needs 3 products, forward and backward. Attention needs 6 for all slots and 6 for predicted ones.
@@ -89,6 +89,7 @@ class MemorySettings:
     on_gpu: bool
     averaged: bool  # model.ema_decay
     optimizer: str
+    orthogonalization_bytes: int  # of an element, in Muon's update: 2 or 4
     offload: OffloadDevice
     offloads_weights: bool
     reduce_bucket: int  # elements
@@ -115,6 +116,7 @@ def memory_settings(
         on_gpu=on_gpu,
         averaged=config.model.ema_decay is not None,
         optimizer=config.optimizer.name,
+        orthogonalization_bytes=orthogonalization_dtype(config.optimizer.muon, deepspeed.precision).itemsize,
         offload=deepspeed.offload,
         offloads_weights=offload_param != "none",
         reduce_bucket=int(zero.get("reduce_bucket_size", _REDUCE_BUCKET)),
@@ -150,7 +152,8 @@ def rank_memory(counts: ParameterCounts, microbatch: MicrobatchMemory, settings:
     if not settings.on_gpu:  # each rank copies what it owns, and rank 0 the whole model
         moments["checkpoint"] = resident + Parts(buffers=resident.optimizer + _FP32 * counts.total)
     host = _offloaded(counts, settings)
-    disk = 16 * counts.total // settings.ranks if settings.offload == "nvme" else 0
+    swapped = 2 * _FP32 * counts.total + _moments(counts, settings)  # masters, gradients and moments
+    disk = swapped // settings.ranks if settings.offload == "nvme" else 0
     return RankMemory(settings.zero_stage, moments, host if settings.on_gpu else 0, disk)
 
 
@@ -164,13 +167,18 @@ def _resident(counts: ParameterCounts, settings: MemorySettings) -> Parts:
         gradients = _FP32 * share if settings.zero_stage < 3 and size < _FP32 else 0
         return Parts(weights=weights, gradients=gradients, optimizer=host)
     if settings.zero_stage == 0:
-        return Parts(weights=_FP32 * total, optimizer=(_MOMENTS + averages) * total)
+        return Parts(weights=_FP32 * total, optimizer=_moments(counts, settings) + averages * total)
     return Parts(
         weights=size * (share if settings.zero_stage == 3 else total),
         gradients=_resident_gradients(total, share, settings),
-        optimizer=(_FP32 + _MOMENTS + averages) * share,
+        optimizer=(_FP32 + averages) * share + _moments(counts, settings) // settings.ranks,
         buffers=BUFFER_BYTES if settings.zero_stage < 3 and _shares_memory(settings) else 0,
     )
+
+
+def _moments(counts: ParameterCounts, settings: MemorySettings) -> int:
+    """Bytes on all ranks together. Muon has no second moment of hidden matrices."""
+    return 2 * _FP32 * counts.total - (_FP32 * counts.hidden_matrices if settings.optimizer == "muon" else 0)
 
 
 def _shares_memory(settings: MemorySettings) -> bool:
@@ -189,7 +197,7 @@ def _start(counts: ParameterCounts, settings: MemorySettings, resident: Parts) -
     whole = settings.weight_bytes * counts.total
     model = whole if settings.on_gpu else max(whole, _FP32 * counts.total)
     flat = whole if settings.zero_stage in (1, 2) else resident.weights if settings.zero_stage == 3 else 0
-    masters = 0 if settings.zero_stage == 0 else resident.optimizer * _FP32 // (_FP32 + _MOMENTS)
+    masters = 0 if settings.zero_stage == 0 else min(_FP32 * -(-counts.total // settings.ranks), resident.optimizer)
     return Parts(weights=model + flat, gradients=resident.gradients, optimizer=masters)
 
 
@@ -204,7 +212,8 @@ def _offloaded(counts: ParameterCounts, settings: MemorySettings) -> int:
     if settings.offload == "nvme":
         return (_FP32 + weights + averages) * share
     copies = _FP32 if settings.zero_stage == 3 else size + (_FP32 if size == _FP32 else 0)
-    return (_FP32 + _MOMENTS + _FP32 + copies + weights + averages) * share
+    others = (_FP32 + _FP32 + copies + weights + averages) * share
+    return others + _moments(counts, settings) // settings.ranks
 
 
 def _backward_buffers(counts: ParameterCounts, settings: MemorySettings) -> int:
@@ -233,7 +242,7 @@ def _update(counts: ParameterCounts, settings: MemorySettings) -> Parts:
     of the optimizer."""
     total, size = counts.total, settings.weight_bytes
     share = total if settings.zero_stage == 0 else -(-total // settings.ranks)
-    temporary = {"adamw": 0, "lamb": _FP32, "stableadamw": 2 * _FP32}[settings.optimizer] * share
+    temporary = _temporary(counts, share, settings)
     gradients = size * total if gradients_stay(settings) else 0
     bucket = min(total, settings.reduce_bucket)
     match settings.zero_stage:
@@ -249,6 +258,15 @@ def _update(counts: ParameterCounts, settings: MemorySettings) -> Parts:
         case _:
             buffers = _FP32 * bucket
     return Parts(gradients=gradients, buffers=buffers + temporary)
+
+
+def _temporary(counts: ParameterCounts, share: int, settings: MemorySettings) -> int:
+    """Tensors of the optimizer during an update. Muon's: the matrices that this rank orthogonalizes, and, with several
+    ranks, what it sends and receives."""
+    if settings.optimizer == "muon":
+        copies = 1 if settings.ranks == 1 else 3
+        return copies * settings.orthogonalization_bytes * counts.hidden_matrices // settings.ranks
+    return {"adamw": 0, "lamb": _FP32, "stableadamw": 2 * _FP32}[settings.optimizer] * share
 
 
 def _prefetched(counts: ParameterCounts, settings: MemorySettings) -> int:

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from statistics import mean
@@ -13,7 +14,7 @@ from pretrain.batching.packing import Rows
 from pretrain.engine.deepspeed_settings import uses_zero1_optimizer
 from pretrain.modeling.packability import is_packed
 from pretrain.modeling.random_model import meta_model
-from pretrain.modeling.structure import FlopsModel, ParameterCounts, count_parameters, flops_model
+from pretrain.modeling.structure import FlopsModel, ParameterCounts, count_parameters, flops_model, hidden_matrices
 from pretrain.plan.activations import Computation, MicrobatchMemory, microbatch_memory
 from pretrain.plan.cost import Cost, Device, Rates, budget_cost, run_cost
 from pretrain.plan.memory import MemorySettings, RankMemory, gradients_stay, memory_settings, rank_memory, weight_dtype
@@ -22,6 +23,7 @@ from pretrain.resolve import ResolvedRun
 from pretrain.training_stream import open_stream
 from pretrain.world import World
 
+_LAYER = re.compile(r"\.\d+\.")
 _FP32 = 4  # bytes; gradients are reduced in fp32 at every precision
 
 
@@ -43,6 +45,7 @@ class RunPlan:
     rates: Rates
     packed: bool
     parameters: ParameterCounts
+    hidden_matrices: tuple[str, ...]  # names, once for all layers: layers.*.attn.Wqkv.weight
     stages: tuple[StageWork, ...]
     flops_per_token: float | None  # of the whole run
     zero: dict[int, ZeroPlan]  # by ZeRO stage: the run's own and the others
@@ -130,6 +133,7 @@ def plan_run(run: ResolvedRun, hosts: int, ranks: int, device: Device, rates: Ra
         rates=rates,
         packed=packed,
         parameters=counts,
+        hidden_matrices=tuple(dict.fromkeys(_LAYER.sub(".*.", name) for name in hidden_matrices(skeleton))),
         stages=stages,
         flops_per_token=None if by_stage is None else _mean_over_tokens(by_stage, stages, steps),
         zero=zero,

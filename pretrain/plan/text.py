@@ -85,8 +85,16 @@ def _model(plan: RunPlan) -> list[str]:
     return [
         f"{counts.total:,} parameters: {counts.embeddings:,} in the embeddings, {counts.encoder:,} in the encoder, "
         f"{counts.head:,} in the head",
+        *_optimizer(plan),
         f"FLOPs per token, forward and backward: {flops}; {'packed' if plan.packed else 'padded, one sequence a row'}",
     ]
+
+
+def _optimizer(plan: RunPlan) -> Iterator[str]:
+    """Which parameters Muon orthogonalizes, without the numbers of their layers."""
+    if plan.run.config.optimizer.name == "muon":
+        kinds = ", ".join(plan.hidden_matrices)
+        yield f"Muon updates {plan.parameters.hidden_matrices:,} of them ({kinds}), AdamW the others"
 
 
 def _work(plan: RunPlan) -> list[str]:

@@ -72,7 +72,7 @@ def test_16_bit_follows_fp32(
         assert logged(tmp_path)[-1] == pytest.approx(fp32[-1], rel=0.02)
 
 
-@pytest.mark.parametrize("rule", ["adamw", "lamb", "stableadamw"])
+@pytest.mark.parametrize("rule", ["adamw", "lamb", "stableadamw", "muon"])
 @pytest.mark.parametrize("ds_config", ["bf16_zero2_cpu_offload", "bf16_zero3_cpu_offload", "fp16_zero3_cpu_offload"])
 def test_offload_changes_nothing(gpus: Any, wordpiece_corpus: Path, tmp_path: Path, ds_config: str, rule: str) -> None:
     """Catches master weights that are read before they are copied, wrong norms and reductions of tensors on the CPU,

@@ -100,7 +100,12 @@ def test_frozen_parameters_change_only_after_freeze_steps(
     [
         (2, "fp32_zero1", "adamw"),
         (2, "fp32_zero3", "lamb"),
-        *soak((2, "fp32_zero0", "adamw"), (2, "bf16_zero3", "stableadamw"), (3, "bf16_zero2", "lamb")),
+        *soak(
+            (2, "fp32_zero0", "adamw"),
+            (2, "bf16_zero3", "stableadamw"),
+            (2, "fp32_zero1", "muon"),
+            (3, "bf16_zero2", "lamb"),
+        ),
     ],
 )
 def test_a_run_resumed_before_unfreezing_is_the_uninterrupted_one(

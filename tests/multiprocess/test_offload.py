@@ -125,7 +125,7 @@ def swapping_case(world: World, tree: Tree, swap: Path) -> int:
 
 @pytest.mark.soak
 @pytest.mark.usefixtures("nvme")
-@pytest.mark.parametrize("rule", ["adamw", "lamb", "stableadamw"])
+@pytest.mark.parametrize("rule", ["adamw", "lamb", "stableadamw", "muon"])
 def test_swap_files_exist_until_the_run_ends(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, rule: str
 ) -> None:

@@ -91,7 +91,8 @@ def test_every_layout_equals_one_process(
     ("rule", "world_size", "ds_config"),
     [
         ("lamb", 2, "bf16_zero1"),
-        *soak(("stableadamw", 2, "fp32_zero2"), ("stableadamw", 1, "bf16_zero3")),
+        ("muon", 2, "bf16_zero3"),
+        *soak(("stableadamw", 2, "fp32_zero2"), ("stableadamw", 1, "bf16_zero3"), ("muon", 3, "fp16_zero2")),
     ],
 )
 def test_resumed_optimizers_equal_the_uninterrupted_ones(

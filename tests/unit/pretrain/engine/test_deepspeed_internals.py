@@ -29,7 +29,7 @@ PUBLIC = {
     *("backward", "destroy", "device", "eval", "get_global_grad_norm", "module", "step", "train"),
     *("was_step_applied", "zero_optimization_stage"),
     *("allocate_sums", "clear_gradients", "communication_dtype", "reduce_gradients", "shared_memory", "update"),
-    *("grad_clip", "layer_decay", "weight_decay"),
+    "grad_clip",
 }
 
 

@@ -9,17 +9,17 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
 
-from pretrain.config import ModelConfig, OptimizerConfig
+from pretrain.config import ModelConfig, MuonConfig, OptimizerConfig
 from pretrain.engine.optimizers import (
     AdamW,
     GatedOptimizer,
     Lamb,
     PerParameterOptimizer,
     StableAdamW,
-    build_optimizer,
-    parameter_groups,
 )
+from pretrain.engine.parameter_groups import build_optimizer, parameter_groups
 from pretrain.engine.partitions import Fragment
+from pretrain.modeling.structure import hidden_matrices
 
 LR, BETAS, EPS, DECAY, STEPS = 0.05, (0.8, 0.95), 1e-3, 0.3, 6
 Vector = NDArray[np.float64]
@@ -228,11 +228,25 @@ def test_unused_parameters_do_not_decay() -> None:
     assert not own["decays"]
 
 
+def test_groups_of_muon() -> None:
+    """Catches a matrix with two optimizers, one with the other's learning rate, and unused weights that decay."""
+    model = tiny_model("bert")
+    unused = "cls.predictions.transform.dense.weight"
+    config = OptimizerConfig(name="muon", lr=1e-3, muon=MuonConfig(lr=0.02))
+    groups = parameter_groups(model, config, ModelConfig(config={"model_type": "bert"}), unused={unused})
+    matrices = [group for group in groups if group["matrices"]]
+    assert [group["lr_scale"] for group in matrices] == [pytest.approx(20.0)]
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert {names[id(parameter)] for parameter in matrices[0]["params"]} == {*hidden_matrices(model)} - {unused}
+    assert sum(len(group["params"]) for group in groups) == len(names)
+    assert {group["lr_scale"] for group in groups if not group["matrices"]} == {1.0}
+
+
 def test_vetoed_updates_and_frozen_groups_change_nothing() -> None:
     """Catches decay, moments or a step count of frozen parameters or in a vetoed update, and groups that are lost."""
     weights = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
     groups = [{"params": [weight], "lr": 0.1, "frozen": False} for weight in weights]
-    optimizer = build_optimizer(OptimizerConfig(weight_decay=0.1), groups)
+    optimizer = build_optimizer(OptimizerConfig(weight_decay=0.1), groups, "fp32")
     for weight in weights:
         weight.grad = torch.ones(3)
     optimizer.allowed = lambda: False

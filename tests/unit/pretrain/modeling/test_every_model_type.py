@@ -14,6 +14,7 @@ from pretrain.modeling.build import build_model
 from pretrain.modeling.masked_lm import MaskedLanguageModel
 from pretrain.modeling.model_config import resolve_model_config
 from pretrain.modeling.random_model import meta_model
+from pretrain.modeling.structure import hidden_matrices
 from runs import sampled
 from tiny_models import tiny_fields
 
@@ -55,6 +56,18 @@ def test_every_type_trains(tokenizer: PreTrainedTokenizerFast, model_type: str) 
         after = module(*batch).loss_sum
     assert torch.isfinite(before)
     assert after < before
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("model_type", TYPES)
+def test_hidden_matrices_of_every_type(tokenizer: PreTrainedTokenizerFast, model_type: str) -> None:
+    """Catches a decoder or embeddings that Muon orthogonalizes, and layers that it leaves to AdamW."""
+    settings = tiny(model_type)
+    model = build_model(settings, resolve_model_config(settings, tokenizer), seed=1).model
+    found = [model.get_parameter(name) for name in hidden_matrices(model)]
+    assert len(found) >= (2 if model_type == "squeezebert" else 4), "SqueezeBERT's layers are convolutions"
+    assert {matrix.dim() for matrix in found} == {2}
+    assert not any(len(tokenizer) in matrix.shape for matrix in found)
 
 
 @pytest.mark.soak

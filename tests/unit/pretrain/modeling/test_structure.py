@@ -7,7 +7,7 @@ from model_examples import LOCAL_WINDOW, Example
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
 
 from pretrain.modeling.random_model import meta_model
-from pretrain.modeling.structure import FlopsModel, flops_model, layer_ids
+from pretrain.modeling.structure import FlopsModel, flops_model, hidden_matrices, layer_ids
 
 HIDDEN, INNER, VOCABULARY = 24, 40, 200
 LAYER = 4 * (HIDDEN * HIDDEN + HIDDEN) + 2 * HIDDEN * INNER + INNER + HIDDEN + 4 * HIDDEN  # attention, MLP, two norms
@@ -99,3 +99,29 @@ def test_layers_are_numbered_from_the_embeddings_to_the_head(
         assert found, f"no parameter of {model_type} has '{part}' in its name"
         tied = {name for name in found if "embeddings" in name and number}
         assert {layer for name, layer in found.items() if name not in tied} == {number}, found
+
+
+MATRICES = {
+    "bert": (6 * 3 + 1, "cls.predictions.transform.dense.weight"),
+    "modernbert": (4 * 4 + 1, "model.layers.0.attn.Wqkv.weight"),
+    "electra": (6 * 3 + 2, "electra.embeddings_project.weight"),
+}
+
+
+@pytest.mark.parametrize("model_type", MATRICES)
+def test_hidden_matrices(example: Callable[[str], Example], model_type: str) -> None:
+    """Catches embeddings and decoders that are orthogonalized, and matrices that are not."""
+    model = example(model_type).built.model
+    found = hidden_matrices(model)
+    count, name = MATRICES[model_type]
+    assert len(found) == count
+    assert name in found
+    decoder = model.get_output_embeddings()
+    others = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    assert not any(id(model.get_parameter(each)) in others | {id(decoder.weight)} for each in found)
+
+
+def test_layers_that_share_their_matrices_count_once() -> None:
+    """Catches a matrix of ALBERT that is updated once for each layer."""
+    config = AutoConfig.for_model("albert", num_hidden_layers=4, hidden_size=24, num_attention_heads=2)
+    assert len(hidden_matrices(meta_model(config))) == 6 + 2  # the projection of the embeddings, and the head

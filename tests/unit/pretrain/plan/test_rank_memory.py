@@ -12,7 +12,9 @@ from pretrain.plan.memory import MemorySettings, Parts, gathered_weights, gradie
 from pretrain.plan.plan import sent_per_step
 
 N = 1_000_000_000
-COUNTS = ParameterCounts(N, N // 10, 8 * N // 10, N // 10, largest=N // 10, sizes=(N // 10,) * 10)
+COUNTS = ParameterCounts(
+    N, N // 10, 8 * N // 10, N // 10, hidden_matrices=8 * N // 10, largest=N // 10, sizes=(N // 10,) * 10
+)
 NOTHING = MicrobatchMemory(0, 0, 0)
 BF16 = MemorySettings(
     zero_stage=1,
@@ -22,6 +24,7 @@ BF16 = MemorySettings(
     on_gpu=True,
     averaged=False,
     optimizer="adamw",
+    orthogonalization_bytes=4,
     offload="none",
     offloads_weights=False,
     reduce_bucket=500_000_000,
