@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, create_model, model_validator
 
-from experiment.config import Section, did_you_mean
+from experiment.config import Section, did_you_mean, flatten, with_defaults
 from experiment.config.field_types import Fraction, PathText, Seed, SequenceLength
 from experiment.config.loading import check_kind
 from experiment.errors import UserError
@@ -170,3 +170,13 @@ class FinetuneConfig(Section):
 def config_of_kind(kind: str) -> type[FinetuneConfig]:
     """The config of a run whose task is of this kind."""
     return create_model("FinetuneConfig", __base__=FinetuneConfig, task=(find_kind(kind).config_type, ...))
+
+
+def changed_settings(now: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> (recorded value, value now), of the settings of a seed that differ.
+
+    A key that an earlier version did not have had its default.
+    """
+    config_type = FinetuneConfig.specialize(now)
+    old, new = with_defaults(flatten(recorded), config_type), with_defaults(flatten(now), config_type)
+    return {key: (old.get(key), new.get(key)) for key in sorted({*old, *new}) if old.get(key) != new.get(key)}

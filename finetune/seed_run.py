@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from experiment.config import defaults, flatten
 from experiment.errors import UserError
 from experiment.files import parse_json, removed_on_error, write_json
 from experiment.progress import terminal
 from experiment.provenance import read_provenance, write_origin
 from experiment.run_folder import RunFolder
-from finetune.config import FinetuneConfig
+from finetune.config import changed_settings
 from finetune.encoding.encoder import load_task_tokenizer
 from finetune.metrics import measure_calibration
 from finetune.model import build_model, save_model
@@ -50,13 +49,11 @@ def finished_seeds(folder: RunFolder, settings: Mapping[str, Any]) -> dict[int, 
 
 
 def _check_settings(seed_folder: Path, settings: Mapping[str, Any], recorded: Mapping[str, Any]) -> None:
-    older = defaults(FinetuneConfig)  # values of keys that an earlier version did not have
-    now, before = older | flatten(settings), older | flatten(recorded)
-    if different := [key for key in sorted({*now, *before}) if now.get(key) != before.get(key)]:
-        key = different[0]
+    if changed := changed_settings(settings, recorded):
+        key, (before, now) = next(iter(changed.items()))
         raise UserError(
-            f"run.dir: {seed_folder} was trained with other settings: {', '.join(different)} "
-            f"({key} was {before.get(key)!r}, is {now.get(key)!r}); choose another run.dir"
+            f"run.dir: {seed_folder} was trained with other settings: {', '.join(changed)} "
+            f"({key} was {before!r}, is {now!r}); choose another run.dir"
         )
 
 

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import NotRequired, TypedDict
 
-from experiment.config import defaults
+from experiment.config import with_defaults
 from experiment.errors import StoppedError, UserError, notify, reason, stopped_by_disk_errors
 from experiment.files import parse_json, write_json
 from experiment.outcome_file import Outcome, read_outcome, recorded_outcome
@@ -22,7 +22,7 @@ from experiment.own_process import own_environment
 from experiment.run_folder import RunFolder, open_run_folder
 from experiment.run_lock import is_locked, lock_run
 from experiment.signals import handle_stop_signals
-from finetune.config import CHANGE_ROUNDING_ONLY, FinetuneConfig
+from finetune.config import CHANGE_ROUNDING_ONLY, FinetuneConfig, config_of_kind
 from pretrain.config import PretrainConfig
 
 DONE = "done"
@@ -169,8 +169,8 @@ def _locked(folder: RunFolder, option: str) -> Iterator[None]:
 
 def _with_new_keys(before: FlatConfig, now: FlatConfig) -> FlatConfig:
     """A recorded config with the keys of `now` that an earlier version did not have, at their defaults."""
-    pretraining = defaults(PretrainConfig)
-    known = pretraining | {f"pretrain.{key}": value for key, value in pretraining.items()} | defaults(FinetuneConfig)
+    kind = config_of_kind(str(now["task.kind"])) if "task.kind" in now else FinetuneConfig
+    known = with_defaults(with_defaults(with_defaults(before, kind), PretrainConfig), PretrainConfig, "pretrain.")
     return {key: known[key] for key in now if key in known} | dict(before)
 
 

@@ -21,7 +21,7 @@ from experiment.checkpoints import (
     names_model_folder,
     read_state,
 )
-from experiment.config import flatten
+from experiment.config import flatten, with_defaults
 from experiment.errors import UserError
 from experiment.provenance import read_origin, read_provenance
 from experiment.run_folder import RunFolder, check_run_folder
@@ -258,7 +258,7 @@ def run_identity(
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    old, new = flatten(before), flatten(now)
+    old, new = with_defaults(flatten(before), PretrainConfig), with_defaults(flatten(now), PretrainConfig)
     keys = sorted((old.keys() | new.keys()) - _NO_EFFECT)
     return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
 

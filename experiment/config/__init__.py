@@ -1,7 +1,7 @@
 """YAML file + `--section.key=value` overrides -> a strict, typed config."""
 
 from experiment.config.field_types import Metavar, Positional
-from experiment.config.loading import Section, build_config, defaults, dump_config, flatten, load_config
+from experiment.config.loading import Section, build_config, dump_config, flatten, load_config, with_defaults
 from experiment.config.validation_errors import did_you_mean
 
 __all__ = [
@@ -9,9 +9,9 @@ __all__ = [
     "Positional",
     "Section",
     "build_config",
-    "defaults",
     "did_you_mean",
     "dump_config",
     "flatten",
     "load_config",
+    "with_defaults",
 ]

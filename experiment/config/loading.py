@@ -116,15 +116,20 @@ def flatten(config: Section | Mapping[str, Any]) -> dict[str, Any]:
     return leaves
 
 
-def defaults(config_type: type[Section]) -> dict[str, Any]:
-    """{'section.key': default} for every leaf that has one."""
-    leaves: dict[str, Any] = {}
+def with_defaults(flat: Mapping[str, Any], config_type: type[BaseModel], above: str = "") -> dict[str, Any]:
+    """A flat config with the defaults of the keys that it lacks, like one that an earlier version has recorded.
+
+    above: the beginning of the keys of `config_type`, such as `task.`
+    """
+    filled = dict(flat)
     for name, field in config_type.model_fields.items():
-        if not field.is_required():
-            leaves |= flatten({name: to_jsonable_python(field.get_default(call_default_factory=True))})
-        elif isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            leaves |= flatten({name: defaults(field.annotation)})
-    return leaves
+        key = above + name
+        if any(known.startswith(f"{key}.") for known in flat):
+            for section in filter(is_section, union_members(field.annotation)):
+                filled = with_defaults(filled, section, f"{key}.")
+        elif key not in flat and not field.is_required():
+            filled |= flatten({key: to_jsonable_python(field.get_default(call_default_factory=True))})
+    return filled
 
 
 def _build(

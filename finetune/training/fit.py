@@ -15,7 +15,7 @@ from experiment.errors import StoppedError, UserError, first_line
 from experiment.fast_linear import use_fast_linear
 from experiment.files import atomic_write
 from experiment.signals import uninterrupted
-from finetune.config import TrainingConfig
+from finetune.config import TrainingConfig, changed_settings
 from finetune.device import Device
 from finetune.inference import Evaluation, evaluate, evaluation_microbatch
 from finetune.splits import Task
@@ -54,7 +54,7 @@ class StateFile:
                 if damaged := file.testzip():  # torch does not compare checksums
                     raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
             saved = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
-            return saved["state"] if saved["settings"] == self.settings else None
+            return None if changed_settings(self.settings, saved["settings"]) else saved["state"]
         except OSError:
             raise
         except Exception as error:  # zipfile and torch raise many types for damaged files

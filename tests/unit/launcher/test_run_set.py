@@ -91,13 +91,15 @@ def test_a_pretraining_that_was_resumed_and_stopped_is_not_done(
         {"training.adam_eps": 1e-8},
         {"pretrain.optimizer.grad_clip": 1.0},
         {"training.parallel_seeds": 2},
+        {"task.context": "article"},
     ],
 )
 def test_a_new_key_changes_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, newer: FlatConfig) -> None:
     """Catches a sweep or comparison that a newer version, whose configs have one more key, cannot resume."""
-    write_json(tmp_path / "sweep.json", {"runs": {"a": {"config": {"seed": 1}}}})
+    before = {"seed": 1, "task.kind": "cloze"}
+    write_json(tmp_path / "sweep.json", {"runs": {"a": {"config": before}}})
     (tmp_path / "a").mkdir()
-    assert finish(tmp_path, {"seed": 1, **newer}, monkeypatch) == ["command"]
+    assert finish(tmp_path, {**before, **newer}, monkeypatch) == ["command"]
 
 
 def test_a_new_key_with_another_value_changes_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,6 +122,15 @@ def test_a_moved_run_resumes() -> None:
     assert check_resume(identity(), now, "a checkpoint") == []
 
 
+def test_a_checkpoint_of_an_earlier_version_resumes() -> None:
+    """Catches a run that a newer version, whose masking has one more key, cannot resume; another value still counts."""
+    before = identity()
+    del before["masking.unit"], before["model.freeze"], before["checkpoint.keep_last"]
+    assert check_resume(before, identity(), "a checkpoint") == []
+    with pytest.raises(UserError, match=r"another masking\.unit: the run was started with 'token', .* says 'word'"):
+        check_resume(before, identity(masking__unit="word"), "a checkpoint")
+
+
 def test_a_config_read_from_a_folder_is_the_same_model() -> None:
     """Catches a fork that is rejected because transformers added the class to the config.json that model.init_from
     names."""

@@ -478,6 +478,26 @@ def test_a_state_of_other_settings_or_a_damaged_one_is_not_used(tmp_path: Path) 
         StateFile(path, {"lr": 1}).load()
 
 
+def test_a_state_of_an_earlier_version_is_used(tmp_path: Path) -> None:
+    """Catches unfinished seeds that start over because a newer version has more keys; a changed one still counts."""
+    now = {
+        "task": {"kind": "cloze", "context": "article", "dialogue": {"group": "id", "turns": 3}},
+        "training": {"lr": 1, "adam_eps": 1e-8},
+    }
+    before = {
+        "task": {"kind": "cloze", "dialogue": {"group": "id"}},
+        "training": {"lr": 1},
+    }
+    path = tmp_path / "state.pt"
+    StateFile(path, before).save({"updater": {"steps": 3}})
+    assert StateFile(path, now).steps == 3
+    assert StateFile(path, {**now, "training": {"lr": 1, "adam_eps": 1e-6}}).load() is None
+    assert StateFile(path, {**now, "task": {**now["task"], "labels": ["a", "b"]}}).load() is None
+    del before["task"]["dialogue"]
+    StateFile(path, before).save({"updater": {"steps": 3}})
+    assert StateFile(path, now).load() is None
+
+
 def test_a_state_with_a_flipped_bit_is_not_used(tmp_path: Path) -> None:
     """Catches a traceback, and a training that continues with a wrong weight."""
     path = tmp_path / "state.pt"
