@@ -3,7 +3,8 @@
 import math
 import time
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,13 +71,22 @@ class StateFile:
 
 
 class LossMeter:
-    """Adds up losses on the device, and waits for it only when a mean is asked for."""
+    """Adds up losses on the device, and waits for it only when a mean is asked for. Counts the seconds of training."""
 
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(2, 2, dtype=torch.float64, device=device)  # rows: log event, evaluation; (loss, weight)
+        self.seconds = [0.0, 0.0]  # by row
         self._tokens = 0
-        self._started = [time.monotonic()] * 2
-        self._paused_at: float | None = None
+        self._counted_at = 0.0
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Only the time in such blocks is counted."""
+        self._counted_at = time.monotonic()
+        try:
+            yield
+        finally:
+            self._count_seconds()
 
     def add(self, loss: Loss, tokens: int) -> None:
         """Count an update. tokens: of its sequences."""
@@ -84,32 +94,31 @@ class LossMeter:
         self._tokens += tokens
 
     def interval(self) -> dict[str, float]:
-        """Metrics since the last call."""
-        tokens, self._tokens = self._tokens, 0
-        loss, seconds = self._read(0)
+        """Metrics since the last call. Call it while training."""
+        loss, tokens = self._mean(0), self._tokens
+        self._count_seconds()
+        seconds, self.seconds[0], self._tokens = self.seconds[0], 0.0, 0
         return {"loss": loss, "tokens_per_second": tokens / seconds}
 
     def evaluation(self) -> tuple[float, float]:
         """Mean loss, and seconds of training, since the last call."""
-        return self._read(1)
+        seconds, self.seconds[1] = self.seconds[1], 0.0
+        return self._mean(1), seconds
 
-    def pause(self) -> None:
-        """The time from now until `go_on` is not for training."""
-        self._paused_at = time.monotonic()
-
-    def go_on(self) -> None:
-        self._started[1], self._paused_at = time.monotonic(), None
-
-    def load(self, sums: Tensor) -> None:
-        """Continue from the `sums` of another meter."""
+    def load(self, sums: Tensor, seconds: float) -> None:
+        """Continue from another meter. seconds: since the last evaluation. The speed is measured anew."""
         self.sums.copy_(sums)
+        self.seconds = [0.0, seconds]
 
-    def _read(self, row: int) -> tuple[float, float]:
+    def _mean(self, row: int) -> float:
         loss, weight = self.sums[row].tolist()
+        self.sums[row] = 0.0
+        return float(loss / weight)
+
+    def _count_seconds(self) -> None:
         now = time.monotonic()
-        seconds = (self._paused_at or now) - self._started[row]
-        self.sums[row], self._started[row] = 0.0, now
-        return loss / weight, seconds
+        self.seconds = [seconds + now - self._counted_at for seconds in self.seconds]
+        self._counted_at = now
 
 
 @dataclass(frozen=True)
@@ -234,19 +243,19 @@ class _Fitting:
         train, updater, config = self._task.splits["train"], self._updater, self._config
         log_every = max(1, updater.total_steps // _EVENTS_PER_SEED)
         self._model.train()
-        self._meter.go_on()
-        for epoch, indices in training_order(train.lengths, config.batch_size, self._seed, first=updater.steps):
-            examples = [train.examples[index] for index in indices]
-            with uninterrupted():
-                self._meter.add(updater.step(examples), sum(example.tokens for example in examples))
-                if updater.steps % log_every == 0:
-                    log(updater.steps, {"seed": self._seed, "epoch": epoch, "lr": updater.lr, **self._meter.interval()})
-            if self._must_evaluate():
-                return
+        with self._meter.training():
+            for epoch, indices in training_order(train.lengths, config.batch_size, self._seed, first=updater.steps):
+                examples = [train.examples[index] for index in indices]
+                with uninterrupted():
+                    self._meter.add(updater.step(examples), sum(example.tokens for example in examples))
+                    if updater.steps % log_every == 0:
+                        metrics = {"seed": self._seed, "epoch": epoch, "lr": updater.lr, **self._meter.interval()}
+                        log(updater.steps, metrics)
+                if self._must_evaluate():
+                    return
 
     def evaluate(self, log: Log) -> None:
         """Score the validation split, if any; remember the weights if they are the best so far, without one always."""
-        self._meter.pause()
         validation = self._evaluate("validation") if "validation" in self._task.splits else None
         train = self._evaluate("train") if self._config.score_train else None
         with uninterrupted():
@@ -290,6 +299,7 @@ class _Fitting:
         return {
             "updater": self._updater.state(),
             "losses": self._meter.sums,
+            "seconds": self._meter.seconds[1],
             "epochs": [asdict(epoch) for epoch in self._epochs],
             "best": None if self._best is None else self._state_of(self._best),
         }
@@ -304,7 +314,7 @@ class _Fitting:
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self._updater.load_state(state["updater"])
-        self._meter.load(state["losses"])
+        self._meter.load(state["losses"], state.get("seconds", 0.0))  # version 0.2.0 did not save them
         self._epochs = [Epoch(**epoch) for epoch in state["epochs"]]
         if (best := state["best"]) is None:
             return

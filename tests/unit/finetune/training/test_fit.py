@@ -1,4 +1,5 @@
 import signal
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +20,7 @@ from finetune.encoding.examples import Example, Padding, Split
 from finetune.inference import Evaluation, evaluate
 from finetune.kinds.classification import Config, Kind
 from finetune.splits import Task
+from finetune.training import fit as fit_module
 from finetune.training.fit import Fitted, StateFile, fit
 from finetune.training.updater import Updater, lr_factor, parameter_groups
 
@@ -461,6 +463,43 @@ def test_an_interrupted_prediction_needs_no_training_again(tmp_path: Path) -> No
     resumed.register_forward_hook(lambda model, *_: updates.append(model.training))
     assert without_seconds(fit(resumed, ready, config, 7, CPU, ignore, state)) == without_seconds(whole)
     assert updates == [False]
+
+
+@pytest.mark.parametrize("call", [8, 11])
+def test_time_that_is_not_for_training_counts_in_no_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    """Catches tokens per second that are too low after a resume or an evaluation, and an epoch that lacks the seconds
+    before the resume. The calls of the model: five updates, an evaluation, and so on."""
+    config = TrainingConfig(lr=0.03, steps=80, batch_size=8, evaluate_every=5)  # more than one update between events
+    examples = tuple(replace(each, sequences=(Tokens(torch.ones(4).long(), None),)) for each in split(64, 0).examples)
+    ready, state = task(train=replace(split(64, 0), examples=examples)), StateFile(tmp_path / "state.pt", {"lr": 1})
+    seconds = [0.0]
+    monkeypatch.setattr(fit_module, "time", SimpleNamespace(monotonic=lambda: seconds[0]))
+
+    class SlowStateFile(StateFile):
+        def load(self) -> Any:
+            seconds[0] += 1000
+            return super().load()
+
+    def fit_until(last_call: int | None, state: StateFile) -> Fitted:
+        model, calls = Bag(), []
+
+        def count(*_: object) -> None:
+            seconds[0] += 1 if model.training else 100
+            calls.append(model.training)
+            if len(calls) == last_call:
+                signal.raise_signal(signal.SIGINT)
+
+        model.register_forward_hook(count)
+        return fit(model, ready, config, 7, CPU, lambda _, event: events.append(event), state)
+
+    events: list[Mapping[str, Any]] = []
+    with pytest.raises(StoppedError):
+        fit_until(call, state)
+    resumed = fit_until(None, SlowStateFile(state.path, state.settings))
+    assert {event["tokens_per_second"] for event in events if "lr" in event} == {8 * 4}
+    assert {epoch.seconds for epoch in resumed.epochs} == {5}
 
 
 def without_seconds(fitted: Fitted) -> Fitted:
