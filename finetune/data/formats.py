@@ -17,6 +17,7 @@ import pyarrow.parquet
 from experiment.csv_and_jsonl import CsvFormat, CsvRow, raw_lines, read_csv, read_json_lines, text_lines, warn_once
 from experiment.errors import UserError
 from experiment.files import parse_json
+from experiment.parquet import parquet_rows
 
 FormatName = Literal["csv", "jsonl", "json", "parquet", "conll"]
 
@@ -32,7 +33,6 @@ _FORMATS: dict[str, FormatName] = {
 
 _EXPECTED = "expected a list of objects, one object, one object per line, or the lists of DREAM or SQuAD"
 
-_PARQUET_ROWS = 64  # decoded at once; a file of a kilobyte may repeat a text of a megabyte in each row
 _SEPARATOR = re.compile(r"[ \t]+")
 
 
@@ -226,14 +226,11 @@ def _columns_of(answers: list[Any]) -> dict[str, list[object]]:
 
 def read_parquet(path: Path) -> Iterator[Row]:
     """The rows of a Parquet file."""
-    number = 0
     try:
         with path.open("rb") as stream, pyarrow.parquet.ParquetFile(stream) as file:
             names = file.schema_arrow.names
-            for batch in file.iter_batches(_PARQUET_ROWS):
-                for cells in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-                    number += 1
-                    yield Row(f"{path}, row {number}", names, cells, str(path))
+            for number, cells in enumerate(parquet_rows(file), 1):
+                yield Row(f"{path}, row {number}", names, cells, str(path))
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
 

@@ -30,6 +30,7 @@ from experiment.csv_and_jsonl import (
     unexpected_cell,
 )
 from experiment.errors import UserError
+from experiment.parquet import parquet_rows
 from pretrain.corpus.options import TextOptions
 
 if TYPE_CHECKING:
@@ -45,7 +46,6 @@ _SUFFIXES = {
 }
 _MAX_DOCUMENT = 1 << 30  # characters; a text without the expected blank lines may be larger than memory
 _MATCH_SECONDS = 10.0  # for a line; a pattern that tries all ways to split a line may take years
-_PARQUET_ROWS = 64  # decoded at once; a file of a kilobyte may repeat a text of a megabyte in each row
 _ZSTANDARD_BYTES = 1 << 13  # decompressed at once; they may become 10,000 times as many
 _CONVERSIONS = {
     "convert it to text, for instance with pandoc": "docx epub htm html odt rtf xhtml",
@@ -199,11 +199,8 @@ def _parse_parquet(stream: IO[bytes], origin: str, column: str) -> Iterator[Docu
     try:
         file = pyarrow.parquet.ParquetFile(stream)
         column_index(file.schema_arrow.names, column, origin, "--column")  # rejects none and several
-        row = 0
-        for batch in file.iter_batches(_PARQUET_ROWS, columns=[column]):
-            for value in batch.column(0).to_pylist():
-                row += 1
-                yield cell_document(value, origin, row, column)
+        for row, (value,) in enumerate(parquet_rows(file, [column]), 1):
+            yield cell_document(value, origin, row, column)
     except pyarrow.ArrowException as error:
         raise UserError(f"{origin} is not a Parquet file, or damaged: {error}") from None
 
