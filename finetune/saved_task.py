@@ -155,20 +155,25 @@ def find_model(path: Path) -> tuple[Path, str]:
     a damaged seed or checkpoint.
     """
     if (path / "config.json").is_file():
-        return find_model_folder(path), str(path)
-    if (path / "model" / "config.json").is_file():
-        return find_model_folder(path / "model"), str(path / "model")
-    if (path / RESULTS).is_file():
+        folder, description = path, str(path)
+    elif (path / "model" / "config.json").is_file():
+        folder, description = path / "model", str(path / "model")
+    elif (path / RESULTS).is_file():
         folder, description = _best_seed(path)
-        return find_model_folder(folder), description
+    else:
+        raise _no_model(path)
+    return find_model_folder(folder), description
+
+
+def _no_model(path: Path) -> UserError:
     if checkpoints := complete_checkpoints(path / "checkpoints"):
-        raise UserError(
+        return UserError(
             f"{path} is a pretraining run: expected a finished run of `deepcloze finetune`, or a model folder; "
             f"`deepcloze serve` fills masks with {checkpoints[-1] / 'hf'}"
         )
     problem = "holds neither config.json nor results.json" if path.is_dir() else "is not a folder"
     hint = "" if path.exists() else download_hint(path)
-    raise UserError(f"{path} {problem}: expected a model folder, such as RUN/seed-1/model, or a finished run{hint}")
+    return UserError(f"{path} {problem}: expected a model folder, such as RUN/seed-1/model, or a finished run{hint}")
 
 
 def _best_seed(run: Path) -> tuple[Path, str]:
