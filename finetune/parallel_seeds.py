@@ -21,7 +21,7 @@ import torch
 from experiment.errors import StoppedError, UserError, notify, stopped_by_disk_errors
 from experiment.outcome_file import Outcome
 from experiment.own_process import module_command, own_environment
-from experiment.progress import progress, terminal
+from experiment.progress import progress
 from experiment.run_folder import RunFolder
 from experiment.run_lock import lock_until_exit
 from experiment.signals import handle_stop_signals, interrupt, uninterrupted
@@ -29,8 +29,7 @@ from experiment.tracking.jsonl import JsonlTracker, kept_events, read_last_event
 from experiment.tracking.progress_line import ConsoleTracker
 from finetune.resolve import ResolvedRun, load_run_config, resolve
 from finetune.results.seed_summary import SeedRecord
-from finetune.results.tables import print_epochs
-from finetune.seed_run import finished_seeds, is_finished, state_file, train_seed
+from finetune.seed_run import finished_seeds, is_finished, print_seed, state_file, train_seed
 from finetune.training.fit import Log
 
 _POLL_SECONDS = 0.5  # reads the end of a file for each seed
@@ -114,17 +113,13 @@ def _share(slot: int, slots: int, run: ResolvedRun) -> dict[str, str]:
 
 
 def _finish(ended: _SeedProcess, run: ResolvedRun) -> None:
-    """Print the evaluations of a seed whose process has ended. Raises as `train_seeds_in_parallel`."""
+    """Print the results of a seed whose process has ended. Raises as `train_seeds_in_parallel`."""
     seed, code = ended.seed, ended.process.returncode
+    if code == 0:
+        print_seed(seed, finished_seeds(run.folder, run.settings)[seed], run)
+        return
     output = _log_file(seed, run.folder)
     lines = output.read_text(encoding="utf-8", errors="replace").splitlines()
-    if code == 0:
-        record = finished_seeds(run.folder, run.settings)[seed]
-        if record.epochs:
-            print_epochs(terminal(), f"seed {seed}", record.epochs, record.best_epoch)
-        if collapses := [line for line in lines if line.startswith(f"seed {seed} has collapsed: ")]:
-            terminal().print(collapses[-1], markup=False)
-        return
     last = lines[-1].removeprefix("deepcloze: ") if lines else ""
     if code == Outcome.STOPPED.exit_code:
         raise StoppedError(last)

@@ -84,14 +84,7 @@ def train_seed(seed: int, run: ResolvedRun, log: Log) -> SeedRecord:
     else:
         fitted = score(model, run.task, run.training, run.device)
     record = _make_record(fitted, run)
-    if record.epochs:
-        print_epochs(terminal(), f"seed {seed}", record.epochs, record.best_epoch)
-    if record.collapsed:
-        advice = _advice_for_collapsed(model, run) if run.task.is_trained else ""
-        terminal().print(
-            f"seed {seed} has collapsed: it predicts the same for every row of {', '.join(record.collapsed)}{advice}",
-            markup=False,
-        )
+    print_seed(seed, record, run)
     output = _working_folder(seed, run.folder) / "output"
     final = _seed_folder(seed, run.folder)
     for leftover in (output, final):
@@ -106,17 +99,28 @@ def train_seed(seed: int, run: ResolvedRun, log: Log) -> SeedRecord:
     return record
 
 
-def _advice_for_collapsed(model: PreTrainedModel, run: ResolvedRun) -> str:
+def print_seed(seed: int, record: SeedRecord, run: ResolvedRun) -> None:
+    """Print the epochs of a finished seed, and what to change if it has collapsed."""
+    if record.epochs:
+        print_epochs(terminal(), f"seed {seed}", record.epochs, record.best_epoch)
+    if record.collapsed:
+        advice = _advice_for_collapsed(run) if run.task.is_trained else ""
+        terminal().print(
+            f"seed {seed} has collapsed: it predicts the same for every row of {', '.join(record.collapsed)}{advice}",
+            markup=False,
+        )
+
+
+def _advice_for_collapsed(run: ResolvedRun) -> str:
     """What to change: the learning rate if it is unusual for the size of the model, else the length of the training.
 
     The ranges are those of docs/finetuning.md, which has their sources.
     """
-    parameters, lr = sum(parameter.numel() for parameter in model.parameters()), run.training.lr
-    is_small = parameters < _SMALL_MODEL or not run.model.pretrained
+    lr, is_small = run.training.lr, run.parameters < _SMALL_MODEL or not run.model.pretrained
     low, high = ("1e-4", "1e-3") if is_small else ("1e-5", "5e-5")
     if float(low) <= lr <= float(high):
         return f"; train longer than {run.steps:,} updates (training.epochs)"
-    weights = f"{parameters / 1e6:.1f} M {'' if run.model.pretrained else 'random '}parameters"
+    weights = f"{run.parameters / 1e6:.1f} M {'' if run.model.pretrained else 'random '}parameters"
     return f"; {'raise' if lr < float(low) else 'lower'} training.lr: {low} to {high} are usual for {weights}"
 
 
