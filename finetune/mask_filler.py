@@ -135,14 +135,6 @@ class MaskFiller:
             raise UserError(f"{place}: {len(segments) - 1} {self.mask}, but {len(options)} lists of options")
         return Record(place, {"segments": segments, "options": list(map(list, options))})
 
-    def count_option_tokens(self, options: Sequence[Sequence[Sequence[str]]]) -> int:
-        """A lower bound of the tokens that `ranking` computes, without those of the texts: in options of several
-        tokens, each token is masked in turn."""
-        longest = self.loaded.encoder.room() // 2
-        with self.loaded.encoding:
-            found = self.loaded.encoder.ids_of_texts([each for lists in options for row in lists for each in set(row)])
-        return sum(size * (size - 1) for size in (min(len(ids), longest) for ids in found))
-
     @staticmethod
     def rank(record: Record, probabilities: Sequence[Sequence[float]]) -> list[list[dict[str, Any]]]:
         """The options of each mask as {token, probability}, the most probable first."""

@@ -74,6 +74,11 @@ class Predictor:
         with self.loaded.encoding:
             return encode_split(table, self.kind, self.loaded.encoder, training=False)
 
+    def count_option_tokens(self, records: Sequence[Record]) -> int:
+        """See `TaskKind`. Takes less than `encode`."""
+        with self.loaded.encoding:
+            return self.kind.count_option_tokens(records, self.loaded.encoder)
+
     def compute(self, examples: Sequence[Example]) -> Outputs:
         """The second step: the outputs of any examples, also of several calls of `encode`."""
         return self._inference.compute(examples)[0]

@@ -144,6 +144,14 @@ class TaskKind(ABC, Generic[ConfigT]):
     def check_target(self, record: Record) -> None:
         """Raises UserError for an invalid target, as `expand` does: without a tokenizer, to find it early."""
 
+    def count_options(self, record: Record) -> int:
+        """The texts of a record that are scored one by one, such as choices; 0 if there are none."""
+        return 0
+
+    def count_option_tokens(self, records: Sequence[Record], encoder: "Encoder") -> int:
+        """A lower bound of the tokens of `expand`, where they grow with the square of the options' lengths; else 0."""
+        return 0
+
     def probe(self, encoder: "Encoder") -> "Example":
         """A small example without targets, to find out what a model can compute."""
         from finetune.encoding.examples import Example

@@ -154,6 +154,17 @@ class Kind(TaskKind[Config]):
                 examples.append(self._example(blank, ids, shown, target, encoder))
         return examples
 
+    def count_options(self, record: Record) -> int:
+        return sum(map(len, record.values["options"]))
+
+    def count_option_tokens(self, records: Sequence[Record], encoder: Encoder) -> int:
+        """Zero-shot, each token of an option of several tokens is masked in turn."""
+        if self.config.scoring != "zero_shot":
+            return 0
+        longest = encoder.room() // 2
+        options = [each for record in records for row in record.values["options"] for each in set(row)]
+        return sum(size * (size - 1) for size in (min(len(ids), longest) for ids in encoder.ids_of_texts(options)))
+
     def probe(self, encoder: Encoder) -> Example:
         return self.expand(Record("", {"article": "a _", "options": [["b", "c"]]}), encoder, training=False)[0]
 

@@ -120,6 +120,9 @@ class Kind(TaskKind[Config]):
     def check_target(self, record: Record) -> None:
         self._choice_id(record)
 
+    def count_options(self, record: Record) -> int:
+        return len(record.values["choices"])
+
     def expand(self, record: Record, encoder: Encoder, training: bool) -> list[Example]:
         if len(record.values["choices"]) < 2:
             raise UserError(f"{record.place}: expected two or more choices, found {record.values['choices']}")

@@ -107,8 +107,10 @@ State = Annotated[Serving, Depends(_serving)]
 async def predict(asked: PredictRequest, serving: State, request: Request) -> Response:
     """Predict for texts, pairs of texts, or records."""
     texts = request.state.texts = len(asked.texts or asked.pairs or asked.records)
-    with serving.answering(texts) as services:
-        records = _requested_records(asked, services.served)
+    serving.admission.check(texts)
+    records = _requested_records(asked, serving.served)
+    options = sum(_predicting(serving.served).kind.count_options(record) for record in records)
+    with serving.answering(texts, options) as services:
         return JSONResponse({"predictions": await services.predict(records, asked.calibrated)})
 
 

@@ -64,16 +64,20 @@ class Admission:
         if count > most:
             raise HTTPException(413, f"{count:,} candidates for all masks; at most {most:,} are accepted")
 
-    @contextmanager
-    def admit(self, texts: int, options: int = 0) -> Iterator[None]:
-        """For each request. options: for the masks of all texts; they count as texts.
-
-        Raises HTTPException: 413 for too many texts in one request, 503 if too many wait already.
-        """
+    def check(self, texts: int, options: int = 0) -> None:
+        """Raises HTTPException for too many of them in one request."""
         for name, count in (("texts", texts), ("options", options)):
             if count > self._limits.max_texts:
                 most = f"at most {self._limits.max_texts:,} are accepted"
                 raise HTTPException(413, f"{count:,} {name} in one request; {most}")
+
+    @contextmanager
+    def admit(self, texts: int, options: int = 0) -> Iterator[None]:
+        """For each request. options: of all texts, for masks or as choices; they count as texts.
+
+        Raises HTTPException as `check`, and 503 if too many wait already.
+        """
+        self.check(texts, options)
         texts = max(texts, options)
         if self.texts and self.texts + texts > self._limits.max_queue:
             raise busy(f"{self.texts:,} texts are waiting already; try again")

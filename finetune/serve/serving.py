@@ -105,10 +105,7 @@ class Services:
         return await asyncio.to_thread(lambda: [filler.describe(candidates) for candidates in found])
 
     async def rank(self, texts: Sequence[str], options: Sequence[Sequence[Sequence[str]]]) -> list[Any]:
-        """The options of each mask of each text, the most probable first. The model must fill masks.
-
-        Raises HTTPException for options that would take too much memory.
-        """
+        """The options of each mask of each text, the most probable first. The model must fill masks."""
         filler = self.served.filler
         assert filler is not None
         if len(texts) != len(options):
@@ -117,10 +114,6 @@ class Services:
             filler.option_record(text, each, f"texts[{index}]")
             for index, (text, each) in enumerate(zip(texts, options, strict=True))
         ]
-        tokens = await asyncio.to_thread(filler.count_option_tokens, options)
-        if tokens > _OPTION_TOKENS:  # before they are encoded, which takes as much memory
-            message = f"ranking the options takes {tokens:,} tokens, as each of theirs is masked in turn"
-            raise HTTPException(413, f"{message}; at most {_OPTION_TOKENS:,} are accepted")
         found = await self._predict(filler.ranking, records, False)
         return [
             filler.rank(record, prediction["probabilities"]) for record, prediction in zip(records, found, strict=True)
@@ -132,6 +125,11 @@ class Services:
         return await self._embedded.submit(encoded, self._sizes(encoded))
 
     async def _predict(self, predictor: Predictor, records: Sequence[Record], calibrated: bool) -> list[Any]:
+        """Raises HTTPException for options that would take too much memory."""
+        tokens = await asyncio.to_thread(predictor.count_option_tokens, records)
+        if tokens > _OPTION_TOKENS:  # before they are encoded, which takes as much memory
+            message = f"ranking the options takes {tokens:,} tokens, as each of theirs is masked in turn"
+            raise HTTPException(413, f"{message}; at most {_OPTION_TOKENS:,} are accepted")
         split = await asyncio.to_thread(predictor.encode, records)
         outputs = await self._examples.submit(split.examples, self._sizes(split.examples))
         return await asyncio.to_thread(predictor.decode, split, outputs, calibrated)
@@ -190,7 +188,7 @@ class Serving:
 
     @contextmanager
     def answering(self, texts: int, options: int = 0) -> Iterator[Services]:
-        """For each request. options: for masks. Raises HTTPException for too many of them."""
+        """For each request. options: of all texts: for masks, or choices. Raises HTTPException for too many of them."""
         with self.admission.admit(texts, options), self._services.used() as services:
             yield services
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,9 @@ from serving_clients import Connect
 from starlette.testclient import TestClient
 
 from finetune.inference import Inference
+from finetune.kinds import cloze
+from finetune.predictor import Predictor
+from finetune.saved_task import SavedTask, write_saved_task
 from finetune.serve import serving
 from finetune.serve.app import make_app
 from finetune.serve.limits import allowed_hosts
@@ -248,6 +252,46 @@ def test_too_much_for_masks(
     assert answer.status_code == 413, answer.text
     assert re.search(message, answer.json()["error"])
     assert client.post("/v1/fill-mask", json={"texts": ["[MASK]"], "top_k": 1000}).status_code == 200
+
+
+CHOICES = {"question": "word1", "choices": ["word2"] * 33}
+BLANK = {"article": "word1 _", "options": [["word1 " * 40, "word2 " * 40]]}
+
+
+@pytest.mark.parametrize(
+    ("head", "records", "message"),
+    [
+        ("choice", [CHOICES, CHOICES], "66 options in one request; at most 64"),
+        ("masked", [BLANK | {"options": [["word2"] * 65]}], "65 options in one request; at most 64"),
+        ("masked", [BLANK], "ranking the options takes 1,860 tokens, .*; at most 1,000"),
+    ],
+)
+def test_too_many_choices(
+    head: str,
+    records: Any,
+    message: str,
+    folders: dict[str, Path],
+    connect: Connect,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Catches a request of a few records that is refused only after it took gigabytes, and a queue that does not count
+    their choices."""
+    monkeypatch.setattr(serving, "_OPTION_TOKENS", 1000)
+    folder = folders[head]
+    if head == "masked":
+        folder = Path(shutil.copytree(folder, tmp_path / "cloze"))
+        write_saved_task(folder, SavedTask(cloze.Kind(cloze.Config(scoring="zero_shot"), ()), None))
+    client = connect(folder)
+    encode, encoded = Predictor.encode, []
+    monkeypatch.setattr(Predictor, "encode", lambda self, records: encoded.append(records) or encode(self, records))
+    answer = client.post("/v1/predict", json={"records": records})
+    assert (answer.status_code, encoded) == (413, []), answer.text
+    assert re.search(message, answer.json()["error"])
+    few = {"choices": ["word2", "word3"]} if head == "choice" else {"options": [["word2", "word3"]]}
+    assert client.post("/v1/predict", json={"records": [records[0] | few]}).status_code == 200
+    client.serving.admission.texts += 255  # type: ignore[attr-defined]
+    assert client.post("/v1/predict", json={"records": [records[0] | few]}).status_code == 503
 
 
 def test_a_full_queue(client: TestClient) -> None:
