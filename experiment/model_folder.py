@@ -14,6 +14,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from experiment.errors import UserError, first_line, is_out_of_memory
+from experiment.files import parse_json
 from experiment.transformers_models import check_label_count
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
@@ -49,7 +50,7 @@ def build_from_config(
             far larger is rejected before it costs memory.
         options: of `from_config`.
 
-    Raises UserError for a config that makes no model, or one that is too large.
+    Raises UserError for a config that makes no model, or one that is too large, and for weights in another folder.
     """
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     if isinstance(layers, int) and not 1 <= layers <= _MAX_LAYERS:
@@ -64,6 +65,7 @@ def build_from_config(
         problem = f"cannot build a '{config.model_type}' model from it: {first_line(error)}"
         raise UserError(f"{origin}: {problem}") from None
     if weights is not None:
+        _check_indexes(weights)
         _check_size(model, weights, origin)
     return model
 
@@ -84,6 +86,20 @@ def _limited_tensors(origin: str) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+def _check_indexes(weights: Path) -> None:
+    """Raise UserError for an index of several weight files that names one outside of the folder: transformers would
+    read it."""
+    for index in (path for pattern in WEIGHT_FILES if pattern.endswith(".json") for path in weights.glob(pattern)):
+        try:
+            files = set(parse_json(index.read_text(encoding="utf-8"))["weight_map"].values())
+            parts = {file: Path(file).parts for file in files}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            raise UserError(f"{index}: expected 'weight_map', which names a file for each tensor") from None
+        for file in sorted(parts):
+            if ".." in parts[file] or Path(file).is_absolute():
+                raise UserError(f"{index}: '{file}' is not in this folder")
 
 
 def _check_size(model: PreTrainedModel, weights: Path, origin: str) -> None:

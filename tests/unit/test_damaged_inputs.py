@@ -296,6 +296,29 @@ def test_a_model_config_with_an_impossible_value(
         assert_refused(capfd, *argv, shows=message, valid=argv[0] == "pretrain" and "compute" in message)
 
 
+INDEXES: list[tuple[Any, str]] = [
+    ({"weight_map": {"a": "../model.safetensors"}}, "'../model.safetensors' is not in this folder"),
+    ({"weight_map": {"a": "/etc/model.safetensors"}}, "'/etc/model.safetensors' is not in this folder"),
+    ({"weight_map": {"a": "sub/../../b"}}, "'sub/../../b' is not in this folder"),
+    ({"weight_map": {"a": 5}}, "expected 'weight_map', which names a file for each tensor"),
+    ({"weight_map": []}, "expected 'weight_map'"),
+    ([], "expected 'weight_map'"),
+]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])
+@pytest.mark.parametrize(("index", "message"), INDEXES)
+def test_an_index_of_weights_that_are_elsewhere(
+    files: Path, model_commands: list[list[str]], capfd: pytest.CaptureFixture[str], name: str, index: Any, message: str
+) -> None:
+    """Catches a folder of a stranger that makes the process read other files, and a traceback for a damaged index."""
+    for folder in ("model", "classifier"):
+        (files / folder / "model.safetensors").replace(files / "model.safetensors")
+        (files / folder / name).write_text(json.dumps(index))
+    for argv in model_commands[::2] if name.startswith("model") else model_commands[1::2]:
+        assert_refused(capfd, *argv, shows=message)
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("command", ["predict", "export", "finetune", "evaluate"])
 def test_a_model_config_with_a_wrong_value(
