@@ -8,6 +8,7 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from experiment.results.report.training import UNKNOWN
 
@@ -62,7 +63,8 @@ def print_epochs(console: Console, title: str, epochs: Sequence[Mapping[str, flo
     """
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=0)
     for name in epochs[0]:
-        table.add_column(_TITLES.get(name, name.replace("_", " ")), justify="right")
+        heading = Text(_TITLES.get(name, name.replace("_", " ")), overflow="fold")  # rich would cut it
+        table.add_column(heading, justify="right")
     for row in epochs:
         cells = [_cell(name, value) for name, value in row.items()]
         table.add_row(*cells, style="bold" if row["epoch"] == best_epoch else None)
