@@ -33,6 +33,7 @@ def test_rank_0_prints_our_messages_and_all_warnings(tmp_path: Path, capsys: pyt
     set_up_logging(RunFolder(tmp_path), 0)
     logging.getLogger("pretrain.training").info("saved [step] %d", 5)
     logging.getLogger("deepspeed").info("chatter")
+    logging.getLogger("deepspeed").info("")
     logging.getLogger("datasets").warning("careful")
     with warnings.catch_warnings():
         warnings.simplefilter("always")
@@ -49,6 +50,7 @@ def test_rank_0_prints_our_messages_and_all_warnings(tmp_path: Path, capsys: pyt
     ):
         assert text in log
     assert log[:4].isdigit(), "a line begins with the date"
+    assert "deepspeed: \n" not in log
 
 
 def test_the_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
