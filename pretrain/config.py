@@ -22,6 +22,7 @@ from experiment.config import Section, did_you_mean
 from experiment.config.field_types import Fraction, PathText, Seed, SequenceLength, expand_home
 from experiment.config.loading import check_kind
 from experiment.tracking.config import TrackingConfig
+from pretrain.ds_configs import DsConfig
 
 Rate = Annotated[float, Field(gt=0.0, lt=1.0)]
 _HIGH_LR = 0.1  # even for small models and LAMB
@@ -429,7 +430,7 @@ class Stage(NamedTuple):
 class EngineConfig(Section):
     """DeepSpeed."""
 
-    ds_config: PathText = "ds_configs/bf16_zero1.json"
+    ds_config: DsConfig = "ds_configs/bf16_zero1.json"
     """DeepSpeed config: precision, ZeRO stage, offload and communication. A JSON file, or the name of a preset such as
     bf16_zero2. See ds_configs/README.md."""
 

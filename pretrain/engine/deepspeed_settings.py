@@ -22,6 +22,7 @@ from experiment.config import did_you_mean
 from experiment.errors import UserError, reason
 from experiment.files import parse_json
 from experiment.hardware import has_native_bf16
+from pretrain.ds_configs import find_ds_config
 from pretrain.engine.deepspeed_internals import check_deepspeed
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,6 @@ log = logging.getLogger(__name__)
 Precision = Literal["fp16", "bf16", "fp32"]
 OffloadDevice = Literal["none", "cpu", "nvme"]
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 _SET_BY_RUN_CONFIG = {
     "train_batch_size": "batch.sequences",
@@ -126,20 +126,13 @@ def load_settings(name: str) -> DeepSpeedSettings:
     release of DeepSpeed that lacks what this package uses.
     """
     check_deepspeed()
-    path = find_ds_config(name)
+    try:
+        path = find_ds_config(name)
+    except ValueError as error:
+        raise UserError(f"engine.ds_config: {error}") from None
     settings = parse_settings(_read_json(path), path)
     _check_with_deepspeed(settings)
     return settings
-
-
-def find_ds_config(name: str) -> Path:
-    """`name` as a path from the working directory, else from the repository, else a preset. Raises UserError."""
-    presets = {path.stem: path for path in sorted((REPOSITORY / "ds_configs").glob("*.json"))}
-    for path in (Path(name).absolute(), REPOSITORY / name, presets.get(name)):
-        if path is not None and path.is_file():
-            return path
-    known = did_you_mean(Path(name).stem, [preset for preset in presets if "offload" not in preset])
-    raise UserError(f"engine.ds_config: there is no file and no preset '{name}'{known}")
 
 
 def parse_settings(raw: object, path: Path) -> DeepSpeedSettings:

@@ -11,9 +11,9 @@ import psutil
 import pytest
 
 from experiment.outcome_file import Outcome, read_outcome
+from experiment.provenance import REPOSITORY
 from experiment.run_folder import RunFolder
 from launches import Start, config_file, rank_environment, wait_for_exit
-from pretrain.engine.deepspeed_settings import REPOSITORY
 from pretrain.world import World
 from rank_pool import RankPool, free_port
 from waiting import LIMIT

@@ -12,9 +12,9 @@ import pytest
 
 from experiment.checkpoints import checkpoint_path, complete_checkpoints, last_usable, verify
 from experiment.outcome_file import Cause, Outcome, read_outcome
+from experiment.provenance import REPOSITORY
 from experiment.run_folder import RunFolder
 from launches import LONG, Start, config_file, wait_for_exit, wait_for_steps
-from pretrain.engine.deepspeed_settings import REPOSITORY
 from rank_pool import RankPool, free_port
 from runs import NO_DROPOUT, TINY, logged, pretrain_case, run_config, saved_tensors
 

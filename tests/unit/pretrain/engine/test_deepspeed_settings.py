@@ -6,12 +6,14 @@ import pytest
 import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 
+from experiment.config import load_config
 from experiment.errors import UserError
+from experiment.provenance import REPOSITORY
+from pretrain.config import PretrainConfig
+from pretrain.ds_configs import find_ds_config
 from pretrain.engine.deepspeed_settings import (
-    REPOSITORY,
     Precision,
     check_device_support,
-    find_ds_config,
     load_settings,
     parse_settings,
     uses_zero1_optimizer,
@@ -169,8 +171,21 @@ def test_files_are_found_here_or_in_the_repository(tmp_path: Path, monkeypatch: 
     (tmp_path / "ds_configs").mkdir()
     (tmp_path / "ds_configs" / "bf16_zero1.json").write_text("{}")
     assert find_ds_config("ds_configs/bf16_zero1.json") == tmp_path / "ds_configs" / "bf16_zero1.json"
-    with pytest.raises(UserError, match=r"no preset 'mine\.json'.*bf16_zero1"):
-        find_ds_config("mine.json")
+    with pytest.raises(UserError, match=r"engine\.ds_config: .*no preset 'mine\.json'.*bf16_zero1"):
+        load_settings("mine.json")
+
+
+def test_an_unknown_preset_is_reported_with_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a message without the place of the mistake, and a config that can be read only where its JSON is."""
+    monkeypatch.chdir(tmp_path)
+    tree = "run: {dir: a}\nmodel: {config: {model_type: bert}}\ncorpus: {train: b}\nschedule: {steps: 1}\nengine:\n"
+    for name in ("bf16_zero9", "fp32_zero1", "mine.json", "/elsewhere/mine"):
+        (tmp_path / "run.yaml").write_text(f"{tree}  ds_config: {name}\n")
+        if name == "bf16_zero9":
+            with pytest.raises(UserError, match=r"run\.yaml, line 6: .*no preset 'bf16_zero9'; did you mean"):
+                load_config(PretrainConfig, tmp_path / "run.yaml")
+        else:
+            assert load_config(PretrainConfig, tmp_path / "run.yaml").engine.ds_config == name
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

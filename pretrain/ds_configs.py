@@ -1,0 +1,31 @@
+"""Find a DeepSpeed JSON: a file, or one of the presets in ds_configs/."""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator
+
+from experiment.config import did_you_mean
+from experiment.config.field_types import PathText
+from experiment.provenance import REPOSITORY
+
+
+def find_ds_config(name: str) -> Path:
+    """`name` as a path from the working directory, else from the repository, else a preset. Raises ValueError."""
+    presets = {path.stem: path for path in sorted((REPOSITORY / "ds_configs").glob("*.json"))}
+    for path in (Path(name).absolute(), REPOSITORY / name, presets.get(name)):
+        if path is not None and path.is_file():
+            return path
+    known = did_you_mean(Path(name).stem, [preset for preset in presets if "offload" not in preset])
+    raise ValueError(f"there is no file and no preset '{name}'{known}")
+
+
+def _check_preset(name: str) -> str:
+    """A file is looked for later: a config may be read on a machine that lacks it."""
+    if not Path(name).suffix and len(Path(name).parts) == 1:
+        find_ds_config(name)
+    return name
+
+
+DsConfig = Annotated[PathText, AfterValidator(_check_preset)]
+"""A DeepSpeed JSON, in a config."""
