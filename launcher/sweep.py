@@ -14,7 +14,14 @@ from typing import Self
 from experiment.config import did_you_mean, load_config
 from experiment.errors import UserError
 from experiment.own_process import module_command
-from experiment.results.sweep_summary import SweepResult, read_metric, short_names, sort_results, write_summary
+from experiment.results.sweep_summary import (
+    SweepResult,
+    metric_title,
+    read_metric,
+    short_names,
+    sort_results,
+    write_summary,
+)
 from experiment.run_folder import SWEEP_RECORD, RunFolder
 from experiment.signals import handle_stop_signals, interrupt
 from launcher.options import LaunchOptions, SweepOptions
@@ -71,7 +78,8 @@ def run_sweep(plan: SweepPlan) -> None:
         results = [SweepResult(run.name, run.values, record["state"], record["value"]) for run, record in found]
         best = sort_results(results, plan.lower_is_better)[0]
         runs.save(records, best=best.name if best.value is not None else None)
-        write_summary(results, output, plan.metric, plan.lower_is_better)
+        title = metric_title(plan.metric, runs.runs[0].config)
+        write_summary(results, output, title, plan.lower_is_better)
         from launcher.report import print_report  # matplotlib takes a second
 
         print_report("sweep", output)

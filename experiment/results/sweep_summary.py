@@ -33,6 +33,11 @@ def read_metric(folder: RunFolder, metric: str) -> float | None:
     return float(values[-1]) if values else None
 
 
+def metric_title(metric: str, config: Mapping[str, object]) -> str:
+    """A metric with the split it is of, which metrics of a pretraining name themselves. config: of a run, flat."""
+    return f"validation {metric}" if "task.kind" in config else metric
+
+
 def sort_results(results: Sequence[SweepResult], lower_is_better: bool) -> list[SweepResult]:
     """Sort results, best first; those without a value come last."""
     sign = 1.0 if lower_is_better else -1.0
@@ -46,7 +51,10 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
 
 
 def write_summary(results: Sequence[SweepResult], output: Path, metric: str, lower_is_better: bool) -> None:
-    """Write OUTPUT/sweep.csv, best run first, and OUTPUT/sweep.png, and print the table."""
+    """Write OUTPUT/sweep.csv, best run first, and OUTPUT/sweep.png, and print the table.
+
+    metric: what tables and plots call it.
+    """
     best_first = sort_results(results, lower_is_better)
     keys = list(best_first[0].values)
     table = io.StringIO()

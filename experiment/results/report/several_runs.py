@@ -29,7 +29,7 @@ from experiment.results.report.training import (
     show,
     without_empty_columns,
 )
-from experiment.results.sweep_summary import SweepResult, sort_results
+from experiment.results.sweep_summary import SweepResult, metric_title, sort_results
 from experiment.run_folder import SWEEP_RECORD, RunFolder
 from experiment.run_life import read_life
 from experiment.tracking.jsonl import Event, last_number, split_by_seed
@@ -171,10 +171,12 @@ def sweep_blocks(folder: RunFolder) -> list[Block]:
         record = parse_json(path.read_text(encoding="utf-8"))
         lower, results = bool(record.get("lower_is_better", True)), _results(record["runs"])
         best_first = sort_results(results, lower)
-        table = _sweep_table(best_first, str(record["metric"]))
+        configs = [run["config"] for run in record["runs"].values()]
+        metric = metric_title(str(record["metric"]), configs[0] if configs else {})
+        table = _sweep_table(best_first, metric)
         values = {result.name: result.value for result in best_first if result.value is not None}
         scored = [Dots(name, [value], value) for name, value in values.items() if math.isfinite(value)]
-        charts = [DotCharts("sweep", [DotChart(str(record["metric"]), scored)])] if scored else []
+        charts = [DotCharts("sweep", [DotChart(metric, scored)])] if scored else []
     except FileNotFoundError:
         return []
     except (ValueError, KeyError, TypeError, AttributeError):

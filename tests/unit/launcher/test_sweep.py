@@ -258,6 +258,15 @@ def test_a_sweep_with_a_failure_run_twice(tmp_path: Path, capfd: pytest.CaptureF
     }
 
 
+def test_scores_of_a_fine_tuning_name_their_split(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Catches a table of validation scores that are taken for those of the test split."""
+    (run,) = plan(tmp_path, {"1e-4": "4.5"}).runs.runs
+    run = replace(run, config={**run.config, "task.kind": "regression"})
+    run_sweep(SweepPlan.of((run,), tmp_path, "loss", lower_is_better=True))
+    assert "validation loss" in capfd.readouterr().out
+    assert "validation loss" in (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), UserError("nothing to report")])
 def test_a_report_that_cannot_be_written_is_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
