@@ -9,6 +9,7 @@ from functools import partial
 
 import fire
 
+from experiment.config import load_config
 from experiment.errors import StoppedError, UserError, describe_disk_error, notify
 from experiment.fast_imports import fast_imports
 from experiment.signals import handle_stop_signals, ignore_stop_signals, interrupt
@@ -190,6 +191,9 @@ def finetune(options: FinetuneOptions) -> None:
         deepcloze finetune --config my-task.yaml --model.init_from=runs/mine
     """
     with handle_stop_signals(interrupt):
+        from finetune.config import FinetuneConfig
+
+        load_config(FinetuneConfig, options.config, options.overrides)  # before the imports, which take seconds
         with fast_imports():
             from finetune.run import finetune as run_finetuning  # takes seconds
 

@@ -10,6 +10,7 @@ from experiment.config import flatten, load_config
 from experiment.config.yaml_dialect import read_yaml
 from experiment.errors import notify
 from experiment.fast_imports import fast_imports
+from finetune.config import FinetuneConfig
 from launcher.hosts.machine import Machine, inspect_machine, select_accelerator
 from launcher.launch import warnings_left_to_rank0
 from launcher.launch_plan import plan_launch
@@ -25,6 +26,7 @@ def validate_command(options: ValidateOptions) -> None:
     """Raises UserError for anything that would keep the run from starting on this machine."""
     command = "finetune" if is_finetuning(options.config) else "pretrain"
     if command == "finetune":
+        load_config(FinetuneConfig, options.config, options.overrides)  # before the imports, which take seconds
         with fast_imports():
             from finetune.run import check
 

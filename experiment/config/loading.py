@@ -61,6 +61,8 @@ class Section(BaseModel):
         return {}
 
 
+_DATA_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet", ".conll", ".gz", ".zst")
+
 ConfigT = TypeVar("ConfigT", bound=Section)
 
 
@@ -72,6 +74,8 @@ def load_config(config_type: type[ConfigT], path: Path | str, overrides: Mapping
     an unknown key (suggesting a known one) and a value of the wrong type.
     """
     path = Path(path)
+    if path.suffix.lower() in _DATA_SUFFIXES:
+        raise UserError(f"{path} is not a config: expected a YAML file, which names the data; see `deepcloze recipes`")
     try:
         text = path.read_bytes().decode("utf-8-sig")
         tree, lines = read_yaml_with_lines(text)

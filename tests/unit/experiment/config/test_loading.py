@@ -95,6 +95,14 @@ def test_an_empty_file_and_a_byte_order_mark_are_no_error(tmp_path: Path, text: 
     assert load_config(Config, path) == Config()
 
 
+@pytest.mark.parametrize("name", ["train.csv", "TRAIN.TSV", "text.jsonl.gz"])
+def test_a_data_file_is_not_a_config(tmp_path: Path, name: str) -> None:
+    """Catches advice on YAML for who gives the data in place of a config."""
+    (tmp_path / name).write_text("label,text\n1,good: yes\n")
+    with pytest.raises(UserError, match=rf"{name} is not a config: expected a YAML file, which names the data"):
+        load_config(Config, tmp_path / name)
+
+
 def _aliases(value: bytes) -> bytes:
     """Keys b to t, each of which has the key before it four times: `value` of the last has 4 ** 19 of the first."""
     return b"".join(b"%c: &%c " % (key, key) + value % ((key - 1,) * 4) + b"\n" for key in range(ord("b"), ord("u")))
