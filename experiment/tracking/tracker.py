@@ -18,7 +18,7 @@ from experiment.tracking.config import AlertEvent, AlertsConfig, TrackingConfig
 from experiment.tracking.event_file import SeedsTensorBoardTracker, TensorBoardTracker, require_tensorboard
 from experiment.tracking.jsonl import JsonlTracker, Metrics, kept_events
 from experiment.tracking.progress_line import ConsoleTracker
-from experiment.tracking.weights_and_biases import FINISH_SECONDS, WandbTracker
+from experiment.tracking.weights_and_biases import FINISH_SECONDS, WandbTracker, require_wandb
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +51,8 @@ def check_tracking(config: TrackingConfig) -> None:
     """Raises UserError if a tracker or an alert needs a package or an environment variable that is missing."""
     if config.tensorboard:
         require_tensorboard()
+    if config.wandb != "disabled":
+        require_wandb()
     alert_services(config.alerts)
 
 

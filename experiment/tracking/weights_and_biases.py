@@ -14,10 +14,12 @@ import struct
 import threading
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
+from experiment.errors import UserError
 from experiment.outcome_file import Outcome
 from experiment.run_folder import RunFolder
 from experiment.signals import warnings_blocked
@@ -40,6 +42,12 @@ _BLOCK = 32768
 _HEADER = struct.Struct("<IHB")  # checksum, length, type
 _FULL, _FIRST, _MIDDLE, _LAST = range(1, 5)
 _ROWS_PER_STEP = 10_000  # more than a step has events: scores of earlier checkpoints may come in any number
+
+
+def require_wandb() -> None:
+    """Raises UserError if the package is missing."""
+    if find_spec("wandb") is None:
+        raise UserError("tracking.wandb: wandb not installed; run: pip install wandb, or set it to disabled")
 
 
 class WandbTracker:

@@ -1,6 +1,7 @@
 """Whole runs, from the config to the last file."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import yaml
 from experiment.checkpoints import checkpoint_path, complete_checkpoints, read_state
 from experiment.config import build_config
 from experiment.run_folder import RunFolder
+from launches import Start, config_file, patched, wait_for_exit
 from pretrain.batching.sequences import open_index
 from pretrain.config import PretrainConfig
 from pretrain.corpus.reader import open_corpus
@@ -24,6 +26,25 @@ MODERN = {
     "intermediate_size": 40,
     "local_attention": 12,
 }
+
+
+# Python then imports these packages as if they were not installed.
+NOT_INSTALLED = """
+import sys
+missing = "wandb tensorboard apprise datasets matplotlib sklearn seqeval onnx fastapi jieba".split()
+for name in [name for name in sys.modules if name.partition(".")[0] in missing]:
+    del sys.modules[name]
+sys.modules.update(dict.fromkeys(missing))
+"""
+
+
+def test_a_run_needs_only_the_packages_that_it_uses(start: Start, wordpiece_corpus: Path, tmp_path: Path) -> None:
+    """Catches an import of W&B, or of another large package, in a run whose config does not ask for it."""
+    config = config_file(tmp_path, wordpiece_corpus, schedule__steps=2)
+    command = (sys.executable, "-m", "launcher", "pretrain", "--config", str(config))
+    code, output = wait_for_exit(start(*command, **patched(tmp_path, NOT_INSTALLED)))
+    assert code == 0, output
+    assert logged(tmp_path / "run", "step") == [1, 2]
 
 
 def test_one_epoch_trains_on_every_token_once(

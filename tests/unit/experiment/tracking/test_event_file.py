@@ -1,13 +1,13 @@
 import shutil
-import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from experiment.errors import UserError
 from experiment.outcome_file import Outcome
 from experiment.run_folder import RunFolder
-from experiment.tracking import TrackedRun, check_tracking, event_file, open_trackers
+from experiment.tracking import TrackedRun, check_tracking, event_file, open_trackers, weights_and_biases
 from experiment.tracking.config import TrackingConfig
 from experiment.tracking.event_file import SeedsTensorBoardTracker, TensorBoardTracker, tag_of
 
@@ -134,10 +134,19 @@ def test_it_is_written_into_the_run_folder_if_enabled(tmp_path: Path) -> None:
     assert scalars(tmp_path / "tensorboard", "train/loss") == [(1, 2.0)]
 
 
-def test_a_missing_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a run that trains for days without the event files that it was asked for."""
-    monkeypatch.setitem(sys.modules, "tensorboard", None)
-    monkeypatch.setattr(event_file, "find_spec", lambda name: None)
+@pytest.mark.parametrize(
+    ("module", "asked", "install"),
+    [
+        (event_file, TrackingConfig(tensorboard=True), r"pip install 'deepcloze\[tensorboard\]'"),
+        (weights_and_biases, TrackingConfig(wandb="offline"), "pip install wandb"),
+    ],
+)
+def test_a_missing_package_is_refused(
+    monkeypatch: pytest.MonkeyPatch, module: ModuleType, asked: TrackingConfig, install: str
+) -> None:
+    """Catches a run that trains for days without the metrics that it was asked for, and one that needs a package for
+    what it was not asked for."""
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
     check_tracking(TrackingConfig())
-    with pytest.raises(UserError, match=r"pip install 'deepcloze\[tensorboard\]'"):
-        check_tracking(TrackingConfig(tensorboard=True))
+    with pytest.raises(UserError, match=install):
+        check_tracking(asked)
