@@ -137,7 +137,7 @@ class BatchMaker:
     def _text_lengths(self, sequences: BatchSequences) -> NDArray[np.int64]:
         lengths = np.empty_like(sequences.ids)
         for number, corpus in enumerate(self.corpora):
-            selected = sequences.corpora == number
+            selected = np.flatnonzero(sequences.corpora == number)
             lengths[selected] = corpus.index.lengths(sequences.ids[selected])
         return lengths
 

@@ -4,12 +4,15 @@
 The mixing function is the finaliser of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number
 generators", OOPSLA 2014) with the constants of Stafford's variant 13. All arithmetic is modulo 2^64.
 
-A permutation of [0, n) has O(1) access and no table: a Feistel network permutes the smallest power-of-two domain that
-holds n; values outside [0, n) are permuted again until they are inside ("cycle walking", Black and Rogaway, "Ciphers
-with arbitrary finite domains", 2002). The domain is less than twice n, so that takes fewer than two passes on average.
+A permutation of [0, n) has O(1) access and no table of n entries: a Feistel network permutes the smallest power-of-two
+domain that holds n; values outside [0, n) are permuted again until they are inside ("cycle walking", Black and Rogaway,
+"Ciphers with arbitrary finite domains", 2002). The domain is less than twice n, so that takes fewer than two passes on
+average. A round changes one half of the bits by a function of the other half, which has few values: they are computed
+once and looked up.
 """
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import xxhash
@@ -33,8 +36,17 @@ def mix(values: U64) -> U64:
 
 def make_key(parts: Iterable[int | str]) -> int:
     """A 64-bit key from numbers and names; the same on every machine and in every version."""
-    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
-    return xxhash.xxh3_64_intdigest(text.encode())
+    return xxhash.xxh3_64_intdigest(_text(parts).encode())
+
+
+def make_keys(parts: Iterable[int | str], last: Iterable[int]) -> list[int]:
+    """`make_key((*parts, number))` for each number in `last`, several times as fast."""
+    text = _text((*parts, ""))[: -len("str:")]
+    return [xxhash.xxh3_64_intdigest(f"{text}int:{number}".encode()) for number in last]
+
+
+def _text(parts: Iterable[int | str]) -> str:
+    return "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
 
 
 def fold_in(keys: U64 | int, values: NDArray[np.integer]) -> U64:
@@ -60,47 +72,83 @@ def randint(bits: U64, bound: int) -> NDArray[np.int64]:
 
 _ROUNDS = 8
 _BLOCK = 16384  # words that are mixed at once: they stay in the processor's cache
+_TABLE_BITS = 16  # halves of at most so many bits are looked up instead of mixed; their tables take 4 MiB
+_KEPT_TABLES = 16  # permutations; a mixture of so many corpora needs no new ones in each batch
+
+_I64 = NDArray[np.int64]
+_Round = Callable[[_I64], _I64]
+"""Maps one half of words to the bits that change the other half."""
 
 
-def permute(seed: int, epoch: int, indices: NDArray[np.int64], n: int) -> NDArray[np.int64]:
+def permute(seed: int, epoch: int, indices: _I64, n: int) -> _I64:
     """The image of each of `indices` [I] (values in [0, n)) in the permutation of (seed, epoch)."""
     assert n >= 1
     if n == 1:
         return np.zeros_like(indices)
-    keys = _round_keys(seed, epoch)
-    blocks = np.array_split(indices.astype(np.uint64), -(-len(indices) // _BLOCK) or 1)
-    words = np.concatenate([_network(block, n, keys) for block in blocks])
+    rounds = _rounds(seed, epoch, _half_bits(n))
+    blocks = np.array_split(indices, -(-len(indices) // _BLOCK) or 1)
+    words = np.concatenate([_network(block, n, rounds) for block in blocks])
     while (outside := np.flatnonzero(words >= n)).size:
-        words[outside] = _network(words[outside], n, keys)
-    return words.astype(np.int64)
+        words[outside] = _network(words[outside], n, rounds)
+    return words
 
 
-def permutations(seed: int, epochs: Sequence[int], n: int) -> NDArray[np.int64]:
+def permutations(seed: int, epochs: Sequence[int], n: int) -> _I64:
     """The whole permutations of several epochs, [epochs, n]: row e is `permute(seed, epochs[e], arange(n), n)`.
 
-    `n`: a power of two.
+    `n`: a power of two, at most 2^32.
     """
     assert n >= 2
     assert n & (n - 1) == 0
-    words = np.arange(n, dtype=np.uint64)[None]
-    keys = np.array([_round_keys(seed, epoch) for epoch in epochs], dtype=np.uint64)
-    blocks = np.array_split(keys, len(epochs) * n // _BLOCK or 1)
-    return np.concatenate([_network(words, n, block.T[..., None]) for block in blocks]).astype(np.int64)
+    keys = np.array([_round_keys(seed, epoch) for epoch in epochs], dtype=np.uint64).reshape(-1, _ROUNDS)
+    tables = [_table(keys[:, number, None], number, _half_bits(n)) for number in range(_ROUNDS)]
+    words = np.broadcast_to(np.arange(n), (len(epochs), n))
+    return _network(words, n, [_lookup_by_row(table) for table in tables])
 
 
 def _round_keys(seed: int, epoch: int) -> list[int]:
-    return [make_key(("permutation", seed, epoch, round_)) for round_ in range(_ROUNDS)]
+    return make_keys(("permutation", seed, epoch), range(_ROUNDS))
 
 
-def _network(words: U64, n: int, keys: Iterable[int | U64]) -> U64:
-    """An unbalanced Feistel network: each round mixes one half of the bits into the other. Words and keys broadcast."""
-    low_bits = (n - 1).bit_length() // 2
-    high_bits = (n - 1).bit_length() - low_bits
-    low_mask, high_mask = np.uint64((1 << low_bits) - 1), np.uint64((1 << high_bits) - 1)
-    low, high = words & low_mask, words >> np.uint64(low_bits)
-    for round_, key in enumerate(keys):
-        if round_ % 2 == 0:
-            high = (high ^ fold_in(key, low)) & high_mask
+def _half_bits(n: int) -> tuple[int, int]:
+    """Bits of the low and of the high half of the words below n."""
+    bits = (n - 1).bit_length()
+    return bits // 2, bits - bits // 2
+
+
+@functools.lru_cache(_KEPT_TABLES)
+def _rounds(seed: int, epoch: int, half_bits: tuple[int, int]) -> list[_Round]:
+    """The rounds of a permutation's network. They are kept: those of the next batch are the same."""
+    keys = _round_keys(seed, epoch)
+    if max(half_bits) > _TABLE_BITS:
+        return [functools.partial(_mixed, key, number, half_bits) for number, key in enumerate(keys)]
+    return [_table(key, number, half_bits).take for number, key in enumerate(keys)]
+
+
+def _mixed(key: U64 | int, number: int, half_bits: tuple[int, int], half: _I64) -> _I64:
+    """What round `number` changes in the low half for each high half if it is odd, else the other way round."""
+    mask = (1 << half_bits[1 - number % 2]) - 1
+    return (fold_in(key, half) & np.uint64(mask)).view(np.int64)
+
+
+def _table(key: U64 | int, number: int, half_bits: tuple[int, int]) -> _I64:
+    """`_mixed` of all halves, in the last dimension."""
+    return _mixed(key, number, half_bits, np.arange(1 << half_bits[number % 2]))
+
+
+def _lookup_by_row(table: _I64) -> _Round:
+    """A round that looks up each row of its halves in the table of that row."""
+    first = np.arange(len(table))[:, None] * table.shape[1]
+    return lambda half: table.take(half + first)
+
+
+def _network(words: _I64, n: int, rounds: Iterable[_Round]) -> _I64:
+    """An unbalanced Feistel network: each round mixes one half of the bits into the other."""
+    low_bits, _ = _half_bits(n)
+    low, high = words & ((1 << low_bits) - 1), words >> low_bits
+    for number, mixed in enumerate(rounds):
+        if number % 2 == 0:
+            high = high ^ mixed(low)
         else:
-            low = (low ^ fold_in(key, high)) & low_mask
-    return (high << np.uint64(low_bits)) | low
+            low = low ^ mixed(high)
+    return (high << low_bits) | low

@@ -44,13 +44,16 @@ class CorpusStream:
     sequences: int  # N, sequences in the corpus
     seed: int
 
-    def at(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(epochs, sequence ids) at `positions` of this stream; same shape."""
-        epochs, indices = np.divmod(positions, self.sequences)
-        ids = np.empty_like(indices)
-        for epoch in np.unique(epochs):
-            within = epochs == epoch
-            ids[within] = permute(self.seed, int(epoch), indices[within], self.sequences)
+    def at(self, positions: range) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(epochs, sequence ids) at positions of this stream, [positions]."""
+        epochs, ids = np.empty(len(positions), dtype=np.int64), np.empty(len(positions), dtype=np.int64)
+        filled = 0
+        while filled < len(positions):
+            epoch, first = divmod(positions[filled], self.sequences)
+            end = filled + min(len(positions) - filled, self.sequences - first)
+            indices = np.arange(first, first + end - filled)
+            epochs[filled:end], ids[filled:end] = epoch, permute(self.seed, epoch, indices, self.sequences)
+            filled = end
         return epochs, ids
 
 
@@ -78,37 +81,35 @@ class ShuffledOrder:
         return start if self.positions is None else min(start, self.positions)
 
     def batch(self, step: int) -> BatchSequences:
-        corpora, own = self._split_by_corpus(self.sizes.start(step), self.start(step + 1))
-        epochs, ids = np.empty_like(own), np.empty_like(own)
+        start, end = self.sizes.start(step), self.start(step + 1)
+        if len(self.corpora) == 1:
+            return BatchSequences(np.zeros(end - start, dtype=np.int64), *self.corpora[0].at(range(start, end)))
+        corpora, before = self._split_by_corpus(start, end)
+        epochs, ids = np.empty_like(corpora), np.empty_like(corpora)
         for number, corpus in enumerate(self.corpora):
-            selected = corpora == number
-            epochs[selected], ids[selected] = corpus.at(own[selected])
+            selected = np.flatnonzero(corpora == number)
+            first = int(before[number])
+            epochs[selected], ids[selected] = corpus.at(range(first, first + len(selected)))
         return BatchSequences(corpora, epochs, ids)
 
     def positions_by_corpus(self, positions: int) -> NDArray[np.int64]:
         """How many of the first `positions` positions each corpus gets."""
         if len(self.corpora) == 1:
             return np.array([positions], dtype=np.int64)
-        blocks_end = positions // _BLOCK * _BLOCK
-        corpora, _ = self._split_by_corpus(blocks_end, positions)
-        return quotas(self.shares, blocks_end) + np.bincount(corpora, minlength=len(self.corpora))
+        return self._split_by_corpus(positions, positions)[1]
 
     def _split_by_corpus(self, start: int, end: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(corpora, positions in the corpus's own stream) of the positions [start, end); shape [end - start]."""
-        if len(self.corpora) == 1:
-            return np.zeros(end - start, dtype=np.int64), np.arange(start, end)
+        """The corpora of the positions [start, end) of a mixture, [end - start], and how many positions before `start`
+        each corpus has."""
         seed = make_key(("mixture", *(corpus.seed for corpus in self.corpora)))
         blocks = range(start // _BLOCK, -(-end // _BLOCK))
         before = np.array([quotas(self.shares, block * _BLOCK) for block in (*blocks, blocks.stop)])
         of_block = np.repeat(np.tile(np.arange(len(self.corpora)), len(blocks)), np.diff(before, axis=0).reshape(-1))
         shuffle = permutations(seed, blocks, _BLOCK)
         corpora = np.take_along_axis(of_block.reshape(-1, _BLOCK), shuffle, axis=1).reshape(-1)
-        own = np.empty_like(corpora)
-        for number, first in enumerate(before[0]):
-            selected = np.flatnonzero(corpora == number)
-            own[selected] = first + np.arange(len(selected))
-        wanted = slice(start - blocks.start * _BLOCK, end - blocks.start * _BLOCK)
-        return corpora[wanted], own[wanted]
+        skipped = start - blocks.start * _BLOCK
+        in_first = np.bincount(corpora[:skipped], minlength=len(self.corpora))
+        return corpora[skipped : end - blocks.start * _BLOCK], before[0] + in_first
 
 
 def quotas(shares: Sequence[float], positions: int) -> NDArray[np.int64]:

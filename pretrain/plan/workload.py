@@ -95,8 +95,8 @@ def _stream_tokens(index: SequenceIndex, stream: CorpusStream, positions: int, s
 def _epoch_tokens(index: SequenceIndex, stream: CorpusStream, epoch: int, part: range, special: int) -> int:
     tokens = special * len(part)
     for start in range(part.start, part.stop, _BLOCK):
-        within = np.arange(start, min(start + _BLOCK, part.stop), dtype=np.int64)
-        _, ids = stream.at(epoch * stream.sequences + within)
+        before = epoch * stream.sequences
+        _, ids = stream.at(range(before + start, before + min(start + _BLOCK, part.stop)))
         tokens += int(index.lengths(ids).sum())
     return tokens
 

@@ -7,8 +7,10 @@ from scipy import stats
 from pretrain.batching import counter_rng
 from pretrain.batching.counter_rng import (
     _network,
+    _rounds,
     fold_in,
     make_key,
+    make_keys,
     permutations,
     permute,
     randint,
@@ -21,6 +23,11 @@ def test_make_key_is_stable_across_versions():
     """Catches a change of the hash, which would change the masks and the order of every existing run."""
     assert make_key(("masks", 42, "abc", 0)) == 18245591027822071797
     assert make_key((1, "1")) != make_key(("1", 1)) != make_key(("11",))
+
+
+def test_several_keys_at_once():
+    """Catches keys that depend on how many are made together."""
+    assert make_keys(("masks", 42), range(9, 12)) == [make_key(("masks", 42, number)) for number in range(9, 12)]
 
 
 def test_random_bits_depend_on_key_and_counter_only():
@@ -83,6 +90,31 @@ def test_neighbours_do_not_stay_neighbours():
     """Catches a permutation that keeps local order, which would train on runs of one document."""
     image = permute(0, 0, np.arange(10_000), 10_000)
     assert abs(np.corrcoef(image[1:], image[:-1])[0, 1]) < 0.04
+
+
+@pytest.mark.parametrize("n", [3, 1000, 50_000_000, 2**32, 2**33, 10**12])
+def test_tables_change_no_permutation(monkeypatch: pytest.MonkeyPatch, n: int):
+    """Catches tables of halves that are looked up with the wrong half, key or mask, which would change the order of
+    every existing run."""
+    indices = np.random.default_rng(0).integers(0, n, 500)
+    _rounds.cache_clear()
+    looked_up = permute(3, 1, indices, n)
+    monkeypatch.setattr(counter_rng, "_TABLE_BITS", -1)
+    _rounds.cache_clear()
+    assert np.array_equal(permute(3, 1, indices, n), looked_up)
+    _rounds.cache_clear()
+
+
+def test_the_permutation_is_stable_across_versions():
+    """Catches a change of the order of every existing run."""
+    assert permute(1, 2, np.arange(5), 1000).tolist() == [22, 90, 518, 193, 973]
+    assert permute(1, 2, np.arange(5), 10**12).tolist() == [
+        908072790981,
+        752437890326,
+        182736826562,
+        894512953229,
+        89195464900,
+    ]
 
 
 def test_access_is_constant_time(monkeypatch: pytest.MonkeyPatch):
