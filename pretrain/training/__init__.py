@@ -6,6 +6,6 @@
 - evaluation: held-out scores, best step, early stopping, overfitting; learning_rate: a function of the step
 - checkpointer: when to save and what; checkpoint_tensors: its files; background_save: write while training continues
 - health: find bad batches, write them to the run folder, decide: stop, skip or rewind
-- replicas: do the ranks still agree; cpu_group: collectives on the CPU
+- replicas: do the ranks still agree; cpu_group: collectives on the CPU; device_sums: sums of whole numbers on GPUs
 - profiler: where the time of a step goes; stop_request: signals and the STOP file
 """

@@ -2,18 +2,17 @@
 requests to stop or save, how many ranks have finished their part of a save, the time, and how long each rank has
 worked.
 
-One all-reduce of whole numbers per step over gloo, without a device sync. It is in flight while the step is computed,
-because it takes up to 0.3 s at 1,024 ranks. Requests take effect when that step ends. Decisions that depend on time use
-rank 0's clock: the learning rate of a step under a time budget depends on when the step before it began.
+One all-reduce of whole numbers per step, in flight while the step is computed: by the GPUs where ranks have some
+(`device_sums`), else over gloo. Requests take effect when that step ends. Decisions that depend on time use rank 0's
+clock: the learning rate of a step under a time budget depends on when the step before it began.
 """
 
 from collections.abc import Sequence
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from pretrain.batching.batch import RankBatch
 from pretrain.batching.loader import DataWorkerError
-from pretrain.training.cpu_group import CpuGroup, PendingSums
 from pretrain.training.training_progress import TrainingClock
 from pretrain.world import World
 
@@ -50,12 +49,26 @@ class StepTotals(NamedTuple):
         return StepTotals(**fields)
 
 
+class PendingSums(Protocol):
+    """Sums over all ranks that are being computed."""
+
+    def wait(self) -> list[int]: ...
+
+
+class SumsOverRanks(Protocol):
+    """A `CpuGroup`, or `DeviceSums`."""
+
+    def start_all_reduce_sum(self, numbers: Sequence[int]) -> PendingSums:
+        """Start to sum each number over all ranks, while this rank does other work. Collective."""
+        ...
+
+
 class StepAgreement:
     def __init__(
-        self, group: CpuGroup, world: World, clock: TrainingClock, save_minutes: float | None, corpora: int
+        self, sums: SumsOverRanks, world: World, clock: TrainingClock, save_minutes: float | None, corpora: int
     ) -> None:
         """`save_minutes`: between checkpoints; None: none are due by the clock. `corpora`: of the mixture."""
-        self._group = group
+        self._sums = sums
         self._world = world
         self._is_rank0 = world.rank == 0
         self._clock = clock
@@ -95,7 +108,7 @@ class StepAgreement:
             corpus_tokens=tuple(batch.corpus_tokens) if batch else (0,) * self._corpora,
             work_microseconds=tuple(work),
         )
-        return PendingTotals(own, self._group.start_all_reduce_sum(own.flatten()))
+        return PendingTotals(own, self._sums.start_all_reduce_sum(own.flatten()))
 
 
 class PendingTotals:
@@ -105,6 +118,9 @@ class PendingTotals:
         """`own`: this rank's part of the sums."""
         self._own = own
         self._sums = sums
+        self._totals: StepTotals | None = None
 
     def wait(self) -> StepTotals:
-        return self._own.unflatten(self._sums.wait())
+        if self._totals is None:
+            self._totals = self._own.unflatten(self._sums.wait())
+        return self._totals

@@ -22,6 +22,7 @@ from pretrain.resolve import ResolvedRun
 from pretrain.training.batch_feed import BatchFeed
 from pretrain.training.checkpointer import Checkpointer, load_resumed
 from pretrain.training.cpu_group import CpuGroup
+from pretrain.training.device_sums import DeviceSums
 from pretrain.training.evaluation import RunEvaluator, log_early_stop
 from pretrain.training.health import (
     ADVICE,
@@ -101,7 +102,9 @@ class Trainer:
         self._checkpointer = Checkpointer(run, engine, model.model, group, self._interval, clock, times, provenance)
         self._recovery = Recovery(config.health, limits)
         self._bad_batches = BadBatchWriter(run.folder, world, stream.corpora, run.tokenizer.decode)
-        agreement = StepAgreement(group, world, clock, config.checkpoint.every_minutes, len(stream.corpora))
+        on_gpus = engine.device.type == "cuda" and world.size > 1
+        sums = DeviceSums(engine.device, times.make_progress) if on_gpus else group
+        agreement = StepAgreement(sums, world, clock, config.checkpoint.every_minutes, len(stream.corpora))
         self._feed = BatchFeed(config, stream, engine, self._checkpointer, agreement, group, times)
         self._profiler = StepProfiler(run.folder.profile) if config.run.profile and world.rank == 0 else None
         self._start_at(self._progress)

@@ -2,6 +2,7 @@
 
 import platform
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from experiment.checkpoints import checkpoint_path
 from experiment.run_folder import RunFolder
 from pretrain.world import World
 from rank_pool import RankPool
-from runs import logged, pretrain_case, run_config, step_events
+from runs import events_without_timing, logged, pretrain_case, run_config, step_events
 
 
 def recorded_case(world: World, tree: Mapping[str, Any]) -> list[str]:
@@ -92,3 +93,76 @@ def test_the_step_before_a_batch_that_fails_is_completed(
     assert "failed at step 4: ValueError: made to fail" in messages[0]
     assert [event["step"] for event in step_events(tmp_path)] == [1, 2, 3]
     assert checkpoint_path(RunFolder(tmp_path).checkpoints, 3).is_dir()
+
+
+class _Event:
+    """An event of a GPU. The sums are not valid before the host has waited for it."""
+
+    unread = 0
+
+    def record(self) -> None:
+        _Event.unread += 1
+
+    def synchronize(self) -> None:
+        _Event.unread = 0
+
+
+def device_sums_case(world: World, tree: Mapping[str, Any], stop_after: int | None) -> tuple[str, list[str]]:
+    """A run whose ranks agree as those with GPUs do. Returns its outcome, and steps and collectives of the hosts, in
+    order."""
+    import torch
+
+    from pretrain.engine.engine import Engine
+    from pretrain.training import trainer
+    from pretrain.training.cpu_group import CpuGroup
+    from pretrain.training.device_sums import DeviceSums, PendingDeviceSums
+    from pretrain.training.step_agreement import StepAgreement
+
+    events: list[str] = []
+    read = PendingDeviceSums.wait
+
+    def recorded(owner: type, name: str) -> None:
+        original = getattr(owner, name)
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            events.append(name)
+            return original(*arguments, **named)
+
+        patch.setattr(owner, name, call)
+
+    def wait(self: PendingDeviceSums) -> list[int]:
+        numbers = read(self)
+        assert _Event.unread == 0, "read before the event"
+        return numbers
+
+    def agreement(_group: CpuGroup, *arguments: Any) -> StepAgreement:
+        return StepAgreement(DeviceSums(torch.device("cpu"), lambda: None), *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "Stream", lambda _device: None)
+        patch.setattr(torch.cuda, "stream", lambda _stream: nullcontext())
+        patch.setattr(torch.cuda, "Event", _Event)
+        patch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+        patch.setattr(trainer, "StepAgreement", agreement)
+        patch.setattr(PendingDeviceSums, "wait", wait)
+        recorded(Engine, "step")
+        for name in ("_start_sum", "all_gather", "all_gather_objects", "from_rank0", "barrier"):
+            recorded(CpuGroup, name)
+        return pretrain_case(world, tree, stop_after), events
+
+
+@pytest.mark.parametrize(("stop_after", "outcome"), [(None, "done"), (2, "stopped")])
+def test_gpus_agree_without_a_collective_of_the_hosts(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, stop_after: int | None, outcome: str
+) -> None:
+    """Catches a collective of the hosts in each step, which takes longer than a short one at 1,024 ranks, totals that
+    differ from those of the hosts, and a stop that only one rank learns of."""
+    trees = [run_config(tmp_path / name, wordpiece_corpus, schedule__steps=4) for name in ("hosts", "gpus")]
+    assert set(pools[2].run(pretrain_case, trees[0], stop_after)) == {outcome}
+    for found, events in pools[2].run(device_sums_case, trees[1], stop_after):
+        assert found == outcome
+        first, last = events.index("step"), len(events) - 1 - events[::-1].index("step")
+        assert events[first : last + 1] == ["step"] * (stop_after or 4)
+    hosts, gpus = (events_without_timing(tmp_path / name) for name in ("hosts", "gpus"))
+    assert hosts == gpus
+    assert len(step_events(tmp_path / "gpus")) == (stop_after or 4)
