@@ -36,3 +36,15 @@ def test_models_of_recipes_fit_their_sequences(path: Path) -> None:
     assert fields.keys() <= built.to_dict().keys()
     positions = fields.get("max_position_embeddings", built.max_position_embeddings)
     assert max(stage.max_seq_length for stage in config.stages) <= positions
+
+
+def test_the_fast_recipe_only_lacks_attention_dropout() -> None:
+    """Catches a change of one of the two recipes that the other does not get."""
+    fast, plain = (
+        load_config(PretrainConfig, path).model_dump()
+        for path in RECIPES
+        if path.stem in ("bert-base-fast", "bert-base-wikipedia-like")
+    )
+    assert fast["model"]["config"].pop("attention_probs_dropout_prob") == 0.0
+    assert fast["run"].pop("dir") != plain["run"].pop("dir")
+    assert fast == plain
