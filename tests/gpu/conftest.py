@@ -1,76 +1,40 @@
-"""Ranks on GPUs: spawned processes, because CUDA does not work in forked ones."""
+"""Ranks on GPUs, and a limit for each test: `pytest tests/gpu -n 4` replaces a process that hangs or crashes."""
 
-import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from datetime import timedelta
-from multiprocessing import get_context
-from typing import Any, Literal
+from collections.abc import Iterator
 
 import pytest
 import torch
 
-from pretrain.world import World
-from rank_pool import free_port, give_up
-from waiting import LIMIT
+from rank_pool import RankPool, RankSpawner
+
+RUN_SECONDS = 100  # of a case on ranks; compiling takes most of it
+KERNEL_SECONDS, TEST_SECONDS = 90, 330  # of a test in pytest's own process, and of one with several cases on ranks
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests in this folder if there is no CUDA device."""
+    """Skip the tests in this folder without a CUDA device. Nothing interrupts a call of CUDA that hangs in pytest's own
+    process, so the process is ended."""
     missing = pytest.mark.skip(reason="no CUDA device")
     for item in items:
         if "tests/gpu/" in item.path.as_posix():
+            seconds = TEST_SECONDS if "gpus" in getattr(item, "fixturenames", ()) else KERNEL_SECONDS
             item.add_marker(pytest.mark.gpu)
+            item.add_marker(pytest.mark.timeout(seconds, method="thread"))
             if not torch.cuda.is_available():
                 item.add_marker(missing)
 
 
-class SpawnedRanks:
-    """Like RankPool: `run` calls `case(world, *args)` on every rank."""
-
-    def __init__(self, size: int, device: Literal["cuda", "cpu"]) -> None:
-        port = free_port()
-        self._ranks = [
-            ProcessPoolExecutor(1, get_context("spawn"), initializer=_connect, initargs=(rank, size, port, device))
-            for rank in range(size)
-        ]
-
-    def run(self, case: Callable[..., Any], *args: Any) -> list[Any]:
-        running: list[Future[Any]] = [rank.submit(_run_case, case, *args) for rank in self._ranks]
-        return [result.result(timeout=LIMIT) for result in running]
-
-    def close(self) -> None:
-        for rank in self._ranks:
-            rank.shutdown(wait=False, cancel_futures=True)
-
-
-def _connect(rank: int, size: int, port: int, device: str) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_SIZE": str(size)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WANDB_MODE": "disabled"}
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    if device == "cpu":
-        os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}  # as pretrain/run.py
-    from pretrain.engine.process_group import connect
-
-    connect(timedelta(seconds=60), give_up)
-
-
-def _run_case(case: Callable[..., Any], *args: Any) -> Any:
-    world = World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-    return case(world, *args)
-
-
 @pytest.fixture(scope="session")
-def gpus() -> Iterator[SpawnedRanks]:
+def gpus() -> Iterator[RankPool]:
     """Two ranks if there are two GPUs, else one: NCCL does not let ranks share a GPU."""
-    ranks = SpawnedRanks(min(torch.cuda.device_count(), 2), "cuda")
+    ranks = RankPool(RankSpawner({}), min(torch.cuda.device_count(), 2), RUN_SECONDS)
     yield ranks
     ranks.close()
 
 
 @pytest.fixture(scope="session")
-def cpu() -> Iterator[SpawnedRanks]:
+def cpu() -> Iterator[RankPool]:
     """One rank on the CPU, for comparison."""
-    ranks = SpawnedRanks(1, "cpu")
+    ranks = RankPool(RankSpawner({"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}), 1, RUN_SECONDS)
     yield ranks
     ranks.close()

@@ -8,6 +8,7 @@ A case is a module-level function with picklable arguments and result, and build
 hangs, the ranks are killed and the next case gets new ones.
 """
 
+import faulthandler
 import json
 import os
 import signal
@@ -17,12 +18,13 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import timedelta
+from multiprocessing import get_context
 from multiprocessing.connection import Client, Connection, Listener, Pipe, wait
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from fork_server import PADDING, listen
 from waiting import LIMIT
@@ -33,6 +35,31 @@ REPORT_SECONDS = 5  # for the other ranks to report after one has failed
 
 class RankError(Exception):
     """A case raised on a rank, or timed out."""
+
+
+class RankStarter(Protocol):
+    def fork(self, size: int, address: str, port: int) -> list[int]:
+        """Start `size` ranks that connect to `address`. Returns their process ids."""
+
+
+class RankSpawner:
+    """Starts ranks as new processes with these environment variables: CUDA does not work in forked ones."""
+
+    def __init__(self, variables: Mapping[str, str]) -> None:
+        self._variables = dict(variables)
+
+    def fork(self, size: int, address: str, port: int) -> list[int]:
+        context = get_context("spawn")
+        arguments = [(self._variables, rank, size, address, port) for rank in range(size)]
+        ranks = [context.Process(target=_spawned_rank, args=one, daemon=True) for one in arguments]
+        for rank in ranks:
+            rank.start()
+        return [rank.pid for rank in ranks if rank.pid is not None]
+
+
+def _spawned_rank(variables: dict[str, str], rank: int, size: int, address: str, port: int) -> NoReturn:
+    os.environ |= {"WANDB_MODE": "disabled", "TOKENIZERS_PARALLELISM": "false"} | variables
+    rank_main(rank, size, address, port)
 
 
 class ForkServer:
@@ -83,9 +110,10 @@ class ForkServer:
 
 
 class RankPool:
-    def __init__(self, fork_server: ForkServer, size: int) -> None:
-        self.size = size
-        self._fork_server = fork_server
+    def __init__(self, starter: RankStarter, size: int, limit: float = LIMIT) -> None:
+        """`limit`: seconds that a case may take."""
+        self.size, self.limit = size, limit
+        self._starter = starter
         self._pids: list[int] = []
         self._connections: list[Connection] = []
 
@@ -98,7 +126,7 @@ class RankPool:
         results: list[Any] = [None] * self.size
         failures: dict[int, str] = {}
         waiting = dict(zip(self._connections, range(self.size), strict=True))
-        deadline = time.monotonic() + LIMIT
+        deadline = time.monotonic() + self.limit
         while waiting and time.monotonic() < deadline:
             for connection in wait(list(waiting), timeout=1.0):
                 assert isinstance(connection, Connection)
@@ -111,7 +139,11 @@ class RankPool:
                     failures[rank] = failure
                     # The others may be waiting for this one: give them a little time to report.
                     deadline = min(deadline, time.monotonic() + REPORT_SECONDS)
-        failures |= dict.fromkeys(waiting.values(), "timed out")
+        for rank in waiting.values():  # it writes the stacks of its threads, also of those that wait in C++
+            with suppress(ProcessLookupError):
+                os.kill(self._pids[rank], signal.SIGABRT)
+        wait(list(waiting), timeout=REPORT_SECONDS)
+        failures |= dict.fromkeys(waiting.values(), "timed out; its output ends with the stacks of its threads")
         if failures:
             self.kill()
             raise RankError("\n".join(f"rank {rank}: {failure}" for rank, failure in sorted(failures.items())))
@@ -134,7 +166,7 @@ class RankPool:
 
     def _start(self) -> None:
         with tempfile.TemporaryDirectory() as folder, Listener(f"{folder}/socket") as listener:
-            self._pids = self._fork_server.fork(self.size, str(listener.address), free_port())
+            self._pids = self._starter.fork(self.size, str(listener.address), free_port())
             connections = [listener.accept() for _ in range(self.size)]
             self._connections = [connection for _, connection in sorted((c.recv(), c) for c in connections)]
 
@@ -147,6 +179,7 @@ def free_port() -> int:
 
 
 def rank_main(rank: int, size: int, address: str, port: int) -> NoReturn:
+    faulthandler.enable()
     try:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_SIZE": str(size)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

@@ -1,0 +1,38 @@
+"""The ranks that tests use: one that hangs ends its test, not the session."""
+
+import os
+import threading
+
+import pytest
+
+from pretrain.world import World
+from rank_pool import ForkServer, RankError, RankPool, RankSpawner, RankStarter
+from runs import soak
+
+
+def pid_case(_: World) -> int:
+    return os.getpid()
+
+
+def hanging_case(_: World) -> None:
+    threading.Event().wait()
+
+
+@pytest.mark.parametrize("spawned", [False, *soak(True)])
+def test_a_case_that_hangs_is_ended(
+    spawned: bool, fork_server: ForkServer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Catches ranks that hang in all later tests too, and a limit that does not say where."""
+    starter: RankStarter = RankSpawner({"DS_ACCELERATOR": "cpu"}) if spawned else fork_server
+    pool = RankPool(starter, 1)
+    try:
+        first = pool.run(pid_case)
+        with monkeypatch.context() as changed:
+            changed.setattr(pool, "limit", 0.5)
+            with pytest.raises(RankError, match="rank 0: timed out"):
+                pool.run(hanging_case)
+        assert pool.run(pid_case) != first
+    finally:
+        pool.close()
+    if spawned:  # the output of forked ranks is in a file of the server
+        assert "hanging_case" in capfd.readouterr().err
