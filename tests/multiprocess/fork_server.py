@@ -133,7 +133,11 @@ def _serve_in_namespaces(requests: Connection, listener: socket.socket, process:
                 raise OSError(ctypes.get_errno(), "setns")
             os.close(file)
         os.chdir("/")
-        _fork(serve)  # a process changes its own namespace of processes only by forking
+        pid = _fork(serve)  # a process changes its own namespace of processes only by forking
+        os.close(ready)
+        os.waitpid(
+            pid, 0
+        )  # or the first process of the machine reaps it, perhaps seconds later, and the host ends then
         os._exit(0)
 
     done, ready = os.pipe()
