@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, settings
 
 from rank_pool import ForkServer, RankPool
 from small_disk import SmallDisk, mounted_small_disk
+from triton_interpreter import interpret_kernels
 
 gc.disable()  # until tests are collected: their imports make a million objects that stay
 _CACHE = tempfile.mkdtemp(prefix="deepcloze-tests-")
@@ -164,6 +165,15 @@ def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer
 def pools(fork_server: ForkServer) -> Iterator[dict[int, RankPool]]:
     """Pools of rank processes, by world size."""
     pools = {size: RankPool(fork_server, size) for size in (1, 2, 3)}
+    yield pools
+    for pool in pools.values():
+        pool.close()
+
+
+@pytest.fixture(scope="session")
+def interpreting_pools(fork_server: ForkServer) -> Iterator[dict[int, RankPool]]:
+    """Pools of rank processes in which Triton interprets its kernels, by world size."""
+    pools = {size: RankPool(fork_server, size, prepare=interpret_kernels) for size in (1, 2)}
     yield pools
     for pool in pools.values():
         pool.close()

@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def gpus() -> Iterator[RankPool]:
     """Two ranks if there are two GPUs, else one: NCCL does not let ranks share a GPU."""
-    ranks = RankPool(RankSpawner({}), min(torch.cuda.device_count(), 2), RUN_SECONDS)
+    ranks = RankPool(RankSpawner({}), min(torch.cuda.device_count(), 2), limit=RUN_SECONDS)
     yield ranks
     ranks.close()
 
@@ -35,6 +35,6 @@ def gpus() -> Iterator[RankPool]:
 @pytest.fixture(scope="session")
 def cpu() -> Iterator[RankPool]:
     """One rank on the CPU, for comparison."""
-    ranks = RankPool(RankSpawner({"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}), 1, RUN_SECONDS)
+    ranks = RankPool(RankSpawner({"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}), 1, limit=RUN_SECONDS)
     yield ranks
     ranks.close()

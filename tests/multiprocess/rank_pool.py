@@ -110,10 +110,17 @@ class ForkServer:
 
 
 class RankPool:
-    def __init__(self, starter: RankStarter, size: int, limit: float = LIMIT) -> None:
-        """`limit`: seconds that a case may take."""
+    def __init__(
+        self,
+        starter: RankStarter,
+        size: int,
+        *,
+        limit: float = LIMIT,
+        prepare: Callable[..., object] | None = None,
+    ) -> None:
+        """limit: seconds that a case may take. prepare: the first case of each rank."""
         self.size, self.limit = size, limit
-        self._starter = starter
+        self._starter, self._prepare = starter, prepare
         self._pids: list[int] = []
         self._connections: list[Connection] = []
 
@@ -121,6 +128,8 @@ class RankPool:
         """Run `case(world, *args)` on every rank. Returns the results by rank; raises RankError."""
         if not self._connections:
             self._start()
+            if self._prepare is not None:
+                self.run(self._prepare)
         for connection in self._connections:
             connection.send((case, args))
         results: list[Any] = [None] * self.size

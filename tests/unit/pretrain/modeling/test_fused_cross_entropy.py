@@ -1,11 +1,6 @@
-"""The fused cross-entropy against torch's, in Triton's interpreter; and its kernel compiled for several devices.
+"""The fused cross-entropy against torch's, in Triton's interpreter; and its kernel compiled for several devices."""
 
-Triton decides when it is imported whether it interprets, so this is done in a process of its own.
-"""
-
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,21 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.batching.batch import IGNORED
+from pretrain.world import World
+from rank_pool import RankPool
 from runs import sampled
 
 pytest.importorskip("triton")
 
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # relative, of a gradient's norm
-
-
-@pytest.fixture(scope="module")
-def interpreted() -> Iterator[Callable[..., Any]]:
-    """Calls a function in a process where Triton interprets its kernels."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as process:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("TRITON_INTERPRET", "1")
-            process.submit(torch.set_num_threads, 1).result()  # starts the process
-        yield lambda function, *args: process.submit(function, *args).result()
 
 
 def draw(rows: int, hidden: int, vocabulary: int, dtype: torch.dtype, bias: bool) -> list[Tensor | None]:
@@ -42,7 +29,7 @@ def with_gradients(tensors: list[Tensor | None], dtype: torch.dtype | None = Non
 
 
 def compare_with_torch(
-    shape: tuple[int, int, int], dtype: torch.dtype, bias: bool, ignored: slice, chunk_logits: int
+    _: World, shape: tuple[int, int, int], dtype: torch.dtype, bias: bool, ignored: slice, chunk_logits: int
 ) -> None:
     """Fails unless loss, correct predictions and gradients are those of torch in float64."""
     from pretrain.modeling.fused_cross_entropy import linear_cross_entropy
@@ -72,25 +59,29 @@ def compare_with_torch(
     [((37, 12, 101), 2**26), ((1, 8, 2), 1), ((130, 7, 65), 1)],  # one chunk; one row; two chunks
 )
 def test_values_and_gradients_are_those_of_torch(
-    interpreted: Callable[..., Any], shape: tuple[int, int, int], dtype: torch.dtype, bias: bool, chunk_logits: int
+    interpreting_pools: dict[int, RankPool],
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    bias: bool,
+    chunk_logits: int,
 ) -> None:
     """Catches odd sizes that are read or written past their end, a chunk that overwrites another one, the gradient of
     fp16 that is not scaled back, and rows that do not count but have a gradient."""
-    interpreted(compare_with_torch, shape, dtype, bias, slice(2, None, 5), chunk_logits)
+    interpreting_pools[1].run(compare_with_torch, shape, dtype, bias, slice(2, None, 5), chunk_logits)
 
 
-def test_a_vocabulary_of_several_blocks(interpreted: Callable[..., Any]) -> None:
+def test_a_vocabulary_of_several_blocks(interpreting_pools: dict[int, RankPool]) -> None:
     """Catches sums and maxima that are not carried from one block to the next."""
-    interpreted(compare_with_torch, (5, 8, 9001), torch.float32, True, slice(1, 2), 2**26)
+    interpreting_pools[1].run(compare_with_torch, (5, 8, 9001), torch.float32, True, slice(1, 2), 2**26)
 
 
 @pytest.mark.parametrize("rows", [3, 200])
-def test_only_ignored_rows(interpreted: Callable[..., Any], rows: int) -> None:
+def test_only_ignored_rows(interpreting_pools: dict[int, RankPool], rows: int) -> None:
     """Catches 0/0, and a label of -100 that is used as an index."""
-    interpreted(compare_with_torch, (rows, 8, 33), torch.bfloat16, True, slice(None), 1)
+    interpreting_pools[1].run(compare_with_torch, (rows, 8, 33), torch.bfloat16, True, slice(None), 1)
 
 
-def check_extreme_logits() -> None:
+def check_extreme_logits(_: World) -> None:
     from pretrain.modeling.fused_cross_entropy import linear_cross_entropy
 
     weight, labels = torch.tensor([[3e4], [-3e4]], dtype=torch.float16), torch.tensor([0, 1])
@@ -102,12 +93,12 @@ def check_extreme_logits() -> None:
         assert loss.isnan(), "health checks rely on it"
 
 
-def test_extreme_logits(interpreted: Callable[..., Any]) -> None:
+def test_extreme_logits(interpreting_pools: dict[int, RankPool]) -> None:
     """Catches an exponential that overflows, and a loss that hides values that are not finite."""
-    interpreted(check_extreme_logits)
+    interpreting_pools[1].run(check_extreme_logits)
 
 
-def check_frozen() -> None:
+def check_frozen(_: World) -> None:
     from pretrain.modeling.fused_cross_entropy import linear_cross_entropy
 
     for learns in range(3):
@@ -121,12 +112,12 @@ def check_frozen() -> None:
     assert not correct.requires_grad
 
 
-def test_only_wanted_gradients_are_computed(interpreted: Callable[..., Any]) -> None:
+def test_only_wanted_gradients_are_computed(interpreting_pools: dict[int, RankPool]) -> None:
     """Catches a frozen embedding that gets a gradient, and an evaluation that computes gradients."""
-    interpreted(check_frozen)
+    interpreting_pools[1].run(check_frozen)
 
 
-def compile_kernel(capability: int, dtype: str, has_bias: bool) -> set[str]:
+def compile_kernel(_: World, capability: int, dtype: str, has_bias: bool, cache: Path) -> set[str]:
     """What the kernel compiles to, without a device."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
@@ -140,7 +131,9 @@ def compile_kernel(capability: int, dtype: str, has_bias: bool) -> set[str]:
         constants["bias"] = None
     signature |= dict.fromkeys(constants, "constexpr")
     source = ASTSource(_cross_entropy_kernel, signature=signature, constexprs=constants)
-    return set(compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8}).asm)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(cache))
+        return set(compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8}).asm)
 
 
 KERNELS = [
@@ -152,9 +145,8 @@ KERNELS = [
 
 @pytest.mark.parametrize(("capability", "dtype", "has_bias"), sampled(KERNELS, [(80, "fp16", True)]))
 def test_the_kernel_compiles(
-    capability: int, dtype: str, has_bias: bool, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+    pools: dict[int, RankPool], tmp_path: Path, capability: int, dtype: str, has_bias: bool
 ) -> None:
     """Catches code that only the interpreter accepts, for V100, A100, H100 and B200."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    with ProcessPoolExecutor(1, get_context("spawn")) as process:
-        assert "cubin" in process.submit(compile_kernel, capability, dtype, has_bias).result()
+    (compiled,) = pools[1].run(compile_kernel, capability, dtype, has_bias, tmp_path)
+    assert "cubin" in compiled

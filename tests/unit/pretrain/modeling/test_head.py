@@ -1,8 +1,6 @@
 import copy
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +14,8 @@ from pretrain.batching.batch import Microbatch
 from pretrain.modeling import head
 from pretrain.modeling.head import choose_fused_head, choose_head, find_linear_decoder, fused_head, logits_head
 from pretrain.modeling.masked_lm import MaskedLanguageModel
+from pretrain.world import World
+from rank_pool import RankPool
 
 TYPES = (*PACKED, *PADDED)
 
@@ -99,17 +99,6 @@ def test_a_kernel_that_does_not_work_is_reported_once(
     head._is_fused_loss_usable.cache_clear()
 
 
-@pytest.fixture(scope="module")
-def interpreted() -> Iterator[Callable[..., Any]]:
-    """Calls a function in a process where Triton interprets its kernels."""
-    pytest.importorskip("triton")
-    with ProcessPoolExecutor(1, get_context("spawn")) as process:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("TRITON_INTERPRET", "1")
-            process.submit(torch.set_num_threads, 1).result()  # starts the process
-        yield lambda function, *args: process.submit(function, *args).result()
-
-
 def results(module: MaskedLanguageModel, microbatch: Microbatch) -> tuple[float, int, dict[str, Tensor]]:
     """Loss and correct predictions in evaluation, and gradients of training."""
     with torch.no_grad():
@@ -142,13 +131,18 @@ def compare_heads(model_type: str, corpus: Path) -> None:
             torch.testing.assert_close(fused_gradients[name], gradient, rtol=1e-4, atol=1e-5)
 
 
+def compare_heads_case(_: World, model_type: str, corpus: Path) -> None:
+    compare_heads(model_type, corpus)
+
+
 @pytest.mark.parametrize("model_type", ["bert", "modernbert", "mpnet"])
 def test_the_fused_head_computes_the_same(
-    interpreted: Callable[..., Any], wordpiece_corpus: Path, model_type: str
+    interpreting_pools: dict[int, RankPool], wordpiece_corpus: Path, model_type: str
 ) -> None:
     """Catches gradients of tied embeddings that are lost, a head on other rows than the masked ones, and labels that
     stay set after a forward pass."""
-    interpreted(compare_heads, model_type, wordpiece_corpus)
+    pytest.importorskip("triton")
+    interpreting_pools[1].run(compare_heads_case, model_type, wordpiece_corpus)
 
 
 def test_a_cpu_without_triton_trains(example: Callable[[str], Example], monkeypatch: pytest.MonkeyPatch) -> None:
