@@ -3,64 +3,106 @@
 Each test compiles in a process of its own: compiled code, and what torch knows about it, cannot be unloaded.
 """
 
-import json
+import logging
 import shutil
-import subprocess
-import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-
-SCRIPT = """
-import json, logging, sys, tempfile
-from pathlib import Path
-
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForMaskedLM
 
-from experiment.dropout import use_fast_dropout
-from pretrain.modeling import masked_lm
 from pretrain.batching.batch import Microbatch
+from pretrain.modeling import masked_lm
 from pretrain.modeling.attention import PACKED, Packing, register_packed_attention
 from pretrain.modeling.compiled_layers import compile_layers
 from pretrain.modeling.masked_lm import MaskedLanguageModel
+from pretrain.world import World
+from rank_pool import ForkServer, RankPool
 
-options = json.loads(sys.argv[1])
-warnings = []
-handler = logging.Handler()
-handler.emit = lambda record: warnings.append(record.getMessage())
-logging.getLogger("pretrain").addHandler(handler)
-if options["backend"]:
-    def broken(*_):
-        raise RuntimeError("does not compile")
-    compile, backend = torch.compile, broken if options["backend"] == "broken" else options["backend"]
-    torch.compile = lambda *args, **kwargs: compile(*args, **{**kwargs, "backend": backend})
-if options["compiler"]:
-    import torch._inductor.config
-    torch._inductor.config.cpp.cxx = (options["compiler"],)
-if options["full_disk"]:
-    def mkdtemp(**_):
-        raise OSError(28, "No space left on device")
-    tempfile.mkdtemp = mkdtemp
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+
+Run = Callable[..., dict[str, Any]]
+DEFAULTS: dict[str, Any] = {
+    "model_type": "bert",
+    "config": {},
+    "checkpointing": False,
+    "compiler": "",
+    "backend": "",
+    "capability": None,
+    "full_disk": False,
+}
 
 
-class PackingOfDevice(Packing):
-    def __init__(self, *inputs):
-        super().__init__(*inputs)
-        self.capability = options["capability"] and tuple(options["capability"])
+@pytest.fixture
+def run(fork_server: ForkServer) -> Iterator[Run]:
+    """Calls `compare_case` in new processes."""
+    pools: list[RankPool] = []
+
+    def call(cache: Path, **options: Any) -> dict[str, Any]:
+        pools.append(RankPool(fork_server, 1))
+        (found,) = pools[-1].run(compare_case, cache, DEFAULTS | options)
+        return found  # type: ignore[no-any-return]
+
+    yield call
+    for pool in pools:
+        pool.close()
 
 
-masked_lm.Packing = PackingOfDevice
+def compare_case(_: World, cache: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Compare a model with compiled layers with one without. Changes settings of the process."""
+    warnings: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("pretrain").addHandler(handler)
+    break_compiling(options)
+    expected = losses_and_gradients(MaskedLanguageModel(build(options), packed=True).train())
+    wrapped = MaskedLanguageModel(build(options), packed=True)
+    compile_layers(wrapped, cache)
+    found = losses_and_gradients(wrapped.train())
+    for (loss, gradients), (other, others) in zip(expected, found, strict=True):
+        torch.testing.assert_close(loss, other, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(gradients, others, rtol=1e-4, atol=1e-5)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    return {"graphs": graphs, "losses": [loss.item() for loss, _ in found], "warnings": warnings}
 
 
-def build():
+def break_compiling(options: dict[str, Any]) -> None:
+    """Change what compiles, or where, as the options say."""
+    if options["backend"]:
+
+        def broken(*_: Any) -> None:
+            raise RuntimeError("does not compile")
+
+        compile, backend = torch.compile, broken if options["backend"] == "broken" else options["backend"]
+        torch.compile = lambda *args, **kwargs: compile(*args, **{**kwargs, "backend": backend})
+    if options["compiler"]:
+        from torch._inductor import config
+
+        config.cpp.cxx = (options["compiler"],)
+    if options["full_disk"]:
+
+        def mkdtemp(**_: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        tempfile.mkdtemp = mkdtemp  # type: ignore[assignment]
+
+    class PackingOfDevice(Packing):
+        def __init__(self, *inputs: Any) -> None:
+            super().__init__(*inputs)
+            self.capability = options["capability"]
+
+    masked_lm.Packing = PackingOfDevice  # type: ignore[misc]
+
+
+def build(options: dict[str, Any]) -> Any:
     torch.manual_seed(0)
     register_packed_attention()
-    sizes = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=40, vocab_size=101)
-    config = AutoConfig.for_model(options["model_type"], pad_token_id=0, **sizes, **options["config"])
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 40}
+    config = AutoConfig.for_model(options["model_type"], pad_token_id=0, vocab_size=101, **sizes, **options["config"])
     model = AutoModelForMaskedLM.from_config(config)
     model.set_attn_implementation(PACKED)
     if options["checkpointing"]:
@@ -68,7 +110,7 @@ def build():
     return model
 
 
-def microbatch(rows, width):
+def microbatch(rows: int, width: int) -> Microbatch:
     torch.manual_seed(rows)
     segments = (torch.arange(width) // 5 + 1).int().repeat(rows, 1)
     bounds = torch.arange(0, rows * width + 1, 5).int()
@@ -76,7 +118,7 @@ def microbatch(rows, width):
     return Microbatch(ids, positions, segments, bounds, torch.tensor([1, 3, 8]), torch.tensor([4, 5, 6]))
 
 
-def losses_and_gradients(wrapped):
+def losses_and_gradients(wrapped: MaskedLanguageModel) -> list[tuple[Tensor, list[Tensor]]]:
     found = []
     for rows, width in [(4, 10), (3, 10), (6, 20)]:
         torch.manual_seed(7)
@@ -84,38 +126,6 @@ def losses_and_gradients(wrapped):
         gradients = torch.autograd.grad(loss, list(wrapped.parameters()), allow_unused=True)
         found.append((loss, [gradient for gradient in gradients if gradient is not None]))
     return found
-
-
-plain = build()
-expected = losses_and_gradients(MaskedLanguageModel(plain, packed=True).train())
-model = build()
-wrapped = MaskedLanguageModel(model, packed=True)
-compile_layers(wrapped, Path(options["cache"]))
-found = losses_and_gradients(wrapped.train())
-for (loss, gradients), (other, others) in zip(expected, found, strict=True):
-    torch.testing.assert_close(loss, other, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(gradients, others, rtol=1e-4, atol=1e-5)
-stats = torch._dynamo.utils.counters["stats"]
-losses = [loss.item() for loss, _ in found]
-print(json.dumps({"graphs": stats["unique_graphs"], "losses": losses, "warnings": warnings}))
-"""
-
-
-def run(cache: Path, **options: Any) -> dict[str, Any]:
-    given = {
-        "model_type": "bert",
-        "config": {},
-        "checkpointing": False,
-        "compiler": "",
-        "backend": "",
-        "capability": None,
-    }
-    given["full_disk"] = False
-    argument = json.dumps(given | {"cache": str(cache)} | options)
-    finished = subprocess.run([sys.executable, "-c", SCRIPT, argument], capture_output=True, text=True, check=False)
-    assert finished.returncode == 0, finished.stderr
-    result: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])
-    return result
 
 
 MODERNBERT = {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"], "local_attention": 6}
@@ -135,7 +145,7 @@ MODERNBERT = {"layer_types": ["full_attention", "sliding_attention", "sliding_at
         pytest.param({"model_type": "modernbert", "config": MODERNBERT}, 2, marks=pytest.mark.soak),
     ],
 )
-def test_losses_gradients_and_graphs(tmp_path: Path, options: dict[str, Any], graphs: int) -> None:
+def test_losses_gradients_and_graphs(run: Run, tmp_path: Path, options: dict[str, Any], graphs: int) -> None:
     """Catches other dropout masks than without compiling, other gradients, and a graph for each layer or shape.
 
     `capability`: of a GPU without flash attention, whose code runs here on the CPU."""
@@ -145,7 +155,7 @@ def test_losses_gradients_and_graphs(tmp_path: Path, options: dict[str, Any], gr
 
 
 @pytest.mark.soak
-def test_a_damaged_cache_is_compiled_again(tmp_path: Path) -> None:
+def test_a_damaged_cache_is_compiled_again(run: Run, tmp_path: Path) -> None:
     """Catches a run that ends, or has other losses, because an earlier one was killed while it wrote compiled code."""
     cache = tmp_path / "cache"
     first = run(cache)
@@ -168,7 +178,9 @@ def test_a_damaged_cache_is_compiled_again(tmp_path: Path) -> None:
         pytest.param({"compiler": "/bin/false", "full_disk": True}, marks=pytest.mark.soak),
     ],
 )
-def test_without_a_working_compiler_the_layers_run_as_they_are(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_without_a_working_compiler_the_layers_run_as_they_are(
+    run: Run, tmp_path: Path, options: dict[str, Any]
+) -> None:
     """Catches a run that ends where nothing can be compiled, and one that does not say so."""
     cache = tmp_path / "cache"
     (cache / "of another run").mkdir(parents=True)
@@ -180,7 +192,7 @@ def test_without_a_working_compiler_the_layers_run_as_they_are(tmp_path: Path, o
 
 
 @pytest.mark.soak
-def test_a_cache_that_cannot_be_written_is_not_needed(tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_not_needed(run: Run, tmp_path: Path) -> None:
     """Catches a run that ends because its user has no home."""
     (tmp_path / "file").touch()
     assert run(tmp_path / "file" / "cache")["graphs"] == 1
