@@ -7,9 +7,11 @@ import contextlib
 import os
 import resource
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from experiment.outcome_file import Outcome
 from experiment.provenance import REPOSITORY
 
 LAUNCH_VARIABLE = "DEEPCLOZE_LAUNCH"
@@ -21,6 +23,8 @@ START_VARIABLE = "DEEPCLOZE_START"
 GATE_VARIABLE = "DEEPCLOZE_GATE"
 """A file. The ranks wait for it after their imports: meanwhile the launch checks the config. Only on the machine of the
 launch."""
+
+_POLL_SECONDS = 0.01
 
 
 def module_command(module: str) -> tuple[str, ...]:
@@ -36,6 +40,18 @@ def python_path(environ: Mapping[str, str], root: Path) -> str:
     """PYTHONPATH with `root` as its first entry."""
     others = [entry for entry in environ.get("PYTHONPATH", "").split(":") if entry not in ("", str(root))]
     return ":".join([str(root), *others])
+
+
+def wait_at_gate() -> None:
+    """Wait until the launch that has started this process lets it begin. Ends the process if the launch has ended,
+    which usually kills it."""
+    if (path := os.environ.pop(GATE_VARIABLE, None)) is None:
+        return
+    gate = Path(path)
+    while not gate.exists():
+        if not gate.parent.exists():
+            os._exit(Outcome.REFUSED.exit_code)  # a normal exit would take apart what has been imported
+        time.sleep(_POLL_SECONDS)
 
 
 def raise_limit_of_open_files() -> None:

@@ -4,19 +4,17 @@ import logging
 import os
 import platform
 import sys
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import NoReturn
 
 import torch.distributed as dist
 
 from experiment.errors import AgreedFailureError, UserError, is_out_of_memory
 from experiment.outcome_file import Cause, Outcome, RankRecord, ReportedOutcome, write_first_outcome, write_outcome
-from experiment.own_process import GATE_VARIABLE, LAUNCH_VARIABLE, raise_limit_of_open_files
+from experiment.own_process import LAUNCH_VARIABLE, raise_limit_of_open_files
 from experiment.run_folder import RunFolder
 from experiment.run_lock import lock_until_exit
 from pretrain.batching.loader import DataWorkerError
@@ -26,7 +24,6 @@ from pretrain.training.stop_request import exit_on_stop_request
 
 log = logging.getLogger(__name__)
 
-_POLL_SECONDS = 0.01
 # gloo raises RuntimeError: with the line of its source, or, if another collective of the group has timed out, without.
 _GLOO_ERRORS = ("gloo/transport", "Application timeout caused pair closure")
 
@@ -73,18 +70,6 @@ class RankRecorder:
     def _record(self, exit_code: int | None, training: bool = False) -> None:
         with suppress(OSError):
             RankRecord(self.rank, platform.node(), os.getpid(), training, exit_code).write(self.folder)
-
-
-def wait_at_gate() -> None:
-    """Wait until the launch that has started this process lets it begin. Ends the process if the launch has ended,
-    which usually kills it."""
-    if (path := os.environ.pop(GATE_VARIABLE, None)) is None:
-        return
-    gate = Path(path)
-    while not gate.exists():
-        if not gate.parent.exists():
-            exit_process(Outcome.REFUSED)
-        time.sleep(_POLL_SECONDS)
 
 
 def run_rank(train: Callable[[], Outcome], recorder: RankRecorder) -> NoReturn:

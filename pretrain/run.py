@@ -40,6 +40,7 @@ from experiment.errors import AgreedFailureError, UserError
 from experiment.files import cache_folder
 from experiment.goodput import ActivityTimer, attempt_start
 from experiment.outcome_file import Cause, Outcome, ReportedOutcome
+from experiment.own_process import wait_at_gate
 from experiment.run_folder import RunFolder
 from pretrain.batching.loader import DataWorkerError
 from pretrain.config import EngineConfig, PretrainConfig
@@ -49,7 +50,7 @@ from pretrain.modeling.compile_time import compile_seconds
 from pretrain.modeling.masked_lm import MaskedLanguageModel
 from pretrain.preparation import prepare
 from pretrain.rank_heartbeat import RankHeartbeat
-from pretrain.rank_process import RankRecorder, exit_refused, give_up, run_rank, stop_at_once, wait_at_gate
+from pretrain.rank_process import RankRecorder, exit_refused, give_up, run_rank, stop_at_once
 from pretrain.training.background_save import UnwritableError
 from pretrain.training.cpu_group import AgreedError, CpuGroup
 from pretrain.training.health import HEALTH_LIMITS, HealthLimits

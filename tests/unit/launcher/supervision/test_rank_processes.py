@@ -34,7 +34,7 @@ from pathlib import Path
 from experiment.goodput import attempt_start
 from experiment.outcome_file import Cause, Outcome, write_outcome
 from experiment.run_folder import RunFolder
-from pretrain.rank_process import wait_at_gate
+from experiment.own_process import wait_at_gate
 folder = Path({folder!r})
 if os.fork():
     sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
