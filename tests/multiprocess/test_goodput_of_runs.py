@@ -45,10 +45,10 @@ def test_the_time_of_an_interrupted_run_adds_up(
         process = start(deepcloze, "pretrain", "--config", str(config))
         began.append(time.time())
         wait_for_steps(folder.path, reached // 10 * 10 + 18, process)
-        assert (write_report(folder.path).parent / "index.html").is_file()
         return process
 
     killed_rank = launch()
+    assert (write_report(folder.path).parent / "index.html").is_file()
     os.kill(json.loads(folder.rank_record(0).read_text(encoding="utf-8"))["pid"], signal.SIGKILL)
     assert wait_for_exit(killed_rank)[0] == 1
     ended.append(time.time())

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,10 @@ from pretrain.world import World
 from rank_pool import RankPool
 from waiting import LIMIT
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 
-
-def test_ranks_on_this_machine_are_measured(tmp_path: Path) -> None:
+def test_ranks_on_this_machine_are_measured(tmp_path: Path, handed_over: Mapping[str, str]) -> None:
     """Catches ranks that do not start as those of a run do, and a result that is not found in their output."""
-    environ = os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    environ = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | handed_over
     command = [sys.executable, "-m", "launcher", "preflight", "--num_gpus=2", "--oversubscribe"]
     done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=LIMIT)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -263,11 +263,12 @@ def test_the_log_is_json_without_texts(model: Path, serve: Serve) -> None:
     assert "secret" not in server.output()
 
 
-def test_two_servers_on_one_port(model: Path, serve: Serve) -> None:
+def test_two_servers_on_one_port(model: Path, serve: Serve, handed_over: Mapping[str, str]) -> None:
     """Catches a traceback, or a second server that takes the requests of the first."""
     server = serve(model)
     command = [sys.executable, "-m", "launcher", "serve", "--model", str(model), "--port", str(server.port)]
-    second = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    environ = os.environ | handed_over
+    second = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environ)
     assert second.returncode == 2
     assert second.stderr == f"deepcloze: --port: cannot listen on 127.0.0.1:{server.port}: Address already in use\n"
 

@@ -17,6 +17,8 @@ import pytest
 import yaml
 
 from launcher.cli import main
+from launches import patched
+from rank_pool import ForkServer
 from small_disk import SmallDisk
 
 ROOT = Path(__file__).parents[3]
@@ -62,16 +64,7 @@ COMMANDS = (
     "report run",
     "status run",
 )
-MAIN = """
-import shlex, sys
-import experiment.progress
-from launcher.cli import main
-
-experiment.progress._SECONDS_BETWEEN_LINES = 0.0
-for command in sys.argv[1:]:
-    print("$", command, flush=True)
-    assert main(shlex.split(command)) == 0
-"""
+PRINT_EVERY_LINE = "import experiment.progress\nexperiment.progress._SECONDS_BETWEEN_LINES = 0.0\n"
 
 
 class Mistake(NamedTuple):
@@ -479,7 +472,7 @@ MISTAKES = {**COMMAND_LINE, **CONFIGS, **MACHINES, **FOLDERS, **TEXT, **DATA}
 
 
 @pytest.fixture(scope="module")
-def prepared(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def prepared(text_file: Path, tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer) -> tuple[Path, str]:
     """A folder with what the commands are about, and what the commands that have made it have printed into a pipe."""
     folder = tmp_path_factory.mktemp("prepared") / "folder"
     folder.mkdir()
@@ -488,17 +481,16 @@ def prepared(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
     for name in ("train.csv", "test.csv"):
         (folder / name).write_text(ROWS)
-    made = subprocess.run(
-        [sys.executable, "-c", MAIN, *COMMANDS],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=False,
-        check=False,
-    )
-    printed = made.stdout.decode()
-    assert made.returncode == 0, printed
+    variables = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **patched(folder.parent, PRINT_EVERY_LINE)}
+    environment = os.environ | variables | fork_server.environment()
+    printed = ""
+    for command in COMMANDS:
+        argv = [sys.executable, "-m", "launcher", *shlex.split(command)]
+        done = subprocess.run(
+            argv, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
+        )
+        printed += f"$ {command}\n{done.stdout.decode()}"
+        assert done.returncode == 0, printed
     return folder, printed
 
 

@@ -59,11 +59,12 @@ def test_logits_are_tensors_of_the_predicted_positions(on_gpu: bool, tensors: in
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_memory_falls_with_what_saves_memory(on_gpu: bool) -> None:
     """Catches settings that have no effect or the wrong one."""
-    full = replace(FP32, on_gpu=on_gpu)
-    assert memory(replace(full, dtype=torch.bfloat16)).activations < 0.7 * memory(full).activations
-    assert memory(replace(full, checkpointed=True)).activations < 0.6 * memory(full).activations
-    assert memory(full, replace(SHAPE, rows=8)).activations == pytest.approx(2 * memory(full).activations, rel=0.1)
-    assert memory(full, config=bert(2)).activations < memory(full).activations
+    computation = replace(FP32, on_gpu=on_gpu)
+    full = memory(computation).activations
+    assert memory(replace(computation, dtype=torch.bfloat16)).activations < 0.7 * full
+    assert memory(replace(computation, checkpointed=True)).activations < 0.6 * full
+    assert memory(computation, replace(SHAPE, rows=8)).activations == pytest.approx(2 * full, rel=0.1)
+    assert memory(computation, config=bert(2)).activations < full
 
 
 def test_a_gpu_keeps_neither_scores_nor_wide_dropout_masks() -> None:
