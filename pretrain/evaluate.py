@@ -173,7 +173,8 @@ def evaluate_command(checkpoint: str, corpus: str, json: bool = False) -> None:
         opened = {
             name: open_held_out(corpus, held_out, World(), Path(index_folder)) for name, corpus in corpora.items()
         }
-        scores = HeldOutEvaluator(opened).evaluate(predict, device, show_progress=not json)
+    # The folder of the opened indexes is gone already: nothing would remove it if the process were killed.
+    scores = HeldOutEvaluator(opened).evaluate(predict, device, show_progress=not json)
     _print(scores, as_json=json)
 
 

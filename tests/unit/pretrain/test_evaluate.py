@@ -1,8 +1,10 @@
 import json
 import math
 import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from transformers import (
 
 from experiment.errors import UserError
 from experiment.tokenizer import load_tokenizer, save_tokenizer
+from pretrain.batching import sequences
 from pretrain.batching.batch import Microbatch
 from pretrain.batching.masking import MaskingPolicy, MaskingSchedule
 from pretrain.batching.packing import MicrobatchLayout
@@ -154,6 +157,26 @@ def test_a_checkpoint_is_scored_as_its_run_scores_it(
         held = held_out(heldout_corpus, MicrobatchLayout(40, 400), seed=7, policy=MaskingPolicy(0.3, 0.8, 0.1, unit))
         masked[unit] = sum(held.maker[step].masked_tokens for step in range(held.batches))
     assert found["masked_tokens"] == masked["span"] != masked["token"]
+
+
+def test_nothing_is_left_of_a_killed_evaluation(
+    folder: Path, heldout_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches an index in a temporary folder, of a corpus that is read-only, that nothing removes after SIGKILL."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    corpus = Path(shutil.copytree(heldout_corpus, tmp_path / "corpus", ignore=shutil.ignore_patterns("index")))
+    monkeypatch.setattr(sequences.os, "access", lambda *_: False)
+    before = set(tmp_path.iterdir())
+    during: list[set[Path]] = []
+    score = HeldOutEvaluator.evaluate
+
+    def look(self: HeldOutEvaluator, *arguments: Any, **options: Any) -> dict[str, Scores]:
+        during.append(set(tmp_path.iterdir()))
+        return score(self, *arguments, **options)
+
+    monkeypatch.setattr(HeldOutEvaluator, "evaluate", look)
+    evaluate_command(str(folder), str(corpus), json=True)
+    assert during == [before]
 
 
 def test_json_has_null_where_nothing_was_masked(
