@@ -319,15 +319,22 @@ def test_a_full_disk_keeps_finished_seeds_only(
 
 
 def test_a_disk_that_is_full_at_an_evaluation(
-    config_file: Path, small_disk: SmallDisk, capsys: pytest.CaptureFixture[str]
+    config_file: Path, small_disk: SmallDisk, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches a traceback of torch, whose writer says nothing of the disk, when the state of a seed is saved."""
+    save = StateFile.save
+
+    def fill_and_save(self: StateFile, state: Any) -> None:
+        small_disk.fill(leave=4 * 4096)
+        save(self, state)
+
+    monkeypatch.setattr(StateFile, "save", fill_and_save)
     run = small_disk.path / "run"
     command = ["finetune", "--config", str(config_file), f"--run.dir={run}", "--training.seeds=[1]"]
-    small_disk.fill(leave=40 * 4096)
     assert main(command) == 75
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("deepcloze: ")]
     assert line == f"deepcloze: {run}/.seed-1/state.pt: disk full; the same command resumes"
     assert list(run.glob(".seed-1/*")) == []
+    monkeypatch.undo()
     small_disk.free()
     assert main(command) == 0
