@@ -175,12 +175,14 @@ def check_run_folder(folder: RunFolder, kind: RunKind) -> None:
 
 
 def check_creatable(folder: RunFolder) -> None:
-    """Raise UserError if the folder is missing and cannot be created. Leaves no folder."""
+    """Raise UserError if the folder is not writable, or is missing and cannot be created. Leaves no folder."""
     try:
         with created_parents(folder.logs):
             pass
     except OSError as error:
         raise UserError(f"run.dir: cannot create the run folder {folder.path}: {error.strerror}") from None
+    if folder.path.exists():
+        _check_writable(folder)
 
 
 def open_run_folder(path: Path | str) -> RunFolder:
@@ -192,6 +194,10 @@ def open_run_folder(path: Path | str) -> RunFolder:
         raise UserError(f"run.dir: cannot create the run folder {folder.path}: {error.strerror}") from None
     except ValueError as error:  # a NUL character
         raise UserError(f"run.dir: cannot create the run folder {str(folder.path)!r}: {error}") from None
+    _check_writable(folder)
+    return folder
+
+
+def _check_writable(folder: RunFolder) -> None:
     if not os.access(folder.path, os.W_OK):
         raise UserError(f"run.dir: the run folder {folder.path} is not writable")
-    return folder

@@ -318,6 +318,17 @@ def test_a_full_disk_keeps_finished_seeds_only(
     assert len(results(run)["splits"]["test"]["accuracy"]["values"]) == 2
 
 
+def test_a_folder_that_cannot_be_written_is_rejected_first(
+    config_file: Path, small_disk: SmallDisk, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches data that are read for minutes before the run is rejected."""
+    open_run_folder(small_disk.path / "run")
+    small_disk.set_writable(False)
+    assert main(["finetune", "--config", str(config_file), f"--run.dir={small_disk.path / 'run'}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"deepcloze: run.dir: the run folder {small_disk.path / 'run'} is not writable"
+
+
 def test_a_disk_that_is_full_at_an_evaluation(
     config_file: Path, small_disk: SmallDisk, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
