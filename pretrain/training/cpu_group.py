@@ -1,6 +1,7 @@
 """Collectives over all ranks on the CPU: whole numbers and small objects, never through the device."""
 
 import datetime
+import os
 import platform
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
@@ -14,6 +15,8 @@ from experiment.errors import UserError, disk_errors_as
 T = TypeVar("T")
 
 _POLL_SECONDS = 1.0
+# Two ranks then connect when they first send to each other: to neighbours in a ring and in trees, not to all others.
+_CONNECT_ON_USE = "TORCH_GLOO_LAZY_INIT"
 
 
 class AgreedError(UserError):
@@ -48,6 +51,8 @@ class CpuGroup:
         self._on_progress = on_progress
         self._timeout_seconds = timeout.total_seconds()
         on_host = dist.get_backend() == "gloo"
+        if not on_host:
+            os.environ.setdefault(_CONNECT_ON_USE, "1")
         self._group = None if on_host else dist.new_group(backend="gloo", timeout=timeout)
 
     def all_reduce_sum(self, numbers: Sequence[int]) -> list[int]:

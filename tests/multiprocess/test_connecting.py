@@ -98,3 +98,31 @@ def test_a_name_or_an_address_of_another_machine_listens_on_all(address: str) ->
         socket.create_connection(("127.0.0.2", port), timeout=60).close()  # another address of this machine
     finally:
         os.close(descriptor)
+
+
+def sockets_case(world: World) -> tuple[int, list[int]]:
+    """Sockets that the hosts' group of ranks with GPUs opens at once, and what its collectives return."""
+    from datetime import timedelta
+
+    import torch.distributed as dist
+
+    from pretrain.training.cpu_group import CpuGroup
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_GLOO_LAZY_INIT", "set and deleted, so that it is restored")
+        patch.delenv("TORCH_GLOO_LAZY_INIT")
+        patch.setattr(dist, "get_backend", lambda: "nccl")
+        before = len(psutil.Process().net_connections())
+        group = CpuGroup(timedelta(seconds=LIMIT))
+        opened = len(psutil.Process().net_connections()) - before
+    results = [*group.all_reduce_sum([world.rank]), *group.all_gather_objects(world.rank), *group.all_gather([7])[0]]
+    group.barrier()
+    dist.destroy_process_group(group._group)
+    return opened, results
+
+
+def test_ranks_with_gpus_connect_their_hosts_on_first_use(pools: dict[int, RankPool]) -> None:
+    """Catches 1,023 connections of each of 1,024 ranks, most of which are never used."""
+    for opened, results in pools[3].run(sockets_case):
+        assert opened <= 2, "the socket that listens and one to the store, but none to the other two ranks"
+        assert results == [3, 0, 1, 2, 7]
