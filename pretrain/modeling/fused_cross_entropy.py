@@ -19,11 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from pretrain.batching.batch import IGNORED
+from pretrain.modeling.logit_chunks import CHUNK_LOGITS, chunk_rows, row_stride
 
-_CHUNK_LOGITS = 2**26  # 128 MiB in 16 bit; more rows than keep a GPU busy
-_ROW_TILE = 128  # a chunk has a multiple of this number of rows, and matrix products have whole tiles
 _BLOCK = 4096  # logits that a program of the kernel holds at once: more leave room for one program per multiprocessor
-_ALIGNMENT = 64  # a row of logits starts at a multiple, in elements: matrix products are slow on others
 _FP16_SCALE = 4096.0
 
 
@@ -33,7 +31,7 @@ class CrossEntropy(NamedTuple):
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chunk_logits: int = _CHUNK_LOGITS
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chunk_logits: int = CHUNK_LOGITS
 ) -> CrossEntropy:
     """Cross-entropy of `hidden @ weight.T + bias`. Differentiable with respect to these three.
 
@@ -68,8 +66,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows, vocabulary = len(hidden), len(weight)
         losses = hidden.new_empty(rows, dtype=torch.float32)
         correct = hidden.new_empty(rows, dtype=torch.int32)
-        height = max(1, chunk_logits // vocabulary // _ROW_TILE) * _ROW_TILE
-        buffer = _aligned_rows(min(height, rows), vocabulary, hidden)
+        height = chunk_rows(vocabulary, chunk_logits)
+        buffer = hidden.new_empty(min(height, rows), row_stride(vocabulary))[:, :vocabulary]
         for start in range(0, rows, height):
             chunk = slice(start, start + height)
             logits = buffer[: len(labels[chunk])]
@@ -90,12 +88,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for total in ctx.saved_tensors
         ]
         return (*scaled, None, None, None)
-
-
-def _aligned_rows(rows: int, columns: int, like: Tensor) -> Tensor:
-    """An empty tensor [rows, columns] whose rows start at multiples of `_ALIGNMENT`."""
-    stride = -(-columns // _ALIGNMENT) * _ALIGNMENT
-    return like.new_empty(rows, stride)[:, :columns]
 
 
 def _scale(dtype: torch.dtype) -> float:

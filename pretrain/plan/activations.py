@@ -1,15 +1,18 @@
 """The memory of one microbatch, found by running it on torch's meta device, where tensors have shapes but no data.
 
 The model's own forward and backward run, so that the figures hold for every architecture that transformers has.
-`_Allocations` sees each operator's results and when they are freed. What a kernel allocates and frees inside one
+`Allocations` sees each operator's results and when they are freed. What a kernel allocates and frees inside one
 operator is not seen.
 
 On a GPU other kernels run than on a CPU. `_use_gpu_kernels` replaces the two that keep other tensors for the backward
 pass: dropout, whose mask takes one byte per element there, and attention, which keeps no scores (Dao et al. 2022,
-arXiv:2205.14135; scaled_dot_product_attention and torch.nn.attention.varlen keep the same).
+arXiv:2205.14135; scaled_dot_product_attention and torch.nn.attention.varlen keep the same). `_gpu_head` allocates what
+the fused cross-entropy does. Layers are not compiled: compiled ones keep less.
 """
 
 import weakref
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,7 +26,8 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from pretrain.batching.batch import Microbatch
 from pretrain.modeling.attention import PACKED, Predicted, interruptible, register_packed_attention
-from pretrain.modeling.head import choose_fused_head, logits_head
+from pretrain.modeling.head import Head, choose_fused_head, find_linear_decoder, logits_head
+from pretrain.modeling.logit_chunks import chunk_rows, row_stride
 from pretrain.modeling.masked_lm import MaskedLanguageModel
 
 _GPU_ATTENTION = "deepcloze_planned"
@@ -44,7 +48,7 @@ class MicrobatchMemory:
     """Bytes at the moment of the highest use in the forward and backward pass of one microbatch."""
 
     activations: int
-    logits: int  # tensors of the size of the logits: on a GPU log-softmax and gradients in fp32, on a CPU themselves
+    logits: int  # on a GPU a chunk of them, on a CPU all; with a head that is not fused log-softmax and gradients too
     gradients: int  # in `parameter.grad`; 0 where they go to a buffer of DeepSpeed as soon as they are computed
 
     @property
@@ -76,7 +80,9 @@ def microbatch_memory(model: PreTrainedModel, shape: MicrobatchShape, computatio
             for parameter in wrapped.parameters():
                 parameter.grad = torch.empty_like(parameter)
         microbatch = _meta_microbatch(shape)
-        allocations = _Allocations(wrapped, shape.predicted * model.config.vocab_size)
+        vocabulary = model.config.vocab_size
+        chunk = min(shape.predicted, chunk_rows(vocabulary)) * row_stride(vocabulary)
+        allocations = Allocations(wrapped, {shape.predicted * vocabulary, chunk if computation.on_gpu else 0})
         with allocations:
             wrapped(*microbatch).loss_sum.mul(torch.ones(())).backward()
     return allocations.peak
@@ -93,7 +99,7 @@ def _prepare(model: PreTrainedModel, computation: Computation) -> MaskedLanguage
     if computation.packed:
         register_packed_attention()
         model.set_attn_implementation(PACKED)
-    head = logits_head if computation.on_gpu else choose_fused_head(model, computation.packed)
+    head = (_choose_gpu_head if computation.on_gpu else choose_fused_head)(model, computation.packed)
     wrapped = MaskedLanguageModel(model, computation.packed, head=head).train()
     if computation.on_gpu:
         _use_gpu_kernels(model)
@@ -122,11 +128,11 @@ def _meta_microbatch(shape: MicrobatchShape) -> Microbatch:
     )
 
 
-class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sums the storages that are alive, except the weights, and keeps the sums at their highest total."""
 
-    def __init__(self, model: nn.Module, logits: int) -> None:
-        """`logits`: the number of elements that makes a tensor count as logits."""
+    def __init__(self, model: nn.Module, logits: Collection[int]) -> None:
+        """`logits`: the numbers of elements that make a tensor count as logits."""
         super().__init__()  # type: ignore[no-untyped-call]
         self._logits = logits
         self._weights = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
@@ -145,7 +151,7 @@ class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         results = func(*args, **(kwargs or {}))
         for result in tree_leaves(results):
             if isinstance(result, Tensor):
-                self._add(result, "logits" if result.numel() == self._logits else "activations")
+                self._add(result, "logits" if result.numel() in self._logits else "activations")
         if self._total > self.peak.total:
             self.peak = MicrobatchMemory(**self._bytes)
         return results
@@ -214,3 +220,43 @@ class _GpuAttention(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value, *_ = ctx.saved_tensors
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _choose_gpu_head(model: PreTrainedModel, packed: bool) -> Head:
+    decoder = find_linear_decoder(model, packed)
+    return logits_head if decoder is None else partial(_gpu_head, decoder)
+
+
+@contextmanager
+def _gpu_head(decoder: nn.Linear, _labels: Tensor, _count: bool) -> Iterator[None]:
+    """As `pretrain.modeling.head.fused_head`."""
+    decoder.forward = partial(_gpu_losses, decoder)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del decoder.forward
+
+
+def _gpu_losses(decoder: nn.Linear, values: Tensor) -> Tensor:
+    rows = values.reshape(-1, decoder.in_features)
+    loss: Tensor = GpuCrossEntropy.apply(rows, decoder.weight, decoder.bias)  # type: ignore[no-untyped-call]
+    return loss[None]
+
+
+class GpuCrossEntropy(torch.autograd.Function):
+    """Allocates what `pretrain.modeling.fused_cross_entropy` does, without Triton."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        inputs = [tensor for tensor in (hidden, weight, bias) if tensor is not None]
+        ctx.dtype = hidden.dtype
+        ctx.save_for_backward(*(torch.empty_like(tensor, dtype=torch.float32) for tensor in inputs))
+        losses, correct = hidden.new_empty(2, len(hidden), dtype=torch.float32)
+        hidden.new_empty(min(len(hidden), chunk_rows(len(weight))), row_stride(len(weight)))
+        loss: Tensor = losses.sum() + correct.sum()
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = [torch.empty_like(tensor, dtype=ctx.dtype) for tensor in ctx.saved_tensors]
+        return (*gradients, *[None] * (3 - len(gradients)))

@@ -68,8 +68,17 @@ class RunPlan:
         return self.fits_at(self.zero_stage)
 
     def fits_at(self, zero_stage: int) -> bool | None:
-        memory = self.device.memory
-        return None if memory is None else self.zero[zero_stage].memory.parts.total <= memory
+        """None: unknown, or it depends on the reserve."""
+        low, high = self.needed_at(zero_stage)
+        if self.device.memory is None or low <= self.device.memory < high:
+            return None
+        return high <= self.device.memory
+
+    def needed_at(self, zero_stage: int) -> tuple[int, int]:
+        """Bytes of the device with the reserve, at least and at most."""
+        total = self.zero[zero_stage].memory.parts.total
+        low, high = self.device.reserve
+        return total + low, total + high
 
 
 def plan_run(run: ResolvedRun, hosts: int, ranks: int, device: Device, rates: Rates) -> RunPlan:

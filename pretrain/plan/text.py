@@ -11,7 +11,7 @@ from rich.table import Table
 from experiment.formatting import describe_duration, format_epochs
 from pretrain.plan.plan import RunPlan
 
-_WIDTH = 110  # of the memory table
+_WIDTH = 118  # of the memory table
 _PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers", "total")
 
 _SMALL_MICROBATCH = 4096  # slots; a GPU's matrix units idle below, whatever the model
@@ -56,6 +56,7 @@ def as_json(plan: RunPlan) -> dict[str, Any]:
                 "host_memory": each.memory.host,
                 "disk": each.memory.disk,
                 "sent_per_step": each.sent_per_step,
+                "with_reserve": plan.needed_at(stage),
                 "fits": plan.fits_at(stage),
             }
             for stage, each in plan.zero.items()
@@ -117,10 +118,15 @@ def _work(plan: RunPlan) -> list[str]:
 
 def _memory(plan: RunPlan) -> list[str]:
     chosen = plan.chosen.memory
-    fits = {True: "it fits", False: "it does NOT fit", None: "whether it fits is unknown"}[plan.fits]
+    unsure = "whether it fits is unknown" if plan.device.memory is None else "it may NOT fit"
+    fits = {True: "it fits", False: "it does NOT fit", None: unsure}[plan.fits]
     lines = [f"ZeRO {plan.zero_stage} in {plan.run.deepspeed.precision} ({plan.run.deepspeed.path.name}): {fits}"]
     per_host = -(-plan.ranks // plan.hosts)
     if plan.device.is_gpu:
+        low, high = plan.device.reserve
+        lines.append(
+            f"reserve: {_gib(low)} to {_gib(high)} GiB for the driver, CUDA, NCCL, workspaces and fragmentation"
+        )
         lines.append(
             f"host memory: {_gib(per_host * 4 * plan.parameters.total)} GiB per machine while its ranks build the model"
             + (f", {_gib(per_host * chosen.host)} GiB for what is offloaded" if chosen.host else "")
@@ -138,12 +144,15 @@ def _memory_table(plan: RunPlan) -> Table:
     table = Table("  ZeRO", box=box.SIMPLE_HEAD, pad_edge=False)
     for part in _PARTS:
         table.add_column(part, justify="right", no_wrap=True)
+    if plan.device.is_gpu:
+        table.add_column("with reserve", justify="right", no_wrap=True)
     table.add_column("at the", no_wrap=True)
     table.add_column("fits")
     for stage, each in plan.zero.items():
         table.add_row(
             f"  {stage}{' *' if stage == plan.zero_stage else ''}",
             *(_gib(getattr(each.memory.parts, part)) for part in _PARTS),
+            *(["–".join(map(_gib, plan.needed_at(stage)))] if plan.device.is_gpu else []),
             each.memory.peak,
             {True: "yes", False: "no", None: "?"}[plan.fits_at(stage)],
         )
@@ -208,7 +217,9 @@ def _memory_warnings(plan: RunPlan) -> Iterator[str]:
             + ("" if plan.run.config.model.activation_checkpointing else ", set model.activation_checkpointing")
             + (f", or use ZeRO {' or '.join(fitting)} (engine.ds_config)" if fitting else ", or use more devices")
         )
-    elif memory is not None and parts.total > 0.9 * memory:
+    elif memory is not None and plan.fits is None:
+        yield "it may not fit: that depends on the reserve (see docs/planning.md); lower batch.microbatch_tokens"
+    elif memory is not None and not plan.device.is_gpu and parts.total > 0.9 * memory:
         yield "less than a tenth of the memory is left; fragmentation may take more (see docs/planning.md)"
     if plan.device.is_gpu and parts.buffers > max(_LARGE_BUFFERS, 8 * plan.parameters.total):
         yield (

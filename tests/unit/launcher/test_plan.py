@@ -86,10 +86,27 @@ def test_states_what_it_assumes(config: Path, capsys: pytest.CaptureFixture[str]
 
 def test_says_what_does_not_fit(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a run that is said to fit into memory that it exceeds."""
-    found = plan(capsys, config, "--num_gpus=8", "--device=H100", "--memory_gib=1")
+    found = plan(capsys, config, "--num_gpus=8", "--device=H100", "--memory_gib=3.3")
     assert found["fits"] is False
     assert found["zero"]["3"]["memory"]["buffers"] > 1e9
     assert "use ZeRO 1" in found["warnings"][0]
+
+
+def test_a_gpu_keeps_a_reserve(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a run that is said to fit because all of the memory on the data sheet is counted."""
+    stage_1 = ("--num_gpus=8", "--device=H100", "--engine.ds_config=ds_configs/bf16_zero1.json")
+    found = plan(capsys, config, *stage_1, "--memory_gib=80")
+    total, (low, high) = found["zero"]["1"]["memory"]["total"], found["zero"]["1"]["with_reserve"]
+    assert low - total == int(0.005 * 80 * 2**30) + 1.5 * 2**30
+    assert high - total == int(0.01 * 80 * 2**30) + 3 * 2**30
+    for gib, fits in ((3.2, True), (3.0, None), (1.4, False)):
+        found = plan(capsys, config, *stage_1, f"--memory_gib={gib}")
+        assert found["fits"] is fits
+        assert any("it may not fit" in warning for warning in found["warnings"]) == (fits is None)
+    assert main(["plan", "--config", str(config), *stage_1, "--memory_gib=3"]) == 0
+    printed = capsys.readouterr().out
+    assert "it may NOT fit" in printed
+    assert "reserve: 1.51 to 3.03 GiB" in printed
 
 
 def test_a_missing_corpus_is_rejected_as_for_a_run(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,14 +1,16 @@
 """The fused cross-entropy against torch's, in Triton's interpreter; and its kernel compiled for several devices."""
 
+import gc
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from pretrain.batching.batch import IGNORED
+from pretrain.plan.activations import Allocations, GpuCrossEntropy
 from pretrain.world import World
 from rank_pool import RankPool
 from runs import sampled
@@ -150,3 +152,28 @@ def test_the_kernel_compiles(
     """Catches code that only the interpreter accepts, for V100, A100, H100 and B200."""
     (compiled,) = pools[1].run(compile_kernel, capability, dtype, has_bias, tmp_path)
     assert "cubin" in compiled
+
+
+def allocated_by_loss(_: World, shapes: dict[str, tuple[int, ...]], planned: bool) -> int:
+    """Bytes that the loss allocates, at the highest use: as `deepcloze plan` counts, or as it runs."""
+    from pretrain.modeling.fused_cross_entropy import linear_cross_entropy
+
+    device = "meta" if planned else "cpu"
+    inputs = nn.ParameterDict({name: torch.randn(shape, device=device) for name, shape in shapes.items()})
+    tensors = inputs["hidden"], inputs["weight"], inputs["bias"]
+    labels = torch.zeros(shapes["hidden"][0], dtype=torch.int64)
+    with Allocations(inputs, ()) as counted:
+        if planned:
+            loss = GpuCrossEntropy.apply(*tensors)  # type: ignore[no-untyped-call]
+        else:
+            loss = linear_cross_entropy(*tensors, labels).loss_sum
+            gc.collect()  # Triton's interpreter leaves cycles that refer to its arguments
+        loss.backward()
+    return counted.peak.total
+
+
+def test_the_plan_counts_what_the_loss_allocates(interpreting_pools: dict[int, RankPool]) -> None:
+    """Catches a tensor of the fused loss that `deepcloze plan` forgets, and one that is gone."""
+    shapes = {"hidden": (64, 96), "weight": (1000, 96), "bias": (1000,)}
+    real, planned = (interpreting_pools[1].run(allocated_by_loss, shapes, plan)[0] for plan in (False, True))
+    assert planned == pytest.approx(real, rel=0.01)

@@ -7,7 +7,12 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from pretrain.modeling.random_model import meta_model
-from pretrain.plan.activations import Computation, MicrobatchMemory, MicrobatchShape, microbatch_memory
+from pretrain.plan.activations import (
+    Computation,
+    MicrobatchMemory,
+    MicrobatchShape,
+    microbatch_memory,
+)
 
 SHAPE = MicrobatchShape(rows=4, width=32, predicted=64, sequences=9)
 FP32 = Computation(torch.float32, packed=True, on_gpu=False, checkpointed=False)
@@ -48,12 +53,20 @@ def test_a_linear_model_is_counted_byte_by_byte() -> None:
     assert (more - fewer) / 4 / tokens == pytest.approx((9 * hidden + 2 * 64 + scores / tokens), rel=0.15)
 
 
-@pytest.mark.parametrize(("on_gpu", "tensors"), [(True, 3), (False, 1)])
-def test_logits_are_tensors_of_the_predicted_positions(on_gpu: bool, tensors: int) -> None:
-    """Catches logits of every position, or copies that are forgotten: at the highest use the log-softmax and two
-    gradients, or on a CPU the logits that become their gradients."""
+@pytest.mark.parametrize(("on_gpu", "columns"), [(True, 320), (False, VOCABULARY)])
+def test_logits_are_tensors_of_the_predicted_positions(on_gpu: bool, columns: int) -> None:
+    """Catches logits of every position, and copies of them: at the highest use there is one tensor of logits, which
+    become their gradients, on a GPU with aligned rows."""
     wide = replace(SHAPE, predicted=8192)
-    assert memory(replace(FP32, on_gpu=on_gpu), wide).logits == tensors * 8192 * VOCABULARY * 4
+    assert memory(replace(FP32, on_gpu=on_gpu), wide).logits == 8192 * columns * 4
+
+
+def test_a_gpu_computes_logits_in_chunks() -> None:
+    """Catches a plan in which memory for logits grows with the microbatch, by gigabytes for large vocabularies."""
+    gpu, large = replace(FP32, on_gpu=True), bert()
+    large.vocab_size = 30_522
+    logits = [memory(gpu, replace(SHAPE, predicted=count), large).logits for count in (2176, 20_000)]
+    assert logits == [2176 * 30_528 * 4] * 2
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])
