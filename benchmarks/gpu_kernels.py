@@ -1,6 +1,8 @@
-"""Kernels of a training step alone, forward and backward: a part of `benchmarks.gpu`.
+"""Kernels of a training step alone, forward and backward: a step of `benchmarks.gpu_session`.
 
-Runs in a process of its own and prints one JSON array. On CUDA, CUDA events measure the times.
+    python -m benchmarks.gpu_kernels bf16
+
+Prints a `KernelTime` as a JSON object after each kernel. CUDA events measure the times.
 """
 
 import json
@@ -37,15 +39,16 @@ _WARM = 3
 class KernelSettings:
     device: str  # cuda or cpu
     precision: str
-    lengths: tuple[int, ...]  # of the sequences in attention
-    tokens: int  # of a microbatch
-    rounds: int
+    lengths: tuple[int, ...] = (128, 512, 1024)  # of the sequences in attention
+    tokens: int = 32_768  # of a microbatch
+    rounds: int = 20
     vocabularies: tuple[int, ...] = (30522, 50368)  # of BERT and ModernBERT
 
 
 @dataclass(frozen=True)
 class KernelTime:
     kernel: str
+    precision: str
     shape: str
     ms: float | None = None  # forward and backward, median of the rounds
     tflops: float | None = None  # TFLOP/s; None: it is bound by memory
@@ -61,17 +64,19 @@ class _Kernel:
     flops: float | None = None  # of forward and backward
 
 
-def run(settings: KernelSettings) -> list[KernelTime]:
+def run(settings: KernelSettings) -> Iterator[KernelTime]:
     """Measure each kernel."""
-    return [_measure(kernel, settings) for kernel in _kernels(settings)]
+    for kernel in _kernels(settings):
+        yield _measure(kernel, settings)
 
 
 def _measure(kernel: _Kernel, settings: KernelSettings) -> KernelTime:
     try:
         ms = _milliseconds(kernel, settings)
     except torch.cuda.OutOfMemoryError:
-        return KernelTime(kernel.name, kernel.shape, error="out of memory")
-    return KernelTime(kernel.name, kernel.shape, ms, None if kernel.flops is None else kernel.flops / ms / 1e9)
+        return KernelTime(kernel.name, settings.precision, kernel.shape, error="out of memory")
+    rate = None if kernel.flops is None else kernel.flops / ms / 1e9
+    return KernelTime(kernel.name, settings.precision, kernel.shape, ms, rate)
 
 
 def _kernels(settings: KernelSettings) -> Iterator[_Kernel]:
@@ -192,6 +197,5 @@ def _time_on_cpu(compute: Callable[[], None]) -> float:
 
 
 if __name__ == "__main__":
-    settings = json.loads(sys.argv[1])
-    settings["lengths"] = tuple(settings["lengths"])
-    print(json.dumps([asdict(result) for result in run(KernelSettings(**settings))]), flush=True)
+    for result in run(KernelSettings("cuda", sys.argv[1])):
+        print(json.dumps(asdict(result)), flush=True)

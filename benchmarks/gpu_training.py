@@ -1,27 +1,37 @@
-"""Training steps of one model at one length, precision and ZeRO stage: a case of `benchmarks.gpu`.
+"""Training steps of one model with random weights and text on a GPU: a step of `benchmarks.gpu_session`.
 
-Runs in a process of its own, whose peak memory it reports, and prints one JSON object. It uses the engine, model and
-batches of `deepcloze pretrain`; tokens are random, and documents are about as long as in Wikipedia.
+    python -m benchmarks.gpu_training bert-base-512-bf16-zero1-compiled [--profile DIR]
+
+Prints a `TrainingResult` as one JSON object: MFU as in `pretrain.modeling.structure`, where padding and recomputed
+activations do not count, speed, and peak memory. It uses the engine, model and batches of `deepcloze pretrain`;
+documents are about as long as in Wikipedia. `--tiny` runs a tiny model, also on a CPU; its figures mean nothing.
 """
 
+import argparse
+import gzip
 import json
 import os
+import re
+import shutil
 import sys
 import time
+from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import NoReturn, cast
+from pathlib import Path
+from typing import Any, NoReturn, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from transformers import AutoConfig
 
-from benchmarks.gpu import MODELS, TrainingCase, TrainingResult
 from benchmarks.gpu_kernels import DTYPES
+from experiment.errors import UserError
 from experiment.files import cache_folder
 from experiment.hardware import peak_flops, peak_memory
+from launcher.hosts.machine import free_port
 from pretrain.batching.batch import RankBatch
 from pretrain.batching.batch_maker import BatchMaker, MaskedCorpus
 from pretrain.batching.batch_sizes import BatchSizes
@@ -38,8 +48,16 @@ from pretrain.engine.process_group import connect, disconnect
 from pretrain.modeling.build import BuiltModel, build_model, choose_rows
 from pretrain.modeling.compiled_layers import compile_layers
 from pretrain.modeling.masked_lm import MaskedLanguageModel
+from pretrain.training.profiler import PROFILED, SKIPPED, StepProfiler
 from pretrain.world import World
 
+_BERT = {"model_type": "bert", "vocab_size": 30522, "max_position_embeddings": 1024}
+MODELS: dict[str, dict[str, Any]] = {
+    "bert-base": _BERT,
+    "bert-large": _BERT
+    | {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
+    "modernbert-base": {"model_type": "modernbert"},  # the defaults of transformers, with 50,368 tokens
+}
 _TINY = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -53,6 +71,50 @@ _DOCUMENTS, _MEDIAN_LENGTH, _LENGTH_SPREAD = 20_000, 250.0, 1.2  # log-normal, i
 _SPECIAL = 5  # ids 0 to 4: padding, unknown, and those around a text
 _FILL = {"flat": 0.97, "windows": 0.9, "padded": 0.5}  # of the slots, about, so that a step needs no second microbatch
 _BATCHES = 4
+_WARMUP, _STEPS = 5, 20
+_TOKENS = 65_536  # slots of a microbatch; a step has one
+_NAME = re.compile(rf"({'|'.join(MODELS)})-(\d+)-(bf16|fp16)-zero([123])-(compiled|eager)")
+
+
+@dataclass(frozen=True)
+class TrainingCase:
+    """A training run to measure."""
+
+    model: str  # of MODELS
+    length: int  # of the longest sequence, in tokens
+    precision: str
+    zero_stage: int
+    compile: bool
+    tiny: bool = False  # a tiny model of the same type
+
+    @property
+    def name(self) -> str:
+        layers = "compiled" if self.compile else "eager"
+        return f"{self.model}-{self.length}-{self.precision}-zero{self.zero_stage}-{layers}"
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """Measurements of a training run, or an error."""
+
+    case: str
+    device: str = ""
+    tokens_per_second: float | None = None
+    mfu: float | None = None  # None: the device's peak is unknown
+    step_ms: float | None = None
+    memory: int | None = None  # peak, in bytes
+    fill: float | None = None  # real tokens per slot
+    error: str = ""
+
+
+def parse_case(name: str, tiny: bool = False) -> TrainingCase:
+    """Raises UserError if there is no such case."""
+    match = _NAME.fullmatch(name)
+    if match is None:
+        example = "bert-base-512-bf16-zero1-compiled"
+        raise UserError(f"no case '{name}'; expected one like {example}, with a model of {', '.join(MODELS)}")
+    model, length, precision, stage, layers = match.groups()
+    return TrainingCase(model, int(length), precision, int(stage), layers == "compiled", tiny)
 
 
 class _RandomCorpus:
@@ -66,15 +128,15 @@ class _RandomCorpus:
         return self._draw.integers(_SPECIAL, self._vocabulary, int(lengths.sum()), dtype=np.int32)
 
 
-def run(case: TrainingCase) -> TrainingResult:
-    """Train and measure."""
+def run(case: TrainingCase, profile: Path | None = None) -> TrainingResult:
+    """Train and measure. `profile`: a folder for a profile of some further steps."""
     world = connect(timedelta(seconds=60), _give_up)
     try:
         built, engine = _build(case, world)
         with closing(engine):
-            return _measure(case, built, engine)
+            return _measure(case, built, engine, profile)
     except torch.cuda.OutOfMemoryError:
-        return TrainingResult(error="out of memory")
+        return TrainingResult(case.name, error="out of memory")
     finally:
         disconnect()
 
@@ -102,11 +164,14 @@ def _build(case: TrainingCase, world: World) -> tuple[BuiltModel, Engine]:
     return built, engine
 
 
-def _measure(case: TrainingCase, built: BuiltModel, engine: Engine) -> TrainingResult:
+def _measure(case: TrainingCase, built: BuiltModel, engine: Engine, profile: Path | None) -> TrainingResult:
     batches = make_batches(case, built, pinned=engine.device.type == "cuda")
-    _train(engine, batches, 0, case.warmup)
-    seconds = _train(engine, batches, case.warmup, case.steps)
-    timed = [batches[step % len(batches)] for step in range(case.warmup, case.warmup + case.steps)]
+    steps, warmup = (2, 1) if case.tiny else (_STEPS, _WARMUP)
+    _train(engine, batches, 0, warmup)
+    seconds = _train(engine, batches, warmup, steps)
+    if profile is not None:
+        _profile(engine, batches, profile)
+    timed = [batches[step % len(batches)] for step in range(warmup, warmup + steps)]
     tokens = sum(batch.tokens for batch in timed)
     slots = sum(microbatch.input_ids.numel() for batch in timed for microbatch in batch.microbatches)
     on_gpu = engine.device.type == "cuda"
@@ -115,13 +180,26 @@ def _measure(case: TrainingCase, built: BuiltModel, engine: Engine) -> TrainingR
     assert built.flops is not None
     flops = sum(built.flops.per_step(batch.tokens, batch.squared_lengths, batch.masked_tokens) for batch in timed)
     return TrainingResult(
-        device=device,
+        case.name,
+        device,
         tokens_per_second=tokens / seconds,
         mfu=None if peak is None else flops / seconds / peak,
-        step_ms=1000 * seconds / case.steps,
+        step_ms=1000 * seconds / steps,
         memory=peak_memory(),
         fill=tokens / slots,
     )
+
+
+def _profile(engine: Engine, batches: list[RankBatch], folder: Path) -> None:
+    """Write profile.txt, profile.json and a compressed trace."""
+    folder.mkdir(parents=True, exist_ok=True)
+    profiler = StepProfiler(folder)
+    _train(engine, batches, 0, SKIPPED + PROFILED, profiler.step)
+    profiler.close()
+    trace = folder / "trace.json"
+    with trace.open("rb") as source, gzip.open(folder / "trace.json.gz", "wb") as target:
+        shutil.copyfileobj(source, target)
+    trace.unlink()
 
 
 def make_batches(case: TrainingCase, built: BuiltModel, pinned: bool) -> list[RankBatch]:
@@ -129,6 +207,7 @@ def make_batches(case: TrainingCase, built: BuiltModel, pinned: bool) -> list[Ra
     config = built.model.config
     special = np.zeros(config.vocab_size, dtype=np.bool_)
     special[:_SPECIAL] = True
+    tokens = 4 * case.length if case.tiny else _TOKENS
     vocabulary = Vocabulary((2,), (3,), config.pad_token_id or 0, 4, special, np.arange(_SPECIAL, config.vocab_size))
     rows = choose_rows(built, DTYPES[case.precision])
     index = _draw_index(case.length - vocabulary.num_special_tokens)
@@ -137,11 +216,9 @@ def make_batches(case: TrainingCase, built: BuiltModel, pinned: bool) -> list[Ra
     mean = index.starts[-1] / len(index) + vocabulary.num_special_tokens
     maker = BatchMaker(
         (MaskedCorpus(corpus, index, masker),),
-        ShuffledOrder(
-            (CorpusStream(len(index), seed=1),), BatchSizes(max(1, int(_FILL[rows] * case.microbatch_tokens / mean)))
-        ),
+        ShuffledOrder((CorpusStream(len(index), seed=1),), BatchSizes(max(1, int(_FILL[rows] * tokens / mean)))),
         vocabulary,
-        MicrobatchLayout(case.length, case.microbatch_tokens, rows, built.first_position),
+        MicrobatchLayout(case.length, tokens, rows, built.first_position),
     )
     batches = [maker[step] for step in range(_BATCHES)]
     return [_pin(batch) for batch in batches] if pinned else batches
@@ -158,7 +235,9 @@ def _pin(batch: RankBatch) -> RankBatch:
     return batch._replace(microbatches=pinned)
 
 
-def _train(engine: Engine, batches: list[RankBatch], first: int, steps: int) -> float:
+def _train(
+    engine: Engine, batches: list[RankBatch], first: int, steps: int, after_step: Callable[[], object] = lambda: None
+) -> float:
     """Seconds that these steps take."""
     _wait(engine.device)
     start = time.perf_counter()
@@ -168,6 +247,7 @@ def _train(engine: Engine, batches: list[RankBatch], first: int, steps: int) -> 
         for number, microbatch in enumerate(batch.microbatches):
             engine.accumulate(microbatch, batch.masked_tokens, step, number)
         engine.step()
+        after_step()
     _wait(engine.device)
     return time.perf_counter() - start
 
@@ -178,4 +258,10 @@ def _wait(device: torch.device) -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(asdict(run(TrainingCase(**json.loads(sys.argv[1]))))), flush=True)
+    parser = argparse.ArgumentParser(prog="benchmarks.gpu_training", description=__doc__.partition("\n")[0])
+    parser.add_argument("case", help="MODEL-LENGTH-PRECISION-zeroSTAGE-compiled, or -eager")
+    parser.add_argument("--profile", type=Path, metavar="DIR", help="folder for a profile of some further steps")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model of the same type")
+    given = parser.parse_args()
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    print(json.dumps(asdict(run(parse_case(given.case, given.tiny), given.profile))), flush=True)

@@ -1,0 +1,127 @@
+"""What the steps of `benchmarks.gpu_session` found, and the page with it."""
+
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from benchmarks.measuring import spread
+from experiment.files import write_text
+from experiment.formatting import escape, markdown_table
+
+_ATTEMPTS = 2  # of a step that ends the session
+
+Figures = dict[str, Any]
+
+
+@dataclass
+class Outcome:
+    """How a step went."""
+
+    status: Literal["running", "interrupted", "passed", "failed", "timed out", "no GPU"]
+    attempts: int = 0
+    seconds: float = 0.0
+    exit_code: int | None = None
+    figures: list[Figures] = field(default_factory=list)
+    tests: dict[str, str] = field(default_factory=dict)  # of pytest: passed, failed, skipped, error
+    messages: dict[str, str] = field(default_factory=dict)  # of tests that failed
+    output: str = ""  # its end, if the step did not pass
+
+    @property
+    def has_failed(self) -> bool:
+        """A step that ends the session twice has, too."""
+        return self.status in ("failed", "timed out") or (self.status == "interrupted" and self.attempts >= _ATTEMPTS)
+
+    @property
+    def is_final(self) -> bool:
+        return self.status == "passed" or self.has_failed
+
+    @property
+    def summary(self) -> str:
+        if self.status in ("no GPU", "interrupted"):
+            return {"no GPU": "skipped: no GPU"}.get(self.status, self.status)
+        code = f" with exit code {self.exit_code}" if self.exit_code else ""
+        counts = ", ".join(f"{count} {result}" for result, count in Counter(self.tests.values()).items())
+        return f"{self.status}{code} after {self.seconds:.0f} s{counts and f': {counts}'}"
+
+
+def write_results(path: Path, outcomes: Mapping[str, Outcome]) -> None:
+    """Write the page."""
+    write_text(path, "\n".join(_page(outcomes, path.parent)))
+
+
+def _page(outcomes: Mapping[str, Outcome], folder: Path) -> Iterator[str]:
+    yield "# Results of a GPU session\n"
+    for figures in _figures(outcomes, "environment"):
+        yield markdown_table(["", ""], [[escape(key), escape(str(value))] for key, value in figures.items()])
+    yield "## Steps\n"
+    yield markdown_table(["step", ""], [[name, escape(outcome.summary)] for name, outcome in outcomes.items()])
+    if failures := list(_failures(outcomes)):
+        yield "## Failures\n"
+        yield from failures
+    if kernels := _figures(outcomes, "kernel-times"):
+        yield "## Kernels, forward and backward\n"
+        yield markdown_table(["kernel", "", "shape", "ms", "TFLOP/s"], map(_kernel_row, kernels), labels=3)
+    if training := [*_figures(outcomes, "mfu-"), *_figures(outcomes, "again-")]:
+        yield "## Training\n"
+        yield "tokens/s: median (min – max) of the rounds\n"
+        columns = ["case", "device", "rounds", "MFU", "tokens/s", "ms per step", "peak memory", "real tokens per slot"]
+        yield markdown_table(columns, _training_rows(training), labels=2)
+    profile = folder / "profile" / "profile.txt"
+    if profile.exists():
+        case = next((figures["case"] for figures in _figures(outcomes, "profile")), "")
+        yield f"## Profile\n\n{case}\n\n```\n{profile.read_text(encoding='utf-8').strip()}\n```\n"
+    for figures in _figures(outcomes, "pretraining"):
+        yield "## Pretraining, stopped and resumed\n"
+        yield markdown_table(["", ""], [[escape(key), _value(value)] for key, value in figures.items()], labels=1)
+
+
+def _figures(outcomes: Mapping[str, Outcome], start: str) -> list[Figures]:
+    """Of the steps whose names begin so, each once."""
+    found = [figures for name, outcome in outcomes.items() if name.startswith(start) for figures in outcome.figures]
+    return [figures for number, figures in enumerate(found) if figures not in found[:number]]
+
+
+def _failures(outcomes: Mapping[str, Outcome]) -> Iterator[str]:
+    for name, outcome in outcomes.items():
+        if outcome.has_failed:
+            yield f"### {name}\n\n{outcome.summary}\n"
+            for test, result in outcome.tests.items():
+                if result in ("failed", "error"):
+                    yield f"- `{test}`: {escape(outcome.messages.get(test, result))}"
+            yield f"\n```\n{outcome.output}\n```\n"
+    for figures in _figures(outcomes, ""):
+        if figures.get("error"):
+            yield f"- {figures.get('case') or figures.get('kernel')}: {figures['error']}\n"
+
+
+def _kernel_row(row: Figures) -> list[str]:
+    rate = "" if row["tflops"] is None else f"{row['tflops']:,.1f}"
+    return [row["kernel"], row["precision"], row["shape"], row["error"] or f"{row['ms']:.3f}", rate]
+
+
+def _training_rows(results: Iterable[Figures]) -> Iterator[list[str]]:
+    cases: dict[tuple[str, str], list[Figures]] = {}
+    for result in results:
+        if not result["error"]:
+            cases.setdefault((result["case"], result["device"]), []).append(result)
+    for (case, device), rounds in cases.items():
+        rates, mfu, ms, memory, fill = (
+            [result[name] for result in rounds] for name in ("tokens_per_second", "mfu", "step_ms", "memory", "fill")
+        )
+        yield [
+            case,
+            device,
+            str(len(rounds)),
+            "" if None in mfu else f"{statistics.median(mfu):.1%}",
+            spread(rates, ",.0f"),
+            f"{statistics.median(ms):.1f}",
+            f"{max(memory) / 2**30:.1f} GiB",
+            f"{statistics.median(fill):.3f}",
+        ]
+
+
+def _value(value: object) -> str:
+    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)

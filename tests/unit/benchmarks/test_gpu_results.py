@@ -1,0 +1,39 @@
+"""The page of a GPU session."""
+
+from pathlib import Path
+
+from benchmarks.gpu_results import Outcome, write_results
+
+CASE = {"case": "bert", "device": "H100", "mfu": 0.4, "step_ms": 1.0, "memory": 2**30, "fill": 1.0, "error": ""}
+
+
+def page(folder: Path, **outcomes: Outcome) -> str:
+    write_results(folder / "page.md", {name.replace("_", "-"): outcome for name, outcome in outcomes.items()})
+    return (folder / "page.md").read_text(encoding="utf-8")
+
+
+def test_rounds_are_one_row(tmp_path: Path) -> None:
+    """Catches a case that is listed twice, and one that ran out of memory among the figures."""
+    first, again = ({**CASE, "tokens_per_second": rate} for rate in (100.0, 300.0))
+    failed = {"case": "large", "error": "out of memory"}
+    found = page(
+        tmp_path,
+        mfu_bert=Outcome("passed", figures=[first]),
+        again_bert=Outcome("passed", figures=[again]),
+        mfu_large=Outcome("passed", figures=[failed]),
+    )
+    assert "| bert | H100 | 2 | 40.0% | 200 (100 – 300) | 1.0 | 1.0 GiB | 1.000 |" in found
+    assert "- large: out of memory" in found
+
+
+def test_failures_are_explained(tmp_path: Path) -> None:
+    """Catches a table that says only that something failed, and skipped steps among the failures."""
+    tests = {"test_gpu.py::test_a": "passed", "test_gpu.py::test_b": "failed", "test_gpu.py::test_c": "failed"}
+    messages = {"test_gpu.py::test_b": "0.1 > 0.01"}
+    failed = Outcome("failed", exit_code=1, tests=tests, messages=messages, output="end")
+    found = page(tmp_path, kernels=failed, syncs=Outcome("no GPU"))
+    assert "failed with exit code 1 after 0 s: 1 passed, 2 failed" in found
+    assert "- `test_gpu.py::test_b`: 0.1 \\> 0.01\n- `test_gpu.py::test_c`: failed" in found
+    assert "```\nend\n```" in found
+    assert "| syncs | skipped: no GPU |" in found
+    assert "### syncs" not in found

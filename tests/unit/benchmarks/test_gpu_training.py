@@ -1,0 +1,111 @@
+"""What `benchmarks.gpu_session` measures, with tiny models on a CPU."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import gpu_kernels, gpu_training
+from benchmarks.gpu_kernels import KernelSettings
+from benchmarks.gpu_training import MODELS, parse_case
+from experiment.errors import UserError
+from runs import soak
+
+ROOT = Path(__file__).resolve().parents[3]
+CASE = parse_case("bert-base-8-bf16-zero1-eager", tiny=True)
+
+
+COMPILED = soak(*[(f"modernbert-base-32-bf16-zero{stage}-compiled", False) for stage in (1, 3)])
+
+
+@pytest.mark.parametrize(("name", "profiled"), [("bert-base-32-bf16-zero2-eager", True), *COMPILED])
+def test_a_case(name: str, profiled: bool, tmp_path: Path) -> None:
+    """Catches a benchmark that no longer fits the engine, and layers that cannot be compiled before it is built."""
+    command = [sys.executable, "-m", "benchmarks.gpu_training", name, "--tiny"]
+    command += ["--profile", str(tmp_path)] if profiled else []
+    variables = os.environ | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    finished = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    result: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])
+    assert (result["case"], result["device"], result["mfu"], result["error"]) == (name, "CPU", None, "")
+    assert 0.7 < result["fill"] <= 1.0
+    assert result["tokens_per_second"] > 0
+    if profiled:
+        assert {path.name for path in tmp_path.iterdir()} == {"profile.txt", "profile.json", "trace.json.gz"}
+
+
+def test_a_wrong_name_says_so() -> None:
+    """Catches a traceback."""
+    with pytest.raises(UserError, match="no case 'bert-base-512'; expected one like"):
+        parse_case("bert-base-512")
+
+
+def out_of_memory(*_: object, **__: object) -> None:
+    raise torch.cuda.OutOfMemoryError
+
+
+@pytest.mark.parametrize("step", ["_build", "_measure"])
+def test_a_case_that_runs_out_of_memory_says_so(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an engine that does not fit on the device and is reported as an exit code."""
+    engine = SimpleNamespace(close=lambda: None)
+    monkeypatch.setattr(gpu_training, "connect", lambda *_: None)
+    monkeypatch.setattr(gpu_training, "disconnect", lambda: None)
+    monkeypatch.setattr(gpu_training, "_build", lambda *_: (None, engine))
+    monkeypatch.setattr(gpu_training, step, out_of_memory)
+    assert gpu_training.run(CASE).error == "out of memory"
+
+
+def test_a_case_that_cannot_connect_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a process that waits forever: `sys.exit` in a thread ends the thread only."""
+    codes: list[int] = []
+
+    def connect(_: object, end_process: Callable[[str], object]) -> None:
+        thread = threading.Thread(target=end_process, args=["not connected"])
+        thread.start()
+        thread.join()
+        raise RuntimeError
+
+    monkeypatch.setattr(gpu_training, "connect", connect)
+    monkeypatch.setattr(os, "_exit", codes.append)
+    with pytest.raises(RuntimeError):
+        gpu_training.run(CASE)
+    assert codes == [1]
+
+
+KERNELS = KernelSettings("cpu", "bf16", lengths=(8,), tokens=8, rounds=1, vocabularies=(200,))
+
+
+def test_kernels() -> None:
+    """Catches a kernel whose arguments have changed."""
+    rows = list(gpu_kernels.run(KERNELS))
+    assert {row.kernel for row in rows} > {"head, logits kept", "dropout", "layer norm"}
+    assert all(row.ms is not None and row.precision == "bf16" and not row.error for row in rows)
+
+
+def test_a_kernel_that_runs_out_of_memory_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches other kernels that are not measured because one does not fit on the device."""
+    monkeypatch.setattr(gpu_kernels, "_milliseconds", out_of_memory)
+    rows = list(gpu_kernels.run(KERNELS))
+    assert len(rows) > 5
+    assert {(row.ms, row.error) for row in rows} == {(None, "out of memory")}
+
+
+def test_the_models_are_of_their_published_size() -> None:
+    """Catches figures of a model that is smaller than its name says."""
+    from transformers import AutoConfig
+
+    from pretrain.modeling.random_model import meta_model
+
+    sizes = {
+        name: sum(parameter.numel() for parameter in meta_model(AutoConfig.for_model(**fields)).parameters()) / 1e6
+        for name, fields in MODELS.items()
+    }
+    assert sizes == pytest.approx({"bert-base": 110, "bert-large": 336, "modernbert-base": 149}, rel=0.01)
