@@ -31,10 +31,16 @@ def describe() -> dict[str, Any]:
         "memory, GiB": round(properties.total_memory / 2**30, 1),
         "multiprocessors": properties.multi_processor_count,
         "driver": _driver(),
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())),  # type: ignore[no-untyped-call]
+        "nccl": _nccl(),
         "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
         "FlashAttention-3": importlib.util.find_spec("flash_attn_interface") is not None,
     }
+
+
+def _nccl() -> str | None:
+    if not torch.distributed.is_nccl_available():
+        return None
+    return ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
 
 
 def _driver() -> str | None:

@@ -25,8 +25,6 @@ class Outcome:
     seconds: float = 0.0
     exit_code: int | None = None
     figures: list[Figures] = field(default_factory=list)
-    tests: dict[str, str] = field(default_factory=dict)  # of pytest: passed, failed, skipped, error
-    messages: dict[str, str] = field(default_factory=dict)  # of tests that failed
     output: str = ""  # its end, if the step did not pass
 
     @property
@@ -43,7 +41,8 @@ class Outcome:
         if self.status in ("no GPU", "interrupted"):
             return {"no GPU": "skipped: no GPU"}.get(self.status, self.status)
         code = f" with exit code {self.exit_code}" if self.exit_code else ""
-        counts = ", ".join(f"{count} {result}" for result, count in Counter(self.tests.values()).items())
+        results = Counter(figures["result"] for figures in self.figures if "test" in figures)
+        counts = ", ".join(f"{count} {result}" for result, count in sorted(results.items()))
         return f"{self.status}{code} after {self.seconds:.0f} s{counts and f': {counts}'}"
 
 
@@ -64,7 +63,7 @@ def _page(outcomes: Mapping[str, Outcome], folder: Path) -> Iterator[str]:
     if kernels := _figures(outcomes, "kernel-times"):
         yield "## Kernels, forward and backward\n"
         yield markdown_table(["kernel", "", "shape", "ms", "TFLOP/s"], map(_kernel_row, kernels), labels=3)
-    if training := [*_figures(outcomes, "mfu-"), *_figures(outcomes, "again-")]:
+    if training := _figures(outcomes, "mfu"):
         yield "## Training\n"
         yield "tokens/s: median (min – max) of the rounds\n"
         columns = ["case", "device", "rounds", "MFU", "tokens/s", "ms per step", "peak memory", "real tokens per slot"]
@@ -88,9 +87,9 @@ def _failures(outcomes: Mapping[str, Outcome]) -> Iterator[str]:
     for name, outcome in outcomes.items():
         if outcome.has_failed:
             yield f"### {name}\n\n{outcome.summary}\n"
-            for test, result in outcome.tests.items():
-                if result in ("failed", "error"):
-                    yield f"- `{test}`: {escape(outcome.messages.get(test, result))}"
+            for figures in outcome.figures:
+                if figures.get("result") == "failed":
+                    yield f"- `{figures['test']}`: {escape(figures['message'])}"
             yield f"\n```\n{outcome.output}\n```\n"
     for figures in _figures(outcomes, ""):
         if figures.get("error"):

@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import platform
-import re
 import signal
 import subprocess
 import sys
@@ -52,11 +51,8 @@ CASES = (  # of `benchmarks.gpu_training`, by importance
 )
 RESULTS = "RESULTS"  # stands for the results folder in commands
 MORE_TO_DO = 75  # exit code
-# At the limit of a step: after the first signal pytest reports, after the second a process writes its stacks.
-_GRACES = ((signal.SIGINT, 5.0), (signal.SIGABRT, 3.0))
+_GRACE = 5.0  # seconds at the limit of a step, in which its processes write their stacks
 _LINES = 60  # of the output of a step that fails
-_TESTED = re.compile(r"^\[gw\d+\] \[ *\d+%\] ([A-Z]+) (\S+)", re.MULTILINE)
-_SUMMARY = re.compile(r"^(?:FAILED|ERROR) (\S+) - (.*)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -85,17 +81,18 @@ def plan(outcomes: Mapping[str, Outcome]) -> Iterator[Step]:
     yield _tests("head-in-runs", 240, "head", only=in_runs)
     yield _tests("offload", 240, "training", only="offload or checkpointing")
     yield from (_case("mfu", case) for case in CASES)
-    measured = [figures for name, found in outcomes.items() if name.startswith("mfu-") for figures in found.figures]
+    measured = [figures for name, found in outcomes.items() if name.startswith("mfu") for figures in found.figures]
     slowest = max(measured, key=lambda figures: figures["step_ms"] or 0.0, default={"case": CASES[0]})["case"]
     yield Step("profile", 150, ("-m", "benchmarks.gpu_training", slowest, "--profile", f"{RESULTS}/profile"))
     yield Step("pretraining", 330, ("-m", "benchmarks.gpu_pretraining"), needs_gpu=False)
-    yield from (_case("again", case) for case in CASES)
+    yield from (_case("mfu2", case) for case in CASES)
 
 
 def _tests(name: str, seconds: int, *files: str, only: str = "") -> Step:
     """Tests in `tests/gpu`, several at a time: xdist starts another process in place of one that crashes or hangs."""
     paths = [f"tests/gpu/test_gpu_{file}.py" for file in files]
-    options = ["-n", str(min(4, os.cpu_count() or 1)), "-v", "--tb=short", "-p", "no:cacheprovider", "-k", only]
+    workers = str(min(4, os.cpu_count() or 1))
+    options = ("-n", workers, "-p", "no:cacheprovider", "-p", "benchmarks.gpu_test_reports", "--tb=short", "-k", only)
     return Step(name, seconds, ("-m", "pytest", *paths, *options))
 
 
@@ -144,8 +141,6 @@ class Session:
             output = log.read()
         outcome.seconds = time.monotonic() - start
         outcome.figures = [*(before.figures if before and step == ENVIRONMENT else []), *_figures(output)]
-        outcome.tests = {test: result.lower() for result, test in _TESTED.findall(output)}
-        outcome.messages = dict(_SUMMARY.findall(output))
         outcome.status = {0: "passed", None: "timed out"}.get(outcome.exit_code, "failed")  # type: ignore[assignment]
         if outcome.status != "passed":
             outcome.output = "\n".join(output.splitlines()[-_LINES:])
@@ -195,8 +190,7 @@ def run_session(folder: Path, minutes: float, steps: Plan, again: Iterable[str] 
 
 def next_step(steps: Iterable[Step], left: float) -> Step | None:
     """The first one whose limit fits into the seconds that are left."""
-    graces = sum(seconds for _, seconds in _GRACES)
-    return next((step for step in steps if step.seconds + graces <= left), None)
+    return next((step for step in steps if step.seconds + 2 * _GRACE <= left), None)
 
 
 def _run_process(step: Step, folder: Path, log: IO[str]) -> int | None:
@@ -216,16 +210,14 @@ def _run_process(step: Step, folder: Path, log: IO[str]) -> int | None:
         try:
             return process.wait(step.seconds)
         except subprocess.TimeoutExpired:
-            for number, seconds in _GRACES:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, number)
-                with suppress(subprocess.TimeoutExpired):
-                    process.wait(seconds)
-                    break
+            with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(process.pid, signal.SIGABRT)
+                process.wait(_GRACE)
             return None
         finally:
             kill_group(process.pid)  # also what the step has left
-            process.wait()
+            with suppress(subprocess.TimeoutExpired):  # the driver may hold it for ever
+                process.wait(_GRACE)
 
 
 def _figures(output: str) -> Iterator[dict[str, Any]]:

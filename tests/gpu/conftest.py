@@ -8,7 +8,7 @@ import torch
 from rank_pool import RankPool, RankSpawner
 
 RUN_SECONDS = 100  # of a case on ranks; compiling takes most of it
-KERNEL_SECONDS, TEST_SECONDS = 90, 330  # of a test in pytest's own process, and of one with several cases on ranks
+KERNEL_SECONDS, TEST_SECONDS = 60, 200  # of a test in pytest's own process, and of one with several cases on ranks
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

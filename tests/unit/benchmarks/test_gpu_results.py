@@ -19,7 +19,7 @@ def test_rounds_are_one_row(tmp_path: Path) -> None:
     found = page(
         tmp_path,
         mfu_bert=Outcome("passed", figures=[first]),
-        again_bert=Outcome("passed", figures=[again]),
+        mfu2_bert=Outcome("passed", figures=[again]),
         mfu_large=Outcome("passed", figures=[failed]),
     )
     assert "| bert | H100 | 2 | 40.0% | 200 (100 – 300) | 1.0 | 1.0 GiB | 1.000 |" in found
@@ -28,12 +28,15 @@ def test_rounds_are_one_row(tmp_path: Path) -> None:
 
 def test_failures_are_explained(tmp_path: Path) -> None:
     """Catches a table that says only that something failed, and skipped steps among the failures."""
-    tests = {"test_gpu.py::test_a": "passed", "test_gpu.py::test_b": "failed", "test_gpu.py::test_c": "failed"}
-    messages = {"test_gpu.py::test_b": "0.1 > 0.01"}
-    failed = Outcome("failed", exit_code=1, tests=tests, messages=messages, output="end")
+    tests = [
+        {"test": "test_gpu.py::test_a", "result": "passed", "message": ""},
+        {"test": "test_gpu.py::test_b", "result": "failed", "message": "0.1 > 0.01"},
+    ]
+    failed = Outcome("failed", exit_code=1, figures=tests, output="end")
     found = page(tmp_path, kernels=failed, syncs=Outcome("no GPU"))
-    assert "failed with exit code 1 after 0 s: 1 passed, 2 failed" in found
-    assert "- `test_gpu.py::test_b`: 0.1 \\> 0.01\n- `test_gpu.py::test_c`: failed" in found
+    assert "failed with exit code 1 after 0 s: 1 failed, 1 passed" in found
+    assert "- `test_gpu.py::test_b`: 0.1 \\> 0.01\n" in found
+    assert "- `test_gpu.py::test_a`" not in found
     assert "```\nend\n```" in found
     assert "| syncs | skipped: no GPU |" in found
     assert "### syncs" not in found
