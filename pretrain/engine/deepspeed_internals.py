@@ -33,6 +33,7 @@ try:
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
     from deepspeed.runtime.swap_tensor.optimizer_utils import OptimizerSwapper
     from deepspeed.runtime.zero import partition_parameters
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
@@ -80,7 +81,8 @@ _USED: dict[Any, str] = {
     "_optimizer_states_and_gradient_swap_out _optimizer_step _overflow_clean_up _partition_all_parameters _post_step "
     "_pre_step _prepare_sub_group _reassign_or_swap_out_partitioned_parameters _release_sub_group "
     "_swappable_optimizer_subgroup fp16_groups fp32_partitioned_groups_flat get_param_id grad_position "
-    "offload_optimizer optimizer_swapper persistent_parameters reduce_and_partition_stream step",
+    "offload_optimizer optimizer_swapper parameter_offload persistent_parameters reduce_and_partition_stream step",
+    DeepSpeedZeRoOffload: "_DeepSpeedZeRoOffload__allgather_stream",
     partition_parameters: "_no_gather_coalesced all_gather all_gather_coalesced ds_numel ds_persist ds_shape ds_status "
     "ds_summary ds_tensor",
     ZeroParamStatus: "AVAILABLE INFLIGHT NOT_AVAILABLE",

@@ -9,7 +9,7 @@ and every rank all-reduces the whole gradient. Here each one is added to an fp32
 it, and a rank reduces only its own partition.
 
 At ZeRO 3 on a GPU, streams wait for each other where DeepSpeed lets the host wait for the GPU: after each backward pass
-until gradients are reduced, at the end of a step until the small weights that stay whole are gathered, and on a single
+until gradients are reduced, at the end of a step until weights are updated and the small ones gathered, and on a single
 GPU before each layer, although its weights are not partitioned. The GPU is idle until the host has queued more work.
 """
 
@@ -173,6 +173,7 @@ class Zero3Optimizer(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[misc]
             self._reassign_or_swap_out_partitioned_parameters(sub_group)
             self._release_sub_group(sub_group, timers)
         _gather(self.persistent_parameters)
+        _let_gathers_wait(self)
         self._post_step(timers)
 
 
@@ -198,6 +199,14 @@ def _gather(parameters: Sequence[Any]) -> None:
     partitioned = [parameter for parameter in parameters if parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE]
     if partitioned:
         partitioned[0].all_gather_coalesced(partitioned).wait()
+
+
+def _let_gathers_wait(optimizer: DeepSpeedZeroOptimizer_Stage3) -> None:
+    """Let the stream that gathers weights for the next step wait until they are updated. DeepSpeed lets the host wait
+    for the GPU, where it gathers the small weights at the end of its own step."""
+    stream = optimizer.parameter_offload._DeepSpeedZeRoOffload__allgather_stream
+    if stream is not None:  # on CPUs there are no streams
+        stream.wait_stream(get_accelerator().current_stream())
 
 
 def _let_streams_wait(optimizer: DeepSpeedZeroOptimizer_Stage3) -> None:
