@@ -1,0 +1,82 @@
+"""Runs on the pretended GPU, as cases for a pool of ranks."""
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from pretended_gpu.gpu import PretendedGpu, pretended_gpu
+from pretrain.world import World
+from runs import Tree, pretrain_case
+
+_WARMUP = 2  # steps; in the first ones DeepSpeed's ZeRO 3 compares the order of parameters between ranks
+
+
+@dataclass
+class Findings:
+    """Of a run on one rank."""
+
+    outcome: str = ""
+    calls: Counter[str] = field(default_factory=Counter)  # of kernels
+    mixed: list[str] = field(default_factory=list)  # operators whose inputs are on different devices
+    races: list[str] = field(default_factory=list)
+    waits_in_microbatches: list[str] = field(default_factory=list)  # of the host
+    waits_in_steps: list[list[str]] = field(default_factory=list)  # without their microbatches
+    waits_elsewhere: list[str] = field(default_factory=list)
+
+
+Fault = Callable[[pytest.MonkeyPatch], None]
+
+
+def gpu_case(world: World, tree: Tree, stop_after: int | None = None, fault: Fault | None = None) -> Findings:
+    """`pretrain_case` on the pretended GPU. `fault`: a mistake in the code."""
+    with pytest.MonkeyPatch.context() as patch, pretended_gpu() as gpu:
+        if fault is not None:
+            fault(patch)
+        with _counted_waits(gpu, Findings(calls=gpu.calls, mixed=gpu.mixed, races=gpu.races)) as findings:
+            findings.outcome = pretrain_case(world, tree, stop_after)
+            return findings
+
+
+@contextlib.contextmanager
+def _counted_waits(gpu: PretendedGpu, findings: Findings) -> Iterator[Findings]:
+    """Sort the waits of the host by where the engine is."""
+    from pretrain.engine.engine import Engine
+
+    steps = 0
+
+    def take_waits() -> list[str]:
+        taken = gpu.waits[:]
+        gpu.waits.clear()
+        return taken
+
+    def recording(call: Any, record: Callable[[list[str]], object]) -> Any:
+        def run(*args: Any, **options: Any) -> Any:
+            findings.waits_elsewhere.extend(take_waits())
+            result = call(*args, **options)
+            waits = take_waits()
+            if steps >= _WARMUP:
+                record(waits)
+            return result
+
+        return run
+
+    def record_step(waits: list[str]) -> None:
+        findings.waits_in_steps.append(waits)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "accumulate", recording(Engine.accumulate, findings.waits_in_microbatches.extend))
+        step = recording(Engine.step, record_step)
+
+        def counted_step(*args: Any, **options: Any) -> Any:
+            nonlocal steps
+            result = step(*args, **options)
+            steps += 1
+            return result
+
+        patch.setattr(Engine, "step", counted_step)
+        yield findings
+        findings.waits_elsewhere.extend(take_waits())

@@ -1,0 +1,257 @@
+"""Training on a pretended GPU: what runs on a real one in `tests/gpu`, without one.
+
+16-bit losses differ from those in fp32 by their rounding; gradients of a random model of 32 dimensions by more.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretended_gpu import faults
+from pretended_gpu.cases import Fault, Findings, gpu_case
+from rank_pool import ForkServer, RankError, RankPool
+from runs import NO_DROPOUT, Tree, evaluation_events, logged, pretrain_case, run_config
+
+STEPS = 4
+BERT: dict[str, Any] = {
+    "model_type": "bert",
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 40,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,  # so that the loss depends on attention
+}
+MODERNBERT = BERT | {"model_type": "modernbert", "local_attention": 8, "global_attn_every_n_layers": 2}
+# Relative errors of losses and of gradient norms.
+TOLERANCE = {"fp32": (1e-5, 1e-4), "fp16": (2e-3, 1e-2), "bf16": (1e-2, 5e-2)}
+
+
+@pytest.fixture(scope="module")
+def ranks(fork_server: ForkServer) -> Iterator[dict[int, RankPool]]:
+    pools = {size: RankPool(fork_server, size) for size in (1, 2)}
+    yield pools
+    for pool in pools.values():
+        pool.close()
+
+
+def tiny_run(folder: Path, corpus: Path, ds_config: str, **changes: Any) -> Tree:
+    """Two microbatches a step on one rank. At ZeRO 3, large weights are partitioned and small ones persist. The host
+    waits for the GPU when it logs: not in each step."""
+    changes = {"model__config": BERT | NO_DROPOUT, "schedule__steps": STEPS, "run__log_every": 2} | changes
+    tree = run_config(folder, corpus, ds_config, **changes)
+    tree["batch"] |= {"sequences": 11, "microbatch_tokens": 130}
+    path = Path(tree["engine"]["ds_config"]).absolute()
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 100
+    if "fp16" in settings:
+        settings["fp16"]["initial_scale_power"] = 12  # no update is skipped
+    folder.mkdir(parents=True, exist_ok=True)
+    written = folder / "ds_config.json"
+    written.write_text(json.dumps(settings), encoding="utf-8")
+    tree["engine"] = {"ds_config": str(written), "compile": False}
+    return tree
+
+
+Reference = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def reference(
+    ranks: dict[int, RankPool], wordpiece_corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Reference:
+    """The run folder of a run on a CPU in fp32, with the changes of `tiny_run`; each is made once."""
+    made: dict[str, Path] = {}
+
+    def run(**changes: Any) -> Path:
+        key = json.dumps(changes)
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("cpu")
+            ranks[1].run(pretrain_case, tiny_run(made[key], wordpiece_corpus, "fp32_zero1", **changes))
+        return made[key]
+
+    return run
+
+
+def assert_sound(findings: list[Findings], precision: str, offload: bool = False) -> None:
+    """`findings`: by rank."""
+    for found in findings:
+        assert found.mixed == []
+        assert found.races == []
+        assert found.calls["cross_entropy_kernel"] > 0
+        for kernel in ("_flash_attention_forward", "_flash_attention_backward", "addmm.dtype_out"):
+            assert (found.calls[kernel] > 0) == (precision != "fp32")
+        assert len(found.waits_in_steps) > 0
+        if not offload:  # DeepSpeed's own step waits more often
+            assert found.waits_in_microbatches == []
+            assert all(len(waits) <= 1 for waits in found.waits_in_steps), found.waits_in_steps
+
+
+def check_run(pool: RankPool, tree: Tree, ds_config: str, expected: Path, fault: Fault | None = None) -> None:
+    precision = ds_config.partition("_")[0]
+    findings = pool.run(gpu_case, tree, None, fault)
+    assert_sound(findings, precision, offload=ds_config.endswith("offload"))
+    assert_same_losses(Path(tree["run"]["dir"]), expected, precision)
+
+
+def assert_same_losses(found: Path, expected: Path, precision: str) -> None:
+    losses, norms = TOLERANCE[precision]
+    assert logged(found) == pytest.approx(logged(expected), rel=losses)
+    assert logged(found, "grad_norm") == pytest.approx(logged(expected, "grad_norm"), rel=norms)
+
+
+@pytest.mark.parametrize(
+    ("size", "ds_config"),
+    [
+        (1, "bf16_zero1"),
+        (1, "fp16_zero2"),
+        (1, "bf16_zero3"),
+        (1, "fp32_zero2"),
+        (2, "bf16_zero1"),
+        (2, "bf16_zero2"),
+        (2, "bf16_zero3"),
+        (2, "fp16_zero1"),
+        (2, "fp16_zero3"),
+        (2, "fp32_zero0"),
+        (2, "fp32_zero1"),
+        (2, "fp32_zero3"),
+        (2, "bf16_zero2_cpu_offload"),
+        (2, "bf16_zero3_cpu_offload"),
+    ],
+)
+def test_losses_are_those_of_a_cpu(
+    ranks: dict[int, RankPool], reference: Reference, wordpiece_corpus: Path, tmp_path: Path, size: int, ds_config: str
+) -> None:
+    """Catches wrong arguments of kernels, tensors on the wrong device, and waits of the host and of streams."""
+    check_run(ranks[size], tiny_run(tmp_path, wordpiece_corpus, ds_config), ds_config, reference())
+
+
+@pytest.mark.parametrize(
+    ("size", "ds_config", "changes"),
+    [
+        (1, "fp16_zero1", {"model__config": MODERNBERT}),
+        (2, "bf16_zero3", {"model__config": MODERNBERT}),
+        (2, "fp16_zero1", {"optimizer__name": "lamb"}),
+        (2, "bf16_zero3", {"optimizer__name": "stableadamw"}),
+    ],
+)
+def test_other_models_and_optimizers(
+    ranks: dict[int, RankPool],
+    reference: Reference,
+    wordpiece_corpus: Path,
+    tmp_path: Path,
+    size: int,
+    ds_config: str,
+    changes: dict[str, Any],
+) -> None:
+    """Catches a wrong local window, and norms of parameters that are summed on the wrong device or read by the host."""
+    tree = tiny_run(tmp_path, wordpiece_corpus, ds_config, **changes)
+    check_run(ranks[size], tree, ds_config, reference(**changes))
+
+
+@pytest.mark.parametrize("ds_config", ["bf16_zero1", "fp16_zero3"])
+def test_activation_checkpointing_draws_the_same_dropout(
+    ranks: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, ds_config: str
+) -> None:
+    """Catches recomputation with other masks, in dropout layers or in flash attention."""
+    precision = ds_config.partition("_")[0]
+    calls = []
+    for recompute in (False, True):
+        tree = tiny_run(tmp_path / str(recompute), wordpiece_corpus, ds_config, model__config=BERT)
+        tree["model"]["activation_checkpointing"] = recompute
+        findings = ranks[2].run(gpu_case, tree)
+        assert_sound(findings, precision)
+        calls.append(findings[0].calls)
+    assert_same_losses(tmp_path / "True", tmp_path / "False", "fp32")
+    assert calls[1]["_flash_attention_forward"] > 1.5 * calls[0]["_flash_attention_forward"]
+    assert calls[1]["_flash_attention_backward"] == calls[0]["_flash_attention_backward"]
+
+
+@pytest.mark.parametrize("ds_config", ["bf16_zero1", "bf16_zero3"])
+def test_a_whole_run(
+    ranks: dict[int, RankPool],
+    wordpiece_corpus: Path,
+    heldout_corpus: Path,
+    tmp_path: Path,
+    ds_config: str,
+) -> None:
+    """Catches checkpoints that are read before they are copied, weights that are used before they are loaded, and
+    evaluation and comparison of ranks that fail on a GPU."""
+    folders = {kind: tmp_path / kind for kind in ("cpu", "gpu")}
+    trees = [
+        tiny_run(
+            folder,
+            wordpiece_corpus,
+            ds_config,
+            corpus__eval={"held": str(heldout_corpus)},
+            evaluation__every_steps=2,
+            health__compare_every=1,
+            model__ema_decay=0.9,
+        )
+        for folder in folders.values()
+    ]
+    ranks[2].run(pretrain_case, trees[0])
+    for stop_after in (2, None):
+        findings = ranks[2].run(gpu_case, trees[1], stop_after)
+        assert [found.outcome for found in findings] == ["stopped" if stop_after else "done"] * 2
+        assert [(found.mixed, found.races) for found in findings] == [([], [])] * 2
+    assert_same_losses(folders["gpu"], folders["cpu"], "bf16")
+    scores = [[event["eval/held/loss"] for event in evaluation_events(folder)] for folder in folders.values()]
+    assert scores[1] == pytest.approx(scores[0], rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("fault", "size", "ds_config", "found_in", "what"),
+    [
+        (faults.labels_on_the_cpu, 1, "bf16_zero1", "mixed", "cross_entropy_kernel of tensors on the GPU and on the"),
+        (faults.loss_read_in_a_microbatch, 1, "bf16_zero1", "waits_in_microbatches", "_local_scalar_dense"),
+        (faults.copies_that_are_not_awaited, 1, "bf16_zero1", "races", r"stream \d+ reads in .* writes in _to_copy"),
+        (faults.pinned_memory_used_again, 1, "bf16_zero1", "races", "the host writes in copy_ .* reads in _to_copy"),
+        (faults.checkpoint_that_is_not_awaited, 1, "bf16_zero1", "races", "the host reads in .* writes in copy_"),
+        (faults.gathers_that_do_not_wait, 2, "bf16_zero3", "races", r"stream \d+ reads in cat .* writes in copy_"),
+        (faults.gathered_on_another_stream, 2, "bf16_zero3", "races", r"stream \d+ reads in cat .* writes in copy_"),
+        (faults.reduced_gradients_not_awaited, 2, "bf16_zero3", "races", r"stream \d+ (reads|writes)"),
+    ],
+)
+def test_faults_are_found(
+    ranks: dict[int, RankPool],
+    wordpiece_corpus: Path,
+    tmp_path: Path,
+    fault: Fault,
+    size: int,
+    ds_config: str,
+    found_in: str,
+    what: str,
+) -> None:
+    """Catches tests that would pass in spite of such a mistake."""
+    tree = tiny_run(tmp_path, wordpiece_corpus, ds_config, schedule__steps=3)
+    for found in ranks[size].run(gpu_case, tree, None, fault):
+        assert re.search(what, "\n".join(getattr(found, found_in)))
+
+
+@pytest.mark.parametrize(
+    ("fault", "what"),
+    [
+        (faults.swapped_query_and_key, "comparison failed"),
+        (faults.swapped_key_and_value, "comparison failed"),
+        (faults.short_maximum_length, "requires no sequence that is longer"),
+        (faults.query_in_fp32, "requires inputs in 16 bit"),
+        (faults.activations_in_fp32, r"\(0 > 0\)"),
+    ],
+)
+def test_wrong_arguments_of_flash_attention_are_found(
+    ranks: dict[int, RankPool],
+    reference: Reference,
+    wordpiece_corpus: Path,
+    tmp_path: Path,
+    fault: Fault,
+    what: str,
+) -> None:
+    """Catches tests that would pass in spite of such a mistake."""
+    tree = tiny_run(tmp_path, wordpiece_corpus, "bf16_zero1")
+    with pytest.raises((AssertionError, RankError), match=what):
+        check_run(ranks[1], tree, "bf16_zero1", reference(), fault)
