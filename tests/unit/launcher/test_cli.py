@@ -199,6 +199,7 @@ def test_an_interrupted_run_can_be_resumed(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
+    monkeypatch.setattr("launcher.cli.load_config", lambda *_: None)
     monkeypatch.setattr(function, interrupted)
     assert main([command, "--config", "x.yaml"]) == 75
     assert capsys.readouterr().err == "deepcloze: interrupted; run the same command again to resume\n"
