@@ -5,9 +5,10 @@ import logging
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 from experiment.checkpoints import checkpoint_path, checkpoint_step, complete_checkpoints
 from experiment.config import dump_config, load_config
@@ -18,7 +19,7 @@ from experiment.own_process import raise_limit_of_open_files
 from experiment.run_folder import RunFolder, open_run_folder
 from experiment.run_lock import check_unlocked
 from experiment.signals import handle_stop_signals, interrupt
-from experiment.tracking.jsonl import last_number, read_events
+from experiment.tracking.jsonl import read_events
 from launcher.autotune import autotune
 from launcher.hosts.hostfile import Slots
 from launcher.hosts.machine import Machine, inspect_machine, select_accelerator
@@ -33,7 +34,7 @@ from launcher.supervision.rank_processes import HeldRanks, held_ranks
 from launcher.supervision.supervisor import supervise
 from pretrain.config import PretrainConfig
 
-_RISEN = 1.5  # last loss divided by the first one: of a run that has diverged; noise gives less
+_PEAK = 1.5  # highest loss divided by the first one; healthy runs stay below, also with batches of two sequences
 
 
 def launch_pretraining(options: PretrainOptions) -> None:
@@ -157,16 +158,26 @@ def announce_done(folder: RunFolder, step_before: int | None, seconds: float) ->
     if step == step_before:
         notify(f"{path} was finished already, at step {step:,}; to train longer, raise its length in `schedule`")
         return
-    events = read_events(folder.metrics)
-    first, loss = last_number(events[::-1], "loss"), last_number(events, "loss")
-    with_loss = "" if loss is None else f", loss {loss:.4f}"
+    losses = [event["loss"] for event in read_events(folder.metrics) if event.get("loss") is not None]
+    with_loss = f", loss {losses[-1]:.4f}" if losses else ""
     notify(f"done: {step:,} steps{with_loss}, {describe_duration(seconds)} in this launch")
     notify(f"  model: {checkpoint_path(folder.checkpoints, step) / 'hf'}")
-    if loss is not None and loss > _RISEN * first:
-        notify(f"warning: the loss has risen from {first:.4f}: lower optimizer.lr, and start in a new run.dir")
+    if has_diverged(losses):
+        risen = f"the loss has risen from {losses[0]:.4f} to as much as {max(losses):.4f}"
+        notify(f"warning: {risen}: lower optimizer.lr, and start in a new run.dir")
         return
     run = shlex.quote(str(path))
     notify(f"  next:  deepcloze report {run}; deepcloze finetune --config TASK --model.init_from={run}")
+
+
+def has_diverged(losses: Sequence[float]) -> bool:
+    """Whether the loss of a run has left the range of its start and has not come back: the mean of the last tenth is
+    higher than the first value. A diverged run may end only a few percent higher, with the frequencies of the tokens.
+    """
+    if not losses:
+        return False
+    first, end = losses[0], fmean(losses[-max(1, len(losses) // 10) :])
+    return end > first and max(losses) > _PEAK * first
 
 
 def announce_stop(folder: RunFolder, step_before: int | None) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from experiment.checkpoints import checkpoint_step, complete_checkpoints, weights_digest
-from experiment.errors import UserError, notify
+from experiment.errors import UserError, describe_disk_error, notify
 from experiment.results.fillings import (
     CheckpointFillings,
     FilledSentence,
@@ -86,7 +86,7 @@ def _printed_problems(without: str) -> Iterator[None]:
     try:
         yield
     except (UserError, OSError, ValueError, KeyError, RuntimeError) as error:  # such as a deleted checkpoint
-        notify(f"report: {without}: {error}")
+        notify(f"report: {without}: {describe_disk_error(error) or error}")
 
 
 def _checkpoints(folder: RunFolder) -> dict[Path, str]:

@@ -5,7 +5,7 @@ import pytest
 from experiment.checkpoints import checkpoint_path, mark_complete
 from experiment.run_folder import RunFolder, open_run_folder
 from launcher.hosts.hostfile import Slots
-from launcher.launch import announce_checks, announce_done, announce_stop, last_step
+from launcher.launch import announce_checks, announce_done, announce_stop, has_diverged, last_step
 
 
 @pytest.fixture
@@ -50,8 +50,26 @@ def test_a_run_whose_loss_has_risen_says_what_to_change(run: RunFolder, capsys: 
     run.metrics.write_text('{"step": 10, "loss": 8.9}\n{"step": 20, "loss": 7.0}\n{"step": 1200, "loss": 20000.0}\n')
     announce_done(run, None, seconds=75)
     printed = capsys.readouterr().err
-    assert "the loss has risen from 8.9000: lower optimizer.lr, and start in a new run.dir" in printed
+    risen = "the loss has risen from 8.9000 to as much as 20000.0000"
+    assert f"{risen}: lower optimizer.lr, and start in a new run.dir" in printed
     assert "finetune" not in printed
+
+
+@pytest.mark.parametrize(
+    ("losses", "diverged"),
+    [
+        ([5.28, 30, 86.4, 20, 8, 5.9, 5.7, 5.6, 5.4, 5.37], True),  # with a learning rate of 1
+        ([5.28, 6.3, 5.9, 5.0, 4.9, 4.8], False),  # of 0.1
+        ([4.757, 5.067, 4.66, 4.7, 4.771], False),  # continued with small batches
+        ([2.0, 3.5, 2.1, 1.9], False),
+        ([2.0], False),
+        ([], False),
+    ],
+)
+def test_a_diverged_run_is_told_from_a_noisy_one(losses: list[float], diverged: bool) -> None:
+    """Catches a run that has forgotten all, and ends not far above the loss of its random weights; and an alarm for
+    noise."""
+    assert has_diverged(losses) is diverged
 
 
 def test_a_run_that_was_finished_says_so(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
