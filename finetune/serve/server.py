@@ -7,7 +7,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
@@ -57,7 +57,8 @@ def serve_command(options: ServeOptions) -> None:
 
         def announce() -> None:
             info = serving.served.info
-            print(f"{url}  {info.model} ({info.kind}, {info.precision})", flush=True)
+            with suppress(OSError):  # a full disk; without this line the server answers all the same
+                print(f"{url}  {info.model} ({info.kind}, {info.precision})", flush=True)
             if wanted:
                 serving.reload()
 

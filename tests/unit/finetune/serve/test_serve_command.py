@@ -1,6 +1,8 @@
 """Options of `deepcloze serve`, and mistakes that end it before it serves. Real processes: tests/multiprocess."""
 
+import errno
 import gc
+import io
 import os
 import signal
 import socket
@@ -101,6 +103,22 @@ def test_a_token_that_cannot_be_sent(token: str, tmp_path: Path) -> None:
 
 class Served:
     info = SimpleNamespace(model="m", kind="classification", precision="fp32")
+
+
+def test_a_full_disk_keeps_no_server_from_starting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a server that ends because its first line does not fit into a log file, and blames the port."""
+
+    class Full(io.StringIO):
+        def flush(self) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(server, "load_served_model", lambda *_: Served())
+    monkeypatch.setattr(server, "Serving", lambda served, *_: SimpleNamespace(served=served, reload=None))
+    monkeypatch.setattr(server, "make_app", lambda *_: None)
+    monkeypatch.setattr(server, "log_as_json", lambda: None)
+    monkeypatch.setattr(server, "run_server", lambda app, listener, timeout, announce, reload: announce())
+    monkeypatch.setattr(sys, "stdout", Full())
+    server.serve_command(ServeOptions(model=str(tmp_path), port=0))
 
 
 def test_reloads_while_the_server_starts_and_later(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
