@@ -1,6 +1,6 @@
 """Check and measure everything on a GPU that is at hand for a short time.
 
-    python -m benchmarks.gpu_session [--minutes 9] [--results gpu-session] [--again STEP,…]
+    python -m benchmarks.gpu_session [--minutes 9] [--results DIR] [--again STEP,…]
     python -m benchmarks.gpu_session --prepare DIR [--python 3.12] [--torch 2.11.0] [--installed FILE]
 
 The steps, by importance: tests of kernels against references, times of kernels, tests of training, MFU of ten cases, a
@@ -231,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.gpu_session", description=__doc__.partition("\n")[0])
     flag = parser.add_argument
     flag("--minutes", type=float, default=9.0, help="of this call (9)")
-    flag("--results", type=Path, default=Path("gpu-session"), metavar="DIR", help="folder (gpu-session)")
+    flag("--results", type=Path, default=Path("runs/gpu-session"), metavar="DIR", help="folder (runs/gpu-session)")
     flag("--again", default="", metavar="STEP,…", help="run again: names, beginnings of names, or 'failed'")
     flag("--prepare", type=Path, metavar="DIR", help="instead: gather wheels for a machine without a network, with")
     flag("--python", default=platform.python_version(), metavar="VERSION", help="this Python (the same as here),")

@@ -6,12 +6,14 @@ import os
 
 import pytest
 
-_CHARACTERS = 300  # of a message
+_CHARACTERS = 400  # of a message
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ or (report.passed and report.when != "call"):
         return
     crash = getattr(report.longrepr, "reprcrash", None)
-    message = (crash.message if crash else report.longreprtext)[:_CHARACTERS] if report.failed else ""
+    message = (crash.message if crash else report.longreprtext) if report.failed else ""
+    if len(message) > _CHARACTERS:  # its last line may be the error of a rank
+        message = f"{message[: _CHARACTERS // 2]} … {message[-_CHARACTERS // 2 :]}"
     print("\n" + json.dumps({"test": report.nodeid, "result": report.outcome, "message": message}), flush=True)

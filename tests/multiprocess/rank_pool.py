@@ -51,7 +51,7 @@ class RankSpawner:
     def fork(self, size: int, address: str, port: int) -> list[int]:
         context = get_context("spawn")
         arguments = [(self._variables, rank, size, address, port) for rank in range(size)]
-        ranks = [context.Process(target=_spawned_rank, args=one, daemon=True) for one in arguments]
+        ranks = [context.Process(target=_spawned_rank, args=one) for one in arguments]
         for rank in ranks:
             rank.start()
         return [rank.pid for rank in ranks if rank.pid is not None]

@@ -2,6 +2,7 @@
 
 import os
 import threading
+from multiprocessing import get_context
 
 import pytest
 
@@ -11,6 +12,10 @@ from runs import soak
 
 
 def pid_case(_: World) -> int:
+    """Of a rank that starts a process, as those of the data loader are."""
+    worker = get_context("fork").Process(target=os.getpid)
+    worker.start()
+    worker.join()
     return os.getpid()
 
 
@@ -22,7 +27,7 @@ def hanging_case(_: World) -> None:
 def test_a_case_that_hangs_is_ended(
     spawned: bool, fork_server: ForkServer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches ranks that hang in all later tests too, and a limit that does not say where."""
+    """Catches ranks that hang in all later tests too, a limit that does not say where, and ranks without workers."""
     starter: RankStarter = RankSpawner({"DS_ACCELERATOR": "cpu"}) if spawned else fork_server
     pool = RankPool(starter, 1)
     try:
