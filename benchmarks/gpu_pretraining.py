@@ -113,7 +113,7 @@ def _figures(run: RunFolder, stopped: Event) -> dict[str, Any]:
         "held-out loss, first": held_out[0]["eval/library/loss"],
         "held-out loss, last": held_out[-1]["eval/library/loss"],
         "tokens/s, median": statistics.median(event["tokens_per_second"] for event in steps),
-        "MFU, median": statistics.median(event.get("mfu") or 0.0 for event in steps),
+        "MFU, median": statistics.median(event.get("mfu") or 0.0 for event in steps) or None,  # None: unknown peak
         "peak memory": max(event["memory"] for event in steps),
     }
 
