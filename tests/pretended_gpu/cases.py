@@ -1,9 +1,12 @@
 """Runs on the pretended GPU, as cases for a pool of ranks."""
 
 import contextlib
+import io
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,6 +42,19 @@ def gpu_case(world: World, tree: Tree, stop_after: int | None = None, fault: Fau
         with _counted_waits(gpu, Findings(calls=gpu.calls, mixed=gpu.mixed, races=gpu.races)) as findings:
             findings.outcome = pretrain_case(world, tree, stop_after)
             return findings
+
+
+def evaluation_case(_world: World, checkpoint: Path, corpus: Path, on_gpu: bool) -> tuple[Any, list[str]]:
+    """What `deepcloze evaluate` prints, and the operators that mix devices or memory without an order."""
+    from pretrain.evaluate import evaluate_command
+
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        if not on_gpu:
+            evaluate_command(str(checkpoint), str(corpus), json=True)
+            return json.loads(printed.getvalue()), []
+        with pretended_gpu() as gpu:
+            evaluate_command(str(checkpoint), str(corpus), json=True)
+            return json.loads(printed.getvalue()), [*gpu.mixed, *gpu.races]
 
 
 @contextlib.contextmanager

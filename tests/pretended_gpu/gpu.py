@@ -20,7 +20,6 @@ from pretended_gpu.memory import Memory
 from pretended_gpu.operators import Device, Operators
 from pretended_gpu.tensor_methods import tensor_methods
 from pretended_gpu.timeline import COLLECTIVES, Event, Stream, Timeline
-from pretrain.modeling import fused_cross_entropy
 
 _CAPABILITY = (9, 0)
 _BYTES = 80 << 30
@@ -139,6 +138,7 @@ def _patch_threads(patch: pytest.MonkeyPatch, device: Device) -> None:
 
 def _patch_triton(patch: pytest.MonkeyPatch, gpu: PretendedGpu) -> None:
     """A kernel is one operator, which reads and writes all tensors that it gets."""
+    from pretrain.modeling import fused_cross_entropy  # imports Triton
 
     class Launcher:
         def __getitem__(self, grid: tuple[int]) -> Any:

@@ -6,7 +6,9 @@ whose inputs are on different devices, those that let the host wait, and which m
 
 import functools
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pretended_gpu.memory import Block, Memory, Place
+from pretended_gpu.memory import Block, Memory
 from pretended_gpu.timeline import COLLECTIVES, Timeline, caller
 
 _CPU = torch.device("cpu")
@@ -48,10 +50,10 @@ class Device:
         self.memory = memory
         self.timeline = timeline
         self.mixed: list[str] = []  # operators whose inputs are on different devices
-        self.moves_to: Place | None = None  # where the copy that is running goes to; "pinned": to the host
+        self._thread = threading.local()  # `moves_to_gpu`: where the copy that this thread makes goes to
 
     def run(self, function: OpOverload, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        inputs = list(_tensors((args, options.values())))
+        inputs = list(_tensors((*args, *options.values())))
         on_gpu = [tensor for tensor in inputs if self.memory.is_on_gpu(tensor)]
         creates_on_gpu, options = self._place(options, inputs, on_gpu)
         is_pinned = bool(options.get("pin_memory"))
@@ -69,6 +71,15 @@ class Device:
             self.timeline.use_on_host(call.name, self._blocks(inputs), self._blocks(call.written))
         return output
 
+    @contextmanager
+    def moving(self, to_gpu: bool) -> Iterator[None]:
+        """What operators create is on the GPU, or on the host."""
+        self._thread.moves_to_gpu = to_gpu
+        try:
+            yield
+        finally:
+            self._thread.moves_to_gpu = None
+
     def launch_kernel(self, name: str, tensors: list[Tensor]) -> None:
         """A kernel that is not an operator, and uses these tensors in ways that are not known."""
         call = _Call(name, tensors, tensors, is_view=False, is_asynchronous=False, non_blocking=False)
@@ -79,8 +90,9 @@ class Device:
         self, options: dict[str, Any], inputs: list[Tensor], on_gpu: list[Tensor]
     ) -> tuple[bool, dict[str, Any]]:
         """Whether what is created is on the GPU, and options that a CPU knows."""
-        if self.moves_to is not None:
-            return self.moves_to == "gpu", options
+        moves_to_gpu = getattr(self._thread, "moves_to_gpu", None)
+        if moves_to_gpu is not None:
+            return moves_to_gpu, options
         device = options.get("device")
         if device is not None and device.type == "cuda":
             return True, options | {"device": _CPU}
@@ -180,7 +192,7 @@ def _tensors(values: Any) -> Iterator[Tensor]:
         if isinstance(value, Tensor):
             if not value.is_meta:
                 yield value
-        elif isinstance(value, list | tuple) or type(value).__name__ == "dict_values":
+        elif isinstance(value, list | tuple):
             yield from _tensors(value)
 
 

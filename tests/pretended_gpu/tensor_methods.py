@@ -28,11 +28,8 @@ def tensor_methods(device: Device, index: int) -> dict[str, Any]:
         on_gpu = memory.is_on_gpu(tensor)
         if target is None or target.type not in ("cuda", "cpu") or (target.type == "cuda") == on_gpu:
             return _to(tensor, dtype or tensor.dtype, **rest)
-        device.moves_to = "gpu" if target.type == "cuda" else "pinned"
-        try:
+        with device.moving(to_gpu=not on_gpu):
             return _to(tensor, dtype or tensor.dtype, **rest | {"copy": True})
-        finally:
-            device.moves_to = None
 
     def type_(tensor: Tensor, dtype: Any = None, *args: Any, **options: Any) -> Any:
         if dtype is not None:

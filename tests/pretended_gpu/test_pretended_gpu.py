@@ -12,11 +12,14 @@ from typing import Any
 import pytest
 
 from pretended_gpu import faults
-from pretended_gpu.cases import Fault, Findings, gpu_case
+from pretended_gpu.cases import Fault, Findings, evaluation_case, gpu_case
+from pretrain.engine.deepspeed_settings import find_ds_config
 from rank_pool import ForkServer, RankError, RankPool
 from runs import NO_DROPOUT, Tree, evaluation_events, logged, pretrain_case, run_config
 
-STEPS = 4
+pytest.importorskip("triton")
+
+STEPS = 3
 BERT: dict[str, Any] = {
     "model_type": "bert",
     "hidden_size": 32,
@@ -45,8 +48,7 @@ def tiny_run(folder: Path, corpus: Path, ds_config: str, **changes: Any) -> Tree
     changes = {"model__config": BERT | NO_DROPOUT, "schedule__steps": STEPS, "run__log_every": 2} | changes
     tree = run_config(folder, corpus, ds_config, **changes)
     tree["batch"] |= {"sequences": 11, "microbatch_tokens": 130}
-    path = Path(tree["engine"]["ds_config"]).absolute()
-    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings = json.loads(find_ds_config(ds_config).read_text(encoding="utf-8"))
     settings["zero_optimization"]["stage3_param_persistence_threshold"] = 100
     if "fp16" in settings:
         settings["fp16"]["initial_scale_power"] = 12  # no update is skipped
@@ -153,9 +155,9 @@ def test_other_models_and_optimizers(
     check_run(ranks[size], tree, ds_config, reference(**changes))
 
 
-@pytest.mark.parametrize("ds_config", ["bf16_zero1", "fp16_zero3"])
+@pytest.mark.parametrize(("size", "ds_config"), [(1, "bf16_zero1"), (2, "fp16_zero3")])
 def test_activation_checkpointing_draws_the_same_dropout(
-    ranks: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, ds_config: str
+    ranks: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, size: int, ds_config: str
 ) -> None:
     """Catches recomputation with other masks, in dropout layers or in flash attention."""
     precision = ds_config.partition("_")[0]
@@ -163,7 +165,7 @@ def test_activation_checkpointing_draws_the_same_dropout(
     for recompute in (False, True):
         tree = tiny_run(tmp_path / str(recompute), wordpiece_corpus, ds_config, model__config=BERT)
         tree["model"]["activation_checkpointing"] = recompute
-        findings = ranks[2].run(gpu_case, tree)
+        findings = ranks[size].run(gpu_case, tree)
         assert_sound(findings, precision)
         calls.append(findings[0].calls)
     assert_same_losses(tmp_path / "True", tmp_path / "False", "fp32")
@@ -204,10 +206,19 @@ def test_a_whole_run(
     assert scores[1] == pytest.approx(scores[0], rel=1e-2)
 
 
+def test_evaluation_is_that_of_a_cpu(ranks: dict[int, RankPool], reference: Reference, heldout_corpus: Path) -> None:
+    """Catches `deepcloze evaluate` with tensors on the wrong device."""
+    case = (evaluation_case, reference(), heldout_corpus)
+    ((expected, _),), ((scores, problems),) = (ranks[1].run(*case, on_gpu) for on_gpu in (False, True))
+    assert problems == []
+    (expected,), (scores,) = expected.values(), scores.values()
+    assert scores == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("fault", "size", "ds_config", "found_in", "what"),
     [
-        (faults.labels_on_the_cpu, 1, "bf16_zero1", "mixed", "cross_entropy_kernel of tensors on the GPU and on the"),
+        (faults.labels_on_the_cpu, 1, "bf16_zero1", "mixed", "gather of tensors on the GPU and on the CPU"),
         (faults.loss_read_in_a_microbatch, 1, "bf16_zero1", "waits_in_microbatches", "_local_scalar_dense"),
         (faults.copies_that_are_not_awaited, 1, "bf16_zero1", "races", r"stream \d+ reads in .* writes in _to_copy"),
         (faults.pinned_memory_used_again, 1, "bf16_zero1", "races", "the host writes in copy_ .* reads in _to_copy"),
@@ -228,7 +239,7 @@ def test_faults_are_found(
     what: str,
 ) -> None:
     """Catches tests that would pass in spite of such a mistake."""
-    tree = tiny_run(tmp_path, wordpiece_corpus, ds_config, schedule__steps=3)
+    tree = tiny_run(tmp_path, wordpiece_corpus, ds_config)
     for found in ranks[size].run(gpu_case, tree, None, fault):
         assert re.search(what, "\n".join(getattr(found, found_in)))
 
