@@ -75,13 +75,16 @@ def _import_everything() -> None:
     gc.disable()
     import deepspeed.launcher.launch
     import deepspeed.launcher.runner
+    import sklearn.metrics  # also sets variables that are read at an import
     import torch
+    import transformers.models.bert.modeling_bert
 
     import finetune.run
+    import launcher.cli
     import launcher.launch
     import pretrain.run
 
-    del deepspeed, finetune, launcher, pretrain
+    del deepspeed, sklearn, transformers, finetune, launcher, pretrain
     set_start_method("fork", force=True)  # for processes that ranks start: the default on Linux
     torch.set_num_threads(1)  # torch may have been imported before the variable was set
     gc.freeze()

@@ -9,6 +9,9 @@ _MODULES = (
     "launcher.preflight.measure",
     "pretrain.run",
     "finetune.parallel_seeds",
+    "benchmarks.gpu",
+    "benchmarks.gpu_kernels",
+    "benchmarks.gpu_training",
     "deepspeed.launcher.launch",
     "deepspeed.launcher.runner",
 )

@@ -1,10 +1,12 @@
 import csv
 import json
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,12 @@ from finetune.run import finetune
 from finetune.seed_run import finished_seeds
 from finetune.training.fit import StateFile
 from launcher.cli import main
+from launches import patched
 from small_disk import SmallDisk
+from waiting import LIMIT
 
 ROOT = Path(__file__).parents[3]
+FinetuneUntilSignal = Callable[[signal.Signals, list[str]], subprocess.CompletedProcess[str]]
 
 
 def results(run: Path) -> dict[str, Any]:
@@ -132,19 +137,17 @@ def test_another_microbatch_size_is_the_same_run(config_file: Path, seeds_traine
     assert seeds_trained == [1]
 
 
+# The command runs this first: it gets a signal after its second evaluation.
 SEND_SIGNAL = """
-import os, signal, sys, torch
-torch.set_num_threads(1)
+import os
 from finetune.training.fit import StateFile
-from launcher.cli import main
 save, saved = StateFile.save, []
 def save_and_send(self, state):
     save(self, state)
     saved.append(state)
     if len(saved) == 2:
-        os.kill(os.getpid(), int(sys.argv[1]))
+        os.kill(os.getpid(), {number})
 StateFile.save = save_and_send
-sys.exit(main(sys.argv[2:]))
 """
 
 
@@ -162,21 +165,27 @@ def run_files(run: Path) -> dict[str, str]:
     return found
 
 
-def finetune_until_signal(
-    number: signal.Signals, config_file: Path, flags: list[str]
-) -> subprocess.CompletedProcess[str]:
-    """The command, which gets a signal after its second evaluation."""
-    script = [sys.executable, "-c", SEND_SIGNAL, str(int(number)), "finetune", "--config", str(config_file), *flags]
-    return subprocess.run(script, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+@pytest.fixture
+def finetune_until_signal(config_file: Path, tmp_path: Path, handed_over: Mapping[str, str]) -> FinetuneUntilSignal:
+    """Run the command with these flags, which gets a signal after its second evaluation."""
+
+    def run(number: signal.Signals, flags: list[str]) -> subprocess.CompletedProcess[str]:
+        variables = {"OMP_NUM_THREADS": "1", **handed_over, **patched(tmp_path, SEND_SIGNAL.format(number=int(number)))}
+        command = [sys.executable, "-m", "launcher", "finetune", "--config", str(config_file), *flags]
+        return subprocess.run(
+            command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True, check=False, timeout=LIMIT
+        )
+
+    return run
 
 
 def test_a_stop_signal_ends_with_a_message_and_can_be_resumed(
-    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finetune_until_signal: FinetuneUntilSignal, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Catches SIGTERM that ends a run without a word, with an exit code that queue systems count as a failure, and a
     status or log that does not tell about it."""
     flags = ["--training.seeds=1", "--training.epochs=4", "--training.evaluate_every=7"]
-    stopped = finetune_until_signal(signal.SIGTERM, config_file, flags)
+    stopped = finetune_until_signal(signal.SIGTERM, flags)
     assert stopped.returncode == 75, stopped.stderr
     message = "stopped: seed 1 at step 14, saved; run the same command again to resume\n"
     assert stopped.stderr.endswith(f"deepcloze: {message}")
@@ -211,13 +220,13 @@ def test_a_stop_signal_during_the_imports_ends_with_a_message(config_file: Path)
 
 
 def test_a_killed_run_resumes_within_a_seed(
-    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finetune_until_signal: FinetuneUntilSignal, config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Catches a kill that costs a whole seed, and a resume whose files differ: by order, dropout, or the best weights.
     Also the files of two runs with the same seed that differ."""
     overrides = {"training.seeds": "[1]", "training.epochs": "4", "training.evaluate_every": "7"}
     flags = [f"--{key}={value}" for key, value in overrides.items()]
-    killed = finetune_until_signal(signal.SIGKILL, config_file, flags)
+    killed = finetune_until_signal(signal.SIGKILL, flags)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     run, other = tmp_path / "run", tmp_path / "other"
     assert not (run / "seed-1").exists()
