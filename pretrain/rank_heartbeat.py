@@ -15,7 +15,7 @@ from experiment.heartbeat import STACK_SIGNAL, Heartbeat, beat_seconds, hung_sec
 from experiment.run_folder import RunFolder
 
 # Code in which the innermost frame of a rank that waits for others is.
-_COLLECTIVES = ("/torch/distributed/", "/pretrain/training/cpu_group.py")
+_COLLECTIVES = ("/torch/distributed/", "/pretrain/training/cpu_group.py", "/pretrain/training/device_sums.py")
 _COMPILERS = ("/torch/_dynamo/", "/torch/_inductor/")
 
 

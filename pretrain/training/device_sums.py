@@ -4,11 +4,14 @@ gloo sends such sums around a ring of all ranks, in 2 (N - 1) messages one after
 longer than a short step. NCCL adds them in a tree over its own network, and no host waits for another one.
 """
 
+import time
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+_POLL_SECONDS = 0.0001
 
 
 class DeviceSums:
@@ -44,7 +47,8 @@ class PendingDeviceSums:
 
     def wait(self) -> list[int]:
         """The sums. After a step they are complete, because the step reads the norm of the gradient, which the same
-        group has summed later."""
-        self._copied.synchronize()
+        group has summed later. Otherwise this polls in this file, which tells `RankHeartbeat` that the rank waits."""
+        while not self._copied.query():  # type: ignore[no-untyped-call]
+            time.sleep(_POLL_SECONDS)
         self._on_progress()
         return self._sums.tolist()

@@ -75,6 +75,24 @@ def test_a_rank_that_has_stopped_writes_its_stack_when_asked(
     wait_until(lambda: any("in blocked" in frame for frame in main_stack(folder.rank_log(3), 0)), processes[0])
 
 
+WAITS_FOR_GPUS = """
+import torch
+from pretrain.training.device_sums import PendingDeviceSums
+class Event:
+    def query(self):
+        return False
+PendingDeviceSums(torch.zeros(1), Event(), times.make_progress).wait()
+"""
+
+
+def test_a_rank_that_waits_for_the_sums_of_gpus_is_not_to_blame(
+    folder: RunFolder, processes: "list[subprocess.Popen[bytes]]"
+) -> None:
+    """Catches a rank that is named in place of the one that it waits for."""
+    processes.append(rank(folder, TRAINS + WAITS_FOR_GPUS))
+    wait_until(lambda: last_beat(folder).waits, processes[0])
+
+
 @pytest.mark.parametrize(
     "body",
     [
