@@ -1,0 +1,21 @@
+import re
+
+import pytest
+
+from benchmarks import many_ranks
+
+
+def test_heartbeats_of_all_ranks_are_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a benchmark that no longer runs."""
+    many_ranks.heartbeats(ranks=[2, 3])
+    line = r"{} ranks: [\d.]+ ms to write all heartbeats, [\d.]+ ms to look at them\n"
+    assert re.match(line.format(2) + line.format(3), capsys.readouterr().out)
+
+
+def test_a_checkpoint_of_many_shares_is_completed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches shares that do not add up, and a benchmark that no longer runs."""
+    monkeypatch.setattr(many_ranks, "_PARAMETERS", 1000)
+    many_ranks.checkpoint(ranks=3)
+    assert re.match(r"3 ranks: [\d.]+ s for rank 0 to complete", capsys.readouterr().out)
