@@ -31,13 +31,13 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Hugging Face folder: a masked-LM BERT of 2 layers x 32, 64 positions, with the vocabulary of WORDS."""
+    """A Hugging Face folder: a masked-LM BERT of 1 layer x 32, 64 positions, with the vocabulary of WORDS."""
     folder = tmp_path_factory.mktemp("encoder")
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(SPECIALS + WORDS),
         hidden_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=2,
         intermediate_size=64,
         max_position_embeddings=64,

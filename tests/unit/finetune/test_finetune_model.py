@@ -104,8 +104,9 @@ def test_weights_that_are_not_used_are_reported(encoder: Path, copied: Path) -> 
     """Catches layers that are left out silently because the config has fewer than the weights."""
     spec = start(encoder)
     assert "the model does not use 5 tensors (cls.predictions" in describe_model(build_model(spec), spec)[1]
-    config = json.loads((copied / "config.json").read_text())
-    (copied / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    weights = load_file(copied / "model.safetensors")
+    more = {name.replace("layer.0.", "layer.1."): value.clone() for name, value in weights.items()}
+    save_file(weights | more, copied / "model.safetensors", metadata={"format": "pt"})
     lines = describe_model(build_model(start(copied)), start(copied))
     assert lines[1] == (
         f"the config has fewer layers than {copied}: 16 tensors are left out "
@@ -127,9 +128,8 @@ def test_frozen_modules_are_not_trained(encoder: Path) -> None:
 
 def test_weights_that_lack_a_layer_are_rejected(copied: Path) -> None:
     """Catches a folder whose weights fill only part of the encoder being trained as if it were pretrained."""
-    weights = load_file(copied / "model.safetensors")
-    kept = {name: value for name, value in weights.items() if "layer.1." not in name}
-    save_file(kept, copied / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
     with pytest.raises(UserError, match=r"weights do not fit its config: no bert\.encoder\.layer\.1"):
         build_model(start(copied))
 
