@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[3]
 COMMAND = [sys.executable, "-P", "-c", "from deepcloze import run; run()", "config", "pretrain", "run.dir"]
 
@@ -16,12 +14,12 @@ def run_command(folder: Path, *path: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(COMMAND, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("intruder", ["launcher.py", "pretrain/__init__.py", "finetune/data.txt", "experiment.py"])
-def test_a_module_of_the_same_name_on_the_path_is_not_imported(tmp_path: Path, intruder: str) -> None:
+def test_a_module_of_the_same_name_on_the_path_is_not_imported(tmp_path: Path) -> None:
     """Catches a user's file that is executed in place of a package."""
-    path = tmp_path / "mine" / intruder
-    path.parent.mkdir(parents=True)
-    path.write_text("print('executed')")
+    for intruder in ("launcher.py", "pretrain/__init__.py", "finetune/data.txt", "experiment.py"):
+        path = tmp_path / "mine" / intruder
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("print('executed')")
     done = run_command(tmp_path, tmp_path / "mine", ROOT)
     assert done.returncode == 0, done.stderr
     assert "executed" not in done.stdout

@@ -9,6 +9,7 @@ from pretrain.batching.batch import IGNORED
 from pretrain.batching.batch_sizes import BatchSizes
 from pretrain.batching.masking import MaskingSchedule
 from pretrain.world import World
+from runs import soak
 
 PAD, CLS, SEP = 0, 1, 2
 
@@ -41,11 +42,23 @@ def by_unit(maker, unit):
     return dataclasses.replace(maker, corpora=(dataclasses.replace(source, masker=masker),))
 
 
-@pytest.mark.parametrize(
-    ("rows", "unit"),
-    [("windows", "token"), ("padded", "token"), ("flat", "token"), ("windows", "word"), ("windows", "span")],
+ROWS_AND_UNITS = (
+    ("windows", "token"),
+    ("padded", "token"),
+    ("flat", "token"),
+    ("windows", "word"),
+    ("windows", "span"),
 )
-@pytest.mark.parametrize("world_size", [1, 2, 3, 8, 1024])
+
+
+@pytest.mark.parametrize(
+    ("world_size", "rows", "unit"),
+    [
+        *((world_size, *case) for world_size in (1, 2, 3, 8) for case in ROWS_AND_UNITS),
+        (1024, "windows", "span"),
+        *soak(*((1024, *case) for case in ROWS_AND_UNITS[:-1])),
+    ],
+)
 def test_a_global_batch_is_the_same_at_every_world_size(maker, world_size, rows, unit):
     """Catches sequences or masks that depend on the world size, and tokens lost or duplicated between ranks."""
     maker = by_unit(maker, unit)

@@ -1,4 +1,5 @@
 import itertools
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -269,16 +270,22 @@ def test_a_process_with_workers_exits_quietly():
     assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")
 
 
+def started_as_case(_, method):
+    """The type of the workers of a process that has been started by this method."""
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method(method, force=True)
+    others = set(active_children())
+    kept = load_batches(LargeBatches(), 0, 2, workers=1)
+    multiprocessing.set_start_method(before, force=True)
+    found = {type(child).__name__ for child in set(active_children()) - others}
+    del kept
+    return found
+
+
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_workers_are_forked_whatever_the_rank_was(method):
+def test_workers_are_forked_whatever_the_rank_was(pools, method):
     """Catches workers that are started as their rank was, which the tests of GPUs do in another way than a launch."""
-    code = "from test_loader import LargeBatches\nfrom pretrain.batching.loader import load_batches\n"
-    code += f"import multiprocessing\nmultiprocessing.set_start_method({method!r})\n"
-    code += "batches = load_batches(LargeBatches(), 0, 2, workers=1)\n"
-    code += "print(*{type(child).__name__ for child in multiprocessing.active_children()})\ndel batches"
-    command = [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path}\n{code}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
-    assert done.stdout == "ForkProcess\n", done.stderr
+    assert pools[1].run(started_as_case, method) == [{"ForkProcess"}]
 
 
 @pytest.mark.parametrize(
