@@ -50,13 +50,14 @@ def sampled(cases: Iterable[Any], sample: Collection[Any]) -> list[Any]:
 def run_config(folder: Path, corpus: Path, ds_config: str = "fp32_zero1", **changes: Any) -> Tree:
     """Config of a run of 6 steps that logs every step. `changes`: `section__key=value`.
 
-    No size divides another: 29 sequences a batch, rows of 40 slots, three rows a microbatch.
+    No size divides another: 29 sequences a batch, rows of 40 slots, six rows a microbatch. With one to three ranks, a
+    rank has at least two microbatches in most steps.
     """
     tree: Tree = {
         "run": {"dir": str(folder), "seed": 8, "log_every": 1},
         "model": {"config": TINY},
         "corpus": {"train": str(corpus)},
-        "batch": {"sequences": 29, "max_seq_length": 40, "microbatch_tokens": 130},
+        "batch": {"sequences": 29, "max_seq_length": 40, "microbatch_tokens": 260},
         "optimizer": {"lr": 3e-3},
         "schedule": {"steps": 6, "warmup_steps": 2},
         "checkpoint": {"every_steps": None, "keep_last": 100},

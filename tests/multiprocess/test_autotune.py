@@ -85,7 +85,7 @@ def test_a_resumed_run_with_stages_is_tuned(
 
 def test_a_signal_ends_the_trials(start: Start, wordpiece_corpus: Path, tmp_path: Path) -> None:
     """Catches ranks of a trial that outlive the command, a run that starts nevertheless, and a wrong exit code."""
-    config = config_file(tmp_path, wordpiece_corpus)
+    config = config_file(tmp_path, wordpiece_corpus, batch__microbatch_tokens=130)
     launch = start_autotune(start, tmp_path, config)
     folder = RunFolder(tmp_path / "run")
     trial = RunFolder(folder.logs / "autotune" / "130")

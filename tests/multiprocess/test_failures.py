@@ -74,7 +74,7 @@ if "pretrain.run" in sys.orig_argv:
 
 def test_a_rank_out_of_memory_gets_a_smaller_microbatch(start: Start, wordpiece_corpus: Path, tmp_path: Path) -> None:
     """Catches a restart that fails the same way again, or that changes the global batch."""
-    config = config_file(tmp_path, wordpiece_corpus)
+    config = config_file(tmp_path, wordpiece_corpus, batch__microbatch_tokens=130)
     command = (sys.executable, "-m", "launcher", "pretrain", "--config", str(config), "--max_restarts=2")
     code, output = wait_for_exit(start(*command, **patched(tmp_path, SMALL_MEMORY)))
     assert code == 0, output
