@@ -23,7 +23,7 @@ from launches import Start, config_file, wait_for_exit
 from pretrain.config import PretrainConfig
 from pretrain.rank_heartbeat import RankHeartbeat
 from pretrain.world import World
-from rank_pool import RankPool
+from rank_pool import ForkServer, RankPool
 from runs import Tree, logged, pretrain_case, run_config, soak
 
 pytestmark = pytest.mark.real_start
@@ -79,6 +79,7 @@ BLOCK = "threading.Event().wait(600)"
 )
 def test_a_hung_rank_is_named(
     start: Start,
+    fork_server: ForkServer,
     pools: dict[int, RankPool],
     wordpiece_corpus: Path,
     tmp_path: Path,
@@ -108,7 +109,7 @@ def test_a_hung_rank_is_named(
     assert folder.outcome.stat().st_mtime - marker.stat().st_mtime < HANG_SECONDS
     pids = [json.loads(folder.rank_record(rank).read_text(encoding="utf-8"))["pid"] for rank in range(2)]
     assert not any(map(psutil.pid_exists, pids))
-    resumed = start(*command, "--health.hang_seconds=600", PYTHONPATH=f"{tmp_path}:{REPOSITORY}")
+    resumed = start(*command, "--health.hang_seconds=600", **fork_server.environment())
     code, output = wait_for_exit(resumed)
     assert code == 0, output
     assert "resuming from" in output

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from experiment.checkpoints import checkpoint_path, complete_checkpoints, last_usable, verify
@@ -15,10 +16,9 @@ from experiment.outcome_file import Cause, Outcome, read_outcome
 from experiment.provenance import REPOSITORY
 from experiment.run_folder import RunFolder
 from launches import LONG, Start, config_file, wait_for_exit, wait_for_steps
-from rank_pool import RankPool, free_port
+from rank_pool import ForkServer, RankPool, free_port
 from runs import NO_DROPOUT, TINY, logged, pretrain_case, run_config, saved_tensors
-
-pytestmark = pytest.mark.real_start
+from waiting import wait_until
 
 
 def test_a_killed_rank_resumes_and_repeats_no_step(
@@ -29,8 +29,10 @@ def test_a_killed_rank_resumes_and_repeats_no_step(
     command = (sys.executable, "-m", "pretrain.run", "--config", str(config))
     killed = start(*command)
     wait_for_steps(tmp_path / "run", 13, killed)
+    pid = json.loads(RunFolder(tmp_path / "run").rank_record(0).read_text(encoding="utf-8"))["pid"]
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
+    wait_until(lambda: not psutil.pid_exists(pid))
     reached = len(logged(tmp_path / "run"))
     assert last_usable(complete_checkpoints(tmp_path / "run" / "checkpoints"), verify)
 
@@ -49,6 +51,7 @@ def test_a_killed_rank_resumes_and_repeats_no_step(
     assert logged(tmp_path / "uninterrupted") == logged(tmp_path / "run")
 
 
+@pytest.mark.real_start
 def test_deepspeeds_own_launcher_gives_the_same_run(
     start: Start, wordpiece_corpus: Path, tmp_path: Path, pools: dict[int, RankPool]
 ) -> None:
@@ -65,7 +68,10 @@ def test_deepspeeds_own_launcher_gives_the_same_run(
     assert logged(tmp_path / "run") == logged(tmp_path / "pooled")
 
 
-def test_sigterm_saves_and_the_same_command_resumes(start: Start, wordpiece_corpus: Path, tmp_path: Path) -> None:
+@pytest.mark.real_start
+def test_sigterm_saves_and_the_same_command_resumes(
+    start: Start, fork_server: ForkServer, wordpiece_corpus: Path, tmp_path: Path
+) -> None:
     """Catches a signal that loses steps, a wrong exit code, and a restart from step 0."""
     config = config_file(tmp_path, wordpiece_corpus, ds_config="bf16_zero2", schedule__steps=LONG)
     command = (str(Path(sys.executable).with_name("deepcloze")), "pretrain", "--config", str(config), "--num_gpus", "2")
@@ -83,7 +89,8 @@ def test_sigterm_saves_and_the_same_command_resumes(start: Start, wordpiece_corp
     assert complete_checkpoints(saved.parent) == [saved]
     assert not (tmp_path / "run" / "STOP").exists()
 
-    code, output = wait_for_exit(start(*command, "--oversubscribe", f"--schedule.steps={steps[-1] + 2}"))
+    resumed = start(*command, "--oversubscribe", f"--schedule.steps={steps[-1] + 2}", **fork_server.environment())
+    code, output = wait_for_exit(resumed)
     assert code == 0, output
     assert f"resuming from {saved}" in output
     assert f"schedule.steps: {LONG} -> {steps[-1] + 2}" in output

@@ -13,6 +13,7 @@ from experiment.checkpoints import checkpoint_path, complete_checkpoints
 from experiment.outcome_file import Cause, Outcome, read_outcome
 from experiment.run_folder import RunFolder
 from launches import LONG, Start, config_file, patched, wait_for_exit, wait_for_steps
+from rank_pool import ForkServer
 from runs import logged, soak
 from waiting import wait_until
 
@@ -101,7 +102,7 @@ def test_a_second_signal_to_one_rank_ends_all(
 @pytest.mark.real_start
 @pytest.mark.parametrize("number", [signal.SIGUSR1, *soak(signal.SIGUSR2, signal.SIGTERM)])
 def test_a_signal_to_all_processes_saves_a_checkpoint(
-    start: Start, wordpiece_corpus: Path, tmp_path: Path, number: signal.Signals
+    start: Start, fork_server: ForkServer, wordpiece_corpus: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     """Catches a launcher of DeepSpeed or a data worker that dies because a batch system signals all of a job, and a
     run that does not resume after it."""
@@ -120,7 +121,7 @@ def test_a_signal_to_all_processes_saves_a_checkpoint(
     saved = complete_checkpoints(folder.checkpoints)[-1]
     assert saved == checkpoint_path(folder.checkpoints, last)
     wait_until(lambda: started.pid not in psutil.pids())
-    resumed = start(*command)
+    resumed = start(*command, **fork_server.environment())
     wait_for_steps(folder.path, last + 2, resumed)
     folder.stop.touch()
     code, output = wait_for_exit(resumed)

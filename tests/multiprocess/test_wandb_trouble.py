@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from launches import LONG, Start, config_file, wait_for_exit, wait_for_steps
-from rank_pool import RankPool
+from rank_pool import ForkServer, RankPool
 from runs import logged, pretrain_case, run_config, soak
 from small_disk import SmallDisk
 from waiting import wait_until
@@ -122,7 +122,9 @@ def test_a_server_that_breaks_during_a_run(
 
 
 @pytest.mark.real_start
-def test_no_step_is_doubled_or_missing_after_a_kill(start: Start, wordpiece_corpus: Path, tmp_path: Path) -> None:
+def test_no_step_is_doubled_or_missing_after_a_kill(
+    start: Start, fork_server: ForkServer, wordpiece_corpus: Path, tmp_path: Path
+) -> None:
     """Catches steps that appear twice in W&B or TensorBoard after a crash, or not at all, with the real packages."""
     config = config_file(
         tmp_path,
@@ -140,7 +142,7 @@ def test_no_step_is_doubled_or_missing_after_a_kill(start: Start, wordpiece_corp
         os.killpg(killed.pid, signal.SIGKILL)
         killed.wait()
         reached = len(logged(folder))
-        resumed = start(*command, **_variables(server.url, tmp_path))
+        resumed = start(*command, **_variables(server.url, tmp_path), **fork_server.environment())
         wait_for_steps(folder, reached + 10, resumed)
         (folder / "STOP").touch()
         code, output = wait_for_exit(resumed)
