@@ -3,6 +3,7 @@
 `tests/gpu/test_gpu_syncs.py` asks CUDA. Here the reads are recorded on a CPU, where they cost nothing.
 """
 
+import itertools
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fp16 import fp16_supported
 from pretrain.world import World
 from rank_pool import RankPool
-from runs import Tree, build_engine, microbatch, run_config
+from runs import Tree, build_engine, microbatch, run_config, sampled
 
 WARMUP = 2  # steps; in the first ones DeepSpeed's ZeRO 3 compares the order of parameters between ranks
 
@@ -100,8 +101,13 @@ def reads_case(world: World, tree: Tree) -> tuple[list[str], list[list[str]]]:
     return in_microbatches, in_steps
 
 
-@pytest.mark.parametrize("ds_config", DS_CONFIGS)
-@pytest.mark.parametrize("rule", ["adamw", "lamb"])
+@pytest.mark.parametrize(
+    ("rule", "ds_config"),
+    sampled(
+        itertools.product(("adamw", "lamb"), DS_CONFIGS),
+        [*(("adamw", ds_config) for ds_config in DS_CONFIGS), *(("lamb", f"fp32_zero{stage}") for stage in range(4))],
+    ),
+)
 def test_at_most_one_read_per_step_and_none_in_a_microbatch(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, rule: str, ds_config: str
 ) -> None:
