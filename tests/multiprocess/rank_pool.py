@@ -95,6 +95,10 @@ class ForkServer:
         pids: list[int] = self._requests.recv()
         return pids
 
+    def wait_until_ready(self) -> None:
+        """Wait until commands are forked at once."""
+        self.fork(0, "", 0)
+
     def serve_namespaces(self, process: int) -> None:
         """Serve commands in the namespaces of a process, until these end."""
         self._requests.send(("namespaces", process, self._folder))

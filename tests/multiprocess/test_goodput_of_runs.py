@@ -25,11 +25,12 @@ from experiment.goodput import (
 from experiment.results.report import write_report
 from experiment.run_folder import RunFolder
 from launches import LONG, Start, config_file, wait_for_exit, wait_for_steps
+from rank_pool import ForkServer
 from runs import logged
 
 
 def test_the_time_of_an_interrupted_run_adds_up(
-    start: Start, wordpiece_corpus: Path, heldout_corpus: Path, tmp_path: Path
+    start: Start, fork_server: ForkServer, wordpiece_corpus: Path, heldout_corpus: Path, tmp_path: Path
 ) -> None:
     """Catches time that is lost, counted twice or called useful in a run with two kills, evaluations and a stop, and a
     report that needs a run to have ended."""
@@ -38,6 +39,7 @@ def test_the_time_of_an_interrupted_run_adds_up(
     config = config_file(tmp_path, wordpiece_corpus, schedule__steps=LONG, checkpoint__every_steps=10, **changes)
     deepcloze = str(Path(sys.executable).with_name("deepcloze"))
     launched, began, ended = [], [], []
+    fork_server.wait_until_ready()
 
     def launch() -> "subprocess.Popen[str]":
         launched.append(time.time())
