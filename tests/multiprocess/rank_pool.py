@@ -155,7 +155,8 @@ class RankPool:
         for rank in waiting.values():  # it writes the stacks of its threads, also of those that wait in C++
             with suppress(ProcessLookupError):
                 os.kill(self._pids[rank], signal.SIGABRT)
-        wait(list(waiting), timeout=REPORT_SECONDS)
+        if waiting:
+            wait(list(waiting), timeout=REPORT_SECONDS)
         failures |= dict.fromkeys(waiting.values(), "timed out; its output ends with the stacks of its threads")
         if failures:
             self.kill()
