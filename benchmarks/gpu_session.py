@@ -73,7 +73,7 @@ Plan = Callable[[Mapping[str, Outcome]], Iterable[Step]]
 def plan(outcomes: Mapping[str, Outcome]) -> Iterator[Step]:
     """All steps by importance."""
     in_runs = "runs_with or gets_the"
-    yield _tests("kernels", 180, "attention", "optimizers", "head", only=f"not ({in_runs})")
+    yield _tests("kernels", 180, "attention", "optimizers", "head", "sums", only=f"not ({in_runs})")
     yield Step("kernel-times", 120, ("-m", "benchmarks.gpu_kernels", "bf16"))
     yield _tests("training", 240, "training", only="fp32 or 16_bit")
     yield _tests("syncs", 240, "syncs")

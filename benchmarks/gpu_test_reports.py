@@ -2,16 +2,25 @@
 itself reports failures at its end, which a hanging test may prevent."""
 
 import json
-import os
 
 import pytest
 
 _CHARACTERS = 400  # of a message
 
 
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    if "PYTEST_XDIST_WORKER" in os.environ or (report.passed and report.when != "call"):
-        return
+def pytest_configure(config: pytest.Config) -> None:
+    """Report in the process that starts xdist's workers, not in these."""
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_Reports())
+
+
+class _Reports:
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if not report.passed or report.when == "call":
+            _print(report)
+
+
+def _print(report: pytest.TestReport) -> None:
     crash = getattr(report.longrepr, "reprcrash", None)
     message = (crash.message if crash else report.longreprtext) if report.failed else ""
     if len(message) > _CHARACTERS:  # its last line may be the error of a rank

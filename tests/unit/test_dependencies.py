@@ -47,7 +47,12 @@ def declared(*extras: str) -> set[str]:
 def imported(*folders: str) -> set[str]:
     """The distributions that these folders import, wherever in a file the import is."""
     files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
-    own = {*PRODUCT, "benchmarks", "_typeshed", *(path.stem for path in (ROOT / "tests").rglob("*.py"))}
+    own = {
+        *PRODUCT,
+        "benchmarks",
+        "_typeshed",
+        *(path.stem for path in (ROOT / "tests").rglob("*") if path.is_dir() or path.suffix == ".py"),
+    }
     modules: set[str] = set()
     for file in files:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):

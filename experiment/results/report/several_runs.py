@@ -171,7 +171,7 @@ def sweep_blocks(folder: RunFolder) -> list[Block]:
         record = parse_json(path.read_text(encoding="utf-8"))
         lower, results = bool(record.get("lower_is_better", True)), _results(record["runs"])
         best_first = sort_results(results, lower)
-        configs = [run["config"] for run in record["runs"].values()]
+        configs = [run.get("config", {}) for run in record["runs"].values()]
         metric = metric_title(str(record["metric"]), configs[0] if configs else {})
         table = _sweep_table(best_first, metric)
         values = {result.name: result.value for result in best_first if result.value is not None}

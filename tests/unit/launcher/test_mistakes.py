@@ -142,7 +142,10 @@ CONFIGS = {
         r"empty.yaml: 'run', 'model', 'corpus' and 'schedule' are missing",
         {"empty.yaml": ""},
     ),
-    "data as config": Mistake("validate train.csv", r"train.csv: expected a mapping of sections"),
+    "data as config": Mistake(
+        "validate train.csv",
+        r"train.csv is not a config: expected a YAML file, which names the data; see `deepcloze recipes`",
+    ),
     "task to pretrain": Mistake("pretrain --config task.yaml", r"the config of a task, for `deepcloze finetune`"),
     "pretraining to finetune": Mistake("finetune --config run.yaml", r"of a pretraining, for `deepcloze pretrain`"),
     "comparison to pretrain": Mistake("pretrain --config compare.yaml", r"a comparison, for `deepcloze compare`"),
@@ -228,7 +231,8 @@ CONFIGS = {
         "pretrain --config run.yaml --model.config.model_type=brt", r"unknown model type 'brt'; did you mean 'bert'\?"
     ),
     "missing preset": Mistake(
-        "pretrain --config run.yaml --engine.ds_config=bf16_zero9", r"engine.ds_config: .* did you mean 'bf16_zero\d'\?"
+        "pretrain --config run.yaml --engine.ds_config=bf16_zero9",
+        r"'engine.ds_config': there is no file and no preset 'bf16_zero9'; did you mean 'bf16_zero\d'\?",
     ),
     "precision of the device": Mistake(
         "pretrain --config run.yaml --engine.ds_config=fp16_zero1",
