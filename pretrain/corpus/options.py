@@ -6,7 +6,7 @@ Imports nothing heavy: `deepcloze --help` reads this module.
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt, field_validator, model_validator
 
 from experiment.config import Metavar, Section
 from experiment.config.field_types import PathName
@@ -73,6 +73,11 @@ class PythonDocsOptions(Section):
 
     files_per_package: PositiveInt | None = None
     """Read at most this many files of a package, evenly spaced in the order of their names; default: all."""
+
+    @field_validator("packages")
+    @classmethod
+    def _split(cls, packages: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        return packages and tuple(name for text in packages for name in text.split(","))
 
 
 class TokenizerOptions(TextOptions):

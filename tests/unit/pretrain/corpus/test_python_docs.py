@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from experiment.errors import UserError
+from launcher.cli import main
 from pretrain.corpus import python_docs
 from pretrain.corpus.documents import read_documents
 from pretrain.corpus.formats import ReadStats
@@ -157,6 +158,9 @@ def test_packages_and_files_can_be_chosen(installed: Path) -> None:
     assert {doc.package for doc in read_python_docs(["My_Shapes"])} == {"my-shapes"}
     files = [doc.document for doc in read_python_docs(["my-shapes"], files_per_package=1)]
     assert files == ["my-shapes/METADATA", "my-shapes/shapes", "my-shapes/shapes.f"]
+    assert main(["python_docs", f"--output={installed / 'docs.jsonl'}", "--packages=python,my-shapes"]) == 0
+    lines = (installed / "docs.jsonl").read_text(encoding="utf-8").splitlines()
+    assert {json.loads(line)["package"] for line in lines} == {"python", "my-shapes"}
     with pytest.raises(UserError, match="--packages: not installed: circles"):
         list(read_python_docs(["circles", "python"]))
 
