@@ -30,6 +30,7 @@ from benchmarks.package_task import EXAMPLES, NAMES, make_package_task, read_pac
 from experiment.errors import UserError
 from experiment.formatting import describe_duration, format_perplexity
 from experiment.hardware import has_native_bf16
+from experiment.outcome_file import Outcome
 from experiment.results.charts import DotChart, DotCharts, Dots
 from experiment.results.page import Block, Code, Heading, Table, Text, write_page
 from experiment.results.report.tasks import result_blocks
@@ -45,7 +46,7 @@ TASK_SEED = 42
 HELD_OUT_DOCUMENTS = 400
 VOCABULARY = 8192
 MARKER = ".demo"  # marks a folder made by the demo, which the next one may delete
-STOPPED = 75  # exit code of a run that can be resumed
+STOPPED = Outcome.STOPPED.exit_code
 FILES = 300  # read of each package: a few times what the run has time to train on
 MINUTES = 2.0  # of pretraining
 OTHER_MINUTES = (2, 3)  # of everything else, on two idle cores with AVX-512 and without

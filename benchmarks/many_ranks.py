@@ -6,7 +6,7 @@
 
 - agreement: the sums of a step over gloo: processor time, sockets and the time to connect, with connections to all
   ranks and with connections on first use
-- heartbeats: one round of all ranks' heartbeats, and one look of the launcher at them
+- heartbeats: one round of all ranks' heartbeats, and one check of them by the launcher
 - checkpoint: what rank 0 does alone, when the shares of all ranks are on disk
 
 More processes than cores wait for each other, so processor time is what counts; it does not include the network.

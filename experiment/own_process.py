@@ -50,7 +50,7 @@ def wait_at_gate() -> None:
     gate = Path(path)
     while not gate.exists():
         if not gate.parent.exists():
-            os._exit(Outcome.REFUSED.exit_code)  # a normal exit would take apart what has been imported
+            os._exit(Outcome.REFUSED.exit_code)  # skips the slow teardown of imported libraries
         time.sleep(_POLL_SECONDS)
 
 

@@ -34,7 +34,7 @@ from launcher.supervision.rank_processes import HeldRanks, held_ranks
 from launcher.supervision.supervisor import supervise
 from pretrain.config import PretrainConfig
 
-_PEAK = 1.5  # highest loss divided by the first one; healthy runs stay below, also with batches of two sequences
+_PEAK_RATIO = 1.5  # highest loss divided by the first one; healthy runs stay below, also with batches of two sequences
 
 
 def launch_pretraining(options: PretrainOptions) -> None:
@@ -172,12 +172,12 @@ def announce_done(folder: RunFolder, step_before: int | None, seconds: float) ->
 
 def has_diverged(losses: Sequence[float]) -> bool:
     """Whether the loss of a run has left the range of its start and has not come back: the mean of the last tenth is
-    higher than the first value. A diverged run may end only a few percent higher, with the frequencies of the tokens.
+    higher than the first value. A diverged run may end only a few percent higher, having learned token frequencies.
     """
     if not losses:
         return False
     first, end = losses[0], fmean(losses[-max(1, len(losses) // 10) :])
-    return end > first and max(losses) > _PEAK * first
+    return end > first and max(losses) > _PEAK_RATIO * first
 
 
 def announce_stop(folder: RunFolder, step_before: int | None) -> None:

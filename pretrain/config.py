@@ -194,11 +194,15 @@ class MaskingConfig(Section):
 
 
 class MuonConfig(Section):
-    """How Muon updates hidden matrices. The other keys of `optimizer` apply to them too, except `betas` and `eps`."""
+    """How Muon updates hidden matrices. The other keys of `optimizer` apply to them too, except `betas`, `eps` and, if
+    `lr` is set here, `lr`."""
 
     lr: PositiveFloat | None = None
-    """Peak learning rate of the hidden matrices, with Jordan's scale, such as 0.02. null: `optimizer.lr`, with
-    Moonlight's scale, which gives updates the size of AdamW's."""
+    """Peak learning rate of the hidden matrices; null: `optimizer.lr`."""
+
+    adjust_lr: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
+    """Scale of updates, by the shape of the matrix. `match_rms_adamw` (Moonlight): updates are about as large as
+    AdamW's, so its learning rate and weight decay carry over. `original` (Jordan): for learning rates such as 0.02."""
 
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
     """Decay rate of the running average of the gradient."""
@@ -207,7 +211,7 @@ class MuonConfig(Section):
     """Use Nesterov momentum."""
 
     precision: Literal["bf16", "fp32"] | None = None
-    """In which matrices are orthogonalized. null: bf16 in a bf16 run, else fp32."""
+    """Precision of the orthogonalization; null: bf16 in a bf16 run, else fp32."""
 
 
 class OptimizerConfig(Section):

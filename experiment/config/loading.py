@@ -121,7 +121,7 @@ def flatten(config: Section | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_defaults(flat: Mapping[str, Any], config_type: type[BaseModel], above: str = "") -> dict[str, Any]:
-    """A flat config with the defaults of the keys that it lacks, like one that an earlier version has recorded.
+    """Fill in the defaults of keys that a flat config lacks, such as one that an earlier version has recorded.
 
     above: the beginning of the keys of `config_type`, such as `task.`
     """

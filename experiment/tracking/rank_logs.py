@@ -68,9 +68,10 @@ def _remove_terminal_handlers() -> None:
 class _RankLog(logging.FileHandler):
     """A rank's log file; a class of its own so that a second set-up can replace it."""
 
-    def filter(self, record: logging.LogRecord) -> bool:
+    def emit(self, record: logging.LogRecord) -> None:
         """Leave out empty messages, such as those with which DeepSpeed frames its tables."""
-        return bool(record.getMessage().strip())
+        if str(record.msg).strip():
+            super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         """Drop what does not fit on a full disk: logging would print a traceback for each message."""

@@ -18,7 +18,7 @@ from fastapi import HTTPException
 from experiment.errors import UserError
 from finetune.data.records import Record
 from finetune.encoding.encoder import Tokens
-from finetune.encoding.examples import Example
+from finetune.encoding.examples import Example, Split
 from finetune.loaded_model import EmbeddedText, Pooling
 from finetune.mask_filler import Candidates, MaskedText, MaskFiller
 from finetune.predictor import Predictor
@@ -126,11 +126,15 @@ class Services:
 
     async def _predict(self, predictor: Predictor, records: Sequence[Record], calibrated: bool) -> list[Any]:
         """Raises HTTPException for options that would take too much memory."""
-        tokens = await asyncio.to_thread(predictor.count_option_tokens, records)
-        if tokens > _OPTION_TOKENS:  # before they are encoded, which takes as much memory
-            message = f"ranking the options takes {tokens:,} tokens, as each of theirs is masked in turn"
-            raise HTTPException(413, f"{message}; at most {_OPTION_TOKENS:,} are accepted")
-        split = await asyncio.to_thread(predictor.encode, records)
+
+        def encode() -> Split:
+            tokens = predictor.count_option_tokens(records)
+            if tokens > _OPTION_TOKENS:  # before they are encoded, which takes as much memory
+                message = f"ranking the options takes {tokens:,} tokens, as each of theirs is masked in turn"
+                raise HTTPException(413, f"{message}; at most {_OPTION_TOKENS:,} are accepted")
+            return predictor.encode(records)
+
+        split = await asyncio.to_thread(encode)
         outputs = await self._examples.submit(split.examples, self._sizes(split.examples))
         return await asyncio.to_thread(predictor.decode, split, outputs, calibrated)
 

@@ -104,7 +104,7 @@ class Engine:
         return torch.device(self._deepspeed.device)
 
     def begin_step(self, step: int, learning_rate: float) -> None:
-        """Call before the first microbatch of `step`. `learning_rate`: of the layers with the highest rate."""
+        """Call before the first microbatch of `step`. `learning_rate`: `optimizer.lr` after the schedule."""
         self._step = step
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_scale"]

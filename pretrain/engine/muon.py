@@ -5,7 +5,9 @@ Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon/), with decoupled 
 
     B <- momentum B + (1 - momentum) G          G: the whole gradient of the global batch, clipped
     U <- (1 - momentum) G + momentum B          Nesterov; else B
-    W <- (1 - lr decay) W - lr 0.2 sqrt(max(rows, columns)) NewtonSchulz(U)
+    W <- (1 - lr decay) W - lr scale NewtonSchulz(U)
+
+The scale is Moonlight's, 0.2 sqrt(max(rows, columns)), or Jordan's, sqrt(max(1, rows / columns)).
 
 NewtonSchulz(U) approximates the nearest matrix with orthonormal rows or columns. It needs the whole matrix, which ZeRO
 shards across ranks, so each matrix is orthogonalized by one rank: the others send it their slices, and get back those
@@ -89,13 +91,17 @@ class _Transfer(NamedTuple):
     part: _Slice  # as the rank that is not the owner holds it
 
 
+class _Exchange(NamedTuple):
+    own: list[_Transfer]  # those of this rank; both ranks of a transfer have them in the same order
+    leaves_ranks: bool  # whether any rank sends something to another one
+
+
 class _Plan(NamedTuple):
-    """Which rank orthogonalizes which matrices. Of the transfers, those that this rank takes part in; both ranks of a
-    transfer have them in the same order."""
+    """Which rank orthogonalizes which matrices."""
 
     owned: list[str]  # by this rank
-    updates: list[_Transfer]  # to the owners
-    results: list[_Transfer]  # from the owners
+    updates: _Exchange  # to the owners; at ZeRO 0 they have them
+    results: _Exchange  # from the owners
 
 
 class Muon(AdamW):
@@ -196,7 +202,7 @@ class Muon(AdamW):
 
     def scale(self, rows: int, columns: int) -> float:
         """Of an update, relative to the learning rate."""
-        if self._options.lr is not None:
+        if self._options.adjust_lr == "original":
             return math.sqrt(max(1.0, rows / columns))
         return _MATCHED_RMS * math.sqrt(max(rows, columns))
 
@@ -222,31 +228,36 @@ class Muon(AdamW):
                 updates += [_Transfer(name, rank, owner, part) for rank, part in sources.items()]
                 results += [_Transfer(name, owner, rank, part) for rank, part in parts.items()]
             self._plans[numbers] = _Plan(
-                [name for name, owner in owners.items() if owner == self._rank], *map(self._own, (updates, results))
+                [name for name, owner in owners.items() if owner == self._rank],
+                *map(self._exchange, (updates, results)),
             )
         return self._plans[numbers]
 
-    def _own(self, transfers: Iterable[_Transfer]) -> list[_Transfer]:
-        return [transfer for transfer in transfers if self._rank in (transfer.source, transfer.target)]
+    def _exchange(self, transfers: Sequence[_Transfer]) -> _Exchange:
+        """`transfers`: of all ranks."""
+        return _Exchange(
+            own=[transfer for transfer in transfers if self._rank in (transfer.source, transfer.target)],
+            leaves_ranks=any(transfer.source != transfer.target for transfer in transfers),
+        )
 
     @collective("all_to_all")
     def _transfer(
         self,
-        transfers: Iterable[_Transfer],
+        exchange: _Exchange,
         read: Callable[[str, _Slice], Tensor],
         write: Callable[[str, _Slice, Tensor], None],
     ) -> None:
         """`read` gives the flat values of a part at its source, `write` takes them at its target. Collective."""
         sent: list[list[Tensor]] = [[] for _ in range(self._ranks)]
         received: list[list[_Transfer]] = [[] for _ in range(self._ranks)]
-        for transfer in transfers:
+        for transfer in exchange.own:
             if transfer.source == transfer.target:
                 write(transfer.name, transfer.part, read(transfer.name, transfer.part))
             elif transfer.source == self._rank:
                 sent[transfer.target].append(read(transfer.name, transfer.part))
             else:
                 received[transfer.source].append(transfer)
-        if self._ranks == 1:
+        if not exchange.leaves_ranks:
             return
         arriving = [transfer for transfers in received for transfer in transfers]
         nothing = torch.empty(0, dtype=self._dtype, device=self._device)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from pretrain.engine.deepspeed_internals import DeepSpeedEngine
@@ -134,6 +135,7 @@ def copy_masters_to_model(engine: DeepSpeedEngine) -> None:
                 optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
         if optimizer.persistent_parameters:
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+        get_accelerator().synchronize()  # the stream that gathers weights does not wait for the current one
     elif hasattr(optimizer, "update_lp_params"):
         optimizer.update_lp_params()
 

@@ -1,8 +1,8 @@
 """Gradients of small embedding tables on a GPU, such as the one for BERT's two token types.
 
-CUDA's kernel adds the gradients of equal indices ten at a time, and these sums one after another in a single thread per
-column (aten/src/ATen/native/cuda/EmbeddingBackwardKernel.cu, torch 2.13): 6,554 additions for 65,536 slots, which all
-have token type 0. One masked sum per row of the table reads the gradient as often as the table has rows.
+CUDA's kernel adds the gradients of equal indices ten at a time, and then adds these sums one after another in a single
+thread per column (aten/src/ATen/native/cuda/EmbeddingBackwardKernel.cu, torch 2.13): 6,554 additions for 65,536 slots,
+which all have token type 0. One masked sum per row of the table reads the gradient as often as the table has rows.
 """
 
 from typing import Any

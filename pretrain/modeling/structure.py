@@ -22,7 +22,6 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.pytorch_utils import Conv1D
 
 Forward = Callable[..., Any]
 
@@ -72,7 +71,7 @@ def hidden_matrices(model: PreTrainedModel) -> list[str]:
     matrices = {
         id(module.weight)
         for module in model.modules()
-        if (isinstance(module, Conv1D) or type(module).__name__.endswith("Linear"))  # I-BERT has a class of its own
+        if type(module).__name__.endswith("Linear")  # I-BERT has a class of its own
         and module is not decoder
         and min(module.weight.shape) > 1
     }

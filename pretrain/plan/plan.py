@@ -45,7 +45,7 @@ class RunPlan:
     rates: Rates
     packed: bool
     parameters: ParameterCounts
-    hidden_matrices: tuple[str, ...]  # names, once for all layers: layers.*.attn.Wqkv.weight
+    hidden_matrix_names: tuple[str, ...]  # names, once for all layers: layers.*.attn.Wqkv.weight
     stages: tuple[StageWork, ...]
     flops_per_token: float | None  # of the whole run
     zero: dict[int, ZeroPlan]  # by ZeRO stage: the run's own and the others
@@ -142,7 +142,7 @@ def plan_run(run: ResolvedRun, hosts: int, ranks: int, device: Device, rates: Ra
         rates=rates,
         packed=packed,
         parameters=counts,
-        hidden_matrices=tuple(dict.fromkeys(_LAYER.sub(".*.", name) for name in hidden_matrices(skeleton))),
+        hidden_matrix_names=tuple(dict.fromkeys(_LAYER.sub(".*.", name) for name in hidden_matrices(skeleton))),
         stages=stages,
         flops_per_token=None if by_stage is None else _mean_over_tokens(by_stage, stages, steps),
         zero=zero,

@@ -94,7 +94,7 @@ def _model(plan: RunPlan) -> list[str]:
 def _optimizer(plan: RunPlan) -> Iterator[str]:
     """Which parameters Muon orthogonalizes, without the numbers of their layers."""
     if plan.run.config.optimizer.name == "muon":
-        kinds = ", ".join(plan.hidden_matrices)
+        kinds = ", ".join(plan.hidden_matrix_names)
         yield f"Muon updates {plan.parameters.hidden_matrices:,} of them ({kinds}), AdamW the others"
 
 

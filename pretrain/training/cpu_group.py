@@ -3,8 +3,9 @@
 import datetime
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -15,8 +16,20 @@ from experiment.errors import UserError, disk_errors_as
 T = TypeVar("T")
 
 _POLL_SECONDS = 1.0
-# Two ranks then connect when they first send to each other: to neighbours in a ring and in trees, not to all others.
 _CONNECT_ON_USE = "TORCH_GLOO_LAZY_INIT"
+
+
+@contextmanager
+def _connecting_on_use() -> Iterator[None]:
+    """Let two ranks of a group that is created inside connect when they first send to each other: to neighbours in a
+    ring and in trees, not to all others."""
+    is_set = _CONNECT_ON_USE in os.environ
+    os.environ.setdefault(_CONNECT_ON_USE, "1")
+    try:
+        yield
+    finally:
+        if not is_set:
+            del os.environ[_CONNECT_ON_USE]
 
 
 class AgreedError(UserError):
@@ -50,10 +63,10 @@ class CpuGroup:
         """
         self._on_progress = on_progress
         self._timeout_seconds = timeout.total_seconds()
-        on_host = dist.get_backend() == "gloo"
-        if not on_host:
-            os.environ.setdefault(_CONNECT_ON_USE, "1")
-        self._group = None if on_host else dist.new_group(backend="gloo", timeout=timeout)
+        self._group = None  # the default one
+        if dist.get_backend() != "gloo":
+            with _connecting_on_use():
+                self._group = dist.new_group(backend="gloo", timeout=timeout)
 
     def all_reduce_sum(self, numbers: Sequence[int]) -> list[int]:
         """The sum of each number over all ranks."""

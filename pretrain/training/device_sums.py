@@ -21,7 +21,8 @@ class DeviceSums:
         """`on_progress`: called when sums are complete."""
         self._device = device
         self._on_progress = on_progress
-        # Of its own: training does not wait for it, nor it for training.
+        # Of its own, so that training's kernels do not wait for it. The group's collectives still run in the order of
+        # their calls.
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def start_all_reduce_sum(self, numbers: Sequence[int]) -> "PendingDeviceSums":

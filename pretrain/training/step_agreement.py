@@ -9,10 +9,12 @@ clock: the learning rate of a step under a time budget depends on when the step 
 
 from collections.abc import Sequence
 from itertools import islice
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from pretrain.batching.batch import RankBatch
 from pretrain.batching.loader import DataWorkerError
+from pretrain.training.cpu_group import CpuGroup, PendingSums
+from pretrain.training.device_sums import DeviceSums, PendingDeviceSums
 from pretrain.training.training_progress import TrainingClock
 from pretrain.world import World
 
@@ -49,23 +51,9 @@ class StepTotals(NamedTuple):
         return StepTotals(**fields)
 
 
-class PendingSums(Protocol):
-    """Sums over all ranks that are being computed."""
-
-    def wait(self) -> list[int]: ...
-
-
-class SumsOverRanks(Protocol):
-    """A `CpuGroup`, or `DeviceSums`."""
-
-    def start_all_reduce_sum(self, numbers: Sequence[int]) -> PendingSums:
-        """Start to sum each number over all ranks, while this rank does other work. Collective."""
-        ...
-
-
 class StepAgreement:
     def __init__(
-        self, sums: SumsOverRanks, world: World, clock: TrainingClock, save_minutes: float | None, corpora: int
+        self, sums: CpuGroup | DeviceSums, world: World, clock: TrainingClock, save_minutes: float | None, corpora: int
     ) -> None:
         """`save_minutes`: between checkpoints; None: none are due by the clock. `corpora`: of the mixture."""
         self._sums = sums
@@ -114,7 +102,7 @@ class StepAgreement:
 class PendingTotals:
     """An agreement that is in flight."""
 
-    def __init__(self, own: StepTotals, sums: PendingSums) -> None:
+    def __init__(self, own: StepTotals, sums: PendingSums | PendingDeviceSums) -> None:
         """`own`: this rank's part of the sums."""
         self._own = own
         self._sums = sums

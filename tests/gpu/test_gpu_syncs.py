@@ -56,7 +56,7 @@ def reported_syncs(call: Any) -> list[str]:
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
-@pytest.mark.parametrize("rule", ["adamw", "lamb"])
+@pytest.mark.parametrize("rule", ["adamw", "lamb", "muon"])
 def test_at_most_one_sync_per_step_and_none_in_a_microbatch(
     gpus: Any, wordpiece_corpus: Path, tmp_path: Path, rule: str, precision: str, stage: int
 ) -> None:

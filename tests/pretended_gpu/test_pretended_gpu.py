@@ -139,6 +139,8 @@ def test_losses_are_those_of_a_cpu(
         (2, "bf16_zero3", {"model__config": MODERNBERT}),
         (2, "fp16_zero1", {"optimizer__name": "lamb"}),
         (2, "bf16_zero3", {"optimizer__name": "stableadamw"}),
+        (2, "bf16_zero1", {"optimizer__name": "muon"}),
+        (2, "fp16_zero3", {"optimizer__name": "muon"}),
     ],
 )
 def test_other_models_and_optimizers(

@@ -48,11 +48,18 @@ def test_matrices_are_spread_over_ranks_by_their_cost() -> None:
 
 
 @pytest.mark.parametrize(
-    ("lr", "shape", "expected"),
-    [(None, (16, 64), 0.2 * 8), (None, (64, 16), 0.2 * 8), (0.02, (64, 16), 2.0), (0.02, (16, 64), 1.0)],
+    ("adjust_lr", "shape", "expected"),
+    [
+        ("match_rms_adamw", (16, 64), 0.2 * 8),
+        ("match_rms_adamw", (64, 16), 0.2 * 8),
+        ("original", (64, 16), 2.0),
+        ("original", (16, 64), 1.0),
+    ],
 )
-def test_scale_of_updates(lr: float | None, shape: tuple[int, int], expected: float) -> None:
-    muon = Muon([{"params": []}], lr=1e-3, betas=(0.9, 0.98), eps=1e-6, options=MuonConfig(lr=lr), precision="fp32")
+def test_scale_of_updates(adjust_lr: Any, shape: tuple[int, int], expected: float) -> None:
+    """Catches rows taken for columns."""
+    options = MuonConfig(adjust_lr=adjust_lr)
+    muon = Muon([{"params": []}], lr=1e-3, betas=(0.9, 0.98), eps=1e-6, options=options, precision="fp32")
     assert muon.scale(*shape) == pytest.approx(expected)
 
 
