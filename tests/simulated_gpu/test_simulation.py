@@ -1,4 +1,4 @@
-"""The pretended GPU itself: the device of results, waits of the host, mixed devices, races."""
+"""The simulated GPU itself: the device of results, waits of the host, mixed devices, races."""
 
 from collections.abc import Callable, Iterator
 
@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from pretended_gpu.gpu import PretendedGpu, pretended_gpu
+from simulated_gpu.gpu import SimulatedGpu, simulated_gpu
 
 pytest.importorskip("triton")
 
 
 @pytest.fixture
-def gpu() -> Iterator[PretendedGpu]:
-    with pretended_gpu() as gpu:
+def gpu() -> Iterator[SimulatedGpu]:
+    with simulated_gpu() as gpu:
         yield gpu
 
 
@@ -21,7 +21,7 @@ def pinned() -> Tensor:
     return torch.ones(3).pin_memory()
 
 
-def test_results_are_on_the_gpu(gpu: PretendedGpu) -> None:
+def test_results_are_on_the_gpu(gpu: SimulatedGpu) -> None:
     """Catches operators, factories and gradients that lose the device."""
     given = torch.ones(3, device="cuda", requires_grad=True)
     (given * 2).exp().sum().backward()
@@ -35,7 +35,7 @@ def test_results_are_on_the_gpu(gpu: PretendedGpu) -> None:
 def test_nothing_is_left_of_it() -> None:
     """Catches patches that later tests would see."""
     methods = dict(vars(Tensor))
-    with pretended_gpu():
+    with simulated_gpu():
         moved = torch.ones(2).cuda()
         assert moved.is_cuda
     assert not moved.is_cuda
@@ -63,7 +63,7 @@ def test_nothing_is_left_of_it() -> None:
         lambda _: torch.cuda.current_stream().synchronize(),
     ],
 )
-def test_waits_of_the_host_are_recorded(gpu: PretendedGpu, work: Callable[[Tensor], object]) -> None:
+def test_waits_of_the_host_are_recorded(gpu: SimulatedGpu, work: Callable[[Tensor], object]) -> None:
     """Catches tests that would pass although the host waits."""
     value = torch.full((), 2.0, device="cuda")
     pinned().to(value.device, non_blocking=True).mul_(value).half()
@@ -72,7 +72,7 @@ def test_waits_of_the_host_are_recorded(gpu: PretendedGpu, work: Callable[[Tenso
     assert len(gpu.waits) == 1
 
 
-def test_mixed_devices_are_recorded(gpu: PretendedGpu) -> None:
+def test_mixed_devices_are_recorded(gpu: SimulatedGpu) -> None:
     """Catches tests that would pass although a tensor is left on the CPU; a number may be."""
     value = torch.ones(3, device="cuda")
     value * torch.tensor(2.0)
@@ -82,7 +82,7 @@ def test_mixed_devices_are_recorded(gpu: PretendedGpu) -> None:
 
 
 @pytest.mark.parametrize("order", ["none", "stream", "event", "host"])
-def test_uses_of_memory_without_an_order_are_recorded(gpu: PretendedGpu, order: str) -> None:
+def test_uses_of_memory_without_an_order_are_recorded(gpu: SimulatedGpu, order: str) -> None:
     """Catches races that are not seen, and orders that are not."""
     value, side = torch.zeros(3, device="cuda"), torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -102,7 +102,7 @@ def test_uses_of_memory_without_an_order_are_recorded(gpu: PretendedGpu, order: 
 
 
 @pytest.mark.parametrize("waits", [False, True])
-def test_use_of_pinned_memory_during_a_copy_is_recorded(gpu: PretendedGpu, waits: bool) -> None:
+def test_use_of_pinned_memory_during_a_copy_is_recorded(gpu: SimulatedGpu, waits: bool) -> None:
     """Catches buffers that the host writes while they are copied to the GPU, or reads while they are copied from it."""
     buffer = pinned()
     value = buffer.to("cuda", non_blocking=True)

@@ -1,4 +1,4 @@
-"""Run an operator on tensors that may be on the pretended GPU.
+"""Run an operator on tensors that may be on the simulated GPU.
 
 What it creates is on the GPU if a device was given that is one, or else if one of its inputs is. Recorded are operators
 whose inputs are on different devices, those that let the host wait, and which memory each one uses on which stream.
@@ -16,8 +16,8 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pretended_gpu.memory import Block, Memory
-from pretended_gpu.timeline import COLLECTIVES, Timeline, caller
+from simulated_gpu.memory import Block, Memory
+from simulated_gpu.timeline import COLLECTIVES, Timeline, caller
 
 _CPU = torch.device("cpu")
 # The host reads a value, or a size that depends on values.
@@ -206,6 +206,6 @@ def _is_in_formula_of_backward() -> bool:
     if torch._C._current_autograd_node() is None:
         return False
     frame: Any = sys._getframe(1)
-    while frame is not None and "/pretended_gpu/" in frame.f_code.co_filename:
+    while frame is not None and "/simulated_gpu/" in frame.f_code.co_filename:
         frame = frame.f_back
     return frame is not None and frame.f_code.co_filename.endswith("/torch/autograd/graph.py")

@@ -1,4 +1,4 @@
-"""Training on a pretended GPU: what runs on a real one in `tests/gpu`, without one.
+"""Training on a simulated GPU: what runs on a real one in `tests/gpu`, without one.
 
 16-bit losses differ from those in fp32 by their rounding; gradients of a random model of 32 dimensions by more.
 """
@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from pretended_gpu import faults
-from pretended_gpu.cases import Fault, Findings, evaluation_case, gpu_case
 from pretrain.engine.deepspeed_settings import find_ds_config
 from rank_pool import ForkServer, RankError, RankPool
 from runs import NO_DROPOUT, Tree, evaluation_events, logged, pretrain_case, run_config
+from simulated_gpu import faults
+from simulated_gpu.cases import Fault, Findings, evaluation_case, gpu_case
 
 pytest.importorskip("triton")
 

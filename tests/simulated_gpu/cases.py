@@ -1,4 +1,4 @@
-"""Runs on the pretended GPU, as cases for a pool of ranks."""
+"""Runs on the simulated GPU, as cases for a pool of ranks."""
 
 import contextlib
 import io
@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from pretended_gpu.gpu import PretendedGpu, pretended_gpu
 from pretrain.world import World
 from runs import Tree, pretrain_case
+from simulated_gpu.gpu import SimulatedGpu, simulated_gpu
 
 _WARMUP = 2  # steps; in the first ones DeepSpeed's ZeRO 3 compares the order of parameters between ranks
 
@@ -35,8 +35,8 @@ Fault = Callable[[pytest.MonkeyPatch], None]
 
 
 def gpu_case(world: World, tree: Tree, stop_after: int | None = None, fault: Fault | None = None) -> Findings:
-    """`pretrain_case` on the pretended GPU. `fault`: a mistake in the code."""
-    with pytest.MonkeyPatch.context() as patch, pretended_gpu() as gpu:
+    """`pretrain_case` on the simulated GPU. `fault`: a mistake in the code."""
+    with pytest.MonkeyPatch.context() as patch, simulated_gpu() as gpu:
         if fault is not None:
             fault(patch)
         with _counted_waits(gpu, Findings(calls=gpu.calls, mixed=gpu.mixed, races=gpu.races)) as findings:
@@ -52,13 +52,13 @@ def evaluation_case(_world: World, checkpoint: Path, corpus: Path, on_gpu: bool)
         if not on_gpu:
             evaluate_command(str(checkpoint), str(corpus), json=True)
             return json.loads(printed.getvalue()), []
-        with pretended_gpu() as gpu:
+        with simulated_gpu() as gpu:
             evaluate_command(str(checkpoint), str(corpus), json=True)
             return json.loads(printed.getvalue()), [*gpu.mixed, *gpu.races]
 
 
 @contextlib.contextmanager
-def _counted_waits(gpu: PretendedGpu, findings: Findings) -> Iterator[Findings]:
+def _counted_waits(gpu: SimulatedGpu, findings: Findings) -> Iterator[Findings]:
     """Sort the waits of the host by where the engine is."""
     from pretrain.engine.engine import Engine
 

@@ -1,4 +1,4 @@
-"""Pretend that this process has a GPU."""
+"""Simulate a GPU in this process."""
 
 import contextlib
 import functools
@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import _disable_current_modes
 
-from pretended_gpu.kernels import cross_entropy_kernel, register_kernels
-from pretended_gpu.memory import Memory
-from pretended_gpu.operators import Device, Operators
-from pretended_gpu.tensor_methods import tensor_methods
-from pretended_gpu.timeline import COLLECTIVES, Event, Stream, Timeline
+from simulated_gpu.kernels import cross_entropy_kernel, register_kernels
+from simulated_gpu.memory import Memory
+from simulated_gpu.operators import Device, Operators
+from simulated_gpu.tensor_methods import tensor_methods
+from simulated_gpu.timeline import COLLECTIVES, Event, Stream, Timeline
 
 _CAPABILITY = (9, 0)
 _BYTES = 80 << 30
@@ -27,11 +27,11 @@ _NAME = "NVIDIA H100 80GB HBM3"
 
 
 @dataclass(frozen=True)
-class PretendedGpu:
+class SimulatedGpu:
     """What code does that runs on it."""
 
     device: Device
-    calls: Counter[str]  # of the kernels in `pretended_gpu.kernels`
+    calls: Counter[str]  # of the kernels in `simulated_gpu.kernels`
 
     @property
     def mixed(self) -> list[str]:
@@ -47,9 +47,9 @@ class PretendedGpu:
 
 
 @contextlib.contextmanager
-def pretended_gpu() -> Iterator[PretendedGpu]:
+def simulated_gpu() -> Iterator[SimulatedGpu]:
     """torch and DeepSpeed find a GPU, in this thread and in those that it starts. Tensors of before are on the CPU."""
-    gpu = PretendedGpu(Device(Memory(), Timeline()), Counter())
+    gpu = SimulatedGpu(Device(Memory(), Timeline()), Counter())
     index = int(os.environ.get("LOCAL_RANK", "0"))
     with pytest.MonkeyPatch.context() as patch, torch.library._scoped_library("aten", "IMPL") as library:
         register_kernels(library, gpu.calls)
@@ -136,7 +136,7 @@ def _patch_threads(patch: pytest.MonkeyPatch, device: Device) -> None:
     patch.setattr(threading.Thread, "run", run_with_operators)
 
 
-def _patch_triton(patch: pytest.MonkeyPatch, gpu: PretendedGpu) -> None:
+def _patch_triton(patch: pytest.MonkeyPatch, gpu: SimulatedGpu) -> None:
     """A kernel is one operator, which reads and writes all tensors that it gets."""
     from pretrain.modeling import fused_cross_entropy  # imports Triton
 

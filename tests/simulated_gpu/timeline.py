@@ -13,11 +13,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from pretended_gpu.memory import Access, Block
+from simulated_gpu.memory import Access, Block
 
 HOST = "the host"
 _PASSED = (
-    "/pretended_gpu/",
+    "/simulated_gpu/",
     "/torch/",
     "/contextlib.py",
     "/typing_extensions.py",

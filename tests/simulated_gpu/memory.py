@@ -1,4 +1,4 @@
-"""What is known of memory on the pretended GPU, and of pinned memory of the host, by storage."""
+"""What is known of memory on the simulated GPU, and of pinned memory of the host, by storage."""
 
 from dataclasses import dataclass, field
 from typing import Literal

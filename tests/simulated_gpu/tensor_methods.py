@@ -1,4 +1,4 @@
-"""Attributes and methods of tensors that know devices, for tensors on the pretended GPU.
+"""Attributes and methods of tensors that know devices, for tensors on the simulated GPU.
 
 They replace those of `torch.Tensor`, because a mode for functions does not reach code that autograd calls.
 """
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretended_gpu.operators import Device
+from simulated_gpu.operators import Device
 
 _device = Tensor.device.__get__  # type: ignore[attr-defined]
 _is_cpu = Tensor.is_cpu.__get__  # type: ignore[attr-defined]
