@@ -15,6 +15,7 @@ from rank_pool import RankPool
 def lost_rank_case(world: World, how: str) -> list[tuple[str, Cause]]:
     """The messages on rank 0 of two collectives without rank 1, and their causes."""
     group = dist.new_group(backend="gloo")
+    dist.barrier()  # both are connected
     errors = []
     if world.rank == 1 and how == "closed":
         dist.destroy_process_group(group)
