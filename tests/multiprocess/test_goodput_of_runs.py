@@ -78,5 +78,5 @@ def test_the_time_of_an_interrupted_run_adds_up(
     assert min(goodput.seconds[activity] for activity in (USEFUL, REDONE, EVALUATING, CHECKPOINTING, STARTING)) > 0
     shares = logged(folder.path, "goodput")
     assert all(0 < share < 1 for share in shares)
-    elapsed = goodput.seconds[USEFUL] / shares[-1]  # when it was logged, after the last step; the run then saves and ends
+    elapsed = goodput.seconds[USEFUL] / shares[-1]  # when it was logged; the run then saves and ends
     assert attempts[-1].start - attempts[0].start < elapsed < goodput.wall_clock + 0.1
