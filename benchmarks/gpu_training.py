@@ -40,7 +40,7 @@ from pretrain.batching.order import CorpusStream, ShuffledOrder
 from pretrain.batching.packing import MicrobatchLayout
 from pretrain.batching.sequences import SequenceIndex, split_documents
 from pretrain.batching.vocabulary import Vocabulary
-from pretrain.config import ModelConfig, OptimizerConfig
+from pretrain.config import ModelConfig
 from pretrain.corpus.reader import Corpus
 from pretrain.engine.deepspeed_settings import load_settings
 from pretrain.engine.engine import Engine
@@ -48,6 +48,7 @@ from pretrain.engine.process_group import connect, disconnect
 from pretrain.modeling.build import BuiltModel, build_model, choose_rows
 from pretrain.modeling.compiled_layers import compile_layers
 from pretrain.modeling.masked_lm import MaskedLanguageModel
+from pretrain.optimizer_config import OptimizerConfig
 from pretrain.training.profiler import PROFILED, SKIPPED, StepProfiler
 from pretrain.world import World
 

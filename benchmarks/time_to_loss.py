@@ -35,7 +35,7 @@ from benchmarks.measuring import DEFAULT_ALLOCATOR, OUR_ALLOCATOR, PeakMemory, d
 from benchmarks.pretraining_runs import MODELS, RunSettings, build_corpus, mean_length, pretrain
 from benchmarks.run_mlm_peer import BATCH, LimitedPeerSettings
 from experiment.checkpoints import complete_checkpoints
-from pretrain.config import OptimizerConfig
+from pretrain.optimizer_config import OptimizerConfig
 
 _LENGTH = 128  # longest sequence, in tokens: the default of `deepcloze evaluate` for a folder without a run
 _ALL = 1_000_000  # checkpoints to keep

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pretrain.batching.batch import Microbatch
 from pretrain.batching.counter_rng import make_key
-from pretrain.config import ModelConfig, OptimizerConfig
+from pretrain.config import ModelConfig
 from pretrain.engine import partitions
 from pretrain.engine.deepspeed_internals import set_z3_leaf_module
 from pretrain.engine.deepspeed_settings import DeepSpeedSettings
@@ -32,6 +32,7 @@ from pretrain.engine.partitions import Fragment
 from pretrain.engine.phases import ForwardTimer, phase
 from pretrain.engine.zero_optimizers import Zero1Optimizer, install_zero_optimizer, sum_of_squares, unscale_and_clip
 from pretrain.modeling.masked_lm import MaskedLanguageModel, Predictions
+from pretrain.optimizer_config import OptimizerConfig
 from pretrain.world import World
 
 log = logging.getLogger(__name__)

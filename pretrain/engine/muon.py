@@ -22,11 +22,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pretrain.config import MuonConfig
 from pretrain.engine.deepspeed_settings import Precision
 from pretrain.engine.optimizers import AdamW, Group
 from pretrain.engine.partitions import Fragment
 from pretrain.engine.phases import collective
+from pretrain.optimizer_config import MuonConfig
 
 # Of the quintic in the source above: chosen for the steepest slope at zero, so that small singular values grow fastest.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)

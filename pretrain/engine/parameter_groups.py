@@ -14,11 +14,12 @@ from collections.abc import Collection
 from transformers import PreTrainedModel
 
 from experiment.transformers_models import is_in_module
-from pretrain.config import ModelConfig, OptimizerConfig
+from pretrain.config import ModelConfig
 from pretrain.engine.deepspeed_settings import Precision
 from pretrain.engine.muon import Muon
 from pretrain.engine.optimizers import AdamW, GatedOptimizer, Group, Lamb, StableAdamW
 from pretrain.modeling.structure import hidden_matrices, layer_ids
+from pretrain.optimizer_config import OptimizerConfig
 
 
 def parameter_groups(

@@ -21,7 +21,7 @@ PRETRAIN_LAYERS = (
     ("pretrain.modeling",),
     ("pretrain.batching", "pretrain.export"),
     ("pretrain.corpus", "pretrain.config"),
-    ("pretrain.world", "pretrain.rank_heartbeat", "pretrain.ds_configs"),
+    ("pretrain.world", "pretrain.rank_heartbeat", "pretrain.ds_configs", "pretrain.optimizer_config"),
 )
 
 ONLY_IN = {

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
 
-from pretrain.config import ModelConfig, MuonConfig, OptimizerConfig
+from pretrain.config import ModelConfig
 from pretrain.engine.optimizers import (
     AdamW,
     GatedOptimizer,
@@ -20,6 +20,7 @@ from pretrain.engine.optimizers import (
 from pretrain.engine.parameter_groups import build_optimizer, parameter_groups
 from pretrain.engine.partitions import Fragment
 from pretrain.modeling.structure import hidden_matrices
+from pretrain.optimizer_config import MuonConfig, OptimizerConfig
 
 LR, BETAS, EPS, DECAY, STEPS = 0.05, (0.8, 0.95), 1e-3, 0.3, 6
 Vector = NDArray[np.float64]

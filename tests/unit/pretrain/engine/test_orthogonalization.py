@@ -7,8 +7,8 @@ import torch
 from torch.optim._muon import _zeropower_via_newtonschulz
 from torch.utils.flop_counter import FlopCounterMode
 
-from pretrain.config import MuonConfig, OptimizerConfig
 from pretrain.engine.muon import Muon, assign, orthogonalization_dtype, orthogonalization_flops, orthogonalize
+from pretrain.optimizer_config import MuonConfig, OptimizerConfig
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (40, 24), (24, 70)])
