@@ -10,12 +10,10 @@ there are GPUs. Restarting it starts over.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -26,6 +24,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from benchmarks.measuring import stop_after
 from benchmarks.package_task import EXAMPLES, NAMES, make_package_task, read_package_documents, write_jsonl
 from experiment.errors import UserError
 from experiment.formatting import describe_duration, format_perplexity
@@ -152,19 +151,7 @@ def write_task(output: Path) -> str:
 
 def pretrain_for(seconds: float, run: RunFolder, arguments: dict[str, Any]) -> None:
     """Pretrain for this time from the first logged step on, then send SIGTERM, as a job queue or a user would."""
-    argv = command("pretrain", **arguments)
-    with subprocess.Popen(argv, env=environment()) as process:
-        try:
-            while process.poll() is None and not has_stepped(run):
-                time.sleep(0.2)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(seconds)
-            if process.poll() is None:
-                say(f"{describe_duration(seconds)} of training are over: sending SIGTERM")
-                process.send_signal(signal.SIGTERM)
-            code = process.wait()
-        finally:
-            process.kill()
+    code = stop_after(seconds, command("pretrain", **arguments), lambda: has_stepped(run), environment())
     if code != STOPPED:
         raise SystemExit(f"demo: expected exit code {STOPPED} after SIGTERM, got {code}")
     say(f"stopped with exit code {STOPPED}. The same command resumes it:")

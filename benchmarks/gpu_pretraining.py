@@ -9,26 +9,24 @@ object, and fails if the run does not stop, resume where it stopped, or learn.
 
 import argparse
 import json
-import signal
 import statistics
 import subprocess
 import sys
 import sysconfig
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from benchmarks.measuring import deepcloze
+from benchmarks.measuring import deepcloze, stop_after
+from experiment.outcome_file import Outcome
 from experiment.run_folder import RunFolder
 from experiment.tracking.jsonl import Event, read_events
 
 _RECIPE = Path("pretrain/recipes/demo.yaml")
 _OTHERS = {"site-packages", "dist-packages", "test", "tests", "lib2to3", "idlelib"}
-_STOPPED = 75  # exit code of a run that can be resumed
 _MODEL = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 1152}
 _BATCH = {"sequences": 512, "microbatch_tokens": 32_768}
 
@@ -43,7 +41,7 @@ def pretrain(folder: Path, seconds: int) -> dict[str, Any]:
     run, config = RunFolder(folder / "run"), folder / "run.yaml"
     config.write_text(yaml.safe_dump(_config(run.path, corpus, seconds)), encoding="utf-8")
     command = [sys.executable, "-m", "launcher", "pretrain", f"--config={config}", "--num_gpus=1"]
-    _expect(_STOPPED, _stop_after(seconds / 2, command, run))
+    _expect(Outcome.STOPPED.exit_code, stop_after(seconds / 2, command, lambda: bool(_steps(run))))
     stopped = _steps(run)[-1]
     _expect(0, subprocess.run(command, check=False).returncode)
     return _figures(run, stopped)
@@ -70,21 +68,6 @@ def _config(run: Path, corpus: Path, seconds: int) -> dict[str, Any]:
         "schedule": {"warmup_steps": 50, "budget": f"{seconds}s"},
         "evaluation": {"every_steps": 1000},
     }
-
-
-def _stop_after(seconds: float, command: list[str], folder: RunFolder) -> int:
-    """Start a run, and send it SIGTERM this long after its first step. Returns its exit code."""
-    with subprocess.Popen(command) as run:
-        try:
-            while run.poll() is None and not _steps(folder):
-                time.sleep(0.2)
-            try:
-                run.wait(seconds)
-            except subprocess.TimeoutExpired:
-                run.send_signal(signal.SIGTERM)
-            return run.wait()
-        finally:
-            run.kill()
 
 
 def _expect(code: int, found: int) -> None:

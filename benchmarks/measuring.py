@@ -3,11 +3,13 @@
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import date
 from importlib.metadata import version
@@ -16,6 +18,7 @@ from typing import Any, Self
 
 import psutil
 
+from experiment.formatting import describe_duration
 from launcher.ranks.environment import GLIBC_TUNABLES
 
 DEFAULT_ALLOCATOR: dict[str, str] = {}
@@ -99,3 +102,22 @@ def _cpu() -> str:
 def spread(values: Sequence[float], form: str) -> str:
     """Median, minimum and maximum, each formatted by `form`."""
     return f"{statistics.median(values):{form}} ({min(values):{form}} – {max(values):{form}})"
+
+
+def stop_after(
+    seconds: float, command: Sequence[str], has_begun: Callable[[], bool], environ: Mapping[str, str] | None = None
+) -> int:
+    """Start a run, and send it SIGTERM this long after it has begun to train. Returns its exit code."""
+    with subprocess.Popen(command, env=environ) as run:
+        try:
+            while run.poll() is None and not has_begun():
+                time.sleep(0.2)
+            try:
+                run.wait(seconds)
+            except subprocess.TimeoutExpired:
+                message = f"{describe_duration(seconds)} of training are over: sending SIGTERM"
+                print(message, file=sys.stderr, flush=True)
+                run.send_signal(signal.SIGTERM)
+            return run.wait()
+        finally:
+            run.kill()

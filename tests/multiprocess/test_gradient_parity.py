@@ -11,16 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForMaskedLM
 
 from experiment.checkpoints import checkpoint_path
 from experiment.config import build_config
+from plain_torch import all_labels, plain_loss, plain_model
 from pretrain.batching.batch import IGNORED, RankBatch
 from pretrain.batching.packing import Rows
 from pretrain.config import PretrainConfig
-from pretrain.modeling.build import build_model
 from pretrain.resolve import resolve
 from pretrain.training_stream import open_stream
 from pretrain.world import World
@@ -54,17 +52,12 @@ def reference_gradients(wordpiece_corpus: Path) -> dict[str, Tensor]:
     )
     config = build_config(PretrainConfig, tree)
     run = resolve(config, 1)
-    start = build_model(config.model, run.model_config, config.run.seed).model.state_dict()
-    run.model_config._attn_implementation = "eager"
-    model = AutoModelForMaskedLM.from_config(run.model_config)
-    model.load_state_dict(start)
+    model = plain_model(run)
 
     width = config.batch.max_seq_length
     batch = global_batch(wordpiece_corpus, width, width * config.batch.sequences, World(), rows="padded")
     (padded,) = batch.microbatches
-    labels = torch.full((padded.input_ids.numel(),), IGNORED)
-    real = padded.labels != IGNORED
-    labels[padded.masked_positions[real]] = padded.labels[real]
+    labels = all_labels(padded)
 
     rows = padded.segments.any(dim=1)
     lengths = (padded.segments > 0).sum(dim=1)[rows]
@@ -74,8 +67,7 @@ def reference_gradients(wordpiece_corpus: Path) -> dict[str, Tensor]:
     assert masked.min() == 0, "one sequence should have no masked token"
     assert masked.max() > 4
 
-    logits = model(input_ids=padded.input_ids, attention_mask=(padded.segments > 0).long()).logits
-    F.cross_entropy(logits.flatten(0, 1), labels, ignore_index=IGNORED).backward()
+    plain_loss(model, padded).backward()
     return {name: p.grad.flatten() for name, p in model.named_parameters() if p.grad is not None}
 
 

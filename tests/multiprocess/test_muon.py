@@ -5,14 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForMaskedLM
 
 from experiment.config import build_config
-from pretrain.batching.batch import IGNORED
+from plain_torch import plain_loss, plain_model
 from pretrain.config import PretrainConfig
-from pretrain.modeling.build import build_model
 from pretrain.modeling.structure import hidden_matrices
 from pretrain.resolve import resolve
 from pretrain.training_stream import open_stream
@@ -70,10 +67,7 @@ def plain_run(wordpiece_corpus: Path) -> list[float]:
     tree["batch"]["microbatch_tokens"] = 10_000  # the global batch is one microbatch
     config = build_config(PretrainConfig, tree)
     run = resolve(config, 1)
-    start = build_model(config.model, run.model_config, config.run.seed).model.state_dict()
-    run.model_config._attn_implementation = "eager"
-    model = AutoModelForMaskedLM.from_config(run.model_config)
-    model.load_state_dict(start)
+    model = plain_model(run)
     hidden = hidden_matrices(model)
     assert len(hidden) == 13  # two layers of six, and the head's
     parameters = dict(model.named_parameters())
@@ -87,11 +81,7 @@ def plain_run(wordpiece_corpus: Path) -> list[float]:
     stream = open_stream(run, World(), rows="padded", first_position=0)
     for step in range(STEPS):
         (padded,) = stream[step].microbatches
-        labels = torch.full((padded.input_ids.numel(),), IGNORED)
-        real = padded.labels != IGNORED
-        labels[padded.masked_positions[real]] = padded.labels[real]
-        logits = model(input_ids=padded.input_ids, attention_mask=(padded.segments > 0).long()).logits
-        loss = F.cross_entropy(logits.flatten(0, 1), labels, ignore_index=IGNORED)
+        loss = plain_loss(model, padded)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         for optimizer in (muon, adamw):

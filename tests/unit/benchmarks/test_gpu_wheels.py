@@ -66,7 +66,7 @@ def test_what_is_there_is_left_out(pip: list[tuple[str, ...]], tmp_path: Path) -
 
 
 def test_without_a_list_only_torch_is_there(pip: list[tuple[str, ...]], tmp_path: Path) -> None:
-    """Catches a missing file that nobody is told of, and wheels of two calls in one folder."""
+    """Catches a missing wheel that is not reported, and wheels of two calls in one folder."""
     prepare(tmp_path / "wheels", "3.12", "2.11.0", None)
     assert {"numpy==2.5.2", "transformers==5.23.0", "pytest==9.2"} <= {*pip[-1]}
     assert not any(argument.startswith(("torch==", "triton==", "nvidia", "deepspeed==")) for argument in pip[-1])
