@@ -1,4 +1,4 @@
-"""What the steps of `benchmarks.gpu_session` found, and the page with it."""
+"""What the jobs of `benchmarks.gpu_session` found, and the page with it."""
 
 import statistics
 from collections import Counter
@@ -11,25 +11,25 @@ from benchmarks.measuring import spread
 from experiment.files import write_text
 from experiment.formatting import escape, markdown_table
 
-_ATTEMPTS = 2  # of a step that ends the session
+_ATTEMPTS = 2  # of a job that ends the session
 
 Figures = dict[str, Any]
 
 
 @dataclass
-class Outcome:
-    """How a step went."""
+class JobOutcome:
+    """How a job went."""
 
     status: Literal["running", "interrupted", "passed", "failed", "timed out", "no GPU"]
     attempts: int = 0
     seconds: float = 0.0
     exit_code: int | None = None
     figures: list[Figures] = field(default_factory=list)
-    output: str = ""  # its end, if the step did not pass
+    output: str = ""  # its end, if the job did not pass
 
     @property
     def has_failed(self) -> bool:
-        """A step that ends the session twice has, too."""
+        """A job that ends the session twice has, too."""
         return self.status in ("failed", "timed out") or (self.status == "interrupted" and self.attempts >= _ATTEMPTS)
 
     @property
@@ -46,17 +46,17 @@ class Outcome:
         return f"{self.status}{code} after {self.seconds:.0f} s{counts and f': {counts}'}"
 
 
-def write_results(path: Path, outcomes: Mapping[str, Outcome]) -> None:
+def write_results(path: Path, outcomes: Mapping[str, JobOutcome]) -> None:
     """Write the page."""
     write_text(path, "\n".join(_page(outcomes, path.parent)))
 
 
-def _page(outcomes: Mapping[str, Outcome], folder: Path) -> Iterator[str]:
+def _page(outcomes: Mapping[str, JobOutcome], folder: Path) -> Iterator[str]:
     yield "# Results of a GPU session\n"
     for figures in _figures(outcomes, "environment"):
         yield markdown_table(["", ""], [[escape(key), escape(str(value))] for key, value in figures.items()])
-    yield "## Steps\n"
-    yield markdown_table(["step", ""], [[name, escape(outcome.summary)] for name, outcome in outcomes.items()])
+    yield "## Jobs\n"
+    yield markdown_table(["job", ""], [[name, escape(outcome.summary)] for name, outcome in outcomes.items()])
     if failures := list(_failures(outcomes)):
         yield "## Failures\n"
         yield from failures
@@ -77,13 +77,13 @@ def _page(outcomes: Mapping[str, Outcome], folder: Path) -> Iterator[str]:
         yield markdown_table(["", ""], [[escape(key), _value(value)] for key, value in figures.items()], labels=1)
 
 
-def _figures(outcomes: Mapping[str, Outcome], start: str) -> list[Figures]:
-    """Of the steps whose names begin so, each once."""
+def _figures(outcomes: Mapping[str, JobOutcome], start: str) -> list[Figures]:
+    """Of the jobs whose names begin so, each once."""
     found = [figures for name, outcome in outcomes.items() if name.startswith(start) for figures in outcome.figures]
     return [figures for number, figures in enumerate(found) if figures not in found[:number]]
 
 
-def _failures(outcomes: Mapping[str, Outcome]) -> Iterator[str]:
+def _failures(outcomes: Mapping[str, JobOutcome]) -> Iterator[str]:
     for name, outcome in outcomes.items():
         if outcome.has_failed:
             yield f"### {name}\n\n{outcome.summary}\n"

@@ -1,16 +1,16 @@
 """Check and measure everything on a GPU that is at hand for a short time.
 
-    python -m benchmarks.gpu_session [--minutes 9] [--results DIR] [--again STEP,…]
+    python -m benchmarks.gpu_session [--minutes 9] [--results DIR] [--again JOB,…]
     python -m benchmarks.gpu_session --prepare DIR [--python 3.12] [--torch 2.11.0] [--installed FILE]
 
-The steps, by importance: tests of kernels against references, times of kernels, tests of training, MFU of ten cases, a
+The jobs, by importance: tests of kernels against references, times of kernels, tests of training, MFU of ten cases, a
 profile of the one with the longest steps, a real pretraining that is stopped and resumed, and the ten cases again. Each
 runs in a process of its own with a time limit; one that fails, hangs or crashes is recorded, and the next one starts. A
-step only starts if its limit fits into the time left. The same command continues with what is left: 75 is the exit code
-if there is more to do, 1 if steps failed, else 0. Without a GPU, steps that need one are skipped until there is one.
+job only starts if its limit fits into the time left. The same command continues with what is left: 75 is the exit code
+if there is more to do, 1 if jobs failed, else 0. Without a GPU, jobs that need one are skipped until there is one.
 
 In the results folder, RESULTS.gpu.md has all figures and failures, session.json the same as JSON, session.log the
-output of all steps, and `profile` tables and a trace for Perfetto. `--prepare` gathers wheels for a machine without a
+output of all jobs, and `profile` tables and a trace for Perfetto. `--prepare` gathers wheels for a machine without a
 network, see `benchmarks.gpu_wheels`.
 """
 
@@ -29,7 +29,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
-from benchmarks.gpu_results import Outcome, write_results
+from benchmarks.gpu_results import JobOutcome, write_results
 from benchmarks.gpu_wheels import prepare
 from experiment.errors import UserError
 from experiment.files import write_json
@@ -51,12 +51,12 @@ CASES = (  # of `benchmarks.gpu_training`, by importance
 )
 RESULTS = "RESULTS"  # stands for the results folder in commands
 MORE_TO_DO = 75  # exit code
-_GRACE = 5.0  # seconds at the limit of a step, in which its processes write their stacks
-_LINES = 60  # of the output of a step that fails
+_GRACE = 5.0  # seconds at the limit of a job, in which its processes write their stacks
+_LINES = 60  # of the output of a job that fails
 
 
 @dataclass(frozen=True)
-class Step:
+class Job:
     """A part of the session. `command`: arguments of Python; the objects that it prints, one JSON per line, are its
     figures."""
 
@@ -66,15 +66,15 @@ class Step:
     needs_gpu: bool = True
 
 
-ENVIRONMENT = Step("environment", 180, ("-m", "benchmarks.gpu_environment"), needs_gpu=False)
-Plan = Callable[[Mapping[str, Outcome]], Iterable[Step]]
+ENVIRONMENT = Job("environment", 180, ("-m", "benchmarks.gpu_environment"), needs_gpu=False)
+Plan = Callable[[Mapping[str, JobOutcome]], Iterable[Job]]
 
 
-def plan(outcomes: Mapping[str, Outcome]) -> Iterator[Step]:
-    """All steps by importance."""
+def plan(outcomes: Mapping[str, JobOutcome]) -> Iterator[Job]:
+    """All jobs by importance."""
     in_runs = "runs_with or gets_the"
     yield _tests("kernels", 180, "attention", "optimizers", "head", "sums", only=f"not ({in_runs})")
-    yield Step("kernel-times", 120, ("-m", "benchmarks.gpu_kernels", "bf16"))
+    yield Job("kernel-times", 120, ("-m", "benchmarks.gpu_kernels", "bf16"))
     yield _tests("training", 240, "training", only="fp32 or 16_bit")
     yield _tests("syncs", 240, "syncs")
     yield _tests("compiled-layers", 300, "compiled_layers")
@@ -83,39 +83,39 @@ def plan(outcomes: Mapping[str, Outcome]) -> Iterator[Step]:
     yield from (_case("mfu", case) for case in CASES)
     measured = [figures for name, found in outcomes.items() if name.startswith("mfu") for figures in found.figures]
     slowest = max(measured, key=lambda figures: figures["step_ms"] or 0.0, default={"case": CASES[0]})["case"]
-    yield Step("profile", 150, ("-m", "benchmarks.gpu_training", slowest, "--profile", f"{RESULTS}/profile"))
-    yield Step("pretraining", 330, ("-m", "benchmarks.gpu_pretraining"), needs_gpu=False)
+    yield Job("profile", 150, ("-m", "benchmarks.gpu_training", slowest, "--profile", f"{RESULTS}/profile"))
+    yield Job("pretraining", 330, ("-m", "benchmarks.gpu_pretraining"), needs_gpu=False)
     yield from (_case("mfu2", case) for case in CASES)
 
 
-def _tests(name: str, seconds: int, *files: str, only: str = "") -> Step:
+def _tests(name: str, seconds: int, *files: str, only: str = "") -> Job:
     """Tests in `tests/gpu`, several at a time: xdist starts another process in place of one that crashes or hangs."""
     paths = [f"tests/gpu/test_gpu_{file}.py" for file in files]
     workers = str(min(4, os.cpu_count() or 1))
     options = ("-n", workers, "-p", "no:cacheprovider", "-p", "benchmarks.gpu_test_reports", "--tb=short", "-k", only)
-    return Step(name, seconds, ("-m", "pytest", *paths, *options))
+    return Job(name, seconds, ("-m", "pytest", *paths, *options))
 
 
-def _case(kind: str, case: str) -> Step:
-    return Step(f"{kind}-{case}", 150, ("-m", "benchmarks.gpu_training", case))
+def _case(kind: str, case: str) -> Job:
+    return Job(f"{kind}-{case}", 150, ("-m", "benchmarks.gpu_training", case))
 
 
 class Session:
-    """The steps that ran so far, in a results folder."""
+    """The jobs that ran so far, in a results folder."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._state = folder / "session.json"
-        self.outcomes: dict[str, Outcome] = {}
+        self.outcomes: dict[str, JobOutcome] = {}
         if self._state.exists():
             saved = json.loads(self._state.read_text(encoding="utf-8"))
-            self.outcomes = {name: Outcome(**outcome) for name, outcome in saved.items()}
+            self.outcomes = {name: JobOutcome(**outcome) for name, outcome in saved.items()}
         for outcome in self.outcomes.values():
             if outcome.status == "running":  # the session was killed
                 outcome.status = "interrupted"
 
     def forget(self, names: Iterable[str]) -> None:
-        """Run steps again: those whose names begin with one of these; 'failed': those that failed. Raises UserError."""
+        """Run jobs again: those whose names begin with one of these; 'failed': those that failed. Raises UserError."""
         for name in filter(None, names):
             found = [
                 key
@@ -123,46 +123,46 @@ class Session:
                 if (outcome.has_failed if name == "failed" else key.startswith(name))
             ]
             if not found:
-                raise UserError(f"--again {name}: no such step in {self._state}")
+                raise UserError(f"--again {name}: no such job in {self._state}")
             for key in found:
                 del self.outcomes[key]
 
-    def run(self, step: Step) -> Outcome:
-        """Run a step, and record how it went."""
-        before = self.outcomes.get(step.name)
-        outcome = Outcome("running", 1 if before is None else before.attempts + 1)
-        self._record(step, outcome)
+    def run(self, job: Job) -> JobOutcome:
+        """Run a job, and record how it went."""
+        before = self.outcomes.get(job.name)
+        outcome = JobOutcome("running", 1 if before is None else before.attempts + 1)
+        self._record(job, outcome)
         start = time.monotonic()
         with (self._folder / "session.log").open("a+", encoding="utf-8", errors="replace") as log:
-            print(f"\n===== {step.name}: {' '.join(step.command)}", file=log, flush=True)
+            print(f"\n===== {job.name}: {' '.join(job.command)}", file=log, flush=True)
             begin = log.tell()
-            outcome.exit_code = _run_process(step, self._folder, log)
+            outcome.exit_code = _run_process(job, self._folder, log)
             log.seek(begin)
             output = log.read()
         outcome.seconds = time.monotonic() - start
-        outcome.figures = [*(before.figures if before and step == ENVIRONMENT else []), *_figures(output)]
+        outcome.figures = [*(before.figures if before and job == ENVIRONMENT else []), *_figures(output)]
         outcome.status = {0: "passed", None: "timed out"}.get(outcome.exit_code, "failed")  # type: ignore[assignment]
         if outcome.status != "passed":
             outcome.output = "\n".join(output.splitlines()[-_LINES:])
             print(outcome.output)
-        self._record(step, outcome)
+        self._record(job, outcome)
         return outcome
 
-    def skip(self, step: Step) -> None:
-        self._record(step, Outcome("no GPU"))
+    def skip(self, job: Job) -> None:
+        self._record(job, JobOutcome("no GPU"))
 
-    def _record(self, step: Step, outcome: Outcome) -> None:
-        self.outcomes[step.name] = outcome
+    def _record(self, job: Job, outcome: JobOutcome) -> None:
+        self.outcomes[job.name] = outcome
         write_json(self._state, {name: asdict(one) for name, one in self.outcomes.items()})
         write_results(self._folder / "RESULTS.gpu.md", self.outcomes)
         if outcome.status == "running":
-            print(f"{step.name}: at most {step.seconds} s", flush=True)
+            print(f"{job.name}: at most {job.seconds} s", flush=True)
         else:
-            print(f"{step.name}: {outcome.summary}", flush=True)
+            print(f"{job.name}: {outcome.summary}", flush=True)
 
 
-def run_session(folder: Path, minutes: float, steps: Plan, again: Iterable[str] = ()) -> int:
-    """Run steps for this time. Returns the exit code. Raises UserError if there is no step to run again."""
+def run_session(folder: Path, minutes: float, jobs: Plan, again: Iterable[str] = ()) -> int:
+    """Run jobs for this time. Returns the exit code. Raises UserError if there is no job to run again."""
     deadline = time.monotonic() + 60 * minutes
     folder.mkdir(parents=True, exist_ok=True)
     session = Session(folder)
@@ -170,32 +170,32 @@ def run_session(folder: Path, minutes: float, steps: Plan, again: Iterable[str] 
     machine = session.run(ENVIRONMENT)  # in each call: it may be another one
     has_gpu = machine.status == "passed" and bool(machine.figures[-1]["gpu"])
 
-    def left() -> list[Step]:
-        """Looked up after each step, because a step may depend on others."""
+    def left() -> list[Job]:
+        """Looked up after each job, because a job may depend on others."""
         known = session.outcomes
-        return [step for step in steps(known) if step.name not in known or not known[step.name].is_final]
+        return [job for job in jobs(known) if job.name not in known or not known[job.name].is_final]
 
-    def possible() -> list[Step]:
-        return [step for step in left() if has_gpu or not step.needs_gpu]
+    def possible() -> list[Job]:
+        return [job for job in left() if has_gpu or not job.needs_gpu]
 
-    for step in left():
-        if step.needs_gpu and not has_gpu:
-            session.skip(step)
-    while step := next_step(possible(), deadline - time.monotonic()):  # type: ignore[assignment]
-        session.run(step)
+    for job in left():
+        if job.needs_gpu and not has_gpu:
+            session.skip(job)
+    while job := next_job(possible(), deadline - time.monotonic()):  # type: ignore[assignment]
+        session.run(job)
     failed = [name for name, outcome in session.outcomes.items() if outcome.has_failed]
-    print(f"{folder / 'RESULTS.gpu.md'}; failed: {', '.join(failed) or 'none'}; steps left: {len(left())}")
+    print(f"{folder / 'RESULTS.gpu.md'}; failed: {', '.join(failed) or 'none'}; jobs left: {len(left())}")
     return MORE_TO_DO if left() else int(bool(failed))
 
 
-def next_step(steps: Iterable[Step], left: float) -> Step | None:
+def next_job(jobs: Iterable[Job], left: float) -> Job | None:
     """The first one whose limit fits into the seconds that are left."""
-    return next((step for step in steps if step.seconds + 2 * _GRACE <= left), None)
+    return next((job for job in jobs if job.seconds + 2 * _GRACE <= left), None)
 
 
-def _run_process(step: Step, folder: Path, log: IO[str]) -> int | None:
-    """The exit code of a step; None if it ran into its limit. It ends with this process, whatever happens."""
-    command = [argument.replace(RESULTS, str(folder)) for argument in step.command]
+def _run_process(job: Job, folder: Path, log: IO[str]) -> int | None:
+    """The exit code of a job; None if it ran into its limit. It ends with this process, whatever happens."""
+    command = [argument.replace(RESULTS, str(folder)) for argument in job.command]
     variables = {"PYTHONFAULTHANDLER": "1", "WANDB_MODE": "disabled"}
     process = subprocess.Popen(
         [sys.executable, *command],
@@ -208,14 +208,14 @@ def _run_process(step: Step, folder: Path, log: IO[str]) -> int | None:
     )
     with watchdog(process.pid):
         try:
-            return process.wait(step.seconds)
+            return process.wait(job.seconds)
         except subprocess.TimeoutExpired:
             with suppress(ProcessLookupError, subprocess.TimeoutExpired):
                 os.killpg(process.pid, signal.SIGABRT)
                 process.wait(_GRACE)
             return None
         finally:
-            kill_group(process.pid)  # also what the step has left
+            kill_group(process.pid)  # also what the job has left
             with suppress(subprocess.TimeoutExpired):  # the driver may hold it for ever
                 process.wait(_GRACE)
 
@@ -232,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flag = parser.add_argument
     flag("--minutes", type=float, default=9.0, help="of this call (9)")
     flag("--results", type=Path, default=Path("runs/gpu-session"), metavar="DIR", help="folder (runs/gpu-session)")
-    flag("--again", default="", metavar="STEP,…", help="run again: names, beginnings of names, or 'failed'")
+    flag("--again", default="", metavar="JOB,…", help="run again: names, beginnings of names, or 'failed'")
     flag("--prepare", type=Path, metavar="DIR", help="instead: gather wheels for a machine without a network, with")
     flag("--python", default=platform.python_version(), metavar="VERSION", help="this Python (the same as here),")
     flag("--torch", default=version("torch"), metavar="VERSION", help="this torch (the same as here),")

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from benchmarks.gpu_results import Outcome, write_results
+from benchmarks.gpu_results import JobOutcome, write_results
 
 CASE = {"case": "bert", "device": "H100", "mfu": 0.4, "step_ms": 1.0, "memory": 2**30, "fill": 1.0, "error": ""}
 
 
-def page(folder: Path, **outcomes: Outcome) -> str:
+def page(folder: Path, **outcomes: JobOutcome) -> str:
     write_results(folder / "page.md", {name.replace("_", "-"): outcome for name, outcome in outcomes.items()})
     return (folder / "page.md").read_text(encoding="utf-8")
 
@@ -18,22 +18,22 @@ def test_rounds_are_one_row(tmp_path: Path) -> None:
     failed = {"case": "large", "error": "out of memory"}
     found = page(
         tmp_path,
-        mfu_bert=Outcome("passed", figures=[first]),
-        mfu2_bert=Outcome("passed", figures=[again]),
-        mfu_large=Outcome("passed", figures=[failed]),
+        mfu_bert=JobOutcome("passed", figures=[first]),
+        mfu2_bert=JobOutcome("passed", figures=[again]),
+        mfu_large=JobOutcome("passed", figures=[failed]),
     )
     assert "| bert | H100 | 2 | 40.0% | 200 (100 – 300) | 1.0 | 1.0 GiB | 1.000 |" in found
     assert "- large: out of memory" in found
 
 
 def test_failures_are_explained(tmp_path: Path) -> None:
-    """Catches a table that says only that something failed, and skipped steps among the failures."""
+    """Catches a table that says only that something failed, and skipped jobs among the failures."""
     tests = [
         {"test": "test_gpu.py::test_a", "result": "passed", "message": ""},
         {"test": "test_gpu.py::test_b", "result": "failed", "message": "0.1 > 0.01"},
     ]
-    failed = Outcome("failed", exit_code=1, figures=tests, output="end")
-    found = page(tmp_path, kernels=failed, syncs=Outcome("no GPU"))
+    failed = JobOutcome("failed", exit_code=1, figures=tests, output="end")
+    found = page(tmp_path, kernels=failed, syncs=JobOutcome("no GPU"))
     assert "failed with exit code 1 after 0 s: 1 failed, 1 passed" in found
     assert "- `test_gpu.py::test_b`: 0.1 \\> 0.01\n" in found
     assert "- `test_gpu.py::test_a`" not in found

@@ -1,4 +1,4 @@
-"""`benchmarks.gpu_session` with steps that stand in for those on a GPU."""
+"""`benchmarks.gpu_session` with jobs that stand in for those on a GPU."""
 
 import json
 import re
@@ -13,8 +13,8 @@ import pytest
 from _pytest.mark.expression import Expression
 
 from benchmarks import gpu_session
-from benchmarks.gpu_results import Outcome
-from benchmarks.gpu_session import CASES, MORE_TO_DO, Session, Step, next_step, plan, run_session
+from benchmarks.gpu_results import JobOutcome
+from benchmarks.gpu_session import CASES, MORE_TO_DO, Job, Session, next_job, plan, run_session
 from benchmarks.gpu_training import parse_case
 from experiment.errors import UserError
 from waiting import wait_until
@@ -24,14 +24,14 @@ GPU = 'print(\'{"gpu": "stand-in"}\')'
 HANG = "import threading; threading.Event().wait()"
 
 
-def step(name: str, code: str = "", seconds: int = 60, needs_gpu: bool = False) -> Step:
-    return Step(name, seconds, ("-c", code), needs_gpu)
+def job(name: str, code: str = "", seconds: int = 60, needs_gpu: bool = False) -> Job:
+    return Job(name, seconds, ("-c", code), needs_gpu)
 
 
 @pytest.fixture(autouse=True)
 def _gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with a GPU."""
-    monkeypatch.setattr(gpu_session, "ENVIRONMENT", step("environment", GPU))
+    monkeypatch.setattr(gpu_session, "ENVIRONMENT", job("environment", GPU))
 
 
 def statuses(folder: Path) -> dict[str, str]:
@@ -40,18 +40,18 @@ def statuses(folder: Path) -> dict[str, str]:
 
 
 def test_each_step_is_recorded_whatever_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a step that hangs or crashes and takes the others with it, processes that it leaves, and figures that it
+    """Catches a job that hangs or crashes and takes the others with it, processes that it leaves, and figures that it
     had printed before."""
     monkeypatch.setattr(gpu_session, "_GRACE", 30.0)
     orphan = f"import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', {HANG!r}]).pid)"
-    steps = [
-        step("fails", "raise SystemExit('broken')"),
-        step("crashes", "import os; os.abort()"),
-        step("hangs", f"print('{{\"case\": 7}}', flush=True); {HANG}", seconds=3),
-        step("leaves", orphan),
-        step("works", "print('{\"case\": 8}')"),
+    jobs = [
+        job("fails", "raise SystemExit('broken')"),
+        job("crashes", "import os; os.abort()"),
+        job("hangs", f"print('{{\"case\": 7}}', flush=True); {HANG}", seconds=3),
+        job("leaves", orphan),
+        job("works", "print('{\"case\": 8}')"),
     ]
-    assert run_session(tmp_path, 9, lambda _: steps) == 1
+    assert run_session(tmp_path, 9, lambda _: jobs) == 1
     found = statuses(tmp_path)
     assert found == {
         "fails": "failed",
@@ -77,70 +77,70 @@ def wait_for_end(pid: int) -> None:
 
 
 def test_a_second_call_continues(tmp_path: Path) -> None:
-    """Catches steps that run twice, and time that is not used for a short step when a long one no longer fits."""
+    """Catches jobs that run twice, and time that is not used for a short job when a long one no longer fits."""
     count = f"open({str(tmp_path / 'runs')!r}, 'a').write('x')"
-    steps = [step("short", count, 20), step("long", "", 200), step("short too", count, 20)]
-    assert run_session(tmp_path, 1, lambda _: steps) == MORE_TO_DO
+    jobs = [job("short", count, 20), job("long", "", 200), job("short too", count, 20)]
+    assert run_session(tmp_path, 1, lambda _: jobs) == MORE_TO_DO
     assert statuses(tmp_path) == {"short": "passed", "short too": "passed"}
-    assert run_session(tmp_path, 9, lambda _: steps) == 0
+    assert run_session(tmp_path, 9, lambda _: jobs) == 0
     assert statuses(tmp_path)["long"] == "passed"
     assert (tmp_path / "runs").read_text(encoding="utf-8") == "xx"
 
 
 def test_the_next_step_fits_into_the_time_left() -> None:
-    """Catches a step that the end of the time would cut off and record as hung."""
-    steps = [step("a", seconds=100), step("b", seconds=50)]
-    assert [getattr(next_step(steps, left), "name", None) for left in (200, 100, 60, 50)] == ["a", "b", "b", None]
+    """Catches a job that the end of the time would cut off and record as hung."""
+    jobs = [job("a", seconds=100), job("b", seconds=50)]
+    assert [getattr(next_job(jobs, left), "name", None) for left in (200, 100, 60, 50)] == ["a", "b", "b", None]
 
 
 def test_a_step_may_depend_on_others(tmp_path: Path) -> None:
     """Catches a profile of a case that was chosen before the cases were measured."""
 
-    def steps(outcomes: Mapping[str, Outcome]) -> Iterator[Step]:
-        yield step("first", 'print(\'{"case": "chosen"}\')')
-        yield step("second", f"print({[outcome.figures for outcome in outcomes.values()]!r})")
+    def jobs(outcomes: Mapping[str, JobOutcome]) -> Iterator[Job]:
+        yield job("first", 'print(\'{"case": "chosen"}\')')
+        yield job("second", f"print({[outcome.figures for outcome in outcomes.values()]!r})")
 
-    run_session(tmp_path, 9, steps)
+    run_session(tmp_path, 9, jobs)
     assert "chosen" in (tmp_path / "session.log").read_text(encoding="utf-8").partition("===== second")[2]
 
 
 def test_steps_wait_for_a_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches steps that fail for want of a GPU, and ones that a machine with a GPU does not run later."""
-    steps = [step("needs one", needs_gpu=True), step("runs anywhere")]
+    """Catches jobs that fail for want of a GPU, and ones that a machine with a GPU does not run later."""
+    jobs = [job("needs one", needs_gpu=True), job("runs anywhere")]
     with monkeypatch.context() as without:
-        without.setattr(gpu_session, "ENVIRONMENT", step("environment", "print('{\"gpu\": null}')"))
-        assert run_session(tmp_path, 9, lambda _: steps) == MORE_TO_DO
+        without.setattr(gpu_session, "ENVIRONMENT", job("environment", "print('{\"gpu\": null}')"))
+        assert run_session(tmp_path, 9, lambda _: jobs) == MORE_TO_DO
     assert statuses(tmp_path) == {"needs one": "no GPU", "runs anywhere": "passed"}
     assert "needs one: skipped: no GPU" in capsys.readouterr().out
-    assert run_session(tmp_path, 9, lambda _: steps) == 0
+    assert run_session(tmp_path, 9, lambda _: jobs) == 0
     assert statuses(tmp_path) == {"needs one": "passed", "runs anywhere": "passed"}
 
 
 def test_steps_can_run_again(tmp_path: Path) -> None:
-    """Catches a step whose failure stays although it has been fixed."""
+    """Catches a job whose failure stays although it has been fixed."""
     fixed = tmp_path / "fixed"
-    steps = [step("broken", f"open({str(fixed)!r})", seconds=50), step("works")]
-    assert run_session(tmp_path, 9, lambda _: steps) == 1
+    jobs = [job("broken", f"open({str(fixed)!r})", seconds=50), job("works")]
+    assert run_session(tmp_path, 9, lambda _: jobs) == 1
     fixed.touch()
-    assert run_session(tmp_path, 9, lambda _: steps) == 1
-    assert run_session(tmp_path, 9, lambda _: steps, ["failed"]) == 0
-    assert run_session(tmp_path, 9, lambda _: steps, ["wor"]) == 0
-    with pytest.raises(UserError, match="--again none: no such step"):
-        run_session(tmp_path, 9, lambda _: steps, ["none"])
+    assert run_session(tmp_path, 9, lambda _: jobs) == 1
+    assert run_session(tmp_path, 9, lambda _: jobs, ["failed"]) == 0
+    assert run_session(tmp_path, 9, lambda _: jobs, ["wor"]) == 0
+    with pytest.raises(UserError, match="--again none: no such job"):
+        run_session(tmp_path, 9, lambda _: jobs, ["none"])
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_session_continues(tmp_path: Path, number: signal.Signals) -> None:
-    """Catches a step that trains on beside the next session, and one that ends every session."""
+    """Catches a job that trains on beside the next session, and one that ends every session."""
     hang = f"import os; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); {HANG}"
     code = f"""if True:
         import sys
         from benchmarks import gpu_session
-        from benchmarks.gpu_session import Step
-        gpu_session.ENVIRONMENT = Step('environment', 60, ('-c', {GPU!r}), False)
-        gpu_session.plan = lambda _: [Step('ends the session', 60, ('-c', {hang!r}), False)]
+        from benchmarks.gpu_session import Job
+        gpu_session.ENVIRONMENT = Job('environment', 60, ('-c', {GPU!r}), False)
+        gpu_session.plan = lambda _: [Job('ends the session', 60, ('-c', {hang!r}), False)]
         sys.exit(gpu_session.main(['--results', {str(tmp_path)!r}]))"""
     for _ in range(2):
         (tmp_path / "pid").unlink(missing_ok=True)
@@ -156,12 +156,12 @@ def test_a_killed_session_continues(tmp_path: Path, number: signal.Signals) -> N
 
 
 def test_all_steps_of_a_session_exist() -> None:
-    """Catches a case, file of tests or module that was renamed, a step too long for any call, and two of one name."""
-    steps = list(plan({}))
-    assert len({one.name for one in steps}) == len(steps) > 2 * len(CASES)
+    """Catches a case, file of tests or module that was renamed, a job too long for any call, and two of one name."""
+    jobs = list(plan({}))
+    assert len({one.name for one in jobs}) == len(jobs) > 2 * len(CASES)
     assert [parse_case(case).name for case in CASES] == list(CASES)
-    assert {next_step([one], 9 * 60 - 30) for one in steps} == set(steps)
-    for one in steps:
+    assert {next_job([one], 9 * 60 - 30) for one in jobs} == set(jobs)
+    for one in jobs:
         module = one.command[1].replace(".", "/") + ".py"
         files = [argument for argument in one.command if argument.startswith("tests/")]
         assert all((ROOT / file).exists() for file in (files or [module])), one
@@ -173,7 +173,7 @@ def test_results_of_tests_are_kept_although_pytest_dies(tmp_path: Path) -> None:
     (tmp_path / "test_three.py").write_text("\n".join([*tests, "def test_c(): os.kill(os.getppid(), 9)"]))
     options = ("-n", "1", "-p", "benchmarks.gpu_test_reports", "-p", "no:cacheprovider", f"--rootdir={tmp_path}")
     command = ("-m", "pytest", str(tmp_path / "test_three.py"), *options)
-    assert run_session(tmp_path, 90, lambda _: [Step("tests", 600, command, needs_gpu=False)]) == 1
+    assert run_session(tmp_path, 90, lambda _: [Job("tests", 600, command, needs_gpu=False)]) == 1
     outcome = Session(tmp_path).outcomes["tests"]
     assert outcome.exit_code == -signal.SIGKILL
     results = [(figures["test"][-6:], figures["result"]) for figures in outcome.figures]
@@ -182,7 +182,7 @@ def test_results_of_tests_are_kept_although_pytest_dies(tmp_path: Path) -> None:
 
 
 def test_every_gpu_test_is_in_one_step() -> None:
-    """Catches tests that no step selects, or two do."""
+    """Catches tests that no job selects, or two do."""
     selected: list[str] = []
     for one in plan({}):
         if one.command[1] == "pytest":
