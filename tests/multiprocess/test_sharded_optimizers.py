@@ -7,6 +7,8 @@ import pytest
 from torch import Tensor
 
 from experiment.checkpoints import checkpoint_path
+from fp16 import fp16_supported
+from pretrain.world import World
 from rank_pool import RankPool
 from runs import (
     NO_DROPOUT,
@@ -87,6 +89,12 @@ def test_every_layout_equals_one_process(
     assert (sharded > 0) == (world_size > 1 and not ds_config.endswith("0")), "the layout shards no parameter"
 
 
+@fp16_supported()
+def any_precision_case(world: World, tree: Tree, stop_after: int | None = None) -> str:
+    """A run that may be in fp16."""
+    return pretrain_case(world, tree, stop_after)
+
+
 @pytest.mark.parametrize(
     ("rule", "world_size", "ds_config"),
     [
@@ -103,9 +111,9 @@ def test_resumed_optimizers_equal_the_uninterrupted_ones(
         name: optimizer_config(tmp_path / name, wordpiece_corpus, rule, ds_config)
         for name in ("uninterrupted", "resumed")
     }
-    pools[world_size].run(pretrain_case, trees["uninterrupted"])
-    assert pools[world_size].run(pretrain_case, trees["resumed"], 2)[0] == "stopped"
-    pools[world_size].run(pretrain_case, trees["resumed"])
+    pools[world_size].run(any_precision_case, trees["uninterrupted"])
+    assert pools[world_size].run(any_precision_case, trees["resumed"], 2)[0] == "stopped"
+    pools[world_size].run(any_precision_case, trees["resumed"])
     one, other = (saved_tensors(checkpoint_path(tmp_path / name / "checkpoints", 5)) for name in trees)
     assert_same_tensors(one, other)
     assert logged(tmp_path / "resumed") == logged(tmp_path / "uninterrupted")
