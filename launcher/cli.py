@@ -16,6 +16,7 @@ from experiment.signals import handle_stop_signals, ignore_stop_signals, interru
 from finetune.options import ExportOptions, PredictOptions, ServeOptions
 from launcher.command_line import Command, help_text, is_help_request, parse_command_line
 from launcher.options import (
+    CleanOptions,
     CompareOptions,
     CompletionOptions,
     ConfigOptions,
@@ -51,6 +52,22 @@ def python_docs(options: PythonDocsOptions) -> None:
     from pretrain.corpus.python_docs import write_python_docs
 
     write_python_docs(options.output, options.packages, options.files_per_package)
+
+
+def clean(options: CleanOptions) -> None:
+    """Clean raw documents: repair, filter, deduplicate, decontaminate.
+
+    Reads the sources of a config, applies its steps in order, and writes the documents that are left as .jsonl.zst, for
+    `deepcloze corpus`, with counts and examples by rule in clean.json and report.html. The same input gives the same
+    bytes with any number of workers. Run the same command again to resume. Needs `pip install 'deepcloze[clean]'`. See
+    docs/cleaning.md.
+
+    Example:
+        deepcloze clean --config clean.yaml
+    """
+    from launcher.clean import clean_command
+
+    clean_command(options)
 
 
 def tokenizer(options: TokenizerOptions) -> None:
@@ -379,6 +396,7 @@ COMMANDS: dict[str, Command] = {
     command.__name__: command
     for command in (
         python_docs,
+        clean,
         tokenizer,
         corpus,
         config,
@@ -402,7 +420,7 @@ COMMANDS: dict[str, Command] = {
     )
 }
 
-_RESUMABLE = ("corpus", "pretrain", "finetune", "sweep", "compare", "watch")
+_RESUMABLE = ("clean", "corpus", "pretrain", "finetune", "sweep", "compare", "watch")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

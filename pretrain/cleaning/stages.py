@@ -1,0 +1,232 @@
+"""The passes of a cleaning. Each reads all documents, in parts that worker processes handle on their own.
+
+A step that compares all documents ends a pass: the pass observes them, the main process decides, and the next pass
+applies the decisions. What a finished part or pass has written is kept if the cleaning is killed.
+"""
+
+import shutil
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from experiment.errors import UserError
+from experiment.files import parse_json, write_json
+from experiment.progress import progress
+from pretrain.cleaning.parts import Pass
+from pretrain.cleaning.step import CollectionStep, Document, DocumentStep, DuplicateStep, Step, Verdict
+from pretrain.cleaning.tally import StepTally, merge_tallies
+
+_PART_CHARACTERS = 1 << 22
+_PART_DOCUMENTS = 20_000
+_PARTS_PER_WORKER = 2  # in flight
+_DONE, _DECIDED = "done.json", "decided.json"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one pass does: apply decisions, then steps, then observe what is left for the next decisions."""
+
+    decided: CollectionStep[Any] | None
+    steps: tuple[DocumentStep[Any], ...]
+    observed: CollectionStep[Any] | None
+
+    @property
+    def counted(self) -> tuple[Step[Any], ...]:
+        """The steps whose effect this pass counts."""
+        return (*((self.decided,) if self.decided is not None else ()), *self.steps)
+
+
+def plan_stages(steps: Sequence[Step[Any]]) -> tuple[Stage, ...]:
+    """Divide the steps into passes: one, and one more for each step that compares all documents."""
+    stages, decided = list[Stage](), None
+    current = list[DocumentStep[Any]]()
+    for step in steps:
+        if isinstance(step, CollectionStep):
+            stages.append(Stage(decided, tuple(current), step))
+            decided, current = step, []
+        else:
+            assert isinstance(step, DocumentStep)
+            current.append(step)
+    return (*stages, Stage(decided, tuple(current), None))
+
+
+def run_stages(
+    stages: Sequence[Stage], documents: Iterator[Document], folder: Path, pool: ProcessPoolExecutor, workers: int
+) -> tuple[Pass, int, list[StepTally]]:
+    """Run all passes that are not finished. The workers of `pool` have been started with `start_worker`.
+
+    Returns the last pass, the number of its parts, and the tallies of all steps. Raises UserError.
+    """
+    tallies = list[StepTally]()
+    before, parts = None, 0
+    for number, stage in enumerate(stages):
+        label = f"cleaning, pass {number + 1} of {len(stages)}"
+        current = Pass(folder / f"pass-{number}")
+        current.folder.mkdir(exist_ok=True)
+        queue = _Queue(pool, workers * _PARTS_PER_WORKER)
+        if not (current.folder / _DONE).exists():
+            with progress(label, None if before is None else parts, "parts", describe=_count) as advance:
+                if before is None:
+                    parts = _read_parts(queue, current, documents, advance)
+                else:
+                    _decide(stage, before, current, parts)
+                    for part in range(parts):
+                        if current.tally(part) is None:
+                            queue.submit(advance, number, part, None, folder)
+                queue.drain(advance)
+            found = merge_tallies((current.steps(part) for part in range(parts)), len(stage.counted))
+            if isinstance(stage.decided, DuplicateStep) and before is not None:
+                _name_kept(found[0], before, parts)
+            write_json(current.folder / _DONE, {"parts": parts, "steps": [tally.as_json() for tally in found]})
+        done = parse_json((current.folder / _DONE).read_bytes())
+        parts = done["parts"]
+        tallies += [StepTally.from_json(step) for step in done["steps"]]
+        if before is not None:
+            before.remove_documents()
+        before = current
+    assert before is not None
+    return before, parts, tallies
+
+
+def start_worker(stages: Sequence[Stage]) -> None:
+    """Call this in each worker process first."""
+    global _stages  # a worker process has one cleaning
+    _stages = tuple(stages)
+
+
+_stages: tuple[Stage, ...] = ()
+
+
+def _process(number: int, part: int, documents: list[Document] | None, folder: Path) -> int:
+    """Handle one part, in a worker process. documents: of the first pass. Returns how many documents were read."""
+    stage, current, before = _stages[number], Pass(folder / f"pass-{number}"), Pass(folder / f"pass-{number - 1}")
+    digest = "" if documents is None else _digest(documents)
+    documents = before.read(part) if documents is None else documents
+    read = len(documents)
+    tallies = list[StepTally]()
+    for step in stage.counted:
+        texts = [document.text for document in documents]
+        verdicts = _apply(step, documents, current, part)
+        verdicts = [_dropped_if_empty(*pair) for pair in zip(documents, verdicts, strict=True)]
+        tally = StepTally()
+        for document, text, verdict in zip(documents, texts, verdicts, strict=True):
+            tally.count(document, text, verdict, step.lists_matches)
+        tallies.append(tally)
+        pairs = zip(documents, verdicts, strict=True)
+        documents = [document for document, verdict in pairs if verdict is None or not verdict.dropped]
+    observed = {} if stage.observed is None else stage.observed.observe(documents)
+    tally_json = {"digest": digest, "kept": len(documents), "steps": [tally.as_json() for tally in tallies]}
+    current.write(part, documents, observed, tally_json)
+    return read
+
+
+def _apply(step: Step[Any], documents: list[Document], current: Pass, part: int) -> list[Verdict | None]:
+    if isinstance(step, CollectionStep):
+        return step.apply(documents, current.decisions(part))
+    assert isinstance(step, DocumentStep)
+    verdicts = []
+    for document in documents:
+        try:
+            verdicts.append(step.apply(document))
+        except UserError:
+            raise
+        except Exception as error:  # a library that the text is too much for
+            name = type(step).__module__.rpartition(".")[2]
+            raise UserError(f"{document.id}: the step {name} fails on this document: {error!r}") from None
+    return verdicts
+
+
+def _dropped_if_empty(document: Document, verdict: Verdict | None) -> Verdict | None:
+    if verdict is None or verdict.dropped or (document.text and not document.text.isspace()):
+        return verdict
+    return Verdict("nothing_left", detail=verdict.detail)
+
+
+def _read_parts(queue: "_Queue", current: Pass, documents: Iterator[Document], advance: Any) -> int:
+    """Divide the documents into parts, and submit those that are not finished. Returns the number of parts."""
+    part = -1
+    for part, chunk in enumerate(_chunks(documents)):
+        tally = current.tally(part)
+        if tally is None:
+            queue.submit(advance, int(current.folder.name.removeprefix("pass-")), part, chunk, current.folder.parent)
+        elif tally["digest"] != _digest(chunk):
+            raise UserError(
+                f"{current.folder.parent} holds an unfinished cleaning of other documents: the source changed; "
+                "delete the folder to start over"
+            )
+    return part + 1
+
+
+def _chunks(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    chunk, characters = list[Document](), 0
+    for document in documents:
+        chunk.append(document)
+        characters += len(document.text)
+        if characters >= _PART_CHARACTERS or len(chunk) >= _PART_DOCUMENTS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
+def _digest(documents: Iterable[Document]) -> str:
+    return xxhash.xxh3_128_hexdigest(
+        "\0".join(chain(*((document.id, document.text) for document in documents))).encode()
+    )
+
+
+def _decide(stage: Stage, before: Pass, current: Pass, parts: int) -> None:
+    """Let the step that the pass before observed for decide, unless it has."""
+    if (current.folder / _DECIDED).exists():
+        return
+    assert stage.decided is not None
+    shutil.rmtree(current.folder)
+    current.folder.mkdir()
+    if parts:
+        current.write_decisions(stage.decided.decide([before.observed(part) for part in range(parts)]))
+    write_json(current.folder / _DECIDED, {})
+
+
+def _name_kept(tally: StepTally, before: Pass, parts: int) -> None:
+    """Replace the indices of kept documents in the examples by their ids."""
+    wanted = {int(example.detail.removeprefix("#")) for rule in tally.rules.values() for example in rule.examples}
+    names, start = dict[str, str](), 0
+    for part in range(parts):
+        count = (before.tally(part) or {})["kept"]
+        if any(start <= index < start + count for index in wanted):
+            ids = [document.id for document in before.read(part)]
+            names |= {f"#{index}": f"of {ids[index - start]}" for index in wanted if start <= index < start + count}
+        start += count
+    for rule in tally.rules.values():
+        rule.examples = [
+            type(example)(example.priority, example.id, example.text, names[example.detail])
+            for example in rule.examples
+        ]
+
+
+def _count(done: float) -> str:
+    return f"{done:,.0f} documents"
+
+
+class _Queue:
+    """Parts that workers are handling."""
+
+    def __init__(self, pool: ProcessPoolExecutor, capacity: int) -> None:
+        self._pool, self._capacity = pool, capacity
+        self._in_flight = deque[Future[int]]()
+
+    def submit(self, advance: Any, *arguments: Any) -> None:
+        """Hand a part to a worker. If the queue is full, wait for the oldest one."""
+        self._in_flight.append(self._pool.submit(_process, *arguments))
+        if len(self._in_flight) >= self._capacity:
+            advance(self._in_flight.popleft().result())
+
+    def drain(self, advance: Any) -> None:
+        while self._in_flight:
+            advance(self._in_flight.popleft().result())
