@@ -70,8 +70,8 @@ _CONFIG_HEAD = """\
 # Config reference
 
 Every key of a config file, with its type and default. Override any key on the command line as `--section.key=value`.
-`deepcloze config pretrain [KEY]`, and the same with `finetune`, `compare` or `clean`, shows all keys, one section or one key.
-Keys of list items are written `list[].key`.
+`deepcloze config pretrain [KEY]`, and the same with `finetune`, `compare` or `clean`, shows all keys, one section or
+one key. Keys of list items are written `list[].key`.
 """
 
 _COMMANDS_HEAD = """\

@@ -82,8 +82,8 @@ class CleanConfig(TextOptions):
                     raise ValueError(f"steps.{number}.{item.name}: {_provider_of(key)}")
             if step.repairs and compared is not None:
                 raise ValueError(
-                    f"steps.{number}.{item.name}: it changes how words are written, after steps.{compared} has compared "
-                    f"them; put it before steps.{compared}"
+                    f"steps.{number}.{item.name}: it changes how words are written after steps.{compared} compared; "
+                    f"put it before steps.{compared}"
                 )
             known |= {*step.provides}
             compared = f"{number}.{item.name}" if step.needs_repaired else compared

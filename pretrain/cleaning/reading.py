@@ -12,7 +12,7 @@ from experiment.errors import UserError
 from experiment.parquet import parquet_rows
 from pretrain.cleaning.config import CleanConfig
 from pretrain.cleaning.readers import RawDocument, Reader, find_reader, reader_of
-from pretrain.cleaning.step import Document
+from pretrain.cleaning.step import Document, check_installed
 from pretrain.corpus.documents import read_documents
 from pretrain.corpus.formats import ReadStats, cell_document, decompress, detect_format, explain_read_errors
 from pretrain.corpus.sources import Source, find_sources
@@ -46,23 +46,23 @@ def find_inputs(config: CleanConfig) -> list[Input]:
 
 def read_inputs(inputs: Sequence[Input], config: CleanConfig) -> Iterator[Document]:
     """Yield all documents with text. Raises UserError for bad input, with file and place."""
-    seen, last = set[str](), ""
+    seen, last, number = set[str](), "", 0
     for found in inputs:
         for raw in _read(found, config):
-            if raw.origin != last:
-                if raw.origin in seen:
-                    raise UserError(f"source: there are two files called {raw.origin}; rename one")
-                seen.add(raw.origin)
-                last = raw.origin
+            if raw.origin in seen if raw.origin != last else raw.number <= number:
+                raise UserError(f"source: there are two files called {raw.origin}; rename one")
+            seen.add(raw.origin)
+            last, number = raw.origin, raw.number
             if raw.text and not raw.text.isspace():
-                yield Document(f"{raw.origin}:{raw.number}", raw.origin, _unicode(raw), raw.metadata)
+                metadata = {key: raw.metadata[key] for key in config.metadata if key in raw.metadata}
+                yield Document(f"{raw.origin}:{raw.number}", raw.origin, _unicode(raw), metadata, raw.markup)
 
 
 def _expand(name: str, config: CleanConfig) -> Iterator[Input]:
     path = Path(name)
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file() and not _is_hidden(file.relative_to(path)))
-        chosen = [file for file in files if config.format != "auto" or _is_known(file.name)]
+        chosen = [file for file in files if config.format != "auto" or _is_known(file)]
         if not chosen:
             raise UserError(f"source: the folder {name} has no files of a known format")
         for file in chosen:
@@ -78,16 +78,17 @@ def _expand(name: str, config: CleanConfig) -> Iterator[Input]:
 
 
 def _input(name: str, config: CleanConfig) -> Input:
-    reader = find_reader(config.format) if config.format != "auto" else reader_of(Path(name).name)
+    reader = find_reader(config.format) if config.format != "auto" else reader_of(Path(name))
     if reader is not None:
         if not Path(name).is_file():
             raise UserError(f"source: no such file: {name}")
+        check_installed(name, reader.PACKAGES)
         return Input(name, reader)
     return Input(name, None, find_sources((name,)))
 
 
-def _is_known(name: str) -> bool:
-    return reader_of(name) is not None or detect_format(name)[0] is not None or name.endswith((".zip", ".tar"))
+def _is_known(path: Path) -> bool:
+    return reader_of(path) is not None or detect_format(path.name)[0] is not None
 
 
 def _is_hidden(path: Path) -> bool:
@@ -105,7 +106,7 @@ def _read(found: Input, config: CleanConfig) -> Iterator[RawDocument]:
                 yield from _read_table(Path(source.name), config)
         else:
             for document in read_documents([source], config, ReadStats()):
-                yield RawDocument(document.text, document.origin, str(document.line))
+                yield RawDocument(document.text, document.origin, document.line)
 
 
 def _read_table(path: Path, config: CleanConfig) -> Iterator[RawDocument]:
@@ -131,7 +132,7 @@ def _read_table(path: Path, config: CleanConfig) -> Iterator[RawDocument]:
                 if column not in row:
                     raise missing_column(f"{path}:{number}", column, row, "column or metadata")
             text = cell_document(row[config.column], str(path), number, config.column).text
-            yield RawDocument(text, str(path), str(number), {column: row[column] for column in config.metadata})
+            yield RawDocument(text, str(path), number, {column: row[column] for column in config.metadata})
 
 
 def _unicode(raw: RawDocument) -> str:

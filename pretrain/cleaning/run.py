@@ -8,7 +8,6 @@ A killed cleaning resumes from its finished parts. The bytes of the result depen
 on workers, time or interruptions.
 """
 
-import importlib.util
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -26,7 +25,7 @@ from pretrain.cleaning.parts import SUFFIX, Pass
 from pretrain.cleaning.reading import Input, find_inputs, read_inputs
 from pretrain.cleaning.report import SUMMARY, Summary, describe, read_summary, summarize, write_report
 from pretrain.cleaning.stages import plan_stages, run_stages, start_worker
-from pretrain.cleaning.step import ReadTask, Step
+from pretrain.cleaning.step import ReadTask, Step, check_installed
 from pretrain.corpus.workers import worker_pool
 
 _FILE_BYTES = 1 << 28  # of a file of the result, compressed
@@ -65,11 +64,7 @@ def prepare_steps(config: CleanConfig, read_task: ReadTask) -> list[Step[Any]]:
     steps = []
     for number, item in enumerate(config.steps):
         step = item.make()
-        for package in step.packages:
-            if importlib.util.find_spec(package) is None:
-                raise UserError(
-                    f"steps.{number}.{item.name}: {package} is not installed; run: pip install 'deepcloze[clean]'"
-                )
+        check_installed(f"steps.{number}.{item.name}", step.packages)
         step.prepare(read_task)
         steps.append(step)
     return steps

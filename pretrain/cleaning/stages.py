@@ -18,6 +18,7 @@ import xxhash
 from experiment.errors import UserError
 from experiment.files import parse_json, write_json
 from experiment.progress import progress
+from pretrain.cleaning.markup import to_text
 from pretrain.cleaning.parts import Pass
 from pretrain.cleaning.step import CollectionStep, Document, DocumentStep, DuplicateStep, Step, Verdict
 from pretrain.cleaning.tally import StepTally, merge_tallies
@@ -107,7 +108,7 @@ def _process(number: int, part: int, documents: list[Document] | None, folder: P
     """Handle one part, in a worker process. documents: of the first pass. Returns how many documents were read."""
     stage, current, before = _stages[number], Pass(folder / f"pass-{number}"), Pass(folder / f"pass-{number - 1}")
     digest = "" if documents is None else _digest(documents)
-    documents = before.read(part) if documents is None else documents
+    documents = before.read(part) if documents is None else _without_markup(documents)
     read = len(documents)
     tallies = list[StepTally]()
     for step in stage.counted:
@@ -124,6 +125,17 @@ def _process(number: int, part: int, documents: list[Document] | None, folder: P
     tally_json = {"digest": digest, "kept": len(documents), "steps": [tally.as_json() for tally in tallies]}
     current.write(part, documents, observed, tally_json)
     return read
+
+
+def _without_markup(documents: list[Document]) -> list[Document]:
+    """The documents with plain text; those without any are left out, as are empty lines of a file."""
+    for document in documents:
+        if document.markup:
+            try:
+                document.text, document.markup = to_text(document.text, document.markup), ""
+            except Exception as error:  # of a library that the markup is too much for
+                raise UserError(f"{document.id}: its markup cannot be removed: {error!r}") from None
+    return [document for document in documents if document.text and not document.text.isspace()]
 
 
 def _apply(step: Step[Any], documents: list[Document], current: Pass, part: int) -> list[Verdict | None]:

@@ -4,6 +4,7 @@ From its declaration follow its config keys, their reference, and its place in t
 """
 
 import importlib
+import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from experiment.config import Section
+from experiment.errors import UserError
 from pretrain.cleaning import steps
 
 ConfigT = TypeVar("ConfigT", bound=Section)
@@ -29,6 +31,7 @@ class Document:
     source: str  # file, or archive::member
     text: str
     metadata: dict[str, Any] = field(default_factory=dict)
+    markup: str = ""  # of the text, until a worker has removed it, see `markup.to_text`
 
 
 class Verdict(NamedTuple):
@@ -130,6 +133,13 @@ class DuplicateStep(CollectionStep[ConfigT]):
 def split_by_part(values: NDArray[Any], counts: Sequence[int]) -> list[NDArray[Any]]:
     """Divide an array over all parts into one for each part."""
     return np.split(values, np.cumsum(counts)[:-1])
+
+
+def check_installed(place: str, packages: Sequence[str]) -> None:
+    """Raises UserError if a package of the extra is not installed. place: what needs it."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"{place}: {package} is not installed; run: pip install 'deepcloze[clean]'")
 
 
 def find_step(name: str) -> type[Step[Any]]:

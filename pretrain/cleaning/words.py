@@ -18,7 +18,8 @@ _DIGITS = regex.compile(r"\d+")
 
 def tokens(text: str) -> list[str]:
     """Words and runs of punctuation, in order."""
-    return _TOKEN.findall(text)
+    found: list[str] = _TOKEN.findall(text)
+    return found
 
 
 def sentences(text: str) -> list[str]:
@@ -39,4 +40,5 @@ def word_spans(text: str) -> list[tuple[int, int]]:
 @lru_cache(maxsize=1 << 18)
 def _normalize(word: str) -> str:
     plain = "".join(part for part in unicodedata.normalize("NFKD", word.casefold()) if not unicodedata.combining(part))
-    return _DIGITS.sub("0", plain.replace("’", "'"))
+    without_numbers: str = _DIGITS.sub("0", plain.replace("’", "'"))
+    return without_numbers

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Config(Section):
-    """Drop documents by Gopher's quality rules: length, symbols, bullet points and stop words. null turns a rule off."""
+    """Drop documents by Gopher's quality rules: length, symbols, bullets and stop words. null turns a rule off."""
 
     min_doc_words: NonNegativeInt | None = 50
     """Fewest words, without punctuation."""
