@@ -62,7 +62,8 @@ class CleanConfig(TextOptions):
     """Format of all files; `auto`: as their names suggest."""
 
     metadata: tuple[str, ...] = ()
-    """Columns of .jsonl and .parquet files to keep besides the text, for the steps and the output, such as `url`."""
+    """What to keep besides the text, for the steps and the output: columns of .jsonl and .parquet files, `url` of web
+    archives, `title` of wiki dumps, `language` of Moses files."""
 
     steps: tuple[_ITEM, ...] = ()  # type: ignore[valid-type]
     """The steps, in order."""

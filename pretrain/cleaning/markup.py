@@ -23,14 +23,15 @@ def _from_html(text: str) -> str:
     return found or ""
 
 
-def _from_wikitext(text: str) -> str:
+def _from_wikitext(source: str) -> str:
     import mwparserfromhell
 
-    code = mwparserfromhell.parse(text)
+    code = mwparserfromhell.parse(source)
     media = code.filter_wikilinks(matches=lambda link: _MEDIA.match(str(link.title)))
     tags = code.filter_tags(matches=lambda tag: str(tag.tag).lower() in _REMOVED_TAGS)
     for node in (*media, *tags):
         with suppress(ValueError):  # it was in one that is removed already
             code.remove(node)
     plain: str = code.strip_code(normalize=True, collapse=True, keep_template_params=False)
-    return _BLANK_LINES.sub("\n\n", plain).strip()
+    text = str(_BLANK_LINES.sub("\n\n", plain))
+    return text.strip()

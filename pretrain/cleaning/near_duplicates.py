@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 import xxhash
@@ -27,17 +27,20 @@ _MEMBERS = 32  # representatives of a band's bucket that a document is compared 
 _SEED = 1
 
 
-class Bands(NamedTuple):
+@dataclass(frozen=True)
+class Bands:
+    """Groups of hash functions."""
+
     count: int
-    rows: int
+    rows: int  # hash functions of each
 
 
 def choose_bands(threshold: float) -> Bands:
     """As many rows as possible, for few false candidates, such that similarity at the threshold is found in 99 % of
     cases with at most 128 hashes."""
     for rows in range(_HASHES, 0, -1):
-        miss = 1 - threshold**rows
-        count = 1 if miss <= 0 else math.ceil(math.log(1 - _RECALL) / math.log(miss))
+        # 1 - (1 - threshold^rows)^count >= recall
+        count = 1 if threshold == 1 else math.ceil(math.log(1 - _RECALL) / math.log1p(-(threshold**rows)))
         if rows * count <= _HASHES:
             return Bands(count, rows)
     raise ValueError(f"no bands for a threshold of {threshold}")

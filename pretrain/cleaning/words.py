@@ -13,7 +13,6 @@ _UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}
 _WORD = regex.compile(rf"(?V1)[\w--[{_UNSPACED}]]+(?:['’][\w--[{_UNSPACED}]]+)*|\w")
 _TOKEN = regex.compile(rf"(?V1){_WORD.pattern.removeprefix('(?V1)')}|[^\w\s]+")
 _SENTENCE_END = regex.compile(r"(?<=[.!?…][\"'”’)\]]*)\s+|(?<=[。！？])")
-_DIGITS = regex.compile(r"\d+")
 
 
 def tokens(text: str) -> list[str]:
@@ -28,7 +27,7 @@ def sentences(text: str) -> list[str]:
 
 
 def normalized_words(text: str) -> list[str]:
-    """The words of a text without punctuation, case and diacritics; each number is `0`. For comparing texts."""
+    """The words of a text without punctuation, case and diacritics, for comparing texts."""
     return [_normalize(word) for word in _WORD.findall(text)]
 
 
@@ -40,5 +39,4 @@ def word_spans(text: str) -> list[tuple[int, int]]:
 @lru_cache(maxsize=1 << 18)
 def _normalize(word: str) -> str:
     plain = "".join(part for part in unicodedata.normalize("NFKD", word.casefold()) if not unicodedata.combining(part))
-    without_numbers: str = _DIGITS.sub("0", plain.replace("’", "'"))
-    return without_numbers
+    return plain.replace("’", "'")
