@@ -20,12 +20,25 @@ def texts_digest(texts: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
+def is_clean_summary(path: Path) -> bool:
+    """Whether a file is the clean.json of `deepcloze clean`, which is not text for a corpus."""
+    return path.name == CLEAN_SUMMARY and _read_summary(path) is not None
+
+
 def read_decontamination(folder: Path) -> dict[str, str] | None:
     """Task -> digest of its texts, of all tasks that the documents in a folder of `deepcloze clean` were decontaminated
     against; None if the folder was not written by it."""
-    try:
-        summary = parse_json((folder / CLEAN_SUMMARY).read_bytes())
-        steps: list[Mapping[str, Any]] = summary["steps"]
-        return {name: str(digest) for step in steps for name, digest in step.get("against", {}).items()}
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError):
+    summary = _read_summary(folder / CLEAN_SUMMARY)
+    if summary is None:
         return None
+    return {name: str(digest) for step in summary["steps"] for name, digest in step.get("against", {}).items()}
+
+
+def _read_summary(path: Path) -> Mapping[str, Any] | None:
+    """The content of clean.json; None for a file of another kind, such as JSON Lines."""
+    try:
+        summary = parse_json(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    is_ours = isinstance(summary, dict) and {"recipe", "read", "kept", "steps"} <= summary.keys()
+    return summary if is_ours else None

@@ -1,6 +1,6 @@
 """`deepcloze clean`: give a cleaning the texts of the fine-tuning tasks that it decontaminates against."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from experiment.config import load_config
 from experiment.fast_imports import fast_imports
@@ -16,6 +16,13 @@ def clean_command(options: CleanOptions) -> None:
     from pretrain.cleaning.run import clean
 
     clean(config, read_task, options.workers)
+
+
+def check_cleaning(config: str, overrides: Mapping[str, str]) -> None:
+    """Check a config and the files that it names; reads no documents. Raises UserError."""
+    from pretrain.cleaning.run import check
+
+    check(load_config(CleanConfig, config, overrides), read_task)
 
 
 def read_task(name: str) -> Sequence[EvaluationText]:

@@ -369,7 +369,7 @@ def recipes(options: RecipesOptions) -> None:
 
 
 def validate(options: ValidateOptions) -> None:
-    """Check the config of a pretraining or fine-tuning, and the files that it names. Starts nothing.
+    """Check the config of a pretraining, fine-tuning or cleaning, and the files that it names. Starts nothing.
 
     Example:
         deepcloze validate my-run.yaml

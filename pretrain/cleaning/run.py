@@ -43,7 +43,7 @@ def clean(config: CleanConfig, read_task: ReadTask, workers: int | None = None) 
     advice = "; the same command resumes from the finished parts"
     with disk_errors_as(UserError, f"output {folder}: ", advice), _lock(folder):
         inputs = find_inputs(config)
-        steps = prepare_steps(config, read_task)
+        steps = _prepare_steps(config, read_task)
         recipe = _recipe(config, inputs, steps)
         if _holds_result(folder):
             summary = read_summary(folder)
@@ -59,7 +59,13 @@ def clean(config: CleanConfig, read_task: ReadTask, workers: int | None = None) 
     return summary
 
 
-def prepare_steps(config: CleanConfig, read_task: ReadTask) -> list[Step[Any]]:
+def check(config: CleanConfig, read_task: ReadTask) -> None:
+    """Find the sources and prepare the steps; reads no documents. Raises UserError."""
+    find_inputs(config)
+    _prepare_steps(config, read_task)
+
+
+def _prepare_steps(config: CleanConfig, read_task: ReadTask) -> list[Step[Any]]:
     """Make the steps and open what they name. Raises UserError, also for a package that is missing."""
     steps = []
     for number, item in enumerate(config.steps):
