@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiment.config.field_types import expand_home
+from experiment.decontamination import is_clean_summary
 from experiment.errors import UserError
 from pretrain.corpus.formats import check_is_read, detect_format
 from pretrain.corpus.options import SourceName
@@ -88,7 +89,8 @@ def _expand(item: str) -> list[Source]:
 def _from_folder(folder: Path) -> list[Source]:
     """Return all files of a known format below `folder`, except hidden ones."""
     files = [path for path in folder.rglob("*") if path.is_file() and not _is_hidden(path.relative_to(folder))]
-    known = sorted((path for path in files if detect_format(path.name)[0]), key=lambda path: path.as_posix())
+    known = [path for path in files if detect_format(path.name)[0] and not is_clean_summary(path)]
+    known.sort(key=lambda path: path.as_posix())
     if not known:
         raise UserError(
             f"--source {folder}: the folder has no .txt, .jsonl, .csv, .tsv or .parquet files; "
