@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiment.config import load_config
+from experiment.decontamination import decontamination_of, texts_digest
 from experiment.errors import UserError
 from finetune.config import FinetuneConfig
 from finetune.data.records import Table, read_table
+from finetune.data.task_config import TaskConfig
 from finetune.task_kind import find_kind
 
 
@@ -18,12 +20,30 @@ class EvaluationText(NamedTuple):
 
 
 def evaluation_texts(config: str) -> list[EvaluationText]:
-    """The texts of the validation and test splits. Without a validation file, of the part of the training split that
-    fine-tuning draws.
+    """The texts that a config file evaluates on, see `texts_of`. Raises UserError, also if there are none."""
+    found = texts_of(load_config(FinetuneConfig, config).task)
+    if not found:
+        raise UserError(f"{config}: it has no validation or test texts; expected task.validation or task.test")
+    return found
 
-    Raises UserError if there are none, and for files that cannot be read.
+
+def contamination_warnings(task: TaskConfig, model: Path) -> Iterator[str]:
+    """A line, if a corpus that the model was pretrained on is known not to be decontaminated against the task.
+
+    model: a Hugging Face folder.
     """
-    task = load_config(FinetuneConfig, config).task
+    known = decontamination_of(model)
+    digest = texts_digest(text.text for text in texts_of(task)) if known else ""
+    if corpora := [corpus for corpus, tasks in known.items() if digest not in tasks.values()]:
+        yield (
+            f"the model was pretrained on {', '.join(corpora)}, which is not decontaminated against this task: its "
+            "scores may be too high"
+        )
+
+
+def texts_of(task: TaskConfig) -> list[EvaluationText]:
+    """The texts of the validation and test splits. Without a validation file, of the part of the training split that
+    fine-tuning draws. Raises UserError for files that cannot be read."""
     tables: dict[str, Table] = {
         split: read_table(Path(path), task.columns, task.file_format(), targets_required=False)
         for split, path in task.files().items()
@@ -34,7 +54,7 @@ def evaluation_texts(config: str) -> list[EvaluationText]:
 
         _, tables["validation"] = split_off(tables.pop("train"), task.columns, task.validation_share, task.split_seed)
     inputs = task.columns.without_targets().cell_types()
-    found = [
+    return [
         EvaluationText(split, record.place, text)
         for split, table in tables.items()
         for record in table.records
@@ -42,9 +62,6 @@ def evaluation_texts(config: str) -> list[EvaluationText]:
         for text in _texts(record.values.get(role))
         if text.strip()
     ]
-    if not found:
-        raise UserError(f"{config}: it has no validation or test texts; expected task.validation or task.test")
-    return found
 
 
 def _texts(value: Any) -> Iterator[str]:

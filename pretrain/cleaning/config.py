@@ -65,7 +65,7 @@ class CleanConfig(TextOptions):
     """What to keep besides the text, for the steps and the output: columns of .jsonl and .parquet files, `url` of web
     archives, `title` of wiki dumps, `language` of Moses files."""
 
-    steps: tuple[_ITEM, ...] = ()  # type: ignore[valid-type]
+    steps: tuple[_ITEM, ...] = ()
     """The steps, in order."""
 
     @classmethod

@@ -43,7 +43,7 @@ def word_tokenizer() -> "WordTokenizer":
     """`words` for datatrove, whose own tokenizers need spaCy or download models."""
     from datatrove.utils.word_tokenizers import WordTokenizer
 
-    class Words(WordTokenizer):
+    class Words(WordTokenizer):  # type: ignore[misc]
         def word_tokenize(self, text: str) -> list[str]:
             return tokens(text)
 

@@ -68,11 +68,11 @@ def _expand(name: str, config: CleanConfig) -> Iterator[Input]:
         for file in chosen:
             yield _input(str(file), config)
     elif glob.has_magic(name) and not path.exists() and "::" not in name:
-        found = sorted(file for file in glob.glob(name, recursive=True) if Path(file).is_file())  # noqa: PTH207
-        if not found:
+        matching = sorted(found for found in glob.glob(name, recursive=True) if Path(found).is_file())  # noqa: PTH207
+        if not matching:
             raise UserError(f"source: no file matches {name}")
-        for file in found:
-            yield _input(file, config)
+        for found in matching:
+            yield _input(found, config)
     else:
         yield _input(name, config)
 
