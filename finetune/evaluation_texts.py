@@ -23,7 +23,7 @@ def evaluation_texts(config: str) -> list[EvaluationText]:
     """The texts that a config file evaluates on, see `texts_of`. Raises UserError, also if there are none."""
     found = texts_of(load_config(FinetuneConfig, config).task)
     if not found:
-        raise UserError(f"{config}: it has no validation or test texts; expected task.validation or task.test")
+        raise UserError("it has no validation or test texts; expected task.validation or task.test")
     return found
 
 

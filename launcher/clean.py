@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from experiment.config import load_config
+from experiment.errors import UserError
 from experiment.fast_imports import fast_imports
 from experiment.recipes import find_config
 from launcher.options import CleanOptions
@@ -30,4 +31,7 @@ def read_task(name: str) -> Sequence[EvaluationText]:
     with fast_imports():
         from finetune.evaluation_texts import evaluation_texts
 
-    return [EvaluationText(name, *found) for found in evaluation_texts(find_config(name, "finetune"))]
+    try:
+        return [EvaluationText(name, *found) for found in evaluation_texts(find_config(name, "finetune"))]
+    except UserError as error:
+        raise UserError(f"decontaminate.against: {name}: {error}") from None

@@ -1,9 +1,11 @@
 """What a cleaning did: clean.json, report.html and lines for the terminal."""
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table as TerminalTable
 
 from experiment.decontamination import CLEAN_SUMMARY
@@ -16,6 +18,7 @@ from pretrain.cleaning.tally import StepTally
 SUMMARY = CLEAN_SUMMARY
 PAGE = "report.html"
 _LISTED = 200  # matches on the page
+_FILE_WIDTH = 110  # characters of the table, if it is not printed on a terminal
 
 Summary = Mapping[str, Any]
 """The content of clean.json."""
@@ -116,13 +119,13 @@ def _examples(summary: Summary) -> Iterator[Block]:
             yield Table(("document", "match"), rows, labels=2)
 
 
-def describe(folder: str, summary: Summary) -> TerminalTable:
-    """A table for the terminal."""
-    table = TerminalTable(
-        title=f"{folder}: {summary['kept']:,} of {summary['read']:,} documents kept", title_justify="left"
-    )
+def print_steps(summary: Summary) -> None:
+    """Print the counts as a table."""
+    table = TerminalTable()
     for column in _COLUMNS:
-        table.add_column(column, justify="left" if column in ("step", "rule") else "right")
+        is_label = column in ("step", "rule")
+        table.add_column(column, justify="left" if is_label else "right", no_wrap=True)
     for row in _rows(summary):
         table.add_row(*row)
-    return table
+    width = None if sys.stdout.isatty() else _FILE_WIDTH
+    Console(highlight=False, width=width).print(table)

@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from rich.console import Console
 
 from experiment.errors import UserError, disk_errors_as
 from experiment.files import created_parents, fsync_tree, json_digest, parse_json, write_json
 from pretrain.cleaning.config import CleanConfig
 from pretrain.cleaning.parts import SUFFIX, Pass
 from pretrain.cleaning.reading import Input, find_inputs, read_inputs
-from pretrain.cleaning.report import SUMMARY, Summary, describe, read_summary, summarize, write_report
+from pretrain.cleaning.report import SUMMARY, Summary, print_steps, read_summary, summarize, write_report
 from pretrain.cleaning.stages import plan_stages, run_stages, start_worker
 from pretrain.cleaning.step import ReadTask, Step, check_installed
 from pretrain.corpus.workers import worker_pool
@@ -55,7 +54,9 @@ def clean(config: CleanConfig, read_task: ReadTask, workers: int | None = None) 
             print(f"{folder} already exists, of the same sources and steps")
         else:
             summary = _clean(config, inputs, steps, recipe, folder, workers)
-    Console(highlight=False).print(describe(config.output, summary))
+    print(f"{config.output}: {summary['kept']:,} of {summary['read']:,} documents kept")
+    if summary["steps"]:
+        print_steps(summary)
     return summary
 
 
@@ -83,8 +84,13 @@ def _clean(
     _check_unfinished(partial, recipe)
     stages = plan_stages(steps)
     advice = "use fewer --workers, and run the same command again to resume from the finished parts"
-    with worker_pool(workers, advice, start_worker, stages) as pool:
-        last, parts, tallies = run_stages(stages, read_inputs(inputs, config), partial, pool, workers)
+    try:
+        with worker_pool(workers, advice, start_worker, stages) as pool:
+            last, parts, tallies = run_stages(stages, read_inputs(inputs, config), partial, pool, workers)
+    except UserError:
+        if not any(partial.glob("pass-*/*.json")):  # nothing to resume from
+            shutil.rmtree(partial)
+        raise
     result = partial / "result"
     shutil.rmtree(result, ignore_errors=True)
     result.mkdir()

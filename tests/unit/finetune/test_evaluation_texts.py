@@ -68,5 +68,5 @@ def test_a_corpus_that_was_not_decontaminated_is_named(tmp_path: Path) -> None:
 
 def test_a_task_without_evaluation_texts(tmp_path: Path) -> None:
     write(tmp_path, "test.tsv", "a\tb\tlabel", " \t \t1")
-    with pytest.raises(UserError, match=r"task.yaml: it has no validation or test texts"):
+    with pytest.raises(UserError, match=r"^it has no validation or test texts"):
         evaluation_texts(config(tmp_path, "test"))
