@@ -158,7 +158,6 @@ def _tar_members(file: IO[bytes], span: Span, is_wanted: Callable[[str], bool]) 
                 member = archive.extractfile(info)
                 assert member is not None
                 yield info.name, member
-            archive.members.clear()  # it would keep them all
 
 
 def tar_compression(name: str) -> str:

@@ -4,6 +4,8 @@ Both schedule, and both give results in the order of completion. A task is a fun
 and of its own argument. It can be run again, on another machine too: Ray does so if a node is lost.
 """
 
+import importlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import ExitStack, contextmanager
@@ -76,11 +78,11 @@ def _run_in_worker(function: Callable[[Any, T], R], task: T) -> R:
 @contextmanager
 def _ray(address: str | None, job: object) -> Iterator[Engine]:
     try:
-        import ray
+        ray = importlib.import_module("ray")
     except ImportError:
         raise UserError("--engine ray needs Ray; install it with: pip install 'deepcloze[ray]'") from None
     try:
-        ray.init(address=address or "auto", log_to_driver=False, logging_level="error")
+        ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError) as error:  # ConnectionError is an OSError
         raise UserError(
             f"--ray_address {address or 'auto'}: no Ray cluster answers ({first_line(error)}); "

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from experiment.errors import UserError
-from experiment.files import create_json, parse_json, write_json
+from experiment.files import create_json, write_json
 from pretrain.corpus.formats import Members
 from pretrain.corpus.shards import Piece
 from pretrain.corpus.source_digest import SourceDigest
-from pretrain.corpus.tasks import ShardTask, SplitCount, SplitRecord, SplitTask, parts_digest
+from pretrain.corpus.tasks import ShardTask, SplitCount, SplitRecord, SplitTask, parts_digest, read_record
 
 _ARGUMENTS = "build.json"
 
@@ -31,10 +31,10 @@ def open_partial(folder: Path, arguments: Mapping[str, str | int | None]) -> Non
     if (folder / "journal.json").exists():
         raise UserError(f"{folder} holds an unfinished build of an earlier version; delete it to start over")
     create_json(folder / _ARGUMENTS, arguments)
-    try:
-        found = _read(folder / _ARGUMENTS)
-    except ValueError:
-        found = {}
+    found = read_record(folder / _ARGUMENTS)
+    if found != arguments and not holds_work(folder):
+        write_json(folder / _ARGUMENTS, arguments)
+        return
     for name, value in arguments.items():
         if found.get(name) != value:
             difference = "" if name == "source" else f" (found {found.get(name)}, expected {value})"
@@ -49,21 +49,16 @@ def holds_work(folder: Path) -> bool:
     return any(".arrow" in name or name.endswith(".count.json") for name in _names(folder))
 
 
-def _read(path: Path) -> Any:
-    return parse_json(path.read_bytes())
-
-
 def write_count(folder: Path, count: SplitCount) -> None:
     """Record the number of documents of a split."""
-    write_json(folder / f"{count.key}.count.json", asdict(count))
+    write_json(folder / f"{count.key}.count.json", asdict(count), durable=False)
 
 
 def read_counts(folder: Path, keys: Iterable[str]) -> dict[str, SplitCount]:
     """Read the counts of those splits that were counted, by key."""
     names, counts = _names(folder), {}
     for key in keys:
-        if f"{key}.count.json" in names:
-            found = _read(folder / f"{key}.count.json")
+        if f"{key}.count.json" in names and (found := read_record(folder / f"{key}.count.json")):
             counts[key] = SplitCount(**found | {"source": SourceDigest(**found["source"])})
     return counts
 
@@ -74,8 +69,8 @@ def read_finished(folder: Path, tasks: Iterable[SplitTask]) -> dict[str, SplitRe
     pieces = names | {piece for _, shard in _shards(folder, names) for piece in shard["pieces"]}
     for split, parts in tasks:
         key = split.key
-        if f"{key}.json" in names:
-            record = _split_record(_read(folder / f"{key}.json"))
+        if f"{key}.json" in names and (found := read_record(folder / f"{key}.json")):
+            record = _split_record(found)
             written = (piece.file for found in record.pieces.values() for piece in found)
             if record.parts == parts_digest(parts) and all(file in pieces for file in written):
                 finished[key] = record
@@ -103,7 +98,9 @@ def forget_other_shards(folder: Path, tasks: Iterable[ShardTask]) -> bool:
 
 
 def _shards(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    return ((name, _read(folder / name)) for name in names if name.endswith(".arrow.json"))
+    for name in names:
+        if name.endswith(".arrow.json") and (found := read_record(folder / name)):
+            yield name, found
 
 
 def _split_record(found: dict[str, Any]) -> SplitRecord:

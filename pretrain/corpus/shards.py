@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from experiment.files import atomic_write, checksum, sha256, write_json
+from experiment.files import atomic_write, checksum, fsync, sha256, write_json
 from pretrain.corpus.manifest import Manifest, Shard
 from pretrain.corpus.tokenization import EncodedBatch
 from pretrain.corpus.word_cache import Counts, TokenIds
@@ -95,7 +95,8 @@ class PieceWriter:
     def _close(self) -> None:
         piece, path = self._open, self._folder / f"{self._name}-{len(self.pieces):03d}.arrow"
         word_starts = np.concatenate(piece.word_starts) if piece.word_starts else None
-        write_shard(path, np.concatenate(piece.ids), np.concatenate(piece.lengths), word_starts)
+        # A piece that is damaged by a power cut differs from its checksum, and is written again.
+        write_shard(path, np.concatenate(piece.ids), np.concatenate(piece.lengths), word_starts, durable=False)
         self.pieces.append(Piece(path.name, piece.tokens, piece.unknown, piece.words, piece.text_bytes, checksum(path)))
         self._open = _OpenPiece()
 
@@ -116,6 +117,7 @@ def join_pieces(folder: Path, pieces: Sequence[Piece], path: Path) -> tuple[Shar
     """Write pieces of `folder` as the shard `path`, and return its description and the documents of each length."""
     if len(pieces) == 1:
         path.parent.mkdir(exist_ok=True)
+        fsync(folder / pieces[0].file)
         (folder / pieces[0].file).replace(path)
     else:
         mapped = [map_shard(folder / piece.file) for piece in pieces]
@@ -183,8 +185,10 @@ class MappedShard(NamedTuple):
     word_starts: npt.NDArray[np.uint8] | None  # [at least tokens / 8] one bit per token, lowest bit first
 
 
-def write_shard(path: Path, ids: TokenIds, lengths: Counts, word_starts: BoolArray | None = None) -> None:
-    """Write a shard as an Arrow stream of one record batch, and wait until it is on disk.
+def write_shard(
+    path: Path, ids: TokenIds, lengths: Counts, word_starts: BoolArray | None = None, durable: bool = True
+) -> None:
+    """Write a shard as an Arrow stream of one record batch; with `durable`, wait until it is on disk.
 
     The columns are `input_ids: list<uint16 | uint32>` and, if given, `word_starts: list<bool>` with one bit per token.
     """
@@ -194,7 +198,7 @@ def write_shard(path: Path, ids: TokenIds, lengths: Counts, word_starts: BoolArr
         columns["word_starts"] = pa.ListArray.from_arrays(offsets, pa.array(word_starts))
     batch = pa.record_batch(columns)
     with (
-        atomic_write(path) as temporary,
+        atomic_write(path, durable) as temporary,
         temporary.open("wb") as file,
         pa.ipc.new_stream(file, batch.schema) as writer,
     ):

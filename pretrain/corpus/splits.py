@@ -10,7 +10,7 @@ an archive or Parquet, on its first or last bytes.
 | Parquet | of row groups |
 | .zip | of members |
 | hub data set | of rows |
-| .gz and .zst of one member, CSV, tar | of bytes of the content, at most 16: the tasks also read what is before theirs |
+| .gz and .zst of one member, CSV, tar | of bytes of the content, at most 16: tasks also read what is before theirs |
 | plain text with `--document file` | none |
 """
 

@@ -116,8 +116,8 @@ def write_shard_file(job: BuildJob, task: ShardTask) -> ShardRecord | str:
     Returns the name of a piece if it, or the shard that was made of it, is missing or damaged.
     """
     path, record_path = job.folder / task.part / task.file, job.folder / f"{task.part}-{task.file}.json"
-    if record_path.exists():
-        record = _shard_record(parse_json(record_path.read_bytes()))
+    if found := read_record(record_path):
+        record = ShardRecord(**found | {"shard": Shard(**found["shard"])})
         if path.exists() and sha256(path) == record.shard.sha256:
             return record
         record_path.unlink()
@@ -126,14 +126,19 @@ def write_shard_file(job: BuildJob, task: ShardTask) -> ShardRecord | str:
             return piece.file
     shard, lengths = join_pieces(job.folder, task.pieces, path)
     record = ShardRecord(task.part, shard, [piece.file for piece in task.pieces], sorted(lengths.items()))
-    write_json(record_path, asdict(record))
+    write_json(record_path, asdict(record), durable=False)
     for piece in task.pieces:
         (job.folder / piece.file).unlink(missing_ok=True)
     return record
 
 
-def _shard_record(found: dict[str, Any]) -> ShardRecord:
-    return ShardRecord(**found | {"shard": Shard(**found["shard"])})
+def read_record(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Empty if the file was damaged by a power cut: records are not synced to the disk."""
+    try:
+        found = parse_json(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def parts_digest(parts: bytes) -> str:
@@ -215,7 +220,7 @@ def _tokenize(job: BuildJob, split: Split, parts: bytes) -> SplitRecord:
     record = SplitRecord(
         split.key, parts_digest(parts), digest, text_bytes, empty, stats.start_matches, stats.archives, pieces
     )
-    write_json(job.folder / f"{split.key}.json", asdict(record))
+    write_json(job.folder / f"{split.key}.json", asdict(record), durable=False)
     return record
 
 
