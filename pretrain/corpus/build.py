@@ -65,16 +65,18 @@ def _build(plan: BuildPlan, run: Engine) -> dict[Part, Manifest]:
     """Build all parts and publish them. However this ends, finished splits are kept."""
     announce_sources(plan.sources, plan.text_options)
     manifests = _published_heldout(plan)
-    open_partial(plan.partial, plan.arguments)
     try:
+        open_partial(plan.partial, plan.arguments)
         counts = count_documents(plan, run, plan.splits) if plan.sampling.enabled else {}
         if manifests:
             _check_same_recipe(plan, manifests, total(counts[split.key].source for split in plan.splits))
         unpublished = [part for part in plan.sampling.parts if part not in manifests]
         manifests |= _write_parts(plan, run, unpublished, counts)
-    finally:
-        if not holds_work(plan.partial):
+    except BaseException as error:
+        # After a mistake, such as more held-out documents than there are, the next build has other arguments.
+        if not holds_work(plan.partial, counts=not isinstance(error, UserError)):
             shutil.rmtree(plan.partial, ignore_errors=True)
+        raise
     for part in reversed(unpublished):  # the main corpus last: if it exists, the build is complete
         (plan.partial / part).replace(plan.folder_of(part))
         fsync(plan.folder.parent)

@@ -10,6 +10,7 @@ DIR.partial/main/                       becomes the corpus
 """
 
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -32,7 +33,8 @@ def open_partial(folder: Path, arguments: Mapping[str, str | int | None]) -> Non
         raise UserError(f"{folder} holds an unfinished build of an earlier version; delete it to start over")
     create_json(folder / _ARGUMENTS, arguments)
     found = read_record(folder / _ARGUMENTS)
-    if found != arguments and not holds_work(folder):
+    if found != arguments and not holds_work(folder, counts=False):
+        shutil.rmtree(folder)
         write_json(folder / _ARGUMENTS, arguments)
         return
     for name, value in arguments.items():
@@ -44,9 +46,10 @@ def open_partial(folder: Path, arguments: Mapping[str, str | int | None]) -> Non
             )
 
 
-def holds_work(folder: Path) -> bool:
-    """Whether a later build could use something of this one."""
-    return any(".arrow" in name or name.endswith(".count.json") for name in _names(folder))
+def holds_work(folder: Path, counts: bool) -> bool:
+    """Whether a build has written something that a later one could use, if `counts` also counts of documents."""
+    names = _names(folder) if folder.is_dir() else ()
+    return any(".arrow" in name or (counts and name.endswith(".count.json")) for name in names)
 
 
 def write_count(folder: Path, count: SplitCount) -> None:
