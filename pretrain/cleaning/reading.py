@@ -13,9 +13,10 @@ from experiment.parquet import parquet_rows
 from pretrain.cleaning.config import CleanConfig
 from pretrain.cleaning.readers import RawDocument, Reader, find_reader, reader_of
 from pretrain.cleaning.step import Document, check_installed
-from pretrain.corpus.documents import read_documents
-from pretrain.corpus.formats import ReadStats, cell_document, decompress, detect_format, explain_read_errors
-from pretrain.corpus.sources import Source, find_sources
+from pretrain.corpus.compression import decompress
+from pretrain.corpus.documents import check_read, read_documents
+from pretrain.corpus.formats import ReadStats, cell_document, detect_format, explain_read_errors
+from pretrain.corpus.sources import Source, Span, find_sources
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,9 @@ def find_inputs(config: CleanConfig) -> list[Input]:
 def read_inputs(inputs: Sequence[Input], config: CleanConfig) -> Iterator[Document]:
     """Yield all documents with text. Raises UserError for bad input, with file and place."""
     seen, last, number = set[str](), "", 0
+    stats = ReadStats()
     for found in inputs:
-        for raw in _read(found, config):
+        for raw in _read(found, config, stats):
             if raw.origin in seen if raw.origin != last else raw.number <= number:
                 raise UserError(f"source: there are two files called {raw.origin}; rename one")
             seen.add(raw.origin)
@@ -56,6 +58,8 @@ def read_inputs(inputs: Sequence[Input], config: CleanConfig) -> Iterator[Docume
             if raw.text and not raw.text.isspace():
                 metadata = {key: raw.metadata[key] for key in config.metadata if key in raw.metadata}
                 yield Document(f"{raw.origin}:{raw.number}", raw.origin, _unicode(raw), metadata, raw.markup)
+    sources = [source for found in inputs for source in found.sources]
+    check_read(sources, config, stats.start_matches, stats.archives)
 
 
 def _expand(name: str, config: CleanConfig) -> Iterator[Input]:
@@ -95,7 +99,7 @@ def _is_hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def _read(found: Input, config: CleanConfig) -> Iterator[RawDocument]:
+def _read(found: Input, config: CleanConfig, stats: ReadStats) -> Iterator[RawDocument]:
     if found.reader is not None:
         with explain_read_errors(found.name):
             yield from found.reader.read(Path(found.name))
@@ -105,7 +109,7 @@ def _read(found: Input, config: CleanConfig) -> Iterator[RawDocument]:
             with explain_read_errors(source.name):
                 yield from _read_table(Path(source.name), config)
         else:
-            for document in read_documents([source], config, ReadStats()):
+            for document in read_documents([Span(source)], config, stats):
                 yield RawDocument(document.text, document.origin, document.line)
 
 

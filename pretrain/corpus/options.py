@@ -117,7 +117,27 @@ class TokenizerOptions(TextOptions):
         return self
 
 
-class CorpusOptions(TextOptions):
+class EngineOptions(Section):
+    """Where a build runs."""
+
+    workers: PositiveInt | None = None
+    """Number of processes; default: one per core."""
+
+    engine: Literal["local", "ray", "slurm"] = "local"
+    """Who runs the tasks: processes on this machine, a Ray cluster, or the tasks of a SLURM job array, of which this is
+    one."""
+
+    ray_address: Annotated[str | None, Metavar("ADDRESS")] = None
+    """Address of the Ray cluster; default: RAY_ADDRESS, or the one that runs on this machine."""
+
+    @model_validator(mode="after")
+    def _address_of_ray(self) -> Self:
+        if self.ray_address is not None and self.engine != "ray":
+            raise ValueError("--ray_address needs --engine ray")
+        return self
+
+
+class CorpusOptions(TextOptions, EngineOptions):
     """Either `source`, `tokenizer` and `output` (build a corpus), or `verify`."""
 
     source: Annotated[SourceName | None, Metavar("PATH[,PATH…]")] = None
@@ -129,9 +149,6 @@ class CorpusOptions(TextOptions):
 
     output: Annotated[PathName | None, Metavar("DIR")] = None
     """Corpus folder to write."""
-
-    workers: PositiveInt | None = None
-    """Number of tokenizing processes; default: one per core."""
 
     seed: Annotated[int, Field(ge=0)] = 42
     """Seed of the draws of --holdout and --limit."""

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 from experiment.errors import UserError
 from pretrain.cleaning.readers import RawDocument, has_suffix, zip_members
-from pretrain.corpus.formats import decompress
+from pretrain.corpus.compression import decompress
 
 PACKAGES: tuple[str, ...] = ()
 

@@ -6,7 +6,8 @@ from typing import IO, TYPE_CHECKING
 
 from experiment.errors import UserError
 from pretrain.cleaning.readers import RawDocument, has_suffix
-from pretrain.corpus.formats import decompress, explain_read_errors
+from pretrain.corpus.compression import decompress
+from pretrain.corpus.formats import explain_read_errors
 
 if TYPE_CHECKING:
     from warcio.recordloader import ArcWarcRecord

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 from experiment.errors import UserError
 from pretrain.cleaning.readers import RawDocument
-from pretrain.corpus.formats import decompress
+from pretrain.corpus.compression import decompress
 
 _ARTICLES = "0"  # the namespace of articles; others are talk, users, templates, …
 
