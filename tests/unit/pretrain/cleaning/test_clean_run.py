@@ -12,6 +12,7 @@ from experiment.errors import UserError
 from pretrain.cleaning import run, stages
 from pretrain.cleaning.config import CleanConfig
 from pretrain.cleaning.parts import read_documents
+from pretrain.corpus.sources import find_sources
 
 STEPS = [
     {"ftfy": {}},
@@ -95,6 +96,12 @@ def test_duplicates_go_and_everything_is_counted(clean: Any, tmp_path: Path) -> 
     page = (tmp_path / "out" / "report.html").read_text()
     assert "first line of text" in page
     assert "second line of text" not in page
+
+
+def test_the_result_is_a_source_of_a_corpus(clean: Any, tmp_path: Path) -> None:
+    """Catches clean.json being read as text."""
+    clean(["one text"], {"exact_dedup": {}})
+    assert [Path(source.name).name for source in find_sources(str(tmp_path / "out"))] == ["data-00000.jsonl.zst"]
 
 
 def test_each_rule_has_twenty_examples_of_all_parts(clean: Any, monkeypatch: pytest.MonkeyPatch) -> None:
