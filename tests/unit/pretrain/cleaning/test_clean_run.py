@@ -60,12 +60,12 @@ def test_an_interrupted_cleaning_resumes_with_the_same_bytes(
     whole = clean(config, tmp_path / "whole")
     process, calls = stages._process, list[tuple[int, int]]()
 
-    def interrupted(number: int, part: int, *arguments: Any) -> int:
+    def interrupted(number: int, folder: Path, part: int, *arguments: Any) -> int:
         if len(calls) % 7 == 6:
             calls.append((-1, -1))
             raise KeyboardInterrupt
         calls.append((number, part))
-        return process(number, part, *arguments)
+        return process(number, folder, part, *arguments)
 
     monkeypatch.setattr(stages, "_process", interrupted)
     for _ in range(20):
@@ -121,7 +121,7 @@ def test_a_finished_result_is_kept_and_another_one_refused(clean: Any, tmp_path:
     with pytest.raises(UserError, match="another config, or of other sources"):
         clean(["a text"], {"length": {}})
     with pytest.raises(UserError, match="another config, or of other sources"):
-        clean(["a text", "more"], {"exact_dedup": {}})
+        clean(["b text"], {"exact_dedup": {}})
     (tmp_path / "out" / "clean.json").unlink()
     with pytest.raises(UserError, match="already holds something that was not cleaned"):
         clean(["a text"], {"exact_dedup": {}})
