@@ -47,6 +47,12 @@ class Pass:
         except FileNotFoundError:
             return None
 
+    def kept(self, part: int) -> int:
+        """How many documents a finished part has."""
+        tally = self.tally(part)
+        assert tally is not None
+        return int(tally["kept"])
+
     def steps(self, part: int) -> list[StepTally]:
         tally = self.tally(part)
         assert tally is not None

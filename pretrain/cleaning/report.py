@@ -25,11 +25,15 @@ Summary = Mapping[str, Any]
 
 
 def summarize(
-    config: CleanConfig, recipe: str, kept: int, tallies: Sequence[StepTally], steps: Sequence[Step[Any]]
+    config: CleanConfig,
+    identity: Mapping[str, str],
+    kept: int,
+    tallies: Sequence[StepTally],
+    steps: Sequence[Step[Any]],
 ) -> Summary:
-    """The content of clean.json. recipe: a digest of config and sources; kept: documents."""
+    """The content of clean.json. identity: digests of config and documents; kept: documents."""
     return {
-        "recipe": recipe,
+        **identity,
         "read": tallies[0].read if tallies else kept,
         "kept": kept,
         "steps": [

@@ -20,10 +20,10 @@ from filelock import FileLock, Timeout
 from experiment.errors import UserError, disk_errors_as
 from experiment.files import created_parents, fsync_tree, json_digest, parse_json, write_json
 from pretrain.cleaning.config import CleanConfig
-from pretrain.cleaning.parts import SUFFIX, Pass
+from pretrain.cleaning.parts import SUFFIX
 from pretrain.cleaning.reading import Input, find_inputs, read_inputs
 from pretrain.cleaning.report import SUMMARY, Summary, print_steps, read_summary, summarize, write_report
-from pretrain.cleaning.stages import plan_stages, run_stages, start_worker
+from pretrain.cleaning.stages import Done, digest_of, plan_stages, run_stages, start_worker
 from pretrain.cleaning.step import ReadTask, Step, check_installed
 from pretrain.corpus.workers import worker_pool
 
@@ -43,10 +43,10 @@ def clean(config: CleanConfig, read_task: ReadTask, workers: int | None = None) 
     with disk_errors_as(UserError, f"output {folder}: ", advice), _lock(folder):
         inputs = find_inputs(config)
         steps = _prepare_steps(config, read_task)
-        recipe = _recipe(config, inputs, steps)
+        recipe = _recipe(config, steps)
         if _holds_result(folder):
             summary = read_summary(folder)
-            if summary["recipe"] != recipe:
+            if summary["recipe"] != recipe or summary["source"] != digest_of(read_inputs(inputs, config)):
                 raise UserError(
                     f"output: {folder} already holds documents that were cleaned with another config, or of other "
                     "sources; name a new folder or delete it"
@@ -81,12 +81,12 @@ def _clean(
     config: CleanConfig, inputs: Sequence[Input], steps: Sequence[Step[Any]], recipe: str, folder: Path, workers: int
 ) -> Summary:
     partial = folder.with_name(f"{folder.name}.partial")
-    _check_unfinished(partial, recipe)
+    _check_unfinished(partial, {"recipe": recipe, "sources": json_digest([found.identity for found in inputs])})
     stages = plan_stages(steps)
     advice = "use fewer --workers, and run the same command again to resume from the finished parts"
     try:
         with worker_pool(workers, advice, start_worker, stages) as pool:
-            last, parts, tallies = run_stages(stages, read_inputs(inputs, config), partial, pool, workers)
+            last, tallies = run_stages(stages, read_inputs(inputs, config), partial, pool, workers)
     except UserError:
         if not any(partial.glob("pass-*/*.json")):  # nothing to resume from
             shutil.rmtree(partial)
@@ -94,9 +94,9 @@ def _clean(
     result = partial / "result"
     shutil.rmtree(result, ignore_errors=True)
     result.mkdir()
-    _join(last, parts, result)
-    kept = sum((last.tally(part) or {})["kept"] for part in range(parts))
-    summary = summarize(config, recipe, kept, tallies, steps)
+    _join(last, result)
+    kept = sum(last.files.kept(part) for part in range(last.parts))
+    summary = summarize(config, {"recipe": recipe, "source": last.source}, kept, tallies, steps)
     write_report(result, summary)
     fsync_tree(result)
     if folder.exists():
@@ -106,23 +106,22 @@ def _clean(
     return summary
 
 
-def _recipe(config: CleanConfig, inputs: Sequence[Input], steps: Sequence[Step[Any]]) -> str:
-    """A digest of everything that the result depends on, as far as it is known before the documents are read."""
+def _recipe(config: CleanConfig, steps: Sequence[Step[Any]]) -> str:
+    """A digest of everything that the result depends on besides the documents."""
     tree = config.model_dump(mode="json", exclude={"output"})
-    sources = [found.identity for found in inputs]
-    return json_digest({"config": tree, "sources": sources, "steps": [dict(step.facts()) for step in steps]})
+    return json_digest({"config": tree, "steps": [dict(step.facts()) for step in steps]})
 
 
-def _check_unfinished(partial: Path, recipe: str) -> None:
+def _check_unfinished(partial: Path, identity: dict[str, str]) -> None:
     """Raises UserError if the folder of an unfinished cleaning is of another one."""
     path = partial / _RECIPE
-    if path.exists() and parse_json(path.read_bytes())["recipe"] != recipe:
+    if path.exists() and parse_json(path.read_bytes()) != identity:
         raise UserError(
             f"{partial} holds an unfinished cleaning with another config, or of other sources; use the same to resume "
             "it, or delete it to start over"
         )
     partial.mkdir(exist_ok=True)
-    write_json(path, {"recipe": recipe})
+    write_json(path, identity)
 
 
 def _holds_result(folder: Path) -> bool:
@@ -134,11 +133,11 @@ def _holds_result(folder: Path) -> bool:
     return True
 
 
-def _join(last: Pass, parts: int, result: Path) -> None:
+def _join(last: Done, result: Path) -> None:
     """Concatenate the parts, each a Zstandard frame, to files of a few hundred megabytes."""
     number, size = 0, 0
-    for part in range(parts):
-        path = last.documents(part)
+    for part in range(last.parts):
+        path = last.files.documents(part)
         if size and size + path.stat().st_size > _FILE_BYTES:
             number, size = number + 1, 0
         with path.open("rb") as source, (result / f"data-{number:05d}{SUFFIX}").open("ab") as target:

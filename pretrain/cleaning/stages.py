@@ -6,12 +6,12 @@ applies the decisions. What a finished part or pass has written is kept if the c
 
 import shutil
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import xxhash
 
@@ -57,42 +57,94 @@ def plan_stages(steps: Sequence[Step[Any]]) -> tuple[Stage, ...]:
     return (*stages, Stage(decided, tuple(current), None))
 
 
+@dataclass(frozen=True)
+class Done:
+    """A finished pass."""
+
+    files: Pass
+    parts: int
+    source: str  # digest of the documents that the first pass read
+    tallies: tuple[StepTally, ...]
+
+    @classmethod
+    def read(cls, files: Pass) -> Self | None:
+        """None if the pass is not finished."""
+        path = files.folder / _DONE
+        if not path.exists():
+            return None
+        found = parse_json(path.read_bytes())
+        return cls(files, found["parts"], found["source"], tuple(map(StepTally.from_json, found["steps"])))
+
+    def write(self) -> None:
+        steps = [tally.as_json() for tally in self.tallies]
+        write_json(self.files.folder / _DONE, {"parts": self.parts, "source": self.source, "steps": steps})
+
+
 def run_stages(
     stages: Sequence[Stage], documents: Iterator[Document], folder: Path, pool: ProcessPoolExecutor, workers: int
-) -> tuple[Pass, int, list[StepTally]]:
+) -> tuple[Done, list[StepTally]]:
     """Run all passes that are not finished. The workers of `pool` have been started with `start_worker`.
 
-    Returns the last pass, the number of its parts, and the tallies of all steps. Raises UserError.
+    Returns the last pass, and the tallies of all steps. Raises UserError.
     """
-    tallies = list[StepTally]()
-    before, parts = None, 0
+    before, tallies = None, list[StepTally]()
     for number, stage in enumerate(stages):
-        label = f"cleaning, pass {number + 1} of {len(stages)}"
-        current = Pass(folder / f"pass-{number}")
-        current.folder.mkdir(exist_ok=True)
-        queue = _Queue(pool, workers * _PARTS_PER_WORKER)
-        if not (current.folder / _DONE).exists():
-            with progress(label, None if before is None else parts, "parts", describe=_count) as advance:
-                if before is None:
-                    parts = _read_parts(queue, current, documents, advance)
-                else:
-                    _decide(stage, before, current, parts)
-                    for part in range(parts):
-                        if current.tally(part) is None:
-                            queue.submit(advance, number, part, None, folder)
-                queue.drain(advance)
-            found = merge_tallies((current.steps(part) for part in range(parts)), len(stage.counted))
-            if isinstance(stage.decided, DuplicateStep) and before is not None:
-                _name_kept(found[0], before, parts)
-            write_json(current.folder / _DONE, {"parts": parts, "steps": [tally.as_json() for tally in found]})
-        done = parse_json((current.folder / _DONE).read_bytes())
-        parts = done["parts"]
-        tallies += [StepTally.from_json(step) for step in done["steps"]]
+        files = Pass(folder / f"pass-{number}")
+        done = Done.read(files)
+        if done is None:
+            files.folder.mkdir(exist_ok=True)
+            with progress(f"cleaning, pass {number + 1} of {len(stages)}", None, describe=_count) as advance:
+                queue = _Queue(pool, workers * _PARTS_PER_WORKER, number, folder, advance)
+                done = (
+                    _first_pass(stage, documents, files, queue)
+                    if before is None
+                    else _next_pass(stage, before, files, queue)
+                )
+            done.write()
         if before is not None:
-            before.remove_documents()
-        before = current
+            before.files.remove_documents()
+        before, tallies = done, [*tallies, *done.tallies]
     assert before is not None
-    return before, parts, tallies
+    return before, tallies
+
+
+def digest_of(documents: Iterator[Document]) -> str:
+    """The `source` of a cleaning of these documents."""
+    return _joined_digest(map(_digest, _chunks(documents)))
+
+
+def _first_pass(stage: Stage, documents: Iterator[Document], files: Pass, queue: "_Queue") -> Done:
+    """Divide the documents into parts, and handle those that are not finished."""
+    digests = list[str]()
+    for part, chunk in enumerate(_chunks(documents)):
+        digests.append(_digest(chunk))
+        tally = files.tally(part)
+        if tally is None:
+            queue.submit(part, digests[-1], chunk)
+        elif tally["digest"] != digests[-1]:
+            raise UserError(
+                f"{files.folder.parent} holds an unfinished cleaning of other documents: the source changed; delete "
+                "the folder to start over"
+            )
+    queue.drain()
+    return Done(files, len(digests), _joined_digest(digests), _merged(stage, files, len(digests)))
+
+
+def _next_pass(stage: Stage, before: Done, files: Pass, queue: "_Queue") -> Done:
+    """Decide, and handle the parts that are not finished."""
+    _decide(stage, before, files)
+    for part in range(before.parts):
+        if files.tally(part) is None:
+            queue.submit(part, "", None)
+    queue.drain()
+    tallies = _merged(stage, files, before.parts)
+    if isinstance(stage.decided, DuplicateStep):
+        _name_kept(tallies[0], before)
+    return Done(files, before.parts, before.source, tallies)
+
+
+def _merged(stage: Stage, files: Pass, parts: int) -> tuple[StepTally, ...]:
+    return tuple(merge_tallies((files.steps(part) for part in range(parts)), len(stage.counted)))
 
 
 def start_worker(stages: Sequence[Stage]) -> None:
@@ -104,10 +156,12 @@ def start_worker(stages: Sequence[Stage]) -> None:
 _stages: tuple[Stage, ...] = ()
 
 
-def _process(number: int, part: int, documents: list[Document] | None, folder: Path) -> int:
-    """Handle one part, in a worker process. documents: of the first pass. Returns how many documents were read."""
+def _process(number: int, folder: Path, part: int, digest: str, documents: list[Document] | None) -> int:
+    """Handle one part, in a worker process. Returns how many documents were read.
+
+    digest, documents: of the first pass, later ones read those of the pass before.
+    """
     stage, current, before = _stages[number], Pass(folder / f"pass-{number}"), Pass(folder / f"pass-{number - 1}")
-    digest = "" if documents is None else _digest(documents)
     documents = before.read(part) if documents is None else _without_markup(documents)
     read = len(documents)
     tallies = list[StepTally]()
@@ -160,21 +214,6 @@ def _dropped_if_empty(document: Document, verdict: Verdict | None) -> Verdict | 
     return Verdict("nothing_left", detail=verdict.detail)
 
 
-def _read_parts(queue: "_Queue", current: Pass, documents: Iterator[Document], advance: Any) -> int:
-    """Divide the documents into parts, and submit those that are not finished. Returns the number of parts."""
-    part = -1
-    for part, chunk in enumerate(_chunks(documents)):
-        tally = current.tally(part)
-        if tally is None:
-            queue.submit(advance, int(current.folder.name.removeprefix("pass-")), part, chunk, current.folder.parent)
-        elif tally["digest"] != _digest(chunk):
-            raise UserError(
-                f"{current.folder.parent} holds an unfinished cleaning of other documents: the source changed; "
-                "delete the folder to start over"
-            )
-    return part + 1
-
-
 def _chunks(documents: Iterator[Document]) -> Iterator[list[Document]]:
     chunk, characters = list[Document](), 0
     for document in documents:
@@ -193,26 +232,31 @@ def _digest(documents: Iterable[Document]) -> str:
     )
 
 
-def _decide(stage: Stage, before: Pass, current: Pass, parts: int) -> None:
+def _joined_digest(digests: Iterable[str]) -> str:
+    return xxhash.xxh3_128_hexdigest("".join(digests).encode())
+
+
+def _decide(stage: Stage, before: Done, current: Pass) -> None:
     """Let the step that the pass before observed for decide, unless it has."""
     if (current.folder / _DECIDED).exists():
         return
     assert stage.decided is not None
     shutil.rmtree(current.folder)
     current.folder.mkdir()
-    if parts:
-        current.write_decisions(stage.decided.decide([before.observed(part) for part in range(parts)]))
+    if before.parts:
+        observed = [before.files.observed(part) for part in range(before.parts)]
+        current.write_decisions(stage.decided.decide(observed))
     write_json(current.folder / _DECIDED, {})
 
 
-def _name_kept(tally: StepTally, before: Pass, parts: int) -> None:
+def _name_kept(tally: StepTally, before: Done) -> None:
     """Replace the indices of kept documents in the examples by their ids."""
     wanted = {int(example.detail.removeprefix("#")) for rule in tally.rules.values() for example in rule.examples}
     names, start = dict[str, str](), 0
-    for part in range(parts):
-        count = (before.tally(part) or {})["kept"]
+    for part in range(before.parts):
+        count = before.files.kept(part)
         if any(start <= index < start + count for index in wanted):
-            ids = [document.id for document in before.read(part)]
+            ids = [document.id for document in before.files.read(part)]
             names |= {f"#{index}": f"of {ids[index - start]}" for index in wanted if start <= index < start + count}
         start += count
     for rule in tally.rules.values():
@@ -227,18 +271,21 @@ def _count(done: float) -> str:
 
 
 class _Queue:
-    """Parts that workers are handling."""
+    """Parts of one pass that workers are handling. advance: called with the number of documents of each part."""
 
-    def __init__(self, pool: ProcessPoolExecutor, capacity: int) -> None:
-        self._pool, self._capacity = pool, capacity
+    def __init__(
+        self, pool: ProcessPoolExecutor, capacity: int, number: int, folder: Path, advance: Callable[[float], None]
+    ) -> None:
+        self._pool, self._capacity, self._advance = pool, capacity, advance
+        self._pass = (number, folder)
         self._in_flight = deque[Future[int]]()
 
-    def submit(self, advance: Any, *arguments: Any) -> None:
+    def submit(self, part: int, digest: str, documents: list[Document] | None) -> None:
         """Hand a part to a worker. If the queue is full, wait for the oldest one."""
-        self._in_flight.append(self._pool.submit(_process, *arguments))
+        self._in_flight.append(self._pool.submit(_process, *self._pass, part, digest, documents))
         if len(self._in_flight) >= self._capacity:
-            advance(self._in_flight.popleft().result())
+            self._advance(self._in_flight.popleft().result())
 
-    def drain(self, advance: Any) -> None:
+    def drain(self) -> None:
         while self._in_flight:
-            advance(self._in_flight.popleft().result())
+            self._advance(self._in_flight.popleft().result())

@@ -12,6 +12,7 @@ from experiment.errors import UserError
 from pretrain.cleaning import run, stages
 from pretrain.cleaning.config import CleanConfig
 from pretrain.cleaning.parts import read_documents
+from pretrain.corpus.sources import find_sources
 
 STEPS = [
     {"ftfy": {}},
@@ -59,12 +60,12 @@ def test_an_interrupted_cleaning_resumes_with_the_same_bytes(
     whole = clean(config, tmp_path / "whole")
     process, calls = stages._process, list[tuple[int, int]]()
 
-    def interrupted(number: int, part: int, *arguments: Any) -> int:
+    def interrupted(number: int, folder: Path, part: int, *arguments: Any) -> int:
         if len(calls) % 7 == 6:
             calls.append((-1, -1))
             raise KeyboardInterrupt
         calls.append((number, part))
-        return process(number, part, *arguments)
+        return process(number, folder, part, *arguments)
 
     monkeypatch.setattr(stages, "_process", interrupted)
     for _ in range(20):
@@ -97,6 +98,12 @@ def test_duplicates_go_and_everything_is_counted(clean: Any, tmp_path: Path) -> 
     assert "second line of text" not in page
 
 
+def test_the_result_is_a_source_of_a_corpus(clean: Any, tmp_path: Path) -> None:
+    """Catches clean.json being read as text."""
+    clean(["one text"], {"exact_dedup": {}})
+    assert [Path(source.name).name for source in find_sources(str(tmp_path / "out"))] == ["data-00000.jsonl.zst"]
+
+
 def test_each_rule_has_twenty_examples_of_all_parts(clean: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches examples that are the first ones."""
     monkeypatch.setattr(stages, "_PART_DOCUMENTS", 40)
@@ -114,7 +121,7 @@ def test_a_finished_result_is_kept_and_another_one_refused(clean: Any, tmp_path:
     with pytest.raises(UserError, match="another config, or of other sources"):
         clean(["a text"], {"length": {}})
     with pytest.raises(UserError, match="another config, or of other sources"):
-        clean(["a text", "more"], {"exact_dedup": {}})
+        clean(["b text"], {"exact_dedup": {}})
     (tmp_path / "out" / "clean.json").unlink()
     with pytest.raises(UserError, match="already holds something that was not cleaned"):
         clean(["a text"], {"exact_dedup": {}})
