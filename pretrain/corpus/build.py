@@ -52,7 +52,7 @@ def build_corpus(options: CorpusOptions) -> Manifest:
     with (
         disk_errors_as(UserError, f"--output {plan.folder}: ", advice),
         _build_lock(plan.folder),
-        open_engine(plan.engine, plan.workers, build_job(plan)) as run,
+        open_engine(plan.workers, build_job(plan), plan.engine, plan.ray_address) as run,
     ):
         manifests = _check_existing(plan, run) if holds_corpus(plan.folder) else _build(plan, run)
     for part, manifest in manifests.items():

@@ -152,9 +152,6 @@ class _NoCluster:
 
 def test_no_cluster_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a traceback instead of the address that does not answer."""
-    monkeypatch.setattr(engines.importlib, "import_module", lambda _: _NoCluster)
-    options = CorpusOptions(
-        source="a", tokenizer=Path("b"), output=Path("c"), engine="ray", ray_address="10.0.0.1:6379"
-    )
+    monkeypatch.setitem(sys.modules, "ray", _NoCluster)
     with pytest.raises(UserError, match=r"--ray_address 10\.0\.0\.1:6379: no Ray cluster answers \(Could not find"):
-        engines.open_engine(options, 1, None).__enter__()
+        engines.open_engine(1, None, "ray", "10.0.0.1:6379").__enter__()
