@@ -29,8 +29,10 @@ class Engine(Protocol):
 
 @contextmanager
 def open_engine(workers: int, job: object, engine: str = "local", ray_address: str | None = None) -> Iterator[Engine]:
-    """Open the engine `ray`, or for any other name `workers` processes. Raises UserError if it is not there, StoppedError if a worker is
-    killed."""
+    """Open the engine `ray`, or for any other name `workers` processes.
+
+    Raises UserError if there is no cluster, StoppedError if a worker on this machine is killed.
+    """
     with ExitStack() as stack:
         yield stack.enter_context(_ray(ray_address, job) if engine == "ray" else _local(workers, job))
 
