@@ -150,7 +150,7 @@ def _read(_name: str, source: str, tokenizer: str, _threads: int) -> float:
 
     plan = plan_build(CorpusOptions(source=source, tokenizer=Path(tokenizer), output=Path("unused")))
     start = time.monotonic()
-    with open_engine(plan.engine, 1, build_job(plan)) as run:
+    with open_engine(1, build_job(plan)) as run:
         scan_source(plan, run)
     return time.monotonic() - start
 

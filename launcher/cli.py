@@ -95,9 +95,9 @@ def corpus(options: CorpusOptions) -> None:
     """Build a tokenized corpus from raw text, or verify corpora.
 
     To build, give --source, --tokenizer and --output. The corpus is sharded Arrow; `datasets.load_from_disk` opens it
-    too. The same input gives the same bytes with any number of workers. Run the same command again to resume an
-    interrupted build. To verify, give --verify: all shards are read and compared with their checksums. Training and
-    evaluation do so once on each machine.
+    too. The same input gives the same bytes with any number of workers and machines. Run the same command again to
+    resume an interrupted build. With --engine ray or slurm, several machines work on it. To verify, give --verify: all
+    shards are read and compared with their checksums. Training and evaluation do so once on each machine.
 
     Example:
         deepcloze corpus --source 'books/*.txt' --tokenizer tokenizer --output corpora/books --holdout 1000
@@ -106,6 +106,10 @@ def corpus(options: CorpusOptions) -> None:
         from pretrain.corpus.verification import verify_command
 
         verify_command(options.verify)
+    elif options.engine == "slurm":
+        from pretrain.corpus.job_array import build_share
+
+        build_share(options)
     else:
         from pretrain.corpus.build import build_corpus
 

@@ -36,6 +36,10 @@ from pretrain.corpus.tasks import BuildJob, ShardRecord, ShardTask, SplitCount, 
 _NAMED = 10  # sources in a message
 
 
+class LockedError(UserError):
+    """Another build is writing the corpus."""
+
+
 def build_corpus(options: CorpusOptions) -> Manifest:
     """Build the corpus `options.output` (and, with `holdout`, `output`-heldout) and return its manifest.
 
@@ -48,9 +52,9 @@ def build_corpus(options: CorpusOptions) -> Manifest:
     with (
         disk_errors_as(UserError, f"--output {plan.folder}: ", advice),
         _build_lock(plan.folder),
-        open_engine(plan.engine, plan.workers, build_job(plan)) as run,
+        open_engine(plan.workers, build_job(plan), plan.engine, plan.ray_address) as run,
     ):
-        manifests = _check_existing(plan, run) if _holds_corpus(plan.folder) else _build(plan, run)
+        manifests = _check_existing(plan, run) if holds_corpus(plan.folder) else _build(plan, run)
     for part, manifest in manifests.items():
         print(summary(plan.folder_of(part), manifest))
     return manifests[MAIN]
@@ -87,7 +91,7 @@ def _build(plan: BuildPlan, run: Engine) -> dict[Part, Manifest]:
 def _published_heldout(plan: BuildPlan) -> dict[Part, Manifest]:
     """Return the manifest of the held-out corpus if an earlier build died after publishing it."""
     folder = plan.folder_of(HELDOUT)
-    if HELDOUT not in plan.sampling.parts or not _holds_corpus(folder):
+    if HELDOUT not in plan.sampling.parts or not holds_corpus(folder):
         return {}
     found = {HELDOUT: read_manifest(folder)}
     _check_same_recipe(plan, found, None)
@@ -171,7 +175,7 @@ def _write_metadata(plan: BuildPlan, folder: Path, manifest: Manifest) -> None:
     fsync(folder)
 
 
-def _holds_corpus(folder: Path) -> bool:
+def holds_corpus(folder: Path) -> bool:
     """Return whether the folder holds a corpus; False if it is missing or empty. Raises UserError for anything else."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
@@ -218,14 +222,14 @@ def summary(folder: Path, manifest: Manifest) -> str:
 
 @contextmanager
 def _build_lock(folder: Path) -> Iterator[None]:
-    """Allow one build at a time into `folder`. Raises UserError if another one is running."""
+    """Allow one build at a time into `folder`. Raises LockedError if another one is running."""
     path = folder.with_name(f".{folder.name}.lock")
     lock = FileLock(path)
     with created_parents(folder):
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            raise UserError(f"--output {folder}: another build is writing it") from None
+            raise LockedError(f"--output {folder}: another build is writing it") from None
         try:
             yield
         finally:

@@ -14,7 +14,7 @@ from experiment.errors import UserError
 from experiment.files import fsync_tree, json_digest
 from experiment.tokenizer import load_tokenizer, save_tokenizer, tokenizer_fingerprint, vocabulary_size
 from pretrain.corpus.manifest import Recipe
-from pretrain.corpus.options import CorpusOptions, EngineOptions, TextOptions
+from pretrain.corpus.options import CorpusOptions, TextOptions
 from pretrain.corpus.sources import Source, find_sources
 from pretrain.corpus.splits import Split, plan_splits
 from pretrain.corpus.tokenization import TokenizerSpec, tokenizer_spec
@@ -139,7 +139,8 @@ class BuildPlan:
     sampling: Sampling
     tokenizer: BuildTokenizer
     segmenter: str | None  # name and version
-    engine: EngineOptions
+    engine: str
+    ray_address: str | None
     workers: int
 
     @property
@@ -203,6 +204,7 @@ def plan_build(options: CorpusOptions) -> BuildPlan:
         sampling=Sampling(options.seed, options.limit, options.holdout),
         tokenizer=tokenizer,
         segmenter=None if options.segmenter is None else segmenter_identity(options.segmenter),
-        engine=options,
+        engine=options.engine,
+        ray_address=options.ray_address,
         workers=options.workers or len(os.sched_getaffinity(0)),
     )

@@ -4,7 +4,6 @@ Both schedule, and both give results in the order of completion. A task is a fun
 and of its own argument. It can be run again, on another machine too: Ray does so if a node is lost.
 """
 
-import importlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -13,7 +12,6 @@ from itertools import islice
 from typing import Any, Protocol, TypeVar
 
 from experiment.errors import UserError, first_line
-from pretrain.corpus.options import EngineOptions
 from pretrain.corpus.workers import worker_pool
 
 T = TypeVar("T")
@@ -30,14 +28,13 @@ class Engine(Protocol):
 
 
 @contextmanager
-def open_engine(options: EngineOptions, workers: int, job: object) -> Iterator[Engine]:
-    """Open the engine that the options name. Raises UserError if it is not there, StoppedError if a worker is
-    killed."""
+def open_engine(workers: int, job: object, engine: str = "local", ray_address: str | None = None) -> Iterator[Engine]:
+    """Open the engine `ray`, or for any other name `workers` processes.
+
+    Raises UserError if there is no cluster, StoppedError if a worker on this machine is killed.
+    """
     with ExitStack() as stack:
-        if options.engine == "ray":
-            yield stack.enter_context(_ray(options.ray_address, job))
-        else:
-            yield stack.enter_context(_local(workers, job))
+        yield stack.enter_context(_ray(ray_address, job) if engine == "ray" else _local(workers, job))
 
 
 @contextmanager
@@ -78,7 +75,7 @@ def _run_in_worker(function: Callable[[Any, T], R], task: T) -> R:
 @contextmanager
 def _ray(address: str | None, job: object) -> Iterator[Engine]:
     try:
-        ray = importlib.import_module("ray")
+        import ray
     except ImportError:
         raise UserError("--engine ray needs Ray; install it with: pip install 'deepcloze[ray]'") from None
     try:

@@ -117,27 +117,7 @@ class TokenizerOptions(TextOptions):
         return self
 
 
-class EngineOptions(Section):
-    """Where a build runs."""
-
-    workers: PositiveInt | None = None
-    """Number of processes; default: one per core."""
-
-    engine: Literal["local", "ray", "slurm"] = "local"
-    """Who runs the tasks: processes on this machine, a Ray cluster, or the tasks of a SLURM job array, of which this is
-    one."""
-
-    ray_address: Annotated[str | None, Metavar("ADDRESS")] = None
-    """Address of the Ray cluster; default: RAY_ADDRESS, or the one that runs on this machine."""
-
-    @model_validator(mode="after")
-    def _address_of_ray(self) -> Self:
-        if self.ray_address is not None and self.engine != "ray":
-            raise ValueError("--ray_address needs --engine ray")
-        return self
-
-
-class CorpusOptions(TextOptions, EngineOptions):
+class CorpusOptions(TextOptions):
     """Either `source`, `tokenizer` and `output` (build a corpus), or `verify`."""
 
     source: Annotated[SourceName | None, Metavar("PATH[,PATH…]")] = None
@@ -149,6 +129,15 @@ class CorpusOptions(TextOptions, EngineOptions):
 
     output: Annotated[PathName | None, Metavar("DIR")] = None
     """Corpus folder to write."""
+
+    workers: PositiveInt | None = None
+    """Number of processes on this machine; default: one per core."""
+
+    engine: Literal["local", "ray", "slurm"] = "local"
+    """Run the build in processes on this machine, on a Ray cluster, or as one task of a SLURM job array."""
+
+    ray_address: Annotated[str | None, Metavar("ADDRESS")] = None
+    """Address of the Ray cluster; default: the one that runs on this machine, or RAY_ADDRESS."""
 
     seed: Annotated[int, Field(ge=0)] = 42
     """Seed of the draws of --holdout and --limit."""
@@ -173,6 +162,8 @@ class CorpusOptions(TextOptions, EngineOptions):
             raise ValueError(f"missing: {', '.join(missing)}")
         if self.verify is None and missing:
             raise ValueError("expected --source, --tokenizer and --output to build a corpus, or --verify to check some")
+        if self.ray_address is not None and self.engine != "ray":
+            raise ValueError("--ray_address needs --engine ray")
         if self.verify is not None and given != {"verify"}:
             raise ValueError("--verify builds nothing; expected no other flag")
         return self

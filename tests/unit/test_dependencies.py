@@ -71,7 +71,7 @@ def imported(*folders: str) -> set[str]:
 
 def test_the_product_imports_what_it_declares() -> None:
     """Catches a library that is there only because another one needs it, and one that nothing imports any more."""
-    optional = declared("chinese", "clean", "gpu", "onnx", "serve", "tensorboard") - NOT_IMPORTED
+    optional = declared("chinese", "clean", "gpu", "onnx", "ray", "serve", "tensorboard") - NOT_IMPORTED
     assert imported(*PRODUCT) - optional == declared()
     assert optional <= imported(*PRODUCT)
 
@@ -81,7 +81,10 @@ def test_tests_and_benchmarks_import_what_they_declare() -> None:
     extra, uses = declared("test"), imported("tests", "benchmarks")
     assert uses <= declared() | extra
     stubs = {name for name in extra if name.startswith("types-")}
-    assert extra - NOT_IMPORTED - stubs - declared("chinese", "clean", "gpu", "onnx", "serve", "tensorboard") <= uses
+    assert (
+        extra - NOT_IMPORTED - stubs - declared("chinese", "clean", "gpu", "onnx", "ray", "serve", "tensorboard")
+        <= uses
+    )
     assert {normalised(name.removeprefix("types-")) for name in stubs} <= declared()
 
 
