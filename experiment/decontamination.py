@@ -37,13 +37,13 @@ def read_decontamination(folder: Path) -> dict[str, str] | None:
     return {name: str(digest) for step in summary["steps"] for name, digest in step.get("against", {}).items()}
 
 
-def common_decontamination(folders: Iterable[Path]) -> dict[str, str] | None:
+def common_decontamination(folders: Iterable[Path | None]) -> dict[str, str] | None:
     """What documents from several folders were all decontaminated against: for the manifest of a corpus of them, under
     the key `decontaminated`. None if none of the folders was written by `deepcloze clean`.
 
-    folders: those that the source files are in.
+    folders: those that the source files are in; None for a source that is not a file.
     """
-    found = [read_decontamination(folder) for folder in set(folders)]
+    found = [None if folder is None else read_decontamination(folder) for folder in set(folders)]
     if all(tasks is None for tasks in found):
         return None
     shared = set[str].intersection(*({*(tasks or {}).values()} for tasks in found))

@@ -42,6 +42,7 @@ def test_a_corpus_of_several_folders_has_what_they_share(tmp_path: Path) -> None
     assert common_decontamination([tmp_path / "a"]) == {"sst2": "1", "cola": "2"}
     assert set((common_decontamination([tmp_path / "a", tmp_path / "b"]) or {}).values()) == {"1"}
     assert common_decontamination([tmp_path / "a", tmp_path / "c"]) == {}
+    assert common_decontamination([tmp_path / "a", None]) == {}
     assert common_decontamination([tmp_path / "c"]) is None
 
 
