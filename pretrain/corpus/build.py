@@ -17,6 +17,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from experiment.decontamination import common_decontamination
 from experiment.errors import UserError, disk_errors_as, notify
 from experiment.files import created_parents, fsync
 from pretrain.corpus import shards, tasks
@@ -160,6 +161,9 @@ def _manifest(plan: BuildPlan, recipe: Recipe, finished: Sequence[ShardRecord], 
         empty_documents=empty_documents,
         length_percentiles=percentiles(lengths.items()),
         shards=tuple(found.shard for found in finished),
+        decontaminated=common_decontamination(
+            Path(source.name).parent if source.kind == "file" else None for source in plan.sources
+        ),
     )
 
 

@@ -94,6 +94,19 @@ def test_a_build_takes_no_torch(source: Path, vocabulary_folder: Path, tmp_path:
     assert contents(tmp_path / "c" / "tokenizer") == contents(tmp_path / "saved")
 
 
+def test_the_manifest_says_what_a_source_was_decontaminated_against(corpus: Build, tmp_path: Path) -> None:
+    """Catches a record that is lost between the cleaning and the corpus, and one in manifests of other text."""
+    clean = tmp_path / "clean"
+    clean.mkdir()
+    (clean / "data.jsonl").write_text('{"text": "the river"}\n')
+    steps = [{"name": "decontaminate", "against": {"sst2": "12ab"}}]
+    (clean / "clean.json").write_text(json.dumps({"recipe": "", "read": 1, "kept": 1, "steps": steps}))
+    assert corpus("a", source=clean).decontaminated == {"sst2": "12ab"}
+    assert open_corpus(tmp_path / "a").manifest.decontaminated == {"sst2": "12ab"}
+    assert corpus("b").decontaminated is None
+    assert "decontaminated" not in (tmp_path / "b" / "manifest.json").read_text()
+
+
 def test_unknown_tokens_are_counted(tmp_path: Path, vocabulary_folder: Path) -> None:
     """Catches an unknown-token rate that is always 0."""
     (tmp_path / "a.txt").write_text("the ŧ river ŧ\n")
