@@ -142,13 +142,16 @@ def _map(_name: str, source: str, tokenizer: str, threads: int) -> float:
 
 
 def _read(_name: str, source: str, tokenizer: str, _threads: int) -> float:
+    from pretrain.corpus.build import build_job
     from pretrain.corpus.build_plan import plan_build
+    from pretrain.corpus.engines import open_engine
     from pretrain.corpus.options import CorpusOptions
-    from pretrain.corpus.pipeline import scan_source
+    from pretrain.corpus.passes import scan_source
 
     plan = plan_build(CorpusOptions(source=source, tokenizer=Path(tokenizer), output=Path("unused")))
     start = time.monotonic()
-    scan_source("reading", plan)
+    with open_engine(1, build_job(plan)) as run:
+        scan_source(plan, run)
     return time.monotonic() - start
 
 

@@ -38,9 +38,9 @@ from pretrain.batching.order import BatchSequences, CorpusStream, ShuffledOrder
 from pretrain.batching.packing import MicrobatchLayout, Rows
 from pretrain.batching.sequences import open_index
 from pretrain.batching.vocabulary import Vocabulary
-from pretrain.corpus.manifest import Recipe
+from pretrain.corpus.manifest import Manifest, Recipe, write_manifest
 from pretrain.corpus.reader import Corpus, open_corpus
-from pretrain.corpus.shards import ShardWriter, SourcePosition
+from pretrain.corpus.shards import SHARD_TOKENS, PieceWriter, join_pieces
 from pretrain.corpus.tokenization import EncodedBatch
 from pretrain.world import World
 
@@ -119,12 +119,16 @@ def _document_lengths(documents: str, tokens: int) -> NDArray[np.int64]:
 
 def _make_corpus(folder: Path, lengths: NDArray[np.int64]) -> Corpus:
     """Documents of random tokens."""
-    writer, nothing = ShardWriter(folder, "uint16", {}), np.zeros_like(lengths)
+    writer, nothing = PieceWriter(folder, "piece", SHARD_TOKENS), np.zeros_like(lengths)
     ids = np.random.default_rng(1).integers(5, _VOCABULARY, lengths.sum(), dtype=np.uint16)
-    position = SourcePosition(len(lengths), "")
-    writer.add(EncodedBatch(ids, lengths, nothing, nothing, None, None), nothing, [position] * len(lengths))
+    writer.add(EncodedBatch(ids, lengths, nothing, nothing, None, None), nothing)
+    pieces = writer.finish()
+    shards = [
+        join_pieces(folder, [piece], folder / f"data-{index:05d}-of-{len(pieces):05d}.arrow")[0]
+        for index, piece in enumerate(pieces)
+    ]
     recipe = Recipe("random", "random", "main", None, None, None)
-    writer.publish(writer.finish(recipe, _VOCABULARY, 0, position))
+    write_manifest(folder, Manifest(recipe, _VOCABULARY, "uint16", 0, {}, tuple(shards)))
     return open_corpus(folder)
 
 

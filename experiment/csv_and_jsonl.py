@@ -51,17 +51,19 @@ class JsonRow(NamedTuple):
     cells: dict[str, Any]
 
 
-def raw_lines(stream: IO[bytes], origin: str) -> Iterator[bytes]:
-    """The lines of a file, with their line ends. Raises UserError for a line that is too long to be one."""
-    for number, line in enumerate(iter(partial(stream.readline, _MAX_LINE + 1), b""), 1):
+def raw_lines(stream: IO[bytes], origin: str, first: int = 1) -> Iterator[bytes]:
+    """The lines of a file, with their line ends. Raises UserError for a line that is too long to be one. `first`:
+    number of the first line."""
+    for number, line in enumerate(iter(partial(stream.readline, _MAX_LINE + 1), b""), first):
         if len(line) > _MAX_LINE:
             raise UserError(f"{origin}:{number}: the line has more than {_MAX_LINE:,} bytes; split it")
         yield line
 
 
-def text_lines(lines: Iterable[bytes], origin: str) -> Iterator[str]:
-    """Decode the lines of a UTF-8 file. They keep their line ends, but not a byte order mark."""
-    for number, raw in enumerate(lines, 1):
+def text_lines(lines: Iterable[bytes], origin: str, first: int = 1) -> Iterator[str]:
+    """Decode the lines of a UTF-8 file. They keep their line ends, but not a byte order mark. `first`: number of the
+    first line."""
+    for number, raw in enumerate(lines, first):
         try:
             line = raw.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -148,9 +150,9 @@ def _quoting_hint(csv_format: CsvFormat) -> str:
     return hint
 
 
-def read_json_lines(lines: Iterable[str], origin: str) -> Iterator[JsonRow]:
-    """The rows of a file with one JSON object per line. Empty lines are skipped."""
-    for number, line in enumerate(lines, 1):
+def read_json_lines(lines: Iterable[str], origin: str, first: int = 1) -> Iterator[JsonRow]:
+    """The rows of a file with one JSON object per line. Empty lines are skipped. `first`: number of the first line."""
+    for number, line in enumerate(lines, first):
         if not line.strip():
             continue
         try:

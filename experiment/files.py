@@ -42,18 +42,20 @@ def created_parents(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path, durable: bool = True) -> Iterator[Path]:
     """Replace the file `path` with what is written to the temporary path that this yields.
 
     After a crash or a power cut, `path` holds the old content or the new, never a part of it. Missing folders are
-    created. If the block raises, `path` stays as it was; an OSError of the write names `path`.
+    created. If the block raises, `path` stays as it was; an OSError of the write names `path`. Without `durable` it
+    does not wait for the disk: after a power cut, `path` may be damaged.
     """
     # The folder may be shared by hosts.
     temporary = path.with_name(f".{path.name}.{platform.node()}.{threading.get_native_id()}")
     with created_parents(path):
         try:
             yield temporary
-            fsync(temporary)
+            if durable:
+                fsync(temporary)
             temporary.replace(path)
         except BaseException as error:
             with suppress(OSError):
@@ -61,8 +63,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
             if isinstance(error, OSError) and error.filename in (None, str(temporary)):
                 error.filename = str(path)
             raise
-    with suppress(OSError):  # some network file systems cannot sync a folder
-        fsync(path.parent)
+    if durable:
+        with suppress(OSError):  # some network file systems cannot sync a folder
+            fsync(path.parent)
 
 
 @contextmanager
@@ -115,15 +118,15 @@ def _is_left(folder: Path, now: float, made_here: bool) -> bool:
     return age > (_UNLOCKED_SECONDS if made_here else _LEFT_SECONDS)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, durable: bool = True) -> None:
     """Replace a text file atomically, see `atomic_write`."""
-    with atomic_write(path) as temporary:
+    with atomic_write(path, durable) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, value: Any, indent: int = 2) -> None:
+def write_json(path: Path, value: Any, indent: int = 2, durable: bool = True) -> None:
     """Replace a JSON file atomically, see `atomic_write`."""
-    write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n", durable)
 
 
 def create_json(path: Path, value: Any) -> None:

@@ -21,6 +21,7 @@ from finetune.data.records import Table
 from finetune.data_report import data_warnings, describe_example, print_lengths
 from finetune.device import Device, choose_device
 from finetune.encoding.encoder import load_task_tokenizer
+from finetune.evaluation_texts import contamination_warnings
 from finetune.inference import adapt_to_model
 from finetune.model import ModelSpec, build_model, describe_model, model_files
 from finetune.splits import Task, describe_task, make_kind, make_task, read_splits
@@ -85,7 +86,15 @@ def resolve(config: FinetuneConfig) -> ResolvedRun:
     model = _model_spec(config.model, kind)
     rows = ", ".join(f"{len(table):,} {split}" for split, table in tables.items())
     print_lines(
-        [f"{name}: {line}" for line in (rows, *data_warnings(tables, config.task.columns), *training.warnings())]
+        [
+            f"{name}: {line}"
+            for line in (
+                rows,
+                *data_warnings(tables, config.task.columns),
+                *training.warnings(),
+                *contamination_warnings(config.task, model.folder),
+            )
+        ]
     )
     task = make_task(kind, tables, model, length, training)
     built = build_model(model)

@@ -16,6 +16,7 @@ from experiment.signals import handle_stop_signals, ignore_stop_signals, interru
 from finetune.options import ExportOptions, PredictOptions, ServeOptions
 from launcher.command_line import Command, help_text, is_help_request, parse_command_line
 from launcher.options import (
+    CleanOptions,
     CompareOptions,
     CompletionOptions,
     ConfigOptions,
@@ -53,6 +54,22 @@ def python_docs(options: PythonDocsOptions) -> None:
     write_python_docs(options.output, options.packages, options.files_per_package)
 
 
+def clean(options: CleanOptions) -> None:
+    """Clean raw documents: repair, filter, deduplicate, decontaminate.
+
+    Reads the sources of a config, applies its steps in order, and writes the documents that are left as .jsonl.zst, for
+    `deepcloze corpus`, with counts and examples by rule in clean.json and report.html. The same input gives the same
+    bytes with any number of workers. Run the same command again to resume. Needs `pip install 'deepcloze[clean]'`. See
+    docs/cleaning.md.
+
+    Example:
+        deepcloze clean --config clean.yaml
+    """
+    from launcher.clean import clean_command
+
+    clean_command(options)
+
+
 def tokenizer(options: TokenizerOptions) -> None:
     """Train a tokenizer on raw text, or add tokens to one.
 
@@ -78,9 +95,9 @@ def corpus(options: CorpusOptions) -> None:
     """Build a tokenized corpus from raw text, or verify corpora.
 
     To build, give --source, --tokenizer and --output. The corpus is sharded Arrow; `datasets.load_from_disk` opens it
-    too. The same input gives the same bytes with any number of workers. Run the same command again to resume an
-    interrupted build. To verify, give --verify: all shards are read and compared with their checksums. Training and
-    evaluation do so once on each machine.
+    too. The same input gives the same bytes with any number of workers and machines. Run the same command again to
+    resume an interrupted build. With --engine ray or slurm, several machines work on it. To verify, give --verify: all
+    shards are read and compared with their checksums. Training and evaluation do so once on each machine.
 
     Example:
         deepcloze corpus --source 'books/*.txt' --tokenizer tokenizer --output corpora/books --holdout 1000
@@ -89,6 +106,10 @@ def corpus(options: CorpusOptions) -> None:
         from pretrain.corpus.verification import verify_command
 
         verify_command(options.verify)
+    elif options.engine == "slurm":
+        from pretrain.corpus.job_array import build_share
+
+        build_share(options)
     else:
         from pretrain.corpus.build import build_corpus
 
@@ -352,7 +373,7 @@ def recipes(options: RecipesOptions) -> None:
 
 
 def validate(options: ValidateOptions) -> None:
-    """Check the config of a pretraining or fine-tuning, and the files that it names. Starts nothing.
+    """Check the config of a pretraining, fine-tuning or cleaning, and the files that it names. Starts nothing.
 
     Example:
         deepcloze validate my-run.yaml
@@ -379,6 +400,7 @@ COMMANDS: dict[str, Command] = {
     command.__name__: command
     for command in (
         python_docs,
+        clean,
         tokenizer,
         corpus,
         config,
@@ -402,7 +424,7 @@ COMMANDS: dict[str, Command] = {
     )
 }
 
-_RESUMABLE = ("corpus", "pretrain", "finetune", "sweep", "compare", "watch")
+_RESUMABLE = ("clean", "corpus", "pretrain", "finetune", "sweep", "compare", "watch")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -178,7 +178,7 @@ def _split(
 
 def _is_plain_key(command: str, name: str) -> bool:
     """Whether a config of the command has a key `name` without a section, such as `seeds` of a comparison."""
-    if command != "compare":
+    if command not in ("compare", "clean"):
         return False
     from launcher.reference import CONFIGS  # takes a while to import
 

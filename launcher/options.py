@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from experiment.config import Metavar, Positional, Section
 from experiment.config.field_types import PathText
@@ -12,6 +12,17 @@ from launcher.ranks.placement import Launcher, PlacementOptions
 PretrainConfigName = Annotated[PathText, AfterValidator(lambda name: find_config(name, "pretrain"))]
 FinetuneConfigName = Annotated[PathText, AfterValidator(lambda name: find_config(name, "finetune"))]
 ConfigName = Annotated[PathText, AfterValidator(lambda name: find_config(name, "pretrain", "finetune"))]
+
+
+class CleanOptions(Section):
+    config: Annotated[PathText, Metavar("FILE")]
+    """What to read, the steps and where to write, as YAML; see docs/cleaning.md."""
+
+    workers: PositiveInt | None = None
+    """Number of worker processes; default: one per core."""
+
+    overrides: dict[str, str] = {}
+    """Any config key, for example --output=clean."""
 
 
 class PlanOptions(PlacementOptions):
@@ -171,7 +182,7 @@ class FinetuneOptions(Section):
 
 class ValidateOptions(Section):
     config: Annotated[ConfigName, Positional("FILE")]
-    """The config of a pretraining or fine-tuning, or the name of a recipe."""
+    """The config of a pretraining, fine-tuning or cleaning, or the name of a recipe."""
 
     overrides: dict[str, str] = {}
     """Any config key, for example --optimizer.lr=1e-4."""
@@ -221,7 +232,7 @@ class LogsOptions(Section):
 
 
 class ConfigOptions(Section):
-    kind: Annotated[Literal["pretrain", "finetune", "compare"], Positional("pretrain|finetune|compare")]
+    kind: Annotated[Literal["pretrain", "finetune", "compare", "clean"], Positional("pretrain|finetune|compare|clean")]
     """The kind of config."""
 
     key: Annotated[str | None, Positional("KEY")] = None

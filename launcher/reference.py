@@ -20,9 +20,15 @@ from finetune.config import FinetuneConfig
 from launcher.command_line import Command, describe_command, flags_of, options_of
 from launcher.compare_config import CompareConfig
 from launcher.options import RecipesOptions
+from pretrain.cleaning.config import CleanConfig
 from pretrain.config import PretrainConfig
 
-CONFIGS: dict[str, type[Section]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "compare": CompareConfig}
+CONFIGS: dict[str, type[Section]] = {
+    "pretrain": PretrainConfig,
+    "finetune": FinetuneConfig,
+    "compare": CompareConfig,
+    "clean": CleanConfig,
+}
 """Configs by the command that reads them."""
 
 Shell = Literal["bash", "zsh", "fish"]
@@ -64,8 +70,8 @@ _CONFIG_HEAD = """\
 # Config reference
 
 Every key of a config file, with its type and default. Override any key on the command line as `--section.key=value`.
-`deepcloze config pretrain [KEY]`, and the same with `finetune` or `compare`, shows all keys, one section or one key.
-Keys of list items are written `list[].key`.
+`deepcloze config pretrain [KEY]`, and the same with `finetune`, `compare` or `clean`, shows all keys, one section or
+one key. Keys of list items are written `list[].key`.
 """
 
 _COMMANDS_HEAD = """\
@@ -155,7 +161,7 @@ def _recipe_names(name: str) -> list[str]:
 
 def config_page() -> str:
     """The Markdown of docs/config.md."""
-    titles = {"pretrain": "Pretraining", "finetune": "Fine-tuning", "compare": "Comparisons"}
+    titles = {"pretrain": "Pretraining", "finetune": "Fine-tuning", "compare": "Comparisons", "clean": "Cleaning"}
     sections = [f"## {titles[kind]}\n\n{as_markdown(config_reference(config))}" for kind, config in CONFIGS.items()]
     return "\n".join([_CONFIG_HEAD, *sections])
 

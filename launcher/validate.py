@@ -24,8 +24,18 @@ Validate = Callable[[dict[str, str]], FlatConfig]
 
 def validate_command(options: ValidateOptions) -> None:
     """Raises UserError for anything that would keep the run from starting on this machine."""
-    command = "finetune" if is_finetuning(options.config) else "pretrain"
-    if command == "finetune":
+    command = (
+        "finetune"
+        if is_finetuning(options.config)
+        else "clean"
+        if _has_section(options.config, "steps")
+        else "pretrain"
+    )
+    if command == "clean":
+        from launcher.clean import check_cleaning
+
+        check_cleaning(options.config, options.overrides)
+    elif command == "finetune":
         load_config(FinetuneConfig, options.config, options.overrides)  # before the imports, which take seconds
         with fast_imports():
             from finetune.run import check
@@ -40,12 +50,16 @@ def validate_command(options: ValidateOptions) -> None:
 
 
 def is_finetuning(config: str) -> bool:
-    """Whether a config file is for fine-tuning, not for pretraining. False for one that cannot be read."""
+    """Whether a config file is for fine-tuning. False for one that cannot be read."""
+    return _has_section(config, "task")
+
+
+def _has_section(config: str, section: str) -> bool:
     try:
         tree = read_yaml(Path(config).read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return False  # `load_config` raises it with a message
-    return isinstance(tree, dict) and "task" in tree
+    return isinstance(tree, dict) and section in tree
 
 
 def validate_pretraining(config: str, placement: Mapping[str, Any]) -> Validate:

@@ -206,6 +206,7 @@ _KINDS = {
     "corpus": ("a pretraining", "pretrain"),
     "task": ("a task", "finetune"),
     "rows": ("a comparison", "compare"),
+    "steps": ("a cleaning", "clean"),
 }
 """Section -> what a config with it is of, and the command that takes it."""
 

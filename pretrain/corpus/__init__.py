@@ -2,9 +2,11 @@
 
 `deepcloze corpus`, top-down:
 
-- options: the flags; build: the build; build_plan: what it reads and writes
-- sources, documents, formats: names of sources to documents
-- pipeline: documents to worker processes to shard writers; workers: these processes
+- options: the flags; build: the build; job_array: a share of it; build_plan, announcement: what it reads and writes
+- sources, splits: names of sources to parts that a task reads
+- passes, tasks, records: count and tokenize all splits, one split; what is finished
+- engines, workers: who runs the tasks
+- documents, formats, compression: a split to documents; source_digest: identifies them
 - tokenization: text to token ids; word_cache: each word once
 - words: where words begin
 - shards, manifest: the files of a corpus

@@ -1,32 +1,44 @@
 """`deepcloze corpus`: build a corpus folder of Arrow shards from raw text.
 
-1. One process reads the documents in order and hashes them.
-2. Worker processes turn batches of documents into token ids; results are taken in the order of the source.
-3. A writer cuts the stream of documents into shards in `DIR.partial/` and records each finished one in a journal.
+1. The sources are divided into splits, which depend on the files alone.
+2. Tasks read, hash and tokenize a split each, and write its pieces and a record to `DIR.partial/`.
+3. Tasks join pieces that follow one another to shards.
 4. When everything is written and synced, the folder is renamed to `DIR`.
 
-A killed build can be resumed: it reads the text again, but does not tokenize what is in finished shards. The bytes of a
-corpus depend on the documents, the tokenizer and the sampling only, not on workers, time, paths or interruptions.
+A build that was killed is resumed from the records. The bytes of a corpus depend on the files, the tokenizer and the
+sampling only, not on workers, machines, time, paths or interruptions.
 """
 
-import sys
-from collections.abc import Iterator, Sequence
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from experiment.errors import UserError, disk_errors_as
-from experiment.files import created_parents
+from experiment.decontamination import common_decontamination
+from experiment.errors import UserError, disk_errors_as, notify
+from experiment.files import created_parents, fsync
+from pretrain.corpus import shards, tasks
+from pretrain.corpus.announcement import announce_sources
 from pretrain.corpus.build_plan import HELDOUT, MAIN, BuildPlan, Part, plan_build
-from pretrain.corpus.documents import read_documents
-from pretrain.corpus.formats import ReadStats, detect_format
-from pretrain.corpus.manifest import MANIFEST, TOKENIZER, Manifest, read_manifest
-from pretrain.corpus.options import CorpusOptions, TextOptions
-from pretrain.corpus.pipeline import encode_source, scan_source
-from pretrain.corpus.shards import ShardWriter, SourcePosition
-from pretrain.corpus.sources import Source
+from pretrain.corpus.documents import check_read
+from pretrain.corpus.engines import Engine, open_engine
+from pretrain.corpus.formats import Members
+from pretrain.corpus.manifest import MANIFEST, TOKENIZER, Manifest, Recipe, percentiles, read_manifest, write_manifest
+from pretrain.corpus.options import CorpusOptions
+from pretrain.corpus.passes import count_documents, scan_source, split_tasks, tokenize, total
+from pretrain.corpus.records import forget_other_shards, forget_piece, holds_work, open_partial
+from pretrain.corpus.shards import compose_shards, write_datasets_metadata
+from pretrain.corpus.source_digest import SourceDigest
+from pretrain.corpus.tasks import BuildJob, ShardRecord, ShardTask, SplitCount, SplitRecord, write_shard_file
+
+_NAMED = 10  # sources in a message
+
+
+class LockedError(UserError):
+    """Another build is writing the corpus."""
 
 
 def build_corpus(options: CorpusOptions) -> Manifest:
@@ -37,59 +49,137 @@ def build_corpus(options: CorpusOptions) -> Manifest:
     killed. Finished shards are kept, and the same call resumes from them.
     """
     plan = plan_build(options)
-    advice = "; the same command resumes from the finished shards"
-    with disk_errors_as(UserError, f"--output {plan.folder}: ", advice), _build_lock(plan.folder):
-        manifests = _check_existing(plan) if _holds_corpus(plan.folder) else _build(plan)
+    advice = "; the same command resumes from what is finished"
+    with (
+        disk_errors_as(UserError, f"--output {plan.folder}: ", advice),
+        _build_lock(plan.folder),
+        open_engine(plan.workers, build_job(plan), plan.engine, plan.ray_address) as run,
+    ):
+        manifests = _check_existing(plan, run) if holds_corpus(plan.folder) else _build(plan, run)
     for part, manifest in manifests.items():
         print(summary(plan.folder_of(part), manifest))
     return manifests[MAIN]
 
 
-def _build(plan: BuildPlan) -> dict[Part, Manifest]:
-    """Build all parts and publish them. However this ends, finished shards are kept."""
+def build_job(plan: BuildPlan) -> BuildJob:
+    """Return what the tasks of a build need to know."""
+    return BuildJob(plan.partial, plan.text_options, plan.tokenizer.spec, shards.SHARD_TOKENS, tasks.BATCH_BYTES)
+
+
+def _build(plan: BuildPlan, run: Engine) -> dict[Part, Manifest]:
+    """Build all parts and publish them. However this ends, finished splits are kept."""
     announce_sources(plan.sources, plan.text_options)
-    total = scan_source("counting", plan) if plan.sampling.enabled else None
-    writers = _open_writers(plan, total)
+    manifests = _published_heldout(plan)
     try:
-        end, empty_documents = encode_source(plan, writers, total)
-        manifests = {}
-        for part, writer in writers.items():
-            plan.tokenizer.save(writer.partial / TOKENIZER)
-            manifests[part] = writer.finish(
-                plan.recipe(part, end.digest),
-                plan.tokenizer.vocabulary_size,
-                empty_documents if part == MAIN else 0,
-                end,
-            )
-    finally:
-        for writer in writers.values():
-            writer.remove_if_empty()
-    for part in reversed(writers):  # the main corpus last: if it exists, the build is complete
-        writers[part].publish(manifests[part])
+        open_partial(plan.partial, plan.arguments)
+        counts = count_documents(plan, run, plan.splits) if plan.sampling.enabled else {}
+        if manifests:
+            _check_same_recipe(plan, manifests, total(counts[split.key].source for split in plan.splits))
+        unpublished = [part for part in plan.sampling.parts if part not in manifests]
+        manifests |= _write_parts(plan, run, unpublished, counts)
+    except BaseException as error:
+        # After a mistake, such as more held-out documents than there are, the next build has other arguments.
+        if not holds_work(plan.partial, counts=not isinstance(error, UserError)):
+            shutil.rmtree(plan.partial, ignore_errors=True)
+        raise
+    for part in reversed(unpublished):  # the main corpus last: if it exists, the build is complete
+        (plan.partial / part).replace(plan.folder_of(part))
+        fsync(plan.folder.parent)
+    shutil.rmtree(plan.partial)
     return manifests
 
 
-def _open_writers(plan: BuildPlan, total: SourcePosition | None) -> dict[Part, ShardWriter]:
-    """Open a writer for each part that is not finished."""
-    arguments = {
-        "tokenizer": plan.tokenizer.fingerprint,
-        "segmenter": plan.segmenter,
-        "limit": plan.sampling.limit,
-        "holdout": plan.sampling.holdout,
-        "seed": plan.seed,
-        "source": total.digest if total else None,  # sampling depends on the number of documents
-    }
-    writers = {}
-    for part in plan.sampling.parts:
-        folder = plan.folder_of(part)
-        if part == HELDOUT and _holds_corpus(folder):  # an earlier build died after publishing this part
-            _check_same_recipe(plan, {part: read_manifest(folder)}, total.digest if total else None)
-        else:
-            writers[part] = ShardWriter(folder, plan.tokenizer.spec.token_type, arguments)
-    return writers
+def _published_heldout(plan: BuildPlan) -> dict[Part, Manifest]:
+    """Return the manifest of the held-out corpus if an earlier build died after publishing it."""
+    folder = plan.folder_of(HELDOUT)
+    if HELDOUT not in plan.sampling.parts or not holds_corpus(folder):
+        return {}
+    found = {HELDOUT: read_manifest(folder)}
+    _check_same_recipe(plan, found, None)
+    return found
 
 
-def _holds_corpus(folder: Path) -> bool:
+def _write_parts(
+    plan: BuildPlan, run: Engine, parts: Sequence[Part], counts: Mapping[str, SplitCount]
+) -> dict[Part, Manifest]:
+    """Tokenize what is not yet finished, and write the folders of these parts in the partial folder."""
+    splits = split_tasks(plan, counts)
+    while True:
+        records = tokenize(plan, run, splits, counts)
+        _check_records(plan, records)
+        joins = {part: _shard_tasks(part, records) for part in plan.sampling.parts}
+        if forget_other_shards(plan.partial, [task for group in joins.values() for task in group]):
+            continue
+        written = list(run(write_shard_file, [task for part in parts for task in joins[part]]))
+        damaged = [result for result in written if isinstance(result, str)]
+        if not damaged:
+            break
+        for file in damaged:
+            notify(f"{plan.partial / file} is missing or damaged; tokenizing its text again")
+            forget_piece(plan.partial, file)
+    digest = total(record.source for record in records)
+    empty = sum(record.empty_documents for record in records)
+    finished = sorted(
+        (found for found in written if isinstance(found, ShardRecord)), key=lambda found: found.shard.file
+    )
+    manifests = {}
+    for part in parts:
+        found = [shard for shard in finished if shard.part == part]
+        manifests[part] = _manifest(plan, plan.recipe(part, str(digest)), found, empty if part == MAIN else 0)
+        _write_metadata(plan, plan.partial / part, manifests[part])
+    return manifests
+
+
+def _check_records(plan: BuildPlan, records: Sequence[SplitRecord]) -> None:
+    """Raises UserError if there is no document, or what `check_read` does not accept."""
+    archives: dict[str, Members] = {}
+    for record in records:
+        for name, members in record.archives.items():
+            archives.setdefault(name, Members()).add(members)
+    check_read(plan.sources, plan.text_options, sum(record.start_matches for record in records), archives)
+    if not any(record.source.documents for record in records):
+        names = ", ".join(source.name for source in plan.sources[:_NAMED])
+        raise UserError(f"--source {names}: none of its documents gives a token")
+
+
+def _shard_tasks(part: Part, records: Sequence[SplitRecord]) -> list[ShardTask]:
+    pieces = (piece for record in records for piece in record.pieces[part])
+    groups = compose_shards(pieces, shards.SHARD_TOKENS)
+    return [
+        ShardTask(part, f"data-{index:05d}-of-{len(groups):05d}.arrow", group) for index, group in enumerate(groups)
+    ]
+
+
+def _manifest(plan: BuildPlan, recipe: Recipe, finished: Sequence[ShardRecord], empty_documents: int) -> Manifest:
+    lengths: Counter[int] = Counter()
+    for shard in finished:
+        lengths.update(dict(shard.lengths))
+    return Manifest(
+        recipe=recipe,
+        vocabulary_size=plan.tokenizer.vocabulary_size,
+        token_type=plan.tokenizer.spec.token_type,
+        empty_documents=empty_documents,
+        length_percentiles=percentiles(lengths.items()),
+        shards=tuple(found.shard for found in finished),
+        decontaminated=common_decontamination(
+            Path(source.name).parent if source.kind == "file" else None for source in plan.sources
+        ),
+    )
+
+
+def _write_metadata(plan: BuildPlan, folder: Path, manifest: Manifest) -> None:
+    """Write all files but the shards, and delete shards of an earlier version of the source."""
+    kept = {shard.file for shard in manifest.shards}
+    for path in folder.glob("data-*"):
+        if path.name not in kept:
+            path.unlink()
+    plan.tokenizer.save(folder / TOKENIZER)
+    write_datasets_metadata(folder, manifest)
+    write_manifest(folder, manifest)
+    fsync(folder)
+
+
+def holds_corpus(folder: Path) -> bool:
     """Return whether the folder holds a corpus; False if it is missing or empty. Raises UserError for anything else."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
@@ -98,20 +188,21 @@ def _holds_corpus(folder: Path) -> bool:
     return True
 
 
-def _check_existing(plan: BuildPlan) -> dict[Part, Manifest]:
+def _check_existing(plan: BuildPlan, run: Engine) -> dict[Part, Manifest]:
     """Return the manifests of an existing corpus. Raises UserError if it differs from the one that would be built."""
     manifests = {part: read_manifest(plan.folder_of(part)) for part in plan.sampling.parts}
     _check_same_recipe(plan, manifests, None)  # before the source is read, which may take long
-    _check_same_recipe(plan, manifests, scan_source("comparing", plan).digest)
+    _check_same_recipe(plan, manifests, scan_source(plan, run))
     print(f"{plan.folder} already exists, built from the same documents with the same tokenizer")
+    shutil.rmtree(plan.partial, ignore_errors=True)  # killed after the last rename
     return manifests
 
 
-def _check_same_recipe(plan: BuildPlan, manifests: dict[Part, Manifest], source: str | None) -> None:
-    """Raises UserError for a corpus with another recipe. `source`: digest of all documents; None: not compared."""
+def _check_same_recipe(plan: BuildPlan, manifests: dict[Part, Manifest], source: SourceDigest | None) -> None:
+    """Raises UserError for a corpus with another recipe. `source`: of all documents; None: not compared."""
     for part, manifest in manifests.items():
         found = manifest.recipe
-        expected = plan.recipe(part, source or found.source)
+        expected = plan.recipe(part, found.source if source is None else str(source))
         for name in ("tokenizer", "segmenter", "part", "limit", "holdout", "seed", "source"):
             if getattr(found, name) != getattr(expected, name):
                 difference = "other documents" if name == "source" else f"another {name}: {getattr(found, name)}"
@@ -135,14 +226,14 @@ def summary(folder: Path, manifest: Manifest) -> str:
 
 @contextmanager
 def _build_lock(folder: Path) -> Iterator[None]:
-    """Allow one build at a time into `folder`. Raises UserError if another one is running."""
+    """Allow one build at a time into `folder`. Raises LockedError if another one is running."""
     path = folder.with_name(f".{folder.name}.lock")
     lock = FileLock(path)
     with created_parents(folder):
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            raise UserError(f"--output {folder}: another build is writing it") from None
+            raise LockedError(f"--output {folder}: another build is writing it") from None
         try:
             yield
         finally:
@@ -150,53 +241,3 @@ def _build_lock(folder: Path) -> Iterator[None]:
                 missing_ok=True
             )  # while it is held: whoever opens it later gets a new one, and finds the corpus
             lock.release()
-
-
-_LISTED = 10  # sources
-_SAMPLE = 1000  # documents
-_FEWEST = 50
-_LONGEST_LINE = 120  # characters of wrapped text
-_SHORTEST_LINE = 40
-_SENTENCE_ENDS = tuple(".!?…:;\"'”’)]。！？；：”")
-
-
-def announce_sources(sources: Sequence[Source], options: TextOptions) -> None:
-    """List the sources; warn if the first file looks as if its lines were parts of paragraphs."""
-    size = sum(source.bytes or 0 for source in sources)
-    total = f", {size / 1e6:,.1f} MB" if size else ""
-    print(f"reading {len(sources):,} source{'s' if len(sources) > 1 else ''}{total}:")
-    for source in sources[:_LISTED]:
-        print(f"  {source.name}{f'::{source.selection}' if source.selection else ''}")
-    if len(sources) > _LISTED:
-        print(f"  … and {len(sources) - _LISTED:,} more")
-    if _reads_lines(sources[0], options) and is_hard_wrapped(_first_documents(sources[0], options)):
-        print(
-            f"warning: the lines of {sources[0].name} look like parts of paragraphs; with `--document line` each is "
-            "a document of its own; if blank lines separate paragraphs, use `--document blank_line`",
-            file=sys.stderr,
-            flush=True,
-        )
-
-
-def is_hard_wrapped(lines: Sequence[str]) -> bool:
-    """Whether lines were broken to fit a width: most are about as long as the longest ones, and end in a sentence."""
-    if len(lines) < _FEWEST:
-        return False
-    width = sorted(len(line) for line in lines)[int(0.98 * len(lines))]
-    if not _SHORTEST_LINE <= width <= _LONGEST_LINE:
-        return False
-    full = [line for line in lines if len(line) >= 0.75 * width]
-    open_ended = sum(not line.rstrip().endswith(_SENTENCE_ENDS) for line in full)
-    return len(full) >= 0.6 * len(lines) and open_ended >= 0.7 * len(full)
-
-
-def _reads_lines(source: Source, options: TextOptions) -> bool:
-    is_text = source.kind == "file" and detect_format(source.name)[0] in ("text", None)
-    return is_text and options.document == "line" and options.document_start is None
-
-
-def _first_documents(source: Source, options: TextOptions) -> list[str]:
-    try:
-        return [document.text for document in islice(read_documents([source], options, ReadStats()), _SAMPLE)]
-    except UserError:
-        return []  # the build says it, with its line

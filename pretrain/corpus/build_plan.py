@@ -4,25 +4,28 @@ import os
 import random
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 from experiment.errors import UserError
-from experiment.files import fsync_tree
+from experiment.files import fsync_tree, json_digest
 from experiment.tokenizer import load_tokenizer, save_tokenizer, tokenizer_fingerprint, vocabulary_size
 from pretrain.corpus.manifest import Recipe
 from pretrain.corpus.options import CorpusOptions, TextOptions
 from pretrain.corpus.sources import Source, find_sources
-from pretrain.corpus.tokenization import DocumentEncoder, TokenizerSpec, tokenizer_spec
+from pretrain.corpus.splits import Split, plan_splits
+from pretrain.corpus.tokenization import TokenizerSpec, tokenizer_spec
 from pretrain.corpus.words import segmenter_identity, word_boundaries
 from pretrain.corpus.workers import worker_pool
 
 Part = Literal["main", "heldout"]
 MAIN: Part = "main"
 HELDOUT: Part = "heldout"
+PART_CODES: tuple[Part | None, ...] = (None, MAIN, HELDOUT)
+"""What the bytes of `Sampling.parts_of` stand for."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,15 @@ class Sampling:
         rest = documents - holdout
         limit = rest if self.limit is None else min(self.limit, rest)
         return self._select(documents, holdout, rest, limit)
+
+    def parts_of(self, documents: Sequence[int]) -> Iterator[bytes]:
+        """Yield the parts of each of some groups of documents, of these sizes: a byte per document. Empty if all
+        documents are in the main corpus."""
+        if self.enabled:
+            codes = map({part: code for code, part in enumerate(PART_CODES)}.__getitem__, self.assign(sum(documents)))
+            yield from (bytes(islice(codes, count)) for count in documents)
+        else:
+            yield from (b"" for _ in documents)
 
     def _select(self, documents: int, holdout: int, rest: int, limit: int) -> Iterator[Part | None]:
         holdout_random, limit_random = random.Random(f"holdout {self.seed}"), random.Random(f"limit {self.seed}")
@@ -122,16 +134,34 @@ class BuildPlan:
 
     folder: Path
     sources: tuple[Source, ...]
+    splits: Sequence[Split]
     text_options: TextOptions
     sampling: Sampling
     tokenizer: BuildTokenizer
     segmenter: str | None  # name and version
+    engine: str
+    ray_address: str | None
     workers: int
 
-    @cached_property
-    def encoder(self) -> DocumentEncoder:
-        """Encodes in this process, without a segmenter, the few texts that may have no token."""
-        return DocumentEncoder(replace(self.tokenizer.spec, segmenter=None))
+    @property
+    def partial(self) -> Path:
+        """The folder of an unfinished build."""
+        return self.folder.with_name(f"{self.folder.name}.partial")
+
+    @property
+    def arguments(self) -> dict[str, str | int | None]:
+        """What an unfinished build must agree in, so that it can be resumed."""
+        text = {name: getattr(self.text_options, name) for name in TextOptions.model_fields}
+        names = [(source.kind, source.name, source.selection) for source in self.sources]
+        return {
+            "tokenizer": self.tokenizer.fingerprint,
+            "segmenter": self.segmenter,
+            "limit": self.sampling.limit,
+            "holdout": self.sampling.holdout,
+            "seed": self.seed,
+            **text,
+            "source": json_digest(names),
+        }
 
     @property
     def seed(self) -> int | None:
@@ -155,7 +185,8 @@ class BuildPlan:
 
 
 def plan_build(options: CorpusOptions) -> BuildPlan:
-    """Find the sources and open the tokenizer. Raises UserError if either cannot be used; reads no text."""
+    """Find the sources and open the tokenizer. Raises UserError if either cannot be used; reads no
+    text."""
     assert options.source is not None
     assert options.tokenizer is not None
     assert options.output is not None
@@ -168,9 +199,12 @@ def plan_build(options: CorpusOptions) -> BuildPlan:
     return BuildPlan(
         folder=options.output.absolute(),
         sources=sources,
+        splits=plan_splits(sources, options),
         text_options=options,
         sampling=Sampling(options.seed, options.limit, options.holdout),
         tokenizer=tokenizer,
         segmenter=None if options.segmenter is None else segmenter_identity(options.segmenter),
+        engine=options.engine,
+        ray_address=options.ray_address,
         workers=options.workers or len(os.sched_getaffinity(0)),
     )

@@ -1,40 +1,63 @@
-"""Read the documents of all sources, in order: files, members of archives, hub data sets and python-docs."""
+"""Read the documents of sources, in order: files, members of archives, hub data sets and python-docs."""
 
 import tarfile
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING, Literal
 
 from experiment.csv_and_jsonl import missing_column
 from experiment.errors import UserError
 from experiment.progress import progress, terminal
+from pretrain.corpus.compression import decompress
 from pretrain.corpus.formats import (
     Document,
+    Members,
+    Range,
     ReadStats,
     cell_document,
     check_is_read,
-    decompress,
+    count_line_breaks,
     explain_read_errors,
     parse_documents,
 )
 from pretrain.corpus.options import TextOptions
-from pretrain.corpus.sources import PYTHON_DOCS, Source, is_selected, is_skipped, report_skipped
+from pretrain.corpus.sources import PYTHON_DOCS, Source, Span, is_selected, is_skipped, open_source, report_skipped
+
+if TYPE_CHECKING:
+    import datasets
+
+Archives = Mapping[str, Members]
 
 
-def read_documents(sources: Iterable[Source], options: TextOptions, stats: ReadStats) -> Iterator[Document]:
+def read_documents(spans: Iterable[Span], options: TextOptions, stats: ReadStats) -> Iterator[Document]:
     """Yield all documents that have text. Raises UserError for bad input, naming file and line."""
-    for source in sources:
-        for document in _read_source(source, options, stats):
+    for span in spans:
+        for document in _read_span(span, options, stats):
             if document.text and not document.text.isspace():
                 yield document
             else:
                 stats.empty_documents += 1
         stats.file_position = lambda: 0
-        stats.finished_bytes += source.bytes or 0
-    if options.document_start is not None and stats.start_matches == 0:
+        stats.finished_bytes += span.source.bytes or 0
+
+
+def check_read(sources: Sequence[Source], options: TextOptions, start_matches: int, archives: Archives) -> None:
+    """Report members that were skipped when all sources have been read.
+
+    Raises UserError for an archive without members to read, and a pattern that matched no line.
+    """
+    for source in sources:
+        if source.kind == "archive":
+            members = archives.get(_archive_name(source), Members())
+            if members.read == 0:
+                raise UserError(f"{source.name}: no member matches '{source.selection}'")
+            report_skipped(source.name, members.skipped, members.example)
+    if options.document_start is not None and start_matches == 0:
         raise UserError(f"--document_start '{options.document_start}' matches no line of the text")
 
 
@@ -62,44 +85,57 @@ def reading_progress(label: str, sources: Sequence[Source]) -> Iterator[Callable
         yield advance
 
 
-def _read_source(source: Source, options: TextOptions, stats: ReadStats) -> Iterator[Document]:
+def _read_span(span: Span, options: TextOptions, stats: ReadStats) -> Iterator[Document]:
+    source, part = span
     if source.kind == PYTHON_DOCS:
         from pretrain.corpus.python_docs import read_python_docs
 
         for doc in read_python_docs():
             yield Document(doc.text, f"{PYTHON_DOCS}:{doc.document}", 1)
     elif source.kind == "hub":
-        yield from _read_hub(source, options.column)
+        yield from _read_hub(source, options.column, part)
     else:
-        with explain_read_errors(source.name), Path(source.name).open("rb", buffering=1 << 20) as file:
+        with explain_read_errors(source.name), open_source(source.name) as file:
             stats.file_position = file.tell
             if source.kind == "file":
-                yield from parse_documents(file, source.name, source.name, options, stats)
+                yield from parse_documents(file, source.name, source.name, options, stats, part)
             else:
-                yield from _read_archive(file, source, options, stats)
+                yield from _read_archive(file, span, options, stats)
 
 
-def _read_archive(file: IO[bytes], source: Source, options: TextOptions, stats: ReadStats) -> Iterator[Document]:
+def locate_lines(span: Span) -> Span:
+    """Count the lines before the part, so that reading it again tells the lines of errors. Raises UserError."""
+    source, part = span
+    if source.kind != "file" or part.start == 0:
+        return span
+    with explain_read_errors(source.name), open_source(source.name) as file:
+        return Span(source, replace(part, line_breaks=count_line_breaks(file, source.name, part)))
+
+
+def _archive_name(source: Source) -> str:
+    return f"{source.name}::{source.selection}"
+
+
+def _read_archive(file: IO[bytes], span: Span, options: TextOptions, stats: ReadStats) -> Iterator[Document]:
+    source = span.source
     members = _zip_members if source.name.lower().endswith(".zip") else _tar_members
-    found, skipped = False, list[str]()
+    found = stats.archives.setdefault(_archive_name(source), Members())
 
     def is_wanted(name: str) -> bool:
         if is_skipped(name, source.selection):
-            skipped.append(name)
+            found.skip(name)
         return is_selected(name, source.selection)
 
-    for name, member in members(file, source, is_wanted):
-        found = True
+    for name, member in members(file, span, is_wanted):
+        found.read += 1
         check_is_read(name, f"{source.name}::{name}")
         yield from parse_documents(member, name, f"{source.name}::{name}", options, stats)
-    if not found:
-        raise UserError(f"{source.name}: no member matches '{source.selection}'")
-    report_skipped(source.name, skipped)
 
 
-def _zip_members(file: IO[bytes], source: Source, is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, IO[bytes]]]:
+def _zip_members(file: IO[bytes], span: Span, is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, IO[bytes]]]:
+    source, part = span
     with zipfile.ZipFile(file) as archive:
-        for info in archive.infolist():
+        for info in archive.infolist()[part.start : part.stop]:
             if not info.is_dir() and is_wanted(info.filename):
                 try:
                     member = archive.open(info)
@@ -109,35 +145,52 @@ def _zip_members(file: IO[bytes], source: Source, is_wanted: Callable[[str], boo
                     yield info.filename, member
 
 
-def _tar_members(file: IO[bytes], source: Source, is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, IO[bytes]]]:
-    compression = {"gz": "gz", "tgz": "gz", "zst": "zst"}.get(source.name.lower().rsplit(".", 1)[-1], "")
+def _tar_members(file: IO[bytes], span: Span, is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, IO[bytes]]]:
+    source, part = span
+    compression = tar_compression(source.name)
     # "r|" streams: each member is read when it is reached, without seeking.
-    with tarfile.open(fileobj=decompress(file, compression), mode="r|") as archive:
+    mode: Literal["r|", "r:"] = "r|" if compression else "r:"
+    with tarfile.open(fileobj=decompress(file, compression), mode=mode) as archive:
         for info in archive:
-            if info.isfile() and is_wanted(info.name):
+            if part.stop is not None and info.offset >= part.stop:
+                return
+            if info.offset >= part.start and info.isfile() and is_wanted(info.name):
                 member = archive.extractfile(info)
                 assert member is not None
                 yield info.name, member
 
 
-def _read_hub(source: Source, column: str) -> Iterator[Document]:
-    """Read what `datasets.load_dataset` loads: `owner/name`, `owner/name/configuration`, or a local folder."""
+def tar_compression(name: str) -> str:
+    """Tell how a tar is compressed (gz, zst or "")."""
+    return {"gz": "gz", "tgz": "gz", "zst": "zst"}.get(name.lower().rsplit(".", 1)[-1], "")
+
+
+@cache
+def load_hub_rows(name: str, selection: str) -> "datasets.Dataset":
+    """Load what `datasets.load_dataset` loads: `owner/name`, `owner/name/configuration`, or a local folder.
+
+    Raises UserError if it cannot be loaded.
+    """
     import datasets
 
-    name, configuration = source.name, None
+    origin, configuration = f"hub:{name}:{selection}", None
     if name.count("/") == 2 and not Path(name).exists():
         name, _, configuration = name.rpartition("/")
-    origin = f"hub:{source.name}:{source.selection}"
     if not terminal().is_interactive:
         datasets.disable_progress_bars()
     try:
-        rows = datasets.load_dataset(name, configuration, split=source.selection)
+        return datasets.load_dataset(name, configuration, split=selection)
     except Exception as error:  # each cause (network, name, split, bad file) has its own exception
         raise UserError(f"--source {origin}: datasets cannot load it: {error}") from None
+
+
+def _read_hub(source: Source, column: str, part: Range) -> Iterator[Document]:
+    rows = load_hub_rows(source.name, source.selection)
     if column not in rows.column_names:
         raise missing_column(f"hub:{source.name}", column, rows.column_names, "--column")
-    row = 0
-    for batch in rows.select_columns([column]).iter(batch_size=1000):
+    stop = len(rows) if part.stop is None else part.stop
+    row = part.start
+    for batch in rows.select_columns([column]).select(range(part.start, stop)).iter(batch_size=1000):
         for value in batch[column]:
             row += 1
-            yield cell_document(value, origin, row, column)
+            yield cell_document(value, f"hub:{source.name}:{source.selection}", row, column)

@@ -1,20 +1,20 @@
-"""Split one file into documents: plain text, JSON lines, CSV, TSV or Parquet, possibly compressed.
+"""Split one file, or a range of it, into documents: plain text, JSON lines, CSV, TSV or Parquet, possibly compressed.
 
 A line ends at "\n" or "\r\n" only, not at Unicode line separators. Only the line end is removed. Bytes that are not
 UTF-8 are rejected, naming the line.
 """
 
-import gzip
 import io
+import itertools
 import shutil
 import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, NamedTuple, cast
+from dataclasses import dataclass, field
+from typing import IO, Literal, NamedTuple
 
 import regex
 import zstandard
@@ -31,10 +31,8 @@ from experiment.csv_and_jsonl import (
 )
 from experiment.errors import UserError
 from experiment.parquet import parquet_rows
+from pretrain.corpus.compression import MemberReader, decompress, find_member
 from pretrain.corpus.options import TextOptions
-
-if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
 
 # .raw and .tokens are WikiText's names for plain text.
 _SUFFIXES = {
@@ -46,7 +44,6 @@ _SUFFIXES = {
 }
 _MAX_DOCUMENT = 1 << 30  # characters; a text without the expected blank lines may be larger than memory
 _MATCH_SECONDS = 10.0  # for a line; a pattern that tries all ways to split a line may take years
-_ZSTANDARD_BYTES = 1 << 13  # decompressed at once; they may become 10,000 times as many
 _CONVERSIONS = {
     "convert it to text, for instance with pandoc": "docx epub htm html odt rtf xhtml",
     "convert it to text, for instance with pdftotext": "pdf",
@@ -70,6 +67,45 @@ class Document(NamedTuple):
         return f"{self.origin}:{self.line}"
 
 
+Unit = Literal["bytes", "compressed", "row groups", "members", "rows"]
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """A part of a source. The ranges of a source, one after another, give each of its documents once.
+
+    A line belongs to the range with the line break before it, the first line to the first range. A document of several
+    lines belongs to the range of the blank line before it, or of its own first line if a pattern tells where documents
+    start.
+    """
+
+    unit: Unit = "bytes"  # bytes: of the decompressed content; compressed: of the file; members: of a .zip
+    start: int = 0
+    stop: int | None = None  # None: to the end
+    line_breaks: int | None = (
+        None  # before `start`, where known; without it, lines are counted from the start of the range
+    )
+
+
+WHOLE = Range()
+
+
+@dataclass
+class Members:
+    """How many members of an archive were read."""
+
+    read: int = 0
+    skipped: int = 0  # of other formats
+    example: str = ""  # a skipped one
+
+    def skip(self, name: str) -> None:
+        self.skipped, self.example = self.skipped + 1, min(self.example or name, name)
+
+    def add(self, other: "Members") -> None:
+        self.read, self.skipped = self.read + other.read, self.skipped + other.skipped
+        self.example = min(filter(None, (self.example, other.example)), default="")
+
+
 @dataclass
 class ReadStats:
     """Counters that the readers update while documents are drawn from them."""
@@ -77,6 +113,7 @@ class ReadStats:
     empty_documents: int = 0  # dropped because they have no text
     finished_bytes: int = 0  # sizes on disk of the files read so far
     start_matches: int = 0  # lines that matched --document_start
+    archives: dict[str, Members] = field(default_factory=dict)  # by name::selection
     file_position: Callable[[], int] = lambda: 0  # bytes read of the current file
 
     @property
@@ -104,28 +141,102 @@ def check_is_read(name: str, origin: str) -> None:
 
 
 def parse_documents(
-    stream: IO[bytes], name: str, origin: str, options: TextOptions, stats: ReadStats
+    stream: IO[bytes], name: str, origin: str, options: TextOptions, stats: ReadStats, part: Range = WHOLE
 ) -> Iterator[Document]:
-    """Yield the documents of one file in order. If its name tells no format, it is plain text."""
+    """Yield the documents of a file, or of a range of it, in order. If its name tells no format, it is plain text."""
     file_format, compression = detect_format(name)
     with explain_read_errors(origin):
-        stream = decompress(stream, compression)
         if file_format == "parquet":
             # Parquet has its index at the end, and only plain files are seekable.
             seekable = not compression and origin == name
-            yield from _parse_parquet(stream if seekable else _copy_to_disk(stream), origin, options.column)
-        elif file_format == "jsonl":
-            yield from _parse_json_lines(_text_lines(stream, origin), origin, options.column)
+            stream = stream if seekable else _copy_to_disk(decompress(stream, compression))
+            yield from _parse_parquet(stream, origin, options.column, part)
         elif file_format in ("csv", "tsv"):
             separator = options.sep or ("," if file_format == "csv" else "\t")
             csv_format = CsvFormat(separator, options.quoting, options.header != "none")
-            yield from _parse_csv(_text_lines(stream, origin), origin, csv_format, options.column)
+            lines = Lines(decompress(stream, compression), lambda: None, origin)
+            yield from _parse_csv(lines, csv_format, options.column, part)
         else:
-            yield from _parse_text(_text_lines(stream, origin), origin, options, stats)
+            lines = Lines(*_open_range(stream, compression, part), origin, part)
+            if file_format == "jsonl":
+                yield from _parse_json_lines(lines, options.column)
+            else:
+                yield from _parse_text(lines, options, stats)
 
 
-def _text_lines(stream: IO[bytes], origin: str) -> Iterator[str]:
-    return text_lines(raw_lines(stream, origin), origin)
+def _open_range(stream: IO[bytes], compression: str, part: Range) -> tuple[IO[bytes], Callable[[], int | None]]:
+    """Open the content of a file at the start of a range. Returns it, and a function that gives the end of the range,
+    as a position in the content that is counted from there."""
+    if part.unit == "compressed":
+        assert part.stop is not None
+        member = find_member(stream, compression, part.start, part.stop) if part.start else 0
+        if member is None:
+            return io.BytesIO(), lambda: 0
+        stream.seek(member)
+        members = MemberReader(stream, compression, part.stop)
+        return io.BufferedReader(members, 1 << 20), lambda: members.end
+    length = None if part.stop is None else part.stop - part.start
+    if compression:
+        stream = decompress(stream, compression)
+        _skip(stream, part.start)
+    elif part.start:
+        stream.seek(part.start)
+    return stream, lambda: length
+
+
+def _skip(stream: IO[bytes], size: int) -> int:
+    """Read `size` bytes, or to the end, and return the number of line breaks in them."""
+    line_breaks = 0
+    while size and (block := stream.read(min(size, 1 << 20))):
+        line_breaks += block.count(b"\n")
+        size -= len(block)
+    return line_breaks
+
+
+def count_line_breaks(file: IO[bytes], name: str, part: Range) -> int:
+    """Count the line breaks of a file before the start of a range, to tell the line of an error."""
+    _, compression = detect_format(name)
+    if part.unit != "compressed":
+        return _skip(decompress(file, compression), part.start)
+    members, line_breaks = MemberReader(file, compression, part.start), 0
+    while (block := members.read(1 << 20)) and members.end is None:
+        line_breaks += block.count(b"\n")
+    return line_breaks
+
+
+class Lines:
+    """The lines of a range, decoded, and those after it for as long as they are read."""
+
+    def __init__(self, content: IO[bytes], end: Callable[[], int | None], origin: str, part: Range = WHOLE) -> None:
+        """`content`: at the start of the range; `end`: returns the position in it where the range ends, None if it has
+        not been reached or is the end of the file."""
+        self.origin = origin
+        self.first = 1 if part.start == 0 else 2 + (part.line_breaks or 0)
+        self.position = 0  # in the content, after the line that was read last
+        self.ended = False  # whether that line belongs to a later range
+        self._content, self._end, self._in_line = content, end, part.start > 0
+
+    def __iter__(self) -> Iterator[str]:
+        return text_lines(self._read(), self.origin, self.first)
+
+    def in_range(self) -> Iterator[str]:
+        """Yield the lines of the range only."""
+        return itertools.takewhile(lambda _: not self.ended, self)
+
+    def _read(self) -> Iterator[bytes]:
+        while self._in_line and not self._is_over() and (rest := self._content.readline(1 << 20)):
+            self.position += len(rest)
+            self._in_line = not rest.endswith(b"\n")
+        if self._in_line:
+            return
+        for line in raw_lines(self._content, self.origin, self.first):
+            self.ended = self._is_over()
+            self.position += len(line)
+            yield line
+
+    def _is_over(self) -> bool:
+        end = self._end()
+        return end is not None and self.position > end
 
 
 def cell_document(value: object, origin: str, row: int, column: str) -> Document:
@@ -135,30 +246,37 @@ def cell_document(value: object, origin: str, row: int, column: str) -> Document
     return Document(value or "", origin, row)
 
 
-def _parse_text(lines: Iterable[str], origin: str, options: TextOptions, stats: ReadStats) -> Iterator[Document]:
-    pattern = None if options.document_start is None else regex.compile(options.document_start)
-    numbered = enumerate(map(_strip_line_end, lines), 1)
-    if options.document == "line" and pattern is None:
-        for number, line in numbered:
-            yield Document(line, origin, number)
+def _parse_text(lines: Lines, options: TextOptions, stats: ReadStats) -> Iterator[Document]:
+    if options.document == "line" and options.document_start is None:
+        for number, line in enumerate(lines.in_range(), lines.first):
+            yield Document(_strip_line_end(line), lines.origin, number)
         return
+    pattern = None if options.document_start is None else regex.compile(options.document_start)
+    begun = lines.first == 1  # whether a document of this range has begun
     first, length = 1, 0
     collected: list[str] = []
-    for number, line in numbered:
+    for number, raw in enumerate(lines, lines.first):
+        line = _strip_line_end(raw)
         is_separator = options.document == "blank_line" and not line.strip()
-        is_start = pattern is not None and _matches(pattern, line, f"{origin}:{number}")
+        is_start = pattern is not None and _matches(pattern, line, f"{lines.origin}:{number}")
+        if is_separator or is_start:
+            if collected:
+                yield Document("\n".join(collected), lines.origin, first)
+                collected, length = [], 0
+            begun = True
+        if lines.ended and (is_separator or is_start or not begun):
+            return
         stats.start_matches += is_start
-        if (is_separator or is_start) and collected:
-            yield Document("\n".join(collected), origin, first)
-            collected, length = [], 0
-        if not is_separator:
+        if begun and not is_separator:
             first = first if collected else number
             collected.append(line)
             length += len(line) + 1
         if length > _MAX_DOCUMENT:
-            raise UserError(f"{origin}:{first}: the document has more than {_MAX_DOCUMENT:,} characters; split it")
+            raise UserError(
+                f"{lines.origin}:{first}: the document has more than {_MAX_DOCUMENT:,} characters; split it"
+            )
     if collected:
-        yield Document("\n".join(collected), origin, first)
+        yield Document("\n".join(collected), lines.origin, first)
 
 
 def _matches(pattern: regex.Pattern[str], line: str, place: str) -> bool:
@@ -177,29 +295,38 @@ def _strip_line_end(line: str) -> str:
     return line[:-1] if line.endswith("\n") else line
 
 
-def _parse_json_lines(lines: Iterable[str], origin: str, column: str) -> Iterator[Document]:
-    for number, row in read_json_lines(lines, origin):
+def _parse_json_lines(lines: Lines, column: str) -> Iterator[Document]:
+    for number, row in read_json_lines(lines.in_range(), lines.origin, lines.first):
         if column not in row:
-            raise missing_column(f"{origin}:{number}", column, row, "--column")
-        yield cell_document(row[column], origin, number, column)
+            raise missing_column(f"{lines.origin}:{number}", column, row, "--column")
+        yield cell_document(row[column], lines.origin, number, column)
 
 
-def _parse_csv(lines: Iterable[str], origin: str, csv_format: CsvFormat, column: str) -> Iterator[Document]:
-    names, rows = read_csv(lines, origin, csv_format)
-    if names:
-        index = column_index(names, column, origin, "--column", csv_format)
-        for number, cells in rows:
-            yield Document(cells[index], origin, number)
+def _parse_csv(lines: Lines, csv_format: CsvFormat, column: str, part: Range) -> Iterator[Document]:
+    names, rows = read_csv(lines, lines.origin, csv_format)
+    if not names:
+        return
+    index = column_index(names, column, lines.origin, "--column", csv_format)
+    # Quoted fields may have line breaks: where a row begins is known only to who has read the rows before it.
+    position = lines.position
+    for number, cells in rows:
+        if part.stop is not None and position >= part.stop:
+            return
+        if position >= part.start:
+            yield Document(cells[index], lines.origin, number)
+        position = lines.position
 
 
-def _parse_parquet(stream: IO[bytes], origin: str, column: str) -> Iterator[Document]:
+def _parse_parquet(stream: IO[bytes], origin: str, column: str, part: Range) -> Iterator[Document]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         file = pyarrow.parquet.ParquetFile(stream)
         column_index(file.schema_arrow.names, column, origin, "--column")  # rejects none and several
-        for row, (value,) in enumerate(parquet_rows(file, [column]), 1):
+        groups = range(file.num_row_groups)[part.start : part.stop]
+        first = 1 + sum(file.metadata.row_group(group).num_rows for group in range(part.start))
+        for row, (value,) in enumerate(parquet_rows(file, [column], list(groups)), first):
             yield cell_document(value, origin, row, column)
     except pyarrow.ArrowException as error:
         raise UserError(f"{origin} is not a Parquet file, or damaged: {error}") from None
@@ -212,52 +339,12 @@ def _copy_to_disk(stream: IO[bytes]) -> IO[bytes]:
     return copy
 
 
-def decompress(stream: IO[bytes], compression: str) -> IO[bytes]:
-    """Open the content of a `gz` or `zst` stream. For any other `compression`, return the stream itself."""
-    if compression == "gz":
-        return cast(IO[bytes], gzip.GzipFile(fileobj=stream))
-    if compression == "zst":
-        return io.BufferedReader(_ZstandardReader(stream), 1 << 20)
-    return stream
-
-
 @contextmanager
 def explain_read_errors(origin: str) -> Iterator[None]:
     """Turn read, decompression and archive errors into a UserError that names the file."""
     try:
         yield
-    except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError, zipfile.BadZipFile, tarfile.TarError) as error:
+    except (EOFError, zlib.error, zstandard.ZstdError, zipfile.BadZipFile, tarfile.TarError) as error:
         raise UserError(f"{origin} is damaged or truncated: {error}") from None
     except OSError as error:
         raise UserError(f"cannot read {origin}: {error.strerror or error}") from None
-
-
-class _ZstandardReader(io.RawIOBase):
-    """Reads all frames of a .zst. Raises EOFError if the last one is truncated."""
-
-    def __init__(self, compressed: IO[bytes]) -> None:
-        self._compressed = compressed
-        self._frame: zstandard.ZstdDecompressionObj | None = None
-        self._input, self._output = b"", memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: "WriteableBuffer") -> int:
-        while not self._output:
-            chunk = self._input or self._compressed.read(_ZSTANDARD_BYTES)
-            if not chunk:
-                if self._frame is not None:
-                    raise EOFError("the last Zstandard frame has no end")
-                return 0
-            # 2**31 is the largest window that `zstd --long` writes.
-            self._frame = self._frame or zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
-            self._output = memoryview(self._frame.decompress(chunk))
-            self._input = b""
-            if self._frame.eof:
-                self._input, self._frame = self._frame.unused_data, None
-        target = memoryview(buffer)
-        size = min(len(target), len(self._output))
-        target[:size] = self._output[:size]
-        self._output = self._output[size:]
-        return size

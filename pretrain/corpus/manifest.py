@@ -53,6 +53,7 @@ class Manifest:
     empty_documents: int  # dropped
     length_percentiles: dict[str, int]  # percentile -> document length in tokens
     shards: tuple[Shard, ...]
+    decontaminated: dict[str, str] | None = None  # task -> digest of its texts; None: not known, see docs/cleaning.md
 
     @property
     def documents(self) -> int:
@@ -99,6 +100,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
             "tokens_per_word": manifest.tokens_per_word,
             "token_type": manifest.token_type,
             "recipe": asdict(manifest.recipe),
+            **({} if manifest.decontaminated is None else {"decontaminated": manifest.decontaminated}),
             "shards": [asdict(shard) for shard in manifest.shards],
         },
         indent=1,
@@ -119,6 +121,7 @@ def read_manifest(folder: Path) -> Manifest:
             empty_documents=found["empty_documents"],
             length_percentiles=found["length_percentiles"],
             shards=tuple(Shard(**shard) for shard in found["shards"]),
+            decontaminated=found.get("decontaminated"),
         )
         recorded = found["fingerprint"]
         if not all(isinstance(shard.file, str) and isinstance(shard.bytes, int) for shard in manifest.shards):

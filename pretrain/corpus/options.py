@@ -131,7 +131,13 @@ class CorpusOptions(TextOptions):
     """Corpus folder to write."""
 
     workers: PositiveInt | None = None
-    """Number of tokenizing processes; default: one per core."""
+    """Number of processes on this machine; default: one per core."""
+
+    engine: Literal["local", "ray", "slurm"] = "local"
+    """Run the build in processes on this machine, on a Ray cluster, or as one task of a SLURM job array."""
+
+    ray_address: Annotated[str | None, Metavar("ADDRESS")] = None
+    """Address of the Ray cluster; default: the one that runs on this machine, or RAY_ADDRESS."""
 
     seed: Annotated[int, Field(ge=0)] = 42
     """Seed of the draws of --holdout and --limit."""
@@ -156,6 +162,8 @@ class CorpusOptions(TextOptions):
             raise ValueError(f"missing: {', '.join(missing)}")
         if self.verify is None and missing:
             raise ValueError("expected --source, --tokenizer and --output to build a corpus, or --verify to check some")
+        if self.ray_address is not None and self.engine != "ray":
+            raise ValueError("--ray_address needs --engine ray")
         if self.verify is not None and given != {"verify"}:
             raise ValueError("--verify builds nothing; expected no other flag")
         return self

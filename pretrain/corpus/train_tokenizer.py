@@ -18,7 +18,7 @@ from experiment.tokenizer import BERT_TOKENS, ROBERTA_TOKENS, save_tokenizer
 from pretrain.corpus.documents import read_documents, reading_progress
 from pretrain.corpus.formats import ReadStats
 from pretrain.corpus.options import TextOptions, TokenizerOptions
-from pretrain.corpus.sources import Source, find_sources
+from pretrain.corpus.sources import Source, Span, find_sources
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -38,7 +38,7 @@ class _TrainingText:
         """Yield the text of each document. `label`: what the progress bar says."""
         stats, self.documents = ReadStats(), 0
         with reading_progress(label, self.sources) as advance:
-            for document in read_documents(self.sources, self.options, stats):
+            for document in read_documents(map(Span, self.sources), self.options, stats):
                 self.documents += 1
                 advance(stats, len(document.text))
                 yield document.text

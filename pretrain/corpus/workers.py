@@ -25,26 +25,32 @@ def worker_pool(
     with `advice` if a worker is killed.
     """
     context = get_context("forkserver")
-    context.set_forkserver_preload(["pretrain.corpus.tokenization"])
-    pool = ProcessPoolExecutor(workers, context, _start, (initializer, initargs))
+    context.set_forkserver_preload(["pretrain.corpus.tasks"])
+    closed_to_stop, stop = context.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(workers, context, _start, (closed_to_stop, initializer, initargs))
     try:
         yield pool
     except BrokenProcessPool:
         raise StoppedError(f"a worker process was killed, perhaps because memory ran out; {advice}") from None
+    except KeyboardInterrupt:
+        stop.close()  # tasks may take minutes
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _start(initializer: Callable[[*Args], None] | None, initargs: tuple[*Args]) -> None:
+def _start(
+    closed_to_stop: connection.Connection, initializer: Callable[[*Args], None] | None, initargs: tuple[*Args]
+) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent handles it
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, args=(closed_to_stop,), daemon=True).start()
     if initializer is not None:
         initializer(*initargs)
 
 
-def _exit_with_parent() -> None:
+def _exit_with_parent(closed_to_stop: connection.Connection) -> None:
     """Without this, the workers of a killed parent would wait for work forever."""
     parent = parent_process()
     assert parent is not None
-    connection.wait([parent.sentinel])
+    connection.wait([parent.sentinel, closed_to_stop])
     os._exit(1)

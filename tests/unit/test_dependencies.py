@@ -15,13 +15,16 @@ ROOT = Path(__file__).resolve().parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PRODUCT = ("launcher", "pretrain", "finetune", "experiment")
 # Needed without an import: command-line tools, pytest plugins, stubs for mypy; transformers' Trainer needs accelerate,
-# starlette's test client httpx2, and its forms python-multipart; torch.onnx needs onnxscript. A test asks pytest for
-# schemathesis.
+# starlette's test client httpx2, and its forms python-multipart; torch.onnx needs onnxscript; datatrove's URL filter
+# needs fasteners and pyahocorasick, trafilatura lxml_html_clean. A test asks pytest for schemathesis.
 NOT_IMPORTED = {
     "accelerate",
+    "fasteners",
     "httpx2",
+    "lxml-html-clean",
     "mypy",
     "onnxscript",
+    "pyahocorasick",
     "pytest-timeout",
     "pytest-xdist",
     "python-multipart",
@@ -68,7 +71,7 @@ def imported(*folders: str) -> set[str]:
 
 def test_the_product_imports_what_it_declares() -> None:
     """Catches a library that is there only because another one needs it, and one that nothing imports any more."""
-    optional = declared("chinese", "gpu", "onnx", "serve", "tensorboard") - NOT_IMPORTED
+    optional = declared("chinese", "clean", "gpu", "onnx", "ray", "serve", "tensorboard") - NOT_IMPORTED
     assert imported(*PRODUCT) - optional == declared()
     assert optional <= imported(*PRODUCT)
 
@@ -78,7 +81,10 @@ def test_tests_and_benchmarks_import_what_they_declare() -> None:
     extra, uses = declared("test"), imported("tests", "benchmarks")
     assert uses <= declared() | extra
     stubs = {name for name in extra if name.startswith("types-")}
-    assert extra - NOT_IMPORTED - stubs - declared("chinese", "gpu", "onnx", "serve", "tensorboard") <= uses
+    assert (
+        extra - NOT_IMPORTED - stubs - declared("chinese", "clean", "gpu", "onnx", "ray", "serve", "tensorboard")
+        <= uses
+    )
     assert {normalised(name.removeprefix("types-")) for name in stubs} <= declared()
 
 

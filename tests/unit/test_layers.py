@@ -20,6 +20,7 @@ PRETRAIN_LAYERS = (
     ("pretrain.engine", "pretrain.resume"),
     ("pretrain.modeling",),
     ("pretrain.batching", "pretrain.export"),
+    ("pretrain.cleaning",),
     ("pretrain.corpus", "pretrain.config"),
     ("pretrain.world", "pretrain.rank_heartbeat", "pretrain.ds_configs", "pretrain.optimizer_config"),
 )
@@ -32,6 +33,7 @@ ONLY_IN = {
     "onnx": ("finetune.export",),
     "onnxruntime": ("finetune.export", "finetune.onnx_model"),
     "datasets": ("pretrain.corpus", "finetune.data"),
+    "datatrove": ("pretrain.cleaning",),
 }
 
 

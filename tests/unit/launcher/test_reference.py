@@ -85,8 +85,11 @@ def test_config_explains_keys(line: str, expected: list[str], capsys: pytest.Cap
         ("config pretrain lr", "unknown config key 'lr'; did you mean 'optimizer.lr'?"),
         ("config pretrain optimiser", "unknown config key 'optimiser'; did you mean 'optimizer'?"),
         ("config finetune schedule.steps", "unknown config key 'schedule.steps'"),
-        ("config pretain", "expected 'pretrain', 'finetune' or 'compare', found 'pretain'; did you mean 'pretrain'?"),
-        ("config", "missing: pretrain|finetune|compare"),
+        (
+            "config pretain",
+            "expected 'pretrain', 'finetune', 'compare' or 'clean', found 'pretain'; did you mean 'pretrain'?",
+        ),
+        ("config", "missing: pretrain|finetune|compare|clean"),
     ],
 )
 def test_config_suggests_a_key(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:

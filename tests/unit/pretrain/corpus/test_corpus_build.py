@@ -19,8 +19,9 @@ from filelock import FileLock
 from experiment.errors import StoppedError, UserError
 from experiment.tokenizer import load_tokenizer, save_tokenizer
 from launcher.cli import main
-from pretrain.corpus import build_plan, pipeline, shards
-from pretrain.corpus.build import announce_sources, build_corpus, is_hard_wrapped
+from pretrain.corpus import build, build_plan, passes, shards, splits, tasks
+from pretrain.corpus.announcement import announce_sources, is_hard_wrapped
+from pretrain.corpus.build import build_corpus
 from pretrain.corpus.build_plan import BuildTokenizer
 from pretrain.corpus.options import CorpusOptions, TextOptions
 from pretrain.corpus.reader import open_corpus
@@ -33,9 +34,10 @@ Build = Callable[..., Any]
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make small shards and batches, so that little text gives many."""
+    """Make small shards, splits and batches, so that little text gives many."""
     monkeypatch.setattr(shards, "SHARD_TOKENS", 700)
-    monkeypatch.setattr(pipeline, "_BATCH_BYTES", 500)
+    monkeypatch.setattr(splits, "MIN_SPLIT_BYTES", 1300)
+    monkeypatch.setattr(tasks, "BATCH_BYTES", 500)
 
 
 @pytest.fixture
@@ -92,6 +94,19 @@ def test_a_build_takes_no_torch(source: Path, vocabulary_folder: Path, tmp_path:
     assert contents(tmp_path / "c" / "tokenizer") == contents(tmp_path / "saved")
 
 
+def test_the_manifest_says_what_a_source_was_decontaminated_against(corpus: Build, tmp_path: Path) -> None:
+    """Catches a record that is lost between the cleaning and the corpus, and one in manifests of other text."""
+    clean = tmp_path / "clean"
+    clean.mkdir()
+    (clean / "data.jsonl").write_text('{"text": "the river"}\n')
+    steps = [{"name": "decontaminate", "against": {"sst2": "12ab"}}]
+    (clean / "clean.json").write_text(json.dumps({"recipe": "", "read": 1, "kept": 1, "steps": steps}))
+    assert corpus("a", source=clean).decontaminated == {"sst2": "12ab"}
+    assert open_corpus(tmp_path / "a").manifest.decontaminated == {"sst2": "12ab"}
+    assert corpus("b").decontaminated is None
+    assert "decontaminated" not in (tmp_path / "b" / "manifest.json").read_text()
+
+
 def test_unknown_tokens_are_counted(tmp_path: Path, vocabulary_folder: Path) -> None:
     """Catches an unknown-token rate that is always 0."""
     (tmp_path / "a.txt").write_text("the ŧ river ŧ\n")
@@ -107,7 +122,7 @@ def test_bytes_do_not_depend_on_workers_or_path(
     moved = tmp_path / "elsewhere" / "other.txt"
     moved.parent.mkdir()
     moved.write_bytes(source.read_bytes())
-    monkeypatch.setattr(pipeline, "_BATCH_BYTES", 1300)
+    monkeypatch.setattr(tasks, "BATCH_BYTES", 1300)
     corpus("deep/three", workers=3, source=str(moved))
     assert contents(tmp_path / "one") == contents(tmp_path / "deep" / "three")
 
@@ -135,14 +150,20 @@ def die_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int, be
 
 DEATHS = [
     (shards, "write_shard", 1, True),
-    (shards, "write_shard", 3, False),
-    (shards, "write_json", 2, True),
-    (shards, "write_json", 4, False),
+    (shards, "write_shard", 5, False),
+    (tasks, "write_json", 1, True),
+    (tasks, "write_json", 4, False),
+    (tasks, "join_pieces", 2, True),
+    (tasks, "join_pieces", 2, False),
     (BuildTokenizer, "save", 1, False),
-    (shards, "write_manifest", 1, False),
-    (shards.ShardWriter, "publish", 1, True),
-    (shards.ShardWriter, "publish", 1, False),
+    (build, "write_manifest", 1, False),
+    (build, "fsync", 3, True),  # the held-out corpus has its name, the main one has not
+    (build.shutil, "rmtree", 1, True),
 ]
+
+
+def finished_splits(partial: Path) -> int:
+    return len(list(partial.glob("?" * 32 + ".json")))
 
 
 @pytest.mark.parametrize(
@@ -156,111 +177,77 @@ def test_killed_build_resumes_to_same_bytes(corpus: Build, tmp_path: Path, death
         die_at(patch, *death)
         with pytest.raises(Killed):
             corpus("killed", **flags)
-    assert not (tmp_path / "killed").exists()
-    journal = tmp_path / "killed.partial" / "journal.json"
-    done = (
-        sum(entry["shard"]["rows"] for entry in json.loads(journal.read_text())["finished"]) if journal.exists() else 0
-    )
-    sent: list[int] = []
+    done = finished_splits(tmp_path / "killed.partial")
+    tokenized: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
-        real = pipeline._EncodeQueue.submit
-
-        def counting(queue: Any, writer: Any, batch: Any) -> None:
-            if writer.folder.name == "killed":
-                sent.append(len(batch.documents))
-            real(queue, writer, batch)
-
-        patch.setattr(pipeline._EncodeQueue, "submit", counting)
+        real = tasks._tokenize
+        patch.setattr(tasks, "_tokenize", lambda *args: tokenized.append(1) or real(*args))
         corpus("killed", **flags)
-    assert done + sum(sent) == 200
+    planned = len(splits.plan_splits(find_sources(tmp_path / "source.txt"), TextOptions()))
+    assert planned > 5
+    if death[:2] != (tasks, "join_pieces"):  # where a piece may have become a shard that is not recorded
+        assert len(tokenized) == planned - done
     for part in ("", "-heldout"):
         assert contents(tmp_path / f"killed{part}") == contents(tmp_path / f"whole{part}")
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_killed_while_publishing(corpus: Build, tmp_path: Path) -> None:
-    """Catches a half-published folder, whose shards already have their final names, that cannot be resumed."""
-    corpus("whole")
-    real = Path.unlink
-
-    def dying(path: Path, missing_ok: bool = False) -> None:
-        if path.name == shards.JOURNAL:  # removed right before the last rename
-            raise Killed
-        real(path, missing_ok)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Path, "unlink", dying)
-        with pytest.raises(Killed):
-            corpus("killed")
-    assert list((tmp_path / "killed.partial").glob("data-00000-of-*.arrow"))
-    corpus("killed")
-    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
-
-
 def test_sigkill_leaves_no_workers(tmp_path: Path, source: Path, vocabulary_folder: Path, corpus: Build) -> None:
     """Catches workers that outlive a killed parent, and a real kill that cannot be resumed."""
     script = (
-        "import sys; from pretrain.corpus.options import CorpusOptions\n"
-        "from pretrain.corpus import build, pipeline, shards; shards.SHARD_TOKENS = 700; pipeline._BATCH_BYTES = 500\n"
-        "real = shards.ShardWriter._close\n"
-        "def close(self, position):\n    real(self, position); print('shard', flush=True); sys.stdin.readline()\n"
-        "shards.ShardWriter._close = close\n"
+        "import sys; from contextlib import contextmanager; from pretrain.corpus.options import CorpusOptions\n"
+        "from pretrain.corpus import build, passes, shards, splits; shards.SHARD_TOKENS = 700\n"
+        "splits.MIN_SPLIT_BYTES = 1300\n"
+        "@contextmanager\n"
+        "def progress(*_, **__):\n    yield lambda _: print('split', flush=True) or sys.stdin.readline()\n"
+        "passes.progress = progress\n"
         "o = CorpusOptions(source=sys.argv[1], tokenizer=sys.argv[2], output=sys.argv[3], workers=2)\n"
-        "build.build_corpus(o)\n"
+        "if __name__ == '__main__': build.build_corpus(o)\n"
     )
     command = [sys.executable, "-c", script, str(source), str(vocabulary_folder), str(tmp_path / "killed")]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdin is not None
     assert process.stdout is not None
-    assert "shard\n" in iter(process.stdout.readline, "")
+    assert "split\n" in iter(process.stdout.readline, "")
     process.stdin.write("\n")
     process.stdin.flush()
-    assert "shard\n" in iter(process.stdout.readline, "")
+    assert "split\n" in iter(process.stdout.readline, "")
     children = psutil.Process(process.pid).children(recursive=True)
     assert len(children) >= 3
     process.send_signal(signal.SIGKILL)
     process.wait()
     _, alive = psutil.wait_procs(children, timeout=LIMIT)
     assert not [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
-    assert len(json.loads((tmp_path / "killed.partial" / "journal.json").read_text())["finished"]) == 2
+    assert finished_splits(tmp_path / "killed.partial") >= 2
     corpus("killed")
     corpus("whole")
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
 def interrupted(corpus: Build, name: str, **flags: Any) -> None:
-    """Run a build that is killed after three shards."""
+    """Run a build that is killed after three splits."""
     with pytest.MonkeyPatch.context() as patch:
-        die_at(patch, shards, "write_json", 3, False)
+        die_at(patch, tasks, "write_json", 3, False)
         with pytest.raises(Killed):
             corpus(name, **flags)
 
 
-@pytest.mark.parametrize("change", ["source", "flags", "tokenizer", "shorter", "damaged"])
-def test_unfinished_build_of_other_input(
+@pytest.mark.parametrize("change", ["flags", "sample", "tokenizer", "names"])
+def test_unfinished_build_with_other_arguments(
     corpus: Build, tmp_path: Path, source: Path, vocabulary_folder: Path, change: str
 ) -> None:
-    """Catches shards of two different inputs in one corpus."""
+    """Catches shards of two different inputs in one corpus, and work that is deleted because of a mistyped flag."""
     interrupted(corpus, "c")
-    flags: dict[str, Any] = {}
-    if change == "source":
-        source.write_text(source.read_text().replace("actor", "river", 1))
-    elif change == "flags":
-        flags = {"document": "blank_line"}
-    elif change == "shorter":
-        source.write_text("".join(source.read_text().splitlines(keepends=True)[:20]))
-    elif change == "tokenizer":
-        other = tmp_path / "other"
-        other.mkdir()
-        (other / "vocab.txt").write_text((vocabulary_folder / "vocab.txt").read_text() + "New\n")
-        flags = {"tokenizer": other}
-    else:  # a shard that differs from the journal is rebuilt
-        shard = tmp_path / "c.partial" / "shard-00001.arrow"
-        shard.write_bytes(shard.read_bytes()[:-9] + b"123456789")
-        corpus("c")
-        corpus("whole")
-        assert contents(tmp_path / "c") == contents(tmp_path / "whole")
-        return
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "vocab.txt").write_text((vocabulary_folder / "vocab.txt").read_text() + "New\n")
+    (other / "source.txt").write_bytes(source.read_bytes())
+    flags: dict[str, Any] = {
+        "flags": {"document": "blank_line"},
+        "sample": {"limit": 100},
+        "tokenizer": {"tokenizer": other},
+        "names": {"source": other / "source.txt"},
+    }[change]
     before = contents(tmp_path / "c.partial")
     with pytest.raises(UserError, match="unfinished build"):
         corpus("c", **flags)
@@ -268,14 +255,48 @@ def test_unfinished_build_of_other_input(
     assert not (tmp_path / "c").exists()
 
 
-def test_source_grew_after_last_shard(corpus: Build, tmp_path: Path, source: Path) -> None:
-    """Catches a short shard in the middle of a corpus, which an uninterrupted build would not have."""
+@pytest.mark.parametrize("change", ["a word", "shorter", "longer", "damaged piece"])
+@pytest.mark.parametrize("stage", ["tokenizing", "joining", "publishing"])
+def test_source_that_changed_since_an_interruption(
+    corpus: Build, tmp_path: Path, source: Path, change: str, stage: str
+) -> None:
+    """Catches text of two versions of a file in one corpus, and a piece that was damaged meanwhile."""
+    where = {
+        "tokenizing": (tasks, "write_json", 3),
+        "joining": (tasks, "join_pieces", 2),
+        "publishing": (build, "fsync", 1),
+    }
+    (tmp_path / "b.txt").write_text("the river and the town\n" * 200)
+    flags = {"source": f"{source},{tmp_path / 'b.txt'}"}
     with pytest.MonkeyPatch.context() as patch:
-        die_at(patch, shards.ShardWriter, "publish", 1, True)
+        die_at(patch, *where[stage], False)
         with pytest.raises(Killed):
-            corpus("c")
-    source.write_text(source.read_text() + "the river is by the town\n")
-    with pytest.raises(UserError, match="has grown"):
+            corpus("c", **flags)
+    text = source.read_text()
+    if change == "a word":
+        source.write_text(text.replace("actor", "river", 1))
+    elif change == "damaged piece":
+        file = min((tmp_path / "c.partial").rglob("*.arrow"))
+        file.write_bytes(file.read_bytes()[:-9] + b"123456789")
+    else:
+        source.write_text(text[: len(text) // 2] if change == "shorter" else text + "the river is by the town\n" * 90)
+    corpus("c", **flags)
+    corpus("whole", **flags)
+    assert contents(tmp_path / "c") == contents(tmp_path / "whole")
+    assert not (tmp_path / "c.partial").exists()
+
+
+def test_source_that_changes_while_it_is_read(corpus: Build, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches splits of two versions of a file."""
+    real, calls = tasks._tokenize, iter(range(100))
+
+    def changing(*args: Any) -> Any:
+        if next(calls) == 3:
+            source.write_text(source.read_text() + "more\n")
+        return real(*args)
+
+    monkeypatch.setattr(tasks, "_tokenize", changing)
+    with pytest.raises(UserError, match=r"source\.txt changed while it was read"):
         corpus("c")
 
 
@@ -314,17 +335,17 @@ def test_full_disk(corpus: Build, tmp_path: Path) -> None:
     """Catches a traceback instead of a message, and finished shards that are deleted."""
     real, calls = shards.write_shard, iter(range(9))
 
-    def full(*args: Any) -> None:
+    def full(*args: Any, **options: Any) -> None:
         if next(calls) == 2:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(*args)
+        real(*args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "write_shard", full)
         with pytest.raises(UserError, match=r"--output .*c: disk full"):
             corpus("c")
     assert not (tmp_path / "c").exists()
-    assert len(json.loads((tmp_path / "c.partial" / "journal.json").read_text())["finished"]) == 2
+    assert finished_splits(tmp_path / "c.partial") == 2
     corpus("c")
     corpus("whole")
     assert contents(tmp_path / "c") == contents(tmp_path / "whole")
@@ -347,16 +368,10 @@ def test_a_build_continues_when_a_full_disk_has_room_again(
 
 def test_killed_worker(corpus: Build, tmp_path: Path) -> None:
     """Catches a build that hangs, or ends with a traceback, when the system kills a worker for its memory."""
-    real = pipeline._EncodeQueue.submit
-
-    def killing(queue: Any, writer: Any, batch: Any) -> None:
-        real(queue, writer, batch)
-        os.kill(next(iter(queue._pool._processes)), signal.SIGKILL)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline._EncodeQueue, "submit", killing)
+        patch.setattr(passes, "tokenize_split", kill_this_process)
         with pytest.raises(StoppedError, match="killed"):
-            corpus("c")
+            corpus("c", workers=2)
     assert corpus("c").documents == 300
 
 

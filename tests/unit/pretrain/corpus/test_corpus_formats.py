@@ -15,14 +15,18 @@ from pydantic import ValidationError
 
 from experiment.errors import UserError
 from pretrain.corpus import formats
-from pretrain.corpus.documents import read_documents
+from pretrain.corpus.compression import decompress
+from pretrain.corpus.documents import check_read, read_documents
 from pretrain.corpus.formats import Document, ReadStats
 from pretrain.corpus.options import SourceName, TextOptions
-from pretrain.corpus.sources import find_sources
+from pretrain.corpus.sources import Span, find_sources
 
 
 def read(source: SourceName, **flags: Any) -> list[Document]:
-    return list(read_documents(find_sources(source), TextOptions(**flags), ReadStats()))
+    sources, options, stats = find_sources(source), TextOptions(**flags), ReadStats()
+    found = list(read_documents(map(Span, sources), options, stats))
+    check_read(sources, options, stats.start_matches, stats.archives)
+    return found
 
 
 def texts(source: SourceName, **flags: Any) -> list[str]:
@@ -66,7 +70,7 @@ def test_little_memory_suffices_for_compressed_text(tmp_path: Path) -> None:
     """Catches a part of a Zstandard file whose content, ten thousand times larger, is made in memory at once."""
     path = tmp_path / "a.txt.zst"
     path.write_bytes(zstandard.compress((b"a " * 499 + b"a\n") * 300_000))
-    stream = formats.decompress(path.open("rb"), "zst")
+    stream = decompress(path.open("rb"), "zst")
     tracemalloc.start()
     assert stream.readline() == b"a " * 499 + b"a\n"
     assert tracemalloc.get_traced_memory()[1] < 200 << 20
@@ -175,7 +179,7 @@ def test_a_small_parquet_file_takes_little_memory(tmp_path: Path) -> None:
     rows = pa.DictionaryArray.from_arrays(pa.array([0] * 1000), ["a" * (1 << 20)])
     pq.write_table(pa.table({"text": rows}), tmp_path / "a.parquet")
     assert (tmp_path / "a.parquet").stat().st_size < 1 << 21
-    documents = read_documents(find_sources(f"{tmp_path}/a.parquet"), TextOptions(), ReadStats())
+    documents = read_documents(map(Span, find_sources(f"{tmp_path}/a.parquet")), TextOptions(), ReadStats())
     tracemalloc.start()
     try:
         assert len(next(documents).text) == 1 << 20
@@ -305,7 +309,7 @@ def test_empty_documents_are_counted(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("a\n\n \t\nb\n")
     stats = ReadStats()
-    assert len(list(read_documents(find_sources(path), TextOptions(), stats))) == 2
+    assert len(list(read_documents(map(Span, find_sources(path)), TextOptions(), stats))) == 2
     assert stats.empty_documents == 2
     assert stats.bytes_read == path.stat().st_size
 

@@ -11,7 +11,7 @@ from pretrain.corpus.documents import read_documents
 from pretrain.corpus.formats import ReadStats
 from pretrain.corpus.options import TextOptions
 from pretrain.corpus.python_docs import extract_docs, prose, read_python_docs, write_python_docs
-from pretrain.corpus.sources import find_sources
+from pretrain.corpus.sources import Span, find_sources
 
 SOURCE = '''
 """This module is for things that need eight words at the least."""
@@ -171,7 +171,7 @@ def test_file_equals_source(installed: Path) -> None:
     write_python_docs(path)
     assert set(json.loads(path.read_text().splitlines()[0])) == {"text", "package", "document"}
     read = [
-        [document.text for document in read_documents(find_sources(source), TextOptions(), ReadStats())]
+        [document.text for document in read_documents(map(Span, find_sources(source)), TextOptions(), ReadStats())]
         for source in (path, "python-docs")
     ]
     assert read[0] == read[1]

@@ -1,0 +1,84 @@
+"""What a corpus was decontaminated against: digests of evaluation texts, in clean.json and in manifests."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+import yaml
+
+from experiment.config.yaml_dialect import read_yaml
+from experiment.files import parse_json
+from experiment.run_folder import RunFolder
+
+CLEAN_SUMMARY = "clean.json"
+"""The file beside cleaned documents that says how they were cleaned."""
+
+
+def texts_digest(texts: Iterable[str]) -> str:
+    """A checksum of the set of texts, whatever their order."""
+    digest = xxhash.xxh3_128()
+    for text in sorted(set(texts)):
+        digest.update(text.encode() + b"\0")
+    return digest.hexdigest()
+
+
+def is_clean_summary(path: Path) -> bool:
+    """Whether a file is the clean.json of `deepcloze clean`, which is not text for a corpus."""
+    return path.name == CLEAN_SUMMARY and _read_summary(path) is not None
+
+
+def read_decontamination(folder: Path) -> dict[str, str] | None:
+    """Task -> digest of its texts, of all tasks that the documents in a folder of `deepcloze clean` were decontaminated
+    against; None if the folder was not written by it."""
+    summary = _read_summary(folder / CLEAN_SUMMARY)
+    if summary is None:
+        return None
+    return {name: str(digest) for step in summary["steps"] for name, digest in step.get("against", {}).items()}
+
+
+def common_decontamination(folders: Iterable[Path | None]) -> dict[str, str] | None:
+    """What documents from several folders were all decontaminated against: for the manifest of a corpus of them, under
+    the key `decontaminated`. None if none of the folders was written by `deepcloze clean`.
+
+    folders: those that the source files are in; None for a source that is not a file.
+    """
+    found = [None if folder is None else read_decontamination(folder) for folder in set(folders)]
+    if all(tasks is None for tasks in found):
+        return None
+    shared = set[str].intersection(*({*(tasks or {}).values()} for tasks in found))
+    return {name: digest for tasks in found for name, digest in (tasks or {}).items() if digest in shared}
+
+
+def decontamination_of(model: Path) -> dict[str, Mapping[str, str]]:
+    """Corpus -> task -> digest of its texts, of the corpora that a model was pretrained on and whose manifest says it.
+
+    model: a Hugging Face folder; nothing is known if it is not in a checkpoint of a run with its config and corpora.
+    """
+    run = RunFolder(model.resolve().parents[2]) if len(model.resolve().parents) > 2 else None
+    try:
+        config = {} if run is None else read_yaml(run.config.read_text(encoding="utf-8"))
+        trained_on = config["corpus"]["train"]
+        names = [trained_on] if isinstance(trained_on, str) else [str(part["path"]) for part in trained_on]
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+        return {}
+    return {name: tasks for name in names if (tasks := _recorded(Path(name))) is not None}
+
+
+def _recorded(corpus: Path) -> Mapping[str, str] | None:
+    """What the manifest of a corpus says; None if nothing is known."""
+    try:
+        found = parse_json((corpus / "manifest.json").read_bytes())["decontaminated"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _read_summary(path: Path) -> Mapping[str, Any] | None:
+    """The content of clean.json; None for a file of another kind, such as JSON Lines."""
+    try:
+        summary = parse_json(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    is_ours = isinstance(summary, dict) and {"recipe", "read", "kept", "steps"} <= summary.keys()
+    return summary if is_ours else None

@@ -1,0 +1,75 @@
+"""The texts that a fine-tuning config evaluates on, for decontamination of pretraining text."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from experiment.config import load_config
+from experiment.decontamination import decontamination_of, texts_digest
+from experiment.errors import UserError
+from finetune.config import FinetuneConfig
+from finetune.data.records import Table, read_table
+from finetune.data.task_config import TaskConfig
+from finetune.task_kind import find_kind
+
+
+class EvaluationText(NamedTuple):
+    split: str
+    place: str  # file and row
+    text: str
+
+
+def evaluation_texts(config: str) -> list[EvaluationText]:
+    """The texts that a config file evaluates on, see `texts_of`. Raises UserError, also if there are none."""
+    found = texts_of(load_config(FinetuneConfig, config).task)
+    if not found:
+        raise UserError("it has no validation or test texts; expected task.validation or task.test")
+    return found
+
+
+def contamination_warnings(task: TaskConfig, model: Path) -> Iterator[str]:
+    """A line, if a corpus that the model was pretrained on is known not to be decontaminated against the task.
+
+    model: a Hugging Face folder.
+    """
+    known = decontamination_of(model)
+    digest = texts_digest(text.text for text in texts_of(task)) if known else ""
+    if corpora := [corpus for corpus, tasks in known.items() if digest not in tasks.values()]:
+        yield (
+            f"the model was pretrained on {', '.join(corpora)}, which is not decontaminated against this task: its "
+            "scores may be too high"
+        )
+
+
+def texts_of(task: TaskConfig) -> list[EvaluationText]:
+    """The texts of the validation and test splits. Without a validation file, of the part of the training split that
+    fine-tuning draws. Raises UserError for files that cannot be read."""
+    tables: dict[str, Table] = {
+        split: read_table(Path(path), task.columns, task.file_format(), targets_required=False)
+        for split, path in task.files().items()
+        if split != "train" or (task.validation is None and find_kind(task.kind).is_trained(task))
+    }
+    if "train" in tables:
+        from finetune.splits import split_off  # imports torch
+
+        _, tables["validation"] = split_off(tables.pop("train"), task.columns, task.validation_share, task.split_seed)
+    inputs = task.columns.without_targets().cell_types()
+    return [
+        EvaluationText(split, record.place, text)
+        for split, table in tables.items()
+        for record in table.records
+        for role in inputs
+        for text in _texts(record.values.get(role))
+        if text.strip()
+    ]
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The texts in a cell. A list of words, such as those of a tagged sentence, is one text."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list) and all(isinstance(part, str) for part in value):
+        yield from value if any(" " in part for part in value) else [" ".join(value)]
+    elif isinstance(value, list):
+        for part in value:
+            yield from _texts(part)

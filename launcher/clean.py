@@ -1,0 +1,37 @@
+"""`deepcloze clean`: give a cleaning the texts of the fine-tuning tasks that it decontaminates against."""
+
+from collections.abc import Mapping, Sequence
+
+from experiment.config import load_config
+from experiment.errors import UserError
+from experiment.fast_imports import fast_imports
+from experiment.recipes import find_config
+from launcher.options import CleanOptions
+from pretrain.cleaning.config import CleanConfig
+from pretrain.cleaning.step import EvaluationText
+
+
+def clean_command(options: CleanOptions) -> None:
+    """Raises UserError for bad input, and StoppedError if the cleaning can be resumed."""
+    config = load_config(CleanConfig, options.config, options.overrides)
+    from pretrain.cleaning.run import clean
+
+    clean(config, read_task, options.workers)
+
+
+def check_cleaning(config: str, overrides: Mapping[str, str]) -> None:
+    """Check a config and the files that it names; reads no documents. Raises UserError."""
+    from pretrain.cleaning.run import check
+
+    check(load_config(CleanConfig, config, overrides), read_task)
+
+
+def read_task(name: str) -> Sequence[EvaluationText]:
+    """The texts of the validation and test splits of a fine-tuning config, named by its path or that of a recipe."""
+    with fast_imports():
+        from finetune.evaluation_texts import evaluation_texts
+
+    try:
+        return [EvaluationText(name, *found) for found in evaluation_texts(find_config(name, "finetune"))]
+    except UserError as error:
+        raise UserError(f"decontaminate.against: {name}: {error}") from None

@@ -1,0 +1,67 @@
+"""Steps that are filters of datatrove, which keeps the rules of Gopher, C4 and FineWeb."""
+
+from abc import abstractmethod
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pretrain.cleaning.step import ConfigT, Document, DocumentStep, Verdict
+from pretrain.cleaning.words import sentences, tokens
+
+if TYPE_CHECKING:
+    from datatrove.pipeline.filters.base_filter import BaseFilter
+    from datatrove.utils.word_tokenizers import WordTokenizer
+
+
+class FilterStep(DocumentStep[ConfigT]):
+    """Applies a filter of datatrove; its reasons are the rules."""
+
+    packages: ClassVar[tuple[str, ...]] = ("datatrove",)
+
+    @abstractmethod
+    def make_filter(self) -> "BaseFilter":
+        """The filter. Imports it: this takes seconds."""
+
+    @cached_property
+    def filter(self) -> "BaseFilter":
+        return self.make_filter()
+
+    def apply(self, document: Document) -> Verdict | None:
+        from datatrove.data import Document as DatatroveDocument
+
+        wrapped = DatatroveDocument(document.text, document.id, metadata=document.metadata)
+        result = self.filter.filter(wrapped)
+        kept, rule = result if isinstance(result, tuple) else (result, "")
+        if not kept:
+            return Verdict(rule or "dropped")
+        if wrapped.text != document.text:
+            document.text = wrapped.text
+            return Verdict("changed", dropped=False)
+        return None
+
+
+def word_tokenizer() -> "WordTokenizer":
+    """`words` for datatrove, whose own tokenizers need spaCy or download models."""
+    from datatrove.utils.word_tokenizers import WordTokenizer
+
+    class Words(WordTokenizer):  # type: ignore[misc]
+        def word_tokenize(self, text: str) -> list[str]:
+            return tokens(text)
+
+        def sent_tokenize(self, text: str) -> list[str]:
+            return sentences(text)
+
+        def span_tokenize(self, text: str) -> list[tuple[int, int]]:
+            spans, start = [], 0
+            for sentence in sentences(text):
+                start = text.index(sentence, start)
+                spans.append((start, start + len(sentence)))
+                start += len(sentence)
+            return spans
+
+    tokenizer: WordTokenizer = Words()
+    return tokenizer
+
+
+def keys_of(config: Any) -> dict[str, Any]:
+    """The keys of a config as arguments of a filter."""
+    return dict(config.model_dump())

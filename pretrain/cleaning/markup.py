@@ -1,0 +1,37 @@
+"""Text out of HTML and wiki markup. Runs in the workers, because it takes longer than all filters."""
+
+import logging
+from contextlib import suppress
+
+import regex
+
+_MEDIA = regex.compile(r"(?i)^(?:file|image|category|datei|fichier|kategorie|catégorie|文件|分类)\s*:")
+_REMOVED_TAGS = frozenset({"ref", "gallery", "math", "timeline", "score", "syntaxhighlight", "table"})
+_BLANK_LINES = regex.compile(r"\n{3,}")
+
+
+def to_text(text: str, markup: str) -> str:
+    """The text without markup; empty if there is none."""
+    return _from_html(text) if markup == "html" else _from_wikitext(text) if markup == "wikitext" else text
+
+
+def _from_html(text: str) -> str:
+    import trafilatura
+
+    logging.getLogger("trafilatura").setLevel(logging.CRITICAL)  # pages without text are no problem
+    found: str | None = trafilatura.extract(text, include_comments=False, include_tables=False)
+    return found or ""
+
+
+def _from_wikitext(source: str) -> str:
+    import mwparserfromhell
+
+    code = mwparserfromhell.parse(source)
+    media = code.filter_wikilinks(matches=lambda link: _MEDIA.match(str(link.title)))
+    tags = code.filter_tags(matches=lambda tag: str(tag.tag).lower() in _REMOVED_TAGS)
+    for node in (*media, *tags):
+        with suppress(ValueError):  # it was in one that is removed already
+            code.remove(node)
+    plain: str = code.strip_code(normalize=True, collapse=True, keep_template_params=False)
+    text = str(_BLANK_LINES.sub("\n\n", plain))
+    return text.strip()

@@ -1,0 +1,112 @@
+"""The files of a pass: documents, what is observed of them, and what was done with them, in parts of a few megabytes.
+
+A part is finished if its tally exists, which is written last. Parts are numbered in the order of the collection.
+"""
+
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zstandard
+from numpy.typing import NDArray
+
+from experiment.files import atomic_write, write_json
+from pretrain.cleaning.step import Arrays, Document
+from pretrain.cleaning.tally import StepTally
+
+SUFFIX = ".jsonl.zst"
+_LEVEL = 3  # of Zstandard
+
+
+@dataclass(frozen=True)
+class Pass:
+    """The folder of one pass over the collection."""
+
+    folder: Path
+
+    def documents(self, part: int) -> Path:
+        return self.folder / f"{part:06d}{SUFFIX}"
+
+    def read(self, part: int) -> list[Document]:
+        return list(read_documents(self.documents(part)))
+
+    def write(self, part: int, documents: Sequence[Document], observed: Arrays, tally: dict[str, Any]) -> None:
+        for name, values in observed.items():
+            _save(self.folder / f"{part:06d}.{name}.npy", values)
+        write_documents(self.documents(part), documents)
+        write_json(self._tally(part), {**tally, "observed": sorted(observed)})
+
+    def tally(self, part: int) -> dict[str, Any] | None:
+        """What `write` was given; None if the part is not finished."""
+        try:
+            return dict(json.loads(self._tally(part).read_bytes()))
+        except FileNotFoundError:
+            return None
+
+    def kept(self, part: int) -> int:
+        """How many documents a finished part has."""
+        tally = self.tally(part)
+        assert tally is not None
+        return int(tally["kept"])
+
+    def steps(self, part: int) -> list[StepTally]:
+        tally = self.tally(part)
+        assert tally is not None
+        return [StepTally.from_json(step) for step in tally["steps"]]
+
+    def observed(self, part: int) -> Arrays:
+        """What was observed of a part, memory-mapped."""
+        tally = self.tally(part)
+        assert tally is not None
+        return {
+            name: np.asarray(np.load(self.folder / f"{part:06d}.{name}.npy", mmap_mode="r"))
+            for name in tally["observed"]
+        }
+
+    def write_decisions(self, decisions: Sequence[NDArray[Any]]) -> None:
+        for part, values in enumerate(decisions):
+            _save(self._decisions(part), values)
+
+    def decisions(self, part: int) -> NDArray[Any]:
+        found: NDArray[Any] = np.load(self._decisions(part))
+        return found
+
+    def remove_documents(self) -> None:
+        """Remove all but the tallies."""
+        for path in self.folder.iterdir():
+            if path.suffix != ".json":
+                path.unlink()
+
+    def _tally(self, part: int) -> Path:
+        return self.folder / f"{part:06d}.json"
+
+    def _decisions(self, part: int) -> Path:
+        return self.folder / f"{part:06d}.decisions.npy"
+
+
+def read_documents(path: Path) -> Iterator[Document]:
+    """The documents of a file, in order."""
+    with path.open("rb") as file, zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True) as stream:
+        for line in io.TextIOWrapper(stream, encoding="utf-8", newline="\n"):
+            row = json.loads(line)
+            yield Document(row["id"], row["source"], row["text"], row.get("metadata", {}))
+
+
+def write_documents(path: Path, documents: Sequence[Document]) -> None:
+    lines = "".join(json.dumps(_row(document), ensure_ascii=False) + "\n" for document in documents)
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(zstandard.ZstdCompressor(level=_LEVEL).compress(lines.encode()))
+
+
+def _row(document: Document) -> dict[str, Any]:
+    row: dict[str, Any] = {"id": document.id, "source": document.source, "text": document.text}
+    return {**row, "metadata": document.metadata} if document.metadata else row
+
+
+def _save(path: Path, values: NDArray[Any]) -> None:
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        np.save(file, values, allow_pickle=False)

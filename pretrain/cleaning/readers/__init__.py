@@ -1,0 +1,61 @@
+"""Formats that `deepcloze corpus` does not read: one file each, found by its name.
+
+A reader has `matches(path)`, whether a file has the format, by its name or that of its members, and `read(path)`,
+which yields its documents. `read` raises UserError with file and place for a file that is damaged.
+"""
+
+import importlib
+import pkgutil
+import zipfile
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, cast
+
+
+class RawDocument(NamedTuple):
+    """A text, and its place in a file."""
+
+    text: str
+    origin: str  # file, or archive::member
+    number: int  # of the document, line or record in it
+    metadata: dict[str, Any] = {}
+    markup: str = ""  # to be removed by a worker, see `pretrain.cleaning.markup`
+
+
+class Reader(Protocol):
+    PACKAGES: tuple[str, ...]  # of the extra `clean`
+    matches: Callable[[Path], bool]
+    read: Callable[[Path], Iterator[RawDocument]]
+
+
+def reader_names() -> list[str]:
+    """The names of all formats, found without importing them."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def find_reader(name: str) -> Reader:
+    """The reader of this name, one of `reader_names`."""
+    return cast(Reader, importlib.import_module(f"{__name__}.{name}"))
+
+
+def reader_of(file: Path) -> Reader | None:
+    """The reader for a file; None if it is a file for `deepcloze corpus`."""
+    return next((reader for reader in map(find_reader, reader_names()) if reader.matches(file)), None)
+
+
+def has_suffix(path: Path, *suffixes: str) -> bool:
+    """Whether the name ends in one of the suffixes, perhaps with .gz after it."""
+    return path.name.lower().removesuffix(".gz").endswith(suffixes)
+
+
+@lru_cache(maxsize=16)
+def zip_members(path: Path) -> tuple[str, ...]:
+    """The names of the files in a zip; none if the file is not a zip, or damaged."""
+    if path.suffix.lower() != ".zip":
+        return ()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return tuple(info.filename for info in archive.infolist() if not info.is_dir())
+    except (OSError, zipfile.BadZipFile):
+        return ()

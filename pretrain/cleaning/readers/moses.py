@@ -1,0 +1,63 @@
+"""Sentence pairs in the Moses format of OPUS: a zip with `NAME.en-zh.en`, `NAME.en-zh.zh` and perhaps `NAME.en-zh.ids`.
+
+Both sides are read as text of their language. Sentences of one film or book, which the ids name, are one document.
+"""
+
+import io
+import itertools
+import re
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from experiment.csv_and_jsonl import text_lines
+from experiment.errors import UserError
+from pretrain.cleaning.readers import RawDocument, zip_members
+
+_SIDE = re.compile(r"\.(\w+)-(\w+)\.(\w+)$")
+
+PACKAGES: tuple[str, ...] = ()
+
+
+def matches(path: Path) -> bool:
+    return any(map(_language, zip_members(path)))
+
+
+def read(path: Path) -> Iterator[RawDocument]:
+    """One document for each one in the ids, in each `language`; without ids, one for each sentence."""
+    members = zip_members(path)
+    with zipfile.ZipFile(path) as archive:
+        for name in filter(_language, members):
+            origin, language = f"{path}::{name}", _language(name)
+            ids = name.removesuffix(f".{language}") + ".ids"
+            column = 0 if language == _pair(name)[0] else 1
+            films = _films(archive, ids, column, path) if ids in members else itertools.count()
+            with archive.open(name) as file:
+                lines = (line.rstrip("\r\n") for line in text_lines(file, origin))
+                numbered = enumerate(zip(films, lines, strict=False), 1)
+                for _, group in itertools.groupby(numbered, key=lambda entry: entry[1][0]):
+                    first, *others = group
+                    text = "\n".join(line for _, (_, line) in (first, *others))
+                    yield RawDocument(text, origin, first[0], {"language": language})
+
+
+def _pair(name: str) -> tuple[str, str]:
+    found = _SIDE.search(name)
+    return (found[1], found[2]) if found else ("", "")
+
+
+def _language(name: str) -> str:
+    """The language of a member; empty if it is another file."""
+    found = _SIDE.search(name)
+    return found[3] if found and found[3] in found.group(1, 2) else ""
+
+
+def _films(archive: zipfile.ZipFile, name: str, column: int, path: Path) -> Iterator[str]:
+    with archive.open(name) as file:
+        for number, line in enumerate(io.TextIOWrapper(file, "utf-8"), 1):
+            cells = line.split("\t")
+            if len(cells) < 2:
+                raise UserError(
+                    f"{path}::{name}:{number}: expected the ids of two documents, found {line.strip()[:60]}"
+                )
+            yield cells[column]

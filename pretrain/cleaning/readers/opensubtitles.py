@@ -1,0 +1,46 @@
+"""OpenSubtitles in the XML of OPUS (Lison and Tiedemann 2016): files, or a zip of them. A film is a document."""
+
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+from xml.etree import ElementTree
+
+from experiment.errors import UserError
+from pretrain.cleaning.readers import RawDocument, has_suffix, zip_members
+from pretrain.corpus.compression import decompress
+
+PACKAGES: tuple[str, ...] = ()
+
+
+def matches(path: Path) -> bool:
+    is_file = has_suffix(path, ".xml") and "wiki" not in path.name.lower()
+    return is_file or any(name.endswith((".xml", ".xml.gz")) for name in zip_members(path))
+
+
+def read(path: Path) -> Iterator[RawDocument]:
+    """One document for each film, with a line for each sentence."""
+    if path.suffix.lower() != ".zip":
+        with path.open("rb") as file:
+            yield RawDocument(_film(file, path.name, str(path)), str(path), 1)
+        return
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            if info.filename.endswith((".xml", ".xml.gz")):
+                origin = f"{path}::{info.filename}"
+                with archive.open(info) as member:
+                    yield RawDocument(_film(member, info.filename, origin), origin, 1)
+
+
+def _film(stream: IO[bytes], name: str, origin: str) -> str:
+    lines = []
+    content = decompress(stream, name.rpartition(".")[2])
+    try:
+        for _, element in ElementTree.iterparse(content):
+            if element.tag == "s":
+                words = [word.text or "" for word in element.iter("w")]
+                lines.append(" ".join(words or "".join(element.itertext()).split()))
+                element.clear()
+    except ElementTree.ParseError as error:
+        raise UserError(f"{origin}: invalid XML: {error}") from None
+    return "\n".join(filter(None, lines))

@@ -1,0 +1,135 @@
+"""What a cleaning did: clean.json, report.html and lines for the terminal."""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table as TerminalTable
+
+from experiment.decontamination import CLEAN_SUMMARY
+from experiment.files import parse_json, write_json
+from experiment.results.page import Block, Code, Fact, Heading, Headline, Table, Text, write_page
+from pretrain.cleaning.config import CleanConfig
+from pretrain.cleaning.step import Step
+from pretrain.cleaning.tally import StepTally
+
+SUMMARY = CLEAN_SUMMARY
+PAGE = "report.html"
+_LISTED = 200  # matches on the page
+_FILE_WIDTH = 110  # characters of the table, if it is not printed on a terminal
+
+Summary = Mapping[str, Any]
+"""The content of clean.json."""
+
+
+def summarize(
+    config: CleanConfig,
+    identity: Mapping[str, str],
+    kept: int,
+    tallies: Sequence[StepTally],
+    steps: Sequence[Step[Any]],
+) -> Summary:
+    """The content of clean.json. identity: digests of config and documents; kept: documents."""
+    return {
+        **identity,
+        "read": tallies[0].read if tallies else kept,
+        "kept": kept,
+        "steps": [
+            _step(item.name, tally, step) for item, tally, step in zip(config.steps, tallies, steps, strict=True)
+        ],
+    }
+
+
+def _step(name: str, tally: StepTally, step: Step[Any]) -> dict[str, Any]:
+    rules = {
+        rule: {
+            "dropped": found.dropped,
+            "changed": found.changed,
+            "examples": [
+                {"id": example.id, "text": example.text, "detail": example.detail} for example in found.examples
+            ],
+        }
+        for rule, found in sorted(tally.rules.items())
+    }
+    return {
+        "name": name,
+        "config": step.config.model_dump(mode="json"),
+        "read": tally.read,
+        "dropped": sum(rule["dropped"] for rule in rules.values()),
+        "changed": sum(rule["changed"] for rule in rules.values()),
+        "rules": rules,
+        **step.facts(),
+        **({"matches": tally.matches} if step.lists_matches else {}),
+    }
+
+
+def read_summary(folder: Path) -> Summary:
+    return dict(parse_json((folder / SUMMARY).read_bytes()))
+
+
+def write_report(folder: Path, summary: Summary) -> None:
+    """Write clean.json and report.html."""
+    write_json(folder / SUMMARY, summary)
+    kept, read = summary["kept"], summary["read"]
+    headline = Headline(
+        state="cleaned",
+        tone="good" if kept else "warn",
+        message="" if kept else "No document is left.",
+        facts=[
+            Fact("read", f"{read:,}", "documents"),
+            Fact("kept", f"{kept:,}", f"{kept / max(read, 1):.1%}"),
+            Fact("dropped", f"{read - kept:,}", f"{(read - kept) / max(read, 1):.1%}"),
+        ],
+    )
+    blocks = [Heading("Steps"), Table(_COLUMNS, list(_rows(summary)), labels=2), *_examples(summary)]
+    write_page(folder, "Cleaning", blocks, headline).rename(folder / PAGE)
+
+
+_COLUMNS = ("step", "rule", "read", "dropped", "share", "changed")
+
+
+def _rows(summary: Summary) -> Iterator[list[str]]:
+    for number, step in enumerate(summary["steps"], 1):
+        read = step["read"]
+        share = f"{step['dropped'] / max(read, 1):.2%}"
+        yield [f"{number}. {step['name']}", "", f"{read:,}", f"{step['dropped']:,}", share, f"{step['changed']:,}"]
+        for name, rule in step["rules"].items():
+            share = f"{rule['dropped'] / max(read, 1):.2%}" if rule["dropped"] else ""
+            dropped, changed = (f"{rule[key]:,}" if rule[key] else "" for key in ("dropped", "changed"))
+            yield ["", name, "", dropped, share, changed]
+
+
+def _examples(summary: Summary) -> Iterator[Block]:
+    for number, step in enumerate(summary["steps"], 1):
+        if not step["rules"]:
+            continue
+        yield Heading(f"{number}. {step['name']}")
+        for name, rule in step["rules"].items():
+            count = rule["dropped"] or rule["changed"]
+            done = "dropped" if rule["dropped"] else "changed"
+            texts = [
+                "\n".join(
+                    filter(None, [example["id"], example["detail"] and f"→ {example['detail']}", example["text"]])
+                )
+                for example in rule["examples"]
+            ]
+            yield Code(f"{name}: {len(texts)} of {count:,} {done}, drawn at random", "\n\n".join(texts))
+        if matches := step.get("matches"):
+            if len(matches) > _LISTED:
+                yield Text(f"The first {_LISTED} of {len(matches):,} matches; {SUMMARY} has the others.")
+            rows = [[match["id"], match["match"]] for match in matches[:_LISTED]]
+            yield Table(("document", "match"), rows, labels=2)
+
+
+def print_steps(summary: Summary) -> None:
+    """Print the counts as a table."""
+    table = TerminalTable()
+    for column in _COLUMNS:
+        is_label = column in ("step", "rule")
+        table.add_column(column, justify="left" if is_label else "right", no_wrap=True)
+    for row in _rows(summary):
+        table.add_row(*row)
+    width = None if sys.stdout.isatty() else _FILE_WIDTH
+    Console(highlight=False, width=width).print(table)

@@ -1,0 +1,162 @@
+"""`deepcloze clean`: raw documents to a folder of clean ones.
+
+1. The sources are read in order and divided into parts of a few megabytes.
+2. Worker processes apply the steps to the parts, in one pass, and one more for each step that compares all documents.
+3. The last parts are joined to files in `DIR.partial/result`, which is renamed to `DIR`.
+
+A killed cleaning resumes from its finished parts. The bytes of the result depend on the documents and the config, not
+on workers, time or interruptions.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from experiment.errors import UserError, disk_errors_as
+from experiment.files import created_parents, fsync_tree, json_digest, parse_json, write_json
+from pretrain.cleaning.config import CleanConfig
+from pretrain.cleaning.parts import SUFFIX
+from pretrain.cleaning.reading import Input, find_inputs, read_inputs
+from pretrain.cleaning.report import SUMMARY, Summary, print_steps, read_summary, summarize, write_report
+from pretrain.cleaning.stages import Done, digest_of, plan_stages, run_stages, start_worker
+from pretrain.cleaning.step import ReadTask, Step, check_installed
+from pretrain.corpus.workers import worker_pool
+
+_FILE_BYTES = 1 << 28  # of a file of the result, compressed
+_RECIPE = "recipe.json"
+
+
+def clean(config: CleanConfig, read_task: ReadTask, workers: int | None = None) -> Summary:
+    """Write the folder `config.output`, and print what each step did.
+
+    An existing result of the same config and sources is kept. Raises UserError for bad input, naming file and place,
+    and for an output folder that holds something else; StoppedError if a worker is killed.
+    """
+    folder = Path(config.output).absolute()
+    workers = workers or len(os.sched_getaffinity(0))
+    advice = "; the same command resumes from the finished parts"
+    with disk_errors_as(UserError, f"output {folder}: ", advice), _lock(folder):
+        inputs = find_inputs(config)
+        steps = _prepare_steps(config, read_task)
+        recipe = _recipe(config, steps)
+        if _holds_result(folder):
+            summary = read_summary(folder)
+            if summary["recipe"] != recipe or summary["source"] != digest_of(read_inputs(inputs, config)):
+                raise UserError(
+                    f"output: {folder} already holds documents that were cleaned with another config, or of other "
+                    "sources; name a new folder or delete it"
+                )
+            print(f"{folder} already exists, of the same sources and steps")
+        else:
+            summary = _clean(config, inputs, steps, recipe, folder, workers)
+    print(f"{config.output}: {summary['kept']:,} of {summary['read']:,} documents kept")
+    if summary["steps"]:
+        print_steps(summary)
+    return summary
+
+
+def check(config: CleanConfig, read_task: ReadTask) -> None:
+    """Find the sources and prepare the steps; reads no documents. Raises UserError."""
+    find_inputs(config)
+    _prepare_steps(config, read_task)
+
+
+def _prepare_steps(config: CleanConfig, read_task: ReadTask) -> list[Step[Any]]:
+    """Make the steps and open what they name. Raises UserError, also for a package that is missing."""
+    steps = []
+    for number, item in enumerate(config.steps):
+        step = item.make()
+        check_installed(f"steps.{number}.{item.name}", step.packages)
+        step.prepare(read_task)
+        steps.append(step)
+    return steps
+
+
+def _clean(
+    config: CleanConfig, inputs: Sequence[Input], steps: Sequence[Step[Any]], recipe: str, folder: Path, workers: int
+) -> Summary:
+    partial = folder.with_name(f"{folder.name}.partial")
+    _check_unfinished(partial, {"recipe": recipe, "sources": json_digest([found.identity for found in inputs])})
+    stages = plan_stages(steps)
+    advice = "use fewer --workers, and run the same command again to resume from the finished parts"
+    try:
+        with worker_pool(workers, advice, start_worker, stages) as pool:
+            last, tallies = run_stages(stages, read_inputs(inputs, config), partial, pool, workers)
+    except UserError:
+        if not any(partial.glob("pass-*/*.json")):  # nothing to resume from
+            shutil.rmtree(partial)
+        raise
+    result = partial / "result"
+    shutil.rmtree(result, ignore_errors=True)
+    result.mkdir()
+    _join(last, result)
+    kept = sum(last.files.kept(part) for part in range(last.parts))
+    summary = summarize(config, {"recipe": recipe, "source": last.source}, kept, tallies, steps)
+    write_report(result, summary)
+    fsync_tree(result)
+    if folder.exists():
+        folder.rmdir()  # empty
+    result.rename(folder)
+    shutil.rmtree(partial)
+    return summary
+
+
+def _recipe(config: CleanConfig, steps: Sequence[Step[Any]]) -> str:
+    """A digest of everything that the result depends on besides the documents."""
+    tree = config.model_dump(mode="json", exclude={"output"})
+    return json_digest({"config": tree, "steps": [dict(step.facts()) for step in steps]})
+
+
+def _check_unfinished(partial: Path, identity: dict[str, str]) -> None:
+    """Raises UserError if the folder of an unfinished cleaning is of another one."""
+    path = partial / _RECIPE
+    if path.exists() and parse_json(path.read_bytes()) != identity:
+        raise UserError(
+            f"{partial} holds an unfinished cleaning with another config, or of other sources; use the same to resume "
+            "it, or delete it to start over"
+        )
+    partial.mkdir(exist_ok=True)
+    write_json(path, identity)
+
+
+def _holds_result(folder: Path) -> bool:
+    """False if the folder is missing or empty. Raises UserError if it holds something else than documents."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    if not (folder / SUMMARY).is_file():
+        raise UserError(f"output: {folder} already holds something that was not cleaned; name a new folder")
+    return True
+
+
+def _join(last: Done, result: Path) -> None:
+    """Concatenate the parts, each a Zstandard frame, to files of a few hundred megabytes."""
+    number, size = 0, 0
+    for part in range(last.parts):
+        path = last.files.documents(part)
+        if size and size + path.stat().st_size > _FILE_BYTES:
+            number, size = number + 1, 0
+        with path.open("rb") as source, (result / f"data-{number:05d}{SUFFIX}").open("ab") as target:
+            shutil.copyfileobj(source, target, 1 << 20)
+        size += path.stat().st_size
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Allow one cleaning at a time into `folder`. Raises UserError if another one is running."""
+    path = folder.with_name(f".{folder.name}.lock")
+    lock = FileLock(path)
+    with created_parents(folder):
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"output {folder}: another cleaning is writing it") from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            lock.release()

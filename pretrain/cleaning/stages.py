@@ -1,0 +1,291 @@
+"""The passes of a cleaning. Each reads all documents, in parts that worker processes handle on their own.
+
+A step that compares all documents ends a pass: the pass observes them, the main process decides, and the next pass
+applies the decisions. What a finished part or pass has written is kept if the cleaning is killed.
+"""
+
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, Self
+
+import xxhash
+
+from experiment.errors import UserError
+from experiment.files import parse_json, write_json
+from experiment.progress import progress
+from pretrain.cleaning.markup import to_text
+from pretrain.cleaning.parts import Pass
+from pretrain.cleaning.step import CollectionStep, Document, DocumentStep, DuplicateStep, Step, Verdict
+from pretrain.cleaning.tally import StepTally, merge_tallies
+
+_PART_CHARACTERS = 1 << 22
+_PART_DOCUMENTS = 20_000
+_PARTS_PER_WORKER = 2  # in flight
+_DONE, _DECIDED = "done.json", "decided.json"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one pass does: apply decisions, then steps, then observe what is left for the next decisions."""
+
+    decided: CollectionStep[Any] | None
+    steps: tuple[DocumentStep[Any], ...]
+    observed: CollectionStep[Any] | None
+
+    @property
+    def counted(self) -> tuple[Step[Any], ...]:
+        """The steps whose effect this pass counts."""
+        return (*((self.decided,) if self.decided is not None else ()), *self.steps)
+
+
+def plan_stages(steps: Sequence[Step[Any]]) -> tuple[Stage, ...]:
+    """Divide the steps into passes: one, and one more for each step that compares all documents."""
+    stages, decided = list[Stage](), None
+    current = list[DocumentStep[Any]]()
+    for step in steps:
+        if isinstance(step, CollectionStep):
+            stages.append(Stage(decided, tuple(current), step))
+            decided, current = step, []
+        else:
+            assert isinstance(step, DocumentStep)
+            current.append(step)
+    return (*stages, Stage(decided, tuple(current), None))
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished pass."""
+
+    files: Pass
+    parts: int
+    source: str  # digest of the documents that the first pass read
+    tallies: tuple[StepTally, ...]
+
+    @classmethod
+    def read(cls, files: Pass) -> Self | None:
+        """None if the pass is not finished."""
+        path = files.folder / _DONE
+        if not path.exists():
+            return None
+        found = parse_json(path.read_bytes())
+        return cls(files, found["parts"], found["source"], tuple(map(StepTally.from_json, found["steps"])))
+
+    def write(self) -> None:
+        steps = [tally.as_json() for tally in self.tallies]
+        write_json(self.files.folder / _DONE, {"parts": self.parts, "source": self.source, "steps": steps})
+
+
+def run_stages(
+    stages: Sequence[Stage], documents: Iterator[Document], folder: Path, pool: ProcessPoolExecutor, workers: int
+) -> tuple[Done, list[StepTally]]:
+    """Run all passes that are not finished. The workers of `pool` have been started with `start_worker`.
+
+    Returns the last pass, and the tallies of all steps. Raises UserError.
+    """
+    before, tallies = None, list[StepTally]()
+    for number, stage in enumerate(stages):
+        files = Pass(folder / f"pass-{number}")
+        done = Done.read(files)
+        if done is None:
+            files.folder.mkdir(exist_ok=True)
+            with progress(f"cleaning, pass {number + 1} of {len(stages)}", None, describe=_count) as advance:
+                queue = _Queue(pool, workers * _PARTS_PER_WORKER, number, folder, advance)
+                done = (
+                    _first_pass(stage, documents, files, queue)
+                    if before is None
+                    else _next_pass(stage, before, files, queue)
+                )
+            done.write()
+        if before is not None:
+            before.files.remove_documents()
+        before, tallies = done, [*tallies, *done.tallies]
+    assert before is not None
+    return before, tallies
+
+
+def digest_of(documents: Iterator[Document]) -> str:
+    """The `source` of a cleaning of these documents."""
+    return _joined_digest(map(_digest, _chunks(documents)))
+
+
+def _first_pass(stage: Stage, documents: Iterator[Document], files: Pass, queue: "_Queue") -> Done:
+    """Divide the documents into parts, and handle those that are not finished."""
+    digests = list[str]()
+    for part, chunk in enumerate(_chunks(documents)):
+        digests.append(_digest(chunk))
+        tally = files.tally(part)
+        if tally is None:
+            queue.submit(part, digests[-1], chunk)
+        elif tally["digest"] != digests[-1]:
+            raise UserError(
+                f"{files.folder.parent} holds an unfinished cleaning of other documents: the source changed; delete "
+                "the folder to start over"
+            )
+    queue.drain()
+    return Done(files, len(digests), _joined_digest(digests), _merged(stage, files, len(digests)))
+
+
+def _next_pass(stage: Stage, before: Done, files: Pass, queue: "_Queue") -> Done:
+    """Decide, and handle the parts that are not finished."""
+    _decide(stage, before, files)
+    for part in range(before.parts):
+        if files.tally(part) is None:
+            queue.submit(part, "", None)
+    queue.drain()
+    tallies = _merged(stage, files, before.parts)
+    if isinstance(stage.decided, DuplicateStep):
+        _name_kept(tallies[0], before)
+    return Done(files, before.parts, before.source, tallies)
+
+
+def _merged(stage: Stage, files: Pass, parts: int) -> tuple[StepTally, ...]:
+    return tuple(merge_tallies((files.steps(part) for part in range(parts)), len(stage.counted)))
+
+
+def start_worker(stages: Sequence[Stage]) -> None:
+    """Call this in each worker process first."""
+    global _stages  # a worker process has one cleaning
+    _stages = tuple(stages)
+
+
+_stages: tuple[Stage, ...] = ()
+
+
+def _process(number: int, folder: Path, part: int, digest: str, documents: list[Document] | None) -> int:
+    """Handle one part, in a worker process. Returns how many documents were read.
+
+    digest, documents: of the first pass, later ones read those of the pass before.
+    """
+    stage, current, before = _stages[number], Pass(folder / f"pass-{number}"), Pass(folder / f"pass-{number - 1}")
+    documents = before.read(part) if documents is None else _without_markup(documents)
+    read = len(documents)
+    tallies = list[StepTally]()
+    for step in stage.counted:
+        texts = [document.text for document in documents]
+        verdicts = _apply(step, documents, current, part)
+        verdicts = [_dropped_if_empty(*pair) for pair in zip(documents, verdicts, strict=True)]
+        tally = StepTally()
+        for document, text, verdict in zip(documents, texts, verdicts, strict=True):
+            tally.count(document, text, verdict, step.lists_matches)
+        tallies.append(tally)
+        pairs = zip(documents, verdicts, strict=True)
+        documents = [document for document, verdict in pairs if verdict is None or not verdict.dropped]
+    observed = {} if stage.observed is None else stage.observed.observe(documents)
+    tally_json = {"digest": digest, "kept": len(documents), "steps": [tally.as_json() for tally in tallies]}
+    current.write(part, documents, observed, tally_json)
+    return read
+
+
+def _without_markup(documents: list[Document]) -> list[Document]:
+    """The documents with plain text; those without any are left out, as are empty lines of a file."""
+    for document in documents:
+        if document.markup:
+            try:
+                document.text, document.markup = to_text(document.text, document.markup), ""
+            except Exception as error:  # of a library that the markup is too much for
+                raise UserError(f"{document.id}: its markup cannot be removed: {error!r}") from None
+    return [document for document in documents if document.text and not document.text.isspace()]
+
+
+def _apply(step: Step[Any], documents: list[Document], current: Pass, part: int) -> list[Verdict | None]:
+    if isinstance(step, CollectionStep):
+        return step.apply(documents, current.decisions(part))
+    assert isinstance(step, DocumentStep)
+    verdicts = []
+    for document in documents:
+        try:
+            verdicts.append(step.apply(document))
+        except UserError:
+            raise
+        except Exception as error:  # a library that the text is too much for
+            name = type(step).__module__.rpartition(".")[2]
+            raise UserError(f"{document.id}: the step {name} fails on this document: {error!r}") from None
+    return verdicts
+
+
+def _dropped_if_empty(document: Document, verdict: Verdict | None) -> Verdict | None:
+    if verdict is None or verdict.dropped or (document.text and not document.text.isspace()):
+        return verdict
+    return Verdict("nothing_left", detail=verdict.detail)
+
+
+def _chunks(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    chunk, characters = list[Document](), 0
+    for document in documents:
+        chunk.append(document)
+        characters += len(document.text)
+        if characters >= _PART_CHARACTERS or len(chunk) >= _PART_DOCUMENTS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
+def _digest(documents: Iterable[Document]) -> str:
+    return xxhash.xxh3_128_hexdigest(
+        "\0".join(chain(*((document.id, document.text) for document in documents))).encode()
+    )
+
+
+def _joined_digest(digests: Iterable[str]) -> str:
+    return xxhash.xxh3_128_hexdigest("".join(digests).encode())
+
+
+def _decide(stage: Stage, before: Done, current: Pass) -> None:
+    """Let the step that the pass before observed for decide, unless it has."""
+    if (current.folder / _DECIDED).exists():
+        return
+    assert stage.decided is not None
+    shutil.rmtree(current.folder)
+    current.folder.mkdir()
+    if before.parts:
+        observed = [before.files.observed(part) for part in range(before.parts)]
+        current.write_decisions(stage.decided.decide(observed))
+    write_json(current.folder / _DECIDED, {})
+
+
+def _name_kept(tally: StepTally, before: Done) -> None:
+    """Replace the indices of kept documents in the examples by their ids."""
+    wanted = {int(example.detail.removeprefix("#")) for rule in tally.rules.values() for example in rule.examples}
+    names, start = dict[str, str](), 0
+    for part in range(before.parts):
+        count = before.files.kept(part)
+        if any(start <= index < start + count for index in wanted):
+            ids = [document.id for document in before.files.read(part)]
+            names |= {f"#{index}": f"of {ids[index - start]}" for index in wanted if start <= index < start + count}
+        start += count
+    for rule in tally.rules.values():
+        rule.examples = [
+            type(example)(example.priority, example.id, example.text, names[example.detail])
+            for example in rule.examples
+        ]
+
+
+def _count(done: float) -> str:
+    return f"{done:,.0f} documents"
+
+
+class _Queue:
+    """Parts of one pass that workers are handling. advance: called with the number of documents of each part."""
+
+    def __init__(
+        self, pool: ProcessPoolExecutor, capacity: int, number: int, folder: Path, advance: Callable[[float], None]
+    ) -> None:
+        self._pool, self._capacity, self._advance = pool, capacity, advance
+        self._pass = (number, folder)
+        self._in_flight = deque[Future[int]]()
+
+    def submit(self, part: int, digest: str, documents: list[Document] | None) -> None:
+        """Hand a part to a worker. If the queue is full, wait for the oldest one."""
+        self._in_flight.append(self._pool.submit(_process, *self._pass, part, digest, documents))
+        if len(self._in_flight) >= self._capacity:
+            self._advance(self._in_flight.popleft().result())
+
+    def drain(self) -> None:
+        while self._in_flight:
+            self._advance(self._in_flight.popleft().result())

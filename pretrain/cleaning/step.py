@@ -1,0 +1,148 @@
+"""What a step of a cleaning declares. Each file in pretrain/cleaning/steps defines one, as a class called `Step`.
+
+From its declaration follow its config keys, their reference, and its place in the report. To add a step, add a file.
+"""
+
+import importlib
+import importlib.util
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from experiment.config import Section
+from experiment.errors import UserError
+from pretrain.cleaning import steps
+
+ConfigT = TypeVar("ConfigT", bound=Section)
+
+Arrays = Mapping[str, NDArray[Any]]
+"""What a step observes of the documents of one part, by name."""
+
+
+@dataclass(slots=True)
+class Document:
+    """A text, where it comes from, and what is known about it."""
+
+    id: str  # unique in the collection
+    source: str  # file, or archive::member
+    text: str
+    metadata: dict[str, Any] = field(default_factory=dict)
+    markup: str = ""  # of the text, until a worker has removed it, see `markup.to_text`
+
+
+class Verdict(NamedTuple):
+    """What a step did with a document, and why."""
+
+    rule: str  # name of the rule, for counts and examples
+    dropped: bool = True  # False: its text was changed
+    detail: str = ""  # what the rule found, such as a matching n-gram
+
+
+class EvaluationText(NamedTuple):
+    """A text that a model is evaluated on."""
+
+    task: str
+    split: str
+    place: str  # file and row
+    text: str
+
+
+ReadTask = Callable[[str], Sequence[EvaluationText]]
+"""Name or path of a fine-tuning config -> the texts of its validation and test splits. Raises UserError."""
+
+
+class Step(ABC, Generic[ConfigT]):
+    """One step. It is made in the main process and sent to the workers."""
+
+    config_type: ClassVar[type[Section]]
+    """The keys of the step. The first line of its docstring describes the step."""
+
+    packages: ClassVar[tuple[str, ...]] = ()
+    """Packages of the extra `clean` that the step imports."""
+
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Metadata that the step reads, which an earlier step or the source has to provide."""
+
+    provides: ClassVar[tuple[str, ...]] = ()
+    """Metadata that the step adds."""
+
+    repairs: ClassVar[bool] = False
+    """Whether the step changes how words are written."""
+
+    needs_repaired: ClassVar[bool] = False
+    """Whether repairs after the step would reveal texts that it looks for."""
+
+    lists_matches: ClassVar[bool] = False
+    """Whether clean.json lists the details of all its verdicts."""
+
+    def __init__(self, config: ConfigT) -> None:
+        self.config = config
+
+    def prepare(self, read_task: ReadTask) -> None:
+        """Open what the config names, in the main process. Raises UserError."""
+
+    @property
+    def required_metadata(self) -> tuple[str, ...]:
+        return self.needs
+
+    def facts(self) -> Mapping[str, Any]:
+        """What clean.json says about the step besides its counts."""
+        return {}
+
+
+class DocumentStep(Step[ConfigT]):
+    """A step that looks at one document at a time, in any of the workers."""
+
+    @abstractmethod
+    def apply(self, document: Document) -> Verdict | None:
+        """Keep the document (None), change it in place, or drop it."""
+
+
+class CollectionStep(Step[ConfigT]):
+    """A step that compares all documents.
+
+    Workers observe the documents of each part. The main process decides, from the observations of all parts in order.
+    Workers apply the decisions of each part. None of it may depend on how documents are divided into parts.
+    """
+
+    @abstractmethod
+    def observe(self, documents: Sequence[Document]) -> Arrays:
+        """What `decide` needs to know about the documents of a part."""
+
+    @abstractmethod
+    def decide(self, observed: Sequence[Arrays]) -> list[NDArray[Any]]:
+        """Decisions for each part. observed: of each part, memory-mapped."""
+
+    @abstractmethod
+    def apply(self, documents: Sequence[Document], decisions: NDArray[Any]) -> list[Verdict | None]:
+        """Apply the decisions for a part to its documents, as `DocumentStep.apply` does to one."""
+
+
+class DuplicateStep(CollectionStep[ConfigT]):
+    """A step that keeps one of several documents. A decision is the index of the document kept in place of another, in
+    the whole collection, or -1."""
+
+    def apply(self, documents: Sequence[Document], decisions: NDArray[Any]) -> list[Verdict | None]:
+        return [None if kept < 0 else Verdict("duplicate", detail=f"#{kept}") for kept in decisions.tolist()]
+
+
+def split_by_part(values: NDArray[Any], counts: Sequence[int]) -> list[NDArray[Any]]:
+    """Divide an array over all parts into one for each part."""
+    return np.split(values, np.cumsum(counts)[:-1])
+
+
+def check_installed(place: str, packages: Sequence[str]) -> None:
+    """Raises UserError if a package of the extra is not installed. place: what needs it."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"{place}: {package} is not installed; run: pip install 'deepcloze[clean]'")
+
+
+def find_step(name: str) -> type[Step[Any]]:
+    """The step of this name, one of `steps.step_names`."""
+    step: type[Step[Any]] = importlib.import_module(f"{steps.__name__}.{name}").Step
+    return step

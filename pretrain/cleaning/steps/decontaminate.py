@@ -1,0 +1,118 @@
+"""Remove what a model will be evaluated on, found by shared n-grams (Brown et al. 2020, appendix C)."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal, NamedTuple
+
+import regex
+import xxhash
+from pydantic import Field, PositiveInt
+
+from experiment.config import Section
+from experiment.decontamination import texts_digest
+from pretrain.cleaning.step import Document, DocumentStep, EvaluationText, ReadTask, Verdict
+from pretrain.cleaning.words import normalized_words, word_spans
+
+_SHOWN = 30  # words of a match
+_SENTENCE = regex.compile(r"[^\n.!?…。！？]*(?:[.!?…。！？]+[\"'”’)\]]*|\n|$)\s*")
+
+
+class Config(Section):
+    """Drop or cut documents that share n-grams with the validation and test texts of fine-tuning tasks."""
+
+    against: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Fine-tuning configs: paths, or names of recipes such as `sst2`."""
+
+    ngram: PositiveInt = 13
+    """Words of an n-gram, without case, punctuation and diacritics. A shorter text matches as a whole."""
+
+    min_words: PositiveInt = 5
+    """A text with fewer words matches only if it is a whole line of a document."""
+
+    action: Literal["drop", "cut"] = "drop"
+    """Drop documents that match, or cut the sentences that do."""
+
+
+class Match(NamedTuple):
+    start: int  # in words of the document
+    end: int
+    text: int  # index of the evaluation text
+
+
+class Index:
+    """The n-grams of evaluation texts. Lookups begin with the first words of an n-gram, because texts shorter than an
+    n-gram are n-grams of other lengths."""
+
+    def __init__(self, texts: Sequence[str], ngram: int, min_words: int) -> None:
+        self._head = min(ngram, min_words)
+        self._lengths: dict[int, set[int]] = {}  # hash of the first words -> lengths of n-grams
+        self._ngrams: dict[int, int] = {}  # hash -> the first text that has it
+        self._lines: dict[str, int] = {}  # of fewer words
+        for number, text in enumerate(texts):
+            words = normalized_words(text)
+            length = min(len(words), ngram)
+            if length >= self._head:
+                for start in range(len(words) - length + 1):
+                    self._lengths.setdefault(_hash(words[start : start + self._head]), set()).add(length)
+                    self._ngrams.setdefault(_hash(words[start : start + length]), number)
+            elif words:
+                self._lines.setdefault(" ".join(words), number)
+
+    def matches(self, text: str) -> Iterator[Match]:
+        """All matches in a document, in order of their first words; whole lines last."""
+        words = normalized_words(text)
+        for start in range(len(words) - self._head + 1):
+            for length in self._lengths.get(_hash(words[start : start + self._head]), ()):
+                found = self._ngrams.get(_hash(words[start : start + length]))
+                if found is not None and start + length <= len(words):
+                    yield Match(start, start + length, found)
+        if self._lines:
+            start = 0
+            for line in text.split("\n"):
+                line_words = normalized_words(line)
+                found = self._lines.get(" ".join(line_words))
+                if found is not None:
+                    yield Match(start, start + len(line_words), found)
+                start += len(line_words)
+
+
+class Step(DocumentStep[Config]):
+    config_type = Config
+    needs_repaired = True
+    lists_matches = True
+
+    def prepare(self, read_task: ReadTask) -> None:
+        tasks = {name: read_task(name) for name in self.config.against}
+        self._digests = {name: texts_digest(text.text for text in texts) for name, texts in tasks.items()}
+        texts: list[EvaluationText] = [text for found in tasks.values() for text in found]
+        self._places = [f"{text.task} {text.split}, {text.place}" for text in texts]
+        self._index = Index([text.text for text in texts], self.config.ngram, self.config.min_words)
+
+    def facts(self) -> Mapping[str, Any]:
+        return {"against": self._digests}
+
+    def apply(self, document: Document) -> Verdict | None:
+        matches = self._index.matches(document.text)
+        first = next(matches, None)
+        if first is None:
+            return None
+        words = normalized_words(document.text)[first.start : first.end]
+        detail = f"{self._places[first.text]}: {' '.join(words[:_SHOWN])}"
+        if self.config.action == "drop":
+            return Verdict("contaminated", detail=detail)
+        document.text = _cut(document.text, [first, *matches])
+        return Verdict("contaminated_sentences", dropped=False, detail=detail)
+
+
+def _cut(text: str, matches: Sequence[Match]) -> str:
+    """The text without the sentences that overlap a match."""
+    spans = word_spans(text)
+    found = [(spans[match.start][0], spans[match.end - 1][1]) for match in matches]
+    sentences = [sentence.span() for sentence in _SENTENCE.finditer(text) if sentence.group()]
+    left = [
+        text[start:end] for start, end in sentences if not any(first < end and start < last for first, last in found)
+    ]
+    return "".join(left).strip()
+
+
+def _hash(words: Sequence[str]) -> int:
+    return xxhash.xxh3_64_intdigest(" ".join(words).encode())

@@ -1,0 +1,34 @@
+"""Exact deduplication by a hash of the text."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from experiment.config import Section
+from pretrain.cleaning.step import Arrays, Document, DuplicateStep, split_by_part
+
+
+class Config(Section):
+    """Drop documents whose text is that of an earlier one."""
+
+
+class Step(DuplicateStep[Config]):
+    config_type = Config
+
+    def observe(self, documents: Sequence[Document]) -> Arrays:
+        digests = b"".join(xxhash.xxh3_128_digest(document.text.encode()) for document in documents)
+        return {"digests": np.frombuffer(digests, np.uint64).reshape(-1, 2)}
+
+    def decide(self, observed: Sequence[Arrays]) -> list[NDArray[Any]]:
+        digests = np.concatenate([arrays["digests"] for arrays in observed])
+        order = np.lexsort((digests[:, 0], digests[:, 1]))  # stable: of equal ones, the first comes first
+        ordered = digests[order]
+        is_first = np.ones(len(order), bool)
+        is_first[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
+        first = order[np.maximum.accumulate(np.where(is_first, np.arange(len(order)), 0))]
+        kept = np.full(len(order), -1, np.int64)
+        kept[order[~is_first]] = first[~is_first]
+        return split_by_part(kept, [len(arrays["digests"]) for arrays in observed])

@@ -1,0 +1,55 @@
+"""Gopher's quality rules (Rae et al. 2021, section A.1.1), of datatrove."""
+
+from typing import TYPE_CHECKING
+
+from pydantic import NonNegativeFloat, NonNegativeInt
+
+from experiment.config import Section
+from experiment.config.field_types import Fraction
+from pretrain.cleaning.datatrove_step import FilterStep, keys_of, word_tokenizer
+
+if TYPE_CHECKING:
+    from datatrove.pipeline.filters.base_filter import BaseFilter
+
+
+class Config(Section):
+    """Drop documents by Gopher's quality rules: length, symbols, bullets and stop words. null turns a rule off."""
+
+    min_doc_words: NonNegativeInt | None = 50
+    """Fewest words, without punctuation."""
+
+    max_doc_words: NonNegativeInt | None = 100_000
+    """Most words, without punctuation."""
+
+    min_avg_word_length: NonNegativeFloat | None = 3
+    """Smallest mean length of a word in characters; null for scripts without spaces."""
+
+    max_avg_word_length: NonNegativeFloat | None = 10
+    """Largest mean length of a word in characters."""
+
+    max_symbol_word_ratio: NonNegativeFloat | None = 0.1
+    """Largest number of `#`, or of ellipses, per word."""
+
+    max_bullet_lines_ratio: Fraction | None = 0.9
+    """Largest share of lines that begin with a bullet point."""
+
+    max_ellipsis_lines_ratio: Fraction | None = 0.3
+    """Largest share of lines that end with an ellipsis."""
+
+    max_non_alpha_words_ratio: Fraction | None = 0.8
+    """Smallest share of words with a letter; the name is datatrove's."""
+
+    min_stop_words: NonNegativeInt | None = 2
+    """Fewest different stop words."""
+
+    stop_words: tuple[str, ...] | None = None
+    """Stop words; null: the eight English ones of Gopher."""
+
+
+class Step(FilterStep[Config]):
+    config_type = Config
+
+    def make_filter(self) -> "BaseFilter":
+        from datatrove.pipeline.filters import GopherQualityFilter
+
+        return GopherQualityFilter(**keys_of(self.config), language=word_tokenizer())

@@ -1,0 +1,78 @@
+"""Deduplication of lines and paragraphs, as in CCNet (Wenzek et al. 2020)."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+from pydantic import NonNegativeInt, PositiveInt
+
+from experiment.config import Section
+from pretrain.cleaning.step import Arrays, CollectionStep, Document, Verdict, split_by_part
+
+_SEPARATORS = {"line": "\n", "paragraph": "\n\n"}
+
+
+class Config(Section):
+    """Remove lines or paragraphs that recur in the collection, except their first occurrences."""
+
+    unit: Literal["line", "paragraph"] = "line"
+    """What is compared: lines, or blocks between blank lines."""
+
+    max_count: PositiveInt = 1
+    """Occurrences that are kept, the first ones."""
+
+    min_characters: NonNegativeInt = 20
+    """Shorter lines are kept, such as `Yes.` in a dialogue."""
+
+
+class Step(CollectionStep[Config]):
+    config_type = Config
+
+    def observe(self, documents: Sequence[Document]) -> Arrays:
+        units = [self._split(document.text) for document in documents]
+        # Short lines get a number of their own, which is never compared.
+        hashes = [
+            0 if self._is_short(unit) else xxhash.xxh3_64_intdigest(unit.encode()) | 1
+            for part in units
+            for unit in part
+        ]
+        return {"hashes": np.array(hashes, np.uint64)}
+
+    def decide(self, observed: Sequence[Arrays]) -> list[NDArray[Any]]:
+        hashes = np.concatenate([arrays["hashes"] for arrays in observed])
+        order = np.argsort(hashes, kind="stable")
+        ordered = hashes[order]
+        is_first = np.ones(len(order), bool)
+        is_first[1:] = ordered[1:] != ordered[:-1]
+        places = np.arange(len(order))
+        occurrence = places - np.maximum.accumulate(np.where(is_first, places, 0))
+        removed = np.zeros(len(order), bool)
+        removed[order] = (occurrence >= self.config.max_count) & (ordered != 0)
+        return split_by_part(removed, [len(arrays["hashes"]) for arrays in observed])
+
+    def apply(self, documents: Sequence[Document], decisions: NDArray[Any]) -> list[Verdict | None]:
+        verdicts: list[Verdict | None] = []
+        start = 0
+        for document in documents:
+            units = self._split(document.text)
+            removed = decisions[start : start + len(units)]
+            start += len(units)
+            if not removed.any():
+                verdicts.append(None)
+                continue
+            first = units[int(np.flatnonzero(removed)[0])].strip()
+            document.text = _SEPARATORS[self.config.unit].join(
+                unit for unit, is_removed in zip(units, removed, strict=True) if not is_removed
+            )
+            left = bool(document.text.strip())
+            rule = f"recurring_{self.config.unit}s" if left else f"only_recurring_{self.config.unit}s"
+            verdicts.append(Verdict(rule, not left, first))
+        return verdicts
+
+    def _split(self, text: str) -> list[str]:
+        return text.split(_SEPARATORS[self.config.unit])
+
+    def _is_short(self, unit: str) -> bool:
+        return len(unit.strip()) < self.config.min_characters

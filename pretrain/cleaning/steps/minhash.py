@@ -1,0 +1,39 @@
+"""Near-deduplication by MinHash, see `pretrain.cleaning.near_duplicates`."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Annotated, Any
+
+from numpy.typing import NDArray
+from pydantic import Field, PositiveInt
+
+from experiment.config import Section
+from pretrain.cleaning.near_duplicates import Bands, NgramSets, choose_bands, choose_duplicates, hash_ngrams, sketch
+from pretrain.cleaning.step import Arrays, Document, DuplicateStep, split_by_part
+
+
+class Config(Section):
+    """Drop documents that share most of their n-grams with an earlier one that is kept."""
+
+    threshold: Annotated[float, Field(ge=0.3, le=1.0)] = 0.8
+    """Drop documents with at least this Jaccard similarity of the sets of n-grams."""
+
+    ngram: PositiveInt = 5
+    """Words of an n-gram; characters in scripts without spaces."""
+
+
+class Step(DuplicateStep[Config]):
+    config_type = Config
+
+    @cached_property
+    def bands(self) -> Bands:
+        return choose_bands(self.config.threshold)
+
+    def observe(self, documents: Sequence[Document]) -> Arrays:
+        sets = NgramSets.of([hash_ngrams(document.text, self.config.ngram) for document in documents])
+        return {"bands": sketch(sets, self.bands), "ngrams": sets.ngrams, "ends": sets.ends}
+
+    def decide(self, observed: Sequence[Arrays]) -> list[NDArray[Any]]:
+        sets = [NgramSets(arrays["ngrams"], arrays["ends"]) for arrays in observed]
+        kept = choose_duplicates([arrays["bands"] for arrays in observed], sets, self.config.threshold)
+        return split_by_part(kept, [len(part.ends) for part in sets])

@@ -1,0 +1,46 @@
+"""Masking of personal data with datatrove."""
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
+
+from experiment.config import Section
+from pretrain.cleaning.step import Document, DocumentStep, Verdict
+
+if TYPE_CHECKING:
+    from datatrove.pipeline.formatters import PIIFormatter
+
+
+class Config(Section):
+    """Replace email addresses and public IP addresses."""
+
+    remove_emails: bool = True
+    """Replace email addresses."""
+
+    remove_ips: bool = True
+    """Replace public IP addresses."""
+
+    email_replacement: Annotated[str, Field(min_length=1)] = "email@example.com"
+    """What takes the place of email addresses."""
+
+    ip_replacement: Annotated[str, Field(min_length=1)] = "192.0.2.1"
+    """What takes the place of IP addresses; the default is reserved for documentation (RFC 5737)."""
+
+
+class Step(DocumentStep[Config]):
+    config_type = Config
+    packages = ("datatrove",)
+
+    @cached_property
+    def formatter(self) -> "PIIFormatter":
+        from datatrove.pipeline.formatters import PIIFormatter
+
+        return PIIFormatter(**self.config.model_dump())
+
+    def apply(self, document: Document) -> Verdict | None:
+        masked = self.formatter.format(document.text)
+        if masked == document.text:
+            return None
+        document.text = masked
+        return Verdict("masked", dropped=False)

@@ -1,0 +1,62 @@
+"""Sampling, by a hash of each document: which are kept does not depend on the others."""
+
+from collections.abc import Mapping
+from typing import Annotated
+
+import xxhash
+from pydantic import Field
+
+from experiment.config import Section
+from experiment.config.field_types import Seed
+from experiment.csv_and_jsonl import unexpected_cell
+from pretrain.cleaning.step import Document, DocumentStep, Verdict
+
+_RANGE = 1 << 64
+
+
+class Config(Section):
+    """Keep documents at random: each with the same probability, or by source, language or another column."""
+
+    rate: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Probability of keeping a document."""
+
+    by: str | None = None
+    """What `rates` are for: `source`, `language`, or a column in `metadata`."""
+
+    rates: Mapping[str, Annotated[float, Field(ge=0.0, le=1.0)]] = {}
+    """Probability by value of `by`, in place of `rate`; for sources: by a part of the name."""
+
+    weight: str | None = None
+    """Column in `metadata` with a number; it multiplies the probability of a document, up to 1."""
+
+    seed: Seed = 42
+    """Seed of the draws."""
+
+
+class Step(DocumentStep[Config]):
+    config_type = Config
+
+    @property
+    def required_metadata(self) -> tuple[str, ...]:
+        return tuple(key for key in (self.config.by, self.config.weight) if key is not None)
+
+    def apply(self, document: Document) -> Verdict | None:
+        draw = xxhash.xxh3_64_intdigest(document.id.encode(), seed=self.config.seed) / _RANGE
+        return Verdict("not_sampled") if draw >= self._rate(document) else None
+
+    def _rate(self, document: Document) -> float:
+        rate = self.config.rate
+        if self.config.by == "source":
+            rate = next((value for part, value in self.config.rates.items() if part in document.source), rate)
+        elif self.config.by is not None:
+            rate = self.config.rates.get(str(document.metadata.get(self.config.by)), rate)
+        if self.config.weight is not None:
+            rate *= _number(document, self.config.weight)
+        return rate
+
+
+def _number(document: Document, column: str) -> float:
+    value = document.metadata.get(column)
+    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+        raise unexpected_cell(document.id, column, value, "a number >= 0")
+    return float(value)

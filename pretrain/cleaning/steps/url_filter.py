@@ -1,0 +1,73 @@
+"""Lists of domains, URLs and words in URLs, of datatrove."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import PositiveInt
+
+from experiment.config import Section
+from experiment.config.field_types import PathText
+from experiment.errors import UserError, reason
+from pretrain.cleaning.datatrove_step import FilterStep
+from pretrain.cleaning.step import Document, ReadTask, Verdict
+
+if TYPE_CHECKING:
+    from datatrove.pipeline.filters.base_filter import BaseFilter
+
+_LISTS = {"domains": "extra_domains", "urls": "extra_urls", "words": "banned_words", "soft_words": "soft_banned_words"}
+
+
+class Config(Section):
+    """Drop documents by the `url` in their metadata. Files have one item per line; `#` begins a comment."""
+
+    domains: PathText | None = None
+    """File with domains to drop, subdomains included."""
+
+    urls: PathText | None = None
+    """File with whole URLs to drop."""
+
+    words: PathText | None = None
+    """File with words that no URL may have."""
+
+    soft_words: PathText | None = None
+    """File with words of which a URL may have fewer than `soft_word_threshold`."""
+
+    soft_word_threshold: PositiveInt = 2
+    """Number of soft words at which a document is dropped."""
+
+    built_in: bool = True
+    """Use datatrove's lists of adult domains and words too."""
+
+
+class Step(FilterStep[Config]):
+    config_type = Config
+    packages = ("datatrove", "tldextract", "ahocorasick", "fasteners")
+    needs = ("url",)
+
+    def prepare(self, read_task: ReadTask) -> None:
+        self.lists = {
+            argument: _read_list(f"url_filter.{key}", path)
+            for key, argument in _LISTS.items()
+            if (path := getattr(self.config, key)) is not None
+        }
+
+    def make_filter(self) -> "BaseFilter":
+        from datatrove.pipeline.filters import URLFilter
+        from tldextract import TLDExtract
+
+        url_filter = URLFilter(self.config.soft_word_threshold, use_integrated_lists=self.config.built_in, **self.lists)
+        url_filter.tldextractor = TLDExtract(suffix_list_urls=())  # the list in the package, not from the network
+        return url_filter
+
+    def apply(self, document: Document) -> Verdict | None:
+        if not document.metadata.get("url"):
+            return Verdict("no_url")
+        return super().apply(document)
+
+
+def _read_list(key: str, path: str) -> list[str]:
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"steps: {key}: cannot read {path}: {reason(error)}") from None
+    return [line.strip() for line in lines if line.strip()]

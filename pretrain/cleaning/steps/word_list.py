@@ -1,0 +1,48 @@
+"""Documents with words of a list."""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated
+
+import regex
+from pydantic import Field
+
+from experiment.config import Section
+from experiment.config.field_types import PathText
+from experiment.errors import UserError, reason
+from pretrain.cleaning.step import Document, DocumentStep, ReadTask, Verdict
+
+
+class Config(Section):
+    """Drop documents with words or phrases of a list."""
+
+    file: PathText
+    """Words and phrases, one per line; lines that begin with `#` are comments. Case does not count."""
+
+    max_count: Annotated[int, Field(ge=0)] = 0
+    """Occurrences that a document may have."""
+
+    whole_words: bool = True
+    """Match whole words only; false for scripts without spaces."""
+
+
+class Step(DocumentStep[Config]):
+    config_type = Config
+
+    def prepare(self, read_task: ReadTask) -> None:
+        try:
+            lines = Path(self.config.file).read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"steps: word_list.file: cannot read {self.config.file}: {reason(error)}") from None
+        self.words = sorted({line.strip() for line in lines if line.strip() and not line.startswith("#")})
+        if not self.words:
+            raise UserError(f"steps: word_list.file: {self.config.file} has no words")
+
+    @cached_property
+    def _pattern(self) -> regex.Pattern[str]:
+        boundary = (r"(?<!\w)", r"(?!\w)") if self.config.whole_words else ("", "")
+        return regex.compile(rf"{boundary[0]}\L<words>{boundary[1]}", regex.IGNORECASE, words=self.words)
+
+    def apply(self, document: Document) -> Verdict | None:
+        found = [match.group() for match in self._pattern.finditer(document.text)]
+        return Verdict("listed_word", detail=found[0]) if len(found) > self.config.max_count else None

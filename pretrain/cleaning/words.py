@@ -1,0 +1,42 @@
+"""Divide text into words, without a model or a network.
+
+A word is a run of letters and digits, with apostrophes inside. In scripts that are written without spaces, each
+character is a word, so that n-grams of Chinese are n-grams of characters.
+"""
+
+import unicodedata
+from functools import lru_cache
+
+import regex
+
+_UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+_WORD = regex.compile(rf"(?V1)[\w--[{_UNSPACED}]]+(?:['’][\w--[{_UNSPACED}]]+)*|\w")
+_TOKEN = regex.compile(rf"(?V1){_WORD.pattern.removeprefix('(?V1)')}|[^\w\s]+")
+_SENTENCE_END = regex.compile(r"(?<=[.!?…][\"'”’)\]]*)\s+|(?<=[。！？])")
+
+
+def tokens(text: str) -> list[str]:
+    """Words and runs of punctuation, in order."""
+    found: list[str] = _TOKEN.findall(text)
+    return found
+
+
+def sentences(text: str) -> list[str]:
+    """Sentences, by their punctuation."""
+    return [part for part in _SENTENCE_END.split(text) if part and not part.isspace()]
+
+
+def normalized_words(text: str) -> list[str]:
+    """The words of a text without punctuation, case and diacritics, for comparing texts."""
+    return [_normalize(word) for word in _WORD.findall(text)]
+
+
+def word_spans(text: str) -> list[tuple[int, int]]:
+    """Where the words of `normalized_words` begin and end."""
+    return [found.span() for found in _WORD.finditer(text)]
+
+
+@lru_cache(maxsize=1 << 18)
+def _normalize(word: str) -> str:
+    plain = "".join(part for part in unicodedata.normalize("NFKD", word.casefold()) if not unicodedata.combining(part))
+    return plain.replace("’", "'")

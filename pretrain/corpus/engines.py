@@ -1,0 +1,117 @@
+"""Run the tasks of a build: in worker processes on this machine, or on a Ray cluster.
+
+Both schedule, and both give results in the order of completion. A task is a function of a job, which all tasks share,
+and of its own argument. It can be run again, on another machine too: Ray does so if a node is lost.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import ExitStack, contextmanager
+from itertools import islice
+from typing import Any, Protocol, TypeVar
+
+from experiment.errors import UserError, first_line
+from pretrain.corpus.workers import worker_pool
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_TASKS_PER_WORKER = 2  # that are submitted: one to run and one to follow
+_KILLED = "use fewer --workers, and run the same command again to resume from what is finished"
+
+
+class Engine(Protocol):
+    """Runs `function(job, task)` for each of the tasks, and yields the results in the order of completion."""
+
+    def __call__(self, function: Callable[[Any, T], R], tasks: Sequence[T]) -> Iterator[R]: ...
+
+
+@contextmanager
+def open_engine(workers: int, job: object, engine: str = "local", ray_address: str | None = None) -> Iterator[Engine]:
+    """Open the engine `ray`, or for any other name `workers` processes.
+
+    Raises UserError if there is no cluster, StoppedError if a worker on this machine is killed.
+    """
+    with ExitStack() as stack:
+        yield stack.enter_context(_ray(ray_address, job) if engine == "ray" else _local(workers, job))
+
+
+@contextmanager
+def _local(workers: int, job: object) -> Iterator[Engine]:
+    with ExitStack() as stack:
+        pools: list[Any] = []
+
+        def run(function: Callable[[Any, T], R], tasks: Sequence[T]) -> Iterator[R]:
+            if workers == 1 or len(tasks) <= 1:
+                yield from (function(job, task) for task in tasks)
+                return
+            if not pools:
+                pools.append(stack.enter_context(worker_pool(workers, _KILLED, _start_worker, job)))
+            remaining, running = iter(tasks), set[Future[R]]()
+            while True:
+                for task in islice(remaining, _TASKS_PER_WORKER * workers - len(running)):
+                    running.add(pools[0].submit(_run_in_worker, function, task))
+                if not running:
+                    return
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in done)
+
+        yield run
+
+
+_job: object = None
+
+
+def _start_worker(job: object) -> None:
+    global _job
+    _job = job
+
+
+def _run_in_worker(function: Callable[[Any, T], R], task: T) -> R:
+    return function(_job, task)
+
+
+@contextmanager
+def _ray(address: str | None, job: object) -> Iterator[Engine]:
+    try:
+        import ray
+    except ImportError:
+        raise UserError("--engine ray needs Ray; install it with: pip install 'deepcloze[ray]'") from None
+    try:
+        ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, RuntimeError, ValueError) as error:  # ConnectionError is an OSError
+        raise UserError(
+            f"--ray_address {address or 'auto'}: no Ray cluster answers ({first_line(error)}); "
+            "start one with `ray start --head`"
+        ) from None
+    shared = ray.put(job)
+    # A task is repeated as often as it is lost with its node. If it raises an error, that is the result.
+    remote = ray.remote(max_retries=-1)(_outcome)
+
+    def run(function: Callable[[Any, T], R], tasks: Sequence[T]) -> Iterator[R]:
+        remaining, running = iter(tasks), list[Any]()
+        while True:
+            cores = int(ray.cluster_resources().get("CPU", 1))  # nodes come and go
+            free = max(0, _TASKS_PER_WORKER * cores - len(running))
+            running += [remote.remote(shared, function, task) for task in islice(remaining, free)]
+            if not running:
+                return
+            done, running = ray.wait(running, num_returns=1)
+            for outcome in ray.get(done):
+                if isinstance(outcome, Exception):
+                    raise outcome
+                yield outcome
+
+    try:
+        yield run
+    finally:
+        ray.shutdown()
+
+
+def _outcome(job: object, function: Callable[[Any, T], R], task: T) -> R | Exception:
+    """What the task returns, or the error of the user or of a disk that it raises."""
+    try:
+        return function(job, task)
+    except (UserError, OSError) as error:
+        return error

@@ -1,0 +1,80 @@
+"""The passes of a build over its text: count the documents, then tokenize them. Each resumes from what is recorded."""
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
+
+from experiment.progress import progress
+from pretrain.corpus.build_plan import BuildPlan
+from pretrain.corpus.engines import Engine
+from pretrain.corpus.records import read_counts, read_finished, write_count
+from pretrain.corpus.source_digest import SourceDigest
+from pretrain.corpus.splits import Split
+from pretrain.corpus.tasks import SplitCount, SplitRecord, SplitTask, changed_source, count_split, tokenize_split
+
+R = TypeVar("R", SplitCount, SplitRecord)
+
+
+def scan_source(plan: BuildPlan, run: Engine) -> SourceDigest:
+    """Read the whole source without tokenizing it, and return its digest. Records nothing."""
+    counts = {count.key: count for count in _with_progress("comparing", run(count_split, plan.splits), plan.splits)}
+    return total(counts[split.key].source for split in plan.splits)
+
+
+def count_documents(plan: BuildPlan, run: Engine, splits: Sequence[Split]) -> dict[str, SplitCount]:
+    """Count the documents of splits. Returns the counts by key."""
+    counts = read_counts(plan.partial, [split.key for split in splits])
+    todo = [split for split in splits if split.key not in counts]
+    for count in _with_progress("counting", run(count_split, todo), todo):
+        write_count(plan.partial, count)
+        counts[count.key] = count
+    return counts
+
+
+def split_tasks(plan: BuildPlan, counts: Mapping[str, SplitCount]) -> list[SplitTask]:
+    """Assign the documents of all splits to parts. `counts`: of all splits; not needed if nothing is sampled."""
+    documents = [counts[split.key].source.documents if counts else 0 for split in plan.splits]
+    return list(map(SplitTask, plan.splits, plan.sampling.parts_of(documents)))
+
+
+def tokenize(
+    plan: BuildPlan, run: Engine, tasks: Sequence[SplitTask], counts: Mapping[str, SplitCount]
+) -> list[SplitRecord]:
+    """Tokenize splits, those that are finished excepted, and return the records of all.
+
+    Raises UserError for a source that differs from the one that was counted.
+    """
+    records = read_finished(plan.partial, tasks)
+    todo = [task for task in tasks if task.split.key not in records]
+    for record in _with_progress("tokenizing", run(tokenize_split, todo), [task.split for task in todo]):
+        records[record.key] = record
+    for task in tasks:
+        split = task.split
+        if counts and records[split.key].source != counts[split.key].source:
+            raise changed_source(split.spans[0].source.name)
+    return [records[task.split.key] for task in tasks]
+
+
+def total(digests: Iterable[SourceDigest]) -> SourceDigest:
+    """Return the digest of all documents, from those of all splits in order."""
+    found = SourceDigest()
+    for digest in digests:
+        found.extend(digest)
+    return found
+
+
+def _with_progress(label: str, results: Iterator[R], splits: Sequence[Split]) -> Iterator[R]:
+    """Show how many documents and megabytes of text have been read."""
+    sizes = {split.key: split.bytes for split in splits}
+    size, documents, text_bytes, started = sum(sizes.values()) or None, 0, 0, time.monotonic()
+
+    def describe(done: float) -> str:
+        share, megabytes = f"{done / size:.0%}, " if size else "", text_bytes / 1e6
+        speed = megabytes / max(time.monotonic() - started, 1e-9)
+        return f"{share}{documents:,} documents, {megabytes:,.1f} MB of text, {speed:.1f} MB/s"
+
+    with progress(label, size, describe=describe) as advance:
+        for result in results:
+            documents, text_bytes = documents + result.source.documents, text_bytes + result.text_bytes
+            advance(sizes[result.key])
+            yield result

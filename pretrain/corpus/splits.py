@@ -1,0 +1,168 @@
+"""Divide sources into splits, each of which one task reads, tokenizes and writes.
+
+The plan depends on the files alone: their names, sizes, times of modification and, for a large file that is compressed,
+an archive or Parquet, on its first or last bytes.
+
+| source | ranges |
+|---|---|
+| plain text, JSON lines | of bytes |
+| .gz and .zst of many small members | of bytes of the file |
+| Parquet | of row groups |
+| .zip | of members |
+| hub data set | of rows |
+| .gz and .zst of one member, CSV, tar | of bytes of the content, at most 16: tasks also read what is before theirs |
+| plain text with `--document file` | none |
+"""
+
+import itertools
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import xxhash
+
+from experiment.errors import UserError
+from pretrain.corpus.compression import estimate_content_bytes, has_several_members
+from pretrain.corpus.documents import load_hub_rows, tar_compression
+from pretrain.corpus.formats import WHOLE, Range, Unit, detect_format, explain_read_errors
+from pretrain.corpus.options import TextOptions
+from pretrain.corpus.sources import Source, Span, open_source
+
+MIN_SPLIT_BYTES, MAX_SPLIT_BYTES = 1 << 20, 1 << 26
+_SPLITS = 4096  # that are aimed at, so that a thousand cores have work until the end
+_READ_TIMES = 16  # at most, a file whose ranges can only be reached by reading what is before them
+_OPENED = 1024  # files at most that are opened for a plan, unless they are larger than this:
+_OPENED_BYTES = 1 << 30
+_HUB_ROWS = 20_000  # of a data set
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Parts of sources that one task reads."""
+
+    key: str  # identifies them, with the sizes and versions of their files
+    spans: tuple[Span, ...]
+    bytes: int  # on disk; of a file that is divided, its share
+
+
+def plan_splits(sources: Sequence[Source], options: TextOptions) -> list[Split]:
+    """Divide large files, and join small ones that follow one another. Opens few files, and reads no text.
+
+    Raises UserError for a hub data set that cannot be loaded. Takes time per source, not per byte.
+    """
+    total = sum(source.bytes or 0 for source in sources)
+    size = MIN_SPLIT_BYTES
+    while size < MAX_SPLIT_BYTES and size * _SPLITS < total:
+        size *= 2  # few sizes: a file that grows does not move the borders of all splits
+    opened = max(size, min(total // _OPENED, _OPENED_BYTES))
+    return list(_group(sources, options, size, opened))
+
+
+def _group(sources: Iterable[Source], options: TextOptions, size: int, opened: int) -> Iterator[Split]:
+    """Divide and join. Files that follow one another share a split if they begin in the same `size` bytes of all: if
+    one of them grows, few of the others come into another split."""
+    waiting, slot, begin = list[Span](), 0, 0
+    for source in sources:
+        parts, is_small = _divide(source, options, size, opened), source.bytes is not None and source.bytes <= size
+        if waiting and (not is_small or begin // size != slot):
+            yield _split(waiting)
+            waiting = []
+        if is_small:
+            waiting.append(Span(source))
+            slot = begin // size
+        else:
+            yield from (_split([Span(source, part)], len(parts)) for part in parts)
+        begin += source.bytes or 0
+    if waiting:
+        yield _split(waiting)
+
+
+def _split(spans: Sequence[Span], parts: int = 1) -> Split:
+    """`parts`: into how many the source is divided."""
+    digest, size = xxhash.xxh3_128(), 0
+    for source, part in spans:
+        identity = source.kind, source.name, source.selection, source.bytes, source.version, part
+        digest.update(repr(identity).encode())
+        size += (source.bytes or 0) // parts
+    return Split(digest.hexdigest(), tuple(spans), size)
+
+
+def _divide(source: Source, options: TextOptions, size: int, opened: int) -> list[Range]:
+    if source.kind == "hub":
+        rows = len(load_hub_rows(source.name, source.selection))
+        return _ranges("rows", rows, max(_HUB_ROWS, -(-rows // _SPLITS)))
+    if source.bytes is None or source.bytes <= size:
+        return [WHOLE]
+    file_format, compression = detect_format(source.name)
+    if source.kind == "file" and not compression and file_format in ("text", "jsonl", None):
+        is_whole = options.document == "file" and file_format != "jsonl"
+        return [WHOLE] if is_whole else _ranges("bytes", source.bytes, size)
+    if source.kind == "file" and not compression and file_format in ("csv", "tsv"):
+        return _reread_ranges(source.bytes, source.bytes, size)
+    if source.bytes <= opened:
+        return [WHOLE]
+    try:
+        with explain_read_errors(source.name):
+            return _divide_opened(source, options, size)
+    except UserError:
+        return [WHOLE]  # the task that reads it says what is wrong
+
+
+def _divide_opened(source: Source, options: TextOptions, size: int) -> list[Range]:
+    """Divide a file that must be opened to tell how."""
+    assert source.bytes is not None
+    file_format, compression = detect_format(source.name)
+    with open_source(source.name) as file:
+        if source.kind == "archive" and source.name.lower().endswith(".zip"):
+            with zipfile.ZipFile(file) as archive:
+                return _cut("members", [info.compress_size for info in archive.infolist()], size)
+        if source.kind == "archive":
+            content = estimate_content_bytes(file, tar_compression(source.name), source.bytes)
+            return _reread_ranges(content, source.bytes, size)
+        if file_format == "parquet":
+            return [WHOLE] if compression else _cut("row groups", _row_group_bytes(source.name), size)
+        if file_format not in ("csv", "tsv"):
+            if options.document == "file" and file_format != "jsonl":
+                return [WHOLE]
+            if has_several_members(file, compression):
+                return _ranges("compressed", source.bytes, size)
+        return _reread_ranges(estimate_content_bytes(file, compression, source.bytes), source.bytes, size)
+
+
+def _row_group_bytes(name: str) -> list[int]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with open_source(name) as file:
+            metadata = pyarrow.parquet.ParquetFile(file).metadata
+            return [metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)]
+    except pyarrow.ArrowException:
+        return []
+
+
+def _ranges(unit: Unit, total: int, size: int) -> list[Range]:
+    """Divide `total` evenly, so that no part is larger than `size`."""
+    count = max(1, -(-total // size))
+    borders = [number * total // count for number in range(count + 1)]
+    return [Range(unit, start, stop) for start, stop in itertools.pairwise(borders)]
+
+
+def _reread_ranges(content: int, size_on_disk: int, size: int) -> list[Range]:
+    """Divide a content of about that many bytes into few ranges. The last one is open: the number is an estimate."""
+    count = min(_READ_TIMES, -(-size_on_disk // size))
+    borders = [number * content // count for number in range(count)]
+    return [Range("bytes", start, stop) for start, stop in itertools.zip_longest(borders, borders[1:])]
+
+
+def _cut(unit: Unit, sizes: Sequence[int], size: int) -> list[Range]:
+    """Join items that follow one another until they have `size` bytes."""
+    borders, since = [0], 0
+    for number, item in enumerate(sizes, 1):
+        since += item
+        if since >= size:
+            borders.append(number)
+            since = 0
+    if borders[-1] == len(sizes) and len(borders) > 1:
+        borders.pop()
+    return [Range(unit, start, stop) for start, stop in itertools.zip_longest(borders, borders[1:])]

@@ -1,0 +1,262 @@
+"""The tasks of a build: count the documents of a split, tokenize a split, join pieces to a shard.
+
+Each is a function of a `BuildJob` and its own argument. It can be repeated, on any machine, and writes the same bytes
+again.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import xxhash
+
+from experiment.errors import UserError
+from experiment.files import checksum, parse_json, sha256, write_json
+from pretrain.corpus.build_plan import MAIN, PART_CODES, Part
+from pretrain.corpus.documents import locate_lines, read_documents
+from pretrain.corpus.formats import Document, Members, ReadStats, explain_read_errors
+from pretrain.corpus.manifest import Shard
+from pretrain.corpus.options import TextOptions
+from pretrain.corpus.shards import Piece, PieceWriter, join_pieces
+from pretrain.corpus.source_digest import SourceDigest
+from pretrain.corpus.sources import stat_source
+from pretrain.corpus.splits import Split
+from pretrain.corpus.tokenization import DocumentEncoder, TokenizerSpec
+
+R = TypeVar("R")
+
+BATCH_BYTES = 1 << 20  # text tokenized at once
+
+
+@dataclass(frozen=True)
+class BuildJob:
+    """What all tasks of a build need to know."""
+
+    folder: Path  # of pieces, records and unfinished shards
+    text_options: TextOptions
+    tokenizer: TokenizerSpec
+    shard_tokens: int
+    batch_bytes: int
+
+
+class SplitTask(NamedTuple):
+    """A split to tokenize. `parts`: an index of PART_CODES for each document; empty: all are in the main corpus."""
+
+    split: Split
+    parts: bytes
+
+
+class ShardTask(NamedTuple):
+    """Pieces to join to a shard."""
+
+    part: Part
+    file: str
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class SplitCount:
+    """The documents of a split that have a token."""
+
+    key: str
+    source: SourceDigest
+    text_bytes: int
+
+
+@dataclass(frozen=True)
+class SplitRecord:
+    """What was read of a split, and written."""
+
+    key: str
+    parts: str  # digest of `SplitTask.parts`
+    source: SourceDigest
+    text_bytes: int
+    empty_documents: int
+    start_matches: int
+    archives: dict[str, Members]
+    pieces: dict[Part, list[Piece]]
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """A shard, the files of its pieces, and how many documents have each length in tokens."""
+
+    part: Part
+    shard: Shard
+    pieces: list[str]
+    lengths: list[tuple[int, int]]
+
+
+def count_split(job: BuildJob, split: Split) -> SplitCount:
+    """Count and hash the documents of a split. Raises UserError for bad input."""
+
+    def count(split: Split) -> SplitCount:
+        digest, text_bytes = SourceDigest(), 0
+        for _, text in _read(job, split, ReadStats()):
+            digest.add(text)
+            text_bytes += len(text)
+        return SplitCount(split.key, digest, text_bytes)
+
+    return _with_exact_places(count, split)
+
+
+def tokenize_split(job: BuildJob, task: SplitTask) -> SplitRecord:
+    """Write the pieces of a split and its record. Raises UserError for bad input, OSError if they cannot be written."""
+    return _with_exact_places(lambda split: _tokenize(job, split, task.parts), task.split)
+
+
+def write_shard_file(job: BuildJob, task: ShardTask) -> ShardRecord | str:
+    """Join pieces to a shard, write its record, and delete the pieces. A shard that is there already is verified.
+
+    Returns the name of a piece if it, or the shard that was made of it, is missing or damaged.
+    """
+    path, record_path = job.folder / task.part / task.file, job.folder / f"{task.part}-{task.file}.json"
+    if found := read_record(record_path):
+        record = ShardRecord(**found | {"shard": Shard(**found["shard"])})
+        if path.exists() and sha256(path) == record.shard.sha256:
+            return record
+        record_path.unlink()
+    for piece in task.pieces:
+        if not (job.folder / piece.file).exists() or checksum(job.folder / piece.file) != piece.checksum:
+            return piece.file
+    shard, lengths = join_pieces(job.folder, task.pieces, path)
+    record = ShardRecord(task.part, shard, [piece.file for piece in task.pieces], sorted(lengths.items()))
+    write_json(record_path, asdict(record), durable=False)
+    for piece in task.pieces:
+        (job.folder / piece.file).unlink(missing_ok=True)
+    return record
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Empty if the file was damaged by a power cut: records are not synced to the disk."""
+    try:
+        found = parse_json(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def parts_digest(parts: bytes) -> str:
+    """Digest of `SplitTask.parts`."""
+    return xxhash.xxh3_64_hexdigest(parts)
+
+
+def _with_exact_places(read: Callable[[Split], R], split: Split) -> R:
+    """Call `read(split)`; if it raises UserError, again with the lines before the split counted, for its message."""
+    with _one_thread():
+        try:
+            return read(split)
+        except UserError:
+            located = replace(split, spans=tuple(map(locate_lines, split.spans)))
+            if located == split:
+                raise
+            return read(located)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep `tokenizers` from starting threads: there is a process for each core."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
+
+
+@lru_cache(maxsize=2)
+def _encoder(spec: TokenizerSpec) -> DocumentEncoder:
+    return DocumentEncoder(spec)
+
+
+def _read(job: BuildJob, split: Split, stats: ReadStats) -> Iterator[tuple[Document, bytes]]:
+    """Yield all documents that have a token, and their UTF-8 text. Raises UserError for bad input."""
+    plain = _encoder(replace(job.tokenizer, segmenter=None))
+    for document in read_documents(split.spans, job.text_options, stats):
+        try:
+            text = document.text.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{document.place}: expected Unicode text, found half of a surrogate pair") from None
+        # Letters and digits always give a token, control characters may not. Sampling must count the documents that
+        # will be in the corpus.
+        if any(map(str.isalnum, document.text)) or plain.encode([document.text]).lengths[0]:
+            yield document, text
+        else:
+            stats.empty_documents += 1
+    for source, _ in split.spans:
+        if source.kind in ("file", "archive"):
+            with explain_read_errors(source.name):
+                if stat_source(source.name) != (source.bytes, source.version):
+                    raise changed_source(source.name)
+
+
+def changed_source(name: str) -> UserError:
+    return UserError(f"{name} changed while it was read; run the command again")
+
+
+def _tokenize(job: BuildJob, split: Split, parts: bytes) -> SplitRecord:
+    stats, digest, text_bytes = ReadStats(), SourceDigest(), 0
+    batches = {part: _Batch(job, split, part) for part in PART_CODES if part is not None}
+    for document, text in _read(job, split, stats):
+        if parts and digest.documents == len(parts):
+            raise changed_source(split.spans[0].source.name)
+        part = PART_CODES[parts[digest.documents]] if parts else MAIN
+        digest.add(text)
+        text_bytes += len(text)
+        if part is not None:
+            batches[part].add(document, len(text))
+    if parts and digest.documents < len(parts):
+        raise changed_source(split.spans[0].source.name)
+    pieces = {part: batch.finish() for part, batch in batches.items()}
+    empty = stats.empty_documents + batches[MAIN].writer.empty_documents
+    record = SplitRecord(
+        split.key, parts_digest(parts), digest, text_bytes, empty, stats.start_matches, stats.archives, pieces
+    )
+    write_json(job.folder / f"{split.key}.json", asdict(record), durable=False)
+    return record
+
+
+class _Batch:
+    """Documents for one part, collected until there are enough to tokenize them together."""
+
+    def __init__(self, job: BuildJob, split: Split, part: Part) -> None:
+        self.writer = PieceWriter(job.folder, f"{split.key}-{part}", job.shard_tokens)
+        self._job = job
+        self._documents: list[Document] = []
+        self._text_bytes: list[int] = []
+        self._total = 0
+
+    def add(self, document: Document, text_bytes: int) -> None:
+        self._documents.append(document)
+        self._text_bytes.append(text_bytes)
+        self._total += text_bytes
+        if self._total >= self._job.batch_bytes:
+            self._encode()
+
+    def finish(self) -> list[Piece]:
+        if self._documents:
+            self._encode()
+        return self.writer.finish()
+
+    def _encode(self) -> None:
+        documents = self._documents
+        try:
+            encoded = _encoder(self._job.tokenizer).encode([document.text for document in documents])
+        except Exception as error:  # tokenizers raises bare Exception
+            first, last = documents[0].place, documents[-1].place
+            raise UserError(f"the tokenizer fails on a document between {first} and {last}: {error}") from None
+        if encoded.special is not None:
+            raise UserError(
+                f"{documents[encoded.special].place}: the tokenizer turns this text into one of its special tokens; "
+                "a corpus cannot be built with such a tokenizer"
+            )
+        self.writer.add(encoded, np.array(self._text_bytes, dtype=np.int64))
+        self._documents, self._text_bytes, self._total = [], [], 0

@@ -1,0 +1,61 @@
+"""Records of decontamination, in clean.json."""
+
+import json
+from pathlib import Path
+
+from experiment.decontamination import (
+    common_decontamination,
+    decontamination_of,
+    is_clean_summary,
+    read_decontamination,
+    texts_digest,
+)
+
+
+def test_tasks_of_all_steps_are_read(tmp_path: Path) -> None:
+    steps = [{"name": "a", "against": {"sst2": "1"}}, {"name": "b"}, {"name": "c", "against": {"cola": "2"}}]
+    (tmp_path / "clean.json").write_text(json.dumps({"recipe": "r", "read": 2, "kept": 1, "steps": steps}))
+    assert read_decontamination(tmp_path) == {"sst2": "1", "cola": "2"}
+    assert read_decontamination(tmp_path / "none") is None
+
+
+def test_a_users_file_of_the_same_name_is_text(tmp_path: Path) -> None:
+    """Catches JSON Lines that a corpus leaves out because they are in a file called clean.json."""
+    (tmp_path / "clean.json").write_text('{"text": "one"}\n{"text": "two"}\n')
+    assert not is_clean_summary(tmp_path / "clean.json")
+    (tmp_path / "clean.json").write_text('{"read": 1, "kept": 1, "steps": [], "recipe": ""}')
+    assert is_clean_summary(tmp_path / "clean.json")
+    assert not is_clean_summary(tmp_path / "other.json")
+
+
+def test_the_order_of_texts_does_not_matter() -> None:
+    assert texts_digest(["a", "b"]) == texts_digest(["b", "a", "a"]) != texts_digest(["ab"])
+
+
+def test_a_corpus_of_several_folders_has_what_they_share(tmp_path: Path) -> None:
+    """Catches a corpus that counts as decontaminated although one of its sources was not."""
+    for name, tasks in (("a", {"sst2": "1", "cola": "2"}), ("b", {"sst2.yaml": "1"}), ("c", None)):
+        (tmp_path / name).mkdir()
+        if tasks is not None:
+            summary = {"recipe": "", "read": 1, "kept": 1, "steps": [{"name": "decontaminate", "against": tasks}]}
+            (tmp_path / name / "clean.json").write_text(json.dumps(summary))
+    assert common_decontamination([tmp_path / "a"]) == {"sst2": "1", "cola": "2"}
+    assert set((common_decontamination([tmp_path / "a", tmp_path / "b"]) or {}).values()) == {"1"}
+    assert common_decontamination([tmp_path / "a", tmp_path / "c"]) == {}
+    assert common_decontamination([tmp_path / "a", None]) == {}
+    assert common_decontamination([tmp_path / "c"]) is None
+
+
+def test_the_corpora_of_a_checkpoint_are_looked_up(tmp_path: Path) -> None:
+    """Catches a warning about models and corpora of which nothing is known, and one that is missing."""
+    model = tmp_path / "run" / "checkpoints" / "step-1" / "hf"
+    model.mkdir(parents=True)
+    for name, manifest in (("a", {"decontaminated": {"sst2": "1"}}), ("b", {"decontaminated": {}}), ("c", {})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text(json.dumps(manifest))
+    assert decontamination_of(model) == {}
+    trained_on = ", ".join(f"{{path: {tmp_path / name}}}" for name in "abcd")
+    (tmp_path / "run" / "config.yaml").write_text(f"corpus: {{train: [{trained_on}]}}\n")
+    assert decontamination_of(model) == {str(tmp_path / "a"): {"sst2": "1"}, str(tmp_path / "b"): {}}
+    (tmp_path / "run" / "config.yaml").write_text(f"corpus: {{train: {tmp_path / 'a'}}}\n")
+    assert decontamination_of(model) == {str(tmp_path / "a"): {"sst2": "1"}}

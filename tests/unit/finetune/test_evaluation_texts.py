@@ -1,0 +1,72 @@
+"""The texts that pretraining text is decontaminated against."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from experiment.config import load_config
+from experiment.decontamination import texts_digest
+from experiment.errors import UserError
+from finetune.config import FinetuneConfig
+from finetune.evaluation_texts import contamination_warnings, evaluation_texts
+
+
+def write(folder: Path, name: str, *lines: str) -> Path:
+    (folder / name).write_text("".join(f"{line}\n" for line in lines))
+    return folder / name
+
+
+def config(folder: Path, *splits: str, kind: str = "classification", columns: str = "{text: a, text_pair: b}") -> str:
+    files = "".join(f"  {split}: {folder / split}.tsv\n" for split in splits)
+    return str(
+        write(
+            folder,
+            "task.yaml",
+            f"run: {{dir: r}}\nmodel: {{init_from: m}}\ntask:\n  kind: {kind}\n  columns: {columns}\n{files}",
+        )
+    )
+
+
+def test_texts_of_validation_and_test_with_their_rows(tmp_path: Path) -> None:
+    """Catches labels among the texts, one of a pair that is left out, and a test split without labels."""
+    write(tmp_path, "train.tsv", "a\tb\tlabel", "t\tu\t1")
+    write(tmp_path, "validation.tsv", "a\tb\tlabel", "v one\tv two\t0")
+    write(tmp_path, "test.tsv", "a\tb", "t one\tt two")
+    found = evaluation_texts(config(tmp_path, "train", "validation", "test"))
+    assert [(text.split, text.place.rpartition("/")[2], text.text) for text in found] == [
+        ("validation", "validation.tsv:2", "v one"),
+        ("validation", "validation.tsv:2", "v two"),
+        ("test", "test.tsv:2", "t one"),
+        ("test", "test.tsv:2", "t two"),
+    ]
+
+
+def test_without_a_validation_file_the_drawn_part_counts(tmp_path: Path) -> None:
+    """Catches a split that fine-tuning draws from the training split and evaluates on."""
+    write(tmp_path, "train.tsv", "a\tb\tlabel", *(f"text {number}\tx\t{number % 2}" for number in range(40)))
+    found = evaluation_texts(config(tmp_path, "train"))
+    assert {text.split for text in found} == {"validation"}
+    assert len(found) == 8
+
+
+def test_a_corpus_that_was_not_decontaminated_is_named(tmp_path: Path) -> None:
+    """Catches a warning without a reason, and none although the texts of the task have changed since."""
+    model = tmp_path / "run" / "checkpoints" / "step-1" / "hf"
+    model.mkdir(parents=True)
+    write(tmp_path / "run", "config.yaml", f"corpus: {{train: {tmp_path}}}")
+    write(tmp_path, "test.tsv", "a\tb", "t one\tt two")
+    task = load_config(FinetuneConfig, config(tmp_path, "test")).task
+    manifest = {"decontaminated": {"task": texts_digest(["t one", "t two"])}}
+    assert list(contamination_warnings(task, model)) == []
+    write(tmp_path, "manifest.json", json.dumps(manifest))
+    assert list(contamination_warnings(task, model)) == []
+    write(tmp_path, "test.tsv", "a\tb", "t one\tt three")
+    (line,) = contamination_warnings(task, model)
+    assert line.startswith(f"the model was pretrained on {tmp_path}, which is not decontaminated against this task")
+
+
+def test_a_task_without_evaluation_texts(tmp_path: Path) -> None:
+    write(tmp_path, "test.tsv", "a\tb\tlabel", " \t \t1")
+    with pytest.raises(UserError, match=r"^it has no validation or test texts"):
+        evaluation_texts(config(tmp_path, "test"))

@@ -1,0 +1,45 @@
+"""Cleanings in this process: starting workers takes longer than the texts of the tests."""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiment.config import build_config
+from pretrain.cleaning import run
+from pretrain.cleaning.config import CleanConfig
+from pretrain.cleaning.step import EvaluationText
+
+Clean = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers are a thread."""
+
+    @contextmanager
+    def pool(workers: int, advice: str, initializer: Any, *arguments: Any) -> Iterator[ThreadPoolExecutor]:
+        initializer(*arguments)
+        with ThreadPoolExecutor(1) as threads:
+            yield threads
+
+    monkeypatch.setattr(run, "worker_pool", pool)
+
+
+@pytest.fixture
+def clean(in_process: None, tmp_path: Path) -> Clean:
+    """Clean lines of text with steps; returns clean.json. The documents are in tmp_path/out."""
+
+    def call(
+        lines: Sequence[str], *steps: dict[str, Any], evaluated: Sequence[str] = (), **keys: Any
+    ) -> dict[str, Any]:
+        source = tmp_path / "in.txt"
+        source.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        tree = {"source": str(source), "output": str(tmp_path / "out"), "steps": list(steps), **keys}
+        texts = [EvaluationText("task", "test", f"test.tsv:{number}", text) for number, text in enumerate(evaluated, 2)]
+        return dict(run.clean(build_config(CleanConfig, tree), lambda name: texts, 1))
+
+    return call

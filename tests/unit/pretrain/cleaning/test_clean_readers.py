@@ -1,0 +1,161 @@
+"""Formats that only `deepcloze clean` reads, and what is wrong with their files."""
+
+import bz2
+import gzip
+import io
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiment.config import build_config
+from experiment.errors import UserError
+from pretrain.cleaning.config import CleanConfig
+from pretrain.cleaning.markup import to_text
+from pretrain.cleaning.reading import find_inputs, read_inputs
+
+PARAGRAPH = "The lobster is a large animal that lives in the sea, and people like to eat it. "
+HTML = (
+    f"<html><body><nav>Home | Shop</nav><article><h1>Lobsters</h1><p>{PARAGRAPH * 4}</p><p>{PARAGRAPH * 3}</p>"
+    "</article></body></html>"
+)
+WIKI = """<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.11/">
+<page><title>Lobster</title><ns>0</ns><revision><text>{{Box|a=b}}The '''lobster''' is a [[sea|marine]] animal.
+&lt;ref&gt;A book&lt;/ref&gt;
+[[File:x.png|thumb|A picture]]It lives.
+{| class="wikitable"
+| cell
+|}
+[[Category:Animals]]</text></revision></page>
+<page><title>Talk:Lobster</title><ns>1</ns><revision><text>talk</text></revision></page>
+<page><title>Lobsters</title><ns>0</ns><redirect title="Lobster"/><revision><text>#R</text></revision></page>
+</mediawiki>"""
+FILM = (
+    '<document><s id="1"><time id="T1S"/><w id="1.1">Hello</w> <w id="1.2">there</w></s><s id="2">Bye .</s></document>'
+)
+
+
+def read(source: Path | str, **keys: Any) -> dict[str, str]:
+    """{end of the id: text}"""
+    tree = {"source": str(source), "output": "out", **keys}
+    config = build_config(CleanConfig, tree)
+    found = read_inputs(find_inputs(config), config)
+    return {document.id.rpartition("/")[2]: to_text(document.text, document.markup) for document in found}
+
+
+def make_zip(path: Path, members: Mapping[str, str]) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, text in members.items():
+            archive.writestr(name, text)
+    return path
+
+
+def warc(path: Path, kind: str = "response") -> Path:
+    from warcio.statusandheaders import StatusAndHeaders
+    from warcio.warcwriter import WARCWriter
+
+    with path.open("wb") as file:
+        writer = WARCWriter(file, gzip=path.suffix == ".gz")
+        for number in range(2):
+            content = io.BytesIO((HTML if kind == "response" else f"Text {number}").encode())
+            headers = StatusAndHeaders("200 OK", [("Content-Type", "text/html")], protocol="HTTP/1.1")
+            http = headers if kind == "response" else None
+            writer.write_record(
+                writer.create_warc_record(f"http://a.org/{number}", kind, payload=content, http_headers=http)
+            )
+    return path
+
+
+def test_web_archives(tmp_path: Path) -> None:
+    pages = read(warc(tmp_path / "a.warc.gz"))
+    assert list(pages) == ["a.warc.gz:1", "a.warc.gz:2"]
+    assert all(text.startswith("Lobsters\nThe lobster") and "Shop" not in text for text in pages.values())
+    assert read(warc(tmp_path / "b.warc.wet", "conversion")) == {"b.warc.wet:1": "Text 0", "b.warc.wet:2": "Text 1"}
+
+
+@pytest.mark.parametrize(
+    ("name", "cut", "message"),
+    [
+        ("a.warc.gz", 60, "a.warc.gz is damaged or truncated"),
+        ("a.warc", 100, "a.warc: record 2 is damaged or truncated: the record lacks 96 bytes"),
+    ],
+)
+def test_a_truncated_web_archive(tmp_path: Path, name: str, cut: int, message: str) -> None:
+    """Catches warcio's silence about a file that ends within a record."""
+    path = warc(tmp_path / name)
+    path.write_bytes(path.read_bytes()[:-cut])
+    with pytest.raises(UserError, match=message):
+        read(path)
+
+
+def test_a_dump_of_wikipedia(tmp_path: Path) -> None:
+    (tmp_path / "pages.xml.bz2").write_bytes(bz2.compress(WIKI.encode()))
+    (text,) = read(tmp_path / "pages.xml.bz2").values()
+    assert text.split() == ["The", "lobster", "is", "a", "marine", "animal.", "It", "lives."]
+    (tmp_path / "wiki.xml").write_text(WIKI[:-60])
+    with pytest.raises(UserError, match=r"wiki.xml: invalid XML after 2 pages: "):
+        read(tmp_path / "wiki.xml")
+    (tmp_path / "cut.xml.bz2").write_bytes(bz2.compress(WIKI.encode())[:-9])
+    with pytest.raises(UserError, match=r"cut.xml.bz2 is damaged or truncated"):
+        read(tmp_path / "cut.xml.bz2")
+
+
+def test_subtitles_of_films(tmp_path: Path) -> None:
+    (tmp_path / "1.xml.gz").write_bytes(gzip.compress(FILM.encode()))
+    assert read(tmp_path / "1.xml.gz") == {"1.xml.gz:1": "Hello there\nBye ."}
+    archive = make_zip(tmp_path / "en.zip", {"OpenSubtitles/xml/en/1.xml": FILM, "README": "x"})
+    assert read(archive) == {"1.xml:1": "Hello there\nBye ."}
+    (tmp_path / "bad.xml").write_text(FILM[:-4])
+    with pytest.raises(UserError, match=r"bad.xml: invalid XML: "):
+        read(tmp_path / "bad.xml")
+
+
+def test_moses_pairs(tmp_path: Path) -> None:
+    sides = {"O.en-zh.en": "a\nb\nc\n", "O.en-zh.zh": "甲\n乙\n丙\n"}
+    ids = {"O.en-zh.ids": "en/1\tzh/1\t1\t1\nen/1\tzh/1\t2\t2\nen/2\tzh/2\t1\t1\n"}
+    found = read(make_zip(tmp_path / "a.zip", {**sides, **ids}))
+    assert list(found.values()) == ["a\nb", "c", "甲\n乙", "丙"]
+    assert len(read(make_zip(tmp_path / "b.zip", sides))) == 6
+
+
+def test_dialogues(tmp_path: Path) -> None:
+    separator = " +++$+++ "
+    lines = [["L1", "u0", "m0", "A", "Hi café"], ["L2", "u1", "m0", "B", "Hello."]]
+    (tmp_path / "movie_lines.txt").write_text("\n".join(map(separator.join, lines)), encoding="iso-8859-1")
+    conversations = tmp_path / "movie_conversations.txt"
+    conversations.write_text(separator.join(["u0", "u1", "m0", "['L1', 'L2']"]))
+    assert read(conversations) == {"movie_conversations.txt:1": "Hi café\nHello."}
+    conversations.write_text(separator.join(["u0", "u1", "m0", "['L1', 'L9']"]))
+    with pytest.raises(UserError, match=r"movie_conversations.txt:1: expected a list of lines of movie_lines.txt"):
+        read(conversations)
+    (tmp_path / "dialogues_text.txt").write_text("Hi . __eou__ Hello . __eou__\n")
+    assert read(tmp_path / "dialogues_text.txt") == {"dialogues_text.txt:1": "Hi .\nHello ."}
+
+
+def test_a_folder_of_several_formats_in_order(tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_text("second\n")
+    (tmp_path / "a.html").write_text(HTML)
+    (tmp_path / "c.bin").write_bytes(b"\0")
+    assert list(read(tmp_path)) == ["a.html:1", "b.txt:1"]
+    assert list(read(tmp_path / "c.bin", format="html")) == ["c.bin:1"]
+
+
+def test_metadata_of_tables(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one", "url": "http://a.org", "more": 1}\n')
+    config = build_config(CleanConfig, {"source": str(tmp_path), "output": "out", "metadata": ["url"]})
+    (document,) = read_inputs(find_inputs(config), config)
+    assert (document.text, document.metadata) == ("one", {"url": "http://a.org"})
+    with pytest.raises(UserError, match=r"a.jsonl:1: no column 'title'; found: text, url, more"):
+        read(tmp_path, metadata=["title"])
+
+
+def test_two_files_of_one_name(tmp_path: Path) -> None:
+    """Catches documents with the same id."""
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.txt", "one\n")
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            archive.writestr("a.txt", "two\n")
+    with pytest.raises(UserError, match=r"there are two files called .*a.zip::a.txt"):
+        read(tmp_path / "a.zip")

@@ -1,0 +1,159 @@
+"""The whole cleaning: same bytes however it is run, nothing is lost, and what is in the way is refused."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiment.config import build_config
+from experiment.errors import UserError
+from pretrain.cleaning import run, stages
+from pretrain.cleaning.config import CleanConfig
+from pretrain.cleaning.parts import read_documents
+from pretrain.corpus.sources import find_sources
+
+STEPS = [
+    {"ftfy": {}},
+    {"exact_dedup": {}},
+    {"length": {"min_words": 2}},
+    {"minhash": {"ngram": 3}},
+    {"line_dedup": {}},
+    {"sample": {"rate": 0.9}},
+]
+
+
+def texts_of(folder: Path) -> list[str]:
+    return [document.text for path in sorted(folder.glob("*.jsonl.zst")) for document in read_documents(path)]
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CleanConfig:
+    """A source of 600 lines in two files, a third of them duplicates."""
+    monkeypatch.setattr(stages, "_PART_DOCUMENTS", 50)
+    for name, start in (("a.txt", 0), ("b.txt", 200)):
+        lines = [" ".join(f"{word}{number % 400}" for word in "abcdefgh") for number in range(start, start + 300)]
+        (tmp_path / name).write_text("\n".join(lines) + "\n")
+    source = f"{tmp_path}/a.txt,{tmp_path}/b.txt"
+    return build_config(CleanConfig, {"source": source, "output": str(tmp_path / "out"), "steps": STEPS})
+
+
+def clean(config: CleanConfig, folder: Path, workers: int = 1) -> dict[str, str]:
+    run.clean(config.model_copy(update={"output": str(folder)}), lambda name: [], workers)
+    return digests(folder)
+
+
+def test_worker_processes_write_the_same_bytes(config: CleanConfig, tmp_path: Path) -> None:
+    """Catches results in the order of their arrival, and steps that cannot be sent to a process."""
+    assert clean(config, tmp_path / "one", 1) == clean(config, tmp_path / "two", 2)
+
+
+def test_an_interrupted_cleaning_resumes_with_the_same_bytes(
+    config: CleanConfig, tmp_path: Path, in_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches parts that are done again, lost or taken twice, wherever the process was killed."""
+    whole = clean(config, tmp_path / "whole")
+    process, calls = stages._process, list[tuple[int, int]]()
+
+    def interrupted(number: int, folder: Path, part: int, *arguments: Any) -> int:
+        if len(calls) % 7 == 6:
+            calls.append((-1, -1))
+            raise KeyboardInterrupt
+        calls.append((number, part))
+        return process(number, folder, part, *arguments)
+
+    monkeypatch.setattr(stages, "_process", interrupted)
+    for _ in range(20):
+        try:
+            found = clean(config, tmp_path / "out")
+            break
+        except KeyboardInterrupt:
+            assert not (tmp_path / "out").exists()
+    assert found == whole
+    done = [call for call in calls if call != (-1, -1)]
+    assert len(done) == len(set(done)) > 30
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_duplicates_go_and_everything_is_counted(clean: Any, tmp_path: Path) -> None:
+    """Catches documents that are lost without being counted, and counts that do not add up."""
+    lines = ["first line of text", "second line of text", "", "first line of text", "x"]
+    found = clean(lines, {"exact_dedup": {}}, {"length": {"min_characters": 2}})
+    assert (found["read"], found["kept"]) == (4, 2)
+    assert [(step["name"], step["read"], step["dropped"]) for step in found["steps"]] == [
+        ("exact_dedup", 4, 1),
+        ("length", 3, 1),
+    ]
+    (example,) = found["steps"][0]["rules"]["duplicate"]["examples"]
+    assert (example["id"], example["detail"]) == (f"{tmp_path}/in.txt:4", f"of {tmp_path}/in.txt:1")
+    assert texts_of(tmp_path / "out") == lines[:2]
+    assert json.loads((tmp_path / "out" / "clean.json").read_text()) == found
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "first line of text" in page
+    assert "second line of text" not in page
+
+
+def test_the_result_is_a_source_of_a_corpus(clean: Any, tmp_path: Path) -> None:
+    """Catches clean.json being read as text."""
+    clean(["one text"], {"exact_dedup": {}})
+    assert [Path(source.name).name for source in find_sources(str(tmp_path / "out"))] == ["data-00000.jsonl.zst"]
+
+
+def test_each_rule_has_twenty_examples_of_all_parts(clean: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches examples that are the first ones."""
+    monkeypatch.setattr(stages, "_PART_DOCUMENTS", 40)
+    found = clean([f"{number}" for number in range(400)], {"length": {"min_characters": 10}})
+    examples = found["steps"][0]["rules"]["too_few_characters"]["examples"]
+    assert len(examples) == 20
+    assert len({int(example["text"]) // 40 for example in examples}) > 4
+    assert found["kept"] == 0
+
+
+def test_a_finished_result_is_kept_and_another_one_refused(clean: Any, tmp_path: Path) -> None:
+    """Catches a result that is overwritten, or taken for that of another config or source."""
+    first = clean(["a text"], {"exact_dedup": {}})
+    assert clean(["a text"], {"exact_dedup": {}}) == first
+    with pytest.raises(UserError, match="another config, or of other sources"):
+        clean(["a text"], {"length": {}})
+    with pytest.raises(UserError, match="another config, or of other sources"):
+        clean(["b text"], {"exact_dedup": {}})
+    (tmp_path / "out" / "clean.json").unlink()
+    with pytest.raises(UserError, match="already holds something that was not cleaned"):
+        clean(["a text"], {"exact_dedup": {}})
+
+
+def test_an_unfinished_cleaning_of_another_text_is_refused(
+    config: CleanConfig, tmp_path: Path, in_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches parts of two texts in one result. The file keeps its size."""
+
+    def fail(*arguments: Any) -> int:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_join", fail)
+        with pytest.raises(KeyboardInterrupt):
+            clean(config, tmp_path / "out")
+    (tmp_path / "out.partial" / "pass-0" / "done.json").unlink()
+    text = (tmp_path / "a.txt").read_text()
+    (tmp_path / "a.txt").write_text(text.replace("a0", "z0"))
+    with pytest.raises(UserError, match="the source changed"):
+        clean(config, tmp_path / "out")
+
+
+def test_a_missing_package_is_one_message(clean: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a traceback from a worker."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"steps.0.ftfy: ftfy is not installed; run: pip install 'deepcloze\[clean\]'"):
+        clean(["a"], {"ftfy": {}})
+
+
+def test_a_library_that_fails_names_the_document(clean: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ftfy.fix_text", lambda *arguments, **keys: 1 / 0)
+    with pytest.raises(UserError, match=r"in.txt:1: the step ftfy fails on this document: ZeroDivisionError"):
+        clean(["a"], {"ftfy": {}})

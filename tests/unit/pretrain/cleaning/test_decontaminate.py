@@ -1,0 +1,82 @@
+"""Decontamination: what is planted is found, and ordinary text is kept."""
+
+from typing import Any
+
+import pytest
+
+from experiment.decontamination import read_decontamination, texts_digest
+from experiment.errors import UserError
+from pretrain.cleaning.steps.decontaminate import Index
+
+LONG = "a gorgeous, witty and seductive movie that takes its time to say what nobody in the room had dared to say"
+SHORT = "it's a charming and often affecting journey"
+
+
+def words(count: int, name: str = "w") -> str:
+    return " ".join(f"{name}{number}" for number in range(count))
+
+
+@pytest.mark.parametrize(
+    ("text", "is_found"),
+    [
+        (f"Before it. {LONG.upper()}! After.", True),
+        (f"Before {' '.join(LONG.split()[4:17])} after", True),  # 13 words
+        (f"Before {' '.join(LONG.split()[4:16])} after", False),  # 12 words
+        ("They wrote: “It’s a charming, and often affecting, journey”.", True),
+        ("It's a charming and often dull journey", False),
+        ("not bad", True),
+        ("Yesterday.\nNot bad!\nToday.", True),
+        ("It was not bad at all", False),
+        ("这部电影非常好看我们都很喜欢它", True),
+        ("这部电影不好看", False),
+    ],
+)
+def test_matches(text: str, is_found: bool) -> None:
+    """Catches n-grams of the wrong length, short texts that are missed, and ones so short that they match by chance."""
+    index = Index([LONG, SHORT, "not bad", "这部电影非常好看我们都很喜欢"], ngram=13, min_words=5)
+    assert (next(index.matches(text), None) is not None) == is_found
+
+
+def test_an_ngram_at_the_end_of_a_document_is_whole() -> None:
+    """Catches a match that goes beyond the last word."""
+    index = Index([words(13)], ngram=13, min_words=5)
+    assert next(index.matches(words(12)), None) is None
+    assert next(index.matches("x " + words(13)), None) == (1, 14, 0)
+
+
+def test_documents_are_dropped_and_listed(clean: Any, tmp_path: Any) -> None:
+    """Catches matches that are not in clean.json, which users have to check, and a missing record for the manifest."""
+    found = clean([f"He said: {LONG}.", words(40)], {"decontaminate": {"against": ["task"]}}, evaluated=[SHORT, LONG])
+    step = found["steps"][0]
+    assert (found["kept"], step["dropped"]) == (1, 1)
+    assert step["matches"] == [
+        {
+            "id": f"{tmp_path}/in.txt:1",
+            "rule": "contaminated",
+            "match": "task test, test.tsv:3: a gorgeous witty and seductive movie that takes its time to say what",
+        }
+    ]
+    assert read_decontamination(tmp_path / "out") == {"task": texts_digest([LONG, SHORT])}
+    assert read_decontamination(tmp_path) is None
+
+
+def test_sentences_are_cut(clean: Any, tmp_path: Any) -> None:
+    """Catches a cut that takes the whole document, or leaves a part of the match."""
+    lines = [f"One. Two says {LONG}. Three.", LONG]
+    found = clean(lines, {"decontaminate": {"against": ["task"], "action": "cut"}}, evaluated=[LONG])
+    step = found["steps"][0]
+    assert (step["changed"], step["dropped"], len(step["matches"])) == (1, 1, 2)
+    example = step["rules"]["contaminated_sentences"]["examples"][0]
+    assert example["text"] == lines[0]
+    from pretrain.cleaning.parts import read_documents
+
+    (document,) = read_documents(tmp_path / "out" / "data-00000.jsonl.zst")
+    assert document.text == "One. Three."
+
+
+def test_another_test_split_is_another_cleaning(clean: Any) -> None:
+    """Catches a result that is kept although the texts of a task have changed."""
+    step = {"decontaminate": {"against": ["task"]}}
+    clean([words(40)], step, evaluated=[LONG])
+    with pytest.raises(UserError, match="another config"):
+        clean([words(40)], step, evaluated=[SHORT])

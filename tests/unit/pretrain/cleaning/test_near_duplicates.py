@@ -1,0 +1,49 @@
+"""MinHash: what it finds, what it keeps, and that it never removes what is different."""
+
+import numpy as np
+import pytest
+
+from benchmarks.near_duplicates import measure, plant
+from pretrain.cleaning.near_duplicates import NgramSets, choose_bands, choose_duplicates, hash_ngrams, sketch
+
+
+def kept_instead(*texts: str, threshold: float = 0.8, parts: int = 1) -> list[int]:
+    bands, hashed = choose_bands(threshold), [hash_ngrams(text, 3) for text in texts]
+    sets = [NgramSets.of(list(part)) for part in np.array_split(np.array([*hashed, None], object)[:-1], parts)]
+    return choose_duplicates([sketch(part, bands) for part in sets], sets, threshold).tolist()
+
+
+def test_pairs_above_the_threshold_are_found_and_no_others_removed() -> None:
+    """Catches wrong bands or hash functions (recall), and removals by hash alone or along chains (precision)."""
+    result = measure(plant(1500, seed=3), 0.8)
+    above = result.similarities >= 0.8
+    assert above.sum() > 100
+    assert result.found[above].mean() >= 0.95
+    assert result.of_removed.min() >= 0.8
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.5, 0.7, 0.8, 0.9, 1.0])
+def test_bands_find_the_threshold_with_few_hashes(threshold: float) -> None:
+    """Catches a choice of bands that misses pairs at the threshold, or takes long."""
+    bands = choose_bands(threshold)
+    assert 1 - (1 - threshold**bands.rows) ** bands.count >= 0.99
+    assert bands.rows * bands.count <= 128
+
+
+def test_similarity_is_not_passed_on_along_a_chain() -> None:
+    """Catches connected components: the last text is similar to the one before it only, which is removed."""
+    words = [f"w{number}" for number in range(140)]
+    chain = [" ".join(words[start : start + 100]) for start in (0, 10, 20)]
+    assert kept_instead(*chain, threshold=0.75) == [-1, 0, -1]
+
+
+def test_the_first_of_duplicates_is_kept_in_any_division_into_parts() -> None:
+    """Catches an index that counts from the beginning of a part."""
+    first, second = "one two three four five six", "seven eight nine ten eleven twelve"
+    texts = [first, second, "other words that nobody has written", first.upper(), second + "!", first]
+    assert kept_instead(*texts) == kept_instead(*texts, parts=3) == [-1, -1, -1, 0, 1, 0]
+
+
+def test_numbers_make_a_difference() -> None:
+    """Catches a normalization under which tables and lists of numbers are all the same."""
+    assert kept_instead("1 2 3 4 5 6", "7 8 9 10 11 12") == [-1, -1]

@@ -1,0 +1,157 @@
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiment.errors import UserError
+from launcher.cli import main
+from pretrain.corpus import engines, shards, splits
+from pretrain.corpus.build import build_corpus
+from pretrain.corpus.job_array import array_share
+from pretrain.corpus.options import CorpusOptions
+from waiting import wait_until
+
+needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="the package ray is not installed")
+
+
+@pytest.fixture(autouse=True)
+def source(tmp_path: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Files that become several splits."""
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 700)
+    monkeypatch.setattr(splits, "MIN_SPLIT_BYTES", 1000)
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for number in range(4):
+        (folder / f"{number}.txt").write_text("\n".join(lines[number::4]) + "\n", encoding="utf-8")
+    return folder
+
+
+def flags(folder: Path, source: Path, tokenizer: Path, *more: str) -> list[str]:
+    return ["corpus", f"--source={source}", f"--tokenizer={tokenizer}", f"--output={folder}", *more]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def whole(tmp_path: Path, source: Path, vocabulary_folder: Path) -> Path:
+    """The corpus as one process builds it."""
+    build_corpus(CorpusOptions(source=source, tokenizer=vocabulary_folder, output=tmp_path / "whole", workers=1))
+    return tmp_path / "whole"
+
+
+def array_task(patch: pytest.MonkeyPatch, number: int, count: int) -> None:
+    """Set the variables of a task of --array=1-COUNT."""
+    for name, value in {"ID": number, "MIN": 1, "MAX": count, "STEP": 1, "COUNT": count}.items():
+        patch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
+
+
+def test_tasks_of_a_job_array(
+    tmp_path: Path,
+    source: Path,
+    vocabulary_folder: Path,
+    whole: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Catches splits that no task takes, and a corpus with other bytes, or written before all are finished."""
+    command = flags(tmp_path / "c", source, vocabulary_folder, "--engine=slurm", "--workers=1")
+    for number in (3, 1, 2):
+        assert not (tmp_path / "c").exists()
+        array_task(monkeypatch, number, 3)
+        assert main(command) == 0
+    assert contents(tmp_path / "c") == contents(whole)
+    assert not (tmp_path / "c.partial").exists()
+    assert main(command) == 0
+    assert "already exists" in capsys.readouterr().out
+
+
+def test_a_job_array_samples_in_two_rounds(
+    tmp_path: Path, source: Path, vocabulary_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches documents that are drawn before all are counted."""
+    sample = ["--holdout=20", "--limit=100", "--workers=1"]
+    assert main(flags(tmp_path / "whole", source, vocabulary_folder, *sample)) == 0
+    for _ in range(2):
+        assert not (tmp_path / "c").exists()
+        for number in (1, 2):
+            array_task(monkeypatch, number, 2)
+            assert main(flags(tmp_path / "c", source, vocabulary_folder, *sample, "--engine=slurm")) == 0
+    for part in ("", "-heldout"):
+        assert contents(tmp_path / f"c{part}") == contents(tmp_path / f"whole{part}")
+
+
+@pytest.mark.parametrize("variables", [{}, {"MAX": 9}], ids=["no array", "gaps"])
+def test_environment_without_a_share(variables: dict[str, int]) -> None:
+    """Catches splits that no task or two tasks would take."""
+    found = {"ID": 1, "MIN": 1, "MAX": 4, "STEP": 1, "COUNT": 4} | variables if variables else {}
+    with pytest.raises(UserError, match="--engine slurm: expected"):
+        array_share({f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in found.items()})
+    assert array_share(
+        {f"SLURM_ARRAY_TASK_{name}": "2" for name in ("ID", "MIN", "MAX", "STEP")} | {"SLURM_ARRAY_TASK_COUNT": "1"}
+    ) == (0, 1)
+
+
+@pytest.mark.soak
+@needs_ray
+def test_ray(tmp_path: Path, source: Path, vocabulary_folder: Path, whole: Path, ray_head: str) -> None:
+    """Catches a corpus of Ray's tasks with other bytes than one of this machine, and errors with Ray's traceback."""
+    ray = ["--engine=ray", f"--ray_address={ray_head}"]
+    assert main(flags(tmp_path / "c", source, vocabulary_folder, *ray)) == 0
+    assert contents(tmp_path / "c") == contents(whole)
+    (source / "2.txt").write_bytes(b"good\nba\xff\n")
+    options: dict[str, Any] = {"source": source, "tokenizer": vocabulary_folder, "output": tmp_path / "d"}
+    with pytest.raises(UserError, match=r"2\.txt:2: not UTF-8 text \(byte 0xff at column 3\)"):
+        build_corpus(CorpusOptions(**options, engine="ray", ray_address=ray_head))
+
+
+@pytest.fixture
+def ray_head() -> Iterator[str]:
+    """The address of a Ray cluster of one node."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = "ray start --head --block --include-dashboard=false --disable-usage-stats --object-store-memory=100000000"
+    process = subprocess.Popen(
+        [str(Path(sys.executable).with_name("ray")), *command.split()[1:], f"--port={port}", "--num-cpus=2"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
+        yield f"127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def test_ray_is_not_installed(
+    tmp_path: Path, source: Path, vocabulary_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a traceback instead of the name of the extra."""
+    monkeypatch.setitem(sys.modules, "ray", None)
+    options: dict[str, Any] = {"source": source, "tokenizer": vocabulary_folder, "output": tmp_path / "c"}
+    with pytest.raises(UserError, match=r"--engine ray needs Ray; install it with: pip install 'deepcloze\[ray\]'"):
+        build_corpus(CorpusOptions(**options, engine="ray"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+class _NoCluster:
+    """Stands for Ray without a cluster."""
+
+    @staticmethod
+    def init(**_: object) -> None:
+        raise ConnectionError("Could not find any running Ray instance.\nMore lines")
+
+
+def test_no_cluster_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a traceback instead of the address that does not answer."""
+    monkeypatch.setitem(sys.modules, "ray", _NoCluster)
+    with pytest.raises(UserError, match=r"--ray_address 10\.0\.0\.1:6379: no Ray cluster answers \(Could not find"):
+        engines.open_engine(1, None, "ray", "10.0.0.1:6379").__enter__()

@@ -1,0 +1,207 @@
+import gzip
+import io
+import itertools
+import json
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from experiment.errors import UserError
+from pretrain.corpus import documents, splits
+from pretrain.corpus.documents import locate_lines, read_documents
+from pretrain.corpus.formats import Document, Range, ReadStats, parse_documents
+from pretrain.corpus.options import TextOptions
+from pretrain.corpus.sources import Span, find_sources
+from pretrain.corpus.splits import plan_splits
+
+TEXT = "".join(
+    f"{'= ' * (i % 7 == 0)}line {i} {'of words ' * (i % 11)}\r\n"[i % 2 :] + "\n" * (i % 5) for i in range(90)
+)
+
+
+def csv_text() -> str:
+    return "id,text\n" + "".join(
+        f'{i},"row {i}\n, ""quoted"" {"x" * (i % 13)}\n"\n' + "\n" * (i % 4) for i in range(80)
+    )
+
+
+def gzip_members(data: bytes, size: int = 100) -> bytes:
+    """Members that end anywhere in a line, with the magic number of a member in one of them, uncompressed."""
+    cut = [data[first : first + size] for first in range(0, len(data), size)]
+    return b"".join(gzip.compress(part, compresslevel=number % 2 * 9) for number, part in enumerate(cut)) + b"\0" * 9
+
+
+def zstandard_frames(data: bytes, size: int = 100) -> bytes:
+    """Frames, and between them skippable ones, as pzstd writes them."""
+    frame = zstandard.ZstdCompressor().compress
+    cut = [data[first : first + size] for first in range(0, len(data), size)]
+    return b"".join(b"\x50\x2a\x4d\x18\x04\0\0\0size" + frame(part) for part in cut)
+
+
+def streamed_zstandard(data: bytes) -> bytes:
+    """A frame that does not tell the size of its content."""
+    compressor = zstandard.ZstdCompressor().compressobj()
+    return compressor.compress(data) + compressor.flush()
+
+
+def parquet(path: Path) -> None:
+    pq.write_table(pa.table({"text": [f"row {i}" if i % 6 else None for i in range(300)]}), path, row_group_size=20)
+
+
+def members() -> dict[str, bytes]:
+    return {f"{i % 3}/{i}.{'txt' if i % 4 else 'bin'}": f"member {i}\n\nof it\n".encode() * (i % 5) for i in range(40)}
+
+
+def zip_file(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in members().items():
+            archive.writestr(name, data)
+
+
+def tar_bytes(mode: str) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode=f"w:{mode}") as archive:  # type: ignore[call-overload]
+        for name, data in members().items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+JSON_LINES = "".join(json.dumps({"text": f"é {i}\n" * (i % 5)}) + "\n" * (1 + i % 3) for i in range(150)).encode()
+FILES: dict[str, bytes | Callable[[Path], None]] = {
+    "a.txt": b"\xef\xbb\xbf" + TEXT.encode() + b"\xef\xbb\xbflast",
+    "a.jsonl": JSON_LINES,
+    "a.csv": csv_text().encode(),
+    "a.csv.gz": gzip.compress(csv_text().encode()),
+    "one.txt.gz": gzip.compress(TEXT.encode()),
+    "members.txt.gz": gzip_members(TEXT.encode()),
+    "members.jsonl.gz": gzip_members(JSON_LINES, 333),
+    "one.txt.zst": zstandard.ZstdCompressor().compress(TEXT.encode()),
+    "streamed.txt.zst": streamed_zstandard(TEXT.encode()),
+    "frames.txt.zst": zstandard_frames(TEXT.encode()),
+    "a.parquet": parquet,
+    "a.zip": zip_file,
+    "a.tar": tar_bytes(""),
+    "a.tar.gz": tar_bytes("gz"),
+}
+
+
+def small_splits(patch: pytest.MonkeyPatch, size: int) -> None:
+    patch.setattr(splits, "MIN_SPLIT_BYTES", size)
+    patch.setattr(splits, "MAX_SPLIT_BYTES", size)
+
+
+@pytest.mark.parametrize("size", [11, 64, 200])
+@pytest.mark.parametrize("flags", [{}, {"document": "blank_line"}, {"document_start": "^= "}], ids=str)
+@pytest.mark.parametrize("name", FILES)
+def test_splits_give_the_documents_of_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, flags: dict[str, Any], size: int
+) -> None:
+    """Catches documents that are lost, repeated, cut or reordered at the border of two splits, and wrong lines."""
+    written = FILES[name]
+    if isinstance(written, bytes):
+        (tmp_path / name).write_bytes(written)
+    else:
+        written(tmp_path / name)
+    sources, options = find_sources(tmp_path / name), TextOptions(**flags)
+    small_splits(monkeypatch, size)
+    stats = ReadStats()
+    expected = list(read_documents(map(Span, sources), options, stats))
+    planned = plan_splits(sources, options)
+    assert len(planned) > 2
+    assert len({split.key for split in planned}) == len(planned)
+    found, matches, archives = list[Document](), 0, 0
+    for split in planned:
+        part = ReadStats()
+        found += read_documents(map(locate_lines, split.spans), options, part)
+        matches += part.start_matches
+        archives += sum(members.read for members in part.archives.values())
+    assert found == expected
+    assert matches == stats.start_matches
+    assert archives == sum(members.read for members in stats.archives.values())
+
+
+@given(
+    text=st.text("ab \n\r", max_size=60),
+    borders=st.sets(st.integers(1, 60), max_size=6),
+    flags=st.sampled_from([{}, {"document": "blank_line"}, {"document_start": "^a"}]),
+)
+def test_any_borders_give_the_same_documents(text: str, borders: set[int], flags: dict[str, str]) -> None:
+    """Catches a border at a line break, a blank line or the end of the file that is taken for another one."""
+    options, content = TextOptions(**flags), text.encode()
+
+    def read(part: Range) -> list[Document]:
+        return list(parse_documents(io.BytesIO(content), "a.txt", "a.txt", options, ReadStats(), part))
+
+    ends = [0, *sorted(borders), None]
+    ranges = [
+        Range("bytes", start or 0, stop, content[: start or 0].count(b"\n")) for start, stop in itertools.pairwise(ends)
+    ]
+    assert [document for part in ranges for document in read(part)] == read(Range())
+
+
+def test_small_files_share_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a task for every small file, and a file that grows and moves the borders of all splits after it."""
+    for number in range(200):
+        (tmp_path / f"{number:03}.txt").write_text("x" * 30)
+    small_splits(monkeypatch, 1000)
+    before = plan_splits(find_sources(tmp_path), TextOptions())
+    assert 5 <= len(before) <= 7
+    assert [span.source for split in before for span in split.spans] == list(find_sources(tmp_path))
+    (tmp_path / "050.txt").write_text("x" * 33)
+    after = plan_splits(find_sources(tmp_path), TextOptions())
+    assert len({split.key for split in after} - {split.key for split in before}) <= 2
+
+
+@pytest.mark.parametrize(("mebibytes", "count", "size"), [(3, 3, 1), (5000, 2500, 2), (10**7, 156_250, 64)])
+def test_size_of_splits(mebibytes: int, count: int, size: int) -> None:
+    """Catches thousands of splits of a small source, and splits of a large one that take hours."""
+    source = splits.Source("file", "a.txt", bytes=mebibytes << 20)
+    planned = plan_splits([source], TextOptions())
+    assert (len(planned), planned[0].bytes) == (count, size << 20)
+
+
+def test_document_of_a_whole_file_is_not_divided(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a document that is cut."""
+    (tmp_path / "a.txt").write_text(TEXT)
+    (tmp_path / "a.txt.gz").write_bytes(gzip_members(TEXT.encode()))
+    small_splits(monkeypatch, 50)
+    assert len(plan_splits(find_sources(tmp_path), TextOptions(document="file"))) == 2
+
+
+def test_hub_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches rows of a data set that are lost or repeated."""
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(50)))
+    monkeypatch.setattr(splits, "_HUB_ROWS", 7)
+    documents.load_hub_rows.cache_clear()
+    planned = plan_splits(find_sources(f"hub:{tmp_path}"), TextOptions())
+    found = [list(read_documents(split.spans, TextOptions(), ReadStats())) for split in planned]
+    assert len(found) == 8
+    assert [(document.text, document.line) for part in found for document in part] == [
+        (f"row {i}", i + 1) for i in range(50)
+    ]
+
+
+def test_a_damaged_member_at_a_border(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a member that is skipped because the search for the next one does not recognize it."""
+    data = gzip_members(TEXT.encode())
+    begins = [number for number in range(len(data)) if data.startswith(b"\x1f\x8b\x08", number)]
+    for begin in begins[1:]:
+        damaged = data[: begin + 2] + b"\x07" + data[begin + 3 :]
+        path = tmp_path / "a.txt.gz"
+        path.write_bytes(damaged)
+        small_splits(monkeypatch, 90)
+        spans = [span for split in plan_splits(find_sources(path), TextOptions()) for span in split.spans]
+        assert len(spans) > 3
+        with pytest.raises(UserError, match=r"a\.txt\.gz is damaged or truncated"):
+            list(read_documents(spans, TextOptions(), ReadStats()))
