@@ -42,7 +42,7 @@ CLUSTER_TUTORIAL = "docs/pretrain_on_a_cluster.md"  # runs on two hosts, in test
 _PROGRAMS = (
     r"deepcloze|deepspeed|(?:\.venv/bin/)?python3?|pip|make|git|hf|wandb|tensorboard|sudo|apt-get|ssh|ssh-\w+|scp|"
     r"rsync|for|export|echo|cd|source|\.|curl|wget|jq|mkdir|cp|mv|touch|kill|openssl|docker|podman|apptainer|mpirun|srun|"
-    r"sbatch|kubectl|tmux|nvidia-smi"
+    r"sbatch|ray|kubectl|tmux|nvidia-smi"
 )
 _COMMAND = re.compile(rf"\$ (.+)|((?:[A-Z_]+=\S+ )*(?:{_PROGRAMS}) .+)")
 # A flag shows a command, unless the line is output: `fix: ssh node-2 …`. Fails where a program is missing above.

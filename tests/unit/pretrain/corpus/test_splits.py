@@ -205,3 +205,23 @@ def test_a_damaged_member_at_a_border(tmp_path: Path, monkeypatch: pytest.Monkey
         assert len(spans) > 3
         with pytest.raises(UserError, match=r"a\.txt\.gz is damaged or truncated"):
             list(read_documents(spans, TextOptions(), ReadStats()))
+
+
+def test_a_member_inside_another_one(tmp_path: Path) -> None:
+    """Catches a range that starts with a member that only looks like one, so that documents are lost or repeated."""
+    inner = gzip.compress(b"inner\n")
+    extra = len(inner).to_bytes(2, "little") + inner
+    outer = gzip.compress(b"outer\n")
+    outer = outer[:3] + b"\x04" + outer[4:10] + extra + outer[10:]  # FEXTRA, see RFC 1952
+    first = gzip.compress(b"first\n")
+    path = tmp_path / "a.txt.gz"
+    path.write_bytes(first + outer + gzip.compress(b"last\n"))
+    (source,) = find_sources(path)
+    assert [document.text for document in read_documents([Span(source)], TextOptions(), ReadStats())] == [
+        "first",
+        "outer",
+        "last",
+    ]
+    part = Range("compressed", 0, len(first) + 5)
+    with pytest.raises(UserError, match=r"a\.txt\.gz is damaged or truncated: cannot tell where its parts begin"):
+        list(read_documents([Span(source, part)], TextOptions(), ReadStats()))
