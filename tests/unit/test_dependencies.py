@@ -16,10 +16,11 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PRODUCT = ("launcher", "pretrain", "finetune", "experiment")
 # Needed without an import: command-line tools, pytest plugins, stubs for mypy; transformers' Trainer needs accelerate,
 # starlette's test client httpx2, and its forms python-multipart; torch.onnx needs onnxscript. A test asks pytest for
-# schemathesis.
+# schemathesis. Tests start moto's server as a process.
 NOT_IMPORTED = {
     "accelerate",
     "httpx2",
+    "moto",
     "mypy",
     "onnxscript",
     "pytest-timeout",

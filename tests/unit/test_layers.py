@@ -31,6 +31,7 @@ ONLY_IN = {
     "fastapi": ("finetune.serve",),
     "onnx": ("finetune.export",),
     "onnxruntime": ("finetune.export", "finetune.onnx_model"),
+    "fsspec": ("experiment.storage",),
     "datasets": ("pretrain.corpus", "finetune.data"),
 }
 
