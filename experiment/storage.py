@@ -15,7 +15,7 @@ import random
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, Protocol, TypeVar
 
 from experiment.errors import UserError, first_line
 
@@ -57,8 +57,20 @@ _PASSING_NUMBERS = {
 }
 
 
+class Digest(Protocol):
+    """A checksum of hashlib or xxhash."""
+
+    def update(self, data: bytes, /) -> None: ...
+
+    def hexdigest(self) -> str: ...
+
+
 class StorageError(UserError):
     """What a URL names cannot be read or written."""
+
+
+class DamagedError(StorageError):
+    """A file whose content is not the expected one."""
 
 
 class UnreachableError(StorageError):
@@ -164,7 +176,11 @@ def upload(path: Path, url: str) -> None:
         fs, target = _open_filesystem(url)
         fs.put_file(str(path), target)
 
-    _retrying(url, put)
+    try:
+        _retrying(url, put)
+    except StorageError:
+        path.stat()  # raises if the file was deleted meanwhile
+        raise
 
 
 def delete(url: str) -> None:
@@ -180,37 +196,44 @@ def delete(url: str) -> None:
 
 
 def download(
-    url: str, path: Path, size: int, sha256: str | None = None, advance: Callable[[int], None] = lambda _: None
+    url: str,
+    path: Path,
+    size: int,
+    checksum: str | None = None,
+    algorithm: Callable[[], Digest] = hashlib.sha256,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Copy a file to a local path, which is complete or does not exist.
+    """Copy a file to a local path, which is complete or does not exist. No other process may do so.
 
     What an interrupted call has copied, beside it, is continued. A copy with a wrong size or checksum is made again.
 
     Args:
         size: bytes that are expected.
-        sha256: that is expected, in hexadecimal.
+        checksum: that is expected, in hexadecimal.
+        algorithm: of the checksum.
         advance: called with the bytes that were copied, or found; negative if they are given up.
 
-    Raises StorageError, and OSError if the local disk fails.
+    Raises StorageError, which is a DamagedError for a wrong checksum or size, and OSError if the local disk fails.
     """
     partial = path.with_name(f".{path.name}.partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        path.replace(partial)
     problem = ""
     for _ in range(_DOWNLOADS):
-        copied, digest = _copy_rest(url, partial, size, advance)
-        if copied == size and sha256 in (None, digest):
+        copied, found = _copy_rest(url, partial, size, algorithm(), advance)
+        if copied == size and checksum in (None, found):
             partial.replace(path)
             return
-        problem = f"{copied:,} bytes, expected {size:,}" if copied != size else f"SHA-256 {digest}, expected {sha256}"
+        problem = f"{copied:,} bytes, expected {size:,}" if copied != size else f"checksum {found}, expected {checksum}"
         log.warning("%s: found %s; copying it again", url, problem)
         partial.unlink()
         advance(-copied)
-    raise StorageError(f"{url} is damaged: found {problem}")
+    raise DamagedError(f"{url} is damaged: found {problem}")
 
 
-def _copy_rest(url: str, partial: Path, size: int, advance: Callable[[int], None]) -> tuple[int, str]:
-    """Append what is missing. Returns the size and SHA-256 of the result."""
-    digest = hashlib.sha256()
+def _copy_rest(url: str, partial: Path, size: int, digest: Digest, advance: Callable[[int], None]) -> tuple[int, str]:
+    """Append what is missing. Returns the size and checksum of the result."""
     with partial.open("a+b") as file:
         file.seek(0)
         while block := file.read(_BUFFER):

@@ -128,7 +128,7 @@ def test_a_download_continues(bucket: str, tmp_path: Path) -> None:
     put(bucket, x=CONTENT)
     (tmp_path / ".x.partial").write_bytes(CONTENT[: 2 << 20])
     found: list[int] = []
-    download(f"{bucket}/x", tmp_path / "x", len(CONTENT), DIGEST, found.append)
+    download(f"{bucket}/x", tmp_path / "x", len(CONTENT), DIGEST, advance=found.append)
     assert (tmp_path / "x").read_bytes() == CONTENT
     assert sum(found) == len(CONTENT)
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
@@ -139,7 +139,7 @@ def test_a_damaged_part_is_copied_again(bucket: str, tmp_path: Path, caplog: pyt
     put(bucket, x=CONTENT)
     (tmp_path / ".x.partial").write_bytes(b"other" * 1000)
     found: list[int] = []
-    download(f"{bucket}/x", tmp_path / "x", len(CONTENT), DIGEST, found.append)
+    download(f"{bucket}/x", tmp_path / "x", len(CONTENT), DIGEST, advance=found.append)
     assert (tmp_path / "x").read_bytes() == CONTENT
     assert sum(found) == len(CONTENT)
     assert "copying it again" in caplog.text
@@ -148,7 +148,7 @@ def test_a_damaged_part_is_copied_again(bucket: str, tmp_path: Path, caplog: pyt
 def test_a_wrong_checksum_leaves_no_file(bucket: str, tmp_path: Path) -> None:
     """Catches a damaged object that is taken for the file."""
     put(bucket, x=CONTENT)
-    with pytest.raises(StorageError, match=f"{bucket}/x is damaged: found SHA-256 {DIGEST}, expected 000"):
+    with pytest.raises(StorageError, match=f"{bucket}/x is damaged: found checksum {DIGEST}, expected 000"):
         download(f"{bucket}/x", tmp_path / "x", len(CONTENT), "0" * 64)
     with pytest.raises(StorageError, match="found 3,145,728 bytes, expected 9"):
         download(f"{bucket}/x", tmp_path / "x", 9, DIGEST)
