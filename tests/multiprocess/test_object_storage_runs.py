@@ -87,7 +87,7 @@ def test_a_run_from_object_storage_resumes_on_another_host(
 
     never = tree("third")
     never["run"] |= {"resume": "never"}
-    with pytest.raises(RankError, match="run.resume is 'never', but s3://.*/run already holds checkpoints"):
+    with pytest.raises(RankError, match=r"run.resume is 'never', but s3://.*/run already holds checkpoints"):
         pools[2].run(storage_case, never, variables)
 
 
