@@ -158,19 +158,18 @@ def _resolve(config: PretrainConfig, ranks: int) -> "ResolvedRun":
 
 
 def _cache_needs(run: "ResolvedRun") -> CacheNeeds | None:
+    """Raises UserError if `corpus.cache_gib` is less than the corpora take."""
+    config = run.config.corpus
+    if config.cache is None or not any(map(is_url, config.sources)):
+        return None
     from pretrain.corpus.cache import CorpusCache
 
-    config = run.config.corpus
-    corpora = [*(given.corpus for given in run.corpora), *run.held_out.values()]
-    manifests = {
-        source: corpus.manifest for source, corpus in zip(config.all_sources, corpora, strict=True) if is_url(source)
-    }
-    if config.cache is None or not manifests:
-        return None
     cache = CorpusCache(Path(config.cache))
+    corpora = [*(given.corpus for given in run.corpora), *run.held_out.values()]
     copies = {
-        str(cache.folder_of(source, manifest)): sum(shard.bytes for shard in manifest.shards)
-        for source, manifest in manifests.items()
+        str(cache.folder_of(source, corpus.manifest)): sum(shard.bytes for shard in corpus.manifest.shards)
+        for source, corpus in zip(config.all_sources, corpora, strict=True)
+        if is_url(source)
     }
     needs = CacheNeeds(config.cache, config.cache_bytes, copies)
     if needs.limit is not None and needs.bytes > needs.limit:

@@ -13,6 +13,7 @@ from experiment.checkpoints import checkpoint_path, complete_checkpoints
 from experiment.mirror import Mirror
 from experiment.run_folder import RunFolder
 from experiment.storage import delete, list_files, upload
+from launcher.cli import main
 from launches import Start
 from pretrain.world import World
 from rank_pool import RankError, RankPool
@@ -47,9 +48,10 @@ def test_a_run_from_object_storage_resumes_on_another_host(
     wordpiece_corpus: Path,
     heldout_corpus: Path,
     tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Catches results that depend on where a corpus is read, two copies on a host, and a run that starts over, or
-    continues with other losses, when its folder and its cache are lost."""
+    continues with other losses, when its folder and its cache are lost. Also commands that take URLs."""
     plain = run_config(
         tmp_path / "plain", wordpiece_corpus, corpus__eval={"held": str(heldout_corpus)}, evaluation__every_steps=3
     )
@@ -89,6 +91,17 @@ def test_a_run_from_object_storage_resumes_on_another_host(
     never["run"] |= {"resume": "never"}
     with pytest.raises(RankError, match=r"run.resume is 'never', but s3://.*/run already holds checkpoints"):
         pools[2].run(storage_case, never, variables)
+
+    def evaluate(*arguments: str) -> dict[str, Any]:
+        assert main(["evaluate", "--json", *arguments]) == 0
+        scores: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return scores
+
+    local = evaluate("--checkpoint", str(tmp_path / "plain"), "--corpus", str(heldout_corpus))
+    assert evaluate("--checkpoint", f"{bucket}/run", "--corpus", f"{bucket}/text-heldout") == local
+    assert main(["export", "--checkpoint", f"{bucket}/run/step-00000006", "--output", str(tmp_path / "exported")]) == 0
+    weights = tmp_path / "second" / "checkpoints" / "step-00000006" / "hf" / "model.safetensors"
+    assert (tmp_path / "exported" / "model.safetensors").read_bytes() == weights.read_bytes()
 
 
 BUSY = response("503 Slow Down", "SlowDown", "Please reduce your request rate.")
