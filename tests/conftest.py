@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from rank_pool import ForkServer, RankPool
-from s3_server import environment, moto_server
+from s3_server import environment, moto_server, new_bucket
 from small_disk import SmallDisk, mounted_small_disk
 from triton_interpreter import interpret_kernels
 
@@ -214,7 +214,5 @@ def bucket(s3_port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     for name, value in environment(s3_port).items():
         monkeypatch.setenv(name, value)
     s3fs.S3FileSystem.clear_instance_cache()  # of another test's server
-    name = f"bucket-{os.urandom(4).hex()}"
-    s3fs.S3FileSystem().mkdir(name)
-    yield f"s3://{name}"
+    yield new_bucket()
     s3fs.S3FileSystem.clear_instance_cache()

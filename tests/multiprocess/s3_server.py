@@ -1,5 +1,6 @@
 """moto's server, which speaks S3, as a process of its own, and a proxy in front of it that makes faults."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -21,6 +22,15 @@ def environment(port: int) -> dict[str, str]:
     return {**KEYS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_MAX_ATTEMPTS": "1"}
 
 
+def new_bucket() -> str:
+    """The URL of a new bucket on the server that the environment names."""
+    import s3fs
+
+    name = f"bucket-{os.urandom(4).hex()}"
+    s3fs.S3FileSystem().mkdir(name)
+    return f"s3://{name}"
+
+
 def free_port() -> int:
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
@@ -28,7 +38,7 @@ def free_port() -> int:
         return port
 
 
-def _accepts(port: int) -> bool:
+def accepts(port: int) -> bool:
     with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1.0):
         return True
     return False
@@ -41,7 +51,7 @@ def moto_server() -> Iterator[int]:
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        wait_until(lambda: _accepts(port), process)
+        wait_until(lambda: accepts(port), process)
         yield port
     finally:
         process.kill()

@@ -3,7 +3,7 @@
 import json
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from experiment.storage import delete, list_files, upload
 from launcher.cli import main
 from launches import Start
 from pretrain.world import World
+from radosgw import missing, radosgw_server
 from rank_pool import RankError, RankPool
 from runs import assert_same_tensors, logged, pretrain_case, run_config, saved_tensors
-from s3_server import Fault, environment, proxy, response
+from s3_server import Fault, environment, moto_server, new_bucket, proxy, response
 
 
 def put_corpus(corpus: Path, url: str) -> str:
@@ -107,23 +108,35 @@ def test_a_run_from_object_storage_resumes_on_another_host(
 BUSY = response("503 Slow Down", "SlowDown", "Please reduce your request rate.")
 
 
+@pytest.fixture(params=["moto", "radosgw"])
+def server_port(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """The port of an S3 server, which this process and those that it starts find."""
+    import s3fs
+
+    if request.param == "radosgw" and (reason := missing()):
+        pytest.skip(reason)
+    (tmp_path / "server").mkdir()
+    with moto_server() if request.param == "moto" else radosgw_server(tmp_path / "server") as port:
+        for name, value in environment(port).items():
+            monkeypatch.setenv(name, value)
+        s3fs.S3FileSystem.clear_instance_cache()
+        yield port
+        s3fs.S3FileSystem.clear_instance_cache()
+
+
 @pytest.mark.soak
 @pytest.mark.real_start
-def test_a_launch_with_a_faulty_server(
-    start: Start,
-    bucket: str,
-    s3_port: int,
-    wordpiece_corpus: Path,
-    tmp_path: Path,
-) -> None:
-    """Catches a launch that a busy server, cut or slow connections or expired credentials break for good."""
+def test_a_launch_with_a_faulty_server(start: Start, server_port: int, wordpiece_corpus: Path, tmp_path: Path) -> None:
+    """Catches a launch that a busy server, cut or slow connections or expired credentials break for good, and code that
+    only moto's server understands."""
+    bucket = new_bucket()
     source = put_corpus(wordpiece_corpus, f"{bucket}/text")
     config = run_config(tmp_path / "run", Path("unused"), checkpoint__every_steps=1)
     config["corpus"] = {"train": source, "cache": str(tmp_path / "cache")}
     config["checkpoint"] |= {"mirror": f"{bucket}/run", "keep_last": 2}
     (tmp_path / "config.yaml").write_text(json.dumps(config))
     command = [sys.executable, "-m", "launcher", "pretrain", "--config", "config.yaml", "--num_gpus", "2"]
-    with proxy(s3_port) as between:
+    with proxy(server_port) as between:
         variables = environment(between.port)
 
         between.lasting = Fault(answer=response("403 Forbidden", "ExpiredToken", "The provided token has expired."))
@@ -146,7 +159,7 @@ def test_a_launch_with_a_faulty_server(
     shutil.rmtree(tmp_path / "cache")
     damaged = next(name for name in list_files(source) if name.endswith(".arrow"))
     delete(damaged)
-    code, output = _launch(start, command, environment(s3_port))
+    code, output = _launch(start, command, environment(server_port))
     assert (code, f"{damaged} does not exist" in output) == (2, True), output
 
 
