@@ -8,8 +8,9 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
-from experiment.checkpoints import checkpoint_step, complete_checkpoints
+from experiment.checkpoints import COMPLETE, checkpoint_step, complete_checkpoints
 from experiment.errors import UserError
 from experiment.mirror import Mirror
 from experiment.retention import Retention
@@ -91,21 +92,24 @@ class MirrorUploads:
             self._known = self._mirror.complete()
         known = self._known
         checkpoints = complete_checkpoints(self._folder.checkpoints)
-        newest = checkpoint_step(checkpoints[-1])
-        superseded = keep.superseded([checkpoint_step(path) for path in checkpoints], newest)
-        for checkpoint in reversed(checkpoints):
-            step = self.uploading = checkpoint_step(checkpoint)
-            try:
-                is_same = known.get(checkpoint.name) == (checkpoint / "COMPLETE").read_bytes()
-                if step in superseded or is_same:
-                    continue
-                start = time.monotonic()
-                known[checkpoint.name] = self._mirror.upload(
-                    checkpoint, replaces=known.pop(checkpoint.name, None) is not None
-                )
-                log.info("copied %s to %s in %.0f s", checkpoint, self._mirror.url, time.monotonic() - start)
-            except FileNotFoundError:  # retention has deleted it
-                self._mirror.delete(checkpoint.name)
+        steps = [checkpoint_step(path) for path in checkpoints]
+        newest = max(steps, default=0)
+        superseded = keep.superseded(steps, newest)
+        for checkpoint, step in zip(reversed(checkpoints), reversed(steps), strict=True):
+            if step not in superseded:
+                self.uploading = step
+                self._upload_one(checkpoint, known)
         self._mirror.upload_run_files(self._folder)
         for name in self._mirror.apply_retention(list(known), keep, newest):
             del known[name]
+
+    def _upload_one(self, checkpoint: Path, known: dict[str, bytes]) -> None:
+        """Copy a checkpoint unless the mirror has it. `known`: what it has, which this updates."""
+        name, start = checkpoint.name, time.monotonic()
+        try:
+            if known.get(name) != (checkpoint / COMPLETE).read_bytes():
+                known[name] = self._mirror.upload(checkpoint, replaces=known.pop(name, None) is not None)
+                log.info("copied %s to %s in %.0f s", checkpoint, self._mirror.url, time.monotonic() - start)
+        except FileNotFoundError:  # retention has deleted it
+            if name not in known:
+                self._mirror.delete(name)
