@@ -50,6 +50,13 @@ class RunConfig(Section):
     another run, or of one of its checkpoints, forks it: the full state in a new run. See docs/checkpoints.md and
     docs/continued_pretraining.md."""
 
+    @field_validator("dir")
+    @classmethod
+    def _on_a_disk(cls, folder: str) -> str:
+        if is_url(folder):
+            raise ValueError(f"'dir': expected a folder, found the URL {folder}; see 'checkpoint.mirror'")
+        return folder
+
     @property
     def parent(self) -> str | None:
         """The run or checkpoint to fork, if any."""
