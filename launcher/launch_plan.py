@@ -173,7 +173,9 @@ def _cache_needs(run: "ResolvedRun") -> CacheNeeds | None:
     }
     needs = CacheNeeds(config.cache, config.cache_bytes, copies)
     if needs.limit is not None and needs.bytes > needs.limit:
-        raise UserError(f"corpus.cache_gib is {config.cache_gib:g}, but the corpora take {needs.bytes / 2**30:,.3f} GiB")
+        raise UserError(
+            f"corpus.cache_gib is {config.cache_gib:g}, but the corpora take {needs.bytes / 2**30:,.3f} GiB"
+        )
     return needs
 
 
